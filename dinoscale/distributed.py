@@ -1,0 +1,229 @@
+"""Processes: who am I, how do we meet, and the few collectives that dinoscale needs.
+
+The only module that imports torch.distributed. Every collective is the identity on one process.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dinoscale.errors import DinoscaleError, LaunchError, RunFailedError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MEETING_TIMEOUT = timedelta(minutes=10)  # slow nodes may take minutes to come up
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a job: global and per-node rank, and how many there are of each."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """The accelerator of this process, or the CPU where there is none."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+
+# Launcher -> the variable that shows it is at work, and its names for rank, size, local rank, size.
+_LAUNCHERS = {
+    "torchrun or deepspeed": ("RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "OpenMPI": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    # srun alone sets SLURM_STEP_ID: the variables of a batch script describe the job, not a task.
+    "srun": ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
+}
+
+
+def read_process(environ: Mapping[str, str]) -> Process:
+    """Find rank and world size in the variables of the launcher at work; one process if none is.
+
+    Raises:
+        LaunchError: a variable is missing, is not a number, or the numbers contradict each other.
+    """
+    for launcher, (sign, *names) in _LAUNCHERS.items():
+        if sign in environ:
+            rank, world, local, local_world = (_number(environ, launcher, name) for name in names)
+            if rank is None or world is None:
+                raise LaunchError(f"{launcher}: {sign} is set but {names[0]} or {names[1]} is not")
+            if not 0 <= rank < world:
+                raise LaunchError(f"{launcher}: {names[0]}={rank} is not in 0..{world - 1}")
+            local_world = world if local_world is None else local_world
+            return Process(rank, world, rank if local is None else local, local_world)
+    return Process(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+def _number(environ: Mapping[str, str], launcher: str, name: str) -> int | None:
+    text = environ.get(name)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(f"{launcher}: {name}={text!r} is not a whole number") from None
+
+
+def start(process: Process) -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and say so in the environment.
+
+    Raises:
+        LaunchError: the address is unknown, or its port is taken on this machine.
+    """
+    environ = os.environ
+    if process.world_size == 1 and "MASTER_PORT" not in environ:
+        environ["MASTER_ADDR"], environ["MASTER_PORT"] = LOOPBACK, str(_free_port())
+    elif "SLURM_STEP_ID" in environ and "RANK" not in environ:
+        environ.setdefault("MASTER_ADDR", environ.get("SLURM_LAUNCH_NODE_IPADDR", LOOPBACK))
+        environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in environ:
+            raise LaunchError(f"{name} is not set: export the address and a free port of rank 0")
+    environ["RANK"], environ["WORLD_SIZE"] = str(process.rank), str(process.world_size)
+    environ["LOCAL_RANK"] = str(process.local_rank)
+    device = process.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, (cores or 1) // process.local_world_size))
+    owns_port = process.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if owns_port:
+        _require_free_port(int(environ["MASTER_PORT"]))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=MEETING_TIMEOUT)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+        first = str(error).splitlines()[0]
+        raise LaunchError(
+            f"rank {process.rank} of {process.world_size} could not meet the others at {address}:"
+            f" {first}; check that rank 0 runs there and that the port is free and reachable"
+        ) from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _require_free_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise LaunchError(
+                f"port {port} (MASTER_PORT) cannot be used on this machine: {error.strerror};"
+                " choose another, for example `deepspeed --master_port 29501 ...`"
+            ) from None
+
+
+def stop() -> None:
+    """Leave the process group; without it some backends abort the interpreter at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Number of processes of the job; 1 before `start`."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Global rank of this process; 0 before `start`."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum `tensor` over ranks in place and return it."""
+    if world_size() > 1:
+        _guarded(lambda: dist.all_reduce(tensor))
+    return tensor
+
+
+def all_gather_flat(whole: Tensor, part: Tensor) -> None:
+    """Fill `whole`, (W * n,), with every rank's `part`, (n,), which may be a slice of it."""
+    if world_size() == 1:
+        if whole.data_ptr() != part.data_ptr():
+            whole.copy_(part)
+        return
+    _guarded(lambda: dist.all_gather_into_tensor(whole, part))
+
+
+def gather_objects(value: T) -> list[T]:
+    """One picklable value of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    _guarded(lambda: dist.all_gather_object(values, value))
+    return values
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    _guarded(lambda: dist.broadcast_object_list(box, src=0))
+    return box[0]
+
+
+def sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Sum over ranks as a function autograd can differentiate (synchronised batch norm)."""
+    if world_size() == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_reduce
+
+    summed: Tensor = all_reduce(tensor)
+    return summed
+
+
+def together(check: Callable[[], T]) -> T:
+    """Run `check` on every rank; if it fails on any, every rank raises, so that nobody waits.
+
+    Raises:
+        DinoscaleError: the error of the first rank that failed, with its exit code.
+    """
+    result, error = None, None
+    try:
+        result = check()
+    except DinoscaleError as caught:
+        error = caught
+    for number, other in enumerate(gather_objects(error)):
+        if other is not None:
+            raise error or type(other)(f"rank {number}: {other}")
+    return result  # type: ignore[return-value]  # no error on any rank, so check() returned
+
+
+def _guarded(collective: Callable[[], Any]) -> None:
+    """Run a collective; a lost peer becomes a sentence instead of a backend's stack."""
+    try:
+        collective()
+    except (dist.DistError, RuntimeError) as error:
+        first = str(error).splitlines()[0][:200]
+        raise RunFailedError(
+            f"rank {rank()} lost contact with another rank ({first}); the rank that failed first"
+            " printed the reason"
+        ) from error
