@@ -1,0 +1,282 @@
+"""The student: a network under DeepSpeed ZeRO, seen as float32 shards with names.
+
+No DeepSpeed name leaves this module, teacher.py and ds_config.py.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinoscale import distributed
+from dinoscale.config.resolve import RunPlan
+from dinoscale.config.schema import RunConfig
+from dinoscale.engine import shards
+from dinoscale.engine.ds_config import student_config
+from dinoscale.engine.gradients import GradientRule
+from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
+from dinoscale.engine.shards import Fragment, Layout
+from dinoscale.errors import NonFiniteError
+from dinoscale.schedules import StepValues
+
+log = logging.getLogger(__name__)
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed without its start-up compilation of an operator that training never calls."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # only for CPU inference
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            dist_init_required=False,
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
+    return deepspeed
+
+
+class Student:
+    """A trained network whose float32 master weights are sharded over ranks.
+
+    Attributes:
+        layout: this rank's fragments; the teacher and checkpoints use the same.
+        master: float32 views of the master weights, one (numel,) view per fragment.
+        compute_dtype: dtype of the weights that the forward uses.
+    """
+
+    def __init__(self, network: nn.Module, config: RunConfig, plan: RunPlan) -> None:
+        """Shard `network` (float32, CPU, equal on all ranks); its values become the master's."""
+        initial = {name: value.clone() for name, value in network.named_parameters()}
+        self.compute_dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self._stage = config.engine.zero_stage
+        self._moments = MOMENTS[config.optim.name]
+        self._global_by_deepspeed = config.optim.clip_mode == "global" and self._stage > 0
+        self._rule = GradientRule(
+            clip=config.optim.clip_grad,
+            per_tensor=config.optim.clip_mode == "per_tensor",
+            sharded=self._stage > 0,
+        )
+        names = shards.parameter_names(network)
+        self._torch_optimizer = build_optimizer(
+            config.optim.name, network, fused=torch.cuda.is_available()
+        )
+        self._rule.attach(self._torch_optimizer)
+        derived = student_config(config, plan)
+        log.info("DeepSpeed configuration of the student: %s", derived)
+        self._engine, *_ = import_deepspeed().initialize(
+            model=network,
+            optimizer=self._torch_optimizer,
+            config=derived,
+            dist_init_required=False,
+        )
+        self._zero = self._engine.optimizer
+        self._find_shards(names)
+        self.restore_master(lambda name, start, n: initial[name].flatten()[start : start + n])
+        self._rule.armed = True
+
+    def __call__(self, crops: Sequence[Tensor], keep: Tensor | None) -> Tensor:
+        """Logits of all crops in one engine forward, (sum of N_i, K) float32.
+
+        Args:
+            crops: normalised images, (N_i, C, H_i, W_i), one tensor per resolution.
+            keep: stochastic depth multipliers (depth, 2, sum of N_i) float32, or None.
+        """
+        inputs = [crop.to(self.compute_dtype) for crop in crops]
+        logits: Tensor = self._engine(inputs, keep)
+        return logits
+
+    def set_hyperparameters(self, now: StepValues) -> None:
+        """Write this step's rate, decay and frozen prototypes into the optimizer's groups."""
+        for group in self._torch_optimizer.param_groups:
+            group["lr"] = now.lr
+            group["weight_decay"] = 0.0 if group["name"] == NO_DECAY else now.weight_decay
+            group["frozen"] = group["name"] == "prototypes" and now.prototypes_frozen
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's mean loss; DeepSpeed divides by their count."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """End a micro-batch; after the last one of the step, clip and update the weights.
+
+        Raises:
+            NonFiniteError: a gradient is not finite; weights and moments are as before the step.
+        """
+        is_last = self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+        if is_last and not self._engine.was_step_applied():
+            raise NonFiniteError("a gradient is not finite; the step was not applied")
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the whole gradient of the last step before clipping, scalar."""
+        if self._global_by_deepspeed:
+            return torch.as_tensor(self._engine.get_global_grad_norm())
+        return self._rule.global_norm()
+
+    def grad_norms(self) -> dict[str, float]:
+        """Norm of each tensor's gradient of the last step, before per-tensor clipping."""
+        return {name: value.sqrt().item() for name, value in self._rule.squared_norms.items()}
+
+    def restore_master(self, read: Callable[[str, int, int], Tensor]) -> None:
+        """Set the float32 master and the weights of the forward from full values.
+
+        Args:
+            read: (parameter name, first element, count) -> (count,) float32.
+        """
+        for fragment, view in zip(self.layout.fragments, self.master):
+            view.copy_(read(fragment.name, fragment.start, fragment.numel))
+        self._refresh_forward_weights()
+
+    def optimizer_state(self) -> dict[str, list[Tensor | None]]:
+        """Moment name -> one (numel,) view per fragment; None where no step was taken yet."""
+        views: dict[str, list[Tensor | None]] = {name: [] for name in self._moments}
+        for fragment in self.layout.fragments:
+            tensor, start = self._optimizer_tensor(fragment)
+            state = self._torch_optimizer.state.get(tensor, {})
+            for name in self._moments:
+                whole = state.get(name)
+                views[name].append(
+                    None if whole is None else whole.view(-1).narrow(0, start, fragment.numel)
+                )
+        return views
+
+    def adam_steps(self) -> dict[str, int]:
+        """Parameter name -> optimizer steps taken so far, for this rank's fragments."""
+        steps = {}
+        for fragment in self.layout.fragments:
+            state = self._torch_optimizer.state.get(self._optimizer_tensor(fragment)[0], {})
+            steps[fragment.name] = int(state.get("step", bool(state)))
+        return steps
+
+    def restore_optimizer(
+        self, read: Callable[[str, str, int, int], Tensor], steps: Mapping[str, int]
+    ) -> None:
+        """Set moments and step counts; parameters with 0 steps stay without state.
+
+        Args:
+            read: (moment name, parameter name, first element, count) -> (count,) float32.
+            steps: parameter name -> optimizer steps taken.
+        """
+        for fragment in self.layout.fragments:
+            count = steps[fragment.name]
+            if not count:
+                continue
+            tensor, start = self._optimizer_tensor(fragment)
+            state = self._torch_optimizer.state[tensor]
+            for name in self._moments:
+                if name not in state:
+                    state[name] = torch.zeros_like(tensor)
+                part = state[name].view(-1).narrow(0, start, fragment.numel)
+                part.copy_(read(name, fragment.name, fragment.start, fragment.numel))
+            if "exp_avg" in self._moments:
+                on_device = tensor.device if torch.cuda.is_available() else "cpu"
+                state["step"] = torch.tensor(float(count), device=on_device)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers of the network (batch norm statistics); empty for a ViT."""
+        return dict(self._engine.module.named_buffers())
+
+    def _find_shards(self, names: dict[int, str]) -> None:
+        """Read the layout and the master views; tell the gradient rule what each tensor holds."""
+        if self._stage == 0:
+            groups, self._tensors = self._unsharded_groups(names)
+            self.layout = shards.end_to_end(groups, distributed.world_size())
+            for name, tensor in self._tensors.items():
+                self._rule.watch(tensor, [name], [(name, 0, tensor.numel())])
+        else:
+            if self._stage == 3:
+                self._flats = self._zero.fp32_partitioned_groups_flat
+                self.layout = shards.of_partitioned_optimizer(
+                    self._zero, names, distributed.rank()
+                )
+                members = self._zero.fp16_groups
+            else:
+                self._flats = self._zero.single_partition_of_fp32_groups
+                self.layout = shards.of_flat_optimizer(self._zero, names)
+                members = self._zero.bit16_groups
+            for index, flat in enumerate(self._flats):
+                here = [f for f in self.layout.fragments if f.group == index]
+                pieces = [(f.name, f.offset, f.numel) for f in here]
+                self._rule.watch(flat, [names[id(p)] for p in members[index]], pieces)
+        self.master = []
+        for fragment in self.layout.fragments:
+            tensor, start = self._optimizer_tensor(fragment)
+            self.master.append(tensor.detach().view(-1).narrow(0, start, fragment.numel))
+
+    def _unsharded_groups(
+        self, names: dict[int, str]
+    ) -> tuple[list[list[tuple[str, Tensor]]], dict[str, Tensor]]:
+        """Stage 0: the float32 tensors the optimizer steps, by group and by name."""
+        low = getattr(self._zero, "fp16_groups", None)  # bf16 keeps the master beside the network
+        groups = []
+        for index, group in enumerate(self._torch_optimizer.param_groups):
+            of_network = group["params"] if low is None else low[index]
+            labels = [names[id(parameter)] for parameter in of_network]
+            groups.append(list(zip(labels, group["params"], strict=True)))
+        return groups, {name: tensor for group in groups for name, tensor in group}
+
+    def _optimizer_tensor(self, fragment: Fragment) -> tuple[Tensor, int]:
+        """The tensor that the optimizer steps and the fragment's first element in it."""
+        if self._stage == 0:
+            return self._tensors[fragment.name], fragment.start
+        return self._flats[fragment.group], fragment.offset
+
+    def _refresh_forward_weights(self) -> None:
+        """Derive the weights of the forward from the master, as the end of a step does."""
+        if self._stage == 3:
+            for index in range(len(self._flats)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        elif self._stage > 0:
+            self._zero.update_lp_params()
+        elif self.compute_dtype is not torch.float32:
+            # Every rank holds the whole master but was given its own slice: exchange, then cast.
+            self._gather_unsharded_master()
+            for high, low in zip(self._zero.fp32_groups, self._zero.fp16_groups):
+                torch._foreach_copy_(low, high)
+        else:
+            self._gather_unsharded_master()
+
+    def _gather_unsharded_master(self) -> None:
+        """Stage 0: complete every rank's master from the slices of all ranks."""
+        for group, flat in enumerate(whole_flats(self.layout, self.master, torch.float32)):
+            for place in self.layout.placements:
+                if place.group == group:
+                    part = flat.narrow(0, place.offset, place.numel)
+                    self._tensors[place.name].detach().view(-1).copy_(part)
+
+
+def whole_flats(layout: Layout, parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Stages 0-2: every group's unsharded flat tensor, from all ranks' fragments.
+
+    Args:
+        layout: with one fragment per entry of `parts`.
+        parts: (numel,) tensors.
+        dtype: of the result.
+
+    Returns:
+        One (W * shard size,) tensor per group, on the device of `parts`.
+    """
+    device = parts[0].device
+    wholes = [
+        torch.zeros(size * distributed.world_size(), dtype=dtype, device=device)
+        for size in layout.shard_sizes
+    ]
+    publish(layout, parts, wholes)
+    return wholes
+
+
+def publish(layout: Layout, parts: Sequence[Tensor], wholes: Sequence[Tensor]) -> None:
+    """Cast this rank's fragments into its slice of `wholes` and gather the other ranks' slices."""
+    rank = distributed.rank()
+    own = [
+        whole.narrow(0, rank * size, size) for whole, size in zip(wholes, layout.shard_sizes)
+    ]
+    if parts:
+        torch._foreach_copy_([fragment.of(own) for fragment in layout.fragments], list(parts))
+    for whole, part in zip(wholes, own):
+        distributed.all_gather_flat(whole, part)

@@ -1,0 +1,208 @@
+"""The teacher: a float32 EMA of the student, sharded like the student's master weights.
+
+    theta_T <- m theta_T + (1 - m) theta_S          (Caron et al. 2021, algorithm 1)
+
+Each rank averages its own shard, without communication. What the forward needs is derived:
+stages 0-2 keep a copy of all weights in the compute dtype, refreshed by one all-gather per group;
+stage 3 keeps it partitioned as the student is and gathers layer by layer. Bytes per rank, with P
+parameters of s bytes in the compute dtype on W ranks: 4 P / W + s P at stages 0-2,
+(4 + s) P / W plus the layers in flight at stage 3 (each parameter or group padded to W parts).
+
+An EMA in bf16 would not move: (1 - m)(s - t) is below half a bf16 ulp of t for m near 1.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinoscale import distributed
+from dinoscale.config.resolve import RunPlan
+from dinoscale.config.schema import RunConfig
+from dinoscale.engine.ds_config import teacher_config
+from dinoscale.engine.shards import Layout, empty_shards
+from dinoscale.engine.student import Student, import_deepspeed, publish
+from dinoscale.losses.centering import teacher_probs, updated_center
+
+
+class Teacher:
+    """The EMA network, its center, and the targets it gives.
+
+    Attributes:
+        ema: float32 views of the average, one (numel,) view per fragment of `student.layout`.
+        center: (K,) float32, equal on all ranks.
+    """
+
+    def __init__(
+        self, network: nn.Module, student: Student, config: RunConfig, plan: RunPlan
+    ) -> None:
+        """Start as a copy of the student.
+
+        Args:
+            network: float32 network of the student's architecture; its values do not matter.
+            student: gives the layout and the initial weights.
+            config: of the run.
+            plan: of the run.
+        """
+        device = student.master[0].device if student.master else torch.device("cpu")
+        self.layout = student.layout
+        self._shards = empty_shards(self.layout, device=device)
+        self.ema = [fragment.of(self._shards) for fragment in self.layout.fragments]
+        torch._foreach_copy_(self.ema, student.master)
+        self._center_momentum = config.dino.center_momentum
+        self.center = torch.zeros(config.head.num_prototypes, device=_compute_device())
+        self._logit_sum = torch.zeros_like(self.center)
+        self._logit_rows = 0
+        network.requires_grad_(False)
+        build = _Partitioned if config.engine.zero_stage == 3 else _Replicated
+        self._weights: _Partitioned | _Replicated = build(
+            network, self.layout, student.compute_dtype, config, plan
+        )
+        self._compute_dtype = student.compute_dtype
+        self._weights.publish(self.ema)
+
+    @torch.no_grad()
+    def targets(self, global_crops: Tensor, *, temp: float) -> Tensor:
+        """Centered and sharpened prototype probabilities, (2, B, K) float32; facts 1.1.
+
+        Args:
+            global_crops: normalised images (2, B, C, H, W), both global views.
+            temp: the teacher's temperature.
+        """
+        views, batch = global_crops.shape[:2]
+        images = global_crops.flatten(0, 1).to(self._compute_dtype)
+        logits = self._weights.forward([images]).view(views, batch, -1)
+        self._logit_sum += logits.float().sum((0, 1))
+        self._logit_rows += views * batch
+        return teacher_probs(logits, self.center, temp=temp)
+
+    @torch.no_grad()
+    def update(self, student: Student, *, momentum: float) -> None:
+        """Average the student that has just stepped, refresh the forward, move the center.
+
+        Once per optimizer step. The center takes the mean of the logits of all micro-batches and
+        ranks since the last update, so it acts from the next step on (facts 1.2).
+        """
+        torch._foreach_lerp_(self.ema, student.master, 1.0 - momentum)
+        self._weights.publish(self.ema)
+        rows = self._logit_rows * distributed.world_size()  # equal micro-batches on all ranks
+        mean = distributed.all_reduce_sum(self._logit_sum) / rows
+        self.center = updated_center(self.center, mean, momentum=self._center_momentum)
+        self._logit_sum = torch.zeros_like(self.center)
+        self._logit_rows = 0
+
+    def restore(self, read: Callable[[str, int, int], Tensor], center: Tensor) -> None:
+        """Set the average and the center from full values.
+
+        Args:
+            read: (parameter name, first element, count) -> (count,) float32.
+            center: (K,) float32.
+        """
+        for fragment, view in zip(self.layout.fragments, self.ema):
+            view.copy_(read(fragment.name, fragment.start, fragment.numel))
+        self.center.copy_(center)
+        self._weights.publish(self.ema)
+
+    def plain_network(self) -> nn.Module:
+        """The teacher as an ordinary network in the compute dtype, for evaluation; collective."""
+        return self._weights.plain_network()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers of the network (batch norm statistics); empty for a ViT."""
+        return dict(self._weights.network.named_buffers())
+
+    def num_bytes(self) -> int:
+        """Bytes this rank holds for the teacher: float32 shard and weights for the forward."""
+        return sum(4 * size for size in self.layout.shard_sizes) + self._weights.num_bytes()
+
+
+class _Replicated:
+    """Stages 0-2: every rank holds all weights, views into one flat tensor per group."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layout: Layout,
+        dtype: torch.dtype,
+        _config: RunConfig,
+        _plan: RunPlan,
+    ) -> None:
+        self.network, self._layout = network.to(_compute_device(), dtype), layout
+        world_size, device = distributed.world_size(), _compute_device()
+        self._flats = [
+            torch.zeros(size * world_size, dtype=dtype, device=device)
+            for size in layout.shard_sizes
+        ]
+        parameters = dict(network.named_parameters())
+        for place in layout.placements:
+            flat = self._flats[place.group].narrow(0, place.offset, place.numel)
+            parameters[place.name].data = flat.view(place.shape)
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        logits: Tensor = self.network(crops, None)
+        return logits
+
+    def publish(self, ema: Sequence[Tensor]) -> None:
+        publish(self._layout, ema, self._flats)
+
+    def plain_network(self) -> nn.Module:
+        return self.network
+
+    def num_bytes(self) -> int:
+        return sum(flat.numel() * flat.element_size() for flat in self._flats)
+
+
+class _Partitioned:
+    """Stage 3: an engine without optimizer whose partitions are the student's, slice by slice."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layout: Layout,
+        dtype: torch.dtype,
+        config: RunConfig,
+        plan: RunPlan,
+    ) -> None:
+        self._blank = copy.deepcopy(network).to(dtype)
+        self._engine, *_ = import_deepspeed().initialize(
+            model=network, config=teacher_config(config, plan), dist_init_required=False
+        )
+        self.network: nn.Module = self._engine.module
+        self._layout = layout
+        self._parameters: dict[str, Any] = dict(self.network.named_parameters())
+        for fragment in layout.fragments:
+            own = self._parameters[fragment.name].ds_tensor.numel()
+            assert own >= fragment.numel, f"{fragment.name}: teacher and student are cut apart"
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        logits: Tensor = self._engine(crops, None)
+        return logits
+
+    def publish(self, ema: Sequence[Tensor]) -> None:
+        partitions = [
+            self._parameters[fragment.name].ds_tensor.data.narrow(0, 0, fragment.numel)
+            for fragment in self._layout.fragments
+        ]
+        if partitions:
+            torch._foreach_copy_(partitions, list(ema))
+
+    def plain_network(self) -> nn.Module:
+        """A copy of all weights on every rank, freed when the caller drops it."""
+        plain = copy.deepcopy(self._blank).to(_compute_device())
+        zero = import_deepspeed().zero
+        for name, parameter in plain.named_parameters():
+            with zero.GatheredParameters([self._parameters[name]]):
+                parameter.data.copy_(self._parameters[name].data)
+        return plain
+
+    def num_bytes(self) -> int:
+        parts = [parameter.ds_tensor for parameter in self._parameters.values()]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+def _compute_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
