@@ -1,0 +1,190 @@
+"""From preset or YAML file and overrides to a checked `RunConfig`, and back to YAML.
+
+A file inherits: `defaults: [../base/dino.yaml, ...]`, paths relative to the file. A later file wins
+over an earlier one, the file itself over its defaults, `section.key=value` over all. Mappings
+merge; scalars and lists replace.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dinoscale.config.report import sentences, show
+from dinoscale.config.schema import RunConfig
+from dinoscale.config.yaml_text import read_yaml, write_yaml
+from dinoscale.errors import ConfigError
+
+_COMMAND_LINE = "command line"
+
+
+@dataclass
+class _Merged:
+    """Values merged so far, and which file each dotted key came from."""
+
+    values: dict[str, object] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def put(self, values: Mapping[str, object], *, origin: str) -> None:
+        self._merge(self.values, values, origin=origin, prefix="")
+
+    def _merge(
+        self, into: dict[str, object], new: Mapping[str, object], *, origin: str, prefix: str
+    ) -> None:
+        for key, value in new.items():
+            path = f"{prefix}{key}"
+            old = into.get(key)
+            if isinstance(value, Mapping):
+                branch = dict(old) if isinstance(old, Mapping) else {}
+                self._merge(branch, value, origin=origin, prefix=f"{path}.")
+                into[key] = branch
+            else:
+                into[key] = value
+            self.origins[path] = origin
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a run's configuration.
+
+    Args:
+        name_or_path: a preset's name such as `vit_s16`, or the path of a YAML file.
+        overrides: `section.key=value`, the value a YAML scalar or list; a later one wins.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: something is missing, unknown, of the wrong type or out of range; the message
+            has one line per mistake.
+    """
+    merged = _Merged()
+    _put_file(_find(name_or_path), merged, chain=())
+    for override in overrides:
+        merged.put(_parse_override(override), origin=_COMMAND_LINE)
+    return _checked(merged)
+
+
+def parse_config(values: Mapping[str, object], *, origin: str = "") -> RunConfig:
+    """Check a mapping that was read elsewhere, such as from a checkpoint.
+
+    Args:
+        values: sections by key, as `dump_config` writes them.
+        origin: where they come from, for the messages.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    merged = _Merged()
+    merged.put(values, origin=origin)
+    return _checked(merged)
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the configuration as YAML, all fields included; loading it gives an equal one."""
+    return write_yaml(config.model_dump())
+
+
+def list_presets() -> list[str]:
+    """Return the names `load_config` knows, sorted."""
+    return sorted(_presets())
+
+
+def _presets() -> dict[str, Path]:
+    package = Path(__file__).resolve().parents[1]
+    for configs in (package / "configs", package.parent / "configs"):  # installed, checkout
+        found = {path.stem: path for path in (configs / "pretrain").glob("*.yaml")}
+        if found:
+            return found
+    return {}
+
+
+def _find(name_or_path: str) -> Path:
+    presets = _presets()
+    if name_or_path in presets:
+        return presets[name_or_path]
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ConfigError(f"{name_or_path}: is a folder; name a YAML file or a preset")
+    known = ", ".join(sorted(presets)) or "none"
+    near = difflib.get_close_matches(path.stem, presets, n=1, cutoff=0.5)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise ConfigError(f"{name_or_path}: no such file{hint or '.'} Presets: {known}")
+    raise ConfigError(f"{name_or_path}: unknown preset{hint or '.'} Presets: {known}")
+
+
+def _put_file(path: Path, merged: _Merged, *, chain: tuple[Path, ...]) -> None:
+    """Merge the defaults of a file, then the file."""
+    real = path.resolve()
+    if real in chain:
+        circle = " -> ".join(step.name for step in (*chain[chain.index(real) :], real))
+        raise ConfigError(f"{path}: its defaults lead back to itself: {circle}")
+    values = _read_mapping(path, wanted_by=chain[-1] if chain else None)
+    parents = values.pop("defaults", [])
+    if not isinstance(parents, list) or not all(isinstance(item, str) for item in parents):
+        raise ConfigError(f"{path}: defaults: needs a list of file paths, got {show(parents)}")
+    for parent in parents:
+        _put_file(path.parent / parent, merged, chain=(*chain, real))
+    merged.put(values, origin=str(path))
+
+
+def _read_mapping(path: Path, *, wanted_by: Path | None) -> dict[str, object]:
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise ConfigError(f"{path}, {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text") from error
+    except OSError as error:
+        user = f" (in the defaults of {wanted_by})" if wanted_by else ""
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}{user}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: needs a mapping of keys to values, got {show(values)}")
+    return values
+
+
+def _parse_override(override: str) -> dict[str, object]:
+    """Turn `section.key=value` into nested mappings."""
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(name.isidentifier() for name in names):
+        raise ConfigError(
+            f"override {override!r}: needs section.key=value, such as crops.num_local=6"
+        )
+    if names == ["defaults"]:
+        raise ConfigError(f"override {override!r}: defaults can be given in a file only")
+    try:
+        value = read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(
+            f"override {override!r}: the value is not YAML; put text in quotes ({error})"
+        ) from error
+    if isinstance(value, Mapping):
+        raise ConfigError(
+            f"override {override!r}: the value is a mapping; give one override per key, "
+            "or put text in quotes"
+        )
+    for name in reversed(names):
+        value = {name: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _checked(merged: _Merged) -> RunConfig:
+    try:
+        return RunConfig.model_validate(merged.values)
+    except ValidationError as error:
+        lines = []
+        for key, sentence in sentences(error.errors()):
+            origin = merged.origins.get(key, "")
+            lines.append(f"{sentence} ({origin})" if origin else sentence)
+        raise ConfigError("\n".join(lines)) from None

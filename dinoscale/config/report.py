@@ -1,0 +1,137 @@
+"""Turn pydantic's report into one sentence per mistake: the key, the value, what is allowed."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from dinoscale.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_NEEDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_unicode": "text that can be written as UTF-8",
+    "string_too_short": "text that is not empty",
+    "tuple_type": "a list",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+_MAX_SHOWN = 60  # characters of a wrong value in a message
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    """Return the section classes of `RunConfig` by key."""
+    found = {}
+    for key, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found[key] = field.annotation
+    return found
+
+
+def sentences(errors: Sequence["ErrorDetails"]) -> list[tuple[str, str]]:
+    """Translate pydantic's errors.
+
+    Args:
+        errors: `ValidationError.errors()` of a `RunConfig`.
+
+    Returns:
+        (dotted key, sentence) in the order of the errors; the key is "" for a rule that joins
+        sections. A list that is too short is reported once.
+    """
+    told: dict[str, tuple[str, str]] = {}
+    for error in errors:
+        for key, sentence in _translate(error):
+            told.setdefault(sentence, (key, sentence))
+    return list(told.values())
+
+
+def _translate(error: "ErrorDetails") -> list[tuple[str, str]]:
+    kind, names = error["type"], [str(part) for part in error["loc"] if isinstance(part, str)]
+    key = ".".join(names)
+    if kind == "value_error":
+        text = str(error["ctx"]["error"])
+        if not key:
+            return [("", line) for line in text.splitlines()]
+        if key in sections():
+            return [(f"{key}.{text.partition(':')[0]}", f"{key}.{text}")]
+        return [(key, f"{key}: {text}")]
+    if kind == "extra_forbidden":
+        return [(key, f"{key}: {unknown_key(names)}")]
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return [(key, f"{key}: needs a mapping of keys to values, got {show(error['input'])}")]
+    if kind in ("missing", "too_long"):  # of a list: all other fields have defaults
+        return [(key, f"{key}: needs a list of {_list_length(names)} numbers, {_got(error)}")]
+    item = next((f"item {part + 1} of the list " for part in error["loc"] if part in (0, 1, 2)), "")
+    return [(key, f"{key}: {item}needs {_needs(error)}, got {show(error['input'])}")]
+
+
+def _got(error: "ErrorDetails") -> str:
+    given = error["input"]
+    return f"got {show(given)}" if isinstance(given, list | tuple) else f"got {given!r}"
+
+
+def _needs(error: "ErrorDetails") -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        return f"{words} {context[name]:g}"
+    if kind == "literal_error":
+        return f"one of {context['expected']}".replace(" or ", ", ")
+    return _NEEDS.get(kind) or f"another value ({error['msg']})"
+
+
+def _list_length(names: Sequence[str]) -> int:
+    default = RunConfig()
+    for name in names:
+        default = getattr(default, name)
+    return len(default) if isinstance(default, tuple) else 0
+
+
+def show(value: object) -> str:
+    """Return a value as it would be written in YAML, with its kind where that is the mistake."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "a mapping"
+    text = repr(value)
+    text = text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
+    return f"{text} (text)" if isinstance(value, str) else text
+
+
+def unknown_key(names: Sequence[str]) -> str:
+    """Explain an unknown key: the nearest in its place, the same key elsewhere, or all there are.
+
+    Args:
+        names: parts of the dotted key, such as ["crops", "num_locl"].
+
+    Returns:
+        "unknown key, did you mean 'num_local'?" or alike.
+    """
+    parts = sections()
+    parent = parts.get(names[0]) if len(names) > 1 else RunConfig
+    key = names[-1]
+    here = list(parent.model_fields) if parent else []
+    near = difflib.get_close_matches(key, here, n=1)
+    if near:
+        return f"unknown key, did you mean {near[0]!r}?"
+    everywhere = [f"{name}.{leaf}" for name, part in parts.items() for leaf in part.model_fields]
+    same = [path for path in everywhere if path.partition(".")[2] == key]
+    if key in RunConfig.model_fields:
+        same.append(key)
+    if same:
+        return f"unknown key, did you mean {' or '.join(map(repr, same))}?"
+    return f"unknown key; known are {', '.join(here)}"

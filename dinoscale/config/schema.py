@@ -1,0 +1,453 @@
+"""Every setting of a run: frozen pydantic models whose defaults are DINO v1's own.
+
+Sources: [C] code of Caron et al. 2021 (arXiv:2104.14294), its command-line defaults;
+[P] the paper; [D] ours, with the reason. A fraction is between 0 and 1. A rule about one section
+is checked in that section, a rule joining two in `RunConfig`, a rule that needs the number of
+ranks or images in `resolve`.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from dinoscale.config.backbones import RESNET50, named_patch_size, named_vit_size
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+PositiveOrZero = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(gt=0, le=1)]
+# strict=False lets a YAML list become a tuple; its items stay strict.
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+ThreeFractions = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
+ThreePositive = Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """What all sections share: no editing, no unknown keys, no '2' for 2, no infinity."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelConfig(Section):
+    """The backbone; a size left at null is the named model's own."""
+
+    backbone: str = Field(
+        default="vit_small_patch16_224",
+        min_length=1,
+        description="A timm ViT name, or 'resnet50'. Source: [C] vit_small, patch 16.",
+    )
+    patch_size: Count | None = Field(default=None, description="Side of a patch in pixels.")
+    embed_dim: Count | None = Field(default=None, description="Width of a token.")
+    depth: Count | None = Field(default=None, description="Number of transformer blocks.")
+    num_heads: Count | None = Field(default=None, description="Attention heads per block.")
+    drop_path_rate: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Stochastic depth of the student: fraction dropped in the last block, rising "
+        "linearly from 0 in the first. 0.0 for resnet50, which has none. Source: [C].",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_drop_path_in_resnet(cls, values: object) -> object:
+        if not isinstance(values, Mapping) or values.get("backbone") != RESNET50:
+            return values
+        return {"drop_path_rate": 0.0, **values}
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "ModelConfig":
+        if self.backbone == RESNET50:
+            self._refuse_vit_sizes()
+            return self
+        if self.effective_patch_size is None:
+            raise ValueError(
+                f"backbone: no patch size in {self.backbone!r}; name a timm ViT such as "
+                f"'vit_small_patch16_224', or '{RESNET50}', or set model.patch_size"
+            )
+        named = named_vit_size(self.backbone)
+        dim = self.embed_dim or (named.embed_dim if named else None)
+        heads = self.num_heads or (named.num_heads if named else None)
+        if dim and heads and dim % heads:
+            raise ValueError(
+                f"embed_dim: {dim} cannot be divided by {heads} attention heads (model.num_heads)"
+            )
+        return self
+
+    def _refuse_vit_sizes(self) -> None:
+        keys = ("patch_size", "embed_dim", "depth", "num_heads")
+        given = [key for key in keys if getattr(self, key) is not None]
+        if given:
+            raise ValueError(f"{given[0]}: {RESNET50} has none, leave it out")
+        if self.drop_path_rate:
+            raise ValueError(
+                f"drop_path_rate: {RESNET50} has no stochastic depth, "
+                f"need 0.0, got {self.drop_path_rate}"
+            )
+
+    @property
+    def effective_patch_size(self) -> int | None:
+        """Patch side in pixels, from `patch_size` or the name; None for resnet50."""
+        if self.backbone == RESNET50:
+            return None
+        return self.patch_size or named_patch_size(self.backbone)
+
+
+class HeadConfig(Section):
+    """The projection head: an MLP, an L2 norm and weight-normalised prototypes."""
+
+    num_prototypes: Count = Field(default=65536, description="K, outputs of the head. Source: [C].")
+    hidden_dim: Count = Field(default=2048, description="Width of the hidden layers. Source: [C].")
+    bottleneck_dim: Count = Field(
+        default=256, description="Width before the prototypes. Source: [C]."
+    )
+    num_layers: Count = Field(default=3, description="Linear layers of the MLP. Source: [C].")
+    norm_last_layer: bool = Field(
+        default=True,
+        description="Keep the length of each prototype at 1 (logits in [-1, 1]). Source: [C].",
+    )
+    batch_norm: bool = Field(
+        default=False,
+        description="Batch norm after each hidden layer, over all ranks. Source: [C].",
+    )
+
+    @model_validator(mode="after")
+    def _batch_norm_has_a_layer(self) -> "HeadConfig":
+        if self.batch_norm and self.num_layers == 1:
+            raise ValueError("batch_norm: needs a hidden layer, so head.num_layers >= 2, got 1")
+        return self
+
+
+class CropsConfig(Section):
+    """Multi-crop geometry: sizes in pixels, scales as a fraction of the image area.
+
+    There are always two global crops.
+    """
+
+    global_size: Count = Field(
+        default=224, description="Side of a global crop in pixels. Source: [C]."
+    )
+    global_scale: Pair = Field(
+        default=(0.4, 1.0), description="Area of a global crop. Source: [C]."
+    )
+    local_size: Count = Field(
+        default=96, description="Side of a local crop in pixels. Source: [C]."
+    )
+    local_scale: Pair = Field(default=(0.05, 0.4), description="Area of a local crop. Source: [C].")
+    num_local: CountOrZero = Field(default=8, description="Local crops per image. Source: [C].")
+
+    @field_validator("global_scale", "local_scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        low, high = scale
+        if not 0 < low < high <= 1:
+            raise ValueError(f"need 0 < low < high <= 1, got {low}, {high}")
+        return scale
+
+
+class AugmentConfig(Section):
+    """What is done to a crop. Source of every value: [C]; [P] takes it from BYOL, appendix B."""
+
+    flip_prob: Fraction = Field(default=0.5, description="Chance of a horizontal flip.")
+    jitter_prob: Fraction = Field(
+        default=0.8, description="Chance of the four colour changes below."
+    )
+    brightness: PositiveOrZero = Field(default=0.4, description="Factor within 1 -+ this.")
+    contrast: PositiveOrZero = Field(default=0.4, description="Factor within 1 -+ this.")
+    saturation: PositiveOrZero = Field(default=0.2, description="Factor within 1 -+ this.")
+    hue: float = Field(
+        default=0.1, ge=0, le=0.5, description="Shift within -+ this, in full turns."
+    )
+    gray_prob: Fraction = Field(default=0.2, description="Chance of dropping the colour.")
+    blur_probs: ThreeFractions = Field(
+        default=(1.0, 0.1, 0.5), description="Chance of a Gaussian blur: global 1, global 2, local."
+    )
+    blur_radius: Pair = Field(
+        default=(0.1, 2.0),
+        description="Standard deviation of the blur in pixels, lowest and highest.",
+    )
+    solarize_probs: ThreeFractions = Field(
+        default=(0.0, 0.2, 0.0), description="Chance of solarizing: global 1, global 2, local."
+    )
+    solarize_threshold: int = Field(
+        default=128, ge=0, le=256, description="8-bit values from here up are inverted."
+    )
+
+    @field_validator("blur_radius")
+    @classmethod
+    def _radius_ordered(cls, radius: tuple[float, float]) -> tuple[float, float]:
+        low, high = radius
+        if not 0 <= low <= high:
+            raise ValueError(f"need 0 <= low <= high, got {low}, {high}")
+        return radius
+
+
+class DinoConfig(Section):
+    """The objective and the teacher: temperatures dimensionless, warm-ups in epochs."""
+
+    student_temp: Positive = Field(default=0.1, description="Softmax temperature. Source: [C].")
+    center_momentum: Fraction = Field(
+        default=0.9, description="Share of the old center kept per step. Source: [C]."
+    )
+    warmup_teacher_temp: Positive = Field(
+        default=0.04, description="Teacher temperature in epoch 0. Source: [C]."
+    )
+    teacher_temp: Positive = Field(
+        default=0.04, description="Teacher temperature after the warm-up. Source: [C]."
+    )
+    warmup_teacher_temp_epochs: CountOrZero = Field(
+        default=0, description="Epochs from the first temperature to the second. Source: [C]."
+    )
+    momentum: Momentum = Field(
+        default=0.996,
+        description="Share of the old teacher kept per step, at the start. Source: [C].",
+    )
+    momentum_end: Momentum = Field(default=1.0, description="The same at the end. Source: [C].")
+    freeze_last_layer_epochs: CountOrZero = Field(
+        default=1, description="Epochs in which the prototypes do not move. Source: [C]."
+    )
+
+
+class OptimConfig(Section):
+    """The optimizer and its schedules."""
+
+    name: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="adamw: betas 0.9, 0.999; sgd: momentum 0.9. Source: [C]."
+    )
+    lr: Positive = Field(
+        default=5e-4, description="Peak learning rate per 256 images of a step. Source: [C]."
+    )
+    min_lr: PositiveOrZero = Field(
+        default=1e-6, description="Final learning rate, not scaled with the batch. Source: [C]."
+    )
+    warmup_epochs: CountOrZero = Field(
+        default=10, description="Epochs of linear warm-up from 0. Source: [C]."
+    )
+    weight_decay: PositiveOrZero = Field(
+        default=0.04, description="Decay at the start. Source: [C]."
+    )
+    weight_decay_end: PositiveOrZero = Field(
+        default=0.4, description="Decay at the end. Source: [C]."
+    )
+    clip_grad: PositiveOrZero = Field(
+        default=3.0, description="Largest L2 norm of a gradient; 0 clips nothing. Source: [C]."
+    )
+    clip_mode: Literal["per_tensor", "global"] = Field(
+        default="per_tensor",
+        description="Whether clip_grad bounds each weight tensor's gradient, as [C] does, or the "
+        "norm over all of them.",
+    )
+
+
+class TrainConfig(Section):
+    """Length of the run and size of a step."""
+
+    epochs: Count = Field(default=100, description="Passes over the images. Source: [C].")
+    batch_size: Count = Field(
+        default=512, description="Images per optimizer step over all ranks. Source: [C], on 8 GPUs."
+    )
+    micro_batch_size: Count = Field(
+        default=64, description="Most images of one rank in one forward pass. Source: [C]."
+    )
+    stop_after_steps: Count | None = Field(
+        default=None,
+        description="Stop after this many optimizer steps; the schedules do not change.",
+    )
+
+
+class DataConfig(Section):
+    """The training images."""
+
+    train: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Images to train on: a folder, shards, or 'synthetic:...'.",
+    )
+    num_workers: CountOrZero = Field(
+        default=8,
+        description="Loader processes per rank, 0 to load in the training process. Source: [D].",
+    )
+    max_bad_fraction: Fraction = Field(
+        default=0.01,
+        description="Unreadable images, as a fraction, above which the run stops. [D].",
+    )
+    mean: ThreeFractions = Field(
+        default=(0.485, 0.456, 0.406),
+        description="Mean of R, G, B in [0, 1] over ImageNet. Source: [C].",
+    )
+    std: ThreePositive = Field(
+        default=(0.229, 0.224, 0.225), description="Their standard deviation. Source: [C]."
+    )
+
+
+class EngineConfig(Section):
+    """How DeepSpeed runs the student. Source: [D]; none of it is part of the recipe."""
+
+    zero_stage: int = Field(
+        default=2,
+        ge=0,
+        le=3,
+        description="What is sharded over ranks: 1 optimizer, 2 + gradients, 3 + weights.",
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Type of weights and activations; the master weights are fp32."
+    )
+    checkpoint_every_k_blocks: CountOrZero = Field(
+        default=0, description="Recompute every k-th block in the backward pass; 1 all, 0 none."
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="Keep the optimizer state in CPU memory."
+    )
+    communication_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Type in which gradients are summed over ranks."
+    )
+
+    @model_validator(mode="after")
+    def _offload_needs_a_shard(self) -> "EngineConfig":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer: needs engine.zero_stage 1, 2 or 3, got 0")
+        return self
+
+
+class EvalConfig(Section):
+    """Online k-NN accuracy on labelled images; off while `train` and `test` are null."""
+
+    train: str | None = Field(
+        default=None, min_length=1, description="Labelled images of the neighbours."
+    )
+    test: str | None = Field(default=None, min_length=1, description="Labelled images to classify.")
+    every_epochs: Count = Field(
+        default=1, description="Epochs between two evaluations. Source: [D]."
+    )
+    resize: Count = Field(
+        default=256, description="Shorter side after resizing, in pixels. Source: [C]."
+    )
+    crop: Count = Field(default=224, description="Side of the centre crop in pixels. Source: [C].")
+    k: Count = Field(default=20, description="Neighbours that vote. Source: [P] section 4.1.")
+    batch_size: Count = Field(
+        default=64, description="Images per rank in one forward pass. Source: [D]."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EvalConfig":
+        if (self.train is None) != (self.test is None):
+            given, other = ("train", "test") if self.test is None else ("test", "train")
+            raise ValueError(f"{other}: missing; eval.{given} is set, and k-NN needs both")
+        if self.resize < self.crop:
+            raise ValueError(
+                f"resize: {self.resize} px is smaller than the {self.crop} px cut from it "
+                "(eval.crop)"
+            )
+        return self
+
+
+class LogConfig(Section):
+    """Where the numbers go. Source: [D]."""
+
+    every_steps: Count = Field(default=10, description="Optimizer steps between two log lines.")
+    wandb: bool = Field(
+        default=True,
+        description="Also log to Weights & Biases; mode from WANDB_MODE, else offline.",
+    )
+    wandb_project: str = Field(default="dinoscale", min_length=1, description="Its project.")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay. Source: [D]."""
+
+    every_epochs: Count = Field(default=1, description="Epochs between two checkpoints.")
+    keep_last: Count = Field(default=2, description="Newest checkpoints that are kept.")
+
+
+class RunConfig(Section):
+    """A whole run; `load_config` makes one from YAML."""
+
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="Seed of weights, order and augmentation. Source: [C].",
+    )
+    run_dir: str = Field(
+        default="runs/dino", min_length=1, description="Folder of everything written."
+    )
+    resume: bool = Field(
+        default=True, description="Go on from the newest checkpoint in run_dir, if there is one."
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    head: HeadConfig = Field(default_factory=HeadConfig)
+    crops: CropsConfig = Field(default_factory=CropsConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    dino: DinoConfig = Field(default_factory=DinoConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of the warm-up: linear in the batch size ([P] section 3.2)."""
+        return self.optim.lr * self.train.batch_size / 256
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RunConfig":
+        mistakes = [*self._size_mistakes(), *self._length_mistakes()]
+        if self.optim.min_lr > self.peak_lr * (1 + 1e-9):  # 1e-9: equal up to rounding is equal
+            mistakes.append(
+                f"optim.min_lr: {self.optim.min_lr} is above the peak learning rate "
+                f"{self.peak_lr:.4g} (optim.lr x train.batch_size / 256)"
+            )
+        if self.model.backbone == RESNET50 and self.engine.checkpoint_every_k_blocks:
+            mistakes.append(
+                f"engine.checkpoint_every_k_blocks: {RESNET50} has no transformer blocks, "
+                f"need 0, got {self.engine.checkpoint_every_k_blocks}"
+            )
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    def _size_mistakes(self) -> list[str]:
+        """Sizes in pixels that are not whole patches."""
+        patch = self.model.effective_patch_size
+        if patch is None:
+            return []
+        sizes = {"crops.global_size": self.crops.global_size, "eval.crop": self.eval.crop}
+        if self.crops.num_local:
+            sizes["crops.local_size"] = self.crops.local_size
+        return [
+            f"{key}: {size} px is not a multiple of the patch size {patch} px; "
+            f"nearest: {_nearest_multiples(size, patch)}"
+            for key, size in sizes.items()
+            if size % patch
+        ]
+
+    def _length_mistakes(self) -> list[str]:
+        """Phases that last longer than the run."""
+        phases = {
+            "optim.warmup_epochs": self.optim.warmup_epochs,
+            "dino.warmup_teacher_temp_epochs": self.dino.warmup_teacher_temp_epochs,
+            "dino.freeze_last_layer_epochs": self.dino.freeze_last_layer_epochs,
+        }
+        return [
+            f"{key}: {epochs} epochs do not fit in a run of {self.train.epochs} (train.epochs)"
+            for key, epochs in phases.items()
+            if epochs > self.train.epochs
+        ]
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return " or ".join(str(size) for size in (below, below + unit) if size)
