@@ -1,6 +1,16 @@
 """Configuration of a run: what it may say, how it is read, and what it means for N ranks."""
 
 from dinoscale.config.load import dump_config, list_presets, load_config, parse_config
+from dinoscale.config.resolve import (
+    BatchSplit,
+    ParameterCounts,
+    RunPlan,
+    count_parameters,
+    describe,
+    describe_text,
+    resolve,
+    split_batch,
+)
 from dinoscale.config.schema import (
     AugmentConfig,
     CheckpointConfig,
@@ -19,6 +29,7 @@ from dinoscale.config.schema import (
 
 __all__ = [
     "AugmentConfig",
+    "BatchSplit",
     "CheckpointConfig",
     "CropsConfig",
     "DataConfig",
@@ -29,10 +40,17 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParameterCounts",
     "RunConfig",
+    "RunPlan",
     "TrainConfig",
+    "count_parameters",
+    "describe",
+    "describe_text",
     "dump_config",
     "list_presets",
     "load_config",
     "parse_config",
+    "resolve",
+    "split_batch",
 ]

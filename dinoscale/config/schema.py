@@ -156,7 +156,7 @@ class CropsConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What is done to a crop. Source of every value: [C]; [P] takes it from BYOL, appendix B."""
+    """What is done to a crop. Source of every value: [C], after BYOL ([P] section 3.2)."""
 
     flip_prob: Fraction = Field(default=0.5, description="Chance of a horizontal flip.")
     jitter_prob: Fraction = Field(
@@ -333,7 +333,7 @@ class EvalConfig(Section):
         default=256, description="Shorter side after resizing, in pixels. Source: [C]."
     )
     crop: Count = Field(default=224, description="Side of the centre crop in pixels. Source: [C].")
-    k: Count = Field(default=20, description="Neighbours that vote. Source: [P] section 4.1.")
+    k: Count = Field(default=20, description="Neighbours that vote. Source: [P] section 3.2.")
     batch_size: Count = Field(
         default=64, description="Images per rank in one forward pass. Source: [D]."
     )

@@ -1,0 +1,263 @@
+"""What a configuration means for a number of ranks and images: batch split, steps, learning rate.
+
+An epoch drops the images that do not fill a last batch, as in Caron et al. 2021
+(arXiv:2104.14294). Recipes count epochs, the trainer counts optimizer steps; the change from one
+to the other happens here and nowhere else.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+from dinoscale.config.backbones import (
+    RESNET50,
+    RESNET50_EMBED_DIM,
+    RESNET50_PARAMETERS,
+    named_vit_size,
+    num_head_parameters,
+    num_vit_parameters,
+)
+from dinoscale.config.load import dump_config
+from dinoscale.config.schema import ModelConfig, RunConfig, TrainConfig
+from dinoscale.errors import ConfigError
+
+_NO_PLAN = "none: the number of images or ranks is not known"
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """One optimizer step over the ranks, in images (not crops).
+
+    images_per_rank = micro_batch_size x accumulation_steps, batch_size = images_per_rank x ranks.
+
+    Attributes:
+        images_per_rank: images of one rank in one optimizer step.
+        micro_batch_size: images of one rank in one forward and backward pass.
+        accumulation_steps: such passes per optimizer step.
+    """
+
+    images_per_rank: int
+    micro_batch_size: int
+    accumulation_steps: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The run in optimizer steps, for a known number of ranks and images.
+
+    Attributes:
+        world_size: number of ranks.
+        batch_size: images per optimizer step over all ranks.
+        images_per_rank: images of one rank in one optimizer step.
+        micro_batch_size: images of one rank in one forward and backward pass.
+        accumulation_steps: such passes per optimizer step.
+        num_images: images in the training set.
+        steps_per_epoch: optimizer steps per epoch.
+        total_steps: optimizer steps that the schedules span.
+        stop_step: optimizer steps after which the run ends, at most total_steps.
+        warmup_steps: optimizer steps of learning-rate warm-up.
+        freeze_last_layer_steps: optimizer steps in which the prototypes do not move.
+        peak_lr: learning rate after the warm-up, scaled with the batch.
+        min_lr: learning rate at the end, not scaled.
+    """
+
+    world_size: int
+    batch_size: int
+    images_per_rank: int
+    micro_batch_size: int
+    accumulation_steps: int
+    num_images: int
+    steps_per_epoch: int
+    total_steps: int
+    stop_step: int
+    warmup_steps: int
+    freeze_last_layer_steps: int
+    peak_lr: float
+    min_lr: float
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Scalars in the weights of one network; None where the model has to be built to know.
+
+    Attributes:
+        backbone: without a classifier.
+        head: with the prototypes and their lengths.
+    """
+
+    backbone: int | None
+    head: int | None
+
+
+def resolve(config: RunConfig, *, world_size: int, num_images: int) -> RunPlan:
+    """Work out the run for a number of ranks and images.
+
+    Args:
+        config: the configuration.
+        world_size: number of ranks, at least 1.
+        num_images: images in the training set.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: the batch cannot be split over the ranks, or there is less than one batch.
+    """
+    split = split_batch(config.train, world_size=world_size)
+    batch_size = config.train.batch_size
+    steps_per_epoch = num_images // batch_size
+    if steps_per_epoch == 0:
+        raise ConfigError(_too_few_images(num_images, batch_size, world_size))
+    total_steps = config.train.epochs * steps_per_epoch
+    stop_after = config.train.stop_after_steps
+    return RunPlan(
+        world_size=world_size,
+        batch_size=batch_size,
+        images_per_rank=split.images_per_rank,
+        micro_batch_size=split.micro_batch_size,
+        accumulation_steps=split.accumulation_steps,
+        num_images=num_images,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        stop_step=total_steps if stop_after is None else min(stop_after, total_steps),
+        warmup_steps=config.optim.warmup_epochs * steps_per_epoch,
+        freeze_last_layer_steps=config.dino.freeze_last_layer_epochs * steps_per_epoch,
+        peak_lr=config.peak_lr,
+        min_lr=config.optim.min_lr,
+    )
+
+
+def _too_few_images(num_images: int, batch_size: int, world_size: int) -> str:
+    if num_images == 0:
+        return "data.train: has no images"
+    largest = num_images // world_size * world_size
+    remedy = f"lower train.batch_size to {largest} or less" if largest else "use fewer ranks"
+    return (
+        f"data.train: {num_images} images do not fill one batch of {batch_size} "
+        f"(train.batch_size); {remedy}, or add images"
+    )
+
+
+def split_batch(train: TrainConfig, *, world_size: int) -> BatchSplit:
+    """Split the batch of a step over the ranks, and a rank's share into equal passes.
+
+    Args:
+        train: batch_size and micro_batch_size.
+        world_size: number of ranks, at least 1.
+
+    Returns:
+        The split, with the micro-batch no larger than the rank's share.
+
+    Raises:
+        ConfigError: one of the two divisions leaves a rest; the message names the nearest sizes
+            that leave none.
+        ValueError: world_size is not positive.
+    """
+    if world_size < 1:
+        raise ValueError(f"need world_size >= 1, got {world_size}")
+    share, rest = divmod(train.batch_size, world_size)
+    if rest:
+        nearest = [share * world_size, (share + 1) * world_size]
+        raise ConfigError(
+            f"train.batch_size: {train.batch_size} images cannot be shared equally by "
+            f"{world_size} ranks; nearest that can: {_either(nearest)}"
+        )
+    micro = min(train.micro_batch_size, share)
+    if share % micro:
+        raise ConfigError(
+            f"train.micro_batch_size: {micro} does not divide the {share} images per rank "
+            f"({train.batch_size} images / {world_size} ranks); "
+            f"nearest that do: {_either(_nearest_divisors(share, micro))}"
+        )
+    return BatchSplit(share, micro, share // micro)
+
+
+def _nearest_divisors(value: int, near: int) -> list[int]:
+    divisors = [size for size in range(1, value + 1) if value % size == 0]
+    return [max(d for d in divisors if d < near), min(d for d in divisors if d > near)]
+
+
+def _either(sizes: list[int]) -> str:
+    return " or ".join(str(size) for size in sizes if size)
+
+
+def count_parameters(config: RunConfig) -> ParameterCounts:
+    """Count the student's weights without building it.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        The counts of backbone and head; the teacher has as many.
+    """
+    head, model = config.head, config.model
+    embed_dim = _embed_dim(model)
+    if embed_dim is None:
+        return ParameterCounts(None, None)
+    return ParameterCounts(
+        backbone=_num_backbone_parameters(config),
+        head=num_head_parameters(
+            in_dim=embed_dim,
+            num_prototypes=head.num_prototypes,
+            hidden_dim=head.hidden_dim,
+            bottleneck_dim=head.bottleneck_dim,
+            num_layers=head.num_layers,
+            batch_norm=head.batch_norm,
+        ),
+    )
+
+
+def _embed_dim(model: ModelConfig) -> int | None:
+    if model.backbone == RESNET50:
+        return RESNET50_EMBED_DIM
+    named = named_vit_size(model.backbone)
+    return model.embed_dim or (named.embed_dim if named else None)
+
+
+def _num_backbone_parameters(config: RunConfig) -> int | None:
+    model = config.model
+    if model.backbone == RESNET50:
+        return RESNET50_PARAMETERS
+    named, patch_size = named_vit_size(model.backbone), model.effective_patch_size
+    if named is None or patch_size is None:
+        return None
+    return num_vit_parameters(
+        img_size=config.crops.global_size,
+        patch_size=patch_size,
+        embed_dim=model.embed_dim or named.embed_dim,
+        depth=model.depth or named.depth,
+    )
+
+
+def describe(config: RunConfig, plan: RunPlan | None) -> dict[str, object]:
+    """Return everything known about a run before it starts, ready for JSON.
+
+    Args:
+        config: the configuration.
+        plan: its plan, or None while the number of images is unknown.
+
+    Returns:
+        `config` (sections by key), `plan` (numbers by name, or None) and `parameters` (scalars in
+        `backbone` and `head` of the student, each None if unknown).
+    """
+    return {
+        "config": config.model_dump(mode="json"),
+        "plan": None if plan is None else asdict(plan),
+        "parameters": asdict(count_parameters(config)),
+    }
+
+
+def describe_text(config: RunConfig, plan: RunPlan | None) -> str:
+    """Return the same for people: the configuration as YAML, the rest as comments under it.
+
+    The text is itself a configuration that `load_config` reads.
+    """
+    counts = count_parameters(config)
+    lines = [f"# parameters.{name}: {_or_unknown(count)}" for name, count in asdict(counts).items()]
+    if plan is None:
+        lines.append(f"# plan: {_NO_PLAN}")
+    else:
+        lines += [f"# plan.{item.name}: {getattr(plan, item.name)}" for item in fields(plan)]
+    return dump_config(config) + "\n".join(lines) + "\n"
+
+
+def _or_unknown(count: int | None) -> str:
+    return "not known before the model is built" if count is None else f"{count:,}"
