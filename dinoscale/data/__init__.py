@@ -1,1 +1,1 @@
-"""Images to batches: sources, augmentation, loading."""
+"""From a path to batches of crops: sources, decoding, order, augmentation, loading."""

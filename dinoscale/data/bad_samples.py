@@ -1,0 +1,139 @@
+"""The list of images that cannot be read, and the decision when there are too many of them."""
+
+import json
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dinoscale.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_ENOUGH_TO_JUDGE = 10  # unreadable images before a rate is taken from a running count
+_STANDARD_ERRORS = 3  # how far above the limit a running count must lie to be no accident
+_EXAMPLES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One unreadable image and what was read in its place.
+
+    Attributes:
+        path: of the unreadable image.
+        error: one line.
+        sample_id: its number in the source.
+        replaced_by: number of the image that was used instead.
+        epoch: in which it was met, from 0.
+    """
+
+    path: str
+    error: str
+    sample_id: int
+    replaced_by: int
+    epoch: int
+
+
+class BadSampleLog:
+    """`bad_samples.jsonl`: one line for each unreadable file, over all resumes of a run.
+
+    Counts are of this process only: files repaired between two starts are not held against the
+    second one.
+
+    Args:
+        path: the file; made when the first sample is added, continued where it exists.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._listed = _listed_paths(path)
+        self._met: dict[str, str] = {}  # path -> error, since this log was opened
+        self._num_occurrences = 0
+
+    @property
+    def num_occurrences(self) -> int:
+        """How often an unreadable image was met since this log was opened."""
+        return self._num_occurrences
+
+    @property
+    def num_files(self) -> int:
+        """How many different files those were."""
+        return len(self._met)
+
+    def add(self, samples: Iterable[BadSample]) -> None:
+        """Count the samples and append those files that are not listed yet."""
+        lines = []
+        for sample in samples:
+            self._num_occurrences += 1
+            self._met.setdefault(sample.path, sample.error)
+            if sample.path not in self._listed:
+                self._listed.add(sample.path)
+                lines.append(json.dumps(asdict(sample)) + "\n")
+                log.warning("unreadable image %s: %s", sample.path, sample.error)
+        if lines:
+            _append(self._path, "".join(lines))
+
+    def check(self, *, max_fraction: float, seen: int, num_images: int) -> None:
+        """Stop the run when too many images are unreadable.
+
+        Two tests: the different files met against all images of the source, which is exact; and,
+        to stop early on a large source, the occurrences against the images drawn, from ten on and
+        only three standard errors above the limit, so that one early bad file stops nothing.
+
+        Args:
+            max_fraction: allowed fraction of unreadable images; 0 allows none.
+            seen: images drawn over all ranks since this log was opened.
+            num_images: images of the source.
+
+        Raises:
+            DataError: there are too many.
+        """
+        expected = max_fraction * seen
+        bound = max(expected + _STANDARD_ERRORS * math.sqrt(expected), _ENOUGH_TO_JUDGE - 1)
+        too_many_files = self.num_files > max_fraction * num_images and (
+            self.num_files >= min(_ENOUGH_TO_JUDGE, num_images) or seen >= num_images
+        )
+        if max_fraction == 0:
+            too_many_files = self.num_files > 0
+        if too_many_files or self._num_occurrences > bound:
+            raise DataError(self._complaint(max_fraction=max_fraction, seen=seen))
+
+    def _complaint(self, *, max_fraction: float, seen: int) -> str:
+        shown = list(self._met.items())[:_EXAMPLES_SHOWN]
+        examples = "".join(f"\n  {path}: {error}" for path, error in shown)
+        more = f"\n  and {self.num_files - len(shown)} more" if self.num_files > len(shown) else ""
+        return (
+            f"too many unreadable images: {self._num_occurrences} of {seen} drawn "
+            f"({self.num_files} different files), more than data.max_bad_fraction="
+            f"{max_fraction:g} allows:{examples}{more}\n"
+            f"All are listed in {self._path}. Repair or remove them, or raise "
+            "data.max_bad_fraction."
+        )
+
+
+def _listed_paths(path: Path) -> set[str]:
+    """Files already listed; a line cut off by a crash is passed over."""
+    if not path.exists():
+        return set()
+    return {_listed_path(line) for line in path.read_text(encoding="utf-8").splitlines()}
+
+
+def _listed_path(line: str) -> str:
+    """Path in a line; empty for a damaged one, which is the name of no file."""
+    try:
+        return str(json.loads(line)["path"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _append(path: Path, text: str) -> None:
+    """Append whole lines, also behind a last line that a crash left without its end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        end = file.seek(0, 2)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        file.write(text.encode("utf-8"))

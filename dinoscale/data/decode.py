@@ -1,0 +1,170 @@
+"""Bytes of an image file to an upright 8-bit RGB picture, or a one-line reason why not.
+
+Pillow decodes; this module decides what the pixels of unusual files mean (16-bit, float, rotated
+by EXIF, several frames) and turns every way a decoder can fail into `BadSampleError`.
+"""
+
+import io
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from dinoscale.errors import DataError
+
+_TIFF_BITS_PER_SAMPLE = 258  # TIFF 6.0 specification, tag number
+_EXIF_ORIENTATION = 0x0112  # Exif 2.3, tag number; values 1 to 8
+
+# Exif 2.3 table 6: what to do with the stored rows and columns to see the picture upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What a file that no decoder knows most often is: (bytes at the start, what to tell the user).
+_NOT_IMAGES = (
+    (b"version https://git-lfs", "a Git LFS pointer in place of the picture, run `git lfs pull`"),
+    (b"\x00\x05\x16\x07", "an AppleDouble file of macOS, not a picture"),
+    (b"<!doctype html", "an HTML page, not a picture"),
+    (b"<html", "an HTML page, not a picture"),
+    (b"<?xml", "an XML or SVG document, not a bitmap picture"),
+    (b"<svg", "an SVG drawing, not a bitmap picture"),
+)
+
+
+class BadSampleError(DataError):
+    """One image cannot be read; the run may go on without it.
+
+    Attributes:
+        path: the file, or `shard.tar::member`.
+        reason: one line.
+    """
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)  # both, so that it survives pickling between processes
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def decode_image(data: bytes, path: str) -> Image.Image:
+    """Decode the first frame of an image file completely.
+
+    Alpha is dropped, as the reference does. Integer and float pixels beyond 8 bit are scaled
+    (`_to_8bit`). Differs: the EXIF orientation is applied; the reference loads rotated
+    photographs lying on their side.
+
+    Args:
+        data: the whole file.
+        path: its name, for the error only.
+
+    Returns:
+        Picture of mode RGB, at least 1 x 1, without file or metadata attached.
+
+    Raises:
+        BadSampleError: truncated, damaged, too large (more than twice Pillow's
+            `MAX_IMAGE_PIXELS`), or not an image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # size, bad EXIF, odd palettes: it decodes or it fails
+            return _decode(data)
+    except Exception as error:  # decoders raise anything: struct.error, SyntaxError, MemoryError
+        raise BadSampleError(path, _reason(error, data)) from None
+
+
+def _decode(data: bytes) -> Image.Image:
+    """Open, load, convert, rotate; raises whatever Pillow raises."""
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.load()
+        if min(opened.size) < 1:
+            raise ValueError(f"the picture is {opened.width} x {opened.height} pixels")
+        turn = _UPRIGHT.get(_orientation(opened))
+        image = _to_rgb(opened)
+        if turn is not None:
+            image = image.transpose(turn)
+        image.info.clear()
+        return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 where there is none; damaged metadata does not spoil the picture."""
+    try:
+        # Pillow has already turned TIFF files upright and then lists no orientation.
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # any byte of the metadata may be wrong
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image.copy()  # detached from the file
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_to_8bit(image)).convert("RGB")
+    if image.mode == "La":
+        return image.convert("LA").convert("RGB")
+    if image.mode == "RGBa":
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8bit(image: Image.Image) -> NDArray[np.uint8]:
+    """Scale integer or float pixels to 0..255.
+
+    16-bit files keep their absolute brightness (a dark scan stays dark). 32-bit integers do too
+    where they lie in the range of 8 or 16 bit, and floats in [0, 1] or [0, 255]; for all others
+    the scale is unknown and the darkest and brightest pixel become 0 and 255.
+    """
+    pixels = np.asarray(image).astype(np.float64)  # (H, W)
+    finite = np.isfinite(pixels)
+    if not finite.any():
+        raise ValueError("every pixel is NaN or infinite")
+    low, high = float(pixels[finite].min()), float(pixels[finite].max())
+    pixels = np.nan_to_num(pixels, nan=low, posinf=high, neginf=low)
+    black, white = _range_of(image, low, high)
+    scaled = (pixels - black) * (255.0 / (white - black))
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def _range_of(image: Image.Image, low: float, high: float) -> tuple[float, float]:
+    """The pixel values that mean black and white."""
+    if image.mode.startswith("I;16"):
+        return 0.0, 2.0 ** _bits_per_sample(image) - 1
+    if image.mode == "I" and low >= 0 and image.format in {"PNG", "PPM"}:
+        return 0.0, 65535.0  # Pillow scales PGM files of any depth above 8 bit to 16 bit
+    common_whites = (1.0, 255.0) if image.mode == "F" else (255.0, 65535.0)
+    for white in common_whites:
+        if low >= 0 and high <= white:
+            return 0.0, white
+    return low, high if high > low else low + 1.0  # a constant picture turns black
+
+
+def _bits_per_sample(image: Image.Image) -> int:
+    """12 for twelve-bit TIFF files, which Pillow widens to 16 bit without scaling."""
+    bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS_PER_SAMPLE, 16)
+    depth = bits[0] if isinstance(bits, tuple) else bits
+    return depth if isinstance(depth, int) and 8 < depth <= 16 else 16
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """One line without addresses of objects, the same for the same file on every run."""
+    if not data:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        start = data[:64].lstrip().lower()
+        for magic, meaning in _NOT_IMAGES:
+            if start.startswith(magic):
+                return meaning
+        if data[4:8] == b"ftyp":
+            return "a HEIF/HEIC or video file, which this Pillow cannot decode"
+        return "not an image, or damaged in its first bytes, or in a format unknown to Pillow"
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"

@@ -1,0 +1,348 @@
+"""Micro-batches of crops for one rank, decoded and augmented in worker processes.
+
+Shape letters: B images per micro-batch, n local crops, C = 3 channels.
+"""
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dinoscale.data.augment import MultiCrop, eval_transform
+from dinoscale.data.bad_samples import BadSample
+from dinoscale.data.decode import BadSampleError
+from dinoscale.data.sampler import StepSampler
+from dinoscale.data.seeding import Stream, generator
+from dinoscale.data.sources import Source
+from dinoscale.errors import DataError, DinoscaleError
+
+log = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 10  # images tried for one place in a batch before the source counts as broken
+_PREFETCH = 2  # batches that each worker prepares ahead
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Crops of the images that one rank takes in one forward.
+
+    Attributes:
+        global_crops: uint8 (2, B, C, H, W).
+        local_crops: uint8 (n, B, C, h, w).
+        sample_ids: int64 (B,), the images as ordered by the sampler.
+        bad: images that could not be read; others stand in their places.
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor
+    sample_ids: Tensor
+    bad: list[BadSample]
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory (called by the DataLoader)."""
+        return Batch(
+            self.global_crops.pin_memory(),
+            self.local_crops.pin_memory(),
+            self.sample_ids.pin_memory(),
+            self.bad,
+        )
+
+
+def train_batches(
+    source: Source,
+    multi_crop: MultiCrop,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    stop_step: int,
+    num_workers: int,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Yield the micro-batches of one rank from `start_step` up to but without `stop_step`.
+
+    batch_size / (micro_batch_size * world_size) of them make one step. The images of a step and
+    their crops are a function of (source, batch_size, seed, step): workers, ranks, accumulation
+    and the first step change nothing. An unreadable image is replaced by one drawn from
+    (seed, epoch, image, attempt) and cropped as the image itself would have been. The workers
+    start at the call, not at the first batch, and serve the whole run.
+
+    Args:
+        source: the images.
+        multi_crop: the augmentation.
+        batch_size: images of one optimizer step over all ranks.
+        micro_batch_size: B, images of this rank in one forward.
+        seed: of order and augmentation, >= 0.
+        rank: of this process.
+        world_size: number of ranks.
+        start_step: first optimizer step, >= 0.
+        stop_step: end of the run, exclusive.
+        num_workers: worker processes; 0 decodes in this process.
+        pin_memory: hand out page-locked memory.
+
+    Raises:
+        DataError: ten images in a row are unreadable, or a worker failed.
+        ValueError: the numbers do not fit together (see `StepSampler`).
+    """
+    sampler = StepSampler(
+        num_images=len(source),
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        world_size=world_size,
+        seed=seed,
+    )
+    crops = _TrainCrops(source, multi_crop, seed=seed)
+    requests = _Requests(sampler, rank=rank, start_step=start_step, stop_step=stop_step)
+    return _run(crops, requests, num_workers=num_workers, pin_memory=pin_memory)
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """The images of one micro-batch."""
+
+    epoch: int
+    sample_ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error of a worker, sent back as a value: torch would wrap it in a printed traceback."""
+
+    message: str
+
+
+class _Requests:
+    """Micro-batches in the order in which one rank takes them."""
+
+    def __init__(self, sampler: StepSampler, *, rank: int, start_step: int, stop_step: int):
+        if not 0 <= start_step <= stop_step:
+            raise ValueError(f"need 0 <= start_step <= stop_step, got {start_step}, {stop_step}")
+        self._sampler = sampler
+        self._rank = rank
+        self._steps = range(start_step, stop_step)
+
+    def __iter__(self) -> Iterator[_Request]:
+        for step in self._steps:
+            for micro_batch in range(self._sampler.accumulation_steps):
+                ids = self._sampler.micro_batch_ids(step, micro_batch=micro_batch, rank=self._rank)
+                yield _Request(self._sampler.epoch(step), ids)
+
+
+class _TrainCrops(Dataset[Batch | _Failure]):
+    """Request -> Batch; runs in the workers."""
+
+    def __init__(self, source: Source, multi_crop: MultiCrop, *, seed: int):
+        self._source = source
+        self._multi_crop = multi_crop
+        self._seed = seed
+
+    def __getitem__(self, request: _Request) -> Batch | _Failure:
+        try:
+            return self._batch(request)
+        except Exception as error:
+            return _failure(error)
+
+    def _batch(self, request: _Request) -> Batch:
+        global_crops, local_crops = [], []
+        bad: list[BadSample] = []
+        for sample in request.sample_ids.tolist():
+            image = self._readable(sample, request.epoch, bad)
+            crops = self._multi_crop(image, seed=self._seed, epoch=request.epoch, sample=sample)
+            global_crops.append(crops[0])
+            local_crops.append(crops[1])
+        return Batch(
+            torch.from_numpy(np.stack(global_crops, axis=1)),
+            torch.from_numpy(np.stack(local_crops, axis=1)),
+            torch.from_numpy(request.sample_ids),
+            bad,
+        )
+
+    def _readable(self, sample: int, epoch: int, bad: list[BadSample]) -> Image.Image:
+        """The image itself, or the first readable one of its replacements."""
+        failed: list[tuple[int, BadSampleError]] = []
+        for attempt in range(_MAX_ATTEMPTS):
+            candidate = sample
+            if attempt:
+                rng = generator(self._seed, Stream.REPLACEMENT, epoch, sample, attempt)
+                candidate = int(rng.integers(len(self._source)))
+            try:
+                image = self._source.image(candidate)
+            except BadSampleError as error:
+                failed.append((candidate, error))
+            else:
+                bad += [BadSample(e.path, e.reason, i, candidate, epoch) for i, e in failed]
+                return image
+        examples = "".join(f"\n  {error}" for _, error in failed[:3])
+        raise DataError(
+            f"{_MAX_ATTEMPTS} images in a row are unreadable:{examples}\n"
+            "Check the folder or shards and the disk they lie on."
+        )
+
+
+def _failure(error: Exception) -> _Failure:
+    log.debug("the input pipeline failed", exc_info=error)
+    if isinstance(error, DinoscaleError):
+        return _Failure(str(error))
+    return _Failure(f"the input pipeline failed: {type(error).__name__}: {error}")
+
+
+def eval_batches(
+    source: Source,
+    *,
+    resize: int,
+    crop: int,
+    batch_size: int,
+    num_workers: int,
+    ids: NDArray[np.int64] | None = None,
+    pin_memory: bool = False,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield all readable images of a source in order, prepared for evaluation.
+
+    Args:
+        source: the images.
+        resize: short side after resizing, in pixels.
+        crop: side of the centre crop, in pixels.
+        batch_size: images of one batch, >= 1; batches are smaller where images are unreadable.
+        num_workers: worker processes; 0 decodes in this process.
+        ids: numbers of the images to take, e.g. the share of a rank; None takes all.
+        pin_memory: hand out page-locked memory.
+
+    Yields:
+        Images uint8 (N, C, crop, crop), labels int64 (N,) (-1 where unknown), numbers int64 (N,).
+
+    Raises:
+        DataError: a worker failed.
+    """
+    ids = np.arange(len(source), dtype=np.int64) if ids is None else ids
+    if batch_size < 1:
+        raise ValueError(f"need batch_size >= 1, got {batch_size}")
+    requests = [ids[first : first + batch_size] for first in range(0, len(ids), batch_size)]
+    images = _EvalImages(source, resize=resize, crop=crop)
+    labels = source.labels
+    num_bad = 0
+    for batch in _run(images, requests, num_workers=num_workers, pin_memory=pin_memory):
+        for error in batch.bad:
+            log.warning("left out an unreadable image: %s", error)
+        num_bad += len(batch.bad)
+        if len(batch.ids):
+            numbers = batch.ids.numpy()
+            known = np.full(len(numbers), -1) if labels is None else labels[numbers]
+            yield batch.images, torch.from_numpy(known.astype(np.int64)), batch.ids
+    if num_bad:
+        log.warning("left out %d of %d images as unreadable", num_bad, len(ids))
+
+
+@dataclass(frozen=True, eq=False)
+class _EvalBatch:
+    """Readable images (N, C, crop, crop), their numbers (N,), and the errors of the others."""
+
+    images: Tensor
+    ids: Tensor
+    bad: list[str]
+
+    def pin_memory(self) -> "_EvalBatch":
+        return _EvalBatch(self.images.pin_memory(), self.ids, self.bad)
+
+
+class _EvalImages(Dataset[_EvalBatch | _Failure]):
+    """Numbers of images -> _EvalBatch; runs in the workers."""
+
+    def __init__(self, source: Source, *, resize: int, crop: int):
+        self._source = source
+        self._resize = resize
+        self._crop = crop
+
+    def __getitem__(self, ids: NDArray[np.int64]) -> _EvalBatch | _Failure:
+        try:
+            return self._batch(ids)
+        except Exception as error:
+            return _failure(error)
+
+    def _batch(self, ids: NDArray[np.int64]) -> _EvalBatch:
+        images = np.empty((len(ids), 3, self._crop, self._crop), dtype=np.uint8)
+        readable: list[int] = []
+        bad: list[str] = []
+        for number in ids.tolist():
+            try:
+                image = self._source.image(number)
+            except BadSampleError as error:
+                bad.append(str(error))
+                continue
+            images[len(readable)] = eval_transform(image, resize=self._resize, crop=self._crop)
+            readable.append(number)
+        kept = torch.from_numpy(images[: len(readable)])
+        return _EvalBatch(kept, torch.tensor(readable, dtype=torch.int64), bad)
+
+
+def _run(
+    dataset: Dataset[T | _Failure],
+    requests: Iterable[object],
+    *,
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[T]:
+    """Answer the requests in their order, with one set of workers for all of them."""
+    loader: DataLoader[T | _Failure] = DataLoader(
+        dataset,
+        sampler=requests,
+        batch_size=None,  # a request is a whole batch
+        collate_fn=_unchanged,
+        num_workers=num_workers,
+        prefetch_factor=_PREFETCH if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+    )
+    with warnings.catch_warnings():  # more workers than cores: the caller knows both numbers
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        return _results(iter(loader))
+
+
+def _results(answers: Iterator[T | _Failure]) -> Iterator[T]:
+    try:
+        while True:
+            try:
+                answer = next(answers)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                raise DataError(_worker_died(error)) from error
+            if isinstance(answer, _Failure):
+                raise DataError(answer.message)
+            yield answer
+    finally:
+        del answers  # ends the workers now, even while a traceback holds this frame
+
+
+def _worker_died(error: Exception) -> str:
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"a data loading worker ended unexpectedly ({first}). Usually memory ran out: lower "
+        "data.num_workers, or give a container more shared memory (docker: --shm-size)."
+    )
+
+
+def _unchanged(batch: T) -> T:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """One thread a worker; Ctrl-C is the main process's, which then ends the workers."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the trainer's handler
+    log.debug("data worker %d is process %d", worker, os.getpid())

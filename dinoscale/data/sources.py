@@ -1,0 +1,146 @@
+"""Where images come from: a folder, tar shards or generated pictures, behind one Protocol."""
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from braceexpand import braceexpand
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinoscale.data.folder import FolderSource, list_folder
+from dinoscale.data.shards import TarSource
+from dinoscale.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_REMOTE = re.compile(r"(https?|s3|gs|gcs|hf|hdfs|abfss?|az|ftp|pipe|file):", re.IGNORECASE)
+_COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+class Source(Protocol):
+    """N images in a fixed order, picklable to worker processes."""
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def path(self, index: int) -> str:
+        """Where the image is, for messages."""
+        ...
+
+    def image(self, index: int) -> Image.Image:
+        """RGB picture; raises BadSampleError where it cannot be decoded."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class numbers (N,), -1 where unknown, or None without any."""
+        ...
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Name of each class number, or None."""
+        ...
+
+
+def open_source(spec: str) -> Source:
+    """Open what a data key of the config names; files are listed now, images read later.
+
+    Args:
+        spec: a folder of images (flat, nested or one subfolder a class), a folder of .tar shards,
+            a .tar, a brace pattern (`/data/train-{000..007}.tar`), a glob (`/data/*.tar`), or
+            `synthetic:...`. A comma has no meaning of its own.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, or it holds no images.
+    """
+    if spec.startswith("synthetic:"):
+        from dinoscale.data.synthetic import parse_synthetic  # only where asked for
+
+        return parse_synthetic(spec)
+    if not spec.strip():
+        raise DataError("the path of the images is empty. Name a folder or .tar shards.")
+    if _REMOTE.match(spec):
+        raise DataError(
+            f"{spec}: reading over the network is not supported yet. Copy the images or shards to "
+            "a local or mounted disk."
+        )
+    path = os.path.expanduser(spec)
+    if os.path.isdir(path):
+        return _open_folder(path)
+    if os.path.exists(path):
+        return _open_shards(spec, [path])
+    return _open_shards(spec, _expand(path))
+
+
+def _open_folder(path: str) -> Source:
+    """A folder of shards holds .tar files and no file that may be an image."""
+    listing = list_folder(path)
+    if listing.images:
+        return FolderSource(path, listing)
+    shards = [name for name in listing.others if name.lower().endswith(".tar")]
+    compressed = [name for name in listing.others if name.lower().endswith(_COMPRESSED_TAR)]
+    if not shards and not compressed:
+        return FolderSource(path, listing)  # says what it holds instead
+    if shards and compressed:
+        log.warning(
+            "%s: left out %d compressed shards, e.g. %s", path, len(compressed), compressed[0]
+        )
+    log.info("%s holds no images but %d .tar shards: reading those", path, len(shards))
+    return TarSource([os.path.join(path, name) for name in shards or compressed])
+
+
+def _open_shards(spec: str, paths: Sequence[str]) -> Source:
+    for path in paths:
+        if os.path.isdir(path) or not path.lower().endswith((".tar", *_COMPRESSED_TAR)):
+            raise DataError(
+                f"{path} is not a .tar shard{_named_by(spec, path)}. Name a folder of images, or "
+                "tar shards by their names, a brace pattern or a glob."
+            )
+    return TarSource(paths)
+
+
+def _named_by(spec: str, path: str) -> str:
+    return "" if path == spec else f" (named by {spec})"
+
+
+def _expand(spec: str) -> list[str]:
+    """Files that a brace pattern or glob names; all of them must be there."""
+    try:
+        patterns = list(braceexpand(spec, escape=False))
+    except ValueError as error:
+        raise DataError(f"{spec}: not a brace pattern ({error}).") from None
+    paths: list[str] = []
+    missing: list[str] = []
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern, recursive=True), key=os.fsencode)
+        if os.path.exists(pattern):  # a name with brackets in it
+            found = [pattern]
+        paths += found
+        if not found:
+            missing.append(pattern)
+    if missing:
+        raise DataError(_nothing_there(spec, missing, num_patterns=len(patterns)))
+    return paths
+
+
+def _nothing_there(spec: str, missing: Sequence[str], *, num_patterns: int) -> str:
+    if num_patterns > 1:
+        return (
+            f"{spec}: {len(missing)} of {num_patterns} shards are not there, the first is "
+            f"{missing[0]}. Correct the pattern or bring the shards."
+        )
+    if glob.has_magic(missing[0]):
+        return f"{spec}: no file matches this pattern. Correct it or name a folder of images."
+    parent = os.path.abspath(missing[0])
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    return (
+        f"{spec} does not exist (the nearest folder that does is {parent}). Name a folder of "
+        "images or .tar shards."
+    )
