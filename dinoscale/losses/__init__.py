@@ -1,0 +1,1 @@
+"""Objectives of self-distillation and the targets they need."""

@@ -1,0 +1,100 @@
+"""Projection head: a small MLP, a unit sphere, and the cosines to K prototypes.
+
+Shape letters: N rows, D width of the backbone, K prototypes.
+Source: Caron et al. 2021 (arXiv:2104.14294), section 3.2 and appendix C; Salimans and Kingma 2016
+(arXiv:1602.07868) for weight normalisation.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PrototypeLayer(nn.Module):
+    """Linear layer without bias whose rows have norm g: logit_k = <x, g_k v_k / ||v_k||>.
+
+    Normalisation and product run in float32 (float64 for float64 weights), also under autocast:
+    logits are divided by a temperature near 0.04, where the 8 bits of bfloat16 are too few.
+    One plain tensor instead of `torch.nn.utils.weight_norm`, which ZeRO-3 cannot shard; the rows
+    keep the default Linear initialisation, uniform in +-1/sqrt(in_dim), as in the authors' code.
+    """
+
+    def __init__(self, in_dim: int, num_prototypes: int, *, trainable_norm: bool) -> None:
+        super().__init__()
+        if trainable_norm:
+            self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1))
+        else:
+            self.register_parameter("weight_g", None)  # all ones, and no parameter
+        linear = nn.Linear(in_dim, num_prototypes, bias=False)
+        self.weight_v = nn.Parameter(linear.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map unit vectors (N, in_dim) to logits (N, K), float32 or float64."""
+        dtype = torch.promote_types(self.weight_v.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = F.normalize(self.weight_v.to(dtype), dim=-1)
+            if self.weight_g is not None:
+                weight = weight * self.weight_g.to(dtype)
+            return F.linear(x.to(dtype), weight)
+
+
+class DinoHead(nn.Module):
+    """MLP (D -> hidden -> ... -> bottleneck), L2 normalisation, prototypes.
+
+    Linear layers start truncated normal with std 0.02 and zero bias. Parameter names are those of
+    the authors' code: mlp.0, mlp.2, mlp.4 (0, 3, 6 with batch norm at 1 and 4; plain `mlp` for a
+    single layer), last_layer.weight_v.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        *,
+        num_prototypes: int,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        num_layers: int,
+        norm_last_layer: bool,
+        batch_norm: bool,
+    ) -> None:
+        """Build the head.
+
+        Args:
+            in_dim: D.
+            num_prototypes: K.
+            hidden_dim: width of the hidden layers.
+            bottleneck_dim: dimension of the unit sphere's space.
+            num_layers: linear layers of the MLP, >= 1.
+            norm_last_layer: prototypes have unit norm, so logits are cosines; else it trains.
+            batch_norm: batch norm after every hidden layer.
+
+        Raises:
+            ValueError: num_layers < 1.
+        """
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"need num_layers >= 1, got {num_layers}")
+        layers: list[nn.Module] = []
+        width = in_dim
+        for _ in range(num_layers - 1):
+            layers.append(nn.Linear(width, hidden_dim))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(nn.GELU())
+            width = hidden_dim
+        layers.append(nn.Linear(width, bottleneck_dim))
+        self.mlp = layers[0] if num_layers == 1 else nn.Sequential(*layers)
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last_layer = PrototypeLayer(
+            bottleneck_dim, num_prototypes, trainable_norm=not norm_last_layer
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features (N, D) to logits (N, K), float32, or float64 for float64 weights."""
+        x = self.mlp(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        logits: Tensor = self.last_layer(F.normalize(x.to(dtype), dim=-1, eps=1e-12))
+        return logits

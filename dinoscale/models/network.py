@@ -1,0 +1,27 @@
+"""Backbone and head as one module: what the engine trains, and what the teacher averages."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class DinoNetwork(nn.Module):
+    """Crops to prototype logits; parameters are named backbone.* and head.*."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, crops: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
+        """Return the logits of all crops.
+
+        Args:
+            crops: tensors (N_i, C, H_i, W_i), normalised pixels.
+            keep: stochastic depth multipliers (depth, 2, sum N_i), or None.
+
+        Returns:
+            (sum N_i, K), rows in the order of `crops`.
+        """
+        logits: Tensor = self.head(self.backbone(crops, keep))
+        return logits

@@ -1,0 +1,360 @@
+"""Vision Transformer whose forward packs crops of all resolutions into one token sequence.
+
+Each layer runs once per forward, on all tokens of all crops: linear layers and norms on the packed
+(T, D) tokens, attention per resolution, no padding. Under ZeRO-3 every weight is gathered once.
+Sub-modules and parameter names are those of the authors' code and of timm (`blocks.0.attn.qkv`).
+
+Shape letters: N images, C channels, H, W pixels, p patch size, P patches and L tokens per image,
+R registers, T tokens of all images together, D width.
+Source: Dosovitskiy et al. 2021 (arXiv:2010.11929); Caron et al. 2021 (arXiv:2104.14294).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Layout = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution, in order
+
+
+class PatchProjection(nn.Conv2d):
+    """The p x p, stride p convolution of a ViT, as one matrix product over packed patches.
+
+    Parameters have the names, shapes and initial values of `nn.Conv2d`.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Project patches (T, C*p*p), from `patchify`, to (T, D)."""
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Holder of the projection, for the sake of its name `patch_embed.proj`."""
+
+    def __init__(self, source: nn.Conv2d) -> None:
+        super().__init__()
+        self.proj = PatchProjection(
+            source.in_channels,
+            source.out_channels,
+            kernel_size=(source.kernel_size[0], source.kernel_size[1]),
+            stride=(source.kernel_size[0], source.kernel_size[1]),
+            bias=source.bias is not None,
+            device=source.weight.device,
+            dtype=source.weight.dtype,
+        )
+        self.proj.load_state_dict(source.state_dict())
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Project patches (T, C*p*p) to (T, D)."""
+        return self.proj(patches)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+def patchify(images: Tensor, *, patch_size: int) -> Tensor:
+    """Cut images (N, C, H, W) into patches (N*P, C*p*p), row by row, channels outermost.
+
+    Pixels that do not fill a patch at the right and lower edge are left out, as by a convolution.
+    """
+    n, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    images = images[:, :, : rows * patch_size, : columns * patch_size]
+    grid = images.reshape(n, channels, rows, patch_size, columns, patch_size)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(n * rows * columns, -1)
+
+
+def resize_pos_embed(
+    pos_embed: Tensor, *, image_size: tuple[int, int], patch_size: int, num_prefix: int = 1
+) -> Tensor:
+    """Bicubic resize of a square grid of position embeddings to the grid of an image.
+
+    Sampling positions follow the scale factor ((rows + 0.1) / side, (columns + 0.1) / side), not
+    the output size: published weights were trained with the 0.1 (the authors' guard against
+    rounding), and another rule moves features by some percent. No antialiasing. Unchanged for a
+    square image with as many patches as are stored.
+
+    Args:
+        pos_embed: (1, num_prefix + side**2, D); computed in float32, or float64 if it is.
+        image_size: (H, W) in pixels.
+        patch_size: p in pixels.
+        num_prefix: leading slots that belong to the class token and registers; not resized.
+
+    Returns:
+        (1, num_prefix + rows*columns, D), dtype of `pos_embed`, differentiable.
+
+    Raises:
+        ValueError: the stored grid is not square, or the image is smaller than a patch.
+    """
+    height, width = image_size
+    rows, columns = height // patch_size, width // patch_size
+    num_stored = pos_embed.shape[1] - num_prefix
+    if rows * columns == num_stored and height == width:
+        return pos_embed
+    side = math.isqrt(num_stored)
+    if side**2 != num_stored or rows * columns == 0:
+        raise ValueError(f"cannot resize {num_stored} positions to {rows} x {columns}")
+    maps = pos_embed[:, num_prefix:].transpose(1, 2).reshape(1, -1, side, side)
+    resized = F.interpolate(
+        maps.to(torch.promote_types(maps.dtype, torch.float32)),
+        scale_factor=((rows + 0.1) / side, (columns + 0.1) / side),
+        mode="bicubic",
+        align_corners=False,
+    )
+    if resized.shape[2:] != (rows, columns):
+        raise ValueError(f"resize gave {[*resized.shape[2:]]} instead of {rows} x {columns}")
+    patches = resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # (1, P, D)
+    return torch.cat((pos_embed[:, :num_prefix], patches), dim=1)
+
+
+def stochastic_depth_keep(uniforms: Tensor, drop_path_rate: float) -> Tensor:
+    """Turn uniform numbers into the multipliers of stochastic depth, per block, branch and image.
+
+    Block i of `depth` drops a branch with probability r_i = rate * i / (depth - 1); a branch that
+    stays is multiplied by 1 / (1 - r_i), so its mean is unchanged.
+    Source: Huang et al. 2016 (arXiv:1603.09382); linear rule and scaling as in the authors' code.
+
+    Args:
+        uniforms: (depth, 2, N), float32 in [0, 1); branch 0 is attention, 1 the MLP.
+        drop_path_rate: rate of the last block, 0 <= rate < 1; the first block never drops.
+
+    Returns:
+        (depth, 2, N), dtype of `uniforms`: 0 or 1 / (1 - r_i).
+
+    Raises:
+        ValueError: the rate is outside [0, 1).
+    """
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"need 0 <= drop_path_rate < 1, got {drop_path_rate}")
+    rates = torch.linspace(
+        0, drop_path_rate, uniforms.shape[0], dtype=uniforms.dtype, device=uniforms.device
+    )[:, None, None]
+    return (uniforms >= rates).to(uniforms.dtype) / (1 - rates)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each image of a packed sequence."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.num_heads: int = source.num_heads
+        self.head_dim: int = source.head_dim
+        self.qkv = source.qkv
+        self.q_norm = source.q_norm
+        self.k_norm = source.k_norm
+        self.norm = source.norm
+        self.proj = source.proj
+
+    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Map tokens (T, D) to (T, D)."""
+        sizes = [n * length for n, length in layout]
+        groups = zip(*(torch.split(x, sizes) for x in self._heads(tokens)), strict=True)
+        mixed = []
+        for qkv, (n, length) in zip(groups, layout, strict=True):
+            q, k, v = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in qkv)
+            out = F.scaled_dot_product_attention(q, k, v)  # (N, heads, L, head_dim)
+            mixed.append(out.transpose(1, 2).reshape(n * length, -1))
+        return self.proj(self.norm(torch.cat(mixed)))  # type: ignore[no-any-return]  # untyped
+
+    def weights(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Attention of tokens (N*L, D) of one resolution: (N, heads, L, L), rows sum to 1."""
+        ((n, length),) = layout
+        heads = self._heads(tokens)
+        q, k, _ = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in heads)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1)  # (N, heads, L, L)
+        return torch.softmax(scores * self.head_dim**-0.5, dim=-1)
+
+    def _heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values, each (T, heads, head_dim)."""
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.unbind(1)
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on packed tokens; adopts the layers of a timm block.
+
+    Everything it needs comes as an argument, and its children run only inside its forward, so it
+    can be a ZeRO-3 leaf, be checkpointed and be compiled by itself.
+    """
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.norm1 = source.norm1
+        self.attn = Attention(source.attn)
+        self.ls1 = source.ls1
+        self.norm2 = source.norm2
+        self.mlp = source.mlp
+        self.ls2 = source.ls2
+
+    def forward(self, tokens: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+        """Add both branches: x <- x + keep[0] * attention(x), then x <- x + keep[1] * mlp(x).
+
+        Args:
+            tokens: x, (T, D).
+            layout: how the T tokens split into resolutions and images.
+            keep: (2, T, 1) multipliers of the two branches, dtype of `tokens`; None for ones.
+        """
+        branch = self.ls1(self.attn(self.norm1(tokens), layout))
+        tokens = tokens + branch if keep is None else torch.addcmul(tokens, branch, keep[0])
+        branch = self.ls2(self.mlp(self.norm2(tokens)))
+        return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep[1])
+
+
+class VisionTransformer(nn.Module):
+    """ViT over crops of several resolutions, one forward for all of them.
+
+    Attributes:
+        embed_dim: D.
+        depth: number of blocks.
+        patch_size: p in pixels.
+        checkpoint_every: recompute every k-th block in the backward pass instead of storing its
+            activations; 0 stores all.
+    """
+
+    def __init__(self, source: Any) -> None:
+        """Adopt the layers of `source`, a timm ViT accepted by `zoo.adopt`."""
+        super().__init__()
+        self.embed_dim: int = source.embed_dim
+        self.depth = len(source.blocks)
+        self.patch_size: int = source.patch_embed.proj.kernel_size[0]
+        self.checkpoint_every = 0
+        self.cls_token = source.cls_token
+        self.reg_token = source.reg_token
+        self.pos_embed = source.pos_embed
+        self.patch_embed = PatchEmbed(source.patch_embed.proj)
+        self.norm_pre = source.norm_pre
+        self.blocks = nn.ModuleList(Block(block) for block in source.blocks)
+        self.norm = source.norm
+        # Slots of pos_embed before the patches: all special tokens, or none (DINOv2 registers).
+        self._num_prefix = 1 + (0 if self.reg_token is None else self.reg_token.shape[1])
+        self._prefix_slots = 0 if source.no_embed_class else self._num_prefix
+
+    def forward(self, crops: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
+        """Return the normalised class token of every image.
+
+        Args:
+            crops: tensors (N_i, C, H_i, W_i), normalised pixels.
+            keep: stochastic depth multipliers (depth, 2, sum N_i) from `stochastic_depth_keep`,
+                images in the order of `crops`; None for no stochastic depth.
+
+        Returns:
+            (sum N_i, D), rows in the order of `crops`.
+
+        Raises:
+            ValueError: no crops, or `keep` has another shape.
+        """
+        tokens, layout = self._embed(crops)
+        tokens = self._run(tokens, layout, keep, range(self.depth))
+        groups = torch.split(tokens, [n * length for n, length in layout])
+        rows = [torch.unflatten(x, 0, at)[:, 0] for x, at in zip(groups, layout, strict=True)]
+        return self.norm(torch.cat(rows))  # type: ignore[no-any-return]  # nn.Module is untyped
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return all normalised tokens of images (N, C, H, W): (N, 1+R+P, D), class token first."""
+        return self.intermediate(images, 1)[0]
+
+    def intermediate(self, images: Tensor, n: int) -> list[Tensor]:
+        """Return the last n blocks' tokens, each through the final norm.
+
+        Args:
+            images: (N, C, H, W), one resolution.
+            n: number of blocks, 1 <= n <= depth.
+
+        Returns:
+            n tensors (N, 1+R+P, D), the last block last.
+
+        Raises:
+            ValueError: n is outside its range.
+        """
+        if not 1 <= n <= self.depth:
+            raise ValueError(f"need 1 <= n <= {self.depth}, got {n}")
+        tokens, layout = self._embed([images])
+        outputs = []
+        for index in range(self.depth):
+            tokens = self._run(tokens, layout, None, range(index, index + 1))
+            if index >= self.depth - n:
+                outputs.append(torch.unflatten(self.norm(tokens), 0, layout[0]))
+        return outputs
+
+    def last_attention(self, images: Tensor) -> Tensor:
+        """Return the attention of the last block over images (N, C, H, W): (N, heads, L, L).
+
+        Rows sum to 1; L = 1+R+P, class token first. float32, or float64 for a float64 model.
+        """
+        tokens, layout = self._embed([images])
+        tokens = self._run(tokens, layout, None, range(self.depth - 1))
+        last: Any = self.blocks[-1]
+        return last.attn.weights(last.norm1(tokens), layout)  # type: ignore[no-any-return]
+
+    def _embed(self, crops: Sequence[Tensor]) -> tuple[Tensor, Layout]:
+        """Packed tokens (T, D) of all crops with positions, and their layout."""
+        groups = group_by_resolution(crops)
+        patches = [patchify(images, patch_size=self.patch_size) for images in groups]
+        projected = self.patch_embed(torch.cat(patches)).split([len(x) for x in patches])
+        prefix = self.cls_token
+        if self.reg_token is not None:
+            prefix = torch.cat((prefix, self.reg_token), dim=1)  # (1, 1+R, D)
+        slots = self._prefix_slots
+        tokens, layout = [], []
+        for images, x in zip(groups, projected, strict=True):
+            n = len(images)
+            height, width = images.shape[2:]
+            positions = resize_pos_embed(
+                self.pos_embed,
+                image_size=(height, width),
+                patch_size=self.patch_size,
+                num_prefix=slots,
+            )
+            special = prefix + positions[:, :slots] if slots else prefix
+            x = torch.unflatten(x, 0, (n, -1)) + positions[:, slots:]  # (N, P, D)
+            x = torch.cat((special.expand(n, -1, -1), x), dim=1)  # (N, L, D)
+            layout.append((n, x.shape[1]))
+            tokens.append(x.flatten(0, 1))
+        return self.norm_pre(torch.cat(tokens)), tuple(layout)
+
+    def _run(self, tokens: Tensor, layout: Layout, keep: Tensor | None, which: range) -> Tensor:
+        """Packed tokens (T, D) after the blocks of `which`."""
+        if keep is not None:
+            wanted = (self.depth, 2, sum(n for n, _ in layout))
+            if keep.shape != wanted:
+                raise ValueError(f"keep: need shape {[*wanted]}, got {[*keep.shape]}")
+            keep = _per_token(keep, layout).to(tokens.dtype)
+        for index in which:
+            block, kept = self.blocks[index], None if keep is None else keep[index]
+            if self._recompute(index):
+                tokens = checkpoint(  # non-reentrant: the only kind ZeRO-2 and 3 survive
+                    block, tokens, layout, kept, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                tokens = block(tokens, layout, kept)
+        return tokens
+
+    def _recompute(self, index: int) -> bool:
+        every = self.checkpoint_every
+        return every > 0 and index % every == 0 and torch.is_grad_enabled()
+
+
+def group_by_resolution(crops: Sequence[Tensor]) -> list[Tensor]:
+    """Join neighbours of one resolution: fewer, larger attention calls."""
+    if not crops:
+        raise ValueError("need at least one tensor of crops")
+    runs: list[list[Tensor]] = []
+    for images in crops:
+        if runs and runs[-1][0].shape[1:] == images.shape[1:]:
+            runs[-1].append(images)
+        else:
+            runs.append([images])
+    return [run[0] if len(run) == 1 else torch.cat(run) for run in runs]
+
+
+def _per_token(keep: Tensor, layout: Layout) -> Tensor:
+    """Repeat multipliers (depth, 2, N) for every token of an image: (depth, 2, T, 1)."""
+    groups = torch.split(keep, [n for n, _ in layout], dim=-1)
+    repeated = [
+        group.repeat_interleave(length, dim=-1)
+        for group, (_, length) in zip(groups, layout, strict=True)
+    ]
+    return torch.cat(repeated, dim=-1).unsqueeze(-1)

@@ -1,0 +1,181 @@
+"""Backbones by name: every timm ViT our forward reproduces, and ResNet-50.
+
+The only module that imports timm and torchvision, and only when a backbone is built.
+"""
+
+import difflib
+import re
+from typing import Any
+
+from torch import nn
+
+from dinoscale.errors import ConfigError
+from dinoscale.models._torchvision import ensure_torchvision
+from dinoscale.models.resnet import ResNet50
+from dinoscale.models.vit import VisionTransformer
+
+# Sizes of the paper that timm has with patches of 16 pixels only.
+_OTHER_PATCH_SIZE = re.compile(r"(vit_(?:tiny|small|base|large))_patch(\d+)_224")
+
+
+def build_backbone(
+    name: str,
+    *,
+    img_size: int,
+    patch_size: int | None = None,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+) -> VisionTransformer | ResNet50:
+    """Build a backbone with fresh weights.
+
+    ViT weights start as in the authors' code: position embedding, class token, registers and
+    linear layers truncated normal with std 0.02, biases 0, patch projection as `nn.Conv2d`.
+
+    Args:
+        name: a timm ViT, `vit_{tiny,small,base,large}_patch{8,16}_224`, or `resnet50`.
+        img_size: side in pixels of the images the position embedding is made for.
+        patch_size: patch side in pixels; None for the model's own.
+        embed_dim: width; None for the model's own.
+        depth: number of blocks; None for the model's own.
+        num_heads: attention heads; None for the model's own.
+
+    Raises:
+        ConfigError: the name is unknown, our forward cannot reproduce the model, or the sizes do
+            not fit together.
+    """
+    sizes = {
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+    }
+    changed = {key: value for key, value in sizes.items() if value is not None}
+    ensure_torchvision()
+    if name == "resnet50":
+        if changed:
+            raise ConfigError(f"model.{next(iter(changed))}: resnet50 has no such size")
+        return _resnet50()
+    return _vit(name, img_size=img_size, **changed)
+
+
+def _vit(name: str, *, img_size: int, **changed: int) -> VisionTransformer:
+    import timm
+
+    timm_name, changed = _timm_name(name, changed)
+    try:
+        source = timm.create_model(
+            timm_name,
+            pretrained=False,
+            num_classes=0,
+            global_pool="token",
+            img_size=img_size,
+            weight_init="skip",  # ours follows
+            **changed,
+        )
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        raise ConfigError(
+            f"model.backbone: timm cannot build {name!r} as a ViT with a class token: {reason}"
+        ) from error
+    model = adopt(source, name=name)
+    if img_size % model.patch_size:
+        raise ConfigError(
+            f"crops.global_size: {img_size} is not a multiple of the patch size {model.patch_size}"
+        )
+    init_weights(model)
+    return model
+
+
+def _timm_name(name: str, changed: dict[str, int]) -> tuple[str, dict[str, int]]:
+    """Name of a model in timm, with the patch size it needs."""
+    import timm
+
+    if timm.is_model(name):
+        return name, changed
+    match = _OTHER_PATCH_SIZE.fullmatch(name)
+    if match:
+        return f"{match[1]}_patch16_224", {"patch_size": int(match[2]), **changed}
+    known = ["resnet50", *timm.list_models(module="vision_transformer")]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    raise ConfigError(
+        f"model.backbone: unknown model {name!r}, did you mean "
+        f"{' or '.join(map(repr, near or ['vit_small_patch16_224']))}?"
+    )
+
+
+def adopt(source: Any, *, name: str) -> VisionTransformer:
+    """Give the layers of a timm ViT our forward; weights are kept.
+
+    Args:
+        source: a `timm.models.vision_transformer.VisionTransformer`; its layers move into the
+            result, so it is not to be used afterwards.
+        name: what to call it in an error.
+
+    Raises:
+        ConfigError: the model does something our forward does not.
+    """
+    reason = _why_not(source)
+    if reason:
+        raise ConfigError(f"model.backbone: cannot train {name!r}: {reason}")
+    return VisionTransformer(source)
+
+
+def _why_not(source: Any) -> str | None:
+    """First reason why our forward would differ from the model's own, or None."""
+    from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
+    from timm.models import vision_transformer
+
+    if type(source) is not vision_transformer.VisionTransformer:
+        return f"it is a {type(source).__name__}, not timm's plain VisionTransformer"
+    embed = source.patch_embed
+    patch = tuple(getattr(embed.proj, "kernel_size", ()))
+    checks = (
+        (source.cls_token is None, "it has no class token"),
+        (source.pos_embed is None, "it has no learned position embedding"),
+        (not isinstance(embed, PatchEmbed), f"its patch embedding is a {type(embed).__name__}"),
+        (not isinstance(embed.proj, nn.Conv2d), "its patch projection is not a convolution"),
+        (not isinstance(embed.norm, nn.Identity), "it normalises patch embeddings"),
+        (len(set(patch)) != 1, f"its patches are not square: {patch}"),
+        (isinstance(source.norm, nn.Identity), "it has no norm on its output tokens"),
+        (not isinstance(source.fc_norm, nn.Identity), "it normalises after pooling"),
+        (source.attn_pool is not None, "it pools by attention"),
+        (not isinstance(source.patch_drop, nn.Identity), "it drops patches"),
+        (any(m.p > 0 for m in source.modules() if isinstance(m, nn.Dropout)), "it has dropout"),
+    )
+    for fails, reason in checks:
+        if fails:
+            return reason
+    for block in source.blocks:
+        if type(block) is not vision_transformer.Block:
+            return f"its blocks are {type(block).__name__}, not pre-norm Block"
+        if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
+            return "its attention is not plain multi-head attention"
+        if not isinstance(block.mlp, (Mlp, GluMlp, SwiGLU)):
+            return f"its MLP is a {type(block.mlp).__name__}"
+        if type(block.drop_path1) is not nn.Identity:
+            return "it was built with stochastic depth, which is ours to do"
+    return None
+
+
+def init_weights(model: VisionTransformer) -> None:
+    """Draw initial weights as the authors' code does; layer norms and scales keep their own.
+
+    Linear layers, tokens and positions are truncated normal with std 0.02 and biases zero; timm
+    would start the class token at std 1e-6. The patch projection has the default of `nn.Conv2d`.
+    """
+    for token in (model.pos_embed, model.cls_token, model.reg_token):
+        if token is not None:
+            nn.init.trunc_normal_(token, std=0.02)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    model.patch_embed.proj.reset_parameters()
+
+
+def _resnet50() -> ResNet50:
+    import torchvision
+
+    return ResNet50(torchvision.models.resnet50(weights=None))
