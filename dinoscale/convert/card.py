@@ -1,0 +1,108 @@
+"""The card of a weights file: which backbone its tensors belong to, and how to feed it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from dinoscale.errors import CheckpointError
+
+FORMAT = 1  # of the card; a file with a higher one was written by a newer dinoscale
+METADATA_KEY = "dinoscale"  # where the card lies in the metadata of a safetensors file
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """What `models.zoo.build_backbone` takes; None where the architecture has no such size."""
+
+    name: str
+    img_size: int  # pixels along one side, of the stored positional embedding
+    patch_size: int | None = None  # pixels
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+
+
+@dataclass(frozen=True)
+class BackboneCard:
+    """A backbone and its preprocessing: resize, center crop, then (x / 255 - mean) / std."""
+
+    backbone: BackboneShape
+    mean: tuple[float, float, float]  # of RGB in 0..1
+    std: tuple[float, float, float]
+    resize: int  # short side, pixels
+    crop: int  # pixels
+    source: str  # where the weights come from, for people
+
+    def to_json(self) -> str:
+        """Write the card; equal cards give equal text."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+
+
+def parse_card(text: str) -> BackboneCard:
+    """Read a card strictly.
+
+    Raises:
+        CheckpointError: not a card, another format, or a key missing, unknown or of another type.
+    """
+    try:
+        card = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"its card is not JSON ({error})") from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        found = card.get("format") if isinstance(card, dict) else card
+        raise CheckpointError(f"its card has format {found!r}, this dinoscale reads {FORMAT}")
+    _check_keys(card, {"format", *BackboneCard.__dataclass_fields__}, "card")
+    shape = card["backbone"]
+    if not isinstance(shape, dict):
+        raise CheckpointError(f"its card's backbone is {shape!r}, not a mapping")
+    _check_keys(shape, set(BackboneShape.__dataclass_fields__), "card's backbone")
+    return BackboneCard(
+        backbone=BackboneShape(
+            name=_text(shape, "name"),
+            img_size=_size(shape, "img_size"),
+            patch_size=_optional_size(shape, "patch_size"),
+            embed_dim=_optional_size(shape, "embed_dim"),
+            depth=_optional_size(shape, "depth"),
+            num_heads=_optional_size(shape, "num_heads"),
+        ),
+        mean=_channels(card, "mean"),
+        std=_channels(card, "std"),
+        resize=_size(card, "resize"),
+        crop=_size(card, "crop"),
+        source=_text(card, "source"),
+    )
+
+
+def _check_keys(found: Mapping[str, object], expected: set[str], what: str) -> None:
+    missing, unknown = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    if missing or unknown:
+        raise CheckpointError(f"its {what} lacks {missing} and has unknown {unknown}")
+
+
+def _text(card: Mapping[str, object], key: str) -> str:
+    value = card[key]
+    if not isinstance(value, str):
+        raise CheckpointError(f"its card's {key} is {value!r}, not a text")
+    return value
+
+
+def _size(card: Mapping[str, object], key: str) -> int:
+    value = card[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"its card's {key} is {value!r}, not a whole number above 0")
+    return value
+
+
+def _optional_size(card: Mapping[str, object], key: str) -> int | None:
+    return None if card[key] is None else _size(card, key)
+
+
+def _channels(card: Mapping[str, object], key: str) -> tuple[float, float, float]:
+    value = card[key]
+    numbers = isinstance(value, list) and all(type(x) in (int, float) for x in value)
+    if not isinstance(value, list) or not numbers or len(value) != 3:
+        raise CheckpointError(f"its card's {key} is {value!r}, not three numbers")
+    red, green, blue = (float(x) for x in value)
+    return red, green, blue

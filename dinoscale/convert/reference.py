@@ -1,0 +1,181 @@
+"""Checkpoints of the reference implementation, read into a backbone state and a guessed card.
+
+Source: github.com/facebookresearch/dino, files written by its training loop (`student`, `teacher`,
+`optimizer`, `epoch`, `args`, `dino_loss`) and its published backbone-only state dicts.
+Tensor names: `module.` is added by data-parallel wrappers, `backbone.` and `head.` by the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoscale.config.backbones import VIT_SIZES
+from dinoscale.convert.card import BackboneCard, BackboneShape
+from dinoscale.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+Network = Literal["teacher", "student"]
+
+HEAD_DIM = 64  # embed_dim / num_heads of every ViT of the reference
+VIT_NAMES = {size[0]: f"vit_{name}" for name, size in VIT_SIZES.items()}  # by embed_dim
+RESNET50_IMG_SIZE = 224  # pixels; a ResNet has no positional embedding to tell
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RESIZE_TO_CROP = 256 / 224  # the reference evaluates the center 224 of 256 pixels
+
+_PREFIXES = ("module.", "backbone.")
+_UNUSED = ("head.", "fc.")  # the projection head and a classifier: no part of the backbone
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_SCALAR: Any = np.float64(0).__reduce__()[0]  # numpy's scalar constructor, moved in numpy 2
+_SAFE_GLOBALS: list[Any] = [  # what `args` and the scheduled numbers of the optimizer are made of
+    argparse.Namespace,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
+]
+
+
+def read_torch_file(path: Path) -> object:
+    """Unpickle a `.pth` file without running any code in it.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds objects other than tensors and settings.
+    """
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        name = match.group(1) if match else "an unknown object"
+        raise CheckpointError(f"holds {name}, and only tensors and settings are loaded") from error
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise CheckpointError(f"is damaged ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def backbone_state(checkpoint: object, *, network: Network) -> dict[str, Tensor]:
+    """Take the backbone out of a full checkpoint, or out of a bare state dict.
+
+    Args:
+        checkpoint: what the file held.
+        network: which of the two to take from a full checkpoint.
+
+    Returns:
+        Tensors under the reference's backbone names, without prefixes and without the head.
+
+    Raises:
+        CheckpointError: it is no mapping, or the network is not in it.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"holds a {type(checkpoint).__name__}, not named tensors")
+    found = [name for name in ("teacher", "student") if isinstance(checkpoint.get(name), Mapping)]
+    if found and network not in found:
+        raise CheckpointError(f"has no {network!r}, only {found[0]!r}")
+    tensors = checkpoint[network] if found else checkpoint
+    state: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"holds {key!r}, which is no tensor, where weights should be")
+        name = str(key)
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        if name in state:
+            raise CheckpointError(f"holds {name!r} twice")
+        if not name.startswith(_UNUSED):
+            state[name] = tensor
+    return state
+
+
+def guess_card(
+    state: Mapping[str, Tensor], *, args: object, num_heads: int | None, source: str
+) -> BackboneCard:
+    """Read the architecture off the shapes of the tensors.
+
+    Preprocessing is the reference's: ImageNet mean and std, the center 224 of 256 pixels, in
+    proportion at other sizes.
+
+    Args:
+        state: a backbone under the reference's names.
+        args: the `argparse.Namespace` of a full checkpoint, or None.
+        num_heads: no tensor tells it; None takes it from `args`, else embed_dim / 64.
+        source: where the weights come from.
+
+    Raises:
+        CheckpointError: the tensors are not those of a ViT or a ResNet-50.
+    """
+    if "layer4.2.conv3.weight" in state and "layer3.5.conv3.weight" in state:
+        shape = BackboneShape(name="resnet50", img_size=RESNET50_IMG_SIZE)
+    else:
+        shape = _guess_vit(state, args=args, num_heads=num_heads)
+    return BackboneCard(
+        backbone=shape,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        resize=round(shape.img_size * RESIZE_TO_CROP),
+        crop=shape.img_size,
+        source=source,
+    )
+
+
+def _guess_vit(
+    state: Mapping[str, Tensor], *, args: object, num_heads: int | None
+) -> BackboneShape:
+    """Sizes of a ViT from patch_embed (D, 3, p, p), pos_embed (1, 1 + N, D) and the block names."""
+    patches, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    blocks = [int(match.group(1)) for name in state if (match := _BLOCK.match(name))]
+    if patches is None or positions is None or not blocks:
+        names = ", ".join(list(state)[:3]) or "none"
+        raise CheckpointError(f"is no ViT or ResNet-50 of the reference (tensors: {names}, ...)")
+    if patches.ndim != 4 or positions.ndim != 3:
+        shapes = f"{[*patches.shape]}, {[*positions.shape]}"
+        raise CheckpointError(f"has patch_embed.proj.weight, pos_embed of odd shapes {shapes}")
+    embed_dim, patch_size = patches.shape[0], patches.shape[-1]
+    num_patches = positions.shape[1] - 1
+    grid = math.isqrt(max(num_patches, 0))
+    if grid < 1 or grid * grid != num_patches:
+        raise CheckpointError(f"has a pos_embed of {num_patches} patches, which is no square grid")
+    family = VIT_NAMES.get(embed_dim, "vit_small")  # the sizes below override the name's
+    return BackboneShape(
+        name=f"{family}_patch{8 if patch_size == 8 else 16}_224",
+        img_size=grid * patch_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=max(blocks) + 1,
+        num_heads=num_heads or _guess_heads(embed_dim, args=args),
+    )
+
+
+def _guess_heads(embed_dim: int, *, args: object) -> int:
+    """Heads from the settings of the run, else 64 channels a head as in the reference."""
+    told = getattr(args, "num_heads", None)
+    if isinstance(told, int) and told > 0:
+        return told
+    if embed_dim % HEAD_DIM:
+        raise CheckpointError(
+            f"has embed_dim {embed_dim}, from which the number of heads cannot be guessed: "
+            "give num_heads"
+        )
+    if embed_dim not in VIT_NAMES:
+        log.warning(
+            "embed_dim %d is none of the reference's; assuming %d heads of %d channels",
+            embed_dim,
+            embed_dim // HEAD_DIM,
+            HEAD_DIM,
+        )
+    return embed_dim // HEAD_DIM

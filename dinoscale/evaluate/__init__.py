@@ -1,0 +1,1 @@
+"""What the features are worth: nearest neighbours, and pictures of attention."""

@@ -1,0 +1,325 @@
+"""Weights files: what is written comes back, and nothing is half loaded."""
+
+import argparse
+import json
+import os
+import pickle
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dinoscale.convert.card import parse_card
+from dinoscale.convert.weights_file import (
+    BackboneCard,
+    BackboneShape,
+    load_backbone,
+    read_backbone,
+    save_backbone,
+)
+from dinoscale.errors import CheckpointError
+from dinoscale.models.zoo import build_backbone
+
+SHAPE = BackboneShape(
+    "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3
+)
+CARD = BackboneCard(
+    SHAPE, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), resize=36, crop=32, source="a test"
+)
+GOLDEN = Path(os.environ.get("DINOSCALE_GOLDEN", Path(__file__).parents[2] / "golden"))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    return build_backbone("vit_tiny_patch16_224", img_size=32, **sizes).eval()
+
+
+@pytest.fixture
+def state(backbone: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+
+
+def test_a_backbone_comes_back_as_it_was_saved(tmp_path: Path, backbone: nn.Module) -> None:
+    path = tmp_path / "new folder" / "teacher.safetensors"
+    save_backbone(path, backbone.state_dict(), CARD)
+    loaded, card = load_backbone(path)
+    assert card == CARD
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded([images]), backbone([images]))
+
+
+def test_transposed_and_shared_tensors_are_saved_with_their_values(tmp_path: Path) -> None:
+    shared = torch.arange(6.0).reshape(2, 3)
+    save_backbone(tmp_path / "w", {"a": shared.T, "b": shared, "c": shared[:1]}, CARD)
+    found = load_file(tmp_path / "w")
+    assert torch.equal(found["a"], shared.T)
+    assert torch.equal(found["b"], shared)
+    assert torch.equal(found["c"], shared[:1])
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_beside_it(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    path = tmp_path / "teacher.safetensors"
+    save_backbone(path, state, CARD)
+    before = path.read_bytes()
+    with pytest.raises(AttributeError):
+        save_backbone(path, {**state, "bad": None}, CARD)  # type: ignore[dict-item]  # on purpose
+    with pytest.raises(TypeError):
+        save_backbone(path, state, replace(CARD, source=object()))  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_missing_tensor_is_named_and_counted(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    del state["blocks.1.norm1.weight"], state["norm.bias"]
+    save_backbone(tmp_path / "w", state, CARD)
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone(tmp_path / "w")
+    assert "28 of 30 tensors" in str(caught.value)
+    assert "missing: blocks.1.norm1.weight, norm.bias" in str(caught.value)
+
+
+def test_an_unexpected_tensor_is_named(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    save_backbone(tmp_path / "w", {**state, "reg_token": torch.zeros(1, 4, 48)}, CARD)
+    with pytest.raises(CheckpointError, match="30 of 30 tensors fit; unexpected: reg_token"):
+        load_backbone(tmp_path / "w")
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    state["pos_embed"] = torch.zeros(1, 197, 48)
+    save_backbone(tmp_path / "w", state, CARD)
+    with pytest.raises(CheckpointError, match=r"29 of 30 .*pos_embed \[1, 197, 48\] for \[1, 17"):
+        load_backbone(tmp_path / "w")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    state["norm.weight"][3] = float("nan")
+    save_backbone(tmp_path / "w", state, CARD)
+    with pytest.raises(CheckpointError, match=r"not finite: norm\.weight"):
+        load_backbone(tmp_path / "w")
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    card = replace(CARD, backbone=replace(SHAPE, name="vit_smal_patch16"))
+    save_backbone(tmp_path / "w", state, card)
+    with pytest.raises(CheckpointError, match=r"cannot be built.*vit_smal_patch16"):
+        load_backbone(tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"\n<!DOCTYPE html><html><body>404</body></html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "LFS"),
+        (b"hello, world, this is a text", "neither"),
+        (b"PK\x03\x04 a zip that ends early", "damaged"),
+        (b"\x80\x02 a pickle that ends early", "CheckpointError|damaged|holds"),
+    ],
+)
+def test_files_without_weights_get_one_sentence(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_backbone(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No such file"):
+        load_backbone(tmp_path / "nowhere.safetensors")
+    with pytest.raises(CheckpointError, match="folder"):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.999])
+def test_a_truncated_file_is_refused(
+    tmp_path: Path, state: dict[str, Tensor], fraction: float
+) -> None:
+    path = tmp_path / "w.safetensors"
+    save_backbone(path, state, CARD)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * fraction)])
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        load_backbone(path)
+
+
+def test_a_card_is_read_strictly() -> None:
+    good = json.loads(CARD.to_json())
+    assert parse_card(json.dumps(good)) == CARD
+    bad_cards = [
+        {**good, "format": 2},
+        {**good, "extra": 1},
+        {key: value for key, value in good.items() if key != "mean"},
+        {**good, "mean": [0.5]},
+        {**good, "crop": 0},
+        {**good, "resize": "256"},
+        {**good, "backbone": "vit_small_patch16_224"},
+        {**good, "backbone": {**good["backbone"], "depth": 1.5}},
+        {**good, "backbone": {**good["backbone"], "registers": 4}},
+    ]
+    for bad in [json.dumps(card) for card in bad_cards] + ["[]", "{"]:
+        with pytest.raises(CheckpointError, match="card"):
+            parse_card(bad)
+
+
+# The reference's own files
+
+
+def test_the_reference_checkpoint_loads_completely() -> None:
+    checkpoint = GOLDEN / "reference_checkpoint.pth"
+    run = json.loads((GOLDEN / "trajectory.json").read_text())["config"]
+    keys = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+    geometry = {key: run[key] for key in keys}
+    backbone, card = load_backbone(checkpoint, num_heads=run["num_heads"])
+    assert asdict(card.backbone) == {"name": card.backbone.name, **geometry}
+    assert card.source == checkpoint.name
+    images = torch.rand(2, 3, run["img_size"], run["img_size"])
+    assert backbone([images]).shape == (2, run["embed_dim"])
+    teacher = backbone.state_dict()
+    student, _ = read_backbone(checkpoint, network="student", num_heads=run["num_heads"])
+    assert teacher.keys() == student.keys()
+    assert not torch.equal(teacher["pos_embed"], student["pos_embed"])
+
+
+def test_the_reference_checkpoint_agrees_with_its_recorded_states() -> None:
+    path = GOLDEN / "trajectory_states.safetensors"
+    if not path.exists():
+        pytest.skip("no recorded states in this folder")
+    recorded = load_file(path)
+    last = max(name.split(".")[0] for name in recorded)
+    state, _ = read_backbone(GOLDEN / "reference_checkpoint.pth", num_heads=1)
+    for name, tensor in state.items():
+        torch.testing.assert_close(
+            tensor, recorded[f"{last}.teacher.backbone.{name}"], rtol=1e-5, atol=1e-6
+        )
+
+
+def _reference_file(path: Path, state: dict[str, Tensor], **args: object) -> Path:
+    """A full checkpoint as the reference writes it, with wrapped student and heads."""
+    head = {"head.mlp.0.weight": torch.zeros(4, 48)}
+    torch.save(
+        {
+            "student": {f"module.backbone.{k}": v + 1 for k, v in state.items()}
+            | {f"module.{k}": v for k, v in head.items()},
+            "teacher": {f"backbone.{k}": v for k, v in state.items()} | head,
+            "epoch": 1,
+            "args": argparse.Namespace(arch="vit_tiny", **args),
+        },
+        path,
+    )
+    return path
+
+
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_either_network_of_a_full_checkpoint_loads(
+    tmp_path: Path, state: dict[str, Tensor], network: str
+) -> None:
+    path = _reference_file(tmp_path / "c.pth", state, num_heads=3)
+    loaded, card = load_backbone(path, network=network)  # type: ignore[arg-type]
+    assert card.backbone.num_heads == 3
+    shift = 1 if network == "student" else 0
+    assert torch.equal(loaded.state_dict()["norm.weight"], state["norm.weight"] + shift)
+
+
+def test_heads_that_cannot_be_guessed_must_be_given(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    path = _reference_file(tmp_path / "c.pth", state)
+    with pytest.raises(CheckpointError, match="give num_heads"):
+        load_backbone(path)
+    assert load_backbone(path, num_heads=3)[1].backbone.num_heads == 3
+
+
+def test_a_bare_state_dict_loads_from_either_format(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    torch.save(state, tmp_path / "bare.pth")
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "bare.safetensors")
+    for name in ("bare.pth", "old.pth", "bare.safetensors"):
+        loaded, _ = load_backbone(tmp_path / name, num_heads=3)
+        assert torch.equal(loaded.state_dict()["pos_embed"], state["pos_embed"])
+
+
+def test_published_sizes_are_recognised(tmp_path: Path) -> None:
+    def blank(*, width: int, patch: int, depth: int) -> dict[str, Tensor]:
+        patches = (224 // patch) ** 2
+        return {
+            "pos_embed": torch.zeros(1, 1 + patches, width),
+            "patch_embed.proj.weight": torch.zeros(width, 3, patch, patch),
+            f"blocks.{depth - 1}.norm1.weight": torch.zeros(width),
+        }
+
+    for name, width, patch, heads in (("small", 384, 8, 6), ("base", 768, 16, 12)):
+        torch.save(blank(width=width, patch=patch, depth=12), tmp_path / "w.pth")
+        _, card = read_backbone(tmp_path / "w.pth")
+        expected = BackboneShape(f"vit_{name}_patch{patch}_224", 224, patch, width, 12, heads)
+        assert card.backbone == expected
+        assert (card.resize, card.crop) == (256, 224)
+
+
+def test_a_published_resnet_loads(tmp_path: Path) -> None:
+    state = build_backbone("resnet50", img_size=224).state_dict()
+    torch.save(state, tmp_path / "resnet.pth")
+    loaded, card = load_backbone(tmp_path / "resnet.pth")
+    assert card.backbone == BackboneShape("resnet50", img_size=224)
+    assert torch.equal(loaded.state_dict()["conv1.weight"], state["conv1.weight"])
+
+
+def test_mismatches_of_foreign_files_are_named(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({**state, "blocks.0.ls1.gamma": torch.zeros(48)}, path)
+    with pytest.raises(CheckpointError, match=r"unexpected: blocks\.0\.ls1\.gamma"):
+        load_backbone(path, num_heads=3)
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in state.items() if "fc2" not in k}}, path)
+    with pytest.raises(CheckpointError, match=r"26 of 30 .*missing: blocks\.0\.mlp\.fc2\.weight"):
+        load_backbone(path, num_heads=3)
+    torch.save({"embeddings.cls_token": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"no ViT or ResNet-50.*embeddings\.cls_token"):
+        load_backbone(path)
+    torch.save({"student": state}, path)
+    with pytest.raises(CheckpointError, match="no 'teacher', only 'student'"):
+        load_backbone(path)
+
+
+class _Dangerous:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("code-from-a-checkpoint-was-run",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"teacher": _Dangerous()}, "w.pth")
+    with pytest.raises(CheckpointError, match=r"holds posix\.mkdir"):
+        load_backbone("w.pth")
+    Path("p.pth").write_bytes(pickle.dumps(_Dangerous()))
+    with pytest.raises(CheckpointError):
+        load_backbone("p.pth")
+    assert sorted(os.listdir(tmp_path)) == ["p.pth", "w.pth"]
+
+
+def test_the_card_lies_where_other_programs_look_for_it(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    save_backbone(tmp_path / "w", state, CARD)
+    with safe_open(tmp_path / "w", framework="pt") as file:
+        card = json.loads(file.metadata()["dinoscale"])
+    assert card["format"] == 1
+    assert card["backbone"] == asdict(SHAPE)
+    assert (card["mean"], card["crop"]) == ([0.1, 0.2, 0.3], 32)

@@ -1,0 +1,112 @@
+"""Nearest neighbours: hand-made cases, and what must not change the result."""
+
+import logging
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinoscale.evaluate.knn import knn_accuracy
+
+
+def _unit(*degrees: float) -> Tensor:
+    angles = torch.tensor(degrees).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def test_the_nearest_image_decides_for_k_1() -> None:
+    bank, labels = _unit(0, 40, 90), torch.tensor([0, 1, 2])
+    found = knn_accuracy(bank, labels, _unit(10, 35, 80), torch.tensor([0, 1, 0]), ks=(1,))
+    assert found[1].top1 == pytest.approx(200 / 3)
+    assert found[1].top5 == found[1].top1  # one class may be right, as in the published code
+
+
+def test_a_near_neighbour_outvotes_two_far_ones_unless_votes_are_equal() -> None:
+    bank, labels = _unit(0, 60, 60), torch.tensor([0, 1, 1])
+    weighted = knn_accuracy(bank, labels, _unit(5), torch.tensor([0]), ks=(3,))
+    assert weighted[3].top1 == 100
+    equal = knn_accuracy(bank, labels, _unit(5), torch.tensor([0]), ks=(3,), temp=math.inf)
+    assert equal[3].top1 == 0
+
+
+def test_the_length_of_a_feature_does_not_matter() -> None:
+    bank, labels = _unit(0, 30), torch.tensor([0, 1])
+    long = bank * torch.tensor([[1.0], [1000.0]])
+    assert knn_accuracy(long, labels, _unit(10), torch.tensor([0]), ks=(1,))[1].top1 == 100
+
+
+def test_top_5_counts_the_five_classes_with_most_votes() -> None:
+    bank, labels = _unit(*range(0, 70, 10)), torch.arange(7)
+    test_labels = torch.tensor([0, 4, 5, 6])
+    found = knn_accuracy(bank, labels, _unit(0, 0, 0, 0), test_labels, ks=(7,))
+    assert found[7].top1 == 25
+    assert found[7].top5 == 50
+
+
+def _random_sets(*, num_test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(6, 16, generator=generator)
+    train_labels, test_labels = torch.arange(200) % 6, torch.arange(num_test) % 6
+    train = centers[train_labels] + 2 * torch.randn(200, 16, generator=generator)
+    test = centers[test_labels] + 2 * torch.randn(num_test, 16, generator=generator)
+    return train, train_labels, test, test_labels
+
+
+@pytest.mark.parametrize("num_test", [1, 3, 99, 101, 250])
+def test_chunks_do_not_change_the_result_nor_lose_an_image(num_test: int) -> None:
+    sets = _random_sets(num_test=num_test)
+    whole = knn_accuracy(*sets, ks=(1, 20, 200), chunk_size=num_test)
+    assert (whole[20].top1 * num_test / 100) == pytest.approx(
+        round(whole[20].top1 * num_test / 100)
+    )
+    for chunk_size in (1, 2, 64, None):
+        assert knn_accuracy(*sets, ks=(1, 20, 200), chunk_size=chunk_size) == whole
+
+
+def test_one_call_for_many_k_equals_one_call_each() -> None:
+    sets = _random_sets(num_test=60)
+    together = knn_accuracy(*sets, ks=(5, 50, 20))
+    assert list(together) == [5, 50, 20]
+    for k in together:
+        assert knn_accuracy(*sets, ks=(k,))[k] == together[k]
+
+
+def test_more_neighbours_than_images_uses_all_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    sets = _random_sets(num_test=20)
+    with caplog.at_level(logging.WARNING):
+        found = knn_accuracy(*sets, ks=(20, 1000))
+    assert "[1000]" in caplog.text
+    assert "200 images" in caplog.text
+    assert (found[1000].k, found[1000].neighbours) == (1000, 200)
+    assert found[1000].top1 == knn_accuracy(*sets, ks=(200,))[200].top1
+
+
+def test_a_class_that_the_bank_lacks_is_never_right() -> None:
+    found = knn_accuracy(_unit(0, 1), torch.tensor([0, 0]), _unit(0), torch.tensor([9]), ks=(2,))
+    assert found[2].top1 == found[2].top5 == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ks": (0,)}, "k, temp"),
+        ({"ks": ()}, "k, temp"),
+        ({"temp": 0.0}, "k, temp"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"train_labels": torch.tensor([0, -1])}, "train: an image without label"),
+        ({"test_labels": torch.tensor([0, 1])}, "test: need features"),
+        ({"test_features": torch.ones(1, 3)}, "different widths"),
+        ({"train_features": torch.ones(0, 2), "train_labels": torch.ones(0)}, "N > 0"),
+    ],
+)
+def test_bad_calls_are_refused(change: dict[str, object], message: str) -> None:
+    good: dict[str, object] = {
+        "train_features": _unit(0, 90),
+        "train_labels": torch.tensor([0, 1]),
+        "test_features": _unit(10),
+        "test_labels": torch.tensor([0]),
+        "ks": (1,),
+    }
+    with pytest.raises(ValueError, match=message):
+        knn_accuracy(**{**good, **change})  # type: ignore[arg-type]  # wrong on purpose
