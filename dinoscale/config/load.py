@@ -6,6 +6,7 @@ merge; scalars and lists replace.
 """
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,9 +109,9 @@ def _find(name_or_path: str) -> Path:
     if name_or_path in presets:
         return presets[name_or_path]
     path = Path(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, also False for an impossible name
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"{name_or_path}: is a folder; name a YAML file or a preset")
     known = ", ".join(sorted(presets)) or "none"
     near = difflib.get_close_matches(path.stem, presets, n=1, cutoff=0.5)

@@ -23,10 +23,10 @@ _NEEDS = {
     "tuple_type": "a list",
 }
 _BOUNDS = {
-    "greater_than": ("gt", "more than"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "less than"),
-    "less_than_equal": ("le", "at most"),
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "of at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "of at most"),
 }
 _MAX_SHOWN = 60  # characters of a wrong value in a message
 
@@ -72,24 +72,28 @@ def _translate(error: "ErrorDetails") -> list[tuple[str, str]]:
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return [(key, f"{key}: needs a mapping of keys to values, got {show(error['input'])}")]
     if kind in ("missing", "too_long"):  # of a list: all other fields have defaults
-        return [(key, f"{key}: needs a list of {_list_length(names)} numbers, {_got(error)}")]
+        return [
+            (
+                key,
+                f"{key}: needs a list of {_list_length(names)} numbers, got {show(error['input'])}",
+            )
+        ]
     item = next((f"item {part + 1} of the list " for part in error["loc"] if part in (0, 1, 2)), "")
     return [(key, f"{key}: {item}needs {_needs(error)}, got {show(error['input'])}")]
-
-
-def _got(error: "ErrorDetails") -> str:
-    given = error["input"]
-    return f"got {show(given)}" if isinstance(given, list | tuple) else f"got {given!r}"
 
 
 def _needs(error: "ErrorDetails") -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        return f"{words} {context[name]:g}"
+        return f"a value {words} {_number(context[name])}"
     if kind == "literal_error":
         return f"one of {context['expected']}".replace(" or ", ", ")
     return _NEEDS.get(kind) or f"another value ({error['msg']})"
+
+
+def _number(bound: float) -> str:
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
 
 
 def _list_length(names: Sequence[str]) -> int:
@@ -129,6 +133,9 @@ def unknown_key(names: Sequence[str]) -> str:
     if near:
         return f"unknown key, did you mean {near[0]!r}?"
     everywhere = [f"{name}.{leaf}" for name, part in parts.items() for leaf in part.model_fields]
+    if key in everywhere:  # a file that says `crops.num_local: 6`
+        section, _, leaf = key.partition(".")
+        return f"unknown key; in a file, {leaf!r} stands indented under '{section}:'"
     same = [path for path in everywhere if path.partition(".")[2] == key]
     if key in RunConfig.model_fields:
         same.append(key)

@@ -27,9 +27,16 @@ _PLAIN_SCALARS = (
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with the table above and no duplicate keys."""
+    """SafeLoader with the table above, no duplicate keys and no aliases (they can be circular)."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call] # so in types-PyYAML
+            line = event.start_mark.line + 1
+            raise ConfigError(f"line {line}: aliases (*name) are not allowed; use `defaults`")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         first_line: dict[str, int] = {}
@@ -60,11 +67,16 @@ class _Dumper(yaml.SafeDumper):
     def represent_flow_list(self, values: Iterable[object]) -> yaml.Node:
         return self.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
 
+    def represent_text(self, text: str) -> yaml.Node:
+        style = None if text.isprintable() else '"'  # escaped: PyYAML reads a plain NEL as a space
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
 
 for _tag, _pattern, _first in _PLAIN_SCALARS:
     _StrictLoader.add_implicit_resolver(_tag, _pattern, list(_first))
     _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_plain_int)
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_representer(list, _Dumper.represent_flow_list)
 _Dumper.add_representer(tuple, _Dumper.represent_flow_list)
 

@@ -1,0 +1,138 @@
+"""The presets against the published tables, typed here a second time."""
+
+from pathlib import Path
+
+import pytest
+
+from dinoscale.config import RunConfig, load_config, resolve
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+LARGE, SMALL = ((0.25, 1.0), (0.05, 0.25)), ((0.4, 1.0), (0.05, 0.4))
+
+# Released models: epochs, micro, GPUs, batch, lr, peak, min_lr, clip, frozen epochs, unit
+# prototypes, first teacher temperature, its warm-up epochs, (global, local) scales
+RELEASED = {
+    "vit_s16": (800, 64, 16, 1024, 5e-4, 2.0e-3, 1e-5, 0.0, 1, False, 0.04, 30, LARGE),
+    "vit_s8": (800, 16, 64, 1024, 5e-4, 2.0e-3, 1e-6, 3.0, 1, False, 0.04, 30, SMALL),
+    "vit_b16": (400, 32, 32, 1024, 7.5e-4, 3.0e-3, 2e-6, 0.3, 3, True, 0.04, 50, LARGE),
+    "vit_b8": (300, 6, 176, 1056, 5e-4, 2.0625e-3, 2e-6, 3.0, 3, True, 0.03, 50, LARGE),
+}
+BACKBONES = {
+    "vit_s16": "vit_small_patch16_224",
+    "vit_s8": "vit_small_patch8_224",
+    "vit_b16": "vit_base_patch16_224",
+    "vit_b8": "vit_base_patch8_224",
+    "vit_l16": "vit_large_patch16_224",
+    "vit_t16": "vit_tiny_patch16_224",
+    "vit_s16_vanilla100": "vit_small_patch16_224",
+    "vit_s16_boosted300": "vit_small_patch16_224",
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_preset_equals_the_published_table(name: str) -> None:
+    epochs, micro, gpus, batch, lr, peak, min_lr, clip, frozen, unit, temp, warm, scales = RELEASED[
+        name
+    ]
+    config = load_config(name)
+    train, optim, dino = config.train, config.optim, config.dino
+    assert (train.epochs, train.micro_batch_size, train.batch_size) == (epochs, micro, batch)
+    assert (optim.name, optim.lr, optim.min_lr, optim.clip_grad) == ("adamw", lr, min_lr, clip)
+    assert (optim.warmup_epochs, optim.weight_decay, optim.weight_decay_end) == (10, 0.04, 0.4)
+    assert dino.freeze_last_layer_epochs == frozen
+    assert (dino.warmup_teacher_temp, dino.teacher_temp) == (temp, 0.07)
+    assert dino.warmup_teacher_temp_epochs == warm
+    assert config.head.norm_last_layer is unit
+    assert config.head.num_prototypes == 65536
+    assert config.crops.num_local == 10
+    assert (config.crops.global_scale, config.crops.local_scale) == scales
+    assert config.model.drop_path_rate == 0.1
+    plan = resolve(config, world_size=gpus, num_images=1_281_167)
+    assert plan.peak_lr == pytest.approx(peak, rel=1e-12)
+    assert plan.accumulation_steps == 1
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_constants_of_every_dino_preset(name: str) -> None:
+    config = load_config(name)
+    dino, head, augment = config.dino, config.head, config.augment
+    assert (dino.student_temp, dino.center_momentum) == (0.1, 0.9)
+    assert (dino.momentum, dino.momentum_end) == (0.996, 1.0)
+    assert (head.hidden_dim, head.bottleneck_dim, head.num_layers) == (2048, 256, 3)
+    assert head.batch_norm is False
+    assert (config.crops.global_size, config.crops.local_size) == (224, 96)
+    assert config.optim.clip_mode == "per_tensor"
+    assert augment == RunConfig().augment
+    assert config.seed == 0
+    assert config.engine.precision == "bf16"
+    assert config.model.backbone == BACKBONES[name]
+    assert config.run_dir == f"runs/{name}"  # no two presets share a folder
+    assert config.data.train is None
+
+
+def test_augmentation_defaults_are_the_published_pipeline() -> None:
+    augment = RunConfig().augment
+    assert (augment.flip_prob, augment.jitter_prob, augment.gray_prob) == (0.5, 0.8, 0.2)
+    assert (augment.brightness, augment.contrast) == (0.4, 0.4)
+    assert (augment.saturation, augment.hue) == (0.2, 0.1)
+    assert augment.blur_probs == (1.0, 0.1, 0.5)
+    assert augment.blur_radius == (0.1, 2.0)
+    assert augment.solarize_probs == (0.0, 0.2, 0.0)
+    assert augment.solarize_threshold == 128
+
+
+def test_vanilla_preset_is_the_defaults() -> None:
+    vanilla = load_config("vit_s16_vanilla100")
+    assert vanilla == RunConfig(run_dir="runs/vit_s16_vanilla100")
+    assert (vanilla.train.epochs, vanilla.train.batch_size) == (100, 512)
+    assert (vanilla.crops.num_local, vanilla.dino.teacher_temp) == (8, 0.04)
+    assert vanilla.dino.warmup_teacher_temp_epochs == 0
+
+
+def test_boosted_preset_changes_what_the_table_says() -> None:
+    changed = load_config(
+        "vit_s16_vanilla100",
+        [
+            "train.epochs=300",
+            "train.batch_size=1024",
+            "dino.teacher_temp=0.07",
+            "dino.warmup_teacher_temp_epochs=30",
+            "head.norm_last_layer=false",
+            "run_dir=runs/vit_s16_boosted300",
+        ],
+    )
+    assert load_config("vit_s16_boosted300") == changed
+
+
+def test_derived_presets_change_what_they_say() -> None:
+    tiny = load_config("vit_s16", ["model.backbone=vit_tiny_patch16_224", "run_dir=runs/vit_t16"])
+    assert load_config("vit_t16") == tiny
+    large = load_config(
+        "vit_b16",
+        [
+            "model.backbone=vit_large_patch16_224",
+            "model.drop_path_rate=0.2",
+            "optim.lr=5e-4",
+            "train.epochs=250",
+            "train.micro_batch_size=16",
+            "run_dir=runs/vit_l16",
+        ],
+    )
+    assert load_config("vit_l16") == large
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_preset_file_starts_with_its_source(name: str) -> None:
+    text = (CONFIGS / "pretrain" / f"{name}.yaml").read_text()
+    comment = text[: text.index("defaults:")]
+    assert all(line.startswith("#") for line in comment.splitlines())
+    assert "Source:" in comment or "DERIVED, never published" in comment
+    assert "k-NN" in comment
+    assert "Differs: bf16" in comment
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_every_part_loads_alone(path: Path) -> None:
+    assert load_config(str(path)).head.num_prototypes > 0

@@ -1,0 +1,203 @@
+"""From a configuration to a plan, and what is printed of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from dinoscale.config import (
+    RunConfig,
+    TrainConfig,
+    count_parameters,
+    describe,
+    describe_text,
+    load_config,
+    parse_config,
+    resolve,
+    split_batch,
+)
+from dinoscale.errors import ConfigError
+
+IMAGENET = 1_281_167  # training images of ILSVRC 2012
+
+
+def _train(batch_size: int, micro_batch_size: int) -> TrainConfig:
+    return TrainConfig(batch_size=batch_size, micro_batch_size=micro_batch_size)
+
+
+def test_plan_of_the_vanilla_recipe_on_eight_ranks() -> None:
+    plan = resolve(load_config("vit_s16_vanilla100"), world_size=8, num_images=IMAGENET)
+    assert plan.steps_per_epoch == 2502
+    assert plan.total_steps == plan.stop_step == 250_200
+    assert plan.warmup_steps == 25_020
+    assert plan.freeze_last_layer_steps == 2502
+    assert plan.peak_lr == pytest.approx(1e-3, rel=1e-12)
+    assert plan.min_lr == 1e-6
+    assert (plan.images_per_rank, plan.micro_batch_size, plan.accumulation_steps) == (64, 64, 1)
+    assert (plan.world_size, plan.batch_size, plan.num_images) == (8, 512, IMAGENET)
+
+
+def test_fewer_ranks_accumulate_and_change_nothing_else() -> None:
+    config = load_config("vit_s16")
+    many = resolve(config, world_size=16, num_images=IMAGENET)
+    one = resolve(config, world_size=1, num_images=IMAGENET)
+    assert (many.accumulation_steps, one.accumulation_steps) == (1, 16)
+    for name in ("steps_per_epoch", "total_steps", "warmup_steps", "peak_lr", "min_lr"):
+        assert getattr(many, name) == getattr(one, name)
+
+
+def test_stopping_early_leaves_the_schedules_alone() -> None:
+    whole = parse_config({"train": {"batch_size": 10}})
+    early = parse_config({"train": {"batch_size": 10, "stop_after_steps": 7}})
+    late = parse_config({"train": {"batch_size": 10, "stop_after_steps": 10**9}})
+    plans = [resolve(config, world_size=1, num_images=105) for config in (whole, early, late)]
+    assert [plan.total_steps for plan in plans] == [1000] * 3
+    assert [plan.stop_step for plan in plans] == [1000, 7, 1000]
+    assert {plan.warmup_steps for plan in plans} == {100}
+
+
+def test_micro_batch_is_at_most_the_share_of_a_rank() -> None:
+    split = split_batch(_train(48, 64), world_size=4)
+    assert (split.micro_batch_size, split.accumulation_steps) == (12, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "nearest"), [(100, 16, "96 or 112"), (3, 8, "8")]
+)
+def test_batch_that_ranks_cannot_share_names_the_nearest(
+    batch_size: int, world_size: int, nearest: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        split_batch(_train(batch_size, 1), world_size=world_size)
+    assert str(caught.value) == (
+        f"train.batch_size: {batch_size} images cannot be shared equally by {world_size} ranks; "
+        f"nearest that can: {nearest}"
+    )
+
+
+def test_micro_batch_that_leaves_a_rest_names_the_nearest_divisors() -> None:
+    with pytest.raises(ConfigError) as caught:
+        split_batch(_train(512, 48), world_size=8)
+    assert str(caught.value) == (
+        "train.micro_batch_size: 48 does not divide the 64 images per rank "
+        "(512 images / 8 ranks); nearest that do: 32 or 64"
+    )
+
+
+@settings(deadline=None)
+@given(
+    batch_size=st.integers(1, 4096),
+    micro_batch_size=st.integers(1, 256),
+    world_size=st.integers(1, 64),
+)
+def test_every_image_of_the_batch_is_in_exactly_one_pass(
+    batch_size: int, micro_batch_size: int, world_size: int
+) -> None:
+    try:
+        split = split_batch(_train(batch_size, micro_batch_size), world_size=world_size)
+    except ConfigError as error:
+        suggested = [int(word) for word in str(error).split("nearest")[1].split() if word.isdigit()]
+        assert suggested
+        for size in suggested:  # what the message suggests does work
+            fixed = (size, 1) if "batch_size: " in str(error)[:18] else (batch_size, size)
+            split_batch(_train(*fixed), world_size=world_size)
+        return
+    assert split.micro_batch_size <= micro_batch_size
+    assert split.images_per_rank == split.micro_batch_size * split.accumulation_steps
+    assert split.images_per_rank * world_size == batch_size
+
+
+@settings(deadline=None)
+@given(num_images=st.integers(1, 10**7), batch_size=st.integers(1, 4096))
+def test_an_epoch_never_needs_more_images_than_there_are(num_images: int, batch_size: int) -> None:
+    assume(num_images >= batch_size)
+    config = parse_config({"train": {"batch_size": batch_size, "micro_batch_size": 1}})
+    plan = resolve(config, world_size=1, num_images=num_images)
+    assert 0 <= num_images - plan.steps_per_epoch * batch_size < batch_size
+
+
+@pytest.mark.parametrize(
+    ("num_images", "world_size", "remedy"),
+    [
+        (100, 8, "100 images do not fill one batch of 512 (train.batch_size); "
+                 "lower train.batch_size to 96 or less, or add images"),
+        (3, 8, "3 images do not fill one batch of 512 (train.batch_size); "
+               "use fewer ranks, or add images"),
+        (0, 8, "has no images"),
+    ],
+)  # fmt: skip
+def test_too_few_images_say_what_to_do(num_images: int, world_size: int, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(RunConfig(), world_size=world_size, num_images=num_images)
+    assert str(caught.value) == f"data.train: {remedy}"
+
+
+def test_world_without_ranks_is_a_bad_call() -> None:
+    with pytest.raises(ValueError, match="need world_size >= 1, got 0"):
+        split_batch(_train(8, 8), world_size=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "head"),
+    [
+        ("vit_t16", 5_524_416, 21_958_912),
+        ("vit_s16", 21_665_664, 22_352_128),
+        ("vit_s8", 21_670_272, 22_352_128),
+        ("vit_b16", 85_798_656, 23_138_560),
+        ("vit_b8", 85_807_872, 23_138_560),
+        ("vit_l16", 303_301_632, 23_662_848),
+    ],
+)
+def test_parameter_counts_of_the_known_models(name: str, backbone: int, head: int) -> None:
+    counts = count_parameters(load_config(name))
+    assert (counts.backbone, counts.head) == (backbone, head)
+
+
+def test_parameter_counts_of_small_heads() -> None:
+    head = {"num_prototypes": 10, "hidden_dim": 8, "bottleneck_dim": 4}
+
+    def count(**changes: object) -> int | None:
+        model = {"backbone": "vit_odd_patch16", "embed_dim": 6}
+        return count_parameters(parse_config({"model": model, "head": {**head, **changes}})).head
+
+    prototypes = 10 * 4 + 10
+    assert count(num_layers=1) == 6 * 4 + 4 + prototypes
+    assert count(num_layers=2) == 6 * 8 + 8 + 8 * 4 + 4 + prototypes
+    assert count(num_layers=2, batch_norm=True) == 6 * 8 + 8 + 8 * 4 + 4 + prototypes + 16
+
+
+def test_parameters_of_other_models_are_not_guessed() -> None:
+    counts = count_parameters(parse_config({"model": {"backbone": "vit_small_patch16_dinov3"}}))
+    assert (counts.backbone, counts.head) == (None, None)
+    resnet = count_parameters(parse_config({"model": {"backbone": "resnet50"}}))
+    assert resnet.backbone == 23_508_032
+
+
+def test_description_is_json_and_complete() -> None:
+    config = load_config("vit_s16")
+    plan = resolve(config, world_size=16, num_images=IMAGENET)
+    read = json.loads(json.dumps(describe(config, plan)))
+    assert parse_config(read["config"]) == config
+    assert read["plan"]["total_steps"] == 1_000_800
+    assert read["parameters"] == {"backbone": 21_665_664, "head": 22_352_128}
+    assert describe(config, None)["plan"] is None
+
+
+def test_text_is_a_configuration_followed_by_the_plan(tmp_path: Path) -> None:
+    config = load_config("vit_s16")
+    plan = resolve(config, world_size=16, num_images=IMAGENET)
+    text = describe_text(config, plan)
+    assert "# parameters.backbone: 21,665,664\n" in text
+    assert "# plan.total_steps: 1000800\n" in text
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert load_config(str(path)) == config
+
+
+def test_text_without_a_plan_says_so() -> None:
+    other = parse_config({"model": {"backbone": "vit_small_patch16_dinov3"}})
+    text = describe_text(other, None)
+    assert "# plan: none: the number of images or ranks is not known\n" in text
+    assert "# parameters.backbone: not known before the model is built\n" in text

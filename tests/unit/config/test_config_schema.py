@@ -1,0 +1,252 @@
+"""Each rule of the schema, with its message."""
+
+import pytest
+from pydantic import ValidationError
+
+from dinoscale.config import RunConfig, parse_config
+from dinoscale.config.report import sections
+from dinoscale.errors import ConfigError
+
+
+def _config(**values: object) -> RunConfig:
+    """Build from `section__key=value`."""
+    nested: dict[str, object] = {}
+    for path, value in values.items():
+        section, _, key = path.partition("__")
+        if not key:
+            nested[section] = value
+            continue
+        part = nested.setdefault(section, {})
+        assert isinstance(part, dict)
+        part[key] = value
+    return parse_config(nested)
+
+
+def _messages(**values: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        _config(**values)
+    return str(caught.value).splitlines()
+
+
+def _bound(key: str, needs: str, *wrong: float) -> list[tuple[str, float, str]]:
+    return [(key, value, f"{key}: needs a value {needs}, got {value}") for value in wrong]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        *_bound("seed", "of at least 0", -1),
+        *_bound("seed", "below 4294967296", 2**32),
+        *_bound("model.patch_size", "of at least 1", 0),
+        *_bound("model.embed_dim", "of at least 1", 0),
+        *_bound("model.depth", "of at least 1", 0),
+        *_bound("model.num_heads", "of at least 1", 0),
+        *_bound("model.drop_path_rate", "of at least 0", -0.1),
+        *_bound("model.drop_path_rate", "below 1", 1),
+        *_bound("head.num_prototypes", "of at least 1", 0),
+        *_bound("head.hidden_dim", "of at least 1", 0),
+        *_bound("head.bottleneck_dim", "of at least 1", 0),
+        *_bound("head.num_layers", "of at least 1", 0),
+        *_bound("crops.global_size", "of at least 1", 0),
+        *_bound("crops.local_size", "of at least 1", 0),
+        *_bound("crops.num_local", "of at least 0", -1),
+        *_bound("augment.flip_prob", "of at most 1", 1.5),
+        *_bound("augment.jitter_prob", "of at least 0", -0.5),
+        *_bound("augment.gray_prob", "of at most 1", 2),
+        *_bound("augment.brightness", "of at least 0", -1),
+        *_bound("augment.contrast", "of at least 0", -1),
+        *_bound("augment.saturation", "of at least 0", -1),
+        *_bound("augment.hue", "of at most 0.5", 0.6),
+        *_bound("augment.solarize_threshold", "of at most 256", 257),
+        *_bound("dino.student_temp", "above 0", 0, -1),
+        *_bound("dino.teacher_temp", "above 0", 0),
+        *_bound("dino.warmup_teacher_temp", "above 0", 0),
+        *_bound("dino.center_momentum", "of at most 1", 1.1),
+        *_bound("dino.momentum", "above 0", 0),
+        *_bound("dino.momentum", "of at most 1", 1.01),
+        *_bound("dino.momentum_end", "above 0", 0),
+        *_bound("dino.momentum_end", "of at most 1", 1.01),
+        *_bound("dino.warmup_teacher_temp_epochs", "of at least 0", -1),
+        *_bound("dino.freeze_last_layer_epochs", "of at least 0", -1),
+        *_bound("optim.lr", "above 0", 0, -1),
+        *_bound("optim.min_lr", "of at least 0", -1),
+        *_bound("optim.warmup_epochs", "of at least 0", -1),
+        *_bound("optim.weight_decay", "of at least 0", -1),
+        *_bound("optim.weight_decay_end", "of at least 0", -1),
+        *_bound("optim.clip_grad", "of at least 0", -1),
+        *_bound("train.epochs", "of at least 1", 0),
+        *_bound("train.batch_size", "of at least 1", 0),
+        *_bound("train.micro_batch_size", "of at least 1", 0),
+        *_bound("train.stop_after_steps", "of at least 1", 0),
+        *_bound("data.num_workers", "of at least 0", -1),
+        *_bound("data.max_bad_fraction", "of at most 1", 1.1),
+        *_bound("engine.zero_stage", "of at most 3", 4),
+        *_bound("engine.checkpoint_every_k_blocks", "of at least 0", -1),
+        *_bound("eval.every_epochs", "of at least 1", 0),
+        *_bound("eval.k", "of at least 1", 0),
+        *_bound("eval.batch_size", "of at least 1", 0),
+        *_bound("log.every_steps", "of at least 1", 0),
+        *_bound("checkpoint.every_epochs", "of at least 1", 0),
+        *_bound("checkpoint.keep_last", "of at least 1", 0),
+    ],
+)
+def test_number_out_of_range_names_its_bound(key: str, value: float, message: str) -> None:
+    assert _messages(**{key.replace(".", "__"): value}) == [message]
+
+
+@pytest.mark.parametrize("key", ["global_scale", "local_scale"])
+@pytest.mark.parametrize("scale", [(0.0, 0.5), (0.5, 0.5), (0.6, 0.5), (0.5, 1.1), (-0.1, 0.5)])
+def test_scales_are_ordered_fractions(key: str, scale: tuple[float, float]) -> None:
+    low, high = scale
+    message = f"crops.{key}: need 0 < low < high <= 1, got {low}, {high}"
+    assert _messages(**{f"crops__{key}": [low, high]}) == [message]
+
+
+def test_items_of_lists_are_checked() -> None:
+    assert _messages(augment__blur_probs=[0.0, 1.5, 0.5]) == [
+        "augment.blur_probs: item 2 of the list needs a value of at most 1, got 1.5"
+    ]
+    assert _messages(augment__solarize_probs=[-1, 0, 0]) == [
+        "augment.solarize_probs: item 1 of the list needs a value of at least 0, got -1"
+    ]
+    assert _messages(data__std=[1, 1, 0]) == [
+        "data.std: item 3 of the list needs a value above 0, got 0"
+    ]
+    assert _messages(augment__blur_radius=[2.0, 1.0]) == [
+        "augment.blur_radius: need 0 <= low <= high, got 2.0, 1.0"
+    ]
+
+
+def test_crops_must_be_whole_patches() -> None:
+    assert _messages(crops__global_size=220, crops__local_size=90, eval__crop=8) == [
+        "crops.global_size: 220 px is not a multiple of the patch size 16 px; nearest: 208 or 224",
+        "eval.crop: 8 px is not a multiple of the patch size 16 px; nearest: 16",
+        "crops.local_size: 90 px is not a multiple of the patch size 16 px; nearest: 80 or 96",
+    ]
+
+
+def test_patch_size_comes_from_the_key_then_from_the_name() -> None:
+    assert _config(model__backbone="vit_small_patch8_224").model.effective_patch_size == 8
+    config = _config(model__patch_size=4, crops__local_size=36)
+    assert config.model.effective_patch_size == 4
+    assert (
+        "multiple of the patch size 14 px"
+        in _messages(model__backbone="vit_small_patch14_dinov2.lvd142m", crops__local_size=96)[0]
+    )
+
+
+def test_local_size_is_free_without_local_crops() -> None:
+    assert _config(crops__local_size=90, crops__num_local=0).crops.num_local == 0
+
+
+def test_backbone_without_a_patch_size_is_explained() -> None:
+    (message,) = _messages(model__backbone="resnet18")
+    assert message.startswith("model.backbone: no patch size in 'resnet18'; name a timm ViT")
+    assert _config(model__backbone="vit_odd", model__patch_size=16).model.patch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("values", "dim", "heads"),
+    [
+        ({"embed_dim": 100, "num_heads": 3}, 100, 3),
+        ({"embed_dim": 100}, 100, 6),
+        ({"num_heads": 5}, 384, 5),
+        ({"backbone": "vit_odd_patch16", "embed_dim": 10, "num_heads": 4}, 10, 4),
+    ],
+)
+def test_heads_divide_the_width(values: dict[str, object], dim: int, heads: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"model": values})
+    assert str(caught.value) == (
+        f"model.embed_dim: {dim} cannot be divided by {heads} attention heads (model.num_heads)"
+    )
+
+
+def test_resnet_has_no_stochastic_depth_unless_asked_for_wrongly() -> None:
+    config = _config(model__backbone="resnet50", crops__local_size=97, eval__crop=225)
+    assert config.model.drop_path_rate == 0.0
+    assert config.model.effective_patch_size is None
+    assert RunConfig().model.drop_path_rate == 0.1
+    assert _messages(model__backbone="resnet50", model__drop_path_rate=0.1) == [
+        "model.drop_path_rate: resnet50 has no stochastic depth, need 0.0, got 0.1"
+    ]
+
+
+@pytest.mark.parametrize("key", ["patch_size", "embed_dim", "depth", "num_heads"])
+def test_resnet_refuses_the_sizes_of_a_vit(key: str) -> None:
+    messages = _messages(model__backbone="resnet50", **{f"model__{key}": 4})
+    assert messages == [f"model.{key}: resnet50 has none, leave it out"]
+
+
+def test_resnet_refuses_block_checkpointing() -> None:
+    assert _messages(model__backbone="resnet50", engine__checkpoint_every_k_blocks=1) == [
+        "engine.checkpoint_every_k_blocks: resnet50 has no transformer blocks, need 0, got 1"
+    ]
+
+
+def test_batch_norm_needs_a_hidden_layer() -> None:
+    assert _messages(head__batch_norm=True, head__num_layers=1) == [
+        "head.batch_norm: needs a hidden layer, so head.num_layers >= 2, got 1"
+    ]
+    assert _config(head__batch_norm=True).head.batch_norm
+
+
+def test_offload_needs_zero() -> None:
+    assert _messages(engine__offload_optimizer=True, engine__zero_stage=0) == [
+        "engine.offload_optimizer: needs engine.zero_stage 1, 2 or 3, got 0"
+    ]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["optim.warmup_epochs", "dino.warmup_teacher_temp_epochs", "dino.freeze_last_layer_epochs"],
+)
+def test_phase_longer_than_the_run_is_refused(key: str) -> None:
+    phase = {key.replace(".", "__"): 21}
+    assert _messages(train__epochs=20, **phase) == [
+        f"{key}: 21 epochs do not fit in a run of 20 (train.epochs)"
+    ]
+    assert _config(train__epochs=21, **phase).train.epochs == 21
+
+
+def test_min_lr_is_not_above_the_peak() -> None:
+    assert _messages(optim__lr=1e-3, optim__min_lr=1e-2, train__batch_size=512) == [
+        "optim.min_lr: 0.01 is above the peak learning rate 0.002 "
+        "(optim.lr x train.batch_size / 256)"
+    ]
+    assert _config(optim__lr=1e-3, optim__min_lr=2e-3, train__batch_size=512).peak_lr == 2e-3
+
+
+@pytest.mark.parametrize(("given", "other"), [("train", "test"), ("test", "train")])
+def test_knn_needs_both_sets(given: str, other: str) -> None:
+    assert _messages(**{f"eval__{given}": "images"}) == [
+        f"eval.{other}: missing; eval.{given} is set, and k-NN needs both"
+    ]
+
+
+def test_crop_fits_in_the_resized_image() -> None:
+    assert _messages(eval__resize=200) == [
+        "eval.resize: 200 px is smaller than the 224 px cut from it (eval.crop)"
+    ]
+
+
+def test_configuration_cannot_be_edited() -> None:
+    config = RunConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1  # type: ignore[misc] # the point of the test
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optim.lr = 1.0  # type: ignore[misc] # the point of the test
+
+
+def test_whole_numbers_become_floats_and_lists_tuples() -> None:
+    config = _config(optim__clip_grad=0, crops__global_scale=[0.5, 1])
+    assert type(config.optim.clip_grad) is float
+    assert config.crops.global_scale == (0.5, 1.0)
+    assert type(config.crops.global_scale[1]) is float
+
+
+def test_every_field_is_described() -> None:
+    for name, section in {"": RunConfig, **sections()}.items():
+        for key, field in section.model_fields.items():
+            if name or key not in sections():
+                assert field.description, f"{name}.{key}"
