@@ -5,6 +5,7 @@ The only module that imports torch.distributed. Every collective is the identity
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ T = TypeVar("T")
 
 MEETING_TIMEOUT = timedelta(minutes=10)  # slow nodes may take minutes to come up
 LOOPBACK = "127.0.0.1"
+_LOST_PEER = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,8 @@ def _guarded(collective: Callable[[], Any]) -> None:
         collective()
     except (dist.DistError, RuntimeError) as error:
         first = str(error).splitlines()[0][:200]
+        if not isinstance(error, dist.DistError) and not _LOST_PEER.search(first):
+            raise
         raise RunFailedError(
             f"rank {rank()} lost contact with another rank ({first}); the rank that failed first"
             " printed the reason"

@@ -19,6 +19,7 @@ from dinoscale.engine.gradients import GradientRule
 from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
 from dinoscale.engine.shards import Fragment, Layout
 from dinoscale.errors import NonFiniteError
+from dinoscale.models.vit import Block
 from dinoscale.schedules import StepValues
 
 log = logging.getLogger(__name__)
@@ -40,18 +41,30 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def gather_whole_blocks(*networks: nn.Module) -> None:
+    """At stage 3, gather and release a transformer block as one, not layer by layer."""
+    import_deepspeed()
+    from deepspeed.utils import set_z3_leaf_modules
+
+    for network in networks:
+        if any(isinstance(module, Block) for module in network.modules()):
+            set_z3_leaf_modules(network, [Block])
+
+
 class Student:
     """A trained network whose float32 master weights are sharded over ranks.
 
     Attributes:
         layout: this rank's fragments; the teacher and checkpoints use the same.
+        shapes: parameter name -> full shape.
         master: float32 views of the master weights, one (numel,) view per fragment.
         compute_dtype: dtype of the weights that the forward uses.
     """
 
     def __init__(self, network: nn.Module, config: RunConfig, plan: RunPlan) -> None:
         """Shard `network` (float32, CPU, equal on all ranks); its values become the master's."""
-        initial = {name: value.clone() for name, value in network.named_parameters()}
+        initial = {name: value.detach().clone() for name, value in network.named_parameters()}
+        self.shapes = {name: tuple(value.shape) for name, value in initial.items()}
         self.compute_dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._stage = config.engine.zero_stage
         self._moments = MOMENTS[config.optim.name]
@@ -66,6 +79,11 @@ class Student:
             config.optim.name, network, fused=torch.cuda.is_available()
         )
         self._rule.attach(self._torch_optimizer)
+        self._group_of = {
+            names[id(parameter)]: group["name"]
+            for group in self._torch_optimizer.param_groups
+            for parameter in group["params"]
+        }
         derived = student_config(config, plan)
         log.info("DeepSpeed configuration of the student: %s", derived)
         self._engine, *_ = import_deepspeed().initialize(
@@ -78,6 +96,11 @@ class Student:
         self._find_shards(names)
         self.restore_master(lambda name, start, n: initial[name].flatten()[start : start + n])
         self._rule.armed = True
+
+    @property
+    def network(self) -> Any:
+        """The network that DeepSpeed runs; its weights may be partitioned."""
+        return self._engine.module
 
     def __call__(self, crops: Sequence[Tensor], keep: Tensor | None) -> Tensor:
         """Logits of all crops in one engine forward, (sum of N_i, K) float32.
@@ -122,14 +145,17 @@ class Student:
         """Norm of each tensor's gradient of the last step, before per-tensor clipping."""
         return {name: value.sqrt().item() for name, value in self._rule.squared_norms.items()}
 
+    @torch.no_grad()
     def restore_master(self, read: Callable[[str, int, int], Tensor]) -> None:
         """Set the float32 master and the weights of the forward from full values.
 
         Args:
             read: (parameter name, first element, count) -> (count,) float32.
         """
-        for fragment, view in zip(self.layout.fragments, self.master):
-            view.copy_(read(fragment.name, fragment.start, fragment.numel))
+        for part in self._held:
+            tensor, start = self._optimizer_tensor(part)
+            view = tensor.view(-1).narrow(0, start, part.numel)
+            view.copy_(read(part.name, part.start, part.numel))
         self._refresh_forward_weights()
 
     def optimizer_state(self) -> dict[str, list[Tensor | None]]:
@@ -145,47 +171,51 @@ class Student:
                 )
         return views
 
-    def adam_steps(self) -> dict[str, int]:
-        """Parameter name -> optimizer steps taken so far, for this rank's fragments."""
+    def optimizer_steps(self) -> dict[str, int]:
+        """Optimizer group -> steps taken so far; a resting group does not count."""
         steps = {}
         for fragment in self.layout.fragments:
             state = self._torch_optimizer.state.get(self._optimizer_tensor(fragment)[0], {})
-            steps[fragment.name] = int(state.get("step", bool(state)))
+            steps[self._group_of[fragment.name]] = int(state.get("step", bool(state)))
         return steps
 
     def restore_optimizer(
         self, read: Callable[[str, str, int, int], Tensor], steps: Mapping[str, int]
     ) -> None:
-        """Set moments and step counts; parameters with 0 steps stay without state.
+        """Set moments and step counts; groups with 0 steps stay without state.
 
         Args:
             read: (moment name, parameter name, first element, count) -> (count,) float32.
-            steps: parameter name -> optimizer steps taken.
+            steps: optimizer group -> steps taken.
         """
-        for fragment in self.layout.fragments:
-            count = steps[fragment.name]
+        for held in self._held:
+            count = steps[self._group_of[held.name]]
             if not count:
                 continue
-            tensor, start = self._optimizer_tensor(fragment)
+            tensor, start = self._optimizer_tensor(held)
             state = self._torch_optimizer.state[tensor]
             for name in self._moments:
                 if name not in state:
-                    state[name] = torch.zeros_like(tensor)
-                part = state[name].view(-1).narrow(0, start, fragment.numel)
-                part.copy_(read(name, fragment.name, fragment.start, fragment.numel))
+                    state[name] = torch.zeros_like(tensor, requires_grad=False)
+                part = state[name].view(-1).narrow(0, start, held.numel)
+                part.copy_(read(name, held.name, held.start, held.numel))
             if "exp_avg" in self._moments:
                 on_device = tensor.device if torch.cuda.is_available() else "cpu"
                 state["step"] = torch.tensor(float(count), device=on_device)
 
     def buffers(self) -> dict[str, Tensor]:
         """Buffers of the network (batch norm statistics); empty for a ViT."""
-        return dict(self._engine.module.named_buffers())
+        return dict(self.network.named_buffers())
 
     def _find_shards(self, names: dict[int, str]) -> None:
         """Read the layout and the master views; tell the gradient rule what each tensor holds."""
         if self._stage == 0:
             groups, self._tensors = self._unsharded_groups(names)
             self.layout = shards.end_to_end(groups, distributed.world_size())
+            self._held = [
+                Fragment(place.name, place.shape, place.group, 0, place.numel, place.offset)
+                for place in self.layout.placements
+            ]
             for name, tensor in self._tensors.items():
                 self._rule.watch(tensor, [name], [(name, 0, tensor.numel())])
         else:
@@ -203,6 +233,7 @@ class Student:
                 here = [f for f in self.layout.fragments if f.group == index]
                 pieces = [(f.name, f.offset, f.numel) for f in here]
                 self._rule.watch(flat, [names[id(p)] for p in members[index]], pieces)
+            self._held = list(self.layout.fragments)
         self.master = []
         for fragment in self.layout.fragments:
             tensor, start = self._optimizer_tensor(fragment)
@@ -234,40 +265,8 @@ class Student:
         elif self._stage > 0:
             self._zero.update_lp_params()
         elif self.compute_dtype is not torch.float32:
-            # Every rank holds the whole master but was given its own slice: exchange, then cast.
-            self._gather_unsharded_master()
             for high, low in zip(self._zero.fp32_groups, self._zero.fp16_groups):
                 torch._foreach_copy_(low, high)
-        else:
-            self._gather_unsharded_master()
-
-    def _gather_unsharded_master(self) -> None:
-        """Stage 0: complete every rank's master from the slices of all ranks."""
-        for group, flat in enumerate(whole_flats(self.layout, self.master, torch.float32)):
-            for place in self.layout.placements:
-                if place.group == group:
-                    part = flat.narrow(0, place.offset, place.numel)
-                    self._tensors[place.name].detach().view(-1).copy_(part)
-
-
-def whole_flats(layout: Layout, parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Stages 0-2: every group's unsharded flat tensor, from all ranks' fragments.
-
-    Args:
-        layout: with one fragment per entry of `parts`.
-        parts: (numel,) tensors.
-        dtype: of the result.
-
-    Returns:
-        One (W * shard size,) tensor per group, on the device of `parts`.
-    """
-    device = parts[0].device
-    wholes = [
-        torch.zeros(size * distributed.world_size(), dtype=dtype, device=device)
-        for size in layout.shard_sizes
-    ]
-    publish(layout, parts, wholes)
-    return wholes
 
 
 def publish(layout: Layout, parts: Sequence[Tensor], wholes: Sequence[Tensor]) -> None:

@@ -111,7 +111,7 @@ class Teacher:
 
     def buffers(self) -> dict[str, Tensor]:
         """Buffers of the network (batch norm statistics); empty for a ViT."""
-        return dict(self._weights.network.named_buffers())
+        return self._weights.buffers()
 
     def num_bytes(self) -> int:
         """Bytes this rank holds for the teacher: float32 shard and weights for the forward."""
@@ -150,6 +150,9 @@ class _Replicated:
     def plain_network(self) -> nn.Module:
         return self.network
 
+    def buffers(self) -> dict[str, Tensor]:
+        return dict(self.network.named_buffers())
+
     def num_bytes(self) -> int:
         return sum(flat.numel() * flat.element_size() for flat in self._flats)
 
@@ -165,7 +168,7 @@ class _Partitioned:
         config: RunConfig,
         plan: RunPlan,
     ) -> None:
-        self._blank = copy.deepcopy(network).to(dtype)
+        self._skeleton = copy.deepcopy(network).to("meta", dtype)
         self._engine, *_ = import_deepspeed().initialize(
             model=network, config=teacher_config(config, plan), dist_init_required=False
         )
@@ -190,12 +193,17 @@ class _Partitioned:
 
     def plain_network(self) -> nn.Module:
         """A copy of all weights on every rank, freed when the caller drops it."""
-        plain = copy.deepcopy(self._blank).to(_compute_device())
+        plain = copy.deepcopy(self._skeleton).to_empty(device=_compute_device())
         zero = import_deepspeed().zero
+        for name, buffer in plain.named_buffers():
+            buffer.copy_(self.buffers()[name])
         for name, parameter in plain.named_parameters():
             with zero.GatheredParameters([self._parameters[name]]):
                 parameter.data.copy_(self._parameters[name].data)
         return plain
+
+    def buffers(self) -> dict[str, Tensor]:
+        return dict(self.network.named_buffers())
 
     def num_bytes(self) -> int:
         parts = [parameter.ds_tensor for parameter in self._parameters.values()]

@@ -1,0 +1,66 @@
+"""From configuration and plan to student, teacher and schedules."""
+
+import torch
+
+from dinoscale.config.resolve import RunPlan
+from dinoscale.config.schema import RunConfig
+from dinoscale.engine.student import Student, gather_whole_blocks
+from dinoscale.engine.teacher import Teacher
+from dinoscale.models.heads import DinoHead
+from dinoscale.models.network import DinoNetwork
+from dinoscale.models.zoo import build_backbone
+from dinoscale.schedules import Schedules
+
+
+def build_networks(config: RunConfig) -> tuple[DinoNetwork, DinoNetwork]:
+    """Student and teacher networks in float32 on the CPU, equal on all ranks.
+
+    The seed is set here and only here: everything random later is a function of (seed, step).
+    """
+    torch.manual_seed(config.seed)
+    student = _build_network(config)
+    student.backbone.checkpoint_every = config.engine.checkpoint_every_k_blocks
+    return student, _build_network(config)
+
+
+def _build_network(config: RunConfig) -> DinoNetwork:
+    model = config.model
+    backbone = build_backbone(
+        model.backbone,
+        img_size=config.crops.global_size,
+        patch_size=model.patch_size,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        num_heads=model.num_heads,
+    )
+    head = DinoHead(backbone.embed_dim, **config.head.model_dump())
+    return DinoNetwork(backbone, head)
+
+
+def build_pair(config: RunConfig, plan: RunPlan) -> tuple[Student, Teacher]:
+    """The sharded student and its teacher, both with the initial weights of the seed."""
+    student_network, teacher_network = build_networks(config)
+    if config.engine.zero_stage == 3:
+        gather_whole_blocks(student_network, teacher_network)
+    student = Student(student_network, config, plan)
+    return student, Teacher(teacher_network, student, config, plan)
+
+
+def schedules_of(config: RunConfig, plan: RunPlan) -> Schedules:
+    """The schedules of a run, from the recipe and the plan."""
+    dino, optim = config.dino, config.optim
+    return Schedules(
+        steps_per_epoch=plan.steps_per_epoch,
+        total_steps=plan.total_steps,
+        warmup_steps=plan.warmup_steps,
+        peak_lr=plan.peak_lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        weight_decay_end=optim.weight_decay_end,
+        momentum=dino.momentum,
+        momentum_end=dino.momentum_end,
+        warmup_teacher_temp=dino.warmup_teacher_temp,
+        teacher_temp=dino.teacher_temp,
+        warmup_teacher_temp_epochs=dino.warmup_teacher_temp_epochs,
+        freeze_last_layer_epochs=dino.freeze_last_layer_epochs,
+    )

@@ -1,0 +1,1 @@
+"""Observers of a run: they read numbers and write files; no gradient or weight passes through."""

@@ -1,0 +1,137 @@
+"""Numbers of a run: metrics.jsonl, the progress bar and wandb."""
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Rank 0's record of a run; on other ranks every method does nothing."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        active: bool,
+        start_step: int,
+        total_steps: int,
+        wandb_project: str | None,
+        config: dict[str, Any],
+    ) -> None:
+        """Continue `run_dir`/metrics.jsonl after `start_step` steps.
+
+        Lines beyond `start_step`, written by a run that was lost after its last checkpoint, are
+        dropped: the steps are about to be taken again.
+        """
+        self._active = active
+        if not active:
+            return
+        self._path = run_dir / "metrics.jsonl"
+        _drop_lines_after(self._path, start_step)
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", file=sys.stderr, dynamic_ncols=True
+        )
+        self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
+
+    def advance(self, text: str) -> None:
+        """Move the bar by one step and show `text` beside it."""
+        if self._active:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+
+    def write(self, step: int, values: dict[str, float | int | None]) -> None:
+        """Append one line; `values` in the units of their names."""
+        if not self._active:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._active:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar and wandb's run."""
+        if self._active:
+            self._bar.close()
+            if self._wandb is not None:
+                self._wandb.finish(quiet=True)
+
+
+class Stopwatch:
+    """Images per second and the share of time spent waiting for data, between log lines."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._waited = 0.0
+        self._images = 0
+
+    def waited(self, seconds: float) -> None:
+        """Count time in which this rank had no batch."""
+        self._waited += seconds
+
+    def step_done(self, images: int) -> None:
+        """Count the images of one step, over all ranks."""
+        self._images += images
+
+    def lap(self) -> dict[str, float]:
+        """Rates since the last lap: images_per_s over all ranks, data_wait as a fraction."""
+        now = time.perf_counter()
+        seconds = max(now - self._begin, 1e-9)
+        rates = {"images_per_s": self._images / seconds, "data_wait": self._waited / seconds}
+        self._begin, self._waited, self._images = now, 0.0, 0
+        return rates
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: the accelerator's, or resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        beside = path.with_suffix(".jsonl.part")
+        beside.write_text("".join(kept))
+        beside.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")  # a line cut off by a crash
+
+
+def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
+    """Offline unless WANDB_MODE says otherwise; a failure costs the plots, not the run."""
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+
+        return wandb.init(
+            project=project, name=run_dir.name, dir=str(run_dir), config=config, resume="allow"
+        )
+    except Exception as error:  # noqa: BLE001  # wandb raises many types of its own
+        log.warning("no wandb: %s (log.wandb=false turns it off)", error)
+        return None
