@@ -1,6 +1,7 @@
 """Projection head, outputs and gradients, against the reference with its own weights."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.weights import from_reference, to_reference
 
-EXACT = {"rtol": 1e-9, "atol": 1e-12}
+assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 
 
 def _head(state: dict[str, Tensor], *, norm_last_layer: bool) -> DinoHead:
@@ -45,12 +46,12 @@ def test_head_output_and_gradients_match(
     x = tensors["input"].requires_grad_()
     output = head(x)
     (output * torch.linspace(-1, 1, output.shape[1], dtype=output.dtype)).sum().backward()
-    torch.testing.assert_close(output.detach(), tensors["output"], **EXACT)
-    torch.testing.assert_close(x.grad, tensors["input_grad"], **EXACT)
+    assert_close(output.detach(), tensors["output"])
+    assert_close(x.grad, tensors["input_grad"])
     gradients = {f"grad.{name}": p.grad for name, p in head.named_parameters()}
     assert gradients.keys() == {name for name in tensors if name.startswith("grad.")}
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, tensors[name], **EXACT)
+        assert_close(gradient, tensors[name])
     back = to_reference(head.state_dict())
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
