@@ -53,6 +53,7 @@ def test_empty_file_is_the_default_configuration(empty: str) -> None:
         ("1e-4", 1e-4),
         ("2e-4", 2e-4),
         ("5E-4", 5e-4),
+        ("1e4", 1e4),
         ("1.e-3", 1e-3),
         (".5", 0.5),
         ("-2", -2),
