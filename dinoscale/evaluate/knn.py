@@ -1,5 +1,8 @@
 """Weighted nearest-neighbour classification of frozen features.
 
+`knn_accuracy` is the arithmetic on tensors, `evaluate_knn` the whole measurement of a weights file
+on two labelled sets.
+
 Shape letters: N images in the bank, M test images, D width, C classes, k neighbours.
 Source: Wu et al. 2018 (arXiv:1805.01978), section 3.4, as used by Caron et al. 2021
 (arXiv:2104.14294), section 4.1, and its published evaluation code.
@@ -8,18 +11,32 @@ Source: Wu et al. 2018 (arXiv:1805.01978), section 3.4, as used by Caron et al. 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from dinoscale.convert.weights_file import BackboneCard, load_backbone
+from dinoscale.data.sources import Source, open_source
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.features import (
+    PIXEL_SIDE,
+    check_labels,
+    extract_features,
+    pixel_features,
+)
 
 log = logging.getLogger(__name__)
 
 KS = (10, 20, 100, 200)  # of the published protocol; 20 is the number usually quoted
 TEMP = 0.07  # of the votes, dimensionless; Wu et al. 2018
 TOP = 5  # classes that may be right for the top-5 accuracy
+NAMES_SHOWN = 5  # of classes that only one set has, in an error
 SIMILARITIES_PER_CHUNK = 2**26  # 256 MiB of float32 at a time, whatever the size of the bank
 
 
@@ -74,7 +91,7 @@ def knn_accuracy(
         log.warning("k = %s: the bank has only %d images, using all", too_many, num_train)
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     bank = F.normalize(train_features.float(), dim=1).T  # (D, N)
-    right = {k: torch.zeros(2, dtype=torch.int64) for k in ks}  # top-1, top-5
+    right = {k: [0, 0] for k in ks}  # test images right by top-1, by top-5
     chunk_size = chunk_size or max(1, SIMILARITIES_PER_CHUNK // num_train)
     for start in range(0, num_test, chunk_size):
         features = test_features[start : start + chunk_size]
@@ -82,11 +99,12 @@ def knn_accuracy(
         similarity, nearest = similarity.topk(min(max(ks), num_train), dim=1)
         votes, classes = (similarity / temp).exp(), train_labels[nearest]  # (chunk, max k)
         labels = test_labels[start : start + chunk_size]
-        for k in right:
-            right[k] += _count_right(votes[:, :k], classes[:, :k], labels, num_classes=num_classes)
+        for k, count in right.items():
+            top1, top5 = _right(votes[:, :k], classes[:, :k], labels, num_classes=num_classes)
+            right[k] = [count[0] + top1, count[1] + top5]
     return {
-        k: KnnResult(k, min(k, num_train), *(100 * count / num_test).tolist())
-        for k, count in right.items()
+        k: KnnResult(k, min(k, num_train), 100 * top1 / num_test, 100 * top5 / num_test)
+        for k, (top1, top5) in right.items()
     }
 
 
@@ -105,10 +123,190 @@ def _check(
         raise ValueError(f"features of train and test have different widths, {widths}")
 
 
-def _count_right(votes: Tensor, classes: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
-    """Count images whose label gets most votes, and is among the five with most; (2,) int64."""
+def _right(votes: Tensor, classes: Tensor, labels: Tensor, *, num_classes: int) -> tuple[int, int]:
+    """Count images whose label gets most votes, and whose label is among the five with most."""
     total = votes.new_zeros(len(votes), num_classes).scatter_add_(1, classes, votes)  # (chunk, C)
     ranked = total.sort(dim=1, descending=True, stable=True).indices
     hits = ranked == labels[:, None]
     top = min(TOP, votes.shape[1])
-    return torch.stack([hits[:, 0].sum(), hits[:, :top].sum()]).cpu()
+    return int(hits[:, 0].sum()), int(hits[:, :top].sum())
+
+
+def evaluate_knn(
+    weights_path: str | Path,
+    train_spec: str,
+    test_spec: str,
+    *,
+    ks: Sequence[int] = KS,
+    temp: float = TEMP,
+    resize: int | None = None,
+    crop: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 4,
+    device: str | None = None,
+    num_heads: int | None = None,
+    pixels: bool = False,
+    progress: bool = True,
+) -> dict[str, object]:
+    """Measure a weights file by k-NN, and optionally the pixel floor of the same two sets.
+
+    Args:
+        weights_path: a weights file of ours, or a checkpoint of the reference.
+        train_spec: the bank, as `data.train` of a config: a folder with a subfolder a class, or
+            shards with class numbers.
+        test_spec: what to classify; its classes must be those of the bank.
+        ks: numbers of neighbours.
+        temp: of the votes, dimensionless.
+        resize: short side in pixels; None takes the weights file's.
+        crop: side of the center crop in pixels; None takes the weights file's.
+        batch_size: images in one forward.
+        num_workers: processes that decode images.
+        device: a torch device; None takes the accelerator if there is one.
+        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
+        pixels: also measure 16 x 16 pixels, less the bank's mean image.
+        progress: draw bars on stderr.
+
+    Returns:
+        Numbers, texts, lists and dicts, ready for JSON: `knn` maps each k, as text, to `top1`,
+        `top5` (percent) and `neighbours`; the rest says what was measured and how.
+
+    Raises:
+        CheckpointError: the weights file cannot be used.
+        ConfigError: a setting is out of range.
+        DataError: a set cannot be read, has no labels, or the sets have different classes.
+    """
+    _check_settings(ks=ks, temp=temp, batch_size=batch_size, num_workers=num_workers)
+    where = _device(device)
+    backbone, card = load_backbone(weights_path, num_heads=num_heads)
+    resize = card.resize if resize is None else resize
+    crop = card.crop if crop is None else crop
+    if not 1 <= crop <= resize:
+        raise ConfigError(f"crop: need 1 <= crop <= resize, got {crop} and {resize} pixels")
+    train, test = open_source(train_spec), open_source(test_spec)
+    renumber = _renumber_classes(train, test)
+    extract = partial(
+        extract_features,
+        backbone.to(where),
+        resize=resize,
+        crop=crop,
+        mean=card.mean,
+        std=card.std,
+        batch_size=batch_size,
+        device=where,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    bank, bank_labels = _readable(*extract(train), spec=train_spec)
+    features, labels = _readable(*extract(test), spec=test_spec)
+    labels = renumber.to(where)[labels]
+    report: dict[str, object] = {
+        "weights": str(weights_path),
+        "weights_source": card.source,
+        "backbone": asdict(card.backbone),
+        "train": _describe(train_spec, bank_labels),
+        "test": _describe(test_spec, labels),
+        "protocol": _protocol(card, temp=temp, resize=resize, crop=crop),
+        "knn": _by_k(knn_accuracy(bank, bank_labels, features, labels, ks=ks, temp=temp)),
+    }
+    if pixels:
+        report["pixels"] = _pixel_floor(
+            train, test, renumber, ks=ks, temp=temp, num_workers=num_workers
+        )
+    return report
+
+
+def _check_settings(*, ks: Sequence[int], temp: float, batch_size: int, num_workers: int) -> None:
+    if not ks or min(ks) < 1:
+        raise ConfigError(f"ks: need at least one number of neighbours, all above 0; got {[*ks]}")
+    if not temp > 0:
+        raise ConfigError(f"temp: need a number above 0, got {temp}")
+    if batch_size < 1 or num_workers < 0:
+        raise ConfigError(f"need batch_size > 0, num_workers >= 0; got {batch_size}, {num_workers}")
+
+
+def _device(name: str | None) -> torch.device:
+    """The named device, else the accelerator if there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"device: {name!r} cannot be used here ({first})") from error
+
+
+def _renumber_classes(train: Source, test: Source) -> Tensor:
+    """Number in the bank of each class number of the test set, (C,) int64; matched by name."""
+    check_labels(train, name="train")
+    check_labels(test, name="test")
+    assert test.labels is not None
+    if train.class_names is None or test.class_names is None:
+        if train.class_names is not test.class_names:
+            log.warning("only one of the sets names its classes; matching them by number")
+        return torch.arange(int(test.labels.max()) + 1)
+    only_train = sorted(set(train.class_names) - set(test.class_names))
+    only_test = sorted(set(test.class_names) - set(train.class_names))
+    if only_train or only_test:
+        raise DataError(
+            "train and test have different classes: only train has "
+            f"{_some(only_train)}; only test has {_some(only_test)}"
+        )
+    return torch.tensor([train.class_names.index(name) for name in test.class_names])
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    listed = ", ".join(repr(name) for name in names[:NAMES_SHOWN]) or "none"
+    return listed + (f" and {more} more" if more > 0 else "")
+
+
+def _readable(features: Tensor, labels: Tensor, *, spec: str) -> tuple[Tensor, Tensor]:
+    if not len(features):
+        raise DataError(f"{spec}: none of the images can be read")
+    return features, labels
+
+
+def _describe(spec: str, labels: Tensor) -> dict[str, object]:
+    classes = int((torch.bincount(labels) > 0).sum())
+    return {"spec": spec, "images": len(labels), "classes": classes}
+
+
+def _protocol(card: BackboneCard, *, temp: float, resize: int, crop: int) -> dict[str, object]:
+    return {
+        "method": "weighted k-NN, cosine similarity, votes exp(similarity / temp)",
+        "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
+        "temp": temp,
+        "resize": resize,
+        "crop": crop,
+        "interpolation": "bicubic",
+        "mean": list(card.mean),
+        "std": list(card.std),
+    }
+
+
+def _by_k(results: Mapping[int, KnnResult]) -> dict[str, dict[str, float]]:
+    return {
+        str(k): {"top1": found.top1, "top5": found.top5, "neighbours": found.neighbours}
+        for k, found in results.items()
+    }
+
+
+def _pixel_floor(
+    train: Source,
+    test: Source,
+    renumber: Tensor,
+    *,
+    ks: Sequence[int],
+    temp: float,
+    num_workers: int,
+) -> dict[str, object]:
+    """k-NN on pixels, with the protocol's votes and, the classical floor, with equal ones."""
+    bank, bank_labels = pixel_features(train, num_workers=num_workers)
+    images, labels = pixel_features(test, num_workers=num_workers)
+    mean = bank.mean(dim=0)
+    sets = (bank - mean, bank_labels, images - mean, renumber[labels])
+    return {
+        "features": f"{PIXEL_SIDE} x {PIXEL_SIDE} RGB by area averaging, less the bank's mean",
+        "knn": _by_k(knn_accuracy(*sets, ks=ks, temp=temp)),
+        "knn_equal_votes": _by_k(knn_accuracy(*sets, ks=ks, temp=math.inf)),
+    }

@@ -110,3 +110,9 @@ def test_bad_calls_are_refused(change: dict[str, object], message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         knn_accuracy(**{**good, **change})  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_one_image_of_many_counts_exactly() -> None:
+    bank, labels = _unit(0, 90), torch.tensor([0, 1])
+    found = knn_accuracy(bank, labels, _unit(*[1] * 7), torch.tensor([0] * 6 + [1]), ks=(1,))
+    assert found[1].top1 == 600 / 7

@@ -1,0 +1,181 @@
+"""Features of a labelled set of images: a frozen backbone's, and raw pixels as the floor.
+
+Shape letters: N images of the source that can be read, C channels, H, W pixels, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dinoscale.data.loader import eval_batches
+from dinoscale.data.sources import Source
+from dinoscale.errors import DataError, NonFiniteError
+
+log = logging.getLogger(__name__)
+
+PIXEL_SIDE = 16  # of the thumbnails whose pixels are the floor
+
+
+def normalize_images(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return (x / 255 - mean) / std of uint8 images (N, C, H, W), float32, on their device."""
+    mean_, std_ = (images.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
+    return (images.float() / 255 - mean_) / std_
+
+
+def check_labels(source: Source, *, name: str) -> None:
+    """Refuse a set in which an image has no class.
+
+    Raises:
+        DataError: there are no labels, or some are missing.
+    """
+    labels = source.labels
+    if labels is None:
+        raise DataError(
+            f"{name}: the images have no labels; k-NN needs one subfolder a class, or .cls members"
+        )
+    unknown = np.flatnonzero(labels < 0)
+    if len(unknown):
+        raise DataError(
+            f"{name}: {len(unknown)} of {len(labels)} images have no label, the first is "
+            f"{source.path(int(unknown[0]))}"
+        )
+
+
+def extract_features(
+    backbone: nn.Module,
+    source: Source,
+    *,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    device: torch.device | str,
+    num_workers: int,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Run a backbone over all readable images of a labelled source, without augmentation.
+
+    The backbone is put into eval mode and back. Its weights must be on `device`; images enter in
+    their dtype.
+
+    Args:
+        backbone: takes a list of images (N, C, H, W), returns (N, D).
+        source: labelled images; unreadable ones are left out with a warning.
+        resize: short side after the bicubic resize, in pixels.
+        crop: side of the center crop, in pixels.
+        mean: of the three channels, in 0..1.
+        std: of the three channels, in 0..1.
+        batch_size: images in one forward.
+        device: where the backbone is, and where the result will be.
+        num_workers: processes that decode; 0 decodes in this one.
+        progress: draw a bar on stderr.
+
+    Returns:
+        Features (N, D) float32, not normalised, and labels (N,) int64, both on `device`.
+
+    Raises:
+        DataError: an image has no label.
+        NonFiniteError: a feature is not a finite number.
+    """
+    check_labels(source, name="evaluation")
+    device = torch.device(device)
+    weight = next(backbone.parameters(), None)
+    dtype = torch.float32 if weight is None else weight.dtype
+    batches = eval_batches(
+        source,
+        resize=resize,
+        crop=crop,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad(), tqdm(total=len(source), unit="img", disable=not progress) as bar:
+            for images, classes, _ in batches:
+                pixels = images.to(device, non_blocking=True)
+                pixels = normalize_images(pixels, mean=mean, std=std).to(dtype)
+                features.append(backbone([pixels]).float())
+                labels.append(classes)
+                bar.update(len(classes))
+    finally:
+        backbone.train(was_training)
+    if not features:  # a rank's share may be empty, or unreadable as a whole
+        width = int(getattr(backbone, "embed_dim", 0))
+        return torch.zeros(0, width, device=device), torch.zeros(0, dtype=torch.int64).to(device)
+    joined = torch.cat(features)
+    if not torch.isfinite(joined).all():
+        raise NonFiniteError("the backbone's features are not finite; its weights have diverged")
+    return joined, torch.cat(labels).to(device)
+
+
+def pixel_features(
+    source: Source, *, batch_size: int = 256, num_workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Shrink every whole image to 16 x 16 by area averaging (PIL's BOX), whatever its shape.
+
+    Their k-NN accuracy, less the mean image of the bank, is the floor that learned features must
+    clear: it measures how far color and layout alone tell the classes.
+
+    Args:
+        source: labelled images; unreadable ones are left out with a warning.
+        batch_size: images that travel from a worker at a time.
+        num_workers: processes that decode; 0 decodes in this one.
+
+    Returns:
+        Pixels (N, 768) float32 in 0..1, neither centered nor normalised; labels (N,) int64.
+
+    Raises:
+        DataError: an image has no label, or none can be read.
+    """
+    check_labels(source, name="evaluation")
+    batches = list(
+        eval_batches(
+            _Thumbnails(source),
+            resize=PIXEL_SIDE,  # the thumbnails' own size: nothing more happens to them
+            crop=PIXEL_SIDE,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
+    )
+    if not batches:
+        raise DataError(f"none of the {len(source)} images can be read")
+    pixels = torch.cat([images for images, _, _ in batches])
+    return pixels.flatten(1).float() / 255, torch.cat([labels for _, labels, _ in batches])
+
+
+class _Thumbnails:
+    """A source whose images are shrunk to 16 x 16."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def path(self, index: int) -> str:
+        return self._source.path(index)
+
+    def image(self, index: int) -> Image.Image:
+        size = (PIXEL_SIDE, PIXEL_SIDE)
+        return self._source.image(index).resize(size, Image.Resampling.BOX)
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        return self._source.labels
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self._source.class_names

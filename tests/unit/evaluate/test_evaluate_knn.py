@@ -1,0 +1,134 @@
+"""The whole measurement: folders and a weights file in, a JSON report out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
+from dinoscale.errors import CheckpointError, ConfigError, DataError
+from dinoscale.evaluate.knn import evaluate_knn
+from dinoscale.models.zoo import build_backbone
+
+SHAPE = BackboneShape(
+    "vit_tiny_patch16_224", img_size=32, patch_size=16, embed_dim=64, depth=1, num_heads=2
+)
+CARD = BackboneCard(
+    SHAPE, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), resize=36, crop=32, source="untrained"
+)
+COLORS = {"blue": (20, 40, 200), "green": (20, 190, 40), "red": (200, 30, 30)}
+
+
+def _folder(root: Path, classes: dict[str, str], *, images: int, seed: int) -> Path:
+    """Folder name -> color of its noisy images."""
+    rng = np.random.default_rng(seed)
+    for name, color in classes.items():
+        (root / name).mkdir(parents=True)
+        for i in range(images):
+            pixels = np.clip(COLORS[color] + rng.normal(0, 15, (24, 20, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("knn")
+    torch.manual_seed(0)
+    sizes = {"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 2}
+    backbone = build_backbone("vit_tiny_patch16_224", img_size=32, **sizes)
+    save_backbone(root / "weights.safetensors", backbone.state_dict(), CARD)
+    same = {name: name for name in COLORS}
+    _folder(root / "train", same, images=6, seed=0)
+    _folder(root / "test", same, images=3, seed=1)
+    _folder(root / "other", {"green": "green", "red": "red", "violet": "blue"}, images=1, seed=2)
+    _folder(root / "swapped", {"blue": "red", "green": "green", "red": "blue"}, images=3, seed=1)
+    return root
+
+
+def _run(place: Path, test: str = "test", **changes: object) -> dict[str, object]:
+    settings: dict[str, object] = {
+        "ks": (1, 5),
+        "num_workers": 0,
+        "progress": False,
+        "device": "cpu",
+    }
+    specs = (place / "weights.safetensors", str(place / "train"), str(place / test))
+    return evaluate_knn(*specs, **{**settings, **changes})  # type: ignore[arg-type]  # several types
+
+
+def test_the_report_is_json_and_says_what_was_measured_and_how(place: Path) -> None:
+    report = _run(place, pixels=True)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["knn"]["5"] == {"top1": 100.0, "top5": 100.0, "neighbours": 5}  # type: ignore[index]  # nested report
+    assert report["train"] == {"spec": str(place / "train"), "images": 18, "classes": 3}
+    assert report["test"] == {"spec": str(place / "test"), "images": 9, "classes": 3}
+    protocol = report["protocol"]
+    assert (protocol["resize"], protocol["crop"], protocol["temp"]) == (36, 32, 0.07)  # type: ignore[index]  # nested report
+    assert report["pixels"]["knn"]["1"]["top1"] == 100.0  # type: ignore[index]  # nested report
+    assert report["pixels"]["knn_equal_votes"]["5"]["top1"] == 100.0  # type: ignore[index]  # nested report
+
+
+def test_wrong_labels_give_wrong_answers(place: Path) -> None:
+    report = _run(place, test="swapped", pixels=True)
+    assert report["knn"]["1"]["top1"] == pytest.approx(100 / 3)  # type: ignore[index]  # nested report
+    assert report["pixels"]["knn"]["1"]["top1"] == pytest.approx(100 / 3)  # type: ignore[index]  # nested report
+
+
+def test_classes_that_differ_are_named(place: Path) -> None:
+    with pytest.raises(DataError, match="only train has 'blue'; only test has 'violet'"):
+        _run(place, test="other")
+
+
+class _Named:
+    def __init__(self, names: list[str] | None, labels: list[int]) -> None:
+        self.class_names = names
+        self.labels = np.array(labels)
+
+    def path(self, index: int) -> str:
+        return str(index)
+
+
+def test_equal_names_in_another_order_are_matched_by_name() -> None:
+    from dinoscale.evaluate.knn import _renumber_classes
+
+    train, test = _Named(["a", "b", "c"], [0, 1, 2]), _Named(["c", "a", "b"], [0, 1, 2])
+    assert _renumber_classes(train, test).tolist() == [2, 0, 1]  # type: ignore[arg-type]  # a part of a source
+    shards = _Named(None, [0, 4])
+    assert _renumber_classes(shards, shards).tolist() == [0, 1, 2, 3, 4]  # type: ignore[arg-type]  # a part of a source
+
+
+def test_a_set_without_classes_is_refused(place: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat.png")
+    with pytest.raises(DataError, match="test: the images have no labels"):
+        evaluate_knn(
+            place / "weights.safetensors", str(place / "train"), str(tmp_path), num_workers=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ks": ()}, "ks"),
+        ({"ks": (0, 5)}, "ks"),
+        ({"temp": -1.0}, "temp"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"crop": 40}, "crop <= resize"),
+        ({"crop": 0}, "crop <= resize"),
+        ({"device": "warp-drive"}, "device: 'warp-drive'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    place: Path, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _run(place, **change)
+
+
+def test_a_missing_weights_file_is_named(place: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        evaluate_knn("nowhere.safetensors", str(place / "train"), str(place / "test"))
