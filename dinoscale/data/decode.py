@@ -13,8 +13,10 @@ from PIL import Image, UnidentifiedImageError
 
 from dinoscale.errors import DataError
 
-_TIFF_BITS_PER_SAMPLE = 258  # TIFF 6.0 specification, tag number
 _EXIF_ORIENTATION = 0x0112  # Exif 2.3, tag number; values 1 to 8
+
+_INTEGER_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # 8, 10, 12, 14, 16 bit
+_FLOAT_WHITES = (1.0, 255.0)
 
 # Exif 2.3 table 6: what to do with the stored rows and columns to see the picture upright.
 _UPRIGHT = {
@@ -117,11 +119,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8bit(image: Image.Image) -> NDArray[np.uint8]:
-    """Scale integer or float pixels to 0..255.
+    """Scale integer or float pixels to 0..255, with black at 0 wherever no pixel is negative.
 
-    16-bit files keep their absolute brightness (a dark scan stays dark). 32-bit integers do too
-    where they lie in the range of 8 or 16 bit, and floats in [0, 1] or [0, 255]; for all others
-    the scale is unknown and the darkest and brightest pixel become 0 and 255.
+    Files of 16 bit often hold 10, 12 or 14 bit of a sensor, and rarely say so; dividing by 256
+    would turn them black. White is therefore the largest value of the smallest usual depth that
+    holds all pixels. Floats are taken to lie in [0, 1] or [0, 255]. Beyond these ranges the scale
+    is unknown, and the darkest and brightest pixel become 0 and 255.
     """
     pixels = np.asarray(image).astype(np.float64)  # (H, W)
     finite = np.isfinite(pixels)
@@ -136,22 +139,12 @@ def _to_8bit(image: Image.Image) -> NDArray[np.uint8]:
 
 def _range_of(image: Image.Image, low: float, high: float) -> tuple[float, float]:
     """The pixel values that mean black and white."""
-    if image.mode.startswith("I;16"):
-        return 0.0, 2.0 ** _bits_per_sample(image) - 1
-    if image.mode == "I" and low >= 0 and image.format in {"PNG", "PPM"}:
-        return 0.0, 65535.0  # Pillow scales PGM files of any depth above 8 bit to 16 bit
-    common_whites = (1.0, 255.0) if image.mode == "F" else (255.0, 65535.0)
-    for white in common_whites:
+    if image.format == "PPM" and image.mode == "I":
+        return 0.0, 65535.0  # Pillow scales PGM files by the depth they state
+    for white in _FLOAT_WHITES if image.mode == "F" else _INTEGER_WHITES:
         if low >= 0 and high <= white:
             return 0.0, white
     return low, high if high > low else low + 1.0  # a constant picture turns black
-
-
-def _bits_per_sample(image: Image.Image) -> int:
-    """12 for twelve-bit TIFF files, which Pillow widens to 16 bit without scaling."""
-    bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS_PER_SAMPLE, 16)
-    depth = bits[0] if isinstance(bits, tuple) else bits
-    return depth if isinstance(depth, int) and 8 < depth <= 16 else 16
 
 
 def _reason(error: Exception, data: bytes) -> str:

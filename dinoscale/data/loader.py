@@ -297,18 +297,19 @@ def _run(
     pin_memory: bool,
 ) -> Iterator[T]:
     """Answer the requests in their order, with one set of workers for all of them."""
-    loader: DataLoader[T | _Failure] = DataLoader(
-        dataset,
-        sampler=requests,
-        batch_size=None,  # a request is a whole batch
-        collate_fn=_unchanged,
-        num_workers=num_workers,
-        prefetch_factor=_PREFETCH if num_workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-    )
     with warnings.catch_warnings():  # more workers than cores: the caller knows both numbers
         warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader[T | _Failure] = DataLoader(
+            dataset,
+            sampler=requests,
+            batch_size=None,  # a request is a whole batch
+            collate_fn=_unchanged,
+            num_workers=num_workers,
+            prefetch_factor=_PREFETCH if num_workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # else it draws from the run's own generator
+        )
         return _results(iter(loader))
 
 

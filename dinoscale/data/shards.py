@@ -275,6 +275,6 @@ def _check_end(path: str, block: bytes, *, at: int) -> None:
         log.warning("the shard %s has no end mark; it may have been cut off between members", path)
     elif block.strip(b"\0"):
         raise DataError(
-            f"the shard {path} is damaged: no valid header at byte {at}. Copy or build it again, "
+            f"the shard {path} is damaged or cut off: no valid header at byte {at}. Copy or build it again, "
             "or leave it out of the data."
         )

@@ -1,0 +1,107 @@
+import logging
+from pathlib import Path
+
+import pytest
+
+from dinoscale.data.folder import FolderSource
+from dinoscale.data.shards import TarSource
+from dinoscale.data.sources import open_source
+from dinoscale.errors import DataError
+from tests.unit.data.conftest import jpeg, write_tar
+
+
+def _shards(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        write_tar(folder / f"train-{i:03}.tar", {f"{i}.jpg": jpeg(i), f"{i}.cls": b"1"})
+    return folder
+
+
+def test_folder_of_images(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    assert isinstance(open_source(str(tmp_path)), FolderSource)
+
+
+@pytest.mark.parametrize(
+    ("spec", "count"),
+    [
+        ("train-001.tar", 1),
+        ("train-{000..002}.tar", 3),
+        ("train-{000,002}.tar", 2),
+        ("train-*.tar", 3),
+        ("train-00[12].tar", 2),
+        ("{train-000,train-00[12]}.tar", 3),
+        ("", 3),
+        ("../d/", 3),
+    ],
+)
+def test_shards_by_name_pattern_and_folder(tmp_path: Path, spec: str, count: int) -> None:
+    source = open_source(str(_shards(tmp_path / "d", 3)) + "/" + spec)
+    assert isinstance(source, TarSource)
+    assert len(source) == count
+    assert [source.path(i) for i in range(count)] == sorted(source.path(i) for i in range(count))
+
+
+def test_folder_of_shards_may_hold_a_class_list(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = _shards(tmp_path / "d", 2)
+    (folder / "classes.txt").write_text("0\tdog\n")
+    with caplog.at_level(logging.INFO):
+        assert len(open_source(str(folder))) == 2
+    assert "2 .tar shards: reading those" in caplog.text
+
+
+def test_shards_among_images_are_ignored_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = _shards(tmp_path / "d", 2)
+    (folder / "a.jpg").write_bytes(jpeg(0))
+    with caplog.at_level(logging.WARNING):
+        assert len(open_source(str(folder))) == 1
+    assert "ignored 2 .tar files" in caplog.text
+
+
+def test_names_with_pattern_characters_are_taken_literally(tmp_path: Path) -> None:
+    for name in ("odd {a,b} [1]", "one, two"):
+        folder = _shards(tmp_path / name, 1)
+        assert len(open_source(str(folder))) == 1
+        assert len(open_source(str(folder / "train-000.tar"))) == 1
+
+
+def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _shards(tmp_path / "d", 1)
+    assert len(open_source("~/d")) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "is empty"),
+        ("https://host/a.tar", "not supported yet.*local or mounted disk"),
+        ("s3://bucket/a.tar", "not supported yet"),
+        ("pipe:cat a.tar", "not supported yet"),
+        ("{tmp}/none/deep", "does not exist .the nearest folder that does is {tmp}."),
+        ("{tmp}/none-*.tar", "no file matches"),
+        ("{tmp}/d/train-{{000..004}}.tar", r"2 of 5 shards are not there.*train-003\.tar"),
+        ("{tmp}/d/{{a", "not a brace pattern"),
+        ("{tmp}/a.jpg", "is not a .tar shard"),
+        ("{tmp}/*.jpg", "a.jpg is not a .tar shard .named by"),
+        ("{tmp}/gz", "compressed .gzip"),
+    ],
+)
+def test_useless_spec_is_refused_with_a_remedy(tmp_path: Path, spec: str, message: str) -> None:
+    _shards(tmp_path / "d", 3)
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "gz").mkdir()
+    (tmp_path / "gz" / "a.tar.gz").write_bytes(b"\x1f\x8b" + bytes(100))
+    with pytest.raises(DataError, match=message.replace("{tmp}", str(tmp_path))):
+        open_source(spec.format(tmp=tmp_path))
+
+
+def test_odd_files_in_one_folder_all_count(image_sets: Path, tmp_path: Path) -> None:
+    for kind in ("loads", "fails"):
+        for path in (image_sets / "odd-images" / kind).iterdir():
+            (tmp_path / path.name).symlink_to(path)
+    assert len(open_source(str(tmp_path))) == 100
