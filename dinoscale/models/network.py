@@ -4,11 +4,18 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from dinoscale.models.heads import DinoHead
+from dinoscale.models.resnet import ResNet50
+from dinoscale.models.vit import VisionTransformer
+
 
 class DinoNetwork(nn.Module):
     """Crops to prototype logits; parameters are named backbone.* and head.*."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    backbone: VisionTransformer | ResNet50
+    head: DinoHead
+
+    def __init__(self, backbone: VisionTransformer | ResNet50, head: DinoHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head

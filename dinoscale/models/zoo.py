@@ -14,6 +14,7 @@ from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 
+_FAMILIES = ("vision_transformer", "deit")  # timm modules with plain ViTs in them
 # Sizes of the paper that timm has with patches of 16 pixels only.
 _OTHER_PATCH_SIZE = re.compile(r"(vit_(?:tiny|small|base|large))_patch(\d+)_224")
 
@@ -63,6 +64,12 @@ def _vit(name: str, *, img_size: int, **changed: int) -> VisionTransformer:
     import timm
 
     timm_name, changed = _timm_name(name, changed)
+    family = timm.model_entrypoint(timm_name.split(".")[0]).__module__.split(".")[-1]
+    if family not in _FAMILIES:
+        raise ConfigError(
+            f"model.backbone: cannot train {name!r}: it is of timm's family {family!r}, "
+            f"not a plain ViT ({', '.join(_FAMILIES)})"
+        )
     try:
         source = timm.create_model(
             timm_name,

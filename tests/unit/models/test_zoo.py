@@ -1,0 +1,200 @@
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dinoscale.errors import ConfigError
+from dinoscale.models.resnet import ResNet50
+from dinoscale.models.vit import VisionTransformer
+from dinoscale.models.zoo import adopt, build_backbone
+
+
+def _build(name: str, **sizes: int) -> VisionTransformer:
+    model = build_backbone(name, **({"img_size": 224} | sizes))
+    assert isinstance(model, VisionTransformer)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "patch_size", "params"),
+    [
+        ("vit_tiny_patch16_224", 192, 12, 16, 5524416),
+        ("vit_small_patch16_224", 384, 12, 16, 21665664),
+        ("vit_small_patch8_224", 384, 12, 8, 21670272),
+        ("vit_base_patch16_224", 768, 12, 16, 85798656),
+        ("vit_base_patch8_224", 768, 12, 8, 85807872),
+        ("vit_large_patch16_224", 1024, 24, 16, 303301632),
+        ("vit_tiny_patch8_224", 192, 12, 8, 5526720),  # the two timm does not have
+        ("vit_large_patch8_224", 1024, 24, 8, 303313920),
+    ],
+)
+def test_published_parameter_counts(
+    name: str, width: int, depth: int, patch_size: int, params: int
+) -> None:
+    with torch.device("meta"):
+        model = _build(name)
+    assert sum(p.numel() for p in model.parameters()) == params
+    assert (model.embed_dim, model.depth, model.patch_size) == (width, depth, patch_size)
+
+
+def test_parameter_names_are_the_references() -> None:
+    block = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    layers = ["patch_embed.proj", *(f"blocks.{i}.{name}" for i in range(2) for name in block)]
+    expected = [f"{layer}.{kind}" for layer in [*layers, "norm"] for kind in ("weight", "bias")]
+    state = _build("vit_tiny_patch16_224", depth=2).state_dict()
+    assert [*state] == ["cls_token", "pos_embed", *expected]
+    assert state["pos_embed"].shape == (1, 197, 192)
+    assert state["patch_embed.proj.weight"].shape == (192, 3, 16, 16)
+
+
+def test_initial_weights_follow_the_reference() -> None:
+    torch.manual_seed(0)
+    model = _build("vit_small_patch16_224", depth=1)
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.1)  # timm: 1e-6
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert parameter.eq(1 if name.endswith("weight") else 0).all()
+        elif name.startswith("patch_embed"):
+            assert parameter.abs().max().item() == pytest.approx((3 * 16**2) ** -0.5, rel=0.05)
+        elif name.endswith("bias"):
+            assert not parameter.any()
+        elif name != "cls_token":
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.02)
+            assert parameter.abs().max() > 0.06  # not cut at two standard deviations
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+
+
+def test_sizes_can_be_changed() -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
+    model = _build("vit_small_patch16_224", **sizes)
+    assert (model.embed_dim, model.depth, model.patch_size) == (64, 3, 8)
+    assert model.pos_embed.shape == (1, 17, 64)
+    assert model([torch.randn(2, 3, 32, 32)]).shape == (2, 64)
+
+
+SMALL = {"img_size": 28, "patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "vit_small_patch14_dinov2",  # layer scale
+        "vit_small_patch14_reg4_dinov2",  # registers, positions for patches only
+        "vit_giant_patch14_reg4_dinov2",  # SwiGLU
+        "vit_base_patch32_clip_224",  # norm before the blocks, no patch bias
+        "vit_base_patch16_clip_quickgelu_224",
+        "deit3_small_patch16_224",
+        "test_vit",
+    ],
+)
+def test_features_equal_those_of_timm(name: str) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, num_classes=0, global_pool="token", **SMALL).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    images = torch.randn(2, 3, 28, 28)
+    expected, state = theirs.forward_features(images), theirs.state_dict()
+    ours = adopt(theirs, name=name)
+    assert ours.state_dict().keys() == state.keys()
+    torch.testing.assert_close(ours.features(images), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours([images]), expected[:, 0], rtol=1e-4, atol=1e-4)
+    rows = ours.last_attention(images).sum(-1)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_smal_patch16_224", "unknown model .*, did you mean 'vit_small_patch16_224'"),
+        ("resnet51", "unknown model 'resnet51', did you mean 'resnet50'"),
+        ("hf-hub:somebody/vit", "unknown model"),
+        ("vit_huge_patch99_224", "unknown model"),
+        ("eva02_tiny_patch14_224", "family 'eva', not a plain ViT"),
+        ("resnet18", "family 'resnet', not a plain ViT"),
+        ("vit_small_patch16_224.nope", r"Invalid pretrained tag \(nope\)"),
+        ("vit_base_patch16_gap_224", "needs the class token"),
+        ("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),
+        ("vit_small_patch16_18x2_224", "blocks are ParallelThingsBlock"),
+        ("vit_base_patch16_rpn_224", "class token"),
+        ("vit_base_patch16_xp_224", "blocks are ParallelScalingBlock"),
+    ],
+)
+def test_models_we_cannot_reproduce_are_refused_by_name(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught, torch.device("meta"):
+        build_backbone(name, img_size=224)
+    assert str(caught.value).startswith("model.backbone: ")
+    assert re.search(re.escape(repr(name)), str(caught.value))
+
+
+def _with(change: Callable[[Any], object]) -> Any:
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **SMALL)
+    change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m, "pos_embed", None), "no learned position embedding"),
+        (lambda m: setattr(m, "norm", nn.Identity()), "no norm on its output tokens"),
+        (lambda m: setattr(m, "fc_norm", nn.LayerNorm(48)), "normalises after pooling"),
+        (lambda m: setattr(m, "patch_drop", nn.Dropout()), "drops patches"),
+        (lambda m: setattr(m.patch_embed, "norm", nn.LayerNorm(48)), "normalises patch embed"),
+        (lambda m: setattr(m.patch_embed, "proj", nn.Linear(3, 3)), "not a convolution"),
+        (lambda m: setattr(m.blocks[1].mlp.drop1, "p", 0.1), "it has dropout"),
+        (lambda m: setattr(m.blocks[1], "mlp", nn.Linear(48, 48)), "its MLP is a Linear"),
+        (lambda m: setattr(m.blocks[1], "attn", nn.Linear(48, 48)), "attention is not plain"),
+        (lambda m: setattr(m.blocks[1].attn, "gate", nn.Linear(48, 48)), "attention is not plain"),
+        (lambda m: setattr(m.blocks[1], "drop_path1", nn.Dropout(0)), "stochastic depth"),
+    ],
+)
+def test_parts_our_forward_would_skip_are_refused(
+    change: Callable[[Any], object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"cannot train 'changed': .*{message}"):
+        adopt(_with(change), name="changed")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_heads": 7}, "dim should be divisible by num_heads"),
+        ({"img_size": 30}, "crops.global_size: 30 is not a multiple of the patch size 16"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _build("vit_tiny_patch16_224", **({"img_size": 32} | sizes))
+
+
+def test_resnet50_pools_each_resolution_by_itself() -> None:
+    torch.manual_seed(0)
+    model = build_backbone("resnet50", img_size=224)
+    assert isinstance(model, ResNet50)
+    assert model.embed_dim == 2048
+    assert sum(p.numel() for p in model.parameters()) == 25557032 - 2049 * 1000
+    assert "layer4.2.bn3.running_var" in model.state_dict()
+    large, small = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 32, 32)
+    first = model.state_dict()["bn1.running_mean"].clone()
+    together = model([large[:1], large[1:], small])  # train mode: batch statistics
+    assert together.shape == (5, 2048)
+    assert model.state_dict()["bn1.num_batches_tracked"] == 2
+    assert not torch.equal(model.state_dict()["bn1.running_mean"], first)
+    torch.testing.assert_close(together, torch.cat((model([large]), model([small]))))
+
+
+def test_resnet50_refuses_what_it_does_not_have() -> None:
+    with pytest.raises(ConfigError, match=r"model\.depth: resnet50 has no such size"):
+        build_backbone("resnet50", img_size=224, depth=3)
+    with torch.device("meta"):
+        model = build_backbone("resnet50", img_size=224)
+    with pytest.raises(ValueError, match="keep must be None"):
+        model([torch.zeros(1, 3, 32, 32)], torch.ones(1))

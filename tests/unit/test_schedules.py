@@ -1,0 +1,115 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dinoscale.schedules import Schedules, cosine, teacher_temp
+
+
+def _imagenet() -> Schedules:
+    """100 epochs of ImageNet at 512 images: the settings of a published log."""
+    return Schedules(
+        steps_per_epoch=2502,
+        total_steps=250200,
+        warmup_steps=25020,
+        peak_lr=1e-3,
+        min_lr=1e-6,
+        weight_decay=0.04,
+        weight_decay_end=0.4,
+        momentum=0.996,
+        momentum_end=1.0,
+        warmup_teacher_temp=0.04,
+        teacher_temp=0.07,
+        warmup_teacher_temp_epochs=30,
+        freeze_last_layer_epochs=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "lr", "weight_decay", "momentum"),
+    [
+        (0, 0.0, 0.04, 0.996),
+        (1, 3.996962308645e-08, 0.04000000001418952, 0.9960000000001576),
+        (25019, 1e-3, 0.04880912865913, 0.9960978792073),
+        (25020, 1e-3, 0.04880982706687, 0.9960978869674),
+        (25021, 9.99999999951388e-4, 0.04881052550160, 0.9960978947278),
+        (125100, 5.872372647446e-4, 0.22, 0.998),
+        (250199, 1.00000004861e-06, 0.39999999998581, 0.99999999999984),
+    ],
+)
+def test_values_of_the_published_run(
+    step: int, lr: float, weight_decay: float, momentum: float
+) -> None:
+    now = _imagenet().at(step)
+    assert now.lr == pytest.approx(lr, rel=1e-12)
+    assert now.weight_decay == pytest.approx(weight_decay, rel=1e-12)
+    assert now.momentum == pytest.approx(momentum, rel=1e-12)
+
+
+def test_epoch_means_agree_with_the_published_log() -> None:
+    schedules = _imagenet()
+    values = [schedules.at(step) for step in range(2502)]
+    assert math.fsum(now.lr for now in values) / 2502 == pytest.approx(4.99820136696e-05, rel=1e-11)
+    decay = math.fsum(now.weight_decay for now in values) / 2502
+    assert decay == pytest.approx(0.0400295896048, rel=1e-11)
+
+
+def test_temperature_and_freeze_are_constant_within_an_epoch() -> None:
+    schedules = _imagenet()
+    first, last, following = schedules.at(2502), schedules.at(5003), schedules.at(5004)
+    assert first.teacher_temp == last.teacher_temp == pytest.approx(0.0410344827586207, rel=1e-12)
+    assert following.teacher_temp == pytest.approx(0.0420689655172414, rel=1e-12)
+    assert (first.epoch, last.epoch, following.epoch) == (1, 1, 2)
+    assert schedules.at(2501).prototypes_frozen
+    assert not first.prototypes_frozen
+
+
+def test_teacher_temp_reaches_its_end_on_the_last_warmup_epoch() -> None:
+    temps = [teacher_temp(e, warmup_temp=0.04, temp=0.07, warmup_epochs=30) for e in range(31)]
+    assert temps[0] == 0.04
+    assert temps[28] < 0.07
+    assert temps[29] == pytest.approx(0.07, rel=1e-15)
+    assert temps[30] == 0.07
+
+
+def test_warmup_of_one_step_is_its_start() -> None:
+    values = [cosine(i, base=1, final=0, total_steps=3, warmup_steps=1) for i in range(3)]
+    assert values == [0.0, 1.0, 0.5]
+    assert teacher_temp(0, warmup_temp=0.04, temp=0.07, warmup_epochs=1) == 0.04
+
+
+def test_warmup_may_be_the_whole_run() -> None:
+    values = [cosine(i, base=1, final=0, total_steps=3, warmup_steps=3) for i in range(3)]
+    assert values == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(("step", "warmup"), [(-1, 0), (10, 0), (0, 11), (0, -1)])
+def test_steps_outside_the_run_are_refused(step: int, warmup: int) -> None:
+    with pytest.raises(ValueError, match="need 0 <="):
+        cosine(step, base=1, final=0, total_steps=10, warmup_steps=warmup)
+
+
+@given(
+    total=st.integers(1, 400),
+    base=st.floats(-5, 5),
+    final=st.floats(-5, 5),
+    start=st.floats(-5, 5),
+    data=st.data(),
+)
+def test_cosine_stays_between_its_ends_and_takes_small_steps(
+    total: int, base: float, final: float, start: float, data: st.DataObject
+) -> None:
+    warmup = data.draw(st.integers(0, total))
+    step = data.draw(st.integers(0, total - 1))
+
+    def at(i: int) -> float:
+        return cosine(
+            i, base=base, final=final, total_steps=total, warmup_steps=warmup, start=start
+        )
+
+    ends = (start, base) if step < warmup else (base, final)
+    assert min(ends) - 1e-12 <= at(step) <= max(ends) + 1e-12
+    if step + 1 < total and step + 1 != warmup == 1:
+        slope = abs(base - start) / max(warmup - 1, 1) + 2 * abs(base - final) / (total - warmup)
+        assert abs(at(step + 1) - at(step)) <= slope + 1e-12
