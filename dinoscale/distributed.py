@@ -45,7 +45,9 @@ class Process:
 
 # Launcher -> the variable that shows it is at work, and its names for rank, size, local rank, size.
 _LAUNCHERS = {
-    "torchrun or deepspeed": ("RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "torchrun": ("LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "deepspeed": ("LOCAL_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
+    "RANK": ("RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", ""),
     "OpenMPI": (
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_RANK",
@@ -106,7 +108,9 @@ def start(process: Process) -> None:
     device = process.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in environ:
+    else:
+        environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search and a warning
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, (cores or 1) // process.local_world_size))
     owns_port = process.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -7,13 +7,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dinoscale.config import RunConfig, dump_config
+from dinoscale.engine.student import Student
 from dinoscale.errors import DinoscaleError
 
 _PACKAGES = ("dinoscale", "torch", "deepspeed", "timm", "numpy", "pillow", "webdataset")
 
 
-def prepare(config: RunConfig) -> Path:
-    """Create the run directory and write config.yaml and versions.json into it.
+def prepare(config: RunConfig, student: Student) -> Path:
+    """Create the run directory; write config.yaml, deepspeed.json and versions.json into it.
 
     Raises:
         DinoscaleError: the directory cannot be written.
@@ -22,6 +23,9 @@ def prepare(config: RunConfig) -> Path:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(config))
+        (run_dir / "deepspeed.json").write_text(
+            json.dumps(student.deepspeed_config, indent=1) + "\n"
+        )
         (run_dir / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
     except OSError as error:
         raise DinoscaleError(
@@ -33,14 +37,15 @@ def prepare(config: RunConfig) -> Path:
 
 def versions() -> dict[str, str | None]:
     """Python, the libraries that change numbers, and the commit of the code (None if unknown)."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    found["commit"] = _commit()
-    return found
+    installed = {package: _version(package) for package in _PACKAGES}
+    return {"python": platform.python_version(), **installed, "commit": _commit()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

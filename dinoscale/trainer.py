@@ -2,14 +2,15 @@
 
 import itertools
 import logging
+import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoscale import distributed, rundir
 from dinoscale.checkpoint.load import EMA, MASTER, Checkpoint, newest
@@ -19,7 +20,6 @@ from dinoscale.config.resolve import RunPlan, resolve
 from dinoscale.data.augment import MultiCrop
 from dinoscale.data.bad_samples import BadSampleLog
 from dinoscale.data.loader import Batch, train_batches
-from dinoscale.data.sampler import StepSampler
 from dinoscale.data.sources import Source, open_source
 from dinoscale.distributed import Process
 from dinoscale.engine.build import build_pair, schedules_of
@@ -28,6 +28,7 @@ from dinoscale.engine.step import MicroBatch, StepMetrics, train_step
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError
+from dinoscale.evaluate.features import normalize_images
 from dinoscale.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.hooks.probe import Probe
 from dinoscale.models.vit import stochastic_depth_keep
@@ -55,7 +56,9 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         restore(checkpoint, student, teacher)
     probe = distributed.together(lambda: Probe(config)) if config.eval.train else None
     run_dir = Path(config.run_dir)
-    distributed.together(lambda: rundir.prepare(config) if process.rank == 0 else run_dir)
+    if process.rank == 0:
+        _announce(config, plan, student, teacher, resumed_from=checkpoint)
+    distributed.together(lambda: process.rank == 0 and rundir.prepare(config, student))
     run = _Run(config, plan, process, run_dir, source, student, teacher, probe)
     return run.loop(start_step=checkpoint.step if checkpoint is not None else 0)
 
@@ -66,7 +69,6 @@ def restore(checkpoint: Checkpoint, student: Student, teacher: Teacher) -> None:
     Raises:
         CheckpointError: on every rank: another model, or parts are missing.
     """
-
     distributed.together(lambda: checkpoint.require(student.shapes))
     student.restore_master(lambda *at: checkpoint.read(MASTER, *at))
     student.restore_optimizer(checkpoint.read, checkpoint.state["optimizer_steps"])
@@ -74,6 +76,43 @@ def restore(checkpoint: Checkpoint, student: Student, teacher: Teacher) -> None:
     for owner, buffers in (("student", student.buffers()), ("teacher", teacher.buffers())):
         for name, value in checkpoint.buffers(owner).items():
             buffers[name].copy_(value)
+
+
+def _announce(
+    config: RunConfig,
+    plan: RunPlan,
+    student: Student,
+    teacher: Teacher,
+    *,
+    resumed_from: Checkpoint | None,
+) -> None:
+    """Say in a few lines what is about to happen."""
+    parameters = sum(math.prod(shape) for shape in student.shapes.values())
+    log.info(
+        "%s: %d images, %d epochs of %d steps; step = %d images = %d ranks x %d x %d micro-batches",
+        config.data.train,
+        plan.num_images,
+        config.train.epochs,
+        plan.steps_per_epoch,
+        plan.batch_size,
+        plan.world_size,
+        plan.micro_batch_size,
+        plan.accumulation_steps,
+    )
+    log.info(
+        "%s, %.2f M parameters with head; ZeRO stage %d, %s; teacher %.1f MB per rank",
+        config.model.backbone,
+        parameters / 1e6,
+        config.engine.zero_stage,
+        config.engine.precision,
+        teacher.num_bytes() / 1e6,
+    )
+    cores = os.cpu_count() or 1
+    local = config.data.num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local > cores:
+        log.warning("%d data workers share %d cores; lower data.num_workers", local, cores)
+    if resumed_from is not None:
+        log.info("going on from %s", resumed_from.path)
 
 
 def _checkpoint_to_resume(config: RunConfig) -> Checkpoint | None:
@@ -108,9 +147,6 @@ class _Run:
         self.bad = BadSampleLog(run_dir / "bad_samples.jsonl") if process.rank == 0 else None
         self.pending_bad: list[Any] = []
         self.last: dict[str, float] = {}
-        shape = (1, 1, -1, 1, 1)
-        self.mean = torch.tensor(config.data.mean, device=process.device).view(shape)
-        self.std = torch.tensor(config.data.std, device=process.device).view(shape)
 
     def loop(self, *, start_step: int) -> dict[str, Any]:
         config, plan = self.config, self.plan
@@ -153,18 +189,14 @@ class _Run:
     def _steps(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
         """The micro-batches of this rank, step by step."""
         config, plan = self.config, self.plan
-        sampler = StepSampler(
-            num_images=plan.num_images,
-            batch_size=plan.batch_size,
-            micro_batch_size=plan.micro_batch_size,
-            world_size=plan.world_size,
-            seed=config.seed,
-        )
         batches = train_batches(
             self.source,
             MultiCrop(**config.crops.model_dump(), **config.augment.model_dump()),
-            sampler,
+            batch_size=plan.batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            seed=config.seed,
             rank=self.process.rank,
+            world_size=plan.world_size,
             start_step=start_step,
             stop_step=stop_step,
             num_workers=config.data.num_workers,
@@ -183,7 +215,7 @@ class _Run:
     def _normalised(self, crops: Tensor) -> Tensor:
         """uint8 (V, B, C, H, W) -> float32 on the device, (x / 255 - mean) / std."""
         moved = crops.to(self.process.device, non_blocking=True)
-        return moved.float().div_(255).sub_(self.mean).div_(self.std)
+        return normalize_images(moved, mean=self.config.data.mean, std=self.config.data.std)
 
     def _keep(self, step: int, micro_batch: int) -> Tensor | None:
         rate, plan = self.config.model.drop_path_rate, self.plan
@@ -254,12 +286,10 @@ class _Run:
     def _probe(self, done: int) -> None:
         if self.probe is None:
             return
-        backbone = self.teacher.plain_network().backbone
-        assert isinstance(backbone, nn.Module)
-        values = self.probe.measure(backbone, self.process.device)
-        self.last |= values
-        self.metrics.write(done, {"images": done * self.plan.batch_size, **values})
-        self.metrics.say(f"step {done}: k-NN top-1 of the teacher {values['knn_top1']:.1f} %")
+        top1 = self.probe.measure(self.teacher.plain_network().backbone, self.process.device)
+        self.last["knn_top1"] = top1
+        self.metrics.write(done, {"images": done * self.plan.batch_size, "knn_top1": top1})
+        self.metrics.say(f"step {done}: k-NN top-1 of the teacher {top1:.1f} %")
 
     def _save(self, done: int) -> None:
         save(

@@ -15,11 +15,13 @@ import torch
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-class RankFailed(AssertionError):
+class RankFailedError(AssertionError):
     """A rank ended with an error, did not end, or was killed."""
 
 
-def run_distributed(function: str, *, world_size: int, timeout_s: float, **kwargs: Any) -> list[Any]:
+def run_distributed(
+    function: str, *, world_size: int, timeout_s: float, **kwargs: Any
+) -> list[Any]:
     """Call `module:function(**kwargs)` on every rank; results in rank order.
 
     The function runs inside a started process group. Results travel by file, arguments too; both
@@ -77,11 +79,13 @@ def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float) 
             break
         if time.monotonic() > end:
             running = [rank for rank, process in enumerate(ranks) if process.poll() is None]
-            raise RankFailed(f"ranks {running} did not end in {timeout_s} s\n{_tail(folder, 0)}")
+            raise RankFailedError(
+                f"ranks {running} did not end in {timeout_s} s\n{_tail(folder, 0)}"
+            )
         time.sleep(0.05)
     for rank, process in enumerate(ranks):
         if process.poll() not in (None, 0):
-            raise RankFailed(f"rank {rank}: exit {process.returncode}\n{_tail(folder, rank)}")
+            raise RankFailedError(f"rank {rank}: exit {process.returncode}\n{_tail(folder, rank)}")
 
 
 def _tail(folder: Path, rank: int) -> str:

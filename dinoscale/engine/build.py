@@ -2,12 +2,14 @@
 
 import torch
 
+from dinoscale import distributed
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
+from dinoscale.models.sync_bn import convert_sync_batch_norm
 from dinoscale.models.zoo import build_backbone
 from dinoscale.schedules import Schedules
 
@@ -24,6 +26,12 @@ def build_networks(config: RunConfig) -> tuple[DinoNetwork, DinoNetwork]:
 
 
 def _build_network(config: RunConfig) -> DinoNetwork:
+    network = _local_network(config)
+    convert_sync_batch_norm(network, distributed.sum_with_gradient)  # a ViT has none
+    return network
+
+
+def _local_network(config: RunConfig) -> DinoNetwork:
     model = config.model
     backbone = build_backbone(
         model.backbone,

@@ -95,9 +95,13 @@ class GradientRule:
         if self.sharded:
             distributed.all_reduce_sum(squared)
         elif not torch.isfinite(squared).all():  # DeepSpeed checks at the other stages
-            bad = [name for name, value in zip(names, squared.tolist()) if not value < torch.inf]
+            bad = [
+                name
+                for name, value in zip(names, squared.tolist(), strict=True)
+                if not value < torch.inf
+            ]
             raise NonFiniteError(f"gradient of {bad[0]} is not finite; the step was not applied")
-        self.squared_norms.update(zip(names, squared.unbind()))
+        self.squared_norms.update(zip(names, squared.unbind(), strict=True))
         if self.clip and views:
             self._scale(views, squared, slots)
 

@@ -3,7 +3,6 @@
 No DeepSpeed name leaves this module, teacher.py and ds_config.py.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +20,6 @@ from dinoscale.engine.shards import Fragment, Layout
 from dinoscale.errors import NonFiniteError
 from dinoscale.models.vit import Block
 from dinoscale.schedules import StepValues
-
-log = logging.getLogger(__name__)
 
 
 def import_deepspeed() -> Any:
@@ -55,6 +52,7 @@ class Student:
     """A trained network whose float32 master weights are sharded over ranks.
 
     Attributes:
+        deepspeed_config: what DeepSpeed was told, every value that can change a number included.
         layout: this rank's fragments; the teacher and checkpoints use the same.
         shapes: parameter name -> full shape.
         master: float32 views of the master weights, one (numel,) view per fragment.
@@ -84,12 +82,11 @@ class Student:
             for group in self._torch_optimizer.param_groups
             for parameter in group["params"]
         }
-        derived = student_config(config, plan)
-        log.info("DeepSpeed configuration of the student: %s", derived)
+        self.deepspeed_config = student_config(config, plan)
         self._engine, *_ = import_deepspeed().initialize(
             model=network,
             optimizer=self._torch_optimizer,
-            config=derived,
+            config=self.deepspeed_config,
             dist_init_required=False,
         )
         self._zero = self._engine.optimizer
@@ -121,7 +118,7 @@ class Student:
             group["frozen"] = group["name"] == "prototypes" and now.prototypes_frozen
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch's mean loss; DeepSpeed divides by their count."""
+        """Accumulate the gradient of a micro-batch's mean loss; the step takes their mean."""
         self._engine.backward(loss)
 
     def step(self) -> None:
@@ -221,9 +218,7 @@ class Student:
         else:
             if self._stage == 3:
                 self._flats = self._zero.fp32_partitioned_groups_flat
-                self.layout = shards.of_partitioned_optimizer(
-                    self._zero, names, distributed.rank()
-                )
+                self.layout = shards.of_partitioned_optimizer(self._zero, names, distributed.rank())
                 members = self._zero.fp16_groups
             else:
                 self._flats = self._zero.single_partition_of_fp32_groups
@@ -265,7 +260,7 @@ class Student:
         elif self._stage > 0:
             self._zero.update_lp_params()
         elif self.compute_dtype is not torch.float32:
-            for high, low in zip(self._zero.fp32_groups, self._zero.fp16_groups):
+            for high, low in zip(self._zero.fp32_groups, self._zero.fp16_groups, strict=True):
                 torch._foreach_copy_(low, high)
 
 
@@ -273,9 +268,10 @@ def publish(layout: Layout, parts: Sequence[Tensor], wholes: Sequence[Tensor]) -
     """Cast this rank's fragments into its slice of `wholes` and gather the other ranks' slices."""
     rank = distributed.rank()
     own = [
-        whole.narrow(0, rank * size, size) for whole, size in zip(wholes, layout.shard_sizes)
+        whole.narrow(0, rank * size, size)
+        for whole, size in zip(wholes, layout.shard_sizes, strict=True)
     ]
     if parts:
         torch._foreach_copy_([fragment.of(own) for fragment in layout.fragments], list(parts))
-    for whole, part in zip(wholes, own):
+    for whole, part in zip(wholes, own, strict=True):
         distributed.all_gather_flat(whole, part)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoscale import distributed
 from dinoscale.config.resolve import RunPlan
@@ -25,6 +25,7 @@ from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.shards import Layout, empty_shards
 from dinoscale.engine.student import Student, import_deepspeed, publish
 from dinoscale.losses.centering import teacher_probs, updated_center
+from dinoscale.models.network import DinoNetwork
 
 
 class Teacher:
@@ -36,7 +37,7 @@ class Teacher:
     """
 
     def __init__(
-        self, network: nn.Module, student: Student, config: RunConfig, plan: RunPlan
+        self, network: DinoNetwork, student: Student, config: RunConfig, plan: RunPlan
     ) -> None:
         """Start as a copy of the student.
 
@@ -100,12 +101,12 @@ class Teacher:
             read: (parameter name, first element, count) -> (count,) float32.
             center: (K,) float32.
         """
-        for fragment, view in zip(self.layout.fragments, self.ema):
+        for fragment, view in zip(self.layout.fragments, self.ema, strict=True):
             view.copy_(read(fragment.name, fragment.start, fragment.numel))
         self.center.copy_(center)
         self._weights.publish(self.ema)
 
-    def plain_network(self) -> nn.Module:
+    def plain_network(self) -> DinoNetwork:
         """The teacher as an ordinary network in the compute dtype, for evaluation; collective."""
         return self._weights.plain_network()
 
@@ -123,7 +124,7 @@ class _Replicated:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: DinoNetwork,
         layout: Layout,
         dtype: torch.dtype,
         _config: RunConfig,
@@ -147,7 +148,7 @@ class _Replicated:
     def publish(self, ema: Sequence[Tensor]) -> None:
         publish(self._layout, ema, self._flats)
 
-    def plain_network(self) -> nn.Module:
+    def plain_network(self) -> DinoNetwork:
         return self.network
 
     def buffers(self) -> dict[str, Tensor]:
@@ -162,7 +163,7 @@ class _Partitioned:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: DinoNetwork,
         layout: Layout,
         dtype: torch.dtype,
         config: RunConfig,
@@ -172,7 +173,7 @@ class _Partitioned:
         self._engine, *_ = import_deepspeed().initialize(
             model=network, config=teacher_config(config, plan), dist_init_required=False
         )
-        self.network: nn.Module = self._engine.module
+        self.network: DinoNetwork = self._engine.module
         self._layout = layout
         self._parameters: dict[str, Any] = dict(self.network.named_parameters())
         for fragment in layout.fragments:
@@ -191,7 +192,7 @@ class _Partitioned:
         if partitions:
             torch._foreach_copy_(partitions, list(ema))
 
-    def plain_network(self) -> nn.Module:
+    def plain_network(self) -> DinoNetwork:
         """A copy of all weights on every rank, freed when the caller drops it."""
         plain = copy.deepcopy(self._skeleton).to_empty(device=_compute_device())
         zero = import_deepspeed().zero

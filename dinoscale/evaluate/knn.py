@@ -183,7 +183,7 @@ def evaluate_knn(
     if not 1 <= crop <= resize:
         raise ConfigError(f"crop: need 1 <= crop <= resize, got {crop} and {resize} pixels")
     train, test = open_source(train_spec), open_source(test_spec)
-    renumber = _renumber_classes(train, test)
+    renumber = renumber_classes(train, test)
     extract = partial(
         extract_features,
         backbone.to(where),
@@ -235,7 +235,7 @@ def _device(name: str | None) -> torch.device:
         raise ConfigError(f"device: {name!r} cannot be used here ({first})") from error
 
 
-def _renumber_classes(train: Source, test: Source) -> Tensor:
+def renumber_classes(train: Source, test: Source) -> Tensor:
     """Number in the bank of each class number of the test set, (C,) int64; matched by name."""
     check_labels(train, name="train")
     check_labels(test, name="test")

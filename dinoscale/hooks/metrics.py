@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,14 @@ class Metrics:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
 
-    def write(self, step: int, values: dict[str, float | int | None]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line; `values` in the units of their names."""
         if not self._active:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log(dict(values), step=step)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -132,6 +133,6 @@ def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
         return wandb.init(
             project=project, name=run_dir.name, dir=str(run_dir), config=config, resume="allow"
         )
-    except Exception as error:  # noqa: BLE001  # wandb raises many types of its own
+    except Exception as error:  # wandb raises many types of its own
         log.warning("no wandb: %s (log.wandb=false turns it off)", error)
         return None

@@ -1,50 +1,98 @@
-"""Online k-NN of the teacher on a labelled set, with the features of all ranks."""
-
-import logging
-from collections.abc import Sequence
+"""Online k-NN of the teacher on a labelled set, with the features shared out over ranks."""
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from dinoscale import distributed
 from dinoscale.config.schema import RunConfig
 from dinoscale.data.sources import Source, open_source
 from dinoscale.evaluate.features import extract_features
-from dinoscale.evaluate.knn import knn_accuracy
-
-log = logging.getLogger(__name__)
+from dinoscale.evaluate.knn import knn_accuracy, renumber_classes
 
 
 class Probe:
     """Classifies a labelled test set by its neighbours in a labelled train set.
 
-    Every rank extracts its share of the features, without collectives in between, so an unreadable
-    image on one rank keeps nobody waiting.
+    Each rank extracts its share of the features without a collective in between, so an unreadable
+    image on one rank keeps nobody waiting. The number is that of an exported checkpoint, up to the
+    compute dtype.
     """
 
     def __init__(self, config: RunConfig) -> None:
         """Open `eval.train` and `eval.test`.
 
         Raises:
-            DataError: a set cannot be opened, or has no labels.
+            DataError: a set cannot be opened, has no labels, or they have different classes.
         """
         assert config.eval.train is not None
         assert config.eval.test is not None
         self._config = config
-        self._sets = [_Share(open_source(s)) for s in (config.eval.train, config.eval.test)]
+        bank, test = open_source(config.eval.train), open_source(config.eval.test)
+        self._renumber = renumber_classes(bank, test)
+        rank, world_size = distributed.rank(), distributed.world_size()
+        self._bank = _Share(bank, rank=rank, world_size=world_size)
+        self._test = _Share(test, rank=rank, world_size=world_size)
 
-    def measure(self, backbone: nn.Module, device: torch.device) -> dict[str, float]:
-        """Top-1 accuracy in percent, equal on all ranks; a collective call.
+    def measure(self, backbone: nn.Module, device: torch.device) -> float:
+        """Top-1 accuracy in percent, on every rank; all ranks call it.
 
         Args:
-            backbone: the teacher's, ordinary weights on every rank.
+            backbone: ordinary weights, whole on every rank.
             device: of the backbone.
         """
-        (bank, bank_labels), (test, test_labels) = (
-            self._gather(share, backbone, device) for share in self._sets
+        bank, bank_labels = self._gather(self._bank, backbone, device)
+        test, test_labels = self._gather(self._test, backbone, device)
+        top1 = 0.0
+        if distributed.rank() == 0:
+            k, labels = self._config.eval.k, self._renumber[test_labels]
+            top1 = knn_accuracy(bank, bank_labels, test, labels, ks=(k,))[k].top1
+        return distributed.broadcast_object(top1)
+
+    def _gather(
+        self, share: "_Share", backbone: nn.Module, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Features (N, D) and labels (N,) of all ranks, on the CPU."""
+        config = self._config
+        features, labels = extract_features(
+            backbone,
+            share,
+            resize=config.eval.resize,
+            crop=config.eval.crop,
+            mean=config.data.mean,
+            std=config.data.std,
+            batch_size=config.eval.batch_size,
+            device=device,
+            num_workers=min(config.data.num_workers, 2),
         )
-        k = self._config.eval.k
-        result = knn_accuracy(bank, bank_labels, test, test_labels, ks=(k,))
-        return {"knn_top1": result[k].top1}
+        parts = distributed.gather_objects((features.cpu().numpy(), labels.cpu().numpy()))
+        whole, classes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return torch.from_numpy(whole), torch.from_numpy(classes)
+
+
+class _Share:
+    """Every W-th image of a source, from this rank's on."""
+
+    def __init__(self, source: Source, *, rank: int, world_size: int) -> None:
+        self._source = source
+        self._indices = np.arange(rank, len(source), world_size)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def path(self, index: int) -> str:
+        return self._source.path(int(self._indices[index]))
+
+    def image(self, index: int) -> Image.Image:
+        return self._source.image(int(self._indices[index]))
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        labels = self._source.labels
+        return None if labels is None else labels[self._indices]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self._source.class_names

@@ -114,9 +114,9 @@ class _Follower:
         self.initial = load_file(folder / "trajectory_initial.safetensors")
 
     def follow(self) -> dict[str, Any]:
+        from dinoscale.engine.build import build_pair, schedules_of
         from dinoscale.engine.step import train_step
         from dinoscale.models.weights import from_reference
-        from dinoscale.engine.build import build_pair, schedules_of
 
         student, teacher = build_pair(self.config, self.plan)
         weights = from_reference(self.initial, norm_last_layer=self.config.head.norm_last_layer)

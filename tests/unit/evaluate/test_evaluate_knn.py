@@ -94,12 +94,12 @@ class _Named:
 
 
 def test_equal_names_in_another_order_are_matched_by_name() -> None:
-    from dinoscale.evaluate.knn import _renumber_classes
+    from dinoscale.evaluate.knn import renumber_classes
 
     train, test = _Named(["a", "b", "c"], [0, 1, 2]), _Named(["c", "a", "b"], [0, 1, 2])
-    assert _renumber_classes(train, test).tolist() == [2, 0, 1]  # type: ignore[arg-type]  # a part of a source
+    assert renumber_classes(train, test).tolist() == [2, 0, 1]  # type: ignore[arg-type]  # a part of a source
     shards = _Named(None, [0, 4])
-    assert _renumber_classes(shards, shards).tolist() == [0, 1, 2, 3, 4]  # type: ignore[arg-type]  # a part of a source
+    assert renumber_classes(shards, shards).tolist() == [0, 1, 2, 3, 4]  # type: ignore[arg-type]  # a part of a source
 
 
 def test_a_set_without_classes_is_refused(place: Path, tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""`dinoscale ...` and `python -m dinoscale ...`: errors become sentences and exit codes."""
+
+import logging
+import os
+import sys
+import traceback
+
+from dinoscale import cli
+from dinoscale.errors import DinoscaleError
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(levelname).1s %(asctime)s rank {rank}: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    try:
+        cli.run(sys.argv[1:])
+    except DinoscaleError as error:
+        _end(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _end("interrupted; a run goes on from its last checkpoint when started again", 130)
+    except Exception:
+        _end(traceback.format_exc() + "error: dinoscale failed; this is a bug", 1)
+
+
+def _end(text: str, code: int) -> None:
+    """Say why and leave at once: waiting for other ranks at exit could hang or abort."""
+    print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The command line: parse, call one function, print JSON on stdout and the rest on stderr."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_EPILOG = """examples:
+  dinoscale train vit_s16 data.train=/data/images run_dir=runs/first
+  deepspeed --module dinoscale train vit_s16 data.train='/data/train-{000..099}.tar'
+  torchrun --nproc-per-node 8 -m dinoscale train my_run.yaml engine.zero_stage=3
+  dinoscale config vit_b16 train.batch_size=512 --world-size 8
+  dinoscale export runs/first weights.safetensors
+  dinoscale evaluate knn weights.safetensors --train /data/train --test /data/val
+
+exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it)."""
+
+_CONFIG_HELP = "name of a preset (see `dinoscale presets`) or path of a YAML file"
+_OVERRIDE_HELP = "settings that win over the file, for example optim.lr=1e-3"
+_DATA_HELP = "labelled images: a folder of class folders, tar shards, or synthetic:..."
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="dinoscale",
+        description="Pre-train DINO Vision Transformers on your own images with DeepSpeed.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="pre-train, or go on with a run; same line under python, deepspeed, torchrun, srun",
+        description="Pre-train. Everything is written to run_dir: config.yaml (training from it"
+        " repeats the run), metrics.jsonl, bad_samples.jsonl, checkpoints/. A run directory with"
+        " checkpoints is continued from the newest.",
+    )
+    _add_config(train)
+    train.set_defaults(run=_train)
+
+    config = commands.add_parser(
+        "config",
+        help="print the resolved configuration and plan; needs no GPU",
+        description="Print every setting in force and what it means in steps, absolute learning"
+        " rate, micro-batch and accumulation for a number of ranks.",
+    )
+    _add_config(config)
+    config.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default 1)")
+    config.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    config.set_defaults(run=_config)
+
+    presets = commands.add_parser("presets", help="list the presets")
+    presets.set_defaults(run=_presets)
+
+    export = commands.add_parser(
+        "export",
+        help="write a run's backbone as plain PyTorch weights (safetensors)",
+        description="Write the backbone under the reference's tensor names, from any ZeRO stage"
+        " and number of ranks, on one process without a GPU.",
+    )
+    export.add_argument("checkpoint", metavar="RUN", help="run directory or one of its step_*")
+    export.add_argument("out", metavar="OUT.safetensors", help="file to write")
+    export.add_argument("--network", choices=("teacher", "student"), default="teacher")
+    export.set_defaults(run=_export)
+
+    evaluate = commands.add_parser("evaluate", help="measure a backbone")
+    tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
+    knn = tasks.add_parser(
+        "knn",
+        help="weighted k-NN accuracy by the published protocol",
+        description="Weighted k-NN (T 0.07) on frozen features of a labelled train and test set.",
+    )
+    knn.add_argument("weights", metavar="WEIGHTS", help=".safetensors of ours, or a DINO .pth")
+    knn.add_argument("--train", required=True, metavar="DATA", help=_DATA_HELP)
+    knn.add_argument("--test", required=True, metavar="DATA", help=_DATA_HELP)
+    knn.add_argument("--k", type=int, nargs="+", default=None, help="default 10 20 100 200")
+    knn.add_argument("--batch-size", type=int, default=64, metavar="N")
+    knn.add_argument("--num-workers", type=int, default=2, metavar="N")
+    knn.add_argument("--pixels", action="store_true", help="also 16 x 16 pixels as features")
+    knn.set_defaults(run=_evaluate_knn)
+
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="learn a drawn image set on two processes of this machine, in minutes",
+        description="Draw labelled images, pre-train a small ViT on them without the labels, and"
+        " compare its k-NN accuracy with the untrained network's and with raw pixels.",
+    )
+    quickstart.add_argument("--run-dir", default="runs/quickstart", metavar="DIR")
+    quickstart.set_defaults(run=_quickstart)
+    return top
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help=_CONFIG_HELP)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDE_HELP)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse and run one command.
+
+    Raises:
+        DinoscaleError: as the command does.
+        SystemExit: with 2, the arguments are wrong; with 0, after --help.
+    """
+    # The deepspeed launcher inserts --local_rank=N; the environment says the same.
+    own = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    options = parser().parse_args(own)
+    result = options.run(options)
+    if result is not None:
+        print(json.dumps(result), flush=True)
+
+
+def _train(options: argparse.Namespace) -> dict[str, Any] | None:
+    from dinoscale.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    from dinoscale import distributed
+    from dinoscale.trainer import train
+
+    process = distributed.read_process(os.environ)
+    distributed.start(process)
+    summary = train(config, process)
+    distributed.stop()
+    return summary if process.rank == 0 else None
+
+
+def _config(options: argparse.Namespace) -> dict[str, Any] | None:
+    from dinoscale.config import load_config
+    from dinoscale.config.resolve import describe, describe_text, resolve
+
+    config = load_config(options.config, options.overrides)
+    plan = None
+    if config.data.train is not None:
+        from dinoscale.data.sources import open_source
+
+        images = len(open_source(config.data.train))
+        plan = resolve(config, world_size=options.world_size, num_images=images)
+    if options.json:
+        return describe(config, plan)
+    print(describe_text(config, plan), end="")
+    return None
+
+
+def _presets(_options: argparse.Namespace) -> None:
+    from dinoscale.config import list_presets
+
+    print("\n".join(list_presets()))
+
+
+def _export(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.checkpoint.export import export_backbone
+
+    return export_backbone(Path(options.checkpoint), Path(options.out), network=options.network)
+
+
+def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.evaluate.knn import KS, evaluate_knn
+
+    return evaluate_knn(
+        options.weights,
+        options.train,
+        options.test,
+        ks=options.k or KS,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        pixels=options.pixels,
+    )
+
+
+def _quickstart(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.quickstart import quickstart
+
+    return quickstart(Path(options.run_dir))
