@@ -1,7 +1,7 @@
 """Many strings in two arrays, so that a worker process does not copy a million Python objects."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,16 @@ class PackedNames:
             ends.append(len(blob))
         self._blob: NDArray[np.uint8] = np.frombuffer(bytes(blob), dtype=np.uint8)
         self._ends: NDArray[np.int64] = np.array(ends, dtype=np.int64)
+
+    @classmethod
+    def joined(cls, parts: Sequence["PackedNames"]) -> "PackedNames":
+        """The names of all parts in their order."""
+        whole = cls(())
+        starts = np.cumsum([0, *(part._ends[-1] for part in parts)])
+        shifted = [part._ends[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
+        whole._blob = np.concatenate([whole._blob, *(part._blob for part in parts)])
+        whole._ends = np.concatenate([whole._ends, *shifted])
+        return whole
 
     def __len__(self) -> int:
         return len(self._ends) - 1

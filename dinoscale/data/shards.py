@@ -7,13 +7,11 @@ key (folder and name up to the first dot) make one sample: `0001.jpg`, `0001.cls
 
 import logging
 import os
-import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +19,7 @@ from PIL import Image
 
 from dinoscale.data.decode import BadSampleError, decode_image
 from dinoscale.data.names import PackedNames
+from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -33,36 +32,20 @@ _IMAGE_EXTENSIONS = (
 # `0001.mask.png` describes the picture 0001; `0001.left.png` may be one.
 _NOT_PICTURES = {"alpha", "anno", "annotation", "depth", "gt", "label", "mask", "seg", "target"}
 
-_COMPRESSED = (  # magic number, its name, what unpacks it
-    (b"\x1f\x8b", "gzip", "gunzip"),
-    (b"BZh", "bzip2", "bunzip2"),
-    (b"\xfd7zXZ\x00", "xz", "unxz"),
-    (b"\x28\xb5\x2f\xfd", "Zstandard", "unzstd"),
-    (b"PK\x03\x04", "zip", "unzip"),
-)
-_BLOCK = 512  # bytes; POSIX.1-1988 ustar
 _MAX_LABEL_BYTES = 64  # a class number needs fewer
 _MAX_OPEN_SHARDS = 128  # a process may usually open 1024 files
 _SCAN_THREADS = 8  # headers wait for the storage, not for the processor
 
 
-class _Member(NamedTuple):
-    """Where a file lies in its shard, in bytes."""
-
-    name: str
-    offset: int
-    size: int
-
-
-_NO_MEMBER = _Member("", -1, -1)
+_NO_MEMBER = Member("", -1, -1)
 
 
 @dataclass(frozen=True)
 class _ShardIndex:
     """Images of one shard, in the order of their samples."""
 
-    names: list[str]
-    places: list[tuple[int, int, int, int]]  # image offset, size, label offset, size (bytes)
+    names: PackedNames
+    places: NDArray[np.int64]  # (N, 4): image offset and size, label offset and size, in bytes
     num_without_image: int
 
 
@@ -82,10 +65,10 @@ class TarSource:
             indexes = list(pool.map(_index_shard, self._shards))
         _report(self._shards, indexes)
         counts = [len(index.names) for index in indexes]
-        places = np.array([p for index in indexes for p in index.places], dtype=np.int64)
-        self._names = PackedNames(name for index in indexes for name in index.names)
+        self._names = PackedNames.joined([index.names for index in indexes])
         self._shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        self._offset, self._size, self._label_offset, self._label_size = places.reshape(-1, 4).T
+        places = np.concatenate([index.places for index in indexes])
+        self._offset, self._size, self._label_offset, self._label_size = places.T
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, oldest use first
 
     def __len__(self) -> int:
@@ -159,7 +142,7 @@ class TarSource:
 
 def _report(shards: Sequence[str], indexes: Sequence[_ShardIndex]) -> None:
     """Say once what is left out; stop when nothing is left."""
-    empty = [path for path, index in zip(shards, indexes, strict=True) if not index.names]
+    empty = [path for path, index in zip(shards, indexes, strict=True) if not len(index.names)]
     if len(empty) == len(shards):
         raise DataError(
             f"no images in {_some(shards)}. A sample needs a member with an image extension, e.g. "
@@ -179,9 +162,9 @@ def _some(paths: Sequence[str]) -> str:
 
 def _index_shard(path: str) -> _ShardIndex:
     """Read the headers of one shard and group its members into samples."""
-    samples: list[dict[str, _Member]] = []  # extension -> member
-    latest: dict[str, dict[str, _Member]] = {}  # key -> the sample last begun with it
-    for member in _members(path):
+    samples: list[dict[str, Member]] = []  # extension -> member
+    latest: dict[str, dict[str, Member]] = {}  # key -> the sample last begun with it
+    for member in read_members(path):
         key, extension = _split_name(member.name)
         if not key:
             continue  # a hidden file or one without extension
@@ -189,7 +172,7 @@ def _index_shard(path: str) -> _ShardIndex:
         if sample is None or extension in sample:  # a repeated key is another sample
             sample = latest[key] = {}
             samples.append(sample)
-        sample[extension] = _Member(member.name, member.offset_data, member.size)
+        sample[extension] = member
     names = []
     places = []
     for sample in samples:
@@ -198,7 +181,11 @@ def _index_shard(path: str) -> _ShardIndex:
             image, label = sample[extension], _label_of(sample, extension)
             names.append(image.name)
             places.append((image.offset, image.size, label.offset, label.size))
-    return _ShardIndex(names, places, len(samples) - len(names))
+    return _ShardIndex(
+        PackedNames(names),
+        np.array(places, dtype=np.int64).reshape(-1, 4),
+        len(samples) - len(names),
+    )
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -210,7 +197,7 @@ def _split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _picture(sample: dict[str, _Member]) -> str:
+def _picture(sample: dict[str, Member]) -> str:
     """Extension of the picture, not of its mask: the plainest one, JPEG before PNG; else empty."""
     ranks = []
     for extension in sample:
@@ -220,61 +207,7 @@ def _picture(sample: dict[str, _Member]) -> str:
     return min(ranks)[2] if ranks else ""
 
 
-def _label_of(sample: dict[str, _Member], picture: str) -> _Member:
+def _label_of(sample: dict[str, Member], picture: str) -> Member:
     """`KEY.cls`, or `KEY.left.cls` beside `KEY.left.jpg`."""
     middle, dot, _ = picture.rpartition(".")
     return sample.get("cls") or sample.get(f"{middle}{dot}cls") or _NO_MEMBER
-
-
-def _members(path: str) -> Iterator[tarfile.TarInfo]:
-    """Plain files of a tar, read header by header.
-
-    Raises:
-        DataError: it cannot be read to its end as an uncompressed tar.
-    """
-    try:
-        with open(path, "rb") as file:
-            _check_start(path, file.read(_BLOCK))
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # it keeps all it has seen
-                    if member.isreg() and not member.issparse():
-                        yield member
-                file.seek(tar.offset)
-                _check_end(path, file.read(_BLOCK), at=tar.offset)
-    except OSError as error:
-        raise DataError(f"cannot read the shard {path}: {error.strerror}.") from error
-    except tarfile.TarError as error:
-        size = os.path.getsize(path)
-        raise DataError(
-            f"the shard {path} is damaged or cut off ({error}; {size} bytes). "
-            "Copy or build it again, or leave it out of the data."
-        ) from error
-
-
-def _check_start(path: str, block: bytes) -> None:
-    """Name the usual mistakes; tarfile would only say `invalid header`."""
-    if not block:
-        raise DataError(f"the shard {path} is empty (0 bytes). Copy or build it again.")
-    for magic, name, tool in _COMPRESSED:
-        if block.startswith(magic):
-            raise DataError(
-                f"the shard {path} is compressed ({name}), images in it cannot be read at random. "
-                f"Unpack it with `{tool}` to a plain .tar; the images are compressed already."
-            )
-    if block.lstrip()[:1] == b"<":
-        raise DataError(
-            f"the shard {path} is a web page, not a tar; its download failed. Download it again."
-        )
-
-
-def _check_end(path: str, block: bytes, *, at: int) -> None:
-    """Reading a tar also stops, silently, at a damaged header or at the end of the file."""
-    if not block:
-        log.warning("the shard %s has no end mark; it may have been cut off between members", path)
-    elif block.strip(b"\0"):
-        raise DataError(
-            f"the shard {path} is damaged or cut off: no valid header at byte {at}. Copy or build it again, "
-            "or leave it out of the data."
-        )

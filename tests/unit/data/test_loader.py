@@ -178,6 +178,14 @@ class _Killing(Pictures):
         return super().image(index)
 
 
+def test_interrupting_a_worker_does_not_stop_it() -> None:
+    batches = _train(Pictures(8, {}), workers=1)
+    first = next(batches)
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGINT)
+    _assert_same([first, *batches], list(_train(Pictures(8, {}))))
+
+
 def test_workers_end_with_the_iterator() -> None:
     batches = _train(Pictures(8, {}), workers=2)
     next(batches)

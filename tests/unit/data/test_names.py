@@ -12,6 +12,11 @@ def test_names_come_back_as_they_were() -> None:
     assert [packed[i] for i in range(4)] == names
 
 
+def test_joined_names_are_those_of_the_parts() -> None:
+    parts = [PackedNames(["a", "bb"]), PackedNames([]), PackedNames(["", "ccc"])]
+    assert list(PackedNames.joined(parts)) == ["a", "bb", "", "ccc"]
+
+
 def test_no_names_are_an_empty_sequence() -> None:
     assert list(PackedNames([])) == []
 

@@ -22,6 +22,10 @@ def test_folder_of_images(tmp_path: Path) -> None:
     assert isinstance(open_source(str(tmp_path)), FolderSource)
 
 
+def test_generated_images() -> None:
+    assert open_source("synthetic:shapes?images=3&size=16").image(2).size == (16, 16)
+
+
 @pytest.mark.parametrize(
     ("spec", "count"),
     [
