@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Check everything: install (setup.sh), format, lint, types, tests; stop at the first that fails.
+#
+#   launchers/test.sh [PYTEST_ARGUMENT ...]
+#
+# VENV_DIR: as for setup.sh. Without arguments, all tests run; pytest's last line is the last line.
+set -euo pipefail
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv=${VENV_DIR:-.venv}
+[[ $venv == /* ]] || venv=$root/$venv
+cd -- "$root"
+
+stage() { # NAME COMMAND ...
+  local name=$1 code=0
+  shift
+  printf '== %s\n' "$name"
+  "$@" || code=$?
+  if ((code)); then
+    printf 'test: FAILED at %s (exit %d)\n' "$name" "$code" >&2
+    exit "$code"
+  fi
+}
+
+stage setup "$root/launchers/setup.sh" "$venv"
+export PATH=$venv/bin:$PATH # tests start `deepspeed` and `ninja` by name
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start several processes on few cores
+stage 'ruff format' python -m ruff format --check .
+stage 'ruff check' python -m ruff check .
+stage mypy python -m mypy
+stage pytest python -m pytest "$@"
