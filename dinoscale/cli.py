@@ -83,6 +83,22 @@ def parser() -> argparse.ArgumentParser:
     knn.add_argument("--pixels", action="store_true", help="also 16 x 16 pixels as features")
     knn.set_defaults(run=_evaluate_knn)
 
+    attention = tasks.add_parser(
+        "attention",
+        help="draw where the class token of a ViT looks, per head",
+        description="Draw the attention of the last block over some images into a PNG. For"
+        " synthetic sets, whose masks are known, also how well it covers the objects.",
+    )
+    attention.add_argument(
+        "weights", metavar="WEIGHTS", help=".safetensors of ours, or a DINO .pth"
+    )
+    attention.add_argument("images", metavar="DATA", help="a folder, tar shards, or synthetic:...")
+    attention.add_argument("out", metavar="OUT.png", help="picture to write")
+    attention.add_argument(
+        "--size", type=int, metavar="PIXELS", help="side of the image the network sees"
+    )
+    attention.set_defaults(run=_evaluate_attention)
+
     quickstart = commands.add_parser(
         "quickstart",
         help="learn a drawn image set on two processes of this machine, in minutes",
@@ -169,6 +185,12 @@ def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
         num_workers=options.num_workers,
         pixels=options.pixels,
     )
+
+
+def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.evaluate.attention import evaluate_attention
+
+    return evaluate_attention(options.weights, options.images, options.out, size=options.size)
 
 
 def _quickstart(options: argparse.Namespace) -> dict[str, Any]:

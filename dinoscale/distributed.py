@@ -96,7 +96,7 @@ def start(process: Process) -> None:
     """
     environ = os.environ
     if process.world_size == 1 and "MASTER_PORT" not in environ:
-        environ["MASTER_ADDR"], environ["MASTER_PORT"] = LOOPBACK, str(_free_port())
+        environ["MASTER_ADDR"], environ["MASTER_PORT"] = LOOPBACK, str(free_port())
     elif "SLURM_STEP_ID" in environ and "RANK" not in environ:
         environ.setdefault("MASTER_ADDR", environ.get("SLURM_LAUNCH_NODE_IPADDR", LOOPBACK))
         environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))
@@ -128,7 +128,8 @@ def start(process: Process) -> None:
         ) from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody on this machine uses right now."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
@@ -175,7 +176,8 @@ def all_gather_flat(whole: Tensor, part: Tensor) -> None:
         if whole.data_ptr() != part.data_ptr():
             whole.copy_(part)
         return
-    _guarded(lambda: dist.all_gather_into_tensor(whole, part))
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in 2.13
+    _guarded(lambda: gather(whole, part))
 
 
 def gather_objects(value: T) -> list[T]:

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dinoscale.distributed import free_port
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,12 +42,6 @@ def run_distributed(
             torch.load(Path(folder) / f"result_{rank}.pt", weights_only=True)
             for rank in range(world_size)
         ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _start(

@@ -1,0 +1,120 @@
+"""Imports point one way, heavy libraries stay where they belong, and every setting is read."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from dinoscale.config import RunConfig
+
+PACKAGE = Path(__file__).resolve().parents[2] / "dinoscale"
+
+# A module imports from its own part or from parts of lower levels, never from a neighbour.
+LEVELS: list[set[str]] = [
+    {"errors"},
+    {"config", "distributed"},
+    {"data", "models", "losses", "schedules"},
+    {"engine", "convert"},
+    {"evaluate"},
+    {"checkpoint", "hooks", "rundir"},
+    {"trainer"},
+    {"quickstart"},
+    {"cli"},
+    {"__main__"},
+]
+LEAVES = {"data", "models", "losses", "schedules"}  # take tensors and numbers, never a config
+ONLY_IN = {
+    "deepspeed": ("engine/",),
+    "torch.distributed": ("distributed.py",),
+    "timm": ("models/",),
+    "torchvision": ("models/",),
+    "pydantic": ("config/",),
+    "yaml": ("config/",),
+    "matplotlib": ("evaluate/",),
+}
+
+
+def _files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node.lineno
+            if node.module in ("dinoscale", "torch"):
+                yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def _part(dotted: str) -> str:
+    pieces = dotted.split(".")
+    return pieces[1] if len(pieces) > 1 else ""
+
+
+def _level(part: str) -> int:
+    (level,) = [number for number, parts in enumerate(LEVELS) if part in parts]
+    return level
+
+
+def test_imports_point_to_lower_levels_only() -> None:
+    wrong = []
+    for path in _files():
+        relative = path.relative_to(PACKAGE)
+        own = relative.parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for name, line in _imports(path):
+            part = _part(name) if name.startswith("dinoscale.") else ""
+            if not part or part == own:
+                continue
+            if _level(part) >= _level(own):
+                wrong.append(f"{relative}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_leaves_do_not_import_the_config() -> None:
+    for path in _files():
+        relative = path.relative_to(PACKAGE)
+        if relative.parts[0].removesuffix(".py") in LEAVES:
+            named = [name for name, _ in _imports(path) if name.startswith("dinoscale.config")]
+            assert not named, (relative, named)
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_libraries_stay_where_they_belong(library: str) -> None:
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in _files()
+        for name, _ in _imports(path)
+        if name == library or name.startswith(f"{library}.")
+    }
+    assert users, f"nothing imports {library}: remove the rule, or the dependency"
+    outside = {user for user in users if not user.startswith(ONLY_IN[library])}
+    assert not outside
+
+
+def _fields(model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation)
+
+
+def test_every_setting_is_read_outside_the_config() -> None:
+    """Read: an attribute somewhere, or a parameter that its section is unpacked into."""
+    read = set()
+    for path in _files():
+        relative = path.relative_to(PACKAGE)
+        if relative.parts[0] == "config" and relative.name != "resolve.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.arg):
+                read.add(node.arg)
+    unread = set(_fields(RunConfig)) - read
+    assert not unread
