@@ -1,0 +1,329 @@
+"""Where the class token looks: attention of the last block, as a picture and against masks.
+
+`draw_attention` and `score_attention` take a backbone and images, `evaluate_attention` is the whole
+measurement of a weights file on a set of images.
+
+Shape letters: N images, A heads, H, W pixels, R, C rows and columns of patches.
+Source: Caron et al. 2021 (arXiv:2104.14294), figures 1 and 4 and appendix.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from dinoscale.convert.weights_file import load_backbone
+from dinoscale.data.decode import BadSampleError
+from dinoscale.data.sources import Source, open_source
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.attention_figure import Row, draw_rows
+from dinoscale.evaluate.attention_maps import (
+    MASS,
+    attention_maps,
+    center_box,
+    head_jaccard,
+    keep_mass,
+)
+from dinoscale.evaluate.features import normalize_images
+from dinoscale.models.zoo import build_backbone
+
+log = logging.getLogger(__name__)
+
+Picture = Image.Image | NDArray[np.uint8] | Tensor  # arrays (H, W, 3), tensors (3, H, W); uint8
+Mask = Image.Image | NDArray[np.uint8] | NDArray[np.bool_]  # (H, W); object is True or above 127
+
+ROWS_DRAWN = 8
+
+
+@dataclass(frozen=True)
+class AttentionScore:
+    """How well attention covers the objects, in percent, means over the images.
+
+    The best head is chosen by the object itself, so more heads score more by chance alone: compare
+    with an untrained backbone of the same sizes too (`evaluate_attention` does).
+    """
+
+    images: int
+    jaccard: float  # intersection over union of the best head's mask with the object's
+    center_box: float  # the same of a centered box of half the width and height: the floor
+
+
+def draw_attention(
+    backbone: nn.Module,
+    images: Sequence[Picture],
+    path: str | Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: int,
+    masks: Sequence[Mask] | None = None,
+    title: str = "",
+    rows: int = ROWS_DRAWN,
+) -> AttentionScore | None:
+    """Draw images with their attention into a PNG, and score all of them if masks are given.
+
+    A row holds the image, the object where known, the mean over heads, every head, and the image
+    with only the patches that hold 60 % of the attention: of the head that covers the object best
+    where the object is known, else of the mean.
+
+    Args:
+        backbone: a ViT of ours; put into eval mode and back.
+        images: at least one, of any shapes; each is squeezed to size x size, as in the reference.
+        path: of the PNG; folders above it are made.
+        mean: of the three channels, in 0..1.
+        std: of the three channels, in 0..1.
+        size: side in pixels at which the backbone sees them, cut to a multiple of its patch; the
+            reference takes 480.
+        masks: of the object, one an image.
+        title: a line above the picture.
+        rows: number of images drawn, from the first on; the score is of all.
+
+    Returns:
+        The score, or None without masks.
+
+    Raises:
+        ConfigError: the backbone has no attention, or the size is below a patch.
+        DataError: a mask is empty or has another size than its image.
+        ValueError: there are no images, or not one mask an image.
+    """
+    squares, maps, covers = _look(backbone, images, masks, mean=mean, std=std, size=size)
+    score = None if covers is None else _score(covers)
+    drawn = [
+        _row(squares[i], maps[i], None if covers is None else covers[i])
+        for i in range(min(rows, len(maps)))
+    ]
+    draw_rows(drawn, Path(path), title=title, note=_note(score), mass=MASS)
+    return score
+
+
+def score_attention(
+    backbone: nn.Module,
+    images: Sequence[Picture],
+    masks: Sequence[Mask],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: int,
+) -> AttentionScore:
+    """Score the best head of every image, without a picture; arguments as in `draw_attention`."""
+    covers = _look(backbone, images, masks, mean=mean, std=std, size=size)[2]
+    assert covers is not None
+    return _score(covers)
+
+
+def _note(score: AttentionScore | None) -> str:
+    if score is None:
+        return ""
+    return (
+        f"Jaccard of the best head {score.jaccard:.1f} %, of a centered box "
+        f"{score.center_box:.1f} % ({score.images} images)"
+    )
+
+
+def _look(
+    backbone: nn.Module,
+    images: Sequence[Picture],
+    masks: Sequence[Mask] | None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: int,
+) -> tuple[list[Image.Image], Tensor, list[_Cover] | None]:
+    """Squares that the backbone sees, their maps (N, A, R, C), and how those cover the objects."""
+    if not images or (masks is not None and len(masks) != len(images)):
+        raise ValueError(f"got {len(images)} images and {masks and len(masks)} masks")
+    side = _side(backbone, size=size)
+    pictures = [_to_pil(image) for image in images]
+    squares = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
+    maps = _maps(backbone, squares, mean=mean, std=std)
+    if masks is None:
+        return squares, maps, None
+    pairs = enumerate(zip(masks, pictures, strict=True))
+    objects = [_to_object(mask, image, side=side, index=i) for i, (mask, image) in pairs]
+    return squares, maps, _cover(maps, torch.stack(objects))
+
+
+def _side(backbone: nn.Module, *, size: int) -> int:
+    """Cut the size to a multiple of the patch."""
+    patch = getattr(backbone, "patch_size", 1)
+    if size < patch:
+        raise ConfigError(f"size: need at least one patch of {patch} pixels, got {size}")
+    return int(size // patch * patch)
+
+
+def _to_pil(image: Picture) -> Image.Image:
+    if isinstance(image, Tensor):
+        image = image.permute(1, 2, 0).numpy()  # (H, W, 3)
+    return image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
+def _maps(
+    backbone: nn.Module,
+    pictures: Sequence[Image.Image],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Attention maps (N, A, R, C) of pictures of one size, in eval mode."""
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    weight = next(backbone.parameters())
+    images = normalize_images(pixels.permute(0, 3, 1, 2).to(weight.device), mean=mean, std=std)
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        return attention_maps(backbone, images.to(weight.dtype))
+    finally:
+        backbone.train(was_training)
+
+
+def _to_object(mask: Mask, image: Image.Image, *, side: int, index: int) -> Tensor:
+    """Mask at side x side pixels, (side, side) bool."""
+    pixels = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
+    inside = pixels if pixels.dtype == np.bool_ else pixels > 127
+    if inside.shape != (image.height, image.width):
+        sizes = f"{[*inside.shape]} for {[image.height, image.width]}"
+        raise DataError(f"the mask of image {index} has another size than the image: {sizes}")
+    square = Image.fromarray(inside).resize((side, side), Image.Resampling.NEAREST)
+    found = torch.from_numpy(np.array(square, dtype=np.bool_))
+    if not found.any():
+        raise DataError(f"the mask of image {index} is empty")
+    return found
+
+
+@dataclass(frozen=True)
+class _Cover:
+    """How the heads cover the object of one image."""
+
+    object: Tensor  # (H, W) bool
+    best_head: int
+    kept: Tensor  # (R, C) bool, of that head
+    jaccard: float  # of that head, 0..1
+    center_box: float  # 0..1
+
+
+def _cover(maps: Tensor, objects: Tensor) -> list[_Cover]:
+    """Compare the heads of every image (N, A, R, C) with its object (N, H, W), one by one."""
+    kept = keep_mass(maps)
+    box = center_box(objects.shape[1], objects.shape[2])[None]
+    covers = []
+    for i in range(len(maps)):
+        inside = objects[i : i + 1]
+        jaccard = head_jaccard(kept[i : i + 1], inside)[0]  # (A,)
+        best = int(jaccard.argmax())
+        floor = float(head_jaccard(box, inside))
+        covers.append(_Cover(objects[i], best, kept[i, best], float(jaccard[best]), floor))
+    return covers
+
+
+def _score(covers: Sequence[_Cover]) -> AttentionScore:
+    return AttentionScore(
+        images=len(covers),
+        jaccard=100 * sum(cover.jaccard for cover in covers) / len(covers),
+        center_box=100 * sum(cover.center_box for cover in covers) / len(covers),
+    )
+
+
+def _row(square: Image.Image, maps: Tensor, cover: _Cover | None) -> Row:
+    kept = keep_mass(maps.mean(dim=0)) if cover is None else cover.kept
+    return Row(
+        picture=np.asarray(square),
+        heads=maps.numpy(),
+        kept=kept.numpy(),
+        mask=None if cover is None else cover.object.numpy(),
+        best_head=None if cover is None else cover.best_head,
+        jaccard=None if cover is None else cover.jaccard,
+    )
+
+
+def evaluate_attention(
+    weights_path: str | Path,
+    spec: str,
+    path: str | Path,
+    *,
+    size: int | None = None,
+    images: int = 100,
+    rows: int = ROWS_DRAWN,
+    device: str = "cpu",
+    num_heads: int | None = None,
+) -> dict[str, object]:
+    """Draw the attention of a weights file on some images of a set, and score it where it can.
+
+    Args:
+        weights_path: a weights file of ours, or a checkpoint of the reference.
+        spec: the images, as `data.train` of a config; synthetic ones come with masks.
+        path: of the PNG.
+        size: side in pixels at which the backbone sees the images; None takes the crop of the
+            weights file, the reference takes 480.
+        images: how many to score, drawn at random and always the same; all if there are fewer.
+        rows: how many of those to draw.
+        device: a torch device.
+        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
+
+    Returns:
+        What was measured and how, ready for JSON; `score` and `untrained_score`, of the same
+        architecture with fresh weights, are null without masks.
+
+    Raises:
+        CheckpointError: the weights file cannot be used.
+        ConfigError: a setting is out of range, or the backbone has no attention.
+        DataError: the images cannot be read.
+    """
+    if images < 1 or rows < 1:
+        raise ConfigError(f"need images > 0 and rows > 0, got {images} and {rows}")
+    backbone, card = load_backbone(weights_path, num_heads=num_heads)
+    size = card.crop if size is None else size
+    pictures, masks = _pick(open_source(spec), images=images)
+    score = draw_attention(
+        backbone.to(device),
+        pictures,
+        path,
+        mean=card.mean,
+        std=card.std,
+        size=size,
+        masks=masks,
+        title=f"{Path(weights_path).name}: attention of the class token in the last block",
+        rows=rows,
+    )
+    untrained = None
+    if masks is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            fresh = build_backbone(**asdict(card.backbone)).to(device)
+        untrained = score_attention(fresh, pictures, masks, mean=card.mean, std=card.std, size=size)
+    return {
+        "weights": str(weights_path),
+        "backbone": asdict(card.backbone),
+        "images": len(pictures),
+        "spec": spec,
+        "picture": str(path),
+        "size": _side(backbone, size=size),
+        "mass": MASS,
+        "score": None if score is None else asdict(score),
+        "untrained_score": None if untrained is None else asdict(untrained),
+    }
+
+
+def _pick(source: Source, *, images: int) -> tuple[list[Image.Image], list[Image.Image] | None]:
+    """Some readable images in an order drawn once for all, and their masks if there are any."""
+    order = np.random.default_rng(0).permutation(len(source))  # sources may be sorted by class
+    mask_of = getattr(source, "mask", None)
+    pictures, masks = [], []
+    for index in order[:images].tolist():
+        try:
+            pictures.append(source.image(index))
+        except BadSampleError as error:
+            log.warning("left out an unreadable image: %s", error)
+            continue
+        if mask_of is not None:
+            masks.append(mask_of(index))
+    if not pictures:
+        raise DataError(f"none of the {len(order[:images])} images that were tried can be read")
+    return pictures, masks or None

@@ -1,0 +1,94 @@
+"""Attention of the class token in the last block: maps, their thresholded masks, their overlap.
+
+Shape letters: N images, A heads, H, W pixels, R, C rows and columns of patches, p patch size.
+Source: Caron et al. 2021 (arXiv:2104.14294), figures 1 and 4 and appendix, and its published
+visualisation code. No code was published for the Jaccard index; the rule is the paper's text.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dinoscale.errors import ConfigError
+
+MASS = 0.6  # of a head's attention that its mask keeps; figure 4 of the paper
+ATTENTION_ENTRIES = 2**25  # 128 MiB of float32 attention at a time
+
+
+def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Attention of the class token to the patches in the last block.
+
+    Args:
+        backbone: a ViT of ours.
+        images: (N, 3, H, W), normalised, on the backbone's device; H, W multiples of p.
+
+    Returns:
+        (N, A, R, C) float32 on the CPU. A map sums to less than 1: the rest goes to the class
+        token itself and to registers.
+
+    Raises:
+        ConfigError: the backbone has no attention, or the images are smaller than a patch.
+    """
+    last_attention = getattr(backbone, "last_attention", None)
+    if not callable(last_attention):
+        raise ConfigError(f"attention maps need a ViT, this is a {type(backbone).__name__}")
+    patch = int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT of ours
+    rows, columns = images.shape[2] // patch, images.shape[3] // patch
+    if rows * columns == 0:
+        raise ConfigError(f"size: images must have at least one patch of {patch} pixels")
+    at_once = max(1, ATTENTION_ENTRIES // (rows * columns + 1) ** 2 // 8)  # some 8 heads
+    maps = []
+    with torch.no_grad():
+        for part in images.split(at_once):
+            to_patches = last_attention(part)[:, :, 0, -rows * columns :]
+            maps.append(to_patches.float().reshape(*to_patches.shape[:2], rows, columns).cpu())
+    return torch.cat(maps)
+
+
+def keep_mass(maps: Tensor, *, mass: float = MASS) -> Tensor:
+    """Keep the most attended patches that together hold a fraction of each map's attention.
+
+    Ascending, a patch stays where the cumulated share, itself included, exceeds 1 - mass.
+
+    Args:
+        maps: (..., R, C), not negative, each with a positive sum.
+        mass: 0 < mass <= 1, a fraction.
+
+    Returns:
+        (..., R, C) bool.
+
+    Raises:
+        ValueError: the mass is out of range.
+    """
+    if not 0 < mass <= 1:
+        raise ValueError(f"need 0 < mass <= 1, got {mass}")
+    flat = maps.flatten(-2)
+    values, order = flat.sort(dim=-1)
+    share = values.cumsum(-1) / values.sum(-1, keepdim=True)
+    kept = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, share > 1 - mass)
+    return kept.reshape(maps.shape)
+
+
+def head_jaccard(kept: Tensor, masks: Tensor) -> Tensor:
+    """Intersection over union of every head's patches with the object.
+
+    Args:
+        kept: (N, A, R, C) bool; a patch stands for all its pixels.
+        masks: (N, H, W) bool, none empty; H a multiple of R, W of C.
+
+    Returns:
+        (N, A) float32, 0..1.
+    """
+    height, width = masks.shape[1] // kept.shape[2], masks.shape[2] // kept.shape[3]
+    pixels = kept.repeat_interleave(height, 2).repeat_interleave(width, 3)
+    both = (pixels & masks[:, None]).sum((2, 3))
+    return both / (pixels | masks[:, None]).sum((2, 3))
+
+
+def center_box(height: int, width: int) -> Tensor:
+    """Return the mask of a centered box of half the height and width, (1, height, width) bool."""
+    box = torch.zeros(1, height, width, dtype=torch.bool)
+    top, left = height // 4, width // 4
+    box[:, top : top + height // 2, left : left + width // 2] = True
+    return box
