@@ -32,7 +32,7 @@ from dinoscale.evaluate.attention_maps import (
     head_jaccard,
     keep_mass,
 )
-from dinoscale.evaluate.features import normalize_images
+from dinoscale.evaluate.features import find_device, normalize_images
 from dinoscale.models.zoo import build_backbone
 
 log = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ def evaluate_attention(
     size: int | None = None,
     images: int = 100,
     rows: int = ROWS_DRAWN,
-    device: str = "cpu",
+    device: str | None = None,
     num_heads: int | None = None,
 ) -> dict[str, object]:
     """Draw the attention of a weights file on some images of a set, and score it where it can.
@@ -264,7 +264,7 @@ def evaluate_attention(
             weights file, the reference takes 480.
         images: how many to score, drawn at random and always the same; all if there are fewer.
         rows: how many of those to draw.
-        device: a torch device.
+        device: a torch device; None takes the accelerator if there is one.
         num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
 
     Returns:
@@ -278,11 +278,12 @@ def evaluate_attention(
     """
     if images < 1 or rows < 1:
         raise ConfigError(f"need images > 0 and rows > 0, got {images} and {rows}")
+    where = find_device(device)
     backbone, card = load_backbone(weights_path, num_heads=num_heads)
     size = card.crop if size is None else size
     pictures, masks = _pick(open_source(spec), images=images)
     score = draw_attention(
-        backbone.to(device),
+        backbone.to(where),
         pictures,
         path,
         mean=card.mean,
@@ -296,7 +297,7 @@ def evaluate_attention(
     if masks is not None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            fresh = build_backbone(**asdict(card.backbone)).to(device)
+            fresh = build_backbone(**asdict(card.backbone)).to(where)
         untrained = score_attention(fresh, pictures, masks, mean=card.mean, std=card.std, size=size)
     return {
         "weights": str(weights_path),

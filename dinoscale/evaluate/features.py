@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dinoscale.data.loader import eval_batches
 from dinoscale.data.sources import Source
-from dinoscale.errors import DataError, NonFiniteError
+from dinoscale.errors import ConfigError, DataError, NonFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,21 @@ def check_labels(source: Source, *, name: str) -> None:
             f"{name}: {len(unknown)} of {len(labels)} images have no label, the first is "
             f"{source.path(int(unknown[0]))}"
         )
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the named device, or the accelerator if there is one, or the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"device: {name!r} cannot be used here ({first})") from error
 
 
 def extract_features(

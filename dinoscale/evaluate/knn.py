@@ -28,6 +28,7 @@ from dinoscale.evaluate.features import (
     PIXEL_SIDE,
     check_labels,
     extract_features,
+    find_device,
     pixel_features,
 )
 
@@ -176,7 +177,7 @@ def evaluate_knn(
         DataError: a set cannot be read, has no labels, or the sets have different classes.
     """
     _check_settings(ks=ks, temp=temp, batch_size=batch_size, num_workers=num_workers)
-    where = _device(device)
+    where = find_device(device)
     backbone, card = load_backbone(weights_path, num_heads=num_heads)
     resize = card.resize if resize is None else resize
     crop = card.crop if crop is None else crop
@@ -224,19 +225,19 @@ def _check_settings(*, ks: Sequence[int], temp: float, batch_size: int, num_work
         raise ConfigError(f"need batch_size > 0, num_workers >= 0; got {batch_size}, {num_workers}")
 
 
-def _device(name: str | None) -> torch.device:
-    """The named device, else the accelerator if there is one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"device: {name!r} cannot be used here ({first})") from error
-
-
 def renumber_classes(train: Source, test: Source) -> Tensor:
-    """Number in the bank of each class number of the test set, (C,) int64; matched by name."""
+    """Find the number in the bank of every class of the test set: by name, else by number.
+
+    Args:
+        train: the bank.
+        test: what to classify.
+
+    Returns:
+        (C,) int64: position i holds the bank's number of the test set's class i.
+
+    Raises:
+        DataError: a set has images without labels, or the sets name different classes.
+    """
     check_labels(train, name="train")
     check_labels(test, name="test")
     assert test.labels is not None

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
 from dinoscale.errors import CheckpointError, ConfigError, DataError
-from dinoscale.evaluate.knn import evaluate_knn
+from dinoscale.evaluate.knn import evaluate_knn, renumber_classes
 from dinoscale.models.zoo import build_backbone
 
 SHAPE = BackboneShape(
@@ -94,7 +94,6 @@ class _Named:
 
 
 def test_equal_names_in_another_order_are_matched_by_name() -> None:
-    from dinoscale.evaluate.knn import renumber_classes
 
     train, test = _Named(["a", "b", "c"], [0, 1, 2]), _Named(["c", "a", "b"], [0, 1, 2])
     assert renumber_classes(train, test).tolist() == [2, 0, 1]  # type: ignore[arg-type]  # a part of a source
