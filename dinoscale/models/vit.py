@@ -143,7 +143,7 @@ class Attention(nn.Module):
         self.qkv = source.qkv
         self.q_norm = source.q_norm
         self.k_norm = source.k_norm
-        self.norm = source.norm
+        self.norm = getattr(source, "norm", nn.Identity())  # older timm has none
         self.proj = source.proj
 
     def forward(self, tokens: Tensor, layout: Layout) -> Tensor:

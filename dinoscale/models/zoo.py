@@ -1,6 +1,6 @@
 """Backbones by name: every timm ViT our forward reproduces, and ResNet-50.
 
-The only module that imports timm and torchvision, and only when a backbone is built.
+The only module that imports timm, and only when a backbone is built.
 """
 
 import difflib
@@ -130,7 +130,7 @@ def adopt(source: Any, *, name: str) -> VisionTransformer:
 
 def _why_not(source: Any) -> str | None:
     """First reason why our forward would differ from the model's own, or None."""
-    from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
+    from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
     from timm.models import vision_transformer
 
     if type(source) is not vision_transformer.VisionTransformer:
@@ -156,7 +156,10 @@ def _why_not(source: Any) -> str | None:
     for block in source.blocks:
         if type(block) is not vision_transformer.Block:
             return f"its blocks are {type(block).__name__}, not pre-norm Block"
-        if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
+        if (
+            type(block.attn) is not vision_transformer.Attention
+            or getattr(block.attn, "gate", None) is not None
+        ):
             return "its attention is not plain multi-head attention"
         if not isinstance(block.mlp, (Mlp, GluMlp, SwiGLU)):
             return f"its MLP is a {type(block.mlp).__name__}"

@@ -36,7 +36,7 @@ def _crops(*shapes: tuple[int, int, int], dtype: torch.dtype = torch.float32) ->
     return [torch.randn(n, 3, h, w, generator=generator).to(dtype) for n, h, w in shapes]
 
 
-MIXED = ((2, 32, 32), (1, 32, 32), (3, 16, 16), (2, 24, 40), (1, 16, 16))
+MIXED = ((2, 32, 32), (1, 32, 32), (3, 16, 16), (2, 24, 40), (1, 24, 16))
 
 
 def _keep(num_images: int, rate: float = 0.7) -> Tensor:

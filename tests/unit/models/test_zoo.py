@@ -79,23 +79,25 @@ SMALL = {"img_size": 28, "patch_size": 14, "embed_dim": 48, "depth": 2, "num_hea
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "options"),
     [
-        "vit_tiny_patch16_224",
-        "vit_small_patch14_dinov2",  # layer scale
-        "vit_small_patch14_reg4_dinov2",  # registers, positions for patches only
-        "vit_giant_patch14_reg4_dinov2",  # SwiGLU
-        "vit_base_patch32_clip_224",  # norm before the blocks, no patch bias
-        "vit_base_patch16_clip_quickgelu_224",
-        "deit3_small_patch16_224",
-        "test_vit",
+        ("vit_tiny_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"qk_norm": True, "scale_attn_norm": True}),
+        ("vit_tiny_patch16_224", {"scale_mlp_norm": True, "reg_tokens": 2}),
+        ("vit_small_patch14_dinov2", {}),  # layer scale
+        ("vit_small_patch14_reg4_dinov2", {}),  # registers, positions for patches only
+        ("vit_giant_patch14_reg4_dinov2", {}),  # SwiGLU
+        ("vit_base_patch32_clip_224", {}),  # norm before the blocks, no patch bias
+        ("vit_base_patch16_clip_quickgelu_224", {}),
+        ("deit3_small_patch16_224", {}),
+        ("test_vit", {}),
     ],
 )
-def test_features_equal_those_of_timm(name: str) -> None:
+def test_features_equal_those_of_timm(name: str, options: dict[str, Any]) -> None:
     import timm
 
     torch.manual_seed(0)
-    theirs = timm.create_model(name, num_classes=0, global_pool="token", **SMALL).eval()
+    theirs = timm.create_model(name, num_classes=0, global_pool="token", **SMALL, **options)
     for parameter in theirs.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     images = torch.randn(2, 3, 28, 28)
