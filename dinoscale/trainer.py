@@ -112,7 +112,8 @@ def _announce(
     if local > cores:
         log.warning("%d data workers share %d cores; lower data.num_workers", local, cores)
     if resumed_from is not None:
-        log.info("going on from %s", resumed_from.path)
+        left = plan.stop_step - resumed_from.step
+        log.info("going on from %s, %d steps left", resumed_from.path, max(left, 0))
 
 
 def _checkpoint_to_resume(config: RunConfig) -> Checkpoint | None:

@@ -3,6 +3,7 @@
 No DeepSpeed name leaves this module, teacher.py and ds_config.py.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from dinoscale.schedules import StepValues
 
 def import_deepspeed() -> Any:
     """DeepSpeed without its start-up compilation of an operator that training never calls."""
+    # Renamed in torch 2.13; DeepSpeed still calls the old name, on every rank.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
 

@@ -69,7 +69,7 @@ class Metrics:
         if self._active:
             self._bar.close()
             if self._wandb is not None:
-                self._wandb.finish(quiet=True)
+                self._wandb.finish()
 
 
 class Stopwatch:
