@@ -32,7 +32,7 @@ from dinoscale.evaluate.attention_maps import (
     head_jaccard,
     keep_mass,
 )
-from dinoscale.evaluate.features import find_device, normalize_images
+from dinoscale.evaluate.features import eval_mode, find_device, normalize_images
 from dinoscale.models.zoo import build_backbone
 
 log = logging.getLogger(__name__)
@@ -176,12 +176,8 @@ def _maps(
     pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     weight = next(backbone.parameters())
     images = normalize_images(pixels.permute(0, 3, 1, 2).to(weight.device), mean=mean, std=std)
-    was_training = backbone.training
-    backbone.eval()
-    try:
+    with eval_mode(backbone):
         return attention_maps(backbone, images.to(weight.dtype))
-    finally:
-        backbone.train(was_training)
 
 
 def _to_object(mask: Mask, image: Image.Image, *, side: int, index: int) -> Tensor:

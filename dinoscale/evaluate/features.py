@@ -5,8 +5,8 @@ Shape letters: N images of the source that can be read, C channels, H, W pixels,
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,8 +18,6 @@ from tqdm import tqdm
 from dinoscale.data.loader import eval_batches
 from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError, DataError, NonFiniteError
-
-log = logging.getLogger(__name__)
 
 PIXEL_SIDE = 16  # of the thumbnails whose pixels are the floor
 
@@ -103,8 +101,6 @@ def extract_features(
     """
     check_labels(source, name="evaluation")
     device = torch.device(device)
-    weight = next(backbone.parameters(), None)
-    dtype = torch.float32 if weight is None else weight.dtype
     batches = eval_batches(
         source,
         resize=resize,
@@ -113,20 +109,18 @@ def extract_features(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
     )
+    weight = next(backbone.parameters(), None)
+    dtype = torch.float32 if weight is None else weight.dtype
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        with torch.no_grad(), tqdm(total=len(source), unit="img", disable=not progress) as bar:
-            for images, classes, _ in batches:
-                pixels = images.to(device, non_blocking=True)
-                pixels = normalize_images(pixels, mean=mean, std=std).to(dtype)
-                features.append(backbone([pixels]).float())
-                labels.append(classes)
-                bar.update(len(classes))
-    finally:
-        backbone.train(was_training)
+    bar = tqdm(total=len(source), unit="img", disable=not progress)
+    with bar, eval_mode(backbone), torch.no_grad():
+        for images, classes, _ in batches:
+            moved = images.to(device, non_blocking=True)
+            pixels = normalize_images(moved, mean=mean, std=std).to(dtype)
+            features.append(backbone([pixels]).float())
+            labels.append(classes)
+            bar.update(len(classes))
     if not features:  # a rank's share may be empty, or unreadable as a whole
         width = int(getattr(backbone, "embed_dim", 0))
         return torch.zeros(0, width, device=device), torch.zeros(0, dtype=torch.int64).to(device)
@@ -134,6 +128,17 @@ def extract_features(
     if not torch.isfinite(joined).all():
         raise NonFiniteError("the backbone's features are not finite; its weights have diverged")
     return joined, torch.cat(labels).to(device)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode, and back into the one it was in."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def pixel_features(

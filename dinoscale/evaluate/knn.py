@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -179,17 +179,14 @@ def evaluate_knn(
     _check_settings(ks=ks, temp=temp, batch_size=batch_size, num_workers=num_workers)
     where = find_device(device)
     backbone, card = load_backbone(weights_path, num_heads=num_heads)
-    resize = card.resize if resize is None else resize
-    crop = card.crop if crop is None else crop
-    if not 1 <= crop <= resize:
-        raise ConfigError(f"crop: need 1 <= crop <= resize, got {crop} and {resize} pixels")
+    card = _with_sizes(card, resize=resize, crop=crop)
     train, test = open_source(train_spec), open_source(test_spec)
     renumber = renumber_classes(train, test)
     extract = partial(
         extract_features,
         backbone.to(where),
-        resize=resize,
-        crop=crop,
+        resize=card.resize,
+        crop=card.crop,
         mean=card.mean,
         std=card.std,
         batch_size=batch_size,
@@ -206,13 +203,12 @@ def evaluate_knn(
         "backbone": asdict(card.backbone),
         "train": _describe(train_spec, bank_labels),
         "test": _describe(test_spec, labels),
-        "protocol": _protocol(card, temp=temp, resize=resize, crop=crop),
+        "protocol": _protocol(card, temp=temp),
         "knn": _by_k(knn_accuracy(bank, bank_labels, features, labels, ks=ks, temp=temp)),
     }
     if pixels:
-        report["pixels"] = _pixel_floor(
-            train, test, renumber, ks=ks, temp=temp, num_workers=num_workers
-        )
+        floor = partial(_floor, ks=ks, temp=temp, num_workers=num_workers)
+        report["pixels"] = floor(train, test, renumber)
     return report
 
 
@@ -223,6 +219,19 @@ def _check_settings(*, ks: Sequence[int], temp: float, batch_size: int, num_work
         raise ConfigError(f"temp: need a number above 0, got {temp}")
     if batch_size < 1 or num_workers < 0:
         raise ConfigError(f"need batch_size > 0, num_workers >= 0; got {batch_size}, {num_workers}")
+
+
+def _with_sizes(card: BackboneCard, *, resize: int | None, crop: int | None) -> BackboneCard:
+    """The card with the sizes that were asked for."""
+    card = replace(
+        card,
+        resize=card.resize if resize is None else resize,
+        crop=card.crop if crop is None else crop,
+    )
+    if not 1 <= card.crop <= card.resize:
+        sizes = f"{card.crop} and {card.resize} pixels"
+        raise ConfigError(f"crop: need 1 <= crop <= resize, got {sizes}")
+    return card
 
 
 def renumber_classes(train: Source, test: Source) -> Tensor:
@@ -272,13 +281,13 @@ def _describe(spec: str, labels: Tensor) -> dict[str, object]:
     return {"spec": spec, "images": len(labels), "classes": classes}
 
 
-def _protocol(card: BackboneCard, *, temp: float, resize: int, crop: int) -> dict[str, object]:
+def _protocol(card: BackboneCard, *, temp: float) -> dict[str, object]:
     return {
         "method": "weighted k-NN, cosine similarity, votes exp(similarity / temp)",
         "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
         "temp": temp,
-        "resize": resize,
-        "crop": crop,
+        "resize": card.resize,
+        "crop": card.crop,
         "interpolation": "bicubic",
         "mean": list(card.mean),
         "std": list(card.std),
@@ -292,7 +301,7 @@ def _by_k(results: Mapping[int, KnnResult]) -> dict[str, dict[str, float]]:
     }
 
 
-def _pixel_floor(
+def _floor(
     train: Source,
     test: Source,
     renumber: Tensor,
