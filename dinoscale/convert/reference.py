@@ -173,9 +173,9 @@ def _guess_heads(embed_dim: int, *, args: object) -> int:
         )
     if embed_dim not in VIT_NAMES:
         log.warning(
-            "embed_dim %d is none of the reference's; assuming %d heads of %d channels",
+            "embed_dim %d is none of the reference's sizes: assuming num_heads=%d, which weights do "
+            "not tell; attention is wrong if the run used another number",
             embed_dim,
             embed_dim // HEAD_DIM,
-            HEAD_DIM,
         )
     return embed_dim // HEAD_DIM

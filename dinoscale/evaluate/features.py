@@ -90,7 +90,7 @@ def extract_features(
         batch_size: images in one forward.
         device: where the backbone is, and where the result will be.
         num_workers: processes that decode; 0 decodes in this one.
-        progress: draw a bar on stderr.
+        progress: draw a bar on stderr, if that is a terminal.
 
     Returns:
         Features (N, D) float32, not normalised, and labels (N,) int64, both on `device`.
@@ -113,7 +113,7 @@ def extract_features(
     dtype = torch.float32 if weight is None else weight.dtype
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    bar = tqdm(total=len(source), unit="img", disable=not progress)
+    bar = tqdm(total=len(source), unit="img", disable=None if progress else True)
     with bar, eval_mode(backbone), torch.no_grad():
         for images, classes, _ in batches:
             moved = images.to(device, non_blocking=True)

@@ -165,7 +165,7 @@ def evaluate_knn(
         device: a torch device; None takes the accelerator if there is one.
         num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
         pixels: also measure 16 x 16 pixels, less the bank's mean image.
-        progress: draw bars on stderr.
+        progress: draw bars on stderr, if that is a terminal.
 
     Returns:
         Numbers, texts, lists and dicts, ready for JSON: `knn` maps each k, as text, to `top1`,
