@@ -57,6 +57,7 @@ find_python() { # sets `python` to the interpreter itself: python3 may be one of
 
 create() {
   find_python
+  [[ $installed != unfinished ]] || say "an earlier install did not finish; starting over"
   say "creating $venv with $("$python" -V)"
   printf 'created unfinished %s\n' "$venv" >"$state" # first, so that a broken venv is recognised
   find "$venv" -mindepth 1 -maxdepth 1 ! -name "${state##*/}" -exec rm -rf -- {} +
