@@ -173,8 +173,8 @@ def _guess_heads(embed_dim: int, *, args: object) -> int:
         )
     if embed_dim not in VIT_NAMES:
         log.warning(
-            "embed_dim %d is none of the reference's sizes: assuming num_heads=%d, which weights do "
-            "not tell; attention is wrong if the run used another number",
+            "embed_dim %d is none of the reference's sizes: assuming num_heads=%d, which weights "
+            "do not tell; features are wrong if the run used another number",
             embed_dim,
             embed_dim // HEAD_DIM,
         )

@@ -38,7 +38,10 @@ class Row:
 
 
 def draw_rows(rows: Sequence[Row], path: Path, *, title: str, note: str, mass: float) -> None:
-    """Write a PNG with all rows; every map has its own color scale, from 0 to its maximum.
+    """Write a PNG with all rows.
+
+    Every map has its own color scale, from its least to its largest value, as in the reference; how
+    far it is from uniform is written into it: its peak as a multiple of its mean.
 
     Args:
         rows: at least one; all with masks or all without, with equal numbers of heads.
@@ -90,14 +93,9 @@ def _draw_row(panels: Sequence[Axes], row: Row) -> None:
     if row.mask is not None:
         next(left).imshow(row.mask, extent=extent, cmap="gray", interpolation="nearest")
     for attention in (row.heads.mean(axis=0), *row.heads):
-        next(left).imshow(
-            attention,
-            extent=extent,
-            cmap=COLORS,
-            vmin=0,
-            vmax=attention.max(),
-            interpolation="nearest",
-        )
+        panel = next(left)
+        panel.imshow(attention, extent=extent, cmap=COLORS, interpolation="nearest")
+        _label(panel, f"peak {attention.max() / attention.mean():.1f}x")
     overlay = next(left)
     kept = np.kron(row.kept, np.ones((height // row.kept.shape[0], width // row.kept.shape[1])))
     bright = np.where(kept > 0, 1.0, DIMMED)[..., None]
