@@ -194,6 +194,13 @@ def test_workers_end_with_the_iterator() -> None:
     assert multiprocessing.active_children() == []
 
 
+def test_workers_end_with_an_error_that_is_still_looked_at() -> None:
+    with pytest.raises(DataError) as caught:
+        list(_train(Pictures(8, _bad(*range(8))), workers=2))
+    assert multiprocessing.active_children() == []
+    assert caught.tb is not None
+
+
 def test_loading_leaves_the_global_generators_alone() -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     list(_train(Pictures(8, {}), workers=1))
@@ -230,10 +237,15 @@ def test_evaluation_reads_every_image_once_in_order(workers: int) -> None:
 
 
 def test_evaluation_skips_unreadable_images(caplog: pytest.LogCaptureFixture) -> None:
+    source = Pictures(10, _bad(0, 1, 2, 3, 5))
     with caplog.at_level(logging.WARNING):
-        batches = _evaluate(Pictures(10, _bad(0, 1, 2, 3, 5)))
+        batches = _evaluate(source)
     assert [ids.tolist() for _, _, ids in batches] == [[4, 6, 7], [8, 9]]
-    assert all(len(images) == len(labels) == len(ids) for images, labels, ids in batches)
+    for images, labels, ids in batches:
+        assert len(images) == len(labels) == len(ids)
+        for image, number in zip(images, ids.tolist(), strict=True):
+            expected = eval_transform(source.image(number), resize=14, crop=12)
+            np.testing.assert_array_equal(image.numpy(), expected)
     assert "left out 5 of 10 images" in caplog.text
 
 

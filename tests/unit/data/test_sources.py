@@ -73,6 +73,11 @@ def test_names_with_pattern_characters_are_taken_literally(tmp_path: Path) -> No
         assert len(open_source(str(folder / "train-000.tar"))) == 1
 
 
+def test_brackets_of_a_folder_are_no_glob_beside_braces(tmp_path: Path) -> None:
+    folder = _shards(tmp_path / "set [1]", 3)
+    assert len(open_source(str(folder / "train-{000..002}.tar"))) == 3
+
+
 def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     _shards(tmp_path / "d", 1)
