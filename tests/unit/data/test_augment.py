@@ -88,6 +88,7 @@ def test_boxes_are_those_of_torchvision(size: tuple[int, int], scale: tuple[floa
         assert box == expected
 
 
+@settings(deadline=None)
 @given(
     width=st.integers(1, 400),
     height=st.integers(1, 400),

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinoscale.data.sampler import StepSampler
@@ -43,6 +43,7 @@ def test_images_left_out_change_from_epoch_to_epoch() -> None:
     assert len(left_out) > 1
 
 
+@settings(deadline=None)
 @given(
     accumulation=st.integers(1, 4),
     world=st.integers(1, 4),
