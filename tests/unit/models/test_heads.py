@@ -39,6 +39,21 @@ def test_prototypes_equal_weight_norm_of_torch(trainable: bool) -> None:
         torch.testing.assert_close(ours.weight_g.grad, parts.original0.grad, rtol=1e-10, atol=0)
 
 
+def test_head_is_an_mlp_onto_the_sphere_and_cosines() -> None:
+    head, x = _head().double(), torch.randn(5, 12, dtype=torch.float64)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter)
+    w = head.state_dict()
+    hidden = x
+    for i in (0, 2):
+        z = hidden @ w[f"mlp.{i}.weight"].T + w[f"mlp.{i}.bias"]
+        hidden = z * (1 + torch.erf(z / 2**0.5)) / 2  # GELU in its exact form
+    z = hidden @ w["mlp.4.weight"].T + w["mlp.4.bias"]
+    v = w["last_layer.weight_v"]
+    cosines = (z / z.norm(dim=1, keepdim=True)) @ (v / v.norm(dim=1, keepdim=True)).T
+    torch.testing.assert_close(head(x), cosines, rtol=1e-10, atol=1e-12)
+
+
 def test_parameter_names_are_the_references() -> None:
     linear = ["mlp.0", "mlp.2", "mlp.4"]
     expected = [f"{name}.{kind}" for name in linear for kind in ("weight", "bias")]
