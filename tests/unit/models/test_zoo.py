@@ -75,6 +75,12 @@ def test_sizes_can_be_changed() -> None:
     assert model([torch.randn(2, 3, 32, 32)]).shape == (2, 64)
 
 
+def test_sizes_of_a_name_timm_does_not_have_can_be_changed() -> None:
+    model = _build("vit_tiny_patch8_224", img_size=32, depth=2)
+    assert (model.depth, model.patch_size) == (2, 8)
+    assert _build("vit_tiny_patch8_224", img_size=32, depth=1, patch_size=4).patch_size == 4
+
+
 SMALL = {"img_size": 28, "patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
