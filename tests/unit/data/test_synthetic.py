@@ -1,0 +1,107 @@
+"""The drawn set: a pure function of its spec, balanced, masked, and without a pixel shortcut."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinoscale.data.synthetic import PATTERNS, ShapesSource, parse_synthetic
+from dinoscale.errors import DataError
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(np.float32)
+
+
+def test_spec_gives_every_field() -> None:
+    source = parse_synthetic("synthetic:shapes?images=30&size=24&seed=3&split=test")
+    assert source == ShapesSource(images=30, size=24, seed=3, split="test")
+    assert parse_synthetic("synthetic:shapes") == ShapesSource()
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("synthetic:faces", "one synthetic set is 'synthetic:shapes'"),
+        ("shapes?images=3", "one synthetic set is 'synthetic:shapes'"),
+        ("synthetic:shapes?image=3", "unknown key 'image', choose from images, size, seed, split"),
+        ("synthetic:shapes?images=many", "images='many' is not a whole number"),
+        ("synthetic:shapes?size=", "size='' is not a whole number"),
+        ("synthetic:shapes?seed=1&seed=2", "'seed' is given twice"),
+        ("synthetic:shapes?split=val", "split='val': choose from train, test"),
+        ("synthetic:shapes?images=0", "images=0: need at least 1"),
+        ("synthetic:shapes?size=4", "size=4: need at least 8"),
+    ],
+)
+def test_bad_spec_is_named(spec: str, says: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse_synthetic(spec)
+    assert says in str(caught.value)
+
+
+def test_image_depends_on_seed_split_and_index_only() -> None:
+    first, again = ShapesSource(images=40, size=24), ShapesSource(images=999, size=24)
+    again.image(17)  # what was drawn before changes nothing
+    for index in (0, 5, 39):
+        assert first.image(index).tobytes() == again.image(index).tobytes()
+        assert first.mask(index).tobytes() == again.mask(index).tobytes()
+    others = [ShapesSource(size=24, seed=1), ShapesSource(size=24, split="test")]
+    pictures = {source.image(5).tobytes() for source in [first, *others]}
+    assert len(pictures | {first.image(13).tobytes()}) == 4  # 13 is of the same class as 5
+
+
+def test_caller_may_change_an_image_without_changing_the_set() -> None:
+    source = ShapesSource(images=8, size=24)
+    before = source.image(3).tobytes()
+    source.image(3).paste((0, 0, 0), (0, 0, 24, 24))
+    assert source.image(3).tobytes() == before
+
+
+def test_labels_are_balanced_and_named() -> None:
+    source = ShapesSource(images=100)
+    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    assert source.labels.dtype == np.int64
+    assert len(source.labels) == len(source) == 100
+    assert counts.max() - counts.min() <= 1
+    assert source.class_names == list(PATTERNS)
+
+
+def test_paths_are_unique() -> None:
+    assert ShapesSource().path(12) == "synthetic:shapes/train/000012"
+    sources = [ShapesSource(images=9), ShapesSource(images=9, split="test")]
+    assert len({source.path(i) for source in sources for i in range(9)}) == 18
+
+
+@pytest.mark.parametrize("index", [-1, 8])
+def test_index_outside_the_set_is_refused(index: int) -> None:
+    with pytest.raises(IndexError):
+        ShapesSource(images=8).image(index)
+
+
+def test_mask_covers_the_object() -> None:
+    source = ShapesSource(images=64, size=48)
+    for index in range(len(source)):
+        mask, image = source.mask(index), source.image(index)
+        assert (mask.mode, mask.size, image.mode) == ("L", (48, 48), "RGB")
+        inside = np.asarray(mask) == 255
+        assert set(np.unique(mask)) <= {0, 255}
+        assert 0.2 < inside.mean() < 0.97
+        gray = _pixels(image).mean(-1)
+        steps = abs(np.diff(gray, axis=1))  # the pattern has edges, the clouds are smooth
+        assert steps[inside[:, 1:]].mean() > 2 * steps[~inside[:, 1:]].mean()
+
+
+def test_neither_colour_nor_small_pixels_tell_the_class() -> None:
+    train, test = ShapesSource(images=800), ShapesSource(images=200, split="test")
+
+    def features(source: ShapesSource, side: int) -> np.ndarray:
+        rows = [_pixels(source.image(i).resize((side, side))).ravel() for i in range(len(source))]
+        stacked = np.stack(rows)
+        centered = stacked - stacked.mean(1, keepdims=True)
+        return centered / (np.linalg.norm(centered, axis=1, keepdims=True) + 1e-6)
+
+    for side in (1, 16):
+        similarity = features(test, side) @ features(train, side).T
+        nearest = np.argsort(-similarity, axis=1)[:, :20]
+        votes = np.stack([np.bincount(train.labels[row], minlength=8) for row in nearest])
+        accuracy = (votes.argmax(1) == test.labels).mean()
+        assert accuracy < 0.4, side  # chance is 0.125
