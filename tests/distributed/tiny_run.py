@@ -1,0 +1,118 @@
+"""A run small enough for many of them in one launch: its configuration, batches and weights.
+
+Sizes are odd on purpose, so that shards end inside tensors and are padded on 2 and on 3 ranks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoscale.config import RunConfig, RunPlan, parse_config, resolve
+
+BATCH, STEPS_PER_EPOCH = 6, 2
+
+_CONFIG: dict[str, dict[str, Any]] = {
+    "model": {
+        "backbone": "vit_tiny_patch16_224",
+        "patch_size": 8,
+        "embed_dim": 20,
+        "depth": 2,
+        "num_heads": 2,
+        "drop_path_rate": 0.0,
+    },
+    "head": {"num_prototypes": 33, "hidden_dim": 22, "bottleneck_dim": 15},
+    "crops": {"global_size": 16, "local_size": 8, "num_local": 2},
+    "dino": {"momentum": 0.9, "freeze_last_layer_epochs": 0},
+    "optim": {"lr": 0.1, "warmup_epochs": 0},
+    "train": {"epochs": 10, "batch_size": BATCH, "micro_batch_size": BATCH},
+    "data": {"num_workers": 0},
+    "eval": {"crop": 16, "resize": 16},
+    "log": {"wandb": False, "every_steps": 1},
+}
+
+
+def tiny_config(run_dir: str = "unused", **changes: dict[str, Any]) -> RunConfig:
+    """The configuration with some sections changed: `tiny_config(engine={"zero_stage": 3})`."""
+    sections = {
+        name: _CONFIG.get(name, {}) | changes.get(name, {}) for name in _CONFIG.keys() | changes
+    }
+    return parse_config({"run_dir": run_dir, **sections})
+
+
+def tiny_plan(config: RunConfig) -> RunPlan:
+    """The plan for the ranks at hand, with `STEPS_PER_EPOCH` steps an epoch."""
+    from dinoscale import distributed
+
+    images = config.train.batch_size * STEPS_PER_EPOCH
+    return resolve(config, world_size=distributed.world_size(), num_images=images)
+
+
+def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
+    """This rank's share of a random global batch that depends on the step only."""
+    from dinoscale import distributed
+    from dinoscale.engine.step import MicroBatch
+
+    crops, size = config.crops, plan.micro_batch_size
+    generator = torch.Generator().manual_seed(step)
+
+    def images(views: int, side: int) -> Tensor:
+        return torch.randn(views, plan.batch_size, 3, side, side, generator=generator)
+
+    wholes = images(2, crops.global_size), images(crops.num_local, crops.local_size)
+    batches = []
+    for micro in range(plan.accumulation_steps):
+        first = (micro * plan.world_size + distributed.rank()) * size
+        batches.append(MicroBatch(*(whole[:, first : first + size] for whole in wholes), None))
+    return batches
+
+
+def take_step(student: Any, teacher: Any, config: RunConfig, plan: RunPlan, step: int) -> float:
+    """One `train_step` on `micro_batches`; its loss."""
+    from dinoscale.engine.build import schedules_of
+    from dinoscale.engine.step import train_step
+
+    now = schedules_of(config, plan).at(step)
+    batches = micro_batches(config, plan, step)
+    temp = config.dino.student_temp
+    return train_step(batches, student, teacher, now, student_temp=temp).loss
+
+
+class Gathering:
+    """Collects the parts of all ranks, one (numel,) part per fragment of a student's layout."""
+
+    def __init__(self, student: Any) -> None:
+        from dinoscale import distributed
+
+        own = [(f.name, f.start, f.numel) for f in student.layout.fragments]
+        self._all_ranks = distributed.gather_objects(own)
+        self._size = max(sum(numel for *_, numel in pieces) for pieces in self._all_ranks)
+        self._shapes = student.shapes
+
+    def __call__(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Full tensors by name, float32, on every rank; NaN where no rank has anything."""
+        from dinoscale import distributed
+
+        padded = torch.zeros(self._size)
+        own = torch.cat([torch.empty(0), *parts])
+        padded[: len(own)] = own
+        of_ranks = torch.empty(len(self._all_ranks) * self._size)
+        distributed.all_gather_flat(of_ranks, padded)
+        whole = {
+            name: torch.full((torch.Size(shape).numel(),), torch.nan)
+            for name, shape in self._shapes.items()
+        }
+        for pieces, rest in zip(self._all_ranks, of_ranks.split(self._size), strict=True):
+            for name, start, numel in pieces:
+                whole[name][start : start + numel] = rest[:numel]
+                rest = rest[numel:]
+        return {name: flat.view(self._shapes[name]) for name, flat in whole.items()}
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """L2 norm of the difference, all tensors together."""
+    assert a.keys() == b.keys()
+    return float(
+        torch.stack([(a[n].double() - b[n].double()).square().sum() for n in a]).sum().sqrt()
+    )
