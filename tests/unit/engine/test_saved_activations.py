@@ -1,0 +1,55 @@
+"""What activation checkpointing saves, and that it changes no number."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from dinoscale.models.vit import VisionTransformer, stochastic_depth_keep
+from dinoscale.models.zoo import build_backbone
+
+DEPTH = 6
+
+
+def _backward(every: int) -> tuple[int, list[Tensor]]:
+    """Bytes kept for the backward of a packed forward (weights apart), and the gradients."""
+    torch.manual_seed(0)
+    model = build_backbone(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=DEPTH, num_heads=2
+    )
+    assert isinstance(model, VisionTransformer)
+    model.checkpoint_every = every
+    crops = [torch.randn(8, 3, 32, 32), torch.randn(16, 3, 16, 16)]
+    keep = stochastic_depth_keep(torch.rand(DEPTH, 2, 24), drop_path_rate=0.5)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(crops, keep)
+    kept = sum(saved.values())  # before the backward: what it recomputes is gone again by its end
+    output.square().sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    return kept, [gradient for gradient in gradients if gradient is not None]
+
+
+def test_checkpointed_blocks_keep_only_their_input() -> None:
+    bytes_kept = {every: _backward(every)[0] for every in (0, 1, 2, 3)}
+    of_block = (bytes_kept[0] - bytes_kept[1]) / DEPTH  # more than its input, which stays
+    assert bytes_kept[1] < 0.35 * bytes_kept[0]
+    for every, recomputed in ((2, 3), (3, 2)):
+        expected = bytes_kept[0] - recomputed * of_block
+        assert bytes_kept[every] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("every", [1, 2, 4, DEPTH + 1])
+def test_gradients_are_bitwise_those_without_recomputation(every: int) -> None:
+    _, expected = _backward(0)
+    _, actual = _backward(every)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
