@@ -64,6 +64,21 @@ create() {
   "$python" -m venv "$venv" || die "$python -m venv failed; see above"
 }
 
+mend_scripts() { # pip names python in the first line of `deepspeed`; a space there breaks the line
+  local script first
+  [[ $venv == *[[:space:]]* ]] || return 0
+  for script in "$venv"/bin/*; do
+    [[ -f $script ]] && IFS= read -r first <"$script" || continue
+    [[ $first == "#!$venv/bin/python"* ]] || continue
+    { # the shell runs line 2; to Python, lines 2 and 3 are a string
+      printf '%s\n' '#!/bin/sh' "'''exec' \"$venv/bin/python\" \"\$0\" \"\$@\"" "' '''"
+      tail -n +2 -- "$script"
+    } >"$state.script"
+    cat -- "$state.script" >"$script" # keeps the mode
+    rm -- "$state.script"
+  done
+}
+
 if is_done; then
   say_done
   exit
@@ -101,5 +116,6 @@ say "installing dinoscale with its requirements; the first time takes minutes, t
 cd -- "$root"
 "$venv/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check \
   --constraint launchers/constraints.txt --editable '.[test]' || die "pip failed; see above"
+mend_scripts
 printf '%s %s %s\n' "$origin" "$(stamp)" "$venv" >"$state"
 say "done: $venv"
