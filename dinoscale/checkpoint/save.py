@@ -55,6 +55,13 @@ def save(
         return target
     part = target.with_name(f".{target.name}.part")
 
+    def begin() -> None:
+        try:
+            if distributed.rank() == 0 and part.exists():  # a crash, maybe of a run on more ranks
+                shutil.rmtree(part)
+        except OSError as error:
+            raise CheckpointError(f"cannot clear {part}: {error}") from error
+
     def write() -> None:
         try:
             part.mkdir(parents=True, exist_ok=True)
@@ -64,6 +71,7 @@ def save(
         except OSError as error:
             raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
 
+    distributed.together(begin)
     distributed.together(write)
     if distributed.rank() == 0:
         part.rename(target)
