@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def save(
             _write_shard(part / shard_file(distributed.rank()), student, teacher)
             if distributed.rank() == 0:
                 _write_shared(part, step, student, teacher, about)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter for a full disk, among others
             raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
 
     distributed.together(begin)
