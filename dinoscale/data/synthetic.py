@@ -1,12 +1,12 @@
 """A labelled image set that is drawn, not downloaded: patterned shapes on cloudy backgrounds.
 
-A class is a kind of pattern (stripes, checks, dots, ...) that fills an object. The object's
-outline, position, size and rotation, the pattern's period and phase, all colours and the
-background are drawn anew for every image, so neither colour nor the raw pixels tell the class
-well. The pattern is within every crop that shows a part of the object, and survives colour jitter
-and flips: what a self-supervised network can find without being told.
+A picture shows several objects of one class, and a class is a kind of pattern (stripes, dots,
+rings, ...). Number, places, sizes, outlines and rotations of the objects, the phase of the pattern
+and all colours are drawn anew, for every object on its own. So neither colour nor the raw pixels
+tell the class, and two crops of a picture show other objects in other colours: the pattern is
+what they have in common, and the thing for a self-supervised network to find.
 
-An image is a pure function of (seed, split, index). The mask of the object comes with it.
+An image is a pure function of (seed, split, index). The mask of the objects comes with it.
 Lengths are fractions of the image side, lightness and colour channels go from 0 to 1.
 Shape letter: P, the pixels along one side.
 """
@@ -26,21 +26,22 @@ from dinoscale.errors import DataError
 Plane = npt.NDArray[np.float32]  # (P, P), one number a pixel
 Inside = npt.NDArray[np.bool_]  # (P, P)
 Pixels = npt.NDArray[np.float32]  # (P, P, 3), or (P, P) for a mask
+Color = npt.NDArray[np.float32]  # (3,)
 Outline = Callable[[Plane, Plane], Inside]  # of the object's axes; its radius is about 1
-Pattern = Callable[[Plane, Plane, np.random.Generator], Inside]  # of axes in periods, 0 and up
+Pattern = Callable[[Plane, Plane, np.random.Generator], Inside]  # of the object's axes in periods
 
 PREFIX = "synthetic:"
 SPLITS = ("train", "test")
+SUPERSAMPLING = 2  # drawn at twice the size and averaged: smooth edges
 CACHE_BYTES = 256 * 2**20  # keep drawn images in memory while the whole set fits in this
 
 _KEYS = ("images", "size", "seed", "split")  # of a spec
-_RADIUS = (0.46, 0.58)  # of the outline: the object fills most of the image
-_CENTER_SHIFT = 0.14  # of the outline from the middle of the image, at most
-_PERIODS_PER_RADIUS = (4.0, 4.8)  # of the pattern: about nine over the image
-_DARK, _LIGHT = (0.08, 0.24), (0.76, 0.92)  # lightness of the pattern's ground and figure
-_SKY = (0.35, 0.65)  # lightness of the background
-_CLOUDS = 0.35  # difference of lightness within the background
-_TINT = 0.2  # how far the channels of a colour lie from its lightness
+_NUM_OBJECTS = (8, 12)
+_RADIUS = (0.2, 0.3)  # of an object
+_PERIOD_SPREAD = 0.15  # of the period, up and down
+_MIDDLE, _CONTRAST = (0.4, 0.6), (0.5, 0.8)  # of the lightness of an object's two colours
+_SKY, _CLOUDS = (0.45, 0.55), 0.1  # lightness of the background and difference within it
+_TINT = 0.12  # how far the channels of a colour lie from its lightness
 
 
 def _disc(u: Plane, v: Plane) -> Inside:
@@ -51,88 +52,57 @@ def _square(u: Plane, v: Plane) -> Inside:
     return np.maximum(abs(u), abs(v)) < 0.86
 
 
-def _triangle(u: Plane, v: Plane) -> Inside:
-    return np.maximum(v, 0.866 * abs(u) - 0.5 * v) < 0.58
-
-
 def _hexagon(u: Plane, v: Plane) -> Inside:
     return np.maximum(abs(v), 0.866 * abs(u) + 0.5 * abs(v)) < 0.88
 
 
-def _cross(u: Plane, v: Plane) -> Inside:
-    return (np.minimum(abs(u), abs(v)) < 0.46) & (np.maximum(abs(u), abs(v)) < 1)
-
-
-def _ellipse(u: Plane, v: Plane) -> Inside:
-    return (u / 1.1) ** 2 + (v / 0.68) ** 2 < 1
-
-
 def _flower(u: Plane, v: Plane) -> Inside:
-    return np.asarray(np.hypot(u, v) < 0.85 + 0.17 * np.cos(6 * np.arctan2(v, u)))
+    return np.hypot(u, v) < 0.85 + 0.17 * np.cos(6 * np.arctan2(v, u))
 
 
-def _star(u: Plane, v: Plane) -> Inside:
-    sector = abs((np.arctan2(v, u) * (5 / np.pi) + 1) % 2 - 1)  # 0 at a tip, 1 between two
-    return np.asarray(np.hypot(u, v) < 1.08 - 0.5 * sector)
+def _plain(s: Plane, _t: Plane, _: np.random.Generator) -> Inside:
+    return np.zeros(s.shape, dtype=np.bool_)
 
 
-OUTLINES: tuple[Outline, ...] = (
-    _disc,
-    _square,
-    _triangle,
-    _hexagon,
-    _cross,
-    _ellipse,
-    _flower,
-    _star,
-)
+def _stripes(s: Plane, _t: Plane, rng: np.random.Generator) -> Inside:
+    return (s + np.float32(rng.random())) % 1 < 0.5
 
 
-def _stripes(s: Plane, _t: Plane, _: np.random.Generator) -> Inside:
-    return s % 1 < 0.5
+def _dots(s: Plane, t: Plane, rng: np.random.Generator) -> Inside:
+    x, y = rng.random(2).astype(np.float32)
+    return ((s + x) % 1 - 0.5) ** 2 + ((t + y) % 1 - 0.5) ** 2 < 0.11
 
 
-def _checks(s: Plane, t: Plane, _: np.random.Generator) -> Inside:
-    return (s * 0.9 % 1 < 0.5) ^ (t * 0.9 % 1 < 0.5)
+def _checks(s: Plane, t: Plane, rng: np.random.Generator) -> Inside:
+    x, y = rng.random(2).astype(np.float32)
+    return ((s + x) % 1 < 0.5) ^ ((t + y) % 1 < 0.5)
 
 
-def _dots(s: Plane, t: Plane, _: np.random.Generator) -> Inside:
-    return (s % 1 - 0.5) ** 2 + (t % 1 - 0.5) ** 2 < 0.08
+def _speckles(s: Plane, t: Plane, rng: np.random.Generator) -> Inside:
+    cells: Inside = rng.random((64, 64)) < 0.5
+    which: Inside = cells[np.floor(s * 2).astype(np.int64) % 64, np.floor(t * 2).astype(np.int64) % 64]
+    return which
 
 
-def _rings(s: Plane, t: Plane, rng: np.random.Generator) -> Inside:
-    x, y = rng.uniform(6, 10, 2).astype(np.float32)  # their common center, often off the object
-    return np.asarray(np.hypot(s - x, t - y) % 1 < 0.4)
+def _rings(s: Plane, t: Plane, _: np.random.Generator) -> Inside:
+    return np.hypot(s, t) % 1 < 0.5
 
 
-def _zigzag(s: Plane, t: Plane, _: np.random.Generator) -> Inside:
-    return (s * 0.9 + 1.1 * abs(t * 0.7 % 1 - 0.5)) % 1 < 0.5
+def _halves(s: Plane, _t: Plane, _: np.random.Generator) -> Inside:
+    return s < 0
 
 
-def _lattice(s: Plane, t: Plane, _: np.random.Generator) -> Inside:
-    return (s * 0.9 % 1 < 0.25) | (t * 0.9 % 1 < 0.25)
-
-
-def _mosaic(s: Plane, t: Plane, rng: np.random.Generator) -> Inside:
-    cells: Inside = rng.random((32, 32)) < 0.4
-    figure: Inside = cells[(s * 2).astype(np.int64) % 32, (t * 2).astype(np.int64) % 32]
-    return figure
-
-
-def _bricks(s: Plane, t: Plane, _: np.random.Generator) -> Inside:
-    row = np.floor(t * 1.2)
-    return np.asarray((t * 1.2 - row > 0.25) & ((s * 0.6 + row * 0.5) % 1 > 0.15))
-
-
-PATTERNS: dict[str, Pattern] = {
-    "stripes": _stripes,
-    "checks": _checks,
-    "dots": _dots,
-    "rings": _rings,
-    "zigzag": _zigzag,
-    "lattice": _lattice,
-    "mosaic": _mosaic,
-    "bricks": _bricks,
+OUTLINES: tuple[Outline, ...] = (_disc, _square, _hexagon, _flower)
+# Class name -> pattern and its period.
+KINDS: dict[str, tuple[Pattern, float]] = {
+    "plain": (_plain, 1.0),
+    "fine stripes": (_stripes, 0.1),
+    "bold stripes": (_stripes, 0.215),
+    "dots": (_dots, 0.14),
+    "checks": (_checks, 0.235),
+    "speckles": (_speckles, 0.1),
+    "rings": (_rings, 0.165),
+    "halves": (_halves, 1.0),
 }
 
 
@@ -163,12 +133,12 @@ class ShapesSource:
     @property
     def class_names(self) -> list[str]:
         """Names of the labels 0, 1, ..."""
-        return list(PATTERNS)
+        return list(KINDS)
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
         """The class of every image, (len(self),) int64; class sizes differ by at most one."""
-        return np.arange(self.images, dtype=np.int64) % len(PATTERNS)
+        return np.arange(self.images, dtype=np.int64) % len(KINDS)
 
     def path(self, index: int) -> str:
         """Return a name for the image, unique within a seed."""
@@ -179,7 +149,7 @@ class ShapesSource:
         return self._pair(index)[0].copy()
 
     def mask(self, index: int) -> Image.Image:
-        """Return the object's mask, mode L, (size, size): 255 on the object, 0 elsewhere."""
+        """Return the mask of the objects, mode L, (size, size): 255 on the object, 0 elsewhere."""
         return self._pair(index)[1].copy()
 
     def _pair(self, index: int) -> tuple[Image.Image, Image.Image]:
@@ -188,7 +158,7 @@ class ShapesSource:
         if index in self._drawn:
             return self._drawn[index]
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
-        pattern = PATTERNS[self.class_names[self.labels[index]]]
+        pattern = KINDS[self.class_names[self.labels[index]]]
         pair = draw(pattern, rng, size=self.size)
         if self.images * self.size**2 * 4 <= CACHE_BYTES:
             self._drawn[index] = pair
@@ -196,54 +166,68 @@ class ShapesSource:
 
 
 def draw(
-    pattern: Pattern, rng: np.random.Generator, *, size: int
+    kind: tuple[Pattern, float], rng: np.random.Generator, *, size: int
 ) -> tuple[Image.Image, Image.Image]:
-    """Draw an object filled with a pattern; return the RGB image and the object's mask."""
-    fine = 2 * size  # drawn at twice the size and averaged: smooth edges
-    axis = (np.arange(fine, dtype=np.float32) + 0.5) / fine - 0.5
-    x, y = rng.uniform(-_CENTER_SHIFT, _CENTER_SHIFT, 2).astype(np.float32)
-    angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(*_RADIUS)
-    cos, sin = np.float32(np.cos(angle) / radius), np.float32(np.sin(angle) / radius)
-    u = cos * (axis[None, :] - x) + sin * (axis[:, None] - y)
-    v = cos * (axis[:, None] - y) - sin * (axis[None, :] - x)
-    inside = OUTLINES[rng.integers(len(OUTLINES))](u, v)
+    """Draw objects of one kind on a background.
 
-    periods = np.float32(rng.uniform(*_PERIODS_PER_RADIUS))
-    s0, t0 = rng.uniform(8, 16, 2).astype(np.float32)
-    figure = pattern(u * periods + s0, v * periods + t0, rng)
+    Args:
+        kind: pattern and its period.
+        rng: gives everything else.
+        size: P.
 
-    rgb = _background(rng, size=fine)
-    rgb[inside & figure] = _colour(rng, lightness=rng.uniform(*_LIGHT))
-    rgb[inside & ~figure] = _colour(rng, lightness=rng.uniform(*_DARK))
-    mask = np.where(_shrunk(inside.astype(np.float32)) >= 0.5, np.uint8(255), np.uint8(0))
-    image = (np.clip(_shrunk(rgb), 0, 1) * 255 + 0.5).astype(np.uint8)
-    return Image.fromarray(image), Image.fromarray(mask)
+    Returns:
+        The picture, RGB, and the mask of its objects, mode L, 255 on an object; both (P, P).
+    """
+    pattern, period = kind
+    fine = size * SUPERSAMPLING
+    axis = (np.arange(fine, dtype=np.float32) + 0.5) / fine
+    rgb = _background(rng, fine=fine)
+    covered = np.zeros((fine, fine), dtype=np.bool_)
+    for _ in range(rng.integers(_NUM_OBJECTS[0], _NUM_OBJECTS[1] + 1)):
+        x, y = rng.random(2).astype(np.float32)
+        angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(*_RADIUS)
+        cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+        dx, dy = (axis - x)[None, :], (axis - y)[:, None]
+        u, v = cos * dx + sin * dy, cos * dy - sin * dx  # the object's own axes
+        outline = OUTLINES[rng.integers(len(OUTLINES))]
+        inside = outline(u / np.float32(radius), v / np.float32(radius))
+        scale = np.float32(1 / (period * rng.uniform(1 - _PERIOD_SPREAD, 1 + _PERIOD_SPREAD)))
+        first = pattern(u * scale, v * scale, rng)
+        rgb[inside & first], rgb[inside & ~first] = _two_colors(rng)
+        covered |= inside
+    picture = np.clip(_shrink(rgb, size=size), 0, 1) * 255 + 0.5
+    mask = np.where(_shrink(covered.astype(np.float32), size=size) >= 0.5, 255, 0)
+    return Image.fromarray(picture.astype(np.uint8)), Image.fromarray(mask.astype(np.uint8))
 
 
-def _background(rng: np.random.Generator, *, size: int) -> Pixels:
-    """Soft clouds, coarse and fine, between two colours, (size, size, 3)."""
-    clouds = np.zeros((size, size), np.float32)
-    for cells, weight in ((4, 0.6), (11, 0.4)):
-        coarse = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
-        clouds += weight * np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+def _two_colors(rng: np.random.Generator) -> tuple[Color, Color]:
+    """Two colours of clearly different lightness, in random order."""
+    middle, contrast = rng.uniform(*_MIDDLE), rng.uniform(*_CONTRAST) * rng.choice((-0.5, 0.5))
+    return _tint(rng, lightness=middle + contrast), _tint(rng, lightness=middle - contrast)
+
+
+def _tint(rng: np.random.Generator, *, lightness: float) -> Color:
+    """A colour of random hue around a lightness."""
+    hue = rng.uniform(-1, 1, 3)
+    return np.clip(lightness + _TINT * (hue - hue.mean()), 0, 1).astype(np.float32)
+
+
+def _background(rng: np.random.Generator, *, fine: int) -> Pixels:
+    """Soft clouds between two tints of about the same lightness, (fine, fine, 3)."""
+    coarse = Image.fromarray(rng.random((5, 5), dtype=np.float32))
+    clouds = np.asarray(coarse.resize((fine, fine), Image.Resampling.BICUBIC))
     lightness = rng.uniform(*_SKY)
-    low = _colour(rng, lightness=lightness - _CLOUDS / 2)
-    high = _colour(rng, lightness=lightness + _CLOUDS / 2)
-    return np.asarray(low + clouds[..., None] * (high - low))
+    low = _tint(rng, lightness=lightness - _CLOUDS / 2)
+    high = _tint(rng, lightness=lightness + _CLOUDS / 2)
+    sky: Pixels = low + clouds[..., None] * (high - low)
+    return sky
 
 
-def _colour(rng: np.random.Generator, *, lightness: float) -> npt.NDArray[np.float32]:
-    """Return a colour of random hue around a lightness, (3,)."""
-    channels = rng.uniform(-1, 1, 3)
-    colour = lightness + _TINT * (channels - channels.mean())
-    return np.asarray(np.clip(colour, 0, 1), dtype=np.float32)
-
-
-def _shrunk(fine: Pixels) -> Pixels:
-    """Halve the size, averaging squares of 2 x 2 pixels: (2P, 2P, ...) to (P, P, ...)."""
-    rows: Pixels = fine[::2] + fine[1::2]
-    total: Pixels = rows[:, ::2] + rows[:, 1::2]
-    return total * np.float32(0.25)
+def _shrink(pixels: Pixels, *, size: int) -> Pixels:
+    """Average each square of SUPERSAMPLING pixels."""
+    shape = (size, SUPERSAMPLING, size, SUPERSAMPLING, *pixels.shape[2:])
+    mean: Pixels = pixels.reshape(shape).mean(axis=(1, 3))
+    return mean
 
 
 def parse_synthetic(spec: str) -> ShapesSource:
