@@ -72,14 +72,28 @@ def save(
         except (OSError, SafetensorError) as error:  # the latter for a full disk, among others
             raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
 
-    distributed.together(begin)
-    distributed.together(write)
-    if distributed.rank() == 0:
-        part.rename(target)
-        for old in checkpoints(run_dir)[:-keep_last]:
-            shutil.rmtree(old)
+    def finish() -> None:
+        if distributed.rank() != 0:
+            return
+        try:
+            part.rename(target)
+        except OSError as error:
+            raise CheckpointError(f"cannot rename {part} to {target}: {error}") from error
         log.info("saved %s", target)
+        _delete(checkpoints(run_dir)[:-keep_last])
+
+    for act in (begin, write, finish):
+        distributed.together(act)
     return target
+
+
+def _delete(old: list[Path]) -> None:
+    """Remove checkpoints; one that stays costs space, not the run."""
+    for path in old:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # noqa: PERF203  # a few paths, once an epoch
+            log.warning("cannot delete the old checkpoint %s: %s", path, error)
 
 
 def _write_shard(path: Path, student: Student, teacher: Teacher) -> None:

@@ -1,0 +1,145 @@
+"""What a checkpoint refuses, at every rank alike, and what it survives."""
+
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dinoscale.checkpoint.layout import EMA, MASTER, directory, shard_file
+from dinoscale.checkpoint.load import Checkpoint, newest
+from dinoscale.errors import CheckpointError
+from tests.distributed.tiny_run import take_step, tiny_config, tiny_plan
+from tests.harness import run_distributed
+
+pytestmark = pytest.mark.distributed
+
+
+def exercise(folder: str) -> dict[str, Any]:
+    """On every rank: save, then try to load and save where it cannot work; the messages."""
+    from dinoscale import distributed
+    from dinoscale.engine.build import build_pair
+    from dinoscale.trainer import restore
+
+    root, rank = Path(folder), distributed.rank()
+    config = tiny_config(engine={"zero_stage": 2, "precision": "fp32"})
+    plan = tiny_plan(config)
+    student, teacher = build_pair(config, plan)
+    other = build_pair(tiny_config(head={"hidden_dim": 23, "num_prototypes": 33}), plan)
+    take_step(student, teacher, config, plan, 0)
+    _save(root / "good", 1, student, teacher)
+    if rank == 0:
+        for name in ("no_shard", "cut_shard", "spare"):
+            shutil.copytree(root / "good", root / name)
+        (directory(root / "no_shard", 1) / shard_file(1)).unlink()
+        cut = directory(root / "cut_shard", 1) / shard_file(0)
+        cut.write_bytes(cut.read_bytes()[:-1000])
+        stale = root / "stale" / "checkpoints" / ".step_00000001.part"
+        stale.mkdir(parents=True)  # left behind by a crash of a run on three ranks
+        shutil.copy(directory(root / "good", 1) / shard_file(1), stale / shard_file(2))
+    distributed.gather_objects(None)
+
+    def open_and_restore(name: str, pair: Any) -> None:
+        path = directory(root / name, 1)
+        restore(distributed.together(lambda: Checkpoint(path)), *pair)
+
+    messages = {
+        "other_model": _refusal(lambda: open_and_restore("good", other)),
+        "no_shard": _refusal(lambda: open_and_restore("no_shard", (student, teacher))),
+        "cut_shard": _refusal(lambda: open_and_restore("cut_shard", (student, teacher))),
+    }
+    _save(root / "stale", 1, student, teacher)
+    open_and_restore("stale", (student, teacher))
+    take_step(student, teacher, config, plan, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:  # a full disk, as far as one process can have one
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    messages["full_disk"] = _refusal(lambda: _save(root / "good", 2, student, teacher))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    _save(root / "good", 3, student, teacher)
+    if rank == 0:
+        (root / "good" / "checkpoints" / "step_00000000").touch()  # what cannot be deleted as one
+    _save(root / "good", 4, student, teacher, keep_last=2)
+    return messages
+
+
+def _save(run_dir: Path, step: int, student: Any, teacher: Any, *, keep_last: int = 5) -> None:
+    from dinoscale.checkpoint.save import save
+
+    pair = {"student": student, "teacher": teacher}
+    save(run_dir, step=step, **pair, about={"config": {}}, keep_last=keep_last)
+
+
+def _refusal(action: Callable[[], None]) -> str:
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    return "nothing refused"
+
+
+@pytest.fixture(scope="module")
+def exercised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]]]:
+    """The folder of checkpoints, and each rank's messages."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    function = "tests.distributed.test_checkpoint:exercise"
+    return root, run_distributed(function, world_size=2, timeout_s=240, folder=str(root))
+
+
+@pytest.mark.parametrize(
+    ("case", "texts"),
+    [
+        ("other_model", ["another model", "head.mlp.0.bias is 22 there and 23 here", "run_dir"]),
+        ("no_shard", ["a shard file is missing", "use an earlier checkpoint"]),
+        ("cut_shard", ["is not a complete checkpoint"]),
+        ("full_disk", ["cannot write checkpoint"]),
+    ],
+)
+def test_refusal_is_a_sentence_on_every_rank(
+    exercised: tuple[Path, list[dict[str, str]]], case: str, texts: list[str]
+) -> None:
+    for messages in exercised[1]:
+        for text in texts:
+            assert text in messages[case]
+
+
+def test_failed_save_leaves_earlier_and_later_checkpoints_whole(
+    exercised: tuple[Path, list[dict[str, str]]],
+) -> None:
+    run_dir = exercised[0] / "good"
+    assert not directory(run_dir, 2).exists()
+    for step in (3, 4):
+        checkpoint = Checkpoint(directory(run_dir, step))
+        checkpoint.require(checkpoint.shapes)
+
+
+def test_old_checkpoints_are_deleted_and_one_that_cannot_be_does_not_stop_the_run(
+    exercised: tuple[Path, list[dict[str, str]]],
+) -> None:
+    names = {path.name for path in (exercised[0] / "good" / "checkpoints").glob("step_*")}
+    assert names == {"step_00000000", "step_00000003", "step_00000004"}
+
+
+def test_shard_left_by_a_crash_does_not_get_into_the_next_checkpoint(
+    exercised: tuple[Path, list[dict[str, str]]],
+) -> None:
+    path = directory(exercised[0] / "stale", 1)
+    assert sorted(file.name for file in path.glob("shard_*")) == [shard_file(0), shard_file(1)]
+    of_run, good = Checkpoint(path), Checkpoint(directory(exercised[0] / "spare", 1))
+    for kind in (MASTER, EMA):
+        first, second = of_run.full(kind), good.full(kind)
+        assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_half_written_directory_is_ignored(
+    exercised: tuple[Path, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    shutil.copytree(exercised[0] / "good", tmp_path / "run")
+    half = tmp_path / "run" / "checkpoints" / ".step_00000009.part"
+    half.mkdir()
+    (half / shard_file(0)).write_bytes(b"")
+    assert newest(tmp_path / "run") == directory(tmp_path / "run", 4)
+    assert newest(tmp_path / "elsewhere") is None
