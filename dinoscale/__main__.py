@@ -22,6 +22,8 @@ def main() -> None:
         cli.run(sys.argv[1:])
     except DinoscaleError as error:
         _end(f"error: {error}", error.exit_code)
+    except BrokenPipeError:  # `dinoscale presets | head`
+        os._exit(0)
     except KeyboardInterrupt:
         _end("interrupted; a run goes on from its last checkpoint when started again", 130)
     except Exception:

@@ -53,11 +53,13 @@ def _square(u: Plane, v: Plane) -> Inside:
 
 
 def _hexagon(u: Plane, v: Plane) -> Inside:
-    return np.maximum(abs(v), 0.866 * abs(u) + 0.5 * abs(v)) < 0.88
+    edge: Plane = np.maximum(abs(v), 0.866 * abs(u) + 0.5 * abs(v))
+    return edge < 0.88
 
 
 def _flower(u: Plane, v: Plane) -> Inside:
-    return np.hypot(u, v) < 0.85 + 0.17 * np.cos(6 * np.arctan2(v, u))
+    edge: Plane = np.hypot(u, v) - 0.17 * np.cos(6 * np.arctan2(v, u))
+    return edge < 0.85
 
 
 def _plain(s: Plane, _t: Plane, _: np.random.Generator) -> Inside:
@@ -69,23 +71,24 @@ def _stripes(s: Plane, _t: Plane, rng: np.random.Generator) -> Inside:
 
 
 def _dots(s: Plane, t: Plane, rng: np.random.Generator) -> Inside:
-    x, y = rng.random(2).astype(np.float32)
+    x, y = np.float32(rng.random()), np.float32(rng.random())
     return ((s + x) % 1 - 0.5) ** 2 + ((t + y) % 1 - 0.5) ** 2 < 0.11
 
 
 def _checks(s: Plane, t: Plane, rng: np.random.Generator) -> Inside:
-    x, y = rng.random(2).astype(np.float32)
+    x, y = np.float32(rng.random()), np.float32(rng.random())
     return ((s + x) % 1 < 0.5) ^ ((t + y) % 1 < 0.5)
 
 
 def _speckles(s: Plane, t: Plane, rng: np.random.Generator) -> Inside:
     cells: Inside = rng.random((64, 64)) < 0.5
-    which: Inside = cells[np.floor(s * 2).astype(np.int64) % 64, np.floor(t * 2).astype(np.int64) % 64]
-    return which
+    rows, columns = (np.floor(x * 2).astype(np.int64) % 64 for x in (s, t))
+    return cells[rows, columns]
 
 
 def _rings(s: Plane, t: Plane, _: np.random.Generator) -> Inside:
-    return np.hypot(s, t) % 1 < 0.5
+    radius: Plane = np.hypot(s, t)
+    return radius % 1 < 0.5
 
 
 def _halves(s: Plane, _t: Plane, _: np.random.Generator) -> Inside:
@@ -209,7 +212,8 @@ def _two_colors(rng: np.random.Generator) -> tuple[Color, Color]:
 def _tint(rng: np.random.Generator, *, lightness: float) -> Color:
     """A colour of random hue around a lightness."""
     hue = rng.uniform(-1, 1, 3)
-    return np.clip(lightness + _TINT * (hue - hue.mean()), 0, 1).astype(np.float32)
+    color: Color = np.clip(lightness + _TINT * (hue - hue.mean()), 0, 1).astype(np.float32)
+    return color
 
 
 def _background(rng: np.random.Generator, *, fine: int) -> Pixels:
