@@ -44,13 +44,12 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
     trained_s = time.monotonic() - begin
     weights, untrained = run_dir / "teacher.safetensors", run_dir / "untrained.safetensors"
     export_backbone(run_dir, weights, network="teacher")
-    backbone = build_networks(config)[1].backbone
+    backbone = build_networks(config)[0].backbone  # where student and teacher start
     save_backbone(untrained, backbone.state_dict(), card_of(config, source="untrained"))
     picture = run_dir / "attention.png"
-    attention = evaluate_attention(str(weights), str(config.eval.test), str(picture))
+    evaluate_attention(weights, str(config.eval.test), picture)
     result = {
         **_accuracies(config, weights, untrained),
-        "attention": attention,
         "precision": precision,
         "training_s": round(trained_s, 1),
         "total_s": round(time.monotonic() - begin, 1),

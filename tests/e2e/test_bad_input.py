@@ -1,0 +1,81 @@
+"""A user's mistake ends in a sentence and exit code 2, soon, and touches nothing."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+_TINY = {
+    "model.patch_size": 8,
+    "model.embed_dim": 32,
+    "model.depth": 1,
+    "model.num_heads": 1,
+    "crops.global_size": 32,
+    "crops.local_size": 16,
+    "eval.crop": 32,
+    "train.batch_size": 8,
+    "train.epochs": 1,
+    "optim.warmup_epochs": 0,
+    "dino.warmup_teacher_temp_epochs": 0,
+    "log.wandb": "false",
+    "data.num_workers": 0,
+}
+
+
+def _dinoscale(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dinoscale", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+
+
+def _refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    for text in says:
+        assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["vit_x16"], "vit_s16"),
+        (["vit_s16", "crops.num_locl=4"], "did you mean 'num_local'"),
+        (["vit_s16", "crops.local_size=95"], "not a multiple of the patch size 16"),
+        (["vit_s16", "train.epochs=5"], "optim.warmup_epochs"),
+        (["vit_s16", "optim.lr=fast"], "optim.lr"),
+        (["no_such_file.yaml"], "no_such_file.yaml"),
+    ],
+)
+def test_bad_configuration_is_named_within_seconds(arguments: list[str], says: str) -> None:
+    begin = time.monotonic()
+    _refused(_dinoscale("config", *arguments), says)
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.slow
+def test_bad_training_input_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    empty, broken, run = tmp_path / "empty", tmp_path / "broken.tar", tmp_path / "run"
+    empty.mkdir()
+    broken.write_text("<html>not found</html>")
+    common = [f"{key}={value}" for key, value in _TINY.items()]
+    cases = {
+        "missing folder": ([f"data.train={tmp_path / 'none'}"], str(tmp_path / "none")),
+        "empty folder": ([f"data.train={empty}"], str(empty)),
+        "broken shard": ([f"data.train={broken}"], "broken.tar"),
+        "no data": ([], "data.train"),
+        "few images": (["data.train=synthetic:shapes?images=4&size=32"], "4 images"),
+        "unequal": (["data.train=synthetic:shapes?images=64", "train.micro_batch_size=3"], "3"),
+    }
+    for name, (overrides, says) in cases.items():
+        done = _dinoscale("train", "vit_t16", *common, f"run_dir={run}", *overrides)
+        assert done.returncode == 2, (name, done.stderr)
+        assert "Traceback" not in done.stderr, name
+        assert says in done.stderr, (name, done.stderr)
+        assert not run.exists(), name
