@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,11 +59,10 @@ def patchify(images: Tensor, *, patch_size: int) -> Tensor:
 
     Pixels that do not fill a patch at the right and lower edge are left out, as by a convolution.
     """
-    n, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    images = images[:, :, : rows * patch_size, : columns * patch_size]
-    grid = images.reshape(n, channels, rows, patch_size, columns, patch_size)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(n * rows * columns, -1)
+    rows, columns = images.shape[2] // patch_size, images.shape[3] // patch_size
+    whole = images[:, :, : rows * patch_size, : columns * patch_size]
+    pattern = "n c (rows p) (columns q) -> (n rows columns) (c p q)"
+    return rearrange(whole, pattern, p=patch_size, q=patch_size)
 
 
 def resize_pos_embed(

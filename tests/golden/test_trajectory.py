@@ -228,6 +228,7 @@ def _runs(world_size: int) -> list[dict[str, int]]:
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_stage_and_accumulation_follows_the_reference(world_size: int) -> None:
     runs = _runs(world_size)
@@ -238,7 +239,7 @@ def test_every_stage_and_accumulation_follows_the_reference(world_size: int) -> 
     per_rank = run_distributed(
         "tests.golden.test_trajectory:follow_trajectory",
         world_size=world_size,
-        timeout_s=280,
+        timeout_s=880,
         folder=str(FOLDER),
         runs=runs,
     )
