@@ -31,7 +31,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
     train = commands.add_parser(
         "train",
         help="pre-train, or go on with a run; same line under python, deepspeed, torchrun, srun",
@@ -41,7 +40,21 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_config(train)
     train.set_defaults(run=_train)
+    _add_planning(commands)
+    _add_results(commands)
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="learn a drawn image set on two processes of this machine, in minutes",
+        description="Draw labelled images, pre-train a small ViT on them without the labels, and"
+        " compare its k-NN accuracy with the untrained network's and with raw pixels.",
+    )
+    quickstart.add_argument("--run-dir", default="runs/quickstart", metavar="DIR")
+    quickstart.set_defaults(run=_quickstart)
+    return top
 
+
+def _add_planning(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What runs before a training, without a GPU."""
     config = commands.add_parser(
         "config",
         help="print the resolved configuration and plan; needs no GPU",
@@ -52,10 +65,12 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default 1)")
     config.add_argument("--json", action="store_true", help="one JSON object instead of text")
     config.set_defaults(run=_config)
-
     presets = commands.add_parser("presets", help="list the presets")
     presets.set_defaults(run=_presets)
 
+
+def _add_results(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What one does with a trained network."""
     export = commands.add_parser(
         "export",
         help="write a run's backbone as plain PyTorch weights (safetensors)",
@@ -74,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
         help="weighted k-NN accuracy by the published protocol",
         description="Weighted k-NN (T 0.07) on frozen features of a labelled train and test set.",
     )
-    knn.add_argument("weights", metavar="WEIGHTS", help=".safetensors of ours, or a DINO .pth")
+    _add_weights(knn)
     knn.add_argument("--train", required=True, metavar="DATA", help=_DATA_HELP)
     knn.add_argument("--test", required=True, metavar="DATA", help=_DATA_HELP)
     knn.add_argument("--k", type=int, nargs="+", default=None, help="default 10 20 100 200")
@@ -89,9 +104,7 @@ def parser() -> argparse.ArgumentParser:
         description="Draw the attention of the last block over some images into a PNG. For"
         " synthetic sets, whose masks are known, also how well it covers the objects.",
     )
-    attention.add_argument(
-        "weights", metavar="WEIGHTS", help=".safetensors of ours, or a DINO .pth"
-    )
+    _add_weights(attention)
     attention.add_argument("images", metavar="DATA", help="a folder, tar shards, or synthetic:...")
     attention.add_argument("out", metavar="OUT.png", help="picture to write")
     attention.add_argument(
@@ -99,15 +112,12 @@ def parser() -> argparse.ArgumentParser:
     )
     attention.set_defaults(run=_evaluate_attention)
 
-    quickstart = commands.add_parser(
-        "quickstart",
-        help="learn a drawn image set on two processes of this machine, in minutes",
-        description="Draw labelled images, pre-train a small ViT on them without the labels, and"
-        " compare its k-NN accuracy with the untrained network's and with raw pixels.",
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    command.add_argument("weights", metavar="WEIGHTS", help=".safetensors of ours, or a DINO .pth")
+    command.add_argument(
+        "--num-heads", type=int, metavar="N", help="of a DINO .pth whose heads are not 64 wide"
     )
-    quickstart.add_argument("--run-dir", default="runs/quickstart", metavar="DIR")
-    quickstart.set_defaults(run=_quickstart)
-    return top
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -183,6 +193,7 @@ def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
         ks=options.k or KS,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
+        num_heads=options.num_heads,
         pixels=options.pixels,
     )
 
@@ -190,7 +201,13 @@ def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
 def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.evaluate.attention import evaluate_attention
 
-    return evaluate_attention(options.weights, options.images, options.out, size=options.size)
+    return evaluate_attention(
+        options.weights,
+        options.images,
+        options.out,
+        size=options.size,
+        num_heads=options.num_heads,
+    )
 
 
 def _quickstart(options: argparse.Namespace) -> dict[str, Any]:
