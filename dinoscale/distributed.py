@@ -166,7 +166,7 @@ def rank() -> int:
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum `tensor` over ranks in place and return it."""
     if world_size() > 1:
-        _guarded(lambda: dist.all_reduce(tensor))
+        guarded(lambda: dist.all_reduce(tensor))
     return tensor
 
 
@@ -177,7 +177,7 @@ def all_gather_flat(whole: Tensor, part: Tensor) -> None:
             whole.copy_(part)
         return
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in 2.13
-    _guarded(lambda: gather(whole, part))
+    guarded(lambda: gather(whole, part))
 
 
 def gather_objects(value: T) -> list[T]:
@@ -185,7 +185,7 @@ def gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    _guarded(lambda: dist.all_gather_object(values, value))
+    guarded(lambda: dist.all_gather_object(values, value))
     return values
 
 
@@ -194,7 +194,7 @@ def broadcast_object(value: T) -> T:
     if world_size() == 1:
         return value
     box = [value]
-    _guarded(lambda: dist.broadcast_object_list(box, src=0))
+    guarded(lambda: dist.broadcast_object_list(box, src=0))
     return box[0]
 
 
@@ -225,12 +225,16 @@ def together(check: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]  # no error on any rank, so check() returned
 
 
-def _guarded(collective: Callable[[], Any]) -> None:
-    """Run a collective; a lost peer becomes a sentence instead of a backend's stack."""
+def guarded(communicate: Callable[[], T]) -> T:
+    """Do what communicates; a lost peer becomes a sentence instead of a backend's stack.
+
+    Raises:
+        RunFailedError: another rank ended or cannot be reached.
+    """
     try:
-        collective()
+        return communicate()
     except (dist.DistError, RuntimeError) as error:
-        first = str(error).splitlines()[0][:200]
+        first = (str(error).splitlines() or [""])[0][:200]
         if not isinstance(error, dist.DistError) and not _LOST_PEER.search(first):
             raise
         raise RunFailedError(

@@ -110,7 +110,7 @@ class Student:
             keep: stochastic depth multipliers (depth, 2, sum of N_i) float32, or None.
         """
         inputs = [crop.to(self.compute_dtype) for crop in crops]
-        logits: Tensor = self._engine(inputs, keep)
+        logits: Tensor = distributed.guarded(lambda: self._engine(inputs, keep))
         return logits
 
     def set_hyperparameters(self, now: StepValues) -> None:
@@ -122,7 +122,7 @@ class Student:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro-batch's mean loss; the step takes their mean."""
-        self._engine.backward(loss)
+        distributed.guarded(lambda: self._engine.backward(loss))
 
     def step(self) -> None:
         """End a micro-batch; after the last one of the step, clip and update the weights.
@@ -131,7 +131,7 @@ class Student:
             NonFiniteError: a gradient is not finite; weights and moments are as before the step.
         """
         is_last = self._engine.is_gradient_accumulation_boundary()
-        self._engine.step()
+        distributed.guarded(self._engine.step)
         if is_last and not self._engine.was_step_applied():
             raise NonFiniteError("a gradient is not finite; the step was not applied")
 

@@ -181,7 +181,7 @@ class _Partitioned:
             assert own >= fragment.numel, f"{fragment.name}: teacher and student are cut apart"
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        logits: Tensor = self._engine(crops, None)
+        logits: Tensor = distributed.guarded(lambda: self._engine(crops, None))
         return logits
 
     def publish(self, ema: Sequence[Tensor]) -> None:
