@@ -59,6 +59,7 @@ def exercise(folder: str) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     messages["full_disk"] = _refusal(lambda: _save(root / "good", 2, student, teacher))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    messages["left_by_full_disk"] = str(directory(root / "good", 2).exists())
     _save(root / "good", 3, student, teacher)
     if rank == 0:
         (root / "good" / "checkpoints" / "step_00000000").touch()  # what cannot be deleted as one
@@ -109,10 +110,10 @@ def test_refusal_is_a_sentence_on_every_rank(
 def test_failed_save_leaves_earlier_and_later_checkpoints_whole(
     exercised: tuple[Path, list[dict[str, str]]],
 ) -> None:
-    run_dir = exercised[0] / "good"
-    assert not directory(run_dir, 2).exists()
+    root, of_ranks = exercised
+    assert [messages["left_by_full_disk"] for messages in of_ranks] == ["False", "False"]
     for step in (3, 4):
-        checkpoint = Checkpoint(directory(run_dir, step))
+        checkpoint = Checkpoint(directory(root / "good", step))
         checkpoint.require(checkpoint.shapes)
 
 
