@@ -1,0 +1,196 @@
+"""Bad numbers, errors on one rank, ranks that die: nobody waits, and nothing moves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinoscale.config import dump_config
+from tests.distributed.tiny_run import BATCH, micro_batches, take_step, tiny_config, tiny_plan
+from tests.harness import free_port, run_distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+RUNS = [
+    {"stage": stage, "precision": precision, "accumulation": 1}
+    for stage in (0, 1, 2, 3)
+    for precision in ("fp32", "bf16")
+]
+RUNS.append({"stage": 2, "precision": "bf16", "accumulation": 3})
+POISONS = {"gradient": "is not finite", "pixel": "the loss is nan"}
+
+
+def poison_all(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """On every rank: two good steps, then what rank 1 spoils; the errors and what moved."""
+    return [_poison(**run) for run in runs]
+
+
+def _poison(stage: int, precision: str, accumulation: int) -> dict[str, Any]:
+    from dinoscale import distributed
+    from dinoscale.engine.build import build_pair, schedules_of
+
+    config = tiny_config(
+        engine={"zero_stage": stage, "precision": precision},
+        train={"epochs": 5, "micro_batch_size": BATCH // 2 // accumulation},
+    )
+    plan = tiny_plan(config)
+    student, teacher = build_pair(config, plan)
+    for step in range(2):
+        take_step(student, teacher, config, plan, step)
+    before, now = _state(student, teacher), schedules_of(config, plan).at(2)
+    results: dict[str, Any] = {"num_tensors": len(before)}
+    for poison in POISONS:
+        batches, hook = micro_batches(config, plan, 2), None
+        if distributed.rank() == 1 and poison == "pixel":
+            value = torch.nan if precision == "fp32" else torch.inf
+            batches[0].local_crops[1, 0, 2, 3, 3] = value
+        if distributed.rank() == 1 and poison == "gradient":
+            hook = student.network.head.register_forward_hook(_spoil_gradient)
+        message = _refusal(batches, student, teacher, now)
+        if hook is not None:
+            hook.remove()
+        after = _state(student, teacher)
+        moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
+        results[poison] = {"message": message, "moved": moved}
+    return results
+
+
+def _refusal(batches: list[Any], student: Any, teacher: Any, now: Any) -> str:
+    from dinoscale.engine.step import train_step
+    from dinoscale.errors import NonFiniteError
+
+    try:
+        train_step(batches, student, teacher, now, student_temp=0.1)
+    except NonFiniteError as error:
+        return str(error)
+    return "nothing refused"
+
+
+def _spoil_gradient(_module: Any, _inputs: Any, logits: Tensor) -> None:
+    if logits.requires_grad:
+        logits.register_hook(lambda gradient: gradient * torch.nan)
+
+
+def _state(student: Any, teacher: Any) -> dict[str, Tensor]:
+    """Copies of everything a step changes, and of the weights that the forwards use."""
+    kinds = {"master": student.master, "ema": teacher.ema, **student.optimizer_state()}
+    state = {
+        f"{kind} {fragment.name}": view.clone()
+        for kind, views in kinds.items()
+        for fragment, view in zip(student.layout.fragments, views, strict=True)
+        if view is not None
+    }
+    state["center"] = teacher.center.clone()
+    for name, parameter in teacher.plain_network().named_parameters():
+        state[f"teacher {name}"] = parameter.detach().clone()
+    for name, parameter in student.network.named_parameters():
+        shown = getattr(parameter, "ds_tensor", parameter)  # stage 3: this rank's part
+        state[f"student {name}"] = shown.detach().clone()
+    state |= {f"steps {k}": torch.tensor(n) for k, n in student.optimizer_steps().items()}
+    return state
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> list[list[dict[str, Any]]]:
+    """Of each rank, the results of `RUNS`."""
+    function = "tests.distributed.test_failures:poison_all"
+    return run_distributed(function, world_size=2, timeout_s=580, runs=RUNS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("index", range(len(RUNS)), ids=lambda i: str(list(RUNS[i].values())))
+def test_bad_number_on_one_rank_stops_all_and_moves_nothing(
+    poisoned: list[list[dict[str, Any]]], index: int, poison: str
+) -> None:
+    for of_rank in poisoned:
+        result = of_rank[index][poison]
+        assert POISONS[poison] in result["message"]
+        assert "the step was not applied" in result["message"]
+        assert result["moved"] == []
+        assert of_rank[index]["num_tensors"] > 100
+
+
+def fail_on_one(failing: int) -> list[str]:
+    """On every rank: checks that pass, that fail on rank `failing`, and that fail everywhere."""
+    from dinoscale import distributed
+    from dinoscale.errors import DataError
+
+    def check(*, bad: bool) -> str:
+        if bad:
+            raise DataError(f"no image in folder {distributed.rank()}")
+        return f"fine on {distributed.rank()}"
+
+    def said(*, bad: bool) -> str:
+        try:
+            return distributed.together(lambda: check(bad=bad))
+        except DataError as error:
+            return str(error)
+
+    return [said(bad=False), said(bad=distributed.rank() == failing), said(bad=True)]
+
+
+def test_error_on_one_rank_is_raised_on_all() -> None:
+    function = "tests.distributed.test_failures:fail_on_one"
+    first, second = run_distributed(function, world_size=2, timeout_s=120, failing=1)
+    assert first == ["fine on 0", "rank 1: no image in folder 1", "no image in folder 0"]
+    assert second == ["fine on 1", "no image in folder 1", "no image in folder 1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_death_of_a_rank_ends_the_others_with_a_sentence(tmp_path: Path, stage: int) -> None:
+    config = tiny_config(
+        run_dir=str(tmp_path / "run"),
+        train={"epochs": 10_000, "batch_size": 6, "micro_batch_size": 3},
+        data={"train": "synthetic:shapes?images=24&size=16", "num_workers": 0},
+        engine={"zero_stage": stage, "precision": "bf16"},
+        checkpoint={"every_epochs": 10_000},
+    )
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    port = str(free_port())
+    ranks = [_start_rank(tmp_path, rank, port) for rank in range(2)]
+    try:
+        _wait_for_steps(tmp_path / "run" / "metrics.jsonl", 2, ranks)
+        ranks[1].send_signal(signal.SIGKILL)
+        begin = time.monotonic()
+        assert ranks[0].wait(timeout=60) == 1
+        assert time.monotonic() - begin < 30
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    said = (tmp_path / "output_0.txt").read_text()
+    assert "error: rank 0 lost contact with another rank" in said
+    assert "Traceback" not in said
+
+
+def _start_rank(folder: Path, rank: int, port: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "dinoscale", "train", str(folder / "run.yaml")]
+    with (folder / f"output_{rank}.txt").open("w") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def _wait_for_steps(path: Path, steps: int, ranks: list[subprocess.Popen[bytes]]) -> None:
+    end = time.monotonic() + 240
+    while not (path.exists() and len(path.read_text().splitlines()) >= steps):
+        assert all(process.poll() is None for process in ranks), "a rank ended by itself"
+        assert time.monotonic() < end, "training did not begin"
+        time.sleep(0.1)
