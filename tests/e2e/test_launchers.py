@@ -1,0 +1,174 @@
+"""One configuration under every launcher: the same run, and the same refusals."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinoscale.config import dump_config
+from tests.distributed.tiny_run import tiny_config
+from tests.harness import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+STEPS = 4
+LAUNCHERS = {
+    "python": ["python", "-m", "dinoscale"],
+    "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "PORT", "-m", "dinoscale"],
+    "deepspeed": [
+        *("deepspeed", "--num_accelerators", "2", "--master_port", "PORT"),
+        *("--module", "dinoscale"),
+    ],
+}
+LOSS_TOLERANCE = 5e-6  # measured: 1e-6 between one and two processes, 0 between launchers
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A float32 run of four steps that one process and two split differently."""
+    config = tiny_config(
+        run_dir=str(tmp_path / "run"),
+        model={"drop_path_rate": 0.2},
+        optim={"lr": 0.02, "warmup_epochs": 0},
+        train={"epochs": 1, "batch_size": 6, "micro_batch_size": 6},
+        data={"train": "synthetic:shapes?images=24&size=16", "num_workers": 1},
+        engine={"zero_stage": 2, "precision": "fp32"},
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config))
+    return path
+
+
+def _environment(**variables: str) -> dict[str, str]:
+    """As in a shell with the environment activated, and no launcher around it."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not re.match(r"(RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM_|OMPI_|TORCHELASTIC)", name)
+    }
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+    ours = {"PATH": programs, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**kept, **ours, **variables}
+
+
+def _launch(launcher: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    port = str(free_port())
+    words = [port if word == "PORT" else word for word in LAUNCHERS[launcher]]
+    return subprocess.run(
+        [*words, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=_environment(),
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def _summary(stdout: str) -> dict[str, Any]:
+    (line,) = (line for line in stdout.splitlines() if line.startswith("{"))
+    summary: dict[str, Any] = json.loads(line)
+    return summary
+
+
+def _losses(run_dir: Path) -> list[float]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == STEPS
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def known_losses() -> dict[str, list[float]]:
+    """Losses of the launchers that have run, for the next to compare with."""
+    return {}
+
+
+def _require_same(
+    name: str, summary: dict[str, Any], run_dir: Path, known: dict[str, list[float]]
+) -> None:
+    losses = _losses(run_dir)
+    assert summary["steps"] == STEPS
+    assert summary["loss"] == losses[-1]
+    for other, expected in known.items():
+        assert losses == pytest.approx(expected, rel=LOSS_TOLERANCE), other
+    known[name] = losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_makes_the_same_run(
+    config_file: Path, launcher: str, known_losses: dict[str, list[float]]
+) -> None:
+    done = _launch(launcher, "train", str(config_file))
+    assert done.returncode == 0, done.stderr[-3000:]
+    _require_same(launcher, _summary(done.stdout), config_file.parent / "run", known_losses)
+
+
+@pytest.mark.slow
+def test_tasks_of_srun_make_the_same_run(
+    config_file: Path, known_losses: dict[str, list[float]]
+) -> None:
+    tasks = []
+    job = str(free_port())  # the port is made from the number of the job
+    for task in range(2):
+        environment = _environment(
+            SLURM_STEP_ID="0",
+            SLURM_JOB_ID=job,
+            SLURM_PROCID=str(task),
+            SLURM_LOCALID=str(task),
+            SLURM_NTASKS="2",
+            SLURM_LAUNCH_NODE_IPADDR="127.0.0.1",
+        )
+        command = [sys.executable, "-m", "dinoscale", "train", str(config_file)]
+        with (config_file.parent / f"task_{task}.txt").open("w") as output:
+            pipe = subprocess.PIPE
+            tasks.append(
+                subprocess.Popen(command, stdout=pipe, stderr=output, text=True, env=environment)
+            )
+    try:
+        outputs = [task.communicate(timeout=280)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert outputs[1] == ""
+    _require_same("srun", _summary(outputs[0]), config_file.parent / "run", known_losses)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_misspelt_key_is_refused_within_seconds(config_file: Path, launcher: str) -> None:
+    begin = time.monotonic()
+    done = _launch(launcher, "train", str(config_file), "optim.lrr=0.1")
+    assert time.monotonic() - begin < 60  # of which deepspeed takes 12 to start
+    assert done.returncode == (1 if launcher == "torchrun" else 2)  # torchrun: 1 for any failure
+    assert "error: optim.lrr: unknown key, did you mean 'lr'?" in done.stderr
+    assert "cli.py" not in done.stderr  # no stack of ours; torchrun prints its own
+    assert not (config_file.parent / "run").exists()
+
+
+def test_port_in_use_is_named(config_file: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment = _environment(
+            RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        command = [sys.executable, "-m", "dinoscale", "train", str(config_file)]
+        begin = time.monotonic()
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env=environment, check=False
+        )
+    assert time.monotonic() - begin < 60
+    assert done.returncode == 2
+    assert f"error: port {port} (MASTER_PORT) cannot be used" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (config_file.parent / "run").exists()
