@@ -57,7 +57,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     probe = distributed.together(lambda: Probe(config)) if config.eval.train else None
     run_dir = Path(config.run_dir)
     if process.rank == 0:
-        _announce(config, plan, student, teacher, resumed_from=checkpoint)
+        _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
     distributed.together(lambda: process.rank == 0 and rundir.prepare(config, student))
     run = _Run(config, plan, process, run_dir, source, student, teacher, probe)
     return run.loop(start_step=checkpoint.step if checkpoint is not None else 0)
@@ -81,6 +81,7 @@ def restore(checkpoint: Checkpoint, student: Student, teacher: Teacher) -> None:
 def _announce(
     config: RunConfig,
     plan: RunPlan,
+    process: Process,
     student: Student,
     teacher: Teacher,
     *,
@@ -108,9 +109,9 @@ def _announce(
         teacher.num_bytes() / 1e6,
     )
     cores = os.cpu_count() or 1
-    local = config.data.num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if local > cores:
-        log.warning("%d data workers share %d cores; lower data.num_workers", local, cores)
+    workers = config.data.num_workers * process.local_world_size
+    if workers > cores:
+        log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)
     if resumed_from is not None:
         left = plan.stop_step - resumed_from.step
         log.info("going on from %s, %d steps left", resumed_from.path, max(left, 0))
