@@ -6,6 +6,7 @@ Four launches (2, 2, 1 and 3 ranks) make all runs; the tests compare what they l
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,51 @@ import torch
 from safetensors.torch import load_file
 
 from dinoscale.checkpoint.layout import EMA, MASTER, directory, shard_file
-from dinoscale.checkpoint.load import Checkpoint
-from tests.distributed.tiny_run import distance, tiny_config
+from dinoscale.checkpoint.load import Checkpoint, open_run
+from dinoscale.config import RunConfig
+from dinoscale.errors import CheckpointError
+from tests.distributed.tiny_run import distance, tiny_config, tiny_plan
 from tests.harness import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 STOP, LAST = 3, 7  # steps: interrupted within the first of two epochs of 4, prototypes frozen
 KINDS = [f"{stage}_{precision}_adamw" for stage in (0, 2, 3) for precision in ("fp32", "bf16")]
-KINDS += ["0_fp32_sgd", "2_bf16_sgd"]
+KINDS += ["0_fp32_sgd", "2_bf16_sgd", "2_bf16_adamw_bn"]  # bn: batch norm in the head
 SPLITS = {"2x6": (2, 6), "2x2x3": (2, 2), "1x12": (1, 12), "1x3x4": (1, 3)}  # ranks, micro-batch
 ELASTIC = {"stage3_on_1": (1, "3_fp32_adamw"), "stage0_on_3": (3, "0_fp32_adamw")}
+COPIED = ("interrupted", "whole_2_bf16_adamw")  # without and with moments of the prototypes
+Copies = Sequence[tuple[str, dict[str, Any]]]
 
 
-def train_all(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """On every rank: train each of `runs`, arguments of `tiny_config`; their summaries."""
+def do_all(runs: list[dict[str, Any]], copies: Copies) -> None:
+    """On every rank: train each of `runs`, arguments of `tiny_config`, then make the copies."""
     from dinoscale.distributed import read_process
     from dinoscale.trainer import train
 
-    return [train(tiny_config(**run), read_process(os.environ)) for run in runs]
+    for run in runs:
+        train(tiny_config(**run), read_process(os.environ))
+    for source, run in copies:
+        _load_and_save(Path(source), tiny_config(**run))
+
+
+def _load_and_save(source: Path, config: RunConfig) -> None:
+    """Load the newest checkpoint of a run into a pair built anew, and save that one."""
+    from dinoscale.checkpoint.save import save
+    from dinoscale.engine.build import build_pair
+    from dinoscale.trainer import restore
+
+    checkpoint = open_run(source)
+    student, teacher = build_pair(config, tiny_plan(config))
+    restore(checkpoint, student, teacher)
+    pair = {"student": student, "teacher": teacher}
+    save(Path(config.run_dir), step=checkpoint.step, **pair, about={}, keep_last=1)
 
 
 def _run(run_dir: Path, kind: str, stop: int) -> dict[str, Any]:
-    stage, precision, optimizer = kind.split("_")
+    stage, precision, optimizer, *more = kind.split("_")
     return {
+        "head": {"batch_norm": more == ["bn"]},
         "run_dir": str(run_dir),
         "model": {"drop_path_rate": 0.3},
         "dino": {"momentum": 0.9, "freeze_last_layer_epochs": 1},
@@ -60,9 +82,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs, trained."""
     root = tmp_path_factory.mktemp("runs")
 
-    def launch(world_size: int, jobs: list[dict[str, Any]]) -> None:
-        function = "tests.distributed.test_whole_runs:train_all"
-        run_distributed(function, world_size=world_size, timeout_s=580, runs=jobs)
+    def launch(world_size: int, jobs: list[dict[str, Any]], copies: Copies = ()) -> None:
+        function = "tests.distributed.test_whole_runs:do_all"
+        run_distributed(
+            function, world_size=world_size, timeout_s=580, runs=jobs, copies=list(copies)
+        )
 
     def splits(ranks: int) -> list[dict[str, Any]]:
         return [_split(root / name, size) for name, (n, size) in SPLITS.items() if n == ranks]
@@ -75,7 +99,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(root / "interrupted", root / name)
     launch(2, [_run(root / f"resumed_{kind}", kind, LAST) for kind in KINDS])
     for name, (ranks, kind) in ELASTIC.items():
-        launch(ranks, [_run(root / name, kind, LAST), *splits(ranks)])
+        copies = [
+            (str(root / source), _run(root / f"{source}_{name}", kind, LAST)) for source in COPIED
+        ]
+        launch(ranks, [_run(root / name, kind, LAST), *splits(ranks)], copies)
     return root
 
 
@@ -89,10 +116,8 @@ def _losses(run_dir: Path) -> list[tuple[int, float, float]]:
 
 
 def test_the_interruption_falls_into_the_rest_of_the_prototypes(runs: Path) -> None:
-    early, late = (
-        _checkpoint(runs / "interrupted", STOP),
-        _checkpoint(runs / "whole_2_fp32_adamw", LAST),
-    )
+    early = _checkpoint(runs / "interrupted", STOP)
+    late = _checkpoint(runs / "whole_2_fp32_adamw", LAST)
     assert early.state["optimizer_steps"] == {"decay": STOP, "no_decay": STOP, "prototypes": 0}
     assert late.state["optimizer_steps"] == {"decay": LAST, "no_decay": LAST, "prototypes": 3}
     moments = set(load_file(early.path / shard_file(1)))
@@ -112,6 +137,28 @@ def test_resume_is_bitwise_identical(runs: Path, kind: str) -> None:
         first, second = (load_file(path / name) for path in paths)
         assert first.keys() == second.keys()
         assert [key for key in first if not torch.equal(first[key], second[key])] == [], name
+
+
+@pytest.mark.parametrize("source", COPIED)
+@pytest.mark.parametrize("name", ELASTIC)
+def test_loading_on_other_ranks_and_stage_changes_no_bit(
+    runs: Path, name: str, source: str
+) -> None:
+    original, copy = open_run(runs / source), open_run(runs / f"{source}_{name}")
+    assert (copy.step, copy.shapes) == (original.step, original.shapes)
+    assert copy.state["optimizer_steps"] == original.state["optimizer_steps"]
+    assert torch.equal(copy.shared["center"], original.shared["center"])
+    steps = original.state["optimizer_steps"]
+    resting = set() if steps["prototypes"] else {"head.last_layer.weight_v"}
+    for kind in (MASTER, EMA, "exp_avg", "exp_avg_sq"):
+        names = original.shapes.keys() - (resting if kind.startswith("exp") else set())
+        for tensor in names:
+            numel = torch.Size(original.shapes[tensor]).numel()
+            first, second = (c.read(kind, tensor, 0, numel) for c in (copy, original))
+            assert torch.equal(first, second), (kind, tensor)
+    if resting:
+        with pytest.raises(CheckpointError, match="0 of 495 elements"):
+            copy.read("exp_avg", "head.last_layer.weight_v", 0, 33 * 15)
 
 
 @pytest.mark.parametrize("name", ELASTIC)
