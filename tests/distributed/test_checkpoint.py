@@ -15,7 +15,7 @@ from dinoscale.errors import CheckpointError
 from tests.distributed.tiny_run import take_step, tiny_config, tiny_plan
 from tests.harness import run_distributed
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def exercise(folder: str) -> dict[str, Any]:
