@@ -6,11 +6,15 @@ import sys
 import traceback
 
 from dinoscale import cli
-from dinoscale.errors import DinoscaleError
+from dinoscale.errors import DinoscaleError, PreemptedError
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+    """Run the command line and exit.
+
+    0: done; 1: the run failed; 2: bad input; 75: asked to stop, saved, goes on with the same
+    command; 130: interrupted by Ctrl-C.
+    """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -20,6 +24,8 @@ def main() -> None:
     )
     try:
         cli.run(sys.argv[1:])
+    except PreemptedError as error:
+        _end(str(error), error.exit_code)
     except DinoscaleError as error:
         _end(f"error: {error}", error.exit_code)
     except BrokenPipeError:  # `dinoscale presets | head`
@@ -34,6 +40,10 @@ def _end(text: str, code: int) -> None:
     """Say why and leave at once: waiting for other ranks at exit could hang or abort."""
     print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if code and "dinoscale.watchdog" in sys.modules:  # imported by training only
+        from dinoscale.watchdog import post_end
+
+        post_end(text.splitlines()[-1])
     os._exit(code)
 
 

@@ -15,7 +15,8 @@ _EPILOG = """examples:
   dinoscale export runs/first weights.safetensors
   dinoscale evaluate knn weights.safetensors --train /data/train --test /data/val
 
-exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it)."""
+exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
+75 asked to stop by SIGTERM or SIGUSR1 and saved: the same command goes on."""
 
 _CONFIG_HELP = "name of a preset (see `dinoscale presets`) or path of a YAML file"
 _OVERRIDE_HELP = "settings that win over the file, for example optim.lr=1e-3"
@@ -148,7 +149,8 @@ def _train(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale.trainer import train
 
     process = distributed.read_process(os.environ)
-    distributed.start(process)
+    # A minute more than the watchdog, which has more to say than a collective that gave up.
+    distributed.start(process, timeout_s=config.train.hang_timeout_s + 60)
     summary = train(config, process)
     distributed.stop()
     return summary if process.rank == 0 else None

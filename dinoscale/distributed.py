@@ -10,30 +10,32 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinoscale.errors import DinoscaleError, LaunchError, RunFailedError
+from dinoscale.errors import DinoscaleError, LaunchError, LostPeerError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MEETING_TIMEOUT = timedelta(minutes=10)  # slow nodes may take minutes to come up
+TIMEOUT_S = 1800.0  # slow nodes may take minutes to come up
+_STORE_TIMEOUT = timedelta(seconds=10)  # of a small message; the store lives on rank 0's node
 LOOPBACK = "127.0.0.1"
 _LOST_PEER = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a job: global and per-node rank, and how many there are of each."""
+    """One process of a job: global and per-node rank, how many of each, and who started it."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
+    launcher: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +76,7 @@ def read_process(environ: Mapping[str, str]) -> Process:
             if not 0 <= rank < world:
                 raise LaunchError(f"{launcher}: {names[0]}={rank} is not in 0..{world - 1}")
             local_world = world if local_world is None else local_world
-            return Process(rank, world, rank if local is None else local, local_world)
+            return Process(rank, world, rank if local is None else local, local_world, launcher)
     return Process(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
@@ -88,8 +90,12 @@ def _number(environ: Mapping[str, str], launcher: str, name: str) -> int | None:
         raise LaunchError(f"{launcher}: {name}={text!r} is not a whole number") from None
 
 
-def start(process: Process) -> None:
+def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and say so in the environment.
+
+    Args:
+        process: who this is.
+        timeout_s: a collective that takes longer than this fails.
 
     Raises:
         LaunchError: the address is unknown, or its port is taken on this machine.
@@ -118,7 +124,7 @@ def start(process: Process) -> None:
         _require_free_port(int(environ["MASTER_PORT"]))
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=MEETING_TIMEOUT)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except (dist.DistError, RuntimeError, ValueError) as error:
         address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
         first = str(error).splitlines()[0]
@@ -229,7 +235,7 @@ def guarded(communicate: Callable[[], T]) -> T:
     """Do what communicates; a lost peer becomes a sentence instead of a backend's stack.
 
     Raises:
-        RunFailedError: another rank ended or cannot be reached.
+        LostPeerError: another rank ended or cannot be reached.
     """
     try:
         return communicate()
@@ -237,7 +243,52 @@ def guarded(communicate: Callable[[], T]) -> T:
         first = (str(error).splitlines() or [""])[0][:200]
         if not isinstance(error, dist.DistError) and not _LOST_PEER.search(first):
             raise
-        raise RunFailedError(
-            f"rank {rank()} lost contact with another rank ({first}); the rank that failed first"
-            " printed the reason"
-        ) from error
+        raise LostPeerError(f"rank {rank()} lost contact with another rank ({first})") from error
+
+
+class Board:
+    """Short texts that ranks leave for each other, from any thread, without a collective.
+
+    Each board has its own connection to the store in which the ranks met, so that a thread can
+    wait on one while the main thread trains.
+    """
+
+    _here: ClassVar[dict[str, str]] = {}  # the board of a single process
+
+    def __init__(self) -> None:
+        """Connect; after `start`, on every rank that wants to read or post."""
+        self._store: Any = None
+        if world_size() > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
+            exported: Any = dist  # TCPStore is public, but not in __all__
+            client = exported.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
+            self._store = exported.PrefixStore(f"dinoscale/{attempt}", client)
+
+    def post(self, key: str, text: str) -> None:
+        """Leave `text` under `key`, over what was there.
+
+        Raises:
+            LostPeerError: the store, and with it rank 0, cannot be reached.
+        """
+        if self._store is None:
+            self._here[key] = text
+        else:
+            self._try(lambda: self._store.set(key, text))
+
+    def read(self, key: str) -> str | None:
+        """The text under `key`, None if nobody has left one.
+
+        Raises:
+            LostPeerError: as `post`.
+        """
+        if self._store is None:
+            return self._here.get(key)
+        there = self._try(lambda: self._store.check([key]))
+        return self._try(lambda: self._store.get(key)).decode() if there else None
+
+    def _try(self, talk: Callable[[], T]) -> T:
+        try:
+            return talk()
+        except (dist.DistError, RuntimeError) as error:
+            raise LostPeerError("rank 0, where the ranks meet, cannot be reached") from error

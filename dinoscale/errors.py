@@ -1,4 +1,4 @@
-"""What can go wrong, and whose turn it is: the user's (exit code 2) or the run's (exit code 1)."""
+"""What can end a run, and whose turn it is: the user's (2), the run's (1), nobody's (75)."""
 
 
 class DinoscaleError(Exception):
@@ -30,4 +30,14 @@ class RunFailedError(DinoscaleError):
 
 
 class NonFiniteError(RunFailedError):
-    """A loss or a gradient is not a finite number."""
+    """Too many steps in a row had a loss or a gradient that is not a finite number."""
+
+
+class LostPeerError(RunFailedError):
+    """Another rank ended or cannot be reached."""
+
+
+class PreemptedError(DinoscaleError):
+    """Asked to stop from outside (SIGTERM, SIGUSR1); saved, and the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again

@@ -3,9 +3,11 @@
     RUN/checkpoints/step_00000100/
         shard_00000.safetensors    fragments of master, ema and the optimizer's moments of rank 0
         shared.safetensors         center; buffers of student and teacher (batch norm only)
-        state.json                 format, step, shapes, step counts, config, versions
+        state.json                 format, step, shapes, step counts, config, versions, progress
+        SHA256SUMS                 `sha256sum --check SHA256SUMS` agrees
 
 A directory is written under another name and renamed when every rank's file is on disk, so one that
-is named step_* is whole. Nothing random is stored: sample order, crops and stochastic depth are
-functions of (seed, step), so the step is the whole position of a run.
+is named step_* was written to its end; the checksums tell whether it still is what was written.
+Nothing random is stored: sample order, crops and stochastic depth are functions of (seed, step), so
+the step and the data offset in `progress` are the whole position of a run.
 """

@@ -1,10 +1,10 @@
-"""Names of files and tensors of a checkpoint, and where the newest one is."""
+"""Names of files and tensors of a checkpoint, and which checkpoints a run has."""
 
 from pathlib import Path
 
-FORMAT = 1
+FORMAT = 2
 MASTER, EMA = "master", "ema"
-STATE_FILE, SHARED_FILE = "state.json", "shared.safetensors"
+STATE_FILE, SHARED_FILE, SUMS_FILE = "state.json", "shared.safetensors", "SHA256SUMS"
 
 
 def directory(run_dir: Path, step: int) -> Path:
@@ -17,6 +17,22 @@ def shard_file(rank: int) -> str:
     return f"shard_{rank:05d}.safetensors"
 
 
+def part_of(target: Path) -> Path:
+    """Where a checkpoint is written before it is renamed to `target`."""
+    return target.with_name(f".{target.name}.part")
+
+
+def removed_of(target: Path) -> Path:
+    """What a checkpoint is renamed to before it is deleted, so that no half of it looks whole."""
+    return target.with_name(f".{target.name}.removed")
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All complete checkpoints of a run, oldest first."""
+    """All checkpoints of a run that were written to their end, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step_????????"))
+
+
+def leftovers(run_dir: Path) -> list[Path]:
+    """What saves and deletions that were cut short have left behind."""
+    folder = run_dir / "checkpoints"
+    return sorted([*folder.glob(".step_*.part"), *folder.glob(".step_*.removed")])

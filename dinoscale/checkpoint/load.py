@@ -1,6 +1,8 @@
 """Read a checkpoint: ranges of named tensors out of all ranks' files, at any world size."""
 
 import json
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinoscale.checkpoint.layout import EMA, FORMAT, MASTER, SHARED_FILE, STATE_FILE, checkpoints
+from dinoscale.checkpoint.sums import read_sums, verify
 from dinoscale.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoint:
@@ -28,6 +33,7 @@ class Checkpoint:
             CheckpointError: a file is missing or damaged, or the format is unknown.
         """
         self.path = path
+        names = sorted(read_sums(path))
         try:
             self.state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
             if self.state["format"] != FORMAT:
@@ -36,7 +42,9 @@ class Checkpoint:
                 )
             self.shared = load_file(path / SHARED_FILE)
             self._files = [
-                safe_open(file, framework="pt") for file in sorted(path.glob("shard_*.safetensors"))
+                safe_open(path / name, framework="pt")
+                for name in names
+                if name.startswith("shard_")
             ]
             self._pieces = self._index()
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -127,26 +135,59 @@ class Checkpoint:
         return pieces
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    found = checkpoints(run_dir)
-    return found[-1] if found else None
+def first_good(
+    found: Sequence[Path], open_one: Callable[[Path], Checkpoint]
+) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """Open the first checkpoint that can be used, and say what is wrong with those before it.
+
+    Args:
+        found: step_* directories, the preferred one first.
+        open_one: opens one or raises CheckpointError.
+
+    Raises:
+        CheckpointError: there are some, and none can be used.
+    """
+    errors: list[CheckpointError] = []
+    for path in found:
+        try:
+            return open_one(path), errors
+        except CheckpointError as error:  # noqa: PERF203  # a few paths, once a start
+            errors.append(error)
+    if errors:
+        raise CheckpointError(
+            f"none of the {len(errors)} checkpoints in {found[0].parent} can be used: "
+            + "; ".join(str(error) for error in errors[:3])
+        )
+    return None, []
+
+
+def open_verified(path: Path, *, share: int = 0, num_shares: int = 1) -> Checkpoint:
+    """Open a step_* directory after comparing this share of its files with their checksums.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete.
+    """
+    verify(path, share=share, num_shares=num_shares)
+    return Checkpoint(path)
 
 
 def open_run(path: Path) -> Checkpoint:
-    """Open a checkpoint directory, or the newest checkpoint of a run directory.
+    """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory.
 
     Raises:
         CheckpointError: there is none.
     """
-    target = path if (path / STATE_FILE).exists() else newest(path)
-    if target is None:
+    found = [path] if (path / STATE_FILE).exists() else checkpoints(path)[::-1]
+    checkpoint, errors = first_good(found, open_verified)
+    for error in errors:
+        log.warning("%s; using an older one", error)
+    if checkpoint is None:
         raise CheckpointError(f"no checkpoint in {path}: give a run directory or one of its step_*")
-    return Checkpoint(target)
+    return checkpoint
 
 
 def _text(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape))
 
 
-__all__ = ["EMA", "MASTER", "Checkpoint", "newest", "open_run"]
+__all__ = ["EMA", "MASTER", "Checkpoint", "first_good", "open_run", "open_verified"]

@@ -1,9 +1,19 @@
-"""Write a checkpoint: every rank its fragments, rank 0 the rest, renamed when complete."""
+"""Write a checkpoint beside the training: copy to memory, write, add checksums, rename.
 
+Training stands still for the copy only. Threads then write and agree over the board, never by a
+collective, which would mix with those of training. A directory gets its name when the files of all
+ranks and their checksums are on disk, so one that is named step_* was written to its end.
+"""
+
+import itertools
 import json
 import logging
 import shutil
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,112 +28,193 @@ from dinoscale.checkpoint.layout import (
     MASTER,
     SHARED_FILE,
     STATE_FILE,
-    checkpoints,
     directory,
+    part_of,
     shard_file,
 )
+from dinoscale.checkpoint.retention import Keep, prune
+from dinoscale.checkpoint.sums import flush, sha256, write_sums
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
-from dinoscale.errors import CheckpointError
+from dinoscale.errors import LostPeerError
 
 log = logging.getLogger(__name__)
 
+_POLL_S = 0.05
+_numbers = itertools.count()  # of saves of this process; equal on all ranks
 
-def save(
-    run_dir: Path,
-    *,
-    step: int,
-    student: Student,
-    teacher: Teacher,
-    about: Mapping[str, Any],
-    keep_last: int,
-) -> Path:
-    """Save everything a run needs to go on after `step` optimizer steps; all ranks call it.
 
-    Args:
-        run_dir: of the run, on a file system that all ranks share.
-        step: optimizer steps done.
-        student: weights and moments.
-        teacher: average and center.
-        about: JSON-able facts to store: config, world size, versions.
-        keep_last: older checkpoints beyond this many are deleted after the new one is complete.
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save ended, the same on every rank but for the seconds.
 
-    Raises:
-        CheckpointError: on every rank, if any could not write; earlier checkpoints stay.
+    Attributes:
+        path: of the checkpoint.
+        step: optimizer steps it holds.
+        error: why it could not be written; None if it is on disk.
+        stall_s: how long this rank's training stood still.
+        write_s: how long the writing took beside it.
+        num_bytes: written by this rank.
     """
-    target = directory(run_dir, step)
-    if distributed.broadcast_object(target.exists()):
-        return target
-    part = target.with_name(f".{target.name}.part")
 
-    def begin() -> None:
+    path: Path
+    step: int
+    error: str | None
+    stall_s: float
+    write_s: float
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """Files of one rank, in memory."""
+
+    step: int
+    number: int
+    tensors: dict[str, dict[str, Tensor]]  # file -> name -> tensor
+    starts: dict[str, int]  # parameter -> its first element in this rank's shard
+    texts: dict[str, str]  # file -> contents
+
+
+class Saver:
+    """Saves a run, one checkpoint at a time; all ranks call every method at the same steps."""
+
+    def __init__(self, run_dir: Path, keep: Keep) -> None:
+        """Args: of the run, on a file system that all ranks share; which checkpoints stay."""
+        self._run_dir, self._keep = run_dir, keep
+        self._board = distributed.Board()
+        self._rank, self._world_size = distributed.rank(), distributed.world_size()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[SaveResult] | None = None
+
+    def begin(
+        self, step: int, student: Student, teacher: Teacher, about: Mapping[str, Any]
+    ) -> SaveResult | None:
+        """Copy everything a run needs to go on after `step` steps, and start to write it.
+
+        Args:
+            step: optimizer steps done.
+            student: weights and moments.
+            teacher: average and center.
+            about: JSON-able facts to store: config, plan, versions, progress.
+
+        Returns:
+            How the save before this one ended, if nobody has asked yet; it is waited for.
+        """
+        begin = time.perf_counter()
+        before = self.wait()
+        snapshot = self._copy(step, student, teacher, about)
+        stall_s = time.perf_counter() - begin
+        self._writing = self._thread.submit(self._write, snapshot, stall_s)
+        return before
+
+    def finished(self) -> SaveResult | None:
+        """How the save under way ended, once; None while it is written or if there is none."""
+        return self.wait() if self._writing is not None and self._writing.done() else None
+
+    def wait(self) -> SaveResult | None:
+        """Wait for the save under way; None if there is none."""
+        if self._writing is None:
+            return None
+        result = self._writing.result()
+        self._writing = None
+        return result
+
+    def _copy(
+        self, step: int, student: Student, teacher: Teacher, about: Mapping[str, Any]
+    ) -> _Snapshot:
+        tensors: dict[str, Tensor] = {}
+        starts: dict[str, int] = {}
+        kinds: dict[str, list[Tensor | None]] = {
+            MASTER: list(student.master),
+            EMA: list(teacher.ema),
+            **student.optimizer_state(),
+        }
+        for kind, views in kinds.items():
+            for fragment, view in zip(student.layout.fragments, views, strict=True):
+                starts[fragment.name] = fragment.start
+                if view is not None:
+                    tensors[f"{kind}/{fragment.name}"] = _copied(view)
+        files, texts = {shard_file(self._rank): tensors}, {}
+        if self._rank == 0:
+            shared = {"center": _copied(teacher.center)}
+            for owner, buffers in (("student", student.buffers()), ("teacher", teacher.buffers())):
+                shared |= {f"{owner}/{name}": _copied(value) for name, value in buffers.items()}
+            state = {
+                "format": FORMAT,
+                "step": step,
+                "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "shapes": student.shapes,
+                "optimizer_steps": student.optimizer_steps(),
+                **about,
+            }
+            files[SHARED_FILE] = shared
+            texts[STATE_FILE] = json.dumps(state, indent=1)
+        return _Snapshot(step, next(_numbers), files, starts, texts)
+
+    def _write(self, snapshot: _Snapshot, stall_s: float) -> SaveResult:
+        """Run in the thread: own files, then rank 0 completes the directory and says so."""
+        begin = time.perf_counter()
+        target = directory(self._run_dir, snapshot.step)
+        own = self._write_files(part_of(target), snapshot)
+        key = f"save/{snapshot.number}"
         try:
-            if distributed.rank() == 0 and part.exists():  # a crash, maybe of a run on more ranks
-                shutil.rmtree(part)
-        except OSError as error:
-            raise CheckpointError(f"cannot clear {part}: {error}") from error
+            self._board.post(f"{key}/{self._rank}", json.dumps(own))
+            if self._rank == 0:
+                self._board.post(key, self._complete(target, key))
+            error = self._wait_for(key)
+        except LostPeerError as lost:
+            error = str(lost)
+        return SaveResult(
+            path=target,
+            step=snapshot.step,
+            error=error or None,
+            stall_s=stall_s,
+            write_s=time.perf_counter() - begin,
+            num_bytes=own["num_bytes"],
+        )
 
-    def write() -> None:
+    def _write_files(self, part: Path, snapshot: _Snapshot) -> dict[str, Any]:
+        """Write this rank's files; their checksums and size, or the error, as plain data."""
+        sums, num_bytes = {}, 0
         try:
             part.mkdir(parents=True, exist_ok=True)
-            _write_shard(part / shard_file(distributed.rank()), student, teacher)
-            if distributed.rank() == 0:
-                _write_shared(part, step, student, teacher, about)
+            for name, tensors in snapshot.tensors.items():
+                save_file(tensors, part / name, metadata={"starts": json.dumps(snapshot.starts)})
+            for name, text in snapshot.texts.items():
+                (part / name).write_text(text)
+            for name in (*snapshot.tensors, *snapshot.texts):
+                flush(part / name)
+                sums[name] = sha256(part / name)
+                num_bytes += (part / name).stat().st_size
         except (OSError, SafetensorError) as error:  # the latter for a full disk, among others
-            raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
+            return {"error": f"rank {self._rank} cannot write {part}: {error}", "num_bytes": 0}
+        return {"sums": sums, "num_bytes": num_bytes, "error": ""}
 
-    def finish() -> None:
-        if distributed.rank() != 0:
-            return
-        try:
-            part.rename(target)
-        except OSError as error:
-            raise CheckpointError(f"cannot rename {part} to {target}: {error}") from error
-        log.info("saved %s", target)
-        _delete(checkpoints(run_dir)[:-keep_last])
+    def _complete(self, target: Path, key: str) -> str:
+        """Rank 0: give the directory its name when all ranks are done; an error text, or ""."""
+        part = part_of(target)
+        reports = [json.loads(self._wait_for(f"{key}/{rank}")) for rank in range(self._world_size)]
+        error = next((report["error"] for report in reports if report["error"]), "")
+        if not error:
+            try:
+                write_sums(part, {name: s for r in reports for name, s in r["sums"].items()})
+                part.rename(target)
+                flush(target.parent)
+            except OSError as caught:
+                error = f"rank 0 cannot complete {target}: {caught}"
+        if error:
+            shutil.rmtree(part, ignore_errors=True)  # a full disk needs the space
+        else:
+            prune(self._run_dir, self._keep)
+        return error
 
-    for act in (begin, write, finish):
-        distributed.together(act)
-    return target
-
-
-def _delete(old: list[Path]) -> None:
-    """Remove checkpoints; one that stays costs space, not the run."""
-    for path in old:
-        try:
-            shutil.rmtree(path)
-        except OSError as error:  # noqa: PERF203  # a few paths, once an epoch
-            log.warning("cannot delete the old checkpoint %s: %s", path, error)
-
-
-def _write_shard(path: Path, student: Student, teacher: Teacher) -> None:
-    tensors: dict[str, Tensor] = {}
-    starts: dict[str, int] = {}
-    kinds: dict[str, list[Tensor | None]] = {
-        MASTER: list(student.master),
-        EMA: list(teacher.ema),
-        **student.optimizer_state(),
-    }
-    for kind, views in kinds.items():
-        for fragment, view in zip(student.layout.fragments, views, strict=True):
-            starts[fragment.name] = fragment.start
-            if view is not None:
-                tensors[f"{kind}/{fragment.name}"] = view.detach().cpu().clone()
-    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    def _wait_for(self, key: str) -> str:
+        while (text := self._board.read(key)) is None:
+            time.sleep(_POLL_S)
+        return text
 
 
-def _write_shared(
-    part: Path, step: int, student: Student, teacher: Teacher, about: Mapping[str, Any]
-) -> None:
-    tensors = {"center": teacher.center.cpu()}
-    for owner, buffers in (("student", student.buffers()), ("teacher", teacher.buffers())):
-        tensors |= {f"{owner}/{name}": value.cpu().clone() for name, value in buffers.items()}
-    save_file(tensors, part / SHARED_FILE)
-    state = {
-        "format": FORMAT,
-        "step": step,
-        "shapes": student.shapes,
-        "optimizer_steps": student.optimizer_steps(),
-        **about,
-    }
-    (part / STATE_FILE).write_text(json.dumps(state, indent=1))
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that training does not touch."""
+    return tensor.detach().to("cpu", copy=True)

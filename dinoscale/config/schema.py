@@ -263,6 +263,19 @@ class TrainConfig(Section):
         default=None,
         description="Stop after this many optimizer steps; the schedules do not change.",
     )
+    max_bad_steps: Count = Field(
+        default=3,
+        description="Steps in a row without a finite loss and gradient that end the run. [D].",
+    )
+    max_rollbacks: CountOrZero = Field(
+        default=0,
+        description="How often, instead, it returns to its last checkpoint and skips the images "
+        "from there to the bad steps. [D].",
+    )
+    hang_timeout_s: Positive = Field(
+        default=1800.0,
+        description="Seconds without progress of a rank after which the job ends. [D].",
+    )
 
 
 class DataConfig(Section):
@@ -363,10 +376,19 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and how many stay. Source: [D]."""
+    """When checkpoints are written and which stay. Source: [D]."""
 
     every_epochs: Count = Field(default=1, description="Epochs between two checkpoints.")
-    keep_last: Count = Field(default=2, description="Newest checkpoints that are kept.")
+    every_steps: Count | None = Field(
+        default=None, description="Also save after every so many optimizer steps; null does not."
+    )
+    keep_last: Count = Field(default=2, description="Newest checkpoints that stay.")
+    keep_every: Count | None = Field(
+        default=None, description="Those at multiples of this many epochs stay too; null: none."
+    )
+    keep_best: bool = Field(
+        default=True, description="The one with the highest online k-NN accuracy stays too."
+    )
 
 
 class RunConfig(Section):

@@ -72,7 +72,10 @@ class BadSampleLog:
                 lines.append(json.dumps(asdict(sample)) + "\n")
                 log.warning("unreadable image %s: %s", sample.path, sample.error)
         if lines:
-            _append(self._path, "".join(lines))
+            try:
+                _append(self._path, "".join(lines))
+            except OSError as error:  # a full disk costs the lines, not the run
+                log.warning("cannot write %s: %s", self._path, error)
 
     def check(self, *, max_fraction: float, seen: int, num_images: int) -> None:
         """Stop the run when too many images are unreadable.

@@ -342,8 +342,12 @@ def _unchanged(batch: T) -> T:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread a worker; Ctrl-C is the main process's, which then ends the workers."""
+    """One thread a worker; signals are for the main process, which ends the workers itself.
+
+    Launchers signal whole process trees, and the step under way still needs its images. A worker
+    whose main process is gone ends within seconds by itself.
+    """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the trainer's handler
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     log.debug("data worker %d is process %d", worker, os.getpid())

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from dinoscale import distributed
-from dinoscale.errors import NonFiniteError
 
 EPS = 1e-6  # added to the norm, as in the reference
 
 
 class GradientRule:
-    """Per-tensor or (stage 0) global clipping, and no update at all for frozen groups.
+    """Per-tensor or (stage 0) global clipping, and no update at all for what rests.
+
+    Frozen groups rest, and everything rests while `skipping`: set by the caller before a step, or
+    here when a gradient is not finite at stage 0, where all ranks see the same gradients.
 
     Per tensor, facts 1.9: n = ||g||_2 of the whole tensor, g <- g * min(1, clip / (n + 1e-6)).
     Norms are summed over shards with one small all-reduce a group.
@@ -30,6 +32,7 @@ class GradientRule:
         self.per_tensor = per_tensor
         self.sharded = sharded
         self.armed = False  # DeepSpeed steps once with zero gradients while it initialises
+        self.skipping = False  # set for a step in which nothing may move
         self.pieces: dict[int, list[tuple[str, int, int]]] = {}
         self.names: dict[int, list[str]] = {}
         self.squared_norms: dict[str, Tensor] = {}
@@ -64,10 +67,10 @@ class GradientRule:
             for tensor in group["params"]
             if tensor.grad is not None
         ]
-        if self.armed and stepping:
+        if self.armed and stepping and not self.skipping:
             self._clip([tensor for _, tensor in stepping])
         for group, tensor in stepping:
-            if group["frozen"] or not self.armed:
+            if group["frozen"] or self.skipping or not self.armed:
                 # No gradient, no step: no decay, no moments, no step count (facts 1.8).
                 self._resting.append((tensor, tensor.grad))
                 tensor.grad = None
@@ -95,12 +98,7 @@ class GradientRule:
         if self.sharded:
             distributed.all_reduce_sum(squared)
         elif not torch.isfinite(squared).all():  # DeepSpeed checks at the other stages
-            bad = [
-                name
-                for name, value in zip(names, squared.tolist(), strict=True)
-                if not value < torch.inf
-            ]
-            raise NonFiniteError(f"gradient of {bad[0]} is not finite; the step was not applied")
+            self.skipping = True
         self.squared_norms.update(zip(names, squared.unbind(), strict=True))
         if self.clip and views:
             self._scale(views, squared, slots)

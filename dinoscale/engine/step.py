@@ -3,6 +3,7 @@
 Shape letters: B images per micro-batch, n local crops, S = 2 + n student crops, K prototypes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from dinoscale import distributed
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
-from dinoscale.errors import NonFiniteError
 from dinoscale.losses.centering import entropy
 from dinoscale.losses.dino import dino_loss
 from dinoscale.schedules import StepValues
@@ -35,10 +35,21 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Means over the images of one step on all ranks, in nats."""
+    """What a step found; means are over its images on all ranks, in nats.
+
+    Attributes:
+        loss: mean cross-entropy.
+        teacher_entropy: mean entropy of the targets.
+        stop: whether any rank was asked to stop.
+        skipped: why the step was not applied; None if it was.
+        parts: loss and teacher entropy of this rank's micro-batches, (M, 2) float32.
+    """
 
     loss: float
     teacher_entropy: float
+    stop: bool
+    skipped: str | None
+    parts: Tensor
 
     @property
     def kl(self) -> float:
@@ -53,14 +64,16 @@ def train_step(
     now: StepValues,
     *,
     student_temp: float,
+    stop_asked: bool = False,
 ) -> StepMetrics:
     """Run one optimizer step of self-distillation (Caron et al. 2021, algorithm 1).
 
-    Raises:
-        NonFiniteError: on every rank; weights, teacher and center are as before the step.
+    A step whose loss or gradient is not finite on any rank is skipped on all: weights, moments,
+    teacher and center are as before it. `stop_asked` says that this rank wants to end; it rides on
+    the reduction of the loss, so that all ranks learn of it at the same step.
     """
     student.set_hyperparameters(now)
-    sums = torch.zeros(2, device=micro_batches[0].global_crops.device)
+    parts = []
     for index, batch in enumerate(micro_batches, start=1):
         targets = teacher.targets(batch.global_crops, temp=now.teacher_temp)  # (2, B, K)
         crops = [batch.global_crops.flatten(0, 1)]
@@ -70,22 +83,24 @@ def train_step(
         logits = logits.unflatten(0, (-1, targets.shape[1]))  # (S, B, K)
         loss = dino_loss(logits, targets, student_temp=student_temp)
         student.backward(loss)
-        sums += torch.stack((loss.detach(), entropy(targets)))
-        if index == len(micro_batches):
-            metrics = _mean_over_ranks(sums, count=len(micro_batches))
-        student.step()  # accumulates; the weights move on the last micro-batch only
-    teacher.update(student, momentum=now.momentum)  # once per step, of the stepped student
-    return metrics
+        parts.append(torch.stack((loss.detach(), entropy(targets))))
+        if index < len(micro_batches):
+            student.step()  # accumulates
+    of_rank = torch.stack(parts)  # (M, 2)
+    loss_mean, entropy_mean, stop = _agree(of_rank, stop_asked=stop_asked)
+    skipped = None if math.isfinite(loss_mean + entropy_mean) else "the loss is not finite"
+    if not student.step(apply=skipped is None):  # the weights move here
+        skipped = skipped or "a gradient is not finite"
+        teacher.skip()
+    else:
+        teacher.update(student, momentum=now.momentum)  # once per step, of the stepped student
+    return StepMetrics(loss_mean, entropy_mean, stop, skipped, of_rank)
 
 
-def _mean_over_ranks(sums: Tensor, *, count: int) -> StepMetrics:
-    """Global means; every rank sees the same numbers, so all stop on a bad one, or none."""
-    totals = distributed.all_reduce_sum(sums) / (count * distributed.world_size())
-    loss, teacher_entropy = totals.tolist()
-    metrics = StepMetrics(loss=loss, teacher_entropy=teacher_entropy)
-    if not torch.isfinite(totals).all():
-        raise NonFiniteError(
-            f"the loss is {loss} (teacher entropy {teacher_entropy}); the step was not applied."
-            " Try a lower optim.lr, a smaller optim.clip_grad, or engine.precision=fp32"
-        )
-    return metrics
+def _agree(parts: Tensor, *, stop_asked: bool) -> tuple[float, float, bool]:
+    """Mean loss and entropy over micro-batches and ranks, and whether any rank wants to stop."""
+    sums = torch.cat((parts.sum(0), parts.new_full((1,), float(stop_asked))))
+    distributed.all_reduce_sum(sums)
+    loss, teacher_entropy, votes = sums.tolist()
+    count = len(parts) * distributed.world_size()
+    return loss / count, teacher_entropy / count, votes > 0

@@ -18,7 +18,6 @@ from dinoscale.engine.ds_config import student_config
 from dinoscale.engine.gradients import GradientRule
 from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
 from dinoscale.engine.shards import Fragment, Layout
-from dinoscale.errors import NonFiniteError
 from dinoscale.models.vit import Block
 from dinoscale.schedules import StepValues
 
@@ -114,7 +113,8 @@ class Student:
         return logits
 
     def set_hyperparameters(self, now: StepValues) -> None:
-        """Write this step's rate, decay and frozen prototypes into the optimizer's groups."""
+        """Begin a step: write its rate, decay and frozen prototypes into the optimizer's groups."""
+        self._buffers_before = {name: value.clone() for name, value in self.buffers().items()}
         for group in self._torch_optimizer.param_groups:
             group["lr"] = now.lr
             group["weight_decay"] = 0.0 if group["name"] == NO_DECAY else now.weight_decay
@@ -124,16 +124,24 @@ class Student:
         """Accumulate the gradient of a micro-batch's mean loss; the step takes their mean."""
         distributed.guarded(lambda: self._engine.backward(loss))
 
-    def step(self) -> None:
+    def step(self, *, apply: bool = True) -> bool:
         """End a micro-batch; after the last one of the step, clip and update the weights.
 
-        Raises:
-            NonFiniteError: a gradient is not finite; weights and moments are as before the step.
+        Args:
+            apply: false drops the gradients of the step instead.
+
+        Returns:
+            Whether the step stands. If not, because of `apply` or of a gradient that is not finite,
+            weights, moments and buffers are as before it, on all ranks.
         """
+        self._rule.skipping = not apply
         is_last = self._engine.is_gradient_accumulation_boundary()
         distributed.guarded(self._engine.step)
-        if is_last and not self._engine.was_step_applied():
-            raise NonFiniteError("a gradient is not finite; the step was not applied")
+        stands = not self._rule.skipping and (not is_last or self._engine.was_step_applied())
+        if not stands:
+            for name, value in self.buffers().items():
+                value.copy_(self._buffers_before[name])
+        return stands
 
     def grad_norm(self) -> Tensor:
         """Norm of the whole gradient of the last step before clipping, scalar."""
@@ -190,9 +198,10 @@ class Student:
         """
         for held in self._held:
             count = steps[self._group_of[held.name]]
-            if not count:
-                continue
             tensor, start = self._optimizer_tensor(held)
+            if not count:
+                self._torch_optimizer.state.pop(tensor, None)
+                continue
             state = self._torch_optimizer.state[tensor]
             for name in self._moments:
                 if name not in state:

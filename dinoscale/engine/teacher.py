@@ -72,6 +72,8 @@ class Teacher:
             global_crops: normalised images (2, B, C, H, W), both global views.
             temp: the teacher's temperature.
         """
+        if not self._logit_rows:
+            self._buffers_before = {name: value.clone() for name, value in self.buffers().items()}
         views, batch = global_crops.shape[:2]
         images = global_crops.flatten(0, 1).to(self._compute_dtype)
         logits = self._weights.forward([images]).view(views, batch, -1)
@@ -91,6 +93,15 @@ class Teacher:
         rows = self._logit_rows * distributed.world_size()  # equal micro-batches on all ranks
         mean = distributed.all_reduce_sum(self._logit_sum) / rows
         self.center = updated_center(self.center, mean, momentum=self._center_momentum)
+        self._forget_logits()
+
+    def skip(self) -> None:
+        """Instead of `update`: forget the step, as if its targets had never been asked for."""
+        self._forget_logits()
+        for name, value in self.buffers().items():
+            value.copy_(self._buffers_before[name])
+
+    def _forget_logits(self) -> None:
         self._logit_sum = torch.zeros_like(self.center)
         self._logit_rows = 0
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from dinoscale.errors import DinoscaleError
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +36,18 @@ class Metrics:
 
         Lines beyond `start_step`, written by a run that was lost after its last checkpoint, are
         dropped: the steps are about to be taken again.
+
+        Raises:
+            DinoscaleError: the file cannot be written.
         """
         self._active = active
         if not active:
             return
         self._path = run_dir / "metrics.jsonl"
-        _drop_lines_after(self._path, start_step)
+        try:
+            _drop_lines_after(self._path, start_step)
+        except OSError as error:
+            raise DinoscaleError(f"run_dir: cannot write {self._path}: {error}") from error
         self._bar = tqdm(
             total=total_steps, initial=start_step, unit="step", file=sys.stderr, dynamic_ncols=True
         )
@@ -51,13 +60,25 @@ class Metrics:
             self._bar.update()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line; `values` in the units of their names."""
+        """Append one line; `values` in the units of their names, null where not finite."""
         if not self._active:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+        except OSError as error:  # a full disk costs the line, not the run
+            log.warning("cannot write %s: %s", self._path, error)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
+
+    def rewind(self, step: int) -> None:
+        """Go back to `step`: drop the lines after it and move the bar."""
+        if not self._active:
+            return
+        _drop_lines_after(self._path, step)
+        self._bar.n = step
+        self._bar.refresh()
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dinoscale.checkpoint.layout import EMA, MASTER, directory, shard_file
-from dinoscale.checkpoint.load import Checkpoint, newest
+from dinoscale.checkpoint.layout import EMA, MASTER, directory, part_of, shard_file
+from dinoscale.checkpoint.load import Checkpoint, open_run
+from dinoscale.checkpoint.retention import clear_leftovers
 from dinoscale.errors import CheckpointError
 from tests.distributed.tiny_run import take_step, tiny_config, tiny_plan
 from tests.harness import run_distributed
@@ -22,7 +23,7 @@ def exercise(folder: str) -> dict[str, Any]:
     """On every rank: save, then try to load and save where it cannot work; the messages."""
     from dinoscale import distributed
     from dinoscale.engine.build import build_pair
-    from dinoscale.trainer import restore
+    from dinoscale.resume import restore
 
     root, rank = Path(folder), distributed.rank()
     config = tiny_config(engine={"zero_stage": 2, "precision": "fp32"})
@@ -37,9 +38,10 @@ def exercise(folder: str) -> dict[str, Any]:
         (directory(root / "no_shard", 1) / shard_file(1)).unlink()
         cut = directory(root / "cut_shard", 1) / shard_file(0)
         cut.write_bytes(cut.read_bytes()[:-1000])
-        stale = root / "stale" / "checkpoints" / ".step_00000001.part"
+        stale = part_of(directory(root / "stale", 1))
         stale.mkdir(parents=True)  # left behind by a crash of a run on three ranks
         shutil.copy(directory(root / "good", 1) / shard_file(1), stale / shard_file(2))
+        clear_leftovers(root / "stale")
     distributed.gather_objects(None)
 
     def open_and_restore(name: str, pair: Any) -> None:
@@ -68,10 +70,15 @@ def exercise(folder: str) -> dict[str, Any]:
 
 
 def _save(run_dir: Path, step: int, student: Any, teacher: Any, *, keep_last: int = 5) -> None:
-    from dinoscale.checkpoint.save import save
+    from dinoscale.checkpoint.retention import Keep
+    from dinoscale.checkpoint.save import Saver
 
-    pair = {"student": student, "teacher": teacher}
-    save(run_dir, step=step, **pair, about={"config": {}}, keep_last=keep_last)
+    saver = Saver(run_dir, Keep(last=keep_last))
+    assert saver.begin(step, student, teacher, {"config": {}}) is None
+    result = saver.wait()
+    assert result is not None
+    if result.error is not None:
+        raise CheckpointError(result.error)
 
 
 def _refusal(action: Callable[[], None]) -> str:
@@ -94,9 +101,9 @@ def exercised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
     ("case", "texts"),
     [
         ("other_model", ["another model", "head.mlp.0.bias is 22 there and 23 here", "run_dir"]),
-        ("no_shard", ["a shard file is missing", "use an earlier checkpoint"]),
+        ("no_shard", ["is not a complete checkpoint", shard_file(1)]),
         ("cut_shard", ["is not a complete checkpoint"]),
-        ("full_disk", ["cannot write checkpoint"]),
+        ("full_disk", ["rank 1 cannot write", "File too large"]),
     ],
 )
 def test_refusal_is_a_sentence_on_every_rank(
@@ -121,7 +128,8 @@ def test_old_checkpoints_are_deleted_and_one_that_cannot_be_does_not_stop_the_ru
     exercised: tuple[Path, list[dict[str, str]]],
 ) -> None:
     names = {path.name for path in (exercised[0] / "good" / "checkpoints").glob("step_*")}
-    assert names == {"step_00000000", "step_00000003", "step_00000004"}
+    assert names == {"step_00000003", "step_00000004"}
+    assert (exercised[0] / "good" / "checkpoints" / ".step_00000000.removed").exists()
 
 
 def test_shard_left_by_a_crash_does_not_get_into_the_next_checkpoint(
@@ -142,5 +150,6 @@ def test_half_written_directory_is_ignored(
     half = tmp_path / "run" / "checkpoints" / ".step_00000009.part"
     half.mkdir()
     (half / shard_file(0)).write_bytes(b"")
-    assert newest(tmp_path / "run") == directory(tmp_path / "run", 4)
-    assert newest(tmp_path / "elsewhere") is None
+    assert open_run(tmp_path / "run").path == directory(tmp_path / "run", 4)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        open_run(tmp_path / "elsewhere")

@@ -14,11 +14,12 @@ PACKAGE = Path(__file__).resolve().parents[2] / "dinoscale"
 # A module imports from its own part or from parts of lower levels, never from a neighbour.
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"config", "distributed"},
-    {"data", "models", "losses", "schedules"},
+    {"config", "distributed", "preemption"},
+    {"data", "models", "losses", "schedules", "watchdog"},
     {"engine", "convert"},
     {"evaluate"},
     {"checkpoint", "hooks", "rundir"},
+    {"resume"},
     {"trainer"},
     {"quickstart"},
     {"cli"},

@@ -1,0 +1,78 @@
+"""How far a run has come beyond its weights, and what its next loss should be near."""
+
+from dataclasses import dataclass, field
+from statistics import median
+
+from dinoscale.errors import CheckpointError
+
+_WINDOW = 32  # losses remembered
+_ENOUGH = 8  # losses from which a prediction is made
+
+
+@dataclass
+class Progress:
+    """Saved with a checkpoint as plain data.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        data_offset: step s takes the images of step s + data_offset (after a rollback).
+        bad_in_a_row: steps skipped in a row up to now.
+        skipped_steps: steps skipped in all.
+        rollbacks: returns to a checkpoint so far.
+        knn_top1: k-NN accuracy measured at this very step, in percent.
+        best_knn_top1: the highest so far.
+        losses: of the last steps that were applied, oldest first.
+    """
+
+    step: int = 0
+    data_offset: int = 0
+    bad_in_a_row: int = 0
+    skipped_steps: int = 0
+    rollbacks: int = 0
+    knn_top1: float | None = None
+    best_knn_top1: float | None = None
+    losses: list[float] = field(default_factory=list)
+
+    def applied(self, loss: float) -> None:
+        """Count a step that moved the weights."""
+        self._next()
+        self.bad_in_a_row = 0
+        self.losses = [*self.losses, loss][-_WINDOW:]
+
+    def skipped(self) -> None:
+        """Count a step that did not."""
+        self._next()
+        self.bad_in_a_row += 1
+        self.skipped_steps += 1
+
+    def _next(self) -> None:
+        self.step += 1
+        self.knn_top1 = None
+
+    def measured(self, knn_top1: float) -> None:
+        """Remember a k-NN accuracy of this step."""
+        self.knn_top1 = knn_top1
+        self.best_knn_top1 = max(knn_top1, self.best_knn_top1 or 0.0)
+
+    def require_near(self, loss: float) -> None:
+        """Refuse the first loss after a resume if the losses before do not lead there.
+
+        A network that was not restored begins at another loss than the one it had. Predicted is
+        the median of the last eight losses; allowed is three times the range of all remembered
+        ones plus a tenth of the prediction, which covers a new epoch's teacher temperature.
+
+        Raises:
+            CheckpointError: the loss jumped.
+        """
+        if len(self.losses) < _ENOUGH:
+            return
+        predicted = median(self.losses[-_ENOUGH:])
+        allowed = 3 * (max(self.losses) - min(self.losses)) + 0.1 * predicted
+        if abs(loss - predicted) > allowed:
+            raise CheckpointError(
+                f"the first loss after the resume is {loss:.4f}; the checkpoint at step {self.step}"
+                f" leads to {predicted:.4f} +- {allowed:.4f}. The weights do not belong to this"
+                " run, or the images or settings have changed. Nothing was saved; compare data and"
+                " configuration with those in the checkpoint's state.json, or move this checkpoint"
+                " aside to go on from an earlier one"
+            )

@@ -1,0 +1,97 @@
+"""Which checkpoints stay: the newest, one every so many steps, the best by k-NN."""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoscale.checkpoint.layout import STATE_FILE, checkpoints, leftovers, removed_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The rule.
+
+    Attributes:
+        last: how many of the newest stay, at least 1.
+        every_steps: those at multiples of this many steps stay; None for no such rule.
+        best: whether the one with the highest k-NN accuracy stays.
+    """
+
+    last: int
+    every_steps: int | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a checkpoint says of itself; fields but the first two are None if it cannot be read."""
+
+    path: Path
+    step: int
+    num_bytes: int | None
+    saved_at: str | None
+    knn_top1: float | None
+    world_size: int | None
+    zero_stage: int | None
+
+
+def summary(path: Path) -> Summary:
+    """Read the state.json of a checkpoint and the sizes of its files; verifies nothing."""
+    step = int(path.name.removeprefix("step_"))
+    try:
+        state = json.loads((path / STATE_FILE).read_text())
+        num_bytes = sum(file.stat().st_size for file in path.iterdir())
+        return Summary(
+            path,
+            step,
+            num_bytes,
+            state["saved_at"],
+            state["progress"]["knn_top1"],
+            state["plan"]["world_size"],
+            state["config"]["engine"]["zero_stage"],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return Summary(path, step, None, None, None, None, None)
+
+
+def best_of(found: Sequence[Summary]) -> Summary | None:
+    """The one with the highest k-NN accuracy, the newest of equals; None if none was measured."""
+    measured = [s for s in found if s.knn_top1 is not None]
+    return max(measured, key=lambda s: (s.knn_top1, s.step), default=None)
+
+
+def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
+    """Those that no rule keeps, in the order given (oldest first)."""
+    kept = {s.step for s in found[-keep.last :]}
+    if keep.every_steps:
+        kept |= {s.step for s in found if s.step % keep.every_steps == 0}
+    best = best_of(found) if keep.best else None
+    return [s for s in found if s.step not in kept and s is not best]
+
+
+def prune(run_dir: Path, keep: Keep) -> list[Path]:
+    """Delete what no rule keeps; one that cannot be deleted costs space, not the run."""
+    found = [summary(path) for path in checkpoints(run_dir)]
+    return [s.path for s in superfluous(found, keep) if _delete(s.path)]
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Delete what saves and deletions that were cut short have left behind."""
+    for path in leftovers(run_dir):
+        log.warning("%s was not written to its end; deleting it", path)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _delete(path: Path) -> bool:
+    try:
+        doomed = path.rename(removed_of(path))
+        shutil.rmtree(doomed)
+    except OSError as error:
+        log.warning("cannot delete the old checkpoint %s: %s", path, error)
+        return False
+    return True

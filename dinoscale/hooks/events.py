@@ -1,0 +1,29 @@
+"""What happens to a run besides its numbers: events.jsonl, one line each, also across resumes."""
+
+import json
+import logging
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Events:
+    """Rank 0's record of resumes, saves that failed, skipped steps, collapses and stops."""
+
+    def __init__(self, run_dir: Path, *, active: bool) -> None:
+        """`active` on rank 0; on other ranks nothing is written."""
+        self._path = run_dir / "events.jsonl" if active else None
+
+    def write(self, step: int, event: str, **values: Any) -> None:
+        """Append {"time", "step", "event", ...}; a disk that is full must not end the run."""
+        if self._path is None:
+            return
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        line = json.dumps({"time": now, "step": step, "event": event, **values})
+        try:
+            with self._path.open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            log.warning("cannot write %s: %s (%s)", self._path, error, line)

@@ -1,0 +1,113 @@
+"""Going on with a run: find its newest undamaged checkpoint, check that it fits, load it."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dinoscale import distributed
+from dinoscale.checkpoint.layout import EMA, MASTER, checkpoints
+from dinoscale.checkpoint.load import Checkpoint, first_good, open_verified
+from dinoscale.checkpoint.retention import clear_leftovers
+from dinoscale.config import RunConfig
+from dinoscale.config.resolve import RunPlan
+from dinoscale.engine.student import Student
+from dinoscale.engine.teacher import Teacher
+from dinoscale.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+_DAMAGED = "damaged_"
+# What may change between two starts without a word: none of it moves a number beyond rounding.
+_FREE: tuple[str, ...] = ("run_dir", "resume", "engine.", "eval.", "log.", "checkpoint.")
+_FREE += (
+    "data.num_workers",
+    "train.micro_batch_size",
+    "train.stop_after_steps",
+    "train.max_",
+    "train.hang_timeout_s",
+)
+
+
+def find_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint of a run, None if it has none; collective.
+
+    All ranks share the reading for the checksums. Damaged checkpoints are set aside under another
+    name, and what was not written to its end is deleted.
+
+    Raises:
+        CheckpointError: there are checkpoints and all of them are damaged.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    found = distributed.broadcast_object(checkpoints(run_dir)[::-1])  # one view of the directory
+    checkpoint, errors = first_good(
+        found,
+        lambda path: distributed.together(
+            lambda: open_verified(path, share=rank, num_shares=world_size)
+        ),
+    )
+    if rank == 0:
+        for path, error in zip(found, errors, strict=False):
+            _set_aside(path, error)
+        clear_leftovers(run_dir)
+    return checkpoint
+
+
+def _set_aside(path: Path, error: CheckpointError) -> None:
+    log.warning("%s; going on from an older checkpoint", error)
+    try:
+        path.rename(path.with_name(_DAMAGED + path.name))
+    except OSError as reason:
+        log.warning("cannot rename %s: %s", path, reason)
+
+
+def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -> None:
+    """Refuse what would shift the position in data and schedules; name other changes.
+
+    Raises:
+        ConfigError: the seed, the images per step or the number of images differ.
+    """
+    saved_config, saved_plan = checkpoint.state["config"], checkpoint.state["plan"]
+    pairs = {
+        "seed": (saved_config["seed"], config.seed),
+        "train.batch_size": (saved_plan["batch_size"], plan.batch_size),
+        "the number of images in data.train": (saved_plan["num_images"], plan.num_images),
+    }
+    for name, (then, now) in pairs.items():
+        if then != now:
+            raise ConfigError(
+                f"{name} was {then} when {checkpoint.path} was saved and is {now} now; the order of"
+                " the images and the schedules depend on it, so this run cannot go on with it."
+                " Put the old value back, or start a new run with another run_dir"
+            )
+    then_flat, now_flat = dict(_flat(saved_config)), dict(_flat(config.model_dump(mode="json")))
+    changes = [
+        f"{key} {then_flat.get(key)} -> {value}"
+        for key, value in now_flat.items()
+        if then_flat.get(key) != value and not key.startswith(_FREE)
+    ]
+    if changes and distributed.rank() == 0:
+        log.warning("settings changed since %s: %s", checkpoint.path.name, ", ".join(changes))
+
+
+def restore(checkpoint: Checkpoint, student: Student, teacher: Teacher) -> None:
+    """Set student, optimizer, teacher and center to a checkpoint's, at any world size and stage.
+
+    Raises:
+        CheckpointError: on every rank: another model, or parts are missing.
+    """
+    distributed.together(lambda: checkpoint.require(student.shapes))
+    student.restore_master(lambda *at: checkpoint.read(MASTER, *at))
+    student.restore_optimizer(checkpoint.read, checkpoint.state["optimizer_steps"])
+    teacher.restore(lambda *at: checkpoint.read(EMA, *at), checkpoint.shared["center"])
+    for owner, buffers in (("student", student.buffers()), ("teacher", teacher.buffers())):
+        for name, value in checkpoint.buffers(owner).items():
+            buffers[name].copy_(value)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

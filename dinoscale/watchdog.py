@@ -1,0 +1,192 @@
+"""Ends a job that hangs or has lost a rank, and says which rank and where.
+
+Every rank posts what it is doing on the board. A rank whose training has not moved for the time
+allowed looks up what the others posted, names those that are behind or silent, and exits; so does
+every other rank, as all wait for each other.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from dinoscale import distributed
+from dinoscale.errors import LostPeerError, RunFailedError
+
+log = logging.getLogger(__name__)
+
+POST_S = 2.0
+_ASK_S = 10.0  # for the answer of a board that may be gone
+_ENDED = "ended/"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank last posted.
+
+    Attributes:
+        moves: how often its training has moved on; grows together on all ranks.
+        doing: in words.
+        posts: how often it has posted; grows while the process lives.
+    """
+
+    moves: int
+    doing: str
+    posts: int
+
+
+class Watchdog:
+    """Watches the training of this process from a thread."""
+
+    def __init__(self, *, timeout_s: float, launched: bool) -> None:
+        """Start to watch.
+
+        Args:
+            timeout_s: without a `moved` for so long, the process ends.
+            launched: a launcher is the parent; without it nobody would end this process.
+        """
+        self._timeout_s = timeout_s
+        self._board = distributed.Board()
+        self._moves, self._doing, self._since = 0, "starting", time.monotonic()
+        self._stop = threading.Event()
+        self._ancestors = _ancestors() if launched else []
+        threading.Thread(target=self._post, name="signs of life", daemon=True).start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def moved(self, doing: str) -> None:
+        """Say that training goes on, and what it does next."""
+        self._moves, self._doing, self._since = self._moves + 1, doing, time.monotonic()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._stop.set()
+
+    def missing(self) -> str:
+        """After a lost contact: which ranks are gone, in words; takes some seconds."""
+        before = self._ask()
+        time.sleep(2.5 * POST_S)
+        return explain_missing(before, self._ask(), _reasons())
+
+    def _post(self) -> None:
+        posts = 0
+        while not self._stop.is_set():
+            posts += 1
+            text = json.dumps([self._moves, self._doing, posts])
+            with contextlib.suppress(LostPeerError):  # training will notice
+                self._board.post(f"alive/{distributed.rank()}", text)
+            self._stop.wait(POST_S)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(POST_S / 2):
+            if self._ancestors and _ancestors() != self._ancestors:
+                _end("the launcher of this process is gone; ending with it")
+            idle_s = time.monotonic() - self._since
+            if idle_s > self._timeout_s:
+                before = self._ask()
+                time.sleep(2.5 * POST_S)
+                reason = explain_hang(before, self._ask())
+                _end(
+                    f"rank {distributed.rank()} has not moved for {idle_s:.0f} s"
+                    f" (train.hang_timeout_s={self._timeout_s:g}), {self._doing}; {reason}"
+                )
+
+    def _ask(self) -> list[Sign | None]:
+        """What every rank last posted; all None if the board does not answer."""
+        return _bounded(_signs, default=[None] * distributed.world_size())
+
+
+def post_end(reason: str) -> None:
+    """Tell the other ranks why this one ends, if they can still be told."""
+    if distributed.world_size() > 1:
+        key = f"{_ENDED}{distributed.rank()}"
+        _bounded(lambda: distributed.Board().post(key, reason), default=None)
+
+
+def explain_missing(
+    before: Sequence[Sign | None], after: Sequence[Sign | None], reasons: Sequence[str | None]
+) -> str:
+    """Which ranks stopped posting between two looks, and what they said when they ended."""
+    if all(sign is None for sign in after):
+        return "rank 0, where the ranks meet, is gone; its output says why"
+    said = [f"rank {r} ended: {text}" for r, text in enumerate(reasons) if text]
+    silent = [
+        f"rank {r} is gone, it was {now.doing if now else 'starting'}"
+        for r, (then, now) in enumerate(zip(before, after, strict=True))
+        if not reasons[r] and (now is None or (then is not None and then.posts == now.posts))
+    ]
+    return "; ".join([*said, *silent]) or "all ranks still answer: the network between them failed"
+
+
+def explain_hang(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> str:
+    """Which ranks hold up the others: those that do not answer, else those that are behind."""
+    known = [sign for sign in after if sign is not None]
+    if not known:
+        return "rank 0, where the ranks meet, does not answer"
+    frozen = [
+        f"rank {r} does not answer, it was {now.doing if now else 'starting'}"
+        for r, (then, now) in enumerate(zip(before, after, strict=True))
+        if now is None or (then is not None and then.posts == now.posts)
+    ]
+    least = min(sign.moves for sign in known)
+    if frozen or least == max(sign.moves for sign in known):
+        return "; ".join(frozen) or "all ranks answer and none is ahead of the others"
+    behind = [
+        f"rank {r} is behind the others, {now.doing}"
+        for r, now in enumerate(after)
+        if now is not None and now.moves == least
+    ]
+    return "; ".join(behind)
+
+
+def _signs() -> list[Sign | None]:
+    board = distributed.Board()
+    texts = [board.read(f"alive/{r}") for r in range(distributed.world_size())]
+    return [None if text is None else Sign(*json.loads(text)) for text in texts]
+
+
+def _reasons() -> list[str | None]:
+    def read() -> list[str | None]:
+        board = distributed.Board()
+        return [board.read(f"{_ENDED}{r}") for r in range(distributed.world_size())]
+
+    return _bounded(read, default=[None] * distributed.world_size())
+
+
+def _bounded(ask: Callable[[], T], *, default: T) -> T:
+    """The answer of `ask`, or `default` if there is none within some seconds."""
+    answers: list[T] = []
+
+    def run() -> None:
+        with contextlib.suppress(LostPeerError):
+            answers.append(ask())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_ASK_S)
+    return answers[0] if answers else default
+
+
+def _ancestors() -> list[int]:
+    """The parent and, for deepspeed, whose launcher is two processes, the parent's parent."""
+    parent = os.getppid()
+    try:
+        stat = Path(f"/proc/{parent}/stat").read_text()
+        above = int(stat.rpartition(")")[2].split()[1])
+        command = Path(f"/proc/{above}/cmdline").read_bytes()
+    except OSError:  # no /proc here, or the process has just gone
+        return [parent]
+    return [parent, above] if b"deepspeed" in command else [parent]
+
+
+def _end(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    os._exit(RunFailedError.exit_code)
