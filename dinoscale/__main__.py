@@ -40,10 +40,6 @@ def _end(text: str, code: int) -> None:
     """Say why and leave at once: waiting for other ranks at exit could hang or abort."""
     print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if code and "dinoscale.watchdog" in sys.modules:  # imported by training only
-        from dinoscale.watchdog import post_end
-
-        post_end(text.splitlines()[-1])
     os._exit(code)
 
 

@@ -142,6 +142,8 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _train(options: argparse.Namespace) -> dict[str, Any] | None:
+    # Else a lost rank is reported by screens of C++ frames, around the one line that says which.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dinoscale.config import load_config
 
     config = load_config(options.config, options.overrides)

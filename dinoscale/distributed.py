@@ -208,10 +208,20 @@ def sum_with_gradient(tensor: Tensor) -> Tensor:
     """Sum over ranks as a function autograd can differentiate (synchronised batch norm)."""
     if world_size() == 1:
         return tensor
-    from torch.distributed.nn.functional import all_reduce
-
-    summed: Tensor = all_reduce(tensor)
+    summed: Tensor = _Sum.apply(tensor)  # type: ignore[no-untyped-call]  # torch has no types here
     return summed
+
+
+class _Sum(torch.autograd.Function):
+    """y_r = sum over ranks of x; so dL/dx_r is the sum over ranks of dL_r/dy."""
+
+    @staticmethod
+    def forward(_context: Any, tensor: Tensor) -> Tensor:
+        return all_reduce_sum(tensor.clone())
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.clone())
 
 
 def together(check: Callable[[], T]) -> T:

@@ -1,51 +1,31 @@
 """A whole run: build everything in the order the data flows, then loop."""
 
-import itertools
 import logging
 import math
 import os
-import time
-from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dinoscale import distributed, rundir
+from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
-from dinoscale.checkpoint.progress import Progress
-from dinoscale.checkpoint.retention import Keep
-from dinoscale.checkpoint.save import Saver, SaveResult
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve
-from dinoscale.data.augment import MultiCrop
-from dinoscale.data.bad_samples import BadSampleLog
-from dinoscale.data.loader import Batch, train_batches
 from dinoscale.data.sources import Source, open_source
 from dinoscale.distributed import Process
-from dinoscale.engine.build import build_pair, schedules_of
-from dinoscale.engine.depth_noise import depth_uniforms
-from dinoscale.engine.step import MicroBatch, StepMetrics, train_step
+from dinoscale.engine.build import build_pair
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import (
     ConfigError,
     LostPeerError,
-    NonFiniteError,
-    PreemptedError,
     RunFailedError,
 )
-from dinoscale.evaluate.features import normalize_images
-from dinoscale.hooks.bad_steps import dump_bad_step
-from dinoscale.hooks.events import Events
-from dinoscale.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.hooks.probe import Probe
-from dinoscale.models.vit import stochastic_depth_keep
+from dinoscale.loop import Run
 from dinoscale.preemption import StopRequest
 from dinoscale.resume import find_checkpoint, require_same_run, restore
-from dinoscale.schedules import StepValues
 from dinoscale.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -71,25 +51,36 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)
     try:
+        source = distributed.together(lambda: open_source(str(config.data.train)))
+        plan = resolve(config, world_size=process.world_size, num_images=len(source))
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
-            return _build(config, process, stop, watchdog).loop()
+            return _build(config, plan, process, source, stop, watchdog).to_the_end()
     except LostPeerError as error:
         raise RunFailedError(f"{error}: {watchdog.missing()}") from error
+    except Exception as error:
+        watchdog.say_why(str(error))
+        raise
     finally:
         watchdog.close()
 
 
-def _build(config: RunConfig, process: Process, stop: StopRequest, watchdog: Watchdog) -> "_Run":
+def _build(
+    config: RunConfig,
+    plan: RunPlan,
+    process: Process,
+    source: Source,
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> Run:
     is_first = process.rank == 0
-    source = distributed.together(lambda: open_source(str(config.data.train)))
-    plan = resolve(config, world_size=process.world_size, num_images=len(source))
-    checkpoint = find_checkpoint(Path(config.run_dir))
+    run_dir = Path(config.run_dir)
+    if not config.resume and distributed.broadcast_object(bool(checkpoints(run_dir))):
+        raise ConfigError(
+            f"run_dir: {run_dir} already holds a run and resume is false;"
+            " choose another run_dir, or delete that one"
+        )
+    checkpoint = find_checkpoint(run_dir)
     if checkpoint is not None:
-        if not config.resume:
-            raise ConfigError(
-                f"run_dir: {config.run_dir} already holds a run and resume is false;"
-                " choose another run_dir, or delete that one"
-            )
         require_same_run(checkpoint, config, plan)
     student, teacher = build_pair(config, plan)
     if checkpoint is not None:
@@ -98,7 +89,7 @@ def _build(config: RunConfig, process: Process, stop: StopRequest, watchdog: Wat
     if is_first:
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
     distributed.together(lambda: rundir.prepare(config, student) if is_first else None)
-    return _Run(config, plan, process, source, student, teacher, probe, stop, watchdog, checkpoint)
+    return Run(config, plan, process, source, student, teacher, probe, stop, watchdog, checkpoint)
 
 
 def _announce(
@@ -138,322 +129,3 @@ def _announce(
     if resumed_from is not None:
         left = plan.stop_step - resumed_from.step
         log.info("going on from %s, %d steps left", resumed_from.path, max(left, 0))
-
-
-class _Run:
-    """The loop and what it carries."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        plan: RunPlan,
-        process: Process,
-        source: Source,
-        student: Student,
-        teacher: Teacher,
-        probe: Probe | None,
-        stop: StopRequest,
-        watchdog: Watchdog,
-        checkpoint: Checkpoint | None,
-    ) -> None:
-        self.config, self.plan, self.process, self.source = config, plan, process, source
-        self.student, self.teacher, self.probe = student, teacher, probe
-        self.stop, self.watchdog = stop, watchdog
-        self.run_dir = Path(config.run_dir)
-        self.progress = _progress_of(checkpoint)
-        self.resumed_at = None if checkpoint is None else checkpoint.step
-        self.saver = Saver(self.run_dir, _keep(config, plan))
-        self.saved: SaveResult | None = None  # the last one that ended
-        self.saved_step = self.resumed_at  # of the last one begun
-        self.versions = rundir.versions()
-        self.schedules = schedules_of(config, plan)
-        is_first = process.rank == 0
-        self.events = Events(self.run_dir, active=is_first)
-        self.metrics = distributed.together(lambda: self._open_metrics(active=is_first))
-        self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl") if is_first else None
-        self.pending_bad: list[Any] = []
-        self.steps_taken = 0  # since this start
-        self.last: dict[str, float] = {}
-
-    def _open_metrics(self, *, active: bool) -> Metrics:
-        config = self.config
-        return Metrics(
-            self.run_dir,
-            active=active,
-            start_step=self.progress.step,
-            total_steps=self.plan.total_steps,
-            wandb_project=config.log.wandb_project if config.log.wandb else None,
-            config=config.model_dump(),
-        )
-
-    def loop(self) -> dict[str, Any]:
-        if self.resumed_at is None:
-            self._probe()
-        else:
-            self.events.write(self.progress.step, "resumed", ranks=self.plan.world_size)
-        while self.progress.step < self.plan.stop_step:
-            self._train()  # to the end, or to a rollback
-        self._save_and_wait()
-        self.metrics.close()
-        return {"run_dir": str(self.run_dir), "steps": self.plan.stop_step, **self.last}
-
-    def _train(self) -> None:
-        """Take steps until the run ends or goes back to a checkpoint."""
-        watch = Stopwatch()
-        steps = self._steps(self.progress.step)
-        for step in range(self.progress.step, self.plan.stop_step):
-            self.watchdog.moved(f"waiting for the images of step {step + 1}")
-            begin = time.perf_counter()
-            batches = next(steps)
-            watch.waited(time.perf_counter() - begin)
-            self.watchdog.moved(f"in step {step + 1}")
-            now = self.schedules.at(step)
-            result = train_step(
-                [self._prepare(step, m, batch) for m, batch in enumerate(batches)],
-                self.student,
-                self.teacher,
-                now,
-                student_temp=self.config.dino.student_temp,
-                stop_asked=self.stop.asked,
-            )
-            self.steps_taken += 1
-            watch.step_done(self.plan.batch_size)
-            if not self._count(result, batches):
-                return
-            self._after_step(now, result, watch)
-
-    def _steps(self, start_step: int) -> Iterator[list[Batch]]:
-        """The micro-batches of this rank, step by step."""
-        config, plan, offset = self.config, self.plan, self.progress.data_offset
-        batches = train_batches(
-            self.source,
-            MultiCrop(**config.crops.model_dump(), **config.augment.model_dump()),
-            batch_size=plan.batch_size,
-            micro_batch_size=plan.micro_batch_size,
-            seed=config.seed,
-            rank=self.process.rank,
-            world_size=plan.world_size,
-            start_step=start_step + offset,
-            stop_step=plan.stop_step + offset,
-            num_workers=config.data.num_workers,
-            pin_memory=self.process.device.type == "cuda",
-        )
-        for _ in range(start_step, plan.stop_step):
-            yield list(itertools.islice(batches, plan.accumulation_steps))
-
-    def _prepare(self, step: int, micro_batch: int, batch: Batch) -> MicroBatch:
-        """Move one micro-batch to the device, normalise it, draw its stochastic depth."""
-        self.pending_bad += batch.bad
-        global_crops = self._normalised(batch.global_crops)
-        local_crops = self._normalised(batch.local_crops)
-        return MicroBatch(global_crops, local_crops, self._keep(step, micro_batch))
-
-    def _normalised(self, crops: Tensor) -> Tensor:
-        """uint8 (V, B, C, H, W) -> float32 on the device, (x / 255 - mean) / std."""
-        moved = crops.to(self.process.device, non_blocking=True)
-        return normalize_images(moved, mean=self.config.data.mean, std=self.config.data.std)
-
-    def _keep(self, step: int, micro_batch: int) -> Tensor | None:
-        rate, plan = self.config.model.drop_path_rate, self.plan
-        if not rate:
-            return None
-        slot = micro_batch * plan.world_size + self.process.rank
-        uniforms = depth_uniforms(
-            seed=self.config.seed,
-            step=step,
-            first_image=slot * plan.micro_batch_size,
-            images=plan.micro_batch_size,
-            crops=2 + self.config.crops.num_local,
-            depth=self.student.network.backbone.depth,
-        )
-        return stochastic_depth_keep(uniforms, drop_path_rate=rate).to(self.process.device)
-
-    def _count(self, result: StepMetrics, batches: Sequence[Batch]) -> bool:
-        """Take note of a step, applied or skipped; false after a return to a checkpoint.
-
-        Raises:
-            CheckpointError: it is the first after a resume and its loss jumped.
-            NonFiniteError: too many in a row were skipped.
-        """
-        progress, limits = self.progress, self.config.train
-        if result.skipped is None:
-            if progress.step == self.resumed_at:
-                progress.require_near(result.loss)
-            progress.applied(result.loss)
-            return True
-        progress.skipped()
-        path = dump_bad_step(self.run_dir, progress.step, result, batches, self.source)
-        self.events.write(progress.step, "skipped", reason=result.skipped, dump=str(path))
-        if self.process.rank == 0:
-            log.warning("step %d skipped: %s; see %s", progress.step, result.skipped, path)
-        if progress.bad_in_a_row < limits.max_bad_steps:
-            return True
-        return self._roll_back(result)
-
-    def _roll_back(self, result: StepMetrics) -> bool:
-        """Go on from the last checkpoint with the images after the bad steps, if that is allowed.
-
-        Raises:
-            NonFiniteError: it is not, or there is no checkpoint.
-        """
-        old = self.progress
-        self._wait_for_save()
-        checkpoint = find_checkpoint(self.run_dir)
-        if old.rollbacks >= self.config.train.max_rollbacks or checkpoint is None:
-            source = "from the start" if checkpoint is None else f"from {checkpoint.path}"
-            self.events.write(old.step, "stopped", reason=result.skipped)
-            raise NonFiniteError(
-                f"{old.bad_in_a_row} steps in a row were skipped, the last one step {old.step}:"
-                f" {result.skipped}. Their images and losses are in {self.run_dir}/bad_steps. Start"
-                f" again to go on {source}, with a lower optim.lr, a smaller optim.clip_grad or"
-                " engine.precision=fp32, or with train.max_rollbacks=1 to pass over these images"
-            )
-        restore(checkpoint, self.student, self.teacher)
-        self.progress = _progress_of(checkpoint)
-        self.progress.data_offset = old.data_offset + old.step - checkpoint.step
-        self.progress.rollbacks = old.rollbacks + 1
-        self.progress.bad_in_a_row = 0
-        self.saved_step = checkpoint.step
-        self.metrics.rewind(checkpoint.step)
-        self.events.write(old.step, "rolled back", to_step=checkpoint.step)
-        if self.process.rank == 0:
-            log.warning("going back to %s, past the images up to here", checkpoint.path)
-        return False
-
-    def _after_step(self, now: StepValues, result: StepMetrics, watch: Stopwatch) -> None:
-        """Log; at the end of an epoch or of the run k-NN and checkpoint; stop if asked to."""
-        done, config = self.progress.step, self.config
-        is_last = done == self.plan.stop_step
-        if done % config.log.every_steps == 0 or is_last:
-            self._record(done, now, result, watch)
-        self.metrics.advance(f"loss {result.loss:.3f}")
-        self._report(self.saver.finished())
-        epoch, remainder = divmod(done, self.plan.steps_per_epoch)
-        ends_epoch = remainder == 0
-        if is_last or (ends_epoch and epoch % config.eval.every_epochs == 0):
-            self._probe()
-        every = config.checkpoint.every_steps
-        if (ends_epoch and epoch % config.checkpoint.every_epochs == 0) or (
-            every is not None and done % every == 0
-        ):
-            self._save()
-        if result.stop and not is_last:
-            self._save_and_wait()
-            self.events.write(done, "preempted", signal=self.stop.signal_name)
-            raise PreemptedError(
-                f"asked to stop ({self.stop.signal_name or 'on another rank'}): step {done} is"
-                f" saved in {self.run_dir}; the same command goes on from there"
-            )
-
-    def _record(self, done: int, now: StepValues, result: StepMetrics, watch: Stopwatch) -> None:
-        """Write a log line; collective, because bad samples of all ranks are counted."""
-        bad = self._count_bad()
-        self.last["loss"] = result.loss
-        values = {
-            "epoch": now.epoch,
-            "images": done * self.plan.batch_size,
-            "loss": result.loss,
-            "teacher_entropy": result.teacher_entropy,
-            "kl": result.kl,
-            "lr": now.lr,
-            "weight_decay": now.weight_decay,
-            "momentum": now.momentum,
-            "teacher_temp": now.teacher_temp,
-            "grad_norm": float(self.student.grad_norm()),
-            "center_norm": float(self.teacher.center.norm()),
-            **watch.lap(),
-            "bad_samples": bad,
-            "skipped_steps": self.progress.skipped_steps,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "teacher_bytes": self.teacher.num_bytes(),
-        }
-        self.metrics.write(done, values)
-
-    def _count_bad(self) -> int:
-        """Collect unreadable images of all ranks; stop the run when there are too many."""
-        found = [sample for rank in distributed.gather_objects(self.pending_bad) for sample in rank]
-        self.pending_bad.clear()
-
-        def check() -> int:
-            if self.bad is None:
-                return 0
-            self.bad.add(found)
-            self.bad.check(
-                max_fraction=self.config.data.max_bad_fraction,
-                seen=self.steps_taken * self.plan.batch_size,
-                num_images=self.plan.num_images,
-            )
-            return self.bad.num_occurrences
-
-        return distributed.together(check)
-
-    def _probe(self) -> None:
-        if self.probe is None:
-            return
-        done = self.progress.step
-        self.watchdog.moved(f"measuring k-NN after step {done}")
-        top1 = self.probe.measure(self.teacher.plain_network().backbone, self.process.device)
-        self.progress.measured(top1)
-        self.last["knn_top1"] = top1
-        self.last["best_knn_top1"] = self.progress.best_knn_top1 or top1
-        self.metrics.write(done, {"images": done * self.plan.batch_size, "knn_top1": top1})
-        self.metrics.say(f"step {done}: k-NN top-1 of the teacher {top1:.1f} %")
-
-    def _save(self) -> None:
-        """Begin to save this step, unless that was begun already."""
-        if self.saved_step == self.progress.step:
-            return
-        self.watchdog.moved(f"copying the checkpoint of step {self.progress.step}")
-        about = {
-            "config": self.config.model_dump(mode="json"),
-            "plan": asdict(self.plan),
-            "versions": self.versions,
-            "progress": asdict(self.progress),
-        }
-        self._report(self.saver.begin(self.progress.step, self.student, self.teacher, about))
-        self.saved_step = self.progress.step
-
-    def _save_and_wait(self) -> None:
-        """Save this step and wait until it is on disk.
-
-        Raises:
-            RunFailedError: on every rank; it could not be written, and the run would be lost.
-        """
-        self._save()
-        self._wait_for_save()
-        if self.saved is not None and self.saved.error is not None:
-            raise RunFailedError(
-                f"step {self.saved.step} could not be saved: {self.saved.error}. Checkpoints"
-                f" before it are as they were; make room in {self.run_dir} and start again to go on"
-                " from the newest"
-            )
-
-    def _wait_for_save(self) -> None:
-        self.watchdog.moved(f"writing the checkpoint of step {self.saved_step}")
-        self._report(self.saver.wait())
-
-    def _report(self, result: SaveResult | None) -> None:
-        """Say how a save ended; one that failed costs safety, not the run."""
-        if result is None:
-            return
-        self.saved = result
-        if self.process.rank != 0:
-            return
-        if result.error is None:
-            log.info("saved %s; training stood still for %.2f s", result.path, result.stall_s)
-            seconds = {"save_stall_s": result.stall_s, "save_write_s": result.write_s}
-            values = {"saved_step": result.step, **seconds, "save_bytes": result.num_bytes}
-            self.metrics.write(self.progress.step, values)
-        else:
-            log.warning("step %d was not saved: %s; training goes on", result.step, result.error)
-            self.events.write(result.step, "save failed", reason=result.error)
-
-
-def _progress_of(checkpoint: Checkpoint | None) -> Progress:
-    return Progress() if checkpoint is None else Progress(**checkpoint.state["progress"])
-
-
-def _keep(config: RunConfig, plan: RunPlan) -> Keep:
-    rule = config.checkpoint
-    every = None if rule.keep_every is None else rule.keep_every * plan.steps_per_epoch
-    return Keep(last=rule.keep_last, every_steps=every, best=rule.keep_best)

@@ -22,9 +22,9 @@ from dinoscale.errors import LostPeerError, RunFailedError
 
 log = logging.getLogger(__name__)
 
-POST_S = 2.0
+POST_S = 1.0
 _ASK_S = 10.0  # for the answer of a board that may be gone
-_ENDED = "ended/"
+_ALIVE, _ENDED = "alive/", "ended/"
 
 T = TypeVar("T")
 
@@ -70,11 +70,15 @@ class Watchdog:
         """Watch no longer."""
         self._stop.set()
 
+    def say_why(self, reason: str) -> None:
+        """Tell the other ranks why this one ends, if they can still be told."""
+        _bounded(lambda: self._board.post(f"{_ENDED}{distributed.rank()}", reason), default=None)
+
     def missing(self) -> str:
         """After a lost contact: which ranks are gone, in words; takes some seconds."""
         before = self._ask()
         time.sleep(2.5 * POST_S)
-        return explain_missing(before, self._ask(), _reasons())
+        return explain_missing(before, self._ask(), self._read_all(_ENDED))
 
     def _post(self) -> None:
         posts = 0
@@ -82,7 +86,7 @@ class Watchdog:
             posts += 1
             text = json.dumps([self._moves, self._doing, posts])
             with contextlib.suppress(LostPeerError):  # training will notice
-                self._board.post(f"alive/{distributed.rank()}", text)
+                self._board.post(f"{_ALIVE}{distributed.rank()}", text)
             self._stop.wait(POST_S)
 
     def _watch(self) -> None:
@@ -101,14 +105,15 @@ class Watchdog:
 
     def _ask(self) -> list[Sign | None]:
         """What every rank last posted; all None if the board does not answer."""
-        return _bounded(_signs, default=[None] * distributed.world_size())
+        texts = self._read_all(_ALIVE)
+        return [None if text is None else Sign(*json.loads(text)) for text in texts]
 
-
-def post_end(reason: str) -> None:
-    """Tell the other ranks why this one ends, if they can still be told."""
-    if distributed.world_size() > 1:
-        key = f"{_ENDED}{distributed.rank()}"
-        _bounded(lambda: distributed.Board().post(key, reason), default=None)
+    def _read_all(self, prefix: str) -> list[str | None]:
+        ranks = range(distributed.world_size())
+        return _bounded(
+            lambda: [self._board.read(f"{prefix}{rank}") for rank in ranks],
+            default=[None for _ in ranks],
+        )
 
 
 def explain_missing(
@@ -145,20 +150,6 @@ def explain_hang(before: Sequence[Sign | None], after: Sequence[Sign | None]) ->
         if now is not None and now.moves == least
     ]
     return "; ".join(behind)
-
-
-def _signs() -> list[Sign | None]:
-    board = distributed.Board()
-    texts = [board.read(f"alive/{r}") for r in range(distributed.world_size())]
-    return [None if text is None else Sign(*json.loads(text)) for text in texts]
-
-
-def _reasons() -> list[str | None]:
-    def read() -> list[str | None]:
-        board = distributed.Board()
-        return [board.read(f"{_ENDED}{r}") for r in range(distributed.world_size())]
-
-    return _bounded(read, default=[None] * distributed.world_size())
 
 
 def _bounded(ask: Callable[[], T], *, default: T) -> T:

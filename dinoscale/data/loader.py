@@ -4,8 +4,11 @@ Shape letters: B images per micro-batch, n local crops, C = 3 channels.
 """
 
 import logging
+import multiprocessing
 import os
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -344,10 +347,18 @@ def _unchanged(batch: T) -> T:
 def _start_worker(worker: int) -> None:
     """One thread a worker; signals are for the main process, which ends the workers itself.
 
-    Launchers signal whole process trees, and the step under way still needs its images. A worker
-    whose main process is gone ends within seconds by itself.
+    Launchers signal whole process trees, and the step under way still needs its images.
     """
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     log.debug("data worker %d is process %d", worker, os.getpid())
+
+
+def _end_with_parent() -> None:
+    """Torch's own check comes too late: a worker whose last batches nobody takes would stay."""
+    parent, parent_pid = multiprocessing.parent_process(), os.getppid()
+    while os.getppid() == parent_pid and (parent is None or parent.is_alive()):
+        time.sleep(1.0)
+    os._exit(1)

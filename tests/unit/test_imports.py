@@ -20,6 +20,7 @@ LEVELS: list[set[str]] = [
     {"evaluate"},
     {"checkpoint", "hooks", "rundir"},
     {"resume"},
+    {"loop"},
     {"trainer"},
     {"quickstart"},
     {"cli"},

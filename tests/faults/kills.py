@@ -1,0 +1,165 @@
+"""Kill a run again and again at random moments; the end must be that of a run left alone."""
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from dinoscale.checkpoint.layout import directory, leftovers
+from dinoscale.distributed import free_port
+from tests.faults.lives import (
+    BATCH,
+    IMAGES,
+    RANKS,
+    Life,
+    gone,
+    losses,
+    newest_step,
+    run_launcher,
+    same_checkpoint,
+    steps_logged,
+    write_config,
+)
+
+_STEPS_A_LIFE = 7  # at most; a checkpoint comes every third step
+_SLOW_DISK_S = 0.05  # of each file, so that a kill can fall into a save
+_STARTING_S = 1.0  # a kill at step 0 falls into the time before the first step
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--nproc-per-node", str(RANKS), "--master-port", "PORT", "-m"],
+    "deepspeed": [
+        *("deepspeed", "--num_accelerators", str(RANKS), "--master_port", "PORT"),
+        "--module",
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When and how a life ends.
+
+    Attributes:
+        step: the kill comes after this step is logged, counted from the start of the life.
+        in_save: and once a checkpoint is being written.
+        delay_s: and so much later.
+        target: "rank 0", "rank 1", "all", "torchrun" or "deepspeed".
+        workers: data workers per rank in this life.
+    """
+
+    step: int
+    in_save: bool
+    delay_s: float
+    target: str
+    workers: int
+
+
+@dataclass
+class Tally:
+    """What came of the kills; `in_save` counts those that left a half-written checkpoint."""
+
+    kills: int = 0
+    in_save: int = 0
+    resumed: int = 0
+    bit_identical: int = 0
+    lost_steps: int = 0
+
+
+def moments(kills: int, seed: int) -> list[Moment]:
+    """The same for a seed. Every third falls into a save, every eighth hits the launcher."""
+    chance, found = random.Random(seed), []
+    for number in range(kills):
+        step = chance.randint(0, _STEPS_A_LIFE) if number else _STEPS_A_LIFE  # first, a checkpoint
+        in_save = number % 3 == 1
+        longest = 0.05 if in_save else 0.15 if step else _STARTING_S
+        targets = list(LAUNCHERS) if number % 8 == 7 else ["rank 0", "rank 1", "all"]
+        delay_s, target = chance.uniform(0, longest), chance.choice(targets)
+        found.append(Moment(step, in_save, delay_s, target, chance.choice([0, 0, 1])))
+    return found
+
+
+def run_kills(folder: Path, *, kills: int, stage: int, seed: int) -> Tally:
+    """Train once undisturbed and once with `kills` interruptions, and compare after each.
+
+    What each kill leaves is compared with the undisturbed run: the newest checkpoint bit for bit,
+    and every loss that was logged. The result of the last life must be the undisturbed one too.
+
+    Raises:
+        AssertionError: a process outlived its run, or a run ended by itself with an error.
+    """
+    epochs = 2 + 2 * kills * _STEPS_A_LIFE * BATCH // IMAGES
+    keep_all = {"keep_last": 9999}
+    whole = write_config(folder / "whole", stage=stage, epochs=epochs, checkpoint=keep_all)
+    broken = write_config(folder / "broken", stage=stage, epochs=epochs)
+    assert Life(whole).end() == [0] * RANKS
+    tally, run_dir, whole_dir = Tally(), broken.parent / "run", whole.parent / "run"
+    for moment in moments(kills, seed):
+        _live_until(broken, moment)
+        tally.kills += 1
+        tally.in_save += bool(leftovers(run_dir))
+        tally.lost_steps += max(steps_logged(run_dir) - newest_step(run_dir), 0)
+        tally.resumed += newest_step(run_dir) > 0  # by the life after this kill
+        tally.bit_identical += _as_undisturbed(run_dir, whole_dir)
+    assert Life(broken).end() == [0] * RANKS
+    if newest_step(run_dir) != newest_step(whole_dir) or not _as_undisturbed(run_dir, whole_dir):
+        tally.bit_identical = 0  # whatever held in between, the result is another
+    return tally
+
+
+def _as_undisturbed(run_dir: Path, whole_dir: Path) -> bool:
+    step, expected = newest_step(run_dir), losses(whole_dir)
+    same_losses = all(values == expected[at] for at, values in losses(run_dir).items())
+    return same_losses and (
+        step == 0 or same_checkpoint(directory(run_dir, step), directory(whole_dir, step))
+    )
+
+
+def _live_until(config: Path, moment: Moment) -> None:
+    """One life, ended by a kill."""
+    run_dir, overrides = config.parent / "run", [f"data.num_workers={moment.workers}"]
+    begun_at, begin = newest_step(run_dir), time.time()
+
+    def has_come() -> bool:
+        metrics = run_dir / "metrics.jsonl"
+        if moment.step == 0:  # one rank alone would wait for the other in vain, with no launcher
+            ready = run_dir / "versions.json"
+            return moment.target == "all" or (ready.exists() and ready.stat().st_mtime > begin)
+        if not metrics.exists() or metrics.stat().st_mtime < begin:
+            return False  # lines of the life before
+        if steps_logged(run_dir) < begun_at + moment.step:
+            return False
+        return not moment.in_save or any(p.name.endswith(".part") for p in leftovers(run_dir))
+
+    if moment.target in LAUNCHERS:
+        _kill_launcher(config, moment, overrides, has_come)
+        return
+    life = Life(config, *overrides, slow_disk_s=_SLOW_DISK_S)
+    assert life.wait_until(has_come), "the run ended by itself\n" + life.said()
+    time.sleep(moment.delay_s)
+    pids = life.pids()
+    hit = range(RANKS) if moment.target == "all" else [int(moment.target[-1])]
+    life.send(signal.SIGKILL, ranks=hit)
+    codes = life.end(timeout_s=60)
+    for rank, code in enumerate(codes):  # a rank that lost the other ends by itself
+        assert code == (-signal.SIGKILL if rank in hit else 1), f"{codes}\n{life.said()}"
+    assert gone(pids), "a process outlived its run"
+
+
+def _kill_launcher(
+    config: Path, moment: Moment, overrides: list[str], has_come: Callable[[], bool]
+) -> None:
+    port = str(free_port())
+    words = [port if word == "PORT" else word for word in LAUNCHERS[moment.target]]
+    launcher = run_launcher([*words, "dinoscale", "train", str(config), *overrides], config.parent)
+    end = time.monotonic() + 120
+    while not has_come():
+        assert launcher.poll() is None, (config.parent / "launcher.txt").read_text()[-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(moment.delay_s)
+    pids = [child.pid for child in psutil.Process(launcher.pid).children(recursive=True)]
+    launcher.kill()
+    launcher.wait()
+    assert gone(pids, timeout_s=30), "ranks outlived their launcher"

@@ -1,0 +1,228 @@
+"""Start a two-process run, end it in some way, start it again; and compare what is on disk.
+
+The ranks are forked from a server that has the libraries loaded, so that a start takes a second
+instead of ten. What runs in them is `dinoscale train`, with its own signals and exit codes.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from dinoscale.checkpoint import sums
+from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.checkpoint.load import Checkpoint
+from dinoscale.config import dump_config
+from dinoscale.distributed import free_port
+from tests.distributed.tiny_run import tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = 2
+IMAGES, BATCH = 96, 6  # 16 steps an epoch
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.faults.preload"])
+
+
+def write_config(folder: Path, *, stage: int, epochs: int, **changes: dict[str, Any]) -> Path:
+    """A run of `epochs` x 16 steps that saves every third step and logs each; its YAML file."""
+    sections = {
+        "model": {"drop_path_rate": 0.2},
+        "head": {"num_prototypes": 33, "hidden_dim": 22, "bottleneck_dim": 15, "batch_norm": True},
+        "dino": {"momentum": 0.9, "freeze_last_layer_epochs": 1},
+        "optim": {"lr": 0.02, "warmup_epochs": 1},
+        "train": {"epochs": epochs, "batch_size": BATCH, "micro_batch_size": BATCH // RANKS},
+        "data": {"train": f"synthetic:shapes?images={IMAGES}&size=16", "num_workers": 0},
+        "engine": {"zero_stage": stage, "precision": "fp32"},
+        "checkpoint": {"every_steps": 3, "keep_last": 2},
+    }
+    for name, values in changes.items():
+        sections[name] = sections.get(name, {}) | values
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(dump_config(tiny_config(run_dir=str(folder / "run"), **sections)))
+    return path
+
+
+class Life:
+    """One start of a run on `RANKS` processes."""
+
+    def __init__(self, config: Path, *overrides: str, slow_disk_s: float = 0.0) -> None:
+        """Start; `slow_disk_s` is how long each file of a checkpoint takes to reach the disk."""
+        self.run_dir, port = config.parent / "run", str(free_port())
+        self.outputs = [config.parent / f"output_{rank}.txt" for rank in range(RANKS)]
+        self.ranks: list[BaseProcess] = []
+        for rank, output in enumerate(self.outputs):
+            arguments = (rank, port, str(output), slow_disk_s, ["train", str(config), *overrides])
+            self.ranks.append(_context.Process(target=_rank, args=arguments))
+            self.ranks[-1].start()
+
+    def running(self) -> bool:
+        """Whether all ranks live."""
+        return all(process.exitcode is None for process in self.ranks)
+
+    def pids(self) -> list[int]:
+        """Of the ranks and of their data workers."""
+        found = []
+        for process in self.ranks:
+            assert process.pid is not None
+            found.append(process.pid)
+            if psutil.pid_exists(process.pid):
+                found += [child.pid for child in psutil.Process(process.pid).children()]
+        return found
+
+    def wait_until(self, condition: Callable[[], bool], *, timeout_s: float = 120.0) -> bool:
+        """Wait for `condition`; false if the run ended before."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            if not self.running():
+                return False
+            assert time.monotonic() < end, "nothing happened\n" + self.said()
+            time.sleep(0.002)
+        return True
+
+    def send(self, number: int, *, ranks: Sequence[int] = range(RANKS)) -> None:
+        """Signal some ranks."""
+        for rank in ranks:
+            pid = self.ranks[rank].pid
+            assert pid is not None
+            if self.ranks[rank].exitcode is None:
+                os.kill(pid, number)
+
+    def end(self, *, timeout_s: float = 120.0) -> list[int | None]:
+        """Wait until all ranks have ended; exit codes, negative for a signal."""
+        end = time.monotonic() + timeout_s
+        for process in self.ranks:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.ranks]
+        if None in codes:
+            self.send(signal.SIGKILL)
+            raise AssertionError(f"exit codes {codes} after {timeout_s} s\n{self.said()}")
+        return codes
+
+    def said(self) -> str:
+        """What the ranks printed."""
+        return "\n".join(output.read_text()[-3000:] for output in self.outputs)
+
+
+def gone(pids: Sequence[int], *, timeout_s: float = 20.0) -> bool:
+    """Whether all processes end in time; data workers notice the end of their rank in seconds."""
+    end = time.monotonic() + timeout_s
+    while any(_alive(pid) for pid in pids):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _rank(rank: int, port: str, output: str, slow_disk_s: float, arguments: list[str]) -> None:
+    with open(output, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= environment_of(rank, port)
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as everywhere else
+    torch.set_num_threads(1)
+    if slow_disk_s:
+        _slow_down_the_disk(slow_disk_s)
+    from dinoscale import __main__
+
+    sys.argv = ["dinoscale", *arguments]
+    __main__.main()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def environment_of(rank: int, port: str) -> dict[str, str]:
+    """What a launcher says to a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _slow_down_the_disk(seconds: float) -> None:
+    from dinoscale.checkpoint import save
+
+    def flush(path: Path) -> None:
+        time.sleep(seconds)
+        sums.flush(path)
+
+    save.flush = flush
+
+
+def steps_logged(run_dir: Path) -> int:
+    """The last step in metrics.jsonl, 0 before the first."""
+    return max(losses(run_dir), default=0)
+
+
+def losses(run_dir: Path) -> dict[int, tuple[float, float, float]]:
+    """Step -> loss, teacher entropy and gradient norm; a line cut off by a crash is passed over."""
+    path, found = run_dir / "metrics.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in record:
+            values = record["loss"], record["teacher_entropy"], record["grad_norm"]
+            found[int(record["step"])] = values
+    return found
+
+
+def newest_step(run_dir: Path) -> int:
+    """Of the newest checkpoint, 0 if there is none."""
+    found = checkpoints(run_dir)
+    return int(found[-1].name.removeprefix("step_")) if found else 0
+
+
+def same_checkpoint(first: Path, second: Path) -> bool:
+    """Whether two step_* directories hold the same numbers, bit for bit."""
+    one, other = Checkpoint(first), Checkpoint(second)
+    files = sorted(path.name for path in first.glob("*.safetensors"))
+    if files != sorted(path.name for path in second.glob("*.safetensors")):
+        return False
+    for name in files:
+        here, there = load_file(first / name), load_file(second / name)
+        if here.keys() != there.keys():
+            return False
+        if not all(torch.equal(here[key], there[key]) for key in here):
+            return False
+    same_steps = one.state["optimizer_steps"] == other.state["optimizer_steps"]
+    return same_steps and one.state["progress"] == other.state["progress"]
+
+
+def run_launcher(words: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+    """Start a real launcher; its output goes to `folder`/launcher.txt."""
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {"PATH": programs, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (folder / "launcher.txt").open("ab") as output:
+        return subprocess.Popen(
+            words,
+            env={**os.environ, **variables},
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
