@@ -1,6 +1,7 @@
 """Read a checkpoint: ranges of named tensors out of all ranks' files, at any world size."""
 
 import json
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,16 @@ from torch import Tensor
 
 from dinoscale.checkpoint.layout import EMA, FORMAT, MASTER, SHARED_FILE, STATE_FILE, checkpoints
 from dinoscale.errors import CheckpointError
+
+_DAMAGES = (  # how a file can fail that is cut off, or that we did not write
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    SafetensorError,
+)
 
 
 class Checkpoint:
@@ -39,7 +50,8 @@ class Checkpoint:
                 safe_open(file, framework="pt") for file in sorted(path.glob("shard_*.safetensors"))
             ]
             self._pieces = self._index()
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            _check_state(self.state)
+        except _DAMAGES as error:
             raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
 
     @property
@@ -71,6 +83,7 @@ class Checkpoint:
 
     def full(self, kind: str) -> dict[str, Tensor]:
         """Every tensor of a kind (`MASTER`, `EMA`) in full, float32, on the CPU."""
+        self.require(self.shapes)  # before memory is taken for more than the files hold
         return {
             name: self.read(kind, name, 0, torch.Size(shape).numel()).view(shape)
             for name, shape in self.shapes.items()
@@ -123,8 +136,17 @@ class Checkpoint:
             for key in file.keys():  # noqa: SIM118  # not a mapping
                 numel = file.get_slice(key).get_shape()[0]
                 name = key.split("/", 1)[1]
-                pieces.setdefault(key, []).append((starts[name], numel, file))
+                pieces.setdefault(key, []).append((index(starts[name]), numel, file))
         return pieces
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    """Raise ValueError where what every reader relies on is of another type."""
+    sizes = [size for shape in state["shapes"].values() for size in shape]
+    if type(state["step"]) is not int or not isinstance(state["config"], dict):
+        raise ValueError(f"{STATE_FILE} needs a whole number as step and a mapping as config")
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"{STATE_FILE} holds a shape that is none")
 
 
 def newest(run_dir: Path) -> Path | None:
