@@ -362,7 +362,7 @@ class Run:
 
 
 def _progress_of(checkpoint: Checkpoint | None) -> Progress:
-    return Progress() if checkpoint is None else Progress(**checkpoint.state["progress"])
+    return Progress() if checkpoint is None else checkpoint.progress
 
 
 def _keep(config: RunConfig, plan: RunPlan) -> Keep:

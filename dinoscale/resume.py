@@ -69,9 +69,9 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
     """
     saved_config, saved_plan = checkpoint.state["config"], checkpoint.state["plan"]
     pairs = {
-        "seed": (saved_config["seed"], config.seed),
-        "train.batch_size": (saved_plan["batch_size"], plan.batch_size),
-        "the number of images in data.train": (saved_plan["num_images"], plan.num_images),
+        "seed": (saved_config.get("seed"), config.seed),
+        "train.batch_size": (saved_plan.get("batch_size"), plan.batch_size),
+        "the number of images in data.train": (saved_plan.get("num_images"), plan.num_images),
     }
     for name, (then, now) in pairs.items():
         if then != now:
@@ -96,11 +96,16 @@ def restore(checkpoint: Checkpoint, student: Student, teacher: Teacher) -> None:
     Raises:
         CheckpointError: on every rank: another model, or parts are missing.
     """
-    distributed.together(lambda: checkpoint.require(student.shapes))
+    buffers_here = {"student": student.buffers(), "teacher": teacher.buffers()}
+    shared = {"center": teacher.center}
+    for owner, buffers in buffers_here.items():
+        shared |= {f"{owner}/{name}": value for name, value in buffers.items()}
+    shapes = {name: tuple(value.shape) for name, value in shared.items()}
+    distributed.together(lambda: checkpoint.require(student.shapes, shapes))
     student.restore_master(lambda *at: checkpoint.read(MASTER, *at))
     student.restore_optimizer(checkpoint.read, checkpoint.state["optimizer_steps"])
     teacher.restore(lambda *at: checkpoint.read(EMA, *at), checkpoint.shared["center"])
-    for owner, buffers in (("student", student.buffers()), ("teacher", teacher.buffers())):
+    for owner, buffers in buffers_here.items():
         for name, value in checkpoint.buffers(owner).items():
             buffers[name].copy_(value)
 

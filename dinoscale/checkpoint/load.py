@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinoscale.checkpoint.layout import EMA, FORMAT, MASTER, SHARED_FILE, STATE_FILE, checkpoints
+from dinoscale.checkpoint.progress import Progress
 from dinoscale.checkpoint.sums import read_sums, verify
 from dinoscale.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+
+_DAMAGES = (  # how a file can fail that is cut off, or that we did not write
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    SafetensorError,
+)
 
 
 class Checkpoint:
@@ -47,13 +59,26 @@ class Checkpoint:
                 if name.startswith("shard_")
             ]
             self._pieces = self._index()
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            _check_state(self.state)
+        except _DAMAGES as error:
             raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
         return int(self.state["step"])
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run had come.
+
+        Raises:
+            CheckpointError: state.json says other things about it than this version.
+        """
+        try:
+            return Progress(**self.state["progress"])
+        except TypeError as error:
+            raise CheckpointError(f"{self.path / STATE_FILE}: progress: {error}") from error
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,6 +104,7 @@ class Checkpoint:
 
     def full(self, kind: str) -> dict[str, Tensor]:
         """Every tensor of a kind (`MASTER`, `EMA`) in full, float32, on the CPU."""
+        self._require_elements()  # before memory is taken for more than the files hold
         return {
             name: self.read(kind, name, 0, torch.Size(shape).numel()).view(shape)
             for name, shape in self.shapes.items()
@@ -93,27 +119,37 @@ class Checkpoint:
             if name.startswith(prefix)
         }
 
-    def require(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def require(
+        self, shapes: dict[str, tuple[int, ...]], shared: dict[str, tuple[int, ...]]
+    ) -> None:
         """Refuse a checkpoint of another network, or one with a shard missing.
+
+        Args:
+            shapes: parameter name -> full shape.
+            shared: the same of what `shared` has to hold.
 
         Raises:
             CheckpointError: naming the first differences.
         """
-        own = self.shapes
+        there = self.shapes | {name: tuple(value.shape) for name, value in self.shared.items()}
+        here = shapes | shared
         differences = [
-            f"{name} is {_text(own.get(name))} there and {_text(shapes.get(name))} here"
-            for name in sorted(own.keys() | shapes.keys())
-            if own.get(name) != shapes.get(name)
+            f"{name} is {_text(there.get(name))} there and {_text(here.get(name))} here"
+            for name in sorted(there.keys() | here.keys())
+            if there.get(name) != here.get(name)
         ]
         if differences:
             raise CheckpointError(
                 f"{self.path} is a checkpoint of another model ({len(differences)} of"
-                f" {len(own)} tensors differ): {'; '.join(differences[:3])}."
+                f" {len(there)} tensors differ): {'; '.join(differences[:3])}."
                 " Choose another run_dir, or the configuration the run was started with"
             )
 
+        self._require_elements()
+
+    def _require_elements(self) -> None:
         for kind in (MASTER, EMA):
-            for name, shape in own.items():
+            for name, shape in self.shapes.items():
                 found = sum(count for _, count, _ in self._pieces.get(f"{kind}/{name}", []))
                 self._require_all(kind, name, found, torch.Size(shape).numel())
 
@@ -131,8 +167,18 @@ class Checkpoint:
             for key in file.keys():  # noqa: SIM118  # not a mapping
                 numel = file.get_slice(key).get_shape()[0]
                 name = key.split("/", 1)[1]
-                pieces.setdefault(key, []).append((starts[name], numel, file))
+                pieces.setdefault(key, []).append((index(starts[name]), numel, file))
         return pieces
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    """Raise ValueError where what every reader relies on is of another type."""
+    sizes = [size for shape in state["shapes"].values() for size in shape]
+    mappings = [state[name] for name in ("config", "plan", "progress", "optimizer_steps")]
+    if type(state["step"]) is not int or not all(isinstance(m, dict) for m in mappings):
+        raise ValueError(f"{STATE_FILE} needs a whole number as step and mappings as config etc.")
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"{STATE_FILE} holds a shape that is none")
 
 
 def first_good(
@@ -153,6 +199,8 @@ def first_good(
             return open_one(path), errors
         except CheckpointError as error:  # noqa: PERF203  # a few paths, once a start
             errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
     if errors:
         raise CheckpointError(
             f"none of the {len(errors)} checkpoints in {found[0].parent} can be used: "

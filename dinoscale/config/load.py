@@ -19,14 +19,16 @@ from dinoscale.config.yaml_text import read_yaml, write_yaml
 from dinoscale.errors import ConfigError
 
 _COMMAND_LINE = "command line"
+_MAX_FILES = 100  # files that name each other twice would be read 2^n times
 
 
 @dataclass
 class _Merged:
-    """Values merged so far, and which file each dotted key came from."""
+    """Values merged so far, which file each dotted key came from, and how many files there were."""
 
     values: dict[str, object] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    num_files: int = 0
 
     def put(self, values: Mapping[str, object], *, origin: str) -> None:
         self._merge(self.values, values, origin=origin, prefix="")
@@ -123,16 +125,22 @@ def _find(name_or_path: str) -> Path:
 
 def _put_file(path: Path, merged: _Merged, *, chain: tuple[Path, ...]) -> None:
     """Merge the defaults of a file, then the file."""
+    merged.num_files += 1
+    if merged.num_files > _MAX_FILES:
+        raise ConfigError(f"{path}: more than {_MAX_FILES} files in all defaults together")
+    values = _read_mapping(path, wanted_by=chain[-1] if chain else None)
     real = path.resolve()
     if real in chain:
         circle = " -> ".join(step.name for step in (*chain[chain.index(real) :], real))
         raise ConfigError(f"{path}: its defaults lead back to itself: {circle}")
-    values = _read_mapping(path, wanted_by=chain[-1] if chain else None)
     parents = values.pop("defaults", [])
     if not isinstance(parents, list) or not all(isinstance(item, str) for item in parents):
         raise ConfigError(f"{path}: defaults: needs a list of file paths, got {show(parents)}")
     for parent in parents:
-        _put_file(path.parent / parent, merged, chain=(*chain, real))
+        file = path.parent / parent
+        if os.path.exists(file) and not os.path.isfile(file):  # a pipe or a device has no end
+            raise ConfigError(f"{path}: defaults: {parent!r} is a folder or a device, not a file")
+        _put_file(file, merged, chain=(*chain, real))
     merged.put(values, origin=str(path))
 
 
@@ -146,10 +154,13 @@ def _read_mapping(path: Path, *, wanted_by: Path | None) -> dict[str, object]:
     except OSError as error:
         user = f" (in the defaults of {wanted_by})" if wanted_by else ""
         raise ConfigError(f"{path}: cannot be read: {error.strerror}{user}") from error
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r}: cannot be the name of a file ({error})") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: needs a mapping of keys to values, got {show(values)}")
+        found = "text" if isinstance(values, str) else show(values)  # maybe a file of passwords
+        raise ConfigError(f"{path}: needs a mapping of keys to values, got {found}")
     return values
 
 

@@ -48,7 +48,7 @@ def parse_card(text: str) -> BackboneCard:
     """
     try:
         card = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its card is not JSON ({error})") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         found = card.get("format") if isinstance(card, dict) else card

@@ -37,7 +37,7 @@ RESIZE_TO_CROP = 256 / 224  # the reference evaluates the center 224 of 256 pixe
 
 _PREFIXES = ("module.", "backbone.")
 _UNUSED = ("head.", "fc.")  # the projection head and a classifier: no part of the backbone
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 _SCALAR: Any = np.float64(0).__reduce__()[0]  # numpy's scalar constructor, moved in numpy 2
 _SAFE_GLOBALS: list[Any] = [  # what `args` and the scheduled numbers of the optimizer are made of
     argparse.Namespace,

@@ -72,14 +72,18 @@ def load_backbone(
         CheckpointError: the file is missing, damaged, unknown, or does not fit its architecture.
     """
     state, card = read_backbone(path, network=network, num_heads=num_heads)
+    if (card.backbone.depth or 0) > len(state):
+        blocks = card.backbone.depth
+        raise CheckpointError(f"{path}: {len(state)} tensors cannot be {blocks} blocks of a ViT")
     try:
-        backbone = build_backbone(**asdict(card.backbone))
+        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+            expected = build_backbone(**asdict(card.backbone)).state_dict()
     except (ConfigError, ValueError) as error:
         raise CheckpointError(f"{path}: its backbone cannot be built: {error}") from error
-    expected = backbone.state_dict()
     problem = _mismatch(state, expected)
     if problem:
         raise CheckpointError(f"{path}: {problem}")
+    backbone = build_backbone(**asdict(card.backbone))
     backbone.load_state_dict(state)
     log.info("%s: %d of %d tensors loaded", path, len(state), len(expected))
     return backbone.eval().requires_grad_(False), card

@@ -119,14 +119,14 @@ def _listed_paths(path: Path) -> set[str]:
     """Files already listed; a line cut off by a crash is passed over."""
     if not path.exists():
         return set()
-    return {_listed_path(line) for line in path.read_text(encoding="utf-8").splitlines()}
+    return {_listed_path(line) for line in path.read_bytes().splitlines()}
 
 
-def _listed_path(line: str) -> str:
+def _listed_path(line: bytes) -> str:
     """Path in a line; empty for a damaged one, which is the name of no file."""
     try:
         return str(json.loads(line)["path"])
-    except (ValueError, KeyError, TypeError):
+    except Exception:  # a damaged line can fail in any way
         return ""
 
 

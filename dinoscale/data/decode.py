@@ -73,7 +73,7 @@ def decode_image(data: bytes, path: str) -> Image.Image:
 
     Raises:
         BadSampleError: truncated, damaged, too large (more than twice Pillow's
-            `MAX_IMAGE_PIXELS`), or not an image.
+            `MAX_IMAGE_PIXELS`), a PostScript program, or not an image.
     """
     try:
         with warnings.catch_warnings():
@@ -85,7 +85,9 @@ def decode_image(data: bytes, path: str) -> Image.Image:
 
 def _decode(data: bytes) -> Image.Image:
     """Open, load, convert, rotate; raises whatever Pillow raises."""
-    with Image.open(io.BytesIO(data)) as opened:
+    with Image.open(io.BytesIO(data)) as opened:  # reads the header only
+        if opened.format == "EPS":
+            raise ValueError("EPS is a program that Ghostscript would have to run, not a picture")
         opened.load()
         if min(opened.size) < 1:
             raise ValueError(f"the picture is {opened.width} x {opened.height} pixels")

@@ -54,7 +54,7 @@ def open_source(spec: str) -> Source:
     Args:
         spec: a folder of images (flat, nested or one subfolder a class), a folder of .tar shards,
             a .tar, a brace pattern (`/data/train-{000..007}.tar`), a glob (`/data/*.tar`), or
-            `synthetic:...`. A comma has no meaning of its own.
+            `synthetic:...`. `~` in front is the home folder; a comma has no meaning of its own.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it holds no images.

@@ -25,6 +25,7 @@ _COMPRESSED = (  # magic number, its name, what unpacks it
 _FILES = b"0\x007"  # plain, plain of 1979, contiguous
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes: whatever their size field says
 _PAX, _LONG_NAME, _SPARSE = b"xX", b"L", b"S"
+_MAX_DIGITS = 19  # of the largest size of a file, 2^63 - 1; Python refuses thousands of digits
 
 
 class Member(NamedTuple):
@@ -133,6 +134,8 @@ def _number(data: bytes) -> int:
     if data[0] == 0x80:
         return int.from_bytes(data[1:], "big")
     text = data.partition(b"\0")[0].strip()
+    if text and not text.isdigit():  # a negative size would lead back to an earlier header
+        raise ValueError(text)
     return int(text, 8) if text else 0
 
 
@@ -151,14 +154,21 @@ def _pax(data: bytes, path: str) -> tuple[bytes, int]:
     name, size = b"", -1
     while data.strip(b"\0"):
         length = data.partition(b" ")[0]
-        if not length.isdigit() or not len(length) < int(length) <= len(data):
+        if not _is_size(length) or not len(length) < int(length) <= len(data):
             raise _damaged(path, "a pax header is not valid")
         key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         if key == b"path":
             name = value
-        elif key == b"size" and value.isdigit():
+        elif key == b"size":
+            if not _is_size(value):
+                raise _damaged(path, "a pax header is not valid")
             size = int(value)
         elif key.startswith(b"GNU.sparse"):
             raise DataError(f"the shard {path} holds sparse files. Pack it without --sparse.")
         data = data[int(length) :]
     return name, size
+
+
+def _is_size(text: bytes) -> bool:
+    """Whether it is a number of bytes that a file can have."""
+    return text.isdigit() and len(text) <= _MAX_DIGITS

@@ -129,30 +129,38 @@ def peak_memory_bytes() -> int:
 def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
     if len(kept) < len(lines):
         beside = path.with_suffix(".jsonl.part")
-        beside.write_text("".join(kept))
+        beside.write_bytes(b"".join(kept))
         beside.replace(path)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")  # a line cut off by a crash
+    except Exception:  # cut off by a crash, or anything else: a damaged line can fail in any way
+        return float("inf")
 
 
 def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    """Offline unless WANDB_MODE says otherwise; a failure costs the plots, not the run."""
+    """Offline unless WANDB_MODE says otherwise; a failure costs the plots, not the run.
+
+    Neither git nor code: the address of a remote may hold a token, uncommitted files anything.
+    """
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb
 
         return wandb.init(
-            project=project, name=run_dir.name, dir=str(run_dir), config=config, resume="allow"
+            project=project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=config,
+            resume="allow",
+            settings=wandb.Settings(disable_git=True, disable_code=True),
         )
     except Exception as error:  # wandb raises many types of its own
         log.warning("no wandb: %s (log.wandb=false turns it off)", error)

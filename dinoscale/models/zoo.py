@@ -81,7 +81,7 @@ def _vit(name: str, *, img_size: int, **changed: int) -> VisionTransformer:
             **changed,
         )
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error) or type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"model.backbone: timm cannot build {name!r} as a ViT with a class token: {reason}"
         ) from error

@@ -74,7 +74,8 @@ def _save(run_dir: Path, step: int, student: Any, teacher: Any, *, keep_last: in
     from dinoscale.checkpoint.save import Saver
 
     saver = Saver(run_dir, Keep(last=keep_last))
-    assert saver.begin(step, student, teacher, {"config": {}}) is None
+    about: dict[str, Any] = {"config": {}, "plan": {}, "progress": {}}
+    assert saver.begin(step, student, teacher, about) is None
     result = saver.wait()
     assert result is not None
     if result.error is not None:
@@ -121,7 +122,7 @@ def test_failed_save_leaves_earlier_and_later_checkpoints_whole(
     assert [messages["left_by_full_disk"] for messages in of_ranks] == ["False", "False"]
     for step in (3, 4):
         checkpoint = Checkpoint(directory(root / "good", step))
-        checkpoint.require(checkpoint.shapes)
+        checkpoint.require(checkpoint.shapes, {"center": (33,)})
 
 
 def test_old_checkpoints_are_deleted_and_one_that_cannot_be_does_not_stop_the_run(

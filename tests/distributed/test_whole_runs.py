@@ -54,7 +54,7 @@ def _load_and_save(source: Path, config: RunConfig) -> None:
     student, teacher = build_pair(config, tiny_plan(config))
     restore(checkpoint, student, teacher)
     saver = Saver(Path(config.run_dir), Keep(last=1))
-    saver.begin(checkpoint.step, student, teacher, {})
+    saver.begin(checkpoint.step, student, teacher, {"config": {}, "plan": {}, "progress": {}})
     result = saver.wait()
     assert result is not None
     assert result.error is None
