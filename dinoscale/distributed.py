@@ -88,8 +88,12 @@ def _number(environ: Mapping[str, str], launcher: str, name: str) -> int | None:
         raise LaunchError(f"{launcher}: {name}={text!r} is not a whole number") from None
 
 
-def start(process: Process) -> None:
+def start(process: Process, *, timeout: timedelta = MEETING_TIMEOUT) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and say so in the environment.
+
+    Args:
+        process: who this process is.
+        timeout: how long to wait for the others, now and in every collective.
 
     Raises:
         LaunchError: the address is unknown, or its port is taken on this machine.
@@ -118,7 +122,7 @@ def start(process: Process) -> None:
         _require_free_port(int(environ["MASTER_PORT"]))
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=MEETING_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
         first = str(error).splitlines()[0]

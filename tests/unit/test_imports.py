@@ -20,7 +20,7 @@ LEVELS: list[set[str]] = [
     {"evaluate"},
     {"checkpoint", "hooks", "rundir"},
     {"trainer"},
-    {"quickstart"},
+    {"quickstart", "doctor"},
     {"cli"},
     {"__main__"},
 ]
