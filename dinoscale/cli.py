@@ -11,6 +11,7 @@ _EPILOG = """examples:
   dinoscale train vit_s16 data.train=/data/images run_dir=runs/first
   deepspeed --module dinoscale train vit_s16 data.train='/data/train-{000..099}.tar'
   torchrun --nproc-per-node 8 -m dinoscale train my_run.yaml engine.zero_stage=3
+  deepspeed --module dinoscale doctor vit_s16 data.train=/data/images run_dir=runs/first
   dinoscale config vit_b16 train.batch_size=512 --world-size 8
   dinoscale export runs/first weights.safetensors
   dinoscale evaluate knn weights.safetensors --train /data/train --test /data/val
@@ -66,6 +67,25 @@ def _add_planning(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     config.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default 1)")
     config.add_argument("--json", action="store_true", help="one JSON object instead of text")
     config.set_defaults(run=_config)
+    doctor = commands.add_parser(
+        "doctor",
+        help="check machine, network, data, disk and plan before a long run; trains nothing",
+        description="Pre-flight. Put `doctor` where `train` will stand, under the same launcher"
+        " and with the same settings: all ranks check versions, devices, CPU cores, bf16, shared"
+        " memory, the network between them, the images, run_dir and the room for checkpoints."
+        " Without CONFIG, the machine alone. Sentences go to stderr, one JSON object to stdout;"
+        " exit code 2 if there is a problem, 0 if there are warnings at most.",
+    )
+    doctor.add_argument("config", nargs="?", metavar="CONFIG", help=_CONFIG_HELP)
+    doctor.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDE_HELP)
+    doctor.add_argument(
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long to wait for a rank that does not answer (default 300); give it last",
+    )
+    doctor.set_defaults(run=_doctor)
     presets = commands.add_parser("presets", help="list the presets")
     presets.set_defaults(run=_presets)
 
@@ -173,6 +193,29 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
         return describe(config, plan)
     print(describe_text(config, plan), end="")
     return None
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from dinoscale.errors import ConfigError, LaunchError
+
+    if not 0 < options.timeout <= 86400:
+        raise ConfigError(f"--timeout: need more than 0 and at most a day, got {options.timeout}")
+    try:
+        from dinoscale import distributed
+    except (ImportError, OSError) as error:
+        raise LaunchError(f"torch does not load: {error}; install it anew") from error
+    from dinoscale.doctor.examine import examine
+
+    process = distributed.read_process(os.environ)
+    report = examine(options.config, options.overrides, process, timeout_s=options.timeout)
+    if process.rank == 0:
+        print(json.dumps(report.as_json()), flush=True)
+    if report.lost:  # no leaving in good order
+        raise LaunchError(report.lost)
+    distributed.gather_objects(None)  # launchers end all ranks as soon as one ends with a 2
+    distributed.stop()
+    if report.count("problem"):
+        raise SystemExit(2)
 
 
 def _presets(_options: argparse.Namespace) -> None:

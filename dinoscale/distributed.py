@@ -95,7 +95,7 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
 
     Args:
         process: who this is.
-        timeout_s: a collective that takes longer than this fails.
+        timeout_s: how long to wait for the others, now and in every collective.
 
     Raises:
         LaunchError: the address is unknown, or its port is taken on this machine.

@@ -15,6 +15,7 @@ from dinoscale.config import RunConfig, load_config
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.distributed import free_port
 from dinoscale.engine.build import build_networks
+from dinoscale.engine.precision import fastest_precision
 from dinoscale.errors import RunFailedError
 from dinoscale.evaluate.attention import evaluate_attention
 from dinoscale.evaluate.knn import evaluate_knn
@@ -59,22 +60,6 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
     }
     print(_in_words(config, result))
     return result
-
-
-def fastest_precision() -> str:
-    """bf16, unless this machine multiplies float32 matrices faster, as CPUs without bf16 do."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    seconds = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        a = torch.ones(2048, 256, device=device, dtype=dtype)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            (a @ a.T).sum().item()  # waits for the device
-            times.append(time.perf_counter() - begin)
-        seconds[name] = min(times)
-    log.info("matrix product: bf16 %.1f ms, fp32 %.1f ms", *(1e3 * s for s in seconds.values()))
-    return min(seconds, key=lambda name: seconds[name])
 
 
 def _pretrain(overrides: list[str]) -> None:

@@ -45,6 +45,17 @@ def _local_network(config: RunConfig) -> DinoNetwork:
     return DinoNetwork(backbone, head)
 
 
+def num_parameters(config: RunConfig) -> int:
+    """Scalars in the weights of the student, with its head; builds shapes only, takes no memory.
+
+    Raises:
+        ConfigError: there is no such backbone.
+    """
+    with torch.device("meta"):
+        network = _local_network(config)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def build_pair(config: RunConfig, plan: RunPlan) -> tuple[Student, Teacher]:
     """The sharded student and its teacher, both with the initial weights of the seed."""
     student_network, teacher_network = build_networks(config)

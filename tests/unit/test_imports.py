@@ -22,7 +22,7 @@ LEVELS: list[set[str]] = [
     {"resume"},
     {"loop"},
     {"trainer"},
-    {"quickstart"},
+    {"quickstart", "doctor"},
     {"cli"},
     {"__main__"},
 ]

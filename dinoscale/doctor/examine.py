@@ -1,0 +1,205 @@
+"""All checks in order; every rank runs the same line, rank 0 says what was found."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dinoscale import distributed
+from dinoscale.config import RunConfig, dump_config, load_config
+from dinoscale.distributed import Process, gather_objects
+from dinoscale.doctor import environment, machine, network, versions
+from dinoscale.doctor.report import Check, Report, ok, problem, ranks_text
+from dinoscale.errors import DinoscaleError, LaunchError, RunFailedError
+
+
+def examine(
+    name: str | None, overrides: Sequence[str], process: Process, *, timeout_s: float
+) -> Report:
+    """Check this machine or allocation, and whether the run `name` fits it.
+
+    All ranks call it instead of `distributed.start`, with the line they would train with.
+
+    Args:
+        name: preset or YAML file, None for the machine alone.
+        overrides: `section.key=value` that win over it.
+        process: who this process is.
+        timeout_s: how long to wait for a rank that does not answer, in seconds.
+
+    Returns:
+        The same checks on every rank; printed on rank 0.
+
+    Raises:
+        LaunchError: on all ranks but 0, the ranks could not meet.
+    """
+    report = Report(active=process.rank == 0)
+    variables = environment.steering_names(os.environ)  # before we set any ourselves
+    try:
+        report.section("ranks", [_meet(process, timeout_s)])
+        _together(report, name, overrides, process, variables)
+    except RunFailedError as error:
+        report.lost = str(error)
+        report.section("ranks", [problem("answer", report.lost)])
+    report.close()
+    return report
+
+
+def _meet(process: Process, timeout_s: float) -> Check:
+    try:
+        return _start(process, timeout_s)
+    except LaunchError as error:
+        if process.rank != 0:
+            raise
+        return problem("meeting", f"{error}; what follows holds for rank 0 alone")
+
+
+def _start(process: Process, timeout_s: float) -> Check:
+    address = network.require_address(process, os.environ)
+    crowded = machine.too_few_devices(
+        process,
+        num_devices=torch.cuda.device_count(),
+        knows_node="LOCAL_WORLD_SIZE" in os.environ or "LOCAL_SIZE" in os.environ,
+    )
+    if crowded:
+        raise LaunchError(crowded)
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an error, not an abort, when late
+    begin = time.monotonic()
+    distributed.start(process, timeout_s=timeout_s)
+    ranks = gather_objects(process.rank)  # the first word: NCCL connects only now
+    took = f"{len(ranks)} met in {time.monotonic() - begin:.1f} s"
+    return ok("meeting", f"{address}; {took}" if len(ranks) > 1 else address)
+
+
+def _together(
+    report: Report,
+    name: str | None,
+    overrides: Sequence[str],
+    process: Process,
+    variables: list[str],
+) -> None:
+    """Everything after the meeting. Every rank takes the same way through it."""
+    facts = gather_objects(machine.look(process))
+    hosts = [of_rank.host for of_rank in facts]
+    loads = _libraries(report, hosts)
+    config, config_checks = _config(name, overrides, hosts)
+    num_workers = config.data.num_workers if config else None
+    report.section(
+        "machine",
+        [
+            *machine.judge_devices(facts),
+            *machine.judge_cores(facts, num_workers=num_workers),
+            machine.judge_precision(facts, precision=config.engine.precision if config else None),
+            machine.judge_shared_memory(facts, config),
+            environment.judge_variables(gather_objects(variables), hosts),
+        ],
+    )
+    parameters = None
+    if name is not None:
+        report.section("configuration", config_checks)
+    if config is not None and loads:
+        parameters = _run(report, config, hosts, process)
+    measured = gather_objects(network.measure(process.device))
+    report.section(
+        "network",
+        network.judge_network(
+            measured,
+            hosts,
+            world_size=process.world_size,
+            gradient_bytes=_gradient_bytes(config, parameters),
+        ),
+    )
+
+
+def _libraries(report: Report, hosts: list[str]) -> bool:
+    """Versions and loading; whether everything loads on all ranks."""
+    found = versions.installed()
+    failures = gather_objects(versions.load())
+    loads = not any(failures)
+    if loads:
+        found["commit"] = versions.commit()
+    checks = versions.judge_versions(gather_objects(found), hosts)
+    if loads:
+        has_operators = gather_objects(versions.torchvision_has_operators())
+        checks += versions.judge_operators(has_operators, hosts)
+    report.section("libraries", [*checks, *versions.judge_loading(failures, hosts)])
+    return loads
+
+
+def _config(
+    name: str | None, overrides: Sequence[str], hosts: list[str]
+) -> tuple[RunConfig | None, list[Check]]:
+    """The configuration of this rank, None on all ranks if it is wrong on any."""
+    if name is None:
+        return None, []
+    config, error = None, None
+    try:
+        config = load_config(name, overrides)
+    except DinoscaleError as caught:
+        error = str(caught)
+    errors = gather_objects(error)
+    wrong = [rank for rank, text in enumerate(errors) if text]
+    if wrong:
+        where = "" if len(wrong) == len(hosts) else f"{ranks_text(wrong, hosts)}: "
+        return None, [problem("config", f"{where}{errors[wrong[0]]}")]
+    assert config is not None
+    texts = gather_objects(dump_config(config))
+    other = [rank for rank, text in enumerate(texts) if text != texts[0]]
+    if other:
+        lines = zip(texts[0].splitlines(), texts[other[0]].splitlines(), strict=False)
+        first, theirs = next(((a, b) for a, b in lines if a != b), ("more", "less"))
+        return config, [
+            problem(
+                "config",
+                f"rank 0 has `{first.strip()}`, {ranks_text(other, hosts)} `{theirs.strip()}`;"
+                " start all ranks with one line and one file",
+            )
+        ]
+    return config, [ok("config", f"{name} is valid")]
+
+
+def _run(report: Report, config: RunConfig, hosts: list[str], process: Process) -> int | None:
+    """Data, plan and storage of a run; the number of its weights, None if it cannot be built."""
+    from dinoscale.doctor import images, storage  # here, for they load the libraries
+
+    found = gather_objects(images.look(config, rank=process.rank, world_size=process.world_size))
+    train = found[0].get("data.train")
+    report.section(
+        "data",
+        [
+            *images.judge_images(found, hosts),
+            images.judge_plan(
+                config,
+                world_size=process.world_size,
+                num_images=train.num_images if train and not train.error else None,
+            ),
+        ],
+    )
+    parameters, model = _model(config)
+    shared = storage.check_shared(Path(config.run_dir), hosts)
+    checks = [model, shared]
+    if shared.verdict == "ok":  # else another run_dir will be chosen
+        checks.append(storage.check_resume(config))
+        if parameters is not None:
+            checks.append(storage.check_disk(config, parameters=parameters))
+    checks.append(environment.judge_wandb(config, os.environ))
+    report.section("run", distributed.broadcast_object(checks))  # rank 0's disk, model, login
+    return parameters
+
+
+def _model(config: RunConfig) -> tuple[int | None, Check]:
+    from dinoscale.engine.build import num_parameters
+
+    try:
+        parameters = num_parameters(config)
+    except DinoscaleError as error:
+        return None, problem("model", str(error))
+    said = f"{config.model.backbone}, {parameters / 1e6:.2f} M parameters with head"
+    return parameters, ok("model", said)
+
+
+def _gradient_bytes(config: RunConfig | None, parameters: int | None) -> int | None:
+    if config is None or parameters is None:
+        return None
+    return parameters * {"fp32": 4, "bf16": 2}[config.engine.communication_dtype]

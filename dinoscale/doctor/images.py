@@ -1,0 +1,145 @@
+"""Image sets: all ranks open them, see the same number, and can decode some of each."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dinoscale.config import RunConfig
+from dinoscale.config.resolve import resolve, split_batch
+from dinoscale.data.decode import BadSampleError
+from dinoscale.data.sources import Source, open_source
+from dinoscale.doctor.report import Check, count_text, ok, problem, ranks_text, warning
+from dinoscale.errors import ConfigError, DinoscaleError
+from dinoscale.evaluate.knn import renumber_classes
+
+_SAMPLES = 8  # images that each rank decodes of each set
+_DECODE_S = 20.0  # a slow disk may end it earlier
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What one rank found of one set.
+
+    Attributes:
+        spec: what the config names.
+        error: why it cannot be opened, or None.
+        num_images: in it.
+        num_decoded: of the tried ones.
+        bad: what is wrong with each of the others.
+        seconds: spent decoding.
+    """
+
+    spec: str
+    error: str | None = None
+    num_images: int = 0
+    num_decoded: int = 0
+    bad: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def look(config: RunConfig, *, rank: int, world_size: int) -> dict[str, Looked]:
+    """Open every set of the config and decode a few images of each, spread over the set."""
+    specs = {
+        "data.train": config.data.train,
+        "eval.train": config.eval.train,
+        "eval.test": config.eval.test,
+    }
+    found: dict[str, Looked] = {}
+    sources: dict[str, Source] = {}
+    for key, spec in specs.items():
+        if spec is None:
+            continue
+        try:
+            sources[key] = open_source(spec)
+            found[key] = _decode_some(sources[key], spec, rank=rank, world_size=world_size)
+        except (DinoscaleError, OSError) as error:
+            found[key] = Looked(spec, error=str(error))
+    if "eval.train" in sources and "eval.test" in sources:
+        try:
+            renumber_classes(sources["eval.train"], sources["eval.test"])
+        except DinoscaleError as error:
+            found["eval.test"] = Looked(specs["eval.test"] or "", error=str(error))
+    return found
+
+
+def sample_ids(*, num_images: int, rank: int, world_size: int) -> list[int]:
+    """Numbers of the images that a rank decodes: spread over the set, others on other ranks."""
+    number = min(_SAMPLES, num_images)
+    positions = [(i + rank / world_size) / number for i in range(number)]
+    return [int(position * num_images) for position in positions]
+
+
+def _decode_some(source: Source, spec: str, *, rank: int, world_size: int) -> Looked:
+    bad, decoded = [], 0
+    begin = time.perf_counter()
+    for index in sample_ids(num_images=len(source), rank=rank, world_size=world_size):
+        try:
+            source.image(index)
+            decoded += 1
+        except BadSampleError as error:
+            bad.append(str(error))
+        if time.perf_counter() - begin > _DECODE_S:
+            break
+    seconds = time.perf_counter() - begin
+    return Looked(spec, None, len(source), decoded, bad, seconds)
+
+
+def judge_images(of_ranks: Sequence[Mapping[str, Looked]], hosts: list[str]) -> list[Check]:
+    """One check of each set, over all ranks."""
+    keys = dict.fromkeys(key for found in of_ranks for key in found)
+    checks = [_judge_set(key, [found.get(key) for found in of_ranks], hosts) for key in keys]
+    if "data.train" not in keys:
+        text = "not set; name the images, for example data.train=/path/to/folder"
+        checks.insert(0, problem("data.train", text))
+    return checks
+
+
+def _judge_set(key: str, of_ranks: Sequence[Looked | None], hosts: list[str]) -> Check:
+    for rank, found in enumerate(of_ranks):
+        if found is None:
+            return problem(key, f"not set on {ranks_text([rank], hosts)}; give all ranks one line")
+        if found.error:
+            where = f"{ranks_text([rank], hosts)}: " if len(of_ranks) > 1 else ""
+            return problem(key, where + found.error)
+    known = [found for found in of_ranks if found is not None]
+    images = known[0].num_images
+    other = [rank for rank, found in enumerate(known) if found.num_images != images]
+    if other:
+        return problem(
+            key,
+            f"{images} images on rank 0 but {known[other[0]].num_images} on"
+            f" {ranks_text(other, hosts)}; give all nodes the same files",
+        )
+    bad = list(dict.fromkeys(text for found in known for text in found.bad))
+    decoded = sum(found.num_decoded for found in known)
+    if bad:
+        verdict = problem if decoded < len(bad) else warning
+        return verdict(
+            key,
+            f"{len(bad)} of {decoded + len(bad)} tried images of {known[0].spec} cannot be read,"
+            f" first {bad[0]}; mend or remove them, a run stops above data.max_bad_fraction",
+        )
+    slowest = min(found.num_decoded / max(found.seconds, 1e-9) for found in known)
+    return ok(
+        key,
+        f"{images} images in {known[0].spec}; {decoded} tried can be read,"
+        f" {slowest:.3g} images/s by one process",
+    )
+
+
+def judge_plan(config: RunConfig, *, world_size: int, num_images: int | None) -> Check:
+    """Whether the batch fits the ranks, and what it means in steps."""
+    try:
+        split = split_batch(config.train, world_size=world_size)
+        if num_images is None:
+            steps = "steps are not known without images"
+        else:
+            plan = resolve(config, world_size=world_size, num_images=num_images)
+            steps = f"{plan.steps_per_epoch} steps an epoch, {plan.stop_step} in all"
+    except ConfigError as error:
+        return problem("plan", str(error))
+    return ok(
+        "plan",
+        f"{config.train.batch_size} images a step = {count_text(world_size, 'rank')} x"
+        f" {split.micro_batch_size} x {split.accumulation_steps} (micro-batches); {steps}",
+    )

@@ -1,0 +1,269 @@
+"""One node: accelerators, CPU cores, threads, shared memory, speed of bf16."""
+
+import math
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dinoscale.config import RunConfig
+from dinoscale.distributed import Process
+from dinoscale.doctor.report import Check, count_text, ok, problem, ranks_text, size_text, warning
+from dinoscale.engine.precision import matrix_product_s
+
+SHARED_MEMORY = Path("/dev/shm")
+_SMALL_SHARED_BYTES = 512 * 2**20  # Docker gives 64 MiB unless told otherwise
+_FREE_FRACTION = 0.9  # of a device's memory; our own context takes about half a GB
+_SLOWER = 1.2  # ratio of times beyond the noise of a short measurement
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or microseconds per period
+
+
+@dataclass(frozen=True)
+class Device:
+    """The accelerator of one rank."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one rank sees of its node.
+
+    Attributes:
+        host: name of the node.
+        num_devices: accelerators that torch can use.
+        device: the one of this rank, None on a CPU.
+        why_no_device: what is odd about having none, or None.
+        cores: numbers of the CPU cores this process may use.
+        quota: cores that the container allows, None without a limit.
+        threads: of torch in this process.
+        shared_free_bytes: in /dev/shm, None where there is none.
+        product_s: seconds of a matrix product by precision.
+    """
+
+    host: str
+    num_devices: int
+    device: Device | None
+    why_no_device: str | None
+    cores: frozenset[int]
+    quota: float | None
+    threads: int
+    shared_free_bytes: int | None
+    product_s: dict[str, float]
+
+
+def look(process: Process) -> Machine:
+    """Look at this node; after `distributed.start`, which chooses device and threads."""
+    available = torch.cuda.is_available()
+    device = None
+    if available:
+        free, total = torch.cuda.mem_get_info(process.device)
+        device = Device(torch.cuda.get_device_name(process.device), total, free)
+    return Machine(
+        host=socket.gethostname(),
+        num_devices=torch.cuda.device_count() if available else 0,
+        device=device,
+        why_no_device=None if available else _why_no_device(),
+        cores=_cores(),
+        quota=_quota(_QUOTA.read_text() if _QUOTA.is_file() else "max"),
+        threads=torch.get_num_threads(),
+        shared_free_bytes=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
+        product_s=matrix_product_s(),
+    )
+
+
+def _why_no_device() -> str | None:
+    has_nvidia = any(Path("/dev").glob("nvidia[0-9]*"))
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built for CPUs only" if has_nvidia else None
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides all"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return (str(error).splitlines() or ["unknown reason"])[0][:200].rstrip(".")
+    return "torch does not say why"
+
+
+def _cores() -> frozenset[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def _quota(text: str) -> float | None:
+    """Cores from the two numbers of cgroup v2's cpu.max."""
+    words = text.split()
+    return None if len(words) != 2 or words[0] == "max" else int(words[0]) / int(words[1])
+
+
+def too_few_devices(process: Process, *, num_devices: int, knows_node: bool) -> str | None:
+    """Why this node cannot give every rank an accelerator, or None.
+
+    Args:
+        process: of this rank.
+        num_devices: accelerators of this node; on none, ranks share the CPU.
+        knows_node: `process.local_world_size` counts the ranks of this node only.
+    """
+    ranks = process.local_rank + 1
+    if knows_node:
+        ranks = max(ranks, process.local_world_size)
+    if not num_devices or ranks <= num_devices:
+        return None
+    return (
+        f"{ranks} ranks but {num_devices} accelerators on {socket.gethostname()};"
+        f" start {num_devices} ranks on it"
+    )
+
+
+def judge_devices(machines: Sequence[Machine]) -> list[Check]:
+    """Accelerators: seen, free, alike, and as many as ranks."""
+    hosts = [machine.host for machine in machines]
+    without = [rank for rank, machine in enumerate(machines) if machine.device is None]
+    if without:
+        return [_no_device(machines, without, hosts)]
+    checks = []
+    for host in dict.fromkeys(hosts):
+        ranks, there = hosts.count(host), machines[hosts.index(host)].num_devices
+        if ranks < there:
+            checks.append(
+                warning(
+                    "devices",
+                    f"{ranks} of {there} accelerators of {host} are used;"
+                    " the launchers start one rank for each",
+                )
+            )
+    devices = [machine.device for machine in machines if machine.device is not None]
+    for rank, device in enumerate(devices):
+        if device.free_bytes < _FREE_FRACTION * device.total_bytes:
+            checks.append(
+                warning(
+                    "devices",
+                    f"{size_text(device.total_bytes - device.free_bytes)} of"
+                    f" {size_text(device.total_bytes)} are in use on the accelerator of"
+                    f" {ranks_text([rank], hosts)}; end the other program, see nvidia-smi",
+                )
+            )
+    kinds = list(dict.fromkeys(device.name for device in devices))
+    if len(kinds) > 1:
+        checks.append(
+            warning("devices", f"the slowest of {', '.join(kinds)} sets the pace; use one kind")
+        )
+    said = f"{len(devices)} x {kinds[0]} with {size_text(devices[0].total_bytes)}"
+    return checks or [ok("devices", said)]
+
+
+def _no_device(machines: Sequence[Machine], without: list[int], hosts: list[str]) -> Check:
+    odd = [rank for rank in without if machines[rank].why_no_device]
+    why = machines[odd[0]].why_no_device if odd else "there is none"
+    if len(without) < len(machines):
+        return problem(
+            "devices",
+            f"{ranks_text(without, hosts)} without an accelerator ({why}), others have one;"
+            " take that node out, or mend its driver",
+        )
+    if odd:
+        return warning(
+            "devices",
+            f"training will use the CPU, torch sees no accelerator on {hosts[odd[0]]}: {why};"
+            " check nvidia-smi and that torch is built for this driver",
+        )
+    return ok("devices", f"no accelerator on {_names(hosts)}, training uses the CPU")
+
+
+def _names(hosts: list[str]) -> str:
+    names = list(dict.fromkeys(hosts))
+    return names[0] if len(names) == 1 else f"{len(names)} nodes"
+
+
+def judge_cores(machines: Sequence[Machine], *, num_workers: int | None) -> list[Check]:
+    """CPU cores of each node against its data workers and threads.
+
+    Args:
+        machines: of all ranks.
+        num_workers: loader processes per rank, None where no run is known.
+    """
+    checks = []
+    hosts = [machine.host for machine in machines]
+    for host in dict.fromkeys(hosts):
+        here = [machine for machine in machines if machine.host == host]
+        cores = len(frozenset().union(*(machine.cores for machine in here)))
+        quota = here[0].quota
+        if quota is not None:
+            cores = max(1, min(cores, math.ceil(quota)))
+        workers = len(here) * (num_workers or 0)
+        if workers > cores:
+            checks.append(
+                warning(
+                    "cores",
+                    f"{workers} data workers of {count_text(len(here), 'rank')} share"
+                    f" {cores} cores of {host}; data.num_workers={max(1, cores // len(here))} fits",
+                )
+            )
+        threads = sum(machine.threads for machine in here)
+        if here[0].device is None and threads > cores:
+            checks.append(
+                warning(
+                    "cores",
+                    f"{count_text(len(here), 'rank')} run {threads} threads on {cores} cores"
+                    f" of {host}; set OMP_NUM_THREADS={max(1, cores // len(here))}",
+                )
+            )
+        if not checks:
+            checks.append(
+                ok(
+                    "cores",
+                    f"{cores} of {host} for {count_text(len(here), 'rank')}, each with"
+                    f" {count_text(here[0].threads, 'thread')} and"
+                    f" {count_text(num_workers or 0, 'data worker')}",
+                )
+            )
+    bad = [check for check in checks if check.verdict != "ok"]
+    return bad or checks[:1]
+
+
+def judge_precision(machines: Sequence[Machine], *, precision: str | None) -> Check:
+    """Measured speed of bf16 against fp32, and what the run asks for."""
+    ratios = [machine.product_s["bf16"] / machine.product_s["fp32"] for machine in machines]
+    ratio = max(ratios)
+    worst = machines[ratios.index(ratio)]
+    times = f"bf16 {1e3 * worst.product_s['bf16']:.3g} ms"
+    times += f", fp32 {1e3 * worst.product_s['fp32']:.3g} ms for a small matrix product"
+    times += f" on {worst.host}"
+    if ratio > _SLOWER and precision != "fp32":
+        text = f"bf16 is {ratio:.1f} times slower than fp32 here ({times}); engine.precision=fp32"
+        return warning("precision", text) if precision else ok("precision", text + " is faster")
+    return ok("precision", times)
+
+
+def judge_shared_memory(machines: Sequence[Machine], config: RunConfig | None) -> Check:
+    """Room in /dev/shm, through which data workers hand over their batches."""
+    rooms = [machine.shared_free_bytes for machine in machines]
+    known = [room for room in rooms if room is not None]
+    if not known:
+        return ok("shared memory", f"{SHARED_MEMORY} does not exist here")
+    room = min(known)
+    host = machines[rooms.index(room)].host
+    here = sum(machine.host == host for machine in machines)
+    need = here * _worker_bytes(config) if config else _SMALL_SHARED_BYTES
+    if room < need:
+        return warning(
+            "shared memory",
+            f"{size_text(room)} free in {SHARED_MEMORY} of {host}, data workers may need"
+            f" {size_text(need)}; docker: --shm-size, or data.num_workers=0",
+        )
+    return ok("shared memory", f"{size_text(room)} free in {SHARED_MEMORY}")
+
+
+def _worker_bytes(config: RunConfig) -> int:
+    """Batches that the workers of one rank hold ready: two each and one on the way, uint8."""
+    crops = config.crops
+    pixels = 2 * crops.global_size**2 + crops.num_local * crops.local_size**2
+    batch = min(config.train.micro_batch_size, config.train.batch_size) * pixels * 3
+    return 3 * config.data.num_workers * batch

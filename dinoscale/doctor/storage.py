@@ -1,0 +1,200 @@
+"""run_dir: seen by all ranks, writable, and with room for the checkpoints."""
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoscale import distributed
+from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.config import RunConfig
+from dinoscale.doctor.report import Check, ok, problem, ranks_text, size_text, warning
+
+_SEEN_WITHIN_S = 10.0  # network file systems keep old listings for seconds
+_MOMENTS = {"adamw": 2, "sgd": 1}  # float32 values that the optimizer keeps for each weight
+
+
+@dataclass(frozen=True)
+class _Marker:
+    """What rank 0 wrote: where, and what; or why it could not."""
+
+    run_dir: str
+    name: str
+    token: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank found in its run_dir.
+
+    Attributes:
+        run_dir: absolute path on this rank.
+        seen: rank 0's marker was there.
+        error: why a file of its own could not be written, or None.
+    """
+
+    run_dir: str
+    seen: bool
+    error: str | None
+
+
+def check_shared(run_dir: Path, hosts: list[str]) -> Check:
+    """Let every rank look for a file that rank 0 writes; all ranks call it, nothing stays."""
+    made: list[Path] = []
+    path = run_dir.absolute()
+    marker = _write_marker(path, made) if distributed.rank() == 0 else None
+    try:
+        marker = distributed.broadcast_object(marker)
+        assert marker is not None
+        if marker.error:
+            return problem(
+                "run_dir",
+                f"rank 0 cannot write to {marker.run_dir}: {marker.error};"
+                " choose another with run_dir=PATH",
+            )
+        found = distributed.gather_objects(_look(path, marker))
+    finally:
+        _remove(path, marker, made)
+    return judge_shared(found, hosts)
+
+
+def _write_marker(path: Path, made: list[Path]) -> _Marker:
+    """Write a random file; directories that had to be made are added to `made`, deepest last."""
+    marker = _Marker(str(path), f".doctor_{secrets.token_hex(8)}", secrets.token_hex(16), None)
+    try:
+        for folder in [*reversed(path.parents), path]:
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        (path / marker.name).write_text(marker.token)
+    except OSError as error:
+        return _Marker(str(path), marker.name, marker.token, error.strerror or str(error))
+    return marker
+
+
+def _look(path: Path, marker: _Marker) -> Seen:
+    end = time.monotonic() + _SEEN_WITHIN_S
+    while not (seen := _reads(path / marker.name, marker.token)) and time.monotonic() < end:
+        with suppress(OSError):
+            os.listdir(path)  # makes a network file system ask the server again
+        time.sleep(0.1)
+    error = None
+    if seen:
+        own = path / f"{marker.name}_{distributed.rank()}"
+        try:
+            own.write_text(marker.token)
+            own.unlink()
+        except OSError as caught:
+            error = caught.strerror or str(caught)
+    return Seen(str(path), seen, error)
+
+
+def _reads(path: Path, token: str) -> bool:
+    try:
+        return path.read_text() == token
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _remove(path: Path, marker: _Marker | None, made: list[Path]) -> None:
+    if distributed.rank() != 0 or marker is None:
+        return
+    with suppress(OSError):
+        (path / marker.name).unlink()
+    for folder in reversed(made):
+        with suppress(OSError):  # not empty: somebody else uses it now
+            folder.rmdir()
+
+
+def judge_shared(found: Sequence[Seen], hosts: list[str]) -> Check:
+    """Name the ranks that do not see rank 0's file, or cannot write beside it."""
+    blind = [rank for rank, of_rank in enumerate(found) if not of_rank.seen]
+    if blind:
+        elsewhere = found[blind[0]].run_dir
+        return problem(
+            "run_dir",
+            f"{ranks_text(blind, hosts)} cannot see in {elsewhere} what rank 0 ({hosts[0]}) wrote"
+            f" to {found[0].run_dir}; put run_dir on a file system that all nodes share",
+        )
+    failed = [rank for rank, of_rank in enumerate(found) if of_rank.error]
+    if failed:
+        return problem(
+            "run_dir",
+            f"{ranks_text(failed, hosts)} cannot write to {found[0].run_dir}:"
+            f" {found[failed[0]].error}; give this user the right to write there",
+        )
+    seers = "seen and writable" if len(found) == 1 else f"seen and writable by {len(found)} ranks"
+    return ok("run_dir", f"{found[0].run_dir} is {seers}")
+
+
+def check_disk(config: RunConfig, *, parameters: int) -> Check:
+    """Free space at run_dir against the checkpoints of this run; on rank 0."""
+    run_dir = Path(config.run_dir).absolute()
+    try:
+        folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+        free_bytes, num_present = shutil.disk_usage(folder).free, len(checkpoints(run_dir))
+    except OSError as error:
+        reason = error.strerror or error
+        return problem("disk", f"{run_dir}: {reason}; choose another with run_dir=PATH")
+    return judge_disk(
+        free_bytes=free_bytes,
+        checkpoint_bytes=checkpoint_bytes(parameters, optimizer=config.optim.name),
+        num_checkpoints=num_checkpoints(config),
+        num_present=num_present,
+        path=str(run_dir),
+    )
+
+
+def check_resume(config: RunConfig) -> Check:
+    """Whether the run starts anew, goes on, or is refused; on rank 0."""
+    try:
+        present = checkpoints(Path(config.run_dir))
+    except OSError:
+        present = []  # `check_shared` says why
+    if present and not config.resume:
+        return problem(
+            "resume",
+            f"{config.run_dir} already holds a run and resume is false; choose another run_dir,"
+            " or delete that one",
+        )
+    if present:
+        return ok("resume", f"goes on from {present[-1]}")
+    return ok("resume", "no checkpoint in run_dir, starts anew")
+
+
+def checkpoint_bytes(parameters: int, *, optimizer: str) -> int:
+    """Size of a checkpoint of all ranks: float32 master, EMA and moments of each weight."""
+    return 4 * parameters * (2 + _MOMENTS[optimizer])
+
+
+def num_checkpoints(config: RunConfig) -> int:
+    """Most checkpoints that lie in run_dir at once, with the one being written."""
+    rule = config.checkpoint
+    for_good = 0 if rule.keep_every is None else config.train.epochs // rule.keep_every
+    measures = config.eval.train is not None
+    return rule.keep_last + for_good + (rule.keep_best and measures) + 1
+
+
+def judge_disk(
+    *, free_bytes: int, checkpoint_bytes: int, num_checkpoints: int, num_present: int, path: str
+) -> Check:
+    """A problem when not even one more checkpoint fits, a warning when not all do."""
+    more = max(1, num_checkpoints - num_present)
+    need, one = size_text(more * checkpoint_bytes), size_text(checkpoint_bytes)
+    free = f"{size_text(free_bytes)} free at {path}"
+    if free_bytes < checkpoint_bytes:
+        return problem(
+            "disk", f"{free}, one checkpoint needs {one}; make room or choose another run_dir"
+        )
+    if free_bytes < more * checkpoint_bytes:
+        return warning(
+            "disk",
+            f"{free}, {more} checkpoints need {need} ({one} each);"
+            " make room or lower checkpoint.keep_last",
+        )
+    return ok("disk", f"{free}, {more} checkpoints of {one} fit")

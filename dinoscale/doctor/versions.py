@@ -1,0 +1,144 @@
+"""Libraries: are they there, do they load, are they known to work, and equal on all ranks?"""
+
+import importlib
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from dinoscale.doctor.report import Check, ok, problem, ranks_text, warning
+
+Versions = Mapping[str, str | None]  # package, "python" or "commit" -> version, None if absent
+
+# As in pyproject.toml, which a test compares: (first that works, first that does not any more).
+SUPPORTED = {
+    "torch": ("2.6", None),
+    "torchvision": ("0.21", None),
+    "deepspeed": ("0.19.8", "0.20"),
+    "timm": ("1.0.24", None),
+    "webdataset": ("0.2.90", None),
+    "numpy": ("1.26", None),
+    "pillow": ("10.3", None),
+    "safetensors": ("0.4.3", None),
+    "pydantic": ("2.7", None),
+}
+# What must load for a training to start, and our module that loads it.
+_LOADED = {
+    "torchvision": "torchvision",
+    "timm": "timm",
+    "deepspeed": "dinoscale.engine.student",
+    "the data pipeline": "dinoscale.data.loader",
+}
+
+
+def installed() -> dict[str, str | None]:
+    """Version of python and of each package of `SUPPORTED`."""
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in SUPPORTED},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def load() -> dict[str, str]:
+    """Import what a training imports; the reason, by name, where that fails."""
+    failures = {name: _why_not(module) for name, module in _LOADED.items()}
+    return {name: reason for name, reason in failures.items() if reason}
+
+
+def _why_not(module: str) -> str | None:
+    try:
+        importlib.import_module("dinoscale.models._torchvision").ensure_torchvision()
+        importlib.import_module(module)
+    except Exception as error:  # a library that does not load may raise anything
+        first = (str(error).splitlines() or [""])[0][:300]
+        return f"{type(error).__name__}: {first}"
+    return None
+
+
+def commit() -> str | None:
+    """Commit of our own code; only after `load` found nothing wrong."""
+    from dinoscale.rundir import versions
+
+    return versions()["commit"]
+
+
+def torchvision_has_operators() -> bool:
+    """Whether its compiled operators fit this torch; only after `load` found nothing wrong."""
+    return bool(importlib.import_module("torchvision.extension")._has_ops())
+
+
+def judge_versions(of_ranks: Sequence[Versions], hosts: list[str]) -> list[Check]:
+    """Known-bad versions on any rank, and versions that differ between ranks."""
+    checks = []
+    for package in SUPPORTED:
+        for rank, versions in enumerate(of_ranks):
+            reason = _why_bad(package, versions.get(package))
+            if reason:
+                where = ranks_text([rank], hosts) + " has " if len(of_ranks) > 1 else ""
+                checks.append(problem("versions", where + reason))
+                break  # the other ranks are most likely the same
+    for name in of_ranks[0]:
+        different = [r for r, found in enumerate(of_ranks) if found.get(name) != of_ranks[0][name]]
+        if different:
+            checks.append(
+                problem(
+                    "versions",
+                    f"{name} is {of_ranks[0][name]} on rank 0 but"
+                    f" {of_ranks[different[0]].get(name)} on {ranks_text(different, hosts)};"
+                    " use one environment and one checkout on all nodes",
+                )
+            )
+    said = ", ".join(f"{name} {found or 'absent'}" for name, found in of_ranks[0].items())
+    return checks or [ok("versions", said)]
+
+
+def _why_bad(package: str, found: str | None) -> str | None:
+    first, after = SUPPORTED[package]
+    wanted = f"{package}>={first}" + (f",<{after}" if after else "")
+    if found is None:
+        return f"no {package}; pip install '{wanted}'"
+    number = _number(found)
+    if number < _number(first) or (after is not None and number >= _number(after)):
+        return f"{package} {found}, which is not known to work; pip install '{wanted}'"
+    return None
+
+
+def _number(text: str) -> tuple[int, ...]:
+    """Leading numbers of a version, three of them: `2.13.0+cpu` is (2, 13, 0)."""
+    match = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", text)
+    return tuple(int(piece or 0) for piece in match.groups()) if match else (0, 0, 0)
+
+
+def judge_loading(of_ranks: Sequence[Mapping[str, str]], hosts: list[str]) -> list[Check]:
+    """Libraries that are installed and cannot be imported."""
+    return [
+        problem(
+            "libraries",
+            f"{name} does not load on {ranks_text([rank], hosts)}: {reason};"
+            " install it anew, see launchers/setup.sh",
+        )
+        for rank, failures in enumerate(of_ranks)
+        for name, reason in failures.items()
+    ]
+
+
+def judge_operators(of_ranks: Sequence[bool], hosts: list[str]) -> list[Check]:
+    """Report a torchvision of another torch build, which loads without its operators."""
+    without = [rank for rank, has in enumerate(of_ranks) if not has]
+    if not without:
+        return [ok("libraries", "deepspeed, timm and torchvision load")]
+    return [
+        warning(
+            "libraries",
+            f"torchvision's compiled operators do not load on {ranks_text(without, hosts)}:"
+            " it was built for another torch; training does not need them, but install torch and"
+            " torchvision from the same index",
+        )
+    ]

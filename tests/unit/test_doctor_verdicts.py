@@ -1,0 +1,296 @@
+"""What the pre-flight concludes from given facts."""
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dinoscale.distributed import Process
+from dinoscale.doctor import environment, machine, network, storage, versions
+from dinoscale.doctor.images import Looked, judge_images, judge_plan, sample_ids
+from dinoscale.doctor.machine import Device, Machine
+from dinoscale.doctor.network import LARGE_BYTES, Network
+from dinoscale.doctor.report import Check, size_text
+from dinoscale.doctor.storage import Seen
+from tests.distributed.tiny_run import tiny_config
+
+HOSTS = ["a", "b"]
+GOOD = {
+    "python": "3.12.3",
+    "torch": "2.13.0+cpu",
+    "torchvision": "0.28.0",
+    "deepspeed": "0.19.8",
+    "timm": "1.0.31",
+    "webdataset": "1.0.2",
+    "numpy": "2.4.6",
+    "pillow": "13.0.0",
+    "safetensors": "0.8.0",
+    "pydantic": "2.14.3",
+    "commit": "abc",
+}
+GPU = Device("H100", total_bytes=80 * 10**9, free_bytes=79 * 10**9)
+CPU_NODE = Machine(
+    host="a",
+    num_devices=0,
+    device=None,
+    why_no_device=None,
+    cores=frozenset(range(8)),
+    quota=None,
+    threads=4,
+    shared_free_bytes=10**10,
+    product_s={"bf16": 0.01, "fp32": 0.02},
+)
+GPU_NODE = replace(CPU_NODE, num_devices=2, device=GPU)
+
+
+def _one(checks: list[Check]) -> Check:
+    (check,) = checks
+    return check
+
+
+def _verdicts(checks: list[Check]) -> list[str]:
+    return [check.verdict for check in checks]
+
+
+@pytest.mark.parametrize(
+    ("package", "found", "says"),
+    [
+        ("deepspeed", "0.19.7", "deepspeed>=0.19.8,<0.20"),
+        ("deepspeed", "0.20.0", "deepspeed>=0.19.8,<0.20"),
+        ("timm", "1.0.9", "timm>=1.0.24"),
+        ("torch", "2.5.1+cu124", "torch>=2.6"),
+        ("torchvision", None, "no torchvision"),
+    ],
+)
+def test_known_bad_versions_are_a_problem(package: str, found: str | None, says: str) -> None:
+    check = _one(versions.judge_versions([{**GOOD, package: found}], ["a"]))
+    assert check.verdict == "problem"
+    assert says in check.text
+
+
+def test_known_good_versions_are_ok() -> None:
+    assert _one(versions.judge_versions([GOOD, GOOD], HOSTS)).verdict == "ok"
+
+
+@pytest.mark.parametrize("name", ["torch", "python", "commit"])
+def test_versions_that_differ_between_ranks_are_a_problem(name: str) -> None:
+    other = {**GOOD, name: "9.9.9"}
+    check = _one(versions.judge_versions([GOOD, other], HOSTS))
+    assert check.verdict == "problem"
+    assert f"{name} is {GOOD[name]} on rank 0 but 9.9.9 on rank 1 (b)" in check.text
+
+
+def test_supported_versions_are_those_of_the_package() -> None:
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    for package, (first, after) in versions.SUPPORTED.items():
+        wanted = f"{package}>={first}" + (f",<{after}" if after else "")
+        assert re.search(rf'^  "{re.escape(wanted)}",$', text, re.MULTILINE), wanted
+
+
+def test_operators_of_another_build_are_a_warning() -> None:
+    check = _one(versions.judge_operators([True, False], HOSTS))
+    assert check.verdict == "warning"
+    assert "rank 1 (b)" in check.text
+
+
+def test_devices() -> None:
+    two = [GPU_NODE, GPU_NODE]
+    assert _one(machine.judge_devices(two)).text == "2 x H100 with 80 GB"
+    assert "1 of 2 accelerators" in _one(machine.judge_devices(two[:1])).text
+    busy = replace(GPU_NODE, device=replace(GPU, free_bytes=10**10))
+    assert "70 GB of 80 GB are in use" in _one(machine.judge_devices([GPU_NODE, busy])).text
+    slow = replace(GPU_NODE, device=replace(GPU, name="T4"))
+    assert _one(machine.judge_devices([GPU_NODE, slow])).verdict == "warning"
+
+
+def test_missing_devices() -> None:
+    assert _one(machine.judge_devices([CPU_NODE])).verdict == "ok"
+    odd = replace(CPU_NODE, host="b", why_no_device="the driver is too old")
+    check = _one(machine.judge_devices([odd]))
+    assert check.verdict == "warning"
+    assert "the driver is too old" in check.text
+    check = _one(machine.judge_devices([GPU_NODE, odd]))
+    assert check.verdict == "problem"
+    assert "rank 1 (b)" in check.text
+
+
+def test_more_ranks_than_devices_is_refused_before_the_ranks_meet() -> None:
+    def reason(local_rank: int, *, num_devices: int, knows_node: bool) -> str | None:
+        process = Process(local_rank, world_size=4, local_rank=local_rank, local_world_size=4)
+        return machine.too_few_devices(process, num_devices=num_devices, knows_node=knows_node)
+
+    assert reason(0, num_devices=0, knows_node=True) is None
+    assert reason(3, num_devices=4, knows_node=True) is None
+    assert "4 ranks but 2" in (reason(0, num_devices=2, knows_node=True) or "")
+    assert reason(1, num_devices=2, knows_node=False) is None
+    assert reason(2, num_devices=2, knows_node=False)
+
+
+def test_cores() -> None:
+    two = [CPU_NODE, CPU_NODE]
+    assert _verdicts(machine.judge_cores(two, num_workers=4)) == ["ok"]
+    assert "data.num_workers=4 fits" in _one(machine.judge_cores(two, num_workers=5)).text
+    threads = [replace(node, threads=5) for node in two]
+    assert "OMP_NUM_THREADS=4" in _one(machine.judge_cores(threads, num_workers=0)).text
+    limited = [replace(node, quota=1.5, threads=1) for node in two]
+    assert "share 2 cores of a" in _one(machine.judge_cores(limited, num_workers=2)).text
+    apart = [replace(CPU_NODE, threads=8), replace(CPU_NODE, host="b", threads=8)]
+    assert _verdicts(machine.judge_cores(apart, num_workers=8)) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "verdict"), [("bf16", "warning"), ("fp32", "ok"), (None, "ok")]
+)
+def test_slow_bf16_is_a_warning_where_the_run_asks_for_it(
+    precision: str | None, verdict: str
+) -> None:
+    slow = replace(CPU_NODE, product_s={"bf16": 0.08, "fp32": 0.02})
+    check = machine.judge_precision([CPU_NODE, slow], precision=precision)
+    assert check.verdict == verdict
+    assert machine.judge_precision([CPU_NODE], precision=precision).verdict == "ok"
+
+
+def test_small_shared_memory_is_a_warning_for_data_workers_only() -> None:
+    small = replace(CPU_NODE, shared_free_bytes=2**14)
+    run = tiny_config(data={"num_workers": 4})
+    assert machine.judge_shared_memory([CPU_NODE, small], run).verdict == "warning"
+    assert machine.judge_shared_memory([CPU_NODE], run).verdict == "ok"
+    assert machine.judge_shared_memory([small], tiny_config()).verdict == "ok"
+    assert machine.judge_shared_memory([small], None).verdict == "warning"
+
+
+def _network(*, latency_s: float = 1e-4, speed: float = 1e9, clock: float = 0.0) -> Network:
+    return Network(latency_s, LARGE_BYTES / speed, [clock, clock + 1.0])
+
+
+def _judge(*of_ranks: Network) -> list[Check]:
+    return network.judge_network(of_ranks, HOSTS, world_size=2, gradient_bytes=10**8)
+
+
+def test_network() -> None:
+    fast = _network()
+    assert _verdicts(_judge(fast, fast)) == ["ok", "ok"]
+    assert "about 0.1 s for the gradients" in _judge(fast, fast)[0].text
+    assert _judge(fast, _network(latency_s=0.02))[0].verdict == "warning"
+    assert _judge(fast, _network(speed=1e7))[0].verdict == "warning"
+    late = _judge(fast, _network(clock=-3.0))[1]
+    assert late.verdict == "warning"
+    assert "rank 1 (b) up to 3.0 s behind rank 0" in late.text
+
+
+def test_one_slow_barrier_is_not_taken_for_a_wrong_clock() -> None:
+    disturbed = Network(1e-4, 0.01, [5.0, 1.0])
+    assert _judge(_network(), disturbed)[1].verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "num_present", "verdict"),
+    [(299, 0, "ok"), (300, 0, "ok"), (199, 0, "warning"), (99, 0, "problem"), (100, 1, "ok")],
+)
+def test_free_disk_against_checkpoints(free_bytes: int, num_present: int, verdict: str) -> None:
+    check = storage.judge_disk(
+        free_bytes=free_bytes,
+        checkpoint_bytes=100,
+        num_checkpoints=2,
+        num_present=num_present,
+        path="/runs",
+    )
+    assert check.verdict == verdict
+
+
+def test_checkpoint_size_and_number() -> None:
+    assert storage.checkpoint_bytes(1000, optimizer="adamw") == 16_000
+    assert storage.checkpoint_bytes(1000, optimizer="sgd") == 12_000
+    assert storage.num_checkpoints(tiny_config(train={"epochs": 100})) == 3  # no k-NN, no best
+    labelled = {"train": "synthetic:shapes", "test": "synthetic:shapes"}
+    config = tiny_config(train={"epochs": 100}, checkpoint={"keep_every": 25}, eval=labelled)
+    assert storage.num_checkpoints(config) == 8
+
+
+def test_ranks_that_cannot_use_run_dir_are_named() -> None:
+    good, blind = Seen("/runs", seen=True, error=None), Seen("/runs", seen=False, error=None)
+    assert storage.judge_shared([good, good], HOSTS).verdict == "ok"
+    check = storage.judge_shared([good, blind], HOSTS)
+    assert check.verdict == "problem"
+    assert check.text.startswith("rank 1 (b) cannot see")
+    refused = Seen("/runs", seen=True, error="Permission denied")
+    check = storage.judge_shared([good, refused], HOSTS)
+    assert check.verdict == "problem"
+    assert "rank 1 (b) cannot write to /runs: Permission denied" in check.text
+
+
+def test_run_that_may_not_be_resumed_is_a_problem(tmp_path: Path) -> None:
+    config = tiny_config(run_dir=str(tmp_path))
+    assert "anew" in storage.check_resume(config).text
+    (tmp_path / "checkpoints" / "step_00000012").mkdir(parents=True)
+    assert "step_00000012" in storage.check_resume(config).text
+    refused = config.model_copy(update={"resume": False})
+    assert storage.check_resume(refused).verdict == "problem"
+
+
+def test_samples_are_spread_over_the_set_and_over_ranks() -> None:
+    first, second = (sample_ids(num_images=1600, rank=r, world_size=2) for r in range(2))
+    assert first == list(range(0, 1600, 200))
+    assert second == list(range(100, 1600, 200))
+    assert sample_ids(num_images=3, rank=1, world_size=2) == [0, 1, 2]
+
+
+def test_images() -> None:
+    good = Looked("/data", num_images=100, num_decoded=8, seconds=0.1)
+    key = "data.train"
+
+    def judge(*found: Looked) -> Check:
+        return _one(judge_images([{key: one} for one in found], HOSTS))
+
+    assert judge(good, good).verdict == "ok"
+    assert "80 images/s" in judge(good, good).text
+    fewer = replace(good, num_images=99)
+    assert "100 images on rank 0 but 99 on rank 1 (b)" in judge(good, fewer).text
+    some = replace(good, num_decoded=7, bad=["/data/x.jpg: truncated"])
+    assert judge(good, some).verdict == "warning"
+    assert "/data/x.jpg: truncated" in judge(good, some).text
+    most = replace(good, num_decoded=1, bad=["x", "y"])
+    assert judge(most).verdict == "problem"
+    assert "rank 1 (b): gone" in judge(good, Looked("/data", error="gone")).text
+    assert _one(judge_images([{}], HOSTS)).verdict == "problem"
+
+
+def test_plan() -> None:
+    config = tiny_config()
+    assert "4 steps an epoch" in judge_plan(config, world_size=2, num_images=24).text
+    assert judge_plan(config, world_size=4, num_images=24).verdict == "problem"
+    assert judge_plan(config, world_size=4, num_images=None).verdict == "problem"
+    assert judge_plan(config, world_size=2, num_images=None).verdict == "ok"
+    assert judge_plan(config, world_size=2, num_images=5).verdict == "problem"
+
+
+def test_variables_are_named_and_never_shown() -> None:
+    names = environment.steering_names({"NCCL_DEBUG": "secret", "HOME": "/root"})
+    assert names == ["NCCL_DEBUG"]
+    assert environment.judge_variables([names, names], HOSTS).text == "set: NCCL_DEBUG"
+    check = environment.judge_variables([names, []], HOSTS)
+    assert check.verdict == "warning"
+    assert "NCCL_DEBUG is not set on rank 1 (b)" in check.text
+
+
+def test_wandb_says_where_the_curves_go() -> None:
+    on = tiny_config(log={"wandb": True})
+    key = {"WANDB_API_KEY": "secret"}
+    assert environment.judge_wandb(tiny_config(), {}).text == "off"
+    assert "offline in unused/wandb" in environment.judge_wandb(on, key).text
+    assert "wandb login" in environment.judge_wandb(on, {"WANDB_MODE": "online"}).text
+    assert environment.judge_wandb(on, key | {"WANDB_MODE": "online"}).text == "online"
+    assert environment.judge_wandb(on, {"WANDB_MODE": "ofline"}).verdict == "warning"
+
+
+def test_sizes_are_readable() -> None:
+    assert [size_text(n) for n in (999, 25_300_000_000, 7e17)] == ["999 B", "25.3 GB", "700000 TB"]
+
+
+def test_meeting_place_on_one_process_is_tried() -> None:
+    begin = time.monotonic()
+    alone = Process(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    assert "free port" in network.require_address(alone, {})
+    assert time.monotonic() - begin < 5
