@@ -27,8 +27,10 @@ from dinoscale.engine.depth_noise import depth_uniforms
 from dinoscale.engine.step import MicroBatch, StepMetrics, train_step
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
-from dinoscale.errors import ConfigError
+from dinoscale.errors import ConfigError, RunFailedError
 from dinoscale.evaluate.features import normalize_images
+from dinoscale.hooks.collapse import OBSERVE_EVERY, CollapseMonitor, Reading, read_targets
+from dinoscale.hooks.events import Events
 from dinoscale.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.hooks.probe import Probe
 from dinoscale.models.vit import stochastic_depth_keep
@@ -147,6 +149,14 @@ class _Run:
         self.source, self.student, self.teacher, self.probe = source, student, teacher, probe
         self.schedules = schedules_of(config, plan)
         self.bad = BadSampleLog(run_dir / "bad_samples.jsonl") if process.rank == 0 else None
+        self.events = Events(run_dir, active=process.rank == 0)
+        self.collapse = CollapseMonitor(
+            num_prototypes=config.head.num_prototypes,
+            student_temp=config.dino.student_temp,
+            center_momentum=config.dino.center_momentum,
+            warmup_steps=plan.warmup_steps,
+            freeze_steps=plan.freeze_last_layer_steps,
+        )
         self.pending_bad: list[Any] = []
         self.last: dict[str, float] = {}
 
@@ -181,8 +191,12 @@ class _Run:
             )
             watch.step_done(plan.batch_size)
             done = step + 1
-            if done % config.log.every_steps == 0 or done == stop_step:
-                self._record(done, now, result, watch)
+            is_logged = done % config.log.every_steps == 0 or done == stop_step
+            if is_logged or done % OBSERVE_EVERY == 0:
+                reading = self._read(now, result)
+                if is_logged:
+                    self._record(done, now, result, reading, watch)
+                self._watch(done, reading)
             self.metrics.advance(f"loss {result.loss:.3f}")
             self._after_step(done, is_last=done == stop_step)
         self.metrics.close()
@@ -234,7 +248,28 @@ class _Run:
         )
         return stochastic_depth_keep(uniforms, drop_path_rate=rate).to(self.process.device)
 
-    def _record(self, done: int, now: StepValues, result: StepMetrics, watch: Stopwatch) -> None:
+    def _read(self, now: StepValues, result: StepMetrics) -> Reading:
+        return read_targets(
+            self.teacher.mean_target,
+            loss=result.loss,
+            teacher_entropy=result.teacher_entropy,
+            teacher_temp=now.teacher_temp,
+        )
+
+    def _watch(self, done: int, reading: Reading) -> None:
+        """Warn of a collapse, or end the run; all ranks read the same numbers."""
+        alarm = self.collapse.observe(done, reading)
+        if alarm is None:
+            return
+        self.events.write(done, "collapse", kind=alarm.kind, text=alarm.text)
+        if self.config.train.stop_on_collapse:
+            raise RunFailedError(f"step {done}: {alarm.text} (train.stop_on_collapse)")
+        if self.process.rank == 0:
+            log.warning("step %d: %s", done, alarm.text)
+
+    def _record(
+        self, done: int, now: StepValues, result: StepMetrics, reading: Reading, watch: Stopwatch
+    ) -> None:
         """Write a log line; collective, because bad samples of all ranks are counted."""
         bad = self._count_bad(done)
         self.last["loss"] = result.loss
@@ -244,6 +279,8 @@ class _Run:
             "loss": result.loss,
             "teacher_entropy": result.teacher_entropy,
             "kl": result.kl,
+            "target_information": reading.information,
+            "target_share": reading.share,
             "lr": now.lr,
             "weight_decay": now.weight_decay,
             "momentum": now.momentum,

@@ -263,6 +263,10 @@ class TrainConfig(Section):
         default=None,
         description="Stop after this many optimizer steps; the schedules do not change.",
     )
+    stop_on_collapse: bool = Field(
+        default=False,
+        description="End the run when its targets have collapsed, instead of warning. [D].",
+    )
 
 
 class DataConfig(Section):
