@@ -60,7 +60,7 @@ def _slow_start(step: int) -> tuple[float, float, float]:
 def _unfreeze_bump(step: int) -> tuple[float, float, float]:
     """Information falls from 2 to 0.04 for 40 steps as the prototypes come loose at step 100."""
     if step < 100:
-        return 0.1 + 1.9 * step / 100, 0.03, LN_K - 2.5
+        return 0.1 + 1.9 * (step / 100) ** 2, 0.03, LN_K - 2.5
     return (0.04 if step < 140 else 1.0), 0.05, LN_K - 1.2
 
 
@@ -103,6 +103,21 @@ def test_start_with_a_lagging_center_raises_nothing() -> None:
     assert _alarms(lagging) == []
 
 
+def test_information_that_a_lagging_center_hid_counts_as_none_learned() -> None:
+    def dips(step: int) -> tuple[float, float, float]:
+        information = 0.001 if step < 20 or 60 <= step < 120 else 0.4
+        return information, 0.05, LN_K - 0.5
+
+    assert _alarms(dips, warmup=200) == []
+
+
+def test_equal_targets_that_narrow_are_named_one_hot() -> None:
+    def narrows(step: int) -> tuple[float, float, float]:
+        return (0.5 if step < 100 else 0.001), (0.1 if step < 115 else 0.9), 0.5
+
+    assert _alarms(narrows) == [(140, "one_hot")]
+
+
 def test_loss_bump_after_the_prototypes_unfreeze_raises_nothing() -> None:
     assert _alarms(_unfreeze_bump, warmup=1000, freeze=100) == []
 
@@ -142,10 +157,15 @@ def test_alarm_comes_again_only_after_it_has_cleared() -> None:
         collapsed = 100 <= step < 150 or 200 <= step < 250
         return (0.001 if collapsed else 0.5), 0.02, LN_K - 0.5
 
+    def two_winners(step: int) -> tuple[float, float, float]:
+        collapsed = 100 <= step < 150 or 200 <= step < 250
+        return 0.3, (0.9 if collapsed else 0.2), 1.0
+
     def flickers(step: int) -> tuple[float, float, float]:
         return (0.06 if step == 150 else 0.001), 0.02, LN_K - 0.001
 
     assert _alarms(twice) == [(125, "uniform"), (225, "uniform")]
+    assert _alarms(two_winners) == [(125, "one_hot"), (225, "one_hot")]
     assert len(_alarms(flickers)) == 1
 
 
@@ -159,7 +179,7 @@ def test_dips_shorter_than_the_window_raise_nothing() -> None:
 
 def test_step_without_finite_numbers_changes_nothing() -> None:
     def skips(step: int) -> tuple[float, float, float]:
-        return (math.nan, math.nan, math.nan) if step == 100 else _uniform(step)
+        return (math.nan, math.nan, math.nan) if step == 70 else _uniform(step)
 
     assert _alarms(skips) == _alarms(_uniform)
 
