@@ -34,6 +34,7 @@ from dinoscale.errors import (
 )
 from dinoscale.evaluate.features import normalize_images
 from dinoscale.hooks.bad_steps import dump_bad_step
+from dinoscale.hooks.collapse import OBSERVE_EVERY, CollapseMonitor, Reading, read_targets
 from dinoscale.hooks.events import Events
 from dinoscale.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.hooks.probe import Probe
@@ -76,6 +77,13 @@ class Run:
         is_first = process.rank == 0
         self.events = Events(self.run_dir, active=is_first)
         self.metrics = distributed.together(lambda: self._open_metrics(active=is_first))
+        self.collapse = CollapseMonitor(
+            num_prototypes=config.head.num_prototypes,
+            student_temp=config.dino.student_temp,
+            center_momentum=config.dino.center_momentum,
+            warmup_steps=plan.warmup_steps,
+            freeze_steps=plan.freeze_last_layer_steps,
+        )
         self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl") if is_first else None
         self.pending_bad: list[Any] = []
         self.steps_taken = 0  # since this start
@@ -235,8 +243,12 @@ class Run:
         """Log; at the end of an epoch or of the run k-NN and checkpoint; stop if asked to."""
         done, config = self.progress.step, self.config
         is_last = done == self.plan.stop_step
-        if done % config.log.every_steps == 0 or is_last:
-            self._record(done, now, result, watch)
+        is_logged = done % config.log.every_steps == 0 or is_last
+        if is_logged or done % OBSERVE_EVERY == 0:
+            reading = self._read(now, result)
+            if is_logged:
+                self._record(done, now, result, reading, watch)
+            self._look_for_collapse(done, reading)
         self.metrics.advance(f"loss {result.loss:.3f}")
         self._report(self.saver.finished())
         epoch, remainder = divmod(done, self.plan.steps_per_epoch)
@@ -256,7 +268,32 @@ class Run:
                 f" saved in {self.run_dir}; the same command goes on from there"
             )
 
-    def _record(self, done: int, now: StepValues, result: StepMetrics, watch: Stopwatch) -> None:
+    def _read(self, now: StepValues, result: StepMetrics) -> Reading:
+        return read_targets(
+            self.teacher.mean_target,
+            loss=result.loss,
+            teacher_entropy=result.teacher_entropy,
+            teacher_temp=now.teacher_temp,
+        )
+
+    def _look_for_collapse(self, done: int, reading: Reading) -> None:
+        """Warn of a collapse, or end the run; all ranks read the same numbers.
+
+        Raises:
+            RunFailedError: on every rank; there is one, and train.stop_on_collapse.
+        """
+        alarm = self.collapse.observe(done, reading)
+        if alarm is None:
+            return
+        self.events.write(done, "collapse", kind=alarm.kind, text=alarm.text)
+        if self.config.train.stop_on_collapse:
+            raise RunFailedError(f"step {done}: {alarm.text} (train.stop_on_collapse)")
+        if self.process.rank == 0:
+            log.warning("step %d: %s", done, alarm.text)
+
+    def _record(
+        self, done: int, now: StepValues, result: StepMetrics, reading: Reading, watch: Stopwatch
+    ) -> None:
         """Write a log line; collective, because bad samples of all ranks are counted."""
         bad = self._count_bad()
         self.last["loss"] = result.loss
@@ -266,6 +303,8 @@ class Run:
             "loss": result.loss,
             "teacher_entropy": result.teacher_entropy,
             "kl": result.kl,
+            "target_information": reading.information,
+            "target_share": reading.share,
             "lr": now.lr,
             "weight_decay": now.weight_decay,
             "momentum": now.momentum,

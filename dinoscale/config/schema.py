@@ -276,6 +276,10 @@ class TrainConfig(Section):
         default=1800.0,
         description="Seconds without progress of a rank after which the job ends. [D].",
     )
+    stop_on_collapse: bool = Field(
+        default=False,
+        description="End the run when its targets have collapsed, instead of warning. [D].",
+    )
 
 
 class DataConfig(Section):

@@ -34,6 +34,7 @@ class Teacher:
     Attributes:
         ema: float32 views of the average, one (numel,) view per fragment of `student.layout`.
         center: (K,) float32, equal on all ranks.
+        mean_target: (K,) float32, mean of all targets of the last step, equal on all ranks.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Teacher:
         torch._foreach_copy_(self.ema, student.master)
         self._center_momentum = config.dino.center_momentum
         self.center = torch.zeros(config.head.num_prototypes, device=_compute_device())
+        self.mean_target = torch.zeros_like(self.center)  # until the first update
         self._logit_sum = torch.zeros_like(self.center)
+        self._target_sum = torch.zeros_like(self.center)
         self._logit_rows = 0
         network.requires_grad_(False)
         build = _Partitioned if config.engine.zero_stage == 3 else _Replicated
@@ -79,7 +82,9 @@ class Teacher:
         logits = self._weights.forward([images]).view(views, batch, -1)
         self._logit_sum += logits.float().sum((0, 1))
         self._logit_rows += views * batch
-        return teacher_probs(logits, self.center, temp=temp)
+        probs = teacher_probs(logits, self.center, temp=temp)
+        self._target_sum += probs.sum((0, 1))
+        return probs
 
     @torch.no_grad()
     def update(self, student: Student, *, momentum: float) -> None:
@@ -91,18 +96,20 @@ class Teacher:
         torch._foreach_lerp_(self.ema, student.master, 1.0 - momentum)
         self._weights.publish(self.ema)
         rows = self._logit_rows * distributed.world_size()  # equal micro-batches on all ranks
-        mean = distributed.all_reduce_sum(self._logit_sum) / rows
-        self.center = updated_center(self.center, mean, momentum=self._center_momentum)
-        self._forget_logits()
+        sums = torch.stack((self._logit_sum, self._target_sum))  # (2, K), one collective for both
+        mean_logit, self.mean_target = (distributed.all_reduce_sum(sums) / rows).unbind()
+        self.center = updated_center(self.center, mean_logit, momentum=self._center_momentum)
+        self._forget_sums()
 
     def skip(self) -> None:
         """Instead of `update`: forget the step, as if its targets had never been asked for."""
-        self._forget_logits()
+        self._forget_sums()
         for name, value in self.buffers().items():
             value.copy_(self._buffers_before[name])
 
-    def _forget_logits(self) -> None:
+    def _forget_sums(self) -> None:
         self._logit_sum = torch.zeros_like(self.center)
+        self._target_sum = torch.zeros_like(self.center)
         self._logit_rows = 0
 
     def restore(self, read: Callable[[str, int, int], Tensor], center: Tensor) -> None:

@@ -1,0 +1,215 @@
+"""Tells the two collapses of DINO from a healthy run, by the teacher's targets alone.
+
+Shape letters: K prototypes, N = 2 x images of a step, the rows p of the targets.
+
+    h     = mean over rows of H(p)         entropy of a target
+    H_m   = H(mean over rows of p)         entropy of all targets together
+    I     = H_m - h                        what a target says about its image; 0 if all are equal
+    share = max_k of mean over rows of p   part of all targets that the strongest prototype gets
+
+Uniform: all targets are equal and spread out, so I -> 0 and h -> ln K. One-hot: one prototype wins
+nearly everywhere, so the share -> 1; I -> 0 only later, because a few images escape for long.
+Constant: all targets are equal, I -> 0, but the outputs move faster than the center, so that h is
+anything; it may end as one of the other two. Equal rows have I = 0 for every N and K, and
+few rows do not make it larger, so the limits below do not scale with the batch or with K; I is
+at most ln(min(N, K)).
+
+Measured with K = 128, N = 128 on the quickstart and changes of it (nats):
+    run                                     signs                                         alarm
+    unchanged, 625 steps                    I >= 0.19 (step 133), share <= 0.22           none
+    no centering                            share > 0.5 at step 31, > 0.9 at 45           60
+    no centering from step 120              share > 0.5 at 141; I 0.36 still at 199       170
+    center_momentum 0.999                   share > 0.5 at 31, > 0.9 at 47                60
+    center_momentum 0.99                    share > 0.5 from 42 to 110, 3 winners of 128  75
+    teacher_temp 0.07, 0.1, 0.3             I < 0.05 at 65, 46, 12                        95, 75, 40
+    teacher_temp 0.3 from step 120          I < 0.05 at 120, 0.0005 at 169                150
+    no batch norm in the head               I 0.44 at 0, < 0.05 at 13, 0.0001 at 100      75
+    the same, lr / 20, m 0.95, warm-up 100  I < 0.05 at 59, 0.004 at 149; h 2 to 4        150
+An untrained ViT-S/16 with K = 8192 has I = 0.48 at teacher_temp 0.04, 0.18 at 0.07 (drawn images).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dinoscale.losses.centering import entropy
+
+OBSERVE_EVERY = 5  # steps; reading the targets waits for the device
+
+_NO_INFORMATION = 0.05  # nats; a quarter of the lowest of a healthy run
+_DOMINANCE = 0.5  # share; more than twice the highest of a healthy run
+_SPREAD = 0.8  # of ln K; h of equal targets above it is called uniform
+_CLEARED = 2.0  # leave a limit by this factor before the same alarm may come again
+_HELD = 25  # steps that a sign has to hold: half of the 50 within which an alarm is due
+_SETTLING = 25  # steps after the start, warm-up and frozen prototypes without a verdict
+_GROWTH = 1.5  # information that grows by this factor within _HELD steps is starting, not lost
+_LEARNED = 0.2  # nats; with twice the lowest so far, a sign that the targets learned something
+
+_ONE_HOT = "one-hot collapse: one prototype wins for most images"
+_UNIFORM = "uniform collapse: every image gets the same, evenly spread target"
+_CONSTANT = "constant collapse: every image gets the same target, which the center only follows"
+_RATE_REMEDY = (
+    "lower optim.lr, raise optim.warmup_epochs, dino.momentum, dino.freeze_last_layer_epochs or"
+    " train.batch_size; a small network may need head.batch_norm=true"
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The targets of one step over all ranks, entropies in nats.
+
+    Attributes:
+        loss: mean cross-entropy.
+        teacher_entropy: h.
+        mean_target_entropy: H_m.
+        share: part of all targets that the strongest prototype gets, 0 to 1.
+        teacher_temp: temperature of the targets.
+    """
+
+    loss: float
+    teacher_entropy: float
+    mean_target_entropy: float
+    share: float
+    teacher_temp: float
+
+    @property
+    def information(self) -> float:
+        """I = H_m - h in nats; not negative but for rounding."""
+        return self.mean_target_entropy - self.teacher_entropy
+
+
+def read_targets(
+    mean_target: Tensor, *, loss: float, teacher_entropy: float, teacher_temp: float
+) -> Reading:
+    """A reading from the mean of a step's targets, (K,) float32; waits for the device once."""
+    of_mean, share = torch.stack((entropy(mean_target), mean_target.max())).tolist()
+    return Reading(loss, teacher_entropy, of_mean, share, teacher_temp)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A collapse: `kind` as in the module's docstring, `text` says what is seen, what to turn."""
+
+    kind: str
+    text: str
+
+
+class CollapseMonitor:
+    """Numbers in, alarms out: no clock, no files, no communication.
+
+    A verdict from the information waits until the learning rate and the prototypes have started,
+    because a new network may give nearly the same targets for every image. It does not wait where
+    the targets have already learned something, nor where the teacher is not sharper than the
+    student: such targets never become informative.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_prototypes: int,
+        student_temp: float,
+        center_momentum: float,
+        warmup_steps: int,
+        freeze_steps: int,
+    ) -> None:
+        """Watch a run.
+
+        Args:
+            num_prototypes: K.
+            student_temp: temperature of the student.
+            center_momentum: share of the old center kept per step; for the text.
+            warmup_steps: steps of learning-rate warm-up.
+            freeze_steps: steps in which the prototypes do not move.
+        """
+        self._max_entropy, self._student_temp = math.log(num_prototypes), student_temp
+        self._center_momentum = center_momentum
+        self._settled_step = max(warmup_steps, freeze_steps) + _SETTLING
+        self._unfreezing = range(freeze_steps, freeze_steps + 2 * _SETTLING)
+        self._lowest = math.inf  # information since the center took hold
+        self._learned = False
+        self._since: dict[str, tuple[int, float]] = {}  # sign -> step and information at its start
+        self._raised: set[str] = set()  # signs
+
+    def observe(self, step: int, reading: Reading) -> Alarm | None:
+        """Judge the targets after `step` steps; call it at least every `_HELD` steps.
+
+        Returns:
+            An alarm once a sign of collapse has held for 25 steps; None while all is well, and
+            until the sign of an alarm given before has cleared.
+        """
+        information, share = reading.information, reading.share
+        if not (math.isfinite(information) and math.isfinite(share)):
+            return None  # a step that was not applied says nothing
+        if step >= 2 * _SETTLING:  # before, information rises as the center takes hold
+            self._lowest = min(self._lowest, information)
+            self._learned |= information >= max(_LEARNED, 2 * self._lowest)
+        if share < _DOMINANCE / _CLEARED:
+            self._raised.discard("dominated")
+        if information > _NO_INFORMATION * _CLEARED:
+            self._raised.discard("equal")
+        # The center starts at 0 and has to follow before a strong prototype means anything.
+        dominated = share >= _DOMINANCE and step >= _SETTLING
+        equal = information < _NO_INFORMATION and self._may_judge_equal(step, reading.teacher_temp)
+        dominated_long = self._has_held("dominated", step, information, seen=dominated)
+        equal_long = self._has_held("equal", step, information, seen=equal)
+        if dominated_long:
+            return self._alarm("dominated", "one_hot", reading)
+        if equal_long and not dominated:
+            spread = reading.teacher_entropy >= _SPREAD * self._max_entropy
+            return self._alarm("equal", "uniform" if spread else "constant", reading)
+        return None
+
+    def _may_judge_equal(self, step: int, teacher_temp: float) -> bool:
+        return (
+            teacher_temp >= self._student_temp
+            or step >= self._settled_step
+            or (self._learned and step not in self._unfreezing)
+        )
+
+    def _has_held(self, sign: str, step: int, information: float, *, seen: bool) -> bool:
+        if not seen:
+            self._since.pop(sign, None)
+            return False
+        begin, at_begin = self._since.setdefault(sign, (step, information))
+        if step - begin < _HELD:
+            return False
+        if sign == "equal" and information > _GROWTH * at_begin:
+            self._since[sign] = step, information  # on the way up: look again
+            return False
+        return True
+
+    def _alarm(self, sign: str, kind: str, reading: Reading) -> Alarm | None:
+        if sign in self._raised:
+            return None
+        self._raised.add(sign)
+        meaning, remedy = {
+            "one_hot": (_ONE_HOT, self._center_remedy()),
+            "uniform": (_UNIFORM, self._sharpening_remedy(reading.teacher_temp)),
+            "constant": (_CONSTANT, f"The outputs outrun the center: {_RATE_REMEDY}"),
+        }[kind]
+        seen = (
+            f"teacher entropy {reading.teacher_entropy:.3f} of at most {self._max_entropy:.3f}"
+            f" nats, loss {reading.loss:.3f}, KL {reading.loss - reading.teacher_entropy:.3f},"
+            f" targets carry {max(reading.information, 0):.4f} nats about their image, the"
+            f" strongest prototype gets {100 * reading.share:.1f} % of them"
+        )
+        again = "Then begin again from a checkpoint before this step, or anew"
+        return Alarm(kind, f"{meaning} ({seen}). {remedy}. {again}")
+
+    def _center_remedy(self) -> str:
+        return (
+            f"The center does not keep up: lower dino.center_momentum (now"
+            f" {self._center_momentum:g}; 0.9 is usual, from 0.999 on it is as good as off)."
+            " If it is 0.9 or less, lower optim.lr or raise dino.momentum"
+        )
+
+    def _sharpening_remedy(self, teacher_temp: float) -> str:
+        below = "it has to be below it; " if teacher_temp >= self._student_temp else ""
+        return (
+            f"Sharpening is too weak: lower dino.teacher_temp (now {teacher_temp:g} against"
+            f" dino.student_temp {self._student_temp:g}; {below}0.04 is usual) and"
+            " dino.warmup_teacher_temp, or raise dino.warmup_teacher_temp_epochs. If the"
+            f" temperature is right: {_RATE_REMEDY}"
+        )
