@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,9 @@ def _add_results(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Write the backbone under the reference's tensor names, from any ZeRO stage"
         " and number of ranks, on one process without a GPU.",
     )
-    export.add_argument("checkpoint", metavar="RUN", help="run directory or one of its step_*")
-    export.add_argument("out", metavar="OUT.safetensors", help="file to write")
-    export.add_argument("--network", choices=("teacher", "student"), default="teacher")
-    export.set_defaults(run=_export)
+    _add_export(export)
+
+    _add_checkpoint(commands)
 
     evaluate = commands.add_parser("evaluate", help="measure a backbone")
     tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
@@ -134,11 +134,66 @@ def _add_results(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     attention.set_defaults(run=_evaluate_attention)
 
 
+def _add_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What one does with the checkpoints of a run."""
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help="list, verify, export, reshard or prune the checkpoints of a run",
+        description="Look at and tidy up RUN/checkpoints. A run goes on from its newest undamaged"
+        " checkpoint by itself, on any number of ranks and at any ZeRO stage.",
+    )
+    tasks = checkpoint.add_subparsers(dest="task", required=True, metavar="TASK")
+    run_help = "run directory or one of its step_*"
+
+    of_run = tasks.add_parser("list", help="steps, sizes, ranks and k-NN accuracies")
+    of_run.add_argument("run_dir", metavar="RUN", help="run directory")
+    of_run.set_defaults(run=_checkpoint_list)
+
+    verify = tasks.add_parser(
+        "verify", help="compare all files with their checksums; exit code 2 if one differs"
+    )
+    verify.add_argument("run_dir", metavar="RUN", help=run_help)
+    verify.set_defaults(run=_checkpoint_verify)
+
+    _add_export(tasks.add_parser("export", help="the same as `dinoscale export`"))
+
+    reshard = tasks.add_parser(
+        "reshard",
+        help="write a checkpoint anew with another number of files",
+        description="Write a checkpoint into another run directory with N shard files. Not needed"
+        " to go on with another number of ranks: every checkpoint loads on any.",
+    )
+    reshard.add_argument("run_dir", metavar="RUN", help=run_help)
+    reshard.add_argument("out", metavar="OUT_RUN", help="run directory to write")
+    reshard.add_argument("--shards", type=int, default=1, metavar="N", help="files (default 1)")
+    reshard.set_defaults(run=_checkpoint_reshard)
+
+    prune = tasks.add_parser(
+        "prune",
+        help="delete checkpoints, but never the newest undamaged one",
+        description="Delete what no rule keeps. Files are verified first; damaged checkpoints"
+        " count for no rule and are left alone.",
+    )
+    prune.add_argument("run_dir", metavar="RUN", help="run directory")
+    prune.add_argument("--keep-last", type=int, default=1, metavar="N", help="newest (default 1)")
+    prune.add_argument("--keep-every-steps", type=int, metavar="N", help="multiples of N steps")
+    prune.add_argument("--no-best", action="store_true", help="do not keep the best by k-NN")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    prune.set_defaults(run=_checkpoint_prune)
+
+
 def _add_weights(command: argparse.ArgumentParser) -> None:
     command.add_argument("weights", metavar="WEIGHTS", help=".safetensors of ours, or a DINO .pth")
     command.add_argument(
         "--num-heads", type=int, metavar="N", help="of a DINO .pth whose heads are not 64 wide"
     )
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", metavar="RUN", help="run directory or one of its step_*")
+    command.add_argument("out", metavar="OUT.safetensors", help="file to write")
+    command.add_argument("--network", choices=("teacher", "student"), default="teacher")
+    command.set_defaults(run=_export)
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -228,6 +283,40 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.checkpoint.export import export_backbone
 
     return export_backbone(Path(options.checkpoint), Path(options.out), network=options.network)
+
+
+def _checkpoint_list(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.checkpoint.manage import as_table, list_checkpoints
+
+    result = list_checkpoints(Path(options.run_dir))
+    print(as_table(result["checkpoints"]), file=sys.stderr)
+    return result
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.checkpoint.manage import verify_checkpoints
+    from dinoscale.errors import CheckpointError
+
+    result = verify_checkpoints(Path(options.run_dir))
+    if result["damaged"]:
+        print(json.dumps(result), flush=True)
+        damages = [row["damage"] for row in result["checkpoints"] if row["damage"]]
+        raise CheckpointError("; ".join(damages))
+    return result
+
+
+def _checkpoint_reshard(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.checkpoint.manage import reshard
+
+    return reshard(Path(options.run_dir), Path(options.out), num_shards=options.shards)
+
+
+def _checkpoint_prune(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.checkpoint.manage import prune_checkpoints
+    from dinoscale.checkpoint.retention import Keep
+
+    keep = Keep(options.keep_last, options.keep_every_steps, best=not options.no_best)
+    return prune_checkpoints(Path(options.run_dir), keep, dry_run=options.dry_run)
 
 
 def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:

@@ -102,6 +102,18 @@ class Checkpoint:
         self._require_all(kind, name, found, numel)
         return result
 
+    def kinds(self) -> dict[str, list[str]]:
+        """Kind ("master", "ema", moments of the optimizer) -> names of its tensors."""
+        found: dict[str, list[str]] = {}
+        for key in sorted(self._pieces):
+            kind, name = key.split("/", 1)
+            found.setdefault(kind, []).append(name)
+        return found
+
+    def numel(self, name: str) -> int:
+        """Elements of a parameter."""
+        return torch.Size(self.shapes[name]).numel()
+
     def full(self, kind: str) -> dict[str, Tensor]:
         """Every tensor of a kind (`MASTER`, `EMA`) in full, float32, on the CPU."""
         self._require_elements()  # before memory is taken for more than the files hold

@@ -77,7 +77,7 @@ def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
 def prune(run_dir: Path, keep: Keep) -> list[Path]:
     """Delete what no rule keeps; one that cannot be deleted costs space, not the run."""
     found = [summary(path) for path in checkpoints(run_dir)]
-    return [s.path for s in superfluous(found, keep) if _delete(s.path)]
+    return [s.path for s in superfluous(found, keep) if delete(s.path)]
 
 
 def clear_leftovers(run_dir: Path) -> None:
@@ -87,7 +87,8 @@ def clear_leftovers(run_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _delete(path: Path) -> bool:
+def delete(path: Path) -> bool:
+    """Delete a checkpoint, under another name first, so that no half of it looks whole."""
     try:
         doomed = path.rename(removed_of(path))
         shutil.rmtree(doomed)

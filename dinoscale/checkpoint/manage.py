@@ -1,0 +1,156 @@
+"""What one does with the checkpoints of a run from the command line, on one process."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from dinoscale.checkpoint.layout import (
+    SHARED_FILE,
+    STATE_FILE,
+    checkpoints,
+    directory,
+    part_of,
+    shard_file,
+)
+from dinoscale.checkpoint.load import Checkpoint, open_run, open_verified
+from dinoscale.checkpoint.retention import Keep, Summary, best_of, delete, summary, superfluous
+from dinoscale.checkpoint.sums import flush, sha256, write_sums
+from dinoscale.errors import CheckpointError
+
+
+def list_checkpoints(run_dir: Path) -> dict[str, Any]:
+    """What the checkpoints of a run say of themselves, oldest first; nothing is verified.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = _summaries(run_dir)
+    best = best_of(found)
+    rows = [{**asdict(s), "path": str(s.path), "best": s is best} for s in found]
+    return {"run_dir": str(run_dir), "checkpoints": rows}
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `list_checkpoints` for people."""
+    lines = [f"{'step':>9}  {'saved at':25}  {'MB':>9}  {'ranks':>5}  {'stage':>5}  k-NN top-1"]
+    for row in rows:
+        if row["saved_at"] is None:
+            lines.append(f"{row['step']:9}  cannot be read; try `dinoscale checkpoint verify`")
+            continue
+        knn = "-" if row["knn_top1"] is None else f"{row['knn_top1']:.1f}"
+        lines.append(
+            f"{row['step']:9}  {row['saved_at']:25}  {row['num_bytes'] / 1e6:9.1f}"
+            f"  {row['world_size']:5}  {row['zero_stage']:5}  {knn}{' best' if row['best'] else ''}"
+        )
+    return "\n".join(lines)
+
+
+def verify_checkpoints(run: Path) -> dict[str, Any]:
+    """Compare the files of a checkpoint, or of all of a run, with their checksums.
+
+    Returns:
+        JSON-able: per checkpoint its path and what is wrong with it, None if nothing is.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    paths = [run] if (run / STATE_FILE).exists() else [s.path for s in _summaries(run)]
+    rows = [{"path": str(path), "damage": _damage(path)} for path in _bar(paths)]
+    return {"checkpoints": rows, "damaged": sum(row["damage"] is not None for row in rows)}
+
+
+def prune_checkpoints(run_dir: Path, keep: Keep, *, dry_run: bool) -> dict[str, Any]:
+    """Delete the checkpoints that `keep` does not name; damaged ones do not count and stay.
+
+    Raises:
+        CheckpointError: there is none, or `keep` would leave none.
+    """
+    if keep.last < 1:
+        raise CheckpointError(f"--keep-last: need at least 1, got {keep.last}")
+    found = _summaries(run_dir)
+    good = [s for s in _bar(found) if _damage(s.path) is None]
+    doomed = [s.path for s in superfluous(good, keep)]
+    deleted = [str(path) for path in doomed if dry_run or delete(path)]
+    damaged = [str(s.path) for s in found if s not in good]
+    kept = [str(s.path) for s in good if str(s.path) not in deleted]
+    return {"deleted": deleted, "kept": kept, "damaged": damaged, "dry_run": dry_run}
+
+
+def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:
+    """Write a checkpoint anew with another number of shard files, into another run directory.
+
+    A run needs no such step to go on with another number of ranks; it is for fewer, larger files.
+
+    Args:
+        run: a run directory (its newest undamaged checkpoint) or one of its step_*.
+        out: run directory to write; a run started with it goes on from there.
+        num_shards: files to write, >= 1.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or `out` has this step already.
+    """
+    if num_shards < 1:
+        raise CheckpointError(f"--shards: need at least 1, got {num_shards}")
+    checkpoint = open_run(run)
+    target = directory(out, checkpoint.step)
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; choose another directory")
+    part = part_of(target)
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        for shard in tqdm(range(num_shards), unit="file", file=sys.stderr):
+            tensors, starts = _cut(checkpoint, shard, num_shards)
+            save_file(tensors, part / shard_file(shard), metadata={"starts": json.dumps(starts)})
+        save_file(checkpoint.shared, part / SHARED_FILE)
+        (part / STATE_FILE).write_text(json.dumps(checkpoint.state, indent=1))
+        names = sorted(path.name for path in part.iterdir())
+        for name in names:
+            flush(part / name)
+        write_sums(part, {name: sha256(part / name) for name in names})
+        part.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error}") from error
+    return {"from": str(checkpoint.path), "checkpoint": str(target), "shards": num_shards}
+
+
+def _cut(
+    checkpoint: Checkpoint, shard: int, num_shards: int
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """One shard: an equal slice of every parameter, its average and its moments."""
+    tensors, starts = {}, {}
+    for kind, names in checkpoint.kinds().items():
+        for name in names:
+            numel = checkpoint.numel(name)
+            size = -(-numel // num_shards)
+            start = min(shard * size, numel)
+            count = min(size, numel - start)
+            if count:
+                tensors[f"{kind}/{name}"] = checkpoint.read(kind, name, start, count)
+                starts[name] = start
+    return tensors, starts
+
+
+def _summaries(run_dir: Path) -> list[Summary]:
+    found = [summary(path) for path in checkpoints(run_dir)]
+    if not found:
+        raise CheckpointError(f"no checkpoint in {run_dir}: give a run directory")
+    return found
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        open_verified(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _bar(items: list[Any]) -> Any:
+    return tqdm(items, desc="verifying", unit="checkpoint", file=sys.stderr)

@@ -1,0 +1,60 @@
+"""The position of a run beyond its weights, and the guard after a resume."""
+
+from dataclasses import asdict
+
+import pytest
+
+from dinoscale.checkpoint.progress import Progress
+from dinoscale.errors import CheckpointError
+
+
+def _after(losses: list[float]) -> Progress:
+    progress = Progress()
+    for loss in losses:
+        progress.applied(loss)
+    return progress
+
+
+def test_plain_data_and_back() -> None:
+    progress = _after([1.5, 1.25])
+    progress.skipped()
+    progress.measured(40.0)
+    assert Progress(**asdict(progress)) == progress
+
+
+def test_skipped_steps_in_a_row_are_counted_until_one_is_applied() -> None:
+    progress = _after([1.0])
+    progress.skipped()
+    progress.skipped()
+    assert (progress.step, progress.bad_in_a_row, progress.skipped_steps) == (3, 2, 2)
+    progress.applied(1.0)
+    assert (progress.step, progress.bad_in_a_row, progress.skipped_steps) == (4, 0, 2)
+
+
+def test_accuracy_belongs_to_its_step_and_the_best_stays() -> None:
+    progress = _after([1.0])
+    progress.measured(40.0)
+    progress.applied(1.0)
+    assert (progress.knn_top1, progress.best_knn_top1) == (None, 40.0)
+    progress.measured(30.0)
+    assert (progress.knn_top1, progress.best_knn_top1) == (30.0, 40.0)
+
+
+def test_loss_near_those_before_is_accepted() -> None:
+    progress = _after([6.0 - 0.1 * step for step in range(20)])
+    progress.require_near(4.0)
+    progress.require_near(4.6)
+
+
+@pytest.mark.parametrize("loss", [11.09, 0.0])
+def test_loss_of_another_network_is_refused_with_an_explanation(loss: float) -> None:
+    progress = _after([5.0 + 0.1 * (step % 3) for step in range(40)])
+    assert len(progress.losses) == 32
+    with pytest.raises(CheckpointError, match=r"the checkpoint at step 40 leads to 5\.\d+ \+-"):
+        progress.require_near(loss)
+
+
+def test_too_few_losses_predict_nothing() -> None:
+    _after([5.0] * 7).require_near(100.0)
+    with pytest.raises(CheckpointError):
+        _after([5.0] * 8).require_near(100.0)
