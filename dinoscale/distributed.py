@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TIMEOUT_S = 1800.0  # slow nodes may take minutes to come up
-_STORE_TIMEOUT = timedelta(seconds=10)  # of a small message; the store lives on rank 0's node
+_STORE_TIMEOUT = timedelta(seconds=60)  # of a small message; a busy node may take its time
 LOOPBACK = "127.0.0.1"
 _LOST_PEER = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
 
@@ -272,7 +272,9 @@ class Board:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
             exported: Any = dist  # TCPStore is public, but not in __all__
-            client = exported.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
+            client = self._try(
+                lambda: exported.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
+            )
             self._store = exported.PrefixStore(f"dinoscale/{attempt}", client)
 
     def post(self, key: str, text: str) -> None:

@@ -262,9 +262,10 @@ class Run:
             self._save()
         if result.stop and not is_last:
             self._save_and_wait()
-            self.events.write(done, "preempted", signal=self.stop.signal_name)
+            reason = self.stop.reason or "on another rank"
+            self.events.write(done, "preempted", reason=reason)
             raise PreemptedError(
-                f"asked to stop ({self.stop.signal_name or 'on another rank'}): step {done} is"
+                f"asked to stop ({reason}): step {done} is"
                 f" saved in {self.run_dir}; the same command goes on from there"
             )
 

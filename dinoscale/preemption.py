@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM (launchers, schedulers) and SIGUSR1 (SLURM's warning)."""
+"""Being asked to stop: SIGTERM (launchers, schedulers), SIGUSR1 (SLURM's warning), an orphan."""
 
 import signal
 from types import FrameType
@@ -7,18 +7,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers the first signal; the run looks at it at the end of each step."""
+    """Remembers that somebody asked; the run looks at it in each step."""
 
     def __init__(self) -> None:
         """Install the handlers; only the main thread may."""
-        self.signal_name: str | None = None
+        self.reason: str | None = None
         for number in SIGNALS:
             signal.signal(number, self._remember)
 
     @property
     def asked(self) -> bool:
-        """Whether a signal has come."""
-        return self.signal_name is not None
+        """Whether the run is to end."""
+        return self.reason is not None
+
+    def ask(self, reason: str) -> None:
+        """Ask for the run to end; the first reason counts."""
+        self.reason = self.reason or reason
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_name = self.signal_name or signal.Signals(number).name
+        self.ask(signal.Signals(number).name)

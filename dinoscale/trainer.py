@@ -46,7 +46,9 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         raise ConfigError("data.train: give the images, for example data.train=/path/to/folder")
     stop = StopRequest()
     watchdog = Watchdog(
-        timeout_s=config.train.hang_timeout_s, launched=process.launcher in _ENDING_LAUNCHERS
+        timeout_s=config.train.hang_timeout_s,
+        launched=process.launcher in _ENDING_LAUNCHERS,
+        ask_to_stop=stop.ask,
     )
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)

@@ -23,6 +23,7 @@ from dinoscale.errors import LostPeerError, RunFailedError
 log = logging.getLogger(__name__)
 
 POST_S = 1.0
+_ORPHAN_S = 30.0  # to finish the step and save; launchers allow as much
 _ASK_S = 10.0  # for the answer of a board that may be gone
 _ALIVE, _ENDED = "alive/", "ended/"
 
@@ -47,14 +48,18 @@ class Sign:
 class Watchdog:
     """Watches the training of this process from a thread."""
 
-    def __init__(self, *, timeout_s: float, launched: bool) -> None:
+    def __init__(
+        self, *, timeout_s: float, launched: bool, ask_to_stop: Callable[[str], None]
+    ) -> None:
         """Start to watch.
 
         Args:
             timeout_s: without a `moved` for so long, the process ends.
             launched: a launcher is the parent; without it nobody would end this process.
+            ask_to_stop: called with the reason when the launcher is gone, so that the run saves
+                and ends; if it does not, the process ends half a minute later.
         """
-        self._timeout_s = timeout_s
+        self._timeout_s, self._ask_to_stop = timeout_s, ask_to_stop
         self._board = distributed.Board()
         self._moves, self._doing, self._since = 0, "starting", time.monotonic()
         self._stop = threading.Event()
@@ -92,7 +97,10 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stop.wait(POST_S / 2):
             if self._ancestors and _ancestors() != self._ancestors:
-                _end("the launcher of this process is gone; ending with it")
+                self._ask_to_stop("the launcher is gone")
+                if not self._stop.wait(_ORPHAN_S):
+                    _end("the launcher of this process is gone, and the run did not end by itself")
+                return
             idle_s = time.monotonic() - self._since
             if idle_s > self._timeout_s:
                 before = self._ask()

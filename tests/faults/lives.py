@@ -4,6 +4,7 @@ The ranks are forked from a server that has the libraries loaded, so that a star
 instead of ten. What runs in them is `dinoscale train`, with its own signals and exit codes.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -58,13 +59,27 @@ def write_config(folder: Path, *, stage: int, epochs: int, **changes: dict[str, 
 class Life:
     """One start of a run on `RANKS` processes."""
 
-    def __init__(self, config: Path, *overrides: str, slow_disk_s: float = 0.0) -> None:
-        """Start; `slow_disk_s` is how long each file of a checkpoint takes to reach the disk."""
+    def __init__(
+        self,
+        config: Path,
+        *overrides: str,
+        slow_disk_s: float = 0.0,
+        stuck_reader: int | None = None,
+    ) -> None:
+        """Start.
+
+        Args:
+            config: YAML file; the run goes to "run" beside it.
+            overrides: settings that win over it.
+            slow_disk_s: how long each file of a checkpoint takes to reach the disk.
+            stuck_reader: a rank whose third step's images never come.
+        """
         self.run_dir, port = config.parent / "run", str(free_port())
         self.outputs = [config.parent / f"output_{rank}.txt" for rank in range(RANKS)]
         self.ranks: list[BaseProcess] = []
         for rank, output in enumerate(self.outputs):
-            arguments = (rank, port, str(output), slow_disk_s, ["train", str(config), *overrides])
+            faults = slow_disk_s, stuck_reader == rank
+            arguments = (rank, port, str(output), faults, ["train", str(config), *overrides])
             self.ranks.append(_context.Process(target=_rank, args=arguments))
             self.ranks[-1].start()
 
@@ -133,7 +148,10 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _rank(rank: int, port: str, output: str, slow_disk_s: float, arguments: list[str]) -> None:
+def _rank(
+    rank: int, port: str, output: str, faults: tuple[float, bool], arguments: list[str]
+) -> None:
+    slow_disk_s, stuck = faults
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -142,6 +160,8 @@ def _rank(rank: int, port: str, output: str, slow_disk_s: float, arguments: list
     torch.set_num_threads(1)
     if slow_disk_s:
         _slow_down_the_disk(slow_disk_s)
+    if stuck:
+        _hang_at_third_read()
     from dinoscale import __main__
 
     sys.argv = ["dinoscale", *arguments]
@@ -170,6 +190,19 @@ def _slow_down_the_disk(seconds: float) -> None:
         sums.flush(path)
 
     save.flush = flush
+
+
+def _hang_at_third_read() -> None:
+    from dinoscale.data.synthetic import ShapesSource
+
+    read, calls = ShapesSource.image, itertools.count()
+
+    def image(self: ShapesSource, index: int) -> Any:
+        if next(calls) == 2 * BATCH // RANKS:
+            time.sleep(1000)  # a network file system that does not answer
+        return read(self, index)
+
+    ShapesSource.image = image  # type: ignore[method-assign]
 
 
 def steps_logged(run_dir: Path) -> int:

@@ -94,9 +94,14 @@ class _Follower:
         stage: int,
         accumulation: int,
         changes: dict[str, Any],
+        first: int = 0,
+        last: int | None = None,
+        run_dir: str | None = None,
     ) -> None:
+        """With `run_dir`: go on from its checkpoint, if it has one, and save after step `last`."""
         from dinoscale import distributed
 
+        self.first, self.run_dir = first, run_dir
         self.world_size, self.rank = distributed.world_size(), distributed.rank()
         config = golden_config(
             facts, stage=stage, accumulation=accumulation, world_size=self.world_size
@@ -110,6 +115,7 @@ class _Follower:
         images = facts["batch_size"] * facts["steps_per_epoch"]
         self.plan = resolve(self.config, world_size=self.world_size, num_images=images)
         self.facts = facts
+        self.last = self.plan.total_steps if last is None else last
         self.batches = load_file(folder / "trajectory_batches.safetensors")
         self.initial = load_file(folder / "trajectory_initial.safetensors")
 
@@ -126,10 +132,12 @@ class _Follower:
 
         student.restore_master(read)
         teacher.restore(read, torch.zeros_like(teacher.center))
+        if self.run_dir is not None:
+            self._go_on(student, teacher)
         schedules = schedules_of(self.config, self.plan)
         record: dict[str, Any] = {"loss": [], "grad_norms": [], "center_norm": [], "states": {}}
         per_epoch = self.plan.steps_per_epoch
-        for step in range(self.plan.total_steps):
+        for step in range(self.first, self.last):
             result = train_step(
                 self._micro_batches(step % per_epoch),
                 student,
@@ -142,7 +150,29 @@ class _Follower:
             record["center_norm"].append(float(teacher.center.norm()))
             if step + 1 in (per_epoch, self.plan.total_steps):
                 record["states"][str(step // per_epoch)] = self._state(student, teacher)
+        if self.run_dir is not None:
+            self._save(student, teacher)
         return record
+
+    def _go_on(self, student: Any, teacher: Any) -> None:
+        from dinoscale.resume import find_checkpoint, restore
+
+        checkpoint = find_checkpoint(Path(str(self.run_dir)))
+        assert (0 if checkpoint is None else checkpoint.step) == self.first
+        if checkpoint is not None:
+            restore(checkpoint, student, teacher)
+
+    def _save(self, student: Any, teacher: Any) -> None:
+        from dinoscale import distributed
+        from dinoscale.checkpoint.retention import Keep
+        from dinoscale.checkpoint.save import Saver
+
+        saver = Saver(Path(str(self.run_dir)), Keep(last=1))
+        saver.begin(self.last, student, teacher, {"config": {}, "plan": {}, "progress": {}})
+        result = saver.wait()
+        assert result is not None
+        assert result.error is None
+        distributed.gather_objects(None)
 
     def _micro_batches(self, index: int) -> list[Any]:
         from dinoscale.engine.step import MicroBatch
@@ -251,3 +281,41 @@ def test_every_stage_and_accumulation_follows_the_reference(world_size: int) -> 
             errors = weight_errors(results, states, epoch)
             worst = max(errors, key=lambda name: errors[name])
             assert errors[worst] < WEIGHT_TOLERANCE, (run, epoch, worst, errors[worst])
+
+
+PARTS = [  # ranks, stage, accumulation: each goes on from the checkpoint of the one before
+    (2, 2, 1),
+    (1, 0, 2),
+    (3, 3, 1),
+    (2, 2, 1),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_run_that_changes_ranks_and_stages_midway_follows_the_reference(tmp_path: Path) -> None:
+    reference = json.loads((FOLDER / "trajectory.json").read_text())
+    batch = reference["config"]["batch_size"]
+    if any(batch % (ranks * accumulation) for ranks, _, accumulation in PARTS):
+        pytest.skip("the recorded batch does not divide")
+    states = load_file(FOLDER / "trajectory_states.safetensors")
+    steps, losses, results = len(reference["steps"]), [], []
+    bounds = [steps * part // len(PARTS) for part in range(len(PARTS) + 1)]
+    for part, (world_size, stage, accumulation) in enumerate(PARTS):
+        run = {"stage": stage, "accumulation": accumulation, "run_dir": str(tmp_path)}
+        per_rank = run_distributed(
+            "tests.golden.test_trajectory:follow_trajectory",
+            world_size=world_size,
+            timeout_s=200,
+            folder=str(FOLDER),
+            runs=[run | {"first": bounds[part], "last": bounds[part + 1]}],
+        )
+        results = [rank[0] for rank in per_rank]
+        losses += results[0]["loss"]
+    expected = [step["loss"] for step in reference["steps"]]
+    assert losses == pytest.approx(expected, rel=LOSS_TOLERANCE)
+    last_epoch = max(results[0]["states"], key=int)
+    errors = weight_errors(results, states, last_epoch)
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] < WEIGHT_TOLERANCE, (worst, errors[worst])

@@ -1,0 +1,165 @@
+"""Bad numbers in a whole run: skipped, listed, and the end or a return when there are too many."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dinoscale.checkpoint.layout import directory
+from tests.faults.lives import BATCH, losses, newest_step, same_checkpoint, write_config
+from tests.harness import run_distributed
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS = 16
+OFTEN = {"every_steps": 1, "keep_last": 100}
+RUNS: dict[str, dict[str, Any]] = {
+    "healthy": {"bad": []},
+    "one": {"bad": [5]},
+    "twice_two": {"bad": [5, 6, 9, 10]},
+    "three": {"bad": [9, 10, 11], "checkpoint": {"every_steps": 4}},
+    "rolled_back": {
+        "bad": [9, 10, 11],
+        "checkpoint": {"every_steps": 4, "keep_last": 100},
+        "train": {"max_rollbacks": 1},
+    },
+    "rolled_back_twice": {
+        "bad": [9, 10, 11, 13, 14, 15],
+        "checkpoint": {"every_steps": 4, "keep_last": 100},
+        "train": {"max_rollbacks": 1},
+    },
+}
+
+
+def train_all(configs: dict[str, str], bad: dict[str, list[int]]) -> dict[str, str]:
+    """On every rank: train each with the images of some steps (from 1) spoilt on rank 1."""
+    return {name: _train(config, bad[name]) for name, config in configs.items()}
+
+
+def _train(config_file: str, bad: list[int]) -> str:
+    from dinoscale import distributed, loop
+    from dinoscale.config import load_config
+    from dinoscale.distributed import Process
+    from dinoscale.errors import NonFiniteError
+    from dinoscale.trainer import train
+
+    config = load_config(config_file, [])
+    prepare = loop.Run._prepare
+
+    def spoil(self: loop.Run, step: int, micro_batch: int, batch: Any) -> Any:
+        prepared = prepare(self, step, micro_batch, batch)
+        # The images are bad, not the step: after a rollback they come at another one.
+        if distributed.rank() == 1 and step + 1 + self.progress.data_offset in bad:
+            prepared.local_crops[0, 0, 0, 0, 0] = torch.nan
+        return prepared
+
+    loop.Run._prepare = spoil  # type: ignore[method-assign]
+    try:
+        train(config, Process(distributed.rank(), 2, distributed.rank(), 2))
+    except NonFiniteError as error:
+        return str(error)
+    finally:
+        loop.Run._prepare = prepare  # type: ignore[method-assign]
+    return "done"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs; ends.json says how each ended on each rank."""
+    root = tmp_path_factory.mktemp("bad_steps")
+    configs, bad = {}, {}
+    for name, run in RUNS.items():
+        checkpoint, train = run.get("checkpoint", OFTEN), run.get("train", {})
+        sections = {"checkpoint": checkpoint, "train": train, "head": {"batch_norm": False}}
+        path = write_config(root / name, stage=2, epochs=1, **sections)
+        configs[name], bad[name] = str(path), run["bad"]
+    function = "tests.faults.test_bad_steps:train_all"
+    ends = run_distributed(function, world_size=2, timeout_s=500, configs=configs, bad=bad)
+    (root / "ends.json").write_text(json.dumps(ends))
+    return root
+
+
+def _ends(root: Path, name: str) -> list[str]:
+    return [of_rank[name] for of_rank in json.loads((root / "ends.json").read_text())]
+
+
+def _events(root: Path, name: str) -> list[dict[str, Any]]:
+    path = root / name / "run" / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def _weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    files = sorted(directory(run_dir, step).glob("*.safetensors"))
+    assert len(files) == 3
+    return {f"{file.name} {k}": v for file in files for k, v in load_file(file).items()}
+
+
+def test_run_without_bad_numbers_has_no_events(root: Path) -> None:
+    assert _ends(root, "healthy") == ["done", "done"]
+    assert _events(root, "healthy") == []
+
+
+@pytest.mark.parametrize("step", [5, 6, 9, 10])
+def test_bad_step_moves_nothing(root: Path, step: int) -> None:
+    run_dir = root / "twice_two" / "run"
+    before, after = _weights(run_dir, step - 1), _weights(run_dir, step)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
+    moved, healthy = _weights(run_dir, 8), _weights(run_dir, 7)
+    assert any(not torch.equal(moved[name], healthy[name]) for name in moved)
+
+
+def test_steps_before_are_those_of_the_healthy_run_and_training_goes_on(root: Path) -> None:
+    healthy, one = losses(root / "healthy" / "run"), losses(root / "one" / "run")
+    assert [one[step] for step in range(1, 5)] == [healthy[step] for step in range(1, 5)]
+    assert _ends(root, "one") == _ends(root, "twice_two") == ["done", "done"]
+    lines = (root / "one" / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines if '"loss"' in line]
+    assert [r["step"] for r in records if r["loss"] is None] == [5]
+    assert [r["skipped_steps"] for r in records] == [0] * 4 + [1] * 12
+
+
+def test_dump_names_images_and_the_loss_of_each_rank(root: Path) -> None:
+    (event,) = _events(root, "one")
+    assert (event["event"], event["step"]) == ("skipped", 5)
+    dump = json.loads(Path(event["dump"]).read_text())
+    assert (dump["step"], dump["reason"]) == (5, "the loss is not finite")
+    (rank_0,), (rank_1,) = dump["ranks"]
+    assert isinstance(rank_0["loss"], float)
+    assert (rank_1["loss"], rank_1["kl"]) == ("nan", "nan")
+    assert isinstance(rank_1["teacher_entropy"], float)  # the teacher saw sound images
+    ids = rank_0["sample_ids"] + rank_1["sample_ids"]
+    assert len(set(ids)) == BATCH
+    assert len(rank_1["paths"]) == len(rank_1["sample_ids"]) == BATCH // 2
+
+
+def test_three_in_a_row_end_the_run_and_name_the_checkpoint(root: Path) -> None:
+    for end in _ends(root, "three"):
+        assert "3 steps in a row were skipped, the last one step 11" in end
+        assert f"go on from {directory(root / 'three' / 'run', 8)}" in end
+        assert "bad_steps" in end
+    assert newest_step(root / "three" / "run") == 8
+    dumps = sorted(path.name for path in (root / "three" / "run" / "bad_steps").iterdir())
+    assert dumps == [f"step_{step:08d}.json" for step in (9, 10, 11)]
+
+
+def test_rollback_goes_on_with_the_images_after_the_bad_ones(root: Path) -> None:
+    assert _ends(root, "rolled_back") == ["done", "done"]
+    run_dir, three = root / "rolled_back" / "run", root / "three" / "run"
+    assert same_checkpoint(directory(run_dir, 8), directory(three, 8))
+    assert [event["event"] for event in _events(root, "rolled_back")][3:] == ["rolled back"]
+    assert sorted(losses(run_dir)) == list(range(1, STEPS + 1))
+    assert newest_step(run_dir) == STEPS
+    state = json.loads((directory(run_dir, STEPS) / "state.json").read_text())
+    assert state["progress"]["data_offset"] == 3
+    assert state["progress"]["skipped_steps"] == 0
+
+
+def test_rollbacks_are_limited(root: Path) -> None:
+    for end in _ends(root, "rolled_back_twice"):
+        assert "3 steps in a row were skipped" in end

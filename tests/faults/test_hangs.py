@@ -1,0 +1,60 @@
+"""A rank that hangs ends the job in time, named with what it was doing; nobody is left behind."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.lives import Life, gone, steps_logged, write_config
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
+
+ALLOWED_S = 5
+
+
+@pytest.mark.parametrize(
+    ("frozen", "says"),
+    [(1, "rank 1 does not answer"), (0, "rank 0, where the ranks meet, does not answer")],
+)
+def test_frozen_rank_is_named_in_time(tmp_path: Path, frozen: int, says: str) -> None:
+    limit = {"hang_timeout_s": float(ALLOWED_S)}
+    life = Life(write_config(tmp_path, stage=2, epochs=1000, train=limit))
+    assert life.wait_until(lambda: steps_logged(life.run_dir) >= 3)
+    pids = life.pids()
+    life.send(signal.SIGSTOP, ranks=[frozen])
+    begin = time.monotonic()
+    other = life.ranks[1 - frozen]
+    other.join(60)
+    assert other.exitcode == 1, life.said()
+    assert time.monotonic() - begin < ALLOWED_S + 25
+    life.send(signal.SIGKILL, ranks=[frozen])  # as every launcher does when a rank ends
+    life.end()
+    assert gone(pids)
+    said = life.outputs[1 - frozen].read_text()
+    assert says in said
+    assert f"has not moved for {ALLOWED_S}" in said
+    assert "train.hang_timeout_s" in said
+    assert "Traceback" not in said
+
+
+def test_rank_whose_images_do_not_come_is_named(tmp_path: Path) -> None:
+    limit = {"hang_timeout_s": float(ALLOWED_S)}
+    life = Life(write_config(tmp_path, stage=2, epochs=1000, train=limit), stuck_reader=1)
+    codes = life.end(timeout_s=60)
+    assert codes == [1, 1], life.said()
+    for output in life.outputs:
+        assert "rank 1 is behind the others, waiting for the images of step 3" in output.read_text()
+
+
+def test_dead_rank_is_named_with_what_it_did(tmp_path: Path) -> None:
+    life = Life(write_config(tmp_path, stage=3, epochs=1000))
+    assert life.wait_until(lambda: steps_logged(life.run_dir) >= 3)
+    begin = time.monotonic()
+    life.send(signal.SIGKILL, ranks=[1])
+    assert life.end(timeout_s=60) == [1, -signal.SIGKILL]
+    assert time.monotonic() - begin < 30
+    said = life.outputs[0].read_text()
+    assert "rank 0 lost contact with another rank" in said
+    assert "rank 1 is gone, it was" in said
+    assert "Traceback" not in said

@@ -1,0 +1,129 @@
+"""Asked to stop, a run saves the step it is in, says so with 75, and goes on as if never asked."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dinoscale.checkpoint.layout import directory
+from dinoscale.checkpoint.load import Checkpoint
+from dinoscale.distributed import free_port
+from tests.faults.kills import LAUNCHERS
+from tests.faults.lives import (
+    RANKS,
+    Life,
+    gone,
+    losses,
+    newest_step,
+    run_launcher,
+    same_checkpoint,
+    steps_logged,
+    write_config,
+)
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
+
+SAVED = 75
+LAST = 64  # steps: long enough to be asked within
+RARELY = {"every_steps": 1000, "every_epochs": 1000}  # so that what is saved was asked for
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a run that was never asked to stop."""
+    often = {"every_steps": 1, "keep_last": 1000}
+    config = write_config(tmp_path_factory.mktemp("whole"), stage=2, epochs=4, checkpoint=often)
+    assert Life(config).end() == [0] * RANKS
+    return config.parent / "run"
+
+
+def _same_as(undisturbed: Path, run_dir: Path) -> bool:
+    step = newest_step(run_dir)
+    expected = losses(undisturbed)
+    assert step > 0
+    return losses(run_dir) == {at: expected[at] for at in losses(run_dir)} and same_checkpoint(
+        directory(run_dir, step), directory(undisturbed, step)
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks", "workers"),
+    [
+        (signal.SIGTERM, [0, 1], 1),
+        (signal.SIGUSR1, [0, 1], 0),
+        (signal.SIGUSR1, [1], 0),  # the other learns of it from the step
+    ],
+)
+def test_signal_to_ranks(
+    tmp_path: Path, undisturbed: Path, number: int, ranks: list[int], workers: int
+) -> None:
+    config = write_config(tmp_path, stage=2, epochs=4, checkpoint=RARELY)
+    life = Life(config, f"data.num_workers={workers}")
+    assert life.wait_until(lambda: steps_logged(life.run_dir) >= 3)
+    pids = life.pids()
+    children = [pid for pid in pids if pid not in [process.pid for process in life.ranks]]
+    assert bool(children) == bool(workers)
+    for child in children:  # launchers signal whole process trees
+        os.kill(child, number)
+    life.send(number, ranks=ranks)
+    assert life.end(timeout_s=30) == [SAVED] * RANKS, life.said()
+    assert gone(pids)
+    assert 3 <= newest_step(life.run_dir) < LAST
+    assert _same_as(undisturbed, life.run_dir)
+    assert "the same command goes on from there" in life.said()
+    assert "Traceback" not in life.said()
+    assert Life(config).end() == [0] * RANKS
+    assert newest_step(life.run_dir) == LAST
+    assert _same_as(undisturbed, life.run_dir)
+
+
+# What each launcher makes of a SIGTERM to itself. That of deepspeed dies of it and tells nobody;
+# its ranks see that it is gone.
+OF_LAUNCHER = {"deepspeed": -signal.SIGTERM, "torchrun": 1}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_sigterm_to_the_launcher(tmp_path: Path, undisturbed: Path, launcher: str) -> None:
+    config = write_config(tmp_path, stage=2, epochs=4, checkpoint=RARELY)
+    run_dir = config.parent / "run"
+    port = str(free_port())
+    words = [port if word == "PORT" else word for word in LAUNCHERS[launcher]]
+    process = run_launcher([*words, "dinoscale", "train", str(config)], config.parent)
+    end = time.monotonic() + 120
+    while steps_logged(run_dir) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    process.terminate()
+    code = process.wait(timeout=60)
+    assert gone(pids, timeout_s=40)
+    said = (config.parent / "launcher.txt").read_text()
+    assert code == OF_LAUNCHER[launcher], said[-3000:]
+    assert 3 <= newest_step(run_dir) < LAST, said[-3000:]
+    assert _same_as(undisturbed, run_dir)
+    assert "the same command goes on from there" in said
+    assert Life(config).end() == [0] * RANKS
+    assert _same_as(undisturbed, run_dir)
+
+
+def test_sigterm_to_plain_python(tmp_path: Path) -> None:
+    config = write_config(tmp_path, stage=2, epochs=4, checkpoint=RARELY)
+    run_dir = config.parent / "run"
+    command = ["python", "-m", "dinoscale", "train", str(config)]
+    process = run_launcher(command, config.parent)
+    end = time.monotonic() + 120
+    while steps_logged(run_dir) < 3:
+        assert process.poll() is None, (config.parent / "launcher.txt").read_text()[-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == SAVED
+    step = newest_step(run_dir)
+    assert Checkpoint(directory(run_dir, step)).step == step == steps_logged(run_dir)
+    assert run_launcher(command, config.parent).wait(timeout=120) == 0
+    assert newest_step(run_dir) == LAST
+    assert list(losses(run_dir)) == list(range(1, LAST + 1))
