@@ -1,0 +1,43 @@
+"""One run at a time in a run directory, and files that a failed write leaves as they were."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from dinoscale import rundir
+from dinoscale.errors import DinoscaleError
+
+_HOLD = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    from dinoscale import rundir
+    file = rundir.lock(Path(sys.argv[1]))
+    print("held", flush=True)
+    sys.stdin.read()
+""")
+
+
+def test_second_run_is_refused_while_the_first_lives_and_let_in_when_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", _HOLD, str(tmp_path / "run")]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    monkeypatch.setattr(rundir, "_LOCK_WAIT_S", 0.1)
+    try:
+        with pytest.raises(DinoscaleError, match=r"another run is using .*run; .* run_dir=PATH"):
+            rundir.lock(tmp_path / "run")
+    finally:
+        first.kill()
+        first.wait()
+    rundir.lock(tmp_path / "run").close()
+
+
+def test_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DinoscaleError, match=r"cannot write to .*file/run"):
+        rundir.lock(tmp_path / "file" / "run")
