@@ -1,14 +1,11 @@
 """The training loop: steps, log lines, k-NN, checkpoints, and what interrupts them."""
 
-import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from dinoscale import distributed, rundir
 from dinoscale.checkpoint.load import Checkpoint
@@ -17,14 +14,12 @@ from dinoscale.checkpoint.retention import Keep
 from dinoscale.checkpoint.save import Saver, SaveResult
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
-from dinoscale.data.augment import MultiCrop
 from dinoscale.data.bad_samples import BadSampleLog
-from dinoscale.data.loader import Batch, train_batches
+from dinoscale.data.loader import Batch
 from dinoscale.data.sources import Source
 from dinoscale.distributed import Process
 from dinoscale.engine.build import schedules_of
-from dinoscale.engine.depth_noise import depth_uniforms
-from dinoscale.engine.step import MicroBatch, StepMetrics, train_step
+from dinoscale.engine.step import StepMetrics, train_step
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import (
@@ -32,13 +27,12 @@ from dinoscale.errors import (
     PreemptedError,
     RunFailedError,
 )
-from dinoscale.evaluate.features import normalize_images
+from dinoscale.feed import Feed
 from dinoscale.hooks.bad_steps import dump_bad_step
 from dinoscale.hooks.collapse import OBSERVE_EVERY, CollapseMonitor, Reading, read_targets
 from dinoscale.hooks.events import Events
 from dinoscale.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.hooks.probe import Probe
-from dinoscale.models.vit import stochastic_depth_keep
 from dinoscale.preemption import StopRequest
 from dinoscale.resume import find_checkpoint, restore
 from dinoscale.schedules import StepValues
@@ -64,11 +58,13 @@ class Run:
         checkpoint: Checkpoint | None,
     ) -> None:
         self.config, self.plan, self.process, self.source = config, plan, process, source
+        self.feed = Feed(config, plan, process, source, depth=student.network.backbone.depth)
         self.student, self.teacher, self.probe = student, teacher, probe
         self.stop, self.watchdog = stop, watchdog
         self.run_dir = Path(config.run_dir)
         self.progress = _progress_of(checkpoint)
         self.resumed_at = None if checkpoint is None else checkpoint.step
+        self.unproven = checkpoint is not None
         self.saver = Saver(self.run_dir, _keep(config, plan))
         self.saved: SaveResult | None = None  # the last one that ended
         self.saved_step = self.resumed_at  # of the last one begun
@@ -119,16 +115,18 @@ class Run:
     def _train(self) -> None:
         """Take steps until the run ends or goes back to a checkpoint."""
         watch = Stopwatch()
-        steps = self._steps(self.progress.step)
+        steps = self.feed.steps(self.progress.step, offset=self.progress.data_offset)
         for step in range(self.progress.step, self.plan.stop_step):
             self.watchdog.moved(f"waiting for the images of step {step + 1}")
             begin = time.perf_counter()
             batches = next(steps)
             watch.waited(time.perf_counter() - begin)
             self.watchdog.moved(f"in step {step + 1}")
+            for batch in batches:
+                self.pending_bad += batch.bad
             now = self.schedules.at(step)
             result = train_step(
-                [self._prepare(step, m, batch) for m, batch in enumerate(batches)],
+                self.feed.prepare(step, batches),
                 self.student,
                 self.teacher,
                 now,
@@ -141,52 +139,6 @@ class Run:
                 return
             self._after_step(now, result, watch)
 
-    def _steps(self, start_step: int) -> Iterator[list[Batch]]:
-        """The micro-batches of this rank, step by step."""
-        config, plan, offset = self.config, self.plan, self.progress.data_offset
-        batches = train_batches(
-            self.source,
-            MultiCrop(**config.crops.model_dump(), **config.augment.model_dump()),
-            batch_size=plan.batch_size,
-            micro_batch_size=plan.micro_batch_size,
-            seed=config.seed,
-            rank=self.process.rank,
-            world_size=plan.world_size,
-            start_step=start_step + offset,
-            stop_step=plan.stop_step + offset,
-            num_workers=config.data.num_workers,
-            pin_memory=self.process.device.type == "cuda",
-        )
-        for _ in range(start_step, plan.stop_step):
-            yield list(itertools.islice(batches, plan.accumulation_steps))
-
-    def _prepare(self, step: int, micro_batch: int, batch: Batch) -> MicroBatch:
-        """Move one micro-batch to the device, normalise it, draw its stochastic depth."""
-        self.pending_bad += batch.bad
-        global_crops = self._normalised(batch.global_crops)
-        local_crops = self._normalised(batch.local_crops)
-        return MicroBatch(global_crops, local_crops, self._keep(step, micro_batch))
-
-    def _normalised(self, crops: Tensor) -> Tensor:
-        """uint8 (V, B, C, H, W) -> float32 on the device, (x / 255 - mean) / std."""
-        moved = crops.to(self.process.device, non_blocking=True)
-        return normalize_images(moved, mean=self.config.data.mean, std=self.config.data.std)
-
-    def _keep(self, step: int, micro_batch: int) -> Tensor | None:
-        rate, plan = self.config.model.drop_path_rate, self.plan
-        if not rate:
-            return None
-        slot = micro_batch * plan.world_size + self.process.rank
-        uniforms = depth_uniforms(
-            seed=self.config.seed,
-            step=step,
-            first_image=slot * plan.micro_batch_size,
-            images=plan.micro_batch_size,
-            crops=2 + self.config.crops.num_local,
-            depth=self.student.network.backbone.depth,
-        )
-        return stochastic_depth_keep(uniforms, drop_path_rate=rate).to(self.process.device)
-
     def _count(self, result: StepMetrics, batches: Sequence[Batch]) -> bool:
         """Take note of a step, applied or skipped; false after a return to a checkpoint.
 
@@ -196,8 +148,9 @@ class Run:
         """
         progress, limits = self.progress, self.config.train
         if result.skipped is None:
-            if progress.step == self.resumed_at:
+            if self.unproven:  # the first step after a resume
                 progress.require_near(result.loss)
+            self.unproven = False
             progress.applied(result.loss)
             return True
         progress.skipped()
@@ -264,6 +217,7 @@ class Run:
             self._save_and_wait()
             reason = self.stop.reason or "on another rank"
             self.events.write(done, "preempted", reason=reason)
+            self.metrics.close()
             raise PreemptedError(
                 f"asked to stop ({reason}): step {done} is"
                 f" saved in {self.run_dir}; the same command goes on from there"
@@ -370,6 +324,9 @@ class Run:
         Raises:
             RunFailedError: on every rank; it could not be written, and the run would be lost.
         """
+        self._wait_for_save()
+        if self.saved is not None and self.saved.error is not None:
+            self.saved_step = None  # if it was this step, try once more
         self._save()
         self._wait_for_save()
         distributed.gather_objects(None)  # rank 0 must not leave while others still ask its board

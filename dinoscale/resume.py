@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _DAMAGED = "damaged_"
 # What may change between two starts without a word: none of it moves a number beyond rounding.
+_PRECISION = "engine.precision"
 _FREE: tuple[str, ...] = ("run_dir", "resume", "engine.", "eval.", "log.", "checkpoint.")
 _FREE += (
     "data.num_workers",
@@ -84,7 +85,7 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
     changes = [
         f"{key} {then_flat.get(key)} -> {value}"
         for key, value in now_flat.items()
-        if then_flat.get(key) != value and not key.startswith(_FREE)
+        if then_flat.get(key) != value and (key == _PRECISION or not key.startswith(_FREE))
     ]
     if changes and distributed.rank() == 0:
         log.warning("settings changed since %s: %s", checkpoint.path.name, ", ".join(changes))

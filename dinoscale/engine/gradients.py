@@ -58,6 +58,8 @@ class GradientRule:
 
     def global_norm(self) -> Tensor:
         """Norm of all gradients of the last step before clipping, scalar float32."""
+        if not self.squared_norms:  # the first step was skipped
+            return torch.tensor(torch.nan)
         return torch.stack(list(self.squared_norms.values())).sum().sqrt()
 
     def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -144,9 +144,10 @@ class Student:
         return stands
 
     def grad_norm(self) -> Tensor:
-        """Norm of the whole gradient of the last step before clipping, scalar."""
+        """Norm of the whole gradient of the last applied step before clipping, scalar."""
         if self._global_by_deepspeed:
-            return torch.as_tensor(self._engine.get_global_grad_norm())
+            norm = self._engine.get_global_grad_norm()
+            return torch.as_tensor(torch.nan if norm is None else norm)
         return self._rule.global_norm()
 
     def grad_norms(self) -> dict[str, float]:

@@ -76,7 +76,10 @@ class Metrics:
         """Go back to `step`: drop the lines after it and move the bar."""
         if not self._active:
             return
-        _drop_lines_after(self._path, step)
+        try:
+            _drop_lines_after(self._path, step)
+        except OSError as error:
+            log.warning("cannot write %s: %s", self._path, error)
         self._bar.n = step
         self._bar.refresh()
 

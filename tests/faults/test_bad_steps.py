@@ -19,6 +19,7 @@ OFTEN = {"every_steps": 1, "keep_last": 100}
 RUNS: dict[str, dict[str, Any]] = {
     "healthy": {"bad": []},
     "one": {"bad": [5]},
+    "first": {"bad": [1]},
     "twice_two": {"bad": [5, 6, 9, 10]},
     "three": {"bad": [9, 10, 11], "checkpoint": {"every_steps": 4}},
     "rolled_back": {
@@ -40,29 +41,35 @@ def train_all(configs: dict[str, str], bad: dict[str, list[int]]) -> dict[str, s
 
 
 def _train(config_file: str, bad: list[int]) -> str:
-    from dinoscale import distributed, loop
+    from dinoscale import distributed, feed
     from dinoscale.config import load_config
     from dinoscale.distributed import Process
     from dinoscale.errors import NonFiniteError
     from dinoscale.trainer import train
 
     config = load_config(config_file, [])
-    prepare = loop.Run._prepare
+    read = feed.Feed.steps
 
-    def spoil(self: loop.Run, step: int, micro_batch: int, batch: Any) -> Any:
-        prepared = prepare(self, step, micro_batch, batch)
+    def spoil(self: feed.Feed, first: int, *, offset: int) -> Any:
         # The images are bad, not the step: after a rollback they come at another one.
-        if distributed.rank() == 1 and step + 1 + self.progress.data_offset in bad:
-            prepared.local_crops[0, 0, 0, 0, 0] = torch.nan
+        for step, batches in enumerate(read(self, first, offset=offset), start=first + offset + 1):
+            self.spoilt = step in bad and distributed.rank() == 1
+            yield batches
+
+    def prepare(self: feed.Feed, step: int, batches: Any) -> Any:
+        prepared = make(self, step, batches)
+        if self.spoilt:
+            prepared[0].local_crops[0, 0, 0, 0, 0] = torch.nan
         return prepared
 
-    loop.Run._prepare = spoil  # type: ignore[method-assign]
+    make = feed.Feed.prepare
+    feed.Feed.steps, feed.Feed.prepare = spoil, prepare
     try:
         train(config, Process(distributed.rank(), 2, distributed.rank(), 2))
     except NonFiniteError as error:
         return str(error)
     finally:
-        loop.Run._prepare = prepare  # type: ignore[method-assign]
+        feed.Feed.steps, feed.Feed.prepare = read, make
     return "done"
 
 
@@ -122,6 +129,13 @@ def test_steps_before_are_those_of_the_healthy_run_and_training_goes_on(root: Pa
     records = [json.loads(line) for line in lines if '"loss"' in line]
     assert [r["step"] for r in records if r["loss"] is None] == [5]
     assert [r["skipped_steps"] for r in records] == [0] * 4 + [1] * 12
+
+
+def test_very_first_step_may_be_bad(root: Path) -> None:
+    assert _ends(root, "first") == ["done", "done"]
+    first, second = (root / "first" / "run" / "metrics.jsonl").read_text().splitlines()[:2]
+    assert json.loads(first)["loss"] is json.loads(first)["grad_norm"] is None
+    assert json.loads(second)["skipped_steps"] == 1
 
 
 def test_dump_names_images_and_the_loss_of_each_rank(root: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.faults.lives import (
     steps_logged,
     write_config,
 )
+from tests.unit.checkpoint.test_sums import DAMAGES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -97,18 +98,6 @@ def test_directory_that_turns_read_only_stops_saves_and_not_steps(tmp_path: Path
     assert newest_step(life.run_dir) == 3 * LAST
 
 
-def _flip_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "bit flipped": _flip_bit,
-    "emptied": lambda path: path.write_bytes(b""),
-    "missing": lambda path: path.unlink(),
-}
 FILES = (
     "shard_00000.safetensors",
     "shard_00001.safetensors",

@@ -19,7 +19,7 @@ LEVELS: list[set[str]] = [
     {"engine", "convert"},
     {"evaluate"},
     {"checkpoint", "hooks", "rundir"},
-    {"resume"},
+    {"feed", "resume"},
     {"loop"},
     {"trainer"},
     {"quickstart", "doctor"},

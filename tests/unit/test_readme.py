@@ -28,7 +28,7 @@ def test_command_of_the_readme_parses(line: str) -> None:
 
 def test_readme_has_commands_of_every_kind() -> None:
     said = {line.split()[0] for line in _command_lines()}
-    assert said >= {"train", "doctor", "config", "presets", "export", "evaluate"}
+    assert said >= {"train", "doctor", "config", "presets", "checkpoint", "export", "evaluate"}
 
 
 def test_scripts_of_the_readme_exist() -> None:

@@ -1,0 +1,83 @@
+"""What a rank works on in each step: crops from the loader, on the device, normalised."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from dinoscale.config import RunConfig
+from dinoscale.config.resolve import RunPlan
+from dinoscale.data.augment import MultiCrop
+from dinoscale.data.loader import Batch, train_batches
+from dinoscale.data.sources import Source
+from dinoscale.distributed import Process
+from dinoscale.engine.depth_noise import depth_uniforms
+from dinoscale.engine.step import MicroBatch
+from dinoscale.evaluate.features import normalize_images
+from dinoscale.models.vit import stochastic_depth_keep
+
+
+class Feed:
+    """The share of one rank in every step."""
+
+    def __init__(
+        self, config: RunConfig, plan: RunPlan, process: Process, source: Source, *, depth: int
+    ) -> None:
+        """Open nothing yet, `steps` starts the workers; `depth` is the student's, in blocks."""
+        self._config, self._plan, self._process, self._source = config, plan, process, source
+        self._depth = depth
+
+    def steps(self, first: int, *, offset: int) -> Iterator[list[Batch]]:
+        """The micro-batches of the steps from `first` to the end of the run.
+
+        Args:
+            first: step, from 0.
+            offset: step s takes the images of step s + offset.
+        """
+        config, plan = self._config, self._plan
+        batches = train_batches(
+            self._source,
+            MultiCrop(**config.crops.model_dump(), **config.augment.model_dump()),
+            batch_size=plan.batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            seed=config.seed,
+            rank=self._process.rank,
+            world_size=plan.world_size,
+            start_step=first + offset,
+            stop_step=plan.stop_step + offset,
+            num_workers=config.data.num_workers,
+            pin_memory=self._process.device.type == "cuda",
+        )
+        for _ in range(first, plan.stop_step):
+            yield list(itertools.islice(batches, plan.accumulation_steps))
+
+    def prepare(self, step: int, batches: Sequence[Batch]) -> list[MicroBatch]:
+        """Move a step's micro-batches to the device, normalise, draw their stochastic depth."""
+        return [
+            MicroBatch(
+                self._normalised(batch.global_crops),
+                self._normalised(batch.local_crops),
+                self._keep(step, index),
+            )
+            for index, batch in enumerate(batches)
+        ]
+
+    def _normalised(self, crops: Tensor) -> Tensor:
+        """uint8 (V, B, C, H, W) -> float32 on the device, (x / 255 - mean) / std."""
+        moved = crops.to(self._process.device, non_blocking=True)
+        return normalize_images(moved, mean=self._config.data.mean, std=self._config.data.std)
+
+    def _keep(self, step: int, micro_batch: int) -> Tensor | None:
+        rate, plan = self._config.model.drop_path_rate, self._plan
+        if not rate:
+            return None
+        slot = micro_batch * plan.world_size + self._process.rank
+        uniforms = depth_uniforms(
+            seed=self._config.seed,
+            step=step,
+            first_image=slot * plan.micro_batch_size,
+            images=plan.micro_batch_size,
+            crops=2 + self._config.crops.num_local,
+            depth=self._depth,
+        )
+        return stochastic_depth_keep(uniforms, drop_path_rate=rate).to(self._process.device)
