@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 from dinoscale import distributed, rundir
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.checkpoint.progress import Progress
@@ -106,9 +108,10 @@ class Run:
             self._probe()
         else:
             self.events.write(self.progress.step, "resumed", ranks=self.plan.world_size)
-        while self.progress.step < self.plan.stop_step:
-            self._train()  # to the end, or to a rollback
-        self._save_and_wait()
+        with logging_redirect_tqdm():  # log lines above the bar, not in it
+            while self.progress.step < self.plan.stop_step:
+                self._train()  # to the end, or to a rollback
+            self._save_and_wait()
         self.metrics.close()
         return {"run_dir": str(self.run_dir), "steps": self.plan.stop_step, **self.last}
 

@@ -19,6 +19,7 @@ from dinoscale.engine.precision import fastest_precision
 from dinoscale.errors import RunFailedError
 from dinoscale.evaluate.attention import evaluate_attention
 from dinoscale.evaluate.knn import evaluate_knn
+from dinoscale.hooks.events import count_events
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
         run_dir: everything is written here; a finished run in it is shown again, not repeated.
 
     Returns:
-        JSON-able: accuracies in percent, paths of the results, seconds.
+        JSON-able: accuracies in percent, paths of the results, seconds, and how often each event
+        (a collapse, a skipped step) happened.
 
     Raises:
         RunFailedError: the training ended with an error.
@@ -52,6 +54,7 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
     result = {
         **_accuracies(config, weights, untrained),
         "precision": precision,
+        "events": count_events(run_dir),
         "training_s": round(trained_s, 1),
         "total_s": round(time.monotonic() - begin, 1),
         "run_dir": str(run_dir),

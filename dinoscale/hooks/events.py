@@ -1,7 +1,9 @@
 """What happens to a run besides its numbers: events.jsonl, one line each, also across resumes."""
 
+import contextlib
 import json
 import logging
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,3 +29,13 @@ class Events:
                 file.write(line + "\n")
         except OSError as error:
             log.warning("cannot write %s: %s (%s)", self._path, error, line)
+
+
+def count_events(run_dir: Path) -> dict[str, int]:
+    """How often each event is in events.jsonl of a run; empty if nothing happened."""
+    path = run_dir / "events.jsonl"
+    found: Counter[str] = Counter()
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError):  # a line cut off by a crash
+            found[json.loads(line)["event"]] += 1
+    return dict(found)
