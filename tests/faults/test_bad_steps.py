@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dinoscale.checkpoint.layout import directory
-from tests.faults.lives import BATCH, losses, newest_step, same_checkpoint, write_config
+from tests.faults.lives import BATCH, IMAGES, losses, newest_step, same_checkpoint, write_config
 from tests.harness import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -43,17 +43,22 @@ def train_all(configs: dict[str, str], bad: dict[str, list[int]]) -> dict[str, s
 def _train(config_file: str, bad: list[int]) -> str:
     from dinoscale import distributed, feed
     from dinoscale.config import load_config
+    from dinoscale.data.sampler import StepSampler
     from dinoscale.distributed import Process
     from dinoscale.errors import NonFiniteError
     from dinoscale.trainer import train
 
     config = load_config(config_file, [])
+    sizes = {"num_images": IMAGES, "batch_size": BATCH, "micro_batch_size": BATCH // 2}
+    sampler = StepSampler(**sizes, world_size=2, seed=config.seed)
     read = feed.Feed.steps
 
     def spoil(self: feed.Feed, first: int, *, offset: int) -> Any:
         # The images are bad, not the step: after a rollback they come at another one.
         for step, batches in enumerate(read(self, first, offset=offset), start=first + offset + 1):
             self.spoilt = step in bad and distributed.rank() == 1
+            ids = sampler.micro_batch_ids(step - 1, micro_batch=0, rank=distributed.rank())
+            assert batches[0].sample_ids.tolist() == ids.tolist()
             yield batches
 
     def prepare(self: feed.Feed, step: int, batches: Any) -> Any:
