@@ -300,7 +300,8 @@ class Run:
             return
         done = self.progress.step
         self.watchdog.moved(f"measuring k-NN after step {done}")
-        top1 = self.probe.measure(self.teacher.plain_network().backbone, self.process.device)
+        backbone = self.teacher.plain_network().backbone
+        top1 = self.probe.measure(backbone, self.process.device, self.watchdog.goes_on)
         self.progress.measured(top1)
         self.last["knn_top1"] = top1
         self.last["best_knn_top1"] = self.progress.best_knn_top1 or top1

@@ -71,6 +71,10 @@ class Watchdog:
         """Say that training goes on, and what it does next."""
         self._moves, self._doing, self._since = self._moves + 1, doing, time.monotonic()
 
+    def goes_on(self) -> None:
+        """Say that what was begun goes on; the number of these may differ between ranks."""
+        self._since = time.monotonic()
+
     def close(self) -> None:
         """Watch no longer."""
         self._stop.set()

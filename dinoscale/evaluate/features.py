@@ -5,7 +5,7 @@ Shape letters: N images of the source that can be read, C channels, H, W pixels,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -74,6 +74,7 @@ def extract_features(
     device: torch.device | str,
     num_workers: int,
     progress: bool = False,
+    on_batch: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a backbone over all readable images of a labelled source, without augmentation.
 
@@ -91,6 +92,7 @@ def extract_features(
         device: where the backbone is, and where the result will be.
         num_workers: processes that decode; 0 decodes in this one.
         progress: draw a bar on stderr, if that is a terminal.
+        on_batch: called after each batch; a watchdog wants to know that it goes on.
 
     Returns:
         Features (N, D) float32, not normalised, and labels (N,) int64, both on `device`.
@@ -121,6 +123,8 @@ def extract_features(
             features.append(backbone([pixels]).float())
             labels.append(classes)
             bar.update(len(classes))
+            if on_batch is not None:
+                on_batch()
     if not features:  # a rank's share may be empty, or unreadable as a whole
         width = int(getattr(backbone, "embed_dim", 0))
         return torch.zeros(0, width, device=device), torch.zeros(0, dtype=torch.int64).to(device)

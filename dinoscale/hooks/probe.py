@@ -1,5 +1,7 @@
 """Online k-NN of the teacher on a labelled set, with the features shared out over ranks."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -36,15 +38,18 @@ class Probe:
         self._bank = _Share(bank, rank=rank, world_size=world_size)
         self._test = _Share(test, rank=rank, world_size=world_size)
 
-    def measure(self, backbone: nn.Module, device: torch.device) -> float:
+    def measure(
+        self, backbone: nn.Module, device: torch.device, on_batch: Callable[[], None]
+    ) -> float:
         """Top-1 accuracy in percent, on every rank; all ranks call it.
 
         Args:
             backbone: ordinary weights, whole on every rank.
             device: of the backbone.
+            on_batch: called after each batch of images.
         """
-        bank, bank_labels = self._gather(self._bank, backbone, device)
-        test, test_labels = self._gather(self._test, backbone, device)
+        bank, bank_labels = self._gather(self._bank, backbone, device, on_batch)
+        test, test_labels = self._gather(self._test, backbone, device, on_batch)
         top1 = 0.0
         if distributed.rank() == 0:
             k, labels = self._config.eval.k, self._renumber[test_labels]
@@ -52,7 +57,11 @@ class Probe:
         return distributed.broadcast_object(top1)
 
     def _gather(
-        self, share: "_Share", backbone: nn.Module, device: torch.device
+        self,
+        share: "_Share",
+        backbone: nn.Module,
+        device: torch.device,
+        on_batch: Callable[[], None],
     ) -> tuple[Tensor, Tensor]:
         """Features (N, D) and labels (N,) of all ranks, on the CPU."""
         config = self._config
@@ -66,6 +75,7 @@ class Probe:
             batch_size=config.eval.batch_size,
             device=device,
             num_workers=min(config.data.num_workers, 2),
+            on_batch=on_batch,
         )
         parts = distributed.gather_objects((features.cpu().numpy(), labels.cpu().numpy()))
         whole, classes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -64,6 +64,7 @@ class Life:
         config: Path,
         *overrides: str,
         slow_disk_s: float = 0.0,
+        slow_images_s: float = 0.0,
         stuck_reader: int | None = None,
     ) -> None:
         """Start.
@@ -72,13 +73,14 @@ class Life:
             config: YAML file; the run goes to "run" beside it.
             overrides: settings that win over it.
             slow_disk_s: how long each file of a checkpoint takes to reach the disk.
+            slow_images_s: how long each image takes to be read.
             stuck_reader: a rank whose third step's images never come.
         """
         self.run_dir, port = config.parent / "run", str(free_port())
         self.outputs = [config.parent / f"output_{rank}.txt" for rank in range(RANKS)]
         self.ranks: list[BaseProcess] = []
         for rank, output in enumerate(self.outputs):
-            faults = slow_disk_s, stuck_reader == rank
+            faults = slow_disk_s, slow_images_s, stuck_reader == rank
             arguments = (rank, port, str(output), faults, ["train", str(config), *overrides])
             self.ranks.append(_context.Process(target=_rank, args=arguments))
             self.ranks[-1].start()
@@ -149,9 +151,9 @@ def _alive(pid: int) -> bool:
 
 
 def _rank(
-    rank: int, port: str, output: str, faults: tuple[float, bool], arguments: list[str]
+    rank: int, port: str, output: str, faults: tuple[float, float, bool], arguments: list[str]
 ) -> None:
-    slow_disk_s, stuck = faults
+    slow_disk_s, slow_images_s, stuck = faults
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -160,8 +162,10 @@ def _rank(
     torch.set_num_threads(1)
     if slow_disk_s:
         _slow_down_the_disk(slow_disk_s)
-    if stuck:
-        _hang_at_third_read()
+    if slow_images_s:
+        _wait_before_reads(lambda _read: slow_images_s)
+    if stuck:  # a network file system that does not answer from the third step on
+        _wait_before_reads(lambda read: 1000.0 if read == 2 * BATCH // RANKS else 0.0)
     from dinoscale import __main__
 
     sys.argv = ["dinoscale", *arguments]
@@ -192,14 +196,13 @@ def _slow_down_the_disk(seconds: float) -> None:
     save.flush = flush
 
 
-def _hang_at_third_read() -> None:
+def _wait_before_reads(seconds: Callable[[int], float]) -> None:
     from dinoscale.data.synthetic import ShapesSource
 
     read, calls = ShapesSource.image, itertools.count()
 
     def image(self: ShapesSource, index: int) -> Any:
-        if next(calls) == 2 * BATCH // RANKS:
-            time.sleep(1000)  # a network file system that does not answer
+        time.sleep(seconds(next(calls)))
         return read(self, index)
 
     ShapesSource.image = image  # type: ignore[method-assign]
