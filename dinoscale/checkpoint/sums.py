@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from dinoscale.checkpoint.layout import SUMS_FILE
+from dinoscale.checkpoint.layout import STATE_FILE, SUMS_FILE
 from dinoscale.errors import CheckpointError
 
 _BLOCK_BYTES = 1 << 20
@@ -46,19 +46,19 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     path = folder / SUMS_FILE
     try:
-        lines = path.read_text().splitlines()
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"{folder} is not a complete checkpoint: {path.name}: {error}"
         ) from error
     sums = {}
-    for line in lines:
+    for line in text.splitlines():
         digest, _, name = line.partition("  ")
         if len(digest) != _HEX_DIGITS or not name or Path(name).name != name:
             raise CheckpointError(f"{path} is damaged: {line[:100]!r} is not a checksum and a name")
         sums[name] = digest
-    if not sums:
-        raise CheckpointError(f"{path} is damaged: it is empty")
+    if not text.endswith("\n") or STATE_FILE not in sums:  # written last, as the list is sorted
+        raise CheckpointError(f"{path} is damaged: its end is missing")
     return sums
 
 

@@ -49,6 +49,13 @@ def test_damaged_file_is_named(folder: Path, name: str, damage: str) -> None:
         verify(folder)
 
 
+def test_list_cut_between_two_lines_is_damaged(folder: Path) -> None:
+    lines = (folder / SUMS_FILE).read_text().splitlines(keepends=True)
+    (folder / SUMS_FILE).write_text("".join(lines[:-1]))
+    with pytest.raises(CheckpointError, match="its end is missing"):
+        verify(folder)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_list_is_named(folder: Path, damage: str) -> None:
     DAMAGES[damage](folder / SUMS_FILE)
