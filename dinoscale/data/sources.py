@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 _REMOTE = re.compile(r"(https?|s3|gs|gcs|hf|hdfs|abfss?|az|ftp|pipe|file):", re.IGNORECASE)
 _COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
+_MAX_NAMES = 1_000_000  # shards of one brace pattern
+
 
 class Source(Protocol):
     """N images in a fixed order, picklable to worker processes."""
@@ -112,6 +114,8 @@ def _named_by(spec: str, path: str) -> str:
 def _expand(spec: str) -> list[str]:
     """Files that a brace pattern or glob names; all of them must be there."""
     try:
+        if _num_names(spec) > _MAX_NAMES:
+            raise ValueError(f"it names more than {_MAX_NAMES} files")
         patterns = list(braceexpand(spec, escape=False))
     except ValueError as error:
         raise DataError(f"{spec}: not a brace pattern ({error}).") from None
@@ -127,6 +131,15 @@ def _expand(spec: str) -> list[str]:
     if missing:
         raise DataError(_nothing_there(spec, missing, num_patterns=len(patterns)))
     return paths
+
+
+def _num_names(spec: str) -> int:
+    """At least how many names the innermost braces make; listing them could take all memory."""
+    total = 1
+    for inside in re.findall(r"\{([^{}]*)\}", spec):
+        ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(\.\..*)?", inside)
+        total *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else inside.count(",") + 1
+    return total
 
 
 def _nothing_there(spec: str, missing: Sequence[str], *, num_patterns: int) -> str:
