@@ -70,9 +70,9 @@ class Run:
         self.saver = Saver(self.run_dir, _keep(config, plan))
         self.saved: SaveResult | None = None  # the last one that ended
         self.saved_step = self.resumed_at  # of the last one begun
-        self.versions = rundir.versions()
-        self.schedules = schedules_of(config, plan)
         is_first = process.rank == 0
+        self.versions = rundir.versions() if is_first else {}
+        self.schedules = schedules_of(config, plan)
         self.events = Events(self.run_dir, active=is_first)
         self.metrics = distributed.together(lambda: self._open_metrics(active=is_first))
         self.collapse = CollapseMonitor(

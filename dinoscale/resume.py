@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dinoscale import distributed
+from dinoscale import distributed, rundir
 from dinoscale.checkpoint.layout import EMA, MASTER, checkpoints
 from dinoscale.checkpoint.load import Checkpoint, first_good, open_verified
 from dinoscale.checkpoint.retention import clear_leftovers
@@ -81,14 +81,31 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
                 " the images and the schedules depend on it, so this run cannot go on with it."
                 " Put the old value back, or start a new run with another run_dir"
             )
-    then_flat, now_flat = dict(_flat(saved_config)), dict(_flat(config.model_dump(mode="json")))
+    if distributed.rank() != 0:
+        return
     changes = [
-        f"{key} {then_flat.get(key)} -> {value}"
-        for key, value in now_flat.items()
-        if then_flat.get(key) != value and (key == _PRECISION or not key.startswith(_FREE))
+        f"{key} {then} -> {now}"
+        for key, (then, now) in _differences(saved_config, config.model_dump(mode="json")).items()
+        if key == _PRECISION or not key.startswith(_FREE)
     ]
-    if changes and distributed.rank() == 0:
-        log.warning("settings changed since %s: %s", checkpoint.path.name, ", ".join(changes))
+    versions = _differences(checkpoint.state.get("versions", {}), rundir.versions())
+    changes += [f"{name} {then} -> {now}" for name, (then, now) in versions.items()]
+    if changes:
+        log.warning("changed since %s: %s", checkpoint.path.name, ", ".join(changes))
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> values, where they differ."""
+    old, new = dict(_flat(then)), dict(_flat(now))
+    return {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def restore(checkpoint: Checkpoint, student: Student, teacher: Teacher) -> None:
@@ -109,11 +126,3 @@ def restore(checkpoint: Checkpoint, student: Student, teacher: Teacher) -> None:
     for owner, buffers in buffers_here.items():
         for name, value in checkpoint.buffers(owner).items():
             buffers[name].copy_(value)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -84,6 +84,8 @@ def _build(
     checkpoint = find_checkpoint(run_dir)
     if checkpoint is not None:
         require_same_run(checkpoint, config, plan)
+    elif is_first and (run_dir / "metrics.jsonl").exists():
+        log.warning("steps were logged in %s, but there is no checkpoint: beginning anew", run_dir)
     student, teacher = build_pair(config, plan)
     if checkpoint is not None:
         restore(checkpoint, student, teacher)

@@ -76,7 +76,10 @@ def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
 
 def prune(run_dir: Path, keep: Keep) -> list[Path]:
     """Delete what no rule keeps; one that cannot be deleted costs space, not the run."""
-    found = [summary(path) for path in checkpoints(run_dir)]
+    paths = checkpoints(run_dir)
+    if len(paths) <= keep.last:
+        return []
+    found = [summary(path) for path in paths]
     return [s.path for s in superfluous(found, keep) if delete(s.path)]
 
 

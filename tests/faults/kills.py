@@ -90,8 +90,8 @@ def run_kills(folder: Path, *, kills: int, stage: int, seed: int) -> Tally:
         AssertionError: a process outlived its run, or a run ended by itself with an error.
     """
     epochs = 2 + 2 * kills * _STEPS_A_LIFE * BATCH // IMAGES
-    keep_all = {"keep_last": 9999}
-    whole = write_config(folder / "whole", stage=stage, epochs=epochs, checkpoint=keep_all)
+    all_steps = {"every_steps": 1, "keep_last": 9999}  # an orphan saves at any step
+    whole = write_config(folder / "whole", stage=stage, epochs=epochs, checkpoint=all_steps)
     broken = write_config(folder / "broken", stage=stage, epochs=epochs)
     assert Life(whole).end() == [0] * RANKS
     tally, run_dir, whole_dir = Tally(), broken.parent / "run", whole.parent / "run"
