@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 POST_S = 1.0
 _ORPHAN_S = 30.0  # to finish the step and save; launchers allow as much
 _ASK_S = 10.0  # for the answer of a board that may be gone
+_LINGER_S = 3.0
 _ALIVE, _ENDED = "alive/", "ended/"
 
 T = TypeVar("T")
@@ -87,7 +88,9 @@ class Watchdog:
         """After a lost contact: which ranks are gone, in words; takes some seconds."""
         before = self._ask()
         time.sleep(2.5 * POST_S)
-        return explain_missing(before, self._ask(), self._read_all(_ENDED))
+        said = explain_missing(before, self._ask(), self._read_all(_ENDED))
+        _linger()
+        return said
 
     def _post(self) -> None:
         posts = 0
@@ -190,6 +193,13 @@ def _ancestors() -> list[int]:
     return [parent, above] if b"deepspeed" in command else [parent]
 
 
+def _linger() -> None:
+    """Let rank 0 stay a little: the board goes with it, and others may still read."""
+    if distributed.rank() == 0 and distributed.world_size() > 1:
+        time.sleep(_LINGER_S)
+
+
 def _end(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
+    _linger()
     os._exit(RunFailedError.exit_code)
