@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from tests.faults.kills import run_kills
 
@@ -21,6 +24,8 @@ def main() -> None:
     parser.add_argument("--stage", type=int, default=2, choices=range(4), help="ZeRO stage")
     parser.add_argument("--seed", type=int, default=0, metavar="R", help="of the moments")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed prints a warning among the result
     with tempfile.TemporaryDirectory() as folder:
         tally = run_kills(Path(folder), kills=options.kills, stage=options.stage, seed=options.seed)
     found = asdict(tally)
