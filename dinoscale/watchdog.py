@@ -7,7 +7,6 @@ every other rank, as all wait for each other.
 
 import contextlib
 import json
-import logging
 import os
 import sys
 import threading
@@ -19,8 +18,6 @@ from typing import TypeVar
 
 from dinoscale import distributed
 from dinoscale.errors import LostPeerError, RunFailedError
-
-log = logging.getLogger(__name__)
 
 POST_S = 1.0
 _ORPHAN_S = 30.0  # to finish the step and save; launchers allow as much
@@ -139,9 +136,9 @@ def explain_missing(
         return "rank 0, where the ranks meet, is gone; its output says why"
     said = [f"rank {r} ended: {text}" for r, text in enumerate(reasons) if text]
     silent = [
-        f"rank {r} is gone, it was {now.doing if now else 'starting'}"
-        for r, (then, now) in enumerate(zip(before, after, strict=True))
-        if not reasons[r] and (now is None or (then is not None and then.posts == now.posts))
+        f"rank {r} is gone, it was {doing}"
+        for r, doing in _silent(before, after).items()
+        if not reasons[r]
     ]
     return "; ".join([*said, *silent]) or "all ranks still answer: the network between them failed"
 
@@ -152,9 +149,7 @@ def explain_hang(before: Sequence[Sign | None], after: Sequence[Sign | None]) ->
     if not known:
         return "rank 0, where the ranks meet, does not answer"
     frozen = [
-        f"rank {r} does not answer, it was {now.doing if now else 'starting'}"
-        for r, (then, now) in enumerate(zip(before, after, strict=True))
-        if now is None or (then is not None and then.posts == now.posts)
+        f"rank {r} does not answer, it was {doing}" for r, doing in _silent(before, after).items()
     ]
     least = min(sign.moves for sign in known)
     if frozen or least == max(sign.moves for sign in known):
@@ -165,6 +160,15 @@ def explain_hang(before: Sequence[Sign | None], after: Sequence[Sign | None]) ->
         if now is not None and now.moves == least
     ]
     return "; ".join(behind)
+
+
+def _silent(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> dict[int, str]:
+    """Ranks that posted nothing between two looks, and what they had said they were doing."""
+    return {
+        rank: now.doing if now else "starting"
+        for rank, (then, now) in enumerate(zip(before, after, strict=True))
+        if now is None or (then is not None and then.posts == now.posts)
+    }
 
 
 def _bounded(ask: Callable[[], T], *, default: T) -> T:

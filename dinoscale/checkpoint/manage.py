@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from dinoscale.checkpoint.layout import (
 )
 from dinoscale.checkpoint.load import Checkpoint, open_run, open_verified
 from dinoscale.checkpoint.retention import Keep, Summary, best_of, delete, summary, superfluous
-from dinoscale.checkpoint.sums import flush, sha256, write_sums
+from dinoscale.checkpoint.sums import flushed_sum, seal
 from dinoscale.errors import CheckpointError
 
 
@@ -61,7 +62,7 @@ def verify_checkpoints(run: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none.
     """
-    paths = [run] if (run / STATE_FILE).exists() else [s.path for s in _summaries(run)]
+    paths = [run] if (run / STATE_FILE).exists() else _found(run)
     rows = [{"path": str(path), "damage": _damage(path)} for path in _bar(paths)]
     return {"checkpoints": rows, "damaged": sum(row["damage"] is not None for row in rows)}
 
@@ -110,12 +111,9 @@ def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:
             save_file(tensors, part / shard_file(shard), metadata={"starts": json.dumps(starts)})
         save_file(checkpoint.shared, part / SHARED_FILE)
         (part / STATE_FILE).write_text(json.dumps(checkpoint.state, indent=1))
-        names = sorted(path.name for path in part.iterdir())
-        for name in names:
-            flush(part / name)
-        write_sums(part, {name: sha256(part / name) for name in names})
-        part.rename(target)
-    except OSError as error:
+        names = [*map(shard_file, range(num_shards)), SHARED_FILE, STATE_FILE]
+        seal(part, target, {name: flushed_sum(part / name) for name in names})
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, among others
         raise CheckpointError(f"cannot write {target}: {error}") from error
     return {"from": str(checkpoint.path), "checkpoint": str(target), "shards": num_shards}
 
@@ -137,11 +135,15 @@ def _cut(
     return tensors, starts
 
 
-def _summaries(run_dir: Path) -> list[Summary]:
-    found = [summary(path) for path in checkpoints(run_dir)]
+def _found(run_dir: Path) -> list[Path]:
+    found = checkpoints(run_dir)
     if not found:
         raise CheckpointError(f"no checkpoint in {run_dir}: give a run directory")
     return found
+
+
+def _summaries(run_dir: Path) -> list[Summary]:
+    return [summary(path) for path in _found(run_dir)]
 
 
 def _damage(path: Path) -> str | None:

@@ -33,7 +33,7 @@ from dinoscale.checkpoint.layout import (
     shard_file,
 )
 from dinoscale.checkpoint.retention import Keep, prune
-from dinoscale.checkpoint.sums import flush, sha256, write_sums
+from dinoscale.checkpoint.sums import flushed_sum, seal
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import LostPeerError
@@ -184,8 +184,7 @@ class Saver:
             for name, text in snapshot.texts.items():
                 (part / name).write_text(text)
             for name in (*snapshot.tensors, *snapshot.texts):
-                flush(part / name)
-                sums[name] = sha256(part / name)
+                sums[name] = flushed_sum(part / name)
                 num_bytes += (part / name).stat().st_size
         except (OSError, SafetensorError) as error:  # the latter for a full disk, among others
             return {"error": f"rank {self._rank} cannot write {part}: {error}", "num_bytes": 0}
@@ -198,9 +197,7 @@ class Saver:
         error = next((report["error"] for report in reports if report["error"]), "")
         if not error:
             try:
-                write_sums(part, {name: s for r in reports for name, s in r["sums"].items()})
-                part.rename(target)
-                flush(target.parent)
+                seal(part, target, {name: s for r in reports for name, s in r["sums"].items()})
             except OSError as caught:
                 error = f"rank 0 cannot complete {target}: {caught}"
         if error:

@@ -30,12 +30,25 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def flushed_sum(path: Path) -> str:
+    """Put a file on disk and return its digest."""
+    flush(path)
+    return sha256(path)
+
+
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """Write the list of `sums`, file name -> digest, into `folder` and onto the disk."""
     path = folder / SUMS_FILE
     path.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
     flush(path)
     flush(folder)
+
+
+def seal(part: Path, target: Path, sums: Mapping[str, str]) -> None:
+    """Complete a checkpoint: write its list of `sums`, then give it its name, all on disk."""
+    write_sums(part, sums)
+    part.rename(target)
+    flush(target.parent)
 
 
 def read_sums(folder: Path) -> dict[str, str]:

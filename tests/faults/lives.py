@@ -187,13 +187,13 @@ def environment_of(rank: int, port: str) -> dict[str, str]:
 
 
 def _slow_down_the_disk(seconds: float) -> None:
-    from dinoscale.checkpoint import save
+    to_disk = sums.flush
 
     def flush(path: Path) -> None:
         time.sleep(seconds)
-        sums.flush(path)
+        to_disk(path)
 
-    save.flush = flush
+    sums.flush = flush
 
 
 def _wait_before_reads(seconds: Callable[[int], float]) -> None:
