@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dinoscale import distributed, rundir
+from dinoscale import distributed
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.checkpoint.progress import Progress
 from dinoscale.checkpoint.retention import Keep
@@ -38,6 +38,7 @@ from dinoscale.hooks.probe import Probe
 from dinoscale.preemption import StopRequest
 from dinoscale.resume import find_checkpoint, restore
 from dinoscale.schedules import StepValues
+from dinoscale.versions import versions
 from dinoscale.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Run:
         self.saved: SaveResult | None = None  # the last one that ended
         self.saved_step = self.resumed_at  # of the last one begun
         is_first = process.rank == 0
-        self.versions = rundir.versions() if is_first else {}
+        self.versions = versions() if is_first else {}
         self.schedules = schedules_of(config, plan)
         self.events = Events(self.run_dir, active=is_first)
         self.metrics = distributed.together(lambda: self._open_metrics(active=is_first))

@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dinoscale import distributed, rundir
+from dinoscale import distributed
 from dinoscale.checkpoint.layout import EMA, MASTER, checkpoints
 from dinoscale.checkpoint.load import Checkpoint, first_good, open_verified
 from dinoscale.checkpoint.retention import clear_leftovers
+from dinoscale.checkpoint.save import shared_tensors
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +90,8 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
         for key, (then, now) in _differences(saved_config, config.model_dump(mode="json")).items()
         if key == _PRECISION or not key.startswith(_FREE)
     ]
-    versions = _differences(checkpoint.state.get("versions", {}), rundir.versions())
-    changes += [f"{name} {then} -> {now}" for name, (then, now) in versions.items()]
+    of_libraries = _differences(checkpoint.state.get("versions", {}), versions())
+    changes += [f"{name} {then} -> {now}" for name, (then, now) in of_libraries.items()]
     if changes:
         log.warning("changed since %s: %s", checkpoint.path.name, ", ".join(changes))
 
@@ -114,15 +116,11 @@ def restore(checkpoint: Checkpoint, student: Student, teacher: Teacher) -> None:
     Raises:
         CheckpointError: on every rank: another model, or parts are missing.
     """
-    buffers_here = {"student": student.buffers(), "teacher": teacher.buffers()}
-    shared = {"center": teacher.center}
-    for owner, buffers in buffers_here.items():
-        shared |= {f"{owner}/{name}": value for name, value in buffers.items()}
-    shapes = {name: tuple(value.shape) for name, value in shared.items()}
+    live = shared_tensors(student, teacher)
+    shapes = {name: tuple(value.shape) for name, value in live.items()}
     distributed.together(lambda: checkpoint.require(student.shapes, shapes))
     student.restore_master(lambda *at: checkpoint.read(MASTER, *at))
     student.restore_optimizer(checkpoint.read, checkpoint.state["optimizer_steps"])
-    teacher.restore(lambda *at: checkpoint.read(EMA, *at), checkpoint.shared["center"])
-    for owner, buffers in buffers_here.items():
-        for name, value in checkpoint.buffers(owner).items():
-            buffers[name].copy_(value)
+    teacher.restore(lambda *at: checkpoint.read(EMA, *at))
+    for name, value in live.items():
+        value.copy_(checkpoint.shared[name])

@@ -3,21 +3,18 @@
 import fcntl
 import json
 import logging
-import platform
-import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
 from dinoscale.config import RunConfig, dump_config
 from dinoscale.engine.student import Student
 from dinoscale.errors import DinoscaleError
+from dinoscale.versions import versions
 
 log = logging.getLogger(__name__)
 
 _LOCK_WAIT_S = 60.0  # processes of a run that was killed need some seconds to go
-_PACKAGES = ("dinoscale", "torch", "deepspeed", "timm", "numpy", "pillow", "webdataset")
 
 
 def lock(run_dir: Path) -> IO[str]:
@@ -84,29 +81,3 @@ def _cannot_write(run_dir: Path, error: OSError) -> DinoscaleError:
         f"run_dir: cannot write to {run_dir}: {error.strerror or error};"
         " choose another with run_dir=PATH"
     )
-
-
-def versions() -> dict[str, str | None]:
-    """Python, the libraries that change numbers, and the commit of the code (None if unknown)."""
-    installed = {package: _version(package) for package in _PACKAGES}
-    return {"python": platform.python_version(), **installed, "commit": _commit()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this package is imported from, "-dirty" if it was edited."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -137,9 +137,6 @@ class Saver:
                     tensors[f"{kind}/{fragment.name}"] = _copied(view)
         files, texts = {shard_file(self._rank): tensors}, {}
         if self._rank == 0:
-            shared = {"center": _copied(teacher.center)}
-            for owner, buffers in (("student", student.buffers()), ("teacher", teacher.buffers())):
-                shared |= {f"{owner}/{name}": _copied(value) for name, value in buffers.items()}
             state = {
                 "format": FORMAT,
                 "step": step,
@@ -148,7 +145,8 @@ class Saver:
                 "optimizer_steps": student.optimizer_steps(),
                 **about,
             }
-            files[SHARED_FILE] = shared
+            live = shared_tensors(student, teacher)
+            files[SHARED_FILE] = {name: _copied(value) for name, value in live.items()}
             texts[STATE_FILE] = json.dumps(state, indent=1)
         return _Snapshot(step, next(_numbers), files, starts, texts)
 
@@ -210,6 +208,14 @@ class Saver:
         while (text := self._board.read(key)) is None:
             time.sleep(_POLL_S)
         return text
+
+
+def shared_tensors(student: Student, teacher: Teacher) -> dict[str, Tensor]:
+    """What is equal on all ranks and saved by one: the center and the buffers, by name in files."""
+    tensors = {"center": teacher.center}
+    for owner, buffers in (("student", student.buffers()), ("teacher", teacher.buffers())):
+        tensors |= {f"{owner}/{name}": value for name, value in buffers.items()}
+    return tensors
 
 
 def _copied(tensor: Tensor) -> Tensor:

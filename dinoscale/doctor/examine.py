@@ -13,6 +13,7 @@ from dinoscale.distributed import Process, gather_objects
 from dinoscale.doctor import environment, machine, network, versions
 from dinoscale.doctor.report import Check, Report, ok, problem, ranks_text
 from dinoscale.errors import DinoscaleError, LaunchError, RunFailedError
+from dinoscale.versions import commit
 
 
 def examine(
@@ -118,7 +119,7 @@ def _libraries(report: Report, hosts: list[str]) -> bool:
     failures = gather_objects(versions.load())
     loads = not any(failures)
     if loads:
-        found["commit"] = versions.commit()
+        found["commit"] = commit()
     checks = versions.judge_versions(gather_objects(found), hosts)
     if loads:
         has_operators = gather_objects(versions.torchvision_has_operators())

@@ -13,9 +13,9 @@ from dinoscale import distributed
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.config import RunConfig
 from dinoscale.doctor.report import Check, ok, problem, ranks_text, size_text, warning
+from dinoscale.engine.param_groups import MOMENTS
 
 _SEEN_WITHIN_S = 10.0  # network file systems keep old listings for seconds
-_MOMENTS = {"adamw": 2, "sgd": 1}  # float32 values that the optimizer keeps for each weight
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def check_resume(config: RunConfig) -> Check:
 
 def checkpoint_bytes(parameters: int, *, optimizer: str) -> int:
     """Size of a checkpoint of all ranks: float32 master, EMA and moments of each weight."""
-    return 4 * parameters * (2 + _MOMENTS[optimizer])
+    return 4 * parameters * (2 + len(MOMENTS[optimizer]))
 
 
 def num_checkpoints(config: RunConfig) -> int:

@@ -4,9 +4,9 @@ import importlib
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from dinoscale.doctor.report import Check, ok, problem, ranks_text, warning
+from dinoscale.versions import package_version
 
 Versions = Mapping[str, str | None]  # package, "python" or "commit" -> version, None if absent
 
@@ -35,15 +35,8 @@ def installed() -> dict[str, str | None]:
     """Version of python and of each package of `SUPPORTED`."""
     return {
         "python": platform.python_version(),
-        **{package: _version(package) for package in SUPPORTED},
+        **{package: package_version(package) for package in SUPPORTED},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def load() -> dict[str, str]:
@@ -60,13 +53,6 @@ def _why_not(module: str) -> str | None:
         first = (str(error).splitlines() or [""])[0][:300]
         return f"{type(error).__name__}: {first}"
     return None
-
-
-def commit() -> str | None:
-    """Commit of our own code; only after `load` found nothing wrong."""
-    from dinoscale.rundir import versions
-
-    return versions()["commit"]
 
 
 def torchvision_has_operators() -> bool:

@@ -112,16 +112,14 @@ class Teacher:
         self._target_sum = torch.zeros_like(self.center)
         self._logit_rows = 0
 
-    def restore(self, read: Callable[[str, int, int], Tensor], center: Tensor) -> None:
-        """Set the average and the center from full values.
+    def restore(self, read: Callable[[str, int, int], Tensor]) -> None:
+        """Set the average from full values; the center and buffers are the caller's to set.
 
         Args:
             read: (parameter name, first element, count) -> (count,) float32.
-            center: (K,) float32.
         """
         for fragment, view in zip(self.layout.fragments, self.ema, strict=True):
             view.copy_(read(fragment.name, fragment.start, fragment.numel))
-        self.center.copy_(center)
         self._weights.publish(self.ema)
 
     def plain_network(self) -> DinoNetwork:

@@ -131,7 +131,7 @@ class _Follower:
             return weights[name].flatten()[start : start + count].float()
 
         student.restore_master(read)
-        teacher.restore(read, torch.zeros_like(teacher.center))
+        teacher.restore(read)  # the center starts at zero
         if self.run_dir is not None:
             self._go_on(student, teacher)
         schedules = schedules_of(self.config, self.plan)

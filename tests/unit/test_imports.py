@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "dinoscale"
 # A module imports from its own part or from parts of lower levels, never from a neighbour.
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"config", "distributed", "preemption"},
+    {"config", "distributed", "preemption", "versions"},
     {"data", "models", "losses", "schedules", "watchdog"},
     {"engine", "convert"},
     {"evaluate"},
