@@ -1,4 +1,4 @@
-"""Bytes of an image file to an upright 8-bit RGB picture, or a one-line reason why not.
+"""Bytes of an image file to upright 8-bit pixels, or a one-line reason why not.
 
 Pillow decodes; this module decides what the pixels of unusual files mean (16-bit, float, rotated
 by EXIF, several frames) and turns every way a decoder can fail into `BadSampleError`.
@@ -6,6 +6,9 @@ by EXIF, several frames) and turns every way a decoder can fail into `BadSampleE
 
 import io
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +17,8 @@ from PIL import Image, UnidentifiedImageError
 from dinoscale.errors import DataError
 
 _EXIF_ORIENTATION = 0x0112  # Exif 2.3, tag number; values 1 to 8
+
+_FIRST_LYING = 5  # from this orientation on, rows and columns are exchanged
 
 _INTEGER_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # 8, 10, 12, 14, 16 bit
 _FLOAT_WHITES = (1.0, 255.0)
@@ -57,46 +62,105 @@ class BadSampleError(DataError):
         return f"{self.path}: {self.reason}"
 
 
-def decode_image(data: bytes, path: str) -> Image.Image:
-    """Decode the first frame of an image file completely.
+class Picture:
+    """An image whose size is known; the pixels of a JPEG file are decoded when asked for.
 
-    Alpha is dropped, as the reference does. Integer and float pixels beyond 8 bit are scaled
+    Attributes:
+        path: where it lies, for messages.
+        width: columns of the upright picture at full resolution.
+        height: its rows.
+    """
+
+    def __init__(
+        self, path: str, *, width: int, height: int, decode: Callable[[int], NDArray[np.uint8]]
+    ):
+        """`decode` takes `shrink` and returns what `pixels` does."""
+        self.path, self.width, self.height = path, width, height
+        self._decode = decode
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.uint8], path: str) -> "Picture":
+        """A picture that is decoded already, uint8 (H, W, C)."""
+        height, width = pixels.shape[:2]
+        return cls(path, width=width, height=height, decode=lambda _: pixels)
+
+    def pixels(self, *, shrink: int = 1) -> NDArray[np.uint8]:
+        """The first frame, upright.
+
+        Args:
+            shrink: 1, 2, 4 or 8. A JPEG file is decoded at 1 / shrink of its width and height,
+                rounded up, in less time; any other picture keeps its size.
+
+        Returns:
+            uint8 (H, W, C), at least 1 x 1; not to be written to.
+
+        Raises:
+            BadSampleError: truncated or damaged.
+        """
+        return self._decode(shrink)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What the pixels of a file become; picklable.
+
+    RGB: alpha is dropped, as the reference does. Integer and float pixels beyond 8 bit are scaled
     (`_to_8bit`). Differs: the EXIF orientation is applied; the reference loads rotated
     photographs lying on their side.
-
-    Args:
-        data: the whole file.
-        path: its name, for the error only.
-
-    Returns:
-        Picture of mode RGB, at least 1 x 1, without file or metadata attached.
-
-    Raises:
-        BadSampleError: truncated, damaged, too large (more than twice Pillow's
-            `MAX_IMAGE_PIXELS`), a PostScript program, or not an image.
     """
+
+    def open(self, data: bytes, path: str) -> Picture:
+        """Read the header of a JPEG file, or decode any other.
+
+        Args:
+            data: the whole file.
+            path: its name, for messages.
+
+        Raises:
+            BadSampleError: truncated, damaged, too large (more than twice Pillow's
+                `MAX_IMAGE_PIXELS`), a PostScript program, or not an image.
+        """
+        with _reasons(data, path), Image.open(io.BytesIO(data)) as opened:  # the header only
+            if opened.format == "EPS":
+                raise ValueError(
+                    "EPS is a program that Ghostscript would have to run, not a picture"
+                )
+            if opened.format != "JPEG":
+                return Picture.of(_upright_pixels(opened), path)
+            width, height = opened.size
+            if _orientation(opened) >= _FIRST_LYING:
+                width, height = height, width
+
+        def decode(shrink: int) -> NDArray[np.uint8]:
+            with _reasons(data, path), Image.open(io.BytesIO(data)) as opened:
+                opened.draft(None, (opened.width // shrink, opened.height // shrink))
+                return _upright_pixels(opened)
+
+        return Picture(path, width=width, height=height, decode=decode)
+
+
+def _upright_pixels(opened: Image.Image) -> NDArray[np.uint8]:
+    """Load, convert, rotate; raises whatever Pillow raises."""
+    opened.load()
+    if min(opened.size) < 1:
+        raise ValueError(f"the picture is {opened.width} x {opened.height} pixels")
+    turn = _UPRIGHT.get(_orientation(opened))
+    image = _to_rgb(opened)
+    return np.asarray(image if turn is None else image.transpose(turn))
+
+
+RGB = Decoder()
+
+
+@contextmanager
+def _reasons(data: bytes, path: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into `BadSampleError`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # size, bad EXIF, odd palettes: it decodes or it fails
-            return _decode(data)
+            yield
     except Exception as error:  # decoders raise anything: struct.error, SyntaxError, MemoryError
         raise BadSampleError(path, _reason(error, data)) from None
-
-
-def _decode(data: bytes) -> Image.Image:
-    """Open, load, convert, rotate; raises whatever Pillow raises."""
-    with Image.open(io.BytesIO(data)) as opened:  # reads the header only
-        if opened.format == "EPS":
-            raise ValueError("EPS is a program that Ghostscript would have to run, not a picture")
-        opened.load()
-        if min(opened.size) < 1:
-            raise ValueError(f"the picture is {opened.width} x {opened.height} pixels")
-        turn = _UPRIGHT.get(_orientation(opened))
-        image = _to_rgb(opened)
-        if turn is not None:
-            image = image.transpose(turn)
-        image.info.clear()
-        return image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -110,7 +174,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
-        return image.copy()  # detached from the file
+        return image
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_to_8bit(image)).convert("RGB")
     if image.mode == "La":

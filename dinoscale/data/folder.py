@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from dinoscale.data.decode import BadSampleError, decode_image
+from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
 from dinoscale.data.names import PackedNames
 from dinoscale.errors import DataError
 
@@ -115,13 +114,15 @@ class FolderSource:
     Args:
         root: the folder.
         listing: of the folder; read now if not given.
+        decoder: what the pixels of a file become.
 
     Raises:
         DataError: it does not exist, is no folder, cannot be read, or holds no images.
     """
 
-    def __init__(self, root: str, listing: Listing | None = None):
+    def __init__(self, root: str, listing: Listing | None = None, decoder: Decoder = RGB):
         self._root = os.path.abspath(root)
+        self._decoder = decoder
         if not os.path.isdir(self._root):
             raise DataError(f"{root} is not a folder. Name the folder that holds the images.")
         listing = listing or list_folder(self._root)
@@ -137,8 +138,8 @@ class FolderSource:
         """Absolute path of an image."""
         return os.path.join(self._root, self._names[index])
 
-    def image(self, index: int) -> Image.Image:
-        """Decode an image.
+    def picture(self, index: int) -> Picture:
+        """Read an image.
 
         Raises:
             BadSampleError: it cannot be read or decoded.
@@ -148,7 +149,7 @@ class FolderSource:
             data = Path(path).read_bytes()
         except OSError as error:
             raise BadSampleError(path, f"cannot be read: {error.strerror}") from None
-        return decode_image(data, path)
+        return self._decoder.open(data, path)
 
     @property
     def labels(self) -> NDArray[np.int64] | None:

@@ -184,7 +184,7 @@ class _TrainCrops(Dataset[Batch | _Failure]):
                 rng = generator(self._seed, Stream.REPLACEMENT, epoch, sample, attempt)
                 candidate = int(rng.integers(len(self._source)))
             try:
-                image = self._source.image(candidate)
+                image = Image.fromarray(self._source.picture(candidate).pixels())
             except BadSampleError as error:
                 failed.append((candidate, error))
             else:
@@ -282,7 +282,7 @@ class _EvalImages(Dataset[_EvalBatch | _Failure]):
         bad: list[str] = []
         for number in ids.tolist():
             try:
-                image = self._source.image(number)
+                image = Image.fromarray(self._source.picture(number).pixels())
             except BadSampleError as error:
                 bad.append(str(error))
                 continue

@@ -15,9 +15,8 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from dinoscale.data.decode import BadSampleError, decode_image
+from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
 from dinoscale.data.names import PackedNames
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
@@ -54,12 +53,14 @@ class TarSource:
 
     Args:
         shards: paths of the tar files.
+        decoder: what the pixels of a file become.
 
     Raises:
         DataError: a shard is missing, damaged or compressed, or no shard holds an image.
     """
 
-    def __init__(self, shards: Sequence[str]):
+    def __init__(self, shards: Sequence[str], decoder: Decoder = RGB):
+        self._decoder = decoder
         self._shards = [os.path.abspath(path) for path in shards]
         with ThreadPoolExecutor(_SCAN_THREADS) as pool:
             indexes = list(pool.map(_index_shard, self._shards))
@@ -86,8 +87,8 @@ class TarSource:
         """`shard.tar::member` of an image."""
         return f"{self._shards[self._shard_of[index]]}::{self._names[index]}"
 
-    def image(self, index: int) -> Image.Image:
-        """Decode an image.
+    def picture(self, index: int) -> Picture:
+        """Read an image.
 
         Raises:
             BadSampleError: it cannot be read or decoded.
@@ -98,7 +99,7 @@ class TarSource:
             )
         except OSError as error:
             raise BadSampleError(self.path(index), f"cannot be read: {error}") from None
-        return decode_image(data, self.path(index))
+        return self._decoder.open(data, self.path(index))
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         descriptor = self._files.pop(shard, None)

@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 from braceexpand import braceexpand
 from numpy.typing import NDArray
-from PIL import Image
 
+from dinoscale.data.decode import RGB, Decoder, Picture
 from dinoscale.data.folder import FolderSource, list_folder
 from dinoscale.data.shards import TarSource
 from dinoscale.errors import DataError
@@ -35,8 +35,8 @@ class Source(Protocol):
         """Where the image is, for messages."""
         ...
 
-    def image(self, index: int) -> Image.Image:
-        """RGB picture; raises BadSampleError where it cannot be decoded."""
+    def picture(self, index: int) -> Picture:
+        """The picture; it or its `pixels` raise BadSampleError where it cannot be decoded."""
         ...
 
     @property
@@ -50,13 +50,14 @@ class Source(Protocol):
         ...
 
 
-def open_source(spec: str) -> Source:
+def open_source(spec: str, decoder: Decoder = RGB) -> Source:
     """Open what a data key of the config names; files are listed now, images read later.
 
     Args:
         spec: a folder of images (flat, nested or one subfolder a class), a folder of .tar shards,
             a .tar, a brace pattern (`/data/train-{000..007}.tar`), a glob (`/data/*.tar`), or
             `synthetic:...`. `~` in front is the home folder; a comma has no meaning of its own.
+        decoder: what the pixels of its files become.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it holds no images.
@@ -74,37 +75,37 @@ def open_source(spec: str) -> Source:
         )
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
-        return _open_folder(path)
+        return _open_folder(path, decoder)
     if os.path.exists(path):
-        return _open_shards(spec, [path])
-    return _open_shards(spec, _expand(path))
+        return _open_shards(spec, [path], decoder)
+    return _open_shards(spec, _expand(path), decoder)
 
 
-def _open_folder(path: str) -> Source:
+def _open_folder(path: str, decoder: Decoder) -> Source:
     """A folder of shards holds .tar files and no file that may be an image."""
     listing = list_folder(path)
     if listing.images:
-        return FolderSource(path, listing)
+        return FolderSource(path, listing, decoder)
     shards = [name for name in listing.others if name.lower().endswith(".tar")]
     compressed = [name for name in listing.others if name.lower().endswith(_COMPRESSED_TAR)]
     if not shards and not compressed:
-        return FolderSource(path, listing)  # says what it holds instead
+        return FolderSource(path, listing, decoder)  # says what it holds instead
     if shards and compressed:
         log.warning(
             "%s: left out %d compressed shards, e.g. %s", path, len(compressed), compressed[0]
         )
     log.info("%s holds no images but %d .tar shards: reading those", path, len(shards))
-    return TarSource([os.path.join(path, name) for name in shards or compressed])
+    return TarSource([os.path.join(path, name) for name in shards or compressed], decoder)
 
 
-def _open_shards(spec: str, paths: Sequence[str]) -> Source:
+def _open_shards(spec: str, paths: Sequence[str], decoder: Decoder) -> Source:
     for path in paths:
         if os.path.isdir(path) or not path.lower().endswith((".tar", *_COMPRESSED_TAR)):
             raise DataError(
                 f"{path} is not a .tar shard{_named_by(spec, path)}. Name a folder of images, or "
                 "tar shards by their names, a brace pattern or a glob."
             )
-    return TarSource(paths)
+    return TarSource(paths, decoder)
 
 
 def _named_by(spec: str, path: str) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dinoscale.data.decode import Picture
 from dinoscale.errors import DataError
 
 Plane = npt.NDArray[np.float32]  # (P, P), one number a pixel
@@ -147,9 +148,9 @@ class ShapesSource:
         """Return a name for the image, unique within a seed."""
         return f"{PREFIX}shapes/{self.split}/{index:06d}"
 
-    def image(self, index: int) -> Image.Image:
+    def picture(self, index: int) -> Picture:
         """Return the image, RGB, (size, size)."""
-        return self._pair(index)[0].copy()
+        return Picture.of(np.asarray(self._pair(index)[0]), self.path(index))
 
     def mask(self, index: int) -> Image.Image:
         """Return the mask of the objects, mode L, (size, size): 255 on the object, 0 elsewhere."""

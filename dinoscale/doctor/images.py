@@ -74,7 +74,7 @@ def _decode_some(source: Source, spec: str, *, rank: int, world_size: int) -> Lo
     begin = time.perf_counter()
     for index in sample_ids(num_images=len(source), rank=rank, world_size=world_size):
         try:
-            source.image(index)
+            source.picture(index).pixels()
             decoded += 1
         except BadSampleError as error:
             bad.append(str(error))

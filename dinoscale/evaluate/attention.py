@@ -315,7 +315,7 @@ def _pick(source: Source, *, images: int) -> tuple[list[Image.Image], list[Image
     pictures, masks = [], []
     for index in order[:images].tolist():
         try:
-            pictures.append(source.image(index))
+            pictures.append(Image.fromarray(source.picture(index).pixels()))
         except BadSampleError as error:
             log.warning("left out an unreadable image: %s", error)
             continue

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dinoscale.data.decode import Picture
 from dinoscale.data.loader import eval_batches
 from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError, DataError, NonFiniteError
@@ -192,9 +193,10 @@ class _Thumbnails:
     def path(self, index: int) -> str:
         return self._source.path(index)
 
-    def image(self, index: int) -> Image.Image:
-        size = (PIXEL_SIDE, PIXEL_SIDE)
-        return self._source.image(index).resize(size, Image.Resampling.BOX)
+    def picture(self, index: int) -> Picture:
+        image = Image.fromarray(self._source.picture(index).pixels())
+        thumbnail = image.resize((PIXEL_SIDE, PIXEL_SIDE), Image.Resampling.BOX)
+        return Picture.of(np.asarray(thumbnail), self.path(index))
 
     @property
     def labels(self) -> NDArray[np.int64] | None:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from dinoscale import distributed
 from dinoscale.config.schema import RunConfig
+from dinoscale.data.decode import Picture
 from dinoscale.data.sources import Source, open_source
 from dinoscale.evaluate.features import extract_features
 from dinoscale.evaluate.knn import knn_accuracy, renumber_classes
@@ -95,8 +95,8 @@ class _Share:
     def path(self, index: int) -> str:
         return self._source.path(int(self._indices[index]))
 
-    def image(self, index: int) -> Image.Image:
-        return self._source.image(int(self._indices[index]))
+    def picture(self, index: int) -> Picture:
+        return self._source.picture(int(self._indices[index]))
 
     @property
     def labels(self) -> NDArray[np.int64] | None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from dinoscale.data.bad_samples import BadSample, BadSampleLog
-from dinoscale.data.decode import BadSampleError, decode_image
+from dinoscale.data.decode import RGB, BadSampleError
 from dinoscale.data.sources import open_source
 from dinoscale.data.tar_headers import read_members
 from dinoscale.errors import DataError
@@ -90,7 +90,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n(x) (w
 @pytest.mark.parametrize("side", [100_000, 20_000, 2**31 - 1])
 def test_decompression_bomb_is_a_bad_sample(side: int) -> None:
     with pytest.raises(BadSampleError, match=r"DecompressionBomb|not an image"):
-        decode_image(_png_bomb(side), "bomb.png")
+        RGB.open(_png_bomb(side), "bomb.png").pixels()
 
 
 def _false_ghostscript(folder: Path, fired: Path) -> str:
@@ -108,7 +108,7 @@ def test_postscript_is_run_by_pillow_and_not_by_us(
     monkeypatch.setenv("PATH", _false_ghostscript(tmp_path, fired))
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     with pytest.raises(BadSampleError, match="Ghostscript"):
-        decode_image(EPS, "a.jpg")
+        RGB.open(EPS, "a.jpg").pixels()
     assert not fired.exists()
     with Image.open(io.BytesIO(EPS)) as image, pytest.raises(OSError, match=r"."):
         image.load()

@@ -199,13 +199,13 @@ def _slow_down_the_disk(seconds: float) -> None:
 def _wait_before_reads(seconds: Callable[[int], float]) -> None:
     from dinoscale.data.synthetic import ShapesSource
 
-    read, calls = ShapesSource.image, itertools.count()
+    read, calls = ShapesSource.picture, itertools.count()
 
-    def image(self: ShapesSource, index: int) -> Any:
+    def picture(self: ShapesSource, index: int) -> Any:
         time.sleep(seconds(next(calls)))
         return read(self, index)
 
-    ShapesSource.image = image  # type: ignore[method-assign]
+    ShapesSource.picture = picture  # type: ignore[method-assign]
 
 
 def steps_logged(run_dir: Path) -> int:

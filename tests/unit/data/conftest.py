@@ -50,7 +50,7 @@ def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -
 
 def decodes(source: Source, index: int) -> bool:
     try:
-        source.image(index)
+        source.picture(index).pixels()
     except BadSampleError:
         return False
     return True

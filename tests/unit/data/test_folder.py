@@ -30,7 +30,7 @@ def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert _names(source, tmp_path) == ["a.png", "b.jpg"]
     assert source.labels is None
     assert source.class_names is None
-    assert source.image(0).size == (40, 30)
+    assert source.picture(0).pixels().shape == (30, 40, 3)
 
 
 def test_first_level_folder_is_the_class(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_vanished_file_is_a_bad_sample(tmp_path: Path) -> None:
     source = FolderSource(str(_write(tmp_path, "a.jpg", "b.jpg")))
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(BadSampleError, match=r"a\.jpg: cannot be read: No such file"):
-        source.image(0)
+        source.picture(0).pixels()
 
 
 def test_source_survives_pickling(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_source_survives_pickling(tmp_path: Path) -> None:
     copy = pickle.loads(pickle.dumps(source))
     assert copy.path(1) == source.path(1)
     np.testing.assert_array_equal(copy.labels, source.labels)
-    assert copy.image(1).tobytes() == source.image(1).tobytes()
+    assert copy.picture(1).pixels().tobytes() == source.picture(1).pixels().tobytes()
 
 
 def test_awkward_tree_lists_its_images_only(image_sets: Path, tmp_path: Path) -> None:

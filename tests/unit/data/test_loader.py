@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dinoscale.data.augment import MultiCrop, eval_transform
-from dinoscale.data.decode import BadSampleError
+from dinoscale.data.decode import BadSampleError, Picture
 from dinoscale.data.folder import FolderSource
 from dinoscale.data.loader import Batch, eval_batches, train_batches
 from dinoscale.data.sampler import StepSampler
@@ -40,10 +40,14 @@ class Pictures:
     def path(self, index: int) -> str:
         return f"picture {index}"
 
-    def image(self, index: int) -> Image.Image:
+    def picture(self, index: int) -> Picture:
         if index in self.failing:
             raise self.failing[index]
-        return picture(index, width=20, height=16)
+        return Picture.of(np.asarray(picture(index, width=20, height=16)), self.path(index))
+
+
+def _image(source: Source, index: int) -> Image.Image:
+    return Image.fromarray(source.picture(index).pixels())
 
 
 def _bad(*numbers: int) -> dict[int, Exception]:
@@ -97,7 +101,7 @@ def test_batches_hold_the_crops_of_the_sampled_images() -> None:
         assert batch.local_crops.shape == (2, 2, 3, 6, 6)
         assert batch.global_crops.dtype == torch.uint8
         for place, sample in enumerate(ids.tolist()):
-            crops = CROPS(source.image(sample), seed=0, epoch=step // 2, sample=sample)
+            crops = CROPS(_image(source, sample), seed=0, epoch=step // 2, sample=sample)
             np.testing.assert_array_equal(batch.global_crops[:, place].numpy(), crops[0])
             np.testing.assert_array_equal(batch.local_crops[:, place].numpy(), crops[1])
 
@@ -139,7 +143,7 @@ def test_unreadable_image_is_replaced_and_reported() -> None:
         assert sample.epoch == 0
     first = bad[0]
     place = order.index(first.sample_id)
-    crops = CROPS(source.image(first.replaced_by), seed=0, epoch=0, sample=first.sample_id)
+    crops = CROPS(_image(source, first.replaced_by), seed=0, epoch=0, sample=first.sample_id)
     shown = torch.cat([batch.global_crops for batch in batches], 1)[:, place]
     np.testing.assert_array_equal(shown.numpy(), crops[0])
 
@@ -173,9 +177,9 @@ def test_worker_that_dies_is_a_data_error() -> None:
 class _Killing(Pictures):
     """Ends the process that reads it, as the kernel does when memory runs out."""
 
-    def image(self, index: int) -> Image.Image:
+    def picture(self, index: int) -> Picture:
         os.kill(os.getpid(), signal.SIGKILL)
-        return super().image(index)
+        return super().picture(index)
 
 
 def test_interrupting_a_worker_does_not_stop_it() -> None:
@@ -232,7 +236,7 @@ def test_evaluation_reads_every_image_once_in_order(workers: int) -> None:
     assert torch.cat([labels for _, labels, _ in batches]).tolist() == [-1] * 10
     images = torch.cat([images for images, _, _ in batches])
     np.testing.assert_array_equal(
-        images[9].numpy(), eval_transform(source.image(9), resize=14, crop=12)
+        images[9].numpy(), eval_transform(_image(source, 9), resize=14, crop=12)
     )
 
 
@@ -244,7 +248,7 @@ def test_evaluation_skips_unreadable_images(caplog: pytest.LogCaptureFixture) ->
     for images, labels, ids in batches:
         assert len(images) == len(labels) == len(ids)
         for image, number in zip(images, ids.tolist(), strict=True):
-            expected = eval_transform(source.image(number), resize=14, crop=12)
+            expected = eval_transform(_image(source, number), resize=14, crop=12)
             np.testing.assert_array_equal(image.numpy(), expected)
     assert "left out 5 of 10 images" in caplog.text
 

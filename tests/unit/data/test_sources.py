@@ -23,7 +23,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
 
 
 def test_generated_images() -> None:
-    assert open_source("synthetic:shapes?images=3&size=16").image(2).size == (16, 16)
+    assert open_source("synthetic:shapes?images=3&size=16").picture(2).pixels().shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize(

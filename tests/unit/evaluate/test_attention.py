@@ -126,7 +126,7 @@ def _picture(path: Path) -> np.ndarray:
 
 def test_the_picture_has_a_panel_for_every_view(tmp_path: Path, backbone: nn.Module) -> None:
     source = ShapesSource(images=4, size=20)
-    images = [source.image(i) for i in range(4)]
+    images = [Image.fromarray(source.picture(i).pixels()) for i in range(4)]
     masks = [source.mask(i) for i in range(4)]
     path, settings = tmp_path / "new" / "attention.png", {"mean": MEAN, "std": STD, "size": 32}
     assert draw_attention(backbone, images, path, rows=2, **settings) is None  # type: ignore[arg-type]  # several types

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from dinoscale.data.decode import BadSampleError
+from dinoscale.data.decode import BadSampleError, Picture
 from dinoscale.data.synthetic import ShapesSource
 from dinoscale.errors import DataError, NonFiniteError
 from dinoscale.evaluate.features import extract_features, normalize_images, pixel_features
@@ -35,10 +34,10 @@ class Colors:
     def path(self, index: int) -> str:
         return f"color-{index}"
 
-    def image(self, index: int) -> Image.Image:
+    def picture(self, index: int) -> Picture:
         if index in self._broken:
             raise BadSampleError(self.path(index), "on purpose")
-        return Image.new("RGB", (10, 8), (index, index, index))
+        return Picture.of(np.full((8, 10, 3), index, np.uint8), self.path(index))
 
 
 class MeanColor(nn.Module):
@@ -139,11 +138,11 @@ def test_batch_size_does_not_change_the_features_of_a_vit() -> None:
 
 def test_pixel_features_average_areas_of_the_whole_image() -> None:
     class Halves(Colors):
-        def image(self, index: int) -> Image.Image:  # noqa: ARG002  # part of a protocol
+        def picture(self, index: int) -> Picture:  # noqa: ARG002  # part of a protocol
             pixels = np.zeros((64, 32, 3), np.uint8)
             pixels[:, 16:] = 200
             pixels[:, 0] = 100  # half of the first column of the thumbnail
-            return Image.fromarray(pixels)
+            return Picture.of(pixels, "halves")
 
     features, labels = pixel_features(Halves(2), batch_size=1)
     rows = features.reshape(2, 3, 16, 16) * 255
