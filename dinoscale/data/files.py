@@ -1,13 +1,37 @@
-"""Images that are files of their own: reading one, whatever stands at its path by now."""
+"""Images that are files of their own: keeping their names, reading what stands there by now."""
 
 import os
 import stat
+from collections.abc import Iterable
 
 from dinoscale.data.decode import BadSampleError
-from dinoscale.data.index import read_at
+from dinoscale.data.index import Index, IndexWriter, read_at
+from dinoscale.errors import DataError
 
 # The largest picture that Pillow opens has 179 million pixels, of at most 8 bytes each.
 MAX_IMAGE_BYTES = 2**31
+
+
+def write_names(names: Iterable[str], *, of: str) -> Index:
+    """Put names into a temporary file on disk, one after another.
+
+    Args:
+        names: in the order of the images.
+        of: what they were read from, for messages.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    try:
+        with IndexWriter("") as writer:
+            for name in names:
+                writer.add(name)
+            return writer.finish({})
+    except OSError as error:
+        raise DataError(
+            f"cannot keep the names of the images of {of} in a temporary file: {error}. Set TMPDIR "
+            "to a folder with room."
+        ) from error
 
 
 def read_image_file(path: str) -> bytes:
