@@ -86,8 +86,10 @@ class FolderSource:
 
 
 def _no_images(root: str, listing: Listing) -> str:
-    text = f"no images in the folder {root}"
     left_out = listing.left_out
+    text = f"no images in the folder {root}"
+    if left_out.num_folders:
+        text += f" and its {left_out.num_folders} subfolders"
     if left_out.others:
         kinds = left_out.others.most_common(5)
         text += f" (it holds {', '.join(f'{count} {kind}' for kind, count in kinds)})"

@@ -52,6 +52,7 @@ class LeftOut:
     """What lies below a folder beside its images.
 
     Attributes:
+        num_folders: subfolders at all depths.
         others: extension, or name without one -> how many files are no images, by their names.
         shards: those of them that end in `.tar`, relative to the folder.
         compressed: those that are compressed tars.
@@ -59,6 +60,7 @@ class LeftOut:
         loops: links to a folder that contains them.
     """
 
+    num_folders: int = 0
     others: Counter[str] = field(default_factory=Counter)
     shards: list[str] = field(default_factory=list)
     compressed: list[str] = field(default_factory=list)
@@ -97,7 +99,9 @@ def list_folder(root: str) -> Listing:
 def _images(root: str, left_out: LeftOut) -> Iterator[str]:
     """Images in the order of their paths; counts everything else."""
     for name, kind in _walk(root):
-        if kind is _Kind.LINKED_FOLDER:
+        if kind is _Kind.FOLDER:
+            left_out.num_folders += 1
+        elif kind is _Kind.LINKED_FOLDER:
             left_out.loops.add(name)
         elif kind is _Kind.DANGLING:
             left_out.dangling.add(name)
@@ -113,7 +117,7 @@ def _images(root: str, left_out: LeftOut) -> Iterator[str]:
 
 
 def _walk(root: str) -> Iterator[tuple[str, _Kind]]:
-    """Files, links that lead nowhere and linked folders that contain their link, depth first.
+    """Folders, files, links that lead nowhere, linked folders that contain their link; depth first.
 
     With the folders of a folder sorted as `name/` among its files, that is the order of the paths.
     """
@@ -132,8 +136,8 @@ def _walk(root: str) -> Iterator[tuple[str, _Kind]]:
                 kind is _Kind.LINKED_FOLDER and not _contains(root, name, [p for p, _ in pending])
             ):
                 pending.append((name, iter(_entries(root, name))))
-            else:
-                yield name.rstrip("/"), kind
+                kind = _Kind.FOLDER
+            yield name.rstrip("/"), kind
 
 
 def _entries(root: str, prefix: str) -> list[_Entry]:
