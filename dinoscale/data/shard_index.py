@@ -97,7 +97,7 @@ def open_shard_index(paths: Sequence[str]) -> tuple[Index, list[Shard]]:
             log.warning(
                 "cannot keep the index of %s (%s): it is made at every start, by every process. "
                 "Set DINOSCALE_CACHE to a folder that can be written.",
-                some(paths), error,
+                some(paths), str(error),
             )  # fmt: skip
         try:
             return _build(shards, pool)
