@@ -49,12 +49,6 @@ def _as_folder(files: list[Path], root: Path) -> tuple[str, list[str]]:
     return str(root), [str(root / file.name) for file in files]
 
 
-def _as_list(files: list[Path], root: Path) -> tuple[str, list[str]]:
-    path = root / "list.txt"
-    path.write_text("".join(f"{file}\n" for file in files))
-    return str(path), [str(file) for file in files]
-
-
 def _as_shards(files: list[Path], root: Path) -> tuple[str, list[str]]:
     paths = []
     for first in range(0, len(files), 30):
@@ -66,7 +60,7 @@ def _as_shards(files: list[Path], root: Path) -> tuple[str, list[str]]:
     return str(root), paths
 
 
-@pytest.mark.parametrize("pack", [_as_folder, _as_list, _as_shards])
+@pytest.mark.parametrize("pack", [_as_folder, _as_shards])
 def test_odd_files_load_or_are_counted_as_the_manifest_predicts(
     image_sets: Path, tmp_path: Path, pack: type
 ) -> None:
