@@ -53,6 +53,9 @@ class Source(Protocol):
 def open_source(spec: str, decoder: Decoder = RGB) -> Source:
     """Open what a data key of the config names; files are listed now, images read later.
 
+    Names and places of the images lie on disk, not in memory: for shards in the cache folder, made
+    once; for folders and lists in a temporary file, made at every start.
+
     Args:
         spec: a folder of images (flat, nested or one subfolder a class), a folder of .tar shards,
             a .tar, a brace pattern (`/data/train-{000..007}.tar`), a glob (`/data/*.tar`), a .txt

@@ -48,6 +48,13 @@ def test_first_level_folder_is_the_class(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.labels, [0, 0, 1])
 
 
+def test_classes_are_sorted_by_name_where_images_are_sorted_by_path(tmp_path: Path) -> None:
+    source = FolderSource(str(_write(tmp_path, "a/1.jpg", "a-b/1.jpg", "b/1.jpg")))
+    assert _names(source, tmp_path) == ["a-b/1.jpg", "a/1.jpg", "b/1.jpg"]
+    assert source.class_names == ["a", "a-b", "b"]
+    np.testing.assert_array_equal(source.labels, [1, 0, 2])
+
+
 def test_one_loose_image_means_no_classes(tmp_path: Path) -> None:
     assert FolderSource(str(_write(tmp_path, "cat/1.jpg", "loose.jpg"))).labels is None
 

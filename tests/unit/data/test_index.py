@@ -120,6 +120,14 @@ def test_cut_file_is_noticed(tmp_path: Path, size: int) -> None:
         Index(str(path), "Qq")
 
 
+def test_longer_file_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.index"
+    _write(path)
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(DamagedIndexError):
+        Index(str(path), "Qq")
+
+
 def test_index_of_another_format_is_refused(tmp_path: Path) -> None:
     _write(tmp_path / "a.index")
     with pytest.raises(DamagedIndexError, match="not an index of this kind"):

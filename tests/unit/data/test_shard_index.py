@@ -6,7 +6,8 @@ import random
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import synchronize
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinoscale.data.decode import BadSampleError
+from dinoscale.data.shard_index import Shard, _in_order
 from dinoscale.data.shards import TarSource
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import jpeg, write_tar
@@ -121,6 +123,20 @@ def test_only_a_changed_shard_is_scanned_again(
     assert _read(source) == [before[0], (b"new", "new.jpg"), *before[3:]]
     assert source.labels.tolist() == [-1, 3, -1, -1, -1]
     _index_file(cache)  # still one
+
+
+def test_only_a_few_scanned_shards_wait_in_memory() -> None:
+    taken = []
+
+    def shards() -> Iterator[Shard]:
+        for number in range(1000):
+            taken.append(number)
+            yield Shard(str(number), 0, 0)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = _in_order(lambda shard: (shard, []), shards(), pool)
+        assert [next(results)[0].path for _ in range(100)] == [str(i) for i in range(100)]
+        assert len(taken) < 150
 
 
 def test_order_of_the_shards_is_another_set(cache: Path, shards: list[str]) -> None:
