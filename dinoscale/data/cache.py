@@ -1,13 +1,17 @@
 """The folder where what costs time to make is kept between runs."""
 
 import fcntl
+import glob
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
+
+_ABANDONED_S = 3600  # since something was written to a file that is being written all the time
 
 
 def cached_file(kind: str, keys: Iterable[str]) -> str:
@@ -54,6 +58,13 @@ def locked(path: str) -> Iterator[None]:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def remove_abandoned(path: str) -> None:
+    """Remove what processes left that were killed while they wrote this file."""
+    for partial in glob.glob(f"{glob.escape(path)}.*.partial"):
+        if os.stat(partial).st_mtime < time.time() - _ABANDONED_S:
+            os.unlink(partial)
 
 
 def _lock(descriptor: int, path: str) -> None:

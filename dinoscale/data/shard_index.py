@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from dinoscale.data.cache import cached_file, locked
+from dinoscale.data.cache import cached_file, locked, remove_abandoned
 from dinoscale.data.index import DamagedIndexError, Index, IndexWriter
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
@@ -130,6 +130,7 @@ def _cached_index(shards: list[Shard], pool: ThreadPoolExecutor) -> tuple[Index,
         with locked(path):
             index, known = _load(path)  # another process may have made it by now
             if not _fits(known, shards):
+                remove_abandoned(path)
                 return _build(shards, pool, path=path, index=index, known=known)
     assert index is not None
     return index, known

@@ -279,6 +279,18 @@ def test_one_process_of_many_scans(cache: Path, tmp_path: Path) -> None:
     assert not list(cache.glob("*.partial"))
 
 
+def test_what_a_killed_process_left_is_removed(cache: Path, shards: list[str]) -> None:
+    TarSource(shards)
+    index = _index_file(cache)
+    old, young = (cache / f"{index.name}.{part}.partial" for part in ("old", "young"))
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (0, 0))
+    index.unlink()
+    TarSource(shards)
+    assert (old.exists(), young.exists()) == (False, True)
+
+
 def test_file_system_without_locks_is_no_obstacle(
     cache: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
