@@ -207,10 +207,33 @@ def _in_order(
 
 
 def _scan(shard: Shard) -> _Scanned:
-    """Read the headers of one shard and group its members into samples."""
-    samples: list[dict[str, Member]] = []  # extension -> member
+    """Read the headers and labels of one shard."""
+    samples = _samples(read_members(shard.path))
+    rows = []
+    num_labelled = 0
+    try:
+        with open(shard.path, "rb") as file:
+            for sample in samples:
+                extension = _picture(sample)
+                if extension:
+                    image, label = sample[extension], _label_of(sample, extension)
+                    num_labelled += label is not None
+                    number = NO_LABEL if label is None else _class_number(file.fileno(), label)
+                    rows.append(_Row(image.name, image.offset, image.size, number))
+    except OSError as error:
+        raise DataError(f"cannot read the shard {shard.path}: {error.strerror}.") from error
+    without = len(samples) - len(rows)
+    scanned = replace(
+        shard, num_images=len(rows), num_without_image=without, num_labelled=num_labelled
+    )
+    return scanned, rows
+
+
+def _samples(members: Iterable[Member]) -> list[dict[str, Member]]:
+    """Extension -> member, for each sample in the order of their first members."""
+    samples: list[dict[str, Member]] = []
     latest: dict[str, dict[str, Member]] = {}  # key -> the sample last begun with it
-    for member in read_members(shard.path):
+    for member in members:
         key, extension = _split_name(member.name)
         if not key:
             continue  # a hidden file or one without extension
@@ -219,21 +242,7 @@ def _scan(shard: Shard) -> _Scanned:
             sample = latest[key] = {}
             samples.append(sample)
         sample[extension] = member
-    rows = []
-    num_labelled = 0
-    with open(shard.path, "rb") as file:
-        for sample in samples:
-            extension = _picture(sample)
-            if extension:
-                image, label = sample[extension], _label_of(sample, extension)
-                num_labelled += label is not None
-                number = NO_LABEL if label is None else _class_number(file.fileno(), label)
-                rows.append(_Row(image.name, image.offset, image.size, number))
-    without = len(samples) - len(rows)
-    scanned = replace(
-        shard, num_images=len(rows), num_without_image=without, num_labelled=num_labelled
-    )
-    return scanned, rows
+    return samples
 
 
 def _split_name(name: str) -> tuple[str, str]:
