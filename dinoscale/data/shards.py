@@ -87,19 +87,30 @@ class TarSource:
         """`shard.tar::member` of an image."""
         return f"{self._shards[self._shard_of[index]]}::{self._names[index]}"
 
+    def size(self, index: int) -> int:
+        """Bytes of an image's file."""
+        return int(self._size[index])
+
+    def data(self, index: int) -> bytes:
+        """The file of an image as it is.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        try:
+            return self._read(
+                int(self._shard_of[index]), int(self._offset[index]), int(self._size[index])
+            )
+        except OSError as error:
+            raise BadSampleError(self.path(index), f"cannot be read: {error}") from None
+
     def picture(self, index: int) -> Picture:
         """Read an image.
 
         Raises:
             BadSampleError: it cannot be read or decoded.
         """
-        try:
-            data = self._read(
-                int(self._shard_of[index]), int(self._offset[index]), int(self._size[index])
-            )
-        except OSError as error:
-            raise BadSampleError(self.path(index), f"cannot be read: {error}") from None
-        return self._decoder.open(data, self.path(index))
+        return self._decoder.open(self.data(index), self.path(index))
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         descriptor = self._files.pop(shard, None)
