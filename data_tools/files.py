@@ -59,7 +59,9 @@ def open_files(spec: str) -> Files:
     source = open_source(spec)
     if isinstance(source, FolderSource | TarSource):
         return source
-    raise DataError(f"{spec} is drawn, there are no files. Write it with `dinoscale data synthetic`")
+    raise DataError(
+        f"{spec} is drawn, there are no files. Write it with `dinoscale data synthetic`"
+    )
 
 
 def shards_of(spec: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dinoscale.errors import DataError, RunFailedError
 
@@ -58,19 +59,21 @@ def ordered_map(
         for piece in pieces:
             waiting.append(pool.submit(_work, piece))
             if len(waiting) > _AHEAD * workers:
-                yield waiting.popleft().result()
+                yield waiting[0].result()
+                waiting.popleft()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting[0].result()
+            waiting.popleft()
     except BrokenProcessPool as error:
         raise RunFailedError(
             "a worker process was killed, usually because memory ran out. Take fewer --workers; "
             "the same command goes on from what is done"
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=not waiting, cancel_futures=True)
 
 
-_task: Callable[..., object]
+_task: Callable[..., Any]
 _shared: object
 
 
@@ -79,6 +82,7 @@ def _start_worker(task: Callable[..., object], shared: object) -> None:
     global _task, _shared
     _task, _shared = task, shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger().setLevel(logging.WARNING)  # one line a shard is too much
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -89,5 +93,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(piece: object) -> object:
+def _work(piece: object) -> Any:  # what the task of the pool returns
     return _task(_shared, piece)

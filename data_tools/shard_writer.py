@@ -17,7 +17,7 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,9 +99,7 @@ def plan_shards(
         first = max(first + 1, int(np.searchsorted(ends, before + shard_bytes, side="right")))
     return [
         ShardPlan(f"{prefix}-{number:06d}.tar", start, order[start:stop])
-        for number, (start, stop) in enumerate(
-            zip(starts, [*starts[1:], len(order)], strict=True)
-        )
+        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(order)], strict=True))
     ]
 
 
@@ -240,9 +238,16 @@ def _write_shard(shared: tuple[Path, Samples], piece: _Piece) -> Json:
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with beside.open("wb") as file:
-            record = _fill(_Hashed(file), samples, piece.plan)
+            left_out = _fill(file, samples, piece.plan)
             file.flush()
             os.fsync(file.fileno())
+        record = {
+            "name": path.name,
+            "bytes": beside.stat().st_size,
+            "sha256": file_sha256(beside),
+            "samples": len(piece.plan.ids) - len(left_out),
+            "left_out": left_out,
+        }
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -252,23 +257,10 @@ def _write_shard(shared: tuple[Path, Samples], piece: _Piece) -> Json:
     return record
 
 
-class _Hashed:
-    """A file that knows the sum and number of the bytes written to it."""
-
-    def __init__(self, file: io.BufferedWriter):
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-
-def _fill(file: _Hashed, samples: Samples, plan: ShardPlan) -> Json:
-    left_out = []
-    with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+def _fill(file: BinaryIO, samples: Samples, plan: ShardPlan) -> list[Json]:
+    """Write the members of a shard; return the samples that are left out."""
+    left_out: list[Json] = []
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, index in enumerate(plan.ids.tolist(), start=plan.first_key):
             try:
                 members = samples.members(index)
@@ -279,13 +271,7 @@ def _fill(file: _Hashed, samples: Samples, plan: ShardPlan) -> Json:
                 info = tarfile.TarInfo(f"{key:09d}.{extension}")  # owner 0, time 0
                 info.size, info.mode = len(data), 0o444
                 tar.addfile(info, io.BytesIO(data))
-    return {
-        "name": plan.name,
-        "bytes": file.size,
-        "sha256": file.digest.hexdigest(),
-        "samples": len(plan.ids) - len(left_out),
-        "left_out": left_out,
-    }
+    return left_out
 
 
 def file_sha256(path: Path) -> str:
