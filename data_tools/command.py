@@ -203,8 +203,8 @@ def _add_stats(tools: SubCommands) -> None:
         tools,
         "dataset-stats",
         "Mean and standard deviation of the pixels of each channel, in 0..1, over whole pictures\n"
-        "at full resolution. Prints data.mean=... data.std=... for a training's command line, then\n"
-        "the JSON.",
+        "at full resolution. Prints data.mean=... data.std=... for the command line of a\n"
+        "training, then the JSON.",
         short="mean and standard deviation of the pixels, as overrides for a training",
         example="dataset-stats /data/images --images 20000",
     )

@@ -136,9 +136,13 @@ def write_set(
         The manifest, with `shards_kept`: how many were there already.
 
     Raises:
-        DataError: `out_dir` holds something else, or no sample can be read.
+        DataError: `out_dir` holds something else, no sample can be read, or the name of a class
+            does not fit a line.
         RunFailedError: the disk is full, or a worker was killed.
     """
+    for name in class_names or ():
+        if any(letter in name for letter in "\n\r\t"):
+            raise DataError(f"the class {name!r} has a line break or tab in its name; rename it")
     mark = fingerprint([settings, class_names, *fingerprint_parts])
     done = _claim(out_dir, plans, mark)
     journal = Journal(out_dir / _JOURNAL, mark)
