@@ -251,9 +251,10 @@ def _add_deduplicate(tools: SubCommands) -> None:
     how.add_argument(
         "--radius",
         type=int,
-        default=4,
+        default=6,
         metavar="BITS",
-        help="bits of 64 in which the hashes of two copies differ at most (default 4, up to 8)",
+        help="bits of 64 in which the hashes of two copies differ at most (default 6, up to 8; each"
+        " bit costs time)",
     )
     how.add_argument(
         "--weights", metavar="FILE", help="compare features of this backbone: quadratic in time"

@@ -27,8 +27,8 @@ from data_tools.survey import identity, in_blocks, survey
 from dinoscale.data.decode import RGB, BadSampleError
 from dinoscale.errors import DataError
 
-# Root mean square difference of two thumbnails, in levels of 255: copies saved anew, at JPEG
-# quality 30 and half the size, stay below 4; unlike pictures of one hash lie far above.
+# Root mean square difference of two thumbnails, in levels of 255. Of 1000 photographs, copies at a
+# quarter of the size or at JPEG quality 10 stay below 7.
 _SAME_LOOK = 10.0
 
 _ROW = np.dtype(

@@ -81,10 +81,7 @@ def close_pairs(hashes: NDArray[np.uint64], *, radius: int) -> Iterator[NDArray[
     again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]) + 1
     yield np.stack([order[again - 1], order[again]], axis=1).astype(np.int64)
     yield np.stack([first[inverse[order[again]]], order[again]], axis=1).astype(np.int64)
-    wanted = math.log2(max(2, len(unique)))
-    taken = 1  # d
-    while _BITS * taken // (radius + taken) < wanted:
-        taken += 1
+    taken = num_pieces(len(unique), radius=radius)  # d
     pieces = np.array_split(np.arange(_BITS), radius + taken)
     for chosen in combinations(pieces, taken) if radius else ():
         mask = np.uint64(sum(1 << int(bit) for piece in chosen for bit in piece))
@@ -92,6 +89,14 @@ def close_pairs(hashes: NDArray[np.uint64], *, radius: int) -> Iterator[NDArray[
             differing = np.bitwise_xor(unique[pairs[:, 0]], unique[pairs[:, 1]])
             near = first[pairs[_count_bits(differing) <= radius]]
             yield np.sort(near, axis=1).astype(np.int64)
+
+
+def num_pieces(number: int, *, radius: int) -> int:
+    """d, the least number of pieces whose bits tell so many hashes apart."""
+    taken = 1
+    while _BITS // (radius + taken) * taken < math.log2(max(2, number)):
+        taken += 1
+    return taken
 
 
 def _equal_neighbours(keys: NDArray[np.uint64]) -> Iterator[NDArray[np.int64]]:
