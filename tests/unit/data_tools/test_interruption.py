@@ -146,6 +146,15 @@ def test_killed_worker_is_an_error_not_a_hang() -> None:
         list(ordered_map(_kill_self, None, range(8), workers=2))
 
 
+def _interrupt_self(_: None, piece: int) -> int:
+    os.kill(os.getpid(), signal.SIGINT)
+    return piece
+
+
+def test_interrupt_is_for_the_first_process_alone() -> None:
+    assert list(ordered_map(_interrupt_self, None, range(4), workers=2)) == list(range(4))
+
+
 def _square(shared: int, piece: int) -> int:
     return shared + piece**2
 
