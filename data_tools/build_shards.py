@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data_tools.files import Files, open_files
 from data_tools.headers import read_header
 from data_tools.journal import Json
-from data_tools.shard_writer import plan_shards, stored_bytes, write_set
+from data_tools.shard_writer import CLASSES, class_lines, plan_shards, stored_bytes, write_set
 from dinoscale.data.decode import RGB
 from dinoscale.data.folder import FolderSource
 from dinoscale.errors import DataError
@@ -78,7 +78,7 @@ def build_shards(
         _Copies(source, labels, max_side),
         plan_shards(stored, order, shard_bytes=shard_bytes, prefix=prefix),
         names=names,
-        class_names=source.class_names,
+        classes=_classes(source),
         settings={
             "tool": "build-shards",
             "shard_bytes": shard_bytes,
@@ -118,6 +118,15 @@ def _check(*, max_side: int | None, seed: int | None, prefix: str) -> None:
         raise DataError(f"--seed {seed}: need 0 or more")
     if not prefix or not all(letter.isalnum() or letter in "-_" for letter in prefix):
         raise DataError(f"--prefix {prefix!r}: need letters, digits, - and _")
+
+
+def _classes(source: Files) -> bytes | None:
+    """Names of the classes; of shards, which carry numbers only, the file beside the first."""
+    if source.class_names is not None:
+        return class_lines(source.class_names)
+    shard = source.path(0).partition("::")[0]
+    beside = Path(shard).with_name(CLASSES)
+    return beside.read_bytes() if source.labels is not None and beside.is_file() else None
 
 
 def _sizes(source: Files) -> NDArray[np.int64]:

@@ -24,6 +24,7 @@ from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MEMBER = ".tar::"  # stands between a shard and a picture in it, as in `a.tar::0001.jpg`
 
 
@@ -52,7 +53,7 @@ def open_files(spec: str) -> Files:
     """
     path = os.path.expanduser(spec)
     if os.path.isfile(path):
-        if not path.lower().endswith((".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst")):
+        if not path.lower().endswith(_TARS):
             return _open_list(path)
         if path.lower().endswith(".tar") and _holds_tars(path):
             return TarOfTars(path)
@@ -73,7 +74,7 @@ def shards_of(spec: str) -> list[str]:
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
         listing = list_folder(path)
-        names = [name for name in listing.others if name.lower().endswith(".tar")]
+        names = [name for name in listing.others if name.lower().endswith(_TARS)]
         return [] if listing.images else [os.path.join(path, name) for name in names]
     if os.path.isfile(path):
         return [path] if path.lower().endswith(".tar") and not _holds_tars(path) else []

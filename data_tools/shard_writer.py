@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1  # of the manifest
 MANIFEST = "manifest.json"
-_CLASSES = "classes.txt"
+CLASSES = "classes.txt"
 _NAMES = "names.jsonl"
 _JOURNAL = ".progress.jsonl"
 
@@ -80,6 +80,18 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def class_lines(names: Sequence[str]) -> bytes:
+    """`classes.txt`: number, tab, name.
+
+    Raises:
+        DataError: a name does not fit a line.
+    """
+    for name in names:
+        if any(letter in name for letter in "\n\r\t"):
+            raise DataError(f"the class {name!r} has a line break or tab in its name; rename it")
+    return b"".join(b"%d\t%s\n" % (i, os.fsencode(name)) for i, name in enumerate(names))
+
+
 def plan_shards(
     sizes: NDArray[np.int64], order: NDArray[np.int64], *, shard_bytes: int, prefix: str
 ) -> list[ShardPlan]:
@@ -115,7 +127,7 @@ def write_set(
     plans: Sequence[ShardPlan],
     *,
     names: Sequence[str],
-    class_names: Sequence[str] | None,
+    classes: bytes | None,
     settings: Json,
     fingerprint_parts: Iterable[object],
     workers: int,
@@ -127,7 +139,7 @@ def write_set(
         samples: where they come from.
         plans: of the shards.
         names: what each sample was called, by its number.
-        class_names: by class number.
+        classes: content of `classes.txt`.
         settings: what made the set, for the manifest.
         fingerprint_parts: what else tells this set from another.
         workers: processes.
@@ -136,14 +148,10 @@ def write_set(
         The manifest, with `shards_kept`: how many were there already.
 
     Raises:
-        DataError: `out_dir` holds something else, no sample can be read, or the name of a class
-            does not fit a line.
+        DataError: `out_dir` holds something else, or no sample can be read.
         RunFailedError: the disk is full, or a worker was killed.
     """
-    for name in class_names or ():
-        if any(letter in name for letter in "\n\r\t"):
-            raise DataError(f"the class {name!r} has a line break or tab in its name; rename it")
-    mark = fingerprint([settings, class_names, *fingerprint_parts])
+    mark = fingerprint([settings, os.fsdecode(classes or b""), *fingerprint_parts])
     done = _claim(out_dir, plans, mark)
     journal = Journal(out_dir / _JOURNAL, mark)
     for stale in out_dir.glob(".*.partial"):
@@ -151,9 +159,8 @@ def write_set(
     done.update(journal.done)
     ordered = [names[i] for plan in plans for i in plan.ids.tolist()]
     write_whole(out_dir / _NAMES, "".join(json.dumps(name) + "\n" for name in ordered).encode())
-    if class_names is not None:
-        lines = [b"%d\t%s\n" % (i, os.fsencode(name)) for i, name in enumerate(class_names)]
-        write_whole(out_dir / _CLASSES, b"".join(lines))
+    if classes is not None:
+        write_whole(out_dir / CLASSES, classes)
     pieces = [_Piece(plan, done.get(number)) for number, plan in enumerate(plans)]
     records = []
     with tqdm(total=len(names), unit="img", desc="shards", disable=None) as bar:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_tools.build_shards import summary_of
 from data_tools.journal import Json
-from data_tools.shard_writer import plan_shards, stored_bytes, write_set
+from data_tools.shard_writer import class_lines, plan_shards, stored_bytes, write_set
 from dinoscale.data.synthetic import ShapesSource
 
 
@@ -42,7 +42,7 @@ def synthetic(
         _Drawn(source),
         plan_shards(np.full(images, one), np.arange(images), shard_bytes=shard_bytes, prefix=split),
         names=[source.path(i) for i in range(images)],
-        class_names=source.class_names,
+        classes=class_lines(source.class_names),
         settings={
             "tool": "synthetic",
             "images": images,

@@ -260,9 +260,11 @@ def test_list_of_members_takes_those_of_the_shards(tmp_path: Path) -> None:
     shard = write_tar(
         tmp_path / "a.tar", {"x.jpg": jpeg(0), "x.cls": b"4", "y.jpg": jpeg(1), "y.cls": b"2"}
     )
+    (tmp_path / "classes.txt").write_text("2\ttwo\n4\tfour\n")
     listing = tmp_path / "keep.txt"
     listing.write_text(f"{shard}::y.jpg\n")
     _build(listing, tmp_path / "out")
+    assert (tmp_path / "out" / "classes.txt").read_text() == "2\ttwo\n4\tfour\n"
     source = open_source(str(tmp_path / "out"))
     assert [source.data(i) for i in range(len(source))] == [jpeg(1)]
     assert list(source.labels) == [2]

@@ -38,7 +38,7 @@ def _write(out: Path, samples: _Numbers, **changed: Any) -> dict[str, Any]:
     order = np.random.default_rng(1).permutation(30)
     settings: dict[str, Any] = {
         "names": [f"{i}.jpg" for i in range(30)],
-        "class_names": ["one"],
+        "classes": b"0\tone\n",
         "settings": {},
         "fingerprint_parts": [],
         "workers": 1,
