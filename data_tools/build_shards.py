@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def _check(*, max_side: int | None, seed: int | None, prefix: str) -> None:
         raise DataError(f"--max-side {max_side}: need at least one pixel")
     if seed is not None and seed < 0:
         raise DataError(f"--seed {seed}: need 0 or more")
-    if not prefix or not all(letter.isalnum() or letter in "-_" for letter in prefix):
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
         raise DataError(f"--prefix {prefix!r}: need letters, digits, - and _")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.files import Files, open_files
-from data_tools.journal import Json, write_whole
+from data_tools.journal import Json, check_place, write_whole
 from data_tools.near_duplicates import (
     MAX_RADIUS,
     THUMBNAIL,
@@ -89,6 +89,8 @@ def deduplicate(
         RunFailedError: a worker was killed.
     """
     _check(near)
+    if keep_list is not None:
+        check_place(keep_list)
     source = open_files(spec)
     rows = _rows(source, decode=near is not None, out=out, workers=workers)
     groups = Groups(len(rows))

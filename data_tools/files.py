@@ -237,8 +237,9 @@ def _listed_files(path: str, paths: Sequence[str]) -> Files:
 
 
 def _members_of_shards(path: str, paths: Sequence[str]) -> Files:
-    shards = dict.fromkeys(line.partition(_MEMBER)[0] + ".tar" for line in paths)
-    source = TarSource(list(shards))
+    shards = list(dict.fromkeys(line.partition(_MEMBER)[0] + ".tar" for line in paths))
+    nested = len(shards) == 1 and _holds_tars(shards[0])
+    source: Files = TarOfTars(shards[0]) if nested else TarSource(shards)
     number = {source.path(i): i for i in range(len(source))}
     missing = [line for line in paths if line not in number]
     if missing:

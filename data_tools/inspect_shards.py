@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data_tools.contact_sheet import draw_sheet
 from data_tools.files import Files, open_files, shards_of
 from data_tools.headers import read_header
-from data_tools.journal import Json, write_whole
+from data_tools.journal import Json, check_place, write_whole
 from data_tools.survey import identity, in_blocks, sample_ids, survey
 from dinoscale.data.decode import BadSampleError
 from dinoscale.errors import DataError
@@ -51,6 +51,8 @@ def inspect_shards(
     on_sheet = sheet_images if sheet is not None else 1
     if not 1 <= on_sheet <= 1024:
         raise DataError(f"--sheet-images {on_sheet}: need 1 to 1024")
+    if sheet is not None:
+        check_place(sheet)
     source = open_files(spec)
     ids = sample_ids(len(source), wanted=images)
     blocks = in_blocks(ids)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,37 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as beside:
         with beside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+
+
+def check_place(path: Path) -> None:
+    """Find out now, not after hours of work, whether a file can be written.
+
+    Raises:
+        DataError: it cannot.
+    """
+    with _beside(path) as beside:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        beside.touch()
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name in the same folder, which is made if needed; nothing stays under it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield beside
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise DataError(f"cannot write {path}: {error.strerror}") from error
 
 
@@ -106,7 +129,7 @@ def fingerprint_of(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             entry = _parsed(file.readline())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return None if entry is None else entry.get("fingerprint")
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.journal import Journal, Json, fingerprint
+from data_tools.journal import Journal, Json, check_place, fingerprint
 from data_tools.parallel import ordered_map
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
@@ -48,7 +48,10 @@ def survey(
         DataError: `out` cannot be written, or there is no worker.
         RunFailedError: a worker was killed.
     """
-    state = None if out is None else out.with_name(out.name + ".state")
+    state = None
+    if out is not None:
+        check_place(out)
+        state = out.with_name(out.name + ".state")
     journal = Journal(state, fingerprint([task.__module__, *work]))
     left = [number for number in range(len(blocks)) if number not in journal.done]
     results = ordered_map(task, shared, [blocks[number] for number in left], workers=workers)

@@ -62,6 +62,15 @@ def test_manifest_counts_and_sums_are_those_of_the_files(
         assert record["sha256"] == hashlib.sha256(data).hexdigest()
 
 
+def test_what_a_killed_build_leaves_is_taken_for_no_image(
+    class_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    _build(class_folder(), tmp_path / "out")
+    (tmp_path / "out" / ".train-000009.tar.77.partial").write_bytes(jpeg(0))
+    (tmp_path / "out" / "bad.jsonl.state").write_bytes(b"{}")
+    assert len(open_source(str(tmp_path / "out"))) == 24
+
+
 def test_headers_are_constant_and_keys_go_on(
     class_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -211,6 +220,18 @@ def test_tar_of_class_tars_is_read_in_place(tmp_path: Path) -> None:
     assert _names(tmp_path / "out")[0] == "ILSVRC2012_img_train.tar::n02.tar::n02_0.JPEG"
 
 
+def test_list_of_members_takes_those_of_a_tar_of_tars(tmp_path: Path) -> None:
+    inner = {f"{c}.tar": _tar({f"{i}.jpg": jpeg(10 * c + i) for i in range(3)}) for c in (1, 2)}
+    outer = write_tar(tmp_path / "t.tar", inner)
+    listing = tmp_path / "keep.txt"
+    listing.write_text("".join(f"t.tar::{name}\n" for name in ("2.tar::0.jpg", "1.tar::2.jpg")))
+    assert outer.exists()
+    _build(listing, tmp_path / "out", seed=None)
+    source = open_source(str(tmp_path / "out"))
+    assert [source.data(i) for i in range(2)] == [jpeg(20), jpeg(12)]
+    assert list(source.labels) == [1, 0]
+
+
 def test_flat_tar_has_no_classes(tmp_path: Path) -> None:
     flat = write_tar(tmp_path / "val.tar", {f"ILSVRC2012_val_{i}.JPEG": jpeg(i) for i in range(5)})
     _build(flat, tmp_path / "out", prefix="val")
@@ -281,7 +302,15 @@ def test_bad_list_is_refused(tmp_path: Path, lines: str, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"max_side": 0}, {"seed": -1}, {"prefix": "../x"}, {"prefix": ""}, {"workers": 0}]
+    "bad",
+    [
+        {"max_side": 0},
+        {"seed": -1},
+        {"prefix": "../x"},
+        {"prefix": ""},
+        {"prefix": "\u00e9"},
+        {"workers": 0},
+    ],
 )
 def test_settings_out_of_range_are_refused(
     class_folder: Callable[..., Path], tmp_path: Path, bad: dict[str, Any]
