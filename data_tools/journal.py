@@ -119,9 +119,13 @@ class Journal:
             self._file.close()
 
     def _append(self, entry: Json) -> None:
-        if self._path is not None:
+        if self._path is None:
+            return
+        try:
             self._file.write(json.dumps(entry).encode() + b"\n")
             self._file.flush()
+        except OSError as error:
+            raise DataError(f"cannot write {self._path}: {error.strerror}") from error
 
 
 def fingerprint_of(path: Path) -> str | None:

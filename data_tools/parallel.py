@@ -24,7 +24,9 @@ _AHEAD = 3  # pieces given out for each worker, so that a slow one stops nobody
 
 def num_cores() -> int:
     """Processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def ordered_map(
