@@ -157,6 +157,8 @@ def write_set(
     for stale in out_dir.glob(".*.partial"):
         stale.unlink()
     done.update(journal.done)
+    if done:
+        log.info("going on: %d of %d shards are done", len(done), len(plans))
     ordered = [names[i] for plan in plans for i in plan.ids.tolist()]
     write_whole(out_dir / _NAMES, "".join(json.dumps(name) + "\n" for name in ordered).encode())
     if classes is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from data_tools.journal import Journal, Json, check_place, fingerprint
 from data_tools.parallel import ordered_map
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
+
+log = logging.getLogger(__name__)
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -53,6 +56,8 @@ def survey(
         check_place(out)
         state = out.with_name(out.name + ".state")
     journal = Journal(state, fingerprint([task.__module__, *work]))
+    if journal.done:
+        log.info("going on: %d of %d pieces are done", len(journal.done), len(blocks))
     left = [number for number in range(len(blocks)) if number not in journal.done]
     results = ordered_map(task, shared, [blocks[number] for number in left], workers=workers)
     with tqdm(total=sum(sizes), unit="img", disable=None) as bar:

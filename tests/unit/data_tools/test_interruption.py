@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_tools.journal import Journal
 from data_tools.parallel import ordered_map
@@ -65,14 +67,20 @@ def test_interrupted_writing_goes_on_to_the_same_bytes(tmp_path: Path, stops_at:
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_plan_puts_every_sample_in_one_shard_of_the_size() -> None:
-    order = np.random.default_rng(2).permutation(30)
-    plans = plan_shards(_SIZES, order, shard_bytes=8000, prefix="x")
+@given(
+    sizes=st.lists(st.integers(1, 10_000), min_size=1, max_size=40), limit=st.integers(1, 20_000)
+)
+def test_plan_puts_every_sample_in_one_shard_of_the_size(sizes: list[int], limit: int) -> None:
+    every = np.array(sizes)
+    order = np.random.default_rng(2).permutation(len(sizes))
+    plans = plan_shards(every, order, shard_bytes=limit, prefix="x")
     assert [i for plan in plans for i in plan.ids] == list(order)
-    totals = [int(_SIZES[plan.ids].sum()) for plan in plans]
-    assert max(totals) <= 8000
+    totals = [int(every[plan.ids].sum()) for plan in plans]
+    assert all(
+        total <= limit or len(plan.ids) == 1 for total, plan in zip(totals, plans, strict=True)
+    )
     for total, after in zip(totals[:-1], plans[1:], strict=True):
-        assert total + _SIZES[after.ids[0]] > 8000
+        assert total + every[after.ids[0]] > limit
     assert [plan.first_key for plan in plans] == [
         sum(len(p.ids) for p in plans[:n]) for n in range(len(plans))
     ]
