@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinoscale.data.decode import RGB, BadSampleError, Picture
-from dinoscale.data.folder import FolderSource, Listing, list_folder
+from dinoscale.data.files import write_names
+from dinoscale.data.folder import FolderSource
+from dinoscale.data.listing import COMPRESSED_TAR, LeftOut, Listing, list_folder
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source, expand_pattern, open_source
 from dinoscale.data.tar_headers import Member, read_members
@@ -24,7 +26,7 @@ from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_TARS = (".tar", *COMPRESSED_TAR)
 _MEMBER = ".tar::"  # stands between a shard and a picture in it, as in `a.tar::0001.jpg`
 
 
@@ -74,8 +76,8 @@ def shards_of(spec: str) -> list[str]:
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
         listing = list_folder(path)
-        names = [name for name in listing.others if name.lower().endswith(_TARS)]
-        return [] if listing.images else [os.path.join(path, name) for name in names]
+        names = sorted(listing.left_out.shards + listing.left_out.compressed, key=os.fsencode)
+        return [] if len(listing.images) else [os.path.join(path, name) for name in names]
     if os.path.isfile(path):
         return [path] if path.lower().endswith(".tar") and not _holds_tars(path) else []
     if spec.startswith("synthetic:") or "://" in spec:
@@ -233,7 +235,8 @@ def _listed_files(path: str, paths: Sequence[str]) -> Files:
             f"{missing[0]}. Relative paths begin at the folder of the list."
         )
     root = os.path.commonpath([os.path.dirname(name) for name in paths])
-    return FolderSource(root, Listing(images=[os.path.relpath(name, root) for name in paths]))
+    names = write_names((os.path.relpath(name, root) for name in paths), of=path)
+    return FolderSource(root, Listing(names, LeftOut()))
 
 
 def _members_of_shards(path: str, paths: Sequence[str]) -> Files:
