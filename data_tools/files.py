@@ -63,7 +63,8 @@ def open_files(spec: str) -> Files:
     if isinstance(source, FolderSource | TarSource):
         return source
     raise DataError(
-        f"{spec} is drawn, there are no files. Write it with `dinoscale data synthetic`"
+        f"{spec}: this tool reads files on a disk. Write a drawn set with `dinoscale data"
+        " synthetic`, copy a remote one."
     )
 
 
@@ -80,7 +81,7 @@ def shards_of(spec: str) -> list[str]:
         return [] if len(listing.images) else [os.path.join(path, name) for name in names]
     if os.path.isfile(path):
         return [path] if path.lower().endswith(".tar") and not _holds_tars(path) else []
-    if spec.startswith("synthetic:") or "://" in spec:
+    if ":" in spec.partition("/")[0]:  # drawn or remote: no files here
         return []
     found = expand_pattern(path)
     return found if all(name.lower().endswith(".tar") for name in found) else []

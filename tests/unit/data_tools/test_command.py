@@ -35,6 +35,8 @@ def test_readme_shows_every_tool() -> None:
         (["build-shards", "NOWHERE", "OUT"], "does not exist"),
         (["inspect-shards", "SRC", "--sheet", "a.jpg"], "is a PNG"),
         (["inspect-shards", "SRC", "--sheet", "a.png", "--sheet-images", "0"], "--sheet-images"),
+        (["inspect-shards", "synthetic:shapes?images=3"], "reads files on a disk"),
+        (["verify-shards", "pipe:cat a.tar"], "pipe:"),
         (["dataset-stats", "SRC", "--images", "-3"], "--images"),
         (["deduplicate", "SRC", "--radius", "9"], "--radius"),
         (["deduplicate", "SRC", "--keep-list", "SRC/class 0/000.v1.jpg/x"], "cannot write"),
