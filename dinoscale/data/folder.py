@@ -52,14 +52,28 @@ class FolderSource:
         """Absolute path of an image."""
         return os.path.join(self._root, self._names.name(index))
 
+    def size(self, index: int) -> int:
+        """Bytes of an image's file, 0 where they cannot be told."""
+        try:
+            return os.stat(self.path(index)).st_size
+        except OSError:
+            return 0
+
+    def data(self, index: int) -> bytes:
+        """The file of an image as it is.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        return read_image_file(self.path(index))
+
     def picture(self, index: int) -> Picture:
         """Read an image.
 
         Raises:
             BadSampleError: it cannot be read or decoded.
         """
-        path = self.path(index)
-        return self._decoder.open(read_image_file(path), path)
+        return self._decoder.open(self.data(index), self.path(index))
 
     @property
     def labels(self) -> NDArray[np.int64] | None:

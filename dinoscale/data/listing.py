@@ -25,9 +25,9 @@ _JUNK_FILES = {".ds_store", ".gitattributes", ".gitignore", ".gitkeep", "desktop
 _NOT_IMAGE_EXTENSIONS = {
     ".7z", ".avi", ".bin", ".bz2", ".ckpt", ".cls", ".csv", ".db", ".gz", ".h5", ".htm",
     ".html", ".idx", ".ini", ".ipynb", ".json", ".jsonl", ".lmdb", ".lock", ".log", ".md",
-    ".md5", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".parquet", ".pdf", ".pkl", ".pt", ".pth",
-    ".py", ".rar", ".rst", ".safetensors", ".sh", ".sha256", ".sqlite", ".tar", ".tbz2",
-    ".tfrecord", ".tgz", ".toml", ".tsv", ".txt", ".txz", ".wav", ".xml", ".xz", ".yaml",
+    ".md5", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".parquet", ".partial", ".pdf", ".pkl", ".pt",
+    ".pth", ".py", ".rar", ".rst", ".safetensors", ".sh", ".sha256", ".sqlite", ".state", ".tar",
+    ".tbz2", ".tfrecord", ".tgz", ".toml", ".tsv", ".txt", ".txz", ".wav", ".xml", ".xz", ".yaml",
     ".yml", ".zip", ".zst",
 }  # fmt: skip
 

@@ -59,18 +59,29 @@ class TarSource:
         """`shard.tar::member` of an image."""
         return f"{self._shards[self._shard_of(index)].path}::{self._index.name(index)}"
 
+    def size(self, index: int) -> int:
+        """Bytes of an image's file."""
+        return self._index.numbers(index)[1]
+
+    def data(self, index: int) -> bytes:
+        """The file of an image as it is.
+
+        Raises:
+            BadSampleError: it cannot be read, or its shard is no longer as indexed.
+        """
+        offset, size, _ = self._index.numbers(index)
+        try:
+            return self._read(self._shard_of(index), offset=offset, size=size)
+        except OSError as error:
+            raise BadSampleError(self.path(index), f"cannot be read: {error}") from None
+
     def picture(self, index: int) -> Picture:
         """Read an image.
 
         Raises:
             BadSampleError: it cannot be read or decoded, or its shard is no longer as indexed.
         """
-        offset, size, _ = self._index.numbers(index)
-        try:
-            data = self._read(self._shard_of(index), offset=offset, size=size)
-        except OSError as error:
-            raise BadSampleError(self.path(index), f"cannot be read: {error}") from None
-        return self._decoder.open(data, self.path(index))
+        return self._decoder.open(self.data(index), self.path(index))
 
     def _shard_of(self, index: int) -> int:
         return bisect_right(self._ends, index)

@@ -84,7 +84,7 @@ def open_source(spec: str, decoder: Decoder = RGB) -> Source:
         return ListSource(path, decoder)
     if os.path.exists(path):
         return _open_shards(spec, [path], decoder)
-    return _open_shards(spec, _expand(path), decoder)
+    return _open_shards(spec, expand_pattern(path), decoder)
 
 
 def _open_folder(path: str, decoder: Decoder) -> Source:
@@ -115,8 +115,12 @@ def _named_by(spec: str, path: str) -> str:
     return "" if path == spec else f" (named by {spec})"
 
 
-def _expand(spec: str) -> list[str]:
-    """Files that a brace pattern or glob names; all of them must be there."""
+def expand_pattern(spec: str) -> list[str]:
+    """Return the files that a brace pattern or glob names.
+
+    Raises:
+        DataError: one of them is not there.
+    """
     try:
         if _num_names(spec) > _MAX_NAMES:
             raise ValueError(f"it names more than {_MAX_NAMES} files")

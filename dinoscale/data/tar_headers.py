@@ -37,8 +37,12 @@ class Member(NamedTuple):
     size: int
 
 
-def read_members(path: str) -> Iterator[Member]:
+def read_members(path: str, within: Member | None = None) -> Iterator[Member]:
     """Yield the plain files of an uncompressed tar in their order.
+
+    Args:
+        path: of the tar.
+        within: a member of it that is a tar itself, whose files are wanted instead.
 
     Raises:
         DataError: it cannot be read up to its end.
@@ -46,25 +50,30 @@ def read_members(path: str) -> Iterator[Member]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            yield from _walk(descriptor, path)
+            if within is None:
+                yield from _walk(descriptor, path, 0, os.fstat(descriptor).st_size)
+            else:
+                end = within.offset + within.size
+                yield from _walk(descriptor, f"{path}::{within.name}", within.offset, end)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}.") from error
 
 
-def _walk(descriptor: int, path: str) -> Iterator[Member]:
-    length = os.fstat(descriptor).st_size
-    at = 0
-    ahead, ahead_at = b"", 0  # what was read last: small members and their headers share a read
+def _walk(descriptor: int, path: str, start: int, end: int) -> Iterator[Member]:
+    """The tar between two bytes of a file."""
+    at = start
+    ahead, ahead_at = b"", start  # what was read last: small members and their headers share a read
     name, size = b"", -1  # of the next member, where an extra header in front of it tells them
     while True:
         if at + _BLOCK > ahead_at + len(ahead):
-            ahead, ahead_at = os.pread(descriptor, _READ_BYTES, at), at
+            wanted = max(0, min(_READ_BYTES, end - at))
+            ahead, ahead_at = os.pread(descriptor, wanted, at), at
         block = ahead[at - ahead_at : at - ahead_at + _BLOCK]
         if not block.strip(b"\0"):
             break
-        if at == 0:
+        if at == start:
             _check_start(path, block)
         if not _is_header(block):
             raise _damaged(path, f"no valid header at byte {at}")
@@ -73,10 +82,9 @@ def _walk(descriptor: int, path: str) -> Iterator[Member]:
         taken = size if size >= 0 and kind in _FILES else stated
         data = at + _BLOCK
         at = data if kind in _WITHOUT_DATA else data + -(-taken // _BLOCK) * _BLOCK
-        if at > data and data + taken > length:
-            raise _damaged(
-                path, f"{_text(name or _short_name(block))} ends beyond its {length} bytes"
-            )
+        if at > data and data + taken > end:
+            ends = f"{_text(name or _short_name(block))} ends beyond its {end - start} bytes"
+            raise _damaged(path, ends)
         if kind in _PAX:
             pax_name, size = _pax(os.pread(descriptor, taken, data), path)
             name = pax_name or name
@@ -89,7 +97,7 @@ def _walk(descriptor: int, path: str) -> Iterator[Member]:
             if kind in _FILES and not full_name.endswith(b"/"):
                 yield Member(_text(full_name), data, taken)
             name, size = b"", -1
-    _check_end(path, block, at)
+    _check_end(path, block, at - start)
 
 
 def _check_start(path: str, block: bytes) -> None:
