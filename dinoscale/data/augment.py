@@ -193,7 +193,8 @@ def _resized(pixels: NDArray[np.uint8], box: NDArray[np.int32], size: int) -> ND
     resized = F.interpolate(
         cut.permute(0, 3, 1, 2), size=(size, size), mode="bicubic", antialias=True
     )
-    return resized.permute(0, 2, 3, 1).numpy()[0]
+    crop: NDArray[np.uint8] = resized.permute(0, 2, 3, 1).numpy()[0]
+    return crop
 
 
 def to_image(pixels: NDArray[np.uint8]) -> Image.Image:
