@@ -68,15 +68,18 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
     """Refuse what would shift the position in data and schedules; name other changes.
 
     Raises:
-        ConfigError: the seed, the images per step or the number of images differ.
+        ConfigError: the seed, the images per step or the number of images drawn differ.
     """
     saved_config, saved_plan = checkpoint.state["config"], checkpoint.state["plan"]
     pairs = {
         "seed": (saved_config.get("seed"), config.seed),
         "train.batch_size": (saved_plan.get("batch_size"), plan.batch_size),
         "the number of images in data.train": (saved_plan.get("num_images"), plan.num_images),
+        "the number of images of each source": (saved_plan.get("source_sizes"), plan.source_sizes),
+        "the number drawn from each source an epoch": (saved_plan.get("quotas"), plan.quotas),
     }
     for name, (then, now) in pairs.items():
+        now = list(now) if isinstance(now, tuple) else now  # as JSON has it
         if then != now:
             raise ConfigError(
                 f"{name} was {then} when {checkpoint.path} was saved and is {now} now; the order of"

@@ -7,35 +7,24 @@ ranks or images in `resolve`.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dinoscale.config.backbones import RESNET50, named_patch_size, named_vit_size
-
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-PositiveOrZero = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Momentum = Annotated[float, Field(gt=0, le=1)]
-# strict=False lets a YAML list become a tuple; its items stay strict.
-Pair = Annotated[tuple[float, float], Field(strict=False)]
-ThreeFractions = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
-ThreePositive = Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
-
-
-class Section(BaseModel):
-    """What all sections share: no editing, no unknown keys, no '2' for 2, no infinity."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        protected_namespaces=(),
-    )
+from dinoscale.config.fields import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Momentum,
+    Pair,
+    Positive,
+    PositiveOrZero,
+    Section,
+    ThreeFractions,
+    ThreePositive,
+)
+from dinoscale.config.mixture import TrainingImages, WeightedSource
 
 
 class ModelConfig(Section):
@@ -285,10 +274,15 @@ class TrainConfig(Section):
 class DataConfig(Section):
     """The training images."""
 
-    train: str | None = Field(
+    train: TrainingImages | None = Field(
         default=None,
-        min_length=1,
-        description="Images to train on: a folder, shards, or 'synthetic:...'.",
+        description="Images to train on: a folder, shards, 'synthetic:...', or a mixture of them, "
+        "[{source: ..., weight: ...}, ...].",
+    )
+    images_per_epoch: Count | None = Field(
+        default=None,
+        description="Images drawn in an epoch, rounded down to whole steps; null: as many as there "
+        "are. All images of a source are drawn equally often, whatever the number. [D].",
     )
     num_workers: CountOrZero = Field(
         default=8,
@@ -305,6 +299,30 @@ class DataConfig(Section):
     std: ThreePositive = Field(
         default=(0.229, 0.224, 0.225), description="Their standard deviation. Source: [C]."
     )
+
+    @field_validator("train")
+    @classmethod
+    def _mixture_of_something(cls, train: TrainingImages | None) -> TrainingImages | None:
+        if train == ():
+            raise ValueError("a mixture of nothing; name a source, or null for none")
+        return train
+
+    @property
+    def sources(self) -> tuple[WeightedSource, ...]:
+        """What `train` names, as a mixture of one where it is plain text; empty where it is null.
+
+        Sources of a mixture keep their order: the numbers of the images depend on it.
+        """
+        if self.train is None:
+            return ()
+        return (WeightedSource(source=self.train),) if isinstance(self.train, str) else self.train
+
+    @property
+    def sources_text(self) -> str:
+        """The same in words."""
+        if len(self.sources) == 1:
+            return self.sources[0].source
+        return " + ".join(f"{part.weight:g} x {part.source}" for part in self.sources)
 
 
 class EngineConfig(Section):

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from dinoscale.data.augment import MultiCrop, eval_transform
 from dinoscale.data.bad_samples import BadSample
 from dinoscale.data.decode import BadSampleError
-from dinoscale.data.sampler import StepSampler
+from dinoscale.data.mixture import source_sizes, stand_ins
+from dinoscale.data.sampler import Draws, StepSampler
 from dinoscale.data.seeding import Stream, generator
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError, DinoscaleError
@@ -75,15 +76,16 @@ def train_batches(
     start_step: int,
     stop_step: int,
     num_workers: int,
+    quotas: Sequence[int] | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Yield the micro-batches of one rank from `start_step` up to but without `stop_step`.
 
     batch_size / (micro_batch_size * world_size) of them make one step. The images of a step and
     their crops are a function of (source, batch_size, seed, step): workers, ranks, accumulation
-    and the first step change nothing. An unreadable image is replaced by one drawn from
-    (seed, epoch, image, attempt) and cropped as the image itself would have been. The workers
-    start at the call, not at the first batch, and serve the whole run.
+    and the first step change nothing. An unreadable image is replaced by one of the same source,
+    drawn from (seed, repeat, image, attempt) and cropped as the image itself would have been. The
+    workers start at the call, not at the first batch, and serve the whole run.
 
     Args:
         source: the images.
@@ -96,6 +98,7 @@ def train_batches(
         start_step: first optimizer step, >= 0.
         stop_step: end of the run, exclusive.
         num_workers: worker processes; 0 decodes in this process.
+        quotas: draws from each source of a mixture in an epoch; None draws every image once.
         pin_memory: hand out page-locked memory.
 
     Raises:
@@ -103,7 +106,8 @@ def train_batches(
         ValueError: the numbers do not fit together (see `StepSampler`).
     """
     sampler = StepSampler(
-        num_images=len(source),
+        sizes=source_sizes(source),
+        quotas=quotas or source_sizes(source),
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
@@ -112,14 +116,6 @@ def train_batches(
     crops = _TrainCrops(source, multi_crop, seed=seed)
     requests = _Requests(sampler, rank=rank, start_step=start_step, stop_step=stop_step)
     return _run(crops, requests, num_workers=num_workers, pin_memory=pin_memory)
-
-
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """The images of one micro-batch."""
-
-    epoch: int
-    sample_ids: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -139,56 +135,56 @@ class _Requests:
         self._rank = rank
         self._steps = range(start_step, stop_step)
 
-    def __iter__(self) -> Iterator[_Request]:
+    def __iter__(self) -> Iterator[Draws]:
         for step in self._steps:
             for micro_batch in range(self._sampler.accumulation_steps):
-                ids = self._sampler.micro_batch_ids(step, micro_batch=micro_batch, rank=self._rank)
-                yield _Request(self._sampler.epoch(step), ids)
+                yield self._sampler.micro_batch(step, micro_batch=micro_batch, rank=self._rank)
 
 
 class _TrainCrops(Dataset[Batch | _Failure]):
-    """Request -> Batch; runs in the workers."""
+    """Draws -> Batch; runs in the workers."""
 
     def __init__(self, source: Source, multi_crop: MultiCrop, *, seed: int):
         self._source = source
         self._multi_crop = multi_crop
         self._seed = seed
 
-    def __getitem__(self, request: _Request) -> Batch | _Failure:
+    def __getitem__(self, draws: Draws) -> Batch | _Failure:
         try:
-            return self._batch(request)
+            return self._batch(draws)
         except Exception as error:
             return _failure(error)
 
-    def _batch(self, request: _Request) -> Batch:
+    def _batch(self, draws: Draws) -> Batch:
         global_crops, local_crops = [], []
         bad: list[BadSample] = []
-        for sample in request.sample_ids.tolist():
-            image = self._readable(sample, request.epoch, bad)
-            crops = self._multi_crop(image, seed=self._seed, epoch=request.epoch, sample=sample)
+        for sample, repeat in zip(draws.ids.tolist(), draws.repeats.tolist(), strict=True):
+            image = self._readable(sample, repeat, bad)
+            crops = self._multi_crop(image, seed=self._seed, epoch=repeat, sample=sample)
             global_crops.append(crops[0])
             local_crops.append(crops[1])
         return Batch(
             torch.from_numpy(np.stack(global_crops, axis=1)),
             torch.from_numpy(np.stack(local_crops, axis=1)),
-            torch.from_numpy(request.sample_ids),
+            torch.from_numpy(draws.ids),
             bad,
         )
 
-    def _readable(self, sample: int, epoch: int, bad: list[BadSample]) -> Image.Image:
+    def _readable(self, sample: int, repeat: int, bad: list[BadSample]) -> Image.Image:
         """The image itself, or the first readable one of its replacements."""
         failed: list[tuple[int, BadSampleError]] = []
+        others = stand_ins(self._source, sample)
         for attempt in range(_MAX_ATTEMPTS):
             candidate = sample
             if attempt:
-                rng = generator(self._seed, Stream.REPLACEMENT, epoch, sample, attempt)
-                candidate = int(rng.integers(len(self._source)))
+                rng = generator(self._seed, Stream.REPLACEMENT, repeat, sample, attempt)
+                candidate = int(rng.integers(others.start, others.stop))
             try:
                 image = Image.fromarray(self._source.picture(candidate).pixels())
             except BadSampleError as error:
                 failed.append((candidate, error))
             else:
-                bad += [BadSample(e.path, e.reason, i, candidate, epoch) for i, e in failed]
+                bad += [BadSample(e.path, e.reason, i, candidate, repeat) for i, e in failed]
                 return image
         examples = "".join(f"\n  {error}" for _, error in failed[:3])
         raise DataError(

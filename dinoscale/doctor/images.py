@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import resolve, split_batch
 from dinoscale.data.decode import BadSampleError
-from dinoscale.data.sources import Source, open_source
+from dinoscale.data.mixture import open_sources, source_sizes
+from dinoscale.data.sources import Source
 from dinoscale.doctor.report import Check, count_text, ok, problem, ranks_text, warning
 from dinoscale.errors import ConfigError, DinoscaleError
 from dinoscale.evaluate.knn import renumber_classes
@@ -24,6 +25,7 @@ class Looked:
         spec: what the config names.
         error: why it cannot be opened, or None.
         num_images: in it.
+        source_sizes: images of each source that it is mixed from.
         num_decoded: of the tried ones.
         bad: what is wrong with each of the others.
         seconds: spent decoding.
@@ -32,6 +34,7 @@ class Looked:
     spec: str
     error: str | None = None
     num_images: int = 0
+    source_sizes: Sequence[int] = ()
     num_decoded: int = 0
     bad: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -39,26 +42,25 @@ class Looked:
 
 def look(config: RunConfig, *, rank: int, world_size: int) -> dict[str, Looked]:
     """Open every set of the config and decode a few images of each, spread over the set."""
-    specs = {
-        "data.train": config.data.train,
-        "eval.train": config.eval.train,
-        "eval.test": config.eval.test,
-    }
+    specs = {"data.train": [part.source for part in config.data.sources]}
+    for key, spec in (("eval.train", config.eval.train), ("eval.test", config.eval.test)):
+        specs[key] = [] if spec is None else [spec]
     found: dict[str, Looked] = {}
     sources: dict[str, Source] = {}
-    for key, spec in specs.items():
-        if spec is None:
+    for key, parts in specs.items():
+        if not parts:
             continue
+        text = " + ".join(parts)
         try:
-            sources[key] = open_source(spec)
-            found[key] = _decode_some(sources[key], spec, rank=rank, world_size=world_size)
+            sources[key] = open_sources(parts)
+            found[key] = _decode_some(sources[key], text, rank=rank, world_size=world_size)
         except (DinoscaleError, OSError) as error:
-            found[key] = Looked(spec, error=str(error))
+            found[key] = Looked(text, error=str(error))
     if "eval.train" in sources and "eval.test" in sources:
         try:
             renumber_classes(sources["eval.train"], sources["eval.test"])
         except DinoscaleError as error:
-            found["eval.test"] = Looked(specs["eval.test"] or "", error=str(error))
+            found["eval.test"] = Looked(found["eval.test"].spec, error=str(error))
     return found
 
 
@@ -81,7 +83,14 @@ def _decode_some(source: Source, spec: str, *, rank: int, world_size: int) -> Lo
         if time.perf_counter() - begin > _DECODE_S:
             break
     seconds = time.perf_counter() - begin
-    return Looked(spec, None, len(source), decoded, bad, seconds)
+    return Looked(
+        spec,
+        num_images=len(source),
+        source_sizes=source_sizes(source),
+        num_decoded=decoded,
+        bad=bad,
+        seconds=seconds,
+    )
 
 
 def judge_images(of_ranks: Sequence[Mapping[str, Looked]], hosts: list[str]) -> list[Check]:
@@ -127,8 +136,10 @@ def _judge_set(key: str, of_ranks: Sequence[Looked | None], hosts: list[str]) ->
     )
 
 
-def judge_plan(config: RunConfig, *, world_size: int, num_images: int | None) -> Check:
-    """Whether the batch fits the ranks, and what it means in steps."""
+def judge_plan(
+    config: RunConfig, *, world_size: int, num_images: int | Sequence[int] | None
+) -> Check:
+    """Whether the batch fits the ranks, and what it means in steps; `num_images` as `resolve`."""
     try:
         split = split_batch(config.train, world_size=world_size)
         if num_images is None:
