@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -159,7 +160,7 @@ def test_a_mixture_meets_its_quotas_and_walks_through_each_source(
             taken += of_step
             fair = np.array(quotas) / steps
             assert np.abs(of_step - fair).max() < len(sizes)  # in every step, not on average
-            for first, stop in zip(starts[:-1], starts[1:], strict=True):
+            for first, stop in itertools.pairwise(starts):
                 # No image comes again before all of its source have come.
                 assert np.ptp(counts[first:stop]) <= 1
         assert taken.tolist() == quotas
