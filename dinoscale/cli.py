@@ -242,7 +242,8 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
     if config.data.sources:
         from dinoscale.data.mixture import open_sources, source_sizes
 
-        sizes = source_sizes(open_sources([part.source for part in config.data.sources]))
+        specs = [part.source for part in config.data.sources]
+        sizes = source_sizes(open_sources(specs, manifest=config.data.manifest))
         plan = resolve(config, world_size=options.world_size, num_images=sizes)
     if options.json:
         return describe(config, plan)

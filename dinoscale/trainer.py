@@ -54,8 +54,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)
     try:
-        specs = [part.source for part in config.data.sources]
-        source = distributed.together(lambda: open_sources(specs))
+        source = distributed.together(lambda: _open_images(config))
         plan = resolve(config, world_size=process.world_size, num_images=source_sizes(source))
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
             return _build(config, plan, process, source, stop, watchdog).to_the_end()
@@ -66,6 +65,14 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         raise
     finally:
         watchdog.close()
+
+
+def _open_images(config: RunConfig) -> Source:
+    return open_sources(
+        [part.source for part in config.data.sources],
+        manifest=config.data.manifest,
+        shuffle_buffer=config.data.shuffle_buffer,
+    )
 
 
 def _build(

@@ -24,10 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 from dinoscale.data.augment import MultiCrop, eval_transform
 from dinoscale.data.bad_samples import BadSample
 from dinoscale.data.decode import BadSampleError
+from dinoscale.data.lanes import LaneSampler
 from dinoscale.data.mixture import source_sizes, stand_ins
 from dinoscale.data.sampler import Draws, StepSampler
 from dinoscale.data.seeding import Stream, generator
 from dinoscale.data.sources import Source
+from dinoscale.data.stream import StreamSource
 from dinoscale.errors import DataError, DinoscaleError
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def train_batches(
     stop_step: int,
     num_workers: int,
     quotas: Sequence[int] | None = None,
+    lanes: int = 8,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Yield the micro-batches of one rank from `start_step` up to but without `stop_step`.
@@ -99,23 +102,43 @@ def train_batches(
         stop_step: end of the run, exclusive.
         num_workers: worker processes; 0 decodes in this process.
         quotas: draws from each source of a mixture in an epoch; None draws every image once.
+        lanes: of a stream, for each micro-batch of a step; see `LaneSampler`.
         pin_memory: hand out page-locked memory.
 
     Raises:
         DataError: ten images in a row are unreadable, or a worker failed.
         ValueError: the numbers do not fit together (see `StepSampler`).
     """
-    sampler = StepSampler(
-        sizes=source_sizes(source),
-        quotas=quotas or source_sizes(source),
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        world_size=world_size,
-        seed=seed,
-    )
+    sizes = {
+        "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size,
+        "world_size": world_size,
+        "seed": seed,
+    }
+    quotas = quotas or source_sizes(source)
+    if isinstance(source, StreamSource):
+        sampler: StepSampler = LaneSampler(source.blocks, quota=quotas[0], lanes=lanes, **sizes)
+        of_rank = lanes * sampler.accumulation_steps
+        num_workers = _sharing(of_rank, num_workers)
+        source = source.serving(lanes=of_rank // max(num_workers, 1))
+    else:
+        sampler = StepSampler(sizes=source_sizes(source), quotas=quotas, **sizes)
     crops = _TrainCrops(source, multi_crop, seed=seed)
     requests = _Requests(sampler, rank=rank, start_step=start_step, stop_step=stop_step)
     return _run(crops, requests, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def _sharing(lanes: int, num_workers: int) -> int:
+    """How many workers share the lanes of a rank equally, so that each lane stays with one."""
+    most = min(lanes, num_workers)
+    workers = next((count for count in range(most, 0, -1) if lanes % count == 0), 0)
+    if workers < num_workers:
+        log.warning(
+            "%d lanes of a rank (data.lanes x micro-batches) cannot be shared by %d workers; %d "
+            "are used. Set data.lanes to a multiple of data.num_workers",
+            *(lanes, num_workers, workers),
+        )
+    return workers
 
 
 @dataclass(frozen=True)

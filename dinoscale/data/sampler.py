@@ -114,7 +114,11 @@ class StepSampler:
                 f"no micro-batch {micro_batch} of rank {rank}: there are "
                 f"{self.accumulation_steps} of {self.world_size} ranks"
             )
-        first = (micro_batch * self.world_size + rank) * self.micro_batch_size
+        return self._of_slot(step, micro_batch * self.world_size + rank)
+
+    def _of_slot(self, step: int, slot: int) -> Draws:
+        """One micro-batch of a step, counted over all ranks."""
+        first = slot * self.micro_batch_size
         return self.step(step)[first : first + self.micro_batch_size]
 
     def _drawn(self, step: int) -> Draws:

@@ -12,6 +12,7 @@ class Stream(IntEnum):
     CROPS = 2
     REPLACEMENT = 3
     MIXTURE = 4
+    LANES = 5
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

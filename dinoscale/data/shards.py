@@ -18,18 +18,11 @@ from numpy.typing import NDArray
 
 from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
 from dinoscale.data.names import PackedNames
+from dinoscale.data.sample_files import picture_of, split_name
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
-
-# Of several pictures of one sample the one named first here is taken: masks are never JPEGs.
-_IMAGE_EXTENSIONS = (
-    "jpg", "jpeg", "jpe", "jfif", "webp", "avif", "jp2", "j2k", "mpo", "png", "bmp", "dib", "gif",
-    "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "pfm", "qoi", "tga", "ico", "img",
-)  # fmt: skip
-# `0001.mask.png` describes the picture 0001; `0001.left.png` may be one.
-_NOT_PICTURES = {"alpha", "anno", "annotation", "depth", "gt", "label", "mask", "seg", "target"}
 
 _MAX_LABEL_BYTES = 64  # a class number needs fewer
 _MAX_OPEN_SHARDS = 128  # a process may usually open 1024 files
@@ -166,7 +159,7 @@ def _index_shard(path: str) -> _ShardIndex:
     samples: list[dict[str, Member]] = []  # extension -> member
     latest: dict[str, dict[str, Member]] = {}  # key -> the sample last begun with it
     for member in read_members(path):
-        key, extension = _split_name(member.name)
+        key, extension = split_name(member.name)
         if not key:
             continue  # a hidden file or one without extension
         sample = latest.get(key)
@@ -177,7 +170,7 @@ def _index_shard(path: str) -> _ShardIndex:
     names = []
     places = []
     for sample in samples:
-        extension = _picture(sample)
+        extension = picture_of(sample)
         if extension:
             image, label = sample[extension], _label_of(sample, extension)
             names.append(image.name)
@@ -187,25 +180,6 @@ def _index_shard(path: str) -> _ShardIndex:
         np.array(places, dtype=np.int64).reshape(-1, 4),
         len(samples) - len(names),
     )
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Key (folder and name up to the first dot) and lower-case extension (the rest)."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    if not stem or not extension:
-        return "", ""
-    return folder + slash + stem, extension.lower()
-
-
-def _picture(sample: dict[str, Member]) -> str:
-    """Extension of the picture, not of its mask: the plainest one, JPEG before PNG; else empty."""
-    ranks = []
-    for extension in sample:
-        *middle, last = extension.split(".")
-        if last in _IMAGE_EXTENSIONS and not _NOT_PICTURES.intersection(middle):
-            ranks.append((len(middle), _IMAGE_EXTENSIONS.index(last), extension))
-    return min(ranks)[2] if ranks else ""
 
 
 def _label_of(sample: dict[str, Member], picture: str) -> Member:

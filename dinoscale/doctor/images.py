@@ -1,14 +1,15 @@
 """Image sets: all ranks open them, see the same number, and can decode some of each."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import resolve, split_batch
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.mixture import open_sources, source_sizes
-from dinoscale.data.sources import Source
+from dinoscale.data.sources import Source, open_source
+from dinoscale.data.stream import StreamSource
 from dinoscale.doctor.report import Check, count_text, ok, problem, ranks_text, warning
 from dinoscale.errors import ConfigError, DinoscaleError
 from dinoscale.evaluate.knn import renumber_classes
@@ -42,20 +43,25 @@ class Looked:
 
 def look(config: RunConfig, *, rank: int, world_size: int) -> dict[str, Looked]:
     """Open every set of the config and decode a few images of each, spread over the set."""
-    specs = {"data.train": [part.source for part in config.data.sources]}
-    for key, spec in (("eval.train", config.eval.train), ("eval.test", config.eval.test)):
-        specs[key] = [] if spec is None else [spec]
+    parts = [part.source for part in config.data.sources]
+    sets: dict[str, tuple[str | None, Callable[[str], Source]]] = {
+        "data.train": (
+            " + ".join(parts) or None,
+            lambda _: open_sources(parts, manifest=config.data.manifest, shuffle_buffer=1),
+        ),
+        "eval.train": (config.eval.train, open_source),
+        "eval.test": (config.eval.test, open_source),
+    }
     found: dict[str, Looked] = {}
     sources: dict[str, Source] = {}
-    for key, parts in specs.items():
-        if not parts:
+    for key, (spec, opened) in sets.items():
+        if spec is None:
             continue
-        text = " + ".join(parts)
         try:
-            sources[key] = open_sources(parts)
-            found[key] = _decode_some(sources[key], text, rank=rank, world_size=world_size)
+            sources[key] = opened(spec)
+            found[key] = _decode_some(sources[key], spec, rank=rank, world_size=world_size)
         except (DinoscaleError, OSError) as error:
-            found[key] = Looked(text, error=str(error))
+            found[key] = Looked(spec, error=str(error))
     if "eval.train" in sources and "eval.test" in sources:
         try:
             renumber_classes(sources["eval.train"], sources["eval.test"])
@@ -71,10 +77,19 @@ def sample_ids(*, num_images: int, rank: int, world_size: int) -> list[int]:
     return [int(position * num_images) for position in positions]
 
 
+def _tried(source: Source, *, rank: int, world_size: int) -> list[int]:
+    """Numbers of the images to decode: of a stream the first ones of shards, which come at once."""
+    if isinstance(source, StreamSource):
+        starts = source.blocks.starts[:-1]
+        shards = sample_ids(num_images=len(starts), rank=rank, world_size=world_size)
+        return [int(starts[shard]) for shard in shards]
+    return sample_ids(num_images=len(source), rank=rank, world_size=world_size)
+
+
 def _decode_some(source: Source, spec: str, *, rank: int, world_size: int) -> Looked:
     bad, decoded = [], 0
     begin = time.perf_counter()
-    for index in sample_ids(num_images=len(source), rank=rank, world_size=world_size):
+    for index in _tried(source, rank=rank, world_size=world_size):
         try:
             source.picture(index).pixels()
             decoded += 1
