@@ -9,6 +9,7 @@ is ended and counts as failed.
 import io
 import logging
 import os
+import re
 import select
 import signal
 import subprocess
@@ -32,6 +33,9 @@ ALLOW_PIPE = "DINOSCALE_ALLOW_PIPE"
 _SILENCE_S = 60.0  # without a byte, after which a transfer counts as stuck
 _END_S = 10.0  # between the last byte of a command and its end
 _SHOWN = 300  # characters of a command's complaint
+
+# What curl says of a request that will fail again: 4xx, but for 408, 425 and 429.
+_IN_VAIN = re.compile(r"returned error: 4(?!08|25|29)\d\d")
 
 _CURL = (
     *("curl", "--fail", "--silent", "--show-error", "--location", "--globoff"),
@@ -98,6 +102,7 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, url: str, *, silence_s: float = _SILENCE_S):
         super().__init__()
         require_allowed(url)
+        self._url = url
         self._silence_s = silence_s
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 # closed with this
         command = _command(url)
@@ -143,9 +148,10 @@ class RemoteFile(io.RawIOBase):
         if code:
             self._complaints.seek(0)
             words = self._complaints.read(_SHOWN).decode("utf-8", "replace").split()
-            raise TransferError(
-                f"{self._name} ended with exit code {code}" + (": " + " ".join(words)) * bool(words)
-            )
+            text = f"{self._name} ended with exit code {code}: {' '.join(words) or 'no message'}"
+            if _IN_VAIN.search(text):
+                raise DataError(f"{shown(self._url)} cannot be read: {text}. Correct its name.")
+            raise TransferError(text)
 
     def close(self) -> None:
         """End the command, with all that it started."""
