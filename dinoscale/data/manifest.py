@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dinoscale.data.remote import is_remote, read_all, scheme_of, shown
+from dinoscale.data.remote import is_remote, read_all, require_allowed, scheme_of, shown
 from dinoscale.errors import DataError
 
 FILE_NAME = "manifest.json"
@@ -53,9 +53,9 @@ def _beside(url: str) -> str:
 
 def _read(place: str, *, pauses_s: tuple[float, ...]) -> dict[str, int]:
     """Name of a shard -> images in it."""
-    name = shown(place)
     try:
         if is_remote(place):
+            require_allowed(place)
             text = read_all(place, limit=_MAX_BYTES, pauses_s=pauses_s)
         else:
             text = _file_bytes(Path(place).expanduser())
@@ -72,7 +72,7 @@ def _read(place: str, *, pauses_s: tuple[float, ...]) -> dict[str, int]:
         return {str(shard["name"]): _whole(shard["samples"]) for shard in values["shards"]}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise DataError(f"{name} is not a manifest of shards ({what}).") from None
+        raise DataError(f"{shown(place)} is not a manifest of shards ({what}).") from None
 
 
 def _file_bytes(path: Path) -> bytes:

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from dinoscale.errors import DataError
@@ -56,7 +56,7 @@ class TransferError(Exception):
 
 
 def is_remote(spec: str) -> bool:
-    """Whether a spec names something that `RemoteFile` can read."""
+    """Whether a spec names something that `open_remote` can read."""
     return scheme_of(spec) in (*_COMMANDS, "pipe")
 
 
@@ -67,19 +67,23 @@ def scheme_of(spec: str) -> str:
 
 
 def shown(url: str) -> str:
-    """The URL for messages: without a password or a signature in it."""
-    if scheme_of(url) == "pipe":
+    """The URL or path for messages: without a password or a signature in it."""
+    if scheme_of(url) not in _COMMANDS:
         return url
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def require_allowed(url: str) -> None:
-    """Refuse a shell command where the environment does not allow it.
+    """Refuse what is no URL, and a shell command where the environment does not allow it.
 
     Raises:
-        DataError: it does not.
+        DataError: it is refused.
     """
+    try:
+        shown(url)
+    except ValueError as error:
+        raise DataError(f"{url} is not a URL ({error}).") from None
     if scheme_of(url) == "pipe" and os.environ.get(ALLOW_PIPE) != "1":
         raise DataError(
             f"{url}: this is a shell command, and a configuration may come from a stranger. If you "
@@ -87,40 +91,62 @@ def require_allowed(url: str) -> None:
         )
 
 
-class RemoteFile(io.RawIOBase):
-    """The bytes of a URL from its start, as a raw stream.
+def open_remote(url: str, *, silence_s: float = _SILENCE_S) -> "RemoteFile":
+    """Begin to fetch what a URL names.
 
     Args:
         url: with one of the schemes above.
-        silence_s: seconds without a byte after which it fails.
+        silence_s: seconds without a byte after which reading fails.
 
     Raises:
-        DataError: the command is not installed, or not allowed. Reading raises TransferError when
-            it fails, stops sending, or ends with an error after its last byte.
+        DataError: the command is not installed, or not allowed.
+    """
+    require_allowed(url)
+    command = _command(url)
+    complaints = tempfile.TemporaryFile()  # noqa: SIM115 # closed with the stream
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            start_new_session=True,  # a signal to the whole job is not meant for it
+        )
+    except (OSError, ValueError) as error:
+        complaints.close()
+        raise DataError(
+            f"{shown(url)}: cannot run `{command[0]}` ({error}). Install it on every node, or copy "
+            "the shards to a local or mounted disk."
+        ) from None
+    return RemoteFile(url, command[0], process, complaints, silence_s=silence_s)
+
+
+def _command(url: str) -> list[str]:
+    if scheme_of(url) == "pipe":
+        return ["sh", "-c", url.partition(":")[2]]
+    before, after = _COMMANDS[scheme_of(url)]
+    return [*before, url, *after]
+
+
+class RemoteFile(io.RawIOBase):
+    """The output of a command, as a raw stream; made by `open_remote`.
+
+    Reading raises TransferError when the command fails, stops sending, or ends with an error after
+    its last byte; DataError when another try would be in vain.
     """
 
-    def __init__(self, url: str, *, silence_s: float = _SILENCE_S):
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        process: "subprocess.Popen[bytes]",
+        complaints: IO[bytes],
+        *,
+        silence_s: float,
+    ):
         super().__init__()
-        require_allowed(url)
-        self._url = url
-        self._silence_s = silence_s
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 # closed with this
-        command = _command(url)
-        self._name = command[0]
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=self._complaints,
-                start_new_session=True,  # a signal to the whole job is not meant for it
-            )
-        except (OSError, ValueError) as error:
-            self._complaints.close()
-            raise DataError(
-                f"{shown(url)}: cannot run `{self._name}` ({error}). Install it on every node, or "
-                "copy the shards to a local or mounted disk."
-            ) from None
+        self._url, self._name, self._silence_s = url, name, silence_s
+        self._process, self._complaints = process, complaints
 
     def readable(self) -> bool:
         """Yes."""
@@ -165,18 +191,11 @@ class RemoteFile(io.RawIOBase):
         super().close()
 
 
-def _command(url: str) -> list[str]:
-    if scheme_of(url) == "pipe":
-        return ["sh", "-c", url.partition(":")[2]]
-    before, after = _COMMANDS[scheme_of(url)]
-    return [*before, url, *after]
-
-
 def read_all(url: str, *, limit: int, pauses_s: tuple[float, ...]) -> bytes:
     """All bytes of a URL.
 
     Args:
-        url: as `RemoteFile`.
+        url: as `open_remote`.
         limit: most bytes.
         pauses_s: seconds to wait before each further try.
 
@@ -190,7 +209,7 @@ def read_all(url: str, *, limit: int, pauses_s: tuple[float, ...]) -> bytes:
 
 
 def _read_once(url: str, *, limit: int) -> bytes:
-    with io.BufferedReader(RemoteFile(url)) as file:
+    with io.BufferedReader(open_remote(url)) as file:
         return file.read(limit + 1)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
-from dinoscale.data.remote import RemoteFile, TransferError, retried, shown
+from dinoscale.data.remote import RemoteFile, TransferError, open_remote, retried, shown
 from dinoscale.data.sample_files import may_be_picture, picture_of, split_name
 from dinoscale.errors import DataError
 
@@ -199,7 +199,7 @@ class _ShardReader:
 
     def _read_on(self, block: range) -> None:
         if self._file is None:
-            self._file = RemoteFile(self._url)
+            self._file = open_remote(self._url)
             self._pictures = _pictures(self._file, shown(self._url))
             self._next = self._images.start
         while self._next < block.stop:

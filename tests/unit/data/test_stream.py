@@ -23,7 +23,7 @@ from dinoscale.data.augment import MultiCrop
 from dinoscale.data.lanes import LaneSampler
 from dinoscale.data.loader import _sharing, train_batches
 from dinoscale.data.mixture import open_sources
-from dinoscale.data.remote import RemoteFile, TransferError, read_all
+from dinoscale.data.remote import TransferError, open_remote, read_all
 from dinoscale.data.shards import TarSource
 from dinoscale.data.stream import Blocks, StreamSource
 from dinoscale.errors import DataError
@@ -381,7 +381,7 @@ def _read_all(source: StreamSource) -> None:
 def test_a_silent_server_is_no_hang(server: Server) -> None:
     server.broken["train-001.tar"] = ["silent"]
     begin = time.monotonic()
-    file = RemoteFile(f"{server.url}/train-001.tar", silence_s=0.3)
+    file = open_remote(f"{server.url}/train-001.tar", silence_s=0.3)
     with file, pytest.raises(TransferError, match=r"curl sent nothing for 0\.3 s"):
         file.readall()
     assert time.monotonic() - begin < 5
@@ -432,7 +432,7 @@ def test_a_file_that_comes_twice_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("pipes")
 def test_a_reader_that_is_closed_ends_its_command() -> None:
-    file = RemoteFile("pipe:while true; do cat /dev/zero; done")
+    file = open_remote("pipe:while true; do cat /dev/zero; done")
     assert file.read(10) == bytes(10)
     begin = time.monotonic()
     file.close()
@@ -527,6 +527,13 @@ def test_a_manifest_without_end_is_refused() -> None:
 def test_reading_all_of_too_much_is_refused() -> None:
     with pytest.raises(DataError, match="longer than 100 bytes"):
         read_all("pipe:cat /dev/zero", limit=100, pauses_s=())
+
+
+@pytest.mark.parametrize("manifest", [None, "http://[x/manifest.json"])
+def test_what_is_no_url_is_refused(manifest: str | None) -> None:
+    spec = "https://[host/a.tar" if manifest is None else "https://x.invalid/a.tar"
+    with pytest.raises(DataError, match="is not a URL"):
+        open_sources([spec], manifest=manifest)
 
 
 def test_streams_are_not_mixed(server: Server) -> None:
