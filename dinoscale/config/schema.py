@@ -278,7 +278,7 @@ class DataConfig(Section):
     train: TrainingImages | None = Field(
         default=None,
         description="Images to train on: a folder, shards, 'synthetic:...', or a mixture of them, "
-        "[{source: ..., weight: ...}, ...].",
+        "[{source: ..., weight: ...}, ...]; or shards to stream, https:, s3:, gs:, hdfs:, pipe:.",
     )
     images_per_epoch: Count | None = Field(
         default=None,
