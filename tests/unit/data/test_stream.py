@@ -456,6 +456,14 @@ def test_memory_is_a_block_for_each_lane_not_the_shard(tmp_path: Path) -> None:
     assert len(source._readers) == 1
 
 
+@pytest.mark.usefixtures("pipes")
+def test_a_block_that_was_used_up_is_not_kept(shards: Path) -> None:
+    source = _stream(shards)
+    for index in range(len(source)):
+        source.picture(index)
+        assert len(source._readers) == 1
+
+
 # Opening: patterns, manifests, and what a configuration from a stranger may not do.
 
 
