@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset.tariterators  # noqa: F401 # else its memory would count below
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -247,6 +248,8 @@ def test_images_of_a_block_and_shards_are_shuffled() -> None:
     assert first.tolist() != later.tolist()
     assert (np.diff(first) == 1).mean() < 0.1
     assert len({int(i) // 100 for i in first}) == 1
+    one_shard = _sampler([100], lanes=1, block=100, batch=100, micro=100)
+    assert one_shard.step(0).ids.tolist() != one_shard.step(1).ids.tolist()
     order = [int(sampler.step(step).ids[0]) // 100 for step in range(20)]
     assert sorted(order) == list(range(20))
     assert order != sorted(order)
@@ -441,14 +444,14 @@ def test_a_reader_that_is_closed_ends_its_command_and_what_that_started(tmp_path
 
 
 @pytest.mark.usefixtures("pipes")
-def test_memory_is_a_block_for_each_lane_not_the_shard(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [0, 599])
+def test_memory_is_a_block_for_each_lane_not_the_shard(tmp_path: Path, first: int) -> None:
     members = [(f"{i:04}.jpg", bytes(20_000)) for i in range(600)]  # 12 MB
     write_tar(tmp_path / "a.tar", members)
     source = StreamSource([f"pipe:cat {tmp_path}/a.tar"], [600], block_size=20)
-    source._reader(0)
     tracemalloc.start()
     try:
-        for index in range(600):
+        for index in range(first, 600):
             source._reader(index).take(index)
         assert tracemalloc.get_traced_memory()[1] < 4e6  # two megabytes are the read buffer's
     finally:
@@ -482,6 +485,8 @@ def test_counts_of_a_command_come_from_the_manifest_named(server: Server, shards
         assert len(open_sources([spec], manifest=manifest)) == sum(COUNTS)
     with pytest.raises(DataError, match=r"Name the manifest\.json .* data\.manifest="):
         open_sources([spec])
+    with pytest.raises(DataError, match=r"manifest\.json knows more than one shard named in"):
+        open_sources([f"pipe:cat {shards}/train-000.tar {shards}/train-001.tar"], manifest=manifest)
 
 
 def test_shards_without_images_are_passed_over(server: Server) -> None:
