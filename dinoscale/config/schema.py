@@ -298,7 +298,8 @@ class DataConfig(Section):
     )
     shuffle_buffer: Count = Field(
         default=512,
-        description="Streamed shards: most neighbouring images held to permute them. [D].",
+        description="Streamed shards: most neighbouring images held to permute them, as files, for "
+        "each of lanes x micro-batches of a step. [D].",
     )
     num_workers: CountOrZero = Field(
         default=8,
