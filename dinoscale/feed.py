@@ -7,7 +7,9 @@ from torch import Tensor
 
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
-from dinoscale.data.augment import MultiCrop
+from dinoscale.data.augment import NUM_GLOBAL, MultiCrop
+from dinoscale.data.colors import finish_crops
+from dinoscale.data.crop_params import Params
 from dinoscale.data.loader import Batch, train_batches
 from dinoscale.data.sources import Source
 from dinoscale.distributed import Process
@@ -37,7 +39,11 @@ class Feed:
         config, plan = self._config, self._plan
         batches = train_batches(
             self._source,
-            MultiCrop(**config.crops.model_dump(), **config.augment.model_dump()),
+            MultiCrop(
+                **config.crops.model_dump(),
+                **config.augment.model_dump(),
+                plain=config.data.colors == "workers",
+            ),
             batch_size=plan.batch_size,
             micro_batch_size=plan.micro_batch_size,
             seed=config.seed,
@@ -54,20 +60,26 @@ class Feed:
             yield list(itertools.islice(batches, plan.accumulation_steps))
 
     def prepare(self, step: int, batches: Sequence[Batch]) -> list[MicroBatch]:
-        """Move a step's micro-batches to the device, normalise, draw their stochastic depth."""
+        """Move a step's micro-batches to the device, finish them, draw their stochastic depth."""
         return [
             MicroBatch(
-                self._normalised(batch.global_crops),
-                self._normalised(batch.local_crops),
+                self._finished(batch.global_crops, batch.params[:NUM_GLOBAL]),
+                self._finished(batch.local_crops, batch.params[NUM_GLOBAL:]),
                 self._keep(step, index),
             )
             for index, batch in enumerate(batches)
         ]
 
-    def _normalised(self, crops: Tensor) -> Tensor:
-        """uint8 (V, B, C, H, W) -> float32 on the device, (x / 255 - mean) / std."""
+    def _finished(self, crops: Tensor, params: Params) -> Tensor:
+        """uint8 (V, B, H, H, C) -> float32 (V, B, C, H, H) on the device, normalised."""
         moved = crops.to(self._process.device, non_blocking=True)
-        return normalize_images(moved, mean=self._config.data.mean, std=self._config.data.std)
+        data = self._config.data
+        if data.colors == "workers":
+            return normalize_images(moved.movedim(-1, 2), mean=data.mean, std=data.std)
+        finished: Tensor = finish_crops(
+            moved.flatten(0, 1), params.reshape(-1), mean=data.mean, std=data.std
+        )
+        return finished.reshape(*crops.shape[:2], *finished.shape[1:])
 
     def _keep(self, step: int, micro_batch: int) -> Tensor | None:
         rate, plan = self._config.model.drop_path_rate, self._plan

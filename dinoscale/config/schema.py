@@ -305,6 +305,11 @@ class DataConfig(Section):
         default=8,
         description="Loader processes per rank, 0 to load in the training process. Source: [D].",
     )
+    colors: Literal["device", "workers"] = Field(
+        default="device",
+        description="Where colours change, blur and solarize: in batches on the training device, "
+        "or crop by crop in the loader processes, the slow reference. [D].",
+    )
     max_bad_fraction: Fraction = Field(
         default=0.01,
         description="Unreadable images, as a fraction, above which the run stops. [D].",

@@ -1,6 +1,6 @@
 """Micro-batches of crops for one rank, decoded and augmented in worker processes.
 
-Shape letters: B images per micro-batch, n local crops, C = 3 channels.
+Shape letters: B images per micro-batch, n local crops, C channels.
 """
 
 import logging
@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinoscale.data.augment import MultiCrop, eval_transform
+from dinoscale.data.augment import CropArrays, MultiCrop, eval_transform
 from dinoscale.data.bad_samples import BadSample
+from dinoscale.data.crop_params import Params
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.lanes import LaneSampler
 from dinoscale.data.mixture import source_sizes, stand_ins
@@ -45,14 +46,16 @@ class Batch:
     """Crops of the images that one rank takes in one forward.
 
     Attributes:
-        global_crops: uint8 (2, B, C, H, W).
-        local_crops: uint8 (n, B, C, h, w).
+        global_crops: uint8 (2, B, H, H, C).
+        local_crops: uint8 (n, B, h, h, C).
+        params: what was drawn for each crop, records of `crop_params.PARAMS` (2 + n, B).
         sample_ids: int64 (B,), the images as ordered by the sampler.
         bad: images that could not be read; others stand in their places.
     """
 
     global_crops: Tensor
     local_crops: Tensor
+    params: Params
     sample_ids: Tensor
     bad: list[BadSample]
 
@@ -61,6 +64,7 @@ class Batch:
         return Batch(
             self.global_crops.pin_memory(),
             self.local_crops.pin_memory(),
+            self.params,
             self.sample_ids.pin_memory(),
             self.bad,
         )
@@ -179,22 +183,21 @@ class _TrainCrops(Dataset[Batch | _Failure]):
             return _failure(error)
 
     def _batch(self, draws: Draws) -> Batch:
-        global_crops, local_crops = [], []
+        crops = self._multi_crop.arrays(count=len(draws.ids))
         bad: list[BadSample] = []
-        for sample, repeat in zip(draws.ids.tolist(), draws.repeats.tolist(), strict=True):
-            image = self._readable(sample, repeat, bad)
-            crops = self._multi_crop(image, seed=self._seed, epoch=repeat, sample=sample)
-            global_crops.append(crops[0])
-            local_crops.append(crops[1])
+        pairs = zip(draws.ids.tolist(), draws.repeats.tolist(), strict=True)
+        for place, (sample, repeat) in enumerate(pairs):
+            bad += self._cut(crops, place, sample=sample, repeat=repeat)
         return Batch(
-            torch.from_numpy(np.stack(global_crops, axis=1)),
-            torch.from_numpy(np.stack(local_crops, axis=1)),
+            torch.from_numpy(crops.global_crops),
+            torch.from_numpy(crops.local_crops),
+            crops.params,
             torch.from_numpy(draws.ids),
             bad,
         )
 
-    def _readable(self, sample: int, repeat: int, bad: list[BadSample]) -> Image.Image:
-        """The image itself, or the first readable one of its replacements."""
+    def _cut(self, into: CropArrays, place: int, *, sample: int, repeat: int) -> list[BadSample]:
+        """Crops of the image itself or of its first readable replacement; those that were not."""
         failed: list[tuple[int, BadSampleError]] = []
         others = stand_ins(self._source, sample)
         for attempt in range(_MAX_ATTEMPTS):
@@ -203,12 +206,12 @@ class _TrainCrops(Dataset[Batch | _Failure]):
                 rng = generator(self._seed, Stream.REPLACEMENT, repeat, sample, attempt)
                 candidate = int(rng.integers(others.start, others.stop))
             try:
-                image = Image.fromarray(self._source.picture(candidate).pixels())
+                picture = self._source.picture(candidate)
+                self._multi_crop(picture, into, place, seed=self._seed, epoch=repeat, sample=sample)
             except BadSampleError as error:
                 failed.append((candidate, error))
             else:
-                bad += [BadSample(e.path, e.reason, i, candidate, repeat) for i, e in failed]
-                return image
+                return [BadSample(e.path, e.reason, i, candidate, repeat) for i, e in failed]
         examples = "".join(f"\n  {error}" for _, error in failed[:3])
         raise DataError(
             f"{_MAX_ATTEMPTS} images in a row are unreadable:{examples}\n"

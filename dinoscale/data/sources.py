@@ -12,7 +12,8 @@ from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from dinoscale.data.decode import RGB, Decoder, Picture
-from dinoscale.data.folder import FolderSource, list_folder
+from dinoscale.data.folder import FolderSource, ListSource
+from dinoscale.data.listing import COMPRESSED_TAR, list_folder
 from dinoscale.data.remote import is_remote
 from dinoscale.data.shards import TarSource
 from dinoscale.errors import DataError
@@ -20,7 +21,6 @@ from dinoscale.errors import DataError
 log = logging.getLogger(__name__)
 
 _UNKNOWN_REMOTE = re.compile(r"(gcs|hf|abfss?|az|s?ftp|file):", re.IGNORECASE)
-_COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 _MAX_NAMES = 1_000_000  # shards of one brace pattern
 
@@ -54,10 +54,14 @@ class Source(Protocol):
 def open_source(spec: str, decoder: Decoder = RGB) -> Source:
     """Open what a data key of the config names; files are listed now, images read later.
 
+    Names and places of the images lie on disk, not in memory: for shards in the cache folder, made
+    once; for folders and lists in a temporary file, made at every start.
+
     Args:
         spec: a folder of images (flat, nested or one subfolder a class), a folder of .tar shards,
-            a .tar, a brace pattern (`/data/train-{000..007}.tar`), a glob (`/data/*.tar`), or
-            `synthetic:...`. `~` in front is the home folder; a comma has no meaning of its own.
+            a .tar, a brace pattern (`/data/train-{000..007}.tar`), a glob (`/data/*.tar`), a .txt
+            list of images (one path a line, relative to its folder), or `synthetic:...`. `~` in
+            front is the home folder; a comma has no meaning of its own.
         decoder: what the pixels of its files become.
 
     Raises:
@@ -82,6 +86,8 @@ def open_source(spec: str, decoder: Decoder = RGB) -> Source:
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
         return _open_folder(path, decoder)
+    if path.lower().endswith(".txt") and os.path.isfile(path):
+        return ListSource(path, decoder)
     if os.path.exists(path):
         return _open_shards(spec, [path], decoder)
     return _open_shards(spec, _expand(path), decoder)
@@ -90,12 +96,9 @@ def open_source(spec: str, decoder: Decoder = RGB) -> Source:
 def _open_folder(path: str, decoder: Decoder) -> Source:
     """A folder of shards holds .tar files and no file that may be an image."""
     listing = list_folder(path)
-    if listing.images:
-        return FolderSource(path, listing, decoder)
-    shards = [name for name in listing.others if name.lower().endswith(".tar")]
-    compressed = [name for name in listing.others if name.lower().endswith(_COMPRESSED_TAR)]
-    if not shards and not compressed:
-        return FolderSource(path, listing, decoder)  # says what it holds instead
+    shards, compressed = listing.left_out.shards, listing.left_out.compressed
+    if len(listing.images) or not (shards or compressed):
+        return FolderSource(path, listing, decoder)  # an empty one says what it holds instead
     if shards and compressed:
         log.warning(
             "%s: left out %d compressed shards, e.g. %s", path, len(compressed), compressed[0]
@@ -106,10 +109,10 @@ def _open_folder(path: str, decoder: Decoder) -> Source:
 
 def _open_shards(spec: str, paths: Sequence[str], decoder: Decoder) -> Source:
     for path in paths:
-        if os.path.isdir(path) or not path.lower().endswith((".tar", *_COMPRESSED_TAR)):
+        if os.path.isdir(path) or not path.lower().endswith((".tar", *COMPRESSED_TAR)):
             raise DataError(
-                f"{path} is not a .tar shard{_named_by(spec, path)}. Name a folder of images, or "
-                "tar shards by their names, a brace pattern or a glob."
+                f"{path} is not a .tar shard{_named_by(spec, path)}. Name a folder of images, a "
+                ".txt list of their paths, or tar shards by their names, a brace pattern or a glob."
             )
     return TarSource(paths, decoder)
 

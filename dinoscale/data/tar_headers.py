@@ -22,6 +22,7 @@ _COMPRESSED = (  # magic number, its name, what unpacks it
     (b"\x28\xb5\x2f\xfd", "Zstandard", "unzstd"),
     (b"PK\x03\x04", "zip", "unzip"),
 )
+_READ_BYTES = 4096  # a page: costs storage as much as one header
 _FILES = b"0\x007"  # plain, plain of 1979, contiguous
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes: whatever their size field says
 _PAX, _LONG_NAME, _SPARSE = b"xX", b"L", b"S"
@@ -55,8 +56,14 @@ def read_members(path: str) -> Iterator[Member]:
 def _walk(descriptor: int, path: str) -> Iterator[Member]:
     length = os.fstat(descriptor).st_size
     at = 0
+    ahead, ahead_at = b"", 0  # what was read last: small members and their headers share a read
     name, size = b"", -1  # of the next member, where an extra header in front of it tells them
-    while (block := os.pread(descriptor, _BLOCK, at)).strip(b"\0"):
+    while True:
+        if at + _BLOCK > ahead_at + len(ahead):
+            ahead, ahead_at = os.pread(descriptor, _READ_BYTES, at), at
+        block = ahead[at - ahead_at : at - ahead_at + _BLOCK]
+        if not block.strip(b"\0"):
+            break
         if at == 0:
             _check_start(path, block)
         if not _is_header(block):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinoscale.data.augment import MultiCrop, eval_transform
+from dinoscale.data.augment import CropArrays, MultiCrop, eval_transform
 from dinoscale.data.decode import BadSampleError, Picture
 from dinoscale.data.folder import FolderSource
 from dinoscale.data.loader import Batch, eval_batches, train_batches
@@ -45,6 +45,13 @@ class Pictures:
         if index in self.failing:
             raise self.failing[index]
         return Picture.of(np.asarray(picture(index, width=20, height=16)), self.path(index))
+
+
+def _crops(source: Source, image: int, *, epoch: int, sample: int) -> CropArrays:
+    """Of one image, cropped as the image `sample`."""
+    arrays = CROPS.arrays(count=1)
+    CROPS(source.picture(image), arrays, 0, seed=0, epoch=epoch, sample=sample)
+    return CropArrays(*(array[:, 0] for array in arrays))
 
 
 def _image(source: Source, index: int) -> Image.Image:
@@ -102,13 +109,14 @@ def test_batches_hold_the_crops_of_the_sampled_images() -> None:
         step, micro_batch = divmod(number, 2)
         ids = sampler.micro_batch(step, micro_batch=micro_batch, rank=0).ids
         assert batch.sample_ids.tolist() == ids.tolist()
-        assert batch.global_crops.shape == (2, 2, 3, 12, 12)
-        assert batch.local_crops.shape == (2, 2, 3, 6, 6)
+        assert batch.global_crops.shape == (2, 2, 12, 12, 3)
+        assert batch.local_crops.shape == (2, 2, 6, 6, 3)
         assert batch.global_crops.dtype == torch.uint8
         for place, sample in enumerate(ids.tolist()):
-            crops = CROPS(_image(source, sample), seed=0, epoch=step // 2, sample=sample)
+            crops = _crops(source, sample, epoch=step // 2, sample=sample)
             np.testing.assert_array_equal(batch.global_crops[:, place].numpy(), crops[0])
             np.testing.assert_array_equal(batch.local_crops[:, place].numpy(), crops[1])
+            np.testing.assert_array_equal(batch.params[:, place], crops.params)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -144,7 +152,7 @@ def test_image_that_comes_again_within_an_epoch_is_cropped_anew() -> None:
         assert len(shown) == 3
         assert not any(torch.equal(a, b) for a, b in itertools.combinations(shown, 2))
         for repeat, crops in enumerate(shown):
-            expected = CROPS(_image(source, sample), seed=0, epoch=repeat, sample=sample)
+            expected = _crops(source, sample, epoch=repeat, sample=sample)
             np.testing.assert_array_equal(crops.numpy(), expected[0])
 
 
@@ -172,7 +180,7 @@ def test_unreadable_image_is_replaced_and_reported() -> None:
         assert sample.repeat == 0
     first = bad[0]
     place = order.index(first.sample_id)
-    crops = CROPS(_image(source, first.replaced_by), seed=0, epoch=0, sample=first.sample_id)
+    crops = _crops(source, first.replaced_by, epoch=0, sample=first.sample_id)
     shown = torch.cat([batch.global_crops for batch in batches], 1)[:, place]
     np.testing.assert_array_equal(shown.numpy(), crops[0])
 

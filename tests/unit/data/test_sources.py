@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.data.folder import FolderSource
+from dinoscale.data.folder import FolderSource, ListSource
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import open_source
 from dinoscale.errors import DataError
@@ -20,6 +20,12 @@ def _shards(folder: Path, count: int) -> Path:
 def test_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     assert isinstance(open_source(str(tmp_path)), FolderSource)
+
+
+def test_list_of_images(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "list.TXT").write_text("a.jpg\n")
+    assert isinstance(open_source(str(tmp_path / "list.TXT")), ListSource)
 
 
 def test_generated_images() -> None:
