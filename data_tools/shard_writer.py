@@ -26,12 +26,11 @@ from tqdm import tqdm
 from data_tools.journal import Journal, Json, fingerprint, fingerprint_of, write_whole
 from data_tools.parallel import ordered_map
 from dinoscale.data.decode import BadSampleError
+from dinoscale.data.manifest import FILE_NAME, FORMAT
 from dinoscale.errors import DataError, RunFailedError
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # of the manifest
-MANIFEST = "manifest.json"
 CLASSES = "classes.txt"
 _NAMES = "names.jsonl"
 _JOURNAL = ".progress.jsonl"
@@ -175,10 +174,10 @@ def write_set(
             bar.update(len(plans[number].ids))
     kept = sum(record == done.get(number) for number, record in enumerate(records))
     manifest = _manifest(records, ordered, settings, mark)
-    write_whole(out_dir / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    write_whole(out_dir / FILE_NAME, json.dumps(manifest, indent=1).encode() + b"\n")
     journal.finish()
     if not manifest["samples"]:
-        raise DataError(f"none of the {len(names)} files can be read; see {out_dir / MANIFEST}")
+        raise DataError(f"none of the {len(names)} files can be read; see {out_dir / FILE_NAME}")
     return {**manifest, "shards_kept": kept}
 
 
@@ -205,11 +204,11 @@ def read_manifest(folder: Path) -> Json | None:
     Raises:
         DataError: it is damaged or of a later version.
     """
-    path = folder / MANIFEST
+    path = folder / FILE_NAME
     try:
         manifest = json.loads(path.read_bytes())
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise DataError(f"{path} has format {manifest['format_version']}, not {FORMAT_VERSION}")
+        if manifest["format"] != FORMAT:
+            raise DataError(f"{path} has format {manifest['format']}, not {FORMAT}")
         for record in manifest["shards"]:
             record["name"], record["bytes"], record["sha256"], record["samples"]
     except (FileNotFoundError, NotADirectoryError):
@@ -226,7 +225,7 @@ def _manifest(records: list[Json], names: list[str], settings: Json, mark: str) 
         for entry in record["left_out"]
     ]
     return {
-        "format_version": FORMAT_VERSION,
+        "format": FORMAT,
         "fingerprint": mark,
         "settings": settings,
         "samples": sum(record["samples"] for record in records),

@@ -243,11 +243,12 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
 
     config = load_config(options.config, options.overrides)
     plan = None
-    if config.data.train is not None:
-        from dinoscale.data.sources import open_source
+    if config.data.sources:
+        from dinoscale.data.mixture import open_sources, source_sizes
 
-        images = len(open_source(config.data.train))
-        plan = resolve(config, world_size=options.world_size, num_images=images)
+        specs = [part.source for part in config.data.sources]
+        sizes = source_sizes(open_sources(specs, manifest=config.data.manifest))
+        plan = resolve(config, world_size=options.world_size, num_images=sizes)
     if options.json:
         return describe(config, plan)
     print(describe_text(config, plan), end="")

@@ -52,6 +52,8 @@ class Feed:
             start_step=first + offset,
             stop_step=plan.stop_step + offset,
             num_workers=config.data.num_workers,
+            quotas=plan.quotas,
+            lanes=config.data.lanes,
             pin_memory=self._process.device.type == "cuda",
         )
         for _ in range(first, plan.stop_step):

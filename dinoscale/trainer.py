@@ -12,7 +12,8 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve
-from dinoscale.data.sources import Source, open_source
+from dinoscale.data.mixture import open_sources, source_sizes
+from dinoscale.data.sources import Source
 from dinoscale.distributed import Process
 from dinoscale.engine.build import build_pair
 from dinoscale.engine.student import Student
@@ -42,7 +43,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     Raises:
         DinoscaleError: on every rank.
     """
-    if config.data.train is None:
+    if not config.data.sources:
         raise ConfigError("data.train: give the images, for example data.train=/path/to/folder")
     stop = StopRequest()
     watchdog = Watchdog(
@@ -53,8 +54,8 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)
     try:
-        source = distributed.together(lambda: open_source(str(config.data.train)))
-        plan = resolve(config, world_size=process.world_size, num_images=len(source))
+        source = distributed.together(lambda: _open_images(config))
+        plan = resolve(config, world_size=process.world_size, num_images=source_sizes(source))
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
             return _build(config, plan, process, source, stop, watchdog).to_the_end()
     except LostPeerError as error:
@@ -64,6 +65,14 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         raise
     finally:
         watchdog.close()
+
+
+def _open_images(config: RunConfig) -> Source:
+    return open_sources(
+        [part.source for part in config.data.sources],
+        manifest=config.data.manifest,
+        shuffle_buffer=config.data.shuffle_buffer,
+    )
 
 
 def _build(
@@ -109,7 +118,7 @@ def _announce(
     parameters = sum(math.prod(shape) for shape in student.shapes.values())
     log.info(
         "%s: %d images, %d epochs of %d steps; step = %d images = %d ranks x %d x %d micro-batches",
-        config.data.train,
+        config.data.sources_text,
         plan.num_images,
         config.train.epochs,
         plan.steps_per_epoch,

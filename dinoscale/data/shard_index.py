@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dinoscale.data.cache import cached_file, locked, remove_abandoned
 from dinoscale.data.index import DamagedIndexError, Index, IndexWriter
+from dinoscale.data.sample_files import picture_of, split_name
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
 
@@ -26,14 +27,6 @@ log = logging.getLogger(__name__)
 
 NUMBERS = "QQq"  # of a row: offset, size, label
 NO_LABEL = -1
-
-# Of several pictures of one sample the one named first here is taken: masks are never JPEGs.
-_IMAGE_EXTENSIONS = (
-    "jpg", "jpeg", "jpe", "jfif", "webp", "avif", "jp2", "j2k", "mpo", "png", "bmp", "dib", "gif",
-    "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "pfm", "qoi", "tga", "ico", "img",
-)  # fmt: skip
-# `0001.mask.png` describes the picture 0001; `0001.left.png` may be one.
-_NOT_PICTURES = {"alpha", "anno", "annotation", "depth", "gt", "label", "mask", "seg", "target"}
 
 _MAX_LABEL_BYTES = 64  # a class number needs fewer
 _SCAN_THREADS = 8  # headers wait for the storage, not for the processor
@@ -214,7 +207,7 @@ def _scan(shard: Shard) -> _Scanned:
     try:
         with open(shard.path, "rb") as file:
             for sample in samples:
-                extension = _picture(sample)
+                extension = picture_of(sample)
                 if extension:
                     image, label = sample[extension], _label_of(sample, extension)
                     num_labelled += label is not None
@@ -234,7 +227,7 @@ def _samples(members: Iterable[Member]) -> list[dict[str, Member]]:
     samples: list[dict[str, Member]] = []
     latest: dict[str, dict[str, Member]] = {}  # key -> the sample last begun with it
     for member in members:
-        key, extension = _split_name(member.name)
+        key, extension = split_name(member.name)
         if not key:
             continue  # a hidden file or one without extension
         sample = latest.get(key)
@@ -243,25 +236,6 @@ def _samples(members: Iterable[Member]) -> list[dict[str, Member]]:
             samples.append(sample)
         sample[extension] = member
     return samples
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Key (folder and name up to the first dot) and lower-case extension (the rest)."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    if not stem or not extension:
-        return "", ""
-    return folder + slash + stem, extension.lower()
-
-
-def _picture(sample: dict[str, Member]) -> str:
-    """Extension of the picture, not of its mask: the plainest one, JPEG before PNG; else empty."""
-    ranks = []
-    for extension in sample:
-        *middle, last = extension.split(".")
-        if last in _IMAGE_EXTENSIONS and not _NOT_PICTURES.intersection(middle):
-            ranks.append((len(middle), _IMAGE_EXTENSIONS.index(last), extension))
-    return min(ranks)[2] if ranks else ""
 
 
 def _label_of(sample: dict[str, Member], picture: str) -> Member | None:

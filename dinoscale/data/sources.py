@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from dinoscale.data.decode import RGB, Decoder, Picture
 from dinoscale.data.folder import FolderSource, ListSource
 from dinoscale.data.listing import COMPRESSED_TAR, list_folder
+from dinoscale.data.remote import is_remote
 from dinoscale.data.shards import TarSource
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_REMOTE = re.compile(r"(https?|s3|gs|gcs|hf|hdfs|abfss?|az|ftp|pipe|file):", re.IGNORECASE)
+_UNKNOWN_REMOTE = re.compile(r"(gcs|hf|abfss?|az|s?ftp|file):", re.IGNORECASE)
 
 _MAX_NAMES = 1_000_000  # shards of one brace pattern
 
@@ -72,10 +73,15 @@ def open_source(spec: str, decoder: Decoder = RGB) -> Source:
         return parse_synthetic(spec)
     if not spec.strip():
         raise DataError("the path of the images is empty. Name a folder or .tar shards.")
-    if _REMOTE.match(spec):
+    if is_remote(spec):
         raise DataError(
-            f"{spec}: reading over the network is not supported yet. Copy the images or shards to "
-            "a local or mounted disk."
+            f"{spec}: shards that are streamed can only be trained on, as data.train, and alone. "
+            "Copy them to a local or mounted disk."
+        )
+    if _UNKNOWN_REMOTE.match(spec):
+        raise DataError(
+            f"{spec}: cannot be read over the network; https, s3, gs and hdfs can. Copy the images "
+            "or shards to a local or mounted disk, or read them by a command, pipe:COMMAND."
         )
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
@@ -121,12 +127,7 @@ def expand_pattern(spec: str) -> list[str]:
     Raises:
         DataError: one of them is not there.
     """
-    try:
-        if _num_names(spec) > _MAX_NAMES:
-            raise ValueError(f"it names more than {_MAX_NAMES} files")
-        patterns = list(braceexpand(spec, escape=False))
-    except ValueError as error:
-        raise DataError(f"{spec}: not a brace pattern ({error}).") from None
+    patterns = expand_braces(spec)
     paths: list[str] = []
     missing: list[str] = []
     for pattern in patterns:
@@ -139,6 +140,20 @@ def expand_pattern(spec: str) -> list[str]:
     if missing:
         raise DataError(_nothing_there(spec, missing, num_patterns=len(patterns)))
     return paths
+
+
+def expand_braces(spec: str) -> list[str]:
+    """What a brace pattern such as `train-{000..099}.tar` names; the spec itself without braces.
+
+    Raises:
+        DataError: it is not a pattern, or names too much.
+    """
+    try:
+        if _num_names(spec) > _MAX_NAMES:
+            raise ValueError(f"it names more than {_MAX_NAMES} files")
+        return list(braceexpand(spec, escape=False))
+    except ValueError as error:
+        raise DataError(f"{spec}: not a brace pattern ({error}).") from None
 
 
 def _num_names(spec: str) -> int:

@@ -73,9 +73,9 @@ def _walk(descriptor: int, path: str, start: int, end: int) -> Iterator[Member]:
         block = ahead[at - ahead_at : at - ahead_at + _BLOCK]
         if not block.strip(b"\0"):
             break
-        if at == start:
-            _check_start(path, block)
         if not _is_header(block):
+            if at == start:
+                _check_start(path, block)
             raise _damaged(path, f"no valid header at byte {at}")
         kind = block[156:157]
         stated = _number(block[124:136])

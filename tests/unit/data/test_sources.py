@@ -94,9 +94,10 @@ def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("spec", "message"),
     [
         ("", "is empty"),
-        ("https://host/a.tar", "not supported yet.*local or mounted disk"),
-        ("s3://bucket/a.tar", "not supported yet"),
-        ("pipe:cat a.tar", "not supported yet"),
+        ("https://host/a.tar", "can only be trained on, as data.train, and alone.*local"),
+        ("S3://bucket/a.tar", "can only be trained on"),
+        ("pipe:cat a.tar", "can only be trained on"),
+        ("az://box/a.tar", "cannot be read over the network; https, s3, gs and hdfs can"),
         ("{tmp}/none/deep", "does not exist .the nearest folder that does is {tmp}."),
         ("{tmp}/none-*.tar", "no file matches"),
         ("{tmp}/d/train-{{000..004}}.tar", r"2 of 5 shards are not there.*train-003\.tar"),
