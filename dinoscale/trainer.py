@@ -20,6 +20,7 @@ from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import (
     ConfigError,
+    DataError,
     LostPeerError,
     RunFailedError,
 )
@@ -32,6 +33,7 @@ from dinoscale.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 _ENDING_LAUNCHERS = ("torchrun", "deepspeed")  # their death would leave their ranks running
+_NAMES_COMPARED = 100  # of images, between ranks
 
 
 def train(config: RunConfig, process: Process) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     try:
         source = distributed.together(lambda: _open_images(config))
+        require_same_images(source)
         plan = resolve(config, world_size=process.world_size, num_images=source_sizes(source))
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
             return _build(config, plan, process, source, stop, watchdog).to_the_end()
@@ -73,6 +76,26 @@ def _open_images(config: RunConfig) -> Source:
         manifest=config.data.manifest,
         shuffle_buffer=config.data.shuffle_buffer,
     )
+
+
+def require_same_images(source: Source) -> None:
+    """Refuse to train when ranks found other images, as in a folder that is being filled.
+
+    They would take different numbers of steps, and wait for each other at the end.
+
+    Raises:
+        DataError: on every rank; the number of images, or one of a hundred names, differs.
+    """
+    stride = max(1, len(source) // _NAMES_COMPARED)
+    names = [os.path.basename(source.path(i)) for i in range(0, len(source), stride)]
+    first, *others = distributed.gather_objects((len(source), names))
+    for rank, (count, found) in enumerate(others, start=1):
+        if (count, found) != first:
+            others_too = "" if count != first[0] else ", but others"
+            raise DataError(
+                f"data.train: rank 0 found {first[0]} images and rank {rank} {count}{others_too}."
+                " Train on a set that does not change and is the same on every machine."
+            )
 
 
 def _build(
