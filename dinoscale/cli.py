@@ -240,9 +240,11 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
     config = load_config(options.config, options.overrides)
     plan = None
     if config.data.train is not None:
+        from dinoscale.data.decode import Decoder
         from dinoscale.data.sources import open_source
 
-        images = len(open_source(config.data.train))
+        decoder = Decoder(config.data.channels, config.data.white)
+        images = len(open_source(config.data.train, decoder))
         plan = resolve(config, world_size=options.world_size, num_images=images)
     if options.json:
         return describe(config, plan)

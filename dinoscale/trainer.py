@@ -12,6 +12,7 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve
+from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import Source, open_source
 from dinoscale.distributed import Process
 from dinoscale.engine.build import build_pair
@@ -52,8 +53,9 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     )
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)
+    decoder = Decoder(config.data.channels, config.data.white)
     try:
-        source = distributed.together(lambda: open_source(str(config.data.train)))
+        source = distributed.together(lambda: open_source(str(config.data.train), decoder))
         plan = resolve(config, world_size=process.world_size, num_images=len(source))
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
             return _build(config, plan, process, source, stop, watchdog).to_the_end()
@@ -126,6 +128,8 @@ def _announce(
         config.engine.precision,
         teacher.num_bytes() / 1e6,
     )
+    if config.data.channels != 3:
+        log.info("%d channels are no RGB: saturation, hue and gray are off", config.data.channels)
     cores = os.cpu_count() or 1
     workers = config.data.num_workers * process.local_world_size
     if workers > cores:

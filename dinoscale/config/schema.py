@@ -22,7 +22,8 @@ Momentum = Annotated[float, Field(gt=0, le=1)]
 # strict=False lets a YAML list become a tuple; its items stay strict.
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 ThreeFractions = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
-ThreePositive = Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
+Fractions = Annotated[tuple[Fraction, ...], Field(strict=False)]
+Positives = Annotated[tuple[Positive, ...], Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -303,13 +304,40 @@ class DataConfig(Section):
         default=0.01,
         description="Unreadable images, as a fraction, above which the run stops. [D].",
     )
-    mean: ThreeFractions = Field(
-        default=(0.485, 0.456, 0.406),
-        description="Mean of R, G, B in [0, 1] over ImageNet. Source: [C].",
+    channels: Count = Field(
+        default=3,
+        description="Channels of an image: 3 RGB, 1 gray, else exactly as in the files. All are "
+        "handed on in 8 bit; without RGB, saturation, hue and gray are off. [D].",
     )
-    std: ThreePositive = Field(
+    white: Positive | None = Field(
+        default=None,
+        description="Pixel value that means 1.0 in files of more than 8 bit, for all images; null "
+        "guesses it for each, as the largest of the smallest usual depth that holds its pixels. "
+        "[D].",
+    )
+    mean: Fractions = Field(
+        default=(0.485, 0.456, 0.406),
+        description="Mean of each channel in [0, 1], here R, G, B over ImageNet. Source: [C].",
+    )
+    std: Positives = Field(
         default=(0.229, 0.224, 0.225), description="Their standard deviation. Source: [C]."
     )
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> "DataConfig":
+        for key, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) != self.channels:
+                raise ValueError(
+                    f"{key}: needs one number for each of {self.channels} channels "
+                    f"(data.channels), got {len(numbers)}; `dinoscale data dataset-stats` "
+                    "measures them"
+                )
+        if self.colors == "workers" and self.channels not in (1, 3):
+            raise ValueError(
+                "colors: 'workers' needs data.channels 1 or 3, "
+                f"got {self.channels}; set data.colors=device"
+            )
+        return self
 
 
 class EngineConfig(Section):

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -109,6 +109,7 @@ def _may_be_image(name: str) -> bool:
 class FolderSource:
     """Images of a folder and all its subfolders, in the byte order of their relative paths.
 
+    `.npy` files are images where there are no others, neither pictures nor shards.
     Where every image lies in a subfolder, the first-level subfolder is its class.
 
     Args:
@@ -126,6 +127,10 @@ class FolderSource:
         if not os.path.isdir(self._root):
             raise DataError(f"{root} is not a folder. Name the folder that holds the images.")
         listing = listing or list_folder(self._root)
+        if not listing.images:  # beside pictures, arrays are features or labels of them
+            arrays = [name for name in listing.others if _is_array(name)]
+            others = [name for name in listing.others if not _is_array(name)]
+            listing = replace(listing, images=arrays, others=others)
         if not listing.images:
             raise DataError(_no_images(root, listing))
         _report(root, listing)
@@ -172,6 +177,10 @@ class FolderSource:
         return labels, names
 
 
+def _is_array(name: str) -> bool:
+    return name.lower().endswith(".npy")
+
+
 def _no_images(root: str, listing: Listing) -> str:
     text = f"no images in the folder {root}"
     if listing.others:
@@ -195,7 +204,8 @@ def _report(root: str, listing: Listing) -> None:
             "%s: did not follow %d links to a folder above them, e.g. %s",
             root, len(listing.loops), listing.loops[0],
         )  # fmt: skip
-    tars = sum(name.lower().endswith(".tar") for name in listing.others)
-    if tars:
-        log.warning("%s: ignored %d .tar files among the images", root, tars)
+    for extension in (".tar", ".npy"):
+        ignored = sum(name.lower().endswith(extension) for name in listing.others)
+        if ignored:
+            log.warning("%s: ignored %d %s files among the images", root, ignored, extension)
     log.info("%s: %d images, %d other files", root, len(listing.images), len(listing.others))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import resolve, split_batch
-from dinoscale.data.decode import BadSampleError
+from dinoscale.data.decode import BadSampleError, Decoder
 from dinoscale.data.sources import Source, open_source
 from dinoscale.doctor.report import Check, count_text, ok, problem, ranks_text, warning
 from dinoscale.errors import ConfigError, DinoscaleError
@@ -44,13 +44,14 @@ def look(config: RunConfig, *, rank: int, world_size: int) -> dict[str, Looked]:
         "eval.train": config.eval.train,
         "eval.test": config.eval.test,
     }
+    decoder = Decoder(config.data.channels, config.data.white)
     found: dict[str, Looked] = {}
     sources: dict[str, Source] = {}
     for key, spec in specs.items():
         if spec is None:
             continue
         try:
-            sources[key] = open_source(spec)
+            sources[key] = open_source(spec, decoder)
             found[key] = _decode_some(sources[key], spec, rank=rank, world_size=world_size)
         except (DinoscaleError, OSError) as error:
             found[key] = Looked(spec, error=str(error))

@@ -35,6 +35,7 @@ ONLY_IN = {
     "pydantic": ("config/",),
     "yaml": ("config/",),
     "matplotlib": ("evaluate/",),
+    "tifffile": ("data/",),
 }
 
 

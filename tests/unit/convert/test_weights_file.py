@@ -162,7 +162,7 @@ def test_a_card_is_read_strictly() -> None:
     good = json.loads(CARD.to_json())
     assert parse_card(json.dumps(good)) == CARD
     bad_cards = [
-        {**good, "format": 2},
+        {**good, "format": 1},
         {**good, "extra": 1},
         {key: value for key, value in good.items() if key != "mean"},
         {**good, "mean": [0.5]},
@@ -320,6 +320,6 @@ def test_the_card_lies_where_other_programs_look_for_it(
     save_backbone(tmp_path / "w", state, CARD)
     with safe_open(tmp_path / "w", framework="pt") as file:
         card = json.loads(file.metadata()["dinoscale"])
-    assert card["format"] == 1
+    assert card["format"] == 2
     assert card["backbone"] == asdict(SHAPE)
     assert (card["mean"], card["crop"]) == ([0.1, 0.2, 0.3], 32)
