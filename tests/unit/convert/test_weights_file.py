@@ -186,7 +186,7 @@ def test_the_reference_checkpoint_loads_completely() -> None:
     keys = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
     geometry = {key: run[key] for key in keys}
     backbone, card = load_backbone(checkpoint, num_heads=run["num_heads"])
-    assert asdict(card.backbone) == {"name": card.backbone.name, **geometry}
+    assert asdict(card.backbone) == {"name": card.backbone.name, "in_chans": 3, **geometry}
     assert card.source == checkpoint.name
     images = torch.rand(2, 3, run["img_size"], run["img_size"])
     assert backbone([images]).shape == (2, run["embed_dim"])
