@@ -35,6 +35,8 @@ IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
 IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 RESIZE_TO_CROP = 256 / 224  # the reference evaluates the center 224 of 256 pixels
 
+_MOST_CHANNELS = 4096  # of an image: hyperspectral cameras have hundreds
+
 _PREFIXES = ("module.", "backbone.")
 _UNUSED = ("head.", "fc.")  # the projection head and a classifier: no part of the backbone
 _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
@@ -175,8 +177,9 @@ def _guess_vit(
 def _channels(state: Mapping[str, Tensor], name: str) -> int:
     """C of a convolution (D, C, p, p) at the image."""
     tensor = state.get(name)
-    if tensor is None or tensor.ndim != 4 or tensor.shape[1] < 1:
-        raise CheckpointError(f"has no {name} of four sizes, from which to tell the channels")
+    if tensor is None or tensor.ndim != 4 or not 1 <= tensor.shape[1] <= _MOST_CHANNELS:
+        found = None if tensor is None else [*tensor.shape]
+        raise CheckpointError(f"has a {name} of shape {found}, which tells no number of channels")
     return tensor.shape[1]
 
 
