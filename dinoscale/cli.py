@@ -244,10 +244,12 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
     config = load_config(options.config, options.overrides)
     plan = None
     if config.data.sources:
+        from dinoscale.data.decode import Decoder
         from dinoscale.data.mixture import open_sources, source_sizes
 
         specs = [part.source for part in config.data.sources]
-        sizes = source_sizes(open_sources(specs, manifest=config.data.manifest))
+        decoder = Decoder(config.data.channels, config.data.white)
+        sizes = source_sizes(open_sources(specs, decoder, manifest=config.data.manifest))
         plan = resolve(config, world_size=options.world_size, num_images=sizes)
     if options.json:
         return describe(config, plan)

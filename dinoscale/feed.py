@@ -42,6 +42,7 @@ class Feed:
             MultiCrop(
                 **config.crops.model_dump(),
                 **config.augment.model_dump(),
+                channels=config.data.channels,
                 plain=config.data.colors == "workers",
             ),
             batch_size=plan.batch_size,

@@ -12,6 +12,7 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve
+from dinoscale.data.decode import Decoder
 from dinoscale.data.mixture import open_sources, source_sizes
 from dinoscale.data.sources import Source
 from dinoscale.distributed import Process
@@ -73,6 +74,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
 def _open_images(config: RunConfig) -> Source:
     return open_sources(
         [part.source for part in config.data.sources],
+        Decoder(config.data.channels, config.data.white),
         manifest=config.data.manifest,
         shuffle_buffer=config.data.shuffle_buffer,
     )
@@ -158,6 +160,8 @@ def _announce(
         config.engine.precision,
         teacher.num_bytes() / 1e6,
     )
+    if config.data.channels != 3:
+        log.info("%d channels are no RGB: saturation, hue and gray are off", config.data.channels)
     cores = os.cpu_count() or 1
     workers = config.data.num_workers * process.local_world_size
     if workers > cores:

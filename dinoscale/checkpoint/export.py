@@ -62,10 +62,12 @@ def card_of(config: RunConfig, *, source: str) -> BackboneCard:
             embed_dim=model.embed_dim,
             depth=model.depth,
             num_heads=model.num_heads,
+            in_chans=config.data.channels,
         ),
         mean=config.data.mean,
         std=config.data.std,
         resize=config.eval.resize,
         crop=config.eval.crop,
         source=source,
+        white=config.data.white,
     )

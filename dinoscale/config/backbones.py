@@ -11,7 +11,11 @@ from dataclasses import dataclass
 
 RESNET50 = "resnet50"
 RESNET50_EMBED_DIM = 2048  # channels of the last stage, averaged over the image
-RESNET50_PARAMETERS = 23_508_032  # He et al. 2015 (arXiv:1512.03385), without the classifier
+RESNET50_PARAMETERS = (
+    23_508_032  # of RGB, He et al. 2015 (arXiv:1512.03385), without the classifier
+)
+
+RESNET50_PER_CHANNEL = 7 * 7 * 64  # of them, in the first convolution
 
 # size name -> (embed_dim, depth, num_heads)
 VIT_SIZES: dict[str, tuple[int, int, int]] = {
@@ -47,10 +51,12 @@ def named_patch_size(name: str) -> int | None:
     return int(match.group(1)) or None if match else None
 
 
-def num_vit_parameters(*, img_size: int, patch_size: int, embed_dim: int, depth: int) -> int:
+def num_vit_parameters(
+    *, img_size: int, patch_size: int, embed_dim: int, depth: int, in_chans: int = 3
+) -> int:
     """Count the weights of a plain ViT with a CLS token and no classifier.
 
-    Patch convolution 3 p^2 D + D, CLS token D, positions (1 + N) D, final norm 2 D, and per block
+    Patch convolution C p^2 D + D, CLS token D, positions (1 + N) D, final norm 2 D, and per block
     two norms 4 D, qkv 3 D^2 + 3 D, projection D^2 + D, MLP 8 D^2 + 5 D (ratio 4).
 
     Args:
@@ -58,13 +64,14 @@ def num_vit_parameters(*, img_size: int, patch_size: int, embed_dim: int, depth:
         patch_size: p, in pixels.
         embed_dim: D.
         depth: number of blocks.
+        in_chans: C, channels of an image.
 
     Returns:
         Number of scalars.
     """
     num_patches = (img_size // patch_size) ** 2
     block = 12 * embed_dim**2 + 13 * embed_dim
-    embedding = (3 * patch_size**2 + 1) * embed_dim + embed_dim + (1 + num_patches) * embed_dim
+    embedding = (in_chans * patch_size**2 + 1) * embed_dim + (2 + num_patches) * embed_dim
     return embedding + depth * block + 2 * embed_dim
 
 

@@ -13,7 +13,8 @@ Momentum = Annotated[float, Field(gt=0, le=1)]
 # strict=False lets a YAML list become a tuple; its items stay strict.
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 ThreeFractions = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
-ThreePositive = Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
+Fractions = Annotated[tuple[Fraction, ...], Field(strict=False)]
+Positives = Annotated[tuple[Positive, ...], Field(strict=False)]
 
 
 class Section(BaseModel):

@@ -82,7 +82,9 @@ def _translate(error: "ErrorDetails") -> list[tuple[str, str]]:
                 f"{key}: needs a list of {_list_length(names)} numbers, got {show(error['input'])}",
             )
         ]
-    item = next((f"item {part + 1} of the list " for part in error["loc"] if part in (0, 1, 2)), "")
+    item = next(
+        (f"item {part + 1} of the list " for part in error["loc"] if isinstance(part, int)), ""
+    )
     return [(key, f"{key}: {item}needs {_needs(error)}, got {show(error['input'])}")]
 
 

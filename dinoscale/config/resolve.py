@@ -15,6 +15,7 @@ from dinoscale.config.backbones import (
     RESNET50,
     RESNET50_EMBED_DIM,
     RESNET50_PARAMETERS,
+    RESNET50_PER_CHANNEL,
     named_vit_size,
     num_head_parameters,
     num_vit_parameters,
@@ -263,7 +264,7 @@ def _embed_dim(model: ModelConfig) -> int | None:
 def _num_backbone_parameters(config: RunConfig) -> int | None:
     model = config.model
     if model.backbone == RESNET50:
-        return RESNET50_PARAMETERS
+        return RESNET50_PARAMETERS + (config.data.channels - 3) * RESNET50_PER_CHANNEL
     named, patch_size = named_vit_size(model.backbone), model.effective_patch_size
     if named is None or patch_size is None:
         return None
@@ -272,6 +273,7 @@ def _num_backbone_parameters(config: RunConfig) -> int | None:
         patch_size=patch_size,
         embed_dim=model.embed_dim or named.embed_dim,
         depth=model.depth or named.depth,
+        in_chans=config.data.channels,
     )
 
 

@@ -16,13 +16,14 @@ from dinoscale.config.fields import (
     Count,
     CountOrZero,
     Fraction,
+    Fractions,
     Momentum,
     Pair,
     Positive,
     PositiveOrZero,
+    Positives,
     Section,
     ThreeFractions,
-    ThreePositive,
 )
 from dinoscale.config.mixture import TrainingImages, WeightedSource
 from dinoscale.config.watching import CheckpointConfig, EvalConfig, LogConfig
@@ -314,11 +315,22 @@ class DataConfig(Section):
         default=0.01,
         description="Unreadable images, as a fraction, above which the run stops. [D].",
     )
-    mean: ThreeFractions = Field(
-        default=(0.485, 0.456, 0.406),
-        description="Mean of R, G, B in [0, 1] over ImageNet. Source: [C].",
+    channels: Count = Field(
+        default=3,
+        description="Channels of an image: 3 RGB, 1 gray, else exactly as in the files. All are "
+        "handed on in 8 bit; without RGB, saturation, hue and gray are off. [D].",
     )
-    std: ThreePositive = Field(
+    white: Positive | None = Field(
+        default=None,
+        description="Pixel value that means 1.0 in files of more than 8 bit, for all images; null "
+        "guesses it for each, as the largest of the smallest usual depth that holds its pixels. "
+        "[D].",
+    )
+    mean: Fractions = Field(
+        default=(0.485, 0.456, 0.406),
+        description="Mean of each channel in [0, 1], here R, G, B over ImageNet. Source: [C].",
+    )
+    std: Positives = Field(
         default=(0.229, 0.224, 0.225), description="Their standard deviation. Source: [C]."
     )
 
@@ -345,6 +357,22 @@ class DataConfig(Section):
         if len(self.sources) == 1:
             return self.sources[0].source
         return " + ".join(f"{part.weight:g} x {part.source}" for part in self.sources)
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> "DataConfig":
+        for key, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) != self.channels:
+                raise ValueError(
+                    f"{key}: needs one number for each of {self.channels} channels "
+                    f"(data.channels), got {len(numbers)}; `dinoscale data dataset-stats` "
+                    "measures them"
+                )
+        if self.colors == "workers" and self.channels not in (1, 3):
+            raise ValueError(
+                "colors: 'workers' needs data.channels 1 or 3, "
+                f"got {self.channels}; set data.colors=device"
+            )
+        return self
 
 
 class EngineConfig(Section):

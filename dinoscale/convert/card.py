@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from dinoscale.errors import CheckpointError
 
-FORMAT = 1  # of the card; a file with a higher one was written by a newer dinoscale
+FORMAT = 2  # of the card; a file with a higher one was written by a newer dinoscale
 METADATA_KEY = "dinoscale"  # where the card lies in the metadata of a safetensors file
 
 
@@ -22,6 +23,7 @@ class BackboneShape:
     embed_dim: int | None = None
     depth: int | None = None
     num_heads: int | None = None
+    in_chans: int = 3  # channels of an image
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,12 @@ class BackboneCard:
     """A backbone and its preprocessing: resize, center crop, then (x / 255 - mean) / std."""
 
     backbone: BackboneShape
-    mean: tuple[float, float, float]  # of RGB in 0..1
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # of each channel in 0..1
+    std: tuple[float, ...]
     resize: int  # short side, pixels
     crop: int  # pixels
     source: str  # where the weights come from, for people
+    white: float | None = None  # pixel value that means 1 in files of more than 8 bit; None guesses
 
     def to_json(self) -> str:
         """Write the card; equal cards give equal text."""
@@ -58,6 +61,7 @@ def parse_card(text: str) -> BackboneCard:
     if not isinstance(shape, dict):
         raise CheckpointError(f"its card's backbone is {shape!r}, not a mapping")
     _check_keys(shape, set(BackboneShape.__dataclass_fields__), "card's backbone")
+    in_chans = _size(shape, "in_chans")
     return BackboneCard(
         backbone=BackboneShape(
             name=_text(shape, "name"),
@@ -66,12 +70,14 @@ def parse_card(text: str) -> BackboneCard:
             embed_dim=_optional_size(shape, "embed_dim"),
             depth=_optional_size(shape, "depth"),
             num_heads=_optional_size(shape, "num_heads"),
+            in_chans=in_chans,
         ),
-        mean=_channels(card, "mean"),
-        std=_channels(card, "std"),
+        mean=_numbers(card, "mean", count=in_chans),
+        std=_numbers(card, "std", count=in_chans),
         resize=_size(card, "resize"),
         crop=_size(card, "crop"),
         source=_text(card, "source"),
+        white=_optional_positive(card, "white"),
     )
 
 
@@ -99,10 +105,19 @@ def _optional_size(card: Mapping[str, object], key: str) -> int | None:
     return None if card[key] is None else _size(card, key)
 
 
-def _channels(card: Mapping[str, object], key: str) -> tuple[float, float, float]:
+def _numbers(card: Mapping[str, object], key: str, *, count: int) -> tuple[float, ...]:
     value = card[key]
-    numbers = isinstance(value, list) and all(type(x) in (int, float) for x in value)
-    if not isinstance(value, list) or not numbers or len(value) != 3:
-        raise CheckpointError(f"its card's {key} is {value!r}, not three numbers")
-    red, green, blue = (float(x) for x in value)
-    return red, green, blue
+    if not isinstance(value, list) or not all(type(x) in (int, float) for x in value):
+        raise CheckpointError(f"its card's {key} is {value!r}, not a list of numbers")
+    if len(value) != count:
+        raise CheckpointError(f"its card's {key} is {value!r}, not {count} numbers (in_chans)")
+    return tuple(float(x) for x in value)
+
+
+def _optional_positive(card: Mapping[str, object], key: str) -> float | None:
+    value = card[key]
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise CheckpointError(f"its card's {key} is {value!r}, not a number above 0")
+    return float(value)

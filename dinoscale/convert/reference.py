@@ -31,9 +31,11 @@ Network = Literal["teacher", "student"]
 HEAD_DIM = 64  # embed_dim / num_heads of every ViT of the reference
 VIT_NAMES = {size[0]: f"vit_{name}" for name, size in VIT_SIZES.items()}  # by embed_dim
 RESNET50_IMG_SIZE = 224  # pixels; a ResNet has no positional embedding to tell
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 RESIZE_TO_CROP = 256 / 224  # the reference evaluates the center 224 of 256 pixels
+
+_MOST_CHANNELS = 4096  # of an image: hyperspectral cameras have hundreds
 
 _PREFIXES = ("module.", "backbone.")
 _UNUSED = ("head.", "fc.")  # the projection head and a classifier: no part of the backbone
@@ -107,8 +109,8 @@ def guess_card(
 ) -> BackboneCard:
     """Read the architecture off the shapes of the tensors.
 
-    Preprocessing is the reference's: ImageNet mean and std, the center 224 of 256 pixels, in
-    proportion at other sizes.
+    Preprocessing is the reference's: ImageNet mean and std (of other than three channels: 0 and 1),
+    the center 224 of 256 pixels, in proportion at other sizes.
 
     Args:
         state: a backbone under the reference's names.
@@ -120,13 +122,23 @@ def guess_card(
         CheckpointError: the tensors are not those of a ViT or a ResNet-50.
     """
     if "layer4.2.conv3.weight" in state and "layer3.5.conv3.weight" in state:
-        shape = BackboneShape(name="resnet50", img_size=RESNET50_IMG_SIZE)
+        shape = BackboneShape(
+            name="resnet50", img_size=RESNET50_IMG_SIZE, in_chans=_channels(state, "conv1.weight")
+        )
     else:
         shape = _guess_vit(state, args=args, num_heads=num_heads)
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if shape.in_chans != len(mean):
+        mean, std = (0.0,) * shape.in_chans, (1.0,) * shape.in_chans
+        log.warning(
+            "the weights do not tell mean and std of their %d channels: assuming 0 and 1; features "
+            "are wrong if the run used others",
+            shape.in_chans,
+        )
     return BackboneCard(
         backbone=shape,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=mean,
+        std=std,
         resize=round(shape.img_size * RESIZE_TO_CROP),
         crop=shape.img_size,
         source=source,
@@ -136,7 +148,7 @@ def guess_card(
 def _guess_vit(
     state: Mapping[str, Tensor], *, args: object, num_heads: int | None
 ) -> BackboneShape:
-    """Sizes of a ViT from patch_embed (D, 3, p, p), pos_embed (1, 1 + N, D) and the block names."""
+    """Sizes of a ViT from patch_embed (D, C, p, p), pos_embed (1, 1 + N, D) and the block names."""
     patches, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     blocks = [int(match.group(1)) for name in state if (match := _BLOCK.match(name))]
     if patches is None or positions is None or not blocks:
@@ -158,7 +170,17 @@ def _guess_vit(
         embed_dim=embed_dim,
         depth=max(blocks) + 1,
         num_heads=num_heads or _guess_heads(embed_dim, args=args),
+        in_chans=_channels(state, "patch_embed.proj.weight"),
     )
+
+
+def _channels(state: Mapping[str, Tensor], name: str) -> int:
+    """C of a convolution (D, C, p, p) at the image."""
+    tensor = state.get(name)
+    if tensor is None or tensor.ndim != 4 or not 1 <= tensor.shape[1] <= _MOST_CHANNELS:
+        found = None if tensor is None else [*tensor.shape]
+        raise CheckpointError(f"has a {name} of shape {found}, which tells no number of channels")
+    return tensor.shape[1]
 
 
 def _guess_heads(embed_dim: int, *, args: object) -> int:

@@ -6,7 +6,8 @@ Shape letters: B pictures, V = 2 + n crops of each, C channels, H rows and colum
 crops, h of the local ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -208,20 +209,35 @@ def to_pixels(image: Image.Image) -> NDArray[np.uint8]:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def eval_transform(image: Image.Image, *, resize: int, crop: int) -> NDArray[np.uint8]:
+def by_plane(
+    pixels: NDArray[np.uint8], change: Callable[[Image.Image], Image.Image]
+) -> NDArray[np.uint8]:
+    """Change uint8 pixels (H, W, C) with Pillow, which has no pictures of most C: each channel."""
+    channels = pixels.shape[-1]
+    parts = [pixels] if channels in (1, 3) else np.split(pixels, channels, axis=-1)
+    changed = [to_pixels(change(to_image(part))) for part in parts]
+    return changed[0] if len(changed) == 1 else np.concatenate(changed, axis=-1)
+
+
+def eval_transform(pixels: NDArray[np.uint8], *, resize: int, crop: int) -> NDArray[np.uint8]:
     """Resize the short side bicubically, then cut the centre (v1 evaluation, both as torchvision).
 
     Differs: of pictures longer than 16 times their width only the middle is resized; the centre
     is all that is kept, and the whole could take gigabytes.
 
     Args:
-        image: RGB.
+        pixels: uint8 (H, W, C).
         resize: short side after resizing, in pixels.
         crop: side of the centre square, in pixels; outside the picture it is black.
 
     Returns:
         uint8 (C, crop, crop).
     """
+    square = by_plane(pixels, partial(_middle, resize=resize, crop=crop))
+    return square.transpose(2, 0, 1)
+
+
+def _middle(image: Image.Image, *, resize: int, crop: int) -> Image.Image:
     image = _shorten(image)
     width, height = image.size
     short = min(width, height)
@@ -232,7 +248,7 @@ def eval_transform(image: Image.Image, *, resize: int, crop: int) -> NDArray[np.
         image = _pad(image, crop)
     left = round((image.width - crop) / 2)
     top = round((image.height - crop) / 2)
-    return to_pixels(image.crop((left, top, left + crop, top + crop))).transpose(2, 0, 1)
+    return image.crop((left, top, left + crop, top + crop))
 
 
 def _shorten(image: Image.Image) -> Image.Image:
@@ -248,6 +264,6 @@ def _shorten(image: Image.Image) -> Image.Image:
 def _pad(image: Image.Image, crop: int) -> Image.Image:
     """Black margins up to crop x crop, the odd pixel at the right and at the bottom."""
     x, y = max(0, crop - image.width), max(0, crop - image.height)
-    padded = Image.new("RGB", (image.width + x, image.height + y))
+    padded = Image.new(image.mode, (image.width + x, image.height + y))
     padded.paste(image, (x // 2, y // 2))
     return padded

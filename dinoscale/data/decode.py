@@ -1,7 +1,8 @@
 """Bytes of an image file to upright 8-bit pixels, or a one-line reason why not.
 
-Pillow decodes; this module decides what the pixels of unusual files mean (16-bit, float, rotated
-by EXIF, several frames) and turns every way a decoder can fail into `BadSampleError`.
+Pillow decodes, `arrays` what Pillow cannot; this module decides what the pixels of unusual files
+mean (rotated by EXIF, several frames, other channels than asked for) and turns every way a decoder
+can fail into `BadSampleError`.
 """
 
 import io
@@ -15,18 +16,21 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from dinoscale.data.arrays import NPY_START, TIFF_STARTS, read_npy, read_tiff, to_8bit
 from dinoscale.errors import DataError
 
 _EXIF_ORIENTATION = 0x0112  # Exif 2.3, tag number; values 1 to 8
 
 _FIRST_LYING = 5  # from this orientation on, rows and columns are exchanged
 
-# JPEG files of these modes are decoded by libjpeg-turbo itself, to the same pixels in 2/3 of the
-# time: Pillow keeps four bytes a pixel and copies them several times.
-_PLAIN_MODES = ("RGB", "L")
+_MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels; others are not converted to
 
-_INTEGER_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # 8, 10, 12, 14, 16 bit
-_FLOAT_WHITES = (1.0, 255.0)
+# (wanted mode, mode of the file) of JPEG files that libjpeg-turbo itself decodes to the same pixels
+# in 2/3 of the time: Pillow keeps four bytes a pixel and copies them several times.
+_PLAIN = {("RGB", "RGB"): "RGB", ("RGB", "L"): "RGB", ("L", "L"): "GRAY"}
+
+_MOST_OF_PILLOW = 4  # channels
+_PGM_WHITE = 65535.0  # Pillow scales PGM files by the depth they state
 
 # Exif 2.3 table 6: what to do with the stored rows and columns to see the picture upright.
 _UPRIGHT = {
@@ -109,10 +113,20 @@ class Picture:
 class Decoder:
     """What the pixels of a file become; picklable.
 
-    RGB: alpha is dropped, as the reference does. Integer and float pixels beyond 8 bit are scaled
-    (`_to_8bit`). Differs: the EXIF orientation is applied; the reference loads rotated
+    3 channels are RGB: alpha is dropped, as the reference does. 1 channel is gray, as Pillow
+    converts to it. Any other number has to be the file's own: two to four of Pillow's (RGBA: alpha
+    is the fourth), any of TIFF and NPY arrays, which are not converted to 1 or 3 either. Integer
+    and float pixels beyond 8 bit are scaled (`arrays.to_8bit`); of colour files of 16 bit Pillow
+    keeps the upper 8. Differs: the EXIF orientation is applied; the reference loads rotated
     photographs lying on their side.
+
+    Attributes:
+        channels: C.
+        white: what means 1.0 in files of more than 8 bit; None guesses for each file.
     """
+
+    channels: int = 3
+    white: float | None = None
 
     def open(self, data: bytes, path: str) -> Picture:
         """Read the header of a JPEG file, or decode any other.
@@ -123,47 +137,108 @@ class Decoder:
 
         Raises:
             BadSampleError: truncated, damaged, too large (more than twice Pillow's
-                `MAX_IMAGE_PIXELS`), a PostScript program, or not an image.
+                `MAX_IMAGE_PIXELS`), a PostScript program, not an image, or of other channels.
         """
-        with _reasons(data, path), Image.open(io.BytesIO(data)) as opened:  # the header only
-            if opened.format == "EPS":
-                raise ValueError(
-                    "EPS is a program that Ghostscript would have to run, not a picture"
-                )
+        if data.startswith(NPY_START):
+            with _reasons(data, path):
+                array = read_npy(data, channels=self.channels)
+                return Picture.of(to_8bit(array, white=self.white), path)
+        if self.channels not in _MODES:
+            with _reasons(data, path):
+                return Picture.of(self._own_channels(data), path)
+        with _reasons(data, path), _opened(data) as opened:  # the header only
             if opened.format != "JPEG":
-                return Picture.of(_upright_pixels(opened), path)
+                return Picture.of(self._upright_pixels(opened), path)
             width, height = opened.size
-            orientation, mode = _orientation(opened), opened.mode
+            orientation = _orientation(opened)
+            colors = _PLAIN.get((_MODES[self.channels], opened.mode))
             if orientation >= _FIRST_LYING:
                 width, height = height, width
 
         def decode(shrink: int) -> NDArray[np.uint8]:
-            if orientation == 1 and mode in _PLAIN_MODES:
+            if orientation == 1 and colors:
                 size = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)}
                 try:
-                    return np.asarray(simplejpeg.decode_jpeg(data, "RGB", **size))
+                    return np.asarray(simplejpeg.decode_jpeg(data, colors, **size))
                 except ValueError:  # anything unusual about it: Pillow says whether it is readable
                     pass
             with _reasons(data, path), Image.open(io.BytesIO(data)) as opened:
                 opened.draft(
                     None, (max(1, opened.width // shrink), max(1, opened.height // shrink))
                 )
-                return _upright_pixels(opened)
+                return self._upright_pixels(opened)
 
         return Picture(path, width=width, height=height, decode=decode)
+
+    def _own_channels(self, data: bytes) -> NDArray[np.uint8]:
+        """Pixels of a file that has exactly the channels wanted."""
+        if data[:4] in TIFF_STARTS and not self._suits_pillow(data):
+            array = np.ascontiguousarray(read_tiff(data, channels=self.channels))
+            return to_8bit(array, white=self.white)
+        with _opened(data) as opened:
+            return self._upright_pixels(opened)
+
+    def _suits_pillow(self, tiff: bytes) -> bool:
+        """Whether all of a TIFF file comes through Pillow, which knows more compressions."""
+        if self.channels > _MOST_OF_PILLOW:
+            return False
+        try:
+            with _opened(tiff) as opened:
+                return len(opened.getbands()) == self.channels and not _cut_to_8bit(opened)
+        except UnidentifiedImageError:  # as it calls those of many channels
+            return False
+
+    def _upright_pixels(self, opened: Image.Image) -> NDArray[np.uint8]:
+        """Load, convert, rotate; raises whatever Pillow raises."""
+        if self.white is not None and _cut_to_8bit(opened):
+            raise ValueError(
+                "Pillow keeps 8 of the 16 bit of colour pictures, which data.white cannot scale; "
+                "store it as NPY, or set data.white=null"
+            )
+        opened.load()
+        if min(opened.size) < 1:
+            raise ValueError(f"the picture is {opened.width} x {opened.height} pixels")
+        turn = _UPRIGHT.get(_orientation(opened))
+        image = self._converted(opened)
+        pixels = np.asarray(image if turn is None else image.transpose(turn))
+        return pixels[..., None] if pixels.ndim == 2 else pixels
+
+    def _converted(self, image: Image.Image) -> Image.Image:
+        """To the wanted channels."""
+        mode = _MODES.get(self.channels)
+        if mode is None:
+            found = len(image.getbands())
+            if found != self.channels:
+                raise ValueError(
+                    f"it has {found} channels (Pillow's mode {image.mode}), need {self.channels}; "
+                    "set data.channels, or remove it"
+                )
+            return image
+        if image.mode == mode:
+            return image
+        if image.mode == "F" or image.mode.startswith("I"):
+            white = _PGM_WHITE if (image.format, image.mode) == ("PPM", "I") else self.white
+            image = Image.fromarray(to_8bit(np.asarray(image), white=white))
+        elif image.mode in ("La", "RGBa"):
+            image = image.convert(image.mode.upper())
+        return image.convert(mode)
 
 
 RGB = Decoder()
 
 
-def _upright_pixels(opened: Image.Image) -> NDArray[np.uint8]:
-    """Load, convert, rotate; raises whatever Pillow raises."""
-    opened.load()
-    if min(opened.size) < 1:
-        raise ValueError(f"the picture is {opened.width} x {opened.height} pixels")
-    turn = _UPRIGHT.get(_orientation(opened))
-    image = _to_rgb(opened)
-    return np.asarray(image if turn is None else image.transpose(turn))
+def _opened(data: bytes) -> Image.Image:
+    """Pillow's picture, of which only the header is read; raises whatever Pillow raises."""
+    opened = Image.open(io.BytesIO(data))
+    if opened.format == "EPS":
+        raise ValueError("EPS is a program that Ghostscript would have to run, not a picture")
+    return opened
+
+
+def _cut_to_8bit(opened: Image.Image) -> bool:
+    """Whether Pillow will keep the upper 8 of the 16 bit of its channels; before it is loaded."""
+    tiles = getattr(opened, "tile", [])
+    return opened.mode[0] not in "IF" and any(";16" in str(tile[-1]) for tile in tiles)
 
 
 @contextmanager
@@ -184,47 +259,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # any byte of the metadata may be wrong
         return 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_to_8bit(image)).convert("RGB")
-    if image.mode == "La":
-        return image.convert("LA").convert("RGB")
-    if image.mode == "RGBa":
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_8bit(image: Image.Image) -> NDArray[np.uint8]:
-    """Scale integer or float pixels to 0..255, with black at 0 wherever no pixel is negative.
-
-    Files of 16 bit often hold 10, 12 or 14 bit of a sensor, and rarely say so; dividing by 256
-    would turn them black. White is therefore the largest value of the smallest usual depth that
-    holds all pixels. Floats are taken to lie in [0, 1] or [0, 255]. Beyond these ranges the scale
-    is unknown, and the darkest and brightest pixel become 0 and 255.
-    """
-    pixels = np.asarray(image).astype(np.float64)  # (H, W)
-    finite = np.isfinite(pixels)
-    if not finite.any():
-        raise ValueError("every pixel is NaN or infinite")
-    low, high = float(pixels[finite].min()), float(pixels[finite].max())
-    pixels = np.nan_to_num(pixels, nan=low, posinf=high, neginf=low)
-    black, white = _range_of(image, low, high)
-    scaled = (pixels - black) * (255.0 / (white - black))
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-
-
-def _range_of(image: Image.Image, low: float, high: float) -> tuple[float, float]:
-    """The pixel values that mean black and white."""
-    if image.format == "PPM" and image.mode == "I":
-        return 0.0, 65535.0  # Pillow scales PGM files by the depth they state
-    for white in _FLOAT_WHITES if image.mode == "F" else _INTEGER_WHITES:
-        if low >= 0 and high <= white:
-            return 0.0, white
-    return low, high if high > low else low + 1.0  # a constant picture turns black
 
 
 def _reason(error: Exception, data: bytes) -> str:

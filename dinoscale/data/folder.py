@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dinoscale.data.decode import RGB, Decoder, Picture
 from dinoscale.data.files import read_image_file, write_names
-from dinoscale.data.listing import Listing, list_folder
+from dinoscale.data.listing import ARRAY, Listing, list_folder
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -22,8 +22,9 @@ _FIRST_LOOKED_AT = 100  # entries of a list, of which one at least must be there
 class FolderSource:
     """Images of a folder and all its subfolders, in the byte order of their relative paths.
 
-    The folder is listed anew whenever it is opened; the names wait in a temporary file, not in
-    memory. Where every image lies in a subfolder, the first-level subfolder is its class.
+    `.npy` files are images where there are no others, neither pictures nor shards. The folder is
+    listed anew whenever it is opened; the names wait in a temporary file, not in memory. Where
+    every image lies in a subfolder, the first-level subfolder is its class.
 
     Args:
         root: the folder.
@@ -127,6 +128,8 @@ def _report(root: str, listing: Listing) -> None:
         )  # fmt: skip
     if left_out.shards:
         log.warning("%s: ignored %d .tar files among the images", root, len(left_out.shards))
+    if arrays := left_out.others[ARRAY]:
+        log.warning("%s: ignored %d %s files among the images", root, arrays, ARRAY)
     others = sum(left_out.others.values())
     log.info("%s: %d images, %d other files", root, len(listing.images), others)
 

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -16,6 +16,7 @@ from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
+ARRAY = ".npy"
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 # Files and folders that file managers, notebooks and version control leave behind.
@@ -92,11 +93,20 @@ def list_folder(root: str) -> Listing:
         DataError: a folder cannot be read, or the names cannot be kept in a temporary file.
     """
     log.info("listing the files in %s", root)
+    listing = _listed(root, _may_be_image)
+    left_out = listing.left_out
+    alone = not (len(listing.images) or left_out.shards or left_out.compressed)
+    if alone and left_out.others[ARRAY]:  # beside pictures, arrays are features or labels of them
+        return _listed(root, _is_array)
+    return listing
+
+
+def _listed(root: str, is_image: Callable[[str], bool]) -> Listing:
     left_out = LeftOut()
-    return Listing(write_names(_images(root, left_out), of=root), left_out)
+    return Listing(write_names(_images(root, left_out, is_image), of=root), left_out)
 
 
-def _images(root: str, left_out: LeftOut) -> Iterator[str]:
+def _images(root: str, left_out: LeftOut, is_image: Callable[[str], bool]) -> Iterator[str]:
     """Images in the order of their paths; counts everything else."""
     for name, kind in _walk(root):
         if kind is _Kind.FOLDER:
@@ -105,15 +115,19 @@ def _images(root: str, left_out: LeftOut) -> Iterator[str]:
             left_out.loops.add(name)
         elif kind is _Kind.DANGLING:
             left_out.dangling.add(name)
-        elif _may_be_image(name.rpartition("/")[2]):
+        elif is_image(name.rpartition("/")[2]):
             yield name
         else:
-            left_out.others[os.path.splitext(name)[1] or name.rpartition("/")[2]] += 1
-            lower = name.lower()
-            if lower.endswith(".tar"):
-                left_out.shards.append(name)
-            elif lower.endswith(COMPRESSED_TAR):
-                left_out.compressed.append(name)
+            _leave_out(name, left_out)
+
+
+def _leave_out(name: str, left_out: LeftOut) -> None:
+    lower = name.lower()
+    left_out.others[os.path.splitext(lower)[1] or name.rpartition("/")[2]] += 1
+    if lower.endswith(".tar"):
+        left_out.shards.append(name)
+    elif lower.endswith(COMPRESSED_TAR):
+        left_out.compressed.append(name)
 
 
 def _walk(root: str) -> Iterator[tuple[str, _Kind]]:
@@ -189,3 +203,7 @@ def _unlistable(path: str, error: OSError) -> DataError:
 def _may_be_image(name: str) -> bool:
     lower = name.lower()
     return lower not in _JUNK_FILES and os.path.splitext(lower)[1] not in _NOT_IMAGE_EXTENSIONS
+
+
+def _is_array(name: str) -> bool:
+    return name.lower().endswith(ARRAY)

@@ -17,7 +17,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -299,18 +298,18 @@ class _EvalImages(Dataset[_EvalBatch | _Failure]):
             return _failure(error)
 
     def _batch(self, ids: NDArray[np.int64]) -> _EvalBatch:
-        images = np.empty((len(ids), 3, self._crop, self._crop), dtype=np.uint8)
+        images: list[NDArray[np.uint8]] = []
         readable: list[int] = []
         bad: list[str] = []
         for number in ids.tolist():
             try:
-                image = Image.fromarray(self._source.picture(number).pixels())
+                pixels = self._source.picture(number).pixels()
             except BadSampleError as error:
                 bad.append(str(error))
                 continue
-            images[len(readable)] = eval_transform(image, resize=self._resize, crop=self._crop)
+            images.append(eval_transform(pixels, resize=self._resize, crop=self._crop))
             readable.append(number)
-        kept = torch.from_numpy(images[: len(readable)])
+        kept = torch.from_numpy(np.stack(images)) if images else torch.empty(0, dtype=torch.uint8)
         return _EvalBatch(kept, torch.tensor(readable, dtype=torch.int64), bad)
 
 

@@ -6,10 +6,11 @@ Files that share a key (folder and name up to the first dot) belong together: `0
 
 from collections.abc import Iterable
 
-# Of several pictures of one sample the one named first here is taken: masks are never JPEGs.
+# Of several pictures of one sample the one named first here is taken: masks are never JPEGs, and
+# an array beside a picture holds its features or labels.
 _IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "jpe", "jfif", "webp", "avif", "jp2", "j2k", "mpo", "png", "bmp", "dib", "gif",
-    "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "pfm", "qoi", "tga", "ico", "img",
+    "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "pfm", "qoi", "tga", "ico", "img", "npy",
 )  # fmt: skip
 # `0001.mask.png` describes the picture 0001; `0001.left.png` may be one.
 _NOT_PICTURES = {"alpha", "anno", "annotation", "depth", "gt", "label", "mask", "seg", "target"}

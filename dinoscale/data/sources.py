@@ -70,6 +70,8 @@ def open_source(spec: str, decoder: Decoder = RGB) -> Source:
     if spec.startswith("synthetic:"):
         from dinoscale.data.synthetic import parse_synthetic  # only where asked for
 
+        if decoder.channels != 3:
+            raise DataError(f"{spec}: has 3 channels, need {decoder.channels} (data.channels).")
         return parse_synthetic(spec)
     if not spec.strip():
         raise DataError("the path of the images is empty. Name a folder or .tar shards.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import resolve, split_batch
-from dinoscale.data.decode import BadSampleError
+from dinoscale.data.decode import BadSampleError, Decoder
 from dinoscale.data.mixture import open_sources, source_sizes
 from dinoscale.data.sources import Source, open_source
 from dinoscale.data.stream import StreamSource
@@ -44,13 +44,14 @@ class Looked:
 def look(config: RunConfig, *, rank: int, world_size: int) -> dict[str, Looked]:
     """Open every set of the config and decode a few images of each, spread over the set."""
     parts = [part.source for part in config.data.sources]
+    decoder = Decoder(config.data.channels, config.data.white)
     sets: dict[str, tuple[str | None, Callable[[str], Source]]] = {
         "data.train": (
             " + ".join(parts) or None,
-            lambda _: open_sources(parts, manifest=config.data.manifest, shuffle_buffer=1),
+            lambda _: open_sources(parts, decoder, manifest=config.data.manifest, shuffle_buffer=1),
         ),
-        "eval.train": (config.eval.train, open_source),
-        "eval.test": (config.eval.test, open_source),
+        "eval.train": (config.eval.train, lambda spec: open_source(spec, decoder)),
+        "eval.test": (config.eval.test, lambda spec: open_source(spec, decoder)),
     }
     found: dict[str, Looked] = {}
     sources: dict[str, Source] = {}

@@ -265,5 +265,7 @@ def _worker_bytes(config: RunConfig) -> int:
     """Batches that the workers of one rank hold ready: two each and one on the way, uint8."""
     crops = config.crops
     pixels = 2 * crops.global_size**2 + crops.num_local * crops.local_size**2
-    batch = min(config.train.micro_batch_size, config.train.batch_size) * pixels * 3
+    batch = (
+        min(config.train.micro_batch_size, config.train.batch_size) * pixels * config.data.channels
+    )
     return 3 * config.data.num_workers * batch

@@ -40,6 +40,7 @@ def _local_network(config: RunConfig) -> DinoNetwork:
         embed_dim=model.embed_dim,
         depth=model.depth,
         num_heads=model.num_heads,
+        in_chans=config.data.channels,
     )
     head = DinoHead(backbone.embed_dim, **config.head.model_dump())
     return DinoNetwork(backbone, head)

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinoscale.convert.weights_file import load_backbone
-from dinoscale.data.decode import BadSampleError
+from dinoscale.data.augment import to_image, to_pixels
+from dinoscale.data.decode import BadSampleError, Decoder
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.attention_figure import Row, draw_rows
@@ -37,7 +38,7 @@ from dinoscale.models.zoo import build_backbone
 
 log = logging.getLogger(__name__)
 
-Picture = Image.Image | NDArray[np.uint8] | Tensor  # arrays (H, W, 3), tensors (3, H, W); uint8
+Picture = Image.Image | NDArray[np.uint8] | Tensor  # arrays (H, W, C), tensors (C, H, W); uint8
 Mask = Image.Image | NDArray[np.uint8] | NDArray[np.bool_]  # (H, W); object is True or above 127
 
 ROWS_DRAWN = 8
@@ -78,8 +79,8 @@ def draw_attention(
         backbone: a ViT of ours; put into eval mode and back.
         images: at least one, of any shapes; each is squeezed to size x size, as in the reference.
         path: of the PNG; folders above it are made.
-        mean: of the three channels, in 0..1.
-        std: of the three channels, in 0..1.
+        mean: of each channel, 3 or 1, in 0..1.
+        std: of each channel, in 0..1.
         size: side in pixels at which the backbone sees them, cut to a multiple of its patch; the
             reference takes 480.
         masks: of the object, one an image.
@@ -90,7 +91,8 @@ def draw_attention(
         The score, or None without masks.
 
     Raises:
-        ConfigError: the backbone has no attention, or the size is below a patch.
+        ConfigError: the backbone has no attention, the size is below a patch, or images have
+            other than 1 or 3 channels.
         DataError: a mask is empty or has another size than its image.
         ValueError: there are no images, or not one mask an image.
     """
@@ -141,7 +143,8 @@ def _look(
     if not images or (masks is not None and len(masks) != len(images)):
         raise ValueError(f"got {len(images)} images and {masks and len(masks)} masks")
     side = _side(backbone, size=size)
-    pictures = [_to_pil(image) for image in images]
+    mode = _mode(channels=len(mean))
+    pictures = [_to_pil(image, mode=mode) for image in images]
     squares = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
     maps = _maps(backbone, squares, mean=mean, std=std)
     if masks is None:
@@ -159,10 +162,17 @@ def _side(backbone: nn.Module, *, size: int) -> int:
     return int(size // patch * patch)
 
 
-def _to_pil(image: Picture) -> Image.Image:
+def _mode(*, channels: int) -> str:
+    """Pillow's name of pictures that can be drawn."""
+    if channels not in (1, 3):
+        raise ConfigError(f"attention is drawn over pictures of 1 or 3 channels, not {channels}")
+    return "RGB" if channels == 3 else "L"
+
+
+def _to_pil(image: Picture, *, mode: str) -> Image.Image:
     if isinstance(image, Tensor):
-        image = image.permute(1, 2, 0).numpy()  # (H, W, 3)
-    return image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(image)
+        image = image.permute(1, 2, 0).numpy()  # (H, W, C)
+    return image.convert(mode) if isinstance(image, Image.Image) else to_image(image)
 
 
 def _maps(
@@ -173,7 +183,7 @@ def _maps(
     std: Sequence[float],
 ) -> Tensor:
     """Attention maps (N, A, R, C) of pictures of one size, in eval mode."""
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    pixels = torch.from_numpy(np.stack([to_pixels(picture) for picture in pictures]))
     weight = next(backbone.parameters())
     images = normalize_images(pixels.permute(0, 3, 1, 2).to(weight.device), mean=mean, std=std)
     with eval_mode(backbone):
@@ -230,7 +240,7 @@ def _score(covers: Sequence[_Cover]) -> AttentionScore:
 def _row(square: Image.Image, maps: Tensor, cover: _Cover | None) -> Row:
     kept = keep_mass(maps.mean(dim=0)) if cover is None else cover.kept
     return Row(
-        picture=np.asarray(square),
+        picture=np.asarray(square.convert("RGB")),
         heads=maps.numpy(),
         kept=kept.numpy(),
         mask=None if cover is None else cover.object.numpy(),
@@ -277,7 +287,9 @@ def evaluate_attention(
     where = find_device(device)
     backbone, card = load_backbone(weights_path, num_heads=num_heads)
     size = card.crop if size is None else size
-    pictures, masks = _pick(open_source(spec), images=images)
+    _mode(channels=card.backbone.in_chans)  # before images are looked for
+    decoder = Decoder(card.backbone.in_chans, card.white)
+    pictures, masks = _pick(open_source(spec, decoder), images=images)
     score = draw_attention(
         backbone.to(where),
         pictures,
@@ -315,7 +327,7 @@ def _pick(source: Source, *, images: int) -> tuple[list[Image.Image], list[Image
     pictures, masks = [], []
     for index in order[:images].tolist():
         try:
-            pictures.append(Image.fromarray(source.picture(index).pixels()))
+            pictures.append(to_image(source.picture(index).pixels()))
         except BadSampleError as error:
             log.warning("left out an unreadable image: %s", error)
             continue

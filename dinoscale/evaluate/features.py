@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dinoscale.data.augment import by_plane
 from dinoscale.data.decode import Picture
 from dinoscale.data.loader import eval_batches
 from dinoscale.data.sources import Source
@@ -87,8 +88,8 @@ def extract_features(
         source: labelled images; unreadable ones are left out with a warning.
         resize: short side after the bicubic resize, in pixels.
         crop: side of the center crop, in pixels.
-        mean: of the three channels, in 0..1.
-        std: of the three channels, in 0..1.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1.
         batch_size: images in one forward.
         device: where the backbone is, and where the result will be.
         num_workers: processes that decode; 0 decodes in this one.
@@ -160,7 +161,7 @@ def pixel_features(
         num_workers: processes that decode; 0 decodes in this one.
 
     Returns:
-        Pixels (N, 768) float32 in 0..1, neither centered nor normalised; labels (N,) int64.
+        Pixels (N, 256 C) float32 in 0..1, neither centered nor normalised; labels (N,) int64.
 
     Raises:
         DataError: an image has no label, or none can be read.
@@ -194,9 +195,8 @@ class _Thumbnails:
         return self._source.path(index)
 
     def picture(self, index: int) -> Picture:
-        image = Image.fromarray(self._source.picture(index).pixels())
-        thumbnail = image.resize((PIXEL_SIDE, PIXEL_SIDE), Image.Resampling.BOX)
-        return Picture.of(np.asarray(thumbnail), self.path(index))
+        pixels = self._source.picture(index).pixels()
+        return Picture.of(by_plane(pixels, _thumbnail), self.path(index))
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -205,3 +205,7 @@ class _Thumbnails:
     @property
     def class_names(self) -> list[str] | None:
         return self._source.class_names
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    return image.resize((PIXEL_SIDE, PIXEL_SIDE), Image.Resampling.BOX)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinoscale.convert.weights_file import BackboneCard, load_backbone
+from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import (
@@ -180,7 +181,8 @@ def evaluate_knn(
     where = find_device(device)
     backbone, card = load_backbone(weights_path, num_heads=num_heads)
     card = _with_sizes(card, resize=resize, crop=crop)
-    train, test = open_source(train_spec), open_source(test_spec)
+    decoder = Decoder(card.backbone.in_chans, card.white)
+    train, test = open_source(train_spec, decoder), open_source(test_spec, decoder)
     renumber = renumber_classes(train, test)
     extract = partial(
         extract_features,
@@ -316,7 +318,7 @@ def _floor(
     mean = bank.mean(dim=0)
     sets = (bank - mean, bank_labels, images - mean, renumber[labels])
     return {
-        "features": f"{PIXEL_SIDE} x {PIXEL_SIDE} RGB by area averaging, less the bank's mean",
+        "features": f"{PIXEL_SIDE} x {PIXEL_SIDE} pixels by area averaging, less the bank's mean",
         "knn": _by_k(knn_accuracy(*sets, ks=ks, temp=temp)),
         "knn_equal_votes": _by_k(knn_accuracy(*sets, ks=ks, temp=math.inf)),
     }

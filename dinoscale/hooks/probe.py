@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dinoscale import distributed
 from dinoscale.config.schema import RunConfig
-from dinoscale.data.decode import Picture
+from dinoscale.data.decode import Decoder, Picture
 from dinoscale.data.sources import Source, open_source
 from dinoscale.evaluate.features import extract_features
 from dinoscale.evaluate.knn import knn_accuracy, renumber_classes
@@ -32,7 +32,9 @@ class Probe:
         assert config.eval.train is not None
         assert config.eval.test is not None
         self._config = config
-        bank, test = open_source(config.eval.train), open_source(config.eval.test)
+        decoder = Decoder(config.data.channels, config.data.white)
+        bank = open_source(config.eval.train, decoder)
+        test = open_source(config.eval.test, decoder)
         self._renumber = renumber_classes(bank, test)
         rank, world_size = distributed.rank(), distributed.world_size()
         self._bank = _Share(bank, rank=rank, world_size=world_size)

@@ -27,6 +27,7 @@ def build_backbone(
     embed_dim: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
+    in_chans: int = 3,
 ) -> VisionTransformer | ResNet50:
     """Build a backbone with fresh weights.
 
@@ -40,6 +41,7 @@ def build_backbone(
         embed_dim: width; None for the model's own.
         depth: number of blocks; None for the model's own.
         num_heads: attention heads; None for the model's own.
+        in_chans: channels of an image.
 
     Raises:
         ConfigError: the name is unknown, our forward cannot reproduce the model, or the sizes do
@@ -56,11 +58,11 @@ def build_backbone(
     if name == "resnet50":
         if changed:
             raise ConfigError(f"model.{next(iter(changed))}: resnet50 has no such size")
-        return _resnet50()
-    return _vit(name, img_size=img_size, **changed)
+        return _resnet50(in_chans=in_chans)
+    return _vit(name, img_size=img_size, in_chans=in_chans, **changed)
 
 
-def _vit(name: str, *, img_size: int, **changed: int) -> VisionTransformer:
+def _vit(name: str, *, img_size: int, in_chans: int, **changed: int) -> VisionTransformer:
     import timm
 
     timm_name, changed = _timm_name(name, changed)
@@ -77,6 +79,7 @@ def _vit(name: str, *, img_size: int, **changed: int) -> VisionTransformer:
             num_classes=0,
             global_pool="token",
             img_size=img_size,
+            in_chans=in_chans,
             weight_init="skip",  # ours follows
             **changed,
         )
@@ -185,7 +188,11 @@ def init_weights(model: VisionTransformer) -> None:
     model.patch_embed.proj.reset_parameters()
 
 
-def _resnet50() -> ResNet50:
+def _resnet50(*, in_chans: int) -> ResNet50:
     import torchvision
 
-    return ResNet50(torchvision.models.resnet50(weights=None))
+    source = torchvision.models.resnet50(weights=None)
+    if in_chans != 3:  # as torchvision makes and starts it
+        source.conv1 = nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(source.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return ResNet50(source)

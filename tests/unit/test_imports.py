@@ -38,6 +38,7 @@ ONLY_IN = {
     "pydantic": ("config/",),
     "yaml": ("config/",),
     "matplotlib": ("evaluate/",),
+    "tifffile": ("data/",),
 }
 
 

@@ -264,8 +264,12 @@ def test_bad_override_is_explained(empty: str, override: str, message: str) -> N
         ("optim.name=adam", "optim.name: needs one of 'adamw', 'sgd', got 'adam' (text)"),
         ("crops.local_scale=0.1", "crops.local_scale: needs a list, got 0.1"),
         ("crops.local_scale=[0.1]", "crops.local_scale: needs a list of 2 numbers, got [0.1]"),
-        ("data.mean=[0,0,0,0]", "data.mean: needs a list of 3 numbers, got [0, 0, 0, 0]"),
-        ("data.mean=[]", "data.mean: needs a list of 3 numbers, got []"),
+        (
+            "data.mean=[0,0,0,0]",
+            "data.mean: needs one number for each of 3 channels (data.channels), got 4; "
+            "`dinoscale data dataset-stats` measures them",
+        ),
+        ("augment.blur_probs=[]", "augment.blur_probs: needs a list of 3 numbers, got []"),
         ("data.mean=[0,x,0]", "data.mean: item 2 of the list needs a number, got 'x' (text)"),
         (f"run_dir=[{'x' * 200}]", "xxx..."),
     ],

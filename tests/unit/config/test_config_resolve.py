@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -173,6 +174,19 @@ def test_parameters_of_other_models_are_not_guessed() -> None:
     assert (counts.backbone, counts.head) == (None, None)
     resnet = count_parameters(parse_config({"model": {"backbone": "resnet50"}}))
     assert resnet.backbone == 23_508_032
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "resnet50"])
+@pytest.mark.parametrize("channels", [1, 7])
+def test_parameters_are_those_of_the_network_for_any_channels(backbone: str, channels: int) -> None:
+    from dinoscale.models.zoo import build_backbone
+
+    data = {"channels": channels, "mean": [0.5] * channels, "std": [0.5] * channels}
+    config = parse_config({"model": {"backbone": backbone}, "data": data})
+    with torch.device("meta"):
+        network = build_backbone(backbone, img_size=224, in_chans=channels)
+    built = sum(parameter.numel() for parameter in network.parameters())
+    assert count_parameters(config).backbone == built
 
 
 def test_description_is_json_and_complete() -> None:

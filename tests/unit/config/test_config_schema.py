@@ -117,6 +117,29 @@ def test_items_of_lists_are_checked() -> None:
     ]
 
 
+def test_mean_and_std_have_one_number_a_channel() -> None:
+    wrong = "data.{}: needs one number for each of {} channels (data.channels), got {}; "
+    remedy = "`dinoscale data dataset-stats` measures them"
+    assert _messages(data__channels=1) == [wrong.format("mean", 1, 3) + remedy]
+    assert _messages(data__channels=4, data__mean=[0.5] * 4, data__std=[0.5] * 2) == [
+        wrong.format("std", 4, 2) + remedy
+    ]
+    assert _messages(data__mean=[0.5, 0.5, 0.5, 0.5, 2]) == [
+        "data.mean: item 5 of the list needs a value of at most 1, got 2"
+    ]
+    assert _config(data__channels=1, data__mean=[0.5], data__std=[0.2]).data.mean == (0.5,)
+    assert _messages(data__white=0) == ["data.white: needs a value above 0, got 0"]
+
+
+def test_colours_change_in_the_workers_for_one_or_three_channels_only() -> None:
+    four = {"data__channels": 4, "data__mean": [0.5] * 4, "data__std": [0.5] * 4}
+    assert _messages(data__colors="workers", **four) == [
+        "data.colors: 'workers' needs data.channels 1 or 3, got 4; set data.colors=device"
+    ]
+    gray = {"data__channels": 1, "data__mean": [0.5], "data__std": [0.5]}
+    assert _config(data__colors="workers", **gray).data.channels == 1
+
+
 def test_crops_must_be_whole_patches() -> None:
     assert _messages(crops__global_size=220, crops__local_size=90, eval__crop=8) == [
         "crops.global_size: 220 px is not a multiple of the patch size 16 px; nearest: 208 or 224",

@@ -161,11 +161,17 @@ def test_a_truncated_file_is_refused(
 def test_a_card_is_read_strictly() -> None:
     good = json.loads(CARD.to_json())
     assert parse_card(json.dumps(good)) == CARD
+    gray = replace(CARD, backbone=replace(SHAPE, in_chans=1), mean=(0.5,), std=(0.2,), white=4095.0)
+    assert parse_card(gray.to_json()) == gray
     bad_cards = [
-        {**good, "format": 2},
+        {**good, "format": 1},
         {**good, "extra": 1},
         {key: value for key, value in good.items() if key != "mean"},
         {**good, "mean": [0.5]},
+        {**good, "std": ["0.5"] * 3},
+        {**good, "white": 0},
+        {**good, "white": float("inf")},
+        {**good, "backbone": {**good["backbone"], "in_chans": 4}},
         {**good, "crop": 0},
         {**good, "resize": "256"},
         {**good, "backbone": "vit_small_patch16_224"},
@@ -186,7 +192,7 @@ def test_the_reference_checkpoint_loads_completely() -> None:
     keys = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
     geometry = {key: run[key] for key in keys}
     backbone, card = load_backbone(checkpoint, num_heads=run["num_heads"])
-    assert asdict(card.backbone) == {"name": card.backbone.name, **geometry}
+    assert asdict(card.backbone) == {"name": card.backbone.name, "in_chans": 3, **geometry}
     assert card.source == checkpoint.name
     images = torch.rand(2, 3, run["img_size"], run["img_size"])
     assert backbone([images]).shape == (2, run["embed_dim"])
@@ -281,6 +287,28 @@ def test_a_published_resnet_loads(tmp_path: Path) -> None:
     assert torch.equal(loaded.state_dict()["conv1.weight"], state["conv1.weight"])
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet50"])
+def test_channels_of_foreign_files_are_read_off_their_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    model = build_backbone(name, img_size=32, in_chans=4).eval()
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    loaded, card = load_backbone(tmp_path / "w.pth")
+    assert (card.backbone.in_chans, card.mean, card.std) == (4, (0.0,) * 4, (1.0,) * 4)
+    assert "mean and std of their 4 channels" in caplog.text
+    images = torch.rand(1, 4, 32, 32)
+    assert torch.equal(loaded([images]), model([images]))
+
+
+def test_foreign_files_that_claim_countless_channels_are_refused(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    countless = torch.zeros(1).expand(48, 10**11, 8, 8)
+    torch.save({**state, "patch_embed.proj.weight": countless}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="no number of channels"):
+        load_backbone(tmp_path / "w.pth", num_heads=3)
+
+
 def test_mismatches_of_foreign_files_are_named(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = tmp_path / "w.pth"
     torch.save({**state, "blocks.0.ls1.gamma": torch.zeros(48)}, path)
@@ -320,6 +348,6 @@ def test_the_card_lies_where_other_programs_look_for_it(
     save_backbone(tmp_path / "w", state, CARD)
     with safe_open(tmp_path / "w", framework="pt") as file:
         card = json.loads(file.metadata()["dinoscale"])
-    assert card["format"] == 1
+    assert card["format"] == 2
     assert card["backbone"] == asdict(SHAPE)
     assert (card["mean"], card["crop"]) == ([0.1, 0.2, 0.3], 32)

@@ -187,7 +187,7 @@ def test_evaluation_equals_torchvision(size: tuple[int, int], resize: int, crop:
         [transforms.Resize(resize, interpolation=BICUBIC), transforms.CenterCrop(crop)]
     )
     expected = np.asarray(theirs(image)).transpose(2, 0, 1)
-    ours = eval_transform(image, resize=resize, crop=crop)
+    ours = eval_transform(np.asarray(image), resize=resize, crop=crop)
     assert ours.dtype == np.uint8
     np.testing.assert_array_equal(ours, expected)
 
@@ -195,6 +195,6 @@ def test_evaluation_equals_torchvision(size: tuple[int, int], resize: int, crop:
 def test_very_long_pictures_are_shown_by_their_middle() -> None:
     pixels = np.zeros((2, 3000, 3), dtype=np.uint8)
     pixels[:, 1499:1501] = 255
-    shown = eval_transform(Image.fromarray(pixels), resize=256, crop=224)
+    shown = eval_transform(pixels, resize=256, crop=224)
     assert shown.shape == (3, 224, 224)
     assert shown[:, :, 100:124].min() > 200

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dinoscale.data.augment import CropArrays, MultiCrop, eval_transform
 from dinoscale.data.decode import BadSampleError, Picture
@@ -54,8 +53,8 @@ def _crops(source: Source, image: int, *, epoch: int, sample: int) -> CropArrays
     return CropArrays(*(array[:, 0] for array in arrays))
 
 
-def _image(source: Source, index: int) -> Image.Image:
-    return Image.fromarray(source.picture(index).pixels())
+def _pixels(source: Source, index: int) -> np.ndarray:
+    return source.picture(index).pixels()
 
 
 def _bad(*numbers: int) -> dict[int, Exception]:
@@ -273,7 +272,7 @@ def test_evaluation_reads_every_image_once_in_order(workers: int) -> None:
     assert torch.cat([labels for _, labels, _ in batches]).tolist() == [-1] * 10
     images = torch.cat([images for images, _, _ in batches])
     np.testing.assert_array_equal(
-        images[9].numpy(), eval_transform(_image(source, 9), resize=14, crop=12)
+        images[9].numpy(), eval_transform(_pixels(source, 9), resize=14, crop=12)
     )
 
 
@@ -285,7 +284,7 @@ def test_evaluation_skips_unreadable_images(caplog: pytest.LogCaptureFixture) ->
     for images, labels, ids in batches:
         assert len(images) == len(labels) == len(ids)
         for image, number in zip(images, ids.tolist(), strict=True):
-            expected = eval_transform(_image(source, number), resize=14, crop=12)
+            expected = eval_transform(_pixels(source, number), resize=14, crop=12)
             np.testing.assert_array_equal(image.numpy(), expected)
     assert "left out 5 of 10 images" in caplog.text
 

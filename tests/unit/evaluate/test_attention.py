@@ -202,3 +202,17 @@ def test_a_weights_file_is_scored_beside_an_untrained_one(
     assert report == evaluate_attention(tmp_path / "w.safetensors", spec, path, images=20, rows=1)
     with pytest.raises(ConfigError, match="images > 0"):
         evaluate_attention(tmp_path / "w.safetensors", spec, path, images=0)
+
+
+def test_attention_is_drawn_over_gray_pictures_and_refused_over_others(tmp_path: Path) -> None:
+    gray, mask = (image.convert("L") for image in _bright_square())
+    score = draw_attention(
+        Spotlight(), [np.asarray(gray)[..., None]], tmp_path / "a.png",
+        mean=[0.0], std=[1.0], size=16, masks=[mask],
+    )  # fmt: skip
+    assert score is not None
+    assert score.jaccard > 90
+    with pytest.raises(ConfigError, match="1 or 3 channels, not 4"):
+        draw_attention(
+            Spotlight(), [gray], tmp_path / "b.png", mean=[0.0] * 4, std=[1.0] * 4, size=16
+        )

@@ -1,0 +1,212 @@
+"""Pixels beyond three bytes: NPY files, TIFF files of many channels, and the way to 8 bit.
+
+What these files hold is untrusted: sizes are judged before memory is taken, nothing is unpickled.
+Shape letters: H rows, W columns, C channels.
+"""
+
+import io
+import logging
+import math
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+if TYPE_CHECKING:
+    from tifffile import TiffFile, TiffPageSeries
+
+NPY_START = b"\x93NUMPY"
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
+
+_DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
+_INTEGER_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # 8, 10, 12, 14, 16 bit
+_FLOAT_WHITES = (1.0, 255.0)
+
+_MAX_PAGES = 2**16
+_TIFF_ORIENTATION = 274
+_DEFLATE = (8, 32946)
+_COMPRESSIONS = (1, *_DEFLATE, 32773)  # none, Deflate, PackBits: what tifffile reads on its own
+_INFLATED_AT_ONCE = 2**20  # bytes
+_INFLATED_FREE = 2**26  # bytes; tiles may reach far beyond a small picture
+
+# TIFF 6.0, tag 274, the same as Exif: how to see the stored picture (H, W, C) upright.
+_UPRIGHT = {
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
+}  # exchange rows and columns first, then the direction of rows and of columns
+
+
+def read_npy(data: bytes, *, channels: int) -> NDArray[Any]:
+    """The array of an NPY file as (H, W, C), without a copy.
+
+    Args:
+        data: the whole file; its array is (H, W), (H, W, C) or (C, H, W).
+        channels: C.
+
+    Raises:
+        ValueError: another shape or dtype, or shorter or longer than its header says.
+    """
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+    else:
+        raise ValueError(f"NPY of version {version}, need 1.0 or 2.0")
+    _require_dtype(dtype)
+    num_bytes, there = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
+    if min(shape, default=0) < 1 or num_bytes != there:
+        raise ValueError(
+            f"its header says {shape} of {dtype.name}, {num_bytes} bytes; there are {there}"
+        )
+    numbers = np.frombuffer(data, dtype, offset=stream.tell())
+    return _channels_last(numbers.reshape(shape, order="F" if fortran else "C"), channels)
+
+
+def read_tiff(data: bytes, *, channels: int) -> NDArray[Any]:
+    """The first picture of a TIFF file as (H, W, C), upright.
+
+    Its channels are samples of one page, interleaved or plane after plane, or pages of one size.
+
+    Args:
+        data: the whole file, not compressed or by Deflate or PackBits.
+        channels: C.
+
+    Raises:
+        ValueError: another shape, dtype or compression, or too large.
+        Exception: damaged, in any way that tifffile may find out.
+    """
+    from tifffile import TiffFile  # takes a while, and most runs do without
+
+    # It would log each oddity beside the one reason given here.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+    # These dialects name further files, which would be opened.
+    plain = {"is_ome": False, "is_mmstack": False, "is_ndtiff": False}
+    with TiffFile(io.BytesIO(data), **plain) as tiff:  # type: ignore[arg-type]  # is_*: bool
+        _require_few_pages(tiff)
+        series = tiff.series[0]
+        _require_readable(tiff, series)
+        numbers = series.asarray(maxworkers=1)
+        orientation = series.keyframe.tags.valueof(_TIFF_ORIENTATION, 1)
+    swapped, down, right = _UPRIGHT.get(orientation, (False, 1, 1))
+    pixels = _channels_last(numbers, channels)
+    return (pixels.swapaxes(0, 1) if swapped else pixels)[::down, ::right]
+
+
+def _require_few_pages(tiff: "TiffFile") -> None:
+    """Pages are a chain, and tifffile would follow some that bite their tail for ever."""
+    try:
+        tiff.pages.get(_MAX_PAGES)
+    except IndexError:
+        return
+    raise ValueError(f"more than {_MAX_PAGES} pages, or a chain of pages without end")
+
+
+def _require_readable(tiff: "TiffFile", series: "TiffPageSeries") -> None:
+    """Judge what the file claims before memory is taken for it."""
+    page = series.keyframe
+    _require_dtype(series.dtype)
+    for shape in (series.shape, page.chunks):
+        require_few_values(math.prod(shape), shape)
+    if page.compression not in _COMPRESSIONS:
+        name = getattr(page.compression, "name", page.compression)
+        raise ValueError(f"compression {name} of a TIFF; store it plain or with Deflate")
+    if page.compression not in _DEFLATE:
+        return
+    left = 4 * series.nbytes + _INFLATED_FREE
+    for each in series.pages:
+        if each is None:
+            continue
+        for offset, size in zip(each.dataoffsets, each.databytecounts, strict=True):
+            tiff.filehandle.seek(offset)
+            left -= _inflated_size(tiff.filehandle.read(size), most=left)
+            if left <= 0:
+                raise ValueError("a decompression bomb: it holds far more than its picture")
+
+
+def _inflated_size(data: bytes, *, most: int) -> int:
+    """Bytes in a Deflate stream; stops counting when there are `most`."""
+    inflate, size = zlib.decompressobj(), 0
+    while data and size < most:
+        size += len(inflate.decompress(data, _INFLATED_AT_ONCE))
+        data = inflate.unconsumed_tail
+    return size
+
+
+def require_few_values(count: int, shape: object) -> None:
+    """Refuse arrays that take more memory than the largest picture that Pillow would open.
+
+    Raises:
+        ValueError: more than twice Pillow's MAX_IMAGE_PIXELS.
+    """
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
+    if count > most:
+        raise ValueError(f"{shape} are {count} numbers, need {most} at most (decompression bomb?)")
+
+
+def _require_dtype(dtype: np.dtype[Any] | None) -> None:
+    if dtype is None or dtype.hasobject or dtype.newbyteorder("=").name not in _DTYPES:
+        raise ValueError(f"numbers of type {dtype}, need one of {', '.join(_DTYPES)}")
+
+
+def _channels_last(numbers: NDArray[Any], channels: int) -> NDArray[Any]:
+    """To (H, W, C); where the first and the last axis both fit, the last holds the channels."""
+    shape = numbers.shape
+    if numbers.ndim == 2 and channels == 1:
+        return numbers[..., None]
+    if numbers.ndim == 3 and shape[-1] == channels:
+        return numbers
+    if numbers.ndim == 3 and shape[0] == channels:
+        return np.moveaxis(numbers, 0, -1)
+    found = {2: "1 channel", 3: f"{min(shape[0], shape[-1])} channels" if shape else ""}
+    raise ValueError(
+        f"an array {shape} has {found.get(numbers.ndim, 'no channels to tell')}, "
+        f"need {channels} (data.channels)"
+    )
+
+
+def to_8bit(numbers: NDArray[Any], *, white: float | None) -> NDArray[np.uint8]:
+    """Scale integers or floats to 0..255, with black at 0 wherever no number is negative.
+
+    Files of 16 bit often hold 10, 12 or 14 bit of a sensor, and rarely say so; dividing by 256
+    would turn them black. Unless `white` is given it is therefore the largest value of the
+    smallest usual depth that holds all pixels. Floats are taken to lie in [0, 1] or [0, 255].
+    Beyond these ranges the scale is unknown, and the darkest and brightest number become 0 and
+    255. The channels of a picture share one scale.
+
+    Args:
+        numbers: of any shape; uint8 stays what it is.
+        white: what becomes 255, while 0 stays 0 and whatever lies outside is clipped; None guesses
+            for each picture on its own.
+
+    Raises:
+        ValueError: no number is finite.
+    """
+    if numbers.dtype == np.uint8:
+        return numbers
+    scaled = numbers.astype(np.float64)
+    finite = np.isfinite(scaled)
+    if not finite.any():
+        raise ValueError("every pixel is NaN or infinite")
+    low, high = float(scaled[finite].min()), float(scaled[finite].max())
+    scaled = np.nan_to_num(scaled, nan=low, posinf=high, neginf=low)
+    usual = _FLOAT_WHITES if numbers.dtype.kind == "f" else _INTEGER_WHITES
+    black, white = _range_of(low, high, usual) if white is None else (0.0, white)
+    scaled = (scaled - black) * (255.0 / (white - black))
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def _range_of(low: float, high: float, whites: tuple[float, ...]) -> tuple[float, float]:
+    """The numbers that mean black and white."""
+    for white in whites:
+        if low >= 0 and high <= white:
+            return 0.0, white
+    return low, high if high > low else low + 1.0  # a constant picture turns black
