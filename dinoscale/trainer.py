@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve
+from dinoscale.cores import cores_at_hand
 from dinoscale.data.sources import Source, open_source
 from dinoscale.distributed import Process
 from dinoscale.engine.build import build_pair
@@ -126,7 +126,7 @@ def _announce(
         config.engine.precision,
         teacher.num_bytes() / 1e6,
     )
-    cores = os.cpu_count() or 1
+    cores = cores_at_hand()
     workers = config.data.num_workers * process.local_world_size
     if workers > cores:
         log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)
