@@ -31,7 +31,7 @@ def main() -> None:
     except BrokenPipeError:  # `dinoscale presets | head`
         os._exit(0)
     except KeyboardInterrupt:
-        _end("interrupted; a run goes on from its last checkpoint when started again", 130)
+        _end("interrupted; started again, it goes on from what is saved", 130)
     except Exception:
         _end(traceback.format_exc() + "error: dinoscale failed; this is a bug", 1)
 

@@ -5,7 +5,6 @@ second; those of what data workers do are of one core.
 """
 
 import contextlib
-import itertools
 import math
 import statistics
 import sys
@@ -22,10 +21,11 @@ from dinoscale.cores import cores_at_hand
 from dinoscale.data.augment import MultiCrop
 from dinoscale.data.decode import BadSampleError, Picture
 from dinoscale.data.loader import Batch, train_batches
-from dinoscale.data.sources import Source, open_source
+from dinoscale.data.sources import Source
+from dinoscale.data.stream import StreamSource
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import find_device
-from dinoscale.feed import finish_batch, multi_crop_of
+from dinoscale.feed import finish_batch, multi_crop_of, open_images
 
 _MAX_STEPS = 2**31  # the loader ends when the time is over
 _AHEAD = 2  # batches that each worker has prepared before the clock starts
@@ -70,14 +70,12 @@ def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) ->
         ConfigError: no images are named, or a number is out of range.
         DataError: the images cannot be opened, or ten in a row cannot be read.
     """
-    if config.data.train is None:
-        raise ConfigError("data.train: give the images, for example data.train=/path/to/folder")
     if not (0 < gpu_images_per_s < math.inf and 0 < seconds <= 3600):
         raise ConfigError(
             "need --gpu-images-per-s > 0 and --seconds > 0, at most 3600; got"
             f" {gpu_images_per_s} and {seconds}"
         )
-    source = open_source(config.data.train)
+    source = open_images(config)
     size = min(split_batch(config.train, world_size=1).micro_batch_size, len(source))
     device, cores = find_device(None), cores_at_hand()
     rates = _measure(config, source, device, size=size, seconds=seconds)
@@ -105,12 +103,12 @@ def _measure(
     config: RunConfig, source: Source, device: torch.device, *, size: int, seconds: float
 ) -> Rates:
     multi_crop = multi_crop_of(config)
-    some = _decoded(source, count=size, seed=config.seed)
+    order = _order(source, seed=config.seed)
+    some = _decoded(source, order, count=size)
     batches = _batches(config, source, multi_crop, size=size, num_workers=0, pin=False)
     batch = next(batches)
-    seeds = itertools.count(config.seed + 1)
     parts: dict[str, Callable[[], object]] = {
-        "read_decode": lambda: _decoded(source, count=size, seed=next(seeds)),
+        "read_decode": lambda: _decoded(source, order, count=size),
         "crops": lambda: _cut(multi_crop, some),
         "worker": lambda: next(batches),
     }
@@ -125,16 +123,26 @@ def _measure(
     return Rates(transfer=rates.pop("transfer", None), loader=loader, **rates)
 
 
-def _decoded(source: Source, *, count: int, seed: int) -> list[Picture]:
-    """Random pictures with their pixels.
+def _order(source: Source, *, seed: int) -> Iterator[int]:
+    """Numbers of images without end: at random, of a stream from its front."""
+    rng = np.random.default_rng(seed)
+    while True:
+        if isinstance(source, StreamSource):
+            yield from range(len(source))
+        else:
+            yield int(rng.integers(len(source)))
+
+
+def _decoded(source: Source, order: Iterator[int], *, count: int) -> list[Picture]:
+    """The next pictures that can be read, with their pixels.
 
     Raises:
         DataError: ten times as many cannot be read.
     """
-    rng, pictures = np.random.default_rng(seed), list[Picture]()
+    pictures: list[Picture] = []
     for _ in range(_TRIES * count):
         with contextlib.suppress(BadSampleError):
-            picture = source.picture(int(rng.integers(len(source))))
+            picture = source.picture(next(order))
             pictures.append(Picture.of(picture.pixels(), picture.path))
         if len(pictures) == count:
             return pictures
@@ -168,6 +176,7 @@ def _batches(
         start_step=0,
         stop_step=_MAX_STEPS,
         num_workers=num_workers,
+        lanes=config.data.lanes,
         pin_memory=pin,
     )
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.command import add_commands as add_data_commands
+
 _EPILOG = """examples:
   dinoscale train vit_s16 data.train=/data/images run_dir=runs/first
   deepspeed --module dinoscale train vit_s16 data.train='/data/train-{000..099}.tar'
@@ -15,6 +17,7 @@ _EPILOG = """examples:
   deepspeed --module dinoscale doctor vit_s16 data.train=/data/images run_dir=runs/first
   dinoscale config vit_b16 train.batch_size=512 --world-size 8
   dinoscale export runs/first weights.safetensors
+  dinoscale data build-shards /data/images shards/
   dinoscale evaluate knn weights.safetensors --train /data/train --test /data/val
 
 exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
@@ -45,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     _add_planning(commands)
     _add_results(commands)
+    add_data_commands(commands)
     quickstart = commands.add_parser(
         "quickstart",
         help="learn a drawn image set on two processes of this machine, in minutes",
@@ -281,11 +285,12 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
 
     config = load_config(options.config, options.overrides)
     plan = None
-    if config.data.train is not None:
-        from dinoscale.data.sources import open_source
+    if config.data.sources:
+        from dinoscale.data.mixture import open_sources, source_sizes
 
-        images = len(open_source(config.data.train))
-        plan = resolve(config, world_size=options.world_size, num_images=images)
+        specs = [part.source for part in config.data.sources]
+        sizes = source_sizes(open_sources(specs, manifest=config.data.manifest))
+        plan = resolve(config, world_size=options.world_size, num_images=sizes)
     if options.json:
         return describe(config, plan)
     print(describe_text(config, plan), end="")

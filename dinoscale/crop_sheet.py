@@ -32,9 +32,10 @@ from dinoscale.data.crop_params import (
 )
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.loader import Batch
-from dinoscale.data.sources import Source, open_source
+from dinoscale.data.sources import Source
+from dinoscale.data.stream import StreamSource
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.feed import finish_batch, multi_crop_of
+from dinoscale.feed import finish_batch, multi_crop_of, open_images
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Row:
 
 
 def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> dict[str, Any]:
-    """Draw the crops of some images of data.train, spread over the set, into a PNG.
+    """Draw the crops of some images of data.train, spread over it, into a PNG.
 
     Args:
         config: of the run; its seed gives the crops.
@@ -79,14 +80,12 @@ def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> 
         ConfigError: no images are named, or a number is out of range.
         DataError: none of the chosen images can be read, or the PNG cannot be written.
     """
-    if config.data.train is None:
-        raise ConfigError("data.train: give the images, for example data.train=/path/to/folder")
     if num_images < 1 or not 0 <= epoch < 2**32:
         raise ConfigError(f"need --images >= 1 and --epoch >= 0, got {num_images} and {epoch}")
-    source = open_source(config.data.train)
+    source = open_images(config)
     rows = list(_rows(config, source, num_images=min(num_images, len(source)), epoch=epoch))
     if not rows:
-        raise DataError(f"{config.data.train}: none of the chosen images can be read")
+        raise DataError(f"data.train: none of {num_images} chosen images can be read")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _figure(rows).savefig(out, format="png")
@@ -97,8 +96,10 @@ def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> 
 
 def _rows(config: RunConfig, source: Source, *, num_images: int, epoch: int) -> Iterator[Row]:
     multi_crop = multi_crop_of(config)
+    # A stream is read from the front: images further on would cost all those before them.
+    stride = 1 if isinstance(source, StreamSource) else len(source) / num_images
     for place in range(num_images):
-        sample = place * len(source) // num_images
+        sample = int(place * stride)
         try:
             yield _row(config, source, multi_crop, sample=sample, epoch=epoch)
         except BadSampleError as error:

@@ -12,12 +12,30 @@ from dinoscale.data.augment import NUM_GLOBAL, MultiCrop
 from dinoscale.data.colors import finish_crops
 from dinoscale.data.crop_params import Params
 from dinoscale.data.loader import Batch, train_batches
+from dinoscale.data.mixture import open_sources
 from dinoscale.data.sources import Source
 from dinoscale.distributed import Process
 from dinoscale.engine.depth_noise import depth_uniforms
 from dinoscale.engine.step import MicroBatch
+from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import normalize_images
 from dinoscale.models.vit import stochastic_depth_keep
+
+
+def open_images(config: RunConfig) -> Source:
+    """The images of data.train.
+
+    Raises:
+        ConfigError: none are named.
+        DataError: they cannot be opened.
+    """
+    if not config.data.sources:
+        raise ConfigError("data.train: give the images, for example data.train=/path/to/folder")
+    return open_sources(
+        [part.source for part in config.data.sources],
+        manifest=config.data.manifest,
+        shuffle_buffer=config.data.shuffle_buffer,
+    )
 
 
 def multi_crop_of(config: RunConfig) -> MultiCrop:
@@ -81,6 +99,8 @@ class Feed:
             start_step=first + offset,
             stop_step=plan.stop_step + offset,
             num_workers=config.data.num_workers,
+            quotas=plan.quotas,
+            lanes=config.data.lanes,
             pin_memory=self._process.device.type == "cuda",
         )
         for _ in range(first, plan.stop_step):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dinoscale.checkpoint.retention import clear_leftovers
 from dinoscale.checkpoint.save import shared_tensors
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
+from dinoscale.data.remote import is_remote
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import CheckpointError, ConfigError
@@ -68,15 +70,22 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
     """Refuse what would shift the position in data and schedules; name other changes.
 
     Raises:
-        ConfigError: the seed, the images per step or the number of images differ.
+        ConfigError: the seed, the images per step or the number of images drawn differ.
     """
     saved_config, saved_plan = checkpoint.state["config"], checkpoint.state["plan"]
     pairs = {
         "seed": (saved_config.get("seed"), config.seed),
         "train.batch_size": (saved_plan.get("batch_size"), plan.batch_size),
         "the number of images in data.train": (saved_plan.get("num_images"), plan.num_images),
+        "the number of images of each source": (saved_plan.get("source_sizes"), plan.source_sizes),
+        "the number drawn from each source an epoch": (saved_plan.get("quotas"), plan.quotas),
     }
+    streamed = _order_of_stream(saved_config, saved_plan)
+    streamed_now = _order_of_stream(config.model_dump(mode="json"), asdict(plan))
+    for name in {**streamed, **streamed_now}:
+        pairs[name] = streamed.get(name), streamed_now.get(name)
     for name, (then, now) in pairs.items():
+        now = list(now) if isinstance(now, tuple) else now  # as JSON has it
         if then != now:
             raise ConfigError(
                 f"{name} was {then} when {checkpoint.path} was saved and is {now} now; the order of"
@@ -94,6 +103,19 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
     changes += [f"{name} {then} -> {now}" for name, (then, now) in of_libraries.items()]
     if changes:
         log.warning("changed since %s: %s", checkpoint.path.name, ", ".join(changes))
+
+
+def _order_of_stream(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """What else the order of streamed shards depends on; empty for other images."""
+    train = config["data"]["train"]
+    specs = [train] if isinstance(train, str) else [part["source"] for part in train or ()]
+    if not any(is_remote(spec) for spec in specs):
+        return {}
+    return {
+        "the size of a micro-batch": plan["micro_batch_size"],
+        "data.lanes": config["data"].get("lanes"),
+        "data.shuffle_buffer": config["data"].get("shuffle_buffer"),
+    }
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

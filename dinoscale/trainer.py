@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve
 from dinoscale.cores import cores_at_hand
-from dinoscale.data.sources import Source, open_source
+from dinoscale.data.mixture import source_sizes
+from dinoscale.data.sources import Source
 from dinoscale.distributed import Process
 from dinoscale.engine.build import build_pair
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import (
     ConfigError,
+    DataError,
     LostPeerError,
     RunFailedError,
 )
+from dinoscale.feed import open_images
 from dinoscale.hooks.probe import Probe
 from dinoscale.loop import Run
 from dinoscale.preemption import StopRequest
@@ -31,6 +35,7 @@ from dinoscale.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 _ENDING_LAUNCHERS = ("torchrun", "deepspeed")  # their death would leave their ranks running
+_NAMES_COMPARED = 100  # of images, between ranks
 
 
 def train(config: RunConfig, process: Process) -> dict[str, Any]:
@@ -42,8 +47,6 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     Raises:
         DinoscaleError: on every rank.
     """
-    if config.data.train is None:
-        raise ConfigError("data.train: give the images, for example data.train=/path/to/folder")
     stop = StopRequest()
     watchdog = Watchdog(
         timeout_s=config.train.hang_timeout_s,
@@ -53,8 +56,9 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)
     try:
-        source = distributed.together(lambda: open_source(str(config.data.train)))
-        plan = resolve(config, world_size=process.world_size, num_images=len(source))
+        source = distributed.together(lambda: open_images(config))
+        require_same_images(source)
+        plan = resolve(config, world_size=process.world_size, num_images=source_sizes(source))
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
             return _build(config, plan, process, source, stop, watchdog).to_the_end()
     except LostPeerError as error:
@@ -64,6 +68,26 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         raise
     finally:
         watchdog.close()
+
+
+def require_same_images(source: Source) -> None:
+    """Refuse to train when ranks found other images, as in a folder that is being filled.
+
+    They would take different numbers of steps, and wait for each other at the end.
+
+    Raises:
+        DataError: on every rank; the number of images, or one of a hundred names, differs.
+    """
+    stride = max(1, len(source) // _NAMES_COMPARED)
+    names = [os.path.basename(source.path(i)) for i in range(0, len(source), stride)]
+    first, *others = distributed.gather_objects((len(source), names))
+    for rank, (count, found) in enumerate(others, start=1):
+        if (count, found) != first:
+            others_too = "" if count != first[0] else ", but others"
+            raise DataError(
+                f"data.train: rank 0 found {first[0]} images and rank {rank} {count}{others_too}."
+                " Train on a set that does not change and is the same on every machine."
+            )
 
 
 def _build(
@@ -109,7 +133,7 @@ def _announce(
     parameters = sum(math.prod(shape) for shape in student.shapes.values())
     log.info(
         "%s: %d images, %d epochs of %d steps; step = %d images = %d ranks x %d x %d micro-batches",
-        config.data.train,
+        config.data.sources_text,
         plan.num_images,
         config.train.epochs,
         plan.steps_per_epoch,

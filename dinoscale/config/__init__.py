@@ -13,19 +13,17 @@ from dinoscale.config.resolve import (
 )
 from dinoscale.config.schema import (
     AugmentConfig,
-    CheckpointConfig,
     CropsConfig,
     DataConfig,
     DinoConfig,
     EngineConfig,
-    EvalConfig,
     HeadConfig,
-    LogConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
 )
+from dinoscale.config.watching import CheckpointConfig, EvalConfig, LogConfig
 
 __all__ = [
     "AugmentConfig",

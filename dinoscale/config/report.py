@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from dinoscale.config.mixture import MIXTURE, ONE_SOURCE, WeightedSource
 from dinoscale.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ def sentences(errors: Sequence["ErrorDetails"]) -> list[tuple[str, str]]:
 
 
 def _translate(error: "ErrorDetails") -> list[tuple[str, str]]:
-    kind, names = error["type"], [str(part) for part in error["loc"] if isinstance(part, str)]
+    place = [part for part in error["loc"] if part not in (ONE_SOURCE, MIXTURE)]
+    kind, names = error["type"], [str(part) for part in place if isinstance(part, str)]
+    if MIXTURE in error["loc"] and len(place) > len(names):
+        return [_about_mixture(error, place)]
     key = ".".join(names)
     if kind == "value_error":
         text = str(error["ctx"]["error"])
@@ -80,6 +84,22 @@ def _translate(error: "ErrorDetails") -> list[tuple[str, str]]:
         ]
     item = next((f"item {part + 1} of the list " for part in error["loc"] if part in (0, 1, 2)), "")
     return [(key, f"{key}: {item}needs {_needs(error)}, got {show(error['input'])}")]
+
+
+def _about_mixture(error: "ErrorDetails", place: Sequence[int | str]) -> tuple[str, str]:
+    """A mistake in one source of a mixture, at (section, key, number[, name])."""
+    section, name, number, *rest = place
+    known = list(WeightedSource.model_fields)
+    if not rest:
+        what = f"needs a mapping of {' and '.join(known)}, got {show(error['input'])}"
+    elif error["type"] == "extra_forbidden":
+        what = f"unknown key {rest[0]!r}; known are {', '.join(known)}"
+    elif error["type"] == "missing":
+        what = f"{rest[0]} is missing"
+    else:
+        what = f"{rest[0]} needs {_needs(error)}, got {show(error['input'])}"
+    key = f"{section}.{name}"
+    return key, f"{key}: item {int(number) + 1} of the list: {what}"
 
 
 def _needs(error: "ErrorDetails") -> str:

@@ -1,11 +1,15 @@
 """What a configuration means for a number of ranks and images: batch split, steps, learning rate.
 
 An epoch drops the images that do not fill a last batch, as in Caron et al. 2021
-(arXiv:2104.14294). Recipes count epochs, the trainer counts optimizer steps; the change from one
-to the other happens here and nowhere else.
+(arXiv:2104.14294). Of a mixture it draws each source's share, by largest remainders. Recipes count
+epochs, the trainer counts optimizer steps; the change from one to the other happens here and
+nowhere else.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 
 from dinoscale.config.backbones import (
     RESNET50,
@@ -50,6 +54,8 @@ class RunPlan:
         micro_batch_size: images of one rank in one forward and backward pass.
         accumulation_steps: such passes per optimizer step.
         num_images: images in the training set.
+        source_sizes: images of each source that it is mixed from; of one source, num_images.
+        quotas: draws from each source in an epoch.
         steps_per_epoch: optimizer steps per epoch.
         total_steps: optimizer steps that the schedules span.
         stop_step: optimizer steps after which the run ends, at most total_steps.
@@ -65,6 +71,8 @@ class RunPlan:
     micro_batch_size: int
     accumulation_steps: int
     num_images: int
+    source_sizes: tuple[int, ...]
+    quotas: tuple[int, ...]
     steps_per_epoch: int
     total_steps: int
     stop_step: int
@@ -87,25 +95,26 @@ class ParameterCounts:
     head: int | None
 
 
-def resolve(config: RunConfig, *, world_size: int, num_images: int) -> RunPlan:
+def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[int]) -> RunPlan:
     """Work out the run for a number of ranks and images.
 
     Args:
         config: the configuration.
         world_size: number of ranks, at least 1.
-        num_images: images in the training set.
+        num_images: images in the training set; of a mixture, those of each source.
 
     Returns:
         The plan.
 
     Raises:
-        ConfigError: the batch cannot be split over the ranks, or there is less than one batch.
+        ConfigError: the batch cannot be split over the ranks, there is less than one batch, or a
+            source of a mixture is drawn less than once an epoch.
     """
     split = split_batch(config.train, world_size=world_size)
+    sizes = (num_images,) if isinstance(num_images, int) else tuple(num_images)
+    quotas = _quotas(config, sizes, world_size=world_size)
     batch_size = config.train.batch_size
-    steps_per_epoch = num_images // batch_size
-    if steps_per_epoch == 0:
-        raise ConfigError(_too_few_images(num_images, batch_size, world_size))
+    steps_per_epoch = sum(quotas) // batch_size
     total_steps = config.train.epochs * steps_per_epoch
     stop_after = config.train.stop_after_steps
     return RunPlan(
@@ -114,7 +123,9 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int) -> RunPlan:
         images_per_rank=split.images_per_rank,
         micro_batch_size=split.micro_batch_size,
         accumulation_steps=split.accumulation_steps,
-        num_images=num_images,
+        num_images=sum(sizes),
+        source_sizes=sizes,
+        quotas=quotas,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         stop_step=total_steps if stop_after is None else min(stop_after, total_steps),
@@ -123,6 +134,43 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int) -> RunPlan:
         peak_lr=config.peak_lr,
         min_lr=config.optim.min_lr,
     )
+
+
+def _quotas(config: RunConfig, sizes: tuple[int, ...], *, world_size: int) -> tuple[int, ...]:
+    """Draws from each source in an epoch, in whole steps unless an epoch is one permutation."""
+    batch_size, data = config.train.batch_size, config.data
+    for source, size in zip(data.sources, sizes, strict=False):
+        if size == 0:
+            raise ConfigError(f"data.train: {source.source} has no images")
+    wanted = data.images_per_epoch
+    images = (sum(sizes) if wanted is None else wanted) // batch_size * batch_size
+    if images == 0 and wanted is not None:
+        raise ConfigError(
+            f"data.images_per_epoch: {wanted} images do not fill one batch of {batch_size} "
+            "(train.batch_size)"
+        )
+    if images == 0:
+        raise ConfigError(_too_few_images(sum(sizes), batch_size, world_size))
+    if len(sizes) == 1:
+        return sizes if wanted is None else (images,)
+    quotas = _shares(images, [Fraction(part.weight) for part in data.sources])
+    for part, quota in zip(data.sources, quotas, strict=True):
+        if quota == 0:
+            raise ConfigError(
+                f"data.train: of {images} images an epoch, none would come from {part.source} "
+                f"(weight {part.weight:g}); raise its weight or data.images_per_epoch"
+            )
+    return quotas
+
+
+def _shares(images: int, weights: Sequence[Fraction]) -> tuple[int, ...]:
+    """Split a number by weights: rounded down, the rest to the largest remainders."""
+    exact = [images * weight / sum(weights) for weight in weights]
+    shares = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
+    for i in by_remainder[: images - sum(shares)]:
+        shares[i] += 1
+    return tuple(shares)
 
 
 def _too_few_images(num_images: int, batch_size: int, world_size: int) -> str:

@@ -7,35 +7,25 @@ ranks or images in `resolve`.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dinoscale.config.backbones import RESNET50, named_patch_size, named_vit_size
-
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-PositiveOrZero = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Momentum = Annotated[float, Field(gt=0, le=1)]
-# strict=False lets a YAML list become a tuple; its items stay strict.
-Pair = Annotated[tuple[float, float], Field(strict=False)]
-ThreeFractions = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
-ThreePositive = Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
-
-
-class Section(BaseModel):
-    """What all sections share: no editing, no unknown keys, no '2' for 2, no infinity."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        protected_namespaces=(),
-    )
+from dinoscale.config.fields import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Momentum,
+    Pair,
+    Positive,
+    PositiveOrZero,
+    Section,
+    ThreeFractions,
+    ThreePositive,
+)
+from dinoscale.config.mixture import TrainingImages, WeightedSource
+from dinoscale.config.watching import CheckpointConfig, EvalConfig, LogConfig
 
 
 class ModelConfig(Section):
@@ -285,10 +275,31 @@ class TrainConfig(Section):
 class DataConfig(Section):
     """The training images."""
 
-    train: str | None = Field(
+    train: TrainingImages | None = Field(
+        default=None,
+        description="Images to train on: a folder, shards, 'synthetic:...', or a mixture of them, "
+        "[{source: ..., weight: ...}, ...]; or shards to stream, https:, s3:, gs:, hdfs:, pipe:.",
+    )
+    images_per_epoch: Count | None = Field(
+        default=None,
+        description="Images drawn in an epoch, rounded down to whole steps; null: as many as there "
+        "are. All images of a source are drawn equally often, whatever the number. [D].",
+    )
+    manifest: str | None = Field(
         default=None,
         min_length=1,
-        description="Images to train on: a folder, shards, or 'synthetic:...'.",
+        description="Where the images in each streamed shard are counted, a path or URL; null: in "
+        "manifest.json beside the shards.",
+    )
+    lanes: Count = Field(
+        default=8,
+        description="Streamed shards: places read at the same time, for each micro-batch of a step "
+        "over all ranks. A multiple of num_workers keeps all workers busy. [D].",
+    )
+    shuffle_buffer: Count = Field(
+        default=512,
+        description="Streamed shards: most neighbouring images held to permute them, as files, for "
+        "each of lanes x micro-batches of a step. [D].",
     )
     num_workers: CountOrZero = Field(
         default=8,
@@ -310,6 +321,30 @@ class DataConfig(Section):
     std: ThreePositive = Field(
         default=(0.229, 0.224, 0.225), description="Their standard deviation. Source: [C]."
     )
+
+    @field_validator("train")
+    @classmethod
+    def _mixture_of_something(cls, train: TrainingImages | None) -> TrainingImages | None:
+        if train == ():
+            raise ValueError("a mixture of nothing; name a source, or null for none")
+        return train
+
+    @property
+    def sources(self) -> tuple[WeightedSource, ...]:
+        """What `train` names, as a mixture of one where it is plain text; empty where it is null.
+
+        Sources of a mixture keep their order: the numbers of the images depend on it.
+        """
+        if self.train is None:
+            return ()
+        return (WeightedSource(source=self.train),) if isinstance(self.train, str) else self.train
+
+    @property
+    def sources_text(self) -> str:
+        """The same in words."""
+        if len(self.sources) == 1:
+            return self.sources[0].source
+        return " + ".join(f"{part.weight:g} x {part.source}" for part in self.sources)
 
 
 class EngineConfig(Section):
@@ -339,65 +374,6 @@ class EngineConfig(Section):
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer: needs engine.zero_stage 1, 2 or 3, got 0")
         return self
-
-
-class EvalConfig(Section):
-    """Online k-NN accuracy on labelled images; off while `train` and `test` are null."""
-
-    train: str | None = Field(
-        default=None, min_length=1, description="Labelled images of the neighbours."
-    )
-    test: str | None = Field(default=None, min_length=1, description="Labelled images to classify.")
-    every_epochs: Count = Field(
-        default=1, description="Epochs between two evaluations. Source: [D]."
-    )
-    resize: Count = Field(
-        default=256, description="Shorter side after resizing, in pixels. Source: [C]."
-    )
-    crop: Count = Field(default=224, description="Side of the centre crop in pixels. Source: [C].")
-    k: Count = Field(default=20, description="Neighbours that vote. Source: [P] section 3.2.")
-    batch_size: Count = Field(
-        default=64, description="Images per rank in one forward pass. Source: [D]."
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "EvalConfig":
-        if (self.train is None) != (self.test is None):
-            given, other = ("train", "test") if self.test is None else ("test", "train")
-            raise ValueError(f"{other}: missing; eval.{given} is set, and k-NN needs both")
-        if self.resize < self.crop:
-            raise ValueError(
-                f"resize: {self.resize} px is smaller than the {self.crop} px cut from it "
-                "(eval.crop)"
-            )
-        return self
-
-
-class LogConfig(Section):
-    """Where the numbers go. Source: [D]."""
-
-    every_steps: Count = Field(default=10, description="Optimizer steps between two log lines.")
-    wandb: bool = Field(
-        default=True,
-        description="Also log to Weights & Biases; mode from WANDB_MODE, else offline.",
-    )
-    wandb_project: str = Field(default="dinoscale", min_length=1, description="Its project.")
-
-
-class CheckpointConfig(Section):
-    """When checkpoints are written and which stay. Source: [D]."""
-
-    every_epochs: Count = Field(default=1, description="Epochs between two checkpoints.")
-    every_steps: Count | None = Field(
-        default=None, description="Also save after every so many optimizer steps; null does not."
-    )
-    keep_last: Count = Field(default=2, description="Newest checkpoints that stay.")
-    keep_every: Count | None = Field(
-        default=None, description="Those at multiples of this many epochs stay too; null: none."
-    )
-    keep_best: bool = Field(
-        default=True, description="The one with the highest online k-NN accuracy stays too."
-    )
 
 
 class RunConfig(Section):

@@ -188,11 +188,13 @@ def cut_crops(
 def _resized(pixels: NDArray[np.uint8], box: NDArray[np.int32], size: int) -> NDArray[np.uint8]:
     """Torch's 8-bit kernel is several times as fast as Pillow's, and does the same."""
     top, left, height, width = box.tolist()
-    cut = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
+    cut = torch.from_numpy(pixels[None, top : top + height, left : left + width].copy())
+    # The strides must be those of channels-last memory, or the kernel packs and unpacks planes.
     resized = F.interpolate(
-        cut.permute(2, 0, 1)[None], size=(size, size), mode="bicubic", antialias=True
+        cut.permute(0, 3, 1, 2), size=(size, size), mode="bicubic", antialias=True
     )
-    return resized[0].permute(1, 2, 0).numpy()
+    crop: NDArray[np.uint8] = resized.permute(0, 2, 3, 1).numpy()[0]
+    return crop
 
 
 def to_image(pixels: NDArray[np.uint8]) -> Image.Image:

@@ -25,14 +25,14 @@ class BadSample:
         error: one line.
         sample_id: its number in the source.
         replaced_by: number of the image that was used instead.
-        epoch: in which it was met, from 0.
+        repeat: how often the image was drawn before: the epoch, where each draws it once.
     """
 
     path: str
     error: str
     sample_id: int
     replaced_by: int
-    epoch: int
+    repeat: int
 
 
 class BadSampleLog:

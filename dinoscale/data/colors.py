@@ -6,6 +6,8 @@ drawn by the workers and is known without asking the device.
 Shape letters: M crops, C channels, H rows and columns of a crop.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from dinoscale.data.crop_params import (
     BRIGHTNESS,
@@ -24,9 +27,12 @@ from dinoscale.data.crop_params import (
     Params,
 )
 
+log = logging.getLogger(__name__)
+
 # Crops of one pass over memory: on a CPU they should stay in the cache from step to step.
 _PASS_BYTES = {"cpu": 2**21}
 _DEVICE_PASS_BYTES = 2**29
+_COMPILED_ON = {"cuda"}  # a compiler for the CPU may not be there, and takes a minute
 
 _LUMA = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)  # ITU-R 601-2, as Pillow rounds it
 _BLUR_PASSES = 3  # box blurs that make up Pillow's Gaussian
@@ -114,11 +120,27 @@ def _change(pixels: Tensor, params: Params) -> None:
         first, last = int(step.rows[0]), int(step.rows[-1])
         together = last - first == len(step.rows) - 1
         some = pixels[first : last + 1] if together else pixels.index_select(0, rows)
-        changed = step.change(some, values[:, None, None, None])
+        changed = _run(step.change, some, values[:, None, None, None])
         if not together:
             pixels.index_copy_(0, rows, changed)
         elif changed is not some:
             some.copy_(changed)
+
+
+def _run(change: _Change, pixels: Tensor, values: Tensor) -> Tensor:
+    """Do a step; on a GPU the pointwise ones are compiled to one or two kernels each."""
+    if pixels.device.type in _COMPILED_ON and change in _POINTWISE:
+        try:
+            return _compiled(change)(pixels, values)
+        except TorchDynamoException as error:  # before anything has run
+            log.warning("colours are not compiled, which costs time only: %s", error)
+            _POINTWISE.clear()
+    return change(pixels, values)
+
+
+@functools.cache
+def _compiled(change: _Change) -> _Change:
+    return torch.compile(change, dynamic=True)  # the number of crops differs from step to step
 
 
 def _on(device: torch.device, numbers: NDArray[np.generic]) -> Tensor:
@@ -312,3 +334,6 @@ def solarize(pixels: Tensor, threshold: Tensor) -> Tensor:
     """Invert the values from the threshold (M, 1, 1, 1) on (ImageOps.solarize)."""
     inverted = (pixels - threshold).add_(1).clamp_(0, 1)  # 1 where it is, for whole numbers
     return pixels.addcmul_(inverted, 255 - 2 * pixels)
+
+
+_POINTWISE: set[_Change] = {*_JITTER.values(), solarize}

@@ -1,115 +1,29 @@
-"""A folder of images, flat or nested: every file counts unless its name says it is no image."""
+"""Images as files of their own: those of a folder, or those that a list names."""
 
 import logging
 import os
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
-from dinoscale.data.names import PackedNames
+from dinoscale.data.decode import RGB, Decoder, Picture
+from dinoscale.data.files import read_image_file, write_names
+from dinoscale.data.listing import Listing, list_folder
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# Files and folders that file managers, notebooks and version control leave behind.
-_JUNK_FOLDERS = {".git", ".ipynb_checkpoints", ".svn", "@eadir", "__macosx"}
-_JUNK_FILES = {".ds_store", ".gitattributes", ".gitignore", ".gitkeep", "desktop.ini", "thumbs.db"}
-# Unknown or missing extensions are tried: pictures named by a hash have none.
-_NOT_IMAGE_EXTENSIONS = {
-    ".7z", ".avi", ".bin", ".bz2", ".ckpt", ".cls", ".csv", ".db", ".gz", ".h5", ".htm",
-    ".html", ".idx", ".ini", ".ipynb", ".json", ".jsonl", ".lmdb", ".lock", ".log", ".md",
-    ".md5", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".parquet", ".pdf", ".pkl", ".pt", ".pth",
-    ".py", ".rar", ".rst", ".safetensors", ".sh", ".sha256", ".sqlite", ".tar", ".tbz2",
-    ".tfrecord", ".tgz", ".toml", ".tsv", ".txt", ".txz", ".wav", ".xml", ".xz", ".yaml",
-    ".yml", ".zip", ".zst",
-}  # fmt: skip
-
-
-@dataclass
-class Listing:
-    """What lies below a folder, as paths relative to it with `/`, each list sorted by bytes.
-
-    Attributes:
-        images: files that are taken for images.
-        others: files that are not, by their names.
-        dangling: links that lead nowhere.
-        loops: links to a folder that contains them.
-    """
-
-    images: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    dangling: list[str] = field(default_factory=list)
-    loops: list[str] = field(default_factory=list)
-
-    def sort(self) -> None:
-        """The same order on every machine, whatever its file system and locale."""
-        for names in (self.images, self.others, self.dangling, self.loops):
-            names.sort(key=os.fsencode)
-
-
-def list_folder(root: str) -> Listing:
-    """List all files below `root`, following links to files and folders.
-
-    Raises:
-        DataError: a folder cannot be read.
-    """
-    listing = Listing()
-    # Relative folder ending in "/", and the identities of the folders from the root down to it.
-    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", (_identity(root),))]
-    while pending:
-        prefix, above = pending.pop()
-        for entry in _entries(root, prefix):
-            name = prefix + entry.name
-            if not _exists(entry):
-                listing.dangling.append(name)
-            elif entry.is_dir():
-                if entry.name.lower() in _JUNK_FOLDERS:
-                    continue
-                identity = _identity(entry.path)
-                if identity in above:
-                    listing.loops.append(name)
-                else:
-                    pending.append((name + "/", (*above, identity)))
-            elif entry.is_file():  # not a pipe, socket or device
-                (listing.images if _may_be_image(entry.name) else listing.others).append(name)
-    listing.sort()
-    return listing
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _entries(root: str, prefix: str) -> list[os.DirEntry[str]]:
-    path = os.path.join(root, prefix)
-    try:
-        with os.scandir(path) as entries:
-            return list(entries)
-    except OSError as error:
-        raise DataError(
-            f"cannot list the folder {path}: {error.strerror}. Make it readable for this user."
-        ) from error
-
-
-def _exists(entry: os.DirEntry[str]) -> bool:
-    return not entry.is_symlink() or os.path.exists(entry.path)
-
-
-def _may_be_image(name: str) -> bool:
-    lower = name.lower()
-    return lower not in _JUNK_FILES and os.path.splitext(lower)[1] not in _NOT_IMAGE_EXTENSIONS
+_MAX_PATH_BYTES = 4096  # Linux opens no longer one
+_FIRST_LOOKED_AT = 100  # entries of a list, of which one at least must be there
 
 
 class FolderSource:
     """Images of a folder and all its subfolders, in the byte order of their relative paths.
 
-    Where every image lies in a subfolder, the first-level subfolder is its class.
+    The folder is listed anew whenever it is opened; the names wait in a temporary file, not in
+    memory. Where every image lies in a subfolder, the first-level subfolder is its class.
 
     Args:
         root: the folder.
@@ -126,17 +40,32 @@ class FolderSource:
         if not os.path.isdir(self._root):
             raise DataError(f"{root} is not a folder. Name the folder that holds the images.")
         listing = listing or list_folder(self._root)
-        if not listing.images:
+        if not len(listing.images):
             raise DataError(_no_images(root, listing))
         _report(root, listing)
-        self._names = PackedNames(listing.images)
+        self._names = listing.images
 
     def __len__(self) -> int:
         return len(self._names)
 
     def path(self, index: int) -> str:
         """Absolute path of an image."""
-        return os.path.join(self._root, self._names[index])
+        return os.path.join(self._root, self._names.name(index))
+
+    def size(self, index: int) -> int:
+        """Bytes of an image's file, 0 where they cannot be told."""
+        try:
+            return os.stat(self.path(index)).st_size
+        except OSError:
+            return 0
+
+    def data(self, index: int) -> bytes:
+        """The file of an image as it is.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        return read_image_file(self.path(index))
 
     def picture(self, index: int) -> Picture:
         """Read an image.
@@ -144,12 +73,7 @@ class FolderSource:
         Raises:
             BadSampleError: it cannot be read or decoded.
         """
-        path = self.path(index)
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise BadSampleError(path, f"cannot be read: {error.strerror}") from None
-        return self._decoder.open(data, path)
+        return self._decoder.open(self.data(index), self.path(index))
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -163,39 +87,116 @@ class FolderSource:
 
     @cached_property
     def _classes(self) -> tuple[NDArray[np.int64] | None, list[str] | None]:
-        folders = [self._names[i].partition("/") for i in range(len(self))]
-        if not all(slash for _, slash, _ in folders):
-            return None, None
-        names = sorted({folder for folder, _, _ in folders}, key=os.fsencode)
+        met: dict[str, int] = {}  # folder -> its number in the order of the images
+        labels = np.empty(len(self), dtype=np.int64)
+        for index, (name, _) in enumerate(self._names.rows(0, len(self))):
+            folder, slash, _ = name.partition("/")
+            if not slash:
+                return None, None
+            labels[index] = met.setdefault(folder, len(met))
+        names = sorted(met, key=os.fsencode)
         number = {name: i for i, name in enumerate(names)}
-        labels = np.array([number[folder] for folder, _, _ in folders], dtype=np.int64)
-        return labels, names
+        return np.array([number[name] for name in met])[labels], names
 
 
 def _no_images(root: str, listing: Listing) -> str:
+    left_out = listing.left_out
     text = f"no images in the folder {root}"
-    if listing.others:
-        kinds = Counter(os.path.splitext(name)[1] or name for name in listing.others)
-        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-        text += f" (it holds {found})"
-    if listing.dangling:
-        text += f"; {len(listing.dangling)} links lead nowhere, e.g. {listing.dangling[0]}"
+    if left_out.num_folders:
+        text += f" and its {left_out.num_folders} subfolders"
+    if left_out.others:
+        kinds = left_out.others.most_common(5)
+        text += f" (it holds {', '.join(f'{count} {kind}' for kind, count in kinds)})"
+    if left_out.dangling.count:
+        text += f"; {left_out.dangling.count} links lead nowhere, e.g. {left_out.dangling.first}"
     return text + ". Name a folder that holds images, directly or in subfolders."
 
 
 def _report(root: str, listing: Listing) -> None:
     """Say once what is left out."""
-    if listing.dangling:
+    left_out = listing.left_out
+    if left_out.dangling.count:
         log.warning(
             "%s: skipped %d links that lead nowhere, e.g. %s",
-            root, len(listing.dangling), listing.dangling[0],
+            root, left_out.dangling.count, left_out.dangling.first,
         )  # fmt: skip
-    if listing.loops:
+    if left_out.loops.count:
         log.warning(
             "%s: did not follow %d links to a folder above them, e.g. %s",
-            root, len(listing.loops), listing.loops[0],
+            root, left_out.loops.count, left_out.loops.first,
         )  # fmt: skip
-    tars = sum(name.lower().endswith(".tar") for name in listing.others)
-    if tars:
-        log.warning("%s: ignored %d .tar files among the images", root, tars)
-    log.info("%s: %d images, %d other files", root, len(listing.images), len(listing.others))
+    if left_out.shards:
+        log.warning("%s: ignored %d .tar files among the images", root, len(left_out.shards))
+    others = sum(left_out.others.values())
+    log.info("%s: %d images, %d other files", root, len(listing.images), others)
+
+
+class ListSource:
+    """Images that a text file names, one path a line, in its order; it is read at every start.
+
+    Paths are relative to the folder of the list, bytes that are no UTF-8 are kept, blank lines do
+    not count. A file that is not there is a bad sample when it is met.
+
+    Args:
+        path: of the list.
+        decoder: what the pixels of a file become.
+
+    Raises:
+        DataError: it cannot be read, names nothing, or its first entries all do not exist.
+    """
+
+    def __init__(self, path: str, decoder: Decoder = RGB):
+        self._folder = os.path.dirname(os.path.abspath(path))
+        self._decoder = decoder
+        self._names = write_names(_entries(path), of=path)
+        if not len(self._names):
+            raise DataError(f"the list {path} is empty. Write one path of an image a line.")
+        first = range(min(_FIRST_LOOKED_AT, len(self)))
+        if not any(os.path.exists(self.path(index)) for index in first):
+            raise DataError(
+                f"none of the first {len(first)} files that the list {path} names exists, e.g. "
+                f"{self.path(0)}. Write one path a line, relative to the folder of the list."
+            )
+        log.info("%s: %d images", path, len(self))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def path(self, index: int) -> str:
+        """Absolute path of an image."""
+        return os.path.join(self._folder, self._names.name(index))
+
+    def picture(self, index: int) -> Picture:
+        """Read an image.
+
+        Raises:
+            BadSampleError: it cannot be read or decoded.
+        """
+        path = self.path(index)
+        return self._decoder.open(read_image_file(path), path)
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """None: a list has no classes."""
+        return None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """None: a list has no classes."""
+        return None
+
+
+def _entries(path: str) -> Iterator[str]:
+    try:
+        with open(path, "rb") as file:
+            while line := file.readline(_MAX_PATH_BYTES + 2):
+                name = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")  # a mark of some editors
+                if len(name) > _MAX_PATH_BYTES:
+                    raise DataError(
+                        f"the list {path} has a line of more than {_MAX_PATH_BYTES} bytes: it is "
+                        "no list. Write one path of an image a line."
+                    )
+                if name.strip():
+                    yield os.fsdecode(name)
+    except OSError as error:
+        raise DataError(f"cannot read the list {path}: {error.strerror}.") from error

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,9 +25,12 @@ from dinoscale.data.augment import CropArrays, MultiCrop, eval_transform
 from dinoscale.data.bad_samples import BadSample
 from dinoscale.data.crop_params import Params
 from dinoscale.data.decode import BadSampleError
-from dinoscale.data.sampler import StepSampler
+from dinoscale.data.lanes import LaneSampler
+from dinoscale.data.mixture import source_sizes, stand_ins
+from dinoscale.data.sampler import Draws, StepSampler
 from dinoscale.data.seeding import Stream, generator
 from dinoscale.data.sources import Source
+from dinoscale.data.stream import StreamSource
 from dinoscale.errors import DataError, DinoscaleError
 
 log = logging.getLogger(__name__)
@@ -79,15 +82,17 @@ def train_batches(
     start_step: int,
     stop_step: int,
     num_workers: int,
+    quotas: Sequence[int] | None = None,
+    lanes: int = 8,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Yield the micro-batches of one rank from `start_step` up to but without `stop_step`.
 
     batch_size / (micro_batch_size * world_size) of them make one step. The images of a step and
     their crops are a function of (source, batch_size, seed, step): workers, ranks, accumulation
-    and the first step change nothing. An unreadable image is replaced by one drawn from
-    (seed, epoch, image, attempt) and cropped as the image itself would have been. The workers
-    start at the call, not at the first batch, and serve the whole run.
+    and the first step change nothing. An unreadable image is replaced by one of the same source,
+    drawn from (seed, repeat, image, attempt) and cropped as the image itself would have been. The
+    workers start at the call, not at the first batch, and serve the whole run.
 
     Args:
         source: the images.
@@ -100,30 +105,44 @@ def train_batches(
         start_step: first optimizer step, >= 0.
         stop_step: end of the run, exclusive.
         num_workers: worker processes; 0 decodes in this process.
+        quotas: draws from each source of a mixture in an epoch; None draws every image once.
+        lanes: of a stream, for each micro-batch of a step; see `LaneSampler`.
         pin_memory: hand out page-locked memory.
 
     Raises:
         DataError: ten images in a row are unreadable, or a worker failed.
         ValueError: the numbers do not fit together (see `StepSampler`).
     """
-    sampler = StepSampler(
-        num_images=len(source),
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        world_size=world_size,
-        seed=seed,
-    )
+    sizes = {
+        "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size,
+        "world_size": world_size,
+        "seed": seed,
+    }
+    quotas = quotas or source_sizes(source)
+    if isinstance(source, StreamSource):
+        sampler: StepSampler = LaneSampler(source.blocks, quota=quotas[0], lanes=lanes, **sizes)
+        of_rank = lanes * sampler.accumulation_steps
+        num_workers = _sharing(of_rank, num_workers)
+        source = source.serving(lanes=of_rank // max(num_workers, 1))
+    else:
+        sampler = StepSampler(sizes=source_sizes(source), quotas=quotas, **sizes)
     crops = _TrainCrops(source, multi_crop, seed=seed)
     requests = _Requests(sampler, rank=rank, start_step=start_step, stop_step=stop_step)
     return _run(crops, requests, num_workers=num_workers, pin_memory=pin_memory)
 
 
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """The images of one micro-batch."""
-
-    epoch: int
-    sample_ids: NDArray[np.int64]
+def _sharing(lanes: int, num_workers: int) -> int:
+    """How many workers share the lanes of a rank equally, so that each lane stays with one."""
+    most = min(lanes, num_workers)
+    workers = next((count for count in range(most, 0, -1) if lanes % count == 0), 0)
+    if workers < num_workers:
+        log.warning(
+            "%d lanes of a rank (data.lanes x micro-batches) cannot be shared by %d workers; %d "
+            "are used. Set data.lanes to a multiple of data.num_workers",
+            *(lanes, num_workers, workers),
+        )
+    return workers
 
 
 @dataclass(frozen=True)
@@ -143,55 +162,56 @@ class _Requests:
         self._rank = rank
         self._steps = range(start_step, stop_step)
 
-    def __iter__(self) -> Iterator[_Request]:
+    def __iter__(self) -> Iterator[Draws]:
         for step in self._steps:
             for micro_batch in range(self._sampler.accumulation_steps):
-                ids = self._sampler.micro_batch_ids(step, micro_batch=micro_batch, rank=self._rank)
-                yield _Request(self._sampler.epoch(step), ids)
+                yield self._sampler.micro_batch(step, micro_batch=micro_batch, rank=self._rank)
 
 
 class _TrainCrops(Dataset[Batch | _Failure]):
-    """Request -> Batch; runs in the workers."""
+    """Draws -> Batch; runs in the workers."""
 
     def __init__(self, source: Source, multi_crop: MultiCrop, *, seed: int):
         self._source = source
         self._multi_crop = multi_crop
         self._seed = seed
 
-    def __getitem__(self, request: _Request) -> Batch | _Failure:
+    def __getitem__(self, draws: Draws) -> Batch | _Failure:
         try:
-            return self._batch(request)
+            return self._batch(draws)
         except Exception as error:
             return _failure(error)
 
-    def _batch(self, request: _Request) -> Batch:
-        crops = self._multi_crop.arrays(count=len(request.sample_ids))
+    def _batch(self, draws: Draws) -> Batch:
+        crops = self._multi_crop.arrays(count=len(draws.ids))
         bad: list[BadSample] = []
-        for place, sample in enumerate(request.sample_ids.tolist()):
-            bad += self._cut(crops, place, sample=sample, epoch=request.epoch)
+        pairs = zip(draws.ids.tolist(), draws.repeats.tolist(), strict=True)
+        for place, (sample, repeat) in enumerate(pairs):
+            bad += self._cut(crops, place, sample=sample, repeat=repeat)
         return Batch(
             torch.from_numpy(crops.global_crops),
             torch.from_numpy(crops.local_crops),
             crops.params,
-            torch.from_numpy(request.sample_ids),
+            torch.from_numpy(draws.ids),
             bad,
         )
 
-    def _cut(self, into: CropArrays, place: int, *, sample: int, epoch: int) -> list[BadSample]:
+    def _cut(self, into: CropArrays, place: int, *, sample: int, repeat: int) -> list[BadSample]:
         """Crops of the image itself or of its first readable replacement; those that were not."""
         failed: list[tuple[int, BadSampleError]] = []
+        others = stand_ins(self._source, sample)
         for attempt in range(_MAX_ATTEMPTS):
             candidate = sample
             if attempt:
-                rng = generator(self._seed, Stream.REPLACEMENT, epoch, sample, attempt)
-                candidate = int(rng.integers(len(self._source)))
+                rng = generator(self._seed, Stream.REPLACEMENT, repeat, sample, attempt)
+                candidate = int(rng.integers(others.start, others.stop))
             try:
                 picture = self._source.picture(candidate)
-                self._multi_crop(picture, into, place, seed=self._seed, epoch=epoch, sample=sample)
+                self._multi_crop(picture, into, place, seed=self._seed, epoch=repeat, sample=sample)
             except BadSampleError as error:
                 failed.append((candidate, error))
             else:
-                return [BadSample(e.path, e.reason, i, candidate, epoch) for i, e in failed]
+                return [BadSample(e.path, e.reason, i, candidate, repeat) for i, e in failed]
         examples = "".join(f"\n  {error}" for _, error in failed[:3])
         raise DataError(
             f"{_MAX_ATTEMPTS} images in a row are unreadable:{examples}\n"

@@ -11,6 +11,8 @@ class Stream(IntEnum):
     ORDER = 1
     CROPS = 2
     REPLACEMENT = 3
+    MIXTURE = 4
+    LANES = 5
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

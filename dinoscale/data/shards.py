@@ -1,51 +1,29 @@
 """Tar shards in the WebDataset layout as a random-access source.
 
-Opening reads the headers only and keeps (shard, offset, size) of every image in arrays; an image
-is then one `pread`, so that any order is possible and tars are only storage. Files that share a
-key (folder and name up to the first dot) make one sample: `0001.jpg`, `0001.cls`.
+An index on disk (`shard_index.py`) tells where each image lies; an image is then one `pread`, so
+that any order is possible, tars are only storage, and a process needs no memory per image.
 """
 
 import logging
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
-from dinoscale.data.names import PackedNames
-from dinoscale.data.tar_headers import Member, read_members
+from dinoscale.data.files import MAX_IMAGE_BYTES
+from dinoscale.data.index import read_at
+from dinoscale.data.shard_index import Shard, open_shard_index, some
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# Of several pictures of one sample the one named first here is taken: masks are never JPEGs.
-_IMAGE_EXTENSIONS = (
-    "jpg", "jpeg", "jpe", "jfif", "webp", "avif", "jp2", "j2k", "mpo", "png", "bmp", "dib", "gif",
-    "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "pfm", "qoi", "tga", "ico", "img",
-)  # fmt: skip
-# `0001.mask.png` describes the picture 0001; `0001.left.png` may be one.
-_NOT_PICTURES = {"alpha", "anno", "annotation", "depth", "gt", "label", "mask", "seg", "target"}
-
-_MAX_LABEL_BYTES = 64  # a class number needs fewer
 _MAX_OPEN_SHARDS = 128  # a process may usually open 1024 files
-_SCAN_THREADS = 8  # headers wait for the storage, not for the processor
-
-
-_NO_MEMBER = Member("", -1, -1)
-
-
-@dataclass(frozen=True)
-class _ShardIndex:
-    """Images of one shard, in the order of their samples."""
-
-    names: PackedNames
-    places: NDArray[np.int64]  # (N, 4): image offset and size, label offset and size, in bytes
-    num_without_image: int
 
 
 class TarSource:
@@ -61,19 +39,13 @@ class TarSource:
 
     def __init__(self, shards: Sequence[str], decoder: Decoder = RGB):
         self._decoder = decoder
-        self._shards = [os.path.abspath(path) for path in shards]
-        with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-            indexes = list(pool.map(_index_shard, self._shards))
-        _report(self._shards, indexes)
-        counts = [len(index.names) for index in indexes]
-        self._names = PackedNames.joined([index.names for index in indexes])
-        self._shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        places = np.concatenate([index.places for index in indexes])
-        self._offset, self._size, self._label_offset, self._label_size = places.T
+        self._index, self._shards = open_shard_index([os.path.abspath(path) for path in shards])
+        _report(self._shards)
+        self._ends = list(accumulate(shard.num_images for shard in self._shards))
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, oldest use first
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._index)
 
     def __getstate__(self) -> dict[str, object]:
         """Without descriptors: another process opens its own."""
@@ -85,55 +57,56 @@ class TarSource:
 
     def path(self, index: int) -> str:
         """`shard.tar::member` of an image."""
-        return f"{self._shards[self._shard_of[index]]}::{self._names[index]}"
+        return f"{self._shards[self._shard_of(index)].path}::{self._index.name(index)}"
+
+    def size(self, index: int) -> int:
+        """Bytes of an image's file."""
+        return self._index.numbers(index)[1]
+
+    def data(self, index: int) -> bytes:
+        """The file of an image as it is.
+
+        Raises:
+            BadSampleError: it cannot be read, or its shard is no longer as indexed.
+        """
+        offset, size, _ = self._index.numbers(index)
+        try:
+            return self._read(self._shard_of(index), offset=offset, size=size)
+        except OSError as error:
+            raise BadSampleError(self.path(index), f"cannot be read: {error}") from None
 
     def picture(self, index: int) -> Picture:
         """Read an image.
 
         Raises:
-            BadSampleError: it cannot be read or decoded.
+            BadSampleError: it cannot be read or decoded, or its shard is no longer as indexed.
         """
-        try:
-            data = self._read(
-                int(self._shard_of[index]), int(self._offset[index]), int(self._size[index])
-            )
-        except OSError as error:
-            raise BadSampleError(self.path(index), f"cannot be read: {error}") from None
-        return self._decoder.open(data, self.path(index))
+        return self._decoder.open(self.data(index), self.path(index))
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
+    def _shard_of(self, index: int) -> int:
+        return bisect_right(self._ends, index)
+
+    def _read(self, shard: int, *, offset: int, size: int) -> bytes:
+        if size > MAX_IMAGE_BYTES:
+            raise OSError(f"{size} bytes are too many for one image")
         descriptor = self._files.pop(shard, None)
         if descriptor is None:
             if len(self._files) >= _MAX_OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
-            descriptor = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe by now: no waiting
+            descriptor = os.open(self._shards[shard].path, flags)
         self._files[shard] = descriptor  # last used
-        data = os.pread(descriptor, size, offset)
-        while len(data) < size:  # a signal or a network file system may cut a read short
-            more = os.pread(descriptor, size - len(data), offset + len(data))
-            if not more:
-                raise OSError("the shard has become shorter since it was opened")
-            data += more
+        data = read_at(descriptor, size, offset)
+        _check_unchanged(descriptor, self._shards[shard])  # after reading: of what was read
         return data
 
     @cached_property
     def labels(self) -> NDArray[np.int64] | None:
         """Class numbers (N,) from the `.cls` members, -1 where unreadable; None without any."""
-        if not (self._label_size >= 0).any():
+        if not any(shard.num_labelled for shard in self._shards):
             return None
-        labels = [self._label(i) for i in range(len(self))]
-        return np.array(labels, dtype=np.int64)
-
-    def _label(self, index: int) -> int:
-        size = int(self._label_size[index])
-        if not 0 < size <= _MAX_LABEL_BYTES:
-            return -1
-        try:
-            data = self._read(int(self._shard_of[index]), int(self._label_offset[index]), size)
-        except OSError as error:
-            raise DataError(f"cannot read the label of {self.path(index)}: {error}") from None
-        text = data.strip()
-        return int(text) if text.isdigit() and len(text) < 19 else -1  # 19 digits may overflow
+        numbers = (label for _, (_, _, label) in self._index.rows(0, len(self)))
+        return np.fromiter(numbers, dtype=np.int64, count=len(self))
 
     @property
     def class_names(self) -> list[str] | None:
@@ -141,74 +114,27 @@ class TarSource:
         return None
 
 
-def _report(shards: Sequence[str], indexes: Sequence[_ShardIndex]) -> None:
+def _check_unchanged(descriptor: int, shard: Shard) -> None:
+    """Costs a microsecond, and no other picture stands in for the one that was meant."""
+    status = os.fstat(descriptor)
+    if status.st_size < shard.size:
+        raise OSError("the shard has become shorter since it was indexed")
+    if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
+        raise OSError("the shard has changed since it was indexed")
+
+
+def _report(shards: Sequence[Shard]) -> None:
     """Say once what is left out; stop when nothing is left."""
-    empty = [path for path, index in zip(shards, indexes, strict=True) if not len(index.names)]
+    paths = [shard.path for shard in shards]
+    empty = [shard.path for shard in shards if not shard.num_images]
     if len(empty) == len(shards):
         raise DataError(
-            f"no images in {_some(shards)}. A sample needs a member with an image extension, e.g. "
+            f"no images in {some(paths)}. A sample needs a member with an image extension, e.g. "
             "0001.jpg or 0001.png."
         )
     if empty:
-        log.warning("no images in %s", _some(empty))
-    without = sum(index.num_without_image for index in indexes)
+        log.warning("no images in %s", some(empty))
+    without = sum(shard.num_without_image for shard in shards)
     if without:
-        log.warning("skipped %d samples without an image in %s", without, _some(shards))
-    log.info("%s: %d images", _some(shards), sum(len(index.names) for index in indexes))
-
-
-def _some(paths: Sequence[str]) -> str:
-    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more shards"
-
-
-def _index_shard(path: str) -> _ShardIndex:
-    """Read the headers of one shard and group its members into samples."""
-    samples: list[dict[str, Member]] = []  # extension -> member
-    latest: dict[str, dict[str, Member]] = {}  # key -> the sample last begun with it
-    for member in read_members(path):
-        key, extension = _split_name(member.name)
-        if not key:
-            continue  # a hidden file or one without extension
-        sample = latest.get(key)
-        if sample is None or extension in sample:  # a repeated key is another sample
-            sample = latest[key] = {}
-            samples.append(sample)
-        sample[extension] = member
-    names = []
-    places = []
-    for sample in samples:
-        extension = _picture(sample)
-        if extension:
-            image, label = sample[extension], _label_of(sample, extension)
-            names.append(image.name)
-            places.append((image.offset, image.size, label.offset, label.size))
-    return _ShardIndex(
-        PackedNames(names),
-        np.array(places, dtype=np.int64).reshape(-1, 4),
-        len(samples) - len(names),
-    )
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Key (folder and name up to the first dot) and lower-case extension (the rest)."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    if not stem or not extension:
-        return "", ""
-    return folder + slash + stem, extension.lower()
-
-
-def _picture(sample: dict[str, Member]) -> str:
-    """Extension of the picture, not of its mask: the plainest one, JPEG before PNG; else empty."""
-    ranks = []
-    for extension in sample:
-        *middle, last = extension.split(".")
-        if last in _IMAGE_EXTENSIONS and not _NOT_PICTURES.intersection(middle):
-            ranks.append((len(middle), _IMAGE_EXTENSIONS.index(last), extension))
-    return min(ranks)[2] if ranks else ""
-
-
-def _label_of(sample: dict[str, Member], picture: str) -> Member:
-    """`KEY.cls`, or `KEY.left.cls` beside `KEY.left.jpg`."""
-    middle, dot, _ = picture.rpartition(".")
-    return sample.get("cls") or sample.get(f"{middle}{dot}cls") or _NO_MEMBER
+        log.warning("skipped %d samples without an image in %s", without, some(paths))
+    log.info("%s: %d images", some(paths), sum(shard.num_images for shard in shards))

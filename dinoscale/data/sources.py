@@ -12,14 +12,15 @@ from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from dinoscale.data.decode import RGB, Decoder, Picture
-from dinoscale.data.folder import FolderSource, list_folder
+from dinoscale.data.folder import FolderSource, ListSource
+from dinoscale.data.listing import COMPRESSED_TAR, list_folder
+from dinoscale.data.remote import is_remote
 from dinoscale.data.shards import TarSource
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_REMOTE = re.compile(r"(https?|s3|gs|gcs|hf|hdfs|abfss?|az|ftp|pipe|file):", re.IGNORECASE)
-_COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_UNKNOWN_REMOTE = re.compile(r"(gcs|hf|abfss?|az|s?ftp|file):", re.IGNORECASE)
 
 _MAX_NAMES = 1_000_000  # shards of one brace pattern
 
@@ -53,10 +54,14 @@ class Source(Protocol):
 def open_source(spec: str, decoder: Decoder = RGB) -> Source:
     """Open what a data key of the config names; files are listed now, images read later.
 
+    Names and places of the images lie on disk, not in memory: for shards in the cache folder, made
+    once; for folders and lists in a temporary file, made at every start.
+
     Args:
         spec: a folder of images (flat, nested or one subfolder a class), a folder of .tar shards,
-            a .tar, a brace pattern (`/data/train-{000..007}.tar`), a glob (`/data/*.tar`), or
-            `synthetic:...`. `~` in front is the home folder; a comma has no meaning of its own.
+            a .tar, a brace pattern (`/data/train-{000..007}.tar`), a glob (`/data/*.tar`), a .txt
+            list of images (one path a line, relative to its folder), or `synthetic:...`. `~` in
+            front is the home folder; a comma has no meaning of its own.
         decoder: what the pixels of its files become.
 
     Raises:
@@ -68,28 +73,32 @@ def open_source(spec: str, decoder: Decoder = RGB) -> Source:
         return parse_synthetic(spec)
     if not spec.strip():
         raise DataError("the path of the images is empty. Name a folder or .tar shards.")
-    if _REMOTE.match(spec):
+    if is_remote(spec):
         raise DataError(
-            f"{spec}: reading over the network is not supported yet. Copy the images or shards to "
-            "a local or mounted disk."
+            f"{spec}: shards that are streamed can only be trained on, as data.train, and alone. "
+            "Copy them to a local or mounted disk."
+        )
+    if _UNKNOWN_REMOTE.match(spec):
+        raise DataError(
+            f"{spec}: cannot be read over the network; https, s3, gs and hdfs can. Copy the images "
+            "or shards to a local or mounted disk, or read them by a command, pipe:COMMAND."
         )
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
         return _open_folder(path, decoder)
+    if path.lower().endswith(".txt") and os.path.isfile(path):
+        return ListSource(path, decoder)
     if os.path.exists(path):
         return _open_shards(spec, [path], decoder)
-    return _open_shards(spec, _expand(path), decoder)
+    return _open_shards(spec, expand_pattern(path), decoder)
 
 
 def _open_folder(path: str, decoder: Decoder) -> Source:
     """A folder of shards holds .tar files and no file that may be an image."""
     listing = list_folder(path)
-    if listing.images:
-        return FolderSource(path, listing, decoder)
-    shards = [name for name in listing.others if name.lower().endswith(".tar")]
-    compressed = [name for name in listing.others if name.lower().endswith(_COMPRESSED_TAR)]
-    if not shards and not compressed:
-        return FolderSource(path, listing, decoder)  # says what it holds instead
+    shards, compressed = listing.left_out.shards, listing.left_out.compressed
+    if len(listing.images) or not (shards or compressed):
+        return FolderSource(path, listing, decoder)  # an empty one says what it holds instead
     if shards and compressed:
         log.warning(
             "%s: left out %d compressed shards, e.g. %s", path, len(compressed), compressed[0]
@@ -100,10 +109,10 @@ def _open_folder(path: str, decoder: Decoder) -> Source:
 
 def _open_shards(spec: str, paths: Sequence[str], decoder: Decoder) -> Source:
     for path in paths:
-        if os.path.isdir(path) or not path.lower().endswith((".tar", *_COMPRESSED_TAR)):
+        if os.path.isdir(path) or not path.lower().endswith((".tar", *COMPRESSED_TAR)):
             raise DataError(
-                f"{path} is not a .tar shard{_named_by(spec, path)}. Name a folder of images, or "
-                "tar shards by their names, a brace pattern or a glob."
+                f"{path} is not a .tar shard{_named_by(spec, path)}. Name a folder of images, a "
+                ".txt list of their paths, or tar shards by their names, a brace pattern or a glob."
             )
     return TarSource(paths, decoder)
 
@@ -112,14 +121,13 @@ def _named_by(spec: str, path: str) -> str:
     return "" if path == spec else f" (named by {spec})"
 
 
-def _expand(spec: str) -> list[str]:
-    """Files that a brace pattern or glob names; all of them must be there."""
-    try:
-        if _num_names(spec) > _MAX_NAMES:
-            raise ValueError(f"it names more than {_MAX_NAMES} files")
-        patterns = list(braceexpand(spec, escape=False))
-    except ValueError as error:
-        raise DataError(f"{spec}: not a brace pattern ({error}).") from None
+def expand_pattern(spec: str) -> list[str]:
+    """Return the files that a brace pattern or glob names.
+
+    Raises:
+        DataError: one of them is not there.
+    """
+    patterns = expand_braces(spec)
     paths: list[str] = []
     missing: list[str] = []
     for pattern in patterns:
@@ -132,6 +140,20 @@ def _expand(spec: str) -> list[str]:
     if missing:
         raise DataError(_nothing_there(spec, missing, num_patterns=len(patterns)))
     return paths
+
+
+def expand_braces(spec: str) -> list[str]:
+    """What a brace pattern such as `train-{000..099}.tar` names; the spec itself without braces.
+
+    Raises:
+        DataError: it is not a pattern, or names too much.
+    """
+    try:
+        if _num_names(spec) > _MAX_NAMES:
+            raise ValueError(f"it names more than {_MAX_NAMES} files")
+        return list(braceexpand(spec, escape=False))
+    except ValueError as error:
+        raise DataError(f"{spec}: not a brace pattern ({error}).") from None
 
 
 def _num_names(spec: str) -> int:

@@ -22,6 +22,7 @@ _COMPRESSED = (  # magic number, its name, what unpacks it
     (b"\x28\xb5\x2f\xfd", "Zstandard", "unzstd"),
     (b"PK\x03\x04", "zip", "unzip"),
 )
+_READ_BYTES = 4096  # a page: costs storage as much as one header
 _FILES = b"0\x007"  # plain, plain of 1979, contiguous
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes: whatever their size field says
 _PAX, _LONG_NAME, _SPARSE = b"xX", b"L", b"S"
@@ -36,8 +37,12 @@ class Member(NamedTuple):
     size: int
 
 
-def read_members(path: str) -> Iterator[Member]:
+def read_members(path: str, within: Member | None = None) -> Iterator[Member]:
     """Yield the plain files of an uncompressed tar in their order.
+
+    Args:
+        path: of the tar.
+        within: a member of it that is a tar itself, whose files are wanted instead.
 
     Raises:
         DataError: it cannot be read up to its end.
@@ -45,31 +50,41 @@ def read_members(path: str) -> Iterator[Member]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            yield from _walk(descriptor, path)
+            if within is None:
+                yield from _walk(descriptor, path, 0, os.fstat(descriptor).st_size)
+            else:
+                end = within.offset + within.size
+                yield from _walk(descriptor, f"{path}::{within.name}", within.offset, end)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}.") from error
 
 
-def _walk(descriptor: int, path: str) -> Iterator[Member]:
-    length = os.fstat(descriptor).st_size
-    at = 0
+def _walk(descriptor: int, path: str, start: int, end: int) -> Iterator[Member]:
+    """The tar between two bytes of a file."""
+    at = start
+    ahead, ahead_at = b"", start  # what was read last: small members and their headers share a read
     name, size = b"", -1  # of the next member, where an extra header in front of it tells them
-    while (block := os.pread(descriptor, _BLOCK, at)).strip(b"\0"):
-        if at == 0:
-            _check_start(path, block)
+    while True:
+        if at + _BLOCK > ahead_at + len(ahead):
+            wanted = max(0, min(_READ_BYTES, end - at))
+            ahead, ahead_at = os.pread(descriptor, wanted, at), at
+        block = ahead[at - ahead_at : at - ahead_at + _BLOCK]
+        if not block.strip(b"\0"):
+            break
         if not _is_header(block):
+            if at == start:
+                _check_start(path, block)
             raise _damaged(path, f"no valid header at byte {at}")
         kind = block[156:157]
         stated = _number(block[124:136])
         taken = size if size >= 0 and kind in _FILES else stated
         data = at + _BLOCK
         at = data if kind in _WITHOUT_DATA else data + -(-taken // _BLOCK) * _BLOCK
-        if at > data and data + taken > length:
-            raise _damaged(
-                path, f"{_text(name or _short_name(block))} ends beyond its {length} bytes"
-            )
+        if at > data and data + taken > end:
+            ends = f"{_text(name or _short_name(block))} ends beyond its {end - start} bytes"
+            raise _damaged(path, ends)
         if kind in _PAX:
             pax_name, size = _pax(os.pread(descriptor, taken, data), path)
             name = pax_name or name
@@ -82,7 +97,7 @@ def _walk(descriptor: int, path: str) -> Iterator[Member]:
             if kind in _FILES and not full_name.endswith(b"/"):
                 yield Member(_text(full_name), data, taken)
             name, size = b"", -1
-    _check_end(path, block, at)
+    _check_end(path, block, at - start)
 
 
 def _check_start(path: str, block: bytes) -> None:

@@ -173,7 +173,7 @@ def _run(report: Report, config: RunConfig, hosts: list[str], process: Process) 
             images.judge_plan(
                 config,
                 world_size=process.world_size,
-                num_images=train.num_images if train and not train.error else None,
+                num_images=train.source_sizes if train and not train.error else None,
             ),
         ],
     )

@@ -1,13 +1,15 @@
 """Image sets: all ranks open them, see the same number, and can decode some of each."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import resolve, split_batch
 from dinoscale.data.decode import BadSampleError
+from dinoscale.data.mixture import open_sources, source_sizes
 from dinoscale.data.sources import Source, open_source
+from dinoscale.data.stream import StreamSource
 from dinoscale.doctor.report import Check, count_text, ok, problem, ranks_text, warning
 from dinoscale.errors import ConfigError, DinoscaleError
 from dinoscale.evaluate.knn import renumber_classes
@@ -24,6 +26,7 @@ class Looked:
         spec: what the config names.
         error: why it cannot be opened, or None.
         num_images: in it.
+        source_sizes: images of each source that it is mixed from.
         num_decoded: of the tried ones.
         bad: what is wrong with each of the others.
         seconds: spent decoding.
@@ -32,6 +35,7 @@ class Looked:
     spec: str
     error: str | None = None
     num_images: int = 0
+    source_sizes: Sequence[int] = ()
     num_decoded: int = 0
     bad: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -39,18 +43,22 @@ class Looked:
 
 def look(config: RunConfig, *, rank: int, world_size: int) -> dict[str, Looked]:
     """Open every set of the config and decode a few images of each, spread over the set."""
-    specs = {
-        "data.train": config.data.train,
-        "eval.train": config.eval.train,
-        "eval.test": config.eval.test,
+    parts = [part.source for part in config.data.sources]
+    sets: dict[str, tuple[str | None, Callable[[str], Source]]] = {
+        "data.train": (
+            " + ".join(parts) or None,
+            lambda _: open_sources(parts, manifest=config.data.manifest, shuffle_buffer=1),
+        ),
+        "eval.train": (config.eval.train, open_source),
+        "eval.test": (config.eval.test, open_source),
     }
     found: dict[str, Looked] = {}
     sources: dict[str, Source] = {}
-    for key, spec in specs.items():
+    for key, (spec, opened) in sets.items():
         if spec is None:
             continue
         try:
-            sources[key] = open_source(spec)
+            sources[key] = opened(spec)
             found[key] = _decode_some(sources[key], spec, rank=rank, world_size=world_size)
         except (DinoscaleError, OSError) as error:
             found[key] = Looked(spec, error=str(error))
@@ -58,7 +66,7 @@ def look(config: RunConfig, *, rank: int, world_size: int) -> dict[str, Looked]:
         try:
             renumber_classes(sources["eval.train"], sources["eval.test"])
         except DinoscaleError as error:
-            found["eval.test"] = Looked(specs["eval.test"] or "", error=str(error))
+            found["eval.test"] = Looked(found["eval.test"].spec, error=str(error))
     return found
 
 
@@ -69,10 +77,19 @@ def sample_ids(*, num_images: int, rank: int, world_size: int) -> list[int]:
     return [int(position * num_images) for position in positions]
 
 
+def _tried(source: Source, *, rank: int, world_size: int) -> list[int]:
+    """Numbers of the images to decode: of a stream the first ones of shards, which come at once."""
+    if isinstance(source, StreamSource):
+        starts = source.blocks.starts[:-1]
+        shards = sample_ids(num_images=len(starts), rank=rank, world_size=world_size)
+        return [int(starts[shard]) for shard in shards]
+    return sample_ids(num_images=len(source), rank=rank, world_size=world_size)
+
+
 def _decode_some(source: Source, spec: str, *, rank: int, world_size: int) -> Looked:
     bad, decoded = [], 0
     begin = time.perf_counter()
-    for index in sample_ids(num_images=len(source), rank=rank, world_size=world_size):
+    for index in _tried(source, rank=rank, world_size=world_size):
         try:
             source.picture(index).pixels()
             decoded += 1
@@ -81,7 +98,14 @@ def _decode_some(source: Source, spec: str, *, rank: int, world_size: int) -> Lo
         if time.perf_counter() - begin > _DECODE_S:
             break
     seconds = time.perf_counter() - begin
-    return Looked(spec, None, len(source), decoded, bad, seconds)
+    return Looked(
+        spec,
+        num_images=len(source),
+        source_sizes=source_sizes(source),
+        num_decoded=decoded,
+        bad=bad,
+        seconds=seconds,
+    )
 
 
 def judge_images(of_ranks: Sequence[Mapping[str, Looked]], hosts: list[str]) -> list[Check]:
@@ -127,8 +151,10 @@ def _judge_set(key: str, of_ranks: Sequence[Looked | None], hosts: list[str]) ->
     )
 
 
-def judge_plan(config: RunConfig, *, world_size: int, num_images: int | None) -> Check:
-    """Whether the batch fits the ranks, and what it means in steps."""
+def judge_plan(
+    config: RunConfig, *, world_size: int, num_images: int | Sequence[int] | None
+) -> Check:
+    """Whether the batch fits the ranks, and what it means in steps; `num_images` as `resolve`."""
     try:
         split = split_batch(config.train, world_size=world_size)
         if num_images is None:

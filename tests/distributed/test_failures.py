@@ -215,3 +215,38 @@ def _wait_for_steps(path: Path, steps: int, ranks: list[subprocess.Popen[bytes]]
         assert all(process.poll() is None for process in ranks), "a rank ended by itself"
         assert time.monotonic() < end, "training did not begin"
         time.sleep(0.1)
+
+
+def _open_own(folder: str) -> list[str]:
+    """The rank's own folder; the error that every rank gets."""
+    from dinoscale import distributed
+    from dinoscale.data.sources import open_source
+    from dinoscale.errors import DataError
+    from dinoscale.trainer import require_same_images
+
+    try:
+        require_same_images(open_source(f"{folder}/{distributed.rank()}"))
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("a.png", "b.png"), []),
+        (("a.png",), ["data.train: rank 0 found 2 images and rank 1 1."]),
+        (("a.png", "c.png"), ["data.train: rank 0 found 2 images and rank 1 2, but others."]),
+    ],
+)
+def test_ranks_that_found_other_images_do_not_begin(
+    tmp_path: Path, names: tuple[str, ...], says: list[str]
+) -> None:
+    for rank, files in enumerate((("a.png", "b.png"), names)):
+        (tmp_path / str(rank)).mkdir()
+        for name in files:
+            (tmp_path / str(rank) / name).write_bytes(b"")
+    told = run_distributed(
+        f"{__name__}:_open_own", world_size=2, timeout_s=60, folder=str(tmp_path)
+    )
+    assert [[text.partition(" Train on")[0] for text in texts] for texts in told] == [says, says]

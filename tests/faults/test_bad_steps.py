@@ -49,16 +49,16 @@ def _train(config_file: str, bad: list[int]) -> str:
     from dinoscale.trainer import train
 
     config = load_config(config_file, [])
-    sizes = {"num_images": IMAGES, "batch_size": BATCH, "micro_batch_size": BATCH // 2}
-    sampler = StepSampler(**sizes, world_size=2, seed=config.seed)
+    sizes = {"batch_size": BATCH, "micro_batch_size": BATCH // 2, "world_size": 2}
+    sampler = StepSampler(sizes=[IMAGES], quotas=[IMAGES], **sizes, seed=config.seed)
     read = feed.Feed.steps
 
     def spoil(self: feed.Feed, first: int, *, offset: int) -> Any:
         # The images are bad, not the step: after a rollback they come at another one.
         for step, batches in enumerate(read(self, first, offset=offset), start=first + offset + 1):
             self.spoilt = step in bad and distributed.rank() == 1
-            ids = sampler.micro_batch_ids(step - 1, micro_batch=0, rank=distributed.rank())
-            assert batches[0].sample_ids.tolist() == ids.tolist()
+            draws = sampler.micro_batch(step - 1, micro_batch=0, rank=distributed.rank())
+            assert batches[0].sample_ids.tolist() == draws.ids.tolist()
             yield batches
 
     def prepare(self: feed.Feed, step: int, batches: Any) -> Any:

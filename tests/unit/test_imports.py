@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from dinoscale.config import RunConfig
 
 PACKAGE = Path(__file__).resolve().parents[2] / "dinoscale"
+DATA_TOOLS = PACKAGE.parent / "data_tools"
 
 # A module imports from its own part or from parts of lower levels, never from a neighbour.
 LEVELS: list[set[str]] = [
@@ -23,9 +24,11 @@ LEVELS: list[set[str]] = [
     {"loop"},
     {"trainer"},
     {"quickstart", "doctor", "bench", "crop_sheet"},
+    {"data_tools"},
     {"cli"},
     {"__main__"},
 ]
+DATA_TOOLS_READ = {"errors", "data", "convert", "evaluate"}  # nothing of a training
 LEAVES = {"data", "models", "losses", "schedules"}  # take tensors and numbers, never a config
 ONLY_IN = {
     "deepspeed": ("engine/",),
@@ -53,8 +56,11 @@ def _imports(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def _part(dotted: str) -> str:
+    """The part of ours that a module belongs to, empty for the modules of others."""
     pieces = dotted.split(".")
-    return pieces[1] if len(pieces) > 1 else ""
+    if pieces[0] == "data_tools":
+        return "data_tools"
+    return pieces[1] if pieces[0] == "dinoscale" and len(pieces) > 1 else ""
 
 
 def _level(part: str) -> int:
@@ -70,12 +76,22 @@ def test_imports_point_to_lower_levels_only() -> None:
         if own == "__init__":
             continue
         for name, line in _imports(path):
-            part = _part(name) if name.startswith("dinoscale.") else ""
+            part = _part(name)
             if not part or part == own:
                 continue
             if _level(part) >= _level(own):
                 wrong.append(f"{relative}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_data_tools_need_neither_config_nor_engine() -> None:
+    files = sorted(path for path in DATA_TOOLS.glob("*.py") if path.name != "__main__.py")
+    assert files
+    for path in files:
+        parts = {_part(name) for name, _ in _imports(path)} - {"", "data_tools"}
+        assert parts <= DATA_TOOLS_READ, (path.name, parts)
+        heavy = {name.split(".")[0] for name, _ in _imports(path)} & {"torch", *ONLY_IN}
+        assert path.name == "features.py" or not heavy, (path.name, heavy)
 
 
 def test_leaves_do_not_import_the_config() -> None:

@@ -7,8 +7,8 @@ from dinoscale.data.bad_samples import BadSample, BadSampleLog
 from dinoscale.errors import DataError
 
 
-def _bad(number: int, epoch: int = 0) -> BadSample:
-    return BadSample(f"/d/{number}.jpg", "the file is empty", number, number + 1, epoch)
+def _bad(number: int, repeat: int = 0) -> BadSample:
+    return BadSample(f"/d/{number}.jpg", "the file is empty", number, number + 1, repeat)
 
 
 def _listed(path: Path) -> list[int]:
@@ -18,7 +18,7 @@ def _listed(path: Path) -> list[int]:
 def test_each_file_is_listed_once_and_counted_always(tmp_path: Path) -> None:
     log = BadSampleLog(tmp_path / "run" / "bad.jsonl")
     log.add([_bad(1), _bad(2), _bad(1)])
-    log.add([_bad(2, epoch=1), _bad(3, epoch=1)])
+    log.add([_bad(2, repeat=1), _bad(3, repeat=1)])
     assert _listed(tmp_path / "run" / "bad.jsonl") == [1, 2, 3]
     assert (log.num_occurrences, log.num_files) == (5, 3)
     line = json.loads((tmp_path / "run" / "bad.jsonl").read_text().splitlines()[2])
@@ -27,7 +27,7 @@ def test_each_file_is_listed_once_and_counted_always(tmp_path: Path) -> None:
         "error": "the file is empty",
         "sample_id": 3,
         "replaced_by": 4,
-        "epoch": 1,
+        "repeat": 1,
     }
 
 
@@ -67,8 +67,8 @@ def test_name_that_is_no_unicode_is_listed(tmp_path: Path) -> None:
 def _checks(tmp_path: Path, *, bad: int, repeat: int = 1, **limits: float) -> bool:
     """Whether the check passes after `bad` files were met `repeat` times each."""
     log = BadSampleLog(tmp_path / "bad.jsonl")
-    for epoch in range(repeat):
-        log.add([_bad(number, epoch) for number in range(bad)])
+    for again in range(repeat):
+        log.add([_bad(number, again) for number in range(bad)])
     try:
         log.check(**limits)
     except DataError:

@@ -6,10 +6,13 @@ the saturation and hue that Pillow keeps in 8 bit, and Pillow's rounding after e
 blurs of a Gaussian.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch._dynamo.exc import TorchDynamoException
 
 from dinoscale.data import colors
 from dinoscale.data.crop_params import NOTHING, Params
@@ -162,3 +165,30 @@ def test_nothing_of_the_gradient_tape_is_kept() -> None:
     records = np.stack([params(**WHOLE, **JITTER)])
     crops = torch.from_numpy(np.asarray(PICTURES[0])[None].copy())
     assert not colors.finish_crops(crops, records, mean=(0,) * 3, std=(1,) * 3).requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.timeout(600)
+def test_compiled_steps_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, with the compiler that stands in for the GPU's."""
+    records = np.stack([params(**WHOLE, **JITTER, solarize_from=128)] * len(PICTURES))
+    plain = _finished(PICTURES, records)
+    monkeypatch.setattr(colors, "_COMPILED_ON", {"cpu"})
+    assert torch.equal(_finished(PICTURES, records), plain)
+    assert colors._POINTWISE
+
+
+def test_without_a_compiler_the_steps_are_done_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_: colors._Change) -> colors._Change:
+        raise TorchDynamoException("no compiler")
+
+    records = np.stack([params(**WHOLE, **JITTER, solarize_from=128)] * len(PICTURES))
+    plain = _finished(PICTURES, records)
+    monkeypatch.setattr(colors, "_COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(colors, "_POINTWISE", set(colors._POINTWISE))
+    monkeypatch.setattr(colors, "_compiled", fails)
+    assert torch.equal(_finished(PICTURES, records), plain)
+    assert caplog.text.count("no compiler") == 1

@@ -3,7 +3,7 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from dinoscale.data.augment import CropArrays, MultiCrop, eval_transform
 from dinoscale.data.decode import BadSampleError, Picture
 from dinoscale.data.folder import FolderSource
 from dinoscale.data.loader import Batch, eval_batches, train_batches
+from dinoscale.data.mixture import MixedSource
 from dinoscale.data.sampler import StepSampler
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
@@ -71,6 +72,7 @@ def _train(
     steps: tuple[int, int] = (0, 8),
     workers: int = 0,
     seed: int = 0,
+    quotas: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     return train_batches(
         source,
@@ -83,6 +85,7 @@ def _train(
         start_step=steps[0],
         stop_step=steps[1],
         num_workers=workers,
+        quotas=quotas,
     )
 
 
@@ -98,11 +101,13 @@ def _assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
 def test_batches_hold_the_crops_of_the_sampled_images() -> None:
     source = Pictures(10, {})
     batches = list(_train(source, steps=(0, 5)))
-    sampler = StepSampler(num_images=10, batch_size=4, micro_batch_size=2, world_size=1, seed=0)
+    sampler = StepSampler(
+        sizes=[10], quotas=[10], batch_size=4, micro_batch_size=2, world_size=1, seed=0
+    )
     assert len(batches) == 10  # five steps of two micro-batches, two steps an epoch
     for number, batch in enumerate(batches):
         step, micro_batch = divmod(number, 2)
-        ids = sampler.micro_batch_ids(step, micro_batch=micro_batch, rank=0)
+        ids = sampler.micro_batch(step, micro_batch=micro_batch, rank=0).ids
         assert batch.sample_ids.tolist() == ids.tolist()
         assert batch.global_crops.shape == (2, 2, 12, 12, 3)
         assert batch.local_crops.shape == (2, 2, 6, 6, 3)
@@ -138,6 +143,30 @@ def test_ranks_and_accumulation_only_split_the_step() -> None:
     assert torch.equal(torch.cat([p.sample_ids for p in parts]), whole.sample_ids)
 
 
+def test_image_that_comes_again_within_an_epoch_is_cropped_anew() -> None:
+    source = Pictures(4, {})
+    (batch,) = _train(source, batch_size=12, micro=12, steps=(0, 1), quotas=[12])
+    for sample in range(4):
+        places = (batch.sample_ids == sample).nonzero().flatten().tolist()
+        shown = [batch.global_crops[:, place] for place in places]
+        assert len(shown) == 3
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(shown, 2))
+        for repeat, crops in enumerate(shown):
+            expected = _crops(source, sample, epoch=repeat, sample=sample)
+            np.testing.assert_array_equal(crops.numpy(), expected[0])
+
+
+def test_a_mixture_replaces_an_image_by_one_of_the_same_source() -> None:
+    source = MixedSource([Pictures(6, _bad(2)), Pictures(60, _bad(0, 1, 2))])
+    batches = list(_train(source, steps=(0, 40), quotas=[40, 120], workers=2))
+    bad = [sample for batch in batches for sample in batch.bad]
+    assert {sample.sample_id for sample in bad} == {2, 6, 7, 8}
+    for sample in bad:
+        assert (sample.sample_id < 6) == (sample.replaced_by < 6)
+    ids = torch.cat([batch.sample_ids for batch in batches])
+    assert int((ids < 6).sum()) == 40
+
+
 def test_unreadable_image_is_replaced_and_reported() -> None:
     source = Pictures(17, _bad(3, 5))
     batches = list(_train(source, steps=(0, 4)))  # one epoch
@@ -148,7 +177,7 @@ def test_unreadable_image_is_replaced_and_reported() -> None:
     for sample in bad:
         assert (sample.path, sample.error) == (f"picture {sample.sample_id}", "the file is empty")
         assert sample.replaced_by not in (3, 5)
-        assert sample.epoch == 0
+        assert sample.repeat == 0
     first = bad[0]
     place = order.index(first.sample_id)
     crops = _crops(source, first.replaced_by, epoch=0, sample=first.sample_id)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.data.folder import FolderSource
+from dinoscale.data.folder import FolderSource, ListSource
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import open_source
 from dinoscale.errors import DataError
@@ -20,6 +20,12 @@ def _shards(folder: Path, count: int) -> Path:
 def test_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     assert isinstance(open_source(str(tmp_path)), FolderSource)
+
+
+def test_list_of_images(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "list.TXT").write_text("a.jpg\n")
+    assert isinstance(open_source(str(tmp_path / "list.TXT")), ListSource)
 
 
 def test_generated_images() -> None:
@@ -88,9 +94,10 @@ def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("spec", "message"),
     [
         ("", "is empty"),
-        ("https://host/a.tar", "not supported yet.*local or mounted disk"),
-        ("s3://bucket/a.tar", "not supported yet"),
-        ("pipe:cat a.tar", "not supported yet"),
+        ("https://host/a.tar", "can only be trained on, as data.train, and alone.*local"),
+        ("S3://bucket/a.tar", "can only be trained on"),
+        ("pipe:cat a.tar", "can only be trained on"),
+        ("az://box/a.tar", "cannot be read over the network; https, s3, gs and hdfs can"),
         ("{tmp}/none/deep", "does not exist .the nearest folder that does is {tmp}."),
         ("{tmp}/none-*.tar", "no file matches"),
         ("{tmp}/d/train-{{000..004}}.tar", r"2 of 5 shards are not there.*train-003\.tar"),

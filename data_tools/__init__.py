@@ -1,0 +1,1 @@
+"""Prepare and examine sets of images before a training; see README.md."""

@@ -1,0 +1,186 @@
+"""Pack a folder, a list of files or ImageNet's tars into tar shards that a training reads."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from data_tools.files import Files, open_files
+from data_tools.headers import read_header
+from data_tools.journal import Json
+from data_tools.shard_writer import CLASSES, class_lines, plan_shards, stored_bytes, write_set
+from dinoscale.data.decode import RGB
+from dinoscale.data.folder import FolderSource
+from dinoscale.errors import DataError
+
+log = logging.getLogger(__name__)
+
+JPEG_QUALITY = 95  # of pictures made smaller; colour at half resolution, as usual
+_STAT_THREADS = 16  # sizes wait for the file system, not for the processor
+
+# By what a file is, whatever its name says. Anything else that Pillow reads becomes `.img`.
+_EXTENSIONS = {
+    "AVIF": "avif", "BMP": "bmp", "DIB": "dib", "GIF": "gif", "ICO": "ico", "JPEG": "jpg",
+    "JPEG2000": "jp2", "MPO": "jpg", "PNG": "png", "PPM": "ppm", "QOI": "qoi", "TGA": "tga",
+    "TIFF": "tif", "WEBP": "webp",
+}  # fmt: skip
+
+
+def build_shards(
+    spec: str,
+    out_dir: Path,
+    *,
+    shard_bytes: int,
+    max_side: int | None,
+    seed: int | None,
+    prefix: str,
+    workers: int,
+) -> Json:
+    """Write shards of a source; the same bytes for any number of workers and interruptions.
+
+    Args:
+        spec: what `open_files` takes.
+        out_dir: folder to write; what an earlier run of the same work finished there is kept.
+        shard_bytes: target size of a shard, reached from below.
+        max_side: pixels; larger pictures are decoded, shrunk and encoded as JPEG. None copies all.
+        seed: of the shuffle; None keeps the order of the source.
+        prefix: of the shards' names.
+        workers: processes.
+
+    Returns:
+        The summary, ready for JSON.
+
+    Raises:
+        DataError: the source cannot be read, a setting is out of range, or `out_dir` is in use.
+        RunFailedError: the disk is full, or a worker was killed.
+    """
+    _check(max_side=max_side, seed=seed, prefix=prefix)
+    source = open_files(spec)
+    sizes = _sizes(source)
+    labels = source.labels
+    stored = stored_bytes(sizes)
+    if labels is not None:
+        stored += stored_bytes(np.ones_like(sizes))  # KEY.cls fits one block
+    order = np.arange(len(source), dtype=np.int64)
+    if seed is not None:
+        order = np.random.default_rng(seed).permutation(order)
+    names = _names(source, spec)
+    manifest = write_set(
+        out_dir,
+        _Copies(source, labels, max_side),
+        plan_shards(stored, order, shard_bytes=shard_bytes, prefix=prefix),
+        names=names,
+        classes=_classes(source),
+        settings={
+            "tool": "build-shards",
+            "shard_bytes": shard_bytes,
+            "max_side": max_side,
+            "jpeg_quality": JPEG_QUALITY if max_side else None,
+            "seed": seed,
+            "prefix": prefix,
+        },
+        fingerprint_parts=[names, sizes.tolist(), None if labels is None else labels.tolist()],
+        workers=workers,
+    )
+    return summary_of(manifest, out_dir)
+
+
+def summary_of(manifest: Json, out_dir: Path) -> Json:
+    """What a tool that writes shards prints."""
+    left_out = manifest["left_out"]
+    for entry in left_out:
+        log.warning("left out %s: %s", entry["name"], entry["reason"])
+    shards = manifest["shards"]
+    return {
+        "out": str(out_dir),
+        "shards": len(shards),
+        "shards_kept": manifest["shards_kept"],
+        "samples": manifest["samples"],
+        "bytes": manifest["bytes"],
+        "left_out": len(left_out),
+        "left_out_files": left_out,
+        "train": f"data.train={out_dir}",
+    }
+
+
+def _check(*, max_side: int | None, seed: int | None, prefix: str) -> None:
+    if max_side is not None and max_side < 1:
+        raise DataError(f"--max-side {max_side}: need at least one pixel")
+    if seed is not None and seed < 0:
+        raise DataError(f"--seed {seed}: need 0 or more")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
+        raise DataError(f"--prefix {prefix!r}: need letters, digits, - and _")
+
+
+def _classes(source: Files) -> bytes | None:
+    """Names of the classes; of shards, which carry numbers only, the file beside the first."""
+    if source.class_names is not None:
+        return class_lines(source.class_names)
+    shard = source.path(0).partition("::")[0]
+    beside = Path(shard).with_name(CLASSES)
+    return beside.read_bytes() if source.labels is not None and beside.is_file() else None
+
+
+def _sizes(source: Files) -> NDArray[np.int64]:
+    bar = tqdm(total=len(source), unit="file", desc="sizes", disable=None)
+    if not isinstance(source, FolderSource):
+        with bar:
+            return np.array([source.size(i) for i in range(len(source))], dtype=np.int64)
+    sizes = np.empty(len(source), dtype=np.int64)
+    with bar, ThreadPoolExecutor(_STAT_THREADS) as pool:
+        for index, size in enumerate(pool.map(source.size, range(len(source)))):
+            sizes[index] = size
+            bar.update()
+    return sizes
+
+
+def _names(source: Files, spec: str) -> list[str]:
+    """Paths below the folder that was named, or below the one that the named file lies in."""
+    path = os.path.abspath(os.path.expanduser(spec))
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    return [source.path(i).removeprefix(folder + "/") for i in range(len(source))]
+
+
+class _Copies:
+    """Files as they are, but for pictures above the largest side; with their class numbers."""
+
+    def __init__(self, source: Files, labels: NDArray[np.int64] | None, max_side: int | None):
+        self._source = source
+        self._labels = labels
+        self._max_side = max_side
+
+    def members(self, index: int) -> list[tuple[str, bytes]]:
+        data, path = self._source.data(index), self._source.path(index)
+        header = read_header(data, path)
+        extension = _EXTENSIONS.get(header.format, "img")
+        if self._max_side is not None:
+            picture = RGB.open(data, path)
+            side = max(picture.width, picture.height)
+            shrink = max((s for s in (1, 2, 4, 8) if side >= 2 * s * self._max_side), default=1)
+            pixels = picture.pixels(shrink=shrink)  # decoded even where it is copied: a check
+            if side > self._max_side:
+                ratio = self._max_side / side
+                size = (picture.width * ratio, picture.height * ratio)
+                data, extension = _smaller(pixels, size), "jpg"
+        members = [(extension, data)]
+        if self._labels is not None and self._labels[index] >= 0:
+            members.append(("cls", b"%d" % self._labels[index]))
+        return members
+
+
+def _smaller(pixels: NDArray[np.uint8], size: tuple[float, float]) -> bytes:
+    """Shrink to a size in pixels (width, height) and encode."""
+    width, height = (max(1, round(side)) for side in size)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()

@@ -1,0 +1,74 @@
+"""Pairs of pictures that a trained backbone sees as alike.
+
+Shape letters: N pictures, D width of the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from data_tools.files import Files, Selection
+from dinoscale.convert.weights_file import load_backbone
+from dinoscale.evaluate.features import extract_features, find_device
+
+_BATCH = 64  # images of one forward
+_COSINES = 2**26  # held at a time: 256 MiB of float32
+
+
+def similar_pairs(
+    source: Files,
+    ids: NDArray[np.int64],
+    *,
+    weights: str,
+    num_heads: int | None,
+    threshold: float,
+    workers: int,
+) -> Iterator[NDArray[np.int64]]:
+    """Yield all pairs with a cosine of at least `threshold`, numbers of images (P, 2).
+
+    Every picture is compared with every other: N^2 D operations, in blocks, on the accelerator if
+    there is one; the features take 4 N D bytes. A million pictures are work for a GPU.
+
+    Args:
+        source: of the pictures.
+        ids: which of them, (N,).
+        weights: a weights file of ours, or a checkpoint of the reference.
+        num_heads: of a checkpoint whose attention heads are not 64 channels wide.
+        threshold: of the cosine.
+        workers: processes that decode.
+
+    Raises:
+        CheckpointError: the weights cannot be used.
+    """
+    backbone, card = load_backbone(weights, num_heads=num_heads)
+    device = find_device(None)
+    features, numbers = extract_features(
+        backbone.to(device),
+        _Numbered(source, ids),
+        resize=card.resize,
+        crop=card.crop,
+        mean=card.mean,
+        std=card.std,
+        batch_size=_BATCH,
+        device=device,
+        num_workers=workers,
+        progress=True,
+    )
+    features = F.normalize(features, dim=1)  # (N, D)
+    chunk = max(1, _COSINES // max(1, len(features)))
+    for start in range(0, len(features), chunk):
+        cosines = features[start : start + chunk] @ features[start:].T
+        pairs = (cosines.triu(1) >= threshold).nonzero() + start
+        yield numbers[pairs].cpu().numpy()
+
+
+class _Numbered(Selection):
+    """Its labels are the numbers of the pictures: those that cannot be read drop out."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return self._ids

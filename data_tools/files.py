@@ -1,0 +1,254 @@
+"""What the tools read from: sources whose images are files, with their bytes and sizes.
+
+Besides what a training reads (folders, shards) there are lists of files, as `deduplicate` writes
+them, and the tars that ImageNet comes in.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinoscale.data.decode import RGB, BadSampleError, Picture
+from dinoscale.data.files import write_names
+from dinoscale.data.folder import FolderSource
+from dinoscale.data.listing import COMPRESSED_TAR, LeftOut, Listing, list_folder
+from dinoscale.data.shards import TarSource
+from dinoscale.data.sources import Source, expand_pattern, open_source
+from dinoscale.data.tar_headers import Member, read_members
+from dinoscale.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_TARS = (".tar", *COMPRESSED_TAR)
+_MEMBER = ".tar::"  # stands between a shard and a picture in it, as in `a.tar::0001.jpg`
+
+
+class Files(Source, Protocol):
+    """A source whose images are files somewhere."""
+
+    def size(self, index: int) -> int:
+        """Bytes of the file."""
+        ...
+
+    def data(self, index: int) -> bytes:
+        """The file as it is, or BadSampleError."""
+        ...
+
+
+def open_files(spec: str) -> Files:
+    """Open a folder, shards, a list of files, or a tar of tars.
+
+    Args:
+        spec: a folder of images; shards as `open_source` takes them; a text file with one path a
+            line, absolute or relative to its folder, `shard.tar::member` for a picture in a shard;
+            or a tar of one tar a class, as ImageNet's training pictures.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, or it holds no files of images.
+    """
+    path = os.path.expanduser(spec)
+    if os.path.isfile(path):
+        if not path.lower().endswith(_TARS):
+            return _open_list(path)
+        if path.lower().endswith(".tar") and _holds_tars(path):
+            return TarOfTars(path)
+    source = open_source(spec)
+    if isinstance(source, FolderSource | TarSource):
+        return source
+    raise DataError(
+        f"{spec}: this tool reads files on a disk. Write a drawn set with `dinoscale data"
+        " synthetic`, copy a remote one."
+    )
+
+
+def shards_of(spec: str) -> list[str]:
+    """Shards that a spec names, empty where it names anything else.
+
+    Raises:
+        DataError: the pattern matches nothing.
+    """
+    path = os.path.expanduser(spec)
+    if os.path.isdir(path):
+        listing = list_folder(path)
+        names = sorted(listing.left_out.shards + listing.left_out.compressed, key=os.fsencode)
+        return [] if len(listing.images) else [os.path.join(path, name) for name in names]
+    if os.path.isfile(path):
+        return [path] if path.lower().endswith(".tar") and not _holds_tars(path) else []
+    if ":" in spec.partition("/")[0]:  # drawn or remote: no files here
+        return []
+    found = expand_pattern(path)
+    return found if all(name.lower().endswith(".tar") for name in found) else []
+
+
+def _holds_tars(path: str) -> bool:
+    """Whether the first file in a tar is a tar; False for a damaged one, whose reader says more."""
+    try:
+        first = next(read_members(path), None)
+    except DataError:
+        return False
+    return first is not None and first.name.lower().endswith(".tar")
+
+
+class TarOfTars:
+    """The pictures of a tar whose files are tars, one a class, read where they lie.
+
+    Member names are only ever shown: nothing is unpacked.
+
+    Raises:
+        DataError: a tar is damaged, or holds no files.
+    """
+
+    def __init__(self, path: str):
+        self._path = os.path.abspath(path)
+        self._names: list[str] = []  # INNER.tar::MEMBER
+        places: list[tuple[int, int, int]] = []  # offset, bytes, class
+        inner = [tar for tar in read_members(self._path) if tar.name.lower().endswith(".tar")]
+        self._classes = sorted({_class(tar) for tar in inner}, key=os.fsencode)
+        number = {name: i for i, name in enumerate(self._classes)}
+        for tar in inner:
+            for file in read_members(self._path, within=tar):
+                self._names.append(f"{tar.name}::{file.name}")
+                places.append((file.offset, file.size, number[_class(tar)]))
+        if not places:
+            raise DataError(f"{path}: there are no files in its {len(inner)} tars")
+        self._places = np.array(places, dtype=np.int64)
+        log.info("%s: %d files in %d tars", path, len(places), len(inner))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def path(self, index: int) -> str:
+        """`outer.tar::inner.tar::member`."""
+        return f"{self._path}::{self._names[index]}"
+
+    def size(self, index: int) -> int:
+        """Bytes of a picture's file."""
+        return int(self._places[index, 1])
+
+    def data(self, index: int) -> bytes:
+        """The file of a picture.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        offset, size, _ = self._places[index].tolist()
+        try:
+            with open(self._path, "rb", buffering=0) as file:
+                file.seek(offset)
+                data = b""
+                while len(data) < size and (more := file.read(size - len(data))):
+                    data += more
+        except OSError as error:
+            raise BadSampleError(self.path(index), f"cannot be read: {error}") from None
+        if len(data) < size:
+            raise BadSampleError(self.path(index), "the tar has become shorter")
+        return data
+
+    def picture(self, index: int) -> Picture:
+        """Decode a picture; raises BadSampleError."""
+        return RGB.open(self.data(index), self.path(index))
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class numbers (N,)."""
+        return self._places[:, 2]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the inner tars, sorted."""
+        return self._classes
+
+
+def _class(tar: Member) -> str:
+    return tar.name.rpartition("/")[2][: -len(".tar")]
+
+
+class Selection:
+    """Some images of a source in an order of their own."""
+
+    def __init__(self, source: Files, ids: NDArray[np.int64]):
+        self._source = source
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def path(self, index: int) -> str:
+        """As in the source."""
+        return self._source.path(int(self._ids[index]))
+
+    def size(self, index: int) -> int:
+        """As in the source."""
+        return self._source.size(int(self._ids[index]))
+
+    def data(self, index: int) -> bytes:
+        """As in the source."""
+        return self._source.data(int(self._ids[index]))
+
+    def picture(self, index: int) -> Picture:
+        """As in the source."""
+        return self._source.picture(int(self._ids[index]))
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """As in the source."""
+        labels = self._source.labels
+        return None if labels is None else labels[self._ids]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """As in the source."""
+        return self._source.class_names
+
+
+def _open_list(path: str) -> Files:
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        lines = [os.fsdecode(line) for line in Path(path).read_bytes().splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"cannot read the list {path}: {error.strerror}") from error
+    if not lines:
+        raise DataError(f"the list {path} is empty. It needs one path of a picture a line.")
+    if "\0" in "".join(lines[:100]):
+        raise DataError(f"{path} is neither a folder, nor a .tar, nor a list of paths")
+    paths = [os.path.normpath(os.path.join(folder, os.path.expanduser(line))) for line in lines]
+    members = sum(_MEMBER in line for line in paths)
+    if members == len(paths):
+        return _members_of_shards(path, paths)
+    if members:
+        raise DataError(f"the list {path} mixes files and `shard.tar::member`; make it two lists")
+    return _listed_files(path, paths)
+
+
+def _listed_files(path: str, paths: Sequence[str]) -> Files:
+    """The folder that they have in common: its subfolders are the classes, as for any folder."""
+    missing = [name for name in paths if not os.path.isfile(name)]
+    if missing:
+        raise DataError(
+            f"the list {path}: {len(missing)} of {len(paths)} files are not there, the first is "
+            f"{missing[0]}. Relative paths begin at the folder of the list."
+        )
+    root = os.path.commonpath([os.path.dirname(name) for name in paths])
+    names = write_names((os.path.relpath(name, root) for name in paths), of=path)
+    return FolderSource(root, Listing(names, LeftOut()))
+
+
+def _members_of_shards(path: str, paths: Sequence[str]) -> Files:
+    shards = list(dict.fromkeys(line.partition(_MEMBER)[0] + ".tar" for line in paths))
+    nested = len(shards) == 1 and _holds_tars(shards[0])
+    source: Files = TarOfTars(shards[0]) if nested else TarSource(shards)
+    number = {source.path(i): i for i in range(len(source))}
+    missing = [line for line in paths if line not in number]
+    if missing:
+        raise DataError(
+            f"the list {path}: {len(missing)} of {len(paths)} pictures are not in their shards, "
+            f"the first is {missing[0]}"
+        )
+    return Selection(source, np.array([number[line] for line in paths], dtype=np.int64))

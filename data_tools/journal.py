@@ -1,0 +1,146 @@
+"""What is done already, so that the same command goes on where an interrupted one stopped."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dinoscale.errors import DataError
+
+Json = dict[str, Any]
+
+
+def fingerprint(parts: Iterable[object]) -> str:
+    """A hash of what the work depends on, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: beside it first, then renamed.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with _beside(path) as beside:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+def check_place(path: Path) -> None:
+    """Find out now, not after hours of work, whether a file can be written.
+
+    Raises:
+        DataError: it cannot.
+    """
+    with _beside(path) as beside:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        beside.touch()
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name in the same folder, which is made if needed; nothing stays under it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield beside
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
+
+
+class Journal:
+    """A file with one JSON line for each finished piece of work; locked while it is open.
+
+    Its first line is the fingerprint of the work. A journal of other work is started anew, and a
+    line that was cut off counts for nothing.
+
+    Args:
+        path: of the file, or None to keep nothing.
+        fingerprint: of the work.
+
+    Raises:
+        DataError: it cannot be written, or another process is at the same work.
+    """
+
+    def __init__(self, path: Path | None, fingerprint: str):
+        self.done: dict[int, Json] = {}  # piece -> its result
+        self._path = path
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another process is writing {path}; wait for its end") from None
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror}") from error
+        self._file.seek(0)
+        end, head = 0, None
+        for line in self._file:
+            entry = _parsed(line)
+            if entry is None or (head is None and entry.get("fingerprint") != fingerprint):
+                break
+            if head is None:
+                head = entry
+            else:
+                self.done[entry["piece"]] = entry["result"]
+            end += len(line)
+        self._file.truncate(end)
+        if head is None:
+            self._append({"fingerprint": fingerprint})
+
+    def add(self, piece: int, result: Json) -> None:
+        """Remember the result of a piece."""
+        self.done[piece] = result
+        self._append({"piece": piece, "result": result})
+
+    def finish(self) -> None:
+        """Forget everything: the whole result is safe elsewhere."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+    def _append(self, entry: Json) -> None:
+        if self._path is None:
+            return
+        try:
+            self._file.write(json.dumps(entry).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise DataError(f"cannot write {self._path}: {error.strerror}") from error
+
+
+def fingerprint_of(path: Path) -> str | None:
+    """Which work a journal is of, None where there is none."""
+    try:
+        with path.open("rb") as file:
+            entry = _parsed(file.readline())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return None if entry is None else entry.get("fingerprint")
+
+
+def _parsed(line: bytes) -> Json | None:
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None

@@ -1,0 +1,295 @@
+"""Write a set of tar shards in the WebDataset layout by several processes, byte for byte the same.
+
+The split is planned first, from the sizes of the files alone: which sample goes to which shard
+under which key. A shard is then a function of its plan and of its files, whoever writes it and
+however often the work was interrupted. Each is written beside its place, then renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data_tools.journal import Journal, Json, fingerprint, fingerprint_of, write_whole
+from data_tools.parallel import ordered_map
+from dinoscale.data.decode import BadSampleError
+from dinoscale.data.manifest import FILE_NAME, FORMAT
+from dinoscale.errors import DataError, RunFailedError
+
+log = logging.getLogger(__name__)
+
+CLASSES = "classes.txt"
+_NAMES = "names.jsonl"
+_JOURNAL = ".progress.jsonl"
+
+_BLOCK = 512  # bytes of a tar header, and the multiple to which files are filled up
+_HASHED = 2**20  # bytes read at a time
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20,
+          "gib": 2**30}  # fmt: skip
+
+
+class Samples(Protocol):
+    """Numbered samples, picklable to worker processes."""
+
+    def members(self, index: int) -> list[tuple[str, bytes]]:
+        """Extensions and files of a sample, the picture first, or BadSampleError."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The samples of one shard.
+
+    Attributes:
+        name: of the file.
+        first_key: key of the first sample; they go on one by one.
+        ids: numbers of the samples, (n,) int64.
+    """
+
+    name: str
+    first_key: int
+    ids: NDArray[np.int64]
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as `256MiB`, `1GB` or `1000000`.
+
+    Raises:
+        DataError: it is none, or less than one.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]*)", text.strip())
+    if not match or match[2].lower() not in _UNITS:
+        raise DataError(f"{text!r} is no size; write it as 256MiB, 1GB or 1000000")
+    size = int(float(match[1]) * _UNITS[match[2].lower()])
+    if size < 1:
+        raise DataError(f"a size of {text!r}: need at least one byte")
+    return size
+
+
+def class_lines(names: Sequence[str]) -> bytes:
+    """`classes.txt`: number, tab, name.
+
+    Raises:
+        DataError: a name does not fit a line.
+    """
+    for name in names:
+        if any(letter in name for letter in "\n\r\t"):
+            raise DataError(f"the class {name!r} has a line break or tab in its name; rename it")
+    return b"".join(b"%d\t%s\n" % (i, os.fsencode(name)) for i, name in enumerate(names))
+
+
+def plan_shards(
+    sizes: NDArray[np.int64], order: NDArray[np.int64], *, shard_bytes: int, prefix: str
+) -> list[ShardPlan]:
+    """Fill shards one after the other.
+
+    Args:
+        sizes: bytes of each sample with its headers, (N,).
+        order: numbers of the samples as they shall follow each other, (N,).
+        shard_bytes: a shard ends before the sample that would make it larger.
+        prefix: of the names.
+    """
+    ends = np.cumsum(sizes[order])
+    starts, first = [], 0
+    while first < len(order):
+        starts.append(first)
+        before = int(ends[first - 1]) if first else 0
+        first = max(first + 1, int(np.searchsorted(ends, before + shard_bytes, side="right")))
+    return [
+        ShardPlan(f"{prefix}-{number:06d}.tar", start, order[start:stop])
+        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(order)], strict=True))
+    ]
+
+
+def stored_bytes(size: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What files take in a tar, header included."""
+    stored: NDArray[np.int64] = _BLOCK + -(-size // _BLOCK) * _BLOCK
+    return stored
+
+
+def write_set(
+    out_dir: Path,
+    samples: Samples,
+    plans: Sequence[ShardPlan],
+    *,
+    names: Sequence[str],
+    classes: bytes | None,
+    settings: Json,
+    fingerprint_parts: Iterable[object],
+    workers: int,
+) -> Json:
+    """Write all shards that are not there yet, `names.jsonl`, `classes.txt`, `manifest.json`.
+
+    Args:
+        out_dir: folder of the shards, made if needed.
+        samples: where they come from.
+        plans: of the shards.
+        names: what each sample was called, by its number.
+        classes: content of `classes.txt`.
+        settings: what made the set, for the manifest.
+        fingerprint_parts: what else tells this set from another.
+        workers: processes.
+
+    Returns:
+        The manifest, with `shards_kept`: how many were there already.
+
+    Raises:
+        DataError: `out_dir` holds something else, or no sample can be read.
+        RunFailedError: the disk is full, or a worker was killed.
+    """
+    mark = fingerprint([settings, os.fsdecode(classes or b""), *fingerprint_parts])
+    done = _claim(out_dir, plans, mark)
+    journal = Journal(out_dir / _JOURNAL, mark)
+    for stale in out_dir.glob(".*.partial"):
+        stale.unlink()
+    done.update(journal.done)
+    if done:
+        log.info("going on: %d of %d shards are done", len(done), len(plans))
+    ordered = [names[i] for plan in plans for i in plan.ids.tolist()]
+    write_whole(out_dir / _NAMES, "".join(json.dumps(name) + "\n" for name in ordered).encode())
+    if classes is not None:
+        write_whole(out_dir / CLASSES, classes)
+    pieces = [_Piece(plan, done.get(number)) for number, plan in enumerate(plans)]
+    records = []
+    with tqdm(total=len(names), unit="img", desc="shards", disable=None) as bar:
+        for number, record in enumerate(
+            ordered_map(_write_shard, (out_dir, samples), pieces, workers=workers)
+        ):
+            if record != done.get(number):
+                journal.add(number, record)
+            records.append(record)
+            bar.update(len(plans[number].ids))
+    kept = sum(record == done.get(number) for number, record in enumerate(records))
+    manifest = _manifest(records, ordered, settings, mark)
+    write_whole(out_dir / FILE_NAME, json.dumps(manifest, indent=1).encode() + b"\n")
+    journal.finish()
+    if not manifest["samples"]:
+        raise DataError(f"none of the {len(names)} files can be read; see {out_dir / FILE_NAME}")
+    return {**manifest, "shards_kept": kept}
+
+
+def _claim(out_dir: Path, plans: Sequence[ShardPlan], mark: str) -> dict[int, Json]:
+    """Shards of this very set that are finished; anything else there is not ours to touch."""
+    manifest = read_manifest(out_dir)
+    begun = fingerprint_of(out_dir / _JOURNAL)
+    ours = begun == mark or (manifest is not None and manifest.get("fingerprint") == mark)
+    tars = sorted(path.name for path in out_dir.glob("*.tar"))
+    foreign = sorted(set(tars) - {plan.name for plan in plans}) if ours else tars
+    if foreign or (not ours and (manifest is not None or begun is not None)):
+        raise DataError(
+            f"{out_dir} holds shards of other images or settings"
+            f"{f', e.g. {foreign[0]}' if foreign else ''}. Name an empty folder, or empty it."
+        )
+    if manifest is None or not ours:
+        return {}
+    return {number: record for number, record in enumerate(manifest["shards"])}
+
+
+def read_manifest(folder: Path) -> Json | None:
+    """Read `manifest.json`, None where there is none.
+
+    Raises:
+        DataError: it is damaged or of a later version.
+    """
+    path = folder / FILE_NAME
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise DataError(f"{path} has format {manifest['format']}, not {FORMAT}")
+        for record in manifest["shards"]:
+            record["name"], record["bytes"], record["sha256"], record["samples"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}); remove it") from error
+    return dict(manifest)
+
+
+def _manifest(records: list[Json], names: list[str], settings: Json, mark: str) -> Json:
+    left_out = [
+        {"name": names[int(entry["key"])], **entry}
+        for record in records
+        for entry in record["left_out"]
+    ]
+    return {
+        "format": FORMAT,
+        "fingerprint": mark,
+        "settings": settings,
+        "samples": sum(record["samples"] for record in records),
+        "bytes": sum(record["bytes"] for record in records),
+        "left_out": left_out,
+        "shards": records,
+    }
+
+
+@dataclass(frozen=True)
+class _Piece:
+    plan: ShardPlan
+    record: Json | None  # of the shard, if it was finished before
+
+
+def _write_shard(shared: tuple[Path, Samples], piece: _Piece) -> Json:
+    """Write one shard whole, or find it whole; return its record."""
+    folder, samples = shared
+    path = folder / piece.plan.name
+    if piece.record and path.exists() and file_sha256(path) == piece.record["sha256"]:
+        return piece.record
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("wb") as file:
+            left_out = _fill(file, samples, piece.plan)
+            file.flush()
+            os.fsync(file.fileno())
+        record = {
+            "name": path.name,
+            "bytes": beside.stat().st_size,
+            "sha256": file_sha256(beside),
+            "samples": len(piece.plan.ids) - len(left_out),
+            "left_out": left_out,
+        }
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise RunFailedError(
+            f"cannot write {path}: {error.strerror}. Once that is mended, the same command goes on"
+        ) from error
+    return record
+
+
+def _fill(file: BinaryIO, samples: Samples, plan: ShardPlan) -> list[Json]:
+    """Write the members of a shard; return the samples that are left out."""
+    left_out: list[Json] = []
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, index in enumerate(plan.ids.tolist(), start=plan.first_key):
+            try:
+                members = samples.members(index)
+            except BadSampleError as error:
+                left_out.append({"key": f"{key:09d}", "reason": error.reason})
+                continue
+            for extension, data in members:
+                info = tarfile.TarInfo(f"{key:09d}.{extension}")  # owner 0, time 0
+                info.size, info.mode = len(data), 0o444
+                tar.addfile(info, io.BytesIO(data))
+    return left_out
+
+
+def file_sha256(path: Path) -> str:
+    """The checksum of a file, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASHED):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,64 @@
+"""Settings of what watches a run and keeps it: evaluation, log, checkpoints."""
+
+from pydantic import Field, model_validator
+
+from dinoscale.config.fields import Count, Section
+
+
+class EvalConfig(Section):
+    """Online k-NN accuracy on labelled images; off while `train` and `test` are null."""
+
+    train: str | None = Field(
+        default=None, min_length=1, description="Labelled images of the neighbours."
+    )
+    test: str | None = Field(default=None, min_length=1, description="Labelled images to classify.")
+    every_epochs: Count = Field(
+        default=1, description="Epochs between two evaluations. Source: [D]."
+    )
+    resize: Count = Field(
+        default=256, description="Shorter side after resizing, in pixels. Source: [C]."
+    )
+    crop: Count = Field(default=224, description="Side of the centre crop in pixels. Source: [C].")
+    k: Count = Field(default=20, description="Neighbours that vote. Source: [P] section 3.2.")
+    batch_size: Count = Field(
+        default=64, description="Images per rank in one forward pass. Source: [D]."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EvalConfig":
+        if (self.train is None) != (self.test is None):
+            given, other = ("train", "test") if self.test is None else ("test", "train")
+            raise ValueError(f"{other}: missing; eval.{given} is set, and k-NN needs both")
+        if self.resize < self.crop:
+            raise ValueError(
+                f"resize: {self.resize} px is smaller than the {self.crop} px cut from it "
+                "(eval.crop)"
+            )
+        return self
+
+
+class LogConfig(Section):
+    """Where the numbers go. Source: [D]."""
+
+    every_steps: Count = Field(default=10, description="Optimizer steps between two log lines.")
+    wandb: bool = Field(
+        default=True,
+        description="Also log to Weights & Biases; mode from WANDB_MODE, else offline.",
+    )
+    wandb_project: str = Field(default="dinoscale", min_length=1, description="Its project.")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which stay. Source: [D]."""
+
+    every_epochs: Count = Field(default=1, description="Epochs between two checkpoints.")
+    every_steps: Count | None = Field(
+        default=None, description="Also save after every so many optimizer steps; null does not."
+    )
+    keep_last: Count = Field(default=2, description="Newest checkpoints that stay.")
+    keep_every: Count | None = Field(
+        default=None, description="Those at multiples of this many epochs stay too; null: none."
+    )
+    keep_best: bool = Field(
+        default=True, description="The one with the highest online k-NN accuracy stays too."
+    )

@@ -1,0 +1,75 @@
+"""The folder where what costs time to make is kept between runs."""
+
+import fcntl
+import glob
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+_ABANDONED_S = 3600  # since something was written to a file that is being written all the time
+
+
+def cached_file(kind: str, keys: Iterable[str]) -> str:
+    """Path for a cached file, in a folder that exists.
+
+    The folder is DINOSCALE_CACHE, else XDG_CACHE_HOME/dinoscale, else ~/.cache/dinoscale.
+
+    Args:
+        kind: what it holds, begins its name.
+        keys: what it was made from; other keys give another file.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    own = os.environ.get("DINOSCALE_CACHE", "")
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(shared):  # its specification: then it does not count
+        shared = os.path.expanduser("~/.cache")
+    folder = os.path.abspath(own) if own else os.path.join(shared, "dinoscale")
+    if not os.path.isabs(folder):
+        raise OSError("this user has no home folder")
+    os.makedirs(folder, exist_ok=True)
+    digest = hashlib.blake2b(digest_size=16)
+    for key in keys:
+        digest.update(os.fsencode(key) + b"\0")
+    return os.path.join(folder, f"{kind}-{digest.hexdigest()}")
+
+
+@contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Let one process of all that name this file do its work, the others wait.
+
+    On a file system without locks nobody waits: what is put in place whole may be made twice. The
+    kernel frees the lock of a process that dies.
+    """
+    descriptor = -1
+    try:
+        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        _lock(descriptor, path)
+    except OSError as error:
+        log.debug("no lock on %s: %s", path, error)
+    try:
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def remove_abandoned(path: str) -> None:
+    """Remove what processes left that were killed while they wrote this file."""
+    for partial in glob.glob(f"{glob.escape(path)}.*.partial"):
+        if os.stat(partial).st_mtime < time.time() - _ABANDONED_S:
+            os.unlink(partial)
+
+
+def _lock(descriptor: int, path: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.info("another process is making %s: waiting for it", path)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,0 +1,58 @@
+"""Images that are files of their own: keeping their names, reading what stands there by now."""
+
+import os
+import stat
+from collections.abc import Iterable
+
+from dinoscale.data.decode import BadSampleError
+from dinoscale.data.index import Index, IndexWriter, read_at
+from dinoscale.errors import DataError
+
+# The largest picture that Pillow opens has 179 million pixels, of at most 8 bytes each.
+MAX_IMAGE_BYTES = 2**31
+
+
+def write_names(names: Iterable[str], *, of: str) -> Index:
+    """Put names into a temporary file on disk, one after another.
+
+    Args:
+        names: in the order of the images.
+        of: what they were read from, for messages.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    try:
+        with IndexWriter("") as writer:
+            for name in names:
+                writer.add(name)
+            return writer.finish({})
+    except OSError as error:
+        raise DataError(
+            f"cannot keep the names of the images of {of} in a temporary file: {error}. Set TMPDIR "
+            "to a folder with room."
+        ) from error
+
+
+def read_image_file(path: str) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        BadSampleError: it cannot be read, or is no plain file of a size that a picture can have.
+    """
+    try:
+        # Without waiting: opening a pipe would last until somebody writes to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadSampleError(path, "cannot be read: it is not a plain file")
+            if status.st_size > MAX_IMAGE_BYTES:
+                raise BadSampleError(path, f"{status.st_size} bytes are too many for one image")
+            return read_at(descriptor, status.st_size, 0)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise BadSampleError(path, f"cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a name with a null byte
+        raise BadSampleError(path, f"cannot be read: {error}") from None

@@ -1,0 +1,133 @@
+"""Several sources as one: the images of the first, then those of the second, and so on."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+from dinoscale.data.decode import RGB, Decoder, Picture
+from dinoscale.data.manifest import shard_counts
+from dinoscale.data.remote import is_remote, require_allowed
+from dinoscale.data.sources import Source, expand_braces, open_source
+from dinoscale.data.stream import PAUSES_S, StreamSource
+from dinoscale.errors import DataError
+
+
+class MixedSource:
+    """The images of all parts under consecutive numbers, without their classes.
+
+    How often each part is drawn is for the sampler to say.
+
+    Args:
+        parts: two sources or more.
+    """
+
+    labels = None
+    class_names = None
+
+    def __init__(self, parts: Sequence[Source]):
+        self._parts = tuple(parts)
+        self._starts = [0, *accumulate(len(part) for part in parts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def path(self, index: int) -> str:
+        """Where the image is, for messages."""
+        part, within = self._find(index)
+        return part.path(within)
+
+    def picture(self, index: int) -> Picture:
+        """The picture; BadSampleError as its own source raises it."""
+        part, within = self._find(index)
+        return part.picture(within)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Images of each part."""
+        return [len(part) for part in self._parts]
+
+    def part_of(self, index: int) -> range:
+        """The numbers of all images that come from the same part as one image."""
+        number = bisect_right(self._starts, index)
+        return range(self._starts[number - 1], self._starts[number])
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        number = bisect_right(self._starts, index) - 1
+        return self._parts[number], index - self._starts[number]
+
+
+def open_sources(
+    specs: Sequence[str],
+    decoder: Decoder = RGB,
+    *,
+    manifest: str | None = None,
+    shuffle_buffer: int = 512,
+) -> Source:
+    """Open the sources of a training set as one.
+
+    Args:
+        specs: one or more, each as `open_source` takes it; or one as `open_stream` does.
+        decoder: what the pixels of their files become.
+        manifest: where the counts of streamed shards are, if not beside them.
+        shuffle_buffer: most images that are held of a streamed shard, to permute them.
+
+    Raises:
+        DataError: one of them cannot be opened, or a stream is to be mixed.
+    """
+    for spec in specs:
+        if is_remote(spec) and len(specs) == 1:
+            return open_stream(spec, decoder, manifest=manifest, shuffle_buffer=shuffle_buffer)
+        if is_remote(spec):
+            raise DataError(
+                f"{spec}: shards that are streamed cannot be mixed with other sources. Name them "
+                "alone, or copy them to a local or mounted disk."
+            )
+    parts = [open_source(spec, decoder) for spec in specs]
+    return parts[0] if len(parts) == 1 else MixedSource(parts)
+
+
+def open_stream(
+    spec: str, decoder: Decoder, *, manifest: str | None, shuffle_buffer: int
+) -> StreamSource:
+    """Open shards that can only be read from front to back; reads their manifest, no shard.
+
+    Args:
+        spec: a URL or brace pattern of them: `https://host/train-{000..099}.tar`, `s3:`, `gs:`,
+            `hdfs:`, or `pipe:COMMAND`.
+        decoder: what the pixels of their files become.
+        manifest: its path or URL; None looks beside the shards.
+        shuffle_buffer: most images that are held of a shard, to permute them.
+
+    Raises:
+        DataError: the pattern, a command or the manifest cannot be used.
+    """
+    urls = expand_braces(spec)
+    for url in urls:
+        require_allowed(url)
+    counts = shard_counts(urls, manifest, pauses_s=PAUSES_S)
+    if not any(counts):
+        raise DataError(f"{spec}: its manifest counts no images in these shards.")
+    filled = [(url, count) for url, count in zip(urls, counts, strict=True) if count]
+    return StreamSource(
+        [url for url, _ in filled],
+        [count for _, count in filled],
+        block_size=shuffle_buffer,
+        decoder=decoder,
+    )
+
+
+def source_sizes(source: Source) -> list[int]:
+    """Images of each source that a training set is mixed from; one number if it is not mixed."""
+    return source.sizes if isinstance(source, MixedSource) else [len(source)]
+
+
+def stand_ins(source: Source, index: int) -> range:
+    """The numbers of the images that may replace an unreadable one.
+
+    Those of the same source; of a stream, those that are held with it.
+    """
+    if isinstance(source, StreamSource):
+        return source.blocks.block_of(index)
+    return source.part_of(index) if isinstance(source, MixedSource) else range(len(source))

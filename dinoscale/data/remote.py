@@ -1,0 +1,238 @@
+"""Bytes from elsewhere: the output of a command that fetches what a URL names.
+
+A URL reaches its command as one argument, never through a shell. `pipe:COMMAND` is a shell command
+by nature, and a configuration may come from a stranger: it runs only where the environment says
+DINOSCALE_ALLOW_PIPE=1. Nothing here waits without end: a command that sends no byte for a minute
+is ended and counts as failed.
+"""
+
+import io
+import logging
+import os
+import re
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import IO, TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+
+from dinoscale.errors import DataError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ALLOW_PIPE = "DINOSCALE_ALLOW_PIPE"
+
+_SILENCE_S = 60.0  # without a byte, after which a transfer counts as stuck
+_END_S = 10.0  # between the last byte of a command and its end
+_SHOWN = 300  # characters of a command's complaint
+
+# What curl says of a request that will fail again: 4xx, but for 408, 425 and 429.
+_IN_VAIN = re.compile(r"returned error: 4(?!08|25|29)\d\d")
+
+_CURL = (
+    *("curl", "--fail", "--silent", "--show-error", "--location", "--globoff"),
+    *("--proto", "=http,https", "--connect-timeout", "30", "--"),
+)
+# Scheme -> command before and after the URL.
+_COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "http": (_CURL, ()),
+    "https": (_CURL, ()),
+    "s3": (("aws", "s3", "cp", "--only-show-errors"), ("-",)),
+    "gs": (("gsutil", "-q", "cat"), ()),
+    "hdfs": (("hdfs", "dfs", "-cat"), ()),
+}
+
+
+class TransferError(Exception):
+    """A transfer that failed; the next try may succeed. The message is half a sentence."""
+
+
+def is_remote(spec: str) -> bool:
+    """Whether a spec names something that `open_remote` can read."""
+    return scheme_of(spec) in (*_COMMANDS, "pipe")
+
+
+def scheme_of(spec: str) -> str:
+    """`https` of `https://host/a.tar`, lower-case; empty without a colon."""
+    scheme, colon, _ = spec.partition(":")
+    return scheme.lower() if colon else ""
+
+
+def shown(url: str) -> str:
+    """The URL or path for messages: without a password or a signature in it."""
+    if scheme_of(url) not in _COMMANDS:
+        return url
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def require_allowed(url: str) -> None:
+    """Refuse what is no URL, and a shell command where the environment does not allow it.
+
+    Raises:
+        DataError: it is refused.
+    """
+    try:
+        shown(url)
+    except ValueError as error:
+        raise DataError(f"{url} is not a URL ({error}).") from None
+    if scheme_of(url) == "pipe" and os.environ.get(ALLOW_PIPE) != "1":
+        raise DataError(
+            f"{url}: this is a shell command, and a configuration may come from a stranger. If you "
+            f"know what it does, set {ALLOW_PIPE}=1 in the environment of all ranks."
+        )
+
+
+def open_remote(url: str, *, silence_s: float = _SILENCE_S) -> "RemoteFile":
+    """Begin to fetch what a URL names.
+
+    Args:
+        url: with one of the schemes above.
+        silence_s: seconds without a byte after which reading fails.
+
+    Raises:
+        DataError: the command is not installed, or not allowed.
+    """
+    require_allowed(url)
+    command = _command(url)
+    complaints = tempfile.TemporaryFile()  # noqa: SIM115 # closed with the stream
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            start_new_session=True,  # a signal to the whole job is not meant for it
+        )
+    except (OSError, ValueError) as error:
+        complaints.close()
+        raise DataError(
+            f"{shown(url)}: cannot run `{command[0]}` ({error}). Install it on every node, or copy "
+            "the shards to a local or mounted disk."
+        ) from None
+    return RemoteFile(url, command[0], process, complaints, silence_s=silence_s)
+
+
+def _command(url: str) -> list[str]:
+    if scheme_of(url) == "pipe":
+        return ["sh", "-c", url.partition(":")[2]]
+    before, after = _COMMANDS[scheme_of(url)]
+    return [*before, url, *after]
+
+
+class RemoteFile(io.RawIOBase):
+    """The output of a command, as a raw stream; made by `open_remote`.
+
+    Reading raises TransferError when the command fails, stops sending, or ends with an error after
+    its last byte; DataError when another try would be in vain.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        process: "subprocess.Popen[bytes]",
+        complaints: IO[bytes],
+        *,
+        silence_s: float,
+    ):
+        super().__init__()
+        self._url, self._name, self._silence_s = url, name, silence_s
+        self._process, self._complaints = process, complaints
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        """Bytes as they come; 0 after the last one of a command that ended well."""
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        if not poll.poll(self._silence_s * 1000):
+            raise TransferError(f"{self._name} sent nothing for {self._silence_s:g} s")
+        with memoryview(buffer) as view:
+            count = os.readv(descriptor, [view])
+        if count == 0:
+            self._require_success()
+        return count
+
+    def _require_success(self) -> None:
+        try:
+            code = self._process.wait(timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            raise TransferError(f"{self._name} did not end after its last byte") from None
+        if code:
+            self._complaints.seek(0)
+            words = self._complaints.read(_SHOWN).decode("utf-8", "replace").split()
+            text = f"{self._name} ended with exit code {code}: {' '.join(words) or 'no message'}"
+            if _IN_VAIN.search(text):
+                raise DataError(f"{shown(self._url)} cannot be read: {text}. Correct its name.")
+            raise TransferError(text)
+
+    def close(self) -> None:
+        """End the command, with all that it started."""
+        if not self.closed:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            if self._process.stdout is not None:
+                self._process.stdout.close()
+            self._complaints.close()
+        super().close()
+
+
+def read_all(url: str, *, limit: int, pauses_s: tuple[float, ...]) -> bytes:
+    """All bytes of a URL.
+
+    Args:
+        url: as `open_remote`.
+        limit: most bytes.
+        pauses_s: seconds to wait before each further try.
+
+    Raises:
+        DataError: it cannot be read, or is longer.
+    """
+    data = retried(lambda: _read_once(url, limit=limit), name=shown(url), pauses_s=pauses_s)
+    if len(data) > limit:
+        raise DataError(f"{shown(url)} is longer than {limit} bytes.")
+    return data
+
+
+def _read_once(url: str, *, limit: int) -> bytes:
+    with io.BufferedReader(open_remote(url)) as file:
+        return file.read(limit + 1)
+
+
+def retried(read: Callable[[], T], *, name: str, pauses_s: Sequence[float]) -> T:
+    """Read, and on a failed transfer wait and read again.
+
+    Args:
+        read: raises TransferError.
+        name: of what is read, for messages.
+        pauses_s: seconds before each further try.
+
+    Raises:
+        DataError: the last try failed too.
+    """
+    for pause in pauses_s:
+        try:
+            return read()
+        except TransferError as error:  # noqa: PERF203 # a transfer costs more than a try
+            log.warning("%s cannot be read: %s; trying again in %g s", name, error, pause)
+            time.sleep(pause)
+    try:
+        return read()
+    except TransferError as error:
+        raise DataError(
+            f"{name} cannot be read: {error}. Correct its name, or mend the connection or the file."
+        ) from None

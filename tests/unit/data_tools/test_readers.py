@@ -1,0 +1,181 @@
+import csv
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.build_shards import build_shards
+from data_tools.dataset_stats import dataset_stats
+from data_tools.inspect_shards import inspect_shards
+from data_tools.survey import sample_ids
+from data_tools.synthetic import synthetic
+from data_tools.verify_shards import verify_shards
+from dinoscale.data.sources import open_source
+from dinoscale.data.synthetic import ShapesSource
+from dinoscale.errors import DataError
+from tests.unit.data.conftest import jpeg, picture
+
+
+@pytest.fixture
+def shards(class_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    out = tmp_path / "shards"
+    build_shards(
+        str(class_folder()), out, shard_bytes=8192, max_side=None, seed=0, prefix="t", workers=1
+    )
+    return out
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_whole_shards_verify(shards: Path, tmp_path: Path, workers: int) -> None:
+    summary = verify_shards(str(shards), out=tmp_path / "bad", workers=workers)
+    assert (summary["images"], summary["bad"]) == (24, 0)
+    assert summary["shards_with_checksum"] == summary["shards"] > 3
+    assert (tmp_path / "bad").read_bytes() == b""
+
+
+def test_damage_is_found_by_checksum_decoding_and_count(shards: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in shards.glob("*.tar"))
+    flipped, cut, gone = (shards / name for name in names[:3])
+    source = open_source(str(flipped))
+    data = bytearray(flipped.read_bytes())
+    at = data.index(source.data(1))
+    data[at : at + 200] = bytes(200)
+    flipped.write_bytes(data)
+    cut.write_bytes(cut.read_bytes()[:700])
+    gone.unlink()
+    summary = verify_shards(str(shards), out=tmp_path / "bad", workers=2)
+    bad = [json.loads(line) for line in (tmp_path / "bad").read_text().splitlines()]
+    reasons = Counter(Path(entry["path"].partition("::")[0]).name for entry in bad)
+    assert reasons == {flipped.name: 2, cut.name: 2, gone.name: 1}
+    assert summary["bad"] == 5
+    assert f"{flipped}::000000001.jpg" in [entry["path"] for entry in bad]
+
+
+def test_odd_images_give_the_counts_of_their_manifest(image_sets: Path, tmp_path: Path) -> None:
+    with (image_sets / "odd-images" / "manifest.tsv").open() as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows = [row for row in rows if row["file"].startswith(("loads/", "fails/"))]
+    rows = [row for row in rows if "12000" not in row["size"]]  # 108 megapixels take their time
+    for row in rows:
+        target = folder / row["file"]
+        target.parent.mkdir(exist_ok=True)
+        target.symlink_to(image_sets / "odd-images" / row["file"])
+    opens = {row["file"] for row in rows if row["open"] == "ok"}
+    decodes = {row["file"] for row in rows if row["convert_RGB"] == "ok"}
+    out = tmp_path / "out"
+    summary = build_shards(
+        str(folder), out, shard_bytes=2**19, max_side=None, seed=0, prefix="t", workers=2
+    )
+    assert summary["samples"] == len(opens)
+    left_out = {entry["name"] for entry in summary["left_out_files"]}
+    assert left_out == {row["file"] for row in rows} - opens
+    verified = verify_shards(str(out), out=tmp_path / "bad", workers=2)
+    names = [json.loads(line) for line in (out / "names.jsonl").read_text().splitlines()]
+    keys = [json.loads(line)["path"].split("::")[1] for line in (tmp_path / "bad").open()]
+    assert {names[int(key.partition(".")[0])] for key in keys} == opens - decodes
+    assert (verified["images"], verified["bad"]) == (len(opens), len(opens - decodes))
+
+
+def test_statistics_are_those_of_all_pixels(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pixels = []
+    for i in range(7):
+        image = picture(i, width=20 + i, height=15)
+        image.save(folder / f"{i}.png")
+        pixels.append(np.asarray(image, np.float64).reshape(-1, 3) / 255)
+    summary = dataset_stats(str(folder), images=None, out=tmp_path / "s.json", workers=1)
+    together = np.concatenate(pixels)
+    np.testing.assert_allclose(summary["mean"], together.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(summary["std"], together.std(axis=0), rtol=1e-12)
+    assert (summary["images"], summary["pixels"]) == (7, len(together))
+    mean = ",".join(f"{value:.4f}" for value in together.mean(axis=0))
+    assert summary["overrides"][0] == f"data.mean=[{mean}]"
+    assert json.loads((tmp_path / "s.json").read_text()) == summary
+
+
+def test_statistics_of_a_sample_leave_out_what_is_unreadable(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(10):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i) if i else b"no picture")
+    summaries = [dataset_stats(str(folder), images=5, out=None, workers=w) for w in (1, 2)]
+    assert summaries[0] == summaries[1]
+    assert summaries[0]["images"] + summaries[0]["unreadable"] == 5
+    assert dataset_stats(str(folder), images=None, out=None, workers=1)["unreadable"] == 1
+
+
+def test_sample_is_fixed_distinct_and_in_order() -> None:
+    ids = sample_ids(1000, wanted=50)
+    np.testing.assert_array_equal(ids, sample_ids(1000, wanted=50))
+    assert len(set(ids.tolist())) == 50
+    assert list(ids) == sorted(ids)
+    assert sample_ids(10, wanted=50).tolist() == list(range(10))
+    with pytest.raises(DataError, match="--images 0"):
+        sample_ids(10, wanted=0)
+
+
+def test_inspection_counts_what_is_there(shards: Path, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    found = inspect_shards(
+        str(shards), images=None, sheet=sheet, sheet_images=9, out=tmp_path / "s.json", workers=1
+    )
+    assert (found["images"], found["looked_at"], found["unreadable_headers"]) == (24, 24, 0)
+    assert found["shards"] == len(list(shards.glob("*.tar")))
+    assert found["formats_and_modes"] == {"JPEG RGB": 24}
+    assert found["short_side_from"] == {"16": 24}
+    assert found["width"] == {"min": 40, "median": 40.0, "mean": 40.0, "max": 40}
+    assert found["bytes"] == sum(len(jpeg(i)) for i in range(24))
+    assert found["classes"]["images_of"] == {"0": 8, "1": 8, "2": 8}
+    source = open_source(str(shards))
+    with Image.open(sheet) as drawn:
+        drawn.load()
+        corner = np.asarray(drawn)[6 + 16 : 6 + 112, 6 : 6 + 128]  # 40 x 30, not made larger
+    first = source.picture(int(sample_ids(24, wanted=9)[0])).pixels()
+    shown = corner[33:63, 44:84]
+    np.testing.assert_array_equal(shown, first)
+
+
+def test_folder_is_inspected_by_the_names_of_its_classes(
+    class_folder: Callable[..., Path],
+) -> None:
+    folder = class_folder(6)
+    picture(0).convert("L").save(folder / "class 0" / "grey.png")
+    (folder / "class 1" / "torn.jpg").write_bytes(b"x")
+    found = inspect_shards(
+        str(folder), images=None, sheet=None, sheet_images=64, out=None, workers=1
+    )
+    assert found["formats_and_modes"] == {"JPEG RGB": 6, "PNG L": 1}
+    assert found["unreadable_headers"] == 1
+    assert found["classes"]["images_of"] == {"class 0": 3, "class 1": 3, "class 2": 2}
+
+
+def test_drawn_set_is_written_with_classes_and_masks(tmp_path: Path) -> None:
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        summary = synthetic(
+            out, images=20, size=16, seed=3, split="test", shard_bytes=20000, workers=workers
+        )
+    assert (summary["samples"], summary["shards"] > 1) == (20, True)
+    drawn, written = ShapesSource(images=20, size=16, seed=3, split="test"), open_source(str(out))
+    np.testing.assert_array_equal(written.labels, drawn.labels)
+    for i in range(20):
+        np.testing.assert_array_equal(written.picture(i).pixels(), drawn.picture(i).pixels())
+        shard, member = written.path(i).split("::")
+        with tarfile.open(shard) as tar:
+            mask = tar.extractfile(member.replace(".png", ".mask.png"))
+            assert mask is not None
+            np.testing.assert_array_equal(
+                np.asarray(Image.open(io.BytesIO(mask.read()))), np.asarray(drawn.mask(i))
+            )
+    assert [p.read_bytes() for p in sorted((tmp_path / "1").iterdir())] == [
+        p.read_bytes() for p in sorted((tmp_path / "2").iterdir())
+    ]

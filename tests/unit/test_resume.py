@@ -1,0 +1,83 @@
+"""What a checkpoint and the settings of its next start must agree on."""
+
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dinoscale.config import RunConfig, parse_config, resolve
+from dinoscale.errors import ConfigError
+from dinoscale.resume import require_same_run
+
+A, B = {"source": "/a"}, {"source": "/b"}
+URL = "https://host/{0..9}.tar"
+
+
+def _config(data: dict[str, Any], **train: int) -> RunConfig:
+    return parse_config({"data": data, "train": {"batch_size": 8, **train}})
+
+
+def _go_on(
+    then: RunConfig, now: RunConfig, *, sizes: list[int], sizes_now: list[int], ranks: int = 1
+) -> None:
+    """Save a run and go on with it."""
+    saved = SimpleNamespace(
+        path=Path("step_00000004"),
+        state={
+            "config": then.model_dump(mode="json"),
+            "plan": asdict(resolve(then, world_size=1, num_images=sizes))
+            | {"source_sizes": sizes, "quotas": _quotas(then, sizes)},  # lists, as from JSON
+        },
+    )
+    plan = resolve(now, world_size=ranks, num_images=sizes_now)
+    require_same_run(saved, now, plan)  # type: ignore[arg-type] # the parts of it that are read
+
+
+def _quotas(config: RunConfig, sizes: list[int]) -> list[int]:
+    return list(resolve(config, world_size=1, num_images=sizes).quotas)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "sizes_now", "says"),
+    [
+        ({"train": [A, B]}, {"train": [{**A, "weight": 2}, B]}, [40, 60], "drawn from each source"),
+        ({"train": [A, B]}, {"train": [A, B]}, [41, 59], "images of each source"),
+        ({"train": [A, B]}, {"train": "/ab"}, [100], "images of each source"),
+        ({"train": [A, B]}, {"train": [A, B], "images_per_epoch": 40}, [40, 60], "drawn from each"),
+    ],
+)
+def test_another_mixture_is_refused(
+    then: dict[str, Any], now: dict[str, Any], sizes_now: list[int], says: str
+) -> None:
+    _go_on(_config(then), _config(then), sizes=[40, 60], sizes_now=[40, 60])
+    with pytest.raises(ConfigError, match=says):
+        _go_on(_config(then), _config(now), sizes=[40, 60], sizes_now=sizes_now)
+
+
+@pytest.mark.parametrize(
+    ("data", "train", "says"),
+    [
+        ({"lanes": 4}, {}, "data.lanes was 8 .* is 4 now"),
+        ({"shuffle_buffer": 64}, {}, "data.shuffle_buffer was 512"),
+        ({}, {"micro_batch_size": 4}, "the size of a micro-batch was 8"),
+        ({"train": "/copied"}, {}, "the size of a micro-batch was 8 .* is None now"),
+    ],
+)
+def test_a_stream_goes_on_only_in_its_order(
+    data: dict[str, Any], train: dict[str, int], says: str
+) -> None:
+    then = _config({"train": URL})
+    sizes = {"sizes": [100], "sizes_now": [100]}
+    _go_on(then, _config({"train": URL, "num_workers": 3}), **sizes)
+    with pytest.raises(ConfigError, match=says):
+        _go_on(then, _config({"train": URL, **data}, **train), **sizes)
+    if data.get("train") is None:  # all of it is free where images are read in any order
+        _go_on(_config({"train": "/a"}), _config({"train": "/a", **data}, **train), **sizes)
+
+
+def test_ranks_that_make_micro_batches_smaller_change_a_stream() -> None:
+    config = _config({"train": URL})
+    with pytest.raises(ConfigError, match=r"the size of a micro-batch was 8 .* is 4 now"):
+        _go_on(config, config, sizes=[100], sizes_now=[100], ranks=2)
