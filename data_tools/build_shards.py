@@ -30,8 +30,8 @@ _STAT_THREADS = 16  # sizes wait for the file system, not for the processor
 # By what a file is, whatever its name says. Anything else that Pillow reads becomes `.img`.
 _EXTENSIONS = {
     "AVIF": "avif", "BMP": "bmp", "DIB": "dib", "GIF": "gif", "ICO": "ico", "JPEG": "jpg",
-    "JPEG2000": "jp2", "MPO": "jpg", "PNG": "png", "PPM": "ppm", "QOI": "qoi", "TGA": "tga",
-    "TIFF": "tif", "WEBP": "webp",
+    "JPEG2000": "jp2", "MPO": "jpg", "NPY": "npy", "PNG": "png", "PPM": "ppm", "QOI": "qoi",
+    "TGA": "tga", "TIFF": "tif", "WEBP": "webp",
 }  # fmt: skip
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.parallel import num_cores
+from dinoscale.errors import DataError
 
 if TYPE_CHECKING:
+    from dinoscale.data.decode import Decoder
+
     SubCommands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _SPEC = (
@@ -64,6 +67,25 @@ def _add_shard_bytes(command: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="size of a shard at most, unless one picture is larger (default 256MiB)",
     )
+
+
+def _add_channels(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--channels", type=int, default=3, metavar="C", help="as data.channels (default 3)"
+    )
+    command.add_argument(
+        "--white", type=float, metavar="X", help="as data.white: what means 1.0 in deep pixels"
+    )
+
+
+def _decoder(options: argparse.Namespace) -> Decoder:
+    from dinoscale.data.decode import Decoder
+
+    if options.channels < 1 or (options.white is not None and not options.white > 0):
+        raise DataError(
+            f"need --channels >= 1 and --white > 0: {options.channels}, {options.white}"
+        )
+    return Decoder(options.channels, options.white)
 
 
 def _add_build(tools: SubCommands) -> None:
@@ -154,13 +176,16 @@ def _add_verify(tools: SubCommands) -> None:
     command.add_argument(
         "--out", type=Path, metavar="FILE", help="list of what is bad, JSON lines" + _OUT
     )
+    _add_channels(command)
     command.set_defaults(run=_verify)
 
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
     from data_tools.verify_shards import verify_shards
 
-    summary = verify_shards(options.spec, out=options.out, workers=options.workers)
+    summary = verify_shards(
+        options.spec, _decoder(options), out=options.out, workers=options.workers
+    )
     if summary["bad"]:
         print(json.dumps(summary), flush=True)
         raise SystemExit(1)
@@ -217,6 +242,7 @@ def _add_stats(tools: SubCommands) -> None:
         help="measure N pictures, always the same (default 10000)",
     )
     command.add_argument("--out", type=Path, metavar="FILE", help="summary as a file" + _OUT)
+    _add_channels(command)
     command.set_defaults(run=_stats)
 
 
@@ -224,7 +250,11 @@ def _stats(options: argparse.Namespace) -> dict[str, Any]:
     from data_tools.dataset_stats import dataset_stats
 
     summary = dataset_stats(
-        options.spec, images=options.images, out=options.out, workers=options.workers
+        options.spec,
+        _decoder(options),
+        images=options.images,
+        out=options.out,
+        workers=options.workers,
     )
     print(" ".join(summary["overrides"]))
     return summary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from data_tools.files import open_files
 from data_tools.journal import Json, write_whole
 from data_tools.survey import identity, in_blocks, sample_ids, survey
-from dinoscale.data.decode import BadSampleError
+from dinoscale.data.decode import RGB, BadSampleError, Decoder
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import DataError
 
@@ -20,13 +21,21 @@ _WHITE = 255  # of the pixels that a training sees
 _DIGITS = 4  # of the overrides
 
 
-def dataset_stats(spec: str, *, images: int | None, out: Path | None, workers: int) -> Json:
+def dataset_stats(
+    spec: str,
+    decoder: Decoder = RGB,
+    *,
+    images: int | None,
+    out: Path | None,
+    workers: int,
+) -> Json:
     """Measure all pixels of some images at full resolution, each pixel counting the same.
 
     Sums are whole numbers, so that neither order nor processes change a digit.
 
     Args:
         spec: what a training or `open_files` reads.
+        decoder: what the pixels of a file become.
         images: how many, drawn with a fixed seed; None takes all.
         out: file for the summary; with it an interrupted run goes on.
         workers: processes.
@@ -38,7 +47,8 @@ def dataset_stats(spec: str, *, images: int | None, out: Path | None, workers: i
         DataError: nothing is there, or no image can be read.
         RunFailedError: a worker was killed.
     """
-    source = open_source(spec) if spec.startswith("synthetic:") else open_files(spec)
+    drawn = spec.startswith("synthetic:")
+    source = open_source(spec, decoder) if drawn else open_files(spec, decoder)
     ids = sample_ids(len(source), wanted=images)
     blocks = in_blocks(ids)
     results = survey(
@@ -47,7 +57,7 @@ def dataset_stats(spec: str, *, images: int | None, out: Path | None, workers: i
         blocks,
         sizes=[len(block) for block in blocks],
         out=out,
-        work=[*identity(source), ids.tolist()],
+        work=[*identity(source), ids.tolist(), asdict(decoder)],
         workers=workers,
     )
     pixels, bad = 0, 0
@@ -72,7 +82,12 @@ def dataset_stats(spec: str, *, images: int | None, out: Path | None, workers: i
         "pixels": pixels,
         "mean": mean,
         "std": std,
-        "overrides": [f"data.mean={_rounded(mean)}", f"data.std={_rounded(std)}"],
+        "overrides": [
+            *([] if decoder.channels == 3 else [f"data.channels={decoder.channels}"]),
+            *([] if decoder.white is None else [f"data.white={decoder.white:g}"]),
+            f"data.mean={_rounded(mean)}",
+            f"data.std={_rounded(std)}",
+        ],
     }
     if out is not None:
         write_whole(out, json.dumps(summary).encode() + b"\n")

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoscale.data.decode import RGB, BadSampleError, Picture
+from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
 from dinoscale.data.files import write_names
 from dinoscale.data.folder import FolderSource
 from dinoscale.data.listing import COMPRESSED_TAR, LeftOut, Listing, list_folder
@@ -42,13 +42,14 @@ class Files(Source, Protocol):
         ...
 
 
-def open_files(spec: str) -> Files:
+def open_files(spec: str, decoder: Decoder = RGB) -> Files:
     """Open a folder, shards, a list of files, or a tar of tars.
 
     Args:
         spec: a folder of images; shards as `open_source` takes them; a text file with one path a
             line, absolute or relative to its folder, `shard.tar::member` for a picture in a shard;
             or a tar of one tar a class, as ImageNet's training pictures.
+        decoder: what the pixels of a file become.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it holds no files of images.
@@ -56,10 +57,10 @@ def open_files(spec: str) -> Files:
     path = os.path.expanduser(spec)
     if os.path.isfile(path):
         if not path.lower().endswith(_TARS):
-            return _open_list(path)
+            return _open_list(path, decoder)
         if path.lower().endswith(".tar") and _holds_tars(path):
-            return TarOfTars(path)
-    source = open_source(spec)
+            return TarOfTars(path, decoder)
+    source = open_source(spec, decoder)
     if isinstance(source, FolderSource | TarSource):
         return source
     raise DataError(
@@ -105,8 +106,9 @@ class TarOfTars:
         DataError: a tar is damaged, or holds no files.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, decoder: Decoder = RGB):
         self._path = os.path.abspath(path)
+        self._decoder = decoder
         self._names: list[str] = []  # INNER.tar::MEMBER
         places: list[tuple[int, int, int]] = []  # offset, bytes, class
         inner = [tar for tar in read_members(self._path) if tar.name.lower().endswith(".tar")]
@@ -153,7 +155,7 @@ class TarOfTars:
 
     def picture(self, index: int) -> Picture:
         """Decode a picture; raises BadSampleError."""
-        return RGB.open(self.data(index), self.path(index))
+        return self._decoder.open(self.data(index), self.path(index))
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -208,7 +210,7 @@ class Selection:
         return self._source.class_names
 
 
-def _open_list(path: str) -> Files:
+def _open_list(path: str, decoder: Decoder) -> Files:
     folder = os.path.dirname(os.path.abspath(path))
     try:
         lines = [os.fsdecode(line) for line in Path(path).read_bytes().splitlines() if line.strip()]
@@ -221,13 +223,13 @@ def _open_list(path: str) -> Files:
     paths = [os.path.normpath(os.path.join(folder, os.path.expanduser(line))) for line in lines]
     members = sum(_MEMBER in line for line in paths)
     if members == len(paths):
-        return _members_of_shards(path, paths)
+        return _members_of_shards(path, paths, decoder)
     if members:
         raise DataError(f"the list {path} mixes files and `shard.tar::member`; make it two lists")
-    return _listed_files(path, paths)
+    return _listed_files(path, paths, decoder)
 
 
-def _listed_files(path: str, paths: Sequence[str]) -> Files:
+def _listed_files(path: str, paths: Sequence[str], decoder: Decoder) -> Files:
     """The folder that they have in common: its subfolders are the classes, as for any folder."""
     missing = [name for name in paths if not os.path.isfile(name)]
     if missing:
@@ -237,13 +239,13 @@ def _listed_files(path: str, paths: Sequence[str]) -> Files:
         )
     root = os.path.commonpath([os.path.dirname(name) for name in paths])
     names = write_names((os.path.relpath(name, root) for name in paths), of=path)
-    return FolderSource(root, Listing(names, LeftOut()))
+    return FolderSource(root, Listing(names, LeftOut()), decoder)
 
 
-def _members_of_shards(path: str, paths: Sequence[str]) -> Files:
+def _members_of_shards(path: str, paths: Sequence[str], decoder: Decoder) -> Files:
     shards = list(dict.fromkeys(line.partition(_MEMBER)[0] + ".tar" for line in paths))
     nested = len(shards) == 1 and _holds_tars(shards[0])
-    source: Files = TarOfTars(shards[0]) if nested else TarSource(shards)
+    source: Files = TarOfTars(shards[0], decoder) if nested else TarSource(shards, decoder)
     number = {source.path(i): i for i in range(len(source))}
     missing = [line for line in paths if line not in number]
     if missing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from data_tools.files import open_files, shards_of
 from data_tools.journal import Json, write_whole
 from data_tools.shard_writer import file_sha256, read_manifest
 from data_tools.survey import identity, in_blocks, stamp, survey
-from dinoscale.data.decode import BadSampleError
+from dinoscale.data.decode import RGB, BadSampleError, Decoder
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import DataError
 
@@ -28,11 +28,12 @@ class _Shard:
     record: Json | None  # of the manifest beside it
 
 
-def verify_shards(spec: str, *, out: Path | None, workers: int) -> Json:
+def verify_shards(spec: str, decoder: Decoder = RGB, *, out: Path | None, workers: int) -> Json:
     """Decode all images of a source; damaged shards are listed like damaged images.
 
     Args:
         spec: shards, or anything else that a training or `open_files` reads.
+        decoder: what the pixels of a file become; other channels than it wants are bad.
         out: list of what is bad, one JSON object a line: path, reason. With it an interrupted run
             goes on from the last finished shard (of a folder: 256 images).
         workers: processes.
@@ -45,7 +46,9 @@ def verify_shards(spec: str, *, out: Path | None, workers: int) -> Json:
         RunFailedError: a worker was killed.
     """
     pieces, missing = _with_records(spec, shards_of(spec))
-    found = _shards(pieces, out, workers) if pieces else _images(spec, out, workers)
+    found = (
+        _shards(pieces, decoder, out, workers) if pieces else _images(spec, decoder, out, workers)
+    )
     images, bad = 0, missing
     for result in found:
         images += result["images"]
@@ -63,16 +66,19 @@ def verify_shards(spec: str, *, out: Path | None, workers: int) -> Json:
     }
 
 
-def _shards(pieces: Sequence[_Shard], out: Path | None, workers: int) -> Iterator[Json]:
+def _shards(
+    pieces: Sequence[_Shard], decoder: Decoder, out: Path | None, workers: int
+) -> Iterator[Json]:
     sizes = [piece.record["samples"] if piece.record else 1 for piece in pieces]
-    work = [[stamp(piece.path), piece.record] for piece in pieces]
-    return survey(_verify_shard, None, pieces, sizes=sizes, out=out, work=work, workers=workers)
+    work = [asdict(decoder), *([stamp(piece.path), piece.record] for piece in pieces)]
+    return survey(_verify_shard, decoder, pieces, sizes=sizes, out=out, work=work, workers=workers)
 
 
-def _images(spec: str, out: Path | None, workers: int) -> Iterator[Json]:
-    source = open_source(spec) if spec.startswith("synthetic:") else open_files(spec)
+def _images(spec: str, decoder: Decoder, out: Path | None, workers: int) -> Iterator[Json]:
+    drawn = spec.startswith("synthetic:")
+    source = open_source(spec, decoder) if drawn else open_files(spec, decoder)
     blocks = in_blocks(np.arange(len(source), dtype=np.int64))
-    sizes, work = [len(block) for block in blocks], identity(source)
+    sizes, work = [len(block) for block in blocks], [*identity(source), asdict(decoder)]
     return survey(_verify_block, source, blocks, sizes=sizes, out=out, work=work, workers=workers)
 
 
@@ -97,13 +103,13 @@ def _with_records(spec: str, shards: list[str]) -> tuple[list[_Shard], list[Json
     return pieces, missing
 
 
-def _verify_shard(_: None, piece: _Shard) -> Json:
+def _verify_shard(decoder: Decoder, piece: _Shard) -> Json:
     bad: list[Json] = []
     record = piece.record
     if record is not None and file_sha256(Path(piece.path)) != record["sha256"]:
         bad.append({"path": piece.path, "reason": "its sha256 is not that of manifest.json"})
     try:
-        source = open_source(piece.path)
+        source = open_source(piece.path, decoder)
     except DataError as error:
         if record is None or record["samples"]:  # all its files may have been left out
             bad.append({"path": piece.path, "reason": str(error)})

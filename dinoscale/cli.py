@@ -91,8 +91,50 @@ def _add_planning(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="how long to wait for a rank that does not answer (default 300); give it last",
     )
     doctor.set_defaults(run=_doctor)
+    _add_data_views(commands)
     presets = commands.add_parser("presets", help="list the presets")
     presets.set_defaults(run=_presets)
+
+
+def _add_data_views(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What one wants to know about the images of a run before it."""
+    bench = commands.add_parser("bench", help="measure parts of a run")
+    tasks = bench.add_subparsers(dest="task", required=True, metavar="TASK")
+    data = tasks.add_parser(
+        "data",
+        help="how many images per second this machine can feed, and what limits it",
+        description="Measure each part of the input with the images, sizes and micro-batch of a"
+        " run: reading and decoding, crops, transfer, what the training device does; then the real"
+        " loader. Sentences go to stderr, one JSON object to stdout.",
+    )
+    _add_config(data)
+    data.add_argument(
+        "--gpu-images-per-s",
+        type=float,
+        default=2500.0,
+        metavar="RATE",
+        help="what one GPU trains, to work out the workers it needs (default 2500)",
+    )
+    data.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="for each part (default 5)"
+    )
+    data.set_defaults(run=_bench_data)
+
+    show = commands.add_parser("show", help="draw what a run would see")
+    tasks = show.add_subparsers(dest="task", required=True, metavar="TASK")
+    crops = tasks.add_parser(
+        "crops",
+        help="images with the boxes of their crops, and every crop as the network sees it",
+        description="Draw a contact sheet: one row an image, its crops as in training.",
+    )
+    _add_config(crops)
+    crops.add_argument("--images", type=int, default=6, metavar="N", help="rows (default 6)")
+    crops.add_argument("--out", default="crops.png", metavar="PNG", help="default crops.png")
+    crops.add_argument("--epoch", type=int, default=0, metavar="E", help="from 0 (default 0)")
+    crops.add_argument(
+        "--plain", action="store_true", help="by the slow reference (data.colors=workers)"
+    )
+    crops.set_defaults(run=_show_crops)
 
 
 def _add_results(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -278,6 +320,30 @@ def _doctor(options: argparse.Namespace) -> None:
     distributed.stop()
     if report.count("problem"):
         raise SystemExit(2)
+
+
+def _bench_data(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.bench import bench_data
+    from dinoscale.config import load_config
+
+    return bench_data(
+        load_config(options.config, options.overrides),
+        gpu_images_per_s=options.gpu_images_per_s,
+        seconds=options.seconds,
+    )
+
+
+def _show_crops(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.config import load_config
+    from dinoscale.crop_sheet import show_crops
+
+    plain = ["data.colors=workers"] if options.plain else []
+    return show_crops(
+        load_config(options.config, [*options.overrides, *plain]),
+        num_images=options.images,
+        epoch=options.epoch,
+        out=Path(options.out),
+    )
 
 
 def _presets(_options: argparse.Namespace) -> None:

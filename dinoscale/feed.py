@@ -3,20 +3,74 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
-from dinoscale.config import RunConfig
+from dinoscale.config import DataConfig, RunConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.data.augment import NUM_GLOBAL, MultiCrop
 from dinoscale.data.colors import finish_crops
 from dinoscale.data.crop_params import Params
+from dinoscale.data.decode import Decoder
 from dinoscale.data.loader import Batch, train_batches
+from dinoscale.data.mixture import open_sources
 from dinoscale.data.sources import Source
 from dinoscale.distributed import Process
 from dinoscale.engine.depth_noise import depth_uniforms
 from dinoscale.engine.step import MicroBatch
+from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import normalize_images
 from dinoscale.models.vit import stochastic_depth_keep
+
+
+def open_images(config: RunConfig) -> Source:
+    """The images of data.train.
+
+    Raises:
+        ConfigError: none are named.
+        DataError: they cannot be opened.
+    """
+    if not config.data.sources:
+        raise ConfigError("data.train: give the images, for example data.train=/path/to/folder")
+    return open_sources(
+        [part.source for part in config.data.sources],
+        Decoder(config.data.channels, config.data.white),
+        manifest=config.data.manifest,
+        shuffle_buffer=config.data.shuffle_buffer,
+    )
+
+
+def multi_crop_of(config: RunConfig) -> MultiCrop:
+    """The crops that the workers of a run cut."""
+    return MultiCrop(
+        **config.crops.model_dump(),
+        **config.augment.model_dump(),
+        channels=config.data.channels,
+        plain=config.data.colors == "workers",
+    )
+
+
+def finish_batch(batch: Batch, data: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the network sees: all crops on the device, their colours changed, normalised.
+
+    Returns:
+        Global crops float32 (2, B, C, H, H) and local ones (n, B, C, h, h).
+    """
+    return (
+        _finished(batch.global_crops, batch.params[:NUM_GLOBAL], data, device),
+        _finished(batch.local_crops, batch.params[NUM_GLOBAL:], data, device),
+    )
+
+
+def _finished(crops: Tensor, params: Params, data: DataConfig, device: torch.device) -> Tensor:
+    """uint8 (V, B, H, H, C) -> float32 (V, B, C, H, H)."""
+    moved = crops.to(device, non_blocking=True)
+    if data.colors == "workers":
+        return normalize_images(moved.movedim(-1, 2), mean=data.mean, std=data.std)
+    finished: Tensor = finish_crops(
+        moved.flatten(0, 1), params.reshape(-1), mean=data.mean, std=data.std
+    )
+    return finished.reshape(*crops.shape[:2], *finished.shape[1:])
 
 
 class Feed:
@@ -39,12 +93,7 @@ class Feed:
         config, plan = self._config, self._plan
         batches = train_batches(
             self._source,
-            MultiCrop(
-                **config.crops.model_dump(),
-                **config.augment.model_dump(),
-                channels=config.data.channels,
-                plain=config.data.colors == "workers",
-            ),
+            multi_crop_of(config),
             batch_size=plan.batch_size,
             micro_batch_size=plan.micro_batch_size,
             seed=config.seed,
@@ -64,23 +113,11 @@ class Feed:
         """Move a step's micro-batches to the device, finish them, draw their stochastic depth."""
         return [
             MicroBatch(
-                self._finished(batch.global_crops, batch.params[:NUM_GLOBAL]),
-                self._finished(batch.local_crops, batch.params[NUM_GLOBAL:]),
+                *finish_batch(batch, self._config.data, self._process.device),
                 self._keep(step, index),
             )
             for index, batch in enumerate(batches)
         ]
-
-    def _finished(self, crops: Tensor, params: Params) -> Tensor:
-        """uint8 (V, B, H, H, C) -> float32 (V, B, C, H, H) on the device, normalised."""
-        moved = crops.to(self._process.device, non_blocking=True)
-        data = self._config.data
-        if data.colors == "workers":
-            return normalize_images(moved.movedim(-1, 2), mean=data.mean, std=data.std)
-        finished: Tensor = finish_crops(
-            moved.flatten(0, 1), params.reshape(-1), mean=data.mean, std=data.std
-        )
-        return finished.reshape(*crops.shape[:2], *finished.shape[1:])
 
     def _keep(self, step: int, micro_batch: int) -> Tensor | None:
         rate, plan = self._config.model.drop_path_rate, self._plan
@@ -95,4 +132,5 @@ class Feed:
             crops=2 + self._config.crops.num_local,
             depth=self._depth,
         )
-        return stochastic_depth_keep(uniforms, drop_path_rate=rate).to(self._process.device)
+        keep = stochastic_depth_keep(uniforms, drop_path_rate=rate)
+        return keep.to(self._process.device, non_blocking=True)  # else it waits for the crops

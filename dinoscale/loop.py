@@ -16,6 +16,7 @@ from dinoscale.checkpoint.retention import Keep
 from dinoscale.checkpoint.save import Saver, SaveResult
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
+from dinoscale.cores import cores_at_hand
 from dinoscale.data.bad_samples import BadSampleLog
 from dinoscale.data.loader import Batch
 from dinoscale.data.sources import Source
@@ -32,6 +33,7 @@ from dinoscale.errors import (
 from dinoscale.feed import Feed
 from dinoscale.hooks.bad_steps import dump_bad_step
 from dinoscale.hooks.collapse import OBSERVE_EVERY, CollapseMonitor, Reading, read_targets
+from dinoscale.hooks.data_wait import DataWait
 from dinoscale.hooks.events import Events
 from dinoscale.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.hooks.probe import Probe
@@ -86,6 +88,13 @@ class Run:
         self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl") if is_first else None
         self.pending_bad: list[Any] = []
         self.steps_taken = 0  # since this start
+        self.data_wait = DataWait(
+            num_workers=config.data.num_workers,
+            cores=cores_at_hand(),
+            ranks_here=process.local_world_size,
+            on_cpu=process.device.type == "cpu",
+        )
+        self.beside_bar = ""  # of the last log line
         self.last: dict[str, float] = {}
 
     def _open_metrics(self, *, active: bool) -> Metrics:
@@ -119,6 +128,7 @@ class Run:
     def _train(self) -> None:
         """Take steps until the run ends or goes back to a checkpoint."""
         watch = Stopwatch()
+        self.data_wait.restarted()
         steps = self.feed.steps(self.progress.step, offset=self.progress.data_offset)
         for step in range(self.progress.step, self.plan.stop_step):
             self.watchdog.moved(f"waiting for the images of step {step + 1}")
@@ -206,7 +216,7 @@ class Run:
             if is_logged:
                 self._record(done, now, result, reading, watch)
             self._look_for_collapse(done, reading)
-        self.metrics.advance(f"loss {result.loss:.3f}")
+        self.metrics.advance(f"loss {result.loss:.3f}{self.beside_bar}")
         self._report(self.saver.finished())
         epoch, remainder = divmod(done, self.plan.steps_per_epoch)
         ends_epoch = remainder == 0
@@ -255,6 +265,7 @@ class Run:
     ) -> None:
         """Write a log line; collective, because bad samples of all ranks are counted."""
         bad = self._count_bad()
+        rates = self._rates(done, watch)
         self.last["loss"] = result.loss
         values = {
             "epoch": now.epoch,
@@ -270,13 +281,23 @@ class Run:
             "teacher_temp": now.teacher_temp,
             "grad_norm": float(self.student.grad_norm()),
             "center_norm": float(self.teacher.center.norm()),
-            **watch.lap(),
+            **rates,
             "bad_samples": bad,
             "skipped_steps": self.progress.skipped_steps,
             "peak_memory_bytes": peak_memory_bytes(),
             "teacher_bytes": self.teacher.num_bytes(),
         }
         self.metrics.write(done, values)
+
+    def _rates(self, done: int, watch: Stopwatch) -> dict[str, float]:
+        """Images per second and the longest wait for data of any rank: the others wait for it."""
+        rates = watch.lap()
+        rates["data_wait"] = max(distributed.gather_objects(rates["data_wait"]))
+        self.beside_bar = f", data wait {rates['data_wait']:.0%}"
+        warning = self.data_wait.observe(rates["data_wait"])
+        if warning is not None and self.process.rank == 0:
+            log.warning("step %d: %s", done, warning)
+        return rates
 
     def _count_bad(self) -> int:
         """Collect unreadable images of all ranks; stop the run when there are too many."""

@@ -12,8 +12,8 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve
-from dinoscale.data.decode import Decoder
-from dinoscale.data.mixture import open_sources, source_sizes
+from dinoscale.cores import cores_at_hand
+from dinoscale.data.mixture import source_sizes
 from dinoscale.data.sources import Source
 from dinoscale.distributed import Process
 from dinoscale.engine.build import build_pair
@@ -25,6 +25,7 @@ from dinoscale.errors import (
     LostPeerError,
     RunFailedError,
 )
+from dinoscale.feed import open_images
 from dinoscale.hooks.probe import Probe
 from dinoscale.loop import Run
 from dinoscale.preemption import StopRequest
@@ -46,8 +47,6 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     Raises:
         DinoscaleError: on every rank.
     """
-    if not config.data.sources:
-        raise ConfigError("data.train: give the images, for example data.train=/path/to/folder")
     stop = StopRequest()
     watchdog = Watchdog(
         timeout_s=config.train.hang_timeout_s,
@@ -57,7 +56,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)
     try:
-        source = distributed.together(lambda: _open_images(config))
+        source = distributed.together(lambda: open_images(config))
         require_same_images(source)
         plan = resolve(config, world_size=process.world_size, num_images=source_sizes(source))
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
@@ -69,15 +68,6 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         raise
     finally:
         watchdog.close()
-
-
-def _open_images(config: RunConfig) -> Source:
-    return open_sources(
-        [part.source for part in config.data.sources],
-        Decoder(config.data.channels, config.data.white),
-        manifest=config.data.manifest,
-        shuffle_buffer=config.data.shuffle_buffer,
-    )
 
 
 def require_same_images(source: Source) -> None:
@@ -162,7 +152,7 @@ def _announce(
     )
     if config.data.channels != 3:
         log.info("%d channels are no RGB: saturation, hue and gray are off", config.data.channels)
-    cores = os.cpu_count() or 1
+    cores = cores_at_hand()
     workers = config.data.num_workers * process.local_world_size
     if workers > cores:
         log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)

@@ -54,6 +54,18 @@ def read_npy(data: bytes, *, channels: int) -> NDArray[Any]:
         ValueError: another shape or dtype, or shorter or longer than its header says.
     """
     stream = io.BytesIO(data)
+    shape, fortran, dtype = _npy_header(stream)
+    num_bytes, there = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
+    if min(shape, default=0) < 1 or num_bytes != there:
+        raise ValueError(
+            f"its header says {shape} of {dtype.name}, {num_bytes} bytes; there are {there}"
+        )
+    numbers = np.frombuffer(data, dtype, offset=stream.tell())
+    return _channels_last(numbers.reshape(shape, order="F" if fortran else "C"), channels)
+
+
+def _npy_header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether the first axis is the fastest, type; leaves the stream at the numbers."""
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
@@ -62,13 +74,21 @@ def read_npy(data: bytes, *, channels: int) -> NDArray[Any]:
     else:
         raise ValueError(f"NPY of version {version}, need 1.0 or 2.0")
     _require_dtype(dtype)
-    num_bytes, there = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
-    if min(shape, default=0) < 1 or num_bytes != there:
-        raise ValueError(
-            f"its header says {shape} of {dtype.name}, {num_bytes} bytes; there are {there}"
-        )
-    numbers = np.frombuffer(data, dtype, offset=stream.tell())
-    return _channels_last(numbers.reshape(shape, order="F" if fortran else "C"), channels)
+    return shape, fortran, dtype
+
+
+def array_header(data: bytes) -> tuple[tuple[int, ...], str]:
+    """Shape and type of the array in an NPY or TIFF file, whatever its channels.
+
+    Raises:
+        Exception: it is neither, or damaged, in any way that numpy or tifffile may find out.
+    """
+    if data.startswith(NPY_START):
+        shape, _, dtype = _npy_header(io.BytesIO(data))
+        return shape, dtype.name
+    with _opened_tiff(data) as tiff:
+        _require_few_pages(tiff)
+        return tiff.series[0].shape, str(tiff.series[0].dtype)
 
 
 def read_tiff(data: bytes, *, channels: int) -> NDArray[Any]:
@@ -84,13 +104,7 @@ def read_tiff(data: bytes, *, channels: int) -> NDArray[Any]:
         ValueError: another shape, dtype or compression, or too large.
         Exception: damaged, in any way that tifffile may find out.
     """
-    from tifffile import TiffFile  # takes a while, and most runs do without
-
-    # It would log each oddity beside the one reason given here.
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
-    # These dialects name further files, which would be opened.
-    plain = {"is_ome": False, "is_mmstack": False, "is_ndtiff": False}
-    with TiffFile(io.BytesIO(data), **plain) as tiff:  # type: ignore[arg-type]  # is_*: bool
+    with _opened_tiff(data) as tiff:
         _require_few_pages(tiff)
         series = tiff.series[0]
         _require_readable(tiff, series)
@@ -99,6 +113,16 @@ def read_tiff(data: bytes, *, channels: int) -> NDArray[Any]:
     swapped, down, right = _UPRIGHT.get(orientation, (False, 1, 1))
     pixels = _channels_last(numbers, channels)
     return (pixels.swapaxes(0, 1) if swapped else pixels)[::down, ::right]
+
+
+def _opened_tiff(data: bytes) -> "TiffFile":
+    from tifffile import TiffFile  # takes a while, and most runs do without
+
+    # It would log each oddity beside the one reason given here.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+    # These dialects name further files, which would be opened.
+    plain = {"is_ome": False, "is_mmstack": False, "is_ndtiff": False}
+    return TiffFile(io.BytesIO(data), **plain)  # type: ignore[arg-type]  # is_*: bool
 
 
 def _require_few_pages(tiff: "TiffFile") -> None:

@@ -91,7 +91,7 @@ def _normalisation(
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift (C, 1, 1) that do the same as (x / 255 - mean) / std."""
     both = torch.tensor([[1 / (255 * s), -m / s] for m, s in zip(mean, std, strict=True)])
-    scale, shift = both.to(device).T
+    scale, shift = both.to(device, non_blocking=True).T
     return scale[:, None, None], shift[:, None, None]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dinoscale.config import RunConfig
+from dinoscale.cores import core_numbers, core_quota
 from dinoscale.distributed import Process
 from dinoscale.doctor.report import Check, count_text, ok, problem, ranks_text, size_text, warning
 from dinoscale.engine.precision import matrix_product_s
@@ -19,7 +20,6 @@ SHARED_MEMORY = Path("/dev/shm")
 _SMALL_SHARED_BYTES = 512 * 2**20  # Docker gives 64 MiB unless told otherwise
 _FREE_FRACTION = 0.9  # of a device's memory; our own context takes about half a GB
 _SLOWER = 1.2  # ratio of times beyond the noise of a short measurement
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or microseconds per period
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def look(process: Process) -> Machine:
         num_devices=torch.cuda.device_count() if available else 0,
         device=device,
         why_no_device=None if available else _why_no_device(),
-        cores=_cores(),
-        quota=_quota(_QUOTA.read_text() if _QUOTA.is_file() else "max"),
+        cores=core_numbers(),
+        quota=core_quota(),
         threads=torch.get_num_threads(),
         shared_free_bytes=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
         product_s=matrix_product_s(),
@@ -89,18 +89,6 @@ def _why_no_device() -> str | None:
     except (RuntimeError, AssertionError) as error:
         return (str(error).splitlines() or ["unknown reason"])[0][:200].rstrip(".")
     return "torch does not say why"
-
-
-def _cores() -> frozenset[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return frozenset(os.sched_getaffinity(0))
-    return frozenset(range(os.cpu_count() or 1))
-
-
-def _quota(text: str) -> float | None:
-    """Cores from the two numbers of cgroup v2's cpu.max."""
-    words = text.split()
-    return None if len(words) != 2 or words[0] == "max" else int(words[0]) / int(words[1])
 
 
 def too_few_devices(process: Process, *, num_devices: int, knows_node: bool) -> str | None:

@@ -15,7 +15,7 @@ DATA_TOOLS = PACKAGE.parent / "data_tools"
 # A module imports from its own part or from parts of lower levels, never from a neighbour.
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"config", "distributed", "preemption", "versions"},
+    {"config", "cores", "distributed", "preemption", "versions"},
     {"data", "models", "losses", "schedules", "watchdog"},
     {"engine", "convert"},
     {"evaluate"},
@@ -23,7 +23,7 @@ LEVELS: list[set[str]] = [
     {"feed", "resume"},
     {"loop"},
     {"trainer"},
-    {"quickstart", "doctor"},
+    {"quickstart", "doctor", "bench", "crop_sheet"},
     {"data_tools"},
     {"cli"},
     {"__main__"},
@@ -37,7 +37,7 @@ ONLY_IN = {
     "torchvision": ("models/",),
     "pydantic": ("config/",),
     "yaml": ("config/",),
-    "matplotlib": ("evaluate/",),
+    "matplotlib": ("evaluate/", "crop_sheet.py"),
     "tifffile": ("data/",),
 }
 

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from data_tools.build_shards import build_shards
 from data_tools.dataset_stats import dataset_stats
+from data_tools.headers import Header, read_header
 from data_tools.inspect_shards import inspect_shards
 from data_tools.survey import sample_ids
 from data_tools.synthetic import synthetic
 from data_tools.verify_shards import verify_shards
+from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import open_source
 from dinoscale.data.synthetic import ShapesSource
 from dinoscale.errors import DataError
@@ -179,3 +182,33 @@ def test_drawn_set_is_written_with_classes_and_masks(tmp_path: Path) -> None:
     assert [p.read_bytes() for p in sorted((tmp_path / "1").iterdir())] == [
         p.read_bytes() for p in sorted((tmp_path / "2").iterdir())
     ]
+
+
+def test_arrays_of_seven_channels_are_packed_measured_and_verified(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 1000, (12, 9, 7)).astype(np.uint16) for _ in range(5)]
+    (tmp_path / "in").mkdir()
+    for number, array in enumerate(arrays):
+        np.save(tmp_path / "in" / f"{number}.npy", array)
+    tiff = io.BytesIO()
+    tifffile.imwrite(tiff, arrays[0], photometric="minisblack", planarconfig="contig")
+    assert read_header(tiff.getvalue(), "5.tif") == Header("TIFF", "uint16", 9, 12)
+    built = build_shards(
+        str(tmp_path / "in"),
+        tmp_path / "out",
+        shard_bytes=2**20,
+        max_side=None,
+        seed=0,
+        prefix="train",
+        workers=1,
+    )
+    assert (built["samples"], built["left_out"]) == (5, 0)
+    decoder = Decoder(7, white=1000.0)
+    spec = str(tmp_path / "out")
+    assert verify_shards(spec, decoder, out=None, workers=1)["bad"] == 0
+    assert verify_shards(spec, out=None, workers=1)["bad"] == 5  # three channels are wanted
+    stats = dataset_stats(spec, decoder, images=None, out=None, workers=1)
+    pixels = np.stack(arrays).reshape(-1, 7) / 1000
+    np.testing.assert_allclose(stats["mean"], pixels.mean(0), atol=0.002)
+    np.testing.assert_allclose(stats["std"], pixels.std(0), atol=0.002)
+    assert stats["overrides"][:2] == ["data.channels=7", "data.white=1000"]

@@ -1,0 +1,97 @@
+"""`bench data` measures every part of a run's input and names the one that limits."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dinoscale import cli
+from dinoscale.bench import Rates, bench_data, in_words, limit
+from dinoscale.config import load_config
+from dinoscale.cores import parse_quota
+from dinoscale.errors import ConfigError, DataError
+
+_SET = "data.train=synthetic:shapes?images=40&size=32"
+
+
+def test_the_command_measures_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(
+        [
+            "bench",
+            "data",
+            "quickstart",
+            _SET,
+            "data.num_workers=1",
+            "--seconds",
+            "0.05",
+            "--gpu-images-per-s",
+            "1e6",
+        ]
+    )
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    rates = result["images_per_s"]
+    assert rates.pop("transfer") is None
+    assert set(rates) == {"read_decode", "crops", "worker", "device", "loader"}
+    assert all(rate > 0 for rate in rates.values())
+    needed = 1e6 / rates["worker"]
+    assert needed * 0.99 <= result["workers_for_one_gpu"] <= needed * 1.01 + 1
+    assert "limit: " in printed.err
+    assert "a GPU that trains 1e+06 images/s needs" in printed.err
+
+
+def _rates(**changes: float) -> Rates:
+    rates = {"read_decode": 300.0, "crops": 150.0, "worker": 100.0, "device": 1000.0}
+    return Rates(**{**rates, "transfer": 5000.0, "loader": 390.0, **changes})
+
+
+def test_the_slowest_part_is_the_limit_and_cores_bound_the_workers() -> None:
+    assert limit(_rates(), num_workers=4, cores=16) == "workers"
+    assert limit(_rates(), num_workers=16, cores=16) == "device"
+    assert limit(_rates(), num_workers=16, cores=8) == "workers"
+    assert limit(_rates(), num_workers=0, cores=8) == "workers"
+    assert limit(_rates(transfer=50.0), num_workers=4, cores=16) == "transfer"
+
+
+def _said(rates: Rates, *, num_workers: int) -> str:
+    facts = {
+        "cores": 16,
+        "num_workers": num_workers,
+        "device": "cuda",
+        "limit": limit(rates, num_workers=num_workers, cores=16),
+        "gpu_images_per_s": 2000.0,
+        "workers_for_one_gpu": 20,
+    }
+    return in_words(rates, facts)
+
+
+def test_words_name_the_remedy() -> None:
+    text = _said(_rates(), num_workers=4)
+    assert "raise data.num_workers" in text
+    assert "67% of a worker's time is cutting crops" in text
+    assert "16 cores at hand can feed 1600 images/s, 0.8 such GPUs" in text
+    assert "transfer and device part take 240.0% of the time of such a GPU" in text
+    assert "wait for the disk" not in text
+    assert "wait for the disk" in _said(_rates(loader=200.0), num_workers=4)
+    assert "shards instead of loose files" in _said(_rates(crops=900.0), num_workers=4)
+    assert "more data workers would not help" in _said(_rates(), num_workers=16)
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds"), [(0.0, 1.0), (float("nan"), 1.0), (float("inf"), 1.0), (1.0, 0.0)]
+)
+def test_numbers_out_of_range_are_refused(rate: float, seconds: float) -> None:
+    with pytest.raises(ConfigError, match="--gpu-images-per-s"):
+        bench_data(load_config("quickstart", [_SET]), gpu_images_per_s=rate, seconds=seconds)
+
+
+def test_unreadable_images_end_it(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    config = load_config("quickstart", [f"data.train={tmp_path}"])
+    with pytest.raises(DataError, match="can be read"):
+        bench_data(config, gpu_images_per_s=1.0, seconds=0.1)
+
+
+def test_quota_of_a_container_is_read() -> None:
+    assert parse_quota("max 100000\n") is None
+    assert parse_quota("150000 100000\n") == 1.5

@@ -1,0 +1,80 @@
+"""The contact sheet shows the crops of training, and says what was drawn for each."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinoscale.config import load_config
+from dinoscale.crop_sheet import Row, _figure, _row, _visible, drawn, show_crops
+from dinoscale.data.crop_params import NOT_SOLARIZED, NOTHING, PARAMS
+from dinoscale.data.loader import train_batches
+from dinoscale.data.sources import open_source
+from dinoscale.errors import ConfigError
+from dinoscale.evaluate.features import normalize_images
+from dinoscale.feed import finish_batch, multi_crop_of
+
+_SET = "synthetic:shapes?images=8&size=40"
+
+
+def test_views_are_what_the_network_gets_in_training() -> None:
+    config = load_config("quickstart", [f"data.train={_SET}", "seed=5"])
+    source, crops = open_source(_SET), multi_crop_of(config)
+    (batch,) = train_batches(
+        source, crops, batch_size=8, micro_batch_size=8, seed=5, rank=0, world_size=1,
+        start_step=1, stop_step=2, num_workers=0,
+    )  # fmt: skip
+    place = batch.sample_ids.tolist().index(3)
+    finished = finish_batch(batch, config.data, torch.device("cpu"))
+    expected = [view for kind in finished for view in kind[:, place]]
+    shown = _row(config, source, crops, sample=3, epoch=1).views
+    assert len(shown) == len(expected) == 4
+    for one, other in zip(shown, expected, strict=True):
+        again = torch.from_numpy(one).permute(2, 0, 1)
+        again = normalize_images(again, mean=config.data.mean, std=config.data.std)
+        torch.testing.assert_close(again, other, rtol=0, atol=1e-5)
+
+
+def test_a_sheet_is_written_and_plain_is_nearly_the_same(tmp_path: Path) -> None:
+    sheets = []
+    for colors in ("device", "workers"):
+        config = load_config("quickstart", [f"data.train={_SET}", f"data.colors={colors}"])
+        out = tmp_path / "new" / f"{colors}.png"
+        told = show_crops(config, num_images=2, epoch=0, out=out)
+        assert told["images"] == [
+            "synthetic:shapes/train/000000",
+            "synthetic:shapes/train/000004",
+        ]
+        with Image.open(out) as opened:
+            sheets.append(np.asarray(opened.convert("L"), dtype=float))
+    assert np.abs(sheets[0] - sheets[1]).mean() < 1
+    assert sheets[0].std() > 20
+
+
+def test_what_was_drawn_is_said() -> None:
+    params = np.zeros((), dtype=PARAMS)
+    params["box"] = (1, 2, 10, 5)
+    params["order"], params["solarize_from"] = [NOTHING] * 4, NOT_SOLARIZED
+    assert drawn(params, picture_size=(20, 10)) == "25%"
+    params["flip"], params["gray"], params["blur_radius"] = True, True, 1.26
+    params["order"], params["solarize_from"] = (3, 0, 2, 1), 128
+    said = drawn(params, picture_size=(20, 10))
+    assert said == "25%, flip, jitter HBSC, gray, blur 1.3, solarized"
+
+
+@pytest.mark.parametrize(("channels", "shape"), [(1, (6, 7)), (2, (6, 7)), (5, (6, 7, 3))])
+def test_other_channels_than_three_are_drawn(channels: int, shape: tuple[int, ...]) -> None:
+    pixels = _visible(np.full((6, 7, channels), 9, dtype=np.uint8))
+    assert pixels.shape == shape
+    params = np.zeros(2, dtype=PARAMS)
+    _figure([Row("one", pixels, [pixels, pixels], params)]).canvas.draw()
+
+
+@pytest.mark.parametrize(("num_images", "epoch"), [(0, 0), (1, -1), (1, 2**32)])
+def test_numbers_out_of_range_are_refused(tmp_path: Path, num_images: int, epoch: int) -> None:
+    config = load_config("quickstart", [f"data.train={_SET}"])
+    with pytest.raises(ConfigError, match="--images"):
+        show_crops(config, num_images=num_images, epoch=epoch, out=tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
