@@ -11,7 +11,6 @@ from PIL import Image
 from dinoscale.data.arrays import NPY_START, TIFF_STARTS, array_header
 from dinoscale.data.decode import RGB, BadSampleError
 
-
 _PILLOW_CHANNELS = 4
 
 

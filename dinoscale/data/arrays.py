@@ -88,7 +88,9 @@ def array_header(data: bytes) -> tuple[tuple[int, ...], str]:
         return shape, dtype.name
     with _opened_tiff(data) as tiff:
         _require_few_pages(tiff)
-        return tiff.series[0].shape, str(tiff.series[0].dtype)
+        shape, dtype = tiff.series[0].shape, str(tiff.series[0].dtype)
+        require_few_values(math.prod(shape), shape)
+        return shape, dtype
 
 
 def read_tiff(data: bytes, *, channels: int) -> NDArray[Any]:
