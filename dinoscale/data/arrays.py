@@ -88,9 +88,9 @@ def array_header(data: bytes) -> tuple[tuple[int, ...], str]:
         return shape, dtype.name
     with _opened_tiff(data) as tiff:
         _require_few_pages(tiff)
-        shape, dtype = tiff.series[0].shape, str(tiff.series[0].dtype)
-        require_few_values(math.prod(shape), shape)
-        return shape, dtype
+        series = tiff.series[0]
+        require_few_values(math.prod(series.shape), series.shape)
+        return series.shape, str(series.dtype)
 
 
 def read_tiff(data: bytes, *, channels: int) -> NDArray[Any]:
