@@ -9,7 +9,6 @@ Shape letters: M crops, C channels, H rows and columns of a crop.
 """
 
 import functools
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.nn.functional import pad
 
 from dinoscale.data.crop_params import (
     BRIGHTNESS,
@@ -63,13 +63,13 @@ def finish_crops(
     count, height, width, channels = crops.shape
     finished = torch.empty((count, channels, height, width), device=device)
     scale, shift = _normalisation(mean, std, device=device)
-    params = _in_our_units(params)
+    plan = _planned(params)
     for some in _groups(params, device=device, crop_bytes=4 * channels * height * width):
-        rows = _on(device, some)
-        pixels = crops.index_select(0, rows).permute(0, 3, 1, 2)
-        changed = _change(pixels.to(torch.float32, memory_format=_PLANES), params[some])
-        if len(some) == 1:
-            torch.mul(changed, scale, out=finished[some[0] : some[0] + 1]).add_(shift)
+        rows = some if isinstance(some, slice) else _on(device, some)
+        pixels = crops[rows].permute(0, 3, 1, 2).to(torch.float32, memory_format=_PLANES)
+        changed = _change(pixels, _steps(plan, some))
+        if isinstance(rows, slice):
+            torch.mul(changed, scale, out=finished[rows]).add_(shift)
         else:
             finished.index_copy_(0, rows, (changed * scale).add_(shift))
     return finished
@@ -77,17 +77,19 @@ def finish_crops(
 
 def _groups(
     params: Params, *, device: torch.device, crop_bytes: int
-) -> Iterator[NDArray[np.int64]]:
+) -> Iterator[slice | NDArray[np.int64]]:
     """Yield the crops in groups to change together; on a CPU those with the same order of steps."""
     at_once = max(1, _PASS_BYTES.get(device.type, _DEVICE_PASS_BYTES) // crop_bytes)
-    rows, ends = np.arange(len(params)), [len(params)]
-    if device.type == "cpu" and at_once > 1:
-        order, blurred = params["order"], params["blur_radius"] > 0
-        rows = np.lexsort((params["flip"], blurred, *order.T))
-        ends = [*((order[rows[1:]] != order[rows[:-1]]).any(axis=1).nonzero()[0] + 1), *ends]
-    for start, end in itertools.pairwise([0, *ends]):
-        for first in range(start, end, at_once):
-            yield rows[first : min(first + at_once, end)]
+    if device.type != "cpu" or at_once == 1:
+        for first in range(0, len(params), at_once):
+            yield slice(first, first + at_once)
+        return
+    order = params["order"]
+    rows = np.lexsort((params["flip"], params["blur_radius"] > 0, *order.T))
+    differs = (order[rows[1:]] != order[rows[:-1]]).any(axis=1)
+    for group in np.split(rows, differs.nonzero()[0] + 1):
+        for first in range(0, len(group), at_once):
+            yield group[first : first + at_once]
 
 
 def _normalisation(
@@ -110,13 +112,19 @@ class _Step(NamedTuple):
     values: NDArray[np.float32]  # one for each of them
 
 
-def _change(pixels: Tensor, params: Params) -> Tensor:
+class _Plan(NamedTuple):
+    """What happens to M crops: a row for each place in the order."""
+
+    numbers: NDArray[np.integer]  # of _CHANGES, or NOTHING, (places, M)
+    values: NDArray[np.float32]  # (places, M)
+
+
+def _change(pixels: Tensor, steps: list[_Step]) -> Tensor:
     """Change crops (M, C, H, H), in place or not, in the order of the reference.
 
     Returns:
         (M, C, H, H), or (M, 1, H, H) where all are gray.
     """
-    steps = _steps(params)
     if not steps:
         return pixels
     # One transfer for all steps: copying each list on its own would keep the host busy.
@@ -154,35 +162,40 @@ def _on(device: torch.device, numbers: NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
-def _in_our_units(params: Params) -> Params:
-    """Replace turns and radii by what `turn_hue` and `blur` take."""
-    params = params.copy()
+def _planned(params: Params) -> _Plan:
+    """What happens to each crop, in order."""
+    turns = params["factors"][:, HUE]
     # Pillow cuts the turn to 255ths, then the hue, which costs half a one in the mean, and goes
     # around the circle in 256 of them.
-    params["factors"][:, HUE] = (np.trunc(params["factors"][:, HUE] * 255) - 0.5) / 256
-    params["blur_radius"] = box_radius(params["blur_radius"])
-    return params
+    turns = (np.trunc(turns * 255) - 0.5) / 256
+    parts = math.ceil(6 * abs(turns).max())
+    factors = params["factors"].copy()
+    factors[:, HUE] = turns / parts
+    places: list[tuple[NDArray[np.integer], NDArray[np.generic]]] = []
 
+    def add(number: int, chosen: NDArray[np.bool_], values: NDArray[np.generic]) -> None:
+        places.append((np.where(chosen, number, NOTHING), values))
 
-def _steps(params: Params) -> list[_Step]:
-    """What happens to which crops, in order."""
-    steps: list[_Step] = []
-
-    def add(change: _Change, chosen: NDArray[np.bool_], values: NDArray[np.generic]) -> None:
-        rows = chosen.nonzero()[0]
-        if len(rows):
-            steps.append(_Step(change, rows, values[rows].astype(np.float32)))
-
-    add(_flip, params["flip"], params["flip"])
+    add(_FLIP, params["flip"], params["flip"])
     for slot in params["order"].T:
-        for number in sorted({*slot.tolist()} - {NOTHING}):
-            values = params["factors"][:, number]
-            parts = math.ceil(6 * abs(values).max()) if number == HUE else 1
-            for _ in range(parts):
-                add(_JITTER[number], slot == number, values / parts)
-    add(_drop_colors, params["gray"], params["gray"])
-    add(blur, params["blur_radius"] > 0, params["blur_radius"])
-    add(solarize, params["solarize_from"] < NOT_SOLARIZED, params["solarize_from"])
+        own = np.take_along_axis(factors, np.minimum(slot, HUE)[:, None], axis=1)[:, 0]
+        places.append((slot, own))
+        for _ in range(1, parts):
+            add(HUE, slot == HUE, own)
+    add(_DROP_COLORS, params["gray"], params["gray"])
+    add(_BLUR, params["blur_radius"] > 0, box_radius(params["blur_radius"]))
+    add(_SOLARIZE, params["solarize_from"] < NOT_SOLARIZED, params["solarize_from"])
+    numbers, values = zip(*places, strict=True)
+    return _Plan(np.stack(numbers), np.stack(values).astype(np.float32))
+
+
+def _steps(plan: _Plan, some: slice | NDArray[np.int64]) -> list[_Step]:
+    """What happens to which of some crops, in order."""
+    steps: list[_Step] = []
+    for numbers, values in zip(plan.numbers[:, some], plan.values[:, some], strict=True):
+        for number in sorted({*numbers.tolist()} - {NOTHING}):
+            rows = (numbers == number).nonzero()[0]
+            steps.append(_Step(_CHANGES[number], rows, values[rows]))
     return steps
 
 
@@ -237,14 +250,6 @@ def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
         torch.addcmul(minus_middle, wave, swing, out=wave).add_(channels[i], alpha=2)
         torch.clamp(wave, lowest, highest, out=wave)
     return turned
-
-
-_JITTER: dict[int, _Change] = {
-    BRIGHTNESS: adjust_brightness,
-    CONTRAST: adjust_contrast,
-    SATURATION: adjust_saturation,
-    HUE: turn_hue,
-}
 
 
 def _drop_colors(pixels: Tensor, _: Tensor) -> Tensor:
@@ -305,7 +310,7 @@ def _weigh(matrix: Tensor, lines: Tensor, *, reach: int) -> Tensor:
         # Rows of the matrix at its upper edge, at its lower edge, or in the middle between.
         up = 0 if first == 0 else length - size if last == length else first
         band = matrix[:, top - up : bottom - up, first - up : last - up]
-        torch.matmul(band, x[:, first:last], out=blurred[:, top:bottom])
+        torch.bmm(band, x[:, first:last], out=blurred[:, top:bottom])
     return blurred
 
 
@@ -325,12 +330,10 @@ def box_radius(sigma: NDArray[np.float32]) -> NDArray[np.float32]:
 def _box_blur(radius: Tensor, *, size: int) -> Tensor:
     """Matrices (M, size, size) of box blurs with fractional radius (M, 1, 1), edges repeated."""
     places = torch.arange(size, device=radius.device, dtype=radius.dtype)
-    distance = (places - places[:, None]).abs_()
-    matrix = torch.sub(radius + 1, distance).clamp_(0, 1).div_(2 * radius + 1)
-    beyond = (1 + matrix[:, :1, 0]) / 2 - matrix[:, 0].cumsum(-1)  # (M, size)
-    matrix[:, :, 0] += beyond  # what reaches over the edge sees the edge pixel again
-    matrix[:, :, -1] += beyond.flip(-1)
-    return matrix
+    ahead = places[:-1] - places[:, None]
+    # How much of the box lies up to a pixel; what reaches over an edge sees the edge pixel again.
+    share = ((ahead + (radius + 1)) / (2 * radius + 1)).clamp_(0, 1)
+    return pad(share, (0, 1), value=1.0) - pad(share, (1, 0))
 
 
 def solarize(pixels: Tensor, threshold: Tensor) -> Tensor:
@@ -339,4 +342,18 @@ def solarize(pixels: Tensor, threshold: Tensor) -> Tensor:
     return pixels.addcmul_(inverted, 255 - 2 * pixels)
 
 
-_POINTWISE: set[_Change] = {*_JITTER.values(), solarize}
+# Steps of the jitter have the numbers of `crop_params`.
+_FLIP, _DROP_COLORS, _BLUR, _SOLARIZE = range(NOTHING + 1, NOTHING + 5)
+_CHANGES: dict[int, _Change] = {
+    BRIGHTNESS: adjust_brightness,
+    CONTRAST: adjust_contrast,
+    SATURATION: adjust_saturation,
+    HUE: turn_hue,
+    _FLIP: _flip,
+    _DROP_COLORS: _drop_colors,
+    _BLUR: blur,
+    _SOLARIZE: solarize,
+}
+_POINTWISE: set[_Change] = {
+    *(adjust_brightness, adjust_contrast, adjust_saturation, turn_hue, solarize)
+}
