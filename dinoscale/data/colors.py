@@ -66,7 +66,8 @@ def finish_crops(
     plan = _planned(params)
     for some in _groups(params, device=device, crop_bytes=4 * channels * height * width):
         rows = some if isinstance(some, slice) else _on(device, some)
-        pixels = crops[rows].permute(0, 3, 1, 2).to(torch.float32, memory_format=_PLANES)
+        cut = crops[rows] if isinstance(rows, slice) else crops.index_select(0, rows)
+        pixels = cut.permute(0, 3, 1, 2).to(torch.float32, memory_format=_PLANES)
         changed = _change(pixels, _steps(plan, some))
         if isinstance(rows, slice):
             torch.mul(changed, scale, out=finished[rows]).add_(shift)
@@ -133,7 +134,7 @@ def _change(pixels: Tensor, steps: list[_Step]) -> Tensor:
     sizes = [len(step.rows) for step in steps]
     on_device = zip(all_rows.split(sizes), all_values.split(sizes), strict=True)
     for step, (rows, column) in zip(steps, on_device, strict=True):
-        values = column[:, None, None, None]
+        values = column.view(-1, 1, 1, 1)
         if len(rows) == len(pixels):
             pixels = _run(step.change, pixels, values)
         else:
@@ -238,18 +239,18 @@ def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
         pixels: RGB, as above.
         turn: (M, 1, 1, 1), from -1/6 to 1/6.
     """
-    red, green, blue = pixels.unbind(1)  # (M, H, W), likewise everything below
+    levels = pixels.to(torch.int16)  # moves half as much memory
+    channels = red, green, blue = levels.unbind(1)  # (M, H, W), likewise everything below
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
     minus_middle = torch.clamp(red, low, high).neg_()
     highest, lowest = torch.maximum(red, high, out=high), torch.minimum(red, low, out=low)
-    swing = (highest - lowest).mul_(6 * turn[:, 0]).round_()
-    turned = torch.empty_like(pixels)
-    channels = (red, green, blue)
+    swing = (highest - lowest).float().mul_(6 * turn[:, 0]).round_().to(torch.int16)
+    turned = torch.empty_like(levels)
     for i, wave in enumerate(turned.unbind(1)):
         torch.sub(channels[i - 1], channels[i - 2], out=wave).sign_()
         torch.addcmul(minus_middle, wave, swing, out=wave).add_(channels[i], alpha=2)
         torch.clamp(wave, lowest, highest, out=wave)
-    return turned
+    return pixels.copy_(turned)
 
 
 def _drop_colors(pixels: Tensor, _: Tensor) -> Tensor:
