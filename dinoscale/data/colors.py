@@ -34,7 +34,7 @@ from dinoscale.data.crop_params import (
 log = logging.getLogger(__name__)
 
 # Crops changed together: on a CPU few, which stay in the cache from step to step.
-_PASS_BYTES = {"cpu": 2**19}
+_PASS_BYTES = {"cpu": 2**20}
 _DEVICE_PASS_BYTES = 2**29
 _PLANES = torch.contiguous_format
 _COMPILED_ON = {"cuda"}  # a compiler for the CPU may not be there, and takes a minute
@@ -72,7 +72,8 @@ def finish_crops(
         if isinstance(rows, slice):
             torch.mul(changed, scale, out=finished[rows]).add_(shift)
         else:
-            finished.index_copy_(0, rows, (changed * scale).add_(shift))
+            for row, crop in zip(some.tolist(), changed, strict=True):
+                torch.mul(crop, scale, out=finished[row]).add_(shift)
     return finished
 
 
