@@ -72,7 +72,7 @@ def finish_crops(
         if isinstance(rows, slice):
             torch.mul(changed, scale, out=finished[rows]).add_(shift)
         else:
-            for row, crop in zip(some.tolist(), changed, strict=True):
+            for row, crop in zip(rows.tolist(), changed, strict=True):
                 torch.mul(crop, scale, out=finished[row]).add_(shift)
     return finished
 
@@ -291,7 +291,7 @@ def blur(pixels: Tensor, half: Tensor) -> Tensor:
     matrix = box @ box @ box
     columns = _weigh(matrix, pixels.flatten(1, 2), reach=reach)  # (M, W, C * H)
     rows = _weigh(matrix, columns.view(count, width * channels, height), reach=reach)
-    blurred = rows.add_(0.5).floor_().view(count, height, width, channels)
+    blurred = rows.round_().view(count, height, width, channels)
     return blurred.permute(0, 3, 1, 2)
 
 
