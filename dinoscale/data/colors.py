@@ -170,7 +170,7 @@ def _planned(params: Params) -> _Plan:
     # Pillow cuts the turn to 255ths, then the hue, which costs half a one in the mean, and goes
     # around the circle in 256 of them.
     turns = (np.trunc(turns * 255) - 0.5) / 256
-    parts = math.ceil(6 * abs(turns).max())
+    parts = max(1, math.ceil(6 * abs(turns).max(initial=0)))  # `turn_hue` goes up to a sixth
     factors = params["factors"].copy()
     factors[:, HUE] = turns / parts
     places: list[tuple[NDArray[np.integer], NDArray[np.generic]]] = []

@@ -170,6 +170,12 @@ def test_pictures_of_any_number_of_channels_are_finished(channels: int) -> None:
         np.testing.assert_allclose(channel.numpy(), expected, atol=2.01)
 
 
+def test_no_crops_are_finished_too() -> None:
+    none = torch.empty(0, SIZE, SIZE, 3, dtype=torch.uint8)
+    finished = colors.finish_crops(none, params()[None][:0], mean=(0,) * 3, std=(1,) * 3)
+    assert finished.shape == (0, 3, SIZE, SIZE)
+
+
 def test_nothing_of_the_gradient_tape_is_kept() -> None:
     records = np.stack([params(**WHOLE, **JITTER)])
     crops = torch.from_numpy(np.asarray(PICTURES[0])[None].copy())
