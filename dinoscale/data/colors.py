@@ -1,14 +1,17 @@
 """The colours of many crops at once, on the training device.
 
 Every step does to 8-bit pixels what Pillow does, rounding included, so that the pictures are those
-of `plain_crops`: whole numbers from 0 to 255, held in float32. Which crop takes which steps was
-drawn by the workers and is known without asking the device.
+of `plain_crops`: whole numbers from 0 to 255, held in float32. Hue is the exception: Pillow keeps
+it in 8 bit, and pure colours then differ by up to 9 of 255 levels, by 0.5 in the mean, without a
+bias (below 0.15). Which crop takes which steps was drawn by the workers and is known without asking
+the device.
 Shape letters: M crops, C channels, H rows and columns of a crop.
 """
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.nn.functional import pad
 
 from dinoscale.data.crop_params import (
     BRIGHTNESS,
@@ -29,14 +33,15 @@ from dinoscale.data.crop_params import (
 
 log = logging.getLogger(__name__)
 
-# Crops of one pass over memory: on a CPU they should stay in the cache from step to step.
-_PASS_BYTES = {"cpu": 2**21}
+# Crops changed together: on a CPU few, which stay in the cache from step to step.
+_PASS_BYTES = {"cpu": 2**20}
 _DEVICE_PASS_BYTES = 2**29
+_PLANES = torch.contiguous_format
 _COMPILED_ON = {"cuda"}  # a compiler for the CPU may not be there, and takes a minute
 
 _LUMA = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)  # ITU-R 601-2, as Pillow rounds it
 _BLUR_PASSES = 3  # box blurs that make up Pillow's Gaussian
-_BAND = 32  # rows of a blur on a CPU that are worked out together
+_BAND = 48  # rows of a blur on a CPU that are worked out together
 
 
 @torch.no_grad()
@@ -57,33 +62,36 @@ def finish_crops(
     device = crops.device
     count, height, width, channels = crops.shape
     finished = torch.empty((count, channels, height, width), device=device)
-    room = _PASS_BYTES.get(device.type, _DEVICE_PASS_BYTES)
-    at_once = min(count, max(1, room // (4 * channels * height * width)))
-    pixels = torch.empty((at_once, channels, height, width), device=device)  # used again
     scale, shift = _normalisation(mean, std, device=device)
-    # Neighbours should take the same steps, or a step is many small ones.
-    similar = np.lexsort(params["order"].T[::-1]) if 1 < at_once < count else np.arange(count)
-    for first in range(0, count, at_once):
-        some = similar[first : first + at_once]
-        work = pixels[: len(some)].copy_(_rows(crops, some).permute(0, 3, 1, 2))
-        _change(work, params[some])
-        work.mul_(scale).add_(shift)
-        if _adjoin(some):
-            finished[int(some[0]) : int(some[-1]) + 1] = work
+    plan = _planned(params)
+    for some in _groups(params, device=device, crop_bytes=4 * channels * height * width):
+        rows = some if isinstance(some, slice) else _on(device, some)
+        cut = crops[rows] if isinstance(rows, slice) else crops.index_select(0, rows)
+        pixels = cut.permute(0, 3, 1, 2).to(torch.float32, memory_format=_PLANES)
+        changed = _change(pixels, _steps(plan, some))
+        if isinstance(rows, slice):
+            torch.mul(changed, scale, out=finished[rows]).add_(shift)
         else:
-            finished.index_copy_(0, _on(device, some), work)
+            for row, crop in zip(rows.tolist(), changed, strict=True):
+                torch.mul(crop, scale, out=finished[row]).add_(shift)
     return finished
 
 
-def _adjoin(rows: NDArray[np.int64]) -> bool:
-    return bool((rows[1:] == rows[:-1] + 1).all())
-
-
-def _rows(x: Tensor, rows: NDArray[np.int64]) -> Tensor:
-    """Some rows of x; without a copy where they adjoin."""
-    if _adjoin(rows):
-        return x[int(rows[0]) : int(rows[-1]) + 1]
-    return x.index_select(0, _on(x.device, rows))
+def _groups(
+    params: Params, *, device: torch.device, crop_bytes: int
+) -> Iterator[slice | NDArray[np.int64]]:
+    """Yield the crops in groups to change together; on a CPU those with the same order of steps."""
+    at_once = max(1, _PASS_BYTES.get(device.type, _DEVICE_PASS_BYTES) // crop_bytes)
+    if device.type != "cpu" or at_once == 1:
+        for first in range(0, len(params), at_once):
+            yield slice(first, first + at_once)
+        return
+    order = params["order"]
+    rows = np.lexsort((params["flip"], params["blur_radius"] > 0, *order.T))
+    differs = (order[rows[1:]] != order[rows[:-1]]).any(axis=1)
+    for group in np.split(rows, differs.nonzero()[0] + 1):
+        for first in range(0, len(group), at_once):
+            yield group[first : first + at_once]
 
 
 def _normalisation(
@@ -106,25 +114,34 @@ class _Step(NamedTuple):
     values: NDArray[np.float32]  # one for each of them
 
 
-def _change(pixels: Tensor, params: Params) -> None:
-    """Change crops (M, C, H, H) in place, in the order of the reference."""
-    steps = _steps(params)
+class _Plan(NamedTuple):
+    """What happens to M crops: a row for each place in the order."""
+
+    numbers: NDArray[np.integer]  # of _CHANGES, or NOTHING, (places, M)
+    values: NDArray[np.float32]  # (places, M)
+
+
+def _change(pixels: Tensor, steps: list[_Step]) -> Tensor:
+    """Change crops (M, C, H, H), in place or not, in the order of the reference.
+
+    Returns:
+        (M, C, H, H), or (M, 1, H, H) where all are gray.
+    """
     if not steps:
-        return
+        return pixels
     # One transfer for all steps: copying each list on its own would keep the host busy.
     all_rows = _on(pixels.device, np.concatenate([step.rows for step in steps]))
     all_values = _on(pixels.device, np.concatenate([step.values for step in steps]))
     sizes = [len(step.rows) for step in steps]
     on_device = zip(all_rows.split(sizes), all_values.split(sizes), strict=True)
-    for step, (rows, values) in zip(steps, on_device, strict=True):
-        first, last = int(step.rows[0]), int(step.rows[-1])
-        together = last - first == len(step.rows) - 1
-        some = pixels[first : last + 1] if together else pixels.index_select(0, rows)
-        changed = _run(step.change, some, values[:, None, None, None])
-        if not together:
-            pixels.index_copy_(0, rows, changed)
-        elif changed is not some:
-            some.copy_(changed)
+    for step, (rows, column) in zip(steps, on_device, strict=True):
+        values = column.view(-1, 1, 1, 1)
+        if len(rows) == len(pixels):
+            pixels = _run(step.change, pixels, values)
+        else:
+            changed = _run(step.change, pixels.index_select(0, rows), values)
+            pixels.index_copy_(0, rows, changed.expand(-1, pixels.shape[1], -1, -1))
+    return pixels
 
 
 def _run(change: _Change, pixels: Tensor, values: Tensor) -> Tensor:
@@ -147,22 +164,40 @@ def _on(device: torch.device, numbers: NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
-def _steps(params: Params) -> list[_Step]:
-    """What happens to which crops, in order."""
-    steps: list[_Step] = []
+def _planned(params: Params) -> _Plan:
+    """What happens to each crop, in order."""
+    turns = params["factors"][:, HUE]
+    # Pillow cuts the turn to 255ths, then the hue, which costs half a one in the mean, and goes
+    # around the circle in 256 of them.
+    turns = (np.trunc(turns * 255) - 0.5) / 256
+    parts = max(1, math.ceil(6 * abs(turns).max(initial=0)))  # `turn_hue` goes up to a sixth
+    factors = params["factors"].copy()
+    factors[:, HUE] = turns / parts
+    places: list[tuple[NDArray[np.integer], NDArray[np.generic]]] = []
 
-    def add(change: _Change, chosen: NDArray[np.bool_], values: NDArray[np.generic]) -> None:
-        if chosen.any():
-            steps.append(_Step(change, chosen.nonzero()[0], values[chosen].astype(np.float32)))
+    def add(number: int, chosen: NDArray[np.bool_], values: NDArray[np.generic]) -> None:
+        places.append((np.where(chosen, number, NOTHING), values))
 
-    add(_flip, params["flip"], params["flip"])
+    add(_FLIP, params["flip"], params["flip"])
     for slot in params["order"].T:
-        for step in np.unique(slot).tolist():
-            if step != NOTHING:
-                add(_JITTER[step], slot == step, params["factors"][:, step])
-    add(_drop_colors, params["gray"], params["gray"])
-    add(blur, params["blur_radius"] > 0, params["blur_radius"])
-    add(solarize, params["solarize_from"] < NOT_SOLARIZED, params["solarize_from"])
+        own = np.take_along_axis(factors, np.minimum(slot, HUE)[:, None], axis=1)[:, 0]
+        places.append((slot, own))
+        for _ in range(1, parts):
+            add(HUE, slot == HUE, own)
+    add(_DROP_COLORS, params["gray"], params["gray"])
+    add(_BLUR, params["blur_radius"] > 0, box_radius(params["blur_radius"]))
+    add(_SOLARIZE, params["solarize_from"] < NOT_SOLARIZED, params["solarize_from"])
+    numbers, values = zip(*places, strict=True)
+    return _Plan(np.stack(numbers), np.stack(values).astype(np.float32))
+
+
+def _steps(plan: _Plan, some: slice | NDArray[np.int64]) -> list[_Step]:
+    """What happens to which of some crops, in order."""
+    steps: list[_Step] = []
+    for numbers, values in zip(plan.numbers[:, some], plan.values[:, some], strict=True):
+        for number in sorted({*numbers.tolist()} - {NOTHING}):
+            rows = (numbers == number).nonzero()[0]
+            steps.append(_Step(_CHANGES[number], rows, values[rows]))
     return steps
 
 
@@ -194,53 +229,33 @@ def adjust_saturation(pixels: Tensor, factor: Tensor) -> Tensor:
 
 
 def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue by a fraction of the colour circle, as Pillow's 8-bit HSV does; in place.
+    """Turn the hue by a fraction of the colour circle; may work in place.
 
-    Hue and saturation have 256 values there; the turn is cut to a whole number of 255ths.
-    Comparisons are clamped differences of whole numbers, and temporaries are used again: both
-    make it several times as fast on a CPU, where planes should stay in the cache.
+    Around the circle a channel is a triangular wave, cut off at the highest and the lowest channel:
+    twice the channel less the middle one. It rises or falls by six times the spread in a turn, and
+    what it does is told by the other two. The peaks lie far enough beyond the cuts not to matter.
+    Differs: Pillow keeps hue and saturation in 8 bit.
 
     Args:
         pixels: RGB, as above.
-        turn: (M, 1, 1, 1), from -0.5 to 0.5.
+        turn: (M, 1, 1, 1), from -1/6 to 1/6.
     """
-    red, green, blue = pixels.unbind(1)  # (M, H, W), likewise everything below
+    levels = pixels.to(torch.int16)  # moves half as much memory
+    channels = red, green, blue = levels.unbind(1)  # (M, H, W), likewise everything below
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
-    blue_above = (blue - green).clamp_(0, 1)  # 1 or 0
-    red_below = (high - red).clamp_(0, 1)
-    value = torch.maximum(red, high)
-    middle = torch.minimum(red, high, out=high)
-    # Sixths of the circle: the place of the sextant, and how far into it the middle value leads.
-    sextant = red_below.mul_(blue_above.mul(12).sub_(2)).sub_(blue_above, alpha=6)
-    hue = torch.sub(middle, low, out=blue_above)
-    spread = value - torch.minimum(middle, low, out=low)
-    hue.div_(torch.clamp(spread, min=1, out=low)).add_(sextant).abs_()
-    steps = (turn[:, 0] * 255).trunc_()
-    hue.mul_(255 / 6).floor_().mul_(1 / 256).add_(steps.div_(256).add_(1)).frac_()  # modulo 256
-    hue.mul_(256 * 6 / 255)
-    saturation = spread.mul_(255).div_(torch.clamp(value, min=1, out=low)).floor_()
-    fall = saturation.mul_(value).mul_(1 / 255)
-    # A channel falls by `fall` on the far side of the circle, and linearly on the way there.
-    value.add_(0.5)  # to round
-    torch.sub(hue, 3, out=red).abs_().clamp_(1, 2).mul_(fall).add_(value).sub_(fall, alpha=2)
-    red.floor_()
-    value.add_(fall)
-    for channel, peak in ((green, 5), (blue, 1)):
-        torch.sub(hue, peak, out=channel).abs_().sub_(3).abs_().clamp_(1, 2).mul_(fall)
-        torch.sub(value, channel, out=channel).floor_()
-    return pixels
-
-
-_JITTER: dict[int, _Change] = {
-    BRIGHTNESS: adjust_brightness,
-    CONTRAST: adjust_contrast,
-    SATURATION: adjust_saturation,
-    HUE: turn_hue,
-}
+    minus_middle = torch.clamp(red, low, high).neg_()
+    highest, lowest = torch.maximum(red, high, out=high), torch.minimum(red, low, out=low)
+    swing = (highest - lowest).float().mul_(6 * turn[:, 0]).round_().to(torch.int16)
+    turned = torch.empty_like(levels)
+    for i, wave in enumerate(turned.unbind(1)):
+        torch.sub(channels[i - 1], channels[i - 2], out=wave).sign_()
+        torch.addcmul(minus_middle, wave, swing, out=wave).add_(channels[i], alpha=2)
+        torch.clamp(wave, lowest, highest, out=wave)
+    return pixels.copy_(turned)
 
 
 def _drop_colors(pixels: Tensor, _: Tensor) -> Tensor:
-    return _luma(pixels).expand_as(pixels)
+    return _luma(pixels)
 
 
 def _luma(pixels: Tensor) -> Tensor:
@@ -257,7 +272,7 @@ def _lightness(pixels: Tensor) -> Tensor:
     return light[:, None]
 
 
-def blur(pixels: Tensor, radius: Tensor) -> Tensor:
+def blur(pixels: Tensor, half: Tensor) -> Tensor:
     """Gaussian blur as three box blurs in each direction, as in Pillow.
 
     A box blur is a matrix along the rows and along the columns; the three of them, with the
@@ -265,69 +280,62 @@ def blur(pixels: Tensor, radius: Tensor) -> Tensor:
 
     Args:
         pixels: whole numbers 0..255, float32 (M, C, H, H).
-        radius: standard deviation in pixels, (M, 1, 1, 1), above 0.
+        half: the width of each box, (M, 1, 1, 1); see `box_radius`.
     """
-    half = _box_radius(radius[:, 0])
-    size = pixels.shape[-1]
-    if pixels.device.type != "cpu":
-        matrix = _cube(_box_blur(half, size=size))
-        return _round(matrix @ (pixels @ matrix.mT))
-    reach = _BLUR_PASSES * (int(half.max()) + 1)
-    matrix = _cube(_box_blur(half, size=min(size, 2 * (_BAND + reach))))
-    columns = _banded(matrix, pixels.mT, reach=reach).mT
-    return _round(_banded(matrix, columns, reach=reach))
+    count, channels, height, width = pixels.shape
+    reach, size = width, width
+    if pixels.device.type == "cpu":
+        reach = _BLUR_PASSES * (int(half.max()) + 1)
+        size = min(width, _BAND + 2 * reach)
+    box = _box_blur(half[:, 0], size=size)
+    matrix = box @ box @ box
+    columns = _weigh(matrix, pixels.flatten(1, 2), reach=reach)  # (M, W, C * H)
+    rows = _weigh(matrix, columns.view(count, width * channels, height), reach=reach)
+    blurred = rows.round_().view(count, height, width, channels)
+    return blurred.permute(0, 3, 1, 2)
 
 
-def _cube(box: Tensor) -> Tensor:
-    """Three box blurs after each other, (M, 1, S, S)."""
-    return (box @ box @ box)[:, None]
-
-
-def _round(pixels: Tensor) -> Tensor:
-    return pixels.add_(0.5).floor_()
-
-
-def _banded(matrix: Tensor, x: Tensor, *, reach: int) -> Tensor:
-    """Blur (M, C, H, W) along H on a CPU, without the zeros off the diagonal.
+def _weigh(matrix: Tensor, lines: Tensor, *, reach: int) -> Tensor:
+    """Blur lines (M, N, L), which become columns (M, L, N).
 
     Away from the edges every row of the matrix is the one above it, moved by a pixel; a matrix
-    (M, 1, S, S) for S pixels therefore serves H >= S as well.
+    (M, S, S) for S pixels therefore serves L >= S as well. Zeros off the diagonal are left out.
     """
-    height, size = x.shape[-2], matrix.shape[-1]
-    if height <= size:
+    x = lines.mT
+    length, size = x.shape[1], matrix.shape[-1]
+    if length == size:
         return matrix @ x
     blurred = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for top in range(0, height, _BAND):
-        bottom = min(top + _BAND, height)
-        first, last = max(0, top - reach), min(height, bottom + reach)
+    for top in range(0, length, _BAND):
+        bottom = min(top + _BAND, length)
+        first, last = max(0, top - reach), min(length, bottom + reach)
         # Rows of the matrix at its upper edge, at its lower edge, or in the middle between.
-        up = 0 if first == 0 else height - size if last == height else first
-        band = matrix[..., top - up : bottom - up, first - up : last - up]
-        blurred[..., top:bottom, :] = band @ x[..., first:last, :]
+        up = 0 if first == 0 else length - size if last == length else first
+        band = matrix[:, top - up : bottom - up, first - up : last - up]
+        torch.bmm(band, x[:, first:last], out=blurred[:, top:bottom])
     return blurred
 
 
-def _box_radius(sigma: Tensor) -> Tensor:
+def box_radius(sigma: NDArray[np.float32]) -> NDArray[np.float32]:
     """Half the width of a box, three of which have the variance of the Gaussian.
 
     Source: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box
     filtering", eq. 2 to 4.
     """
-    variance = sigma.square() / _BLUR_PASSES
-    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    variance = sigma**2 / _BLUR_PASSES
+    whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
     rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
-    return whole + rest / (6 * (variance - (whole + 1).square()))
+    half: NDArray[np.float32] = whole + rest / (6 * (variance - (whole + 1) ** 2))
+    return half
 
 
 def _box_blur(radius: Tensor, *, size: int) -> Tensor:
     """Matrices (M, size, size) of box blurs with fractional radius (M, 1, 1), edges repeated."""
     places = torch.arange(size, device=radius.device, dtype=radius.dtype)
-    distance = (places - places[:, None]).abs_()
-    matrix = torch.sub(radius + 1, distance).clamp_(0, 1).div_(2 * radius + 1)
-    beyond = (1 + matrix[:, :1, 0]) / 2 - matrix[:, 0].cumsum(-1)  # (M, size)
-    matrix[:, :, 0] += beyond  # what reaches over the edge sees the edge pixel again
-    matrix[:, :, -1] += beyond.flip(-1)
-    return matrix
+    ahead = places[:-1] - places[:, None]
+    # How much of the box lies up to a pixel; what reaches over an edge sees the edge pixel again.
+    share = ((ahead + (radius + 1)) / (2 * radius + 1)).clamp_(0, 1)
+    return pad(share, (0, 1), value=1.0) - pad(share, (1, 0))
 
 
 def solarize(pixels: Tensor, threshold: Tensor) -> Tensor:
@@ -336,4 +344,18 @@ def solarize(pixels: Tensor, threshold: Tensor) -> Tensor:
     return pixels.addcmul_(inverted, 255 - 2 * pixels)
 
 
-_POINTWISE: set[_Change] = {*_JITTER.values(), solarize}
+# Steps of the jitter have the numbers of `crop_params`.
+_FLIP, _DROP_COLORS, _BLUR, _SOLARIZE = range(NOTHING + 1, NOTHING + 5)
+_CHANGES: dict[int, _Change] = {
+    BRIGHTNESS: adjust_brightness,
+    CONTRAST: adjust_contrast,
+    SATURATION: adjust_saturation,
+    HUE: turn_hue,
+    _FLIP: _flip,
+    _DROP_COLORS: _drop_colors,
+    _BLUR: blur,
+    _SOLARIZE: solarize,
+}
+_POINTWISE: set[_Change] = {
+    *(adjust_brightness, adjust_contrast, adjust_saturation, turn_hue, solarize)
+}

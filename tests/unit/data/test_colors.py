@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch._dynamo.exc import TorchDynamoException
 
 from dinoscale.data import colors
-from dinoscale.data.crop_params import NOTHING, Params
+from dinoscale.data.crop_params import HUE, NOTHING, Params
 from dinoscale.data.plain_crops import plain_crop, turn_hue
 from tests.unit.data.conftest import picture
 from tests.unit.data.test_plain_crops import CHANGES, JITTER, params
@@ -66,19 +66,12 @@ def test_blends_equal_pillows(ours: colors._Change, theirs: type[ImageEnhance.Co
     assert (difference > 0).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("turn", [-0.5, -0.1, -0.037, -0.003, 0.0, 0.004, 0.1, 0.5])
-def test_hue_equals_pillows(turn: float) -> None:
-    turned = colors.turn_hue(_tensor(PICTURES).contiguous(), _column([turn] * len(PICTURES)))
-    difference = _difference(turned, [turn_hue(x, turn) for x in PICTURES])
-    assert difference.max() <= 6  # a step of the 8-bit hue on a pure colour
-    assert (difference > 1).float().mean() < 0.002
-
-
 @pytest.mark.parametrize("size", [SIZE, 96, 224, 5])  # narrower than the blur, bands, one matrix
 @pytest.mark.parametrize("radius", [0.1, 0.6, 1.4, 2.0, 6.5])
 def test_blur_equals_pillows(size: int, radius: float) -> None:
     images = [x.resize((size, size), Image.Resampling.NEAREST) for x in PICTURES]
-    blurred = colors.blur(_tensor(images), _column([radius] * len(images)))
+    half = colors.box_radius(np.full(len(images), radius))
+    blurred = colors.blur(_tensor(images), _column(half.tolist()))
     expected = [x.filter(ImageFilter.GaussianBlur(radius)) for x in images]
     difference = _difference(blurred, expected)
     assert difference.max() <= 3
@@ -86,7 +79,7 @@ def test_blur_equals_pillows(size: int, radius: float) -> None:
 
 
 def test_blur_of_many_radii_at_once_is_that_of_each() -> None:
-    images, radii = _tensor(PICTURES), _column(np.linspace(0.1, 2.0, len(PICTURES)).tolist())
+    images, radii = _tensor(PICTURES), _column(np.linspace(0.0, 2.0, len(PICTURES)).tolist())
     together = colors.blur(images, radii)
     alone = [colors.blur(images[i : i + 1], radii[i : i + 1]) for i in range(len(images))]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1)
@@ -111,6 +104,17 @@ def _finished(images: list[Image.Image], records: Params) -> torch.Tensor:
 
 
 WHOLE = {"box": (0, 0, SIZE, SIZE)}
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.3, -0.1, -0.037, -0.003, 0.0, 0.004, 0.1, 0.2, 0.5])
+def test_hue_is_nearly_pillows(turn: float) -> None:
+    record = params(**WHOLE, order=(HUE, *[NOTHING] * 3), factors=(1, 1, 1, turn))
+    turned = _finished(PICTURES, np.stack([record] * len(PICTURES)))
+    expected = [turn_hue(x, turn) for x in PICTURES]
+    difference = _difference(turned, expected)
+    assert difference.max() <= 9  # one and a half steps of the 8-bit hue on a pure colour
+    assert difference.mean() < (0.5 if abs(turn) <= 0.1 else 0.55)  # parts are rounded each
+    assert abs((turned - _tensor(expected)).mean()) < 0.15
 
 
 @pytest.mark.parametrize("change", [{}, *CHANGES])
@@ -141,9 +145,14 @@ def test_order_and_size_of_the_passes_change_nothing(
     images = PICTURES * 4
     expected = [plain_crop(x, r, size=SIZE) for x, r in zip(images, records, strict=True)]
     monkeypatch.setitem(colors._PASS_BYTES, "cpu", pass_bytes)
-    difference = _difference(_finished(images, records), expected)
+    finished = _finished(images, records)
+    difference = _difference(finished, expected)
     assert difference.mean() < 0.5
-    assert (difference > 2).float().mean() < 0.005
+    assert (difference > 9).float().mean() < 0.005  # of the hue, see above
+    alone = [_finished([x], r[None]) for x, r in zip(images, records, strict=True)]
+    apart = (finished - torch.cat(alone)).abs()
+    assert (apart > 1).float().mean() < 0.001  # ties of the blur, which solarize sees
+    assert apart.mean() < 0.01
 
 
 @pytest.mark.parametrize("channels", [1, 4, 7])
@@ -159,6 +168,12 @@ def test_pictures_of_any_number_of_channels_are_finished(channels: int) -> None:
     expected = np.asarray(plain_crop(Image.fromarray(plane), record, size=SIZE), dtype=np.float32)
     for channel in finished[0]:
         np.testing.assert_allclose(channel.numpy(), expected, atol=2.01)
+
+
+def test_no_crops_are_finished_too() -> None:
+    none = torch.empty(0, SIZE, SIZE, 3, dtype=torch.uint8)
+    finished = colors.finish_crops(none, params()[None][:0], mean=(0,) * 3, std=(1,) * 3)
+    assert finished.shape == (0, 3, SIZE, SIZE)
 
 
 def test_nothing_of_the_gradient_tape_is_kept() -> None:
