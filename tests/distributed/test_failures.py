@@ -247,6 +247,6 @@ def test_ranks_that_found_other_images_do_not_begin(
         for name in files:
             (tmp_path / str(rank) / name).write_bytes(b"")
     told = run_distributed(
-        f"{__name__}:_open_own", world_size=2, timeout_s=60, folder=str(tmp_path)
+        f"{__name__}:_open_own", world_size=2, timeout_s=180, folder=str(tmp_path)
     )
     assert [[text.partition(" Train on")[0] for text in texts] for texts in told] == [says, says]

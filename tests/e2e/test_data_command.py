@@ -94,11 +94,17 @@ def test_damage_ends_with_1_and_mistakes_with_2(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
+def _heed_interrupts() -> None:
+    """A shell starts its background jobs, tests among them, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _start(photographs: Path, out: Path) -> subprocess.Popen[str]:
     """Shrink pictures with two workers, until two shards are there and noted."""
     process = subprocess.Popen(
         _command(*_ARGUMENTS, photographs, out),
         stderr=subprocess.PIPE, text=True, cwd=_ROOT, start_new_session=True,
+        preexec_fn=_heed_interrupts,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     journal = out / ".progress.jsonl"
