@@ -30,7 +30,7 @@ from dinoscale.evaluate.features import normalize_images
 from tests.reference import ReferenceCrops, load
 
 _PIXELS, _QUALITY = 500 * 375, 90  # of an ordinary ImageNet picture
-_MICRO_BATCH = 16  # images that our parts take at once
+_MICRO_BATCH = 32  # images that our parts take at once
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _GPU_BATCH, _GPU_LOCAL = 64, 10  # the published batch of one GPU
 _GPU_RUNS = 20
