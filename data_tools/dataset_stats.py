@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import open_files
+from data_tools.files import open_pictures
 from data_tools.journal import Json, write_whole
 from data_tools.survey import identity, in_blocks, sample_ids, survey
 from dinoscale.data.decode import RGB, BadSampleError, Decoder
-from dinoscale.data.sources import Source, open_source
+from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
 
 _WHITE = 255  # of the pixels that a training sees
@@ -47,8 +47,7 @@ def dataset_stats(
         DataError: nothing is there, or no image can be read.
         RunFailedError: a worker was killed.
     """
-    drawn = spec.startswith("synthetic:")
-    source = open_source(spec, decoder) if drawn else open_files(spec, decoder)
+    source = open_pictures(spec, decoder)
     ids = sample_ids(len(source), wanted=images)
     blocks = in_blocks(ids)
     results = survey(

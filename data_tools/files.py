@@ -69,6 +69,17 @@ def open_files(spec: str, decoder: Decoder = RGB) -> Files:
     )
 
 
+def open_pictures(spec: str, decoder: Decoder) -> Source:
+    """Open what `open_files` reads, or a drawn set, which has no files.
+
+    Raises:
+        DataError: as `open_files`.
+    """
+    if spec.startswith("synthetic:"):
+        return open_source(spec, decoder)
+    return open_files(spec, decoder)
+
+
 def shards_of(spec: str) -> list[str]:
     """Shards that a spec names, empty where it names anything else.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import open_files, shards_of
+from data_tools.files import open_pictures, shards_of
 from data_tools.journal import Json, write_whole
 from data_tools.shard_writer import file_sha256, read_manifest
 from data_tools.survey import identity, in_blocks, stamp, survey
@@ -75,8 +75,7 @@ def _shards(
 
 
 def _images(spec: str, decoder: Decoder, out: Path | None, workers: int) -> Iterator[Json]:
-    drawn = spec.startswith("synthetic:")
-    source = open_source(spec, decoder) if drawn else open_files(spec, decoder)
+    source = open_pictures(spec, decoder)
     blocks = in_blocks(np.arange(len(source), dtype=np.int64))
     sizes, work = [len(block) for block in blocks], [*identity(source), asdict(decoder)]
     return survey(_verify_block, source, blocks, sizes=sizes, out=out, work=work, workers=workers)
