@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.tiny_run import (
@@ -174,10 +174,14 @@ def _watch_update(stage: int, precision: str) -> dict[str, Any]:
         gather_whole_blocks(*networks)
     student = Student(networks[0], config, plan)
     sizes = [parameter.numel() for parameter in networks[1].parameters()]
-    before = _live_bytes() - 4 * sum(sizes)  # without the teacher's network, which it takes over
+    before = _live_storages()  # kept, so that no address of theirs is given out again
+    for parameter in networks[1].parameters():  # which the teacher takes over
+        before.pop(parameter.untyped_storage().data_ptr(), None)
     teacher = Teacher(networks[1], student, config, plan)
-    del networks
-    held = _live_bytes() - before
+    del networks, parameter
+    held = sum(
+        storage.nbytes() for address, storage in _live_storages().items() if address not in before
+    )
     take_step(student, teacher, config, plan, 0)
     teacher.targets(micro_batches(config, plan, 1)[0].global_crops, temp=0.1)
     with _Recorder() as recorder:
@@ -193,15 +197,12 @@ def _watch_update(stage: int, precision: str) -> dict[str, Any]:
     }
 
 
-def _live_bytes() -> int:
-    """Bytes of all tensors that Python objects refer to."""
+def _live_storages() -> dict[int, UntypedStorage]:
+    """The storages of all tensors that Python objects refer to, by address."""
     gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, Tensor) and not thing.is_meta:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    tensors = (thing for thing in gc.get_objects() if isinstance(thing, Tensor))
+    storages = (tensor.untyped_storage() for tensor in tensors if not tensor.is_meta)
+    return {storage.data_ptr(): storage for storage in storages}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
