@@ -178,12 +178,18 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 def all_gather_flat(whole: Tensor, part: Tensor) -> None:
     """Fill `whole`, (W * n,), with every rank's `part`, (n,), which may be a slice of it."""
+    begin_all_gather_flat(whole, part)()
+
+
+def begin_all_gather_flat(whole: Tensor, part: Tensor) -> Callable[[], None]:
+    """Begin `all_gather_flat`; call the result before `whole` is used or `part` changes."""
     if world_size() == 1:
         if whole.data_ptr() != part.data_ptr():
             whole.copy_(part)
-        return
+        return lambda: None
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in 2.13
-    guarded(lambda: gather(whole, part))
+    work = guarded(lambda: gather(whole, part, async_op=True))
+    return lambda: guarded(lambda: work.wait()) and None
 
 
 def gather_objects(value: T) -> list[T]:

@@ -32,7 +32,7 @@ from dinoscale.errors import (
 )
 from dinoscale.feed import Feed
 from dinoscale.hooks.bad_steps import dump_bad_step
-from dinoscale.hooks.collapse import OBSERVE_EVERY, CollapseMonitor, Reading, read_targets
+from dinoscale.hooks.collapse import OBSERVE_EVERY, CollapseMonitor, Reading
 from dinoscale.hooks.data_wait import DataWait
 from dinoscale.hooks.events import Events
 from dinoscale.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
@@ -238,10 +238,11 @@ class Run:
             )
 
     def _read(self, now: StepValues, result: StepMetrics) -> Reading:
-        return read_targets(
-            self.teacher.mean_target,
+        return Reading(
             loss=result.loss,
             teacher_entropy=result.teacher_entropy,
+            mean_target_entropy=result.mean_target_entropy,
+            share=result.target_share,
             teacher_temp=now.teacher_temp,
         )
 
@@ -355,6 +356,7 @@ class Run:
             self.saved_step = None  # if it was this step, try once more
         self._save()
         self._wait_for_save()
+        self.teacher.wait()
         distributed.gather_objects(None)  # rank 0 must not leave while others still ask its board
         if self.saved is not None and self.saved.error is not None:
             raise RunFailedError(

@@ -18,9 +18,7 @@ def student_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     derived = _shared(config, plan)
     derived["gradient_accumulation_steps"] = plan.accumulation_steps
     derived["train_batch_size"] = plan.batch_size
-    # Per-tensor clipping is ours, on the shards; stage 0 has no clipping that sees every tensor.
-    by_deepspeed = config.optim.clip_mode == "global" and engine.zero_stage > 0
-    derived["gradient_clipping"] = config.optim.clip_grad if by_deepspeed else 0.0
+    derived["gradient_clipping"] = 0.0  # gradients.py clips, at every stage
     derived["communication_data_type"] = engine.communication_dtype
     if engine.precision == "bf16" and engine.zero_stage >= 2:
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -31,6 +29,8 @@ def student_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         "round_robin_gradients": False,  # keeps the flat order that shards.py reads
         "overlap_comm": False,  # has changed results before; its gain is not proven here
     }
+    if engine.zero_stage in (1, 2) and not engine.offload_optimizer:
+        derived["zero_optimization"]["compute_grad_norm"] = False  # gradients.py has it
     if engine.offload_optimizer:
         derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
         derived["zero_force_ds_cpu_optimizer"] = False
@@ -51,12 +51,14 @@ def _shared(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     # bf16; false keeps gathered weights alive for backward unless every block is checkpointed.
     return {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-        "bf16": {"enabled": engine.precision == "bf16"},
+        # The host would wait for the device to look for bad gradients; gradients.py does, on it.
+        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": False},
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # they wait for the device twice a step
         "zero_optimization": {
             "memory_efficient_linear": False,
             "reduce_bucket_size": BUCKET_ELEMENTS,

@@ -1,8 +1,8 @@
-"""Between the reduction of gradients and the update: clip tensor by tensor, rest the prototypes.
+"""Between the reduction of gradients and the update: judge them, clip them, rest the prototypes.
 
-Registered as step hooks of the torch optimizer that DeepSpeed drives. DeepSpeed hands it flat
-float32 shards, one optimizer group at a time at stages 1-3, whole parameters at stage 0; the hook
-sees both through the fragments of `shards.py`.
+Nothing here waits for the device. Norms, factors and the verdict whether a step may be applied are
+tensors; the fused optimizers of torch read the verdict, `found_inf`, where they run and leave
+weights, moments and step counts alone if it is 1.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,18 @@ EPS = 1e-6  # added to the norm, as in the reference
 
 
 class GradientRule:
-    """Per-tensor or (stage 0) global clipping, and no update at all for what rests.
+    """Clipping, per tensor or global, and no update at all for what rests or is not finite.
 
-    Frozen groups rest, and everything rests while `skipping`: set by the caller before a step, or
-    here when a gradient is not finite at stage 0, where all ranks see the same gradients.
+    `measure` sees all gradients of a step before DeepSpeed hands the first group to the optimizer,
+    at stages 1-3 one group after the other; hooks around the optimizer's `step` do the rest.
 
-    Per tensor, facts 1.9: n = ||g||_2 of the whole tensor, g <- g * min(1, clip / (n + 1e-6)).
-    Norms are summed over shards with one small all-reduce a group.
+    Facts 1.9, with n = ||g||_2 of a tensor or of all: g <- g * min(1, clip / (n + 1e-6)).
+    Norms are summed over shards with one small all-reduce a step.
+
+    Attributes:
+        names: of all parameters that any rank's shards hold, in the same order on all ranks.
+        squared_norms: of their gradients in the last step before clipping, (len(names),) float32.
+        skipped: whether the last step was not applied, () bool; equal on all ranks.
     """
 
     def __init__(self, *, clip: float, per_tensor: bool, sharded: bool) -> None:
@@ -31,11 +36,11 @@ class GradientRule:
         self.clip = clip
         self.per_tensor = per_tensor
         self.sharded = sharded
-        self.armed = False  # DeepSpeed steps once with zero gradients while it initialises
-        self.skipping = False  # set for a step in which nothing may move
-        self.pieces: dict[int, list[tuple[str, int, int]]] = {}
-        self.names: dict[int, list[str]] = {}
-        self.squared_norms: dict[str, Tensor] = {}
+        self.names: list[str] = []
+        self.squared_norms = torch.tensor(torch.nan)  # until the first step
+        self._armed = False
+        self._device = compute_device()
+        self._pieces: dict[int, list[tuple[int, int, int]]] = {}  # slot, offset, numel
         self._resting: list[tuple[Tensor, Tensor]] = []
 
     def watch(
@@ -48,34 +53,67 @@ class GradientRule:
             names: every parameter that any rank's shard of this group holds, same on all ranks.
             pieces: (name, offset, numel) of the parts of parameters inside this rank's tensor.
         """
-        self.names[id(tensor)] = list(names)
-        self.pieces[id(tensor)] = list(pieces)
+        slots = {name: len(self.names) + index for index, name in enumerate(names)}
+        self.names += names
+        self._pieces[id(tensor)] = [(slots[name], start, n) for name, start, n in pieces]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Run before and after every `step` of `optimizer`."""
+        """Run before and after every `step` of `optimizer`; until `arm`, nothing moves in one."""
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
+    def arm(self) -> None:
+        """Let steps count: all tensors have been watched, and DeepSpeed has had its zero step."""
+        slots = [slot for pieces in self._pieces.values() for slot, *_ in pieces]
+        self._slots = torch.tensor(slots, dtype=torch.int64, device=self._device)
+        self._armed = True
+
+    @torch.no_grad()
+    def measure(self, gradients: list[Tensor], *, spoilt: Tensor) -> None:
+        """Decide what the step that follows does with its gradients.
+
+        Args:
+            gradients: mean of all micro-batches and ranks, a tensor for each piece in the order of
+                the `watch` calls, any float dtype.
+            spoilt: whether the step must not be applied whatever they are, () bool.
+        """
+        squared = torch.zeros(len(self.names), device=self._device)
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
+            squared.index_copy_(0, self._slots, norms.to(self._device).square())
+        if self.sharded:
+            distributed.all_reduce_sum(squared)
+        whole = squared.sum()
+        self.squared_norms = squared
+        self.skipped = spoilt | ~whole.isfinite()
+        norm = squared.sqrt() if self.per_tensor else whole.sqrt().expand_as(squared)
+        self._factors = (self.clip / (norm + EPS)).clamp(max=1.0)  # (len(names),)
+
     def global_norm(self) -> Tensor:
         """Norm of all gradients of the last step before clipping, scalar float32."""
-        if not self.squared_norms:  # the first step was skipped
-            return torch.tensor(torch.nan)
-        return torch.stack(list(self.squared_norms.values())).sum().sqrt()
+        return self.squared_norms.sum().sqrt()
 
     def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        stepping = [
-            (group, tensor)
-            for group in optimizer.param_groups
-            for tensor in group["params"]
-            if tensor.grad is not None
-        ]
-        if self.armed and stepping and not self.skipping:
-            self._clip([tensor for _, tensor in stepping])
-        for group, tensor in stepping:
-            if group["frozen"] or self.skipping or not self.armed:
-                # No gradient, no step: no decay, no moments, no step count (facts 1.8).
-                self._resting.append((tensor, tensor.grad))
-                tensor.grad = None
+        stepping = []
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                if tensor.grad is None:
+                    continue
+                if group["frozen"] or not self._armed:
+                    # No gradient, no step: no decay, no moments, no step count (facts 1.8).
+                    self._resting.append((tensor, tensor.grad))
+                    tensor.grad = None
+                else:
+                    stepping.append(tensor)
+        if not stepping:
+            return
+        if self.clip:
+            self._scale(stepping)
+        # To host memory the copy waits, but what is offloaded has waited for its gradients before.
+        optimizer.found_inf = self.skipped.to(stepping[0].device, torch.float32)  # type: ignore[attr-defined]
+        if isinstance(optimizer, torch.optim.SGD):
+            for tensor in stepping:  # its own first buffer is not set if the step is skipped
+                optimizer.state[tensor].setdefault("momentum_buffer", torch.zeros_like(tensor))
 
     def _after(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         for tensor, grad in self._resting:
@@ -83,41 +121,21 @@ class GradientRule:
         self._resting.clear()
 
     @torch.no_grad()
-    def _clip(self, tensors: list[Tensor]) -> None:
-        names = [name for tensor in tensors for name in self.names[id(tensor)]]
-        slot = {name: index for index, name in enumerate(names)}
-        views, slots = [], []
+    def _scale(self, tensors: list[Tensor]) -> None:
+        views, factors = [], []
+        all_factors = self._factors.to(tensors[0].device).unbind()
         for tensor in tensors:
-            grad = tensor.grad
-            assert grad is not None
-            for name, offset, numel in self.pieces[id(tensor)]:
-                views.append(grad.view(-1).narrow(0, offset, numel))
-                slots.append(slot[name])
-        squared = torch.zeros(len(names), device=distributed_device(tensors[0]))
+            assert tensor.grad is not None
+            flat = tensor.grad.view(-1)
+            for slot, offset, numel in self._pieces[id(tensor)]:
+                views.append(flat.narrow(0, offset, numel))
+                factors.append(all_factors[slot])
         if views:
-            norms = torch.stack(torch._foreach_norm(views)).to(squared.device)
-            squared[slots] = norms.square()
-        if self.sharded:
-            distributed.all_reduce_sum(squared)
-        elif not torch.isfinite(squared).all():  # DeepSpeed checks at the other stages
-            self.skipping = True
-        self.squared_norms.update(zip(names, squared.unbind(), strict=True))
-        if self.clip and views:
-            self._scale(views, squared, slots)
-
-    def _scale(self, views: list[Tensor], squared: Tensor, slots: list[int]) -> None:
-        if self.per_tensor:
-            factors = (self.clip / (squared.sqrt() + EPS)).clamp(max=1.0)
-        elif not self.sharded:
-            factors = (self.clip / (squared.sum().sqrt() + EPS)).clamp(max=1.0).expand_as(squared)
-        else:
-            return  # the global norm at stages 1-3 is DeepSpeed's, before the first group steps
-        factors = factors.to(views[0].device)
-        torch._foreach_mul_(views, list(factors[slots].unbind()))
+            torch._foreach_mul_(views, factors)
 
 
-def distributed_device(tensor: Tensor) -> torch.device:
-    """Where collectives run: the accelerator even when optimizer shards are offloaded."""
-    if tensor.device.type == "cpu" and torch.cuda.is_available():
+def compute_device() -> torch.device:
+    """Where networks and collectives run: the accelerator even when shards are offloaded."""
+    if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    return tensor.device
+    return torch.device("cpu")

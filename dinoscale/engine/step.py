@@ -6,7 +6,7 @@ Shape letters: B images per micro-batch, n local crops, S = 2 + n student crops,
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -34,28 +34,82 @@ class MicroBatch:
     keep: Tensor | None
 
 
-@dataclass(frozen=True)
 class StepMetrics:
     """What a step found; means are over its images on all ranks, in nats.
 
-    Attributes:
-        loss: mean cross-entropy.
-        teacher_entropy: mean entropy of the targets.
-        stop: whether any rank was asked to stop.
-        skipped: why the step was not applied; None if it was.
-        parts: loss and teacher entropy of this rank's micro-batches, (M, 2) float32.
+    The numbers are on their way from the device. The first look at one waits for them, and with
+    them for the end of the step; until then the next step can be launched.
     """
 
-    loss: float
-    teacher_entropy: float
-    stop: bool
-    skipped: str | None
-    parts: Tensor
+    def __init__(self, sums: Tensor, verdict: Tensor, parts: Tensor) -> None:
+        """Begin to copy.
+
+        Args:
+            sums: over micro-batches and ranks: loss, teacher entropy, ranks that want to stop.
+            verdict: (3,) whether the step was skipped, entropy and maximum of the mean target.
+            parts: loss and teacher entropy of this rank's micro-batches, (M, 2).
+        """
+        self._count = len(parts) * distributed.world_size()
+        found = torch.cat((sums, verdict, parts.flatten()))
+        self._arrived: torch.cuda.Event | None = None
+        if found.is_cuda:
+            self._found = torch.empty_like(found, device="cpu", pin_memory=True)
+            self._found.copy_(found, non_blocking=True)
+            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived.record()
+        else:
+            self._found = found
+
+    @cached_property
+    def _numbers(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers: list[float] = self._found.tolist()
+        return numbers
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return self._numbers[0] / self._count
+
+    @property
+    def teacher_entropy(self) -> float:
+        """Mean entropy of the targets."""
+        return self._numbers[1] / self._count
 
     @property
     def kl(self) -> float:
         """KL(teacher || student), mean over pairs: the cross-entropy less the teacher's entropy."""
         return self.loss - self.teacher_entropy
+
+    @property
+    def stop(self) -> bool:
+        """Whether any rank was asked to stop."""
+        return self._numbers[2] > 0
+
+    @property
+    def skipped(self) -> str | None:
+        """Why the step was not applied; None if it was."""
+        if not self._numbers[3]:
+            return None
+        finite = math.isfinite(self.loss + self.teacher_entropy)
+        return "a gradient is not finite" if finite else "the loss is not finite"
+
+    @property
+    def mean_target_entropy(self) -> float:
+        """Entropy of the mean target of the last step that was applied."""
+        return self._numbers[4]
+
+    @property
+    def target_share(self) -> float:
+        """Part of these targets that the strongest prototype gets, 0 to 1."""
+        return self._numbers[5]
+
+    @property
+    def parts(self) -> list[tuple[float, float]]:
+        """Loss and teacher entropy of each of this rank's micro-batches."""
+        of_rank = self._numbers[6:]
+        return list(zip(of_rank[::2], of_rank[1::2], strict=True))
 
 
 def train_step(
@@ -70,8 +124,9 @@ def train_step(
     """Run one optimizer step of self-distillation (Caron et al. 2021, algorithm 1).
 
     A step whose loss or gradient is not finite on any rank is skipped on all: weights, moments,
-    teacher and center are as before it. `stop_asked` says that this rank wants to end; it rides on
-    the reduction of the loss, so that all ranks learn of it at the same step.
+    teacher and center are as before it. The device decides that; the host launches the same work
+    for every step and waits for nothing. `stop_asked` says that this rank wants to end; it rides
+    on the reduction of the loss, so that all ranks learn of it at the same step.
     """
     student.set_hyperparameters(now)
     parts = []
@@ -87,22 +142,12 @@ def train_step(
         student.backward(loss)
         parts.append(torch.stack((loss.detach(), entropy(targets))))
         if index < len(micro_batches):
-            student.step()  # accumulates
+            student.accumulate()
     of_rank = torch.stack(parts)  # (M, 2)
-    loss_mean, entropy_mean, stop = _agree(of_rank, stop_asked=stop_asked)
-    skipped = None if math.isfinite(loss_mean + entropy_mean) else "the loss is not finite"
-    if not student.step(apply=skipped is None):  # the weights move here
-        skipped = skipped or "a gradient is not finite"
-        teacher.skip()
-    else:
-        teacher.update(student, momentum=now.momentum)  # once per step, of the stepped student
-    return StepMetrics(loss_mean, entropy_mean, stop, skipped, of_rank)
-
-
-def _agree(parts: Tensor, *, stop_asked: bool) -> tuple[float, float, bool]:
-    """Mean loss and entropy over micro-batches and ranks, and whether any rank wants to stop."""
-    sums = torch.cat((parts.sum(0), parts.new_full((1,), float(stop_asked))))
-    distributed.all_reduce_sum(sums)
-    loss, teacher_entropy, votes = sums.tolist()
-    count = len(parts) * distributed.world_size()
-    return loss / count, teacher_entropy / count, votes > 0
+    sums = torch.cat((of_rank.sum(0), of_rank.new_full((1,), float(stop_asked))))
+    distributed.all_reduce_sum(sums)  # (3,)
+    skipped = student.step(spoilt=~sums.isfinite().all())  # the weights move here
+    teacher.update(student, momentum=now.momentum, skipped=skipped)  # of the stepped student
+    mean_target = teacher.mean_target
+    verdict = torch.stack((skipped.float(), entropy(mean_target), mean_target.max()))
+    return StepMetrics(sums, verdict, of_rank)

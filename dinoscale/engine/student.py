@@ -18,7 +18,7 @@ from dinoscale.engine.ds_config import student_config
 from dinoscale.engine.gradients import GradientRule
 from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
 from dinoscale.engine.precision import tensor_cores
-from dinoscale.engine.shards import Fragment, Layout
+from dinoscale.engine.shards import Fragment
 from dinoscale.models.heads import Objective
 from dinoscale.models.vit import Block
 from dinoscale.schedules import StepValues
@@ -60,6 +60,7 @@ class Student:
         layout: this rank's fragments; the teacher and checkpoints use the same.
         shapes: parameter name -> full shape.
         master: float32 views of the master weights, one (numel,) view per fragment.
+        flats: the same at stages 1-3 as the optimizer has them, one shard per group; else empty.
         compute_dtype: dtype of the weights that the forward uses.
     """
 
@@ -70,16 +71,14 @@ class Student:
         self.compute_dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._stage = config.engine.zero_stage
         self._moments = MOMENTS[config.optim.name]
-        self._global_by_deepspeed = config.optim.clip_mode == "global" and self._stage > 0
+        self._offloaded = config.engine.offload_optimizer
         self._rule = GradientRule(
             clip=config.optim.clip_grad,
             per_tensor=config.optim.clip_mode == "per_tensor",
             sharded=self._stage > 0,
         )
         names = shards.parameter_names(network)
-        self._torch_optimizer = build_optimizer(
-            config.optim.name, network, fused=torch.cuda.is_available()
-        )
+        self._torch_optimizer = build_optimizer(config.optim.name, network)
         self._rule.attach(self._torch_optimizer)
         self._group_of = {
             names[id(parameter)]: group["name"]
@@ -94,9 +93,11 @@ class Student:
             dist_init_required=False,
         )
         self._zero = self._engine.optimizer
+        self._keep_off_the_host()
+        self._buffers = dict(self.network.named_buffers())
         self._find_shards(names)
         self.restore_master(lambda name, start, n: initial[name].flatten()[start : start + n])
-        self._rule.armed = True
+        self._rule.arm()
 
     @property
     def network(self) -> Any:
@@ -120,7 +121,7 @@ class Student:
 
     def set_hyperparameters(self, now: StepValues) -> None:
         """Begin a step: write its rate, decay and frozen prototypes into the optimizer's groups."""
-        self._buffers_before = {name: value.clone() for name, value in self.buffers().items()}
+        self._buffers_before = [value.clone() for value in self._buffers.values()]
         for group in self._torch_optimizer.param_groups:
             group["lr"] = now.lr
             group["weight_decay"] = 0.0 if group["name"] == NO_DECAY else now.weight_decay
@@ -130,35 +131,39 @@ class Student:
         """Accumulate the gradient of a micro-batch's mean loss; the step takes their mean."""
         distributed.guarded(lambda: self._engine.backward(loss))
 
-    def step(self, *, apply: bool = True) -> bool:
-        """End a micro-batch; after the last one of the step, clip and update the weights.
+    def accumulate(self) -> None:
+        """End a micro-batch that is not the last one of the step."""
+        distributed.guarded(self._engine.step)
+
+    def step(self, *, spoilt: Tensor) -> Tensor:
+        """End the last micro-batch of the step: clip and update the weights.
+
+        Nothing is read from the device, except by DeepSpeed where optimizer states are offloaded;
+        and at stage 3 on a GPU it waits for the end of each backward pass.
 
         Args:
-            apply: false drops the gradients of the step instead.
+            spoilt: whether to drop the gradients of the step instead, () bool.
 
         Returns:
-            Whether the step stands. If not, because of `apply` or of a gradient that is not finite,
-            weights, moments and buffers are as before it, on all ranks.
+            Whether the step was skipped, because of `spoilt` or of a gradient that is not finite,
+            () bool. Then weights, moments and buffers are as before it, on all ranks.
         """
-        self._rule.skipping = not apply
-        is_last = self._engine.is_gradient_accumulation_boundary()
+        assert self._engine.is_gradient_accumulation_boundary()
+        self._rule.measure(self._gradients(), spoilt=spoilt)
         distributed.guarded(self._engine.step)
-        stands = not self._rule.skipping and (not is_last or self._engine.was_step_applied())
-        if not stands:
-            for name, value in self.buffers().items():
-                value.copy_(self._buffers_before[name])
-        return stands
+        skipped = self._rule.skipped
+        for value, before in zip(self._buffers.values(), self._buffers_before, strict=True):
+            value.copy_(torch.where(skipped, before, value))
+        return skipped
 
     def grad_norm(self) -> Tensor:
-        """Norm of the whole gradient of the last applied step before clipping, scalar."""
-        if self._global_by_deepspeed:
-            norm = self._engine.get_global_grad_norm()
-            return torch.as_tensor(torch.nan if norm is None else norm)
+        """Norm of the whole gradient of the last step before clipping, scalar."""
         return self._rule.global_norm()
 
     def grad_norms(self) -> dict[str, float]:
-        """Norm of each tensor's gradient of the last step, before per-tensor clipping."""
-        return {name: value.sqrt().item() for name, value in self._rule.squared_norms.items()}
+        """Norm of each tensor's gradient of the last step, before clipping."""
+        norms = self._rule.squared_norms.sqrt().tolist()
+        return dict(zip(self._rule.names, norms, strict=True))
 
     @torch.no_grad()
     def restore_master(self, read: Callable[[str, int, int], Tensor]) -> None:
@@ -221,10 +226,55 @@ class Student:
 
     def buffers(self) -> dict[str, Tensor]:
         """Buffers of the network (batch norm statistics); empty for a ViT."""
-        return dict(self.network.named_buffers())
+        return self._buffers
+
+    def _keep_off_the_host(self) -> None:
+        """Take from DeepSpeed's optimizers what would look at gradients from the host.
+
+        `gradients.py` judges them before. At stages 1 and 2 settings do it (ds_config.py). Stage 3
+        looks at the norm of these norms, now a constant; stage 0 in bf16 at every tensor.
+        """
+        if self._stage == 3 and not self._offloaded:
+            self._zero._get_norm_groups = lambda: [1.0]
+        elif self._stage == 0 and self.compute_dtype is not torch.float32:
+            self._zero.step = self._step_unsharded
+
+    @torch.no_grad()
+    def _step_unsharded(self) -> None:
+        groups = list(zip(self._zero.fp32_groups, self._zero.fp16_groups, strict=True))
+        for high, low in groups:
+            for master, weight in zip(high, low, strict=True):
+                master.grad = weight.grad.float()
+        self._torch_optimizer.step()
+        for high, low in groups:
+            torch._foreach_copy_(low, high)
+            for master in high:
+                master.grad = None
+
+    def _gradients(self) -> list[Tensor]:
+        """The reduced gradients of this rank's shards, one for each piece the rule watches."""
+        if self._stage == 0:
+            parameters = dict(self.network.named_parameters())
+            return [parameters[held.name].grad for held in self._held]
+        found: list[Tensor] = []
+        if self._offloaded and torch.cuda.is_available():
+            torch.cuda.synchronize()  # they are being copied to host memory
+        for index, flat in enumerate(self.flats):
+            fragments = (f for f in self.layout.fragments if f.group == index)
+            if self._offloaded:
+                assert flat.grad is not None
+                found += [flat.grad.narrow(0, f.offset, f.numel) for f in fragments]
+                continue
+            parts, offset = {}, 0
+            for part in self._zero.averaged_gradients[index]:
+                parts[offset] = part.view(-1)
+                offset += part.numel()
+            found += [parts[f.offset].narrow(0, 0, f.numel) for f in fragments]  # less padding
+        return found
 
     def _find_shards(self, names: dict[int, str]) -> None:
         """Read the layout and the master views; tell the gradient rule what each tensor holds."""
+        self.flats: list[Tensor] = []
         if self._stage == 0:
             groups, self._tensors = self._unsharded_groups(names)
             self.layout = shards.end_to_end(groups, distributed.world_size())
@@ -236,14 +286,14 @@ class Student:
                 self._rule.watch(tensor, [name], [(name, 0, tensor.numel())])
         else:
             if self._stage == 3:
-                self._flats = self._zero.fp32_partitioned_groups_flat
+                self.flats = self._zero.fp32_partitioned_groups_flat
                 self.layout = shards.of_partitioned_optimizer(self._zero, names, distributed.rank())
                 members = self._zero.fp16_groups
             else:
-                self._flats = self._zero.single_partition_of_fp32_groups
+                self.flats = self._zero.single_partition_of_fp32_groups
                 self.layout = shards.of_flat_optimizer(self._zero, names)
                 members = self._zero.bit16_groups
-            for index, flat in enumerate(self._flats):
+            for index, flat in enumerate(self.flats):
                 here = [f for f in self.layout.fragments if f.group == index]
                 pieces = [(f.name, f.offset, f.numel) for f in here]
                 self._rule.watch(flat, [names[id(p)] for p in members[index]], pieces)
@@ -269,28 +319,15 @@ class Student:
         """The tensor that the optimizer steps and the fragment's first element in it."""
         if self._stage == 0:
             return self._tensors[fragment.name], fragment.start
-        return self._flats[fragment.group], fragment.offset
+        return self.flats[fragment.group], fragment.offset
 
     def _refresh_forward_weights(self) -> None:
         """Derive the weights of the forward from the master, as the end of a step does."""
         if self._stage == 3:
-            for index in range(len(self._flats)):
+            for index in range(len(self.flats)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
         elif self._stage > 0:
             self._zero.update_lp_params()
         elif self.compute_dtype is not torch.float32:
             for high, low in zip(self._zero.fp32_groups, self._zero.fp16_groups, strict=True):
                 torch._foreach_copy_(low, high)
-
-
-def publish(layout: Layout, parts: Sequence[Tensor], wholes: Sequence[Tensor]) -> None:
-    """Cast this rank's fragments into its slice of `wholes` and gather the other ranks' slices."""
-    rank = distributed.rank()
-    own = [
-        whole.narrow(0, rank * size, size)
-        for whole, size in zip(wholes, layout.shard_sizes, strict=True)
-    ]
-    if parts:
-        torch._foreach_copy_([fragment.of(own) for fragment in layout.fragments], list(parts))
-    for whole, part in zip(wholes, own, strict=True):
-        distributed.all_gather_flat(whole, part)

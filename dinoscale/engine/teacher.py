@@ -3,7 +3,8 @@
     theta_T <- m theta_T + (1 - m) theta_S          (Caron et al. 2021, algorithm 1)
 
 Each rank averages its own shard, without communication. What the forward needs is derived:
-stages 0-2 keep a copy of all weights in the compute dtype, refreshed by one all-gather per group;
+stages 0-2 keep a copy of all weights in the compute dtype, refreshed by one all-gather per group
+that runs beside the preparation of the next batch;
 stage 3 keeps it partitioned as the student is and gathers layer by layer. Bytes per rank, with P
 parameters of s bytes in the compute dtype on W ranks: 4 P / W + s P at stages 0-2,
 (4 + s) P / W plus the layers in flight at stage 3 (each parameter or group padded to W parts).
@@ -22,9 +23,10 @@ from dinoscale import distributed
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.engine.ds_config import teacher_config
+from dinoscale.engine.gradients import compute_device
 from dinoscale.engine.precision import tensor_cores
 from dinoscale.engine.shards import Layout, empty_shards
-from dinoscale.engine.student import Student, import_deepspeed, publish
+from dinoscale.engine.student import Student, import_deepspeed
 from dinoscale.losses.centering import teacher_probs, updated_center
 from dinoscale.models.network import DinoNetwork
 
@@ -55,9 +57,10 @@ class Teacher:
         self.layout = student.layout
         self._shards = empty_shards(self.layout, device=device)
         self.ema = [fragment.of(self._shards) for fragment in self.layout.fragments]
+        self._averages = self._shards if student.flats else self.ema
         torch._foreach_copy_(self.ema, student.master)
         self._center_momentum = config.dino.center_momentum
-        self.center = torch.zeros(config.head.num_prototypes, device=_compute_device())
+        self.center = torch.zeros(config.head.num_prototypes, device=compute_device())
         self.mean_target = torch.zeros_like(self.center)  # until the first update
         self._logit_sum = torch.zeros_like(self.center)
         self._target_sum = torch.zeros_like(self.center)
@@ -79,7 +82,7 @@ class Teacher:
             temp: the teacher's temperature.
         """
         if not self._logit_rows:
-            self._buffers_before = {name: value.clone() for name, value in self.buffers().items()}
+            self._buffers_before = [value.clone() for value in self.buffers().values()]
         views, batch = global_crops.shape[:2]
         images = global_crops.flatten(0, 1).to(self._compute_dtype)
         with tensor_cores(self._compute_dtype):
@@ -92,25 +95,33 @@ class Teacher:
         return probs.view(views, batch, -1)
 
     @torch.no_grad()
-    def update(self, student: Student, *, momentum: float) -> None:
+    def update(self, student: Student, *, momentum: float, skipped: Tensor) -> None:
         """Average the student that has just stepped, refresh the forward, move the center.
 
         Once per optimizer step. The center takes the mean of the logits of all micro-batches and
         ranks since the last update, so it acts from the next step on (facts 1.2).
+
+        Args:
+            student: after its step.
+            momentum: share of the old average.
+            skipped: whether the step was not applied, () bool. Then all is as if its targets had
+                never been asked for; the device decides, and the same work is done.
         """
-        torch._foreach_lerp_(self.ema, student.master, 1.0 - momentum)
-        self._weights.publish(self.ema)
+        weight = ~skipped * (1.0 - momentum)  # () float32: 0 leaves the average as it is
+        wholes = student.flats or student.master
+        if wholes:
+            weights = [weight.to(wholes[0].device)] * len(wholes)
+            torch._foreach_lerp_(self._averages, wholes, weights)
         rows = self._logit_rows * distributed.world_size()  # equal micro-batches on all ranks
         sums = torch.stack((self._logit_sum, self._target_sum))  # (2, K), one collective for both
-        mean_logit, self.mean_target = (distributed.all_reduce_sum(sums) / rows).unbind()
-        self.center = updated_center(self.center, mean_logit, momentum=self._center_momentum)
+        mean_logit, mean_target = (distributed.all_reduce_sum(sums) / rows).unbind()
+        center = updated_center(self.center, mean_logit, momentum=self._center_momentum)
+        self.center = torch.where(skipped, self.center, center)
+        self.mean_target = torch.where(skipped, self.mean_target, mean_target)
         self._forget_sums()
-
-    def skip(self) -> None:
-        """Instead of `update`: forget the step, as if its targets had never been asked for."""
-        self._forget_sums()
-        for name, value in self.buffers().items():
-            value.copy_(self._buffers_before[name])
+        for value, before in zip(self.buffers().values(), self._buffers_before, strict=True):
+            value.copy_(torch.where(skipped, before, value))
+        self._weights.publish(self.ema)  # last, so that no other collective waits for it
 
     def _forget_sums(self) -> None:
         self._logit_sum = torch.zeros_like(self.center)
@@ -133,7 +144,11 @@ class Teacher:
 
     def buffers(self) -> dict[str, Tensor]:
         """Buffers of the network (batch norm statistics); empty for a ViT."""
-        return self._weights.buffers()
+        return self._weights.buffers
+
+    def wait(self) -> None:
+        """Wait for what `update` began and nobody has needed yet; before a rank may leave."""
+        self._weights.wait()
 
     def num_bytes(self) -> int:
         """Bytes this rank holds for the teacher: float32 shard and weights for the forward."""
@@ -151,29 +166,45 @@ class _Replicated:
         _config: RunConfig,
         _plan: RunPlan,
     ) -> None:
-        self.network, self._layout = network.to(_compute_device(), dtype), layout
-        world_size, device = distributed.world_size(), _compute_device()
+        self.network, self._layout = network.to(compute_device(), dtype), layout
+        world_size, device = distributed.world_size(), compute_device()
         self._flats = [
             torch.zeros(size * world_size, dtype=dtype, device=device)
             for size in layout.shard_sizes
         ]
+        self._arriving: list[Callable[[], None]] = []
+        self.buffers = dict(network.named_buffers())
         parameters = dict(network.named_parameters())
         for place in layout.placements:
             flat = self._flats[place.group].narrow(0, place.offset, place.numel)
             parameters[place.name].data = flat.view(place.shape)
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        self.wait()
         logits: Tensor = self.network(crops, None)
         return logits
 
     def publish(self, ema: Sequence[Tensor]) -> None:
-        publish(self._layout, ema, self._flats)
+        """Begin to refresh the weights; what happens until they are used does not wait for it."""
+        self.wait()
+        rank = distributed.rank()
+        own = [
+            flat.narrow(0, rank * size, size)
+            for flat, size in zip(self._flats, self._layout.shard_sizes, strict=True)
+        ]
+        if ema:
+            torch._foreach_copy_([part.of(own) for part in self._layout.fragments], list(ema))
+        gathers = zip(self._flats, own, strict=True)
+        self._arriving = [distributed.begin_all_gather_flat(*gather) for gather in gathers]
+
+    def wait(self) -> None:
+        for finish in self._arriving:
+            finish()
+        self._arriving = []
 
     def plain_network(self) -> DinoNetwork:
+        self.wait()
         return self.network
-
-    def buffers(self) -> dict[str, Tensor]:
-        return dict(self.network.named_buffers())
 
     def num_bytes(self) -> int:
         return sum(flat.numel() * flat.element_size() for flat in self._flats)
@@ -196,6 +227,7 @@ class _Partitioned:
         )
         self.network: DinoNetwork = self._engine.module
         self._layout = layout
+        self.buffers = dict(self.network.named_buffers())
         self._parameters: dict[str, Any] = dict(self.network.named_parameters())
         for fragment in layout.fragments:
             own = self._parameters[fragment.name].ds_tensor.numel()
@@ -215,24 +247,18 @@ class _Partitioned:
 
     def plain_network(self) -> DinoNetwork:
         """A copy of all weights on every rank, freed when the caller drops it."""
-        plain = copy.deepcopy(self._skeleton).to_empty(device=_compute_device())
+        plain = copy.deepcopy(self._skeleton).to_empty(device=compute_device())
         zero = import_deepspeed().zero
         for name, buffer in plain.named_buffers():
-            buffer.copy_(self.buffers()[name])
+            buffer.copy_(self.buffers[name])
         for name, parameter in plain.named_parameters():
             with zero.GatheredParameters([self._parameters[name]]):
                 parameter.data.copy_(self._parameters[name].data)
         return plain
 
-    def buffers(self) -> dict[str, Tensor]:
-        return dict(self.network.named_buffers())
+    def wait(self) -> None:
+        pass  # nothing is sent before a layer is used
 
     def num_bytes(self) -> int:
         parts = [parameter.ds_tensor for parameter in self._parameters.values()]
         return sum(part.numel() * part.element_size() for part in parts)
-
-
-def _compute_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

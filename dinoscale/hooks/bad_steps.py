@@ -32,7 +32,7 @@ def dump_bad_step(
             "sample_ids": batch.sample_ids.tolist(),
             "paths": [source.path(int(sample)) for sample in batch.sample_ids],
         }
-        for (loss, teacher_entropy), batch in zip(result.parts.tolist(), batches, strict=True)
+        for (loss, teacher_entropy), batch in zip(result.parts, batches, strict=True)
     ]
     of_ranks = distributed.gather_objects(own)
     path = run_dir / "bad_steps" / f"step_{step:08d}.json"

@@ -31,12 +31,7 @@ An untrained ViT-S/16 with K = 8192 has I = 0.48 at teacher_temp 0.04, 0.18 at 0
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from dinoscale.losses.centering import entropy
-
-OBSERVE_EVERY = 5  # steps; reading the targets waits for the device
+OBSERVE_EVERY = 5  # steps
 
 _NO_INFORMATION = 0.05  # nats; a quarter of the lowest of a healthy run
 _DOMINANCE = 0.5  # share; more than twice the highest of a healthy run
@@ -78,14 +73,6 @@ class Reading:
     def information(self) -> float:
         """I = H_m - h in nats; not negative but for rounding."""
         return self.mean_target_entropy - self.teacher_entropy
-
-
-def read_targets(
-    mean_target: Tensor, *, loss: float, teacher_entropy: float, teacher_temp: float
-) -> Reading:
-    """A reading from the mean of a step's targets, (K,) float32; waits for the device once."""
-    of_mean, share = torch.stack((entropy(mean_target), mean_target.max())).tolist()
-    return Reading(loss, teacher_entropy, of_mean, share, teacher_temp)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class SyncBatchNorm(_BatchNorm):
         z = x.to(torch.promote_types(x.dtype, torch.float32))
         others = [dim for dim in range(x.ndim) if dim != 1]
         shape = (1, -1, *(1 for _ in others[1:]))
-        sums = self.all_reduce(torch.cat((z.sum(others), z.new_tensor([x.numel() / x.shape[1]]))))
+        sums = self.all_reduce(torch.cat((z.sum(others), z.new_full((1,), x.numel() / x.shape[1]))))
         count = sums[-1].detach()
         mean = sums[:-1] / count
         centered = z - mean.view(shape)

@@ -70,7 +70,7 @@ def _mean_targets() -> list[tuple[list[float], list[float]]]:
     for step in range(2):
         batches = micro_batches(config, plan, step)
         rows = [teacher.targets(batch.global_crops, temp=0.04).flatten(0, 1) for batch in batches]
-        teacher.update(student, momentum=0.9)
+        teacher.update(student, momentum=0.9, skipped=torch.tensor(False))
         of_ranks = torch.cat(distributed.gather_objects(torch.cat(rows)))
         assert of_ranks.shape == (2 * 8, config.head.num_prototypes)
         pairs.append((teacher.mean_target.tolist(), of_ranks.mean(0).tolist()))

@@ -185,7 +185,7 @@ def _watch_update(stage: int, precision: str) -> dict[str, Any]:
     take_step(student, teacher, config, plan, 0)
     teacher.targets(micro_batches(config, plan, 1)[0].global_crops, temp=0.1)
     with _Recorder() as recorder:
-        teacher.update(student, momentum=0.9)
+        teacher.update(student, momentum=0.9, skipped=torch.tensor(False))
     return {
         "calls": recorder.calls,
         "shard": sum(len(part) for part in teacher.ema),
@@ -227,13 +227,14 @@ def _require_one_lerp_and_one_publication(
     result: dict[str, Any], stage: int, world_size: int
 ) -> None:
     """The average itself sends nothing; then one all-gather a group, none at stage 3."""
-    expected = [("aten::_foreach_lerp_", result["shard"])]
+    averaged = sum(result["shard_sizes"]) if stage else result["shard"]  # flat, padding included
+    expected = [("aten::_foreach_lerp_", averaged)]
+    if world_size > 1:
+        expected.append(("c10d::allreduce_", 2 * result["prototypes"]))  # center, mean target
     if world_size > 1 and stage < 3:
         expected += [
             ("c10d::_allgather_base_", world_size * size) for size in result["shard_sizes"]
         ]
-    if world_size > 1:
-        expected.append(("c10d::allreduce_", 2 * result["prototypes"]))  # center, mean target
     assert result["calls"] == expected, stage
 
 

@@ -68,7 +68,7 @@ def _poison(
         if hook is not None:
             hook.remove()
         moved = _different(before, _state(student, teacher))
-        parts = result.parts.isfinite().all().item()
+        parts = bool(torch.tensor(result.parts).isfinite().all())
         results[poison] = {"skipped": result.skipped, "moved": moved, "finite": parts}
     take_step(student, teacher, config, plan, 3)
     results["different_later"] = _different(_state(*spared), _state(student, teacher))

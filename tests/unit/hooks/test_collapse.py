@@ -10,7 +10,6 @@ from dinoscale.hooks.collapse import (
     OBSERVE_EVERY,
     CollapseMonitor,
     Reading,
-    read_targets,
 )
 from dinoscale.losses.centering import entropy
 
@@ -211,9 +210,9 @@ def test_text_names_the_knobs_and_their_values() -> None:
 
 def test_reading_of_known_targets() -> None:
     targets = torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0.5, 0.5]])
-    reading = read_targets(
-        targets.mean(0), loss=2.0, teacher_entropy=float(entropy(targets)), teacher_temp=0.04
-    )
+    mean_target = targets.mean(0)
+    of_targets, of_mean = float(entropy(targets)), float(entropy(mean_target))
+    reading = Reading(2.0, of_targets, of_mean, float(mean_target.max()), teacher_temp=0.04)
     assert reading.share == 0.5
     mean = 0.5 * math.log(2) + 0.25 * math.log(4) + 0.25 * math.log(8)
     assert reading.information == pytest.approx(mean - math.log(2) / 4)

@@ -1,0 +1,123 @@
+"""The host launches a step without asking the device for anything, DeepSpeed included."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.distributed.tiny_run import micro_batches, tiny_config, tiny_plan
+from tests.harness import run_distributed
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
+
+# What needs a value, or a shape that depends on one, on the host.
+READS = (
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_consecutive",
+    "aten::bincount",
+    "aten::repeat_interleave",
+)
+RUNS: list[dict[str, Any]] = [
+    {"stage": stage, "precision": precision, "clip_mode": clip_mode}
+    for stage in (0, 1, 2, 3)
+    for precision, clip_mode in (("bf16", "global"), ("fp32", "per_tensor"))
+]
+RUNS.append(RUNS[0] | {"name": "sgd"})
+RUNS.append(RUNS[0] | {"batch_norm": True, "accumulation": 3})
+# DeepSpeed asks whether the norm that stage 3 computed is sound; ours is a constant of the host.
+CONSTANT = {0: [], 1: [], 2: [], 3: ["is_invalid_grad_norm"]}
+
+
+class _Reads(TorchDispatchMode):
+    """Lists who read a number of a tensor, and tensors made of Python's numbers by dinoscale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.callers: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        frame = sys._getframe(1)
+        while "/torch/" in frame.f_code.co_filename:
+            assert frame.f_back is not None
+            frame = frame.f_back
+        # torch.tensor and indices in a list: on a GPU a copy that waits.
+        copies = name == "aten::lift_fresh" and "/dinoscale/" in frame.f_code.co_filename
+        if name in READS or copies:
+            self.callers.append(frame.f_code.co_name)
+        return func(*args, **(kwargs or {}))
+
+
+def watch_steps(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """On every rank: who read from the device in the third step of each run."""
+    return [_watch_step(**run) for run in runs]
+
+
+def _watch_step(
+    stage: int,
+    precision: str,
+    clip_mode: str,
+    name: str = "adamw",
+    batch_norm: bool = False,
+    accumulation: int = 1,
+) -> list[str]:
+    from dinoscale.engine.build import build_pair, schedules_of
+    from dinoscale.engine.gradients import compute_device
+    from dinoscale.engine.step import MicroBatch, train_step
+
+    config = tiny_config(
+        head={"batch_norm": batch_norm},
+        optim={"name": name, "clip_mode": clip_mode, "clip_grad": 0.5},
+        train={"micro_batch_size": 6 // torch.distributed.get_world_size() // accumulation},
+        engine={"zero_stage": stage, "precision": precision},
+    )
+    plan = tiny_plan(config)
+    student, teacher = build_pair(config, plan)
+    now, device = schedules_of(config, plan).at(0), compute_device()
+
+    def batches(step: int) -> list[MicroBatch]:
+        found = micro_batches(config, plan, step)
+        return [
+            MicroBatch(b.global_crops.to(device), b.local_crops.to(device), None) for b in found
+        ]
+
+    for step in range(2):
+        train_step(batches(step), student, teacher, now, student_temp=0.1)
+    third = batches(2)
+    with _Reads() as reads, _refusing_to_wait(stage):
+        result = train_step(third, student, teacher, now, student_temp=0.1)
+    assert result.skipped is None
+    if stage == 3:
+        assert student._zero._global_grad_norm == 1  # it is our constant that DeepSpeed looked at
+    return reads.callers
+
+
+@contextmanager
+def _refusing_to_wait(stage: int) -> Iterator[None]:
+    """On a GPU torch itself raises; stage 3 waits once in each backward pass."""
+    if torch.cuda.is_available() and stage < 3:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_step_reads_nothing_from_the_device() -> None:
+    function = f"{__name__}:watch_steps"
+    world_size = min(2, torch.cuda.device_count() or 2)
+    per_rank = run_distributed(function, world_size=world_size, timeout_s=280, runs=RUNS)
+    for of_rank in per_rank:
+        for run, callers in zip(RUNS, of_rank, strict=True):
+            assert callers == CONSTANT[run["stage"]], run
