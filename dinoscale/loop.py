@@ -2,10 +2,11 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -46,8 +47,28 @@ from dinoscale.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
+class _Taken(NamedTuple):
+    """A step that was launched; its result may still be on its way."""
+
+    now: StepValues
+    result: StepMetrics
+    batches: Sequence[Batch]
+
+
+class _Due(NamedTuple):
+    """What follows a step and needs its result, and the weights as it left them."""
+
+    log: bool
+    probe: bool
+    save: bool
+
+
 class Run:
-    """One start of a run, from the step it begins at to its end."""
+    """One start of a run, from the step it begins at to its end.
+
+    The result of a step is read when the next one has been launched, so that the device always has
+    work; where something is due after it, at once.
+    """
 
     def __init__(
         self,
@@ -88,6 +109,7 @@ class Run:
         self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl") if is_first else None
         self.pending_bad: list[Any] = []
         self.steps_taken = 0  # since this start
+        self.stopping = False  # a rank was asked to stop, and all know
         self.data_wait = DataWait(
             num_workers=config.data.num_workers,
             cores=cores_at_hand(),
@@ -130,6 +152,7 @@ class Run:
         watch = Stopwatch()
         self.data_wait.restarted()
         steps = self.feed.steps(self.progress.step, offset=self.progress.data_offset)
+        taken: deque[_Taken] = deque()
         for step in range(self.progress.step, self.plan.stop_step):
             self.watchdog.moved(f"waiting for the images of step {step + 1}")
             begin = time.perf_counter()
@@ -149,9 +172,15 @@ class Run:
             )
             self.steps_taken += 1
             watch.step_done(self.plan.batch_size)
-            if not self._count(result, batches):
-                return
-            self._after_step(now, result, watch)
+            taken.append(_Taken(now, result, batches))
+            at_once = self.unproven or any(self._due(step + 1))
+            while len(taken) > (0 if at_once or self.stopping else 1):
+                step_taken = taken.popleft()
+                if not self._count(step_taken.result, step_taken.batches):
+                    return
+                self._after_step(step_taken.now, step_taken.result, watch)
+            if self.stopping and step + 1 < self.plan.stop_step:
+                self._preempt()
 
     def _count(self, result: StepMetrics, batches: Sequence[Batch]) -> bool:
         """Take note of a step, applied or skipped; false after a return to a checkpoint.
@@ -206,36 +235,52 @@ class Run:
             log.warning("going back to %s, past the images up to here", checkpoint.path)
         return False
 
-    def _after_step(self, now: StepValues, result: StepMetrics, watch: Stopwatch) -> None:
-        """Log; at the end of an epoch or of the run k-NN and checkpoint; stop if asked to."""
-        done, config = self.progress.step, self.config
+    def _due(self, done: int) -> _Due:
+        """What is to be done after `done` steps; a skipped one counts."""
+        config = self.config
         is_last = done == self.plan.stop_step
-        is_logged = done % config.log.every_steps == 0 or is_last
-        if is_logged or done % OBSERVE_EVERY == 0:
+        epoch, remainder = divmod(done, self.plan.steps_per_epoch)
+        ends_epoch = remainder == 0
+        every = config.checkpoint.every_steps
+        return _Due(
+            log=is_last or done % config.log.every_steps == 0,
+            probe=is_last or (ends_epoch and epoch % config.eval.every_epochs == 0),
+            save=(ends_epoch and epoch % config.checkpoint.every_epochs == 0)
+            or (every is not None and done % every == 0),
+        )
+
+    def _after_step(self, now: StepValues, result: StepMetrics, watch: Stopwatch) -> None:
+        """Log, look for a collapse, k-NN, checkpoint, as they are due; hear of a wish to stop."""
+        done = self.progress.step
+        due = self._due(done)
+        if due.log or done % OBSERVE_EVERY == 0:
             reading = self._read(now, result)
-            if is_logged:
+            if due.log:
                 self._record(done, now, result, reading, watch)
             self._look_for_collapse(done, reading)
         self.metrics.advance(f"loss {result.loss:.3f}{self.beside_bar}")
         self._report(self.saver.finished())
-        epoch, remainder = divmod(done, self.plan.steps_per_epoch)
-        ends_epoch = remainder == 0
-        if is_last or (ends_epoch and epoch % config.eval.every_epochs == 0):
+        if due.probe:
             self._probe()
-        every = config.checkpoint.every_steps
-        if (ends_epoch and epoch % config.checkpoint.every_epochs == 0) or (
-            every is not None and done % every == 0
-        ):
+        if due.save:
             self._save()
-        if result.stop and not is_last:
-            self._save_and_wait()
-            reason = self.stop.reason or "on another rank"
-            self.events.write(done, "preempted", reason=reason)
-            self.metrics.close()
-            raise PreemptedError(
-                f"asked to stop ({reason}): step {done} is"
-                f" saved in {self.run_dir}; the same command goes on from there"
-            )
+        self.stopping |= result.stop
+
+    def _preempt(self) -> None:
+        """Save the last step that was launched, and end.
+
+        Raises:
+            PreemptedError: always, on every rank.
+        """
+        done = self.progress.step
+        self._save_and_wait()
+        reason = self.stop.reason or "on another rank"
+        self.events.write(done, "preempted", reason=reason)
+        self.metrics.close()
+        raise PreemptedError(
+            f"asked to stop ({reason}): step {done} is"
+            f" saved in {self.run_dir}; the same command goes on from there"
+        )
 
     def _read(self, now: StepValues, result: StepMetrics) -> Reading:
         return Reading(
@@ -346,7 +391,7 @@ class Run:
         self.saved_step = self.progress.step
 
     def _save_and_wait(self) -> None:
-        """Save this step and wait until it is on disk.
+        """Save this step and wait until it is on disk, and until nobody waits for this rank.
 
         Raises:
             RunFailedError: on every rank; it could not be written, and the run would be lost.

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600
 
 STEPS = 16
 OFTEN = {"every_steps": 1, "keep_last": 100}
+RARELY = {"every_steps": 100}  # what a step found is then read when the next one is under way
 RUNS: dict[str, dict[str, Any]] = {
     "healthy": {"bad": []},
     "one": {"bad": [5]},
@@ -26,6 +27,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "bad": [9, 10, 11],
         "checkpoint": {"every_steps": 4, "keep_last": 100},
         "train": {"max_rollbacks": 1},
+    },
+    "one_read_late": {"bad": [5], "checkpoint": {"every_steps": 4}, "log": RARELY},
+    "rolled_back_late": {
+        "bad": [9, 10, 11],
+        "checkpoint": {"every_steps": 4, "keep_last": 100},
+        "train": {"max_rollbacks": 1},
+        "log": RARELY,
     },
     "rolled_back_twice": {
         "bad": [9, 10, 11, 13, 14, 15],
@@ -86,6 +94,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, run in RUNS.items():
         checkpoint, train = run.get("checkpoint", OFTEN), run.get("train", {})
         sections = {"checkpoint": checkpoint, "train": train, "head": {"batch_norm": False}}
+        sections["log"] = run.get("log", {})
         path = write_config(root / name, stage=2, epochs=1, **sections)
         configs[name], bad[name] = str(path), run["bad"]
     function = "tests.faults.test_bad_steps:train_all"
@@ -177,6 +186,19 @@ def test_rollback_goes_on_with_the_images_after_the_bad_ones(root: Path) -> None
     state = json.loads((directory(run_dir, STEPS) / "state.json").read_text())
     assert state["progress"]["data_offset"] == 3
     assert state["progress"]["skipped_steps"] == 0
+
+
+def test_results_that_are_read_late_change_nothing(root: Path) -> None:
+    for late, at_once in (("one_read_late", "one"), ("rolled_back_late", "rolled_back")):
+        assert _ends(root, late) == ["done", "done"]
+        for step in (12, STEPS):
+            first, second = (directory(root / name / "run", step) for name in (late, at_once))
+            assert same_checkpoint(first, second), (late, step)
+        told = [[(e["event"], e["step"]) for e in _events(root, n)] for n in (late, at_once)]
+        assert told[0] == told[1]
+        dumps = [root / name / "run" / "bad_steps" for name in (late, at_once)]
+        texts = [{path.name: path.read_text() for path in dump.iterdir()} for dump in dumps]
+        assert texts[0] == texts[1]
 
 
 def test_rollbacks_are_limited(root: Path) -> None:

@@ -50,17 +50,19 @@ def _same_as(undisturbed: Path, run_dir: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("number", "ranks", "workers"),
+    ("number", "ranks", "workers", "log"),
     [
-        (signal.SIGTERM, [0, 1], 1),
-        (signal.SIGUSR1, [0, 1], 0),
-        (signal.SIGUSR1, [1], 0),  # the other learns of it from the step
+        (signal.SIGTERM, [0, 1], 1, 1),
+        (signal.SIGUSR1, [0, 1], 0, 1),
+        (signal.SIGUSR1, [1], 0, 1),  # the other learns of it from the step
+        (signal.SIGUSR1, [1], 0, 7),  # and that when the next one is under way
     ],
 )
 def test_signal_to_ranks(
-    tmp_path: Path, undisturbed: Path, number: int, ranks: list[int], workers: int
+    tmp_path: Path, undisturbed: Path, number: int, ranks: list[int], workers: int, log: int
 ) -> None:
-    config = write_config(tmp_path, stage=2, epochs=4, checkpoint=RARELY)
+    every = {"every_steps": log}
+    config = write_config(tmp_path, stage=2, epochs=4, checkpoint=RARELY, log=every)
     life = Life(config, f"data.num_workers={workers}")
     assert life.wait_until(lambda: steps_logged(life.run_dir) >= 3)
     pids = life.pids()
