@@ -15,6 +15,7 @@ from dinoscale.data.decode import Decoder
 from dinoscale.data.loader import Batch, train_batches
 from dinoscale.data.mixture import open_sources
 from dinoscale.data.sources import Source
+from dinoscale.data.transfer import to_device
 from dinoscale.distributed import Process
 from dinoscale.engine.depth_noise import depth_uniforms
 from dinoscale.engine.step import MicroBatch
@@ -64,7 +65,7 @@ def finish_batch(batch: Batch, data: DataConfig, device: torch.device) -> tuple[
 
 def _finished(crops: Tensor, params: Params, data: DataConfig, device: torch.device) -> Tensor:
     """uint8 (V, B, H, H, C) -> float32 (V, B, C, H, H)."""
-    moved = crops.to(device, non_blocking=True)
+    moved = to_device(crops, device)
     if data.colors == "workers":
         return normalize_images(moved.movedim(-1, 2), mean=data.mean, std=data.std)
     finished: Tensor = finish_crops(
@@ -132,5 +133,4 @@ class Feed:
             crops=2 + self._config.crops.num_local,
             depth=self._depth,
         )
-        keep = stochastic_depth_keep(uniforms, drop_path_rate=rate)
-        return keep.to(self._process.device, non_blocking=True)  # else it waits for the crops
+        return to_device(stochastic_depth_keep(uniforms, drop_path_rate=rate), self._process.device)

@@ -30,6 +30,7 @@ from dinoscale.data.crop_params import (
     SATURATION,
     Params,
 )
+from dinoscale.data.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def _normalisation(
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift (C, 1, 1) that do the same as (x / 255 - mean) / std."""
     both = torch.tensor([[1 / (255 * s), -m / s] for m, s in zip(mean, std, strict=True)])
-    scale, shift = both.to(device, non_blocking=True).T
+    scale, shift = to_device(both, device).T
     return scale[:, None, None], shift[:, None, None]
 
 
@@ -161,7 +162,7 @@ def _compiled(change: _Change) -> _Change:
 
 
 def _on(device: torch.device, numbers: NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(numbers).to(device, non_blocking=True)
+    return to_device(torch.from_numpy(numbers), device)
 
 
 def _planned(params: Params) -> _Plan:
