@@ -137,7 +137,7 @@ def find_micro_batch(
     peak = max(outcome.peak_bytes for outcome in tried[size])
     found = Found(size, peak, len(tried), time.monotonic() - begin)
     if process.rank == 0:
-        log.info("%s; found %d in %d trials, %.0f s", said, size, found.trials, found.seconds)
+        log.info("%s; taking %d after %d trials, %.0f s", said, size, found.trials, found.seconds)
     return found
 
 

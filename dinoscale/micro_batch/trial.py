@@ -49,9 +49,12 @@ def main() -> None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
         config = parse_config(order["config"], origin="the run")
         _try(config, order["micro_batch_size"], distributed.read_process(os.environ))
-    except BaseException as error:
+    except DinoscaleError as error:
+        print(f"error: {error}")
+        code = error.exit_code
+    except BaseException:
         traceback.print_exc()
-        code = error.exit_code if isinstance(error, DinoscaleError) else 1
+        code = 1
     sys.stdout.flush()
     os._exit(code)
 
