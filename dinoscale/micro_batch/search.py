@@ -126,7 +126,7 @@ def find_micro_batch(
         moved(f"trying a micro-batch of {size}")
         if process.rank == 0:
             log.info("%strying %d", f"{said}; " if said else "train.micro_batch_size=auto: ", size)
-        tried[size] = _try(config, process, size, number=len(tried), stop_asked=stop_asked)
+        tried[size] = _try(config, process, size, stop_asked)
         fitting = _judge(tried[size], size)
         said = _in_words(tried[size], size, fits=fitting)
         return fitting
@@ -182,17 +182,12 @@ def _none_fits(said: str) -> str:
 
 
 def _try(
-    config: RunConfig,
-    process: Process,
-    size: int,
-    *,
-    number: int,
-    stop_asked: Callable[[], bool],
+    config: RunConfig, process: Process, size: int, stop_asked: Callable[[], bool]
 ) -> list[Outcome]:
     """The outcomes of one size on all ranks; a trial that ended badly ends those of the others."""
     port = distributed.broadcast_object(distributed.free_port())
     order = {"config": config.model_dump(mode="json"), "micro_batch_size": size}
-    board, key = distributed.Board(), f"trial {number} ended badly"
+    board, key = distributed.Board(), f"the trial at port {port} ended badly"
     with tempfile.TemporaryFile() as output:
         try:
             with _start(process, port, order, output) as child:

@@ -21,19 +21,20 @@ from tests.harness import free_port
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
 
-# Private writable memory of a process: 0.30 GiB when a trial begins, at the peak 1.00 GiB with
-# micro-batches of 4 and 1.36 GiB with 8. A trial leaves 8 % of what is free alone.
-LIMIT_BYTES = 1284 * 2**20
-FITS = 4
-_SIZES: dict[str, dict[str, Any]] = {  # many tokens of few numbers: memory without much work
-    "model": {"patch_size": 2, "embed_dim": 32, "depth": 8, "num_heads": 1, "drop_path_rate": 0.0},
+# Private writable memory of a process: 296 MiB when a trial begins, at the peak 994 MiB with
+# micro-batches of 37 and 1289 MiB with 74. A trial leaves 8 % of what is free alone.
+LIMIT_BYTES = 1215 * 2**20
+FITS, TOO_LARGE = 37, 74
+ONE_STEP = ("train.epochs=1", "train.stop_after_steps=1", "optim.min_lr=0")
+_SIZES: dict[str, dict[str, Any]] = {  # many short rows of few numbers: memory for little work
+    "model": {"patch_size": 4, "embed_dim": 32, "depth": 8, "num_heads": 1, "drop_path_rate": 0.0},
     "head": {"num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
-    "crops": {"global_size": 96, "num_local": 0},
+    "crops": {"global_size": 24, "local_size": 24, "num_local": 10},
     "optim": {"warmup_epochs": 0},
     "dino": {"freeze_last_layer_epochs": 0},
-    "data": {"train": "synthetic:shapes?images=16&size=96", "num_workers": 0},
+    "data": {"train": "synthetic:shapes?images=148&size=24", "num_workers": 0},
     "engine": {"precision": "fp32"},
-    "eval": {"crop": 64, "resize": 64},
+    "eval": {"crop": 24, "resize": 24},
     "log": {"wandb": False, "every_steps": 1},
 }
 
@@ -108,12 +109,12 @@ def _losses(run_dir: Path) -> dict[int, float]:
 
 
 def test_one_rank_finds_its_limit_and_its_config_repeats_the_run(tmp_path: Path) -> None:
-    settings = ("train.epochs=1", "train.batch_size=8", "optim.min_lr=0")
+    settings = (*ONE_STEP, f"train.batch_size={TOO_LARGE}")
     codes, said = Ranks(tmp_path, *settings, world_size=1).end()
     assert codes == [0], said
     assert f"auto: trying {FITS}\n" in said
     assert f"micro-batch {FITS} fits (peak " in said
-    assert "micro-batch 8 does not fit (needs more than 0.9 GiB); taking 4 after 2 trials" in said
+    assert f"micro-batch {TOO_LARGE} does not fit (needs more than 0.8 GiB); taking {FITS}" in said
     run = tmp_path / "run"
     assert load_config(str(run / "config.yaml")).train.micro_batch_size == FITS
     (event,) = map(json.loads, (run / "events.jsonl").read_text().splitlines())
@@ -126,7 +127,7 @@ def test_one_rank_finds_its_limit_and_its_config_repeats_the_run(tmp_path: Path)
 
 
 def test_two_ranks_agree_and_a_resumed_run_does_not_search_again(tmp_path: Path) -> None:
-    settings = ("train.batch_size=16", "optim.min_lr=0", "train.epochs=2")
+    settings = (f"train.batch_size={2 * TOO_LARGE}", "optim.min_lr=0", "train.epochs=2")
     codes, said = Ranks(tmp_path, *settings, "train.stop_after_steps=1", world_size=2).end()
     assert codes == [0, 0], said
     assert f"taking {FITS} after 2 trials" in said
@@ -139,7 +140,7 @@ def test_two_ranks_agree_and_a_resumed_run_does_not_search_again(tmp_path: Path)
 
 
 def test_where_not_one_image_fits_the_remedies_are_named(tmp_path: Path) -> None:
-    settings = ("train.epochs=1", "train.batch_size=1", "optim.min_lr=0")
+    settings = (*ONE_STEP, "train.batch_size=1")
     codes, said = Ranks(tmp_path, *settings, world_size=1, limit=450 * 2**20).end()
     assert codes == [2], said
     assert "even micro-batch 1 does not fit (needs more than 0." in said
@@ -148,19 +149,19 @@ def test_where_not_one_image_fits_the_remedies_are_named(tmp_path: Path) -> None
 
 
 def test_another_failure_of_a_trial_is_named_and_is_no_limit(tmp_path: Path) -> None:
-    settings = ("train.epochs=1", "train.batch_size=8", "optim.min_lr=0")
+    settings = (*ONE_STEP, f"train.batch_size={TOO_LARGE}")
     codes, said = Ranks(
-        tmp_path, *settings, "model.backbone=vit_nonsense_patch2_96", world_size=1
+        tmp_path, *settings, "model.backbone=vit_nonsense_patch4_24", world_size=1
     ).end()
     assert codes == [2], said
-    assert "the trial of 4 failed on rank 0 (exit code 2), not for want of memory:" in said
-    assert "vit_nonsense_patch2_96" in said
+    assert f"the trial of {FITS} failed on rank 0 (exit code 2), not for want of memory:" in said
+    assert "vit_nonsense_patch4_24" in said
     assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
 def test_trials_end_with_their_run(tmp_path: Path, number: int, code: int) -> None:
-    settings = ("train.epochs=1", "train.batch_size=8", "optim.min_lr=0")
+    settings = (*ONE_STEP, f"train.batch_size={TOO_LARGE}")
     ranks = Ranks(tmp_path, *settings, world_size=1)
     children = ranks.wait_for_trial()
     time.sleep(0.5)
