@@ -10,7 +10,6 @@ import json
 import os
 import re
 import resource
-import signal
 import sys
 import threading
 import traceback
@@ -42,7 +41,7 @@ _PICTURE = 256  # pixels; says how crops could lie in a picture, of which no siz
 
 def main() -> None:
     """Try, and leave at once: waiting for other ranks at exit could hang."""
-    _prepare_to_die()
+    _offer_to_die()
     code = 0
     try:
         order = json.loads(sys.stdin.buffer.readline())
@@ -59,11 +58,9 @@ def main() -> None:
     os._exit(code)
 
 
-def _prepare_to_die() -> None:
-    """Signals are for the parent, which then ends this process."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError):  # of all processes, the kernel is to choose this one
+def _offer_to_die() -> None:
+    """If memory runs out, the kernel is to choose this process of all."""
+    with contextlib.suppress(OSError):  # it is only a wish
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 

@@ -164,11 +164,11 @@ def test_trials_end_with_their_run(tmp_path: Path, number: int, code: int) -> No
     settings = (*ONE_STEP, f"train.batch_size={TOO_LARGE}")
     ranks = Ranks(tmp_path, *settings, world_size=1)
     children = ranks.wait_for_trial()
-    time.sleep(0.5)
-    for child in children:
-        child.send_signal(signal.SIGTERM)  # as launchers do with whole trees; not its end
+    if number == signal.SIGTERM:
+        for child in children:
+            child.send_signal(number)  # as launchers do with whole trees
     ranks.processes[0].send_signal(number)
     codes, said = ranks.end()
     assert codes == [code], said
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
