@@ -189,7 +189,11 @@ def begin_all_gather_flat(whole: Tensor, part: Tensor) -> Callable[[], None]:
         return lambda: None
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in 2.13
     work = guarded(lambda: gather(whole, part, async_op=True))
-    return lambda: guarded(lambda: work.wait()) and None
+
+    def finish() -> None:
+        guarded(work.wait)
+
+    return finish
 
 
 def gather_objects(value: T) -> list[T]:

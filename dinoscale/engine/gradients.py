@@ -86,8 +86,8 @@ class GradientRule:
         whole = squared.sum()
         self.squared_norms = squared
         self.skipped = spoilt | ~whole.isfinite()
-        norm = squared.sqrt() if self.per_tensor else whole.sqrt().expand_as(squared)
-        self._factors = (self.clip / (norm + EPS)).clamp(max=1.0)  # (len(names),)
+        norm = squared.sqrt() if self.per_tensor else whole.sqrt()  # (len(names),) or ()
+        self._factor = (self.clip / (norm + EPS)).clamp(max=1.0)
 
     def global_norm(self) -> Tensor:
         """Norm of all gradients of the last step before clipping, scalar float32."""
@@ -112,8 +112,9 @@ class GradientRule:
         # To host memory the copy waits, but what is offloaded has waited for its gradients before.
         optimizer.found_inf = self.skipped.to(stepping[0].device, torch.float32)  # type: ignore[attr-defined]
         if isinstance(optimizer, torch.optim.SGD):
-            for tensor in stepping:  # its own first buffer is not set if the step is skipped
-                optimizer.state[tensor].setdefault("momentum_buffer", torch.zeros_like(tensor))
+            for tensor in stepping:  # a first one of its own would be left unset by a skipped step
+                if not optimizer.state[tensor]:
+                    optimizer.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
 
     def _after(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         for tensor, grad in self._resting:
@@ -122,14 +123,17 @@ class GradientRule:
 
     @torch.no_grad()
     def _scale(self, tensors: list[Tensor]) -> None:
-        views, factors = [], []
-        all_factors = self._factors.to(tensors[0].device).unbind()
-        for tensor in tensors:
-            assert tensor.grad is not None
-            flat = tensor.grad.view(-1)
+        gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        factor = self._factor.to(gradients[0].device)
+        if not self.per_tensor:
+            torch._foreach_mul_(gradients, factor)
+            return
+        views, factors, of_names = [], [], factor.unbind()
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            flat = gradient.view(-1)
             for slot, offset, numel in self._pieces[id(tensor)]:
                 views.append(flat.narrow(0, offset, numel))
-                factors.append(all_factors[slot])
+                factors.append(of_names[slot])
         if views:
             torch._foreach_mul_(views, factors)
 

@@ -254,8 +254,7 @@ class Student:
     def _gradients(self) -> list[Tensor]:
         """The reduced gradients of this rank's shards, one for each piece the rule watches."""
         if self._stage == 0:
-            parameters = dict(self.network.named_parameters())
-            return [parameters[held.name].grad for held in self._held]
+            return [parameter.grad for parameter in self._parameters]
         found: list[Tensor] = []
         if self._offloaded and torch.cuda.is_available():
             torch.cuda.synchronize()  # they are being copied to host memory
@@ -282,6 +281,8 @@ class Student:
                 Fragment(place.name, place.shape, place.group, 0, place.numel, place.offset)
                 for place in self.layout.placements
             ]
+            parameters = dict(self.network.named_parameters())
+            self._parameters = [parameters[held.name] for held in self._held]
             for name, tensor in self._tensors.items():
                 self._rule.watch(tensor, [name], [(name, 0, tensor.numel())])
         else:

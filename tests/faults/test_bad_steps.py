@@ -71,10 +71,12 @@ def _train(config_file: str, bad: list[int]) -> str:
 
     def prepare(self: feed.Feed, step: int, batches: Any) -> Any:
         prepared = make(self, step, batches)
+        known.append(len(list(Path(config.run_dir).glob("bad_steps/*"))))
         if self.spoilt:
             prepared[0].local_crops[0, 0, 0, 0, 0] = torch.nan
         return prepared
 
+    known: list[int] = []  # of bad steps, before each step
     make = feed.Feed.prepare
     feed.Feed.steps, feed.Feed.prepare = spoil, prepare
     try:
@@ -83,6 +85,8 @@ def _train(config_file: str, bad: list[int]) -> str:
         return str(error)
     finally:
         feed.Feed.steps, feed.Feed.prepare = read, make
+        if distributed.rank() == 0:
+            (Path(config.run_dir) / "known.json").write_text(json.dumps(known))
     return "done"
 
 
@@ -199,6 +203,15 @@ def test_results_that_are_read_late_change_nothing(root: Path) -> None:
         dumps = [root / name / "run" / "bad_steps" for name in (late, at_once)]
         texts = [{path.name: path.read_text() for path in dump.iterdir()} for dump in dumps]
         assert texts[0] == texts[1]
+
+
+def test_a_bad_step_is_known_when_the_next_one_has_been_launched(root: Path) -> None:
+    at_once, late = (
+        json.loads((root / name / "run" / "known.json").read_text())
+        for name in ("one", "one_read_late")
+    )
+    assert at_once == [0] * 5 + [1] * (STEPS - 5)
+    assert late == [0] * 6 + [1] * (STEPS - 6)
 
 
 def test_rollbacks_are_limited(root: Path) -> None:
