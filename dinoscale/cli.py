@@ -366,6 +366,7 @@ def _bench_data(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler tells of each start
     from dinoscale.config import load_config
 
     config = load_config(options.config, options.overrides)

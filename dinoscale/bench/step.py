@@ -37,6 +37,8 @@ _TRACED = 2  # steps in a trace
 _MANY = 10  # steps in an epoch of random pictures
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
+CHECKOUT = Path(__file__).parents[2]  # where the package lies, unless it is installed
+
 Step = Callable[[], dict[str, float]]  # takes a step; seconds by part
 
 
@@ -101,7 +103,9 @@ def bench_step(
         raise ConfigError(f"model.backbone: the step of {RESNET50} cannot be measured, only ViTs'")
     plan, source = _input_of(config, process)
     bench = _Bench(config, plan, process, source, seconds=seconds)
-    reference, why_not = find_reference(plan) if with_reference else (None, "not asked for")
+    reference, why_not = (
+        find_reference(plan, CHECKOUT) if with_reference else (None, "not asked for")
+    )
     try:
         for _ in range(turns):
             bench.turn(reference)
@@ -131,9 +135,9 @@ def _input_of(config: RunConfig, process: Process) -> tuple[RunPlan, Source]:
     return resolve(config, world_size=process.world_size, num_images=count), noise
 
 
-def find_reference(plan: RunPlan) -> tuple[Any, str]:
+def find_reference(plan: RunPlan, checkout: Path) -> tuple[Any, str]:
     """The class of the literal reference, or None and why; it comes with a checkout only."""
-    if not (Path(__file__).parents[2] / "tests" / "reference.py").is_file():
+    if not (checkout / "tests" / "reference.py").is_file():
         return None, "tests/reference.py is not beside the package; it comes with a checkout"
     if plan.accumulation_steps > 1:
         return None, (
