@@ -105,6 +105,10 @@ class OurStep:
             raise RunFailedError(f"a step was not taken: {result.skipped}")
         return self._timeline.take()
 
+    def close(self) -> None:
+        """Free the memory; the object is not to be used afterwards."""
+        self._student.close()
+
     def _sent(self, batch: Batch) -> Batch:
         return Batch(
             batch.global_crops.to(self._device, non_blocking=True),

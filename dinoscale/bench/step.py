@@ -9,6 +9,7 @@ import importlib
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from dinoscale.data.sources import Source
 from dinoscale.distributed import Process
 from dinoscale.errors import ConfigError
 from dinoscale.feed import open_images
-from dinoscale.peak_memory import with_peak_bytes
+from dinoscale.peak_memory import live_bytes, with_peak_bytes
 
 _WARM_UP = {"cpu": 1, "cuda": 3}  # steps: optimizer state, kernels chosen and compiled
 _TRACED = 2  # steps in a trace
@@ -48,10 +49,12 @@ class Turn:
 
     Attributes:
         parts: seconds of each part, one dict a step.
-        peak_bytes: largest sum of bytes of all tensors in a step, over ranks.
+        cpu_s: mean seconds of processor time of a step, all threads together.
+        peak_bytes: most bytes of tensors in a step, beyond those before it was built, over ranks.
     """
 
     parts: list[dict[str, float]]
+    cpu_s: float
     peak_bytes: int
 
     @property
@@ -167,16 +170,18 @@ class _Bench:
 
     def turn(self, reference: Any) -> None:
         """Build, measure and free ours, then the reference."""
+        before = _held_bytes()
         step = OurStep(self.config, self.plan, self.process, self.source)
-        self.ours.append(self._measured(step))
+        self.ours.append(self._measured(step, before))
         if self.process.world_size > 1:
             self.communication.append(_communication_s(step))
         self.work, now, crops = step.work, step.now, step.crops
+        step.close()
         del step
-        _free()
         if reference is not None:
-            self.theirs.append(self._measured(self._stepping(reference, crops, now)))
-            _free()
+            before = _held_bytes() - sum(crop.nbytes for crop in crops)
+            theirs = self._stepping(reference, crops, now)
+            self.theirs.append(self._measured(theirs, before))
 
     def _stepping(self, reference: Any, crops: Sequence[torch.Tensor], now: Any) -> Step:
         """The reference as `OurStep` looks from outside."""
@@ -189,13 +194,15 @@ class _Bench:
 
         return step
 
-    def _measured(self, step: Step) -> Turn:
+    def _measured(self, step: Step, held_before: int) -> Turn:
         for _ in range(_WARM_UP[self.device.type]):
             took = sum(step().values())
         count = distributed.broadcast_object(max(1, round(self.seconds / took)))
+        begin = time.process_time()
         parts = [step() for _ in range(count)]
+        cpu_s = (time.process_time() - begin) / count
         _, peak = with_peak_bytes(step)
-        return Turn(parts, max(distributed.gather_objects(peak)))
+        return Turn(parts, cpu_s, max(distributed.gather_objects(peak - held_before)))
 
     def trace(self, folder: Path) -> None:
         """Write what the profiler sees of some steps.
@@ -245,10 +252,13 @@ class _Bench:
         }
 
 
-def _free() -> None:
+def _held_bytes() -> int:
+    """Bytes of all tensors now, once what nobody uses is freed."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if not torch.cuda.is_available():
+        return live_bytes()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
 
 
 def _communication_s(step: Step) -> float:
@@ -281,6 +291,7 @@ def _side(turns: Sequence[Turn], *, images: int) -> dict[str, Any]:
         "images_per_s": _spread([images / turn.step_s for turn in turns]),
         "seconds_per_step": _spread([turn.step_s for turn in turns]),
         "seconds_without_input": _spread([turn.trained_s for turn in turns]),
+        "cpu_seconds_per_step": _spread([turn.cpu_s for turn in turns]),
         "peak_memory_bytes": max(turn.peak_bytes for turn in turns),
     }
 
@@ -289,6 +300,7 @@ def _ratios(ours: Sequence[Turn], theirs: Sequence[Turn]) -> dict[str, dict[str,
     pairs = list(zip(ours, theirs, strict=True))
     return {
         "throughput": _spread([b.trained_s / a.trained_s for a, b in pairs]),
+        "cpu_time": _spread([a.cpu_s / b.cpu_s for a, b in pairs]),
         "peak_memory": _spread([a.peak_bytes / b.peak_bytes for a, b in pairs]),
     }
 

@@ -59,11 +59,11 @@ def in_words(result: dict[str, Any]) -> str:
     ratio, theirs = result["ratio"], result["reference"]
     if ratio is None:
         return "\n".join([*lines, f"no reference beside it: {result['no_reference']}"])
-    speed, memory = ratio["throughput"], ratio["peak_memory"]
+    speed, work, memory = ratio["throughput"], ratio["cpu_time"], ratio["peak_memory"]
     lines.append(
         f"literal reference: {1e3 * theirs['seconds_per_step']['median']:.4g} ms,"
         f" {theirs['peak_memory_bytes'] / 2**20:.0f} MiB; ours without the input is"
         f" {speed['median']:.2f} x as fast ({speed['min']:.2f} to {speed['max']:.2f}) in"
-        f" {memory['median']:.2f} x the memory"
+        f" {memory['median']:.2f} x the memory; with it, {work['median']:.2f} x the processor time"
     )
     return "\n".join(lines)

@@ -153,7 +153,7 @@ def test_words_name_what_was_measured_and_what_was_not() -> None:
     assert "75.0% of the 4 that" in text
     assert "1024 MiB" in text
     reference = {"seconds_per_step": spread, "peak_memory_bytes": 2**31}
-    ratio = {"throughput": spread, "peak_memory": spread}
+    ratio = {"throughput": spread, "peak_memory": spread, "cpu_time": spread}
     text = in_words(result | {"reference": reference, "ratio": ratio, "world_size": 1})
     assert "0.50 x as fast (0.40 to 0.60) in 0.50 x the memory" in text
     assert "communication" not in text
