@@ -28,6 +28,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             f"train.micro_batch_size={options.batch}",
             f"crops.num_local={options.local_crops}",
             f"engine.precision={options.precision}",
+            "optim.min_lr=0",  # else a small batch peaks below it
             *options.overrides,
         ],
     )
