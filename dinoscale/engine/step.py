@@ -6,6 +6,7 @@ Shape letters: B images per micro-batch, n local crops, S = 2 + n student crops,
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from dinoscale import distributed
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.losses.centering import entropy
-from dinoscale.losses.dino import dino_loss
+from dinoscale.losses.dino import dino_loss_of_prototypes
 from dinoscale.schedules import StepValues
 
 
@@ -79,9 +80,10 @@ def train_step(
         crops = [batch.global_crops.flatten(0, 1)]
         if batch.local_crops.shape[0]:
             crops.append(batch.local_crops.flatten(0, 1))
-        logits = student(crops, batch.keep)  # (S * B, K), all crops in one engine call
-        logits = logits.unflatten(0, (-1, targets.shape[1]))  # (S, B, K)
-        loss = dino_loss(logits, targets, student_temp=student_temp)
+        objective = partial(
+            dino_loss_of_prototypes, teacher_probs=targets, student_temp=student_temp
+        )
+        loss = student(crops, batch.keep, objective)  # all crops in one engine call
         student.backward(loss)
         parts.append(torch.stack((loss.detach(), entropy(targets))))
         if index < len(micro_batches):

@@ -17,7 +17,9 @@ from dinoscale.engine import shards
 from dinoscale.engine.ds_config import student_config
 from dinoscale.engine.gradients import GradientRule
 from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
+from dinoscale.engine.precision import tensor_cores
 from dinoscale.engine.shards import Fragment, Layout
+from dinoscale.models.heads import Objective
 from dinoscale.models.vit import Block
 from dinoscale.schedules import StepValues
 
@@ -101,16 +103,20 @@ class Student:
         """The network that DeepSpeed runs; its weights may be partitioned."""
         return self._engine.module
 
-    def __call__(self, crops: Sequence[Tensor], keep: Tensor | None) -> Tensor:
-        """Logits of all crops in one engine forward, (sum of N_i, K) float32.
+    def __call__(
+        self, crops: Sequence[Tensor], keep: Tensor | None, objective: Objective
+    ) -> Tensor:
+        """The objective of all crops in one engine forward, scalar float32.
 
         Args:
             crops: normalised images, (N_i, C, H_i, W_i), one tensor per resolution.
             keep: stochastic depth multipliers (depth, 2, sum of N_i) float32, or None.
+            objective: takes unit vectors (sum of N_i, D) and the prototypes to the scalar.
         """
         inputs = [crop.to(self.compute_dtype) for crop in crops]
-        logits: Tensor = distributed.guarded(lambda: self._engine(inputs, keep))
-        return logits
+        with tensor_cores(self.compute_dtype):
+            loss: Tensor = distributed.guarded(lambda: self._engine(inputs, keep, objective))
+        return loss
 
     def set_hyperparameters(self, now: StepValues) -> None:
         """Begin a step: write its rate, decay and frozen prototypes into the optimizer's groups."""

@@ -22,10 +22,13 @@ from dinoscale import distributed
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.engine.ds_config import teacher_config
+from dinoscale.engine.precision import tensor_cores
 from dinoscale.engine.shards import Layout, empty_shards
 from dinoscale.engine.student import Student, import_deepspeed, publish
 from dinoscale.losses.centering import teacher_probs, updated_center
 from dinoscale.models.network import DinoNetwork
+
+ROWS = 64  # of logits at a time, so that what they pass through on the way to targets is small
 
 
 class Teacher:
@@ -79,12 +82,14 @@ class Teacher:
             self._buffers_before = {name: value.clone() for name, value in self.buffers().items()}
         views, batch = global_crops.shape[:2]
         images = global_crops.flatten(0, 1).to(self._compute_dtype)
-        logits = self._weights.forward([images]).view(views, batch, -1)
-        self._logit_sum += logits.float().sum((0, 1))
+        with tensor_cores(self._compute_dtype):
+            probs = self._weights.forward([images])  # (2B, K): logits, soon overwritten
+        for rows in probs.split(ROWS):
+            self._logit_sum += rows.sum(0)
+            rows.copy_(teacher_probs(rows, self.center, temp=temp))
+            self._target_sum += rows.sum(0)
         self._logit_rows += views * batch
-        probs = teacher_probs(logits, self.center, temp=temp)
-        self._target_sum += probs.sum((0, 1))
-        return probs
+        return probs.view(views, batch, -1)
 
     @torch.no_grad()
     def update(self, student: Student, *, momentum: float) -> None:

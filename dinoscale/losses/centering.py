@@ -8,18 +8,20 @@ paper adds the center, its algorithm subtracts it; we subtract.
 import torch
 from torch import Tensor
 
+ROWS = 64  # at a time, so that the terms of the sum are never all in memory
+
 
 @torch.no_grad()
 def teacher_probs(logits: Tensor, center: Tensor, *, temp: float) -> Tensor:
     """Softmax of the centered teacher logits: p = softmax((z - c) / temp).
 
     Args:
-        logits: z, (T, B, K), any float dtype; computed in float32, or float64 if either is.
+        logits: z, (..., K), any float dtype; computed in float32, or float64 if either is.
         center: c, (K,) or (1, K), as built from the steps before this one.
         temp: teacher temperature > 0, dimensionless.
 
     Returns:
-        (T, B, K) float32 or float64, rows sum to 1, no gradient.
+        Shape of `logits`, float32 or float64, rows sum to 1, no gradient.
 
     Raises:
         ValueError: temp is not positive.
@@ -65,5 +67,5 @@ def entropy(probs: Tensor) -> Tensor:
         Scalar float32 or float64.
     """
     dtype = torch.promote_types(probs.dtype, torch.float32)
-    rows: Tensor = torch.special.entr(probs.to(dtype)).sum(-1)
-    return rows.mean()
+    rows = probs.to(dtype).flatten(0, -2).split(ROWS) if probs.dim() > 1 else [probs.to(dtype)]
+    return torch.cat([torch.special.entr(some).sum(-1).view(-1) for some in rows]).mean()

@@ -5,9 +5,14 @@ Source: Caron et al. 2021 (arXiv:2104.14294), section 3.2 and appendix C; Salima
 (arXiv:1602.07868) for weight normalisation.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# (unit vectors (N, D), v (K, D), g (K, 1) or None) -> scalar, without the (N, K) logits.
+Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class PrototypeLayer(nn.Module):
@@ -28,8 +33,10 @@ class PrototypeLayer(nn.Module):
         linear = nn.Linear(in_dim, num_prototypes, bias=False)
         self.weight_v = nn.Parameter(linear.weight.detach())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map unit vectors (N, in_dim) to logits (N, K), float32 or float64."""
+    def forward(self, x: Tensor, objective: Objective | None = None) -> Tensor:
+        """Map unit vectors (N, in_dim) to logits (N, K), float32 or float64, or to an objective."""
+        if objective is not None:
+            return objective(x, self.weight_v, self.weight_g)
         dtype = torch.promote_types(self.weight_v.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             weight = F.normalize(self.weight_v.to(dtype), dim=-1)
@@ -92,9 +99,14 @@ class DinoHead(nn.Module):
             bottleneck_dim, num_prototypes, trainable_norm=not norm_last_layer
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map features (N, D) to logits (N, K), float32, or float64 for float64 weights."""
+    def forward(self, x: Tensor, objective: Objective | None = None) -> Tensor:
+        """Map features (N, D) to logits (N, K), float32, or float64 for float64 weights.
+
+        With an objective, to that: it is computed where the prototypes are, so that ZeRO-3 gathers
+        them once and the logits never exist at once.
+        """
         x = self.mlp(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        logits: Tensor = self.last_layer(F.normalize(x.to(dtype), dim=-1, eps=1e-12))
-        return logits
+        unit = F.normalize(x.to(dtype), dim=-1, eps=1e-12)
+        result: Tensor = self.last_layer(unit, objective)
+        return result

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dinoscale.models.heads import DinoHead
+from dinoscale.models.heads import DinoHead, Objective
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 
@@ -20,15 +20,21 @@ class DinoNetwork(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, crops: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
-        """Return the logits of all crops.
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        keep: Tensor | None = None,
+        objective: Objective | None = None,
+    ) -> Tensor:
+        """Return the logits of all crops, or what the objective makes of them.
 
         Args:
             crops: tensors (N_i, C, H_i, W_i), normalised pixels.
             keep: stochastic depth multipliers (depth, 2, sum N_i), or None.
+            objective: takes unit vectors (sum N_i, D) and the prototypes to a scalar.
 
         Returns:
-            (sum N_i, K), rows in the order of `crops`.
+            (sum N_i, K), rows in the order of `crops`; with an objective, its scalar.
         """
-        logits: Tensor = self.head(self.backbone(crops, keep))
-        return logits
+        result: Tensor = self.head(self.backbone(crops, keep), objective)
+        return result
