@@ -18,7 +18,7 @@ from dinoscale.engine.ds_config import student_config
 from dinoscale.engine.gradients import GradientRule
 from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
 from dinoscale.engine.shards import Fragment, Layout
-from dinoscale.models.vit import Block
+from dinoscale.models.block import Block
 from dinoscale.schedules import StepValues
 
 
