@@ -96,7 +96,6 @@ def test_compiled_blocks_take_the_same_steps(trained: dict[Job, dict[str, Any]],
     assert run["losses"] == pytest.approx(plain["losses"], rel=5e-6)
     for which in ("student", "teacher"):
         way = distance(plain[which], plain["initial"])
-        print(job, which, distance(run[which], plain[which]) / way)
         assert distance(run[which], plain[which]) < 1e-5 * way
 
 
