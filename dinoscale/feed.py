@@ -20,7 +20,7 @@ from dinoscale.engine.depth_noise import depth_uniforms
 from dinoscale.engine.step import MicroBatch
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import normalize_images
-from dinoscale.models.vit import stochastic_depth_keep
+from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 
 def open_images(config: RunConfig) -> Source:
@@ -132,5 +132,7 @@ class Feed:
             crops=2 + self._config.crops.num_local,
             depth=self._depth,
         )
-        keep = stochastic_depth_keep(uniforms, drop_path_rate=rate)
+        keep = uniforms  # the student chooses among them
+        if self._config.model.drop_path_mode == "per_image":
+            keep = stochastic_depth_keep(uniforms, drop_path_rate=rate)
         return keep.to(self._process.device, non_blocking=True)  # else it waits for the crops
