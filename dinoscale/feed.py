@@ -21,7 +21,7 @@ from dinoscale.engine.depth_noise import depth_uniforms
 from dinoscale.engine.step import MicroBatch
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import normalize_images
-from dinoscale.models.vit import stochastic_depth_keep
+from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 
 def open_images(config: RunConfig) -> Source:
@@ -133,4 +133,7 @@ class Feed:
             crops=2 + self._config.crops.num_local,
             depth=self._depth,
         )
-        return to_device(stochastic_depth_keep(uniforms, drop_path_rate=rate), self._process.device)
+        keep = uniforms  # the student chooses among them
+        if self._config.model.drop_path_mode == "per_image":
+            keep = stochastic_depth_keep(uniforms, drop_path_rate=rate)
+        return to_device(keep, self._process.device)

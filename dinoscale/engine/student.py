@@ -19,8 +19,8 @@ from dinoscale.engine.gradients import GradientRule
 from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
 from dinoscale.engine.precision import tensor_cores
 from dinoscale.engine.shards import Fragment
+from dinoscale.models.block import Block
 from dinoscale.models.heads import Objective
-from dinoscale.models.vit import Block
 from dinoscale.schedules import StepValues
 
 
@@ -270,6 +270,10 @@ class Student:
                 offset += part.numel()
             found += [parts[f.offset].narrow(0, 0, f.numel) for f in fragments]  # less padding
         return found
+
+    def close(self) -> None:
+        """Remove the hooks by which DeepSpeed keeps the weights alive when nobody uses them."""
+        self._engine.destroy()
 
     def _find_shards(self, names: dict[int, str]) -> None:
         """Read the layout and the master views; tell the gradient rule what each tensor holds."""

@@ -29,7 +29,7 @@ from dinoscale.errors import DinoscaleError
 from dinoscale.feed import finish_batch, multi_crop_of
 from dinoscale.hooks.metrics import peak_memory_bytes
 from dinoscale.memory import memory_at_hand
-from dinoscale.models.vit import stochastic_depth_keep
+from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 # Of the free memory. The rest is for what a few steps do not show: an allocator's fragments grow
 # over days, a k-NN run copies the backbone, data workers and other processes of a CPU vary.

@@ -21,7 +21,8 @@ class ResNet50(nn.Module):
         embed_dim: D = 2048.
         depth: 0, there are no blocks with stochastic depth.
         patch_size: 1, any image size will do.
-        checkpoint_every: has no effect; activations are always stored.
+        checkpoint_every, recompute: have no effect; activations are always stored.
+        subset_rate: has no effect; there is no stochastic depth.
     """
 
     def __init__(self, source: Any) -> None:
@@ -31,6 +32,8 @@ class ResNet50(nn.Module):
         self.depth = 0
         self.patch_size = 1
         self.checkpoint_every = 0
+        self.recompute = "block"
+        self.subset_rate = 0.0
         for name, child in source.named_children():
             if name != "fc":
                 self.add_module(name, child)

@@ -139,7 +139,7 @@ def test_forward_uses_the_cast_average_after_every_step(
     assert run["targets_error"] == 0
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Lists the operators run under it that average or communicate, with their elements."""
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ def _watch_update(stage: int, precision: str) -> dict[str, Any]:
     )
     take_step(student, teacher, config, plan, 0)
     teacher.targets(micro_batches(config, plan, 1)[0].global_crops, temp=0.1)
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         teacher.update(student, momentum=0.9, skipped=torch.tensor(False))
     return {
         "calls": recorder.calls,
