@@ -181,17 +181,18 @@ def _loss_and_slope(z: Tensor, probs: Tensor, *, slope: Tensor | None, by: float
         Scalar.
     """
     num_teachers = len(probs)
-    mass, everyone = probs.sum(-1), probs.sum(0)  # (T, R), (R, K)
-    counted = mass.sum(0).repeat(len(z), 1)  # (S, R): |P|
-    counted[:num_teachers] -= mass
-    q = torch.softmax(z, dim=-1)
-    log_sum = z.amax(-1) - q.amax(-1).log()  # log sum exp, for it is z_k - log q_k at any k
-    linear = torch.dot(everyone.view(-1), z.sum(0).view(-1))  # sum of <P, z>, own views counted
-    linear -= (probs * z[:num_teachers]).sum()
+    everyone = probs.sum(0)  # (R, K)
+    log_q = torch.log_softmax(z, dim=-1)
+    of_own = (probs * log_q[:num_teachers]).sum()
+    loss = of_own - torch.dot(everyone.view(-1), log_q.sum(0).view(-1))
     if slope is not None:
+        mass = probs.sum(-1)  # (T, R)
+        counted = mass.sum(0).repeat(len(z), 1)  # (S, R): |P|
+        counted[:num_teachers] -= mass
+        q = log_q.exp_()
         torch.addcmul(everyone / -by, q, (counted / by)[..., None], out=slope)
         slope[:num_teachers].add_(probs, alpha=1 / by)
-    return (counted * log_sum).sum() - linear
+    return loss
 
 
 def _chunks(shape: tuple[int, ...]) -> list[slice]:
