@@ -323,7 +323,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _bench_data(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.bench import bench_data
+    from dinoscale.bench.data import bench_data
     from dinoscale.config import load_config
 
     return bench_data(

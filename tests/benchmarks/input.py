@@ -27,7 +27,7 @@ from dinoscale.data.loader import Batch, train_batches
 from dinoscale.data.sources import open_source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import normalize_images
-from tests.reference import ReferenceCrops, load
+from tests.reference_input import ReferenceCrops, load
 
 _PIXELS, _QUALITY = 500 * 375, 90  # of an ordinary ImageNet picture
 _MICRO_BATCH = 32  # images that our parts take at once

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dinoscale import cli
-from dinoscale.bench import Rates, bench_data, in_words, limit
+from dinoscale.bench.data import Rates, bench_data, in_words, limit
 from dinoscale.config import load_config
 from dinoscale.cores import parse_quota
 from dinoscale.errors import ConfigError, DataError

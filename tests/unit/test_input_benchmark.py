@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinoscale.errors import DataError
 from tests.benchmarks import input as benchmark
-from tests.reference import ReferenceCrops, load
+from tests.reference_input import ReferenceCrops, load
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Measurements of parts of a run on the machine at hand."""

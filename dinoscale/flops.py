@@ -1,0 +1,191 @@
+"""Floating-point operations of a training step, by formula: matrix products and nothing else.
+
+A product of (m, k) with (k, n) takes 2 m k n, and its backward twice that: one product for the
+gradient of each factor. Norms, activations, softmax, loss, optimizer and EMA are linear in their
+tensors and not counted; neither is what a run computes twice to save memory (checkpointing, fused
+attention, a chunked loss), so that utilisation compares runs by what they had to compute.
+
+Shape letters: P patches and L tokens of an image, p patch size, C channels, D width, K prototypes.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+NUM_GLOBAL = 2  # crops that the teacher sees too
+
+
+def vit_forward_flops(
+    *,
+    num_patches: int,
+    patch_size: int,
+    embed_dim: int,
+    depth: int,
+    in_chans: int = 3,
+    num_special: int = 1,
+    block_weights: int | None = None,
+) -> int:
+    """Forward of a ViT over one image.
+
+    Per block 2 L W for the linear layers and 4 L^2 D for attention (logits, and values by them);
+    once 2 P C p^2 D for the patch projection.
+
+    Args:
+        num_patches: P, for a crop of side h: (h // p)^2.
+        patch_size: p in pixels.
+        embed_dim: D.
+        depth: blocks.
+        in_chans: C.
+        num_special: class token and registers, L = P + num_special.
+        block_weights: W, scalars in the matrices of a block; None for 12 D^2, the plain block (qkv
+            3, projection 1, MLP of ratio 4: 8).
+    """
+    tokens = num_patches + num_special
+    weights = 12 * embed_dim**2 if block_weights is None else block_weights
+    blocks = depth * (2 * tokens * weights + 4 * tokens**2 * embed_dim)
+    return blocks + _patch_projection_flops(num_patches, patch_size, embed_dim, in_chans)
+
+
+def vit_backward_flops(
+    *,
+    num_patches: int,
+    patch_size: int,
+    embed_dim: int,
+    depth: int,
+    in_chans: int = 3,
+    num_special: int = 1,
+    block_weights: int | None = None,
+) -> int:
+    """Backward of a ViT over one image; pixels need no gradient. Arguments as of the forward."""
+    forward = vit_forward_flops(
+        num_patches=num_patches,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        in_chans=in_chans,
+        num_special=num_special,
+        block_weights=block_weights,
+    )
+    return 2 * forward - _patch_projection_flops(num_patches, patch_size, embed_dim, in_chans)
+
+
+def _patch_projection_flops(num_patches: int, patch_size: int, embed_dim: int, chans: int) -> int:
+    return 2 * num_patches * chans * patch_size**2 * embed_dim
+
+
+def head_forward_flops(
+    *, in_dim: int, hidden_dim: int, bottleneck_dim: int, num_layers: int, num_prototypes: int
+) -> int:
+    """Forward of the DINO head over the class token of one crop; its backward takes twice that.
+
+    Args:
+        in_dim: D.
+        hidden_dim: width of the hidden layers.
+        bottleneck_dim: width before the prototypes.
+        num_layers: linear layers of the MLP.
+        num_prototypes: K.
+    """
+    widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim, num_prototypes]
+    return sum(2 * wide * out for wide, out in itertools.pairwise(widths))
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs that a step spends on one image, all its crops together.
+
+    Attributes:
+        teacher_backbone: forward over the global crops.
+        teacher_head: the same, of the head.
+        student_global: forward of the backbone over the global crops.
+        student_local: forward of the backbone over the local crops.
+        student_head: forward of the head over all crops.
+        student_backward: backward of backbone and head over all crops.
+    """
+
+    teacher_backbone: int
+    teacher_head: int
+    student_global: int
+    student_local: int
+    student_head: int
+    student_backward: int
+
+    @property
+    def teacher(self) -> int:
+        """Forward of the teacher."""
+        return self.teacher_backbone + self.teacher_head
+
+    @property
+    def student_forward(self) -> int:
+        """Forward of the student."""
+        return self.student_global + self.student_local + self.student_head
+
+    @property
+    def total(self) -> int:
+        """All of the step."""
+        return self.teacher + self.student_forward + self.student_backward
+
+
+def step_flops(
+    *,
+    global_size: int,
+    local_size: int,
+    num_local: int,
+    patch_size: int,
+    embed_dim: int,
+    depth: int,
+    hidden_dim: int,
+    bottleneck_dim: int,
+    num_layers: int,
+    num_prototypes: int,
+    in_chans: int = 3,
+    num_special: int = 1,
+    block_weights: int | None = None,
+) -> StepFlops:
+    """FLOPs of a step of DINO per image: the teacher sees two crops, the student 2 + num_local.
+
+    Args:
+        global_size: side of a global crop in pixels.
+        local_size: side of a local crop in pixels.
+        num_local: local crops.
+        patch_size: as of `vit_forward_flops`, like the other sizes of the backbone.
+        embed_dim: D.
+        depth: blocks.
+        hidden_dim: as of `head_forward_flops`, like the other sizes of the head.
+        bottleneck_dim: width before the prototypes.
+        num_layers: linear layers of the head's MLP.
+        num_prototypes: K.
+        in_chans: C.
+        num_special: class token and registers.
+        block_weights: scalars in the matrices of a block, None for a plain one.
+    """
+    head = head_forward_flops(
+        in_dim=embed_dim,
+        hidden_dim=hidden_dim,
+        bottleneck_dim=bottleneck_dim,
+        num_layers=num_layers,
+        num_prototypes=num_prototypes,
+    )
+    forward, backward = (
+        tuple(
+            count
+            * of_crop(
+                num_patches=(size // patch_size) ** 2,
+                patch_size=patch_size,
+                embed_dim=embed_dim,
+                depth=depth,
+                in_chans=in_chans,
+                num_special=num_special,
+                block_weights=block_weights,
+            )
+            for count, size in ((NUM_GLOBAL, global_size), (num_local, local_size))
+        )
+        for of_crop in (vit_forward_flops, vit_backward_flops)
+    )
+    student_head = (NUM_GLOBAL + num_local) * head
+    return StepFlops(
+        teacher_backbone=forward[0],
+        teacher_head=NUM_GLOBAL * head,
+        student_global=forward[0],
+        student_local=forward[1],
+        student_head=student_head,
+        student_backward=sum(backward) + 2 * student_head,
+    )

@@ -1,0 +1,66 @@
+"""FLOPs by formula are those that torch counts in a real network."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinoscale.flops import StepFlops, step_flops, vit_backward_flops, vit_forward_flops
+from dinoscale.models.heads import DinoHead
+from dinoscale.models.network import DinoNetwork
+from dinoscale.models.zoo import build_backbone
+
+IMAGES = 3
+VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2}
+HEAD = {"hidden_dim": 20, "bottleneck_dim": 12, "num_layers": 3, "num_prototypes": 50}
+
+
+def _network(name: str) -> DinoNetwork:
+    backbone = build_backbone(name, img_size=32, num_heads=2, **VIT)
+    return DinoNetwork(backbone, DinoHead(24, **HEAD, norm_last_layer=True, batch_norm=False))
+
+
+def _counted(network: DinoNetwork, num_local: int) -> tuple[int, int, int]:
+    """What torch counts of teacher, student forward and backward, per image."""
+    globals_ = torch.randn(2 * IMAGES, 3, 32, 32)
+    crops = [globals_, *([torch.randn(num_local * IMAGES, 3, 16, 16)] if num_local else [])]
+    counts = []
+    with sdpa_kernel(SDPBackend.MATH):  # plain products: each is counted, none is recomputed
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network([globals_])
+        counts.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            logits = network(crops)
+        counts.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            logits.sum().backward()
+        counts.append(counter.get_total_flops())
+    teacher, forward, backward = (count // IMAGES for count in counts)
+    return teacher, forward, backward
+
+
+def _computed(*, num_local: int, num_special: int = 1) -> StepFlops:
+    return step_flops(
+        global_size=32, local_size=16, num_local=num_local, num_special=num_special, **VIT, **HEAD
+    )
+
+
+@pytest.mark.parametrize("num_local", [0, 3])
+def test_the_formula_counts_what_torch_counts(num_local: int) -> None:
+    flops = _computed(num_local=num_local)
+    counted = _counted(_network("vit_small_patch16_224"), num_local)
+    assert (flops.teacher, flops.student_forward, flops.student_backward) == counted
+    assert flops.total == sum(counted)
+
+
+def test_registers_are_tokens_too() -> None:
+    flops = _computed(num_local=2, num_special=5)
+    counted = _counted(_network("vit_small_patch14_reg4_dinov2"), 2)
+    assert (flops.teacher, flops.student_forward, flops.student_backward) == counted
+
+
+def test_vit_s16_at_224_pixels_takes_the_published_number_of_products() -> None:
+    """Touvron et al. 2021 give 4.6 G multiply-adds for DeiT-S; two FLOPs each."""
+    small = {"num_patches": 196, "patch_size": 16, "embed_dim": 384, "depth": 12}
+    assert vit_forward_flops(**small) / 2 == pytest.approx(4.6e9, rel=0.01)
+    assert vit_backward_flops(**small) < 2 * vit_forward_flops(**small)
