@@ -281,7 +281,7 @@ def _train(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _config(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale.config import load_config
-    from dinoscale.config.resolve import describe, describe_text, resolve
+    from dinoscale.config.resolve import describe, describe_text, resolve, without_auto
 
     config = load_config(options.config, options.overrides)
     plan = None
@@ -292,7 +292,7 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
         specs = [part.source for part in config.data.sources]
         decoder = Decoder(config.data.channels, config.data.white)
         sizes = source_sizes(open_sources(specs, decoder, manifest=config.data.manifest))
-        plan = resolve(config, world_size=options.world_size, num_images=sizes)
+        plan = resolve(without_auto(config), world_size=options.world_size, num_images=sizes)
     if options.json:
         return describe(config, plan)
     print(describe_text(config, plan), end="")

@@ -8,8 +8,11 @@ from dinoscale.config.resolve import (
     count_parameters,
     describe,
     describe_text,
+    micro_batch_sizes,
     resolve,
     split_batch,
+    with_micro_batch,
+    without_auto,
 )
 from dinoscale.config.schema import (
     AugmentConfig,
@@ -48,7 +51,10 @@ __all__ = [
     "dump_config",
     "list_presets",
     "load_config",
+    "micro_batch_sizes",
     "parse_config",
     "resolve",
     "split_batch",
+    "with_micro_batch",
+    "without_auto",
 ]

@@ -1,11 +1,16 @@
 """What the sections of a configuration are made of: kinds of numbers, and strictness."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+NUMBER, AUTO = "<number>", "<auto>"  # in pydantic's errors: which of the two was read
+CountOrAuto = Annotated[
+    Annotated[Count, Tag(NUMBER)] | Annotated[Literal["auto"], Tag(AUTO)],
+    Discriminator(lambda value: AUTO if value == "auto" else NUMBER),
+]
 Positive = Annotated[float, Field(gt=0)]
 PositiveOrZero = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from dinoscale.config.fields import AUTO, NUMBER
 from dinoscale.config.mixture import MIXTURE, ONE_SOURCE, WeightedSource
 from dinoscale.config.schema import RunConfig
 
@@ -29,6 +30,7 @@ _BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "of at most"),
 }
+_CHOICES = (ONE_SOURCE, MIXTURE, NUMBER, AUTO)  # not keys, but kinds of a value
 _MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
@@ -59,7 +61,7 @@ def sentences(errors: Sequence["ErrorDetails"]) -> list[tuple[str, str]]:
 
 
 def _translate(error: "ErrorDetails") -> list[tuple[str, str]]:
-    place = [part for part in error["loc"] if part not in (ONE_SOURCE, MIXTURE)]
+    place = [part for part in error["loc"] if part not in _CHOICES]
     kind, names = error["type"], [str(part) for part in place if isinstance(part, str)]
     if MIXTURE in error["loc"] and len(place) > len(names):
         return [_about_mixture(error, place)]
@@ -111,6 +113,8 @@ def _needs(error: "ErrorDetails") -> str:
         return f"a value {words} {_number(context[name])}"
     if kind == "literal_error":
         return f"one of {context['expected']}".replace(" or ", ", ")
+    if kind == "int_type" and NUMBER in error["loc"]:
+        return "a whole number or auto"
     return _NEEDS.get(kind) or f"another value ({error['msg']})"
 
 

@@ -8,7 +8,7 @@ nowhere else.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 from dinoscale.config.backbones import (
@@ -196,18 +196,15 @@ def split_batch(train: TrainConfig, *, world_size: int) -> BatchSplit:
         The split, with the micro-batch no larger than the rank's share.
 
     Raises:
-        ConfigError: one of the two divisions leaves a rest; the message names the nearest sizes
-            that leave none.
+        ConfigError: one of the two divisions leaves a rest, and the message names the nearest
+            sizes that leave none; or the micro-batch is `auto`.
         ValueError: world_size is not positive.
     """
-    if world_size < 1:
-        raise ValueError(f"need world_size >= 1, got {world_size}")
-    share, rest = divmod(train.batch_size, world_size)
-    if rest:
-        nearest = [share * world_size, (share + 1) * world_size]
+    share = _share(train, world_size)
+    if train.micro_batch_size == "auto":
         raise ConfigError(
-            f"train.batch_size: {train.batch_size} images cannot be shared equally by "
-            f"{world_size} ranks; nearest that can: {_either(nearest)}"
+            "train.micro_batch_size: auto is decided when the training starts; give a number here, "
+            f"at most {share}"
         )
     micro = min(train.micro_batch_size, share)
     if share % micro:
@@ -219,8 +216,46 @@ def split_batch(train: TrainConfig, *, world_size: int) -> BatchSplit:
     return BatchSplit(share, micro, share // micro)
 
 
+def micro_batch_sizes(train: TrainConfig, *, world_size: int) -> list[int]:
+    """The micro-batches into which a rank's share of a step can be split equally, ascending.
+
+    Raises:
+        ConfigError: the batch cannot be shared equally by the ranks.
+    """
+    return _divisors(_share(train, world_size))
+
+
+def with_micro_batch(config: RunConfig, size: int) -> RunConfig:
+    """The same run with this micro-batch."""
+    train = config.train.model_copy(update={"micro_batch_size": size})
+    return config.model_copy(update={"train": train})
+
+
+def without_auto(config: RunConfig) -> RunConfig:
+    """For all that does not depend on the micro-batch: `auto` replaced by the smallest."""
+    return with_micro_batch(config, 1) if config.train.micro_batch_size == "auto" else config
+
+
+def _share(train: TrainConfig, world_size: int) -> int:
+    """Images of one rank in a step."""
+    if world_size < 1:
+        raise ValueError(f"need world_size >= 1, got {world_size}")
+    share, rest = divmod(train.batch_size, world_size)
+    if rest:
+        nearest = [share * world_size, (share + 1) * world_size]
+        raise ConfigError(
+            f"train.batch_size: {train.batch_size} images cannot be shared equally by "
+            f"{world_size} ranks; nearest that can: {_either(nearest)}"
+        )
+    return share
+
+
+def _divisors(value: int) -> list[int]:
+    return [size for size in range(1, value + 1) if value % size == 0]
+
+
 def _nearest_divisors(value: int, near: int) -> list[int]:
-    divisors = [size for size in range(1, value + 1) if value % size == 0]
+    divisors = _divisors(value)
     return [max(d for d in divisors if d < near), min(d for d in divisors if d > near)]
 
 
@@ -282,15 +317,15 @@ def describe(config: RunConfig, plan: RunPlan | None) -> dict[str, object]:
 
     Args:
         config: the configuration.
-        plan: its plan, or None while the number of images is unknown.
+        plan: its plan (of `without_auto`), or None while the number of images is unknown.
 
     Returns:
-        `config` (sections by key), `plan` (numbers by name, or None) and `parameters` (scalars in
+        `config` (sections by key), `plan` (values by name, or None) and `parameters` (scalars in
         `backbone` and `head` of the student, each None if unknown).
     """
     return {
         "config": config.model_dump(mode="json"),
-        "plan": None if plan is None else asdict(plan),
+        "plan": None if plan is None else _values(config, plan),
         "parameters": asdict(count_parameters(config)),
     }
 
@@ -305,8 +340,16 @@ def describe_text(config: RunConfig, plan: RunPlan | None) -> str:
     if plan is None:
         lines.append(f"# plan: {_NO_PLAN}")
     else:
-        lines += [f"# plan.{item.name}: {getattr(plan, item.name)}" for item in fields(plan)]
+        lines += [f"# plan.{name}: {value}" for name, value in _values(config, plan).items()]
     return dump_config(config) + "\n".join(lines) + "\n"
+
+
+def _values(config: RunConfig, plan: RunPlan) -> dict[str, object]:
+    """Of the plan by name; `auto` for what is found when the training starts."""
+    values = asdict(plan)
+    if config.train.micro_batch_size == "auto":
+        values |= {"micro_batch_size": "auto", "accumulation_steps": "auto"}
+    return values
 
 
 def _or_unknown(count: int | None) -> str:

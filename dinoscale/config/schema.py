@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from dinoscale.config.backbones import RESNET50, named_patch_size, named_vit_size
 from dinoscale.config.fields import (
     Count,
+    CountOrAuto,
     CountOrZero,
     Fraction,
     Fractions,
@@ -247,8 +248,10 @@ class TrainConfig(Section):
     batch_size: Count = Field(
         default=512, description="Images per optimizer step over all ranks. Source: [C], on 8 GPUs."
     )
-    micro_batch_size: Count = Field(
-        default=64, description="Most images of one rank in one forward pass. Source: [C]."
+    micro_batch_size: CountOrAuto = Field(
+        default=64,
+        description="Most images of one rank in one forward pass; auto: as many as fit in memory, "
+        "found by trial when the training starts. Source: [C].",
     )
     stop_after_steps: Count | None = Field(
         default=None,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dinoscale.config import RunConfig
-from dinoscale.config.resolve import resolve, split_batch
+from dinoscale.config.resolve import resolve, split_batch, without_auto
 from dinoscale.data.decode import BadSampleError, Decoder
 from dinoscale.data.mixture import open_sources, source_sizes
 from dinoscale.data.sources import Source, open_source
@@ -156,17 +156,21 @@ def judge_plan(
     config: RunConfig, *, world_size: int, num_images: int | Sequence[int] | None
 ) -> Check:
     """Whether the batch fits the ranks, and what it means in steps; `num_images` as `resolve`."""
+    decided = without_auto(config)
     try:
-        split = split_batch(config.train, world_size=world_size)
+        split = split_batch(decided.train, world_size=world_size)
         if num_images is None:
             steps = "steps are not known without images"
         else:
-            plan = resolve(config, world_size=world_size, num_images=num_images)
+            plan = resolve(decided, world_size=world_size, num_images=num_images)
             steps = f"{plan.steps_per_epoch} steps an epoch, {plan.stop_step} in all"
     except ConfigError as error:
         return problem("plan", str(error))
+    of_rank = f"{split.micro_batch_size} x {split.accumulation_steps} (micro-batches)"
+    if decided is not config:
+        of_rank = f"{split.images_per_rank}, in micro-batches as large as fit (auto)"
     return ok(
         "plan",
         f"{config.train.batch_size} images a step = {count_text(world_size, 'rank')} x"
-        f" {split.micro_batch_size} x {split.accumulation_steps} (micro-batches); {steps}",
+        f" {of_rank}; {steps}",
     )

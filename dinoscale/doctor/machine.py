@@ -239,7 +239,7 @@ def judge_shared_memory(machines: Sequence[Machine], config: RunConfig | None) -
     room = min(known)
     host = machines[rooms.index(room)].host
     here = sum(machine.host == host for machine in machines)
-    need = here * _worker_bytes(config) if config else _SMALL_SHARED_BYTES
+    need = here * _worker_bytes(config, ranks=len(machines)) if config else _SMALL_SHARED_BYTES
     if room < need:
         return warning(
             "shared memory",
@@ -249,11 +249,13 @@ def judge_shared_memory(machines: Sequence[Machine], config: RunConfig | None) -
     return ok("shared memory", f"{size_text(room)} free in {SHARED_MEMORY}")
 
 
-def _worker_bytes(config: RunConfig) -> int:
+def _worker_bytes(config: RunConfig, *, ranks: int) -> int:
     """Batches that the workers of one rank hold ready: two each and one on the way, uint8."""
-    crops = config.crops
+    crops, train = config.crops, config.train
+    if train.micro_batch_size == "auto":
+        size = max(1, train.batch_size // ranks)  # at most
+    else:
+        size = train.micro_batch_size
     pixels = 2 * crops.global_size**2 + crops.num_local * crops.local_size**2
-    batch = (
-        min(config.train.micro_batch_size, config.train.batch_size) * pixels * config.data.channels
-    )
+    batch = min(size, train.batch_size) * pixels * config.data.channels
     return 3 * config.data.num_workers * batch
