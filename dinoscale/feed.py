@@ -20,7 +20,7 @@ from dinoscale.engine.depth_noise import depth_uniforms
 from dinoscale.engine.step import MicroBatch
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import normalize_images
-from dinoscale.models.vit import stochastic_depth_keep
+from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 
 def open_images(config: RunConfig) -> Source:

@@ -10,9 +10,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.profiler import ProfilerActivity, profile
 
 Result = TypeVar("Result")
+
+_WITHOUT_STORAGE = (FakeTensor, FunctionalTensor)  # what the compiler keeps of its traces
 
 
 def with_peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
@@ -47,6 +51,10 @@ def live_bytes() -> int:
     """Bytes of the storages of all CPU tensors that Python objects refer to."""
     gc.collect()
     # By type: asking an instance would wake the lazy objects that modules keep.
-    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+    tensors = (
+        thing
+        for thing in gc.get_objects()
+        if issubclass(type(thing), Tensor) and not issubclass(type(thing), _WITHOUT_STORAGE)
+    )
     storages = (t.untyped_storage() for t in tensors if t.device.type == "cpu" and not t.is_sparse)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -1,5 +1,6 @@
 """Configuration of a run: what it may say, how it is read, and what it means for N ranks."""
 
+from dinoscale.config.engine import EngineConfig
 from dinoscale.config.load import dump_config, list_presets, load_config, parse_config
 from dinoscale.config.resolve import (
     BatchSplit,
@@ -19,7 +20,6 @@ from dinoscale.config.schema import (
     CropsConfig,
     DataConfig,
     DinoConfig,
-    EngineConfig,
     HeadConfig,
     ModelConfig,
     OptimConfig,

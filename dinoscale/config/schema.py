@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from dinoscale.config.backbones import RESNET50, named_patch_size, named_vit_size
+from dinoscale.config.engine import EngineConfig
 from dinoscale.config.fields import (
     Count,
     CountOrAuto,
@@ -375,35 +376,6 @@ class DataConfig(Section):
                 "colors: 'workers' needs data.channels 1 or 3, "
                 f"got {self.channels}; set data.colors=device"
             )
-        return self
-
-
-class EngineConfig(Section):
-    """How DeepSpeed runs the student. Source: [D]; none of it is part of the recipe."""
-
-    zero_stage: int = Field(
-        default=2,
-        ge=0,
-        le=3,
-        description="What is sharded over ranks: 1 optimizer, 2 + gradients, 3 + weights.",
-    )
-    precision: Literal["bf16", "fp32"] = Field(
-        default="bf16", description="Type of weights and activations; the master weights are fp32."
-    )
-    checkpoint_every_k_blocks: CountOrZero = Field(
-        default=0, description="Recompute every k-th block in the backward pass; 1 all, 0 none."
-    )
-    offload_optimizer: bool = Field(
-        default=False, description="Keep the optimizer state in CPU memory."
-    )
-    communication_dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="Type in which gradients are summed over ranks."
-    )
-
-    @model_validator(mode="after")
-    def _offload_needs_a_shard(self) -> "EngineConfig":
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError("offload_optimizer: needs engine.zero_stage 1, 2 or 3, got 0")
         return self
 
 

@@ -10,6 +10,7 @@ from dinoscale.engine.teacher import Teacher
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.sync_bn import convert_sync_batch_norm
+from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
 from dinoscale.schedules import Schedules
 
@@ -22,6 +23,7 @@ def build_networks(config: RunConfig) -> tuple[DinoNetwork, DinoNetwork]:
     torch.manual_seed(config.seed)
     student = _build_network(config)
     student.backbone.checkpoint_every = config.engine.checkpoint_every_k_blocks
+    student.backbone.recompute = config.engine.recompute
     return student, _build_network(config)
 
 
@@ -60,10 +62,27 @@ def num_parameters(config: RunConfig) -> int:
 def build_pair(config: RunConfig, plan: RunPlan) -> tuple[Student, Teacher]:
     """The sharded student and its teacher, both with the initial weights of the seed."""
     student_network, teacher_network = build_networks(config)
+    _compile_blocks(student_network, teacher_network, config, plan)
     if config.engine.zero_stage == 3:
         gather_whole_blocks(student_network, teacher_network)
     student = Student(student_network, config, plan)
     return student, Teacher(teacher_network, student, config, plan)
+
+
+def _compile_blocks(
+    student: DinoNetwork, teacher: DinoNetwork, config: RunConfig, plan: RunPlan
+) -> None:
+    """Compile the blocks for the crops of a micro-batch, on a GPU or where it is asked for."""
+    wanted, crops, images = config.engine.compile, config.crops, plan.micro_batch_size
+    if wanted is False or (wanted == "auto" and not torch.cuda.is_available()):
+        return
+    of_teacher = [(2 * images, crops.global_size)]
+    of_student = list(of_teacher)
+    if crops.num_local:
+        of_student.append((crops.num_local * images, crops.local_size))
+    for network, sizes in ((student, of_student), (teacher, of_teacher)):
+        if isinstance(network.backbone, VisionTransformer):
+            network.backbone.compiled_for = frozenset({network.backbone.layout_of(sizes)})
 
 
 def schedules_of(config: RunConfig, plan: RunPlan) -> Schedules:

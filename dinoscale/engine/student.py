@@ -19,8 +19,8 @@ from dinoscale.engine.gradients import GradientRule
 from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
 from dinoscale.engine.precision import tensor_cores
 from dinoscale.engine.shards import Fragment, Layout
+from dinoscale.models.block import Block
 from dinoscale.models.heads import Objective
-from dinoscale.models.vit import Block
 from dinoscale.schedules import StepValues
 
 

@@ -21,7 +21,7 @@ class ResNet50(nn.Module):
         embed_dim: D = 2048.
         depth: 0, there are no blocks with stochastic depth.
         patch_size: 1, any image size will do.
-        checkpoint_every: has no effect; activations are always stored.
+        checkpoint_every, recompute: have no effect; activations are always stored.
     """
 
     def __init__(self, source: Any) -> None:
@@ -31,6 +31,7 @@ class ResNet50(nn.Module):
         self.depth = 0
         self.patch_size = 1
         self.checkpoint_every = 0
+        self.recompute = "block"
         for name, child in source.named_children():
             if name != "fc":
                 self.add_module(name, child)

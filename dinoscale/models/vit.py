@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-Layout = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution, in order
+from dinoscale.models.block import Block, Layout
+from dinoscale.models.recompute import Recompute
+from dinoscale.models.stochastic_depth import per_token
 
 
 class PatchProjection(nn.Conv2d):
@@ -108,101 +109,6 @@ def resize_pos_embed(
     return torch.cat((pos_embed[:, :num_prefix], patches), dim=1)
 
 
-def stochastic_depth_keep(uniforms: Tensor, drop_path_rate: float) -> Tensor:
-    """Turn uniform numbers into the multipliers of stochastic depth, per block, branch and image.
-
-    Block i of `depth` drops a branch with probability r_i = rate * i / (depth - 1); a branch that
-    stays is multiplied by 1 / (1 - r_i), so its mean is unchanged.
-    Source: Huang et al. 2016 (arXiv:1603.09382); linear rule and scaling as in the authors' code.
-
-    Args:
-        uniforms: (depth, 2, N), float32 in [0, 1); branch 0 is attention, 1 the MLP.
-        drop_path_rate: rate of the last block, 0 <= rate < 1; the first block never drops.
-
-    Returns:
-        (depth, 2, N), dtype of `uniforms`: 0 or 1 / (1 - r_i).
-
-    Raises:
-        ValueError: the rate is outside [0, 1).
-    """
-    if not 0 <= drop_path_rate < 1:
-        raise ValueError(f"need 0 <= drop_path_rate < 1, got {drop_path_rate}")
-    rates = torch.linspace(
-        0, drop_path_rate, uniforms.shape[0], dtype=uniforms.dtype, device=uniforms.device
-    )[:, None, None]
-    return (uniforms >= rates).to(uniforms.dtype) / (1 - rates)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention within each image of a packed sequence."""
-
-    def __init__(self, source: Any) -> None:
-        super().__init__()
-        self.num_heads: int = source.num_heads
-        self.head_dim: int = source.head_dim
-        self.qkv = source.qkv
-        self.q_norm = source.q_norm
-        self.k_norm = source.k_norm
-        self.norm = getattr(source, "norm", nn.Identity())  # older timm has none
-        self.proj = source.proj
-
-    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """Map tokens (T, D) to (T, D)."""
-        sizes = [n * length for n, length in layout]
-        groups = zip(*(torch.split(x, sizes) for x in self._heads(tokens)), strict=True)
-        mixed = []
-        for qkv, (n, length) in zip(groups, layout, strict=True):
-            q, k, v = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in qkv)
-            out = F.scaled_dot_product_attention(q, k, v)  # (N, heads, L, head_dim)
-            mixed.append(out.transpose(1, 2).reshape(n * length, -1))
-        return self.proj(self.norm(torch.cat(mixed)))  # type: ignore[no-any-return]  # untyped
-
-    def weights(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """Attention of tokens (N*L, D) of one resolution: (N, heads, L, L), rows sum to 1."""
-        ((n, length),) = layout
-        heads = self._heads(tokens)
-        q, k, _ = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in heads)
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1)  # (N, heads, L, L)
-        return torch.softmax(scores * self.head_dim**-0.5, dim=-1)
-
-    def _heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values, each (T, heads, head_dim)."""
-        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.unbind(1)
-        return self.q_norm(q), self.k_norm(k), v
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block on packed tokens; adopts the layers of a timm block.
-
-    Everything it needs comes as an argument, and its children run only inside its forward, so it
-    can be a ZeRO-3 leaf, be checkpointed and be compiled by itself.
-    """
-
-    def __init__(self, source: Any) -> None:
-        super().__init__()
-        self.norm1 = source.norm1
-        self.attn = Attention(source.attn)
-        self.ls1 = source.ls1
-        self.norm2 = source.norm2
-        self.mlp = source.mlp
-        self.ls2 = source.ls2
-
-    def forward(self, tokens: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
-        """Add both branches: x <- x + keep[0] * attention(x), then x <- x + keep[1] * mlp(x).
-
-        Args:
-            tokens: x, (T, D).
-            layout: how the T tokens split into resolutions and images.
-            keep: (2, T, 1) multipliers of the two branches, dtype of `tokens`; None for ones.
-        """
-        branch = self.ls1(self.attn(self.norm1(tokens), layout))
-        tokens = tokens + branch if keep is None else torch.addcmul(tokens, branch, keep[0])
-        branch = self.ls2(self.mlp(self.norm2(tokens)))
-        return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep[1])
-
-
 class VisionTransformer(nn.Module):
     """ViT over crops of several resolutions, one forward for all of them.
 
@@ -212,6 +118,9 @@ class VisionTransformer(nn.Module):
         patch_size: p in pixels.
         checkpoint_every: recompute every k-th block in the backward pass instead of storing its
             activations; 0 stores all.
+        recompute: what of such a block is recomputed.
+        compiled_for: layouts whose forward runs compiled blocks; others run as they are, so that
+            evaluation at many sizes compiles nothing.
     """
 
     def __init__(self, source: Any) -> None:
@@ -221,6 +130,8 @@ class VisionTransformer(nn.Module):
         self.depth = len(source.blocks)
         self.patch_size: int = source.patch_embed.proj.kernel_size[0]
         self.checkpoint_every = 0
+        self.recompute: Recompute = "block"
+        self.compiled_for: frozenset[Layout] = frozenset()
         self.cls_token = source.cls_token
         self.reg_token = source.reg_token
         self.pos_embed = source.pos_embed
@@ -289,6 +200,14 @@ class VisionTransformer(nn.Module):
         last: Any = self.blocks[-1]
         return last.attn.weights(last.norm1(tokens), layout)  # type: ignore[no-any-return]
 
+    def layout_of(self, crops: Sequence[tuple[int, int]]) -> Layout:
+        """Layout of square crops, given as (images, side in pixels) in the order of a forward."""
+        meta = [torch.empty(n, 0, side, side, device="meta") for n, side in crops]
+        return tuple(
+            (len(images), self._num_prefix + (images.shape[-1] // self.patch_size) ** 2)
+            for images in group_by_resolution(meta)
+        )
+
     def _embed(self, crops: Sequence[Tensor]) -> tuple[Tensor, Layout]:
         """Packed tokens (T, D) of all crops with positions, and their layout."""
         groups = group_by_resolution(crops)
@@ -321,20 +240,20 @@ class VisionTransformer(nn.Module):
             wanted = (self.depth, 2, sum(n for n, _ in layout))
             if keep.shape != wanted:
                 raise ValueError(f"keep: need shape {[*wanted]}, got {[*keep.shape]}")
-            keep = _per_token(keep, layout).to(tokens.dtype)
+            keep = per_token(keep, layout).to(tokens.dtype)
+        compiled = layout in self.compiled_for
         for index in which:
-            block, kept = self.blocks[index], None if keep is None else keep[index]
-            if self._recompute(index):
-                tokens = checkpoint(  # non-reentrant: the only kind ZeRO-2 and 3 survive
-                    block, tokens, layout, kept, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                tokens = block(tokens, layout, kept)
+            tokens = self.blocks[index](
+                tokens,
+                layout,
+                None if keep is None else keep[index],
+                recompute=self.recompute if self._recomputes(index) else None,
+                compiled=compiled,
+            )
         return tokens
 
-    def _recompute(self, index: int) -> bool:
-        every = self.checkpoint_every
-        return every > 0 and index % every == 0 and torch.is_grad_enabled()
+    def _recomputes(self, index: int) -> bool:
+        return self.checkpoint_every > 0 and index % self.checkpoint_every == 0
 
 
 def group_by_resolution(crops: Sequence[Tensor]) -> list[Tensor]:
@@ -348,13 +267,3 @@ def group_by_resolution(crops: Sequence[Tensor]) -> list[Tensor]:
         else:
             runs.append([images])
     return [run[0] if len(run) == 1 else torch.cat(run) for run in runs]
-
-
-def _per_token(keep: Tensor, layout: Layout) -> Tensor:
-    """Repeat multipliers (depth, 2, N) for every token of an image: (depth, 2, T, 1)."""
-    groups = torch.split(keep, [n for n, _ in layout], dim=-1)
-    repeated = [
-        group.repeat_interleave(length, dim=-1)
-        for group, (_, length) in zip(groups, layout, strict=True)
-    ]
-    return torch.cat(repeated, dim=-1).unsqueeze(-1)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dinoscale.engine.depth_noise import depth_uniforms
-from dinoscale.models.vit import stochastic_depth_keep
+from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 SIZES = {"crops": 5, "depth": 3}
 BATCH = 12

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from dinoscale.models.vit import VisionTransformer, stochastic_depth_keep
+from dinoscale.models.stochastic_depth import stochastic_depth_keep
+from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
 
 DEPTH = 6

@@ -2,7 +2,7 @@ import torch
 
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
-from dinoscale.models.vit import stochastic_depth_keep
+from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.models.zoo import build_backbone
 
 

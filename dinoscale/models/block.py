@@ -1,0 +1,113 @@
+"""Transformer block on packed tokens: compiled or not, its activations kept or recomputed.
+
+Shape letters: N images, L tokens per image, T tokens of all images together, D width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoscale.models.compiling import Compiled
+from dinoscale.models.recompute import Recompute, recomputed
+
+Layout = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution, in order
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each image of a packed sequence."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.num_heads: int = source.num_heads
+        self.head_dim: int = source.head_dim
+        self.qkv = source.qkv
+        self.q_norm = source.q_norm
+        self.k_norm = source.k_norm
+        self.norm = getattr(source, "norm", nn.Identity())  # older timm has none
+        self.proj = source.proj
+
+    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Map tokens (T, D) to (T, D)."""
+        sizes = [n * length for n, length in layout]
+        groups = zip(*(torch.split(x, sizes) for x in self._heads(tokens)), strict=True)
+        mixed = []
+        for qkv, (n, length) in zip(groups, layout, strict=True):
+            q, k, v = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in qkv)
+            out = F.scaled_dot_product_attention(q, k, v)  # (N, heads, L, head_dim)
+            mixed.append(out.transpose(1, 2).reshape(n * length, -1))
+        return self.proj(self.norm(torch.cat(mixed)))  # type: ignore[no-any-return]  # untyped
+
+    def weights(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Attention of tokens (N*L, D) of one resolution: (N, heads, L, L), rows sum to 1."""
+        ((n, length),) = layout
+        heads = self._heads(tokens)
+        q, k, _ = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in heads)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1)  # (N, heads, L, L)
+        return torch.softmax(scores * self.head_dim**-0.5, dim=-1)
+
+    def _heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values, each (T, heads, head_dim)."""
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.unbind(1)
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on packed tokens; adopts the layers of a timm block.
+
+    Everything it needs comes as an argument, and its children run only inside its forward, so it
+    can be a ZeRO-3 leaf, be checkpointed and be compiled by itself.
+    """
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.norm1 = source.norm1
+        self.attn = Attention(source.attn)
+        self.ls1 = source.ls1
+        self.norm2 = source.norm2
+        self.mlp = source.mlp
+        self.ls2 = source.ls2
+
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        keep: Tensor | None = None,
+        *,
+        recompute: Recompute | None = None,
+        compiled: bool = False,
+    ) -> Tensor:
+        """Add both branches: x <- x + keep[0] * attention(x), then x <- x + keep[1] * mlp(x).
+
+        Args:
+            tokens: x, (T, D).
+            layout: how the T tokens split into resolutions and images.
+            keep: (2, T, 1) multipliers of the two branches, dtype of `tokens`; None for ones.
+            recompute: what the backward pass recomputes instead of keeping it; None for nothing.
+            compiled: run one graph, shared by all blocks, for this layout; eagerly where there is
+                no compiler.
+        """
+        run = _compiled if compiled else _run
+        return run(self, tokens, layout, keep, recompute)
+
+    def add_branches(self, tokens: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+        """What `forward` does, plainly."""
+        branch = self.ls1(self.attn(self.norm1(tokens), layout))
+        tokens = tokens + branch if keep is None else torch.addcmul(tokens, branch, keep[0])
+        branch = self.ls2(self.mlp(self.norm2(tokens)))
+        return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep[1])
+
+
+def _run(
+    block: Block, tokens: Tensor, layout: Layout, keep: Tensor | None, recompute: Recompute | None
+) -> Tensor:
+    if recompute is None or not torch.is_grad_enabled():
+        return block.add_branches(tokens, layout, keep)
+    # In here, not around the block: at stage 3 its weights are then gathered once for the backward.
+    return recomputed(recompute, block.add_branches, tokens, layout, keep)
+
+
+_compiled = Compiled(_run, name="transformer blocks", dynamic=False)

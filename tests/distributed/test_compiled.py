@@ -1,0 +1,107 @@
+"""Compiled and recomputed blocks take the steps of plain ones, at every stage, in a few graphs."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tests.distributed.tiny_run import Gathering, distance, take_step, tiny_config, tiny_plan
+from tests.harness import run_distributed
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS, DEPTH = 3, 5
+
+
+class Job(NamedTuple):
+    stage: int
+    compiled: bool = False
+    every: int = 0
+    recompute: str = "block"
+    precision: str = "fp32"
+
+
+KINDS = ("pointwise", "all_but_attention", "block")
+JOBS = [
+    *(Job(stage) for stage in (0, 2, 3)),
+    *(Job(stage, every=2, recompute=kind) for stage in (0, 2, 3) for kind in KINDS),
+    *(Job(3, precision="bf16", every=every) for every in (0, 1)),
+    *(Job(3, precision="bf16", every=1, recompute=kind) for kind in KINDS[:2]),
+    *(Job(stage, compiled=True) for stage in (0, 2, 3)),
+    *(Job(stage, compiled=True, every=2, recompute="pointwise") for stage in (0, 3)),
+    Job(3, compiled=True, every=1),
+]
+
+
+def train_jobs(jobs: list[Any]) -> list[dict[str, Any]]:
+    """On every rank: what each of `jobs` came to, and what the compiler counted."""
+    return [_train(Job(*job)) for job in jobs]
+
+
+def _train(job: Job) -> dict[str, Any]:
+    from dinoscale.engine.build import build_pair
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = tiny_config(
+        model={"depth": DEPTH},
+        optim={"name": "sgd", "lr": 0.05, "warmup_epochs": 0},
+        engine={
+            "zero_stage": job.stage,
+            "precision": job.precision,
+            "compile": job.compiled,
+            "checkpoint_every_k_blocks": job.every,
+            "recompute": job.recompute,
+        },
+    )
+    plan = tiny_plan(config)
+    student, teacher = build_pair(config, plan)
+    gather = Gathering(student)
+    initial = gather(student.master)
+    losses = [take_step(student, teacher, config, plan, step) for step in range(STEPS)]
+    counted = torch._dynamo.utils.counters
+    return {
+        "losses": losses,
+        "initial": initial,
+        "student": gather(student.master),
+        "teacher": gather(teacher.ema),
+        "graphs": counted["stats"]["unique_graphs"],
+        "breaks": sum(counted["graph_break"].values()),
+    }
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[Job, dict[str, Any]]:
+    """What rank 0 returned for each of `JOBS`; one launch for all."""
+    function = "tests.distributed.test_compiled:train_jobs"
+    jobs = [tuple(job) for job in JOBS]
+    per_rank = run_distributed(function, world_size=2, timeout_s=580, jobs=jobs)
+    return dict(zip(JOBS, per_rank[0], strict=True))
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.every and not job.compiled], ids=str)
+def test_recomputation_is_bitwise_without_effect(
+    trained: dict[Job, dict[str, Any]], job: Job
+) -> None:
+    run, plain = trained[job], trained[Job(job.stage, precision=job.precision)]
+    assert run["losses"] == plain["losses"]
+    for which in ("student", "teacher"):
+        different = [k for k, v in run[which].items() if not torch.equal(v, plain[which][k])]
+        assert different == [], which
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.compiled], ids=str)
+def test_compiled_blocks_take_the_same_steps(trained: dict[Job, dict[str, Any]], job: Job) -> None:
+    run, plain = trained[job], trained[Job(job.stage)]
+    assert run["losses"] == pytest.approx(plain["losses"], rel=5e-6)
+    for which in ("student", "teacher"):
+        way = distance(plain[which], plain["initial"])
+        print(job, which, distance(run[which], plain[which]) / way)
+        assert distance(run[which], plain[which]) < 1e-5 * way
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.compiled], ids=str)
+def test_all_blocks_share_their_graphs(trained: dict[Job, dict[str, Any]], job: Job) -> None:
+    student = 2 if 1 < job.every < DEPTH else 1
+    assert trained[job]["breaks"] == 0
+    assert trained[job]["graphs"] == student + 1  # and the teacher's
