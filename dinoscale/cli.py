@@ -161,6 +161,7 @@ def _add_data_views(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         "--seconds", type=float, default=5.0, metavar="S", help="for each part (default 5)"
     )
     data.set_defaults(run=_bench_data)
+    _add_bench_step(tasks)
 
     show = commands.add_parser("show", help="draw what a run would see")
     tasks = show.add_subparsers(dest="task", required=True, metavar="TASK")
@@ -177,6 +178,37 @@ def _add_data_views(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         "--plain", action="store_true", help="by the slow reference (data.colors=workers)"
     )
     crops.set_defaults(run=_show_crops)
+
+
+def _add_bench_step(tasks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    step = tasks.add_parser(
+        "step",
+        help="images per second of a training step, where its time goes, and its peak memory",
+        description="Take real optimizer steps of a run, on random pictures or, with data.train,"
+        " on its own through its loader; same line under python, deepspeed, torchrun, srun. The"
+        " time is split into data, transfer, augmentation, teacher, student, loss, backward,"
+        " optimizer and average; FLOP/s are compared with what products of large matrices reach"
+        " here (operations by formula, nothing recomputed is counted). From a checkout, the"
+        " literal reference step takes turns with ours on the same crops: trust the ratios within"
+        " a turn. A table goes to stderr, one JSON object to stdout.",
+        epilog="example: dinoscale bench step vit_s16 train.batch_size=64 --turns 5",
+    )
+    _add_config(step)
+    step.add_argument(
+        "--seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="of steps for each side in each turn, at least one step (default 10)",
+    )
+    step.add_argument("--turns", type=int, default=3, metavar="N", help="default 3")
+    step.add_argument(
+        "--no-reference", action="store_true", help="measure our step alone, without ratios"
+    )
+    step.add_argument(
+        "--profile", metavar="DIR", help="also write chrome traces of some steps, rankN.json"
+    )
+    step.set_defaults(run=_bench_step)
 
 
 def _add_results(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -392,6 +424,28 @@ def _bench_data(options: argparse.Namespace) -> dict[str, Any]:
         gpu_images_per_s=options.gpu_images_per_s,
         seconds=options.seconds,
     )
+
+
+def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler tells of each start
+    from dinoscale.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    from dinoscale import distributed
+    from dinoscale.bench.step import bench_step
+
+    process = distributed.read_process(os.environ)
+    distributed.start(process)
+    result = bench_step(
+        config,
+        process,
+        seconds=options.seconds,
+        turns=options.turns,
+        with_reference=not options.no_reference,
+        trace_dir=Path(options.profile) if options.profile else None,
+    )
+    distributed.stop()
+    return result if process.rank == 0 else None
 
 
 def _show_crops(options: argparse.Namespace) -> dict[str, Any]:

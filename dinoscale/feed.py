@@ -132,5 +132,7 @@ class Feed:
             crops=2 + self._config.crops.num_local,
             depth=self._depth,
         )
-        keep = stochastic_depth_keep(uniforms, drop_path_rate=rate)
+        keep = uniforms  # the student chooses among them
+        if self._config.model.drop_path_mode == "per_image":
+            keep = stochastic_depth_keep(uniforms, drop_path_rate=rate)
         return keep.to(self._process.device, non_blocking=True)  # else it waits for the crops

@@ -12,7 +12,7 @@ from dinoscale.checkpoint.load import Checkpoint, first_good, open_verified
 from dinoscale.checkpoint.retention import clear_leftovers
 from dinoscale.checkpoint.save import shared_tensors
 from dinoscale.config import RunConfig
-from dinoscale.config.resolve import RunPlan
+from dinoscale.config.resolve import RunPlan, micro_batch_sizes, with_micro_batch
 from dinoscale.data.remote import is_remote
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
@@ -64,6 +64,34 @@ def _set_aside(path: Path, error: CheckpointError) -> None:
         path.rename(path.with_name(_DAMAGED + path.name))
     except OSError as reason:
         log.warning("cannot rename %s: %s", path, reason)
+
+
+def keep_micro_batch(checkpoint: Checkpoint, config: RunConfig, *, world_size: int) -> RunConfig:
+    """Replace `auto` by what the run had, if that still divides a rank's images of a step.
+
+    Raises:
+        ConfigError: it does not, and the order of streamed shards depends on it.
+    """
+    if config.train.micro_batch_size != "auto":
+        return config
+    plan = checkpoint.state["plan"]
+    saved, path = plan["micro_batch_size"], checkpoint.path
+    if saved in micro_batch_sizes(config.train, world_size=world_size):
+        return with_micro_batch(config, saved)
+    share = config.train.batch_size // world_size
+    if _order_of_stream(checkpoint.state["config"], plan):
+        raise ConfigError(
+            f"train.micro_batch_size: {saved} when {path} was saved, and the order of streamed"
+            f" shards depends on it, but it does not divide the {share} images of a step that each"
+            f" of {world_size} ranks takes now; go on with {plan['world_size']} ranks"
+        )
+    if distributed.rank() == 0:
+        log.warning(
+            "the micro-batch of %s, %d, does not divide the %d images of a step that each of %d"
+            " ranks takes now: finding another",
+            *(path.name, saved, share, world_size),
+        )
+    return config
 
 
 def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -> None:

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from dinoscale import distributed, rundir
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
-from dinoscale.config.resolve import RunPlan, resolve
+from dinoscale.config.resolve import RunPlan, resolve, with_micro_batch, without_auto
 from dinoscale.cores import cores_at_hand
 from dinoscale.data.mixture import source_sizes
 from dinoscale.data.sources import Source
@@ -26,10 +27,12 @@ from dinoscale.errors import (
     RunFailedError,
 )
 from dinoscale.feed import open_images
+from dinoscale.hooks.events import Events
 from dinoscale.hooks.probe import Probe
 from dinoscale.loop import Run
+from dinoscale.micro_batch.search import find_micro_batch
 from dinoscale.preemption import StopRequest
-from dinoscale.resume import find_checkpoint, require_same_run, restore
+from dinoscale.resume import find_checkpoint, keep_micro_batch, require_same_run, restore
 from dinoscale.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -58,9 +61,9 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     try:
         source = distributed.together(lambda: open_images(config))
         require_same_images(source)
-        plan = resolve(config, world_size=process.world_size, num_images=source_sizes(source))
+        _plan(without_auto(config), process, source)  # a mistake ends it before there is a run_dir
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
-            return _build(config, plan, process, source, stop, watchdog).to_the_end()
+            return _build(config, process, source, stop, watchdog).to_the_end()
     except LostPeerError as error:
         raise RunFailedError(f"{error}: {watchdog.missing()}") from error
     except Exception as error:
@@ -90,9 +93,12 @@ def require_same_images(source: Source) -> None:
             )
 
 
+def _plan(config: RunConfig, process: Process, source: Source) -> RunPlan:
+    return resolve(config, world_size=process.world_size, num_images=source_sizes(source))
+
+
 def _build(
     config: RunConfig,
-    plan: RunPlan,
     process: Process,
     source: Source,
     stop: StopRequest,
@@ -107,9 +113,13 @@ def _build(
         )
     checkpoint = find_checkpoint(run_dir)
     if checkpoint is not None:
-        require_same_run(checkpoint, config, plan)
+        config = keep_micro_batch(checkpoint, config, world_size=process.world_size)
+        require_same_run(checkpoint, config, _plan(without_auto(config), process, source))
     elif is_first and (run_dir / "metrics.jsonl").exists():
         log.warning("steps were logged in %s, but there is no checkpoint: beginning anew", run_dir)
+    if config.train.micro_batch_size == "auto":
+        config = _find_micro_batch(config, process, stop, watchdog)
+    plan = _plan(config, process, source)
     student, teacher = build_pair(config, plan)
     if checkpoint is not None:
         restore(checkpoint, student, teacher)
@@ -118,6 +128,16 @@ def _build(
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
     distributed.together(lambda: rundir.prepare(config, student) if is_first else None)
     return Run(config, plan, process, source, student, teacher, probe, stop, watchdog, checkpoint)
+
+
+def _find_micro_batch(
+    config: RunConfig, process: Process, stop: StopRequest, watchdog: Watchdog
+) -> RunConfig:
+    """The configuration with the largest micro-batch that fits, by trial."""
+    found = find_micro_batch(config, process, moved=watchdog.moved, stop_asked=lambda: stop.asked)
+    events = Events(Path(config.run_dir), active=process.rank == 0)
+    events.write(0, "micro-batch found", **asdict(found))
+    return with_micro_batch(config, found.size)
 
 
 def _announce(

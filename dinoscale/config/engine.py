@@ -29,7 +29,7 @@ class EngineConfig(Section):
         default="block",
         description="What of such a block is recomputed; pointwise: norms, activations and sums.",
     )
-    compile: Literal["auto"] | bool = Field(
+    compile: Literal["auto", True, False] = Field(
         default="auto",
         description="Compile the transformer blocks, which takes a minute; auto: on a GPU only.",
     )

@@ -50,6 +50,11 @@ class ModelConfig(Section):
         description="Stochastic depth of the student: fraction dropped in the last block, rising "
         "linearly from 0 in the first. 0.0 for resnet50, which has none. Source: [C].",
     )
+    drop_path_mode: Literal["per_image", "subset"] = Field(
+        default="per_image",
+        description="per_image: each image drops by itself. Source: [C]. subset: as many of each "
+        "micro-batch, and what they drop is not computed. Source: DINOv2 (arXiv:2304.07193).",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -24,6 +24,8 @@ def build_networks(config: RunConfig) -> tuple[DinoNetwork, DinoNetwork]:
     student = _build_network(config)
     student.backbone.checkpoint_every = config.engine.checkpoint_every_k_blocks
     student.backbone.recompute = config.engine.recompute
+    if config.model.drop_path_mode == "subset":
+        student.backbone.subset_rate = config.model.drop_path_rate
     return student, _build_network(config)
 
 

@@ -223,6 +223,10 @@ class Student:
         """Buffers of the network (batch norm statistics); empty for a ViT."""
         return dict(self.network.named_buffers())
 
+    def close(self) -> None:
+        """Remove the hooks by which DeepSpeed keeps the weights alive when nobody uses them."""
+        self._engine.destroy()
+
     def _find_shards(self, names: dict[int, str]) -> None:
         """Read the layout and the master views; tell the gradient rule what each tensor holds."""
         if self._stage == 0:

@@ -84,24 +84,33 @@ def _require_pairs(z_shape: tuple[int, ...], p_shape: tuple[int, ...]) -> None:
 class _OfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, probs: Tensor, temp: float) -> Tensor:
-        dtype = _at_least_float32(logits, probs)
-        needed = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(logits) if needed else None
-        loss = torch.zeros((), dtype=dtype, device=logits.device)
-        num_pairs = _num_pairs(logits.shape, probs)
-        for images in _chunks(logits.shape):
-            z = logits[:, images].to(dtype) / temp
-            part, slope = _loss_and_slope(z, probs[:, images].to(dtype), with_slope=needed)
-            loss += part
-            if gradient is not None and slope is not None:
-                gradient[:, images] = slope.div_(num_pairs * temp)
-        ctx.gradient = gradient
-        return loss / num_pairs
+        ctx.save_for_backward(logits, probs)
+        ctx.temp = temp
+        ctx.gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        return _loss_of_logits(logits, probs, temp, gradient=ctx.gradient)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.gradient * upstream.to(ctx.gradient.dtype), None, None
+        gradient, ctx.gradient = ctx.gradient, None  # as large as the logits: given away, not kept
+        if gradient is None:  # asked for again
+            logits, probs = ctx.saved_tensors
+            gradient = torch.empty_like(logits)
+            _loss_of_logits(logits, probs, ctx.temp, gradient=gradient)
+        return gradient.mul_(upstream), None, None
+
+
+def _loss_of_logits(
+    logits: Tensor, probs: Tensor, temp: float, *, gradient: Tensor | None
+) -> Tensor:
+    dtype = _at_least_float32(logits, probs)
+    num_pairs = _num_pairs(logits.shape, probs)
+    loss = torch.zeros((), dtype=dtype, device=logits.device)
+    for images in _chunks(logits.shape):
+        z, some = logits[:, images].to(dtype) / temp, probs[:, images].to(dtype)
+        out = None if gradient is None else gradient[:, images]
+        loss += _loss_and_slope(z, some, slope=out, by=num_pairs * temp)
+    return loss / num_pairs
 
 
 class _OfPrototypes(torch.autograd.Function):
@@ -116,25 +125,23 @@ class _OfPrototypes(torch.autograd.Function):
         num_images, num_prototypes = probs.shape[1], len(v)
         rows = (x.to(dtype) / temp).unflatten(0, (-1, num_images))  # (S, B, D)
         shape = (len(rows), num_images, num_prototypes)
-        needed = any(ctx.needs_input_grad)
+        num_pairs, needed = _num_pairs(shape, probs), any(ctx.needs_input_grad)
         d_rows = torch.empty_like(rows)
         d_weight = torch.zeros_like(v) if needed else None
         loss = torch.zeros((), dtype=dtype, device=x.device)
         for images in _chunks(shape):
             some = rows[:, images].flatten(0, 1)
             z = (some @ v.T).mul_(scale.T).unflatten(0, (len(rows), -1))
-            part, slope = _loss_and_slope(z, probs[:, images].to(dtype), with_slope=needed)
-            del z  # before the next product
-            loss += part
-            if d_weight is not None and slope is not None:
-                flat = slope.flatten(0, 1)
+            slope = z if needed else None
+            loss += _loss_and_slope(z, probs[:, images].to(dtype), slope=slope, by=num_pairs)
+            if d_weight is not None:
+                flat = z.flatten(0, 1)
                 d_weight.addmm_(flat.T, some)
                 d_rows[:, images] = (flat.mul_(scale.T) @ v).unflatten(0, (len(rows), -1))
-        num_pairs = _num_pairs(shape, probs)
         if d_weight is not None:
             ctx.dtypes = x.dtype, weight_v.dtype, None if weight_g is None else weight_g.dtype
-            ctx.d_x = d_rows.flatten(0, 1).div_(num_pairs * temp)
-            ctx.d_g, ctx.d_v = _through_weight_norm(d_weight.div_(num_pairs), v, length, scale)
+            ctx.d_x = d_rows.flatten(0, 1).div_(temp)
+            ctx.d_g, ctx.d_v = _through_weight_norm(d_weight, v, length, scale)
         return loss / num_pairs
 
     @staticmethod
@@ -161,16 +168,17 @@ def _through_weight_norm(
     return d_g, d_weight.addcmul_(v, d_g / length, value=-1).mul_(scale)
 
 
-def _loss_and_slope(z: Tensor, probs: Tensor, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """The loss of some images summed over pairs, and its slope.
+def _loss_and_slope(z: Tensor, probs: Tensor, *, slope: Tensor | None, by: float) -> Tensor:
+    """The loss of some images summed over pairs, and its slope by z, divided by a number.
 
     Args:
-        z: logits over temperature (S, R, K).
+        z: logits over temperature (S, R, K), the fewer the better for a CPU's cache.
         probs: targets of the same R images (T, R, K).
-        with_slope: whether the second result is wanted.
+        slope: where to write the slope (S, R, K), may be `z`; or None.
+        by: what to divide the slope by.
 
     Returns:
-        Sum over images and pairs of the cross-entropy, scalar; its slope by z, (S, R, K), or None.
+        Scalar.
     """
     num_teachers = len(probs)
     mass, everyone = probs.sum(-1), probs.sum(0)  # (T, R), (R, K)
@@ -178,13 +186,12 @@ def _loss_and_slope(z: Tensor, probs: Tensor, *, with_slope: bool) -> tuple[Tens
     counted[:num_teachers] -= mass
     q = torch.softmax(z, dim=-1)
     log_sum = z.amax(-1) - q.amax(-1).log()  # log sum exp, for it is z_k - log q_k at any k
-    linear = (everyone * z.sum(0)).sum() - (probs * z[:num_teachers]).sum()  # sum of <P, z>
-    loss = (counted * log_sum).sum() - linear
-    if not with_slope:
-        return loss, None
-    slope = q.mul_(counted[..., None]).sub_(everyone)
-    slope[:num_teachers] += probs
-    return loss, slope
+    linear = torch.dot(everyone.view(-1), z.sum(0).view(-1))  # sum of <P, z>, own views counted
+    linear -= (probs * z[:num_teachers]).sum()
+    if slope is not None:
+        torch.addcmul(everyone / -by, q, (counted / by)[..., None], out=slope)
+        slope[:num_teachers].add_(probs, alpha=1 / by)
+    return (counted * log_sum).sum() - linear
 
 
 def _chunks(shape: tuple[int, ...]) -> list[slice]:

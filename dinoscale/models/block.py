@@ -3,7 +3,8 @@
 Shape letters: N images, L tokens per image, T tokens of all images together, D width.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,23 @@ from dinoscale.models.compiling import Compiled
 from dinoscale.models.recompute import Recompute, recomputed
 
 Layout = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution, in order
+
+
+class Subset(NamedTuple):
+    """The images for which a branch is computed; for the others it is dropped.
+
+    Attributes:
+        rows: int64 (T',), their tokens among the T.
+        weights: (T', 1), what the branch is multiplied by.
+        layout: of the T' tokens.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    layout: Layout
+
+
+Keep = Tensor | tuple[Subset, Subset] | None  # of the branches of a block, see `Block.forward`
 
 
 class Attention(nn.Module):
@@ -75,7 +93,7 @@ class Block(nn.Module):
         self,
         tokens: Tensor,
         layout: Layout,
-        keep: Tensor | None = None,
+        keep: Keep = None,
         *,
         recompute: Recompute | None = None,
         compiled: bool = False,
@@ -85,24 +103,42 @@ class Block(nn.Module):
         Args:
             tokens: x, (T, D).
             layout: how the T tokens split into resolutions and images.
-            keep: (2, T, 1) multipliers of the two branches, dtype of `tokens`; None for ones.
+            keep: (2, T, 1) multipliers of the two branches, dtype of `tokens`; or the subsets that
+                each is computed for; None for ones.
             recompute: what the backward pass recomputes instead of keeping it; None for nothing.
-            compiled: run one graph, shared by all blocks, for this layout; eagerly where there is
-                no compiler.
+            compiled: run a graph that all blocks share, or as usual where there is no compiler.
         """
-        run = _compiled if compiled else _run
+        run = _run
+        if compiled:
+            run = _compiled_for_some if isinstance(keep, tuple) else _compiled
         return run(self, tokens, layout, keep, recompute)
 
-    def add_branches(self, tokens: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+    def add_branches(self, tokens: Tensor, layout: Layout, keep: Keep) -> Tensor:
         """What `forward` does, plainly."""
-        branch = self.ls1(self.attn(self.norm1(tokens), layout))
-        tokens = tokens + branch if keep is None else torch.addcmul(tokens, branch, keep[0])
-        branch = self.ls2(self.mlp(self.norm2(tokens)))
-        return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep[1])
+        of_attention, of_mlp = (None, None) if keep is None else (keep[0], keep[1])
+        tokens = _add(
+            tokens, layout, of_attention, lambda x, at: self.ls1(self.attn(self.norm1(x), at))
+        )
+        return _add(tokens, layout, of_mlp, lambda x, _: self.ls2(self.mlp(self.norm2(x))))
+
+
+def _add(
+    tokens: Tensor,
+    layout: Layout,
+    keep: Tensor | Subset | None,
+    branch: Callable[[Tensor, Layout], Tensor],
+) -> Tensor:
+    """Tokens (T, D) plus what is kept of a branch of them."""
+    if keep is None:
+        return tokens + branch(tokens, layout)
+    if isinstance(keep, Tensor):
+        return torch.addcmul(tokens, branch(tokens, layout), keep)
+    some = branch(tokens.index_select(0, keep.rows), keep.layout)  # (T', D)
+    return tokens.index_add(0, keep.rows, some * keep.weights.to(some.dtype))
 
 
 def _run(
-    block: Block, tokens: Tensor, layout: Layout, keep: Tensor | None, recompute: Recompute | None
+    block: Block, tokens: Tensor, layout: Layout, keep: Keep, recompute: Recompute | None
 ) -> Tensor:
     if recompute is None or not torch.is_grad_enabled():
         return block.add_branches(tokens, layout, keep)
@@ -110,4 +146,12 @@ def _run(
     return recomputed(recompute, block.add_branches, tokens, layout, keep)
 
 
+def _run_for_some(
+    block: Block, tokens: Tensor, layout: Layout, keep: Keep, recompute: Recompute | None
+) -> Tensor:
+    return _run(block, tokens, layout, keep, recompute)
+
+
 _compiled = Compiled(_run, name="transformer blocks", dynamic=False)
+# The sizes of subsets change from block to block: from the third on the compiler sees variables.
+_compiled_for_some = Compiled(_run_for_some, name="transformer blocks", dynamic=None)

@@ -22,6 +22,7 @@ class ResNet50(nn.Module):
         depth: 0, there are no blocks with stochastic depth.
         patch_size: 1, any image size will do.
         checkpoint_every, recompute: have no effect; activations are always stored.
+        subset_rate: has no effect; there is no stochastic depth.
     """
 
     def __init__(self, source: Any) -> None:
@@ -32,6 +33,7 @@ class ResNet50(nn.Module):
         self.patch_size = 1
         self.checkpoint_every = 0
         self.recompute = "block"
+        self.subset_rate = 0.0
         for name, child in source.named_children():
             if name != "fc":
                 self.add_module(name, child)

@@ -1,14 +1,16 @@
 """Stochastic depth: which residual branches of which images are dropped, and by what the rest grow.
 
-Shape letters: N images, T tokens of all images together.
+Shape letters: N images, L tokens per image, T tokens of all images together.
 Source: Huang et al. 2016 (arXiv:1603.09382); linear rule and scaling as in the authors' code of
 Caron et al. 2021.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from dinoscale.models.block import Layout
+from dinoscale.models.block import Layout, Subset
 
 
 def stochastic_depth_keep(uniforms: Tensor, drop_path_rate: float) -> Tensor:
@@ -16,7 +18,6 @@ def stochastic_depth_keep(uniforms: Tensor, drop_path_rate: float) -> Tensor:
 
     Block i of `depth` drops a branch with probability r_i = rate * i / (depth - 1); a branch that
     stays is multiplied by 1 / (1 - r_i), so its mean is unchanged.
-    Source: Huang et al. 2016 (arXiv:1603.09382); linear rule and scaling as in the authors' code.
 
     Args:
         uniforms: (depth, 2, N), float32 in [0, 1); branch 0 is attention, 1 the MLP.
@@ -44,3 +45,58 @@ def per_token(keep: Tensor, layout: Layout) -> Tensor:
         for group, (_, length) in zip(groups, layout, strict=True)
     ]
     return torch.cat(repeated, dim=-1).unsqueeze(-1)
+
+
+def kept_subsets(
+    uniforms: Tensor, layout: Layout, *, drop_path_rate: float
+) -> list[tuple[Subset, Subset] | None]:
+    """Choose for each block and branch the images that are computed, by the same uniform numbers.
+
+    With r_i as above, a branch of block i keeps max(1, N - floor(N r_i)) of the N images of a
+    resolution, those with the largest numbers, times N over their count. Differs: how many are
+    dropped is fixed, and which depends on the other images of the micro-batch, so that results
+    change with its size and with the number of ranks; only the mean is that of the rule above.
+    Source: code of Oquab et al. 2023 (arXiv:2304.07193), whose rate is the same in all blocks.
+
+    Args:
+        uniforms: (depth, 2, N of all resolutions), in [0, 1), images in the order of `layout`.
+        layout: of the packed tokens.
+        drop_path_rate: rate of the last block, 0 <= rate < 1.
+
+    Returns:
+        For each block the subsets of attention and MLP; None where nothing is dropped.
+    """
+    tokens, first = [], 0
+    for values, (n, length) in zip(
+        uniforms.split([n for n, _ in layout], dim=-1), layout, strict=True
+    ):
+        starts = first + length * values.argsort(dim=-1, descending=True)  # (depth, 2, N)
+        tokens.append(starts[..., None] + torch.arange(length, device=starts.device))
+        first += n * length
+    subsets: list[tuple[Subset, Subset] | None] = []
+    for block in range(len(uniforms)):
+        rate = drop_path_rate * block / max(len(uniforms) - 1, 1)
+        counts = [max(1, n - math.floor(n * rate)) for n, _ in layout]
+        kept = tuple((count, length) for count, (_, length) in zip(counts, layout, strict=True))
+        if kept == layout:
+            subsets.append(None)
+            continue
+        weights = [
+            uniforms.new_full((count * length, 1), n / count)
+            for (count, length), (n, _) in zip(kept, layout, strict=True)
+        ]
+        attention, mlp = (
+            Subset(
+                torch.cat(
+                    [
+                        rows[block, branch, :count].flatten()
+                        for rows, count in zip(tokens, counts, strict=True)
+                    ]
+                ),
+                torch.cat(weights),
+                kept,
+            )
+            for branch in (0, 1)
+        )
+        subsets.append((attention, mlp))
+    return subsets

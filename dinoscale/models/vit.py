@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dinoscale.models.block import Block, Layout
+from dinoscale.models.block import Block, Keep, Layout
 from dinoscale.models.recompute import Recompute
-from dinoscale.models.stochastic_depth import per_token
+from dinoscale.models.stochastic_depth import kept_subsets, per_token
 
 
 class PatchProjection(nn.Conv2d):
@@ -119,6 +119,8 @@ class VisionTransformer(nn.Module):
         checkpoint_every: recompute every k-th block in the backward pass instead of storing its
             activations; 0 stores all.
         recompute: what of such a block is recomputed.
+        subset_rate: compute no dropped branches, at this rate of stochastic depth; 0 computes all
+            of them and takes the multipliers of `keep`.
         compiled_for: layouts whose forward runs compiled blocks; others run as they are, so that
             evaluation at many sizes compiles nothing.
     """
@@ -131,6 +133,7 @@ class VisionTransformer(nn.Module):
         self.patch_size: int = source.patch_embed.proj.kernel_size[0]
         self.checkpoint_every = 0
         self.recompute: Recompute = "block"
+        self.subset_rate = 0.0
         self.compiled_for: frozenset[Layout] = frozenset()
         self.cls_token = source.cls_token
         self.reg_token = source.reg_token
@@ -149,7 +152,8 @@ class VisionTransformer(nn.Module):
         Args:
             crops: tensors (N_i, C, H_i, W_i), normalised pixels.
             keep: stochastic depth multipliers (depth, 2, sum N_i) from `stochastic_depth_keep`,
-                images in the order of `crops`; None for no stochastic depth.
+                images in the order of `crops`; with a `subset_rate`, the uniform numbers that these
+                are made of; None for no stochastic depth.
 
         Returns:
             (sum N_i, D), rows in the order of `crops`.
@@ -236,21 +240,28 @@ class VisionTransformer(nn.Module):
 
     def _run(self, tokens: Tensor, layout: Layout, keep: Tensor | None, which: range) -> Tensor:
         """Packed tokens (T, D) after the blocks of `which`."""
-        if keep is not None:
-            wanted = (self.depth, 2, sum(n for n, _ in layout))
-            if keep.shape != wanted:
-                raise ValueError(f"keep: need shape {[*wanted]}, got {[*keep.shape]}")
-            keep = per_token(keep, layout).to(tokens.dtype)
+        keeps = self._of_blocks(keep, layout, tokens.dtype)
         compiled = layout in self.compiled_for
         for index in which:
             tokens = self.blocks[index](
                 tokens,
                 layout,
-                None if keep is None else keep[index],
+                keeps[index],
                 recompute=self.recompute if self._recomputes(index) else None,
                 compiled=compiled,
             )
         return tokens
+
+    def _of_blocks(self, keep: Tensor | None, layout: Layout, dtype: torch.dtype) -> Sequence[Keep]:
+        """What each block takes for its branches."""
+        if keep is None:
+            return [None] * self.depth
+        wanted = (self.depth, 2, sum(n for n, _ in layout))
+        if keep.shape != wanted:
+            raise ValueError(f"keep: need shape {[*wanted]}, got {[*keep.shape]}")
+        if self.subset_rate:
+            return kept_subsets(keep, layout, drop_path_rate=self.subset_rate)
+        return per_token(keep, layout).to(dtype).unbind()
 
     def _recomputes(self, index: int) -> bool:
         return self.checkpoint_every > 0 and index % self.checkpoint_every == 0

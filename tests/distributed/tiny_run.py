@@ -50,7 +50,10 @@ def tiny_plan(config: RunConfig) -> RunPlan:
 
 
 def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
-    """This rank's share of a random global batch that depends on the step only."""
+    """This rank's share of a random global batch that depends on the step only.
+
+    Without stochastic depth, unless as subsets.
+    """
     from dinoscale import distributed
     from dinoscale.engine.step import MicroBatch
 
@@ -64,7 +67,12 @@ def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
     batches = []
     for micro in range(plan.accumulation_steps):
         first = (micro * plan.world_size + distributed.rank()) * size
-        batches.append(MicroBatch(*(whole[:, first : first + size] for whole in wholes), None))
+        keep = None
+        if config.model.drop_path_mode == "subset":
+            keep = torch.rand(
+                config.model.depth or 0, 2, (2 + crops.num_local) * size, generator=generator
+            )
+        batches.append(MicroBatch(*(whole[:, first : first + size] for whole in wholes), keep))
     return batches
 
 

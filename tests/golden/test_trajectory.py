@@ -7,6 +7,7 @@ float64 numbers.
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ class _Follower:
                 record["states"][str(step // per_epoch)] = self._state(student, teacher)
         if self.run_dir is not None:
             self._save(student, teacher)
+        record["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         return record
 
     def _go_on(self, student: Any, teacher: Any) -> None:
@@ -281,6 +283,30 @@ def test_every_stage_and_accumulation_follows_the_reference(world_size: int) -> 
             errors = weight_errors(results, states, epoch)
             worst = max(errors, key=lambda name: errors[name])
             assert errors[worst] < WEIGHT_TOLERANCE, (run, epoch, worst, errors[worst])
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiled_blocks_that_recompute_follow_the_reference() -> None:
+    reference = json.loads((FOLDER / "trajectory.json").read_text())
+    states = load_file(FOLDER / "trajectory_states.safetensors")
+    changes = {"compile": True, "checkpoint_every_k_blocks": 2, "recompute": "pointwise"}
+    ((result,),) = run_distributed(
+        "tests.golden.test_trajectory:follow_trajectory",
+        world_size=1,
+        timeout_s=880,
+        folder=str(FOLDER),
+        runs=[{"stage": 0, "accumulation": 1, "changes": {"engine": changes}}],
+    )
+    assert result["graphs"] >= 2  # of student and teacher
+    assert result["loss"] == pytest.approx(
+        [step["loss"] for step in reference["steps"]], rel=LOSS_TOLERANCE
+    )
+    errors = weight_errors([result], states, max(result["states"], key=int))
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] < WEIGHT_TOLERANCE, (worst, errors[worst])
 
 
 PARTS = [  # ranks, stage, accumulation: each goes on from the checkpoint of the one before

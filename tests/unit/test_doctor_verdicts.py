@@ -264,6 +264,8 @@ def test_plan() -> None:
     assert judge_plan(config, world_size=4, num_images=None).verdict == "problem"
     assert judge_plan(config, world_size=2, num_images=None).verdict == "ok"
     assert judge_plan(config, world_size=2, num_images=5).verdict == "problem"
+    auto = judge_plan(tiny_config(train={"micro_batch_size": "auto"}), world_size=2, num_images=24)
+    assert (auto.verdict, "as large as fit (auto)" in auto.text) == ("ok", True)
 
 
 def test_variables_are_named_and_never_shown() -> None:

@@ -15,13 +15,13 @@ DATA_TOOLS = PACKAGE.parent / "data_tools"
 # A module imports from its own part or from parts of lower levels, never from a neighbour.
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"config", "cores", "distributed", "flops", "peak_memory", "preemption", "versions"},
+    {"config", "cores", "distributed", "flops", "memory", "peak_memory", "preemption", "versions"},
     {"data", "models", "losses", "schedules", "watchdog"},
     {"engine", "convert"},
     {"evaluate"},
     {"checkpoint", "hooks", "rundir"},
     {"feed", "resume"},
-    {"loop"},
+    {"loop", "micro_batch"},
     {"trainer"},
     {"quickstart", "doctor", "bench", "crop_sheet", "plan"},
     {"data_tools"},

@@ -9,7 +9,7 @@ import pytest
 
 from dinoscale.config import RunConfig, parse_config, resolve
 from dinoscale.errors import ConfigError
-from dinoscale.resume import require_same_run
+from dinoscale.resume import keep_micro_batch, require_same_run
 
 A, B = {"source": "/a"}, {"source": "/b"}
 URL = "https://host/{0..9}.tar"
@@ -81,3 +81,34 @@ def test_ranks_that_make_micro_batches_smaller_change_a_stream() -> None:
     config = _config({"train": URL})
     with pytest.raises(ConfigError, match=r"the size of a micro-batch was 8 .* is 4 now"):
         _go_on(config, config, sizes=[100], sizes_now=[100], ranks=2)
+
+
+def _saved(config: RunConfig, *, ranks: int) -> Any:
+    plan = {"world_size": ranks, "micro_batch_size": config.train.micro_batch_size}
+    state = {"config": config.model_dump(mode="json"), "plan": plan}
+    return SimpleNamespace(path=Path("step_00000004"), state=state)
+
+
+@pytest.mark.parametrize(
+    ("then", "ranks", "kept"),
+    [(4, 1, 4), (4, 2, 4), (4, 4, "auto"), (2, 4, 2)],  # of 8 images a step
+)
+@pytest.mark.parametrize("source", ["/a", URL])
+def test_auto_keeps_the_micro_batch_of_the_checkpoint_where_it_divides(
+    source: str, then: int, ranks: int, kept: int | str
+) -> None:
+    saved = _saved(_config({"train": source}, micro_batch_size=then), ranks=1)
+    auto = parse_config(
+        {"data": {"train": source}, "train": {"batch_size": 8, "micro_batch_size": "auto"}}
+    )
+    if source == URL and kept == "auto":
+        with pytest.raises(ConfigError, match=r"4 when .* does not divide the 2 .* with 1 ranks"):
+            keep_micro_batch(saved, auto, world_size=ranks)
+    else:
+        config = keep_micro_batch(saved, auto, world_size=ranks)
+        assert config.train.micro_batch_size == kept
+
+
+def test_a_given_micro_batch_wins_over_the_checkpoint() -> None:
+    saved, given = _saved(_config({}), ranks=1), _config({}, micro_batch_size=2)
+    assert keep_micro_batch(saved, given, world_size=1) == given

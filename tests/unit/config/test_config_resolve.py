@@ -18,6 +18,7 @@ from dinoscale.config import (
     parse_config,
     resolve,
     split_batch,
+    without_auto,
 )
 from dinoscale.errors import ConfigError
 
@@ -208,6 +209,25 @@ def test_text_is_a_configuration_followed_by_the_plan(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     assert load_config(str(path)) == config
+
+
+def test_auto_is_shown_as_what_training_finds_and_is_no_number_before(tmp_path: Path) -> None:
+    config = load_config("vit_s16", ["train.micro_batch_size=auto"])
+    with pytest.raises(ConfigError, match=r"auto is decided when .* number here, at most 64"):
+        resolve(config, world_size=16, num_images=IMAGENET)
+    plan = resolve(without_auto(config), world_size=16, num_images=IMAGENET)
+    text = describe_text(config, plan)
+    assert "# plan.images_per_rank: 64\n# plan.micro_batch_size: auto\n" in text
+    assert "# plan.accumulation_steps: auto\n" in text
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert load_config(str(path)) == config
+
+
+@pytest.mark.parametrize("value", ["max", "8.5", "null", "'8'"])
+def test_a_micro_batch_is_a_number_or_auto(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^train.micro_batch_size: needs a whole number or auto"):
+        load_config("vit_s16", [f"train.micro_batch_size={value}"])
 
 
 def test_text_without_a_plan_says_so() -> None:

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from dinoscale.models.recompute import Recompute
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
+from dinoscale.peak_memory import live_bytes, with_peak_bytes
 
 DEPTH = 6
 
@@ -54,3 +56,40 @@ def test_gradients_are_bitwise_those_without_recomputation(every: int) -> None:
     _, expected = _backward(0)
     _, actual = _backward(every)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def _peak(recompute: Recompute | None, dtype: torch.dtype) -> tuple[int, list[Tensor]]:
+    """Bytes beyond the weights at the peak of forward and backward, and the gradients."""
+    torch.manual_seed(0)
+    model = build_backbone(
+        "vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=24, depth=DEPTH, num_heads=2
+    ).to(dtype)
+    assert isinstance(model, VisionTransformer)
+    if recompute is not None:
+        model.checkpoint_every, model.recompute = 1, recompute
+    crops = [torch.randn(8, 3, side, side).to(dtype) for side in (64, 32)]
+    keep = stochastic_depth_keep(torch.rand(DEPTH, 2, 16), drop_path_rate=0.5)
+    before = live_bytes()
+    _, peak = with_peak_bytes(lambda: model(crops, keep).square().sum().backward())
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return peak - before, [gradient for gradient in gradients if gradient is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_kind_of_recomputation_takes_less_memory_and_changes_no_bit(
+    dtype: torch.dtype,
+) -> None:
+    most, expected = _peak(None, dtype)
+    kinds: list[tuple[Recompute, float]] = [
+        ("pointwise", 0.8),
+        ("all_but_attention", 0.45),
+        ("block", 0.45),
+    ]
+    peaks = []
+    for kind, share in kinds:
+        peak, gradients = _peak(kind, dtype)
+        assert len(gradients) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+        assert peak < share * most
+        peaks.append(peak)
+    assert peaks[0] > 1.3 * peaks[1]

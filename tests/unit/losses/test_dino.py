@@ -62,6 +62,14 @@ def test_matching_student_is_left_with_the_entropy() -> None:
     torch.testing.assert_close(dino_loss(student, teacher, student_temp=0.1), entropy)
 
 
+def test_gradient_is_the_same_when_taken_again() -> None:
+    student, teacher = _views(4, 2)
+    loss = dino_loss(student, teacher, student_temp=0.1)
+    (first,) = torch.autograd.grad(2 * loss, student, retain_graph=True)
+    (again,) = torch.autograd.grad(2 * loss, student)
+    assert torch.equal(first, again)
+
+
 def test_low_precision_logits_are_computed_in_float32() -> None:
     student, teacher = _views(4, 2, torch.float32)
     loss = dino_loss(student.bfloat16(), teacher, student_temp=0.1)

@@ -1,0 +1,163 @@
+"""The real step of a run, from the loader to the teacher's average, with a timeline."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from dinoscale.bench.timeline import AUGMENTATION, DATA, OTHER, TO_DEVICE, Timeline, watch_pair
+from dinoscale.config import RunConfig
+from dinoscale.config.resolve import RunPlan
+from dinoscale.data.decode import Picture
+from dinoscale.data.loader import Batch
+from dinoscale.data.sources import Source
+from dinoscale.distributed import Process
+from dinoscale.engine.build import build_pair, schedules_of
+from dinoscale.engine.step import MicroBatch, train_step
+from dinoscale.errors import RunFailedError
+from dinoscale.feed import Feed
+from dinoscale.flops import NUM_GLOBAL, StepFlops, step_flops
+from dinoscale.schedules import StepValues
+
+_NOISE_SIDE = 256  # pixels
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Pictures of random pixels, for a run that names no images."""
+
+    count: int
+    channels: int
+    labels: None = None
+    class_names: None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def path(self, index: int) -> str:
+        """A name for messages."""
+        return f"random picture {index}"
+
+    def picture(self, index: int) -> Picture:
+        """Some pixels, (256, 256, C)."""
+        shape = (_NOISE_SIDE, _NOISE_SIDE, self.channels)
+        pixels = np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
+        return Picture.of(pixels, self.path(index))
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much a step computes.
+
+    Attributes:
+        flops: of one image.
+        tokens: of all crops of a micro-batch, rows of the student's matrices.
+        embed_dim: width of the backbone.
+    """
+
+    flops: StepFlops
+    tokens: int
+    embed_dim: int
+
+
+class OurStep:
+    """Student, teacher and their input; every call takes one optimizer step.
+
+    Attributes:
+        work: how much a step computes.
+        now: the scheduled numbers of every step.
+        crops: what the last step began with, on the device, one tensor (B, C, H, W) a view.
+    """
+
+    def __init__(self, config: RunConfig, plan: RunPlan, process: Process, source: Source) -> None:
+        """Build the pair as a run does; with `Noise`, one batch is cut now and used again."""
+        self._temp, self._device = config.dino.student_temp, process.device
+        self.now = _typical_values(config, plan)
+        self._timeline = Timeline(process.device)
+        student, teacher = build_pair(config, plan)
+        self.work = _work_of(config, plan, student.shapes)
+        backbone = student.network.backbone
+        self._student, self._teacher = watch_pair(student, teacher, self._timeline)
+        self._feed = Feed(config, plan, process, source, depth=backbone.depth)
+        self._batches = _without_end(self._feed, drawn_once=isinstance(source, Noise))
+        self.crops: list[Tensor] = []
+
+    def __call__(self) -> dict[str, float]:
+        """Wait for images, move and finish them, train; seconds by part.
+
+        Raises:
+            RunFailedError: the loss is not finite.
+        """
+        self._timeline.mark(DATA)
+        batches = next(self._batches)
+        self._timeline.mark(TO_DEVICE)
+        sent = [self._sent(batch) for batch in batches]
+        self._timeline.mark(AUGMENTATION)
+        micro_batches = self._feed.prepare(0, sent)
+        self._timeline.mark(OTHER)
+        self.crops = _views(micro_batches[-1])
+        result = train_step(
+            micro_batches, self._student, self._teacher, self.now, student_temp=self._temp
+        )
+        if result.skipped is not None:
+            raise RunFailedError(f"a step was not taken: {result.skipped}")
+        return self._timeline.take()
+
+    def close(self) -> None:
+        """Free the memory; the object is not to be used afterwards."""
+        self._student.close()
+
+    def _sent(self, batch: Batch) -> Batch:
+        return Batch(
+            batch.global_crops.to(self._device, non_blocking=True),
+            batch.local_crops.to(self._device, non_blocking=True),
+            batch.params,
+            batch.sample_ids,
+            batch.bad,
+        )
+
+
+def _typical_values(config: RunConfig, plan: RunPlan) -> StepValues:
+    """The scheduled numbers in the middle of the run: every part of the step at work."""
+    return schedules_of(config, plan).at(plan.total_steps // 2)
+
+
+def _without_end(feed: Feed, *, drawn_once: bool) -> Iterator[list[Batch]]:
+    if drawn_once:
+        yield from itertools.repeat(next(feed.steps(0, offset=0)))
+    while True:
+        yield from feed.steps(0, offset=0)
+
+
+def _views(batch: MicroBatch) -> list[Tensor]:
+    return [*batch.global_crops.unbind(), *batch.local_crops.unbind()]
+
+
+def _work_of(config: RunConfig, plan: RunPlan, shapes: dict[str, tuple[int, ...]]) -> Work:
+    """What a ViT computes, by the shapes of its parameters."""
+    dim, channels, patch_size, _ = shapes["backbone.patch_embed.proj.weight"]
+    special = 1 + shapes.get("backbone.reg_token", (1, 0))[1]
+    blocks = [shape for name, shape in shapes.items() if name.startswith("backbone.blocks.")]
+    matrices = sum(shape[0] * shape[1] for shape in blocks if len(shape) == 2)
+    depth = sum(name.endswith(".attn.proj.weight") for name in shapes)
+    crops, head = config.crops, config.head
+    flops = step_flops(
+        global_size=crops.global_size,
+        local_size=crops.local_size,
+        num_local=crops.num_local,
+        patch_size=patch_size,
+        embed_dim=dim,
+        depth=depth,
+        in_chans=channels,
+        num_special=special,
+        block_weights=matrices // depth,
+        hidden_dim=head.hidden_dim,
+        bottleneck_dim=head.bottleneck_dim,
+        num_layers=head.num_layers,
+        num_prototypes=head.num_prototypes,
+    )
+    sides = [crops.global_size] * NUM_GLOBAL + [crops.local_size] * crops.num_local
+    tokens = sum((side // patch_size) ** 2 + special for side in sides)
+    return Work(flops, tokens=plan.micro_batch_size * tokens, embed_dim=dim)

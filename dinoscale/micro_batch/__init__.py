@@ -1,0 +1,1 @@
+"""The largest micro-batch that fits in memory, found by trying."""

@@ -1,0 +1,71 @@
+"""`python -m tests.benchmarks.step`: a training step of ours and of the literal reference.
+
+`dinoscale bench step` with the batch, crops and precision that the figures in README.md are for,
+and an error instead of a note where there would be no ratio. Also under torchrun: --batch is of
+one rank. JSON last.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dinoscale import distributed
+from dinoscale.bench.step import bench_step
+from dinoscale.config import load_config
+from dinoscale.errors import ConfigError, DinoscaleError
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The result of `bench_step`, with ratios."""
+    process = distributed.read_process(os.environ)
+    config = load_config(
+        options.preset,
+        [
+            f"train.batch_size={options.batch * process.world_size}",
+            f"train.micro_batch_size={options.batch}",
+            f"crops.num_local={options.local_crops}",
+            f"engine.precision={options.precision}",
+            "optim.min_lr=0",  # else a small batch peaks below it
+            *options.overrides,
+        ],
+    )
+    distributed.start(process)
+    result = bench_step(
+        config,
+        process,
+        seconds=options.seconds,
+        turns=options.turns,
+        with_reference=True,
+        trace_dir=Path(options.profile) if options.profile else None,
+    )
+    distributed.stop()
+    if result["ratio"] is None:
+        raise ConfigError(f"no reference to compare with: {result['no_reference']}")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.step", description=__doc__)
+    parser.add_argument("--preset", default="vit_s16", help="default vit_s16 (K = 65,536)")
+    parser.add_argument("--batch", type=int, default=8, metavar="B", help="images (default 8)")
+    parser.add_argument("--local-crops", type=int, default=8, metavar="n", help="default 8")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--turns", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, metavar="S", help="of each side in each turn"
+    )
+    parser.add_argument("--profile", metavar="DIR", help="also write chrome traces")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over all")
+    try:
+        result = measure(parser.parse_args(arguments))
+    except DinoscaleError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
+    if int(os.environ["RANK"]) == 0:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The literal reference is the same computation as ours: the yardstick measures the right thing."""
+
+import pytest
+import torch
+
+from tests.distributed.tiny_run import micro_batches, tiny_config, tiny_plan
+from tests.harness import run_distributed
+
+STEPS = 3
+EXACT = 1e-5  # of the loss, relative
+
+# Numbers that matter: all tensors are clipped, the center moves fast enough to keep the loss large.
+_OPTIM = {"clip_grad": 0.02, "weight_decay": 0.4, "lr": 0.2}
+_CASES = ((0, False), (1, True))  # epochs of frozen prototypes, prototypes of unit norm
+
+
+def both_losses() -> list[list[tuple[float, float]]]:
+    """Losses of ours and of the reference, means over ranks: of each case, a pair a step."""
+    return [_losses_of(*case) for case in _CASES]
+
+
+def _losses_of(frozen_epochs: int, norm_last_layer: bool) -> list[tuple[float, float]]:
+    from dinoscale import distributed
+    from dinoscale.engine.build import build_pair, schedules_of
+    from dinoscale.engine.step import train_step
+    from tests.reference import ReferenceStep
+
+    config = tiny_config(
+        engine={"precision": "fp32"},
+        optim=_OPTIM,
+        dino={"center_momentum": 0.5, "freeze_last_layer_epochs": frozen_epochs},
+        head={"norm_last_layer": norm_last_layer},
+    )
+    plan = tiny_plan(config)
+    schedules = schedules_of(config, plan)
+    student, teacher = build_pair(config, plan)
+    reference = ReferenceStep(config, torch.device("cpu"))
+    losses = []
+    for step in range(STEPS):
+        (batch,), now = micro_batches(config, plan, step), schedules.at(step)
+        ours = train_step([batch], student, teacher, now, student_temp=config.dino.student_temp)
+        crops = [*batch.global_crops.unbind(), *batch.local_crops.unbind()]
+        theirs = torch.tensor(reference(crops, now), dtype=torch.float64)
+        distributed.all_reduce_sum(theirs)
+        losses.append((ours.loss, theirs.item() / distributed.world_size()))
+    return losses
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_reference_has_our_losses(world_size: int) -> None:
+    of_cases, *_ = run_distributed(
+        "tests.distributed.test_reference_step:both_losses", world_size=world_size, timeout_s=120
+    )
+    for losses in of_cases:
+        for ours, theirs in losses:
+            assert ours == pytest.approx(theirs, rel=EXACT)
+        assert abs(losses[-1][0] - losses[0][0]) > 100 * EXACT  # the steps moved something

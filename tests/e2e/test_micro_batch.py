@@ -1,0 +1,174 @@
+"""`train.micro_batch_size=auto` on processes that may take only so much memory."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from dinoscale.config import load_config
+from tests.harness import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
+
+# Private writable memory of a process: 296 MiB when a trial begins, at the peak 994 MiB with
+# micro-batches of 37 and 1289 MiB with 74. A trial leaves 8 % of what is free alone.
+LIMIT_BYTES = 1215 * 2**20
+FITS, TOO_LARGE = 37, 74
+ONE_STEP = ("train.epochs=1", "train.stop_after_steps=1", "optim.min_lr=0")
+_SIZES: dict[str, dict[str, Any]] = {  # many short rows of few numbers: memory for little work
+    "model": {"patch_size": 4, "embed_dim": 32, "depth": 8, "num_heads": 1, "drop_path_rate": 0.0},
+    "head": {"num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
+    "crops": {"global_size": 24, "local_size": 24, "num_local": 10},
+    "optim": {"warmup_epochs": 0},
+    "dino": {"freeze_last_layer_epochs": 0},
+    "data": {"train": "synthetic:shapes?images=148&size=24", "num_workers": 0},
+    "engine": {"precision": "fp32"},
+    "eval": {"crop": 24, "resize": 24},
+    "log": {"wandb": False, "every_steps": 1},
+}
+
+
+class Ranks:
+    """`dinoscale train` on some processes."""
+
+    def __init__(
+        self, folder: Path, *overrides: str, world_size: int, limit: int = LIMIT_BYTES
+    ) -> None:
+        self.run_dir = folder / "run"
+        config = folder / "run.yaml"
+        config.write_text(yaml.safe_dump(_SIZES))
+        settings = ["train.micro_batch_size=auto", f"run_dir={self.run_dir}", *overrides]
+        port = free_port()
+        self.processes = []
+        for rank in range(world_size):
+            own = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+            own |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+            texts = {name: str(value) for name, value in own.items()}
+            with (folder / f"said_{rank}.txt").open("w") as said:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "dinoscale", "train", str(config), *settings],
+                        env=os.environ
+                        | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", **texts},
+                        cwd=ROOT,
+                        stdout=said,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+            resource.prlimit(self.processes[-1].pid, resource.RLIMIT_DATA, (limit, limit))
+        self._folder = folder
+
+    def end(self) -> tuple[list[int], str]:
+        """Exit codes, and what the first rank said."""
+        codes = [process.wait(timeout=300) for process in self.processes]
+        return codes, self.said()
+
+    def said(self) -> str:
+        """By the first rank until now."""
+        return (self._folder / "said_0.txt").read_text()
+
+    def wait_for_trial(self) -> list[psutil.Process]:
+        """The processes of a trial, once there is one on every rank."""
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            children = [
+                child
+                for process in self.processes
+                for child in psutil.Process(process.pid).children()
+                if "dinoscale.micro_batch.trial" in child.cmdline()
+            ]
+            if len(children) == len(self.processes):
+                return children
+            time.sleep(0.05)
+        raise AssertionError(f"no trial began\n{self.said()}")
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    yield
+    left = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
+    for child in left:
+        child.kill()
+    assert not left
+
+
+def _losses(run_dir: Path) -> dict[int, float]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_one_rank_finds_its_limit_and_its_config_repeats_the_run(tmp_path: Path) -> None:
+    settings = (*ONE_STEP, f"train.batch_size={TOO_LARGE}")
+    codes, said = Ranks(tmp_path, *settings, world_size=1).end()
+    assert codes == [0], said
+    assert f"auto: trying {FITS}\n" in said
+    assert f"micro-batch {FITS} fits (peak " in said
+    assert f"micro-batch {TOO_LARGE} does not fit (needs more than 0.8 GiB); taking {FITS}" in said
+    run = tmp_path / "run"
+    assert load_config(str(run / "config.yaml")).train.micro_batch_size == FITS
+    (event,) = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    assert (event["event"], event["size"], event["trials"]) == ("micro-batch found", FITS, 2)
+
+    again = tmp_path / "again"
+    command = [sys.executable, "-m", "dinoscale", "train", str(run / "config.yaml")]
+    subprocess.run([*command, f"run_dir={again}"], cwd=ROOT, check=True, capture_output=True)
+    assert _losses(again) == _losses(run)
+
+
+def test_two_ranks_agree_and_a_resumed_run_does_not_search_again(tmp_path: Path) -> None:
+    settings = (f"train.batch_size={2 * TOO_LARGE}", "optim.min_lr=0", "train.epochs=2")
+    codes, said = Ranks(tmp_path, *settings, "train.stop_after_steps=1", world_size=2).end()
+    assert codes == [0, 0], said
+    assert f"taking {FITS} after 2 trials" in said
+    assert f"2 ranks x {FITS} x 2 micro-batches" in said
+
+    codes, said = Ranks(tmp_path, *settings, world_size=1).end()
+    assert codes == [0], said
+    assert "trying" not in said
+    assert f"1 ranks x {FITS} x 4 micro-batches" in said
+
+
+def test_where_not_one_image_fits_the_remedies_are_named(tmp_path: Path) -> None:
+    settings = (*ONE_STEP, "train.batch_size=1")
+    codes, said = Ranks(tmp_path, *settings, world_size=1, limit=450 * 2**20).end()
+    assert codes == [2], said
+    assert "even micro-batch 1 does not fit (needs more than 0." in said
+    assert "engine.checkpoint_every_k_blocks=1" in said
+    assert "Traceback" not in said
+
+
+def test_another_failure_of_a_trial_is_named_and_is_no_limit(tmp_path: Path) -> None:
+    settings = (*ONE_STEP, f"train.batch_size={TOO_LARGE}")
+    codes, said = Ranks(
+        tmp_path, *settings, "model.backbone=vit_nonsense_patch4_24", world_size=1
+    ).end()
+    assert codes == [2], said
+    assert f"the trial of {FITS} failed on rank 0 (exit code 2), not for want of memory:" in said
+    assert "vit_nonsense_patch4_24" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_trials_end_with_their_run(tmp_path: Path, number: int, code: int) -> None:
+    settings = (*ONE_STEP, f"train.batch_size={TOO_LARGE}")
+    ranks = Ranks(tmp_path, *settings, world_size=1)
+    children = ranks.wait_for_trial()
+    if number == signal.SIGTERM:
+        for child in children:
+            child.send_signal(number)  # as launchers do with whole trees
+    ranks.processes[0].send_signal(number)
+    codes, said = ranks.end()
+    assert codes == [code], said
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive

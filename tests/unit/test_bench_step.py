@@ -1,0 +1,159 @@
+"""`bench step`: time goes to the part that took it, and bad input is refused with a sentence."""
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dinoscale.bench.ceiling import matmul_ceiling
+from dinoscale.bench.step import CHECKOUT, bench_step, find_reference
+from dinoscale.bench.step_report import in_words
+from dinoscale.bench.timeline import PARTS, Timeline, watch_pair
+from dinoscale.config import load_config, resolve
+from dinoscale.distributed import read_process
+from dinoscale.errors import ConfigError
+
+PAUSE_S = 0.02
+
+
+def _sleep(times: int) -> None:
+    time.sleep(times * PAUSE_S)
+
+
+class _Student(nn.Module):
+    """Looks like a student; every part of it takes another time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Module()
+        self.network.backbone = nn.Identity()
+        self.master = ["weights"]
+
+    def __call__(self, crops: torch.Tensor) -> torch.Tensor:
+        _sleep(1)
+        features = self.network.backbone(crops)
+        _sleep(2)
+        return features
+
+    def backward(self) -> None:
+        _sleep(3)
+
+    def step(self, *, apply: bool) -> bool:
+        _sleep(4)
+        return apply
+
+
+class _Teacher:
+    def targets(self) -> str:
+        _sleep(5)
+        return "targets"
+
+    def update(self, student: Any) -> None:
+        assert student.master == ["weights"]
+        _sleep(6)
+
+
+def test_time_goes_to_the_part_that_took_it() -> None:
+    timeline = Timeline(torch.device("cpu"))
+    student, teacher = watch_pair(_Student(), _Teacher(), timeline)
+    timeline.mark("data")
+    begin = time.perf_counter()
+    _sleep(1)
+    assert teacher.targets() == "targets"
+    student(torch.ones(1))
+    student.backward()
+    assert student.step(apply=True)
+    teacher.update(student)
+    parts = timeline.take()
+    whole = time.perf_counter() - begin
+    assert tuple(parts) == PARTS
+    expected = {"data": 1, "student_forward": 1, "loss": 2, "backward": 3, "optimizer": 4}
+    expected |= {"teacher": 5, "ema": 6}
+    for part, seconds in parts.items():
+        least = expected.get(part, 0) * PAUSE_S
+        assert least <= seconds < least + PAUSE_S, part
+    assert sum(parts.values()) == pytest.approx(whole, abs=PAUSE_S / 2)
+    assert sum(timeline.take().values()) == 0  # the marks are gone
+
+
+def test_the_ceiling_is_a_rate_of_products() -> None:
+    rate = matmul_ceiling(torch.device("cpu"), torch.float32, tokens=64, embed_dim=16)
+    assert 1e8 < rate < 1e14
+
+
+def _bench(*overrides: str, seconds: float = 1.0, turns: int = 1) -> Any:
+    return bench_step(
+        load_config("vit_s16", ["train.batch_size=64", *overrides]),
+        read_process({}),
+        seconds=seconds,
+        turns=turns,
+        with_reference=False,
+        trace_dir=None,
+    )
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ConfigError, match="only ViTs'"):
+        _bench("model.backbone=resnet50", "model.drop_path_rate=0")
+    with pytest.raises(ConfigError, match="--turns"):
+        _bench(turns=0)
+    with pytest.raises(ConfigError, match="--seconds"):
+        _bench(seconds=math.nan)
+
+
+def test_too_little_memory_is_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="64 images do not fit into memory"):
+        _bench("head.num_prototypes=10_000_000_000_000")
+
+
+def test_the_reference_comes_with_a_checkout_and_does_not_accumulate(tmp_path: Path) -> None:
+    config = load_config("vit_s16", ["train.batch_size=64"])
+    plan = resolve(config, world_size=1, num_images=640)
+    found, why_not = find_reference(plan, CHECKOUT)
+    assert found.__module__ == "tests.reference"
+    assert not why_not
+    found, why_not = find_reference(replace(plan, accumulation_steps=2), CHECKOUT)
+    assert found is None
+    assert "train.batch_size=64" in why_not
+    found, why_not = find_reference(plan, tmp_path)
+    assert found is None
+    assert "comes with a checkout" in why_not
+
+
+def test_words_name_what_was_measured_and_what_was_not() -> None:
+    spread = {"median": 0.5, "min": 0.4, "max": 0.6}
+    result: dict[str, Any] = {
+        "backbone": "vit",
+        "device": "cpu",
+        "precision": "fp32",
+        "zero_stage": 2,
+        "world_size": 2,
+        "micro_batch_size": 4,
+        "accumulation_steps": 1,
+        "split_s": dict.fromkeys(PARTS, 0.05),
+        "communication_s": 0.125,
+        "images_per_s": spread,
+        "seconds_per_step": spread,
+        "peak_memory_bytes": 2**30,
+        "flops_per_s": 3e12,
+        "matmul_ceiling_flops_per_s": 4e12,
+        "utilisation": 0.75,
+        "reference": None,
+        "ratio": None,
+        "no_reference": "it is away",
+    }
+    text = in_words(result)
+    assert "no reference beside it: it is away" in text
+    assert "25.0%" in text  # of communication
+    assert "75.0% of the 4 that" in text
+    assert "1024 MiB" in text
+    reference = {"seconds_per_step": spread, "peak_memory_bytes": 2**31}
+    ratio = {"throughput": spread, "peak_memory": spread, "cpu_time": spread}
+    text = in_words(result | {"reference": reference, "ratio": ratio, "world_size": 1})
+    assert "0.50 x as fast (0.40 to 0.60) in 0.50 x the memory" in text
+    assert "communication" not in text

@@ -1,0 +1,37 @@
+"""The search for the largest micro-batch, on a machine whose limit is known."""
+
+import pytest
+
+from dinoscale.config import micro_batch_sizes, parse_config
+from dinoscale.micro_batch.search import largest_that_fits
+
+MOST_TRIALS = 9
+
+
+def _search(candidates: list[int], limit: int) -> tuple[int | None, int]:
+    """The size found where all up to `limit` fit, and the number of trials."""
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= limit
+
+    found = largest_that_fits(candidates, fits)
+    assert len(set(tried)) == len(tried)
+    return found, len(tried)
+
+
+@pytest.mark.parametrize("images_per_rank", [1, 2, 7, 48, 1024, 5040, 720720])
+def test_every_planted_limit_is_found_in_less_than_ten_trials(images_per_rank: int) -> None:
+    config = parse_config({"train": {"batch_size": 2 * images_per_rank}})
+    sizes = micro_batch_sizes(config.train, world_size=2)
+    assert (sizes[0], sizes[-1]) == (1, images_per_rank)
+    assert all(images_per_rank % size == 0 for size in sizes)
+    for limit in {0, *sizes, *(size - 1 for size in sizes), *(size + 1 for size in sizes)}:
+        found, trials = _search(sizes, limit)
+        assert found == max((size for size in sizes if size <= limit), default=None)
+        assert trials <= MOST_TRIALS
+
+
+def test_without_candidates_none_fits() -> None:
+    assert _search([], 8) == (None, 0)
