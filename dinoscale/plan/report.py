@@ -88,7 +88,7 @@ def make_plan(
         "options": [_as_json(option, run) for option in options],
         "configured": _configured(config, dims, setup, machine, run),
         "recommended": None if chosen is None else _as_json(chosen, run),
-        "assumptions": [*assumed, *_assumptions(machine, network, within=within)],
+        "assumptions": [*assumed, *_assumptions(config, machine, network, within=within)],
     }
 
 
@@ -168,7 +168,9 @@ def _as_json(option: Option, run: RunPlan) -> dict[str, Any]:
     }
 
 
-def _assumptions(machine: Machine, network: float | None, *, within: bool) -> list[str]:
+def _assumptions(
+    config: RunConfig, machine: Machine, network: float | None, *, within: bool
+) -> list[str]:
     sentences = [
         f"{machine.utilization:.0%} of the published {machine.flops / 1e12:.4g} TFLOP/s of a GPU"
         " go into the model's own products; the data keep up",
@@ -177,6 +179,8 @@ def _assumptions(machine: Machine, network: float | None, *, within: bool) -> li
         "blocks as they are; compiled ones (engine.compile) may keep less",
         "the first steps, in which the prototypes are frozen, need less",
     ]
+    if config.model.drop_path_mode == "subset":
+        sentences.append("branches that stochastic depth drops count as computed and kept")
     if network is None:
         where = "within a machine" if within else f"between machines of {MACHINE} GPUs"
         sentences.append(
