@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dinoscale.losses.dino import CHUNK
-from dinoscale.plan.activations import activations, in_work, is_recomputed
+from dinoscale.plan.activations import activations, in_work, is_recomputed, kept_by_block
 from dinoscale.plan.dims import Dims
 from dinoscale.plan.setup import FP32, Setup
 
@@ -220,12 +220,16 @@ def _first_reduction(dims: Dims, setup: Setup) -> Terms:
     """Stages 2 and 3 sum a full bucket over ranks in the middle of the backward."""
     if setup.zero_stage < 2 or dims.parameters <= setup.bucket_elements:
         return {}
-    beyond_head = max(0, setup.bucket_elements - dims.head)
-    blocks = max(0, dims.depth - 1 - beyond_head // dims.block)
-    # In the middle of a block at stage 2; stage 3 waits for its end.
-    working = in_work(dims, setup, index=blocks) if setup.zero_stage == 2 else 0
+    done = max(0, setup.bucket_elements - dims.head) / dims.block  # blocks, when it is full
+    index = max(0, dims.depth - 1 - int(done))
+    working: float = 0  # at stage 2 a block is on its way; stage 3 waits for its end
+    if setup.zero_stage == 2:
+        left = 1 - done % 1
+        tokens = setup.micro_batch_size * dims.tokens
+        working = in_work(dims, setup, index=index)
+        working += left * tokens * kept_by_block(dims, setup, index=index)
     return {
-        "activations": activations(dims, setup, blocks=blocks) + working,
+        "activations": activations(dims, setup, blocks=index) + working,
         "gradients": _own_gradients(dims, setup) if setup.zero_stage == 2 else 0,
         "loss": _targets(dims, setup) + _prototype_gradient(dims),
         "buffers": _bucket(setup)

@@ -6,7 +6,8 @@ from tests.benchmarks.plan import QUICK, Case, measured, predict
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
-TOLERANCE = 0.1  # the promise is 0.15
+# The promise is 0.15; but here no term may be missing, and stage 3 does not fetch alike every time.
+TOLERANCE = 0.05
 
 
 @pytest.fixture(scope="module")
