@@ -88,7 +88,6 @@ WIDE = {"embed_dim": 384, "depth": 6, "num_prototypes": 4096, "bucket_elements":
 NARROW = {"num_prototypes": 1024, "bucket_elements": 600_000}
 QUICK = [  # what the tests run
     Case(0),
-    Case(0, precision="bf16"),
     Case(1, ranks=2, accumulation=2),
     Case(2, micro_batch=4, global_size=224),
     Case(2, micro_batch=8, num_local=8, recompute="pointwise", **NARROW),
@@ -98,6 +97,7 @@ QUICK = [  # what the tests run
 ]
 CASES = [
     *QUICK,
+    Case(0, precision="bf16"),
     Case(0, precision="bf16", ranks=2),
     Case(3, ranks=2, precision="bf16", micro_batch=4, recompute="block", **WIDE),
     Case(1, precision="bf16", micro_batch=8, num_prototypes=65536, bucket_elements=20_000_000),
