@@ -16,6 +16,7 @@ _EPILOG = """examples:
   torchrun --nproc-per-node 8 -m dinoscale train my_run.yaml engine.zero_stage=3
   deepspeed --module dinoscale doctor vit_s16 data.train=/data/images run_dir=runs/first
   dinoscale config vit_b16 train.batch_size=512 --world-size 8
+  dinoscale plan vit_l16 --gpus 8 --gpu h100 --gpu-memory 80GB
   dinoscale export runs/first weights.safetensors
   dinoscale data build-shards /data/images shards/
   dinoscale evaluate knn weights.safetensors --train /data/train --test /data/val
@@ -72,6 +73,7 @@ def _add_planning(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     config.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default 1)")
     config.add_argument("--json", action="store_true", help="one JSON object instead of text")
     config.set_defaults(run=_config)
+    _add_plan(commands)
     doctor = commands.add_parser(
         "doctor",
         help="check machine, network, data, disk and plan before a long run; trains nothing",
@@ -94,6 +96,46 @@ def _add_planning(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_data_views(commands)
     presets = commands.add_parser("presets", help="list the presets")
     presets.set_defaults(run=_presets)
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="memory, hours and communication on given GPUs, before they are there",
+        description="Work out, from sizes alone, what a run needs: FLOPs of an image; the largest"
+        " micro-batch at each ZeRO stage with nothing, the pointwise operations, all but attention"
+        " or whole blocks recomputed; where the memory of a GPU goes at the fullest moment of a"
+        " step; images/s and hours; what is sent between GPUs and what of it a step waits for."
+        " Ends with the cheapest way that fits. Predicted memory has been compared with steps on"
+        " CPUs, not with a GPU's allocator.",
+        epilog="example: dinoscale plan vit_l16 train.batch_size=2048 --gpus 16 --gpu h100"
+        " --network 25",
+    )
+    _add_config(plan)
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the run")
+    plan.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="which (default h100; another lists them)"
+    )
+    plan.add_argument(
+        "--gpu-memory", metavar="SIZE", help="of one, as 80GB or 24GiB (default: what it has)"
+    )
+    plan.add_argument(
+        "--utilization",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="of the published FLOP/s that the model's own FLOPs get (default 0.4; `dinoscale bench"
+        " step` measures it)",
+    )
+    plan.add_argument(
+        "--network",
+        type=float,
+        metavar="GB/s",
+        help="what one GPU sends to the others (default: the links within a machine of up to 8"
+        " GPUs, 50 beyond)",
+    )
+    plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    plan.set_defaults(run=_plan)
 
 
 def _add_data_views(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -328,6 +370,25 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
     if options.json:
         return describe(config, plan)
     print(describe_text(config, plan), end="")
+    return None
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
+    from dinoscale.config import load_config
+    from dinoscale.plan.report import make_plan
+    from dinoscale.plan.table import as_text
+
+    plan = make_plan(
+        load_config(options.config, options.overrides),
+        gpus=options.gpus,
+        gpu=options.gpu,
+        gpu_memory=options.gpu_memory,
+        utilization=options.utilization,
+        network=options.network,
+    )
+    if options.json:
+        return plan
+    print(as_text(plan), end="")
     return None
 
 

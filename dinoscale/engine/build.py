@@ -50,15 +50,23 @@ def _local_network(config: RunConfig) -> DinoNetwork:
     return DinoNetwork(backbone, head)
 
 
-def num_parameters(config: RunConfig) -> int:
-    """Scalars in the weights of the student, with its head; builds shapes only, takes no memory.
+def shapes_only(config: RunConfig) -> DinoNetwork:
+    """The student's network on the meta device: shapes without weights, takes no memory.
 
     Raises:
         ConfigError: there is no such backbone.
     """
     with torch.device("meta"):
-        network = _local_network(config)
-    return sum(parameter.numel() for parameter in network.parameters())
+        return _local_network(config)
+
+
+def num_parameters(config: RunConfig) -> int:
+    """Scalars in the weights of the student, with its head.
+
+    Raises:
+        ConfigError: there is no such backbone.
+    """
+    return sum(parameter.numel() for parameter in shapes_only(config).parameters())
 
 
 def build_pair(config: RunConfig, plan: RunPlan) -> tuple[Student, Teacher]:

@@ -23,7 +23,7 @@ LEVELS: list[set[str]] = [
     {"feed", "resume"},
     {"loop", "micro_batch"},
     {"trainer"},
-    {"quickstart", "doctor", "bench", "crop_sheet"},
+    {"quickstart", "doctor", "bench", "crop_sheet", "plan"},
     {"data_tools"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,1 @@
+"""What a run will need before it is queued: memory, time and communication, without a GPU."""

@@ -1,0 +1,189 @@
+"""The plan of a configuration on given GPUs: everything in numbers, ready for JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from dinoscale.config import (
+    RunConfig,
+    RunPlan,
+    micro_batch_sizes,
+    resolve,
+    split_batch,
+    without_auto,
+)
+from dinoscale.data.mixture import source_sizes
+from dinoscale.engine.ds_config import student_config
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.feed import open_images
+from dinoscale.plan import choice
+from dinoscale.plan.choice import Machine, Option
+from dinoscale.plan.dims import Dims, dims_of, flops_of
+from dinoscale.plan.hardware import MACHINE, NETWORK, find_gpu, parse_bytes
+from dinoscale.plan.memory import PARTS
+from dinoscale.plan.setup import Setup, setup_of
+
+IMAGENET = 1_281_167  # training images of ImageNet-1k
+
+
+def make_plan(
+    config: RunConfig,
+    *,
+    gpus: int,
+    gpu: str,
+    gpu_memory: str | None,
+    utilization: float,
+    network: float | None,
+) -> dict[str, Any]:
+    """Work out what a run would need; builds shapes only.
+
+    Args:
+        config: of the run.
+        gpus: ranks.
+        gpu: name of the GPU.
+        gpu_memory: of one GPU, such as "80GB"; None for what the named one has.
+        utilization: share of a GPU's published FLOP/s that the model's own FLOPs get.
+        network: GB/s that one GPU sends to the others; None for what is usual.
+
+    Returns:
+        JSON-able: parameters, FLOPs, one entry for each stage and level, what is configured, what
+        is recommended, and in words what was assumed.
+
+    Raises:
+        ConfigError: a number is out of range, the batch cannot be shared by the ranks, or the
+            backbone is not a ViT.
+    """
+    _check(gpus=gpus, utilization=utilization, network=network)
+    found = find_gpu(gpu)
+    memory = parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory else found.memory_bytes
+    within = gpus <= MACHINE
+    bandwidth = network * 1e9 if network else (found.link_bandwidth if within else NETWORK)
+    dims = dims_of(config)
+    sizes = micro_batch_sizes(config.train, world_size=gpus)
+    run, assumed = _in_steps(config, gpus=gpus)
+    setup = setup_of(config, run, fused=True)
+    machine = Machine(
+        flops=found.bf16_flops if setup.bf16 else found.fp32_flops,
+        utilization=utilization,
+        memory_bytes=memory,
+        bandwidth=bandwidth,
+        overlap=bool(student_config(config, run)["zero_optimization"]["overlap_comm"]),
+    )
+    options = choice.options(dims, setup, machine, sizes)
+    chosen = choice.best(dims, options, stage=config.engine.zero_stage)
+    return {
+        "backbone": config.model.backbone,
+        "precision": config.engine.precision,
+        "gpus": gpus,
+        "gpu": gpu.lower(),
+        "gpu_memory_bytes": memory,
+        "gpu_flops": machine.flops,
+        "utilization": utilization,
+        "send_bytes_per_s": bandwidth,
+        "images_per_step": run.batch_size,
+        "steps_per_epoch": run.steps_per_epoch,
+        "steps": run.stop_step,
+        "parameters": {"backbone": dims.backbone, "head": dims.head, "total": dims.parameters},
+        "flops_per_image": _flops(dims),
+        "options": [_as_json(option, run) for option in options],
+        "configured": _configured(config, dims, setup, machine, run),
+        "recommended": None if chosen is None else _as_json(chosen, run),
+        "assumptions": [*assumed, *_assumptions(config, machine, network, within=within)],
+    }
+
+
+def _check(*, gpus: int, utilization: float, network: float | None) -> None:
+    if gpus < 1:
+        raise ConfigError(f"--gpus: need at least 1, got {gpus}")
+    if not 0 < utilization <= 1:
+        raise ConfigError(f"--utilization: need more than 0 and at most 1, got {utilization}")
+    if network is not None and not 0 < network < float("inf"):
+        raise ConfigError(f"--network: need GB/s above 0, got {network}")
+
+
+def _in_steps(config: RunConfig, *, gpus: int) -> tuple[RunPlan, list[str]]:
+    """The run in steps, and what had to be assumed for it."""
+    images, assumed = _num_images(config)
+    return resolve(without_auto(config), world_size=gpus, num_images=images), assumed
+
+
+def _num_images(config: RunConfig) -> tuple[int | Sequence[int], list[str]]:
+    why = "data.train is not set"
+    if config.data.sources:
+        try:
+            return source_sizes(open_images(config)), []
+        except DataError as error:
+            why = f"data.train cannot be opened here ({error})"
+    if config.data.images_per_epoch:
+        return config.data.images_per_epoch, []
+    return IMAGENET, [f"{IMAGENET:,} images, as in ImageNet-1k: {why}"]
+
+
+def _configured(
+    config: RunConfig, dims: Dims, setup: Setup, machine: Machine, run: RunPlan
+) -> dict[str, Any] | None:
+    """The configuration as it is; None where its micro-batch is found at the start (auto).
+
+    Raises:
+        ConfigError: the micro-batch does not divide a rank's share.
+    """
+    if config.train.micro_batch_size == "auto":
+        return None
+    split = split_batch(config.train, world_size=setup.world_size)
+    as_it_is = replace(
+        setup,
+        micro_batch_size=split.micro_batch_size,
+        accumulation_steps=split.accumulation_steps,
+    )
+    return _as_json(choice.option_of(dims, as_it_is, machine), run)
+
+
+def _flops(dims: Dims) -> dict[str, int]:
+    flops = flops_of(dims)
+    return {**asdict(flops), "total": flops.total}
+
+
+def _as_json(option: Option, run: RunPlan) -> dict[str, Any]:
+    setup = option.setup
+    return {
+        "zero_stage": setup.zero_stage,
+        "recompute": option.level,
+        "checkpoint_every_k_blocks": setup.checkpoint_every,
+        "micro_batch_size": setup.micro_batch_size,
+        "accumulation_steps": setup.accumulation_steps,
+        "fits": option.fits,
+        "needed_bytes": round(option.needed_bytes),
+        "peak_bytes": round(option.peak.total),
+        "peak_moment": option.peak.moment,
+        "bytes": {part: round(option.peak.terms[part]) for part in PARTS},
+        "images_per_s": round(option.images_per_s, 1),
+        "step_s": round(option.step_s, 4),
+        "hours": round(run.stop_step * option.step_s / 3600, 2),
+        "communication": {
+            "sent_bytes": round(sum(t.sent_bytes for t in option.transfers)),
+            "seconds": round(option.transfer_s, 4),
+            "waited_s": round(option.waited_s, 4),
+            "transfers": [asdict(transfer) for transfer in option.transfers],
+        },
+    }
+
+
+def _assumptions(
+    config: RunConfig, machine: Machine, network: float | None, *, within: bool
+) -> list[str]:
+    sentences = [
+        f"{machine.utilization:.0%} of the published {machine.flops / 1e12:.4g} TFLOP/s of a GPU"
+        " go into the model's own products; the data keep up",
+        f"{choice.CONTEXT_BYTES / 1e9:g} GB for CUDA and NCCL, and {choice.FRAGMENTS:.0%} more than"
+        " the tensors for gaps between them: neither has been compared with a GPU's allocator",
+        "blocks as they are; compiled ones (engine.compile) may keep less",
+        "the first steps, in which the prototypes are frozen, need less",
+    ]
+    if config.model.drop_path_mode == "subset":
+        sentences.append("branches that stochastic depth drops count as computed and kept")
+    if network is None:
+        where = "within a machine" if within else f"between machines of {MACHINE} GPUs"
+        sentences.append(
+            f"a GPU sends {machine.bandwidth / 1e9:g} GB/s {where}; --network says otherwise"
+        )
+    return sentences

@@ -1,0 +1,194 @@
+"""Memory that `dinoscale plan` predicts, against real steps on CPUs.
+
+    python -m tests.benchmarks.plan
+
+takes a few steps of each of `CASES` and prints the table of tests/README.md, then one line of JSON.
+Buckets are smaller than in a run, in proportion to the networks, so that no constant hides a term.
+"""
+
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from dinoscale.config import RunConfig, resolve
+from dinoscale.plan.dims import dims_of
+from dinoscale.plan.memory import Peak, peak
+from dinoscale.plan.setup import setup_of
+from tests.distributed.tiny_run import (
+    STEPS_PER_EPOCH,
+    micro_batches,
+    take_step,
+    tiny_config,
+    tiny_plan,
+)
+from tests.harness import run_distributed
+
+LOCAL_SIZE = 48  # pixels
+
+STEPS = 2  # before the one that is measured: moments exist, stage 3 knows the order of its layers
+
+
+class Case(NamedTuple):
+    """A run whose memory is measured; sizes as in the configuration."""
+
+    stage: int
+    ranks: int = 1
+    precision: str = "fp32"
+    micro_batch: int = 2
+    accumulation: int = 1
+    recompute: str = "none"
+    every: int = 1  # with recomputation: of the blocks
+    embed_dim: int = 192
+    depth: int = 4
+    global_size: int = 96
+    num_local: int = 0
+    num_prototypes: int = 8192
+    unit_prototypes: bool = True
+    bucket_elements: int = 6_000_000
+
+    def config(self) -> RunConfig:
+        """The configuration of the run."""
+        return tiny_config(
+            model={
+                "patch_size": 16,
+                "embed_dim": self.embed_dim,
+                "depth": self.depth,
+                "num_heads": self.embed_dim // 64,
+                "drop_path_rate": 0.0,
+            },
+            head={
+                "num_prototypes": self.num_prototypes,
+                "hidden_dim": 512,
+                "bottleneck_dim": 256,
+                "norm_last_layer": self.unit_prototypes,
+            },
+            crops={
+                "global_size": self.global_size,
+                "local_size": LOCAL_SIZE,
+                "num_local": self.num_local,
+            },
+            optim={"lr": 0.01, "warmup_epochs": 0},
+            train={
+                "batch_size": self.micro_batch * self.accumulation * self.ranks,
+                "micro_batch_size": self.micro_batch,
+            },
+            engine={
+                "zero_stage": self.stage,
+                "precision": self.precision,
+                "checkpoint_every_k_blocks": 0 if self.recompute == "none" else self.every,
+                "recompute": "block" if self.recompute == "none" else self.recompute,
+            },
+            eval={"crop": 32, "resize": 32},
+        )
+
+
+WIDE = {"embed_dim": 384, "depth": 6, "num_prototypes": 4096, "bucket_elements": 2_000_000}
+NARROW = {"num_prototypes": 1024, "bucket_elements": 600_000}
+QUICK = [  # what the tests run
+    Case(0),
+    Case(1, ranks=2, accumulation=2),
+    Case(2, micro_batch=4, global_size=224),
+    Case(2, micro_batch=8, num_local=8, recompute="pointwise", **NARROW),
+    Case(2, ranks=2, precision="bf16", accumulation=2, num_local=8, **WIDE),
+    Case(2, ranks=2, micro_batch=1, accumulation=2),
+    Case(3, ranks=2, **WIDE),
+]
+CASES = [
+    *QUICK,
+    Case(0, precision="bf16"),
+    Case(0, precision="bf16", ranks=2),
+    Case(3, ranks=2, precision="bf16", micro_batch=4, recompute="block", **WIDE),
+    Case(1, precision="bf16", micro_batch=8, num_prototypes=65536, bucket_elements=20_000_000),
+    Case(2, micro_batch=16, depth=12, num_local=8, unit_prototypes=False),
+    Case(2, micro_batch=4, global_size=224, num_local=8, recompute="pointwise"),
+    Case(2, micro_batch=8, global_size=224, recompute="all_but_attention"),
+    Case(2, micro_batch=8, global_size=224, depth=8, recompute="block", every=2),
+    Case(3),
+]
+
+
+def measure(cases: list[Any]) -> list[float]:
+    """On a rank: bytes of tensors at the peak of a step of each case, the batch's included."""
+    return [_peak(Case(*case)) for case in cases]
+
+
+def _peak(case: Case) -> float:
+    from dinoscale.engine import ds_config
+    from dinoscale.engine.build import build_pair, schedules_of
+    from dinoscale.engine.step import MicroBatch, train_step
+    from dinoscale.peak_memory import live_bytes, with_peak_bytes
+
+    ds_config.BUCKET_ELEMENTS = case.bucket_elements
+    before = live_bytes()  # of the cases before this one: engines stay until the process ends
+    config = case.config()
+    plan = tiny_plan(config)
+    student, teacher = build_pair(config, plan)
+    for step in range(STEPS):
+        take_step(student, teacher, config, plan, step)
+    gc.collect()
+    batches = [
+        MicroBatch(batch.global_crops.clone(), batch.local_crops.clone(), None)
+        for batch in micro_batches(config, plan, STEPS)  # views of all ranks' images
+    ]
+    now, temp = schedules_of(config, plan).at(STEPS), config.dino.student_temp
+    # The less of two: threads that gloo sends with let go of their copies when they get to it.
+    peaks = [
+        with_peak_bytes(lambda: train_step(batches, student, teacher, now, student_temp=temp))[1]
+        for _ in range(case.ranks)
+    ]
+    return min(peaks) - before
+
+
+def predict(case: Case) -> Peak:
+    """What `plan` says of the same step."""
+    config = case.config()
+    images = config.train.batch_size * STEPS_PER_EPOCH
+    run = resolve(config, world_size=case.ranks, num_images=images)
+    setup = setup_of(config, run, fused=False)
+    return peak(dims_of(config), replace(setup, bucket_elements=case.bucket_elements))
+
+
+def measured(cases: Sequence[Case]) -> dict[Case, float]:
+    """Bytes on the first rank, by case; one launch for each number of ranks."""
+    found = {}
+    for ranks in sorted({case.ranks for case in cases}):
+        some = [case for case in cases if case.ranks == ranks]
+        per_rank = run_distributed(
+            "tests.benchmarks.plan:measure",
+            world_size=ranks,
+            timeout_s=280,
+            cases=[tuple(case) for case in some],
+        )
+        found |= dict(zip(some, per_rank[0], strict=True))
+    return found
+
+
+def main() -> None:
+    """Print a row of the table for each case, then JSON."""
+    bytes_of, rows = measured(CASES), []
+    print(
+        "| stage | ranks | type | images x passes | recomputed | network, crops"
+        " | predicted MB | measured MB | error | fullest moment |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for case in CASES:
+        predicted = predict(case)
+        error = predicted.total / bytes_of[case] - 1
+        rows.append({**case._asdict(), "error": round(error, 4)})
+        level = case.recompute + (f", every {case.every}" if case.every > 1 else "")
+        print(
+            f"| {case.stage} | {case.ranks} | {case.precision}"
+            f" | {case.micro_batch} x {case.accumulation} | {level}"
+            f" | {case.depth} x {case.embed_dim}, K {case.num_prototypes},"
+            f" 2 x {case.global_size} + {case.num_local} x {LOCAL_SIZE}"
+            f" | {predicted.total / 1e6:.0f} | {bytes_of[case] / 1e6:.0f}"
+            f" | {error:+.1%} | {predicted.moment} |"
+        )
+    worst = max(abs(row["error"]) for row in rows)
+    print(json.dumps({"worst_error": worst, "cases": rows}))
+
+
+if __name__ == "__main__":
+    main()

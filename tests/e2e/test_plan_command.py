@@ -1,0 +1,105 @@
+"""`dinoscale plan` as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinoscale import cli
+from dinoscale.config import load_config
+from dinoscale.errors import ConfigError
+from dinoscale.plan.report import IMAGENET
+
+
+def _plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    cli.run(["plan", *arguments, "--json"])
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_json_has_every_stage_and_level_and_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _plan(capsys, "vit_l16", "--gpus", "8", "--gpu-memory", "80GB")
+    ways = {(option["zero_stage"], option["recompute"]) for option in plan["options"]}
+    levels = ("none", "pointwise", "all_but_attention", "block")
+    assert ways == {(stage, level) for stage in range(4) for level in levels}
+    best = plan["recommended"]
+    assert (best["zero_stage"], best["recompute"], best["fits"]) == (2, "none", True)
+    share = load_config("vit_l16", []).train.batch_size // 8
+    assert best["micro_batch_size"] * best["accumulation_steps"] == share
+    assert best["peak_bytes"] == pytest.approx(sum(best["bytes"].values()), abs=10)
+    assert plan["configured"]["micro_batch_size"] == 16
+    assert plan["steps"] == 250 * (IMAGENET // 1024)
+    assert any("ImageNet" in sentence for sentence in plan["assumptions"])
+
+
+def test_text_ends_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(["plan", "vit_s16", "--gpus", "8", "--gpu", "a100"])
+    out = capsys.readouterr().out
+    assert "largest micro-batch that fits" in out
+    last = out.splitlines()[-1]
+    assert last.startswith("recommended: stage 2, nothing recomputed")
+    assert "engine.zero_stage=2" in last
+    assert "train.micro_batch_size=128" in last
+
+
+def test_where_nothing_fits_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(["plan", "vit_l16", "--gpus", "1", "--gpu-memory", "4GB"])
+    assert "nothing fits: even stage" in capsys.readouterr().out
+
+
+def test_auto_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _plan(capsys, "vit_s16", "train.micro_batch_size=auto", "--gpus", "8")
+    assert plan["configured"] is None
+    assert plan["recommended"]["micro_batch_size"] == 128
+
+
+def test_images_are_counted_where_they_are(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    small = ("train.batch_size=8", "--gpus", "2")
+    plan = _plan(capsys, "vit_s16", "data.train=synthetic:shapes?images=80&size=32", *small)
+    assert plan["steps_per_epoch"] == 10
+    plan = _plan(
+        capsys, "vit_s16", f"data.train={tmp_path}/none", "data.images_per_epoch=160", *small
+    )
+    assert plan["steps_per_epoch"] == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["vit_s16", "--gpus", "0"], "--gpus: need at least 1, got 0"),
+        (["vit_s16", "--gpus", "8", "--gpu-memory", "80XB"], "--gpu-memory: need a size"),
+        (["vit_s16", "--gpus", "8", "--gpu", "voodoo"], "known are"),
+        (["vit_s16", "--gpus", "7"], "cannot be shared equally by 7 ranks"),
+        (["vit_s16", "train.micro_batch_size=60", "--gpus", "8"], "does not divide"),
+        (["vit_s16", "--gpus", "8", "--utilization", "40"], "--utilization"),
+        (["vit_s16", "--gpus", "8", "--network", "-1"], "--network"),
+        (
+            ["vit_s16", "model.backbone=resnet50", "model.drop_path_rate=0.0", "--gpus", "8"],
+            "plan knows ViTs only",
+        ),
+    ],
+)
+def test_mistakes_are_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        cli.run(["plan", *arguments])
+    assert caught.value.exit_code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_mistake_ends_the_command_with_a_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dinoscale", "plan", "vit_s16", "--gpus", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip() == "error: --gpus: need at least 1, got 0"

@@ -1,0 +1,112 @@
+"""Communication, time, and which way is taken."""
+
+from dataclasses import replace
+
+import pytest
+
+from dinoscale.errors import ConfigError
+from dinoscale.plan.choice import Machine, Option, best, option_of, options, recomputed_flops
+from dinoscale.plan.communication import transfers, waited_s
+from dinoscale.plan.dims import Dims, flops_of
+from dinoscale.plan.hardware import GPUS, find_gpu, parse_bytes
+from dinoscale.plan.setup import Setup
+from tests.unit.plan.tiny import DIMS, SETUP
+
+WEIGHTS = 1844 + 700
+PART = 3 / 4 * WEIGHTS  # of 4 ranks
+MACHINE = Machine(flops=1e12, utilization=0.5, memory_bytes=80e9, bandwidth=1e9, overlap=False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "passes", "sent"),
+    [
+        (0, 2, {"all-reduce": 8 * PART, "all-gather": 2 * PART}),
+        (1, 2, {"all-reduce": 8 * PART, "all-gather": 4 * PART}),
+        (2, 2, {"all-reduce": 2 * 8 * PART, "all-gather": 4 * PART}),
+        (3, 2, {"reduce-scatter": 2 * 4 * PART, "all-gather": 2 * 3 * 2 * PART}),
+    ],
+)
+def test_bytes_sent_by_hand(stage: int, passes: int, sent: dict[str, float]) -> None:
+    setup = replace(SETUP, zero_stage=stage, accumulation_steps=passes)
+    found: dict[str, float] = {}
+    for transfer in transfers(DIMS, setup, overlap=False):
+        found[transfer.collective] = found.get(transfer.collective, 0) + transfer.sent_bytes
+    assert found == pytest.approx(sent)
+
+
+def test_one_rank_sends_nothing() -> None:
+    assert transfers(DIMS, replace(SETUP, world_size=1), overlap=False) == []
+
+
+def test_a_step_waits_for_what_compute_cannot_hide() -> None:
+    found = transfers(DIMS, SETUP, overlap=True)  # gradients 8 PART beside, weights 4 PART alone
+    slow = waited_s(found, bandwidth=PART, compute_s=1.0)
+    fast = waited_s(found, bandwidth=PART, compute_s=100.0)
+    assert (slow, fast) == (pytest.approx(4 + 7), pytest.approx(4))
+
+
+def test_seconds_of_a_step_follow_from_its_flops() -> None:
+    option = option_of(DIMS, replace(SETUP, world_size=1), MACHINE)
+    assert option.compute_s == pytest.approx(3 * flops_of(DIMS).total / 0.5e12)
+    assert option.images_per_s == pytest.approx(0.5e12 / flops_of(DIMS).total)
+
+
+def test_recomputed_blocks_are_a_forward_more() -> None:
+    flops = flops_of(DIMS)
+    every = replace(SETUP, checkpoint_every=1)
+    forward = flops.student_global + flops.student_local
+    assert recomputed_flops(DIMS, every, flops) == forward
+    assert recomputed_flops(DIMS, replace(every, checkpoint_every=2), flops) == forward / 2
+    but_attention = recomputed_flops(DIMS, replace(every, recompute="all_but_attention"), flops)
+    assert 0 < but_attention < forward
+    assert recomputed_flops(DIMS, replace(every, recompute="pointwise"), flops) == 0
+
+
+def test_with_room_the_choice_is_the_configured_stage_without_recomputation() -> None:
+    found = options(DIMS, SETUP, MACHINE, [1, 2, 4, 8])
+    assert len(found) == 16
+    for configured, taken in ((0, 0), (1, 1), (2, 2), (3, 2)):
+        chosen = best(DIMS, found, stage=configured)
+        assert chosen is not None
+        assert (chosen.setup.zero_stage, chosen.level) == (taken, "none")
+        assert (chosen.setup.micro_batch_size, chosen.setup.accumulation_steps) == (8, 1)
+
+
+def test_what_does_not_fit_is_not_chosen() -> None:
+    found = options(DIMS, SETUP, replace(MACHINE, memory_bytes=1e9), [1, 2])
+    assert not any(option.fits for option in found)
+    assert best(DIMS, found, stage=2) is None
+
+
+def test_a_tight_gpu_recomputes_only_as_much_as_it_must() -> None:
+    dims = replace(DIMS, global_size=4 * 64)  # 4,097 tokens a crop
+    setup = replace(SETUP, world_size=1)
+    needed = {o.level: o.needed_bytes for o in _at_stage_2(dims, setup, 80e9)}
+    tight = (needed["none"] + needed["pointwise"]) / 2
+    chosen = best(dims, _at_stage_2(dims, setup, tight), stage=2)
+    assert chosen is not None
+    assert (chosen.level, chosen.setup.micro_batch_size) == ("pointwise", 8)
+
+
+def _at_stage_2(dims: Dims, setup: Setup, memory_bytes: float) -> list[Option]:
+    found = options(dims, setup, replace(MACHINE, memory_bytes=memory_bytes), [8])
+    return [option for option in found if option.setup.zero_stage == 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80e9), ("24GiB", 24 * 2**30), ("0.5 tb", 5e11), ("1000", 1000)]
+)
+def test_sizes_of_memory(text: str, size: float) -> None:
+    assert parse_bytes(text, option="--gpu-memory") == size
+
+
+@pytest.mark.parametrize("text", ["80XB", "", "GB", "-1GB", "0GB", "1e3GB", "nan"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--gpu-memory: need a size such as 80GB"):
+        parse_bytes(text, option="--gpu-memory")
+
+
+def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
+    assert find_gpu("H100") is GPUS["h100"]
+    with pytest.raises(ConfigError, match=r"'h1000' is not known; known are .*a100.*h200"):
+        find_gpu("h1000")

@@ -1,0 +1,116 @@
+"""Bytes of a step: some by hand, and what must hold for all sizes."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dinoscale.config import count_parameters, parse_config
+from dinoscale.plan.activations import kept_by_block
+from dinoscale.plan.dims import dims_of
+from dinoscale.plan.memory import held, peak
+from dinoscale.plan.setup import Setup
+from tests.unit.plan.tiny import DIMS, SETUP
+
+WEIGHTS = 1844 + 700
+PIXELS = 3 * (2 * 16**2 + 2 * 8**2)  # numbers in the crops of an image
+
+SETUPS = st.builds(
+    Setup,
+    zero_stage=st.integers(0, 3),
+    world_size=st.integers(1, 64),
+    micro_batch_size=st.integers(1, 64),
+    accumulation_steps=st.integers(1, 4),
+    bf16=st.booleans(),
+    communication_bytes=st.sampled_from([2, 4]),
+    checkpoint_every=st.integers(0, 2),
+    recompute=st.sampled_from(["pointwise", "all_but_attention", "block"]),
+    moments=st.just(2),
+    offload_optimizer=st.just(False),
+    bucket_elements=st.integers(500, 5000),
+    fused=st.booleans(),
+)
+
+
+def test_dims_count_what_the_configuration_counts() -> None:
+    config = parse_config({})
+    dims, counts = dims_of(config), count_parameters(config)
+    assert dims.backbone == counts.backbone
+    assert sum(scalars for scalars, _ in dims.groups) == dims.parameters
+    assert (dims.block, dims.block_matrices) == (12 * 384**2 + 13 * 384, 12 * 384**2)
+    assert dims.tokens == 2 * 197 + 8 * 37
+    assert dims.mlp_kept == 2 * 4 * 384
+
+
+def test_what_is_held_at_stage_2_by_hand() -> None:
+    assert held(DIMS, SETUP) == {
+        "parameters": 2 * WEIGHTS,
+        "gradients": 0,
+        "optimizer": 12 * WEIGHTS / 4,
+        "teacher": 4 * WEIGHTS / 4 + 2 * WEIGHTS + 16 * 100,
+        "activations": 4 * 3 * PIXELS,
+        "buffers": 0,
+    }
+
+
+def test_what_is_held_at_stage_0_in_float32_by_hand() -> None:
+    terms = held(DIMS, replace(SETUP, zero_stage=0, bf16=False))
+    assert terms["parameters"] == 4 * WEIGHTS
+    assert terms["optimizer"] == 8 * WEIGHTS  # no second copy of the weights
+
+
+def test_what_is_held_at_stage_3_by_hand() -> None:
+    terms = held(DIMS, replace(SETUP, zero_stage=3))
+    assert terms["parameters"] == 2 * WEIGHTS / 4
+    assert terms["gradients"] == 4 * WEIGHTS / 4
+    assert terms["teacher"] == 6 * WEIGHTS / 4 + 16 * 100
+    assert terms["buffers"] == 4 * 1000
+
+
+@pytest.mark.parametrize(
+    ("level", "units", "statistics"),
+    [(None, 17, 6 * 4), ("pointwise", 10, 2 * 4), ("all_but_attention", 2, 2 * 4), ("block", 1, 0)],
+)
+def test_what_a_block_keeps_in_units_of_its_width(
+    level: str | None, units: int, statistics: int
+) -> None:
+    setup = SETUP if level is None else replace(SETUP, checkpoint_every=1, recompute=level)
+    assert kept_by_block(DIMS, setup, index=1) == 2 * units * 8 + statistics
+
+
+def test_blocks_between_the_recomputed_ones_keep_all() -> None:
+    setup = replace(SETUP, checkpoint_every=2)
+    assert kept_by_block(DIMS, setup, index=0) < kept_by_block(DIMS, setup, index=1)
+
+
+def test_offloaded_states_take_nothing_on_the_device() -> None:
+    terms = held(DIMS, replace(SETUP, offload_optimizer=True))
+    assert terms["optimizer"] == 0
+    assert terms["teacher"] == 2 * WEIGHTS + 16 * 100
+
+
+@given(setup=SETUPS, more=st.integers(1, 64))
+def test_more_ranks_never_take_more_of_one_at_stage_3(setup: Setup, more: int) -> None:
+    few = replace(setup, zero_stage=3, world_size=max(2, setup.world_size))  # one gathers nothing
+    many = replace(few, world_size=few.world_size + more)
+    assert peak(DIMS, many).total <= peak(DIMS, few).total
+
+
+@given(setup=SETUPS, more=st.integers(1, 64))
+def test_a_larger_micro_batch_takes_more(setup: Setup, more: int) -> None:
+    larger = replace(setup, micro_batch_size=setup.micro_batch_size + more)
+    assert peak(DIMS, larger).total > peak(DIMS, setup).total
+
+
+@given(setup=SETUPS)
+def test_recomputation_never_takes_more_of_what_a_block_keeps(setup: Setup) -> None:
+    levels = ("block", "all_but_attention", "pointwise")
+    every = [replace(setup, checkpoint_every=1, recompute=level) for level in levels]
+    kept = [kept_by_block(DIMS, s, index=0) for s in (*every, replace(setup, checkpoint_every=0))]
+    assert kept == sorted(kept)
+
+
+@given(setup=SETUPS)
+def test_the_peak_is_at_least_what_is_held(setup: Setup) -> None:
+    assert peak(DIMS, setup).total >= sum(held(DIMS, setup).values())
