@@ -101,6 +101,7 @@ class OurStep:
         result = train_step(
             micro_batches, self._student, self._teacher, self.now, student_temp=self._temp
         )
+        self._teacher.wait()  # a profiler that begins or ends amid a collective crashes
         if result.skipped is not None:
             raise RunFailedError(f"a step was not taken: {result.skipped}")
         return self._timeline.take()

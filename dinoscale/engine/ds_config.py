@@ -9,7 +9,10 @@ from typing import Any
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 
-BUCKET_ELEMENTS = 50_000_000  # 200 MB in float32; DeepSpeed's 5e8 would outweigh a ViT-L
+# What is summed over ranks at once: 64 MB in float32, and the released prototypes are as many.
+# DeepSpeed's 5e8 would outweigh a ViT-L.
+BUCKET_ELEMENTS = 2**24
+LIVE_ELEMENTS = 50_000_000  # gathered at stage 3, half of it ahead: two blocks of a ViT-L
 
 
 def student_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
@@ -20,7 +23,9 @@ def student_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     derived["train_batch_size"] = plan.batch_size
     derived["gradient_clipping"] = 0.0  # gradients.py clips, at every stage
     derived["communication_data_type"] = engine.communication_dtype
-    if engine.precision == "bf16" and engine.zero_stage >= 2:
+    # A gradient that is neither accumulated nor summed over ranks is no better in float32.
+    summed = plan.accumulation_steps > 1 or plan.world_size > 1
+    if engine.precision == "bf16" and engine.zero_stage >= 2 and summed:
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     derived["zero_optimization"] |= {
         "stage": engine.zero_stage,
@@ -66,9 +71,9 @@ def _shared(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
             "sub_group_size": 10**12,  # one sub-group an optimizer group, as at stages 1 and 2
             # 0: a gathered copy that outlives the step would hide updates written to the shards.
             "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": BUCKET_ELEMENTS,
-            "stage3_max_reuse_distance": BUCKET_ELEMENTS,
-            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS // 2,
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": LIVE_ELEMENTS,
+            "stage3_prefetch_bucket_size": LIVE_ELEMENTS // 2,
             "stage3_gather_16bit_weights_on_model_save": False,
         },
     }

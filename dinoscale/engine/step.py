@@ -131,16 +131,7 @@ def train_step(
     student.set_hyperparameters(now)
     parts = []
     for index, batch in enumerate(micro_batches, start=1):
-        targets = teacher.targets(batch.global_crops, temp=now.teacher_temp)  # (2, B, K)
-        crops = [batch.global_crops.flatten(0, 1)]
-        if batch.local_crops.shape[0]:
-            crops.append(batch.local_crops.flatten(0, 1))
-        objective = partial(
-            dino_loss_of_prototypes, teacher_probs=targets, student_temp=student_temp
-        )
-        loss = student(crops, batch.keep, objective)  # all crops in one engine call
-        student.backward(loss)
-        parts.append(torch.stack((loss.detach(), entropy(targets))))
+        parts.append(_learn(batch, student, teacher, now, student_temp=student_temp))
         if index < len(micro_batches):
             student.accumulate()
     of_rank = torch.stack(parts)  # (M, 2)
@@ -151,3 +142,20 @@ def train_step(
     mean_target = teacher.mean_target
     verdict = torch.stack((skipped.float(), entropy(mean_target), mean_target.max()))
     return StepMetrics(sums, verdict, of_rank)
+
+
+def _learn(
+    batch: MicroBatch, student: Student, teacher: Teacher, now: StepValues, *, student_temp: float
+) -> Tensor:
+    """Accumulate the gradient of a micro-batch; its loss and teacher entropy, (2,) float32.
+
+    Targets and graph end with the call: neither the next micro-batch nor the update needs them.
+    """
+    targets = teacher.targets(batch.global_crops, temp=now.teacher_temp)  # (2, B, K)
+    crops = [batch.global_crops.flatten(0, 1)]
+    if batch.local_crops.shape[0]:
+        crops.append(batch.local_crops.flatten(0, 1))
+    objective = partial(dino_loss_of_prototypes, teacher_probs=targets, student_temp=student_temp)
+    loss = student(crops, batch.keep, objective)  # all crops in one engine call
+    student.backward(loss)
+    return torch.stack((loss.detach(), entropy(targets)))

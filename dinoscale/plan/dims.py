@@ -19,7 +19,6 @@ class Dims:
 
     Attributes:
         groups: scalars and tensors of each optimizer group.
-        largest: scalars of the largest tensor.
         backbone: scalars of the backbone.
         head: scalars of the head, prototypes included.
         block: scalars of one transformer block.
@@ -43,7 +42,6 @@ class Dims:
     """
 
     groups: tuple[tuple[int, int], ...]
-    largest: int
     backbone: int
     head: int
     block: int
@@ -130,7 +128,6 @@ def dims_of(config: RunConfig) -> Dims:
             (sum(p.numel() for p in group["params"]), len(group["params"]))
             for group in param_groups(network)
         ),
-        largest=max(p.numel() for p in network.parameters()),
         backbone=_scalars(backbone),
         head=_scalars(network.head),
         block=_scalars(block),

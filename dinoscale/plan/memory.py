@@ -55,6 +55,7 @@ def held(dims: Dims, setup: Setup) -> Terms:
     # At stage 0 in float32 the weights are their own master; everywhere else it is a copy.
     master = 0 if stage == 0 and not setup.bf16 else FP32
     states = (master + FP32 * setup.moments) * weights / (ranks if stage else 1)
+    summed = 2 if setup.bf16 and not setup.sums_in_fp32 else FP32
     average, forward = FP32 * weights / ranks, s * weights / (ranks if stage == 3 else 1)
     if setup.offload_optimizer:
         states = average = 0
@@ -62,7 +63,7 @@ def held(dims: Dims, setup: Setup) -> Terms:
     return {
         "parameters": forward,
         # Stage 3 keeps the buffers that gradients are summed in; the others make them anew.
-        "gradients": FP32 * weights / ranks if stage == 3 else 0,
+        "gradients": summed * weights / ranks if stage == 3 else 0,
         "optimizer": states,
         "teacher": average + forward + 4 * FP32 * dims.prototypes,  # center, sums, mean target
         "activations": FP32 * images * dims.pixels,  # crops of all micro-batches, in float32
@@ -99,7 +100,7 @@ def _targets(dims: Dims, setup: Setup) -> float:
 
 
 def _prototype_gradient(dims: Dims) -> float:
-    """The loss has it ready in float32; it lives until the next micro-batch has its own."""
+    """The loss has it ready in float32, until the end of the backward pass."""
     return FP32 * _prototype_scalars(dims)
 
 
@@ -119,15 +120,10 @@ def _carried(dims: Dims, setup: Setup) -> Terms:
     }
 
 
-def _loss_before(dims: Dims, setup: Setup) -> float:
-    """The prototypes' gradient in the graph of the loss before, until there is a new one."""
-    return _prototype_gradient(dims) if setup.accumulation_steps > 1 else 0
-
-
 def _own_gradients(dims: Dims, setup: Setup) -> float:
     """Summed gradients of a rank's part, at stages 1 and 2."""
     weights, ranks = dims.parameters, setup.world_size
-    if setup.zero_stage == 2 and setup.bf16:
+    if setup.sums_in_fp32:
         return FP32 * weights / ranks
     # Whole tensors that the part touches: each rank's touches the one tensor of prototypes.
     shared = _prototype_scalars(dims)
@@ -140,14 +136,14 @@ def _gathered(
     """Weights of other ranks at stage 3: those in use, those ahead, those that autograd keeps."""
     if setup.zero_stage < 3 or setup.world_size == 1:
         return 0
-    weights, bucket = dims.parameters, setup.bucket_elements
-    live = min(weights, bucket)  # stage3_max_live_parameters
+    weights, most = dims.parameters, setup.live_elements
+    live = min(weights, most)  # stage3_max_live_parameters
     if during != "teacher":
         plain = sum(not is_recomputed(setup, index=index) for index in range(dims.depth))
         pinned = plain * dims.block  # memory_efficient_linear is off
         again = during == "backward" and weights > live  # the backward gathers them all the same
         live = live + pinned if again else max(live, pinned)
-    return setup.weight_bytes * (live + min(weights, bucket // 2))  # stage3_prefetch_bucket_size
+    return setup.weight_bytes * (live + min(weights, most // 2))  # stage3_prefetch_bucket_size
 
 
 def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
@@ -157,11 +153,10 @@ def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
     # In a block: the residual, the norm, both sides of the activation.
     block = s * tokens * (2 * dims.embed_dim + dims.mlp_kept)
     prototypes = (2 if setup.bf16 else 1) * FP32 * _prototype_scalars(dims)
-    again = _targets(dims, setup) if setup.accumulation_steps > 1 else 0  # the ones before
     pixels = s * images * dims.global_pixels if setup.bf16 else 0
     return {
         "activations": pixels + max(block, prototypes),
-        "loss": _loss_before(dims, setup) + again + _targets(dims, setup),
+        "loss": _targets(dims, setup),
         "buffers": _gathered(dims, setup, during="teacher"),
     }
 
@@ -176,11 +171,7 @@ def _loss(dims: Dims, setup: Setup) -> Terms:
     cast = 2 * images * dims.pixels if setup.bf16 else 0  # crops as the network takes them
     return {
         "activations": activations(dims, setup, blocks=dims.depth) + cast,
-        "loss": _loss_before(dims, setup)
-        + _targets(dims, setup)
-        + _prototype_gradient(dims)
-        + copy
-        + max(chunk, through_norm),
+        "loss": _targets(dims, setup) + _prototype_gradient(dims) + copy + max(chunk, through_norm),
         "buffers": _gathered(dims, setup, during="forward"),
     }
 
@@ -243,9 +234,9 @@ def _reduction(dims: Dims, setup: Setup) -> float:
     s, c, ranks = setup.weight_bytes, setup.communication_bytes, setup.world_size
     fill = min(dims.parameters, setup.bucket_elements)
     if setup.zero_stage == 3:  # reordered by rank; gloo makes another copy of it
-        return c * fill * (1 if setup.fused else 2)
+        return c * fill * (1 if setup.on_gpu else 2)
     # Laid end to end again where the parts of several ranks, or of several tensors, are in it.
-    several = ranks > 1 or (setup.zero_stage == 2 and setup.bf16)
+    several = ranks > 1 or (setup.zero_stage == 2 and setup.sums_in_fp32)
     return fill * ((s if several else 0) + (c if c != s else 0))
 
 
@@ -273,38 +264,29 @@ def _last_reduction(dims: Dims, setup: Setup) -> Terms:
 
 
 def _optimizer_step(dims: Dims, setup: Setup) -> Terms:
-    """The summed gradients, those of one group in float32, and what AdamW needs beside them."""
-    weights, stage = dims.parameters, setup.zero_stage
-    loss = _targets(dims, setup) + _prototype_gradient(dims)
+    """The summed gradients, and those of one group in float32; the fused AdamW needs no more."""
+    stage = setup.zero_stage
     if setup.offload_optimizer:
-        return {"gradients": _own_gradients(dims, setup) if stage < 3 else 0, "loss": loss}
+        return {"gradients": _own_gradients(dims, setup) if stage < 3 else 0}
     if stage == 0:
-        gradients = weights * (2 + FP32 if setup.bf16 else FP32)
-        return {"gradients": gradients, "optimizer": _update(dims.largest, setup), "loss": loss}
-    of_groups = [_group_step(dims, setup, group=group) for group in range(len(dims.groups))]
-    fullest = max(of_groups, key=lambda terms: sum(terms.values()))
-    return {**fullest, "loss": loss}
+        return {"gradients": dims.parameters * (2 + FP32 if setup.bf16 else FP32)}
+    return {"gradients": max(_group_step(dims, setup, group=g) for g in range(len(dims.groups)))}
 
 
-def _group_step(dims: Dims, setup: Setup, *, group: int) -> Terms:
+def _group_step(dims: Dims, setup: Setup, *, group: int) -> float:
     """The step of one group of parameters, at stages 1 to 3; groups step one after the other."""
     parts = [scalars / setup.world_size for scalars, _ in dims.groups]
     copied = _copied(parts[group], setup, tensors=dims.groups[group][1])
     own: float = 0  # stage 3 keeps them anyway
-    if setup.zero_stage == 2 and setup.bf16:
+    if setup.zero_stage == 2 and setup.sums_in_fp32:
         own = FP32 * sum(parts[group:])  # a buffer for each group
     elif setup.zero_stage < 3 and not (copied and group == len(parts) - 1):
         own = _own_gradients(dims, setup)  # one buffer, which the last copy frees
-    return {"gradients": own + copied, "optimizer": _update(parts[group], setup)}
+    return own + copied
 
 
 def _copied(part: float, setup: Setup, *, tensors: int) -> float:
     """Gradients of a group's part laid end to end in float32, where they are not already so."""
-    stage, bf16 = setup.zero_stage, setup.bf16
-    in_place = bf16 if stage == 2 else tensors == 1 and not (bf16 and stage == 1)
+    as_they_are = setup.sums_in_fp32 or not setup.bf16
+    in_place = setup.sums_in_fp32 if setup.zero_stage == 2 else as_they_are and tensors == 1
     return 0 if in_place else FP32 * part
-
-
-def _update(part: float, setup: Setup) -> float:
-    """The plain AdamW makes the denominator in two tensors; the fused one makes none."""
-    return 0 if setup.fused else setup.moments * FP32 * part

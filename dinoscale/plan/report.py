@@ -61,7 +61,7 @@ def make_plan(
     dims = dims_of(config)
     sizes = micro_batch_sizes(config.train, world_size=gpus)
     run, assumed = _in_steps(config, gpus=gpus)
-    setup = setup_of(config, run, fused=True)
+    setup = setup_of(config, run, on_gpu=True)
     machine = Machine(
         flops=found.bf16_flops if setup.bf16 else found.fp32_flops,
         utilization=utilization,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dinoscale.config import RunConfig, RunPlan
-from dinoscale.engine.ds_config import BUCKET_ELEMENTS
+from dinoscale.engine.ds_config import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from dinoscale.engine.param_groups import MOMENTS
 from dinoscale.models.recompute import Recompute
 
@@ -25,8 +25,9 @@ class Setup:
         recompute: what of such a block.
         moments: tensors that the optimizer keeps for each weight.
         offload_optimizer: whether master, moments and average are in the memory of the machine.
-        bucket_elements: of DeepSpeed's buffers.
-        fused: the accelerator's optimizer and collectives, which need no memory of their own.
+        bucket_elements: of DeepSpeed's buffers for gradients.
+        live_elements: of the weights that stage 3 keeps gathered.
+        on_gpu: whether collectives need no copies of their own.
     """
 
     zero_stage: int
@@ -40,16 +41,23 @@ class Setup:
     moments: int
     offload_optimizer: bool
     bucket_elements: int
-    fused: bool
+    live_elements: int
+    on_gpu: bool
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of a weight in the forward."""
         return 2 if self.bf16 else FP32
 
+    @property
+    def sums_in_fp32(self) -> bool:
+        """Whether a rank keeps its part of bf16 gradients in float32, see ds_config.py."""
+        summed = self.accumulation_steps > 1 or self.world_size > 1
+        return self.bf16 and self.zero_stage >= 2 and summed
 
-def setup_of(config: RunConfig, run: RunPlan, *, fused: bool) -> Setup:
-    """How a run is spread and stored; `fused` on an accelerator."""
+
+def setup_of(config: RunConfig, run: RunPlan, *, on_gpu: bool) -> Setup:
+    """How a run is spread and stored."""
     engine = config.engine
     return Setup(
         zero_stage=engine.zero_stage,
@@ -63,5 +71,6 @@ def setup_of(config: RunConfig, run: RunPlan, *, fused: bool) -> Setup:
         moments=len(MOMENTS[config.optim.name]),
         offload_optimizer=engine.offload_optimizer,
         bucket_elements=BUCKET_ELEMENTS,
-        fused=fused,
+        live_elements=LIVE_ELEMENTS,
+        on_gpu=on_gpu,
     )

@@ -120,7 +120,7 @@ def _peak(case: Case) -> float:
     from dinoscale.engine.step import MicroBatch, train_step
     from dinoscale.peak_memory import live_bytes, with_peak_bytes
 
-    ds_config.BUCKET_ELEMENTS = case.bucket_elements
+    ds_config.BUCKET_ELEMENTS = ds_config.LIVE_ELEMENTS = case.bucket_elements
     before = live_bytes()  # of the cases before this one: engines stay until the process ends
     config = case.config()
     plan = tiny_plan(config)
@@ -133,11 +133,14 @@ def _peak(case: Case) -> float:
         for batch in micro_batches(config, plan, STEPS)  # views of all ranks' images
     ]
     now, temp = schedules_of(config, plan).at(STEPS), config.dino.student_temp
+
+    def step() -> None:
+        train_step(batches, student, teacher, now, student_temp=temp)
+        teacher.wait()  # a profiler that ends amid a collective crashes
+
+    teacher.wait()
+    peaks = [with_peak_bytes(step)[1] for _ in range(case.ranks)]
     # The less of two: threads that gloo sends with let go of their copies when they get to it.
-    peaks = [
-        with_peak_bytes(lambda: train_step(batches, student, teacher, now, student_temp=temp))[1]
-        for _ in range(case.ranks)
-    ]
     return min(peaks) - before
 
 
@@ -146,8 +149,11 @@ def predict(case: Case) -> Peak:
     config = case.config()
     images = config.train.batch_size * STEPS_PER_EPOCH
     run = resolve(config, world_size=case.ranks, num_images=images)
-    setup = setup_of(config, run, fused=False)
-    return peak(dims_of(config), replace(setup, bucket_elements=case.bucket_elements))
+    setup = setup_of(config, run, on_gpu=False)
+    return peak(
+        dims_of(config),
+        replace(setup, bucket_elements=case.bucket_elements, live_elements=case.bucket_elements),
+    )
 
 
 def measured(cases: Sequence[Case]) -> dict[Case, float]:

@@ -21,7 +21,7 @@ def count_gathers(checkpointed: int) -> dict[str, Any]:
     from dinoscale.engine.build import build_pair, schedules_of
     from dinoscale.engine.step import train_step
 
-    ds_config.BUCKET_ELEMENTS = 1  # keep nothing gathered, fetch nothing ahead
+    ds_config.LIVE_ELEMENTS = 1  # keep nothing gathered, fetch nothing ahead
     config = tiny_config(
         model={"depth": DEPTH},
         train={"batch_size": 4 * MICRO_BATCHES, "micro_batch_size": 2},

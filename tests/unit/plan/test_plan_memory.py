@@ -29,7 +29,8 @@ SETUPS = st.builds(
     moments=st.just(2),
     offload_optimizer=st.just(False),
     bucket_elements=st.integers(500, 5000),
-    fused=st.booleans(),
+    live_elements=st.just(50_000_000),
+    on_gpu=st.booleans(),
 )
 
 

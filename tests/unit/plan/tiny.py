@@ -6,7 +6,6 @@ from dinoscale.plan.setup import Setup
 # 12 D^2 + 13 D = 872 scalars a block; K x bottleneck = 400 of 700 in the head.
 DIMS = Dims(
     groups=((2000, 20), (144, 30), (400, 1)),
-    largest=400,
     backbone=1844,
     head=700,
     block=872,
@@ -41,5 +40,6 @@ SETUP = Setup(
     moments=2,
     offload_optimizer=False,
     bucket_elements=1000,
-    fused=True,
+    live_elements=1000,
+    on_gpu=True,
 )
