@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dinoscale.config import DataConfig, RunConfig
+from dinoscale.config import DataConfig, ModelConfig, RunConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.data.augment import NUM_GLOBAL, MultiCrop
 from dinoscale.data.colors import finish_crops
@@ -121,8 +121,8 @@ class Feed:
         ]
 
     def _keep(self, step: int, micro_batch: int) -> Tensor | None:
-        rate, plan = self._config.model.drop_path_rate, self._plan
-        if not rate:
+        model, plan = self._config.model, self._plan
+        if not model.drop_path_rate:
             return None
         slot = micro_batch * plan.world_size + self._process.rank
         uniforms = depth_uniforms(
@@ -133,7 +133,16 @@ class Feed:
             crops=2 + self._config.crops.num_local,
             depth=self._depth,
         )
-        keep = uniforms  # the student chooses among them
-        if self._config.model.drop_path_mode == "per_image":
-            keep = stochastic_depth_keep(uniforms, drop_path_rate=rate)
-        return to_device(keep, self._process.device)
+        return to_device(keep_of(uniforms, model), self._process.device)
+
+
+def keep_of(uniforms: Tensor, model: ModelConfig) -> Tensor:
+    """What the student takes for its stochastic depth, (depth, 2, S * B) float32.
+
+    Args:
+        uniforms: in [0, 1), one for each block, branch and crop, same shape.
+        model: says whether branches are multiplied, or the student chooses by the numbers.
+    """
+    if model.drop_path_mode == "subset":
+        return uniforms
+    return stochastic_depth_keep(uniforms, drop_path_rate=model.drop_path_rate)

@@ -41,6 +41,15 @@ class EngineConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _recompute_needs_blocks(self) -> "EngineConfig":
+        if self.recompute != "block" and self.checkpoint_every_k_blocks == 0:
+            raise ValueError(
+                f"recompute: {self.recompute!r} says what checkpointed blocks recompute, but there"
+                " are none; set engine.checkpoint_every_k_blocks=1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _offload_needs_a_shard(self) -> "EngineConfig":
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer: needs engine.zero_stage 1, 2 or 3, got 0")

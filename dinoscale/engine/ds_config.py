@@ -22,7 +22,9 @@ def student_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     derived["gradient_accumulation_steps"] = plan.accumulation_steps
     derived["train_batch_size"] = plan.batch_size
     derived["gradient_clipping"] = 0.0  # gradients.py clips, at every stage
-    derived["communication_data_type"] = engine.communication_dtype
+    # One rank sums nothing: DeepSpeed would copy its gradients into this type and back.
+    alone = plan.world_size == 1
+    derived["communication_data_type"] = engine.precision if alone else engine.communication_dtype
     # A gradient that is neither accumulated nor summed over ranks is no better in float32.
     summed = plan.accumulation_steps > 1 or plan.world_size > 1
     if engine.precision == "bf16" and engine.zero_stage >= 2 and summed:

@@ -26,10 +26,9 @@ from dinoscale.distributed import Process
 from dinoscale.engine.build import build_pair, schedules_of
 from dinoscale.engine.step import MicroBatch, train_step
 from dinoscale.errors import DinoscaleError
-from dinoscale.feed import finish_batch, multi_crop_of
+from dinoscale.feed import finish_batch, keep_of, multi_crop_of
 from dinoscale.hooks.metrics import peak_memory_bytes
 from dinoscale.memory import memory_at_hand
-from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 # Of the free memory. The rest is for what a few steps do not show: an allocator's fragments grow
 # over days, a k-NN run copies the backbone, data workers and other processes of a CPU vary.
@@ -168,10 +167,9 @@ def _batch(config: RunConfig, size: int) -> Batch:
 
 
 def _prepared(batch: Batch, config: RunConfig, device: torch.device, *, depth: int) -> MicroBatch:
-    keep, rate = None, config.model.drop_path_rate
-    if rate:
-        uniforms = torch.rand(depth, 2, batch.params.size)
-        keep = stochastic_depth_keep(uniforms, drop_path_rate=rate).to(device)
+    keep = None
+    if config.model.drop_path_rate:
+        keep = keep_of(torch.rand(depth, 2, batch.params.size), config.model).to(device)
     return MicroBatch(*finish_batch(batch, config.data, device), keep)
 
 

@@ -59,13 +59,14 @@ class Setup:
 def setup_of(config: RunConfig, run: RunPlan, *, on_gpu: bool) -> Setup:
     """How a run is spread and stored."""
     engine = config.engine
+    of_sums = engine.communication_dtype if run.world_size > 1 else engine.precision
     return Setup(
         zero_stage=engine.zero_stage,
         world_size=run.world_size,
         micro_batch_size=run.micro_batch_size,
         accumulation_steps=run.accumulation_steps,
         bf16=engine.precision == "bf16",
-        communication_bytes=2 if engine.communication_dtype == "bf16" else 4,
+        communication_bytes=2 if of_sums == "bf16" else FP32,
         checkpoint_every=engine.checkpoint_every_k_blocks,
         recompute=engine.recompute,
         moments=len(MOMENTS[config.optim.name]),
