@@ -1,10 +1,14 @@
-"""At stage 3 a micro-batch gathers each layer three times: teacher, student forward, backward."""
+"""What a step sends: at stage 3 each layer thrice a micro-batch, else what `plan` says."""
 
 from typing import Any
 
 import pytest
 import torch
 
+from dinoscale.config import RunConfig, resolve
+from dinoscale.plan.communication import transfers
+from dinoscale.plan.dims import dims_of
+from dinoscale.plan.setup import setup_of
 from tests.distributed.test_ema import Recorder
 from tests.distributed.tiny_run import micro_batches, tiny_config, tiny_plan
 from tests.harness import run_distributed
@@ -15,22 +19,26 @@ DEPTH, MICRO_BATCHES = 3, 2
 NUM_LAYERS = DEPTH + 7  # tokens and positions, patches, blocks, norm, 3 of the head, prototypes
 
 
-def count_gathers(checkpointed: int) -> dict[str, Any]:
-    """On every rank: the all-gathers of a step whose weights are released as soon as may be."""
+def _config(stage: int, checkpointed: int) -> RunConfig:
+    return tiny_config(
+        model={"depth": DEPTH},
+        train={"batch_size": 4 * MICRO_BATCHES, "micro_batch_size": 2},
+        engine={
+            "zero_stage": stage,
+            "precision": "bf16",
+            "checkpoint_every_k_blocks": checkpointed,
+        },
+    )
+
+
+def watch_step(stage: int, checkpointed: int) -> dict[str, Any]:
+    """On every rank: the collectives of a step whose weights are released as soon as may be."""
     from dinoscale.engine import ds_config
     from dinoscale.engine.build import build_pair, schedules_of
     from dinoscale.engine.step import train_step
 
     ds_config.LIVE_ELEMENTS = 1  # keep nothing gathered, fetch nothing ahead
-    config = tiny_config(
-        model={"depth": DEPTH},
-        train={"batch_size": 4 * MICRO_BATCHES, "micro_batch_size": 2},
-        engine={
-            "zero_stage": 3,
-            "precision": "bf16",
-            "checkpoint_every_k_blocks": checkpointed,
-        },
-    )
+    config = _config(stage, checkpointed)
     plan = tiny_plan(config)
     assert plan.accumulation_steps == MICRO_BATCHES
     student, teacher = build_pair(config, plan)
@@ -39,7 +47,7 @@ def count_gathers(checkpointed: int) -> dict[str, Any]:
         with Recorder() as recorder:
             train_step(micro_batches(config, plan, step), student, teacher, now, student_temp=0.1)
     return {
-        "gathers": [elements for name, elements in recorder.calls if "allgather" in name],
+        "calls": recorder.calls,
         "parameters": sum(torch.Size(shape).numel() for shape in student.shapes.values()),
     }
 
@@ -49,12 +57,14 @@ def test_layers_are_gathered_once_forward_once_backward_and_once_for_the_teacher
     checkpointed: int,
 ) -> None:
     for of_rank in run_distributed(
-        "tests.distributed.test_gathers:count_gathers",
+        "tests.distributed.test_gathers:watch_step",
         world_size=2,
         timeout_s=580,
+        stage=3,
         checkpointed=checkpointed,
     ):
-        gathers, size = of_rank["gathers"], len(of_rank["gathers"]) // MICRO_BATCHES
+        gathers = [elements for name, elements in of_rank["calls"] if "allgather" in name]
+        size = len(gathers) // MICRO_BATCHES
         assert gathers[:size] * MICRO_BATCHES == gathers
         layers = gathers[:NUM_LAYERS]  # the teacher's forward
         assert layers.count(max(layers)) == DEPTH  # a block is one
@@ -62,3 +72,27 @@ def test_layers_are_gathered_once_forward_once_backward_and_once_for_the_teacher
         assert gathers[NUM_LAYERS : 2 * NUM_LAYERS] == layers  # the student's
         prototypes = layers[-1]  # the last of the forward, still there as the backward begins
         assert sorted([*gathers[2 * NUM_LAYERS : size], prototypes]) == sorted(layers)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_plan_knows_what_is_sent(stage: int) -> None:
+    of_rank, _ = run_distributed(
+        "tests.distributed.test_gathers:watch_step",
+        world_size=2,
+        timeout_s=580,
+        stage=stage,
+        checkpointed=0,
+    )
+    config = _config(stage, 0)
+    run = resolve(config, world_size=2, num_images=4 * MICRO_BATCHES)
+    setup = setup_of(config, run, on_gpu=False)
+    planned = {"all-reduce": 0.0, "all-gather": 0.0}
+    for transfer in transfers(dims_of(config), setup, overlap=False):
+        reduced = transfer.collective == "all-reduce"
+        of_number = setup.communication_bytes if reduced else setup.weight_bytes
+        # A rank of two sends every number once to reduce them, half of them to gather them.
+        planned[transfer.collective] += transfer.sent_bytes / of_number * (1 if reduced else 2)
+    for collective, elements in planned.items():
+        name = collective.replace("-", "")
+        sent = sum(elements for call, elements in of_rank["calls"] if name in call)
+        assert sent == pytest.approx(elements, rel=0.02), collective  # norms, losses, center
