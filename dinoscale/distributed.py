@@ -21,6 +21,8 @@ from dinoscale.errors import DinoscaleError, LaunchError, LostPeerError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_under_way: list[Any] = []  # collectives that were begun and not yet waited for
+
 TIMEOUT_S = 1800.0  # slow nodes may take minutes to come up
 _STORE_TIMEOUT = timedelta(seconds=60)  # of a small message; a busy node may take its time
 LOOPBACK = "127.0.0.1"
@@ -154,9 +156,15 @@ def _require_free_port(port: int) -> None:
 
 
 def stop() -> None:
-    """Leave the process group; without it some backends abort the interpreter at exit."""
+    """Leave the process group in good order, once what was begun has ended.
+
+    Without it, or amid a collective, some backends abort the interpreter at exit.
+    """
     if dist.is_initialized():
+        for work in _under_way:
+            work.wait()
         dist.destroy_process_group()
+    _under_way.clear()
 
 
 def world_size() -> int:
@@ -189,9 +197,11 @@ def begin_all_gather_flat(whole: Tensor, part: Tensor) -> Callable[[], None]:
         return lambda: None
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in 2.13
     work = guarded(lambda: gather(whole, part, async_op=True))
+    _under_way.append(work)
 
     def finish() -> None:
         guarded(work.wait)
+        _under_way.remove(work)
 
     return finish
 
