@@ -18,7 +18,6 @@ from dinoscale.engine.build import build_pair, schedules_of
 from dinoscale.engine.step import MicroBatch, train_step
 from dinoscale.errors import RunFailedError
 from dinoscale.feed import Feed
-from dinoscale.flops import NUM_GLOBAL, StepFlops, step_flops
 from dinoscale.schedules import StepValues
 
 _NOISE_SIDE = 256  # pixels
@@ -47,26 +46,10 @@ class Noise:
         return Picture.of(pixels, self.path(index))
 
 
-@dataclass(frozen=True)
-class Work:
-    """How much a step computes.
-
-    Attributes:
-        flops: of one image.
-        tokens: of all crops of a micro-batch, rows of the student's matrices.
-        embed_dim: width of the backbone.
-    """
-
-    flops: StepFlops
-    tokens: int
-    embed_dim: int
-
-
 class OurStep:
     """Student, teacher and their input; every call takes one optimizer step.
 
     Attributes:
-        work: how much a step computes.
         now: the scheduled numbers of every step.
         crops: what the last step began with, on the device, one tensor (B, C, H, W) a view.
     """
@@ -77,7 +60,6 @@ class OurStep:
         self.now = _typical_values(config, plan)
         self._timeline = Timeline(process.device)
         student, teacher = build_pair(config, plan)
-        self.work = _work_of(config, plan, student.shapes)
         backbone = student.network.backbone
         self._student, self._teacher = watch_pair(student, teacher, self._timeline)
         self._feed = Feed(config, plan, process, source, depth=backbone.depth)
@@ -134,31 +116,3 @@ def _without_end(feed: Feed, *, drawn_once: bool) -> Iterator[list[Batch]]:
 
 def _views(batch: MicroBatch) -> list[Tensor]:
     return [*batch.global_crops.unbind(), *batch.local_crops.unbind()]
-
-
-def _work_of(config: RunConfig, plan: RunPlan, shapes: dict[str, tuple[int, ...]]) -> Work:
-    """What a ViT computes, by the shapes of its parameters."""
-    dim, channels, patch_size, _ = shapes["backbone.patch_embed.proj.weight"]
-    special = 1 + shapes.get("backbone.reg_token", (1, 0))[1]
-    blocks = [shape for name, shape in shapes.items() if name.startswith("backbone.blocks.")]
-    matrices = sum(shape[0] * shape[1] for shape in blocks if len(shape) == 2)
-    depth = sum(name.endswith(".attn.proj.weight") for name in shapes)
-    crops, head = config.crops, config.head
-    flops = step_flops(
-        global_size=crops.global_size,
-        local_size=crops.local_size,
-        num_local=crops.num_local,
-        patch_size=patch_size,
-        embed_dim=dim,
-        depth=depth,
-        in_chans=channels,
-        num_special=special,
-        block_weights=matrices // depth,
-        hidden_dim=head.hidden_dim,
-        bottleneck_dim=head.bottleneck_dim,
-        num_layers=head.num_layers,
-        num_prototypes=head.num_prototypes,
-    )
-    sides = [crops.global_size] * NUM_GLOBAL + [crops.local_size] * crops.num_local
-    tokens = sum((side // patch_size) ** 2 + special for side in sides)
-    return Work(flops, tokens=plan.micro_batch_size * tokens, embed_dim=dim)

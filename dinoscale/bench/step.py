@@ -28,6 +28,7 @@ from dinoscale.config.backbones import RESNET50
 from dinoscale.config.resolve import RunPlan, resolve
 from dinoscale.data.mixture import source_sizes
 from dinoscale.data.sources import Source
+from dinoscale.dims import dims_of, flops_of
 from dinoscale.distributed import Process
 from dinoscale.errors import ConfigError
 from dinoscale.feed import open_images
@@ -175,7 +176,7 @@ class _Bench:
         self.ours.append(self._measured(step, before))
         if self.process.world_size > 1:
             self.communication.append(_communication_s(step))
-        self.work, now, crops = step.work, step.now, step.crops
+        now, crops = step.now, step.crops
         step.close()
         del step
         if reference is not None:
@@ -226,9 +227,10 @@ class _Bench:
         """Medians and spreads over turns."""
         config, plan = self.config, self.plan
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        work = self.work
-        ceiling = matmul_ceiling(self.device, dtype, tokens=work.tokens, embed_dim=work.embed_dim)
-        of_rank = work.flops.total * plan.images_per_rank  # FLOPs of a step on one device
+        dims = dims_of(config)
+        flops, tokens = flops_of(dims), plan.micro_batch_size * dims.tokens
+        ceiling = matmul_ceiling(self.device, dtype, tokens=tokens, embed_dim=dims.embed_dim)
+        of_rank = flops.total * plan.images_per_rank  # FLOPs of a step on one device
         step_s = statistics.median(turn.step_s for turn in self.ours)
         split = {part: _median([turn.mean(part) for turn in self.ours]) for part in PARTS}
         return {
@@ -243,7 +245,7 @@ class _Bench:
             **_side(self.ours, images=plan.batch_size),
             "split_s": split,
             "communication_s": _median(self.communication) if self.communication else 0.0,
-            "flops_per_image": asdict(work.flops) | {"total": work.flops.total},
+            "flops_per_image": asdict(flops) | {"total": flops.total},
             "flops_per_s": _rounded(of_rank / step_s),
             "matmul_ceiling_flops_per_s": _rounded(ceiling),
             "utilisation": _rounded(of_rank / step_s / ceiling),

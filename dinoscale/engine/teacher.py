@@ -27,10 +27,8 @@ from dinoscale.engine.gradients import compute_device
 from dinoscale.engine.precision import tensor_cores
 from dinoscale.engine.shards import Layout, empty_shards
 from dinoscale.engine.student import Student, import_deepspeed
-from dinoscale.losses.centering import teacher_probs, updated_center
+from dinoscale.losses.centering import ROWS, teacher_probs, updated_center
 from dinoscale.models.network import DinoNetwork
-
-ROWS = 64  # of logits at a time, so that what they pass through on the way to targets is small
 
 
 class Teacher:

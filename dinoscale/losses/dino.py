@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK = 2**22  # elements of (S, images at a time, K): 16 MB, and rows enough for a fast product
+PROTOTYPES = 8192  # whose gradients go through the weight norm at a time
 EPS = 1e-12  # least norm of a prototype, as torch.nn.functional.normalize has it
 
 
@@ -163,7 +164,7 @@ def _through_weight_norm(
 
     d_g = <d_W, u> and d_v = g / ||v|| (d_W - <d_W, u> u), row by row (Salimans and Kingma, eq. 3).
     """
-    parts = zip(d_weight.split(8192), v.split(8192), strict=True)
+    parts = zip(d_weight.split(PROTOTYPES), v.split(PROTOTYPES), strict=True)
     d_g = torch.cat([(a * b).sum(1, keepdim=True) for a, b in parts]) / length  # (K, 1)
     return d_g, d_weight.addcmul_(v, d_g / length, value=-1).mul_(scale)
 

@@ -3,7 +3,7 @@
 Letters: s bytes of an element, T tokens of a micro-batch, D width.
 """
 
-from dinoscale.plan.dims import Dims
+from dinoscale.dims import Dims
 from dinoscale.plan.setup import FP32, Setup
 
 

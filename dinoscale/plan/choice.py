@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from dinoscale.dims import Dims, flops_of
 from dinoscale.flops import StepFlops
 from dinoscale.models.recompute import Recompute
 from dinoscale.plan.communication import Transfer, transfers, waited_s
-from dinoscale.plan.dims import Dims, flops_of
 from dinoscale.plan.memory import Peak, peak
 from dinoscale.plan.setup import Setup
 

@@ -7,7 +7,7 @@ rank, an all-reduce twice that.
 
 from dataclasses import dataclass
 
-from dinoscale.plan.dims import Dims
+from dinoscale.dims import Dims
 from dinoscale.plan.setup import Setup
 
 

@@ -11,12 +11,11 @@ is summed over ranks, T tokens of a micro-batch, D width, K prototypes.
 from dataclasses import dataclass
 from typing import Literal
 
-from dinoscale.losses.dino import CHUNK
+from dinoscale.dims import Dims
+from dinoscale.losses.dino import CHUNK, PROTOTYPES
 from dinoscale.plan.activations import activations, in_work, is_recomputed, kept_by_block
-from dinoscale.plan.dims import Dims
 from dinoscale.plan.setup import FP32, Setup
 
-ROWS = 8192  # prototypes whose gradient goes through the weight norm at a time, see losses/dino.py
 PARTS = ("parameters", "gradients", "optimizer", "teacher", "activations", "loss", "buffers")
 
 Terms = dict[str, float]  # bytes of each of `PARTS`; a part that is not there has none
@@ -166,7 +165,7 @@ def _loss(dims: Dims, setup: Setup) -> Terms:
     images, prototypes = setup.micro_batch_size, dims.prototypes
     at_once = min(images, max(1, CHUNK // (dims.num_crops * prototypes)))
     chunk = FP32 * at_once * prototypes * (2 * dims.num_crops + 3)  # z, q; sums over crops
-    through_norm = FP32 * min(prototypes, ROWS) * dims.bottleneck
+    through_norm = FP32 * min(prototypes, PROTOTYPES) * dims.bottleneck
     copy = FP32 * _prototype_scalars(dims) if setup.bf16 else 0
     cast = 2 * images * dims.pixels if setup.bf16 else 0  # crops as the network takes them
     return {

@@ -13,12 +13,12 @@ from dinoscale.config import (
     without_auto,
 )
 from dinoscale.data.mixture import source_sizes
+from dinoscale.dims import Dims, dims_of, flops_of
 from dinoscale.engine.ds_config import student_config
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.feed import open_images
 from dinoscale.plan import choice
 from dinoscale.plan.choice import Machine, Option
-from dinoscale.plan.dims import Dims, dims_of, flops_of
 from dinoscale.plan.hardware import MACHINE, NETWORK, find_gpu, parse_bytes
 from dinoscale.plan.memory import PARTS
 from dinoscale.plan.setup import Setup, setup_of

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from dinoscale.config import RunConfig, resolve
-from dinoscale.plan.dims import dims_of
+from dinoscale.dims import dims_of
 from dinoscale.plan.memory import Peak, peak
 from dinoscale.plan.setup import setup_of
 from tests.distributed.tiny_run import (

@@ -18,7 +18,7 @@ LEVELS: list[set[str]] = [
     {"config", "cores", "distributed", "flops", "memory", "peak_memory", "preemption", "versions"},
     {"data", "models", "losses", "schedules", "watchdog"},
     {"engine", "convert"},
-    {"evaluate"},
+    {"dims", "evaluate"},
     {"checkpoint", "hooks", "rundir"},
     {"feed", "resume"},
     {"loop", "micro_batch"},

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from dinoscale.dims import Dims, flops_of
 from dinoscale.errors import ConfigError
 from dinoscale.plan.choice import Machine, Option, best, option_of, options, recomputed_flops
 from dinoscale.plan.communication import transfers, waited_s
-from dinoscale.plan.dims import Dims, flops_of
 from dinoscale.plan.hardware import GPUS, find_gpu, parse_bytes
 from dinoscale.plan.setup import Setup
 from tests.unit.plan.tiny import DIMS, SETUP

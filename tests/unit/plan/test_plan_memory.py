@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoscale.config import count_parameters, parse_config
+from dinoscale.dims import dims_of
 from dinoscale.plan.activations import kept_by_block
-from dinoscale.plan.dims import dims_of
 from dinoscale.plan.memory import held, peak
 from dinoscale.plan.setup import Setup
 from tests.unit.plan.tiny import DIMS, SETUP

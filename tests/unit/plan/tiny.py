@@ -1,6 +1,6 @@
 """Sizes small enough to work out by hand."""
 
-from dinoscale.plan.dims import Dims
+from dinoscale.dims import Dims
 from dinoscale.plan.setup import Setup
 
 # 12 D^2 + 13 D = 872 scalars a block; K x bottleneck = 400 of 700 in the head.

@@ -114,10 +114,7 @@ def dims_of(config: RunConfig) -> Dims:
     network = shapes_only(config)
     backbone, head, crops = network.backbone, config.head, config.crops
     if not isinstance(backbone, VisionTransformer):
-        raise ConfigError(
-            f"model.backbone: plan knows ViTs only, not {config.model.backbone!r}; "
-            "`dinoscale bench step` measures any backbone"
-        )
+        raise ConfigError(f"model.backbone: plan knows ViTs only, not {config.model.backbone!r}")
     block = backbone.blocks[0]
     assert isinstance(block, Block)
     patch, channels = backbone.patch_size, config.data.channels
