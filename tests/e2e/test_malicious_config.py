@@ -15,9 +15,9 @@ import yaml
 from pydantic import BaseModel
 
 from dinoscale import cli
-from dinoscale.checkpoint.export import export_backbone
 from dinoscale.config import RunConfig, dump_config, load_config, parse_config
 from dinoscale.config.yaml_text import read_yaml, write_yaml
+from dinoscale.convert.run import export_backbone
 from dinoscale.errors import ConfigError, DinoscaleError
 from tests.e2e.hostile import ROOT, SYNTHETIC, dinoscale, refused, settings
 

@@ -1,0 +1,99 @@
+"""The command line: parse, call one function, print JSON on stdout and the rest on stderr."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.command import add_commands as add_data_commands
+from dinoscale.cli.arguments import add_config
+from dinoscale.cli.checkpoints import add_checkpoints
+from dinoscale.cli.evaluate import add_evaluate
+from dinoscale.cli.planning import add_planning
+
+_EPILOG = """examples:
+  dinoscale train vit_s16 data.train=/data/images run_dir=runs/first
+  deepspeed --module dinoscale train vit_s16 data.train='/data/train-{000..099}.tar'
+  torchrun --nproc-per-node 8 -m dinoscale train my_run.yaml engine.zero_stage=3
+  deepspeed --module dinoscale doctor vit_s16 data.train=/data/images run_dir=runs/first
+  dinoscale config vit_b16 train.batch_size=512 --world-size 8
+  dinoscale plan vit_l16 --gpus 8 --gpu h100 --gpu-memory 80GB
+  dinoscale export runs/first weights.safetensors
+  dinoscale data build-shards /data/images shards/
+  dinoscale evaluate knn weights.safetensors --train /data/train --test /data/val
+
+exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
+75 asked to stop by SIGTERM or SIGUSR1 and saved: the same command goes on."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="dinoscale",
+        description="Pre-train DINO Vision Transformers on your own images with DeepSpeed.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="pre-train, or go on with a run; same line under python, deepspeed, torchrun, srun",
+        description="Pre-train. Everything is written to run_dir: config.yaml (training from it"
+        " repeats the run), metrics.jsonl, bad_samples.jsonl, checkpoints/. A run directory with"
+        " checkpoints is continued from the newest.",
+    )
+    add_config(train)
+    train.set_defaults(run=_train)
+    add_planning(commands)
+    add_checkpoints(commands)
+    add_evaluate(commands)
+    add_data_commands(commands)
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="learn a drawn image set on two processes of this machine, in minutes",
+        description="Draw labelled images, pre-train a small ViT on them without the labels, and"
+        " compare its k-NN accuracy with the untrained network's and with raw pixels.",
+    )
+    quickstart.add_argument("--run-dir", default="runs/quickstart", metavar="DIR")
+    quickstart.set_defaults(run=_quickstart)
+    return top
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse and run one command.
+
+    Raises:
+        DinoscaleError: as the command does.
+        SystemExit: with 2, the arguments are wrong; with 0, after --help.
+    """
+    # The deepspeed launcher inserts --local_rank=N; the environment says the same.
+    own = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    options = parser().parse_args(own)
+    result = options.run(options)
+    if result is not None:
+        print(json.dumps(result), flush=True)
+
+
+def _train(options: argparse.Namespace) -> dict[str, Any] | None:
+    # Else a lost rank is reported by screens of C++ frames, around the one line that says which.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from dinoscale.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    from dinoscale import distributed
+    from dinoscale.trainer import train
+
+    process = distributed.read_process(os.environ)
+    # A minute more than the watchdog, which has more to say than a collective that gave up.
+    distributed.start(process, timeout_s=config.train.hang_timeout_s + 60)
+    summary = train(config, process)
+    distributed.stop()
+    return summary if process.rank == 0 else None
+
+
+def _quickstart(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.quickstart import quickstart
+
+    return quickstart(Path(options.run_dir))

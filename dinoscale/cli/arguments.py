@@ -1,0 +1,29 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    SubCommands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_CONFIG_HELP = "name of a preset (see `dinoscale presets`) or path of a YAML file"
+_OVERRIDE_HELP = "settings that win over the file, for example optim.lr=1e-3"
+DATA_HELP = "labelled images: a folder of class folders, tar shards, or synthetic:..."
+
+
+def add_config(command: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """CONFIG and settings that win over it."""
+    command.add_argument(
+        "config", nargs=None if required else "?", metavar="CONFIG", help=_CONFIG_HELP
+    )
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDE_HELP)
+
+
+def add_weights(command: argparse.ArgumentParser) -> None:
+    """WEIGHTS, and what no file tells of them."""
+    command.add_argument("weights", metavar="WEIGHTS", help=".safetensors of ours, or a DINO .pth")
+    command.add_argument(
+        "--num-heads", type=int, metavar="N", help="of a DINO .pth whose heads are not 64 wide"
+    )

@@ -1,0 +1,119 @@
+"""What one does with the checkpoints of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinoscale.cli.arguments import SubCommands
+
+
+def add_checkpoints(commands: SubCommands) -> None:
+    """`export` and `checkpoint`."""
+    export = commands.add_parser(
+        "export",
+        help="write a run's backbone as plain PyTorch weights (safetensors)",
+        description="Write the backbone under the reference's tensor names, from any ZeRO stage"
+        " and number of ranks, on one process without a GPU.",
+    )
+    _add_export(export)
+    _add_checkpoint(commands)
+
+
+def _add_checkpoint(commands: SubCommands) -> None:
+    """What one does with the checkpoints of a run."""
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help="list, verify, export, reshard or prune the checkpoints of a run",
+        description="Look at and tidy up RUN/checkpoints. A run goes on from its newest undamaged"
+        " checkpoint by itself, on any number of ranks and at any ZeRO stage.",
+    )
+    tasks = checkpoint.add_subparsers(dest="task", required=True, metavar="TASK")
+    run_help = "run directory or one of its step_*"
+
+    of_run = tasks.add_parser("list", help="steps, sizes, ranks and k-NN accuracies")
+    of_run.add_argument("run_dir", metavar="RUN", help="run directory")
+    of_run.set_defaults(run=_checkpoint_list)
+
+    verify = tasks.add_parser(
+        "verify", help="compare all files with their checksums; exit code 2 if one differs"
+    )
+    verify.add_argument("run_dir", metavar="RUN", help=run_help)
+    verify.set_defaults(run=_checkpoint_verify)
+
+    _add_export(tasks.add_parser("export", help="the same as `dinoscale export`"))
+
+    reshard = tasks.add_parser(
+        "reshard",
+        help="write a checkpoint anew with another number of files",
+        description="Write a checkpoint into another run directory with N shard files. Not needed"
+        " to go on with another number of ranks: every checkpoint loads on any.",
+    )
+    reshard.add_argument("run_dir", metavar="RUN", help=run_help)
+    reshard.add_argument("out", metavar="OUT_RUN", help="run directory to write")
+    reshard.add_argument("--shards", type=int, default=1, metavar="N", help="files (default 1)")
+    reshard.set_defaults(run=_checkpoint_reshard)
+
+    prune = tasks.add_parser(
+        "prune",
+        help="delete checkpoints, but never the newest undamaged one",
+        description="Delete what no rule keeps. Files are verified first; damaged checkpoints"
+        " count for no rule and are left alone.",
+    )
+    prune.add_argument("run_dir", metavar="RUN", help="run directory")
+    prune.add_argument("--keep-last", type=int, default=1, metavar="N", help="newest (default 1)")
+    prune.add_argument("--keep-every-steps", type=int, metavar="N", help="multiples of N steps")
+    prune.add_argument("--no-best", action="store_true", help="do not keep the best by k-NN")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    prune.set_defaults(run=_checkpoint_prune)
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", metavar="RUN", help="run directory or one of its step_*")
+    command.add_argument("out", metavar="OUT.safetensors", help="file to write")
+    command.add_argument("--network", choices=("teacher", "student"), default="teacher")
+    command.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.convert.run import export_backbone
+
+    return export_backbone(Path(options.checkpoint), Path(options.out), network=options.network)
+
+
+def _checkpoint_list(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.checkpoint.manage import as_table, list_checkpoints
+
+    result = list_checkpoints(Path(options.run_dir))
+    print(as_table(result["checkpoints"]), file=sys.stderr)
+    return result
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.checkpoint.manage import verify_checkpoints
+    from dinoscale.errors import CheckpointError
+
+    result = verify_checkpoints(Path(options.run_dir))
+    if result["damaged"]:
+        print(json.dumps(result), flush=True)
+        damages = [row["damage"] for row in result["checkpoints"] if row["damage"]]
+        raise CheckpointError("; ".join(damages))
+    return result
+
+
+def _checkpoint_reshard(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.checkpoint.manage import reshard
+
+    return reshard(Path(options.run_dir), Path(options.out), num_shards=options.shards)
+
+
+def _checkpoint_prune(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.checkpoint.manage import prune_checkpoints
+    from dinoscale.checkpoint.retention import Keep
+
+    keep = Keep(options.keep_last, options.keep_every_steps, best=not options.no_best)
+    return prune_checkpoints(Path(options.run_dir), keep, dry_run=options.dry_run)
