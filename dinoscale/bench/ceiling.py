@@ -13,6 +13,9 @@ def matmul_ceiling(
 ) -> float:
     """FLOP/s of the fastest of a square product and the products of the MLP, best of some runs.
 
+    Products of float32 count too: on a CPU without bfloat16 instructions they are faster, and
+    `models.widened` takes them.
+
     Args:
         device: to measure.
         dtype: of the factors.
@@ -21,7 +24,8 @@ def matmul_ceiling(
     """
     side, wide = _SQUARE[device.type], 4 * embed_dim
     shapes = ((side, side, side), (tokens, embed_dim, wide), (tokens, wide, embed_dim))
-    return max(_product_flops(shape, device, dtype) for shape in shapes)
+    kinds = {dtype, torch.float32}
+    return max(_product_flops(shape, device, kind) for shape in shapes for kind in kinds)
 
 
 def _product_flops(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoscale.models.compiling import Compiled
 from dinoscale.models.recompute import Recompute, recomputed
+from dinoscale.models.widened import attention
 
 Layout = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution, in order
 
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         mixed = []
         for qkv, (n, length) in zip(groups, layout, strict=True):
             q, k, v = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in qkv)
-            out = F.scaled_dot_product_attention(q, k, v)  # (N, heads, L, head_dim)
+            out = attention(q, k, v)  # (N, heads, L, head_dim)
             mixed.append(out.transpose(1, 2).reshape(n * length, -1))
         return self.proj(self.norm(torch.cat(mixed)))  # type: ignore[no-any-return]  # untyped
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoscale.models.widened import Linear
+
 # (unit vectors (N, D), v (K, D), g (K, 1) or None) -> scalar, without the (N, K) logits.
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -84,15 +86,15 @@ class DinoHead(nn.Module):
         layers: list[nn.Module] = []
         width = in_dim
         for _ in range(num_layers - 1):
-            layers.append(nn.Linear(width, hidden_dim))
+            layers.append(Linear(width, hidden_dim))
             if batch_norm:
                 layers.append(nn.BatchNorm1d(hidden_dim))
             layers.append(nn.GELU())
             width = hidden_dim
-        layers.append(nn.Linear(width, bottleneck_dim))
+        layers.append(Linear(width, bottleneck_dim))
         self.mlp = layers[0] if num_layers == 1 else nn.Sequential(*layers)
         for layer in layers:
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
         self.last_layer = PrototypeLayer(

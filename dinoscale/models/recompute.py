@@ -25,8 +25,9 @@ _ATTENTION = {
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
+    "attention",  # of `widened`, as is "linear"
 }
-_PRODUCTS = {"mm", "addmm"}
+_PRODUCTS = {"mm", "addmm", "linear"}
 
 
 def recomputed(what: Recompute, work: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -45,7 +46,8 @@ def _keep_attention(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPo
 def _keep_products_too(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
     name = _name(operator)
     if name in _PRODUCTS:
-        into, out = args[-1].shape  # of the transposed weight
+        # (..., weight transposed) or (x, weight, bias)
+        into, out = args[1].shape[::-1] if name == "linear" else args[-1].shape
         # The MLP's last product, which narrows, is only added up: no backward asks for it.
         return _keep_if(out >= into)
     return _keep_if(name in _ATTENTION)

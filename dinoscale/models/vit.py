@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dinoscale.models.block import Block, Keep, Layout
 from dinoscale.models.recompute import Recompute
 from dinoscale.models.stochastic_depth import kept_subsets, per_token
+from dinoscale.models.widened import linear, widen
 
 
 class PatchProjection(nn.Conv2d):
@@ -31,7 +32,7 @@ class PatchProjection(nn.Conv2d):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Project patches (T, C*p*p), from `patchify`, to (T, D)."""
-        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+        return linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -142,6 +143,7 @@ class VisionTransformer(nn.Module):
         self.norm_pre = source.norm_pre
         self.blocks = nn.ModuleList(Block(block) for block in source.blocks)
         self.norm = source.norm
+        widen(self.blocks)
         # Slots of pos_embed before the patches: all special tokens, or none (DINOv2 registers).
         self._num_prefix = 1 + (0 if self.reg_token is None else self.reg_token.shape[1])
         self._prefix_slots = 0 if source.no_embed_class else self._num_prefix
