@@ -8,19 +8,20 @@ authors' code, so that the value does not depend on the number of crops.
 
 With P[s,b] the sum of p[t,b] over t != s and |P| its sum over k, one crop of one image gives
 -<P, log q> with the slope dL/d(z / tau) = |P| q - P, both over the number of pairs. So no pair is
-looked at by itself, and a few images at a time yield loss and gradients in one go: what lives is
-the targets and a few times `CHUNK` elements, however many crops there are. Nothing is computed
-twice for it: L is a scalar, so the backward pass only multiplies the gradients of the forward.
+looked at by itself, and a few images, or a few prototypes, at a time yield loss and gradients: what
+lives is the targets and a few times `CHUNK` elements, however many crops there are. L is a scalar,
+so the backward pass only multiplies the gradients of the forward.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**22  # elements of (S, images at a time, K): 16 MB, and rows enough for a fast product
-PROTOTYPES = 8192  # whose gradients go through the weight norm at a time
+CHUNK = 2**22  # logits at a time: 16 MB
+PROTOTYPES = 4096  # at a time, at most: with few images their float32 copies would be the larger
 EPS = 1e-12  # least norm of a prototype, as torch.nn.functional.normalize has it
 
 
@@ -105,90 +106,125 @@ def _loss_of_logits(
     logits: Tensor, probs: Tensor, temp: float, *, gradient: Tensor | None
 ) -> Tensor:
     dtype = _at_least_float32(logits, probs)
-    num_pairs = _num_pairs(logits.shape, probs)
+    num_crops, num_images, num_prototypes = logits.shape
+    num_pairs = _num_pairs(num_crops, probs)
     loss = torch.zeros((), dtype=dtype, device=logits.device)
-    for images in _chunks(logits.shape):
-        z, some = logits[:, images].to(dtype) / temp, probs[:, images].to(dtype)
+    for images in _chunks(num_images, each=num_crops * num_prototypes):
+        log_q = torch.log_softmax(logits[:, images].to(dtype) / temp, dim=-1)
+        some = probs[:, images].to(dtype)
         out = None if gradient is None else gradient[:, images]
-        loss += _loss_and_slope(z, some, slope=out, by=num_pairs * temp)
+        loss += _loss_and_slope(log_q, some, mass=some.sum(-1), slope=out, by=num_pairs * temp)
     return loss / num_pairs
 
 
 class _OfPrototypes(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight_v: Tensor, weight_g: Tensor | None, probs: Tensor, temp: float
-    ) -> Tensor:
-        dtype = _at_least_float32(x, weight_v, probs)
-        v = weight_v.to(dtype)
-        length = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min_(EPS)  # (K, 1)
-        scale = 1 / length if weight_g is None else weight_g.to(dtype) / length  # W = scale v
-        num_images, num_prototypes = probs.shape[1], len(v)
-        rows = (x.to(dtype) / temp).unflatten(0, (-1, num_images))  # (S, B, D)
-        shape = (len(rows), num_images, num_prototypes)
-        num_pairs, needed = _num_pairs(shape, probs), any(ctx.needs_input_grad)
-        d_rows = torch.empty_like(rows)
-        d_weight = torch.zeros_like(v) if needed else None
-        loss = torch.zeros((), dtype=dtype, device=x.device)
-        for images in _chunks(shape):
-            some = rows[:, images].flatten(0, 1)
-            z = (some @ v.T).mul_(scale.T).unflatten(0, (len(rows), -1))
-            slope = z if needed else None
-            loss += _loss_and_slope(z, probs[:, images].to(dtype), slope=slope, by=num_pairs)
-            if d_weight is not None:
-                flat = z.flatten(0, 1)
-                d_weight.addmm_(flat.T, some)
-                d_rows[:, images] = (flat.mul_(scale.T) @ v).unflatten(0, (len(rows), -1))
-        if d_weight is not None:
-            ctx.dtypes = x.dtype, weight_v.dtype, None if weight_g is None else weight_g.dtype
-            ctx.d_x = d_rows.flatten(0, 1).div_(temp)
-            ctx.d_g, ctx.d_v = _through_weight_norm(d_weight, v, length, scale)
-        return loss / num_pairs
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.inputs = inputs  # not saved: autograd would keep prototypes that ZeRO-3 has gathered
+        loss, ctx.gradients = _loss_of_prototypes(*inputs, needed=any(ctx.needs_input_grad))
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [
-            # Cast as it is written: the largest of them is K x D.
-            torch.mul(d, upstream, out=torch.empty_like(d, dtype=dtype))
-            for d, dtype in zip((ctx.d_x, ctx.d_v, ctx.d_g), ctx.dtypes, strict=True)
-            if dtype is not None
-        ]
-        return (*gradients, *[None] * (5 - len(gradients)))
+        gradients, ctx.gradients = ctx.gradients, None  # the largest is K x D: given away, not kept
+        if gradients is None:  # asked for again
+            _, gradients = _loss_of_prototypes(*ctx.inputs, needed=True)
+        return (*(None if d is None else d.mul_(upstream) for d in gradients), None, None)
 
 
-def _through_weight_norm(
-    d_weight: Tensor, v: Tensor, length: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients by g and v from that by W = g u, u = v / ||v||; `d_weight` is overwritten.
+def _loss_of_prototypes(
+    x: Tensor,
+    weight_v: Tensor,
+    weight_g: Tensor | None,
+    probs: Tensor,
+    temp: float,
+    *,
+    needed: bool,
+) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+    """The loss, and if needed its gradients by x, v and g, a few prototypes at a time.
 
-    d_g = <d_W, u> and d_v = g / ||v|| (d_W - <d_W, u> u), row by row (Salimans and Kingma, eq. 3).
+    The logits of each part are made twice, for the sum of their exponentials and for the rest: a
+    fourth product, but each is of all rows, and whatever is as large as the prototypes is written
+    in its own dtype at once.
     """
-    parts = zip(d_weight.split(PROTOTYPES), v.split(PROTOTYPES), strict=True)
-    d_g = torch.cat([(a * b).sum(1, keepdim=True) for a, b in parts]) / length  # (K, 1)
-    return d_g, d_weight.addcmul_(v, d_g / length, value=-1).mul_(scale)
+    dtype = _at_least_float32(x, weight_v, probs)
+    num_images, num_prototypes = probs.shape[1:]
+    rows = x.to(dtype) / temp  # (S*B, D)
+    num_crops = len(rows) // num_images
+    num_pairs, mass = _num_pairs(num_crops, probs), probs.sum(-1, dtype=dtype)  # (T, B)
+    parts = _chunks(num_prototypes, each=len(rows), at_most=PROTOTYPES)
+    prototypes = partial(_prototypes, weight_v, weight_g, dtype=dtype)
+    sums = [(rows @ prototypes(part).w.T).logsumexp(-1) for part in parts]
+    log_sum = torch.stack(sums).logsumexp(0)[:, None]  # (S*B, 1)
+
+    loss = torch.zeros((), dtype=dtype, device=x.device)
+    d_rows, d_v = torch.zeros_like(rows), torch.empty_like(weight_v)
+    d_g = None if weight_g is None else torch.empty_like(weight_g)
+    for part in parts:
+        some = prototypes(part)
+        z = (rows @ some.w.T).sub_(log_sum)
+        log_q = z.unflatten(0, (num_crops, num_images))
+        slope, targets = log_q if needed else None, probs[..., part].to(dtype)
+        loss += _loss_and_slope(log_q, targets, mass=mass, slope=slope, by=num_pairs)
+        if needed:
+            d_rows.addmm_(z, some.w)
+            d_v[part], along = _through_weight_norm(z.T @ rows, some)
+            if d_g is not None:
+                d_g[part] = along
+    gradients = (d_rows.div_(temp).to(x.dtype), d_v, d_g) if needed else None
+    return loss / num_pairs, gradients
 
 
-def _loss_and_slope(z: Tensor, probs: Tensor, *, slope: Tensor | None, by: float) -> Tensor:
-    """The loss of some images summed over pairs, and its slope by z, divided by a number.
+class _Prototypes(NamedTuple):
+    """Some prototypes: w = scale * v, scale = g / length, length = ||v||."""
+
+    v: Tensor  # (k, D)
+    length: Tensor  # (k, 1)
+    scale: Tensor  # (k, 1)
+    w: Tensor  # (k, D)
+
+
+def _prototypes(
+    weight_v: Tensor, weight_g: Tensor | None, part: slice, *, dtype: torch.dtype
+) -> _Prototypes:
+    v = weight_v[part].to(dtype)
+    length = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min_(EPS)
+    scale = 1 / length if weight_g is None else weight_g[part].to(dtype) / length
+    return _Prototypes(v, length, scale, scale * v)
+
+
+def _through_weight_norm(d_w: Tensor, some: _Prototypes) -> tuple[Tensor, Tensor]:
+    """Gradients by v and g from that by w, which is overwritten.
+
+    With u = v / ||v||: d_v = g / ||v|| (d_w - <d_w, u> u) and d_g = <d_w, u>, row by row
+    (Salimans and Kingma, eq. 3).
+    """
+    d_g = (d_w * some.v).sum(1, keepdim=True).div_(some.length)
+    return d_w.addcmul_(some.v, d_g / some.length, value=-1).mul_(some.scale), d_g
+
+
+def _loss_and_slope(
+    log_q: Tensor, probs: Tensor, *, mass: Tensor, slope: Tensor | None, by: float
+) -> Tensor:
+    """The loss of some images and prototypes summed over pairs, and its slope by the logits z.
 
     Args:
-        z: logits over temperature (S, R, K), the fewer the better for a CPU's cache.
-        probs: targets of the same R images (T, R, K).
-        slope: where to write the slope (S, R, K), may be `z`; or None.
+        log_q: log-probabilities (S, R, k), overwritten; few enough for a CPU's cache is best.
+        probs: targets of the same R images and k prototypes (T, R, k).
+        mass: sums (T, R) of the targets over all prototypes.
+        slope: where to write the slope by z over temperature (S, R, k), may be `log_q`; or None.
         by: what to divide the slope by.
 
     Returns:
         Scalar.
     """
     num_teachers = len(probs)
-    everyone = probs.sum(0)  # (R, K)
-    log_q = torch.log_softmax(z, dim=-1)
+    everyone = probs.sum(0)  # (R, k)
     of_own = (probs * log_q[:num_teachers]).sum()
     loss = of_own - torch.dot(everyone.view(-1), log_q.sum(0).view(-1))
     if slope is not None:
-        mass = probs.sum(-1)  # (T, R)
-        counted = mass.sum(0).repeat(len(z), 1)  # (S, R): |P|
+        counted = mass.sum(0).repeat(len(log_q), 1)  # (S, R): |P|
         counted[:num_teachers] -= mass
         q = log_q.exp_()
         torch.addcmul(everyone / -by, q, (counted / by)[..., None], out=slope)
@@ -196,15 +232,17 @@ def _loss_and_slope(z: Tensor, probs: Tensor, *, slope: Tensor | None, by: float
     return loss
 
 
-def _chunks(shape: tuple[int, ...]) -> list[slice]:
-    num_crops, num_images, num_prototypes = shape
-    at_once = max(1, CHUNK // (num_crops * num_prototypes))
-    return [slice(start, start + at_once) for start in range(0, num_images, at_once)]
+def _chunks(length: int, *, each: int, at_most: int | None = None) -> list[slice]:
+    """Parts of a dimension of which one position stands for `each` elements."""
+    at_once = max(1, CHUNK // each)
+    if at_most is not None:
+        at_once = min(at_once, at_most)
+    return [slice(start, start + at_once) for start in range(0, length, at_once)]
 
 
-def _num_pairs(shape: tuple[int, ...], probs: Tensor) -> int:
+def _num_pairs(num_crops: int, probs: Tensor) -> int:
     """Pairs of distinct views, of all images."""
-    return len(probs) * (shape[0] - 1) * shape[1]
+    return len(probs) * (num_crops - 1) * probs.shape[1]
 
 
 def _at_least_float32(*tensors: Tensor) -> torch.dtype:

@@ -98,11 +98,6 @@ def _targets(dims: Dims, setup: Setup) -> float:
     return 2 * FP32 * setup.micro_batch_size * dims.prototypes
 
 
-def _prototype_gradient(dims: Dims) -> float:
-    """The loss has it ready in float32, until the end of the backward pass."""
-    return FP32 * _prototype_scalars(dims)
-
-
 def _carried(dims: Dims, setup: Setup) -> Terms:
     """What the micro-batches before the last one leave behind."""
     if setup.accumulation_steps == 1:
@@ -162,25 +157,27 @@ def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
 
 def _loss(dims: Dims, setup: Setup) -> Terms:
     """All activations, the prototypes' gradient as it is made, and one chunk of logits."""
-    images, prototypes = setup.micro_batch_size, dims.prototypes
-    at_once = min(images, max(1, CHUNK // (dims.num_crops * prototypes)))
-    chunk = FP32 * at_once * prototypes * (2 * dims.num_crops + 3)  # z, q; sums over crops
-    through_norm = FP32 * min(prototypes, PROTOTYPES) * dims.bottleneck
-    copy = FP32 * _prototype_scalars(dims) if setup.bf16 else 0
-    cast = 2 * images * dims.pixels if setup.bf16 else 0  # crops as the network takes them
+    rows = setup.micro_batch_size * dims.num_crops
+    at_once = min(dims.prototypes, PROTOTYPES, max(1, CHUNK // rows))
+    copies = 4 if setup.bf16 else 3  # of the prototypes: v, w, the gradient, and times v
+    chunk = FP32 * at_once * (2 * rows + copies * dims.bottleneck)
+    cast = (
+        2 * setup.micro_batch_size * dims.pixels if setup.bf16 else 0
+    )  # as the network takes them
     return {
         "activations": activations(dims, setup, blocks=dims.depth) + cast,
-        "loss": _targets(dims, setup) + _prototype_gradient(dims) + copy + max(chunk, through_norm),
+        "gradients": setup.weight_bytes * _prototype_scalars(dims),
+        "loss": _targets(dims, setup) + chunk,
         "buffers": _gathered(dims, setup, during="forward"),
     }
 
 
 def _backward_begins(dims: Dims, setup: Setup) -> Terms:
-    """The gradient of the prototypes is cast and put into a fresh bucket."""
+    """The gradient of the prototypes is put into a fresh bucket."""
     return {
         "activations": activations(dims, setup, blocks=dims.depth),
         "gradients": setup.weight_bytes * _prototype_scalars(dims),
-        "loss": _targets(dims, setup) + _prototype_gradient(dims),
+        "loss": _targets(dims, setup),
         "buffers": _bucket(setup) + _gathered(dims, setup, during="backward"),
     }
 
@@ -201,7 +198,7 @@ def _backward_of_block(dims: Dims, setup: Setup) -> Terms:
             for index in range(dims.depth)
         ),
         "gradients": head + s * width * dims.mlp_hidden,
-        "loss": _targets(dims, setup) + _prototype_gradient(dims),
+        "loss": _targets(dims, setup),
         "buffers": _bucket(setup) + _gathered(dims, setup, during="backward"),
     }
 
@@ -221,7 +218,7 @@ def _first_reduction(dims: Dims, setup: Setup) -> Terms:
     return {
         "activations": activations(dims, setup, blocks=index) + working,
         "gradients": _own_gradients(dims, setup) if setup.zero_stage == 2 else 0,
-        "loss": _targets(dims, setup) + _prototype_gradient(dims),
+        "loss": _targets(dims, setup),
         "buffers": _bucket(setup)
         + _reduction(dims, setup)
         + _gathered(dims, setup, during="backward"),
@@ -257,7 +254,7 @@ def _last_reduction(dims: Dims, setup: Setup) -> Terms:
     return {
         "activations": activations(dims, setup, blocks=0),
         "gradients": gradients,
-        "loss": _targets(dims, setup) + _prototype_gradient(dims),
+        "loss": _targets(dims, setup),
         "buffers": buffers,
     }
 

@@ -10,7 +10,7 @@ _WORDS = {
     "optimizer": "master weights and moments",
     "teacher": "teacher: average and weights",
     "activations": "activations and crops",
-    "loss": "targets, logits, prototypes' gradient",
+    "loss": "targets, logits",
     "buffers": "buffers of communication",
 }
 

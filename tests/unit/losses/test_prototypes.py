@@ -39,7 +39,7 @@ def _fused(x: Tensor, v: Tensor, g: Tensor | None = None, *, targets: Tensor) ->
 
 @pytest.mark.parametrize("with_g", [False, True])
 @pytest.mark.parametrize("num_teachers", [2, 3])
-@pytest.mark.parametrize("chunk", [1, 3 * S * K, 2**22])  # one image, three, all at once
+@pytest.mark.parametrize("chunk", [1, 3 * S * B, 2**22])  # one prototype, three, all at once
 def test_equals_the_loss_of_the_logits(
     monkeypatch: pytest.MonkeyPatch, *, with_g: bool, num_teachers: int, chunk: int
 ) -> None:
@@ -95,11 +95,11 @@ def test_rows_that_are_no_whole_crops_are_refused() -> None:
 
 
 def _peak(num_crops: int) -> int:
-    """Bytes of a loss with its gradients beyond its inputs, 16 images, 2**16 prototypes."""
+    """Bytes of a loss with its gradients beyond its inputs, 64 images, 2**15 prototypes."""
     torch.manual_seed(0)
-    x = F.normalize(torch.randn(num_crops * 16, 8), dim=-1).requires_grad_()
-    v = torch.randn(2**16, 8, requires_grad=True)
-    targets = torch.randn(2, 16, 2**16).softmax(-1)
+    x = F.normalize(torch.randn(num_crops * 64, 8), dim=-1).requires_grad_()
+    v = torch.randn(2**15, 8, requires_grad=True)
+    targets = torch.randn(2, 64, 2**15).softmax(-1)
     inputs = sum(4 * tensor.numel() for tensor in (x, v, targets))
 
     def work() -> None:
@@ -109,6 +109,6 @@ def _peak(num_crops: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_crops() -> None:
-    logits_of_10_more = 4 * 10 * 16 * 2**16
+    logits_of_10_more = 4 * 10 * 64 * 2**15
     few, many = _peak(8), _peak(18)
     assert many - few < 0.1 * logits_of_10_more
