@@ -136,15 +136,8 @@ def _write(seen: Seen, maps: Tensor, folder: Path, *, patch: int, mass: float) -
     for name, attention, patches in zip(names, shown, kept, strict=True):
         _heat_overlay(seen.image, attention).save(folder / f"attn-{name}.png")
         _mass_overlay(seen.image, patches).save(folder / f"mass-{name}.png")
-    np.savez(
-        folder / "attention.npz",
-        maps=maps.numpy(),
-        kept=kept[:-1].numpy(),
-        name=np.array(seen.path.encode("utf-8", "replace").decode()),
-        patch=np.array(patch),
-        size=np.array(seen.size),
-        seen=np.array([seen.image.height, seen.image.width]),
-    )
+    arrays = {"maps": maps.numpy(), "kept": kept[:-1].numpy()}
+    seen.save(folder / "attention.npz", arrays, patch=patch)
 
 
 def _heat_overlay(image: Image.Image, attention: Tensor) -> Image.Image:

@@ -12,8 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -156,6 +159,16 @@ class Seen:
     path: str
     size: tuple[int, int]
     image: Image.Image
+
+    def save(self, file: Path, arrays: dict[str, NDArray[Any]], *, patch: int) -> None:
+        """Write raw arrays into an NPZ file, with what one has to know about them."""
+        about = {
+            "name": np.array(self.path.encode("utf-8", "replace").decode()),
+            "patch": np.array(patch),
+            "size": np.array(self.size),
+            "seen": np.array([self.image.height, self.image.width]),
+        }
+        np.savez(file, allow_pickle=False, **arrays, **about)
 
 
 class SeenImages:
