@@ -39,11 +39,9 @@ COMPONENTS = 3  # red, green, blue
 SHEET = "pca-sheet.png"
 BASIS = "pca-basis.npz"
 PAIRS_DRAWN = 24  # of the sheet
-PAIRS_PER_LINE = 3
 
 _TAILS = 1.0  # percent of the patches at either end of a component that share the end's color
-_CELL = (240, 240)  # pixels of the sheet, width and height at most
-_GAP = 6  # pixels of the sheet
+_LINE_WIDTH, _LINE_HEIGHT, _GAP = 1440, 200, 8  # pixels of the sheet
 
 
 @dataclass(frozen=True)
@@ -240,17 +238,18 @@ def _write(
 
 
 def draw_pairs(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    """Lay pairs of pictures of equal size side by side, several pairs a line."""
-    width, height = _CELL
-    columns, lines = min(PAIRS_PER_LINE, len(pairs)), -(-len(pairs) // PAIRS_PER_LINE)
-    pair_width, line_height = 2 * width + 2 * _GAP, height + _GAP
-    sheet = Image.new("RGB", (columns * pair_width, lines * line_height), "white")
-    for number, pair in enumerate(pairs):
-        line, column = divmod(number, PAIRS_PER_LINE)
-        scale = min(width / pair[0].width, height / pair[0].height)
-        size = (max(1, int(pair[0].width * scale)), max(1, int(pair[0].height * scale)))
-        left = column * pair_width + width - size[0]  # the pair meets in the middle of its cells
-        for picture in pair:
-            sheet.paste(picture.resize(size), (left, line * line_height + height - size[1]))
-            left += size[0]
+    """Lay pairs of pictures of one size next to each other, as many a line as fit."""
+    places, left, top = [], 0, 0
+    for first, _ in pairs:
+        width = max(1, min(_LINE_WIDTH // 2, first.width * _LINE_HEIGHT // first.height))
+        if left and left + 2 * width > _LINE_WIDTH:
+            left, top = 0, top + _LINE_HEIGHT + _GAP
+        places.append((left, top, width))
+        left += 2 * width + _GAP
+    used = max(left + 2 * width for left, _, width in places)
+    sheet = Image.new("RGB", (used, top + _LINE_HEIGHT), "white")
+    for pair, (left, top, width) in zip(pairs, places, strict=True):
+        height = max(1, min(_LINE_HEIGHT, pair[0].height * width // pair[0].width))
+        for number, picture in enumerate(pair):
+            sheet.paste(picture.resize((width, height)), (left + number * width, top))
     return sheet
