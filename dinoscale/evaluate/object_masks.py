@@ -5,9 +5,10 @@ Shape letters: M objects, H, W pixels.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from dinoscale.data.files import read_image_file
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
+from dinoscale.evaluate.whole_images import Fit
+
+log = logging.getLogger(__name__)
 
 MEMBER = "mask.png"  # beside KEY.jpg in a shard
 VOID = 255  # of indexed masks: the unclear rim of objects, neither object nor background
@@ -118,3 +122,74 @@ def split_objects(mask: Image.Image, *, indexed: bool) -> Objects:
     inside = torch.from_numpy(np.asarray(mask.convert("L")) > 127)
     masks_ = inside[None] if inside.any() else inside.new_zeros(0, *inside.shape)
     return Objects(masks_, torch.ones_like(inside))
+
+
+@dataclass
+class LeftOut:
+    """Images that do not count, by reason, as `path: reason` each."""
+
+    unreadable: list[str] = field(default_factory=list)
+    without_mask: list[str] = field(default_factory=list)
+    empty_mask: list[str] = field(default_factory=list)
+
+
+def usable_images(
+    source: Source, mask_of: MaskOf, fit: Fit, *, indexed: bool
+) -> tuple[list[int], LeftOut]:
+    """Look at all masks before a network starts: which images count, and why others do not.
+
+    Args:
+        source: the images.
+        mask_of: their masks.
+        fit: what the network would see.
+        indexed: as of `split_objects`.
+
+    Returns:
+        Indices of the images that can be read and have an object, and what of the others.
+
+    Raises:
+        DataError: a mask has another size than its image, or no image counts.
+    """
+    indices, left_out = [], LeftOut()
+    for index in range(len(source)):
+        path = source.path(index)
+        try:
+            picture = source.picture(index)
+            fit.grid(picture.width, picture.height)
+            mask = mask_of(index)
+        except DataError as error:
+            reason = str(error) if path in str(error) else f"{path}: {error}"
+            left_out.unreadable.append(reason)
+            log.warning("left out %s", reason)
+            continue
+        if mask is None:
+            left_out.without_mask.append(path)
+            continue
+        if mask.size != (picture.width, picture.height):
+            raise DataError(
+                f"{path}: the image has {picture.width} x {picture.height} pixels, its mask "
+                f"{mask.width} x {mask.height}. Both must have the same size, the image upright."
+            )
+        if len(split_objects(mask, indexed=indexed).masks):
+            indices.append(index)
+        else:
+            left_out.empty_mask.append(path)
+    _report(left_out, num_usable=len(indices), num_images=len(source))
+    return indices, left_out
+
+
+def _report(left_out: LeftOut, *, num_usable: int, num_images: int) -> None:
+    """Say once how many images do not count; stop if none does."""
+    kinds = {
+        "cannot be read": left_out.unreadable,
+        "have no mask": left_out.without_mask,
+        "have a mask without an object": left_out.empty_mask,
+    }
+    said = [f"{len(paths)} {what}, e.g. {paths[0]}" for what, paths in kinds.items() if paths]
+    if not num_usable:
+        raise DataError(
+            f"none of {num_images} images can be scored: {'; '.join(said)}. Masks are named as "
+            "their images; objects are brighter than 127, or numbered (--indexed)."
+        )
+    if said:
+        log.warning("%d of %d images are scored: %s", num_usable, num_images, "; ".join(said))

@@ -11,10 +11,9 @@ Source: Caron et al. 2021 (arXiv:2104.14294), figure 4 and appendix; there 45.9 
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.sources import Source
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError
 from dinoscale.evaluate.attention_figure import Row, draw_rows
 from dinoscale.evaluate.attention_maps import (
     MASS,
@@ -37,7 +36,13 @@ from dinoscale.evaluate.attention_maps import (
     keep_mass,
 )
 from dinoscale.evaluate.features import find_device
-from dinoscale.evaluate.object_masks import MaskOf, Objects, find_masks, split_objects
+from dinoscale.evaluate.object_masks import (
+    MaskOf,
+    Objects,
+    find_masks,
+    split_objects,
+    usable_images,
+)
 from dinoscale.evaluate.whole_images import (
     SIZE,
     Fit,
@@ -49,8 +54,6 @@ from dinoscale.evaluate.whole_images import (
     writing_to,
 )
 
-log = logging.getLogger(__name__)
-
 PROTOCOL = {
     "method": "best head of each object by IoU; mean over the objects of an image, then images",
     "attention": "class token to patches, last block, softmax of q.k",
@@ -61,15 +64,6 @@ PROTOCOL = {
 }
 SHEET = "segment-sheet.png"
 ROWS_OF_A_KIND = 3  # of the sheet: best, median, worst
-
-
-@dataclass
-class LeftOut:
-    """Images that do not count, by reason, as `path: reason` each."""
-
-    unreadable: list[str] = field(default_factory=list)
-    without_mask: list[str] = field(default_factory=list)
-    empty_mask: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ def evaluate_segment(
     fit = Fit(find_patch_size(backbone), size, square)
     source = open_images(spec, card)
     mask_of = find_masks(source, spec, masks)
-    indices, left_out = _usable(source, mask_of, fit, indexed=indexed)
+    indices, left_out = usable_images(source, mask_of, fit, indexed=indexed)
     look = _Look(source, mask_of, fit, card, indexed=indexed, mass=mass)
     networks = (backbone.to(where), untrained_like(card).to(where))
     bar = tqdm(indices, unit="img", disable=None if progress else True)
@@ -161,55 +155,6 @@ def evaluate_segment(
         with writing_to(Path(out)):
             _draw(look, backbone, results, Path(out) / SHEET, title=Path(weights_path).name)
     return report
-
-
-def _usable(
-    source: Source, mask_of: MaskOf, fit: Fit, *, indexed: bool
-) -> tuple[list[int], LeftOut]:
-    """Look at all masks before the network starts: which images count, and why others do not."""
-    indices, left_out = [], LeftOut()
-    for index in range(len(source)):
-        path = source.path(index)
-        try:
-            picture = source.picture(index)
-            fit.grid(picture.width, picture.height)
-            mask = mask_of(index)
-        except DataError as error:
-            reason = str(error) if path in str(error) else f"{path}: {error}"
-            left_out.unreadable.append(reason)
-            log.warning("left out %s", reason)
-            continue
-        if mask is None:
-            left_out.without_mask.append(path)
-            continue
-        if mask.size != (picture.width, picture.height):
-            raise DataError(
-                f"{path}: the image has {picture.width} x {picture.height} pixels, its mask "
-                f"{mask.width} x {mask.height}. Both must have the same size, the image upright."
-            )
-        if len(split_objects(mask, indexed=indexed).masks):
-            indices.append(index)
-        else:
-            left_out.empty_mask.append(path)
-    _report(left_out, num_usable=len(indices), num_images=len(source))
-    return indices, left_out
-
-
-def _report(left_out: LeftOut, *, num_usable: int, num_images: int) -> None:
-    """Say once how many images do not count; stop if none does."""
-    kinds = {
-        "cannot be read": left_out.unreadable,
-        "have no mask": left_out.without_mask,
-        "have a mask without an object": left_out.empty_mask,
-    }
-    said = [f"{len(paths)} {what}, e.g. {paths[0]}" for what, paths in kinds.items() if paths]
-    if not num_usable:
-        raise DataError(
-            f"none of {num_images} images can be scored: {'; '.join(said)}. Masks are named as "
-            "their images; objects are brighter than 127, or numbered (--indexed)."
-        )
-    if said:
-        log.warning("%d of %d images are scored: %s", num_usable, num_images, "; ".join(said))
 
 
 class _Look:
