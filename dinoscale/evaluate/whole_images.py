@@ -109,13 +109,12 @@ def find_patch_size(backbone: nn.Module) -> int:
     return int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT of ours
 
 
-def image_mode(card: BackboneCard) -> str:
-    """Pillow's name of the images of a backbone.
+def image_mode(*, channels: int) -> str:
+    """Return Pillow's name of the images of a backbone.
 
     Raises:
         ConfigError: Pillow has no pictures of so many channels.
     """
-    channels = card.backbone.in_chans
     if channels not in (1, 3):
         raise ConfigError(f"pictures are drawn of images of 1 or 3 channels, not {channels}")
     return "RGB" if channels == 3 else "L"
@@ -128,7 +127,7 @@ def open_images(spec: str, card: BackboneCard) -> Source:
         ConfigError: the backbone's channels cannot be drawn.
         DataError: nothing is there, or it holds no images.
     """
-    image_mode(card)
+    image_mode(channels=card.backbone.in_chans)
     decoder = Decoder(card.backbone.in_chans, card.white)
     path = os.path.expanduser(spec)
     if os.path.isfile(path) and not path.lower().endswith((".txt", ".tar", *COMPRESSED_TAR)):
