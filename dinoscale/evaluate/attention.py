@@ -42,6 +42,7 @@ from dinoscale.evaluate.whole_images import (
     read_image,
     to_input,
     untrained_like,
+    writing_to,
 )
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ def draw_attention(
     Raises:
         ConfigError: the backbone has no attention, the size is below a patch, or images have
             other than 1 or 3 channels.
-        DataError: a mask is empty or has another size than its image.
+        DataError: a mask is empty or has another size than its image, or the picture cannot be
+            written.
         ValueError: there are no images, or not one mask an image.
     """
     squares, maps, covers = _look(backbone, images, masks, mean=mean, std=std, size=size)
@@ -110,7 +112,8 @@ def draw_attention(
         _row(squares[i], maps[i], None if covers is None else covers[i])
         for i in range(min(rows, len(maps)))
     ]
-    draw_rows(drawn, Path(path), title=title, note=_note(score), mass=MASS)
+    with writing_to(Path(path).parent):
+        draw_rows(drawn, Path(path), title=title, note=_note(score), mass=MASS)
     return score
 
 

@@ -46,7 +46,7 @@ def draw_rows(rows: Sequence[Row], path: Path, *, title: str, note: str, mass: f
 
     Args:
         rows: at least one; all with masks or all without, with equal numbers of heads.
-        path: of the PNG; folders above it are made.
+        path: of the PNG.
         title: first line above; may be empty.
         note: second line above; may be empty.
         mass: share of the attention in the overlay, 0..1, for the caption.
@@ -73,7 +73,6 @@ def draw_rows(rows: Sequence[Row], path: Path, *, title: str, note: str, mass: f
             for panel, caption in zip(panels, captions, strict=True):
                 panel.set_title(caption, fontsize=7.5, pad=3)
         _draw_row(panels, row)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 

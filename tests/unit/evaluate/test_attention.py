@@ -182,6 +182,9 @@ def test_bad_masks_and_sizes_are_named(tmp_path: Path, backbone: nn.Module) -> N
     with pytest.raises(ConfigError, match="need a ViT, this is a Linear"):
         draw(of=nn.Linear(2, 2))
     assert not list(tmp_path.iterdir())
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(DataError, match=r"cannot write to .*a\.png: Is a directory"):
+        draw()
 
 
 def test_a_weights_file_is_scored_beside_an_untrained_one(
