@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, add_weights
+from dinoscale.cli.dense import add_dense
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -16,7 +17,7 @@ def add_evaluate(commands: SubCommands) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a backbone")
     tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
     _add_knn(tasks)
-    _add_attention(tasks)
+    add_dense(tasks)
 
 
 def _add_knn(tasks: SubCommands) -> None:
@@ -35,22 +36,6 @@ def _add_knn(tasks: SubCommands) -> None:
     knn.set_defaults(run=_evaluate_knn)
 
 
-def _add_attention(tasks: SubCommands) -> None:
-    attention = tasks.add_parser(
-        "attention",
-        help="draw where the class token of a ViT looks, per head",
-        description="Draw the attention of the last block over some images into a PNG. For"
-        " synthetic sets, whose masks are known, also how well it covers the objects.",
-    )
-    add_weights(attention)
-    attention.add_argument("images", metavar="DATA", help="a folder, tar shards, or synthetic:...")
-    attention.add_argument("out", metavar="OUT.png", help="picture to write")
-    attention.add_argument(
-        "--size", type=int, metavar="PIXELS", help="side of the image the network sees"
-    )
-    attention.set_defaults(run=_evaluate_attention)
-
-
 def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.evaluate.knn import KS, evaluate_knn
 
@@ -63,16 +48,4 @@ def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
         num_workers=options.num_workers,
         num_heads=options.num_heads,
         pixels=options.pixels,
-    )
-
-
-def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.evaluate.attention import evaluate_attention
-
-    return evaluate_attention(
-        options.weights,
-        options.images,
-        options.out,
-        size=options.size,
-        num_heads=options.num_heads,
     )

@@ -227,6 +227,17 @@ class Decoder:
 RGB = Decoder()
 
 
+def read_as_stored(data: bytes, path: str) -> Image.Image:
+    """Read a mask or label picture: not converted (the numbers of a palette stay), nor rotated.
+
+    Raises:
+        BadSampleError: truncated, damaged, too large or not an image.
+    """
+    with _reasons(data, path), _opened(data) as opened:
+        opened.load()
+        return opened.copy()
+
+
 def _opened(data: bytes) -> Image.Image:
     """Pillow's picture, of which only the header is read; raises whatever Pillow raises."""
     opened = Image.open(io.BytesIO(data))

@@ -201,7 +201,7 @@ def _in_order(
 
 def _scan(shard: Shard) -> _Scanned:
     """Read the headers and labels of one shard."""
-    samples = _samples(read_members(shard.path))
+    samples = group_samples(read_members(shard.path))
     rows = []
     num_labelled = 0
     try:
@@ -222,7 +222,7 @@ def _scan(shard: Shard) -> _Scanned:
     return scanned, rows
 
 
-def _samples(members: Iterable[Member]) -> list[dict[str, Member]]:
+def group_samples(members: Iterable[Member]) -> list[dict[str, Member]]:
     """Extension -> member, for each sample in the order of their first members."""
     samples: list[dict[str, Member]] = []
     latest: dict[str, dict[str, Member]] = {}  # key -> the sample last begun with it

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
 from dinoscale.data.files import MAX_IMAGE_BYTES
 from dinoscale.data.index import read_at
-from dinoscale.data.shard_index import Shard, open_shard_index, some
+from dinoscale.data.sample_files import picture_of
+from dinoscale.data.shard_index import Shard, group_samples, open_shard_index, some
+from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,29 @@ class TarSource:
             BadSampleError: it cannot be read or decoded, or its shard is no longer as indexed.
         """
         return self._decoder.open(self.data(index), self.path(index))
+
+    def beside(self, index: int, extension: str) -> bytes | None:
+        """Another file of an image's sample, such as `mask.png`; None where it has none.
+
+        The first call reads the headers of all shards again: their index knows images only.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        member = self._samples[index].get(extension)
+        if member is None:
+            return None
+        try:
+            return self._read(self._shard_of(index), offset=member.offset, size=member.size)
+        except OSError as error:
+            path = f"{self._shards[self._shard_of(index)].path}::{member.name}"
+            raise BadSampleError(path, f"cannot be read: {error}") from None
+
+    @cached_property
+    def _samples(self) -> list[dict[str, Member]]:
+        """Extension -> member, in the order of the images."""
+        samples = (sample for s in self._shards for sample in group_samples(read_members(s.path)))
+        return [sample for sample in samples if picture_of(sample)]
 
     def _shard_of(self, index: int) -> int:
         return bisect_right(self._ends, index)

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinoscale.convert.weights_file import load_backbone
-from dinoscale.data.augment import to_image, to_pixels
-from dinoscale.data.decode import BadSampleError, Decoder
-from dinoscale.data.sources import Source, open_source
+from dinoscale.data.augment import to_image
+from dinoscale.data.decode import BadSampleError
+from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.attention_figure import Row, draw_rows
 from dinoscale.evaluate.attention_maps import (
@@ -33,8 +33,17 @@ from dinoscale.evaluate.attention_maps import (
     head_jaccard,
     keep_mass,
 )
-from dinoscale.evaluate.features import eval_mode, find_device, normalize_images
-from dinoscale.models.zoo import build_backbone
+from dinoscale.evaluate.features import eval_mode, find_device
+from dinoscale.evaluate.whole_images import (
+    Fit,
+    find_patch_size,
+    image_mode,
+    open_images,
+    read_image,
+    to_input,
+    untrained_like,
+    writing_to,
+)
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +102,8 @@ def draw_attention(
     Raises:
         ConfigError: the backbone has no attention, the size is below a patch, or images have
             other than 1 or 3 channels.
-        DataError: a mask is empty or has another size than its image.
+        DataError: a mask is empty or has another size than its image, or the picture cannot be
+            written.
         ValueError: there are no images, or not one mask an image.
     """
     squares, maps, covers = _look(backbone, images, masks, mean=mean, std=std, size=size)
@@ -102,7 +112,8 @@ def draw_attention(
         _row(squares[i], maps[i], None if covers is None else covers[i])
         for i in range(min(rows, len(maps)))
     ]
-    draw_rows(drawn, Path(path), title=title, note=_note(score), mass=MASS)
+    with writing_to(Path(path).parent):
+        draw_rows(drawn, Path(path), title=title, note=_note(score), mass=MASS)
     return score
 
 
@@ -142,52 +153,25 @@ def _look(
     """Squares that the backbone sees, their maps (N, A, R, C), and how those cover the objects."""
     if not images or (masks is not None and len(masks) != len(images)):
         raise ValueError(f"got {len(images)} images and {masks and len(masks)} masks")
-    side = _side(backbone, size=size)
-    mode = _mode(channels=len(mean))
+    fit = Fit(find_patch_size(backbone), size, square=True)
+    mode = image_mode(channels=len(mean))
     pictures = [_to_pil(image, mode=mode) for image in images]
-    squares = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
-    maps = _maps(backbone, squares, mean=mean, std=std)
+    squares = [fit.squeeze(picture) for picture in pictures]
+    inputs = torch.cat([to_input(square, backbone, mean=mean, std=std) for square in squares])
+    with eval_mode(backbone):
+        maps = attention_maps(backbone, inputs)
     if masks is None:
         return squares, maps, None
     pairs = enumerate(zip(masks, pictures, strict=True))
+    side = squares[0].width
     objects = [_to_object(mask, image, side=side, index=i) for i, (mask, image) in pairs]
     return squares, maps, _cover(maps, torch.stack(objects))
-
-
-def _side(backbone: nn.Module, *, size: int) -> int:
-    """Cut the size to a multiple of the patch."""
-    patch = getattr(backbone, "patch_size", 1)
-    if size < patch:
-        raise ConfigError(f"size: need at least one patch of {patch} pixels, got {size}")
-    return int(size // patch * patch)
-
-
-def _mode(*, channels: int) -> str:
-    """Pillow's name of pictures that can be drawn."""
-    if channels not in (1, 3):
-        raise ConfigError(f"attention is drawn over pictures of 1 or 3 channels, not {channels}")
-    return "RGB" if channels == 3 else "L"
 
 
 def _to_pil(image: Picture, *, mode: str) -> Image.Image:
     if isinstance(image, Tensor):
         image = image.permute(1, 2, 0).numpy()  # (H, W, C)
     return image.convert(mode) if isinstance(image, Image.Image) else to_image(image)
-
-
-def _maps(
-    backbone: nn.Module,
-    pictures: Sequence[Image.Image],
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
-    """Attention maps (N, A, R, C) of pictures of one size, in eval mode."""
-    pixels = torch.from_numpy(np.stack([to_pixels(picture) for picture in pictures]))
-    weight = next(backbone.parameters())
-    images = normalize_images(pixels.permute(0, 3, 1, 2).to(weight.device), mean=mean, std=std)
-    with eval_mode(backbone):
-        return attention_maps(backbone, images.to(weight.dtype))
 
 
 def _to_object(mask: Mask, image: Image.Image, *, side: int, index: int) -> Tensor:
@@ -286,35 +270,36 @@ def evaluate_attention(
         raise ConfigError(f"need images > 0 and rows > 0, got {images} and {rows}")
     where = find_device(device)
     backbone, card = load_backbone(weights_path, num_heads=num_heads)
-    size = card.crop if size is None else size
-    _mode(channels=card.backbone.in_chans)  # before images are looked for
-    decoder = Decoder(card.backbone.in_chans, card.white)
-    pictures, masks = _pick(open_source(spec, decoder), images=images)
+    fit = Fit(find_patch_size(backbone), card.crop if size is None else size, square=True)
+    pictures, masks = _pick(open_images(spec, card), images=images)
     score = draw_attention(
         backbone.to(where),
         pictures,
         path,
         mean=card.mean,
         std=card.std,
-        size=size,
+        size=fit.size,
         masks=masks,
         title=f"{Path(weights_path).name}: attention of the class token in the last block",
         rows=rows,
     )
     untrained = None
     if masks is not None:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            fresh = build_backbone(**asdict(card.backbone)).to(where)
-        untrained = score_attention(fresh, pictures, masks, mean=card.mean, std=card.std, size=size)
+        fresh = untrained_like(card).to(where)
+        untrained = score_attention(
+            fresh, pictures, masks, mean=card.mean, std=card.std, size=fit.size
+        )
     return {
+        "task": "attention",
         "weights": str(weights_path),
+        "weights_source": card.source,
         "backbone": asdict(card.backbone),
         "images": len(pictures),
         "spec": spec,
         "picture": str(path),
-        "size": _side(backbone, size=size),
+        "size": fit.size // fit.patch * fit.patch,
         "mass": MASS,
+        "protocol": {**fit.protocol(), "edges": "images are resized to whole patches"},
         "score": None if score is None else asdict(score),
         "untrained_score": None if untrained is None else asdict(untrained),
     }
@@ -327,7 +312,7 @@ def _pick(source: Source, *, images: int) -> tuple[list[Image.Image], list[Image
     pictures, masks = [], []
     for index in order[:images].tolist():
         try:
-            pictures.append(to_image(source.picture(index).pixels()))
+            pictures.append(read_image(source, index))
         except BadSampleError as error:
             log.warning("left out an unreadable image: %s", error)
             continue

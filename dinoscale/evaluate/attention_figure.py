@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-PANEL = 1.25  # inches, side of a panel
+PANEL = 1.25  # inches, width of a panel, and its largest height
 GAP = 0.06  # inches, between panels and at the border
 CAPTION = 0.22  # inches, above the columns
 LINE = 0.19  # inches, a line of text above the captions
@@ -35,6 +35,7 @@ class Row:
     mask: NDArray[np.bool_] | None = None  # (H, W), of the object
     best_head: int | None = None  # whose patches the overlay shows; None: the mean's
     jaccard: float | None = None  # of that head, 0..1
+    label: str = ""  # written into the picture
 
 
 def draw_rows(rows: Sequence[Row], path: Path, *, title: str, note: str, mass: float) -> None:
@@ -45,7 +46,7 @@ def draw_rows(rows: Sequence[Row], path: Path, *, title: str, note: str, mass: f
 
     Args:
         rows: at least one; all with masks or all without, with equal numbers of heads.
-        path: of the PNG; folders above it are made.
+        path: of the PNG.
         title: first line above; may be empty.
         note: second line above; may be empty.
         mass: share of the attention in the overlay, 0..1, for the caption.
@@ -53,24 +54,25 @@ def draw_rows(rows: Sequence[Row], path: Path, *, title: str, note: str, mass: f
     captions = _captions(rows[0], mass=mass)
     top = CAPTION + LINE * (bool(title) + bool(note))
     width = GAP + len(captions) * (PANEL + GAP)  # inches
-    height = top + len(rows) * (PANEL + GAP)
+    heights = [PANEL * min(1.0, row.picture.shape[0] / row.picture.shape[1]) for row in rows]
+    height = top + sum(heights) + len(rows) * GAP
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     lines = [(text, weight) for text, weight in ((title, "bold"), (note, "normal")) if text]
     for i, (text, weight) in enumerate(lines):
         middle = 1 - (i + 0.5) * LINE / height
         figure.text(GAP / width, middle, text, fontsize=8, fontweight=weight, va="center")
+    bottom = height - top + GAP
     for i, row in enumerate(rows):
-        bottom = height - top - i * (PANEL + GAP) - PANEL
+        bottom -= heights[i] + GAP
         panels = []
         for j in range(len(captions)):
             left = GAP + j * (PANEL + GAP)
-            box = (left / width, bottom / height, PANEL / width, PANEL / height)
+            box = (left / width, bottom / height, PANEL / width, heights[i] / height)
             panels.append(figure.add_axes(box))
         if i == 0:
             for panel, caption in zip(panels, captions, strict=True):
                 panel.set_title(caption, fontsize=7.5, pad=3)
         _draw_row(panels, row)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 
@@ -90,6 +92,8 @@ def _draw_row(panels: Sequence[Axes], row: Row) -> None:
     smooth = "bicubic" if max(height, width) < SMOOTH_BELOW else "antialiased"
     left = iter(panels)
     next(left).imshow(row.picture, extent=extent, interpolation=smooth)
+    if row.label:
+        _label(panels[0], row.label)
     if row.mask is not None:
         next(left).imshow(row.mask, extent=extent, cmap="gray", interpolation="nearest")
     for attention in (row.heads.mean(axis=0), *row.heads):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dinoscale.errors import ConfigError
 
 MASS = 0.6  # of a head's attention that its mask keeps; figure 4 of the paper
-ATTENTION_ENTRIES = 2**25  # 128 MiB of float32 attention at a time
+TOKENS_AT_ONCE = 2**14  # of all images of a forward; a ViT-S needs some 200 MiB for them
 
 
 def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
 
     Args:
         backbone: a ViT of ours.
-        images: (N, 3, H, W), normalised, on the backbone's device; H, W multiples of p.
+        images: (N, C, H, W), normalised, on the backbone's device; H, W multiples of p.
 
     Returns:
         (N, A, R, C) float32 on the CPU. A map sums to less than 1: the rest goes to the class
@@ -37,11 +37,11 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
     rows, columns = images.shape[2] // patch, images.shape[3] // patch
     if rows * columns == 0:
         raise ConfigError(f"size: images must have at least one patch of {patch} pixels")
-    at_once = max(1, ATTENTION_ENTRIES // (rows * columns + 1) ** 2 // 8)  # some 8 heads
+    at_once = max(1, TOKENS_AT_ONCE // (rows * columns))
     maps = []
     with torch.no_grad():
         for part in images.split(at_once):
-            to_patches = last_attention(part)[:, :, 0, -rows * columns :]
+            to_patches = last_attention(part, queries=1)[:, :, 0, -rows * columns :]
             maps.append(to_patches.float().reshape(*to_patches.shape[:2], rows, columns).cpu())
     return torch.cat(maps)
 
@@ -70,20 +70,32 @@ def keep_mass(maps: Tensor, *, mass: float = MASS) -> Tensor:
     return kept.reshape(maps.shape)
 
 
-def head_jaccard(kept: Tensor, masks: Tensor) -> Tensor:
+def head_jaccard(kept: Tensor, masks: Tensor, counted: Tensor | None = None) -> Tensor:
     """Intersection over union of every head's patches with the object.
 
     Args:
-        kept: (N, A, R, C) bool; a patch stands for all its pixels.
-        masks: (N, H, W) bool, none empty; H a multiple of R, W of C.
+        kept: (N, A, R, C) bool; enlarged to the masks by nearest neighbour.
+        masks: (N, H, W) bool, none empty.
+        counted: (N, H, W) bool, False on pixels that count neither for nor against (void in VOC,
+            the unclear rim of objects); None counts all.
 
     Returns:
         (N, A) float32, 0..1.
     """
-    height, width = masks.shape[1] // kept.shape[2], masks.shape[2] // kept.shape[3]
-    pixels = kept.repeat_interleave(height, 2).repeat_interleave(width, 3)
+    pixels = enlarge(kept, height=masks.shape[1], width=masks.shape[2])
+    if counted is not None:
+        pixels, masks = pixels & counted[:, None], masks & counted
     both = (pixels & masks[:, None]).sum((2, 3))
     return both / (pixels | masks[:, None]).sum((2, 3))
+
+
+def enlarge(maps: Tensor, *, height: int, width: int) -> Tensor:
+    """Nearest neighbour: maps (..., R, C) at height x width pixels, by the pixels' centers."""
+    rows, columns = (
+        (2 * torch.arange(pixels) + 1) * patches // (2 * pixels)  # integers: no ties to round
+        for pixels, patches in ((height, maps.shape[-2]), (width, maps.shape[-1]))
+    )
+    return maps[..., rows[:, None], columns]
 
 
 def center_box(height: int, width: int) -> Tensor:

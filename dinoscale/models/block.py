@@ -57,13 +57,16 @@ class Attention(nn.Module):
             mixed.append(out.transpose(1, 2).reshape(n * length, -1))
         return self.proj(self.norm(torch.cat(mixed)))  # type: ignore[no-any-return]  # untyped
 
-    def weights(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """Attention of tokens (N*L, D) of one resolution: (N, heads, L, L), rows sum to 1."""
+    def weights(self, tokens: Tensor, layout: Layout, *, queries: int | None = None) -> Tensor:
+        """Attention of tokens (N*L, D) of one resolution: (N, heads, L, L), rows sum to 1.
+
+        With `queries`, only those of the first so many tokens: (N, heads, queries, L).
+        """
         ((n, length),) = layout
         heads = self._heads(tokens)
         q, k, _ = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in heads)
         dtype = torch.promote_types(q.dtype, torch.float32)
-        scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1)  # (N, heads, L, L)
+        scores = q[:, :, :queries].to(dtype) @ k.to(dtype).transpose(-2, -1)  # (N, heads, L, L)
         return torch.softmax(scores * self.head_dim**-0.5, dim=-1)
 
     def _heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

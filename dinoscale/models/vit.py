@@ -196,15 +196,17 @@ class VisionTransformer(nn.Module):
                 outputs.append(torch.unflatten(self.norm(tokens), 0, layout[0]))
         return outputs
 
-    def last_attention(self, images: Tensor) -> Tensor:
+    def last_attention(self, images: Tensor, *, queries: int | None = None) -> Tensor:
         """Return the attention of the last block over images (N, C, H, W): (N, heads, L, L).
 
-        Rows sum to 1; L = 1+R+P, class token first. float32, or float64 for a float64 model.
+        Rows sum to 1; L = 1+R+P, class token first. float32, or float64 for a float64 model. With
+        `queries`, only that of the first so many tokens, (N, heads, queries, L): the class token's
+        alone needs no memory that grows with L squared.
         """
         tokens, layout = self._embed([images])
         tokens = self._run(tokens, layout, None, range(self.depth - 1))
         last: Any = self.blocks[-1]
-        return last.attn.weights(last.norm1(tokens), layout)  # type: ignore[no-any-return]
+        return last.attn.weights(last.norm1(tokens), layout, queries=queries)  # type: ignore[no-any-return]
 
     def layout_of(self, crops: Sequence[tuple[int, int]]) -> Layout:
         """Layout of square crops, given as (images, side in pixels) in the order of a forward."""

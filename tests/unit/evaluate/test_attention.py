@@ -38,13 +38,13 @@ class Spotlight(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.modes: list[bool] = []
 
-    def last_attention(self, images: Tensor) -> Tensor:
+    def last_attention(self, images: Tensor, *, queries: int) -> Tensor:
         self.modes.append(self.training)
         bright = nn.functional.avg_pool2d(images.mean(1), 4).flatten(1)  # (N, P)
         heads = torch.stack([(30 * bright).softmax(1), torch.ones_like(bright).softmax(1)], 1)
         registers = torch.full((*heads.shape[:2], 3), 0.25)  # class token and two registers
         row = torch.cat([registers, heads * 0.25], dim=2)
-        return row[:, :, None].expand(-1, -1, row.shape[-1], -1)
+        return row[:, :, None].expand(-1, -1, queries, -1)
 
 
 def _bright_square() -> tuple[Image.Image, Image.Image]:
@@ -77,7 +77,7 @@ def test_many_images_are_taken_in_parts_without_a_difference(
 ) -> None:
     images = torch.rand(5, 3, 32, 32)
     whole = attention_maps(backbone, images)
-    monkeypatch.setattr("dinoscale.evaluate.attention_maps.ATTENTION_ENTRIES", 2 * 8 * 17**2)
+    monkeypatch.setattr("dinoscale.evaluate.attention_maps.TOKENS_AT_ONCE", 2 * 16)
     torch.testing.assert_close(attention_maps(backbone, images), whole, rtol=1e-4, atol=1e-6)
 
 
@@ -182,6 +182,9 @@ def test_bad_masks_and_sizes_are_named(tmp_path: Path, backbone: nn.Module) -> N
     with pytest.raises(ConfigError, match="need a ViT, this is a Linear"):
         draw(of=nn.Linear(2, 2))
     assert not list(tmp_path.iterdir())
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(DataError, match=r"cannot write to .*a\.png: Is a directory"):
+        draw()
 
 
 def test_a_weights_file_is_scored_beside_an_untrained_one(

@@ -1,0 +1,155 @@
+"""`dinoscale evaluate {attention,segment,pca} WEIGHTS ...`: parse, call one function."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from dinoscale.cli.arguments import add_weights
+
+if TYPE_CHECKING:
+    from dinoscale.cli.arguments import SubCommands
+
+_IMAGES_HELP = "an image, a folder, tar shards, or synthetic:..."
+_SIZE_HELP = "short side of the images the network sees"
+_MASS_HELP = "of a head's attention that its mask keeps (0.6)"
+_LIMIT_HELP = "the first N images only"
+_SQUARE_HELP = "squeeze them to squares, as the reference's figures; else they keep their shape"
+
+
+def add_dense(tasks: SubCommands) -> None:
+    """Tasks that look at patches."""
+    _add_attention(tasks)
+    _add_segment(tasks)
+    _add_pca(tasks)
+
+
+def _add_attention(tasks: SubCommands) -> None:
+    attention = tasks.add_parser(
+        "attention",
+        help="draw where the class token of a ViT looks, per head",
+        description="Where the class token looks in the last block, of every head and their mean."
+        " With --out: for every image a folder with overlays (attn-*.png the map in colors,"
+        " mass-*.png the patches that hold --mass of it) and attention.npz with the numbers, and"
+        " one sheet. With OUT.png: only a sheet of some images, squeezed to squares; for synthetic"
+        " sets, whose masks are known, also how well attention covers the objects.",
+        epilog="example: dinoscale evaluate attention weights.safetensors photos/ --out attention/",
+    )
+    add_weights(attention)
+    attention.add_argument("images", metavar="IMAGES", help=_IMAGES_HELP)
+    where = attention.add_mutually_exclusive_group(required=True)
+    where.add_argument("sheet", nargs="?", metavar="OUT.png", help="write a sheet only")
+    where.add_argument("--out", metavar="DIR", help="write files for every image")
+    _add_size(attention, also="; of OUT.png the crop")
+    attention.add_argument("--mass", type=float, default=0.6, metavar="SHARE", help=_MASS_HELP)
+    attention.add_argument("--limit", type=int, metavar="N", help=_LIMIT_HELP)
+    attention.set_defaults(run=_evaluate_attention)
+
+
+def _add_segment(tasks: SubCommands) -> None:
+    segment = tasks.add_parser(
+        "segment",
+        help="how well attention covers objects: Jaccard index against masks",
+        description="The patches that hold --mass of a head's attention, against masks of objects:"
+        " intersection over union of each object with the head that covers it best, mean over the"
+        " objects of an image, then over images. Beside it the floors that trained weights must"
+        " beat: the same architecture untrained, and a centered box. Masks are KEY.mask.png beside"
+        " KEY.jpg in shards, or a folder of --masks named as the images. A mask with a palette"
+        " (PASCAL VOC, DAVIS) numbers its objects, 255 does not count; any other is one object,"
+        " brighter than 127.",
+        epilog="example: dinoscale evaluate segment weights.safetensors VOC2012/JPEGImages"
+        " --masks VOC2012/SegmentationObject",
+    )
+    add_weights(segment)
+    segment.add_argument("images", metavar="DATA", help=_IMAGES_HELP)
+    segment.add_argument("--masks", metavar="DIR", help="masks named as the images")
+    segment.add_argument("--indexed", action="store_true", help="gray masks number objects too")
+    _add_size(segment)
+    segment.add_argument("--mass", type=float, default=0.6, metavar="SHARE", help=_MASS_HELP)
+    segment.add_argument("--out", metavar="DIR", help="draw best, median and worst images")
+    segment.set_defaults(run=_evaluate_segment)
+
+
+def _add_pca(tasks: SubCommands) -> None:
+    pca = tasks.add_parser(
+        "pca",
+        help="draw patch features as colors",
+        description="The first three principal components of the last block's patch features, over"
+        " all images together, as red, green and blue: patches of a color have similar features."
+        " Writes pca.png and pca.npz into a folder for every image, one sheet and the basis.",
+        epilog="example: dinoscale evaluate pca weights.safetensors photos/ --out pca/",
+    )
+    add_weights(pca)
+    pca.add_argument("images", metavar="IMAGES", help=_IMAGES_HELP)
+    pca.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
+    _add_size(pca)
+    pca.add_argument(
+        "--foreground", action="store_true", help="only patches in front, by the first component"
+    )
+    pca.add_argument("--smooth", action="store_true", help="enlarge patches bilinearly")
+    pca.add_argument("--limit", type=int, metavar="N", help=_LIMIT_HELP)
+    pca.set_defaults(run=_evaluate_pca)
+
+
+def _add_size(task: argparse.ArgumentParser, *, also: str = "") -> None:
+    task.add_argument("--size", type=int, metavar="PIXELS", help=f"{_SIZE_HELP} (480{also})")
+    task.add_argument("--square", action="store_true", help=_SQUARE_HELP)
+
+
+def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
+    if options.sheet:
+        from dinoscale.evaluate.attention import evaluate_attention
+
+        return evaluate_attention(
+            options.weights,
+            options.images,
+            options.sheet,
+            size=options.size,
+            num_heads=options.num_heads,
+        )
+    from dinoscale.evaluate.attention_files import write_attention
+
+    return write_attention(
+        options.weights,
+        options.images,
+        options.out,
+        mass=options.mass,
+        limit=options.limit,
+        num_heads=options.num_heads,
+        **_size(options),
+    )
+
+
+def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.evaluate.segment import evaluate_segment
+
+    return evaluate_segment(
+        options.weights,
+        options.images,
+        masks=options.masks,
+        indexed=options.indexed,
+        mass=options.mass,
+        out=options.out,
+        num_heads=options.num_heads,
+        **_size(options),
+    )
+
+
+def _evaluate_pca(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.evaluate.pca import evaluate_pca
+
+    return evaluate_pca(
+        options.weights,
+        options.images,
+        options.out,
+        foreground=options.foreground,
+        smooth=options.smooth,
+        limit=options.limit,
+        num_heads=options.num_heads,
+        **_size(options),
+    )
+
+
+def _size(options: argparse.Namespace) -> dict[str, Any]:
+    size = {} if options.size is None else {"size": options.size}
+    return {**size, "square": options.square}
