@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinoscale import distributed
 from dinoscale.convert.weights_file import BackboneCard, load_backbone
 from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import Source, open_source
@@ -39,7 +40,8 @@ KS = (10, 20, 100, 200)  # of the published protocol; 20 is the number usually q
 TEMP = 0.07  # of the votes, dimensionless; Wu et al. 2018
 TOP = 5  # classes that may be right for the top-5 accuracy
 NAMES_SHOWN = 5  # of classes that only one set has, in an error
-SIMILARITIES_PER_CHUNK = 2**26  # 256 MiB of float32 at a time, whatever the size of the bank
+# Cosines held at a time: 256 MiB of float32.
+TEST_CHUNK, BANK_CHUNK = 2**10, 2**16
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,18 @@ def knn_accuracy(
     ks: Sequence[int] = KS,
     temp: float = TEMP,
     chunk_size: int | None = None,
+    bank_chunk_size: int = BANK_CHUNK,
 ) -> dict[int, KnnResult]:
     """Classify every test image by the votes of its k most similar images of the bank.
 
     votes[c] = sum over the k neighbours of class c of exp(cosine / temp)
-    Classes with equal votes, also those without any, rank by their number. As in the published
-    code, k < 5 counts only k classes for top-5.
+    Of equally similar images the one that stands first in the bank is nearer. Classes with equal
+    votes, also those without any, rank by their number. As in the published code, k < 5 counts only
+    k classes for top-5.
+
+    Beside the features it needs the memory of `chunk_size` x `bank_chunk_size` cosines, however
+    many images there are. On several ranks all call it with the same tensors, and each classifies
+    its share of the chunks.
 
     Args:
         train_features: the bank, (N, D), any float dtype and length; cosines run in float32.
@@ -75,39 +83,39 @@ def knn_accuracy(
         test_labels: (M,) int64; a class that the bank lacks is never right.
         ks: numbers of neighbours; one above N uses all N, with a warning.
         temp: > 0, dimensionless; infinity makes all votes equal.
-        chunk_size: test images at a time, any number gives the same result; None fits the memory.
+        chunk_size: test images at a time, any number gives the same result; None: 1024.
+        bank_chunk_size: images of the bank at a time, any number gives the same result.
 
     Returns:
-        One result per k.
+        One result per k, on every rank.
 
     Raises:
         ValueError: shapes disagree, a set is empty, labels are negative, or a k, temp or chunk
             size is not positive.
     """
     _check(train_features, train_labels, test_features, test_labels)
-    if not ks or min(ks) < 1 or not temp > 0 or (chunk_size is not None and chunk_size < 1):
-        raise ValueError(f"need k, temp, chunk_size > 0; got {[*ks]}, {temp}, {chunk_size}")
+    chunk_size = TEST_CHUNK if chunk_size is None else chunk_size
+    if not ks or min(ks) < 1 or not temp > 0 or min(chunk_size, bank_chunk_size) < 1:
+        chunks = f"{chunk_size}, {bank_chunk_size}"
+        raise ValueError(f"need k, temp, chunk_size > 0; got {[*ks]}, {temp}, {chunks}")
     num_train, num_test = len(train_features), len(test_features)
     too_many = [k for k in ks if k > num_train]
     if too_many:
         log.warning("k = %s: the bank has only %d images, using all", too_many, num_train)
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    bank = F.normalize(train_features.float(), dim=1).T  # (D, N)
-    right = {k: [0, 0] for k in ks}  # test images right by top-1, by top-5
-    chunk_size = chunk_size or max(1, SIMILARITIES_PER_CHUNK // num_train)
-    for start in range(0, num_test, chunk_size):
+    right = torch.zeros(len(ks), 2, dtype=torch.int64, device=test_labels.device)
+    starts = range(0, num_test, chunk_size)
+    for start in starts[distributed.rank() :: distributed.world_size()]:
         features = test_features[start : start + chunk_size]
-        similarity = F.normalize(features.float(), dim=1) @ bank  # (chunk, N)
-        similarity, nearest = similarity.topk(min(max(ks), num_train), dim=1)
+        similarity, nearest = nearest_neighbours(
+            train_features, features, k=min(max(ks), num_train), bank_chunk_size=bank_chunk_size
+        )
         votes, classes = (similarity / temp).exp(), train_labels[nearest]  # (chunk, max k)
         labels = test_labels[start : start + chunk_size]
-        for k, count in right.items():
-            top1, top5 = _right(votes[:, :k], classes[:, :k], labels, num_classes=num_classes)
-            right[k] = [count[0] + top1, count[1] + top5]
-    return {
-        k: KnnResult(k, min(k, num_train), 100 * top1 / num_test, 100 * top5 / num_test)
-        for k, (top1, top5) in right.items()
-    }
+        for i, k in enumerate(ks):
+            right[i] += _right(votes[:, :k], classes[:, :k], labels, num_classes=num_classes)
+    percent = (100 * distributed.all_reduce_sum(right).double() / num_test).tolist()
+    return {k: KnnResult(k, min(k, num_train), *of_k) for k, of_k in zip(ks, percent, strict=True)}
 
 
 def _check(
@@ -125,13 +133,56 @@ def _check(
         raise ValueError(f"features of train and test have different widths, {widths}")
 
 
-def _right(votes: Tensor, classes: Tensor, labels: Tensor, *, num_classes: int) -> tuple[int, int]:
+def nearest_neighbours(
+    bank: Tensor, features: Tensor, *, k: int, bank_chunk_size: int = BANK_CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Find the most similar images of a bank, which passes by in chunks.
+
+    Args:
+        bank: (N, D), any length.
+        features: (M, D); M x `bank_chunk_size` cosines are held at a time.
+        k: neighbours, at most N.
+        bank_chunk_size: images of the bank at a time.
+
+    Returns:
+        Cosines (M, k) float32, the largest first, and numbers of the images in the bank (M, k); of
+        equal cosines the one with the lower number first.
+    """
+    queries = F.normalize(features.float(), dim=1)
+    best = queries.new_empty(len(queries), 0)
+    numbers = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(bank), bank_chunk_size):
+        chunk = F.normalize(bank[start : start + bank_chunk_size].float(), dim=1)
+        values, columns = _largest(queries @ chunk.T, k=min(k, len(chunk)))
+        # What came before has lower numbers, and a stable sort leaves it in front.
+        best, order = torch.cat([best, values], 1).sort(dim=1, descending=True, stable=True)
+        numbers = torch.cat([numbers, columns + start], 1).gather(1, order[:, :k])
+        best = best[:, :k]
+    return best, numbers
+
+
+def _largest(similarity: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their columns; of equals the first, which topk leaves open."""
+    values, columns = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    tied = (values[:, k - 1 : k] == values[:, k:]).any(1)  # the first left out is as large
+    values, columns = values[:, :k], columns[:, :k]
+    for row in tied.nonzero().flatten().tolist():
+        least = values[row, -1]
+        larger = int((values[row] > least).sum())
+        equal = (similarity[row] == least).nonzero().flatten()
+        columns[row, larger:] = equal[: k - larger]
+    columns, order = columns.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+def _right(votes: Tensor, classes: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
     """Count images whose label gets most votes, and whose label is among the five with most."""
     total = votes.new_zeros(len(votes), num_classes).scatter_add_(1, classes, votes)  # (chunk, C)
     ranked = total.sort(dim=1, descending=True, stable=True).indices
     hits = ranked == labels[:, None]
     top = min(TOP, votes.shape[1])
-    return int(hits[:, 0].sum()), int(hits[:, :top].sum())
+    return torch.stack([hits[:, 0].sum(), hits[:, :top].sum()])
 
 
 def evaluate_knn(
