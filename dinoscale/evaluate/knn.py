@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,24 +22,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinoscale import distributed
-from dinoscale.convert.weights_file import BackboneCard, load_backbone
-from dinoscale.data.decode import Decoder
-from dinoscale.data.sources import Source, open_source
-from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.features import (
-    PIXEL_SIDE,
-    check_labels,
-    extract_features,
-    find_device,
-    pixel_features,
-)
+from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.reference import Network
+from dinoscale.errors import ConfigError
+from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
+from dinoscale.evaluate.frozen import open_frozen
+from dinoscale.evaluate.labelled import Features, LabelledSets
+
+ByK = dict[str, dict[str, float]]  # k as text -> top1, top5, neighbours
 
 log = logging.getLogger(__name__)
 
-KS = (10, 20, 100, 200)  # of the published protocol; 20 is the number usually quoted
+KS = (10, 20, 100, 200)  # of the published protocol
+QUOTED_K = 20  # the one usually reported
 TEMP = 0.07  # of the votes, dimensionless; Wu et al. 2018
 TOP = 5  # classes that may be right for the top-5 accuracy
-NAMES_SHOWN = 5  # of classes that only one set has, in an error
 # Cosines held at a time: 256 MiB of float32.
 TEST_CHUNK, BANK_CHUNK = 2**10, 2**16
 
@@ -192,16 +189,22 @@ def evaluate_knn(
     *,
     ks: Sequence[int] = KS,
     temp: float = TEMP,
+    network: Network = "teacher",
+    num_heads: int | None = None,
     resize: int | None = None,
     crop: int | None = None,
     batch_size: int = 64,
     num_workers: int = 4,
     device: str | None = None,
-    num_heads: int | None = None,
     pixels: bool = False,
+    untrained: bool = False,
+    cache: bool = True,
     progress: bool = True,
 ) -> dict[str, object]:
-    """Measure a weights file by k-NN, and optionally the pixel floor of the same two sets.
+    """Measure a weights file by k-NN, and optionally the floors of the same two sets.
+
+    All ranks of a job call it; each does its share, and all get the report. What is not named here
+    is as in `open_frozen`.
 
     Args:
         weights_path: a weights file of ours, or a checkpoint of the reference.
@@ -210,123 +213,66 @@ def evaluate_knn(
         test_spec: what to classify; its classes must be those of the bank.
         ks: numbers of neighbours.
         temp: of the votes, dimensionless.
-        resize: short side in pixels; None takes the weights file's.
-        crop: side of the center crop in pixels; None takes the weights file's.
-        batch_size: images in one forward.
-        num_workers: processes that decode images.
-        device: a torch device; None takes the accelerator if there is one.
-        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
         pixels: also measure 16 x 16 pixels, less the bank's mean image.
-        progress: draw bars on stderr, if that is a terminal.
+        untrained: also measure the same architecture with fresh weights.
 
     Returns:
         Numbers, texts, lists and dicts, ready for JSON: `knn` maps each k, as text, to `top1`,
-        `top5` (percent) and `neighbours`; the rest says what was measured and how.
+        `top5` (percent) and `neighbours`; `score` has the top-1, that of k = 20 first; the rest
+        says what was measured and how.
 
     Raises:
         CheckpointError: the weights file cannot be used.
         ConfigError: a setting is out of range.
         DataError: a set cannot be read, has no labels, or the sets have different classes.
     """
-    _check_settings(ks=ks, temp=temp, batch_size=batch_size, num_workers=num_workers)
-    where = find_device(device)
-    backbone, card = load_backbone(weights_path, num_heads=num_heads)
-    card = _with_sizes(card, resize=resize, crop=crop)
-    decoder = Decoder(card.backbone.in_chans, card.white)
-    train, test = open_source(train_spec, decoder), open_source(test_spec, decoder)
-    renumber = renumber_classes(train, test)
-    extract = partial(
-        extract_features,
-        backbone.to(where),
-        resize=card.resize,
-        crop=card.crop,
-        mean=card.mean,
-        std=card.std,
+    _check_settings(ks=ks, temp=temp)
+    frozen = open_frozen(
+        weights_path,
+        network=network,
+        num_heads=num_heads,
+        resize=resize,
+        crop=crop,
         batch_size=batch_size,
-        device=where,
         num_workers=num_workers,
+        device=device,
+        cache=cache,
         progress=progress,
     )
-    bank, bank_labels = _readable(*extract(train), spec=train_spec)
-    features, labels = _readable(*extract(test), spec=test_spec)
-    labels = renumber.to(where)[labels]
+    sets = LabelledSets.open(train_spec, test_spec, frozen.open)
+    classify = partial(_classify, ks=ks, temp=temp)
+    seen = sets.features(frozen.features)
+    by_k = classify(seen)
     report: dict[str, object] = {
+        "task": "knn",
         "weights": str(weights_path),
-        "weights_source": card.source,
-        "backbone": asdict(card.backbone),
-        "train": _describe(train_spec, bank_labels),
-        "test": _describe(test_spec, labels),
-        "protocol": _protocol(card, temp=temp),
-        "knn": _by_k(knn_accuracy(bank, bank_labels, features, labels, ks=ks, temp=temp)),
+        "weights_source": frozen.card.source,
+        "backbone": asdict(frozen.card.backbone),
+        "train": _describe(train_spec, seen.bank_labels),
+        "test": _describe(test_spec, seen.test_labels),
+        "protocol": _protocol(frozen.card, network=network, ks=ks, temp=temp),
+        "score": _score(by_k),
+        "knn": by_k,
     }
+    if untrained:
+        report["untrained"] = _score(classify(sets.features(frozen.untrained().features)))
     if pixels:
-        floor = partial(_floor, ks=ks, temp=temp, num_workers=num_workers)
-        report["pixels"] = floor(train, test, renumber)
+        report |= _pixel_floor(sets, ks=ks, temp=temp, num_workers=num_workers)
     return report
 
 
-def _check_settings(*, ks: Sequence[int], temp: float, batch_size: int, num_workers: int) -> None:
+def _check_settings(*, ks: Sequence[int], temp: float) -> None:
     if not ks or min(ks) < 1:
         raise ConfigError(f"ks: need at least one number of neighbours, all above 0; got {[*ks]}")
     if not temp > 0:
         raise ConfigError(f"temp: need a number above 0, got {temp}")
-    if batch_size < 1 or num_workers < 0:
-        raise ConfigError(f"need batch_size > 0, num_workers >= 0; got {batch_size}, {num_workers}")
 
 
-def _with_sizes(card: BackboneCard, *, resize: int | None, crop: int | None) -> BackboneCard:
-    """The card with the sizes that were asked for."""
-    card = replace(
-        card,
-        resize=card.resize if resize is None else resize,
-        crop=card.crop if crop is None else crop,
-    )
-    if not 1 <= card.crop <= card.resize:
-        sizes = f"{card.crop} and {card.resize} pixels"
-        raise ConfigError(f"crop: need 1 <= crop <= resize, got {sizes}")
-    return card
-
-
-def renumber_classes(train: Source, test: Source) -> Tensor:
-    """Find the number in the bank of every class of the test set: by name, else by number.
-
-    Args:
-        train: the bank.
-        test: what to classify.
-
-    Returns:
-        (C,) int64: position i holds the bank's number of the test set's class i.
-
-    Raises:
-        DataError: a set has images without labels, or the sets name different classes.
-    """
-    check_labels(train, name="train")
-    check_labels(test, name="test")
-    assert test.labels is not None
-    if train.class_names is None or test.class_names is None:
-        if train.class_names is not test.class_names:
-            log.warning("only one of the sets names its classes; matching them by number")
-        return torch.arange(int(test.labels.max()) + 1)
-    only_train = sorted(set(train.class_names) - set(test.class_names))
-    only_test = sorted(set(test.class_names) - set(train.class_names))
-    if only_train or only_test:
-        raise DataError(
-            "train and test have different classes: only train has "
-            f"{_some(only_train)}; only test has {_some(only_test)}"
-        )
-    return torch.tensor([train.class_names.index(name) for name in test.class_names])
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    listed = ", ".join(repr(name) for name in names[:NAMES_SHOWN]) or "none"
-    return listed + (f" and {more} more" if more > 0 else "")
-
-
-def _readable(features: Tensor, labels: Tensor, *, spec: str) -> tuple[Tensor, Tensor]:
-    if not len(features):
-        raise DataError(f"{spec}: none of the images can be read")
-    return features, labels
+def _classify(features: Features, *, ks: Sequence[int], temp: float) -> ByK:
+    return {
+        str(k): {"top1": found.top1, "top5": found.top5, "neighbours": found.neighbours}
+        for k, found in knn_accuracy(*features, ks=ks, temp=temp).items()
+    }
 
 
 def _describe(spec: str, labels: Tensor) -> dict[str, object]:
@@ -334,42 +280,41 @@ def _describe(spec: str, labels: Tensor) -> dict[str, object]:
     return {"spec": spec, "images": len(labels), "classes": classes}
 
 
-def _protocol(card: BackboneCard, *, temp: float) -> dict[str, object]:
+def _protocol(
+    card: BackboneCard, *, network: Network, ks: Sequence[int], temp: float
+) -> dict[str, object]:
     return {
         "method": "weighted k-NN, cosine similarity, votes exp(similarity / temp)",
         "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
+        "network": network,
+        "ks": [*ks],
         "temp": temp,
         "resize": card.resize,
         "crop": card.crop,
         "interpolation": "bicubic",
         "mean": list(card.mean),
         "std": list(card.std),
+        "white": card.white,
     }
 
 
-def _by_k(results: Mapping[int, KnnResult]) -> dict[str, dict[str, float]]:
-    return {
-        str(k): {"top1": found.top1, "top5": found.top5, "neighbours": found.neighbours}
-        for k, found in results.items()
-    }
+def _score(by_k: ByK) -> dict[str, float]:
+    """Top-1 of each k, the one usually quoted first."""
+    ordered = sorted(by_k, key=lambda k: k != str(QUOTED_K))
+    return {f"top1_k{k}": by_k[k]["top1"] for k in ordered}
 
 
-def _floor(
-    train: Source,
-    test: Source,
-    renumber: Tensor,
-    *,
-    ks: Sequence[int],
-    temp: float,
-    num_workers: int,
+def _pixel_floor(
+    sets: LabelledSets, *, ks: Sequence[int], temp: float, num_workers: int
 ) -> dict[str, object]:
     """k-NN on pixels, with the protocol's votes and, the classical floor, with equal ones."""
-    bank, bank_labels = pixel_features(train, num_workers=num_workers)
-    images, labels = pixel_features(test, num_workers=num_workers)
-    mean = bank.mean(dim=0)
-    sets = (bank - mean, bank_labels, images - mean, renumber[labels])
+    seen = sets.features(partial(pixel_features, num_workers=num_workers))
+    mean = seen.bank.mean(dim=0)
+    seen = seen._replace(bank=seen.bank - mean, test=seen.test - mean)
+    by_k = _classify(seen, ks=ks, temp=temp)
+    about = f"{PIXEL_SIDE} x {PIXEL_SIDE} pixels by area averaging, less the bank's mean"
+    equal = _classify(seen, ks=ks, temp=math.inf)
     return {
-        "features": f"{PIXEL_SIDE} x {PIXEL_SIDE} pixels by area averaging, less the bank's mean",
-        "knn": _by_k(knn_accuracy(*sets, ks=ks, temp=temp)),
-        "knn_equal_votes": _by_k(knn_accuracy(*sets, ks=ks, temp=math.inf)),
+        "floors": _score(by_k),
+        "pixels": {"features": about, "knn": by_k, "knn_equal_votes": equal},
     }

@@ -10,7 +10,8 @@ from dinoscale.config.schema import RunConfig
 from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import open_source
 from dinoscale.evaluate.features import extract_features
-from dinoscale.evaluate.knn import knn_accuracy, renumber_classes
+from dinoscale.evaluate.knn import knn_accuracy
+from dinoscale.evaluate.labelled import renumber_classes
 
 
 class Probe:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
 from dinoscale.errors import CheckpointError, ConfigError, DataError
-from dinoscale.evaluate.knn import evaluate_knn, renumber_classes
+from dinoscale.evaluate.knn import evaluate_knn
+from dinoscale.evaluate.labelled import renumber_classes
 from dinoscale.models.zoo import build_backbone
 
 SHAPE = BackboneShape(
