@@ -69,23 +69,27 @@ def _add_attention(tasks: SubCommands) -> None:
 
 
 def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any] | None:
+    from dinoscale.evaluate.frozen import Extraction
     from dinoscale.evaluate.knn import KS, evaluate_knn
 
+    how = Extraction(
+        network=options.network,
+        num_heads=options.num_heads,
+        resize=options.resize,
+        crop=options.crop,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        cache=not options.no_cache,
+    )
     return on_all_ranks(
         lambda: evaluate_knn(
             options.weights,
             options.train,
             options.test,
             ks=options.k or KS,
-            network=options.network,
-            num_heads=options.num_heads,
-            resize=options.resize,
-            crop=options.crop,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
             pixels=options.pixels,
             untrained=options.untrained,
-            cache=not options.no_cache,
+            how=how,
         )
     )
 

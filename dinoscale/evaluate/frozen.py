@@ -25,6 +25,33 @@ UNTRAINED_SEED = 0  # of the fresh weights that show what the architecture alone
 
 
 @dataclass(frozen=True)
+class Extraction:
+    """How a backbone is opened and its features are taken.
+
+    Attributes:
+        network: which network of a file with both.
+        num_heads: for files without a card whose heads are not 64 channels wide.
+        resize: short side of the images in pixels; None takes the weights file's.
+        crop: side of the center crop in pixels; None takes the weights file's.
+        batch_size: images in one forward.
+        num_workers: processes of each rank that decode; 0 decodes in this one.
+        device: a torch device; None takes the accelerator if there is one.
+        cache: read features that are kept from an earlier run, and keep those extracted.
+        progress: draw bars on stderr, if that is a terminal.
+    """
+
+    network: Network = "teacher"
+    num_heads: int | None = None
+    resize: int | None = None
+    crop: int | None = None
+    batch_size: int = 64
+    num_workers: int = 4
+    device: str | None = None
+    cache: bool = True
+    progress: bool = True
+
+
+@dataclass(frozen=True)
 class Frozen:
     """Backbone and preparation.
 
@@ -32,19 +59,13 @@ class Frozen:
         backbone: on `device`, in eval mode, without gradients.
         card: of its file, with the sizes that were asked for.
         device: where it computes.
-        batch_size: images in one forward.
-        num_workers: processes that decode; 0 decodes in this one.
-        cache: read features that are kept from an earlier run, and keep those extracted.
-        progress: draw bars on stderr, if that is a terminal.
+        how: its features are taken.
     """
 
     backbone: nn.Module
     card: BackboneCard
     device: torch.device
-    batch_size: int
-    num_workers: int
-    cache: bool
-    progress: bool
+    how: Extraction
 
     def open(self, spec: str) -> Source:
         """Open images as this backbone takes them.
@@ -72,11 +93,11 @@ class Frozen:
             crop=card.crop,
             mean=card.mean,
             std=card.std,
-            batch_size=self.batch_size,
+            batch_size=self.how.batch_size,
             device=self.device,
-            num_workers=self.num_workers,
-            taken=f"output of {card.backbone}, white {card.white}" if self.cache else None,
-            progress=self.progress,
+            num_workers=self.how.num_workers,
+            taken=f"output of {card.backbone}, white {card.white}" if self.how.cache else None,
+            progress=self.how.progress,
         )
 
     def untrained(self) -> Frozen:
@@ -87,47 +108,27 @@ class Frozen:
         return replace(self, backbone=backbone.eval().requires_grad_(False).to(self.device))
 
 
-def open_frozen(
-    weights_path: str | Path,
-    *,
-    network: Network = "teacher",
-    num_heads: int | None = None,
-    resize: int | None = None,
-    crop: int | None = None,
-    batch_size: int = 64,
-    num_workers: int = 4,
-    device: str | None = None,
-    cache: bool = True,
-    progress: bool = True,
-) -> Frozen:
+def open_frozen(weights_path: str | Path, how: Extraction) -> Frozen:
     """Open the backbone of a weights file; all ranks of a job call it, and fail together.
 
     Args:
         weights_path: as `load_backbone` takes it.
-        network: which network of a file with both.
-        num_heads: for files without a card whose heads are not 64 channels wide.
-        resize: short side in pixels; None takes the file's.
-        crop: side of the center crop in pixels; None takes the file's.
-        batch_size: images in one forward.
-        num_workers: processes that decode; 0 decodes in this one.
-        device: a torch device; None takes the accelerator if there is one.
-        cache: read features that are kept from an earlier run, and keep those extracted.
-        progress: draw bars on stderr, if that is a terminal.
+        how: to open it, and to take its features.
 
     Raises:
         CheckpointError: the weights cannot be used.
         ConfigError: there is no such device, the crop is larger than the image, or a number is out
             of range.
     """
-    if batch_size < 1 or num_workers < 0:
-        raise ConfigError(f"need batch_size > 0, num_workers >= 0; got {batch_size}, {num_workers}")
+    if how.batch_size < 1 or how.num_workers < 0:
+        numbers = f"{how.batch_size}, {how.num_workers}"
+        raise ConfigError(f"need batch_size > 0, num_workers >= 0; got {numbers}")
 
     def opened() -> Frozen:
-        where = find_device(device)
-        backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
-        card = _with_sizes(card, resize=resize, crop=crop)
-        more = {"batch_size": batch_size, "num_workers": num_workers}
-        return Frozen(backbone.to(where), card, where, **more, cache=cache, progress=progress)
+        device = find_device(how.device)
+        backbone, card = load_backbone(weights_path, network=how.network, num_heads=how.num_heads)
+        card = _with_sizes(card, resize=how.resize, crop=how.crop)
+        return Frozen(backbone.to(device), card, device, how)
 
     return distributed.together(opened)
 

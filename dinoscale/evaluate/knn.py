@@ -22,11 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinoscale import distributed
-from dinoscale.convert.card import BackboneCard
-from dinoscale.convert.reference import Network
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
-from dinoscale.evaluate.frozen import open_frozen
+from dinoscale.evaluate.frozen import Extraction, Frozen, open_frozen
 from dinoscale.evaluate.labelled import Features, LabelledSets
 
 ByK = dict[str, dict[str, float]]  # k as text -> top1, top5, neighbours
@@ -189,22 +187,13 @@ def evaluate_knn(
     *,
     ks: Sequence[int] = KS,
     temp: float = TEMP,
-    network: Network = "teacher",
-    num_heads: int | None = None,
-    resize: int | None = None,
-    crop: int | None = None,
-    batch_size: int = 64,
-    num_workers: int = 4,
-    device: str | None = None,
     pixels: bool = False,
     untrained: bool = False,
-    cache: bool = True,
-    progress: bool = True,
+    how: Extraction = Extraction(),  # noqa: B008  # frozen
 ) -> dict[str, object]:
     """Measure a weights file by k-NN, and optionally the floors of the same two sets.
 
-    All ranks of a job call it; each does its share, and all get the report. What is not named here
-    is as in `open_frozen`.
+    All ranks of a job call it; each does its share, and all get the report.
 
     Args:
         weights_path: a weights file of ours, or a checkpoint of the reference.
@@ -215,6 +204,7 @@ def evaluate_knn(
         temp: of the votes, dimensionless.
         pixels: also measure 16 x 16 pixels, less the bank's mean image.
         untrained: also measure the same architecture with fresh weights.
+        how: to open the backbone, and to take its features.
 
     Returns:
         Numbers, texts, lists and dicts, ready for JSON: `knn` maps each k, as text, to `top1`,
@@ -227,18 +217,7 @@ def evaluate_knn(
         DataError: a set cannot be read, has no labels, or the sets have different classes.
     """
     _check_settings(ks=ks, temp=temp)
-    frozen = open_frozen(
-        weights_path,
-        network=network,
-        num_heads=num_heads,
-        resize=resize,
-        crop=crop,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        cache=cache,
-        progress=progress,
-    )
+    frozen = open_frozen(weights_path, how)
     sets = LabelledSets.open(train_spec, test_spec, frozen.open)
     classify = partial(_classify, ks=ks, temp=temp)
     seen = sets.features(frozen.features)
@@ -250,14 +229,14 @@ def evaluate_knn(
         "backbone": asdict(frozen.card.backbone),
         "train": _describe(train_spec, seen.bank_labels),
         "test": _describe(test_spec, seen.test_labels),
-        "protocol": _protocol(frozen.card, network=network, ks=ks, temp=temp),
+        "protocol": _protocol(frozen, ks=ks, temp=temp),
         "score": _score(by_k),
         "knn": by_k,
     }
     if untrained:
         report["untrained"] = _score(classify(sets.features(frozen.untrained().features)))
     if pixels:
-        report |= _pixel_floor(sets, ks=ks, temp=temp, num_workers=num_workers)
+        report |= _pixel_floor(sets, ks=ks, temp=temp, num_workers=how.num_workers)
     return report
 
 
@@ -280,13 +259,12 @@ def _describe(spec: str, labels: Tensor) -> dict[str, object]:
     return {"spec": spec, "images": len(labels), "classes": classes}
 
 
-def _protocol(
-    card: BackboneCard, *, network: Network, ks: Sequence[int], temp: float
-) -> dict[str, object]:
+def _protocol(frozen: Frozen, *, ks: Sequence[int], temp: float) -> dict[str, object]:
+    card = frozen.card
     return {
         "method": "weighted k-NN, cosine similarity, votes exp(similarity / temp)",
         "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
-        "network": network,
+        "network": frozen.how.network,
         "ks": [*ks],
         "temp": temp,
         "resize": card.resize,

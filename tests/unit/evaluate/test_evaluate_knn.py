@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
 from dinoscale.errors import CheckpointError, ConfigError, DataError
+from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.knn import evaluate_knn
 from dinoscale.evaluate.labelled import renumber_classes
 from dinoscale.models.zoo import build_backbone
@@ -51,15 +53,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+_HOW = {field.name for field in fields(Extraction)}
+
+
 def _run(place: Path, test: str = "test", **changes: object) -> dict[str, object]:
-    settings: dict[str, object] = {
-        "ks": (1, 5),
-        "num_workers": 0,
-        "progress": False,
-        "device": "cpu",
-    }
+    how: dict[str, object] = {"num_workers": 0, "progress": False, "device": "cpu"}
+    own = {name: changes.pop(name) for name in list(changes) if name not in _HOW}
     specs = (place / "weights.safetensors", str(place / "train"), str(place / test))
-    return evaluate_knn(*specs, **{**settings, **changes})  # type: ignore[arg-type]  # several types
+    settings = {"ks": (1, 5), **own, "how": Extraction(**(how | changes))}  # type: ignore[arg-type]  # several types
+    return evaluate_knn(*specs, **settings)  # type: ignore[arg-type]  # several types
 
 
 def test_the_report_is_json_and_says_what_was_measured_and_how(place: Path) -> None:
@@ -106,7 +108,10 @@ def test_a_set_without_classes_is_refused(place: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "flat.png")
     with pytest.raises(DataError, match="test: the images have no labels"):
         evaluate_knn(
-            place / "weights.safetensors", str(place / "train"), str(tmp_path), num_workers=0
+            place / "weights.safetensors",
+            str(place / "train"),
+            str(tmp_path),
+            how=Extraction(num_workers=0),
         )
 
 
