@@ -8,7 +8,7 @@ from typing import Any
 
 
 def on_all_ranks(evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """Meet the other ranks, if a launcher started any, and do what shares its work with them.
+    """Meet the other ranks, if there are any, and do what shares its work with them.
 
     Args:
         evaluate: the work; every rank calls it and gets the same report.
@@ -24,7 +24,7 @@ def on_all_ranks(evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any] | Non
     from dinoscale import distributed
 
     process = distributed.read_process(os.environ)
-    if process.launcher:
+    if process.world_size > 1:
         distributed.start(process)
     report = evaluate()
     distributed.stop()
