@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -222,6 +223,28 @@ def broadcast_object(value: T) -> T:
     box = [value]
     guarded(lambda: dist.broadcast_object_list(box, src=0))
     return box[0]
+
+
+def gather_rows(part: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order, on every rank; each gives any number of one width.
+
+    Args:
+        part: (N of this rank, ...); one without rows may have another width.
+
+    Returns:
+        (sum of N, ...) on the device of `part`; one process gets `part` itself.
+    """
+    if world_size() == 1:
+        return part
+    shapes = gather_objects(tuple(part.shape))
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else part.device
+    whole = part.new_empty(sum(rows for rows, *_ in shapes), *max(shapes)[1:], device=device)
+    for source, rows in enumerate(whole.split([shape[0] for shape in shapes])):
+        if len(rows):
+            if source == rank():
+                rows.copy_(part)
+            guarded(partial(dist.broadcast, rows, src=source))
+    return whole.to(part.device)
 
 
 def sum_with_gradient(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from dinoscale.engine.build import build_networks
 from dinoscale.engine.precision import fastest_precision
 from dinoscale.errors import RunFailedError
 from dinoscale.evaluate.attention import evaluate_attention
+from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.knn import evaluate_knn
 from dinoscale.hooks.events import count_events
 
@@ -90,9 +91,8 @@ def _accuracies(config: RunConfig, weights: Path, untrained: Path) -> dict[str, 
             str(config.eval.train),
             str(config.eval.test),
             ks=(k,),
-            num_workers=0,
             pixels=name == "untrained",
-            progress=False,
+            how=Extraction(num_workers=0, progress=False),
         )
         if "pixels" in report:
             found["knn_top1_pixels"] = round(report["pixels"]["knn"][str(k)]["top1"], 2)

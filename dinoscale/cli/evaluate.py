@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, add_weights
 from dinoscale.cli.dense import add_dense
+from dinoscale.cli.ranks import on_all_ranks
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -24,28 +25,55 @@ def _add_knn(tasks: SubCommands) -> None:
     knn = tasks.add_parser(
         "knn",
         help="weighted k-NN accuracy by the published protocol",
-        description="Weighted k-NN (T 0.07) on frozen features of a labelled train and test set.",
+        description="Classify each test image by the votes of the most similar images of the train"
+        " set, on the frozen features of WEIGHTS (Wu et al. 2018; T 0.07). Nothing is trained, so"
+        " it is the quickest number that tells what features are worth; the one for k 20 is usually"
+        " quoted. Under torchrun, deepspeed or srun the ranks share the images. Features are kept"
+        " in $DINOSCALE_CACHE, else ~/.cache/dinoscale, as features-*.safetensors, and read again"
+        " while weights and images are the same; the files may be deleted at any time.",
+        epilog="example: dinoscale evaluate knn runs/first/weights.safetensors"
+        " --train /data/train --test /data/val --untrained --pixels",
     )
     add_weights(knn)
     knn.add_argument("--train", required=True, metavar="DATA", help=DATA_HELP)
     knn.add_argument("--test", required=True, metavar="DATA", help=DATA_HELP)
     knn.add_argument("--k", type=int, nargs="+", default=None, help="default 10 20 100 200")
+    knn.add_argument(
+        "--network", choices=("teacher", "student"), default="teacher", help="of a file with both"
+    )
+    knn.add_argument("--resize", type=int, metavar="PIXELS", help="short side; default: WEIGHTS'")
+    knn.add_argument("--crop", type=int, metavar="PIXELS", help="side; default: WEIGHTS'")
     knn.add_argument("--batch-size", type=int, default=64, metavar="N")
-    knn.add_argument("--num-workers", type=int, default=2, metavar="N")
+    knn.add_argument("--num-workers", type=int, default=2, metavar="N", help="of each rank")
     knn.add_argument("--pixels", action="store_true", help="also 16 x 16 pixels as features")
+    knn.add_argument(
+        "--untrained", action="store_true", help="also the same architecture with fresh weights"
+    )
+    knn.add_argument("--no-cache", action="store_true", help="neither read nor keep features")
     knn.set_defaults(run=_evaluate_knn)
 
 
-def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
+def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any] | None:
+    from dinoscale.evaluate.frozen import Extraction
     from dinoscale.evaluate.knn import KS, evaluate_knn
 
-    return evaluate_knn(
-        options.weights,
-        options.train,
-        options.test,
-        ks=options.k or KS,
+    how = Extraction(
+        network=options.network,
+        num_heads=options.num_heads,
+        resize=options.resize,
+        crop=options.crop,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
-        num_heads=options.num_heads,
-        pixels=options.pixels,
+        cache=not options.no_cache,
+    )
+    return on_all_ranks(
+        lambda: evaluate_knn(
+            options.weights,
+            options.train,
+            options.test,
+            ks=options.k or KS,
+            pixels=options.pixels,
+            untrained=options.untrained,
+            how=how,
+        )
     )

@@ -53,6 +53,10 @@ class FolderSource:
         """Absolute path of an image."""
         return os.path.join(self._root, self._names.name(index))
 
+    def files(self) -> Iterator[str]:
+        """Absolute paths of all files in the order of the images."""
+        return (os.path.join(self._root, name) for name, _ in self._names.rows(0, len(self)))
+
     def size(self, index: int) -> int:
         """Bytes of an image's file, 0 where they cannot be told."""
         try:
@@ -168,6 +172,10 @@ class ListSource:
     def path(self, index: int) -> str:
         """Absolute path of an image."""
         return os.path.join(self._folder, self._names.name(index))
+
+    def files(self) -> Iterator[str]:
+        """Absolute paths of all files in the order of the images."""
+        return (os.path.join(self._folder, name) for name, _ in self._names.rows(0, len(self)))
 
     def picture(self, index: int) -> Picture:
         """Read an image.

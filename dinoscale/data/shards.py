@@ -8,7 +8,7 @@ import logging
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -60,6 +60,10 @@ class TarSource:
     def path(self, index: int) -> str:
         """`shard.tar::member` of an image."""
         return f"{self._shards[self._shard_of(index)].path}::{self._index.name(index)}"
+
+    def files(self) -> Iterator[str]:
+        """Absolute paths of the shards, in their order."""
+        return (shard.path for shard in self._shards)
 
     def size(self, index: int) -> int:
         """Bytes of an image's file."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,11 +17,14 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dinoscale import distributed
 from dinoscale.data.augment import by_plane
 from dinoscale.data.decode import Picture
 from dinoscale.data.loader import eval_batches
 from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError, DataError, NonFiniteError
+from dinoscale.evaluate.feature_cache import InFiles, Preparation, features_key, through_cache
+from dinoscale.evaluate.shares import over_ranks
 
 PIXEL_SIDE = 16  # of the thumbnails whose pixels are the floor
 
@@ -30,8 +35,8 @@ def normalize_images(images: Tensor, *, mean: Sequence[float], std: Sequence[flo
     return (images.float() / 255 - mean_) / std_
 
 
-def check_labels(source: Source, *, name: str) -> None:
-    """Refuse a set in which an image has no class.
+def check_labels(source: Source, *, name: str) -> NDArray[np.int64]:
+    """Return the class numbers (N,) of a set in which every image has one.
 
     Raises:
         DataError: there are no labels, or some are missing.
@@ -47,6 +52,7 @@ def check_labels(source: Source, *, name: str) -> None:
             f"{name}: {len(unknown)} of {len(labels)} images have no label, the first is "
             f"{source.path(int(unknown[0]))}"
         )
+    return labels
 
 
 def find_device(name: str | None) -> torch.device:
@@ -75,13 +81,14 @@ def extract_features(
     batch_size: int,
     device: torch.device | str,
     num_workers: int,
+    taken: str | None = None,
     progress: bool = False,
-    on_batch: Callable[[], None] | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Run a backbone over all readable images of a labelled source, without augmentation.
 
-    The backbone is put into eval mode and back. Its weights must be on `device`; images enter in
-    their dtype.
+    All ranks of a job call it, each runs its share, and all get the whole. The backbone is put into
+    eval mode and back. Its weights must be on `device`; images enter in their dtype.
 
     Args:
         backbone: takes a list of images (N, C, H, W), returns (N, D).
@@ -93,6 +100,9 @@ def extract_features(
         batch_size: images in one forward.
         device: where the backbone is, and where the result will be.
         num_workers: processes that decode; 0 decodes in this one.
+        taken: in words, all that the output depends on besides weights and images (architecture,
+            layers, decoder): the features are read from the cache, or kept there. None does
+            neither; drawn sets are never kept.
         progress: draw a bar on stderr, if that is a terminal.
         on_batch: called after each batch; a watchdog wants to know that it goes on.
 
@@ -103,37 +113,71 @@ def extract_features(
         DataError: an image has no label.
         NonFiniteError: a feature is not a finite number.
     """
-    check_labels(source, name="evaluation")
+    labels = check_labels(source, name="evaluation")
     device = torch.device(device)
-    batches = eval_batches(
-        source,
-        resize=resize,
-        crop=crop,
+    preparation = Preparation(resize, crop, tuple(mean), tuple(std))
+    forward = _Forward(
+        *(backbone, source, preparation, device),
         batch_size=batch_size,
         num_workers=num_workers,
-        pin_memory=device.type == "cuda",
+        progress=progress and distributed.rank() == 0,
+        on_batch=on_batch,
     )
-    weight = next(backbone.parameters(), None)
-    dtype = torch.float32 if weight is None else weight.dtype
-    features: list[Tensor] = []
-    labels: list[Tensor] = []
-    bar = tqdm(total=len(source), unit="img", disable=None if progress else True)
-    with bar, eval_mode(backbone), torch.no_grad():
-        for images, classes, _ in batches:
-            moved = images.to(device, non_blocking=True)
-            pixels = normalize_images(moved, mean=mean, std=std).to(dtype)
-            features.append(backbone([pixels]).float())
-            labels.append(classes)
-            bar.update(len(classes))
-            if on_batch is not None:
-                on_batch()
-    if not features:  # a rank's share may be empty, or unreadable as a whole
-        width = int(getattr(backbone, "embed_dim", 0))
-        return torch.zeros(0, width, device=device), torch.zeros(0, dtype=torch.int64).to(device)
-    joined = torch.cat(features)
-    if not torch.isfinite(joined).all():
-        raise NonFiniteError("the backbone's features are not finite; its weights have diverged")
-    return joined, torch.cat(labels).to(device)
+    extract = partial(over_ranks, forward, num_images=len(source), batch_size=batch_size)
+    if taken is None or not isinstance(source, InFiles):
+        features, numbers = extract()
+    else:
+        key = partial(features_key, backbone, source, preparation, taken=taken, device=device)
+        features, numbers = through_cache(key, extract, num_images=len(source), device=device)
+    return features, torch.from_numpy(labels)[numbers.cpu()].to(device)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """Backbone and images, and how the ones go through the other."""
+
+    backbone: nn.Module
+    source: Source
+    preparation: Preparation
+    device: torch.device
+    batch_size: int
+    num_workers: int
+    progress: bool
+    on_batch: Callable[[], None]
+
+    def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """Features of the readable ones of these images, and their numbers, on the device."""
+        how = self.preparation
+        batches = eval_batches(
+            self.source,
+            ids=ids,
+            resize=how.resize,
+            crop=how.crop,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        weight = next(self.backbone.parameters(), None)
+        dtype = torch.float32 if weight is None else weight.dtype
+        # A rank's share may be empty, or unreadable as a whole.
+        features = [torch.zeros(0, int(getattr(self.backbone, "embed_dim", 0)), device=self.device)]
+        numbers = [torch.zeros(0, dtype=torch.int64)]
+        bar = tqdm(total=len(ids), unit="img", disable=None if self.progress else True)
+        with bar, eval_mode(self.backbone), torch.no_grad():
+            for images, _, of_batch in batches:
+                moved = images.to(self.device, non_blocking=True)
+                pixels = normalize_images(moved, mean=how.mean, std=how.std).to(dtype)
+                features.append(self.backbone([pixels]).float())
+                numbers.append(of_batch)
+                bar.update(len(of_batch))
+                self.on_batch()
+                check()
+        joined = torch.cat(features[1:] or features)
+        if not torch.isfinite(joined).all():
+            raise NonFiniteError(
+                "the backbone's features are not finite; its weights have diverged"
+            )
+        return joined, torch.cat(numbers).to(self.device)
 
 
 @contextmanager
@@ -153,7 +197,7 @@ def pixel_features(
     """Shrink every whole image to 16 x 16 by area averaging (PIL's BOX), whatever its shape.
 
     Their k-NN accuracy, less the mean image of the bank, is the floor that learned features must
-    clear: it measures how far color and layout alone tell the classes.
+    clear: it measures how far color and layout alone tell the classes. Shared out over ranks.
 
     Args:
         source: labelled images; unreadable ones are left out with a warning.
@@ -166,20 +210,29 @@ def pixel_features(
     Raises:
         DataError: an image has no label, or none can be read.
     """
-    check_labels(source, name="evaluation")
-    batches = list(
-        eval_batches(
+    labels = check_labels(source, name="evaluation")
+
+    def extract(ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        batches = eval_batches(
             _Thumbnails(source),
+            ids=ids,
             resize=PIXEL_SIDE,  # the thumbnails' own size: nothing more happens to them
             crop=PIXEL_SIDE,
             batch_size=batch_size,
             num_workers=num_workers,
         )
-    )
-    if not batches:
+        rows = [torch.zeros(0, 0)]
+        numbers = [torch.zeros(0, dtype=torch.int64)]
+        for images, _, of_batch in batches:
+            rows.append(images.flatten(1).float() / 255)
+            numbers.append(of_batch)
+            check()
+        return torch.cat(rows[1:] or rows), torch.cat(numbers)
+
+    pixels, numbers = over_ranks(extract, num_images=len(source), batch_size=batch_size)
+    if not len(pixels):
         raise DataError(f"none of the {len(source)} images can be read")
-    pixels = torch.cat([images for images, _, _ in batches])
-    return pixels.flatten(1).float() / 255, torch.cat([labels for _, labels, _ in batches])
+    return pixels, torch.from_numpy(labels)[numbers]
 
 
 class _Thumbnails:

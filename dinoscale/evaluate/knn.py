@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,25 +21,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinoscale.convert.weights_file import BackboneCard, load_backbone
-from dinoscale.data.decode import Decoder
-from dinoscale.data.sources import Source, open_source
-from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.features import (
-    PIXEL_SIDE,
-    check_labels,
-    extract_features,
-    find_device,
-    pixel_features,
-)
+from dinoscale import distributed
+from dinoscale.errors import ConfigError
+from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
+from dinoscale.evaluate.frozen import Extraction, Frozen, open_frozen
+from dinoscale.evaluate.labelled import Features, LabelledSets
+
+ByK = dict[str, dict[str, float]]  # k as text -> top1, top5, neighbours
 
 log = logging.getLogger(__name__)
 
-KS = (10, 20, 100, 200)  # of the published protocol; 20 is the number usually quoted
+KS = (10, 20, 100, 200)  # of the published protocol
+QUOTED_K = 20  # the one usually reported
 TEMP = 0.07  # of the votes, dimensionless; Wu et al. 2018
 TOP = 5  # classes that may be right for the top-5 accuracy
-NAMES_SHOWN = 5  # of classes that only one set has, in an error
-SIMILARITIES_PER_CHUNK = 2**26  # 256 MiB of float32 at a time, whatever the size of the bank
+# Cosines held at a time: 256 MiB of float32.
+TEST_CHUNK, BANK_CHUNK = 2**10, 2**16
 
 
 @dataclass(frozen=True)
@@ -61,12 +58,18 @@ def knn_accuracy(
     ks: Sequence[int] = KS,
     temp: float = TEMP,
     chunk_size: int | None = None,
+    bank_chunk_size: int = BANK_CHUNK,
 ) -> dict[int, KnnResult]:
     """Classify every test image by the votes of its k most similar images of the bank.
 
     votes[c] = sum over the k neighbours of class c of exp(cosine / temp)
-    Classes with equal votes, also those without any, rank by their number. As in the published
-    code, k < 5 counts only k classes for top-5.
+    Of equally similar images the one that stands first in the bank is nearer. Classes with equal
+    votes, also those without any, rank by their number. As in the published code, k < 5 counts only
+    k classes for top-5.
+
+    Beside the features it needs the memory of `chunk_size` x `bank_chunk_size` cosines, however
+    many images there are. On several ranks all call it with the same tensors, and each classifies
+    its share of the chunks.
 
     Args:
         train_features: the bank, (N, D), any float dtype and length; cosines run in float32.
@@ -75,39 +78,39 @@ def knn_accuracy(
         test_labels: (M,) int64; a class that the bank lacks is never right.
         ks: numbers of neighbours; one above N uses all N, with a warning.
         temp: > 0, dimensionless; infinity makes all votes equal.
-        chunk_size: test images at a time, any number gives the same result; None fits the memory.
+        chunk_size: test images at a time, any number gives the same result; None: 1024.
+        bank_chunk_size: images of the bank at a time, any number gives the same result.
 
     Returns:
-        One result per k.
+        One result per k, on every rank.
 
     Raises:
         ValueError: shapes disagree, a set is empty, labels are negative, or a k, temp or chunk
             size is not positive.
     """
     _check(train_features, train_labels, test_features, test_labels)
-    if not ks or min(ks) < 1 or not temp > 0 or (chunk_size is not None and chunk_size < 1):
-        raise ValueError(f"need k, temp, chunk_size > 0; got {[*ks]}, {temp}, {chunk_size}")
+    chunk_size = TEST_CHUNK if chunk_size is None else chunk_size
+    if not ks or min(ks) < 1 or not temp > 0 or min(chunk_size, bank_chunk_size) < 1:
+        chunks = f"{chunk_size}, {bank_chunk_size}"
+        raise ValueError(f"need k, temp, chunk_size > 0; got {[*ks]}, {temp}, {chunks}")
     num_train, num_test = len(train_features), len(test_features)
     too_many = [k for k in ks if k > num_train]
     if too_many:
         log.warning("k = %s: the bank has only %d images, using all", too_many, num_train)
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    bank = F.normalize(train_features.float(), dim=1).T  # (D, N)
-    right = {k: [0, 0] for k in ks}  # test images right by top-1, by top-5
-    chunk_size = chunk_size or max(1, SIMILARITIES_PER_CHUNK // num_train)
-    for start in range(0, num_test, chunk_size):
+    right = torch.zeros(len(ks), 2, dtype=torch.int64, device=test_labels.device)
+    starts = range(0, num_test, chunk_size)
+    for start in starts[distributed.rank() :: distributed.world_size()]:
         features = test_features[start : start + chunk_size]
-        similarity = F.normalize(features.float(), dim=1) @ bank  # (chunk, N)
-        similarity, nearest = similarity.topk(min(max(ks), num_train), dim=1)
+        similarity, nearest = nearest_neighbours(
+            train_features, features, k=min(max(ks), num_train), bank_chunk_size=bank_chunk_size
+        )
         votes, classes = (similarity / temp).exp(), train_labels[nearest]  # (chunk, max k)
         labels = test_labels[start : start + chunk_size]
-        for k, count in right.items():
-            top1, top5 = _right(votes[:, :k], classes[:, :k], labels, num_classes=num_classes)
-            right[k] = [count[0] + top1, count[1] + top5]
-    return {
-        k: KnnResult(k, min(k, num_train), 100 * top1 / num_test, 100 * top5 / num_test)
-        for k, (top1, top5) in right.items()
-    }
+        for i, k in enumerate(ks):
+            right[i] += _right(votes[:, :k], classes[:, :k], labels, num_classes=num_classes)
+    percent = (100 * distributed.all_reduce_sum(right).double() / num_test).tolist()
+    return {k: KnnResult(k, min(k, num_train), *of_k) for k, of_k in zip(ks, percent, strict=True)}
 
 
 def _check(
@@ -125,13 +128,56 @@ def _check(
         raise ValueError(f"features of train and test have different widths, {widths}")
 
 
-def _right(votes: Tensor, classes: Tensor, labels: Tensor, *, num_classes: int) -> tuple[int, int]:
+def nearest_neighbours(
+    bank: Tensor, features: Tensor, *, k: int, bank_chunk_size: int = BANK_CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Find the most similar images of a bank, which passes by in chunks.
+
+    Args:
+        bank: (N, D), any length.
+        features: (M, D); M x `bank_chunk_size` cosines are held at a time.
+        k: neighbours, at most N.
+        bank_chunk_size: images of the bank at a time.
+
+    Returns:
+        Cosines (M, k) float32, the largest first, and numbers of the images in the bank (M, k); of
+        equal cosines the one with the lower number first.
+    """
+    queries = F.normalize(features.float(), dim=1)
+    best = queries.new_empty(len(queries), 0)
+    numbers = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(bank), bank_chunk_size):
+        chunk = F.normalize(bank[start : start + bank_chunk_size].float(), dim=1)
+        values, columns = _largest(queries @ chunk.T, k=min(k, len(chunk)))
+        # What came before has lower numbers, and a stable sort leaves it in front.
+        best, order = torch.cat([best, values], 1).sort(dim=1, descending=True, stable=True)
+        numbers = torch.cat([numbers, columns + start], 1).gather(1, order[:, :k])
+        best = best[:, :k]
+    return best, numbers
+
+
+def _largest(similarity: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their columns; of equals the first, which topk leaves open."""
+    values, columns = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    tied = (values[:, k - 1 : k] == values[:, k:]).any(1)  # the first left out is as large
+    values, columns = values[:, :k], columns[:, :k]
+    for row in tied.nonzero().flatten().tolist():
+        least = values[row, -1]
+        larger = int((values[row] > least).sum())
+        equal = (similarity[row] == least).nonzero().flatten()
+        columns[row, larger:] = equal[: k - larger]
+    columns, order = columns.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+def _right(votes: Tensor, classes: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
     """Count images whose label gets most votes, and whose label is among the five with most."""
     total = votes.new_zeros(len(votes), num_classes).scatter_add_(1, classes, votes)  # (chunk, C)
     ranked = total.sort(dim=1, descending=True, stable=True).indices
     hits = ranked == labels[:, None]
     top = min(TOP, votes.shape[1])
-    return int(hits[:, 0].sum()), int(hits[:, :top].sum())
+    return torch.stack([hits[:, 0].sum(), hits[:, :top].sum()])
 
 
 def evaluate_knn(
@@ -141,16 +187,13 @@ def evaluate_knn(
     *,
     ks: Sequence[int] = KS,
     temp: float = TEMP,
-    resize: int | None = None,
-    crop: int | None = None,
-    batch_size: int = 64,
-    num_workers: int = 4,
-    device: str | None = None,
-    num_heads: int | None = None,
     pixels: bool = False,
-    progress: bool = True,
+    untrained: bool = False,
+    how: Extraction = Extraction(),  # noqa: B008  # frozen
 ) -> dict[str, object]:
-    """Measure a weights file by k-NN, and optionally the pixel floor of the same two sets.
+    """Measure a weights file by k-NN, and optionally the floors of the same two sets.
+
+    All ranks of a job call it; each does its share, and all get the report.
 
     Args:
         weights_path: a weights file of ours, or a checkpoint of the reference.
@@ -159,123 +202,56 @@ def evaluate_knn(
         test_spec: what to classify; its classes must be those of the bank.
         ks: numbers of neighbours.
         temp: of the votes, dimensionless.
-        resize: short side in pixels; None takes the weights file's.
-        crop: side of the center crop in pixels; None takes the weights file's.
-        batch_size: images in one forward.
-        num_workers: processes that decode images.
-        device: a torch device; None takes the accelerator if there is one.
-        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
         pixels: also measure 16 x 16 pixels, less the bank's mean image.
-        progress: draw bars on stderr, if that is a terminal.
+        untrained: also measure the same architecture with fresh weights.
+        how: to open the backbone, and to take its features.
 
     Returns:
         Numbers, texts, lists and dicts, ready for JSON: `knn` maps each k, as text, to `top1`,
-        `top5` (percent) and `neighbours`; the rest says what was measured and how.
+        `top5` (percent) and `neighbours`; `score` has the top-1, that of k = 20 first; the rest
+        says what was measured and how.
 
     Raises:
         CheckpointError: the weights file cannot be used.
         ConfigError: a setting is out of range.
         DataError: a set cannot be read, has no labels, or the sets have different classes.
     """
-    _check_settings(ks=ks, temp=temp, batch_size=batch_size, num_workers=num_workers)
-    where = find_device(device)
-    backbone, card = load_backbone(weights_path, num_heads=num_heads)
-    card = _with_sizes(card, resize=resize, crop=crop)
-    decoder = Decoder(card.backbone.in_chans, card.white)
-    train, test = open_source(train_spec, decoder), open_source(test_spec, decoder)
-    renumber = renumber_classes(train, test)
-    extract = partial(
-        extract_features,
-        backbone.to(where),
-        resize=card.resize,
-        crop=card.crop,
-        mean=card.mean,
-        std=card.std,
-        batch_size=batch_size,
-        device=where,
-        num_workers=num_workers,
-        progress=progress,
-    )
-    bank, bank_labels = _readable(*extract(train), spec=train_spec)
-    features, labels = _readable(*extract(test), spec=test_spec)
-    labels = renumber.to(where)[labels]
+    _check_settings(ks=ks, temp=temp)
+    frozen = open_frozen(weights_path, how)
+    sets = LabelledSets.open(train_spec, test_spec, frozen.open)
+    classify = partial(_classify, ks=ks, temp=temp)
+    seen = sets.features(frozen.features)
+    by_k = classify(seen)
     report: dict[str, object] = {
+        "task": "knn",
         "weights": str(weights_path),
-        "weights_source": card.source,
-        "backbone": asdict(card.backbone),
-        "train": _describe(train_spec, bank_labels),
-        "test": _describe(test_spec, labels),
-        "protocol": _protocol(card, temp=temp),
-        "knn": _by_k(knn_accuracy(bank, bank_labels, features, labels, ks=ks, temp=temp)),
+        "weights_source": frozen.card.source,
+        "backbone": asdict(frozen.card.backbone),
+        "train": _describe(train_spec, seen.bank_labels),
+        "test": _describe(test_spec, seen.test_labels),
+        "protocol": _protocol(frozen, ks=ks, temp=temp),
+        "score": _score(by_k),
+        "knn": by_k,
     }
+    if untrained:
+        report["untrained"] = _score(classify(sets.features(frozen.untrained().features)))
     if pixels:
-        floor = partial(_floor, ks=ks, temp=temp, num_workers=num_workers)
-        report["pixels"] = floor(train, test, renumber)
+        report |= _pixel_floor(sets, ks=ks, temp=temp, num_workers=how.num_workers)
     return report
 
 
-def _check_settings(*, ks: Sequence[int], temp: float, batch_size: int, num_workers: int) -> None:
+def _check_settings(*, ks: Sequence[int], temp: float) -> None:
     if not ks or min(ks) < 1:
         raise ConfigError(f"ks: need at least one number of neighbours, all above 0; got {[*ks]}")
     if not temp > 0:
         raise ConfigError(f"temp: need a number above 0, got {temp}")
-    if batch_size < 1 or num_workers < 0:
-        raise ConfigError(f"need batch_size > 0, num_workers >= 0; got {batch_size}, {num_workers}")
 
 
-def _with_sizes(card: BackboneCard, *, resize: int | None, crop: int | None) -> BackboneCard:
-    """The card with the sizes that were asked for."""
-    card = replace(
-        card,
-        resize=card.resize if resize is None else resize,
-        crop=card.crop if crop is None else crop,
-    )
-    if not 1 <= card.crop <= card.resize:
-        sizes = f"{card.crop} and {card.resize} pixels"
-        raise ConfigError(f"crop: need 1 <= crop <= resize, got {sizes}")
-    return card
-
-
-def renumber_classes(train: Source, test: Source) -> Tensor:
-    """Find the number in the bank of every class of the test set: by name, else by number.
-
-    Args:
-        train: the bank.
-        test: what to classify.
-
-    Returns:
-        (C,) int64: position i holds the bank's number of the test set's class i.
-
-    Raises:
-        DataError: a set has images without labels, or the sets name different classes.
-    """
-    check_labels(train, name="train")
-    check_labels(test, name="test")
-    assert test.labels is not None
-    if train.class_names is None or test.class_names is None:
-        if train.class_names is not test.class_names:
-            log.warning("only one of the sets names its classes; matching them by number")
-        return torch.arange(int(test.labels.max()) + 1)
-    only_train = sorted(set(train.class_names) - set(test.class_names))
-    only_test = sorted(set(test.class_names) - set(train.class_names))
-    if only_train or only_test:
-        raise DataError(
-            "train and test have different classes: only train has "
-            f"{_some(only_train)}; only test has {_some(only_test)}"
-        )
-    return torch.tensor([train.class_names.index(name) for name in test.class_names])
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    listed = ", ".join(repr(name) for name in names[:NAMES_SHOWN]) or "none"
-    return listed + (f" and {more} more" if more > 0 else "")
-
-
-def _readable(features: Tensor, labels: Tensor, *, spec: str) -> tuple[Tensor, Tensor]:
-    if not len(features):
-        raise DataError(f"{spec}: none of the images can be read")
-    return features, labels
+def _classify(features: Features, *, ks: Sequence[int], temp: float) -> ByK:
+    return {
+        str(k): {"top1": found.top1, "top5": found.top5, "neighbours": found.neighbours}
+        for k, found in knn_accuracy(*features, ks=ks, temp=temp).items()
+    }
 
 
 def _describe(spec: str, labels: Tensor) -> dict[str, object]:
@@ -283,42 +259,40 @@ def _describe(spec: str, labels: Tensor) -> dict[str, object]:
     return {"spec": spec, "images": len(labels), "classes": classes}
 
 
-def _protocol(card: BackboneCard, *, temp: float) -> dict[str, object]:
+def _protocol(frozen: Frozen, *, ks: Sequence[int], temp: float) -> dict[str, object]:
+    card = frozen.card
     return {
         "method": "weighted k-NN, cosine similarity, votes exp(similarity / temp)",
         "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
+        "network": frozen.how.network,
+        "ks": [*ks],
         "temp": temp,
         "resize": card.resize,
         "crop": card.crop,
         "interpolation": "bicubic",
         "mean": list(card.mean),
         "std": list(card.std),
+        "white": card.white,
     }
 
 
-def _by_k(results: Mapping[int, KnnResult]) -> dict[str, dict[str, float]]:
-    return {
-        str(k): {"top1": found.top1, "top5": found.top5, "neighbours": found.neighbours}
-        for k, found in results.items()
-    }
+def _score(by_k: ByK) -> dict[str, float]:
+    """Top-1 of each k, the one usually quoted first."""
+    ordered = sorted(by_k, key=lambda k: k != str(QUOTED_K))
+    return {f"top1_k{k}": by_k[k]["top1"] for k in ordered}
 
 
-def _floor(
-    train: Source,
-    test: Source,
-    renumber: Tensor,
-    *,
-    ks: Sequence[int],
-    temp: float,
-    num_workers: int,
+def _pixel_floor(
+    sets: LabelledSets, *, ks: Sequence[int], temp: float, num_workers: int
 ) -> dict[str, object]:
     """k-NN on pixels, with the protocol's votes and, the classical floor, with equal ones."""
-    bank, bank_labels = pixel_features(train, num_workers=num_workers)
-    images, labels = pixel_features(test, num_workers=num_workers)
-    mean = bank.mean(dim=0)
-    sets = (bank - mean, bank_labels, images - mean, renumber[labels])
+    seen = sets.features(partial(pixel_features, num_workers=num_workers))
+    mean = seen.bank.mean(dim=0)
+    seen = seen._replace(bank=seen.bank - mean, test=seen.test - mean)
+    by_k = _classify(seen, ks=ks, temp=temp)
+    about = f"{PIXEL_SIDE} x {PIXEL_SIDE} pixels by area averaging, less the bank's mean"
+    equal = _classify(seen, ks=ks, temp=math.inf)
     return {
-        "features": f"{PIXEL_SIDE} x {PIXEL_SIDE} pixels by area averaging, less the bank's mean",
-        "knn": _by_k(knn_accuracy(*sets, ks=ks, temp=temp)),
-        "knn_equal_votes": _by_k(knn_accuracy(*sets, ks=ks, temp=math.inf)),
+        "floors": _score(by_k),
+        "pixels": {"features": about, "knn": by_k, "knn_equal_votes": equal},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from PIL import Image
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
 from dinoscale.errors import CheckpointError, ConfigError, DataError
-from dinoscale.evaluate.knn import evaluate_knn, renumber_classes
+from dinoscale.evaluate.frozen import Extraction, open_frozen
+from dinoscale.evaluate.knn import evaluate_knn
+from dinoscale.evaluate.labelled import renumber_classes
 from dinoscale.models.zoo import build_backbone
 
 SHAPE = BackboneShape(
@@ -38,7 +41,7 @@ def _folder(root: Path, classes: dict[str, str], *, images: int, seed: int) -> P
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("knn")
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     sizes = {"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 2}
     backbone = build_backbone("vit_tiny_patch16_224", img_size=32, **sizes)
     save_backbone(root / "weights.safetensors", backbone.state_dict(), CARD)
@@ -50,15 +53,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+_HOW = {field.name for field in fields(Extraction)}
+
+
 def _run(place: Path, test: str = "test", **changes: object) -> dict[str, object]:
-    settings: dict[str, object] = {
-        "ks": (1, 5),
-        "num_workers": 0,
-        "progress": False,
-        "device": "cpu",
-    }
+    how: dict[str, object] = {"num_workers": 0, "progress": False, "device": "cpu"}
+    own = {name: changes.pop(name) for name in list(changes) if name not in _HOW}
     specs = (place / "weights.safetensors", str(place / "train"), str(place / test))
-    return evaluate_knn(*specs, **{**settings, **changes})  # type: ignore[arg-type]  # several types
+    settings = {"ks": (1, 5), **own, "how": Extraction(**(how | changes))}  # type: ignore[arg-type]  # several types
+    return evaluate_knn(*specs, **settings)  # type: ignore[arg-type]  # several types
 
 
 def test_the_report_is_json_and_says_what_was_measured_and_how(place: Path) -> None:
@@ -101,11 +104,50 @@ def test_equal_names_in_another_order_are_matched_by_name() -> None:
     assert renumber_classes(shards, shards).tolist() == [0, 1, 2, 3, 4]  # type: ignore[arg-type]  # a part of a source
 
 
+def test_a_bank_of_one_class_is_refused() -> None:
+    one, two = _Named(["a"], [0, 0]), _Named(["a", "b"], [0, 1])
+    with pytest.raises(DataError, match="train: all images are of one class"):
+        renumber_classes(one, two)  # type: ignore[arg-type]  # a part of a source
+
+
+def test_numbers_that_the_bank_lacks_are_named() -> None:
+    bank, test = _Named(None, [0, 4]), _Named(None, [0, 4, 7, 9])
+    with pytest.raises(DataError, match="test has classes that train lacks: 7, 9"):
+        renumber_classes(bank, test)  # type: ignore[arg-type]  # a part of a source
+
+
+def test_the_floors_and_the_score_name_the_same_numbers_the_quoted_one_first(place: Path) -> None:
+    report = _run(place, ks=(1, 20, 5), pixels=True, untrained=True)
+    names = ["top1_k20", "top1_k1", "top1_k5"]
+    assert [list(report[part]) for part in ("score", "floors", "untrained")] == 3 * [names]  # type: ignore[call-overload]  # nested report
+    assert report["score"]["top1_k5"] == report["knn"]["5"]["top1"]  # type: ignore[index]  # nested report
+    assert report["floors"]["top1_k1"] == report["pixels"]["knn"]["1"]["top1"]  # type: ignore[index]  # nested report
+
+
+def test_untrained_is_the_same_fresh_network_whatever_the_weights_and_the_generator(
+    place: Path,
+) -> None:
+    how = Extraction(num_workers=0, device="cpu", progress=False)
+    frozen = open_frozen(place / "weights.safetensors", how)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = frozen.untrained().backbone.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    second = frozen.untrained().untrained().backbone.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    own = frozen.backbone.state_dict()
+    assert any(not torch.equal(first[name], own[name]) for name in first)
+
+
 def test_a_set_without_classes_is_refused(place: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "flat.png")
     with pytest.raises(DataError, match="test: the images have no labels"):
         evaluate_knn(
-            place / "weights.safetensors", str(place / "train"), str(tmp_path), num_workers=0
+            place / "weights.safetensors",
+            str(place / "train"),
+            str(tmp_path),
+            how=Extraction(num_workers=0),
         )
 
 

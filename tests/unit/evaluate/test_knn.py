@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from dinoscale.evaluate.knn import knn_accuracy
+from dinoscale.evaluate.knn import knn_accuracy, nearest_neighbours
+from dinoscale.peak_memory import with_peak_bytes
 
 
 def _unit(*degrees: float) -> Tensor:
@@ -64,6 +67,39 @@ def test_chunks_do_not_change_the_result_nor_lose_an_image(num_test: int) -> Non
         assert knn_accuracy(*sets, ks=(1, 20, 200), chunk_size=chunk_size) == whole
 
 
+@given(
+    rows=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    k=st.integers(1, 40),
+    bank_chunk=st.integers(1, 41),
+)
+def test_of_equally_similar_images_the_first_of_the_bank_are_nearest(
+    rows: list[int], k: int, bank_chunk: int
+) -> None:
+    axes = torch.eye(4)  # cosines of exactly 0 and 1: ties everywhere
+    k = min(k, len(rows))
+    found = nearest_neighbours(axes[rows], axes, k=k, bank_chunk_size=bank_chunk)
+    cosines = axes @ axes[rows].T
+    whole = cosines.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(found[0], whole.values[:, :k])
+    assert torch.equal(found[1], whole.indices[:, :k])
+
+
+@pytest.mark.parametrize("bank_chunk", [1, 7, 64, 199, 200, 1000])
+def test_chunks_of_the_bank_do_not_change_the_result(bank_chunk: int) -> None:
+    sets = _random_sets(num_test=101)
+    whole = knn_accuracy(*sets, ks=(1, 20, 200))
+    assert knn_accuracy(*sets, ks=(1, 20, 200), chunk_size=50, bank_chunk_size=bank_chunk) == whole
+
+
+def test_memory_does_not_grow_with_either_set() -> None:
+    bank, test = torch.randn(20_000, 8), torch.randn(4_000, 8)
+    sets = (bank, torch.arange(20_000) % 10, test, torch.arange(4_000) % 10)
+    _, bytes_before = with_peak_bytes(lambda: None)
+    chunks = {"chunk_size": 250, "bank_chunk_size": 2_000}
+    _, peak = with_peak_bytes(lambda: knn_accuracy(*sets, ks=(10,), **chunks))
+    assert peak - bytes_before < 2 * 250 * 2_000 * 4  # all cosines are 160 times one chunk of them
+
+
 def test_one_call_for_many_k_equals_one_call_each() -> None:
     sets = _random_sets(num_test=60)
     together = knn_accuracy(*sets, ks=(5, 50, 20))
@@ -94,6 +130,7 @@ def test_a_class_that_the_bank_lacks_is_never_right() -> None:
         ({"ks": ()}, "k, temp"),
         ({"temp": 0.0}, "k, temp"),
         ({"chunk_size": 0}, "chunk_size"),
+        ({"bank_chunk_size": 0}, "chunk_size"),
         ({"train_labels": torch.tensor([0, -1])}, "train: an image without label"),
         ({"test_labels": torch.tensor([0, 1])}, "test: need features"),
         ({"test_features": torch.ones(1, 3)}, "different widths"),

@@ -1,0 +1,31 @@
+"""Commands that run alike on one process and on all ranks of a launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+
+def on_all_ranks(evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """Meet the other ranks, if there are any, and do what shares its work with them.
+
+    Args:
+        evaluate: the work; every rank calls it and gets the same report.
+
+    Returns:
+        The report on rank 0, None on the others: it is printed once.
+
+    Raises:
+        LaunchError: the ranks cannot meet.
+    """
+    # Else a lost rank is reported by screens of C++ frames, around the one line that says which.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from dinoscale import distributed
+
+    process = distributed.read_process(os.environ)
+    if process.world_size > 1:
+        distributed.start(process)
+    report = evaluate()
+    distributed.stop()
+    return report if process.rank == 0 else None

@@ -1,0 +1,165 @@
+"""Features and neighbours shared out over ranks are those of one process, to the last bit."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dinoscale.data.decode import BadSampleError, Picture
+from dinoscale.errors import DataError
+from dinoscale.evaluate.features import extract_features, pixel_features
+from dinoscale.evaluate.knn import KnnResult, knn_accuracy
+from dinoscale.models.zoo import build_backbone
+from tests.harness import run_distributed
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+BATCH = 8
+BROKEN = (3, 50, *range(88, 96))  # the last ones are a whole batch
+KS = (1, 7)
+
+
+class Noise:
+    """Image i is noise drawn from i."""
+
+    class_names = None
+
+    def __init__(self, n: int, *, broken: tuple[int, ...] = (), fails_at: int = -1) -> None:
+        self.labels: NDArray[np.int64] = np.arange(n) % 3
+        self._broken, self._fails_at = broken, fails_at
+        self.delay_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> str:
+        return f"noise-{index}"
+
+    def picture(self, index: int) -> Picture:
+        time.sleep(self.delay_s)
+        if index == self._fails_at:
+            raise DataError(f"{self.path(index)}: the disk is gone")
+        if index in self._broken:
+            raise BadSampleError(self.path(index), "on purpose")
+        pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), np.uint8)
+        return Picture.of(pixels, self.path(index))
+
+
+def _extract(source: Noise) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    sizes = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    return extract_features(
+        build_backbone("vit_tiny_patch16_224", img_size=16, **sizes),
+        source,
+        resize=18,
+        crop=16,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
+        batch_size=BATCH,
+        device="cpu",
+        num_workers=0,
+    )
+
+
+def measure() -> dict[str, tuple[Tensor, Tensor]]:
+    """Features and labels of every set, pixels, and neighbours' accuracy as a tensor."""
+    torch.set_num_threads(1)
+    found = {
+        "101": _extract(Noise(101, broken=BROKEN)),
+        "one batch": _extract(Noise(5)),
+        "unreadable": _extract(Noise(4, broken=(0, 1, 2, 3))),
+        "pixels": pixel_features(Noise(37, broken=BROKEN), batch_size=BATCH),
+    }
+    bank, labels = found["101"]
+    for chunk in (7, 1000):  # the last leaves nothing to the other ranks
+        shares = {"ks": KS, "chunk_size": chunk, "bank_chunk_size": 30}
+        by_k = knn_accuracy(bank[::2], labels[::2], bank[1::2], labels[1::2], **shares)  # type: ignore[arg-type]  # several types
+        found[f"knn {chunk}"] = (_top1(by_k), labels)
+    return found
+
+
+def _top1(by_k: dict[int, KnnResult]) -> Tensor:
+    return torch.tensor([(by_k[k].top1, by_k[k].top5) for k in KS], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_rank_gets_what_one_process_gets(world_size: int) -> None:
+    threads = torch.get_num_threads()
+    alone = measure()
+    torch.set_num_threads(threads)
+    assert len(alone["101"][0]) == 101 - len(BROKEN)
+    assert 0 < alone["knn 7"][0][0, 0] < 100
+    for of_rank in run_distributed(
+        "tests.distributed.test_shared_features:measure", world_size=world_size, timeout_s=120
+    ):
+        for name, (rows, labels) in alone.items():
+            assert torch.equal(of_rank[name][0], rows), name
+            assert torch.equal(of_rank[name][1], labels), name
+
+
+def fail_on_rank_1() -> tuple[str, float]:
+    """What each rank says, and after how many seconds; rank 0 had a minute's work to do."""
+    from dinoscale.distributed import rank
+
+    source = Noise(1600, fails_at=3 * BATCH + 1)  # in the second batch of rank 1
+    source.delay_s = 0.01 if rank() == 1 else 0.075
+    begin = time.monotonic()
+    try:
+        _extract(source)
+    except DataError as error:
+        return str(error), time.monotonic() - begin
+    return "", 0.0
+
+
+def test_an_error_on_one_rank_ends_all_amid_their_work() -> None:
+    (first, took_s), (second, _) = run_distributed(
+        "tests.distributed.test_shared_features:fail_on_rank_1", world_size=2, timeout_s=120
+    )
+    assert first == "rank 1: noise-25: the disk is gone"
+    assert second == "noise-25: the disk is gone"
+    assert took_s < 20
+
+
+def cached(folder: str) -> tuple[Tensor, int]:
+    """Features of a folder by a network on every rank, and how often it was called here."""
+    from dinoscale.data.folder import FolderSource
+    from tests.unit.evaluate.test_feature_cache import Counted
+
+    backbone = Counted()
+    preparation = {"resize": 8, "crop": 8, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    features, _ = extract_features(
+        backbone,
+        FolderSource(folder),
+        **preparation,  # type: ignore[arg-type]  # several types
+        batch_size=1,
+        device="cpu",
+        num_workers=0,
+        taken="mean",
+    )
+    return features, backbone.calls
+
+
+def test_what_one_process_has_kept_all_ranks_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    monkeypatch.setenv("DINOSCALE_CACHE", str(tmp_path / "cache"))
+    for i in range(3):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * i, 0, 9)).save(path)
+    folder = str(tmp_path / "images")
+    features, calls = cached(folder)
+    assert calls == 3
+    for of_rank, calls in run_distributed(
+        "tests.distributed.test_shared_features:cached", folder=folder, world_size=2, timeout_s=120
+    ):
+        assert calls == 0
+        assert torch.equal(of_rank, features)

@@ -1,0 +1,71 @@
+"""`dinoscale evaluate knn` on two processes: one report, and refusals on both."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
+from dinoscale.models.zoo import build_backbone
+from tests.harness import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
+TRAIN, TEST = (f"synthetic:shapes?images=101&size=16&split={split}" for split in ("train", "test"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    shape = BackboneShape("vit_tiny_patch16_224", **SIZES)  # type: ignore[arg-type]  # sizes only
+    card = BackboneCard(shape, (0.5,) * 3, (0.2,) * 3, resize=16, crop=16, source="untrained")
+    save_backbone(path, build_backbone(shape.name, **SIZES).state_dict(), card)
+    return path
+
+
+def _on_ranks(world_size: int, *arguments: object) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of every rank."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dinoscale", "evaluate", "knn", *map(str, arguments)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    return [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
+
+
+def test_rank_0_prints_the_report_of_one_process(weights: Path) -> None:
+    arguments = (weights, "--train", TRAIN, "--test", TEST, "--num-workers", 0, "--pixels")
+    ((code, alone, _),) = _on_ranks(1, *arguments)
+    assert code == 0
+    (first, printed, said), (second, nothing, _) = _on_ranks(2, *arguments)
+    assert (first, second) == (0, 0), said
+    assert nothing == ""
+    assert json.loads(printed) == json.loads(alone)
+
+
+def test_a_user_error_ends_both_ranks_with_a_sentence(weights: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    for code, printed, said in _on_ranks(2, weights, "--train", nowhere, "--test", TEST):
+        assert code == 2
+        assert printed == ""
+        assert "error: " in said
+        assert f"{nowhere} does not exist" in said
+        assert "Traceback" not in said

@@ -1,0 +1,180 @@
+"""The cache of features: read when nothing changed, not when something did, never in the way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dinoscale.data.folder import FolderSource
+from dinoscale.evaluate.features import extract_features
+
+
+class Counted(nn.Module):
+    """(N, C, H, W) -> (N, C); counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.calls = 0
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        self.calls += 1
+        return torch.cat([x.mean((2, 3)) for x in crops]) * self.scale
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four grey images of two classes, and an empty cache."""
+    monkeypatch.setenv("DINOSCALE_CACHE", str(tmp_path / "cache"))
+    for i in range(4):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * i, 0, 9)).save(path)
+    return tmp_path / "images"
+
+
+def _extract(
+    images: Path | FolderSource, backbone: Counted, **changed: object
+) -> tuple[Tensor, Tensor]:
+    settings: dict[str, object] = {
+        "resize": 8,
+        "crop": 8,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.2, 0.2, 0.2),
+        "batch_size": 4,
+        "device": "cpu",
+        "num_workers": 0,
+        "taken": "mean",
+    }
+    source = FolderSource(str(images)) if isinstance(images, Path) else images
+    return extract_features(backbone, source, **(settings | changed))  # type: ignore[arg-type]  # settings of several types
+
+
+def _kept(images: Path) -> list[Path]:
+    return list((images.parent / "cache").glob("features-*"))
+
+
+def test_a_second_run_reads_what_the_first_has_kept_and_says_so(
+    images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    features, labels = _extract(images, Counted())
+    second = Counted()
+    with caplog.at_level(logging.INFO):
+        again, labels_again = _extract(images, second)
+    assert second.calls == 0
+    assert torch.equal(features, again)
+    assert labels_again.tolist() == labels.tolist() == [0, 0, 1, 1]
+    (kept,) = _kept(images)
+    assert f"features read from cache: {kept}" in caplog.text
+
+
+def test_a_folder_that_was_moved_is_read_from_the_cache(images: Path) -> None:
+    _extract(images, Counted())
+    moved = images.rename(images.with_name("elsewhere"))
+    second = Counted()
+    _extract(moved, second)
+    assert second.calls == 0
+
+
+def test_an_image_changed_in_place_is_seen_even_with_its_old_size_and_time(images: Path) -> None:
+    before, _ = _extract(images, Counted())
+    path = images / "class1" / "3.bmp"
+    old = path.stat()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(path)
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert path.stat().st_size == old.st_size
+    after, _ = _extract(images, Counted())
+    assert torch.equal(after[:3], before[:3])
+    assert not torch.equal(after[3], before[3])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"crop": 6}, {"resize": 9}, {"mean": (0.0, 0.5, 0.5)}, {"std": (1.0,) * 3}, {"taken": "x"}],
+)
+def test_another_preparation_or_output_is_extracted_anew(
+    images: Path, changed: dict[str, object]
+) -> None:
+    _extract(images, Counted())
+    second = Counted()
+    _extract(images, second, **changed)
+    assert second.calls == 1
+
+
+def test_other_weights_and_another_set_are_extracted_anew(images: Path) -> None:
+    _extract(images, Counted())
+    trained = Counted()
+    with torch.no_grad():
+        trained.scale += 1e-6
+    _extract(images, trained)
+    assert trained.calls == 1
+    (images / "class0" / "2.bmp").unlink()
+    fewer = Counted()
+    assert len(_extract(images, fewer)[0]) == 3
+    assert fewer.calls == 1
+
+
+def test_without_a_name_nothing_is_kept(images: Path) -> None:
+    _extract(images, Counted(), taken=None)
+    assert not _kept(images)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_a_damaged_file_is_reported_and_made_anew(
+    images: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    features, _ = _extract(images, Counted())
+    (kept,) = _kept(images)
+    data = bytearray(kept.read_bytes())
+    if damage == "flipped":
+        data[-1] ^= 1
+    kept.write_bytes(data[: {"flipped": len(data), "cut": 100, "empty": 0}[damage]])
+    second, third = Counted(), Counted()
+    assert torch.equal(_extract(images, second)[0], features)
+    assert second.calls == 1
+    assert "anew" in caplog.text
+    _extract(images, third)
+    assert third.calls == 0
+
+
+def test_images_left_out_are_left_out_of_what_is_kept_and_said_again(
+    images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (images / "class0" / "2.bmp").write_bytes(b"BM no picture")
+    features, labels = _extract(images, Counted())
+    caplog.clear()
+    again, labels_again = _extract(images, Counted())
+    assert torch.equal(features, again)
+    assert labels_again.tolist() == labels.tolist() == [0, 1, 1]
+    assert "1 of 4 images were left out" in caplog.text
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_measurement(
+    images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = FolderSource(str(images))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # bytes of a file
+    try:
+        features, _ = _extract(source, Counted())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(features) == 4
+    assert "cannot keep the features" in caplog.text
+    assert not _kept(images)
+
+
+def test_a_cache_that_cannot_be_written_costs_the_cache_only(
+    images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (images.parent / "file").write_text("in the way")
+    monkeypatch.setenv("DINOSCALE_CACHE", str(images.parent / "file"))
+    assert len(_extract(images, Counted())[0]) == 4
+    assert "cannot keep the features" in caplog.text
