@@ -44,6 +44,8 @@ def read_source(
     except CheckpointError as error:
         text = str(error)
         raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _weights_of(content: Content, *, network: Network, num_heads: int | None) -> Weights:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dinoscale.config import RunConfig, parse_config
+from dinoscale.convert.source import read_source
 from dinoscale.convert.start import adapted_channels, starting_weights
 from dinoscale.engine.build import Start, build_networks
 from dinoscale.errors import CheckpointError, ConfigError
@@ -76,6 +77,16 @@ def test_the_head_is_taken_where_it_is_asked_for(
     config = tiny_config(head=of_head, train={"init_from": str(path), "init_head": True})
     for network in build_networks(config, _start(config)):
         assert _equal(network.state_dict(), teacher.state_dict())
+
+
+@pytest.mark.parametrize("norm_last_layer", [False, True])
+def test_prototype_norms_are_kept_where_they_say_something(
+    tmp_path: Path, norm_last_layer: bool
+) -> None:
+    path, _ = _reference(tmp_path, head={**HEAD, "norm_last_layer": norm_last_layer})
+    head = read_source(path).head
+    assert head is not None
+    assert ("last_layer.weight_g" in head) != norm_last_layer
 
 
 def test_norms_of_one_enter_a_head_that_trains_them(tmp_path: Path) -> None:

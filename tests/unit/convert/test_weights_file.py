@@ -331,6 +331,15 @@ def test_a_bare_state_dict_loads_from_either_format(
         assert torch.equal(loaded.state_dict()["pos_embed"], state["pos_embed"])
 
 
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_what_training_scripts_wrap_around_their_tensors_is_taken_off(
+    tmp_path: Path, state: dict[str, Tensor], wrapper: str
+) -> None:
+    torch.save({wrapper: state, "epoch": 3}, tmp_path / "w.pth")
+    loaded, _ = load_backbone(tmp_path / "w.pth", num_heads=3)
+    assert torch.equal(loaded.state_dict()["pos_embed"], state["pos_embed"])
+
+
 def test_published_sizes_are_recognised(tmp_path: Path) -> None:
     def blank(*, width: int, patch: int, depth: int) -> dict[str, Tensor]:
         patches = (224 // patch) ** 2
