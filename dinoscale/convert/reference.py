@@ -7,26 +7,21 @@ Tensor names: `module.` is added by data-parallel wrappers, `backbone.` and `hea
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from dinoscale.config.backbones import VIT_SIZES
 from dinoscale.convert.card import BackboneCard, BackboneShape
+from dinoscale.convert.weights import Network
 from dinoscale.errors import CheckpointError
+from dinoscale.models.weights import from_reference
 
 log = logging.getLogger(__name__)
-
-Network = Literal["teacher", "student"]
 
 HEAD_DIM = 64  # embed_dim / num_heads of every ViT of the reference
 VIT_NAMES = {size[0]: f"vit_{name}" for name, size in VIT_SIZES.items()}  # by embed_dim
@@ -38,48 +33,31 @@ RESIZE_TO_CROP = 256 / 224  # the reference evaluates the center 224 of 256 pixe
 _MOST_CHANNELS = 4096  # of an image: hyperspectral cameras have hundreds
 
 _PREFIXES = ("module.", "backbone.")
-_UNUSED = ("head.", "fc.")  # the projection head and a classifier: no part of the backbone
+_HEAD = re.compile(r"head\.(mlp|last_layer)\.")  # names of the projection head
+_CLASSIFIER = ("head.", "fc.")  # of a supervised ViT and ResNet: no part of the backbone
+_WRAPPERS = ("state_dict", "model")  # what training scripts put around their tensors
+_GIANT_DIM = 1536  # embed_dim of DINOv2's largest model
 _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
-_SCALAR: Any = np.float64(0).__reduce__()[0]  # numpy's scalar constructor, moved in numpy 2
-_SAFE_GLOBALS: list[Any] = [  # what `args` and the scheduled numbers of the optimizer are made of
-    argparse.Namespace,
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
-]
 
 
-def read_torch_file(path: Path) -> object:
-    """Unpickle a `.pth` file without running any code in it.
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The tensors of one network: backbone, projection head, and names of neither."""
 
-    Raises:
-        CheckpointError: the file is damaged, or holds objects other than tensors and settings.
-    """
-    try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        match = re.search(r"GLOBAL (\S+)", str(error))
-        name = match.group(1) if match else "an unknown object"
-        raise CheckpointError(f"holds {name}, and only tensors and settings are loaded") from error
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise CheckpointError(f"is damaged ({_first_line(error)})") from error
+    backbone: dict[str, Tensor]
+    head: dict[str, Tensor]
+    left_out: tuple[str, ...]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def backbone_state(checkpoint: object, *, network: Network) -> dict[str, Tensor]:
-    """Take the backbone out of a full checkpoint, or out of a bare state dict.
+def network_state(checkpoint: object, *, network: Network) -> Mapping[str, Tensor]:
+    """Take one network out of a full checkpoint; a bare state dict is that network.
 
     Args:
         checkpoint: what the file held.
         network: which of the two to take from a full checkpoint.
 
     Returns:
-        Tensors under the reference's backbone names, without prefixes and without the head.
+        Named tensors, as in the file.
 
     Raises:
         CheckpointError: it is no mapping, or the network is not in it.
@@ -89,44 +67,73 @@ def backbone_state(checkpoint: object, *, network: Network) -> dict[str, Tensor]
     found = [name for name in ("teacher", "student") if isinstance(checkpoint.get(name), Mapping)]
     if found and network not in found:
         raise CheckpointError(f"has no {network!r}, only {found[0]!r}")
-    tensors = checkpoint[network] if found else checkpoint
-    state: dict[str, Tensor] = {}
+    wrapped = [name for name in _WRAPPERS if isinstance(checkpoint.get(name), Mapping)]
+    tensors = checkpoint
+    if found or wrapped:
+        tensors = checkpoint[network if found else wrapped[0]]
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"holds {key!r}, which is no tensor, where weights should be")
-        name = str(key)
+    return {str(key): tensor for key, tensor in tensors.items()}
+
+
+def split(state: Mapping[str, Tensor]) -> Parts:
+    """Tell backbone and projection head apart by their names, and take their prefixes off.
+
+    Raises:
+        CheckpointError: two names differ in their prefixes only.
+    """
+    backbone: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
+    left_out = []
+    for key, tensor in state.items():
+        name = key
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
-        if name in state:
+        part, inner = (head, name.removeprefix("head.")) if _HEAD.match(name) else (backbone, name)
+        if inner in part:
             raise CheckpointError(f"holds {name!r} twice")
-        if not name.startswith(_UNUSED):
-            state[name] = tensor
-    return state
+        if part is backbone and name.startswith(_CLASSIFIER):
+            left_out.append(name)
+        else:
+            part[inner] = tensor
+    return Parts(backbone, our_head(head), tuple(left_out))
 
 
-def guess_card(
-    state: Mapping[str, Tensor], *, args: object, num_heads: int | None, source: str
-) -> BackboneCard:
-    """Read the architecture off the shapes of the tensors.
+def our_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a projection head under our names; prototype norms that are all 1 are left out."""
+    head = from_reference(state, norm_last_layer=False)
+    norms = head.get("last_layer.weight_g")
+    if norms is not None and bool((norms == 1).all()):
+        del head["last_layer.weight_g"]
+    return head
 
-    Preprocessing is the reference's: ImageNet mean and std (of other than three channels: 0 and 1),
-    the center 224 of 256 pixels, in proportion at other sizes.
+
+def guess_shape(
+    state: Mapping[str, Tensor], *, args: object = None, num_heads: int | None = None
+) -> BackboneShape:
+    """Read the architecture off the names and shapes of the tensors.
 
     Args:
-        state: a backbone under the reference's names.
+        state: a backbone under the reference's names, or those timm gives DINOv2's layers.
         args: the `argparse.Namespace` of a full checkpoint, or None.
         num_heads: no tensor tells it; None takes it from `args`, else embed_dim / 64.
-        source: where the weights come from.
 
     Raises:
         CheckpointError: the tensors are not those of a ViT or a ResNet-50.
     """
     if "layer4.2.conv3.weight" in state and "layer3.5.conv3.weight" in state:
-        shape = BackboneShape(
-            name="resnet50", img_size=RESNET50_IMG_SIZE, in_chans=_channels(state, "conv1.weight")
-        )
-    else:
-        shape = _guess_vit(state, args=args, num_heads=num_heads)
+        channels = _channels(state, "conv1.weight")
+        return BackboneShape(name="resnet50", img_size=RESNET50_IMG_SIZE, in_chans=channels)
+    return _guess_vit(state, args=args, num_heads=num_heads)
+
+
+def reference_card(shape: BackboneShape, *, source: str) -> BackboneCard:
+    """Preprocessing of weights that do not tell theirs: the reference's.
+
+    ImageNet mean and std (of other than three channels: 0 and 1), the center 224 of 256 pixels, in
+    proportion at other sizes.
+    """
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if shape.in_chans != len(mean):
         mean, std = (0.0,) * shape.in_chans, (1.0,) * shape.in_chans
@@ -158,20 +165,31 @@ def _guess_vit(
         shapes = f"{[*patches.shape]}, {[*positions.shape]}"
         raise CheckpointError(f"has patch_embed.proj.weight, pos_embed of odd shapes {shapes}")
     embed_dim, patch_size = patches.shape[0], patches.shape[-1]
-    num_patches = positions.shape[1] - 1
-    grid = math.isqrt(max(num_patches, 0))
-    if grid < 1 or grid * grid != num_patches:
-        raise CheckpointError(f"has a pos_embed of {num_patches} patches, which is no square grid")
+    depth = max(blocks) + 1
     family = VIT_NAMES.get(embed_dim, "vit_small")  # the sizes below override the name's
+    name = f"{family}_patch{8 if patch_size == 8 else 16}_224"
+    num_prefix = 1
+    if f"blocks.{depth - 1}.ls2.gamma" in state:  # layer scale, which only DINOv2's models have
+        family = "vit_giant" if embed_dim == _GIANT_DIM else family
+        name = f"{family}_patch14{'_reg4' if 'reg_token' in state else ''}_dinov2"
+        num_prefix = 0 if "reg_token" in state else 1  # timm adds the class token's slot to it
     return BackboneShape(
-        name=f"{family}_patch{8 if patch_size == 8 else 16}_224",
-        img_size=grid * patch_size,
+        name=name,
+        img_size=_grid(positions.shape[1] - num_prefix) * patch_size,
         patch_size=patch_size,
         embed_dim=embed_dim,
-        depth=max(blocks) + 1,
+        depth=depth,
         num_heads=num_heads or _guess_heads(embed_dim, args=args),
         in_chans=_channels(state, "patch_embed.proj.weight"),
     )
+
+
+def _grid(num_patches: int) -> int:
+    """Side of a square of so many patches."""
+    side = math.isqrt(max(num_patches, 0))
+    if side < 1 or side * side != num_patches:
+        raise CheckpointError(f"has a pos_embed of {num_patches} patches, which is no square grid")
+    return side
 
 
 def _channels(state: Mapping[str, Tensor], name: str) -> int:

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dinoscale.convert.card import parse_card
+from dinoscale.convert.reference import guess_shape
+from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import (
     BackboneCard,
     BackboneShape,
     load_backbone,
-    read_backbone,
     save_backbone,
 )
 from dinoscale.errors import CheckpointError
@@ -146,6 +147,74 @@ def test_missing_files_and_folders_are_told_apart(tmp_path: Path) -> None:
         load_backbone(tmp_path)
 
 
+def test_of_several_files_in_a_folder_a_hub_name_is_taken_and_else_none(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    save_backbone(tmp_path / "a.safetensors", state, CARD)
+    assert load_backbone(tmp_path)[1] == CARD
+    torch.save({}, tmp_path / "b.pth")
+    with pytest.raises(CheckpointError, match=r"2 weights files \(a\.safetensors, b\.pth\)"):
+        load_backbone(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    save_backbone(tmp_path / "model.safetensors", state, replace(CARD, source="preferred"))
+    assert load_backbone(tmp_path)[1].source == "preferred"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty: is a folder without weights"):
+        load_backbone(tmp_path / "empty")
+
+
+def test_a_card_of_another_patch_size_is_refused_by_name(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    save_backbone(tmp_path / "w", state, replace(CARD, backbone=replace(SHAPE, patch_size=16)))
+    with pytest.raises(CheckpointError, match=r"28 of 30 .*pos_embed .*patch_embed\.proj\.weight"):
+        load_backbone(tmp_path / "w")
+
+
+def test_heads_of_our_files_are_kept_and_classifiers_refused(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    head = {"head.mlp.0.weight": torch.ones(4, 48), "head.last_layer.weight_v": torch.ones(2, 3)}
+    save_backbone(tmp_path / "w", state | head, CARD)
+    weights = read_source(tmp_path / "w")
+    assert weights.kind == "dinoscale"
+    assert weights.head is not None
+    assert weights.head.keys() == {"mlp.0.weight", "last_layer.weight_v"}
+    assert weights.backbone.keys() == state.keys()
+    load_backbone(tmp_path / "w")
+    save_backbone(tmp_path / "w", {**state, "head.weight": torch.ones(4, 48)}, CARD)
+    with pytest.raises(CheckpointError, match=r"unexpected: head\.weight"):
+        load_backbone(tmp_path / "w")
+
+
+def test_the_epsilon_of_the_norms_is_built(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    card = replace(CARD, backbone=replace(SHAPE, norm_eps=0.25))
+    save_backbone(tmp_path / "w", state, card)
+    loaded, found = load_backbone(tmp_path / "w")
+    assert found == card
+    norms = [module for module in loaded.modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 5
+    assert all(norm.eps == 0.25 for norm in norms)
+
+
+def test_cards_of_the_format_before_are_still_read() -> None:
+    card = json.loads(CARD.to_json())
+    del card["backbone"]["norm_eps"]
+    assert parse_card(json.dumps({**card, "format": 2})) == CARD
+    with pytest.raises(CheckpointError, match="norm_eps"):
+        parse_card(json.dumps(card))
+
+
+def test_giants_are_told_by_their_width() -> None:
+    width = 1536
+    state = {
+        "pos_embed": torch.zeros(1, 1 + 4, width),
+        "patch_embed.proj.weight": torch.zeros(width, 3, 14, 14),
+        "blocks.0.ls2.gamma": torch.zeros(width),
+    }
+    assert guess_shape(state) == BackboneShape("vit_giant_patch14_dinov2", 28, 14, width, 1, 24)
+
+
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.999])
 def test_a_truncated_file_is_refused(
     tmp_path: Path, state: dict[str, Tensor], fraction: float
@@ -192,12 +261,12 @@ def test_the_reference_checkpoint_loads_completely() -> None:
     keys = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
     geometry = {key: run[key] for key in keys}
     backbone, card = load_backbone(checkpoint, num_heads=run["num_heads"])
-    assert asdict(card.backbone) == {"name": card.backbone.name, "in_chans": 3, **geometry}
+    assert card.backbone == BackboneShape(name=card.backbone.name, **geometry)
     assert card.source == checkpoint.name
     images = torch.rand(2, 3, run["img_size"], run["img_size"])
     assert backbone([images]).shape == (2, run["embed_dim"])
     teacher = backbone.state_dict()
-    student, _ = read_backbone(checkpoint, network="student", num_heads=run["num_heads"])
+    student = read_source(checkpoint, network="student", num_heads=run["num_heads"]).backbone
     assert teacher.keys() == student.keys()
     assert not torch.equal(teacher["pos_embed"], student["pos_embed"])
 
@@ -208,7 +277,7 @@ def test_the_reference_checkpoint_agrees_with_its_recorded_states() -> None:
         pytest.skip("no recorded states in this folder")
     recorded = load_file(path)
     last = max(name.split(".")[0] for name in recorded)
-    state, _ = read_backbone(GOLDEN / "reference_checkpoint.pth", num_heads=1)
+    state = read_source(GOLDEN / "reference_checkpoint.pth", num_heads=1).backbone
     for name, tensor in state.items():
         torch.testing.assert_close(
             tensor, recorded[f"{last}.teacher.backbone.{name}"], rtol=1e-5, atol=1e-6
@@ -262,6 +331,15 @@ def test_a_bare_state_dict_loads_from_either_format(
         assert torch.equal(loaded.state_dict()["pos_embed"], state["pos_embed"])
 
 
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_what_training_scripts_wrap_around_their_tensors_is_taken_off(
+    tmp_path: Path, state: dict[str, Tensor], wrapper: str
+) -> None:
+    torch.save({wrapper: state, "epoch": 3}, tmp_path / "w.pth")
+    loaded, _ = load_backbone(tmp_path / "w.pth", num_heads=3)
+    assert torch.equal(loaded.state_dict()["pos_embed"], state["pos_embed"])
+
+
 def test_published_sizes_are_recognised(tmp_path: Path) -> None:
     def blank(*, width: int, patch: int, depth: int) -> dict[str, Tensor]:
         patches = (224 // patch) ** 2
@@ -273,7 +351,7 @@ def test_published_sizes_are_recognised(tmp_path: Path) -> None:
 
     for name, width, patch, heads in (("small", 384, 8, 6), ("base", 768, 16, 12)):
         torch.save(blank(width=width, patch=patch, depth=12), tmp_path / "w.pth")
-        _, card = read_backbone(tmp_path / "w.pth")
+        card = read_source(tmp_path / "w.pth").card
         expected = BackboneShape(f"vit_{name}_patch{patch}_224", 224, patch, width, 12, heads)
         assert card.backbone == expected
         assert (card.resize, card.crop) == (256, 224)
@@ -318,7 +396,7 @@ def test_mismatches_of_foreign_files_are_named(tmp_path: Path, state: dict[str, 
     with pytest.raises(CheckpointError, match=r"26 of 30 .*missing: blocks\.0\.mlp\.fc2\.weight"):
         load_backbone(path, num_heads=3)
     torch.save({"embeddings.cls_token": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"no ViT or ResNet-50.*embeddings\.cls_token"):
+    with pytest.raises(CheckpointError, match=r"no ViT or ResNet-50.*cls_token"):
         load_backbone(path)
     torch.save({"student": state}, path)
     with pytest.raises(CheckpointError, match="no 'teacher', only 'student'"):
@@ -348,6 +426,6 @@ def test_the_card_lies_where_other_programs_look_for_it(
     save_backbone(tmp_path / "w", state, CARD)
     with safe_open(tmp_path / "w", framework="pt") as file:
         card = json.loads(file.metadata()["dinoscale"])
-    assert card["format"] == 2
+    assert card["format"] == 3
     assert card["backbone"] == asdict(SHAPE)
     assert (card["mean"], card["crop"]) == ([0.1, 0.2, 0.3], 32)
