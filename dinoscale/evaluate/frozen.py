@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinoscale import distributed
 from dinoscale.convert.card import BackboneCard
-from dinoscale.convert.reference import Network
+from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import Source, open_source
