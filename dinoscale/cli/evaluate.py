@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, add_weights
+from dinoscale.cli.probes import add_probes
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -16,6 +17,7 @@ def add_evaluate(commands: SubCommands) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a backbone")
     tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
     _add_knn(tasks)
+    add_probes(tasks)
     _add_attention(tasks)
 
 

@@ -6,9 +6,10 @@ Shape letters: N images, C classes (channels in images), H rows and columns of a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,14 @@ class Reading:
     batch_size: int = 64
     num_workers: int = 4
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ConfigError(
+                "need batch_size > 0 and num_workers >= 0, got "
+                f"{self.batch_size} and {self.num_workers}"
+            )
 
 
 READING = Reading()
@@ -232,6 +241,24 @@ def percent(top1: int, top5: int, *, images: int, num_classes: int) -> dict[str,
     """Accuracies in percent; the five best of five classes or fewer say nothing."""
     score = {"top1": 100 * top1 / images}
     return score | ({"top5": 100 * top5 / images} if num_classes > TOP else {})
+
+
+def choose_best(entries: Sequence[Mapping[str, Any]], *, with_last: bool) -> dict[str, object]:
+    """Report the entry with the highest top-1 accuracy on the test set, the first of equals.
+
+    Args:
+        entries: measurements with `top1` and maybe `top5`, in order.
+        with_last: the score also has the accuracies of the last entry, which nobody chose.
+
+    Returns:
+        `score`, and `chosen`: the entry, with the set that it was chosen on.
+    """
+    best, last = max(entries, key=lambda entry: entry["top1"]), entries[-1]
+    names = [name for name in ("top1", "top5") if name in best]
+    score = {name: best[name] for name in names}
+    if with_last:
+        score |= {f"last_{name}": last[name] for name in names}
+    return {"score": score, "chosen": {**best, "chosen_on": "test"}}
 
 
 def describe(task: str, subject: Subject) -> dict[str, object]:
