@@ -1,0 +1,145 @@
+"""The whole probe: folders and a weights file in, a JSON report out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.labelled import Reading
+from dinoscale.evaluate.linear import evaluate_linear
+from dinoscale.evaluate.linear_protocols import DinoProtocol, GridProtocol
+from tests.unit.evaluate.conftest import Colors
+
+GRID = GridProtocol(iterations=30, batch_size=24, eval_every=20)
+DINO = DinoProtocol(epochs=3, batch_size=24, lr=1.0)
+
+
+def _run(
+    colors: Colors, *, train: str | None = None, test: str | None = None, **changes: Any
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "protocol": GRID,
+        "device": "cpu",
+        "reading": Reading(num_workers=0, progress=False),
+    }
+    sets = (train or colors.train, test or colors.test)
+    return evaluate_linear(colors.weights, *sets, **{**settings, **changes})
+
+
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("protocol", [GRID, DINO])
+def test_separable_classes_are_all_told_apart(
+    colors: Colors, protocol: GridProtocol | DinoProtocol, augment: bool
+) -> None:
+    report = _run(colors, protocol=protocol, augment=augment)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["score"]["top1"] == 100
+    assert "top5" not in report["score"]  # of three classes
+    assert report["chosen"]["chosen_on"] == "test"
+
+
+def test_grid_reports_every_classifier_and_chooses_after_the_last_step(colors: Colors) -> None:
+    report = _run(colors)
+    assert [e["step"] for e in report["evaluations"]] == [20, 30]
+    last = report["evaluations"][-1]["classifiers"]
+    assert len(last) == 4 * 13
+    assert report["chosen"]["step"] == 30
+    assert report["score"] == {"top1": max(entry["top1"] for entry in last)}
+    assert {(e["blocks"], e["pooled"]) for e in last} == {
+        *((1, False), (1, True), (2, False), (2, True))  # this network has two blocks
+    }
+
+
+def test_dino_reports_the_best_and_the_last_epoch(colors: Colors) -> None:
+    report = _run(colors, protocol=DINO)
+    by_epoch = {e["epoch"]: e["classifiers"][0]["top1"] for e in report["evaluations"]}
+    assert list(by_epoch) == [1, 2, 3]
+    assert report["score"] == {"top1": max(by_epoch.values()), "last_top1": by_epoch[3]}
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_workers_change_nothing_and_the_seed_does(colors: Colors, augment: bool) -> None:
+    short = GridProtocol(iterations=4, batch_size=8)
+    reports = [
+        _run(colors, protocol=short, augment=augment, seed=seed, reading=Reading(16, workers))
+        for seed, workers in ((0, 0), (0, 2), (1, 0))
+    ]
+    assert reports[0] == reports[1]
+    assert reports[0]["evaluations"] != reports[2]["evaluations"]
+
+
+def test_augmentation_trains_on_other_features(colors: Colors) -> None:
+    short = GridProtocol(iterations=6, batch_size=8)
+    with_, without = (_run(colors, protocol=short, augment=a) for a in (True, False))
+    assert with_["evaluations"] != without["evaluations"]
+
+
+def test_results_are_logged_as_they_come_and_the_floor_follows(
+    colors: Colors, tmp_path: Path
+) -> None:
+    path = tmp_path / "made" / "log.jsonl"
+    report = _run(colors, untrained=True, log_path=path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["network"], line["step"]) for line in lines] == [
+        *(("trained", 20), ("trained", 30), ("untrained", 20), ("untrained", 30))
+    ]
+    assert lines[1]["classifiers"] == report["evaluations"][1]["classifiers"]
+    assert lines[3]["classifiers"] != lines[1]["classifiers"]
+    assert report["untrained"].keys() == report["score"].keys()
+
+
+def test_wrong_labels_give_wrong_answers(colors: Colors, tmp_path: Path) -> None:
+    for wrong, right in (("blue", "red"), ("green", "blue"), ("red", "green")):
+        (tmp_path / wrong).symlink_to(Path(colors.test) / right)
+    report = _run(colors, test=str(tmp_path), protocol=DINO)
+    assert report["score"]["last_top1"] == 0
+
+
+def test_one_class_is_refused(colors: Colors) -> None:
+    only = colors.folder("one", {"red": 3})
+    with pytest.raises(DataError, match="one class; a classifier needs two"):
+        _run(colors, train=only, test=only)
+
+
+def test_a_set_without_labels_is_refused(colors: Colors, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat.png")
+    with pytest.raises(DataError, match="train: the images have no labels"):
+        _run(colors, train=str(tmp_path))
+
+
+def test_other_classes_are_refused(colors: Colors) -> None:
+    two = colors.folder("two", {"red": 1, "blue": 1})
+    with pytest.raises(DataError, match="only train has 'green'"):
+        _run(colors, test=two)
+
+
+def test_a_class_number_that_the_train_set_lacks_is_refused(colors: Colors) -> None:
+    with pytest.raises(DataError, match="has no images of: number 2, 3"):
+        _run(
+            colors,
+            train="synthetic:shapes?images=8&size=16&classes=2",
+            test="synthetic:shapes?images=8&size=16&classes=4",
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed"),
+        ({"protocol": GridProtocol(iterations=0)}, "iterations"),
+        ({"log_path": "/dev/null/x"}, "log: /dev/null/x cannot be written"),
+    ],
+)
+def test_bad_settings_are_refused(colors: Colors, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _run(colors, **changes)
+
+
+def test_readings_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_workers"):
+        Reading(num_workers=-1)
