@@ -67,6 +67,13 @@ def test_batches_are_full_when_the_set_is_smaller_than_a_batch() -> None:
     assert len(batch.labels) == 25
 
 
+def test_an_image_is_cropped_anew_each_time_it_is_drawn() -> None:
+    (batch,) = _batches(_Plain(), steps=1, batch_size=20)
+    for label in range(10):
+        first, second = batch.params["box"][batch.labels.numpy() == label]
+        assert not np.array_equal(first, second)
+
+
 def test_workers_change_nothing_and_the_seed_does() -> None:
     here, there = _batches(_Plain()), _batches(_Plain(), num_workers=2)
     for one, other in zip(here, there, strict=True):

@@ -29,14 +29,17 @@ class Colors:
     weights: Path
     train: str
     test: str
+    hard: tuple[str, str]  # train and test with noise far above the colors
 
-    def folder(self, name: str, images: Mapping[str, int], *, seed: int = 0) -> str:
-        """A new set: class folder -> how many images."""
+    def folder(
+        self, name: str, images: Mapping[str, int], *, seed: int = 0, noise: float = 15
+    ) -> str:
+        """A new set: class folder -> how many images; `noise` is a standard deviation of 255."""
         rng = np.random.default_rng(seed)
         for color, count in images.items():
             (self.root / name / color).mkdir(parents=True)
             for i in range(count):
-                pixels = np.clip(COLORS[color] + rng.normal(0, 15, (20, 18, 3)), 0, 255)
+                pixels = np.clip(COLORS[color] + rng.normal(0, noise, (20, 18, 3)), 0, 255)
                 file = self.root / name / color / f"{i}.png"
                 Image.fromarray(pixels.astype(np.uint8)).save(file)
         return str(self.root / name)
@@ -48,7 +51,15 @@ def colors(tmp_path_factory: pytest.TempPathFactory) -> Colors:
     torch.manual_seed(1)
     backbone = build_backbone(**vars(SHAPE))
     save_backbone(root / "weights.safetensors", backbone.state_dict(), CARD)
-    place = Colors(root, root / "weights.safetensors", str(root / "train"), str(root / "test"))
+    place = Colors(
+        root,
+        root / "weights.safetensors",
+        str(root / "train"),
+        str(root / "test"),
+        (str(root / "hard-train"), str(root / "hard-test")),
+    )
+    for seed, name in enumerate(("hard-train", "hard-test")):
+        place.folder(name, dict.fromkeys(COLORS, 16), seed=seed, noise=1000)
     place.folder("train", dict.fromkeys(COLORS, 12))
     place.folder("test", dict.fromkeys(COLORS, 4), seed=1)
     return place

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.labelled import Reading
+from dinoscale.evaluate.labelled import Reading, open_subject, outputs_of_test
 from dinoscale.evaluate.linear import evaluate_linear
 from dinoscale.evaluate.linear_protocols import DinoProtocol, GridProtocol
 from tests.unit.evaluate.conftest import Colors
 
-GRID = GridProtocol(iterations=30, batch_size=24, eval_every=20)
+GRID = GridProtocol(iterations=20, batch_size=16, eval_every=15)
 DINO = DinoProtocol(epochs=3, batch_size=24, lr=1.0)
 
 
@@ -45,10 +49,10 @@ def test_separable_classes_are_all_told_apart(
 
 def test_grid_reports_every_classifier_and_chooses_after_the_last_step(colors: Colors) -> None:
     report = _run(colors)
-    assert [e["step"] for e in report["evaluations"]] == [20, 30]
+    assert [e["step"] for e in report["evaluations"]] == [15, 20]
     last = report["evaluations"][-1]["classifiers"]
     assert len(last) == 4 * 13
-    assert report["chosen"]["step"] == 30
+    assert report["chosen"]["step"] == 20
     assert report["score"] == {"top1": max(entry["top1"] for entry in last)}
     assert {(e["blocks"], e["pooled"]) for e in last} == {
         *((1, False), (1, True), (2, False), (2, True))  # this network has two blocks
@@ -65,8 +69,17 @@ def test_dino_reports_the_best_and_the_last_epoch(colors: Colors) -> None:
 @pytest.mark.parametrize("augment", [True, False])
 def test_workers_change_nothing_and_the_seed_does(colors: Colors, augment: bool) -> None:
     short = GridProtocol(iterations=4, batch_size=8)
+    train, test = colors.hard
     reports = [
-        _run(colors, protocol=short, augment=augment, seed=seed, reading=Reading(16, workers))
+        _run(
+            colors,
+            train=train,
+            test=test,
+            protocol=short,
+            augment=augment,
+            seed=seed,
+            reading=Reading(num_workers=workers, progress=False),
+        )
         for seed, workers in ((0, 0), (0, 2), (1, 0))
     ]
     assert reports[0] == reports[1]
@@ -75,7 +88,10 @@ def test_workers_change_nothing_and_the_seed_does(colors: Colors, augment: bool)
 
 def test_augmentation_trains_on_other_features(colors: Colors) -> None:
     short = GridProtocol(iterations=6, batch_size=8)
-    with_, without = (_run(colors, protocol=short, augment=a) for a in (True, False))
+    train, test = colors.hard
+    with_, without = (
+        _run(colors, train=train, test=test, protocol=short, augment=a) for a in (True, False)
+    )
     assert with_["evaluations"] != without["evaluations"]
 
 
@@ -86,7 +102,7 @@ def test_results_are_logged_as_they_come_and_the_floor_follows(
     report = _run(colors, untrained=True, log_path=path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["network"], line["step"]) for line in lines] == [
-        *(("trained", 20), ("trained", 30), ("untrained", 20), ("untrained", 30))
+        *(("trained", 15), ("trained", 20), ("untrained", 15), ("untrained", 20))
     ]
     assert lines[1]["classifiers"] == report["evaluations"][1]["classifiers"]
     assert lines[3]["classifiers"] != lines[1]["classifiers"]
@@ -98,6 +114,14 @@ def test_wrong_labels_give_wrong_answers(colors: Colors, tmp_path: Path) -> None
         (tmp_path / wrong).symlink_to(Path(colors.test) / right)
     report = _run(colors, test=str(tmp_path), protocol=DINO)
     assert report["score"]["last_top1"] == 0
+
+
+def test_labels_of_the_test_set_are_in_the_numbers_of_the_train_set(colors: Colors) -> None:
+    subject = open_subject(colors.weights, colors.train, colors.test, device="cpu", num_heads=None)
+    other = replace(subject, renumber=torch.tensor([2, 0, 1]))
+    reading = Reading(num_workers=0, progress=False)
+    _, labels = outputs_of_test(subject.backbone, other, reading)
+    assert labels.tolist() == [2] * 4 + [0] * 4 + [1] * 4
 
 
 def test_one_class_is_refused(colors: Colors) -> None:
@@ -118,13 +142,23 @@ def test_other_classes_are_refused(colors: Colors) -> None:
         _run(colors, test=two)
 
 
-def test_a_class_number_that_the_train_set_lacks_is_refused(colors: Colors) -> None:
+def _shard(path: Path, numbers: tuple[int, ...]) -> str:
+    """A tar shard with an image of each class number."""
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    with tarfile.open(path, "w") as shard:
+        for i, number in enumerate(numbers):
+            for name, data in ((f"{i}.png", image.getvalue()), (f"{i}.cls", b"%d" % number)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def test_a_class_number_that_the_train_set_lacks_is_refused(colors: Colors, tmp_path: Path) -> None:
+    train, test = _shard(tmp_path / "a.tar", (0, 1, 4)), _shard(tmp_path / "b.tar", (1, 2, 3))
     with pytest.raises(DataError, match="has no images of: number 2, 3"):
-        _run(
-            colors,
-            train="synthetic:shapes?images=8&size=16&classes=2",
-            test="synthetic:shapes?images=8&size=16&classes=4",
-        )
+        _run(colors, train=train, test=test)
 
 
 @pytest.mark.parametrize(
