@@ -24,22 +24,17 @@ from dinoscale.convert.weights_file import save_backbone
 from dinoscale.data.labelled_crops import FLIP_PROB, SCALE
 from dinoscale.engine.param_groups import DECAY, build_optimizer
 from dinoscale.errors import ConfigError, NonFiniteError
+from dinoscale.evaluate.accuracy import choose_best, num_right, percent
 from dinoscale.evaluate.labelled import (
     READING,
     Reading,
-    ResultLog,
     Subject,
-    choose_best,
-    describe,
-    num_right,
     open_subject,
     outputs_of_test,
-    percent,
-    preprocessing,
     train_images,
-    untrained_backbone,
 )
 from dinoscale.evaluate.linear_heads import INIT_STD
+from dinoscale.evaluate.probe_report import Log, preprocessing, report_of
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.schedules import cosine
 
@@ -144,27 +139,27 @@ def evaluate_finetune(
     subject = open_subject(weights_path, train_spec, test_spec, device=device, num_heads=num_heads)
     if recipe.precision is None:
         recipe = replace(recipe, precision="bf16" if subject.device.type == "cuda" else "fp32")
-    log = ResultLog(log_path)
-    report = describe("finetune", subject) | {"protocol": _protocol(recipe, subject, seed=seed)}
-    networks = {"trained": subject.backbone}
-    if untrained:
-        networks["untrained"] = untrained_backbone(subject)
-    for name, backbone in networks.items():
-        head: dict[str, object] = {"task": "finetune", "weights": subject.weights, "network": name}
+
+    def measure(backbone: nn.Module, log: Log) -> dict[str, object]:
         evaluations = []
         for evaluation in fine_tune(backbone, subject, recipe, reading, seed=seed):
-            log.add(head | evaluation)
+            log(evaluation)
             evaluations.append(evaluation)
-        found = choose_best(evaluations, with_last=True)
-        if name == "untrained":
-            report["untrained"] = found["score"]
-            continue
-        report |= found | {"evaluations": evaluations}
-        if target is not None:
-            source = f"{subject.card.source}, fine-tuned on {train_spec}"
-            save_backbone(target, backbone.state_dict(), replace(subject.card, source=source))
-            report["out"] = str(target)
-    return report
+        found = choose_best(evaluations, with_last=True) | {"evaluations": evaluations}
+        if target is None or backbone is not subject.backbone:
+            return found
+        source = f"{subject.card.source}, fine-tuned on {train_spec}"
+        save_backbone(target, backbone.state_dict(), replace(subject.card, source=source))
+        return found | {"out": str(target)}
+
+    return report_of(
+        "finetune",
+        subject,
+        measure,
+        protocol=_protocol(recipe, subject, seed=seed),
+        untrained=untrained,
+        log_path=log_path,
+    )
 
 
 def _writable(out: Path, weights: Path) -> Path:

@@ -1,15 +1,13 @@
-"""What all classifiers need: a backbone, two labelled sets of the same classes, and a count.
+"""What all classifiers start from: a backbone and two labelled sets of the same classes.
 
 Shape letters: N images, C classes (channels in images), H rows and columns of a crop.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +23,7 @@ from dinoscale.data.transfer import to_device
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import extract_features, find_device
 from dinoscale.evaluate.knn import renumber_classes
-from dinoscale.models.zoo import build_backbone
 
-TOP = 5  # classes that may be right for the top-5 accuracy
-UNTRAINED_SEED = 0  # of the fresh weights that a trained network is compared with
 CLASSES_SHOWN = 5  # in an error
 
 
@@ -138,14 +133,6 @@ def open_subject(
     )
 
 
-def untrained_backbone(subject: Subject) -> nn.Module:
-    """The same architecture with fresh weights, always the same, in eval mode on the device."""
-    with torch.random.fork_rng():
-        torch.manual_seed(UNTRAINED_SEED)
-        fresh = build_backbone(**asdict(subject.card.backbone))
-    return fresh.to(subject.device).eval().requires_grad_(False)
-
-
 def outputs_of_train(
     network: nn.Module, subject: Subject, reading: Reading
 ) -> tuple[Tensor, Tensor]:
@@ -220,100 +207,3 @@ def train_images(
         crops = to_device(batch.crops, subject.device)
         images = finish_crops(crops, batch.params, mean=card.mean, std=card.std)
         yield images, to_device(batch.labels, subject.device)
-
-
-def num_right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Count images whose class has the highest score, and one of the five highest.
-
-    Args:
-        logits: scores of each class, (N, C), or (N, G, C) of G classifiers.
-        labels: (N,) int64.
-
-    Returns:
-        Two int64 counts, each () or (G,).
-    """
-    best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
-    hits = best == labels.view(-1, *[1] * (logits.ndim - 1))
-    return hits[..., 0].sum(dim=0), hits.any(dim=-1).sum(dim=0)
-
-
-def percent(top1: int, top5: int, *, images: int, num_classes: int) -> dict[str, float]:
-    """Accuracies in percent; the five best of five classes or fewer say nothing."""
-    score = {"top1": 100 * top1 / images}
-    return score | ({"top5": 100 * top5 / images} if num_classes > TOP else {})
-
-
-def choose_best(entries: Sequence[Mapping[str, Any]], *, with_last: bool) -> dict[str, object]:
-    """Report the entry with the highest top-1 accuracy on the test set, the first of equals.
-
-    Args:
-        entries: measurements with `top1` and maybe `top5`, in order.
-        with_last: the score also has the accuracies of the last entry, which nobody chose.
-
-    Returns:
-        `score`, and `chosen`: the entry, with the set that it was chosen on.
-    """
-    best, last = max(entries, key=lambda entry: entry["top1"]), entries[-1]
-    names = [name for name in ("top1", "top5") if name in best]
-    score = {name: best[name] for name in names}
-    if with_last:
-        score |= {f"last_{name}": last[name] for name in names}
-    return {"score": score, "chosen": {**best, "chosen_on": "test"}}
-
-
-def describe(task: str, subject: Subject) -> dict[str, object]:
-    """The head of a task's report."""
-    names = ("train", "test")
-    sets = zip(names, subject.specs, (subject.train, subject.test), strict=True)
-    return {
-        "task": task,
-        "weights": subject.weights,
-        "weights_source": subject.card.source,
-        "backbone": asdict(subject.card.backbone),
-        "classes": subject.num_classes,
-        **{name: {"spec": spec, "images": len(source)} for name, spec, source in sets},
-    }
-
-
-def preprocessing(card: BackboneCard) -> dict[str, object]:
-    """How test images are prepared: bicubic resize of the short side, center crop, normalise."""
-    return {
-        "resize": card.resize,
-        "crop": card.crop,
-        "interpolation": "bicubic",
-        "mean": list(card.mean),
-        "std": list(card.std),
-    }
-
-
-class ResultLog:
-    """What is known so far, line by line: a task that is cut off has not measured in vain.
-
-    Args:
-        path: of a JSON-lines file to append to; None keeps nothing.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-
-    def __init__(self, path: str | Path | None):
-        self._path = None if path is None else Path(path)
-        self._append("")
-
-    def add(self, record: Mapping[str, object]) -> None:
-        """Append a line.
-
-        Raises:
-            ConfigError: the file cannot be written.
-        """
-        self._append(json.dumps(record) + "\n")
-
-    def _append(self, text: str) -> None:
-        if self._path is None:
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise ConfigError(f"log: {self._path} cannot be written ({error.strerror})") from error

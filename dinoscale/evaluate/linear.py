@@ -19,20 +19,15 @@ from tqdm import tqdm
 
 from dinoscale.data.labelled_crops import FLIP_PROB, SCALE, stream_sampler
 from dinoscale.errors import ConfigError
+from dinoscale.evaluate.accuracy import choose_best, percent
 from dinoscale.evaluate.labelled import (
     READING,
     Reading,
-    ResultLog,
     Subject,
-    choose_best,
-    describe,
     open_subject,
     outputs_of_test,
     outputs_of_train,
-    percent,
-    preprocessing,
     train_images,
-    untrained_backbone,
 )
 from dinoscale.evaluate.linear_heads import (
     INIT_STD,
@@ -43,6 +38,7 @@ from dinoscale.evaluate.linear_heads import (
     is_vit,
 )
 from dinoscale.evaluate.linear_protocols import DinoProtocol, GridProtocol, ProbePlan
+from dinoscale.evaluate.probe_report import Log, preprocessing, report_of
 
 
 def evaluate_linear(
@@ -89,25 +85,23 @@ def evaluate_linear(
         raise ConfigError(f"seed: need 0 or more, got {seed}")
     subject = open_subject(weights_path, train_spec, test_spec, device=device, num_heads=num_heads)
     plan = protocol.plan(subject.backbone, images=len(subject.train))
-    log = ResultLog(log_path)
-    networks = {"trained": subject.backbone}
-    if untrained:
-        networks["untrained"] = untrained_backbone(subject)
-    report = describe("linear", subject) | {
-        "protocol": _protocol(protocol, plan, subject, augment=augment, seed=seed)
-    }
-    for name, backbone in networks.items():
-        head = {"task": "linear", "weights": subject.weights, "network": name}
-        probe = _Probe(backbone, subject, plan, reading, augment=augment, seed=seed)
+
+    def measure(backbone: nn.Module, log: Log) -> dict[str, object]:
         evaluations = []
+        probe = _Probe(backbone, subject, plan, reading, augment=augment, seed=seed)
         for evaluation in probe.evaluations():
-            log.add(head | evaluation)
+            log(evaluation)
             evaluations.append(evaluation)
-        if name == "untrained":
-            report["untrained"] = _chosen(evaluations, plan)["score"]
-        else:
-            report |= _chosen(evaluations, plan) | {"evaluations": evaluations}
-    return report
+        return _chosen(evaluations, plan) | {"evaluations": evaluations}
+
+    return report_of(
+        "linear",
+        subject,
+        measure,
+        protocol=_protocol(protocol, plan, subject, augment=augment, seed=seed),
+        untrained=untrained,
+        log_path=log_path,
+    )
 
 
 Evaluation = dict[str, object]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinoscale.evaluate.labelled import num_right
+from dinoscale.evaluate.accuracy import num_right
 
 INIT_STD = 0.01  # of a classifier's weights, normal with mean 0; biases start at 0
 MOMENTUM = 0.9  # of SGD; the published codes of both protocols, without weight decay

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +21,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.accuracy import num_right, percent
 from dinoscale.evaluate.labelled import (
     READING,
     Reading,
-    ResultLog,
     Subject,
-    describe,
-    num_right,
     open_subject,
     outputs_of_test,
     outputs_of_train,
-    percent,
-    preprocessing,
-    untrained_backbone,
 )
+from dinoscale.evaluate.probe_report import Log, preprocessing, report_of
 
 CS = tuple((10 ** np.linspace(-6, 5, 45)).tolist())  # inverse strength of the L2 penalty
 HELD_OUT = 0.1  # of the images of each class, at least one of a class of two or more
@@ -87,9 +84,11 @@ def evaluate_logistic(
     if not cs or min(cs) <= 0 or max_iter < 1 or seed < 0:
         raise ConfigError(f"need C > 0, max_iter > 0, seed >= 0; got {[*cs]}, {max_iter}, {seed}")
     subject = open_subject(weights_path, train_spec, test_spec, device=device, num_heads=num_heads)
-    log = ResultLog(log_path)
-    report = describe("logistic", subject) | {
-        "protocol": {
+    return report_of(
+        "logistic",
+        subject,
+        partial(_measure, subject, reading, cs=cs, max_iter=max_iter, seed=seed),
+        protocol={
             "method": "scikit-learn's LogisticRegression, L-BFGS, L2 penalty",
             "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
             "cs": list(cs),
@@ -98,24 +97,17 @@ def evaluate_logistic(
             "seed": seed,
             "chosen": "C on a held-out part of the train set; refitted to all of it, tested once",
             "images": preprocessing(subject.card),
-        }
-    }
-    networks = {"trained": subject.backbone}
-    if untrained:
-        networks["untrained"] = untrained_backbone(subject)
-    for name, backbone in networks.items():
-        head = {"task": "logistic", "weights": subject.weights, "network": name}
-        found = _measure(backbone, subject, reading, log, head, cs=cs, max_iter=max_iter, seed=seed)
-        report |= found if name == "trained" else {"untrained": found["score"]}
-    return report
+        },
+        untrained=untrained,
+        log_path=log_path,
+    )
 
 
 def _measure(
-    backbone: nn.Module,
     subject: Subject,
     reading: Reading,
-    log: ResultLog,
-    head: dict[str, str],
+    backbone: nn.Module,
+    log: Log,
     *,
     cs: Sequence[float],
     max_iter: int,
@@ -130,12 +122,12 @@ def _measure(
     for c in tqdm(cs, unit="C", disable=None if reading.progress else True):
         scores, _ = scores_of(train[~held], labels[~held], train[held], c=c, max_iter=max_iter)
         tried.append({"c": c} | _accuracy(scores, labels[held], subject))
-        log.add(head | {"held_out": tried[-1]})
+        log({"held_out": tried[-1]})
     best = max(tried, key=lambda entry: entry["top1"])  # the strongest penalty of equals
     test, test_labels = _normalised(*outputs_of_test(backbone, subject, reading))
     scores, iterations = scores_of(train, labels, test, c=best["c"], max_iter=max_iter)
     score = _accuracy(scores, test_labels, subject)
-    log.add(head | {"score": score})
+    log({"score": score})
     return {
         "score": score,
         "chosen": best | {"chosen_on": "held-out part of train", "iterations": iterations},
