@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, add_weights
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
-    from dinoscale.evaluate.labelled import Reading
 
 _SETS = "--train /data/train --test /data/val"
 
@@ -121,10 +121,32 @@ def _add_common(task: argparse.ArgumentParser) -> None:
     task.add_argument("--num-workers", type=int, default=2, metavar="N", help="default 2")
 
 
-def _reading(options: argparse.Namespace) -> Reading:
+def _common(options: argparse.Namespace) -> dict[str, Any]:
+    """What all three functions take.
+
+    Raises:
+        LaunchError: a launcher started more than one process.
+    """
+    from dinoscale import distributed
+    from dinoscale.errors import LaunchError
     from dinoscale.evaluate.labelled import Reading
 
-    return Reading(num_workers=options.num_workers)
+    processes = distributed.read_process(os.environ).world_size
+    if processes > 1:
+        raise LaunchError(
+            f"evaluate {options.task} runs in one process, not in {processes}: start it as"
+            f" `dinoscale evaluate {options.task} ...`"
+        )
+    return {
+        "weights_path": options.weights,
+        "train_spec": options.train,
+        "test_spec": options.test,
+        "seed": options.seed,
+        "untrained": options.untrained,
+        "log_path": options.log,
+        "reading": Reading(num_workers=options.num_workers),
+        "num_heads": options.num_heads,
+    }
 
 
 def _evaluate_linear(options: argparse.Namespace) -> dict[str, Any]:
@@ -139,16 +161,9 @@ def _evaluate_linear(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--{name}: --protocol {options.protocol} has no such number")
     protocol = GridProtocol if options.protocol == "grid" else DinoProtocol
     return evaluate_linear(
-        options.weights,
-        options.train,
-        options.test,
         protocol=protocol(batch_size=options.batch_size, **given),
         augment=not options.no_augmentation,
-        seed=options.seed,
-        untrained=options.untrained,
-        log_path=options.log,
-        reading=_reading(options),
-        num_heads=options.num_heads,
+        **_common(options),
     )
 
 
@@ -156,15 +171,8 @@ def _evaluate_logistic(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.evaluate.logistic import CS, evaluate_logistic
 
     return evaluate_logistic(
-        options.weights,
-        options.train,
-        options.test,
         cs=options.c or CS,
-        seed=options.seed,
-        untrained=options.untrained,
-        log_path=options.log,
-        reading=_reading(options),
-        num_heads=options.num_heads,
+        **_common(options),
     )
 
 
@@ -172,9 +180,6 @@ def _evaluate_finetune(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.evaluate.finetune import Recipe, evaluate_finetune
 
     return evaluate_finetune(
-        options.weights,
-        options.train,
-        options.test,
         recipe=Recipe(
             epochs=options.epochs,
             batch_size=options.batch_size,
@@ -184,10 +189,6 @@ def _evaluate_finetune(options: argparse.Namespace) -> dict[str, Any]:
             drop_path_rate=options.drop_path_rate,
             precision=options.precision,
         ),
-        seed=options.seed,
-        untrained=options.untrained,
         out=options.out,
-        log_path=options.log,
-        reading=_reading(options),
-        num_heads=options.num_heads,
+        **_common(options),
     )

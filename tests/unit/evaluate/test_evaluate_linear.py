@@ -48,7 +48,7 @@ def test_separable_classes_are_all_told_apart(
 
 
 def test_grid_reports_every_classifier_and_chooses_after_the_last_step(colors: Colors) -> None:
-    report = _run(colors)
+    report = _run(colors, augment=False)
     assert [e["step"] for e in report["evaluations"]] == [15, 20]
     last = report["evaluations"][-1]["classifiers"]
     assert len(last) == 4 * 13
@@ -99,7 +99,7 @@ def test_results_are_logged_as_they_come_and_the_floor_follows(
     colors: Colors, tmp_path: Path
 ) -> None:
     path = tmp_path / "made" / "log.jsonl"
-    report = _run(colors, untrained=True, log_path=path)
+    report = _run(colors, augment=False, untrained=True, log_path=path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["network"], line["step"]) for line in lines] == [
         *(("trained", 15), ("trained", 20), ("untrained", 15), ("untrained", 20))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dinoscale import cli
-from dinoscale.errors import ConfigError
+from dinoscale.errors import ConfigError, LaunchError
 from tests.unit.evaluate.conftest import Colors
 
 
@@ -48,6 +48,15 @@ def test_logistic_and_finetune_print_their_reports(
     tuned = _run("finetune", colors, capsys, "--epochs", "1", "--batch-size", "36")
     assert tuned["task"] == "finetune"
     assert tuned["protocol"]["precision"] == "fp32"  # type: ignore[index]  # nested report
+
+
+def test_several_processes_are_refused(
+    colors: Colors, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match="evaluate logistic runs in one process, not in 2"):
+        _run("logistic", colors, capsys)
 
 
 @pytest.mark.parametrize("task", ["linear", "logistic", "finetune"])
