@@ -59,7 +59,7 @@ def colors(tmp_path_factory: pytest.TempPathFactory) -> Colors:
         (str(root / "hard-train"), str(root / "hard-test")),
     )
     for seed, name in enumerate(("hard-train", "hard-test")):
-        place.folder(name, dict.fromkeys(COLORS, 16), seed=seed, noise=1000)
+        place.folder(name, dict.fromkeys(COLORS, 16), seed=seed, noise=250)
     place.folder("train", dict.fromkeys(COLORS, 12))
     place.folder("test", dict.fromkeys(COLORS, 4), seed=1)
     return place

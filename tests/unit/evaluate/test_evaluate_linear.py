@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dinoscale.data.labelled_crops import stream_sampler
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.labelled import Reading, open_subject, outputs_of_test
+from dinoscale.evaluate.labelled import Reading, open_subject, outputs_of_test, outputs_of_train
 from dinoscale.evaluate.linear import evaluate_linear
+from dinoscale.evaluate.linear_heads import LinearHeads, TokenFeatures
 from dinoscale.evaluate.linear_protocols import DinoProtocol, GridProtocol
 from tests.unit.evaluate.conftest import Colors
 
@@ -86,13 +88,31 @@ def test_workers_change_nothing_and_the_seed_does(colors: Colors, augment: bool)
     assert reports[0]["evaluations"] != reports[2]["evaluations"]
 
 
-def test_augmentation_trains_on_other_features(colors: Colors) -> None:
-    short = GridProtocol(iterations=6, batch_size=8)
+def test_without_augmentation_features_of_whole_images_are_trained_on(colors: Colors) -> None:
+    """The same by hand, and something else with augmentation."""
     train, test = colors.hard
-    with_, without = (
-        _run(colors, train=train, test=test, protocol=short, augment=a) for a in (True, False)
+    short = GridProtocol(iterations=6, batch_size=8)
+    without, with_ = (
+        _run(colors, train=train, test=test, protocol=short, augment=augment, seed=5)
+        for augment in (False, True)
     )
-    assert with_["evaluations"] != without["evaluations"]
+    reading = Reading(num_workers=0, progress=False)
+    subject = open_subject(colors.weights, train, test, device="cpu", num_heads=None)
+    tokens = TokenFeatures(subject.backbone, blocks=2)
+    features, labels = outputs_of_train(tokens, subject, reading)
+    tests, test_labels = outputs_of_test(tokens, subject, reading)
+    plan = short.plan(subject.backbone, images=48)
+    sampler = stream_sampler(48, batch_size=8, steps=6, seed=5)
+    accuracies = []
+    for kind in plan.kinds:
+        x, y = (kind.take(rows, stored=2, token_dim=32) for rows in (features, tests))
+        heads = LinearHeads(num_heads=13, num_classes=3, width=x.shape[1], seed=5)
+        for step in range(6):
+            ids = torch.from_numpy(sampler.step(step).ids)
+            heads.step(x[ids], labels[ids], torch.tensor(plan.rates) * plan.factor(step))
+        accuracies += [100 * top1 / 48 for top1, _ in heads.right(y, test_labels)]
+    assert [entry["top1"] for entry in without["evaluations"][-1]["classifiers"]] == accuracies
+    assert [entry["top1"] for entry in with_["evaluations"][-1]["classifiers"]] != accuracies
 
 
 def test_results_are_logged_as_they_come_and_the_floor_follows(
