@@ -191,7 +191,7 @@ class _Probe:
 def _chosen(evaluations: list[Evaluation], plan: ProbePlan) -> dict[str, object]:
     """The best classifier, looked for where the protocol does."""
     entries = [
-        {"step": evaluation["step"], **classifier}
+        {key: evaluation[key] for key in ("step", "epoch") if key in evaluation} | classifier
         for evaluation in (evaluations[-1:] if plan.last_only else evaluations)
         for classifier in evaluation["classifiers"]  # type: ignore[attr-defined]  # a list
     ]

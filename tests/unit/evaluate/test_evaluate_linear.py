@@ -66,6 +66,7 @@ def test_dino_reports_the_best_and_the_last_epoch(colors: Colors) -> None:
     by_epoch = {e["epoch"]: e["classifiers"][0]["top1"] for e in report["evaluations"]}
     assert list(by_epoch) == [1, 2, 3]
     assert report["score"] == {"top1": max(by_epoch.values()), "last_top1": by_epoch[3]}
+    assert by_epoch[report["chosen"]["epoch"]] == report["score"]["top1"]
 
 
 @pytest.mark.parametrize("augment", [True, False])
