@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, add_weights
 from dinoscale.cli.dense import add_dense
+from dinoscale.cli.probes import add_probes
 from dinoscale.cli.ranks import on_all_ranks
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def add_evaluate(commands: SubCommands) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a backbone")
     tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
     _add_knn(tasks)
+    add_probes(tasks)
     add_dense(tasks)
 
 

@@ -8,7 +8,7 @@ crops, h of the local ones.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from dinoscale.data.plain_crops import plain_crop
 from dinoscale.data.seeding import Stream, generator
 
 NUM_GLOBAL = 2
+Interpolation = Literal["bicubic", "bilinear"]
+_PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _SHRINKS = (8, 4, 2)  # JPEG files can be decoded at 1 / this
 # Pixels of the shrunk picture for each pixel of a crop. On photographs the crops then differ from
 # those of the full picture by half of one of 255 levels in the mean, at most by one.
@@ -155,9 +157,13 @@ class MultiCrop:
 
 
 def cut_crops(
-    picture: Picture, boxes: NDArray[np.int32], sizes: Sequence[int]
+    picture: Picture,
+    boxes: NDArray[np.int32],
+    sizes: Sequence[int],
+    *,
+    interpolation: Interpolation = "bicubic",
 ) -> list[NDArray[np.uint8]]:
-    """Cut boxes out of a picture and resize each bicubically, as Pillow does up to rounding.
+    """Cut boxes out of a picture and resize each, as Pillow does up to rounding.
 
     A large JPEG file is decoded at a fraction of its size where every crop is still made of at
     least three times its pixels in each direction.
@@ -166,6 +172,7 @@ def cut_crops(
         picture: not decoded yet.
         boxes: top, left, height, width of each crop in pixels of the full picture, (V, 4).
         sizes: height and width of each crop after resizing, in pixels.
+        interpolation: of the resizing, antialiased as Pillow's.
 
     Returns:
         uint8 (size, size, C) of each crop.
@@ -177,22 +184,25 @@ def cut_crops(
     shrink = next((by for by in _SHRINKS if detail >= by * _MIN_DETAIL), 1)
     pixels = picture.pixels(shrink=shrink)
     if pixels.shape[:2] == (picture.height, picture.width):
-        return [_resized(pixels, box, size) for box, size in zip(boxes, sizes, strict=True)]
+        pairs = zip(boxes, sizes, strict=True)
+        return [_resized(pixels, box, size, interpolation) for box, size in pairs]
     image = to_image(pixels)
     crops = []
     for (top, left, height, width), size in zip(boxes / shrink, sizes, strict=True):
         box = (left, top, left + width, top + height)
-        crops.append(to_pixels(image.resize((size, size), Image.Resampling.BICUBIC, box=box)))
+        crops.append(to_pixels(image.resize((size, size), _PILLOW[interpolation], box=box)))
     return crops
 
 
-def _resized(pixels: NDArray[np.uint8], box: NDArray[np.int32], size: int) -> NDArray[np.uint8]:
+def _resized(
+    pixels: NDArray[np.uint8], box: NDArray[np.int32], size: int, interpolation: Interpolation
+) -> NDArray[np.uint8]:
     """Torch's 8-bit kernel is several times as fast as Pillow's, and does the same."""
     top, left, height, width = box.tolist()
     cut = torch.from_numpy(pixels[None, top : top + height, left : left + width].copy())
     # The strides must be those of channels-last memory, or the kernel packs and unpacks planes.
     resized = F.interpolate(
-        cut.permute(0, 3, 1, 2), size=(size, size), mode="bicubic", antialias=True
+        cut.permute(0, 3, 1, 2), size=(size, size), mode=interpolation, antialias=True
     )
     crop: NDArray[np.uint8] = resized.permute(0, 2, 3, 1).numpy()[0]
     return crop

@@ -128,7 +128,7 @@ def train_batches(
         sampler = StepSampler(sizes=source_sizes(source), quotas=quotas, **sizes)
     crops = _TrainCrops(source, multi_crop, seed=seed)
     requests = _Requests(sampler, rank=rank, start_step=start_step, stop_step=stop_step)
-    return _run(crops, requests, num_workers=num_workers, pin_memory=pin_memory)
+    return answered(crops, requests, num_workers=num_workers, pin_memory=pin_memory)
 
 
 def _sharing(lanes: int, num_workers: int) -> int:
@@ -145,7 +145,7 @@ def _sharing(lanes: int, num_workers: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Failure:
+class Failure:
     """An error of a worker, sent back as a value: torch would wrap it in a printed traceback."""
 
     message: str
@@ -167,7 +167,7 @@ class _Requests:
                 yield self._sampler.micro_batch(step, micro_batch=micro_batch, rank=self._rank)
 
 
-class _TrainCrops(Dataset[Batch | _Failure]):
+class _TrainCrops(Dataset[Batch | Failure]):
     """Draws -> Batch; runs in the workers."""
 
     def __init__(self, source: Source, multi_crop: MultiCrop, *, seed: int):
@@ -175,11 +175,11 @@ class _TrainCrops(Dataset[Batch | _Failure]):
         self._multi_crop = multi_crop
         self._seed = seed
 
-    def __getitem__(self, draws: Draws) -> Batch | _Failure:
+    def __getitem__(self, draws: Draws) -> Batch | Failure:
         try:
             return self._batch(draws)
         except Exception as error:
-            return _failure(error)
+            return failure(error)
 
     def _batch(self, draws: Draws) -> Batch:
         crops = self._multi_crop.arrays(count=len(draws.ids))
@@ -218,11 +218,12 @@ class _TrainCrops(Dataset[Batch | _Failure]):
         )
 
 
-def _failure(error: Exception) -> _Failure:
+def failure(error: Exception) -> Failure:
+    """What a worker sends back in place of its answer."""
     log.debug("the input pipeline failed", exc_info=error)
     if isinstance(error, DinoscaleError):
-        return _Failure(str(error))
-    return _Failure(f"the input pipeline failed: {type(error).__name__}: {error}")
+        return Failure(str(error))
+    return Failure(f"the input pipeline failed: {type(error).__name__}: {error}")
 
 
 def eval_batches(
@@ -259,7 +260,7 @@ def eval_batches(
     images = _EvalImages(source, resize=resize, crop=crop)
     labels = source.labels
     num_bad = 0
-    for batch in _run(images, requests, num_workers=num_workers, pin_memory=pin_memory):
+    for batch in answered(images, requests, num_workers=num_workers, pin_memory=pin_memory):
         for error in batch.bad:
             log.warning("left out an unreadable image: %s", error)
         num_bad += len(batch.bad)
@@ -283,7 +284,7 @@ class _EvalBatch:
         return _EvalBatch(self.images.pin_memory(), self.ids, self.bad)
 
 
-class _EvalImages(Dataset[_EvalBatch | _Failure]):
+class _EvalImages(Dataset[_EvalBatch | Failure]):
     """Numbers of images -> _EvalBatch; runs in the workers."""
 
     def __init__(self, source: Source, *, resize: int, crop: int):
@@ -291,11 +292,11 @@ class _EvalImages(Dataset[_EvalBatch | _Failure]):
         self._resize = resize
         self._crop = crop
 
-    def __getitem__(self, ids: NDArray[np.int64]) -> _EvalBatch | _Failure:
+    def __getitem__(self, ids: NDArray[np.int64]) -> _EvalBatch | Failure:
         try:
             return self._batch(ids)
         except Exception as error:
-            return _failure(error)
+            return failure(error)
 
     def _batch(self, ids: NDArray[np.int64]) -> _EvalBatch:
         images: list[NDArray[np.uint8]] = []
@@ -313,17 +314,30 @@ class _EvalImages(Dataset[_EvalBatch | _Failure]):
         return _EvalBatch(kept, torch.tensor(readable, dtype=torch.int64), bad)
 
 
-def _run(
-    dataset: Dataset[T | _Failure],
+def answered(
+    dataset: Dataset[T | Failure],
     requests: Iterable[object],
     *,
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[T]:
-    """Answer the requests in their order, with one set of workers for all of them."""
+    """Answer the requests in their order, with one set of workers for all of them.
+
+    Args:
+        dataset: takes a request to its answer, or to the failure that ends them all.
+        requests: each is a whole batch.
+        num_workers: worker processes, which start now; 0 answers in this process.
+        pin_memory: hand out page-locked memory.
+
+    Yields:
+        An answer for each request.
+
+    Raises:
+        DataError: a worker failed or died.
+    """
     with warnings.catch_warnings():  # more workers than cores: the caller knows both numbers
         warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader: DataLoader[T | _Failure] = DataLoader(
+        loader: DataLoader[T | Failure] = DataLoader(
             dataset,
             sampler=requests,
             batch_size=None,  # a request is a whole batch
@@ -337,7 +351,7 @@ def _run(
         return _results(iter(loader))
 
 
-def _results(answers: Iterator[T | _Failure]) -> Iterator[T]:
+def _results(answers: Iterator[T | Failure]) -> Iterator[T]:
     try:
         while True:
             try:
@@ -346,7 +360,7 @@ def _results(answers: Iterator[T | _Failure]) -> Iterator[T]:
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 raise DataError(_worker_died(error)) from error
-            if isinstance(answer, _Failure):
+            if isinstance(answer, Failure):
                 raise DataError(answer.message)
             yield answer
     finally:

@@ -44,7 +44,7 @@ def check_labels(source: Source, *, name: str) -> NDArray[np.int64]:
     labels = source.labels
     if labels is None:
         raise DataError(
-            f"{name}: the images have no labels; k-NN needs one subfolder a class, or .cls members"
+            f"{name}: the images have no labels; it takes one subfolder a class, or .cls members"
         )
     unknown = np.flatnonzero(labels < 0)
     if len(unknown):

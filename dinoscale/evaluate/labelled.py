@@ -110,18 +110,20 @@ def renumber_classes(train: Source, test: Source) -> Tensor:
     if train.class_names is None or test.class_names is None:
         if train.class_names is not test.class_names:
             log.warning("only one of the sets names its classes; matching them by number")
-        missing = sorted(set(of_test.tolist()) - set(of_train.tolist()))
-        if missing:
-            raise DataError(f"test has classes that train lacks: {_some(missing)}")
-        return torch.arange(int(of_test.max()) + 1)
-    only_train = sorted(set(train.class_names) - set(test.class_names))
-    only_test = sorted(set(test.class_names) - set(train.class_names))
-    if only_train or only_test:
-        raise DataError(
-            "train and test have different classes: only train has "
-            f"{_some(only_train)}; only test has {_some(only_test)}"
-        )
-    return torch.tensor([train.class_names.index(name) for name in test.class_names])
+        renumber = np.arange(of_test.max() + 1)
+    else:
+        only_train = sorted(set(train.class_names) - set(test.class_names))
+        only_test = sorted(set(test.class_names) - set(train.class_names))
+        if only_train or only_test:
+            raise DataError(
+                "train and test have different classes: only train has "
+                f"{_some(only_train)}; only test has {_some(only_test)}"
+            )
+        renumber = np.array([train.class_names.index(name) for name in test.class_names])
+    missing = np.setdiff1d(renumber[of_test], of_train).tolist()
+    if missing:
+        raise DataError(f"test has classes that train has no images of: number {_some(missing)}")
+    return torch.from_numpy(renumber)
 
 
 def _some(names: Sequence[object]) -> str:

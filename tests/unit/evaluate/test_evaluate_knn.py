@@ -112,7 +112,7 @@ def test_a_bank_of_one_class_is_refused() -> None:
 
 def test_numbers_that_the_bank_lacks_are_named() -> None:
     bank, test = _Named(None, [0, 4]), _Named(None, [0, 4, 7, 9])
-    with pytest.raises(DataError, match="test has classes that train lacks: 7, 9"):
+    with pytest.raises(DataError, match="has no images of: number 7, 9"):
         renumber_classes(bank, test)  # type: ignore[arg-type]  # a part of a source
 
 

@@ -1,0 +1,52 @@
+"""How many images a classifier gets right.
+
+Shape letters: N images, G classifiers, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+TOP = 5  # classes that may be right for the top-5 accuracy
+
+
+def num_right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Count images whose class has the highest score, and one of the five highest.
+
+    Args:
+        logits: scores of each class, (N, C), or (N, G, C) of G classifiers.
+        labels: (N,) int64.
+
+    Returns:
+        Two int64 counts, each () or (G,).
+    """
+    best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
+    hits = best == labels.view(-1, *[1] * (logits.ndim - 1))
+    return hits[..., 0].sum(dim=0), hits.any(dim=-1).sum(dim=0)
+
+
+def percent(top1: int, top5: int, *, images: int, num_classes: int) -> dict[str, float]:
+    """Accuracies in percent; the five best of five classes or fewer say nothing."""
+    score = {"top1": 100 * top1 / images}
+    return score | ({"top5": 100 * top5 / images} if num_classes > TOP else {})
+
+
+def choose_best(entries: Sequence[Mapping[str, Any]], *, with_last: bool) -> dict[str, object]:
+    """Report the entry with the highest top-1 accuracy on the test set, the first of equals.
+
+    Args:
+        entries: measurements with `top1` and maybe `top5`, in order.
+        with_last: the score also has the accuracies of the last entry, which nobody chose.
+
+    Returns:
+        `score`, and `chosen`: the entry, with the set that it was chosen on.
+    """
+    best, last = max(entries, key=lambda entry: entry["top1"]), entries[-1]
+    names = [name for name in ("top1", "top5") if name in best]
+    score = {name: best[name] for name in names}
+    if with_last:
+        score |= {f"last_{name}": last[name] for name in names}
+    return {"score": score, "chosen": {**best, "chosen_on": "test"}}

@@ -1,0 +1,122 @@
+"""The report of a task that trains a classifier, and its log of results as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dinoscale.convert.weights_file import BackboneCard
+from dinoscale.errors import ConfigError
+from dinoscale.evaluate.subject import Subject
+from dinoscale.models.zoo import build_backbone
+
+UNTRAINED_SEED = 0  # of the fresh weights that a trained network is compared with
+
+Result = Mapping[str, object]  # ready for JSON
+Log = Callable[[Result], None]
+
+
+def report_of(
+    task: str,
+    subject: Subject,
+    measure: Callable[[nn.Module, Log], dict[str, object]],
+    *,
+    protocol: Mapping[str, object],
+    untrained: bool,
+    log_path: str | Path | None,
+) -> dict[str, object]:
+    """Measure the backbone and, if asked for, the same architecture with fresh weights.
+
+    Args:
+        task: its name.
+        subject: what is measured.
+        measure: takes a backbone, and a function to call with each result as soon as it is known;
+            returns `score` and whatever else there is to report.
+        protocol: all that changes the numbers.
+        untrained: measure fresh weights, too.
+        log_path: JSON lines, one for each result; None keeps none.
+
+    Returns:
+        The report, ready for JSON.
+
+    Raises:
+        ConfigError: the log cannot be written.
+    """
+    log = _ResultLog(log_path)
+
+    def of(network: str, backbone: nn.Module) -> dict[str, object]:
+        head = {"task": task, "weights": subject.weights, "network": network}
+        return measure(backbone, lambda result: log.add({**head, **result}))
+
+    names = ("train", "test")
+    sets = zip(names, subject.specs, (subject.train, subject.test), strict=True)
+    report: dict[str, object] = {
+        "task": task,
+        "weights": subject.weights,
+        "weights_source": subject.card.source,
+        "backbone": asdict(subject.card.backbone),
+        "classes": subject.num_classes,
+        **{name: {"spec": spec, "images": len(source)} for name, spec, source in sets},
+        "protocol": dict(protocol),
+        **of("trained", subject.backbone),
+    }
+    if untrained:
+        report["untrained"] = of("untrained", _untrained(subject))["score"]
+    return report
+
+
+def _untrained(subject: Subject) -> nn.Module:
+    """The same architecture with fresh weights, always the same, in eval mode on the device."""
+    with torch.random.fork_rng():
+        torch.manual_seed(UNTRAINED_SEED)
+        fresh = build_backbone(**asdict(subject.card.backbone))
+    return fresh.to(subject.device).eval().requires_grad_(False)
+
+
+class _ResultLog:
+    """What is known so far, line by line: a task that is cut off has not measured in vain.
+
+    Args:
+        path: of a JSON-lines file to append to; None keeps nothing.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path | None):
+        self._path = None if path is None else Path(path)
+        self._append("")
+
+    def add(self, record: Result) -> None:
+        """Append a line.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        self._append(json.dumps(record) + "\n")
+
+    def _append(self, text: str) -> None:
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise ConfigError(f"log: {self._path} cannot be written ({error.strerror})") from error
+
+
+def preprocessing(card: BackboneCard) -> dict[str, object]:
+    """How test images are prepared: bicubic resize of the short side, center crop, normalise."""
+    return {
+        "resize": card.resize,
+        "crop": card.crop,
+        "interpolation": "bicubic",
+        "mean": list(card.mean),
+        "std": list(card.std),
+    }

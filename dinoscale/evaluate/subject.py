@@ -1,0 +1,190 @@
+"""What all classifiers start from: a backbone and two labelled sets of the same classes.
+
+Shape letters: N images, C classes (channels in images), H rows and columns of a crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dinoscale.convert.card import BackboneCard
+from dinoscale.data.augment import Interpolation
+from dinoscale.data.colors import finish_crops
+from dinoscale.data.labelled_crops import labelled_crops
+from dinoscale.data.sources import Source
+from dinoscale.data.transfer import to_device
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.features import check_labels, extract_features
+from dinoscale.evaluate.frozen import Extraction, open_frozen
+from dinoscale.evaluate.labelled import LabelledSets
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read and forwarded; none of it changes a number.
+
+    Attributes:
+        batch_size: images of one forward without gradients.
+        num_workers: processes that decode images; 0 decodes in this one.
+        progress: draw bars on stderr, if that is a terminal.
+    """
+
+    batch_size: int = 64
+    num_workers: int = 4
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ConfigError(
+                "need batch_size > 0 and num_workers >= 0, got "
+                f"{self.batch_size} and {self.num_workers}"
+            )
+
+
+READING = Reading()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backbone on its device, and the sets to judge it by.
+
+    Attributes:
+        weights: path of its file.
+        backbone: in eval mode, without gradients.
+        card: how to prepare its images.
+        device: where it computes.
+        train: labelled images to learn from.
+        test: labelled images to judge by.
+        specs: what `train` and `test` were opened from.
+        num_classes: C, of the train set.
+        renumber: the train set's number of each class of the test set, (C',) int64.
+    """
+
+    weights: str
+    backbone: nn.Module
+    card: BackboneCard
+    device: torch.device
+    train: Source
+    test: Source
+    specs: tuple[str, str]
+    num_classes: int
+    renumber: Tensor
+
+
+def open_subject(
+    weights_path: str | Path,
+    train_spec: str,
+    test_spec: str,
+    *,
+    device: str | None,
+    num_heads: int | None,
+) -> Subject:
+    """Load weights and open both sets.
+
+    Args:
+        weights_path: any weights file that `load_backbone` reads.
+        train_spec: as `data.train` of a config; a subfolder a class, or shards with class numbers.
+        test_spec: likewise; its classes must be those of the train set.
+        device: a torch device; None takes the accelerator if there is one.
+        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
+
+    Raises:
+        CheckpointError: the weights file cannot be used.
+        ConfigError: there is no such device.
+        DataError: a set cannot be read or lacks labels, the classes differ, or there is only one.
+    """
+    frozen = open_frozen(weights_path, Extraction(num_heads=num_heads, device=device))
+    sets = LabelledSets.open(train_spec, test_spec, frozen.open)
+    return Subject(
+        weights=str(weights_path),
+        backbone=frozen.backbone,
+        card=frozen.card,
+        device=frozen.device,
+        train=sets.bank,
+        test=sets.test,
+        specs=(train_spec, test_spec),
+        num_classes=int(check_labels(sets.bank, name="train").max()) + 1,
+        renumber=sets.renumber,
+    )
+
+
+def outputs_of_train(
+    network: nn.Module, subject: Subject, reading: Reading
+) -> tuple[Tensor, Tensor]:
+    """What the network makes of the train set without augmentation; as `outputs_of_test`."""
+    return _outputs(network, subject, subject.train, reading, spec=subject.specs[0])
+
+
+def outputs_of_test(
+    network: nn.Module, subject: Subject, reading: Reading
+) -> tuple[Tensor, Tensor]:
+    """What the network makes of the test set.
+
+    Returns:
+        Outputs (N, D) float32, and labels (N,) int64 in the train set's numbers, on the device.
+
+    Raises:
+        DataError: none of the images can be read.
+        NonFiniteError: an output is not a finite number.
+    """
+    outputs, labels = _outputs(network, subject, subject.test, reading, spec=subject.specs[1])
+    return outputs, subject.renumber.to(labels.device)[labels]
+
+
+def _outputs(
+    network: nn.Module, subject: Subject, source: Source, reading: Reading, *, spec: str
+) -> tuple[Tensor, Tensor]:
+    card = subject.card
+    outputs, labels = extract_features(
+        network,
+        source,
+        resize=card.resize,
+        crop=card.crop,
+        mean=card.mean,
+        std=card.std,
+        batch_size=reading.batch_size,
+        device=subject.device,
+        num_workers=reading.num_workers,
+        progress=reading.progress,
+    )
+    if not len(outputs):
+        raise DataError(f"{spec}: none of the images can be read")
+    return outputs, labels
+
+
+def train_images(
+    subject: Subject,
+    *,
+    interpolation: Interpolation,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    num_workers: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield augmented batches of the train set; what they hold depends on the seed alone.
+
+    Returns:
+        Images (N, C, H, H) float32, cropped at random, mirrored or not, normalised; labels (N,)
+        int64; both on the device.
+    """
+    card = subject.card
+    batches = labelled_crops(
+        subject.train,
+        size=card.crop,
+        interpolation=interpolation,
+        batch_size=batch_size,
+        steps=steps,
+        seed=seed,
+        num_workers=num_workers,
+        pin_memory=subject.device.type == "cuda",
+    )
+    for batch in batches:
+        crops = to_device(batch.crops, subject.device)
+        images = finish_crops(crops, batch.params, mean=card.mean, std=card.std)
+        yield images, to_device(batch.labels, subject.device)

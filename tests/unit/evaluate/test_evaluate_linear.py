@@ -1,0 +1,200 @@
+"""The whole probe: folders and a weights file in, a JSON report out."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dinoscale.data.labelled_crops import stream_sampler
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.linear import evaluate_linear
+from dinoscale.evaluate.linear_heads import LinearHeads, TokenFeatures
+from dinoscale.evaluate.linear_protocols import DinoProtocol, GridProtocol
+from dinoscale.evaluate.subject import Reading, open_subject, outputs_of_test, outputs_of_train
+from tests.unit.evaluate.conftest import Colors
+
+GRID = GridProtocol(iterations=20, batch_size=16, eval_every=15)
+DINO = DinoProtocol(epochs=3, batch_size=24, lr=1.0)
+
+
+def _run(
+    colors: Colors, *, train: str | None = None, test: str | None = None, **changes: Any
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "protocol": GRID,
+        "device": "cpu",
+        "reading": Reading(num_workers=0, progress=False),
+    }
+    sets = (train or colors.train, test or colors.test)
+    return evaluate_linear(colors.weights, *sets, **{**settings, **changes})
+
+
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("protocol", [GRID, DINO])
+def test_separable_classes_are_all_told_apart(
+    colors: Colors, protocol: GridProtocol | DinoProtocol, augment: bool
+) -> None:
+    report = _run(colors, protocol=protocol, augment=augment)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["score"]["top1"] == 100
+    assert "top5" not in report["score"]  # of three classes
+    assert report["chosen"]["chosen_on"] == "test"
+
+
+def test_grid_reports_every_classifier_and_chooses_after_the_last_step(colors: Colors) -> None:
+    report = _run(colors, augment=False)
+    assert [e["step"] for e in report["evaluations"]] == [15, 20]
+    last = report["evaluations"][-1]["classifiers"]
+    assert len(last) == 4 * 13
+    assert report["chosen"]["step"] == 20
+    assert report["score"] == {"top1": max(entry["top1"] for entry in last)}
+    assert {(e["blocks"], e["pooled"]) for e in last} == {
+        *((1, False), (1, True), (2, False), (2, True))  # this network has two blocks
+    }
+
+
+def test_dino_reports_the_best_and_the_last_epoch(colors: Colors) -> None:
+    report = _run(colors, protocol=DINO)
+    by_epoch = {e["epoch"]: e["classifiers"][0]["top1"] for e in report["evaluations"]}
+    assert list(by_epoch) == [1, 2, 3]
+    assert report["score"] == {"top1": max(by_epoch.values()), "last_top1": by_epoch[3]}
+    assert by_epoch[report["chosen"]["epoch"]] == report["score"]["top1"]
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_workers_change_nothing_and_the_seed_does(colors: Colors, augment: bool) -> None:
+    short = GridProtocol(iterations=4, batch_size=8)
+    train, test = colors.hard
+    reports = [
+        _run(
+            colors,
+            train=train,
+            test=test,
+            protocol=short,
+            augment=augment,
+            seed=seed,
+            reading=Reading(num_workers=workers, progress=False),
+        )
+        for seed, workers in ((0, 0), (0, 2), (1, 0))
+    ]
+    assert reports[0] == reports[1]
+    assert reports[0]["evaluations"] != reports[2]["evaluations"]
+
+
+def test_without_augmentation_features_of_whole_images_are_trained_on(colors: Colors) -> None:
+    """The same by hand, and something else with augmentation."""
+    train, test = colors.hard
+    short = GridProtocol(iterations=6, batch_size=8)
+    without, with_ = (
+        _run(colors, train=train, test=test, protocol=short, augment=augment, seed=5)
+        for augment in (False, True)
+    )
+    reading = Reading(num_workers=0, progress=False)
+    subject = open_subject(colors.weights, train, test, device="cpu", num_heads=None)
+    tokens = TokenFeatures(subject.backbone, blocks=2)
+    features, labels = outputs_of_train(tokens, subject, reading)
+    tests, test_labels = outputs_of_test(tokens, subject, reading)
+    plan = short.plan(subject.backbone, images=48)
+    sampler = stream_sampler(48, batch_size=8, steps=6, seed=5)
+    accuracies = []
+    for kind in plan.kinds:
+        x, y = (kind.take(rows, stored=2, token_dim=32) for rows in (features, tests))
+        heads = LinearHeads(num_heads=13, num_classes=3, width=x.shape[1], seed=5)
+        for step in range(6):
+            ids = torch.from_numpy(sampler.step(step).ids)
+            heads.step(x[ids], labels[ids], torch.tensor(plan.rates) * plan.factor(step))
+        accuracies += [100 * top1 / 48 for top1, _ in heads.right(y, test_labels)]
+    assert [entry["top1"] for entry in without["evaluations"][-1]["classifiers"]] == accuracies
+    assert [entry["top1"] for entry in with_["evaluations"][-1]["classifiers"]] != accuracies
+
+
+def test_results_are_logged_as_they_come_and_the_floor_follows(
+    colors: Colors, tmp_path: Path
+) -> None:
+    path = tmp_path / "made" / "log.jsonl"
+    report = _run(colors, augment=False, untrained=True, log_path=path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["network"], line["step"]) for line in lines] == [
+        *(("trained", 15), ("trained", 20), ("untrained", 15), ("untrained", 20))
+    ]
+    assert lines[1]["classifiers"] == report["evaluations"][1]["classifiers"]
+    assert lines[3]["classifiers"] != lines[1]["classifiers"]
+    assert report["untrained"].keys() == report["score"].keys()
+
+
+def test_wrong_labels_give_wrong_answers(colors: Colors, tmp_path: Path) -> None:
+    for wrong, right in (("blue", "red"), ("green", "blue"), ("red", "green")):
+        (tmp_path / wrong).symlink_to(Path(colors.test) / right)
+    report = _run(colors, test=str(tmp_path), protocol=DINO)
+    assert report["score"]["last_top1"] == 0
+
+
+def test_labels_of_the_test_set_are_in_the_numbers_of_the_train_set(colors: Colors) -> None:
+    subject = open_subject(colors.weights, colors.train, colors.test, device="cpu", num_heads=None)
+    other = replace(subject, renumber=torch.tensor([2, 0, 1]))
+    reading = Reading(num_workers=0, progress=False)
+    _, labels = outputs_of_test(subject.backbone, other, reading)
+    assert labels.tolist() == [2] * 4 + [0] * 4 + [1] * 4
+
+
+def test_one_class_is_refused(colors: Colors) -> None:
+    only = colors.folder("one", {"red": 3})
+    with pytest.raises(DataError, match="of one class; there is nothing"):
+        _run(colors, train=only, test=only)
+
+
+def test_a_set_without_labels_is_refused(colors: Colors, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat.png")
+    with pytest.raises(DataError, match="train: the images have no labels"):
+        _run(colors, train=str(tmp_path))
+
+
+def test_other_classes_are_refused(colors: Colors) -> None:
+    two = colors.folder("two", {"red": 1, "blue": 1})
+    with pytest.raises(DataError, match="only train has 'green'"):
+        _run(colors, test=two)
+
+
+def _shard(path: Path, numbers: tuple[int, ...]) -> str:
+    """A tar shard with an image of each class number."""
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    with tarfile.open(path, "w") as shard:
+        for i, number in enumerate(numbers):
+            for name, data in ((f"{i}.png", image.getvalue()), (f"{i}.cls", b"%d" % number)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def test_a_class_number_that_the_train_set_lacks_is_refused(colors: Colors, tmp_path: Path) -> None:
+    train, test = _shard(tmp_path / "a.tar", (0, 1, 4)), _shard(tmp_path / "b.tar", (1, 2, 3))
+    with pytest.raises(DataError, match="has no images of: number 2, 3"):
+        _run(colors, train=train, test=test)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed"),
+        ({"protocol": GridProtocol(iterations=0)}, "iterations"),
+        ({"log_path": "/dev/null/x"}, "log: /dev/null/x cannot be written"),
+    ],
+)
+def test_bad_settings_are_refused(colors: Colors, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _run(colors, **changes)
+
+
+def test_readings_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_workers"):
+        Reading(num_workers=-1)

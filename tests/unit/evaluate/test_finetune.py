@@ -1,0 +1,147 @@
+"""Fine-tuning: it learns, it repeats itself, and it says what it did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dinoscale.convert.weights_file import load_backbone
+from dinoscale.errors import ConfigError, DataError, NonFiniteError
+from dinoscale.evaluate.finetune import Classifier, Recipe, evaluate_finetune
+from dinoscale.evaluate.subject import Reading
+from tests.unit.evaluate.conftest import Colors
+
+FAST = Recipe(epochs=4, batch_size=12, lr=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _run(colors: Colors, **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "recipe": FAST,
+        "device": "cpu",
+        "reading": Reading(num_workers=0, progress=False),
+    }
+    sets = changes.pop("sets", (colors.train, colors.test))
+    return evaluate_finetune(colors.weights, *sets, **{**settings, **changes})
+
+
+def test_the_loss_falls_and_separable_classes_are_told_apart(colors: Colors) -> None:
+    report = _run(colors)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    losses = [evaluation["loss"] for evaluation in report["evaluations"]]
+    assert losses[-1] < 0.8 * losses[0]
+    assert report["score"]["top1"] == 100
+    assert report["score"].keys() == {"top1", "last_top1"}
+    assert report["chosen"]["chosen_on"] == "test"
+    assert [evaluation["epoch"] for evaluation in report["evaluations"]] == [1, 2, 3, 4]
+
+
+def test_workers_change_nothing_and_the_seed_does(colors: Colors) -> None:
+    short = Recipe(epochs=1, batch_size=12, lr=0.1)
+    losses = [
+        _run(colors, recipe=short, seed=seed, reading=Reading(num_workers=n, progress=False))[
+            "evaluations"
+        ][0]["loss"]
+        for seed, n in ((0, 0), (0, 2), (1, 0))
+    ]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_the_last_backbone_is_written_with_its_card(colors: Colors, tmp_path: Path) -> None:
+    report = _run(colors, out=tmp_path / "new" / "tuned.safetensors", untrained=True)
+    tuned, card = load_backbone(report["out"])
+    before, old = load_backbone(colors.weights)
+    assert card.source == f"untrained, fine-tuned on {colors.train}"
+    assert card.backbone == old.backbone
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert (tuned([images]) - before([images])).abs().max() > 0.01
+    assert report["untrained"].keys() == report["score"].keys()
+
+
+def test_the_rate_rises_for_a_sixtieth_of_the_steps_then_falls() -> None:
+    recipe = Recipe(batch_size=128, lr=4e-4)
+    rates = [recipe.rate(step, total_steps=600) for step in range(600)]
+    assert rates[0] == 0
+    assert rates[9] == rates[10] == max(rates) == 1e-4  # 4e-4 x 128 / 512
+    assert rates[10 + 295] == pytest.approx(0.5e-4)  # half way down the cosine
+    assert rates[-1] < 1e-8
+
+
+def _after_one_step(colors: Colors, name: str, **changes: float) -> dict[str, torch.Tensor]:
+    recipe = Recipe(epochs=1, batch_size=36, drop_path_rate=0.0, **changes)  # type: ignore[arg-type]  # floats only
+    report = _run(colors, recipe=recipe, out=colors.root / name)
+    return dict(load_backbone(report["out"])[0].named_parameters())
+
+
+def test_every_tensor_learns_and_only_matrices_decay(colors: Colors) -> None:
+    before = dict(load_backbone(colors.weights)[0].named_parameters())
+    plain = _after_one_step(colors, "plain", weight_decay=0.0)
+    decayed = _after_one_step(colors, "decayed", weight_decay=100.0)
+    for name, old in before.items():
+        assert not torch.equal(plain[name], old), name
+        assert torch.equal(plain[name], decayed[name]) == (old.ndim == 1), name
+
+
+def test_bf16_runs_on_a_cpu(colors: Colors) -> None:
+    report = _run(colors, recipe=Recipe(epochs=1, batch_size=12, lr=0.1, precision="bf16"))
+    exact = _run(colors, recipe=Recipe(epochs=1, batch_size=12, lr=0.1, precision="fp32"))
+    lower, full = (r["evaluations"][0]["loss"] for r in (report, exact))
+    assert lower != full
+    assert lower == pytest.approx(full, rel=0.1)
+
+
+def test_a_resnet_has_no_stochastic_depth() -> None:
+    class Flat(torch.nn.Module):
+        embed_dim, depth = 3, 0
+
+        def forward(self, crops: list[torch.Tensor], keep: torch.Tensor | None) -> torch.Tensor:
+            assert keep is None
+            return crops[0].mean(dim=(2, 3))
+
+    network = Classifier(Flat(), num_classes=5, seed=0)
+    assert network([torch.ones(2, 3, 4, 4)]).shape == (2, 5)
+
+
+def test_a_diverged_training_says_so(colors: Colors) -> None:
+    with pytest.raises(NonFiniteError, match=r"not a finite number|not finite"):
+        _run(colors, recipe=Recipe(epochs=1, batch_size=6, lr=1e38, drop_path_rate=0.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": Recipe(epochs=0)}, "epochs"),
+        ({"recipe": Recipe(lr=0.0)}, "lr"),
+        ({"recipe": Recipe(label_smoothing=1.0)}, "label_smoothing"),
+        ({"seed": -1}, "seed"),
+        ({"out": "/dev/null/x.safetensors"}, "out: .* cannot be written"),
+        ({"out": "/tmp"}, "is a folder"),
+    ],
+)
+def test_bad_settings_are_refused(colors: Colors, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _run(colors, **changes)
+
+
+def test_the_weights_are_not_overwritten(colors: Colors) -> None:
+    with pytest.raises(ConfigError, match="the weights file itself"):
+        _run(colors, out=colors.weights)
+
+
+def test_one_class_is_refused(colors: Colors) -> None:
+    only = colors.folder("single", {"blue": 2})
+    with pytest.raises(DataError, match="one class"):
+        _run(colors, sets=(only, only))

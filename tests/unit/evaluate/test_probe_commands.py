@@ -1,0 +1,66 @@
+"""The commands of the tasks that train a classifier."""
+
+import json
+
+import pytest
+
+from dinoscale import cli
+from dinoscale.errors import ConfigError, LaunchError
+from tests.unit.evaluate.conftest import Colors
+
+
+def _run(
+    task: str, colors: Colors, capsys: pytest.CaptureFixture[str], *more: str
+) -> dict[str, object]:
+    sets = ("--train", colors.train, "--test", colors.test, "--num-workers", "0")
+    cli.run(["evaluate", task, str(colors.weights), *sets, *more])
+    report: dict[str, object] = json.loads(capsys.readouterr().out)
+    return report
+
+
+def test_linear_takes_both_protocols(colors: Colors, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ("--no-augmentation", "--batch-size", "8", "--seed", "3")
+    grid = _run("linear", colors, capsys, *short, "--iterations", "2")["protocol"]
+    assert (grid["method"], grid["iterations"], grid["seed"]) == ("grid", 2, 3)  # type: ignore[index]  # nested report
+    of_dino = ("--protocol", "dino", "--epochs", "1", "--lr", "0.5")
+    dino = _run("linear", colors, capsys, *short, *of_dino)["protocol"]
+    assert (dino["method"], dino["epochs"], dino["lr"]) == ("dino", 1, 0.5)  # type: ignore[index]  # nested report
+    assert dino["batch_size"] == 8  # type: ignore[index]  # nested report
+    assert "without augmentation" in dino["train_images"]  # type: ignore[index]  # nested report
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--epochs", "1"), ("--lr", "1"), ("--protocol", "dino", "--iterations", "1")]
+)
+def test_a_number_of_the_other_protocol_is_refused(
+    colors: Colors, capsys: pytest.CaptureFixture[str], wrong: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError, match=wrong[-2]):
+        _run("linear", colors, capsys, *wrong)
+
+
+def test_logistic_and_finetune_print_their_reports(
+    colors: Colors, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logistic = _run("logistic", colors, capsys, "--c", "1", "10")
+    assert logistic["task"] == "logistic"
+    assert logistic["protocol"]["cs"] == [1, 10]  # type: ignore[index]  # nested report
+    tuned = _run("finetune", colors, capsys, "--epochs", "1", "--batch-size", "36")
+    assert tuned["task"] == "finetune"
+    assert tuned["protocol"]["precision"] == "fp32"  # type: ignore[index]  # nested report
+
+
+def test_several_processes_are_refused(
+    colors: Colors, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match="evaluate logistic runs in one process, not in 2"):
+        _run("logistic", colors, capsys)
+
+
+@pytest.mark.parametrize("task", ["linear", "logistic", "finetune"])
+def test_help_ends_with_an_example(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.run(["evaluate", task, "--help"])
+    assert f"example: dinoscale evaluate {task} weights.safetensors" in capsys.readouterr().out
