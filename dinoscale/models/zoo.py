@@ -63,9 +63,22 @@ def build_backbone(
 
 
 def _vit(name: str, *, img_size: int, in_chans: int, **changed: int) -> VisionTransformer:
+    model = VisionTransformer(timm_vit(name, img_size=img_size, in_chans=in_chans, **changed))
+    init_weights(model)
+    return model
+
+
+def timm_vit(name: str, *, img_size: int, in_chans: int, **changed: int) -> Any:
+    """Build timm's own model of a name that `build_backbone` takes; arguments as there.
+
+    Raises:
+        ConfigError: the name is unknown, our forward cannot reproduce the model, or the sizes do
+            not fit together.
+    """
+    ensure_torchvision()
     import timm
 
-    timm_name, changed = _timm_name(name, changed)
+    timm_name, changed = timm_arguments(name, **changed)
     family = timm.model_entrypoint(timm_name.split(".")[0]).__module__.split(".")[-1]
     if family not in _FAMILIES:
         raise ConfigError(
@@ -88,17 +101,21 @@ def _vit(name: str, *, img_size: int, in_chans: int, **changed: int) -> VisionTr
         raise ConfigError(
             f"model.backbone: timm cannot build {name!r} as a ViT with a class token: {reason}"
         ) from error
-    model = adopt(source, name=name)
-    if img_size % model.patch_size:
+    _require_ours(source, name=name)
+    patch_size = source.patch_embed.proj.kernel_size[0]
+    if img_size % patch_size:
         raise ConfigError(
-            f"crops.global_size: {img_size} is not a multiple of the patch size {model.patch_size}"
+            f"crops.global_size: {img_size} is not a multiple of the patch size {patch_size}"
         )
-    init_weights(model)
-    return model
+    return source
 
 
-def _timm_name(name: str, changed: dict[str, int]) -> tuple[str, dict[str, int]]:
-    """Name of a model in timm, with the patch size it needs."""
+def timm_arguments(name: str, **changed: int) -> tuple[str, dict[str, int]]:
+    """Name of a model in timm, and the sizes to give it.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
     import timm
 
     if timm.is_model(name):
@@ -125,10 +142,15 @@ def adopt(source: Any, *, name: str) -> VisionTransformer:
     Raises:
         ConfigError: the model does something our forward does not.
     """
+    _require_ours(source, name=name)
+    return VisionTransformer(source)
+
+
+def _require_ours(source: Any, *, name: str) -> None:
+    """Raise ConfigError where our forward would not be that of a timm model."""
     reason = _why_not(source)
     if reason:
         raise ConfigError(f"model.backbone: cannot train {name!r}: {reason}")
-    return VisionTransformer(source)
 
 
 def _why_not(source: Any) -> str | None:
