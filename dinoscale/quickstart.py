@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from dinoscale.config import RunConfig, load_config
-from dinoscale.convert.run import card_of, export_backbone
+from dinoscale.convert.export import export_backbone
+from dinoscale.convert.run import card_of
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.distributed import free_port
 from dinoscale.engine.build import build_networks

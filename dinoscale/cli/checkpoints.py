@@ -80,7 +80,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.convert.run import export_backbone
+    from dinoscale.convert.export import export_backbone
 
     return export_backbone(Path(options.checkpoint), Path(options.out), network=options.network)
 

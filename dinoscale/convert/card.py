@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 
 from dinoscale.errors import CheckpointError
 
-FORMAT = 2  # of the card; a file with a higher one was written by a newer dinoscale
+FORMAT = 3  # of the card; a file with a higher one was written by a newer dinoscale
+_WITHOUT_NORM_EPS = 2  # the format before, still read
 METADATA_KEY = "dinoscale"  # where the card lies in the metadata of a safetensors file
 
 
@@ -24,6 +25,7 @@ class BackboneShape:
     depth: int | None = None
     num_heads: int | None = None
     in_chans: int = 3  # channels of an image
+    norm_eps: float | None = None  # of a ViT's layer norms, where it is not the named model's own
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ def parse_card(text: str) -> BackboneCard:
         card = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its card is not JSON ({error})") from error
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
+    if not isinstance(card, dict) or card.get("format") not in (_WITHOUT_NORM_EPS, FORMAT):
         found = card.get("format") if isinstance(card, dict) else card
         raise CheckpointError(f"its card has format {found!r}, this dinoscale reads {FORMAT}")
     _check_keys(card, {"format", *BackboneCard.__dataclass_fields__}, "card")
     shape = card["backbone"]
     if not isinstance(shape, dict):
         raise CheckpointError(f"its card's backbone is {shape!r}, not a mapping")
+    if card["format"] == _WITHOUT_NORM_EPS:
+        shape = {"norm_eps": None, **shape}
     _check_keys(shape, set(BackboneShape.__dataclass_fields__), "card's backbone")
     in_chans = _size(shape, "in_chans")
     return BackboneCard(
@@ -71,6 +75,7 @@ def parse_card(text: str) -> BackboneCard:
             depth=_optional_size(shape, "depth"),
             num_heads=_optional_size(shape, "num_heads"),
             in_chans=in_chans,
+            norm_eps=_optional_positive(shape, "norm_eps"),
         ),
         mean=_numbers(card, "mean", count=in_chans),
         std=_numbers(card, "std", count=in_chans),

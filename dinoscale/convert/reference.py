@@ -7,26 +7,21 @@ Tensor names: `module.` is added by data-parallel wrappers, `backbone.` and `hea
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from dinoscale.config.backbones import VIT_SIZES
 from dinoscale.convert.card import BackboneCard, BackboneShape
+from dinoscale.convert.weights import Network
 from dinoscale.errors import CheckpointError
+from dinoscale.models.weights import from_reference
 
 log = logging.getLogger(__name__)
-
-Network = Literal["teacher", "student"]
 
 HEAD_DIM = 64  # embed_dim / num_heads of every ViT of the reference
 VIT_NAMES = {size[0]: f"vit_{name}" for name, size in VIT_SIZES.items()}  # by embed_dim
@@ -38,48 +33,30 @@ RESIZE_TO_CROP = 256 / 224  # the reference evaluates the center 224 of 256 pixe
 _MOST_CHANNELS = 4096  # of an image: hyperspectral cameras have hundreds
 
 _PREFIXES = ("module.", "backbone.")
-_UNUSED = ("head.", "fc.")  # the projection head and a classifier: no part of the backbone
+_HEAD = re.compile(r"head\.(mlp|last_layer)\.")  # names of the projection head
+_CLASSIFIER = ("head.", "fc.")  # of a supervised ViT and ResNet: no part of the backbone
+_WRAPPERS = ("state_dict", "model")  # what training scripts put around their tensors
 _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
-_SCALAR: Any = np.float64(0).__reduce__()[0]  # numpy's scalar constructor, moved in numpy 2
-_SAFE_GLOBALS: list[Any] = [  # what `args` and the scheduled numbers of the optimizer are made of
-    argparse.Namespace,
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
-]
 
 
-def read_torch_file(path: Path) -> object:
-    """Unpickle a `.pth` file without running any code in it.
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The tensors of one network: backbone, projection head, and names of neither."""
 
-    Raises:
-        CheckpointError: the file is damaged, or holds objects other than tensors and settings.
-    """
-    try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        match = re.search(r"GLOBAL (\S+)", str(error))
-        name = match.group(1) if match else "an unknown object"
-        raise CheckpointError(f"holds {name}, and only tensors and settings are loaded") from error
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise CheckpointError(f"is damaged ({_first_line(error)})") from error
+    backbone: dict[str, Tensor]
+    head: dict[str, Tensor]
+    left_out: tuple[str, ...]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def backbone_state(checkpoint: object, *, network: Network) -> dict[str, Tensor]:
-    """Take the backbone out of a full checkpoint, or out of a bare state dict.
+def network_state(checkpoint: object, *, network: Network) -> Mapping[str, Tensor]:
+    """Take one network out of a full checkpoint; a bare state dict is that network.
 
     Args:
         checkpoint: what the file held.
         network: which of the two to take from a full checkpoint.
 
     Returns:
-        Tensors under the reference's backbone names, without prefixes and without the head.
+        Named tensors, as in the file.
 
     Raises:
         CheckpointError: it is no mapping, or the network is not in it.
@@ -89,19 +66,46 @@ def backbone_state(checkpoint: object, *, network: Network) -> dict[str, Tensor]
     found = [name for name in ("teacher", "student") if isinstance(checkpoint.get(name), Mapping)]
     if found and network not in found:
         raise CheckpointError(f"has no {network!r}, only {found[0]!r}")
-    tensors = checkpoint[network] if found else checkpoint
-    state: dict[str, Tensor] = {}
+    wrapped = [name for name in _WRAPPERS if isinstance(checkpoint.get(name), Mapping)]
+    tensors = checkpoint
+    if found or wrapped:
+        tensors = checkpoint[network if found else wrapped[0]]
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"holds {key!r}, which is no tensor, where weights should be")
-        name = str(key)
+    return {str(key): tensor for key, tensor in tensors.items()}
+
+
+def split(state: Mapping[str, Tensor]) -> Parts:
+    """Tell backbone and projection head apart by their names, and take their prefixes off.
+
+    Raises:
+        CheckpointError: two names differ in their prefixes only.
+    """
+    backbone: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
+    left_out = []
+    for key, tensor in state.items():
+        name = key
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
-        if name in state:
+        part, inner = (head, name.removeprefix("head.")) if _HEAD.match(name) else (backbone, name)
+        if inner in part:
             raise CheckpointError(f"holds {name!r} twice")
-        if not name.startswith(_UNUSED):
-            state[name] = tensor
-    return state
+        if part is backbone and name.startswith(_CLASSIFIER):
+            left_out.append(name)
+        else:
+            part[inner] = tensor
+    return Parts(backbone, our_head(head), tuple(left_out))
+
+
+def our_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a projection head under our names; prototype norms that are all 1 are left out."""
+    head = from_reference(state, norm_last_layer=False)
+    norms = head.get("last_layer.weight_g")
+    if norms is not None and bool((norms == 1).all()):
+        del head["last_layer.weight_g"]
+    return head
 
 
 def guess_card(

@@ -1,54 +1,46 @@
-"""A run's backbone as plain weights, on one process, from any ZeRO stage and world size."""
+"""A checkpoint of a run as plain weights, on one process, from any ZeRO stage and world size."""
 
 from pathlib import Path
 
-from torch import Tensor
-
-from dinoscale.checkpoint.load import EMA, MASTER, Checkpoint, open_run
+from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
+from dinoscale.checkpoint.load import EMA, MASTER, open_run
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.convert.card import BackboneCard, BackboneShape
-from dinoscale.convert.weights_file import save_backbone
+from dinoscale.convert.weights import Network, Weights
 
 _KINDS = {"teacher": EMA, "student": MASTER}
-_PREFIX = "backbone."
 
 
-def export_backbone(run: Path, out: Path, *, network: str) -> dict[str, object]:
-    """Write the float32 backbone of a checkpoint under the reference's names.
+def is_run(path: Path) -> bool:
+    """Whether a path is a run directory with a checkpoint, or one of its step_* directories."""
+    return path.is_dir() and ((path / STATE_FILE).exists() or bool(checkpoints(path)))
+
+
+def read_run(path: Path, *, network: Network) -> Weights:
+    """Merge one network of a checkpoint out of all ranks' files, float32, on the CPU.
+
+    Memory: the network itself and one fragment of one tensor at a time; files are mapped.
 
     Args:
-        run: a run directory (its newest checkpoint) or one of its step_* directories.
-        out: safetensors file to write; folders above it are made.
+        path: a run directory (its newest checkpoint) or one of its step_* directories.
         network: "teacher" or "student".
-
-    Returns:
-        JSON-able summary.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    checkpoint = open_run(run)
-    state = backbone_state(checkpoint, network=network)
+    checkpoint = open_run(path)
     config = parse_config(checkpoint.state["config"], origin=str(checkpoint.path))
-    save_backbone(out, state, card_of(config, source=f"{checkpoint.path} {network}"))
-    return {
-        "weights": str(out),
-        "network": network,
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.step,
-        "tensors": len(state),
-        "parameters": sum(tensor.numel() for tensor in state.values()),
-    }
-
-
-def backbone_state(checkpoint: Checkpoint, *, network: str) -> dict[str, Tensor]:
-    """Parameters and buffers of a backbone, float32, under the reference's names."""
     tensors = checkpoint.full(_KINDS[network]) | checkpoint.buffers(network)
-    return {
-        name.removeprefix(_PREFIX): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(_PREFIX)
+    parts = {
+        part: {
+            name.removeprefix(part): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(part)
+        }
+        for part in ("backbone.", "head.")
     }
+    card = card_of(config, source=f"{checkpoint.path} {network}")
+    return Weights(parts["backbone."], parts["head."], card, "run")
 
 
 def card_of(config: RunConfig, *, source: str) -> BackboneCard:

@@ -1,37 +1,40 @@
 """One file, one backbone: safetensors with a card that says how to build and feed it.
 
-Loading is strict in both directions and counts what it found: a file that lacks a tensor, has one
-too many or one of another shape is refused by name, never half loaded.
+Loading is strict in both directions and counts what it found: weights that lack a tensor, have one
+too many or one of another shape are refused by name, never half loaded.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape, parse_card
-from dinoscale.convert.reference import Network, backbone_state, guess_card, read_torch_file
+from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape
+from dinoscale.convert.coverage import Coverage, coverage_of
+from dinoscale.convert.source import read_source
+from dinoscale.convert.weights import Network, Weights
 from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.models.resnet import ResNet50
+from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
 
-__all__ = ["BackboneCard", "BackboneShape", "load_backbone", "read_backbone", "save_backbone"]
+__all__ = [
+    "BackboneCard",
+    "BackboneShape",
+    "build",
+    "expected_tensors",
+    "load_backbone",
+    "save_backbone",
+]
 
 log = logging.getLogger(__name__)
-
-NAMES_SHOWN = 8  # of each kind of mismatch, in an error
-
-_NO_WEIGHTS = (  # first bytes of what a failed download leaves behind
-    (b"<", "is a web page or XML, not weights: download the file itself"),
-    (b"version https://git-lfs", "is a Git LFS pointer, not weights: run `git lfs pull`"),
-)
 
 
 def save_backbone(path: str | Path, state: Mapping[str, Tensor], card: BackboneCard) -> None:
@@ -57,13 +60,14 @@ def save_backbone(path: str | Path, state: Mapping[str, Tensor], card: BackboneC
 
 def load_backbone(
     path: str | Path, *, network: Network = "teacher", num_heads: int | None = None
-) -> tuple[nn.Module, BackboneCard]:
-    """Build the backbone of a weights file, or of a checkpoint of the reference implementation.
+) -> tuple[VisionTransformer | ResNet50, BackboneCard]:
+    """Build the backbone of any source of weights.
 
     Args:
-        path: a `.safetensors` file of ours or under the reference's names, or a `.pth` file.
-        network: which network of a full reference checkpoint to take.
-        num_heads: for files without a card whose heads are not 64 channels wide.
+        path: a run or one of its checkpoints, a weights file of ours, the reference's, timm's or
+            Hugging Face's, or a folder of theirs; see `source.read_source`.
+        network: which network of a run or full checkpoint to take.
+        num_heads: for files whose heads are not 64 channels wide and that do not tell.
 
     Returns:
         The backbone on the CPU, float32, in eval mode, without gradients; and its card.
@@ -71,94 +75,47 @@ def load_backbone(
     Raises:
         CheckpointError: the file is missing, damaged, unknown, or does not fit its architecture.
     """
-    state, card = read_backbone(path, network=network, num_heads=num_heads)
-    if (card.backbone.depth or 0) > len(state):
-        blocks = card.backbone.depth
-        raise CheckpointError(f"{path}: {len(state)} tensors cannot be {blocks} blocks of a ViT")
+    weights = read_source(path, network=network, num_heads=num_heads)
     try:
-        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-            expected = build_backbone(**asdict(card.backbone)).state_dict()
-    except (ConfigError, ValueError) as error:
-        raise CheckpointError(f"{path}: its backbone cannot be built: {error}") from error
-    problem = _mismatch(state, expected)
-    if problem:
-        raise CheckpointError(f"{path}: {problem}")
-    backbone = build_backbone(**asdict(card.backbone))
-    backbone.load_state_dict(state)
-    log.info("%s: %d of %d tensors loaded", path, len(state), len(expected))
-    return backbone.eval().requires_grad_(False), card
-
-
-def read_backbone(
-    path: str | Path, *, network: Network = "teacher", num_heads: int | None = None
-) -> tuple[dict[str, Tensor], BackboneCard]:
-    """Read tensors and card without building the backbone; arguments as in `load_backbone`."""
-    file = Path(path)
-    try:
-        start = _first_bytes(file)
-        if start[8:9] == b"{":  # safetensors: the length of its header, then the header's JSON
-            state, card_text = _read_safetensors(file)
-            if card_text is not None:
-                return state, parse_card(card_text)
-            checkpoint: object = state
-        elif start.startswith((b"PK", b"\x80")):  # a zip archive, or the older plain pickle
-            checkpoint = read_torch_file(file)
-        else:
-            raise CheckpointError("is neither a safetensors nor a torch file")
-        state = backbone_state(checkpoint, network=network)
-        args = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
-        return state, guess_card(state, args=args, num_heads=num_heads, source=file.name)
+        backbone, coverage = build(weights)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    log.info("%s: %s loaded", path, coverage)
+    if weights.left_out:
+        log.info("%s: left out what is no backbone: %s", path, ", ".join(weights.left_out))
+    return backbone, weights.card
 
 
-def _first_bytes(file: Path) -> bytes:
-    """Read the start of a file that may hold weights; say so if it cannot."""
-    if file.is_dir():
-        raise CheckpointError("is a folder, not a weights file")
+def build(weights: Weights) -> tuple[VisionTransformer | ResNet50, Coverage]:
+    """Build the backbone of weights, all of whose tensors must fit.
+
+    Returns:
+        The backbone on the CPU, float32, in eval mode, without gradients; and what was loaded.
+
+    Raises:
+        CheckpointError: it cannot be built, or tensors are missing, left over, of another shape or
+            not finite, all by name.
+    """
+    coverage = coverage_of(weights.backbone, expected_tensors(weights))
+    if not coverage.complete:
+        raise CheckpointError(str(coverage))
+    backbone = build_backbone(**asdict(weights.card.backbone))
+    backbone.load_state_dict(weights.backbone)
+    return backbone.eval().requires_grad_(False), coverage
+
+
+def expected_tensors(weights: Weights) -> dict[str, Tensor]:
+    """The tensors that the card's architecture has, on the meta device.
+
+    Raises:
+        CheckpointError: it cannot be built.
+    """
+    shape = weights.card.backbone
+    if (shape.depth or 0) > len(weights.backbone):
+        blocks = shape.depth
+        raise CheckpointError(f"{len(weights.backbone)} tensors cannot be {blocks} blocks of a ViT")
     try:
-        with file.open("rb") as stream:
-            start = stream.read(512)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})") from error
-    if not start:
-        raise CheckpointError("is an empty file")
-    for signature, reason in _NO_WEIGHTS:
-        if start.lstrip().startswith(signature) and start[8:9] != b"{":
-            raise CheckpointError(reason)
-    return start
-
-
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            card = (tensors.metadata() or {}).get(METADATA_KEY)
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}, card  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"is not a complete safetensors file ({error})") from error
-
-
-def _mismatch(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """Say in one sentence how two states differ, or where one is not finite; empty if all fits."""
-    common = [name for name in expected if name in state]
-    shapes = [
-        f"{name} {[*state[name].shape]} for {[*expected[name].shape]}"
-        for name in common
-        if state[name].shape != expected[name].shape
-    ]
-    kinds = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of another shape": shapes,
-        "not finite": [name for name in common if not torch.isfinite(state[name]).all()],
-    }
-    wrong = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
-    if not wrong:
-        return ""
-    coverage = f"{len(common) - len(shapes)} of {len(expected)} tensors fit"
-    return "; ".join([coverage, *wrong])
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+            return build_backbone(**asdict(shape)).state_dict()
+    except (ConfigError, ValueError) as error:
+        raise CheckpointError(f"its backbone cannot be built: {error}") from error

@@ -28,6 +28,7 @@ def build_backbone(
     depth: int | None = None,
     num_heads: int | None = None,
     in_chans: int = 3,
+    norm_eps: float | None = None,
 ) -> VisionTransformer | ResNet50:
     """Build a backbone with fresh weights.
 
@@ -42,6 +43,7 @@ def build_backbone(
         depth: number of blocks; None for the model's own.
         num_heads: attention heads; None for the model's own.
         in_chans: channels of an image.
+        norm_eps: epsilon of the layer norms; None for the model's own, 1e-6 in most.
 
     Raises:
         ConfigError: the name is unknown, our forward cannot reproduce the model, or the sizes do
@@ -59,7 +61,12 @@ def build_backbone(
         if changed:
             raise ConfigError(f"model.{next(iter(changed))}: resnet50 has no such size")
         return _resnet50(in_chans=in_chans)
-    return _vit(name, img_size=img_size, in_chans=in_chans, **changed)
+    model = _vit(name, img_size=img_size, in_chans=in_chans, **changed)
+    if norm_eps is not None:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
+    return model
 
 
 def _vit(name: str, *, img_size: int, in_chans: int, **changed: int) -> VisionTransformer:

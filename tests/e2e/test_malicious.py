@@ -25,7 +25,7 @@ from dinoscale import cli
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.checkpoint.sums import sha256, write_sums
 from dinoscale.convert.card import METADATA_KEY
-from dinoscale.convert.run import export_backbone
+from dinoscale.convert.export import export_backbone
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, load_backbone
 from dinoscale.errors import CheckpointError
 from tests.e2e.hostile import SYNTHETIC, Call, dinoscale, refused, settings

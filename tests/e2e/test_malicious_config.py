@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from dinoscale import cli
 from dinoscale.config import RunConfig, dump_config, load_config, parse_config
 from dinoscale.config.yaml_text import read_yaml, write_yaml
-from dinoscale.convert.run import export_backbone
+from dinoscale.convert.export import export_backbone
 from dinoscale.errors import ConfigError, DinoscaleError
 from tests.e2e.hostile import ROOT, SYNTHETIC, dinoscale, refused, settings
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dinoscale.convert.card import parse_card
+from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import (
     BackboneCard,
     BackboneShape,
     load_backbone,
-    read_backbone,
     save_backbone,
 )
 from dinoscale.errors import CheckpointError
@@ -192,12 +192,12 @@ def test_the_reference_checkpoint_loads_completely() -> None:
     keys = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
     geometry = {key: run[key] for key in keys}
     backbone, card = load_backbone(checkpoint, num_heads=run["num_heads"])
-    assert asdict(card.backbone) == {"name": card.backbone.name, "in_chans": 3, **geometry}
+    assert card.backbone == BackboneShape(name=card.backbone.name, **geometry)
     assert card.source == checkpoint.name
     images = torch.rand(2, 3, run["img_size"], run["img_size"])
     assert backbone([images]).shape == (2, run["embed_dim"])
     teacher = backbone.state_dict()
-    student, _ = read_backbone(checkpoint, network="student", num_heads=run["num_heads"])
+    student = read_source(checkpoint, network="student", num_heads=run["num_heads"]).backbone
     assert teacher.keys() == student.keys()
     assert not torch.equal(teacher["pos_embed"], student["pos_embed"])
 
@@ -208,7 +208,7 @@ def test_the_reference_checkpoint_agrees_with_its_recorded_states() -> None:
         pytest.skip("no recorded states in this folder")
     recorded = load_file(path)
     last = max(name.split(".")[0] for name in recorded)
-    state, _ = read_backbone(GOLDEN / "reference_checkpoint.pth", num_heads=1)
+    state = read_source(GOLDEN / "reference_checkpoint.pth", num_heads=1).backbone
     for name, tensor in state.items():
         torch.testing.assert_close(
             tensor, recorded[f"{last}.teacher.backbone.{name}"], rtol=1e-5, atol=1e-6
@@ -273,7 +273,7 @@ def test_published_sizes_are_recognised(tmp_path: Path) -> None:
 
     for name, width, patch, heads in (("small", 384, 8, 6), ("base", 768, 16, 12)):
         torch.save(blank(width=width, patch=patch, depth=12), tmp_path / "w.pth")
-        _, card = read_backbone(tmp_path / "w.pth")
+        card = read_source(tmp_path / "w.pth").card
         expected = BackboneShape(f"vit_{name}_patch{patch}_224", 224, patch, width, 12, heads)
         assert card.backbone == expected
         assert (card.resize, card.crop) == (256, 224)
@@ -348,6 +348,6 @@ def test_the_card_lies_where_other_programs_look_for_it(
     save_backbone(tmp_path / "w", state, CARD)
     with safe_open(tmp_path / "w", framework="pt") as file:
         card = json.loads(file.metadata()["dinoscale"])
-    assert card["format"] == 2
+    assert card["format"] == 3
     assert card["backbone"] == asdict(SHAPE)
     assert (card["mean"], card["crop"]) == ([0.1, 0.2, 0.3], 32)

@@ -1,0 +1,74 @@
+"""What of a network a set of weights covers, by name and by number: loads that cannot lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NAMES_SHOWN = 8  # of each kind of mismatch, in a sentence
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Names of tensors in which weights and a network differ; none of any kind is a whole load.
+
+    Attributes:
+        expected: number of tensors that the network has.
+        missing: its tensors that the weights lack.
+        unexpected: tensors of the weights that the network has no place for.
+        reshaped: tensors of another shape, each as `name [found] for [expected]`.
+        not_finite: tensors that hold an infinity or a NaN.
+    """
+
+    expected: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()
+
+    @property
+    def loaded(self) -> int:
+        """Number of tensors of the network that are there in the right shape."""
+        return self.expected - len(self.missing) - len(self.reshaped)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing, left over, of another shape or not finite."""
+        return not (self.missing or self.unexpected or self.reshaped or self.not_finite)
+
+    def __str__(self) -> str:
+        """`211 of 211 tensors`, or what is wrong, in one sentence."""
+        if self.complete:
+            return f"{self.loaded} of {self.expected} tensors"
+        kinds = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "of another shape": self.reshaped,
+            "not finite": self.not_finite,
+        }
+        wrong = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+        return "; ".join([f"{self.loaded} of {self.expected} tensors fit", *wrong])
+
+
+def coverage_of(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Coverage:
+    """Compare weights with the tensors of a network, which may be on the meta device."""
+    common = [name for name in expected if name in state]
+    return Coverage(
+        expected=len(expected),
+        missing=tuple(name for name in expected if name not in state),
+        unexpected=tuple(name for name in state if name not in expected),
+        reshaped=tuple(
+            f"{name} {[*state[name].shape]} for {[*expected[name].shape]}"
+            for name in common
+            if state[name].shape != expected[name].shape
+        ),
+        not_finite=tuple(name for name in common if not torch.isfinite(state[name]).all()),
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

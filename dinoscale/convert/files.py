@@ -1,0 +1,197 @@
+"""From the path of a file or folder to named tensors, without running any code in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dinoscale.convert.card import METADATA_KEY
+from dinoscale.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+# What the model hubs call the weights in a folder, the preferred name first.
+HUB_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # of other files with weights
+_MAX_JSON_BYTES = 16 * 2**20  # of a settings file or an index; real ones have some kilobytes
+
+_NO_WEIGHTS = (  # first bytes of what a failed download leaves behind
+    (b"<", "is a web page or XML, not weights: download the file itself"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not weights: run `git lfs pull`"),
+)
+_SCALAR: Any = np.float64(0).__reduce__()[0]  # numpy's scalar constructor, moved in numpy 2
+_SAFE_GLOBALS: list[Any] = [  # what `args` and the scheduled numbers of the optimizer are made of
+    argparse.Namespace,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """What lay at a path.
+
+    Attributes:
+        name: of the file, without its folder.
+        checkpoint: what it held: named tensors, or a mapping around them.
+        card: text of our card in a safetensors file, None without one.
+        settings: config.json of a hub folder, None without one.
+        preprocessing: preprocessor_config.json beside it, None without one.
+    """
+
+    name: str
+    checkpoint: object
+    card: str | None = None
+    settings: dict[str, Any] | None = None
+    preprocessing: dict[str, Any] | None = None
+
+
+def read_content(path: Path) -> Content:
+    """Read a weights file, or the one in a folder; of a hub's file also the settings beside it.
+
+    Raises:
+        CheckpointError: nothing is there, it is damaged, or it is not clear which file is meant.
+    """
+    file = find_weights(path) if path.is_dir() else path
+    name = path.name if path.is_dir() else file.name
+    checkpoint, card = _read_file(file)
+    if file.name not in HUB_NAMES or card is not None:
+        return Content(name, checkpoint, card)
+    return Content(
+        name,
+        checkpoint,
+        settings=_read_json(file.with_name("config.json")),
+        preprocessing=_read_json(file.with_name("preprocessor_config.json")),
+    )
+
+
+def find_weights(folder: Path) -> Path:
+    """The file with the weights in a folder: a hub's name, else the only one there is.
+
+    Raises:
+        CheckpointError: there is none, or there are several.
+    """
+    for name in HUB_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    if not found:
+        raise CheckpointError(
+            f"is a folder without weights: no checkpoints/ of a run, no {', '.join(HUB_NAMES)}, "
+            f"no file ending in {', '.join(_SUFFIXES)}"
+        )
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:4])
+        raise CheckpointError(f"is a folder with {len(found)} weights files ({names}): give one")
+    return found[0]
+
+
+def _read_file(file: Path) -> tuple[object, str | None]:
+    """What a file holds, and the text of its card."""
+    if file.name.endswith(".index.json"):
+        return _read_shards(file), None
+    start = _first_bytes(file)
+    if start[8:9] == b"{":  # safetensors: the length of its header, then the header's JSON
+        return read_safetensors(file)
+    if start.startswith((b"PK", b"\x80")):  # a zip archive, or the older plain pickle
+        return read_torch_file(file), None
+    raise CheckpointError("is neither a safetensors nor a torch file")
+
+
+def _first_bytes(file: Path) -> bytes:
+    """Read the start of a file that may hold weights; say so if it cannot."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(512)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read ({error.strerror})") from error
+    if not start:
+        raise CheckpointError("is an empty file")
+    for signature, reason in _NO_WEIGHTS:
+        if start.lstrip().startswith(signature) and start[8:9] != b"{":
+            raise CheckpointError(reason)
+    return start
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Tensors of a safetensors file, and the text of the card in its metadata.
+
+    Raises:
+        CheckpointError: it is cut off or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            card = (tensors.metadata() or {}).get(METADATA_KEY)
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}, card  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"is not a complete safetensors file ({error})") from error
+
+
+def read_torch_file(path: Path) -> object:
+    """Unpickle a `.pth` file without running any code in it.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds objects other than tensors and settings.
+    """
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        name = match.group(1) if match else "an unknown object"
+        raise CheckpointError(f"holds {name}, and only tensors and settings are loaded") from error
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise CheckpointError(f"is damaged ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Tensors of the safetensors files that an index of Hugging Face names."""
+    places = (_read_json(index) or {}).get("weight_map")
+    if not isinstance(places, Mapping) or not all(type(x) is str for x in places.values()):
+        raise CheckpointError(f"has an index {index.name} without a weight_map of file names")
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"has an index that names {name!r}, no safetensors file beside it"
+            )
+        if not index.with_name(name).is_file():
+            raise CheckpointError(f"lacks {name}, one of the files its index names")
+        state |= read_safetensors(index.with_name(name))[0]
+    if state.keys() != places.keys():
+        odd = sorted(state.keys() ^ places.keys())
+        raise CheckpointError(f"has an index that disagrees with its files about {odd[0]}")
+    return state
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """A mapping from a JSON file, None if there is no such file."""
+    if not file.is_file():
+        return None
+    if file.stat().st_size > _MAX_JSON_BYTES:
+        raise CheckpointError(f"has a {file.name} of more than {_MAX_JSON_BYTES} bytes")
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"has a {file.name} that is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"has a {file.name} that is no mapping")
+    return found

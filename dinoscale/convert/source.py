@@ -1,0 +1,61 @@
+"""Any SOURCE of weights into one thing: a run, our files, the reference's, timm's, Hugging Face's.
+
+Each format is told by what is there, never by the name of the path; nothing is unpickled that could
+run code. Which network a tensor belongs to is told by its name alone, and no name is dropped
+silently: `Weights` keeps what belongs to the backbone even where the architecture has no place for
+it, so that `weights_file.build` can refuse it by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from dinoscale.convert.card import parse_card
+from dinoscale.convert.files import Content, read_content
+from dinoscale.convert.reference import guess_card, network_state, split
+from dinoscale.convert.run import is_run, read_run
+from dinoscale.convert.weights import Network, Weights
+from dinoscale.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+def read_source(
+    path: str | Path, *, network: Network = "teacher", num_heads: int | None = None
+) -> Weights:
+    """Read one network of a source, without building it.
+
+    Args:
+        path: a run directory (its newest checkpoint) or one of its step_*, at any ZeRO stage and
+            world size; a safetensors file of ours; the reference's `.pth`, full or backbone only;
+            a timm or Hugging Face folder or its weights file.
+        network: which network of a run or full checkpoint to take; other files hold only one.
+        num_heads: for files whose heads are not 64 channels wide and that do not tell.
+
+    Raises:
+        CheckpointError: nothing is there, it is damaged, or its format is unknown; the text begins
+            with the path.
+    """
+    try:
+        if is_run(Path(path)):
+            return read_run(Path(path), network=network)
+        return _weights_of(read_content(Path(path)), network=network, num_heads=num_heads)
+    except CheckpointError as error:
+        text = str(error)
+        raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+
+
+def _weights_of(content: Content, *, network: Network, num_heads: int | None) -> Weights:
+    state = network_state(content.checkpoint, network=network)
+    parts = split(state)
+    head = parts.head or None
+    if content.card is not None:
+        if parts.left_out:
+            raise CheckpointError(f"unexpected: {', '.join(parts.left_out)}")
+        return Weights(parts.backbone, head, parse_card(content.card), "dinoscale")
+    full = content.checkpoint
+    args = full.get("args") if isinstance(full, Mapping) else None
+    card = guess_card(parts.backbone, args=args, num_heads=num_heads, source=content.name)
+    return Weights(parts.backbone, head, card, "reference", parts.left_out)

@@ -1,0 +1,41 @@
+"""One network of a source, whatever its format: named tensors and a card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from dinoscale.convert.card import BackboneCard
+
+Network = Literal["teacher", "student"]
+
+Kind = Literal[
+    "run",  # a checkpoint of a run of ours, from the files of all its ranks
+    "dinoscale",  # a safetensors file of ours, with a card
+    "reference",  # the authors' full checkpoint or a bare state dict under their names
+    "timm",  # the same names with timm's config.json, or layers that only timm's models have
+    "hf",  # ViTModel or ViTForImageClassification of Hugging Face's transformers
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """One network of a source, on the CPU, in the dtype of the file.
+
+    Attributes:
+        backbone: tensors under the reference's names, as in `models.vit`; all that the file holds
+            of it, whether or not it fits the card's architecture (`weights_file.build` checks).
+        head: tensors of the projection head under the names of `models.heads.DinoHead`, without
+            `last_layer.weight_g` where all prototype norms are 1; None where there is no head.
+        card: which backbone it is, and how to feed it.
+        kind: format of the source.
+        left_out: names in the file that belong to neither, such as those of a classifier.
+    """
+
+    backbone: dict[str, Tensor]
+    head: dict[str, Tensor] | None
+    card: BackboneCard
+    kind: Kind
+    left_out: tuple[str, ...] = ()
