@@ -14,33 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinoscale.models._torchvision import ensure_torchvision
-from dinoscale.models.zoo import timm_vit
-
-_CUBIC = -0.75  # the coefficient of torch's bicubic resize
+from dinoscale.models.zoo import timm_vit, torchvision_resnet50
 
 
-def build_plain(name: str, *, img_size: int, in_chans: int, **sizes: int) -> nn.Module:
+def build_plain(
+    name: str,
+    *,
+    img_size: int,
+    in_chans: int = 3,
+    norm_eps: float | None = None,
+    **sizes: int | None,
+) -> nn.Module:
     """Build a backbone that maps images (N, C, H, W) to cls (N, D) and patches (N, P, D).
 
     Args:
         name: as `zoo.build_backbone` takes it, like the other arguments.
         img_size: side in pixels of the images the position embedding is made for.
         in_chans: C.
-        **sizes: patch_size, embed_dim, depth, num_heads, where they are not the model's own.
+        norm_eps: epsilon of the layer norms; None for the model's own.
+        **sizes: patch_size, embed_dim, depth, num_heads; None for the model's own.
 
     Raises:
         ConfigError: as `zoo.build_backbone` does.
     """
-    if name != "resnet50":
-        return PlainViT(timm_vit(name, img_size=img_size, in_chans=in_chans, **sizes))
-    ensure_torchvision()
-    import torchvision
-
-    source = torchvision.models.resnet50(weights=None)
-    if in_chans != source.conv1.in_channels:
-        source.conv1 = nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
-    return PlainResNet50(source)
+    if name == "resnet50":
+        return PlainResNet50(torchvision_resnet50(in_chans=in_chans))
+    changed = {key: value for key, value in sizes.items() if value is not None}
+    source = timm_vit(name, img_size=img_size, in_chans=in_chans, norm_eps=norm_eps, **changed)
+    return PlainViT(source)
 
 
 class PlainViT(nn.Module):
@@ -100,6 +101,7 @@ def cubic_matrix(count: int, side: int, excess: Tensor) -> Tensor:
     Returns:
         (count, G), dtype of `excess`; rows sum to 1. Beyond the ends the last point is repeated.
     """
+    a = -0.75  # the coefficient of torch's bicubic resize
     steps = torch.arange(count, dtype=excess.dtype, device=excess.device)
     at = (steps + 0.5) * (side / (count + excess)) - 0.5  # where the result lies among the G
     first = torch.floor(at)
@@ -107,8 +109,8 @@ def cubic_matrix(count: int, side: int, excess: Tensor) -> Tensor:
     matrix = torch.zeros_like(at[:, None] * points)
     for tap in (-1, 0, 1, 2):
         d = torch.abs(at - first - tap)
-        near = ((_CUBIC + 2) * d - (_CUBIC + 3)) * d * d + 1  # |d| <= 1
-        far = ((_CUBIC * d - 5 * _CUBIC) * d + 8 * _CUBIC) * d - 4 * _CUBIC  # 1 < |d| <= 2
+        near = ((a + 2) * d - (a + 3)) * d * d + 1  # d <= 1
+        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a  # 1 < d <= 2
         weights = torch.where(d <= 1, near, far)
         point = torch.clamp(first + tap, 0, side - 1)
         matrix = matrix + weights[:, None] * (point[:, None] == points).to(excess.dtype)

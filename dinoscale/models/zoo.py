@@ -60,22 +60,16 @@ def build_backbone(
     if name == "resnet50":
         if changed:
             raise ConfigError(f"model.{next(iter(changed))}: resnet50 has no such size")
-        return _resnet50(in_chans=in_chans)
-    model = _vit(name, img_size=img_size, in_chans=in_chans, **changed)
-    if norm_eps is not None:
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = norm_eps
-    return model
-
-
-def _vit(name: str, *, img_size: int, in_chans: int, **changed: int) -> VisionTransformer:
-    model = VisionTransformer(timm_vit(name, img_size=img_size, in_chans=in_chans, **changed))
+        return ResNet50(torchvision_resnet50(in_chans=in_chans))
+    source = timm_vit(name, img_size=img_size, in_chans=in_chans, norm_eps=norm_eps, **changed)
+    model = VisionTransformer(source)
     init_weights(model)
     return model
 
 
-def timm_vit(name: str, *, img_size: int, in_chans: int, **changed: int) -> Any:
+def timm_vit(
+    name: str, *, img_size: int, in_chans: int, norm_eps: float | None = None, **changed: int
+) -> Any:
     """Build timm's own model of a name that `build_backbone` takes; arguments as there.
 
     Raises:
@@ -114,6 +108,10 @@ def timm_vit(name: str, *, img_size: int, in_chans: int, **changed: int) -> Any:
         raise ConfigError(
             f"crops.global_size: {img_size} is not a multiple of the patch size {patch_size}"
         )
+    if norm_eps is not None:
+        for module in source.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
     return source
 
 
@@ -217,11 +215,13 @@ def init_weights(model: VisionTransformer) -> None:
     model.patch_embed.proj.reset_parameters()
 
 
-def _resnet50(*, in_chans: int) -> ResNet50:
+def torchvision_resnet50(*, in_chans: int) -> Any:
+    """Build torchvision's own ResNet-50 with fresh weights, for images of any channels."""
+    ensure_torchvision()
     import torchvision
 
     source = torchvision.models.resnet50(weights=None)
     if in_chans != 3:  # as torchvision makes and starts it
         source.conv1 = nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(source.conv1.weight, mode="fan_out", nonlinearity="relu")
-    return ResNet50(source)
+    return source
