@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoscale.convert.card import METADATA_KEY
+from dinoscale.convert.coverage import coverage_of
 from dinoscale.convert.parity import Reopened, our_forward
 from dinoscale.convert.source import read_source
-from dinoscale.convert.weights import Network, Weights
+from dinoscale.convert.weights import Weights
 from dinoscale.convert.weights_file import build
 from dinoscale.models.weights import to_reference
 
@@ -26,18 +27,17 @@ def is_pth(path: Path) -> bool:
     return path.suffix == ".pth"
 
 
-def write_dino(path: Path, weights: Weights, *, network: Network) -> None:
+def write_dino(path: Path, weights: Weights) -> None:
     """Write backbone, and head if there is one, as `torch.load` or safetensors open them.
 
     Args:
         path: file to write; a name that ends in .pth makes it a torch file: the backbone's state
-            dict, or `{network: {"backbone.*", "head.*"}}` with a head.
+            dict, or `{"teacher": {"backbone.*", "head.*"}}` with a head.
         weights: what to write.
-        network: which network it is.
     """
     tensors = _named(weights)
     if is_pth(path):
-        torch.save(tensors if weights.head is None else {network: tensors}, path)
+        torch.save(tensors if weights.head is None else {weights.network: tensors}, path)
         return
     metadata = {METADATA_KEY: weights.card.to_json(), "format": "pt"}
     save_file(tensors, path, metadata=metadata)
@@ -52,8 +52,16 @@ def _named(weights: Weights) -> dict[str, Tensor]:
     return {name: tensor.clone().contiguous() for name, tensor in named.items()}
 
 
-def reopen_dino(path: Path, weights: Weights, *, network: Network) -> Reopened:
+def reopen_dino(path: Path, weights: Weights) -> Reopened:
     """Read the file and build it strictly; a `.pth` tells no architecture, so the card does."""
-    found = read_source(path, network=network, num_heads=weights.card.backbone.num_heads)
+    num_heads = weights.card.backbone.num_heads
+    found = read_source(path, network=weights.network, num_heads=num_heads)
     backbone, coverage = build(replace(found, card=weights.card))
+    if weights.head is not None:
+        of_head = coverage_of(found.head or {}, weights.head)
+        coverage = replace(
+            of_head,
+            expected=coverage.expected + of_head.expected,
+            missing=tuple(f"head.{name}" for name in of_head.missing),
+        )
     return Reopened(our_forward(backbone), coverage)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +23,20 @@ from dinoscale.errors import ConversionError
 from dinoscale.models.plain import build_plain
 
 ONNX_LIMIT_BYTES = 2**31 - 2**20  # one protobuf message, less the graph itself
+_ONLY_IN_TRAINING = "num_batches_tracked"  # of a batch norm: no part of a graph that only runs
 INPUT, OUTPUTS = "images", ("cls", "patches")
 
 
 def write_torchscript(path: Path, weights: Weights) -> None:
     """Write a scripted module: every size of image takes the same branches as in Python."""
-    with _without_deprecations():
+    with _exporting(weights, "TorchScript"):
         torch.jit.save(torch.jit.script(_plain(weights)), path)
 
 
 def reopen_torchscript(path: Path, weights: Weights) -> Reopened:
     """Open the file as `torch.jit.load` does."""
-    with _without_deprecations():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         module = torch.jit.load(path, map_location="cpu").eval()
     coverage = coverage_of(module.state_dict(), weights.backbone)
 
@@ -62,7 +63,7 @@ def write_onnx(path: Path, weights: Weights) -> None:
     step = shape.patch_size or _plain_patch(weights)
     images = torch.zeros(2, shape.in_chans, shape.img_size + step, shape.img_size + 2 * step)
     free = torch.export.Dim.DYNAMIC
-    with _without_deprecations():
+    with _exporting(weights, "ONNX"):
         torch.onnx.export(
             _plain(weights),
             (images,),
@@ -94,6 +95,7 @@ def reopen_onnx(path: Path, weights: Weights) -> Reopened:
         for each in graph.initializer
         if each.name in weights.backbone
     }
+    used = {n: t for n, t in weights.backbone.items() if not n.endswith(_ONLY_IN_TRAINING)}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -102,7 +104,7 @@ def reopen_onnx(path: Path, weights: Weights) -> Reopened:
         found = session.run(list(OUTPUTS), {INPUT: images.numpy()})
         return {name: torch.from_numpy(x) for name, x in zip(OUTPUTS, found, strict=True)}
 
-    return Reopened(forward, coverage_of(stored, weights.backbone))
+    return Reopened(forward, coverage_of(stored, used))
 
 
 def _plain(weights: Weights) -> nn.Module:
@@ -112,8 +114,13 @@ def _plain(weights: Weights) -> nn.Module:
 
 
 @contextmanager
-def _without_deprecations() -> Iterator[None]:
-    """Both exporters warn of each other, of themselves and of what they do inside."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _exporting(weights: Weights, what: str) -> Iterator[None]:
+    """Say in a sentence what an exporter cannot do; both warn of themselves and of each other."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        name = weights.card.backbone.name
+        raise ConversionError(f"torch cannot write {name} as {what}: {reason}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,11 +32,15 @@ class Weights:
             `last_layer.weight_g` where all prototype norms are 1; None where there is no head.
         card: which backbone it is, and how to feed it.
         kind: format of the source.
+        network: which of the two it is, where the source tells.
         left_out: names in the file that belong to neither, such as those of a classifier.
+        run: of a run, its checkpoint's path, step, k-NN accuracy in percent and configuration.
     """
 
     backbone: dict[str, Tensor]
     head: dict[str, Tensor] | None
     card: BackboneCard
     kind: Kind
+    network: Network = "teacher"
     left_out: tuple[str, ...] = ()
+    run: Mapping[str, object] | None = None
