@@ -36,6 +36,7 @@ _PREFIXES = ("module.", "backbone.")
 _HEAD = re.compile(r"head\.(mlp|last_layer)\.")  # names of the projection head
 _CLASSIFIER = ("head.", "fc.")  # of a supervised ViT and ResNet: no part of the backbone
 _WRAPPERS = ("state_dict", "model")  # what training scripts put around their tensors
+_GIANT_DIM = 1536  # embed_dim of DINOv2's largest model
 _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 
 
@@ -108,29 +109,31 @@ def our_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return head
 
 
-def guess_card(
-    state: Mapping[str, Tensor], *, args: object, num_heads: int | None, source: str
-) -> BackboneCard:
-    """Read the architecture off the shapes of the tensors.
-
-    Preprocessing is the reference's: ImageNet mean and std (of other than three channels: 0 and 1),
-    the center 224 of 256 pixels, in proportion at other sizes.
+def guess_shape(
+    state: Mapping[str, Tensor], *, args: object = None, num_heads: int | None = None
+) -> BackboneShape:
+    """Read the architecture off the names and shapes of the tensors.
 
     Args:
-        state: a backbone under the reference's names.
+        state: a backbone under the reference's names, or those timm gives DINOv2's layers.
         args: the `argparse.Namespace` of a full checkpoint, or None.
         num_heads: no tensor tells it; None takes it from `args`, else embed_dim / 64.
-        source: where the weights come from.
 
     Raises:
         CheckpointError: the tensors are not those of a ViT or a ResNet-50.
     """
     if "layer4.2.conv3.weight" in state and "layer3.5.conv3.weight" in state:
-        shape = BackboneShape(
-            name="resnet50", img_size=RESNET50_IMG_SIZE, in_chans=_channels(state, "conv1.weight")
-        )
-    else:
-        shape = _guess_vit(state, args=args, num_heads=num_heads)
+        channels = _channels(state, "conv1.weight")
+        return BackboneShape(name="resnet50", img_size=RESNET50_IMG_SIZE, in_chans=channels)
+    return _guess_vit(state, args=args, num_heads=num_heads)
+
+
+def reference_card(shape: BackboneShape, *, source: str) -> BackboneCard:
+    """Preprocessing of weights that do not tell theirs: the reference's.
+
+    ImageNet mean and std (of other than three channels: 0 and 1), the center 224 of 256 pixels, in
+    proportion at other sizes.
+    """
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if shape.in_chans != len(mean):
         mean, std = (0.0,) * shape.in_chans, (1.0,) * shape.in_chans
@@ -162,20 +165,31 @@ def _guess_vit(
         shapes = f"{[*patches.shape]}, {[*positions.shape]}"
         raise CheckpointError(f"has patch_embed.proj.weight, pos_embed of odd shapes {shapes}")
     embed_dim, patch_size = patches.shape[0], patches.shape[-1]
-    num_patches = positions.shape[1] - 1
-    grid = math.isqrt(max(num_patches, 0))
-    if grid < 1 or grid * grid != num_patches:
-        raise CheckpointError(f"has a pos_embed of {num_patches} patches, which is no square grid")
+    depth = max(blocks) + 1
     family = VIT_NAMES.get(embed_dim, "vit_small")  # the sizes below override the name's
+    name = f"{family}_patch{8 if patch_size == 8 else 16}_224"
+    num_prefix = 1
+    if f"blocks.{depth - 1}.ls2.gamma" in state:  # layer scale, which only DINOv2's models have
+        family = "vit_giant" if embed_dim == _GIANT_DIM else family
+        name = f"{family}_patch14{'_reg4' if 'reg_token' in state else ''}_dinov2"
+        num_prefix = 0 if "reg_token" in state else 1  # timm adds the class token's slot to it
     return BackboneShape(
-        name=f"{family}_patch{8 if patch_size == 8 else 16}_224",
-        img_size=grid * patch_size,
+        name=name,
+        img_size=_grid(positions.shape[1] - num_prefix) * patch_size,
         patch_size=patch_size,
         embed_dim=embed_dim,
-        depth=max(blocks) + 1,
+        depth=depth,
         num_heads=num_heads or _guess_heads(embed_dim, args=args),
         in_chans=_channels(state, "patch_embed.proj.weight"),
     )
+
+
+def _grid(num_patches: int) -> int:
+    """Side of a square of so many patches."""
+    side = math.isqrt(max(num_patches, 0))
+    if side < 1 or side * side != num_patches:
+        raise CheckpointError(f"has a pos_embed of {num_patches} patches, which is no square grid")
+    return side
 
 
 def _channels(state: Mapping[str, Tensor], name: str) -> int:

@@ -8,18 +8,17 @@ it, so that `weights_file.build` can refuse it by name.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from dinoscale.convert.card import parse_card
 from dinoscale.convert.files import Content, read_content
-from dinoscale.convert.reference import guess_card, network_state, split
+from dinoscale.convert.huggingface import is_huggingface, read_huggingface
+from dinoscale.convert.reference import guess_shape, network_state, reference_card, split
 from dinoscale.convert.run import is_run, read_run
+from dinoscale.convert.timm import is_timm, timm_card
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.errors import CheckpointError
-
-log = logging.getLogger(__name__)
 
 
 def read_source(
@@ -49,13 +48,20 @@ def read_source(
 
 def _weights_of(content: Content, *, network: Network, num_heads: int | None) -> Weights:
     state = network_state(content.checkpoint, network=network)
+    settings = content.settings or {}
+    if is_huggingface(state, settings):
+        return read_huggingface(state, content, num_heads=num_heads)
     parts = split(state)
     head = parts.head or None
     if content.card is not None:
         if parts.left_out:
             raise CheckpointError(f"unexpected: {', '.join(parts.left_out)}")
         return Weights(parts.backbone, head, parse_card(content.card), "dinoscale")
+    if is_timm(parts.backbone, settings):
+        card = timm_card(parts.backbone, content, num_heads=num_heads)
+        return Weights(parts.backbone, head, card, "timm", parts.left_out)
     full = content.checkpoint
     args = full.get("args") if isinstance(full, Mapping) else None
-    card = guess_card(parts.backbone, args=args, num_heads=num_heads, source=content.name)
+    shape = guess_shape(parts.backbone, args=args, num_heads=num_heads)
+    card = reference_card(shape, source=content.name)
     return Weights(parts.backbone, head, card, "reference", parts.left_out)

@@ -1,0 +1,283 @@
+"""Weights of timm and transformers give the same features here as there."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dinoscale.convert.source import read_source
+from dinoscale.convert.weights_file import load_backbone
+from dinoscale.errors import CheckpointError
+from dinoscale.models._torchvision import ensure_torchvision
+from dinoscale.models.vit import VisionTransformer
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def _scatter(model: nn.Module) -> None:
+    """Weights far from their initial values, in which biases are 0 and norms 1."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
+
+
+def _timm(name: str = "vit_tiny_patch16_224", **changed: Any) -> nn.Module:
+    ensure_torchvision()
+    import timm
+
+    model = timm.create_model(name, **{"num_classes": 5, **SIZES, **changed}).eval()
+    _scatter(model)
+    return model  # type: ignore[no-any-return]  # timm is not typed
+
+
+def _hub_folder(folder: Path, model: nn.Module, **pretrained_cfg: object) -> Path:
+    from timm.models._hub import save_for_hf
+
+    save_for_hf(model, folder, safe_serialization="both")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["pretrained_cfg"] |= pretrained_cfg
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def _vit(path: Path, **options: Any) -> VisionTransformer:
+    backbone, _ = load_backbone(path, **options)
+    assert isinstance(backbone, VisionTransformer)
+    return backbone
+
+
+def _timm_tokens(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.forward_features(IMAGES)  # type: ignore[no-any-return]  # timm is not typed
+
+
+# timm
+
+
+def test_a_timm_folder_gives_its_features_and_preprocessing(tmp_path: Path) -> None:
+    model = _timm()
+    folder = _hub_folder(tmp_path / "vit", model, crop_pct=0.8, mean=[0.1, 0.2, 0.3], std=[1] * 3)
+    weights = read_source(folder)
+    assert (weights.kind, weights.head) == ("timm", None)
+    assert sorted(weights.left_out) == ["head.bias", "head.weight"]
+    assert weights.card.mean == (0.1, 0.2, 0.3)
+    assert (weights.card.crop, weights.card.resize) == (32, 40)
+    assert weights.card.backbone.num_heads == 3
+    torch.testing.assert_close(_vit(folder).features(IMAGES), _timm_tokens(model))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_hub_file_is_read_with_the_settings_beside_it(tmp_path: Path, name: str) -> None:
+    folder = _hub_folder(tmp_path, _timm())
+    assert read_source(folder / name).card.mean == (0.5, 0.5, 0.5)
+
+
+def test_a_bare_timm_state_dict_is_that_of_the_reference(tmp_path: Path) -> None:
+    model = _timm(num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    for path in (tmp_path / "w.pth", tmp_path / "w.safetensors"):
+        torch.testing.assert_close(_vit(path, num_heads=3).features(IMAGES), _timm_tokens(model))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2"],
+)
+def test_dinov2_models_of_timm_are_told_by_their_layers(tmp_path: Path, name: str) -> None:
+    sizes = SIZES | ({"embed_dim": 1536, "num_heads": 24, "depth": 1} if "giant" in name else {})
+    model = _timm(name, num_classes=0, **sizes)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    backbone = _vit(tmp_path / "w.pth", num_heads=sizes["num_heads"])
+    assert read_source(tmp_path / "w.pth", num_heads=3).kind == "timm"
+    torch.testing.assert_close(backbone.features(IMAGES), _timm_tokens(model), rtol=1e-4, atol=1e-4)
+
+
+def test_registers_do_not_enter_a_model_without_them(tmp_path: Path) -> None:
+    folder = _hub_folder(tmp_path, _timm("vit_small_patch14_reg4_dinov2", num_classes=0))
+    settings = json.loads((folder / "config.json").read_text())
+    settings["architecture"] = "vit_small_patch14_dinov2"
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"unexpected: reg_token; of another shape: pos_emb"):
+        load_backbone(folder)
+
+
+def test_an_almost_empty_load_is_refused_and_counted(tmp_path: Path) -> None:
+    state = _timm(num_classes=0).state_dict()
+    renamed = {f"model.{name}": tensor for name, tensor in state.items()}
+    kept = ("patch_embed.proj.weight", "pos_embed", "blocks.1.norm1.weight")
+    torch.save(renamed | {name: state[name] for name in kept}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"3 of 30 tensors fit; missing: cls_token.*unexpec"):
+        load_backbone(tmp_path / "w.pth", num_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_args": {"act_layer": "relu"}}, "act_layer"),
+        ({"model_args": [1]}, "no mappings"),
+        ({"pretrained_cfg": {"crop_pct": "0.9"}}, "crop_pct"),
+        ({"pretrained_cfg": {"input_size": [3, "x", 1]}}, "input_size"),
+        ({"pretrained_cfg": {"mean": ["a"], "std": [1]}}, "mean"),
+        ({"architecture": 7}, "name is 7"),
+        ({"architecture": "vit_tinny_patch16_224"}, "unknown model 'vit_tinny_patch16_224'"),
+        ({"architecture": "vit_base_patch16_siglip_224"}, "class token"),
+    ],
+)
+def test_odd_settings_of_timm_are_named(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = _hub_folder(tmp_path, _timm(num_classes=0))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone(folder)
+
+
+# transformers
+
+
+def _transformers(folder: Path, *, classifier: bool = False, **settings: Any) -> Any:
+    """A ViT of transformers with scattered weights, saved in a folder."""
+    ensure_torchvision()
+    from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 192,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    model = (ViTForImageClassification if classifier else ViTModel)(ViTConfig(**sizes | settings))
+    _scatter(model)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def _their_tokens(model: Any) -> Tensor:
+    with torch.no_grad():
+        return getattr(model, "vit", model)(IMAGES).last_hidden_state  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+@pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-2])
+def test_a_transformers_folder_gives_its_features(
+    tmp_path: Path, classifier: bool, eps: float
+) -> None:
+    model = _transformers(tmp_path, classifier=classifier, layer_norm_eps=eps)
+    weights = read_source(tmp_path)
+    assert (weights.kind, weights.head, weights.card.backbone.norm_eps) == ("hf", None, eps)
+    assert all(name.startswith(("pooler", "classifier")) for name in weights.left_out)
+    ours = _vit(tmp_path).features(IMAGES)
+    torch.testing.assert_close(ours, _their_tokens(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bare_file_of_transformers_is_told_by_its_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = _transformers(tmp_path)
+    old_names = load_file(tmp_path / "model.safetensors")
+    save_file(old_names, tmp_path / "bare.safetensors")
+    torch.save(model.state_dict(), tmp_path / "bare.bin")  # names of its modules, since version 5
+    for name in ("bare.safetensors", "bare.bin"):
+        ours = _vit(tmp_path / name, num_heads=3).features(IMAGES)
+        torch.testing.assert_close(ours, _their_tokens(model), rtol=1e-5, atol=1e-5)
+    assert "layer_norm_eps 1e-12" in caplog.text
+
+
+def test_sharded_files_of_transformers_are_joined(tmp_path: Path) -> None:
+    model = _transformers(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "parts", max_shard_size="60KB")
+    index = tmp_path / "parts" / "model.safetensors.index.json"
+    assert index.exists()
+    whole, parts = read_source(tmp_path / "whole"), read_source(tmp_path / "parts")
+    assert parts.card.backbone == whole.card.backbone
+    assert parts.backbone.keys() == whole.backbone.keys()
+    assert all(torch.equal(parts.backbone[name], whole.backbone[name]) for name in parts.backbone)
+
+    good = json.loads(index.read_text())
+    places = good["weight_map"]
+    first = sorted(set(places.values()))[0]
+    bad_maps = [
+        ({**places, "vit.more": first}, "disagrees with its files about vit.more"),
+        ({**places, "more": "../whole/model.safetensors"}, "no safetensors file beside it"),
+        ({**places, "more": "model-9.safetensors"}, "lacks model-9.safetensors"),
+        ({**places, "more": 3}, "without a weight_map"),
+    ]
+    for weight_map, message in bad_maps:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=message):
+            read_source(tmp_path / "parts")
+
+
+def test_preprocessing_of_transformers_is_read_and_doubted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _transformers(tmp_path)
+    assert read_source(tmp_path).card.mean == (0.485, 0.456, 0.406)
+    told: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    card = read_source(tmp_path).card
+    assert (card.mean, card.std, card.resize, card.crop) == ((0.5,) * 3, (0.25,) * 3, 37, 32)
+    assert "facebook/dino-vit" in caplog.text
+    caplog.clear()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told | {"image_mean": [0.4] * 3}))
+    with caplog.at_level(logging.WARNING):
+        assert read_source(tmp_path).card.mean == (0.4,) * 3
+    assert not caplog.text
+    (tmp_path / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json that is no mapping"):
+        read_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "dinov2"}, "model_type 'dinov2', need 'vit'"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({"layer_norm_eps": "small"}, "norm_eps is 'small'"),
+        ({"num_attention_heads": [3]}, "num_heads is"),
+        ({"num_attention_heads": 5}, "cannot be built"),
+    ],
+)
+def test_odd_settings_of_transformers_are_named(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    _transformers(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone(tmp_path)
+
+
+def test_tensors_of_transformers_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    _transformers(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    key = "encoder.layer.1.attention.attention.key.weight"
+    save_file({**state, "encoder.layer.1.gate": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"30 of 30 .*unexpected: encoder\.layer\.1\.gate"):
+        load_backbone(tmp_path)
+    save_file({name: tensor for name, tensor in state.items() if name != key}, path)
+    with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.attn\.qkv\.weight; unexpected"):
+        load_backbone(tmp_path)
+    save_file({**state, key: torch.zeros(48, 47)}, path)
+    with pytest.raises(CheckpointError, match="q, k and v of other widths"):
+        load_backbone(tmp_path)
+
+
+def test_models_without_biases_are_refused_by_name(tmp_path: Path) -> None:
+    _transformers(tmp_path, qkv_bias=False)
+    with pytest.raises(CheckpointError, match=r"missing: blocks\.0\.attn\.qkv\.bias"):
+        load_backbone(tmp_path)
