@@ -31,7 +31,7 @@ def add_convert(commands: SubCommands) -> None:
     """`convert` and `export`."""
     convert = commands.add_parser(
         "convert",
-        help="write weights for timm, transformers, TorchScript, ONNX or the reference, proved equal",
+        help="write weights for timm, transformers, TorchScript, ONNX or the reference's scripts",
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -228,7 +228,7 @@ def _write_and_prove(
             "proofs": [asdict(proof) for proof in proofs],
             "rounding": asdict(rounding),
         },
-        "position_embedding": _rule(shape.img_size, sizes[1], own_rule),
+        "position_embedding": _rule(shape.img_size, own_rule),
     }
 
 
@@ -253,7 +253,7 @@ def _require_equal(proofs: list[Agreement]) -> None:
             )
 
 
-def _rule(img_size: int, other: int, own_rule: Agreement | None) -> dict[str, Any]:
+def _rule(img_size: int, own_rule: Agreement | None) -> dict[str, Any]:
     """At which sizes of image the target gives our features, and what happens at others."""
     if own_rule is None:
         return {"sizes": "any", "rule": "bicubic by the scale factor (patches + 0.1) / stored"}

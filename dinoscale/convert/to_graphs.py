@@ -6,7 +6,6 @@ resize of the position embedding lies inside. They compute in float32.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dinoscale.convert.coverage import Coverage, coverage_of
+from dinoscale.convert.coverage import coverage_of
 from dinoscale.convert.parity import Outputs, Reopened
 from dinoscale.convert.weights import Weights
 from dinoscale.errors import ConversionError

@@ -93,15 +93,13 @@ def _why_not(model: nn.Module) -> str | None:
         return "its registers have positions"
     if not isinstance(model.norm_pre, nn.Identity):
         return "it normalises before the first block"
-    from timm.layers import Mlp
-
     for block in model.blocks:
         attn, mlp = block.attn, block.mlp
         extra = (attn.q_norm, attn.k_norm, getattr(attn, "norm", None), getattr(mlp, "norm", None))
         norms = (block.norm1, block.norm2, model.norm)
         checks = (
             (any(not isinstance(each, nn.Identity | None) for each in extra), "it has more norms"),
-            (type(mlp) is not Mlp, f"its MLP is a {type(mlp).__name__}"),
+            (type(mlp).__name__ != "Mlp", f"its MLP is a {type(mlp).__name__}"),
             (not isinstance(getattr(mlp, "act", None), nn.GELU), "its activation is not GELU"),
             (any(not isinstance(norm, nn.LayerNorm) for norm in norms), "it has no layer norms"),
             (len({getattr(norm, "eps", None) for norm in norms}) > 1, "its norms differ"),
@@ -227,7 +225,9 @@ def reopen_hf(folder: Path, *, own_resize: bool = False) -> Reopened:
     """
     ensure_torchvision()
     from transformers import AutoModel
+    from transformers.utils import logging as library_logging
 
+    library_logging.disable_progress_bar()
     model, found = AutoModel.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32, local_files_only=True
     )
@@ -240,9 +240,8 @@ def reopen_hf(folder: Path, *, own_resize: bool = False) -> Reopened:
     )
     num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
     # Dinov2WithRegistersModel always resizes by itself and has no switch.
-    switch = {"interpolate_pos_encoding": True} if own_resize and num_prefix == 1 else {}
-    if model.config.model_type != "vit":
-        switch = {}
+    has_switch = model.config.model_type == "vit"
+    switch = {"interpolate_pos_encoding": True} if own_resize and has_switch else {}
 
     def forward(images: Tensor) -> Outputs:
         out = model(pixel_values=images, **switch)

@@ -48,7 +48,9 @@ def timm_config(weights: Weights) -> dict[str, Any]:
     return {
         "architecture": architecture,
         "num_classes": 0,
-        "num_features": weights.backbone["norm.weight" if is_vit else "layer4.2.bn3.weight"].numel(),
+        "num_features": weights.backbone[
+            "norm.weight" if is_vit else "layer4.2.bn3.weight"
+        ].numel(),
         "global_pool": pool,
         "model_args": {**changed, "in_chans": shape.in_chans, "global_pool": pool},
         "pretrained_cfg": {
@@ -91,6 +93,10 @@ def reopen_timm(folder: Path, *, own_resize: bool = False) -> Reopened:
     def forward(images: Tensor) -> Outputs:
         features = model.forward_features(images)
         cls = model.forward_head(features)
-        return {"cls": cls} if num_prefix is None else {"cls": cls, "patches": features[:, num_prefix:]}
+        return (
+            {"cls": cls}
+            if num_prefix is None
+            else {"cls": cls, "patches": features[:, num_prefix:]}
+        )
 
     return Reopened(forward, coverage)

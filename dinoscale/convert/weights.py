@@ -32,8 +32,8 @@ class Weights:
             `last_layer.weight_g` where all prototype norms are 1; None where there is no head.
         card: which backbone it is, and how to feed it.
         kind: format of the source.
-        network: which of the two it is, where the source tells.
         left_out: names in the file that belong to neither, such as those of a classifier.
+        network: which of the two it is, where the source tells.
         run: of a run, its checkpoint's path, step, k-NN accuracy in percent and configuration.
     """
 
@@ -41,6 +41,6 @@ class Weights:
     head: dict[str, Tensor] | None
     card: BackboneCard
     kind: Kind
-    network: Network = "teacher"
     left_out: tuple[str, ...] = ()
+    network: Network = "teacher"
     run: Mapping[str, object] | None = None

@@ -44,6 +44,18 @@ def build_plain(
     return PlainViT(source)
 
 
+class PatchEmbed(nn.Module):
+    """Holder of the projection, for the sake of its name `patch_embed.proj`."""
+
+    def __init__(self, proj: nn.Conv2d) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Project images (N, C, H, W) to (N, D, rows, columns)."""
+        return self.proj(images)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
 class PlainViT(nn.Module):
     """A ViT whose position embedding is resized inside, as `vit.resize_pos_embed` does it."""
 
@@ -53,8 +65,7 @@ class PlainViT(nn.Module):
         self.cls_token = source.cls_token
         self.reg_token = source.reg_token
         self.pos_embed = source.pos_embed
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = source.patch_embed.proj
+        self.patch_embed = PatchEmbed(source.patch_embed.proj)
         self.norm_pre = source.norm_pre
         self.blocks = source.blocks
         self.norm = source.norm
@@ -64,7 +75,7 @@ class PlainViT(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images (N, C, H, W) to the normalised cls (N, D) and patches (N, P, D)."""
-        projected = self.patch_embed.proj(images)  # (N, D, rows, columns)
+        projected = self.patch_embed(images)  # (N, D, rows, columns)
         x = projected.flatten(2).transpose(1, 2) + self.positions(projected, images)
         prefix = self.cls_token
         if self.reg_token is not None:
@@ -123,9 +134,15 @@ class PlainResNet50(nn.Module):
     def __init__(self, source: Any) -> None:
         """Adopt the layers of a torchvision `resnet50`."""
         super().__init__()
-        for name, child in source.named_children():
-            if name != "fc":
-                self.add_module(name, child)
+        self.conv1 = source.conv1
+        self.bn1 = source.bn1
+        self.relu = source.relu
+        self.maxpool = source.maxpool
+        self.layer1 = source.layer1
+        self.layer2 = source.layer2
+        self.layer3 = source.layer3
+        self.layer4 = source.layer4
+        self.avgpool = source.avgpool
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images (N, C, H, W) to pooled features (N, 2048) and the last map (N, P, 2048)."""
