@@ -146,7 +146,8 @@ def convert(
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     if size is not None or target.resizing is not None:
-        weights = at_size(weights, img_size=size or weights.card.backbone.img_size)
+        stored = weights.card.backbone.img_size
+        weights = at_size(weights, img_size=stored if size is None else size)
     weights = _stored_as(weights, DTYPES[dtype])
     try:
         with workplace(path) as place:
@@ -180,11 +181,15 @@ def _require(target: Target, to: str, *, head: bool, dtype: str) -> None:
 
 
 def _stored_as(weights: Weights, dtype: torch.dtype) -> Weights:
-    """Weights whose numbers are in a dtype; counters stay whole numbers."""
+    """Weights whose numbers are in a dtype that can hold them; counters stay whole numbers."""
     backbone, head = (
         {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
         for state in (weights.backbone, weights.head or {})
     )
+    for name, tensor in {**backbone, **head}.items():
+        if not torch.isfinite(tensor).all():
+            kind = str(dtype).removeprefix("torch.")
+            raise ConversionError(f"{name} has numbers too large for {kind}: use --dtype float32")
     return replace(weights, backbone=backbone, head=None if weights.head is None else head)
 
 

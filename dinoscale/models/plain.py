@@ -53,7 +53,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Project images (N, C, H, W) to (N, D, rows, columns)."""
-        return self.proj(images)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+        projected: Tensor = self.proj(images)
+        return projected
 
 
 class PlainViT(nn.Module):

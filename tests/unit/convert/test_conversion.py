@@ -54,7 +54,10 @@ def _save(path: Path, name: str, **sizes: int) -> Path:
     torch.manual_seed(0)
     shape = BackboneShape(name, **sizes)
     state = build_backbone(**asdict(shape)).state_dict()
-    moved = {name: x + 0.05 * torch.randn_like(x) for name, x in state.items()}
+    moved = {
+        name: x + 0.05 * torch.rand_like(x) if x.is_floating_point() else x
+        for name, x in state.items()
+    }
     save_backbone(path, moved, _card(shape))
     return path
 
@@ -304,21 +307,21 @@ def test_weights_that_16_bit_cannot_hold_are_refused(vit: Path, tmp_path: Path) 
     assert sorted(os.listdir(tmp_path)) == ["w"]
 
 
-def _shifted(name: str, amount: float) -> Any:
+def _scaled(name: str, factor: float) -> Any:
     """A writer of `dino` that changes one tensor."""
 
     def write(path: Path, weights: Weights) -> None:
-        changed = weights.backbone[name] + amount
+        changed = weights.backbone[name] * factor
         TARGETS["dino"].write(path, replace(weights, backbone={**weights.backbone, name: changed}))
 
     return write
 
 
-@pytest.mark.parametrize("name", ["norm.bias", "pos_embed"])
+@pytest.mark.parametrize("name", ["norm.weight", "pos_embed"])
 def test_a_target_with_other_features_is_refused_and_removed(
     vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    wrong = replace(TARGETS["dino"], write=_shifted(name, 1e-3))
+    wrong = replace(TARGETS["dino"], write=_scaled(name, 1.01))
     monkeypatch.setitem(conversion.TARGETS, "wrong", wrong)
     with pytest.raises(ConversionError, match=r"at 32 x 32 pixels differ by .*nothing was written"):
         convert(vit, tmp_path / "out", to="wrong")
