@@ -50,15 +50,13 @@ def _card(shape: BackboneShape) -> BackboneCard:
 
 
 def _save(path: Path, name: str, **sizes: int) -> Path:
-    """A weights file of a backbone whose tensors are all random."""
+    """A weights file of a backbone; of a ViT all tensors are random, norms and scales too."""
     torch.manual_seed(0)
     shape = BackboneShape(name, **sizes)
     state = build_backbone(**asdict(shape)).state_dict()
-    moved = {
-        name: x + 0.05 * torch.rand_like(x) if x.is_floating_point() else x
-        for name, x in state.items()
-    }
-    save_backbone(path, moved, _card(shape))
+    if name != "resnet50":  # tens of layers without a norm over the tokens would overflow
+        state = {name: x + 0.02 * torch.randn_like(x) for name, x in state.items()}
+    save_backbone(path, state, _card(shape))
     return path
 
 
@@ -106,7 +104,8 @@ def test_weights_come_back_bit_by_bit(vit: Path, targets: dict[str, Path], name:
     back = read_source(targets[name], num_heads=4)
     assert _same(back.backbone, read_source(vit).backbone)
     assert back.card.backbone.num_heads == 4
-    assert back.card.mean == (0.4,) * 3
+    if name != "bare.pth":  # which tells no preprocessing
+        assert back.card.mean == (0.4,) * 3
 
 
 def test_graphs_hold_the_weights_bit_by_bit(vit: Path, targets: dict[str, Path]) -> None:
@@ -160,7 +159,7 @@ def test_cards_say_what_was_proved(vit: Path, targets: dict[str, Path]) -> None:
         assert card["backbone"] == asdict(read_source(vit).card.backbone)
         assert card["coverage"]["missing"] == card["coverage"]["unexpected"] == []
         assert card["coverage"]["text"] == (
-            "58 of 58 tensors" if to == "hf" else "42 of 42 tensors"
+            "56 of 56 tensors" if to == "hf" else "42 of 42 tensors"
         )
         assert [proof["size"] for proof in card["parity"]["proofs"]] == [[32, 32], [16, 16]]
         assert all(proof["max_difference"] <= 1e-5 for proof in card["parity"]["proofs"])
@@ -195,7 +194,7 @@ if kind == "timm":
     config = timm.data.resolve_model_data_config(model)
     steps = timm.data.create_transform(**config).transforms
     assert (steps[0].size, tuple(steps[1].size)) == (36, (32, 32)), steps
-    assert config["mean"] == (0.4, 0.4, 0.4), config
+    assert list(config["mean"]) == [0.4, 0.4, 0.4], config
     assert timm.create_model("vit_small_patch8_224", img_size=32, embed_dim=64, depth=3,
         num_heads=4, num_classes=0).load_state_dict(torch.load(f"{folder}/bare.pth"))
 elif kind == "hf":
