@@ -28,6 +28,7 @@ _FREE: tuple[str, ...] = ("run_dir", "resume", "engine.", "eval.", "log.", "chec
 _FREE += (
     "data.num_workers",
     "train.micro_batch_size",
+    "train.init_",  # read at step 0 only
     "train.stop_after_steps",
     "train.max_",
     "train.hang_timeout_s",

@@ -13,6 +13,7 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve, with_micro_batch, without_auto
+from dinoscale.convert.start import starting_weights
 from dinoscale.cores import cores_at_hand
 from dinoscale.data.mixture import source_sizes
 from dinoscale.data.sources import Source
@@ -117,10 +118,11 @@ def _build(
         require_same_run(checkpoint, config, _plan(without_auto(config), process, source))
     elif is_first and (run_dir / "metrics.jsonl").exists():
         log.warning("steps were logged in %s, but there is no checkpoint: beginning anew", run_dir)
+    start = distributed.together(lambda: starting_weights(config)) if checkpoint is None else None
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)
-    student, teacher = build_pair(config, plan)
+    student, teacher = build_pair(config, plan, start)
     if checkpoint is not None:
         restore(checkpoint, student, teacher)
     probe = distributed.together(lambda: Probe(config)) if config.eval.train else None

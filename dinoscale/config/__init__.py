@@ -24,8 +24,8 @@ from dinoscale.config.schema import (
     ModelConfig,
     OptimConfig,
     RunConfig,
-    TrainConfig,
 )
+from dinoscale.config.training import TrainConfig
 from dinoscale.config.watching import CheckpointConfig, EvalConfig, LogConfig
 
 __all__ = [

@@ -21,7 +21,8 @@ from dinoscale.config.backbones import (
     num_vit_parameters,
 )
 from dinoscale.config.load import dump_config
-from dinoscale.config.schema import ModelConfig, RunConfig, TrainConfig
+from dinoscale.config.schema import ModelConfig, RunConfig
+from dinoscale.config.training import TrainConfig
 from dinoscale.errors import ConfigError
 
 _NO_PLAN = "none: the number of images or ranks is not known"

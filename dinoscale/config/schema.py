@@ -15,7 +15,6 @@ from dinoscale.config.backbones import RESNET50, named_patch_size, named_vit_siz
 from dinoscale.config.engine import EngineConfig
 from dinoscale.config.fields import (
     Count,
-    CountOrAuto,
     CountOrZero,
     Fraction,
     Fractions,
@@ -28,6 +27,7 @@ from dinoscale.config.fields import (
     ThreeFractions,
 )
 from dinoscale.config.mixture import TrainingImages, WeightedSource
+from dinoscale.config.training import TrainConfig
 from dinoscale.config.watching import CheckpointConfig, EvalConfig, LogConfig
 
 
@@ -244,41 +244,6 @@ class OptimConfig(Section):
         default="per_tensor",
         description="Whether clip_grad bounds each weight tensor's gradient, as [C] does, or the "
         "norm over all of them.",
-    )
-
-
-class TrainConfig(Section):
-    """Length of the run and size of a step."""
-
-    epochs: Count = Field(default=100, description="Passes over the images. Source: [C].")
-    batch_size: Count = Field(
-        default=512, description="Images per optimizer step over all ranks. Source: [C], on 8 GPUs."
-    )
-    micro_batch_size: CountOrAuto = Field(
-        default=64,
-        description="Most images of one rank in one forward pass; auto: as many as fit in memory, "
-        "found by trial when the training starts. Source: [C].",
-    )
-    stop_after_steps: Count | None = Field(
-        default=None,
-        description="Stop after this many optimizer steps; the schedules do not change.",
-    )
-    max_bad_steps: Count = Field(
-        default=3,
-        description="Steps in a row without a finite loss and gradient that end the run. [D].",
-    )
-    max_rollbacks: CountOrZero = Field(
-        default=0,
-        description="How often, instead, it returns to its last checkpoint and skips the images "
-        "from there to the bad steps. [D].",
-    )
-    hang_timeout_s: Positive = Field(
-        default=1800.0,
-        description="Seconds without progress of a rank after which the job ends. [D].",
-    )
-    stop_on_collapse: bool = Field(
-        default=False,
-        description="End the run when its targets have collapsed, instead of warning. [D].",
     )
 
 

@@ -148,7 +148,7 @@ class Decoder:
                 return Picture.of(self._own_channels(data), path)
         with _reasons(data, path), _opened(data) as opened:  # the header only
             if opened.format != "JPEG":
-                return Picture.of(self._upright_pixels(opened), path)
+                return Picture.of(self.upright_pixels(opened), path)
             width, height = opened.size
             orientation = _orientation(opened)
             colors = _PLAIN.get((_MODES[self.channels], opened.mode))
@@ -166,7 +166,7 @@ class Decoder:
                 opened.draft(
                     None, (max(1, opened.width // shrink), max(1, opened.height // shrink))
                 )
-                return self._upright_pixels(opened)
+                return self.upright_pixels(opened)
 
         return Picture(path, width=width, height=height, decode=decode)
 
@@ -176,7 +176,7 @@ class Decoder:
             array = np.ascontiguousarray(read_tiff(data, channels=self.channels))
             return to_8bit(array, white=self.white)
         with _opened(data) as opened:
-            return self._upright_pixels(opened)
+            return self.upright_pixels(opened)
 
     def _suits_pillow(self, tiff: bytes) -> bool:
         """Whether all of a TIFF file comes through Pillow, which knows more compressions."""
@@ -188,8 +188,8 @@ class Decoder:
         except UnidentifiedImageError:  # as it calls those of many channels
             return False
 
-    def _upright_pixels(self, opened: Image.Image) -> NDArray[np.uint8]:
-        """Load, convert, rotate; raises whatever Pillow raises."""
+    def upright_pixels(self, opened: Image.Image) -> NDArray[np.uint8]:
+        """Load, convert and rotate Pillow's picture: uint8 (H, W, C); raises whatever it raises."""
         if self.white is not None and _cut_to_8bit(opened):
             raise ValueError(
                 "Pillow keeps 8 of the 16 bit of colour pictures, which data.white cannot scale; "

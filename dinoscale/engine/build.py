@@ -1,6 +1,10 @@
 """From configuration and plan to student, teacher and schedules."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from dinoscale import distributed
 from dinoscale.config.resolve import RunPlan
@@ -15,18 +19,38 @@ from dinoscale.models.zoo import build_backbone
 from dinoscale.schedules import Schedules
 
 
-def build_networks(config: RunConfig) -> tuple[DinoNetwork, DinoNetwork]:
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Weights to begin with instead of random ones.
+
+    Attributes:
+        backbone: every tensor of the backbone, on the CPU.
+        head: every tensor of the projection head; None leaves it random.
+    """
+
+    backbone: Mapping[str, Tensor]
+    head: Mapping[str, Tensor] | None = None
+
+
+def build_networks(
+    config: RunConfig, start: Start | None = None
+) -> tuple[DinoNetwork, DinoNetwork]:
     """Student and teacher networks in float32 on the CPU, equal on all ranks.
 
     The seed is set here and only here: everything random later is a function of (seed, step).
     """
     torch.manual_seed(config.seed)
-    student = _build_network(config)
+    student, teacher = _build_network(config), _build_network(config)
+    if start is not None:
+        for network in (student, teacher):
+            network.backbone.load_state_dict(start.backbone)
+            if start.head is not None:
+                network.head.load_state_dict(start.head)
     student.backbone.checkpoint_every = config.engine.checkpoint_every_k_blocks
     student.backbone.recompute = config.engine.recompute
     if config.model.drop_path_mode == "subset":
         student.backbone.subset_rate = config.model.drop_path_rate
-    return student, _build_network(config)
+    return student, teacher
 
 
 def _build_network(config: RunConfig) -> DinoNetwork:
@@ -69,9 +93,11 @@ def num_parameters(config: RunConfig) -> int:
     return sum(parameter.numel() for parameter in shapes_only(config).parameters())
 
 
-def build_pair(config: RunConfig, plan: RunPlan) -> tuple[Student, Teacher]:
-    """The sharded student and its teacher, both with the initial weights of the seed."""
-    student_network, teacher_network = build_networks(config)
+def build_pair(
+    config: RunConfig, plan: RunPlan, start: Start | None = None
+) -> tuple[Student, Teacher]:
+    """The sharded student and its teacher, both with the same weights: of `start`, or random."""
+    student_network, teacher_network = build_networks(config, start)
     _compile_blocks(student_network, teacher_network, config, plan)
     if config.engine.zero_stage == 3:
         gather_whole_blocks(student_network, teacher_network)

@@ -204,6 +204,15 @@ class VisionTransformer(nn.Module):
         last: Any = self.blocks[-1]
         return last.attn.weights(last.norm1(tokens), layout)  # type: ignore[no-any-return]
 
+    def positions(self, *, height: int, width: int) -> Tensor:
+        """The position embedding for images of so many pixels, as `resize_pos_embed` makes it."""
+        return resize_pos_embed(
+            self.pos_embed,
+            image_size=(height, width),
+            patch_size=self.patch_size,
+            num_prefix=self._prefix_slots,
+        )
+
     def layout_of(self, crops: Sequence[tuple[int, int]]) -> Layout:
         """Layout of square crops, given as (images, side in pixels) in the order of a forward."""
         meta = [torch.empty(n, 0, side, side, device="meta") for n, side in crops]
@@ -225,12 +234,7 @@ class VisionTransformer(nn.Module):
         for images, x in zip(groups, projected, strict=True):
             n = len(images)
             height, width = images.shape[2:]
-            positions = resize_pos_embed(
-                self.pos_embed,
-                image_size=(height, width),
-                patch_size=self.patch_size,
-                num_prefix=slots,
-            )
+            positions = self.positions(height=height, width=width)
             special = prefix + positions[:, :slots] if slots else prefix
             x = torch.unflatten(x, 0, (n, -1)) + positions[:, slots:]  # (N, P, D)
             x = torch.cat((special.expand(n, -1, -1), x), dim=1)  # (N, L, D)

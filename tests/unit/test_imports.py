@@ -21,7 +21,7 @@ LEVELS: list[set[str]] = [
     {"checkpoint"},
     {"convert"},
     {"dims", "evaluate"},
-    {"hooks", "rundir"},
+    {"hooks", "rundir", "backbone"},
     {"feed", "resume"},
     {"loop", "micro_batch"},
     {"trainer"},

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dinoscale.convert.card import parse_card
+from dinoscale.convert.reference import guess_shape
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import (
     BackboneCard,
@@ -144,6 +145,74 @@ def test_missing_files_and_folders_are_told_apart(tmp_path: Path) -> None:
         load_backbone(tmp_path / "nowhere.safetensors")
     with pytest.raises(CheckpointError, match="folder"):
         load_backbone(tmp_path)
+
+
+def test_of_several_files_in_a_folder_a_hub_name_is_taken_and_else_none(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    save_backbone(tmp_path / "a.safetensors", state, CARD)
+    assert load_backbone(tmp_path)[1] == CARD
+    torch.save({}, tmp_path / "b.pth")
+    with pytest.raises(CheckpointError, match=r"2 weights files \(a\.safetensors, b\.pth\)"):
+        load_backbone(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    save_backbone(tmp_path / "model.safetensors", state, replace(CARD, source="preferred"))
+    assert load_backbone(tmp_path)[1].source == "preferred"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty: is a folder without weights"):
+        load_backbone(tmp_path / "empty")
+
+
+def test_a_card_of_another_patch_size_is_refused_by_name(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    save_backbone(tmp_path / "w", state, replace(CARD, backbone=replace(SHAPE, patch_size=16)))
+    with pytest.raises(CheckpointError, match=r"28 of 30 .*pos_embed .*patch_embed\.proj\.weight"):
+        load_backbone(tmp_path / "w")
+
+
+def test_heads_of_our_files_are_kept_and_classifiers_refused(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    head = {"head.mlp.0.weight": torch.ones(4, 48), "head.last_layer.weight_v": torch.ones(2, 3)}
+    save_backbone(tmp_path / "w", state | head, CARD)
+    weights = read_source(tmp_path / "w")
+    assert weights.kind == "dinoscale"
+    assert weights.head is not None
+    assert weights.head.keys() == {"mlp.0.weight", "last_layer.weight_v"}
+    assert weights.backbone.keys() == state.keys()
+    load_backbone(tmp_path / "w")
+    save_backbone(tmp_path / "w", {**state, "head.weight": torch.ones(4, 48)}, CARD)
+    with pytest.raises(CheckpointError, match=r"unexpected: head\.weight"):
+        load_backbone(tmp_path / "w")
+
+
+def test_the_epsilon_of_the_norms_is_built(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    card = replace(CARD, backbone=replace(SHAPE, norm_eps=0.25))
+    save_backbone(tmp_path / "w", state, card)
+    loaded, found = load_backbone(tmp_path / "w")
+    assert found == card
+    norms = [module for module in loaded.modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 5
+    assert all(norm.eps == 0.25 for norm in norms)
+
+
+def test_cards_of_the_format_before_are_still_read() -> None:
+    card = json.loads(CARD.to_json())
+    del card["backbone"]["norm_eps"]
+    assert parse_card(json.dumps({**card, "format": 2})) == CARD
+    with pytest.raises(CheckpointError, match="norm_eps"):
+        parse_card(json.dumps(card))
+
+
+def test_giants_are_told_by_their_width() -> None:
+    width = 1536
+    state = {
+        "pos_embed": torch.zeros(1, 1 + 4, width),
+        "patch_embed.proj.weight": torch.zeros(width, 3, 14, 14),
+        "blocks.0.ls2.gamma": torch.zeros(width),
+    }
+    assert guess_shape(state) == BackboneShape("vit_giant_patch14_dinov2", 28, 14, width, 1, 24)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.999])

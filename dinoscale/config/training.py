@@ -1,0 +1,62 @@
+"""Settings of the training itself.
+
+Sources: [C] code of Caron et al. 2021 (arXiv:2104.14294), its command-line defaults; [D] ours.
+"""
+
+from pydantic import Field, model_validator
+
+from dinoscale.config.fields import Count, CountOrAuto, CountOrZero, Positive, Section
+
+
+class TrainConfig(Section):
+    """Where the weights come from, length of the run and size of a step."""
+
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Weights that student and teacher start from: a run, a weights file or folder, "
+        "of dinoscale, the reference, timm or Hugging Face; of two networks in it the teacher. "
+        "Position embeddings are resized to crops.global_size, the first layer is adapted to "
+        "data.channels. A run that goes on does not read it. null: random. [D].",
+    )
+    init_head: bool = Field(
+        default=False,
+        description="Take the projection head of init_from too, which then has to be of the sizes "
+        "in head.*; else it starts random. [D].",
+    )
+    epochs: Count = Field(default=100, description="Passes over the images. Source: [C].")
+    batch_size: Count = Field(
+        default=512, description="Images per optimizer step over all ranks. Source: [C], on 8 GPUs."
+    )
+    micro_batch_size: CountOrAuto = Field(
+        default=64,
+        description="Most images of one rank in one forward pass; auto: as many as fit in memory, "
+        "found by trial when the training starts. Source: [C].",
+    )
+    stop_after_steps: Count | None = Field(
+        default=None,
+        description="Stop after this many optimizer steps; the schedules do not change.",
+    )
+    max_bad_steps: Count = Field(
+        default=3,
+        description="Steps in a row without a finite loss and gradient that end the run. [D].",
+    )
+    max_rollbacks: CountOrZero = Field(
+        default=0,
+        description="How often, instead, it returns to its last checkpoint and skips the images "
+        "from there to the bad steps. [D].",
+    )
+    hang_timeout_s: Positive = Field(
+        default=1800.0,
+        description="Seconds without progress of a rank after which the job ends. [D].",
+    )
+    stop_on_collapse: bool = Field(
+        default=False,
+        description="End the run when its targets have collapsed, instead of warning. [D].",
+    )
+
+    @model_validator(mode="after")
+    def _head_comes_from_somewhere(self) -> "TrainConfig":
+        if self.init_head and self.init_from is None:
+            raise ValueError("init_head: takes the head of train.init_from, which is null")
+        return self

@@ -1,0 +1,119 @@
+"""`train.init_from` on two ranks: step-0 features are the file's; read once; refused by all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dinoscale.checkpoint.load import open_run
+from dinoscale.convert.weights_file import load_backbone
+from dinoscale.distributed import free_port
+from tests.distributed.tiny_run import tiny_config, tiny_plan
+from tests.e2e.hostile import ROOT, SYNTHETIC, settings
+from tests.harness import run_distributed
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def teacher_features(configs: list[dict[str, Any]]) -> list[Any]:
+    """On every rank: features of IMAGES of the teacher at step 0, and whether the student agrees.
+
+    The same for each of `configs`.
+    """
+    from dinoscale import distributed
+    from dinoscale.convert.start import starting_weights
+    from dinoscale.engine.build import build_pair
+
+    found = []
+    for changes in configs:
+        config = tiny_config(**changes)
+        start = distributed.together(lambda c=config: starting_weights(c))  # type: ignore[misc]
+        student, teacher = build_pair(config, tiny_plan(config), start)
+        with torch.no_grad():
+            features = teacher.plain_network().backbone([IMAGES])
+        same = all(torch.equal(a, b) for a, b in zip(student.master, teacher.ema, strict=True))
+        found.append([features, same])
+    return found
+
+
+def test_step_0_features_are_those_of_the_file_at_any_stage(tmp_path: Path) -> None:
+    from dinoscale.engine.build import build_networks
+
+    torch.manual_seed(5)
+    _, network = build_networks(tiny_config(model={"embed_dim": 64, "num_heads": 1}))
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(torch.randn(weight.shape), alpha=0.1)
+    path = tmp_path / "teacher.pth"
+    torch.save(network.backbone.state_dict(), path)
+    expected = load_backbone(path)[0]([IMAGES])
+    configs = [
+        {
+            "model": {"embed_dim": 64, "num_heads": 1},
+            "train": {"init_from": str(path)},
+            "engine": {"zero_stage": stage, "precision": "fp32", "compile": False},
+        }
+        for stage in (0, 3)
+    ]
+    per_rank = run_distributed(
+        "tests.distributed.test_init_from:teacher_features",
+        world_size=2,
+        timeout_s=280,
+        configs=configs,
+    )
+    for runs in per_rank:
+        for features, same in runs:
+            assert same
+            torch.testing.assert_close(features, expected, rtol=1e-6, atol=1e-6)
+
+
+def _train(*more: str, run_dir: Path) -> list[tuple[int, str]]:
+    """Exit code and stderr of `dinoscale train` on each of two ranks."""
+    overrides = settings(data__train=SYNTHETIC, run_dir=run_dir, train__micro_batch_size=4)
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dinoscale", "train", "vit_t16", *overrides, *more],
+            env={
+                **os.environ,
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+                **{"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                **{"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        ends = [process.communicate(timeout=140)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    return [(process.returncode, end) for process, end in zip(ranks, ends, strict=True)]
+
+
+def test_a_run_starts_from_another_and_goes_on_when_that_is_gone(tmp_path: Path) -> None:
+    for code, text in _train("train.stop_after_steps=1", run_dir=tmp_path / "first"):
+        assert code == 0, text
+    first = tmp_path / "first"
+    more = (f"train.init_from={first}", "train.init_head=true", "train.epochs=2")
+    started = _train(*more, "train.stop_after_steps=1", run_dir=tmp_path / "second")
+    assert [code for code, _ in started] == [0, 0], started
+    assert f"starting from {first}" in started[0][1]
+    assert open_run(tmp_path / "second").state["config"]["train"]["init_from"] == str(first)
+    first.rename(tmp_path / "moved")
+    for code, text in _train(*more, run_dir=tmp_path / "second"):
+        assert code == 0, text
+    assert open_run(tmp_path / "second").step == 2
+    for code, text in _train(*more, run_dir=tmp_path / "third"):
+        assert code == 2, text
+        assert f"{first}: cannot be read (No such file or directory)" in text
+        assert "Traceback" not in text

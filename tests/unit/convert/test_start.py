@@ -1,0 +1,192 @@
+"""`train.init_from`: weights of a file fitted to a run, or refused in a sentence."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinoscale.config import RunConfig, parse_config
+from dinoscale.convert.start import adapted_channels, starting_weights
+from dinoscale.engine.build import Start, build_networks
+from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.models.network import DinoNetwork
+from dinoscale.models.vit import VisionTransformer
+from dinoscale.models.weights import to_reference
+from tests.distributed.tiny_run import tiny_config
+
+HEAD: dict[str, Any] = {"num_prototypes": 33, "hidden_dim": 22, "bottleneck_dim": 15}
+
+
+def _config(path: Path, *, head: bool = False, **changes: dict[str, Any]) -> RunConfig:
+    changes["train"] = {"init_from": str(path), "init_head": head, **changes.get("train", {})}
+    return tiny_config(**changes)
+
+
+def _reference(folder: Path, **changes: dict[str, Any]) -> tuple[Path, DinoNetwork]:
+    """A full checkpoint as the reference writes it, and the teacher in it."""
+    torch.manual_seed(7)
+    _, teacher = build_networks(tiny_config(**changes))
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            weight.add_(torch.randn(weight.shape), alpha=0.1)
+    state = to_reference(teacher.state_dict())
+    student = {f"module.{name}": tensor + 1 for name, tensor in state.items()}
+    args = argparse.Namespace(num_heads=2)
+    torch.save({"student": student, "teacher": state, "args": args}, folder / "full.pth")
+    return folder / "full.pth", teacher
+
+
+def _start(config: RunConfig) -> Start:
+    start = starting_weights(config)
+    assert start is not None
+    return start
+
+
+def _equal(found: Any, expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
+
+
+def test_without_a_file_a_run_starts_from_random_weights() -> None:
+    assert starting_weights(tiny_config()) is None
+
+
+def test_student_and_teacher_start_from_the_teacher_of_the_file(tmp_path: Path) -> None:
+    path, teacher = _reference(tmp_path)
+    config = _config(path)
+    fresh, _ = build_networks(config)
+    for network in build_networks(config, _start(config)):
+        assert _equal(network.backbone.state_dict(), teacher.backbone.state_dict())
+        weight = network.head.state_dict()["last_layer.weight_v"]
+        assert not torch.equal(weight, teacher.head.state_dict()["last_layer.weight_v"])
+    assert not _equal(fresh.backbone.state_dict(), teacher.backbone.state_dict())
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("norm_last_layer", [False, True])
+def test_the_head_is_taken_where_it_is_asked_for(
+    tmp_path: Path, batch_norm: bool, norm_last_layer: bool
+) -> None:
+    of_head = {**HEAD, "batch_norm": batch_norm, "norm_last_layer": norm_last_layer}
+    path, teacher = _reference(tmp_path, head=of_head)
+    config = tiny_config(head=of_head, train={"init_from": str(path), "init_head": True})
+    for network in build_networks(config, _start(config)):
+        assert _equal(network.state_dict(), teacher.state_dict())
+
+
+def test_norms_of_one_enter_a_head_that_trains_them(tmp_path: Path) -> None:
+    path, _ = _reference(tmp_path)
+    head = {**HEAD, "norm_last_layer": False}
+    config = tiny_config(head=head, train={"init_from": str(path), "init_head": True})
+    _, teacher = build_networks(config, _start(config))
+    assert torch.equal(teacher.head.state_dict()["last_layer.weight_g"], torch.ones(33, 1))
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_trained_norms_do_not_enter_a_head_without_them(tmp_path: Path, newer: bool) -> None:
+    path, _ = _reference(tmp_path, head={**HEAD, "norm_last_layer": False})
+    if newer:
+        found = torch.load(path, weights_only=False)
+        names = {"weight_g": "parametrizations.weight.original0"}
+        names |= {"weight_v": "parametrizations.weight.original1"}
+        found["teacher"] = {
+            ".".join(names.get(part, part) for part in name.split(".")): tensor
+            for name, tensor in found["teacher"].items()
+        }
+        torch.save(found, path)
+    config = tiny_config(train={"init_from": str(path), "init_head": True})
+    with pytest.raises(CheckpointError, match=r"set head\.norm_last_layer=false"):
+        starting_weights(config)
+
+
+def test_heads_that_are_missing_or_others_are_refused(tmp_path: Path) -> None:
+    path, _ = _reference(tmp_path)
+    head = {**HEAD, "num_prototypes": 34}
+    config = tiny_config(head=head, train={"init_from": str(path), "init_head": True})
+    with pytest.raises(ConfigError, match=r"weight_v \[33, 15\] for \[34, 15\].*init_head=false"):
+        starting_weights(config)
+    wider = {"model": {"embed_dim": 64, "num_heads": 1}}
+    _, network = build_networks(tiny_config(**wider))
+    torch.save(network.backbone.state_dict(), tmp_path / "bare.pth")
+    config = _config(tmp_path / "bare.pth", head=True, **wider)
+    with pytest.raises(ConfigError, match="has no projection head"):
+        starting_weights(config)
+
+
+def test_at_another_size_features_are_those_of_the_file_at_that_size(tmp_path: Path) -> None:
+    path, teacher = _reference(tmp_path)
+    config = _config(path, crops={"global_size": 32, "local_size": 8, "num_local": 2})
+    _, started = build_networks(config, _start(config))
+    images = torch.rand(2, 3, 32, 32)
+    assert isinstance(started.backbone, VisionTransformer)
+    assert started.backbone.pos_embed.shape == (1, 17, 20)
+    torch.testing.assert_close(started.backbone([images]), teacher.backbone([images]))
+    assert not torch.allclose(teacher.backbone([images]), teacher.backbone([images[..., :16, :16]]))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_a_gray_image_has_the_same_features_in_any_number_of_channels(
+    tmp_path: Path, channels: int
+) -> None:
+    path, teacher = _reference(tmp_path)
+    data = {"channels": channels, "mean": [0.5] * channels, "std": [0.5] * channels}
+    config = _config(path, data={"num_workers": 0, **data})
+    _, started = build_networks(config, _start(config))
+    gray = torch.rand(2, 1, 16, 16)
+    ours = started.backbone([gray.expand(-1, channels, -1, -1)])
+    torch.testing.assert_close(
+        ours, teacher.backbone([gray.expand(-1, 3, -1, -1)]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_first_layer_of_as_many_channels_stays_as_it_is() -> None:
+    weight = torch.rand(4, 3, 2, 2)
+    assert adapted_channels(weight, 3) is weight
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        ({"depth": 3}, "depth 2, .*depth 3"),
+        ({"num_heads": 4}, "num_heads 2, .*num_heads 4"),
+        ({"embed_dim": 24}, "embed_dim 20, .*embed_dim 24"),
+        ({"patch_size": 4}, "patch_size 8, .*patch_size 4"),
+        ({"backbone": "vit_small_patch14_reg4_dinov2"}, "registers 0.*registers 4.*missing: reg_t"),
+    ],
+)
+def test_another_architecture_is_refused_and_both_are_named(
+    tmp_path: Path, model: dict[str, Any], found: str
+) -> None:
+    path, _ = _reference(tmp_path)
+    base = tiny_config().model.model_dump()
+    with pytest.raises(ConfigError, match=found):
+        starting_weights(_config(path, model={**base, **model}))
+
+
+def test_a_resnet_does_not_enter_a_vit(tmp_path: Path) -> None:
+    path, _ = _reference(tmp_path)
+    model = dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"))
+    with pytest.raises(ConfigError, match=r"holds a ViT .* is a ResNet-50"):
+        starting_weights(_config(path, model={"backbone": "resnet50", **model}))
+
+
+def test_other_pixels_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, _ = _reference(tmp_path)
+    starting_weights(_config(path))
+    assert "expect pixels" not in caplog.text
+    starting_weights(_config(path, data={"num_workers": 0, "mean": [0.5] * 3, "std": [0.5] * 3}))
+    assert "expect pixels of mean [0.485, 0.456, 0.406]" in caplog.text
+
+
+def test_a_head_needs_a_file_to_come_from() -> None:
+    with pytest.raises(ConfigError, match=r"init_head: takes the head of train\.init_from"):
+        parse_config({"train": {"init_head": True}})
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere\.pth: cannot be read"):
+        starting_weights(_config(tmp_path / "nowhere.pth"))

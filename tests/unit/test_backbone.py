@@ -1,0 +1,94 @@
+"""`dinoscale.load_backbone`: a plain module, its preprocessing, and nothing of a training."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dinoscale
+from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
+from dinoscale.data.augment import eval_transform
+from dinoscale.evaluate.features import normalize_images
+from dinoscale.models.zoo import build_backbone
+
+SIZES = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def _weights(folder: Path, *, name: str = "vit_tiny_patch16_224", channels: int = 3) -> Path:
+    sizes = {} if name == "resnet50" else SIZES
+    shape = BackboneShape(name, img_size=32, in_chans=channels, **sizes)
+    mean, std = (0.1, 0.2, 0.3)[:channels], (0.4, 0.5, 0.6)[:channels]
+    model = build_backbone(name, img_size=32, in_chans=channels, **sizes)
+    card = BackboneCard(shape, mean, std, resize=36, crop=32, source="a test")
+    save_backbone(folder / "w.safetensors", model.state_dict(), card)
+    return folder / "w.safetensors"
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+def test_features_agree_with_each_other_at_any_size(tmp_path: Path, name: str) -> None:
+    model, _ = dinoscale.load_backbone(_weights(tmp_path, name=name))
+    images = torch.rand(2, 3, 40, 56)
+    features = model.forward_features(images)
+    registers = 4 if "reg4" in name else 0
+    assert features.cls.shape == (2, 48)
+    assert features.patches.shape == (2, 5 * 7, 48)
+    assert features.registers.shape == (2, registers, 48)
+    torch.testing.assert_close(model(images), features.cls)
+    maps = model.attention_maps(images)
+    assert maps.shape == (2, 3, 5, 7)
+    row = model.network.last_attention(images)[:, :, 0]
+    torch.testing.assert_close(maps.sum((-2, -1)) + row[..., : 1 + registers].sum(-1), row.sum(-1))
+    assert torch.equal(maps[0, 0, 1, 0], row[0, 0, 1 + registers + 7])
+
+
+def test_images_that_are_no_whole_patches_are_refused(tmp_path: Path) -> None:
+    model, _ = dinoscale.load_backbone(_weights(tmp_path))
+    for shape in ((1, 3, 36, 32), (3, 32, 32)):
+        for use in (model, model.forward_features, model.attention_maps):
+            with pytest.raises(ValueError, match="multiples of the patch size 8"):
+                use(torch.zeros(shape))
+
+
+def test_the_transform_is_that_of_the_evaluation(tmp_path: Path) -> None:
+    model, transform = dinoscale.load_backbone(_weights(tmp_path))
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    middle = torch.from_numpy(eval_transform(pixels, resize=36, crop=32).copy())[None]
+    expected = normalize_images(middle, mean=model.card.mean, std=model.card.std)[0]
+    assert torch.equal(transform(Image.fromarray(pixels)), expected)
+    gray = transform(Image.fromarray(pixels).convert("L"))
+    rgba = transform(Image.fromarray(pixels).convert("RGBA"))
+    assert gray.shape == (3, 32, 32)
+    assert torch.equal(rgba, expected)
+
+
+def test_the_transform_gives_the_channels_of_the_backbone(tmp_path: Path) -> None:
+    model, transform = dinoscale.load_backbone(_weights(tmp_path, channels=1))
+    image = transform(Image.new("RGB", (50, 40), "white"))
+    assert image.shape == (1, 32, 32)
+    assert model(image[None]).shape == (1, 48)
+
+
+def test_a_resnet_has_features_and_no_tokens(tmp_path: Path) -> None:
+    model, _ = dinoscale.load_backbone(_weights(tmp_path, name="resnet50"))
+    assert model(torch.rand(1, 3, 33, 47)).shape == (1, 2048)
+    with pytest.raises(ValueError, match="ResNet-50 has neither"):
+        model.attention_maps(torch.rand(1, 3, 32, 32))
+
+
+def test_loading_needs_no_deepspeed_and_importing_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, dinoscale\n"
+        "assert 'torch' not in sys.modules\n"
+        f"model, _ = dinoscale.load_backbone({str(_weights(tmp_path))!r})\n"
+        "assert model.embed_dim == 48\n"
+        "heavy = {'deepspeed', 'transformers', 'matplotlib'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'load'"):
+        dinoscale.load  # noqa: B018
