@@ -19,6 +19,10 @@ class CheckpointError(DinoscaleError):
     """A checkpoint or weights file is missing, damaged, or of another model."""
 
 
+class ConversionError(DinoscaleError):
+    """Weights have no exact form in a format, or what was written gives other features."""
+
+
 class LaunchError(DinoscaleError):
     """The environment of the processes (ranks, addresses, ports) is wrong."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dinoscale.config import RunConfig, load_config
-from dinoscale.convert.export import export_backbone
+from dinoscale.convert.conversion import convert
 from dinoscale.convert.run import card_of
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.distributed import free_port
@@ -48,7 +48,7 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
     _pretrain(overrides)
     trained_s = time.monotonic() - begin
     weights, untrained = run_dir / "teacher.safetensors", run_dir / "untrained.safetensors"
-    export_backbone(run_dir, weights, network="teacher")
+    convert(run_dir, weights, to="dino", overwrite=True)
     backbone = build_networks(config)[0].backbone  # where student and teacher start
     save_backbone(untrained, backbone.state_dict(), card_of(config, source="untrained"))
     picture = run_dir / "attention.png"

@@ -10,6 +10,7 @@ from typing import Any
 from data_tools.command import add_commands as add_data_commands
 from dinoscale.cli.arguments import add_config
 from dinoscale.cli.checkpoints import add_checkpoints
+from dinoscale.cli.convert import add_convert
 from dinoscale.cli.evaluate import add_evaluate
 from dinoscale.cli.planning import add_planning
 
@@ -21,6 +22,7 @@ _EPILOG = """examples:
   dinoscale config vit_b16 train.batch_size=512 --world-size 8
   dinoscale plan vit_l16 --gpus 8 --gpu h100 --gpu-memory 80GB
   dinoscale export runs/first weights.safetensors
+  dinoscale convert runs/first vit_s16_hf --to hf
   dinoscale data build-shards /data/images shards/
   dinoscale evaluate knn weights.safetensors --train /data/train --test /data/val
 
@@ -48,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     add_planning(commands)
     add_checkpoints(commands)
+    add_convert(commands)
     add_evaluate(commands)
     add_data_commands(commands)
     quickstart = commands.add_parser(

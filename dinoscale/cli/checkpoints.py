@@ -8,23 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinoscale.cli.convert import add_export
+
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
 
 
 def add_checkpoints(commands: SubCommands) -> None:
-    """`export` and `checkpoint`."""
-    export = commands.add_parser(
-        "export",
-        help="write a run's backbone as plain PyTorch weights (safetensors)",
-        description="Write the backbone under the reference's tensor names, from any ZeRO stage"
-        " and number of ranks, on one process without a GPU.",
-    )
-    _add_export(export)
-    _add_checkpoint(commands)
-
-
-def _add_checkpoint(commands: SubCommands) -> None:
     """What one does with the checkpoints of a run."""
     checkpoint = commands.add_parser(
         "checkpoint",
@@ -45,7 +35,7 @@ def _add_checkpoint(commands: SubCommands) -> None:
     verify.add_argument("run_dir", metavar="RUN", help=run_help)
     verify.set_defaults(run=_checkpoint_verify)
 
-    _add_export(tasks.add_parser("export", help="the same as `dinoscale export`"))
+    add_export(tasks.add_parser("export", help="the same as `dinoscale export`"))
 
     reshard = tasks.add_parser(
         "reshard",
@@ -70,19 +60,6 @@ def _add_checkpoint(commands: SubCommands) -> None:
     prune.add_argument("--no-best", action="store_true", help="do not keep the best by k-NN")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     prune.set_defaults(run=_checkpoint_prune)
-
-
-def _add_export(command: argparse.ArgumentParser) -> None:
-    command.add_argument("checkpoint", metavar="RUN", help="run directory or one of its step_*")
-    command.add_argument("out", metavar="OUT.safetensors", help="file to write")
-    command.add_argument("--network", choices=("teacher", "student"), default="teacher")
-    command.set_defaults(run=_export)
-
-
-def _export(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.convert.export import export_backbone
-
-    return export_backbone(Path(options.checkpoint), Path(options.out), network=options.network)
 
 
 def _checkpoint_list(options: argparse.Namespace) -> dict[str, Any]:

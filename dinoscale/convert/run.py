@@ -40,7 +40,13 @@ def read_run(path: Path, *, network: Network) -> Weights:
         for part in ("backbone.", "head.")
     }
     card = card_of(config, source=f"{checkpoint.path} {network}")
-    return Weights(parts["backbone."], parts["head."], card, "run")
+    said = {
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+        "knn_top1": checkpoint.state["progress"].get("knn_top1"),
+        "config": checkpoint.state["config"],
+    }
+    return Weights(parts["backbone."], parts["head."], card, "run", run=said)
 
 
 def card_of(config: RunConfig, *, source: str) -> BackboneCard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,8 @@ class Weights:
         card: which backbone it is, and how to feed it.
         kind: format of the source.
         left_out: names in the file that belong to neither, such as those of a classifier.
+        network: which of the two it is, where the source tells.
+        run: of a run, its checkpoint's path, step, k-NN accuracy in percent and configuration.
     """
 
     backbone: dict[str, Tensor]
@@ -39,3 +42,5 @@ class Weights:
     card: BackboneCard
     kind: Kind
     left_out: tuple[str, ...] = ()
+    network: Network = "teacher"
+    run: Mapping[str, object] | None = None

@@ -60,19 +60,26 @@ def build_backbone(
     if name == "resnet50":
         if changed:
             raise ConfigError(f"model.{next(iter(changed))}: resnet50 has no such size")
-        return _resnet50(in_chans=in_chans)
-    model = _vit(name, img_size=img_size, in_chans=in_chans, **changed)
-    if norm_eps is not None:
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = norm_eps
+        return ResNet50(torchvision_resnet50(in_chans=in_chans))
+    source = timm_vit(name, img_size=img_size, in_chans=in_chans, norm_eps=norm_eps, **changed)
+    model = VisionTransformer(source)
+    init_weights(model)
     return model
 
 
-def _vit(name: str, *, img_size: int, in_chans: int, **changed: int) -> VisionTransformer:
+def timm_vit(
+    name: str, *, img_size: int, in_chans: int, norm_eps: float | None = None, **changed: int
+) -> Any:
+    """Build timm's own model of a name that `build_backbone` takes; arguments as there.
+
+    Raises:
+        ConfigError: the name is unknown, our forward cannot reproduce the model, or the sizes do
+            not fit together.
+    """
+    ensure_torchvision()
     import timm
 
-    timm_name, changed = _timm_name(name, changed)
+    timm_name, changed = timm_arguments(name, **changed)
     family = timm.model_entrypoint(timm_name.split(".")[0]).__module__.split(".")[-1]
     if family not in _FAMILIES:
         raise ConfigError(
@@ -95,17 +102,25 @@ def _vit(name: str, *, img_size: int, in_chans: int, **changed: int) -> VisionTr
         raise ConfigError(
             f"model.backbone: timm cannot build {name!r} as a ViT with a class token: {reason}"
         ) from error
-    model = adopt(source, name=name)
-    if img_size % model.patch_size:
+    _require_ours(source, name=name)
+    patch_size = source.patch_embed.proj.kernel_size[0]
+    if img_size % patch_size:
         raise ConfigError(
-            f"crops.global_size: {img_size} is not a multiple of the patch size {model.patch_size}"
+            f"crops.global_size: {img_size} is not a multiple of the patch size {patch_size}"
         )
-    init_weights(model)
-    return model
+    if norm_eps is not None:
+        for module in source.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
+    return source
 
 
-def _timm_name(name: str, changed: dict[str, int]) -> tuple[str, dict[str, int]]:
-    """Name of a model in timm, with the patch size it needs."""
+def timm_arguments(name: str, **changed: int) -> tuple[str, dict[str, int]]:
+    """Name of a model in timm, and the sizes to give it.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
     import timm
 
     if timm.is_model(name):
@@ -132,10 +147,15 @@ def adopt(source: Any, *, name: str) -> VisionTransformer:
     Raises:
         ConfigError: the model does something our forward does not.
     """
+    _require_ours(source, name=name)
+    return VisionTransformer(source)
+
+
+def _require_ours(source: Any, *, name: str) -> None:
+    """Raise ConfigError where our forward would not be that of a timm model."""
     reason = _why_not(source)
     if reason:
         raise ConfigError(f"model.backbone: cannot train {name!r}: {reason}")
-    return VisionTransformer(source)
 
 
 def _why_not(source: Any) -> str | None:
@@ -195,11 +215,13 @@ def init_weights(model: VisionTransformer) -> None:
     model.patch_embed.proj.reset_parameters()
 
 
-def _resnet50(*, in_chans: int) -> ResNet50:
+def torchvision_resnet50(*, in_chans: int) -> Any:
+    """Build torchvision's own ResNet-50 with fresh weights, for images of any channels."""
+    ensure_torchvision()
     import torchvision
 
     source = torchvision.models.resnet50(weights=None)
     if in_chans != 3:  # as torchvision makes and starts it
         source.conv1 = nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(source.conv1.weight, mode="fan_out", nonlinearity="relu")
-    return ResNet50(source)
+    return source

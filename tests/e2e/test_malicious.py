@@ -25,7 +25,7 @@ from dinoscale import cli
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.checkpoint.sums import sha256, write_sums
 from dinoscale.convert.card import METADATA_KEY
-from dinoscale.convert.export import export_backbone
+from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, load_backbone
 from dinoscale.errors import CheckpointError
 from tests.e2e.hostile import SYNTHETIC, Call, dinoscale, refused, settings
@@ -251,14 +251,13 @@ def test_pickle_in_place_of_a_checkpoint_file_executes_nothing(
     file: str, tmp_path: Path, fired: Path
 ) -> None:
     step = _checkpoint(tmp_path)
-    export_backbone(tmp_path, tmp_path / "good.safetensors", network="teacher")
+    read_source(tmp_path)
     for content in _formats(PLACES["state dict"](BOMBS["open"](fired))).values():
         (step / file).write_bytes(content)
         _sign(step)
         with pytest.raises(CheckpointError, match="step_00000001 is not a complete checkpoint"):
-            export_backbone(tmp_path, tmp_path / "out.safetensors", network="teacher")
+            read_source(tmp_path)
         assert not fired.exists()
-    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -285,7 +284,7 @@ def test_pickle_in_place_of_a_checkpoint_file_executes_nothing(
 def test_state_of_another_kind_is_refused_in_a_sentence(state: object, tmp_path: Path) -> None:
     _checkpoint(tmp_path, state)
     with pytest.raises(CheckpointError, match="step_00000001"):
-        export_backbone(tmp_path, tmp_path / "out.safetensors", network="student")
+        read_source(tmp_path, network="student")
 
 
 @pytest.mark.parametrize(
@@ -299,7 +298,7 @@ def test_shard_with_an_odd_index_is_refused(starts: str | None, tmp_path: Path) 
     save_file(tensors, step / "shard_00000.safetensors", metadata=metadata)
     _sign(step)
     with pytest.raises(CheckpointError, match="step_00000001"):
-        export_backbone(tmp_path, tmp_path / "out.safetensors", network="student")
+        read_source(tmp_path, network="student")
 
 
 def test_deeply_nested_state_is_refused(tmp_path: Path) -> None:

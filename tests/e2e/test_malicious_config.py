@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from dinoscale import cli
 from dinoscale.config import RunConfig, dump_config, load_config, parse_config
 from dinoscale.config.yaml_text import read_yaml, write_yaml
-from dinoscale.convert.export import export_backbone
+from dinoscale.convert.conversion import convert
 from dinoscale.errors import ConfigError, DinoscaleError
 from tests.e2e.hostile import ROOT, SYNTHETIC, dinoscale, refused, settings
 
@@ -324,7 +324,7 @@ def test_secrets_of_the_environment_reach_no_file_and_no_log(
     done = dinoscale("train", "vit_t16", *arguments, cwd=arena, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     assert list(run.glob("wandb/*/*.wandb")), "wandb did not run"
-    report = export_backbone(run, run / "weights.safetensors", network="teacher")
+    report = convert(run, run / "weights.safetensors", to="dino")
     written = {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     written["output"] = f"{done.stdout}{done.stderr}{report}".encode()
     for name, secret in {**variables, "remote": token, "change": change}.items():

@@ -35,13 +35,16 @@ LEAVES = {"data", "models", "losses", "schedules"}  # take tensors and numbers, 
 ONLY_IN = {
     "deepspeed": ("engine/",),
     "torch.distributed": ("distributed.py",),
-    "timm": ("models/",),
+    "timm": ("models/", "convert/to_timm.py"),
     "torchvision": ("models/",),
     "pydantic": ("config/",),
     "yaml": ("config/",),
     "matplotlib": ("evaluate/", "crop_sheet.py"),
     "tifffile": ("data/",),
     "sklearn": ("evaluate/",),
+    "transformers": ("convert/to_hf.py",),
+    "onnx": ("convert/to_graphs.py",),
+    "onnxruntime": ("convert/to_graphs.py",),
 }
 
 

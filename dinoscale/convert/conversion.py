@@ -1,0 +1,294 @@
+"""`dinoscale convert`: any source of weights into the format of another library, with a proof.
+
+What is written is opened again by its own library and run on fixed images of two sizes beside the
+source. Only then does it get its name, and a card that says how near the two came.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from dinoscale.convert.parity import (
+    MAX_DIFFERENCE,
+    MIN_COSINE,
+    MIN_COSINE_ROUNDED,
+    Agreement,
+    Forward,
+    Reopened,
+    compare,
+    our_forward,
+    second_size,
+)
+from dinoscale.convert.placing import checksums, put_in_place, refuse_existing, workplace
+from dinoscale.convert.resize import at_size, patch_size_of
+from dinoscale.convert.source import read_source
+from dinoscale.convert.to_dino import reopen_dino, write_dino
+from dinoscale.convert.to_graphs import (
+    reopen_onnx,
+    reopen_torchscript,
+    write_onnx,
+    write_torchscript,
+)
+from dinoscale.convert.to_hf import reopen_hf, write_hf
+from dinoscale.convert.to_timm import reopen_timm, write_timm
+from dinoscale.convert.weights import Network, Weights
+from dinoscale.convert.weights_file import build
+from dinoscale.errors import CheckpointError, ConversionError
+from dinoscale.versions import package_version
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the card beside a target
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format to write.
+
+    Attributes:
+        write: writes weights to a path.
+        reopen: opens that path by the library it is for.
+        resizing: the same, taking images of any size by the library's own rule for position
+            embeddings; None where that rule is ours, and lies in the target.
+        is_folder: whether the path is a folder.
+        any_dtype: whether the weights can be stored in 16 bit.
+        needs: packages to import, and `extra`, which installs them.
+    """
+
+    write: Callable[[Path, Weights], None]
+    reopen: Callable[[Path, Weights], Reopened]
+    resizing: Callable[[Path], Reopened] | None = None
+    is_folder: bool = False
+    any_dtype: bool = True
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+
+
+TARGETS = {
+    "dino": Target(write_dino, reopen_dino),
+    "timm": Target(
+        write_timm,
+        lambda path, _: reopen_timm(path),
+        lambda path: reopen_timm(path, own_resize=True),
+        is_folder=True,
+    ),
+    "hf": Target(
+        write_hf,
+        lambda path, _: reopen_hf(path),
+        lambda path: reopen_hf(path, own_resize=True),
+        is_folder=True,
+        needs=("transformers",),
+        extra="hf",
+    ),
+    "torchscript": Target(write_torchscript, reopen_torchscript, any_dtype=False),
+    "onnx": Target(
+        write_onnx,
+        reopen_onnx,
+        any_dtype=False,
+        needs=("onnx", "onnxscript", "onnxruntime"),
+        extra="onnx",
+    ),
+}
+
+
+def convert(
+    source: Path,
+    path: Path,
+    *,
+    to: str,
+    network: Network = "teacher",
+    head: bool = False,
+    dtype: str = "float32",
+    size: int | None = None,
+    num_heads: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the weights of a source in another format, prove them equal, and describe them.
+
+    Args:
+        source: what `source.read_source` reads.
+        path: file (dino, torchscript, onnx) or folder (timm, hf) to write.
+        to: a key of `TARGETS`.
+        network: which network of a run or full checkpoint to take.
+        head: write the projection head too; `dino` only.
+        dtype: a key of `DTYPES`, of the stored weights; features are compared in float32.
+        size: side in pixels of the images to resize the position embedding for; None keeps it.
+        num_heads: for sources that do not tell.
+        overwrite: replace what an earlier conversion wrote.
+
+    Returns:
+        The card, JSON-able.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        ConversionError: the target exists, a library is missing, the format cannot hold these
+            weights, or what was written gives other features. Nothing is then left of it.
+    """
+    target = TARGETS[to]
+    _require(target, to, head=head, dtype=dtype)
+    refuse_existing(path, is_folder=target.is_folder, overwrite=overwrite)
+    weights = read_source(source, network=network, num_heads=num_heads)
+    if head and weights.head is None:
+        raise CheckpointError(f"{source} holds no projection head: leave --head out")
+    weights = replace(weights, network=network, head=weights.head if head else None)
+    try:
+        full, _ = build(weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    if size is not None or target.resizing is not None:
+        stored = weights.card.backbone.img_size
+        weights = at_size(weights, img_size=stored if size is None else size)
+    weights = _stored_as(weights, DTYPES[dtype])
+    try:
+        with workplace(path) as place:
+            written = place / path.name
+            proof = _write_and_prove(target, written, weights, full=our_forward(full))
+            card = _card(weights, proof, to=to, dtype=dtype, files=checksums(written))
+            put_in_place(written, path, json.dumps(card, indent=2) + "\n")
+    except ConversionError as error:
+        raise ConversionError(f"{source} to {to}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ConversionError(f"{path} cannot be written: {error}") from error
+    log.info("%s: %s, equal to the source", path, card["coverage"]["text"])
+    return {"target": str(path), **card}
+
+
+def _require(target: Target, to: str, *, head: bool, dtype: str) -> None:
+    """Refuse what a target cannot do, before anything is read."""
+    for name in target.needs:
+        if importlib.util.find_spec(name) is None:
+            raise ConversionError(
+                f"--to {to} needs {name}, which is not installed:"
+                f" pip install 'dinoscale[{target.extra}]'"
+            )
+    if head and to != "dino":
+        raise ConversionError(f"--to {to} has no place for a projection head: use --to dino")
+    if DTYPES[dtype] != torch.float32 and not target.any_dtype:
+        raise ConversionError(
+            f"--to {to} computes in the dtype of its weights, and only float32 is proved:"
+            " leave --dtype out"
+        )
+
+
+def _stored_as(weights: Weights, dtype: torch.dtype) -> Weights:
+    """Weights whose numbers are in a dtype that can hold them; counters stay whole numbers."""
+    backbone, head = (
+        {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
+        for state in (weights.backbone, weights.head or {})
+    )
+    for name, tensor in {**backbone, **head}.items():
+        if not torch.isfinite(tensor).all():
+            kind = str(dtype).removeprefix("torch.")
+            raise ConversionError(f"{name} has numbers too large for {kind}: use --dtype float32")
+    return replace(weights, backbone=backbone, head=None if weights.head is None else head)
+
+
+def _write_and_prove(
+    target: Target, written: Path, weights: Weights, *, full: Forward
+) -> dict[str, Any]:
+    """Write a target, open it again and compare it; what the card says of that.
+
+    Raises:
+        ConversionError: it lacks a tensor, or its features differ.
+    """
+    backbone, _ = build(weights)  # holds what is written, so rounding does not hide other mistakes
+    ours = our_forward(backbone)
+    reopened = _write(target, written, weights)
+    shape = weights.card.backbone
+    sizes = shape.img_size, second_size(shape.img_size, patch_size=max(8, patch_size_of(weights)))
+
+    def compared(one: Forward, other: Forward, size: int, **images: int) -> Agreement:
+        return compare(one, other, in_chans=shape.in_chans, size=size, **images)
+
+    proofs = [compared(ours, reopened.forward, sizes[0])]
+    own_rule = None
+    if target.resizing is None or patch_size_of(weights) == 1:
+        proofs.append(compared(ours, reopened.forward, sizes[1], num_images=3))
+    else:
+        moved = written.with_name("second size")
+        of_size = _write(target, moved, at_size(weights, img_size=sizes[1]))
+        proofs.append(compared(ours, of_size.forward, sizes[1]))
+        own_rule = compared(ours, target.resizing(written).forward, sizes[1])
+    _require_equal(proofs)
+    rounding = compared(full, ours, sizes[0])
+    if not rounding.cosine >= MIN_COSINE_ROUNDED:
+        raise ConversionError(
+            f"rounding the weights turns features away from those in float32: cosine"
+            f" {rounding.cosine:.4f} (at least {MIN_COSINE_ROUNDED}); use --dtype float32"
+        )
+    return {
+        "coverage": {"text": str(reopened.coverage), **asdict(reopened.coverage)},
+        "parity": {
+            "limits": {"max_difference": MAX_DIFFERENCE, "cosine": MIN_COSINE},
+            "proofs": [asdict(proof) for proof in proofs],
+            "rounding": asdict(rounding),
+        },
+        "position_embedding": _rule(shape.img_size, own_rule),
+    }
+
+
+def _write(target: Target, written: Path, weights: Weights) -> Reopened:
+    """Write weights, open them again, and require all of them."""
+    if target.is_folder:
+        written.mkdir()
+    target.write(written, weights)
+    reopened = target.reopen(written, weights)
+    if not reopened.coverage.complete:
+        raise ConversionError(f"opened again, {reopened.coverage}; nothing was written")
+    return reopened
+
+
+def _require_equal(proofs: list[Agreement]) -> None:
+    for proof in proofs:
+        if not proof.equal:
+            raise ConversionError(
+                f"opened again, its features at {proof.size[0]} x {proof.size[1]} pixels differ"
+                f" by {proof.max_difference:.2g} of the largest (at most {MAX_DIFFERENCE:.0e}),"
+                f" cosine {proof.cosine:.6f}; nothing was written"
+            )
+
+
+def _rule(img_size: int, own_rule: Agreement | None) -> dict[str, Any]:
+    """At which sizes of image the target gives our features, and what happens at others."""
+    if own_rule is None:
+        return {"sizes": "any", "rule": "bicubic by the scale factor (patches + 0.1) / stored"}
+    return {
+        "sizes": [img_size],
+        "rule": "the library resizes by another rule; write another size with --size",
+        "own_rule": asdict(own_rule),
+    }
+
+
+def _card(
+    weights: Weights, proof: dict[str, Any], *, to: str, dtype: str, files: dict[str, str]
+) -> dict[str, Any]:
+    """What lies beside a target, or in it."""
+    run = dict(weights.run or {})
+    state = {**weights.backbone, **(weights.head or {})}
+    return {
+        "format": FORMAT,
+        "dinoscale": package_version("dinoscale"),
+        "to": to,
+        "dtype": dtype,
+        "network": weights.network,
+        "source_format": weights.kind,
+        **asdict(weights.card),
+        "tensors": len(state),
+        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "checkpoint": run.get("checkpoint"),
+        "step": run.get("step"),
+        "metrics": {"knn_top1": run["knn_top1"]} if run.get("knn_top1") is not None else {},
+        "recipe": run.get("config"),
+        "files": files,
+        **proof,
+    }

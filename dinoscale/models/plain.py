@@ -1,0 +1,152 @@
+"""Backbones for other programs: one batch of images in, class token and patch tokens out.
+
+The forward of `vit.VisionTransformer` written in tensor operations that TorchScript and ONNX can
+hold with batch, height and width left open, the resize of the position embedding among them.
+Parameters have the same names and shapes.
+
+Shape letters: N images, C channels, H, W pixels, P patches, R registers, D width, G side of the
+stored grid of positions.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinoscale.models.zoo import timm_vit, torchvision_resnet50
+
+
+def build_plain(
+    name: str,
+    *,
+    img_size: int,
+    in_chans: int = 3,
+    norm_eps: float | None = None,
+    **sizes: int | None,
+) -> nn.Module:
+    """Build a backbone that maps images (N, C, H, W) to cls (N, D) and patches (N, P, D).
+
+    Args:
+        name: as `zoo.build_backbone` takes it, like the other arguments.
+        img_size: side in pixels of the images the position embedding is made for.
+        in_chans: C.
+        norm_eps: epsilon of the layer norms; None for the model's own.
+        **sizes: patch_size, embed_dim, depth, num_heads; None for the model's own.
+
+    Raises:
+        ConfigError: as `zoo.build_backbone` does.
+    """
+    if name == "resnet50":
+        return PlainResNet50(torchvision_resnet50(in_chans=in_chans))
+    changed = {key: value for key, value in sizes.items() if value is not None}
+    source = timm_vit(name, img_size=img_size, in_chans=in_chans, norm_eps=norm_eps, **changed)
+    return PlainViT(source)
+
+
+class PatchEmbed(nn.Module):
+    """Holder of the projection, for the sake of its name `patch_embed.proj`."""
+
+    def __init__(self, proj: nn.Conv2d) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Project images (N, C, H, W) to (N, D, rows, columns)."""
+        projected: Tensor = self.proj(images)
+        return projected
+
+
+class PlainViT(nn.Module):
+    """A ViT whose position embedding is resized inside, as `vit.resize_pos_embed` does it."""
+
+    def __init__(self, source: Any) -> None:
+        """Adopt the layers of `source`, a timm ViT accepted by `zoo.timm_vit`."""
+        super().__init__()
+        self.cls_token = source.cls_token
+        self.reg_token = source.reg_token
+        self.pos_embed = source.pos_embed
+        self.patch_embed = PatchEmbed(source.patch_embed.proj)
+        self.norm_pre = source.norm_pre
+        self.blocks = source.blocks
+        self.norm = source.norm
+        self.num_prefix: int = 1 + (0 if self.reg_token is None else self.reg_token.shape[1])
+        self.prefix_slots: int = 0 if source.no_embed_class else self.num_prefix
+        self.side: int = math.isqrt(self.pos_embed.shape[1] - self.prefix_slots)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images (N, C, H, W) to the normalised cls (N, D) and patches (N, P, D)."""
+        projected = self.patch_embed(images)  # (N, D, rows, columns)
+        x = projected.flatten(2).transpose(1, 2) + self.positions(projected, images)
+        prefix = self.cls_token
+        if self.reg_token is not None:
+            prefix = torch.cat((prefix, self.reg_token), dim=1)  # (1, 1+R, D)
+        if self.prefix_slots > 0:
+            prefix = prefix + self.pos_embed[:, : self.prefix_slots]
+        x = self.norm_pre(torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1))
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return x[:, 0], x[:, self.num_prefix :]
+
+    def positions(self, projected: Tensor, images: Tensor) -> Tensor:
+        """Position embedding (1, P, D) of the patches of images."""
+        grid = self.pos_embed[:, self.prefix_slots :].unflatten(1, (self.side, self.side))
+        rows, columns = projected.shape[2], projected.shape[3]
+        # As tensors, not numbers: an exported graph decides anew for every image size.
+        height, width = torch.full((), images.shape[2]), torch.full((), images.shape[3])
+        resized = (height != width) | (torch.full((), rows) != self.side)
+        excess = 0.1 * resized.to(grid.dtype)  # 0: at the stored size both matrices are identities
+        down = cubic_matrix(rows, self.side, excess)
+        along = cubic_matrix(columns, self.side, excess)
+        return torch.einsum("rs,nstd,ct->nrcd", down, grid, along).flatten(1, 2)
+
+
+def cubic_matrix(count: int, side: int, excess: Tensor) -> Tensor:
+    """Bicubic resize of G points to `count`, at the scale factor (count + excess) / G.
+
+    Args:
+        count: points of the result.
+        side: G.
+        excess: scalar, what is added to `count` in the scale factor.
+
+    Returns:
+        (count, G), dtype of `excess`; rows sum to 1. Beyond the ends the last point is repeated.
+    """
+    a = -0.75  # the coefficient of torch's bicubic resize
+    steps = torch.arange(count, dtype=excess.dtype, device=excess.device)
+    at = (steps + 0.5) * (side / (count + excess)) - 0.5  # where the result lies among the G
+    first = torch.floor(at)
+    points = torch.arange(side, dtype=excess.dtype, device=excess.device)
+    matrix = torch.zeros_like(at[:, None] * points)
+    for tap in (-1, 0, 1, 2):
+        d = torch.abs(at - first - tap)
+        near = ((a + 2) * d - (a + 3)) * d * d + 1  # d <= 1
+        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a  # 1 < d <= 2
+        weights = torch.where(d <= 1, near, far)
+        point = torch.clamp(first + tap, 0, side - 1)
+        matrix = matrix + weights[:, None] * (point[:, None] == points).to(excess.dtype)
+    return matrix
+
+
+class PlainResNet50(nn.Module):
+    """ResNet-50 without classifier; its "class token" is the average of the patches."""
+
+    def __init__(self, source: Any) -> None:
+        """Adopt the layers of a torchvision `resnet50`."""
+        super().__init__()
+        self.conv1 = source.conv1
+        self.bn1 = source.bn1
+        self.relu = source.relu
+        self.maxpool = source.maxpool
+        self.layer1 = source.layer1
+        self.layer2 = source.layer2
+        self.layer3 = source.layer3
+        self.layer4 = source.layer4
+        self.avgpool = source.avgpool
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images (N, C, H, W) to pooled features (N, 2048) and the last map (N, P, 2048)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1), x.flatten(2).transpose(1, 2)
