@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, add_weights
+from dinoscale.cli.propagate import add_video
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -17,6 +18,7 @@ def add_evaluate(commands: SubCommands) -> None:
     tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
     _add_knn(tasks)
     _add_attention(tasks)
+    add_video(tasks)
 
 
 def _add_knn(tasks: SubCommands) -> None:

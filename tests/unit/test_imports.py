@@ -41,6 +41,7 @@ ONLY_IN = {
     "yaml": ("config/",),
     "matplotlib": ("evaluate/", "crop_sheet.py"),
     "tifffile": ("data/",),
+    "scipy": ("evaluate/",),
 }
 
 
