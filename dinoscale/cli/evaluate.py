@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, add_weights
-from dinoscale.cli.propagate import add_video
+from dinoscale.cli.propagate import add_retrieve, add_video
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -19,6 +19,7 @@ def add_evaluate(commands: SubCommands) -> None:
     _add_knn(tasks)
     _add_attention(tasks)
     add_video(tasks)
+    add_retrieve(tasks)
 
 
 def _add_knn(tasks: SubCommands) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dinoscale.cli.arguments import add_weights
+from dinoscale.cli.arguments import DATA_HELP, add_weights
+from dinoscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -50,6 +52,39 @@ def add_video(tasks: SubCommands) -> None:
     video.set_defaults(run=_evaluate_video)
 
 
+def add_retrieve(tasks: SubCommands) -> None:
+    """`evaluate retrieve`."""
+    retrieve = tasks.add_parser(
+        "retrieve",
+        help="find images of the same class or landmark (mAP)",
+        description="Image retrieval by the cosine similarity of CLS features. With --data every"
+        " image is a query, and the other images of its class are to be found. With --images and"
+        " --ground-truth the protocol of revisited Oxford and Paris: easy, medium and hard, junk"
+        " left out. The ground truth is JSON: {imlist: [names], qimlist: [names], gnd: [{easy:"
+        " [numbers], hard: [...], junk: [...]}, one a query]}; the benchmark's pickles are not"
+        " opened, the message tells how to convert one that you trust.",
+        epilog="example: dinoscale evaluate retrieve weights.safetensors --images roxford5k"
+        " --ground-truth gnd_roxford5k.json",
+    )
+    add_weights(retrieve)
+    retrieve.add_argument("--data", metavar="DATA", help=DATA_HELP)
+    retrieve.add_argument(
+        "--queries", type=int, metavar="N", help="of --data: images that are queries (all)"
+    )
+    retrieve.add_argument("--images", metavar="DIR", help="folder of NAME.jpg or jpg/NAME.jpg")
+    retrieve.add_argument("--ground-truth", metavar="FILE", help="JSON, see above")
+    retrieve.add_argument(
+        "--imsize", type=int, metavar="PIXELS", help="of --images: longer side at most (224)"
+    )
+    retrieve.add_argument(
+        "--multi-scale", action="store_true", help="mean of scales 1, 1/sqrt(2) and 1/2"
+    )
+    retrieve.add_argument("--batch-size", type=int, default=64, metavar="N", help="of --data (64)")
+    retrieve.add_argument("--num-workers", type=int, default=2, metavar="N", help="of --data (2)")
+    retrieve.add_argument("--untrained", action="store_true", help=_UNTRAINED)
+    retrieve.set_defaults(run=_evaluate_retrieve)
+
+
 def _evaluate_video(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.data.videos import read_names
     from dinoscale.evaluate.propagation import Settings
@@ -70,3 +105,43 @@ def _evaluate_video(options: argparse.Namespace) -> dict[str, Any]:
         untrained=options.untrained,
         num_heads=options.num_heads,
     )
+
+
+def _evaluate_retrieve(options: argparse.Namespace) -> dict[str, Any]:
+    landmarks = (options.images, options.ground_truth)
+    if options.data is not None:
+        _refuse_beside(options, "--data", ("images", "ground_truth", "imsize"))
+        from dinoscale.evaluate.retrieve import evaluate_retrieve
+
+        return evaluate_retrieve(
+            options.weights,
+            options.data,
+            queries=options.queries,
+            multi_scale=options.multi_scale,
+            untrained=options.untrained,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            num_heads=options.num_heads,
+        )
+    if None in landmarks:
+        raise ConfigError("retrieve: give --data DATA, or --images DIR and --ground-truth FILE")
+    _refuse_beside(options, "--images", ("queries",))
+    from dinoscale.evaluate.landmarks import SIZE, evaluate_landmarks
+
+    return evaluate_landmarks(
+        options.weights,
+        options.images,
+        options.ground_truth,
+        size=SIZE if options.imsize is None else options.imsize,
+        multi_scale=options.multi_scale,
+        untrained=options.untrained,
+        num_heads=options.num_heads,
+    )
+
+
+def _refuse_beside(options: argparse.Namespace, mode: str, names: Sequence[str]) -> None:
+    """Refuse options that mean nothing beside another one; they would be ignored silently."""
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} has no meaning beside {mode}. Leave one of them out.")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,6 @@ from dinoscale.evaluate.mask_pictures import compare, save_animation, save_mask
 from dinoscale.evaluate.mask_scores import TOLERANCE, boundary_measure, region_similarity
 from dinoscale.evaluate.propagation import Follower, Settings
 from dinoscale.evaluate.untrained import untrained_backbone
-
-if TYPE_CHECKING:
-    from typing_extensions import Never
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published numbers were measured with 0.228, which stands so in the authors' code.
@@ -151,7 +148,7 @@ def _measure(
     card: BackboneCard,
     settings: Settings,
     folder: Path | None,
-    bar: tqdm[Never],
+    bar: tqdm[NoReturn],
 ) -> dict[str, Any]:
     """Follow the objects of one video, score them, and write masks and animation."""
     decoder = Decoder(card.backbone.in_chans, card.white)
