@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, add_weights
-from dinoscale.cli.propagate import add_retrieve, add_video
+from dinoscale.cli.propagate import add_copies, add_retrieve, add_video
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -20,6 +20,7 @@ def add_evaluate(commands: SubCommands) -> None:
     _add_attention(tasks)
     add_video(tasks)
     add_retrieve(tasks)
+    add_copies(tasks)
 
 
 def _add_knn(tasks: SubCommands) -> None:

@@ -85,6 +85,50 @@ def add_retrieve(tasks: SubCommands) -> None:
     retrieve.set_defaults(run=_evaluate_retrieve)
 
 
+def add_copies(tasks: SubCommands) -> None:
+    """`evaluate copies`."""
+    copies = tasks.add_parser(
+        "copies",
+        help="find the originals of edited pictures (copy detection, mAP)",
+        description="Copy detection by the protocol of the DINO paper: squares of 320 pixels, CLS"
+        " token and pooled patches, whitening learned from other images, the first 20 ranks. With"
+        " --originals and --queries (Copydays): every folder of queries is a block of its own"
+        " (strong, jpegqual/3, ...). A query belongs to the original with the longest name that its"
+        " own begins with (sea.jpg, sea_crop.jpg), or by --prefix, or by --pairs. With --data and"
+        " --make-copies: copies of some images of any set are made (crop, jpeg, blur, color,"
+        " rotation, and all of them: strong) and looked for among all images of it.",
+        epilog="example: dinoscale evaluate copies weights.safetensors"
+        " --originals copydays/original --queries copydays/queries --prefix 4 --distractors yfcc10k --whitening yfcc20k",
+    )
+    add_weights(copies)
+    copies.add_argument("--originals", metavar="DIR", help="folder of the originals")
+    copies.add_argument("--queries", metavar="DIR", help="folder of copies, a subfolder a block")
+    copies.add_argument("--distractors", metavar="DATA", help="other images of the database")
+    copies.add_argument(
+        "--pairs", metavar="FILE", help="CSV with the columns query and original (relative paths)"
+    )
+    copies.add_argument(
+        "--prefix",
+        type=int,
+        metavar="N",
+        help="so many first characters of names agree (Copydays: 4)",
+    )
+    copies.add_argument("--data", metavar="DATA", help="images to make copies of")
+    copies.add_argument("--make-copies", action="store_true", help="of images of --data")
+    copies.add_argument(
+        "--num-queries", type=int, metavar="N", help="of --make-copies: images copied (157)"
+    )
+    copies.add_argument("--seed", type=int, metavar="N", help="of --make-copies (0)")
+    copies.add_argument("--whitening", metavar="DATA", help="images to learn the whitening from")
+    copies.add_argument(
+        "--size", type=int, default=320, metavar="PIXELS", help="side of the squares (320)"
+    )
+    copies.add_argument("--batch-size", type=int, default=64, metavar="N")
+    copies.add_argument("--num-workers", type=int, default=2, metavar="N")
+    copies.add_argument("--untrained", action="store_true", help=_UNTRAINED)
+    copies.set_defaults(run=_evaluate_copies)
+
+
 def _evaluate_video(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.data.videos import read_names
     from dinoscale.evaluate.propagation import Settings
@@ -136,6 +180,46 @@ def _evaluate_retrieve(options: argparse.Namespace) -> dict[str, Any]:
         multi_scale=options.multi_scale,
         untrained=options.untrained,
         num_heads=options.num_heads,
+    )
+
+
+def _evaluate_copies(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.evaluate.copies import (
+        MADE_QUERIES,
+        Settings,
+        evaluate_copies,
+        evaluate_made_copies,
+    )
+
+    settings = Settings(
+        size=options.size,
+        whitening=options.whitening,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        num_heads=options.num_heads,
+        untrained=options.untrained,
+    )
+    if options.make_copies and options.data is not None:
+        unused = ("originals", "queries", "distractors", "pairs", "prefix")
+        _refuse_beside(options, "--make-copies", unused)
+        return evaluate_made_copies(
+            options.weights,
+            options.data,
+            queries=MADE_QUERIES if options.num_queries is None else options.num_queries,
+            seed=options.seed or 0,
+            settings=settings,
+        )
+    if options.originals is None or options.queries is None:
+        raise ConfigError("copies: give --originals and --queries, or --data with --make-copies")
+    _refuse_beside(options, "--originals", ("data", "make_copies", "num_queries", "seed"))
+    return evaluate_copies(
+        options.weights,
+        options.originals,
+        options.queries,
+        distractors=options.distractors,
+        pairs=options.pairs,
+        prefix=options.prefix,
+        settings=settings,
     )
 
 
