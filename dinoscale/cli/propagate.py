@@ -98,7 +98,8 @@ def add_copies(tasks: SubCommands) -> None:
         " --make-copies: copies of some images of any set are made (crop, jpeg, blur, color,"
         " rotation, and all of them: strong) and looked for among all images of it.",
         epilog="example: dinoscale evaluate copies weights.safetensors"
-        " --originals copydays/original --queries copydays/queries --prefix 4 --distractors yfcc10k --whitening yfcc20k",
+        " --originals copydays/original --queries copydays/queries --prefix 4"
+        " --distractors yfcc10k --whitening yfcc20k",
     )
     add_weights(copies)
     copies.add_argument("--originals", metavar="DIR", help="folder of the originals")
