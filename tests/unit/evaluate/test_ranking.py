@@ -22,7 +22,9 @@ def test_both_rules_by_hand() -> None:
     """Right at ranks 1 and 3 of 4. Steps: (1 + 2/3) / 2; trapezoids: (1 + (1/2 + 2/3) / 2) / 2."""
     hits, positives = torch.tensor([[True, False, True, False]]), torch.tensor([2])
     assert float(average_precision(hits, positives)) == pytest.approx((1 + 2 / 3) / 2)
-    assert float(trapezoid_precision(hits, positives)) == pytest.approx((1 + (1 / 2 + 2 / 3) / 2) / 2)
+    assert float(trapezoid_precision(hits, positives)) == pytest.approx(
+        (1 + (1 / 2 + 2 / 3) / 2) / 2
+    )
 
 
 def test_a_first_hit_at_rank_two_counts_a_quarter_by_trapezoids() -> None:
