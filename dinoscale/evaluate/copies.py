@@ -33,6 +33,7 @@ from dinoscale.evaluate.copy_descriptors import (
 from dinoscale.evaluate.copy_images import EDITS, Squares
 from dinoscale.evaluate.copy_pairs import pairs_of_csv, pairs_of_names, pairs_of_prefix
 from dinoscale.evaluate.features import extract_features, find_device
+from dinoscale.evaluate.multi_scale import least_side
 from dinoscale.evaluate.ranking import random_precision, trapezoid_precision
 from dinoscale.evaluate.untrained import untrained_backbone
 
@@ -177,7 +178,7 @@ class _Run:
         self._settings, self._path = settings, str(weights_path)
         self._device = find_device(settings.device)
         self._backbone, self.card = load_backbone(weights_path, num_heads=settings.num_heads)
-        if settings.size < (self.card.backbone.patch_size or 1):
+        if settings.size < least_side(self._backbone):
             raise ConfigError(f"size: {settings.size} pixels are less than a patch")
         self.decoder = Decoder(self.card.backbone.in_chans, self.card.white)
 

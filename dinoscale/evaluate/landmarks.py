@@ -28,7 +28,7 @@ from dinoscale.data.files import read_image_file
 from dinoscale.errors import ConfigError, DataError, NonFiniteError
 from dinoscale.evaluate.features import find_device, normalize_images
 from dinoscale.evaluate.ground_truth import SETUPS, GroundTruth, Truth, read_ground_truth
-from dinoscale.evaluate.multi_scale import SCALES, MultiScale
+from dinoscale.evaluate.multi_scale import SCALES, MultiScale, least_side
 from dinoscale.evaluate.ranking import random_precision, trapezoid_precision
 from dinoscale.evaluate.untrained import untrained_backbone
 
@@ -160,15 +160,22 @@ def describe_files(
         progress: draw a bar on stderr, if that is a terminal.
 
     Raises:
-        DataError: an image cannot be read.
+        DataError: an image cannot be read, or is smaller than a patch.
         NonFiniteError: a feature is not a finite number.
     """
     decoder = Decoder(card.backbone.in_chans, card.white)
     weight = next(backbone.parameters())
+    least = least_side(backbone)
     features = []
     for path in tqdm(paths, unit="img", disable=None if progress else True):
         pixels = decoder.open(read_image_file(str(path)), str(path)).pixels()
-        image = torch.from_numpy(_thumbnail(pixels, size=size)).permute(2, 0, 1)[None]
+        small = _thumbnail(pixels, size=size)
+        if min(small.shape[:2]) < least:
+            raise DataError(
+                f"{path}: is {small.shape[1]} x {small.shape[0]} pixels at an imsize of {size}, "
+                f"the network needs {least} along both sides. Take a larger --imsize."
+            )
+        image = torch.from_numpy(small).permute(2, 0, 1)[None]
         normal = normalize_images(image.to(weight.device), mean=card.mean, std=card.std)
         with torch.no_grad():
             features.append(backbone([normal.to(weight.dtype)]).float())

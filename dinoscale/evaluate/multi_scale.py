@@ -37,3 +37,10 @@ def _scaled(images: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return images
     return F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
+
+
+def least_side(network: nn.Module) -> int:
+    """Pixels that an image needs along both sides, so that a patch is left at every scale."""
+    if isinstance(network, MultiScale):
+        return math.ceil(least_side(network.backbone) / min(SCALES))
+    return int(getattr(network, "patch_size", 1))

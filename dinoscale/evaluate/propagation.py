@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dinoscale.errors import ConfigError
+from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.features import normalize_images
 
 TILE = 8  # patches along the side of a tile; tiles bound the memory, not the result
@@ -207,6 +207,10 @@ def patch_features(
 
     Returns:
         (R, C, D) float32, on the device of the backbone.
+
+    Raises:
+        ConfigError: the picture is smaller than a patch.
+        NonFiniteError: a feature is not a finite number.
     """
     weight = next(backbone.parameters())
     patch = _patch(backbone)
@@ -218,6 +222,8 @@ def patch_features(
     with torch.no_grad():
         tokens: Tensor = backbone.features(image.to(weight.dtype))  # type: ignore[operator]  # ViT
     patches = tokens[0, -rows * columns :].float()
+    if not torch.isfinite(patches).all():
+        raise NonFiniteError("the backbone's features are not finite; its weights have diverged")
     return F.normalize(patches, dim=1).view(rows, columns, -1)
 
 

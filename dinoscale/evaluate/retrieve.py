@@ -21,7 +21,7 @@ from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import check_labels, extract_features, find_device
-from dinoscale.evaluate.multi_scale import SCALES, MultiScale
+from dinoscale.evaluate.multi_scale import SCALES, MultiScale, least_side
 from dinoscale.evaluate.ranking import average_precision, random_precision
 from dinoscale.evaluate.untrained import untrained_backbone
 
@@ -90,6 +90,8 @@ def evaluate_retrieve(
 
     def measure(network: nn.Module) -> tuple[Scores, Tensor, Tensor]:
         network = MultiScale(network) if multi_scale else network
+        if card.crop < least_side(network):
+            raise ConfigError(f"images of {card.crop} pixels have no patch left at every scale")
         features, labels = extract(network.to(where))
         chosen = _queries(labels, count=queries, spec=spec)
         return score_labels(features, labels, chosen, progress=progress), labels, chosen
