@@ -19,10 +19,10 @@ from dinoscale.data.augment import by_plane, to_image, to_pixels
 from dinoscale.data.decode import Picture
 from dinoscale.data.sources import Source
 
-CROP_AREA = (0.2, 0.5)  # of the picture that is left
+CROP_AREA = (0.3, 0.6)  # of the picture that is left
 JPEG_QUALITY = (3, 15)
-BLUR_RADIUS = (0.01, 0.03)  # of the short side
-COLOR_FACTORS = (0.4, 1.8)  # of saturation, brightness and contrast; 1 changes nothing
+BLUR_RADIUS = (0.005, 0.02)  # of the short side
+COLOR_FACTORS = (0.6, 1.5)  # of saturation, brightness and contrast; 1 changes nothing
 ROTATION = (10.0, 45.0)  # degrees, to either side
 
 
