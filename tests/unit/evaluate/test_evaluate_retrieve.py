@@ -98,7 +98,7 @@ def test_landmarks_are_measured_in_every_setup(weights: Path, tmp_path: Path) ->
         )
         assert list(report["score"])[:2] == ["medium mAP", "medium mP@1"]
         assert report["score"]["medium mAP"] > report["floors"]["medium mAP"]
-    with pytest.raises(DataError, match=r"is 12 x 9 pixels .* needs 16 along both sides"):
+    with pytest.raises(DataError, match=r"is 12 x 10 pixels .* needs 16 along both sides"):
         evaluate_landmarks(weights, images, truth, multi_scale=True, size=12, progress=False)
     (images / "jpg" / "image3.jpg").unlink()
     with pytest.raises(DataError, match=r"1 of 5 images .* the first is image3.jpg"):
