@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import open_source
@@ -103,24 +104,28 @@ def evaluate_retrieve(
         "weights_source": card.source,
         "backbone": asdict(card.backbone),
         "data": {"spec": spec, "images": len(labels), "queries": len(chosen)},
-        "protocol": {
-            "method": "cosine similarity; images of the class of the query are right, the query "
-            "itself is left out",
-            "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
-            "average_precision": "step rule",
-            "scales": list(SCALES) if multi_scale else [1.0],
-            "resize": card.resize,
-            "crop": card.crop,
-            "mean": list(card.mean),
-            "std": list(card.std),
-            "floor": "expectation of a random order",
-        },
+        "protocol": _protocol(card, multi_scale=multi_scale),
         "score": score,
         "floors": _random(labels, chosen),
     }
     if untrained:
         report["untrained"] = measure(untrained_backbone(card))[0]
     return report
+
+
+def _protocol(card: BackboneCard, *, multi_scale: bool) -> dict[str, object]:
+    return {
+        "method": "cosine similarity; images of the class of the query are right, the query "
+        "itself is left out",
+        "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
+        "average_precision": "step rule",
+        "scales": list(SCALES) if multi_scale else [1.0],
+        "resize": card.resize,
+        "crop": card.crop,
+        "mean": list(card.mean),
+        "std": list(card.std),
+        "floor": "expectation of a random order",
+    }
 
 
 def _queries(labels: Tensor, *, count: int | None, spec: str) -> Tensor:
