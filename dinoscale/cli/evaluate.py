@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dinoscale.cli.arguments import DATA_HELP, add_weights
 from dinoscale.cli.dense import add_dense
 from dinoscale.cli.probes import add_probes
+from dinoscale.cli.propagate import add_copies, add_retrieve, add_video
 from dinoscale.cli.ranks import on_all_ranks
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ def add_evaluate(commands: SubCommands) -> None:
     _add_knn(tasks)
     add_probes(tasks)
     add_dense(tasks)
+    add_video(tasks)
+    add_retrieve(tasks)
+    add_copies(tasks)
 
 
 def _add_knn(tasks: SubCommands) -> None:

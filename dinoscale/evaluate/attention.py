@@ -34,6 +34,7 @@ from dinoscale.evaluate.attention_maps import (
     keep_mass,
 )
 from dinoscale.evaluate.features import eval_mode, find_device
+from dinoscale.evaluate.untrained import untrained_backbone
 from dinoscale.evaluate.whole_images import (
     Fit,
     find_patch_size,
@@ -41,7 +42,6 @@ from dinoscale.evaluate.whole_images import (
     open_images,
     read_image,
     to_input,
-    untrained_like,
     writing_to,
 )
 
@@ -285,7 +285,7 @@ def evaluate_attention(
     )
     untrained = None
     if masks is not None:
-        fresh = untrained_like(card).to(where)
+        fresh = untrained_backbone(card).to(where)
         untrained = score_attention(
             fresh, pictures, masks, mean=card.mean, std=card.std, size=fit.size
         )

@@ -5,7 +5,7 @@ Shape letters: N images of a set that can be read, D width.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,7 @@ from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import extract_features, find_device
-from dinoscale.models.zoo import build_backbone
-
-UNTRAINED_SEED = 0  # of the fresh weights that show what the architecture alone is worth
+from dinoscale.evaluate.untrained import untrained_backbone
 
 
 @dataclass(frozen=True)
@@ -102,10 +100,7 @@ class Frozen:
 
     def untrained(self) -> Frozen:
         """The same architecture and preparation with fresh weights, the same at every call."""
-        with torch.random.fork_rng():
-            torch.manual_seed(UNTRAINED_SEED)
-            backbone = build_backbone(**asdict(self.card.backbone))
-        return replace(self, backbone=backbone.eval().requires_grad_(False).to(self.device))
+        return replace(self, backbone=untrained_backbone(self.card).to(self.device))
 
 
 def open_frozen(weights_path: str | Path, how: Extraction) -> Frozen:

@@ -7,15 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from dinoscale.convert.weights_file import BackboneCard
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.subject import Subject
-from dinoscale.models.zoo import build_backbone
-
-UNTRAINED_SEED = 0  # of the fresh weights that a trained network is compared with
+from dinoscale.evaluate.untrained import untrained_backbone
 
 Result = Mapping[str, object]  # ready for JSON
 Log = Callable[[Result], None]
@@ -66,16 +63,9 @@ def report_of(
         **of("trained", subject.backbone),
     }
     if untrained:
-        report["untrained"] = of("untrained", _untrained(subject))["score"]
+        fresh = untrained_backbone(subject.card).to(subject.device)
+        report["untrained"] = of("untrained", fresh)["score"]
     return report
-
-
-def _untrained(subject: Subject) -> nn.Module:
-    """The same architecture with fresh weights, always the same, in eval mode on the device."""
-    with torch.random.fork_rng():
-        torch.manual_seed(UNTRAINED_SEED)
-        fresh = build_backbone(**asdict(subject.card.backbone))
-    return fresh.to(subject.device).eval().requires_grad_(False)
 
 
 class _ResultLog:

@@ -43,6 +43,7 @@ from dinoscale.evaluate.object_masks import (
     split_objects,
     usable_images,
 )
+from dinoscale.evaluate.untrained import untrained_backbone
 from dinoscale.evaluate.whole_images import (
     SIZE,
     Fit,
@@ -50,7 +51,6 @@ from dinoscale.evaluate.whole_images import (
     open_images,
     read_image,
     to_input,
-    untrained_like,
     writing_to,
 )
 
@@ -126,7 +126,7 @@ def evaluate_segment(
     mask_of = find_masks(source, spec, masks)
     indices, left_out = usable_images(source, mask_of, fit, indexed=indexed)
     look = _Look(source, mask_of, fit, card, indexed=indexed, mass=mass)
-    networks = (backbone.to(where), untrained_like(card).to(where))
+    networks = (backbone.to(where), untrained_backbone(card).to(where))
     bar = tqdm(indices, unit="img", disable=None if progress else True)
     results = [look.score(index, *networks) for index in bar]
     report: dict[str, object] = {

@@ -30,7 +30,6 @@ from dinoscale.data.listing import COMPRESSED_TAR, LeftOut, Listing
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import normalize_images
-from dinoscale.models.zoo import build_backbone
 
 log = logging.getLogger(__name__)
 
@@ -246,10 +245,3 @@ def to_input(
     weight = next(like.parameters())
     pixels = torch.from_numpy(to_pixels(image).copy()).permute(2, 0, 1)[None].to(weight.device)
     return normalize_images(pixels, mean=mean, std=std).to(weight.dtype)
-
-
-def untrained_like(card: BackboneCard) -> nn.Module:
-    """Build the same architecture with fresh weights of seed 0, in eval mode: a floor."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return build_backbone(**asdict(card.backbone)).eval().requires_grad_(False)

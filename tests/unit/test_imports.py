@@ -45,6 +45,7 @@ ONLY_IN = {
     "transformers": ("convert/to_hf.py",),
     "onnx": ("convert/to_graphs.py",),
     "onnxruntime": ("convert/to_graphs.py",),
+    "scipy": ("evaluate/",),
 }
 
 

@@ -1,0 +1,138 @@
+"""Copy detection: descriptors and whitening by hand, folders of copies, copies made here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dinoscale.cli import run
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.copies import Settings as CopySettings
+from dinoscale.evaluate.copies import evaluate_copies, evaluate_made_copies, score_copies
+from dinoscale.evaluate.copy_descriptors import CopyDescriptor, generalized_mean, learn_whitening
+from dinoscale.evaluate.copy_pairs import pairs_of_names
+from dinoscale.models.zoo import build_backbone
+from tests.unit.evaluate.tiny_files import SHAPE, as_json, save_picture, save_weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors")
+
+
+QUICK = CopySettings(size=32, num_workers=0, device="cpu", progress=False)
+
+
+def test_generalized_mean_by_hand() -> None:
+    patches = torch.tensor([[[1.0, -3.0], [2.0, -1.0]]])  # (1, 2 patches, 2 channels)
+    expected = [((1 + 16) / 2) ** 0.25, 1e-6]
+    np.testing.assert_allclose(generalized_mean(patches)[0], expected, rtol=1e-5)
+
+
+def test_whitening_equals_numpy_and_makes_second_moments_equal() -> None:
+    rng = np.random.default_rng(0)
+    descriptors = rng.normal(3, 1, (500, 4)) @ rng.normal(0, 1, (4, 4))
+    whitening = learn_whitening(torch.from_numpy(descriptors))
+    values, vectors = np.linalg.eigh(descriptors.T @ descriptors / 500)
+    expected = (descriptors - descriptors.mean(0)) @ vectors / np.sqrt(values)
+    found = whitening(torch.from_numpy(descriptors)).numpy()
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), rtol=1e-6, atol=1e-9)
+    uncentered = (descriptors @ whitening.projection.numpy().T).T
+    np.testing.assert_allclose(uncentered @ uncentered.T / 500, np.eye(4), atol=1e-6)
+
+
+def test_directions_without_content_are_not_blown_up() -> None:
+    flat = torch.randn(50, 3, dtype=torch.float64) * torch.tensor([1.0, 1.0, 0.0])
+    projection = learn_whitening(flat).projection
+    largest = float(torch.linalg.eigvalsh(flat.T @ flat / 50).max())
+    assert float(projection.abs().max()) == pytest.approx((1e-5 * largest) ** -0.5)
+
+
+def test_descriptor_is_class_token_beside_pooled_patches() -> None:
+    backbone = build_backbone(**asdict(SHAPE)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    found = CopyDescriptor(backbone)([images])
+    torch.testing.assert_close(found[:, :64], backbone([images]))
+    tokens = backbone.features(images)  # type: ignore[operator]  # of a ViT
+    torch.testing.assert_close(found[:, 64:], generalized_mean(tokens[:, 1:]))
+
+
+def test_only_the_first_twenty_ranks_count() -> None:
+    bank = torch.eye(30)
+    query = torch.arange(30, 0, -1, dtype=torch.float32)[None]  # ranks 0, 1, 2, ...
+    assert score_copies(query, bank, [[0]]) == 100
+    assert score_copies(query, bank, [[19]]) == pytest.approx(100 * (0 + 1 / 20) / 2)
+    assert score_copies(query, bank, [[20]]) == 0
+
+
+def test_copies_of_a_folder_are_found_block_by_block(weights: Path, tmp_path: Path) -> None:
+    for i in range(6):
+        save_picture(tmp_path / "original" / f"p{i}.png", seed=i)
+        save_picture(tmp_path / "query" / "strong" / f"p{i}_cut.jpg", seed=i, size=(60, 30))
+        save_picture(tmp_path / "query" / "jpegqual" / "3" / f"p{i}.jpg", seed=5 - i)  # of another
+        save_picture(tmp_path / "other" / f"{i}.png", seed=50 + i)
+    places = (str(tmp_path / "original"), str(tmp_path / "query"))
+    other = str(tmp_path / "other")
+    report = as_json(evaluate_copies(weights, *places, distractors=other, settings=QUICK))
+    assert report["score"]["mAP"] == report["score"]["mAP strong"] > 80
+    assert report["score"]["mAP jpegqual/3"] < 40
+    assert report["data"]["database"] == 12
+    rank = np.arange(2, 13)
+    assert report["floors"]["mAP"] == pytest.approx(100 / 12 * (1 + (1 / rank / 2).sum()))
+    (tmp_path / "pairs.csv").write_text(
+        "query,original\n"
+        + "".join(f"jpegqual/3/p{i}.jpg,p{5 - i}.png\n" for i in range(6))
+        + "".join(f"strong/p{i}_cut.jpg,p{i}.png\n" for i in range(6))
+    )
+    paired = evaluate_copies(weights, *places, pairs=str(tmp_path / "pairs.csv"), settings=QUICK)
+    assert as_json(paired)["score"]["mAP jpegqual/3"] > 80
+    (tmp_path / "original" / "p3.png").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"p3.png"):
+        evaluate_copies(weights, *places, settings=QUICK)
+
+
+def test_queries_belong_to_the_longest_name_they_begin_with() -> None:
+    assert pairs_of_names(["x/sea_2_cut.jpg", "sea_1.png"], ["sea.jpg", "sea_2.jpg"]) == [
+        (1,),
+        (0,),
+    ]
+    with pytest.raises(DataError, match=r"200001.jpg .*--prefix 4"):
+        pairs_of_names(["200001.jpg"], ["200000.jpg"])
+
+
+def test_made_copies_are_the_same_every_time_and_with_whitening(
+    weights: Path, tmp_path: Path
+) -> None:
+    for i in range(20):
+        save_picture(tmp_path / f"{i}.png", seed=i)
+    whitened = CopySettings(**{**asdict(QUICK), "whitening": str(tmp_path), "untrained": True})
+    first, second = (
+        as_json(evaluate_made_copies(weights, str(tmp_path), queries=8, settings=whitened))
+        for _ in range(2)
+    )
+    assert first == second
+    assert first["data"]["queries"]["strong"] == 8
+    assert first["score"]["mAP jpeg"] > first["floors"]["mAP jpeg"]
+    assert list(first["untrained"]) == list(first["score"])
+    other = evaluate_made_copies(weights, str(tmp_path), queries=8, seed=1, settings=whitened)
+    assert other["score"] != first["score"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["retrieve", "w"], "give --data DATA, or --images"),
+        (["retrieve", "w", "--data", "d", "--imsize", "9"], "--imsize has no meaning beside"),
+        (["retrieve", "w", "--images", "d"], "--ground-truth"),
+        (["copies", "w"], "give --originals and --queries"),
+        (["copies", "w", "--data", "d", "--make-copies", "--prefix", "4"], "--prefix has no"),
+        (["copies", "w", "--originals", "o", "--queries", "q", "--seed", "1"], "--seed has no"),
+    ],
+)
+def test_options_of_different_ways_are_not_mixed(arguments: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run(["evaluate", *arguments])
