@@ -23,7 +23,18 @@ def add_config(command: argparse.ArgumentParser, *, required: bool = True) -> No
 
 def add_weights(command: argparse.ArgumentParser) -> None:
     """WEIGHTS, and what no file tells of them."""
-    command.add_argument("weights", metavar="WEIGHTS", help=".safetensors of ours, or a DINO .pth")
     command.add_argument(
-        "--num-heads", type=int, metavar="N", help="of a DINO .pth whose heads are not 64 wide"
+        "weights",
+        metavar="WEIGHTS",
+        help="a run, a checkpoint, a file of `dinoscale convert`, DINO's .pth, a folder of timm or"
+        " Hugging Face",
+    )
+    command.add_argument(
+        "--network",
+        choices=("teacher", "student"),
+        default="teacher",
+        help="of a run or a full checkpoint (default teacher)",
+    )
+    command.add_argument(
+        "--num-heads", type=int, metavar="N", help="of files that do not tell, if not 64 wide"
     )

@@ -105,6 +105,7 @@ def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
             options.images,
             options.sheet,
             size=options.size,
+            network=options.network,
             num_heads=options.num_heads,
         )
     from dinoscale.evaluate.attention_files import write_attention
@@ -115,6 +116,7 @@ def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
         options.out,
         mass=options.mass,
         limit=options.limit,
+        network=options.network,
         num_heads=options.num_heads,
         **_size(options),
     )
@@ -130,6 +132,7 @@ def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
         indexed=options.indexed,
         mass=options.mass,
         out=options.out,
+        network=options.network,
         num_heads=options.num_heads,
         **_size(options),
     )
@@ -145,6 +148,7 @@ def _evaluate_pca(options: argparse.Namespace) -> dict[str, Any]:
         foreground=options.foreground,
         smooth=options.smooth,
         limit=options.limit,
+        network=options.network,
         num_heads=options.num_heads,
         **_size(options),
     )

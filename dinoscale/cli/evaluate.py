@@ -44,9 +44,6 @@ def _add_knn(tasks: SubCommands) -> None:
     knn.add_argument("--train", required=True, metavar="DATA", help=DATA_HELP)
     knn.add_argument("--test", required=True, metavar="DATA", help=DATA_HELP)
     knn.add_argument("--k", type=int, nargs="+", default=None, help="default 10 20 100 200")
-    knn.add_argument(
-        "--network", choices=("teacher", "student"), default="teacher", help="of a file with both"
-    )
     knn.add_argument("--resize", type=int, metavar="PIXELS", help="short side; default: WEIGHTS'")
     knn.add_argument("--crop", type=int, metavar="PIXELS", help="side; default: WEIGHTS'")
     knn.add_argument("--batch-size", type=int, default=64, metavar="N")

@@ -145,6 +145,7 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
         "untrained": options.untrained,
         "log_path": options.log,
         "reading": Reading(num_workers=options.num_workers),
+        "network": options.network,
         "num_heads": options.num_heads,
     }
 

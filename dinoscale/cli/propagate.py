@@ -148,6 +148,7 @@ def _evaluate_video(options: argparse.Namespace) -> dict[str, Any]:
             temp=options.temp,
         ),
         untrained=options.untrained,
+        network=options.network,
         num_heads=options.num_heads,
     )
 
@@ -166,6 +167,7 @@ def _evaluate_retrieve(options: argparse.Namespace) -> dict[str, Any]:
             untrained=options.untrained,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
+            network=options.network,
             num_heads=options.num_heads,
         )
     if None in landmarks:
@@ -180,6 +182,7 @@ def _evaluate_retrieve(options: argparse.Namespace) -> dict[str, Any]:
         size=SIZE if options.imsize is None else options.imsize,
         multi_scale=options.multi_scale,
         untrained=options.untrained,
+        network=options.network,
         num_heads=options.num_heads,
     )
 
@@ -197,6 +200,7 @@ def _evaluate_copies(options: argparse.Namespace) -> dict[str, Any]:
         whitening=options.whitening,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
+        network=options.network,
         num_heads=options.num_heads,
         untrained=options.untrained,
     )

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.augment import to_image
 from dinoscale.data.decode import BadSampleError
@@ -242,6 +243,7 @@ def evaluate_attention(
     images: int = 100,
     rows: int = ROWS_DRAWN,
     device: str | None = None,
+    network: Network = "teacher",
     num_heads: int | None = None,
 ) -> dict[str, object]:
     """Draw the attention of a weights file on some images of a set, and score it where it can.
@@ -255,6 +257,7 @@ def evaluate_attention(
         images: how many to score, drawn at random and always the same; all if there are fewer.
         rows: how many of those to draw.
         device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
         num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
 
     Returns:
@@ -269,7 +272,7 @@ def evaluate_attention(
     if images < 1 or rows < 1:
         raise ConfigError(f"need images > 0 and rows > 0, got {images} and {rows}")
     where = find_device(device)
-    backbone, card = load_backbone(weights_path, num_heads=num_heads)
+    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
     fit = Fit(find_patch_size(backbone), card.crop if size is None else size, square=True)
     pictures, masks = _pick(open_images(spec, card), images=images)
     score = draw_attention(

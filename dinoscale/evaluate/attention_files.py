@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.attention_figure import COLORS, DIMMED, Row, draw_rows
@@ -48,6 +49,7 @@ def write_attention(
     mass: float = MASS,
     limit: int | None = None,
     device: str | None = None,
+    network: Network = "teacher",
     num_heads: int | None = None,
     progress: bool = True,
 ) -> dict[str, object]:
@@ -69,6 +71,7 @@ def write_attention(
         mass: share of a map's attention that the mask keeps, 0 < mass <= 1.
         limit: only so many images, from the first on; None takes all.
         device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
         num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
         progress: draw a bar on stderr, if that is a terminal.
 
@@ -84,7 +87,7 @@ def write_attention(
     if not 0 < mass <= 1:
         raise ConfigError(f"mass: need a share above 0 and at most 1, got {mass}")
     where = find_device(device)
-    backbone, card = load_backbone(weights_path, num_heads=num_heads)
+    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
     fit = Fit(find_patch_size(backbone), size, square)
     backbone.to(where)
     images = SeenImages(open_images(spec, card), fit, limit=limit, progress=progress)

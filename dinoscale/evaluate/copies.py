@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decode import Decoder
 from dinoscale.data.folder import FolderSource
@@ -54,6 +55,7 @@ class Settings:
     batch_size: int = 64  # images in one forward
     num_workers: int = 2  # processes that decode
     device: str | None = None  # of torch; None takes the accelerator if there is one
+    network: Network = "teacher"  # of a run or a full checkpoint
     num_heads: int | None = None  # for weights that do not tell
     untrained: bool = False  # also measure the same architecture with fresh weights
     progress: bool = True  # draw bars on stderr, if that is a terminal
@@ -177,7 +179,9 @@ class _Run:
             raise ConfigError(f"need size, batch_size > 0 and num_workers >= 0; got {settings}")
         self._settings, self._path = settings, str(weights_path)
         self._device = find_device(settings.device)
-        self._backbone, self.card = load_backbone(weights_path, num_heads=settings.num_heads)
+        self._backbone, self.card = load_backbone(
+            weights_path, network=settings.network, num_heads=settings.num_heads
+        )
         if settings.size < least_side(self._backbone):
             raise ConfigError(f"size: {settings.size} pixels are less than a patch")
         self.decoder = Decoder(self.card.backbone.in_chans, self.card.white)

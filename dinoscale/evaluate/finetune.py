@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.data.labelled_crops import FLIP_PROB, SCALE
 from dinoscale.engine.param_groups import DECAY, build_optimizer
 from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.accuracy import choose_best, num_right, percent
+from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.linear_heads import INIT_STD
 from dinoscale.evaluate.probe_report import Log, preprocessing, report_of
 from dinoscale.evaluate.subject import (
@@ -105,6 +107,7 @@ def evaluate_finetune(
     log_path: str | Path | None = None,
     reading: Reading = READING,
     device: str | None = None,
+    network: Network = "teacher",
     num_heads: int | None = None,
 ) -> dict[str, object]:
     """Train a backbone and a classifier on one labelled set, and measure them on another.
@@ -120,6 +123,7 @@ def evaluate_finetune(
         log_path: JSON lines, one for each epoch as soon as it is done.
         reading: batches of the test, workers and bars.
         device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
         num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
 
     Returns:
@@ -136,7 +140,8 @@ def evaluate_finetune(
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
     target = None if out is None else _writable(Path(out), Path(weights_path))
-    subject = open_subject(weights_path, train_spec, test_spec, device=device, num_heads=num_heads)
+    how = Extraction(network=network, num_heads=num_heads, device=device)
+    subject = open_subject(weights_path, train_spec, test_spec, how)
     if recipe.precision is None:
         recipe = replace(recipe, precision="bf16" if subject.device.type == "cuda" else "fp32")
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.augment import to_image, to_pixels
 from dinoscale.data.decode import Decoder
@@ -47,6 +48,7 @@ def evaluate_landmarks(
     multi_scale: bool = False,
     untrained: bool = False,
     device: str | None = None,
+    network: Network = "teacher",
     num_heads: int | None = None,
     progress: bool = True,
 ) -> dict[str, object]:
@@ -60,6 +62,7 @@ def evaluate_landmarks(
         multi_scale: average the features of three scales.
         untrained: also measure the same architecture with fresh weights.
         device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
         num_heads: for files that do not tell.
         progress: draw bars on stderr, if that is a terminal.
 
@@ -76,7 +79,7 @@ def evaluate_landmarks(
     if size < 1:
         raise ConfigError(f"imsize: need a number of pixels above 0, got {size}")
     where = find_device(device)
-    backbone, card = load_backbone(weights_path, num_heads=num_heads)
+    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
     if card.backbone.in_chans not in (1, 3):
         raise ConfigError(f"retrieve needs 1 or 3 channels, these have {card.backbone.in_chans}")
     truth = read_ground_truth(ground_truth)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dinoscale.convert.weights import Network
 from dinoscale.data.labelled_crops import FLIP_PROB, SCALE, stream_sampler
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.accuracy import choose_best, percent
+from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.linear_heads import (
     INIT_STD,
     MOMENTUM,
@@ -53,6 +55,7 @@ def evaluate_linear(
     log_path: str | Path | None = None,
     reading: Reading = READING,
     device: str | None = None,
+    network: Network = "teacher",
     num_heads: int | None = None,
 ) -> dict[str, object]:
     """Train linear classifiers on frozen features of one set, and measure them on another.
@@ -69,6 +72,7 @@ def evaluate_linear(
         log_path: JSON lines, one for each measurement as soon as it is known.
         reading: batches, workers and bars.
         device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
         num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
 
     Returns:
@@ -83,7 +87,8 @@ def evaluate_linear(
     """
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
-    subject = open_subject(weights_path, train_spec, test_spec, device=device, num_heads=num_heads)
+    how = Extraction(network=network, num_heads=num_heads, device=device)
+    subject = open_subject(weights_path, train_spec, test_spec, how)
     plan = protocol.plan(subject.backbone, images=len(subject.train))
 
     def measure(backbone: nn.Module, log: Log) -> dict[str, object]:

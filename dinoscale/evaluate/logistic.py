@@ -20,8 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from dinoscale.convert.weights import Network
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.accuracy import num_right, percent
+from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.probe_report import Log, preprocessing, report_of
 from dinoscale.evaluate.subject import (
     READING,
@@ -52,6 +54,7 @@ def evaluate_logistic(
     log_path: str | Path | None = None,
     reading: Reading = READING,
     device: str | None = None,
+    network: Network = "teacher",
     num_heads: int | None = None,
 ) -> dict[str, object]:
     """Fit a logistic regression to frozen features of one set, and measure it on another.
@@ -70,6 +73,7 @@ def evaluate_logistic(
         log_path: JSON lines, one for each C as soon as it is known.
         reading: batches, workers and bars.
         device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
         num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
 
     Returns:
@@ -83,7 +87,8 @@ def evaluate_logistic(
     """
     if not cs or min(cs) <= 0 or max_iter < 1 or seed < 0:
         raise ConfigError(f"need C > 0, max_iter > 0, seed >= 0; got {[*cs]}, {max_iter}, {seed}")
-    subject = open_subject(weights_path, train_spec, test_spec, device=device, num_heads=num_heads)
+    how = Extraction(network=network, num_heads=num_heads, device=device)
+    subject = open_subject(weights_path, train_spec, test_spec, how)
     return report_of(
         "logistic",
         subject,

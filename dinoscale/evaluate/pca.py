@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import eval_mode, find_device
@@ -106,6 +107,7 @@ def evaluate_pca(
     smooth: bool = False,
     limit: int | None = None,
     device: str | None = None,
+    network: Network = "teacher",
     num_heads: int | None = None,
     progress: bool = True,
 ) -> dict[str, object]:
@@ -127,6 +129,7 @@ def evaluate_pca(
         smooth: enlarge the colors bilinearly, not by nearest neighbour.
         limit: only so many images, from the first on; None takes all.
         device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
         num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
         progress: draw a bar on stderr, if that is a terminal.
 
@@ -140,7 +143,7 @@ def evaluate_pca(
         DataError: no image can be read, or the folder cannot be written.
     """
     where = find_device(device)
-    backbone, card = load_backbone(weights_path, num_heads=num_heads)
+    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
     fit = Fit(find_patch_size(backbone), size, square)
     images = SeenImages(open_images(spec, card), fit, limit=limit, progress=progress)
     backbone.to(where)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import open_source
@@ -43,6 +44,7 @@ def evaluate_retrieve(
     batch_size: int = 64,
     num_workers: int = 2,
     device: str | None = None,
+    network: Network = "teacher",
     num_heads: int | None = None,
     progress: bool = True,
 ) -> dict[str, object]:
@@ -57,6 +59,7 @@ def evaluate_retrieve(
         batch_size: images in one forward.
         num_workers: processes that decode images.
         device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
         num_heads: for files that do not tell.
         progress: draw bars on stderr, if that is a terminal.
 
@@ -73,7 +76,7 @@ def evaluate_retrieve(
         found = f"{batch_size}, {num_workers}, {queries}"
         raise ConfigError(f"need batch_size > 0, num_workers >= 0, queries > 0; got {found}")
     where = find_device(device)
-    backbone, card = load_backbone(weights_path, num_heads=num_heads)
+    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
     source = open_source(spec, Decoder(card.backbone.in_chans, card.white))
     check_labels(source, name="retrieve")
     extract = partial(

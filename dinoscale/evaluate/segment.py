@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError
@@ -88,6 +89,7 @@ def evaluate_segment(
     mass: float = MASS,
     out: str | Path | None = None,
     device: str | None = None,
+    network: Network = "teacher",
     num_heads: int | None = None,
     progress: bool = True,
 ) -> dict[str, object]:
@@ -105,6 +107,7 @@ def evaluate_segment(
             its figure and 0.8 in its appendix, for the same numbers.
         out: folder for a sheet of the best, median and worst images; None draws nothing.
         device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
         num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
         progress: draw a bar on stderr, if that is a terminal.
 
@@ -120,7 +123,7 @@ def evaluate_segment(
     if not 0 < mass <= 1:
         raise ConfigError(f"mass: need a share above 0 and at most 1, got {mass}")
     where = find_device(device)
-    backbone, card = load_backbone(weights_path, num_heads=num_heads)
+    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
     fit = Fit(find_patch_size(backbone), size, square)
     source = open_images(spec, card)
     mask_of = find_masks(source, spec, masks)

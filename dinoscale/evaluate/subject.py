@@ -78,28 +78,22 @@ class Subject:
 
 
 def open_subject(
-    weights_path: str | Path,
-    train_spec: str,
-    test_spec: str,
-    *,
-    device: str | None,
-    num_heads: int | None,
+    weights_path: str | Path, train_spec: str, test_spec: str, how: Extraction
 ) -> Subject:
     """Load weights and open both sets.
 
     Args:
-        weights_path: any weights file that `load_backbone` reads.
+        weights_path: any weights that `load_backbone` reads.
         train_spec: as `data.train` of a config; a subfolder a class, or shards with class numbers.
         test_spec: likewise; its classes must be those of the train set.
-        device: a torch device; None takes the accelerator if there is one.
-        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
+        how: to open the weights: network, num_heads, device.
 
     Raises:
         CheckpointError: the weights file cannot be used.
         ConfigError: there is no such device.
         DataError: a set cannot be read or lacks labels, the classes differ, or there is only one.
     """
-    frozen = open_frozen(weights_path, Extraction(num_heads=num_heads, device=device))
+    frozen = open_frozen(weights_path, how)
     sets = LabelledSets.open(train_spec, test_spec, frozen.open)
     return Subject(
         weights=str(weights_path),

@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decode import Decoder
 from dinoscale.data.videos import VOID, Video, object_numbers, open_videos
@@ -46,6 +47,7 @@ def evaluate_video(
     settings: Settings | None = None,
     untrained: bool = False,
     device: str | None = None,
+    network: Network = "teacher",
     num_heads: int | None = None,
     progress: bool = True,
 ) -> dict[str, object]:
@@ -63,6 +65,7 @@ def evaluate_video(
         settings: of the propagation; None takes the published ones.
         untrained: also measure the same architecture with fresh weights.
         device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
         num_heads: for files that do not tell.
         progress: draw a bar on stderr, if that is a terminal.
 
@@ -79,7 +82,7 @@ def evaluate_video(
     settings = settings or Settings()
     settings.check()
     where = find_device(device)
-    backbone, card = load_backbone(weights_path, num_heads=num_heads)
+    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
     if not hasattr(backbone, "features"):
         raise ConfigError(f"video needs the patches of a ViT; {card.backbone.name} has none")
     videos = open_videos(spec, names=names)

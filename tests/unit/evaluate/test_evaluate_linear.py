@@ -15,6 +15,7 @@ from PIL import Image
 
 from dinoscale.data.labelled_crops import stream_sampler
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.linear import evaluate_linear
 from dinoscale.evaluate.linear_heads import LinearHeads, TokenFeatures
 from dinoscale.evaluate.linear_protocols import DinoProtocol, GridProtocol
@@ -98,7 +99,7 @@ def test_without_augmentation_features_of_whole_images_are_trained_on(colors: Co
         for augment in (False, True)
     )
     reading = Reading(num_workers=0, progress=False)
-    subject = open_subject(colors.weights, train, test, device="cpu", num_heads=None)
+    subject = open_subject(colors.weights, train, test, Extraction(device="cpu"))
     tokens = TokenFeatures(subject.backbone, blocks=2)
     features, labels = outputs_of_train(tokens, subject, reading)
     tests, test_labels = outputs_of_test(tokens, subject, reading)
@@ -138,7 +139,7 @@ def test_wrong_labels_give_wrong_answers(colors: Colors, tmp_path: Path) -> None
 
 
 def test_labels_of_the_test_set_are_in_the_numbers_of_the_train_set(colors: Colors) -> None:
-    subject = open_subject(colors.weights, colors.train, colors.test, device="cpu", num_heads=None)
+    subject = open_subject(colors.weights, colors.train, colors.test, Extraction(device="cpu"))
     other = replace(subject, renumber=torch.tensor([2, 0, 1]))
     reading = Reading(num_workers=0, progress=False)
     _, labels = outputs_of_test(subject.backbone, other, reading)
