@@ -119,6 +119,7 @@ def _add_common(task: argparse.ArgumentParser) -> None:
         "--log", metavar="FILE.jsonl", help="append each intermediate result to this file at once"
     )
     task.add_argument("--num-workers", type=int, default=2, metavar="N", help="default 2")
+    task.add_argument("--no-cache", action="store_true", help="neither read nor keep features")
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "untrained": options.untrained,
         "log_path": options.log,
-        "reading": Reading(num_workers=options.num_workers),
+        "reading": Reading(num_workers=options.num_workers, cache=not options.no_cache),
         "network": options.network,
         "num_heads": options.num_heads,
     }

@@ -270,7 +270,9 @@ def _test(
     network: Classifier, subject: Subject, recipe: Recipe, reading: Reading
 ) -> dict[str, float]:
     with _autocast(subject.device, recipe):
-        logits, labels = outputs_of_test(network, subject, replace(reading, progress=False))
+        logits, labels = outputs_of_test(
+            network, subject, replace(reading, progress=False), taken=None
+        )
     top1, top5 = num_right(logits, labels)
     classes = subject.num_classes
     return percent(int(top1), int(top5), images=len(labels), num_classes=classes)

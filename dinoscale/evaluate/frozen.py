@@ -21,6 +21,13 @@ from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import extract_features, find_device
 from dinoscale.evaluate.untrained import untrained_backbone
 
+OUTPUT = "output"  # of a backbone, as it is
+
+
+def taken_of(card: BackboneCard, what: str) -> str:
+    """Say what features depend on besides weights, for the cache."""
+    return f"{what} of {card.backbone}, white {card.white}"
+
 
 @dataclass(frozen=True)
 class Extraction:
@@ -94,7 +101,7 @@ class Frozen:
             batch_size=self.how.batch_size,
             device=self.device,
             num_workers=self.how.num_workers,
-            taken=f"output of {card.backbone}, white {card.white}" if self.how.cache else None,
+            taken=taken_of(card, OUTPUT) if self.how.cache else None,
             progress=self.how.progress,
         )
 

@@ -142,7 +142,9 @@ class _Probe:
     def evaluations(self) -> Iterator[Evaluation]:
         """Train, and yield what is measured on the way and at the end."""
         plan = self._plan
-        tests, test_labels = outputs_of_test(self._tokens, self._subject, self._reading)
+        tests, test_labels = outputs_of_test(
+            self._tokens, self._subject, self._reading, taken=self._tokens.taken
+        )
         rates = torch.tensor(plan.rates, device=tests.device)
         shown = None if self._reading.progress else True
         bar = tqdm(self._batches(), total=plan.steps, unit="step", disable=shown)
@@ -173,7 +175,9 @@ class _Probe:
                 with torch.no_grad():
                     yield self._tokens([pixels]).float(), labels
             return
-        features, labels = outputs_of_train(self._tokens, subject, reading)
+        features, labels = outputs_of_train(
+            self._tokens, subject, reading, taken=self._tokens.taken
+        )
         sampler = stream_sampler(
             len(features), batch_size=plan.batch_size, steps=plan.steps, seed=self._seed
         )

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dinoscale.convert.weights import Network
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.accuracy import num_right, percent
-from dinoscale.evaluate.frozen import Extraction
+from dinoscale.evaluate.frozen import OUTPUT, Extraction
 from dinoscale.evaluate.probe_report import Log, preprocessing, report_of
 from dinoscale.evaluate.subject import (
     READING,
@@ -119,7 +119,7 @@ def _measure(
     seed: int,
 ) -> dict[str, object]:
     """Score, chosen C and what the held-out part says of each C."""
-    train, labels = _normalised(*outputs_of_train(backbone, subject, reading))
+    train, labels = _normalised(*outputs_of_train(backbone, subject, reading, taken=OUTPUT))
     if len(np.unique(labels)) < 2:
         raise DataError(f"{subject.specs[0]}: images of only one class can be read; need two")
     held = held_out(labels, seed=seed)
@@ -129,7 +129,7 @@ def _measure(
         tried.append({"c": c} | _accuracy(scores, labels[held], subject))
         log({"held_out": tried[-1]})
     best = max(tried, key=lambda entry: entry["top1"])  # the strongest penalty of equals
-    test, test_labels = _normalised(*outputs_of_test(backbone, subject, reading))
+    test, test_labels = _normalised(*outputs_of_test(backbone, subject, reading, taken=OUTPUT))
     scores, iterations = scores_of(train, labels, test, c=best["c"], max_iter=max_iter)
     score = _accuracy(scores, test_labels, subject)
     log({"score": score})

@@ -20,7 +20,7 @@ from dinoscale.data.sources import Source
 from dinoscale.data.transfer import to_device
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import check_labels, extract_features
-from dinoscale.evaluate.frozen import Extraction, open_frozen
+from dinoscale.evaluate.frozen import Extraction, open_frozen, taken_of
 from dinoscale.evaluate.labelled import LabelledSets
 
 
@@ -31,11 +31,13 @@ class Reading:
     Attributes:
         batch_size: images of one forward without gradients.
         num_workers: processes that decode images; 0 decodes in this one.
+        cache: read outputs that are kept from an earlier run, and keep those made.
         progress: draw bars on stderr, if that is a terminal.
     """
 
     batch_size: int = 64
     num_workers: int = 4
+    cache: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -109,16 +111,23 @@ def open_subject(
 
 
 def outputs_of_train(
-    network: nn.Module, subject: Subject, reading: Reading
+    network: nn.Module, subject: Subject, reading: Reading, *, taken: str | None
 ) -> tuple[Tensor, Tensor]:
     """What the network makes of the train set without augmentation; as `outputs_of_test`."""
-    return _outputs(network, subject, subject.train, reading, spec=subject.specs[0])
+    return _outputs(network, subject, subject.train, reading, spec=subject.specs[0], taken=taken)
 
 
 def outputs_of_test(
-    network: nn.Module, subject: Subject, reading: Reading
+    network: nn.Module, subject: Subject, reading: Reading, *, taken: str | None
 ) -> tuple[Tensor, Tensor]:
     """What the network makes of the test set.
+
+    Args:
+        network: the subject's backbone, or around it.
+        subject: whose images these are.
+        reading: how they are read.
+        taken: what the network makes of the backbone, in words, for the cache; None where its
+            weights change, so that nothing is worth keeping.
 
     Returns:
         Outputs (N, D) float32, and labels (N,) int64 in the train set's numbers, on the device.
@@ -127,12 +136,19 @@ def outputs_of_test(
         DataError: none of the images can be read.
         NonFiniteError: an output is not a finite number.
     """
-    outputs, labels = _outputs(network, subject, subject.test, reading, spec=subject.specs[1])
+    spec = subject.specs[1]
+    outputs, labels = _outputs(network, subject, subject.test, reading, spec=spec, taken=taken)
     return outputs, subject.renumber.to(labels.device)[labels]
 
 
 def _outputs(
-    network: nn.Module, subject: Subject, source: Source, reading: Reading, *, spec: str
+    network: nn.Module,
+    subject: Subject,
+    source: Source,
+    reading: Reading,
+    *,
+    spec: str,
+    taken: str | None,
 ) -> tuple[Tensor, Tensor]:
     card = subject.card
     outputs, labels = extract_features(
@@ -145,6 +161,7 @@ def _outputs(
         batch_size=reading.batch_size,
         device=subject.device,
         num_workers=reading.num_workers,
+        taken=taken_of(card, taken) if taken and reading.cache else None,
         progress=reading.progress,
     )
     if not len(outputs):

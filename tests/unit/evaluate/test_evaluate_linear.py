@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dinoscale.data.labelled_crops import stream_sampler
 from dinoscale.errors import ConfigError, DataError
@@ -101,8 +102,8 @@ def test_without_augmentation_features_of_whole_images_are_trained_on(colors: Co
     reading = Reading(num_workers=0, progress=False)
     subject = open_subject(colors.weights, train, test, Extraction(device="cpu"))
     tokens = TokenFeatures(subject.backbone, blocks=2)
-    features, labels = outputs_of_train(tokens, subject, reading)
-    tests, test_labels = outputs_of_test(tokens, subject, reading)
+    features, labels = outputs_of_train(tokens, subject, reading, taken=None)
+    tests, test_labels = outputs_of_test(tokens, subject, reading, taken=None)
     plan = short.plan(subject.backbone, images=48)
     sampler = stream_sampler(48, batch_size=8, steps=6, seed=5)
     accuracies = []
@@ -142,8 +143,30 @@ def test_labels_of_the_test_set_are_in_the_numbers_of_the_train_set(colors: Colo
     subject = open_subject(colors.weights, colors.train, colors.test, Extraction(device="cpu"))
     other = replace(subject, renumber=torch.tensor([2, 0, 1]))
     reading = Reading(num_workers=0, progress=False)
-    _, labels = outputs_of_test(subject.backbone, other, reading)
+    _, labels = outputs_of_test(subject.backbone, other, reading, taken=None)
     assert labels.tolist() == [2] * 4 + [0] * 4 + [1] * 4
+
+
+def test_features_are_kept_under_what_is_taken_of_the_network(
+    colors: Colors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DINOSCALE_CACHE", str(tmp_path))
+    subject = open_subject(colors.weights, colors.train, colors.test, Extraction(device="cpu"))
+    one, two = (TokenFeatures(subject.backbone, blocks=n) for n in (1, 2))
+
+    def forwards(tokens: TokenFeatures, *, cache: bool = True) -> tuple[Tensor, int]:
+        calls = []
+        hook = subject.backbone.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+        reading = Reading(num_workers=0, cache=cache, progress=False)
+        rows, _ = outputs_of_test(tokens, subject, reading, taken=tokens.taken)
+        hook.remove()
+        return rows, len(calls)
+
+    rows, first = forwards(two)
+    again, second = forwards(two)
+    assert torch.equal(again, rows)
+    assert (first, second) == (1, 0)
+    assert [n for _, n in (forwards(one), forwards(two, cache=False))] == [1, 1]
 
 
 def test_one_class_is_refused(colors: Colors) -> None:
