@@ -13,6 +13,7 @@ lives is the targets and a few times `CHUNK` elements, however many crops there 
 so the backward pass only multiplies the gradients of the forward.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -155,15 +156,14 @@ def _loss_of_prototypes(
     num_pairs, mass = _num_pairs(num_crops, probs), probs.sum(-1, dtype=dtype)  # (T, B)
     parts = _chunks(num_prototypes, each=len(rows), at_most=PROTOTYPES)
     prototypes = partial(_prototypes, weight_v, weight_g, dtype=dtype)
-    sums = [(rows @ prototypes(part).w.T).logsumexp(-1) for part in parts]
-    log_sum = torch.stack(sums).logsumexp(0)[:, None]  # (S*B, 1)
+    peak, log_sum = _normalizer(rows, (prototypes(part).w for part in parts))
 
     loss = torch.zeros((), dtype=dtype, device=x.device)
     d_rows, d_v = torch.zeros_like(rows), torch.empty_like(weight_v)
     d_g = None if weight_g is None else torch.empty_like(weight_g)
     for part in parts:
         some = prototypes(part)
-        z = (rows @ some.w.T).sub_(log_sum)
+        z = (rows @ some.w.T).sub_(peak).sub_(log_sum)
         log_q = z.unflatten(0, (num_crops, num_images))
         slope, targets = log_q if needed else None, probs[..., part].to(dtype)
         loss += _loss_and_slope(log_q, targets, mass=mass, slope=slope, by=num_pairs)
@@ -174,6 +174,22 @@ def _loss_of_prototypes(
                 d_g[part] = along
     gradients = (d_rows.div_(temp).to(x.dtype), d_v, d_g) if needed else None
     return loss / num_pairs, gradients
+
+
+def _normalizer(rows: Tensor, weights: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Largest logit of each row, and the logarithm of its sum of exp(z - largest), both (S*B, 1).
+
+    Apart, because their sum would lose the digits that tell a probability near one from one.
+    """
+    peaks, sums = [], []
+    for weight in weights:
+        z = rows @ weight.T
+        peaks.append(z.amax(-1, keepdim=True))
+        sums.append(z.sub_(peaks[-1]).exp_().sum(-1, keepdim=True))
+    of_parts = torch.cat(peaks, dim=1)
+    peak = of_parts.amax(-1, keepdim=True)
+    total = ((of_parts - peak).exp_() * torch.cat(sums, dim=1)).sum(-1, keepdim=True)
+    return peak, total.log_()
 
 
 class _Prototypes(NamedTuple):

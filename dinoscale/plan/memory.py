@@ -157,7 +157,8 @@ def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
 
 def _loss(dims: Dims, setup: Setup) -> Terms:
     """All activations, the prototypes' gradient as it is made, and one chunk of logits."""
-    rows = setup.micro_batch_size * dims.num_crops
+    images = setup.micro_batch_size
+    rows = images * dims.num_crops
     at_once = min(dims.prototypes, PROTOTYPES, max(1, CHUNK // rows))
     copies = 4 if setup.bf16 else 3  # of the prototypes: v, w, the gradient, and times v
     chunk = FP32 * at_once * (2 * rows + copies * dims.bottleneck)

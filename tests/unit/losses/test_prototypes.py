@@ -72,6 +72,33 @@ def test_bf16_prototypes_are_computed_in_float32() -> None:
     torch.testing.assert_close(gradient, wanted.bfloat16(), rtol=1e-2, atol=1e-9)
 
 
+@pytest.mark.parametrize("spread", [0.2, 0.01])
+def test_sharp_agreement_costs_no_more_digits_than_plain_torch(spread: float) -> None:
+    """Where student and teacher agree on one prototype, slopes are differences of near equals."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(64, 16, generator=generator)
+    centers = F.normalize(v, dim=-1)[:B].repeat(S, 1)
+    noise = torch.randn(S * B, 16, generator=generator)
+    x = F.normalize(centers + spread * noise, dim=-1)
+    g = torch.full((64, 1), 3.0)
+    targets = (25 * x[: 2 * B] @ F.normalize(v, dim=-1).T).softmax(-1).view(2, B, 64)
+
+    def gradients(dtype: torch.dtype, *, ours: bool) -> tuple[Tensor, ...]:
+        leaves = [leaf.to(dtype).requires_grad_() for leaf in (x, v, g)]
+        if ours:
+            return torch.autograd.grad(_fused(*leaves, targets=targets.to(dtype)), leaves)
+        weight = F.normalize(leaves[1], dim=-1) * leaves[2]
+        log_q = ((leaves[0] @ weight.T).view(S, B, 64) / 0.1).log_softmax(-1)
+        pairs = [(s, t) for s in range(S) for t in range(2) if s != t]
+        loss = -sum((targets[t].to(dtype) * log_q[s]).sum() for s, t in pairs)
+        return torch.autograd.grad(loss / (len(pairs) * B), leaves)
+
+    exact = gradients(torch.float64, ours=False)
+    ours, plain = gradients(torch.float32, ours=True), gradients(torch.float32, ours=False)
+    for found, by_torch, truth in zip(ours, plain, exact, strict=True):
+        assert (found - truth).norm() < 3 * (by_torch - truth).norm()
+
+
 def test_gradients_are_the_same_when_taken_again() -> None:
     inputs = _inputs(with_g=True)
     loss = _fused(*inputs, targets=_targets())
@@ -110,5 +137,5 @@ def _peak(num_crops: int) -> int:
 
 def test_memory_does_not_grow_with_the_crops() -> None:
     logits_of_10_more = 4 * 10 * 64 * 2**15
-    few, many = _peak(8), _peak(18)
+    few, many = _peak(16), _peak(26)
     assert many - few < 0.1 * logits_of_10_more
