@@ -196,7 +196,8 @@ def test_optimizer_and_clipping_are_those_of_plain_torch(
     # Measured: norms 1.6e-6, losses 1.1e-6, weights 1.6e-4 of their way (AdamW without clipping:
     # biases of keys, whose gradient is rounding; 4e-6 for SGD).
     assert run["norms"] == pytest.approx(reference["norms"], rel=5e-6)
-    assert run["losses"] == pytest.approx(reference["losses"], rel=5e-6)
+    # The last loss is 0.009 nats, and float32 rounds the logits under it by up to 1e-6 each.
+    assert run["losses"] == pytest.approx(reference["losses"], rel=5e-6, abs=1e-7)
     assert _error(run, reference, reference["initial"]) < 5e-4
 
 
