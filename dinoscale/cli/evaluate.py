@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, add_weights
+from dinoscale.cli.compare import add_compare
 from dinoscale.cli.dense import add_dense
 from dinoscale.cli.probes import add_probes
 from dinoscale.cli.propagate import add_copies, add_retrieve, add_video
@@ -19,6 +20,11 @@ def add_evaluate(commands: SubCommands) -> None:
     """`evaluate` and its tasks."""
     evaluate = commands.add_parser("evaluate", help="measure a backbone")
     tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
+    _add_measurements(tasks)
+    add_compare(tasks, _add_measurements)
+
+
+def _add_measurements(tasks: SubCommands) -> None:
     _add_knn(tasks)
     add_probes(tasks)
     add_dense(tasks)
