@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,7 +17,7 @@ from xml.etree.ElementTree import Element
 from PIL import Image, UnidentifiedImageError
 
 from dinoscale.evaluate.compare import NOT_RANKED, Cell, Column, Comparison, Report, Row
-from dinoscale.evaluate.compare_plots import draw_column
+from dinoscale.evaluate.compare_plots import draw_column, printable
 from dinoscale.evaluate.compare_runs import write
 
 PAGE, DATA = "compare.html", "compare.json"
@@ -26,7 +25,6 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PICTURE_WIDTH, PICTURE_HEIGHT = 1000, 1400  # pixels, at most
 VIDEOS_SHOWN = 4
 DIFFERENCES_SHOWN = 5
-_NOT_PRINTABLE = re.compile(r"[^\t\n\x20-\ud7ff\ue000-\U0010ffff]")
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 75em;
@@ -72,20 +70,17 @@ def _markup(element: Element) -> str:
 
 def _element(tag: str, *content: str | Element, **attributes: str) -> Element:
     """An element; `class_` for the attribute."""
-    element = Element(tag, {name.rstrip("_"): _text(value) for name, value in attributes.items()})
+    element = Element(
+        tag, {name.rstrip("_"): printable(value) for name, value in attributes.items()}
+    )
     for part in content:
         if isinstance(part, Element):
             element.append(part)
         elif len(element):
-            element[-1].tail = (element[-1].tail or "") + _text(part)
+            element[-1].tail = (element[-1].tail or "") + printable(part)
         else:
-            element.text = (element.text or "") + _text(part)
+            element.text = (element.text or "") + printable(part)
     return element
-
-
-def _text(value: str) -> str:
-    """Without control characters and broken ones, which no page may hold."""
-    return _NOT_PRINTABLE.sub("\ufffd", value)
 
 
 def _page(comparison: Comparison) -> Element:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from dinoscale.evaluate.compare import Comparison, Kind, Row
 WIDTH = 6.4  # inches
 LINE = 0.3  # inches of height for a bar or a line of dots
 BORDER = 0.85  # inches above and below the bars
-FEW = 2  # so many numbers of a score need no plot of their own
+FEW = 2  # numbers of a score that need no plot of their own; of videos only one needs none
+_NOT_PRINTABLE = re.compile(r"[^\t\n\x20-\ud7ff\ue000-\U0010ffff]")
 _WEIGHTS = matplotlib.colormaps["tab10"]
-_COLORS = {"untrained": "#8c8c8c", "floor": "#c4c4c4"}
+_COLORS = {"untrained": "#8c8c8c", "floor": "#b8b8b8"}
 _STYLE = {
     "svg.fonttype": "path",  # the same picture with any fonts
     "svg.hashsalt": "dinoscale",
@@ -47,6 +49,11 @@ class _Line:
     parts: Mapping[str, float]  # of the score: names -> percent
 
 
+def printable(text: str) -> str:
+    """Text without control characters and broken letters, which names of files may hold."""
+    return _NOT_PRINTABLE.sub("\ufffd", text)
+
+
 def draw_column(comparison: Comparison, number: int) -> list[Plot]:
     """Draw a column of the table; nothing where it has no numbers."""
     column = comparison.columns[number]
@@ -57,12 +64,13 @@ def draw_column(comparison: Comparison, number: int) -> list[Plot]:
     ]
     if not lines:
         return []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # letters without a font are drawn as boxes
         plots = [_bars(lines, f"{column.task}: {column.headline}, %")]
         parts = {part: None for line in lines for part in line.parts}
         if column.task == "knn":
             plots.append(_over_k(lines))
-        elif len(parts) > FEW:
+        elif len(parts) > (1 if column.task == "video" else FEW):
             what = "by sequence, J&F" if column.task == "video" else "all numbers"
             plots.append(_dots(lines, list(parts), f"{column.task}: {what}, %"))
     return plots
@@ -75,13 +83,15 @@ def _line(row: Row, number: int, place: int, *, task: str) -> _Line:
     if task == "video":
         parts = _sequences(cell.report) if cell.report else {}
     # Labels that begin with an underscore would be left out of legends.
-    return _Line(f" {row.label}"[:60], row.kind, color, cell.headlines[0], parts)
+    return _Line(printable(f" {row.label}")[:60], row.kind, color, cell.headlines[0], parts)
 
 
 def _sequences(report: Mapping[str, Any]) -> dict[str, float]:
     """J&F of every video that was scored."""
     found = [sequence for sequence in report.get("sequences", ()) if sequence.get("score")]
-    return {str(sequence["sequence"])[:40]: sequence["score"]["J&F"] for sequence in found}
+    return {
+        printable(str(sequence["sequence"]))[:40]: sequence["score"]["J&F"] for sequence in found
+    }
 
 
 def _bars(lines: list[_Line], caption: str) -> Plot:
@@ -132,7 +142,8 @@ def _dots(lines: list[_Line], parts: list[str], caption: str) -> Plot:
         values = [line.parts[parts[place]] for place in places]
         marker = {"weights": "o", "untrained": "s", "floor": "|"}[line.kind]
         if values:
-            axes.plot(values, places, marker, color=line.color, label=line.label, alpha=0.85)
+            (dots,) = axes.plot(values, places, marker, color=line.color, label=line.label)
+            dots.set(alpha=0.85, markersize=8, markeredgewidth=1.5)
     axes.set_yticks(range(len(parts)), [f" {part}" for part in parts])
     axes.set_ylim(len(parts) - 0.5, -0.5)
     axes.grid(axis="y", linewidth=0.4)

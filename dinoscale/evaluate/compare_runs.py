@@ -104,7 +104,7 @@ def _measured(job: Job) -> tuple[dict[str, object] | None, str]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all; names of other encodings lose what is not a letter.
+    """Write a file as a whole or not at all.
 
     Raises:
         ConfigError: it cannot be written.
@@ -112,7 +112,7 @@ def write(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(text.encode("utf-8", "replace"))
+        beside.write_bytes(text.encode())
         beside.replace(path)
     except OSError as error:
         raise ConfigError(f"--out: {path} cannot be written ({error.strerror})") from error
