@@ -243,6 +243,8 @@ def _column_of(outcome: Outcome, columns: list[Column]) -> int:
     """Number of the column of a report; a new one if nothing was measured like this."""
     report = outcome.report or {}
     data = {key: report[key] for key in DATA_KEYS if report.get(key) is not None}
+    if "sequences" in report:  # of video
+        data["sequences"] = [sequence["sequence"] for sequence in report["sequences"]]
     settings = {
         key: value
         for key, value in _flat({**report["protocol"], **data}).items()

@@ -63,6 +63,7 @@ def test_equal_protocols_share_a_column_and_the_highest_headline_is_best() -> No
         (_changed(_report("b", 60.0), images={"resize": 64}), {"images.resize": 64}),
         (_report("b", 60.0, test={"spec": "val", "images": 8}), {"test.images": 8}),
         (_changed(_report("b", 60.0), whitening=True), {"whitening": True}),
+        (_report("b", 60.0, sequences=[{"sequence": "cat", "score": {}}]), {"sequences": ["cat"]}),
     ],
 )
 def test_other_protocols_and_data_are_other_columns_that_name_the_difference(
