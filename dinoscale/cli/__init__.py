@@ -25,6 +25,7 @@ _EPILOG = """examples:
   dinoscale convert runs/first vit_s16_hf --to hf
   dinoscale data build-shards /data/images shards/
   dinoscale evaluate knn weights.safetensors --train /data/train --test /data/val
+  dinoscale evaluate compare a.safetensors b.safetensors --out comparison --task 'video DAVIS'
 
 exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
 75 asked to stop by SIGTERM or SIGUSR1 and saved: the same command goes on."""

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 _CONFIG_HELP = "name of a preset (see `dinoscale presets`) or path of a YAML file"
 _OVERRIDE_HELP = "settings that win over the file, for example optim.lr=1e-3"
 DATA_HELP = "labelled images: a folder of class folders, tar shards, or synthetic:..."
+UNTRAINED_HELP = "also measure the same architecture with fresh weights"
+BATCH_HELP = "images in one forward, default 64"
+WORKERS_HELP = "processes that decode images, default 2"
 
 
 def add_config(command: argparse.ArgumentParser, *, required: bool = True) -> None:

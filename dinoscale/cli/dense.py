@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 _IMAGES_HELP = "an image, a folder, tar shards, or synthetic:..."
 _SIZE_HELP = "short side of the images the network sees"
-_MASS_HELP = "of a head's attention that its mask keeps (0.6)"
-_LIMIT_HELP = "the first N images only"
-_SQUARE_HELP = "squeeze them to squares, as the reference's figures; else they keep their shape"
+_MASS_HELP = "of a head's attention that its mask keeps, default 0.6"
+_LIMIT_HELP = "the first N images only, default all"
+_SQUARE_HELP = "squeeze images to squares, as the reference's figures; else they keep their shape"
 
 
 def add_dense(tasks: SubCommands) -> None:
@@ -40,7 +40,7 @@ def _add_attention(tasks: SubCommands) -> None:
     where = attention.add_mutually_exclusive_group(required=True)
     where.add_argument("sheet", nargs="?", metavar="OUT.png", help="write a sheet only")
     where.add_argument("--out", metavar="DIR", help="write files for every image")
-    _add_size(attention, also="; of OUT.png the crop")
+    _add_size(attention, also="; with OUT.png WEIGHTS' crop")
     attention.add_argument("--mass", type=float, default=0.6, metavar="SHARE", help=_MASS_HELP)
     attention.add_argument("--limit", type=int, metavar="N", help=_LIMIT_HELP)
     attention.set_defaults(run=_evaluate_attention)
@@ -62,11 +62,15 @@ def _add_segment(tasks: SubCommands) -> None:
     )
     add_weights(segment)
     segment.add_argument("images", metavar="DATA", help=_IMAGES_HELP)
-    segment.add_argument("--masks", metavar="DIR", help="masks named as the images")
+    segment.add_argument(
+        "--masks", metavar="DIR", help="masks named as the images; default: KEY.mask.png in DATA"
+    )
     segment.add_argument("--indexed", action="store_true", help="gray masks number objects too")
     _add_size(segment)
     segment.add_argument("--mass", type=float, default=0.6, metavar="SHARE", help=_MASS_HELP)
-    segment.add_argument("--out", metavar="DIR", help="draw best, median and worst images")
+    segment.add_argument(
+        "--out", metavar="DIR", help="write a sheet of the best, median and worst images there"
+    )
     segment.set_defaults(run=_evaluate_segment)
 
 
@@ -92,7 +96,7 @@ def _add_pca(tasks: SubCommands) -> None:
 
 
 def _add_size(task: argparse.ArgumentParser, *, also: str = "") -> None:
-    task.add_argument("--size", type=int, metavar="PIXELS", help=f"{_SIZE_HELP} (480{also})")
+    task.add_argument("--size", type=int, metavar="PIXELS", help=f"{_SIZE_HELP}, default 480{also}")
     task.add_argument("--square", action="store_true", help=_SQUARE_HELP)
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dinoscale.cli.arguments import DATA_HELP, add_weights
+from dinoscale.cli.arguments import (
+    BATCH_HELP,
+    DATA_HELP,
+    UNTRAINED_HELP,
+    WORKERS_HELP,
+    add_weights,
+)
+from dinoscale.cli.compare import add_compare
 from dinoscale.cli.dense import add_dense
 from dinoscale.cli.probes import add_probes
 from dinoscale.cli.propagate import add_copies, add_retrieve, add_video
@@ -17,8 +24,22 @@ if TYPE_CHECKING:
 
 def add_evaluate(commands: SubCommands) -> None:
     """`evaluate` and its tasks."""
-    evaluate = commands.add_parser("evaluate", help="measure a backbone")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a backbone",
+        description="Measure a backbone by the published protocols, whose numbers are the defaults."
+        " The report is one JSON object on stdout: `score` (percent, the first number is the"
+        " headline), `protocol` (all that changes it), and floors that it has to beat where the"
+        " task knows some.",
+        epilog="example: dinoscale evaluate knn weights.safetensors --train /data/train"
+        " --test /data/val > knn.json",
+    )
     tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
+    _add_measurements(tasks)
+    add_compare(tasks, _add_measurements)
+
+
+def _add_measurements(tasks: SubCommands) -> None:
     _add_knn(tasks)
     add_probes(tasks)
     add_dense(tasks)
@@ -37,21 +58,35 @@ def _add_knn(tasks: SubCommands) -> None:
         " quoted. Under torchrun, deepspeed or srun the ranks share the images. Features are kept"
         " in $DINOSCALE_CACHE, else ~/.cache/dinoscale, as features-*.safetensors, and read again"
         " while weights and images are the same; the files may be deleted at any time.",
-        epilog="example: dinoscale evaluate knn runs/first/weights.safetensors"
-        " --train /data/train --test /data/val --untrained --pixels",
+        epilog="example: dinoscale evaluate knn weights.safetensors --train /data/train"
+        " --test /data/val --untrained --pixels",
     )
     add_weights(knn)
     knn.add_argument("--train", required=True, metavar="DATA", help=DATA_HELP)
     knn.add_argument("--test", required=True, metavar="DATA", help=DATA_HELP)
-    knn.add_argument("--k", type=int, nargs="+", default=None, help="default 10 20 100 200")
-    knn.add_argument("--resize", type=int, metavar="PIXELS", help="short side; default: WEIGHTS'")
-    knn.add_argument("--crop", type=int, metavar="PIXELS", help="side; default: WEIGHTS'")
-    knn.add_argument("--batch-size", type=int, default=64, metavar="N")
-    knn.add_argument("--num-workers", type=int, default=2, metavar="N", help="of each rank")
-    knn.add_argument("--pixels", action="store_true", help="also 16 x 16 pixels as features")
     knn.add_argument(
-        "--untrained", action="store_true", help="also the same architecture with fresh weights"
+        "--k", type=int, nargs="+", help="numbers of neighbours, default 10 20 100 200"
     )
+    knn.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="short side of an image before the crop, default WEIGHTS' own",
+    )
+    knn.add_argument(
+        "--crop",
+        type=int,
+        metavar="PIXELS",
+        help="side of the middle that the network sees, default WEIGHTS' own",
+    )
+    knn.add_argument("--batch-size", type=int, default=64, metavar="N", help=BATCH_HELP)
+    knn.add_argument(
+        "--num-workers", type=int, default=2, metavar="N", help=f"{WORKERS_HELP} a rank"
+    )
+    knn.add_argument(
+        "--pixels", action="store_true", help="also measure 16 x 16 pixels as features"
+    )
+    knn.add_argument("--untrained", action="store_true", help=UNTRAINED_HELP)
     knn.add_argument("--no-cache", action="store_true", help="neither read nor keep features")
     knn.set_defaults(run=_evaluate_knn)
 

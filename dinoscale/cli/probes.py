@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from dinoscale.cli.arguments import DATA_HELP, add_weights
+from dinoscale.cli.arguments import DATA_HELP, UNTRAINED_HELP, WORKERS_HELP, add_weights
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -34,7 +34,7 @@ def _add_linear(tasks: SubCommands) -> None:
         epilog=f"example: dinoscale evaluate linear weights.safetensors {_SETS}",
     )
     _add_common(linear)
-    linear.add_argument("--protocol", choices=("grid", "dino"), default="grid")
+    linear.add_argument("--protocol", choices=("grid", "dino"), default="grid", help="default grid")
     linear.add_argument(
         "--batch-size",
         type=int,
@@ -47,7 +47,10 @@ def _add_linear(tasks: SubCommands) -> None:
     )
     linear.add_argument("--epochs", type=int, metavar="N", help="of --protocol dino, default 100")
     linear.add_argument(
-        "--lr", type=float, help="of --protocol dino for 256 images, default 0.001; worth a sweep"
+        "--lr",
+        type=float,
+        metavar="RATE",
+        help="of --protocol dino for 256 images, default 0.001; worth a sweep",
     )
     linear.add_argument(
         "--no-augmentation",
@@ -88,16 +91,28 @@ def _add_finetune(tasks: SubCommands) -> None:
         epilog=f"example: dinoscale evaluate finetune weights.safetensors {_SETS} --epochs 30",
     )
     _add_common(finetune)
-    finetune.add_argument("--epochs", type=int, default=30, metavar="N", help="default 30")
+    finetune.add_argument(
+        "--epochs", type=int, default=30, metavar="N", help="passes over the train set, default 30"
+    )
     finetune.add_argument(
         "--batch-size", type=int, default=128, metavar="N", help="images of a step, default 128"
     )
     finetune.add_argument(
-        "--lr", type=float, default=5e-5, help="for 512 images, default 5e-5; scaled by the batch"
+        "--lr",
+        type=float,
+        default=5e-5,
+        metavar="RATE",
+        help="for 512 images, default 5e-5; scaled by N / 512",
     )
-    finetune.add_argument("--weight-decay", type=float, default=0.05, help="default 0.05")
-    finetune.add_argument("--label-smoothing", type=float, default=0.1, help="default 0.1")
-    finetune.add_argument("--drop-path-rate", type=float, default=0.1, help="default 0.1")
+    finetune.add_argument(
+        "--weight-decay", type=float, default=0.05, metavar="X", help="default 0.05"
+    )
+    finetune.add_argument(
+        "--label-smoothing", type=float, default=0.1, metavar="SHARE", help="default 0.1"
+    )
+    finetune.add_argument(
+        "--drop-path-rate", type=float, default=0.1, metavar="SHARE", help="default 0.1"
+    )
     finetune.add_argument(
         "--precision", choices=("bf16", "fp32"), help="default bf16 on a GPU, fp32 on a CPU"
     )
@@ -111,14 +126,14 @@ def _add_common(task: argparse.ArgumentParser) -> None:
     add_weights(task)
     task.add_argument("--train", required=True, metavar="DATA", help=DATA_HELP)
     task.add_argument("--test", required=True, metavar="DATA", help=DATA_HELP)
+    task.add_argument("--untrained", action="store_true", help=UNTRAINED_HELP)
     task.add_argument(
-        "--untrained", action="store_true", help="also the same architecture with fresh weights"
+        "--seed", type=int, default=0, metavar="N", help="of all random numbers, default 0"
     )
-    task.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     task.add_argument(
         "--log", metavar="FILE.jsonl", help="append each intermediate result to this file at once"
     )
-    task.add_argument("--num-workers", type=int, default=2, metavar="N", help="default 2")
+    task.add_argument("--num-workers", type=int, default=2, metavar="N", help=WORKERS_HELP)
     task.add_argument("--no-cache", action="store_true", help="neither read nor keep features")
 
 

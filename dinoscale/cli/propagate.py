@@ -6,13 +6,17 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dinoscale.cli.arguments import DATA_HELP, add_weights
+from dinoscale.cli.arguments import (
+    BATCH_HELP,
+    DATA_HELP,
+    UNTRAINED_HELP,
+    WORKERS_HELP,
+    add_weights,
+)
 from dinoscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
-
-_UNTRAINED = "also measure the same architecture with fresh weights"
 
 
 def add_video(tasks: SubCommands) -> None:
@@ -38,17 +42,25 @@ def add_video(tasks: SubCommands) -> None:
         "--sequences", metavar="FILE", help="text file with the names to take, one a line"
     )
     video.add_argument(
-        "--size", type=int, default=480, metavar="PIXELS", help="short side of a frame (480)"
+        "--size", type=int, default=480, metavar="PIXELS", help="short side of a frame, default 480"
     )
     video.add_argument(
-        "--context", type=int, default=7, metavar="N", help="recent frames looked at (7)"
+        "--context", type=int, default=7, metavar="N", help="recent frames looked at, default 7"
     )
     video.add_argument(
-        "--radius", type=int, default=12, metavar="N", help="of the neighbourhood, patches (12)"
+        "--radius",
+        type=int,
+        default=12,
+        metavar="N",
+        help="of the neighbourhood, patches, default 12",
     )
-    video.add_argument("--top", type=int, default=5, metavar="N", help="patches that vote (5)")
-    video.add_argument("--temp", type=float, default=0.1, help="of the votes (0.1)")
-    video.add_argument("--untrained", action="store_true", help=_UNTRAINED)
+    video.add_argument(
+        "--top", type=int, default=5, metavar="N", help="patches that vote, default 5"
+    )
+    video.add_argument(
+        "--temp", type=float, default=0.1, metavar="T", help="of the votes, default 0.1"
+    )
+    video.add_argument("--untrained", action="store_true", help=UNTRAINED_HELP)
     video.set_defaults(run=_evaluate_video)
 
 
@@ -69,19 +81,23 @@ def add_retrieve(tasks: SubCommands) -> None:
     add_weights(retrieve)
     retrieve.add_argument("--data", metavar="DATA", help=DATA_HELP)
     retrieve.add_argument(
-        "--queries", type=int, metavar="N", help="of --data: images that are queries (all)"
+        "--queries", type=int, metavar="N", help="of --data: images that are queries, default all"
     )
     retrieve.add_argument("--images", metavar="DIR", help="folder of NAME.jpg or jpg/NAME.jpg")
     retrieve.add_argument("--ground-truth", metavar="FILE", help="JSON, see above")
     retrieve.add_argument(
-        "--imsize", type=int, metavar="PIXELS", help="of --images: longer side at most (224)"
+        "--imsize", type=int, metavar="PIXELS", help="of --images: longer side at most, default 224"
     )
     retrieve.add_argument(
         "--multi-scale", action="store_true", help="mean of scales 1, 1/sqrt(2) and 1/2"
     )
-    retrieve.add_argument("--batch-size", type=int, default=64, metavar="N", help="of --data (64)")
-    retrieve.add_argument("--num-workers", type=int, default=2, metavar="N", help="of --data (2)")
-    retrieve.add_argument("--untrained", action="store_true", help=_UNTRAINED)
+    retrieve.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help=f"of --data: {BATCH_HELP}"
+    )
+    retrieve.add_argument(
+        "--num-workers", type=int, default=2, metavar="N", help=f"of --data: {WORKERS_HELP}"
+    )
+    retrieve.add_argument("--untrained", action="store_true", help=UNTRAINED_HELP)
     retrieve.set_defaults(run=_evaluate_retrieve)
 
 
@@ -104,7 +120,9 @@ def add_copies(tasks: SubCommands) -> None:
     add_weights(copies)
     copies.add_argument("--originals", metavar="DIR", help="folder of the originals")
     copies.add_argument("--queries", metavar="DIR", help="folder of copies, a subfolder a block")
-    copies.add_argument("--distractors", metavar="DATA", help="other images of the database")
+    copies.add_argument(
+        "--distractors", metavar="DATA", help="more images of the database, default none"
+    )
     copies.add_argument(
         "--pairs", metavar="FILE", help="CSV with the columns query and original (relative paths)"
     )
@@ -117,16 +135,23 @@ def add_copies(tasks: SubCommands) -> None:
     copies.add_argument("--data", metavar="DATA", help="images to make copies of")
     copies.add_argument("--make-copies", action="store_true", help="of images of --data")
     copies.add_argument(
-        "--num-queries", type=int, metavar="N", help="of --make-copies: images copied (157)"
+        "--num-queries", type=int, metavar="N", help="of --make-copies: images copied, default 157"
     )
-    copies.add_argument("--seed", type=int, metavar="N", help="of --make-copies (0)")
-    copies.add_argument("--whitening", metavar="DATA", help="images to learn the whitening from")
     copies.add_argument(
-        "--size", type=int, default=320, metavar="PIXELS", help="side of the squares (320)"
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of --make-copies: of the choice and the edits, default 0",
     )
-    copies.add_argument("--batch-size", type=int, default=64, metavar="N")
-    copies.add_argument("--num-workers", type=int, default=2, metavar="N")
-    copies.add_argument("--untrained", action="store_true", help=_UNTRAINED)
+    copies.add_argument(
+        "--whitening", metavar="DATA", help="other images to learn a whitening from, default none"
+    )
+    copies.add_argument(
+        "--size", type=int, default=320, metavar="PIXELS", help="side of the squares, default 320"
+    )
+    copies.add_argument("--batch-size", type=int, default=64, metavar="N", help=BATCH_HELP)
+    copies.add_argument("--num-workers", type=int, default=2, metavar="N", help=WORKERS_HELP)
+    copies.add_argument("--untrained", action="store_true", help=UNTRAINED_HELP)
     copies.set_defaults(run=_evaluate_copies)
 
 

@@ -62,9 +62,9 @@ class AttentionScore:
     with an untrained backbone of the same sizes too (`evaluate_attention` does).
     """
 
-    images: int
     jaccard: float  # intersection over union of the best head's mask with the object's
     center_box: float  # the same of a centered box of half the width and height: the floor
+    images: int
 
 
 def draw_attention(
@@ -262,7 +262,8 @@ def evaluate_attention(
 
     Returns:
         What was measured and how, ready for JSON; `score` and `untrained_score`, of the same
-        architecture with fresh weights, are null without masks.
+        architecture with fresh weights, are null without masks. With masks, `floors` and
+        `untrained` say the same as the other tasks' do.
 
     Raises:
         CheckpointError: the weights file cannot be used.
@@ -292,6 +293,12 @@ def evaluate_attention(
         untrained = score_attention(
             fresh, pictures, masks, mean=card.mean, std=card.std, size=fit.size
         )
+    beside: dict[str, object] = {}
+    if score is not None and untrained is not None:
+        beside = {
+            "floors": {"jaccard": score.center_box},
+            "untrained": {"jaccard": untrained.jaccard},
+        }
     return {
         "task": "attention",
         "weights": str(weights_path),
@@ -305,6 +312,7 @@ def evaluate_attention(
         "protocol": {**fit.protocol(), "edges": "images are resized to whole patches"},
         "score": None if score is None else asdict(score),
         "untrained_score": None if untrained is None else asdict(untrained),
+        **beside,
     }
 
 

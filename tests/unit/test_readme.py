@@ -32,6 +32,14 @@ def test_readme_has_commands_of_every_kind() -> None:
     assert said >= {"bench", "show", "plan", "convert"}
 
 
+def test_readme_evaluates_every_task() -> None:
+    said = {line.split()[1] for line in _command_lines() if line.startswith("evaluate ")}
+    assert said == {
+        *("knn", "linear", "logistic", "finetune", "attention", "segment", "pca"),
+        *("video", "retrieve", "copies", "compare"),
+    }
+
+
 def test_scripts_of_the_readme_exist() -> None:
     scripts = re.findall(r"\./launchers/\w+\.sh", (ROOT / "README.md").read_text())
     assert scripts

@@ -57,10 +57,3 @@ def test_several_processes_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match="evaluate logistic runs in one process, not in 2"):
         _run("logistic", colors, capsys)
-
-
-@pytest.mark.parametrize("task", ["linear", "logistic", "finetune"])
-def test_help_ends_with_an_example(task: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        cli.run(["evaluate", task, "--help"])
-    assert f"example: dinoscale evaluate {task} weights.safetensors" in capsys.readouterr().out

@@ -1,0 +1,133 @@
+"""`dinoscale evaluate compare`: task lines become measurements, and reports one page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dinoscale.errors import ConfigError, LaunchError
+
+if TYPE_CHECKING:
+    from dinoscale.cli.arguments import SubCommands
+    from dinoscale.evaluate.compare_runs import Job
+
+_DRAWING = ("attention", "segment", "pca", "video")  # take --out DIR for their pictures
+
+
+def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) -> None:
+    """`evaluate compare`.
+
+    Args:
+        tasks: where to add it.
+        add_tasks: adds the tasks that a --task may name.
+    """
+    compare = tasks.add_parser(
+        "compare",
+        help="several weights and tasks in one table and page",
+        description="One table over several weights: a row for each, a column for each task, with"
+        " floors, plots and pictures. Each --task is measured on every WEIGHTS, and what other"
+        " tasks have printed (`dinoscale evaluate knn ... > knn.json`) may be given as REPORT.json."
+        " Only equal protocols and data share a column. Every result is kept in DIR/results as soon"
+        " as it is there, and the same line started again measures only what is missing or whose"
+        " weights have changed; delete a file there after changing images. A task that fails is a"
+        " sentence in the table, the others go on, and the exit code is 2. Writes DIR/compare.html,"
+        " one file that needs no network, and DIR/compare.json.",
+        epilog="example: dinoscale evaluate compare a.safetensors b.safetensors --out comparison/"
+        " --task 'knn --train /data/train --test /data/val' --task 'video DAVIS'",
+    )
+    compare.add_argument(
+        "sources",
+        nargs="+",
+        metavar="WEIGHTS|REPORT.json",
+        help="weights in any format that the tasks read, or what a task has printed",
+    )
+    compare.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        dest="lines",
+        metavar="LINE",
+        help="a task and its options without WEIGHTS and --out, in quotes; may be repeated",
+    )
+    compare.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
+    compare.set_defaults(run=partial(_evaluate_compare, add_tasks))
+
+
+def _evaluate_compare(
+    add_tasks: Callable[[SubCommands], None], options: argparse.Namespace
+) -> None:
+    from dinoscale import distributed
+    from dinoscale.evaluate.compare import compare, outcome_of_report
+    from dinoscale.evaluate.compare_page import write_page
+    from dinoscale.evaluate.compare_runs import measure_all
+
+    processes = distributed.read_process(os.environ).world_size
+    if processes > 1:
+        raise LaunchError(
+            f"evaluate compare runs in one process, not in {processes}. Measure under the launcher"
+            " (`torchrun ... evaluate knn ... > a.json`), and compare the reports."
+        )
+    out = Path(options.out)
+    jobs = _jobs(options, add_tasks, out / "results")
+    reports = [outcome_of_report(Path(path)) for path in options.sources if _is_report(path)]
+    comparison = compare([*reports, *measure_all(jobs)])
+    result = comparison.as_json() | {"page": str(out / "compare.html")}
+    write_page(comparison, out)
+    print(json.dumps(result), flush=True)
+    if comparison.failed:
+        raise SystemExit(2)
+
+
+def _is_report(source: str) -> bool:
+    return source.endswith(".json")
+
+
+def _jobs(
+    options: argparse.Namespace, add_tasks: Callable[[SubCommands], None], folder: Path
+) -> list[Job]:
+    """All lines for all weights, read before the first is measured.
+
+    Raises:
+        ConfigError: a line is wrong, or there is nothing to measure.
+    """
+    weights = [source for source in options.sources if not _is_report(source)]
+    if bool(weights) != bool(options.lines):
+        missing = "--task LINE says what to measure" if weights else "no WEIGHTS to measure"
+        raise ConfigError(f"compare: {missing}; see `dinoscale evaluate compare --help`")
+    parser: argparse.ArgumentParser = _LineParser(add_help=False)
+    add_tasks(parser.add_subparsers(required=True, dest="task", metavar="TASK"))
+    return [_job(parser, path, line, folder) for path in weights for line in options.lines]
+
+
+class _LineParser(argparse.ArgumentParser):
+    """Says what is wrong with a line, and leaves it to the caller to say with which."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _job(parser: argparse.ArgumentParser, weights: str, line: str, folder: Path) -> Job:
+    from dinoscale.evaluate.compare_runs import Job, result_path
+
+    try:
+        task, *words = shlex.split(line) or [""]
+        if any(word.split("=")[0] == "--out" for word in words):
+            raise ValueError("--out: compare gives every result a place of its own. Leave it out.")
+        result = result_path(folder, weights, [task, *words])
+        place = ["--out", str(result.with_suffix(""))] if task in _DRAWING else []
+        options = parser.parse_args([task, weights, *words, *place])
+    except ValueError as error:
+        raise ConfigError(f"--task {line!r}: {error}") from error
+
+    def measure() -> dict[str, Any] | None:
+        report: dict[str, Any] | None = options.run(options)
+        return report
+
+    network = getattr(options, "network", "teacher")
+    return Job(weights, network, task, line, result, measure)

@@ -1,0 +1,118 @@
+"""Measurements for a comparison, one after the other, each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoscale.errors import ConfigError, DataError, DinoscaleError
+from dinoscale.evaluate.compare import Outcome, read_report
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task on one file of weights.
+
+    Attributes:
+        weights: as given.
+        network: teacher or student.
+        task: its name.
+        line: the task and its options, as given.
+        result: file that keeps the report; see `result_path`.
+        measure: gives the report.
+    """
+
+    weights: str
+    network: str
+    task: str
+    line: str
+    result: Path
+    measure: Callable[[], dict[str, object] | None]
+
+
+def result_path(folder: Path, weights: str, words: Sequence[str]) -> Path:
+    """File of the result of a task, another one as soon as options or weights are others.
+
+    Weights are others when the size or time of one of their files has changed. Images are not
+    looked at: delete the file to measure again.
+
+    Args:
+        folder: of all results.
+        weights: file or folder.
+        words: the task and its options.
+    """
+    path = Path(weights).absolute()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stamps = [
+        (str(file), found.st_size, found.st_mtime_ns)
+        for file in files
+        if file.is_file()
+        for found in [file.stat()]
+    ]
+    key = hashlib.sha256(json.dumps([str(path), stamps, *words]).encode()).hexdigest()[:12]
+    return folder / f"{re.sub(r'[^0-9A-Za-z._-]+', '_', path.name)[-60:]}-{words[0]}-{key}.json"
+
+
+def measure_all(jobs: Sequence[Job]) -> Iterator[Outcome]:
+    """Do what is not done; a task that fails leaves a sentence, and the others go on.
+
+    Raises:
+        ConfigError: a result cannot be written.
+    """
+    for number, job in enumerate(jobs):
+        where = f"{number + 1} of {len(jobs)}: {job.line}, {job.weights}"
+        report, error = _kept(job.result), ""
+        if report is not None:
+            log.info("%s: done before, in %s", where, job.result)
+        else:
+            log.info("%s", where)
+            report, error = _measured(job)
+        yield Outcome(job.weights, job.network, job.task, job.line, report, error)
+
+
+def _kept(path: Path) -> dict[str, object] | None:
+    if not path.exists():
+        return None
+    try:
+        return read_report(path)
+    except DataError as error:
+        log.warning("%s Measured again.", error)
+        return None
+
+
+def _measured(job: Job) -> tuple[dict[str, object] | None, str]:
+    """The report, or why there is none."""
+    try:
+        report = job.measure()
+    except DinoscaleError as error:
+        log.error("%s: %s", job.line, error)
+        return None, str(error)
+    except Exception as error:  # a bug or a lack of memory must not cost the other tasks
+        log.exception("%s: failed; this is a bug, or a lack of memory", job.line)
+        return None, f"{type(error).__name__}: {error}"
+    assert report is not None  # one process
+    write(job.result, json.dumps(report) + "\n")
+    return read_report(job.result), ""
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(text.encode())
+        beside.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--out: {path} cannot be written ({error.strerror})") from error
