@@ -309,7 +309,11 @@ def evaluate_attention(
         "picture": str(path),
         "size": fit.size // fit.patch * fit.patch,
         "mass": MASS,
-        "protocol": {**fit.protocol(), "edges": "images are resized to whole patches"},
+        "protocol": {
+            "network": network,
+            **fit.protocol(),
+            "edges": "images are resized to whole patches",
+        },
         "score": None if score is None else asdict(score),
         "untrained_score": None if untrained is None else asdict(untrained),
         **beside,

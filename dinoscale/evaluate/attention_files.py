@@ -115,6 +115,7 @@ def write_attention(
         "folder": str(folder),
         "picture": str(folder / SHEET),
         "protocol": {
+            "network": network,
             "attention": "class token to patches, last block, softmax of q.k",
             **fit.protocol(),
             "edges": "cut at the right and below",

@@ -273,6 +273,7 @@ class _Run:
         return {
             "method": "cosine similarity of whitened descriptors; only the first ranks count",
             "features": "normalised CLS token and generalised mean of the patch tokens",
+            "network": self._settings.network,
             "gem_power": GEM_POWER,
             "size": self._settings.size,
             "interpolation": "bicubic, to a square",

@@ -161,7 +161,7 @@ def evaluate_finetune(
         "finetune",
         subject,
         measure,
-        protocol=_protocol(recipe, subject, seed=seed),
+        protocol={"network": network} | _protocol(recipe, subject, seed=seed),
         untrained=untrained,
         log_path=log_path,
     )

@@ -108,7 +108,7 @@ def evaluate_landmarks(
             "database": len(database),
             "queries": len(queries),
         },
-        "protocol": _protocol(card, size=size, multi_scale=multi_scale),
+        "protocol": {"network": network} | _protocol(card, size=size, multi_scale=multi_scale),
         "score": score,
         "floors": _random(truth),
     }

@@ -103,7 +103,8 @@ def evaluate_linear(
         "linear",
         subject,
         measure,
-        protocol=_protocol(protocol, plan, subject, augment=augment, seed=seed),
+        protocol={"network": network}
+        | _protocol(protocol, plan, subject, augment=augment, seed=seed),
         untrained=untrained,
         log_path=log_path,
     )

@@ -94,6 +94,7 @@ def evaluate_logistic(
         subject,
         partial(_measure, subject, reading, cs=cs, max_iter=max_iter, seed=seed),
         protocol={
+            "network": network,
             "method": "scikit-learn's LogisticRegression, L-BFGS, L2 penalty",
             "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
             "cs": list(cs),

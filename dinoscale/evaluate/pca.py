@@ -176,6 +176,7 @@ def evaluate_pca(
         "folder": str(folder),
         "picture": str(folder / SHEET),
         "protocol": {
+            "network": network,
             "features": "last block's patch tokens through the final norm",
             **fit.protocol(),
             "edges": "cut at the right and below",

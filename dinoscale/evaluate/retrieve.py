@@ -107,7 +107,7 @@ def evaluate_retrieve(
         "weights_source": card.source,
         "backbone": asdict(card.backbone),
         "data": {"spec": spec, "images": len(labels), "queries": len(chosen)},
-        "protocol": _protocol(card, multi_scale=multi_scale),
+        "protocol": {"network": network} | _protocol(card, multi_scale=multi_scale),
         "score": score,
         "floors": _random(labels, chosen),
     }

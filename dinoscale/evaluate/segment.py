@@ -143,6 +143,7 @@ def evaluate_segment(
         "objects": sum(len(result.trained) for result in results),
         "left_out": asdict(left_out),
         "protocol": {
+            "network": network,
             **PROTOCOL,
             **fit.protocol(),
             "mass": mass,

@@ -109,7 +109,7 @@ def evaluate_video(
         "weights_source": card.source,
         "backbone": asdict(card.backbone),
         "spec": spec,
-        "protocol": _protocol(card, settings),
+        "protocol": {"network": network} | _protocol(card, settings),
         "score": _mean(found, "score"),
         "floors": _mean(found, "floors"),
     }
