@@ -242,6 +242,9 @@ class _Partitioned:
         ]
         if partitions:
             torch._foreach_copy_(partitions, list(ema))
+        # With hpZ a node has a second copy, which DeepSpeed forgets in the student's step only.
+        for parameter in self._parameters.values():
+            parameter.ds_secondary_tensor = None
 
     def plain_network(self) -> DinoNetwork:
         """A copy of all weights on every rank, freed when the caller drops it."""

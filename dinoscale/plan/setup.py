@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from dinoscale.config import RunConfig, RunPlan
-from dinoscale.engine.ds_config import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from dinoscale.engine.param_groups import MOMENTS
 from dinoscale.models.recompute import Recompute
 
@@ -71,7 +70,7 @@ def setup_of(config: RunConfig, run: RunPlan, *, on_gpu: bool) -> Setup:
         recompute=engine.recompute,
         moments=len(MOMENTS[config.optim.name]),
         offload_optimizer=engine.offload_optimizer,
-        bucket_elements=BUCKET_ELEMENTS,
-        live_elements=LIVE_ELEMENTS,
+        bucket_elements=engine.bucket_elements,
+        live_elements=engine.live_elements,
         on_gpu=on_gpu,
     )
