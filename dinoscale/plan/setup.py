@@ -26,6 +26,7 @@ class Setup:
         offload_optimizer: whether master, moments and average are in the memory of the machine.
         bucket_elements: of DeepSpeed's buffers for gradients.
         live_elements: of the weights that stage 3 keeps gathered.
+        hpz_ranks: ranks of a node that share a second copy of the weights at stage 3, 1 for none.
         on_gpu: whether collectives need no copies of their own.
     """
 
@@ -41,6 +42,7 @@ class Setup:
     offload_optimizer: bool
     bucket_elements: int
     live_elements: int
+    hpz_ranks: int
     on_gpu: bool
 
     @property
@@ -72,5 +74,6 @@ def setup_of(config: RunConfig, run: RunPlan, *, on_gpu: bool) -> Setup:
         offload_optimizer=engine.offload_optimizer,
         bucket_elements=engine.bucket_elements,
         live_elements=engine.live_elements,
+        hpz_ranks=engine.hpz_ranks,
         on_gpu=on_gpu,
     )

@@ -9,7 +9,6 @@ Buckets are smaller than in a run, in proportion to the networks, so that no con
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from dinoscale.config import RunConfig, resolve
