@@ -106,7 +106,7 @@ def make_plan(
         "assumptions": [
             *assumed,
             *_assumptions(config, machine, given=network is not None, within=within),
-            *_assumptions_of_long_runs(storage),
+            *([] if within else _assumptions_of_many_nodes(links, storage)),
         ],
     }
 
@@ -210,17 +210,14 @@ def _assumptions(config: RunConfig, machine: Machine, *, given: bool, within: bo
         if within:
             speed, where = links.within, "within a machine"
         sentences.append(f"a GPU sends {speed / 1e9:g} GB/s {where}; --network says otherwise")
-    if not within:
-        sentences.append(
-            f"collectives in rings: 1 of {links.node} bytes that a GPU sends leaves its machine,"
-            f" the others go at {links.within / 1e9:g} GB/s; each collective's delay, which grows"
-            " with the ranks, is not counted"
-        )
     return sentences
 
 
-def _assumptions_of_long_runs(storage: float) -> list[str]:
+def _assumptions_of_many_nodes(links: Links, storage: float) -> list[str]:
     return [
+        f"collectives in rings: 1 of {links.node} bytes that a GPU sends leaves its machine, the"
+        f" others go at {links.within / 1e9:g} GB/s; each collective's delay, which grows with the"
+        " ranks, is not counted",
         f"all ranks together write and read {storage:g} GB/s; --storage says otherwise",
         f"{FAILURES_PER_GPU_DAY * 1e3:.2f} failures in 1,000 days of a GPU, as in Llama 3's"
         " training (arXiv:2407.21783)",
