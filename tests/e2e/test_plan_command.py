@@ -13,6 +13,8 @@ from dinoscale.config import load_config
 from dinoscale.errors import ConfigError
 from dinoscale.plan.report import IMAGENET
 
+_IN_GROUPS_OF_4 = ("vit_s16", "engine.zero_stage=3", "engine.hpz_ranks=4")
+
 
 def _plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     cli.run(["plan", *arguments, "--json"])
@@ -71,7 +73,7 @@ def test_images_are_counted_where_they_are(
 def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    many = ("vit_s16", "engine.zero_stage=3", "engine.hpz_ranks=4", "--gpus", "16")
+    many = (*_IN_GROUPS_OF_4, "--gpus", "16")
     plan = _plan(capsys, *many, "--node-gpus", "4", "--network", "10", "--storage", "2")
     sent = plan["configured"]["communication"]
     groups = {t["what"]: (t["group"], t["between_bytes"]) for t in sent["transfers"]}
@@ -102,8 +104,7 @@ def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
         (["vit_s16", "--gpus", "8", "--storage", "0"], "--storage: need GB/s above 0, got 0"),
         (["vit_s16", "--gpus", "8", "--node-gpus", "0"], "--node-gpus: need at least 1, got 0"),
         (
-            ["vit_s16", "engine.zero_stage=3", "engine.hpz_ranks=4"]
-            + ["--gpus", "8", "--node-gpus", "2"],
+            [*_IN_GROUPS_OF_4, "--gpus", "8", "--node-gpus", "2"],
             "4 does not divide the 2 ranks of a node",
         ),
         (
