@@ -86,7 +86,7 @@ def test_plan_knows_what_is_sent(stage: int) -> None:
     run = resolve(config, world_size=2, num_images=4 * MICRO_BATCHES)
     setup = setup_of(config, run, on_gpu=False)
     planned = {"all-reduce": 0.0, "all-gather": 0.0}
-    for transfer in transfers(dims_of(config), setup, overlap=False):
+    for transfer in transfers(dims_of(config), setup):
         reduced = transfer.collective == "all-reduce"
         of_number = setup.communication_bytes if reduced else setup.weight_bytes
         # A rank of two sends every number once to reduce them, half of them to gather them.
