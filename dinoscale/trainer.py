@@ -12,7 +12,13 @@ from dinoscale import distributed, rundir
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
-from dinoscale.config.resolve import RunPlan, resolve, with_micro_batch, without_auto
+from dinoscale.config.resolve import (
+    RunPlan,
+    require_groups_within_nodes,
+    resolve,
+    with_micro_batch,
+    without_auto,
+)
 from dinoscale.convert.start import starting_weights
 from dinoscale.cores import cores_at_hand
 from dinoscale.data.mixture import source_sizes
@@ -95,6 +101,7 @@ def require_same_images(source: Source) -> None:
 
 
 def _plan(config: RunConfig, process: Process, source: Source) -> RunPlan:
+    require_groups_within_nodes(config, ranks_of_node=process.local_world_size)
     return resolve(config, world_size=process.world_size, num_images=source_sizes(source))
 
 

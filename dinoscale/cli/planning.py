@@ -83,8 +83,18 @@ def _add_plan(commands: SubCommands) -> None:
         "--network",
         type=float,
         metavar="GB/s",
-        help="what one GPU sends to the others (default: the links within a machine of up to 8"
-        " GPUs, 50 beyond)",
+        help="what one GPU sends to other machines (default 50), or on one machine to the others"
+        " (default: its links)",
+    )
+    plan.add_argument(
+        "--node-gpus", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)"
+    )
+    plan.add_argument(
+        "--storage",
+        type=float,
+        default=10.0,
+        metavar="GB/s",
+        help="what all ranks together write to run_dir (default 10)",
     )
     plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
     plan.set_defaults(run=_plan)
@@ -195,6 +205,8 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
         gpu_memory=options.gpu_memory,
         utilization=options.utilization,
         network=options.network,
+        node_gpus=options.node_gpus,
+        storage=options.storage,
     )
     if options.json:
         return plan

@@ -3,11 +3,24 @@
 [D] ours, with the reason.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dinoscale.config.fields import CountOrZero, Section
+from dinoscale.config.fields import Count, CountOrZero, Section
+
+# What DeepSpeed has a name for and a run must not use, with the reason.
+_REFUSED = {
+    "overlap_comm": "not offered: DeepSpeed then sums gradients on a second stream, and results"
+    " have been compared on CPUs only, which have none",
+    "mics_shard_size": "DeepSpeed has removed MiCS; engine.hpz_ranks keeps the gathers of the"
+    " backward within a node",
+    "zero_quantized_weights": "not offered: weights rounded to 8 bit give other numbers",
+    "zero_quantized_gradients": "not offered: gradients rounded to 4 bit give other numbers;"
+    " engine.communication_dtype=bf16 halves their bytes",
+    "zero_hpz_partition_size": "is called engine.hpz_ranks here",
+}
 
 
 class EngineConfig(Section):
@@ -37,8 +50,33 @@ class EngineConfig(Section):
         default=False, description="Keep the optimizer state in CPU memory."
     )
     communication_dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="Type in which gradients are summed over ranks."
+        default="fp32",
+        description="Type in which gradients are summed over ranks. bf16 halves what is sent and"
+        " rounds every sum to 8 bits: for networks that are the limit.",
     )
+    bucket_elements: Count = Field(
+        default=2**24,
+        description="Gradients that are summed over ranks at once. More for many ranks or a slow"
+        " network, where each sum costs a delay; each takes about 8 bytes.",
+    )
+    live_elements: Count = Field(
+        default=50_000_000,
+        description="Stage 3: weights that are gathered at a time, at most half of them ahead."
+        " Two blocks of the backbone at least, else compute waits for every block.",
+    )
+    hpz_ranks: Count = Field(
+        default=1,
+        description="Stage 3 on several nodes: ranks of a node that share a second copy of the"
+        " weights, so that only the first gather of a step leaves it (hpZ of ZeRO++,"
+        " arXiv:2306.10209); 1 none. For networks that are the limit; it takes memory.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_with_a_reason(cls, values: object) -> object:
+        for key in _REFUSED.keys() & (values.keys() if isinstance(values, Mapping) else ()):
+            raise ValueError(f"{key}: {_REFUSED[key]}")
+        return values
 
     @model_validator(mode="after")
     def _recompute_needs_blocks(self) -> "EngineConfig":
@@ -53,4 +91,13 @@ class EngineConfig(Section):
     def _offload_needs_a_shard(self) -> "EngineConfig":
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer: needs engine.zero_stage 1, 2 or 3, got 0")
+        return self
+
+    @model_validator(mode="after")
+    def _second_copy_needs_stage_3(self) -> "EngineConfig":
+        if self.hpz_ranks > 1 and self.zero_stage != 3:
+            raise ValueError(
+                f"hpz_ranks: needs engine.zero_stage 3, got {self.zero_stage}; at lower stages"
+                " every rank has all weights"
+            )
         return self

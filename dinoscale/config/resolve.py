@@ -109,9 +109,15 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
         The plan.
 
     Raises:
-        ConfigError: the batch cannot be split over the ranks, there is less than one batch, or a
-            source of a mixture is drawn less than once an epoch.
+        ConfigError: the batch cannot be split over the ranks, there is less than one batch, a
+            source of a mixture is drawn less than once an epoch, or the ranks are not whole groups
+            of `engine.hpz_ranks`.
     """
+    if world_size % config.engine.hpz_ranks:
+        raise ConfigError(
+            f"engine.hpz_ranks: {world_size} ranks are not whole groups of"
+            f" {config.engine.hpz_ranks}; it is the number of ranks of a node, 1 without groups"
+        )
     split = split_batch(config.train, world_size=world_size)
     sizes = (num_images,) if isinstance(num_images, int) else tuple(num_images)
     quotas = _quotas(config, sizes, world_size=world_size)
@@ -136,6 +142,19 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
         peak_lr=config.peak_lr,
         min_lr=config.optim.min_lr,
     )
+
+
+def require_groups_within_nodes(config: RunConfig, *, ranks_of_node: int) -> None:
+    """Refuse groups of `engine.hpz_ranks` consecutive ranks that lie on two nodes.
+
+    Raises:
+        ConfigError: some do.
+    """
+    if ranks_of_node % config.engine.hpz_ranks:
+        raise ConfigError(
+            f"engine.hpz_ranks: {config.engine.hpz_ranks} does not divide the {ranks_of_node} ranks"
+            " of a node, so some groups would lie on two nodes"
+        )
 
 
 def _quotas(config: RunConfig, sizes: tuple[int, ...], *, world_size: int) -> tuple[int, ...]:

@@ -173,6 +173,7 @@ def _run(report: Report, config: RunConfig, hosts: list[str], process: Process) 
             images.judge_plan(
                 config,
                 world_size=process.world_size,
+                ranks_of_node=process.local_world_size,
                 num_images=train.source_sizes if train and not train.error else None,
             ),
         ],

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dinoscale.config import RunConfig
-from dinoscale.config.resolve import resolve, split_batch, without_auto
+from dinoscale.config.resolve import require_groups_within_nodes, resolve, split_batch, without_auto
 from dinoscale.data.decode import BadSampleError, Decoder
 from dinoscale.data.mixture import open_sources, source_sizes
 from dinoscale.data.sources import Source, open_source
@@ -153,11 +153,16 @@ def _judge_set(key: str, of_ranks: Sequence[Looked | None], hosts: list[str]) ->
 
 
 def judge_plan(
-    config: RunConfig, *, world_size: int, num_images: int | Sequence[int] | None
+    config: RunConfig,
+    *,
+    world_size: int,
+    ranks_of_node: int,
+    num_images: int | Sequence[int] | None,
 ) -> Check:
     """Whether the batch fits the ranks, and what it means in steps; `num_images` as `resolve`."""
     decided = without_auto(config)
     try:
+        require_groups_within_nodes(config, ranks_of_node=ranks_of_node)
         split = split_batch(decided.train, world_size=world_size)
         if num_images is None:
             steps = "steps are not known without images"

@@ -9,11 +9,6 @@ from typing import Any
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 
-# What is summed over ranks at once: 64 MB in float32, and the released prototypes are as many.
-# DeepSpeed's 5e8 would outweigh a ViT-L.
-BUCKET_ELEMENTS = 2**24
-LIVE_ELEMENTS = 50_000_000  # gathered at stage 3, half of it ahead: two blocks of a ViT-L
-
 
 def student_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     """The dictionary `deepspeed.initialize` takes for the student."""
@@ -68,14 +63,15 @@ def _shared(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},  # they wait for the device twice a step
         "zero_optimization": {
             "memory_efficient_linear": False,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "reduce_bucket_size": engine.bucket_elements,
+            "allgather_bucket_size": engine.bucket_elements,
             "sub_group_size": 10**12,  # one sub-group an optimizer group, as at stages 1 and 2
             # 0: a gathered copy that outlives the step would hide updates written to the shards.
             "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": LIVE_ELEMENTS,
-            "stage3_max_reuse_distance": LIVE_ELEMENTS,
-            "stage3_prefetch_bucket_size": LIVE_ELEMENTS // 2,
+            "stage3_max_live_parameters": engine.live_elements,
+            "stage3_max_reuse_distance": engine.live_elements,
+            "stage3_prefetch_bucket_size": engine.live_elements // 2,
             "stage3_gather_16bit_weights_on_model_save": False,
+            "zero_hpz_partition_size": engine.hpz_ranks,
         },
     }

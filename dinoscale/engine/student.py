@@ -331,6 +331,7 @@ class Student:
         if self._stage == 3:
             for index in range(len(self.flats)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
+            self._zero.invalidate_secondary_tensor()  # with hpZ; of the weights before
         elif self._stage > 0:
             self._zero.update_lp_params()
         elif self.compute_dtype is not torch.float32:

@@ -6,7 +6,7 @@ from typing import Literal
 from dinoscale.dims import Dims, flops_of
 from dinoscale.flops import StepFlops
 from dinoscale.models.recompute import Recompute
-from dinoscale.plan.communication import Transfer, transfers, waited_s
+from dinoscale.plan.communication import Links, Transfer, transfers, waited_s
 from dinoscale.plan.memory import Peak, peak
 from dinoscale.plan.setup import Setup
 
@@ -29,15 +29,13 @@ class Machine:
         flops: FLOP/s of one GPU at the run's precision, as published.
         utilization: share of them that the model's own FLOPs get.
         memory_bytes: of one GPU.
-        bandwidth: bytes/s that one GPU sends to the others.
-        overlap: whether gradients are summed while the backward goes on.
+        links: between the GPUs.
     """
 
     flops: float
     utilization: float
     memory_bytes: float
-    bandwidth: float
-    overlap: bool
+    links: Links
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def option_of(dims: Dims, setup: Setup, machine: Machine) -> Option:
     """Memory and time of one setup."""
     fullest = peak(dims, setup)
     needed = fullest.total * (1 + FRAGMENTS) + CONTEXT_BYTES
-    found = transfers(dims, setup, overlap=machine.overlap)
+    found = transfers(dims, setup)
     images = setup.micro_batch_size * setup.accumulation_steps
     flops = flops_of(dims)
     work = images * (flops.total + recomputed_flops(dims, setup, flops))
@@ -96,8 +94,8 @@ def option_of(dims: Dims, setup: Setup, machine: Machine) -> Option:
         fits=needed <= machine.memory_bytes,
         transfers=found,
         compute_s=compute_s,
-        transfer_s=sum(t.sent_bytes for t in found) / machine.bandwidth,
-        waited_s=waited_s(found, bandwidth=machine.bandwidth, compute_s=compute_s),
+        transfer_s=sum(machine.links.seconds(t) for t in found),
+        waited_s=waited_s(found, machine.links, compute_s=compute_s),
     )
 
 

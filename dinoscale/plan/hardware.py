@@ -43,7 +43,6 @@ GPUS = {
     "rtx4090": Gpu(165e12, 82.6e12, 24e9, 1.01e12, 32e9),
 }
 
-MACHINE = 8  # GPUs of one machine, beyond which a step crosses the network
 NETWORK = 50e9  # bytes/s of one GPU, one way: an adapter of 400 Gbit/s each, as in DGX H100
 
 _UNITS = {"": 1.0, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2.0**20, "GIB": 2.0**30}

@@ -131,13 +131,22 @@ def _gathered(
     if setup.zero_stage < 3 or setup.world_size == 1:
         return 0
     weights, most = dims.parameters, setup.live_elements
+    copies = 0 if during == "teacher" else _second_copies(dims, setup)
     live = min(weights, most)  # stage3_max_live_parameters
     if during != "teacher":
         plain = sum(not is_recomputed(setup, index=index) for index in range(dims.depth))
         pinned = plain * dims.block  # memory_efficient_linear is off
         again = during == "backward" and weights > live  # the backward gathers them all the same
         live = live + pinned if again else max(live, pinned)
-    return setup.weight_bytes * (live + min(weights, most // 2))  # stage3_prefetch_bucket_size
+    ahead = min(weights, most // 2)  # stage3_prefetch_bucket_size
+    return setup.weight_bytes * (live + ahead) + copies
+
+
+def _second_copies(dims: Dims, setup: Setup) -> float:
+    """The student's and the teacher's in a node, from their first forward to the optimizer step."""
+    if setup.zero_stage < 3 or setup.hpz_ranks == 1:
+        return 0
+    return 2 * setup.weight_bytes * dims.parameters / setup.hpz_ranks
 
 
 def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
@@ -251,7 +260,7 @@ def _last_reduction(dims: Dims, setup: Setup) -> Terms:
         buffers = s * setup.bucket_elements + _reduction(dims, setup)
     else:
         gradients = _own_gradients(dims, setup) if stage == 2 else 0
-        buffers = _bucket(setup) + _reduction(dims, setup)
+        buffers = _bucket(setup) + _reduction(dims, setup) + _second_copies(dims, setup)
     return {
         "activations": activations(dims, setup, blocks=0),
         "gradients": gradients,
@@ -264,10 +273,14 @@ def _optimizer_step(dims: Dims, setup: Setup) -> Terms:
     """The summed gradients, and those of one group in float32; the fused AdamW needs no more."""
     stage = setup.zero_stage
     if setup.offload_optimizer:
-        return {"gradients": _own_gradients(dims, setup) if stage < 3 else 0}
+        own = _own_gradients(dims, setup) if stage < 3 else 0
+        return {"gradients": own, "buffers": _second_copies(dims, setup)}
     if stage == 0:
         return {"gradients": dims.parameters * (2 + FP32 if setup.bf16 else FP32)}
-    return {"gradients": max(_group_step(dims, setup, group=g) for g in range(len(dims.groups)))}
+    return {
+        "gradients": max(_group_step(dims, setup, group=g) for g in range(len(dims.groups))),
+        "buffers": _second_copies(dims, setup),
+    }
 
 
 def _group_step(dims: Dims, setup: Setup, *, group: int) -> float:

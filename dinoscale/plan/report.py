@@ -8,18 +8,20 @@ from dinoscale.config import (
     RunConfig,
     RunPlan,
     micro_batch_sizes,
+    require_groups_within_nodes,
     resolve,
     split_batch,
     without_auto,
 )
 from dinoscale.data.mixture import source_sizes
 from dinoscale.dims import Dims, dims_of, flops_of
-from dinoscale.engine.ds_config import student_config
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.feed import open_images
 from dinoscale.plan import choice
 from dinoscale.plan.choice import Machine, Option
-from dinoscale.plan.hardware import MACHINE, NETWORK, find_gpu, parse_bytes
+from dinoscale.plan.communication import Links
+from dinoscale.plan.failures import FAILURES_PER_GPU_DAY, durability
+from dinoscale.plan.hardware import NETWORK, find_gpu, parse_bytes
 from dinoscale.plan.memory import PARTS
 from dinoscale.plan.setup import Setup, setup_of
 
@@ -34,6 +36,8 @@ def make_plan(
     gpu_memory: str | None,
     utilization: float,
     network: float | None,
+    node_gpus: int,
+    storage: float,
 ) -> dict[str, Any]:
     """Work out what a run would need; builds shapes only.
 
@@ -43,7 +47,10 @@ def make_plan(
         gpu: name of the GPU.
         gpu_memory: of one GPU, such as "80GB"; None for what the named one has.
         utilization: share of a GPU's published FLOP/s that the model's own FLOPs get.
-        network: GB/s that one GPU sends to the others; None for what is usual.
+        network: GB/s that one GPU sends to other nodes, or on one node to the others; None for
+            what is usual.
+        node_gpus: ranks of a node.
+        storage: GB/s that all ranks together write to and read from run_dir.
 
     Returns:
         JSON-able: parameters, FLOPs, one entry for each stage and level, what is configured, what
@@ -53,11 +60,18 @@ def make_plan(
         ConfigError: a number is out of range, the batch cannot be shared by the ranks, or the
             backbone is not a ViT.
     """
-    _check(gpus=gpus, utilization=utilization, network=network)
+    _check(
+        gpus=gpus, utilization=utilization, network=network, node_gpus=node_gpus, storage=storage
+    )
+    require_groups_within_nodes(config, ranks_of_node=min(gpus, node_gpus))
     found = find_gpu(gpu)
     memory = parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory else found.memory_bytes
-    within = gpus <= MACHINE
-    bandwidth = network * 1e9 if network else (found.link_bandwidth if within else NETWORK)
+    within = gpus <= node_gpus
+    links = Links(
+        node=node_gpus,
+        within=network * 1e9 if network and within else found.link_bandwidth,
+        between=network * 1e9 if network else NETWORK,
+    )
     dims = dims_of(config)
     sizes = micro_batch_sizes(config.train, world_size=gpus)
     run, assumed = _in_steps(config, gpus=gpus)
@@ -66,8 +80,7 @@ def make_plan(
         flops=found.bf16_flops if setup.bf16 else found.fp32_flops,
         utilization=utilization,
         memory_bytes=memory,
-        bandwidth=bandwidth,
-        overlap=bool(student_config(config, run)["zero_optimization"]["overlap_comm"]),
+        links=links,
     )
     options = choice.options(dims, setup, machine, sizes)
     chosen = choice.best(dims, options, stage=config.engine.zero_stage)
@@ -79,26 +92,36 @@ def make_plan(
         "gpu_memory_bytes": memory,
         "gpu_flops": machine.flops,
         "utilization": utilization,
-        "send_bytes_per_s": bandwidth,
+        "node_gpus": node_gpus,
+        "send_bytes_per_s": links.within if within else links.between,
         "images_per_step": run.batch_size,
         "steps_per_epoch": run.steps_per_epoch,
         "steps": run.stop_step,
         "parameters": {"backbone": dims.backbone, "head": dims.head, "total": dims.parameters},
         "flops_per_image": _flops(dims),
-        "options": [_as_json(option, run) for option in options],
+        "options": [_as_json(option, run, links) for option in options],
         "configured": _configured(config, dims, setup, machine, run),
-        "recommended": None if chosen is None else _as_json(chosen, run),
-        "assumptions": [*assumed, *_assumptions(config, machine, network, within=within)],
+        "recommended": None if chosen is None else _as_json(chosen, run, links),
+        "durability": asdict(durability(dims, setup, node=node_gpus, storage=storage * 1e9)),
+        "assumptions": [
+            *assumed,
+            *_assumptions(config, machine, given=network is not None, within=within),
+            *([] if within else _assumptions_of_many_nodes(links, storage)),
+        ],
     }
 
 
-def _check(*, gpus: int, utilization: float, network: float | None) -> None:
-    if gpus < 1:
-        raise ConfigError(f"--gpus: need at least 1, got {gpus}")
+def _check(
+    *, gpus: int, utilization: float, network: float | None, node_gpus: int, storage: float
+) -> None:
+    for option, count in (("--gpus", gpus), ("--node-gpus", node_gpus)):
+        if count < 1:
+            raise ConfigError(f"{option}: need at least 1, got {count}")
     if not 0 < utilization <= 1:
         raise ConfigError(f"--utilization: need more than 0 and at most 1, got {utilization}")
-    if network is not None and not 0 < network < float("inf"):
-        raise ConfigError(f"--network: need GB/s above 0, got {network}")
+    for option, speed in (("--network", network), ("--storage", storage)):
+        if speed is not None and not 0 < speed < float("inf"):
+            raise ConfigError(f"{option}: need GB/s above 0, got {speed}")
 
 
 def _in_steps(config: RunConfig, *, gpus: int) -> tuple[RunPlan, list[str]]:
@@ -135,7 +158,7 @@ def _configured(
         micro_batch_size=split.micro_batch_size,
         accumulation_steps=split.accumulation_steps,
     )
-    return _as_json(choice.option_of(dims, as_it_is, machine), run)
+    return _as_json(choice.option_of(dims, as_it_is, machine), run, machine.links)
 
 
 def _flops(dims: Dims) -> dict[str, int]:
@@ -143,8 +166,9 @@ def _flops(dims: Dims) -> dict[str, int]:
     return {**asdict(flops), "total": flops.total}
 
 
-def _as_json(option: Option, run: RunPlan) -> dict[str, Any]:
+def _as_json(option: Option, run: RunPlan, links: Links) -> dict[str, Any]:
     setup = option.setup
+    found = [asdict(t) | {"between_bytes": links.between_bytes(t)} for t in option.transfers]
     return {
         "zero_stage": setup.zero_stage,
         "recompute": option.level,
@@ -161,16 +185,15 @@ def _as_json(option: Option, run: RunPlan) -> dict[str, Any]:
         "hours": round(run.stop_step * option.step_s / 3600, 2),
         "communication": {
             "sent_bytes": round(sum(t.sent_bytes for t in option.transfers)),
+            "between_bytes": round(sum(transfer["between_bytes"] for transfer in found)),
             "seconds": round(option.transfer_s, 4),
             "waited_s": round(option.waited_s, 4),
-            "transfers": [asdict(transfer) for transfer in option.transfers],
+            "transfers": found,
         },
     }
 
 
-def _assumptions(
-    config: RunConfig, machine: Machine, network: float | None, *, within: bool
-) -> list[str]:
+def _assumptions(config: RunConfig, machine: Machine, *, given: bool, within: bool) -> list[str]:
     sentences = [
         f"{machine.utilization:.0%} of the published {machine.flops / 1e12:.4g} TFLOP/s of a GPU"
         " go into the model's own products; the data keep up",
@@ -181,9 +204,21 @@ def _assumptions(
     ]
     if config.model.drop_path_mode == "subset":
         sentences.append("branches that stochastic depth drops count as computed and kept")
-    if network is None:
-        where = "within a machine" if within else f"between machines of {MACHINE} GPUs"
-        sentences.append(
-            f"a GPU sends {machine.bandwidth / 1e9:g} GB/s {where}; --network says otherwise"
-        )
+    links = machine.links
+    if not given:
+        speed, where = links.between, f"between machines of {links.node} GPUs"
+        if within:
+            speed, where = links.within, "within a machine"
+        sentences.append(f"a GPU sends {speed / 1e9:g} GB/s {where}; --network says otherwise")
     return sentences
+
+
+def _assumptions_of_many_nodes(links: Links, storage: float) -> list[str]:
+    return [
+        f"collectives in rings: 1 of {links.node} bytes that a GPU sends leaves its machine, the"
+        f" others go at {links.within / 1e9:g} GB/s; each collective's delay, which grows with the"
+        " ranks, is not counted",
+        f"all ranks together write and read {storage:g} GB/s; --storage says otherwise",
+        f"{FAILURES_PER_GPU_DAY * 1e3:.2f} failures in 1,000 days of a GPU, as in Llama 3's"
+        " training (arXiv:2407.21783)",
+    ]

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from dinoscale.config import RunConfig, RunPlan
-from dinoscale.engine.ds_config import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from dinoscale.engine.param_groups import MOMENTS
 from dinoscale.models.recompute import Recompute
 
@@ -27,6 +26,7 @@ class Setup:
         offload_optimizer: whether master, moments and average are in the memory of the machine.
         bucket_elements: of DeepSpeed's buffers for gradients.
         live_elements: of the weights that stage 3 keeps gathered.
+        hpz_ranks: ranks of a node that share a second copy of the weights at stage 3, 1 for none.
         on_gpu: whether collectives need no copies of their own.
     """
 
@@ -42,6 +42,7 @@ class Setup:
     offload_optimizer: bool
     bucket_elements: int
     live_elements: int
+    hpz_ranks: int
     on_gpu: bool
 
     @property
@@ -71,7 +72,8 @@ def setup_of(config: RunConfig, run: RunPlan, *, on_gpu: bool) -> Setup:
         recompute=engine.recompute,
         moments=len(MOMENTS[config.optim.name]),
         offload_optimizer=engine.offload_optimizer,
-        bucket_elements=BUCKET_ELEMENTS,
-        live_elements=LIVE_ELEMENTS,
+        bucket_elements=engine.bucket_elements,
+        live_elements=engine.live_elements,
+        hpz_ranks=engine.hpz_ranks,
         on_gpu=on_gpu,
     )

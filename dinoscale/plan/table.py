@@ -21,6 +21,8 @@ def as_text(plan: dict[str, Any]) -> str:
     shown = plan["recommended"] or plan["configured"]
     if shown:
         sections += [_memory(shown), _communication(shown)]
+        if plan["gpus"] > plan["node_gpus"]:
+            sections.append(_durability(plan["durability"], shown))
     sections += [["assumed:", *(f"  {text}" for text in plan["assumptions"])], _verdict(plan)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
@@ -79,6 +81,8 @@ def _communication(option: dict[str, Any]) -> list[str]:
     lines = ["a GPU sends in a step:"]
     for transfer in sent["transfers"]:
         how = "beside compute" if transfer["beside_compute"] else "waited for"
+        if transfer["between_bytes"]:
+            how += f", {transfer['between_bytes'] / 1e9:.2f} GB to other machines"
         lines.append(
             f"  {transfer['what']:<20}{transfer['collective']:<16}{transfer['times']:>3} x"
             f"{_gb(transfer['sent_bytes']):>8} GB in all, {how}"
@@ -91,6 +95,18 @@ def _communication(option: dict[str, Any]) -> list[str]:
         f" as the engine sends, a step waits {sent['waited_s']:.3f} s ({waits:.0%})"
     )
     return lines
+
+
+def _durability(found: dict[str, Any], option: dict[str, Any]) -> list[str]:
+    steps = max(1, round(found["interval_s"] / option["step_s"]))
+    return [
+        f"start: {found['build_s']:.0f} s to build the networks, with {_gb(found['host_bytes'])} GB"
+        f" of a machine's memory; {found['write_s']:.0f} s to read a checkpoint",
+        f"checkpoints: {_gb(found['checkpoint_bytes'])} GB, {found['write_s']:.0f} s to write"
+        f" beside training; {found['failures_per_day']:.2f} failures a day expected",
+        f"  save every {found['interval_s'] / 60:.0f} minutes, checkpoint.every_steps={steps}:"
+        f" {found['lost_share']:.1%} of the work is lost at most",
+    ]
 
 
 def _verdict(plan: dict[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ Buckets are smaller than in a run, in proportion to the networks, so that no con
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from dinoscale.config import RunConfig, resolve
@@ -79,6 +78,8 @@ class Case(NamedTuple):
                 "precision": self.precision,
                 "checkpoint_every_k_blocks": 0 if self.recompute == "none" else self.every,
                 "recompute": "block" if self.recompute == "none" else self.recompute,
+                "bucket_elements": self.bucket_elements,
+                "live_elements": self.bucket_elements,
             },
             eval={"crop": 32, "resize": 32},
         )
@@ -115,12 +116,10 @@ def measure(cases: list[Any]) -> list[float]:
 
 
 def _peak(case: Case) -> float:
-    from dinoscale.engine import ds_config
     from dinoscale.engine.build import build_pair, schedules_of
     from dinoscale.engine.step import MicroBatch, train_step
     from dinoscale.peak_memory import live_bytes, with_peak_bytes
 
-    ds_config.BUCKET_ELEMENTS = ds_config.LIVE_ELEMENTS = case.bucket_elements
     before = live_bytes()  # of the cases before this one: engines stay until the process ends
     config = case.config()
     plan = tiny_plan(config)
@@ -150,10 +149,7 @@ def predict(case: Case) -> Peak:
     images = config.train.batch_size * STEPS_PER_EPOCH
     run = resolve(config, world_size=case.ranks, num_images=images)
     setup = setup_of(config, run, on_gpu=False)
-    return peak(
-        dims_of(config),
-        replace(setup, bucket_elements=case.bucket_elements, live_elements=case.bucket_elements),
-    )
+    return peak(dims_of(config), setup)
 
 
 def measured(cases: Sequence[Case]) -> dict[Case, float]:

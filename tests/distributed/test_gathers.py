@@ -27,17 +27,16 @@ def _config(stage: int, checkpointed: int) -> RunConfig:
             "zero_stage": stage,
             "precision": "bf16",
             "checkpoint_every_k_blocks": checkpointed,
+            "live_elements": 1,  # keep nothing gathered, fetch nothing ahead
         },
     )
 
 
 def watch_step(stage: int, checkpointed: int) -> dict[str, Any]:
     """On every rank: the collectives of a step whose weights are released as soon as may be."""
-    from dinoscale.engine import ds_config
     from dinoscale.engine.build import build_pair, schedules_of
     from dinoscale.engine.step import train_step
 
-    ds_config.LIVE_ELEMENTS = 1  # keep nothing gathered, fetch nothing ahead
     config = _config(stage, checkpointed)
     plan = tiny_plan(config)
     assert plan.accumulation_steps == MICRO_BATCHES
@@ -87,7 +86,7 @@ def test_plan_knows_what_is_sent(stage: int) -> None:
     run = resolve(config, world_size=2, num_images=4 * MICRO_BATCHES)
     setup = setup_of(config, run, on_gpu=False)
     planned = {"all-reduce": 0.0, "all-gather": 0.0}
-    for transfer in transfers(dims_of(config), setup, overlap=False):
+    for transfer in transfers(dims_of(config), setup):
         reduced = transfer.collective == "all-reduce"
         of_number = setup.communication_bytes if reduced else setup.weight_bytes
         # A rank of two sends every number once to reduce them, half of them to gather them.

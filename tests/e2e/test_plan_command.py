@@ -13,6 +13,8 @@ from dinoscale.config import load_config
 from dinoscale.errors import ConfigError
 from dinoscale.plan.report import IMAGENET
 
+_IN_GROUPS_OF_4 = ("vit_s16", "engine.zero_stage=3", "engine.hpz_ranks=4")
+
 
 def _plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     cli.run(["plan", *arguments, "--json"])
@@ -68,6 +70,27 @@ def test_images_are_counted_where_they_are(
     assert plan["steps_per_epoch"] == 20
 
 
+def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    many = (*_IN_GROUPS_OF_4, "--gpus", "16")
+    plan = _plan(capsys, *many, "--node-gpus", "4", "--network", "10", "--storage", "2")
+    sent = plan["configured"]["communication"]
+    groups = {t["what"]: (t["group"], t["between_bytes"]) for t in sent["transfers"]}
+    assert groups["weights in a node"] == (4, 0)
+    assert sum(4 * between for _, between in groups.values()) == pytest.approx(
+        sum(t["sent_bytes"] for t in sent["transfers"] if t["group"] == 16)
+    )
+    found = plan["durability"]
+    assert found["checkpoint_bytes"] == 16 * plan["parameters"]["total"]
+    assert found["write_s"] == pytest.approx(found["checkpoint_bytes"] / 2e9)
+    mean_s = 86_400 / found["failures_per_day"]
+    assert found["failures_per_day"] == pytest.approx(16 * 4.736e-4, rel=1e-3)
+    assert found["interval_s"] ** 2 == pytest.approx(2 * found["write_s"] * mean_s)
+    cli.run(["plan", *many])
+    assert "failures a day expected" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -78,6 +101,12 @@ def test_images_are_counted_where_they_are(
         (["vit_s16", "train.micro_batch_size=60", "--gpus", "8"], "does not divide"),
         (["vit_s16", "--gpus", "8", "--utilization", "40"], "--utilization"),
         (["vit_s16", "--gpus", "8", "--network", "-1"], "--network"),
+        (["vit_s16", "--gpus", "8", "--storage", "0"], "--storage: need GB/s above 0, got 0"),
+        (["vit_s16", "--gpus", "8", "--node-gpus", "0"], "--node-gpus: need at least 1, got 0"),
+        (
+            [*_IN_GROUPS_OF_4, "--gpus", "8", "--node-gpus", "2"],
+            "4 does not divide the 2 ranks of a node",
+        ),
         (
             ["vit_s16", "model.backbone=resnet50", "model.drop_path_rate=0.0", "--gpus", "8"],
             "plan knows ViTs only",

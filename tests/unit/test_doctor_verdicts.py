@@ -259,12 +259,19 @@ def test_images() -> None:
 
 def test_plan() -> None:
     config = tiny_config()
-    assert "4 steps an epoch" in judge_plan(config, world_size=2, num_images=24).text
-    assert judge_plan(config, world_size=4, num_images=24).verdict == "problem"
-    assert judge_plan(config, world_size=4, num_images=None).verdict == "problem"
-    assert judge_plan(config, world_size=2, num_images=None).verdict == "ok"
-    assert judge_plan(config, world_size=2, num_images=5).verdict == "problem"
-    auto = judge_plan(tiny_config(train={"micro_batch_size": "auto"}), world_size=2, num_images=24)
+    assert (
+        "4 steps an epoch" in judge_plan(config, world_size=2, ranks_of_node=2, num_images=24).text
+    )
+    assert judge_plan(config, world_size=4, ranks_of_node=4, num_images=24).verdict == "problem"
+    assert judge_plan(config, world_size=4, ranks_of_node=4, num_images=None).verdict == "problem"
+    assert judge_plan(config, world_size=2, ranks_of_node=2, num_images=None).verdict == "ok"
+    assert judge_plan(config, world_size=2, ranks_of_node=2, num_images=5).verdict == "problem"
+    auto = judge_plan(
+        tiny_config(train={"micro_batch_size": "auto"}),
+        world_size=2,
+        ranks_of_node=2,
+        num_images=24,
+    )
     assert (auto.verdict, "as large as fit (auto)" in auto.text) == ("ok", True)
 
 

@@ -16,6 +16,7 @@ from dinoscale.config import (
     describe_text,
     load_config,
     parse_config,
+    require_groups_within_nodes,
     resolve,
     split_batch,
     without_auto,
@@ -235,3 +236,19 @@ def test_text_without_a_plan_says_so() -> None:
     text = describe_text(other, None)
     assert "# plan: none: the number of images or ranks is not known\n" in text
     assert "# parameters.backbone: not known before the model is built\n" in text
+
+
+def test_hpz_groups_are_whole_and_within_nodes() -> None:
+    config = parse_config(
+        {
+            "engine": {"zero_stage": 3, "hpz_ranks": 4},
+            "train": {"batch_size": 48},
+            "optim": {"min_lr": 0},
+        }
+    )
+    assert resolve(config, world_size=8, num_images=100).world_size == 8
+    with pytest.raises(ConfigError, match=r"hpz_ranks: 6 ranks are not whole groups of 4"):
+        resolve(config, world_size=6, num_images=100)
+    require_groups_within_nodes(config, ranks_of_node=8)
+    with pytest.raises(ConfigError, match=r"4 does not divide the 6 ranks of a node"):
+        require_groups_within_nodes(config, ranks_of_node=6)

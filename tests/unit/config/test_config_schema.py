@@ -82,6 +82,9 @@ def _bound(key: str, needs: str, *wrong: float) -> list[tuple[str, float, str]]:
         *_bound("data.max_bad_fraction", "of at most 1", 1.1),
         *_bound("engine.zero_stage", "of at most 3", 4),
         *_bound("engine.checkpoint_every_k_blocks", "of at least 0", -1),
+        *_bound("engine.bucket_elements", "of at least 1", 0),
+        *_bound("engine.live_elements", "of at least 1", 0),
+        *_bound("engine.hpz_ranks", "of at least 1", 0),
         *_bound("eval.every_epochs", "of at least 1", 0),
         *_bound("eval.k", "of at least 1", 0),
         *_bound("eval.batch_size", "of at least 1", 0),
@@ -273,3 +276,29 @@ def test_every_field_is_described() -> None:
         for key, field in section.model_fields.items():
             if name or key not in sections():
                 assert field.description, f"{name}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("overlap_comm", "results have been compared on CPUs only"),
+        ("mics_shard_size", "DeepSpeed has removed MiCS; engine.hpz_ranks keeps"),
+        ("zero_quantized_weights", "weights rounded to 8 bit give other numbers"),
+        ("zero_quantized_gradients", "gradients rounded to 4 bit give other numbers"),
+        ("zero_hpz_partition_size", "is called engine.hpz_ranks here"),
+    ],
+)
+def test_what_deepspeed_offers_and_a_run_must_not_use_is_refused_with_the_reason(
+    key: str, reason: str
+) -> None:
+    (message,) = _messages(**{f"engine__{key}": 8})
+    assert message.startswith(f"engine.{key}: ")
+    assert reason in message
+
+
+def test_hpz_is_of_stage_3() -> None:
+    assert _messages(engine__hpz_ranks=8) == [
+        "engine.hpz_ranks: needs engine.zero_stage 3, got 2; at lower stages every rank has all"
+        " weights"
+    ]
+    assert _config(engine__hpz_ranks=8, engine__zero_stage=3).engine.hpz_ranks == 8

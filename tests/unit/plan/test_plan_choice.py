@@ -7,14 +7,15 @@ import pytest
 from dinoscale.dims import Dims, flops_of
 from dinoscale.errors import ConfigError
 from dinoscale.plan.choice import Machine, Option, best, option_of, options, recomputed_flops
-from dinoscale.plan.communication import transfers, waited_s
+from dinoscale.plan.communication import Links, Transfer, transfers, waited_s
 from dinoscale.plan.hardware import GPUS, find_gpu, parse_bytes
 from dinoscale.plan.setup import Setup
 from tests.unit.plan.tiny import DIMS, SETUP
 
 WEIGHTS = 1844 + 700
 PART = 3 / 4 * WEIGHTS  # of 4 ranks
-MACHINE = Machine(flops=1e12, utilization=0.5, memory_bytes=80e9, bandwidth=1e9, overlap=False)
+LINKS = Links(node=8, within=1e9, between=1e9)
+MACHINE = Machine(flops=1e12, utilization=0.5, memory_bytes=80e9, links=LINKS)
 
 
 @pytest.mark.parametrize(
@@ -29,20 +30,48 @@ MACHINE = Machine(flops=1e12, utilization=0.5, memory_bytes=80e9, bandwidth=1e9,
 def test_bytes_sent_by_hand(stage: int, passes: int, sent: dict[str, float]) -> None:
     setup = replace(SETUP, zero_stage=stage, accumulation_steps=passes)
     found: dict[str, float] = {}
-    for transfer in transfers(DIMS, setup, overlap=False):
+    for transfer in transfers(DIMS, setup):
         found[transfer.collective] = found.get(transfer.collective, 0) + transfer.sent_bytes
     assert found == pytest.approx(sent)
 
 
 def test_one_rank_sends_nothing() -> None:
-    assert transfers(DIMS, replace(SETUP, world_size=1), overlap=False) == []
+    assert transfers(DIMS, replace(SETUP, world_size=1)) == []
+
+
+def test_hpz_gathers_from_all_in_the_first_forwards_and_within_a_node_later() -> None:
+    setup = replace(SETUP, zero_stage=3, world_size=8, accumulation_steps=2, hpz_ranks=4)
+    found = {t.group: t for t in transfers(DIMS, setup) if t.collective == "all-gather"}
+    assert {group: t.times for group, t in found.items()} == {8: 2, 4: 4}
+    assert found[8].sent_bytes == 2 * 7 / 8 * 2 * WEIGHTS
+    assert found[4].sent_bytes == 4 * 3 / 4 * 2 * WEIGHTS
+
+
+def test_one_part_in_a_nodes_gpus_leaves_the_node_and_the_slower_link_counts() -> None:
+    over_nodes = Transfer("weights", "all-gather", 16, 1, 80.0, False)
+    inside = replace(over_nodes, group=8)
+    slow_network = Links(node=8, within=10.0, between=1.0)
+    assert (slow_network.between_bytes(over_nodes), slow_network.between_bytes(inside)) == (10, 0)
+    assert slow_network.seconds(over_nodes) == 10
+    assert replace(slow_network, between=5.0).seconds(over_nodes) == 7  # 70 bytes within
+    assert slow_network.seconds(inside) == 8
+
+
+def test_weights_are_gathered_ahead_if_two_blocks_may_be_there() -> None:
+    setup = replace(SETUP, zero_stage=3, live_elements=2 * DIMS.block)
+    for live, ahead in ((2 * DIMS.block, True), (2 * DIMS.block - 1, False)):
+        found = transfers(DIMS, replace(setup, live_elements=live))
+        beside = {t.collective: t.beside_compute for t in found}
+        assert beside == {"all-gather": ahead, "reduce-scatter": False}
 
 
 def test_a_step_waits_for_what_compute_cannot_hide() -> None:
-    found = transfers(DIMS, SETUP, overlap=True)  # gradients 8 PART beside, weights 4 PART alone
-    slow = waited_s(found, bandwidth=PART, compute_s=1.0)
-    fast = waited_s(found, bandwidth=PART, compute_s=100.0)
-    assert (slow, fast) == (pytest.approx(4 + 7), pytest.approx(4))
+    setup = replace(SETUP, zero_stage=3, live_elements=10_000)
+    found = transfers(DIMS, setup)  # weights 6 PART beside, gradients 4 PART alone
+    links = replace(LINKS, within=PART)
+    slow = waited_s(found, links, compute_s=1.0)
+    fast = waited_s(found, links, compute_s=100.0)
+    assert (slow, fast) == (pytest.approx(4 + 5), pytest.approx(4))
 
 
 def test_seconds_of_a_step_follow_from_its_flops() -> None:

@@ -30,6 +30,7 @@ SETUPS = st.builds(
     offload_optimizer=st.just(False),
     bucket_elements=st.integers(500, 5000),
     live_elements=st.just(50_000_000),
+    hpz_ranks=st.just(1),
     on_gpu=st.booleans(),
 )
 
@@ -67,6 +68,14 @@ def test_what_is_held_at_stage_3_by_hand() -> None:
     assert terms["gradients"] == 4 * WEIGHTS / 4
     assert terms["teacher"] == 6 * WEIGHTS / 4 + 16 * 100
     assert terms["buffers"] == 4 * 1000
+
+
+def test_second_copies_of_both_networks_are_there_at_every_late_moment() -> None:
+    one = replace(SETUP, zero_stage=3, world_size=8)
+    two = replace(one, hpz_ranks=4)
+    assert held(DIMS, two) == held(DIMS, one)
+    copies = 2 * 2 * WEIGHTS / 4
+    assert peak(DIMS, two).terms["buffers"] == peak(DIMS, one).terms["buffers"] + copies
 
 
 @pytest.mark.parametrize(

@@ -41,5 +41,6 @@ SETUP = Setup(
     offload_optimizer=False,
     bucket_elements=1000,
     live_elements=1000,
+    hpz_ranks=1,
     on_gpu=True,
 )

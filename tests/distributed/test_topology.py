@@ -1,0 +1,193 @@
+"""Settings for many nodes do not change the numbers; 4 ranks are two nodes of two."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dinoscale.config import RunConfig, resolve
+from dinoscale.dims import dims_of
+from dinoscale.plan.communication import transfers
+from dinoscale.plan.setup import setup_of
+from tests.distributed.tiny_run import Gathering, distance, take_step, tiny_config, tiny_plan
+from tests.harness import run_distributed
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
+
+STEPS, SAVED, PASSES = 3, 1, 2
+LAYERS = {"zero_stage": 3, "live_elements": 1, "bucket_elements": 4000}  # gathered and let go
+HPZ = {**LAYERS, "hpz_ranks": 2}
+TOPOLOGIES: dict[str, dict[str, Any]] = {  # hpZ last: DeepSpeed keeps its groups for good
+    "2": {"zero_stage": 2},
+    "2 small buckets": {"zero_stage": 2, "bucket_elements": 700},
+    "2 sums in bf16": {"zero_stage": 2, "communication_dtype": "bf16"},
+    "3": LAYERS,
+    "3 sums in bf16": {**LAYERS, "communication_dtype": "bf16"},
+    "3 hpZ": HPZ,
+}
+
+Result = dict[str, Any]
+
+
+class _Gathers(TorchDispatchMode):
+    """Counts the elements that all-gathers make, by the number of ranks that take part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "c10d::_allgather_base_":
+            whole, part = args[:2]
+            self.elements[whole.numel() // part.numel()] += whole.numel()
+        return func(*args, **(kwargs or {}))
+
+
+def _config(engine: dict[str, Any]) -> RunConfig:
+    return tiny_config(
+        train={"batch_size": 4 * 2 * PASSES, "micro_batch_size": 2},
+        optim={"lr": 0.05, "warmup_epochs": 0},
+        engine={"precision": "fp32", **engine},
+    )
+
+
+def train_all(folder: str) -> dict[str, Result]:
+    """On every rank: the steps with each of `TOPOLOGIES`; with hpZ from a checkpoint as well."""
+    results = {name: _train(engine, Path(folder) / name) for name, engine in TOPOLOGIES.items()}
+    return results | {"resumed": _go_on(HPZ, Path(folder) / "3")}
+
+
+def go_on_without(folder: str) -> Result:
+    """On every rank: the last steps from the checkpoint that hpZ wrote."""
+    return _go_on({"zero_stage": 3}, Path(folder) / "3 hpZ")
+
+
+def _train(engine: dict[str, Any], run_dir: Path) -> Result:
+    from dinoscale.engine.build import build_pair
+
+    config = _config(engine)
+    pair = build_pair(config, tiny_plan(config))
+    initial = Gathering(pair[0])(pair[0].master)
+    _take_steps(config, pair, range(SAVED))
+    _save(run_dir, *pair)
+    return {"initial": initial, **_take_steps(config, pair, range(SAVED, STEPS))}
+
+
+def _go_on(engine: dict[str, Any], run_dir: Path) -> Result:
+    from dinoscale.engine.build import build_pair
+    from dinoscale.resume import find_checkpoint, restore
+
+    config = _config(engine)
+    pair = build_pair(config, tiny_plan(config))
+    checkpoint = find_checkpoint(run_dir)
+    assert checkpoint is not None
+    restore(checkpoint, *pair)
+    return _take_steps(config, pair, range(SAVED, STEPS))
+
+
+def _take_steps(config: RunConfig, pair: Any, steps: range) -> Result:
+    student, teacher = pair
+    plan, gather = tiny_plan(config), Gathering(student)
+    losses = []
+    for step in steps:
+        with _Gathers() as recorder:
+            losses.append(take_step(student, teacher, config, plan, step))
+    average = gather(teacher.ema)
+    of_forward = dict(teacher.plain_network().named_parameters())
+    return {
+        "losses": losses,
+        "student": gather(student.master),
+        "teacher": average,
+        "gathered": recorder.elements,
+        "stale": [name for name in average if not torch.equal(average[name], of_forward[name])],
+    }
+
+
+def _save(run_dir: Path, student: Any, teacher: Any) -> None:
+    from dinoscale import distributed
+    from dinoscale.checkpoint.retention import Keep
+    from dinoscale.checkpoint.save import Saver
+
+    saver = Saver(run_dir, Keep(last=1))
+    saver.begin(SAVED, student, teacher, {"config": {}, "plan": {}, "progress": {}})
+    result = saver.wait()
+    assert result is not None
+    assert result.error is None
+    distributed.gather_objects(None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("topologies"))
+
+
+@pytest.fixture(scope="module")
+def trained(folder: str) -> dict[str, Result]:
+    function = "tests.distributed.test_topology:train_all"
+    return run_distributed(function, world_size=4, timeout_s=280, folder=folder)[0]
+
+
+def _error(run: Result, other: Result, initial: dict[str, Tensor]) -> float:
+    """Distance of student and teacher relative to how far they moved."""
+    return max(
+        distance(run[which], other[which]) / distance(other[which], initial)
+        for which in ("student", "teacher")
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in TOPOLOGIES if "bf16" not in name])
+def test_topology_does_not_change_the_numbers(trained: dict[str, Result], name: str) -> None:
+    run, default = trained[name], trained["2"]
+    assert run["losses"] == pytest.approx(default["losses"], rel=5e-6)
+    assert _error(run, default, default["initial"]) < 5e-4
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_sums_in_bf16_change_them_by_their_rounding(trained: dict[str, Result], stage: str) -> None:
+    run, default = trained[f"{stage} sums in bf16"], trained[stage]
+    assert run["losses"] == pytest.approx(default["losses"], rel=1e-2)
+    assert 1e-4 < _error(run, default, default["initial"]) < 0.1
+
+
+def test_second_copies_hold_the_same_weights_bit_for_bit(trained: dict[str, Result]) -> None:
+    _require_equal(trained["3 hpZ"], trained["3"])
+    assert trained["3 hpZ"]["stale"] == []
+
+
+def test_second_copies_are_of_the_weights_of_the_checkpoint(trained: dict[str, Result]) -> None:
+    _require_equal(trained["resumed"], trained["3"])
+
+
+def _require_equal(run: Result, other: Result) -> None:
+    assert run["losses"] == other["losses"]
+    for which in ("student", "teacher"):
+        different = [k for k, v in run[which].items() if not torch.equal(v, other[which][k])]
+        assert different == [], which
+
+
+def test_a_run_goes_on_without_second_copies_on_fewer_ranks(
+    trained: dict[str, Result], folder: str
+) -> None:
+    function = "tests.distributed.test_topology:go_on_without"
+    run = run_distributed(function, world_size=2, timeout_s=280, folder=folder)[0]
+    default = trained["2"]
+    assert run["losses"] == pytest.approx(default["losses"], rel=5e-6)
+    assert _error(run, default, default["initial"]) < 5e-4
+
+
+def test_plan_knows_which_gathers_stay_within_a_node(trained: dict[str, Result]) -> None:
+    config = _config(HPZ)
+    run = resolve(config, world_size=4, num_images=config.train.batch_size)
+    planned = {
+        transfer.group: transfer.sent_bytes / 4 * transfer.group / (transfer.group - 1)
+        for transfer in transfers(dims_of(config), setup_of(config, run, on_gpu=False))
+        if transfer.collective == "all-gather"
+    }
+    # The prototypes are still there when a backward begins.
+    planned[2] -= PASSES * config.head.num_prototypes * config.head.bottleneck_dim
+    assert trained["3 hpZ"]["gathered"] == pytest.approx(planned, rel=0.02)  # padding
+    assert trained["3"]["gathered"] == pytest.approx({4: sum(planned.values())}, rel=0.02)
