@@ -97,7 +97,7 @@ def node_lines(members: Sequence[Member], launcher: str | None) -> list[str]:
     for (host, _), ranks in of_node.items():
         own, first = members[ranks[0]], members[0].versions
         other = {n: v for n, v in own.versions.items() if not lines or v != first.get(n)}
-        versions = [f"{name} {version}" for name, version in other.items()]
+        versions = [f"{name} {version}" for name, version in other.items() if version]
         device = f"{len(ranks)} x {own.device}" if own.device != "CPU" else "the CPU"
         started = f"started by {launcher}" if launcher else "started alone"
         here = f"node {host}: {span_text(ranks)} on {device}"
@@ -124,7 +124,7 @@ def _refuse(checks: Sequence[Check]) -> None:
 def keep_logs(run_dir: Path, process: Process, members: Sequence[Member]) -> None:
     """Begin the log file of every rank; where that fails, rank 0 says so and the run goes on."""
     own, hosts = members[process.rank], [member.host for member in members]
-    versions = ", ".join(f"{name} {version}" for name, version in own.versions.items())
+    versions = ", ".join(f"{name} {version}" for name, version in own.versions.items() if version)
     failures = distributed.gather_objects(
         logs.to_file(
             run_dir / "logs",

@@ -1,4 +1,4 @@
-"""Three ranks on what they take for two hosts: each named, and what differs between them refused."""
+"""Three ranks on what they take for two hosts: each named, what differs between them refused."""
 
 import logging
 import os
@@ -145,7 +145,7 @@ def test_every_rank_has_a_log_with_a_header_for_each_start(
 ) -> None:
     for rank, of_rank in enumerate(told):
         headers = [line for line in of_rank["file"] if f"rank {rank} of 3 on {HOSTS[rank]}" in line]
-        assert len(headers) == 3  # the starts that were not refused
+        assert len(headers) == 2  # the starts that were not refused
         assert of_rank["file"][0] == headers[0]
 
 
