@@ -1,12 +1,12 @@
 """`dinoscale ...` and `python -m dinoscale ...`: errors become sentences and exit codes."""
 
-import logging
 import os
 import sys
 import traceback
 
-from dinoscale import cli
-from dinoscale.errors import DinoscaleError, PreemptedError
+from dinoscale import cli, logs
+from dinoscale.errors import DinoscaleError, LaunchError, PreemptedError
+from dinoscale.launcher import read_process
 
 
 def main() -> None:
@@ -15,13 +15,7 @@ def main() -> None:
     0: done; 1: the run failed; 2: bad input; 75: asked to stop, saved, goes on with the same
     command; 130: interrupted by Ctrl-C.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(levelname).1s %(asctime)s rank {rank}: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    logs.to_terminal(_rank())
     try:
         cli.run(sys.argv[1:])
     except PreemptedError as error:
@@ -36,8 +30,17 @@ def main() -> None:
         _end(traceback.format_exc() + "error: dinoscale failed; this is a bug", 1)
 
 
+def _rank() -> int:
+    """Of this process; 0 if the launcher is unclear, which is for those to tell who meet others."""
+    try:
+        return read_process(os.environ).rank
+    except LaunchError:
+        return 0
+
+
 def _end(text: str, code: int) -> None:
     """Say why and leave at once: waiting for other ranks at exit could hang or abort."""
+    logs.note(text)
     print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

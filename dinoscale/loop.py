@@ -4,6 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from dinoscale.cores import cores_at_hand
 from dinoscale.data.bad_samples import BadSampleLog
 from dinoscale.data.loader import Batch
 from dinoscale.data.sources import Source
-from dinoscale.distributed import Process
 from dinoscale.engine.build import schedules_of
 from dinoscale.engine.step import StepMetrics, train_step
 from dinoscale.engine.student import Student
@@ -38,6 +38,7 @@ from dinoscale.hooks.data_wait import DataWait
 from dinoscale.hooks.events import Events
 from dinoscale.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.hooks.probe import Probe
+from dinoscale.launcher import Process
 from dinoscale.preemption import StopRequest
 from dinoscale.resume import find_checkpoint, restore
 from dinoscale.schedules import StepValues
@@ -140,7 +141,8 @@ class Run:
             self._probe()
         else:
             self.events.write(self.progress.step, "resumed", ranks=self.plan.world_size)
-        with logging_redirect_tqdm():  # log lines above the bar, not in it
+        # Log lines above the bar, not in it; other ranks have none, and show only warnings.
+        with logging_redirect_tqdm() if self.process.rank == 0 else nullcontext():
             while self.progress.step < self.plan.stop_step:
                 self._train()  # to the end, or to a rollback
             self._save_and_wait()

@@ -13,6 +13,7 @@ from dinoscale.cli.checkpoints import add_checkpoints
 from dinoscale.cli.convert import add_convert
 from dinoscale.cli.evaluate import add_evaluate
 from dinoscale.cli.planning import add_planning
+from dinoscale.launcher import read_process
 
 _EPILOG = """examples:
   dinoscale train vit_s16 data.train=/data/images run_dir=runs/first
@@ -44,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
         "train",
         help="pre-train, or go on with a run; same line under python, deepspeed, torchrun, srun",
         description="Pre-train. Everything is written to run_dir: config.yaml (training from it"
-        " repeats the run), metrics.jsonl, bad_samples.jsonl, checkpoints/. A run directory with"
-        " checkpoints is continued from the newest.",
+        " repeats the run), metrics.jsonl, bad_samples.jsonl, logs/, checkpoints/. A run directory"
+        " with checkpoints is continued from the newest.",
     )
     add_config(train)
     train.set_defaults(run=_train)
@@ -89,7 +90,7 @@ def _train(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale import distributed
     from dinoscale.trainer import train
 
-    process = distributed.read_process(os.environ)
+    process = read_process(os.environ)
     # A minute more than the watchdog, which has more to say than a collective that gave up.
     distributed.start(process, timeout_s=config.train.hang_timeout_s + 60)
     summary = train(config, process)

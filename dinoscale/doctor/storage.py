@@ -12,8 +12,9 @@ from pathlib import Path
 from dinoscale import distributed
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.config import RunConfig
-from dinoscale.doctor.report import Check, ok, problem, ranks_text, size_text, warning
+from dinoscale.doctor.report import Check, ok, problem, size_text, warning
 from dinoscale.engine.param_groups import MOMENTS
+from dinoscale.hosts import ranks_text
 
 _SEEN_WITHIN_S = 10.0  # network file systems keep old listings for seconds
 
