@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dinoscale.errors import ConfigError, LaunchError
 
 if TYPE_CHECKING:
-    from dinoscale.cli.arguments import SubCommands
+    from dinoscale.launcher import read_process
+from dinoscale.cli.arguments import SubCommands
     from dinoscale.evaluate.compare_runs import Job
 
 _DRAWING = ("attention", "segment", "pca", "video")  # take --out DIR for their pictures
@@ -62,12 +63,11 @@ def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) ->
 def _evaluate_compare(
     add_tasks: Callable[[SubCommands], None], options: argparse.Namespace
 ) -> None:
-    from dinoscale import distributed
     from dinoscale.evaluate.compare import compare, outcome_of_report
     from dinoscale.evaluate.compare_page import write_page
     from dinoscale.evaluate.compare_runs import measure_all
 
-    processes = distributed.read_process(os.environ).world_size
+    processes = read_process(os.environ).world_size
     if processes > 1:
         raise LaunchError(
             f"evaluate compare runs in one process, not in {processes}. Measure under the launcher"

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, UNTRAINED_HELP, WORKERS_HELP, add_weights
+from dinoscale.launcher import read_process
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -143,11 +144,10 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         LaunchError: a launcher started more than one process.
     """
-    from dinoscale import distributed
     from dinoscale.errors import LaunchError
     from dinoscale.evaluate.subject import Reading
 
-    processes = distributed.read_process(os.environ).world_size
+    processes = read_process(os.environ).world_size
     if processes > 1:
         raise LaunchError(
             f"evaluate {options.task} runs in one process, not in {processes}: start it as"
