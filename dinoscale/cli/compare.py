@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dinoscale.errors import ConfigError, LaunchError
+from dinoscale.launcher import read_process
 
 if TYPE_CHECKING:
-    from dinoscale.launcher import read_process
-from dinoscale.cli.arguments import SubCommands
+    from dinoscale.cli.arguments import SubCommands
     from dinoscale.evaluate.compare_runs import Job
 
 _DRAWING = ("attention", "segment", "pca", "video")  # take --out DIR for their pictures
