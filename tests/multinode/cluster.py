@@ -51,6 +51,7 @@ set -e
 hostname "$1"
 ip link set lo up
 mount --bind "$2/hosts" /etc/hosts
+mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
 mount --bind "$2/ssh" /etc/ssh
 if [ -d ~/.ssh ]; then mount -t tmpfs none ~/.ssh; fi
 mount -t tmpfs none /dev/shm
@@ -235,7 +236,7 @@ class Cluster:
             host.plug(connected=True)
 
     def left_behind(self, *, timeout_s: float = 20.0) -> dict[str, list[str]]:
-        """Host -> command lines of what still runs there after some time; empty when all is gone."""
+        """Host -> command lines of what still runs there after some time; empty: all is gone."""
         end = time.monotonic() + timeout_s
         while any(host.processes() for host in self.hosts) and time.monotonic() < end:
             time.sleep(0.2)
@@ -263,7 +264,7 @@ class Cluster:
 
 
 def _write_settings(folder: Path, names: dict[str, str]) -> None:
-    """What is laid over /etc/hosts and /etc/ssh of the hosts, and their home directory."""
+    """What is laid over the hosts' /etc, and their home directory."""
     (folder / "ssh").mkdir()
     (folder / "home").mkdir()
     (folder / "ssh" / "ssh_config").write_text(_SSH_CONFIG)
@@ -272,6 +273,8 @@ def _write_settings(folder: Path, names: dict[str, str]) -> None:
     _do(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key])
     lines = [f"{address} {name}\n" for name, address in names.items()]
     (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
+    # no name server is in reach, and each question to one would take half a minute
+    (folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
 
 
 def _connect(host: Host, switch: Sequence[str]) -> None:
