@@ -6,7 +6,8 @@ import sys
 import traceback
 
 from dinoscale import cli
-from dinoscale.errors import DinoscaleError, PreemptedError
+from dinoscale.errors import DinoscaleError, LaunchError, PreemptedError
+from dinoscale.launcher import read_process
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     0: done; 1: the run failed; 2: bad input; 75: asked to stop, saved, goes on with the same
     command; 130: interrupted by Ctrl-C.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
+    rank = _rank()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"%(levelname).1s %(asctime)s rank {rank}: %(message)s",
@@ -34,6 +35,14 @@ def main() -> None:
         _end("interrupted; started again, it goes on from what is saved", 130)
     except Exception:
         _end(traceback.format_exc() + "error: dinoscale failed; this is a bug", 1)
+
+
+def _rank() -> int:
+    """Of this process; 0 if the launcher is unclear, which is for those to tell who meet others."""
+    try:
+        return read_process(os.environ).rank
+    except LaunchError:
+        return 0
 
 
 def _end(text: str, code: int) -> None:

@@ -1,4 +1,4 @@
-"""Processes: who am I, how do we meet, and the few collectives that dinoscale needs.
+"""Processes: how they meet, and the few collectives that dinoscale needs.
 
 The only module that imports torch.distributed. Every collective is the identity on one process.
 """
@@ -7,8 +7,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinoscale.errors import DinoscaleError, LaunchError, LostPeerError
+from dinoscale.launcher import LOOPBACK, Process, meeting_place
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -26,71 +26,7 @@ _under_way: list[Any] = []  # collectives that were begun and not yet waited for
 
 TIMEOUT_S = 1800.0  # slow nodes may take minutes to come up
 _STORE_TIMEOUT = timedelta(seconds=60)  # of a small message; a busy node may take its time
-LOOPBACK = "127.0.0.1"
 _LOST_PEER = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Process:
-    """One process of a job: global and per-node rank, how many of each, and who started it."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    launcher: str | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """The accelerator of this process, or the CPU where there is none."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank)
-        return torch.device("cpu")
-
-
-# Launcher -> the variable that shows it is at work, and its names for rank, size, local rank, size.
-_LAUNCHERS = {
-    "torchrun": ("LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "deepspeed": ("LOCAL_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
-    "RANK": ("RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", ""),
-    "OpenMPI": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    # srun alone sets SLURM_STEP_ID: the variables of a batch script describe the job, not a task.
-    "srun": ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
-}
-
-
-def read_process(environ: Mapping[str, str]) -> Process:
-    """Find rank and world size in the variables of the launcher at work; one process if none is.
-
-    Raises:
-        LaunchError: a variable is missing, is not a number, or the numbers contradict each other.
-    """
-    for launcher, (sign, *names) in _LAUNCHERS.items():
-        if sign in environ:
-            rank, world, local, local_world = (_number(environ, launcher, name) for name in names)
-            if rank is None or world is None:
-                raise LaunchError(f"{launcher}: {sign} is set but {names[0]} or {names[1]} is not")
-            if not 0 <= rank < world:
-                raise LaunchError(f"{launcher}: {names[0]}={rank} is not in 0..{world - 1}")
-            local_world = world if local_world is None else local_world
-            return Process(rank, world, rank if local is None else local, local_world, launcher)
-    return Process(rank=0, world_size=1, local_rank=0, local_world_size=1)
-
-
-def _number(environ: Mapping[str, str], launcher: str, name: str) -> int | None:
-    text = environ.get(name)
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise LaunchError(f"{launcher}: {name}={text!r} is not a whole number") from None
 
 
 def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -101,17 +37,16 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
         timeout_s: how long to wait for the others, now and in every collective.
 
     Raises:
-        LaunchError: the address is unknown, or its port is taken on this machine.
+        LaunchError: the address is unknown, its port is taken on this machine, or there are not as
+            many accelerators as ranks.
     """
     environ = os.environ
+    require_devices(process, num_devices=torch.cuda.device_count())
     if process.world_size == 1 and "MASTER_PORT" not in environ:
-        environ["MASTER_ADDR"], environ["MASTER_PORT"] = LOOPBACK, str(free_port())
-    elif "SLURM_STEP_ID" in environ and "RANK" not in environ:
-        environ.setdefault("MASTER_ADDR", environ.get("SLURM_LAUNCH_NODE_IPADDR", LOOPBACK))
-        environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in environ:
-            raise LaunchError(f"{name} is not set: export the address and a free port of rank 0")
+        address, port = LOOPBACK, free_port()
+    else:
+        address, port = meeting_place(process, environ)
+    environ["MASTER_ADDR"], environ["MASTER_PORT"] = address, str(port)
     environ["RANK"], environ["WORLD_SIZE"] = str(process.rank), str(process.world_size)
     environ["LOCAL_RANK"] = str(process.local_rank)
     device = process.device
@@ -124,17 +59,34 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
         torch.set_num_threads(max(1, (cores or 1) // process.local_world_size))
     owns_port = process.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if owns_port:
-        _require_free_port(int(environ["MASTER_PORT"]))
+        _require_free_port(port)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except (dist.DistError, RuntimeError, ValueError) as error:
-        address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
         first = str(error).splitlines()[0]
         raise LaunchError(
-            f"rank {process.rank} of {process.world_size} could not meet the others at {address}:"
-            f" {first}; check that rank 0 runs there and that the port is free and reachable"
+            f"rank {process.rank} of {process.world_size} could not meet the others at"
+            f" {address}:{port}: {first};"
+            " check that rank 0 runs there and that the port is free and reachable"
         ) from error
+
+
+def require_devices(process: Process, *, num_devices: int) -> None:
+    """Refuse more ranks on a node than it has accelerators; on none, ranks share the CPU.
+
+    Raises:
+        LaunchError: on every rank of the node, if a launcher told how many they are.
+    """
+    ranks = process.local_rank + 1
+    if process.knows_node:
+        ranks = max(ranks, process.local_world_size)
+    if num_devices and ranks > num_devices:
+        raise LaunchError(
+            f"{ranks} ranks (LOCAL_RANK={process.local_rank}) but {num_devices} accelerators that"
+            f" rank {process.rank} can see on {socket.gethostname()}; start {num_devices} ranks on"
+            " it, and let each see all of them (srun: no --gpus-per-task)"
+        )
 
 
 def free_port() -> int:

@@ -16,11 +16,11 @@ from dinoscale.data.loader import Batch, train_batches
 from dinoscale.data.mixture import open_sources
 from dinoscale.data.sources import Source
 from dinoscale.data.transfer import to_device
-from dinoscale.distributed import Process
 from dinoscale.engine.depth_noise import depth_uniforms
 from dinoscale.engine.step import MicroBatch
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import normalize_images
+from dinoscale.launcher import Process
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 

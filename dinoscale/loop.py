@@ -21,7 +21,6 @@ from dinoscale.cores import cores_at_hand
 from dinoscale.data.bad_samples import BadSampleLog
 from dinoscale.data.loader import Batch
 from dinoscale.data.sources import Source
-from dinoscale.distributed import Process
 from dinoscale.engine.build import schedules_of
 from dinoscale.engine.step import StepMetrics, train_step
 from dinoscale.engine.student import Student
@@ -38,6 +37,7 @@ from dinoscale.hooks.data_wait import DataWait
 from dinoscale.hooks.events import Events
 from dinoscale.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.hooks.probe import Probe
+from dinoscale.launcher import Process
 from dinoscale.preemption import StopRequest
 from dinoscale.resume import find_checkpoint, restore
 from dinoscale.schedules import StepValues

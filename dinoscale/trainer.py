@@ -16,7 +16,6 @@ from dinoscale.config.resolve import RunPlan, resolve, with_micro_batch, without
 from dinoscale.cores import cores_at_hand
 from dinoscale.data.mixture import source_sizes
 from dinoscale.data.sources import Source
-from dinoscale.distributed import Process
 from dinoscale.engine.build import build_pair
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
@@ -29,6 +28,7 @@ from dinoscale.errors import (
 from dinoscale.feed import open_images
 from dinoscale.hooks.events import Events
 from dinoscale.hooks.probe import Probe
+from dinoscale.launcher import Process
 from dinoscale.loop import Run
 from dinoscale.micro_batch.search import find_micro_batch
 from dinoscale.preemption import StopRequest

@@ -90,8 +90,9 @@ def _tail(folder: Path, rank: int) -> str:
 def _main() -> None:
     function, folder = sys.argv[1], Path(sys.argv[2])
     from dinoscale import distributed
+    from dinoscale.launcher import read_process
 
-    process = distributed.read_process(os.environ)
+    process = read_process(os.environ)
     distributed.start(process)
     kwargs = torch.load(folder / "arguments.pt", weights_only=True)
     module, name = function.split(":")

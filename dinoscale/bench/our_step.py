@@ -13,11 +13,11 @@ from dinoscale.config.resolve import RunPlan
 from dinoscale.data.decode import Picture
 from dinoscale.data.loader import Batch
 from dinoscale.data.sources import Source
-from dinoscale.distributed import Process
 from dinoscale.engine.build import build_pair, schedules_of
 from dinoscale.engine.step import MicroBatch, train_step
 from dinoscale.errors import RunFailedError
 from dinoscale.feed import Feed
+from dinoscale.launcher import Process
 from dinoscale.schedules import StepValues
 
 _NOISE_SIDE = 256  # pixels

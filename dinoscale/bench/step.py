@@ -29,9 +29,9 @@ from dinoscale.config.resolve import RunPlan, resolve
 from dinoscale.data.mixture import source_sizes
 from dinoscale.data.sources import Source
 from dinoscale.dims import dims_of, flops_of
-from dinoscale.distributed import Process
 from dinoscale.errors import ConfigError
 from dinoscale.feed import open_images
+from dinoscale.launcher import Process
 from dinoscale.peak_memory import live_bytes, with_peak_bytes
 
 _WARM_UP = {"cpu": 1, "cuda": 3}  # steps: optimizer state, kernels chosen and compiled

@@ -12,6 +12,7 @@ from dinoscale.cli.arguments import add_config
 from dinoscale.cli.checkpoints import add_checkpoints
 from dinoscale.cli.evaluate import add_evaluate
 from dinoscale.cli.planning import add_planning
+from dinoscale.launcher import read_process
 
 _EPILOG = """examples:
   dinoscale train vit_s16 data.train=/data/images run_dir=runs/first
@@ -85,7 +86,7 @@ def _train(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale import distributed
     from dinoscale.trainer import train
 
-    process = distributed.read_process(os.environ)
+    process = read_process(os.environ)
     # A minute more than the watchdog, which has more to say than a collective that gave up.
     distributed.start(process, timeout_s=config.train.hang_timeout_s + 60)
     summary = train(config, process)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import add_config
+from dinoscale.launcher import read_process
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -213,7 +214,7 @@ def _doctor(options: argparse.Namespace) -> None:
         raise LaunchError(f"torch does not load: {error}; install it anew") from error
     from dinoscale.doctor.examine import examine
 
-    process = distributed.read_process(os.environ)
+    process = read_process(os.environ)
     report = examine(options.config, options.overrides, process, timeout_s=options.timeout)
     if process.rank == 0:
         print(json.dumps(report.as_json()), flush=True)
@@ -244,7 +245,7 @@ def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale import distributed
     from dinoscale.bench.step import bench_step
 
-    process = distributed.read_process(os.environ)
+    process = read_process(os.environ)
     distributed.start(process)
     result = bench_step(
         config,

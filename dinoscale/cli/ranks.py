@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from dinoscale.launcher import read_process
+
 
 def on_all_ranks(evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     """Meet the other ranks, if there are any, and do what shares its work with them.
@@ -23,7 +25,7 @@ def on_all_ranks(evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any] | Non
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dinoscale import distributed
 
-    process = distributed.read_process(os.environ)
+    process = read_process(os.environ)
     if process.world_size > 1:
         distributed.start(process)
     report = evaluate()

@@ -5,14 +5,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from dinoscale import distributed
 from dinoscale.config import RunConfig, dump_config, load_config
-from dinoscale.distributed import Process, gather_objects
+from dinoscale.distributed import gather_objects
 from dinoscale.doctor import environment, machine, network, versions
 from dinoscale.doctor.report import Check, Report, ok, problem, ranks_text
 from dinoscale.errors import DinoscaleError, LaunchError, RunFailedError
+from dinoscale.launcher import Process
 from dinoscale.versions import commit
 
 
@@ -58,13 +57,6 @@ def _meet(process: Process, timeout_s: float) -> Check:
 
 def _start(process: Process, timeout_s: float) -> Check:
     address = network.require_address(process, os.environ)
-    crowded = machine.too_few_devices(
-        process,
-        num_devices=torch.cuda.device_count(),
-        knows_node="LOCAL_WORLD_SIZE" in os.environ or "LOCAL_SIZE" in os.environ,
-    )
-    if crowded:
-        raise LaunchError(crowded)
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an error, not an abort, when late
     begin = time.monotonic()
     distributed.start(process, timeout_s=timeout_s)

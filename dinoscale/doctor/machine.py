@@ -12,9 +12,9 @@ import torch
 
 from dinoscale.config import RunConfig
 from dinoscale.cores import core_numbers, core_quota
-from dinoscale.distributed import Process
 from dinoscale.doctor.report import Check, count_text, ok, problem, ranks_text, size_text, warning
 from dinoscale.engine.precision import matrix_product_s
+from dinoscale.launcher import Process
 
 SHARED_MEMORY = Path("/dev/shm")
 _SMALL_SHARED_BYTES = 512 * 2**20  # Docker gives 64 MiB unless told otherwise
@@ -89,25 +89,6 @@ def _why_no_device() -> str | None:
     except (RuntimeError, AssertionError) as error:
         return (str(error).splitlines() or ["unknown reason"])[0][:200].rstrip(".")
     return "torch does not say why"
-
-
-def too_few_devices(process: Process, *, num_devices: int, knows_node: bool) -> str | None:
-    """Why this node cannot give every rank an accelerator, or None.
-
-    Args:
-        process: of this rank.
-        num_devices: accelerators of this node; on none, ranks share the CPU.
-        knows_node: `process.local_world_size` counts the ranks of this node only.
-    """
-    ranks = process.local_rank + 1
-    if knows_node:
-        ranks = max(ranks, process.local_world_size)
-    if not num_devices or ranks <= num_devices:
-        return None
-    return (
-        f"{ranks} ranks but {num_devices} accelerators on {socket.gethostname()};"
-        f" start {num_devices} ranks on it"
-    )
 
 
 def judge_devices(machines: Sequence[Machine]) -> list[Check]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from dinoscale import distributed
-from dinoscale.distributed import LOOPBACK, Process
 from dinoscale.doctor.report import Check, count_text, ok, ranks_text, size_text, warning
 from dinoscale.errors import LaunchError
+from dinoscale.launcher import LOOPBACK, Process, meeting_place
 
 SMALL_BYTES, LARGE_BYTES = 1024, 8 * 10**6  # of one all-reduce: latency, bandwidth
 _SMALL_TIMES, _LARGE_TIMES = 20, 5
@@ -44,14 +44,9 @@ def require_address(process: Process, environ: Mapping[str, str]) -> str:
     Raises:
         LaunchError: the address is unknown, the port is no port, or loopback does not work.
     """
-    port = environ.get("MASTER_PORT")
-    if process.world_size == 1 and port is None:
+    if process.world_size == 1 and "MASTER_PORT" not in environ:
         return _require_loopback()
-    if port is not None and not (port.isdecimal() and 0 < int(port) < 2**16):
-        raise LaunchError(f"MASTER_PORT={port!r} is no port; export a free one from 1024 to 65535")
-    address = environ.get("MASTER_ADDR")
-    if address is None:
-        return "the launcher names the meeting place"
+    address, port = meeting_place(process, environ)
     try:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

@@ -20,8 +20,8 @@ from typing import IO, Any, Literal
 
 from dinoscale import distributed
 from dinoscale.config import RunConfig, micro_batch_sizes
-from dinoscale.distributed import Process
 from dinoscale.errors import ConfigError, PreemptedError, RunFailedError
+from dinoscale.launcher import Process
 from dinoscale.preemption import SIGNALS
 
 log = logging.getLogger(__name__)
@@ -212,9 +212,10 @@ def _start(
         "RANK": process.rank,
         "WORLD_SIZE": process.world_size,
         "LOCAL_RANK": process.local_rank,
-        "LOCAL_WORLD_SIZE": process.local_world_size,
         "MASTER_PORT": port,
     }
+    if process.knows_node:
+        own["LOCAL_WORLD_SIZE"] = process.local_world_size
     environment = os.environ | {name: str(value) for name, value in own.items()}
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # that store is for the parents
     child = subprocess.Popen(

@@ -22,12 +22,12 @@ from dinoscale import distributed
 from dinoscale.config import RunConfig, parse_config, resolve, split_batch, with_micro_batch
 from dinoscale.data.crop_params import draw_params
 from dinoscale.data.loader import Batch
-from dinoscale.distributed import Process
 from dinoscale.engine.build import build_pair, schedules_of
 from dinoscale.engine.step import MicroBatch, train_step
 from dinoscale.errors import DinoscaleError
 from dinoscale.feed import finish_batch, keep_of, multi_crop_of
 from dinoscale.hooks.metrics import peak_memory_bytes
+from dinoscale.launcher import Process, read_process
 from dinoscale.memory import memory_at_hand
 
 # Of the free memory. The rest is for what a few steps do not show: an allocator's fragments grow
@@ -46,7 +46,7 @@ def main() -> None:
         order = json.loads(sys.stdin.buffer.readline())
         threading.Thread(target=_end_with_parent, daemon=True).start()
         config = parse_config(order["config"], origin="the run")
-        _try(config, order["micro_batch_size"], distributed.read_process(os.environ))
+        _try(config, order["micro_batch_size"], read_process(os.environ))
     except DinoscaleError as error:
         print(f"error: {error}")
         code = error.exit_code

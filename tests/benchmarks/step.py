@@ -16,11 +16,12 @@ from dinoscale import distributed
 from dinoscale.bench.step import bench_step
 from dinoscale.config import load_config
 from dinoscale.errors import ConfigError, DinoscaleError
+from dinoscale.launcher import read_process
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The result of `bench_step`, with ratios."""
-    process = distributed.read_process(os.environ)
+    process = read_process(os.environ)
     config = load_config(
         options.preset,
         [

@@ -15,7 +15,7 @@ def measured(*, train: str | None, with_reference: bool, trace_dir: str | None) 
     import os
 
     from dinoscale.bench.step import bench_step
-    from dinoscale.distributed import read_process
+    from dinoscale.launcher import read_process
 
     config = tiny_config(
         engine={"precision": "fp32", "zero_stage": 2},

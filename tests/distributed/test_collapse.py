@@ -44,8 +44,8 @@ RUNS = {
 
 def train_all(root: str) -> dict[str, Any]:
     """On every rank: train `RUNS`; what each ended with, and mean targets of two steps."""
-    from dinoscale.distributed import read_process
     from dinoscale.errors import RunFailedError
+    from dinoscale.launcher import read_process
     from dinoscale.trainer import train
 
     ends: dict[str, Any] = {"means": _mean_targets()}

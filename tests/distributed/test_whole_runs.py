@@ -39,7 +39,7 @@ Copies = Sequence[tuple[str, dict[str, Any]]]
 
 def do_all(runs: list[dict[str, Any]], copies: Copies) -> None:
     """On every rank: train each of `runs`, arguments of `tiny_config`, then make the copies."""
-    from dinoscale.distributed import read_process
+    from dinoscale.launcher import read_process
     from dinoscale.trainer import train
 
     for run in runs:

@@ -72,9 +72,10 @@ _SEVERAL = """
 import json, logging, os, sys
 from dinoscale import cli, distributed
 from dinoscale.config import load_config
+from dinoscale.launcher import read_process
 from dinoscale.trainer import train
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-process = distributed.read_process(os.environ)
+process = read_process(os.environ)
 distributed.start(process)
 for name, *arguments in json.loads(sys.argv[1]):
     if name == "train":

@@ -24,7 +24,7 @@ def train(config_file: str) -> None:
     import os
 
     from dinoscale.config import load_config
-    from dinoscale.distributed import read_process
+    from dinoscale.launcher import read_process
     from dinoscale.trainer import train
 
     train(load_config(config_file, []), read_process(os.environ))

@@ -52,8 +52,8 @@ def _train(config_file: str, bad: list[int]) -> str:
     from dinoscale import distributed, feed
     from dinoscale.config import load_config
     from dinoscale.data.sampler import StepSampler
-    from dinoscale.distributed import Process
     from dinoscale.errors import NonFiniteError
+    from dinoscale.launcher import Process
     from dinoscale.trainer import train
 
     config = load_config(config_file, [])

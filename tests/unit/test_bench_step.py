@@ -15,8 +15,8 @@ from dinoscale.bench.step import CHECKOUT, bench_step, find_reference
 from dinoscale.bench.step_report import in_words
 from dinoscale.bench.timeline import PARTS, Timeline, watch_pair
 from dinoscale.config import load_config, resolve
-from dinoscale.distributed import read_process
 from dinoscale.errors import ConfigError
+from dinoscale.launcher import read_process
 
 PAUSE_S = 0.02
 

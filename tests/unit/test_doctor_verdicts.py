@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.distributed import Process
 from dinoscale.doctor import environment, machine, network, storage, versions
 from dinoscale.doctor.images import Looked, judge_images, judge_plan, sample_ids
 from dinoscale.doctor.machine import Device, Machine
 from dinoscale.doctor.network import LARGE_BYTES, Network
 from dinoscale.doctor.report import Check, size_text
 from dinoscale.doctor.storage import Seen
+from dinoscale.launcher import Process
 from tests.distributed.tiny_run import tiny_config
 
 HOSTS = ["a", "b"]
@@ -114,18 +114,6 @@ def test_missing_devices() -> None:
     check = _one(machine.judge_devices([GPU_NODE, odd]))
     assert check.verdict == "problem"
     assert "rank 1 (b)" in check.text
-
-
-def test_more_ranks_than_devices_is_refused_before_the_ranks_meet() -> None:
-    def reason(local_rank: int, *, num_devices: int, knows_node: bool) -> str | None:
-        process = Process(local_rank, world_size=4, local_rank=local_rank, local_world_size=4)
-        return machine.too_few_devices(process, num_devices=num_devices, knows_node=knows_node)
-
-    assert reason(0, num_devices=0, knows_node=True) is None
-    assert reason(3, num_devices=4, knows_node=True) is None
-    assert "4 ranks but 2" in (reason(0, num_devices=2, knows_node=True) or "")
-    assert reason(1, num_devices=2, knows_node=False) is None
-    assert reason(2, num_devices=2, knows_node=False)
 
 
 def test_cores() -> None:

@@ -15,6 +15,7 @@ DATA_TOOLS = PACKAGE.parent / "data_tools"
 # A module imports from its own part or from parts of lower levels, never from a neighbour.
 LEVELS: list[set[str]] = [
     {"errors"},
+    {"launcher"},
     {"config", "cores", "distributed", "flops", "memory", "peak_memory", "preemption", "versions"},
     {"data", "models", "losses", "schedules", "watchdog"},
     {"engine"},
