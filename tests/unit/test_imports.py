@@ -27,7 +27,7 @@ LEVELS: list[set[str]] = [
     {"loop", "micro_batch"},
     {"trainer"},
     {"quickstart", "doctor", "bench", "crop_sheet", "plan"},
-    {"data_tools"},
+    {"data_tools", "launch"},
     {"cli"},
     {"__main__"},
 ]
