@@ -154,7 +154,7 @@ class Host:
     @contextlib.contextmanager
     def put(self, source: Path, *, over: Path) -> Iterator[None]:
         """Lay a file or directory over another one, on this host alone."""
-        mounts = _enter(self.init, "--mount")
+        mounts = _enter(self.init, "--mount", "--pid")  # umount looks itself up in /proc
         _do([*mounts, "mount", "--bind", str(source), str(over)])
         try:
             yield

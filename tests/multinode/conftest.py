@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.multinode.cluster import Cluster, NotPermittedError, require_permission
+from tests.multinode.cluster import Cluster, Host, NotPermittedError, require_permission
+from tests.multinode.slurm import slurm_on
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,16 @@ def cluster(_hosts: Cluster) -> Iterator[Cluster]:
     """Two idle hosts on one network."""
     yield _hosts
     _hosts.clear()
+
+
+@pytest.fixture
+def login(cluster: Cluster) -> Iterator[Host]:
+    """The host from which jobs are given to a Slurm of both hosts."""
+    try:
+        require_permission(slurm=True)
+        running = slurm_on(cluster)
+        host = running.__enter__()
+    except NotPermittedError as error:
+        pytest.skip(f"Slurm does not run here: {error}")
+    yield host
+    running.__exit__(None, None, None)
