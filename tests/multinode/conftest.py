@@ -1,6 +1,7 @@
 """Two hosts for all tests, made once; where they cannot be made, the tests say why and skip."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -29,11 +30,10 @@ def cluster(_hosts: Cluster) -> Iterator[Cluster]:
 @pytest.fixture
 def login(cluster: Cluster) -> Iterator[Host]:
     """The host from which jobs are given to a Slurm of both hosts."""
-    try:
-        require_permission(slurm=True)
-        running = slurm_on(cluster)
-        host = running.__enter__()
-    except NotPermittedError as error:
-        pytest.skip(f"Slurm does not run here: {error}")
-    yield host
-    running.__exit__(None, None, None)
+    with ExitStack() as stack:
+        try:
+            require_permission(slurm=True)
+            host = stack.enter_context(slurm_on(cluster))
+        except NotPermittedError as error:
+            pytest.skip(f"Slurm does not run here: {error}")
+        yield host
