@@ -2,16 +2,17 @@
 
 import contextlib
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
-import dinoscale
 from tests.faults.lives import newest_step, steps_logged, write_config
-from tests.multinode.cluster import ROOT, Cluster, Done, Program
+from tests.multinode.cluster import Cluster, Done, Program
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -61,11 +62,14 @@ def test_host_whose_processes_die_is_named_and_one_host_goes_on_from_the_checkpo
     run_dir = config.parent / "run"
     program = _launch(cluster, config)
     assert _trains(program, run_dir), program.said()
+    assert re.search(r"node node2: rank 1 on .*, started by deepspeed", program.said())
     cluster.hosts[1].kill_all()
     done = program.wait(timeout_s=END_S)
     assert done.code != 0
     assert "node2" in _reason(done)
     assert not cluster.left_behind()
+    logs = [run_dir / "logs" / f"rank_{rank:05d}.log" for rank in range(2)]
+    assert [log.read_text().count(f"on node{r}") for r, log in enumerate(logs, 1)] == [1, 1]
     saved = newest_step(run_dir)
     words = ["python", "-m", "dinoscale", "train", str(config)]
     alone = [f"train.stop_after_steps={saved + 6}", "train.micro_batch_size=6"]
@@ -116,7 +120,7 @@ def test_host_with_another_version_is_refused_by_name(cluster: Cluster, config: 
     with _other_version(cluster, config):
         problems = _refused(cluster, config)
     assert list(problems) == ["node2"]
-    assert "there" in problems["node2"]
+    assert problems["node2"].startswith("deepspeed is 0.18.0 there, ")
 
 
 def test_host_with_another_clock_is_refused_by_name(cluster: Cluster, config: Path) -> None:
@@ -166,7 +170,7 @@ def test_training_refuses_another_version_on_one_host(cluster: Cluster, config: 
         ended = _train_without_a_look(cluster, config)
     for done in ended:
         assert done.code == 2, done.said[-4000:]
-        assert "node2" in _reason(done)
+        assert "0.18.0 on rank 1 (node2)" in _reason(done)
 
 
 def test_training_refuses_a_run_directory_that_is_not_shared(
@@ -184,11 +188,12 @@ def test_training_refuses_a_run_directory_that_is_not_shared(
 
 @contextlib.contextmanager
 def _other_version(cluster: Cluster, config: Path) -> Iterator[None]:
-    """Another `__version__` on node2."""
-    ours = ROOT / "dinoscale" / "__init__.py"
+    """Another deepspeed on node2, as far as its metadata tell."""
+    deepspeed = distribution("deepspeed")
+    (ours,) = (file for file in deepspeed.files or () if file.name == "METADATA")
     text = ours.read_text()
-    assert f'__version__ = "{dinoscale.__version__}"' in text
-    other = config.parent / "other.py"
-    other.write_text(text.replace(f'"{dinoscale.__version__}"', '"0.0.1"'))
-    with cluster.hosts[1].put(other, over=ours):
+    assert f"\nVersion: {deepspeed.version}\n" in text
+    other = config.parent / "METADATA"
+    other.write_text(text.replace(f"\nVersion: {deepspeed.version}\n", "\nVersion: 0.18.0\n"))
+    with cluster.hosts[1].put(other, over=Path(str(ours.locate()))):
         yield
