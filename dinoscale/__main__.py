@@ -1,11 +1,10 @@
 """`dinoscale ...` and `python -m dinoscale ...`: errors become sentences and exit codes."""
 
-import logging
 import os
 import sys
 import traceback
 
-from dinoscale import cli
+from dinoscale import cli, logs
 from dinoscale.errors import DinoscaleError, LaunchError, PreemptedError
 from dinoscale.launcher import read_process
 
@@ -16,13 +15,7 @@ def main() -> None:
     0: done; 1: the run failed; 2: bad input; 75: asked to stop, saved, goes on with the same
     command; 130: interrupted by Ctrl-C.
     """
-    rank = _rank()
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(levelname).1s %(asctime)s rank {rank}: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    logs.to_terminal(_rank())
     try:
         cli.run(sys.argv[1:])
     except PreemptedError as error:
@@ -47,6 +40,7 @@ def _rank() -> int:
 
 def _end(text: str, code: int) -> None:
     """Say why and leave at once: waiting for other ranks at exit could hang or abort."""
+    logs.note(text)
     print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

@@ -66,9 +66,9 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
     except (dist.DistError, RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise LaunchError(
-            f"rank {process.rank} of {process.world_size} could not meet the others at"
-            f" {address}:{port}: {first};"
-            " check that rank 0 runs there and that the port is free and reachable"
+            f"rank {process.rank} of {process.world_size} ({socket.gethostname()}) could not meet"
+            f" the others at {address}:{port}: {first}; check that all were started, that rank 0"
+            " runs there and that the port is free and reachable"
         ) from error
 
 

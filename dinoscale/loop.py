@@ -4,6 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +141,8 @@ class Run:
             self._probe()
         else:
             self.events.write(self.progress.step, "resumed", ranks=self.plan.world_size)
-        with logging_redirect_tqdm():  # log lines above the bar, not in it
+        # Log lines above the bar, not in it; other ranks have none, and show only warnings.
+        with logging_redirect_tqdm() if self.process.rank == 0 else nullcontext():
             while self.progress.step < self.plan.stop_step:
                 self._train()  # to the end, or to a rollback
             self._save_and_wait()

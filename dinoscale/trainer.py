@@ -31,6 +31,7 @@ from dinoscale.hooks.probe import Probe
 from dinoscale.launcher import Process
 from dinoscale.loop import Run
 from dinoscale.micro_batch.search import find_micro_batch
+from dinoscale.nodes import gather_members, keep_logs, require_alike, require_shared
 from dinoscale.preemption import StopRequest
 from dinoscale.resume import find_checkpoint, keep_micro_batch, require_same_run, restore
 from dinoscale.watchdog import Watchdog
@@ -50,19 +51,25 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     Raises:
         DinoscaleError: on every rank.
     """
+    members = gather_members(config, process)
+    hosts = [member.host for member in members]
     stop = StopRequest()
     watchdog = Watchdog(
         timeout_s=config.train.hang_timeout_s,
+        hosts=hosts,
         launched=process.launcher in _ENDING_LAUNCHERS,
         ask_to_stop=stop.ask,
     )
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)
     try:
+        require_alike(config, process, members)
         source = distributed.together(lambda: open_images(config))
         require_same_images(source)
         _plan(without_auto(config), process, source)  # a mistake ends it before there is a run_dir
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
+            require_shared(run_dir, hosts)
+            keep_logs(run_dir, process, members)
             return _build(config, process, source, stop, watchdog).to_the_end()
     except LostPeerError as error:
         raise RunFailedError(f"{error}: {watchdog.missing()}") from error

@@ -11,13 +11,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from dinoscale import distributed
+from dinoscale import distributed, logs
 from dinoscale.errors import LostPeerError, RunFailedError
+from dinoscale.hosts import ranks_text
 
 POST_S = 1.0
 _ORPHAN_S = 30.0  # to finish the step and save; launchers allow as much
@@ -47,17 +48,23 @@ class Watchdog:
     """Watches the training of this process from a thread."""
 
     def __init__(
-        self, *, timeout_s: float, launched: bool, ask_to_stop: Callable[[str], None]
+        self,
+        *,
+        timeout_s: float,
+        hosts: Sequence[str],
+        launched: bool,
+        ask_to_stop: Callable[[str], None],
     ) -> None:
         """Start to watch.
 
         Args:
             timeout_s: without a `moved` for so long, the process ends.
+            hosts: of all ranks, to name them.
             launched: a launcher is the parent; without it nobody would end this process.
             ask_to_stop: called with the reason when the launcher is gone, so that the run saves
                 and ends; if it does not, the process ends half a minute later.
         """
-        self._timeout_s, self._ask_to_stop = timeout_s, ask_to_stop
+        self._timeout_s, self._hosts, self._ask_to_stop = timeout_s, hosts, ask_to_stop
         self._board = distributed.Board()
         self._moves, self._doing, self._since = 0, "starting", time.monotonic()
         self._stop = threading.Event()
@@ -85,7 +92,7 @@ class Watchdog:
         """After a lost contact: which ranks are gone, in words; takes some seconds."""
         before = self._ask()
         time.sleep(2.5 * POST_S)
-        said = explain_missing(before, self._ask(), self._read_all(_ENDED))
+        said = explain_missing(before, self._ask(), self._read_all(_ENDED), self._hosts)
         _linger()
         return said
 
@@ -109,9 +116,10 @@ class Watchdog:
             if idle_s > self._timeout_s:
                 before = self._ask()
                 time.sleep(2.5 * POST_S)
-                reason = explain_hang(before, self._ask())
+                reason = explain_hang(before, self._ask(), self._hosts)
+                own = ranks_text([distributed.rank()], self._hosts)
                 _end(
-                    f"rank {distributed.rank()} has not moved for {idle_s:.0f} s"
+                    f"{own} has not moved for {idle_s:.0f} s"
                     f" (train.hang_timeout_s={self._timeout_s:g}), {self._doing}; {reason}"
                 )
 
@@ -129,37 +137,49 @@ class Watchdog:
 
 
 def explain_missing(
-    before: Sequence[Sign | None], after: Sequence[Sign | None], reasons: Sequence[str | None]
+    before: Sequence[Sign | None],
+    after: Sequence[Sign | None],
+    reasons: Sequence[str | None],
+    hosts: Sequence[str],
 ) -> str:
     """Which ranks stopped posting between two looks, and what they said when they ended."""
     if all(sign is None for sign in after):
-        return "rank 0, where the ranks meet, is gone; its output says why"
-    said = [f"rank {r} ended: {text}" for r, text in enumerate(reasons) if text]
-    silent = [
-        f"rank {r} is gone, it was {doing}"
-        for r, doing in _silent(before, after).items()
-        if not reasons[r]
-    ]
-    return "; ".join([*said, *silent]) or "all ranks still answer: the network between them failed"
+        return f"rank 0 ({hosts[0]}), where the ranks meet, is gone; its output says why"
+    said = [f"{ranks_text([r], hosts)} ended: {text}" for r, text in enumerate(reasons) if text]
+    silent = {r: doing for r, doing in _silent(before, after).items() if not reasons[r]}
+    said += _each(silent, hosts, "is gone", "are gone")
+    return "; ".join(said) or "all ranks still answer: the network between them failed"
 
 
-def explain_hang(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> str:
+def explain_hang(
+    before: Sequence[Sign | None], after: Sequence[Sign | None], hosts: Sequence[str]
+) -> str:
     """Which ranks hold up the others: those that do not answer, else those that are behind."""
     known = [sign for sign in after if sign is not None]
     if not known:
-        return "rank 0, where the ranks meet, does not answer"
-    frozen = [
-        f"rank {r} does not answer, it was {doing}" for r, doing in _silent(before, after).items()
-    ]
+        return f"rank 0 ({hosts[0]}), where the ranks meet, does not answer"
+    frozen = _each(_silent(before, after), hosts, "does not answer", "do not answer")
     least = min(sign.moves for sign in known)
     if frozen or least == max(sign.moves for sign in known):
         return "; ".join(frozen) or "all ranks answer and none is ahead of the others"
     behind = [
-        f"rank {r} is behind the others, {now.doing}"
+        f"{ranks_text([r], hosts)} is behind the others, {now.doing}"
         for r, now in enumerate(after)
         if now is not None and now.moves == least
     ]
     return "; ".join(behind)
+
+
+def _each(doing: Mapping[int, str], hosts: Sequence[str], one: str, many: str) -> list[str]:
+    """What is with these ranks and what they did last; those of a node that died in one."""
+    of_doing: dict[str, list[int]] = {}
+    for rank, what in doing.items():
+        of_doing.setdefault(what, []).append(rank)
+    return [
+        f"{ranks_text(ranks, hosts)} "
+        + (f"{one}, it was {what}" if len(ranks) == 1 else f"{many}, they were {what}")
+        for what, ranks in of_doing.items()
+    ]
 
 
 def _silent(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> dict[int, str]:
@@ -204,6 +224,7 @@ def _linger() -> None:
 
 
 def _end(text: str) -> None:
+    logs.note(f"error: {text}")
     print(f"error: {text}", file=sys.stderr, flush=True)
     _linger()
     os._exit(RunFailedError.exit_code)

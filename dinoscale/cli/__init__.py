@@ -44,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
         "train",
         help="pre-train, or go on with a run; same line under python, deepspeed, torchrun, srun",
         description="Pre-train. Everything is written to run_dir: config.yaml (training from it"
-        " repeats the run), metrics.jsonl, bad_samples.jsonl, checkpoints/. A run directory with"
-        " checkpoints is continued from the newest.",
+        " repeats the run), metrics.jsonl, bad_samples.jsonl, logs/, checkpoints/. A run directory"
+        " with checkpoints is continued from the newest.",
     )
     add_config(train)
     train.set_defaults(run=_train)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from dinoscale.config import RunConfig
-from dinoscale.doctor.report import Check, ok, ranks_text, warning
+from dinoscale.doctor.report import Check, ok, warning
+from dinoscale.hosts import ranks_text
 
 _STEERING = ("NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_", "DS_", "CUDA_LAUNCH_", "CUDA_DEVICE_ORDER")
 _WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun")

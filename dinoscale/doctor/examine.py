@@ -9,8 +9,10 @@ from dinoscale import distributed
 from dinoscale.config import RunConfig, dump_config, load_config
 from dinoscale.distributed import gather_objects
 from dinoscale.doctor import environment, machine, network, versions
-from dinoscale.doctor.report import Check, Report, ok, problem, ranks_text
+from dinoscale.doctor.configs import judge_configs
+from dinoscale.doctor.report import Check, Report, ok, problem
 from dinoscale.errors import DinoscaleError, LaunchError, RunFailedError
+from dinoscale.hosts import ranks_text
 from dinoscale.launcher import Process
 from dinoscale.versions import commit
 
@@ -137,19 +139,8 @@ def _config(
         where = "" if len(wrong) == len(hosts) else f"{ranks_text(wrong, hosts)}: "
         return None, [problem("config", f"{where}{errors[wrong[0]]}")]
     assert config is not None
-    texts = gather_objects(dump_config(config))
-    other = [rank for rank, text in enumerate(texts) if text != texts[0]]
-    if other:
-        lines = zip(texts[0].splitlines(), texts[other[0]].splitlines(), strict=False)
-        first, theirs = next(((a, b) for a, b in lines if a != b), ("more", "less"))
-        return config, [
-            problem(
-                "config",
-                f"rank 0 has `{first.strip()}`, {ranks_text(other, hosts)} `{theirs.strip()}`;"
-                " start all ranks with one line and one file",
-            )
-        ]
-    return config, [ok("config", f"{name} is valid")]
+    same = judge_configs(gather_objects(dump_config(config)), hosts)
+    return config, [ok("config", f"{name} is valid") if same.verdict == "ok" else same]
 
 
 def _run(report: Report, config: RunConfig, hosts: list[str], process: Process) -> int | None:

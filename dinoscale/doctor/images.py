@@ -10,9 +10,10 @@ from dinoscale.data.decode import BadSampleError, Decoder
 from dinoscale.data.mixture import open_sources, source_sizes
 from dinoscale.data.sources import Source, open_source
 from dinoscale.data.stream import StreamSource
-from dinoscale.doctor.report import Check, count_text, ok, problem, ranks_text, warning
+from dinoscale.doctor.report import Check, count_text, ok, problem, warning
 from dinoscale.errors import ConfigError, DinoscaleError
 from dinoscale.evaluate.labelled import renumber_classes
+from dinoscale.hosts import ranks_text
 
 _SAMPLES = 8  # images that each rank decodes of each set
 _DECODE_S = 20.0  # a slow disk may end it earlier

@@ -12,8 +12,9 @@ import torch
 
 from dinoscale.config import RunConfig
 from dinoscale.cores import core_numbers, core_quota
-from dinoscale.doctor.report import Check, count_text, ok, problem, ranks_text, size_text, warning
+from dinoscale.doctor.report import Check, count_text, ok, problem, size_text, warning
 from dinoscale.engine.precision import matrix_product_s
+from dinoscale.hosts import ranks_text
 from dinoscale.launcher import Process
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from dinoscale import distributed
-from dinoscale.doctor.report import Check, count_text, ok, ranks_text, size_text, warning
+from dinoscale.doctor.report import Check, count_text, ok, size_text, warning
 from dinoscale.errors import LaunchError
+from dinoscale.hosts import ranks_text
 from dinoscale.launcher import LOOPBACK, Process, meeting_place
 
 SMALL_BYTES, LARGE_BYTES = 1024, 8 * 10**6  # of one all-reduce: latency, bandwidth
@@ -123,11 +124,17 @@ def judge_network(
     if slow:
         said += "; choose a faster interface with NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
     verdict = warning if slow else ok
-    return [verdict("network", said), _judge_clocks(of_ranks, hosts)]
-
-
-def _judge_clocks(of_ranks: Sequence[Network], hosts: list[str]) -> Check:
     clocks = [network.clock_s for network in of_ranks]
+    return [verdict("network", said), judge_clocks(clocks, hosts)]
+
+
+def judge_clocks(clocks: Sequence[Sequence[float]], hosts: list[str]) -> Check:
+    """Name the ranks whose clock is not rank 0's.
+
+    Args:
+        clocks: time.time() of each rank when all had met, once or several times.
+        hosts: of the ranks.
+    """
     offsets = [  # from rank 0, at the barrier that came out closest
         min((own - first for own, first in zip(clock, clocks[0], strict=True)), key=abs)
         for clock in clocks

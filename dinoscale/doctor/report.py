@@ -76,13 +76,6 @@ class Report:
             print(line, file=sys.stderr, flush=True)
 
 
-def ranks_text(ranks: Iterable[int], hosts: list[str]) -> str:
-    """`rank 3 (host b)`, at most four of them by name."""
-    named = [f"rank {rank} ({hosts[rank]})" for rank in ranks]
-    more = f" and {len(named) - 4} more" if len(named) > 4 else ""
-    return ", ".join(named[:4]) + more
-
-
 def size_text(num_bytes: float) -> str:
     """Bytes in powers of 1000, as disks are sold."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -5,7 +5,8 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 
-from dinoscale.doctor.report import Check, ok, problem, ranks_text, warning
+from dinoscale.doctor.report import Check, ok, problem, warning
+from dinoscale.hosts import ranks_text
 from dinoscale.versions import package_version
 
 Versions = Mapping[str, str | None]  # package, "python" or "commit" -> version, None if absent
@@ -70,19 +71,26 @@ def judge_versions(of_ranks: Sequence[Versions], hosts: list[str]) -> list[Check
                 where = ranks_text([rank], hosts) + " has " if len(of_ranks) > 1 else ""
                 checks.append(problem("versions", where + reason))
                 break  # the other ranks are most likely the same
-    for name in of_ranks[0]:
-        different = [r for r, found in enumerate(of_ranks) if found.get(name) != of_ranks[0][name]]
+    checks += judge_equal(of_ranks, hosts)
+    said = ", ".join(f"{name} {found or 'absent'}" for name, found in of_ranks[0].items())
+    return checks or [ok("versions", said)]
+
+
+def judge_equal(of_ranks: Sequence[Versions], hosts: list[str]) -> list[Check]:
+    """Versions that a rank has and that are not rank 0's."""
+    checks = []
+    for name, first in of_ranks[0].items():
+        different = [r for r, found in enumerate(of_ranks) if found.get(name, first) != first]
         if different:
             checks.append(
                 problem(
                     "versions",
-                    f"{name} is {of_ranks[0][name]} on rank 0 but"
-                    f" {of_ranks[different[0]].get(name)} on {ranks_text(different, hosts)};"
+                    f"{name} is {first} on rank 0 ({hosts[0]}) but"
+                    f" {of_ranks[different[0]][name]} on {ranks_text(different, hosts)};"
                     " use one environment and one checkout on all nodes",
                 )
             )
-    said = ", ".join(f"{name} {found or 'absent'}" for name, found in of_ranks[0].items())
-    return checks or [ok("versions", said)]
+    return checks
 
 
 def _why_bad(package: str, found: str | None) -> str | None:

@@ -56,7 +56,7 @@ def _environment(**variables: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not re.match(r"(RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM_|OMPI_|TORCHELASTIC)", name)
+        if not re.match(r"(RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM_|OMPI_|PMI_|TORCHELASTIC)", name)
     }
     programs = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
     ours = {"PATH": programs, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -153,6 +153,46 @@ def test_misspelt_key_is_refused_within_seconds(config_file: Path, launcher: str
     assert "error: optim.lrr: unknown key, did you mean 'lr'?" in done.stderr
     assert "cli.py" not in done.stderr  # no stack of ours; torchrun prints its own
     assert not (config_file.parent / "run").exists()
+
+
+def test_run_directory_of_each_node_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    config_file, port = _write_config(tmp_path), str(free_port())
+    ranks = []
+    for rank in range(2):
+        node = tmp_path / f"node{rank}"
+        node.mkdir()
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port}
+        command = [sys.executable, "-m", "dinoscale", "train", str(config_file), "run_dir=run"]
+        environment = _environment(MASTER_ADDR="127.0.0.1", **own)
+        ranks.append(
+            subprocess.Popen(command, cwd=node, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    begin = time.monotonic()
+    try:
+        said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert time.monotonic() - begin < 150  # of which 10 s for a slow file system
+    assert [process.returncode for process in ranks] == [2, 2], said
+    host = socket.gethostname()
+    for text in said:
+        assert f"error: run_dir: rank 1 ({host}) cannot see in {tmp_path}/node1/run" in text
+        assert "Traceback" not in text
+
+
+def test_contradictory_ranks_are_refused(config_file: Path) -> None:
+    environment = _environment(
+        **{"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "SLURM_STEP_ID": "0"},
+        **{"SLURM_PROCID": "1", "SLURM_NTASKS": "8"},
+    )
+    command = [sys.executable, "-m", "dinoscale", "train", str(config_file)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+    assert done.returncode == 2
+    assert "error: RANK=3 (RANK) contradicts SLURM_PROCID=1 (srun)" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_port_in_use_is_named(config_file: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -158,6 +159,7 @@ def _rank(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= environment_of(rank, port)
+    socket.gethostname = lambda: f"host-{rank}"  # for messages: as if on two machines
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as everywhere else
     torch.set_num_threads(1)
     if slow_disk_s:

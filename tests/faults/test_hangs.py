@@ -15,7 +15,10 @@ ALLOWED_S = 10  # a start on a busy machine takes some seconds too
 
 @pytest.mark.parametrize(
     ("frozen", "says"),
-    [(1, "rank 1 does not answer"), (0, "rank 0, where the ranks meet, does not answer")],
+    [
+        (1, "rank 1 (host-1) does not answer"),
+        (0, "rank 0 (host-0), where the ranks meet, does not"),
+    ],
 )
 def test_frozen_rank_is_named_in_time(tmp_path: Path, frozen: int, says: str) -> None:
     limit = {"hang_timeout_s": float(ALLOWED_S)}
@@ -44,7 +47,10 @@ def test_rank_whose_images_do_not_come_is_named(tmp_path: Path) -> None:
     codes = life.end(timeout_s=60)
     assert codes == [1, 1], life.said()
     for output in life.outputs:
-        assert "rank 1 is behind the others, waiting for the images of step 3" in output.read_text()
+        assert (
+            "rank 1 (host-1) is behind the others, waiting for the images of step 3"
+            in output.read_text()
+        )
 
 
 def test_dead_rank_is_named_with_what_it_did(tmp_path: Path) -> None:
@@ -56,8 +62,11 @@ def test_dead_rank_is_named_with_what_it_did(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 30
     said = life.outputs[0].read_text()
     assert "rank 0 lost contact with another rank" in said
-    assert "rank 1 is gone, it was" in said
+    assert "rank 1 (host-1) is gone, it was" in said
     assert "Traceback" not in said
+    kept = (life.run_dir / "logs" / "rank_00000.log").read_text()
+    assert "rank 0 of 2 on host-0" in kept
+    assert "rank 1 (host-1) is gone, it was" in kept
 
 
 def test_long_evaluation_is_no_hang(tmp_path: Path) -> None:

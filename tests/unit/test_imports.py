@@ -15,7 +15,7 @@ DATA_TOOLS = PACKAGE.parent / "data_tools"
 # A module imports from its own part or from parts of lower levels, never from a neighbour.
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"launcher"},
+    {"hosts", "launcher", "logs"},
     {"config", "cores", "distributed", "flops", "memory", "peak_memory", "preemption", "versions"},
     {"data", "models", "losses", "schedules", "watchdog"},
     {"engine"},
@@ -24,9 +24,10 @@ LEVELS: list[set[str]] = [
     {"dims", "evaluate"},
     {"hooks", "rundir"},
     {"feed", "resume"},
-    {"loop", "micro_batch"},
+    {"doctor", "loop", "micro_batch"},
+    {"nodes"},
     {"trainer"},
-    {"quickstart", "doctor", "bench", "crop_sheet", "plan"},
+    {"quickstart", "bench", "crop_sheet", "plan"},
     {"data_tools", "launch"},
     {"cli"},
     {"__main__"},

@@ -100,6 +100,10 @@ TABLE: dict[str, tuple[Variables, Process]] = {
     "python in a batch script": (BATCH_SCRIPT, Process(0, 1, 0, 1)),
     "python in salloc": (INTERACTIVE, Process(0, 1, 0, 1, "srun", node_rank=0)),
     "deepspeed in salloc": (INTERACTIVE | DEEPSPEED, _fifth("deepspeed", node_rank=1)),
+    "torchrun of one node in salloc": (
+        TORCHRUN | {"RANK": "1", "WORLD_SIZE": "4", "GROUP_RANK": "0"} | INTERACTIVE,
+        Process(1, 4, 1, 4, "torchrun", node_rank=0),
+    ),
     "empty variables": ({"RANK": "", "SLURM_STEP_ID": ""}, Process(0, 1, 0, 1)),
 }
 

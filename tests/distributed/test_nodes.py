@@ -1,0 +1,156 @@
+"""Three ranks on what they take for two hosts: each named, what differs between them refused."""
+
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from tests.distributed.tiny_run import tiny_config
+from tests.harness import run_distributed
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+HOSTS = ["gpu-01", "gpu-02", "gpu-02"]
+
+
+class _Said(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname[0]} {record.getMessage()}")
+
+
+def start_on_two_hosts(folder: str) -> dict[str, list[str]]:
+    """On every rank, by what is odd: what was logged, and last what was raised, if anything."""
+    from dinoscale import distributed
+    from dinoscale.doctor import storage
+    from dinoscale.launcher import read_process
+    from dinoscale.nodes import gather_members, keep_logs, require_alike, require_shared
+
+    process, said = read_process(os.environ), _Said()
+    rank, root = distributed.rank(), logging.getLogger()
+    root.addHandler(said)
+    root.setLevel(logging.INFO)
+
+    def of(odd_rank: int, name: str, odd: Any) -> Any:
+        """Another function in place of `name` on one rank."""
+        return patch(name, odd) if rank == odd_rank else patch("dinoscale.nodes.__doc__", "")
+
+    def start(run_dir: Path, **changes: dict[str, Any]) -> None:
+        config = tiny_config(run_dir=str(run_dir), **changes)
+        members = gather_members(config, process)
+        require_alike(config, process, members)
+        require_shared(run_dir, [member.host for member in members])
+        keep_logs(run_dir, process, members)
+
+    def told(begin: Callable[[], None]) -> list[str]:
+        said.lines.clear()
+        try:
+            begin()
+        except Exception as error:
+            return [*said.lines, f"{type(error).__name__} {error}"]
+        return list(said.lines)
+
+    own, shared = Path(folder) / str(rank), Path(folder) / "shared"
+    own.mkdir()
+    os.chdir(own)
+    if rank == 2:  # a file where its log should be made
+        (Path(folder) / "no_log" / "logs" / "rank_00002.log").mkdir(parents=True)
+    found: dict[str, list[str]] = {}
+    clock = time.time
+    with (
+        patch.object(socket, "gethostname", lambda: HOSTS[rank]),
+        patch.object(storage, "_SEEN_WITHIN_S", 1.0),
+    ):
+        found["nothing"] = told(lambda: start(shared))
+        with of(1, "dinoscale.versions.version", lambda _: "9.9"):
+            found["version"] = told(lambda: start(shared))
+        batch = {"batch_size": 12 if rank == 2 else 6}
+        found["configuration"] = told(lambda: start(shared, train=batch))
+        with of(1, "dinoscale.nodes.time.time", lambda: clock() - 100):
+            found["clock"] = told(lambda: start(shared))
+        found["run_dir"] = told(lambda: start(Path("run")))
+        found["log file"] = told(lambda: start(Path(folder) / "no_log"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
+    folder = tmp_path_factory.mktemp("nodes")
+    results = run_distributed(
+        f"{__name__}:start_on_two_hosts", world_size=3, timeout_s=240, folder=str(folder)
+    )
+    for rank, result in enumerate(results):
+        logs = folder / "shared" / "logs" / f"rank_{rank:05d}.log"
+        result["file"] = logs.read_text().splitlines()
+    shutil.rmtree(folder)
+    return results
+
+
+def test_each_node_is_named_once_by_rank_0(told: list[dict[str, list[str]]]) -> None:
+    first, *others = (of_rank["nothing"] for of_rank in told)
+    one, two = (line for line in first if line.startswith("I node "))
+    assert one.startswith("I node gpu-01: rank 0 on the CPU, started by torchrun, dinoscale ")
+    assert ", torch " in one
+    assert two == "I node gpu-02: ranks 1-2 on the CPU, started by torchrun"
+    assert not [line for of_rank in others for line in of_rank if "node" in line]
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ("version", ["deepspeed is", "torch is", " on rank 0 (gpu-01) but 9.9 on rank 1 (gpu-02)"]),
+        ("configuration", ["`batch_size: 6`, rank 2 (gpu-02) `batch_size: 12`"]),
+        (
+            "run_dir",
+            ["ranks 1-2 (gpu-02) cannot see", "rank 0 (gpu-01) wrote to", "all nodes share"],
+        ),
+    ],
+)
+def test_what_differs_between_hosts_is_refused_on_all_ranks(
+    told: list[dict[str, list[str]]], odd: str, says: list[str]
+) -> None:
+    for of_rank in told:
+        raised = of_rank[odd][-1]
+        assert raised.startswith("LaunchError ")
+        for words in says:
+            assert words in raised
+
+
+def test_line_of_a_node_tells_its_other_versions(told: list[dict[str, list[str]]]) -> None:
+    two = told[0]["version"][1]
+    assert two.endswith("started by torchrun, dinoscale 9.9, torch 9.9, deepspeed 9.9")
+
+
+def test_clock_that_is_off_is_a_warning(told: list[dict[str, list[str]]]) -> None:
+    (warning,) = (line for line in told[0]["clock"] if line.startswith("W"))
+    assert warning.startswith("W clocks: rank 1 (gpu-02) up to 100.")
+    assert "behind rank 0" in warning
+    assert not [line for of_rank in told for line in of_rank["clock"] if "Error" in line]
+
+
+def test_every_rank_has_a_log_with_a_header_for_each_start(
+    told: list[dict[str, list[str]]],
+) -> None:
+    for rank, of_rank in enumerate(told):
+        headers = [line for line in of_rank["file"] if f"rank {rank} of 3 on {HOSTS[rank]}" in line]
+        assert len(headers) == 2  # the starts that were not refused
+        assert of_rank["file"][0] == headers[0]
+
+
+def test_log_that_cannot_be_written_is_said_once(told: list[dict[str, list[str]]]) -> None:
+    said = [line for of_rank in told for line in of_rank["log file"] if line.startswith("W")]
+    assert len(said) == 1
+    assert said[0].startswith("W no log files of rank 2 (gpu-02): cannot write to ")
+    assert said[0].endswith("(Is a directory)")

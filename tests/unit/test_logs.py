@@ -1,0 +1,73 @@
+"""The log file of a rank, and the terminal beside it."""
+
+import logging
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dinoscale import logs
+
+FULL = Path("/dev/full")
+
+
+@pytest.fixture(autouse=True)
+def _no_file_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
+    yield
+    logs.forget_file()
+
+
+def test_start_after_start_is_appended_under_its_header(tmp_path: Path) -> None:
+    for start in ("first", "second"):
+        assert logs.to_file(tmp_path / "logs", rank=3, header=start) is None
+        logging.getLogger("dinoscale.x").info("of the %s", start)
+        logs.note("error: no more")
+    lines = (tmp_path / "logs" / "rank_00003.log").read_text().splitlines()
+    said = [line.split(" ", 3)[3] for line in lines]
+    first = ["first", "of the first", "error: no more"]
+    assert said == [*first, "second", "of the second", "error: no more"]
+
+
+def test_folder_that_cannot_be_made_is_a_reason_and_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert logs.to_file(tmp_path / "file", rank=0, header="") == "File exists"
+    logs.note("to nowhere")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+def test_full_disk_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "rank_00000.log").symlink_to(FULL)
+    assert logs.to_file(tmp_path, rank=0, header="begins") is None
+    for _ in range(3):
+        logging.getLogger("dinoscale.x").info("more")
+    said = [record.getMessage() for record in caplog.records if "cannot write" in record.message]
+    assert len(said) == 1
+    assert "No space left on device" in said[0]
+
+
+@pytest.mark.parametrize(("rank", "terminal"), [(0, "IW"), (2, "W")])
+def test_other_ranks_show_warnings_only_and_write_everything(
+    tmp_path: Path, rank: int, terminal: str
+) -> None:
+    program = textwrap.dedent(f"""
+        import logging
+        from pathlib import Path
+        from dinoscale import logs
+        logs.to_terminal({rank})
+        logs.to_file(Path({str(tmp_path)!r}), rank={rank}, header="begins")
+        logging.info("all is well")
+        logging.warning("something is wrong")
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    shown = done.stderr.splitlines()
+    assert "".join(line[0] for line in shown) == terminal
+    assert all(f" rank {rank}: " in line for line in shown)
+    kept = (tmp_path / f"rank_{rank:05d}.log").read_text().splitlines()
+    assert [line[0] for line in kept] == ["-", "I", "W"]
