@@ -7,12 +7,8 @@ from pathlib import Path
 from dinoscale import distributed
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.config import RunConfig
-<<<<<<< HEAD
 from dinoscale.doctor.marker import Seen, look_for, remove_marker, write_marker
-from dinoscale.doctor.report import Check, ok, problem, ranks_text, size_text, warning
-=======
 from dinoscale.doctor.report import Check, ok, problem, size_text, warning
->>>>>>> wt7-ranks
 from dinoscale.engine.param_groups import MOMENTS
 from dinoscale.hosts import ranks_text
 
