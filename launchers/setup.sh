@@ -68,7 +68,8 @@ mend_scripts() { # pip names python in the first line of `deepspeed`; a space th
   local script first
   [[ $venv == *[[:space:]]* ]] || return 0
   for script in "$venv"/bin/*; do
-    [[ -f $script ]] && IFS= read -r first <"$script" || continue
+    [[ -f $script ]] || continue
+    IFS= read -r first <"$script" || continue
     [[ $first == "#!$venv/bin/python"* ]] || continue
     { # the shell runs line 2; to Python, lines 2 and 3 are a string
       printf '%s\n' '#!/bin/sh' "'''exec' \"$venv/bin/python\" \"\$0\" \"\$@\"" "' '''"

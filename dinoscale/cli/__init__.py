@@ -12,6 +12,7 @@ from dinoscale.cli.arguments import add_config
 from dinoscale.cli.checkpoints import add_checkpoints
 from dinoscale.cli.convert import add_convert
 from dinoscale.cli.evaluate import add_evaluate
+from dinoscale.cli.launch import add_launch
 from dinoscale.cli.planning import add_planning
 from dinoscale.launcher import read_process
 
@@ -19,6 +20,7 @@ _EPILOG = """examples:
   dinoscale train vit_s16 data.train=/data/images run_dir=runs/first
   deepspeed --module dinoscale train vit_s16 data.train='/data/train-{000..099}.tar'
   torchrun --nproc-per-node 8 -m dinoscale train my_run.yaml engine.zero_stage=3
+  dinoscale launch my_run.yaml --hostfile hostfile
   deepspeed --module dinoscale doctor vit_s16 data.train=/data/images run_dir=runs/first
   dinoscale config vit_b16 train.batch_size=512 --world-size 8
   dinoscale plan vit_l16 --gpus 8 --gpu h100 --gpu-memory 80GB
@@ -50,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_config(train)
     train.set_defaults(run=_train)
+    add_launch(commands)
     add_planning(commands)
     add_checkpoints(commands)
     add_convert(commands)
@@ -75,7 +78,12 @@ def run(arguments: Sequence[str]) -> None:
     """
     # The deepspeed launcher inserts --local_rank=N; the environment says the same.
     own = [argument for argument in arguments if not argument.startswith("--local_rank")]
-    options = parser().parse_args(own)
+    commands = parser()
+    options, rest = commands.parse_known_args(own)
+    for argument in rest:  # argparse gives up on settings that come after an option
+        if "=" not in argument or argument.startswith("-") or not hasattr(options, "overrides"):
+            commands.error(f"unrecognized arguments: {argument}")
+        options.overrides.append(argument)
     result = options.run(options)
     if result is not None:
         print(json.dumps(result), flush=True)

@@ -1,54 +1,23 @@
 """run_dir: seen by all ranks, writable, and with room for the checkpoints."""
 
-import os
-import secrets
 import shutil
-import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from dinoscale import distributed
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.config import RunConfig
+from dinoscale.doctor.marker import Seen, look_for, remove_marker, write_marker
 from dinoscale.doctor.report import Check, ok, problem, size_text, warning
 from dinoscale.engine.param_groups import MOMENTS
 from dinoscale.hosts import ranks_text
-
-_SEEN_WITHIN_S = 10.0  # network file systems keep old listings for seconds
-
-
-@dataclass(frozen=True)
-class _Marker:
-    """What rank 0 wrote: where, and what; or why it could not."""
-
-    run_dir: str
-    name: str
-    token: str
-    error: str | None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one rank found in its run_dir.
-
-    Attributes:
-        run_dir: absolute path on this rank.
-        seen: rank 0's marker was there.
-        error: why a file of its own could not be written, or None.
-    """
-
-    run_dir: str
-    seen: bool
-    error: str | None
 
 
 def check_shared(run_dir: Path, hosts: list[str]) -> Check:
     """Let every rank look for a file that rank 0 writes; all ranks call it, nothing stays."""
     made: list[Path] = []
     path = run_dir.absolute()
-    marker = _write_marker(path, made) if distributed.rank() == 0 else None
+    marker = write_marker(path, made) if distributed.rank() == 0 else None
     try:
         marker = distributed.broadcast_object(marker)
         assert marker is not None
@@ -58,58 +27,11 @@ def check_shared(run_dir: Path, hosts: list[str]) -> Check:
                 f"rank 0 cannot write to {marker.run_dir}: {marker.error};"
                 " choose another with run_dir=PATH",
             )
-        found = distributed.gather_objects(_look(path, marker))
+        found = distributed.gather_objects(look_for(path, marker, own=str(distributed.rank())))
     finally:
-        _remove(path, marker, made)
+        if distributed.rank() == 0:
+            remove_marker(path, marker, made)
     return judge_shared(found, hosts)
-
-
-def _write_marker(path: Path, made: list[Path]) -> _Marker:
-    """Write a random file; directories that had to be made are added to `made`, deepest last."""
-    marker = _Marker(str(path), f".doctor_{secrets.token_hex(8)}", secrets.token_hex(16), None)
-    try:
-        for folder in [*reversed(path.parents), path]:
-            if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
-        (path / marker.name).write_text(marker.token)
-    except OSError as error:
-        return _Marker(str(path), marker.name, marker.token, error.strerror or str(error))
-    return marker
-
-
-def _look(path: Path, marker: _Marker) -> Seen:
-    end = time.monotonic() + _SEEN_WITHIN_S
-    while not (seen := _reads(path / marker.name, marker.token)) and time.monotonic() < end:
-        with suppress(OSError):
-            os.listdir(path)  # makes a network file system ask the server again
-        time.sleep(0.1)
-    error = None
-    if seen:
-        own = path / f"{marker.name}_{distributed.rank()}"
-        try:
-            own.write_text(marker.token)
-            own.unlink()
-        except OSError as caught:
-            error = caught.strerror or str(caught)
-    return Seen(str(path), seen, error)
-
-
-def _reads(path: Path, token: str) -> bool:
-    try:
-        return path.read_text() == token
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def _remove(path: Path, marker: _Marker | None, made: list[Path]) -> None:
-    if distributed.rank() != 0 or marker is None:
-        return
-    with suppress(OSError):
-        (path / marker.name).unlink()
-    for folder in reversed(made):
-        with suppress(OSError):  # not empty: somebody else uses it now
-            folder.rmdir()
 
 
 def judge_shared(found: Sequence[Seen], hosts: list[str]) -> Check:

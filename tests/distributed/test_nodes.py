@@ -34,7 +34,7 @@ class _Said(logging.Handler):
 def start_on_two_hosts(folder: str) -> dict[str, list[str]]:
     """On every rank, by what is odd: what was logged, and last what was raised, if anything."""
     from dinoscale import distributed
-    from dinoscale.doctor import storage
+    from dinoscale.doctor import marker
     from dinoscale.launcher import read_process
     from dinoscale.nodes import gather_members, keep_logs, require_alike, require_shared
 
@@ -71,7 +71,7 @@ def start_on_two_hosts(folder: str) -> dict[str, list[str]]:
     clock = time.time
     with (
         patch.object(socket, "gethostname", lambda: HOSTS[rank]),
-        patch.object(storage, "_SEEN_WITHIN_S", 1.0),
+        patch.object(marker, "_SEEN_WITHIN_S", 1.0),
     ):
         found["nothing"] = told(lambda: start(shared))
         with of(1, "dinoscale.versions.version", lambda _: "9.9"):

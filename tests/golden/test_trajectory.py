@@ -243,6 +243,20 @@ def weight_errors(results: list[Any], states: dict[str, Tensor], epoch: str) -> 
     return errors
 
 
+def require_reference(per_rank: list[list[Any]], runs: list[dict[str, Any]]) -> None:
+    """Fail where what the ranks returned from `follow_trajectory` is not the reference's."""
+    reference = json.loads((FOLDER / "trajectory.json").read_text())
+    states = load_file(FOLDER / "trajectory_states.safetensors")
+    expected_loss = [step["loss"] for step in reference["steps"]]
+    for index, run in enumerate(runs):
+        results = [rank[index] for rank in per_rank]
+        assert results[0]["loss"] == pytest.approx(expected_loss, rel=LOSS_TOLERANCE), run
+        for epoch in sorted({key.split(".")[0][5:] for key in states}):
+            errors = weight_errors(results, states, epoch)
+            worst = max(errors, key=lambda name: errors[name])
+            assert errors[worst] < WEIGHT_TOLERANCE, (run, epoch, worst, errors[worst])
+
+
 def _relative(actual: Tensor, expected: Tensor) -> float:
     difference = (actual.double() - expected.double()).norm()
     return float(difference / expected.double().norm().clamp_min(1e-12))
@@ -266,8 +280,6 @@ def test_every_stage_and_accumulation_follows_the_reference(world_size: int) -> 
     runs = _runs(world_size)
     if not runs:
         pytest.skip("the recorded batch does not divide")
-    reference = json.loads((FOLDER / "trajectory.json").read_text())
-    states = load_file(FOLDER / "trajectory_states.safetensors")
     per_rank = run_distributed(
         "tests.golden.test_trajectory:follow_trajectory",
         world_size=world_size,
@@ -275,14 +287,7 @@ def test_every_stage_and_accumulation_follows_the_reference(world_size: int) -> 
         folder=str(FOLDER),
         runs=runs,
     )
-    expected_loss = [step["loss"] for step in reference["steps"]]
-    for index, run in enumerate(runs):
-        results = [rank[index] for rank in per_rank]
-        assert results[0]["loss"] == pytest.approx(expected_loss, rel=LOSS_TOLERANCE), run
-        for epoch in sorted({key.split(".")[0][5:] for key in states}):
-            errors = weight_errors(results, states, epoch)
-            worst = max(errors, key=lambda name: errors[name])
-            assert errors[worst] < WEIGHT_TOLERANCE, (run, epoch, worst, errors[worst])
+    require_reference(per_rank, runs)
 
 
 @pytest.mark.distributed

@@ -10,9 +10,9 @@ import pytest
 from dinoscale.doctor import environment, machine, network, storage, versions
 from dinoscale.doctor.images import Looked, judge_images, judge_plan, sample_ids
 from dinoscale.doctor.machine import Device, Machine
+from dinoscale.doctor.marker import Seen
 from dinoscale.doctor.network import LARGE_BYTES, Network
 from dinoscale.doctor.report import Check, size_text
-from dinoscale.doctor.storage import Seen
 from dinoscale.launcher import Process
 from tests.distributed.tiny_run import tiny_config
 

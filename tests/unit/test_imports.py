@@ -28,7 +28,7 @@ LEVELS: list[set[str]] = [
     {"nodes"},
     {"trainer"},
     {"quickstart", "bench", "crop_sheet", "plan"},
-    {"data_tools"},
+    {"data_tools", "launch"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,152 @@
+"""`dinoscale launch`: look at every node, print the command line that starts the run, become it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+from dinoscale.cli.arguments import add_config
+
+if TYPE_CHECKING:
+    from dinoscale.cli.arguments import SubCommands
+
+_EPILOG = """examples:
+  dinoscale launch my_run.yaml --hostfile hostfile run_dir=/shared/runs/first
+  dinoscale launch my_run.yaml --hostfile hostfile --check
+  dinoscale launch my_run.yaml --hostfile hostfile --launcher openmpi --dry-run
+  dinoscale launch my_run.yaml --hostfile hostfile --node-rank 1        (on the second node)
+  dinoscale launch my_run.yaml --nodes 2 --node-rank 1 --master-addr node1
+  dinoscale launch my_run.yaml --slurm --nodes 4 --per-node 8 --options '--partition gpu'"""
+
+
+def add_launch(commands: SubCommands) -> None:
+    """Start a run on several nodes."""
+    launch = commands.add_parser(
+        "launch",
+        help="start a run on several nodes; checks each of them first",
+        description="Print the command line that starts `dinoscale train CONFIG ...` on several"
+        " nodes, check what can be checked beforehand, and run it; its exit code is passed on."
+        " With --hostfile alone every node is asked over ssh, all at once: versions, code, GPUs,"
+        " clock, the configuration, whether run_dir is shared and rank 0's port can be reached."
+        " A table and sentences go to stderr; with a problem nothing is started, exit code 2.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config(launch)
+    _add_ways(launch)
+    launch.add_argument(
+        "--options",
+        default="",
+        metavar="TEXT",
+        help="more options of deepspeed, mpirun (with --launcher openmpi), torchrun or sbatch,"
+        " quoted as one argument",
+    )
+    launch.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long a node may take for each answer (default 60)",
+    )
+    only = launch.add_mutually_exclusive_group()
+    only.add_argument(
+        "--dry-run", action="store_true", help="print the line on stdout; ask and start nothing"
+    )
+    only.add_argument(
+        "--check",
+        action="store_true",
+        help="ask the nodes and start nothing; one JSON object on stdout",
+    )
+    launch.set_defaults(run=_launch)
+
+
+def _add_ways(launch: argparse.ArgumentParser) -> None:
+    launch.add_argument(
+        "--hostfile", metavar="FILE", help="DeepSpeed's launcher; a line `node1 slots=8` per node"
+    )
+    launch.add_argument(
+        "--launcher",
+        choices=["pdsh", "openmpi"],
+        default="pdsh",
+        help="with --hostfile: what reaches the nodes (default pdsh, over ssh)",
+    )
+    launch.add_argument(
+        "--ssh-options",
+        default="",
+        metavar="TEXT",
+        help="with --hostfile: for every ssh, as '-p 2222 -i KEY' or '-F FILE'",
+    )
+    launch.add_argument(
+        "--nodes", type=int, metavar="N", help="torchrun, on each of N nodes by its own line"
+    )
+    launch.add_argument(
+        "--node-rank",
+        type=int,
+        metavar="R",
+        help="this node, from 0; with --hostfile: start its processes alone, without ssh",
+    )
+    launch.add_argument(
+        "--per-node",
+        type=int,
+        metavar="N",
+        help="processes of a node (default: torchrun one per GPU, Slurm as the script says)",
+    )
+    launch.add_argument(
+        "--master-addr", metavar="HOST", help="of rank 0 (default: first host of the hostfile)"
+    )
+    launch.add_argument("--master-port", type=int, metavar="PORT", help="of rank 0 (default 29500)")
+    launch.add_argument(
+        "--slurm", action="store_true", help="submit launchers/slurm.sbatch, on --nodes N if given"
+    )
+
+
+def _launch(options: argparse.Namespace) -> None:
+    from dinoscale.config import load_config
+    from dinoscale.errors import ConfigError, LaunchError
+    from dinoscale.launch.start import Wishes, check, choose
+
+    if not 0 < options.timeout <= 86400:
+        raise ConfigError(f"--timeout: need more than 0 and at most a day, got {options.timeout}")
+    run_dir = load_config(options.config, options.overrides).run_dir
+    wishes = Wishes(
+        config=options.config,
+        overrides=options.overrides,
+        hostfile=options.hostfile,
+        launcher=options.launcher,
+        ssh_options=_words("--ssh-options", options.ssh_options),
+        nodes=options.nodes,
+        node_rank=options.node_rank,
+        per_node=options.per_node,
+        master_addr=options.master_addr,
+        master_port=options.master_port,
+        slurm=options.slurm,
+        options=_words("--options", options.options),
+    )
+    way = choose(wishes)
+    line = shlex.join(way.command)
+    if options.dry_run:
+        print(line)
+        return
+    found = check(way, wishes, run_dir=run_dir, timeout_s=options.timeout)
+    problems = [entry for entry in found.checks if entry.verdict == "problem"]
+    if options.check:
+        print(json.dumps({**found.as_json(), "command": line}), flush=True)
+        raise SystemExit(2 if problems else 0)
+    if problems:
+        more = f"; {len(problems) - 1} more above" if len(problems) > 1 else ""
+        raise LaunchError(f"nothing was started. {problems[0].name}: {problems[0].text}{more}")
+    print(line, file=sys.stderr, flush=True)
+    os.execvp(way.command[0], way.command)
+
+
+def _words(flag: str, text: str) -> list[str]:
+    from dinoscale.errors import LaunchError
+
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise LaunchError(f"{flag}: {text!r} cannot be split into words ({error})") from None

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Train on several nodes with torchrun: call this on every node, with the environment activated.
+#
+#   launchers/torchrun.sh CONFIG [section.key=value ...]
+#
+# What to change, here or in the environment, the same on all nodes but NODE_RANK:
+#   NODES        how many
+#   PER_NODE     processes of a node; gpu: one for each GPU
+#   MASTER_ADDR  name or address of the first node, as the others see it
+#   MASTER_PORT  a free port there, open to the others
+#   NODE_RANK    of this node: 0, 1, ... Empty: torchrun numbers the nodes as they come (c10d);
+#                then the name that each node has for itself must be known to the others
+#
+# Under Slurm, `srun --ntasks-per-node=1 launchers/torchrun.sh ...` needs none of them.
+set -euo pipefail
+
+job=${SLURM_JOB_ID:-0}
+NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}}
+PER_NODE=${PER_NODE:-gpu}
+MASTER_ADDR=${MASTER_ADDR:-${SLURM_LAUNCH_NODE_IPADDR:-127.0.0.1}}
+MASTER_PORT=${MASTER_PORT:-$((job ? 20000 + job % 20000 : 29500))}
+NODE_RANK=${NODE_RANK-${SLURM_NODEID:-}}
+
+if [[ -n $NODE_RANK ]]; then
+  meeting=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+else
+  meeting=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id dinoscale)
+fi
+exec torchrun --nnodes "$NODES" --nproc-per-node "$PER_NODE" "${meeting[@]}" \
+  -m dinoscale train "$@"

@@ -1,0 +1,199 @@
+"""What goes wrong between hosts ends in time, says which host it is, and leaves no process."""
+
+import contextlib
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+from tests.faults.lives import newest_step, steps_logged, write_config
+from tests.multinode.cluster import Cluster, Done, Program
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
+
+HANG_S = 20.0  # a start on a busy machine takes some seconds too
+START_S = 240.0  # of a busy machine; an idle one needs 15
+END_S = 100.0  # HANG_S, then looks for the others (25), ssh's patience (40) at the same time
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A run over two hosts that does not end by itself."""
+    return write_config(tmp_path, stage=2, epochs=1000, train={"hang_timeout_s": HANG_S})
+
+
+def _launch(cluster: Cluster, config: Path, *arguments: str) -> Program:
+    words = ["python", "-m", "dinoscale", "launch", str(config)]
+    return cluster.hosts[0].start([*words, f"--hostfile={cluster.hostfile()}", *arguments])
+
+
+def _trains(program: Program, run_dir: Path) -> bool:
+    """Wait for some steps; false if the program ends before."""
+    end = time.monotonic() + START_S
+    while steps_logged(run_dir) < 4:
+        if not program.running():
+            return False
+        assert time.monotonic() < end, program.said()[-4000:]
+        time.sleep(0.05)
+    return True
+
+
+def test_cut_link_ends_the_job_on_both_hosts_and_names_the_other(
+    cluster: Cluster, config: Path
+) -> None:
+    program = _launch(cluster, config)
+    assert _trains(program, config.parent / "run"), program.said()
+    cluster.hosts[1].plug(connected=False)
+    begin = time.monotonic()
+    done = program.wait(timeout_s=END_S)
+    assert done.code != 0
+    assert "node2" in _reason(done)
+    assert not cluster.left_behind(timeout_s=END_S - (time.monotonic() - begin))
+
+
+def test_host_whose_processes_die_is_named_and_one_host_goes_on_from_the_checkpoint(
+    cluster: Cluster, config: Path
+) -> None:
+    run_dir = config.parent / "run"
+    program = _launch(cluster, config)
+    assert _trains(program, run_dir), program.said()
+    assert re.search(r"node node2: rank 1 on .*, started by deepspeed", program.said())
+    cluster.hosts[1].kill_all()
+    done = program.wait(timeout_s=END_S)
+    assert done.code != 0
+    assert "node2" in _reason(done)
+    assert not cluster.left_behind()
+    logs = [run_dir / "logs" / f"rank_{rank:05d}.log" for rank in range(2)]
+    assert [log.read_text().count(f"on node{r}") for r, log in enumerate(logs, 1)] == [1, 1]
+    saved = newest_step(run_dir)
+    words = ["python", "-m", "dinoscale", "train", str(config)]
+    alone = [f"train.stop_after_steps={saved + 6}", "train.micro_batch_size=6"]
+    again = cluster.hosts[0].run([*words, *alone], timeout_s=START_S)
+    assert again.code == 0, again.said[-4000:]
+    assert "going on from" in again.said
+    assert newest_step(run_dir) == saved + 6 >= 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_launcher_that_is_told_to_end_leaves_no_process_on_any_host(
+    cluster: Cluster, config: Path, number: signal.Signals
+) -> None:
+    program = _launch(cluster, config)
+    assert _trains(program, config.parent / "run"), program.said()
+    program.send(number)
+    program.wait(timeout_s=END_S)
+    assert not cluster.left_behind(timeout_s=END_S)
+
+
+def _reason(done: Done) -> str:
+    """The lines that say why; the rest names every host anyway."""
+    lines = [line for line in done.said.splitlines() if "error: " in line]
+    assert lines, done.said[-4000:]
+    return "\n".join(line.partition("error: ")[2] for line in lines)
+
+
+def _refused(cluster: Cluster, config: Path) -> dict[str, str]:
+    """Host -> what the look at all hosts before the start has against it; nothing may start."""
+    done = _launch(cluster, config, "--check").wait(timeout_s=START_S)
+    assert done.code == 2, done.said[-4000:]
+    assert "Traceback" not in done.said
+    (line,) = (line for line in done.said.splitlines() if line.startswith("{"))
+    problems = [entry for entry in json.loads(line)["checks"] if entry["verdict"] == "problem"]
+    assert not list((config.parent / "run").glob("*")), "something was started"
+    assert not cluster.left_behind()
+    return {entry["name"]: entry["text"] for entry in problems}
+
+
+def test_host_out_of_reach_is_refused_by_name(cluster: Cluster, config: Path) -> None:
+    cluster.hosts[1].plug(connected=False)
+    problems = _refused(cluster, config)
+    assert list(problems) == ["node2"]
+    assert "cannot be reached by ssh" in problems["node2"]
+
+
+def test_host_with_another_version_is_refused_by_name(cluster: Cluster, config: Path) -> None:
+    with _other_version(cluster, config):
+        problems = _refused(cluster, config)
+    assert list(problems) == ["node2"]
+    assert problems["node2"].startswith("deepspeed is 0.18.0 there, ")
+
+
+def test_host_with_another_clock_is_refused_by_name(cluster: Cluster, config: Path) -> None:
+    """The kernel has one clock for all namespaces, so that of node2's Python is set instead."""
+    everywhere = cluster.folder / "home" / "sitecustomize.py"
+    ahead = config.parent / "ahead.py"
+    everywhere.write_text("")
+    ahead.write_text("import time\nreal = time.time\ntime.time = lambda: real() + 90\n")
+    try:
+        with cluster.hosts[1].put(ahead, over=everywhere):
+            problems = _refused(cluster, config)
+    finally:
+        everywhere.unlink()
+    assert list(problems) == ["node2"]
+    assert "its clock is" in problems["node2"]
+    assert "ahead of this machine's" in problems["node2"]
+
+
+def test_host_that_does_not_share_the_run_directory_is_refused_by_name(
+    cluster: Cluster, config: Path
+) -> None:
+    (config.parent / "run").mkdir()
+    own = config.parent / "own"
+    own.mkdir()
+    with cluster.hosts[1].put(own, over=config.parent / "run"):
+        problems = _refused(cluster, config)
+    assert list(problems) == ["node2"]
+    assert "is not shared" in problems["node2"]
+
+
+def _train_without_a_look(cluster: Cluster, config: Path) -> list[Done]:
+    """Start the ranks as srun would, without `dinoscale launch`; both must end by themselves."""
+    meet = {"MASTER_ADDR": cluster.hosts[0].address, "MASTER_PORT": "29500", "WORLD_SIZE": "2"}
+    words = ["python", "-m", "dinoscale", "train", str(config)]
+    ranks = [
+        host.start(words, RANK=str(rank), LOCAL_RANK="0", **meet)
+        for rank, host in enumerate(cluster.hosts)
+    ]
+    ended = [rank.wait(timeout_s=START_S) for rank in ranks]
+    assert not steps_logged(config.parent / "run")
+    assert not cluster.left_behind()
+    return ended
+
+
+def test_training_refuses_another_version_on_one_host(cluster: Cluster, config: Path) -> None:
+    with _other_version(cluster, config):
+        ended = _train_without_a_look(cluster, config)
+    for done in ended:
+        assert done.code == 2, done.said[-4000:]
+        assert "0.18.0 on rank 1 (node2)" in _reason(done)
+
+
+def test_training_refuses_a_run_directory_that_is_not_shared(
+    cluster: Cluster, config: Path
+) -> None:
+    (config.parent / "run").mkdir()
+    own = config.parent / "own"
+    own.mkdir()
+    with cluster.hosts[1].put(own, over=config.parent / "run"):
+        ended = _train_without_a_look(cluster, config)
+    for done in ended:
+        assert done.code == 2, done.said[-4000:]
+        assert "node2" in _reason(done)
+
+
+@contextlib.contextmanager
+def _other_version(cluster: Cluster, config: Path) -> Iterator[None]:
+    """Another deepspeed on node2, as far as its metadata tell."""
+    deepspeed = distribution("deepspeed")
+    (ours,) = (file for file in deepspeed.files or () if file.name == "METADATA")
+    text = ours.read_text()
+    assert f"\nVersion: {deepspeed.version}\n" in text
+    other = config.parent / "METADATA"
+    other.write_text(text.replace(f"\nVersion: {deepspeed.version}\n", "\nVersion: 0.18.0\n"))
+    with cluster.hosts[1].put(other, over=Path(str(ours.locate()))):
+        yield
