@@ -15,6 +15,9 @@ from dinoscale.launch.hostfile import Host
 PORT = 29500  # of DeepSpeed and torchrun
 _DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")  # `deepspeed` of this environment
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+# ssh would wait for hours for a node that lost power or its network, and the launcher with it.
+# Whatever --ssh-options says comes first, and the first value counts.
+_GIVE_UP = ("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3")
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)  # words that no shell changes
 
 
@@ -54,9 +57,8 @@ def over_pdsh(
             f"--ssh-options: pdsh splits at spaces, {spaced[0]!r} cannot be one word; put it into"
             " a file of its own for -F"
         )
-    variables = [f"PDSH_SSH_ARGS_APPEND={' '.join(ssh_options)}"] if ssh_options else []
     return [
-        *(["env", *variables] if variables else []),
+        *("env", f"PDSH_SSH_ARGS_APPEND={' '.join([*ssh_options, *_GIVE_UP])}"),
         *_DEEPSPEED,
         *("--hostfile", hostfile),
         *(["--force_multi"] if len(hosts) == 1 else []),  # else DeepSpeed trains here, not there
