@@ -139,3 +139,20 @@ def test_manifest_is_a_job_of_the_training_operator() -> None:
     assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert manifest["spec"]["pytorchReplicaSpecs"].keys() == {"Master", "Worker"}
     assert manifest["spec"]["pytorchReplicaSpecs"]["Master"]["replicas"] == 1
+
+
+def test_lines_of_the_readme_can_be_typed() -> None:
+    text = (LAUNCHERS / "README.md").read_text()
+    lines = re.findall(r"`dinoscale (launch CONFIG [^`]+)`", text)
+    assert len(lines) >= 5
+    for line in lines:
+        filled = line.replace("--node-rank R", "--node-rank 1").replace(" ...", "")
+        options, rest = cli.parser().parse_known_args(filled.split())
+        assert options.command == "launch"
+        assert all("=" in word for word in rest)
+
+
+def test_readme_tells_of_every_file() -> None:
+    text = (LAUNCHERS / "README.md").read_text()
+    untold = [path.name for path in LAUNCHERS.iterdir() if path.name not in text]
+    assert untold == ["README.md"]
