@@ -2,11 +2,16 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dinoscale.launch.commands import over_pdsh
+from dinoscale.launch.hostfile import Host
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = "from types import SimpleNamespace\ncuda = SimpleNamespace(is_available=lambda: False)\n"
@@ -99,3 +104,46 @@ def test_missing_program_is_named(folder: Path) -> None:
     done = _launch(folder, "--slurm", PATH="/nonexistent")
     assert done.returncode == 2
     assert "error: sbatch is not installed here" in done.stderr
+
+
+# Runs the command of a node here, with what would start its processes replaced by an echo.
+_REMOTE = """#!/usr/bin/env bash
+while [[ $1 != node* ]]; do shift; done
+shift
+exec sh -c "${*/deepspeed.launcher.launch/echo}"
+"""
+_WORDS = ["run_dir=it's/$HOME;`id` 50%n", "data.train=/x/{000..099}.tar", 'log.project="*" \\ #']
+
+
+@pytest.mark.slow
+def test_words_pass_through_deepspeed_and_pdsh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("pdsh") is None:
+        pytest.skip("pdsh is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ssh").write_text(_REMOTE)
+    (tmp_path / "ssh").chmod(0o755)
+    (tmp_path / "echo.py").write_text("import sys\nprint(ascii(sys.argv[-4:]))\n")
+    hosts = [Host("node1", 1), Host("node2", 1)]
+    (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    line = over_pdsh(
+        ["train", *_WORDS],
+        hosts,
+        hostfile="hosts",
+        address="node1",
+        port=29500,
+        ssh_options=[],
+        options=[],
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", shlex.join(line)],
+        env={**os.environ, "PATH": path, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    told = [line for line in done.stdout.splitlines() if line.startswith("node")]
+    assert sorted(told) == [f"{host.name}: {['train', *_WORDS]!a}" for host in hosts]
