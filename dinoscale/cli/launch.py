@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dinoscale.cli.arguments import add_config
@@ -131,10 +132,11 @@ def _launch(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(line)
         return
-    found = check(way, wishes, run_dir=run_dir, timeout_s=options.timeout)
-    problems = [entry for entry in found.checks if entry.verdict == "problem"]
+    found, report = check(way, wishes, run_dir=run_dir, timeout_s=options.timeout)
+    problems = [entry for entry in report.checks if entry.verdict == "problem"]
     if options.check:
-        print(json.dumps({**found.as_json(), "command": line}), flush=True)
+        nodes = [asdict(node) for node in found]
+        print(json.dumps({**report.as_json(), "nodes": nodes, "command": line}), flush=True)
         raise SystemExit(2 if problems else 0)
     if problems:
         more = f"; {len(problems) - 1} more above" if len(problems) > 1 else ""

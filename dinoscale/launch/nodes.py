@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -192,7 +193,8 @@ class _Node:
         try:
             await asyncio.wait_for(self.process.wait(), 2)
         except asyncio.TimeoutError:
-            self.process.kill()
+            with suppress(ProcessLookupError):  # it has just gone
+                self.process.kill()
             await self.process.wait()
         self.complaints.close()
 

@@ -124,7 +124,7 @@ def _receive(probe: Probe, run_dir: str, port: int) -> dict[str, Any]:
         probe.server = socket.create_server(("", port), backlog=128)
         _answer_calls(probe.server)
     except OSError as caught:
-        error = caught.strerror or str(caught)
+        error = os.strerror(caught.errno) if caught.errno else str(caught)
     return {"marker": asdict(probe.marker), "port_error": error}
 
 

@@ -15,7 +15,7 @@ from dinoscale.doctor.report import Check, Report, ok, problem, warning
 from dinoscale.errors import LaunchError
 from dinoscale.launch import commands
 from dinoscale.launch.hostfile import Host, read_deepspeed_env, read_hostfile
-from dinoscale.launch.nodes import Question, ask_all
+from dinoscale.launch.nodes import Found, Question, ask_all
 from dinoscale.launch.verdicts import judge, table
 
 _HOST = re.compile(r"\w[\w.:-]*", re.ASCII)
@@ -190,7 +190,9 @@ def _by_slurm(wishes: Wishes) -> Way:
     return Way(command, [], programs=("sbatch",))
 
 
-def check(way: Way, wishes: Wishes, *, run_dir: str, timeout_s: float) -> Report:
+def check(
+    way: Way, wishes: Wishes, *, run_dir: str, timeout_s: float
+) -> tuple[list[Found], Report]:
     """Ask the nodes, print what they are and what is wrong, and give it back.
 
     Args:
@@ -200,7 +202,7 @@ def check(way: Way, wishes: Wishes, *, run_dir: str, timeout_s: float) -> Report
         timeout_s: for each answer of a node.
 
     Returns:
-        The checks.
+        What the nodes answered, and the checks.
 
     Raises:
         LaunchError: a program is not installed here.
@@ -212,7 +214,7 @@ def check(way: Way, wishes: Wishes, *, run_dir: str, timeout_s: float) -> Report
     if not way.hosts:
         report.section("slurm", _submittable(way.command))
         report.close()
-        return report
+        return [], report
     question = Question(
         config=(wishes.config, wishes.overrides),
         run_dir=run_dir,
@@ -229,7 +231,7 @@ def check(way: Way, wishes: Wishes, *, run_dir: str, timeout_s: float) -> Report
     if way.ssh is not None:
         report.section("environment", _not_forwarded(way.variables))
     report.close()
-    return report
+    return found, report
 
 
 def _submittable(command: list[str]) -> list[Check]:

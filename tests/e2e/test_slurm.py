@@ -1,6 +1,7 @@
 """The batch script of Slurm: what it starts, and what it makes of each exit code and signal."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -76,6 +77,14 @@ def test_arguments_reach_the_training_as_they_are(logs: Path) -> None:
     assert not _calls(logs, "scontrol")
 
 
+def test_array_task_fills_in_its_number(logs: Path) -> None:
+    arguments = ["sweep/%a.yaml", "run_dir=runs/%a of %a", "data.train=50%"]
+    _run(logs, *arguments, SRUN_DOES="0", SLURM_ARRAY_TASK_ID="7")
+    assert _calls(logs, "srun")[4:] == ["sweep/7.yaml", "run_dir=runs/7 of 7", "data.train=50%"]
+    _run(logs, *arguments, SRUN_DOES="0")
+    assert _calls(logs, "srun")[4:] == arguments
+
+
 def test_saved_run_goes_back_to_the_queue(logs: Path) -> None:
     code, stderr = _run(logs, "c.yaml", SRUN_DOES="75")
     assert code == 0
@@ -105,8 +114,10 @@ def test_missing_scontrol_says_so(logs: Path) -> None:
 
 
 def test_missing_srun_is_a_failure(logs: Path) -> None:
-    (logs.parent / "bin" / "srun").unlink()
-    code, _ = _run(logs, "c.yaml", SRUN_DOES="0")
+    programs = logs.parent / "bin"
+    (programs / "srun").unlink()
+    (programs / "bash").symlink_to(str(shutil.which("bash")))
+    code, _ = _run(logs, "c.yaml", SRUN_DOES="0", PATH=str(programs))  # without that of the system
     assert code == 127
     assert not _calls(logs, "scontrol")
 

@@ -21,15 +21,16 @@ def _command_lines() -> list[str]:
 
 @pytest.mark.parametrize("line", _command_lines())
 def test_command_of_the_readme_parses(line: str) -> None:
-    options = cli.parser().parse_args(shlex.split(line))
-    if options.command in ("train", "config", "doctor", "bench", "show", "plan"):
-        load_config(options.config, options.overrides)
+    options, settings = cli.parser().parse_known_args(shlex.split(line))
+    assert not [word for word in settings if word.startswith("-") or "=" not in word]
+    if options.command in ("train", "config", "doctor", "bench", "show", "plan", "launch"):
+        load_config(options.config, [*options.overrides, *settings])
 
 
 def test_readme_has_commands_of_every_kind() -> None:
     said = {line.split()[0] for line in _command_lines()}
     assert said >= {"train", "doctor", "config", "presets", "checkpoint", "export", "evaluate"}
-    assert said >= {"bench", "show", "plan", "convert"}
+    assert said >= {"bench", "show", "plan", "convert", "launch"}
 
 
 def test_readme_evaluates_every_task() -> None:

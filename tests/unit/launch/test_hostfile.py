@@ -1,0 +1,116 @@
+"""Hostfiles and `.deepspeed_env`: every line understood, or refused by its number."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dinoscale.errors import LaunchError
+from dinoscale.launch.hostfile import Host, read_deepspeed_env, read_hostfile
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "launchers" / "hostfile.example"
+
+
+def _read(folder: Path, text: str) -> list[Host]:
+    path = folder / "hosts"
+    path.write_text(text)
+    return read_hostfile(path)
+
+
+def test_hosts_come_in_order_without_comments(tmp_path: Path) -> None:
+    text = "# all\n\n  b.cluster  slots=8   # the second\nme@a\tslots=4\r\n10.0.0.1 slots=16\n"
+    found = _read(tmp_path, text)
+    assert found == [Host("b.cluster", 8), Host("me@a", 4), Host("10.0.0.1", 16)]
+    assert [host.address for host in found] == ["b.cluster", "a", "10.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("node2", "'node2' is not like 'node1 slots=8'"),
+        ("node2 slots=eight", "is not like"),
+        ("node2 slots = 8", "is not like"),
+        ("node2 slots=8 max_slots=9", "is not like"),
+        ("-oProxyCommand=reboot slots=8", "is not like"),
+        ("node[1-4] slots=8", "is not like"),
+        ("a,b slots=8", "is not like"),
+        ("a;reboot slots=8", "is not like"),
+        ("ssh:a slots=8", "is not like"),
+        ("node2 slots=0", "slots=0 is not in 1..1024"),
+        ("node2 slots=99999999", "slots=99999999 is not in 1..1024"),
+        ("node1 slots=4", "node1 is there already in line 1; name each node once"),
+        ("me@node1 slots=4", "node1 is there already in line 1; name each node once"),
+    ],
+)
+def test_bad_line_is_named_by_its_number(tmp_path: Path, line: str, said: str) -> None:
+    with pytest.raises(LaunchError) as error:
+        _read(tmp_path, f"node1 slots=8\n\n{line}\n")
+    assert f"{tmp_path / 'hosts'}, line 3: " in str(error.value)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"# nothing\n", "no host in it"),
+        (b"\xff\xfe", "is not text"),
+        (b"#" * 10**6 + b"#", "larg"),
+    ],
+)
+def test_file_that_is_no_hostfile_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "hosts").write_bytes(content)
+    with pytest.raises(LaunchError, match=said):
+        read_hostfile(tmp_path / "hosts")
+
+
+def test_missing_hostfile_and_folder_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(LaunchError, match=f"^{path}: "):
+            read_hostfile(path)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    try:
+        hosts = read_hostfile(path)
+    except LaunchError:
+        return
+    assert hosts
+    assert not any(host.name.startswith("-") or " " in host.name for host in hosts)
+
+
+def test_example_is_a_hostfile() -> None:
+    assert read_hostfile(EXAMPLE) == [Host("node1", 8), Host("node2", 8)]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home; the working directory is another."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_variables_here_win_over_those_at_home(home: Path) -> None:
+    (home / ".deepspeed_env").write_text("A=1\nB=two words\n")
+    (home / "here" / ".deepspeed_env").write_text("A=3=4\n")
+    assert read_deepspeed_env({}) == {"A": "3=4", "B": "two words"}
+    assert read_deepspeed_env({"DS_ENV_FILE": "other"}) == {}
+
+
+@pytest.mark.parametrize("line", ["", "# note", "NAME", "A B=1", "A;reboot=1", "export A=1"])
+def test_line_that_ends_deepspeed_is_refused(home: Path, line: str) -> None:
+    (home / ".deepspeed_env").write_text(f"A=1\n{line}\nB=1\n")
+    with pytest.raises(LaunchError, match=r"\.deepspeed_env, line 2: .* is not NAME=value"):
+        read_deepspeed_env({})
+
+
+def test_example_of_variables_is_read(home: Path) -> None:
+    example = EXAMPLE.with_name("deepspeed_env.example").read_text()
+    (home / ".deepspeed_env").write_text(example)
+    assert {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} <= read_deepspeed_env({}).keys()

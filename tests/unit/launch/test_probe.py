@@ -1,0 +1,80 @@
+"""What a node finds out about itself and its neighbours."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinoscale.launch import probe
+from tests.harness import free_port
+
+
+def _ask(*questions: dict[str, Any]) -> list[dict[str, Any]]:
+    """Answers of a probe whose input then ends, as when the one who asks has gone."""
+    text = "".join(json.dumps(question) + "\n" for question in questions)
+    done = subprocess.run(
+        [sys.executable, "-m", "dinoscale.launch.probe"],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return [json.loads(line.removeprefix(probe.MARK)) for line in done.stdout.splitlines()]
+
+
+def test_probe_that_is_left_alone_ends_and_cleans_up(tmp_path: Path) -> None:
+    run_dir = tmp_path / "new" / "run"
+    (answer,) = _ask({"ask": "receive", "run_dir": str(run_dir), "port": free_port()})
+    assert answer["port_error"] is None
+    assert answer["marker"]["error"] is None
+    assert not run_dir.parent.exists()
+
+
+def test_port_in_use_and_directory_that_cannot_be_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        (answer,) = _ask({"ask": "receive", "run_dir": str(tmp_path / "file/run"), "port": port})
+    assert answer["port_error"] == "Address already in use"
+    assert answer["marker"]["error"] == "Not a directory"
+
+
+def test_call_says_why_nobody_answers() -> None:
+    assert "Connection refused" in str(probe._call("127.0.0.1", free_port()))
+    assert "the name is not known there" in str(probe._call("no.such.host.invalid", 1))
+
+
+def test_call_recognises_another_program() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        probe_state = probe.Probe()
+        probe._answer_calls(server)
+        assert probe._call("127.0.0.1", server.getsockname()[1]) is None
+        assert probe_state.server is None
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        import threading
+
+        def hang_up() -> None:
+            stranger.accept()[0].close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        said = probe._call("127.0.0.1", stranger.getsockname()[1])
+        assert said == "127.0.0.1: another program answers"
+
+
+def test_missing_interfaces_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth77")
+    assert probe._missing_interfaces() == ["eth77"]
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    assert probe._missing_interfaces() == []
+
+
+def test_configuration_that_cannot_be_read_is_reported() -> None:
+    good = probe._read_config("vit_s16", ["optim.lr=0.5"])
+    assert good["error"] is None
+    assert good["digest"] != probe._read_config("vit_s16", [])["digest"]
+    assert "unknown key" in str(probe._read_config("vit_s16", ["optim.lrr=0.5"])["error"])
