@@ -14,7 +14,7 @@ import pytest
 from tests.faults.lives import newest_step, steps_logged, write_config
 from tests.multinode.cluster import Cluster, Done, Program
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(800)]
 
 HANG_S = 40.0  # of a cut link; a start on a busy machine takes as long without a step
 START_S = 240.0  # of a busy machine; an idle one needs 15
