@@ -14,17 +14,17 @@ import pytest
 from tests.faults.lives import newest_step, steps_logged, write_config
 from tests.multinode.cluster import Cluster, Done, Program
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(800)]
 
-HANG_S = 20.0  # a start on a busy machine takes some seconds too
+HANG_S = 40.0  # of a cut link; a start on a busy machine takes as long without a step
 START_S = 240.0  # of a busy machine; an idle one needs 15
-END_S = 100.0  # HANG_S, then looks for the others (25), ssh's patience (40) at the same time
+END_S = 120.0  # HANG_S, then looks for the others (25), ssh's patience (40) at the same time
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A run over two hosts that does not end by itself."""
-    return write_config(tmp_path, stage=2, epochs=1000, train={"hang_timeout_s": HANG_S})
+    return write_config(tmp_path, stage=2, epochs=1000)
 
 
 def _launch(cluster: Cluster, config: Path, *arguments: str) -> Program:
@@ -46,7 +46,7 @@ def _trains(program: Program, run_dir: Path) -> bool:
 def test_cut_link_ends_the_job_on_both_hosts_and_names_the_other(
     cluster: Cluster, config: Path
 ) -> None:
-    program = _launch(cluster, config)
+    program = _launch(cluster, config, f"train.hang_timeout_s={HANG_S}")
     assert _trains(program, config.parent / "run"), program.said()
     cluster.hosts[1].plug(connected=False)
     begin = time.monotonic()
