@@ -31,10 +31,10 @@ LAST = 16
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 900 kB: room for some checkpoints of 300 kB, not for all."""
+    """A disk of 960 kB: room for some checkpoints of 300 kB, not for all."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=960k", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"may not mount a small disk here: {done.stderr.strip()}")
