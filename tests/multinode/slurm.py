@@ -55,6 +55,7 @@ def slurm_on(cluster: Cluster) -> Iterator[Host]:
     with contextlib.ExitStack() as stack:
         for host in cluster.hosts:
             stack.enter_context(host.put(folder, over=_SETTINGS))
+            host.run(["rm", "-rf", "/run/slurmctld", "/run/slurmd"])  # jobs of an earlier Slurm
         first.start(["slurmctld", "-D", "-i"])
         for host in cluster.hosts:
             host.start(["slurmd", "-D", "-N", host.name])
