@@ -16,9 +16,10 @@ _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 
 def _lacks_bfloat16() -> bool:
-    """Whether this is an x86 CPU without bfloat16 instructions (older torch cannot tell)."""
-    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return has.get("architecture") == "x86_64" and not (has["avx512_bf16"] or has["amx_bf16"])
+    """Whether this is an x86 CPU without bfloat16 instructions; not all versions of torch tell."""
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    has_them = told.get("avx512_bf16", True) or told.get("amx_bf16", True)
+    return told.get("architecture") == "x86_64" and not has_them
 
 
 LACKS_BFLOAT16 = _lacks_bfloat16()
