@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,28 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dinoscale.evaluate.compare import Comparison, Kind, Row
+from dinoscale.page import Plot, drawing, finish_plot, printable
 
 WIDTH = 6.4  # inches
 LINE = 0.3  # inches of height for a bar or a line of dots
 BORDER = 0.85  # inches above and below the bars
 FEW = 2  # numbers of a score that need no plot of their own; of videos only one needs none
-_NOT_PRINTABLE = re.compile(r"[^\t\n\x20-\ud7ff\ue000-\U0010ffff]")
 _WEIGHTS = matplotlib.colormaps["tab10"]
 _COLORS = {"untrained": "#8c8c8c", "floor": "#b8b8b8"}
-_STYLE = {
-    "svg.fonttype": "path",  # the same picture with any fonts
-    "svg.hashsalt": "dinoscale",
-    "text.parse_math": False,  # names may hold dollars
-    "font.size": 9,
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture, and the words that tell the same."""
-
-    caption: str
-    svg: bytes
 
 
 @dataclass(frozen=True)
@@ -49,11 +33,6 @@ class _Line:
     parts: Mapping[str, float]  # of the score: names -> percent
 
 
-def printable(text: str) -> str:
-    """Text without control characters and broken letters, which names of files may hold."""
-    return _NOT_PRINTABLE.sub("\ufffd", text)
-
-
 def draw_column(comparison: Comparison, number: int) -> list[Plot]:
     """Draw a column of the table; nothing where it has no numbers."""
     column = comparison.columns[number]
@@ -64,8 +43,7 @@ def draw_column(comparison: Comparison, number: int) -> list[Plot]:
     ]
     if not lines:
         return []
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # letters without a font are drawn as boxes
+    with drawing():
         plots = [_bars(lines, f"{column.task}: {column.headline}, %")]
         parts = {part: None for line in lines for part in line.parts}
         if column.task == "knn":
@@ -108,7 +86,7 @@ def _bars(lines: list[_Line], caption: str) -> Plot:
     axes.set_yticks(range(len(lines)), [line.label for line in lines])
     axes.set_xlim(0, 1.12 * max(1.0, *(line.headline for line in lines)))
     axes.invert_yaxis()
-    return _finish(figure, axes, caption)
+    return finish_plot(figure, caption)
 
 
 def _over_k(lines: list[_Line]) -> Plot:
@@ -131,7 +109,7 @@ def _over_k(lines: list[_Line]) -> Plot:
     axes.set_xlabel("neighbours k")
     axes.grid(axis="y", linewidth=0.4)
     _legend(axes)
-    return _finish(figure, axes, "knn: top-1 over k, %")
+    return finish_plot(figure, "knn: top-1 over k, %")
 
 
 def _dots(lines: list[_Line], parts: list[str], caption: str) -> Plot:
@@ -148,7 +126,7 @@ def _dots(lines: list[_Line], parts: list[str], caption: str) -> Plot:
     axes.set_ylim(len(parts) - 0.5, -0.5)
     axes.grid(axis="y", linewidth=0.4)
     _legend(axes)
-    return _finish(figure, axes, caption)
+    return finish_plot(figure, caption)
 
 
 def _axes(lines: int) -> tuple[Figure, Axes]:
@@ -158,12 +136,3 @@ def _axes(lines: int) -> tuple[Figure, Axes]:
 
 def _legend(axes: Axes) -> None:
     axes.figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
-
-
-def _finish(figure: Figure, axes: Axes, caption: str) -> Plot:
-    axes.set_title(caption, loc="left", fontsize=10, fontweight="bold")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return Plot(caption, file.getvalue())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoscale.errors import ConfigError, DataError, DinoscaleError
+from dinoscale.errors import DataError, DinoscaleError
 from dinoscale.evaluate.compare import Outcome, read_report
+from dinoscale.page import write_file
 
 log = logging.getLogger(__name__)
 
@@ -99,20 +99,5 @@ def _measured(job: Job) -> tuple[dict[str, object] | None, str]:
         log.exception("%s: failed; this is a bug, or a lack of memory", job.line)
         return None, f"{type(error).__name__}: {error}"
     assert report is not None  # one process
-    write(job.result, json.dumps(report) + "\n")
+    write_file(job.result, f"{json.dumps(report)}\n".encode())
     return read_report(job.result), ""
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(text.encode())
-        beside.replace(path)
-    except OSError as error:
-        raise ConfigError(f"--out: {path} cannot be written ({error.strerror})") from error

@@ -16,7 +16,17 @@ DATA_TOOLS = PACKAGE.parent / "data_tools"
 LEVELS: list[set[str]] = [
     {"errors"},
     {"hosts", "launcher", "logs"},
-    {"config", "cores", "distributed", "flops", "memory", "peak_memory", "preemption", "versions"},
+    {
+        "config",
+        "cores",
+        "distributed",
+        "flops",
+        "memory",
+        "page",
+        "peak_memory",
+        "preemption",
+        "versions",
+    },
     {"data", "models", "losses", "schedules", "watchdog"},
     {"engine"},
     {"checkpoint"},
@@ -29,6 +39,7 @@ LEVELS: list[set[str]] = [
     {"trainer"},
     {"quickstart", "bench", "crop_sheet", "plan"},
     {"data_tools", "launch"},
+    {"run_report", "sweep"},
     {"cli"},
     {"__main__"},
 ]
@@ -41,13 +52,13 @@ ONLY_IN = {
     "torchvision": ("models/",),
     "pydantic": ("config/",),
     "yaml": ("config/",),
-    "matplotlib": ("evaluate/", "crop_sheet.py"),
+    "matplotlib": ("page.py", "evaluate/", "crop_sheet.py", "sweep/", "run_report/"),
     "tifffile": ("data/",),
     "sklearn": ("evaluate/",),
     "transformers": ("convert/to_hf.py",),
     "onnx": ("convert/to_graphs.py",),
     "onnxruntime": ("convert/to_graphs.py",),
-    "scipy": ("evaluate/",),
+    "scipy": ("evaluate/", "sweep/"),
 }
 
 
