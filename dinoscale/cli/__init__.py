@@ -14,6 +14,7 @@ from dinoscale.cli.convert import add_convert
 from dinoscale.cli.evaluate import add_evaluate
 from dinoscale.cli.launch import add_launch
 from dinoscale.cli.planning import add_planning
+from dinoscale.cli.sweep import add_sweep
 from dinoscale.launcher import read_process
 
 _EPILOG = """examples:
@@ -28,6 +29,8 @@ _EPILOG = """examples:
   dinoscale convert runs/first vit_s16_hf --to hf
   dinoscale data build-shards /data/images shards/
   dinoscale evaluate knn weights.safetensors --train /data/train --test /data/val
+  dinoscale sweep configs/sweep/laptop.yaml run
+  dinoscale report runs/first
   dinoscale evaluate compare a.safetensors b.safetensors --out comparison --task 'video DAVIS'
 
 exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
@@ -57,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add_checkpoints(commands)
     add_convert(commands)
     add_evaluate(commands)
+    add_sweep(commands)
     add_data_commands(commands)
     quickstart = commands.add_parser(
         "quickstart",
