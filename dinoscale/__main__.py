@@ -1,12 +1,16 @@
 """`dinoscale ...` and `python -m dinoscale ...`: errors become sentences and exit codes."""
 
+import atexit
 import os
 import sys
+import threading
 import traceback
 
 from dinoscale import cli, logs
 from dinoscale.errors import DinoscaleError, LaunchError, PreemptedError
 from dinoscale.launcher import read_process
+
+_LEAVE_S = 5.0
 
 
 def main() -> None:
@@ -18,6 +22,7 @@ def main() -> None:
     logs.to_terminal(_rank())
     try:
         cli.run(sys.argv[1:])
+        sys.stdout.flush()
     except PreemptedError as error:
         _end(str(error), error.exit_code)
     except DinoscaleError as error:
@@ -28,6 +33,7 @@ def main() -> None:
         _end("interrupted; started again, it goes on from what is saved", 130)
     except Exception:
         _end(traceback.format_exc() + "error: dinoscale failed; this is a bug", 1)
+    leave(0)
 
 
 def _rank() -> int:
@@ -39,10 +45,22 @@ def _rank() -> int:
 
 
 def _end(text: str, code: int) -> None:
-    """Say why and leave at once: waiting for other ranks at exit could hang or abort."""
+    """Say why and leave."""
     logs.note(text)
     print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
+    leave(code)
+
+
+def leave(code: int) -> None:
+    """End this process: what was left for its exit is done, the interpreter is not taken apart.
+
+    Threads of the backends may abort a process that does the latter, after all is saved, or wait
+    for other ranks.
+    """
+    last = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
+    last.start()
+    last.join(_LEAVE_S)
     os._exit(code)
 
 

@@ -90,6 +90,7 @@ def _tail(folder: Path, rank: int) -> str:
 def _main() -> None:
     function, folder = sys.argv[1], Path(sys.argv[2])
     from dinoscale import distributed
+    from dinoscale.__main__ import leave
     from dinoscale.launcher import read_process
 
     process = read_process(os.environ)
@@ -99,6 +100,7 @@ def _main() -> None:
     result = getattr(importlib.import_module(module), name)(**kwargs)
     torch.save(result, folder / f"result_{process.rank}.pt")
     distributed.stop()
+    leave(0)
 
 
 if __name__ == "__main__":

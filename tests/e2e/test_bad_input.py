@@ -79,3 +79,17 @@ def test_bad_training_input_is_named_and_nothing_is_written(tmp_path: Path) -> N
         assert "Traceback" not in done.stderr, name
         assert says in done.stderr, (name, done.stderr)
         assert not run.exists(), name
+
+
+def test_a_refused_folder_leaves_no_list_of_its_files_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, temporary = tmp_path / "images", tmp_path / "temporary"
+    images.mkdir()
+    temporary.mkdir()
+    for name in ("a.png", "b.png"):
+        (images / name).write_bytes(b"")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    settings = [f"{key}={value}" for key, value in _TINY.items()]
+    _refused(_dinoscale("train", "vit_t16", *settings, f"data.train={images}"), "2 images")
+    assert not list(temporary.glob("dinoscale*"))
