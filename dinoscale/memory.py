@@ -1,7 +1,14 @@
-"""Memory that this machine, or the container around us, can still give."""
+"""Memory that this machine, or the container around us, can still give, and its lack."""
 
+import re
 from pathlib import Path
 
+# What torch, CUDA, NCCL, oneDNN, C++ and the C library say when they are given no more memory.
+NO_MEMORY = re.compile(
+    r"out of memory|OutOfMemoryError|MemoryError|DefaultCPUAllocator|bad_alloc|ALLOC_FAILED"
+    r"|Can(not|'t) allocate memory|could not create a (primitive|memory object)$",
+    re.IGNORECASE | re.MULTILINE,
+)
 _MEMORY_FILES = {  # version of the control groups -> where they are mounted, limit, usage
     "": ("", "memory.max", "memory.current"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),

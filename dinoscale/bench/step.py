@@ -6,7 +6,6 @@ does weighs on both: trust the ratios within a turn, not the rates of different 
 
 import gc
 import importlib
-import re
 import statistics
 import sys
 import time
@@ -32,12 +31,12 @@ from dinoscale.dims import dims_of, flops_of
 from dinoscale.errors import ConfigError
 from dinoscale.feed import open_images
 from dinoscale.launcher import Process
+from dinoscale.memory import NO_MEMORY
 from dinoscale.peak_memory import live_bytes, with_peak_bytes
 
 _WARM_UP = {"cpu": 1, "cuda": 3}  # steps: optimizer state, kernels chosen and compiled
 _TRACED = 2  # steps in a trace
 _MANY = 10  # steps in an epoch of random pictures
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
 CHECKOUT = Path(__file__).parents[2]  # where the package lies, unless it is installed
 
@@ -117,7 +116,7 @@ def bench_step(
             bench.trace(trace_dir)
         result = bench.result() | {"no_reference": why_not or None}
     except RuntimeError as error:
-        if not _NO_MEMORY.search(str(error)):
+        if not NO_MEMORY.search(str(error)):
             raise
         raise ConfigError(
             f"train.micro_batch_size: {plan.micro_batch_size} images do not fit into memory"

@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from dinoscale import distributed
 from dinoscale.config import RunConfig, micro_batch_sizes
 from dinoscale.errors import ConfigError, PreemptedError, RunFailedError
 from dinoscale.launcher import Process
+from dinoscale.memory import NO_MEMORY
 from dinoscale.preemption import SIGNALS
 
 log = logging.getLogger(__name__)
@@ -29,12 +29,6 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.1
 _QUOTED = 5  # last lines of a child in a message
 _SEARCHED = 40  # last lines in which it may speak of memory; longer ago, it was a warning
-# What torch, CUDA, NCCL, oneDNN, C++ and the C library say when they are given no more memory.
-_NO_MEMORY = re.compile(
-    r"out of memory|OutOfMemoryError|MemoryError|DefaultCPUAllocator|bad_alloc|ALLOC_FAILED"
-    r"|Cannot allocate memory|could not create a (primitive|memory object)$",
-    re.IGNORECASE | re.MULTILINE,
-)
 _LOST_CONTACT = "lost contact with another rank"  # a consequence, not the reason
 
 
@@ -261,7 +255,7 @@ def _outcome(verdict: Verdict | None, exit_code: int, output: IO[bytes]) -> Outc
             verdict = "fits"
         elif -exit_code in SIGNALS:  # of a launcher, to all processes below it
             verdict = "asked to stop"
-        elif exit_code == -signal.SIGKILL or _NO_MEMORY.search("\n".join(lines[-_SEARCHED:])):
+        elif exit_code == -signal.SIGKILL or NO_MEMORY.search("\n".join(lines[-_SEARCHED:])):
             verdict = "too large"
         else:
             verdict = "failed"
