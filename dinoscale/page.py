@@ -61,7 +61,7 @@ dl { display: grid; grid-template-columns: max-content auto; gap: .1em 1.2em; fo
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #245; }
 pre { overflow-x: auto; font-size: .85em; }
-td.text { text-align: left; overflow-wrap: anywhere; min-width: 6em; max-width: 40em; }
+th.text, td.text { text-align: left; overflow-wrap: anywhere; max-width: 40em; }
 ul.checks { list-style: none; padding: 0; overflow-wrap: anywhere; }
 ul.checks li { margin: .25em 0; }
 b.ok { color: #276b2b; } b.warning { color: #8a5a00; } b.problem { color: #a11; }

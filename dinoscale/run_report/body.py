@@ -81,7 +81,7 @@ def _events(record: Record) -> Iterator[Element]:
         )
         for event in shown
     ]
-    yield page.table(_heads("time", "step", "event", "details"), rows)
+    yield page.table(_heads("time", "step", text=("event", "details")), rows)
 
 
 def _details(event: Event) -> str:
@@ -127,7 +127,7 @@ def _settings(record: Record) -> Iterator[Element]:
             for name, (value, default) in changed_settings(record.config).items()
         ]
         yield element("p", "Those that differ from the defaults, which are the paper's:")
-        yield page.table(_heads("setting", "this run", "default"), rows)
+        yield page.table(_heads("setting", text=("this run", "default")), rows)
     if record.config_text:
         text = element("pre", record.config_text)
         yield element("details", element("summary", "config.yaml"), text)
@@ -153,5 +153,9 @@ def _value(value: object) -> str:
     return text if len(text) <= _TEXT else f"{text[: _TEXT - 4]} ..."
 
 
-def _heads(*names: str) -> list[Element]:
-    return [element("th", name, scope="col") for name in names]
+def _heads(*names: str, text: Sequence[str] = ()) -> list[Element]:
+    """Heads of columns, those of words behind those of numbers."""
+    return [
+        *(element("th", name, scope="col") for name in names),
+        *(element("th", name, scope="col", class_="text") for name in text),
+    ]

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from dinoscale.hooks.data_wait import ALLOWED
 from dinoscale.page import Plot, drawing, finish_plot, printable
@@ -20,11 +20,12 @@ from dinoscale.run_report.series import Point, Series, smooth
 from dinoscale.run_report.state import State
 
 WIDTH, HEIGHT = 5.2, 2.8  # inches; two beside each other in a page
-_WINDOW = 20  # points of the smoothed line, at most a tenth of all
+_WINDOW = 20  # points of the smoothed line, at most a twentieth of all
 _RANGE = 50.0  # highest over lowest, above which the axis is logarithmic
 _LINES_DRAWN = 300  # places along the axis at which an event is drawn once
+_MANY_EVENTS = 12  # of a kind; above it their lines are short
 _COLORS = matplotlib.colormaps["tab10"]
-_MAIN, _RAW, _LIMIT = "#1f4e9c", "#a9bfe3", "#777777"
+_MAIN, _RAW, _LIMIT = "#1f4e9c", "#9db8e6", "#666666"
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,14 @@ def _wanted(record: Record) -> list[_Wanted]:
     return [
         _Wanted("loss", "loss, nats", noisy=True),
         _Wanted("knn_top1", "k-NN top-1 of the teacher, %", dots=True),
-        _Wanted(*entropy, noisy=True, limits=bounds),
+        _Wanted(*entropy, noisy=True, limits=bounds, from_zero=True),
         _Wanted("kl", "KL divergence of student from teacher, nats", noisy=True),
         _Wanted(
             "target_information",
             "what a target says of its image, nats",
             noisy=True,
             limits=((0.0, "0: equal targets"),),
+            from_zero=True,
         ),
         _Wanted(
             "target_share",
@@ -135,7 +137,7 @@ def _figure(state: State) -> tuple[Figure, Axes]:
 def _draw(axes: Axes, series: Series, wanted: _Wanted) -> None:
     raw = _scaled(series.points(), wanted.scale)
     means = _scaled(series.means(), wanted.scale)
-    window = min(_WINDOW, len(means) // 10)
+    window = min(_WINDOW, len(means) // 20)
     if wanted.dots:
         axes.plot(*_columns(raw), color=_MAIN, linewidth=1, marker="o", markersize=3)
     elif wanted.noisy and window > 1:
@@ -145,23 +147,26 @@ def _draw(axes: Axes, series: Series, wanted: _Wanted) -> None:
     else:
         axes.plot(*_columns(raw), color=_MAIN, linewidth=1.4, marker="o" if len(raw) < 3 else "")
     values = [point.value for point in raw]
-    if min(values) > 0 and max(values) / min(values) > _RANGE:
+    if not wanted.from_zero and min(values) > 0 and max(values) / min(values) > _RANGE:
         axes.set_yscale("log")
-        return
+        axes.yaxis.set_major_formatter("{x:g}")  # powers would need mathematics
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    limits = [value for value, _ in wanted.limits]
+    if wanted.from_zero:
+        axes.set_ylim(0, 1.1 * max(*values, *limits, 1e-9))
     for value, label in wanted.limits:
         axes.axhline(value, color=_LIMIT, linewidth=0.9, linestyle="--")
         axes.annotate(
             label,
             (1, value),
-            (-2, 2),
+            (-2, 2 if value == 0 else -2),  # within the axes
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             ha="right",
-            fontsize=7,
+            va="bottom" if value == 0 else "top",
+            fontsize=7.5,
             color=_LIMIT,
         )
-    if wanted.from_zero:
-        axes.set_ylim(0, 1.08 * max(*values, *(value for value, _ in wanted.limits), 1e-9))
 
 
 def _scaled(points: Sequence[Point], scale: float) -> list[Point]:
@@ -182,8 +187,9 @@ def _mark_events(axes: Axes, record: Record) -> None:
             if event.kind == kind and event.step <= width
         }
         color = _COLORS((number + 1) % 10)  # blue is the curves'
+        height = 1.0 if len(places) <= _MANY_EVENTS else 0.1  # many would hide the curve
         for step in places.values():
-            axes.axvline(step, color=color, linewidth=0.9, alpha=0.7, linestyle=":", zorder=0.5)
+            axes.axvline(step, ymax=height, color=color, linewidth=1, linestyle=":", zorder=0.5)
         if places:
             label = f" {printable(kind)} ({record.events.counts[kind]})"
             axes.add_line(Line2D([], [], color=color, linestyle=":", label=label))

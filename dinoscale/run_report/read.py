@@ -52,6 +52,7 @@ EVENTS_KEPT = 2000  # the newest
 _LINE = 2**20  # bytes, at most
 _FILE = 2**24  # bytes of a file that is read as a whole, at most
 _LOG_TAIL = 2**16  # bytes
+_TOLD = 700  # characters; the longest of ours are the collapses'
 _MAX_STEP = 10**12
 _ENDED = re.compile(r"- \S+ \S+ (?:Traceback.*\n)?error: (.*)", re.DOTALL)
 
@@ -64,6 +65,11 @@ class Event:
     step: int
     kind: str
     details: Mapping[str, Any]
+
+    def told(self, name: str) -> str:
+        """One of the details as text for a sentence, cut where it is long."""
+        text = str(self.details.get(name, "unknown"))
+        return text if len(text) <= _TOLD else f"{text[: _TOLD - 4]} ..."
 
 
 @dataclass

@@ -98,7 +98,7 @@ def _how(record: Record, *, step: int, stop: int | None, age_s: float | None) ->
         return "failed", record.ended_with
     ends = [e for e in record.events.newest if e.kind in ("preempted", "stopped", "resumed")]
     if ends and ends[-1].kind != "resumed" and ends[-1].step >= step:
-        reason = str(ends[-1].details.get("reason", "no reason given"))
+        reason = ends[-1].told("reason")
         return ("asked to stop" if ends[-1].kind == "preempted" else "failed"), reason
     if age_s is None:
         return "not begun", ""

@@ -56,7 +56,7 @@ def _collapse(record: Record) -> Check:
         return ok(name, "none seen" if watched else "none seen; the log has no monitors of it")
     first = record.events.first["collapse"]
     times = "" if count == 1 else f", the first of {count}"
-    return problem(name, f"at step {first.step:,}{times}: {first.details.get('text', '')}")
+    return problem(name, f"at step {first.step:,}{times}: {first.told('text')}")
 
 
 def _finite_loss(record: Record) -> Check:
@@ -106,7 +106,7 @@ def _interruptions(record: Record) -> Iterator[Check]:
     skipped = max(events.counts["skipped"], int(last.value) if last else 0)
     if skipped:
         newest = events.last.get("skipped")
-        reason = newest.details.get("reason", "") if newest else ""
+        reason = newest.told("reason") if newest else ""
         yield warning(
             "skipped steps",
             f"{count_text(skipped, 'step')}{f', the last because of: {reason}' if reason else ''};"
@@ -136,7 +136,7 @@ def _saves(record: Record) -> Check:
         return ok(name, "none failed")
     failed, saved = record.events.last["save failed"], record.series["saved_step"].last
     text = f"{count_text(count, 'save')} failed, the last at step {failed.step:,}"
-    text += f" ({failed.details.get('reason', '')}): make room in {record.run_dir}"
+    text += f" ({failed.told('reason')}): make room in {record.run_dir}"
     if saved is None or saved.value <= failed.step:
         return problem(name, f"{text}; none has worked since")
     return warning(name, f"{text}; later ones worked")
