@@ -203,8 +203,8 @@ def _read_metrics(record: Record) -> None:
         if step is None:
             record.damaged[METRICS] += 1
             continue
-        for name in NUMBERS:
-            value = _finite(line.get(name))
+        for name in line.keys() & record.series.keys():
+            value = _finite(line[name])
             if value is not None:
                 record.series[name].add(step, value)
         if "loss" in line:
@@ -257,6 +257,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 def _finite(value: object) -> float | None:
     """A number that is one; Python's JSON also reads NaN, and integers of any length."""
+    if type(value) is float:  # most are
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

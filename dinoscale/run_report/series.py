@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 BUCKETS = 1000  # at least half as many once a series is longer; two points each are drawn
@@ -16,26 +14,50 @@ class Point(NamedTuple):
     value: float
 
 
-@dataclass
 class _Bucket:
     """Neighbouring points, of which only the extremes are kept."""
 
-    first_step: int
-    last_step: int
-    lowest: Point
-    highest: Point
-    total: float
-    count: int
+    __slots__ = (
+        "count",
+        "first_step",
+        "high",
+        "high_step",
+        "last_step",
+        "low",
+        "low_step",
+        "total",
+    )
 
-    def join(self, other: _Bucket) -> None:
-        self.last_step = other.last_step
-        self.lowest = min(self.lowest, other.lowest, key=lambda point: point.value)
-        self.highest = max(self.highest, other.highest, key=lambda point: point.value)
-        self.total += other.total
-        self.count += other.count
+    def __init__(self, step: int, value: float) -> None:
+        self.first_step = self.last_step = self.low_step = self.high_step = step
+        self.low = self.high = self.total = value
+        self.count = 1
+
+    def add(self, step: int, value: float) -> None:
+        self.last_step = step
+        self.total += value
+        self.count += 1
+        if value < self.low:
+            self.low_step, self.low = step, value
+        elif value > self.high:
+            self.high_step, self.high = step, value
+
+    def join(self, later: _Bucket) -> None:
+        self.last_step = later.last_step
+        self.total += later.total
+        self.count += later.count
+        if later.low < self.low:
+            self.low_step, self.low = later.low_step, later.low
+        if later.high > self.high:
+            self.high_step, self.high = later.high_step, later.high
+
+    def lowest(self) -> Point:
+        return Point(self.low_step, self.low)
+
+    def highest(self) -> Point:
+        return Point(self.high_step, self.high)
 
 
-@dataclass
 class Series:
     """Finite values in the order of their lines; exact up to 1000 points, then thinned.
 
@@ -44,38 +66,47 @@ class Series:
 
     Attributes:
         count: of all points.
-        lowest: of all points, the first of equals; None without any. `highest` and `last` alike.
+        last: of them; None without any.
     """
 
-    count: int = 0
-    lowest: Point | None = None
-    highest: Point | None = None
-    last: Point | None = None
-    _buckets: list[_Bucket] = field(default_factory=list)
-    _size: int = 1  # points in a full bucket
+    def __init__(self) -> None:
+        """Without points."""
+        self.count = 0
+        self.last: Point | None = None
+        self._buckets: list[_Bucket] = []
+        self._size = 1  # points in a full bucket
 
     def add(self, step: int, value: float) -> None:
-        """Take a finite value."""
-        point = self.last = Point(step, value)
+        """Take a finite value; this is called for every number of a log."""
+        self.last = Point(step, value)
         self.count += 1
-        if self.lowest is None or value < self.lowest.value:
-            self.lowest = point
-        if self.highest is None or value > self.highest.value:
-            self.highest = point
-        new = _Bucket(step, step, point, point, value, 1)
-        if self._buckets and self._buckets[-1].count < self._size:
-            self._buckets[-1].join(new)
+        buckets = self._buckets
+        if buckets and buckets[-1].count < self._size:
+            buckets[-1].add(step, value)
             return
-        if len(self._buckets) == BUCKETS:
-            for left, right in zip(self._buckets[::2], self._buckets[1::2], strict=True):
+        if len(buckets) == BUCKETS:
+            for left, right in zip(buckets[::2], buckets[1::2], strict=True):
                 left.join(right)
-            del self._buckets[1::2]
+            del buckets[1::2]
             self._size *= 2
-        self._buckets.append(new)
+        buckets.append(_Bucket(step, value))
+
+    @property
+    def lowest(self) -> Point | None:
+        """Of all points the first of equals; None without any."""
+        lows = (bucket.lowest() for bucket in self._buckets)
+        return min(lows, key=lambda point: point.value, default=None)
+
+    @property
+    def highest(self) -> Point | None:
+        """Of all points the first of equals; None without any."""
+        highs = (bucket.highest() for bucket in self._buckets)
+        return max(highs, key=lambda point: point.value, default=None)
 
     def points(self) -> list[Point]:
         """What to draw, ordered by step: all points, or the extremes of each bucket."""
-        return sorted({point for bucket in self._buckets for point in self._extremes(bucket)})
+        extremes = {bucket.lowest() for bucket in self._buckets}
+        return sorted(extremes | {bucket.highest() for bucket in self._buckets})
 
     def means(self) -> list[Point]:
         """Mean of each bucket at its middle, ordered by step."""
@@ -83,11 +114,6 @@ class Series:
             Point((bucket.first_step + bucket.last_step) // 2, bucket.total / bucket.count)
             for bucket in self._buckets
         )
-
-    @staticmethod
-    def _extremes(bucket: _Bucket) -> Iterator[Point]:
-        yield bucket.lowest
-        yield bucket.highest
 
 
 def smooth(points: list[Point], *, window: int) -> list[Point]:

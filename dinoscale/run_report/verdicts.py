@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dinoscale.doctor.report import Check, count_text, ok, problem, warning
+from dinoscale.doctor.report import Check, Verdict, count_text, ok, problem, warning
 from dinoscale.hooks.data_wait import ALLOWED
 from dinoscale.run_report.read import BAD_IMAGES, Record
 from dinoscale.run_report.state import State, median
 
+_ORDER: tuple[Verdict, ...] = ("problem", "warning", "ok")
 _ENOUGH_LINES = 20  # log lines from which a drop of the throughput is told from noise
 _DROP = 0.7  # of the usual throughput, below which the last tenth of a run is slow
 _KNN_LOSS = 2.0  # points below the best that are more than noise of a thousand images
 
 
 def judge(record: Record, state: State) -> list[Check]:
-    """The findings, in an order for reading: first what spoils a run, then what slows it."""
-    return [
+    """The findings, problems first; of the same weight first what spoils a run, then what slows."""
+    checks = [
         _ending(state),
         _collapse(record),
         _finite_loss(record),
@@ -28,6 +29,7 @@ def judge(record: Record, state: State) -> list[Check]:
         *_throughput(record),
         *_files(record),
     ]
+    return sorted(checks, key=lambda check: _ORDER.index(check.verdict))
 
 
 def _ending(state: State) -> Check:
@@ -136,10 +138,10 @@ def _saves(record: Record) -> Check:
         return ok(name, "none failed")
     failed, saved = record.events.last["save failed"], record.series["saved_step"].last
     text = f"{count_text(count, 'save')} failed, the last at step {failed.step:,}"
-    text += f" ({failed.told('reason')}): make room in {record.run_dir}"
+    text += f" ({failed.told('reason')}); is there room in {record.run_dir}?"
     if saved is None or saved.value <= failed.step:
-        return problem(name, f"{text}; none has worked since")
-    return warning(name, f"{text}; later ones worked")
+        return problem(name, f"{text} None has worked since")
+    return warning(name, f"{text} Later ones worked")
 
 
 def _bad_images(record: Record) -> Check:
@@ -200,9 +202,7 @@ def _throughput(record: Record) -> Iterator[Check]:
 def _files(record: Record) -> Iterator[Check]:
     """What of the run directory could not be used."""
     for file, lines in sorted(record.damaged.items()):
-        yield warning(
-            file, f"{count_text(lines, 'line')} cannot be read and are left out of this report"
-        )
+        yield warning(file, f"{count_text(lines, 'line')} of it cannot be read and left out here")
     normal = {"events.jsonl", BAD_IMAGES}  # written when there is something to write
     for file, reason in sorted(record.missing.items()):
         if file not in normal or reason != "is not there":
