@@ -7,7 +7,6 @@ object, has no step or is endless is counted and passed over.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import stat
@@ -50,10 +49,12 @@ NUMBERS = (
 )  # of metrics.jsonl, all others are passed over
 EVENTS_KEPT = 2000  # the newest
 _LINE = 2**20  # bytes, at most
-_FILE = 2**24  # bytes of a file that is read as a whole, at most
+_FILE = 2**20  # bytes of a file that is read as a whole, at most
 _LOG_TAIL = 2**16  # bytes
-_TOLD = 700  # characters; the longest of ours are the collapses'
+_TOLD = 900  # characters of a text; the longest of ours are the collapses'
+_DETAILS = 20  # of an event; ours have at most five
 _MAX_STEP = 10**12
+_LARGEST = 1e100  # what is above it overflows in sums and plots, and is as good as infinite
 _ENDED = re.compile(r"- \S+ \S+ (?:Traceback.*\n)?error: (.*)", re.DOTALL)
 
 
@@ -64,12 +65,11 @@ class Event:
     time: str
     step: int
     kind: str
-    details: Mapping[str, Any]
+    details: Mapping[str, str | float | None]
 
     def told(self, name: str) -> str:
-        """One of the details as text for a sentence, cut where it is long."""
-        text = str(self.details.get(name, "unknown"))
-        return text if len(text) <= _TOLD else f"{text[: _TOLD - 4]} ..."
+        """One of the details as text for a sentence."""
+        return str(self.details.get(name, "unknown"))
 
 
 @dataclass
@@ -159,11 +159,11 @@ def read_record(run_dir: Path) -> Record:
             record.events.add(event)
     for line in _objects(record, BAD_IMAGES):
         record.bad_images += 1
-        record.bad_image = record.bad_image or f"{line.get('path')}: {line.get('error')}"
-    record.checkpoints = [summary(path) for path in checkpoints(run_dir) if _has_number(path)]
+        record.bad_image = record.bad_image or _cut(f"{line.get('path')}: {line.get('error')}")
+    record.checkpoints = [_checkpoint(path) for path in checkpoints(run_dir) if _has_number(path)]
     record.plan = _plan(record.checkpoints)
     found = _json_file(record, "versions.json")
-    record.versions = {name: str(found[name]) for name in found}
+    record.versions = {_cut(name): _cut(str(found[name])) for name in list(found)[:_DETAILS]}
     record.world_size = _world_size(record)
     record.ended_with = _last_error(run_dir / "logs")
     return record
@@ -179,6 +179,17 @@ def _is_file(path: Path) -> bool:
 
 def _has_number(path: Path) -> bool:
     return path.name.removeprefix("step_").isdecimal()
+
+
+def _checkpoint(path: Path) -> Summary:
+    """What a checkpoint says of itself, if that has the types it should have."""
+    unknown = Summary(path, int(path.name.removeprefix("step_")), None, None, None, None, None)
+    if not _is_file(path / STATE_FILE):
+        return unknown
+    found = summary(path)
+    knn = found.knn_top1
+    fits = isinstance(found.saved_at, str) and (knn is None or _finite(knn) is not None)
+    return found if fits else unknown
 
 
 def _read_config(record: Record) -> None:
@@ -258,18 +269,18 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 def _finite(value: object) -> float | None:
     """A number that is one; Python's JSON also reads NaN, and integers of any length."""
     if type(value) is float:  # most are
-        return value if math.isfinite(value) else None
+        return value if abs(value) < _LARGEST else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < _LARGEST else None
 
 
 def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and 0 <= value <= _MAX_STEP else None
+    return value if type(value) is int and 0 <= value <= _MAX_STEP else None  # True is an int, too
 
 
 def _step(line: Mapping[str, Any]) -> int | None:
@@ -280,8 +291,22 @@ def _event(line: Mapping[str, Any]) -> Event | None:
     step, kind = _step(line), line.get("event")
     if step is None or not isinstance(kind, str):
         return None
-    details = {name: line[name] for name in line if name not in ("time", "step", "event")}
+    names = [name for name in line if name not in ("time", "step", "event")][:_DETAILS]
+    details = {_cut(name): _detail(line[name]) for name in names}
     return Event(str(line.get("time", ""))[:40], step, kind[:40], details)
+
+
+def _detail(value: object) -> str | float | None:
+    """Numbers as they are, all else as text of a length that is fit for a page."""
+    if value is None or isinstance(value, int | float):
+        return (
+            value if value is None or isinstance(value, bool) else (_whole(value) or _finite(value))
+        )
+    return _cut(value if isinstance(value, str) else json.dumps(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _TOLD else f"{text[: _TOLD - 4]} ..."
 
 
 def _text(record: Record, name: str) -> str | None:
@@ -317,7 +342,7 @@ def _plan(found: list[Summary]) -> Mapping[str, Any]:
     """Of the newest checkpoint that tells its own: whole numbers by name."""
     for checkpoint in reversed(found):
         path = checkpoint.path / STATE_FILE
-        if checkpoint.saved_at is not None and _is_file(path):
+        if checkpoint.saved_at is not None:
             try:
                 plan = json.loads(path.read_bytes())["plan"]
                 return {name: value for name, value in plan.items() if _whole(value) is not None}

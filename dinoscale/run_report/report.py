@@ -97,8 +97,8 @@ def _attention(record: Record, path: Path, *, wanted: bool) -> tuple[Element | N
     png = page.small_picture(path)
     if png is None:
         return None, f"{path} was drawn and cannot be read."
-    step = record.checkpoints[-1].step
-    words = f"Step {step:,}, {found['images']} images of {spec}, at {found['size']} pixels."
+    name = str(found["weights_source"]).rpartition("/")[2]
+    words = f"{name}: {found['images']} images of {spec} at {found['size']} pixels."
     return page.picture_figure(png, words), ""
 
 
