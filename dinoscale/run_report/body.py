@@ -126,7 +126,7 @@ def _settings(record: Record) -> Iterator[Element]:
             )
             for name, (value, default) in changed_settings(record.config).items()
         ]
-        yield element("p", "Those that differ from the defaults, which are the paper's:")
+        yield element("p", "Those that differ from the defaults:")
         yield page.table(_heads("setting", text=("this run", "default")), rows)
     if record.config_text:
         text = element("pre", record.config_text)
