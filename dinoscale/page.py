@@ -60,6 +60,11 @@ img { max-width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: max-content auto; gap: .1em 1.2em; font-size: .88em; }
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #245; }
+pre { overflow-x: auto; font-size: .85em; }
+th.text, td.text { text-align: left; overflow-wrap: anywhere; max-width: 40em; }
+ul.checks { list-style: none; padding: 0; overflow-wrap: anywhere; }
+ul.checks li { margin: .25em 0; }
+b.ok { color: #276b2b; } b.warning { color: #8a5a00; } b.problem { color: #a11; }
 """
 
 

@@ -55,7 +55,7 @@ def summary(path: Path) -> Summary:
             state["plan"]["world_size"],
             state["config"]["engine"]["zero_stage"],
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Summary(path, step, None, None, None, None, None)
 
 

@@ -60,7 +60,8 @@ def draw_rows(rows: Sequence[Row], path: Path, *, title: str, note: str, mass: f
     lines = [(text, weight) for text, weight in ((title, "bold"), (note, "normal")) if text]
     for i, (text, weight) in enumerate(lines):
         middle = 1 - (i + 0.5) * LINE / height
-        figure.text(GAP / width, middle, text, fontsize=8, fontweight=weight, va="center")
+        words = figure.text(GAP / width, middle, text, fontsize=8, fontweight=weight, va="center")
+        words.set_parse_math(False)  # names may hold dollars
     bottom = height - top + GAP
     for i, row in enumerate(rows):
         bottom -= heights[i] + GAP
@@ -114,4 +115,5 @@ def _draw_row(panels: Sequence[Axes], row: Row) -> None:
 def _label(panel: Axes, text: str) -> None:
     """Write into the lower left corner, readable on any picture."""
     box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 1.5}
-    panel.text(0.03, 0.04, text, transform=panel.transAxes, fontsize=6.5, color="white", bbox=box)
+    words = panel.text(0.03, 0.04, text, transform=panel.transAxes, fontsize=6.5, bbox=box)
+    words.set(color="white", parse_math=False)

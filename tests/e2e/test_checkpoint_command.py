@@ -135,3 +135,16 @@ def test_directory_without_checkpoints_is_named(tmp_path: Path, task: str) -> No
     done = _call(task, tmp_path)
     assert done.returncode == 2
     assert f"no checkpoint in {tmp_path}" in done.stderr
+
+
+def test_a_report_shows_where_the_teacher_looks(finished: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dinoscale", "report", str(finished), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["state"]["how"] == "finished"
+    assert result["state"]["step"] == 12
+    assert not result["problems"]
+    assert (tmp_path / "attention.png").stat().st_size > 1000
+    page = (tmp_path / "report.html").read_text()
+    assert "step_00000012 teacher: 4 images of synthetic:shapes" in page

@@ -219,3 +219,10 @@ def test_attention_is_drawn_over_gray_pictures_and_refused_over_others(tmp_path:
         draw_attention(
             Spotlight(), [gray], tmp_path / "b.png", mean=[0.0] * 4, std=[1.0] * 4, size=16
         )
+
+
+def test_a_title_with_dollars_is_no_formula(backbone: nn.Module, tmp_path: Path) -> None:
+    image = np.zeros((32, 32, 3), np.uint8)
+    path = tmp_path / "out.png"
+    draw_attention(backbone, [image], path, mean=MEAN, std=STD, size=32, title="a$b_{$")
+    assert path.exists()
