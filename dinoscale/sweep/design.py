@@ -19,11 +19,13 @@ class LeftOut:
     """A model and a budget without a run.
 
     Attributes:
+        name: of its point.
         axes: as of `PlannedRun`.
         images: that the budget leaves it.
         why: in words.
     """
 
+    name: str
     axes: Mapping[str, object]
     images: int
     why: str
@@ -78,7 +80,8 @@ def work_out(sweep: SweepConfig) -> Design:
         )
     _require_different(runs)
     runs.sort(key=lambda run: (run.flops, run.parameters, run.name))
-    return Design(runs, [run for run in found if isinstance(run, LeftOut)], planner.notes)
+    notes = [*planner.notes, *_thin_budgets(runs)]
+    return Design(runs, [run for run in found if isinstance(run, LeftOut)], notes)
 
 
 def _planned(planner: Planner, point: Point) -> PlannedRun | LeftOut | ConfigError:
@@ -88,7 +91,7 @@ def _planned(planner: Planner, point: Point) -> PlannedRun | LeftOut | ConfigErr
         images = candidate.budget_images
         why = _why_not(planner.sweep, images)
         if why and images is not None:
-            return LeftOut(candidate.axes, int(images), why)
+            return LeftOut(label_of(point), candidate.axes, int(images), why)
         return planner.planned(candidate)
     except ConfigError as error:
         return error
@@ -100,10 +103,23 @@ def _why_not(sweep: SweepConfig, images: float | None) -> str:
     if sweep.design != "isoflop" or images is None:
         return ""
     if images < limits.min_images:
-        return f"fewer images than min_images, {limits.min_images:,.0f}"
+        return f"fewer than min_images, {limits.min_images:,.0f}"
     if limits.max_images is not None and images > limits.max_images:
-        return f"more images than max_images, {limits.max_images:,.0f}"
+        return f"more than max_images, {limits.max_images:,.0f}"
     return ""
+
+
+def _thin_budgets(runs: Sequence[PlannedRun]) -> list[str]:
+    """Budgets with too few models for a parabola."""
+    models: dict[object, set[object]] = {}
+    for run in runs:
+        if "flops" in run.axes:
+            models.setdefault(run.axes["flops"], set()).add(run.axes.get("model"))
+    return [
+        f"only {len(found)} of the 3 models that a minimum needs at {flops:g} FLOPs"
+        for flops, found in models.items()
+        if len(found) < 3
+    ]
 
 
 def shortened(mistakes: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -126,13 +127,13 @@ def as_text(plan: dict[str, Any]) -> str:
         for row in rows
     ]
     sections = [[f"{plan['design']} in {plan['out']}", ""], lines, *_left_out(plan), _sum(plan)]
-    notes = ["assumed:", *(f"  {text}" for text in plan["assumptions"])]
+    notes = ["assumed:", *(_wrapped(text) for text in plan["assumptions"])]
     return "\n".join(line for part in [*sections, ["", *notes]] for line in part) + "\n"
 
 
 _HEAD = (
     *("run", "params", "FLOPs", "images", "distinct", "steps", "batch"),
-    *("peak lr", "momentum", "micro", "GB", "hours"),
+    *("peak lr", "momentum", "micro", "GB", "time"),
 )
 
 
@@ -149,7 +150,7 @@ def _row(run: dict[str, Any]) -> tuple[str, ...]:
         f"{run['momentum']:.5g}",
         "" if run["micro_batch_size"] is None else str(run["micro_batch_size"]),
         "" if run["memory_bytes"] is None else _gb(run["memory_bytes"]),
-        "" if run["hours"] is None else _hours(run["hours"]),
+        "" if run["hours"] is None else _time(run["hours"]),
     )
 
 
@@ -157,8 +158,7 @@ def _left_out(plan: dict[str, Any]) -> list[list[str]]:
     if not plan["left_out"]:
         return []
     lines = [
-        f"  {'-'.join(map(str, left['axes'].values()))}: {short(left['images'])} images,"
-        f" {left['why']}"
+        f"  {left['name']}: {short(left['images'])} images, {left['why']}"
         for left in plan["left_out"]
     ]
     return [["", "left out:", *lines]]
@@ -168,19 +168,26 @@ def _sum(plan: dict[str, Any]) -> list[str]:
     totals = plan["totals"]
     lines = [
         "",
-        f"{totals['runs']} runs, {totals['flops']:.3g} FLOPs, {short(totals['images'])} images seen",
+        f"{totals['runs']} runs, {totals['flops']:.3g} FLOPs,"
+        f" {short(totals['images'])} images seen",
     ]
     if totals["hours"] is not None:
         lines.append(
-            f"{_hours(totals['rank_hours'])} {'GPU' if plan['gpu'] else 'rank'} hours,"
-            f" {plan['ranks']} at a time for each run; {_hours(totals['hours'])} hours with"
+            f"{_time(totals['rank_hours'])} of {'GPUs' if plan['gpu'] else 'ranks'},"
+            f" {plan['ranks']} for each run; {_time(totals['hours'])} with"
             f" {plan['parallel']} run{'s' * (plan['parallel'] > 1)} at a time"
         )
     return lines
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}" if hours < 1 else f"{hours:.1f}"
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ")
+
+
+def _time(hours: float) -> str:
+    if hours < 1:
+        return f"{hours * 60:.1f} min"
+    return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
 
 
 def _gb(size: float | None) -> str:
