@@ -23,7 +23,10 @@ class Powers(Section):
 
 
 class LrRule(Powers):
-    """Exponents of the peak learning rate, which optim.lr x batch_size / 256 is without a rule."""
+    """Exponents of the peak learning rate, which is optim.lr x batch_size / 256 without a rule.
+
+    optim.min_lr, the learning rate at the end, stays as it is.
+    """
 
     batch_size: Exponent = Field(
         default=1.0,
