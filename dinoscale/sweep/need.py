@@ -93,8 +93,8 @@ def _on_gpu(run: PlannedRun, setup: Setup, machine: Machine, *, name: str) -> Ne
             dims, choice.options(dims, setup, machine, sizes), stage=setup.zero_stage
         )
         trouble = (
-            f"needs {option.needed_bytes / 1e9:.1f} GB with a micro-batch of"
-            f" {option.setup.micro_batch_size}, a {name} has {machine.memory_bytes / 1e9:.1f} GB;"
+            f"needs {option.needed_bytes / 1e9:.4g} GB with a micro-batch of"
+            f" {option.setup.micro_batch_size}, a {name} has {machine.memory_bytes / 1e9:.4g} GB;"
             f" {_remedy(best)}"
         )
     return Need(
