@@ -7,17 +7,21 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from dinoscale.config.fields import LADDER, LIST, NAMED, SIZE, Count, Positive, Section
+from dinoscale.config.fields import LADDER, LIST, NAMED, SIZE, Count, Section
 
-MOST_IMAGES = 10**15  # seen in a run; far above all that was ever trained, to catch slips
+# Far above all that was ever trained, to catch slips.
+MOST_IMAGES = 10**15  # seen in a run
+MOST_FLOPS = 1e35  # of a training
+MOST_LR = 1e6  # and of a factor on it
 MAX_STEPS = 100  # of a ladder
+MAX_WIDTH, MAX_DEPTH = 2**14, 1000
 
 
 class ModelSize(Section):
     """A ViT of our own size; its attention heads are all `head_dim` wide."""
 
-    embed_dim: Count = Field(description="Width of a token, whole heads.")
-    depth: Count = Field(description="Number of transformer blocks.")
+    embed_dim: Count = Field(le=MAX_WIDTH, description="Width of a token, whole heads.")
+    depth: Count = Field(le=MAX_DEPTH, description="Number of transformer blocks.")
     head_dim: Count = Field(
         default=64,
         description="Width of an attention head. Source: the ViTs of Dosovitskiy et al. 2021 "
@@ -115,7 +119,7 @@ class AxesConfig(Section):
         "{ladder: {from, to, steps}} for sizes between two. Source of the names: Dosovitskiy et "
         "al. 2021, Touvron et al. 2021 (arXiv:2012.12877).",
     )
-    flops: tuple[Positive, ...] | None = Field(
+    flops: tuple[Annotated[float, Field(gt=0, le=MOST_FLOPS)], ...] | None = Field(
         default=None,
         strict=False,
         description="Of a training; the images seen follow. Hoffmann et al. 2022 "
@@ -142,12 +146,12 @@ class AxesConfig(Section):
     batch_size: tuple[Count, ...] | None = Field(
         default=None, strict=False, description="Images of a step over all ranks."
     )
-    lr: tuple[Positive, ...] | None = Field(
+    lr: tuple[Annotated[float, Field(gt=0, le=MOST_LR)], ...] | None = Field(
         default=None,
         strict=False,
         description="optim.lr: peak learning rate per 256 images of a step.",
     )
-    lr_factor: tuple[Positive, ...] | None = Field(
+    lr_factor: tuple[Annotated[float, Field(gt=0, le=MOST_LR)], ...] | None = Field(
         default=None,
         strict=False,
         description="Factor on the learning rate that base and rules give.",

@@ -134,7 +134,7 @@ def _needs(error: "ErrorDetails") -> str:
 
 
 def _number(bound: float) -> str:
-    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
+    return str(int(bound)) if bound == int(bound) and bound < 1e15 else f"{bound:g}"
 
 
 def _list_length(names: Sequence[str]) -> int:

@@ -53,7 +53,7 @@ class CostConfig(Section):
     utilization: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.4, description="Share of a GPU's published FLOP/s that a run gets."
     )
-    flops_per_s: Positive | None = Field(
+    flops_per_s: Annotated[float, Field(ge=1)] | None = Field(
         default=None, description="Instead of a GPU: FLOP/s of one rank, measured in a run."
     )
 
@@ -204,18 +204,22 @@ def _wrong_key(where: str, key: str) -> Iterator[str]:
     names = key.split(".")
     if key in _SET_BY_THE_SWEEP:
         yield f"{where}: is set by the sweep itself, under `out`"
+    elif key in sections():
+        yield f"{where}: is a section; name one of its settings, as head.num_prototypes"
     elif len(names) == 1 and key not in RunConfig.model_fields and where.startswith("settings"):
         yield f"{where}: {unknown_key(names)}"
     elif len(names) == 1 and key != "seed":
-        known = [*KEYS_OF_AXES, *sections()]
         yield (
-            f"{where}: unknown axis{nearest(key, known)}; known are {', '.join(KEYS_OF_AXES)}, "
+            f"{where}: unknown axis{nearest(key, KEYS_OF_AXES)}; known are {', '.join(KEYS_OF_AXES)}, "
             "and settings such as head.num_prototypes"
         )
     elif len(names) > 1:
         section = sections().get(names[0])
-        if len(names) > 2 or section is None or names[1] not in section.model_fields:
-            yield f"{where}: {unknown_key(names)}"
+        if section is None:
+            near = nearest(names[0], sections())
+            yield f"{where}: unknown section {names[0]!r}{near}; known are {', '.join(sections())}"
+        elif len(names) > 2 or names[1] not in section.model_fields:
+            yield f"{where}: {unknown_key(names[:2])}"
 
 
 def load_sweep(path: Path) -> SweepConfig:

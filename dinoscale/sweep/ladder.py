@@ -73,15 +73,17 @@ def _rung(
     """Width and depth nearest to a place between the ends that do not shrink."""
     width = _between(first.embed_dim, last.embed_dim, share)
     scalars = _between(_block_scalars(first), _block_scalars(last), share)
-    unit = axis.ladder.head_dim
 
     def distance(size: tuple[int, int]) -> float:
         found = size[0] ** 2 * size[1]
         return abs(math.log(found / scalars)) + abs(math.log(size[0] / width))
 
-    widths = range(above[0], last.embed_dim + 1, unit)
-    depths = range(above[1], last.depth + 1)
-    return min(((wide, deep) for wide in widths for deep in depths), key=distance)
+    sizes = [
+        (wide, min(max(round_(scalars / wide**2), above[1]), last.depth))
+        for wide in range(above[0], last.embed_dim + 1, axis.ladder.head_dim)
+        for round_ in (math.floor, math.ceil)
+    ]
+    return min(sizes, key=distance)
 
 
 def _between(low: float, high: float, share: float) -> float:

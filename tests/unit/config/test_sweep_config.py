@@ -138,6 +138,23 @@ LIST = HEAD + "design: list\nruns: [%s]\n"
             GRID % "head.num_prototype: [1]",
             [": axes.head.num_prototype: unknown key, did you mean 'num_prototypes'?"],
         ),
+        (
+            GRID % "hed.num_prototypes: [1], head: [1]",
+            [
+                ": axes.hed.num_prototypes: unknown section 'hed', did you mean 'head'; known are"
+                " model, head, crops, augment, dino, optim, train, data, engine, eval, log,"
+                " checkpoint",
+                ": axes.head: is a section; name one of its settings, as head.num_prototypes",
+            ],
+        ),
+        (
+            GRID % "flops: [1e36], lr: [1e7], images: [1e16]",
+            [
+                ": axes.flops: item 1 of the list needs a value of at most 1e+35, got 1e+36",
+                ": axes.images: item 1 of the list needs a value of at most 1e+15, got 1e+16",
+                ": axes.lr: item 1 of the list needs a value of at most 1000000, got 10000000.0",
+            ],
+        ),
         (GRID % "run_dir: [a]", [": axes.run_dir: is set by the sweep itself, under `out`"]),
         (
             GRID % f"seed: [{', '.join(map(str, range(101)))}], images: "
