@@ -210,8 +210,8 @@ def _wrong_key(where: str, key: str) -> Iterator[str]:
         yield f"{where}: {unknown_key(names)}"
     elif len(names) == 1 and key != "seed":
         yield (
-            f"{where}: unknown axis{nearest(key, KEYS_OF_AXES)}; known are {', '.join(KEYS_OF_AXES)}, "
-            "and settings such as head.num_prototypes"
+            f"{where}: unknown axis{nearest(key, KEYS_OF_AXES)}; known are "
+            f"{', '.join(KEYS_OF_AXES)}, and settings such as head.num_prototypes"
         )
     elif len(names) > 1:
         section = sections().get(names[0])
