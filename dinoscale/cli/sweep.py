@@ -112,11 +112,11 @@ def _is_table(options: argparse.Namespace) -> bool:
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
-    from dinoscale.sweep.design import plan_runs
+    from dinoscale.sweep.design import work_out
     from dinoscale.sweep.plan import as_text, make_plan
 
     sweep = _load(options)
-    plan = make_plan(sweep, plan_runs(sweep))
+    plan = make_plan(sweep, work_out(sweep))
     if options.json:
         return plan
     print(as_text(plan), end="")

@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 NUMBER, AUTO = "<number>", "<auto>"  # in pydantic's errors: which of the two was read
+NAMED, SIZE = "<named size>", "<size>"  # the same of a model in a sweep
+LADDER, LIST = "<ladder>", "<list>"  # and of a list of them
 CountOrAuto = Annotated[
     Annotated[Count, Tag(NUMBER)] | Annotated[Literal["auto"], Tag(AUTO)],
     Discriminator(lambda value: AUTO if value == "auto" else NUMBER),

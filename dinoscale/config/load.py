@@ -128,7 +128,7 @@ def _put_file(path: Path, merged: _Merged, *, chain: tuple[Path, ...]) -> None:
     merged.num_files += 1
     if merged.num_files > _MAX_FILES:
         raise ConfigError(f"{path}: more than {_MAX_FILES} files in all defaults together")
-    values = _read_mapping(path, wanted_by=chain[-1] if chain else None)
+    values = read_mapping(path, wanted_by=chain[-1] if chain else None)
     real = path.resolve()
     if real in chain:
         circle = " -> ".join(step.name for step in (*chain[chain.index(real) :], real))
@@ -144,7 +144,16 @@ def _put_file(path: Path, merged: _Merged, *, chain: tuple[Path, ...]) -> None:
     merged.put(values, origin=str(path))
 
 
-def _read_mapping(path: Path, *, wanted_by: Path | None) -> dict[str, object]:
+def read_mapping(path: Path, *, wanted_by: Path | None = None) -> dict[str, object]:
+    """Read a YAML file of keys and values; an empty file has none.
+
+    Args:
+        path: of the file.
+        wanted_by: another file that names it, for the message.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except ConfigError as error:

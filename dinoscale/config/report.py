@@ -1,12 +1,12 @@
 """Turn pydantic's report into one sentence per mistake: the key, the value, what is allowed."""
 
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, get_args
 
 from pydantic import BaseModel
 
-from dinoscale.config.fields import AUTO, NUMBER
+from dinoscale.config.fields import AUTO, LADDER, LIST, NAMED, NUMBER, SIZE
 from dinoscale.config.mixture import MIXTURE, ONE_SOURCE, WeightedSource
 from dinoscale.config.schema import RunConfig
 
@@ -30,24 +30,36 @@ _BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "of at most"),
 }
-_CHOICES = (ONE_SOURCE, MIXTURE, NUMBER, AUTO)  # not keys, but kinds of a value
+_CHOICES = (
+    ONE_SOURCE,
+    MIXTURE,
+    NUMBER,
+    AUTO,
+    NAMED,
+    SIZE,
+    LADDER,
+    LIST,
+)  # no keys: kinds of a value
 _MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
-def sections() -> dict[str, type[BaseModel]]:
-    """Return the section classes of `RunConfig` by key."""
+def sections(root: type[BaseModel] = RunConfig) -> dict[str, type[BaseModel]]:
+    """Return the section classes of a configuration by key."""
     found = {}
-    for key, field in RunConfig.model_fields.items():
+    for key, field in root.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found[key] = field.annotation
     return found
 
 
-def sentences(errors: Sequence["ErrorDetails"]) -> list[tuple[str, str]]:
+def sentences(
+    errors: Sequence["ErrorDetails"], root: type[BaseModel] = RunConfig
+) -> list[tuple[str, str]]:
     """Translate pydantic's errors.
 
     Args:
-        errors: `ValidationError.errors()` of a `RunConfig`.
+        errors: `ValidationError.errors()` of a `root`.
+        root: class of the whole configuration.
 
     Returns:
         (dotted key, sentence) in the order of the errors; the key is "" for a rule that joins
@@ -55,28 +67,34 @@ def sentences(errors: Sequence["ErrorDetails"]) -> list[tuple[str, str]]:
     """
     told: dict[str, tuple[str, str]] = {}
     for error in errors:
-        for key, sentence in _translate(error):
+        for key, sentence in _translate(error, root):
             told.setdefault(sentence, (key, sentence))
     return list(told.values())
 
 
-def _translate(error: "ErrorDetails") -> list[tuple[str, str]]:
+def _translate(error: "ErrorDetails", root: type[BaseModel]) -> list[tuple[str, str]]:
     place = [part for part in error["loc"] if part not in _CHOICES]
     kind, names = error["type"], [str(part) for part in place if isinstance(part, str)]
     if MIXTURE in error["loc"] and len(place) > len(names):
         return [_about_mixture(error, place)]
     key = ".".join(names)
+    item = next(
+        (f"item {part + 1} of the list" for part in error["loc"] if isinstance(part, int)), ""
+    )
     if kind == "value_error":
-        text = str(error["ctx"]["error"])
+        text = f"{item}: " * bool(item) + str(error["ctx"]["error"])
         if not key:
             return [("", line) for line in text.splitlines()]
-        if key in sections():
+        if key in sections(root):
             return [(f"{key}.{text.partition(':')[0]}", f"{key}.{text}")]
         return [(key, f"{key}: {text}")]
     if kind == "extra_forbidden":
-        return [(key, f"{key}: {unknown_key(names)}")]
+        return [(key, f"{key}: {unknown_key(names, root)}")]
+    if kind == "missing" and isinstance(error["loc"][-1], str):
+        return [(key, f"{key}: is missing")]
+    needs = f"{item} needs".lstrip()
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return [(key, f"{key}: needs a mapping of keys to values, got {show(error['input'])}")]
+        return [(key, f"{key}: {needs} a mapping of keys to values, got {show(error['input'])}")]
     if kind in ("missing", "too_long"):  # of a list: all other fields have defaults
         return [
             (
@@ -84,10 +102,7 @@ def _translate(error: "ErrorDetails") -> list[tuple[str, str]]:
                 f"{key}: needs a list of {_list_length(names)} numbers, got {show(error['input'])}",
             )
         ]
-    item = next(
-        (f"item {part + 1} of the list " for part in error["loc"] if isinstance(part, int)), ""
-    )
-    return [(key, f"{key}: {item}needs {_needs(error)}, got {show(error['input'])}")]
+    return [(key, f"{key}: {needs} {_needs(error)}, got {show(error['input'])}")]
 
 
 def _about_mixture(error: "ErrorDetails", place: Sequence[int | str]) -> tuple[str, str]:
@@ -119,7 +134,7 @@ def _needs(error: "ErrorDetails") -> str:
 
 
 def _number(bound: float) -> str:
-    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
+    return str(int(bound)) if bound == int(bound) and bound < 1e15 else f"{bound:g}"
 
 
 def _list_length(names: Sequence[str]) -> int:
@@ -142,29 +157,47 @@ def show(value: object) -> str:
     return f"{text} (text)" if isinstance(value, str) else text
 
 
-def unknown_key(names: Sequence[str]) -> str:
+def unknown_key(names: Sequence[str], root: type[BaseModel] = RunConfig) -> str:
     """Explain an unknown key: the nearest in its place, the same key elsewhere, or all there are.
 
     Args:
         names: parts of the dotted key, such as ["crops", "num_locl"].
+        root: class of the whole configuration.
 
     Returns:
         "unknown key, did you mean 'num_local'?" or alike.
     """
-    parts = sections()
-    parent = parts.get(names[0]) if len(names) > 1 else RunConfig
+    parts, parents = sections(root), [root]
+    for name in names[:-1]:
+        places = [parent.model_fields.get(name) for parent in parents]
+        parents = [part for field in places if field for part in _sections_in(field.annotation)]
     key = names[-1]
-    here = list(parent.model_fields) if parent else []
-    near = difflib.get_close_matches(key, here, n=1)
+    here = [
+        field.alias or name for parent in parents for name, field in parent.model_fields.items()
+    ]
+    near = nearest(key, here)
     if near:
-        return f"unknown key, did you mean {near[0]!r}?"
+        return f"unknown key{near}?"
     everywhere = [f"{name}.{leaf}" for name, part in parts.items() for leaf in part.model_fields]
     if key in everywhere:  # a file that says `crops.num_local: 6`
         section, _, leaf = key.partition(".")
         return f"unknown key; in a file, {leaf!r} stands indented under '{section}:'"
     same = [path for path in everywhere if path.partition(".")[2] == key]
-    if key in RunConfig.model_fields:
+    if key in root.model_fields:
         same.append(key)
     if same:
         return f"unknown key, did you mean {' or '.join(map(repr, same))}?"
     return f"unknown key; known are {', '.join(here)}"
+
+
+def _sections_in(annotation: object) -> list[type[BaseModel]]:
+    """The section that a field is, or those that it can be or list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [part for inner in get_args(annotation) for part in _sections_in(inner)]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Ask for the known name that looks most like one: ", did you mean 'x'", or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}" if near else ""

@@ -260,6 +260,7 @@ class DataConfig(Section):
         description="Images drawn in an epoch, rounded down to whole steps; null: as many as there "
         "are. All images of a source are drawn equally often, whatever the number. [D].",
     )
+    distinct_images: Count | None = Field(default=None, description="Different images. [D].")
     manifest: str | None = Field(
         default=None,
         min_length=1,

@@ -129,11 +129,12 @@ def options(dims: Dims, setup: Setup, machine: Machine, sizes: list[int]) -> lis
                 checkpoint_every=0 if level == "none" else 1,
                 recompute="block" if level == "none" else level,
             )
-            found.append(_largest(dims, tried, machine, sizes))
+            found.append(largest(dims, tried, machine, sizes))
     return found
 
 
-def _largest(dims: Dims, setup: Setup, machine: Machine, sizes: list[int]) -> Option:
+def largest(dims: Dims, setup: Setup, machine: Machine, sizes: list[int]) -> Option:
+    """The setup with the largest of these micro-batches (ascending) that fits, or the smallest."""
     smallest = option_of(dims, with_micro_batch(setup, sizes[0], share=sizes[-1]), machine)
     for size in reversed(sizes):
         option = option_of(dims, with_micro_batch(setup, size, share=sizes[-1]), machine)
