@@ -2,7 +2,7 @@
 
 Runs of one key are one run, in any sweep and at any time, and are not run twice. A key covers every
 setting but those of `NO_PART`: they say where and how often something is written or watched, or how
-fast the images come. `eval.*` is among them because it measures and does not train. Settings that
+fast the images come. Settings that
 have their default are left out, so that a later version with more settings gives the same keys.
 """
 
@@ -17,7 +17,8 @@ from dinoscale.config import RunConfig
 NO_PART = (
     "run_dir",
     "resume",
-    "eval",  # measures only
+    "eval.every_epochs",  # the rest of eval.* trains nothing, but makes another online k-NN
+    "eval.batch_size",
     "log",
     "checkpoint",
     "data.num_workers",  # an image is a function of seed and place, not of who draws it

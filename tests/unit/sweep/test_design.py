@@ -145,7 +145,7 @@ def test_models_beyond_the_limits_are_left_out_by_name(tmp_path: Path) -> None:
         {"log__every_steps": 7},
         {"checkpoint__keep_last": 9},
         {"eval__every_epochs": 1},
-        {"eval__train": None, "eval__test": None},
+        {"eval__batch_size": 3},
     ],
 )
 def test_a_key_does_not_depend_on_what_cannot_change_a_result(same: dict[str, object]) -> None:
@@ -162,6 +162,7 @@ def test_a_key_does_not_depend_on_what_cannot_change_a_result(same: dict[str, ob
         {"train__stop_after_steps": 3},
         {"train__micro_batch_size": 16},
         {"optim__lr": 8.0001e-3},
+        {"eval__k": 5},
     ],
 )
 def test_a_key_depends_on_what_can(other: dict[str, object]) -> None:
