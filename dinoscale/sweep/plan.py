@@ -98,7 +98,7 @@ def _assumptions(sweep: SweepConfig, hours: Sequence[float]) -> list[str]:
             " the data keep up; memory as by `dinoscale plan`"
         )
     elif cost.flops_per_s is not None:
-        sentences.append(f"{short(cost.flops_per_s)}FLOP/s of each rank (cost.flops_per_s)")
+        sentences.append(f"{cost.flops_per_s / 1e9:,.4g} GFLOP/s of each rank (cost.flops_per_s)")
     else:
         sentences.append("no hours: set cost.gpu, or cost.flops_per_s as measured in a run")
     if cost.gpu is None:
