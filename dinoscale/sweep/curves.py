@@ -38,8 +38,9 @@ def read_points(path: Path) -> list[Point]:
             top1 = finite_or_none(line["knn_top1"])
             values["knn"] = None if top1 is None else 1 - top1 / 100
         if values:
-            images = finite_or_none(line.get("images"))
-            point = points.setdefault(line["step"], {"step": line["step"], "images": images})
+            images = line.get("images")
+            own = {"step": line["step"], "images": images if isinstance(images, int) else None}
+            point = points.setdefault(line["step"], own)
             point.update(values)
     return [points[step] for step in sorted(points)]
 
@@ -98,9 +99,12 @@ def last_step(path: Path) -> int:
 
 def last_error(path: Path, begin: int) -> str:
     """What a program said it ended of, in a log from some byte on; else its last line."""
-    with path.open("rb") as file:
-        file.seek(begin)
-        text = file.read().decode(errors="replace").replace("\r", "\n")
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            text = file.read().decode(errors="replace").replace("\r", "\n")
+    except OSError:
+        return ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = _ERROR.findall(text)
     if not errors:

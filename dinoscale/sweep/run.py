@@ -139,6 +139,7 @@ class Sweep:
         self.rows = {row.key: row for row in rows}
         self.waiting: deque[PlannedRun] = deque()
         self.running: dict[Path, PlannedRun] = {}
+        self.last: Row | None = None  # of the runs that have ended
         require_own_folders([run for run in self.runs if self._is_wanted(run)], self.folder)
 
     def folder(self, run: PlannedRun) -> Path:
@@ -275,9 +276,10 @@ class Sweep:
             self._write(folder, replace(job, handle=""))
             self.waiting.append(run)
         else:
-            said = f"its job ended with {how}: {last_error(folder / LOG, 0)}"
+            said = last_error(folder / LOG, 0) or "nothing"
+            error = result.error or f"its job ended with {how} and last said: {said}"
             job = replace(job, handle="", failures=job.failures + 1)
-            self._failed(run, job, result, result.error or said)
+            self._failed(run, job, result, error)
 
     def _is_complete(self, result: Result) -> bool:
         return result.trained and result.measured(self.metrics)
@@ -302,17 +304,17 @@ class Sweep:
 
     def _append(self, row: Row) -> None:
         append_row(self.out / TABLE, row)
-        self.rows[row.key] = row
+        self.rows[row.key] = self.last = row
         self.bar.update()
         if not row.error:
             log.info("%s: done, %s", row.name, _numbers(row))
-        self._show(row)
+        self._show()
 
-    def _show(self, last: Row | None = None) -> None:
+    def _show(self) -> None:
         failed = sum(bool(row.error) for row in self.rows.values())
         parts = [f"{len(self.running)} running"]
         parts += [f"{failed} failed"] if failed else []
-        parts += [f"last {last.name} {_numbers(last)}"] if last else []
+        parts += [f"last {self.last.name} {_numbers(self.last)}"] if self.last else []
         self.bar.set_postfix_str(", ".join(parts))
 
 

@@ -111,7 +111,9 @@ class SubmititExecutor:
             return []
         self._looked = time.monotonic()
         gone = set(self._running) - self._alive(self._running)
-        return [(self._running.pop(job), f"job {job}") for job in sorted(gone)]
+        return [
+            (self._running.pop(job), f"job {job} (see {_FOLDER}/{job})") for job in sorted(gone)
+        ]
 
     def close(self) -> None:
         """Leave all where they are."""
