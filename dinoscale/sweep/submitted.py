@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 
 from dinoscale.config.executor import ExecutorConfig
@@ -93,7 +94,7 @@ class SubmititExecutor:
         """
         try:
             job = self._executor.submit(SubmittedJob(str(run_dir)))
-        except (subprocess.SubprocessError, submitit.core.utils.FailedSubmissionError) as error:
+        except (FailedJobError, FailedSubmissionError) as error:
             raise OSError(f"sbatch did not take it: {error}") from error
         self._running[job.job_id] = run_dir
         return str(job.job_id)
@@ -125,21 +126,23 @@ def _parameters(config: ExecutorConfig) -> dict[str, Any]:
     minutes = math.ceil(slurm.hours * 60)
     if config.kind != "slurm":
         return {"timeout_min": minutes, "gpus_per_node": config.processes if _has_gpu() else 0}
+    # An option by submitit's own spelling wins over what it is given otherwise.
+    options = {name.replace("-", "_"): value for name, value in slurm.options.items()}
+    cpus = options.get("cpus_per_task", slurm.cpus_per_process * config.processes)
     asked = {
         "timeout_min": minutes,
         "name": "dinoscale",
         "nodes": config.nodes,
         "tasks_per_node": 1,
-        "cpus_per_task": slurm.cpus_per_process * config.processes,
         "gpus_per_node": config.processes,
         "slurm_partition": slurm.partition,
         "slurm_account": slurm.account,
         "slurm_signal_delay_s": _WARNING_S,
         "slurm_setup": list(slurm.setup) or None,
+        "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # not taken over from sbatch (Slurm 22.05)
     }
-    # An option by submitit's own spelling wins over what it is given otherwise.
-    options = {name.replace("-", "_"): value for name, value in slurm.options.items()}
-    return {**asked, "slurm_additional_parameters": {"requeue": True, **options}}
+    more = {"requeue": True, **options, "cpus_per_task": cpus}
+    return {**asked, "slurm_additional_parameters": more}
 
 
 def _in_queue(jobs: Collection[str]) -> set[str]:

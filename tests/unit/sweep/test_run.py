@@ -1,6 +1,7 @@
 """A sweep goes on after anything: what was done stays done, the rest is taken up."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -25,7 +26,6 @@ from dinoscale.sweep.runs import PlannedRun
 from dinoscale.sweep.table import TABLE, Row, read_table
 from tests.unit.sweep.tiny_sweep import METRICS, SCRIPT, do_job, planned, program
 
-ROOT = Path(__file__).resolve().parents[3]
 RUNS = [planned(number) for number in range(3)]
 KNN = "knn --train a --test b"
 
@@ -301,8 +301,9 @@ def test_full_disk_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_second_process_is_refused_in_seconds(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from dinoscale.sweep.preflight import lock_sweep"
-    code += f"; lock = lock_sweep(Path({str(tmp_path)!r})); print(flush=True); sys.stdin.read()"
+    code = "import sys; from pathlib import Path; from dinoscale.locks import try_lock"
+    code += f"; lock = try_lock(Path({str(tmp_path / '.lock')!r})); print(flush=True)"
+    code += "; sys.stdin.read()"
     command = [sys.executable, "-c", code]
     first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert first.stdout is not None
@@ -390,41 +391,34 @@ def test_jobs_share_cores_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert told[2:] == [f"3 {inherited} cpu"] * 2
 
 
-_SWEEP = """
-import sys
-from pathlib import Path
-from dinoscale.cli.evaluate import evaluation_words
-from dinoscale.config.executor import ExecutorConfig
-from dinoscale.sweep import run
-from dinoscale.sweep.executors import LocalExecutor
-from tests.unit.sweep.tiny_sweep import METRICS, planned, program
-run._executor = lambda *_: LocalExecutor(parallel=2, processes=1, gpus=[], program=program())
-run.run_sweep([planned(number) for number in range(3)], out=Path(sys.argv[1]), metrics=METRICS,
-    executor=ExecutorConfig(parallel=2), retry_failed=False, evaluation_words=evaluation_words)
-"""
+def _run_local(out: Path) -> None:
+    executor = LocalExecutor(parallel=2, processes=1, gpus=[], program=program())
+    try:
+        _run(out, executor, parallel=2)  # type: ignore[arg-type]
+    except PreemptedError as error:
+        sys.exit(error.exit_code)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_jobs_end_with_the_sweep_however_it_ends(tmp_path: Path, number: signal.Signals) -> None:
     script = {RUNS[0].name: ["wait", "done"], RUNS[1].name: ["wait", "done"]}
     (tmp_path / SCRIPT).write_text(json.dumps(script))
-    sweep = subprocess.Popen(
-        [sys.executable, "-c", _SWEEP, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    sweep = multiprocessing.get_context("fork").Process(target=_run_local, args=(tmp_path,))
+    sweep.start()
+    assert sweep.pid is not None
     folders = [tmp_path / "runs" / run.name for run in RUNS[:2]]
     end = time.monotonic() + 60
     while not all((folder / "metrics.jsonl").exists() for folder in folders):
         assert time.monotonic() < end
-        assert sweep.poll() is None
-        time.sleep(0.05)
-    sweep.send_signal(number)
-    _, said = sweep.communicate(timeout=30)
-    assert ("PreemptedError: asked to stop (SIGINT)" in said) == (number == signal.SIGINT)
+        assert sweep.is_alive()
+        time.sleep(0.02)
+    os.kill(sweep.pid, number)
+    sweep.join(30)
+    assert sweep.exitcode == (-number if number == signal.SIGKILL else PreemptedError.exit_code)
     for run, folder in zip(RUNS, folders, strict=False):
         while read_result(folder, run.key).ending != "stopped":
             assert time.monotonic() < end
-            time.sleep(0.05)
+            time.sleep(0.02)
     assert not (tmp_path / TABLE).exists()
-    executor = LocalExecutor(parallel=2, processes=1, gpus=[], program=program())
-    _run(tmp_path, executor, parallel=2)  # type: ignore[arg-type]
+    _run_local(tmp_path)
     assert [row.attempts for row in _rows(tmp_path).values()] == [1, 1, 1]
