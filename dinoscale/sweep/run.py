@@ -202,7 +202,7 @@ class Sweep:
     def _farewell(self, reason: str) -> str:
         text = f"asked to stop ({reason}): {self.bar.n} of {len(self.runs)} runs have ended"
         if self.running:
-            text += f", {len(self.running)} jobs go on without"
+            text += f", jobs that go on by themselves: {len(self.running)}"
         return f"{text}; the same command goes on from there"
 
     def _take_up(self, run: PlannedRun) -> None:

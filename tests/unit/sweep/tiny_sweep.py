@@ -28,7 +28,7 @@ def planned(number: int, *overrides: str) -> PlannedRun:
         *("head.num_prototypes=16", "head.hidden_dim=16", "head.bottleneck_dim=8"),
         *(f"data.train={data}train", f"eval.train={data}train", f"eval.test={data}test"),
         *("train.epochs=4", "train.batch_size=16", "train.micro_batch_size=8"),
-        *("checkpoint.every_steps=1", "log.every_steps=1", "optim.warmup_epochs=0"),
+        *("log.every_steps=1", "optim.warmup_epochs=0"),
         *("eval.every_epochs=4", f"seed={number}"),
     ]
     config = load_config("quickstart", [*tiny, *overrides])
