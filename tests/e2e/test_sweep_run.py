@@ -13,34 +13,17 @@ import pytest
 
 from dinoscale.sweep.records import read_job
 from dinoscale.sweep.table import TABLE, Row, read_table
-from tests.unit.sweep.tiny_sweep import planned
+from tests.unit.sweep.tiny_sweep import REAL_SWEEP, planned
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-_SWEEP = """
-import sys
-from pathlib import Path
-from dinoscale import cli, __main__
-from dinoscale.cli.evaluate import evaluation_words
-from dinoscale.config.executor import ExecutorConfig
-from dinoscale.sweep.run import run_sweep
-from tests.unit.sweep.tiny_sweep import METRICS, planned
-out, kind, number, processes, parallel, *line = sys.argv[1:]
-cli.run = lambda _: run_sweep(
-    [planned(each, *("train.epochs=%d" % (4 + 20 * (each == 1)),)) for each in range(int(number))],
-    out=Path(out),
-    metrics={**METRICS, **{"measured": each for each in line}},
-    executor=ExecutorConfig(kind=kind, processes=int(processes), parallel=int(parallel)),
-    retry_failed=False, evaluation_words=evaluation_words)
-__main__.main()
-"""
 
 
 def _sweep(out: Path, kind: str, *words: str) -> subprocess.Popen[bytes]:
     with (out.parent / "said.txt").open("ab") as said:  # a pipe would live as long as the jobs
         return subprocess.Popen(
-            [sys.executable, "-c", _SWEEP, str(out), kind, *words],
+            [sys.executable, "-c", REAL_SWEEP, str(out), kind, *words],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stderr=said,
@@ -79,7 +62,7 @@ def _steps(out: Path, number: int) -> int:
 
 def test_killed_sweep_goes_on_and_leaves_nothing_running(tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    sweep = _sweep(out, "local", "3", "1", "2")
+    sweep = _sweep(out, "local", "3", "1", "1", "2")
     _wait(lambda: sweep.poll() is not None or _steps(out, 1) > 3)
     assert sweep.poll() is None, _said(out)
     assert len(_processes_of(out)) >= 3
@@ -88,7 +71,7 @@ def test_killed_sweep_goes_on_and_leaves_nothing_running(tmp_path: Path) -> None
     _wait(lambda: not _processes_of(out), timeout_s=60)
     log = out / "runs" / planned(1).name / "job.log"
     assert "the same command goes on from there" in log.read_text()
-    again = _sweep(out, "local", "3", "1", "2")
+    again = _sweep(out, "local", "3", "1", "1", "2")
     assert again.wait(timeout=400) == 0, _said(out)
     rows = _rows(out)
     assert [(row.status, row.attempts, row.error) for row in rows] == [("done", 1, "")] * 3
@@ -105,7 +88,7 @@ def test_stand_in_for_slurm_trains_on_two_processes_and_its_jobs_outlive_the_swe
     out = tmp_path / "sweep"
     train, test = planned(0).config.eval.train, planned(0).config.eval.test
     line = f"knn --train '{train}' --test '{test}' --k 5 --num-workers 0"
-    words = ("submitit_local", "1", "2", "1", line)
+    words = ("submitit_local", "1", "1", "2", "1", line)
     sweep = _sweep(out, *words)
     folder = out / "runs" / planned(0).name
 

@@ -19,6 +19,26 @@ from dinoscale.sweep.runs import PlannedRun
 METRICS = {"knn": ONLINE, "loss": ONLINE}
 SCRIPT = "script.json"  # beside the table: what the job of each run does, one start after another
 
+# A program that really trains runs: OUT KIND RUNS NODES PROCESSES PARALLEL [LINE to measure].
+REAL_SWEEP = """
+import sys
+from pathlib import Path
+from dinoscale import cli, __main__
+from dinoscale.cli.evaluate import evaluation_words
+from dinoscale.config.executor import ExecutorConfig, SlurmConfig
+from dinoscale.sweep.run import run_sweep
+from tests.unit.sweep.tiny_sweep import METRICS, planned
+out, kind, number, nodes, processes, parallel, *line = sys.argv[1:]
+cli.run = lambda _: run_sweep(
+    [planned(each, *("train.epochs=%d" % (4 + 20 * (each == 1)),)) for each in range(int(number))],
+    out=Path(out),
+    metrics={**METRICS, **{"measured": each for each in line}},
+    executor=ExecutorConfig(kind=kind, nodes=int(nodes), processes=int(processes),
+        parallel=int(parallel), slurm=SlurmConfig(cpus_per_process=1)),
+    retry_failed=False, evaluation_words=evaluation_words)
+__main__.main()
+"""
+
 
 def planned(number: int, *overrides: str) -> PlannedRun:
     """A run that a second trains."""
