@@ -1,6 +1,5 @@
 """The run directory: what is written before the first step, and what it says about the code."""
 
-import fcntl
 import json
 import logging
 import time
@@ -10,6 +9,7 @@ from typing import IO
 from dinoscale.config import RunConfig, dump_config
 from dinoscale.engine.student import Student
 from dinoscale.errors import DinoscaleError
+from dinoscale.locks import try_lock
 from dinoscale.versions import versions
 
 log = logging.getLogger(__name__)
@@ -25,32 +25,20 @@ def lock(run_dir: Path) -> IO[str]:
     Raises:
         DinoscaleError: the directory cannot be written, or another run uses it.
     """
+    end = time.monotonic() + _LOCK_WAIT_S
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+")
+        while (file := try_lock(run_dir / ".lock")) is None:
+            if time.monotonic() > end:
+                raise DinoscaleError(
+                    f"run_dir: another run is using {run_dir}; wait for it, end it, or choose"
+                    " another directory with run_dir=PATH"
+                )
+            log.warning("another run is using %s; waiting for it to end", run_dir)
+            time.sleep(2.0)
     except OSError as error:
         raise _cannot_write(run_dir, error) from error
-    end = time.monotonic() + _LOCK_WAIT_S
-    while not _locked(file):
-        if time.monotonic() > end:
-            raise DinoscaleError(
-                f"run_dir: another run is using {run_dir}; wait for it, end it, or choose another"
-                " directory with run_dir=PATH"
-            )
-        log.warning("another run is using %s; waiting for it to end", run_dir)
-        time.sleep(2.0)
     return file
-
-
-def _locked(file: IO[str]) -> bool:
-    """Whether the file could be locked, or there are no locks on its file system."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError as error:
-        log.warning("cannot lock %s (%s): start no second run there", file.name, error)
-    return True
 
 
 def prepare(config: RunConfig, student: Student) -> Path:

@@ -100,9 +100,23 @@ def _jobs(
     if bool(weights) != bool(options.lines):
         missing = "--task LINE says what to measure" if weights else "no WEIGHTS to measure"
         raise ConfigError(f"compare: {missing}; see `dinoscale evaluate compare --help`")
+    parser = line_parser(add_tasks)
+    return [_job(parser, path, line, folder) for path in weights for line in options.lines]
+
+
+def line_parser(add_tasks: Callable[[SubCommands], None]) -> argparse.ArgumentParser:
+    """Of `TASK WEIGHTS ...`; a mistake is a ValueError."""
     parser: argparse.ArgumentParser = _LineParser(add_help=False)
     add_tasks(parser.add_subparsers(required=True, dest="task", metavar="TASK"))
-    return [_job(parser, path, line, folder) for path in weights for line in options.lines]
+    return parser
+
+
+def split_line(line: str) -> tuple[str, list[str]]:
+    """Task and options of a line; a ValueError where it also says where to write."""
+    task, *words = shlex.split(line) or [""]
+    if any(word.split("=")[0] == "--out" for word in words):
+        raise ValueError("--out: every result is given a place of its own. Leave it out.")
+    return task, words
 
 
 class _LineParser(argparse.ArgumentParser):
@@ -116,9 +130,7 @@ def _job(parser: argparse.ArgumentParser, weights: str, line: str, folder: Path)
     from dinoscale.evaluate.compare_runs import Job, result_path
 
     try:
-        task, *words = shlex.split(line) or [""]
-        if any(word.split("=")[0] == "--out" for word in words):
-            raise ValueError("--out: compare gives every result a place of its own. Leave it out.")
+        task, words = split_line(line)
         result = result_path(folder, weights, [task, *words])
         place = ["--out", str(result.with_suffix(""))] if task in _DRAWING else []
         options = parser.parse_args([task, weights, *words, *place])

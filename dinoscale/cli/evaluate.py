@@ -12,11 +12,12 @@ from dinoscale.cli.arguments import (
     WORKERS_HELP,
     add_weights,
 )
-from dinoscale.cli.compare import add_compare
+from dinoscale.cli.compare import add_compare, line_parser, split_line
 from dinoscale.cli.dense import add_dense
 from dinoscale.cli.probes import add_probes
 from dinoscale.cli.propagate import add_copies, add_retrieve, add_video
 from dinoscale.cli.ranks import on_all_ranks
+from dinoscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -37,6 +38,20 @@ def add_evaluate(commands: SubCommands) -> None:
     tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
     _add_measurements(tasks)
     add_compare(tasks, _add_measurements)
+
+
+def evaluation_words(line: str, weights: str) -> list[str]:
+    """The command line that measures weights as `TASK ...`, a line without them, says.
+
+    Raises:
+        ConfigError: the line is wrong, or needs a folder to write into.
+    """
+    try:
+        task, options = split_line(line)
+        line_parser(_add_measurements).parse_args([task, weights, *options])
+    except ValueError as error:
+        raise ConfigError(f"{line!r}: {error}") from error
+    return ["evaluate", task, weights, *options]
 
 
 def _add_measurements(tasks: SubCommands) -> None:

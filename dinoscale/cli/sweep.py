@@ -124,6 +124,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.cli.evaluate import evaluation_words
     from dinoscale.sweep.design import plan_runs
     from dinoscale.sweep.run import run_sweep
 
@@ -134,6 +135,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         metrics=sweep.metrics,
         executor=sweep.executor,
         retry_failed=options.retry_failed,
+        evaluation_words=evaluation_words,
     )
 
 

@@ -101,8 +101,7 @@ def append_row(path: Path, row: Row) -> None:
     writer = csv.writer(text, lineterminator="\n")
     if _keep_whole_lines(path) == 0:
         writer.writerow(_COLUMNS)
-    values = asdict(row)
-    writer.writerow(json.dumps(values[name]) if name in _JSON else values[name] for name in values)
+    writer.writerow(_cell(name, value) for name, value in asdict(row).items())
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(text.getvalue())
@@ -110,6 +109,13 @@ def append_row(path: Path, row: Row) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def _cell(name: str, value: object) -> object:
+    """One line, whatever it says: a row ends where its line does."""
+    if name in _JSON:
+        return json.dumps(value)
+    return " ".join(value.split()) if isinstance(value, str) else value
 
 
 def read_table(path: Path) -> list[Row]:

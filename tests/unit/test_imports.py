@@ -21,6 +21,7 @@ LEVELS: list[set[str]] = [
         "cores",
         "distributed",
         "flops",
+        "locks",
         "memory",
         "page",
         "peak_memory",
