@@ -68,6 +68,11 @@ def test_mistakes_in_a_mixture_are_one_sentence(empty: str, written: str, messag
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_images_are_not_chosen_from_a_mixture() -> None:
+    with pytest.raises(ConfigError, match=r"data\.distinct_images: 9 images cannot be chosen from"):
+        _mixture(1.0, 1.0, distinct_images=9)
+
+
 def test_an_epoch_of_one_source_is_all_of_it_unless_a_number_is_given() -> None:
     one = parse_config({"data": {"train": "/a"}, "train": {"batch_size": 10}})
     assert _quotas(one, 105) == (105,)

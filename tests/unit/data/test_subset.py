@@ -113,9 +113,7 @@ def test_a_stream_cannot_be_taken_in_part() -> None:
         open_sources(["https://x.invalid/{0..9}.tar"], distinct_images=5)
 
 
-def _epochs(
-    source: Source, *, rank: int = 0, world_size: int = 1, workers: int = 0
-) -> list[Batch]:
+def _epochs(source: Source, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> list[Batch]:
     plan = resolve(CONFIG, world_size=1, num_images=source_sizes(source))
     batches = train_batches(
         source,
