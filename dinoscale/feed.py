@@ -38,6 +38,7 @@ def open_images(config: RunConfig) -> Source:
         Decoder(config.data.channels, config.data.white),
         manifest=config.data.manifest,
         shuffle_buffer=config.data.shuffle_buffer,
+        distinct_images=config.data.distinct_images,
     )
 
 

@@ -105,7 +105,7 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
     pairs = {
         "seed": (saved_config.get("seed"), config.seed),
         "train.batch_size": (saved_plan.get("batch_size"), plan.batch_size),
-        "the number of images in data.train": (saved_plan.get("num_images"), plan.num_images),
+        "the number of images trained on": (saved_plan.get("num_images"), plan.num_images),
         "the number of images of each source": (saved_plan.get("source_sizes"), plan.source_sizes),
         "the number drawn from each source an epoch": (saved_plan.get("quotas"), plan.quotas),
     }

@@ -133,7 +133,9 @@ def _input_of(config: RunConfig, process: Process) -> tuple[RunPlan, Source]:
         source = distributed.together(lambda: open_images(config))
         sizes = source_sizes(source)
         return resolve(config, world_size=process.world_size, num_images=sizes), source
-    count = max(config.train.batch_size, config.data.images_per_epoch or 0) * _MANY
+    data = config.data
+    wanted = max(data.distinct_images or 0, data.images_per_epoch or 0)
+    count = max(config.train.batch_size, wanted) * _MANY
     noise = Noise(count, config.data.channels)
     return resolve(config, world_size=process.world_size, num_images=count), noise
 

@@ -184,9 +184,13 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
         from dinoscale.data.decode import Decoder
         from dinoscale.data.mixture import open_sources, source_sizes
 
-        specs = [part.source for part in config.data.sources]
-        decoder = Decoder(config.data.channels, config.data.white)
-        sizes = source_sizes(open_sources(specs, decoder, manifest=config.data.manifest))
+        source = open_sources(
+            [part.source for part in config.data.sources],
+            Decoder(config.data.channels, config.data.white),
+            manifest=config.data.manifest,
+            distinct_images=config.data.distinct_images,
+        )
+        sizes = source_sizes(source)
         plan = resolve(without_auto(config), world_size=options.world_size, num_images=sizes)
     if options.json:
         return describe(config, plan)

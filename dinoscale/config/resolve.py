@@ -55,8 +55,8 @@ class RunPlan:
         images_per_rank: images of one rank in one optimizer step.
         micro_batch_size: images of one rank in one forward and backward pass.
         accumulation_steps: such passes per optimizer step.
-        num_images: images in the training set.
-        source_sizes: images of each source that it is mixed from; of one source, num_images.
+        num_images: different images in the training set.
+        source_sizes: images of each source that it is mixed from, or chosen from.
         quotas: draws from each source in an epoch.
         steps_per_epoch: optimizer steps per epoch.
         total_steps: optimizer steps that the schedules span.
@@ -103,15 +103,15 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
     Args:
         config: the configuration.
         world_size: number of ranks, at least 1.
-        num_images: images in the training set; of a mixture, those of each source.
+        num_images: images of data.train; of a mixture, those of each source.
 
     Returns:
         The plan.
 
     Raises:
-        ConfigError: the batch cannot be split over the ranks, there is less than one batch, a
-            source of a mixture is drawn less than once an epoch, or the ranks are not whole groups
-            of `engine.hpz_ranks`.
+        ConfigError: the batch cannot be split over the ranks, there is less than one batch or less
+            than `data.distinct_images`, a source of a mixture is drawn less than once an epoch, or
+            the ranks are not whole groups of `engine.hpz_ranks`.
     """
     if world_size % config.engine.hpz_ranks:
         raise ConfigError(
@@ -120,7 +120,8 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
         )
     split = split_batch(config.train, world_size=world_size)
     sizes = (num_images,) if isinstance(num_images, int) else tuple(num_images)
-    quotas = _quotas(config, sizes, world_size=world_size)
+    chosen = _chosen(config, sizes)
+    quotas = _quotas(config, chosen, world_size=world_size)
     batch_size = config.train.batch_size
     steps_per_epoch = sum(quotas) // batch_size
     total_steps = config.train.epochs * steps_per_epoch
@@ -131,7 +132,7 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
         images_per_rank=split.images_per_rank,
         micro_batch_size=split.micro_batch_size,
         accumulation_steps=split.accumulation_steps,
-        num_images=sum(sizes),
+        num_images=sum(chosen),
         source_sizes=sizes,
         quotas=quotas,
         steps_per_epoch=steps_per_epoch,
@@ -157,6 +158,18 @@ def require_groups_within_nodes(config: RunConfig, *, ranks_of_node: int) -> Non
         )
 
 
+def _chosen(config: RunConfig, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the images of each source, those that are trained on."""
+    wanted = config.data.distinct_images
+    if wanted is None:
+        return sizes
+    if wanted > sum(sizes):
+        raise ConfigError(
+            f"data.distinct_images: {wanted} images are more than the {sum(sizes)} in data.train"
+        )
+    return (wanted,)
+
+
 def _quotas(config: RunConfig, sizes: tuple[int, ...], *, world_size: int) -> tuple[int, ...]:
     """Draws from each source in an epoch, in whole steps unless an epoch is one permutation."""
     batch_size, data = config.train.batch_size, config.data
@@ -165,11 +178,13 @@ def _quotas(config: RunConfig, sizes: tuple[int, ...], *, world_size: int) -> tu
             raise ConfigError(f"data.train: {source.source} has no images")
     wanted = data.images_per_epoch
     images = (sum(sizes) if wanted is None else wanted) // batch_size * batch_size
-    if images == 0 and wanted is not None:
-        raise ConfigError(
-            f"data.images_per_epoch: {wanted} images do not fill one batch of {batch_size} "
-            "(train.batch_size)"
-        )
+    for key in ("images_per_epoch", "distinct_images"):
+        given = getattr(data, key)
+        if images == 0 and given is not None:
+            raise ConfigError(
+                f"data.{key}: {given} images do not fill one batch of {batch_size} "
+                "(train.batch_size)"
+            )
     if images == 0:
         raise ConfigError(_too_few_images(sum(sizes), batch_size, world_size))
     if len(sizes) == 1:

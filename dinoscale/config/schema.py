@@ -260,7 +260,11 @@ class DataConfig(Section):
         description="Images drawn in an epoch, rounded down to whole steps; null: as many as there "
         "are. All images of a source are drawn equally often, whatever the number. [D].",
     )
-    distinct_images: Count | None = Field(default=None, description="Different images. [D].")
+    distinct_images: Count | None = Field(
+        default=None,
+        description="Train on only so many of the images, null: on all. Which ones is fixed, "
+        "whatever the seed, and a smaller number takes some of those of a larger one. [D].",
+    )
     manifest: str | None = Field(
         default=None,
         min_length=1,
@@ -315,6 +319,15 @@ class DataConfig(Section):
         if train == ():
             raise ValueError("a mixture of nothing; name a source, or null for none")
         return train
+
+    @model_validator(mode="after")
+    def _chosen_from_one_source(self) -> "DataConfig":
+        if self.distinct_images is not None and len(self.sources) > 1:
+            raise ValueError(
+                f"distinct_images: {self.distinct_images} images cannot be chosen from a mixture "
+                f"of {len(self.sources)} sources (data.train); name one source, or null for all"
+            )
+        return self
 
     @property
     def sources(self) -> tuple[WeightedSource, ...]:

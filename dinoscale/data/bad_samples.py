@@ -23,7 +23,7 @@ class BadSample:
     Attributes:
         path: of the unreadable image.
         error: one line.
-        sample_id: its number in the source.
+        sample_id: its number among the images trained on.
         replaced_by: number of the image that was used instead.
         repeat: how often the image was drawn before: the epoch, where each draws it once.
     """

@@ -25,7 +25,7 @@ from dinoscale.data.bad_samples import BadSample
 from dinoscale.data.crop_params import Params
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.lanes import LaneSampler
-from dinoscale.data.mixture import source_sizes, stand_ins
+from dinoscale.data.mixture import drawn_sizes, stand_ins
 from dinoscale.data.sampler import Draws, StepSampler
 from dinoscale.data.seeding import Stream, generator
 from dinoscale.data.sources import Source
@@ -118,14 +118,14 @@ def train_batches(
         "world_size": world_size,
         "seed": seed,
     }
-    quotas = quotas or source_sizes(source)
+    quotas = quotas or drawn_sizes(source)
     if isinstance(source, StreamSource):
         sampler: StepSampler = LaneSampler(source.blocks, quota=quotas[0], lanes=lanes, **sizes)
         of_rank = lanes * sampler.accumulation_steps
         num_workers = _sharing(of_rank, num_workers)
         source = source.serving(lanes=of_rank // max(num_workers, 1))
     else:
-        sampler = StepSampler(sizes=source_sizes(source), quotas=quotas, **sizes)
+        sampler = StepSampler(sizes=drawn_sizes(source), quotas=quotas, **sizes)
     crops = _TrainCrops(source, multi_crop, seed=seed)
     requests = _Requests(sampler, rank=rank, start_step=start_step, stop_step=stop_step)
     return answered(crops, requests, num_workers=num_workers, pin_memory=pin_memory)

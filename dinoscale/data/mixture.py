@@ -9,7 +9,8 @@ from dinoscale.data.manifest import shard_counts
 from dinoscale.data.remote import is_remote, require_allowed
 from dinoscale.data.sources import Source, expand_braces, open_source
 from dinoscale.data.stream import PAUSES_S, StreamSource
-from dinoscale.errors import DataError
+from dinoscale.data.subset import SubsetSource
+from dinoscale.errors import ConfigError, DataError
 
 
 class MixedSource:
@@ -64,6 +65,7 @@ def open_sources(
     *,
     manifest: str | None = None,
     shuffle_buffer: int = 512,
+    distinct_images: int | None = None,
 ) -> Source:
     """Open the sources of a training set as one.
 
@@ -72,11 +74,18 @@ def open_sources(
         decoder: what the pixels of their files become.
         manifest: where the counts of streamed shards are, if not beside them.
         shuffle_buffer: most images that are held of a streamed shard, to permute them.
+        distinct_images: take only so many of the images; None takes all.
 
     Raises:
         DataError: one of them cannot be opened, or a stream is to be mixed.
+        ConfigError: there are fewer images than `distinct_images`, or they are streamed.
     """
     for spec in specs:
+        if is_remote(spec) and distinct_images is not None:
+            raise ConfigError(
+                f"data.distinct_images: {distinct_images} images cannot be chosen from shards that "
+                f"are streamed, {spec}; name fewer of them, or copy them to a local or mounted disk"
+            )
         if is_remote(spec) and len(specs) == 1:
             return open_stream(spec, decoder, manifest=manifest, shuffle_buffer=shuffle_buffer)
         if is_remote(spec):
@@ -85,7 +94,15 @@ def open_sources(
                 "alone, or copy them to a local or mounted disk."
             )
     parts = [open_source(spec, decoder) for spec in specs]
-    return parts[0] if len(parts) == 1 else MixedSource(parts)
+    whole = parts[0] if len(parts) == 1 else MixedSource(parts)
+    if distinct_images is None or distinct_images == len(whole):
+        return whole  # all of them, in the order of the set itself
+    if distinct_images > len(whole):
+        raise ConfigError(
+            f"data.distinct_images: {distinct_images} images are more than the {len(whole)} in "
+            f"{' + '.join(specs)}"
+        )
+    return SubsetSource(whole, images=distinct_images)
 
 
 def open_stream(
@@ -119,7 +136,15 @@ def open_stream(
 
 
 def source_sizes(source: Source) -> list[int]:
-    """Images of each source that a training set is mixed from; one number if it is not mixed."""
+    """Images of each source that a training set is taken from, also of one taken in part.
+
+    One number if it is not mixed.
+    """
+    return [source.chosen_from] if isinstance(source, SubsetSource) else drawn_sizes(source)
+
+
+def drawn_sizes(source: Source) -> list[int]:
+    """The images of each that are drawn, which make up the training set."""
     return source.sizes if isinstance(source, MixedSource) else [len(source)]
 
 

@@ -13,6 +13,7 @@ class Stream(IntEnum):
     REPLACEMENT = 3
     MIXTURE = 4
     LANES = 5
+    SUBSET = 6
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -27,7 +27,7 @@ class Looked:
         spec: what the config names.
         error: why it cannot be opened, or None.
         num_images: in it.
-        source_sizes: images of each source that it is mixed from.
+        source_sizes: images of each source that it is taken from.
         num_decoded: of the tried ones.
         bad: what is wrong with each of the others.
         seconds: spent decoding.
@@ -49,7 +49,13 @@ def look(config: RunConfig, *, rank: int, world_size: int) -> dict[str, Looked]:
     sets: dict[str, tuple[str | None, Callable[[str], Source]]] = {
         "data.train": (
             " + ".join(parts) or None,
-            lambda _: open_sources(parts, decoder, manifest=config.data.manifest, shuffle_buffer=1),
+            lambda _: open_sources(
+                parts,
+                decoder,
+                manifest=config.data.manifest,
+                shuffle_buffer=1,
+                distinct_images=config.data.distinct_images,
+            ),
         ),
         "eval.train": (config.eval.train, lambda spec: open_source(spec, decoder)),
         "eval.test": (config.eval.test, lambda spec: open_source(spec, decoder)),

@@ -64,6 +64,14 @@ def test_images_are_counted_where_they_are(
     small = ("train.batch_size=8", "--gpus", "2")
     plan = _plan(capsys, "vit_s16", "data.train=synthetic:shapes?images=80&size=32", *small)
     assert plan["steps_per_epoch"] == 10
+    chosen = ("vit_s16", "data.train=synthetic:shapes?images=80&size=32", *small)
+    assert _plan(capsys, *chosen, "data.distinct_images=40")["steps_per_epoch"] == 5
+    with pytest.raises(ConfigError, match="81 images are more than the 80 in synthetic"):
+        cli.run(["plan", *chosen, "data.distinct_images=81"])
+    nowhere = f"data.train={tmp_path}/none"
+    assert (
+        _plan(capsys, "vit_s16", nowhere, "data.distinct_images=40", *small)["steps_per_epoch"] == 5
+    )
     plan = _plan(
         capsys, "vit_s16", f"data.train={tmp_path}/none", "data.images_per_epoch=160", *small
     )

@@ -57,6 +57,24 @@ def test_another_mixture_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("then", "now", "size_now", "says"),
+    [
+        (50, 51, 100, "images trained on was 50 .* is 51 now"),
+        (50, None, 100, "images trained on was 50 .* is 100 now"),
+        (50, 50, 101, "images of each source"),  # as many, but others of them
+    ],
+)
+def test_other_distinct_images_are_refused(
+    then: int, now: int | None, size_now: int, says: str
+) -> None:
+    first = _config({"train": "/a", "distinct_images": then, "images_per_epoch": 40})
+    other = _config({"train": "/a", "distinct_images": now, "images_per_epoch": 40})
+    _go_on(first, first, sizes=[100], sizes_now=[100])
+    with pytest.raises(ConfigError, match=says):
+        _go_on(first, other, sizes=[100], sizes_now=[size_now])
+
+
+@pytest.mark.parametrize(
     ("data", "train", "says"),
     [
         ({"lanes": 4}, {}, "data.lanes was 8 .* is 4 now"),
