@@ -60,6 +60,13 @@ img { max-width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: max-content auto; gap: .1em 1.2em; font-size: .88em; }
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #245; }
+h3 { font-size: 1em; margin: 1.4em 0 .3em; } ul { margin: .3em 0; padding-left: 1.4em; }
+td.text { text-align: left; } p.warning { color: #a11; }
+.answer { border-left: .4em solid; background: #f7f7f7; padding: .6em 1.2em; margin: 1em 0; }
+.answer h2 { margin-top: .2em; } .answer .says { font-size: 1.1em; font-weight: 600; }
+.answer.good { border-color: #3a8a3a; } strong.good { color: #276b27; }
+.answer.limited { border-color: #d59a1d; } strong.limited, li.limited { color: #8a5a00; }
+.answer.low { border-color: #b33; } strong.low, li.low { color: #a11; }
 """
 
 

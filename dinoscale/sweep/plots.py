@@ -1,0 +1,317 @@
+"""Plots of one metric of a sweep."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from dinoscale.page import Plot, drawing
+from dinoscale.sweep.answers import Answer, answers, measured, value_of
+from dinoscale.sweep.axes import (
+    HOLLOW,
+    POINT,
+    draw_band,
+    finish,
+    group_colors,
+    labelled,
+    size_colors,
+    start,
+)
+from dinoscale.sweep.laws import Interval, MetricFit
+from dinoscale.sweep.table import Row
+from dinoscale.sweep.words import metric_name, number
+
+SAME = 1.05  # numbers of images or FLOPs up to this factor apart are one group: steps are whole
+GRID = 100  # points of a curve
+Colors = Mapping[float, Any]
+AXES = {
+    "parameters": "parameters of the backbone",
+    "images": "images seen",
+    "flops": "FLOPs of the training",
+}
+
+
+def draw_metric(rows: Sequence[Row], fit: MetricFit) -> dict[str, Plot]:
+    """Draw a metric in all ways that it has data for, by what is shown."""
+    used = measured(rows, fit.metric)
+    colors = size_colors(row.parameters for row in rows)
+    with drawing():
+        plots = {
+            "parameters": _over_parameters(used, fit),
+            "images": _over_images(used, fit, colors),
+            "flops": _over_flops(used, fit, colors),
+            "isoflop": _isoflops(fit),
+            "frontier": _frontiers(fit),
+            "joint": _joint(used, fit, colors),
+            "residuals": _residuals(used, fit, colors),
+            "rates": _rates(fit, colors),
+            "curves": _curves(rows, fit.metric, colors),
+        }
+    return {name: plot for name, plot in plots.items() if plot is not None}
+
+
+def _over_parameters(rows: Sequence[Row], fit: MetricFit) -> Plot | None:
+    if len({row.parameters for row in rows}) < 2:
+        return None
+    legend, groups = "images seen", _groups(rows, lambda row: row.images)
+    if not any(len({row.parameters for row in group}) > 1 for group in groups.values()):
+        legend, groups = "FLOPs", _groups(rows, lambda row: row.flops)
+    return _lines(rows, fit, "parameters", groups, group_colors(groups), legend)
+
+
+def _over_images(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | None:
+    if len({row.images for row in rows}) < 2:
+        return None
+    groups = _groups(rows, lambda row: row.parameters, same=1.0)
+    return _lines(rows, fit, "images", groups, colors, "parameters")
+
+
+def _groups(
+    rows: Sequence[Row], value: Callable[[Row], int], *, same: float = SAME
+) -> dict[float, list[Row]]:
+    """Runs by a value, ascending; values that hardly differ are one group, named by the lowest."""
+    groups: dict[float, list[Row]] = {}
+    for row in sorted(rows, key=value):
+        last = next(reversed(groups), None)
+        key = last if last is not None and value(row) <= same * last else value(row)
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _lines(
+    rows: Sequence[Row],
+    fit: MetricFit,
+    quantity: str,
+    groups: Mapping[float, Sequence[Row]],
+    colors: Colors,
+    legend: str,
+) -> Plot:
+    """Points of all runs and a line through the lowest of each group, with the law."""
+    values = [value_of(row, fit.metric) for row in rows]
+    figure, axes = start(AXES[quantity], metric_name(fit.metric), positive=values)
+    named = labelled(groups)
+    for key, group in groups.items():
+        points = sorted((getattr(row, quantity), value_of(row, fit.metric)) for row in group)
+        lowest = [next(same) for _, same in itertools.groupby(points, lambda point: point[0])]
+        label = f"{number(key)}" if key in named else None
+        axes.plot(*_columns(lowest), color=colors[key], linewidth=1, label=label, **POINT)
+        axes.plot(*_columns(points), color=colors[key], linestyle="", **POINT)
+    _hollow(axes, rows, fit, quantity)
+    _law(axes, fit, quantity, [getattr(row, quantity) for row in rows])
+    return finish(figure, f"{fit.metric}: against {AXES[quantity]}", legend=legend)
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _hollow(axes: Axes, rows: Sequence[Row], fit: MetricFit, quantity: str) -> None:
+    """Mark the runs that the fit left out."""
+    points = [
+        (getattr(row, quantity), value_of(row, fit.metric))
+        for row in rows
+        if row.name in fit.left_out
+    ]
+    if points:
+        axes.plot(*_columns(points), markeredgecolor="#a11", label="left out", zorder=3, **HOLLOW)
+
+
+def _law(axes: Axes, fit: MetricFit, quantity: str, x: Sequence[float]) -> None:
+    law = fit.laws.get(quantity)
+    if law is not None:
+        grid = np.geomspace(min(x), max(x), GRID)
+        label = f"law of the best, {100 * fit.confidence:g} %"
+        draw_band(axes, grid, law.band(grid), label)
+
+
+def _over_flops(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | None:
+    if len({row.flops for row in rows}) < 2:
+        return None
+    figure, axes = start(
+        AXES["flops"],
+        metric_name(fit.metric),
+        positive=[value_of(row, fit.metric) for row in rows],
+    )
+    groups = _groups(rows, lambda row: row.parameters, same=1.0)
+    named = labelled(groups)
+    for size, group in groups.items():
+        points = [(row.flops, value_of(row, fit.metric)) for row in group]
+        label = number(size) if size in named else None
+        axes.plot(*_columns(points), color=colors[size], linestyle="", label=label, **POINT)
+    points = sorted((row.flops, value_of(row, fit.metric)) for row in rows)
+    lowest = itertools.accumulate((y for _, y in points), min)
+    reached = [(x, y) for (x, y), low in zip(points, lowest, strict=True) if y == low]
+    axes.plot(*_columns(reached), color="#888888", linewidth=1, zorder=1.8, label="best so far")
+    _hollow(axes, rows, fit, "flops")
+    expected = _expected(axes, answers(fit))
+    _law(axes, fit, "flops", [row.flops for row in rows] + expected)
+    return finish(figure, f"{fit.metric}: against FLOPs, with the frontier", legend="parameters")
+
+
+def _expected(axes: Axes, found: Sequence[Answer]) -> list[float]:
+    """Mark what to expect of the recommended runs; their budgets."""
+    label = "expected"
+    budgets = []
+    for answer in found:
+        if answer.expected is not None and answer.expected.value > 0:
+            _mark(axes, answer.optimum.flops, answer.expected, label=label)
+            budgets.append(answer.optimum.flops)
+            label = "_"  # once in the legend
+    return budgets
+
+
+def _mark(axes: Axes, x: float, y: Interval, *, label: str) -> None:
+    """A star with the interval of y."""
+    ends = [[max(y.value - y.low, 0)], [max(y.high - y.value, 0)]]
+    if not np.isfinite(ends).all():
+        ends = [[0.0], [0.0]]
+    axes.errorbar(
+        [x], [y.value], yerr=ends, marker="*", linestyle="", label=label,
+        color="#c33", markersize=9, elinewidth=1, zorder=4,
+    )  # fmt: skip
+
+
+def _isoflops(fit: MetricFit) -> Plot | None:
+    if not fit.isoflops:
+        return None
+    values = [float(value) for curve in fit.isoflops for value in curve.y]
+    figure, axes = start(AXES["parameters"], metric_name(fit.metric), positive=values)
+    colors = group_colors(curve.flops for curve in fit.isoflops)
+    named = labelled(colors)
+    label = "minimum"
+    for curve in fit.isoflops:
+        color = colors[curve.flops]
+        name = number(curve.flops) if curve.flops in named else None
+        axes.plot(curve.parameters, curve.y, color=color, linestyle="", label=name, **POINT)
+        grid = np.geomspace(curve.parameters.min(), curve.parameters.max(), GRID)
+        axes.plot(grid, np.polyval(curve.curve, np.log(grid)), color=color, linewidth=1)
+        if curve.optimum is not None:
+            best = curve.optimum.value
+            lowest = float(np.polyval(curve.curve, np.log(best)))
+            axes.plot(
+                [best], [lowest], "*", color=color, markersize=11, zorder=4, label=label,
+                markeredgecolor="black", markeredgewidth=0.6,
+            )  # fmt: skip
+            label = "_"
+    return finish(figure, f"{fit.metric}: sizes of equal cost (isoFLOP)", legend="FLOPs")
+
+
+def _frontiers(fit: MetricFit) -> Plot | None:
+    minima = [(curve.flops, curve.optimum) for curve in fit.isoflops if curve.optimum is not None]
+    if not fit.frontiers:
+        return None
+    flops = [flops for flops, _ in minima] + [found.flops for found in fit.optima]
+    flops += [curve.flops for curve in fit.isoflops]
+    if len(set(flops)) < 2:
+        return None
+    grid = np.geomspace(min(flops), max(flops), GRID)
+    bands = [(frontier, frontier.optimum(grid)) for frontier in fit.frontiers]
+    figure, axes = start(AXES["flops"], "best number of parameters", positive=(1.0,))
+    for flops_of, found in minima:
+        axes.plot([flops_of], [found.value], color="#333333", linestyle="", **POINT)
+        axes.vlines(flops_of, found.low, min(found.high, 10 * found.value), color="#333333", lw=1)
+    for answer in answers(fit):
+        label = "recommended" if answer is answers(fit)[0] else "_"
+        _mark(axes, answer.optimum.flops, answer.optimum.parameters, label=label)
+    axes.set_ylim(*_around([band.value for _, band in bands], axes))
+    for (frontier, band), color in zip(bands, ("#1f77b4", "#d9730d"), strict=False):
+        label = f"{frontier.approach}: exponent {frontier.parameters_exponent.value:.2f}"
+        draw_band(axes, grid, band, label, color=color)
+    return finish(figure, f"{fit.metric}: best size of a budget")
+
+
+def _around(curves: Sequence[Any], axes: Axes) -> tuple[float, float]:
+    low, high = axes.get_ylim()
+    finite = [value for curve in curves for value in curve[np.isfinite(curve)]]
+    return min(low, *finite), max(high, *finite)
+
+
+def _joint(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | None:
+    points = _residual_points(rows, fit)
+    if not points:
+        return None
+    values = [value_of(row, fit.metric) for row, _ in points]
+    name = metric_name(fit.metric)
+    figure, axes = start(f"measured: {name}", f"by the law: {name}", positive=values)
+    groups = {size: [p for p in points if p[0].parameters == size] for size in colors}
+    for size, group in groups.items():
+        xy = [
+            (value_of(row, fit.metric), value_of(row, fit.metric) * float(np.exp(-residual)))
+            for row, residual in group
+        ]
+        label = number(size) if xy and size in labelled(colors) else None
+        axes.plot(*_columns(xy), color=colors[size], linestyle="", label=label, **POINT)
+    ends = [min(values), max(values)]
+    axes.plot(ends, ends, color="#888888", linewidth=1, zorder=1, label="equal")
+    return finish(figure, f"{fit.metric}: joint law against measurement", legend="parameters")
+
+
+def _residual_points(rows: Sequence[Row], fit: MetricFit) -> list[tuple[Row, float]]:
+    """Runs of the joint law with their residuals."""
+    if fit.joint is None:
+        return []
+    residuals = dict(zip(fit.joint.names, fit.joint.residuals.tolist(), strict=True))
+    return [(row, residuals[row.name]) for row in rows if row.name in residuals]
+
+
+def _residuals(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | None:
+    points = _residual_points(rows, fit)
+    if not points:
+        return None
+    figure, axes = start(AXES["images"], "measured over law, minus 1, %", positive=())
+    for size in colors:
+        xy = [
+            (row.images, 100 * float(np.expm1(residual)))
+            for row, residual in points
+            if row.parameters == size
+        ]
+        label = number(size) if xy and size in labelled(colors) else None
+        axes.plot(*_columns(xy), color=colors[size], linestyle="", label=label, **POINT)
+    axes.axhline(0, color="#888888", linewidth=1, zorder=1)
+    return finish(figure, f"{fit.metric}: residuals of the joint law", legend="parameters")
+
+
+def _rates(fit: MetricFit, colors: Colors) -> Plot | None:
+    if not fit.best_rates:
+        return None
+    values = [float(value) for rate in fit.best_rates for value in rate.y]
+    figure, axes = start("peak learning rate", metric_name(fit.metric), positive=values)
+    label = "minimum"
+    for rate in fit.best_rates:
+        color = colors.get(rate.parameters, "#333333")
+        axes.plot(rate.lr, rate.y, color=color, linestyle="", label=f" {rate.label}"[:40], **POINT)
+        grid = np.geomspace(rate.lr.min(), rate.lr.max(), GRID)
+        axes.plot(grid, np.polyval(rate.curve, np.log(grid)), color=color, linewidth=1)
+        if rate.optimum is not None:
+            best = rate.optimum.value
+            lowest = float(np.polyval(rate.curve, np.log(best)))
+            axes.plot(
+                [best], [lowest], "*", color=color, markersize=11, zorder=4, label=label,
+                markeredgecolor="black", markeredgewidth=0.6,
+            )  # fmt: skip
+            label = "_"
+    return finish(figure, f"{fit.metric}: against the learning rate")
+
+
+def _curves(rows: Sequence[Row], metric: str, colors: Colors) -> Plot | None:
+    """The metric over time of every run, failed ones too."""
+    lines = []
+    for row in sorted(rows, key=lambda row: row.parameters):
+        found = [(point.get("images"), point.get(metric)) for point in row.curves]
+        points = [(x, y) for x, y in found if x and y is not None and np.isfinite(y)]
+        if len(points) > 1:
+            lines.append((row.parameters, points))
+    if not lines:
+        return None
+    values = [y for _, points in lines for _, y in points]
+    figure, axes = start("images seen", metric_name(metric), positive=values)
+    named = labelled(size for size, _ in lines)
+    for size, points in lines:
+        label = number(size) if size in named else None
+        named.discard(size)
+        axes.plot(*_columns(points), color=colors[size], linewidth=1, alpha=0.85, label=label)
+    return finish(figure, f"{metric}: over time, all runs", legend="parameters")
