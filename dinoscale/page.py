@@ -61,7 +61,9 @@ dl { display: grid; grid-template-columns: max-content auto; gap: .1em 1.2em; fo
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #245; }
 h3 { font-size: 1em; margin: 1.4em 0 .3em; } ul { margin: .3em 0; padding-left: 1.4em; }
-td.text { text-align: left; } p.warning { color: #a11; }
+td.text { text-align: left; } td.error { min-width: 16em; } p.warning { color: #a11; }
+th.name { min-width: 10em; max-width: 17em; overflow-wrap: anywhere; } figcaption { max-width: 34em; }
+td small { white-space: nowrap; }
 .answer { border-left: .4em solid; background: #f7f7f7; padding: .6em 1.2em; margin: 1em 0; }
 .answer h2 { margin-top: .2em; } .answer .says { font-size: 1.1em; font-weight: 600; }
 .answer.good { border-color: #3a8a3a; } strong.good { color: #276b27; }
@@ -162,9 +164,9 @@ def definitions(pairs: Iterable[tuple[str, str]]) -> Element:
     return element("dl", *parts)
 
 
-def plot_figure(plot: Plot) -> Element:
-    """A plot in a page."""
-    return _figure("svg+xml", plot.svg, plot.caption, "")
+def plot_figure(plot: Plot, words: str = "") -> Element:
+    """A plot in a page, with words below."""
+    return _figure("svg+xml", plot.svg, plot.caption, words)
 
 
 def picture_figure(png: bytes, caption: str) -> Element:

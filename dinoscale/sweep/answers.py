@@ -104,7 +104,8 @@ def _answer(fit: MetricFit, optima: Sequence[Optimum]) -> Answer:
         _graded(
             _width(best.parameters),
             WIDTH,
-            f"the interval of the best size spans a factor of {number(_width(best.parameters))}",
+            "The upper end of the interval of the best size is"
+            f" {number(_width(best.parameters))} times the lower.",
         ),
         _graded(best.extrapolation, EXTRAPOLATION, _extrapolation(best.extrapolation)),
     ]
@@ -114,7 +115,7 @@ def _answer(fit: MetricFit, optima: Sequence[Optimum]) -> Answer:
         reasons.append(
             Reason(
                 Trust.GOOD if apart <= DISAGREEMENT else Trust.LIMITED,
-                f"the two approaches differ by a factor of {number(apart)} in the best size",
+                f"The two approaches agree on the best size within a factor of {number(apart)}.",
             )
         )
     trust = max(reason.trust for reason in [*reasons, *fit_reasons(fit)])
@@ -127,8 +128,8 @@ def _width(found: Interval) -> float:
 
 def _extrapolation(factor: float) -> str:
     if factor <= 1:
-        return "the budget lies within those that were run"
-    return f"the budget is {number(factor)} times the largest that was run"
+        return "The budget is not above those that were run."
+    return f"The budget is {number(factor)} times the largest that was run."
 
 
 def _graded(value: float, marks: tuple[float, float], sentence: str) -> Reason:
@@ -143,12 +144,12 @@ def fit_reasons(fit: MetricFit) -> list[Reason]:
     reasons = [
         Reason(
             Trust.GOOD if many else Trust.LIMITED if fit.num_runs >= FEW_RUNS else Trust.LOW,
-            runs if many else f"{runs}, fewer than {MANY_RUNS}",
+            f"{runs}." if many else f"{runs}, fewer than {MANY_RUNS}.",
         )
     ]
     law = fit.joint or fit.laws.get("flops")
     if law is not None:
-        what = "the joint law" if fit.joint else "the law in FLOPs"
+        what = "The joint law" if fit.joint else "The law in FLOPs"
         reasons.append(
             Reason(
                 Trust.GOOD
@@ -156,25 +157,25 @@ def fit_reasons(fit: MetricFit) -> list[Reason]:
                 else Trust.LIMITED
                 if law.r2 >= LOW_R2
                 else Trust.LOW,
-                f"{what} explains {percent(law.r2)} of the variance among runs (r2)",
+                f"{what} explains {percent(law.r2)} of the differences among runs (r2).",
             )
         )
         reasons.append(_left_out(law.left_out_error))
     else:
-        reasons.append(Reason(Trust.LIMITED, "no law could be fitted over all runs"))
-    reasons += [Reason(Trust.LIMITED, sentence) for sentence in fit.cautions]
+        reasons.append(Reason(Trust.LIMITED, "No law could be fitted over all runs."))
+    reasons += [Reason(Trust.LIMITED, f"{sentence.rstrip('. ')}.") for sentence in fit.cautions]
     return reasons
 
 
 def _left_out(error: float | None) -> Reason:
     if error is None or not math.isfinite(error):
         return Reason(
-            Trust.LIMITED, "too few runs to test whether the fit predicts runs larger than its own"
+            Trust.LIMITED, "Too few runs to test whether the fit predicts runs larger than its own."
         )
     return _graded(
         abs(error),
         LEFT_OUT_ERROR,
-        f"fitted without its largest runs, it misses them by {percent(abs(error))}",
+        f"Fitted without its largest runs, it misses them by {percent(abs(error))}.",
     )
 
 

@@ -16,7 +16,7 @@ from dinoscale.page import Plot, finish_plot, printable
 from dinoscale.sweep.laws import Band, Numbers
 from dinoscale.sweep.words import number
 
-WIDTH, HEIGHT = 5.2, 3.3  # inches, the height without its legend: two plots fit side by side
+WIDTH, HEIGHT = 5.0, 3.2  # inches, the height without its legend: two plots fit side by side
 LEGEND_LINE, LEGEND_COLUMNS = 0.2, 4
 LABELS = 8  # of one kind in a legend; of more, evenly chosen ones
 TICKS = (4, 7)  # on an axis: at least, if its range has round numbers, and at most
@@ -139,7 +139,10 @@ def log_ticks(low: float, high: float) -> list[float]:
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= TICKS[0]:
             return ticks[:: math.ceil(len(ticks) / TICKS[1])]
-    ticks = [float(tick) for tick in MaxNLocator(TICKS[0] + 1).tick_values(low, high)]
+    ticks = [
+        float(tick)
+        for tick in MaxNLocator(TICKS[0] + 1, steps=[1, 2, 5, 10]).tick_values(low, high)
+    ]
     return [tick for tick in ticks if low <= tick <= high]
 
 

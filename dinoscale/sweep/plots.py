@@ -23,7 +23,7 @@ from dinoscale.sweep.axes import (
 )
 from dinoscale.sweep.laws import Interval, MetricFit
 from dinoscale.sweep.table import Row
-from dinoscale.sweep.words import metric_name, number
+from dinoscale.sweep.words import metric_unit, number
 
 SAME = 1.05  # numbers of images or FLOPs up to this factor apart are one group: steps are whole
 GRID = 100  # points of a curve
@@ -92,7 +92,7 @@ def _lines(
 ) -> Plot:
     """Points of all runs and a line through the lowest of each group, with the law."""
     values = [value_of(row, fit.metric) for row in rows]
-    figure, axes = start(AXES[quantity], metric_name(fit.metric), positive=values)
+    figure, axes = start(AXES[quantity], metric_unit(fit.metric), positive=values)
     named = labelled(groups)
     for key, group in groups.items():
         points = sorted((getattr(row, quantity), value_of(row, fit.metric)) for row in group)
@@ -124,7 +124,7 @@ def _law(axes: Axes, fit: MetricFit, quantity: str, x: Sequence[float]) -> None:
     law = fit.laws.get(quantity)
     if law is not None:
         grid = np.geomspace(min(x), max(x), GRID)
-        label = f"law of the best, {100 * fit.confidence:g} %"
+        label = f"law, {100 * fit.confidence:g} % interval"
         draw_band(axes, grid, law.band(grid), label)
 
 
@@ -133,7 +133,7 @@ def _over_flops(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | N
         return None
     figure, axes = start(
         AXES["flops"],
-        metric_name(fit.metric),
+        metric_unit(fit.metric),
         positive=[value_of(row, fit.metric) for row in rows],
     )
     groups = _groups(rows, lambda row: row.parameters, same=1.0)
@@ -179,7 +179,7 @@ def _isoflops(fit: MetricFit) -> Plot | None:
     if not fit.isoflops:
         return None
     values = [float(value) for curve in fit.isoflops for value in curve.y]
-    figure, axes = start(AXES["parameters"], metric_name(fit.metric), positive=values)
+    figure, axes = start(AXES["parameters"], metric_unit(fit.metric), positive=values)
     colors = group_colors(curve.flops for curve in fit.isoflops)
     named = labelled(colors)
     label = "minimum"
@@ -220,7 +220,8 @@ def _frontiers(fit: MetricFit) -> Plot | None:
     axes.set_ylim(*_around([band.value for _, band in bands], axes))
     for (frontier, band), color in zip(bands, ("#1f77b4", "#d9730d"), strict=False):
         label = f"{frontier.approach}: exponent {frontier.parameters_exponent.value:.2f}"
-        draw_band(axes, grid, band, label, color=color)
+        line = "-" if frontier.approach == "isoflop" else "--"
+        draw_band(axes, grid, band, label, color=color, linestyle=line)
     return finish(figure, f"{fit.metric}: best size of a budget")
 
 
@@ -235,7 +236,7 @@ def _joint(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | None:
     if not points:
         return None
     values = [value_of(row, fit.metric) for row, _ in points]
-    name = metric_name(fit.metric)
+    name = metric_unit(fit.metric)
     figure, axes = start(f"measured: {name}", f"by the law: {name}", positive=values)
     groups = {size: [p for p in points if p[0].parameters == size] for size in colors}
     for size, group in groups.items():
@@ -279,7 +280,7 @@ def _rates(fit: MetricFit, colors: Colors) -> Plot | None:
     if not fit.best_rates:
         return None
     values = [float(value) for rate in fit.best_rates for value in rate.y]
-    figure, axes = start("peak learning rate", metric_name(fit.metric), positive=values)
+    figure, axes = start("peak learning rate", metric_unit(fit.metric), positive=values)
     label = "minimum"
     for rate in fit.best_rates:
         color = colors.get(rate.parameters, "#333333")
@@ -308,7 +309,7 @@ def _curves(rows: Sequence[Row], metric: str, colors: Colors) -> Plot | None:
     if not lines:
         return None
     values = [y for _, points in lines for _, y in points]
-    figure, axes = start("images seen", metric_name(metric), positive=values)
+    figure, axes = start("images seen", metric_unit(metric), positive=values)
     named = labelled(size for size, _ in lines)
     for size, points in lines:
         label = number(size) if size in named else None

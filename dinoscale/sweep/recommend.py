@@ -24,7 +24,7 @@ from dinoscale.page import printable
 from dinoscale.sweep.answers import Answer, best_answers, fit_reasons, measured, value_of
 from dinoscale.sweep.laws import MetricFit
 from dinoscale.sweep.table import Row
-from dinoscale.sweep.words import interval, number
+from dinoscale.sweep.words import exponential, interval, metric_name, number
 
 MARK = "# Recommended by `dinoscale sweep`."  # the first line of every preset written here
 RUN_DIR = "runs/recommended"
@@ -254,12 +254,12 @@ def _comments(found: Recommendation, fit: MetricFit) -> str:
     optimum, answer = found.answer.optimum, found.answer
     expected = f"; expect {interval(answer.expected)}" if answer.expected else ""
     paragraphs = [
-        f"For the lowest {found.metric} of a training of {optimum.flops:.3g} FLOPs, by the"
+        f"For the lowest {metric_name(found.metric)} of a training of"
+        f" {exponential(optimum.flops)} FLOPs, by the"
         f" {optimum.approach} approach ({100 * fit.confidence:g} % intervals): parameters"
         f" {interval(optimum.parameters)}, images {interval(optimum.images)}{expected}.",
         f"Trust: {answer.trust.name.lower()}. "
-        + "; ".join(reason.sentence for reason in [*answer.reasons, *fit_reasons(fit)])
-        + ".",
+        + " ".join(reason.sentence for reason in [*answer.reasons, *fit_reasons(fit)]),
         f"Here: {number(found.size.parameters)} parameters, the nearest size of the ladder, and"
         f" {number(found.images)} images for the same FLOPs. Peak learning rate"
         f" {number(found.lr)}, from {found.lr_from}. All other settings are of run"

@@ -29,13 +29,35 @@ from dinoscale.sweep.report_tables import (
     versions_list,
 )
 from dinoscale.sweep.table import Row
-from dinoscale.sweep.words import PREFIXES_SAY, flops, interval, metric_name, number
+from dinoscale.sweep.words import exponential, flops, interval, metric_name, number
 
 VERDICTS = {
     Trust.GOOD: "Trust: good. Nothing found speaks against it.",
     Trust.LIMITED: "Trust: limited. Use it as a direction and check it with one cheaper run.",
     Trust.LOW: "Trust: low. Do not spend a large budget on it yet.",
 }
+EXPLAINED = {
+    "parameters": "Going right along a line, only the model grows. Lines that flatten want more"
+    " images.",
+    "images": "Going right along a line, one model sees more images. Lines that flatten want a"
+    " larger model.",
+    "flops": "All runs by their cost. Gray is the lowest value that any cost has reached; a star is"
+    " what to expect of a budget.",
+    "isoflop": "Runs of a color cost the same: small models see many images, large ones few. The"
+    " lowest point of a curve is the best size for its cost.",
+    "frontier": "How the best size grows with the budget. Dots are the lowest points of the curves"
+    " of equal cost, stars what is recommended.",
+    "joint": "The closer to the line, the better the law describes a run.",
+    "residuals": "How far runs are from the joint law. A pattern here means that the law misses"
+    " something.",
+    "rates": "Only the learning rate differs along a curve. One that is lowest at an end needs"
+    " rates beyond it.",
+    "curves": "While the runs trained, failed ones too.",
+}
+SYMBOLS = (
+    "Below, y is the metric, N the parameters, D the images seen, C the FLOPs; E is the floor that"
+    " no size and no number of images would get below. Intervals are below their estimates."
+)
 
 
 def write_page(
@@ -80,9 +102,10 @@ def _summary(rows: Sequence[Row]) -> str:
     spread = f"{len(sizes)} sizes from {number(sizes[0])} to" if len(sizes) > 1 else "one size of"
     return (
         f"{len(rows) - failed} runs are done, {failed} failed; {spread} {number(sizes[-1])}"
-        f" parameters. All together took {number(took['hours'])} hours,"
-        f" {number(took['rank_hours'])} hours times processes, {flops(took['flops'])}."
-        f" Every metric is the better the smaller it is. Prefixes of numbers, {PREFIXES_SAY}."
+        f" parameters. All together trained {number(took['hours'])} hours"
+        f" ({number(took['rank_hours'])} process hours), {flops(took['flops'])}. Of every metric"
+        " less is better. In numbers, k is 10^3, M 10^6, G 10^9, T 10^12, P 10^15, E 10^18, Z"
+        " 10^21; FLOPs are the floating-point operations of a whole training."
         if rows
         else "No run has ended yet."
     )
@@ -106,11 +129,11 @@ def _answer(rows: Sequence[Row], fit: MetricFit) -> Element:
 def _budget(answer: Answer, fit: MetricFit) -> list[Element]:
     best = answer.optimum
     sentence = (
-        f"With {flops(best.flops)} ({best.flops:.2g}), train a model of"
+        f"With {flops(best.flops)} ({exponential(best.flops)}), train a model of"
         f" {interval(best.parameters)} parameters on {interval(best.images)} images"
     )
     if answer.expected is not None:
-        sentence += f"; expect {interval(answer.expected)}, {metric_name(fit.metric)}"
+        sentence += f"; expect a {metric_name(fit.metric)} of {interval(answer.expected)}"
     approach = {
         "joint": "From the law fitted to all runs",
         "isoflop": "From the minima among runs of equal cost",
@@ -129,6 +152,8 @@ def _budget(answer: Answer, fit: MetricFit) -> list[Element]:
 def _nothing(rows: Sequence[Row], fit: MetricFit) -> Element:
     """That there is no fit to decide by, and what was best so far."""
     said = f"The runs do not support a recommendation for {fit.metric}."
+    if fit.optima:
+        said += " Their best size and number of images have no bounds."
     best = best_run(rows, fit.metric)
     if best is None:
         return element("p", f"{said} No run has measured it.", class_="says")
@@ -136,8 +161,8 @@ def _nothing(rows: Sequence[Row], fit: MetricFit) -> Element:
     return element(
         "p",
         f"{said} The best measured of {count} is {best.name}: {number(best.parameters)}"
-        f" parameters, {number(best.images)} images, peak learning rate {number(best.lr)},"
-        f" {metric_name(fit.metric)}: {number(value_of(best, fit.metric))}.",
+        f" parameters, {number(best.images)} images, peak learning rate {number(best.lr)};"
+        f" {metric_name(fit.metric)} {number(value_of(best, fit.metric), zeros=True)}.",
         class_="says",
     )
 
@@ -170,9 +195,12 @@ def _preset(recommended: Recommendation | str) -> Element:
 
 def _metric(rows: Sequence[Row], fit: MetricFit, plots: Mapping[str, Plot]) -> list[Element]:
     tables = [part for title, made in sections(rows, fit) for part in (element("h3", title), made)]
+    if not plots and not tables:
+        return []
     return [
         element("h2", f"{fit.metric}: plots and laws"),
-        *(page.plot_figure(plot) for plot in plots.values()),
+        *(page.plot_figure(plot, EXPLAINED[name]) for name, plot in plots.items()),
+        element("p", SYMBOLS),
         *tables,
     ]
 

@@ -11,11 +11,12 @@ import numpy as np
 from dinoscale import page
 from dinoscale.page import element
 from dinoscale.sweep.answers import best_run, measured, value_of
-from dinoscale.sweep.laws import MetricFit
+from dinoscale.sweep.laws import Interval, MetricFit
 from dinoscale.sweep.table import Row
-from dinoscale.sweep.words import interval, metric_name, number, percent
+from dinoscale.sweep.words import ends, exponential, metric_unit, number, percent
 
 OUTLIER = 3.0  # robust standard deviations of the residuals
+ERROR_SHOWN = 300  # letters
 _NORMAL = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
 Cells = Sequence[str | Element]
 
@@ -25,7 +26,7 @@ def runs_table(rows: Sequence[Row]) -> Element:
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
     best = {name: best_run(rows, name) for name in metrics}
     heads = ["run", "parameters", "width x depth", "images", "FLOPs", "batch", "peak rate", "seed"]
-    heads += [*(metric_name(name) for name in metrics), "hours", "status"]
+    heads += [*(metric_unit(name) for name in metrics), "hours", "status"]
     lines = []
     for row in sorted(rows, key=lambda row: (row.parameters, row.images, row.name)):
         shape = f"{row.embed_dim} x {row.depth}" if row.embed_dim else "-"
@@ -35,19 +36,19 @@ def runs_table(rows: Sequence[Row]) -> Element:
         ]
         for name in metrics:
             bold = {"class_": "best"} if row is best[name] else {}
-            cells.append(element("td", number(row.metrics.get(name), digits=4), **bold))
+            cells.append(element("td", _metric(row.metrics.get(name)), **bold))
         tried = f" ({row.attempts} attempts)" if row.attempts > 1 else ""
         status = element("td", f"done{tried}")
         if row.status == "failed":
-            status = element("td", f"failed{tried}: {row.error}", class_="error")
-        cells += [_hours(row.seconds), status]
+            status = element("td", f"failed{tried}: {_short(row.error)}", class_="error")
+        cells += [number(row.seconds / 3600), status]
         lines.append(_line(row.name, cells))
     return page.table([element("th", head, scope="col") for head in heads], lines)
 
 
 def _line(name: str, cells: Cells) -> Element:
     made = [cell if isinstance(cell, Element) else element("td", cell) for cell in cells]
-    return element("tr", element("th", name, scope="row"), *made)
+    return element("tr", element("th", name, scope="row", class_="name"), *made)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Cells]) -> Element:
@@ -55,8 +56,12 @@ def _table(heads: Sequence[str], rows: Sequence[Cells]) -> Element:
     return page.table([element("th", head, scope="col") for head in heads], lines)
 
 
-def _hours(seconds: float) -> str:
-    return number(seconds / 3600)
+def _metric(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= ERROR_SHOWN else f"{text[:ERROR_SHOWN]} ..."
 
 
 def laws_table(fit: MetricFit) -> Element | None:
@@ -67,9 +72,9 @@ def laws_table(fit: MetricFit) -> Element | None:
         rows.append(
             [
                 f"y = E + A / {symbol}^a, best runs along {law.quantity}",
-                interval(law.irreducible),
-                f"A {interval(law.coefficient)}",
-                f"a {interval(law.exponent)}",
+                _estimate(law.irreducible),
+                _estimate(law.coefficient, "A"),
+                _estimate(law.exponent, "a"),
                 *_goodness(len(law.x), law.r2, law.left_out_error),
             ]
         )
@@ -78,15 +83,9 @@ def laws_table(fit: MetricFit) -> Element | None:
         rows.append(
             [
                 "y = E + A / N^a + B / D^b, all runs",
-                interval(joint.irreducible),
-                _two(
-                    f"A {interval(joint.parameters_coefficient)}",
-                    f"B {interval(joint.images_coefficient)}",
-                ),
-                _two(
-                    f"a {interval(joint.parameters_exponent)}",
-                    f"b {interval(joint.images_exponent)}",
-                ),
+                _estimate(joint.irreducible),
+                _two(joint.parameters_coefficient, joint.images_coefficient, "AB"),
+                _two(joint.parameters_exponent, joint.images_exponent, "ab"),
                 *_goodness(len(joint.names), joint.r2, joint.left_out_error),
             ]
         )
@@ -94,10 +93,7 @@ def laws_table(fit: MetricFit) -> Element | None:
         [
             f"best N ~ C^p, D ~ C^q, {found.approach}",
             *("", ""),
-            _two(
-                f"p {interval(found.parameters_exponent)}",
-                f"q {interval(found.images_exponent)}",
-            ),
+            _two(found.parameters_exponent, found.images_exponent, "pq"),
             *("", "", ""),
         ]
         for found in fit.frontiers
@@ -106,8 +102,19 @@ def laws_table(fit: MetricFit) -> Element | None:
     return _table(heads, rows) if rows else None
 
 
-def _two(first: str, second: str) -> Element:
-    return element("td", first, element("br"), second)
+def _estimate(found: Interval, symbol: str = "") -> Element:
+    """A cell of an estimate and, below, its interval."""
+    return element("td", *_parts(found, symbol))
+
+
+def _two(first: Interval, second: Interval, symbols: str) -> Element:
+    """The same for two."""
+    return element("td", *_parts(first, symbols[0]), *_parts(second, symbols[1]))
+
+
+def _parts(found: Interval, symbol: str) -> tuple[str, Element]:
+    name = f"{symbol} = " if symbol else ""
+    return f"{name}{number(found.value, zeros=True)}", element("small", ends(found))
 
 
 def _goodness(points: int, r2: float, left_out: float | None) -> list[str]:
@@ -118,16 +125,16 @@ def optima_table(fit: MetricFit) -> Element | None:
     """The best use of each budget by each approach."""
     rows = [
         [
-            f"{number(found.flops)} ({found.flops:.2g})",
+            f"{number(found.flops)} ({exponential(found.flops)})",
             found.approach,
-            interval(found.parameters),
-            interval(found.images),
-            interval(found.metric) if found.metric else "-",
+            _estimate(found.parameters),
+            _estimate(found.images),
+            _estimate(found.metric) if found.metric else "-",
             number(found.extrapolation),
         ]
         for found in fit.optima
     ]
-    heads = ["FLOPs", "approach", "parameters", "images", metric_name(fit.metric)]
+    heads = ["FLOPs", "approach", "parameters", "images", metric_unit(fit.metric)]
     return _table([*heads, "times the largest run"], rows) if rows else None
 
 
@@ -135,9 +142,9 @@ def minima_table(fit: MetricFit) -> Element | None:
     """The minimum of each isoFLOP parabola."""
     rows = [
         [
-            f"{number(curve.flops)} ({curve.flops:.2g})",
+            f"{number(curve.flops)} ({exponential(curve.flops)})",
             str(len(curve.y)),
-            interval(curve.optimum) if curve.optimum else "none within the sizes",
+            _estimate(curve.optimum) if curve.optimum else "none within the sizes",
         ]
         for curve in fit.isoflops
     ]
@@ -152,7 +159,7 @@ def rates_table(fit: MetricFit) -> Element | None:
             number(rate.parameters),
             number(rate.batch_size),
             str(len(rate.lr)),
-            interval(rate.optimum) if rate.optimum else "none within the rates",
+            _estimate(rate.optimum) if rate.optimum else "none within the rates",
         ]
         for rate in fit.best_rates
     ]
@@ -190,13 +197,13 @@ def outliers_table(rows: Sequence[Row], fit: MetricFit) -> Element | None:
             row.name,
             number(row.parameters),
             number(row.images),
-            number(value_of(row, fit.metric), digits=4),
+            _metric(value_of(row, fit.metric)),
             percent(far[row.name], sign=True),
         ]
         for row in measured(rows, fit.metric)
         if row.name in far
     ]
-    heads = ["run", "parameters", "images", metric_name(fit.metric), "against the law"]
+    heads = ["run", "parameters", "images", metric_unit(fit.metric), "against the law"]
     return _table(heads, lines) if lines else None
 
 
