@@ -61,7 +61,7 @@ dl { display: grid; grid-template-columns: max-content auto; gap: .1em 1.2em; fo
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #245; }
 h3 { font-size: 1em; margin: 1.4em 0 .3em; } ul { margin: .3em 0; padding-left: 1.4em; }
-td.text { text-align: left; } td.error { min-width: 16em; } p.warning { color: #a11; }
+td.text { text-align: left; max-width: 45em; overflow-wrap: anywhere; } p.warning { color: #a11; }
 th.name { min-width: 10em; max-width: 17em; overflow-wrap: anywhere; } figcaption { max-width: 34em; }
 td small { white-space: nowrap; }
 .answer { border-left: .4em solid; background: #f7f7f7; padding: .6em 1.2em; margin: 1em 0; }

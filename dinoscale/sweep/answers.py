@@ -115,7 +115,7 @@ def _answer(fit: MetricFit, optima: Sequence[Optimum]) -> Answer:
         reasons.append(
             Reason(
                 Trust.GOOD if apart <= DISAGREEMENT else Trust.LIMITED,
-                f"The two approaches agree on the best size within a factor of {number(apart)}.",
+                f"The two approaches agree on the best size within a factor of {apart:.2f}.",
             )
         )
     trust = max(reason.trust for reason in [*reasons, *fit_reasons(fit)])

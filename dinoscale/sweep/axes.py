@@ -19,7 +19,7 @@ from dinoscale.sweep.words import number
 WIDTH, HEIGHT = 5.0, 3.2  # inches, the height without its legend: two plots fit side by side
 LEGEND_LINE, LEGEND_COLUMNS = 0.2, 4
 LABELS = 8  # of one kind in a legend; of more, evenly chosen ones
-TICKS = (4, 7)  # on an axis: at least, if its range has round numbers, and at most
+TICKS = (3, 7)  # on an axis, at least and at most
 _ROUND = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))  # in a decade
 _SIZES = matplotlib.colormaps["viridis"], 0.0, 0.85  # without the end that white paper hides
 _OTHERS = matplotlib.colormaps["plasma"], 0.1, 0.85
@@ -139,11 +139,12 @@ def log_ticks(low: float, high: float) -> list[float]:
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= TICKS[0]:
             return ticks[:: math.ceil(len(ticks) / TICKS[1])]
-    ticks = [
-        float(tick)
-        for tick in MaxNLocator(TICKS[0] + 1, steps=[1, 2, 5, 10]).tick_values(low, high)
-    ]
-    return [tick for tick in ticks if low <= tick <= high]
+    for bins in range(TICKS[0] + 1, 4 * TICKS[0]):
+        even = MaxNLocator(bins, steps=[1, 2, 5, 10]).tick_values(low, high)
+        ticks = [float(tick) for tick in even if low <= tick <= high]
+        if len(ticks) >= TICKS[0]:
+            break
+    return ticks
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:

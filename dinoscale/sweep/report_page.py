@@ -23,6 +23,7 @@ from dinoscale.sweep.laws import MetricFit
 from dinoscale.sweep.recommend import Recommendation
 from dinoscale.sweep.report_tables import (
     cost,
+    failed_table,
     runs_table,
     sections,
     version_differences,
@@ -85,6 +86,7 @@ def write_page(
         *(_answer(rows, fit) for fit in fits),
         *([] if fits else [element("p", "No metric was measured, so nothing can be fitted.")]),
         _preset(recommended),
+        *_failed(rows),
         *(part for fit in fits for part in _metric(rows, fit, plots[fit.metric])),
         element("h2", "Runs"),
         element("p", "The lowest value of each metric is bold."),
@@ -191,6 +193,11 @@ def _preset(recommended: Recommendation | str) -> Element:
         f" learning rate {number(recommended.lr)} from {recommended.lr_from}, and all other"
         f" settings of {recommended.nearest}.",
     )
+
+
+def _failed(rows: Sequence[Row]) -> list[Element]:
+    made = failed_table(rows)
+    return [] if made is None else [element("h2", "Failed runs"), made]
 
 
 def _metric(rows: Sequence[Row], fit: MetricFit, plots: Mapping[str, Plot]) -> list[Element]:

@@ -22,26 +22,34 @@ Cells = Sequence[str | Element]
 
 
 def runs_table(rows: Sequence[Row]) -> Element:
-    """Every run with its size, cost and metrics; of failed ones, why."""
+    """Every run with its size, cost and metrics."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
     best = {name: best_run(rows, name) for name in metrics}
-    heads = ["run", "parameters", "width x depth", "images", "FLOPs", "batch", "peak rate", "seed"]
-    heads += [*(metric_unit(name) for name in metrics), "hours", "status"]
+    heads = [
+        "run",
+        "status",
+        "parameters",
+        "width x depth",
+        "images",
+        "FLOPs",
+        "batch",
+        "peak rate",
+        "seed",
+    ]
+    heads += [*(metric_unit(name) for name in metrics), "hours"]
     lines = []
     for row in sorted(rows, key=lambda row: (row.parameters, row.images, row.name)):
         shape = f"{row.embed_dim} x {row.depth}" if row.embed_dim else "-"
+        failed = row.status == "failed"
         cells: list[str | Element] = [
+            element("td", "failed", class_="error") if failed else "done",
             *(number(row.parameters), shape, number(row.images), number(row.flops)),
             *(number(row.batch_size), number(row.lr), str(row.seed)),
         ]
         for name in metrics:
             bold = {"class_": "best"} if row is best[name] else {}
             cells.append(element("td", _metric(row.metrics.get(name)), **bold))
-        tried = f" ({row.attempts} attempts)" if row.attempts > 1 else ""
-        status = element("td", f"done{tried}")
-        if row.status == "failed":
-            status = element("td", f"failed{tried}: {_short(row.error)}", class_="error")
-        cells += [number(row.seconds / 3600), status]
+        cells.append(number(row.seconds / 3600))
         lines.append(_line(row.name, cells))
     return page.table([element("th", head, scope="col") for head in heads], lines)
 
@@ -58,6 +66,16 @@ def _table(heads: Sequence[str], rows: Sequence[Cells]) -> Element:
 
 def _metric(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def failed_table(rows: Sequence[Row]) -> Element | None:
+    """Runs that failed, and why."""
+    lines = [
+        [row.name, str(row.attempts), element("td", _short(row.error), class_="text")]
+        for row in rows
+        if row.status == "failed"
+    ]
+    return _table(["run", "attempts", "why it failed"], lines) if lines else None
 
 
 def _short(text: str) -> str:
@@ -203,7 +221,7 @@ def outliers_table(rows: Sequence[Row], fit: MetricFit) -> Element | None:
         for row in measured(rows, fit.metric)
         if row.name in far
     ]
-    heads = ["run", "parameters", "images", metric_unit(fit.metric), "against the law"]
+    heads = ["run", "status", "parameters", "images", metric_unit(fit.metric), "against the law"]
     return _table(heads, lines) if lines else None
 
 
