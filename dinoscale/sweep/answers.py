@@ -87,7 +87,7 @@ def answers(fit: MetricFit) -> list[Answer]:
 def _is_supported(optimum: Optimum) -> bool:
     """Whether its intervals have both ends."""
     return all(
-        0 < found.low <= found.value <= found.high < math.inf
+        0 < found.low < math.inf and 0 < found.value < math.inf and 0 < found.high < math.inf
         for found in (optimum.parameters, optimum.images)
     )
 

@@ -20,6 +20,7 @@ WIDTH, HEIGHT = 5.0, 3.2  # inches, the height without its legend: two plots fit
 LEGEND_LINE, LEGEND_COLUMNS = 0.2, 4
 LABELS = 8  # of one kind in a legend; of more, evenly chosen ones
 TICKS = (3, 7)  # on an axis, at least and at most
+MARGIN = 0.15  # of the range of the points, that a law may go beyond
 _ROUND = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))  # in a decade
 _SIZES = matplotlib.colormaps["viridis"], 0.0, 0.85  # without the end that white paper hides
 _OTHERS = matplotlib.colormaps["plasma"], 0.1, 0.85
@@ -86,20 +87,23 @@ def draw_band(axes: Axes, x: Numbers, band: Band, label: str, **style: Any) -> N
         style: of the line.
     """
     low, high = axes.get_ylim()
-    lowest = low / 3 if axes.get_yscale() == "log" else low - (high - low)
-    highest = high * 3 if axes.get_yscale() == "log" else high + (high - low)
-    values, lows, highs = (
+    if axes.get_yscale() == "log":
+        reach = (high / low) ** MARGIN
+        lowest, highest = low / reach, high * reach
+    else:
+        reach = (high - low) * MARGIN
+        lowest, highest = low - reach, high + reach
+    inside = (band.value >= lowest) & (band.value <= highest)
+    values = np.where(inside, band.value, np.nan)
+    lows, highs = (
         np.clip(np.nan_to_num(ends, nan=lowest, posinf=highest, neginf=lowest), lowest, highest)
-        for ends in (band.value, band.low, band.high)
+        for ends in (band.low, band.high)
     )
     axes.plot(x, values, label=label, zorder=1.5, **{**LAW, **style})
     color = style.get("color", LAW["color"])
     axes.fill_between(x, lows, highs, color=color, alpha=0.13, linewidth=0, zorder=1)
-    margin = (high / low) ** 0.15 if axes.get_yscale() == "log" else 1.0
-    axes.set_ylim(
-        max(min(low, float(values.min())), low / margin) if margin > 1 else low,
-        min(max(high, float(values.max())), high * margin) if margin > 1 else high,
-    )
+    drawn = [float(value) for value in values[inside]]
+    axes.set_ylim(min([low, *drawn]), max([high, *drawn]))
 
 
 def finish(figure: Figure, caption: str, *, legend: str = "") -> Plot:

@@ -213,10 +213,12 @@ def _frontiers(fit: MetricFit) -> Plot | None:
     figure, axes = start(AXES["flops"], "best number of parameters", positive=(1.0,))
     for flops_of, found in minima:
         axes.plot([flops_of], [found.value], color="#333333", linestyle="", **POINT)
-        axes.vlines(flops_of, found.low, min(found.high, 10 * found.value), color="#333333", lw=1)
+        low, high = max(found.low, found.value / 10), min(found.high, 10 * found.value)
+        axes.vlines(flops_of, low, high, color="#333333", linewidth=1)
+    label = "recommended"
     for answer in answers(fit):
-        label = "recommended" if answer is answers(fit)[0] else "_"
         _mark(axes, answer.optimum.flops, answer.optimum.parameters, label=label)
+        label = "_"
     axes.set_ylim(*_around([band.value for _, band in bands], axes))
     for (frontier, band), color in zip(bands, ("#1f77b4", "#d9730d"), strict=False):
         label = f"{frontier.approach}: exponent {frontier.parameters_exponent.value:.2f}"
@@ -233,17 +235,22 @@ def _around(curves: Sequence[Any], axes: Axes) -> tuple[float, float]:
 
 def _joint(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | None:
     points = _residual_points(rows, fit)
-    if not points:
+    if not points or fit.joint is None:
         return None
-    values = [value_of(row, fit.metric) for row, _ in points]
+    law = fit.joint.band(
+        np.array([float(row.parameters) for row, _ in points]),
+        np.array([float(row.images) for row, _ in points]),
+    ).value
+    # Of several seeds the law has the mean, so that a run's own value may not be what was fitted.
+    pairs = [
+        (row.parameters, float(by_law * np.exp(residual)), float(by_law))
+        for (row, residual), by_law in zip(points, law, strict=True)
+    ]
+    values = [y for _, y, _ in pairs]
     name = metric_unit(fit.metric)
     figure, axes = start(f"measured: {name}", f"by the law: {name}", positive=values)
-    groups = {size: [p for p in points if p[0].parameters == size] for size in colors}
-    for size, group in groups.items():
-        xy = [
-            (value_of(row, fit.metric), value_of(row, fit.metric) * float(np.exp(-residual)))
-            for row, residual in group
-        ]
+    for size in colors:
+        xy = [(measured, by_law) for n, measured, by_law in pairs if n == size]
         label = number(size) if xy and size in labelled(colors) else None
         axes.plot(*_columns(xy), color=colors[size], linestyle="", label=label, **POINT)
     ends = [min(values), max(values)]
@@ -282,9 +289,13 @@ def _rates(fit: MetricFit, colors: Colors) -> Plot | None:
     values = [float(value) for rate in fit.best_rates for value in rate.y]
     figure, axes = start("peak learning rate", metric_unit(fit.metric), positive=values)
     label = "minimum"
+    named: set[str] = set()
     for rate in fit.best_rates:
         color = colors.get(rate.parameters, "#333333")
-        axes.plot(rate.lr, rate.y, color=color, linestyle="", label=f" {rate.label}"[:40], **POINT)
+        name = f"{number(rate.parameters)}, batch {number(rate.batch_size)}"
+        once = None if name in named else name
+        named.add(name)
+        axes.plot(rate.lr, rate.y, color=color, linestyle="", label=once, **POINT)
         grid = np.geomspace(rate.lr.min(), rate.lr.max(), GRID)
         axes.plot(grid, np.polyval(rate.curve, np.log(grid)), color=color, linewidth=1)
         if rate.optimum is not None:
@@ -295,7 +306,7 @@ def _rates(fit: MetricFit, colors: Colors) -> Plot | None:
                 markeredgecolor="black", markeredgewidth=0.6,
             )  # fmt: skip
             label = "_"
-    return finish(figure, f"{fit.metric}: against the learning rate")
+    return finish(figure, f"{fit.metric}: against the learning rate", legend="parameters")
 
 
 def _curves(rows: Sequence[Row], metric: str, colors: Colors) -> Plot | None:

@@ -6,6 +6,7 @@ The optimum is that of the first budget of the first metric which has a supporte
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import tempfile
 import textwrap
@@ -152,9 +153,9 @@ def nearest_size(
 ) -> Size:
     """The ViT closest to a number of parameters on the path through the sizes that were run.
 
-    Along the path, width and depth are interpolated over log N, and outside go on as between the
-    two outermost sizes (with one size alone, its depth stays); widths are whole multiples of the
-    width of a head.
+    Along the path, logs of width and depth are interpolated over log N, and outside go on as
+    between the two outermost sizes (with one size alone, its depth stays). Of the whole numbers of
+    heads and blocks around it, those with the nearest number of parameters are taken.
 
     Args:
         rows: runs, for their sizes.
@@ -186,8 +187,9 @@ def nearest_size(
     more = nearest.parameters / count(nearest.embed_dim, nearest.depth)
     head_width = nearest.embed_dim // heads
     sizes = {
-        (max(1, round(width / head_width)), max(1, round(depth)))
+        size
         for width, depth in _path(rows, parameters)
+        for size in itertools.product(_whole(width / head_width), _whole(depth))
     }
     num_heads, depth = min(
         sorted(sizes),
@@ -211,6 +213,12 @@ def _path(rows: Sequence[Row], parameters: float) -> list[tuple[float, float]]:
     grid = math.log(parameters) + np.linspace(-reach, reach, _STEPS)
     path = make_interp_spline(log_n, log_sizes, k=1)(grid)  # (steps, 2)
     return [(width, depth) for width, depth in np.exp(np.clip(path, 0, _MOST)).tolist()]
+
+
+def _whole(value: float) -> set[int]:
+    """The whole numbers around a value, itself where it is one up to rounding."""
+    near = round(value, 6)
+    return {max(1, math.floor(near)), max(1, math.ceil(near))}
 
 
 def _rate(fit: MetricFit, config: RunConfig, nearest: Row, size: Size) -> tuple[float | None, str]:

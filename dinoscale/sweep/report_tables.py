@@ -70,7 +70,7 @@ def _metric(value: float | None) -> str:
 
 def failed_table(rows: Sequence[Row]) -> Element | None:
     """Runs that failed, and why."""
-    lines = [
+    lines: list[Cells] = [
         [row.name, str(row.attempts), element("td", _short(row.error), class_="text")]
         for row in rows
         if row.status == "failed"
