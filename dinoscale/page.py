@@ -61,9 +61,11 @@ dl { display: grid; grid-template-columns: max-content auto; gap: .1em 1.2em; fo
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #245; }
 h3 { font-size: 1em; margin: 1.4em 0 .3em; } ul { margin: .3em 0; padding-left: 1.4em; }
-td.text { text-align: left; max-width: 45em; overflow-wrap: anywhere; } p.warning { color: #a11; }
+th.text, td.text { text-align: left; max-width: 45em; overflow-wrap: anywhere; }
 th.name { min-width: 10em; max-width: 17em; overflow-wrap: anywhere; }
 figcaption { max-width: 34em; } td small { white-space: nowrap; }
+p.warning { color: #a11; }
+.answer, p { overflow-wrap: anywhere; }
 .answer { border-left: .4em solid; background: #f7f7f7; padding: .6em 1.2em; margin: 1em 0; }
 .answer h2 { margin-top: .2em; } .answer .says { font-size: 1.1em; font-weight: 600; }
 .answer.good { border-color: #3a8a3a; } strong.good { color: #276b27; }

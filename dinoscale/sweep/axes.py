@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dinoscale.page import Plot, finish_plot, printable
-from dinoscale.sweep.laws import Band, Numbers
+from dinoscale.sweep.laws import Band, Interval, Numbers
 from dinoscale.sweep.words import number
 
 WIDTH, HEIGHT = 5.0, 3.2  # inches, the height without its legend: two plots fit side by side
@@ -30,6 +30,10 @@ POINT: dict[str, Any] = {
     "markersize": 4.5,
     "markeredgecolor": "white",
     "markeredgewidth": 0.5,
+}
+STAR: dict[str, Any] = {
+    **{"marker": "*", "markersize": 11, "linestyle": "", "zorder": 4},
+    **{"markeredgecolor": "black", "markeredgewidth": 0.6},
 }
 HOLLOW: dict[str, Any] = {
     "marker": "o",
@@ -77,7 +81,9 @@ def start(x: str, y: str, *, positive: Sequence[float]) -> tuple[Figure, Axes]:
 
 
 def draw_band(axes: Axes, x: Numbers, band: Band, label: str, **style: Any) -> None:
-    """A law with its interval; call it when all points are drawn, whose range it may not blow up.
+    """A law with its interval, where that has both ends.
+
+    Call it when all points are drawn: it may go a little beyond their range, not blow it up.
 
     Args:
         axes: of the plot.
@@ -95,15 +101,32 @@ def draw_band(axes: Axes, x: Numbers, band: Band, label: str, **style: Any) -> N
         lowest, highest = low - reach, high + reach
     inside = (band.value >= lowest) & (band.value <= highest)
     values = np.where(inside, band.value, np.nan)
-    lows, highs = (
-        np.clip(np.nan_to_num(ends, nan=lowest, posinf=highest, neginf=lowest), lowest, highest)
-        for ends in (band.low, band.high)
-    )
+    bounded = np.isfinite(band.low) & np.isfinite(band.high)
+    lows, highs = (np.clip(ends, lowest, highest) for ends in (band.low, band.high))
     axes.plot(x, values, label=label, zorder=1.5, **{**LAW, **style})
     color = style.get("color", LAW["color"])
-    axes.fill_between(x, lows, highs, color=color, alpha=0.13, linewidth=0, zorder=1)
+    axes.fill_between(x, lows, highs, where=bounded, color=color, alpha=0.13, linewidth=0, zorder=1)
     drawn = [float(value) for value in values[inside]]
     axes.set_ylim(min([low, *drawn]), max([high, *drawn]))
+
+
+def draw_minima(
+    axes: Axes, curves: Sequence[tuple[Numbers, Interval | None]], colors: Sequence[Any]
+) -> None:
+    """Stars at the minima of parabolas over ln x.
+
+    Args:
+        axes: of the plot.
+        curves: coefficients, highest power first, and the minimum, if there is one.
+        colors: of the stars.
+    """
+    label = "minimum"
+    for (curve, optimum), color in zip(curves, colors, strict=True):
+        if optimum is None:
+            continue
+        lowest = float(np.polyval(curve, np.log(optimum.value)))
+        axes.plot([optimum.value], [lowest], color=color, label=label, **STAR)
+        label = "_"  # once in the legend
 
 
 def finish(figure: Figure, caption: str, *, legend: str = "") -> Plot:

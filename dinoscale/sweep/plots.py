@@ -15,6 +15,7 @@ from dinoscale.sweep.axes import (
     HOLLOW,
     POINT,
     draw_band,
+    draw_minima,
     finish,
     group_colors,
     labelled,
@@ -59,6 +60,8 @@ def _over_parameters(rows: Sequence[Row], fit: MetricFit) -> Plot | None:
         return None
     legend, groups = "images seen", _groups(rows, lambda row: row.images)
     if not any(len({row.parameters for row in group}) > 1 for group in groups.values()):
+        if fit.isoflops:  # drawn with their parabolas
+            return None
         legend, groups = "FLOPs", _groups(rows, lambda row: row.flops)
     return _lines(rows, fit, "parameters", groups, group_colors(groups), legend)
 
@@ -95,8 +98,11 @@ def _lines(
     figure, axes = start(AXES[quantity], metric_unit(fit.metric), positive=values)
     named = labelled(groups)
     for key, group in groups.items():
-        points = sorted((getattr(row, quantity), value_of(row, fit.metric)) for row in group)
-        lowest = [next(same) for _, same in itertools.groupby(points, lambda point: point[0])]
+        points = [(getattr(row, quantity), value_of(row, fit.metric)) for row in group]
+        line = sorted(
+            (getattr(row, quantity), value_of(row, fit.metric)) for row in _not_left_out(group, fit)
+        )
+        lowest = [next(same) for _, same in itertools.groupby(line, lambda point: point[0])]
         label = f"{number(key)}" if key in named else None
         axes.plot(*_columns(lowest), color=colors[key], linewidth=1, label=label, **POINT)
         axes.plot(*_columns(points), color=colors[key], linestyle="", **POINT)
@@ -107,6 +113,10 @@ def _lines(
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
+
+
+def _not_left_out(rows: Sequence[Row], fit: MetricFit) -> list[Row]:
+    return [row for row in rows if row.name not in fit.left_out]
 
 
 def _hollow(axes: Axes, rows: Sequence[Row], fit: MetricFit, quantity: str) -> None:
@@ -142,9 +152,12 @@ def _over_flops(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | N
         points = [(row.flops, value_of(row, fit.metric)) for row in group]
         label = number(size) if size in named else None
         axes.plot(*_columns(points), color=colors[size], linestyle="", label=label, **POINT)
-    points = sorted((row.flops, value_of(row, fit.metric)) for row in rows)
-    lowest = itertools.accumulate((y for _, y in points), min)
-    reached = [(x, y) for (x, y), low in zip(points, lowest, strict=True) if y == low]
+    best = [
+        min((value_of(row, fit.metric), row.flops) for row in group)
+        for group in _groups(_not_left_out(rows, fit), lambda row: row.flops).values()
+    ]
+    lowest = itertools.accumulate((y for y, _ in best), min)
+    reached = [(x, y) for (y, x), low in zip(best, lowest, strict=True) if y == low]
     axes.plot(*_columns(reached), color="#888888", linewidth=1, zorder=1.8, label="best so far")
     _hollow(axes, rows, fit, "flops")
     expected = _expected(axes, answers(fit))
@@ -182,21 +195,14 @@ def _isoflops(fit: MetricFit) -> Plot | None:
     figure, axes = start(AXES["parameters"], metric_unit(fit.metric), positive=values)
     colors = group_colors(curve.flops for curve in fit.isoflops)
     named = labelled(colors)
-    label = "minimum"
     for curve in fit.isoflops:
         color = colors[curve.flops]
         name = number(curve.flops) if curve.flops in named else None
         axes.plot(curve.parameters, curve.y, color=color, linestyle="", label=name, **POINT)
         grid = np.geomspace(curve.parameters.min(), curve.parameters.max(), GRID)
         axes.plot(grid, np.polyval(curve.curve, np.log(grid)), color=color, linewidth=1)
-        if curve.optimum is not None:
-            best = curve.optimum.value
-            lowest = float(np.polyval(curve.curve, np.log(best)))
-            axes.plot(
-                [best], [lowest], "*", color=color, markersize=11, zorder=4, label=label,
-                markeredgecolor="black", markeredgewidth=0.6,
-            )  # fmt: skip
-            label = "_"
+    minima = [(curve.curve, curve.optimum) for curve in fit.isoflops]
+    draw_minima(axes, minima, [colors[curve.flops] for curve in fit.isoflops])
     return finish(figure, f"{fit.metric}: sizes of equal cost (isoFLOP)", legend="FLOPs")
 
 
@@ -210,7 +216,13 @@ def _frontiers(fit: MetricFit) -> Plot | None:
         return None
     grid = np.geomspace(min(flops), max(flops), GRID)
     bands = [(frontier, frontier.optimum(grid)) for frontier in fit.frontiers]
-    figure, axes = start(AXES["flops"], "best number of parameters", positive=(1.0,))
+    shown = [float(n) for _, band in bands for n in band.value if 0 < n < np.inf]
+    shown += [found.value for _, found in minima]
+    bounds = [answer.optimum.parameters for answer in answers(fit)]
+    shown += [end for found in bounds for end in (found.low, found.high)]
+    if not shown:
+        return None
+    figure, axes = start(AXES["flops"], "best number of parameters", positive=shown)
     for flops_of, found in minima:
         axes.plot([flops_of], [found.value], color="#333333", linestyle="", **POINT)
         low, high = max(found.low, found.value / 10), min(found.high, 10 * found.value)
@@ -219,18 +231,12 @@ def _frontiers(fit: MetricFit) -> Plot | None:
     for answer in answers(fit):
         _mark(axes, answer.optimum.flops, answer.optimum.parameters, label=label)
         label = "_"
-    axes.set_ylim(*_around([band.value for _, band in bands], axes))
+    axes.set_ylim(min(shown) / 1.2, max(shown) * 1.2)
     for (frontier, band), color in zip(bands, ("#1f77b4", "#d9730d"), strict=False):
         label = f"{frontier.approach}: exponent {frontier.parameters_exponent.value:.2f}"
         line = "-" if frontier.approach == "isoflop" else "--"
         draw_band(axes, grid, band, label, color=color, linestyle=line)
     return finish(figure, f"{fit.metric}: best size of a budget")
-
-
-def _around(curves: Sequence[Any], axes: Axes) -> tuple[float, float]:
-    low, high = axes.get_ylim()
-    finite = [value for curve in curves for value in curve[np.isfinite(curve)]]
-    return min(low, *finite), max(high, *finite)
 
 
 def _joint(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | None:
@@ -288,24 +294,17 @@ def _rates(fit: MetricFit, colors: Colors) -> Plot | None:
         return None
     values = [float(value) for rate in fit.best_rates for value in rate.y]
     figure, axes = start("peak learning rate", metric_unit(fit.metric), positive=values)
-    label = "minimum"
     named: set[str] = set()
     for rate in fit.best_rates:
-        color = colors.get(rate.parameters, "#333333")
+        color = colors.get(rate.parameters)
         name = f"{number(rate.parameters)}, batch {number(rate.batch_size)}"
         once = None if name in named else name
         named.add(name)
         axes.plot(rate.lr, rate.y, color=color, linestyle="", label=once, **POINT)
         grid = np.geomspace(rate.lr.min(), rate.lr.max(), GRID)
         axes.plot(grid, np.polyval(rate.curve, np.log(grid)), color=color, linewidth=1)
-        if rate.optimum is not None:
-            best = rate.optimum.value
-            lowest = float(np.polyval(rate.curve, np.log(best)))
-            axes.plot(
-                [best], [lowest], "*", color=color, markersize=11, zorder=4, label=label,
-                markeredgecolor="black", markeredgewidth=0.6,
-            )  # fmt: skip
-            label = "_"
+    minima = [(rate.curve, rate.optimum) for rate in fit.best_rates]
+    draw_minima(axes, minima, [colors.get(rate.parameters) for rate in fit.best_rates])
     return finish(figure, f"{fit.metric}: against the learning rate", legend="parameters")
 
 

@@ -38,8 +38,8 @@ VERDICTS = {
     Trust.LOW: "Trust: low. Do not spend a large budget on it yet.",
 }
 EXPLAINED = {
-    "parameters": "Going right along a line, only the model grows. Lines that flatten want more"
-    " images.",
+    "parameters": "Going right along a line, the model grows and what the legend names stays. Lines"
+    " that flatten want more images.",
     "images": "Going right along a line, one model sees more images. Lines that flatten want a"
     " larger model.",
     "flops": "All runs by their cost. Gray is the lowest value that any cost has reached; a star is"

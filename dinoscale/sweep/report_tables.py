@@ -61,7 +61,11 @@ def _line(name: str, cells: Cells) -> Element:
 
 def _table(heads: Sequence[str], rows: Sequence[Cells]) -> Element:
     lines = [_line(str(first), rest) for first, *rest in rows]
-    return page.table([element("th", head, scope="col") for head in heads], lines)
+    made = [
+        element("th", head, scope="col", class_="text" if head.startswith("why") else "")
+        for head in heads
+    ]
+    return page.table(made, lines)
 
 
 def _metric(value: float | None) -> str:

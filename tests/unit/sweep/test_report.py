@@ -50,7 +50,8 @@ def _rows() -> list[Row]:
         128, 6, 320_000, seed=7, status="failed", metrics={}, curves=[], error="The disk is full."
     )
     other = a_row(seed=5, versions={"python": "3.12.1", "torch": "2.7.0", "commit": "abc"})
-    unmeasured = a_row(seed=6, metrics={"knn": None})
+    diverged = [{"step": 1.0, "images": 64.0, "knn": math.nan}]
+    unmeasured = a_row(seed=6, metrics={"knn": None}, curves=diverged)
     return [*grid(((64, 3), (96, 4), (128, 6)), seeds=1), failed, other, unmeasured]
 
 
