@@ -13,7 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinoscale.config import load_config, parse_config
@@ -283,6 +283,7 @@ def test_sizes_that_were_run_are_recommended_as_they_are() -> None:
         )
 
 
+@settings(max_examples=30)
 @given(st.floats(5.5, 8.0))
 def test_widths_are_whole_heads_and_sizes_near_what_is_asked_for(log10_n: float) -> None:
     rows = grid(((96, 4), (128, 6)), seeds=1)
