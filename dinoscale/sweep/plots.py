@@ -46,7 +46,7 @@ def draw_metric(rows: Sequence[Row], fit: MetricFit) -> dict[str, Plot]:
             "images": _over_images(used, fit, colors),
             "flops": _over_flops(used, fit, colors),
             "isoflop": _isoflops(fit),
-            "frontier": _frontiers(fit),
+            "frontier": _frontiers(used, fit),
             "joint": _joint(used, fit, colors),
             "residuals": _residuals(used, fit, colors),
             "rates": _rates(fit, colors),
@@ -206,12 +206,12 @@ def _isoflops(fit: MetricFit) -> Plot | None:
     return finish(figure, f"{fit.metric}: sizes of equal cost (isoFLOP)", legend="FLOPs")
 
 
-def _frontiers(fit: MetricFit) -> Plot | None:
+def _frontiers(rows: Sequence[Row], fit: MetricFit) -> Plot | None:
     minima = [(curve.flops, curve.optimum) for curve in fit.isoflops if curve.optimum is not None]
-    if not fit.frontiers:
+    if not fit.frontiers or not rows:
         return None
-    flops = [flops for flops, _ in minima] + [found.flops for found in fit.optima]
-    flops += [curve.flops for curve in fit.isoflops]
+    flops = [found.flops for found in (*fit.isoflops, *fit.optima)]
+    flops.append(max(row.flops for row in rows))
     if len(set(flops)) < 2:
         return None
     grid = np.geomspace(min(flops), max(flops), GRID)

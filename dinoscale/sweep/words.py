@@ -55,7 +55,7 @@ def ends(found: Interval) -> str:
 
 def percent(share: float, *, sign: bool = False) -> str:
     """A fraction as percent."""
-    return f"{100 * share:{'+' if sign else ''}.2g} %" if abs(share) < 1 else f"{100 * share:.0f} %"
+    return f"{'+' if sign and share > 0 else ''}{number(100 * share)} %"
 
 
 def metric_name(metric: str) -> str:

@@ -28,7 +28,7 @@ from dinoscale.sweep.recommend import MARK, nearest_size, recommend
 from dinoscale.sweep.report import PRESET, write_report
 from dinoscale.sweep.report_tables import outliers, version_differences
 from dinoscale.sweep.table import Row, append_row, read_table
-from dinoscale.sweep.words import interval, number
+from dinoscale.sweep.words import interval, number, percent
 from tests.unit.sweep.known import a_best_rate, a_fit, a_row, an_optimum, around, grid, no_fit
 
 ODD = "<script>alert(1)</script> $x_1$ \u6f22 & '\"\n# \x00"
@@ -398,6 +398,11 @@ def test_ticks_are_few_lie_on_the_axis_and_differ(log10_low: float, decades: flo
 )  # fmt: skip
 def test_numbers_are_short(value: float | None, text: str) -> None:
     assert number(value) == text
+
+
+def test_percents_are_short() -> None:
+    found = [percent(share, sign=True) for share in (0.9992, 0.021, -0.3, 0.0, 3.2)]
+    assert found == ["+99.9 %", "+2.1 %", "-30 %", "0 %", "+320 %"]
 
 
 def test_an_interval_says_which_ends_it_has() -> None:
