@@ -210,7 +210,7 @@ def _frontiers(rows: Sequence[Row], fit: MetricFit) -> Plot | None:
     minima = [(curve.flops, curve.optimum) for curve in fit.isoflops if curve.optimum is not None]
     if not fit.frontiers or not rows:
         return None
-    flops = [found.flops for found in (*fit.isoflops, *fit.optima)]
+    flops = [curve.flops for curve in fit.isoflops] + [found.flops for found in fit.optima]
     flops.append(max(row.flops for row in rows))
     if len(set(flops)) < 2:
         return None
