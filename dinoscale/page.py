@@ -61,10 +61,20 @@ dl { display: grid; grid-template-columns: max-content auto; gap: .1em 1.2em; fo
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #245; }
 pre { overflow-x: auto; font-size: .85em; }
-th.text, td.text { text-align: left; overflow-wrap: anywhere; max-width: 40em; }
 ul.checks { list-style: none; padding: 0; overflow-wrap: anywhere; }
 ul.checks li { margin: .25em 0; }
 b.ok { color: #276b2b; } b.warning { color: #8a5a00; } b.problem { color: #a11; }
+h3 { font-size: 1em; margin: 1.4em 0 .3em; } ul { margin: .3em 0; padding-left: 1.4em; }
+th.text, td.text { text-align: left; max-width: 45em; overflow-wrap: anywhere; }
+th.name { min-width: 10em; max-width: 17em; overflow-wrap: anywhere; }
+figcaption { max-width: 34em; } td small { white-space: nowrap; }
+p.warning { color: #a11; }
+.answer, p { overflow-wrap: anywhere; }
+.answer { border-left: .4em solid; background: #f7f7f7; padding: .6em 1.2em; margin: 1em 0; }
+.answer h2 { margin-top: .2em; } .answer .says { font-size: 1.1em; font-weight: 600; }
+.answer.good { border-color: #3a8a3a; } strong.good { color: #276b27; }
+.answer.limited { border-color: #d59a1d; } strong.limited, li.limited { color: #8a5a00; }
+.answer.low { border-color: #b33; } strong.low, li.low { color: #a11; }
 """
 
 
@@ -160,9 +170,9 @@ def definitions(pairs: Iterable[tuple[str, str]]) -> Element:
     return element("dl", *parts)
 
 
-def plot_figure(plot: Plot) -> Element:
-    """A plot in a page."""
-    return _figure("svg+xml", plot.svg, plot.caption, "")
+def plot_figure(plot: Plot, words: str = "") -> Element:
+    """A plot in a page, with words below."""
+    return _figure("svg+xml", plot.svg, plot.caption, words)
 
 
 def picture_figure(png: bytes, caption: str) -> Element:
