@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
     from dinoscale.config.sweep import SweepConfig
-    from dinoscale.sweep.laws import MetricFit
+    from dinoscale.scaling.laws import MetricFit
     from dinoscale.sweep.table import Row
 
 _EPILOG = """examples:
@@ -152,7 +152,7 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFit]]:
-    from dinoscale.sweep.fit import fit_rows
+    from dinoscale.scaling.fit import fit_rows
     from dinoscale.sweep.table import TABLE, read_table
 
     table = Path(options.file)
@@ -170,7 +170,7 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
 
 
 def _fit(options: argparse.Namespace) -> dict[str, Any] | None:
-    from dinoscale.sweep.fit import as_json, as_text
+    from dinoscale.scaling.fit import as_json, as_text
 
     _, _, fits = _fitted(options)
     if options.json:
@@ -180,7 +180,7 @@ def _fit(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.sweep.report import write_report
+    from dinoscale.scaling.report import write_report
 
     table, rows, fits = _fitted(options)
     return write_report(rows, fits, Path(options.out) if options.out else table.parent / "report")

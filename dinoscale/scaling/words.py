@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dinoscale.sweep.laws import Interval
+from dinoscale.scaling.laws import Interval
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")  # of 1000^i
 

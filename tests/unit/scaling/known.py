@@ -10,7 +10,7 @@ import numpy as np
 
 from dinoscale.config import parse_config
 from dinoscale.config.backbones import num_vit_parameters
-from dinoscale.sweep.laws import (
+from dinoscale.scaling.laws import (
     Band,
     BestRate,
     Frontier,

@@ -22,10 +22,10 @@ from dinoscale.config import RunConfig, dump_config, load_config, parse_config
 from dinoscale.config.backbones import named_vit_size, num_vit_parameters
 from dinoscale.errors import ConfigError
 from dinoscale.page import printable
-from dinoscale.sweep.answers import Answer, best_answers, fit_reasons, measured, value_of
-from dinoscale.sweep.laws import MetricFit
+from dinoscale.scaling.answers import Answer, best_answers, fit_reasons, measured, value_of
+from dinoscale.scaling.laws import MetricFit
 from dinoscale.sweep.table import Row
-from dinoscale.sweep.words import exponential, interval, metric_name, number
+from dinoscale.scaling.words import exponential, interval, metric_name, number
 
 MARK = "# Recommended by `dinoscale sweep`."  # the first line of every preset written here
 RUN_DIR = "runs/recommended"

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 
 from dinoscale import page
 from dinoscale.page import Plot, element
-from dinoscale.sweep.answers import (
+from dinoscale.scaling.answers import (
     Answer,
     Reason,
     Trust,
@@ -19,9 +19,9 @@ from dinoscale.sweep.answers import (
     runs_to_add,
     value_of,
 )
-from dinoscale.sweep.laws import MetricFit
-from dinoscale.sweep.recommend import Recommendation
-from dinoscale.sweep.report_tables import (
+from dinoscale.scaling.laws import MetricFit
+from dinoscale.scaling.recommend import Recommendation
+from dinoscale.scaling.report_tables import (
     cost,
     failed_table,
     runs_table,
@@ -30,7 +30,7 @@ from dinoscale.sweep.report_tables import (
     versions_list,
 )
 from dinoscale.sweep.table import Row
-from dinoscale.sweep.words import exponential, flops, interval, metric_name, number
+from dinoscale.scaling.words import exponential, flops, interval, metric_name, number
 
 VERDICTS = {
     Trust.GOOD: "Trust: good. Nothing found speaks against it.",

@@ -20,23 +20,23 @@ from dinoscale.config import load_config, parse_config
 from dinoscale.errors import ConfigError
 from dinoscale.sweep import fit as fitting
 from dinoscale.sweep import report
-from dinoscale.sweep.answers import Trust, answers, runs_to_add
-from dinoscale.sweep.axes import log_ticks, tick_labels
-from dinoscale.sweep.laws import Interval, Optimum
-from dinoscale.sweep.plots import draw_metric
-from dinoscale.sweep.recommend import MARK, nearest_size, recommend
-from dinoscale.sweep.report import PRESET, write_report
-from dinoscale.sweep.report_tables import outliers, version_differences
+from dinoscale.scaling.answers import Trust, answers, runs_to_add
+from dinoscale.scaling.axes import log_ticks, tick_labels
+from dinoscale.scaling.laws import Interval, Optimum
+from dinoscale.scaling.plots import draw_metric
+from dinoscale.scaling.recommend import MARK, nearest_size, recommend
+from dinoscale.scaling.report import PRESET, write_report
+from dinoscale.scaling.report_tables import outliers, version_differences
 from dinoscale.sweep.table import Row, append_row, read_table
-from dinoscale.sweep.words import interval, number, percent
-from tests.unit.sweep.known import a_best_rate, a_fit, a_row, an_optimum, around, grid, no_fit
+from dinoscale.scaling.words import interval, number, percent
+from tests.unit.scaling.known import a_best_rate, a_fit, a_row, an_optimum, around, grid, no_fit
 
 ODD = "<script>alert(1)</script> $x_1$ \u6f22 & '\"\n# \x00"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _json_of_fits() -> Any:
-    """A stand-in while `dinoscale.sweep.fit` cannot write its fits as JSON."""
+    """A stand-in while `dinoscale.scaling.fit` cannot write its fits as JSON."""
     with pytest.MonkeyPatch.context() as patch:
         try:
             fitting.as_json([])

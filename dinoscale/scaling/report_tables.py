@@ -10,10 +10,10 @@ import numpy as np
 
 from dinoscale import page
 from dinoscale.page import element
-from dinoscale.sweep.answers import best_run, measured, value_of
-from dinoscale.sweep.laws import Interval, MetricFit
+from dinoscale.scaling.answers import best_run, measured, value_of
+from dinoscale.scaling.laws import Interval, MetricFit
 from dinoscale.sweep.table import Row
-from dinoscale.sweep.words import ends, exponential, metric_unit, number, percent
+from dinoscale.scaling.words import ends, exponential, metric_unit, number, percent
 
 OUTLIER = 3.0  # robust standard deviations of the residuals
 ERROR_SHOWN = 300  # letters

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dinoscale.page import Plot, drawing
-from dinoscale.sweep.answers import Answer, answers, measured, value_of
-from dinoscale.sweep.axes import (
+from dinoscale.scaling.answers import Answer, answers, measured, value_of
+from dinoscale.scaling.axes import (
     HOLLOW,
     POINT,
     draw_band,
@@ -22,9 +22,9 @@ from dinoscale.sweep.axes import (
     size_colors,
     start,
 )
-from dinoscale.sweep.laws import Interval, MetricFit
+from dinoscale.scaling.laws import Interval, MetricFit
 from dinoscale.sweep.table import Row
-from dinoscale.sweep.words import metric_unit, number
+from dinoscale.scaling.words import metric_unit, number
 
 SAME = 1.05  # numbers of images or FLOPs up to this factor apart are one group: steps are whole
 GRID = 100  # points of a curve

@@ -12,13 +12,13 @@ from typing import Any
 
 from dinoscale import page
 from dinoscale.errors import ConfigError
-from dinoscale.sweep.answers import answers, best_run, fit_reasons, runs_to_add
-from dinoscale.sweep.fit import as_json
-from dinoscale.sweep.laws import MetricFit
-from dinoscale.sweep.plots import draw_metric
-from dinoscale.sweep.recommend import MARK, Recommendation, recommend
-from dinoscale.sweep.report_page import write_page
-from dinoscale.sweep.report_tables import cost, outliers, version_differences
+from dinoscale.scaling.answers import answers, best_run, fit_reasons, runs_to_add
+from dinoscale.scaling.fit import as_json
+from dinoscale.scaling.laws import MetricFit
+from dinoscale.scaling.plots import draw_metric
+from dinoscale.scaling.recommend import MARK, Recommendation, recommend
+from dinoscale.scaling.report_page import write_page
+from dinoscale.scaling.report_tables import cost, outliers, version_differences
 from dinoscale.sweep.table import Row
 
 PAGE, DATA, PRESET, PLOTS = "report.html", "report.json", "recommended.yaml", "plots"
