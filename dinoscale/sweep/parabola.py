@@ -49,7 +49,7 @@ def fit_parabolas(
     centres = [float(np.log(x).mean()) for x, _ in groups]
     bases = [np.vander(np.log(x) - at, 3) for (x, _), at in zip(groups, centres, strict=True)]
     curves: list[Numbers] = [
-        np.linalg.lstsq(b, y, rcond=None)[0] for b, (_, y) in zip(bases, groups, strict=True)
+        np.linalg.pinv(basis) @ y for basis, (_, y) in zip(bases, groups, strict=True)
     ]
     # Noise is relative to y, as in the laws.
     residuals = [(y - b @ c) / y.mean() for b, c, (_, y) in zip(bases, curves, groups, strict=True)]

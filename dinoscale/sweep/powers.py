@@ -25,7 +25,7 @@ _NORMAL_MEDIAN = 0.6745  # of the absolute value, over the standard deviation
 _GRID = np.geomspace(0.02, 2.5, 9)
 _STARTS = 16
 _SMALLEST = 1e-9  # term at the smallest x over the largest y
-_MAX_ITERATIONS = 600
+_MAX_ITERATIONS = 1000
 _TOLERANCE = 1e-11  # relative change of the loss and absolute of the parameters
 _STILL = 3  # iterations in a row within it
 
@@ -181,20 +181,15 @@ def _step(
 def _grid_starts(log_x: Numbers, log_y: Numbers) -> Numbers:
     """Least squares of y over its size at every point of the grid of exponents, (G, S, P)."""
     num_x = log_x.shape[1]
-    scale: Numbers = np.exp(log_y.mean(0))  # of each point: errors are relative
-    low, high = _bounds(log_y, num_x)
+    scale = np.exp(log_y.mean(0))  # of each point: errors are relative
     relative = np.exp(log_y) / scale  # (S, n)
-    starts = []
-    for exponents in itertools.product(_GRID, repeat=num_x):
-        columns: Numbers = (
-            np.concatenate((np.ones((len(log_x), 1)), np.exp(-log_x * exponents)), 1)
-            / scale[:, None]
-        )
-        linear = relative @ np.linalg.pinv(columns).T  # (S, 1 + K)
-        without = relative @ np.linalg.pinv(columns[:, 1:]).T  # E = 0
-        linear[:, 1:] = np.where(linear[:, :1] < 0, without, linear[:, 1:])
-        coefficients = np.log(np.maximum(linear[:, 1:], 1e-300))
-        given = np.broadcast_to(exponents, coefficients.shape)
-        start = np.concatenate((linear[:, :1], coefficients, given), 1)
-        starts.append(np.clip(start, low, high))
-    return np.stack(starts)
+    exponents = np.array(list(itertools.product(_GRID, repeat=num_x)))  # (G, K)
+    terms = np.exp(-exponents[:, None] * log_x)  # (G, n, K)
+    columns = np.concatenate((np.ones_like(terms[..., :1]), terms), -1) / scale[:, None]
+    linear = np.einsum("sn,gpn->gsp", relative, np.linalg.pinv(columns))
+    without = np.einsum("sn,gpn->gsp", relative, np.linalg.pinv(columns[..., 1:]))  # E = 0
+    coefficients = np.where(linear[..., :1] < 0, without, linear[..., 1:])
+    given = np.broadcast_to(exponents[:, None], coefficients.shape)
+    starts = (linear[..., :1], np.log(np.maximum(coefficients, 1e-300)), given)
+    within: Numbers = np.clip(np.concatenate(starts, -1), *_bounds(log_y, num_x))
+    return within
