@@ -53,7 +53,9 @@ def _of_runs(fit: MetricFit, points: Sequence[Point]) -> Iterator[str]:
     setups = {_measured_by(point) for point in points}
     if metric == "knn" and len(setups) > 1:
         yield "The runs differ in the images or settings of eval: their knn cannot be compared."
-    passes = max((p.row.images / max(p.row.distinct_images, 1) for p in points), default=0)
+    passes = max(
+        (p.row.images / (p.row.distinct_images or p.row.images) for p in points), default=0
+    )
     if passes > _MAX_PASSES:
         yield (
             f"Up to {passes:.3g} passes over the same images: the laws count every repetition as a"
@@ -100,7 +102,7 @@ def _of_exponent(exponent: Interval, where: str) -> Iterator[str]:
     low, high = EXPONENTS
     if not math.isclose(np.clip(exponent.value, low * 1.01, high * 0.99), exponent.value):
         yield f"The exponent of {where} is at the end of what is allowed, {low:g} to {high:g}."
-    if exponent.high - exponent.low > _SPANS * (high - low):
+    if _SPANS * (high - low) < exponent.high - exponent.low < math.inf:
         yield f"The runs do not determine the exponent of {where}: nearly any is possible."
 
 
@@ -178,7 +180,7 @@ def _of_optimum(optimum: Optimum, sizes: Sequence[float]) -> Iterator[str]:
             " that was run."
         )
     if not optimum.parameters.high <= _WIDE * max(optimum.parameters.low, 0):
-        yield f"{where} is not determined within a factor of {_WIDE:g}: add runs before relying."
+        yield f"{where} is not known within a factor of {_WIDE:g}: add runs before relying on it."
     away = max(optimum.parameters.value / max(sizes), min(sizes) / optimum.parameters.value)
     if away > 2:
         side = "larger" if optimum.parameters.value > max(sizes) else "smaller"
@@ -194,7 +196,7 @@ def _of_rates(fit: MetricFit) -> Iterator[str]:
                 f" them is {rate.lr[np.argmin(rate.y)]:.3g}; try further out."
             )
         elif not rate.optimum.high <= _WIDE * max(rate.optimum.low, 0):
-            yield f"{where} is not determined within a factor of {_WIDE:g}."
+            yield f"{where} is not known within a factor of {_WIDE:g}: add rates, or seeds."
 
 
 def _count(number: int, noun: str) -> str:

@@ -95,13 +95,12 @@ def _fit_metric(
 ) -> MetricFit:
     used, left_out = usable_rows(rows, metric)
     points = settings(used, metric)
-    varied = len({round(point.log_y, 9) for point in points}) > 1
     found = {
         quantity: fit_law(points, quantity, confidence=confidence, samples=samples)
         for quantity in QUANTITIES
     }
     laws = {quantity: law for quantity, law in found.items() if law}
-    supported = varied and not why_no_joint(points)
+    supported = not why_no_joint(points)
     joint = fit_joint(points, confidence=confidence, samples=samples) if supported else None
     isoflops, parabolas = fit_isoflops(points, confidence=confidence, samples=samples)
     line = fit_line(isoflops, parabolas)

@@ -72,6 +72,8 @@ def why_no_joint(points: Sequence[Point]) -> str:
             f"{NUM_SIZES} sizes of models and {NUM_SIZES} numbers of images,"
             f" here are {sizes} and {images}"
         )
+    elif len({round(point.log_y, 9) for point in best}) == 1:
+        need = "two different results, here all are the same"
     else:
         return ""
     return f"A law in parameters and images together needs at least {need}."

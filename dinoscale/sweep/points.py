@@ -49,9 +49,10 @@ class Point:
 
 def usable_rows(rows: Sequence[Row], metric: str) -> tuple[list[Row], dict[str, str]]:
     """The runs that a fit can use, and of the others why it cannot."""
-    reasons = {row.name: _reason(row, metric) for row in rows}
-    used = [row for row in rows if not reasons[row.name]]
-    return used, {name: reason for name, reason in reasons.items() if reason}
+    reasons = [_reason(row, metric) for row in rows]
+    used = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
+    left_out = {row.name: reason for row, reason in zip(rows, reasons, strict=True) if reason}
+    return used, left_out
 
 
 def _reason(row: Row, metric: str) -> str:

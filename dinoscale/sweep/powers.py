@@ -174,8 +174,8 @@ def _step(
     floor = 1e-12 * diagonal.max(1, keepdims=True) + 1e-300
     matrix[:, index, index] = diagonal + damping[:, None] * np.maximum(diagonal, floor) + held
     matrix[:, index, index] += floor
-    step: Numbers = np.linalg.solve(matrix, np.where(held, 0, gradient)[..., None])[..., 0]
-    return step
+    step = np.linalg.solve(matrix, np.where(held, 0, gradient)[..., None])[..., 0]
+    return np.asarray(step, dtype=np.float64)
 
 
 def _grid_starts(log_x: Numbers, log_y: Numbers) -> Numbers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ def fit_rates(
     """A parabola in ln lr for every group with at least three rates; the smallest models first."""
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row.parameters, row.images, row.batch_size, row.lr)):
-        if row.lr > 0:
+        if 0 < row.lr < math.inf:
             groups.setdefault(setting_key(row, any_rate=True), []).append(row)
     enough = [group for group in groups.values() if len({row.lr for row in group}) >= NUM_RATES]
     xy = [
