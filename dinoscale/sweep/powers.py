@@ -25,7 +25,8 @@ _NORMAL_MEDIAN = 0.6745  # of the absolute value, over the standard deviation
 _GRID = np.geomspace(0.02, 2.5, 9)
 _STARTS = 16
 _SMALLEST = 1e-9  # term at the smallest x over the largest y
-_MAX_ITERATIONS = 1000
+_CURVATURE = 0.3  # of delta / |residual| beyond delta, where the loss has none: longer steps
+_MAX_ITERATIONS = 400
 _TOLERANCE = 1e-11  # relative change of the loss and absolute of the parameters
 _STILL = 3  # iterations in a row within it
 
@@ -166,7 +167,8 @@ def _step(
     slopes = np.concatenate((1 / total[..., None], shares, -shares * log_x), -1)  # (S, n, P)
     weighted = slopes * weight[..., None]
     gradient = (weighted * residual[..., None]).sum(1)  # upwards: where the loss falls
-    matrix = np.swapaxes(weighted, 1, 2) @ slopes
+    curved = slopes * np.where(weight < 1, _CURVATURE * weight, 1)[..., None]
+    matrix = np.swapaxes(curved, 1, 2) @ slopes
     held = ((theta <= ends[0]) & (gradient < 0)) | ((theta >= ends[1]) & (gradient > 0))
     matrix[held[:, :, None] | held[:, None, :]] = 0
     index = np.arange(theta.shape[1])

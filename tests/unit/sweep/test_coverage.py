@@ -39,6 +39,7 @@ def _log(interval: Interval) -> Interval:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # half a minute each of an idle core
 @pytest.mark.parametrize(
     ("runs", "noise"), [(grid(), 0.02), (isoflop(TRUTH), 0.01)], ids=["grid", "isoflop"]
 )
