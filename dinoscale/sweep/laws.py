@@ -18,7 +18,7 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate between the ends of its confidence interval; ends may be infinite."""
+    """An estimate between the ends of its interval; infinite ends where the runs set none."""
 
     value: float
     low: float
@@ -44,7 +44,7 @@ class PowerLaw:
         coefficient: A.
         exponent: a.
         x: of the runs it was fitted to, (n,).
-        y: their metric, (n,).
+        y: their metric, (n,); of runs that differ in the seed only, the mean.
         residuals: log y - log of the law, (n,).
         r2: share of the variance of log y that the law explains.
         left_out_error: of the run with the largest x when the law is fitted without it: predicted
@@ -74,7 +74,7 @@ class JointLaw:
         parameters_exponent: a.
         images_coefficient: B.
         images_exponent: b.
-        names: of the runs it was fitted to.
+        names: of the runs it was fitted to; of runs that differ in the seed only, the first.
         residuals: log y - log of the law, (n,).
         r2: share of the variance of log y that the law explains.
         left_out_error: largest absolute error of the runs of the largest budget, predicted by a

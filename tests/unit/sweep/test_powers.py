@@ -96,3 +96,16 @@ def test_the_width_of_the_loss_follows_the_noise_and_never_falls_below_that_of_t
     assert scaled_delta(0.02 * residuals, num_parameters=5) == pytest.approx(0.0269, rel=0.03)
     assert scaled_delta(1e-6 * residuals, num_parameters=5) == DELTA
     assert scaled_delta(np.zeros(3), num_parameters=5) == DELTA
+
+
+def test_no_other_start_finds_a_better_fit() -> None:
+    rows = draw(TRUTH, grid(sizes=4), noise=0.05, seed=93)  # the best point of the grid misleads
+    log_x = np.log([(row.parameters, row.images) for row in rows])
+    relative, log_y = log_x - log_x.min(0), np.log([row.metrics["knn"] for row in rows])
+    ours = fit_powers(relative, log_y, delta=DELTA)
+    generator = np.random.default_rng(0)
+    starts = generator.uniform([0, -3, -3, 0.05, 0.05], [0.5, 0.5, 0.5, 2, 2], (300, 5))
+    targets = np.broadcast_to(log_y, (300, len(log_y)))
+    _, losses = polish(starts, relative, targets, delta=DELTA)
+    loss = huber(DELTA, log_y - log_law(ours[None], relative)[0]).sum()
+    assert loss <= losses.min() * 1.001
