@@ -59,6 +59,8 @@ def fit(x: Numbers, log_y: Numbers, *, samples: int) -> Powers:
     """
     smallest = x.min(0)
     log_x = np.log(x / smallest)
+    scale = log_y.mean()  # y of any size is fitted alike
+    log_y = log_y - scale
     theta = fit_powers(log_x, log_y, delta=DELTA)
     delta = scaled_delta(log_y - log_law(theta[None], log_x)[0], num_parameters=len(theta))
     theta = fit_powers(log_x, log_y, delta=delta)
@@ -66,7 +68,10 @@ def fit(x: Numbers, log_y: Numbers, *, samples: int) -> Powers:
     degrees = len(log_y) - len(theta) if samples else 0
     noise = draw_noise(log_y - law, degrees=degrees, samples=samples)
     again = refit_powers(theta, log_x, law + noise, delta=delta) if len(noise) else noise
-    return Powers(theta[None], again.reshape(-1, len(theta)), smallest, log_y - law)
+    both = np.concatenate((theta[None], again.reshape(-1, len(theta))))
+    both[:, 0] *= np.exp(scale)
+    both[:, 1 : 1 + x.shape[1]] += scale
+    return Powers(both[:1], both[1:], smallest, log_y - law)
 
 
 def fit_law(

@@ -77,6 +77,15 @@ def test_parabolas_at_equal_budgets_find_the_best_size_of_each() -> None:
         assert optimum.metric is None
 
 
+@pytest.mark.parametrize("times", [1e-30, 1e30])
+def test_a_metric_of_any_size_has_the_same_exponents(times: float) -> None:
+    rows = [make_row(parameters=n, images=d, y=times * TRUTH.at(n, d)) for n, d in grid(sizes=3)]
+    joint = _fit(rows).joint
+    assert joint
+    assert joint.parameters_exponent.value == pytest.approx(0.35, rel=1e-3)
+    assert joint.irreducible.value == pytest.approx(times * TRUTH.irreducible, rel=1e-3)
+
+
 def test_two_budgets_give_a_trend_without_interval() -> None:
     fit = _fit(draw(TRUTH, isoflop(TRUTH, budgets=2), noise=0.003))
     (frontier,) = [f for f in fit.frontiers if f.approach == "isoflop"]
