@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
     from dinoscale.config.sweep import SweepConfig
-    from dinoscale.sweep.laws import MetricFit
+    from dinoscale.scaling.laws import MetricFit
     from dinoscale.sweep.table import Row
 
 _EPILOG = """examples:
@@ -150,7 +150,7 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFit]]:
-    from dinoscale.sweep.fit import fit_rows
+    from dinoscale.scaling.fit import fit_rows
     from dinoscale.sweep.table import TABLE, read_table
 
     table = Path(options.file)
@@ -168,7 +168,7 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
 
 
 def _fit(options: argparse.Namespace) -> dict[str, Any] | None:
-    from dinoscale.sweep.fit import as_json, as_text
+    from dinoscale.scaling.fit import as_json, as_text
 
     _, _, fits = _fitted(options)
     if options.json:

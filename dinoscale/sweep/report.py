@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoscale.sweep.laws import MetricFit
+from dinoscale.scaling.laws import MetricFit
 from dinoscale.sweep.table import Row
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dinoscale.sweep.laws import BestRate
-from dinoscale.sweep.parabola import fit_parabolas
-from dinoscale.sweep.points import setting_key
+from dinoscale.scaling.laws import BestRate
+from dinoscale.scaling.parabola import fit_parabolas
+from dinoscale.scaling.points import setting_key
 from dinoscale.sweep.table import Row
 
 NUM_RATES = 3

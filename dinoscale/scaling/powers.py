@@ -16,7 +16,7 @@ import itertools
 
 import numpy as np
 
-from dinoscale.sweep.laws import Numbers
+from dinoscale.scaling.laws import Numbers
 
 EXPONENTS = (0.01, 3.0)  # allowed
 DELTA = 1e-3  # of Huber's loss in Hoffmann et al. 2022

@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import huber
 
-from dinoscale.sweep.powers import DELTA, fit_powers, log_law, polish, refit_powers, scaled_delta
+from dinoscale.scaling.powers import DELTA, fit_powers, log_law, polish, refit_powers, scaled_delta
 from tests.unit.sweep.synthetic import Truth, draw, grid
 
 TRUTH = Truth()

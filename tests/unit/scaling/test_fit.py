@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.sweep.fit import as_json, as_text, fit_rows
-from dinoscale.sweep.laws import MetricFit
+from dinoscale.scaling.fit import as_json, as_text, fit_rows
+from dinoscale.scaling.laws import MetricFit
 from dinoscale.sweep.table import Row
 from tests.unit.sweep.synthetic import (
     FLOPS_EXPONENT,

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinoscale.sweep.bootstrap import band, interval
-from dinoscale.sweep.joint import ImageCost, images_for
-from dinoscale.sweep.laws import Band, Frontier, IsoFlop, Numbers, Optimum
-from dinoscale.sweep.parabola import Parabola, fit_parabolas
-from dinoscale.sweep.points import Point, best_along, close_groups
+from dinoscale.scaling.bootstrap import band, interval
+from dinoscale.scaling.joint import ImageCost, images_for
+from dinoscale.scaling.laws import Band, Frontier, IsoFlop, Numbers, Optimum
+from dinoscale.scaling.parabola import Parabola, fit_parabolas
+from dinoscale.scaling.points import Point, best_along, close_groups
 
 NUM_SIZES = 3  # of models in a budget
 NUM_BUDGETS = 3  # for an interval of the line through their minima

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from dinoscale.sweep.laws import Band, Interval, Numbers
+from dinoscale.scaling.laws import Band, Interval, Numbers
 
 _SEED = 20240416  # any: the same table gives the same intervals
 _LARGEST = 5.0  # of the noise in log y, where one degree of freedom would allow everything

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinoscale.sweep.laws import Numbers
+from dinoscale.scaling.laws import Numbers
 from dinoscale.sweep.table import Row
 
 SAME = 0.05  # relative difference of budgets, or images, that whole batches explain

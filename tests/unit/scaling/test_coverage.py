@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from dinoscale.sweep.isoflop import fit_isoflops, fit_line, isoflop_optimum
-from dinoscale.sweep.joint import fit_cost, fit_joint, joint_optimum
-from dinoscale.sweep.laws import Interval
-from dinoscale.sweep.points import settings
+from dinoscale.scaling.isoflop import fit_isoflops, fit_line, isoflop_optimum
+from dinoscale.scaling.joint import fit_cost, fit_joint, joint_optimum
+from dinoscale.scaling.laws import Interval
+from dinoscale.scaling.points import settings
 from dinoscale.sweep.table import Row
 from tests.unit.sweep.synthetic import Truth, draw, grid, isoflop
 

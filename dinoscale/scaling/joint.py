@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinoscale.sweep.bootstrap import band, interval
-from dinoscale.sweep.laws import Frontier, JointLaw, Numbers, Optimum
-from dinoscale.sweep.points import SAME, Point, close_groups, tuned
-from dinoscale.sweep.power import Powers, explained, falls, fit
+from dinoscale.scaling.bootstrap import band, interval
+from dinoscale.scaling.laws import Frontier, JointLaw, Numbers, Optimum
+from dinoscale.scaling.points import SAME, Point, close_groups, tuned
+from dinoscale.scaling.power import Powers, explained, falls, fit
 
 NUM_PARAMETERS = 5
 NUM_SIZES = 3  # of models, and of images: two leave the exponent open

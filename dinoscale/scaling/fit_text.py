@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoscale.sweep.laws import Interval, MetricFit
+from dinoscale.scaling.laws import Interval, MetricFit
 
 _WIDTH = 100
 

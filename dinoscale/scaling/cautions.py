@@ -10,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 
 from dinoscale.sweep import isoflop, joint, power
-from dinoscale.sweep.joint import ImageCost, JointFit, why_no_joint
-from dinoscale.sweep.laws import Interval, JointLaw, MetricFit, Optimum, PowerLaw
-from dinoscale.sweep.points import QUANTITIES, Point, best_along, size_of
-from dinoscale.sweep.powers import EXPONENTS
+from dinoscale.scaling.joint import ImageCost, JointFit, why_no_joint
+from dinoscale.scaling.laws import Interval, JointLaw, MetricFit, Optimum, PowerLaw
+from dinoscale.scaling.points import QUANTITIES, Point, best_along, size_of
+from dinoscale.scaling.powers import EXPONENTS
 
 _NAMES = {"parameters": "parameters", "images": "images seen", "flops": "training FLOPs"}
 _MAX_PASSES = 4  # over the same images; Muennighoff et al. 2023 (arXiv:2305.16264), of text

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinoscale.sweep.bootstrap import draw_noise, interval
-from dinoscale.sweep.laws import Interval, Numbers
+from dinoscale.scaling.bootstrap import draw_noise, interval
+from dinoscale.scaling.laws import Interval, Numbers
 
 NUM_PARAMETERS = 3
 _BEYOND = math.log(10)  # outside of the runs a parabola says nothing

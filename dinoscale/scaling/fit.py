@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.sweep import cautions
-from dinoscale.sweep.fit_text import as_json, as_text
-from dinoscale.sweep.isoflop import Line, fit_isoflops, fit_line, isoflop_frontier, isoflop_optimum
-from dinoscale.sweep.joint import (
+from dinoscale.scaling.fit_text import as_json, as_text
+from dinoscale.scaling.isoflop import Line, fit_isoflops, fit_line, isoflop_frontier, isoflop_optimum
+from dinoscale.scaling.joint import (
     ImageCost,
     JointFit,
     fit_cost,
@@ -18,10 +18,10 @@ from dinoscale.sweep.joint import (
     joint_optimum,
     why_no_joint,
 )
-from dinoscale.sweep.laws import Frontier, MetricFit, Optimum
-from dinoscale.sweep.points import QUANTITIES, Point, settings, tuned, usable_rows
-from dinoscale.sweep.power import fit_law
-from dinoscale.sweep.rates import fit_rates
+from dinoscale.scaling.laws import Frontier, MetricFit, Optimum
+from dinoscale.scaling.points import QUANTITIES, Point, settings, tuned, usable_rows
+from dinoscale.scaling.power import fit_law
+from dinoscale.scaling.rates import fit_rates
 from dinoscale.sweep.table import Row
 
 __all__ = ["CONFIDENCE", "SAMPLES", "as_json", "as_text", "fit_rows"]

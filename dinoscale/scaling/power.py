@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinoscale.sweep.bootstrap import band, draw_noise, interval
-from dinoscale.sweep.laws import Band, Numbers, PowerLaw
-from dinoscale.sweep.points import Point, best_along, size_of
-from dinoscale.sweep.powers import DELTA, fit_powers, log_law, refit_powers, scaled_delta
+from dinoscale.scaling.bootstrap import band, draw_noise, interval
+from dinoscale.scaling.laws import Band, Numbers, PowerLaw
+from dinoscale.scaling.points import Point, best_along, size_of
+from dinoscale.scaling.powers import DELTA, fit_powers, log_law, refit_powers, scaled_delta
 
 NUM_PARAMETERS = 3
 
