@@ -11,7 +11,7 @@ from dinoscale.scaling.joint import fit_cost, fit_joint, joint_optimum
 from dinoscale.scaling.laws import Interval
 from dinoscale.scaling.points import settings
 from dinoscale.sweep.table import Row
-from tests.unit.sweep.synthetic import Truth, draw, grid, isoflop
+from tests.unit.scaling.synthetic import Truth, draw, grid, isoflop
 
 TRUTH = Truth()
 TRIALS = 100

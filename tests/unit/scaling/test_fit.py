@@ -11,7 +11,7 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.scaling.fit import as_json, as_text, fit_rows
 from dinoscale.scaling.laws import MetricFit
 from dinoscale.sweep.table import Row
-from tests.unit.sweep.synthetic import (
+from tests.unit.scaling.synthetic import (
     FLOPS_EXPONENT,
     FLOPS_FACTOR,
     Truth,

@@ -6,7 +6,7 @@ from scipy.optimize import minimize
 from scipy.special import huber
 
 from dinoscale.scaling.powers import DELTA, fit_powers, log_law, polish, refit_powers, scaled_delta
-from tests.unit.sweep.synthetic import Truth, draw, grid
+from tests.unit.scaling.synthetic import Truth, draw, grid
 
 TRUTH = Truth()
 
