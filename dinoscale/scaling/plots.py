@@ -23,8 +23,8 @@ from dinoscale.scaling.axes import (
     start,
 )
 from dinoscale.scaling.laws import Interval, MetricFit
-from dinoscale.sweep.table import Row
 from dinoscale.scaling.words import metric_unit, number
+from dinoscale.sweep.table import Row
 
 SAME = 1.05  # numbers of images or FLOPs up to this factor apart are one group: steps are whole
 GRID = 100  # points of a curve

@@ -29,8 +29,8 @@ from dinoscale.scaling.report_tables import (
     version_differences,
     versions_list,
 )
-from dinoscale.sweep.table import Row
 from dinoscale.scaling.words import exponential, flops, interval, metric_name, number
+from dinoscale.sweep.table import Row
 
 VERDICTS = {
     Trust.GOOD: "Trust: good. Nothing found speaks against it.",

@@ -41,6 +41,7 @@ LEVELS: list[set[str]] = [
     {"quickstart", "bench", "crop_sheet", "plan"},
     {"data_tools", "launch"},
     {"run_report", "sweep"},
+    {"scaling"},
     {"cli"},
     {"__main__"},
 ]
@@ -53,13 +54,13 @@ ONLY_IN = {
     "torchvision": ("models/",),
     "pydantic": ("config/",),
     "yaml": ("config/",),
-    "matplotlib": ("page.py", "evaluate/", "crop_sheet.py", "sweep/", "run_report/"),
+    "matplotlib": ("page.py", "evaluate/", "crop_sheet.py", "scaling/", "run_report/"),
     "tifffile": ("data/",),
     "sklearn": ("evaluate/",),
     "transformers": ("convert/to_hf.py",),
     "onnx": ("convert/to_graphs.py",),
     "onnxruntime": ("convert/to_graphs.py",),
-    "scipy": ("evaluate/", "sweep/"),
+    "scipy": ("evaluate/", "scaling/"),
 }
 
 

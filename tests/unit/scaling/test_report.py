@@ -18,8 +18,6 @@ from hypothesis import strategies as st
 
 from dinoscale.config import load_config, parse_config
 from dinoscale.errors import ConfigError
-from dinoscale.sweep import fit as fitting
-from dinoscale.sweep import report
 from dinoscale.scaling.answers import Trust, answers, runs_to_add
 from dinoscale.scaling.axes import log_ticks, tick_labels
 from dinoscale.scaling.laws import Interval, Optimum
@@ -27,22 +25,11 @@ from dinoscale.scaling.plots import draw_metric
 from dinoscale.scaling.recommend import MARK, nearest_size, recommend
 from dinoscale.scaling.report import PRESET, write_report
 from dinoscale.scaling.report_tables import outliers, version_differences
-from dinoscale.sweep.table import Row, append_row, read_table
 from dinoscale.scaling.words import interval, number, percent
+from dinoscale.sweep.table import Row, append_row, read_table
 from tests.unit.scaling.known import a_best_rate, a_fit, a_row, an_optimum, around, grid, no_fit
 
 ODD = "<script>alert(1)</script> $x_1$ \u6f22 & '\"\n# \x00"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _json_of_fits() -> Any:
-    """A stand-in while `dinoscale.scaling.fit` cannot write its fits as JSON."""
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            fitting.as_json([])
-        except NotImplementedError:
-            patch.setattr(report, "as_json", lambda fits: {fit.metric: {} for fit in fits})
-        yield
 
 
 def _rows() -> list[Row]:

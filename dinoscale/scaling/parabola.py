@@ -1,0 +1,96 @@
+"""Parabolas of y over log x with a minimum: best sizes of models, and best learning rates.
+
+Parabolas that belong together, such as those of several budgets, share their noise: each alone
+leaves few degrees of freedom or none. Every run is a point, so that seeds tell the noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dinoscale.scaling.bootstrap import draw_noise, interval
+from dinoscale.scaling.laws import Interval, Numbers
+
+NUM_PARAMETERS = 3
+_BEYOND = math.log(10)  # outside of the runs a parabola says nothing
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """One of them.
+
+    Attributes:
+        curve: coefficients in ln x, highest power first, (3,).
+        optimum: x at the minimum; None where it has none between the smallest and the largest x.
+        log_optimum: ln x at the minimum.
+        samples: of `log_optimum`, at most ten times outside of the runs, (S,).
+    """
+
+    curve: Numbers
+    optimum: Interval | None
+    log_optimum: float
+    samples: Numbers
+
+
+def fit_parabolas(
+    groups: Sequence[tuple[Numbers, Numbers]], *, confidence: float, samples: int
+) -> list[Parabola]:
+    """Least squares for each, a common bootstrap.
+
+    Args:
+        groups: x and y of each, (n,), at least three different x.
+        confidence: of the intervals.
+        samples: S.
+    """
+    centres = [float(np.log(x).mean()) for x, _ in groups]
+    bases = [np.vander(np.log(x) - at, 3) for (x, _), at in zip(groups, centres, strict=True)]
+    curves: list[Numbers] = [
+        np.linalg.pinv(basis) @ y for basis, (_, y) in zip(bases, groups, strict=True)
+    ]
+    # Noise is relative to y, as in the laws.
+    residuals = [(y - b @ c) / y.mean() for b, c, (_, y) in zip(bases, curves, groups, strict=True)]
+    sizes = [len(y) for _, y in groups]
+    noise = draw_noise(
+        np.concatenate(residuals),
+        degrees=sum(sizes) - NUM_PARAMETERS * len(groups),
+        samples=samples,
+    )
+    parts = np.split(noise, np.cumsum(sizes)[:-1], axis=1)
+    made = []
+    for (x, y), centre, basis, curve, part in zip(
+        groups, centres, bases, curves, parts, strict=True
+    ):
+        drawn = (basis @ curve + y.mean() * part) @ np.linalg.pinv(basis).T  # (S, 3)
+        made.append(_parabola(x, centre, curve, drawn, confidence))
+    return made
+
+
+def _parabola(
+    x: Numbers, centre: float, curve: Numbers, drawn: Numbers, confidence: float
+) -> Parabola:
+    low, high = np.log(x.min()), np.log(x.max())
+    log_optimum = float(centre + _lowest(curve[None])[0])
+    samples = centre + _lowest(drawn)
+    optimum = None
+    if low < log_optimum < high:
+        inside = interval(log_optimum, samples, confidence)
+        ends = [math.exp(end) if math.isfinite(end) else end for end in (inside.low, inside.high)]
+        optimum = Interval(math.exp(log_optimum), *ends)
+    square, slope, constant = curve
+    moved = [square, slope - 2 * square * centre, constant - slope * centre + square * centre**2]
+    held = np.clip(samples, low - _BEYOND, high + _BEYOND)
+    return Parabola(np.array(moved), optimum, log_optimum, held)
+
+
+def _lowest(curves: Numbers) -> Numbers:
+    """Where each (S, 3) is lowest; infinite on the lower side where it opens downwards."""
+    square, slope, _ = curves.T
+    opens = square > 0
+    lowest: Numbers = np.where(
+        opens, -slope / np.where(opens, 2 * square, 1), np.copysign(np.inf, -slope)
+    )
+    return lowest
