@@ -180,8 +180,11 @@ def _left_out(error: float | None) -> Reason:
 
 
 def best_answers(fits: Sequence[MetricFit]) -> tuple[MetricFit, Answer] | None:
-    """The answer that the preset is written for: of the first budget of the first metric."""
-    for fit in fits:
+    """The answer that the preset is written for: of the first budget of the first metric.
+
+    The loss has a target that moves and counts only where nothing else was measured.
+    """
+    for fit in [fit for fit in fits if fit.metric != "loss"] or fits:
         for answer in answers(fit):
             return fit, answer
     return None

@@ -58,7 +58,7 @@ def _of_runs(fit: MetricFit, points: Sequence[Point]) -> Iterator[str]:
     )
     if passes > _MAX_PASSES:
         yield (
-            f"Up to {passes:.3g} passes over the same images: the laws count every repetition as a"
+            f"Up to {passes:,.0f} passes over the same images: the laws count every repetition as a"
             " new image, which it is not, so expect less from more of them."
         )
 

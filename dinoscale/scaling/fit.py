@@ -51,7 +51,7 @@ def fit_rows(
 
     Args:
         rows: of the table.
-        metrics: names; none for all in the table.
+        metrics: names; none for all in the table, in its order.
         budgets: FLOPs to find the best model and number of images for; none for 2 and 10 times
             the largest that was run.
         confidence: of the intervals.
@@ -62,7 +62,7 @@ def fit_rows(
         ConfigError: an argument is out of range, or a metric is not in the table.
     """
     _check(budgets, confidence=confidence, samples=samples)
-    known = sorted({name for row in rows for name in row.metrics})
+    known = list(dict.fromkeys(name for row in rows for name in row.metrics))
     if not known:
         raise DataError(
             f"No metric to fit: the table has {len(rows)} runs, and none with a metric. Run the"

@@ -1,6 +1,7 @@
 """The preset to train next: settings of the run nearest to an optimum, with its size and images.
 
-The optimum is that of the first budget of the first metric which has a supported one.
+The optimum is that of the first budget of the first metric which has a supported one; the loss, no
+measure of quality, counts only where nothing else was measured.
 """
 
 from __future__ import annotations
@@ -254,7 +255,7 @@ def _settings(
     }
     for section, changes in new.items():
         values[section] = {**values.get(section, {}), **changes}
-    return {**values, "run_dir": RUN_DIR, "resume": False}
+    return {**values, "run_dir": RUN_DIR, "resume": True}
 
 
 def _comments(found: Recommendation, fit: MetricFit) -> str:

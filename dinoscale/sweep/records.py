@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from dinoscale.sweep.runs import PlannedRun
+
+RUNS = "runs"  # in the folder of a sweep; a folder for each run
 JOB, RESULT, SETTINGS, LOG = "job.json", "result.json", "settings.yaml", "job.log"
 HEARTBEAT_S = 30.0  # between two times that a running job writes its result
 ONLINE = "online"  # in place of a line of `dinoscale evaluate`: taken from metrics.jsonl
@@ -76,6 +79,28 @@ class Result:
     def measured(self, metrics: Mapping[str, str]) -> bool:
         """Whether all metrics are there, each by the line that it has now."""
         return all(self.lines.get(name) == line for name, line in metrics.items())
+
+
+def folders_of(runs: Sequence[PlannedRun], out: Path) -> dict[str, Path]:
+    """The folder of each run by its key.
+
+    A new axis gives a run another name and leaves it its key, whose first digits end the name: a
+    run that has begun keeps the folder it has.
+
+    Args:
+        runs: of the sweep.
+        out: its folder.
+    """
+    try:
+        there = {path.name for path in (out / RUNS).iterdir()}
+    except FileNotFoundError:
+        there = set()
+    by_digits = {name.rpartition("-")[2]: name for name in sorted(there)}
+
+    def name_of(run: PlannedRun) -> str:
+        return run.name if run.name in there else by_digits.get(run.key[:8], run.name)
+
+    return {run.key: out / RUNS / name_of(run) for run in runs}
 
 
 def read_job(run_dir: Path) -> Job | None:

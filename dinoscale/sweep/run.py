@@ -38,6 +38,7 @@ from dinoscale.sweep.records import (
     SETTINGS,
     Job,
     Result,
+    folders_of,
     read_job,
     read_result,
     write_record,
@@ -50,7 +51,6 @@ from dinoscale.sweep.table import TABLE, Row, append_row, read_table
 
 log = logging.getLogger(__name__)
 
-RUNS = "runs"
 _POLL_S = 0.2
 
 
@@ -92,7 +92,7 @@ def run_sweep(
     rows = [sweep.rows[run.key] for run in runs if run.key in sweep.rows]
     failed = [row for row in rows if row.error]
     if failed:
-        raise RunFailedError(_failures(failed, len(runs), out))
+        raise RunFailedError(_failures(failed, len(runs), folders_of(runs, out)))
     return {
         "done": len(rows),
         "failed": 0,
@@ -111,9 +111,9 @@ def _executor(config: ExecutorConfig, out: Path, gpus: Sequence[str]) -> Executo
         raise DinoscaleError(f"executor.slurm: {error}") from error
 
 
-def _failures(failed: Sequence[Row], number: int, out: Path) -> str:
+def _failures(failed: Sequence[Row], number: int, folders: Mapping[str, Path]) -> str:
     lines = [f"{len(failed)} of {number} runs failed; --retry-failed tries them again"]
-    lines += [f"  {row.name}: {row.error} ({out / RUNS / row.name / LOG})" for row in failed]
+    lines += [f"  {row.name}: {row.error} ({folders[row.key] / LOG})" for row in failed]
     return "\n".join(lines)
 
 
@@ -140,11 +140,12 @@ class Sweep:
         self.waiting: deque[PlannedRun] = deque()
         self.running: dict[Path, PlannedRun] = {}
         self.last: Row | None = None  # of the runs that have ended
+        self._folders = folders_of(self.runs, self.out)
         require_own_folders([run for run in self.runs if self._is_wanted(run)], self.folder)
 
     def folder(self, run: PlannedRun) -> Path:
         """Of a run."""
-        return self.out / RUNS / run.name
+        return self._folders[run.key]
 
     def untrained(self) -> list[PlannedRun]:
         """Runs whose training is not known to be complete."""

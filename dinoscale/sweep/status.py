@@ -9,7 +9,7 @@ from typing import Any
 
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.sweep.curves import METRICS, last_step
-from dinoscale.sweep.records import Job, Result, lives, read_job, read_result
+from dinoscale.sweep.records import Job, Result, folders_of, lives, read_job, read_result
 from dinoscale.sweep.runs import PlannedRun
 from dinoscale.sweep.table import TABLE, Row, read_table
 
@@ -28,7 +28,8 @@ def read_status(runs: Sequence[PlannedRun], *, out: Path) -> dict[str, Any]:
     """
     table = out / TABLE
     rows = {row.key: row for row in read_table(table)} if table.exists() else {}
-    states = [_state(run, rows.get(run.key), out / "runs" / run.name) for run in runs]
+    folders = folders_of(runs, out)
+    states = [_state(run, rows.get(run.key), folders[run.key]) for run in runs]
     totals = Counter(state["state"] for state in states)
     return {
         "runs": states,

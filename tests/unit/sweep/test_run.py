@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dinoscale.sweep.executors import LocalExecutor
 from dinoscale.sweep.records import Job, read_job, read_result, write_record
 from dinoscale.sweep.run import run_sweep
 from dinoscale.sweep.runs import PlannedRun
+from dinoscale.sweep.status import read_status
 from dinoscale.sweep.table import TABLE, Row, read_table
 from tests.unit.sweep.tiny_sweep import METRICS, SCRIPT, do_job, planned, program
 
@@ -239,6 +241,16 @@ def test_run_without_its_files_begins_anew(tmp_path: Path, damage: str) -> None:
     _run(tmp_path, executor, RUNS[:1])
     assert executor.started == [RUNS[0].name]
     assert _rows(tmp_path)["seed0"].status == "done"
+
+
+def test_run_that_has_begun_keeps_its_folder_when_an_axis_renames_it(tmp_path: Path) -> None:
+    old = replace(RUNS[0], name=f"seed0-{RUNS[0].key[:8]}")
+    new = replace(old, name=f"seed0-wide-{RUNS[0].key[:8]}")
+    _run(tmp_path, runs=[old])
+    _run(tmp_path, runs=[new], metrics={**METRICS, "other": KNN})
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [old.name]
+    assert [row.name for row in read_table(tmp_path / TABLE)] == [new.name]
+    assert read_status([new], out=tmp_path)["runs"][0]["state"] == "done"
 
 
 def test_folder_of_another_run_is_refused_by_name(tmp_path: Path) -> None:
