@@ -144,7 +144,8 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale.sweep.status import as_text, read_status
 
     sweep = _load(options)
-    status = read_status(plan_runs(sweep), out=Path(sweep.out))
+    runs, parallel = plan_runs(sweep), sweep.executor.parallel
+    status = read_status(runs, out=Path(sweep.out), parallel=parallel)
     if options.json:
         return status
     print(as_text(status), end="")

@@ -14,8 +14,9 @@ from enum import IntEnum
 import numpy as np
 
 from dinoscale.scaling.laws import Interval, MetricFit, Optimum
-from dinoscale.scaling.words import flops, number, percent
+from dinoscale.scaling.words import flops, percent
 from dinoscale.sweep.table import Row
+from dinoscale.sweep.units import number
 
 MANY_RUNS, FEW_RUNS = 10, 6  # a joint law has five coefficients
 GOOD_R2, LOW_R2 = 0.95, 0.8

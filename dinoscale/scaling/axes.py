@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dinoscale.page import Plot, finish_plot, printable
 from dinoscale.scaling.laws import Band, Interval, Numbers
-from dinoscale.scaling.words import number
+from dinoscale.sweep.units import number
 
 WIDTH, HEIGHT = 5.0, 3.2  # inches, the height without its legend: two plots fit side by side
 LEGEND_LINE, LEGEND_COLUMNS = 0.2, 4

@@ -23,10 +23,11 @@ from dinoscale.scaling.axes import (
     start,
 )
 from dinoscale.scaling.laws import Interval, MetricFit
-from dinoscale.scaling.words import metric_unit, number
+from dinoscale.scaling.points import SAME
+from dinoscale.scaling.words import metric_unit
 from dinoscale.sweep.table import Row
+from dinoscale.sweep.units import number
 
-SAME = 1.05  # numbers of images or FLOPs up to this factor apart are one group: steps are whole
 GRID = 100  # points of a curve
 Colors = Mapping[float, Any]
 AXES = {
@@ -74,7 +75,7 @@ def _over_images(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | 
 
 
 def _groups(
-    rows: Sequence[Row], value: Callable[[Row], int], *, same: float = SAME
+    rows: Sequence[Row], value: Callable[[Row], int], *, same: float = 1 + SAME
 ) -> dict[float, list[Row]]:
     """Runs by a value, ascending; values that hardly differ are one group, named by the lowest."""
     groups: dict[float, list[Row]] = {}

@@ -25,8 +25,9 @@ from dinoscale.errors import ConfigError
 from dinoscale.page import printable
 from dinoscale.scaling.answers import Answer, best_answers, fit_reasons, measured, value_of
 from dinoscale.scaling.laws import MetricFit
-from dinoscale.scaling.words import exponential, interval, metric_name, number
+from dinoscale.scaling.words import exponential, interval, metric_name
 from dinoscale.sweep.table import Row
+from dinoscale.sweep.units import number
 
 MARK = "# Recommended by `dinoscale sweep`."  # the first line of every preset written here
 RUN_DIR = "runs/recommended"

@@ -29,8 +29,9 @@ from dinoscale.scaling.report_tables import (
     version_differences,
     versions_list,
 )
-from dinoscale.scaling.words import exponential, flops, interval, metric_name, number
+from dinoscale.scaling.words import exponential, flops, interval, metric_name
 from dinoscale.sweep.table import Row
+from dinoscale.sweep.units import number
 
 VERDICTS = {
     Trust.GOOD: "Trust: good. Nothing found speaks against it.",

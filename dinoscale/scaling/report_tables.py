@@ -12,8 +12,9 @@ from dinoscale import page
 from dinoscale.page import element
 from dinoscale.scaling.answers import best_run, measured, value_of
 from dinoscale.scaling.laws import Interval, MetricFit
-from dinoscale.scaling.words import ends, exponential, metric_unit, number, percent
+from dinoscale.scaling.words import ends, exponential, metric_unit, percent
 from dinoscale.sweep.table import Row
+from dinoscale.sweep.units import number
 
 OUTLIER = 3.0  # robust standard deviations of the residuals
 ERROR_SHOWN = 300  # letters

@@ -143,13 +143,7 @@ class Planner:
                 "add the axis images, or set data.images_per_epoch in settings"
             )
         distinct = config.data.distinct_images
-        if total is not None and distinct is not None and distinct > total:
-            raise ConfigError(
-                f"data.distinct_images: {distinct:,} are more than the {total:,} in data.train"
-            )
-        num_images = sizes or (of_epoch,)
-        if distinct is not None and config.data.images_per_epoch is None:
-            num_images = (of_epoch,)
+        num_images = sizes or (max(of_epoch, distinct or 0),)
         plan = resolve(without_auto(config), world_size=self._world_size, num_images=num_images)
         images, key = plan.stop_step * plan.batch_size, key_of(config)
         limits = (distinct, total, images)

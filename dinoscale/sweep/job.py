@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.config.sweep import ONLINE
 from dinoscale.errors import DinoscaleError, PreemptedError, RunFailedError
 from dinoscale.hooks.events import count_events
 from dinoscale.launch.commands import by_torchrun
@@ -30,7 +31,6 @@ from dinoscale.sweep.curves import METRICS, last_error, online_metric, read_poin
 from dinoscale.sweep.records import (
     HEARTBEAT_S,
     LOG,
-    ONLINE,
     SETTINGS,
     Ending,
     Job,

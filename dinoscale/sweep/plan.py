@@ -14,7 +14,7 @@ from dinoscale.sweep.candidate import dims_of_run
 from dinoscale.sweep.design import Design, shortened
 from dinoscale.sweep.need import Need, need_of, require_known
 from dinoscale.sweep.runs import PlannedRun
-from dinoscale.sweep.units import short
+from dinoscale.sweep.units import number
 
 
 def make_plan(sweep: SweepConfig, design: Design) -> dict[str, Any]:
@@ -140,10 +140,10 @@ _HEAD = (
 def _row(run: dict[str, Any]) -> tuple[str, ...]:
     return (
         run["name"],
-        short(run["parameters"]),
+        number(run["parameters"]),
         f"{run['flops']:.2e}".replace("e+", "e"),
-        short(run["images"]),
-        short(run["distinct_images"]),
+        number(run["images"]),
+        number(run["distinct_images"]),
         f"{run['steps']:,}",
         f"{run['batch_size']:,}",
         f"{run['peak_lr']:.3g}",
@@ -158,7 +158,7 @@ def _left_out(plan: dict[str, Any]) -> list[list[str]]:
     if not plan["left_out"]:
         return []
     lines = [
-        f"  {left['name']}: {short(left['images'])} images, {left['why']}"
+        f"  {left['name']}: {number(left['images'])} images, {left['why']}"
         for left in plan["left_out"]
     ]
     return [["", "left out:", *lines]]
@@ -169,7 +169,7 @@ def _sum(plan: dict[str, Any]) -> list[str]:
     lines = [
         "",
         f"{totals['runs']} runs, {totals['flops']:.3g} FLOPs,"
-        f" {short(totals['images'])} images seen",
+        f" {number(totals['images'])} images seen",
     ]
     if totals["hours"] is not None:
         lines.append(

@@ -13,17 +13,17 @@ from typing import IO
 import torch
 
 from dinoscale.config.executor import ExecutorConfig
+from dinoscale.config.sweep import ONLINE
 from dinoscale.errors import ConfigError, DataError, DinoscaleError
 from dinoscale.evaluate.compare import NOT_RANKED
 from dinoscale.feed import open_images
 from dinoscale.locks import try_lock
-from dinoscale.sweep.records import ONLINE, read_job
+from dinoscale.sweep.records import read_job
 from dinoscale.sweep.runs import PlannedRun
 from dinoscale.sweep.submitted import slurm_is_missing
 
 log = logging.getLogger(__name__)
 
-ONLINE_METRICS = ("knn", "loss")
 _LOCK_WAIT_S = 3.0
 
 EvaluationWords = Callable[[str, str], list[str]]
@@ -69,12 +69,11 @@ def require_own_folders(runs: Sequence[PlannedRun], folder: Callable[[PlannedRun
 
 
 def measuring_commands(
-    runs: Sequence[PlannedRun], metrics: Mapping[str, str], words: EvaluationWords
+    metrics: Mapping[str, str], words: EvaluationWords
 ) -> Callable[[Path], dict[str, list[str]]]:
     """How to measure a run in a folder: the words after `dinoscale`, by name of the metric.
 
     Args:
-        runs: that are measured.
         metrics: see `SweepConfig`.
         words: of a line of `dinoscale evaluate` and the weights; ConfigError if it is wrong.
 
@@ -82,17 +81,6 @@ def measuring_commands(
         ConfigError: a metric cannot be measured.
     """
     lines = {name: line for name, line in metrics.items() if line != ONLINE}
-    for name in metrics.keys() - lines.keys():
-        if name not in ONLINE_METRICS:
-            raise ConfigError(
-                f"metrics.{name}: only {' and '.join(ONLINE_METRICS)} can be {ONLINE}; give a line"
-                " of `dinoscale evaluate`"
-            )
-        blind = [run.name for run in runs if run.config.eval.train is None]
-        if name == "knn" and blind:
-            raise ConfigError(
-                f"metrics.knn: {ONLINE} needs eval.train and eval.test, and run {blind[0]} has none"
-            )
 
     def commands(run_dir: Path) -> dict[str, list[str]]:
         return {name: words(line, str(run_dir)) for name, line in lines.items()}

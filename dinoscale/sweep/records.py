@@ -18,7 +18,6 @@ from dinoscale.sweep.runs import PlannedRun
 RUNS = "runs"  # in the folder of a sweep; a folder for each run
 JOB, RESULT, SETTINGS, LOG = "job.json", "result.json", "settings.yaml", "job.log"
 HEARTBEAT_S = 30.0  # between two times that a running job writes its result
-ONLINE = "online"  # in place of a line of `dinoscale evaluate`: taken from metrics.jsonl
 
 Ending = Literal["", "done", "stopped", "failed", "bad input"]
 Point = Mapping[str, float | None]

@@ -84,7 +84,7 @@ def run_sweep(
     """
     begun, out = time.monotonic(), out.absolute()
     with lock_sweep(out):
-        commands = measuring_commands(runs, metrics, evaluation_words)
+        commands = measuring_commands(metrics, evaluation_words)
         gpus = require_machine(executor)
         sweep = Sweep(runs, out, metrics, commands, executor, retry_failed=retry_failed)
         require_data(sweep.untrained(), elsewhere=executor.kind == "slurm")

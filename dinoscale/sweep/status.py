@@ -17,8 +17,13 @@ _STATES = ("done", "failed", "running", "interrupted", "waiting")
 _WIDTH = 110  # of the text
 
 
-def read_status(runs: Sequence[PlannedRun], *, out: Path) -> dict[str, Any]:
+def read_status(runs: Sequence[PlannedRun], *, out: Path, parallel: int = 1) -> dict[str, Any]:
     """Each run with its state, progress, metrics and error, and how long the rest may take.
+
+    Args:
+        runs: of the sweep.
+        out: its folder.
+        parallel: runs at a time.
 
     Returns:
         JSON-able: `runs`, `totals` by state, `hours_left` (None before a run has ended), `table`.
@@ -34,7 +39,7 @@ def read_status(runs: Sequence[PlannedRun], *, out: Path) -> dict[str, Any]:
     return {
         "runs": states,
         "totals": {state: totals[state] for state in _STATES},
-        "hours_left": _hours_left(runs, states, rows),
+        "hours_left": _hours_left(runs, states, rows, parallel=parallel),
         "table": str(table) if rows else None,
     }
 
@@ -68,9 +73,13 @@ def _attempts(job: Job | None, row: Row | None, *, running: bool) -> int:
 
 
 def _hours_left(
-    runs: Sequence[PlannedRun], states: Sequence[Mapping[str, Any]], rows: Mapping[str, Row]
+    runs: Sequence[PlannedRun],
+    states: Sequence[Mapping[str, Any]],
+    rows: Mapping[str, Row],
+    *,
+    parallel: int,
 ) -> float | None:
-    """At the FLOPs per second of the runs that have ended, as many at a time as run now."""
+    """At the FLOPs per second of the runs that have ended."""
     done = [row for row in rows.values() if row.status == "done" and row.seconds > 0]
     if not done:
         return None
@@ -80,8 +89,8 @@ def _hours_left(
         for run, state in zip(runs, states, strict=True)
         if state["state"] not in ("done", "failed")
     )
-    at_a_time = max(1, sum(state["state"] == "running" for state in states))
-    return float(left / rate / at_a_time / 3600)
+    unfinished = sum(state["state"] not in ("done", "failed") for state in states)
+    return float(left / rate / max(1, min(parallel, unfinished)) / 3600)
 
 
 def as_text(status: dict[str, Any]) -> str:

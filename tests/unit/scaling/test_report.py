@@ -25,8 +25,9 @@ from dinoscale.scaling.plots import draw_metric
 from dinoscale.scaling.recommend import MARK, nearest_size, recommend
 from dinoscale.scaling.report import PRESET, write_report
 from dinoscale.scaling.report_tables import outliers, version_differences
-from dinoscale.scaling.words import interval, number, percent
+from dinoscale.scaling.words import interval, percent
 from dinoscale.sweep.table import Row, append_row, read_table
+from dinoscale.sweep.units import number
 from tests.unit.scaling.known import a_best_rate, a_fit, a_row, an_optimum, around, grid, no_fit
 
 ODD = "<script>alert(1)</script> $x_1$ \u6f22 & '\"\n# \x00"

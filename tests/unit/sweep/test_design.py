@@ -229,7 +229,10 @@ def test_a_set_that_is_not_here_is_noted(tmp_path: Path) -> None:
         ),
         (
             "axes: {distinct_images: [2000]}",
-            ["run distinct2000: data.distinct_images: 2,000 are more than the 1,600 in data.train"],
+            [
+                "run distinct2000: data.distinct_images: 2000 images are more than the 1600 in"
+                " data.train"
+            ],
         ),
         (
             NO_SUCH_SET + "axes: {distinct_images: [0.5]}",

@@ -12,7 +12,6 @@ from dinoscale.errors import ConfigError
 from dinoscale.plan.report import make_plan as plan_one
 from dinoscale.sweep.design import work_out
 from dinoscale.sweep.plan import _wall_hours, as_text, make_plan
-from dinoscale.sweep.units import short
 from tests.unit.sweep.files import MODELS, NO_SUCH_SET, sweep_of
 
 SWEEPS = sorted((Path(__file__).parents[3] / "configs" / "sweep").glob("*.yaml"))
@@ -123,18 +122,3 @@ def test_text_names_what_is_left_out_and_assumed(tmp_path: Path) -> None:
     plan = as_text(_plan(tmp_path, text + "isoflop: {min_images: 5000}"))
     assert "left out:\n  64x2-c2e11: 2.49k images, fewer than min_images, 5,000\n" in plan
     assert "data.train cannot be opened here" in plan
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (999, "999"),
-        (999.9, "1k"),
-        (28_256, "28.3k"),
-        (999_900, "1M"),
-        (21_665_664, "21.7M"),
-        (5e15, "5e+15"),
-    ],
-)
-def test_large_numbers_are_short(number: float, text: str) -> None:
-    assert short(number) == text

@@ -334,12 +334,10 @@ def test_second_process_is_refused_in_seconds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metrics", "settings", "overrides", "said"),
     [
-        ({"a": "online"}, {}, [], "metrics.a: only knn and loss can be online"),
         ({"a": "knn --train x"}, {}, [], "metrics.a: .*required: --test"),
         ({"a": "knn --train x --test y --out z"}, {}, [], "metrics.a: .*--out"),
         ({"a": "nothing"}, {}, [], "metrics.a: .*invalid choice"),
         ({"a": "pca --images x"}, {}, [], "metrics.a: "),
-        ({"knn": "online"}, {}, ["eval.train=null", "eval.test=null"], "needs eval.train"),
         ({}, {"nodes": 2}, [], "2 nodes need executor.kind slurm"),
         ({}, {"kind": "slurm"}, [], "slurm needs sbatch"),
         ({}, {}, ["data.train=/nowhere"], "run seed0-0000: .*/nowhere"),

@@ -57,6 +57,8 @@ def test_each_run_is_in_its_state(out: Path) -> None:
 def test_rest_is_estimated_from_the_runs_that_ended(out: Path) -> None:
     left = 0.5 + 0.25 + 1 + 1  # of a run of an hour
     assert read_status(RUNS, out=out)["hours_left"] == pytest.approx(left)
+    assert read_status(RUNS, out=out, parallel=2)["hours_left"] == pytest.approx(left / 2)
+    assert read_status(RUNS, out=out, parallel=9)["hours_left"] == pytest.approx(left / 4)
     assert read_status(RUNS, out=out / "nowhere")["hours_left"] is None
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinoscale.config import load_config
+from dinoscale.config.sweep import ONLINE
 from dinoscale.sweep.records import (
-    ONLINE,
     Result,
     read_job,
     read_result,
