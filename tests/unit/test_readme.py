@@ -30,7 +30,7 @@ def test_command_of_the_readme_parses(line: str) -> None:
 def test_readme_has_commands_of_every_kind() -> None:
     said = {line.split()[0] for line in _command_lines()}
     assert said >= {"train", "doctor", "config", "presets", "checkpoint", "export", "evaluate"}
-    assert said >= {"bench", "show", "plan", "convert", "launch"}
+    assert said >= {"bench", "show", "plan", "convert", "launch", "sweep", "report"}
 
 
 def test_readme_evaluates_every_task() -> None:
