@@ -52,6 +52,7 @@ from dinoscale.sweep.table import TABLE, Row, append_row, read_table
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
+_REFRESH_S = 5.0
 
 
 def run_sweep(
@@ -189,10 +190,14 @@ class Sweep:
             try:
                 for run in wanted:
                     self._take_up(run)
+                shown = time.monotonic()
                 while (self.waiting or self.running) and not stop:
                     while self.waiting and len(self.running) < self.config.parallel:
                         self._start(self.waiting.popleft())
                     self._look()
+                    if time.monotonic() - shown > _REFRESH_S:  # the time on the bar goes on
+                        self.bar.refresh()
+                        shown = time.monotonic()
                     time.sleep(_POLL_S)
             finally:
                 executor.close()
