@@ -14,6 +14,8 @@ from dinoscale.scaling.joint import ImageCost, JointFit, why_no_joint
 from dinoscale.scaling.laws import Interval, JointLaw, MetricFit, Optimum, PowerLaw
 from dinoscale.scaling.points import QUANTITIES, Point, best_along, size_of
 from dinoscale.scaling.powers import EXPONENTS
+from dinoscale.scaling.words import flops
+from dinoscale.sweep.units import number
 
 _NAMES = {"parameters": "parameters", "images": "images seen", "flops": "training FLOPs"}
 _MAX_PASSES = 4  # over the same images; Muennighoff et al. 2023 (arXiv:2305.16264), of text
@@ -93,7 +95,7 @@ def _of_law(law: PowerLaw, name: str, best: Sequence[Point]) -> Iterator[str]:
         sizes = [size_of(other)(point) for point in best]
         if max(sizes) > _MIXED * min(sizes):
             yield (
-                f"The law in {name} mixes runs of {min(sizes):.3g} to {max(sizes):.3g}"
+                f"The law in {name} mixes runs of {number(min(sizes))} to {number(max(sizes))}"
                 f" {_NAMES[other]}, so it is not the effect of {name} alone."
             )
 
@@ -173,7 +175,7 @@ def _of_decisions(fit: MetricFit, points: Sequence[Point], cost: ImageCost | Non
 
 
 def _of_optimum(optimum: Optimum, sizes: Sequence[float]) -> Iterator[str]:
-    where = f"The best model for {optimum.flops:.3g} FLOPs ({optimum.approach})"
+    where = f"The best model for {flops(optimum.flops)} ({optimum.approach})"
     if optimum.extrapolation > _MAX_EXTRAPOLATION:
         yield (
             f"{where} is extrapolated: the budget is {optimum.extrapolation:.3g} times the largest"
