@@ -11,23 +11,25 @@ from typing import Any
 import numpy as np
 
 from dinoscale.scaling.laws import Interval, MetricFit
+from dinoscale.scaling.words import exponential, flops, interval
 
 _WIDTH = 100
 
 
 def as_json(fits: Sequence[MetricFit]) -> dict[str, Any]:
     """All fits by metric, JSON-able; infinite ends are null."""
-    return {fit.metric: _plain(fit) for fit in fits}
+    return {fit.metric: plain(fit) for fit in fits}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON has: null for numbers that are not finite, no functions."""
     if is_dataclass(value):
         parts = {part.name: getattr(value, part.name) for part in fields(value)}
-        return {name: _plain(part) for name, part in parts.items() if not callable(part)}
+        return {name: plain(part) for name, part in parts.items() if not callable(part)}
     if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: plain(part) for name, part in value.items()}
     if isinstance(value, np.ndarray | list | tuple):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     if isinstance(value, float):  # numpy's too
         return float(value) if math.isfinite(value) else None
     return value
@@ -89,8 +91,8 @@ def _laws(fit: MetricFit) -> Iterator[str]:
 
 
 def _numbers(**intervals: Interval) -> Iterator[str]:
-    for name, interval in intervals.items():
-        yield f"    {name}  {interval_text(interval)}"
+    for name, found in intervals.items():
+        yield f"    {name}  {interval(found)}"
 
 
 def _goodness(r2: float, left_out_error: float | None, largest: str) -> str:
@@ -105,26 +107,27 @@ def _goodness(r2: float, left_out_error: float | None, largest: str) -> str:
 def _isoflops(fit: MetricFit) -> Iterator[str]:
     if fit.isoflops:
         yield "  Best number of parameters at equal budgets"
-        yield f"    {'FLOPs':>9}  {'models':>6}  parameters"
+        yield f"    {'budget':>12}  {'models':>6}  parameters"
         for iso in fit.isoflops:
-            best = interval_text(iso.optimum) if iso.optimum else "no minimum between the models"
-            yield f"    {iso.flops:9.3g}  {len(set(iso.parameters)):6d}  {best}"
+            best = interval(iso.optimum) if iso.optimum else "no minimum between the models"
+            yield f"    {flops(iso.flops):>12}  {len(set(iso.parameters)):6d}  {best}"
         yield ""
     for frontier in fit.frontiers:
         yield f"  Best sizes grow with the FLOPs C ({frontier.approach})"
-        yield f"    parameters ~ C^p, p  {interval_text(frontier.parameters_exponent)}"
-        yield f"    images     ~ C^q, q  {interval_text(frontier.images_exponent)}"
+        yield f"    parameters ~ C^p, p  {interval(frontier.parameters_exponent)}"
+        yield f"    images     ~ C^q, q  {interval(frontier.images_exponent)}"
         yield ""
 
 
 def _optima(fit: MetricFit) -> Iterator[str]:
     for optimum in fit.optima:
         times = f"{optimum.extrapolation:.3g} times the largest run"
-        yield f"  Best use of {optimum.flops:.3g} FLOPs, {times} ({optimum.approach})"
-        yield f"    parameters  {interval_text(optimum.parameters)}"
-        yield f"    images      {interval_text(optimum.images)}"
+        budget = f"{flops(optimum.flops)} ({exponential(optimum.flops)})"
+        yield f"  Best use of {budget}, {times} ({optimum.approach})"
+        yield f"    parameters  {interval(optimum.parameters)}"
+        yield f"    images      {interval(optimum.images)}"
         if optimum.metric:
-            yield f"    expected {fit.metric}  {interval_text(optimum.metric)}"
+            yield f"    expected {fit.metric}  {interval(optimum.metric)}"
         yield ""
 
 
@@ -133,12 +136,6 @@ def _rates(fit: MetricFit) -> Iterator[str]:
         return
     yield "  Best learning rate"
     for rate in fit.best_rates:
-        best = interval_text(rate.optimum) if rate.optimum else "not between those that were run"
+        best = interval(rate.optimum) if rate.optimum else "not between those that were run"
         yield from _wrapped(f"{rate.label}: {best}", first="    ", rest="      ")
     yield ""
-
-
-def interval_text(interval: Interval) -> str:
-    """An estimate and its ends."""
-    ends = [f"{end:.3g}" if math.isfinite(end) else "?" for end in (interval.low, interval.high)]
-    return f"{interval.value:.3g} ({ends[0]} to {ends[1]})"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from dinoscale import page
 from dinoscale.errors import ConfigError
 from dinoscale.scaling.answers import answers, best_run, fit_reasons, runs_to_add
-from dinoscale.scaling.fit import as_json
+from dinoscale.scaling.fit_text import as_json, plain
 from dinoscale.scaling.laws import MetricFit
 from dinoscale.scaling.plots import draw_metric
 from dinoscale.scaling.recommend import MARK, Recommendation, recommend
@@ -48,9 +47,9 @@ def write_report(rows: Sequence[Row], fits: Sequence[MetricFit], out: Path) -> d
     write_page(rows, fits, plots, recommended, out / PAGE)
     data = _data(rows, fits)
     data["recommendation"] = said
-    content = json.dumps(_finite(data), indent=1, allow_nan=False)
+    content = json.dumps(plain(data), indent=1, allow_nan=False)
     page.write_file(out / DATA, f"{content}\n".encode())
-    return {**paths, "recommendation": _finite(said)}
+    return {**paths, "recommendation": plain(said)}
 
 
 def _recommended(rows: Sequence[Row], fits: Sequence[MetricFit]) -> Recommendation | str:
@@ -125,12 +124,3 @@ def _answers(rows: Sequence[Row], fit: MetricFit) -> dict[str, Any]:
         "runs_to_add": runs_to_add(rows, fit),
         "far_from_the_joint_law": outliers(fit),
     }
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for what JSON has no number for."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
