@@ -155,4 +155,4 @@ def test_lines_of_the_readme_can_be_typed() -> None:
 def test_readme_tells_of_every_file() -> None:
     text = (LAUNCHERS / "README.md").read_text()
     untold = [path.name for path in LAUNCHERS.iterdir() if path.name not in text]
-    assert untold == ["README.md"]
+    assert set(untold) <= {"README.md"}
