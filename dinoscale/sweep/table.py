@@ -83,12 +83,13 @@ class Row:
 
 
 _COLUMNS = [column.name for column in fields(Row)]
-_JSON = ("metrics", "curves", "axes", "config", "versions")
+_JSON = {"metrics": dict, "curves": list, "axes": dict, "config": dict, "versions": dict}
 _INTEGERS = (
     *("attempts", "parameters", "flops_per_image", "images", "distinct_images", "steps", "flops"),
     *("embed_dim", "depth", "batch_size", "seed", "ranks"),
 )
 _NUMBERS = ("lr", "seconds")
+_MAY_BE_EMPTY = ("embed_dim", "depth")
 
 
 def append_row(path: Path, row: Row) -> None:
@@ -126,6 +127,10 @@ def read_table(path: Path) -> list[Row]:
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: there is no table yet; `dinoscale sweep FILE run` writes it."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as the table of a sweep ({error}).") from error
     whole = text[: text.rfind("\n") + 1]
@@ -150,21 +155,22 @@ def _row(cells: Sequence[str], *, where: str) -> Row:
     if len(cells) != len(_COLUMNS):
         raise DataError(f"{where}: has {len(cells)} cells, need {len(_COLUMNS)}. Repair the line.")
     values = {name: _value(name, text, where) for name, text in zip(_COLUMNS, cells, strict=True)}
-    metrics = values["metrics"]
-    if not isinstance(metrics, dict):
-        raise DataError(f"{where}: metrics is no mapping. Repair the line.")
-    values["metrics"] = {name: _finite(value, where) for name, value in metrics.items()}
+    metrics = values["metrics"].items()
+    values["metrics"] = {name: _finite(value, where) for name, value in metrics}
     return Row(**values)
 
 
 def _value(name: str, text: str, where: str) -> Any:
     try:
         if name in _JSON:
-            return json.loads(text)
+            value = json.loads(text)
+            if isinstance(value, _JSON[name]):
+                return value
+            raise ValueError
         if name in _INTEGERS:
-            return int(text) if text else None
+            return None if not text and name in _MAY_BE_EMPTY else int(text)
         return float(text) if name in _NUMBERS else text
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{where}: {name} cannot be {text[:60]!r}. Repair the line.") from None
 
 

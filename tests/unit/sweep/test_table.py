@@ -79,6 +79,8 @@ def test_metric_that_is_not_finite_is_no_number(path: Path) -> None:
         (",1000,", ",1.5,", "line 2: parameters cannot be '1.5'"),
         ("0.25", "true", "line 2: a metric cannot be True"),
         (",done,", ",", "line 2: has 23 cells, need 24"),
+        (",1000,", ",,", "line 2: parameters cannot be ''"),
+        ('"{""torch"": ""2"", ""commit"": null}"', "[]", r"line 2: versions cannot be '\[\]'"),
     ],
 )
 def test_damaged_cell_is_named(path: Path, old: str, new: str, said: str) -> None:
