@@ -41,6 +41,15 @@ def test_runs_begin_in_their_order_as_soon_as_there_is_room() -> None:
     assert _wall_hours([1, 2], parallel=5) == 2
 
 
+def test_fewer_images_may_be_seen_than_there_are_different_ones(tmp_path: Path) -> None:
+    (run,) = _plan(tmp_path, "axes: {distinct_images: [1.0], images: [1600]}")["runs"]
+    assert (run["images"], run["distinct_images"]) == (1600, 1600)
+    (run,) = _plan(
+        tmp_path, "settings: {train.epochs: 5}\naxes: {distinct_images: [1600], images: [640]}"
+    )["runs"]
+    assert (run["images"], run["distinct_images"]) == (640, 640)
+
+
 def test_without_a_device_there_are_no_hours(tmp_path: Path) -> None:
     plan = _plan(tmp_path, GRID)
     assert {run["hours"] for run in plan["runs"]} == {None}
