@@ -3,6 +3,7 @@
 The only module that imports torch.distributed. Every collective is the identity on one process.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -109,13 +110,16 @@ def _require_free_port(port: int) -> None:
 
 
 def stop() -> None:
-    """Leave the process group in good order, once what was begun has ended.
+    """Leave the process group in good order, together, once what was begun has ended.
 
-    Without it, or amid a collective, some backends abort the interpreter at exit.
+    Without it, or amid a collective, some backends abort the interpreter at exit. And the board
+    goes with rank 0, so that no rank leaves before all others are here, or lost.
     """
     if dist.is_initialized():
         for work in _under_way:
             work.wait()
+        with contextlib.suppress(LostPeerError):
+            gather_objects(None)
         dist.destroy_process_group()
     _under_way.clear()
 

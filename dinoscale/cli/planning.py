@@ -236,8 +236,7 @@ def _doctor(options: argparse.Namespace) -> None:
         print(json.dumps(report.as_json()), flush=True)
     if report.lost:  # no leaving in good order
         raise LaunchError(report.lost)
-    distributed.gather_objects(None)  # launchers end all ranks as soon as one ends with a 2
-    distributed.stop()
+    distributed.stop()  # of all together: launchers end all as soon as one ends with a 2
     if report.count("problem"):
         raise SystemExit(2)
 
