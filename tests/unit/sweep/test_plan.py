@@ -129,5 +129,5 @@ def test_shipped_sweep_has_a_plan_without_its_data(path: Path) -> None:
 def test_text_names_what_is_left_out_and_assumed(tmp_path: Path) -> None:
     text = NO_SUCH_SET + f"design: isoflop\naxes: {{model: {MODELS}, flops: [2e11, 1e12]}}\n"
     plan = as_text(_plan(tmp_path, text + "isoflop: {min_images: 5000}"))
-    assert "left out:\n  64x2-c2e11: 2.49k images, fewer than min_images, 5,000\n" in plan
+    assert "left out:\n  64x2-c2e11: 2.49 k images, fewer than min_images, 5,000\n" in plan
     assert "data.train cannot be opened here" in plan
