@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from dinoscale.doctor.report import count_text
 from dinoscale.scaling import isoflop, joint, power
 from dinoscale.scaling.joint import ImageCost, JointFit, why_no_joint
 from dinoscale.scaling.laws import Interval, JointLaw, MetricFit, Optimum, PowerLaw
@@ -44,7 +45,7 @@ def _of_runs(fit: MetricFit, points: Sequence[Point]) -> Iterator[str]:
     if not points:
         yield f"No run has a usable {metric}: nothing could be fitted."
     if fit.left_out:
-        yield f"{_count(len(fit.left_out), 'run')} left out: failed, or without a usable {metric}."
+        yield f"{count_text(len(fit.left_out), 'run')} left out: failed, or without a usable {metric}."
     if metric == "loss":
         yield (
             "The loss of DINO has a target that moves and is no measure of quality: a model whose"
@@ -113,7 +114,7 @@ def _of_fit(law: PowerLaw | JointLaw, where: str, degrees: int) -> Iterator[str]
         yield f"{where} has as many parameters as points: it fits exactly and has no interval."
     elif degrees <= _FEW:
         yield (
-            f"{where} has only {_count(degrees, 'point')} more than parameters: its intervals rest"
+            f"{where} has only {count_text(degrees, 'point')} more than parameters: its intervals rest"
             " on a guess of the noise from so few."
         )
     if law.irreducible.value <= 0:
@@ -154,13 +155,13 @@ def _of_decisions(fit: MetricFit, points: Sequence[Point], cost: ImageCost | Non
     missing = sum(iso.optimum is None for iso in fit.isoflops)
     if missing:
         yield (
-            f"{_count(missing, 'budget')} of {len(fit.isoflops)} without a minimum between the"
+            f"{count_text(missing, 'budget')} of {len(fit.isoflops)} without a minimum between the"
             " smallest and the largest model: try models further out on the falling side."
         )
     with_minimum = len(fit.isoflops) - missing
     if fit.isoflops and with_minimum < isoflop.NUM_BUDGETS:
         yield (
-            f"Minima at {_count(with_minimum, 'budget')}: a trend over budgets needs 2, and an"
+            f"Minima at {count_text(with_minimum, 'budget')}: a trend over budgets needs 2, and an"
             f" interval {isoflop.NUM_BUDGETS}."
         )
     if cost and fit.optima and cost.error > _COST_ERROR:
@@ -199,7 +200,3 @@ def _of_rates(fit: MetricFit) -> Iterator[str]:
             )
         elif not rate.optimum.high <= _WIDE * max(rate.optimum.low, 0):
             yield f"{where} is not known within a factor of {_WIDE:g}: add rates, or seeds."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -18,7 +18,7 @@ from dinoscale.errors import ConfigError, DataError, DinoscaleError
 from dinoscale.evaluate.compare import NOT_RANKED
 from dinoscale.feed import open_images
 from dinoscale.locks import try_lock
-from dinoscale.sweep.records import read_job
+from dinoscale.sweep.records import RUNS, read_job
 from dinoscale.sweep.runs import PlannedRun
 from dinoscale.sweep.submitted import slurm_is_missing
 
@@ -37,7 +37,7 @@ def lock_sweep(out: Path) -> IO[str]:
     """
     end = time.monotonic() + _LOCK_WAIT_S
     try:
-        (out / "runs").mkdir(parents=True, exist_ok=True)
+        (out / RUNS).mkdir(parents=True, exist_ok=True)
         while (lock := try_lock(out / ".lock")) is None:
             if time.monotonic() > end:
                 raise DinoscaleError(
