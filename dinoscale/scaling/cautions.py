@@ -45,7 +45,8 @@ def _of_runs(fit: MetricFit, points: Sequence[Point]) -> Iterator[str]:
     if not points:
         yield f"No run has a usable {metric}: nothing could be fitted."
     if fit.left_out:
-        yield f"{count_text(len(fit.left_out), 'run')} left out: failed, or without a usable {metric}."
+        runs = count_text(len(fit.left_out), "run")
+        yield f"{runs} left out: failed, or without a usable {metric}."
     if metric == "loss":
         yield (
             "The loss of DINO has a target that moves and is no measure of quality: a model whose"
@@ -114,8 +115,8 @@ def _of_fit(law: PowerLaw | JointLaw, where: str, degrees: int) -> Iterator[str]
         yield f"{where} has as many parameters as points: it fits exactly and has no interval."
     elif degrees <= _FEW:
         yield (
-            f"{where} has only {count_text(degrees, 'point')} more than parameters: its intervals rest"
-            " on a guess of the noise from so few."
+            f"{where} has only {count_text(degrees, 'point')} more than parameters: its intervals"
+            " rest on a guess of the noise from so few."
         )
     if law.irreducible.value <= 0:
         yield f"{where} has E = 0, the least allowed: the runs do not show where it would level."
