@@ -13,7 +13,7 @@ import pytest
 
 from dinoscale.config import dump_config
 from tests.distributed.tiny_run import tiny_config
-from tests.harness import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
