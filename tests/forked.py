@@ -140,6 +140,7 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    tempfile.tempdir = None  # asks the environment again
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as everywhere else
     numpy = importlib.import_module("numpy")
     numpy.random.seed(int.from_bytes(os.urandom(4), "little"))  # Python's own reseeds itself
