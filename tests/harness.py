@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -98,3 +99,7 @@ def _call(function: str, folder: Path) -> None:
     torch.save(result, folder / f"result_{process.rank}.pt")
     distributed.stop()
     leave(0)
+
+
+if __name__ == "__main__":  # under a real launcher: `-m tests.harness FUNCTION FOLDER`
+    _call(sys.argv[1], Path(sys.argv[2]))
