@@ -122,3 +122,22 @@ def test_mistakes_and_help_come_before_torch(tmp_path: Path) -> None:
 
 def test_commands_that_need_torch_begin_without_more(tmp_path: Path) -> None:
     _assert_none_loaded(_WITH_TORCH, _LATE, tmp_path)
+
+
+def test_deepspeed_loads_no_compiler_for_an_optimizer_that_is_not_used() -> None:
+    code = (
+        "import os, sys\n"
+        "from dinoscale import distributed\n"
+        "from dinoscale.engine.student import import_deepspeed\n"
+        "from dinoscale.launcher import read_process\n"
+        "distributed.start(read_process({}))\n"
+        "import_deepspeed()\n"
+        "assert 'deepspeed.runtime.zero.muon.muon_optimizer' in sys.modules\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
+        "assert 'TORCHDYNAMO_DISABLE' not in os.environ\n"
+        "distributed.stop()\n"
+    )
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment.pop("TORCHDYNAMO_DISABLE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
