@@ -1,7 +1,7 @@
 """`train.micro_batch_size=auto` on processes that may take only so much memory."""
 
+import contextlib
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -15,16 +15,13 @@ import psutil
 import pytest
 import yaml
 
-from dinoscale.config import load_config
-from tests.forked import server_pids
+from dinoscale.config import load_config, parse_config
+from tests.forked import ROOT, run_module, server_pids
+from tests.harness import environment_of
 from tests.ports import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
 
-# Private writable memory of a process: 296 MiB when a trial begins, at the peak 994 MiB with
-# micro-batches of 37 and 1289 MiB with 74. A trial leaves 8 % of what is free alone.
-LIMIT_BYTES = 1215 * 2**20
 FITS, TOO_LARGE = 37, 74
 ONE_STEP = ("train.epochs=1", "train.stop_after_steps=1", "optim.min_lr=0")
 _SIZES: dict[str, dict[str, Any]] = {  # many short rows of few numbers: memory for little work
@@ -40,11 +37,48 @@ _SIZES: dict[str, dict[str, Any]] = {  # many short rows of few numbers: memory 
 }
 
 
+@pytest.fixture(scope="module")
+def peaks() -> tuple[int, int]:
+    """Bytes of private writable memory that unlimited trials of `FITS` and `TOO_LARGE` take."""
+    trials = [_unlimited_trial(size) for size in (FITS, TOO_LARGE)]
+    most = [0, 0]
+    while any(trial.poll() is None for trial in trials):
+        for index, trial in enumerate(trials):
+            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+                most[index] = max(most[index], psutil.Process(trial.pid).memory_info().data)
+        time.sleep(0.002)
+    assert [trial.returncode for trial in trials] == [0, 0]
+    return most[0], most[1]
+
+
+@pytest.fixture(scope="module")
+def limit(peaks: tuple[int, int]) -> int:
+    """With which `FITS` fits and `TOO_LARGE` does not; a trial leaves 8 % of it alone."""
+    return sum(peaks) // 2
+
+
+def _unlimited_trial(size: int) -> subprocess.Popen[str]:
+    config = parse_config({**_SIZES, "train": {"batch_size": size, "micro_batch_size": "auto"}})
+    order = {"config": config.model_dump(mode="json"), "micro_batch_size": size}
+    trial = subprocess.Popen(
+        [sys.executable, "-m", "dinoscale.micro_batch.trial"],
+        env=environment_of(0, world_size=1, port=free_port()),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    assert trial.stdin is not None
+    trial.stdin.write(json.dumps(order) + "\n")
+    trial.stdin.flush()
+    return trial
+
+
 class Ranks:
     """`dinoscale train` on some processes."""
 
     def __init__(
-        self, folder: Path, *overrides: str, world_size: int, limit: int = LIMIT_BYTES
+        self, folder: Path, *overrides: str, world_size: int, limit: int | None = None
     ) -> None:
         self.run_dir = folder / "run"
         config = folder / "run.yaml"
@@ -53,21 +87,18 @@ class Ranks:
         port = free_port()
         self.processes = []
         for rank in range(world_size):
-            own = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-            own |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
-            texts = {name: str(value) for name, value in own.items()}
             with (folder / f"said_{rank}.txt").open("w") as said:
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "dinoscale", "train", str(config), *settings],
-                        env=os.environ
-                        | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", **texts},
+                        env=environment_of(rank, world_size=world_size, port=port),
                         cwd=ROOT,
                         stdout=said,
                         stderr=subprocess.STDOUT,
                     )
                 )
-            resource.prlimit(self.processes[-1].pid, resource.RLIMIT_DATA, (limit, limit))
+            if limit is not None:
+                resource.prlimit(self.processes[-1].pid, resource.RLIMIT_DATA, (limit, limit))
         self._folder = folder
 
     def end(self) -> tuple[list[int], str]:
@@ -110,27 +141,34 @@ def _losses(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def test_one_rank_finds_its_limit_and_its_config_repeats_the_run(tmp_path: Path) -> None:
+def test_one_rank_finds_its_limit_and_its_config_repeats_the_run(
+    tmp_path: Path, limit: int
+) -> None:
     settings = (*ONE_STEP, f"train.batch_size={TOO_LARGE}")
-    codes, said = Ranks(tmp_path, *settings, world_size=1).end()
+    codes, said = Ranks(tmp_path, *settings, world_size=1, limit=limit).end()
     assert codes == [0], said
     assert f"auto: trying {FITS}\n" in said
     assert f"micro-batch {FITS} fits (peak " in said
-    assert f"micro-batch {TOO_LARGE} does not fit (needs more than 0.8 GiB); taking {FITS}" in said
+    assert f"micro-batch {TOO_LARGE} does not fit (needs more than 0." in said
+    assert f"); taking {FITS} after 2 trials" in said
     run = tmp_path / "run"
     assert load_config(str(run / "config.yaml")).train.micro_batch_size == FITS
     (event,) = map(json.loads, (run / "events.jsonl").read_text().splitlines())
     assert (event["event"], event["size"], event["trials"]) == ("micro-batch found", FITS, 2)
 
     again = tmp_path / "again"
-    command = [sys.executable, "-m", "dinoscale", "train", str(run / "config.yaml")]
-    subprocess.run([*command, f"run_dir={again}"], cwd=ROOT, check=True, capture_output=True)
+    done = run_module("dinoscale", "train", run / "config.yaml", f"run_dir={again}")
+    assert done.returncode == 0, done.stderr
     assert _losses(again) == _losses(run)
 
 
-def test_two_ranks_agree_and_a_resumed_run_does_not_search_again(tmp_path: Path) -> None:
+def test_two_ranks_agree_and_a_resumed_run_does_not_search_again(
+    tmp_path: Path, limit: int
+) -> None:
     settings = (f"train.batch_size={2 * TOO_LARGE}", "optim.min_lr=0", "train.epochs=2")
-    codes, said = Ranks(tmp_path, *settings, "train.stop_after_steps=1", world_size=2).end()
+    codes, said = Ranks(
+        tmp_path, *settings, "train.stop_after_steps=1", world_size=2, limit=limit
+    ).end()
     assert codes == [0, 0], said
     assert f"taking {FITS} after 2 trials" in said
     assert f"2 ranks x {FITS} x 2 micro-batches" in said
@@ -141,9 +179,12 @@ def test_two_ranks_agree_and_a_resumed_run_does_not_search_again(tmp_path: Path)
     assert f"1 ranks x {FITS} x 4 micro-batches" in said
 
 
-def test_where_not_one_image_fits_the_remedies_are_named(tmp_path: Path) -> None:
+def test_where_not_one_image_fits_the_remedies_are_named(
+    tmp_path: Path, peaks: tuple[int, int]
+) -> None:
     settings = (*ONE_STEP, "train.batch_size=1")
-    codes, said = Ranks(tmp_path, *settings, world_size=1, limit=450 * 2**20).end()
+    of_no_image = peaks[0] - (peaks[1] - peaks[0])  # both sizes are doubles
+    codes, said = Ranks(tmp_path, *settings, world_size=1, limit=of_no_image).end()
     assert codes == [2], said
     assert "even micro-batch 1 does not fit (needs more than 0." in said
     assert "engine.checkpoint_every_k_blocks=1" in said
