@@ -54,7 +54,7 @@ def _start(
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONPATH": str(_ROOT),
     }
     with (Path(folder) / f"output_{rank}.txt").open("w") as output:
