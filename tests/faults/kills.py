@@ -141,7 +141,7 @@ def _live_until(config: Path, moment: Moment) -> None:
     pids = life.pids()
     hit = range(RANKS) if moment.target == "all" else [int(moment.target[-1])]
     life.send(signal.SIGKILL, ranks=hit)
-    codes = life.end(timeout_s=60)
+    codes = life.end(timeout_s=200)
     for rank, code in enumerate(codes):  # a rank that lost the other ends by itself
         assert code == (-signal.SIGKILL if rank in hit else 1), f"{codes}\n{life.said()}"
     assert gone(pids), "a process outlived its run"
@@ -162,4 +162,4 @@ def _kill_launcher(
     pids = [child.pid for child in psutil.Process(launcher.pid).children(recursive=True)]
     launcher.kill()
     launcher.wait()
-    assert gone(pids, timeout_s=30), "ranks outlived their launcher"
+    assert gone(pids, timeout_s=100), "ranks outlived their launcher"

@@ -1,7 +1,6 @@
 """What the pre-flight concludes from given facts."""
 
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -287,7 +286,5 @@ def test_sizes_are_readable() -> None:
 
 
 def test_meeting_place_on_one_process_is_tried() -> None:
-    begin = time.monotonic()
     alone = Process(rank=0, world_size=1, local_rank=0, local_world_size=1)
     assert "free port" in network.require_address(alone, {})
-    assert time.monotonic() - begin < 5

@@ -31,10 +31,10 @@ def _decoded(data: bytes, channels: int, white: float | None = None) -> np.ndarr
 
 
 def _reason(data: bytes, channels: int, white: float | None = None) -> str:
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(BadSampleError) as caught:
         _decoded(data, channels, white)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 30  # a file of nonsense may ask for hours
     assert "\n" not in caught.value.reason
     return caught.value.reason
 

@@ -106,15 +106,19 @@ def test_permutations_of_other_keys_are_not_correlated() -> None:
     assert np.abs(correlations).max() < 4 / np.sqrt(100_000)
 
 
-def test_a_batch_of_a_hundred_million_images_takes_no_time() -> None:
+def test_a_batch_of_a_hundred_million_images_takes_no_longer_than_one_of_few() -> None:
     """The shuffled array of all of them took seconds and 400 MB at the start of each epoch."""
-    permutation = Permutation(100_000_000, np.random.default_rng(0))
     places = np.arange(4096)
-    permutation(places)
-    begin = time.process_time()
-    for _ in range(10):
-        permutation(places)
-    assert (time.process_time() - begin) / 10 < 0.05  # measured: 0.001
+
+    def least_s(num_images: int) -> float:
+        times = []
+        for seed in range(10):
+            begin = time.process_time()
+            Permutation(num_images, np.random.default_rng(seed))(places)
+            times.append(time.process_time() - begin)
+        return min(times)
+
+    assert least_s(100_000_000) < 20 * least_s(10_000)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**62])

@@ -83,7 +83,7 @@ def server(shards: Path, tmp_path: Path) -> Iterator[Server]:
                 self.wfile.write(data[: len(data) * 2 // 3])
                 self.wfile.flush()
             if kind == "silent":
-                done.wait(20)
+                done.wait(200)
             if kind == "cut":
                 self.connection.shutdown(socket.SHUT_RDWR)
             if not kind:
@@ -255,7 +255,7 @@ def test_a_silent_server_is_no_hang(server: Server) -> None:
     file = open_remote(f"{server.url}/train-001.tar", silence_s=0.3)
     with file, pytest.raises(TransferError, match=r"curl sent nothing for 0\.3 s"):
         file.readall()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 100  # not 200
 
 
 @pytest.mark.usefixtures("pipes")

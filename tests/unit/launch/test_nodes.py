@@ -48,7 +48,7 @@ print("Welcome to", host, flush=True)
 for line in sys.stdin:
     asked = json.loads(line)["ask"]
     if asked == does.get("hangs_at"):
-        time.sleep(60)
+        time.sleep(250)
     answer = does["answers"].get(asked, {{"time": time.time() + does.get("ahead_s", 0)}})
     print("dinoscale-probe " + json.dumps(answer), flush=True)
 (folder / (host + ".left")).touch()
@@ -161,8 +161,8 @@ def test_host_that_cannot_be_asked_is_named(
     for name in ("b", "a") if first else ("a", "b"):
         cluster.add(name, **({"exit": code, "says": says} if name == "b" else {}))
     begin = time.monotonic()
-    found, checks = cluster.ask()
-    assert time.monotonic() - begin < 20
+    found, checks = cluster.ask(timeout_s=200.0)
+    assert time.monotonic() - begin < 100  # nobody waited for it to answer
     assert _problems(checks).keys() == {"b"}
     assert said in _problems(checks)["b"]
     assert "b     8      -" in table(found)
@@ -174,7 +174,7 @@ def test_host_that_hangs_is_named_in_time(cluster: Cluster, question: str) -> No
     cluster.add("b", hangs_at=question)
     begin = time.monotonic()
     _, checks = cluster.ask(timeout_s=4.0)
-    assert time.monotonic() - begin < 40  # not 60
+    assert time.monotonic() - begin < 200  # not 250
     assert "did not answer within 4 s" in _problems(checks)["b"]
     assert _problems(checks).keys() == {"b"}
 

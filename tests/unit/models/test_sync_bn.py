@@ -14,7 +14,7 @@ class _Ranks:
     """Two ranks as two threads of one process; autograd sees through their sums."""
 
     def __init__(self) -> None:
-        self.barrier = threading.Barrier(2, timeout=5)
+        self.barrier = threading.Barrier(2, timeout=100)
         self.slots: list[Tensor] = [torch.empty(0)] * 2
 
     def all_reduce(self, rank: int) -> Callable[[Tensor], Tensor]:

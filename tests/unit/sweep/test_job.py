@@ -46,7 +46,7 @@ def test_training_is_measured_and_not_repeated(
     assert result.metrics == {"loss": 2.5, "knn": 0.25}
     assert result.curves == [{"step": 4, "images": 64, "loss": 2.5, "knn": 0.25}]
     assert (result.trained, result.lines) == (True, job.metrics)
-    assert 0 < result.seconds < 60
+    assert 0 < result.seconds < 300
     assert "torch" in result.versions
     _log(tmp_path, {"step": 4, "loss": 9.0, "knn_top1": 0.0})
     again = _work(tmp_path, job, "sys.exit(1)", monkeypatch)
@@ -102,7 +102,7 @@ def test_job_asked_to_stop_asks_its_training(
     saved = tmp_path / "saved"
     code = "import signal; signal.signal(15, lambda *_: ("
     code += f"open({str(saved)!r}, 'w'), time.sleep(0.3), sys.exit(75))); "
-    code += f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(60)"
+    code += f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(280)"
     work = _work(tmp_path, Job(KEY), code, monkeypatch)
     monkeypatch.setattr(
         job_module, "HEARTBEAT_S", 0.0
@@ -138,7 +138,7 @@ def test_second_job_of_a_run_waits_for_the_first(tmp_path: Path) -> None:
         )
         time.sleep(0.5)
         assert second.poll() is None
-        second.communicate(timeout=30)  # the end of its input asks it to stop
+        second.communicate(timeout=200)  # the end of its input asks it to stop
         assert second.returncode == 75
         assert read_result(tmp_path, KEY) == Result(KEY, seconds=5.0)  # not its to touch
         first.communicate()

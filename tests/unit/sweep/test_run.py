@@ -312,7 +312,7 @@ def test_full_disk_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(_rows(tmp_path)) == 3
 
 
-def test_second_process_is_refused_in_seconds(tmp_path: Path) -> None:
+def test_second_process_is_refused_at_once(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from dinoscale.locks import try_lock"
     code += f"; lock = try_lock(Path({str(tmp_path / '.lock')!r})); print(flush=True)"
     code += "; sys.stdin.read()"
@@ -320,14 +320,13 @@ def test_second_process_is_refused_in_seconds(tmp_path: Path) -> None:
     first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert first.stdout is not None
     first.stdout.readline()
-    begun = time.monotonic()
     try:
         with pytest.raises(DinoscaleError, match="another process runs the sweep"):
-            _run(tmp_path)
+            _run(tmp_path)  # while the first is alive, so without waiting for it
+        assert first.poll() is None
     finally:
         first.kill()
         first.wait()
-    assert time.monotonic() - begun < 10
     assert _run(tmp_path)["done"] == 3
 
 
@@ -417,13 +416,13 @@ def test_jobs_end_with_the_sweep_however_it_ends(tmp_path: Path, number: signal.
     sweep.start()
     assert sweep.pid is not None
     folders = [tmp_path / "runs" / run.name for run in RUNS[:2]]
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while not all((folder / "metrics.jsonl").exists() for folder in folders):
         assert time.monotonic() < end
         assert sweep.is_alive()
         time.sleep(0.02)
     os.kill(sweep.pid, number)
-    sweep.join(30)
+    sweep.join(200)
     assert sweep.exitcode == (-number if number == signal.SIGKILL else PreemptedError.exit_code)
     for run, folder in zip(RUNS, folders, strict=False):
         while read_result(folder, run.key).ending != "stopped":

@@ -1,0 +1,164 @@
+"""The steps of `tiny_run` on one process by torch alone, and how far rounding may take a run.
+
+No bound here is a number of some machine: the same steps in float64 are exact, and the same steps
+in float32, with the images of a batch in either order, show what rounding does to them on the
+machine at hand. A run under test rounds as often, in yet another order.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dinoscale.config import RunConfig, resolve
+from dinoscale.engine.build import build_networks, schedules_of
+from dinoscale.losses.centering import teacher_probs, updated_center
+from dinoscale.losses.dino import dino_loss
+from tests.distributed.tiny_run import STEPS_PER_EPOCH, distance, micro_batches
+
+WEIGHTS = 3  # times the rounding measured: a norm of thousands of roundings hardly varies
+NUMBERS = 8  # times the largest of a few single numbers, and EPS more where all came out exact
+EPS = torch.finfo(torch.float32).eps
+
+Run = dict[str, Any]  # losses, norms, weights of the student and of the teacher, initial weights
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Steps in float64, and the largest error of the same steps in float32, each relative."""
+
+    exact: Run
+    losses: float
+    norms: float
+    weights: float
+    student_temp: float
+
+    def require(self, run: Run, *, first: int = 0, reference: Run | None = None) -> None:
+        """Fail where a run from step `first` on differs by more than rounding explains."""
+        reference = reference or self.exact
+        # A logit is a cosine over the temperature, so it is rounded by this much however small
+        # the loss.
+        of_logits = EPS / 2 / self.student_temp
+        expected = reference["losses"][first:]
+        relative = NUMBERS * (self.losses + EPS)
+        assert run["losses"] == pytest.approx(expected, rel=relative, abs=of_logits)
+        if "norms" in run:
+            relative = NUMBERS * (self.norms + EPS)
+            assert run["norms"] == pytest.approx(reference["norms"][first:], rel=relative)
+        assert error(run, reference) <= WEIGHTS * self.weights
+
+
+def train_plainly(config: RunConfig, *, steps: int) -> Plain:
+    """The steps of a configuration and what rounding does to them."""
+    exact = _train(config, steps, torch.float64, backwards=False)
+    rounded = [_train(config, steps, torch.float32, backwards=b) for b in (False, True)]
+    return Plain(
+        exact,
+        losses=max(_relative(run["losses"], exact["losses"]) for run in rounded),
+        norms=max(_relative(run["norms"], exact["norms"]) for run in rounded),
+        weights=max(error(run, exact) for run in rounded),
+        student_temp=config.dino.student_temp,
+    )
+
+
+def error(run: Run, reference: Run) -> float:
+    """Distance of student and teacher relative to how far the reference moved.
+
+    The biases of the keys are left out: adding one number to all keys changes no attention, so
+    their gradient is zero but for rounding, and AdamW steps along rounding by up to lr.
+    """
+    initial = _without_key_biases(reference["initial"])
+    errors = []
+    for which in ("student", "teacher"):
+        found, expected = (_without_key_biases(weights[which]) for weights in (run, reference))
+        errors.append(distance(found, expected) / distance(expected, initial))
+    return max(errors)
+
+
+def _without_key_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    kept = dict(weights)
+    for name in weights:
+        if name.endswith("attn.qkv.bias"):
+            queries, _, values = weights[name].chunk(3)
+            kept[name] = torch.cat((queries, values))
+    assert any(len(kept[name]) < len(weights[name]) for name in weights)
+    return kept
+
+
+def _relative(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def _train(config: RunConfig, steps: int, dtype: torch.dtype, *, backwards: bool) -> Run:
+    images = config.train.batch_size * STEPS_PER_EPOCH
+    batch_size = config.train.batch_size
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"micro_batch_size": batch_size})}
+    )
+    plan = resolve(config, world_size=1, num_images=images)
+    student, teacher = (network.to(dtype) for network in build_networks(config))
+    teacher.load_state_dict(student.state_dict())
+    initial = _copy(student)
+    optimizer = _optimizer(config.optim.name, student)
+    center = torch.zeros(config.head.num_prototypes, dtype=dtype)
+    losses, norms = [], []
+    for step in range(steps):
+        now = schedules_of(config, plan).at(step)
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = now.lr, now.weight_decay * group["decays"]
+        (batch,) = micro_batches(config, plan, step)
+        crops = (batch.global_crops.to(dtype), batch.local_crops.to(dtype))
+        if backwards:
+            crops = (crops[0].flip(1), crops[1].flip(1))
+        with torch.no_grad():
+            logits = teacher([crops[0].flatten(0, 1)])
+            targets = teacher_probs(logits.unflatten(0, (2, -1)), center, temp=now.teacher_temp)
+        output = student([views.flatten(0, 1) for views in crops])
+        output = output.unflatten(0, (-1, targets.shape[1]))
+        loss = dino_loss(output, targets, student_temp=config.dino.student_temp)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(_clip(student, config)))
+        if now.prototypes_frozen:
+            student.head.last_layer.weight_v.grad = None
+        optimizer.step()
+        with torch.no_grad():
+            for average, weight in zip(teacher.parameters(), student.parameters(), strict=True):
+                average.lerp_(weight, 1 - now.momentum)
+        center = updated_center(center, logits.mean(0), momentum=config.dino.center_momentum)
+        losses.append(loss.item())
+    return {
+        "losses": losses,
+        "norms": norms,
+        "student": _copy(student),
+        "teacher": _copy(teacher),
+        "initial": initial,
+    }
+
+
+def _copy(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in network.named_parameters()}
+
+
+def _optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in network.parameters() if (p.ndim > 1) == decays], "decays": decays}
+        for decays in (True, False)
+    ]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=0.0)
+
+
+def _clip(network: nn.Module, config: RunConfig) -> Tensor:
+    """Clip as configured with torch's own function; the norm of the whole gradient before."""
+    parameters = list(network.parameters())
+    norm = nn.utils.clip_grad_norm_(parameters, float("inf"))
+    if config.optim.clip_grad and config.optim.clip_mode == "global":
+        nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad)
+    elif config.optim.clip_grad:
+        for parameter in parameters:
+            nn.utils.clip_grad_norm_(parameter, config.optim.clip_grad)
+    return norm
