@@ -142,7 +142,8 @@ def _build(
     probe = distributed.together(lambda: Probe(config)) if config.eval.train else None
     if is_first:
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
-    distributed.together(lambda: rundir.prepare(config, student) if is_first else None)
+    told = {"student": student.deepspeed_config, "teacher": teacher.deepspeed_config}
+    distributed.together(lambda: rundir.prepare(config, told) if is_first else None)
     return Run(config, plan, process, source, student, teacher, probe, stop, watchdog, checkpoint)
 
 

@@ -37,6 +37,7 @@ class Teacher:
 
     Attributes:
         ema: float32 views of the average, one (numel,) view per fragment of `student.layout`.
+        deepspeed_config: what DeepSpeed was told at stage 3; None below, where it has no part.
         center: (K,) float32, equal on all ranks.
         mean_target: (K,) float32, mean of all targets of the last step, equal on all ranks.
     """
@@ -65,10 +66,15 @@ class Teacher:
         self._target_sum = torch.zeros_like(self.center)
         self._logit_rows = 0
         network.requires_grad_(False)
-        build = _Partitioned if config.engine.zero_stage == 3 else _Replicated
-        self._weights: _Partitioned | _Replicated = build(
-            network, self.layout, student.compute_dtype, config, plan
-        )
+        self.deepspeed_config: dict[str, Any] | None = None
+        self._weights: _Partitioned | _Replicated
+        if config.engine.zero_stage == 3:
+            self.deepspeed_config = teacher_config(config, plan)
+            self._weights = _Partitioned(
+                network, self.layout, student.compute_dtype, self.deepspeed_config
+            )
+        else:
+            self._weights = _Replicated(network, self.layout, student.compute_dtype)
         self._compute_dtype = student.compute_dtype
         self._weights.publish(self.ema)
 
@@ -157,14 +163,7 @@ class Teacher:
 class _Replicated:
     """Stages 0-2: every rank holds all weights, views into one flat tensor per group."""
 
-    def __init__(
-        self,
-        network: DinoNetwork,
-        layout: Layout,
-        dtype: torch.dtype,
-        _config: RunConfig,
-        _plan: RunPlan,
-    ) -> None:
+    def __init__(self, network: DinoNetwork, layout: Layout, dtype: torch.dtype) -> None:
         self.network, self._layout = network.to(compute_device(), dtype), layout
         world_size, device = distributed.world_size(), compute_device()
         self._flats = [
@@ -217,12 +216,11 @@ class _Partitioned:
         network: DinoNetwork,
         layout: Layout,
         dtype: torch.dtype,
-        config: RunConfig,
-        plan: RunPlan,
+        deepspeed_config: dict[str, Any],
     ) -> None:
         self._skeleton = copy.deepcopy(network).to("meta", dtype)
         self._engine, *_ = import_deepspeed().initialize(
-            model=network, config=teacher_config(config, plan), dist_init_required=False
+            model=network, config=deepspeed_config, dist_init_required=False
         )
         self.network: DinoNetwork = self._engine.module
         self._layout = layout
