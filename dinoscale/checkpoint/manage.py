@@ -21,6 +21,7 @@ from dinoscale.checkpoint.layout import (
     shard_file,
 )
 from dinoscale.checkpoint.load import Checkpoint, open_run, open_verified
+from dinoscale.checkpoint.progress import read_measured, write_measured
 from dinoscale.checkpoint.retention import Keep, Summary, best_of, delete, summary, superfluous
 from dinoscale.checkpoint.sums import flushed_sum, seal
 from dinoscale.errors import CheckpointError
@@ -112,6 +113,9 @@ def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:
         save_file(checkpoint.shared, part / SHARED_FILE)
         (part / STATE_FILE).write_text(json.dumps(checkpoint.state, indent=1))
         names = [*map(shard_file, range(num_shards)), SHARED_FILE, STATE_FILE]
+        top1 = read_measured(checkpoint.path)
+        if top1 is not None:
+            write_measured(part, top1)
         seal(part, target, {name: flushed_sum(part / name) for name in names})
     except (OSError, SafetensorError) as error:  # the latter for a full disk, among others
         raise CheckpointError(f"cannot write {target}: {error}") from error

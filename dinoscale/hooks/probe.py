@@ -45,7 +45,11 @@ class Probe:
         Args:
             backbone: ordinary weights, whole on every rank.
             device: of the backbone.
-            on_batch: called after each batch of images.
+            on_batch: called after each batch of images; what it raises on one rank ends the
+                measurement on all.
+
+        Raises:
+            DinoscaleError: on every rank.
         """
         config = self._config
         extract = partial(
@@ -57,7 +61,7 @@ class Probe:
             std=config.data.std,
             batch_size=config.eval.batch_size,
             device=device,
-            num_workers=min(config.data.num_workers, 2),
+            num_workers=config.data.num_workers,  # training's own are idle meanwhile
             on_batch=on_batch,
         )
         bank, bank_labels = extract(self._bank)
