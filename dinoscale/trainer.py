@@ -60,7 +60,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     """
     members = gather_members(config, process)
     hosts = [member.host for member in members]
-    stop = StopRequest()
+    stop = StopRequest(answer=process.rank == 0)
     watchdog = Watchdog(
         timeout_s=config.train.hang_timeout_s,
         hosts=hosts,
