@@ -25,9 +25,9 @@ from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.gradients import compute_device
-from dinoscale.engine.precision import tensor_cores
 from dinoscale.engine.shards import Layout, empty_shards
 from dinoscale.engine.student import Student, import_deepspeed
+from dinoscale.float32 import tensor_cores
 from dinoscale.losses.centering import ROWS, teacher_probs, updated_center
 from dinoscale.models.network import DinoNetwork
 
@@ -90,7 +90,7 @@ class Teacher:
             self._buffers_before = [value.clone() for value in self.buffers().values()]
         views, batch = global_crops.shape[:2]
         images = global_crops.flatten(0, 1).to(self._compute_dtype)
-        with tensor_cores(self._compute_dtype):
+        with tensor_cores(self._compute_dtype, images.device):
             probs = self._weights.forward([images])  # (2B, K): logits, soon overwritten
         for rows in probs.split(ROWS):
             self._logit_sum += rows.sum(0)
