@@ -30,6 +30,7 @@ from dinoscale.engine.student import Student, import_deepspeed
 from dinoscale.float32 import tensor_cores
 from dinoscale.losses.centering import ROWS, teacher_probs, updated_center
 from dinoscale.models.network import DinoNetwork
+from dinoscale.models.sync_bn import cast_weights
 
 
 class Teacher:
@@ -164,7 +165,8 @@ class _Replicated:
     """Stages 0-2: every rank holds all weights, views into one flat tensor per group."""
 
     def __init__(self, network: DinoNetwork, layout: Layout, dtype: torch.dtype) -> None:
-        self.network, self._layout = network.to(compute_device(), dtype), layout
+        cast_weights(network, dtype)
+        self.network, self._layout = network.to(compute_device()), layout
         world_size, device = distributed.world_size(), compute_device()
         self._flats = [
             torch.zeros(size * world_size, dtype=dtype, device=device)
@@ -218,7 +220,8 @@ class _Partitioned:
         dtype: torch.dtype,
         deepspeed_config: dict[str, Any],
     ) -> None:
-        self._skeleton = copy.deepcopy(network).to("meta", dtype)
+        self._skeleton = copy.deepcopy(network).to("meta")
+        cast_weights(self._skeleton, dtype)
         self._engine, *_ = import_deepspeed().initialize(
             model=network, config=deepspeed_config, dist_init_required=False
         )
