@@ -111,15 +111,17 @@ class Feed:
         for _ in range(first, plan.stop_step):
             yield list(itertools.islice(batches, plan.accumulation_steps))
 
-    def prepare(self, step: int, batches: Sequence[Batch]) -> list[MicroBatch]:
-        """Move a step's micro-batches to the device, finish them, draw their stochastic depth."""
-        return [
-            MicroBatch(
+    def prepare(self, step: int, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
+        """Move a step's micro-batches to the device, finish them, draw their stochastic depth.
+
+        Each when it is asked for: all of them together would take the memory that accumulation
+        saves.
+        """
+        for index, batch in enumerate(batches):
+            yield MicroBatch(
                 *finish_batch(batch, self._config.data, self._process.device),
                 self._keep(step, index),
             )
-            for index, batch in enumerate(batches)
-        ]
 
     def _keep(self, step: int, micro_batch: int) -> Tensor | None:
         model, plan = self._config.model, self._plan

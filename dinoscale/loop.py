@@ -1,6 +1,7 @@
 """The training loop: steps, log lines, k-NN, checkpoints, and what interrupts them."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -163,7 +164,8 @@ class Run:
             self.watchdog.moved(f"waiting for the images of step {step + 1}")
             begin = time.perf_counter()
             batches = next(steps)
-            watch.waited(time.perf_counter() - begin)
+            waited = time.perf_counter() - begin
+            watch.waited(waited, idle_s=taken[-1].result.idle_s() if taken else math.inf)
             self.watchdog.moved(f"in step {step + 1}")
             for batch in batches:
                 self.pending_bad += batch.bad

@@ -77,7 +77,7 @@ class OurStep:
         self._timeline.mark(TO_DEVICE)
         sent = [self._sent(batch) for batch in batches]
         self._timeline.mark(AUGMENTATION)
-        micro_batches = self._feed.prepare(0, sent)
+        micro_batches = list(self._feed.prepare(0, sent))  # apart from the rest
         self._timeline.mark(OTHER)
         self.crops = _views(micro_batches[-1])
         result = train_step(

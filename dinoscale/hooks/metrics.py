@@ -118,9 +118,14 @@ class Stopwatch:
         self._waited = 0.0
         self._images = 0
 
-    def waited(self, seconds: float) -> None:
-        """Count time in which this rank had no batch."""
-        self._waited += seconds
+    def waited(self, seconds: float, *, idle_s: float) -> None:
+        """Count time in which this rank had no batch and its device nothing to do.
+
+        Args:
+            seconds: that the host has waited for a batch until now.
+            idle_s: for which the device has been idle, with the work of the step before behind it.
+        """
+        self._waited += min(seconds, idle_s)
 
     def step_done(self, images: int) -> None:
         """Count the images of one step, over all ranks."""

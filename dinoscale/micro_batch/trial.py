@@ -123,16 +123,11 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
     batch = _batch(short, size)
     depth = student.network.backbone.depth
     for _ in range(_STEPS):
-        # As in the run, all micro-batches of a step are on the device before its first forward.
-        prepared = [_prepared(batch, short, process.device, depth=depth) for _ in range(passes)]
-        train_step(
-            prepared[: plan.accumulation_steps],
-            student,
-            teacher,
-            now,
-            student_temp=short.dino.student_temp,
+        prepared = (  # each when it is asked for, as in the run
+            _prepared(batch, short, process.device, depth=depth)
+            for _ in range(plan.accumulation_steps)
         )
-        del prepared  # before the next are made
+        train_step(prepared, student, teacher, now, student_temp=short.dino.student_temp)
 
 
 def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) -> RunConfig:
