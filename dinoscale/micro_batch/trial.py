@@ -165,7 +165,8 @@ def _prepared(batch: Batch, config: RunConfig, device: torch.device, *, depth: i
     keep = None
     if config.model.drop_path_rate:
         keep = keep_of(torch.rand(depth, 2, batch.params.size), config.model).to(device)
-    return MicroBatch(*finish_batch(batch, config.data, device), keep)
+    compiled = config.engine.compile is not False
+    return MicroBatch(*finish_batch(batch, config.data, device, compiled=compiled), keep)
 
 
 if __name__ == "__main__":
