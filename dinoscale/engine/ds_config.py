@@ -29,7 +29,12 @@ def student_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     if engine.zero_stage in (1, 2) and not engine.offload_optimizer:
         zero["compute_grad_norm"] = False  # gradients.py has it
     if engine.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        zero["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": True,  # else every copy waits; without a GPU it does nothing
+            "ratio": 1.0,
+            "super_offload": False,
+        }
         derived["zero_force_ds_cpu_optimizer"] = False
     return derived
 
