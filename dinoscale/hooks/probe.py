@@ -9,6 +9,7 @@ from torch import nn
 from dinoscale.config.schema import RunConfig
 from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import open_source
+from dinoscale.errors import DataError
 from dinoscale.evaluate.features import extract_features
 from dinoscale.evaluate.knn import knn_accuracy
 from dinoscale.evaluate.labelled import renumber_classes
@@ -66,5 +67,8 @@ class Probe:
         )
         bank, bank_labels = extract(self._bank)
         test, test_labels = extract(self._test)
+        for name, source, found in (("train", self._bank, bank), ("test", self._test, test)):
+            if not len(found):
+                raise DataError(f"eval.{name}: none of the {len(source)} images can be read")
         k, labels = config.eval.k, self._renumber.to(device)[test_labels]
         return knn_accuracy(bank, bank_labels, test, labels, ks=(k,))[k].top1
