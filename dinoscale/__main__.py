@@ -29,6 +29,7 @@ def main() -> None:
     try:
         kept = cli.run(sys.argv[1:])
     except SystemExit as error:  # of argparse
+        sys.stdout.flush()
         leave(error.code if isinstance(error.code, int) else int(error.code is not None))
     except PreemptedError as error:
         _end(str(error), error.exit_code)

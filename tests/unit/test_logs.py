@@ -127,3 +127,11 @@ def test_result_that_is_nowhere_else_must_arrive(
         said = (tmp_path / "err").read_text()
         assert ("error: what was printed is incomplete: stdout: No space" in said) == bool(code)
         assert "Traceback" not in said
+
+
+def test_help_reaches_a_pipe() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dinoscale", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "exit codes" in done.stdout
+    assert done.stderr == ""
