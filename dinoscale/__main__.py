@@ -1,14 +1,18 @@
 """`dinoscale ...` and `python -m dinoscale ...`: errors become sentences and exit codes."""
 
 import atexit
+import logging
 import os
 import sys
 import threading
 import traceback
+from typing import NoReturn
 
 from dinoscale import cli, logs
 from dinoscale.errors import DinoscaleError, LaunchError, PreemptedError
 from dinoscale.launcher import read_process
+
+log = logging.getLogger(__name__)
 
 _LEAVE_S = 5.0
 
@@ -17,22 +21,30 @@ def main() -> None:
     """Run the command line and exit.
 
     0: done; 1: the run failed; 2: bad input; 75: asked to stop, saved, goes on with the same
-    command; 130: interrupted by Ctrl-C.
+    command; 130: interrupted by Ctrl-C. Whether a terminal takes what is printed changes none of
+    them, except that a result that is nowhere else and cannot be written is a failure.
     """
+    logs.shield_terminal()
     logs.to_terminal(_rank())
     try:
-        cli.run(sys.argv[1:])
+        kept = cli.run(sys.argv[1:])
+    except SystemExit as error:  # of argparse
         sys.stdout.flush()
+        leave(error.code if isinstance(error.code, int) else int(error.code is not None))
     except PreemptedError as error:
         _end(str(error), error.exit_code)
     except DinoscaleError as error:
         _end(f"error: {error}", error.exit_code)
-    except BrokenPipeError:  # `dinoscale presets | head`
-        os._exit(0)
     except KeyboardInterrupt:
-        _end("interrupted; started again, it goes on from what is saved", 130)
+        _end("interrupted; what was not saved until now is lost", 130)
     except Exception:
         _end(traceback.format_exc() + "error: dinoscale failed; this is a bug", 1)
+    lost = logs.lost_output()
+    if lost is not None:
+        text = f"what was printed is incomplete: stdout: {lost.strerror or lost}"
+        if not kept:
+            _end(f"error: {text}", 1)
+        log.warning("%s", text)
     leave(0)
 
 
@@ -44,7 +56,7 @@ def _rank() -> int:
         return 0
 
 
-def _end(text: str, code: int) -> None:
+def _end(text: str, code: int) -> NoReturn:
     """Say why and leave."""
     logs.note(text)
     print(text, file=sys.stderr, flush=True)
@@ -52,7 +64,7 @@ def _end(text: str, code: int) -> None:
     leave(code)
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End this process: what was left for its exit is done, the interpreter is not taken apart.
 
     Threads of the backends may abort a process that does the latter, after all is saved, or wait

@@ -25,6 +25,11 @@ def parse_quota(text: str) -> float | None:
     return None if len(words) != 2 or words[0] == "max" else int(words[0]) / int(words[1])
 
 
+def cores_of_rank(local_world_size: int) -> int:
+    """Whole cores for each of the ranks that share this node, at least 1."""
+    return max(1, cores_at_hand() // local_world_size)
+
+
 def cores_at_hand() -> int:
     """Whole cores within both limits, at least 1."""
     cores, quota = len(core_numbers()), core_quota()

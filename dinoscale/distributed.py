@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinoscale.errors import DinoscaleError, LaunchError, LostPeerError
+from dinoscale.float32 import exact_float32
 from dinoscale.launcher import LOOPBACK, Process, meeting_place
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
             many accelerators as ranks.
     """
     environ = os.environ
+    exact_float32()
     require_devices(process, num_devices=torch.cuda.device_count())
     if process.world_size == 1 and "MASTER_PORT" not in environ:
         address, port = LOOPBACK, free_port()

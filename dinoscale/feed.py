@@ -52,25 +52,39 @@ def multi_crop_of(config: RunConfig) -> MultiCrop:
     )
 
 
-def finish_batch(batch: Batch, data: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+def finish_batch(
+    batch: Batch, data: DataConfig, device: torch.device, *, compiled: bool = True
+) -> tuple[Tensor, Tensor]:
     """What the network sees: all crops on the device, their colours changed, normalised.
+
+    Args:
+        batch: from the loader.
+        data: where the colours are changed, and the normalisation.
+        device: of the training.
+        compiled: compile the colours on a GPU.
 
     Returns:
         Global crops float32 (2, B, C, H, H) and local ones (n, B, C, h, h).
     """
     return (
-        _finished(batch.global_crops, batch.params[:NUM_GLOBAL], data, device),
-        _finished(batch.local_crops, batch.params[NUM_GLOBAL:], data, device),
+        _finished(batch.global_crops, batch.params[:NUM_GLOBAL], data, device, compiled=compiled),
+        _finished(batch.local_crops, batch.params[NUM_GLOBAL:], data, device, compiled=compiled),
     )
 
 
-def _finished(crops: Tensor, params: Params, data: DataConfig, device: torch.device) -> Tensor:
+def _finished(
+    crops: Tensor, params: Params, data: DataConfig, device: torch.device, *, compiled: bool
+) -> Tensor:
     """uint8 (V, B, H, H, C) -> float32 (V, B, C, H, H)."""
     moved = to_device(crops, device)
     if data.colors == "workers":
         return normalize_images(moved.movedim(-1, 2), mean=data.mean, std=data.std)
     finished: Tensor = finish_crops(
-        moved.flatten(0, 1), params.reshape(-1), mean=data.mean, std=data.std
+        moved.flatten(0, 1),
+        params.reshape(-1),
+        mean=data.mean,
+        std=data.std,
+        compiled=compiled,
     )
     return finished.reshape(*crops.shape[:2], *finished.shape[1:])
 
@@ -111,15 +125,17 @@ class Feed:
         for _ in range(first, plan.stop_step):
             yield list(itertools.islice(batches, plan.accumulation_steps))
 
-    def prepare(self, step: int, batches: Sequence[Batch]) -> list[MicroBatch]:
-        """Move a step's micro-batches to the device, finish them, draw their stochastic depth."""
-        return [
-            MicroBatch(
-                *finish_batch(batch, self._config.data, self._process.device),
-                self._keep(step, index),
-            )
-            for index, batch in enumerate(batches)
-        ]
+    def prepare(self, step: int, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
+        """Move a step's micro-batches to the device, finish them, draw their stochastic depth.
+
+        Each when it is asked for: all of them together would take the memory that accumulation
+        saves.
+        """
+        data, device = self._config.data, self._process.device
+        compiled = self._config.engine.compile is not False
+        for index, batch in enumerate(batches):
+            crops = finish_batch(batch, data, device, compiled=compiled)
+            yield MicroBatch(*crops, self._keep(step, index))
 
     def _keep(self, step: int, micro_batch: int) -> Tensor | None:
         model, plan = self._config.model, self._plan

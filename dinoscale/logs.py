@@ -1,14 +1,107 @@
 """What a run says: rank 0 on the terminal, and each rank in a file of its own in the run directory.
 
-The files tell afterwards what happened on a node whose output the launcher dropped.
+The files tell afterwards what happened on a node whose output the launcher dropped. The terminal,
+or what stands in for it, may be closed, full or stopped: that loses words, never a run.
 """
 
 import logging
+import os
+import select
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 log = logging.getLogger(__name__)
+
+_ROOM_S = 1.0  # that a stopped terminal may hold up a line on stderr
+_PIECE = 1000  # characters; a pipe that has room at all takes 4096 bytes
+
+
+def shield_terminal() -> None:
+    """Make stdout and stderr take what they can and lose the rest, for the whole process.
+
+    Descriptors that are closed are opened on the null device: else the next file would get their
+    numbers, and with them what libraries print.
+    """
+    for number, mode in ((0, "r"), (1, "w"), (2, "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+        name = ("stdin", "stdout", "stderr")[number]
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the process ends
+    sys.stdout = cast(TextIO, _Lossy(sys.stdout, waits=True))  # a result is worth a wait
+    sys.stderr = cast(TextIO, _Lossy(sys.stderr, waits=False))
+
+
+def lost_output() -> OSError | None:
+    """What went wrong with stdout since it was shielded, apart from a reader that had enough."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    error = sys.stdout.error if isinstance(sys.stdout, _Lossy) else None
+    return None if isinstance(error, BrokenPipeError) else error
+
+
+class _Lossy:
+    """A text stream whose writes never fail and, unless it `waits`, never hang.
+
+    Attributes:
+        error: the first that was met; None while all went well.
+    """
+
+    def __init__(self, stream: TextIO, *, waits: bool) -> None:
+        self._stream, self._waits = stream, waits
+        self._had_room = True
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            if self._waits:
+                self._stream.write(text)
+            else:
+                self._write_what_fits(text)
+        except OSError as error:
+            self.error = self.error or error
+        return len(text)
+
+    def _write_what_fits(self, text: str) -> None:
+        for start in range(0, len(text), _PIECE):
+            if not self._has_room():
+                return
+            self._stream.write(text[start : start + _PIECE])
+            self._stream.flush()
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        if self._waits or self._has_room():
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self.error = self.error or error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _has_room(self) -> bool:
+        """Whether a line can be written now; a terminal on Ctrl-S and a pipe unread have none."""
+        wait_s = _ROOM_S if self._had_room else 0.0
+        try:
+            poll = select.poll()
+            poll.register(self._stream.fileno(), select.POLLOUT)
+            self._had_room = bool(poll.poll(1000 * wait_s))
+        except (OSError, ValueError):  # not a file of the system, as in a test
+            self._had_room = True
+        return self._had_room
 
 
 def to_terminal(rank: int) -> None:

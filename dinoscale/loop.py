@@ -1,6 +1,7 @@
 """The training loop: steps, log lines, k-NN, checkpoints, and what interrupts them."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from dinoscale.engine.step import StepMetrics, train_step
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import (
+    DinoscaleError,
+    LostPeerError,
     NonFiniteError,
     PreemptedError,
     RunFailedError,
@@ -141,6 +144,8 @@ class Run:
             self._probe()
         else:
             self.events.write(self.progress.step, "resumed", ranks=self.plan.world_size)
+            if self._due(self.progress.step).probe and self.progress.knn_top1 is None:
+                self._probe()  # which the end of the job had cut short
         # Log lines above the bar, not in it; other ranks have none, and show only warnings.
         with logging_redirect_tqdm() if self.process.rank == 0 else nullcontext():
             while self.progress.step < self.plan.stop_step:
@@ -159,7 +164,8 @@ class Run:
             self.watchdog.moved(f"waiting for the images of step {step + 1}")
             begin = time.perf_counter()
             batches = next(steps)
-            watch.waited(time.perf_counter() - begin)
+            waited = time.perf_counter() - begin
+            watch.waited(waited, idle_s=taken[-1].result.idle_s() if taken else math.inf)
             self.watchdog.moved(f"in step {step + 1}")
             for batch in batches:
                 self.pending_bad += batch.bad
@@ -247,12 +253,13 @@ class Run:
         return _Due(
             log=is_last or done % config.log.every_steps == 0,
             probe=is_last or (ends_epoch and epoch % config.eval.every_epochs == 0),
-            save=(ends_epoch and epoch % config.checkpoint.every_epochs == 0)
+            save=is_last
+            or (ends_epoch and epoch % config.checkpoint.every_epochs == 0)
             or (every is not None and done % every == 0),
         )
 
     def _after_step(self, now: StepValues, result: StepMetrics, watch: Stopwatch) -> None:
-        """Log, look for a collapse, k-NN, checkpoint, as they are due; hear of a wish to stop."""
+        """Log, look for a collapse, checkpoint, k-NN, as they are due; hear of a wish to stop."""
         done = self.progress.step
         due = self._due(done)
         if due.log or done % OBSERVE_EVERY == 0:
@@ -262,10 +269,10 @@ class Run:
             self._look_for_collapse(done, reading)
         self.metrics.advance(f"loss {result.loss:.3f}{self.beside_bar}")
         self._report(self.saver.finished())
+        if due.save:
+            self._save()  # before k-NN, which takes minutes in which a job may end
         if due.probe:
             self._probe()
-        if due.save:
-            self._save()
         self.stopping |= result.stop
 
     def _preempt(self) -> None:
@@ -366,17 +373,39 @@ class Run:
         return distributed.together(check)
 
     def _probe(self) -> None:
+        """Measure k-NN; what goes wrong with it costs the number, not the run."""
         if self.probe is None:
             return
         done = self.progress.step
         self.watchdog.moved(f"measuring k-NN after step {done}")
         backbone = self.teacher.plain_network().backbone
-        top1 = self.probe.measure(backbone, self.process.device, self.watchdog.goes_on)
+        try:
+            top1 = self.probe.measure(backbone, self.process.device, self._measuring)
+        except LostPeerError:
+            raise
+        except DinoscaleError as error:  # of all ranks together
+            self.stopping |= isinstance(error, PreemptedError)
+            self.events.write(done, "no k-NN", reason=str(error))
+            if self.process.rank == 0:
+                log.warning("no k-NN after step %d: %s", done, error)
+            return
         self.progress.measured(top1)
+        if self.saved_step == done:
+            self.saver.measured(done, top1)
         self.last["knn_top1"] = top1
         self.last["best_knn_top1"] = self.progress.best_knn_top1 or top1
         self.metrics.write(done, {"images": done * self.plan.batch_size, "knn_top1": top1})
         self.metrics.say(f"step {done}: k-NN top-1 of the teacher {top1:.1f} %")
+
+    def _measuring(self) -> None:
+        """Between two batches of the k-NN: a wish to stop ends it on all ranks.
+
+        Raises:
+            PreemptedError: this rank was asked.
+        """
+        self.watchdog.goes_on()
+        if self.stop.asked:
+            raise PreemptedError(f"asked to stop ({self.stop.reason})")
 
     def _save(self) -> None:
         """Begin to save this step, unless that was begun already."""

@@ -3,11 +3,11 @@
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dinoscale.config import RunConfig, dump_config
-from dinoscale.engine.student import Student
 from dinoscale.errors import DinoscaleError
 from dinoscale.locks import try_lock
 from dinoscale.versions import versions
@@ -41,8 +41,12 @@ def lock(run_dir: Path) -> IO[str]:
     return file
 
 
-def prepare(config: RunConfig, student: Student) -> Path:
+def prepare(config: RunConfig, deepspeed: Mapping[str, Any]) -> Path:
     """Write config.yaml, deepspeed.json and versions.json into the run directory.
+
+    Args:
+        config: of the run.
+        deepspeed: "student" and "teacher" -> what DeepSpeed was told; null if it has no part.
 
     Raises:
         DinoscaleError: the directory cannot be written.
@@ -50,7 +54,7 @@ def prepare(config: RunConfig, student: Student) -> Path:
     run_dir = Path(config.run_dir)
     try:
         _replace(run_dir / "config.yaml", dump_config(config))
-        _replace(run_dir / "deepspeed.json", json.dumps(student.deepspeed_config, indent=1) + "\n")
+        _replace(run_dir / "deepspeed.json", json.dumps(deepspeed, indent=1) + "\n")
         _replace(run_dir / "versions.json", json.dumps(versions(), indent=1) + "\n")
     except OSError as error:
         raise _cannot_write(run_dir, error) from error

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dinoscale import distributed, rundir
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
@@ -20,7 +22,7 @@ from dinoscale.config.resolve import (
     without_auto,
 )
 from dinoscale.convert.start import starting_weights
-from dinoscale.cores import cores_at_hand
+from dinoscale.cores import cores_at_hand, cores_of_rank
 from dinoscale.data.mixture import source_sizes
 from dinoscale.data.sources import Source
 from dinoscale.engine.build import build_pair
@@ -60,7 +62,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     """
     members = gather_members(config, process)
     hosts = [member.host for member in members]
-    stop = StopRequest()
+    stop = StopRequest(answer=process.rank == 0)
     watchdog = Watchdog(
         timeout_s=config.train.hang_timeout_s,
         hosts=hosts,
@@ -136,13 +138,17 @@ def _build(
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)
+    if config.engine.offload_optimizer and process.device.type == "cuda":
+        # The host steps the weights; launchers leave it one thread.
+        torch.set_num_threads(cores_of_rank(process.local_world_size))
     student, teacher = build_pair(config, plan, start)
     if checkpoint is not None:
         restore(checkpoint, student, teacher)
     probe = distributed.together(lambda: Probe(config)) if config.eval.train else None
     if is_first:
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
-    distributed.together(lambda: rundir.prepare(config, student) if is_first else None)
+    told = {"student": student.deepspeed_config, "teacher": teacher.deepspeed_config}
+    distributed.together(lambda: rundir.prepare(config, told) if is_first else None)
     return Run(config, plan, process, source, student, teacher, probe, stop, watchdog, checkpoint)
 
 

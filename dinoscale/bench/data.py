@@ -194,7 +194,7 @@ def _sent(batch: Batch, device: torch.device) -> Batch:
 
 
 def _finish(batch: Batch, config: RunConfig, device: torch.device) -> None:
-    finish_batch(batch, config.data, device)
+    finish_batch(batch, config.data, device, compiled=config.engine.compile is not False)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dinoscale.bench.timeline import AUGMENTATION, DATA, OTHER, TO_DEVICE, Timeline, watch_pair
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
+from dinoscale.cores import cores_of_rank
 from dinoscale.data.decode import Picture
 from dinoscale.data.loader import Batch
 from dinoscale.data.sources import Source
@@ -59,6 +61,8 @@ class OurStep:
         self._temp, self._device = config.dino.student_temp, process.device
         self.now = _typical_values(config, plan)
         self._timeline = Timeline(process.device)
+        if config.engine.offload_optimizer and process.device.type == "cuda":
+            torch.set_num_threads(cores_of_rank(process.local_world_size))  # as in a run
         student, teacher = build_pair(config, plan)
         backbone = student.network.backbone
         self._student, self._teacher = watch_pair(student, teacher, self._timeline)
@@ -77,7 +81,7 @@ class OurStep:
         self._timeline.mark(TO_DEVICE)
         sent = [self._sent(batch) for batch in batches]
         self._timeline.mark(AUGMENTATION)
-        micro_batches = self._feed.prepare(0, sent)
+        micro_batches = list(self._feed.prepare(0, sent))  # apart from the rest
         self._timeline.mark(OTHER)
         self.crops = _views(micro_batches[-1])
         result = train_step(

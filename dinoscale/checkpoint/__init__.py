@@ -5,6 +5,7 @@
         shared.safetensors         center; buffers of student and teacher (batch norm only)
         state.json                 format, step, shapes, step counts, config, versions, progress
         SHA256SUMS                 `sha256sum --check SHA256SUMS` agrees
+        measured.json              its k-NN accuracy, added when that is known; not in SHA256SUMS
 
 A directory is written under another name and renamed when every rank's file is on disk, so one that
 is named step_* was written to its end; the checksums tell whether it still is what was written.

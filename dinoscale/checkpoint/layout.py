@@ -5,6 +5,7 @@ from pathlib import Path
 FORMAT = 2
 MASTER, EMA = "master", "ema"
 STATE_FILE, SHARED_FILE, SUMS_FILE = "state.json", "shared.safetensors", "SHA256SUMS"
+MEASURED_FILE = "measured.json"
 
 
 def directory(run_dir: Path, step: int) -> Path:

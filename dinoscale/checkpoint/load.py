@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinoscale.checkpoint.layout import EMA, FORMAT, MASTER, SHARED_FILE, STATE_FILE, checkpoints
-from dinoscale.checkpoint.progress import Progress
+from dinoscale.checkpoint.progress import Progress, read_measured
 from dinoscale.checkpoint.sums import read_sums, verify
 from dinoscale.errors import CheckpointError
 
@@ -76,9 +76,13 @@ class Checkpoint:
             CheckpointError: state.json says other things about it than this version.
         """
         try:
-            return Progress(**self.state["progress"])
+            progress = Progress(**self.state["progress"])
         except TypeError as error:
             raise CheckpointError(f"{self.path / STATE_FILE}: progress: {error}") from error
+        top1 = read_measured(self.path)
+        if top1 is not None:
+            progress.measured(top1)
+        return progress
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

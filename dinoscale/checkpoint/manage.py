@@ -93,4 +93,4 @@ def _damage(path: Path) -> str | None:
 
 
 def _bar(items: list[Any]) -> Any:
-    return tqdm(items, desc="verifying", unit="checkpoint", file=sys.stderr)
+    return tqdm(items, desc="verifying", unit="checkpoint", file=sys.stderr, disable=None)

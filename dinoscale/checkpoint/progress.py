@@ -1,12 +1,37 @@
 """How far a run has come beyond its weights, and what its next loss should be near."""
 
+import json
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
+from dinoscale.checkpoint.layout import MEASURED_FILE
 from dinoscale.errors import CheckpointError
 
 _WINDOW = 32  # losses remembered
 _ENOUGH = 8  # losses from which a prediction is made
+
+
+def write_measured(folder: Path, knn_top1: float) -> None:
+    """Add to a checkpoint what was measured after it was saved, in percent.
+
+    Raises:
+        OSError: it cannot be written; the checkpoint is as it was.
+    """
+    beside = folder / f".{MEASURED_FILE}.part"
+    beside.write_text(json.dumps({"knn_top1": knn_top1}) + "\n")
+    beside.replace(folder / MEASURED_FILE)
+
+
+def read_measured(folder: Path) -> float | None:
+    """The k-NN accuracy that `write_measured` added; None if there is none that can be read."""
+    path = folder / MEASURED_FILE
+    try:
+        found = json.loads(path.read_text())["knn_top1"] if path.is_file() else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, float) and math.isfinite(found) else None
 
 
 @dataclass

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinoscale.checkpoint.layout import STATE_FILE, checkpoints, leftovers, removed_of
+from dinoscale.checkpoint.progress import read_measured
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,14 @@ def summary(path: Path) -> Summary:
     step = int(path.name.removeprefix("step_"))
     try:
         state = json.loads((path / STATE_FILE).read_text())
+        top1 = read_measured(path)
         num_bytes = sum(file.stat().st_size for file in path.iterdir())
         return Summary(
             path,
             step,
             num_bytes,
             state["saved_at"],
-            state["progress"]["knn_top1"],
+            state["progress"]["knn_top1"] if top1 is None else top1,
             state["plan"]["world_size"],
             state["config"]["engine"]["zero_stage"],
         )

@@ -32,6 +32,7 @@ from dinoscale.checkpoint.layout import (
     part_of,
     shard_file,
 )
+from dinoscale.checkpoint.progress import write_measured
 from dinoscale.checkpoint.retention import Keep, prune
 from dinoscale.checkpoint.sums import flushed_sum, seal
 from dinoscale.engine.student import Student
@@ -86,6 +87,7 @@ class Saver:
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[SaveResult] | None = None
+        self._noting: Future[None] | None = None
 
     def begin(
         self, step: int, student: Student, teacher: Teacher, about: Mapping[str, Any]
@@ -108,12 +110,26 @@ class Saver:
         self._writing = self._thread.submit(self._write, snapshot, stall_s)
         return before
 
+    def measured(self, step: int, knn_top1: float) -> None:
+        """Add an accuracy to the checkpoint of `step`, whose save was begun, once it is on disk.
+
+        Args:
+            step: optimizer steps that it holds.
+            knn_top1: of its teacher, in percent; by it the best one stays.
+        """
+        if self._rank == 0:  # after what the thread is writing now
+            target = directory(self._run_dir, step)
+            self._noting = self._thread.submit(self._note, target, knn_top1)
+
     def finished(self) -> SaveResult | None:
         """How the save under way ended, once; None while it is written or if there is none."""
         return self.wait() if self._writing is not None and self._writing.done() else None
 
     def wait(self) -> SaveResult | None:
         """Wait for the save under way; None if there is none."""
+        if self._noting is not None:
+            self._noting.result()
+            self._noting = None
         if self._writing is None:
             return None
         result = self._writing.result()
@@ -203,6 +219,15 @@ class Saver:
         else:
             prune(self._run_dir, self._keep)
         return error
+
+    def _note(self, target: Path, knn_top1: float) -> None:
+        if not target.is_dir():
+            return  # it could not be saved, and that was said
+        try:
+            write_measured(target, knn_top1)
+        except OSError as error:
+            log.warning("cannot add k-NN %.1f %% to %s: %s", knn_top1, target, error)
+        prune(self._run_dir, self._keep)
 
     def _wait_for(self, key: str) -> str:
         while (text := self._board.read(key)) is None:

@@ -34,7 +34,8 @@ _EPILOG = """examples:
   dinoscale evaluate compare a.safetensors b.safetensors --out comparison --task 'video DAVIS'
 
 exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
-75 asked to stop by SIGTERM or SIGUSR1 and saved: the same command goes on."""
+75 asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) and saved: the same command goes on."""
+_KEEP_THEIR_RESULTS = ("train", "launch", "sweep", "quickstart")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,8 +74,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> bool:
     """Parse and run one command.
+
+    Returns:
+        Whether its result is on disk, so that what it prints only says so.
 
     Raises:
         DinoscaleError: as the command does.
@@ -91,6 +95,7 @@ def run(arguments: Sequence[str]) -> None:
     result = options.run(options)
     if result is not None:
         print(json.dumps(result), flush=True)
+    return options.command in _KEEP_THEIR_RESULTS
 
 
 def _train(options: argparse.Namespace) -> dict[str, Any] | None:

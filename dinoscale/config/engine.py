@@ -44,7 +44,8 @@ class EngineConfig(Section):
     )
     compile: Literal["auto", True, False] = Field(
         default="auto",
-        description="Compile the transformer blocks, which takes a minute; auto: on a GPU only.",
+        description="Compile the transformer blocks, which takes a minute, and on a GPU the changes"
+        " of colour; auto: on a GPU only.",
     )
     offload_optimizer: bool = Field(
         default=False, description="Keep the optimizer state in CPU memory."

@@ -43,7 +43,7 @@ def read_run(path: Path, *, network: Network) -> Weights:
     said = {
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
-        "knn_top1": checkpoint.state["progress"].get("knn_top1"),
+        "knn_top1": checkpoint.progress.knn_top1,
         "config": checkpoint.state["config"],
     }
     return Weights(parts["backbone."], parts["head."], card, "run", run=said)

@@ -46,7 +46,12 @@ _BAND = 48  # rows of a blur on a CPU that are worked out together
 
 @torch.no_grad()
 def finish_crops(
-    crops: Tensor, params: Params, *, mean: Sequence[float], std: Sequence[float]
+    crops: Tensor,
+    params: Params,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    compiled: bool = True,
 ) -> Tensor:
     """Flip, change the colours, blur, solarize and normalise, all as drawn for each crop.
 
@@ -55,6 +60,7 @@ def finish_crops(
         params: what happens to each, records of PARAMS (M,).
         mean: of each channel, in [0, 1].
         std: of each channel, in [0, 1].
+        compiled: compile the pointwise steps on a GPU.
 
     Returns:
         float32 (M, C, H, H), (x / 255 - mean) / std.
@@ -68,7 +74,7 @@ def finish_crops(
         rows = some if isinstance(some, slice) else _on(device, some)
         cut = crops[rows] if isinstance(rows, slice) else crops.index_select(0, rows)
         pixels = cut.permute(0, 3, 1, 2).to(torch.float32, memory_format=_PLANES)
-        changed = _change(pixels, _steps(plan, some))
+        changed = _change(pixels, _steps(plan, some), compiled=compiled)
         if isinstance(rows, slice):
             torch.mul(changed, scale, out=finished[rows]).add_(shift)
         else:
@@ -121,7 +127,7 @@ class _Plan(NamedTuple):
     values: NDArray[np.float32]  # (places, M)
 
 
-def _change(pixels: Tensor, steps: list[_Step]) -> Tensor:
+def _change(pixels: Tensor, steps: list[_Step], *, compiled: bool) -> Tensor:
     """Change crops (M, C, H, H), in place or not, in the order of the reference.
 
     Returns:
@@ -137,21 +143,30 @@ def _change(pixels: Tensor, steps: list[_Step]) -> Tensor:
     for step, (rows, column) in zip(steps, on_device, strict=True):
         values = column.view(-1, 1, 1, 1)
         if len(rows) == len(pixels):
-            pixels = _run(step.change, pixels, values)
+            pixels = _run(step.change, pixels, values, compiled=compiled)
         else:
-            changed = _run(step.change, pixels.index_select(0, rows), values)
+            some = pixels.index_select(0, rows)
+            changed = _run(step.change, some, values, compiled=compiled)
             pixels.index_copy_(0, rows, changed.expand(-1, pixels.shape[1], -1, -1))
     return pixels
 
 
-def _run(change: _Change, pixels: Tensor, values: Tensor) -> Tensor:
-    """Do a step; on a GPU the pointwise ones are compiled to one or two kernels each."""
-    if pixels.device.type in _COMPILED_ON and change in _POINTWISE:
+def _run(change: _Change, pixels: Tensor, values: Tensor, *, compiled: bool) -> Tensor:
+    """Do a step; on a GPU the pointwise ones are compiled to one or two kernels each.
+
+    Not for a single crop: the compiler would make that a case of its own, amid the training.
+    """
+    wanted = compiled and pixels.device.type in _COMPILED_ON and len(pixels) > 1
+    if wanted and change in _POINTWISE:
         try:
             return _compiled(change)(pixels, values)
         # Before anything has run. Named here, as importing torch._dynamo takes a second.
         except torch._dynamo.exc.TorchDynamoException as error:
-            log.warning("colours are not compiled, which costs time only: %s", error)
+            log.warning(
+                "colours are not compiled, which costs time only: %s; engine.compile=false "
+                "silences this",
+                (str(error).strip().splitlines() or [type(error).__name__])[0],
+            )
             _POINTWISE.clear()
     return change(pixels, values)
 
@@ -247,12 +262,10 @@ def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     minus_middle = torch.clamp(red, low, high).neg_()
     highest, lowest = torch.maximum(red, high, out=high), torch.minimum(red, low, out=low)
     swing = (highest - lowest).float().mul_(6 * turn[:, 0]).round_().to(torch.int16)
-    turned = torch.empty_like(levels)
-    for i, wave in enumerate(turned.unbind(1)):
-        torch.sub(channels[i - 1], channels[i - 2], out=wave).sign_()
-        torch.addcmul(minus_middle, wave, swing, out=wave).add_(channels[i], alpha=2)
-        torch.clamp(wave, lowest, highest, out=wave)
-    return pixels.copy_(turned)
+    for i in range(3):  # nothing written into views of a tensor: the compiler leaves those alone
+        wave = (channels[i - 1] - channels[i - 2]).sign_().mul_(swing).add_(minus_middle)
+        pixels[:, i] = wave.add_(channels[i], alpha=2).clamp_(lowest, highest)
+    return pixels
 
 
 def _drop_colors(pixels: Tensor, _: Tensor) -> Tensor:

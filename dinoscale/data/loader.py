@@ -385,7 +385,7 @@ def _start_worker(worker: int) -> None:
     Launchers signal whole process trees, and the step under way still needs its images.
     """
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log.debug("data worker %d is process %d", worker, os.getpid())

@@ -2,8 +2,6 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -32,19 +30,3 @@ def fastest_precision() -> str:
     seconds = matrix_product_s()
     log.info("matrix product: bf16 %.1f ms, fp32 %.1f ms", *(1e3 * s for s in seconds.values()))
     return min(seconds, key=lambda name: seconds[name])
-
-
-@contextmanager
-def tensor_cores(dtype: torch.dtype) -> Iterator[None]:
-    """Let the float32 products of a bf16 network, those of its prototypes, run as TF32 on a GPU.
-
-    TF32 keeps 11 bits of a factor, 3 more than the prototypes have in bf16 and as many as the
-    logits of the authors' float16 autocast; plain float32 would be some ten times slower.
-    """
-    products = torch.backends.cuda.matmul
-    before = products.allow_tf32
-    products.allow_tf32 = before or dtype is torch.bfloat16
-    try:
-        yield
-    finally:
-        products.allow_tf32 = before

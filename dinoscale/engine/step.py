@@ -4,7 +4,7 @@ Shape letters: B images per micro-batch, n local crops, S = 2 + n student crops,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -55,10 +55,24 @@ class StepMetrics:
         if found.is_cuda:
             self._found = torch.empty_like(found, device="cpu", pin_memory=True)
             self._found.copy_(found, non_blocking=True)
-            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived = torch.cuda.Event(blocking=True, enable_timing=True)
             self._arrived.record()
         else:
             self._found = found
+
+    def idle_s(self) -> float:
+        """Seconds for which the device has had nothing to do since the step: 0 while it is at it.
+
+        On a CPU infinity: what computes is what asks.
+        """
+        if self._arrived is None:
+            return math.inf
+        if not self._arrived.query():
+            return 0.0
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()  # nothing was launched in between
+        now.synchronize()
+        return float(self._arrived.elapsed_time(now)) / 1000
 
     @cached_property
     def _numbers(self) -> list[float]:
@@ -113,7 +127,7 @@ class StepMetrics:
 
 
 def train_step(
-    micro_batches: Sequence[MicroBatch],
+    micro_batches: Iterable[MicroBatch],
     student: Student,
     teacher: Teacher,
     now: StepValues,
@@ -127,12 +141,21 @@ def train_step(
     teacher and center are as before it. The device decides that; the host launches the same work
     for every step and waits for nothing. `stop_asked` says that this rank wants to end; it rides
     on the reduction of the loss, so that all ranks learn of it at the same step.
+
+    The next micro-batch is asked for when the forward of one has been launched, so that it is on
+    its way while the device works, and when that one is no longer held: there is memory for one.
     """
     student.set_hyperparameters(now)
     parts = []
-    for index, batch in enumerate(micro_batches, start=1):
-        parts.append(_learn(batch, student, teacher, now, student_temp=student_temp))
-        if index < len(micro_batches):
+    ahead = iter(micro_batches)
+    batch = next(ahead, None)
+    while batch is not None:
+        loss, of_targets = _forward(batch, student, teacher, now, student_temp=student_temp)
+        del batch
+        batch = next(ahead, None)
+        student.backward(loss)
+        parts.append(torch.stack((loss.detach(), of_targets)))
+        if batch is not None:
             student.accumulate()
     of_rank = torch.stack(parts)  # (M, 2)
     sums = torch.cat((of_rank.sum(0), of_rank.new_full((1,), float(stop_asked))))
@@ -144,18 +167,14 @@ def train_step(
     return StepMetrics(sums, verdict, of_rank)
 
 
-def _learn(
+def _forward(
     batch: MicroBatch, student: Student, teacher: Teacher, now: StepValues, *, student_temp: float
-) -> Tensor:
-    """Accumulate the gradient of a micro-batch; its loss and teacher entropy, (2,) float32.
-
-    Targets and graph end with the call: neither the next micro-batch nor the update needs them.
-    """
+) -> tuple[Tensor, Tensor]:
+    """Loss of a micro-batch and entropy of its targets, scalars float32."""
     targets = teacher.targets(batch.global_crops, temp=now.teacher_temp)  # (2, B, K)
     crops = [batch.global_crops.flatten(0, 1)]
     if batch.local_crops.shape[0]:
         crops.append(batch.local_crops.flatten(0, 1))
     objective = partial(dino_loss_of_prototypes, teacher_probs=targets, student_temp=student_temp)
     loss = student(crops, batch.keep, objective)  # all crops in one engine call
-    student.backward(loss)
-    return torch.stack((loss.detach(), entropy(targets)))
+    return loss, entropy(targets)

@@ -19,8 +19,8 @@ from dinoscale.engine import shards
 from dinoscale.engine.ds_config import student_config
 from dinoscale.engine.gradients import GradientRule
 from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
-from dinoscale.engine.precision import tensor_cores
 from dinoscale.engine.shards import Fragment
+from dinoscale.float32 import tensor_cores
 from dinoscale.models.block import Block
 from dinoscale.models.heads import Objective
 from dinoscale.schedules import StepValues
@@ -134,7 +134,7 @@ class Student:
             objective: takes unit vectors (sum of N_i, D) and the prototypes to the scalar.
         """
         inputs = [crop.to(self.compute_dtype) for crop in crops]
-        with tensor_cores(self.compute_dtype):
+        with tensor_cores(self.compute_dtype, crops[0].device):
             loss: Tensor = distributed.guarded(lambda: self._engine(inputs, keep, objective))
         return loss
 

@@ -23,13 +23,15 @@ from torch import Tensor
 from dinoscale import distributed
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
+from dinoscale.data.transfer import Staged
 from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.gradients import compute_device
-from dinoscale.engine.precision import tensor_cores
 from dinoscale.engine.shards import Layout, empty_shards
 from dinoscale.engine.student import Student, import_deepspeed
+from dinoscale.float32 import tensor_cores
 from dinoscale.losses.centering import ROWS, teacher_probs, updated_center
 from dinoscale.models.network import DinoNetwork
+from dinoscale.models.sync_bn import cast_weights
 
 
 class Teacher:
@@ -37,6 +39,7 @@ class Teacher:
 
     Attributes:
         ema: float32 views of the average, one (numel,) view per fragment of `student.layout`.
+        deepspeed_config: what DeepSpeed was told at stage 3; None below, where it has no part.
         center: (K,) float32, equal on all ranks.
         mean_target: (K,) float32, mean of all targets of the last step, equal on all ranks.
     """
@@ -52,7 +55,9 @@ class Teacher:
             config: of the run.
             plan: of the run.
         """
-        device = student.master[0].device if student.master else torch.device("cpu")
+        # A rank without a fragment has shards all the same, where the student's are.
+        students = (*student.flats, *student.master)
+        device = students[0].device if students else compute_device()
         self.layout = student.layout
         self._shards = empty_shards(self.layout, device=device)
         self.ema = [fragment.of(self._shards) for fragment in self.layout.fragments]
@@ -65,12 +70,17 @@ class Teacher:
         self._target_sum = torch.zeros_like(self.center)
         self._logit_rows = 0
         network.requires_grad_(False)
-        build = _Partitioned if config.engine.zero_stage == 3 else _Replicated
-        self._weights: _Partitioned | _Replicated = build(
-            network, self.layout, student.compute_dtype, config, plan
-        )
+        self.deepspeed_config: dict[str, Any] | None = None
+        self._weights: _Partitioned | _Replicated
+        if config.engine.zero_stage == 3:
+            self.deepspeed_config = teacher_config(config, plan)
+            self._weights = _Partitioned(
+                network, self.layout, student.compute_dtype, self.deepspeed_config
+            )
+        else:
+            self._weights = _Replicated(network, self.layout, student.compute_dtype)
         self._compute_dtype = student.compute_dtype
-        self._weights.publish(self.ema)
+        self._weights.publish(self._shards)
 
     @torch.no_grad()
     def targets(self, global_crops: Tensor, *, temp: float) -> Tensor:
@@ -84,7 +94,7 @@ class Teacher:
             self._buffers_before = [value.clone() for value in self.buffers().values()]
         views, batch = global_crops.shape[:2]
         images = global_crops.flatten(0, 1).to(self._compute_dtype)
-        with tensor_cores(self._compute_dtype):
+        with tensor_cores(self._compute_dtype, images.device):
             probs = self._weights.forward([images])  # (2B, K): logits, soon overwritten
         for rows in probs.split(ROWS):
             self._logit_sum += rows.sum(0)
@@ -120,7 +130,7 @@ class Teacher:
         self._forget_sums()
         for value, before in zip(self.buffers().values(), self._buffers_before, strict=True):
             value.copy_(torch.where(skipped, before, value))
-        self._weights.publish(self.ema)  # last, so that no other collective waits for it
+        self._weights.publish(self._shards)  # last, so that no other collective waits for it
 
     def _forget_sums(self) -> None:
         self._logit_sum = torch.zeros_like(self.center)
@@ -135,7 +145,7 @@ class Teacher:
         """
         for fragment, view in zip(self.layout.fragments, self.ema, strict=True):
             view.copy_(read(fragment.name, fragment.start, fragment.numel))
-        self._weights.publish(self.ema)
+        self._weights.publish(self._shards)
 
     def plain_network(self) -> DinoNetwork:
         """The teacher as an ordinary network in the compute dtype, for evaluation; collective."""
@@ -157,21 +167,16 @@ class Teacher:
 class _Replicated:
     """Stages 0-2: every rank holds all weights, views into one flat tensor per group."""
 
-    def __init__(
-        self,
-        network: DinoNetwork,
-        layout: Layout,
-        dtype: torch.dtype,
-        _config: RunConfig,
-        _plan: RunPlan,
-    ) -> None:
-        self.network, self._layout = network.to(compute_device(), dtype), layout
+    def __init__(self, network: DinoNetwork, layout: Layout, dtype: torch.dtype) -> None:
+        cast_weights(network, dtype)
+        self.network, self._layout = network.to(compute_device()), layout
         world_size, device = distributed.world_size(), compute_device()
         self._flats = [
             torch.zeros(size * world_size, dtype=dtype, device=device)
             for size in layout.shard_sizes
         ]
         self._arriving: list[Callable[[], None]] = []
+        self._staged = Staged()
         self.buffers = dict(network.named_buffers())
         parameters = dict(network.named_parameters())
         for place in layout.placements:
@@ -183,16 +188,15 @@ class _Replicated:
         logits: Tensor = self.network(crops, None)
         return logits
 
-    def publish(self, ema: Sequence[Tensor]) -> None:
-        """Begin to refresh the weights; what happens until they are used does not wait for it."""
+    def publish(self, average: Sequence[Tensor]) -> None:
+        """Begin to refresh the weights from the shards; what comes until their use goes on."""
         self.wait()
         rank = distributed.rank()
         own = [
             flat.narrow(0, rank * size, size)
             for flat, size in zip(self._flats, self._layout.shard_sizes, strict=True)
         ]
-        if ema:
-            torch._foreach_copy_([part.of(own) for part in self._layout.fragments], list(ema))
+        self._staged.copy(own, average)
         gathers = zip(self._flats, own, strict=True)
         self._arriving = [distributed.begin_all_gather_flat(*gather) for gather in gathers]
 
@@ -217,15 +221,15 @@ class _Partitioned:
         network: DinoNetwork,
         layout: Layout,
         dtype: torch.dtype,
-        config: RunConfig,
-        plan: RunPlan,
+        deepspeed_config: dict[str, Any],
     ) -> None:
-        self._skeleton = copy.deepcopy(network).to("meta", dtype)
+        self._skeleton = copy.deepcopy(network).to("meta")
+        cast_weights(self._skeleton, dtype)
         self._engine, *_ = import_deepspeed().initialize(
-            model=network, config=teacher_config(config, plan), dist_init_required=False
+            model=network, config=deepspeed_config, dist_init_required=False
         )
         self.network: DinoNetwork = self._engine.module
-        self._layout = layout
+        self._layout, self._staged = layout, Staged()
         self.buffers = dict(self.network.named_buffers())
         self._parameters: dict[str, Any] = dict(self.network.named_parameters())
         for fragment in layout.fragments:
@@ -236,13 +240,21 @@ class _Partitioned:
         logits: Tensor = distributed.guarded(lambda: self._engine(crops, None))
         return logits
 
-    def publish(self, ema: Sequence[Tensor]) -> None:
+    def publish(self, average: Sequence[Tensor]) -> None:
+        fragments = self._layout.fragments
         partitions = [
             self._parameters[fragment.name].ds_tensor.data.narrow(0, 0, fragment.numel)
-            for fragment in self._layout.fragments
+            for fragment in fragments
         ]
         if partitions:
-            torch._foreach_copy_(partitions, list(ema))
+            here = average
+            if average[0].device != partitions[0].device:  # from the host a group at a time
+                here = [
+                    torch.empty_like(a, device=compute_device(), dtype=partitions[0].dtype)
+                    for a in average
+                ]
+                self._staged.copy(here, average)
+            torch._foreach_copy_(partitions, [fragment.of(here) for fragment in fragments])
         # With hpZ a node has a second copy, which DeepSpeed forgets in the student's step only.
         for parameter in self._parameters.values():
             parameter.ds_secondary_tensor = None

@@ -22,7 +22,7 @@ from dinoscale.data.augment import by_plane
 from dinoscale.data.decode import Picture
 from dinoscale.data.loader import eval_batches
 from dinoscale.data.sources import Source
-from dinoscale.errors import ConfigError, DataError, NonFiniteError
+from dinoscale.errors import ConfigError, DataError, NonFiniteError, RunFailedError
 from dinoscale.evaluate.feature_cache import InFiles, Preparation, features_key, through_cache
 from dinoscale.evaluate.shares import over_ranks
 
@@ -112,6 +112,7 @@ def extract_features(
     Raises:
         DataError: an image has no label.
         NonFiniteError: a feature is not a finite number.
+        RunFailedError: a batch needs more memory than there is.
     """
     labels = check_labels(source, name="evaluation")
     device = torch.device(device)
@@ -147,6 +148,17 @@ class _Forward:
 
     def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """Features of the readable ones of these images, and their numbers, on the device."""
+        try:
+            return self._extracted(ids, check)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise RunFailedError(
+                f"evaluating {self.batch_size} images at once needs more memory than there is"
+                f" ({str(error).split('. ')[0]}); lower the batch size (eval.batch_size of a run)"
+            ) from error
+
+    def _extracted(
+        self, ids: NDArray[np.int64], check: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
         how = self.preparation
         batches = eval_batches(
             self.source,

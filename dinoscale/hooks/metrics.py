@@ -18,6 +18,8 @@ from dinoscale.errors import DinoscaleError
 
 log = logging.getLogger(__name__)
 
+_LINE_S = 60.0  # between two lines on a stderr that is no terminal
+
 
 class Metrics:
     """Rank 0's record of a run; on other ranks every method does nothing."""
@@ -49,15 +51,27 @@ class Metrics:
         except OSError as error:
             raise DinoscaleError(f"run_dir: cannot write {self._path}: {error}") from error
         self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", file=sys.stderr, dynamic_ncols=True
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
         )
+        self._step, self._total_steps, self._next_line = start_step, total_steps, 0.0
         self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
 
     def advance(self, text: str) -> None:
-        """Move the bar by one step and show `text` beside it."""
-        if self._active:
+        """Move the bar by one step and show `text` beside it; in a file, a line a minute."""
+        if not self._active:
+            return
+        self._step += 1
+        if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
+        elif self._step == self._total_steps or time.monotonic() >= self._next_line:
+            log.info("step %d of %d, %s", self._step, self._total_steps, text)
+            self._next_line = time.monotonic() + _LINE_S
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line; `values` in the units of their names, null where not finite."""
@@ -80,7 +94,7 @@ class Metrics:
             _drop_lines_after(self._path, step)
         except OSError as error:
             log.warning("cannot write %s: %s", self._path, error)
-        self._bar.n = step
+        self._bar.n = self._step = step
         self._bar.refresh()
 
     def say(self, text: str) -> None:
@@ -104,9 +118,14 @@ class Stopwatch:
         self._waited = 0.0
         self._images = 0
 
-    def waited(self, seconds: float) -> None:
-        """Count time in which this rank had no batch."""
-        self._waited += seconds
+    def waited(self, seconds: float, *, idle_s: float) -> None:
+        """Count time in which this rank had no batch and its device nothing to do.
+
+        Args:
+            seconds: that the host has waited for a batch until now.
+            idle_s: for which the device has been idle, with the work of the step before behind it.
+        """
+        self._waited += min(seconds, idle_s)
 
     def step_done(self, images: int) -> None:
         """Count the images of one step, over all ranks."""

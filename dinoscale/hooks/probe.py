@@ -9,6 +9,7 @@ from torch import nn
 from dinoscale.config.schema import RunConfig
 from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import open_source
+from dinoscale.errors import DataError
 from dinoscale.evaluate.features import extract_features
 from dinoscale.evaluate.knn import knn_accuracy
 from dinoscale.evaluate.labelled import renumber_classes
@@ -45,7 +46,11 @@ class Probe:
         Args:
             backbone: ordinary weights, whole on every rank.
             device: of the backbone.
-            on_batch: called after each batch of images.
+            on_batch: called after each batch of images; what it raises on one rank ends the
+                measurement on all.
+
+        Raises:
+            DinoscaleError: on every rank.
         """
         config = self._config
         extract = partial(
@@ -57,10 +62,13 @@ class Probe:
             std=config.data.std,
             batch_size=config.eval.batch_size,
             device=device,
-            num_workers=min(config.data.num_workers, 2),
+            num_workers=config.data.num_workers,  # training's own are idle meanwhile
             on_batch=on_batch,
         )
         bank, bank_labels = extract(self._bank)
         test, test_labels = extract(self._test)
+        for name, source, found in (("train", self._bank, bank), ("test", self._test, test)):
+            if not len(found):
+                raise DataError(f"eval.{name}: none of the {len(source)} images can be read")
         k, labels = config.eval.k, self._renumber.to(device)[test_labels]
         return knn_accuracy(bank, bank_labels, test, labels, ks=(k,))[k].top1

@@ -190,6 +190,8 @@ def _try(
                     verdict = _wait(child, stop_asked, lambda: board.read(key) is not None)
                 finally:
                     child.kill()
+            if verdict is None and child.returncode and stop_asked():
+                verdict = "asked to stop"  # Ctrl-C reaches the child as well
             outcome = _outcome(verdict, child.returncode, output)
         except OSError as error:
             outcome = Outcome("failed", said=f"cannot start a process: {error}")

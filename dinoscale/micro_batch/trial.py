@@ -123,16 +123,11 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
     batch = _batch(short, size)
     depth = student.network.backbone.depth
     for _ in range(_STEPS):
-        # As in the run, all micro-batches of a step are on the device before its first forward.
-        prepared = [_prepared(batch, short, process.device, depth=depth) for _ in range(passes)]
-        train_step(
-            prepared[: plan.accumulation_steps],
-            student,
-            teacher,
-            now,
-            student_temp=short.dino.student_temp,
+        prepared = (  # each when it is asked for, as in the run
+            _prepared(batch, short, process.device, depth=depth)
+            for _ in range(plan.accumulation_steps)
         )
-        del prepared  # before the next are made
+        train_step(prepared, student, teacher, now, student_temp=short.dino.student_temp)
 
 
 def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) -> RunConfig:
@@ -170,7 +165,8 @@ def _prepared(batch: Batch, config: RunConfig, device: torch.device, *, depth: i
     keep = None
     if config.model.drop_path_rate:
         keep = keep_of(torch.rand(depth, 2, batch.params.size), config.model).to(device)
-    return MicroBatch(*finish_batch(batch, config.data, device), keep)
+    compiled = config.engine.compile is not False
+    return MicroBatch(*finish_batch(batch, config.data, device, compiled=compiled), keep)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,23 @@ class SyncBatchNorm(_BatchNorm):
     """Batch norm whose training statistics are those of all ranks' rows together.
 
     `all_reduce` sums a tensor over ranks and, in the backward pass, sums its gradient; the identity
-    for a single process. Parameters, buffers and evaluation are those of `nn.BatchNorm*d`.
+    for a single process. Parameters, buffers and evaluation are those of `nn.BatchNorm*d`; the
+    buffers have to stay float32 (`cast_weights`), as an average kept in bf16 stops moving.
     """
 
     all_reduce: Callable[[Tensor], Tensor] = staticmethod(lambda summand: summand)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (N, C, ...) per channel; statistics in float32, or float64 for float64."""
-        if not self.training:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
         z = x.to(torch.promote_types(x.dtype, torch.float32))
+        if not self.training:
+            weight, bias = (
+                None if value is None else value.to(z.dtype) for value in (self.weight, self.bias)
+            )
+            evaluated = F.batch_norm(
+                z, self.running_mean, self.running_var, weight, bias, eps=self.eps
+            )
+            return evaluated.to(x.dtype)
         others = [dim for dim in range(x.ndim) if dim != 1]
         shape = (1, -1, *(1 for _ in others[1:]))
         sums = self.all_reduce(torch.cat((z.sum(others), z.new_full((1,), x.numel() / x.shape[1]))))
@@ -46,6 +51,12 @@ class SyncBatchNorm(_BatchNorm):
         rate = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
         self.running_var.lerp_(var.to(self.running_var.dtype), rate)
+
+
+def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Turn the parameters of a network, not its buffers, into `dtype`, in place."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def convert_sync_batch_norm(module: nn.Module, all_reduce: Callable[[Tensor], Tensor]) -> None:

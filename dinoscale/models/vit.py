@@ -248,7 +248,7 @@ class VisionTransformer(nn.Module):
 
     def _run(self, tokens: Tensor, layout: Layout, keep: Tensor | None, which: range) -> Tensor:
         """Packed tokens (T, D) after the blocks of `which`."""
-        keeps = self._of_blocks(keep, layout, tokens.dtype)
+        keeps = self._of_blocks(keep, layout)
         compiled = layout in self.compiled_for
         for index in which:
             tokens = self.blocks[index](
@@ -260,7 +260,7 @@ class VisionTransformer(nn.Module):
             )
         return tokens
 
-    def _of_blocks(self, keep: Tensor | None, layout: Layout, dtype: torch.dtype) -> Sequence[Keep]:
+    def _of_blocks(self, keep: Tensor | None, layout: Layout) -> Sequence[Keep]:
         """What each block takes for its branches."""
         if keep is None:
             return [None] * self.depth
@@ -269,7 +269,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"keep: need shape {[*wanted]}, got {[*keep.shape]}")
         if self.subset_rate:
             return kept_subsets(keep, layout, drop_path_rate=self.subset_rate)
-        return per_token(keep, layout).to(dtype).unbind()
+        return per_token(keep, layout).unbind()
 
     def _recomputes(self, index: int) -> bool:
         return self.checkpoint_every > 0 and index % self.checkpoint_every == 0

@@ -58,14 +58,13 @@ def held(dims: Dims, setup: Setup) -> Terms:
     average, forward = FP32 * weights / ranks, s * weights / (ranks if stage == 3 else 1)
     if setup.offload_optimizer:
         states = average = 0
-    images = setup.micro_batch_size * setup.accumulation_steps
     return {
         "parameters": forward,
         # Stage 3 keeps the buffers that gradients are summed in; the others make them anew.
         "gradients": summed * weights / ranks if stage == 3 else 0,
         "optimizer": states,
         "teacher": average + forward + 4 * FP32 * dims.prototypes,  # center, sums, mean target
-        "activations": FP32 * images * dims.pixels,  # crops of all micro-batches, in float32
+        "activations": FP32 * setup.micro_batch_size * dims.pixels,  # crops of one, in float32
         "buffers": setup.communication_bytes * setup.bucket_elements if stage == 3 else 0,
     }
 

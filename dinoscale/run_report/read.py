@@ -358,6 +358,8 @@ def _world_size(record: Record) -> int | None:
         ranks = _whole(record.plan.get("world_size"))
     if ranks is None:
         settings = _json_file(record, "deepspeed.json")
+        if isinstance(settings.get("student"), dict):  # older runs wrote nothing else
+            settings = settings["student"]
         names = (
             "train_batch_size",
             "train_micro_batch_size_per_gpu",

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+from dinoscale import logs
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.config.sweep import ONLINE
 from dinoscale.errors import DinoscaleError, PreemptedError, RunFailedError
@@ -283,6 +284,7 @@ def warning_blocked() -> Iterator[None]:
 
 def main() -> None:
     """Do the job of a run; exit code as of `dinoscale train`."""
+    logs.shield_terminal()
     logging.basicConfig(level=logging.INFO, format="job %(asctime)s %(message)s")
     try:
         work = Work(Path(sys.argv[1]))

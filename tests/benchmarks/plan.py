@@ -120,20 +120,18 @@ def _peak(case: Case) -> float:
     from dinoscale.engine.step import MicroBatch, train_step
     from dinoscale.peak_memory import live_bytes, with_peak_bytes
 
-    before = live_bytes()  # of the cases before this one: engines stay until the process ends
     config = case.config()
     plan = tiny_plan(config)
+    drawn = micro_batches(config, plan, STEPS)  # views of all ranks' images
+    before = live_bytes()  # of the cases before this one: engines stay until the process ends
     student, teacher = build_pair(config, plan)
     for step in range(STEPS):
         take_step(student, teacher, config, plan, step)
     gc.collect()
-    batches = [
-        MicroBatch(batch.global_crops.clone(), batch.local_crops.clone(), None)
-        for batch in micro_batches(config, plan, STEPS)  # views of all ranks' images
-    ]
     now, temp = schedules_of(config, plan).at(STEPS), config.dino.student_temp
 
     def step() -> None:
+        batches = (MicroBatch(b.global_crops.clone(), b.local_crops.clone(), None) for b in drawn)
         train_step(batches, student, teacher, now, student_temp=temp)
         teacher.wait()  # a profiler that ends amid a collective crashes
 

@@ -1,15 +1,18 @@
 """Asked to stop, a run saves the step it is in, says so with 75, and goes on as if never asked."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from dinoscale.checkpoint.layout import directory
 from dinoscale.checkpoint.load import Checkpoint
+from dinoscale.checkpoint.retention import summary
 from tests.faults.kills import LAUNCHERS
 from tests.faults.lives import (
     RANKS,
@@ -27,6 +30,7 @@ from tests.ports import free_port
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SAVED = 75
+EPOCH = 16  # steps
 LAST = 64  # steps: long enough to be asked within
 RARELY = {"every_steps": 1000, "every_epochs": 1000}  # so that what is saved was asked for
 
@@ -80,6 +84,37 @@ def test_signal_to_ranks(
     assert Life(config).end() == [0] * RANKS
     assert newest_step(life.run_dir) == LAST
     assert _same_as(undisturbed, life.run_dir)
+
+
+def test_signal_amid_knn_is_heard_after_the_save_and_failing_knn_costs_its_number(
+    tmp_path: Path,
+) -> None:
+    bank = "synthetic:shapes?images=240&size=16"
+    config = write_config(
+        tmp_path,
+        stage=2,
+        epochs=2,
+        checkpoint=RARELY | {"every_epochs": 1},
+        eval={"train": bank, "test": bank, "batch_size": 4, "k": 3},
+    )
+    life = Life(config, slow_images_s=0.05)  # k-NN takes 12 s
+    assert life.wait_until(lambda: newest_step(life.run_dir) == EPOCH)
+    life.send(signal.SIGTERM, ranks=[1])
+    assert life.end(timeout_s=10) == [SAVED] * RANKS, life.said()
+    assert f"no k-NN after step {EPOCH}: " in life.said()
+    assert Checkpoint(directory(life.run_dir, EPOCH)).progress.knn_top1 is None
+
+    for name in ("0/a.png", "0/b.png", "1/a.png", "1/b.png"):
+        (tmp_path / "labelled" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "labelled" / name)
+    labelled = [f"eval.{name}={tmp_path / 'labelled'}" for name in ("train", "test")]
+    life = Life(config, *labelled, slow_images_s=0.01)
+    assert life.wait_until(lambda: steps_logged(life.run_dir) > EPOCH + 1)
+    shutil.rmtree(tmp_path / "labelled")
+    assert life.end() == [0] * RANKS, life.said()
+    assert "eval.train: none of the 4 images can be read" in life.said()
+    measured = [directory(life.run_dir, step) for step in (EPOCH, 2 * EPOCH)]
+    assert [summary(path).knn_top1 for path in measured] == [50.0, None]  # two classes, all black
 
 
 # What each launcher makes of a SIGTERM to itself. That of deepspeed dies of it and tells nobody;

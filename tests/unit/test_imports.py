@@ -15,7 +15,7 @@ DATA_TOOLS = PACKAGE.parent / "data_tools"
 # A module imports from its own part or from parts of lower levels, never from a neighbour.
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"hosts", "launcher", "logs"},
+    {"float32", "hosts", "launcher", "logs"},
     {
         "config",
         "cores",

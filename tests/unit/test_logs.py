@@ -71,3 +71,67 @@ def test_other_ranks_show_warnings_only_and_write_everything(
     assert all(f" rank {rank}: " in line for line in shown)
     kept = (tmp_path / f"rank_{rank:05d}.log").read_text().splitlines()
     assert [line[0] for line in kept] == ["-", "I", "W"]
+
+
+_SAY = """
+    import os, sys
+    from dinoscale import logs
+    logs.shield_terminal()
+    logs.to_terminal(0)
+    opened = os.open(__file__, os.O_RDONLY)
+    for _ in range(3):
+        print("a result", flush=True)
+        print("x" * 100_000, file=sys.stderr, flush=True)
+        logs.log.warning("something is wrong")
+    with open(sys.argv[1], "w") as file:
+        print(opened > 2, logs.lost_output(), file=file)
+    os._exit(7)
+"""
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("streams", "lost"),
+    [
+        ("1>&- 2>&-", "None"),
+        ("0<&- 2>&-", "None"),
+        (">/dev/full 2>/dev/full", "[Errno 28] No space left on device"),
+        ("| true", "None"),
+        ("2> >(sleep 20)", "None"),  # a pipe that nobody reads: no room after the first lines
+    ],
+)
+def test_streams_that_take_nothing_neither_end_nor_hold_up_a_process(
+    tmp_path: Path, streams: str, lost: str
+) -> None:
+    (tmp_path / "say.py").write_text(textwrap.dedent(_SAY))
+    line = f"set -o pipefail; '{sys.executable}' say.py found {streams}"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, timeout=60, check=False, stdout=subprocess.DEVNULL
+    )
+    assert done.returncode == 7
+    assert (tmp_path / "found").read_text() == f"True {lost}\n"
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "code"),
+    [("/dev/full", "err", 1), ("out", "/dev/full", 0), ("&-", "err", 0)],
+)
+def test_result_that_is_nowhere_else_must_arrive(
+    tmp_path: Path, stdout: str, stderr: str, code: int
+) -> None:
+    line = f"'{sys.executable}' -m dinoscale presets >{stdout} 2>{stderr}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == code
+    if stderr == "err":
+        said = (tmp_path / "err").read_text()
+        assert ("error: what was printed is incomplete: stdout: No space" in said) == bool(code)
+        assert "Traceback" not in said
+
+
+def test_help_reaches_a_pipe() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dinoscale", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "exit codes" in done.stdout
+    assert done.stderr == ""

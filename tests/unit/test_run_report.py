@@ -88,9 +88,12 @@ def make_run(
     (folder / "deepspeed.json").write_text(
         json.dumps(
             {
-                "train_batch_size": BATCH,
-                "train_micro_batch_size_per_gpu": 4,
-                "gradient_accumulation_steps": 2,
+                "student": {
+                    "train_batch_size": BATCH,
+                    "train_micro_batch_size_per_gpu": 4,
+                    "gradient_accumulation_steps": 2,
+                },
+                "teacher": None,
             }
         )
     )

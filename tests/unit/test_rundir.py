@@ -1,5 +1,6 @@
 """One run at a time in a run directory, and files that a failed write leaves as they were."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dinoscale import rundir
+from dinoscale.config import parse_config
 from dinoscale.errors import DinoscaleError
 
 _HOLD = textwrap.dedent("""
@@ -41,3 +43,9 @@ def test_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DinoscaleError, match=r"cannot write to .*file/run"):
         rundir.lock(tmp_path / "file" / "run")
+
+
+def test_what_deepspeed_was_told_is_written_for_both_networks(tmp_path: Path) -> None:
+    told = {"student": {"gradient_clipping": 0.0}, "teacher": None}
+    rundir.prepare(parse_config({"run_dir": str(tmp_path)}), told)
+    assert json.loads((tmp_path / "deepspeed.json").read_text()) == told

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from dinoscale.checkpoint.layout import checkpoints, leftovers
+from dinoscale.checkpoint.progress import write_measured
 from dinoscale.checkpoint.retention import (
     Keep,
     Summary,
@@ -63,10 +64,13 @@ def _make(run_dir: Path, step: int, knn: float | None) -> None:
 def test_prune_reads_accuracies_from_the_checkpoints_themselves(tmp_path: Path) -> None:
     for step, knn in ((1, 10.0), (2, 90.0), (3, 20.0), (4, None)):
         _make(tmp_path, step, knn)
+    write_measured(checkpoints(tmp_path)[2], 95.0)  # after it was saved
     (checkpoints(tmp_path)[0] / "state.json").write_text("{")  # cannot be the best
     deleted = prune(tmp_path, Keep(last=1, best=True))
-    assert [path.name for path in deleted] == ["step_00000001", "step_00000003"]
-    assert [summary(path).step for path in checkpoints(tmp_path)] == [2, 4]
+    assert [path.name for path in deleted] == ["step_00000001", "step_00000002"]
+    assert [(s.step, s.knn_top1) for s in map(summary, checkpoints(tmp_path))] == [
+        *((3, 95.0), (4, None)),
+    ]
     assert leftovers(tmp_path) == []
 
 

@@ -92,11 +92,11 @@ def test_solarize_equals_pillows() -> None:
     assert _difference(changed, expected).max() == 0
 
 
-def _finished(images: list[Image.Image], records: Params) -> torch.Tensor:
+def _finished(images: list[Image.Image], records: Params, *, compiled: bool = True) -> torch.Tensor:
     """Back in levels 0..255, (M, C, H, H)."""
     crops = torch.from_numpy(np.stack([np.asarray(x) for x in images]))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    finished = colors.finish_crops(crops, records, mean=mean, std=std)
+    finished = colors.finish_crops(crops, records, mean=mean, std=std, compiled=compiled)
     back = finished * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     levels = back * 255
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
@@ -180,6 +180,37 @@ def test_nothing_of_the_gradient_tape_is_kept() -> None:
     records = np.stack([params(**WHOLE, **JITTER)])
     crops = torch.from_numpy(np.asarray(PICTURES[0])[None].copy())
     assert not colors.finish_crops(crops, records, mean=(0,) * 3, std=(1,) * 3).requires_grad
+
+
+@pytest.mark.parametrize("change", sorted(colors._POINTWISE, key=lambda change: change.__name__))
+def test_each_pointwise_step_is_one_graph_for_any_number_of_crops(
+    monkeypatch: pytest.MonkeyPatch, change: colors._Change
+) -> None:
+    """Traced and no further, which takes seconds; the test below goes all the way."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    traced = torch.compile(change, dynamic=True, backend=backend, fullgraph=True)
+    monkeypatch.setattr(colors, "_COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(colors, "_compiled", lambda _: traced)
+    torch._dynamo.reset()
+    for count, side in ((5, 8), (1, 8), (2, 12), (7, 8)):
+        pixels = torch.randint(0, 256, (count, 3, side, side)).float()
+        values = torch.full((count, 1, 1, 1), 0.1)
+        plain = change(pixels.clone(), values)
+        assert torch.equal(colors._run(change, pixels, values, compiled=True), plain)
+    assert len(graphs) == 1
+
+
+def test_nothing_is_compiled_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = np.stack([params(**WHOLE, **JITTER, solarize_from=128)] * len(PICTURES))
+    plain = _finished(PICTURES, records)
+    monkeypatch.setattr(colors, "_COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(colors, "_compiled", lambda _: pytest.fail("compiled"))
+    assert torch.equal(_finished(PICTURES, records, compiled=False), plain)
 
 
 @pytest.mark.slow

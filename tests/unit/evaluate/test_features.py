@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dinoscale.data.decode import BadSampleError, Picture
 from dinoscale.data.synthetic import ShapesSource
-from dinoscale.errors import DataError, NonFiniteError
+from dinoscale.errors import DataError, NonFiniteError, RunFailedError
 from dinoscale.evaluate.features import extract_features, normalize_images, pixel_features
 from dinoscale.models.zoo import build_backbone
 
@@ -153,3 +153,14 @@ def test_pixel_features_average_areas_of_the_whole_image() -> None:
 def test_pixel_features_of_nothing_readable_are_refused() -> None:
     with pytest.raises(DataError, match="none of the 2 images"):
         pixel_features(Colors(2, broken=(0, 1)))
+
+
+class _Greedy(nn.Module):
+    def forward(self, _: list[Tensor]) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB. And so on")
+
+
+def test_want_of_memory_is_a_sentence_with_the_setting() -> None:
+    settings = {"resize": 8, "crop": 8, "batch_size": 64, "num_workers": 0, "device": "cpu"}
+    with pytest.raises(RunFailedError, match=r"64 images at once .* memory\); .*eval\.batch_size"):
+        extract_features(_Greedy(), Colors(2), mean=MEAN, std=STD, **settings)  # type: ignore[arg-type]  # a mixture of types

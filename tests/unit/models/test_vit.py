@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoscale.models.block import Block
+from dinoscale.models.block import Block, Subset, _add
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.models.vit import (
     PatchProjection,
@@ -203,6 +203,19 @@ def test_dropped_branches_leave_the_tokens_as_they_are() -> None:
     first = model.norm(model.cls_token + model.pos_embed[:, :1])[0]
     torch.testing.assert_close(output[:1], first)
     torch.testing.assert_close(output[1:], model(crops)[1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("as_subset", [False, True])
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
+def test_multipliers_of_a_bf16_network_are_exact_on_average(rate: float, as_subset: bool) -> None:
+    count, factor = 2**16, torch.full((2**16, 1), 1 / (1 - rate))  # 1.1111 would be 1.1094 in bf16
+    branch = torch.rand(count, 1, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layout = ((count, 1),)
+    keep = Subset(torch.arange(count), factor, layout) if as_subset else factor
+    added = _add(torch.zeros_like(branch), layout, keep, lambda *_: branch)
+    assert added.dtype == torch.bfloat16
+    mean = float(added.double().mean() / branch.double().mean())
+    assert mean * (1 - rate) == pytest.approx(1, abs=1e-4)
 
 
 def test_attention_and_mlp_branches_have_their_own_multipliers() -> None:

@@ -1,0 +1,64 @@
+"""The order of a step's work, with small fakes for student and teacher."""
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoscale.engine.step import MicroBatch, train_step
+
+
+class _Both:
+    """Student and teacher; writes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.mean_target = torch.full((4,), 0.25)
+
+    def set_hyperparameters(self, _now: Any) -> None:
+        pass
+
+    def targets(self, crops: Tensor, *, temp: float) -> Tensor:
+        assert temp == 0.04
+        return torch.full((2, crops.shape[1], 4), 0.25)
+
+    def __call__(self, *_: Any) -> Tensor:
+        self.done.append("forward")
+        return torch.ones(())
+
+    def backward(self, _loss: Tensor) -> None:
+        self.done.append("backward")
+
+    def accumulate(self) -> None:
+        self.done.append("accumulate")
+
+    def step(self, *, spoilt: Tensor) -> Tensor:
+        self.done.append("step")
+        return spoilt
+
+    def update(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+class _Now:
+    teacher_temp, momentum = 0.04, 0.996
+
+
+def test_next_micro_batch_is_made_amid_the_step_and_one_is_held() -> None:
+    both, held = _Both(), list[Any]()
+
+    def micro_batches() -> Iterator[MicroBatch]:
+        for _ in range(3):
+            assert [batch() for batch in held if batch() is not None] == []
+            both.done.append("made")
+            batch = MicroBatch(torch.zeros(2, 1, 3, 4, 4), torch.zeros(0, 1, 3, 2, 2), None)
+            held.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    fakes: Any = (both, both, _Now())
+    train_step(micro_batches(), *fakes, student_temp=0.1)
+    a_micro_batch = ["made", "backward", "accumulate", "forward"]
+    assert both.done == ["made", "forward", *a_micro_batch * 2, "backward", "step"]

@@ -1,0 +1,38 @@
+"""What reaches the colours from the settings of a run."""
+
+from typing import Literal
+
+import pytest
+
+from dinoscale.config import resolve
+from dinoscale.data import colors
+from dinoscale.feed import Feed, open_images
+from dinoscale.launcher import read_process
+from tests.distributed.tiny_run import BATCH, tiny_config
+
+
+@pytest.mark.parametrize("setting", ["auto", False])
+def test_engine_compile_reaches_the_colours_and_micro_batches_are_made_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, setting: Literal["auto", False]
+) -> None:
+    config = tiny_config(
+        data={"train": "synthetic:shapes?images=6&size=16", "num_workers": 0},
+        train={"epochs": 10, "batch_size": BATCH, "micro_batch_size": 2},
+        augment={"flip_prob": 0, "jitter_prob": 0, "gray_prob": 0, "solarize_probs": [1, 1, 1]},
+        engine={"compile": setting},
+    )
+    plan = resolve(config, world_size=1, num_images=6)
+    feed = Feed(config, plan, read_process({}), open_images(config), depth=2)
+    asked: list[colors._Change] = []
+
+    def compiled(change: colors._Change) -> colors._Change:
+        asked.append(change)
+        return change
+
+    monkeypatch.setattr(colors, "_COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(colors, "_compiled", compiled)
+    prepared = feed.prepare(0, next(feed.steps(0, offset=0)))
+    assert asked == []
+    assert next(prepared).global_crops.shape[1] == 2
+    assert bool(asked) == (setting == "auto")
+    assert len([*prepared]) == 2
