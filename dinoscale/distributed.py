@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinoscale.errors import DinoscaleError, LaunchError, LostPeerError
+from dinoscale.errors import DinoscaleError, LaunchError, LostPeerError, RunFailedError
 from dinoscale.launcher import LOOPBACK, Process, meeting_place
 
 log = logging.getLogger(__name__)
@@ -228,16 +228,28 @@ def together(check: Callable[[], T]) -> T:
 
     Raises:
         DinoscaleError: the error of the first rank that failed, with its exit code.
+        RunFailedError: that error is none that a user can act on, as a want of memory.
+        Exception: the rank's own, whatever it is.
     """
     result, error = None, None
     try:
         result = check()
-    except DinoscaleError as caught:
+    except Exception as caught:
         error = caught
-    for number, other in enumerate(gather_objects(error)):
+    # As a type and a text: exceptions of libraries need not survive the way to another process.
+    for number, other in enumerate(gather_objects(None if error is None else _told(error))):
         if other is not None:
-            raise error or type(other)(f"rank {number}: {other}")
+            kind, text = other
+            raise error or kind(f"rank {number}: {text}")
     return result  # type: ignore[return-value]  # no error on any rank, so check() returned
+
+
+def _told(error: Exception) -> tuple[type[DinoscaleError], str]:
+    """What other ranks raise for `error`: its nearest type that is made of a text alone."""
+    for kind in type(error).__mro__:
+        if issubclass(kind, DinoscaleError) and kind.__init__ is Exception.__init__:
+            return kind, str(error)
+    return RunFailedError, f"{type(error).__name__}: {error}"
 
 
 def guarded(communicate: Callable[[], T]) -> T:

@@ -140,30 +140,51 @@ def test_after_skipped_steps_training_goes_on_as_if_they_had_not_been(
         assert of_rank[index]["different_later"] == []
 
 
-def fail_on_one(failing: int) -> list[str]:
-    """On every rank: checks that pass, that fail on rank `failing`, and that fail everywhere."""
+def fail_on_one(failing: int) -> list[tuple[str, str]]:
+    """On every rank, type and text of what is raised where checks fail on `failing`, or on all."""
     from dinoscale import distributed
+    from dinoscale.data.decode import BadSampleError
     from dinoscale.errors import DataError
 
-    def check(*, bad: bool) -> str:
-        if bad:
-            raise DataError(f"no image in folder {distributed.rank()}")
-        return f"fine on {distributed.rank()}"
+    rank = distributed.rank()
 
-    def said(*, bad: bool) -> str:
+    def said(error: Exception, *, bad: bool) -> tuple[str, str]:
+        def check() -> str:
+            if bad:
+                raise error
+            return f"fine on {rank}"
+
         try:
-            return distributed.together(lambda: check(bad=bad))
-        except DataError as error:
-            return str(error)
+            return "", distributed.together(check)
+        except Exception as caught:
+            return type(caught).__name__, str(caught)
 
-    return [said(bad=False), said(bad=distributed.rank() == failing), said(bad=True)]
+    empty = DataError(f"no image in folder {rank}")
+    kinds: list[Exception] = [empty, BadSampleError("a.jpg", "cut off"), OSError(28, "full")]
+    return [
+        said(empty, bad=False),
+        said(empty, bad=True),
+        *(said(error, bad=rank == failing) for error in kinds),
+    ]
 
 
 def test_error_on_one_rank_is_raised_on_all() -> None:
     function = "tests.distributed.test_failures:fail_on_one"
     first, second = run_distributed(function, world_size=2, timeout_s=120, failing=1)
-    assert first == ["fine on 0", "rank 1: no image in folder 1", "no image in folder 0"]
-    assert second == ["fine on 1", "no image in folder 1", "no image in folder 1"]
+    assert first == [
+        ("", "fine on 0"),
+        ("DataError", "no image in folder 0"),
+        ("DataError", "rank 1: no image in folder 1"),
+        ("DataError", "rank 1: a.jpg: cut off"),
+        ("RunFailedError", "rank 1: OSError: [Errno 28] full"),
+    ]
+    assert second == [
+        ("", "fine on 1"),
+        ("DataError", "no image in folder 1"),
+        ("DataError", "no image in folder 1"),
+        ("BadSampleError", "a.jpg: cut off"),
+        ("OSError", "[Errno 28] full"),
+    ]
 
 
 @pytest.mark.slow
