@@ -398,23 +398,24 @@ class Run:
         Raises:
             RunFailedError: on every rank; it could not be written, and the run would be lost.
         """
-        self._wait_for_save()
-        if self.saved is not None and self.saved.error is not None:
+        if self._wait_for_save() is not None:
             self.saved_step = None  # if it was this step, try once more
         self._save()
-        self._wait_for_save()
+        failed = self._wait_for_save()
         self.teacher.wait()
-        distributed.gather_objects(None)  # rank 0 must not leave while others still ask its board
-        if self.saved is not None and self.saved.error is not None:
+        if failed is not None:
             raise RunFailedError(
-                f"step {self.saved.step} could not be saved: {self.saved.error}. Checkpoints"
+                f"step {failed.step} could not be saved: {failed.error}. Checkpoints"
                 f" before it are as they were; make room in {self.run_dir} and start again to go on"
                 " from the newest"
             )
 
-    def _wait_for_save(self) -> None:
+    def _wait_for_save(self) -> SaveResult | None:
+        """Wait until no rank writes or asks rank 0's board; the last save if it failed on any."""
         self.watchdog.moved(f"writing the checkpoint of step {self.saved_step}")
         self._report(self.saver.wait())
+        results = distributed.gather_objects(self.saved)  # a rank alone may have lost contact
+        return next((result for result in results if result and result.error), None)
 
     def _report(self, result: SaveResult | None) -> None:
         """Say how a save ended; one that failed costs safety, not the run."""

@@ -7,12 +7,16 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
 
+from dinoscale.checkpoint.progress import Progress
+from dinoscale.checkpoint.save import SaveResult
 from dinoscale.config import dump_config
+from dinoscale.launcher import Process
 from tests.distributed.tiny_run import BATCH, micro_batches, take_step, tiny_config, tiny_plan
 from tests.harness import free_port, run_distributed
 
@@ -168,9 +172,45 @@ def fail_on_one(failing: int) -> list[tuple[str, str]]:
     ]
 
 
-def test_error_on_one_rank_is_raised_on_all() -> None:
-    function = "tests.distributed.test_failures:fail_on_one"
-    first, second = run_distributed(function, world_size=2, timeout_s=120, failing=1)
+class OneSidedSaver:
+    """Of two saves, the first failed as this rank saw it."""
+
+    def __init__(self, error: str | None) -> None:
+        self.results, self.begun = [SaveResult(Path("run"), 7, error, 0.0, 0.0, 0)], 0
+
+    def begin(self, step: int, *_: Any) -> None:
+        self.begun += 1
+        self.results.append(SaveResult(Path("run"), step, None, 0.0, 0.0, 0))
+
+    def wait(self) -> SaveResult | None:
+        return self.results.pop() if self.results else None
+
+
+def save_after_a_lost_contact(failing: int) -> int:
+    """On every rank: end a run whose last save failed for `failing` alone; saves begun then."""
+    from dinoscale import distributed
+    from dinoscale.loop import Run
+
+    run: Any = Run.__new__(Run)
+    run.config, run.plan, run.versions = tiny_config(), tiny_plan(tiny_config()), {}
+    run.progress, run.process = Progress(step=7), Process(1, 2, 1, 2)
+    run.saved, run.saved_step, run.run_dir = None, 7, Path("run")
+    run.student, run.watchdog, run.teacher = None, MagicMock(), MagicMock()
+    error = "rank 0, where the ranks meet, cannot be reached"
+    run.saver = OneSidedSaver(error if distributed.rank() == failing else None)
+    run._save_and_wait()
+    return int(run.saver.begun)
+
+
+def fail_in_all_ways(failing: int) -> tuple[list[tuple[str, str]], int]:
+    return fail_on_one(failing), save_after_a_lost_contact(failing)
+
+
+def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None:
+    function = "tests.distributed.test_failures:fail_in_all_ways"
+    told = run_distributed(function, world_size=2, timeout_s=120, failing=1)
+    (first, second), begun = zip(*told, strict=True)
+    assert begun == (1, 1)
     assert first == [
         ("", "fine on 0"),
         ("DataError", "no image in folder 0"),
