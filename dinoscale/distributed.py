@@ -8,10 +8,11 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _under_way: list[Any] = []  # collectives that were begun and not yet waited for
+_client: Any = None  # of the store: one connection of this process for all of its boards
 
 TIMEOUT_S = 1800.0  # slow nodes may take minutes to come up
 _STORE_TIMEOUT = timedelta(seconds=60)  # of a small message; a busy node may take its time
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # of a thousand ranks, 500 questions a second
 _LOST_PEER = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
 
 
@@ -115,6 +118,7 @@ def stop() -> None:
     Without it, or amid a collective, some backends abort the interpreter at exit. And the board
     goes with rank 0, so that no rank leaves before all others are here, or lost.
     """
+    global _client
     if dist.is_initialized():
         for work in _under_way:
             work.wait()
@@ -122,6 +126,7 @@ def stop() -> None:
             gather_objects(None)
         dist.destroy_process_group()
     _under_way.clear()
+    _client = None
 
 
 def world_size() -> int:
@@ -270,23 +275,26 @@ def guarded(communicate: Callable[[], T]) -> T:
 class Board:
     """Short texts that ranks leave for each other, from any thread, without a collective.
 
-    Each board has its own connection to the store in which the ranks met, so that a thread can
-    wait on one while the main thread trains.
+    It lies in the store in which the ranks met. All boards of a process share a connection, on
+    which nobody waits for long: a question is answered at once, by a text or by None.
     """
-
-    _here: ClassVar[dict[str, str]] = {}  # the board of a single process
 
     def __init__(self) -> None:
         """Connect; after `start`, on every rank that wants to read or post."""
+        global _client
         self._store: Any = None
+        self._here: dict[str, str] = {}  # of a single process
         if world_size() > 1:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
             exported: Any = dist  # TCPStore is public, but not in __all__
-            client = self._try(
-                lambda: exported.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
-            )
-            self._store = exported.PrefixStore(f"dinoscale/{attempt}", client)
+            if _client is None:
+                address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                _client = self._try(
+                    lambda: exported.TCPStore(
+                        address, port, is_master=False, timeout=_STORE_TIMEOUT
+                    )
+                )
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
+            self._store = exported.PrefixStore(f"dinoscale/{attempt}", _client)
 
     def post(self, key: str, text: str) -> None:
         """Leave `text` under `key`, over what was there.
@@ -299,16 +307,83 @@ class Board:
         else:
             self._try(lambda: self._store.set(key, text))
 
+    def post_first(self, key: str, text: str) -> str:
+        """Leave `text` under `key` unless something is there; what is there then.
+
+        Raises:
+            LostPeerError: as `post`.
+        """
+        if self._store is None:
+            return self._here.setdefault(key, text)
+        return str(self._try(lambda: self._store.compare_set(key, "", text)).decode())
+
+    def count(self, key: str, more: int = 1) -> int:
+        """Add to the number under `key`, which begins at 0; the sum.
+
+        Raises:
+            LostPeerError: as `post`.
+        """
+        if self._store is None:
+            self._here[key] = str(int(self._here.get(key, "0")) + more)
+            return int(self._here[key])
+        return int(self._try(lambda: self._store.add(key, more)))
+
     def read(self, key: str) -> str | None:
         """The text under `key`, None if nobody has left one.
 
         Raises:
             LostPeerError: as `post`.
         """
+        return self.read_all([key])[0]
+
+    def read_all(self, keys: Sequence[str]) -> list[str | None]:
+        """The text under each key or None, in two requests where all are there.
+
+        Raises:
+            LostPeerError: as `post`.
+        """
         if self._store is None:
-            return self._here.get(key)
-        there = self._try(lambda: self._store.check([key]))
-        return self._try(lambda: self._store.get(key)).decode() if there else None
+            return [self._here.get(key) for key in keys]
+        if self._has(keys):
+            return [*self._texts(keys)]
+        if len(keys) == 1:
+            return [None]
+        middle = len(keys) // 2  # few are missing: each costs the logarithm of the number of keys
+        return self.read_all(keys[:middle]) + self.read_all(keys[middle:])
+
+    def wait_for(self, keys: Sequence[str]) -> list[str]:
+        """The texts under all keys, once they are there; asks less and less often.
+
+        Raises:
+            LostPeerError: as `post`.
+        """
+        pause_s = _FIRST_PAUSE_S
+        while not self._has(keys):
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
+        return self._texts(keys)
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Take away what nobody will read again.
+
+        Raises:
+            LostPeerError: as `post`.
+        """
+        for key in keys:
+            if self._store is None:
+                self._here.pop(key, None)
+            else:
+                self._try(partial(self._store.delete_key, key))
+
+    def _has(self, keys: Sequence[str]) -> bool:
+        if self._store is None:
+            return all(key in self._here for key in keys)
+        return bool(self._try(lambda: self._store.check([*keys])))
+
+    def _texts(self, keys: Sequence[str]) -> list[str]:
+        if self._store is None:
+            return [self._here[key] for key in keys]
+        return [text.decode() for text in self._try(lambda: self._store.multi_get([*keys]))]
 
     def _try(self, talk: Callable[[], T]) -> T:
         try:

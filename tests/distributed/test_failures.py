@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -17,8 +18,9 @@ from dinoscale.checkpoint.progress import Progress
 from dinoscale.checkpoint.save import SaveResult
 from dinoscale.config import dump_config
 from dinoscale.launcher import Process
+from dinoscale.watchdog import Watchdog
 from tests.distributed.tiny_run import BATCH, micro_batches, take_step, tiny_config, tiny_plan
-from tests.harness import free_port, run_distributed
+from tests.harness import RankFailedError, free_port, run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -225,6 +227,26 @@ def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None
         ("BadSampleError", "a.jpg: cut off"),
         ("OSError", "[Errno 28] full"),
     ]
+
+
+def fail_beside_a_rank_that_waits(failing: int) -> None:
+    """One rank fails; no socket tells the other, as in NCCL, and it hangs in a collective."""
+    from dinoscale import distributed
+
+    watchdog = Watchdog(timeout_s=600, hosts=["a", "b"], launched=False, ask_to_stop=print)
+    with suppress(ValueError), watchdog.spreading():
+        if distributed.rank() == failing:
+            raise ValueError("no room")
+        time.sleep(100)
+    time.sleep(100)  # so that its end tells the other nothing either
+
+
+def test_reason_of_a_rank_that_failed_ends_the_others_at_once() -> None:
+    said = "error: rank 1 (b) ends with the others: rank 0 (a) ended: ValueError: no room"
+    function = "tests.distributed.test_failures:fail_beside_a_rank_that_waits"
+    with pytest.raises(RankFailedError, match="rank 1: exit 1") as failed:
+        run_distributed(function, world_size=2, timeout_s=90, failing=0)
+    assert said in str(failed.value)
 
 
 @pytest.mark.slow
