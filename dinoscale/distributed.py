@@ -7,9 +7,10 @@ import contextlib
 import logging
 import os
 import re
+import resource
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ _under_way: list[Any] = []  # collectives that were begun and not yet waited for
 _client: Any = None  # of the store: one connection of this process for all of its boards
 
 TIMEOUT_S = 1800.0  # slow nodes may take minutes to come up
+MOST_FILES = 65536  # that a process may open; enough for ten thousand ranks
 _STORE_TIMEOUT = timedelta(seconds=60)  # of a small message; a busy node may take its time
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # of a thousand ranks, 500 questions a second
 _LOST_PEER = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
@@ -46,10 +48,9 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
     """
     environ = os.environ
     require_devices(process, num_devices=torch.cuda.device_count())
-    if process.world_size == 1 and "MASTER_PORT" not in environ:
-        address, port = LOOPBACK, free_port()
-    else:
-        address, port = meeting_place(process, environ)
+    _allow_open_files()
+    served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has the store
+    address, port = _meeting_place(process, environ, served=served)
     environ["MASTER_ADDR"], environ["MASTER_PORT"] = address, str(port)
     environ["RANK"], environ["WORLD_SIZE"] = str(process.rank), str(process.world_size)
     environ["LOCAL_RANK"] = str(process.local_rank)
@@ -61,12 +62,28 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, (cores or 1) // process.local_world_size))
-    owns_port = process.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if owns_port:
-        _require_free_port(port)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    # DeepSpeed names no time-out for its groups, and the default of NCCL's would be 10 minutes.
+    defaults: Any = dist.distributed_c10d
+    defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = timeout
+    listening = _listen(address, port) if process.rank == 0 and not served else None
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        exported: Any = dist  # TCPStore is public, but not in __all__
+        store = exported.TCPStore(
+            address,
+            port,
+            process.world_size,
+            is_master=listening is not None,
+            timeout=timeout,
+            master_listen_fd=listening,
+        )
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=process.rank,
+            world_size=process.world_size,
+            timeout=timeout,
+        )
     except (dist.DistError, RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise LaunchError(
@@ -74,6 +91,32 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
             f" the others at {address}:{port}: {first}; check that all were started, that rank 0"
             " runs there and that the port is free and reachable"
         ) from error
+
+
+def _meeting_place(
+    process: Process, environ: MutableMapping[str, str], *, served: bool
+) -> tuple[str, int]:
+    """Where the ranks meet; those of one node on loopback, which no other machine reaches."""
+    if process.world_size == 1 and "MASTER_PORT" not in environ:
+        address, port = LOOPBACK, free_port()
+    else:
+        address, port = meeting_place(process, environ)
+    one_node = process.knows_node and process.local_world_size == process.world_size
+    if not one_node and address not in (LOOPBACK, "localhost"):
+        return address, port
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
+        environ.setdefault(variable, loopback[0])  # for what these open besides
+    return (address if served else LOOPBACK), port
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit of open files, often 1024: all ranks connect to rank 0, and not once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # the doctor says what is missing
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def require_devices(process: Process, *, num_devices: int) -> None:
@@ -100,16 +143,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _require_free_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise LaunchError(
-                f"port {port} (MASTER_PORT) cannot be used on this machine: {error.strerror};"
-                " choose another, for example `deepspeed --master_port 29501 ...`"
-            ) from None
+def _listen(address: str, port: int) -> int:
+    """A socket that listens at `port`, on loopback alone if the ranks meet there."""
+    dual = address != LOOPBACK and socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(
+            (LOOPBACK if address == LOOPBACK else "", port),
+            family=socket.AF_INET6 if dual else socket.AF_INET,
+            backlog=socket.SOMAXCONN,
+            dualstack_ipv6=dual,
+        ).detach()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise LaunchError(
+            f"port {port} (MASTER_PORT) cannot be used on this machine: {reason};"
+            " choose another, for example `deepspeed --master_port 29501 ...`"
+        ) from None
 
 
 def stop() -> None:

@@ -30,7 +30,7 @@ _GRACE_S = 3.0  # to end by itself, once the job has failed elsewhere
 _LINGER_S = 3.0  # at most, until all have read why
 _GONE_AFTER = 5  # posts in a row that failed
 # From the moment when a rank has not moved for too long to that when the last one has ended.
-LONGEST_END_S = 7 * _ASK_S + _LOOKS_APART_S + _GRACE_S + _LINGER_S
+_LONGEST_END_S = 7 * _ASK_S + _LOOKS_APART_S + _GRACE_S + _LINGER_S
 _numbers = itertools.count()  # of watchdogs of this process; equal on all ranks
 _ALIVE, _ENDED, _ASKED, _HEARD = "alive/", "ended", "asked for a verdict", "heard of the end"
 
@@ -241,6 +241,11 @@ class Watchdog:
             if count >= len(self._hosts):
                 return
             time.sleep(POST_S / 10)
+
+
+def collectives_timeout_s(hang_timeout_s: float) -> float:
+    """Seconds after which a collective may give up: later than a watchdog has ended all ranks."""
+    return hang_timeout_s + _LONGEST_END_S
 
 
 def explain_missing(
