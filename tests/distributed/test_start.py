@@ -46,7 +46,11 @@ distributed.stop()
 def found() -> dict[str, Any]:
     """What a job of one process on one node looks like, that was told its node's own name."""
     own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-    place = {"MASTER_ADDR": socket.gethostname(), "MASTER_PORT": str(free_port()), "CROSS_RANK": "0"}
+    place = {
+        "MASTER_ADDR": socket.gethostname(),
+        "MASTER_PORT": str(free_port()),
+        "CROSS_RANK": "0",
+    }
     environment = os.environ | own | place | {"PYTHONPATH": str(ROOT)}
     environment.pop("GLOO_SOCKET_IFNAME", None)
     done = subprocess.run(
