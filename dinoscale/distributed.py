@@ -189,9 +189,11 @@ def rank() -> int:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum `tensor` over ranks in place and return it."""
+    """Sum `tensor`, on any device, over ranks in place and return it."""
     if world_size() > 1:
-        guarded(lambda: dist.all_reduce(tensor))
+        there = tensor.to(_backend_device(tensor))
+        guarded(lambda: dist.all_reduce(there))
+        _bring_back(there, tensor)
     return tensor
 
 
@@ -207,14 +209,29 @@ def begin_all_gather_flat(whole: Tensor, part: Tensor) -> Callable[[], None]:
             whole.copy_(part)
         return lambda: None
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in 2.13
-    work = guarded(lambda: gather(whole, part, async_op=True))
+    there, own = whole.to(_backend_device(whole)), part.to(_backend_device(part))
+    work = guarded(lambda: gather(there, own, async_op=True))
     _under_way.append(work)
 
     def finish() -> None:
         guarded(work.wait)
         _under_way.remove(work)
+        _bring_back(there, whole)
 
     return finish
+
+
+def _backend_device(tensor: Tensor) -> torch.device:
+    """Where the backend takes `tensor`: where it is, or (a CPU tensor, NCCL) the accelerator."""
+    kinds = [entry.partition(":")[0] for entry in dist.get_backend_config().split(",")]
+    if tensor.device.type in kinds:
+        return tensor.device
+    return torch.device(kinds[0], int(os.environ["LOCAL_RANK"]))  # as `start` has chosen
+
+
+def _bring_back(there: Tensor, tensor: Tensor) -> None:
+    if there is not tensor:
+        tensor.copy_(there)
 
 
 def gather_objects(value: T) -> list[T]:
@@ -247,8 +264,8 @@ def gather_rows(part: Tensor) -> Tensor:
     if world_size() == 1:
         return part
     shapes = gather_objects(tuple(part.shape))
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else part.device
-    whole = part.new_empty(sum(rows for rows, *_ in shapes), *max(shapes)[1:], device=device)
+    shape = sum(rows for rows, *_ in shapes), *max(shapes)[1:]
+    whole = part.new_empty(shape, device=_backend_device(part))
     for source, rows in enumerate(whole.split([shape[0] for shape in shapes])):
         if len(rows):
             if source == rank():
