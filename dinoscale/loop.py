@@ -107,7 +107,7 @@ class Run:
             warmup_steps=plan.warmup_steps,
             freeze_steps=plan.freeze_last_layer_steps,
         )
-        self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl") if is_first else None
+        self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl", writes=is_first)
         self.pending_bad: list[Any] = []
         self.steps_taken = 0  # since this start
         self.stopping = False  # a rank was asked to stop, and all know
@@ -171,6 +171,8 @@ class Run:
                 now,
                 student_temp=self.config.dino.student_temp,
                 stop_asked=self.stop.asked,
+                bad_images=len(self.pending_bad),
+                waited_s=watch.waited_s,
             )
             self.steps_taken += 1
             watch.step_done(self.plan.batch_size)
@@ -311,9 +313,9 @@ class Run:
     def _record(
         self, done: int, now: StepValues, result: StepMetrics, reading: Reading, watch: Stopwatch
     ) -> None:
-        """Write a log line; collective, because bad samples of all ranks are counted."""
-        bad = self._count_bad()
-        rates = self._rates(done, watch)
+        """Write a log line, of numbers that all ranks have already."""
+        bad = self._count_bad(result.bad_images)
+        rates = self._rates(done, watch.lap(result.waited_s))
         self.last["loss"] = result.loss
         values = {
             "epoch": now.epoch,
@@ -337,33 +339,30 @@ class Run:
         }
         self.metrics.write(done, values)
 
-    def _rates(self, done: int, watch: Stopwatch) -> dict[str, float]:
-        """Images per second and the longest wait for data of any rank: the others wait for it."""
-        rates = watch.lap()
-        rates["data_wait"] = max(distributed.gather_objects(rates["data_wait"]))
+    def _rates(self, done: int, rates: dict[str, float]) -> dict[str, float]:
+        """Show, and warn of, the longest wait for data of any rank."""
         self.beside_bar = f", data wait {rates['data_wait']:.0%}"
         warning = self.data_wait.observe(rates["data_wait"])
         if warning is not None and self.process.rank == 0:
             log.warning("step %d: %s", done, warning)
         return rates
 
-    def _count_bad(self) -> int:
-        """Collect unreadable images of all ranks; stop the run when there are too many."""
-        found = [sample for rank in distributed.gather_objects(self.pending_bad) for sample in rank]
-        self.pending_bad.clear()
+    def _count_bad(self, num_new: int) -> int:
+        """Collect unreadable images if any rank met some.
 
-        def check() -> int:
-            if self.bad is None:
-                return 0
-            self.bad.add(found)
-            self.bad.check(
-                max_fraction=self.config.data.max_bad_fraction,
-                seen=self.steps_taken * self.plan.batch_size,
-                num_images=self.plan.num_images,
-            )
-            return self.bad.num_occurrences
-
-        return distributed.together(check)
+        Raises:
+            DataError: on every rank; there are too many.
+        """
+        if num_new:
+            for of_rank in distributed.gather_objects(self.pending_bad):
+                self.bad.add(of_rank)
+            self.pending_bad.clear()
+        self.bad.check(
+            max_fraction=self.config.data.max_bad_fraction,
+            seen=self.steps_taken * self.plan.batch_size,
+            num_images=self.plan.num_images,
+        )
+        return self.bad.num_occurrences
 
     def _probe(self) -> None:
         if self.probe is None:
