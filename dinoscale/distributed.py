@@ -7,17 +7,19 @@ import contextlib
 import logging
 import os
 import re
+import resource
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, MutableMapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinoscale.errors import DinoscaleError, LaunchError, LostPeerError
+from dinoscale.errors import DinoscaleError, LaunchError, LostPeerError, RunFailedError
 from dinoscale.float32 import exact_float32
 from dinoscale.launcher import LOOPBACK, Process, meeting_place
 
@@ -25,9 +27,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _under_way: list[Any] = []  # collectives that were begun and not yet waited for
+_client: Any = None  # of the store: one connection of this process for all of its boards
 
 TIMEOUT_S = 1800.0  # slow nodes may take minutes to come up
+MOST_FILES = 65536  # that a process may open; enough for ten thousand ranks
 _STORE_TIMEOUT = timedelta(seconds=60)  # of a small message; a busy node may take its time
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # of a thousand ranks, 500 questions a second
 _LOST_PEER = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
 
 
@@ -45,10 +50,9 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
     environ = os.environ
     exact_float32()
     require_devices(process, num_devices=torch.cuda.device_count())
-    if process.world_size == 1 and "MASTER_PORT" not in environ:
-        address, port = LOOPBACK, free_port()
-    else:
-        address, port = meeting_place(process, environ)
+    _allow_open_files()
+    served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has the store
+    address, port = _meeting_place(process, environ, served=served)
     environ["MASTER_ADDR"], environ["MASTER_PORT"] = address, str(port)
     environ["RANK"], environ["WORLD_SIZE"] = str(process.rank), str(process.world_size)
     environ["LOCAL_RANK"] = str(process.local_rank)
@@ -60,12 +64,28 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, (cores or 1) // process.local_world_size))
-    owns_port = process.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if owns_port:
-        _require_free_port(port)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    # DeepSpeed names no time-out for its groups, and the default of NCCL's would be 10 minutes.
+    defaults: Any = dist.distributed_c10d
+    defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = timeout
+    listening = _listen(address, port) if process.rank == 0 and not served else None
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        exported: Any = dist  # TCPStore is public, but not in __all__
+        store = exported.TCPStore(
+            address,
+            port,
+            process.world_size,
+            is_master=listening is not None,
+            timeout=timeout,
+            master_listen_fd=listening,
+        )
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=process.rank,
+            world_size=process.world_size,
+            timeout=timeout,
+        )
     except (dist.DistError, RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise LaunchError(
@@ -73,6 +93,32 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
             f" the others at {address}:{port}: {first}; check that all were started, that rank 0"
             " runs there and that the port is free and reachable"
         ) from error
+
+
+def _meeting_place(
+    process: Process, environ: MutableMapping[str, str], *, served: bool
+) -> tuple[str, int]:
+    """Where the ranks meet; those of one node on loopback, which no other machine reaches."""
+    if process.world_size == 1 and "MASTER_PORT" not in environ:
+        address, port = LOOPBACK, free_port()
+    else:
+        address, port = meeting_place(process, environ)
+    one_node = process.knows_node and process.local_world_size == process.world_size
+    if not one_node and address not in (LOOPBACK, "localhost"):
+        return address, port
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
+        environ.setdefault(variable, loopback[0])  # for what these open besides
+    return (address if served else LOOPBACK), port
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit of open files, often 1024: all ranks connect to rank 0, and not once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # the doctor says what is missing
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def require_devices(process: Process, *, num_devices: int) -> None:
@@ -99,16 +145,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _require_free_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise LaunchError(
-                f"port {port} (MASTER_PORT) cannot be used on this machine: {error.strerror};"
-                " choose another, for example `deepspeed --master_port 29501 ...`"
-            ) from None
+def _listen(address: str, port: int) -> int:
+    """A socket that listens at `port`, on loopback alone if the ranks meet there."""
+    dual = address != LOOPBACK and socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(
+            (LOOPBACK if address == LOOPBACK else "", port),
+            family=socket.AF_INET6 if dual else socket.AF_INET,
+            backlog=socket.SOMAXCONN,
+            dualstack_ipv6=dual,
+        ).detach()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise LaunchError(
+            f"port {port} (MASTER_PORT) cannot be used on this machine: {reason};"
+            " choose another, for example `deepspeed --master_port 29501 ...`"
+        ) from None
 
 
 def stop() -> None:
@@ -117,6 +169,7 @@ def stop() -> None:
     Without it, or amid a collective, some backends abort the interpreter at exit. And the board
     goes with rank 0, so that no rank leaves before all others are here, or lost.
     """
+    global _client
     if dist.is_initialized():
         for work in _under_way:
             work.wait()
@@ -124,6 +177,7 @@ def stop() -> None:
             gather_objects(None)
         dist.destroy_process_group()
     _under_way.clear()
+    _client = None
 
 
 def world_size() -> int:
@@ -137,9 +191,11 @@ def rank() -> int:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum `tensor` over ranks in place and return it."""
+    """Sum `tensor`, on any device, over ranks in place and return it."""
     if world_size() > 1:
-        guarded(lambda: dist.all_reduce(tensor))
+        there = tensor.to(_backend_device(tensor))
+        guarded(lambda: dist.all_reduce(there))
+        _bring_back(there, tensor)
     return tensor
 
 
@@ -155,14 +211,29 @@ def begin_all_gather_flat(whole: Tensor, part: Tensor) -> Callable[[], None]:
             whole.copy_(part)
         return lambda: None
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in 2.13
-    work = guarded(lambda: gather(whole, part, async_op=True))
+    there, own = whole.to(_backend_device(whole)), part.to(_backend_device(part))
+    work = guarded(lambda: gather(there, own, async_op=True))
     _under_way.append(work)
 
     def finish() -> None:
         guarded(work.wait)
         _under_way.remove(work)
+        _bring_back(there, whole)
 
     return finish
+
+
+def _backend_device(tensor: Tensor) -> torch.device:
+    """Where the backend takes `tensor`: where it is, or (a CPU tensor, NCCL) the accelerator."""
+    kinds = [entry.partition(":")[0] for entry in dist.get_backend_config().split(",")]
+    if tensor.device.type in kinds:
+        return tensor.device
+    return torch.device(kinds[0], int(os.environ["LOCAL_RANK"]))  # as `start` has chosen
+
+
+def _bring_back(there: Tensor, tensor: Tensor) -> None:
+    if there is not tensor:
+        tensor.copy_(there)
 
 
 def gather_objects(value: T) -> list[T]:
@@ -195,8 +266,8 @@ def gather_rows(part: Tensor) -> Tensor:
     if world_size() == 1:
         return part
     shapes = gather_objects(tuple(part.shape))
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else part.device
-    whole = part.new_empty(sum(rows for rows, *_ in shapes), *max(shapes)[1:], device=device)
+    shape = sum(rows for rows, *_ in shapes), *max(shapes)[1:]
+    whole = part.new_empty(shape, device=_backend_device(part))
     for source, rows in enumerate(whole.split([shape[0] for shape in shapes])):
         if len(rows):
             if source == rank():
@@ -230,16 +301,28 @@ def together(check: Callable[[], T]) -> T:
 
     Raises:
         DinoscaleError: the error of the first rank that failed, with its exit code.
+        RunFailedError: that error is none that a user can act on, as a want of memory.
+        Exception: the rank's own, whatever it is.
     """
     result, error = None, None
     try:
         result = check()
-    except DinoscaleError as caught:
+    except Exception as caught:
         error = caught
-    for number, other in enumerate(gather_objects(error)):
+    # As a type and a text: exceptions of libraries need not survive the way to another process.
+    for number, other in enumerate(gather_objects(None if error is None else _told(error))):
         if other is not None:
-            raise error or type(other)(f"rank {number}: {other}")
+            kind, text = other
+            raise error or kind(f"rank {number}: {text}")
     return result  # type: ignore[return-value]  # no error on any rank, so check() returned
+
+
+def _told(error: Exception) -> tuple[type[DinoscaleError], str]:
+    """What other ranks raise for `error`: its nearest type that is made of a text alone."""
+    for kind in type(error).__mro__:
+        if issubclass(kind, DinoscaleError) and kind.__init__ is Exception.__init__:
+            return kind, str(error)
+    return RunFailedError, f"{type(error).__name__}: {error}"
 
 
 def guarded(communicate: Callable[[], T]) -> T:
@@ -260,23 +343,26 @@ def guarded(communicate: Callable[[], T]) -> T:
 class Board:
     """Short texts that ranks leave for each other, from any thread, without a collective.
 
-    Each board has its own connection to the store in which the ranks met, so that a thread can
-    wait on one while the main thread trains.
+    It lies in the store in which the ranks met. All boards of a process share a connection, on
+    which nobody waits for long: a question is answered at once, by a text or by None.
     """
-
-    _here: ClassVar[dict[str, str]] = {}  # the board of a single process
 
     def __init__(self) -> None:
         """Connect; after `start`, on every rank that wants to read or post."""
+        global _client
         self._store: Any = None
+        self._here: dict[str, str] = {}  # of a single process
         if world_size() > 1:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
             exported: Any = dist  # TCPStore is public, but not in __all__
-            client = self._try(
-                lambda: exported.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
-            )
-            self._store = exported.PrefixStore(f"dinoscale/{attempt}", client)
+            if _client is None:
+                address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                _client = self._try(
+                    lambda: exported.TCPStore(
+                        address, port, is_master=False, timeout=_STORE_TIMEOUT
+                    )
+                )
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
+            self._store = exported.PrefixStore(f"dinoscale/{attempt}", _client)
 
     def post(self, key: str, text: str) -> None:
         """Leave `text` under `key`, over what was there.
@@ -289,16 +375,83 @@ class Board:
         else:
             self._try(lambda: self._store.set(key, text))
 
+    def post_first(self, key: str, text: str) -> str:
+        """Leave `text` under `key` unless something is there; what is there then.
+
+        Raises:
+            LostPeerError: as `post`.
+        """
+        if self._store is None:
+            return self._here.setdefault(key, text)
+        return str(self._try(lambda: self._store.compare_set(key, "", text)).decode())
+
+    def count(self, key: str, more: int = 1) -> int:
+        """Add to the number under `key`, which begins at 0; the sum.
+
+        Raises:
+            LostPeerError: as `post`.
+        """
+        if self._store is None:
+            self._here[key] = str(int(self._here.get(key, "0")) + more)
+            return int(self._here[key])
+        return int(self._try(lambda: self._store.add(key, more)))
+
     def read(self, key: str) -> str | None:
         """The text under `key`, None if nobody has left one.
 
         Raises:
             LostPeerError: as `post`.
         """
+        return self.read_all([key])[0]
+
+    def read_all(self, keys: Sequence[str]) -> list[str | None]:
+        """The text under each key or None, in two requests where all are there.
+
+        Raises:
+            LostPeerError: as `post`.
+        """
         if self._store is None:
-            return self._here.get(key)
-        there = self._try(lambda: self._store.check([key]))
-        return self._try(lambda: self._store.get(key)).decode() if there else None
+            return [self._here.get(key) for key in keys]
+        if self._has(keys):
+            return [*self._texts(keys)]
+        if len(keys) == 1:
+            return [None]
+        middle = len(keys) // 2  # few are missing: each costs the logarithm of the number of keys
+        return self.read_all(keys[:middle]) + self.read_all(keys[middle:])
+
+    def wait_for(self, keys: Sequence[str]) -> list[str]:
+        """The texts under all keys, once they are there; asks less and less often.
+
+        Raises:
+            LostPeerError: as `post`.
+        """
+        pause_s = _FIRST_PAUSE_S
+        while not self._has(keys):
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
+        return self._texts(keys)
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Take away what nobody will read again.
+
+        Raises:
+            LostPeerError: as `post`.
+        """
+        for key in keys:
+            if self._store is None:
+                self._here.pop(key, None)
+            else:
+                self._try(partial(self._store.delete_key, key))
+
+    def _has(self, keys: Sequence[str]) -> bool:
+        if self._store is None:
+            return all(key in self._here for key in keys)
+        return bool(self._try(lambda: self._store.check([*keys])))
+
+    def _texts(self, keys: Sequence[str]) -> list[str]:
+        if self._store is None:
+            return [self._here[key] for key in keys]
+        return [text.decode() for text in self._try(lambda: self._store.multi_get([*keys]))]
 
     def _try(self, talk: Callable[[], T]) -> T:
         try:

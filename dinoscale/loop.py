@@ -110,7 +110,7 @@ class Run:
             warmup_steps=plan.warmup_steps,
             freeze_steps=plan.freeze_last_layer_steps,
         )
-        self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl") if is_first else None
+        self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl", writes=is_first)
         self.pending_bad: list[Any] = []
         self.steps_taken = 0  # since this start
         self.stopping = False  # a rank was asked to stop, and all know
@@ -177,6 +177,8 @@ class Run:
                 now,
                 student_temp=self.config.dino.student_temp,
                 stop_asked=self.stop.asked,
+                bad_images=len(self.pending_bad),
+                waited_s=watch.waited_s,
             )
             self.steps_taken += 1
             watch.step_done(self.plan.batch_size)
@@ -318,9 +320,9 @@ class Run:
     def _record(
         self, done: int, now: StepValues, result: StepMetrics, reading: Reading, watch: Stopwatch
     ) -> None:
-        """Write a log line; collective, because bad samples of all ranks are counted."""
-        bad = self._count_bad()
-        rates = self._rates(done, watch)
+        """Write a log line, of numbers that all ranks have already."""
+        bad = self._count_bad(result.bad_images)
+        rates = self._rates(done, watch.lap(result.waited_s))
         self.last["loss"] = result.loss
         values = {
             "epoch": now.epoch,
@@ -344,33 +346,30 @@ class Run:
         }
         self.metrics.write(done, values)
 
-    def _rates(self, done: int, watch: Stopwatch) -> dict[str, float]:
-        """Images per second and the longest wait for data of any rank: the others wait for it."""
-        rates = watch.lap()
-        rates["data_wait"] = max(distributed.gather_objects(rates["data_wait"]))
+    def _rates(self, done: int, rates: dict[str, float]) -> dict[str, float]:
+        """Show, and warn of, the longest wait for data of any rank."""
         self.beside_bar = f", data wait {rates['data_wait']:.0%}"
         warning = self.data_wait.observe(rates["data_wait"])
         if warning is not None and self.process.rank == 0:
             log.warning("step %d: %s", done, warning)
         return rates
 
-    def _count_bad(self) -> int:
-        """Collect unreadable images of all ranks; stop the run when there are too many."""
-        found = [sample for rank in distributed.gather_objects(self.pending_bad) for sample in rank]
-        self.pending_bad.clear()
+    def _count_bad(self, num_new: int) -> int:
+        """Collect unreadable images if any rank met some.
 
-        def check() -> int:
-            if self.bad is None:
-                return 0
-            self.bad.add(found)
-            self.bad.check(
-                max_fraction=self.config.data.max_bad_fraction,
-                seen=self.steps_taken * self.plan.batch_size,
-                num_images=self.plan.num_images,
-            )
-            return self.bad.num_occurrences
-
-        return distributed.together(check)
+        Raises:
+            DataError: on every rank; there are too many.
+        """
+        if num_new:
+            for of_rank in distributed.gather_objects(self.pending_bad):
+                self.bad.add(of_rank)
+            self.pending_bad.clear()
+        self.bad.check(
+            max_fraction=self.config.data.max_bad_fraction,
+            seen=self.steps_taken * self.plan.batch_size,
+            num_images=self.plan.num_images,
+        )
+        return self.bad.num_occurrences
 
     def _probe(self) -> None:
         """Measure k-NN; what goes wrong with it costs the number, not the run."""
@@ -427,23 +426,24 @@ class Run:
         Raises:
             RunFailedError: on every rank; it could not be written, and the run would be lost.
         """
-        self._wait_for_save()
-        if self.saved is not None and self.saved.error is not None:
+        if self._wait_for_save() is not None:
             self.saved_step = None  # if it was this step, try once more
         self._save()
-        self._wait_for_save()
+        failed = self._wait_for_save()
         self.teacher.wait()
-        distributed.gather_objects(None)  # rank 0 must not leave while others still ask its board
-        if self.saved is not None and self.saved.error is not None:
+        if failed is not None:
             raise RunFailedError(
-                f"step {self.saved.step} could not be saved: {self.saved.error}. Checkpoints"
+                f"step {failed.step} could not be saved: {failed.error}. Checkpoints"
                 f" before it are as they were; make room in {self.run_dir} and start again to go on"
                 " from the newest"
             )
 
-    def _wait_for_save(self) -> None:
+    def _wait_for_save(self) -> SaveResult | None:
+        """Wait until no rank writes or asks rank 0's board; the last save if it failed on any."""
         self.watchdog.moved(f"writing the checkpoint of step {self.saved_step}")
         self._report(self.saver.wait())
+        results = distributed.gather_objects(self.saved)  # a rank alone may have lost contact
+        return next((result for result in results if result and result.error), None)
 
     def _report(self, result: SaveResult | None) -> None:
         """Say how a save ended; one that failed costs safety, not the run."""

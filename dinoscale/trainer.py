@@ -28,12 +28,7 @@ from dinoscale.data.sources import Source
 from dinoscale.engine.build import build_pair
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
-from dinoscale.errors import (
-    ConfigError,
-    DataError,
-    LostPeerError,
-    RunFailedError,
-)
+from dinoscale.errors import ConfigError, DataError
 from dinoscale.feed import open_images
 from dinoscale.hooks.events import Events
 from dinoscale.hooks.probe import Probe
@@ -71,7 +66,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     )
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)
-    try:
+    with watchdog.spreading():
         require_alike(config, process, members)
         source = distributed.together(lambda: open_images(config))
         require_same_images(source)
@@ -80,13 +75,6 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
             require_shared(run_dir, hosts)
             keep_logs(run_dir, process, members)
             return _build(config, process, source, stop, watchdog).to_the_end()
-    except LostPeerError as error:
-        raise RunFailedError(f"{error}: {watchdog.missing()}") from error
-    except Exception as error:
-        watchdog.say_why(str(error))
-        raise
-    finally:
-        watchdog.close()
 
 
 def require_same_images(source: Source) -> None:

@@ -1,32 +1,41 @@
-"""Ends a job that hangs or has lost a rank, and says which rank and where.
+"""Ends a job that hangs, has lost a rank or in which one fails, and says which rank and where.
 
-Every rank posts what it is doing on the board. A rank whose training has not moved for the time
-allowed looks up what the others posted, names those that are behind or silent, and exits; so does
-every other rank, as all wait for each other.
+Every rank posts what it is doing on the board. A rank that fails posts why, under a key at which
+all look every second, and all end. A rank whose training has not moved for the time allowed, or
+that has lost contact, asks for a verdict: the first to ask looks up what all have posted, names
+those that are behind or silent, and posts that as the reason.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from dinoscale import distributed, logs
-from dinoscale.errors import LostPeerError, RunFailedError
+from dinoscale.errors import DinoscaleError, LostPeerError, PreemptedError, RunFailedError
 from dinoscale.hosts import ranks_text
 
 POST_S = 1.0
 _ORPHAN_S = 30.0  # to finish the step and save; launchers allow as much
 _ASK_S = 10.0  # for the answer of a board that may be gone
-_LINGER_S = 3.0
-_ALIVE, _ENDED = "alive/", "ended/"
+_LOOKS_APART_S = 2.5 * POST_S  # so that every rank that lives posts in between
+_GRACE_S = 3.0  # to end by itself, once the job has failed elsewhere
+_LINGER_S = 3.0  # at most, until all have read why
+_GONE_AFTER = 5  # posts in a row that failed
+# From the moment when a rank has not moved for too long to that when the last one has ended.
+_LONGEST_END_S = 7 * _ASK_S + _LOOKS_APART_S + _GRACE_S + _LINGER_S
+_numbers = itertools.count()  # of watchdogs of this process; equal on all ranks
+_ALIVE, _ENDED, _ASKED, _HEARD = "alive/", "ended", "asked for a verdict", "heard of the end"
 
 T = TypeVar("T")
+_Signs = Sequence["Sign | None"]  # of all ranks
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,16 @@ class Sign:
     posts: int
 
 
+@dataclass(frozen=True)
+class _End:
+    """Why the job ends, the same for all ranks: a sentence, and the exit code."""
+
+    text: str
+    code: int
+
+
 class Watchdog:
-    """Watches the training of this process from a thread."""
+    """Watches the work of this process, and how the others fare, from threads."""
 
     def __init__(
         self,
@@ -65,9 +82,12 @@ class Watchdog:
                 and ends; if it does not, the process ends half a minute later.
         """
         self._timeout_s, self._hosts, self._ask_to_stop = timeout_s, hosts, ask_to_stop
-        self._board = distributed.Board()
+        self._rank, self._board = distributed.rank(), distributed.Board()
+        self._own = ranks_text([self._rank], hosts)
         self._moves, self._doing, self._since = 0, "starting", time.monotonic()
-        self._stop = threading.Event()
+        self._stop, self._leaving, self._lock = threading.Event(), False, threading.Lock()
+        self._end: _End | None = None
+        self._number = next(_numbers)
         self._ancestors = _ancestors() if launched else []
         threading.Thread(target=self._post, name="signs of life", daemon=True).start()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -80,74 +100,161 @@ class Watchdog:
         """Say that what was begun goes on; the number of these may differ between ranks."""
         self._since = time.monotonic()
 
-    def close(self) -> None:
-        """Watch no longer."""
-        self._stop.set()
+    @contextlib.contextmanager
+    def spreading(self) -> Iterator[None]:
+        """Watch what is done inside: why it fails reaches the other ranks within seconds.
 
-    def say_why(self, reason: str) -> None:
-        """Tell the other ranks why this one ends, if they can still be told."""
-        _bounded(lambda: self._board.post(f"{_ENDED}{distributed.rank()}", reason), default=None)
+        Raises:
+            RunFailedError: contact was lost; the text says which rank is gone, or why it ended.
+            Exception: what was raised inside.
+        """
+        try:
+            yield
+        except LostPeerError as lost:
+            self._leaving = True
+            end = self._verdict(explain_missing)
+            self._linger()
+            error = RunFailedError(f"{lost}: {end.text}")
+            error.exit_code = end.code
+            raise error from lost
+        except PreemptedError:  # all ranks end so, together
+            raise
+        except Exception as error:
+            self._leaving = True
+            text, code = f"{type(error).__name__}: {error}", RunFailedError.exit_code
+            if isinstance(error, DinoscaleError):
+                text, code = str(error), error.exit_code
+            self._settle(_End(f"{self._own} ended: {text}", code))
+            self._linger()
+            raise
+        finally:
+            self._stop.set()
 
-    def missing(self) -> str:
-        """After a lost contact: which ranks are gone, in words; takes some seconds."""
-        before = self._ask()
-        time.sleep(2.5 * POST_S)
-        said = explain_missing(before, self._ask(), self._read_all(_ENDED), self._hosts)
-        _linger()
-        return said
+    def _key(self, name: str) -> str:
+        return f"job/{self._number}/{name}"
 
     def _post(self) -> None:
-        posts = 0
+        """Post signs of life, and look whether the job has come to its end."""
+        posts, failures = 0, 0
         while not self._stop.is_set():
             posts += 1
             text = json.dumps([self._moves, self._doing, posts])
-            with contextlib.suppress(LostPeerError):  # training will notice
-                self._board.post(f"{_ALIVE}{distributed.rank()}", text)
+            try:
+                self._board.post(self._key(f"{_ALIVE}{self._rank}"), text)
+                self._look()
+                failures = 0
+            except LostPeerError:
+                failures += 1
+                if failures == _GONE_AFTER and self._end is None:
+                    nothing: _Signs = [None for _ in self._hosts]
+                    text = explain_missing(nothing, nothing, self._hosts)
+                    self._end = _End(text, RunFailedError.exit_code)
             self._stop.wait(POST_S)
+
+    def _look(self) -> bool:
+        """Read why the job ends, if it does; true, as the board has answered."""
+        text = self._board.read(self._key(_ENDED)) if self._end is None else None
+        if text is not None:
+            self._heard(_End(*json.loads(text)))
+        return True
+
+    def _heard(self, end: _End) -> None:
+        """Take note of why the job ends, once, and tell rank 0 that it need not stay for this."""
+        with self._lock:
+            known, self._end = self._end is not None, self._end or end
+        if not known:
+            self._board.count(self._key(_HEARD))
 
     def _watch(self) -> None:
         while not self._stop.wait(POST_S / 2):
             if self._ancestors and _ancestors() != self._ancestors:
                 self._ask_to_stop("the launcher is gone")
                 if not self._stop.wait(_ORPHAN_S):
-                    _end("the launcher of this process is gone, and the run did not end by itself")
+                    self._exit(
+                        "the launcher of this process is gone, and the run did not end by itself"
+                    )
                 return
             idle_s = time.monotonic() - self._since
-            if idle_s > self._timeout_s:
-                before = self._ask()
-                time.sleep(2.5 * POST_S)
-                reason = explain_hang(before, self._ask(), self._hosts)
-                own = ranks_text([distributed.rank()], self._hosts)
-                _end(
-                    f"{own} has not moved for {idle_s:.0f} s"
-                    f" (train.hang_timeout_s={self._timeout_s:g}), {self._doing}; {reason}"
+            if self._end is not None:
+                if not self._stop.wait(_GRACE_S) and not self._leaving:
+                    self._exit(f"{self._own} ends with the others: {self._end.text}")
+            elif idle_s > self._timeout_s and not self._leaving:
+                said = (
+                    f"{self._own} has not moved for {idle_s:.0f} s"
+                    f" (train.hang_timeout_s={self._timeout_s:g}), {self._doing}"
                 )
+                end = self._verdict(explain_hang)
+                self._exit(f"{said}; {end.text}")
 
-    def _ask(self) -> list[Sign | None]:
+    def _verdict(self, explain: Callable[[_Signs, _Signs, Sequence[str]], str]) -> _End:
+        """Why the job ends: as a rank that failed has said, or as the first that asks finds out.
+
+        Looking at all ranks is for one of them: a thousand at once would be more than the board can
+        answer in time.
+        """
+        nothing: _Signs = [None for _ in self._hosts]
+        if not _bounded(self._look, default=False):
+            return _End(explain(nothing, nothing, self._hosts), RunFailedError.exit_code)
+        asked = _bounded(lambda: self._board.count(self._key(_ASKED)), default=1)
+        deadline = time.monotonic() + 3 * _ASK_S + _LOOKS_APART_S
+        while asked > 1 and self._end is None and time.monotonic() < deadline:
+            time.sleep(POST_S / 5)  # the other thread looks
+        if self._end is None:
+            before = self._signs()
+            time.sleep(_LOOKS_APART_S)
+            text = explain(before, self._signs(), self._hosts)
+            self._settle(_End(text, RunFailedError.exit_code))
+        assert self._end is not None
+        return self._end
+
+    def _settle(self, end: _End) -> None:
+        """Post why the job ends; if another rank was first, its reason is the one."""
+
+        def post() -> _End:
+            text = json.dumps([end.text, end.code])
+            return _End(*json.loads(self._board.post_first(self._key(_ENDED), text)))
+
+        agreed = _bounded(post, default=end)
+        _bounded(lambda: self._heard(agreed), default=None)
+
+    def _signs(self) -> list[Sign | None]:
         """What every rank last posted; all None if the board does not answer."""
-        texts = self._read_all(_ALIVE)
+        keys = [self._key(f"{_ALIVE}{rank}") for rank in range(len(self._hosts))]
+        nothing: list[str | None] = [None for _ in keys]
+        texts = _bounded(lambda: self._board.read_all(keys), default=nothing)
         return [None if text is None else Sign(*json.loads(text)) for text in texts]
 
-    def _read_all(self, prefix: str) -> list[str | None]:
-        ranks = range(distributed.world_size())
-        return _bounded(
-            lambda: [self._board.read(f"{prefix}{rank}") for rank in ranks],
-            default=[None for _ in ranks],
-        )
+    def _exit(self, text: str) -> None:
+        logs.note(f"error: {text}")
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it; the process ends still
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        self._linger()
+        os._exit(RunFailedError.exit_code if self._end is None else self._end.code)
+
+    def _linger(self) -> None:
+        """Let rank 0 stay a little: the board goes with it, and others have still to read."""
+        if self._rank != 0 or len(self._hosts) == 1:
+            return
+        deadline = time.monotonic() + _LINGER_S
+        while time.monotonic() < deadline:
+            count = _bounded(lambda: self._board.count(self._key(_HEARD), 0), default=0)
+            if count >= len(self._hosts):
+                return
+            time.sleep(POST_S / 10)
+
+
+def collectives_timeout_s(hang_timeout_s: float) -> float:
+    """Seconds after which a collective may give up: later than a watchdog has ended all ranks."""
+    return hang_timeout_s + _LONGEST_END_S
 
 
 def explain_missing(
-    before: Sequence[Sign | None],
-    after: Sequence[Sign | None],
-    reasons: Sequence[str | None],
-    hosts: Sequence[str],
+    before: Sequence[Sign | None], after: Sequence[Sign | None], hosts: Sequence[str]
 ) -> str:
-    """Which ranks stopped posting between two looks, and what they said when they ended."""
+    """Which ranks stopped posting between two looks."""
     if all(sign is None for sign in after):
         return f"rank 0 ({hosts[0]}), where the ranks meet, is gone; its output says why"
-    said = [f"{ranks_text([r], hosts)} ended: {text}" for r, text in enumerate(reasons) if text]
-    silent = {r: doing for r, doing in _silent(before, after).items() if not reasons[r]}
-    said += _each(silent, hosts, "is gone", "are gone")
+    said = _each(_silent(before, after), hosts, "is gone", "are gone")
     return "; ".join(said) or "all ranks still answer: the network between them failed"
 
 
@@ -215,16 +322,3 @@ def _ancestors() -> list[int]:
     except OSError:  # no /proc here, or the process has just gone
         return [parent]
     return [parent, above] if b"deepspeed" in command else [parent]
-
-
-def _linger() -> None:
-    """Let rank 0 stay a little: the board goes with it, and others may still read."""
-    if distributed.rank() == 0 and distributed.world_size() > 1:
-        time.sleep(_LINGER_S)
-
-
-def _end(text: str) -> None:
-    logs.note(f"error: {text}")
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    _linger()
-    os._exit(RunFailedError.exit_code)

@@ -26,5 +26,6 @@ if [[ -n $NODE_RANK ]]; then
 else
   meeting=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id dinoscale)
 fi
+ulimit -Sn "$(ulimit -Hn)"  # all ranks connect to torchrun on the first node, and not once
 exec torchrun --nnodes "$NODES" --nproc-per-node "$PER_NODE" "${meeting[@]}" \
   -m dinoscale train "$@"

@@ -17,7 +17,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,7 +40,6 @@ from dinoscale.errors import LostPeerError
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.05
 _numbers = itertools.count()  # of saves of this process; equal on all ranks
 
 
@@ -171,12 +169,14 @@ class Saver:
         begin = time.perf_counter()
         target = directory(self._run_dir, snapshot.step)
         own = self._write_files(part_of(target), snapshot)
-        key = f"save/{snapshot.number}"
+        key = _key(snapshot.number)
         try:
             self._board.post(f"{key}/{self._rank}", json.dumps(own))
             if self._rank == 0:
-                self._board.post(key, self._complete(target, key))
-            error = self._wait_for(key)
+                self._board.post(key, self._complete(target, snapshot.number))
+            [error] = self._board.wait_for([key])
+            if self._rank == 0 and not error:
+                prune(self._run_dir, self._keep)
         except LostPeerError as lost:
             error = str(lost)
         return SaveResult(
@@ -200,24 +200,24 @@ class Saver:
             for name in (*snapshot.tensors, *snapshot.texts):
                 sums[name] = flushed_sum(part / name)
                 num_bytes += (part / name).stat().st_size
-        except (OSError, SafetensorError) as error:  # the latter for a full disk, among others
+        except Exception as error:  # whatever it is, the others wait for this report
             return {"error": f"rank {self._rank} cannot write {part}: {error}", "num_bytes": 0}
         return {"sums": sums, "num_bytes": num_bytes, "error": ""}
 
-    def _complete(self, target: Path, key: str) -> str:
+    def _complete(self, target: Path, number: int) -> str:
         """Rank 0: give the directory its name when all ranks are done; an error text, or ""."""
         part = part_of(target)
-        reports = [json.loads(self._wait_for(f"{key}/{rank}")) for rank in range(self._world_size)]
+        keys = [f"{_key(number)}/{rank}" for rank in range(self._world_size)]
+        reports = [json.loads(text) for text in self._board.wait_for(keys)]
+        self._board.forget([*keys, _key(number - 1)])  # all have read how that one ended
         error = next((report["error"] for report in reports if report["error"]), "")
         if not error:
             try:
                 seal(part, target, {name: s for r in reports for name, s in r["sums"].items()})
-            except OSError as caught:
+            except Exception as caught:  # whatever it is, the others wait for the verdict
                 error = f"rank 0 cannot complete {target}: {caught}"
         if error:
             shutil.rmtree(part, ignore_errors=True)  # a full disk needs the space
-        else:
-            prune(self._run_dir, self._keep)
         return error
 
     def _note(self, target: Path, knn_top1: float) -> None:
@@ -229,10 +229,10 @@ class Saver:
             log.warning("cannot add k-NN %.1f %% to %s: %s", knn_top1, target, error)
         prune(self._run_dir, self._keep)
 
-    def _wait_for(self, key: str) -> str:
-        while (text := self._board.read(key)) is None:
-            time.sleep(_POLL_S)
-        return text
+
+def _key(number: int) -> str:
+    """Under which the verdict on a save lies, and under KEY/RANK what each rank reports of it."""
+    return f"save/{number}"
 
 
 def shared_tensors(student: Student, teacher: Teacher) -> dict[str, Tensor]:

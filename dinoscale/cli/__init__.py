@@ -106,10 +106,11 @@ def _train(options: argparse.Namespace) -> dict[str, Any] | None:
     config = load_config(options.config, options.overrides)
     from dinoscale import distributed
     from dinoscale.trainer import train
+    from dinoscale.watchdog import collectives_timeout_s
 
     process = read_process(os.environ)
-    # A minute more than the watchdog, which has more to say than a collective that gave up.
-    distributed.start(process, timeout_s=config.train.hang_timeout_s + 60)
+    # The watchdog first, which has more to say than a collective that gave up.
+    distributed.start(process, timeout_s=collectives_timeout_s(config.train.hang_timeout_s))
     summary = train(config, process)
     distributed.stop()
     return summary if process.rank == 0 else None

@@ -261,20 +261,19 @@ def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale.config import load_config
 
     config = load_config(options.config, options.overrides)
-    from dinoscale import distributed
     from dinoscale.bench.step import bench_step
+    from dinoscale.cli.ranks import joined
 
     process = read_process(os.environ)
-    distributed.start(process)
-    result = bench_step(
-        config,
-        process,
-        seconds=options.seconds,
-        turns=options.turns,
-        with_reference=not options.no_reference,
-        trace_dir=Path(options.profile) if options.profile else None,
-    )
-    distributed.stop()
+    with joined(process):
+        result = bench_step(
+            config,
+            process,
+            seconds=options.seconds,
+            turns=options.turns,
+            with_reference=not options.no_reference,
+            trace_dir=Path(options.profile) if options.profile else None,
+        )
     return result if process.rank == 0 else None
 
 

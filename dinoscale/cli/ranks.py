@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from dinoscale.launcher import read_process
+from dinoscale.launcher import Process, read_process
 
 
 def on_all_ranks(evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
@@ -23,13 +26,36 @@ def on_all_ranks(evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any] | Non
     """
     # Else a lost rank is reported by screens of C++ frames, around the one line that says which.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from dinoscale import distributed
     from dinoscale.float32 import exact_float32
 
     exact_float32()
     process = read_process(os.environ)
-    if process.world_size > 1:
-        distributed.start(process)
-    report = evaluate()
-    distributed.stop()
+    if process.world_size == 1:
+        return evaluate()
+    with joined(process):
+        report = evaluate()
     return report if process.rank == 0 else None
+
+
+@contextlib.contextmanager
+def joined(process: Process) -> Iterator[None]:
+    """Meet the other ranks and leave together; why one fails inside reaches all within seconds.
+
+    Raises:
+        LaunchError: the ranks cannot meet.
+        RunFailedError: another rank failed or is gone.
+    """
+    from dinoscale import distributed
+    from dinoscale.watchdog import Watchdog
+
+    distributed.start(process)
+    hosts = distributed.gather_objects(socket.gethostname())
+    watchdog = Watchdog(
+        timeout_s=math.inf,  # only training says that it moves
+        hosts=hosts,
+        launched=False,
+        ask_to_stop=lambda _: None,
+    )
+    with watchdog.spreading():
+        yield
+    distributed.stop()

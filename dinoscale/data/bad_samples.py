@@ -43,11 +43,12 @@ class BadSampleLog:
 
     Args:
         path: the file; made when the first sample is added, continued where it exists.
+        writes: whether this is the process that does; others only count.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._listed = _listed_paths(path)
+    def __init__(self, path: Path, *, writes: bool = True):
+        self._path, self._writes = path, writes
+        self._listed = _listed_paths(path) if writes else set()
         self._met: dict[str, str] = {}  # path -> error, since this log was opened
         self._num_occurrences = 0
 
@@ -67,7 +68,7 @@ class BadSampleLog:
         for sample in samples:
             self._num_occurrences += 1
             self._met.setdefault(sample.path, sample.error)
-            if sample.path not in self._listed:
+            if self._writes and sample.path not in self._listed:
                 self._listed.add(sample.path)
                 lines.append(json.dumps(asdict(sample)) + "\n")
                 log.warning("unreadable image %s: %s", sample.path, sample.error)

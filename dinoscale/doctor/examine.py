@@ -84,9 +84,11 @@ def _together(
         "machine",
         [
             *machine.judge_devices(facts),
+            *machine.judge_sharing(facts, config),
             *machine.judge_cores(facts, num_workers=num_workers),
             machine.judge_precision(facts, precision=config.engine.precision if config else None),
             machine.judge_shared_memory(facts, config),
+            machine.judge_open_files(facts),
             environment.judge_variables(gather_objects(variables), hosts),
         ],
     )

@@ -2,9 +2,12 @@
 
 import math
 import os
+import resource
 import shutil
 import socket
+import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,10 @@ from dinoscale.launcher import Process
 SHARED_MEMORY = Path("/dev/shm")
 _SMALL_SHARED_BYTES = 512 * 2**20  # Docker gives 64 MiB unless told otherwise
 _FREE_FRACTION = 0.9  # of a device's memory; our own context takes about half a GB
+# Connections of a rank to the store in which all meet: torch's, ours, and one that NCCL may make.
+_STORE_FILES = 3
+_GLOO_FILES = 2  # to every other rank, one for each group: all ranks, and DeepSpeed's copy of that
+_OWN_FILES = 256  # libraries, logs, shards, pipes of data workers
 _SLOWER = 1.2  # ratio of times beyond the noise of a short measurement
 
 
@@ -30,6 +37,7 @@ class Device:
     name: str
     total_bytes: int
     free_bytes: int
+    one_process: bool = False  # at a time (EXCLUSIVE_PROCESS)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Machine:
         quota: cores that the container allows, None without a limit.
         threads: of torch in this process.
         shared_free_bytes: in /dev/shm, None where there is none.
+        open_files: that the process may have which holds the meeting place, if it is on this node.
         product_s: seconds of a matrix product by precision.
     """
 
@@ -56,6 +65,7 @@ class Machine:
     quota: float | None
     threads: int
     shared_free_bytes: int | None
+    open_files: int
     product_s: dict[str, float]
 
 
@@ -65,7 +75,8 @@ def look(process: Process) -> Machine:
     device = None
     if available:
         free, total = torch.cuda.mem_get_info(process.device)
-        device = Device(torch.cuda.get_device_name(process.device), total, free)
+        name = torch.cuda.get_device_name(process.device)
+        device = Device(name, total, free, _one_process(process.device))
     return Machine(
         host=socket.gethostname(),
         num_devices=torch.cuda.device_count() if available else 0,
@@ -75,8 +86,29 @@ def look(process: Process) -> Machine:
         quota=core_quota(),
         threads=torch.get_num_threads(),
         shared_free_bytes=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
+        open_files=_open_files(),
         product_s=matrix_product_s(),
     )
+
+
+def _one_process(device: torch.device) -> bool:
+    """Whether a device lets no second process in, as far as nvidia-smi tells."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    ask = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=compute_mode", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return said.startswith("Exclusive")
+
+
+def _open_files() -> int:
+    """The limit of this process, which `start` has raised; under torchrun that of torchrun."""
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    with suppress(OSError):
+        if served and hasattr(resource, "prlimit"):
+            return resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)[0]
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _why_no_device() -> str | None:
@@ -210,6 +242,38 @@ def judge_precision(machines: Sequence[Machine], *, precision: str | None) -> Ch
         text = f"bf16 is {ratio:.1f} times slower than fp32 here ({times}); engine.precision=fp32"
         return warning("precision", text) if precision else ok("precision", text + " is faster")
     return ok("precision", times)
+
+
+def judge_open_files(machines: Sequence[Machine]) -> Check:
+    """The limit of open files on the node where all ranks meet."""
+    first = machines[0]
+    a_rank = _STORE_FILES + (0 if first.device else _GLOO_FILES)
+    need, limit = _OWN_FILES + len(machines) * a_rank, first.open_files
+    if limit != resource.RLIM_INFINITY and limit < need:
+        return problem(
+            "open files",
+            f"{limit} are allowed on {first.host}, where {count_text(len(machines), 'rank')} meet"
+            f" and open about {need}; raise the limit there (ulimit -n, limits.conf, docker:"
+            " --ulimit nofile)",
+        )
+    return ok("open files", f"enough on {first.host} for the {count_text(len(machines), 'rank')}")
+
+
+def judge_sharing(machines: Sequence[Machine], config: RunConfig | None) -> list[Check]:
+    """Accelerators that let no second process in, for a run that starts some."""
+    alone = [
+        r for r, machine in enumerate(machines) if machine.device and machine.device.one_process
+    ]
+    if not alone or config is None or config.train.micro_batch_size != "auto":
+        return []
+    return [
+        problem(
+            "devices",
+            f"the GPU of {ranks_text(alone, [machine.host for machine in machines])} serves one"
+            " process at a time (EXCLUSIVE_PROCESS), and train.micro_batch_size=auto starts a"
+            " second one; set a number, or have the mode set to DEFAULT (nvidia-smi -c 0)",
+        )
+    ]
 
 
 def judge_shared_memory(machines: Sequence[Machine], config: RunConfig | None) -> Check:

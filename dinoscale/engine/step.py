@@ -45,12 +45,13 @@ class StepMetrics:
         """Begin to copy.
 
         Args:
-            sums: over micro-batches and ranks: loss, teacher entropy, ranks that want to stop.
+            sums: over micro-batches and ranks: loss, teacher entropy; then what `_told` holds.
             verdict: (3,) whether the step was skipped, entropy and maximum of the mean target.
             parts: loss and teacher entropy of this rank's micro-batches, (M, 2).
         """
-        self._count = len(parts) * distributed.world_size()
-        found = torch.cat((sums, verdict, parts.flatten()))
+        self._ranks = distributed.world_size()
+        self._count = len(parts) * self._ranks
+        found = torch.cat((sums[:4], verdict, sums[4:], parts.flatten()))
         self._arrived: torch.cuda.Event | None = None
         if found.is_cuda:
             self._found = torch.empty_like(found, device="cpu", pin_memory=True)
@@ -102,9 +103,14 @@ class StepMetrics:
         return self._numbers[2] > 0
 
     @property
+    def bad_images(self) -> int:
+        """How many unreadable images all ranks have met since they last told each other."""
+        return round(self._numbers[3])
+
+    @property
     def skipped(self) -> str | None:
         """Why the step was not applied; None if it was."""
-        if not self._numbers[3]:
+        if not self._numbers[4]:
             return None
         finite = math.isfinite(self.loss + self.teacher_entropy)
         return "a gradient is not finite" if finite else "the loss is not finite"
@@ -112,17 +118,22 @@ class StepMetrics:
     @property
     def mean_target_entropy(self) -> float:
         """Entropy of the mean target of the last step that was applied."""
-        return self._numbers[4]
+        return self._numbers[5]
 
     @property
     def target_share(self) -> float:
         """Part of these targets that the strongest prototype gets, 0 to 1."""
-        return self._numbers[5]
+        return self._numbers[6]
+
+    @property
+    def waited_s(self) -> float:
+        """What the rank that waited longest for its images had waited, in seconds."""
+        return max(self._numbers[7 : 7 + self._ranks])
 
     @property
     def parts(self) -> list[tuple[float, float]]:
         """Loss and teacher entropy of each of this rank's micro-batches."""
-        of_rank = self._numbers[6:]
+        of_rank = self._numbers[7 + self._ranks :]
         return list(zip(of_rank[::2], of_rank[1::2], strict=True))
 
 
@@ -134,13 +145,16 @@ def train_step(
     *,
     student_temp: float,
     stop_asked: bool = False,
+    bad_images: int = 0,
+    waited_s: float = 0.0,
 ) -> StepMetrics:
     """Run one optimizer step of self-distillation (Caron et al. 2021, algorithm 1).
 
     A step whose loss or gradient is not finite on any rank is skipped on all: weights, moments,
     teacher and center are as before it. The device decides that; the host launches the same work
-    for every step and waits for nothing. `stop_asked` says that this rank wants to end; it rides
-    on the reduction of the loss, so that all ranks learn of it at the same step.
+    for every step and waits for nothing. Whether this rank wants to end, the unreadable images that
+    it has met and how long it waited for images ride on the reduction of the loss, so that all
+    ranks learn of them at the same step and need no other collective for them.
 
     The next micro-batch is asked for when the forward of one has been launched, so that it is on
     its way while the device works, and when that one is no longer held: there is memory for one.
@@ -158,13 +172,23 @@ def train_step(
         if batch is not None:
             student.accumulate()
     of_rank = torch.stack(parts)  # (M, 2)
-    sums = torch.cat((of_rank.sum(0), of_rank.new_full((1,), float(stop_asked))))
-    distributed.all_reduce_sum(sums)  # (3,)
+    told = _told(of_rank, stop_asked=stop_asked, bad_images=bad_images, waited_s=waited_s)
+    sums = torch.cat((of_rank.sum(0), told))
+    distributed.all_reduce_sum(sums)  # (4 + ranks,)
     skipped = student.step(spoilt=~sums.isfinite().all())  # the weights move here
     teacher.update(student, momentum=now.momentum, skipped=skipped)  # of the stepped student
     mean_target = teacher.mean_target
     verdict = torch.stack((skipped.float(), entropy(mean_target), mean_target.max()))
     return StepMetrics(sums, verdict, of_rank)
+
+
+def _told(of_rank: Tensor, *, stop_asked: bool, bad_images: int, waited_s: float) -> Tensor:
+    """What a rank tells: to stop, bad images, seconds in a place of its own; (2 + ranks,)."""
+    told = of_rank.new_zeros(2 + distributed.world_size())
+    told[0] = float(stop_asked)  # fills a view, without a copy that the host would wait for
+    told[1] = float(bad_images)
+    told[2 + distributed.rank()] = waited_s
+    return told
 
 
 def _forward(

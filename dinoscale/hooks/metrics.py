@@ -131,11 +131,20 @@ class Stopwatch:
         """Count the images of one step, over all ranks."""
         self._images += images
 
-    def lap(self) -> dict[str, float]:
-        """Rates since the last lap: images_per_s over all ranks, data_wait as a fraction."""
+    @property
+    def waited_s(self) -> float:
+        """Time without a batch since the last lap."""
+        return self._waited
+
+    def lap(self, longest_wait_s: float) -> dict[str, float]:
+        """Rates since the last lap: images_per_s over all ranks, data_wait as a fraction.
+
+        Args:
+            longest_wait_s: `waited_s` of the rank that waited longest; the others wait for it.
+        """
         now = time.perf_counter()
         seconds = max(now - self._begin, 1e-9)
-        rates = {"images_per_s": self._images / seconds, "data_wait": self._waited / seconds}
+        rates = {"images_per_s": self._images / seconds, "data_wait": longest_wait_s / seconds}
         self._begin, self._waited, self._images = now, 0.0, 0
         return rates
 

@@ -30,9 +30,10 @@ _POLL_S = 0.1
 _QUOTED = 5  # last lines of a child in a message
 _SEARCHED = 40  # last lines in which it may speak of memory; longer ago, it was a warning
 _LOST_CONTACT = "lost contact with another rank"  # a consequence, not the reason
+_TAKEN = "busy or unavailable"  # of cudaErrorDevicesUnavailable
 
 
-Verdict = Literal["fits", "too large", "failed", "cut off", "asked to stop"]
+Verdict = Literal["fits", "too large", "taken", "failed", "cut off", "asked to stop"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Outcome:
     """How a trial ended on one rank.
 
     Attributes:
-        verdict: `cut off` if it was ended because another rank's had ended.
+        verdict: `cut off` if it was ended because another rank's had ended, `taken` if the
+            accelerator lets no second process in.
         limit_bytes: what it was allowed to take, if it came so far.
         peak_bytes: what it took, if it fits.
         exit_code: of the child, if it failed.
@@ -145,6 +147,13 @@ def _judge(outcomes: Sequence[Outcome], size: int) -> bool:
     verdicts = [outcome.verdict for outcome in outcomes]
     if "asked to stop" in verdicts:
         raise PreemptedError("asked to stop before the first step; the same command starts anew")
+    if "taken" in verdicts:
+        raise ConfigError(
+            f"train.micro_batch_size=auto: the GPU of rank {verdicts.index('taken')} serves one"
+            " process at a time (compute mode EXCLUSIVE_PROCESS), and a trial is a second one."
+            " Set train.micro_batch_size to a number, which `dinoscale plan` estimates, or have"
+            " the mode set to DEFAULT (`nvidia-smi -c 0`, or an option of your scheduler)"
+        )
     if "too large" in verdicts:
         return False
     failed = [rank for rank, verdict in enumerate(verdicts) if verdict == "failed"]
@@ -251,14 +260,16 @@ def _outcome(verdict: Verdict | None, exit_code: int, output: IO[bytes]) -> Outc
             with contextlib.suppress(ValueError):
                 found |= json.loads(line)
     limit, peak = found.get("limit_bytes"), found.get("peak_bytes")
-    said = "\n".join(lines[-_QUOTED:])
+    said, searched = "\n".join(lines[-_QUOTED:]), "\n".join(lines[-_SEARCHED:])
     if verdict is None:
         if exit_code == 0 and peak is not None:
             verdict = "fits"
         elif -exit_code in SIGNALS:  # of a launcher, to all processes below it
             verdict = "asked to stop"
-        elif exit_code == -signal.SIGKILL or NO_MEMORY.search("\n".join(lines[-_SEARCHED:])):
+        elif exit_code == -signal.SIGKILL or NO_MEMORY.search(searched):
             verdict = "too large"
+        elif _TAKEN in searched:
+            verdict = "taken"
         else:
             verdict = "failed"
     return Outcome(verdict, limit, peak or 0, exit_code, said)

@@ -29,6 +29,7 @@ from dinoscale.feed import finish_batch, keep_of, multi_crop_of
 from dinoscale.hooks.metrics import peak_memory_bytes
 from dinoscale.launcher import Process, read_process
 from dinoscale.memory import memory_at_hand
+from dinoscale.watchdog import collectives_timeout_s
 
 # Of the free memory. The rest is for what a few steps do not show: an allocator's fragments grow
 # over days, a k-NN run copies the backbone, data workers and other processes of a CPU vary.
@@ -69,7 +70,7 @@ def _end_with_parent() -> None:
 
 
 def _try(config: RunConfig, size: int, process: Process) -> None:
-    distributed.start(process, timeout_s=config.train.hang_timeout_s)
+    distributed.start(process, timeout_s=collectives_timeout_s(config.train.hang_timeout_s))
     distributed.gather_objects(None)  # all are here, and NCCL has its buffers
     limit = _free_bytes(process)
     distributed.gather_objects(limit)  # nobody takes memory before all have looked

@@ -2,17 +2,23 @@
 
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
 
+from dinoscale.checkpoint.progress import Progress
+from dinoscale.checkpoint.save import SaveResult
 from dinoscale.config import dump_config
+from dinoscale.launcher import Process
+from dinoscale.watchdog import Watchdog
 from tests.distributed.tiny_run import BATCH, micro_batches, take_step, tiny_config, tiny_plan
 from tests.forked import Forked, start_module
-from tests.harness import environment_of, run_distributed
+from tests.harness import RankFailedError, environment_of, run_distributed
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,30 +145,107 @@ def test_after_skipped_steps_training_goes_on_as_if_they_had_not_been(
         assert of_rank[index]["different_later"] == []
 
 
-def fail_on_one(failing: int) -> list[str]:
-    """On every rank: checks that pass, that fail on rank `failing`, and that fail everywhere."""
+def fail_on_one(failing: int) -> list[tuple[str, str]]:
+    """On every rank, type and text of what is raised where checks fail on `failing`, or on all."""
     from dinoscale import distributed
+    from dinoscale.data.decode import BadSampleError
     from dinoscale.errors import DataError
 
-    def check(*, bad: bool) -> str:
-        if bad:
-            raise DataError(f"no image in folder {distributed.rank()}")
-        return f"fine on {distributed.rank()}"
+    rank = distributed.rank()
 
-    def said(*, bad: bool) -> str:
+    def said(error: Exception, *, bad: bool) -> tuple[str, str]:
+        def check() -> str:
+            if bad:
+                raise error
+            return f"fine on {rank}"
+
         try:
-            return distributed.together(lambda: check(bad=bad))
-        except DataError as error:
-            return str(error)
+            return "", distributed.together(check)
+        except Exception as caught:
+            return type(caught).__name__, str(caught)
 
-    return [said(bad=False), said(bad=distributed.rank() == failing), said(bad=True)]
+    empty = DataError(f"no image in folder {rank}")
+    kinds: list[Exception] = [empty, BadSampleError("a.jpg", "cut off"), OSError(28, "full")]
+    return [
+        said(empty, bad=False),
+        said(empty, bad=True),
+        *(said(error, bad=rank == failing) for error in kinds),
+    ]
 
 
-def test_error_on_one_rank_is_raised_on_all() -> None:
-    function = "tests.distributed.test_failures:fail_on_one"
-    first, second = run_distributed(function, world_size=2, timeout_s=120, failing=1)
-    assert first == ["fine on 0", "rank 1: no image in folder 1", "no image in folder 0"]
-    assert second == ["fine on 1", "no image in folder 1", "no image in folder 1"]
+class OneSidedSaver:
+    """Of two saves, the first failed as this rank saw it."""
+
+    def __init__(self, error: str | None) -> None:
+        self.results, self.begun = [SaveResult(Path("run"), 7, error, 0.0, 0.0, 0)], 0
+
+    def begin(self, step: int, *_: Any) -> None:
+        self.begun += 1
+        self.results.append(SaveResult(Path("run"), step, None, 0.0, 0.0, 0))
+
+    def wait(self) -> SaveResult | None:
+        return self.results.pop() if self.results else None
+
+
+def save_after_a_lost_contact(failing: int) -> int:
+    """On every rank: end a run whose last save failed for `failing` alone; saves begun then."""
+    from dinoscale import distributed
+    from dinoscale.loop import Run
+
+    run: Any = Run.__new__(Run)
+    run.config, run.plan, run.versions = tiny_config(), tiny_plan(tiny_config()), {}
+    run.progress, run.process = Progress(step=7), Process(1, 2, 1, 2)
+    run.saved, run.saved_step, run.run_dir = None, 7, Path("run")
+    run.student, run.watchdog, run.teacher = None, MagicMock(), MagicMock()
+    error = "rank 0, where the ranks meet, cannot be reached"
+    run.saver = OneSidedSaver(error if distributed.rank() == failing else None)
+    run._save_and_wait()
+    return int(run.saver.begun)
+
+
+def fail_in_all_ways(failing: int) -> tuple[list[tuple[str, str]], int]:
+    return fail_on_one(failing), save_after_a_lost_contact(failing)
+
+
+def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None:
+    function = "tests.distributed.test_failures:fail_in_all_ways"
+    told = run_distributed(function, world_size=2, timeout_s=120, failing=1)
+    (first, second), begun = zip(*told, strict=True)
+    assert begun == (1, 1)
+    assert first == [
+        ("", "fine on 0"),
+        ("DataError", "no image in folder 0"),
+        ("DataError", "rank 1: no image in folder 1"),
+        ("DataError", "rank 1: a.jpg: cut off"),
+        ("RunFailedError", "rank 1: OSError: [Errno 28] full"),
+    ]
+    assert second == [
+        ("", "fine on 1"),
+        ("DataError", "no image in folder 1"),
+        ("DataError", "no image in folder 1"),
+        ("BadSampleError", "a.jpg: cut off"),
+        ("OSError", "[Errno 28] full"),
+    ]
+
+
+def fail_beside_a_rank_that_waits(failing: int) -> None:
+    """One rank fails; no socket tells the other, as in NCCL, and it hangs in a collective."""
+    from dinoscale import distributed
+
+    watchdog = Watchdog(timeout_s=600, hosts=["a", "b"], launched=False, ask_to_stop=print)
+    with suppress(ValueError), watchdog.spreading():
+        if distributed.rank() == failing:
+            raise ValueError("no room")
+        time.sleep(100)
+    time.sleep(100)  # so that its end tells the other nothing either
+
+
+def test_reason_of_a_rank_that_failed_ends_the_others_at_once() -> None:
+    said = "error: rank 1 (b) ends with the others: rank 0 (a) ended: ValueError: no room"
+    function = "tests.distributed.test_failures:fail_beside_a_rank_that_waits"
+    with pytest.raises(RankFailedError, match="rank 1: exit 1") as failed:
+        run_distributed(function, world_size=2, timeout_s=90, failing=0)
+    assert said in str(failed.value)
 
 
 @pytest.mark.slow

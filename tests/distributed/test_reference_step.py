@@ -38,7 +38,19 @@ def _losses_of(frozen_epochs: int, norm_last_layer: bool) -> list[tuple[float, f
     losses = []
     for step in range(STEPS):
         (batch,), now = micro_batches(config, plan, step), schedules.at(step)
-        ours = train_step([batch], student, teacher, now, student_temp=config.dino.student_temp)
+        ours = train_step(
+            [batch],
+            student,
+            teacher,
+            now,
+            student_temp=config.dino.student_temp,
+            stop_asked=step == 1 and distributed.rank() == 0,
+            bad_images=distributed.rank() + 1,
+            waited_s=0.5 + distributed.rank(),
+        )
+        ranks = distributed.world_size()
+        told = (step == 1, sum(range(1, ranks + 1)), ranks - 0.5)  # of all ranks, to each
+        assert (ours.stop, ours.bad_images, ours.waited_s) == told
         crops = [*batch.global_crops.unbind(), *batch.local_crops.unbind()]
         theirs = torch.tensor(reference(crops, now), dtype=torch.float64)
         distributed.all_reduce_sum(theirs)

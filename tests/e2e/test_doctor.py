@@ -98,7 +98,7 @@ def test_machine_without_a_configuration_is_fit() -> None:
     names = {check["name"] for check in found["checks"]}
     assert names == {
         "meeting", "versions", "libraries", "devices", "cores", "precision", "shared memory",
-        "environment", "network",
+        "open files", "environment", "network",
     }  # fmt: skip
     assert not _problems(found)
 

@@ -39,6 +39,7 @@ CPU_NODE = Machine(
     quota=None,
     threads=4,
     shared_free_bytes=10**10,
+    open_files=1024,
     product_s={"bf16": 0.01, "fp32": 0.02},
 )
 GPU_NODE = replace(CPU_NODE, num_devices=2, device=GPU)
@@ -146,6 +147,26 @@ def test_small_shared_memory_is_a_warning_for_data_workers_only() -> None:
     assert machine.judge_shared_memory([CPU_NODE], run).verdict == "ok"
     assert machine.judge_shared_memory([small], tiny_config()).verdict == "ok"
     assert machine.judge_shared_memory([small], None).verdict == "warning"
+
+
+def test_open_files_are_counted_where_all_ranks_meet() -> None:
+    many = [GPU_NODE] * 256
+    assert machine.judge_open_files([*many]).verdict == "ok"
+    check = machine.judge_open_files([*many, GPU_NODE])
+    assert check.verdict == "problem"
+    assert check.text.startswith("1024 are allowed on a, where 257 ranks meet and open about 1027")
+    assert machine.judge_open_files([CPU_NODE] * 256).verdict == "problem"  # gloo's besides
+    assert machine.judge_open_files([replace(GPU_NODE, open_files=2**16)] * 4000).verdict == "ok"
+
+
+def test_gpu_for_one_process_is_a_problem_for_trials_only() -> None:
+    alone = replace(GPU_NODE, device=replace(GPU, one_process=True))
+    auto = tiny_config(train={"micro_batch_size": "auto"})
+    (check,) = machine.judge_sharing([GPU_NODE, alone], auto)
+    assert check.verdict == "problem"
+    assert "rank 1 (a) serves one process at a time" in check.text
+    assert machine.judge_sharing([GPU_NODE, alone], tiny_config()) == []
+    assert machine.judge_sharing([GPU_NODE], auto) == []
 
 
 def _network(*, latency_s: float = 1e-4, speed: float = 1e9, clock: float = 0.0) -> Network:

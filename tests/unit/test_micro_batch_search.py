@@ -1,9 +1,12 @@
 """The search for the largest micro-batch, on a machine whose limit is known."""
 
+import io
+
 import pytest
 
 from dinoscale.config import micro_batch_sizes, parse_config
-from dinoscale.micro_batch.search import largest_that_fits
+from dinoscale.errors import ConfigError
+from dinoscale.micro_batch.search import Outcome, _judge, _outcome, largest_that_fits
 
 MOST_TRIALS = 9
 
@@ -35,3 +38,11 @@ def test_every_planted_limit_is_found_in_less_than_ten_trials(images_per_rank: i
 
 def test_without_candidates_none_fits() -> None:
     assert _search([], 8) == (None, 0)
+
+
+def test_gpu_that_lets_no_second_process_in_is_named_with_the_remedy() -> None:
+    lines = ["RuntimeError: CUDA error: CUDA-capable device(s) is/are busy or unavailable"]
+    lines += [f"advice of CUDA {number}" for number in range(8)]
+    outcome = _outcome(None, 1, io.BytesIO("\n".join(lines).encode()))
+    with pytest.raises(ConfigError, match=r"GPU of rank 1 .*EXCLUSIVE_PROCESS.*set to DEFAULT"):
+        _judge([Outcome("cut off"), outcome], 64)

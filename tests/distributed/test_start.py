@@ -1,0 +1,80 @@
+"""How ranks meet: who can reach them, how long they wait, how many of them can connect."""
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinoscale.distributed import MOST_FILES
+from dinoscale.watchdog import collectives_timeout_s
+from tests.harness import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+_LOOK = """
+import json, os, resource
+import torch.distributed as dist
+from dinoscale import distributed
+from dinoscale.engine.student import import_deepspeed
+from dinoscale.launcher import read_process
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+distributed.start(read_process(os.environ), timeout_s=77)
+groups = import_deepspeed().utils.groups
+backend = groups._get_data_parallel_group()._get_backend(dist.distributed_c10d.torch.device("cpu"))
+port = f":{int(os.environ['MASTER_PORT']):04X}"
+sockets = [line.split() for kind in ("tcp", "tcp6") for line in open(f"/proc/net/{kind}")]
+print(json.dumps({
+    "group_s": backend.options._timeout.total_seconds(),
+    "nccl_s": dist.distributed_c10d._get_default_timeout("nccl").total_seconds(),
+    "listens": [s[1].removesuffix(port) for s in sockets if s[1].endswith(port) and s[3] == "0A"],
+    "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
+    "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+}))
+distributed.stop()
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What a job of one process on one node looks like, that was told its node's own name."""
+    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    place = {
+        "MASTER_ADDR": socket.gethostname(),
+        "MASTER_PORT": str(free_port()),
+        "CROSS_RANK": "0",
+    }
+    environment = os.environ | own | place | {"PYTHONPATH": str(ROOT)}
+    environment.pop("GLOO_SOCKET_IFNAME", None)
+    done = subprocess.run(
+        [sys.executable, "-c", _LOOK], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_groups_that_deepspeed_makes_have_our_time_out(found: dict[str, Any]) -> None:
+    assert (found["group_s"], found["nccl_s"]) == (77, 77)
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads the sockets from /proc")
+def test_ranks_of_one_node_meet_where_no_other_machine_reaches_them(found: dict[str, Any]) -> None:
+    assert found["listens"] == ["0100007F"]  # 127.0.0.1, and not all interfaces
+    assert found["interface"] == "lo"
+
+
+def test_limit_of_open_files_is_raised(found: dict[str, Any]) -> None:
+    assert found["files"] == min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MOST_FILES)
+
+
+@pytest.mark.parametrize("hang_timeout_s", [1.0, 1800.0])
+def test_a_watchdog_ends_the_ranks_before_a_collective_gives_up(hang_timeout_s: float) -> None:
+    answers_of_a_slow_board_s = 60
+    assert collectives_timeout_s(hang_timeout_s) > hang_timeout_s + answers_of_a_slow_board_s

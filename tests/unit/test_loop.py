@@ -1,0 +1,77 @@
+"""A log line takes no collective: what it needs of other ranks has come with the step."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dinoscale.config.resolve import resolve
+from dinoscale.data.bad_samples import BadSample, BadSampleLog
+from dinoscale.errors import DataError
+from dinoscale.hooks.data_wait import DataWait
+from dinoscale.hooks.metrics import Stopwatch
+from dinoscale.launcher import Process
+from dinoscale.loop import Run
+from tests.distributed.tiny_run import tiny_config
+
+
+class SilentGroup(dist.ProcessGroup):
+    """Two ranks that cannot say anything to each other."""
+
+    def getBackendName(self) -> str:  # noqa: N802  # torch's name
+        return "silent"
+
+
+@pytest.fixture
+def silent() -> Iterator[None]:
+    """A job in which every collective is an error."""
+    dist.Backend.register_backend(
+        "silent", lambda _store, rank, size, _timeout: SilentGroup(rank, size), devices=["cpu"]
+    )
+    dist.init_process_group("silent", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def _logging_run(folder: Path) -> Any:
+    run: Any = Run.__new__(Run)
+    run.config = tiny_config()
+    run.plan = resolve(run.config, world_size=2, num_images=1200)
+    run.process, run.steps_taken, run.pending_bad, run.last = Process(0, 2, 0, 2), 7, [], {}
+    run.bad = BadSampleLog(folder / "bad_samples.jsonl", writes=False)
+    run.data_wait = DataWait(num_workers=1, cores=2, ranks_here=2, on_cpu=True)
+    run.progress, run.metrics = SimpleNamespace(skipped_steps=0), MagicMock()
+    run.student, run.teacher = MagicMock(), MagicMock()
+    run.student.grad_norm.return_value = run.teacher.center.norm.return_value = torch.ones(())
+    return run
+
+
+def _record(run: Any, *, bad_images: int) -> dict[str, float]:
+    result = SimpleNamespace(loss=3.0, teacher_entropy=2.0, kl=1.0, bad_images=bad_images)
+    result.waited_s = 1e9
+    run._record(7, MagicMock(), result, MagicMock(), Stopwatch())
+    return dict(run.metrics.write.call_args[0][1])
+
+
+@pytest.mark.usefixtures("silent")
+def test_log_line_takes_no_collective_unless_there_are_bad_images(tmp_path: Path) -> None:
+    run = _logging_run(tmp_path)
+    assert _record(run, bad_images=0)["data_wait"] > 1  # of the rank that waited longest
+    with pytest.raises(RuntimeError, match="No backend type"):
+        _record(run, bad_images=1)
+
+
+def test_every_rank_counts_the_bad_images_and_stops_alike(tmp_path: Path) -> None:
+    run = _logging_run(tmp_path)
+    run.pending_bad = [BadSample("a.jpg", "cut off", 1, 2, 0)]
+    assert _record(run, bad_images=1)["bad_samples"] == 1
+    run.pending_bad = [BadSample(f"{i}.jpg", "cut off", 1, 2, 0) for i in range(12)]
+    with pytest.raises(DataError, match="too many unreadable images: 13 of 42 drawn"):
+        _record(run, bad_images=12)
+    assert not list(tmp_path.iterdir())  # another rank writes the list
