@@ -23,7 +23,7 @@ from dinoscale.checkpoint.layout import (
 from dinoscale.checkpoint.load import Checkpoint, open_run, open_verified
 from dinoscale.checkpoint.retention import Keep, Summary, best_of, delete, summary, superfluous
 from dinoscale.checkpoint.sums import flushed_sum, seal
-from dinoscale.errors import CheckpointError
+from dinoscale.errors import CheckpointError, UnreadableError
 
 
 def list_checkpoints(run_dir: Path) -> dict[str, Any]:
@@ -143,12 +143,14 @@ def _found(run_dir: Path) -> list[Path]:
 
 
 def _summaries(run_dir: Path) -> list[Summary]:
-    return [summary(path) for path in _found(run_dir)]
+    return sorted(map(summary, _found(run_dir)), key=lambda s: s.step)
 
 
 def _damage(path: Path) -> str | None:
     try:
         open_verified(path)
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         return str(error)
     return None

@@ -36,7 +36,7 @@ from dinoscale.checkpoint.retention import Keep, prune
 from dinoscale.checkpoint.sums import flushed_sum, seal
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
-from dinoscale.errors import LostPeerError
+from dinoscale.errors import CheckpointError, LostPeerError
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class Saver:
         if not error:
             try:
                 seal(part, target, {name: s for r in reports for name, s in r["sums"].items()})
-            except OSError as caught:
+            except (OSError, CheckpointError) as caught:
                 error = f"rank 0 cannot complete {target}: {caught}"
         if error:
             shutil.rmtree(part, ignore_errors=True)  # a full disk needs the space

@@ -167,15 +167,22 @@ class Student:
 
     @torch.no_grad()
     def restore_master(self, read: Callable[[str, int, int], Tensor]) -> None:
-        """Set the float32 master and the weights of the forward from full values.
+        """Set the float32 master and the weights of the forward from full values; collective.
 
         Args:
             read: (parameter name, first element, count) -> (count,) float32.
+
+        Raises:
+            DinoscaleError: on every rank; what `read` raised on one.
         """
-        for part in self._held:
-            tensor, start = self._optimizer_tensor(part)
-            view = tensor.view(-1).narrow(0, start, part.numel)
-            view.copy_(read(part.name, part.start, part.numel))
+
+        def set_all() -> None:
+            for part in self._held:
+                tensor, start = self._optimizer_tensor(part)
+                view = tensor.view(-1).narrow(0, start, part.numel)
+                view.copy_(read(part.name, part.start, part.numel))
+
+        distributed.together(set_all)  # no rank may wait for one that could not read
         self._refresh_forward_weights()
 
     def optimizer_state(self) -> dict[str, list[Tensor | None]]:

@@ -130,11 +130,20 @@ class Teacher:
     def restore(self, read: Callable[[str, int, int], Tensor]) -> None:
         """Set the average from full values; the center and buffers are the caller's to set.
 
+        Collective.
+
         Args:
             read: (parameter name, first element, count) -> (count,) float32.
+
+        Raises:
+            DinoscaleError: on every rank; what `read` raised on one.
         """
-        for fragment, view in zip(self.layout.fragments, self.ema, strict=True):
-            view.copy_(read(fragment.name, fragment.start, fragment.numel))
+
+        def set_all() -> None:
+            for fragment, view in zip(self.layout.fragments, self.ema, strict=True):
+                view.copy_(read(fragment.name, fragment.start, fragment.numel))
+
+        distributed.together(set_all)
         self._weights.publish(self.ema)
 
     def plain_network(self) -> DinoNetwork:
