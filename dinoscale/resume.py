@@ -229,6 +229,25 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
         log.warning("changed since %s: %s", checkpoint.path.name, ", ".join(changes))
 
 
+def require_same_set(checkpoint: Checkpoint, images: str) -> None:
+    """Refuse other images of the same number: every position in the run would mean another one.
+
+    Args:
+        checkpoint: of the run; one of a version that did not note its images is accepted.
+        images: `identity` of the source at hand.
+
+    Raises:
+        ConfigError: names or sizes of images, or their order, are not those of the checkpoint.
+    """
+    if checkpoint.state.get("images", images) != images:
+        raise ConfigError(
+            "data.train: the names, sizes or order of the images are not those that"
+            f" {checkpoint.path} was trained on, though their number is, so this run cannot go on"
+            " with them. Put the former set back, or start a new run with another run_dir;"
+            f" train.init_from={checkpoint.path} with train.init_head=true takes the weights over"
+        )
+
+
 def _order_of_stream(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """What else the order of streamed shards depends on; empty for other images."""
     train = config["data"]["train"]

@@ -22,7 +22,7 @@ from dinoscale.config.resolve import (
 from dinoscale.convert.start import starting_weights
 from dinoscale.cores import cores_at_hand
 from dinoscale.data.mixture import source_sizes
-from dinoscale.data.sources import Source
+from dinoscale.data.sources import Source, StoredSource
 from dinoscale.engine.build import build_pair
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
@@ -40,7 +40,13 @@ from dinoscale.loop import Run
 from dinoscale.micro_batch.search import find_micro_batch
 from dinoscale.nodes import gather_members, keep_logs, require_alike, require_shared
 from dinoscale.preemption import StopRequest
-from dinoscale.resume import find_checkpoint, keep_micro_batch, require_same_run, restore
+from dinoscale.resume import (
+    find_checkpoint,
+    keep_micro_batch,
+    require_same_run,
+    require_same_set,
+    restore,
+)
 from dinoscale.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -115,7 +121,7 @@ def _plan(config: RunConfig, process: Process, source: Source) -> RunPlan:
 def _build(
     config: RunConfig,
     process: Process,
-    source: Source,
+    source: StoredSource,
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> Run:
@@ -126,10 +132,12 @@ def _build(
             f"run_dir: {run_dir} already holds a run and resume is false;"
             " choose another run_dir, or delete that one"
         )
+    images = distributed.together(lambda: source.identity() if is_first else "")
     checkpoint = find_checkpoint(run_dir)
     if checkpoint is not None:
         config = keep_micro_batch(checkpoint, config, world_size=process.world_size)
         require_same_run(checkpoint, config, _plan(without_auto(config), process, source))
+        distributed.together(lambda: require_same_set(checkpoint, images) if is_first else None)
     elif is_first and (run_dir / "metrics.jsonl").exists():
         log.warning("steps were logged in %s, but there is no checkpoint: beginning anew", run_dir)
     start = distributed.together(lambda: starting_weights(config)) if checkpoint is None else None
@@ -143,7 +151,9 @@ def _build(
     if is_first:
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
     distributed.together(lambda: rundir.prepare(config, student) if is_first else None)
-    return Run(config, plan, process, source, student, teacher, probe, stop, watchdog, checkpoint)
+    return Run(
+        config, plan, process, source, images, student, teacher, probe, stop, watchdog, checkpoint
+    )
 
 
 def _find_micro_batch(

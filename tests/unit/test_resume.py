@@ -9,7 +9,7 @@ import pytest
 
 from dinoscale.config import RunConfig, parse_config, resolve
 from dinoscale.errors import ConfigError
-from dinoscale.resume import keep_micro_batch, require_same_run
+from dinoscale.resume import keep_micro_batch, require_same_run, require_same_set
 
 A, B = {"source": "/a"}, {"source": "/b"}
 URL = "https://host/{0..9}.tar"
@@ -130,3 +130,12 @@ def test_auto_keeps_the_micro_batch_of_the_checkpoint_where_it_divides(
 def test_a_given_micro_batch_wins_over_the_checkpoint() -> None:
     saved, given = _saved(_config({}), ranks=1), _config({}, micro_batch_size=2)
     assert keep_micro_batch(saved, given, world_size=1) == given
+
+
+def test_other_images_of_the_same_number_are_refused() -> None:
+    saved: Any = SimpleNamespace(path=Path("step_00000004"), state={"images": "a1"})
+    require_same_set(saved, "a1")
+    with pytest.raises(ConfigError, match=r"data\.train: .*step_00000004.*Put the former set back"):
+        require_same_set(saved, "b2")
+    saved.state = {}  # of a version that did not note them
+    require_same_set(saved, "b2")
