@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,6 +16,7 @@ from dinoscale.checkpoint.retention import clear_leftovers
 from dinoscale.checkpoint.save import shared_tensors
 from dinoscale.checkpoint.sums import difference, first_difference, matches, read_sums
 from dinoscale.config import RunConfig
+from dinoscale.config.backbones import RESNET50
 from dinoscale.config.resolve import RunPlan, micro_batch_sizes, with_micro_batch
 from dinoscale.data.remote import is_remote
 from dinoscale.engine.student import Student
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _DAMAGED, _MISNAMED = "damaged_", "misnamed_"  # before the names of what is set aside
-# What may change between two starts without a word: none of it moves a number beyond rounding.
+# What may change between two starts without a word: none of it moves a number beyond rounding, but
+# micro-batches where there is batch norm, of which `batch_norm_caution` warns.
 _PRECISION = "engine.precision"
 _FREE: tuple[str, ...] = ("run_dir", "resume", "engine.", "eval.", "log.", "checkpoint.")
 _FREE += (
@@ -246,6 +248,36 @@ def require_same_set(checkpoint: Checkpoint, images: str) -> None:
             " with them. Put the former set back, or start a new run with another run_dir;"
             f" train.init_from={checkpoint.path} with train.init_head=true takes the weights over"
         )
+
+
+def batch_norm_caution(
+    config: RunConfig, plan: RunPlan, then: Mapping[str, Any] | None
+) -> str | None:
+    """What to say where batch norm makes losses depend on how a step is split.
+
+    Its statistics are those of a micro-batch on all ranks: of the whole step only where there is
+    one micro-batch.
+
+    Args:
+        config: of the run.
+        plan: of this start.
+        then: plan of the checkpoint that it goes on from, as saved; None at the start of a run.
+
+    Returns:
+        A sentence, or None where there is no batch norm or nothing that changes.
+    """
+    if not config.head.batch_norm and config.model.backbone != RESNET50:
+        return None
+    images = plan.micro_batch_size * plan.world_size
+    before = then["micro_batch_size"] * then["world_size"] if then else plan.batch_size
+    if images == before:
+        return None
+    whose = "before this start" if then else "in a step"
+    return (
+        f"batch norm takes its statistics over the {images} images of a micro-batch on all ranks,"
+        f" not over {before} as there are {whose}: losses are others than with another"
+        f" train.micro_batch_size x ranks ({plan.micro_batch_size} x {plan.world_size})"
+    )
 
 
 def _order_of_stream(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from dinoscale.micro_batch.search import find_micro_batch
 from dinoscale.nodes import gather_members, keep_logs, require_alike, require_shared
 from dinoscale.preemption import StopRequest
 from dinoscale.resume import (
+    batch_norm_caution,
     find_checkpoint,
     keep_micro_batch,
     require_same_run,
@@ -202,6 +203,9 @@ def _announce(
     workers = config.data.num_workers * process.local_world_size
     if workers > cores:
         log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)
+    then = None if resumed_from is None else resumed_from.state["plan"]
+    if caution := batch_norm_caution(config, plan, then):
+        log.warning("%s", caution)
     if resumed_from is not None:
         left = plan.stop_step - resumed_from.step
         log.info("going on from %s, %d steps left", resumed_from.path, max(left, 0))
