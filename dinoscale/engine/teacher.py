@@ -27,7 +27,7 @@ from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.gradients import compute_device
 from dinoscale.engine.precision import tensor_cores
 from dinoscale.engine.shards import Layout, empty_shards
-from dinoscale.engine.student import Student, import_deepspeed
+from dinoscale.engine.student import Student, import_deepspeed, materialize
 from dinoscale.losses.centering import ROWS, teacher_probs, updated_center
 from dinoscale.models.network import DinoNetwork
 
@@ -47,7 +47,7 @@ class Teacher:
         """Start as a copy of the student.
 
         Args:
-            network: float32 network of the student's architecture; its values do not matter.
+            network: of the student's architecture, on any device; its values do not matter.
             student: gives the layout and the initial weights.
             config: of the run.
             plan: of the run.
@@ -70,6 +70,8 @@ class Teacher:
             network, self.layout, student.compute_dtype, config, plan
         )
         self._compute_dtype = student.compute_dtype
+        for name, buffer in self.buffers().items():
+            buffer.copy_(student.buffers()[name])
         self._weights.publish(self.ema)
 
     @torch.no_grad()
@@ -174,18 +176,25 @@ class _Replicated:
         _config: RunConfig,
         _plan: RunPlan,
     ) -> None:
-        self.network, self._layout = network.to(compute_device(), dtype), layout
+        self.network, self._layout = network.to(dtype), layout
         world_size, device = distributed.world_size(), compute_device()
         self._flats = [
             torch.zeros(size * world_size, dtype=dtype, device=device)
             for size in layout.shard_sizes
         ]
         self._arriving: list[Callable[[], None]] = []
+        views = {
+            place.name: self._flats[place.group]
+            .narrow(0, place.offset, place.numel)
+            .view(place.shape)
+            for place in layout.placements
+        }
+        views |= {
+            name: torch.empty_like(buffer, device=device)
+            for name, buffer in network.named_buffers()
+        }
+        network.load_state_dict(views, assign=True)
         self.buffers = dict(network.named_buffers())
-        parameters = dict(network.named_parameters())
-        for place in layout.placements:
-            flat = self._flats[place.group].narrow(0, place.offset, place.numel)
-            parameters[place.name].data = flat.view(place.shape)
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         self.wait()
@@ -230,6 +239,7 @@ class _Partitioned:
         plan: RunPlan,
     ) -> None:
         self._skeleton = copy.deepcopy(network).to("meta", dtype)
+        materialize(network, dtype, sharded=True)
         self._engine, *_ = import_deepspeed().initialize(
             model=network, config=teacher_config(config, plan), dist_init_required=False
         )
