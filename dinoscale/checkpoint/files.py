@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # about a minute: as long as an NFS server restarts
-_MAX_OPEN = 64  # files at a time; a process may usually open 1024
+_MAX_OPEN = 256  # files at a time; a process may usually open 1024
 
 
 def patiently(read: Callable[[], T], path: Path) -> T:

@@ -149,10 +149,17 @@ class Checkpoint:
     def full(self, kind: str) -> dict[str, Tensor]:
         """Every tensor of a kind (`MASTER`, `EMA`) in full, float32, on the CPU."""
         self._require_elements()  # before memory is taken for more than the files hold
-        return {
-            name: self.read(kind, name, 0, torch.Size(shape).numel()).view(shape)
-            for name, shape in self.shapes.items()
+        whole = {
+            name: torch.empty(torch.Size(shape).numel()) for name, shape in self.shapes.items()
         }
+        pieces = [
+            (file, offset, name, first, count)
+            for name, values in whole.items()
+            for first, count, file, offset in self._index.find(f"{kind}/{name}", 0, len(values))
+        ]
+        for file, offset, name, first, count in sorted(pieces):  # each file once, front to back
+            self._files.fill(whole[name].numpy()[first : first + count], file, offset=offset)
+        return {name: values.view(self.shapes[name]) for name, values in whole.items()}
 
     def buffers(self, owner: str) -> dict[str, Tensor]:
         """Buffers of `owner`, "student" or "teacher", by name."""

@@ -85,6 +85,17 @@ def test_opening_reads_no_shard_and_a_rank_opens_only_what_it_needs(
     assert checkpoint.kinds() == {kind: sorted(SHAPES) for kind in sorted(KINDS)}
 
 
+def test_whole_tensors_are_read_file_by_file(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinoscale.checkpoint.files._MAX_OPEN", 1)
+    checkpoint = Checkpoint(store(tmp_path, 1, ranks=RANKS))
+    disk.opened.clear()
+    for name, whole in checkpoint.full("ema").items():
+        assert torch.equal(whole, value_of("ema", name).view(SHAPES[name]))
+    assert disk.opened == {shard_file(rank): 1 for rank in range(RANKS)}
+
+
 def test_checkpoint_without_an_index_still_opens(tmp_path: Path) -> None:
     path = store(tmp_path, 1, ranks=RANKS)
     (path / INDEX_FILE).unlink()
