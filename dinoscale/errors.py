@@ -19,6 +19,14 @@ class CheckpointError(DinoscaleError):
     """A checkpoint or weights file is missing, damaged, or of another model."""
 
 
+class MissingFileError(CheckpointError):
+    """A file that belongs to a checkpoint is not in its folder."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint cannot be read here and now, though it may be whole: nothing was changed."""
+
+
 class ConversionError(DinoscaleError):
     """Weights have no exact form in a format, or what was written gives other features."""
 

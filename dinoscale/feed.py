@@ -14,7 +14,7 @@ from dinoscale.data.crop_params import Params
 from dinoscale.data.decode import Decoder
 from dinoscale.data.loader import Batch, train_batches
 from dinoscale.data.mixture import open_sources
-from dinoscale.data.sources import Source
+from dinoscale.data.sources import Source, StoredSource
 from dinoscale.data.transfer import to_device
 from dinoscale.engine.depth_noise import depth_uniforms
 from dinoscale.engine.step import MicroBatch
@@ -24,7 +24,7 @@ from dinoscale.launcher import Process
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 
-def open_images(config: RunConfig) -> Source:
+def open_images(config: RunConfig) -> StoredSource:
     """The images of data.train.
 
     Raises:

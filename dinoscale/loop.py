@@ -80,6 +80,7 @@ class Run:
         plan: RunPlan,
         process: Process,
         source: Source,
+        images: str,
         student: Student,
         teacher: Teacher,
         probe: Probe | None,
@@ -88,6 +89,7 @@ class Run:
         checkpoint: Checkpoint | None,
     ) -> None:
         self.config, self.plan, self.process, self.source = config, plan, process, source
+        self.images = images  # what tells this set from others, on rank 0
         self.feed = Feed(config, plan, process, source, depth=student.network.backbone.depth)
         self.student, self.teacher, self.probe = student, teacher, probe
         self.stop, self.watchdog = stop, watchdog
@@ -415,6 +417,7 @@ class Run:
             "config": self.config.model_dump(mode="json"),
             "plan": asdict(self.plan),
             "versions": self.versions,
+            "images": self.images,
             "progress": asdict(self.progress),
         }
         self._report(self.saver.begin(self.progress.step, self.student, self.teacher, about))

@@ -1,28 +1,35 @@
 """Going on with a run: find its newest undamaged checkpoint, check that it fits, load it."""
 
+import json
 import logging
-from collections.abc import Iterator
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from dinoscale import distributed
-from dinoscale.checkpoint.layout import EMA, MASTER, checkpoints
-from dinoscale.checkpoint.load import Checkpoint, first_good, open_verified
+from dinoscale.checkpoint.layout import EMA, MASTER, checkpoints, directory
+from dinoscale.checkpoint.load import Checkpoint, first_good, held_step, newest_first
 from dinoscale.checkpoint.retention import clear_leftovers
 from dinoscale.checkpoint.save import shared_tensors
+from dinoscale.checkpoint.sums import difference, first_difference, matches, read_sums
 from dinoscale.config import RunConfig
+from dinoscale.config.backbones import RESNET50
 from dinoscale.config.resolve import RunPlan, micro_batch_sizes, with_micro_batch
 from dinoscale.data.remote import is_remote
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
-from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.errors import CheckpointError, ConfigError, MissingFileError, UnreadableError
 from dinoscale.versions import versions
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-_DAMAGED = "damaged_"
-# What may change between two starts without a word: none of it moves a number beyond rounding.
+_DAMAGED, _MISNAMED = "damaged_", "misnamed_"  # before the names of what is set aside
+# What may change between two starts without a word: none of it moves a number beyond rounding, but
+# micro-batches where there is batch norm, of which `batch_norm_caution` warns.
 _PRECISION = "engine.precision"
 _FREE: tuple[str, ...] = ("run_dir", "resume", "engine.", "eval.", "log.", "checkpoint.")
 _FREE += (
@@ -38,31 +45,121 @@ _FREE += (
 def find_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The newest undamaged checkpoint of a run, None if it has none; collective.
 
-    All ranks share the reading for the checksums. Damaged checkpoints are set aside under another
-    name, and what was not written to its end is deleted.
+    All ranks share the reading for the checksums; rank 0 opens it and hands it to the others.
+    Damaged checkpoints are set aside under another name, and what was not written to its end is
+    deleted. Nothing is done about one that merely cannot be read. One that holds another step than
+    its name tells gets the right name, or is set aside where that is taken.
 
     Raises:
+        UnreadableError: on every rank; the newest cannot be read, or ranks see it differently.
         CheckpointError: there are checkpoints and all of them are damaged.
     """
-    rank, world_size = distributed.rank(), distributed.world_size()
-    found = distributed.broadcast_object(checkpoints(run_dir)[::-1])  # one view of the directory
-    checkpoint, errors = first_good(
-        found,
-        lambda path: distributed.together(
-            lambda: open_verified(path, share=rank, num_shares=world_size)
-        ),
-    )
-    if rank == 0:
+    is_first = distributed.rank() == 0
+    if is_first:
+        _correct_names(run_dir)
+    found = distributed.broadcast_object(newest_first(run_dir) if is_first else [])
+    checkpoint, errors = first_good(found, _open_together)
+    if is_first:
         for path, error in zip(found, errors, strict=False):
             _set_aside(path, error)
         clear_leftovers(run_dir)
     return checkpoint
 
 
+def _correct_names(run_dir: Path) -> None:
+    for path in checkpoints(run_dir):
+        step = held_step(path)
+        right = directory(run_dir, step)
+        if path == right:
+            continue
+        if right.exists():
+            if held_step(right) != step:
+                continue
+            right = path.with_name(_MISNAMED + path.name)
+        log.warning("%s holds step %d, as its state.json says: it becomes %s", path, step, right)
+        _rename(path, right)
+
+
+def _open_together(path: Path) -> Checkpoint:
+    """Verify and open a checkpoint; what all ranks see as one is said to be damaged.
+
+    Raises:
+        UnreadableError: it cannot be read, or ranks see different files or bytes.
+        CheckpointError: it is damaged.
+    """
+    try:
+        sums = _of_first(lambda: read_sums(path))
+        _require_sums(path, sums)
+        return _of_first(lambda: Checkpoint(path))
+    except MissingFileError:
+        views = distributed.gather_objects(_listed(path))
+        other = next((rank for rank, view in enumerate(views) if view != views[0]), None)
+        if other is None:
+            raise
+        raise UnreadableError(
+            f"rank {other} sees other files in {path} than rank 0 ({views[other]} and {views[0]})."
+            " The checkpoint may be whole, and nothing of it was changed: mend the file system, or"
+            " leave out that machine, then start again"
+        ) from None
+
+
+def _of_first(read: Callable[[], T]) -> T:
+    """What rank 0 reads, on every rank; its second reading decides whether something is damaged."""
+
+    def read_twice() -> T:
+        try:
+            return read()
+        except (MissingFileError, UnreadableError):
+            raise
+        except CheckpointError:
+            return read()
+
+    value = distributed.together(lambda: read_twice() if distributed.rank() == 0 else None)
+    return cast(T, distributed.broadcast_object(value))
+
+
+def _require_sums(path: Path, sums: dict[str, str]) -> None:
+    """Compare all files with their checksums, each rank its share; rank 0 looks at a bad one too.
+
+    Raises:
+        UnreadableError: a file cannot be read, or rank 0 reads other bytes of it.
+        CheckpointError: a file is damaged.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    own = distributed.together(
+        lambda: first_difference(path, sums, share=rank, num_shares=world_size)
+    )
+    found = distributed.gather_objects(own)
+    finder = next((number for number, name in enumerate(found) if name is not None), None)
+    if finder is None:
+        return
+    name = cast(str, found[finder])
+    whole = distributed.together(lambda: rank != 0 or matches(path / name, sums[name]))
+    if not distributed.broadcast_object(whole):
+        raise difference(path, name)
+    raise UnreadableError(
+        f"rank {finder} twice read other bytes of {path / name} than rank 0, which found it whole;"
+        " nothing was changed: leave out the machine of that rank, then start again"
+    )
+
+
+def _listed(path: Path) -> str:
+    """What a rank sees of a checkpoint's folder, short enough to be compared and shown."""
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        return str(error.strerror)
+    return f"{len(names)} files, CRC {zlib.crc32(json.dumps(names).encode()):08x}"
+
+
 def _set_aside(path: Path, error: CheckpointError) -> None:
     log.warning("%s; going on from an older checkpoint", error)
+    _rename(path, path.with_name(_DAMAGED + path.name))
+
+
+def _rename(path: Path, target: Path) -> None:
     try:
-        path.rename(path.with_name(_DAMAGED + path.name))
+        path.rename(target)
     except OSError as reason:
         log.warning("cannot rename %s: %s", path, reason)
 
@@ -134,6 +231,55 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
         log.warning("changed since %s: %s", checkpoint.path.name, ", ".join(changes))
 
 
+def require_same_set(checkpoint: Checkpoint, images: str) -> None:
+    """Refuse other images of the same number: every position in the run would mean another one.
+
+    Args:
+        checkpoint: of the run; one of a version that did not note its images is accepted.
+        images: `identity` of the source at hand.
+
+    Raises:
+        ConfigError: names or sizes of images, or their order, are not those of the checkpoint.
+    """
+    if checkpoint.state.get("images", images) != images:
+        raise ConfigError(
+            "data.train: the names, sizes or order of the images are not those that"
+            f" {checkpoint.path} was trained on, though their number is, so this run cannot go on"
+            " with them. Put the former set back, or start a new run with another run_dir;"
+            f" train.init_from={checkpoint.path} with train.init_head=true takes the weights over"
+        )
+
+
+def batch_norm_caution(
+    config: RunConfig, plan: RunPlan, then: Mapping[str, Any] | None
+) -> str | None:
+    """What to say where batch norm makes losses depend on how a step is split.
+
+    Its statistics are those of a micro-batch on all ranks: of the whole step only where there is
+    one micro-batch.
+
+    Args:
+        config: of the run.
+        plan: of this start.
+        then: plan of the checkpoint that it goes on from, as saved; None at the start of a run.
+
+    Returns:
+        A sentence, or None where there is no batch norm or nothing that changes.
+    """
+    if not config.head.batch_norm and config.model.backbone != RESNET50:
+        return None
+    images = plan.micro_batch_size * plan.world_size
+    before = then["micro_batch_size"] * then["world_size"] if then else plan.batch_size
+    if images == before:
+        return None
+    whose = "before this start" if then else "in a step"
+    return (
+        f"batch norm takes its statistics over the {images} images of a micro-batch on all ranks,"
+        f" not over {before} as there are {whose}: losses are others than with another"
+        f" train.micro_batch_size x ranks ({plan.micro_batch_size} x {plan.world_size})"
+    )
+
+
 def _order_of_stream(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """What else the order of streamed shards depends on; empty for other images."""
     train = config["data"]["train"]
@@ -171,7 +317,8 @@ def restore(checkpoint: Checkpoint, student: Student, teacher: Teacher) -> None:
     shapes = {name: tuple(value.shape) for name, value in live.items()}
     distributed.together(lambda: checkpoint.require(student.shapes, shapes))
     student.restore_master(lambda *at: checkpoint.read(MASTER, *at))
-    student.restore_optimizer(checkpoint.read, checkpoint.state["optimizer_steps"])
+    steps = checkpoint.state["optimizer_steps"]
+    distributed.together(lambda: student.restore_optimizer(checkpoint.read, steps))
     teacher.restore(lambda *at: checkpoint.read(EMA, *at))
     for name, value in live.items():
         value.copy_(checkpoint.shared[name])

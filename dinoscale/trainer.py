@@ -24,7 +24,7 @@ from dinoscale.config.resolve import (
 from dinoscale.convert.start import starting_weights
 from dinoscale.cores import cores_at_hand, cores_of_rank
 from dinoscale.data.mixture import source_sizes
-from dinoscale.data.sources import Source
+from dinoscale.data.sources import Source, StoredSource
 from dinoscale.engine.build import build_pair
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
@@ -37,7 +37,14 @@ from dinoscale.loop import Run
 from dinoscale.micro_batch.search import find_micro_batch
 from dinoscale.nodes import gather_members, keep_logs, require_alike, require_shared
 from dinoscale.preemption import StopRequest
-from dinoscale.resume import find_checkpoint, keep_micro_batch, require_same_run, restore
+from dinoscale.resume import (
+    batch_norm_caution,
+    find_checkpoint,
+    keep_micro_batch,
+    require_same_run,
+    require_same_set,
+    restore,
+)
 from dinoscale.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -105,7 +112,7 @@ def _plan(config: RunConfig, process: Process, source: Source) -> RunPlan:
 def _build(
     config: RunConfig,
     process: Process,
-    source: Source,
+    source: StoredSource,
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> Run:
@@ -116,10 +123,12 @@ def _build(
             f"run_dir: {run_dir} already holds a run and resume is false;"
             " choose another run_dir, or delete that one"
         )
+    images = distributed.together(lambda: source.identity() if is_first else "")
     checkpoint = find_checkpoint(run_dir)
     if checkpoint is not None:
         config = keep_micro_batch(checkpoint, config, world_size=process.world_size)
         require_same_run(checkpoint, config, _plan(without_auto(config), process, source))
+        distributed.together(lambda: require_same_set(checkpoint, images) if is_first else None)
     elif is_first and (run_dir / "metrics.jsonl").exists():
         log.warning("steps were logged in %s, but there is no checkpoint: beginning anew", run_dir)
     start = distributed.together(lambda: starting_weights(config)) if checkpoint is None else None
@@ -137,7 +146,9 @@ def _build(
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
     told = {"student": student.deepspeed_config, "teacher": teacher.deepspeed_config}
     distributed.together(lambda: rundir.prepare(config, told) if is_first else None)
-    return Run(config, plan, process, source, student, teacher, probe, stop, watchdog, checkpoint)
+    return Run(
+        config, plan, process, source, images, student, teacher, probe, stop, watchdog, checkpoint
+    )
 
 
 def _find_micro_batch(
@@ -186,6 +197,9 @@ def _announce(
     workers = config.data.num_workers * process.local_world_size
     if workers > cores:
         log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)
+    then = None if resumed_from is None else resumed_from.state["plan"]
+    if caution := batch_norm_caution(config, plan, then):
+        log.warning("%s", caution)
     if resumed_from is not None:
         left = plan.stop_step - resumed_from.step
         log.info("going on from %s, %d steps left", resumed_from.path, max(left, 0))

@@ -3,6 +3,7 @@
     RUN/checkpoints/step_00000100/
         shard_00000.safetensors    fragments of master, ema and the optimizer's moments of rank 0
         shared.safetensors         center; buffers of student and teacher (batch norm only)
+        shards.index               which elements lie where in the shards: opening reads this one
         state.json                 format, step, shapes, step counts, config, versions, progress
         SHA256SUMS                 `sha256sum --check SHA256SUMS` agrees
         measured.json              its k-NN accuracy, added when that is known; not in SHA256SUMS

@@ -6,6 +6,7 @@ FORMAT = 2
 MASTER, EMA = "master", "ema"
 STATE_FILE, SHARED_FILE, SUMS_FILE = "state.json", "shared.safetensors", "SHA256SUMS"
 MEASURED_FILE = "measured.json"
+INDEX_FILE, SHARD_PREFIX = "shards.index", "shard_"
 
 
 def directory(run_dir: Path, step: int) -> Path:
@@ -15,7 +16,7 @@ def directory(run_dir: Path, step: int) -> Path:
 
 def shard_file(rank: int) -> str:
     """Name of one rank's file."""
-    return f"shard_{rank:05d}.safetensors"
+    return f"{SHARD_PREFIX}{rank:05d}.safetensors"
 
 
 def part_of(target: Path) -> Path:
@@ -29,8 +30,19 @@ def removed_of(target: Path) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All checkpoints of a run that were written to their end, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step_????????"))
+    """All checkpoints of a run that were written to their end, by the steps in their names."""
+    found = (run_dir / "checkpoints").glob("step_*")
+    return sorted((path for path in found if named_step(path) is not None), key=_order)
+
+
+def named_step(path: Path) -> int | None:
+    """The step that a directory's name tells, None for another name."""
+    digits = path.name.removeprefix("step_")
+    return int(digits) if digits.isascii() and digits.isdecimal() else None
+
+
+def _order(path: Path) -> tuple[int, str]:
+    return named_step(path) or 0, path.name
 
 
 def leftovers(run_dir: Path) -> list[Path]:

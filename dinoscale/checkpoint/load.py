@@ -1,27 +1,40 @@
 """Read a checkpoint: ranges of named tensors out of all ranks' files, at any world size."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from operator import index
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from dinoscale.checkpoint.layout import EMA, FORMAT, MASTER, SHARED_FILE, STATE_FILE, checkpoints
+from dinoscale.checkpoint.files import ShardFiles, patiently
+from dinoscale.checkpoint.index import ShardIndex, index_from_bytes, index_of_headers
+from dinoscale.checkpoint.layout import (
+    EMA,
+    FORMAT,
+    INDEX_FILE,
+    MASTER,
+    SHARD_PREFIX,
+    SHARED_FILE,
+    STATE_FILE,
+    checkpoints,
+    named_step,
+)
 from dinoscale.checkpoint.progress import Progress, read_measured
 from dinoscale.checkpoint.sums import read_sums, verify
-from dinoscale.errors import CheckpointError
+from dinoscale.errors import CheckpointError, UnreadableError
 
 log = logging.getLogger(__name__)
 
-_DAMAGES = (  # how a file can fail that is cut off, or that we did not write
-    OSError,
+_DAMAGES = (  # how the contents of a file can fail that we did not write
     ValueError,
+    OverflowError,
     TypeError,
     LookupError,
     AttributeError,
@@ -33,7 +46,11 @@ _DAMAGES = (  # how a file can fail that is cut off, or that we did not write
 class Checkpoint:
     """An open checkpoint; nothing of it is unpickled.
 
+    Opening reads the small files; of the shards only what is asked for is read, when it is asked
+    for. Picklable: rank 0 opens one and hands it to the others, who open the shards they need.
+
     Attributes:
+        path: the step_* directory.
         state: contents of state.json.
         shared: center and buffers by name, on the CPU.
     """
@@ -42,26 +59,41 @@ class Checkpoint:
         """Open `path`, a step_* directory.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or the format is unknown.
+            MissingFileError: a file is missing.
+            UnreadableError: one cannot be read, or another version wrote it.
+            CheckpointError: one is damaged.
         """
         self.path = path
         names = sorted(read_sums(path))
         try:
-            self.state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
+            self.state: dict[str, Any] = json.loads(self._read(STATE_FILE))
             if self.state["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{path}: format {self.state['format']}, this version reads {FORMAT}"
+                raise UnreadableError(
+                    f"{path} has format {self.state['format']}, and this version reads {FORMAT}:"
+                    " go on with the version that wrote it, or choose another run_dir"
                 )
-            self.shared = load_file(path / SHARED_FILE)
-            self._files = [
-                safe_open(path / name, framework="pt")
-                for name in names
-                if name.startswith("shard_")
-            ]
-            self._pieces = self._index()
             _check_state(self.state)
+            self.shared = safetensors.torch.load(self._read(SHARED_FILE))
+            self._index = self._open_index(names)
         except _DAMAGES as error:
             raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
+        self._files = ShardFiles(path)
+
+    def _read(self, name: str) -> bytes:
+        return patiently((self.path / name).read_bytes, self.path / name)
+
+    def _open_index(self, names: Sequence[str]) -> ShardIndex:
+        """The index, once all files are as long as it says."""
+        shards = [name for name in names if name.startswith(SHARD_PREFIX)]
+        if INDEX_FILE in names:
+            found = index_from_bytes(self._read(INDEX_FILE))
+        else:  # written by a version before there was one
+            found = index_of_headers(self.path, shards)
+        if sorted(found.files) != shards:
+            raise ValueError(f"{INDEX_FILE} is not of these files")
+        paths = [self.path / name for name in found.files]
+        found.require_within([patiently(path.stat, path).st_size for path in paths])
+        return found
 
     @property
     def step(self) -> int:
@@ -93,15 +125,15 @@ class Checkpoint:
         """Elements start..start+numel of a flattened tensor, (numel,) float32.
 
         Raises:
-            CheckpointError: some of them are in no file.
+            CheckpointError: some of them are in no file, or cannot be read.
         """
         result = torch.empty(numel)
-        found = 0
-        for first, count, file in self._pieces.get(f"{kind}/{name}", []):
+        values, found = result.numpy(), 0
+        for first, count, file, offset in self._index.find(f"{kind}/{name}", start, start + numel):
             low, high = max(start, first), min(start + numel, first + count)
             if low < high:
-                piece = file.get_slice(f"{kind}/{name}")[low - first : high - first]
-                result[low - start : high - start] = piece
+                piece = values[low - start : high - start]
+                self._files.fill(piece, file, offset=offset + values.itemsize * (low - first))
                 found += high - low
         self._require_all(kind, name, found, numel)
         return result
@@ -109,7 +141,7 @@ class Checkpoint:
     def kinds(self) -> dict[str, list[str]]:
         """Kind ("master", "ema", moments of the optimizer) -> names of its tensors."""
         found: dict[str, list[str]] = {}
-        for key in sorted(self._pieces):
+        for key in self._index.spans:
             kind, name = key.split("/", 1)
             found.setdefault(kind, []).append(name)
         return found
@@ -121,10 +153,17 @@ class Checkpoint:
     def full(self, kind: str) -> dict[str, Tensor]:
         """Every tensor of a kind (`MASTER`, `EMA`) in full, float32, on the CPU."""
         self._require_elements()  # before memory is taken for more than the files hold
-        return {
-            name: self.read(kind, name, 0, torch.Size(shape).numel()).view(shape)
-            for name, shape in self.shapes.items()
+        whole = {
+            name: torch.empty(torch.Size(shape).numel()) for name, shape in self.shapes.items()
         }
+        pieces = [
+            (file, offset, name, first, count)
+            for name, values in whole.items()
+            for first, count, file, offset in self._index.find(f"{kind}/{name}", 0, len(values))
+        ]
+        for file, offset, name, first, count in sorted(pieces):  # each file once, front to back
+            self._files.fill(whole[name].numpy()[first : first + count], file, offset=offset)
+        return {name: values.view(self.shapes[name]) for name, values in whole.items()}
 
     def buffers(self, owner: str) -> dict[str, Tensor]:
         """Buffers of `owner`, "student" or "teacher", by name."""
@@ -166,7 +205,7 @@ class Checkpoint:
     def _require_elements(self) -> None:
         for kind in (MASTER, EMA):
             for name, shape in self.shapes.items():
-                found = sum(count for _, count, _ in self._pieces.get(f"{kind}/{name}", []))
+                found = self._index.numel(f"{kind}/{name}")
                 self._require_all(kind, name, found, torch.Size(shape).numel())
 
     def _require_all(self, kind: str, name: str, found: int, numel: int) -> None:
@@ -176,16 +215,6 @@ class Checkpoint:
                 " a shard file is missing, use an earlier checkpoint"
             )
 
-    def _index(self) -> dict[str, list[tuple[int, int, Any]]]:
-        pieces: dict[str, list[tuple[int, int, Any]]] = {}
-        for file in self._files:
-            starts = json.loads(file.metadata()["starts"])
-            for key in file.keys():  # noqa: SIM118  # not a mapping
-                numel = file.get_slice(key).get_shape()[0]
-                name = key.split("/", 1)[1]
-                pieces.setdefault(key, []).append((index(starts[name]), numel, file))
-        return pieces
-
 
 def _check_state(state: dict[str, Any]) -> None:
     """Raise ValueError where what every reader relies on is of another type."""
@@ -193,6 +222,8 @@ def _check_state(state: dict[str, Any]) -> None:
     mappings = [state[name] for name in ("config", "plan", "progress", "optimizer_steps")]
     if type(state["step"]) is not int or not all(isinstance(m, dict) for m in mappings):
         raise ValueError(f"{STATE_FILE} needs a whole number as step and mappings as config etc.")
+    if state["progress"].get("step", state["step"]) != state["step"]:
+        raise ValueError(f"{STATE_FILE} disagrees with itself about the step")
     if not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"{STATE_FILE} holds a shape that is none")
 
@@ -207,13 +238,16 @@ def first_good(
         open_one: opens one or raises CheckpointError.
 
     Raises:
+        UnreadableError: what is wrong with one may pass.
         CheckpointError: there are some, and none can be used.
     """
     errors: list[CheckpointError] = []
     for path in found:
         try:
             return open_one(path), errors
-        except CheckpointError as error:  # noqa: PERF203  # a few paths, once a start
+        except UnreadableError:  # noqa: PERF203  # an older one would lose the steps since
+            raise
+        except CheckpointError as error:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
@@ -225,23 +259,51 @@ def first_good(
     return None, []
 
 
-def open_verified(path: Path, *, share: int = 0, num_shares: int = 1) -> Checkpoint:
-    """Open a step_* directory after comparing this share of its files with their checksums.
+def held_step(path: Path) -> int:
+    """The step that a step_* directory holds: its state's, if that is as it was sealed."""
+    named = named_step(path)
+    assert named is not None
+    with suppress(OSError, CheckpointError, *_DAMAGES):
+        data = (path / STATE_FILE).read_bytes()
+        step = json.loads(data)["step"]
+        if type(step) is int and step != named:
+            sealed = read_sums(path)[STATE_FILE] == hashlib.sha256(data).hexdigest()
+            return step if sealed else named
+    return named
+
+
+def newest_first(run_dir: Path) -> list[Path]:
+    """All checkpoints of a run by the steps they hold; of equals the one that is named so first."""
+
+    def order(path: Path) -> tuple[int, bool]:
+        held, named = held_step(path), named_step(path)
+        if held != named:
+            log.warning("%s holds step %d, as its state.json says, which counts", path, held)
+        return held, held == named
+
+    return sorted(checkpoints(run_dir), key=order, reverse=True)
+
+
+def open_verified(path: Path) -> Checkpoint:
+    """Open a step_* directory after comparing its files with their checksums.
 
     Raises:
+        UnreadableError: it cannot be read, though it may be whole.
         CheckpointError: it is damaged or incomplete.
     """
-    verify(path, share=share, num_shares=num_shares)
+    verify(path)
     return Checkpoint(path)
 
 
 def open_run(path: Path) -> Checkpoint:
     """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory.
 
+    The newest is the one that holds the highest step, whatever its name.
+
     Raises:
         CheckpointError: there is none.
     """
-    found = [path] if (path / STATE_FILE).exists() else checkpoints(path)[::-1]
+    found = [path] if (path / STATE_FILE).exists() else newest_first(path)
     checkpoint, errors = first_good(found, open_verified)
     for error in errors:
         log.warning("%s; using an older one", error)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
 from dinoscale.checkpoint.retention import Keep, Summary, best_of, delete, summary, superfluous
-from dinoscale.errors import CheckpointError
+from dinoscale.errors import CheckpointError, UnreadableError
 
 
 def list_checkpoints(run_dir: Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _found(run_dir: Path) -> list[Path]:
 
 
 def _summaries(run_dir: Path) -> list[Summary]:
-    return [summary(path) for path in _found(run_dir)]
+    return sorted(map(summary, _found(run_dir)), key=lambda s: s.step)
 
 
 def _damage(path: Path) -> str | None:
@@ -87,6 +87,8 @@ def _damage(path: Path) -> str | None:
 
     try:
         open_verified(path)
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         return str(error)
     return None

@@ -39,7 +39,7 @@ def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:
     part = part_of(target)
     try:
         part.mkdir(parents=True, exist_ok=True)
-        for shard in tqdm(range(num_shards), unit="file", file=sys.stderr):
+        for shard in tqdm(range(num_shards), unit="file", file=sys.stderr, disable=None):
             tensors, starts = _cut(checkpoint, shard, num_shards)
             save_file(tensors, part / shard_file(shard), metadata={"starts": json.dumps(starts)})
         save_file(checkpoint.shared, part / SHARED_FILE)

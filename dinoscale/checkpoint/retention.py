@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoscale.checkpoint.layout import STATE_FILE, checkpoints, leftovers, removed_of
+from dinoscale.checkpoint.layout import (
+    STATE_FILE,
+    checkpoints,
+    leftovers,
+    named_step,
+    removed_of,
+)
 from dinoscale.checkpoint.progress import read_measured
 
 log = logging.getLogger(__name__)
@@ -43,22 +49,35 @@ class Summary:
 
 def summary(path: Path) -> Summary:
     """Read the state.json of a checkpoint and the sizes of its files; verifies nothing."""
-    step = int(path.name.removeprefix("step_"))
+    try:
+        return _read(path)
+    except OSError:
+        return _unknown(path)
+
+
+def _read(path: Path) -> Summary:
+    """As `summary`; raises OSError where one would have to read again to know."""
     try:
         state = json.loads((path / STATE_FILE).read_text())
         top1 = read_measured(path)
         num_bytes = sum(file.stat().st_size for file in path.iterdir())
         return Summary(
             path,
-            step,
+            int(state.get("step", named_step(path))),
             num_bytes,
             state["saved_at"],
             state["progress"]["knn_top1"] if top1 is None else top1,
             state["plan"]["world_size"],
             state["config"]["engine"]["zero_stage"],
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return Summary(path, step, None, None, None, None, None)
+    except (FileNotFoundError, NotADirectoryError):
+        return _unknown(path)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return _unknown(path)
+
+
+def _unknown(path: Path) -> Summary:
+    return Summary(path, named_step(path) or 0, None, None, None, None, None)
 
 
 def best_of(found: Sequence[Summary]) -> Summary | None:
@@ -68,7 +87,11 @@ def best_of(found: Sequence[Summary]) -> Summary | None:
 
 
 def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
-    """Those that no rule keeps, in the order given (oldest first)."""
+    """Those that no rule keeps, in the order given (oldest first).
+
+    One that holds another step than its name tells is somebody's copy: it stays and counts nowhere.
+    """
+    found = [s for s in found if s.step == named_step(s.path)]
     kept = {s.step for s in found[-keep.last :]}
     if keep.every_steps:
         kept |= {s.step for s in found if s.step % keep.every_steps == 0}
@@ -77,11 +100,19 @@ def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
 
 
 def prune(run_dir: Path, keep: Keep) -> list[Path]:
-    """Delete what no rule keeps; one that cannot be deleted costs space, not the run."""
+    """Delete what no rule keeps; one that cannot be deleted costs space, not the run.
+
+    One that cannot be read now may be the best, so it stays.
+    """
     paths = checkpoints(run_dir)
     if len(paths) <= keep.last:
         return []
-    found = [summary(path) for path in paths]
+    found = []
+    for path in paths:
+        try:
+            found.append(_read(path))
+        except OSError as error:  # noqa: PERF203  # a few paths, once a save
+            log.warning("cannot read %s (%s): it stays", path, error)
     return [s.path for s in superfluous(found, keep) if delete(s.path)]
 
 

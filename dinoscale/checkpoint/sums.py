@@ -3,9 +3,12 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from dinoscale.checkpoint.layout import STATE_FILE, SUMS_FILE
+from dinoscale.checkpoint.files import patiently
+from dinoscale.checkpoint.index import index_of_headers
+from dinoscale.checkpoint.layout import INDEX_FILE, SHARD_PREFIX, STATE_FILE, SUMS_FILE
 from dinoscale.errors import CheckpointError
 
 _BLOCK_BYTES = 1 << 20
@@ -45,8 +48,14 @@ def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def seal(part: Path, target: Path, sums: Mapping[str, str]) -> None:
-    """Complete a checkpoint: write its list of `sums`, then give it its name, all on disk."""
-    write_sums(part, sums)
+    """Complete a checkpoint: write its index and list of sums, then give it its name, on disk.
+
+    Raises:
+        OSError, CheckpointError: it cannot be written, or what was written be read again.
+    """
+    shards = sorted(name for name in sums if name.startswith(SHARD_PREFIX))
+    (part / INDEX_FILE).write_bytes(index_of_headers(part, shards).to_bytes())
+    write_sums(part, {**sums, INDEX_FILE: flushed_sum(part / INDEX_FILE)})
     part.rename(target)
     flush(target.parent)
 
@@ -55,15 +64,13 @@ def read_sums(folder: Path) -> dict[str, str]:
     """File name -> digest of a checkpoint.
 
     Raises:
-        CheckpointError: there is no list, or it is damaged.
+        CheckpointError: there is no list, it is damaged, or it cannot be read.
     """
     path = folder / SUMS_FILE
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{folder} is not a complete checkpoint: {path.name}: {error}"
-        ) from error
+        text = patiently(path.read_text, path)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     sums = {}
     for line in text.splitlines():
         digest, _, name = line.partition("  ")
@@ -84,25 +91,60 @@ def verify(folder: Path, *, share: int = 0, num_shares: int = 1) -> int:
         num_shares: into how many parts they are divided.
 
     Returns:
-        Bytes read.
+        Bytes of these files.
 
     Raises:
-        CheckpointError: naming the first file that is missing or differs.
+        MissingFileError: one of them, or the list of the checksums, is not there.
+        UnreadableError: one cannot be read.
+        CheckpointError: one differs, twice, or the list is damaged.
     """
-    num_bytes = 0
-    for name, expected in sorted(read_sums(folder).items())[share::num_shares]:
-        path = folder / name
+    sums = read_sums(folder)
+    name = first_difference(folder, sums, share=share, num_shares=num_shares)
+    if name is not None:
+        raise difference(folder, name)
+    paths = [folder / name for name in sorted(sums)[share::num_shares]]
+    return sum(patiently(path.stat, path).st_size for path in paths)
+
+
+def difference(folder: Path, name: str) -> CheckpointError:
+    """What to raise about a file that is not as its checksum says."""
+    return CheckpointError(
+        f"{folder} is damaged: {name} does not match its checksum in {SUMS_FILE}"
+    )
+
+
+def first_difference(
+    folder: Path, sums: Mapping[str, str], *, share: int = 0, num_shares: int = 1
+) -> str | None:
+    """Name of the first file that twice did not match its checksum; arguments as of `verify`.
+
+    Raises:
+        MissingFileError: a file is not there.
+        UnreadableError: a file cannot be read.
+    """
+    for name, expected in sorted(sums.items())[share::num_shares]:
+        if not matches(folder / name, expected):
+            forget(folder / name)
+            if not matches(folder / name, expected):
+                return name
+    return None
+
+
+def matches(path: Path, expected: str) -> bool:
+    """Whether a file has this digest.
+
+    Raises:
+        MissingFileError: it is not there.
+        UnreadableError: it cannot be read.
+    """
+    return patiently(lambda: sha256(path), path) == expected
+
+
+def forget(path: Path) -> None:
+    """Let the next reading come from the storage, not from this machine's memory of the file."""
+    with suppress(OSError, AttributeError):  # only a wish, and macOS does not know it
+        handle = os.open(path, os.O_RDONLY)
         try:
-            size = path.stat().st_size
-            found = sha256(path)
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder} is damaged: {name} cannot be read: {error.strerror or error}"
-            ) from error
-        if found != expected:
-            raise CheckpointError(
-                f"{folder} is damaged: {name} ({size} bytes) does not match its checksum"
-                f" in {SUMS_FILE}"
-            )
-        num_bytes += size
-    return num_bytes
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)

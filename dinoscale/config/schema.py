@@ -116,7 +116,7 @@ class HeadConfig(Section):
     )
     batch_norm: bool = Field(
         default=False,
-        description="Batch norm after each hidden layer, over all ranks. Source: [C].",
+        description="Batch norm after each hidden layer, over a micro-batch of all ranks. [C].",
     )
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinoscale import distributed
 from dinoscale.config import RunConfig
 from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.coverage import coverage_of
@@ -36,12 +37,14 @@ _FIRST_LAYERS = ("patch_embed.proj.weight", "conv1.weight")  # of a ViT and of a
 def starting_weights(config: RunConfig) -> Start | None:
     """Read the weights that a run starts from; None where it starts from random ones.
 
+    Rank 0 reads them, once for the whole job, and other ranks get None; `build_pair` hands out.
+
     Raises:
         CheckpointError: they cannot be read, or do not fit what they claim to be.
         ConfigError: the run's architecture is another, or its head where that is asked for.
     """
     path = config.train.init_from
-    if path is None:
+    if path is None or distributed.rank() != 0:
         return None
     weights = read_source(path)
     try:

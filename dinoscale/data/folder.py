@@ -1,5 +1,6 @@
 """Images as files of their own: those of a folder, or those that a list names."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from dinoscale.errors import DataError
 log = logging.getLogger(__name__)
 
 _MAX_PATH_BYTES = 4096  # Linux opens no longer one
+_SIZES = 4096  # at most so many files are asked for their size, a fraction of a second locally
 _FIRST_LOOKED_AT = 100  # entries of a list, of which one at least must be there
 
 
@@ -63,6 +65,14 @@ class FolderSource:
             return os.stat(self.path(index)).st_size
         except OSError:
             return 0
+
+    def identity(self) -> str:
+        """Digest of the names, and of the sizes of some thousand files, which takes seconds.
+
+        Raises:
+            DataError: a size cannot be read.
+        """
+        return _identity(self._names.digest(), self)
 
     def data(self, index: int) -> bytes:
         """The file of an image as it is.
@@ -177,6 +187,17 @@ class ListSource:
         """Absolute paths of all files in the order of the images."""
         return (os.path.join(self._folder, name) for name, _ in self._names.rows(0, len(self)))
 
+    def identity(self) -> str:
+        """Digest of the last two parts of all paths, and of the sizes of some thousand files.
+
+        Raises:
+            DataError: a size cannot be read.
+        """
+        names = hashlib.sha256()
+        for name, _ in self._names.rows(0, len(self)):
+            names.update(os.fsencode("/".join(name.split("/")[-2:])) + b"\0")
+        return _identity(names.hexdigest(), self)
+
     def picture(self, index: int) -> Picture:
         """Read an image.
 
@@ -195,6 +216,20 @@ class ListSource:
     def class_names(self) -> list[str] | None:
         """None: a list has no classes."""
         return None
+
+
+def _identity(names: str, source: FolderSource | ListSource) -> str:
+    """Digest of the digest of the names and of the sizes of files at even distances."""
+    sizes = []
+    for index in range(0, len(source), -(-len(source) // _SIZES)):
+        path = source.path(index)
+        try:
+            sizes.append(os.stat(path).st_size)
+        except FileNotFoundError:
+            sizes.append(-1)  # a bad sample, when it is met
+        except OSError as error:
+            raise DataError(f"cannot read the size of {path}: {error.strerror}.") from error
+    return hashlib.sha256(f"{names} {sizes}".encode()).hexdigest()
 
 
 def _entries(path: str) -> Iterator[str]:

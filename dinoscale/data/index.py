@@ -12,6 +12,7 @@ File: header | N + 1 rows | names | about, all little-endian.
 A file of another kind, a cut or a damaged one is noticed by magic, length and sums.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from dinoscale.errors import DataError
 
@@ -102,6 +105,32 @@ class Index:
             size = (count + 1) * self._row.size
             packed = self._read(size, _HEADER.size + begin * self._row.size)
             yield from self._named([*map(self._unpacked, _split(packed, self._row.size))])
+
+    def digest(self, *, number: int | None = None) -> str:
+        """SHA-256 of all names in their order and, if asked for, of one of the numbers of each row.
+
+        Raises:
+            DataError: the file was damaged since it was opened.
+        """
+        letters = self._row.format[2:-1]  # between where the name begins and the sum
+        kinds = [f"<{'i8' if letter == 'q' else 'u8'}" for letter in letters]
+        fields = [
+            ("begin", "<u8"),
+            *((f"{i}", kind) for i, kind in enumerate(kinds)),
+            ("sum", "<u4"),
+        ]
+        parts = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+        size, at_once = self._row.size, _CHUNK_BYTES // self._row.size
+        for begin in range(0, self._num_rows + 1, at_once):
+            count = min(at_once, self._num_rows + 1 - begin)
+            table = np.frombuffer(self._read(count * size, _HEADER.size + begin * size), fields)
+            parts[0].update(table["begin"].tobytes())
+            if number is not None:
+                parts[1].update(table[f"{number}"].tobytes())
+        for begin in range(0, self._names_bytes, _CHUNK_BYTES):
+            count = min(_CHUNK_BYTES, self._names_bytes - begin)
+            parts[2].update(self._read(count, self._names_at + begin))
+        return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
 
     def _named(self, rows: list[tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """All rows but the last, with their names; a few long names may need several reads."""

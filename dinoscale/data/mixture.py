@@ -7,7 +7,7 @@ from itertools import accumulate
 from dinoscale.data.decode import RGB, Decoder, Picture
 from dinoscale.data.manifest import shard_counts
 from dinoscale.data.remote import is_remote, require_allowed
-from dinoscale.data.sources import Source, expand_braces, open_source
+from dinoscale.data.sources import Source, StoredSource, expand_braces, open_source
 from dinoscale.data.stream import PAUSES_S, StreamSource
 from dinoscale.data.subset import SubsetSource
 from dinoscale.errors import ConfigError, DataError
@@ -25,7 +25,7 @@ class MixedSource:
     labels = None
     class_names = None
 
-    def __init__(self, parts: Sequence[Source]):
+    def __init__(self, parts: Sequence[StoredSource]):
         self._parts = tuple(parts)
         self._starts = [0, *accumulate(len(part) for part in parts)]
 
@@ -36,6 +36,10 @@ class MixedSource:
         """Where the image is, for messages."""
         part, within = self._find(index)
         return part.path(within)
+
+    def identity(self) -> str:
+        """Those of the parts."""
+        return " ".join(part.identity() for part in self._parts)
 
     def picture(self, index: int) -> Picture:
         """The picture; BadSampleError as its own source raises it."""
@@ -52,7 +56,7 @@ class MixedSource:
         number = bisect_right(self._starts, index)
         return range(self._starts[number - 1], self._starts[number])
 
-    def _find(self, index: int) -> tuple[Source, int]:
+    def _find(self, index: int) -> tuple[StoredSource, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         number = bisect_right(self._starts, index) - 1
@@ -66,7 +70,7 @@ def open_sources(
     manifest: str | None = None,
     shuffle_buffer: int = 512,
     distinct_images: int | None = None,
-) -> Source:
+) -> StoredSource:
     """Open the sources of a training set as one.
 
     Args:
@@ -94,7 +98,7 @@ def open_sources(
                 "alone, or copy them to a local or mounted disk."
             )
     parts = [open_source(spec, decoder) for spec in specs]
-    whole = parts[0] if len(parts) == 1 else MixedSource(parts)
+    whole: StoredSource = parts[0] if len(parts) == 1 else MixedSource(parts)
     if distinct_images is None or distinct_images == len(whole):
         return whole  # all of them, in the order of the set itself
     if distinct_images > len(whole):

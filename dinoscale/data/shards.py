@@ -69,6 +69,10 @@ class TarSource:
         """Bytes of an image's file."""
         return self._index.numbers(index)[1]
 
+    def identity(self) -> str:
+        """Digest of the names within the shards and of the sizes; the shards may lie elsewhere."""
+        return self._index.digest(number=1)
+
     def data(self, index: int) -> bytes:
         """The file of an image as it is.
 

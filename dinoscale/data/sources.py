@@ -51,7 +51,19 @@ class Source(Protocol):
         ...
 
 
-def open_source(spec: str, decoder: Decoder = RGB) -> Source:
+class StoredSource(Source, Protocol):
+    """A source that can tell whether another start of a run has the same images."""
+
+    def identity(self) -> str:
+        """Digest of the names and sizes of the images in their order, wherever the set lies.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        ...
+
+
+def open_source(spec: str, decoder: Decoder = RGB) -> StoredSource:
     """Open what a data key of the config names; files are listed now, images read later.
 
     Names and places of the images lie on disk, not in memory: for shards in the cache folder, made
@@ -95,7 +107,7 @@ def open_source(spec: str, decoder: Decoder = RGB) -> Source:
     return _open_shards(spec, expand_pattern(path), decoder)
 
 
-def _open_folder(path: str, decoder: Decoder) -> Source:
+def _open_folder(path: str, decoder: Decoder) -> StoredSource:
     """A folder of shards holds .tar files and no file that may be an image."""
     listing = list_folder(path)
     shards, compressed = listing.left_out.shards, listing.left_out.compressed
@@ -109,7 +121,7 @@ def _open_folder(path: str, decoder: Decoder) -> Source:
     return TarSource([os.path.join(path, name) for name in shards or compressed], decoder)
 
 
-def _open_shards(spec: str, paths: Sequence[str], decoder: Decoder) -> Source:
+def _open_shards(spec: str, paths: Sequence[str], decoder: Decoder) -> StoredSource:
     for path in paths:
         if os.path.isdir(path) or not path.lower().endswith((".tar", *COMPRESSED_TAR)):
             raise DataError(

@@ -9,7 +9,9 @@ neighbours, so the shards themselves should have been filled in random order. An
 """
 
 import copy
+import hashlib
 import io
+import json
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -104,6 +106,12 @@ class StreamSource:
         """The shard and which of its pictures it is, from 0: names are known only when read."""
         shard = self.blocks.shard_of(index)
         return f"{shown(self._urls[shard])}::{index - int(self.blocks.starts[shard])}"
+
+    def identity(self) -> str:
+        """Digest of the last parts of the shards' names and of how many images each holds."""
+        names = [url.partition("?")[0].rpartition("/")[2] for url in self._urls]
+        text = json.dumps([names, self.blocks.counts.tolist()])
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
     def picture(self, index: int) -> Picture:
         """Read on to the block of an image, if it is not held.

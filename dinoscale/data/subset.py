@@ -5,7 +5,7 @@ import numpy as np
 from dinoscale.data.decode import Picture
 from dinoscale.data.permutation import Permutation
 from dinoscale.data.seeding import Stream, generator
-from dinoscale.data.sources import Source
+from dinoscale.data.sources import StoredSource
 
 _SEED = 0  # not the run's: all runs of a sweep over seeds train on the same images
 
@@ -23,7 +23,7 @@ class SubsetSource:
     labels = None
     class_names = None
 
-    def __init__(self, whole: Source, *, images: int):
+    def __init__(self, whole: StoredSource, *, images: int):
         if not 1 <= images <= len(whole):
             raise ValueError(f"need 1 <= images <= {len(whole)}, got {images}")
         self._whole, self._images = whole, images
@@ -40,6 +40,10 @@ class SubsetSource:
     def path(self, index: int) -> str:
         """Where the image is, for messages."""
         return self._whole.path(self._find(index))
+
+    def identity(self) -> str:
+        """That of the source; the number tells which of it."""
+        return f"{self._whole.identity()} {self._images}"
 
     def picture(self, index: int) -> Picture:
         """The picture; BadSampleError as its own source raises it."""

@@ -148,6 +148,10 @@ class ShapesSource:
         """Return a name for the image, unique within a seed."""
         return f"{PREFIX}shapes/{self.split}/{index:06d}"
 
+    def identity(self) -> str:
+        """What the pictures are drawn from."""
+        return f"{PREFIX}shapes/{self.split}/{self.images}/{self.size}/{self.seed}"
+
     def picture(self, index: int) -> Picture:
         """Return the image, RGB, (size, size)."""
         return Picture.of(np.asarray(self._pair(index)[0]), self.path(index))

@@ -1,6 +1,6 @@
 """From configuration and plan to student, teacher and schedules."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from dinoscale.models.sync_bn import convert_sync_batch_norm
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
 from dinoscale.schedules import Schedules
+
+_NOTHING = torch.empty(0)  # in place of what rank 0 has
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,22 +37,41 @@ class Start:
 def build_networks(
     config: RunConfig, start: Start | None = None
 ) -> tuple[DinoNetwork, DinoNetwork]:
-    """Student and teacher networks in float32 on the CPU, equal on all ranks.
+    """Student and teacher networks in float32 on the CPU, drawn one after the other.
+
+    A run begins with the student's values alone (`build_pair`).
+    """
+    student, teacher = drawn_network(config, start), _build_network(config)
+    if start is not None:
+        _load(teacher, start)
+    _set_up(student, config)
+    return student, teacher
+
+
+def drawn_network(config: RunConfig, start: Start | None = None) -> DinoNetwork:
+    """The network that a run begins with, float32 on the CPU: 4 bytes a weight.
 
     The seed is set here and only here: everything random later is a function of (seed, step).
     """
     torch.manual_seed(config.seed)
-    student, teacher = _build_network(config), _build_network(config)
+    network = _build_network(config)
     if start is not None:
-        for network in (student, teacher):
-            network.backbone.load_state_dict(start.backbone)
-            if start.head is not None:
-                network.head.load_state_dict(start.head)
+        _load(network, start)
+    return network
+
+
+def _load(network: DinoNetwork, start: Start) -> None:
+    network.backbone.load_state_dict(start.backbone)
+    if start.head is not None:
+        network.head.load_state_dict(start.head)
+
+
+def _set_up(student: DinoNetwork, config: RunConfig) -> None:
+    """Tell the student's backbone what it recomputes, and what it leaves out."""
     student.backbone.checkpoint_every = config.engine.checkpoint_every_k_blocks
     student.backbone.recompute = config.engine.recompute
     if config.model.drop_path_mode == "subset":
         student.backbone.subset_rate = config.model.drop_path_rate
-    return student, teacher
 
 
 def _build_network(config: RunConfig) -> DinoNetwork:
@@ -94,15 +115,42 @@ def num_parameters(config: RunConfig) -> int:
 
 
 def build_pair(
-    config: RunConfig, plan: RunPlan, start: Start | None = None
+    config: RunConfig, plan: RunPlan, start: Start | None = None, *, values: bool = True
 ) -> tuple[Student, Teacher]:
-    """The sharded student and its teacher, both with the same weights: of `start`, or random."""
-    student_network, teacher_network = build_networks(config, start)
+    """The sharded student and its teacher, both with the same weights: of `start`, or random.
+
+    Rank 0 alone draws or has them, 4 bytes a weight, and hands them out tensor by tensor, of which
+    a rank keeps its fragments. Collective.
+
+    Args:
+        config: of the run.
+        plan: of the run.
+        start: on rank 0; what other ranks give does not matter.
+        values: whether the values matter; zeros if not.
+    """
+    with torch.device("meta"):
+        student_network, teacher_network = _build_network(config), _build_network(config)
+    _set_up(student_network, config)
     _compile_blocks(student_network, teacher_network, config, plan)
     if config.engine.zero_stage == 3:
         gather_whole_blocks(student_network, teacher_network)
-    student = Student(student_network, config, plan)
+    skeleton = student_network.state_dict()  # on the meta device
+    initial = _handed_out(config, start, skeleton) if values else _zeros(skeleton)
+    student = Student(student_network, config, plan, initial)
     return student, Teacher(teacher_network, student, config, plan)
+
+
+def _handed_out(
+    config: RunConfig, start: Start | None, skeleton: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each tensor of the network, from rank 0; one at a time is in memory."""
+    whole = drawn_network(config, start).state_dict() if distributed.rank() == 0 else {}
+    for name in skeleton:
+        yield name, distributed.broadcast_object(whole.get(name, _NOTHING))
+
+
+def _zeros(skeleton: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, torch.zeros(()).expand(value.shape)) for name, value in skeleton.items())
 
 
 def _compile_blocks(

@@ -6,7 +6,7 @@ No DeepSpeed name leaves this module, teacher.py and ds_config.py.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.engine import shards
 from dinoscale.engine.ds_config import student_config
-from dinoscale.engine.gradients import GradientRule
+from dinoscale.engine.gradients import GradientRule, compute_device
 from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
 from dinoscale.engine.shards import Fragment
 from dinoscale.float32 import tensor_cores
@@ -71,6 +71,21 @@ def gather_whole_blocks(*networks: nn.Module) -> None:
             set_z3_leaf_modules(network, [Block])
 
 
+def materialize(network: nn.Module, dtype: torch.dtype, *, sharded: bool) -> None:
+    """Give a network memory, its weights in `dtype`; values are as they come, for now.
+
+    Where it will be sharded that is on the CPU, whose pages are taken when they are written.
+    """
+    device = torch.device("cpu") if sharded else compute_device()
+    tensors: dict[str, Tensor] = {
+        name: torch.empty_like(value, dtype=dtype, device=device)
+        for name, value in network.named_parameters()
+    }
+    for name, buffer in network.named_buffers():
+        tensors[name] = torch.empty_like(buffer, device=device)
+    network.load_state_dict(tensors, assign=True)
+
+
 class Student:
     """A trained network whose float32 master weights are sharded over ranks.
 
@@ -83,12 +98,30 @@ class Student:
         compute_dtype: dtype of the weights that the forward uses.
     """
 
-    def __init__(self, network: nn.Module, config: RunConfig, plan: RunPlan) -> None:
-        """Shard `network` (float32, CPU, equal on all ranks); its values become the master's."""
-        initial = {name: value.detach().clone() for name, value in network.named_parameters()}
-        self.shapes = {name: tuple(value.shape) for name, value in initial.items()}
+    def __init__(
+        self,
+        network: nn.Module,
+        config: RunConfig,
+        plan: RunPlan,
+        initial: Iterable[tuple[str, Tensor]] | None = None,
+    ) -> None:
+        """Shard `network`; float32 values of all its tensors become the master's and the buffers'.
+
+        Args:
+            network: on the meta device if `initial` is given.
+            config: of the run.
+            plan: of the run.
+            initial: name and value (float32, CPU) of each parameter and buffer, equal on all ranks,
+                asked for one after another; None takes those that `network` has.
+        """
+        if initial is None:
+            initial = {
+                k: value.detach().clone() for k, value in network.state_dict().items()
+            }.items()
+        self.shapes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         self.compute_dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._stage = config.engine.zero_stage
+        materialize(network, self.compute_dtype, sharded=self._stage == 3)
         self._moments = MOMENTS[config.optim.name]
         self._offloaded = config.engine.offload_optimizer
         self._rule = GradientRule(
@@ -115,7 +148,7 @@ class Student:
         self._keep_off_the_host()
         self._buffers = dict(self.network.named_buffers())
         self._find_shards(names)
-        self.restore_master(lambda name, start, n: initial[name].flatten()[start : start + n])
+        self._begin_with(initial)
         self._rule.arm()
 
     @property
@@ -185,16 +218,37 @@ class Student:
         return dict(zip(self._rule.names, norms, strict=True))
 
     @torch.no_grad()
+    def _begin_with(self, initial: Iterable[tuple[str, Tensor]]) -> None:
+        held: dict[str, list[Fragment]] = {}
+        for part in self._held:
+            held.setdefault(part.name, []).append(part)
+        for name, value in initial:
+            if name in self._buffers:
+                self._buffers[name].copy_(value)
+            for part in held.get(name, ()):
+                self._master_of(part).copy_(value.flatten().narrow(0, part.start, part.numel))
+        self._refresh_forward_weights()
+
+    def _master_of(self, part: Fragment) -> Tensor:
+        tensor, start = self._optimizer_tensor(part)
+        return tensor.view(-1).narrow(0, start, part.numel)
+
+    @torch.no_grad()
     def restore_master(self, read: Callable[[str, int, int], Tensor]) -> None:
-        """Set the float32 master and the weights of the forward from full values.
+        """Set the float32 master and the weights of the forward from full values; collective.
 
         Args:
             read: (parameter name, first element, count) -> (count,) float32.
+
+        Raises:
+            DinoscaleError: on every rank; what `read` raised on one.
         """
-        for part in self._held:
-            tensor, start = self._optimizer_tensor(part)
-            view = tensor.view(-1).narrow(0, start, part.numel)
-            view.copy_(read(part.name, part.start, part.numel))
+
+        def set_all() -> None:
+            for part in self._held:
+                self._master_of(part).copy_(read(part.name, part.start, part.numel))
+
+        distributed.together(set_all)  # no rank may wait for one that could not read
         self._refresh_forward_weights()
 
     def optimizer_state(self) -> dict[str, list[Tensor | None]]:

@@ -27,7 +27,7 @@ from dinoscale.data.transfer import Staged
 from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.gradients import compute_device
 from dinoscale.engine.shards import Layout, empty_shards
-from dinoscale.engine.student import Student, import_deepspeed
+from dinoscale.engine.student import Student, import_deepspeed, materialize
 from dinoscale.float32 import tensor_cores
 from dinoscale.losses.centering import ROWS, teacher_probs, updated_center
 from dinoscale.models.network import DinoNetwork
@@ -50,7 +50,7 @@ class Teacher:
         """Start as a copy of the student.
 
         Args:
-            network: float32 network of the student's architecture; its values do not matter.
+            network: of the student's architecture, on any device; its values do not matter.
             student: gives the layout and the initial weights.
             config: of the run.
             plan: of the run.
@@ -80,6 +80,8 @@ class Teacher:
         else:
             self._weights = _Replicated(network, self.layout, student.compute_dtype)
         self._compute_dtype = student.compute_dtype
+        for name, buffer in self.buffers().items():
+            buffer.copy_(student.buffers()[name])
         self._weights.publish(self._shards)
 
     @torch.no_grad()
@@ -140,11 +142,20 @@ class Teacher:
     def restore(self, read: Callable[[str, int, int], Tensor]) -> None:
         """Set the average from full values; the center and buffers are the caller's to set.
 
+        Collective.
+
         Args:
             read: (parameter name, first element, count) -> (count,) float32.
+
+        Raises:
+            DinoscaleError: on every rank; what `read` raised on one.
         """
-        for fragment, view in zip(self.layout.fragments, self.ema, strict=True):
-            view.copy_(read(fragment.name, fragment.start, fragment.numel))
+
+        def set_all() -> None:
+            for fragment, view in zip(self.layout.fragments, self.ema, strict=True):
+                view.copy_(read(fragment.name, fragment.start, fragment.numel))
+
+        distributed.together(set_all)
         self._weights.publish(self._shards)
 
     def plain_network(self) -> DinoNetwork:
@@ -168,8 +179,7 @@ class _Replicated:
     """Stages 0-2: every rank holds all weights, views into one flat tensor per group."""
 
     def __init__(self, network: DinoNetwork, layout: Layout, dtype: torch.dtype) -> None:
-        cast_weights(network, dtype)
-        self.network, self._layout = network.to(compute_device()), layout
+        self.network, self._layout = network, layout
         world_size, device = distributed.world_size(), compute_device()
         self._flats = [
             torch.zeros(size * world_size, dtype=dtype, device=device)
@@ -177,11 +187,18 @@ class _Replicated:
         ]
         self._arriving: list[Callable[[], None]] = []
         self._staged = Staged()
+        views = {
+            place.name: self._flats[place.group]
+            .narrow(0, place.offset, place.numel)
+            .view(place.shape)
+            for place in layout.placements
+        }
+        views |= {
+            name: torch.empty_like(buffer, device=device)
+            for name, buffer in network.named_buffers()
+        }
+        network.load_state_dict(views, assign=True)
         self.buffers = dict(network.named_buffers())
-        parameters = dict(network.named_parameters())
-        for place in layout.placements:
-            flat = self._flats[place.group].narrow(0, place.offset, place.numel)
-            parameters[place.name].data = flat.view(place.shape)
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         self.wait()
@@ -225,6 +242,7 @@ class _Partitioned:
     ) -> None:
         self._skeleton = copy.deepcopy(network).to("meta")
         cast_weights(self._skeleton, dtype)
+        materialize(network, dtype, sharded=True)
         self._engine, *_ = import_deepspeed().initialize(
             model=network, config=deepspeed_config, dist_init_required=False
         )

@@ -119,7 +119,7 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
     ).accumulation_steps
     short = _shortened(config, size, world_size=process.world_size, passes=min(passes, _PASSES))
     plan = resolve(short, world_size=process.world_size, num_images=short.train.batch_size)
-    student, teacher = build_pair(short, plan)
+    student, teacher = build_pair(short, plan, values=False)
     now = schedules_of(short, plan).at(plan.total_steps - 1)
     batch = _batch(short, size)
     depth = student.network.backbone.depth

@@ -1,8 +1,13 @@
 """What a checkpoint refuses, at every rank alike, and what it survives."""
 
+import errno
+import io
+import os
 import resource
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ def exercise(folder: str) -> dict[str, Any]:
     """On every rank: save, then try to load and save where it cannot work; the messages."""
     from dinoscale import distributed
     from dinoscale.engine.build import build_pair
-    from dinoscale.resume import restore
+    from dinoscale.resume import find_checkpoint, restore
 
     root, rank = Path(folder), distributed.rank()
     config = tiny_config(engine={"zero_stage": 2, "precision": "fp32"})
@@ -53,6 +58,10 @@ def exercise(folder: str) -> dict[str, Any]:
         "no_shard": _refusal(lambda: open_and_restore("no_shard", (student, teacher))),
         "cut_shard": _refusal(lambda: open_and_restore("cut_shard", (student, teacher))),
     }
+    for case, fault in (("stale_handle", errno.ESTALE), ("other_view", errno.ENOENT)):
+        with _without(shard_file(1), fault) if rank == 1 else nullcontext():
+            messages[case] = _refusal(lambda: find_checkpoint(root / "spare"))
+    messages["untouched"] = str(directory(root / "spare", 1).is_dir())
     _save(root / "stale", 1, student, teacher)
     open_and_restore("stale", (student, teacher))
     take_step(student, teacher, config, plan, 1)
@@ -82,7 +91,28 @@ def _save(run_dir: Path, step: int, student: Any, teacher: Any, *, keep_last: in
         raise CheckpointError(result.error)
 
 
-def _refusal(action: Callable[[], None]) -> str:
+@contextmanager
+def _without(name: str, fault: int) -> Iterator[None]:
+    """A machine whose file system client fails to open a file, and has it not in its listings."""
+    opened, listed, sleep = io.open, os.listdir, time.sleep
+
+    def failing(path: Any, *arguments: Any, **named: Any) -> Any:
+        if os.path.basename(path) == name:
+            raise OSError(fault, os.strerror(fault))
+        return opened(path, *arguments, **named)
+
+    io.open, os.listdir, time.sleep = (  # type: ignore[assignment]  # a disk and a clock
+        failing,
+        lambda path: [entry for entry in listed(path) if entry != name],
+        lambda _seconds: None,
+    )
+    try:
+        yield
+    finally:
+        io.open, os.listdir, time.sleep = opened, listed, sleep
+
+
+def _refusal(action: Callable[[], object]) -> str:
     try:
         action()
     except CheckpointError as error:
@@ -104,6 +134,9 @@ def exercised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
         ("other_model", ["another model", "head.mlp.0.bias is 22 there and 23 here", "run_dir"]),
         ("no_shard", ["is not a complete checkpoint", shard_file(1)]),
         ("cut_shard", ["is not a complete checkpoint"]),
+        ("stale_handle", ["rank 1 on ", shard_file(1), "ESTALE 116", "nothing of it was changed"]),
+        ("other_view", ["rank 1 sees other files", "(5 files, CRC", "start again"]),
+        ("untouched", ["True"]),
         ("full_disk", ["rank 1 cannot write", "File too large"]),
     ],
 )

@@ -20,9 +20,10 @@ IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def teacher_features(configs: list[dict[str, Any]]) -> list[Any]:
-    """On every rank: features of IMAGES of the teacher at step 0, and whether the student agrees.
+    """On every rank: features of IMAGES of the teacher at step 0, and what else was asked.
 
-    The same for each of `configs`.
+    The same for each of `configs`: whether the student agrees, whether this rank read the file,
+    whether it drew a number, and whether a trial, whose values do not matter, holds zeros.
     """
     from dinoscale import distributed
     from dinoscale.convert.start import starting_weights
@@ -32,11 +33,15 @@ def teacher_features(configs: list[dict[str, Any]]) -> list[Any]:
     for changes in configs:
         config = tiny_config(**changes)
         start = distributed.together(lambda c=config: starting_weights(c))  # type: ignore[misc]
+        state = torch.get_rng_state()
         student, teacher = build_pair(config, tiny_plan(config), start)
+        drew = not torch.equal(state, torch.get_rng_state())
         with torch.no_grad():
             features = teacher.plain_network().backbone([IMAGES])
         same = all(torch.equal(a, b) for a, b in zip(student.master, teacher.ema, strict=True))
-        found.append([features, same])
+        trial, _ = build_pair(config, tiny_plan(config), values=False)
+        zeros = not any(part.any() for part in trial.master)
+        found.append([features, same, start is not None, drew, zeros])
     return found
 
 
@@ -65,9 +70,10 @@ def test_step_0_features_are_those_of_the_file_at_any_stage(tmp_path: Path) -> N
         timeout_s=280,
         configs=configs,
     )
-    for runs in per_rank:
-        for features, same in runs:
+    for rank, runs in enumerate(per_rank):
+        for features, same, read, drew, zeros in runs:
             assert same
+            assert (read, drew, zeros) == (rank == 0, rank == 0, True)
             torch.testing.assert_close(features, expected, rtol=1e-6, atol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """What a checkpoint and the settings of its next start must agree on."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,12 @@ import pytest
 
 from dinoscale.config import RunConfig, parse_config, resolve
 from dinoscale.errors import ConfigError
-from dinoscale.resume import keep_micro_batch, require_same_run
+from dinoscale.resume import (
+    batch_norm_caution,
+    keep_micro_batch,
+    require_same_run,
+    require_same_set,
+)
 
 A, B = {"source": "/a"}, {"source": "/b"}
 URL = "https://host/{0..9}.tar"
@@ -130,3 +136,39 @@ def test_auto_keeps_the_micro_batch_of_the_checkpoint_where_it_divides(
 def test_a_given_micro_batch_wins_over_the_checkpoint() -> None:
     saved, given = _saved(_config({}), ranks=1), _config({}, micro_batch_size=2)
     assert keep_micro_batch(saved, given, world_size=1) == given
+
+
+def test_other_images_of_the_same_number_are_refused() -> None:
+    saved: Any = SimpleNamespace(path=Path("step_00000004"), state={"images": "a1"})
+    require_same_set(saved, "a1")
+    with pytest.raises(ConfigError, match=r"data\.train: .*step_00000004.*Put the former set back"):
+        require_same_set(saved, "b2")
+    saved.state = {}  # of a version that did not note them
+    require_same_set(saved, "b2")
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "then", "says"),
+    [
+        (4, None, "over the 4 images of a micro-batch .* not over 8 as there are in a step"),
+        (8, None, None),
+        (4, (8, 1), "over the 4 images .* not over 8 as there are before this start"),
+        (4, (2, 2), None),  # other ranks, and the same statistics
+        (8, (4, 1), "over the 8 images"),
+    ],
+)
+@pytest.mark.parametrize(
+    "changes", [{"head": {"batch_norm": True}}, {"model": {"backbone": "resnet50"}}]
+)
+def test_batch_norm_over_other_images_is_said(
+    micro_batch: int, then: tuple[int, int] | None, says: str | None, changes: dict[str, Any]
+) -> None:
+    sizes = {"train": {"batch_size": 8, "micro_batch_size": micro_batch}}
+    plan_then = then and {"micro_batch_size": then[0], "world_size": then[1]}
+    config = parse_config({"data": {"train": "/a"}, **sizes, **changes})
+    plan = resolve(config, world_size=1, num_images=100)
+    said = batch_norm_caution(config, plan, plan_then)
+    assert (said is None) == (says is None)
+    assert says is None or re.search(says, said or "")
+    plain = parse_config({"data": {"train": "/a"}, **sizes})
+    assert batch_norm_caution(plain, plan, plan_then) is None
