@@ -158,8 +158,8 @@ class Decoder:
         def decode(shrink: int) -> NDArray[np.uint8]:
             if orientation == 1 and colors:
                 size = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)}
-                try:
-                    return np.asarray(simplejpeg.decode_jpeg(data, colors, **size))
+                try:  # strict: what libjpeg only warns of, such as a stream that ends early, raises
+                    return np.asarray(simplejpeg.decode_jpeg(data, colors, **size, strict=True))
                 except ValueError:  # anything unusual about it: Pillow says whether it is readable
                     pass
             with _reasons(data, path), Image.open(io.BytesIO(data)) as opened:

@@ -1,6 +1,7 @@
 import csv
 import io
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,53 @@ def test_rgb_pixels_are_pillows_own() -> None:
     data = jpeg(0)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(_decoded(data), expected)
+
+
+def _damaged_jpegs() -> list[bytes]:
+    """Files with a broken entropy stream: cut, overwritten, with bytes too many or a false marker.
+
+    Baseline, progressive and with restart markers; beyond 64 KB Pillow reads in several pieces.
+    """
+    rng = random.Random(0)
+    options = [{}, {"progressive": True}, {"restart_marker_rows": 1}]
+    whole = [_encoded(picture(i), "JPEG", **option) for i, option in enumerate(options)]
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    whole.append(_encoded(Image.fromarray(noise), "JPEG", quality=100))
+    files = []
+    for data in whole:
+        for _ in range(20):
+            at = rng.randrange(data.index(b"\xff\xda") + 12, len(data) - 2)
+            files += [
+                data[:at],
+                data[:at] + data[at + 20 :],
+                data[:at] + rng.randbytes(9) + data[at:],
+                data[:at] + bytes([0xFF, rng.randrange(256)]) + data[at + 2 :],
+            ]
+    return files
+
+
+def _pillows(data: bytes, *, shrink: int) -> np.ndarray | None:
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.draft(None, (max(1, opened.width // shrink), max(1, opened.height // shrink)))
+            return np.asarray(opened.convert("RGB"))
+    except Exception:  # refused in any way
+        return None
+
+
+@pytest.mark.parametrize("shrink", [1, 4])
+def test_damaged_jpeg_is_bad_or_has_the_pixels_just_where_pillow_says_so(shrink: int) -> None:
+    refused = 0
+    for data in _damaged_jpegs():
+        expected = _pillows(data, shrink=shrink)
+        try:
+            found = RGB.open(data, "x").pixels(shrink=shrink)
+        except BadSampleError:
+            assert expected is None
+            refused += 1
+            continue
+        np.testing.assert_array_equal(found, expected)
+    assert refused > 60
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
