@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageFile
 
 from dinoscale.data.decode import RGB, BadSampleError
@@ -15,6 +16,12 @@ from tests.unit.data.conftest import jpeg, picture
 def _encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def _tiff(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, photometric="minisblack", planarconfig="contig")
     return buffer.getvalue()
 
 
@@ -171,6 +178,12 @@ def test_first_frame_of_an_animation_is_taken() -> None:
         (b"  <!DOCTYPE html><html>", "HTML"),
         (b"\x00\x05\x16\x07" + bytes(60), "AppleDouble"),
         (b"\x00\x00\x00\x18ftypheic" + bytes(60), "HEIF"),
+        (b"\x00\x00\x00\x18ftypisom" + bytes(60), "video"),
+        (b"\x00\x00\x00\x1cftypavif" + bytes(60), "an AVIF file"),
+        (_encoded(picture(0), "PNG")[:40], "PNG file that is damaged"),
+        (_encoded(picture(0), "TIFF")[:40], "TIFF file that is damaged"),
+        (_tiff(np.zeros((4, 5, 6), dtype=np.uint8)), "an array (4, 5, 6) of uint8"),
+        (bytes(100), "all its bytes are zero"),
         (b"no picture at all", "not an image"),
     ],
 )
