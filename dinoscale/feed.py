@@ -29,7 +29,7 @@ def open_images(config: RunConfig) -> Source:
 
     Raises:
         ConfigError: none are named.
-        DataError: they cannot be opened.
+        DataError: they cannot be opened, or more than `data.max_bad_fraction` is left out.
     """
     if not config.data.sources:
         raise ConfigError("data.train: give the images, for example data.train=/path/to/folder")
@@ -39,6 +39,7 @@ def open_images(config: RunConfig) -> Source:
         manifest=config.data.manifest,
         shuffle_buffer=config.data.shuffle_buffer,
         distinct_images=config.data.distinct_images,
+        max_lost=config.data.max_bad_fraction,
     )
 
 

@@ -21,7 +21,7 @@ from dinoscale.config.resolve import (
 )
 from dinoscale.convert.start import starting_weights
 from dinoscale.cores import cores_at_hand
-from dinoscale.data.mixture import source_sizes
+from dinoscale.data.mixture import left_out_of, source_sizes
 from dinoscale.data.sources import Source
 from dinoscale.engine.build import build_pair
 from dinoscale.engine.student import Student
@@ -53,7 +53,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     """Pre-train as `config` says; all ranks call it after `distributed.start`.
 
     Returns:
-        JSON-able summary: run_dir, steps, last loss and k-NN.
+        JSON-able summary: run_dir, steps, last loss and k-NN, what is left out of the images.
 
     Raises:
         DinoscaleError: on every rank.
@@ -77,7 +77,8 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
             require_shared(run_dir, hosts)
             keep_logs(run_dir, process, members)
-            return _build(config, process, source, stop, watchdog).to_the_end()
+            summary = _build(config, process, source, stop, watchdog).to_the_end()
+        return {**summary, "left_out": left_out_of(source).counts}
     except LostPeerError as error:
         raise RunFailedError(f"{error}: {watchdog.missing()}") from error
     except Exception as error:

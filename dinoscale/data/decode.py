@@ -257,6 +257,12 @@ def read_as_stored(data: bytes, path: str) -> Image.Image:
         return opened.copy()
 
 
+def begins_like_picture(start: bytes) -> bool:
+    """Whether the first bytes of a file, 12 at least, are those of a usual picture format."""
+    known = (*(magic for magic, _ in _PICTURES), *(magic.lower() for magic in TIFF_STARTS))
+    return start.lower().startswith(known) or (start[:4], start[8:12]) == (b"RIFF", b"WEBP")
+
+
 def _opened(data: bytes) -> Image.Image:
     """Pillow's picture, of which only the header is read; raises whatever Pillow raises."""
     opened = Image.open(io.BytesIO(data))
@@ -318,11 +324,11 @@ def _unidentified(data: bytes) -> str:
         return _iso_media(brands=data[8:64])
     if data[:4] in TIFF_STARTS:
         return _tiff_unknown_to_pillow(data)
-    if (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
-        return "a WebP file that is damaged near its start"
     for magic, name in _PICTURES:
         if data[: len(magic)].lower() == magic:
             return f"a {name} file that is damaged near its start, or of a kind unknown to Pillow"
+    if begins_like_picture(data[:12]):
+        return "a WebP file that is damaged near its start"
     return "not an image, or damaged in its first bytes, or in a format unknown to Pillow"
 
 

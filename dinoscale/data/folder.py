@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from dinoscale.data.decode import RGB, Decoder, Picture
 from dinoscale.data.files import read_image_file, write_names
-from dinoscale.data.listing import ARRAY, Listing, list_folder
+from dinoscale.data.left_out import DEAD_LINK, NPY, TAR, LeftOut
+from dinoscale.data.listing import ARRAY, Beside, Listing, list_folder
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ class FolderSource:
     `.npy` files are images where there are no others, neither pictures nor shards. The folder is
     listed anew whenever it is opened; the names wait in a temporary file, not in memory. Where
     every image lies in a subfolder, the first-level subfolder is its class.
+
+    Attributes:
+        left_out: what may have been meant to be an image of it, and is none.
 
     Args:
         root: the folder.
@@ -43,7 +47,10 @@ class FolderSource:
         listing = listing or list_folder(self._root)
         if not len(listing.images):
             raise DataError(_no_images(root, listing))
-        _report(root, listing)
+        self.left_out = _left_out(listing.beside)
+        self.left_out.warn(root)
+        others = sum(listing.beside.others.values())
+        log.info("%s: %d images, %d other files", root, len(listing.images), others)
         self._names = listing.images
 
     def __len__(self) -> int:
@@ -105,37 +112,27 @@ class FolderSource:
 
 
 def _no_images(root: str, listing: Listing) -> str:
-    left_out = listing.left_out
+    beside = listing.beside
     text = f"no images in the folder {root}"
-    if left_out.num_folders:
-        text += f" and its {left_out.num_folders} subfolders"
-    if left_out.others:
-        kinds = left_out.others.most_common(5)
+    if beside.num_folders:
+        text += f" and its {beside.num_folders} subfolders"
+    if beside.others:
+        kinds = beside.others.most_common(5)
         text += f" (it holds {', '.join(f'{count} {kind}' for kind, count in kinds)})"
-    if left_out.dangling.count:
-        text += f"; {left_out.dangling.count} links lead nowhere, e.g. {left_out.dangling.first}"
+    if dead := beside.links.counts.get(DEAD_LINK):
+        text += f"; {dead} links lead nowhere, e.g. {beside.links.examples[DEAD_LINK]}"
     return text + ". Name a folder that holds images, directly or in subfolders."
 
 
-def _report(root: str, listing: Listing) -> None:
-    """Say once what is left out."""
-    left_out = listing.left_out
-    if left_out.dangling.count:
-        log.warning(
-            "%s: skipped %d links that lead nowhere, e.g. %s",
-            root, left_out.dangling.count, left_out.dangling.first,
-        )  # fmt: skip
-    if left_out.loops.count:
-        log.warning(
-            "%s: did not follow %d links to a folder above them, e.g. %s",
-            root, left_out.loops.count, left_out.loops.first,
-        )  # fmt: skip
-    if left_out.shards:
-        log.warning("%s: ignored %d .tar files among the images", root, len(left_out.shards))
-    if arrays := left_out.others[ARRAY]:
-        log.warning("%s: ignored %d %s files among the images", root, arrays, ARRAY)
-    others = sum(left_out.others.values())
-    log.info("%s: %d images, %d other files", root, len(listing.images), others)
+def _left_out(beside: Beside) -> LeftOut:
+    """What may have been meant as part of the set: other files are not."""
+    left_out = LeftOut()
+    left_out.merge(beside.links)
+    for name in beside.shards + beside.compressed:
+        left_out.add(TAR, name)
+    if arrays := beside.others[ARRAY]:
+        left_out.add(NPY, f"*{ARRAY}", arrays)
+    return left_out
 
 
 class ListSource:

@@ -9,17 +9,20 @@ import os
 import stat
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from dinoscale.data.cache import cached_file, locked, remove_abandoned
+from dinoscale.data.decode import begins_like_picture
 from dinoscale.data.index import DamagedIndexError, Index, IndexWriter
-from dinoscale.data.sample_files import picture_of, split_name
+from dinoscale.data.left_out import HIDDEN, NO_EXTENSION, NO_PICTURE, OTHER_FILES, LeftOut, is_junk
+from dinoscale.data.listing import is_known_not_image
+from dinoscale.data.sample_files import may_be_picture, other_pictures, picture_of, split_name
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
 
@@ -28,7 +31,9 @@ log = logging.getLogger(__name__)
 NUMBERS = "QQq"  # of a row: offset, size, label
 NO_LABEL = -1
 
+_RULES = 2  # of what is an image; an index made by others is not used
 _MAX_LABEL_BYTES = 64  # a class number needs fewer
+_START_BYTES = 16  # of a file, tell its format
 _SCAN_THREADS = 8  # headers wait for the storage, not for the processor
 _SCANNED_AHEAD = 16  # shards whose rows may wait in memory until those before them are written
 _QUIET_S = 2.0  # shorter scans show no progress
@@ -43,16 +48,16 @@ class Shard:
         size: in bytes.
         mtime_ns: when it was last written.
         num_images: rows of it in the index.
-        num_without_image: samples that are left out.
         num_labelled: images with a `.cls` member, readable or not.
+        left_out: what is none of them.
     """
 
     path: str
     size: int
     mtime_ns: int
     num_images: int = 0
-    num_without_image: int = 0
     num_labelled: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def is_as(self, other: "Shard") -> bool:
         """Whether the file is the same, as far as size and time tell."""
@@ -133,7 +138,10 @@ def _load(path: str) -> tuple[Index | None, list[Shard]]:
     """The index of a path and its shards; none where it is not there or cannot be trusted."""
     try:
         index = Index(path, NUMBERS)
-        shards = [Shard(**entry) for entry in index.about["shards"]]
+        if index.about.get("rules") != _RULES:
+            log.info("the index %s is of another version: the shards are scanned again", path)
+            return None, []
+        shards = [_shard_of(entry) for entry in index.about["shards"]]
         if sum(shard.num_images for shard in shards) != len(index):
             raise DamagedIndexError(f"the index {path} does not agree with itself")
     except FileNotFoundError:
@@ -142,6 +150,10 @@ def _load(path: str) -> tuple[Index | None, list[Shard]]:
         log.warning("%s; the shards are scanned again", error)
         return None, []
     return index, shards
+
+
+def _shard_of(entry: dict[str, Any]) -> Shard:
+    return Shard(**{**entry, "left_out": LeftOut(**entry["left_out"])})
 
 
 def _fits(known: list[Shard], shards: list[Shard]) -> bool:
@@ -179,7 +191,7 @@ def _build(
             done.append(shard)
             for row in rows:
                 writer.add(*row)
-        return writer.finish({"shards": [asdict(shard) for shard in done]}), done
+        return writer.finish({"rules": _RULES, "shards": [asdict(shard) for shard in done]}), done
 
 
 def _in_order(
@@ -201,41 +213,66 @@ def _in_order(
 
 def _scan(shard: Shard) -> _Scanned:
     """Read the headers and labels of one shard."""
-    samples = group_samples(read_members(shard.path))
+    samples, without_key = group_samples(read_members(shard.path))
     rows = []
     num_labelled = 0
+    left_out = LeftOut()
     try:
         with open(shard.path, "rb") as file:
             for sample in samples:
                 extension = picture_of(sample)
-                if extension:
-                    image, label = sample[extension], _label_of(sample, extension)
-                    num_labelled += label is not None
-                    number = NO_LABEL if label is None else _class_number(file.fileno(), label)
-                    rows.append(_Row(image.name, image.offset, image.size, number))
+                if not extension:
+                    first = next(iter(sample.values())).name
+                    left_out.add(NO_PICTURE if _lacks_picture(sample) else OTHER_FILES, first)
+                    continue
+                for other, why in other_pictures(sample):
+                    left_out.add(why, sample[other].name)
+                image, label = sample[extension], _label_of(sample, extension)
+                num_labelled += label is not None
+                number = NO_LABEL if label is None else _class_number(file.fileno(), label)
+                rows.append(_Row(image.name, image.offset, image.size, number))
+            for member in without_key:
+                if why_not := _why_no_sample(file.fileno(), member):
+                    left_out.add(why_not, member.name)
     except OSError as error:
         raise DataError(f"cannot read the shard {shard.path}: {error.strerror}.") from error
-    without = len(samples) - len(rows)
-    scanned = replace(
-        shard, num_images=len(rows), num_without_image=without, num_labelled=num_labelled
-    )
-    return scanned, rows
+    return replace(shard, num_images=len(rows), num_labelled=num_labelled, left_out=left_out), rows
 
 
-def group_samples(members: Iterable[Member]) -> list[dict[str, Member]]:
-    """Extension -> member, for each sample in the order of their first members."""
+def _lacks_picture(sample: Mapping[str, Member]) -> bool:
+    """Whether there should be one: it has a label, or a file of a kind that nobody knows."""
+    return "cls" in sample or not all(is_known_not_image(member.name) for member in sample.values())
+
+
+def _why_no_sample(descriptor: int, member: Member) -> str:
+    """Why a picture makes no sample; empty for any other file."""
+    name = member.name.rpartition("/")[2]
+    if name.startswith("."):
+        return HIDDEN if may_be_picture(name.rpartition(".")[2].lower()) else ""
+    start = os.pread(descriptor, min(_START_BYTES, member.size), member.offset)
+    return NO_EXTENSION if begins_like_picture(start) else ""
+
+
+def group_samples(members: Iterable[Member]) -> tuple[list[dict[str, Member]], list[Member]]:
+    """Extension -> member, for each sample in the order of their first members; and the rest.
+
+    The rest are hidden files and those without extension, which have no key; but for junk.
+    """
     samples: list[dict[str, Member]] = []
+    rest: list[Member] = []
     latest: dict[str, dict[str, Member]] = {}  # key -> the sample last begun with it
     for member in members:
         key, extension = split_name(member.name)
         if not key:
-            continue  # a hidden file or one without extension
+            if not is_junk(member.name):
+                rest.append(member)
+            continue
         sample = latest.get(key)
         if sample is None or extension in sample:  # a repeated key is another sample
             sample = latest[key] = {}
             samples.append(sample)
         sample[extension] = member
-    return samples
+    return samples, rest
 
 
 def _label_of(sample: dict[str, Member], picture: str) -> Member | None:

@@ -98,7 +98,7 @@ def open_source(spec: str, decoder: Decoder = RGB) -> Source:
 def _open_folder(path: str, decoder: Decoder) -> Source:
     """A folder of shards holds .tar files and no file that may be an image."""
     listing = list_folder(path)
-    shards, compressed = listing.left_out.shards, listing.left_out.compressed
+    shards, compressed = listing.beside.shards, listing.beside.compressed
     if len(listing.images) or not (shards or compressed):
         return FolderSource(path, listing, decoder)  # an empty one says what it holds instead
     if shards and compressed:

@@ -275,7 +275,7 @@ def test_folders_of_arrays_alone_are_images_and_beside_pictures_they_are_not(
     (tmp_path / "a" / "0.png").write_bytes(png(array))
     source = FolderSource(str(tmp_path))
     assert [Path(source.path(i)).name for i in range(len(source))] == ["0.png"]
-    assert "ignored 2 .npy files" in caplog.text
+    assert "left out 2 .npy files" in caplog.text
 
 
 def test_folders_of_shards_with_an_array_beside_them_stay_shards(tmp_path: Path) -> None:
