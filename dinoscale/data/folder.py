@@ -28,6 +28,7 @@ class FolderSource:
     every image lies in a subfolder, the first-level subfolder is its class.
 
     Attributes:
+        root: the folder, absolute.
         left_out: what may have been meant to be an image of it, and is none.
 
     Args:
@@ -40,11 +41,11 @@ class FolderSource:
     """
 
     def __init__(self, root: str, listing: Listing | None = None, decoder: Decoder = RGB):
-        self._root = os.path.abspath(root)
+        self.root = os.path.abspath(root)
         self._decoder = decoder
-        if not os.path.isdir(self._root):
+        if not os.path.isdir(self.root):
             raise DataError(f"{root} is not a folder. Name the folder that holds the images.")
-        listing = listing or list_folder(self._root)
+        listing = listing or list_folder(self.root)
         if not len(listing.images):
             raise DataError(_no_images(root, listing))
         self.left_out = _left_out(listing.beside)
@@ -58,11 +59,11 @@ class FolderSource:
 
     def path(self, index: int) -> str:
         """Absolute path of an image."""
-        return os.path.join(self._root, self._names.name(index))
+        return os.path.join(self.root, self._names.name(index))
 
     def files(self) -> Iterator[str]:
         """Absolute paths of all files in the order of the images."""
-        return (os.path.join(self._root, name) for name, _ in self._names.rows(0, len(self)))
+        return (os.path.join(self.root, name) for name, _ in self._names.rows(0, len(self)))
 
     def size(self, index: int) -> int:
         """Bytes of an image's file, 0 where they cannot be told."""
@@ -94,7 +95,10 @@ class FolderSource:
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the first-level subfolders with images, sorted, or None."""
+        """Names of the first-level subfolders with images, sorted, or None.
+
+        By their bytes; where all are whole numbers, by these, so that 10 comes after 2.
+        """
         return self._classes[1]
 
     @cached_property
@@ -106,9 +110,17 @@ class FolderSource:
             if not slash:
                 return None, None
             labels[index] = met.setdefault(folder, len(met))
-        names = sorted(met, key=os.fsencode)
+        counted = all(whole_number(name) is not None for name in met)
+        names = sorted(
+            met, key=lambda name: (whole_number(name) if counted else 0, os.fsencode(name))
+        )
         number = {name: i for i, name in enumerate(names)}
         return np.array([number[name] for name in met])[labels], names
+
+
+def whole_number(name: str) -> int | None:
+    """The number that a name of digits is, None for any other name."""
+    return int(name) if name.isascii() and name.isdigit() and len(name) < 19 else None
 
 
 def _no_images(root: str, listing: Listing) -> str:
