@@ -83,7 +83,11 @@ class LabelledSets:
         """
         bank, bank_labels = _readable(*extract(self.bank), name="train")
         test, labels = _readable(*extract(self.test), name="test")
-        return Features(bank, bank_labels, test, self.renumber.to(labels.device)[labels])
+        test_labels = self.renumber.to(labels.device)[labels]
+        lost = set(test_labels.tolist()) - set(bank_labels.tolist())
+        if lost:
+            log.warning("train: no image can be read of %d classes that test has", len(lost))
+        return Features(bank, bank_labels, test, test_labels)
 
 
 def _readable(features: Tensor, labels: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
