@@ -1,7 +1,7 @@
 """What a rank works on in each step: crops from the loader, on the device, normalised."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from dinoscale.launcher import Process
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 
-def open_images(config: RunConfig) -> Source:
-    """The images of data.train.
+def open_images(config: RunConfig, alive: Callable[[], None] = lambda: None) -> Source:
+    """The images of data.train; `alive` is called again and again while they are opened.
 
     Raises:
         ConfigError: none are named.
@@ -40,6 +40,7 @@ def open_images(config: RunConfig) -> Source:
         shuffle_buffer=config.data.shuffle_buffer,
         distinct_images=config.data.distinct_images,
         max_lost=config.data.max_bad_fraction,
+        alive=alive,
     )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -156,15 +156,16 @@ class ListSource:
     Args:
         path: of the list.
         decoder: what the pixels of a file become.
+        alive: called again and again while it is read.
 
     Raises:
         DataError: it cannot be read, names nothing, or its first entries all do not exist.
     """
 
-    def __init__(self, path: str, decoder: Decoder = RGB):
+    def __init__(self, path: str, decoder: Decoder = RGB, alive: Callable[[], None] = lambda: None):
         self._folder = os.path.dirname(os.path.abspath(path))
         self._decoder = decoder
-        self._names = write_names(_entries(path), of=path)
+        self._names = write_names(_entries(path), of=path, alive=alive)
         if not len(self._names):
             raise DataError(f"the list {path} is empty. Write one path of an image a line.")
         first = range(min(_FIRST_LOOKED_AT, len(self)))

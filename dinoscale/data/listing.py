@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from tqdm import tqdm
 
-from dinoscale.data.files import write_names
+from dinoscale.data.files import NAMES_A_SIGN, write_names
 from dinoscale.data.index import Index
 from dinoscale.data.left_out import DEAD_LINK, LOOP, LeftOut, is_junk_file, is_junk_folder
 from dinoscale.errors import DataError
@@ -67,31 +67,40 @@ class _Kind(IntEnum):
 _Entry = tuple[bytes, _Kind]  # its name, with a `/` behind it for a folder
 
 
-def list_folder(root: str) -> Listing:
+def list_folder(root: str, alive: Callable[[], None] = lambda: None) -> Listing:
     """List all files below `root`, following links to files and folders.
 
     The order is the same on every machine. Memory is bounded by the largest single folders.
+
+    Args:
+        root: the folder.
+        alive: called again and again while it goes on.
 
     Raises:
         DataError: a folder cannot be read, or the names cannot be kept in a temporary file.
     """
     log.info("listing the files in %s", root)
-    listing = _listed(root, _may_be_image)
+    listing = _listed(root, _may_be_image, alive)
     beside = listing.beside
     alone = not (len(listing.images) or beside.shards or beside.compressed)
     if alone and beside.others[ARRAY]:  # beside pictures, arrays are features or labels of them
-        return _listed(root, _is_array)
+        return _listed(root, _is_array, alive)
     return listing
 
 
-def _listed(root: str, is_image: Callable[[str], bool]) -> Listing:
+def _listed(root: str, is_image: Callable[[str], bool], alive: Callable[[], None]) -> Listing:
     beside = Beside()
-    return Listing(write_names(_images(root, beside, is_image), of=root), beside)
+    images = _images(root, beside, is_image, alive)
+    return Listing(write_names(images, of=root), beside)
 
 
-def _images(root: str, beside: Beside, is_image: Callable[[str], bool]) -> Iterator[str]:
+def _images(
+    root: str, beside: Beside, is_image: Callable[[str], bool], alive: Callable[[], None]
+) -> Iterator[str]:
     """Images in the order of their paths; counts everything else."""
-    for name, kind in _walk(root):
+    for number, (name, kind) in enumerate(_walk(root)):
+        if number % NAMES_A_SIGN == 0:
+            alive()
         if kind is _Kind.FOLDER:
             beside.num_folders += 1
         elif kind is _Kind.LINKED_FOLDER:

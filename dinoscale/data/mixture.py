@@ -1,7 +1,7 @@
 """Several sources as one: the images of the first, then those of the second, and so on."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from dinoscale.data.decode import RGB, Decoder, Picture
@@ -73,6 +73,7 @@ def open_sources(
     shuffle_buffer: int = 512,
     distinct_images: int | None = None,
     max_lost: float = 1.0,
+    alive: Callable[[], None] = lambda: None,
 ) -> Source:
     """Open the sources of a training set as one.
 
@@ -84,6 +85,7 @@ def open_sources(
         distinct_images: take only so many of the images; None takes all.
         max_lost: fraction of the pictures of a source that may be left out, as `LeftOut` counts
             them.
+        alive: as of `open_source`.
 
     Raises:
         DataError: one of them cannot be opened, too much of it is left out, or a stream is to be
@@ -105,7 +107,7 @@ def open_sources(
                 f"{spec}: shards that are streamed cannot be mixed with other sources. Name them "
                 "alone, or copy them to a local or mounted disk."
             )
-    parts = [open_source(spec, decoder) for spec in specs]
+    parts = [open_source(spec, decoder, alive) for spec in specs]
     for spec, part in zip(specs, parts, strict=True):
         left_out_of(part).require_few(spec, used=len(part), max_fraction=max_lost)
     whole = parts[0] if len(parts) == 1 else MixedSource(parts)

@@ -8,7 +8,7 @@ import logging
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -38,14 +38,21 @@ class TarSource:
     Args:
         shards: paths of the tar files.
         decoder: what the pixels of a file become.
+        alive: called again and again while they are indexed.
 
     Raises:
         DataError: a shard is missing, damaged or compressed, or no shard holds an image.
     """
 
-    def __init__(self, shards: Sequence[str], decoder: Decoder = RGB):
+    def __init__(
+        self,
+        shards: Sequence[str],
+        decoder: Decoder = RGB,
+        alive: Callable[[], None] = lambda: None,
+    ):
         self._decoder = decoder
-        self._index, self._shards = open_shard_index([os.path.abspath(path) for path in shards])
+        paths = [os.path.abspath(path) for path in shards]
+        self._index, self._shards = open_shard_index(paths, alive)
         self.left_out = _report(self._shards)
         self._ends = list(accumulate(shard.num_images for shard in self._shards))
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, oldest use first
