@@ -17,7 +17,8 @@ from tqdm import tqdm
 from data_tools.files import Files, open_files
 from data_tools.headers import read_header
 from data_tools.journal import Json
-from data_tools.shard_writer import CLASSES, class_lines, plan_shards, stored_bytes, write_set
+from data_tools.shard_writer import class_lines, plan_shards, stored_bytes, write_set
+from dinoscale.data.classes import FILE_NAME as CLASSES
 from dinoscale.data.decode import RGB
 from dinoscale.data.folder import FolderSource
 from dinoscale.errors import DataError

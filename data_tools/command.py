@@ -31,6 +31,7 @@ def add_commands(commands: SubCommands) -> None:
         " and the same command goes on after an interruption.",
     )
     tools = data.add_subparsers(dest="tool", required=True, metavar="TOOL")
+    _add_index(tools)
     _add_build(tools)
     _add_synthetic(tools)
     _add_verify(tools)
@@ -58,6 +59,27 @@ def _tool(
         help="processes (default: one a core); the result is the same for any number",
     )
     return command
+
+
+def _add_index(tools: SubCommands) -> None:
+    command = _tool(
+        tools,
+        "index",
+        "Make the index of tar shards that a training makes at its first start: about a minute a\n"
+        "million images and core. It is kept where DINOSCALE_CACHE says, which the training\n"
+        "must say, too, and only shards that changed are read again. A folder of images has none:\n"
+        "it is listed, to count its images.",
+        short="make the index of shards before a job",
+        example="index '/data/train-{000000..000499}.tar' --workers 32",
+    )
+    command.add_argument("spec", metavar="SPEC", help="one source of data.train")
+    command.set_defaults(run=_index)
+
+
+def _index(options: argparse.Namespace) -> dict[str, Any]:
+    from data_tools.index import make_index
+
+    return make_index(options.spec, workers=options.workers)
 
 
 def _add_shard_bytes(command: argparse.ArgumentParser) -> None:

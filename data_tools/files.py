@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
 from dinoscale.data.files import write_names
 from dinoscale.data.folder import FolderSource
-from dinoscale.data.listing import COMPRESSED_TAR, LeftOut, Listing, list_folder
+from dinoscale.data.left_out import is_junk
+from dinoscale.data.listing import COMPRESSED_TAR, Beside, Listing, list_folder
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source, expand_pattern, open_source
 from dinoscale.data.tar_headers import Member, read_members
@@ -89,7 +90,7 @@ def shards_of(spec: str) -> list[str]:
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
         listing = list_folder(path)
-        names = sorted(listing.left_out.shards + listing.left_out.compressed, key=os.fsencode)
+        names = sorted(listing.beside.shards + listing.beside.compressed, key=os.fsencode)
         return [] if len(listing.images) else [os.path.join(path, name) for name in names]
     if os.path.isfile(path):
         return [path] if path.lower().endswith(".tar") and not _holds_tars(path) else []
@@ -111,7 +112,7 @@ def _holds_tars(path: str) -> bool:
 class TarOfTars:
     """The pictures of a tar whose files are tars, one a class, read where they lie.
 
-    Member names are only ever shown: nothing is unpacked.
+    All files but junk count as pictures. Member names are only ever shown: nothing is unpacked.
 
     Raises:
         DataError: a tar is damaged, or holds no files.
@@ -127,6 +128,8 @@ class TarOfTars:
         number = {name: i for i, name in enumerate(self._classes)}
         for tar in inner:
             for file in read_members(self._path, within=tar):
+                if is_junk(file.name):
+                    continue
                 self._names.append(f"{tar.name}::{file.name}")
                 places.append((file.offset, file.size, number[_class(tar)]))
         if not places:
@@ -250,7 +253,7 @@ def _listed_files(path: str, paths: Sequence[str], decoder: Decoder) -> Files:
         )
     root = os.path.commonpath([os.path.dirname(name) for name in paths])
     names = write_names((os.path.relpath(name, root) for name in paths), of=path)
-    return FolderSource(root, Listing(names, LeftOut()), decoder)
+    return FolderSource(root, Listing(names, Beside()), decoder)
 
 
 def _members_of_shards(path: str, paths: Sequence[str], decoder: Decoder) -> Files:

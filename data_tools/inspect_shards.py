@@ -15,6 +15,7 @@ from data_tools.headers import read_header
 from data_tools.journal import Json, check_place, write_whole
 from data_tools.survey import identity, in_blocks, sample_ids, survey
 from dinoscale.data.decode import BadSampleError
+from dinoscale.data.mixture import left_out_of
 from dinoscale.errors import DataError
 
 _SHOWN = 20  # classes in the summary, the largest and the smallest
@@ -68,6 +69,7 @@ def inspect_shards(
     summary = {
         "spec": spec,
         "images": len(source),
+        "left_out": left_out_of(source).counts,
         "looked_at": len(ids),
         "shards": len(shards_of(spec)),
         **_summed(list(found)),

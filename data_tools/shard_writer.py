@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from data_tools.journal import Journal, Json, fingerprint, fingerprint_of, write_whole
 from data_tools.parallel import ordered_map
+from dinoscale.data.classes import FILE_NAME as CLASSES
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.manifest import FILE_NAME, FORMAT
 from dinoscale.errors import DataError, RunFailedError
 
 log = logging.getLogger(__name__)
 
-CLASSES = "classes.txt"
 _NAMES = "names.jsonl"
 _JOURNAL = ".progress.jsonl"
 

@@ -1,7 +1,7 @@
 """What a rank works on in each step: crops from the loader, on the device, normalised."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +24,12 @@ from dinoscale.launcher import Process
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 
-def open_images(config: RunConfig) -> StoredSource:
-    """The images of data.train.
+def open_images(config: RunConfig, alive: Callable[[], None] = lambda: None) -> StoredSource:
+    """The images of data.train; `alive` is called again and again while they are opened.
 
     Raises:
         ConfigError: none are named.
-        DataError: they cannot be opened.
+        DataError: they cannot be opened, or more than `data.max_bad_fraction` is left out.
     """
     if not config.data.sources:
         raise ConfigError("data.train: give the images, for example data.train=/path/to/folder")
@@ -39,6 +39,8 @@ def open_images(config: RunConfig) -> StoredSource:
         manifest=config.data.manifest,
         shuffle_buffer=config.data.shuffle_buffer,
         distinct_images=config.data.distinct_images,
+        max_lost=config.data.max_bad_fraction,
+        alive=alive,
     )
 
 

@@ -3,8 +3,10 @@
 import logging
 import math
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from dinoscale.config.resolve import (
 )
 from dinoscale.convert.start import starting_weights
 from dinoscale.cores import cores_at_hand, cores_of_rank
-from dinoscale.data.mixture import source_sizes
-from dinoscale.data.sources import Source, StoredSource
+from dinoscale.data.decode import Decoder
+from dinoscale.data.mixture import left_out_of, source_sizes
+from dinoscale.data.sources import Source, StoredSource, open_source
 from dinoscale.engine.build import build_pair
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
@@ -36,6 +39,7 @@ from dinoscale.launcher import Process
 from dinoscale.loop import Run
 from dinoscale.micro_batch.search import find_micro_batch
 from dinoscale.nodes import gather_members, keep_logs, require_alike, require_shared
+from dinoscale.opening import open_once_a_node
 from dinoscale.preemption import StopRequest
 from dinoscale.resume import (
     batch_norm_caution,
@@ -57,7 +61,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     """Pre-train as `config` says; all ranks call it after `distributed.start`.
 
     Returns:
-        JSON-able summary: run_dir, steps, last loss and k-NN.
+        JSON-able summary: run_dir, steps, last loss and k-NN, what is left out of the images.
 
     Raises:
         DinoscaleError: on every rank.
@@ -75,13 +79,14 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     with watchdog.spreading():
         require_alike(config, process, members)
-        source = distributed.together(lambda: open_images(config))
+        source = open_once_a_node(partial(open_images, config), hosts, watchdog.goes_on)
         require_same_images(source)
         _plan(without_auto(config), process, source)  # a mistake ends it before there is a run_dir
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
             require_shared(run_dir, hosts)
             keep_logs(run_dir, process, members)
-            return _build(config, process, source, stop, watchdog).to_the_end()
+            summary = _build(config, process, hosts, source, stop, watchdog).to_the_end()
+        return {**summary, "left_out": left_out_of(source).counts}
 
 
 def require_same_images(source: Source) -> None:
@@ -112,6 +117,7 @@ def _plan(config: RunConfig, process: Process, source: Source) -> RunPlan:
 def _build(
     config: RunConfig,
     process: Process,
+    hosts: Sequence[str],
     source: StoredSource,
     stop: StopRequest,
     watchdog: Watchdog,
@@ -141,7 +147,7 @@ def _build(
     student, teacher = build_pair(config, plan, start)
     if checkpoint is not None:
         restore(checkpoint, student, teacher)
-    probe = distributed.together(lambda: Probe(config)) if config.eval.train else None
+    probe = _probe(config, hosts, watchdog) if config.eval.train else None
     if is_first:
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
     told = {"student": student.deepspeed_config, "teacher": teacher.deepspeed_config}
@@ -149,6 +155,13 @@ def _build(
     return Run(
         config, plan, process, source, images, student, teacher, probe, stop, watchdog, checkpoint
     )
+
+
+def _probe(config: RunConfig, hosts: Sequence[str], watchdog: Watchdog) -> Probe:
+    def open_set(spec: str, decoder: Decoder) -> Source:
+        return open_once_a_node(partial(open_source, spec, decoder), hosts, watchdog.goes_on)
+
+    return distributed.together(lambda: Probe(config, open_set))
 
 
 def _find_micro_batch(

@@ -189,6 +189,7 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
             Decoder(config.data.channels, config.data.white),
             manifest=config.data.manifest,
             distinct_images=config.data.distinct_images,
+            max_lost=config.data.max_bad_fraction,
         )
         sizes = source_sizes(source)
         plan = resolve(without_auto(config), world_size=options.world_size, num_images=sizes)

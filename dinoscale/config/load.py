@@ -10,10 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from dinoscale.config.report import sentences, show
+from dinoscale.config.report import sections, sentences, show
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.yaml_text import read_yaml, write_yaml
 from dinoscale.errors import ConfigError
@@ -53,7 +55,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         name_or_path: a preset's name such as `vit_s16`, or the path of a YAML file.
-        overrides: `section.key=value`, the value a YAML scalar or list; a later one wins.
+        overrides: `section.key=value`; a later one wins. The value is a YAML scalar or list; of a
+            text, such as a path, it is the text as typed, unless that is in quotes.
 
     Returns:
         The checked configuration.
@@ -183,21 +186,52 @@ def _parse_override(override: str) -> dict[str, object]:
         )
     if names == ["defaults"]:
         raise ConfigError(f"override {override!r}: defaults can be given in a file only")
-    try:
-        value = read_yaml(text)
-    except ConfigError as error:
+    if key != key.rstrip():  # `key = value`
+        text = text.strip()
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of the command line
         raise ConfigError(
-            f"override {override!r}: the value is not YAML; put text in quotes ({error})"
-        ) from error
+            f"{'.'.join(names)}: {text!a} is not UTF-8, and a configuration is UTF-8 text;"
+            " rename the file or folder, or make a link to it with such a name (ln -s)"
+        )
+    try:
+        value = text if _is_typed(names, text) else read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML ({error})") from error
     if isinstance(value, Mapping):
         raise ConfigError(
-            f"override {override!r}: the value is a mapping; give one override per key, "
-            "or put text in quotes"
+            f"override {override!r}: the value is a mapping; give one override per key"
         )
     for name in reversed(names):
         value = {name: value}
     assert isinstance(value, dict)
     return value
+
+
+def _is_typed(names: Sequence[str], text: str) -> bool:
+    """Whether a value is a text as typed, whatever it looks like: 2026, 1e5, true, a #1.
+
+    Not in quotes, nor a list of sources, nor null where the field may be without a text.
+    """
+    section: type[BaseModel] | None = RunConfig
+    for name in names[:-1]:
+        section = sections(section).get(name) if section else None
+    field = section.model_fields.get(names[-1]) if section else None
+    kinds = _kinds(field.annotation) if field else set()
+    if str not in kinds or not text or (len(text) > 1 and text[0] == text[-1] in ("'", '"')):
+        return False
+    if NoneType in kinds and text.strip() in ("null", "~"):
+        return False
+    return not (tuple in kinds and text.lstrip().startswith("["))
+
+
+def _kinds(annotation: object) -> set[object]:
+    """The types that a value of an annotation may have; of a container, the container."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return set().union(*map(_kinds, get_args(annotation)))
+    return {origin or annotation}
 
 
 def _checked(merged: _Merged) -> RunConfig:

@@ -19,7 +19,7 @@ _NEEDS = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
-    "string_type": "text",
+    "string_type": "text (put it in quotes)",
     "string_unicode": "text that can be written as UTF-8",
     "string_too_short": "text that is not empty",
     "tuple_type": "a list",

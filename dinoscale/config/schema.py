@@ -292,7 +292,8 @@ class DataConfig(Section):
     )
     max_bad_fraction: Fraction = Field(
         default=0.01,
-        description="Unreadable images, as a fraction, above which the run stops. [D].",
+        description="Images that cannot be read, or are left out for their names, as a fraction, "
+        "above which the run stops. [D].",
     )
     channels: Count = Field(
         default=3,

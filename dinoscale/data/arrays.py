@@ -56,12 +56,13 @@ def read_npy(data: bytes, *, channels: int) -> NDArray[Any]:
     stream = io.BytesIO(data)
     shape, fortran, dtype = _npy_header(stream)
     num_bytes, there = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
-    if min(shape, default=0) < 1 or num_bytes != there:
+    if num_bytes != there:
         raise ValueError(
             f"its header says {shape} of {dtype.name}, {num_bytes} bytes; there are {there}"
         )
+    axis = _channel_axis(shape, channels)
     numbers = np.frombuffer(data, dtype, offset=stream.tell())
-    return _channels_last(numbers.reshape(shape, order="F" if fortran else "C"), channels)
+    return _channels_last(numbers.reshape(shape, order="F" if fortran else "C"), axis)
 
 
 def _npy_header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -109,11 +110,12 @@ def read_tiff(data: bytes, *, channels: int) -> NDArray[Any]:
     with _opened_tiff(data) as tiff:
         _require_few_pages(tiff)
         series = tiff.series[0]
+        axis = _channel_axis(series.shape, channels)
         _require_readable(tiff, series)
         numbers = series.asarray(maxworkers=1)
         orientation = series.keyframe.tags.valueof(_TIFF_ORIENTATION, 1)
     swapped, down, right = _UPRIGHT.get(orientation, (False, 1, 1))
-    pixels = _channels_last(numbers, channels)
+    pixels = _channels_last(numbers, axis)
     return (pixels.swapaxes(0, 1) if swapped else pixels)[::down, ::right]
 
 
@@ -183,20 +185,24 @@ def _require_dtype(dtype: np.dtype[Any] | None) -> None:
         raise ValueError(f"numbers of type {dtype}, need one of {', '.join(_DTYPES)}")
 
 
-def _channels_last(numbers: NDArray[Any], channels: int) -> NDArray[Any]:
-    """To (H, W, C); where the first and the last axis both fit, the last holds the channels."""
-    shape = numbers.shape
-    if numbers.ndim == 2 and channels == 1:
-        return numbers[..., None]
-    if numbers.ndim == 3 and shape[-1] == channels:
-        return numbers
-    if numbers.ndim == 3 and shape[0] == channels:
-        return np.moveaxis(numbers, 0, -1)
+def _channel_axis(shape: tuple[int, ...], channels: int) -> int | None:
+    """Which axis holds the channels, the last one where the first fits too; None: there is one."""
+    if min(shape, default=1) < 1:
+        raise ValueError(f"an array {shape} has no pixels")
+    if len(shape) == 2 and channels == 1:
+        return None
+    if len(shape) == 3 and channels in (shape[-1], shape[0]):
+        return -1 if shape[-1] == channels else 0
     found = {2: "1 channel", 3: f"{min(shape[0], shape[-1])} channels" if shape else ""}
     raise ValueError(
-        f"an array {shape} has {found.get(numbers.ndim, 'no channels to tell')}, "
+        f"an array {shape} has {found.get(len(shape), 'no channels to tell')}, "
         f"need {channels} (data.channels)"
     )
+
+
+def _channels_last(numbers: NDArray[Any], axis: int | None) -> NDArray[Any]:
+    """To (H, W, C)."""
+    return numbers[..., None] if axis is None else np.moveaxis(numbers, axis, -1)
 
 
 def to_8bit(numbers: NDArray[Any], *, white: float | None) -> NDArray[np.uint8]:

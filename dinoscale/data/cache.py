@@ -6,11 +6,12 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
+_LOOK_S = 0.2  # between two looks at a lock that another process has
 _ABANDONED_S = 3600  # since something was written to a file that is being written all the time
 
 
@@ -41,16 +42,20 @@ def cached_file(kind: str, keys: Iterable[str]) -> str:
 
 
 @contextmanager
-def locked(path: str) -> Iterator[None]:
+def locked(path: str, alive: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Let one process of all that name this file do its work, the others wait.
 
     On a file system without locks nobody waits: what is put in place whole may be made twice. The
     kernel frees the lock of a process that dies.
+
+    Args:
+        path: the file.
+        alive: called again and again while this process waits.
     """
     descriptor = -1
     try:
         descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        _lock(descriptor, path)
+        _lock(descriptor, path, alive)
     except OSError as error:
         log.debug("no lock on %s: %s", path, error)
     try:
@@ -67,9 +72,18 @@ def remove_abandoned(path: str) -> None:
             os.unlink(partial)
 
 
-def _lock(descriptor: int, path: str) -> None:
+def _lock(descriptor: int, path: str, alive: Callable[[], None]) -> None:
+    if _is_locked_now(descriptor):
+        return
+    log.info("another process is making %s: waiting for it", path)
+    while not _is_locked_now(descriptor):
+        alive()
+        time.sleep(_LOOK_S)
+
+
+def _is_locked_now(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        log.info("another process is making %s: waiting for it", path)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return False
+    return True

@@ -6,6 +6,7 @@ can fail into `BadSampleError`.
 """
 
 import io
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
-from dinoscale.data.arrays import NPY_START, TIFF_STARTS, read_npy, read_tiff, to_8bit
+from dinoscale.data.arrays import (
+    NPY_START,
+    TIFF_STARTS,
+    array_header,
+    read_npy,
+    read_tiff,
+    to_8bit,
+)
 from dinoscale.errors import DataError
 
 _EXIF_ORIENTATION = 0x0112  # Exif 2.3, tag number; values 1 to 8
@@ -43,15 +51,26 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What a file that no decoder knows most often is: (bytes at the start, what to tell the user).
+# What a file that Pillow cannot identify most often is: (bytes at its start, what to tell).
 _NOT_IMAGES = (
     (b"version https://git-lfs", "a Git LFS pointer in place of the picture, run `git lfs pull`"),
     (b"\x00\x05\x16\x07", "an AppleDouble file of macOS, not a picture"),
     (b"<!doctype html", "an HTML page, not a picture"),
     (b"<html", "an HTML page, not a picture"),
-    (b"<?xml", "an XML or SVG document, not a bitmap picture"),
+    (b"<?xml", "an XML document (an SVG drawing, or a message of a server), not a bitmap picture"),
     (b"<svg", "an SVG drawing, not a bitmap picture"),
+    (b"%pdf-", "a PDF document, not a picture"),
 )
+# Formats that Pillow reads where it does not find them damaged.
+_PICTURES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89png", "PNG"),
+    (b"gif8", "GIF"),
+    (b"\x00\x00\x00\x0cjp  ", "JPEG 2000"),
+)
+# What a file of the ISO base media format is by its brand (ISO/IEC 14496-12, `ftyp`).
+_STUMBLES = (ArithmeticError, AttributeError, LookupError, TypeError, struct.error)  # of decoders
+_AVIF, _HEIF = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
 class BadSampleError(DataError):
@@ -158,8 +177,8 @@ class Decoder:
         def decode(shrink: int) -> NDArray[np.uint8]:
             if orientation == 1 and colors:
                 size = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)}
-                try:
-                    return np.asarray(simplejpeg.decode_jpeg(data, colors, **size))
+                try:  # strict: what libjpeg only warns of, such as a stream that ends early, raises
+                    return np.asarray(simplejpeg.decode_jpeg(data, colors, **size, strict=True))
                 except ValueError:  # anything unusual about it: Pillow says whether it is readable
                     pass
             with _reasons(data, path), Image.open(io.BytesIO(data)) as opened:
@@ -238,6 +257,12 @@ def read_as_stored(data: bytes, path: str) -> Image.Image:
         return opened.copy()
 
 
+def begins_like_picture(start: bytes) -> bool:
+    """Whether the first bytes of a file, 12 at least, are those of a usual picture format."""
+    known = (*(magic for magic, _ in _PICTURES), *(magic.lower() for magic in TIFF_STARTS))
+    return start.lower().startswith(known) or (start[:4], start[8:12]) == (b"RIFF", b"WEBP")
+
+
 def _opened(data: bytes) -> Image.Image:
     """Pillow's picture, of which only the header is read; raises whatever Pillow raises."""
     opened = Image.open(io.BytesIO(data))
@@ -277,12 +302,54 @@ def _reason(error: Exception, data: bytes) -> str:
     if not data:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
-        start = data[:64].lstrip().lower()
-        for magic, meaning in _NOT_IMAGES:
-            if start.startswith(magic):
-                return meaning
-        if data[4:8] == b"ftyp":
-            return "a HEIF/HEIC or video file, which this Pillow cannot decode"
-        return "not an image, or damaged in its first bytes, or in a format unknown to Pillow"
+        return _unidentified(data)
+    if isinstance(error, MemoryError):
+        return "decoding it takes more memory than there is"
     lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+    said = f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+    if isinstance(error, _STUMBLES):
+        return f"damaged in a way that its decoder does not expect ({said})"
+    return said
+
+
+def _unidentified(data: bytes) -> str:
+    """What a file is of which Pillow says no more than that it cannot identify it."""
+    if not any(data):
+        return "all its bytes are zero, as a failed disk or copy leaves them"
+    start = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # a mark of some editors
+    for magic, meaning in _NOT_IMAGES:
+        if start.startswith(magic):
+            return meaning
+    if data[4:8] == b"ftyp":
+        return _iso_media(brands=data[8:64])
+    if data[:4] in TIFF_STARTS:
+        return _tiff_unknown_to_pillow(data)
+    for magic, name in _PICTURES:
+        if data[: len(magic)].lower() == magic:
+            return f"a {name} file that is damaged near its start, or of a kind unknown to Pillow"
+    if begins_like_picture(data[:12]):
+        return "a WebP file that is damaged near its start"
+    return "not an image, or damaged in its first bytes, or in a format unknown to Pillow"
+
+
+def _iso_media(*, brands: bytes) -> str:
+    """By its first brand and those it is compatible with."""
+    if any(brand in brands for brand in _AVIF) and features.check("avif"):
+        return "an AVIF file that is damaged or cut off"
+    if any(brand in brands for brand in _AVIF):
+        return "an AVIF file, which this Pillow cannot decode"
+    if brands[:4] in _HEIF:
+        return "a HEIF/HEIC file, which this Pillow cannot decode"
+    return "a video, or another file of the MP4 family, not a picture"
+
+
+def _tiff_unknown_to_pillow(data: bytes) -> str:
+    """Damaged, or of pixels that only NPY or another number of channels has room for."""
+    try:
+        shape, dtype = array_header(data)
+    except Exception:  # damaged files fail in any way
+        return "a TIFF file that is damaged or cut off"
+    return (
+        f"a TIFF file of an array {shape} of {dtype}, which Pillow does not read as a picture;"
+        " store it as NPY, or set data.channels if these are other channels"
+    )

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.index import Index, IndexWriter, read_at
@@ -11,20 +11,27 @@ from dinoscale.errors import DataError
 # The largest picture that Pillow opens has 179 million pixels, of at most 8 bytes each.
 MAX_IMAGE_BYTES = 2**31
 
+NAMES_A_SIGN = 1000  # names that are listed between two signs that it goes on
 
-def write_names(names: Iterable[str], *, of: str) -> Index:
+
+def write_names(
+    names: Iterable[str], *, of: str, alive: Callable[[], None] = lambda: None
+) -> Index:
     """Put names into a temporary file on disk, one after another.
 
     Args:
         names: in the order of the images.
         of: what they were read from, for messages.
+        alive: called again and again while it goes on.
 
     Raises:
         DataError: the file cannot be written.
     """
     try:
         with IndexWriter("") as writer:
-            for name in names:
+            for number, name in enumerate(names):
+                if number % NAMES_A_SIGN == 0:
+                    alive()
                 writer.add(name)
             return writer.finish({})
     except OSError as error:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from dinoscale.data.decode import RGB, Decoder, Picture
 from dinoscale.data.files import read_image_file, write_names
-from dinoscale.data.listing import ARRAY, Listing, list_folder
+from dinoscale.data.left_out import DEAD_LINK, NPY, TAR, LeftOut
+from dinoscale.data.listing import ARRAY, Beside, Listing, list_folder
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ class FolderSource:
     listed anew whenever it is opened; the names wait in a temporary file, not in memory. Where
     every image lies in a subfolder, the first-level subfolder is its class.
 
+    Attributes:
+        root: the folder, absolute.
+        left_out: what may have been meant to be an image of it, and is none.
+
     Args:
         root: the folder.
         listing: of the folder; read now if not given.
@@ -38,14 +43,17 @@ class FolderSource:
     """
 
     def __init__(self, root: str, listing: Listing | None = None, decoder: Decoder = RGB):
-        self._root = os.path.abspath(root)
+        self.root = os.path.abspath(root)
         self._decoder = decoder
-        if not os.path.isdir(self._root):
+        if not os.path.isdir(self.root):
             raise DataError(f"{root} is not a folder. Name the folder that holds the images.")
-        listing = listing or list_folder(self._root)
+        listing = listing or list_folder(self.root)
         if not len(listing.images):
             raise DataError(_no_images(root, listing))
-        _report(root, listing)
+        self.left_out = _left_out(listing.beside)
+        self.left_out.warn(root)
+        others = sum(listing.beside.others.values())
+        log.info("%s: %d images, %d other files", root, len(listing.images), others)
         self._names = listing.images
 
     def __len__(self) -> int:
@@ -53,11 +61,11 @@ class FolderSource:
 
     def path(self, index: int) -> str:
         """Absolute path of an image."""
-        return os.path.join(self._root, self._names.name(index))
+        return os.path.join(self.root, self._names.name(index))
 
     def files(self) -> Iterator[str]:
         """Absolute paths of all files in the order of the images."""
-        return (os.path.join(self._root, name) for name, _ in self._names.rows(0, len(self)))
+        return (os.path.join(self.root, name) for name, _ in self._names.rows(0, len(self)))
 
     def size(self, index: int) -> int:
         """Bytes of an image's file, 0 where they cannot be told."""
@@ -97,7 +105,10 @@ class FolderSource:
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the first-level subfolders with images, sorted, or None."""
+        """Names of the first-level subfolders with images, sorted, or None.
+
+        By their bytes; where all are whole numbers, by these, so that 10 comes after 2.
+        """
         return self._classes[1]
 
     @cached_property
@@ -109,43 +120,41 @@ class FolderSource:
             if not slash:
                 return None, None
             labels[index] = met.setdefault(folder, len(met))
-        names = sorted(met, key=os.fsencode)
+        counted = all(whole_number(name) is not None for name in met)
+        names = sorted(
+            met, key=lambda name: (whole_number(name) if counted else 0, os.fsencode(name))
+        )
         number = {name: i for i, name in enumerate(names)}
         return np.array([number[name] for name in met])[labels], names
 
 
+def whole_number(name: str) -> int | None:
+    """The number that a name of digits is, None for any other name."""
+    return int(name) if name.isascii() and name.isdigit() and len(name) < 19 else None
+
+
 def _no_images(root: str, listing: Listing) -> str:
-    left_out = listing.left_out
+    beside = listing.beside
     text = f"no images in the folder {root}"
-    if left_out.num_folders:
-        text += f" and its {left_out.num_folders} subfolders"
-    if left_out.others:
-        kinds = left_out.others.most_common(5)
+    if beside.num_folders:
+        text += f" and its {beside.num_folders} subfolders"
+    if beside.others:
+        kinds = beside.others.most_common(5)
         text += f" (it holds {', '.join(f'{count} {kind}' for kind, count in kinds)})"
-    if left_out.dangling.count:
-        text += f"; {left_out.dangling.count} links lead nowhere, e.g. {left_out.dangling.first}"
+    if dead := beside.links.counts.get(DEAD_LINK):
+        text += f"; {dead} links lead nowhere, e.g. {beside.links.examples[DEAD_LINK]}"
     return text + ". Name a folder that holds images, directly or in subfolders."
 
 
-def _report(root: str, listing: Listing) -> None:
-    """Say once what is left out."""
-    left_out = listing.left_out
-    if left_out.dangling.count:
-        log.warning(
-            "%s: skipped %d links that lead nowhere, e.g. %s",
-            root, left_out.dangling.count, left_out.dangling.first,
-        )  # fmt: skip
-    if left_out.loops.count:
-        log.warning(
-            "%s: did not follow %d links to a folder above them, e.g. %s",
-            root, left_out.loops.count, left_out.loops.first,
-        )  # fmt: skip
-    if left_out.shards:
-        log.warning("%s: ignored %d .tar files among the images", root, len(left_out.shards))
-    if arrays := left_out.others[ARRAY]:
-        log.warning("%s: ignored %d %s files among the images", root, arrays, ARRAY)
-    others = sum(left_out.others.values())
-    log.info("%s: %d images, %d other files", root, len(listing.images), others)
+def _left_out(beside: Beside) -> LeftOut:
+    """What may have been meant as part of the set: other files are not."""
+    left_out = LeftOut()
+    left_out.merge(beside.links)
+    for name in beside.shards + beside.compressed:
+        left_out.add(TAR, name)
+    if arrays := beside.others[ARRAY]:
+        left_out.add(NPY, f"*{ARRAY}", arrays)
+    return left_out
 
 
 class ListSource:
@@ -157,15 +166,16 @@ class ListSource:
     Args:
         path: of the list.
         decoder: what the pixels of a file become.
+        alive: called again and again while it is read.
 
     Raises:
         DataError: it cannot be read, names nothing, or its first entries all do not exist.
     """
 
-    def __init__(self, path: str, decoder: Decoder = RGB):
+    def __init__(self, path: str, decoder: Decoder = RGB, alive: Callable[[], None] = lambda: None):
         self._folder = os.path.dirname(os.path.abspath(path))
         self._decoder = decoder
-        self._names = write_names(_entries(path), of=path)
+        self._names = write_names(_entries(path), of=path, alive=alive)
         if not len(self._names):
             raise DataError(f"the list {path} is empty. Write one path of an image a line.")
         first = range(min(_FIRST_LOOKED_AT, len(self)))

@@ -10,8 +10,9 @@ from enum import IntEnum
 
 from tqdm import tqdm
 
-from dinoscale.data.files import write_names
+from dinoscale.data.files import NAMES_A_SIGN, write_names
 from dinoscale.data.index import Index
+from dinoscale.data.left_out import DEAD_LINK, LOOP, LeftOut, is_junk_file, is_junk_folder
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -19,9 +20,6 @@ log = logging.getLogger(__name__)
 ARRAY = ".npy"
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
-# Files and folders that file managers, notebooks and version control leave behind.
-_JUNK_FOLDERS = {".git", ".ipynb_checkpoints", ".svn", "@eadir", "__macosx"}
-_JUNK_FILES = {".ds_store", ".gitattributes", ".gitignore", ".gitkeep", "desktop.ini", "thumbs.db"}
 # Unknown or missing extensions are tried: pictures named by a hash have none.
 _NOT_IMAGE_EXTENSIONS = {
     ".7z", ".avi", ".bin", ".bz2", ".ckpt", ".cls", ".csv", ".db", ".gz", ".h5", ".htm",
@@ -36,20 +34,7 @@ _QUIET_S = 2.0  # shorter listings show no progress
 
 
 @dataclass
-class Links:
-    """Links that were not followed: how many, and the first of them."""
-
-    count: int = 0
-    first: str = ""
-
-    def add(self, name: str) -> None:
-        """Count one more."""
-        self.first = self.first or name
-        self.count += 1
-
-
-@dataclass
-class LeftOut:
+class Beside:
     """What lies below a folder beside its images.
 
     Attributes:
@@ -57,16 +42,14 @@ class LeftOut:
         others: extension, or name without one -> how many files are no images, by their names.
         shards: those of them that end in `.tar`, relative to the folder.
         compressed: those that are compressed tars.
-        dangling: links that lead nowhere.
-        loops: links to a folder that contains them.
+        links: that lead nowhere, or to a folder that contains them.
     """
 
     num_folders: int = 0
     others: Counter[str] = field(default_factory=Counter)
     shards: list[str] = field(default_factory=list)
     compressed: list[str] = field(default_factory=list)
-    dangling: Links = field(default_factory=Links)
-    loops: Links = field(default_factory=Links)
+    links: LeftOut = field(default_factory=LeftOut)
 
 
 @dataclass(frozen=True)
@@ -74,7 +57,7 @@ class Listing:
     """Images below a folder, on disk, as paths relative to it in the order of their bytes."""
 
     images: Index
-    left_out: LeftOut
+    beside: Beside
 
 
 class _Kind(IntEnum):
@@ -84,50 +67,63 @@ class _Kind(IntEnum):
 _Entry = tuple[bytes, _Kind]  # its name, with a `/` behind it for a folder
 
 
-def list_folder(root: str) -> Listing:
+def list_folder(root: str, alive: Callable[[], None] = lambda: None) -> Listing:
     """List all files below `root`, following links to files and folders.
 
     The order is the same on every machine. Memory is bounded by the largest single folders.
+
+    Args:
+        root: the folder.
+        alive: called again and again while it goes on.
 
     Raises:
         DataError: a folder cannot be read, or the names cannot be kept in a temporary file.
     """
     log.info("listing the files in %s", root)
-    listing = _listed(root, _may_be_image)
-    left_out = listing.left_out
-    alone = not (len(listing.images) or left_out.shards or left_out.compressed)
-    if alone and left_out.others[ARRAY]:  # beside pictures, arrays are features or labels of them
-        return _listed(root, _is_array)
+    listing = _listed(root, _may_be_image, alive)
+    beside = listing.beside
+    alone = not (len(listing.images) or beside.shards or beside.compressed)
+    if alone and beside.others[ARRAY]:  # beside pictures, arrays are features or labels of them
+        return _listed(root, _is_array, alive)
     return listing
 
 
-def _listed(root: str, is_image: Callable[[str], bool]) -> Listing:
-    left_out = LeftOut()
-    return Listing(write_names(_images(root, left_out, is_image), of=root), left_out)
+def _listed(root: str, is_image: Callable[[str], bool], alive: Callable[[], None]) -> Listing:
+    beside = Beside()
+    images = _images(root, beside, is_image, alive)
+    return Listing(write_names(images, of=root), beside)
 
 
-def _images(root: str, left_out: LeftOut, is_image: Callable[[str], bool]) -> Iterator[str]:
+def _images(
+    root: str, beside: Beside, is_image: Callable[[str], bool], alive: Callable[[], None]
+) -> Iterator[str]:
     """Images in the order of their paths; counts everything else."""
-    for name, kind in _walk(root):
+    for number, (name, kind) in enumerate(_walk(root)):
+        if number % NAMES_A_SIGN == 0:
+            alive()
         if kind is _Kind.FOLDER:
-            left_out.num_folders += 1
+            beside.num_folders += 1
         elif kind is _Kind.LINKED_FOLDER:
-            left_out.loops.add(name)
+            beside.links.add(LOOP, name)
         elif kind is _Kind.DANGLING:
-            left_out.dangling.add(name)
+            if is_image(name.rpartition("/")[2]):
+                beside.links.add(DEAD_LINK, name)
         elif is_image(name.rpartition("/")[2]):
             yield name
         else:
-            _leave_out(name, left_out)
+            _put_beside(name, beside)
 
 
-def _leave_out(name: str, left_out: LeftOut) -> None:
-    lower = name.lower()
-    left_out.others[os.path.splitext(lower)[1] or name.rpartition("/")[2]] += 1
+def _put_beside(name: str, beside: Beside) -> None:
+    lower, base = name.lower(), name.rpartition("/")[2]
+    kind = "junk" if is_junk_file(base) else os.path.splitext(lower)[1]
+    beside.others[kind or base] += 1
+    if kind == "junk":
+        return
     if lower.endswith(".tar"):
-        left_out.shards.append(name)
+        beside.shards.append(name)
     elif lower.endswith(COMPRESSED_TAR):
-        left_out.compressed.append(name)
+        beside.compressed.append(name)
 
 
 def _walk(root: str) -> Iterator[tuple[str, _Kind]]:
@@ -177,7 +173,7 @@ def _kind(entry: os.DirEntry[str]) -> _Kind | None:
     if link and not os.path.exists(entry.path):
         return _Kind.DANGLING
     if entry.is_dir():
-        if entry.name.lower() in _JUNK_FOLDERS:
+        if is_junk_folder(entry.name):
             return None
         return _Kind.LINKED_FOLDER if link else _Kind.FOLDER
     return _Kind.FILE if entry.is_file() else None
@@ -201,9 +197,13 @@ def _unlistable(path: str, error: OSError) -> DataError:
 
 
 def _may_be_image(name: str) -> bool:
-    lower = name.lower()
-    return lower not in _JUNK_FILES and os.path.splitext(lower)[1] not in _NOT_IMAGE_EXTENSIONS
+    return not is_junk_file(name) and not is_known_not_image(name)
+
+
+def is_known_not_image(name: str) -> bool:
+    """Whether a file is no image by its extension; one that nobody knows may be one."""
+    return os.path.splitext(name.lower())[1] in _NOT_IMAGE_EXTENSIONS
 
 
 def _is_array(name: str) -> bool:
-    return name.lower().endswith(ARRAY)
+    return not is_junk_file(name) and name.lower().endswith(ARRAY)

@@ -1,12 +1,15 @@
 """Several sources as one: the images of the first, then those of the second, and so on."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from dinoscale.data.decode import RGB, Decoder, Picture
+from dinoscale.data.folder import FolderSource
+from dinoscale.data.left_out import LeftOut
 from dinoscale.data.manifest import shard_counts
 from dinoscale.data.remote import is_remote, require_allowed
+from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source, StoredSource, expand_braces, open_source
 from dinoscale.data.stream import PAUSES_S, StreamSource
 from dinoscale.data.subset import SubsetSource
@@ -18,6 +21,9 @@ class MixedSource:
 
     How often each part is drawn is for the sampler to say.
 
+    Attributes:
+        parts: the sources.
+
     Args:
         parts: two sources or more.
     """
@@ -26,7 +32,7 @@ class MixedSource:
     class_names = None
 
     def __init__(self, parts: Sequence[StoredSource]):
-        self._parts = tuple(parts)
+        self.parts = tuple(parts)
         self._starts = [0, *accumulate(len(part) for part in parts)]
 
     def __len__(self) -> int:
@@ -39,7 +45,7 @@ class MixedSource:
 
     def identity(self) -> str:
         """Those of the parts."""
-        return " ".join(part.identity() for part in self._parts)
+        return " ".join(part.identity() for part in self.parts)
 
     def picture(self, index: int) -> Picture:
         """The picture; BadSampleError as its own source raises it."""
@@ -49,7 +55,7 @@ class MixedSource:
     @property
     def sizes(self) -> list[int]:
         """Images of each part."""
-        return [len(part) for part in self._parts]
+        return [len(part) for part in self.parts]
 
     def part_of(self, index: int) -> range:
         """The numbers of all images that come from the same part as one image."""
@@ -60,7 +66,7 @@ class MixedSource:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         number = bisect_right(self._starts, index) - 1
-        return self._parts[number], index - self._starts[number]
+        return self.parts[number], index - self._starts[number]
 
 
 def open_sources(
@@ -70,6 +76,8 @@ def open_sources(
     manifest: str | None = None,
     shuffle_buffer: int = 512,
     distinct_images: int | None = None,
+    max_lost: float = 1.0,
+    alive: Callable[[], None] = lambda: None,
 ) -> StoredSource:
     """Open the sources of a training set as one.
 
@@ -79,9 +87,13 @@ def open_sources(
         manifest: where the counts of streamed shards are, if not beside them.
         shuffle_buffer: most images that are held of a streamed shard, to permute them.
         distinct_images: take only so many of the images; None takes all.
+        max_lost: fraction of the pictures of a source that may be left out, as `LeftOut` counts
+            them.
+        alive: as of `open_source`.
 
     Raises:
-        DataError: one of them cannot be opened, or a stream is to be mixed.
+        DataError: one of them cannot be opened, too much of it is left out, or a stream is to be
+            mixed.
         ConfigError: there are fewer images than `distinct_images`, or they are streamed.
     """
     for spec in specs:
@@ -91,13 +103,17 @@ def open_sources(
                 f"are streamed, {spec}; name fewer of them, or copy them to a local or mounted disk"
             )
         if is_remote(spec) and len(specs) == 1:
-            return open_stream(spec, decoder, manifest=manifest, shuffle_buffer=shuffle_buffer)
+            return open_stream(
+                spec, decoder, manifest=manifest, shuffle_buffer=shuffle_buffer, max_lost=max_lost
+            )
         if is_remote(spec):
             raise DataError(
                 f"{spec}: shards that are streamed cannot be mixed with other sources. Name them "
                 "alone, or copy them to a local or mounted disk."
             )
-    parts = [open_source(spec, decoder) for spec in specs]
+    parts = [open_source(spec, decoder, alive) for spec in specs]
+    for spec, part in zip(specs, parts, strict=True):
+        left_out_of(part).require_few(spec, used=len(part), max_fraction=max_lost)
     whole: StoredSource = parts[0] if len(parts) == 1 else MixedSource(parts)
     if distinct_images is None or distinct_images == len(whole):
         return whole  # all of them, in the order of the set itself
@@ -109,8 +125,27 @@ def open_sources(
     return SubsetSource(whole, images=distinct_images)
 
 
+def left_out_of(source: Source) -> LeftOut:
+    """What is left out of all parts of a source; of a stream that is not known before it is read.
+
+    Those of a subset are those of the whole.
+    """
+    left_out = LeftOut()
+    for part in source.parts if isinstance(source, MixedSource) else [source]:
+        if isinstance(part, SubsetSource):
+            left_out.merge(left_out_of(part.whole))
+        elif isinstance(part, FolderSource | TarSource):
+            left_out.merge(part.left_out)
+    return left_out
+
+
 def open_stream(
-    spec: str, decoder: Decoder, *, manifest: str | None, shuffle_buffer: int
+    spec: str,
+    decoder: Decoder,
+    *,
+    manifest: str | None,
+    shuffle_buffer: int,
+    max_lost: float = 1.0,
 ) -> StreamSource:
     """Open shards that can only be read from front to back; reads their manifest, no shard.
 
@@ -120,6 +155,7 @@ def open_stream(
         decoder: what the pixels of their files become.
         manifest: its path or URL; None looks beside the shards.
         shuffle_buffer: most images that are held of a shard, to permute them.
+        max_lost: as of `open_sources`, of each shard.
 
     Raises:
         DataError: the pattern, a command or the manifest cannot be used.
@@ -136,6 +172,7 @@ def open_stream(
         [count for _, count in filled],
         block_size=shuffle_buffer,
         decoder=decoder,
+        max_lost=max_lost,
     )
 
 

@@ -4,22 +4,35 @@ Files that share a key (folder and name up to the first dot) make one sample: `0
 `0001.cls`. A row of the index is an image: its offset and size in bytes, its class number.
 """
 
+import contextlib
+import fcntl
+import glob
+import hashlib
 import logging
+import multiprocessing
 import os
+import signal
 import stat
 import sys
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from dinoscale.cores import cores_at_hand
 from dinoscale.data.cache import cached_file, locked, remove_abandoned
+from dinoscale.data.decode import begins_like_picture
 from dinoscale.data.index import DamagedIndexError, Index, IndexWriter
-from dinoscale.data.sample_files import picture_of, split_name
+from dinoscale.data.left_out import HIDDEN, NO_EXTENSION, NO_PICTURE, OTHER_FILES, LeftOut, is_junk
+from dinoscale.data.listing import is_known_not_image
+from dinoscale.data.sample_files import may_be_picture, other_pictures, picture_of, split_name
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
 
@@ -28,8 +41,12 @@ log = logging.getLogger(__name__)
 NUMBERS = "QQq"  # of a row: offset, size, label
 NO_LABEL = -1
 
+_RULES = 2  # of what is an image; an index made by others is not used
 _MAX_LABEL_BYTES = 64  # a class number needs fewer
+_START_BYTES = 16  # of a file, tell its format
 _SCAN_THREADS = 8  # headers wait for the storage, not for the processor
+_SHARDS_OF_PART = 16  # that an interruption costs at most, in each process
+_LOOK_S = 0.5  # between two looks whether another process has made a part
 _SCANNED_AHEAD = 16  # shards whose rows may wait in memory until those before them are written
 _QUIET_S = 2.0  # shorter scans show no progress
 
@@ -43,16 +60,16 @@ class Shard:
         size: in bytes.
         mtime_ns: when it was last written.
         num_images: rows of it in the index.
-        num_without_image: samples that are left out.
         num_labelled: images with a `.cls` member, readable or not.
+        left_out: what is none of them.
     """
 
     path: str
     size: int
     mtime_ns: int
     num_images: int = 0
-    num_without_image: int = 0
     num_labelled: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def is_as(self, other: "Shard") -> bool:
         """Whether the file is the same, as far as size and time tell."""
@@ -69,23 +86,34 @@ class _Row(NamedTuple):
 _Scanned = tuple[Shard, list[_Row]]
 
 
-def open_shard_index(paths: Sequence[str]) -> tuple[Index, list[Shard]]:
+def open_shard_index(
+    paths: Sequence[str],
+    alive: Callable[[], None] = lambda: None,
+    *,
+    num_processes: int | None = None,
+) -> tuple[Index, list[Shard]]:
     """Open the index of tar shards; make it where there is none or the shards have changed.
 
     It is kept in the cache folder, or, where that cannot be written, in a temporary one. Of the
-    processes of a machine one makes it and the others wait. Memory is bounded by the largest
-    shards that are read at the same time.
+    processes that share the folder one makes it and the others wait. Where there are many shards,
+    parts of it are made first, by all of them together, which an interruption leaves for the next
+    start. Memory is bounded by the largest shards that are read at the same time.
 
     Args:
         paths: absolute, in the order of the images.
+        alive: called whenever a shard is finished, and while another process makes it.
+        num_processes: that read many shards; None: one a core.
 
     Raises:
         DataError: a shard cannot be read, is damaged or compressed, or no index can be written.
     """
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        shards = list(pool.map(_state, paths))
+        shards = []
+        for shard in pool.map(_state, paths):
+            shards.append(shard)
+            alive()
         try:
-            return _cached_index(shards, pool)
+            return _cached_index(shards, pool, alive, num_processes or cores_at_hand())
         except OSError as error:
             log.warning(
                 "cannot keep the index of %s (%s): it is made at every start, by every process. "
@@ -93,7 +121,7 @@ def open_shard_index(paths: Sequence[str]) -> tuple[Index, list[Shard]]:
                 some(paths), str(error),
             )  # fmt: skip
         try:
-            return _build(shards, pool)
+            return _build(shards, pool, alive)
         except OSError as error:
             raise DataError(
                 f"cannot write the index of {some(paths)}: {error}. Set DINOSCALE_CACHE or TMPDIR "
@@ -116,15 +144,22 @@ def _state(path: str) -> Shard:
     return Shard(path, status.st_size, status.st_mtime_ns)
 
 
-def _cached_index(shards: list[Shard], pool: ThreadPoolExecutor) -> tuple[Index, list[Shard]]:
+def _cached_index(
+    shards: list[Shard], pool: ThreadPoolExecutor, alive: Callable[[], None], num_processes: int
+) -> tuple[Index, list[Shard]]:
     path = cached_file("shards", (shard.path for shard in shards)) + ".index"
     index, known = _load(path)
     if not _fits(known, shards):
-        with locked(path):
+        remove_abandoned(path)
+        parts = parts_of(path, shards, known)
+        make_parts(parts, path, alive, num_processes=num_processes)
+        with locked(path, alive):
             index, known = _load(path)  # another process may have made it by now
             if not _fits(known, shards):
-                remove_abandoned(path)
-                return _build(shards, pool, path=path, index=index, known=known)
+                olds = [(index, known), *(_load(part.path) for part in parts)]
+                made = _build(shards, pool, alive, path=path, olds=olds)
+                remove_parts(path)
+                return made
     assert index is not None
     return index, known
 
@@ -133,7 +168,10 @@ def _load(path: str) -> tuple[Index | None, list[Shard]]:
     """The index of a path and its shards; none where it is not there or cannot be trusted."""
     try:
         index = Index(path, NUMBERS)
-        shards = [Shard(**entry) for entry in index.about["shards"]]
+        if index.about.get("rules") != _RULES:
+            log.info("the index %s is of another version: the shards are scanned again", path)
+            return None, []
+        shards = [_shard_of(entry) for entry in index.about["shards"]]
         if sum(shard.num_images for shard in shards) != len(index):
             raise DamagedIndexError(f"the index {path} does not agree with itself")
     except FileNotFoundError:
@@ -144,6 +182,10 @@ def _load(path: str) -> tuple[Index | None, list[Shard]]:
     return index, shards
 
 
+def _shard_of(entry: dict[str, Any]) -> Shard:
+    return Shard(**{**entry, "left_out": LeftOut(**entry["left_out"])})
+
+
 def _fits(known: list[Shard], shards: list[Shard]) -> bool:
     return len(known) == len(shards) and all(map(Shard.is_as, known, shards))
 
@@ -151,23 +193,26 @@ def _fits(known: list[Shard], shards: list[Shard]) -> bool:
 def _build(
     shards: list[Shard],
     pool: ThreadPoolExecutor,
+    alive: Callable[[], None],
     *,
     path: str = "",
-    index: Index | None = None,
-    known: Sequence[Shard] = (),
+    olds: Sequence[tuple[Index | None, list[Shard]]] = (),
 ) -> tuple[Index, list[Shard]]:
-    """Scan the shards; what an older index knows of unchanged ones is taken from there."""
-    firsts = accumulate((shard.num_images for shard in known), initial=0)
-    old = {shard.path: (shard, first) for shard, first in zip(known, firsts, strict=False)}
+    """Scan the shards; what older indexes or parts know of unchanged ones is taken from there."""
+    old: dict[str, tuple[Index, Shard, int]] = {}  # with the number of its first row
+    for index, known in olds:
+        firsts = accumulate((shard.num_images for shard in known), initial=0)
+        if index is not None:
+            old |= {s.path: (index, s, first) for s, first in zip(known, firsts, strict=False)}
 
     def rows_of(shard: Shard) -> _Scanned:
-        before, first = old.get(shard.path, (None, 0))
-        if index is None or before is None or not before.is_as(shard):
+        if shard.path not in old or not old[shard.path][1].is_as(shard):
             return _scan(shard)
+        index, before, first = old[shard.path]
         rows = index.rows(first, first + before.num_images)
         return before, [_Row(name, *numbers) for name, numbers in rows]
 
-    num_changed = sum(s.path not in old or not old[s.path][0].is_as(s) for s in shards)
+    num_changed = sum(s.path not in old or not old[s.path][1].is_as(s) for s in shards)
     log.info("reading the headers of %d of %d shards", num_changed, len(shards))
     done = []
     bar = tqdm(
@@ -177,9 +222,136 @@ def _build(
     with IndexWriter(NUMBERS, path) as writer:
         for shard, rows in bar:
             done.append(shard)
+            alive()
             for row in rows:
                 writer.add(*row)
-        return writer.finish({"shards": [asdict(shard) for shard in done]}), done
+        return writer.finish({"rules": _RULES, "shards": [asdict(shard) for shard in done]}), done
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some shards of an index, and the file that holds what it will say of them."""
+
+    path: str
+    shards: tuple[Shard, ...]
+
+
+def parts_of(path: str, shards: Sequence[Shard], known: Sequence[Shard]) -> list[Part]:
+    """The parts of an index that have to be made; none where there are few shards to scan.
+
+    A part is known by its shards as they are, so that another start finds it again.
+    """
+    old = {shard.path: shard for shard in known}
+    parts = []
+    for first in range(0, len(shards), _SHARDS_OF_PART):
+        of_part = shards[first : first + _SHARDS_OF_PART]
+        changed = tuple(s for s in of_part if s.path not in old or not old[s.path].is_as(s))
+        digest = hashlib.blake2b(repr((_RULES, changed)).encode(), digest_size=16)
+        if changed:
+            parts.append(Part(f"{path}.{digest.hexdigest()}.part", changed))
+    return parts if len(parts) > 1 else []
+
+
+def make_parts(
+    parts: Sequence[Part], path: str, alive: Callable[[], None], *, num_processes: int
+) -> None:
+    """Make the parts of an index that nobody else makes, and wait for the others.
+
+    Raises:
+        DataError: a shard cannot be read, or a process was killed.
+        OSError: a part cannot be written.
+    """
+    missing = [part for part in parts if not os.path.exists(part.path)]
+    if parts:
+        log.info(
+            "%d of %d parts of the index are there already", len(parts) - len(missing), len(parts)
+        )
+    if not missing:
+        return
+    before = _identity(path)
+    bar = tqdm(
+        desc="indexing", total=sum(len(part.shards) for part in missing), unit="shard",
+        delay=_QUIET_S, disable=None, file=sys.stderr,
+    )  # fmt: skip
+    pool = ProcessPoolExecutor(
+        min(num_processes, len(missing)),
+        mp_context=multiprocessing.get_context("fork"),  # whatever the main module does
+        initializer=_start_scanner,
+    )
+    try:
+        with bar:
+            while missing and _identity(path) == before:  # else all of it is made
+                running = {pool.submit(_make_part, part): part for part in missing}
+                missing = []
+                for future in as_completed(running):
+                    alive()
+                    if future.result():
+                        bar.update(len(running[future].shards))
+                    else:
+                        missing.append(running[future])
+                if missing:
+                    time.sleep(_LOOK_S)
+    except BrokenProcessPool:
+        raise DataError(
+            f"a process that reads the headers of {some([parts[0].shards[0].path])} was killed,"
+            " usually because memory ran out. Start again: what is done is kept."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _start_scanner() -> None:
+    """Signals are for the process that started this one, whose end is also its own."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _make_part(part: Part) -> bool:
+    """Make a part, unless it is there; False where another process is making it."""
+    lock = f"{part.path}.lock"
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return os.path.exists(part.path)
+        except OSError as error:  # no locks here: it may be made twice
+            log.debug("no lock on %s: %s", lock, error)
+        if not os.path.exists(part.path):
+            with IndexWriter(NUMBERS, part.path) as writer:
+                done = []
+                for shard, rows in map(_scan, part.shards):
+                    done.append(asdict(shard))
+                    for row in rows:
+                        writer.add(*row)
+                writer.finish({"rules": _RULES, "shards": done})
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def remove_parts(path: str) -> None:
+    """Remove the parts of an index that is made."""
+    for found in glob.glob(f"{glob.escape(path)}.*.part*"):
+        if not found.endswith(".partial"):
+            with contextlib.suppress(FileNotFoundError):  # another process removed it
+                os.unlink(found)
 
 
 def _in_order(
@@ -201,41 +373,66 @@ def _in_order(
 
 def _scan(shard: Shard) -> _Scanned:
     """Read the headers and labels of one shard."""
-    samples = group_samples(read_members(shard.path))
+    samples, without_key = group_samples(read_members(shard.path))
     rows = []
     num_labelled = 0
+    left_out = LeftOut()
     try:
         with open(shard.path, "rb") as file:
             for sample in samples:
                 extension = picture_of(sample)
-                if extension:
-                    image, label = sample[extension], _label_of(sample, extension)
-                    num_labelled += label is not None
-                    number = NO_LABEL if label is None else _class_number(file.fileno(), label)
-                    rows.append(_Row(image.name, image.offset, image.size, number))
+                if not extension:
+                    first = next(iter(sample.values())).name
+                    left_out.add(NO_PICTURE if _lacks_picture(sample) else OTHER_FILES, first)
+                    continue
+                for other, why in other_pictures(sample):
+                    left_out.add(why, sample[other].name)
+                image, label = sample[extension], _label_of(sample, extension)
+                num_labelled += label is not None
+                number = NO_LABEL if label is None else _class_number(file.fileno(), label)
+                rows.append(_Row(image.name, image.offset, image.size, number))
+            for member in without_key:
+                if why_not := _why_no_sample(file.fileno(), member):
+                    left_out.add(why_not, member.name)
     except OSError as error:
         raise DataError(f"cannot read the shard {shard.path}: {error.strerror}.") from error
-    without = len(samples) - len(rows)
-    scanned = replace(
-        shard, num_images=len(rows), num_without_image=without, num_labelled=num_labelled
-    )
-    return scanned, rows
+    return replace(shard, num_images=len(rows), num_labelled=num_labelled, left_out=left_out), rows
 
 
-def group_samples(members: Iterable[Member]) -> list[dict[str, Member]]:
-    """Extension -> member, for each sample in the order of their first members."""
+def _lacks_picture(sample: Mapping[str, Member]) -> bool:
+    """Whether there should be one: it has a label, or a file of a kind that nobody knows."""
+    return "cls" in sample or not all(is_known_not_image(member.name) for member in sample.values())
+
+
+def _why_no_sample(descriptor: int, member: Member) -> str:
+    """Why a picture makes no sample; empty for any other file."""
+    name = member.name.rpartition("/")[2]
+    if name.startswith("."):
+        return HIDDEN if may_be_picture(name.rpartition(".")[2].lower()) else ""
+    start = os.pread(descriptor, min(_START_BYTES, member.size), member.offset)
+    return NO_EXTENSION if begins_like_picture(start) else ""
+
+
+def group_samples(members: Iterable[Member]) -> tuple[list[dict[str, Member]], list[Member]]:
+    """Extension -> member, for each sample in the order of their first members; and the rest.
+
+    The rest are hidden files and those without extension, which have no key; but for junk.
+    """
     samples: list[dict[str, Member]] = []
+    rest: list[Member] = []
     latest: dict[str, dict[str, Member]] = {}  # key -> the sample last begun with it
     for member in members:
         key, extension = split_name(member.name)
         if not key:
-            continue  # a hidden file or one without extension
+            if not is_junk(member.name):
+                rest.append(member)
+            continue
         sample = latest.get(key)
         if sample is None or extension in sample:  # a repeated key is another sample
             sample = latest[key] = {}
             samples.append(sample)
         sample[extension] = member
-    return samples
+    return samples, rest
 
 
 def _label_of(sample: dict[str, Member], picture: str) -> Member | None:

@@ -8,7 +8,7 @@ import logging
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
 from dinoscale.data.files import MAX_IMAGE_BYTES
 from dinoscale.data.index import read_at
+from dinoscale.data.left_out import LeftOut
 from dinoscale.data.sample_files import picture_of
 from dinoscale.data.shard_index import Shard, group_samples, open_shard_index, some
 from dinoscale.data.tar_headers import Member, read_members
@@ -31,18 +32,28 @@ _MAX_OPEN_SHARDS = 128  # a process may usually open 1024 files
 class TarSource:
     """Images in uncompressed tar shards, in the order of the shards and of the samples in them.
 
+    Attributes:
+        left_out: what may have been meant to be an image of it, and is none.
+
     Args:
         shards: paths of the tar files.
         decoder: what the pixels of a file become.
+        alive: called again and again while they are indexed.
 
     Raises:
         DataError: a shard is missing, damaged or compressed, or no shard holds an image.
     """
 
-    def __init__(self, shards: Sequence[str], decoder: Decoder = RGB):
+    def __init__(
+        self,
+        shards: Sequence[str],
+        decoder: Decoder = RGB,
+        alive: Callable[[], None] = lambda: None,
+    ):
         self._decoder = decoder
-        self._index, self._shards = open_shard_index([os.path.abspath(path) for path in shards])
-        _report(self._shards)
+        paths = [os.path.abspath(path) for path in shards]
+        self._index, self._shards = open_shard_index(paths, alive)
+        self.left_out = _report(self._shards)
         self._ends = list(accumulate(shard.num_images for shard in self._shards))
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, oldest use first
 
@@ -113,8 +124,8 @@ class TarSource:
     @cached_property
     def _samples(self) -> list[dict[str, Member]]:
         """Extension -> member, in the order of the images."""
-        samples = (sample for s in self._shards for sample in group_samples(read_members(s.path)))
-        return [sample for sample in samples if picture_of(sample)]
+        samples = (group_samples(read_members(shard.path))[0] for shard in self._shards)
+        return [sample for of_shard in samples for sample in of_shard if picture_of(sample)]
 
     def _shard_of(self, index: int) -> int:
         return bisect_right(self._ends, index)
@@ -156,9 +167,13 @@ def _check_unchanged(descriptor: int, shard: Shard) -> None:
         raise OSError("the shard has changed since it was indexed")
 
 
-def _report(shards: Sequence[Shard]) -> None:
+def _report(shards: Sequence[Shard]) -> LeftOut:
     """Say once what is left out; stop when nothing is left."""
     paths = [shard.path for shard in shards]
+    left_out = LeftOut()
+    for shard in shards:
+        left_out.merge(shard.left_out)
+    left_out.warn(some(paths))
     empty = [shard.path for shard in shards if not shard.num_images]
     if len(empty) == len(shards):
         raise DataError(
@@ -167,7 +182,5 @@ def _report(shards: Sequence[Shard]) -> None:
         )
     if empty:
         log.warning("no images in %s", some(empty))
-    without = sum(shard.num_without_image for shard in shards)
-    if without:
-        log.warning("skipped %d samples without an image in %s", without, some(paths))
     log.info("%s: %d images", some(paths), sum(shard.num_images for shard in shards))
+    return left_out

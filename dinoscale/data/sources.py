@@ -4,7 +4,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -63,7 +63,9 @@ class StoredSource(Source, Protocol):
         ...
 
 
-def open_source(spec: str, decoder: Decoder = RGB) -> StoredSource:
+def open_source(
+    spec: str, decoder: Decoder = RGB, alive: Callable[[], None] = lambda: None
+) -> StoredSource:
     """Open what a data key of the config names; files are listed now, images read later.
 
     Names and places of the images lie on disk, not in memory: for shards in the cache folder, made
@@ -75,6 +77,8 @@ def open_source(spec: str, decoder: Decoder = RGB) -> StoredSource:
             list of images (one path a line, relative to its folder), or `synthetic:...`. `~` in
             front is the home folder; a comma has no meaning of its own.
         decoder: what the pixels of its files become.
+        alive: called again and again while files are listed and shards indexed, which may take
+            hours.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it holds no images.
@@ -99,18 +103,17 @@ def open_source(spec: str, decoder: Decoder = RGB) -> StoredSource:
         )
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
-        return _open_folder(path, decoder)
+        return _open_folder(path, decoder, alive)
     if path.lower().endswith(".txt") and os.path.isfile(path):
-        return ListSource(path, decoder)
-    if os.path.exists(path):
-        return _open_shards(spec, [path], decoder)
-    return _open_shards(spec, expand_pattern(path), decoder)
+        return ListSource(path, decoder, alive)
+    paths = [path] if os.path.exists(path) else expand_pattern(path)
+    return _open_shards(spec, paths, decoder, alive)
 
 
-def _open_folder(path: str, decoder: Decoder) -> StoredSource:
+def _open_folder(path: str, decoder: Decoder, alive: Callable[[], None]) -> StoredSource:
     """A folder of shards holds .tar files and no file that may be an image."""
-    listing = list_folder(path)
-    shards, compressed = listing.left_out.shards, listing.left_out.compressed
+    listing = list_folder(path, alive)
+    shards, compressed = listing.beside.shards, listing.beside.compressed
     if len(listing.images) or not (shards or compressed):
         return FolderSource(path, listing, decoder)  # an empty one says what it holds instead
     if shards and compressed:
@@ -118,17 +121,19 @@ def _open_folder(path: str, decoder: Decoder) -> StoredSource:
             "%s: left out %d compressed shards, e.g. %s", path, len(compressed), compressed[0]
         )
     log.info("%s holds no images but %d .tar shards: reading those", path, len(shards))
-    return TarSource([os.path.join(path, name) for name in shards or compressed], decoder)
+    return TarSource([os.path.join(path, name) for name in shards or compressed], decoder, alive)
 
 
-def _open_shards(spec: str, paths: Sequence[str], decoder: Decoder) -> StoredSource:
+def _open_shards(
+    spec: str, paths: Sequence[str], decoder: Decoder, alive: Callable[[], None]
+) -> StoredSource:
     for path in paths:
         if os.path.isdir(path) or not path.lower().endswith((".tar", *COMPRESSED_TAR)):
             raise DataError(
                 f"{path} is not a .tar shard{_named_by(spec, path)}. Name a folder of images, a "
                 ".txt list of their paths, or tar shards by their names, a brace pattern or a glob."
             )
-    return TarSource(paths, decoder)
+    return TarSource(paths, decoder, alive)
 
 
 def _named_by(spec: str, path: str) -> str:

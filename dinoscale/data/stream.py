@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
+from dinoscale.data.left_out import LeftOut
 from dinoscale.data.remote import RemoteFile, TransferError, open_remote, retried, shown
-from dinoscale.data.sample_files import may_be_picture, picture_of, split_name
+from dinoscale.data.sample_files import may_be_picture, other_pictures, picture_of, split_name
 from dinoscale.errors import DataError
 
 PAUSES_S = (1.0, 4.0, 16.0)  # before each further try to read a shard
@@ -68,6 +69,8 @@ class StreamSource:
         block_size: most images held of one shard.
         decoder: what the pixels of a file become.
         pauses_s: seconds before each further try to read a shard.
+        max_lost: fraction of the pictures of a shard that may be left out, as `LeftOut` counts
+            them. That shows at the end of a shard only.
     """
 
     labels = None
@@ -81,11 +84,14 @@ class StreamSource:
         block_size: int,
         decoder: Decoder = RGB,
         pauses_s: Sequence[float] = PAUSES_S,
+        max_lost: float = 1.0,
     ):
         self.blocks = Blocks(counts, block_size=block_size)
         self._urls = tuple(urls)
         self._decoder = decoder
         self._pauses_s = tuple(pauses_s)
+        self._max_lost = max_lost
+        self._told: set[int] = set()  # shards of which was said what is left out
         self._lanes = 1
         self._readers: OrderedDict[range, _ShardReader] = OrderedDict()  # by block, oldest first
 
@@ -144,7 +150,17 @@ class StreamSource:
             reader = _ShardReader(self._urls[shard], in_shard, pauses_s=self._pauses_s)
         reader.read(block)
         self._readers[block] = reader
+        if block.stop == in_shard.stop:
+            self._judge(shard, reader.left_out, used=len(in_shard))
         return reader
+
+    def _judge(self, shard: int, left_out: LeftOut, *, used: int) -> None:
+        """Say what is left out of a shard that was read to its end, or refuse it."""
+        where = shown(self._urls[shard])
+        if shard not in self._told:
+            self._told.add(shard)
+            left_out.warn(where)
+        left_out.require_few(where, used=used, max_fraction=self._max_lost)
 
     def _make_room(self) -> None:
         """Close what was used up, and what no lane has asked for lately.
@@ -161,6 +177,9 @@ class StreamSource:
 class _ShardReader:
     """One pass over a shard, and the block read last.
 
+    Attributes:
+        left_out: what was passed over since the shard was opened.
+
     Args:
         url: of the shard.
         images: their numbers.
@@ -169,6 +188,7 @@ class _ShardReader:
 
     def __init__(self, url: str, images: range, *, pauses_s: Sequence[float]):
         self._url, self._images, self._pauses_s = url, images, pauses_s
+        self.left_out = LeftOut()
         self._file: RemoteFile | None = None
         self._pictures: Iterator[tuple[str, bytes | None]] = iter(())
         self._next = images.start  # number of the picture that comes next
@@ -208,7 +228,8 @@ class _ShardReader:
     def _read_on(self, block: range) -> None:
         if self._file is None:
             self._file = open_remote(self._url)
-            self._pictures = _pictures(self._file, shown(self._url))
+            self.left_out = LeftOut()
+            self._pictures = _pictures(self._file, shown(self._url), self.left_out)
             self._next = self._images.start
         while self._next < block.stop:
             picture = next(self._pictures, None)
@@ -236,13 +257,15 @@ class _ShardReader:
         self._file, self._pictures = None, iter(())
 
 
-def _pictures(file: RemoteFile, name: str) -> Iterator[tuple[str, bytes | None]]:
-    """Name and bytes of the picture of every sample that has one."""
+def _pictures(file: RemoteFile, name: str, left_out: LeftOut) -> Iterator[tuple[str, bytes | None]]:
+    """Name and bytes of the picture of every sample that has one; counts the others."""
     from webdataset.tariterators import group_by_keys  # loads many libraries
 
     for sample in group_by_keys(_files(file, name), keys=split_name):  # ValueError: a file twice
-        extension = picture_of(key for key in sample if not key.startswith("__"))
-        if extension:
+        extensions = [key for key in sample if not key.startswith("__")]
+        for other, why in other_pictures(extensions):
+            left_out.add(why, sample[other][0])
+        if extension := picture_of(extensions):
             yield sample[extension]
 
 

@@ -15,6 +15,9 @@ class SubsetSource:
 
     It depends on the number of images of the source alone, and no list of them is made.
 
+    Attributes:
+        whole: the source.
+
     Args:
         whole: the source.
         images: how many of it, 1 <= images <= len(whole).
@@ -26,7 +29,7 @@ class SubsetSource:
     def __init__(self, whole: StoredSource, *, images: int):
         if not 1 <= images <= len(whole):
             raise ValueError(f"need 1 <= images <= {len(whole)}, got {images}")
-        self._whole, self._images = whole, images
+        self.whole, self._images = whole, images
         self._order = Permutation(len(whole), generator(_SEED, Stream.SUBSET))
 
     def __len__(self) -> int:
@@ -35,19 +38,19 @@ class SubsetSource:
     @property
     def chosen_from(self) -> int:
         """Images of the whole source."""
-        return len(self._whole)
+        return len(self.whole)
 
     def path(self, index: int) -> str:
         """Where the image is, for messages."""
-        return self._whole.path(self._find(index))
+        return self.whole.path(self._find(index))
 
     def identity(self) -> str:
         """That of the source; the number tells which of it."""
-        return f"{self._whole.identity()} {self._images}"
+        return f"{self.whole.identity()} {self._images}"
 
     def picture(self, index: int) -> Picture:
         """The picture; BadSampleError as its own source raises it."""
-        return self._whole.picture(self._find(index))
+        return self.whole.picture(self._find(index))
 
     def _find(self, index: int) -> int:
         if not 0 <= index < self._images:

@@ -55,6 +55,7 @@ def look(config: RunConfig, *, rank: int, world_size: int) -> dict[str, Looked]:
                 manifest=config.data.manifest,
                 shuffle_buffer=1,
                 distinct_images=config.data.distinct_images,
+                max_lost=config.data.max_bad_fraction,
             ),
         ),
         "eval.train": (config.eval.train, lambda spec: open_source(spec, decoder)),

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinoscale import distributed
+from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
 from dinoscale.evaluate.frozen import Extraction, Frozen, open_frozen
@@ -227,8 +228,8 @@ def evaluate_knn(
         "weights": str(weights_path),
         "weights_source": frozen.card.source,
         "backbone": asdict(frozen.card.backbone),
-        "train": _describe(train_spec, seen.bank_labels),
-        "test": _describe(test_spec, seen.test_labels),
+        "train": _describe(train_spec, sets.bank, seen.bank_labels),
+        "test": _describe(test_spec, sets.test, seen.test_labels),
         "protocol": _protocol(frozen, ks=ks, temp=temp),
         "score": _score(by_k),
         "knn": by_k,
@@ -254,9 +255,11 @@ def _classify(features: Features, *, ks: Sequence[int], temp: float) -> ByK:
     }
 
 
-def _describe(spec: str, labels: Tensor) -> dict[str, object]:
+def _describe(spec: str, source: Source, labels: Tensor) -> dict[str, object]:
+    """A set as far as it can be read, and how much of it cannot."""
     classes = int((torch.bincount(labels) > 0).sum())
-    return {"spec": spec, "images": len(labels), "classes": classes}
+    unreadable = len(source) - len(labels)
+    return {"spec": spec, "images": len(labels), "unreadable": unreadable, "classes": classes}
 
 
 def _protocol(frozen: Frozen, *, ks: Sequence[int], temp: float) -> dict[str, object]:

@@ -7,7 +7,8 @@ classes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from dinoscale import distributed
+from dinoscale.data.classes import classes_of, same_classes
+from dinoscale.data.folder import FolderSource
+from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import check_labels
 
 log = logging.getLogger(__name__)
-
-NAMES_SHOWN = 5  # of classes that only one set has, in an error
 
 
 class Features(NamedTuple):
@@ -36,12 +38,13 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledSets:
-    """The bank and what to classify; their classes are the same.
+    """The bank and what to classify, whose classes are among those of the bank.
 
     Attributes:
         bank: labelled images to learn from.
         test: labelled images to judge by.
-        renumber: (C,) int64, the bank's number of each class of the test set.
+        renumber: (C,) int64, the bank's number of each class of the test set, -1 of one without
+            images.
     """
 
     bank: Source
@@ -80,7 +83,11 @@ class LabelledSets:
         """
         bank, bank_labels = _readable(*extract(self.bank), name="train")
         test, labels = _readable(*extract(self.test), name="test")
-        return Features(bank, bank_labels, test, self.renumber.to(labels.device)[labels])
+        test_labels = self.renumber.to(labels.device)[labels]
+        lost = set(test_labels.tolist()) - set(bank_labels.tolist())
+        if lost:
+            log.warning("train: no image can be read of %d classes that test has", len(lost))
+        return Features(bank, bank_labels, test, test_labels)
 
 
 def _readable(features: Tensor, labels: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
@@ -92,41 +99,40 @@ def _readable(features: Tensor, labels: Tensor, *, name: str) -> tuple[Tensor, T
 def renumber_classes(train: Source, test: Source) -> Tensor:
     """Find the number in the bank of every class of the test set: by name, else by number.
 
+    Classes that the test set lacks are no error. Says so, and warns where the sets share files.
+
     Args:
         train: the bank.
         test: what to classify.
 
     Returns:
-        (C,) int64: position i holds the bank's number of the test set's class i.
+        (C,) int64: position i holds the bank's number of the test set's class i, -1 if that has no
+        images.
 
     Raises:
-        DataError: a set has images without labels, the bank has one class only, the sets name
-            different classes, or the test set has a number that the bank lacks.
+        DataError: a set has images without labels, the bank has one class only, or as
+            `classes_of` and `same_classes`.
     """
-    of_train = np.unique(check_labels(train, name="train"))
-    of_test = np.unique(check_labels(test, name="test"))
-    if len(of_train) == 1:
+    labels = [check_labels(train, name="train"), check_labels(test, name="test")]
+    of_train, of_test = classes_of(train, labels[0]), classes_of(test, labels[1])
+    if len(of_train.present) == 1:
         raise DataError("train: all images are of one class; there is nothing to tell apart")
-    if train.class_names is None or test.class_names is None:
-        if train.class_names is not test.class_names:
-            log.warning("only one of the sets names its classes; matching them by number")
-        renumber = np.arange(of_test.max() + 1)
-    else:
-        only_train = sorted(set(train.class_names) - set(test.class_names))
-        only_test = sorted(set(test.class_names) - set(train.class_names))
-        if only_train or only_test:
-            raise DataError(
-                "train and test have different classes: only train has "
-                f"{_some(only_train)}; only test has {_some(only_test)}"
-            )
-        renumber = np.array([train.class_names.index(name) for name in test.class_names])
-    missing = np.setdiff1d(renumber[of_test], of_train).tolist()
-    if missing:
-        raise DataError(f"test has classes that train has no images of: number {_some(missing)}")
+    same = same_classes(of_train, of_test)
+    if len(same) < len(of_train.present):
+        log.info("test has images of %d of the %d classes", len(same), len(of_train.present))
+    if shared := _shared(train, test):
+        log.warning("%s is in train and in test: images are judged by themselves", shared)
+    renumber = np.full(max(same) + 1, -1, dtype=np.int64)
+    renumber[list(same)] = list(same.values())
     return torch.from_numpy(renumber)
 
 
-def _some(names: Sequence[object]) -> str:
-    more = len(names) - NAMES_SHOWN
-    listed = ", ".join(repr(name) for name in names[:NAMES_SHOWN]) or "none"
-    return listed + (f" and {more} more" if more > 0 else "")
+def _shared(train: Source, test: Source) -> str:
+    """A folder, shard or picture that both sets hold; empty if none shows."""
+    if isinstance(train, TarSource) and isinstance(test, TarSource):
+        of_train = {os.path.realpath(path) for path in train.files()}
+        return next((path for path in test.files() if os.path.realpath(path) in of_train), "")
+    if isinstance(train, FolderSource) and isinstance(test, FolderSource):
+        roots = [os.path.realpath(train.root), os.path.realpath(test.root)]
+        return max(roots, key=len) if os.path.commonpath(roots) in roots else ""
+    return test.path(0) if test == train else ""  # a drawn set

@@ -26,7 +26,7 @@ from dinoscale.data.augment import to_image, to_pixels
 from dinoscale.data.decode import Decoder
 from dinoscale.data.files import write_names
 from dinoscale.data.folder import FolderSource
-from dinoscale.data.listing import COMPRESSED_TAR, LeftOut, Listing
+from dinoscale.data.listing import COMPRESSED_TAR, Beside, Listing
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import normalize_images
@@ -131,7 +131,7 @@ def open_images(spec: str, card: BackboneCard) -> Source:
     path = os.path.expanduser(spec)
     if os.path.isfile(path) and not path.lower().endswith((".txt", ".tar", *COMPRESSED_TAR)):
         folder, name = os.path.split(os.path.abspath(path))
-        return FolderSource(folder, Listing(write_names([name], of=spec), LeftOut()), decoder)
+        return FolderSource(folder, Listing(write_names([name], of=spec), Beside()), decoder)
     return open_source(spec, decoder)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dinoscale.config.schema import RunConfig
 from dinoscale.data.decode import Decoder
-from dinoscale.data.sources import open_source
+from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import extract_features
 from dinoscale.evaluate.knn import knn_accuracy
@@ -23,8 +23,14 @@ class Probe:
     that of an exported checkpoint, up to the compute dtype.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(
+        self, config: RunConfig, open_set: Callable[[str, Decoder], Source] = open_source
+    ) -> None:
         """Open `eval.train` and `eval.test`.
+
+        Args:
+            config: of the run.
+            open_set: makes a source of either.
 
         Raises:
             DataError: a set cannot be opened, has no labels, or they have different classes.
@@ -33,8 +39,8 @@ class Probe:
         assert config.eval.test is not None
         self._config = config
         decoder = Decoder(config.data.channels, config.data.white)
-        bank = open_source(config.eval.train, decoder)
-        test = open_source(config.eval.test, decoder)
+        bank = open_set(config.eval.train, decoder)
+        test = open_set(config.eval.test, decoder)
         self._renumber = renumber_classes(bank, test)
         self._bank, self._test = bank, test
 

@@ -154,3 +154,48 @@ def test_log_that_cannot_be_written_is_said_once(told: list[dict[str, list[str]]
     assert len(said) == 1
     assert said[0].startswith("W no log files of rank 2 (gpu-02): cannot write to ")
     assert said[0].endswith("(Is a directory)")
+
+
+def _open_by_nodes(folder: str) -> dict[str, object]:
+    """Ranks 0 and 1 are one node, rank 2 another one, which takes longer."""
+    from dinoscale import distributed
+    from dinoscale.data.sources import Source, open_source
+    from dinoscale.errors import DataError
+    from dinoscale.opening import open_once_a_node
+
+    opened: list[bool] = []
+    signs: list[float] = []
+
+    def opening(alive: Callable[[], None]) -> Source:
+        opened.append(True)
+        for _ in range(5 if distributed.rank() == 2 else 0):
+            time.sleep(0.3)
+            alive()
+        return open_source(folder, alive=alive)
+
+    def failing(alive: Callable[[], None]) -> Source:
+        if distributed.rank() == 2:
+            raise DataError("no disk")
+        return open_source(folder, alive=alive)
+
+    hosts = ["a", "a", "b"]
+    source = open_once_a_node(opening, hosts, lambda: signs.append(time.monotonic()))
+    told = ""
+    try:
+        open_once_a_node(failing, hosts, lambda: None)
+    except DataError as error:
+        told = str(error)
+    paths = [os.path.basename(source.path(i)) for i in range(len(source))]
+    return {"opened": len(opened), "paths": paths, "signs": len(signs), "told": told}
+
+
+def test_one_rank_of_a_node_lists_and_the_others_take_what_it_found(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.txt"):
+        (tmp_path / name).write_bytes(b"")
+    ranks = run_distributed(
+        f"{__name__}:_open_by_nodes", world_size=3, timeout_s=180, folder=str(tmp_path)
+    )
+    assert [rank["opened"] for rank in ranks] == [1, 0, 1]
+    assert [rank["paths"] for rank in ranks] == 3 * [["a.png", "b.png"]]
+    assert all(rank["signs"] >= 2 for rank in ranks)  # those that wait hear of those that work
+    assert [rank["told"] for rank in ranks] == ["rank 2: no disk", "rank 2: no disk", "no disk"]

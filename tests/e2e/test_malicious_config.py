@@ -101,10 +101,10 @@ def test_command_line_executes_nothing_in_a_configuration(tmp_path: Path, arena:
     text = "model: {backbone: !!python/object/apply:os.system ['touch FIRED']}\n"
     tagged = _file(tmp_path / "tagged.yaml", text)
     child = _file(tmp_path / "child.yaml", "defaults: [tagged.yaml]\n")
-    override = f"model.backbone={TAGGED['apply']}"
+    override = f"model.depth={TAGGED['apply']}"
     refused(dinoscale("config", tagged, cwd=arena), tagged, "tags")
     refused(dinoscale("train", child, cwd=arena), tagged, "tags")
-    refused(dinoscale("train", "vit_t16", override, cwd=arena), "model.backbone", "tags")
+    refused(dinoscale("train", "vit_t16", override, cwd=arena), "model.depth", "tags")
     refused(dinoscale("config", _file(tmp_path / "bomb.yaml", BOMB), cwd=arena), "aliases")
     assert not list(arena.iterdir())
 

@@ -34,7 +34,7 @@ LEVELS: list[set[str]] = [
     {"convert"},
     {"dims", "evaluate"},
     {"hooks", "rundir", "backbone"},
-    {"feed", "resume"},
+    {"feed", "opening", "resume"},
     {"doctor", "loop", "micro_batch"},
     {"nodes"},
     {"trainer"},

@@ -197,6 +197,13 @@ def test_unknown_name_suggests_and_lists_presets(
         assert ", ".join(list_presets()) in text
 
 
+# Names of files that YAML would read as something else, or not at all.
+TEXTS = [
+    *("2026", "1e5", "007", "true", "/data/a #1", "a: b", "*.tar", "@x", "%x", "&a", "!x", "{a}"),
+    *("- a", "'a", " a ", "[x]", "null"),
+]
+
+
 @pytest.mark.parametrize(
     ("override", "get", "value"),
     [
@@ -210,6 +217,11 @@ def test_unknown_name_suggests_and_lists_presets(
         ("train.stop_after_steps=null", lambda c: c.train.stop_after_steps, None),
         ("train.stop_after_steps=", lambda c: c.train.stop_after_steps, None),
         (" seed = 3 ", lambda c: c.seed, 3),
+        (" run_dir = a b ", lambda c: c.run_dir, "a b"),
+        *((f"run_dir={text}", lambda c: c.run_dir, text) for text in TEXTS),
+        *((f"data.train={text}", lambda c: c.data.train, text) for text in TEXTS[:-2]),
+        ("run_dir='a #1'", lambda c: c.run_dir, "a #1"),
+        ("data.train=null", lambda c: c.data.train, None),
     ],
 )
 def test_override_is_read_as_yaml(empty: str, override: str, get, value: object) -> None:  # type: ignore[no-untyped-def] # a lambda
@@ -226,8 +238,10 @@ def test_override_is_read_as_yaml(empty: str, override: str, get, value: object)
         ("=1", "override '=1': needs section.key=value"),
         ("crops..num_local=1", "needs section.key=value"),
         ("defaults=[a.yaml]", "defaults can be given in a file only"),
-        ("data.train=[1", "the value is not YAML; put text in quotes"),
-        ("data.train=@x", "the value is not YAML; put text in quotes"),
+        ("data.train=[1", "the value is not YAML"),
+        ("crops.num_local=@x", "the value is not YAML"),
+        ("data.train=b\udce9", r"data.train: 'b\udce9' is not UTF-8"),
+        ("run_dir=b\udce9", "make a link to it"),
         ("crops={num_local: 1}", "the value is a mapping; give one override per key"),
         ("crops=3", "crops: needs a mapping of keys to values, got 3 (command line)"),
     ],
@@ -259,7 +273,6 @@ def test_bad_override_is_explained(empty: str, override: str, message: str) -> N
         ("engine.zero_stage=true", "engine.zero_stage: needs a whole number, got true"),
         ("resume=yes", "resume: needs true or false, got 'yes' (text)"),
         ("resume=1", "resume: needs true or false, got 1"),
-        ("run_dir=3", "run_dir: needs text, got 3"),
         ("run_dir=''", "run_dir: needs text that is not empty, got '' (text)"),
         ("optim.name=adam", "optim.name: needs one of 'adamw', 'sgd', got 'adam' (text)"),
         ("crops.local_scale=0.1", "crops.local_scale: needs a list, got 0.1"),
@@ -271,7 +284,7 @@ def test_bad_override_is_explained(empty: str, override: str, message: str) -> N
         ),
         ("augment.blur_probs=[]", "augment.blur_probs: needs a list of 3 numbers, got []"),
         ("data.mean=[0,x,0]", "data.mean: item 2 of the list needs a number, got 'x' (text)"),
-        (f"run_dir=[{'x' * 200}]", "xxx..."),
+        (f"crops.num_local=[{'x' * 200}]", "xxx..."),
     ],
 )
 def test_mistake_is_one_sentence_with_key_value_and_what_is_allowed(

@@ -47,7 +47,7 @@ def test_plain_text_is_one_source_and_null_is_none(empty: str) -> None:
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("5", "data.train: needs text, got 5"),
+        ("[{source: 5}]", "source needs text (put it in quotes), got 5"),
         ("''", "data.train: needs text that is not empty"),
         ("[]", "data.train: a mixture of nothing; name a source, or null for none"),
         ("[a]", "item 1 of the list: needs a mapping of source and weight, got 'a' (text)"),

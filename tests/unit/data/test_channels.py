@@ -247,6 +247,7 @@ def test_chains_of_tiff_pages_without_end_are_refused(pages: int, back_to: int) 
 def test_compressions_that_cannot_be_read_are_named() -> None:
     data = _edited(pixels(0, channels=7), {259: 5})
     assert "compression LZW" in _reason(data, 7)
+    assert "has 7 channels, need 6" in _reason(data, 6)  # another compression would not help
 
 
 @given(cut=st.integers(0, 2000), at=st.integers(0, 400), byte=st.integers(0, 255))
@@ -274,7 +275,7 @@ def test_folders_of_arrays_alone_are_images_and_beside_pictures_they_are_not(
     (tmp_path / "a" / "0.png").write_bytes(png(array))
     source = FolderSource(str(tmp_path))
     assert [Path(source.path(i)).name for i in range(len(source))] == ["0.png"]
-    assert "ignored 2 .npy files" in caplog.text
+    assert "left out 2 .npy files" in caplog.text
 
 
 def test_folders_of_shards_with_an_array_beside_them_stay_shards(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 import csv
 import io
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageFile
 
 from dinoscale.data.decode import RGB, BadSampleError
@@ -17,6 +19,12 @@ def _encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def _tiff(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, photometric="minisblack", planarconfig="contig")
+    return buffer.getvalue()
+
+
 def _decoded(data: bytes) -> np.ndarray:
     return RGB.open(data, "x").pixels()
 
@@ -25,6 +33,53 @@ def test_rgb_pixels_are_pillows_own() -> None:
     data = jpeg(0)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(_decoded(data), expected)
+
+
+def _damaged_jpegs() -> list[bytes]:
+    """Files with a broken entropy stream: cut, overwritten, with bytes too many or a false marker.
+
+    Baseline, progressive and with restart markers; beyond 64 KB Pillow reads in several pieces.
+    """
+    rng = random.Random(0)
+    options = [{}, {"progressive": True}, {"restart_marker_rows": 1}]
+    whole = [_encoded(picture(i), "JPEG", **option) for i, option in enumerate(options)]
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    whole.append(_encoded(Image.fromarray(noise), "JPEG", quality=100))
+    files = []
+    for data in whole:
+        for _ in range(20):
+            at = rng.randrange(data.index(b"\xff\xda") + 12, len(data) - 2)
+            files += [
+                data[:at],
+                data[:at] + data[at + 20 :],
+                data[:at] + rng.randbytes(9) + data[at:],
+                data[:at] + bytes([0xFF, rng.randrange(256)]) + data[at + 2 :],
+            ]
+    return files
+
+
+def _pillows(data: bytes, *, shrink: int) -> np.ndarray | None:
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.draft(None, (max(1, opened.width // shrink), max(1, opened.height // shrink)))
+            return np.asarray(opened.convert("RGB"))
+    except Exception:  # refused in any way
+        return None
+
+
+@pytest.mark.parametrize("shrink", [1, 4])
+def test_damaged_jpeg_is_bad_or_has_the_pixels_just_where_pillow_says_so(shrink: int) -> None:
+    refused = 0
+    for data in _damaged_jpegs():
+        expected = _pillows(data, shrink=shrink)
+        try:
+            found = RGB.open(data, "x").pixels(shrink=shrink)
+        except BadSampleError:
+            assert expected is None
+            refused += 1
+            continue
+        np.testing.assert_array_equal(found, expected)
+    assert refused > 60
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -123,6 +178,12 @@ def test_first_frame_of_an_animation_is_taken() -> None:
         (b"  <!DOCTYPE html><html>", "HTML"),
         (b"\x00\x05\x16\x07" + bytes(60), "AppleDouble"),
         (b"\x00\x00\x00\x18ftypheic" + bytes(60), "HEIF"),
+        (b"\x00\x00\x00\x18ftypisom" + bytes(60), "video"),
+        (b"\x00\x00\x00\x1cftypavif" + bytes(60), "an AVIF file"),
+        (_encoded(picture(0), "PNG")[:40], "PNG file that is damaged"),
+        (_encoded(picture(0), "TIFF")[:40], "TIFF file that is damaged"),
+        (_tiff(np.zeros((4, 5, 6), dtype=np.uint8)), "an array (4, 5, 6) of uint8"),
+        (bytes(100), "all its bytes are zero"),
         (b"no picture at all", "not an image"),
     ],
 )

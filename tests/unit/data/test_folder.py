@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.folder import FolderSource, ListSource
+from dinoscale.data.shards import TarSource
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import decodes, jpeg
 
@@ -61,8 +62,8 @@ def test_one_loose_image_means_no_classes(tmp_path: Path) -> None:
 
 def test_files_that_are_no_images_by_name_are_left_out(tmp_path: Path) -> None:
     junk = [".DS_Store", "Thumbs.db", "labels.csv", "README.md", "page.HTML", "a.npy", "log.txt"]
-    hidden = [".ipynb_checkpoints/a.jpg", ".git/b.jpg", "__MACOSX/._c.jpg"]
-    kept = ["._apple.jpg", "UPPER.JPEG", "no-extension", "page.html.jpg", "x.weird"]
+    hidden = [".ipynb_checkpoints/a.jpg", ".git/b.jpg", "__MACOSX/c.jpg", "a/._apple.jpg"]
+    kept = ["UPPER.JPEG", "no-extension", "page.html.jpg", "x.weird"]
     source = FolderSource(str(_write(tmp_path, *junk, *hidden, *kept)))
     assert _names(source, tmp_path) == kept
 
@@ -98,8 +99,8 @@ def test_links_are_followed_but_not_in_circles(
     with caplog.at_level(logging.WARNING):
         source = FolderSource(str(root))
     assert _names(source, root) == ["a/1.jpg", "a/file.jpg", "linked/2.jpg"]
-    assert "skipped 1 links that lead nowhere, e.g. a/nowhere.jpg" in caplog.text
-    assert "did not follow 1 links to a folder above them, e.g. a/loop" in caplog.text
+    assert "1 links that lead nowhere, e.g. a/nowhere.jpg" in caplog.text
+    assert "1 links to a folder above them, e.g. a/loop" in caplog.text
 
 
 def test_two_folders_linked_into_each_other_end(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_link_to_itself_leads_nowhere(tmp_path: Path, caplog: pytest.LogCaptureF
     _write(tmp_path, "a.jpg")
     (tmp_path / "b.jpg").symlink_to("b.jpg")
     assert len(FolderSource(str(tmp_path))) == 1
-    assert "skipped 1 links that lead nowhere, e.g. b.jpg" in caplog.text
+    assert "left out 1 links that lead nowhere, e.g. b.jpg" in caplog.text
 
 
 @contextmanager
@@ -274,8 +275,10 @@ def test_awkward_tree_lists_its_images_only(image_sets: Path, tmp_path: Path) ->
         tar.extractall(tmp_path, **known)
     source = FolderSource(str(tmp_path / "tree"))
     bad = [os.path.basename(source.path(i)) for i in range(len(source)) if not decodes(source, i)]
-    assert len(source) == 12  # with the loose one, the link and the AppleDouble file
-    assert bad == ["._plain.jpg"]
+    assert len(source) == 11  # with the loose one and the link
+    assert bad == []
+    packed = TarSource([str(image_sets / "odd-images" / "awkward-folder-tree.tar")])
+    assert len(packed) == 10  # the same without the link, which is no file of a tar
     assert source.labels is None
 
 

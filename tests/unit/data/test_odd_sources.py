@@ -45,8 +45,8 @@ def _manifest(image_sets: Path) -> list[tuple[Path, bool]]:
 
 def _as_folder(files: list[Path], root: Path) -> tuple[str, list[str]]:
     for file in files:
-        (root / file.name).symlink_to(file)
-    return str(root), [str(root / file.name) for file in files]
+        (root / file.name.lstrip("._")).symlink_to(file)  # else one is junk by its name
+    return str(root), [str(root / file.name.lstrip("._")) for file in files]
 
 
 def _as_shards(files: list[Path], root: Path) -> tuple[str, list[str]]:

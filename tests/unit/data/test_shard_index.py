@@ -15,8 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dinoscale.data.cache import locked
 from dinoscale.data.decode import BadSampleError
-from dinoscale.data.shard_index import Shard, _in_order
+from dinoscale.data.shard_index import (
+    Shard,
+    _in_order,
+    _make_part,
+    _state,
+    open_shard_index,
+    parts_of,
+)
 from dinoscale.data.shards import TarSource
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import jpeg, write_tar
@@ -137,6 +145,62 @@ def test_only_a_few_scanned_shards_wait_in_memory() -> None:
         results = _in_order(lambda shard: (shard, []), shards(), pool)
         assert [next(results)[0].path for _ in range(100)] == [str(i) for i in range(100)]
         assert len(taken) < 150
+
+
+def _many(folder: Path) -> list[str]:
+    """Forty shards of one image, three parts of an index."""
+    return [str(write_tar(folder / f"{i:02}.tar", {f"{i}.jpg": b"%d" % i})) for i in range(40)]
+
+
+def test_many_shards_are_indexed_in_parts_by_processes(cache: Path, tmp_path: Path) -> None:
+    paths, signs = _many(tmp_path), []
+    index, shards = open_shard_index(paths, lambda: signs.append(1), num_processes=2)
+    assert [name for name, _ in index.rows(0, 40)] == [f"{i}.jpg" for i in range(40)]
+    assert [shard.path for shard in shards] == paths
+    assert len(signs) > 40
+    assert len(list(cache.iterdir())) == 2  # the index and its lock
+
+
+def test_parts_of_an_interrupted_start_are_taken_up_again(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = _many(tmp_path)
+    whole = Path(paths[39]).read_bytes()
+    Path(paths[39]).write_bytes(whole[:100])
+    with pytest.raises(DataError, match=r"39\.tar is damaged"):
+        open_shard_index(paths, num_processes=1)
+    Path(paths[39]).write_bytes(whole)
+    kept = {path: path.stat().st_mtime_ns for path in cache.glob("*.part")}
+    assert len(kept) == 2
+    with caplog.at_level(logging.INFO):
+        index, _ = open_shard_index(paths, num_processes=1)
+    assert "2 of 3 parts of the index are there already" in caplog.text
+    assert "reading the headers of 0 of 40 shards" in caplog.text
+    assert [name for name, _ in index.rows(0, 40)] == [f"{i}.jpg" for i in range(40)]
+    assert not list(cache.glob("*.part*"))
+
+
+def test_a_part_that_another_process_makes_is_left_to_it(cache: Path, tmp_path: Path) -> None:
+    first, second, _ = parts_of(str(cache / "x.index"), list(map(_state, _many(tmp_path))), ())
+    cache.mkdir(parents=True)
+    with open(f"{first.path}.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert (_make_part(first), _make_part(second)) == (False, True)
+    assert _make_part(first)
+
+
+def test_waiting_for_a_lock_gives_signs_of_life(tmp_path: Path) -> None:
+    path, signs = str(tmp_path / "index"), []
+    with open(f"{path}.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def alive() -> None:
+            signs.append(1)
+            if len(signs) == 2:
+                fcntl.flock(other, fcntl.LOCK_UN)
+
+        with locked(path, alive):
+            assert len(signs) == 2
 
 
 def test_order_of_the_shards_is_another_set(cache: Path, shards: list[str]) -> None:

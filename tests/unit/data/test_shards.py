@@ -56,7 +56,7 @@ def test_mask_alone_makes_no_sample(tmp_path: Path, caplog: pytest.LogCaptureFix
     shard = write_tar(tmp_path / "a.tar", {"k.mask.png": jpeg(0), "l.jpg": jpeg(1)})
     with caplog.at_level(logging.WARNING):
         assert _members(TarSource([str(shard)])) == ["l.jpg"]
-    assert "skipped 1 samples without an image" in caplog.text
+    assert "left out 1 samples with a label or a file of an unknown kind" in caplog.text
 
 
 def test_other_files_of_a_sample_lie_beside_its_image(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_odd_images_give_the_counts_of_their_manifest(image_sets: Path, tmp_path
     folder = tmp_path / "in"
     folder.mkdir()
     rows = [row for row in rows if row["file"].startswith(("loads/", "fails/"))]
+    rows = [row for row in rows if "._" not in row["file"]]  # junk by its name
     rows = [row for row in rows if "12000" not in row["size"]]  # 108 megapixels take their time
     for row in rows:
         target = folder / row["file"]

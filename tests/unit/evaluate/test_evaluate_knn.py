@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -68,8 +69,18 @@ def test_the_report_is_json_and_says_what_was_measured_and_how(place: Path) -> N
     report = _run(place, pixels=True)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert report["knn"]["5"] == {"top1": 100.0, "top5": 100.0, "neighbours": 5}  # type: ignore[index]  # nested report
-    assert report["train"] == {"spec": str(place / "train"), "images": 18, "classes": 3}
-    assert report["test"] == {"spec": str(place / "test"), "images": 9, "classes": 3}
+    assert report["train"] == {
+        "spec": str(place / "train"),
+        "images": 18,
+        "unreadable": 0,
+        "classes": 3,
+    }
+    assert report["test"] == {
+        "spec": str(place / "test"),
+        "images": 9,
+        "unreadable": 0,
+        "classes": 3,
+    }
     protocol = report["protocol"]
     assert (protocol["resize"], protocol["crop"], protocol["temp"]) == (36, 32, 0.07)  # type: ignore[index]  # nested report
     assert report["pixels"]["knn"]["1"]["top1"] == 100.0  # type: ignore[index]  # nested report
@@ -82,8 +93,22 @@ def test_wrong_labels_give_wrong_answers(place: Path) -> None:
     assert report["pixels"]["knn"]["1"]["top1"] == pytest.approx(100 / 3)  # type: ignore[index]  # nested report
 
 
+def test_unreadable_images_are_counted_and_a_class_without_others_is_told(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(place / "train", tmp_path / "test")
+    for name in ("blue/0.png", "blue/1.png", *(f"red/{i}.png" for i in range(6))):
+        (tmp_path / "test" / name).write_bytes(b"damaged")
+    report = _run(place, test=str(tmp_path / "test"))
+    assert (report["test"]["images"], report["test"]["unreadable"]) == (10, 8)  # type: ignore[index]  # nested report
+    assert "no image can be read" not in caplog.text
+    weights, bank = place / "weights.safetensors", str(tmp_path / "test")
+    evaluate_knn(weights, bank, str(place / "test"), ks=(1,), how=Extraction(num_workers=0))
+    assert "train: no image can be read of 1 classes that test has" in caplog.text
+
+
 def test_classes_that_differ_are_named(place: Path) -> None:
-    with pytest.raises(DataError, match="only train has 'blue'; only test has 'violet'"):
+    with pytest.raises(DataError, match="no images of: 'violet'; train has 'blue', 'green', 'red'"):
         _run(place, test="other")
 
 
@@ -101,7 +126,7 @@ def test_equal_names_in_another_order_are_matched_by_name() -> None:
     train, test = _Named(["a", "b", "c"], [0, 1, 2]), _Named(["c", "a", "b"], [0, 1, 2])
     assert renumber_classes(train, test).tolist() == [2, 0, 1]  # type: ignore[arg-type]  # a part of a source
     shards = _Named(None, [0, 4])
-    assert renumber_classes(shards, shards).tolist() == [0, 1, 2, 3, 4]  # type: ignore[arg-type]  # a part of a source
+    assert renumber_classes(shards, shards).tolist() == [0, -1, -1, -1, 4]  # type: ignore[arg-type]  # a part of a source
 
 
 def test_a_bank_of_one_class_is_refused() -> None:
@@ -112,7 +137,7 @@ def test_a_bank_of_one_class_is_refused() -> None:
 
 def test_numbers_that_the_bank_lacks_are_named() -> None:
     bank, test = _Named(None, [0, 4]), _Named(None, [0, 4, 7, 9])
-    with pytest.raises(DataError, match="has no images of: number 7, 9"):
+    with pytest.raises(DataError, match="has no images of: number 7, number 9"):
         renumber_classes(bank, test)  # type: ignore[arg-type]  # a part of a source
 
 

@@ -1,0 +1,139 @@
+"""Open the images of a job: listed and indexed once on each node, with signs of life from ranks.
+
+The first rank of a node opens them; the others wait and open what it found by its files. Waiting
+is no collective, which would end after some minutes: ranks look at the board. What rank 0 leaves
+there changes as long as any first rank goes on, and that is what the watchdogs of the others hear.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from dinoscale import distributed
+from dinoscale.data.sources import Source
+from dinoscale.errors import DinoscaleError
+
+S = TypeVar("S", bound=Source)
+
+log = logging.getLogger(__name__)
+
+_FIRST_LOOK_S, _LOOK_S = 0.02, 1.0  # between two looks at the board: at first, and at most
+_SIGN_S = 1.0  # between two signs left there
+_DONE = "done"
+
+
+def open_once_a_node(
+    open_source: Callable[[Callable[[], None]], S],
+    hosts: Sequence[str],
+    goes_on: Callable[[], None],
+) -> S:
+    """Open a source on the first rank of each node, and share it with the others.
+
+    All ranks call it together.
+
+    Args:
+        open_source: takes what it calls again and again while it works.
+        hosts: of all ranks.
+        goes_on: tells the watchdog of this rank.
+
+    Raises:
+        DinoscaleError: on every rank, if it cannot be opened on one node.
+    """
+    if distributed.world_size() == 1:
+        return open_source(goes_on)
+    rank = distributed.rank()
+    first = hosts.index(hosts[rank])
+    board = _Board(distributed.broadcast_object(uuid.uuid4().hex), goes_on)
+    source, error, shared = None, None, ""
+    try:
+        if rank == first:
+            source = open_source(board.sign)
+            shared = _put_aside(source)
+    except DinoscaleError as caught:
+        error = caught
+    finally:
+        if rank == first and rank:
+            board.done()
+    others = {hosts.index(host) for host in hosts} - {0}
+    board.wait_for(sorted(others) if rank == 0 else [0])
+    if rank == 0:
+        board.done()
+
+    def found() -> S:
+        if error is not None:
+            raise error
+        if source is not None:
+            return source
+        taken: S | None = _taken(shared_by[first])
+        return open_source(goes_on) if taken is None else taken
+
+    shared_by = distributed.gather_objects(shared)
+    try:
+        return distributed.together(found)
+    finally:
+        if shared:
+            os.unlink(shared)
+
+
+class _Board:
+    """Signs that ranks leave for each other while some of them work: any text that changes."""
+
+    def __init__(self, name: str, goes_on: Callable[[], None]) -> None:
+        """`name` is that of this opening; `goes_on` is called for every sign, own or other's."""
+        self._board, self._name, self._goes_on = distributed.Board(), name, goes_on
+        self._signs, self._left = 0, float("-inf")
+
+    def sign(self) -> None:
+        """Leave a sign that this rank goes on, once in a while; none after the last one."""
+        self._goes_on()
+        if time.monotonic() > self._left + _SIGN_S:
+            self._signs, self._left = self._signs + 1, time.monotonic()
+            self._board.post(self._key(distributed.rank()), str(self._signs))
+
+    def done(self) -> None:
+        """Leave the last sign of this rank."""
+        self._left = float("inf")
+        self._board.post(self._key(distributed.rank()), _DONE)
+
+    def wait_for(self, ranks: Sequence[int]) -> None:
+        """Wait until these ranks are done; whatever they do meanwhile is a sign of this one."""
+        seen: dict[int, str | None] = dict.fromkeys(ranks)
+        pause_s = _FIRST_LOOK_S
+        while pending := [rank for rank, text in seen.items() if text != _DONE]:
+            for rank in pending:
+                text = self._board.read(self._key(rank))
+                if text != seen[rank]:
+                    seen[rank] = text
+                    self.sign()
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LOOK_S)
+
+    def _key(self, rank: int) -> str:
+        return f"opening/{self._name}/{rank}"
+
+
+def _put_aside(source: Source) -> str:
+    """A file that other processes of this node can open the source from; empty if there is none."""
+    try:
+        descriptor, path = tempfile.mkstemp(".source", "dinoscale-")
+        with os.fdopen(descriptor, "wb") as file:
+            pickle.dump(source, file)
+    except OSError as error:
+        log.warning("cannot share what was found with the other ranks of this node (%s)", error)
+        return ""
+    return path
+
+
+def _taken(path: str) -> Any:
+    """What another process of this node put aside; None where its files are not to be seen."""
+    if not path or not os.path.exists(path):
+        return None
+    with open(path, "rb") as file:
+        return pickle.load(file)  # of this job: readable by its user only

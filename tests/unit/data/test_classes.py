@@ -1,0 +1,128 @@
+import logging
+from pathlib import Path
+
+import pytest
+
+from dinoscale.data.classes import read_classes
+from dinoscale.data.sources import Source, open_source
+from dinoscale.errors import DataError
+from dinoscale.evaluate.labelled import renumber_classes
+from tests.unit.data.conftest import jpeg, write_tar
+
+PICTURE = jpeg(0)
+
+
+def _folder(root: Path, *classes: str, listed: str | None = None) -> Source:
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        (root / name / "1.jpg").write_bytes(PICTURE)
+    if listed is not None:
+        (root / "classes.txt").write_text(listed, encoding="utf-8")
+    return open_source(str(root))
+
+
+def _shards(root: Path, *numbers: int, listed: str | None = None) -> Source:
+    root.mkdir()
+    members = [(f"{i}.{kind}", value) for i, number in enumerate(numbers)
+               for kind, value in (("jpg", PICTURE), ("cls", b"%d" % number))]  # fmt: skip
+    write_tar(root / "a.tar", members)
+    if listed is not None:
+        (root / "classes.txt").write_text(listed, encoding="utf-8")
+    return open_source(str(root))
+
+
+def _joined(train: Source, test: Source) -> list[int]:
+    return renumber_classes(train, test).tolist()
+
+
+def test_folders_named_by_numbers_are_in_the_order_of_the_numbers(tmp_path: Path) -> None:
+    source = _folder(tmp_path / "a", "10", "2", "0")
+    assert source.class_names == ["0", "2", "10"]
+    assert source.labels.tolist() == [0, 2, 1]  # type: ignore[union-attr]  # there are labels
+
+
+def test_folders_named_by_numbers_join_numbers_as_integers(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "a", *map(str, range(11)))
+    shards = _shards(tmp_path / "b", *range(11))
+    padded = _folder(tmp_path / "c", "02", "10", "007")
+    assert _joined(folder, shards) == list(range(11)) == _joined(shards, folder)
+    assert _joined(folder, padded) == [2, 7, 10] == _joined(shards, padded)
+
+
+def test_a_class_list_relates_names_and_numbers(tmp_path: Path) -> None:
+    named = _folder(tmp_path / "a", "cat", "dog", "eel")
+    shards = _shards(tmp_path / "b", 0, 5, 9, listed="0\teel\tn01\n5\tcat\n9\tdog\n")
+    bare = _shards(tmp_path / "c", 9, 0)
+    listed = _folder(tmp_path / "d", "n01", "dog", listed="9\tdog\thound\n0\teel\tn01\n")
+    assert _joined(named, shards) == [2, -1, -1, -1, -1, 0, -1, -1, -1, 1]
+    assert _joined(listed, bare) == [1, *8 * [-1], 0]  # dog is its class 0, and 9 in the list
+    assert _joined(shards, listed) == [9, 0]
+    assert _joined(shards, bare) == [0, *8 * [-1], 9]
+    swapped = _shards(tmp_path / "e", 0, 5, listed="0\tcat\n5\teel\n")
+    assert _joined(shards, swapped) == [5, -1, -1, -1, -1, 0]  # names count, not numbers
+
+
+def test_names_without_numbers_do_not_join_numbers(tmp_path: Path) -> None:
+    named, shards = _folder(tmp_path / "a", "cat", "dog"), _shards(tmp_path / "b", 0, 1)
+    for sets in ((named, shards), (shards, named)):
+        with pytest.raises(
+            DataError, match=r"nothing says which .* classes\.txt beside the shards"
+        ):
+            _joined(*sets)
+
+
+def test_a_class_missing_in_the_test_set_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = _folder(tmp_path / "a", "0", "1", "x")
+    with caplog.at_level(logging.INFO):
+        assert _joined(train, _folder(tmp_path / "b", "0", "x")) == [0, 2]
+    assert "images of 2 of the 3 classes" in caplog.text
+    with pytest.raises(DataError, match="train has no images of: 'y'; train has '0', '1', 'x'"):
+        _joined(train, _folder(tmp_path / "c", "0", "y"))
+
+
+def test_composed_and_decomposed_names_are_the_same(tmp_path: Path) -> None:
+    train, test = ("caf\u00e9", "z"), ("cafe\u0301", "z")
+    assert _joined(_folder(tmp_path / "a", *train), _folder(tmp_path / "b", *test)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\ufeff0\ta b\tn1\r\n\n3\tc\n", {0: ("a b", "n1"), 3: ("c",)}),
+        ("1 001.Auk\n2 002.Tit\n", {1: ("001.Auk",), 2: ("002.Tit",)}),
+        ("tench\n2 wheels\n", {0: ("tench",), 1: ("2 wheels",)}),
+        ("0\tn1\tcrane\n1\tn2\tcrane\n", {0: ("n1", "crane"), 1: ("n2", "crane")}),
+    ],
+)
+def test_lists_of_classes_are_read(
+    tmp_path: Path, text: str, expected: dict[int, tuple[str, ...]]
+) -> None:
+    (tmp_path / "classes.txt").write_bytes(text.encode())
+    assert read_classes(str(tmp_path / "classes.txt")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0\ta\n0\tb\n", "one number to two classes"),
+        ("0\ta\n1\ta\n", "two classes are called 'a'"),
+        ("a\nb\na\n", "two classes are called 'a'"),
+        ("0\ta\nb\n", "some lines begin with a number"),
+        ("0\ta\n", "names no class 1"),
+    ],
+)
+def test_lists_that_contradict_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    shards = _shards(tmp_path / "a", 0, 1, listed=text)
+    with pytest.raises(DataError, match=message):
+        _joined(shards, shards)
+
+
+def test_shared_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = _folder(tmp_path / "a", "0", "1")
+    apart = _folder(tmp_path / "b", "0", "1")
+    _joined(whole, apart)
+    assert not caplog.text
+    _joined(whole, open_source(f"{tmp_path}/b/../a"))
+    assert "judged by themselves" in caplog.text
