@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dinoscale.config.report import sentences, show
 from dinoscale.config.schema import RunConfig
+from dinoscale.config.secret_text import hide_secrets
 from dinoscale.config.yaml_text import read_yaml, write_yaml
 from dinoscale.errors import ConfigError
 
@@ -72,6 +73,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(values: Mapping[str, object], *, origin: str = "") -> RunConfig:
     """Check a mapping that was read elsewhere, such as from a checkpoint.
 
+    Passwords and signatures in it are hidden: an older version may have written them.
+
     Args:
         values: sections by key, as `dump_config` writes them.
         origin: where they come from, for the messages.
@@ -83,7 +86,7 @@ def parse_config(values: Mapping[str, object], *, origin: str = "") -> RunConfig
         ConfigError: as `load_config`.
     """
     merged = _Merged()
-    merged.put(values, origin=origin)
+    merged.put({key: hide_secrets(value) for key, value in values.items()}, origin=origin)
     return _checked(merged)
 
 
