@@ -17,7 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dinoscale.checkpoint.sums import sha256
 from dinoscale.convert.card import METADATA_KEY
+from dinoscale.convert.placing import CARD_FILE
 from dinoscale.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -64,10 +66,12 @@ def read_content(path: Path) -> Content:
     """Read a weights file, or the one in a folder; of a hub's file also the settings beside it.
 
     Raises:
-        CheckpointError: nothing is there, it is damaged, or it is not clear which file is meant.
+        CheckpointError: nothing is there, it is damaged, it is not clear which file is meant, or
+            the card that `dinoscale convert` wrote with it has another checksum.
     """
     file = find_weights(path) if path.is_dir() else path
     name = path.name if path.is_dir() else file.name
+    require_described(file)
     checkpoint, card = _read_file(file)
     if file.name not in HUB_NAMES or card is not None:
         return Content(name, checkpoint, card)
@@ -77,6 +81,43 @@ def read_content(path: Path) -> Content:
         settings=_read_json(file.with_name("config.json")),
         preprocessing=_read_json(file.with_name("preprocessor_config.json")),
     )
+
+
+def require_described(file: Path) -> None:
+    """Compare a weights file, and what is read with it, with the checksums of its card.
+
+    Raises:
+        CheckpointError: a checksum is another, or a file is missing.
+    """
+    beside, within = file.with_name(f"{file.name}.json"), file.with_name(CARD_FILE)
+    for sums, card in ((card_sums(beside), beside), (card_sums(within), within)):
+        if card == beside and len(sums) == 1:  # both may have been given another name
+            sums = {file.name: next(iter(sums.values()))}
+        for name in sums if file.name in sums else ():
+            if not file.with_name(name).is_file():
+                raise CheckpointError(f"lacks {name}, which its card {card.name} names")
+            found = sha256(file.with_name(name))
+            if found != sums[name]:
+                raise CheckpointError(
+                    f"is not what was exported: {name} has the sha256 {found[:12]}..., its card "
+                    f"{card.name} says {sums[name][:12]}...; copy both again, or remove the card "
+                    "if the change is meant"
+                )
+
+
+def card_sums(card: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files that a card of `dinoscale convert` describes.
+
+    Empty where there is no such card: JSON beside a weights file may be anybody's.
+    """
+    try:
+        said = _read_json(card) or {}
+    except CheckpointError:
+        return {}
+    files = said.get("files")
+    if "dinoscale" not in said or not isinstance(files, dict):
+        return {}
+    return {name: found for name, found in files.items() if isinstance(found, str)}
 
 
 def find_weights(folder: Path) -> Path:
