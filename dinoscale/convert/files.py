@@ -211,7 +211,7 @@ def read_torch_file(path: Path) -> object:
         match = re.search(r"GLOBAL (\S+)", str(error))
         if match is None:
             raise CheckpointError(
-                "is damaged, or holds something else than tensors and settings"
+                "is damaged or holds other objects, and only tensors and settings are loaded"
             ) from error
         raise CheckpointError(
             f"holds {match[1]}, and only tensors and settings are loaded"
