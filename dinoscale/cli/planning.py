@@ -47,7 +47,7 @@ def add_planning(commands: SubCommands) -> None:
     )
     doctor.set_defaults(run=_doctor)
     _add_data_views(commands)
-    presets = commands.add_parser("presets", help="list the presets")
+    presets = commands.add_parser("presets", help="list the presets, with what each is")
     presets.set_defaults(run=_presets)
 
 
@@ -288,6 +288,8 @@ def _show_crops(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _presets(_options: argparse.Namespace) -> None:
-    from dinoscale.config import list_presets
+    from dinoscale.config import describe_presets
 
-    print("\n".join(list_presets()))
+    told = describe_presets()
+    width = max(map(len, told), default=0)
+    print("\n".join(f"{name:<{width}}  {what}" for name, what in told.items()))

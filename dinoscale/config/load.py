@@ -9,6 +9,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -98,6 +99,17 @@ def dump_config(config: RunConfig) -> str:
 def list_presets() -> list[str]:
     """Return the names `load_config` knows, sorted."""
     return sorted(_presets())
+
+
+def describe_presets() -> dict[str, str]:
+    """What each preset is, by name: the first paragraph of its file, a comment."""
+    return {name: _first_paragraph(path) for name, path in sorted(_presets().items())}
+
+
+def _first_paragraph(path: Path) -> str:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    comment = takewhile(lambda line: line.startswith("# "), lines)  # a bare # ends it
+    return " ".join(line.removeprefix("# ") for line in comment)
 
 
 def _presets() -> dict[str, Path]:
