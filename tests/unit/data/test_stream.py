@@ -404,6 +404,11 @@ def test_a_missing_manifest_beside_the_shards_says_what_to_do(server: Server) ->
     assert server.asked == ["manifest.json"]  # what is not there is not asked for again
 
 
+def test_a_home_that_is_not_known_is_refused() -> None:
+    with pytest.raises(DataError, match="No such file"):
+        open_sources(["https://x.invalid/b.tar"], manifest="~no-such-user/manifest.json")
+
+
 def test_a_manifest_without_end_is_refused() -> None:
     with pytest.raises(DataError, match="is a folder or a device"):
         open_sources(["https://x.invalid/b.tar"], manifest="/dev/zero")
