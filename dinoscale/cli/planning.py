@@ -166,6 +166,14 @@ def _add_bench_step(tasks: SubCommands) -> None:
     )
     step.add_argument("--turns", type=int, default=3, metavar="N", help="default 3")
     step.add_argument(
+        "--minutes",
+        type=float,
+        default=6.0,
+        metavar="M",
+        help="for all turns (default 6): where this machine is too slow, the reference, images of a"
+        " step and turns are left out, and said",
+    )
+    step.add_argument(
         "--no-reference", action="store_true", help="measure our step alone, without ratios"
     )
     step.add_argument(
@@ -269,6 +277,7 @@ def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
         turns=options.turns,
         with_reference=not options.no_reference,
         trace_dir=Path(options.profile) if options.profile else None,
+        limit_s=60 * options.minutes,
     )
     distributed.stop()
     return result if process.rank == 0 else None
