@@ -130,12 +130,13 @@ def _find(name_or_path: str) -> Path:
         return path
     if os.path.isdir(path):
         raise ConfigError(f"{name_or_path}: is a folder; name a YAML file or a preset")
+    shown = hide_secrets(name_or_path)
     known = ", ".join(sorted(presets)) or "none"
     near = difflib.get_close_matches(path.stem, presets, n=1, cutoff=0.5)
     hint = f", did you mean {near[0]!r}?" if near else ""
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise ConfigError(f"{name_or_path}: no such file{hint or '.'} Presets: {known}")
-    raise ConfigError(f"{name_or_path}: unknown preset{hint or '.'} Presets: {known}")
+        raise ConfigError(f"{shown}: no such file{hint or '.'} Presets: {known}")
+    raise ConfigError(f"{shown}: unknown preset{hint or '.'} Presets: {known}")
 
 
 def _put_file(path: Path, merged: _Merged, *, chain: tuple[Path, ...]) -> None:
@@ -191,22 +192,21 @@ def read_mapping(path: Path, *, wanted_by: Path | None = None) -> dict[str, obje
 def _parse_override(override: str) -> dict[str, object]:
     """Turn `section.key=value` into nested mappings."""
     key, equals, text = override.partition("=")
+    shown = hide_secrets(override)
     names = key.strip().split(".")
     if not equals or not all(name.isidentifier() for name in names):
-        raise ConfigError(
-            f"override {override!r}: needs section.key=value, such as crops.num_local=6"
-        )
+        raise ConfigError(f"override {shown!r}: needs section.key=value, such as crops.num_local=6")
     if names == ["defaults"]:
-        raise ConfigError(f"override {override!r}: defaults can be given in a file only")
+        raise ConfigError(f"override {shown!r}: defaults can be given in a file only")
     try:
         value = read_yaml(text)
     except ConfigError as error:
         raise ConfigError(
-            f"override {override!r}: the value is not YAML; put text in quotes ({error})"
+            f"override {shown!r}: the value is not YAML; put text in quotes ({error})"
         ) from error
     if isinstance(value, Mapping):
         raise ConfigError(
-            f"override {override!r}: the value is a mapping; give one override per key, "
+            f"override {shown!r}: the value is a mapping; give one override per key, "
             "or put text in quotes"
         )
     for name in reversed(names):

@@ -59,6 +59,14 @@ def test_a_secret_is_refused_in_mixtures_sweeps_and_wrong_values() -> None:
         with pytest.raises(ConfigError, match=says) as caught:
             load_config("vit_s16", [override])
         assert "PASSW0RD" not in str(caught.value)
+    for arguments, says in (
+        ((secret,), "no such file"),
+        (("vit_s16", [secret]), "needs section.key=value"),
+        (("vit_s16", [f"data.train: {secret}"]), "needs section.key=value"),
+    ):
+        with pytest.raises(ConfigError, match=says) as caught:
+            load_config(*arguments)
+        assert "PASSW0RD" not in str(caught.value)
     with pytest.raises(ValueError, match="holds a user name and password in a URL"):
         SweepConfig.model_validate(
             {"base": "x", "out": "y", "axes": {"seed": [1]}, "metrics": {"knn": secret}}
