@@ -18,6 +18,7 @@ from dinoscale.checkpoint.sums import difference, first_difference, matches, rea
 from dinoscale.config import RunConfig
 from dinoscale.config.backbones import RESNET50
 from dinoscale.config.resolve import RunPlan, micro_batch_sizes, with_micro_batch
+from dinoscale.config.secret_text import hide_secrets
 from dinoscale.data.remote import is_remote
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
@@ -221,7 +222,7 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
     if distributed.rank() != 0:
         return
     changes = [
-        f"{key} {then} -> {now}"
+        f"{key} {hide_secrets(then)} -> {now}"
         for key, (then, now) in _differences(saved_config, config.model_dump(mode="json")).items()
         if key == _PRECISION or not key.startswith(_FREE)
     ]

@@ -1,31 +1,36 @@
 """What the device at hand can do at most: products of large matrices."""
 
 import time
+from collections.abc import Iterable
 
 import torch
 
 _RUNS = 5
+_LONG_S = 0.5  # a product that takes longer is run once
 _SQUARE = {"cpu": 1024, "cuda": 8192}  # rows of a product that fills the device
 
 
-def matmul_ceiling(
-    device: torch.device, dtype: torch.dtype, *, tokens: int, embed_dim: int
-) -> float:
+def matmul_rates(
+    device: torch.device, dtypes: Iterable[torch.dtype], *, tokens: int, embed_dim: int
+) -> dict[torch.dtype, float]:
     """FLOP/s of the fastest of a square product and the products of the MLP, best of some runs.
 
-    Products of float32 count too: on a CPU without bfloat16 instructions they are faster, and
-    `models.widened` takes them.
+    The largest is the ceiling of a step: on a CPU without bfloat16 instructions products of float32
+    are faster, and `models.widened` takes them.
 
     Args:
         device: to measure.
-        dtype: of the factors.
-        tokens: rows of the student's matrices, the tokens of a micro-batch.
+        dtypes: of the factors.
+        tokens: rows of the student's matrices, the tokens of a micro-batch; on a CPU no more than
+            fill it.
         embed_dim: width of the backbone; the MLP is four times as wide.
     """
     side, wide = _SQUARE[device.type], 4 * embed_dim
-    shapes = ((side, side, side), (tokens, embed_dim, wide), (tokens, wide, embed_dim))
-    kinds = {dtype, torch.float32}
-    return max(_product_flops(shape, device, kind) for shape in shapes for kind in kinds)
+    rows = min(tokens, side) if device.type == "cpu" else tokens
+    shapes = ((side, side, side), (rows, embed_dim, wide), (rows, wide, embed_dim))
+    return {
+        dtype: max(_product_flops(shape, device, dtype) for shape in shapes) for dtype in dtypes
+    }
 
 
 def _product_flops(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
@@ -40,6 +45,8 @@ def _product_flops(shape: tuple[int, int, int], device: torch.device, dtype: tor
         torch.mm(a, b, out=out)
         _wait_for(device)
         least = min(least, time.perf_counter() - begin)
+        if least > _LONG_S:
+            break
     return 2 * m * k * n / least
 
 

@@ -7,7 +7,6 @@ second; those of what data workers do are of one core.
 import contextlib
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dinoscale.bench.budget import say
 from dinoscale.config import RunConfig, split_batch
 from dinoscale.cores import cores_at_hand
 from dinoscale.data.augment import MultiCrop
@@ -29,6 +29,8 @@ from dinoscale.feed import finish_batch, multi_crop_of, open_images
 
 _MAX_STEPS = 2**31  # the loader ends when the time is over
 _AHEAD = 2  # batches that each worker has prepared before the clock starts
+_PARTS = 4  # that are measured beside the loader, five with a transfer
+_CPU_BATCH = 16  # images at most, where the CPU trains: rates are per image, and time is short
 _TRIES = 10  # images tried for each that is wanted
 _GOOD_SHARE = 0.7  # of what the cores should deliver together; below, something is in the way
 _HALF = 0.5
@@ -78,6 +80,13 @@ def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) ->
     source = open_images(config)
     size = min(split_batch(config.train, world_size=1).micro_batch_size, len(source))
     device, cores = find_device(None), cores_at_hand()
+    if device.type == "cpu":  # which takes a batch one image after the other
+        size = min(size, _CPU_BATCH)
+    say(
+        f"measuring batches of {size} images: about {_PARTS * seconds:.0f} s for the parts and"
+        f" {seconds:g} s for the loader, once its {config.data.num_workers} workers have"
+        f" {_AHEAD} batches each"
+    )
     rates = _measure(config, source, device, size=size, seconds=seconds)
     can_feed = rates.worker * cores
     result = {
@@ -91,7 +100,7 @@ def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) ->
         "gpu_images_per_s": gpu_images_per_s,
         "workers_for_one_gpu": math.ceil(gpu_images_per_s / rates.worker),
     }
-    print(in_words(rates, result), file=sys.stderr, flush=True)
+    say(in_words(rates, result))
     return result
 
 
@@ -118,6 +127,8 @@ def _measure(
         batch = _sent(pinned, device)
     parts["device"] = lambda: _finish(batch, config, device)
     spent = _in_turn(parts, seconds=seconds)
+    for name, time_s in spent.items():
+        say(f"{name}: {size / time_s:.4g} images/s")
     loader = _loader_rate(config, source, multi_crop, device, size=size, seconds=seconds)
     rates = {name: size / time_s for name, time_s in spent.items()}
     return Rates(transfer=rates.pop("transfer", None), loader=loader, **rates)

@@ -18,11 +18,12 @@ import torch
 from torch.profiler import profile
 
 from dinoscale import distributed
-from dinoscale.bench.ceiling import matmul_ceiling
+from dinoscale.bench.budget import Budget, fitted, in_turns, say
+from dinoscale.bench.ceiling import matmul_rates
 from dinoscale.bench.our_step import Noise, OurStep
 from dinoscale.bench.step_report import in_words
 from dinoscale.bench.timeline import INPUT, OTHER, PARTS, Timeline
-from dinoscale.config import RunConfig
+from dinoscale.config import RunConfig, split_batch, without_auto
 from dinoscale.config.backbones import RESNET50
 from dinoscale.config.resolve import RunPlan, resolve
 from dinoscale.data.mixture import source_sizes
@@ -36,6 +37,7 @@ from dinoscale.peak_memory import live_bytes, with_peak_bytes
 
 _WARM_UP = {"cpu": 1, "cuda": 3}  # steps: optimizer state, kernels chosen and compiled
 _TRACED = 2  # steps in a trace
+LIMIT_S = 360.0  # of all turns, unless told otherwise
 _MANY = 10  # steps in an epoch of random pictures
 
 CHECKOUT = Path(__file__).parents[2]  # where the package lies, unless it is installed
@@ -80,8 +82,12 @@ def bench_step(
     turns: int,
     with_reference: bool,
     trace_dir: Path | None,
+    limit_s: float = LIMIT_S,
 ) -> dict[str, Any]:
     """Measure the optimizer step of a run on its ranks; all call it after `distributed.start`.
+
+    What takes longer than `limit_s` on this machine is left out, and said: first the reference,
+    then images of a step; no turn begins that would end later, but for the first.
 
     Args:
         config: of the run; without data.train, pictures of random pixels are cut once.
@@ -90,6 +96,7 @@ def bench_step(
         turns: in each, ours and then the reference are built, warmed up, measured and freed.
         with_reference: measure the literal reference too, where a checkout has it.
         trace_dir: to write a chrome trace of some of our steps into, one file a rank.
+        limit_s: seconds for all turns together.
 
     Returns:
         JSON-able; sentences and a table go to stderr.
@@ -98,23 +105,44 @@ def bench_step(
         ConfigError: a number is out of range, the backbone is no ViT, or memory does not suffice.
         RunFailedError: a step was not taken.
     """
-    if not (0 < seconds <= 3600 and 1 <= turns <= 1000):
+    if not (0 < seconds <= 3600 and 1 <= turns <= 1000 and 0 < limit_s <= 86400):
         raise ConfigError(
-            f"need 0 < --seconds <= 3600 and 1 <= --turns <= 1000, got {seconds} and {turns}"
+            "need 0 < --seconds <= 3600, 1 <= --turns <= 1000 and 0 < --minutes <= 1440, got"
+            f" {seconds}, {turns} and {limit_s / 60:g}"
         )
     if config.model.backbone == RESNET50:
         raise ConfigError(f"model.backbone: the step of {RESNET50} cannot be measured, only ViTs'")
+    rates = _rates(config, process)
+    budget = Budget(
+        limit_s=limit_s,
+        seconds=seconds,
+        turns=turns,
+        image_flops=flops_of(dims_of(config)).total,
+        our_flops_per_s=max(rates.values()),
+        their_flops_per_s=rates[_dtype(config)],
+        device=process.device.type,
+        with_reference=with_reference,
+    )
+    config, changed = fitted(config, budget, world_size=process.world_size)
     plan, source = _input_of(config, process)
-    bench = _Bench(config, plan, process, source, seconds=seconds)
+    bench = _Bench(config, plan, process, source, seconds=seconds, ceiling=max(rates.values()))
     reference, why_not = (
         find_reference(plan, CHECKOUT) if with_reference else (None, "not asked for")
     )
+    if reference is not None and not budget.fits_once(plan.images_per_rank):
+        reference, why_not = None, too_slow(config, limit_s)
+    if changed:
+        say(changed)
+    expected_s = budget.expected_s(plan.images_per_rank, theirs=reference is not None)
+    limit = "at most" if expected_s <= limit_s else "one turn alone, beyond"
+    say(f"this takes about {expected_s:.0f} s, {limit} {limit_s / 60:g} minutes")
     try:
-        for _ in range(turns):
+        for turn in in_turns(turns, limit_s=limit_s):
             bench.turn(reference)
+            say(f"turn {turn + 1} of {turns}: {bench.last_turn()}")
         if trace_dir is not None:
             bench.trace(trace_dir)
-        result = bench.result() | {"no_reference": why_not or None}
+        result = bench.result() | {"no_reference": why_not or None, "changed": changed or None}
     except RuntimeError as error:
         if not NO_MEMORY.search(str(error)):
             raise
@@ -126,6 +154,31 @@ def bench_step(
     if process.rank == 0:
         print(in_words(result), file=sys.stderr, flush=True)
     return result
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+
+
+def _rates(config: RunConfig, process: Process) -> dict[torch.dtype, float]:
+    """FLOP/s of large products in the run's precision and in float32, of rank 0."""
+    dims = dims_of(config)
+    size = split_batch(without_auto(config).train, world_size=process.world_size).micro_batch_size
+    kinds = dict.fromkeys((_dtype(config), torch.float32))
+    return distributed.broadcast_object(
+        matmul_rates(process.device, kinds, tokens=size * dims.tokens, embed_dim=dims.embed_dim)
+    )
+
+
+def too_slow(config: RunConfig, limit_s: float) -> str:
+    """Why the literal reference is not measured, and what to do about it."""
+    remedy = "fewer images (train.batch_size, train.micro_batch_size) or more --minutes"
+    if config.engine.precision == "bf16":
+        remedy = f"engine.precision=fp32, {remedy}"
+    return (
+        f"it multiplies in {config.engine.precision}, and one turn of it would take longer than"
+        f" {limit_s / 60:g} minutes on this machine; give {remedy}"
+    )
 
 
 def _input_of(config: RunConfig, process: Process) -> tuple[RunPlan, Source]:
@@ -163,12 +216,27 @@ class _Bench:
         source: Source,
         *,
         seconds: float,
+        ceiling: float,
     ) -> None:
+        self.ceiling = ceiling
         self.config, self.plan, self.process, self.source = config, plan, process, source
         self.device, self.seconds = process.device, seconds
         self.ours: list[Turn] = []
         self.theirs: list[Turn] = []
         self.communication: list[float] = []
+
+    def last_turn(self) -> str:
+        """The turn that ended, in words."""
+        ours = self.ours[-1]
+        images = self.plan.batch_size
+        text = f"{ours.step_s:.3g} s a step, {images / ours.step_s:.3g} images/s"
+        if not self.theirs:
+            return text
+        theirs = self.theirs[-1]
+        return (
+            f"{text}; reference {theirs.step_s:.3g} s a step; without the input ours is"
+            f" {theirs.trained_s / ours.trained_s:.2f} x as fast"
+        )
 
     def turn(self, reference: Any) -> None:
         """Build, measure and free ours, then the reference."""
@@ -227,10 +295,7 @@ class _Bench:
     def result(self) -> dict[str, Any]:
         """Medians and spreads over turns."""
         config, plan = self.config, self.plan
-        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        dims = dims_of(config)
-        flops, tokens = flops_of(dims), plan.micro_batch_size * dims.tokens
-        ceiling = matmul_ceiling(self.device, dtype, tokens=tokens, embed_dim=dims.embed_dim)
+        flops, ceiling = flops_of(dims_of(config)), self.ceiling
         of_rank = flops.total * plan.images_per_rank  # FLOPs of a step on one device
         step_s = statistics.median(turn.step_s for turn in self.ours)
         split = {part: _median([turn.mean(part) for turn in self.ours]) for part in PARTS}

@@ -47,7 +47,7 @@ def add_planning(commands: SubCommands) -> None:
     )
     doctor.set_defaults(run=_doctor)
     _add_data_views(commands)
-    presets = commands.add_parser("presets", help="list the presets")
+    presets = commands.add_parser("presets", help="list the presets, with what each is")
     presets.set_defaults(run=_presets)
 
 
@@ -166,6 +166,14 @@ def _add_bench_step(tasks: SubCommands) -> None:
     )
     step.add_argument("--turns", type=int, default=3, metavar="N", help="default 3")
     step.add_argument(
+        "--minutes",
+        type=float,
+        default=6.0,
+        metavar="M",
+        help="for all turns (default 6): where this machine is too slow, the reference, images of a"
+        " step and turns are left out, and said",
+    )
+    step.add_argument(
         "--no-reference", action="store_true", help="measure our step alone, without ratios"
     )
     step.add_argument(
@@ -274,6 +282,7 @@ def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
             turns=options.turns,
             with_reference=not options.no_reference,
             trace_dir=Path(options.profile) if options.profile else None,
+            limit_s=60 * options.minutes,
         )
     return result if process.rank == 0 else None
 
@@ -294,6 +303,8 @@ def _show_crops(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _presets(_options: argparse.Namespace) -> None:
-    from dinoscale.config import list_presets
+    from dinoscale.config import describe_presets
 
-    print("\n".join(list_presets()))
+    told = describe_presets()
+    width = max(map(len, told), default=0)
+    print("\n".join(f"{name:<{width}}  {what}" for name, what in told.items()))

@@ -1,7 +1,13 @@
 """Configuration of a run: what it may say, how it is read, and what it means for N ranks."""
 
 from dinoscale.config.engine import EngineConfig
-from dinoscale.config.load import dump_config, list_presets, load_config, parse_config
+from dinoscale.config.load import (
+    describe_presets,
+    dump_config,
+    list_presets,
+    load_config,
+    parse_config,
+)
 from dinoscale.config.resolve import (
     BatchSplit,
     ParameterCounts,
@@ -48,6 +54,7 @@ __all__ = [
     "TrainConfig",
     "count_parameters",
     "describe",
+    "describe_presets",
     "describe_text",
     "dump_config",
     "list_presets",

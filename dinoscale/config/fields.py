@@ -1,8 +1,12 @@
 """What the sections of a configuration are made of: kinds of numbers, and strictness."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+
+from dinoscale.config.secret_text import require_no_secrets
+
+_Value = TypeVar("_Value")
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -25,7 +29,7 @@ Positives = Annotated[tuple[Positive, ...], Field(strict=False)]
 
 
 class Section(BaseModel):
-    """What all sections share: no editing, no unknown keys, no '2' for 2, no infinity."""
+    """What all sections share: no editing, unknown keys, '2' for 2, infinity or passwords."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -35,3 +39,9 @@ class Section(BaseModel):
         validate_default=True,
         protected_namespaces=(),
     )
+
+    @field_validator("*")
+    @classmethod
+    def _no_secrets(cls, value: _Value) -> _Value:
+        require_no_secrets(value)
+        return value

@@ -9,6 +9,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Union, get_args, get_origin
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from dinoscale.config.report import sections, sentences, show
 from dinoscale.config.schema import RunConfig
+from dinoscale.config.secret_text import hide_secrets
 from dinoscale.config.yaml_text import read_yaml, write_yaml
 from dinoscale.errors import ConfigError
 
@@ -75,6 +77,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(values: Mapping[str, object], *, origin: str = "") -> RunConfig:
     """Check a mapping that was read elsewhere, such as from a checkpoint.
 
+    Passwords and signatures in it are hidden: an older version may have written them.
+
     Args:
         values: sections by key, as `dump_config` writes them.
         origin: where they come from, for the messages.
@@ -86,7 +90,7 @@ def parse_config(values: Mapping[str, object], *, origin: str = "") -> RunConfig
         ConfigError: as `load_config`.
     """
     merged = _Merged()
-    merged.put(values, origin=origin)
+    merged.put({key: hide_secrets(value) for key, value in values.items()}, origin=origin)
     return _checked(merged)
 
 
@@ -98,6 +102,17 @@ def dump_config(config: RunConfig) -> str:
 def list_presets() -> list[str]:
     """Return the names `load_config` knows, sorted."""
     return sorted(_presets())
+
+
+def describe_presets() -> dict[str, str]:
+    """What each preset is, by name: the first paragraph of its file, a comment."""
+    return {name: _first_paragraph(path) for name, path in sorted(_presets().items())}
+
+
+def _first_paragraph(path: Path) -> str:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    comment = takewhile(lambda line: line.startswith("# "), lines)  # a bare # ends it
+    return " ".join(line.removeprefix("# ") for line in comment)
 
 
 def _presets() -> dict[str, Path]:
@@ -118,12 +133,13 @@ def _find(name_or_path: str) -> Path:
         return path
     if os.path.isdir(path):
         raise ConfigError(f"{name_or_path}: is a folder; name a YAML file or a preset")
+    shown = hide_secrets(name_or_path)
     known = ", ".join(sorted(presets)) or "none"
     near = difflib.get_close_matches(path.stem, presets, n=1, cutoff=0.5)
     hint = f", did you mean {near[0]!r}?" if near else ""
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise ConfigError(f"{name_or_path}: no such file{hint or '.'} Presets: {known}")
-    raise ConfigError(f"{name_or_path}: unknown preset{hint or '.'} Presets: {known}")
+        raise ConfigError(f"{shown}: no such file{hint or '.'} Presets: {known}")
+    raise ConfigError(f"{shown}: unknown preset{hint or '.'} Presets: {known}")
 
 
 def _put_file(path: Path, merged: _Merged, *, chain: tuple[Path, ...]) -> None:
@@ -179,28 +195,25 @@ def read_mapping(path: Path, *, wanted_by: Path | None = None) -> dict[str, obje
 def _parse_override(override: str) -> dict[str, object]:
     """Turn `section.key=value` into nested mappings."""
     key, equals, text = override.partition("=")
+    shown = hide_secrets(override)
     names = key.strip().split(".")
     if not equals or not all(name.isidentifier() for name in names):
-        raise ConfigError(
-            f"override {override!r}: needs section.key=value, such as crops.num_local=6"
-        )
+        raise ConfigError(f"override {shown!r}: needs section.key=value, such as crops.num_local=6")
     if names == ["defaults"]:
-        raise ConfigError(f"override {override!r}: defaults can be given in a file only")
+        raise ConfigError(f"override {shown!r}: defaults can be given in a file only")
     if key != key.rstrip():  # `key = value`
         text = text.strip()
     if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of the command line
         raise ConfigError(
-            f"{'.'.join(names)}: {text!a} is not UTF-8, and a configuration is UTF-8 text;"
-            " rename the file or folder, or make a link to it with such a name (ln -s)"
+            f"{'.'.join(names)}: {hide_secrets(text)!a} is not UTF-8, and a configuration is UTF-8"
+            " text; rename the file or folder, or make a link to it with such a name (ln -s)"
         )
     try:
         value = text if _is_typed(names, text) else read_yaml(text)
     except ConfigError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML ({error})") from error
+        raise ConfigError(f"override {shown!r}: the value is not YAML ({error})") from error
     if isinstance(value, Mapping):
-        raise ConfigError(
-            f"override {override!r}: the value is a mapping; give one override per key"
-        )
+        raise ConfigError(f"override {shown!r}: the value is a mapping; give one override per key")
     for name in reversed(names):
         value = {name: value}
     assert isinstance(value, dict)

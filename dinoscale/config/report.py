@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from dinoscale.config.fields import AUTO, LADDER, LIST, NAMED, NUMBER, SIZE
 from dinoscale.config.mixture import MIXTURE, ONE_SOURCE, WeightedSource
 from dinoscale.config.schema import RunConfig
+from dinoscale.config.secret_text import hide_secrets
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -115,6 +116,8 @@ def _about_mixture(error: "ErrorDetails", place: Sequence[int | str]) -> tuple[s
         what = f"unknown key {rest[0]!r}; known are {', '.join(known)}"
     elif error["type"] == "missing":
         what = f"{rest[0]} is missing"
+    elif error["type"] == "value_error":
+        what = f"{rest[0]} {error['ctx']['error']}"
     else:
         what = f"{rest[0]} needs {_needs(error)}, got {show(error['input'])}"
     key = f"{section}.{name}"
@@ -152,7 +155,7 @@ def show(value: object) -> str:
         return str(value).lower()
     if isinstance(value, Mapping):
         return "a mapping"
-    text = repr(value)
+    text = repr(hide_secrets(value))
     text = text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
     return f"{text} (text)" if isinstance(value, str) else text
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,19 @@ from dinoscale.versions import package_version
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the card beside a target
+# Settings that a card tells of the run: how the weights came about, nothing of where. Others may be
+# paths, names of machines and projects, or what a later version adds.
+RECIPE: dict[str, tuple[str, ...] | None] = {  # None: all of the section
+    "model": None,
+    "head": None,
+    "crops": None,
+    "augment": None,
+    "dino": None,
+    "optim": None,
+    "data": ("images_per_epoch", "distinct_images", "channels", "white", "mean", "std"),
+    "train": ("epochs", "batch_size", "micro_batch_size"),
+    "engine": ("precision",),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -269,6 +282,17 @@ def _rule(img_size: int, own_rule: Agreement | None) -> dict[str, Any]:
     }
 
 
+def recipe_of(config: object) -> dict[str, Any] | None:
+    """The settings of a run that are published with its weights, by section; None without any."""
+    if not isinstance(config, Mapping):
+        return None
+    told = {}
+    for section, keys in RECIPE.items():
+        values = config.get(section, {})
+        told[section] = {key: values[key] for key in keys or values if key in values}
+    return {"seed": config.get("seed"), **told}
+
+
 def _card(
     weights: Weights, proof: dict[str, Any], *, to: str, dtype: str, files: dict[str, str]
 ) -> dict[str, Any]:
@@ -288,7 +312,7 @@ def _card(
         "checkpoint": run.get("checkpoint"),
         "step": run.get("step"),
         "metrics": {"knn_top1": run["knn_top1"]} if run.get("knn_top1") is not None else {},
-        "recipe": run.get("config"),
+        "recipe": recipe_of(run.get("config")),
         "files": files,
         **proof,
     }

@@ -19,7 +19,7 @@ class Coverage:
         expected: number of tensors that the network has.
         missing: its tensors that the weights lack.
         unexpected: tensors of the weights that the network has no place for.
-        reshaped: tensors of another shape, each as `name [found] for [expected]`.
+        reshaped: tensors of another shape or kind of number, each as `name [found] for [expected]`.
         not_finite: tensors that hold an infinity or a NaN.
     """
 
@@ -46,7 +46,7 @@ class Coverage:
         kinds = {
             "missing": self.missing,
             "unexpected": self.unexpected,
-            "of another shape": self.reshaped,
+            "of another shape or type": self.reshaped,
             "not finite": self.not_finite,
         }
         wrong = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
@@ -61,12 +61,24 @@ def coverage_of(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         missing=tuple(name for name in expected if name not in state),
         unexpected=tuple(name for name in state if name not in expected),
         reshaped=tuple(
-            f"{name} {[*state[name].shape]} for {[*expected[name].shape]}"
+            f"{name} {_form(state[name])} for {_form(expected[name])}"
             for name in common
-            if state[name].shape != expected[name].shape
+            if _form(state[name]) != _form(expected[name])
         ),
-        not_finite=tuple(name for name in common if not torch.isfinite(state[name]).all()),
+        not_finite=tuple(name for name in common if not _finite(state[name])),
     )
+
+
+def _finite(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.is_floating_point() else tensor  # of 8 bit is not implemented
+    return bool(torch.isfinite(wide).all())
+
+
+def _form(tensor: Tensor) -> str:
+    """Shape, and the kind of number where it is not real."""
+    if tensor.is_floating_point():
+        return str([*tensor.shape])
+    return f"{[*tensor.shape]} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dinoscale.checkpoint.sums import sha256
 from dinoscale.convert.card import METADATA_KEY
+from dinoscale.convert.placing import CARD_FILE
 from dinoscale.errors import CheckpointError
+from dinoscale.memory import NO_MEMORY
 
 log = logging.getLogger(__name__)
 
 # What the model hubs call the weights in a folder, the preferred name first.
 HUB_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_TORCH_INDEX = "pytorch_model.bin.index.json"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # of other files with weights
 _MAX_JSON_BYTES = 16 * 2**20  # of a settings file or an index; real ones have some kilobytes
 
@@ -31,6 +36,7 @@ _NO_WEIGHTS = (  # first bytes of what a failed download leaves behind
     (b"<", "is a web page or XML, not weights: download the file itself"),
     (b"version https://git-lfs", "is a Git LFS pointer, not weights: run `git lfs pull`"),
 )
+_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # begins what older versions of torch saved
 _SCALAR: Any = np.float64(0).__reduce__()[0]  # numpy's scalar constructor, moved in numpy 2
 _SAFE_GLOBALS: list[Any] = [  # what `args` and the scheduled numbers of the optimizer are made of
     argparse.Namespace,
@@ -64,10 +70,12 @@ def read_content(path: Path) -> Content:
     """Read a weights file, or the one in a folder; of a hub's file also the settings beside it.
 
     Raises:
-        CheckpointError: nothing is there, it is damaged, or it is not clear which file is meant.
+        CheckpointError: nothing is there, it is damaged, it is not clear which file is meant, or
+            the card that `dinoscale convert` wrote with it has another checksum.
     """
     file = find_weights(path) if path.is_dir() else path
     name = path.name if path.is_dir() else file.name
+    require_described(file)
     checkpoint, card = _read_file(file)
     if file.name not in HUB_NAMES or card is not None:
         return Content(name, checkpoint, card)
@@ -79,6 +87,43 @@ def read_content(path: Path) -> Content:
     )
 
 
+def require_described(file: Path) -> None:
+    """Compare a weights file, and what is read with it, with the checksums of its card.
+
+    Raises:
+        CheckpointError: a checksum is another, or a file is missing.
+    """
+    beside, within = file.with_name(f"{file.name}.json"), file.with_name(CARD_FILE)
+    for sums, card in ((card_sums(beside), beside), (card_sums(within), within)):
+        if card == beside and len(sums) == 1:  # both may have been given another name
+            sums = {file.name: next(iter(sums.values()))}
+        for name in sums if file.name in sums else ():
+            if not file.with_name(name).is_file():
+                raise CheckpointError(f"lacks {name}, which its card {card.name} names")
+            found = sha256(file.with_name(name))
+            if found != sums[name]:
+                raise CheckpointError(
+                    f"is not what was exported: {name} has the sha256 {found[:12]}..., its card "
+                    f"{card.name} says {sums[name][:12]}...; copy both again, or remove the card "
+                    "if the change is meant"
+                )
+
+
+def card_sums(card: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files that a card of `dinoscale convert` describes.
+
+    Empty where there is no such card: JSON beside a weights file may be anybody's.
+    """
+    try:
+        said = _read_json(card) or {}
+    except CheckpointError:
+        return {}
+    files = said.get("files")
+    if "dinoscale" not in said or not isinstance(files, dict):
+        return {}
+    return {name: found for name, found in files.items() if isinstance(found, str)}
+
+
 def find_weights(folder: Path) -> Path:
     """The file with the weights in a folder: a hub's name, else the only one there is.
 
@@ -88,6 +133,11 @@ def find_weights(folder: Path) -> Path:
     for name in HUB_NAMES:
         if (folder / name).is_file():
             return folder / name
+    if (folder / _TORCH_INDEX).is_file():
+        raise CheckpointError(
+            f"is a folder whose weights lie in several torch files ({_TORCH_INDEX}), which are not"
+            " read together: save them as safetensors"
+        )
     found = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
     if not found:
         raise CheckpointError(
@@ -118,7 +168,7 @@ def _first_bytes(file: Path) -> bytes:
         with file.open("rb") as stream:
             start = stream.read(512)
     except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"cannot be read ({error.strerror or error})") from error
     if not start:
         raise CheckpointError("is an empty file")
     for signature, reason in _NO_WEIGHTS:
@@ -138,24 +188,62 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
             card = (tensors.metadata() or {}).get(METADATA_KEY)
             return {name: tensors.get_tensor(name) for name in tensors.keys()}, card  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"is not a complete safetensors file ({error})") from error
+        raise CheckpointError(
+            f"is not a complete safetensors file, or of a newer kind ({error})"
+        ) from error
 
 
 def read_torch_file(path: Path) -> object:
     """Unpickle a `.pth` file without running any code in it.
 
     Raises:
-        CheckpointError: the file is damaged, or holds objects other than tensors and settings.
+        CheckpointError: the file is damaged, was not written by `torch.save`, or holds objects
+            other than tensors and settings.
+        OSError: the disk cannot be read.
     """
+    _require_torch_save(path)
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL (\S+)", str(error))
-        name = match.group(1) if match else "an unknown object"
-        raise CheckpointError(f"holds {name}, and only tensors and settings are loaded") from error
+        if match is None:
+            raise CheckpointError(
+                "is damaged or holds other objects, and only tensors and settings are loaded"
+            ) from error
+        raise CheckpointError(
+            f"holds {match[1]}, and only tensors and settings are loaded"
+        ) from error
     except Exception as error:  # a damaged pickle can fail in any way
+        if NO_MEMORY.search(str(error)):
+            raise MemoryError(_first_line(error)) from error
         raise CheckpointError(f"is damaged ({_first_line(error)})") from error
+
+
+def _require_torch_save(path: Path) -> None:
+    """Refuse pickles and zip archives that hold something else, by what they are."""
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    if not start.startswith(b"PK"):
+        if _MAGIC not in start:
+            raise CheckpointError("is a pickle that torch.save did not write")
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged archive can fail in any way
+        raise CheckpointError(f"is cut off or damaged ({_first_line(error)})") from error
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise CheckpointError(
+            "is a TorchScript program, not weights: give what it was converted from"
+        )
+    if not any(name.endswith("/data.pkl") for name in names):
+        held = ", ".join(names[:3]) or "nothing"
+        raise CheckpointError(f"is a zip archive that torch.save did not write (it holds {held})")
 
 
 def _first_line(error: Exception) -> str:
@@ -190,7 +278,9 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"has a {file.name} of more than {_MAX_JSON_BYTES} bytes")
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"has a {file.name} that cannot be read ({error})") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"has a {file.name} that is not JSON ({error})") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"has a {file.name} that is no mapping")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinoscale.convert.card import BackboneCard, parse_card
 from dinoscale.convert.files import Content
-from dinoscale.convert.reference import guess_shape, reference_card
+from dinoscale.convert.reference import NO_BACKBONE, guess_shape, reference_card
 from dinoscale.convert.weights import Weights
 from dinoscale.errors import CheckpointError
 
@@ -52,7 +52,6 @@ _IN_BLOCK = {
     "mlp.fc2": "mlp.fc2",
 }
 _BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d{1,9})\.(.+)\.(weight|bias)")
-_NO_BACKBONE = ("pooler.", "classifier.", "embeddings.mask_token")
 
 
 def is_huggingface(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
@@ -101,7 +100,7 @@ def from_huggingface(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tu
     left_out = []
     for full_name, tensor in state.items():
         name = full_name.removeprefix("vit.")
-        if name.startswith(_NO_BACKBONE):
+        if name.startswith(NO_BACKBONE):
             left_out.append(full_name)
             continue
         match = _BLOCK.fullmatch(name)

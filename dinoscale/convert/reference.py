@@ -1,8 +1,10 @@
 """Checkpoints of the reference implementation, read into a backbone state and a guessed card.
 
 Source: github.com/facebookresearch/dino, files written by its training loop (`student`, `teacher`,
-`optimizer`, `epoch`, `args`, `dino_loss`) and its published backbone-only state dicts.
-Tensor names: `module.` is added by data-parallel wrappers, `backbone.` and `head.` by the network.
+`optimizer`, `epoch`, `args`, `dino_loss`) and its published backbone-only state dicts; and
+github.com/facebookresearch/dinov2, its published backbones and `teacher_checkpoint.pth`.
+Tensor names: `module.`, `_orig_mod.` and the like are added by what wraps a network or a layer
+(data parallelism, torch.compile), `backbone.` and `head.` by the network.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dinoscale.config.backbones import VIT_SIZES
@@ -32,10 +35,31 @@ RESIZE_TO_CROP = 256 / 224  # the reference evaluates the center 224 of 256 pixe
 
 _MOST_CHANNELS = 4096  # of an image: hyperspectral cameras have hundreds
 
-_PREFIXES = ("module.", "backbone.")
+# What wrappers put before the names of what they wrap, wherever that is.
+_WRAPPED = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 _HEAD = re.compile(r"head\.(mlp|last_layer)\.")  # names of the projection head
-_CLASSIFIER = ("head.", "fc.")  # of a supervised ViT and ResNet: no part of the backbone
-_WRAPPERS = ("state_dict", "model")  # what training scripts put around their tensors
+# No part of a backbone: classifiers, the heads of DINOv2, and the token of masked patches, which
+# stands in for them in training only.
+NO_BACKBONE = (
+    *("head.", "head_dist.", "fc.", "classifier.", "pooler."),
+    *("dino_head.", "ibot_head."),
+    *("mask_token", "masked_embed", "embeddings.mask_token"),
+)
+_AROUND = ("state_dict", "model")  # what training scripts put around their tensors
+# Tensors that only other kinds of ViTs have, and what these are.
+_OTHER_KINDS = {
+    "dist_token": "is a distilled DeiT, which has a second class token",
+    "blocks_token_only.": "is a CaiT, whose class token enters in its last blocks only",
+    "cls_attn_blocks.": "is an XCiT, whose attention is over channels",
+    "rope_embed.": "has rotary position embeddings, as DINOv3's ViTs",
+    "norm_pre.": "has a norm before its blocks, as CLIP's ViTs",
+    "blocks.0.attn.q_bias": "is a BEiT or EVA, whose queries have a bias of their own",
+    "blocks.0.attn.relative_position_bias_table": "has relative positions, as BEiT",
+    "blocks.0.attn.rel_pos_h": "has relative positions and windows, as SAM's ViTs",
+    "layers.0.blocks.": "is a Swin or another pyramid of stages",
+}
 _GIANT_DIM = 1536  # embed_dim of DINOv2's largest model
 _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 
@@ -57,28 +81,38 @@ def network_state(checkpoint: object, *, network: Network) -> Mapping[str, Tenso
         network: which of the two to take from a full checkpoint.
 
     Returns:
-        Named tensors, as in the file.
+        Named tensors, as in the file but for what wrappers put before names.
 
     Raises:
-        CheckpointError: it is no mapping, or the network is not in it.
+        CheckpointError: it is no mapping, the network is not in it, or two names differ in their
+            wrappers only.
     """
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"holds a {type(checkpoint).__name__}, not named tensors")
     found = [name for name in ("teacher", "student") if isinstance(checkpoint.get(name), Mapping)]
     if found and network not in found:
         raise CheckpointError(f"has no {network!r}, only {found[0]!r}")
-    wrapped = [name for name in _WRAPPERS if isinstance(checkpoint.get(name), Mapping)]
+    wrapped = [name for name in _AROUND if isinstance(checkpoint.get(name), Mapping)]
     tensors = checkpoint
     if found or wrapped:
         tensors = checkpoint[network if found else wrapped[0]]
+    state: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"holds {key!r}, which is no tensor, where weights should be")
-    return {str(key): tensor for key, tensor in tensors.items()}
+        if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+            raise CheckpointError(f"holds {key!r} without its numbers, quantized or sparse")
+        name = _WRAPPED.sub("", str(key))
+        if name in state:
+            raise CheckpointError(f"holds {name!r} twice")
+        state[name] = tensor
+    return state
 
 
 def split(state: Mapping[str, Tensor]) -> Parts:
     """Tell backbone and projection head apart by their names, and take their prefixes off.
+
+    Layers of DINOv2 get timm's names for them, which are ours.
 
     Raises:
         CheckpointError: two names differ in their prefixes only.
@@ -87,17 +121,38 @@ def split(state: Mapping[str, Tensor]) -> Parts:
     head: dict[str, Tensor] = {}
     left_out = []
     for key, tensor in state.items():
-        name = key
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
+        name = _as_in_timm(key.removeprefix("backbone."))
         part, inner = (head, name.removeprefix("head.")) if _HEAD.match(name) else (backbone, name)
         if inner in part:
             raise CheckpointError(f"holds {name!r} twice")
-        if part is backbone and name.startswith(_CLASSIFIER):
+        if part is backbone and name.startswith(NO_BACKBONE):
             left_out.append(name)
         else:
             part[inner] = tensor
-    return Parts(backbone, our_head(head), tuple(left_out))
+    return Parts(_registers_apart(backbone), our_head(head), tuple(left_out))
+
+
+def _as_in_timm(name: str) -> str:
+    """Name in timm of a tensor of DINOv2: no chunks of blocks, gated MLPs of two layers.
+
+    Source: `timm.models.vision_transformer._convert_dinov2`.
+    """
+    name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)
+    return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
+
+
+def _registers_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT of DINOv2 with registers as timm has it: the class token holds its position."""
+    positions, token = state.get("pos_embed"), state.get("cls_token")
+    if "register_tokens" not in state or positions is None or token is None or positions.ndim != 3:
+        return state
+    state = {name: tensor for name, tensor in state.items() if name != "register_tokens"} | {
+        "reg_token": state["register_tokens"],
+        "pos_embed": positions[:, 1:],
+    }
+    if token.shape[-1] == positions.shape[-1]:  # else told as a tensor of another shape
+        state["cls_token"] = token + positions[:, :1]
+    return state
 
 
 def our_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,6 +211,9 @@ def _guess_vit(
     state: Mapping[str, Tensor], *, args: object, num_heads: int | None
 ) -> BackboneShape:
     """Sizes of a ViT from patch_embed (D, C, p, p), pos_embed (1, 1 + N, D) and the block names."""
+    for start, what in _OTHER_KINDS.items():
+        if any(name.startswith(start) for name in state):
+            raise CheckpointError(f"{what}; dinoscale builds plain ViTs and ResNet-50")
     patches, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     blocks = [int(match.group(1)) for name in state if (match := _BLOCK.match(name))]
     if patches is None or positions is None or not blocks:

@@ -39,9 +39,12 @@ def read_run(path: Path, *, network: Network) -> Weights:
         }
         for part in ("backbone.", "head.")
     }
-    card = card_of(config, source=f"{checkpoint.path} {network}")
+    name = "/".join(
+        checkpoint.path.resolve().parts[-3:]
+    )  # a card is published: no folders above the run
+    card = card_of(config, source=f"{name} {network}")
     said = {
-        "checkpoint": str(checkpoint.path),
+        "checkpoint": name,
         "step": checkpoint.step,
         "knn_top1": checkpoint.progress.knn_top1,
         "config": checkpoint.state["config"],

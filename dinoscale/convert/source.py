@@ -45,7 +45,9 @@ def read_source(
         text = str(error)
         raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: does not fit into memory ({error or 'no more'})") from error
 
 
 def _weights_of(content: Content, *, network: Network, num_heads: int | None) -> Weights:

@@ -34,7 +34,7 @@ class Weights:
         kind: format of the source.
         left_out: names in the file that belong to neither, such as those of a classifier.
         network: which of the two it is, where the source tells.
-        run: of a run, its checkpoint's path, step, k-NN accuracy in percent and configuration.
+        run: of a run, its checkpoint's name, step, k-NN accuracy in percent and configuration.
     """
 
     backbone: dict[str, Tensor]

@@ -5,6 +5,7 @@ Written by `dinoscale data build-shards`: {"format": 1, "shards": [{"name": "tra
 """
 
 import json
+import os
 import posixpath
 import re
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def _read(place: str, *, pauses_s: tuple[float, ...]) -> dict[str, int]:
             require_allowed(place)
             text = read_all(place, limit=_MAX_BYTES, pauses_s=pauses_s)
         else:
-            text = _file_bytes(Path(place).expanduser())
+            text = _file_bytes(Path(os.path.expanduser(place)))
     except (DataError, OSError) as error:
         raise DataError(
             f"the number of images in each shard is not known: {error}\nPut the {FILE_NAME} that "

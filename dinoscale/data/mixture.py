@@ -8,7 +8,7 @@ from dinoscale.data.decode import RGB, Decoder, Picture
 from dinoscale.data.folder import FolderSource
 from dinoscale.data.left_out import LeftOut
 from dinoscale.data.manifest import shard_counts
-from dinoscale.data.remote import is_remote, require_allowed
+from dinoscale.data.remote import is_remote, require_allowed, shown
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source, StoredSource, expand_braces, open_source
 from dinoscale.data.stream import PAUSES_S, StreamSource
@@ -100,7 +100,8 @@ def open_sources(
         if is_remote(spec) and distinct_images is not None:
             raise ConfigError(
                 f"data.distinct_images: {distinct_images} images cannot be chosen from shards that "
-                f"are streamed, {spec}; name fewer of them, or copy them to a local or mounted disk"
+                f"are streamed, {shown(spec)}; name fewer of them, or copy them to a local or "
+                "mounted disk"
             )
         if is_remote(spec) and len(specs) == 1:
             return open_stream(
@@ -108,8 +109,8 @@ def open_sources(
             )
         if is_remote(spec):
             raise DataError(
-                f"{spec}: shards that are streamed cannot be mixed with other sources. Name them "
-                "alone, or copy them to a local or mounted disk."
+                f"{shown(spec)}: shards that are streamed cannot be mixed with other sources. Name "
+                "them alone, or copy them to a local or mounted disk."
             )
     parts = [open_source(spec, decoder, alive) for spec in specs]
     for spec, part in zip(specs, parts, strict=True):
@@ -165,7 +166,7 @@ def open_stream(
         require_allowed(url)
     counts = shard_counts(urls, manifest, pauses_s=PAUSES_S)
     if not any(counts):
-        raise DataError(f"{spec}: its manifest counts no images in these shards.")
+        raise DataError(f"{shown(spec)}: its manifest counts no images in these shards.")
     filled = [(url, count) for url, count in zip(urls, counts, strict=True) if count]
     return StreamSource(
         [url for url, _ in filled],

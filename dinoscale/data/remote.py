@@ -1,11 +1,15 @@
 """Bytes from elsewhere: the output of a command that fetches what a URL names.
 
-A URL reaches its command as one argument, never through a shell. `pipe:COMMAND` is a shell command
-by nature, and a configuration may come from a stranger: it runs only where the environment says
+A URL reaches its command as one argument, never through a shell; curl reads it from its standard
+input, where `ps` shows nothing. `${DINOSCALE_NAME}` in a URL is replaced by that variable of the
+environment when it is opened, so that no password has to stand in a configuration. Only names that
+begin so: a configuration may come from a stranger, and could send any other variable anywhere.
+`pipe:COMMAND` is a shell command by nature: it runs only where the environment says
 DINOSCALE_ALLOW_PIPE=1. Nothing here waits without end: a command that sends no byte for a minute
 is ended and counts as failed.
 """
 
+import contextlib
 import io
 import logging
 import os
@@ -37,17 +41,21 @@ _SHOWN = 300  # characters of a command's complaint
 # What curl says of a request that will fail again: 4xx, but for 408, 425 and 429.
 _IN_VAIN = re.compile(r"returned error: 4(?!08|25|29)\d\d")
 
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_OWN_VARIABLE = "DINOSCALE_"
+
 _CURL = (
     *("curl", "--fail", "--silent", "--show-error", "--location", "--globoff"),
-    *("--proto", "=http,https", "--connect-timeout", "30", "--"),
+    *("--proto", "=http,https", "--connect-timeout", "30", "--netrc-optional"),
+    *("--config", "-"),
 )
-# Scheme -> command before and after the URL.
-_COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "http": (_CURL, ()),
-    "https": (_CURL, ()),
-    "s3": (("aws", "s3", "cp", "--only-show-errors"), ("-",)),
-    "gs": (("gsutil", "-q", "cat"), ()),
-    "hdfs": (("hdfs", "dfs", "-cat"), ()),
+# Scheme -> command; the URL takes the place of the empty word, or comes by standard input.
+_COMMANDS: dict[str, tuple[str, ...]] = {
+    "http": _CURL,
+    "https": _CURL,
+    "s3": ("aws", "s3", "cp", "--only-show-errors", "", "-"),
+    "gs": ("gsutil", "-q", "cat", ""),
+    "hdfs": ("hdfs", "dfs", "-cat", ""),
 }
 
 
@@ -68,7 +76,7 @@ def scheme_of(spec: str) -> str:
 
 def shown(url: str) -> str:
     """The URL or path for messages: without a password or a signature in it."""
-    if scheme_of(url) not in _COMMANDS:
+    if "://" not in url or scheme_of(url) == "pipe":
         return url
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
@@ -83,7 +91,8 @@ def require_allowed(url: str) -> None:
     try:
         shown(url)
     except ValueError as error:
-        raise DataError(f"{url} is not a URL ({error}).") from None
+        rest = url.rpartition("@")[2].partition("?")[0]
+        raise DataError(f"{rest} is not a URL ({error}).") from None
     if scheme_of(url) == "pipe" and os.environ.get(ALLOW_PIPE) != "1":
         raise DataError(
             f"{url}: this is a shell command, and a configuration may come from a stranger. If you "
@@ -102,12 +111,12 @@ def open_remote(url: str, *, silence_s: float = _SILENCE_S) -> "RemoteFile":
         DataError: the command is not installed, or not allowed.
     """
     require_allowed(url)
-    command = _command(url)
+    command, told = _command(url)
     complaints = tempfile.TemporaryFile()  # noqa: SIM115 # closed with the stream
     try:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if told else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=complaints,
             start_new_session=True,  # a signal to the whole job is not meant for it
@@ -118,14 +127,49 @@ def open_remote(url: str, *, silence_s: float = _SILENCE_S) -> "RemoteFile":
             f"{shown(url)}: cannot run `{command[0]}` ({error}). Install it on every node, or copy "
             "the shards to a local or mounted disk."
         ) from None
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # its exit code says why
+            process.stdin.write(told)
     return RemoteFile(url, command[0], process, complaints, silence_s=silence_s)
 
 
-def _command(url: str) -> list[str]:
+def _command(url: str) -> tuple[list[str], bytes]:
+    """What to run, and what it reads."""
     if scheme_of(url) == "pipe":
-        return ["sh", "-c", url.partition(":")[2]]
-    before, after = _COMMANDS[scheme_of(url)]
-    return [*before, url, *after]
+        return ["sh", "-c", url.partition(":")[2]], b""
+    filled = _filled(url)
+    command = _COMMANDS[scheme_of(url)]
+    if "" not in command:
+        quoted = filled.replace("\\", "\\\\").replace('"', '\\"')
+        return [*command], os.fsencode(f'url = "{quoted}"\n')
+    return [word or filled for word in command], b""
+
+
+def _filled(url: str) -> str:
+    """The URL with the values of the variables that it names.
+
+    Raises:
+        DataError: one is not set, or is not for URLs; or the URL has more than one line.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if not name.startswith(_OWN_VARIABLE):
+            raise DataError(
+                f"{shown(url)}: ${{{name}}} is not replaced, since a configuration may come from a "
+                f"stranger and send it anywhere; export {_OWN_VARIABLE}{name} and write that."
+            )
+        if name not in os.environ:
+            raise DataError(
+                f"{shown(url)}: ${{{name}}} is not set; export {name} in the environment of all "
+                "ranks."
+            )
+        return os.environ[name]
+
+    filled = _VARIABLE.sub(value, url)
+    if any(character < " " for character in filled):
+        raise DataError(f"{shown(url)!r} cannot be read: it holds a line break or the like.")
+    return filled
 
 
 class RemoteFile(io.RawIOBase):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dinoscale.data.decode import RGB, Decoder, Picture
 from dinoscale.data.folder import FolderSource, ListSource
 from dinoscale.data.listing import COMPRESSED_TAR, list_folder
-from dinoscale.data.remote import is_remote
+from dinoscale.data.remote import is_remote, shown
 from dinoscale.data.shards import TarSource
 from dinoscale.errors import DataError
 
@@ -93,13 +93,13 @@ def open_source(
         raise DataError("the path of the images is empty. Name a folder or .tar shards.")
     if is_remote(spec):
         raise DataError(
-            f"{spec}: shards that are streamed can only be trained on, as data.train, and alone. "
-            "Copy them to a local or mounted disk."
+            f"{shown(spec)}: shards that are streamed can only be trained on, as data.train, and "
+            "alone. Copy them to a local or mounted disk."
         )
     if _UNKNOWN_REMOTE.match(spec):
         raise DataError(
-            f"{spec}: cannot be read over the network; https, s3, gs and hdfs can. Copy the images "
-            "or shards to a local or mounted disk, or read them by a command, pipe:COMMAND."
+            f"{shown(spec)}: cannot be read over the network; https, s3, gs and hdfs can. Copy the "
+            "images or shards to a local or mounted disk, or read them by a command, pipe:COMMAND."
         )
     path = os.path.expanduser(spec)
     if os.path.isdir(path):

@@ -8,11 +8,13 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of host memory on the device; on a CPU, the tensor itself.
+    """A tensor of host memory on the device; one that has left host memory, itself.
 
     On a GPU the copy has a stream of its own, so that it need not wait for the step that runs, and
     starts from pinned memory, so that the host need not wait for the copy.
     """
+    if tensor.device.type != "cpu":  # only host memory can be pinned
+        return tensor
     if device.type != "cuda":
         return tensor.to(device)
     pinned = tensor if tensor.is_pinned() else tensor.pin_memory()

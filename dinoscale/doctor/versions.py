@@ -13,8 +13,8 @@ Versions = Mapping[str, str | None]  # package, "python" or "commit" -> version,
 
 # As in pyproject.toml, which a test compares: (first that works, first that does not any more).
 SUPPORTED = {
-    "torch": ("2.6", None),
-    "torchvision": ("0.21", None),
+    "torch": ("2.6", "2.14"),
+    "torchvision": ("0.21", "0.29"),
     "deepspeed": ("0.19.8", "0.20"),
     "timm": ("1.0.24", None),
     "webdataset": ("0.2.90", None),

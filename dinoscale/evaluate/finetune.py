@@ -153,7 +153,7 @@ def evaluate_finetune(
         found = choose_best(evaluations, with_last=True) | {"evaluations": evaluations}
         if target is None or backbone is not subject.backbone:
             return found
-        source = f"{subject.card.source}, fine-tuned on {train_spec}"
+        source = f"{subject.card.source}, fine-tuned"
         save_backbone(target, backbone.state_dict(), replace(subject.card, source=source))
         return found | {"out": str(target)}
 

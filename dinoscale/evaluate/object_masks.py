@@ -64,7 +64,7 @@ def find_masks(source: Source, spec: str, folder: str | None) -> MaskOf:
     if folder is not None:
         if not os.path.isdir(os.path.expanduser(folder)):
             raise DataError(f"{folder} is not a folder. Name the folder of the masks.")
-        return _of_folder(source, spec, Path(folder).expanduser())
+        return _of_folder(source, spec, Path(os.path.expanduser(folder)))
     if isinstance(source, TarSource):
         return _of_shards(source)
     drawn = getattr(source, "mask", None)

@@ -19,6 +19,7 @@ from typing import Any
 from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
 from dinoscale.checkpoint.retention import Summary, summary
 from dinoscale.config import RunConfig, parse_config
+from dinoscale.config.secret_text import hide_secrets
 from dinoscale.config.yaml_text import read_yaml
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.run_report.series import Series
@@ -96,7 +97,7 @@ class Record:
     Attributes:
         run_dir: its directory.
         config: as it trained; None where config.yaml is missing or cannot be read.
-        config_text: config.yaml as it is.
+        config_text: config.yaml as it is, but for passwords of an earlier version.
         series: of metrics.jsonl, by name; those without a finite value are empty.
         not_finite: log lines whose loss is no finite number.
         last_epoch: of the last log line that tells it.
@@ -196,7 +197,7 @@ def _read_config(record: Record) -> None:
     text = _text(record, CONFIG)
     if text is None:
         return
-    record.config_text = text
+    record.config_text = str(hide_secrets(text))
     try:
         values = read_yaml(text)
         if not isinstance(values, dict):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dinoscale.bench.budget import in_turns, say
 from dinoscale.data.augment import NUM_GLOBAL, MultiCrop
 from dinoscale.data.colors import finish_crops
 from dinoscale.data.decode import RGB, Decoder, Picture
@@ -34,6 +35,7 @@ _MICRO_BATCH = 32  # images that our parts take at once
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _GPU_BATCH, _GPU_LOCAL = 64, 10  # the published batch of one GPU
 _GPU_RUNS = 20
+LIMIT_S = 330.0  # of all turns
 _RATIOS = {  # name -> (faster part, slower part)
     "decode: ours / Pillow": ("decode, ours", "decode, Pillow"),
     "worker part / reference": ("worker part", "reference"),
@@ -125,10 +127,11 @@ def measure(source: InMemory, *, repeats: int, num_local: int) -> dict[str, Any]
     for part in parts.values():
         part(0)  # buffers, lazy imports
     turns: list[dict[str, float]] = []
-    for turn in range(repeats):
+    for turn in in_turns(repeats, limit_s=LIMIT_S):
         spent = {name: _cpu_s(part, turn) for name, part in parts.items()}
         spent["worker + device part"] = spent["worker part"] + spent["device part"]
         turns.append({name: count / seconds for name, seconds in spent.items()})
+        say(", ".join(f"{name} {rate:.3g}/s" for name, rate in turns[-1].items()))
     return {
         "images": count,
         "local_crops": num_local,

@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoscale.bench.budget import in_turns, say
 from dinoscale.losses.dino import dino_loss, dino_loss_of_prototypes
 from dinoscale.peak_memory import with_peak_bytes
 
 NUM_TEACHERS, TEMP = 2, 0.1
+LIMIT_S = 150.0  # of all turns of one comparison, of two
 
 
 def pair_by_pair(logits: Tensor, teacher_probs: Tensor) -> Tensor:
@@ -104,11 +106,12 @@ def _compare(
         assert error <= tolerance * torch.linalg.vector_norm(theirs.float()), float(error)
     del mine, theirs
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(turns):
+    for _ in in_turns(turns, limit_s=LIMIT_S):
         for name, form in forms.items():
             begin = time.perf_counter()
             _run(form, inputs)[0].item()  # waits for the device
             seconds[name].append(time.perf_counter() - begin)
+        say(", ".join(f"{name} {times[-1]:.3g} s" for name, times in seconds.items()))
     peaks = {name: with_peak_bytes(partial(_run, form, inputs))[1] for name, form in forms.items()}
     faster = [b / a for a, b in zip(*seconds.values(), strict=True)]
     return {

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from dinoscale.bench.budget import in_turns, say
 from dinoscale.config import RunConfig, resolve
 from dinoscale.dims import dims_of
 from dinoscale.plan.memory import Peak, peak
@@ -26,6 +27,7 @@ from tests.harness import run_distributed
 
 LOCAL_SIZE = 48  # pixels
 
+LIMIT_S = 330.0  # of all cases
 STEPS = 2  # before the one that is measured: moments exist, stage 3 knows the order of its layers
 
 
@@ -166,16 +168,19 @@ def measured(cases: Sequence[Case]) -> dict[Case, float]:
 
 
 def main() -> None:
-    """Print a row of the table for each case, then JSON."""
-    bytes_of, rows = measured(CASES), []
+    """Print a row of the table for each case as it comes, then JSON."""
+    rows = []
+    say(f"{len(CASES)} cases, each in processes of its own; at most {LIMIT_S / 60:g} minutes")
     print(
         "| stage | ranks | type | images x passes | recomputed | network, crops"
         " | predicted MB | measured MB | error | fullest moment |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for case in CASES:
+    for turn in in_turns(len(CASES), limit_s=LIMIT_S):
+        case = CASES[turn]
+        (found,) = measured([case]).values()
         predicted = predict(case)
-        error = predicted.total / bytes_of[case] - 1
+        error = predicted.total / found - 1
         rows.append({**case._asdict(), "error": round(error, 4)})
         level = case.recompute + (f", every {case.every}" if case.every > 1 else "")
         print(
@@ -183,8 +188,9 @@ def main() -> None:
             f" | {case.micro_batch} x {case.accumulation} | {level}"
             f" | {case.depth} x {case.embed_dim}, K {case.num_prototypes},"
             f" 2 x {case.global_size} + {case.num_local} x {LOCAL_SIZE}"
-            f" | {predicted.total / 1e6:.0f} | {bytes_of[case] / 1e6:.0f}"
-            f" | {error:+.1%} | {predicted.moment} |"
+            f" | {predicted.total / 1e6:.0f} | {found / 1e6:.0f}"
+            f" | {error:+.1%} | {predicted.moment} |",
+            flush=True,
         )
     worst = max(abs(row["error"]) for row in rows)
     print(json.dumps({"worst_error": worst, "cases": rows}))

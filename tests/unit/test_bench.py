@@ -36,6 +36,9 @@ def test_the_command_measures_every_part(capsys: pytest.CaptureFixture[str]) -> 
     assert all(rate > 0 for rate in rates.values())
     needed = 1e6 / rates["worker"]
     assert needed * 0.99 <= result["workers_for_one_gpu"] <= needed * 1.01 + 1
+    assert result["micro_batch_size"] == 16  # of 64, on a CPU
+    assert printed.err.startswith("measuring batches of 16 images: about ")
+    assert "crops: " in printed.err
     assert "limit: " in printed.err
     assert "a GPU that trains 1e+06 images/s needs" in printed.err
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dinoscale.bench.ceiling import matmul_ceiling
-from dinoscale.bench.step import CHECKOUT, bench_step, find_reference
+from dinoscale.bench.budget import Budget, fitted, in_turns
+from dinoscale.bench.ceiling import matmul_rates
+from dinoscale.bench.step import CHECKOUT, bench_step, find_reference, too_slow
 from dinoscale.bench.step_report import in_words
 from dinoscale.bench.timeline import PARTS, Timeline, watch_pair
 from dinoscale.config import load_config, resolve
@@ -86,8 +87,36 @@ def test_time_goes_to_the_part_that_took_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_ceiling_is_a_rate_of_products() -> None:
-    rate = matmul_ceiling(torch.device("cpu"), torch.float32, tokens=64, embed_dim=16)
-    assert 1e8 < rate < 1e14
+    kinds = (torch.bfloat16, torch.float32)
+    rates = matmul_rates(torch.device("cpu"), kinds, tokens=64, embed_dim=16)
+    assert tuple(rates) == kinds
+    assert all(1e8 < rate < 1e14 for rate in rates.values())
+
+
+def _budget(**changes: Any) -> Budget:
+    given = {"limit_s": 360.0, "seconds": 10.0, "turns": 3, "image_flops": 1e11}
+    rates = {"our_flops_per_s": 1e11, "their_flops_per_s": 1e11}
+    return Budget(**{**given, **rates, "device": "cpu", "with_reference": True, **changes})
+
+
+def test_a_slow_machine_measures_fewer_images_and_no_reference() -> None:
+    config = load_config("vit_s16", ["train.batch_size=128", "train.micro_batch_size=64"])
+    fast = _budget(our_flops_per_s=1e14, their_flops_per_s=1e14)
+    assert fitted(config, fast, world_size=1) == (config, "")
+    assert fast.fits_once(128)
+    small, changed = fitted(config, _budget(), world_size=2)
+    assert small.train.batch_size == 2 * small.train.micro_batch_size == 2 * 4
+    assert small.optim.min_lr == 0
+    assert "64 x 1 images a step and rank do not fit into 6 minutes" in changed
+    assert _budget().fits(4)
+    assert not _budget().fits(8)
+    assert _budget(with_reference=False).fits(8)
+    assert _budget().fits_once(4)
+    assert not _budget(their_flops_per_s=1e9).fits_once(1)  # as bf16 without instructions for it
+    assert "engine.precision=fp32" in too_slow(config, 360)
+    assert _budget().expected_s(4, theirs=True) < 360
+    slowest, _ = fitted(config, _budget(our_flops_per_s=1.0), world_size=1)
+    assert slowest.train.batch_size == 1
 
 
 def _bench(*overrides: str, seconds: float = 1.0, turns: int = 1) -> Any:
@@ -111,7 +140,7 @@ def test_bad_input_is_refused() -> None:
 
 
 def test_too_little_memory_is_a_sentence() -> None:
-    with pytest.raises(ConfigError, match="64 images do not fit into memory"):
+    with pytest.raises(ConfigError, match="1 images do not fit into memory"):
         _bench("head.num_prototypes=10_000_000_000_000")
 
 
@@ -161,3 +190,15 @@ def test_words_name_what_was_measured_and_what_was_not() -> None:
     text = in_words(result | {"reference": reference, "ratio": ratio, "world_size": 1})
     assert "0.50 x as fast (0.40 to 0.60) in 0.50 x the memory" in text
     assert "communication" not in text
+
+
+def test_no_turn_begins_that_would_end_too_late(capsys: pytest.CaptureFixture[str]) -> None:
+    taken = []
+    for turn in in_turns(5, limit_s=5 * PAUSE_S):
+        taken.append(turn)
+        _sleep(2)
+    assert taken in ([0], [0, 1])  # the first always
+    said = capsys.readouterr().err
+    assert said.startswith("the first of 5 turns took 0.0")
+    assert f"no time for turn {len(taken) + 1} of 5 within" in said
+    assert list(in_turns(2, limit_s=60.0)) == [0, 1]

@@ -188,6 +188,13 @@ def test_a_configuration_that_cannot_be_read_costs_its_part_only(tmp_path: Path)
     assert find_state(record, now=NOW).stop_step is None
 
 
+def test_passwords_that_an_earlier_version_wrote_are_hidden(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, log_lines())
+    file = run_dir / "config.yaml"
+    file.write_text(file.read_text() + "# http://bob:PASSW0RD@host/a.tar?sig=PASSW0RD\n")
+    assert "http://***@host/a.tar?sig=***" in read_record(run_dir).config_text
+
+
 def test_only_the_newest_events_are_held_and_all_are_counted(tmp_path: Path) -> None:
     many = [event(step, "skipped", reason="x" * 5000) for step in range(EVENTS_KEPT + 10)]
     record = read_record(make_run(tmp_path, [], events=many))

@@ -1,10 +1,12 @@
 """The presets against the published tables, typed here a second time."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from dinoscale.config import RunConfig, load_config, resolve
+from dinoscale import cli
+from dinoscale.config import RunConfig, list_presets, load_config, resolve
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 LARGE, SMALL = ((0.25, 1.0), (0.05, 0.25)), ((0.4, 1.0), (0.05, 0.4))
@@ -137,3 +139,15 @@ PARTS = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name !
 @pytest.mark.parametrize("path", PARTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_part_loads_alone(path: Path) -> None:
     assert load_config(str(path)).head.num_prototypes > 0
+
+
+def test_each_preset_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(["presets"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list_presets()
+    for line in lines:
+        assert re.fullmatch(r"\w+ +.{25,}\.", line), line
+    small = next(line for line in lines if line.startswith("vit_s16 "))
+    assert small.endswith(
+        "Released DINO ViT-S/16. Published on ImageNet-1k: k-NN 74.5 %, linear 77.0 %."
+    )

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,42 @@ def test_weights_come_back_bit_by_bit(vit: Path, targets: dict[str, Path], name:
     assert back.card.backbone.num_heads == 4
     if name != "bare.pth":  # which tells no preprocessing
         assert back.card.mean == (0.4,) * 3
+
+
+@pytest.mark.parametrize("name", ["timm folder", "hf folder", "ours.safetensors", "bare.pth"])
+def test_an_export_that_was_changed_is_not_read(
+    targets: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    target, card = targets[name], targets[name].with_name(f"{name}.json")
+    path = tmp_path / name
+    if target.is_dir():
+        shutil.copytree(target, path)
+        file, card = path / "model.safetensors", path / "dinoscale.json"
+    else:
+        file = path.with_name(f"another {name}")  # with its card under another name
+        shutil.copy(target, file)
+        card = Path(shutil.copy(card, path.with_name(f"{file.name}.json")))
+    read_source(file, num_heads=4)
+    changed = bytearray(file.read_bytes())
+    changed[-1000] ^= 0x40
+    file.write_bytes(changed)
+    for source in (file, file.parent):
+        with pytest.raises(CheckpointError, match=r"is not what was exported: .*remove the card"):
+            read_source(source, num_heads=4)
+    card.unlink()
+    with suppress(CheckpointError):  # of a zip archive the checksum is wrong too
+        read_source(file, num_heads=4)
+
+
+def test_another_file_of_the_name_has_no_card_of_the_one_before(
+    vit: Path, targets: dict[str, Path], tmp_path: Path
+) -> None:
+    weights, file = read_source(vit), tmp_path / "ours.safetensors"
+    shutil.copy(targets["ours.safetensors"].with_name("ours.safetensors.json"), tmp_path)
+    save_backbone(file, weights.backbone, weights.card)
+    read_source(file)
+    (tmp_path / "ours.safetensors.json").write_text('{"files": "of somebody else"}')
+    read_source(file)
 
 
 def test_graphs_hold_the_weights_bit_by_bit(vit: Path, targets: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dinoscale.convert.source import read_source
-from dinoscale.convert.weights_file import load_backbone
+from dinoscale.convert.weights_file import build, load_backbone
 from dinoscale.errors import CheckpointError
 from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.vit import VisionTransformer
@@ -98,12 +99,79 @@ def test_dinov2_models_of_timm_are_told_by_their_layers(tmp_path: Path, name: st
     torch.testing.assert_close(backbone.features(IMAGES), _timm_tokens(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
+def test_backbones_are_read_as_dinov2_publishes_them(tmp_path: Path, name: str) -> None:
+    model = _timm(name, num_classes=0)
+    state = dict(model.state_dict())
+    if "reg_token" in state:  # there the class token's position is one of the others
+        state["register_tokens"] = state.pop("reg_token")
+        shift = torch.randn_like(state["cls_token"])
+        state["cls_token"] = state["cls_token"] - shift
+        state["pos_embed"] = torch.cat((shift, state["pos_embed"]), dim=1)
+    state["mask_token"] = torch.zeros(1, state["cls_token"].shape[-1])
+    chunked = {re.sub(r"^(blocks)\.", r"\1.0.", key): value for key, value in state.items()}
+    training = {f"backbone.{key}": value for key, value in chunked.items()}
+    training["dino_head.mlp.0.weight"] = torch.zeros(2, 2)
+    torch.save(state, tmp_path / "published.pth")
+    torch.save({"teacher": training}, tmp_path / "training.pth")
+    for file in ("published.pth", "training.pth"):
+        weights = read_source(tmp_path / file, num_heads=3)
+        assert weights.left_out[0] == "mask_token"
+        assert weights.card.backbone.name == name
+        found = build(weights)[0].features(IMAGES)
+        torch.testing.assert_close(found, _timm_tokens(model), rtol=1e-4, atol=1e-4)
+
+
+def test_gated_layers_of_dinov2_have_other_names_in_timm(tmp_path: Path) -> None:
+    import timm
+
+    with torch.device("meta"):
+        wanted = timm.create_model("vit_giant_patch14_dinov2", num_classes=0, depth=1).state_dict()
+    theirs = {
+        name.replace("mlp.fc1.", "mlp.w12.").replace("mlp.fc2.", "mlp.w3."): torch.zeros(()).expand(
+            x.shape
+        )
+        for name, x in wanted.items()
+    }
+    torch.save(theirs, tmp_path / "w.pth")
+    assert "blocks.0.mlp.w12.weight" in theirs
+    weights = read_source(tmp_path / "w.pth")
+    assert weights.card.backbone.name == "vit_giant_patch14_dinov2"
+    assert {name: x.shape for name, x in weights.backbone.items()} == {
+        name: x.shape for name, x in wanted.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("deit_tiny_distilled_patch16_224", "distilled DeiT, which has a second class token"),
+        ("cait_xxs24_224", "is a CaiT, whose class token"),
+        ("xcit_nano_12_p16_224", "is an XCiT"),
+        ("beit_base_patch16_224", "is a BEiT"),
+        ("swin_tiny_patch4_window7_224", "is a Swin"),
+        ("vit_base_patch16_clip_224", "a norm before its blocks"),
+    ],
+)
+def test_other_networks_are_refused_for_what_they_are(tmp_path: Path, name: str, says: str) -> None:
+    import timm
+
+    with torch.device("meta"):
+        state = timm.create_model(name, pretrained=False).state_dict()
+    kept = {key: torch.zeros(()).expand(value.shape) for key, value in state.items()}
+    torch.save(kept, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=f"{says}.*; dinoscale builds plain ViTs"):
+        load_backbone(tmp_path / "w.pth")
+
+
 def test_registers_do_not_enter_a_model_without_them(tmp_path: Path) -> None:
     folder = _hub_folder(tmp_path, _timm("vit_small_patch14_reg4_dinov2", num_classes=0))
     settings = json.loads((folder / "config.json").read_text())
     settings["architecture"] = "vit_small_patch14_dinov2"
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=r"unexpected: reg_token; of another shape: pos_emb"):
+    with pytest.raises(
+        CheckpointError, match=r"unexpected: reg_token; of another shape or type: pos"
+    ):
         load_backbone(folder)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dinoscale.checkpoint.load import open_run
 from dinoscale.checkpoint.sums import sha256, write_sums
+from dinoscale.convert.conversion import convert
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.engine.build import build_networks
@@ -42,11 +44,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tenso
         metadata = {"starts": json.dumps(starts)}
         save_file(pieces, step / f"shard_{rank:05d}.safetensors", metadata=metadata)
     save_file({"center": torch.zeros(2)}, step / "shared.safetensors")
-    state = {
+    state: dict[str, Any] = {
         **{"format": 2, "step": 7, "plan": {}, "progress": {}, "optimizer_steps": {}},
         "config": config.model_dump(mode="json"),
         "shapes": {name: list(tensor.shape) for name, tensor in teacher.items()},
     }
+    state["config"]["data"]["train"] = "http://bob:PASSW0RD@host/a.tar"  # as once was allowed
     (step / "state.json").write_text(json.dumps(state))
     write_sums(step, {file.name: sha256(file) for file in sorted(step.iterdir())})
     return folder, teacher
@@ -72,6 +75,21 @@ def test_a_run_is_loaded_like_any_weights(run: tuple[Path, dict[str, Tensor]]) -
     assert (card.crop, card.backbone.num_heads) == (16, 2)
     for name, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, teacher[f"backbone.{name}"])
+
+
+def test_a_published_card_tells_the_recipe_and_no_place(
+    run: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    folder, _ = run
+    convert(folder, tmp_path / "w.safetensors", to="dino")
+    text = (tmp_path / "w.safetensors.json").read_text()
+    recipe = json.loads(text)["recipe"]
+    sections = {"seed", "model", "head", "crops", "augment", "dino", "optim"}
+    assert recipe.keys() == sections | {"data", "train", "engine"}
+    assert recipe["train"].keys() == {"epochs", "batch_size", "micro_batch_size"}
+    assert recipe["optim"] == tiny_config().optim.model_dump(mode="json")
+    assert b"PASSW0RD" not in (tmp_path / "w.safetensors").read_bytes() + text.encode()
+    assert str(folder.parent) not in text + str(read_source(tmp_path / "w.safetensors").card)
 
 
 def test_merging_needs_the_result_and_at_most_one_shard(

@@ -1,9 +1,12 @@
 """Weights files: what is written comes back, and nothing is half loaded."""
 
 import argparse
+import errno
+import io
 import json
 import os
 import pickle
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -118,6 +121,14 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path, state: dict[str, Ten
         load_backbone(tmp_path / "w")
 
 
+def _archive(*names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -126,7 +137,11 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path, state: dict[str, Ten
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "LFS"),
         (b"hello, world, this is a text", "neither"),
         (b"PK\x03\x04 a zip that ends early", "damaged"),
-        (b"\x80\x02 a pickle that ends early", "CheckpointError|damaged|holds"),
+        (b"\x80\x02 a pickle of others", "a pickle that torch.save did not write"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19. that ends early", "damaged"),
+        (_archive("x.npy"), r"a zip archive that torch.save did not write .it holds x\.npy"),
+        (_archive("graph/data.pkl", "graph/constants.pkl"), "is a TorchScript program"),
+        (_archive("w/data.pkl"), "damaged"),
     ],
 )
 def test_files_without_weights_get_one_sentence(
@@ -138,6 +153,37 @@ def test_files_without_weights_get_one_sentence(
         load_backbone(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        (OSError(errno.EIO, "Input/output error"), r"cannot be read \(Input/output error\)"),
+        (MemoryError(), "does not fit into memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "does not fit into memory"),
+    ],
+)
+def test_a_disk_that_fails_and_a_lack_of_memory_are_no_damage(
+    tmp_path: Path,
+    state: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+    says: str,
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise failure
+
+    torch.save(state, tmp_path / "w.pth")
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(CheckpointError, match=f"w.pth: {says}"):
+        load_backbone(tmp_path / "w.pth")
+
+
+def test_shards_of_torch_files_are_refused_as_such(tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"):
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=r"in several torch files .*save them as safetensors"):
+        load_backbone(tmp_path)
 
 
 def test_missing_files_and_folders_are_told_apart(tmp_path: Path) -> None:
@@ -338,6 +384,39 @@ def test_what_training_scripts_wrap_around_their_tensors_is_taken_off(
     torch.save({wrapper: state, "epoch": 3}, tmp_path / "w.pth")
     loaded, _ = load_backbone(tmp_path / "w.pth", num_heads=3)
     assert torch.equal(loaded.state_dict()["pos_embed"], state["pos_embed"])
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("_orig_mod.", "module._orig_mod.backbone.", "_orig_mod.module.backbone."),
+        *("module.backbone._orig_mod.", "_fsdp_wrapped_module.backbone."),
+    ],
+)
+def test_what_wrappers_put_before_names_is_taken_off(
+    tmp_path: Path, state: dict[str, Tensor], prefix: str
+) -> None:
+    inner = {name.replace("blocks.0.", "blocks.0._orig_mod."): x for name, x in state.items()}
+    torch.save({"teacher": {prefix + name: x for name, x in inner.items()}}, tmp_path / "w.pth")
+    loaded, _ = load_backbone(tmp_path / "w.pth", num_heads=3)
+    assert torch.equal(loaded.state_dict()["pos_embed"], state["pos_embed"])
+    torch.save({**state, "_orig_mod.pos_embed": state["pos_embed"]}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="holds 'pos_embed' twice"):
+        load_backbone(tmp_path / "w.pth", num_heads=3)
+
+
+def test_tensors_that_are_no_dense_real_numbers_are_refused(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    bias = state["norm.bias"]
+    for other, says in (
+        (bias.to(torch.int8), r"another shape or type: norm\.bias \[48\] int8 for \[48\]"),
+        (bias.to("meta"), "holds 'norm.bias' without its numbers"),
+        (bias.to_sparse(), "holds 'norm.bias' without its numbers, quantized or sparse"),
+    ):
+        torch.save({**state, "norm.bias": other}, tmp_path / "w.pth")
+        with pytest.raises(CheckpointError, match=says):
+            load_backbone(tmp_path / "w.pth", num_heads=3)
 
 
 def test_published_sizes_are_recognised(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Shards that can only be read from front to back, from a web server and from commands."""
 
+import base64
 import http.server
 import json
 import logging
@@ -22,6 +23,7 @@ from dinoscale.data.loader import train_batches
 from dinoscale.data.mixture import open_sources
 from dinoscale.data.remote import TransferError, open_remote, read_all
 from dinoscale.data.shards import TarSource
+from dinoscale.data.sources import open_source
 from dinoscale.data.stream import StreamSource
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import jpeg, write_tar
@@ -38,6 +40,7 @@ class Server:
     folder: Path
     broken: dict[str, list[str]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    told: list[tuple[str, str | None]] = field(default_factory=list)  # query, authorization
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,8 @@ def server(shards: Path, tmp_path: Path) -> Iterator[Server]:
         def do_GET(self) -> None:
             name = self.path.lstrip("/").partition("?")[0]
             served.asked.append(name)
+            query = self.path.partition("?")[2]
+            served.told.append((query, self.headers.get("Authorization")))
             fault = served.broken.get(name, [])
             kind = fault.pop(0) if fault else ""
             path = folder / name
@@ -399,6 +404,11 @@ def test_a_missing_manifest_beside_the_shards_says_what_to_do(server: Server) ->
     assert server.asked == ["manifest.json"]  # what is not there is not asked for again
 
 
+def test_a_home_that_is_not_known_is_refused() -> None:
+    with pytest.raises(DataError, match="No such file"):
+        open_sources(["https://x.invalid/b.tar"], manifest="~no-such-user/manifest.json")
+
+
 def test_a_manifest_without_end_is_refused() -> None:
     with pytest.raises(DataError, match="is a folder or a device"):
         open_sources(["https://x.invalid/b.tar"], manifest="/dev/zero")
@@ -454,6 +464,8 @@ def test_a_command_runs_only_where_the_environment_allows_it(
         "-o FIRED.tar",
         "a.tar -o FIRED",
         "a.tar\ntouch FIRED",
+        'a.tar"\noutput = "FIRED',
+        'a.tar\\" output = "FIRED',
     ],
 )
 def test_a_url_is_never_a_command(
@@ -468,3 +480,43 @@ def test_a_url_is_never_a_command(
         with pytest.raises(DataError, match=r"cannot be read|cannot run `(aws|gsutil)`"):
             source.picture(0)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_secrets_come_from_the_environment_and_netrc_and_reach_the_server_only(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DINOSCALE_TOKEN", 'se"cr\\et')
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login bob password hidden\n")
+    host = server.url.removeprefix("http://")
+    for user in ("", "bob:${DINOSCALE_TOKEN}@"):
+        url = f"http://{user}{host}/train-000.tar?token=${{DINOSCALE_TOKEN}}"
+        with open_remote(url) as file:
+            assert file._process.args[0] == "curl"  # type: ignore[index] # a list
+            assert not [word for word in file._process.args if "cr" in str(word)]  # type: ignore[union-attr]
+            assert len(file.readall()) == (server.folder / "train-000.tar").stat().st_size
+    bob = [base64.b64encode(f"bob:{word}".encode()).decode() for word in ("hidden", 'se"cr\\et')]
+    assert server.told == [('token=se"cr\\et', f"Basic {told}") for told in bob]
+
+
+def test_a_stranger_s_configuration_sends_no_other_variable(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    for name, says in (
+        ("AWS_SECRET_ACCESS_KEY", "export DINOSCALE_AWS_SECRET_ACCESS_KEY and write that"),
+        ("DINOSCALE_NOWHERE", "is not set; export DINOSCALE_NOWHERE"),
+    ):
+        with pytest.raises(DataError, match=says):
+            open_remote(f"{server.url}/train-000.tar?token=${{{name}}}")
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("scheme", ["https", "s3", "sftp", "abfs"])
+def test_refusals_show_no_password(scheme: str) -> None:
+    spec = f"{scheme}://bob:hidden@host.invalid/a.tar?sig=hidden"
+    with pytest.raises(DataError, match=r"host\.invalid/a\.tar") as alone:
+        open_source(spec)
+    with pytest.raises(DataError, match=r"host\.invalid/a\.tar") as mixed:
+        open_sources([spec, "/data"])
+    assert "hidden" not in f"{alone.value}{mixed.value}"

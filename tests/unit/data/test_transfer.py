@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinoscale.data.transfer import Staged
+from dinoscale.data.transfer import Staged, to_device
 
 
 class _Copies(TorchDispatchMode):
@@ -46,3 +46,13 @@ def test_on_one_device_nothing_is_staged() -> None:
     assert torch.equal(target, torch.ones(4, dtype=torch.bfloat16))
     assert staged._pinned == []
     staged.copy([], [])
+
+
+def test_a_tensor_that_has_left_host_memory_is_not_pinned() -> None:
+    there = torch.empty(3, device="meta")  # refuses to be pinned, as a GPU's tensors do
+    assert to_device(there, torch.device("cuda")) is there
+
+
+def test_on_a_cpu_nothing_is_copied() -> None:
+    tensor = torch.ones(3)
+    assert to_device(tensor, torch.device("cpu")) is tensor

@@ -14,13 +14,15 @@ import yaml
 from dinoscale import cli
 from dinoscale.config import load_config
 
-LAUNCHERS = Path(__file__).resolve().parents[3] / "launchers"
+ROOT = Path(__file__).resolve().parents[3]
+LAUNCHERS = ROOT / "launchers"
 SCRIPTS = sorted([*LAUNCHERS.glob("*.sh"), *LAUNCHERS.glob("*.sbatch")])
+OTHERS = sorted([*(ROOT / ".ci").iterdir(), *(ROOT / "tests" / "gpu").glob("*.sh")])
 _ECHO = '#!/usr/bin/env bash\nprintf "%s\\n" "${0##*/}" "$@"\n'
 SETTINGS = ["my run.yaml", "data.train=/a b/{0..9}.tar", "run_dir=$HOME;*", ""]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.name))
+@pytest.mark.parametrize("script", [*SCRIPTS, *OTHERS], ids=lambda path: str(path.name))
 def test_shellcheck_finds_nothing(script: Path) -> None:
     beside = Path(sys.executable).with_name("shellcheck")
     program = str(beside) if beside.exists() else shutil.which("shellcheck")

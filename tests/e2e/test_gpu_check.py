@@ -1,0 +1,77 @@
+"""`tests/gpu/check.sh` without a GPU: what it skips, what it reports, how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.check import CHECKS, Check, run_checks
+from tests.gpu.measures import MEASURES
+from tests.harness import run_distributed
+
+SCRIPT = Path(__file__).resolve().parents[1] / "gpu" / "check.sh"
+
+
+def _check(name: str, program: str, *, gpus: int = 0, limit_s: float = 60.0) -> Check:
+    return Check(name, "a program", ("-c", program), limit_s, gpus)
+
+
+def test_each_check_has_a_verdict_a_reason_and_what_it_said() -> None:
+    checks = [
+        _check("good", "print('words'); print('{\"a\": 1}')"),
+        _check("wrong", "print('{\"a\": 2}'); raise SystemExit(1)"),
+        _check("words", "print('no JSON')"),
+        _check("hangs", "import time; print('begun', flush=True); time.sleep(99)", limit_s=1.5),
+        _check("large", "", gpus=2),
+    ]
+    found = run_checks(checks, gpus=1, limit_s=300)
+    assert {name: result["status"] for name, result in found.items()} == {
+        **{"good": "passed", "wrong": "failed", "words": "passed"},
+        **{"hangs": "failed", "large": "skipped"},
+    }
+    assert (found["good"]["result"], found["wrong"]["result"]) == ({"a": 1}, {"a": 2})
+    assert found["wrong"]["why"] == "ended with exit code 1"
+    assert found["words"]["said"] == "no JSON"
+    assert "did not end in" in found["hangs"]["why"]
+    assert found["large"]["why"] == "needs 2 GPUs, 1 here"
+    late = run_checks(checks[:1], gpus=1, limit_s=0.5)
+    assert late["good"]["why"] == "no time was left"
+
+
+def test_the_checks_fit_into_their_time_and_name_what_exists() -> None:
+    needed = sum(check.limit_s for check in CHECKS if check.gpus == 1)
+    assert needed <= 2 * 480  # limits, not what they take
+    named = {check.command[2] for check in CHECKS if check.command[1] == "tests.gpu.measures"}
+    assert named == MEASURES.keys()
+
+
+def test_without_a_gpu_every_check_is_skipped_by_name() -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    environment.pop("WHEELS", None)
+    done = subprocess.run(
+        [str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert list(report["checks"]) == [check.name for check in CHECKS]
+    for result in report["checks"].values():
+        assert result["status"] == "skipped"
+        assert result["why"].startswith("needs ")
+    assert (report["gpus"], report["failed"]) == ([], [])
+    empty = {**environment, "WHEELS": str(SCRIPT.parent)}
+    done = subprocess.run([str(SCRIPT)], env=empty, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no wheels in" in done.stderr
+
+
+@pytest.mark.distributed
+def test_what_runs_on_ranks_runs_on_a_cpu_too() -> None:
+    average, prepared = (
+        run_distributed(f"tests.gpu.measures:{name}", world_size=1, timeout_s=100, **options)[0]
+        for name, options in (("on_ranks_average", {"late": False}), ("on_ranks_prepare", {}))
+    )
+    assert len(average) == 64
+    assert prepared == 4
