@@ -15,7 +15,8 @@ from PIL import Image
 
 _ROOT = Path(__file__).resolve().parents[2]
 _TOOLS = (
-    "build-shards", "dataset-stats", "deduplicate", "inspect-shards", "synthetic", "verify-shards",
+    "build-shards", "dataset-stats", "deduplicate", "index", "inspect-shards", "synthetic",
+    "verify-shards",
 )  # fmt: skip
 
 
