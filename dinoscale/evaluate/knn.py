@@ -200,7 +200,7 @@ def evaluate_knn(
         weights_path: a weights file of ours, or a checkpoint of the reference.
         train_spec: the bank, as `data.train` of a config: a folder with a subfolder a class, or
             shards with class numbers.
-        test_spec: what to classify; its classes must be those of the bank.
+        test_spec: what to classify; its classes must be among those of the bank.
         ks: numbers of neighbours.
         temp: of the votes, dimensionless.
         pixels: also measure 16 x 16 pixels, less the bank's mean image.
@@ -215,7 +215,7 @@ def evaluate_knn(
     Raises:
         CheckpointError: the weights file cannot be used.
         ConfigError: a setting is out of range.
-        DataError: a set cannot be read, has no labels, or the sets have different classes.
+        DataError: a set cannot be read, has no labels, or the test set has other classes.
     """
     _check_settings(ks=ks, temp=temp)
     frozen = open_frozen(weights_path, how)

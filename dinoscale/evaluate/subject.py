@@ -87,7 +87,7 @@ def open_subject(
     Args:
         weights_path: any weights that `load_backbone` reads.
         train_spec: as `data.train` of a config; a subfolder a class, or shards with class numbers.
-        test_spec: likewise; its classes must be those of the train set.
+        test_spec: likewise; its classes must be among those of the train set.
         how: to open the weights: network, num_heads, device.
 
     Raises:

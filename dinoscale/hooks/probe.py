@@ -33,7 +33,7 @@ class Probe:
             open_set: makes a source of either.
 
         Raises:
-            DataError: a set cannot be opened, has no labels, or they have different classes.
+            DataError: a set cannot be opened, has no labels, or the test set has other classes.
         """
         assert config.eval.train is not None
         assert config.eval.test is not None

@@ -17,7 +17,8 @@ from tests.forked import run_module
 
 _ROOT = Path(__file__).resolve().parents[2]
 _TOOLS = (
-    "build-shards", "dataset-stats", "deduplicate", "inspect-shards", "synthetic", "verify-shards",
+    "build-shards", "dataset-stats", "deduplicate", "index", "inspect-shards", "synthetic",
+    "verify-shards",
 )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ def test_readme_shows_every_tool() -> None:
         (["build-shards", "SRC", "OUT", "--shard-bytes", "much"], "is no size"),
         (["build-shards", "SRC", "OUT", "--workers", "0"], "--workers"),
         (["build-shards", "NOWHERE", "OUT"], "does not exist"),
+        (["index", "SRC", "--workers", "0"], "--workers"),
+        (["index", "NOWHERE"], "does not exist"),
         (["inspect-shards", "SRC", "--sheet", "a.jpg"], "is a PNG"),
         (["inspect-shards", "SRC", "--sheet", "a.png", "--sheet-images", "0"], "--sheet-images"),
         (["inspect-shards", "synthetic:shapes?images=3"], "reads files on a disk"),

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import logging
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from PIL import Image
 from data_tools.build_shards import build_shards
 from data_tools.dataset_stats import dataset_stats
 from data_tools.headers import Header, read_header
+from data_tools.index import make_index
 from data_tools.inspect_shards import inspect_shards
 from data_tools.survey import sample_ids
 from data_tools.synthetic import synthetic
@@ -22,7 +24,7 @@ from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import open_source
 from dinoscale.data.synthetic import ShapesSource
 from dinoscale.errors import DataError
-from tests.unit.data.conftest import jpeg, picture
+from tests.unit.data.conftest import jpeg, picture, write_tar
 
 
 @pytest.fixture
@@ -213,3 +215,20 @@ def test_arrays_of_seven_channels_are_packed_measured_and_verified(tmp_path: Pat
     np.testing.assert_allclose(stats["mean"], pixels.mean(0), atol=0.002)
     np.testing.assert_allclose(stats["std"], pixels.std(0), atol=0.002)
     assert stats["overrides"][:2] == ["data.channels=7", "data.white=1000"]
+
+
+def test_index_is_made_before_a_training_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DINOSCALE_CACHE", str(tmp_path / "cache"))
+    write_tar(tmp_path / "a.tar", {"1.left.jpg": jpeg(0), "1.right.jpg": jpeg(1)})
+    made = make_index(str(tmp_path / "*.tar"), workers=1)
+    (index,) = (tmp_path / "cache").glob("*.index")
+    assert (made["images"], made["left_out"], made["index"]) == (1, {"same_key": 1}, str(index))
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        open_source(str(tmp_path / "*.tar"))
+    assert "reading the headers" not in caplog.text
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "1.jpg").write_bytes(jpeg(0))
+    assert make_index(str(tmp_path / "folder"), workers=1)["index"] is None
