@@ -33,6 +33,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.feed import open_images
 from dinoscale.launcher import Process
 from dinoscale.memory import NO_MEMORY
+from dinoscale.models.widened import LACKS_BFLOAT16
 from dinoscale.peak_memory import live_bytes, with_peak_bytes
 
 _WARM_UP = {"cpu": 1, "cuda": 3}  # steps: optimizer state, kernels chosen and compiled
@@ -118,7 +119,7 @@ def bench_step(
         seconds=seconds,
         turns=turns,
         image_flops=flops_of(dims_of(config)).total,
-        our_flops_per_s=max(rates.values()),
+        our_flops_per_s=max(rates.values()) if LACKS_BFLOAT16 else rates[_dtype(config)],
         their_flops_per_s=rates[_dtype(config)],
         device=process.device.type,
         with_reference=with_reference,
@@ -133,6 +134,8 @@ def bench_step(
         reference, why_not = None, too_slow(config, limit_s)
     if changed:
         say(changed)
+    if why_not and with_reference:
+        say(f"no reference beside it: {why_not}")
     expected_s = budget.expected_s(plan.images_per_rank, theirs=reference is not None)
     limit = "at most" if expected_s <= limit_s else "one turn alone, beyond"
     say(f"this takes about {expected_s:.0f} s, {limit} {limit_s / 60:g} minutes")
