@@ -15,14 +15,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-import matplotlib
-from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
 from dinoscale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PICTURE_WIDTH, PICTURE_HEIGHT = 1000, 1400  # pixels, at most
@@ -101,6 +103,8 @@ def printable(text: str) -> str:
 @contextmanager
 def drawing() -> Iterator[None]:
     """Draw plots within this: the same style everywhere, the same bytes for the same numbers."""
+    import matplotlib
+
     with matplotlib.rc_context(_PLOTS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # letters without a font are drawn as boxes
         yield

@@ -2,8 +2,10 @@
 # Check everything: install (setup.sh), format, lint, types, tests; stop at the first that fails.
 #
 #   launchers/test.sh [PYTEST_ARGUMENT ...]
+#   launchers/test.sh --quick    the unit tests, a golden trajectory, two kills: while you work
 #
-# VENV_DIR: as for setup.sh. Without arguments, all tests run; pytest's last line is the last line.
+# VENV_DIR: as for setup.sh. Without arguments, all tests run, in two workers; pytest's last line is
+# the last line.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -28,4 +30,16 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start several processes on 
 stage 'ruff format' python -m ruff format --check .
 stage 'ruff check' python -m ruff check .
 stage mypy python -m mypy
-stage pytest python -m pytest "$@"
+# One file of tests stays on one worker, with the runs that its tests share; in the order of
+# conftest.py.
+workers=(--numprocesses 2 --dist loadfile --no-loadscope-reorder)
+if [[ ${1:-} == --quick ]]; then
+  shift
+  stage kills python -m tests.faults --kills 2 --stage 2
+  stage pytest python -m pytest "${workers[@]}" --quiet tests/unit \
+    'tests/golden/test_trajectory.py::test_every_stage_and_accumulation_follows_the_reference[2]' "$@"
+elif (($#)); then
+  stage pytest python -m pytest "$@"
+else
+  stage pytest python -m pytest "${workers[@]}" --durations 10
+fi

@@ -1,7 +1,9 @@
-"""Tests keep what they cache among their own files."""
+"""What all tests share: a cache, reports that can be sent, their order, the minutes they took."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -9,6 +11,19 @@ from hypothesis import settings
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+# Minutes for the tests of each folder; two workers at once make them 20. Folders of long files come
+# first, so that no worker is left with one at the end.
+BUDGET_MIN = {
+    "multinode": 9.0,
+    "faults": 9.0,
+    "distributed": 8.0,
+    "e2e": 7.0,
+    "golden": 2.0,
+    "gpu": 1.0,
+    "unit": 4.0,
+}
+_ROOT = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,3 +35,35 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["DINOSCALE_CACHE"]
     else:
         os.environ["DINOSCALE_CACHE"] = before
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders in the order of `BUDGET_MIN`."""
+    order = list(BUDGET_MIN)
+    items.sort(key=lambda item: order.index(item.path.relative_to(_ROOT).parts[0]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """File names that are no Unicode stand in captured logs; workers send text only."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How long each folder took, and which took more than its share."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[Path(report.location[0]).parts[1]] += report.duration
+    if not seconds:
+        return
+    terminalreporter.section("minutes of tests")
+    for folder, spent in seconds.most_common():
+        budget = BUDGET_MIN[folder]
+        over = f", over its share of {budget:.0f}" if spent > 60 * budget else ""
+        terminalreporter.write_line(f"{folder:12} {spent / 60:5.1f}{over}")

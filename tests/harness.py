@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -11,9 +10,8 @@ from typing import Any
 
 import torch
 
-from dinoscale.distributed import free_port
-
-_ROOT = Path(__file__).resolve().parent.parent
+from tests.forked import ROOT, Forked
+from tests.ports import free_port
 
 
 class RankFailedError(AssertionError):
@@ -28,45 +26,46 @@ def run_distributed(
     The function runs inside a started process group. Results travel by file, arguments too; both
     are plain data and tensors. The first rank to fail is named, with the end of its output.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(kwargs, Path(folder) / "arguments.pt")
-        port = str(free_port())
-        ranks = [_start(function, folder, rank, world_size, port) for rank in range(world_size)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.save(kwargs, folder / "arguments.pt")
+        port = free_port()
+        ranks = [
+            Forked(
+                _call,
+                function,
+                folder,
+                environment=environment_of(rank, world_size=world_size, port=port),
+                output=folder / f"output_{rank}.txt",
+            )
+            for rank in range(world_size)
+        ]
         try:
-            _wait(ranks, Path(folder), timeout_s)
+            _wait(ranks, timeout_s)
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
         return [
-            torch.load(Path(folder) / f"result_{rank}.pt", weights_only=True)
+            torch.load(folder / f"result_{rank}.pt", weights_only=True)
             for rank in range(world_size)
         ]
 
 
-def _start(
-    function: str, folder: str, rank: int, world_size: int, port: str
-) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+def environment_of(rank: int, *, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher on one node says to a rank, beside the variables of this process."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    own |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
+    return {
+        **os.environ,
+        **{name: str(value) for name, value in own.items()},
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(_ROOT),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PYTHONPATH": str(ROOT),
     }
-    with (Path(folder) / f"output_{rank}.txt").open("w") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.harness", function, folder],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:
+def _wait(ranks: list[Forked], timeout_s: float) -> None:
     end = time.monotonic() + timeout_s
     while any(process.poll() is None for process in ranks):
         failed = [rank for rank, process in enumerate(ranks) if process.poll() not in (None, 0)]
@@ -75,20 +74,19 @@ def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float) 
         if time.monotonic() > end:
             running = [rank for rank, process in enumerate(ranks) if process.poll() is None]
             raise RankFailedError(
-                f"ranks {running} did not end in {timeout_s} s\n{_tail(folder, 0)}"
+                f"ranks {running} did not end in {timeout_s} s\n{_end_of(ranks[running[0]])}"
             )
-        time.sleep(0.05)
+        time.sleep(0.02)
     for rank, process in enumerate(ranks):
         if process.poll() not in (None, 0):
-            raise RankFailedError(f"rank {rank}: exit {process.returncode}\n{_tail(folder, rank)}")
+            raise RankFailedError(f"rank {rank}: exit {process.returncode}\n{_end_of(process)}")
 
 
-def _tail(folder: Path, rank: int) -> str:
-    return (folder / f"output_{rank}.txt").read_text()[-6000:]
+def _end_of(process: Forked) -> str:
+    return process.said()[-6000:]
 
 
-def _main() -> None:
-    function, folder = sys.argv[1], Path(sys.argv[2])
+def _call(function: str, folder: Path) -> None:
     from dinoscale import distributed
     from dinoscale.__main__ import leave
     from dinoscale.launcher import read_process
@@ -103,5 +101,5 @@ def _main() -> None:
     leave(0)
 
 
-if __name__ == "__main__":
-    _main()
+if __name__ == "__main__":  # under a real launcher: `-m tests.harness FUNCTION FOLDER`
+    _call(sys.argv[1], Path(sys.argv[2]))

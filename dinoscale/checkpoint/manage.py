@@ -1,28 +1,15 @@
-"""What one does with the checkpoints of a run from the command line, on one process."""
+"""List, verify and prune the checkpoints of a run from the command line, on one process."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
-from dinoscale.checkpoint.layout import (
-    SHARED_FILE,
-    STATE_FILE,
-    checkpoints,
-    directory,
-    part_of,
-    shard_file,
-)
-from dinoscale.checkpoint.load import Checkpoint, open_run, open_verified
+from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
 from dinoscale.checkpoint.retention import Keep, Summary, best_of, delete, summary, superfluous
-from dinoscale.checkpoint.sums import flushed_sum, seal
 from dinoscale.errors import CheckpointError
 
 
@@ -84,57 +71,6 @@ def prune_checkpoints(run_dir: Path, keep: Keep, *, dry_run: bool) -> dict[str, 
     return {"deleted": deleted, "kept": kept, "damaged": damaged, "dry_run": dry_run}
 
 
-def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:
-    """Write a checkpoint anew with another number of shard files, into another run directory.
-
-    A run needs no such step to go on with another number of ranks; it is for fewer, larger files.
-
-    Args:
-        run: a run directory (its newest undamaged checkpoint) or one of its step_*.
-        out: run directory to write; a run started with it goes on from there.
-        num_shards: files to write, >= 1.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or `out` has this step already.
-    """
-    if num_shards < 1:
-        raise CheckpointError(f"--shards: need at least 1, got {num_shards}")
-    checkpoint = open_run(run)
-    target = directory(out, checkpoint.step)
-    if target.exists():
-        raise CheckpointError(f"{target} exists already; choose another directory")
-    part = part_of(target)
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        for shard in tqdm(range(num_shards), unit="file", file=sys.stderr):
-            tensors, starts = _cut(checkpoint, shard, num_shards)
-            save_file(tensors, part / shard_file(shard), metadata={"starts": json.dumps(starts)})
-        save_file(checkpoint.shared, part / SHARED_FILE)
-        (part / STATE_FILE).write_text(json.dumps(checkpoint.state, indent=1))
-        names = [*map(shard_file, range(num_shards)), SHARED_FILE, STATE_FILE]
-        seal(part, target, {name: flushed_sum(part / name) for name in names})
-    except (OSError, SafetensorError) as error:  # the latter for a full disk, among others
-        raise CheckpointError(f"cannot write {target}: {error}") from error
-    return {"from": str(checkpoint.path), "checkpoint": str(target), "shards": num_shards}
-
-
-def _cut(
-    checkpoint: Checkpoint, shard: int, num_shards: int
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """One shard: an equal slice of every parameter, its average and its moments."""
-    tensors, starts = {}, {}
-    for kind, names in checkpoint.kinds().items():
-        for name in names:
-            numel = checkpoint.numel(name)
-            size = -(-numel // num_shards)
-            start = min(shard * size, numel)
-            count = min(size, numel - start)
-            if count:
-                tensors[f"{kind}/{name}"] = checkpoint.read(kind, name, start, count)
-                starts[name] = start
-    return tensors, starts
-
-
 def _found(run_dir: Path) -> list[Path]:
     found = checkpoints(run_dir)
     if not found:
@@ -147,6 +83,8 @@ def _summaries(run_dir: Path) -> list[Summary]:
 
 
 def _damage(path: Path) -> str | None:
+    from dinoscale.checkpoint.load import open_verified  # loads torch, which `list` does without
+
     try:
         open_verified(path)
     except CheckpointError as error:

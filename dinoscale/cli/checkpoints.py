@@ -83,7 +83,7 @@ def _checkpoint_verify(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _checkpoint_reshard(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.checkpoint.manage import reshard
+    from dinoscale.checkpoint.reshard import reshard
 
     return reshard(Path(options.run_dir), Path(options.out), num_shards=options.shards)
 

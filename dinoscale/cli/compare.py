@@ -64,7 +64,6 @@ def _evaluate_compare(
     add_tasks: Callable[[SubCommands], None], options: argparse.Namespace
 ) -> None:
     from dinoscale.evaluate.compare import compare, outcome_of_report
-    from dinoscale.evaluate.compare_page import write_page
     from dinoscale.evaluate.compare_runs import measure_all
 
     processes = read_process(os.environ).world_size
@@ -77,6 +76,8 @@ def _evaluate_compare(
     jobs = _jobs(options, add_tasks, out / "results")
     reports = [outcome_of_report(Path(path)) for path in options.sources if _is_report(path)]
     comparison = compare([*reports, *measure_all(jobs)])
+    from dinoscale.evaluate.compare_page import write_page  # loads matplotlib
+
     result = comparison.as_json() | {"page": str(out / "compare.html")}
     write_page(comparison, out)
     print(json.dumps(result), flush=True)

@@ -200,11 +200,13 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale.config import load_config
+
+    config = load_config(options.config, options.overrides)
     from dinoscale.plan.report import make_plan
     from dinoscale.plan.table import as_text
 
     plan = make_plan(
-        load_config(options.config, options.overrides),
+        config,
         gpus=options.gpus,
         gpu=options.gpu,
         gpu_memory=options.gpu_memory,
@@ -242,11 +244,13 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _bench_data(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.bench.data import bench_data
     from dinoscale.config import load_config
 
+    config = load_config(options.config, options.overrides)
+    from dinoscale.bench.data import bench_data
+
     return bench_data(
-        load_config(options.config, options.overrides),
+        config,
         gpu_images_per_s=options.gpu_images_per_s,
         seconds=options.seconds,
     )
@@ -275,11 +279,13 @@ def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _show_crops(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.config import load_config
-    from dinoscale.crop_sheet import show_crops
 
     plain = ["data.colors=workers"] if options.plain else []
+    config = load_config(options.config, [*options.overrides, *plain])
+    from dinoscale.crop_sheet import show_crops
+
     return show_crops(
-        load_config(options.config, [*options.overrides, *plain]),
+        config,
         num_images=options.images,
         epoch=options.epoch,
         out=Path(options.out),

@@ -112,10 +112,10 @@ def _is_table(options: argparse.Namespace) -> bool:
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
+    sweep = _load(options)
     from dinoscale.sweep.design import work_out
     from dinoscale.sweep.plan import as_text, make_plan
 
-    sweep = _load(options)
     plan = make_plan(sweep, work_out(sweep))
     if options.json:
         return plan
@@ -124,11 +124,11 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
+    sweep = _load(options)
     from dinoscale.cli.evaluate import evaluation_words
     from dinoscale.sweep.design import plan_runs
     from dinoscale.sweep.run import run_sweep
 
-    sweep = _load(options)
     return run_sweep(
         plan_runs(sweep),
         out=Path(sweep.out),
@@ -140,10 +140,10 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _status(options: argparse.Namespace) -> dict[str, Any] | None:
+    sweep = _load(options)
     from dinoscale.sweep.design import plan_runs
     from dinoscale.sweep.status import as_text, read_status
 
-    sweep = _load(options)
     runs, parallel = plan_runs(sweep), sweep.executor.parallel
     status = read_status(runs, out=Path(sweep.out), parallel=parallel)
     if options.json:
@@ -181,9 +181,9 @@ def _fit(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:
+    table, rows, fits = _fitted(options)
     from dinoscale.scaling.report import write_report
 
-    table, rows, fits = _fitted(options)
     return write_report(rows, fits, Path(options.out) if options.out else table.parent / "report")
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.functional import pad
 
 from dinoscale.data.crop_params import (
@@ -150,7 +149,8 @@ def _run(change: _Change, pixels: Tensor, values: Tensor) -> Tensor:
     if pixels.device.type in _COMPILED_ON and change in _POINTWISE:
         try:
             return _compiled(change)(pixels, values)
-        except TorchDynamoException as error:  # before anything has run
+        # Before anything has run. Named here, as importing torch._dynamo takes a second.
+        except torch._dynamo.exc.TorchDynamoException as error:
             log.warning("colours are not compiled, which costs time only: %s", error)
             _POINTWISE.clear()
     return change(pixels, values)

@@ -3,6 +3,8 @@
 No DeepSpeed name leaves this module, teacher.py and ds_config.py.
 """
 
+import contextlib
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,6 +34,7 @@ def import_deepspeed() -> Any:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # only for CPU inference
+    _import_muon()
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo",
@@ -40,6 +43,22 @@ def import_deepspeed() -> Any:
             verbose=False,
         )
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, as it does to tell whether an optimizer is one, but quickly.
+
+    Its functions are handed to torch.compile there, which loads all of Inductor; none is called.
+    """
+    disabled = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile returns a function as it is
+    try:
+        with contextlib.suppress(ImportError):  # it is optional there, too
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if disabled is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = disabled
 
 
 def gather_whole_blocks(*networks: nn.Module) -> None:

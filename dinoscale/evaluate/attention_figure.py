@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PANEL = 1.25  # inches, width of a panel, and its largest height
 GAP = 0.06  # inches, between panels and at the border
@@ -51,6 +53,8 @@ def draw_rows(rows: Sequence[Row], path: Path, *, title: str, note: str, mass: f
         note: second line above; may be empty.
         mass: share of the attention in the overlay, 0..1, for the caption.
     """
+    from matplotlib.figure import Figure
+
     captions = _captions(rows[0], mass=mass)
     top = CAPTION + LINE * (bool(title) + bool(note))
     width = GAP + len(captions) * (PANEL + GAP)  # inches

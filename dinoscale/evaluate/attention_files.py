@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -146,6 +145,8 @@ def _write(seen: Seen, maps: Tensor, folder: Path, *, patch: int, mass: float) -
 
 def _heat_overlay(image: Image.Image, attention: Tensor) -> Image.Image:
     """The map in colors, from its least to its largest value, over the image in gray."""
+    import matplotlib
+
     large = enlarge(attention, height=image.height, width=image.width).numpy()
     span = max(float(large.max() - large.min()), np.finfo(np.float32).tiny)
     colors = matplotlib.colormaps[COLORS]((large - large.min()) / span)[..., :3]  # (H, W, 3)

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-import torch._functorch.config
 from torch import fx
-from torch._dynamo.exc import TorchDynamoException
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +38,8 @@ class Compiled(Generic[P, R]):
         if not self._fails:
             try:
                 return self._compiled(*args, **kwargs)
-            except TorchDynamoException as error:  # before anything has run
+            # Before anything has run. Named here, as importing torch._dynamo takes a second.
+            except torch._dynamo.exc.TorchDynamoException as error:
                 self._fails = True
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 log.warning(

@@ -14,7 +14,6 @@ from xml.etree.ElementTree import Element
 from dinoscale import page
 from dinoscale.doctor.report import Check
 from dinoscale.errors import DinoscaleError
-from dinoscale.evaluate.attention import evaluate_attention
 from dinoscale.page import element
 from dinoscale.run_report.body import build_body
 from dinoscale.run_report.plots import draw_run
@@ -86,6 +85,8 @@ def _attention(record: Record, path: Path, *, wanted: bool) -> tuple[Element | N
     if spec is None:
         return None, "Not drawn: the run names no images."
     try:
+        from dinoscale.evaluate.attention import evaluate_attention  # loads torch
+
         found = evaluate_attention(
             record.run_dir, spec, path, images=IMAGES_SHOWN, rows=IMAGES_SHOWN, device="cpu"
         )

@@ -46,7 +46,6 @@ from dinoscale.sweep.records import (
 )
 from dinoscale.sweep.rows import row_of
 from dinoscale.sweep.runs import PlannedRun
-from dinoscale.sweep.submitted import SubmititExecutor
 from dinoscale.sweep.table import TABLE, Row, append_row, read_table
 
 log = logging.getLogger(__name__)
@@ -106,6 +105,8 @@ def run_sweep(
 def _executor(config: ExecutorConfig, out: Path, gpus: Sequence[str]) -> Executor:
     if config.kind == "local":
         return LocalExecutor(parallel=config.parallel, processes=config.processes, gpus=gpus)
+    from dinoscale.sweep.submitted import SubmititExecutor  # loads submitit
+
     try:
         return SubmititExecutor(config, out)
     except ValueError as error:

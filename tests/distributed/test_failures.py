@@ -1,9 +1,6 @@
 """Bad numbers, errors on one rank, ranks that die: nobody waits, and nothing moves."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +17,9 @@ from dinoscale.config import dump_config
 from dinoscale.launcher import Process
 from dinoscale.watchdog import Watchdog
 from tests.distributed.tiny_run import BATCH, micro_batches, take_step, tiny_config, tiny_plan
-from tests.harness import RankFailedError, free_port, run_distributed
+from tests.forked import Forked, start_module
+from tests.harness import RankFailedError, environment_of, run_distributed
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -260,7 +259,7 @@ def test_death_of_a_rank_ends_the_others_with_a_sentence(tmp_path: Path, stage: 
         checkpoint={"every_epochs": 10_000},
     )
     (tmp_path / "run.yaml").write_text(dump_config(config))
-    port = str(free_port())
+    port = free_port()
     ranks = [_start_rank(tmp_path, rank, port) for rank in range(2)]
     try:
         _wait_for_steps(tmp_path / "run" / "metrics.jsonl", 2, ranks)
@@ -277,22 +276,15 @@ def test_death_of_a_rank_ends_the_others_with_a_sentence(tmp_path: Path, stage: 
     assert "Traceback" not in said
 
 
-def _start_rank(folder: Path, rank: int, port: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "dinoscale", "train", str(folder / "run.yaml")]
-    with (folder / f"output_{rank}.txt").open("w") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+def _start_rank(folder: Path, rank: int, port: int) -> Forked:
+    return start_module(
+        *("dinoscale", "train", folder / "run.yaml"),
+        environment=environment_of(rank, world_size=2, port=port),
+        output=folder / f"output_{rank}.txt",
+    )
 
 
-def _wait_for_steps(path: Path, steps: int, ranks: list[subprocess.Popen[bytes]]) -> None:
+def _wait_for_steps(path: Path, steps: int, ranks: list[Forked]) -> None:
     end = time.monotonic() + 240
     while not (path.exists() and len(path.read_text().splitlines()) >= steps):
         assert all(process.poll() is None for process in ranks), "a rank ended by itself"

@@ -1,8 +1,5 @@
 """`train.init_from` on two ranks: step-0 features are the file's; read once; refused by all."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +8,11 @@ import torch
 
 from dinoscale.checkpoint.load import open_run
 from dinoscale.convert.weights_file import load_backbone
-from dinoscale.distributed import free_port
 from tests.distributed.tiny_run import tiny_config, tiny_plan
-from tests.e2e.hostile import ROOT, SYNTHETIC, settings
-from tests.harness import run_distributed
+from tests.e2e.hostile import SYNTHETIC, settings
+from tests.forked import start_module
+from tests.harness import environment_of, run_distributed
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -76,19 +74,11 @@ def test_step_0_features_are_those_of_the_file_at_any_stage(tmp_path: Path) -> N
 def _train(*more: str, run_dir: Path) -> list[tuple[int, str]]:
     """Exit code and stderr of `dinoscale train` on each of two ranks."""
     overrides = settings(data__train=SYNTHETIC, run_dir=run_dir, train__micro_batch_size=4)
-    port = str(free_port())
+    port = free_port()
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dinoscale", "train", "vit_t16", *overrides, *more],
-            env={
-                **os.environ,
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-                **{"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-                **{"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            },
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+        start_module(
+            *("dinoscale", "train", "vit_t16", *overrides, *more),
+            environment=environment_of(rank, world_size=2, port=port),
         )
         for rank in range(2)
     ]

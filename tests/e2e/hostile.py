@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.forked import ROOT, run_module
+
 SYNTHETIC = "synthetic:shapes?images=8&size=16"
 TINY = {
     "model.patch_size": 8,
@@ -40,14 +40,8 @@ def dinoscale(
     *arguments: object, cwd: Path = ROOT, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line with more environment variables."""
-    return subprocess.run(
-        [sys.executable, "-m", "dinoscale", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return run_module("dinoscale", *arguments, cwd=cwd, environment=environment)
 
 
 def refused(done: subprocess.CompletedProcess[str], *says: object) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import ROOT, run_module
+
 _TINY = {
     "model.patch_size": 8,
     "model.embed_dim": 32,
@@ -30,7 +32,7 @@ def _dinoscale(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=ROOT,
     )
 
 
@@ -74,7 +76,8 @@ def test_bad_training_input_is_named_and_nothing_is_written(tmp_path: Path) -> N
         "unequal": (["data.train=synthetic:shapes?images=64", "train.micro_batch_size=3"], "3"),
     }
     for name, (overrides, says) in cases.items():
-        done = _dinoscale("train", "vit_t16", *common, f"run_dir={run}", *overrides)
+        command = ("dinoscale", "train", "vit_t16", *common, f"run_dir={run}", *overrides)
+        done = run_module(*command)
         assert done.returncode == 2, (name, done.stderr)
         assert "Traceback" not in done.stderr, name
         assert says in done.stderr, (name, done.stderr)
@@ -91,5 +94,6 @@ def test_a_refused_folder_leaves_no_list_of_its_files_behind(
         (images / name).write_bytes(b"")
     monkeypatch.setenv("TMPDIR", str(temporary))
     settings = [f"{key}={value}" for key, value in _TINY.items()]
-    _refused(_dinoscale("train", "vit_t16", *settings, f"data.train={images}"), "2 images")
+    done = run_module("dinoscale", "train", "vit_t16", *settings, f"data.train={images}")
+    _refused(done, "2 images")
     assert not list(temporary.glob("dinoscale*"))

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from dinoscale.checkpoint.layout import directory
 from dinoscale.checkpoint.load import open_run
 from dinoscale.config import dump_config
 from tests.distributed.tiny_run import tiny_config
+from tests.forked import run_module
 from tests.harness import run_distributed
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 _IMAGES = "synthetic:shapes?images=24&size=16"
@@ -49,13 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dinoscale", "checkpoint", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-    )
+    return run_module("dinoscale", "checkpoint", *arguments)
 
 
 def _result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -138,8 +131,7 @@ def test_directory_without_checkpoints_is_named(tmp_path: Path, task: str) -> No
 
 
 def test_a_report_shows_where_the_teacher_looks(finished: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dinoscale", "report", str(finished), "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = run_module("dinoscale", "report", finished, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["state"]["how"] == "finished"

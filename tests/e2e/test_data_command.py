@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.forked import run_module
+
 _ROOT = Path(__file__).resolve().parents[2]
 _TOOLS = (
     "build-shards", "dataset-stats", "deduplicate", "inspect-shards", "synthetic", "verify-shards",
@@ -24,9 +26,7 @@ def _command(*arguments: str | Path) -> list[str]:
 
 
 def _data(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        _command(*arguments), capture_output=True, text=True, timeout=120, cwd=_ROOT
-    )
+    done = run_module("dinoscale", "data", *arguments)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done

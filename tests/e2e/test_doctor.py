@@ -4,8 +4,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from PIL import Image
 
 from dinoscale.config import dump_config
 from tests.distributed.tiny_run import tiny_config
-from tests.harness import free_port
+from tests.forked import Forked, start_module
+from tests.ports import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -33,23 +31,17 @@ def config_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def _start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+def _start(*arguments: str, **variables: str) -> Forked:
     kept = {
         name: value
         for name, value in os.environ.items()
         if not re.match(r"(RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM_|OMPI_|TORCHELASTIC|WANDB)", name)
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "dinoscale", "doctor", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**kept, "OMP_NUM_THREADS": "1", **variables},
-    )
+    environment = {**kept, "OMP_NUM_THREADS": "1", **variables}
+    return start_module("dinoscale", "doctor", *arguments, environment=environment)
 
 
-def _end(process: subprocess.Popen[str], *, code: int) -> tuple[str, str]:
+def _end(process: Forked, *, code: int) -> tuple[str, str]:
     try:
         out, said = process.communicate(timeout=120)
     finally:
@@ -83,7 +75,7 @@ def _problems(found: dict[str, Any]) -> dict[str, str]:
 
 def _two_ranks(
     *both: str, own: tuple[list[str], list[str]] = ([], []), **variables: str
-) -> list[subprocess.Popen[str]]:
+) -> list[Forked]:
     port = str(free_port())
     return [
         _start(

@@ -1,18 +1,16 @@
 """`dinoscale evaluate knn` on two processes: one report, and refusals on both."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
 from dinoscale.models.zoo import build_backbone
-from tests.harness import free_port
+from tests.forked import start_module
+from tests.harness import environment_of
+from tests.ports import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
@@ -30,20 +28,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _on_ranks(world_size: int, *arguments: object) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of every rank."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    port = free_port()
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dinoscale", "evaluate", "knn", *map(str, arguments)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        start_module(
+            *("dinoscale", "evaluate", "knn", *arguments),
+            environment=environment_of(rank, world_size=world_size, port=port),
         )
         for rank in range(world_size)
     ]

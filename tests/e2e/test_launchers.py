@@ -13,9 +13,9 @@ import pytest
 
 from dinoscale.config import dump_config
 from tests.distributed.tiny_run import tiny_config
-from tests.harness import free_port
+from tests.forked import ROOT, Forked, run_module, start_module
+from tests.ports import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 STEPS = 4
@@ -126,7 +126,7 @@ def test_tasks_of_srun_make_the_run_of_one_process(
     assert losses == pytest.approx(python_losses, rel=LOSS_TOLERANCE)
 
 
-def _start_task(config_file: Path, task: int, job: str) -> subprocess.Popen[str]:
+def _start_task(config_file: Path, task: int, job: str) -> Forked:
     environment = _environment(
         SLURM_STEP_ID="0",
         SLURM_JOB_ID=job,
@@ -135,13 +135,7 @@ def _start_task(config_file: Path, task: int, job: str) -> subprocess.Popen[str]
         SLURM_NTASKS="2",
         SLURM_LAUNCH_NODE_IPADDR="127.0.0.1",
     )
-    return subprocess.Popen(
-        [sys.executable, "-m", "dinoscale", "train", str(config_file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
+    return start_module("dinoscale", "train", config_file, environment=environment)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -162,11 +156,9 @@ def test_run_directory_of_each_node_is_refused_on_all_ranks(tmp_path: Path) -> N
         node = tmp_path / f"node{rank}"
         node.mkdir()
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "dinoscale", "train", str(config_file), "run_dir=run"]
         environment = _environment(MASTER_ADDR="127.0.0.1", **own)
-        ranks.append(
-            subprocess.Popen(command, cwd=node, env=environment, stderr=subprocess.PIPE, text=True)
-        )
+        command = ("dinoscale", "train", config_file, "run_dir=run")
+        ranks.append(start_module(*command, cwd=node, environment=environment))
     begin = time.monotonic()
     try:
         said = [rank.communicate(timeout=200)[1] for rank in ranks]
@@ -186,10 +178,7 @@ def test_contradictory_ranks_are_refused(config_file: Path) -> None:
         **{"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "SLURM_STEP_ID": "0"},
         **{"SLURM_PROCID": "1", "SLURM_NTASKS": "8"},
     )
-    command = [sys.executable, "-m", "dinoscale", "train", str(config_file)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=environment, check=False
-    )
+    done = run_module("dinoscale", "train", config_file, environment=environment)
     assert done.returncode == 2
     assert "error: RANK=3 (RANK) contradicts SLURM_PROCID=1 (srun)" in done.stderr
     assert "Traceback" not in done.stderr
@@ -203,11 +192,8 @@ def test_port_in_use_is_named(config_file: Path) -> None:
         environment = _environment(
             RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
         )
-        command = [sys.executable, "-m", "dinoscale", "train", str(config_file)]
         begin = time.monotonic()
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, env=environment, check=False
-        )
+        done = run_module("dinoscale", "train", config_file, environment=environment)
     assert time.monotonic() - begin < 60
     assert done.returncode == 2
     assert f"error: port {port} (MASTER_PORT) cannot be used" in done.stderr

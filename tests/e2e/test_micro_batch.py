@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from dinoscale.config import load_config
-from tests.harness import free_port
+from tests.forked import server_pids
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -97,7 +98,8 @@ class Ranks:
 @pytest.fixture(autouse=True)
 def _no_process_is_left() -> Iterator[None]:
     yield
-    left = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
+    children = psutil.Process().children(recursive=True)
+    left = [child for child in children if child.pid not in server_pids() and child.is_running()]
     for child in left:
         child.kill()
     assert not left

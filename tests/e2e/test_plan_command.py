@@ -1,8 +1,6 @@
 """`dinoscale plan` as a user calls it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from dinoscale import cli
 from dinoscale.config import load_config
 from dinoscale.errors import ConfigError
 from dinoscale.plan.report import IMAGENET
+from tests.forked import run_module
 
 _IN_GROUPS_OF_4 = ("vit_s16", "engine.zero_stage=3", "engine.hpz_ranks=4")
 
@@ -131,12 +130,6 @@ def test_mistakes_are_named(
 
 
 def test_a_mistake_ends_the_command_with_a_sentence() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dinoscale", "plan", "vit_s16", "--gpus", "0"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(__file__).resolve().parents[2],
-    )
+    done = run_module("dinoscale", "plan", "vit_s16", "--gpus", "0")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip() == "error: --gpus: need at least 1, got 0"

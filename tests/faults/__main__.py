@@ -1,4 +1,7 @@
-"""`python -m tests.faults --kills N --stage S --seed R`: one JSON line on stdout."""
+"""`python -m tests.faults --kills N --stage S --seed R`: one JSON line on stdout.
+
+Exit code 1 if a kill changed the run.
+"""
 
 import argparse
 import json
@@ -30,6 +33,8 @@ def main() -> None:
         tally = run_kills(Path(folder), kills=options.kills, stage=options.stage, seed=options.seed)
     found = asdict(tally)
     print(json.dumps({k: found[k] for k in ("kills", "resumed", "bit_identical", "lost_steps")}))
+    if tally.bit_identical < tally.kills:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 
 from dinoscale.checkpoint.layout import directory, leftovers
-from dinoscale.distributed import free_port
 from tests.faults.lives import (
     BATCH,
     IMAGES,
@@ -24,6 +23,7 @@ from tests.faults.lives import (
     steps_logged,
     write_config,
 )
+from tests.ports import free_port
 
 _STEPS_A_LIFE = 7  # at most; a checkpoint comes every third step
 _SLOW_DISK_S = 0.05  # of each file, so that a kill can fall into a save

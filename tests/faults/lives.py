@@ -1,12 +1,11 @@
 """Start a two-process run, end it in some way, start it again; and compare what is on disk.
 
-The ranks are forked from a server that has the libraries loaded, so that a start takes a second
-instead of ten. What runs in them is `dinoscale train`, with its own signals and exit codes.
+What runs in the ranks is `dinoscale train`, with its own signals and exit codes.
 """
 
+import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,13 @@ from dinoscale.checkpoint import sums
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import dump_config
-from dinoscale.distributed import free_port
 from tests.distributed.tiny_run import tiny_config
+from tests.forked import ROOT, Forked
+from tests.harness import environment_of
+from tests.ports import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
 IMAGES, BATCH = 96, 6  # 16 steps an epoch
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.faults.preload"])
 
 
 def write_config(folder: Path, *, stage: int, epochs: int, **changes: dict[str, Any]) -> Path:
@@ -77,24 +73,28 @@ class Life:
             slow_images_s: how long each image takes to be read.
             stuck_reader: a rank whose third step's images never come.
         """
-        self.run_dir, port = config.parent / "run", str(free_port())
+        self.run_dir, port = config.parent / "run", free_port()
         self.outputs = [config.parent / f"output_{rank}.txt" for rank in range(RANKS)]
-        self.ranks: list[BaseProcess] = []
-        for rank, output in enumerate(self.outputs):
-            faults = slow_disk_s, slow_images_s, stuck_reader == rank
-            arguments = (rank, port, str(output), faults, ["train", str(config), *overrides])
-            self.ranks.append(_context.Process(target=_rank, args=arguments))
-            self.ranks[-1].start()
+        self.ranks = [
+            Forked(
+                _rank,
+                rank,
+                (slow_disk_s, slow_images_s, stuck_reader == rank),
+                ["train", str(config), *overrides],
+                environment=environment_of(rank, world_size=RANKS, port=port),
+                output=output,
+            )
+            for rank, output in enumerate(self.outputs)
+        ]
 
     def running(self) -> bool:
         """Whether all ranks live."""
-        return all(process.exitcode is None for process in self.ranks)
+        return all(process.poll() is None for process in self.ranks)
 
     def pids(self) -> list[int]:
         """Of the ranks and of their data workers."""
         found = []
         for process in self.ranks:
-            assert process.pid is not None
             found.append(process.pid)
             if psutil.pid_exists(process.pid):
                 found += [child.pid for child in psutil.Process(process.pid).children()]
@@ -113,17 +113,15 @@ class Life:
     def send(self, number: int, *, ranks: Sequence[int] = range(RANKS)) -> None:
         """Signal some ranks."""
         for rank in ranks:
-            pid = self.ranks[rank].pid
-            assert pid is not None
-            if self.ranks[rank].exitcode is None:
-                os.kill(pid, number)
+            self.ranks[rank].send_signal(number)
 
     def end(self, *, timeout_s: float = 120.0) -> list[int | None]:
         """Wait until all ranks have ended; exit codes, negative for a signal."""
         end = time.monotonic() + timeout_s
         for process in self.ranks:
-            process.join(max(0.0, end - time.monotonic()))
-        codes = [process.exitcode for process in self.ranks]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+        codes = [process.poll() for process in self.ranks]
         if None in codes:
             self.send(signal.SIGKILL)
             raise AssertionError(f"exit codes {codes} after {timeout_s} s\n{self.said()}")
@@ -151,17 +149,9 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _rank(
-    rank: int, port: str, output: str, faults: tuple[float, float, bool], arguments: list[str]
-) -> None:
+def _rank(rank: int, faults: tuple[float, float, bool], arguments: list[str]) -> None:
     slow_disk_s, slow_images_s, stuck = faults
-    with open(output, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ |= environment_of(rank, port)
     socket.gethostname = lambda: f"host-{rank}"  # for messages: as if on two machines
-    multiprocessing.set_start_method("fork", force=True)  # for data workers, as everywhere else
-    torch.set_num_threads(1)
     if slow_disk_s:
         _slow_down_the_disk(slow_disk_s)
     if slow_images_s:
@@ -172,20 +162,6 @@ def _rank(
 
     sys.argv = ["dinoscale", *arguments]
     __main__.main()
-    sys.stdout.flush()
-    os._exit(0)
-
-
-def environment_of(rank: int, port: str) -> dict[str, str]:
-    """What a launcher says to a rank."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def _slow_down_the_disk(seconds: float) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from dinoscale.checkpoint.layout import directory
 from dinoscale.checkpoint.load import Checkpoint
-from dinoscale.distributed import free_port
 from tests.faults.kills import LAUNCHERS
 from tests.faults.lives import (
     RANKS,
@@ -23,6 +22,7 @@ from tests.faults.lives import (
     steps_logged,
     write_config,
 )
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -13,7 +13,7 @@ from dinoscale.doctor.report import Check
 from dinoscale.launch.hostfile import Host
 from dinoscale.launch.nodes import Found, Question, ask_all
 from dinoscale.launch.verdicts import judge, table
-from tests.harness import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 

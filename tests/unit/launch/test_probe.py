@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dinoscale.launch import probe
-from tests.harness import free_port
+from tests.ports import free_port
 
 
 def _ask(*questions: dict[str, Any]) -> list[dict[str, Any]]:

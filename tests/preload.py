@@ -1,0 +1,25 @@
+"""Imported by the server of `forked.py`: everything slow to import, nothing that acts."""
+
+import gc
+import os
+
+# Read when torch is imported; `dinoscale train` sets it before.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # imported on demand
+import matplotlib.figure  # noqa: F401
+import pytest  # noqa: F401
+import sklearn.linear_model  # noqa: F401
+import torch._dynamo  # noqa: F401
+import wandb  # noqa: F401
+
+import dinoscale.cli
+import dinoscale.trainer  # noqa: F401
+from dinoscale.models._torchvision import ensure_torchvision
+
+ensure_torchvision()
+
+import timm  # noqa: E402, F401  # needs torchvision
+
+gc.collect()
+gc.freeze()  # collections in the forks leave these pages shared
