@@ -13,7 +13,7 @@ import pytest
 
 from dinoscale.distributed import MOST_FILES
 from dinoscale.watchdog import collectives_timeout_s
-from tests.harness import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]

@@ -5,6 +5,9 @@ import threading
 import time
 from typing import Any
 
+import pytest
+
+from dinoscale import watchdog as watchdog_module
 from dinoscale.distributed import Board
 from dinoscale.watchdog import Watchdog, explain_hang
 
@@ -83,7 +86,10 @@ def _watchdog(store: CountingStore, rank: int) -> Any:
     return watchdog
 
 
-def test_one_rank_looks_at_all_and_the_others_repeat_its_verdict() -> None:
+def test_one_rank_looks_at_all_and_the_others_repeat_its_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watchdog_module, "_LOOKS_APART_S", 0.0)
     store = CountingStore()
     for rank in range(RANKS):
         sign = [4 if rank == 77 else 5, f"in step {4 if rank == 77 else 5}", 9]
