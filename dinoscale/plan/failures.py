@@ -10,7 +10,7 @@ from dinoscale.plan.setup import FP32, Setup
 # arXiv:2407.21783, section 3.3.4).
 FAILURES_PER_GPU_DAY = 419 / (54 * 16_384)
 DAY_S = 86_400
-# Measured for a ViT-L on one core of a server's CPU: student and teacher, random numbers included.
+# Measured for a ViT-L on one core of a server's CPU, random numbers included.
 BUILT_PER_S = 57e6  # weights
 
 
@@ -19,7 +19,7 @@ class Durability:
     """Start, checkpoints and failures of a run.
 
     Attributes:
-        host_bytes: of a node's memory at the start, when each rank builds whole networks.
+        host_bytes: of the first node's memory at the start, when rank 0 draws the weights.
         build_s: seconds for that.
         checkpoint_bytes: of all ranks.
         write_s: seconds to write or read one.
@@ -37,7 +37,7 @@ class Durability:
     lost_share: float
 
 
-def durability(dims: Dims, setup: Setup, *, node: int, storage: float) -> Durability:
+def durability(dims: Dims, setup: Setup, *, storage: float) -> Durability:
     """Expect failures at the published rate and save as often as pays.
 
     The interval is that of Young and Daly, sqrt(2 C M), with M the mean time between failures and
@@ -49,19 +49,17 @@ def durability(dims: Dims, setup: Setup, *, node: int, storage: float) -> Durabi
     Args:
         dims: of the network.
         setup: of the run.
-        node: GPUs of a node.
         storage: bytes/s that all ranks together write or read.
     """
     saved = FP32 * (2 + setup.moments) * dims.parameters  # master, average and moments
     write_s = saved / storage
-    build_s = 2 * dims.parameters / BUILT_PER_S
+    build_s = dims.parameters / BUILT_PER_S
     failures = FAILURES_PER_GPU_DAY * setup.world_size
     between_s = DAY_S / failures
     interval_s = math.sqrt(2 * write_s * between_s)
     lost_s = interval_s / 2 + build_s + write_s
     return Durability(
-        # Student, teacher and a copy of the initial weights, in float32.
-        host_bytes=3 * FP32 * dims.parameters * min(node, setup.world_size),
+        host_bytes=FP32 * dims.parameters,
         build_s=build_s,
         checkpoint_bytes=saved,
         write_s=write_s,

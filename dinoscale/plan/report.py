@@ -102,7 +102,7 @@ def make_plan(
         "options": [_as_json(option, run, links) for option in options],
         "configured": _configured(config, dims, setup, machine, run),
         "recommended": None if chosen is None else _as_json(chosen, run, links),
-        "durability": asdict(durability(dims, setup, node=node_gpus, storage=storage * 1e9)),
+        "durability": asdict(durability(dims, setup, storage=storage * 1e9)),
         "assumptions": [
             *assumed,
             *_assumptions(config, machine, given=network is not None, within=within),
