@@ -70,11 +70,11 @@ def _train(config_file: str, bad: list[int]) -> str:
             yield batches
 
     def prepare(self: feed.Feed, step: int, batches: Any) -> Any:
-        prepared = make(self, step, batches)
         known.append(len(list(Path(config.run_dir).glob("bad_steps/*"))))
-        if self.spoilt:
-            prepared[0].local_crops[0, 0, 0, 0, 0] = torch.nan
-        return prepared
+        for number, prepared in enumerate(make(self, step, batches)):
+            if self.spoilt and number == 0:
+                prepared.local_crops[0, 0, 0, 0, 0] = torch.nan
+            yield prepared
 
     known: list[int] = []  # of bad steps, before each step
     make = feed.Feed.prepare
