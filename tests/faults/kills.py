@@ -89,7 +89,7 @@ def run_kills(folder: Path, *, kills: int, stage: int, seed: int) -> Tally:
     Raises:
         AssertionError: a process outlived its run, or a run ended by itself with an error.
     """
-    epochs = 2 + 2 * kills * _STEPS_A_LIFE * BATCH // IMAGES
+    epochs = 2 + 3 * kills * _STEPS_A_LIFE * BATCH // (2 * IMAGES)  # lives end later than asked
     all_steps = {"every_steps": 1, "keep_last": 9999}  # an orphan saves at any step
     whole = write_config(folder / "whole", stage=stage, epochs=epochs, checkpoint=all_steps)
     broken = write_config(folder / "broken", stage=stage, epochs=epochs)
