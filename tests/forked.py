@@ -1,7 +1,9 @@
 """Processes forked from a server that has the libraries loaded, so that a start costs no imports.
 
 What runs in them is unchanged: a module's own `__main__`, its signals, streams and exit code. What
-only a new interpreter can show (import times, launchers, a closed stream) starts one instead.
+only a new interpreter can show (import times, variables read by an import, a closed stream) starts
+one instead. Forks share a hash seed, so that an order that differs between ranks is for real
+launchers to show: those of `multinode/`, `e2e/test_launchers.py` and `faults/`, at stages 0, 2 and 3.
 """
 
 import importlib
@@ -147,9 +149,6 @@ def _run(
     if "OMP_NUM_THREADS" in environment:
         importlib.import_module("torch").set_num_threads(int(environment["OMP_NUM_THREADS"]))
     function(*arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _run_module(module: str, arguments: list[str]) -> None:
