@@ -3,7 +3,7 @@
 What runs in them is unchanged: a module's own `__main__`, its signals, streams and exit code. What
 only a new interpreter can show (import times, variables read by an import, a closed stream) starts
 one instead. Forks share a hash seed, so that an order that differs between ranks is for real
-launchers to show: those of `multinode/`, `e2e/test_launchers.py` and `faults/`, at stages 0, 2 and 3.
+launchers to show: in `multinode/`, `e2e/test_launchers.py` and `faults/`, at stages 0, 2 and 3.
 """
 
 import importlib
