@@ -128,9 +128,10 @@ class Ranks:
 
 @pytest.fixture(autouse=True)
 def _no_process_is_left() -> Iterator[None]:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}  # of other tests
     yield
     children = psutil.Process().children(recursive=True)
-    left = [child for child in children if child.pid not in server_pids() and child.is_running()]
+    left = [child for child in children if child.pid not in before | server_pids()]
     for child in left:
         child.kill()
     assert not left
