@@ -185,9 +185,9 @@ def train_step(
 def _told(of_rank: Tensor, *, stop_asked: bool, bad_images: int, waited_s: float) -> Tensor:
     """What a rank tells: to stop, bad images, seconds in a place of its own; (2 + ranks,)."""
     told = of_rank.new_zeros(2 + distributed.world_size())
-    told[0] = float(stop_asked)  # fills a view, without a copy that the host would wait for
-    told[1] = float(bad_images)
-    told[2 + distributed.rank()] = waited_s
+    told[0].fill_(float(stop_asked))  # of views, without a copy that the host would wait for
+    told[1].fill_(float(bad_images))
+    told[2 + distributed.rank()].fill_(waited_s)
     return told
 
 

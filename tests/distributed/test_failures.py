@@ -195,7 +195,7 @@ def save_after_a_lost_contact(failing: int) -> int:
     run: Any = Run.__new__(Run)
     run.config, run.plan, run.versions = tiny_config(), tiny_plan(tiny_config()), {}
     run.progress, run.process = Progress(step=7), Process(1, 2, 1, 2)
-    run.saved, run.saved_step, run.run_dir = None, 7, Path("run")
+    run.saved, run.saved_step, run.run_dir, run.images = None, 7, Path("run"), None
     run.student, run.watchdog, run.teacher = None, MagicMock(), MagicMock()
     error = "rank 0, where the ranks meet, cannot be reached"
     run.saver = OneSidedSaver(error if distributed.rank() == failing else None)

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from dinoscale.checkpoint.layout import checkpoints, directory, leftovers
+from dinoscale.checkpoint.layout import (
+    INDEX_FILE,
+    SHARED_FILE,
+    checkpoints,
+    directory,
+    leftovers,
+    shard_file,
+)
 from dinoscale.checkpoint.load import open_verified
 from dinoscale.checkpoint.sums import read_sums, sha256, write_sums
 from tests.faults.lives import (
@@ -161,7 +168,7 @@ def test_weights_of_another_run_are_refused_at_the_first_loss(tmp_path: Path) ->
     other = write_config(tmp_path / "other", stage=2, epochs=6, **changes)
     assert Life(other, "train.stop_after_steps=1", "seed=1").end() == [0, 0]
     fresh, own = directory(other.parent / "run", 1), directory(run_dir, 90)
-    for name in ("shard_00000.safetensors", "shard_00001.safetensors", "shared.safetensors"):
+    for name in (shard_file(0), shard_file(1), SHARED_FILE, INDEX_FILE):
         shutil.copy(fresh / name, own / name)
     write_sums(own, {name: sha256(own / name) for name in read_sums(own)})
     state = json.loads((own / "state.json").read_text())
