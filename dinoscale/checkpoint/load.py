@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dinoscale.checkpoint.files import ShardFiles, patiently
+from dinoscale.checkpoint.files import ShardFiles
 from dinoscale.checkpoint.index import ShardIndex, index_from_bytes, index_of_headers
 from dinoscale.checkpoint.layout import (
     EMA,
@@ -24,8 +23,10 @@ from dinoscale.checkpoint.layout import (
     SHARED_FILE,
     STATE_FILE,
     checkpoints,
+    is_checkpoint,
     named_step,
 )
+from dinoscale.checkpoint.patience import patiently
 from dinoscale.checkpoint.progress import Progress, read_measured
 from dinoscale.checkpoint.sums import read_sums, verify
 from dinoscale.errors import CheckpointError, UnreadableError
@@ -260,20 +261,32 @@ def first_good(
 
 
 def held_step(path: Path) -> int:
-    """The step that a step_* directory holds: its state's, if that is as it was sealed."""
+    """The step that a step_* directory holds: its state's, if that is as it was sealed.
+
+    Raises:
+        UnreadableError: its state cannot be read, so it may hold any.
+    """
     named = named_step(path)
     assert named is not None
-    with suppress(OSError, CheckpointError, *_DAMAGES):
-        data = (path / STATE_FILE).read_bytes()
+    try:
+        data = patiently((path / STATE_FILE).read_bytes, path / STATE_FILE)
         step = json.loads(data)["step"]
-        if type(step) is int and step != named:
-            sealed = read_sums(path)[STATE_FILE] == hashlib.sha256(data).hexdigest()
-            return step if sealed else named
-    return named
+        if type(step) is not int or step == named:
+            return named
+        sealed = read_sums(path)[STATE_FILE] == hashlib.sha256(data).hexdigest()
+    except UnreadableError:
+        raise
+    except (CheckpointError, *_DAMAGES):
+        return named
+    return step if sealed else named
 
 
 def newest_first(run_dir: Path) -> list[Path]:
-    """All checkpoints of a run by the steps they hold; of equals the one that is named so first."""
+    """All checkpoints of a run by the steps they hold; of equals the one that is named so first.
+
+    Raises:
+        UnreadableError: they cannot be listed, or the state of one not be read.
+    """
 
     def order(path: Path) -> tuple[int, bool]:
         held, named = held_step(path), named_step(path)
@@ -301,9 +314,10 @@ def open_run(path: Path) -> Checkpoint:
     The newest is the one that holds the highest step, whatever its name.
 
     Raises:
+        UnreadableError: the newest cannot be read, or it cannot be told which it is.
         CheckpointError: there is none.
     """
-    found = [path] if (path / STATE_FILE).exists() else newest_first(path)
+    found = [path] if is_checkpoint(path) else newest_first(path)
     checkpoint, errors = first_good(found, open_verified)
     for error in errors:
         log.warning("%s; using an older one", error)

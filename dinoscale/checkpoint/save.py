@@ -176,7 +176,7 @@ class Saver:
                 self._board.post(key, self._complete(target, snapshot.number))
             [error] = self._board.wait_for([key])
             if self._rank == 0 and not error:
-                prune(self._run_dir, self._keep)
+                prune(self._run_dir, self._keep, written=target)
         except LostPeerError as lost:
             error = str(lost)
         return SaveResult(
@@ -227,7 +227,7 @@ class Saver:
             write_measured(target, knn_top1)
         except OSError as error:
             log.warning("cannot add k-NN %.1f %% to %s: %s", knn_top1, target, error)
-        prune(self._run_dir, self._keep)
+        prune(self._run_dir, self._keep, written=target)
 
 
 def _key(number: int) -> str:

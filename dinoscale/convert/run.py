@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
+from dinoscale.checkpoint.layout import checkpoints, is_checkpoint
 from dinoscale.checkpoint.load import EMA, MASTER, open_run
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.convert.card import BackboneCard, BackboneShape
@@ -12,8 +12,12 @@ _KINDS = {"teacher": EMA, "student": MASTER}
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is a run directory with a checkpoint, or one of its step_* directories."""
-    return path.is_dir() and ((path / STATE_FILE).exists() or bool(checkpoints(path)))
+    """Whether a path is a run directory with a checkpoint, or one of its step_* directories.
+
+    Raises:
+        UnreadableError: it cannot be listed.
+    """
+    return path.is_dir() and (is_checkpoint(path) or bool(checkpoints(path)))
 
 
 def read_run(path: Path, *, network: Network) -> Weights:
