@@ -19,6 +19,7 @@ from dinoscale.checkpoint.layout import (
     FORMAT,
     INDEX_FILE,
     MASTER,
+    MEASURED_FILE,
     SHARD_PREFIX,
     SHARED_FILE,
     STATE_FILE,
@@ -54,6 +55,7 @@ class Checkpoint:
         path: the step_* directory.
         state: contents of state.json.
         shared: center and buffers by name, on the CPU.
+        measured: k-NN accuracy added after it was saved, in percent; None if none was.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,6 +81,7 @@ class Checkpoint:
         except _DAMAGES as error:
             raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
         self._files = ShardFiles(path)
+        self.measured = patiently(lambda: read_measured(path), path / MEASURED_FILE)
 
     def _read(self, name: str) -> bytes:
         return patiently((self.path / name).read_bytes, self.path / name)
@@ -112,10 +115,15 @@ class Checkpoint:
             progress = Progress(**self.state["progress"])
         except TypeError as error:
             raise CheckpointError(f"{self.path / STATE_FILE}: progress: {error}") from error
-        top1 = read_measured(self.path)
-        if top1 is not None:
-            progress.measured(top1)
+        if self.measured is not None:
+            progress.measured(self.measured)
         return progress
+
+    @property
+    def knn_top1(self) -> float | None:
+        """K-NN accuracy of its very step, in percent; None if there is none."""
+        saved: float | None = self.state["progress"].get("knn_top1")
+        return saved if self.measured is None else self.measured
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ def is_run(path: Path) -> bool:
 def read_run(path: Path, *, network: Network) -> Weights:
     """Merge one network of a checkpoint out of all ranks' files, float32, on the CPU.
 
-    Memory: the network itself and one fragment of one tensor at a time; files are mapped.
+    Memory: the network itself; every file is read once, front to back, into its place there.
 
     Args:
         path: a run directory (its newest checkpoint) or one of its step_* directories.
@@ -50,7 +50,7 @@ def read_run(path: Path, *, network: Network) -> Weights:
     said = {
         "checkpoint": name,
         "step": checkpoint.step,
-        "knn_top1": checkpoint.progress.knn_top1,
+        "knn_top1": checkpoint.knn_top1,
         "config": checkpoint.state["config"],
     }
     return Weights(parts["backbone."], parts["head."], card, "run", run=said)

@@ -14,6 +14,7 @@ import torch
 
 from dinoscale.checkpoint.layout import (
     INDEX_FILE,
+    MEASURED_FILE,
     STATE_FILE,
     checkpoints,
     directory,
@@ -22,6 +23,7 @@ from dinoscale.checkpoint.layout import (
 )
 from dinoscale.checkpoint.load import Checkpoint, open_run, open_verified
 from dinoscale.checkpoint.manage import prune_checkpoints, verify_checkpoints
+from dinoscale.checkpoint.progress import write_measured
 from dinoscale.checkpoint.retention import Keep, prune
 from dinoscale.checkpoint.sums import read_sums, sha256, verify, write_sums
 from dinoscale.convert.run import is_run
@@ -95,6 +97,22 @@ def test_opening_reads_no_shard_and_a_rank_opens_only_what_it_needs(
     assert disk.opened == {shard_file(1): 1}
     assert _all_equal(received)
     assert checkpoint.kinds() == {kind: sorted(SHAPES) for kind in sorted(KINDS)}
+
+
+def test_all_ranks_go_on_with_the_accuracy_that_was_read_at_the_opening(
+    tmp_path: Path, disk: Disk
+) -> None:
+    path = store(tmp_path, 1, ranks=1)
+    write_measured(path, 50.0)
+    disk.fail(MEASURED_FILE, errno.ESTALE, times=1)
+    checkpoint = Checkpoint(path)
+    assert disk.slept == [1.0]
+    disk.fail(MEASURED_FILE, errno.ESTALE)
+    received = pickle.loads(pickle.dumps(checkpoint))
+    assert received.progress == checkpoint.progress
+    assert received.progress.knn_top1 == 50.0
+    with pytest.raises(UnreadableError):
+        Checkpoint(path)
 
 
 def test_whole_tensors_are_read_file_by_file(
@@ -252,12 +270,14 @@ def test_damaged_one_is_set_aside_and_an_older_one_used(tmp_path: Path) -> None:
     assert names == ["damaged_step_00000002", "damaged_step_00000003", "step_00000001"]
 
 
-def test_nothing_is_deleted_of_what_cannot_be_read(tmp_path: Path, disk: Disk) -> None:
+@pytest.mark.parametrize("name", [STATE_FILE, MEASURED_FILE])
+def test_nothing_is_deleted_of_what_cannot_be_read(tmp_path: Path, disk: Disk, name: str) -> None:
     about = {"saved_at": "then", "plan": {"world_size": 1}}
     about |= {"config": {"engine": {"zero_stage": 0}}}
     for step, knn in ((1, 90.0), (2, 10.0), (3, 20.0)):
         store(tmp_path, step, ranks=1, progress={"knn_top1": knn}, **about)
-    disk.fail(f"1/{STATE_FILE}", errno.EIO)  # of the best
+    write_measured(directory(tmp_path, 1), 95.0)
+    disk.fail(f"1/{name}", errno.EIO)  # of the best
     newest = directory(tmp_path, 3)
     assert prune(tmp_path, Keep(last=1, best=True), written=newest) == [directory(tmp_path, 2)]
     with pytest.raises(UnreadableError):
