@@ -90,9 +90,10 @@ def best_of(found: Sequence[Summary]) -> Summary | None:
 def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
     """Those that no rule keeps, in the order given (oldest first).
 
-    One that holds another step than its name tells is somebody's copy: it stays and counts nowhere.
+    One that holds another step than its name tells is somebody's copy, and one that says nothing of
+    itself is damaged: these stay and count nowhere.
     """
-    found = [s for s in found if s.step == named_step(s.path)]
+    found = [s for s in found if s.num_bytes is not None and s.step == named_step(s.path)]
     kept = {s.step for s in found[-keep.last :]}
     if keep.every_steps:
         kept |= {s.step for s in found if s.step % keep.every_steps == 0}

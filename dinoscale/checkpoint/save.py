@@ -120,8 +120,13 @@ class Saver:
             self._noting = self._thread.submit(self._note, target, knn_top1)
 
     def finished(self) -> SaveResult | None:
-        """How the save under way ended, once; None while it is written or if there is none."""
-        return self.wait() if self._writing is not None and self._writing.done() else None
+        """How the save under way ended, once; None while anything is written or if there is none.
+
+        Never waits: what notes an accuracy also deletes checkpoints, which may take minutes.
+        """
+        if self._writing is None or not self._writing.done():
+            return None
+        return self.wait() if self._noting is None or self._noting.done() else None
 
     def wait(self) -> SaveResult | None:
         """Wait for the save under way; None if there is none."""
