@@ -299,10 +299,12 @@ class _Sum(torch.autograd.Function):
 def together(check: Callable[[], T]) -> T:
     """Run `check` on every rank; if it fails on any, every rank raises, so that nobody waits.
 
+    All raise the same type, so that those who handle it go on alike.
+
     Raises:
         DinoscaleError: the error of the first rank that failed, with its exit code.
         RunFailedError: that error is none that a user can act on, as a want of memory.
-        Exception: the rank's own, whatever it is.
+        Exception: the rank's own, whatever it is, where it counts as that type.
     """
     result, error = None, None
     try:
@@ -310,10 +312,13 @@ def together(check: Callable[[], T]) -> T:
     except Exception as caught:
         error = caught
     # As a type and a text: exceptions of libraries need not survive the way to another process.
-    for number, other in enumerate(gather_objects(None if error is None else _told(error))):
+    own = None if error is None else _told(error)
+    for number, other in enumerate(gather_objects(own)):
         if other is not None:
             kind, text = other
-            raise error or kind(f"rank {number}: {text}")
+            if error is not None and own is not None and own[0] is kind:
+                raise error
+            raise kind(f"rank {number}: {text}") from error
     return result  # type: ignore[return-value]  # no error on any rank, so check() returned
 
 

@@ -52,33 +52,36 @@ def find_checkpoint(run_dir: Path) -> Checkpoint | None:
     its name tells gets the right name, or is set aside where that is taken.
 
     Raises:
-        UnreadableError: on every rank; the newest cannot be read, or ranks see it differently.
+        UnreadableError: on every rank; the checkpoints cannot be listed, the newest or the state
+            of any not be read, or ranks see it differently.
         CheckpointError: there are checkpoints and all of them are damaged.
     """
     is_first = distributed.rank() == 0
-    if is_first:
-        _correct_names(run_dir)
-    found = distributed.broadcast_object(newest_first(run_dir) if is_first else [])
+    found = _of_first(lambda: _rightly_named(run_dir))
     checkpoint, errors = first_good(found, _open_together)
     if is_first:
         for path, error in zip(found, errors, strict=False):
             _set_aside(path, error)
-        clear_leftovers(run_dir)
+    distributed.together(lambda: clear_leftovers(run_dir) if is_first else None)
     return checkpoint
 
 
-def _correct_names(run_dir: Path) -> None:
-    for path in checkpoints(run_dir):
-        step = held_step(path)
+def _rightly_named(run_dir: Path) -> list[Path]:
+    """The checkpoints, newest first, each under the name of the step it holds if that is free."""
+    found = checkpoints(run_dir)
+    taken = set(found)
+    for path, step in [(path, held_step(path)) for path in found]:
         right = directory(run_dir, step)
         if path == right:
             continue
-        if right.exists():
+        if right in taken:
             if held_step(right) != step:
                 continue
             right = path.with_name(_MISNAMED + path.name)
         log.warning("%s holds step %d, as its state.json says: it becomes %s", path, step, right)
         _rename(path, right)
+        taken.add(right)
+    return newest_first(run_dir)
 
 
 def _open_together(path: Path) -> Checkpoint:

@@ -124,18 +124,15 @@ def _build(
 ) -> Run:
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)
-    if not config.resume and distributed.broadcast_object(bool(checkpoints(run_dir))):
-        raise ConfigError(
-            f"run_dir: {run_dir} already holds a run and resume is false;"
-            " choose another run_dir, or delete that one"
-        )
+    if not config.resume:
+        distributed.together(lambda: _require_new(run_dir) if is_first else None)
     images = distributed.together(lambda: source.identity() if is_first else "")
     checkpoint = find_checkpoint(run_dir)
     if checkpoint is not None:
         config = keep_micro_batch(checkpoint, config, world_size=process.world_size)
         require_same_run(checkpoint, config, _plan(without_auto(config), process, source))
         distributed.together(lambda: require_same_set(checkpoint, images) if is_first else None)
-    elif is_first and (run_dir / "metrics.jsonl").exists():
+    elif is_first and os.path.exists(run_dir / "metrics.jsonl"):
         log.warning("steps were logged in %s, but there is no checkpoint: beginning anew", run_dir)
     start = distributed.together(lambda: starting_weights(config)) if checkpoint is None else None
     if config.train.micro_batch_size == "auto":
@@ -155,6 +152,14 @@ def _build(
     return Run(
         config, plan, process, source, images, student, teacher, probe, stop, watchdog, checkpoint
     )
+
+
+def _require_new(run_dir: Path) -> None:
+    if checkpoints(run_dir):
+        raise ConfigError(
+            f"run_dir: {run_dir} already holds a run and resume is false;"
+            " choose another run_dir, or delete that one"
+        )
 
 
 def _probe(config: RunConfig, hosts: Sequence[str], watchdog: Watchdog) -> Probe:

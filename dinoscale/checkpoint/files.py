@@ -1,69 +1,17 @@
-"""Read files of a checkpoint: an error of the file system is no damage, so it is tried again."""
+"""Read the shard files of a checkpoint, at any place in them."""
 
-import errno
-import logging
 import os
-import socket
-import time
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoscale import distributed
-from dinoscale.errors import CheckpointError, MissingFileError, UnreadableError
+from dinoscale.checkpoint.patience import patiently
+from dinoscale.errors import CheckpointError
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # about a minute: as long as an NFS server restarts
 _MAX_OPEN = 256  # files at a time; a process may usually open 1024
-
-
-def patiently(read: Callable[[], T], path: Path) -> T:
-    """What `read` makes of the file `path`; errors of the file system are met by trying again.
-
-    Raises:
-        MissingFileError: its folder has no such file.
-        UnreadableError: there still was an error after about a minute.
-    """
-    for pause_s in (*_PAUSES_S, None):
-        try:
-            return read()
-        except OSError as error:  # noqa: PERF203  # a file at a time, and it waits
-            if error.errno == errno.ENOENT and is_missing(path):
-                raise MissingFileError(
-                    f"{path.parent} is damaged: {path.name} is missing, so it is not a complete"
-                    " checkpoint"
-                ) from error
-            if pause_s is None:
-                raise _unreadable(path, error) from error
-            log.warning("cannot read %s (%s): trying again in %g s", path, error, pause_s)
-            time.sleep(pause_s)
-    raise AssertionError("unreachable")
-
-
-def is_missing(path: Path) -> bool:
-    """Whether the folder, listed anew, does not name the file; ESTALE and the like say nothing."""
-    try:
-        return path.name not in os.listdir(path.parent)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-
-
-def _unreadable(path: Path, error: OSError) -> UnreadableError:
-    number = error.errno or 0
-    reason = f"{error.strerror or error} ({errno.errorcode.get(number, 'errno')} {number})"
-    return UnreadableError(
-        f"rank {distributed.rank()} on {socket.gethostname()} cannot read {path}: {reason}, after"
-        f" trying for {sum(_PAUSES_S):.0f} s. The checkpoint may be whole, and nothing of it was"
-        " changed: mend the file system or leave out that machine, then start again"
-    )
 
 
 class ShardFiles:

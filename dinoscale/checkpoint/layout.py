@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from dinoscale.checkpoint.patience import names_in
+
 FORMAT = 2
 MASTER, EMA = "master", "ema"
 STATE_FILE, SHARED_FILE, SUMS_FILE = "state.json", "shared.safetensors", "SHA256SUMS"
@@ -30,8 +32,13 @@ def removed_of(target: Path) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All checkpoints of a run that were written to their end, by the steps in their names."""
-    found = (run_dir / "checkpoints").glob("step_*")
+    """All checkpoints of a run that were written to their end, by the steps in their names.
+
+    Raises:
+        UnreadableError: their folder cannot be listed.
+    """
+    folder = run_dir / "checkpoints"
+    found = (folder / name for name in names_in(folder) if name.startswith("step_"))
     return sorted((path for path in found if named_step(path) is not None), key=_order)
 
 
@@ -41,11 +48,25 @@ def named_step(path: Path) -> int | None:
     return int(digits) if digits.isascii() and digits.isdecimal() else None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is itself a checkpoint, whatever its name.
+
+    Raises:
+        UnreadableError: it cannot be listed.
+    """
+    return STATE_FILE in names_in(path)
+
+
 def _order(path: Path) -> tuple[int, str]:
     return named_step(path) or 0, path.name
 
 
 def leftovers(run_dir: Path) -> list[Path]:
-    """What saves and deletions that were cut short have left behind."""
+    """What saves and deletions that were cut short have left behind.
+
+    Raises:
+        UnreadableError: its folder cannot be listed.
+    """
     folder = run_dir / "checkpoints"
-    return sorted([*folder.glob(".step_*.part"), *folder.glob(".step_*.removed")])
+    names = [name for name in names_in(folder) if name.startswith(".step_")]
+    return [folder / name for name in names if name.endswith((".part", ".removed"))]

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dinoscale.checkpoint.files import ShardFiles, patiently
+from dinoscale.checkpoint.files import ShardFiles
 from dinoscale.checkpoint.index import ShardIndex, index_from_bytes, index_of_headers
 from dinoscale.checkpoint.layout import (
     EMA,
     FORMAT,
     INDEX_FILE,
     MASTER,
+    MEASURED_FILE,
     SHARD_PREFIX,
     SHARED_FILE,
     STATE_FILE,
     checkpoints,
+    is_checkpoint,
     named_step,
 )
+from dinoscale.checkpoint.patience import patiently
 from dinoscale.checkpoint.progress import Progress, read_measured
 from dinoscale.checkpoint.sums import read_sums, verify
 from dinoscale.errors import CheckpointError, UnreadableError
@@ -53,6 +55,7 @@ class Checkpoint:
         path: the step_* directory.
         state: contents of state.json.
         shared: center and buffers by name, on the CPU.
+        measured: k-NN accuracy added after it was saved, in percent; None if none was.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,6 +81,7 @@ class Checkpoint:
         except _DAMAGES as error:
             raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
         self._files = ShardFiles(path)
+        self.measured = patiently(lambda: read_measured(path), path / MEASURED_FILE)
 
     def _read(self, name: str) -> bytes:
         return patiently((self.path / name).read_bytes, self.path / name)
@@ -111,10 +115,15 @@ class Checkpoint:
             progress = Progress(**self.state["progress"])
         except TypeError as error:
             raise CheckpointError(f"{self.path / STATE_FILE}: progress: {error}") from error
-        top1 = read_measured(self.path)
-        if top1 is not None:
-            progress.measured(top1)
+        if self.measured is not None:
+            progress.measured(self.measured)
         return progress
+
+    @property
+    def knn_top1(self) -> float | None:
+        """K-NN accuracy of its very step, in percent; None if there is none."""
+        saved: float | None = self.state["progress"].get("knn_top1")
+        return saved if self.measured is None else self.measured
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -260,20 +269,32 @@ def first_good(
 
 
 def held_step(path: Path) -> int:
-    """The step that a step_* directory holds: its state's, if that is as it was sealed."""
+    """The step that a step_* directory holds: its state's, if that is as it was sealed.
+
+    Raises:
+        UnreadableError: its state cannot be read, so it may hold any.
+    """
     named = named_step(path)
     assert named is not None
-    with suppress(OSError, CheckpointError, *_DAMAGES):
-        data = (path / STATE_FILE).read_bytes()
+    try:
+        data = patiently((path / STATE_FILE).read_bytes, path / STATE_FILE)
         step = json.loads(data)["step"]
-        if type(step) is int and step != named:
-            sealed = read_sums(path)[STATE_FILE] == hashlib.sha256(data).hexdigest()
-            return step if sealed else named
-    return named
+        if type(step) is not int or step == named:
+            return named
+        sealed = read_sums(path)[STATE_FILE] == hashlib.sha256(data).hexdigest()
+    except UnreadableError:
+        raise
+    except (CheckpointError, *_DAMAGES):
+        return named
+    return step if sealed else named
 
 
 def newest_first(run_dir: Path) -> list[Path]:
-    """All checkpoints of a run by the steps they hold; of equals the one that is named so first."""
+    """All checkpoints of a run by the steps they hold; of equals the one that is named so first.
+
+    Raises:
+        UnreadableError: they cannot be listed, or the state of one not be read.
+    """
 
     def order(path: Path) -> tuple[int, bool]:
         held, named = held_step(path), named_step(path)
@@ -301,9 +322,10 @@ def open_run(path: Path) -> Checkpoint:
     The newest is the one that holds the highest step, whatever its name.
 
     Raises:
+        UnreadableError: the newest cannot be read, or it cannot be told which it is.
         CheckpointError: there is none.
     """
-    found = [path] if (path / STATE_FILE).exists() else newest_first(path)
+    found = [path] if is_checkpoint(path) else newest_first(path)
     checkpoint, errors = first_good(found, open_verified)
     for error in errors:
         log.warning("%s; using an older one", error)

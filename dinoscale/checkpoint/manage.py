@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
+from dinoscale.checkpoint.layout import checkpoints, is_checkpoint
 from dinoscale.checkpoint.retention import Keep, Summary, best_of, delete, summary, superfluous
 from dinoscale.errors import CheckpointError, UnreadableError
 
@@ -49,7 +49,7 @@ def verify_checkpoints(run: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none.
     """
-    paths = [run] if (run / STATE_FILE).exists() else _found(run)
+    paths = [run] if is_checkpoint(run) else _found(run)
     rows = [{"path": str(path), "damage": _damage(path)} for path in _bar(paths)]
     return {"checkpoints": rows, "damaged": sum(row["damage"] is not None for row in rows)}
 

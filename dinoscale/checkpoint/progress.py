@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 from dinoscale.checkpoint.layout import MEASURED_FILE
+from dinoscale.checkpoint.patience import is_missing
 from dinoscale.errors import CheckpointError
 
 _WINDOW = 32  # losses remembered
@@ -20,18 +23,32 @@ def write_measured(folder: Path, knn_top1: float) -> None:
         OSError: it cannot be written; the checkpoint is as it was.
     """
     beside = folder / f".{MEASURED_FILE}.part"
-    beside.write_text(json.dumps({"knn_top1": knn_top1}) + "\n")
+    with beside.open("w") as file:
+        file.write(json.dumps({"knn_top1": knn_top1}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # else the name may be on disk before what it names
     beside.replace(folder / MEASURED_FILE)
 
 
 def read_measured(folder: Path) -> float | None:
-    """The k-NN accuracy that `write_measured` added; None if there is none that can be read."""
+    """The k-NN accuracy that `write_measured` added, in percent; None if there is none.
+
+    Raises:
+        OSError: there may be one, and it cannot be read now.
+    """
     path = folder / MEASURED_FILE
     try:
-        found = json.loads(path.read_text())["knn_top1"] if path.is_file() else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            return None
+        found = json.loads(path.read_text())["knn_top1"]
+        number = float(found) if type(found) in (int, float) else math.nan
+    except FileNotFoundError:
+        if is_missing(path):
+            return None
+        raise
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return None
-    return found if isinstance(found, float) and math.isfinite(found) else None
+    return number if math.isfinite(number) else None
 
 
 @dataclass

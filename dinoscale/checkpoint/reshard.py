@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dinoscale.checkpoint.layout import SHARED_FILE, STATE_FILE, directory, part_of, shard_file
 from dinoscale.checkpoint.load import Checkpoint, open_run
-from dinoscale.checkpoint.progress import read_measured, write_measured
+from dinoscale.checkpoint.progress import write_measured
 from dinoscale.checkpoint.sums import flushed_sum, seal
 from dinoscale.errors import CheckpointError
 
@@ -45,9 +45,8 @@ def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:
         save_file(checkpoint.shared, part / SHARED_FILE)
         (part / STATE_FILE).write_text(json.dumps(checkpoint.state, indent=1))
         names = [*map(shard_file, range(num_shards)), SHARED_FILE, STATE_FILE]
-        top1 = read_measured(checkpoint.path)
-        if top1 is not None:
-            write_measured(part, top1)
+        if checkpoint.measured is not None:
+            write_measured(part, checkpoint.measured)
         seal(part, target, {name: flushed_sum(part / name) for name in names})
     except (OSError, SafetensorError) as error:  # the latter for a full disk, among others
         raise CheckpointError(f"cannot write {target}: {error}") from error

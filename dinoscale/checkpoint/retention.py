@@ -15,6 +15,7 @@ from dinoscale.checkpoint.layout import (
     removed_of,
 )
 from dinoscale.checkpoint.progress import read_measured
+from dinoscale.errors import UnreadableError
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +90,10 @@ def best_of(found: Sequence[Summary]) -> Summary | None:
 def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
     """Those that no rule keeps, in the order given (oldest first).
 
-    One that holds another step than its name tells is somebody's copy: it stays and counts nowhere.
+    One that holds another step than its name tells is somebody's copy, and one that says nothing of
+    itself is damaged: these stay and count nowhere.
     """
-    found = [s for s in found if s.step == named_step(s.path)]
+    found = [s for s in found if s.num_bytes is not None and s.step == named_step(s.path)]
     kept = {s.step for s in found[-keep.last :]}
     if keep.every_steps:
         kept |= {s.step for s in found if s.step % keep.every_steps == 0}
@@ -99,12 +101,17 @@ def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
     return [s for s in found if s.step not in kept and s is not best]
 
 
-def prune(run_dir: Path, keep: Keep) -> list[Path]:
+def prune(run_dir: Path, keep: Keep, *, written: Path) -> list[Path]:
     """Delete what no rule keeps; one that cannot be deleted costs space, not the run.
 
-    One that cannot be read now may be the best, so it stays.
+    One that cannot be read now may be the best, so it stays. So does `written`, the one that was
+    just saved, also beside others of later steps.
     """
-    paths = checkpoints(run_dir)
+    try:
+        paths = checkpoints(run_dir)
+    except UnreadableError as error:
+        log.warning("nothing is deleted: %s", error)
+        return []
     if len(paths) <= keep.last:
         return []
     found = []
@@ -113,11 +120,16 @@ def prune(run_dir: Path, keep: Keep) -> list[Path]:
             found.append(_read(path))
         except OSError as error:  # noqa: PERF203  # a few paths, once a save
             log.warning("cannot read %s (%s): it stays", path, error)
-    return [s.path for s in superfluous(found, keep) if delete(s.path)]
+    doomed = [s.path for s in superfluous(found, keep) if s.path != written]
+    return [path for path in doomed if delete(path)]
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Delete what saves and deletions that were cut short have left behind."""
+    """Delete what saves and deletions that were cut short have left behind.
+
+    Raises:
+        UnreadableError: it cannot be told what they have.
+    """
     for path in leftovers(run_dir):
         log.warning("%s was not written to its end; deleting it", path)
         shutil.rmtree(path, ignore_errors=True)

@@ -120,8 +120,13 @@ class Saver:
             self._noting = self._thread.submit(self._note, target, knn_top1)
 
     def finished(self) -> SaveResult | None:
-        """How the save under way ended, once; None while it is written or if there is none."""
-        return self.wait() if self._writing is not None and self._writing.done() else None
+        """How the save under way ended, once; None while anything is written or if there is none.
+
+        Never waits: what notes an accuracy also deletes checkpoints, which may take minutes.
+        """
+        if self._writing is None or not self._writing.done():
+            return None
+        return self.wait() if self._noting is None or self._noting.done() else None
 
     def wait(self) -> SaveResult | None:
         """Wait for the save under way; None if there is none."""
@@ -176,7 +181,7 @@ class Saver:
                 self._board.post(key, self._complete(target, snapshot.number))
             [error] = self._board.wait_for([key])
             if self._rank == 0 and not error:
-                prune(self._run_dir, self._keep)
+                prune(self._run_dir, self._keep, written=target)
         except LostPeerError as lost:
             error = str(lost)
         return SaveResult(
@@ -227,7 +232,7 @@ class Saver:
             write_measured(target, knn_top1)
         except OSError as error:
             log.warning("cannot add k-NN %.1f %% to %s: %s", knn_top1, target, error)
-        prune(self._run_dir, self._keep)
+        prune(self._run_dir, self._keep, written=target)
 
 
 def _key(number: int) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from dinoscale.checkpoint.files import patiently
 from dinoscale.checkpoint.index import index_of_headers
 from dinoscale.checkpoint.layout import INDEX_FILE, SHARD_PREFIX, STATE_FILE, SUMS_FILE
+from dinoscale.checkpoint.patience import patiently
 from dinoscale.errors import CheckpointError
 
 _BLOCK_BYTES = 1 << 20

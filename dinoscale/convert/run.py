@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
+from dinoscale.checkpoint.layout import checkpoints, is_checkpoint
 from dinoscale.checkpoint.load import EMA, MASTER, open_run
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.convert.card import BackboneCard, BackboneShape
@@ -12,14 +12,18 @@ _KINDS = {"teacher": EMA, "student": MASTER}
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is a run directory with a checkpoint, or one of its step_* directories."""
-    return path.is_dir() and ((path / STATE_FILE).exists() or bool(checkpoints(path)))
+    """Whether a path is a run directory with a checkpoint, or one of its step_* directories.
+
+    Raises:
+        UnreadableError: it cannot be listed.
+    """
+    return path.is_dir() and (is_checkpoint(path) or bool(checkpoints(path)))
 
 
 def read_run(path: Path, *, network: Network) -> Weights:
     """Merge one network of a checkpoint out of all ranks' files, float32, on the CPU.
 
-    Memory: the network itself and one fragment of one tensor at a time; files are mapped.
+    Memory: the network itself; every file is read once, front to back, into its place there.
 
     Args:
         path: a run directory (its newest checkpoint) or one of its step_* directories.
@@ -46,7 +50,7 @@ def read_run(path: Path, *, network: Network) -> Weights:
     said = {
         "checkpoint": name,
         "step": checkpoint.step,
-        "knn_top1": checkpoint.progress.knn_top1,
+        "knn_top1": checkpoint.knn_top1,
         "config": checkpoint.state["config"],
     }
     return Weights(parts["backbone."], parts["head."], card, "run", run=said)

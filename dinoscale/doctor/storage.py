@@ -10,6 +10,7 @@ from dinoscale.config import RunConfig
 from dinoscale.doctor.marker import Seen, look_for, remove_marker, write_marker
 from dinoscale.doctor.report import Check, ok, problem, size_text, warning
 from dinoscale.engine.param_groups import MOMENTS
+from dinoscale.errors import UnreadableError
 from dinoscale.hosts import ranks_text
 
 
@@ -61,8 +62,8 @@ def check_disk(config: RunConfig, *, parameters: int) -> Check:
     try:
         folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
         free_bytes, num_present = shutil.disk_usage(folder).free, len(checkpoints(run_dir))
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, UnreadableError) as error:
+        reason = getattr(error, "strerror", None) or error
         return problem("disk", f"{run_dir}: {reason}; choose another with run_dir=PATH")
     return judge_disk(
         free_bytes=free_bytes,
@@ -77,8 +78,8 @@ def check_resume(config: RunConfig) -> Check:
     """Whether the run starts anew, goes on, or is refused; on rank 0."""
     try:
         present = checkpoints(Path(config.run_dir))
-    except OSError:
-        present = []  # `check_shared` says why
+    except UnreadableError as error:
+        return problem("resume", str(error))
     if present and not config.resume:
         return problem(
             "resume",

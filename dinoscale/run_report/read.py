@@ -21,7 +21,7 @@ from dinoscale.checkpoint.retention import Summary, summary
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.config.secret_text import hide_secrets
 from dinoscale.config.yaml_text import read_yaml
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, UnreadableError
 from dinoscale.run_report.series import Series
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
@@ -161,10 +161,16 @@ def read_record(run_dir: Path) -> Record:
     for line in _objects(record, BAD_IMAGES):
         record.bad_images += 1
         record.bad_image = record.bad_image or _cut(f"{line.get('path')}: {line.get('error')}")
-    record.checkpoints = [_checkpoint(path) for path in checkpoints(run_dir) if _has_number(path)]
+    try:
+        found = checkpoints(run_dir)
+    except UnreadableError as error:
+        record.missing["checkpoints"] = str(error)
+    else:
+        record.checkpoints = [_checkpoint(path) for path in found if _has_number(path)]
     record.plan = _plan(record.checkpoints)
-    found = _json_file(record, "versions.json")
-    record.versions = {_cut(name): _cut(str(found[name])) for name in list(found)[:_DETAILS]}
+    libraries = _json_file(record, "versions.json")
+    names = list(libraries)[:_DETAILS]
+    record.versions = {_cut(name): _cut(str(libraries[name])) for name in names}
     record.world_size = _world_size(record)
     record.ended_with = _last_error(run_dir / "logs")
     return record

@@ -61,6 +61,9 @@ def exercise(folder: str) -> dict[str, Any]:
     for case, fault in (("stale_handle", errno.ESTALE), ("other_view", errno.ENOENT)):
         with _without(shard_file(1), fault) if rank == 1 else nullcontext():
             messages[case] = _refusal(lambda: find_checkpoint(root / "spare"))
+    own = {0: (shard_file(0), errno.ENOENT), 1: (shard_file(1), errno.EIO)}  # each has one of them
+    with _without(*own[rank]):
+        messages["two_errors"] = _refusal(lambda: find_checkpoint(root / "spare"))
     messages["untouched"] = str(directory(root / "spare", 1).is_dir())
     _save(root / "stale", 1, student, teacher)
     open_and_restore("stale", (student, teacher))
@@ -136,6 +139,7 @@ def exercised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
         ("cut_shard", ["is not a complete checkpoint"]),
         ("stale_handle", ["rank 1 on ", shard_file(1), "ESTALE 116", "nothing of it was changed"]),
         ("other_view", ["rank 1 sees other files", "(5 files, CRC", "start again"]),
+        ("two_errors", ["rank 1 sees other files", "start again"]),
         ("untouched", ["True"]),
         ("full_disk", ["rank 1 cannot write", "File too large"]),
     ],

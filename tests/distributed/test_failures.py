@@ -149,7 +149,7 @@ def fail_on_one(failing: int) -> list[tuple[str, str]]:
     """On every rank, type and text of what is raised where checks fail on `failing`, or on all."""
     from dinoscale import distributed
     from dinoscale.data.decode import BadSampleError
-    from dinoscale.errors import DataError
+    from dinoscale.errors import DataError, PreemptedError
 
     rank = distributed.rank()
 
@@ -170,6 +170,7 @@ def fail_on_one(failing: int) -> list[tuple[str, str]]:
         said(empty, bad=False),
         said(empty, bad=True),
         *(said(error, bad=rank == failing) for error in kinds),
+        said(PreemptedError("asked") if rank == failing else empty, bad=True),
     ]
 
 
@@ -195,7 +196,7 @@ def save_after_a_lost_contact(failing: int) -> int:
     run: Any = Run.__new__(Run)
     run.config, run.plan, run.versions = tiny_config(), tiny_plan(tiny_config()), {}
     run.progress, run.process = Progress(step=7), Process(1, 2, 1, 2)
-    run.saved, run.saved_step, run.run_dir, run.images = None, 7, Path("run"), None
+    run.saved, run.saved_step, run.run_dir, run.images = None, 7, Path("run"), ""
     run.student, run.watchdog, run.teacher = None, MagicMock(), MagicMock()
     error = "rank 0, where the ranks meet, cannot be reached"
     run.saver = OneSidedSaver(error if distributed.rank() == failing else None)
@@ -218,6 +219,7 @@ def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None
         ("DataError", "rank 1: no image in folder 1"),
         ("DataError", "rank 1: a.jpg: cut off"),
         ("RunFailedError", "rank 1: OSError: [Errno 28] full"),
+        ("DataError", "no image in folder 0"),
     ]
     assert second == [
         ("", "fine on 1"),
@@ -225,6 +227,7 @@ def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None
         ("DataError", "no image in folder 1"),
         ("BadSampleError", "a.jpg: cut off"),
         ("OSError", "[Errno 28] full"),
+        ("DataError", "rank 0: no image in folder 0"),
     ]
 
 

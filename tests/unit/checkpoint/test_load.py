@@ -12,11 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from dinoscale.checkpoint.layout import INDEX_FILE, STATE_FILE, directory, shard_file
+from dinoscale.checkpoint.layout import (
+    INDEX_FILE,
+    MEASURED_FILE,
+    STATE_FILE,
+    checkpoints,
+    directory,
+    leftovers,
+    shard_file,
+)
 from dinoscale.checkpoint.load import Checkpoint, open_run, open_verified
 from dinoscale.checkpoint.manage import prune_checkpoints, verify_checkpoints
+from dinoscale.checkpoint.progress import write_measured
 from dinoscale.checkpoint.retention import Keep, prune
 from dinoscale.checkpoint.sums import read_sums, sha256, verify, write_sums
+from dinoscale.convert.run import is_run
 from dinoscale.errors import CheckpointError, UnreadableError
 from dinoscale.resume import find_checkpoint
 from tests.unit.checkpoint.stored import KINDS, SHAPES, store, value_of
@@ -25,7 +35,7 @@ RANKS = 4
 
 
 class Disk:
-    """Counts what is opened; fails as often as it is told where `name` is in the path."""
+    """Counts what is opened; fails as often as it is told where a path ends with `name`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened: Counter[str] = Counter()
@@ -34,15 +44,19 @@ class Disk:
         monkeypatch.setattr("time.sleep", self.slept.append)
         for module, function in (("io", "open"), ("os", "open")):
             self._watch(monkeypatch, module, function)
+        for function in ("listdir", "scandir", "stat"):
+            self._watch(monkeypatch, "os", function)
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> None:
         original: Callable[..., Any] = getattr(__import__(module), function)
 
-        def watched(path: Any, *arguments: Any, **named: Any) -> Any:
-            if self.name and self.name in os.fspath(path) and self.failures > 0:
+        def watched(path: Any = ".", *arguments: Any, **named: Any) -> Any:
+            text = str(path)  # or the number of an open file
+            if self.name and text.endswith(self.name) and self.failures > 0:
                 self.failures -= 1
-                raise OSError(self.error, os.strerror(self.error), os.fspath(path))
-            self.opened[os.path.basename(path)] += 1
+                raise OSError(self.error, os.strerror(self.error), text)
+            if function == "open":
+                self.opened[os.path.basename(path)] += 1
             return original(path, *arguments, **named)
 
         monkeypatch.setattr(f"{module}.{function}", watched)
@@ -85,6 +99,22 @@ def test_opening_reads_no_shard_and_a_rank_opens_only_what_it_needs(
     assert checkpoint.kinds() == {kind: sorted(SHAPES) for kind in sorted(KINDS)}
 
 
+def test_all_ranks_go_on_with_the_accuracy_that_was_read_at_the_opening(
+    tmp_path: Path, disk: Disk
+) -> None:
+    path = store(tmp_path, 1, ranks=1)
+    write_measured(path, 50.0)
+    disk.fail(MEASURED_FILE, errno.ESTALE, times=1)
+    checkpoint = Checkpoint(path)
+    assert disk.slept == [1.0]
+    disk.fail(MEASURED_FILE, errno.ESTALE)
+    received = pickle.loads(pickle.dumps(checkpoint))
+    assert received.progress == checkpoint.progress
+    assert received.progress.knn_top1 == 50.0
+    with pytest.raises(UnreadableError):
+        Checkpoint(path)
+
+
 def test_whole_tensors_are_read_file_by_file(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,22 +153,26 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, changes: dict[str, int]) 
         assert _all_equal(open_verified(path))
 
 
-@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES])
-@pytest.mark.parametrize("name", [shard_file(2), STATE_FILE, "SHA256SUMS", INDEX_FILE])
+_ERRORS = [errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES, errno.ENOENT]
+_FILES = [f"step_00000002/{n}" for n in (shard_file(2), STATE_FILE, "SHA256SUMS", INDEX_FILE)]
+
+
+@pytest.mark.parametrize("number", _ERRORS)
+@pytest.mark.parametrize("name", [*_FILES, "/checkpoints"])
 def test_one_error_of_the_file_system_costs_a_second(
     tmp_path: Path, disk: Disk, name: str, number: int
 ) -> None:
     store(tmp_path, 1, ranks=RANKS)
     newest = store(tmp_path, 2, ranks=RANKS)
-    disk.fail(f"2/{name}", number, times=1)
+    disk.fail(name, number, times=1)
     checkpoint = find_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.path == newest
     assert _all_equal(checkpoint)
-    assert disk.slept == [1.0] or name == STATE_FILE  # which is looked at for its step before
+    assert disk.slept == [1.0]
 
 
-@pytest.mark.parametrize("name", [shard_file(2), STATE_FILE, "SHA256SUMS", INDEX_FILE])
+@pytest.mark.parametrize("name", [*_FILES, "/checkpoints"])
 @pytest.mark.parametrize("opener", [find_checkpoint, open_run, verify_checkpoints])
 def test_what_cannot_be_read_is_refused_and_not_renamed(
     tmp_path: Path, disk: Disk, name: str, opener: Callable[[Path], object]
@@ -146,11 +180,39 @@ def test_what_cannot_be_read_is_refused_and_not_renamed(
     for step in (1, 2):
         store(tmp_path, step, ranks=RANKS)
     before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    disk.fail(f"2/{name}", errno.ESTALE)
+    disk.fail(name, errno.ESTALE)
     with pytest.raises(UnreadableError, match=rf"rank 0 on \S+ cannot read .*{name}: .*ESTALE 116"):
         opener(tmp_path)
     assert 55 <= sum(disk.slept) <= 130
+    disk.fail("", 0)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+
+
+@pytest.mark.parametrize("number", _ERRORS)
+def test_a_folder_that_cannot_be_listed_is_not_one_without_checkpoints(
+    tmp_path: Path, disk: Disk, number: int
+) -> None:
+    asked: list[Callable[[Path], object]] = [checkpoints, leftovers, is_run]
+    for ask in asked:
+        assert not ask(tmp_path / "new" / "run")
+    newest = store(tmp_path, 1, ranks=1)
+    disk.fail("/checkpoints", number)
+    for ask in asked:
+        with pytest.raises(UnreadableError):
+            ask(tmp_path)
+    assert prune(tmp_path, Keep(last=1), written=newest) == []
+
+
+def test_a_state_that_cannot_be_read_at_once_leaves_a_copy_no_newer(
+    tmp_path: Path, disk: Disk
+) -> None:
+    for step in (6, 12):
+        store(tmp_path, step, ranks=1)
+    _copied(tmp_path, 6, to=999)
+    disk.fail(f"step_00000999/{STATE_FILE}", errno.ESTALE, times=3)
+    checkpoint = find_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.path == directory(tmp_path, 12)
 
 
 def test_a_read_that_fails_later_is_tried_again_with_a_new_handle(
@@ -208,16 +270,19 @@ def test_damaged_one_is_set_aside_and_an_older_one_used(tmp_path: Path) -> None:
     assert names == ["damaged_step_00000002", "damaged_step_00000003", "step_00000001"]
 
 
-def test_nothing_is_deleted_of_what_cannot_be_read(tmp_path: Path, disk: Disk) -> None:
+@pytest.mark.parametrize("name", [STATE_FILE, MEASURED_FILE])
+def test_nothing_is_deleted_of_what_cannot_be_read(tmp_path: Path, disk: Disk, name: str) -> None:
     about = {"saved_at": "then", "plan": {"world_size": 1}}
     about |= {"config": {"engine": {"zero_stage": 0}}}
     for step, knn in ((1, 90.0), (2, 10.0), (3, 20.0)):
         store(tmp_path, step, ranks=1, progress={"knn_top1": knn}, **about)
-    disk.fail(f"1/{STATE_FILE}", errno.EIO)  # of the best
-    assert prune(tmp_path, Keep(last=1, best=True)) == [directory(tmp_path, 2)]
-    assert (directory(tmp_path, 1) / STATE_FILE).is_file()
+    write_measured(directory(tmp_path, 1), 95.0)
+    disk.fail(f"1/{name}", errno.EIO)  # of the best
+    newest = directory(tmp_path, 3)
+    assert prune(tmp_path, Keep(last=1, best=True), written=newest) == [directory(tmp_path, 2)]
     with pytest.raises(UnreadableError):
         prune_checkpoints(tmp_path, Keep(last=1), dry_run=False)
+    disk.fail("", 0)
     assert (directory(tmp_path, 1) / STATE_FILE).is_file()
 
 
@@ -265,6 +330,6 @@ def test_a_copy_under_another_name_is_neither_counted_nor_deleted(tmp_path: Path
     for step in (6, 12, 18):
         store(tmp_path, step, ranks=1, progress={"knn_top1": None}, **about)
     copy = _copied(tmp_path, 6, to=999)
-    deleted = prune(tmp_path, Keep(last=2))
+    deleted = prune(tmp_path, Keep(last=2), written=directory(tmp_path, 18))
     assert deleted == [directory(tmp_path, 6)]
     assert copy.is_dir()

@@ -1,11 +1,40 @@
 """The position of a run beyond its weights, and the guard after a resume."""
 
+import os
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from dinoscale.checkpoint.progress import Progress
+from dinoscale.checkpoint.layout import MEASURED_FILE
+from dinoscale.checkpoint.progress import Progress, read_measured, write_measured
 from dinoscale.errors import CheckpointError
+
+
+def test_an_accuracy_added_later_is_on_disk_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, done = os.fsync, list[str]()
+
+    def flushed(descriptor: int) -> None:
+        done.append(Path(f"/dev/fd/{descriptor}").read_text())
+        assert not (tmp_path / MEASURED_FILE).exists()
+        flush(descriptor)
+
+    assert read_measured(tmp_path) is None
+    monkeypatch.setattr("os.fsync", flushed)
+    write_measured(tmp_path, 50)  # as the accuracy of whole per cents comes back from JSON
+    assert done == ['{"knn_top1": 50}\n']
+    assert read_measured(tmp_path) == 50.0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"knn_top1": true}', '{"knn_top1": NaN}', "9" * 999]
+)
+def test_what_is_no_accuracy_is_none(tmp_path: Path, text: str) -> None:
+    for written in (text, f'{{"knn_top1": 1{"0" * 400}}}'):
+        (tmp_path / MEASURED_FILE).write_text(written)
+        assert read_measured(tmp_path) is None
 
 
 def _after(losses: list[float]) -> Progress:

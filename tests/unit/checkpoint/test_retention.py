@@ -65,13 +65,22 @@ def test_prune_reads_accuracies_from_the_checkpoints_themselves(tmp_path: Path) 
     for step, knn in ((1, 10.0), (2, 90.0), (3, 20.0), (4, None)):
         _make(tmp_path, step, knn)
     write_measured(checkpoints(tmp_path)[2], 95.0)  # after it was saved
-    (checkpoints(tmp_path)[0] / "state.json").write_text("{")  # cannot be the best
-    deleted = prune(tmp_path, Keep(last=1, best=True))
+    _make(tmp_path, 5, None)
+    (checkpoints(tmp_path)[-1] / "state.json").write_text("{")  # is no newest, and not the best
+    deleted = prune(tmp_path, Keep(last=1, best=True), written=checkpoints(tmp_path)[2])
     assert [path.name for path in deleted] == ["step_00000001", "step_00000002"]
     assert [(s.step, s.knn_top1) for s in map(summary, checkpoints(tmp_path))] == [
-        *((3, 95.0), (4, None)),
+        *((3, 95.0), (4, None), (5, None)),
     ]
     assert leftovers(tmp_path) == []
+
+
+def test_what_was_just_written_stays_beside_later_steps(tmp_path: Path) -> None:
+    for step in (5, 100, 200, 300):
+        _make(tmp_path, step, None)
+    assert prune(tmp_path, Keep(last=3), written=checkpoints(tmp_path)[0]) == []
+    deleted = prune(tmp_path, Keep(last=2), written=checkpoints(tmp_path)[0])
+    assert [path.name for path in deleted] == ["step_00000100"]
 
 
 def test_summary_of_an_unreadable_checkpoint_has_its_step_only(tmp_path: Path) -> None:

@@ -1,11 +1,23 @@
 """How a save ends where the writing fails."""
 
+import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from dinoscale.checkpoint.layout import directory
 from dinoscale.checkpoint.retention import Keep
-from dinoscale.checkpoint.save import Saver, _Snapshot
+from dinoscale.checkpoint.save import Saver, SaveResult, _Snapshot
+from tests.unit.checkpoint.stored import store
+
+ABOUT: dict[str, Any] = {
+    **{"saved_at": "then", "plan": {"world_size": 1}, "progress": {"knn_top1": None}},
+    "config": {"engine": {"zero_stage": 0}},
+}
 
 
 def test_error_of_any_kind_is_reported_since_others_wait_for_the_report(tmp_path: Path) -> None:
@@ -16,3 +28,33 @@ def test_error_of_any_kind_is_reported_since_others_wait_for_the_report(tmp_path
     assert result.error is not None
     assert result.error.startswith("rank 0 cannot write")
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_training_does_not_wait_for_a_deletion_after_an_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        store(tmp_path, step, ranks=1, **ABOUT)
+    saver = Saver(tmp_path, Keep(last=1))
+    deleting, may_end = threading.Event(), threading.Event()
+    remove = shutil.rmtree
+
+    def slowly(path: Path) -> None:
+        deleting.set()
+        assert may_end.wait(60)
+        remove(path)
+
+    monkeypatch.setattr("shutil.rmtree", slowly)
+    written: Future[SaveResult] = Future()
+    written.set_result(SaveResult(directory(tmp_path, 2), 2, None, 0.0, 0.0, 0))
+    saver._writing = written
+    saver.measured(2, 50.0)
+    assert deleting.wait(60)
+    with ThreadPoolExecutor(1) as training:
+        asked = training.submit(saver.finished)
+        try:
+            assert asked.result(10) is None
+        finally:
+            may_end.set()
+    assert saver.wait() == written.result()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]

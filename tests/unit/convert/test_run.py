@@ -45,7 +45,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tenso
         save_file(pieces, step / f"shard_{rank:05d}.safetensors", metadata=metadata)
     save_file({"center": torch.zeros(2)}, step / "shared.safetensors")
     state: dict[str, Any] = {
-        **{"format": 2, "step": 7, "plan": {}, "progress": {}, "optimizer_steps": {}},
+        **{"format": 2, "step": 7, "plan": {}, "optimizer_steps": {}},
+        "progress": {"knn_top1": 12.5, "of_a_later_version": 1},
         "config": config.model_dump(mode="json"),
         "shapes": {name: list(tensor.shape) for name, tensor in teacher.items()},
     }
@@ -67,6 +68,7 @@ def test_either_network_is_merged_bit_for_bit(run: tuple[Path, dict[str, Tensor]
             assert found.keys() == teacher.keys()
             assert all(torch.equal(found[name], teacher[name] + shift) for name in found)
     assert weights.card.source.endswith("step_00000007 student")
+    assert (weights.run or {})["knn_top1"] == 12.5
 
 
 def test_a_run_is_loaded_like_any_weights(run: tuple[Path, dict[str, Tensor]]) -> None:
