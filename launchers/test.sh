@@ -36,8 +36,7 @@ workers=(--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 if [[ ${1:-} == --quick ]]; then
   shift
   stage kills python -m tests.faults --kills 2 --stage 2
-  stage pytest python -m pytest "${workers[@]}" --quiet tests/unit \
-    'tests/golden/test_trajectory.py::test_every_stage_and_accumulation_follows_the_reference[2]' "$@"
+  stage pytest python -m pytest "${workers[@]}" --quiet @tests/quick.txt "$@"
 elif (($#)); then
   stage pytest python -m pytest "$@"
 else

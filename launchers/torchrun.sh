@@ -26,6 +26,10 @@ if [[ -n $NODE_RANK ]]; then
 else
   meeting=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id dinoscale)
 fi
-ulimit -Sn "$(ulimit -Hn)"  # all ranks connect to torchrun on the first node, and not once
+# All ranks connect to torchrun on the first node, and not once. Where raising the limit of open
+# files is refused, the doctor says what is missing.
+soft=$(ulimit -Sn) most=$(ulimit -Hn)
+[[ $most != unlimited ]] && ((most < 65536)) || most=65536
+[[ $soft == unlimited ]] || ((soft >= most)) || ulimit -Sn "$most" || true
 exec torchrun --nnodes "$NODES" --nproc-per-node "$PER_NODE" "${meeting[@]}" \
   -m dinoscale train "$@"

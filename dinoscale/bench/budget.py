@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dinoscale import distributed
 from dinoscale.config import RunConfig, parse_config, split_batch
@@ -63,7 +63,8 @@ def fitted(config: RunConfig, budget: Budget, *, world_size: int) -> tuple[RunCo
     """The run with as many images a step as there is time for, and what was changed in words.
 
     First the micro-batches of a step become one, then that is halved; of a run that fits nothing
-    is changed or said. The learning rate may end at 0, since it peaks lower with fewer images.
+    is changed or said. Where one turn of the reference takes too long even so, it gets no time and
+    ours has all of it. The learning rate may end at 0, since it peaks lower with fewer images.
     """
     split = split_batch(config.train, world_size=world_size)
     size, passes = split.micro_batch_size, split.accumulation_steps
@@ -71,6 +72,8 @@ def fitted(config: RunConfig, budget: Budget, *, world_size: int) -> tuple[RunCo
         return config, ""
     while size > 1 and not budget.fits(size):
         size //= 2
+    if budget.with_reference and not budget.fits_once(size):
+        return fitted(config, replace(budget, with_reference=False), world_size=world_size)
     values = config.model_dump(mode="json")
     values["train"] |= {"batch_size": size * world_size, "micro_batch_size": size}
     values["optim"]["min_lr"] = 0.0

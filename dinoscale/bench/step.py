@@ -87,8 +87,10 @@ def bench_step(
 ) -> dict[str, Any]:
     """Measure the optimizer step of a run on its ranks; all call it after `distributed.start`.
 
-    What takes longer than `limit_s` on this machine is left out, and said: first the reference,
-    then images of a step; no turn begins that would end later, but for the first.
+    What takes longer than `limit_s` on this machine is left out, and said: images of a step, so
+    that ours and the reference have half of the time each; the reference, where no turn of it ends
+    even so, and then ours has all of the time. No turn begins that would end later, but for the
+    first.
 
     Args:
         config: of the run; without data.train, pictures of random pixels are cut once.

@@ -170,8 +170,8 @@ def _add_bench_step(tasks: SubCommands) -> None:
         type=float,
         default=6.0,
         metavar="M",
-        help="for all turns (default 6): where this machine is too slow, the reference, images of a"
-        " step and turns are left out, and said",
+        help="for all turns (default 6): where this machine is too slow, images of a step, turns"
+        " and the reference are left out, and said",
     )
     step.add_argument(
         "--no-reference", action="store_true", help="measure our step alone, without ratios"

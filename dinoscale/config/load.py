@@ -7,6 +7,7 @@ merge; scalars and lists replace.
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -23,6 +24,8 @@ from dinoscale.config.yaml_text import read_yaml, write_yaml
 from dinoscale.errors import ConfigError
 
 _COMMAND_LINE = "command line"
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_MORE_THAN_A_LIST = re.compile(r"\s*\[[^\[\]{}'\"]*\]\s*[^\s#]")  # a path such as [a]/x
 _MAX_FILES = 100  # files that name each other twice would be read 2^n times
 
 
@@ -230,11 +233,12 @@ def _is_typed(names: Sequence[str], text: str) -> bool:
         section = sections(section).get(name) if section else None
     field = section.model_fields.get(names[-1]) if section else None
     kinds = _kinds(field.annotation) if field else set()
-    if str not in kinds or not text or (len(text) > 1 and text[0] == text[-1] in ("'", '"')):
+    if str not in kinds or not text or _QUOTED.fullmatch(text):
         return False
     if NoneType in kinds and text.strip() in ("null", "~"):
         return False
-    return not (tuple in kinds and text.lstrip().startswith("["))
+    a_list = text.lstrip().startswith("[") and not _MORE_THAN_A_LIST.match(text)
+    return not (tuple in kinds and a_list)
 
 
 def _kinds(annotation: object) -> set[object]:

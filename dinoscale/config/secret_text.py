@@ -12,17 +12,28 @@ from urllib.parse import unquote
 HIDDEN = "***"  # in place of a secret, in what earlier runs wrote
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]*", re.IGNORECASE)
-_USER = re.compile(r"://([^/?#]*)@")
+_AUTHORITY = re.compile(r"://([^\s/?#'\"<>]*)")
+_TO_LAST_AT = re.compile(r"(?:(?!://)\S)*(?=@)")  # a password may hold / ? # and @
+_NO_PORT = re.compile(r"[^:@\[]*:(?!\d*$)")  # at the start of a host and what follows its colon
 _PARAMETER = re.compile(r"[?&;#]([^=&;#]+)=([^&;#]+)")
 _NAMES = re.compile(  # of parameters, in small letters without - and _
     r"(.*(signature|token|passw(or)?d|secret|credential|apikey|accesskey(id)?)"
     r"|sig|sas|auth|authorization|pwd|pass|hmac|jwt|key)"
 )
+_COMMAND = re.compile(r"\bpipe:", re.IGNORECASE)  # also within an override or a file
 _IN_COMMAND = re.compile(
-    r"(?:authorization:\s*\w+\s+|[\w-]*(?:token|key|password):\s*"
-    r"|\s(?:--\w*pass(?:word)?|--\w*token)[\s=]"
-    r"|\b\w*(?:password|passwd|secret\w*|token|api_?key)=)([^\s'\"]+)"
-    r"|\s(?:-u|--user)[\s=]*([^\s'\":]*:[^\s'\"]+)",
+    r"(?:"
+    r"authorization:\s*(?:\w+\s+)?|[\w-]*(?:token|key|password|secret):\s*"  # headers
+    r"|(?<![\w-])--[\w-]*(?:(?<!by)pass(?:word|wd|phrase)?|token|secret|bearer|api-?key"
+    r"|(?:access|account|secret)-?key)(?![-_\w]*(?:file|id|name|path|stdin)\b)(?![a-z])"
+    r"(?:[-_][\w-]*)?[\s=]+(?![-|&;<>])"
+    r"|\bsshpass\s+-p\s*"
+    r"|\b(?:\w*(?:password|passwd|passphrase|secret\w*|token|api_?key|(?:access|account)_?key)"
+    r"|(?:\w*_|ssh)?pass)="
+    r")[\\'\"]*([^\s'\"]+)"
+    r"|\bcookie:\s*([^\s'\";]+(?:;\s*[^\s'\";]+)*)"
+    r"|(?<![\w-])(?:-b|--cookie)[\s=]*[\\'\"]*([^\s'\"=]+=[^\s'\"]+)"
+    r"|(?<![\w-])(?:-u|--(?:proxy-)?user)[\s=]*[\\'\"]*([^\s'\":]*:(?!//)[^\s'\"]+)",
     re.IGNORECASE,
 )
 _IN_BRACES = re.compile(r"\$\{\w+\}")  # a variable of the environment
@@ -78,14 +89,17 @@ def _texts(value: object) -> Iterator[str]:
 def _secrets(text: str) -> Iterator[tuple[int, int, str]]:
     """Start, end and kind of each, from left to right."""
     found: list[tuple[int, int, str]] = []
-    command = text.lower().startswith("pipe:")
+    command = _COMMAND.search(text)
+    begin = command.end() if command else len(text)
     for url in _URL.finditer(text):
-        found += _in_url(url[0], offset=url.start(), variable=_OF_SHELL if command else _IN_BRACES)
-    if command:
-        for match in _IN_COMMAND.finditer(text):
-            group = 1 if match[1] is not None else 2
-            if "$" not in match[group] and match[group] != HIDDEN:
-                found.append((*match.span(group), "a password or token"))
+        variable = _OF_SHELL if url.start() >= begin else _IN_BRACES
+        found += _user_in_url(text, url.start(), variable=variable)
+        found += _parameters_of_url(url[0], offset=url.start(), variable=variable)
+    for match in _IN_COMMAND.finditer(text, begin):
+        group = match.lastindex or 0
+        # Of a variable, or of another command.
+        if not {"$", "`"} & set(match[group]) and match[group] != HIDDEN:
+            found.append((*match.span(group), "a password or token"))
     end = 0
     for secret in sorted(found):
         if secret[0] >= end:
@@ -93,17 +107,39 @@ def _secrets(text: str) -> Iterator[tuple[int, int, str]]:
             end = secret[1]
 
 
-def _in_url(url: str, *, offset: int, variable: re.Pattern[str]) -> Iterator[tuple[int, int, str]]:
-    def is_secret(value: str) -> bool:
-        return variable.sub("", value) not in ("", HIDDEN)
+def _is_secret(value: str, variable: re.Pattern[str]) -> bool:
+    return variable.sub("", value) not in ("", HIDDEN)
 
-    user = _USER.search(url)
-    if user is not None:
-        name, colon, password = user[1].partition(":")
-        if is_secret(password if colon else name):
-            what = "a user name and password" if colon else "a user name"
-            yield offset + user.start(1), offset + user.end(1), f"{what} in a URL"
+
+def _user_in_url(
+    text: str, start: int, *, variable: re.Pattern[str]
+) -> Iterator[tuple[int, int, str]]:
+    """User name and password of the URL that starts there, up to the last @ before a space.
+
+    A path may hold an @ too: without one in the host's place, `name:` begins a password only where
+    no port follows.
+    """
+    authority = _AUTHORITY.search(text, start)
+    assert authority is not None
+    all_of_it = _TO_LAST_AT.match(text, authority.start(1))
+    if all_of_it is None:
+        return
+    user, at, _ = authority[1].rpartition("@")
+    if not at:
+        if not _NO_PORT.match(variable.sub("", authority[1])):
+            return
+        user = all_of_it[0]
+    name, colon, password = user.partition(":")
+    if _is_secret(password if colon else name, variable):
+        what = "a user name and password" if colon else "a user name"
+        yield *all_of_it.span(), f"{what} in a URL"
+
+
+def _parameters_of_url(
+    url: str, *, offset: int, variable: re.Pattern[str]
+) -> Iterator[tuple[int, int, str]]:
     for match in _PARAMETER.finditer(url):
         name = unquote(match[1])
-        if _NAMES.fullmatch(re.sub("[-_]", "", name.lower())) and is_secret(match[2]):
+        secret = _NAMES.fullmatch(re.sub("[-_]", "", name.lower()))
+        if secret and _is_secret(match[2], variable):
             yield offset + match.start(2), offset + match.end(2), f"the secret {name} of a URL"

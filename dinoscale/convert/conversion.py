@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from dinoscale.convert.files import remove_cards_of
 from dinoscale.convert.parity import (
     MAX_DIFFERENCE,
     MIN_COSINE,
@@ -167,6 +168,8 @@ def convert(
             written = place / path.name
             proof = _write_and_prove(target, written, weights, full=our_forward(full))
             card = _card(weights, proof, to=to, dtype=dtype, files=checksums(written))
+            if not written.is_dir():
+                remove_cards_of(path)
             put_in_place(written, path, json.dumps(card, indent=2) + "\n")
     except ConversionError as error:
         raise ConversionError(f"{source} to {to}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import pickle
 import re
 import zipfile
@@ -91,15 +92,19 @@ def require_described(file: Path) -> None:
     """Compare a weights file, and what is read with it, with the checksums of its card.
 
     Raises:
-        CheckpointError: a checksum is another, or a file is missing.
+        CheckpointError: a checksum is another, or a file is missing or not beside it.
     """
     beside, within = file.with_name(f"{file.name}.json"), file.with_name(CARD_FILE)
     for sums, card in ((card_sums(beside), beside), (card_sums(within), within)):
         if card == beside and len(sums) == 1:  # both may have been given another name
             sums = {file.name: next(iter(sums.values()))}
         for name in sums if file.name in sums else ():
-            if not file.with_name(name).is_file():
-                raise CheckpointError(f"lacks {name}, which its card {card.name} names")
+            if Path(name).name != name or not name:
+                raise CheckpointError(
+                    f"has a card {card.name} that names {name!r}, no file beside it"
+                )
+            if not os.path.isfile(file.with_name(name)):  # False for an impossible name
+                raise CheckpointError(f"lacks {name!r}, which its card {card.name} names")
             found = sha256(file.with_name(name))
             if found != sums[name]:
                 raise CheckpointError(
@@ -122,6 +127,15 @@ def card_sums(card: Path) -> dict[str, str]:
     if "dinoscale" not in said or not isinstance(files, dict):
         return {}
     return {name: found for name, found in files.items() if isinstance(found, str)}
+
+
+def remove_cards_of(target: Path) -> None:
+    """Remove the cards of an earlier export of that name, before another file gets it."""
+    beside, within = target.with_name(f"{target.name}.json"), target.with_name(CARD_FILE)
+    if card_sums(beside):
+        beside.unlink()
+    if target.name in card_sums(within):
+        within.unlink()
 
 
 def find_weights(folder: Path) -> Path:
@@ -261,8 +275,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"has an index that names {name!r}, no safetensors file beside it"
             )
-        if not index.with_name(name).is_file():
-            raise CheckpointError(f"lacks {name}, one of the files its index names")
+        if not os.path.isfile(index.with_name(name)):
+            raise CheckpointError(f"lacks {name!r}, one of the files its index names")
         state |= read_safetensors(index.with_name(name))[0]
     if state.keys() != places.keys():
         odd = sorted(state.keys() ^ places.keys())

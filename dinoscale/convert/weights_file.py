@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape
 from dinoscale.convert.coverage import Coverage, coverage_of
-from dinoscale.convert.files import card_sums
+from dinoscale.convert.files import remove_cards_of
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.errors import CheckpointError, ConfigError
@@ -50,13 +50,11 @@ def save_backbone(path: str | Path, state: Mapping[str, Tensor], card: BackboneC
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    earlier = target.with_name(f"{target.name}.json")  # of an export that had this name
     try:
         save_file(tensors, beside, metadata={METADATA_KEY: card.to_json()})
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
-        if card_sums(earlier):
-            earlier.unlink()
+        remove_cards_of(target)
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)

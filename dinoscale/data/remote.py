@@ -79,6 +79,10 @@ def shown(url: str) -> str:
     if "://" not in url or scheme_of(url) == "pipe":
         return url
     parts = urlsplit(url)
+    try:
+        _ = urlsplit(_VARIABLE.sub("1", url)).port
+    except ValueError:  # maybe the start of a password with a /, ? or # in it
+        parts = urlsplit(f"{parts.scheme}://{url.rpartition('@')[2].rpartition('://')[2]}")
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 

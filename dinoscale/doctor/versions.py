@@ -4,6 +4,7 @@ import importlib
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from dinoscale.doctor.report import Check, ok, problem, warning
 from dinoscale.hosts import ranks_text
@@ -11,7 +12,7 @@ from dinoscale.versions import package_version
 
 Versions = Mapping[str, str | None]  # package, "python" or "commit" -> version, None if absent
 
-# As in pyproject.toml, which a test compares: (first that works, first that does not any more).
+# As in pyproject.toml, which a test compares: (first that works, first that was not tested).
 SUPPORTED = {
     "torch": ("2.6", "2.14"),
     "torchvision": ("0.21", "0.29"),
@@ -62,14 +63,14 @@ def torchvision_has_operators() -> bool:
 
 
 def judge_versions(of_ranks: Sequence[Versions], hosts: list[str]) -> list[Check]:
-    """Known-bad versions on any rank, and versions that differ between ranks."""
+    """Known-bad versions on any rank, untested ones, and versions that differ between ranks."""
     checks = []
     for package in SUPPORTED:
         for rank, versions in enumerate(of_ranks):
-            reason = _why_bad(package, versions.get(package))
-            if reason:
+            check = _judge_version(package, versions.get(package))
+            if check:
                 where = ranks_text([rank], hosts) + " has " if len(of_ranks) > 1 else ""
-                checks.append(problem("versions", where + reason))
+                checks.append(replace(check, text=where + check.text))
                 break  # the other ranks are most likely the same
     checks += judge_equal(of_ranks, hosts)
     said = ", ".join(f"{name} {found or 'absent'}" for name, found in of_ranks[0].items())
@@ -93,14 +94,17 @@ def judge_equal(of_ranks: Sequence[Versions], hosts: list[str]) -> list[Check]:
     return checks
 
 
-def _why_bad(package: str, found: str | None) -> str | None:
+def _judge_version(package: str, found: str | None) -> Check | None:
     first, after = SUPPORTED[package]
     wanted = f"{package}>={first}" + (f",<{after}" if after else "")
     if found is None:
-        return f"no {package}; pip install '{wanted}'"
-    number = _number(found)
-    if number < _number(first) or (after is not None and number >= _number(after)):
-        return f"{package} {found}, which is not known to work; pip install '{wanted}'"
+        return problem("versions", f"no {package}; pip install '{wanted}'")
+    if _number(found) < _number(first):
+        text = f"{package} {found}, which is not known to work; pip install '{wanted}'"
+        return problem("versions", text)
+    if after is not None and _number(found) >= _number(after):
+        text = f"{package} {found}, newer than what the tests run with; pip install '{wanted}'"
+        return warning("versions", text)
     return None
 
 

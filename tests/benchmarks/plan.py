@@ -193,7 +193,8 @@ def main() -> None:
             flush=True,
         )
     worst = max(abs(row["error"]) for row in rows)
-    print(json.dumps({"worst_error": worst, "cases": rows}))
+    left_out = [case._asdict() for case in CASES[len(rows) :]]  # no time for them
+    print(json.dumps({"worst_error": worst, "cases": rows, "left_out": left_out}))
 
 
 if __name__ == "__main__":

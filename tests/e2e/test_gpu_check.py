@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dinoscale.config import load_config, micro_batch_sizes
 from tests.gpu.check import CHECKS, Check, run_checks
-from tests.gpu.measures import MEASURES
+from tests.gpu.measures import MEASURES, trial_run
 from tests.harness import run_distributed
 
 SCRIPT = Path(__file__).resolve().parents[1] / "gpu" / "check.sh"
@@ -38,7 +39,11 @@ def test_each_check_has_a_verdict_a_reason_and_what_it_said() -> None:
     assert "did not end in" in found["hangs"]["why"]
     assert found["large"]["why"] == "needs 2 GPUs, 1 here"
     late = run_checks(checks[:1], gpus=1, limit_s=0.5)
-    assert late["good"]["why"] == "no time was left"
+    assert late["good"] == {
+        **{"status": "not run", "why": "no time was left", "shows": "a program"},
+    }
+    hangs = _check("cut short", checks[3].command[1])
+    assert run_checks([hangs], gpus=1, limit_s=1.5)["cut short"]["status"] == "not run"
 
 
 def test_the_checks_fit_into_their_time_and_name_what_exists() -> None:
@@ -46,6 +51,17 @@ def test_the_checks_fit_into_their_time_and_name_what_exists() -> None:
     assert needed <= 2 * 480  # limits, not what they take
     named = {check.command[2] for check in CHECKS if check.command[1] == "tests.gpu.measures"}
     assert named == MEASURES.keys()
+    gathering = next(check for check in CHECKS if check.name == "stage 3 twice")
+    assert gathering.gpus == 2  # with one rank DeepSpeed gathers nothing
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_size_after_the_one_auto_takes_is_tried_as_a_trial_does(world_size: int) -> None:
+    config = load_config("vit_s16", ["train.micro_batch_size=auto"])
+    size = micro_batch_sizes(config.train, world_size=world_size)[0]
+    _, plan = trial_run(config, size, world_size=world_size)
+    assert (plan.world_size, plan.micro_batch_size) == (world_size, size)
+    assert (plan.accumulation_steps, plan.total_steps > 0) == (2, True)
 
 
 def test_without_a_gpu_every_check_is_skipped_by_name() -> None:
@@ -60,7 +76,7 @@ def test_without_a_gpu_every_check_is_skipped_by_name() -> None:
     for result in report["checks"].values():
         assert result["status"] == "skipped"
         assert result["why"].startswith("needs ")
-    assert (report["gpus"], report["failed"]) == ([], [])
+    assert (report["gpus"], report["failed"], report["not_run"]) == ([], [], [])
     empty = {**environment, "WHEELS": str(SCRIPT.parent)}
     done = subprocess.run([str(SCRIPT)], env=empty, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -32,7 +32,7 @@ class Check:
         name: in the JSON.
         shows: what, in words.
         command: after the interpreter.
-        limit_s: seconds, after which it counts as failed.
+        limit_s: seconds, after which it counts as failed; less time than that is no verdict.
         gpus: how many it needs.
     """
 
@@ -60,6 +60,10 @@ CHECKS = [
         "equal averages after 20 steps, also where the teacher's weights come late",
         _measure("stage_3_twice"),
         90,
+        gpus=2,  # else nothing is gathered
+    ),
+    Check(
+        "deterministic", "equal averages after 20 steps of one rank", _measure("alone_twice"), 90
     ),
     Check("host waits", "no step waits for the device", _measure("host_waits"), 90),
     Check("input waits", "nor do crops, colours and noise", _measure("input_waits"), 60),
@@ -80,10 +84,12 @@ CHECKS = [
 
 
 def run_checks(checks: Sequence[Check], *, gpus: int, limit_s: float) -> dict[str, dict[str, Any]]:
-    """What came out, by name: `status` passed, failed or skipped, and what the check said.
+    """What came out, by name: `status` and what the check said.
+
+    It is passed, failed, skipped (too few GPUs) or not run (too little time was left).
 
     Args:
-        checks: in order; what there is no time for is failed.
+        checks: in order.
         gpus: at hand.
         limit_s: seconds for all together.
     """
@@ -94,16 +100,16 @@ def run_checks(checks: Sequence[Check], *, gpus: int, limit_s: float) -> dict[st
             why = f"needs {check.gpus} GPU{'s' * (check.gpus > 1)}, {gpus} here"
             found[check.name] = {"status": "skipped", "why": why}
         else:
-            found[check.name] = _run(check, limit_s=min(check.limit_s, end - time.monotonic()))
+            found[check.name] = _run(check, left_s=end - time.monotonic())
         found[check.name]["shows"] = check.shows
         print(f"{check.name}: {found[check.name]['status']}", file=sys.stderr, flush=True)
     return found
 
 
-def _run(check: Check, *, limit_s: float) -> dict[str, Any]:
-    if limit_s < 1:
-        return {"status": "failed", "why": "no time was left"}
-    begin = time.monotonic()
+def _run(check: Check, *, left_s: float) -> dict[str, Any]:
+    if left_s < 1:
+        return {"status": "not run", "why": "no time was left"}
+    begin, limit_s = time.monotonic(), min(check.limit_s, left_s)
     process = subprocess.Popen(
         [sys.executable, *check.command],
         cwd=ROOT,
@@ -117,7 +123,12 @@ def _run(check: Check, *, limit_s: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         said, _ = process.communicate()
-        return {"status": "failed", "why": f"did not end in {limit_s:.0f} s", "said": said[-_TAIL:]}
+        status, of = ("failed", "") if left_s >= check.limit_s else ("not run", " that were left")
+        return {
+            "status": status,
+            "why": f"did not end in {limit_s:.1f} s{of}",
+            "said": said[-_TAIL:],
+        }
     result: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 1)}
     lines = said.strip().splitlines()
     try:
@@ -131,7 +142,7 @@ def _run(check: Check, *, limit_s: float) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the checks and print the JSON; the exit code."""
+    """Run the checks and print the JSON; the exit code: 1 where one failed or was not run."""
     names = [check.name for check in CHECKS]
     parser = argparse.ArgumentParser(prog="tests/gpu/check.sh", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
@@ -140,17 +151,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin, gpus = time.monotonic(), torch.cuda.device_count()
     checks = [check for check in CHECKS if check.name in options.only]
     found = run_checks(checks, gpus=gpus, limit_s=60 * options.minutes)
-    failed = [name for name, result in found.items() if result["status"] == "failed"]
+    failed, not_run = (
+        [name for name, result in found.items() if result["status"] == status]
+        for status in ("failed", "not run")
+    )
     report = {
         "gpus": [torch.cuda.get_device_name(number) for number in range(gpus)],
         "cuda": torch.version.cuda,
         "versions": versions(),
         "seconds": round(time.monotonic() - begin, 1),
         "failed": failed,
+        "not_run": not_run,
         "checks": found,
     }
     print(json.dumps(report), flush=True)
-    return 1 if failed else 0
+    return 1 if failed or not_run else 0
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@
 #   WHEELS=/path/of/wheels tests/gpu/check.sh > gpu.json
 #
 # makes a virtual environment in a temporary folder from them, on top of what PYTHON has. Checks for
-# which there are too few GPUs are skipped by name. Exit code: 0 none failed, 1 one did (the JSON
-# says which and why), 2 it cannot begin.
+# which there are too few GPUs are skipped by name. Exit code: 0 none failed, 1 one did or there was
+# no time for it (the JSON says which and why; --minutes, --only), 2 it cannot begin.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)

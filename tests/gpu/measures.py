@@ -4,6 +4,7 @@ The function of that name returns what to print and whether it is right; else th
 Those that begin with `on_ranks_` run in a started process group, by `tests.harness`.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -28,8 +29,17 @@ SYNTHETIC = "synthetic:shapes?images=256&size=256"
 
 def stage_3_twice() -> Shown:
     """Digests of the average: twice, and with the teacher's weights published late."""
-    digests = [_on_ranks("on_ranks_average", late=late) for late in (False, False, True)]
-    return {"ranks": _ranks(), "digests": digests}, len({str(digest) for digest in digests}) == 1
+    return _averages(ranks=2, late=(False, False, True))
+
+
+def alone_twice() -> Shown:
+    """Digests of the average of one rank, for which DeepSpeed gathers nothing."""
+    return _averages(ranks=1, late=(False, False))
+
+
+def _averages(*, ranks: int, late: tuple[bool, ...]) -> Shown:
+    digests = [_on_ranks("on_ranks_average", ranks=ranks, late=each) for each in late]
+    return {"ranks": ranks, "digests": digests}, len({str(digest) for digest in digests}) == 1
 
 
 def on_ranks_average(*, late: bool) -> str:
@@ -44,6 +54,7 @@ def on_ranks_average(*, late: bool) -> str:
     torch.use_deterministic_algorithms(True, warn_only=True)
     plan = tiny_plan(config)
     student, teacher = build_pair(config, plan)
+    assert not student._engine.zero_overlap_comm()  # its stream does not wait for what was written
     if late:
         weights = teacher._weights
         publish = weights.publish
@@ -69,10 +80,10 @@ def _take(student: Any, teacher: Any, config: Any, plan: Any, step: int) -> None
     from tests.distributed.tiny_run import micro_batches
 
     device = compute_device()
-    batches = [
+    batches = (  # each when it is asked for, as in a run
         MicroBatch(batch.global_crops.to(device), batch.local_crops.to(device), None)
         for batch in micro_batches(config, plan, step)
-    ]
+    )
     now = schedules_of(config, plan).at(step)
     train_step(batches, student, teacher, now, student_temp=config.dino.student_temp)
 
@@ -151,6 +162,8 @@ def _peak(stage: int) -> dict[str, Any]:
 
     config, ranks = _vit_s16(f"engine.zero_stage={stage}"), torch.distributed.get_world_size()
     plan = resolve(config, world_size=ranks, num_images=config.train.batch_size * 4)
+    gc.collect()  # what was closed is gone, engines and their hooks hold each other
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     student, teacher = build_pair(config, plan)
     for step in range(3):
@@ -158,12 +171,14 @@ def _peak(stage: int) -> dict[str, Any]:
         _take(student, teacher, config, plan, step)
         torch.cuda.synchronize()
     measured = torch.cuda.max_memory_allocated() - before
+    reserved = torch.cuda.max_memory_reserved()
+    student.close()
     told = peak(dims_of(config), setup_of(config, plan, on_gpu=True))
     return {
         "stage": stage,
         "predicted_bytes": told.total,
         "measured_bytes": measured,
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "reserved_bytes": reserved,
         "error": round(told.total / measured - 1, 4),
         "moment": told.moment,
     }
@@ -188,7 +203,7 @@ def auto() -> Shown:
 
 def on_ranks_auto() -> dict[str, Any]:
     """Search as a run does, then take a step of the next size in this process."""
-    from dinoscale.config import micro_batch_sizes, resolve, with_micro_batch
+    from dinoscale.config import micro_batch_sizes
     from dinoscale.engine.build import build_pair
     from dinoscale.launcher import read_process
     from dinoscale.micro_batch.search import find_micro_batch
@@ -201,10 +216,9 @@ def on_ranks_auto() -> dict[str, Any]:
     told = {"size": found.size, "peak_bytes": found.peak_bytes, "trials": found.trials}
     if found.size == sizes[-1]:
         return told | {"next": None}
-    larger = with_micro_batch(config, sizes[sizes.index(found.size) + 1])
-    values = {"batch_size": larger.train.micro_batch_size}
-    larger = larger.model_copy(update={"train": larger.train.model_copy(update=values)})
-    plan = resolve(larger, world_size=1, num_images=larger.train.batch_size * 4)
+    larger, plan = trial_run(
+        config, sizes[sizes.index(found.size) + 1], world_size=process.world_size
+    )
     try:
         student, teacher = build_pair(larger, plan)
         for step in range(2):
@@ -217,15 +231,26 @@ def on_ranks_auto() -> dict[str, Any]:
     return told | {"next": plan.micro_batch_size, "next_fits": fits, "peak_share": peak / total}
 
 
+def trial_run(config: Any, size: int, *, world_size: int) -> tuple[Any, Any]:
+    """The run that a trial of a micro-batch takes steps of, on as many ranks, and its plan."""
+    from dinoscale.config import resolve, split_batch, with_micro_batch
+    from dinoscale.micro_batch.trial import _PASSES, _shortened
+
+    train = with_micro_batch(config, size).train
+    passes = min(_PASSES, split_batch(train, world_size=world_size).accumulation_steps)
+    run = _shortened(config, size, world_size=world_size, passes=passes)
+    return run, resolve(run, world_size=world_size, num_images=run.train.batch_size)
+
+
 def _ranks() -> int:
     return min(2, torch.cuda.device_count())
 
 
-def _on_ranks(function: str, **kwargs: Any) -> Any:
+def _on_ranks(function: str, *, ranks: int | None = None, **kwargs: Any) -> Any:
     """What rank 0 found."""
     name = f"{__name__ if __name__ != '__main__' else 'tests.gpu.measures'}:{function}"
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else its products are not deterministic
-    return run_distributed(name, world_size=_ranks(), timeout_s=110, **kwargs)[0]
+    return run_distributed(name, world_size=ranks or _ranks(), timeout_s=110, **kwargs)[0]
 
 
 def _dinoscale(*arguments: str) -> dict[str, Any]:
@@ -242,7 +267,7 @@ def _dinoscale(*arguments: str) -> dict[str, Any]:
 MEASURES: dict[str, Callable[..., Shown]] = {
     measure.__name__: measure
     for measure in (
-        *(stage_3_twice, host_waits, input_waits),
+        *(stage_3_twice, alone_twice, host_waits, input_waits),
         *(bench_data, bench_step, plan_memory, auto),
     )
 }

@@ -113,6 +113,11 @@ def test_a_slow_machine_measures_fewer_images_and_no_reference() -> None:
     assert _budget(with_reference=False).fits(8)
     assert _budget().fits_once(4)
     assert not _budget(their_flops_per_s=1e9).fits_once(1)  # as bf16 without instructions for it
+    for slow_reference in (_budget(their_flops_per_s=1e9), _budget(their_flops_per_s=1.0)):
+        ours_alone = fitted(config, _budget(with_reference=False), world_size=2)
+        assert fitted(config, slow_reference, world_size=2) == ours_alone
+        assert ours_alone[0].train.micro_batch_size == 8
+        assert not slow_reference.fits_once(8)
     assert "engine.precision=fp32" in too_slow(config, 360)
     assert _budget().expected_s(4, theirs=True) < 360
     slowest, _ = fitted(config, _budget(our_flops_per_s=1.0), world_size=1)

@@ -200,7 +200,7 @@ def test_unknown_name_suggests_and_lists_presets(
 # Names of files that YAML would read as something else, or not at all.
 TEXTS = [
     *("2026", "1e5", "007", "true", "/data/a #1", "a: b", "*.tar", "@x", "%x", "&a", "!x", "{a}"),
-    *("- a", "'a", " a ", "[x]", "null"),
+    *("- a", "'a", "'a' and 'b'", " a ", "[a]/x", "[a] [b]", "[x]", "null"),
 ]
 
 
@@ -220,6 +220,9 @@ TEXTS = [
         (" run_dir = a b ", lambda c: c.run_dir, "a b"),
         *((f"run_dir={text}", lambda c: c.run_dir, text) for text in TEXTS),
         *((f"data.train={text}", lambda c: c.data.train, text) for text in TEXTS[:-2]),
+        ("run_dir='it''s #1'", lambda c: c.run_dir, "it's #1"),
+        (r'run_dir="a \" b"', lambda c: c.run_dir, 'a " b'),
+        ("data.train=[{source: '[a]x'}] # b", lambda c: c.data.train[0].source, "[a]x"),
         ("run_dir='a #1'", lambda c: c.run_dir, "a #1"),
         ("data.train=null", lambda c: c.data.train, None),
     ],

@@ -144,6 +144,23 @@ def test_another_file_of_the_name_has_no_card_of_the_one_before(
     read_source(file)
     (tmp_path / "ours.safetensors.json").write_text('{"files": "of somebody else"}')
     read_source(file)
+    folder = Path(shutil.copytree(targets["hf folder"], tmp_path / "folder"))
+    save_backbone(folder / "other.safetensors", weights.backbone, weights.card)
+    assert (folder / "dinoscale.json").exists()
+    save_backbone(folder / "model.safetensors", weights.backbone, weights.card)
+    assert _same(read_source(folder / "model.safetensors").backbone, weights.backbone)
+    shutil.copy(targets["hf folder"] / "dinoscale.json", folder)
+    convert(vit, folder / "model.safetensors", to="dino", overwrite=True)
+    read_source(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "/a", "a\0b", "\ud800", "a" * 300])
+def test_a_card_names_files_beside_it_only(vit: Path, tmp_path: Path, name: str) -> None:
+    file = Path(shutil.copy(vit, tmp_path))
+    files = {name: "0" * 64, file.name: sha256(file)}
+    (tmp_path / "dinoscale.json").write_text(json.dumps({"dinoscale": "1", "files": files}))
+    with pytest.raises(CheckpointError, match=r"no file beside it|lacks '"):
+        read_source(file)
 
 
 def test_graphs_hold_the_weights_bit_by_bit(vit: Path, targets: dict[str, Path]) -> None:

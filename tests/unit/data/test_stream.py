@@ -512,9 +512,10 @@ def test_a_stranger_s_configuration_sends_no_other_variable(
     assert server.asked == []
 
 
+@pytest.mark.parametrize("password", ["hidden", "x/hidden", "x#hidden", "x?hidden"])
 @pytest.mark.parametrize("scheme", ["https", "s3", "sftp", "abfs"])
-def test_refusals_show_no_password(scheme: str) -> None:
-    spec = f"{scheme}://bob:hidden@host.invalid/a.tar?sig=hidden"
+def test_refusals_show_no_password(scheme: str, password: str) -> None:
+    spec = f"{scheme}://bob:{password}@host.invalid/a.tar?sig=hidden"
     with pytest.raises(DataError, match=r"host\.invalid/a\.tar") as alone:
         open_source(spec)
     with pytest.raises(DataError, match=r"host\.invalid/a\.tar") as mixed:

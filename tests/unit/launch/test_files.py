@@ -118,6 +118,28 @@ def test_torchrun_script_meets_on_all_nodes(
     assert called == ["torchrun", *words.split(), "-m", "dinoscale", "train"]
 
 
+@pytest.mark.parametrize(
+    ("soft", "hard", "asked"),
+    [
+        ("1024", "4096", "4096"),
+        ("1024", "1048576", "65536"),
+        ("1024", "unlimited", "65536"),
+        ("100000", "1048576", ""),
+        ("unlimited", "unlimited", ""),
+    ],
+)
+def test_torchrun_script_raises_the_limit_of_open_files_and_goes_on_where_it_may_not(
+    programs: Path, soft: str, hard: str, asked: str
+) -> None:
+    pretended, said = programs / "ulimit.sh", programs / "asked"
+    pretended.write_text(
+        f"ulimit() {{ case $* in -Sn) echo {soft};; -Hn) echo {hard};;"
+        f" *) printf %s \"$2\" >'{said}'; return 1;; esac; }}\n"
+    )
+    assert _run(programs, "torchrun.sh", BASH_ENV=str(pretended))[0] == "torchrun"
+    assert (said.read_text() if said.exists() else "") == asked
+
+
 def _manifest() -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load((LAUNCHERS / "kubernetes.yaml").read_text())
     return loaded

@@ -1,5 +1,6 @@
 """Bytes of a step: some by hand, and what must hold for all sizes."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from dinoscale.dims import dims_of
 from dinoscale.plan.activations import kept_by_block
 from dinoscale.plan.memory import held, peak
 from dinoscale.plan.setup import Setup
+from tests.benchmarks import plan as benchmark
 from tests.unit.plan.tiny import DIMS, SETUP
 
 WEIGHTS = 1844 + 700
@@ -124,3 +126,14 @@ def test_recomputation_never_takes_more_of_what_a_block_keeps(setup: Setup) -> N
 @given(setup=SETUPS)
 def test_the_peak_is_at_least_what_is_held(setup: Setup) -> None:
     assert peak(DIMS, setup).total >= sum(held(DIMS, setup).values())
+
+
+def test_the_benchmark_says_which_cases_it_had_no_time_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "measured", lambda cases: dict.fromkeys(cases, 1e9))
+    monkeypatch.setattr(benchmark, "in_turns", lambda count, limit_s: range(count - 2))  # noqa: ARG005
+    benchmark.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(told["cases"]) == len(benchmark.CASES) - 2
+    assert told["left_out"] == [case._asdict() for case in benchmark.CASES[-2:]]
