@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -28,11 +28,15 @@ from tqdm import tqdm
 
 from dinoscale.cores import cores_at_hand
 from dinoscale.data.cache import cached_file, locked, remove_abandoned
-from dinoscale.data.decode import begins_like_picture
 from dinoscale.data.index import DamagedIndexError, Index, IndexWriter
-from dinoscale.data.left_out import HIDDEN, NO_EXTENSION, NO_PICTURE, OTHER_FILES, LeftOut, is_junk
-from dinoscale.data.listing import is_known_not_image
-from dinoscale.data.sample_files import may_be_picture, other_pictures, picture_of, split_name
+from dinoscale.data.left_out import LeftOut
+from dinoscale.data.sample_files import (
+    START_BYTES,
+    group_samples,
+    left_out_of_samples,
+    picture_of,
+    why_no_sample,
+)
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
 
@@ -41,9 +45,8 @@ log = logging.getLogger(__name__)
 NUMBERS = "QQq"  # of a row: offset, size, label
 NO_LABEL = -1
 
-_RULES = 2  # of what is an image; an index made by others is not used
+_RULES = 3  # of what is an image; an index made by others is not used
 _MAX_LABEL_BYTES = 64  # a class number needs fewer
-_START_BYTES = 16  # of a file, tell its format
 _SCAN_THREADS = 8  # headers wait for the storage, not for the processor
 _SHARDS_OF_PART = 16  # that an interruption costs at most, in each process
 _LOOK_S = 0.5  # between two looks whether another process has made a part
@@ -376,63 +379,24 @@ def _scan(shard: Shard) -> _Scanned:
     samples, without_key = group_samples(read_members(shard.path))
     rows = []
     num_labelled = 0
-    left_out = LeftOut()
+    left_out = left_out_of_samples(samples)
     try:
         with open(shard.path, "rb") as file:
             for sample in samples:
                 extension = picture_of(sample)
                 if not extension:
-                    first = next(iter(sample.values())).name
-                    left_out.add(NO_PICTURE if _lacks_picture(sample) else OTHER_FILES, first)
                     continue
-                for other, why in other_pictures(sample):
-                    left_out.add(why, sample[other].name)
                 image, label = sample[extension], _label_of(sample, extension)
                 num_labelled += label is not None
                 number = NO_LABEL if label is None else _class_number(file.fileno(), label)
                 rows.append(_Row(image.name, image.offset, image.size, number))
             for member in without_key:
-                if why_not := _why_no_sample(file.fileno(), member):
+                start = os.pread(file.fileno(), min(START_BYTES, member.size), member.offset)
+                if why_not := why_no_sample(member.name, start):
                     left_out.add(why_not, member.name)
     except OSError as error:
         raise DataError(f"cannot read the shard {shard.path}: {error.strerror}.") from error
     return replace(shard, num_images=len(rows), num_labelled=num_labelled, left_out=left_out), rows
-
-
-def _lacks_picture(sample: Mapping[str, Member]) -> bool:
-    """Whether there should be one: it has a label, or a file of a kind that nobody knows."""
-    return "cls" in sample or not all(is_known_not_image(member.name) for member in sample.values())
-
-
-def _why_no_sample(descriptor: int, member: Member) -> str:
-    """Why a picture makes no sample; empty for any other file."""
-    name = member.name.rpartition("/")[2]
-    if name.startswith("."):
-        return HIDDEN if may_be_picture(name.rpartition(".")[2].lower()) else ""
-    start = os.pread(descriptor, min(_START_BYTES, member.size), member.offset)
-    return NO_EXTENSION if begins_like_picture(start) else ""
-
-
-def group_samples(members: Iterable[Member]) -> tuple[list[dict[str, Member]], list[Member]]:
-    """Extension -> member, for each sample in the order of their first members; and the rest.
-
-    The rest are hidden files and those without extension, which have no key; but for junk.
-    """
-    samples: list[dict[str, Member]] = []
-    rest: list[Member] = []
-    latest: dict[str, dict[str, Member]] = {}  # key -> the sample last begun with it
-    for member in members:
-        key, extension = split_name(member.name)
-        if not key:
-            if not is_junk(member.name):
-                rest.append(member)
-            continue
-        sample = latest.get(key)
-        if sample is None or extension in sample:  # a repeated key is another sample
-            sample = latest[key] = {}
-            samples.append(sample)
-        sample[extension] = member
-    return samples, rest
 
 
 def _label_of(sample: dict[str, Member], picture: str) -> Member | None:
