@@ -13,7 +13,7 @@ import pickle
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, TypeVar
 
 from dinoscale import distributed
@@ -48,50 +48,71 @@ def open_once_a_node(
     """
     if distributed.world_size() == 1:
         return open_source(goes_on)
-    rank = distributed.rank()
-    first = hosts.index(hosts[rank])
-    board = _Board(distributed.broadcast_object(uuid.uuid4().hex), goes_on)
-    source, error, shared = None, None, ""
+    first = hosts.index(hosts[distributed.rank()])
+    source = _opened_by({hosts.index(host) for host in hosts}, open_source, goes_on)
+    shared = "" if source is None else _put_aside(source)
     try:
-        if rank == first:
-            source = open_source(board.sign)
-            shared = _put_aside(source)
-    except DinoscaleError as caught:
-        error = caught
-    finally:
-        if rank == first and rank:
-            board.done()
-    others = {hosts.index(host) for host in hosts} - {0}
-    board.wait_for(sorted(others) if rank == 0 else [0])
-    if rank == 0:
-        board.done()
-
-    def found() -> S:
-        if error is not None:
-            raise error
-        if source is not None:
-            return source
-        taken: S | None = _taken(shared_by[first])
-        return open_source(goes_on) if taken is None else taken
-
-    shared_by = distributed.gather_objects(shared)
-    try:
-        return distributed.together(found)
+        paths = distributed.gather_objects(shared)
+        taken = distributed.together(lambda: _taken(paths[first]) if source is None else source)
+        lacking = {i for i, lacks in enumerate(distributed.gather_objects(taken is None)) if lacks}
     finally:
         if shared:
             os.unlink(shared)
+    if lacking:  # they list everything again
+        opened = _opened_by(lacking, open_source, goes_on)
+        taken = opened if taken is None else taken
+    assert taken is not None
+    return taken
+
+
+def _opened_by(
+    ranks: Set[int], open_source: Callable[[Callable[[], None]], S], goes_on: Callable[[], None]
+) -> S | None:
+    """What these ranks open, while the others wait; None on the others.
+
+    Raises:
+        DinoscaleError: on every rank, if one of them fails.
+    """
+    board = _Board(distributed.broadcast_object(uuid.uuid4().hex), goes_on, posting={0, *ranks})
+    rank = distributed.rank()
+    source, error = None, None
+    try:
+        if rank in ranks:
+            source = open_source(board.sign)
+    except DinoscaleError as caught:
+        error = caught
+    finally:
+        if rank in ranks and rank:
+            board.done()
+    board.wait_for(sorted(ranks - {0}) if rank == 0 else [0])
+    if rank == 0:
+        board.done()
+
+    def opened() -> S | None:
+        if error is not None:
+            raise error
+        return source
+
+    return distributed.together(opened)
 
 
 class _Board:
     """Signs that ranks leave for each other while some of them work: any text that changes."""
 
-    def __init__(self, name: str, goes_on: Callable[[], None]) -> None:
-        """`name` is that of this opening; `goes_on` is called for every sign, own or other's."""
+    def __init__(self, name: str, goes_on: Callable[[], None], posting: Set[int]) -> None:
+        """`name` is that of this opening; `goes_on` is called for every sign, own or other's.
+
+        Signs of the ranks `posting` are read by others, and only these are left.
+        """
         self._board, self._name, self._goes_on = distributed.Board(), name, goes_on
-        self._signs, self._left = 0, float("-inf")
+        self._signs = 0
+        self._left = float("-inf" if distributed.rank() in posting else "inf")
 
     def sign(self) -> None:
-        """Leave a sign that this rank goes on, once in a while; none after the last one."""
+        """Leave a sign that this rank goes on, once in a while; none after the last one.
+
+        One that nobody reads is for this rank's watchdog alone.
+        """
         self._goes_on()
         if time.monotonic() > self._left + _SIGN_S:
             self._signs, self._left = self._signs + 1, time.monotonic()
@@ -121,12 +142,15 @@ class _Board:
 
 def _put_aside(source: Source) -> str:
     """A file that other processes of this node can open the source from; empty if there is none."""
+    path = ""
     try:
         descriptor, path = tempfile.mkstemp(".source", "dinoscale-")
         with os.fdopen(descriptor, "wb") as file:
             pickle.dump(source, file)
     except OSError as error:
         log.warning("cannot share what was found with the other ranks of this node (%s)", error)
+        if path:
+            os.unlink(path)  # of a full disk, cut off
         return ""
     return path
 

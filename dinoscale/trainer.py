@@ -26,7 +26,7 @@ from dinoscale.config.resolve import (
 from dinoscale.convert.start import starting_weights
 from dinoscale.cores import cores_at_hand, cores_of_rank
 from dinoscale.data.decode import Decoder
-from dinoscale.data.mixture import left_out_of, source_sizes
+from dinoscale.data.mixture import left_out_counts, source_sizes
 from dinoscale.data.sources import Source, StoredSource, open_source
 from dinoscale.engine.build import build_pair
 from dinoscale.engine.student import Student
@@ -86,7 +86,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
             require_shared(run_dir, hosts)
             keep_logs(run_dir, process, members)
             summary = _build(config, process, hosts, source, stop, watchdog).to_the_end()
-        return {**summary, "left_out": left_out_of(source).counts}
+        return {**summary, "left_out": left_out_counts(source)}
 
 
 def require_same_images(source: Source) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ FILE_NAME = "classes.txt"
 
 NAMES_SHOWN = 5  # of classes in a message
 _MAX_BYTES = 2**26  # of a list of classes
-_NUMBERED = re.compile(r"\s*([0-9]{1,18})[\t ]\s*(\S.*)")
+_NUMBERED = re.compile(r"\s*([0-9]{1,18})([\t ]\s*)(\S.*)")
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,29 @@ def classes_of(source: Source, labels: NDArray[np.int64]) -> Classes:
 def _with_list(
     names: dict[int, tuple[str, ...]], listed: dict[int, tuple[str, ...]]
 ) -> tuple[dict[int, tuple[str, ...]], dict[int, int]]:
-    """Names and numbers of the classes of a folder; a list that lacks one of them counts not."""
+    """Names and numbers of the classes of a folder; a list that lacks one of them counts not.
+
+    Subfolders that are called by numbers are looked up as names, else as the numbers of the list.
+
+    Raises:
+        DataError: two subfolders are one class of the list.
+    """
     number_of = _by_name(listed)
-    matches = {i: number_of.get(_key(name)) for i, (name,) in names.items()}
-    if listed and None in matches.values():
-        log.warning("%s in the folder does not name all its classes: not used", FILE_NAME)
-    elif listed:
-        numbers = {i: number for i, number in matches.items() if number is not None}
-        return {i: listed[number] for i, number in numbers.items()}, numbers
     counted = {i: whole_number(name) for i, (name,) in names.items()}
     numbers = {i: number for i, number in counted.items() if number is not None}
+    matches = {i: number_of.get(_key(name)) for i, (name,) in names.items()}
+    found = {i: number for i, number in matches.items() if number is not None}
+    if len(found) < len(names) == len(numbers) and listed.keys() >= {*numbers.values()}:
+        found = numbers
+    if listed and len(found) == len(names):
+        for a, b in _merged(found):
+            raise DataError(
+                f"the folders {names[a][0]!r} and {names[b][0]!r} are both the class"
+                f" {found[a]} of {FILE_NAME}. Put their images together, or correct it."
+            )
+        return {i: listed[number] for i, number in found.items()}, found
+    if listed:
+        log.warning("%s in the folder does not name all its classes: not used", FILE_NAME)
     return names, numbers if len(set(numbers.values())) == len(names) else {}
 
 
@@ -107,8 +120,8 @@ def same_classes(train: Classes, test: Classes) -> dict[int, int]:
         Number in the test set -> number in the train set, of the classes with images.
 
     Raises:
-        DataError: one set has names and the other numbers that nothing relates, a name means two
-            classes, or the test set has a class that the train set lacks.
+        DataError: one set has names and the other numbers that nothing relates, a class of one set
+            is two of the other, or the test set has a class that the train set lacks.
     """
     if train.names and test.names and train.are_counted == test.are_counted:
         known = _by_name(train.names)
@@ -138,7 +151,21 @@ def same_classes(train: Classes, test: Classes) -> dict[int, int]:
             "test has classes that train has no images of: "
             f"{_some(map(test.shown, missing))}; train has {_some(map(train.shown, train.present))}"
         )
-    return {i: match for i, match in found.items() if match is not None}
+    same = {i: match for i, match in found.items() if match is not None}
+    for a, b in _merged(same):
+        raise DataError(
+            f"two classes of test, {test.shown(a)} and {test.shown(b)}, are one of train,"
+            f" {train.shown(same[a])}. Call them as train does, or correct {FILE_NAME}."
+        )
+    return same
+
+
+def _merged(numbers: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """Pairs of classes that are given one number."""
+    first: dict[int, int] = {}
+    for i, number in numbers.items():
+        if first.setdefault(number, i) != i:
+            yield first[number], i
 
 
 def _by_name(names: dict[int, tuple[str, ...]]) -> dict[str, int]:
@@ -176,6 +203,11 @@ def _listed(source: Source) -> dict[int, tuple[str, ...]]:
         folders = dict.fromkeys(os.path.dirname(path) for path in source.files())
     paths = [os.path.join(folder, FILE_NAME) for folder in folders]
     lists = {path: read_classes(path) for path in paths if os.path.isfile(path)}
+    if lists and (bare := [path for path in paths if path not in lists]):
+        log.warning(
+            "%s is missing: the shards beside it are taken to be numbered as %s says",
+            bare[0], next(iter(lists)),
+        )  # fmt: skip
     first, *others = lists.items() or [("", {})]
     for path, other in others:
         if other != first[1]:
@@ -188,11 +220,13 @@ def _listed(source: Source) -> dict[int, tuple[str, ...]]:
 def read_classes(path: str) -> dict[int, tuple[str, ...]]:
     """Number -> names of a list of classes.
 
-    A line is NUMBER<TAB>NAME, with more names after more tabs, or NUMBER NAME; where no line begins
-    with a number, it is a name, and the lines are numbered from 0.
+    A line is NUMBER<TAB>NAME, with more names after more tabs, or NUMBER NAME where the numbers
+    count from 0 or 1; where no line begins with a number, it is a name, and the lines are numbered
+    from 0.
 
     Raises:
-        DataError: it cannot be read, is no UTF-8 text, or gives a number or name twice.
+        DataError: it cannot be read, gives a number or name twice, or leaves open whether its lines
+            begin with the numbers of the classes, as `3 doors` and `5 doors`.
     """
     try:
         with open(path, "rb") as file:
@@ -206,7 +240,12 @@ def read_classes(path: str) -> dict[int, tuple[str, ...]]:
     matches = [_NUMBERED.fullmatch(line) for line in lines]
     numbered = [match for match in matches if match is not None]
     if len(numbered) == len(lines):
-        pairs = [(int(match[1]), tuple(map(str.strip, match[2].split("\t")))) for match in numbered]
+        pairs = [(int(match[1]), tuple(map(str.strip, match[3].split("\t")))) for match in numbered]
+        if not (all("\t" in match[2] for match in numbered) or _is_counted(i for i, _ in pairs)):
+            raise DataError(
+                f"{path}: nothing says whether its lines begin with the numbers of the classes or"
+                f" with names such as {lines[0].strip()!r}. Write NUMBER<TAB>NAME."
+            )
     elif any("\t" in match[0] for match in numbered):
         raise DataError(f"{path}: some lines begin with a number and others do not. Number all.")
     else:
@@ -219,6 +258,12 @@ def read_classes(path: str) -> dict[int, tuple[str, ...]]:
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return listed
+
+
+def _is_counted(numbers: Iterable[int]) -> bool:
+    """Whether they are 0, 1, 2 or 1, 2, 3, and so on, in any order."""
+    ordered = sorted(numbers)
+    return any(ordered == list(range(first, first + len(ordered))) for first in (0, 1))
 
 
 def _some(names: Iterable[str]) -> str:

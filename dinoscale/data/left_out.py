@@ -25,6 +25,7 @@ HIDDEN = "hidden"
 DEAD_LINK = "dead_link"
 LOOP = "loop"
 TAR = "tar"
+COMPRESSED = "compressed"
 NPY = "npy"
 
 _TEXTS = {
@@ -37,6 +38,7 @@ _TEXTS = {
     DEAD_LINK: "links that lead nowhere",
     LOOP: "links to a folder above them",
     TAR: ".tar files among images",
+    COMPRESSED: "pictures, by the average of the other shards, in compressed ones",
     NPY: ".npy files among images",
 }
 # What helps where pictures are lost; the other reasons lose none.
@@ -46,6 +48,7 @@ _REMEDIES = {
     NO_EXTENSION: "pack them with an extension, as KEY.jpg",
     HIDDEN: "pack them under names that do not begin with a dot",
     DEAD_LINK: "bring the files that the links name, or remove the links",
+    COMPRESSED: "unpack these shards to plain .tar files",
     TAR: "keep images and shards in folders of their own, and name both",
 }
 

@@ -18,7 +18,7 @@ from dinoscale.errors import DataError
 log = logging.getLogger(__name__)
 
 ARRAY = ".npy"
-COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 # Unknown or missing extensions are tried: pictures named by a hash have none.
 _NOT_IMAGE_EXTENSIONS = {

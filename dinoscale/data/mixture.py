@@ -140,6 +140,11 @@ def left_out_of(source: Source) -> LeftOut:
     return left_out
 
 
+def left_out_counts(source: Source) -> dict[str, int] | None:
+    """Reason -> how often, for JSON; None for a stream, which tells it as its shards are read."""
+    return None if isinstance(source, StreamSource) else left_out_of(source).counts
+
+
 def open_stream(
     spec: str,
     decoder: Decoder,

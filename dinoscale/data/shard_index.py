@@ -17,22 +17,33 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from dinoscale.cores import cores_at_hand
 from dinoscale.data.cache import cached_file, locked, remove_abandoned
-from dinoscale.data.decode import begins_like_picture
 from dinoscale.data.index import DamagedIndexError, Index, IndexWriter
-from dinoscale.data.left_out import HIDDEN, NO_EXTENSION, NO_PICTURE, OTHER_FILES, LeftOut, is_junk
-from dinoscale.data.listing import is_known_not_image
-from dinoscale.data.sample_files import may_be_picture, other_pictures, picture_of, split_name
+from dinoscale.data.left_out import LeftOut
+from dinoscale.data.sample_files import (
+    START_BYTES,
+    group_samples,
+    left_out_of_samples,
+    picture_of,
+    why_no_sample,
+)
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
 
@@ -41,14 +52,15 @@ log = logging.getLogger(__name__)
 NUMBERS = "QQq"  # of a row: offset, size, label
 NO_LABEL = -1
 
-_RULES = 2  # of what is an image; an index made by others is not used
+_RULES = 3  # of what is an image; an index made by others is not used
 _MAX_LABEL_BYTES = 64  # a class number needs fewer
-_START_BYTES = 16  # of a file, tell its format
 _SCAN_THREADS = 8  # headers wait for the storage, not for the processor
 _SHARDS_OF_PART = 16  # that an interruption costs at most, in each process
-_LOOK_S = 0.5  # between two looks whether another process has made a part
+_LOOK_S = 0.5  # between two looks at what other processes have made
 _SCANNED_AHEAD = 16  # shards whose rows may wait in memory until those before them are written
 _QUIET_S = 2.0  # shorter scans show no progress
+
+_num_read: "Synchronized[int] | None" = None  # of a process that makes parts
 
 
 @dataclass(frozen=True)
@@ -148,18 +160,18 @@ def _cached_index(
     shards: list[Shard], pool: ThreadPoolExecutor, alive: Callable[[], None], num_processes: int
 ) -> tuple[Index, list[Shard]]:
     path = cached_file("shards", (shard.path for shard in shards)) + ".index"
+    before = _identity(path)
     index, known = _load(path)
     if not _fits(known, shards):
         remove_abandoned(path)
         parts = parts_of(path, shards, known)
-        make_parts(parts, path, alive, num_processes=num_processes)
+        make_parts(parts, path, alive, num_processes=num_processes, before=before)
         with locked(path, alive):
             index, known = _load(path)  # another process may have made it by now
             if not _fits(known, shards):
                 olds = [(index, known), *(_load(part.path) for part in parts)]
-                made = _build(shards, pool, alive, path=path, olds=olds)
-                remove_parts(path)
-                return made
+                index, known = _build(shards, pool, alive, path=path, olds=olds)
+            remove_parts(path)  # also those that this process made too late
     assert index is not None
     return index, known
 
@@ -253,9 +265,21 @@ def parts_of(path: str, shards: Sequence[Shard], known: Sequence[Shard]) -> list
 
 
 def make_parts(
-    parts: Sequence[Part], path: str, alive: Callable[[], None], *, num_processes: int
+    parts: Sequence[Part],
+    path: str,
+    alive: Callable[[], None],
+    *,
+    num_processes: int,
+    before: tuple[int, int] | None,
 ) -> None:
     """Make the parts of an index that nobody else makes, and wait for the others.
+
+    Args:
+        parts: of the index.
+        path: of the index.
+        alive: called again and again while shards are read, and while another process reads them.
+        num_processes: that read shards.
+        before: `_identity` of the index that lacks these parts; another one has them.
 
     Raises:
         DataError: a shard cannot be read, or a process was killed.
@@ -268,27 +292,31 @@ def make_parts(
         )
     if not missing:
         return
-    before = _identity(path)
+    context = multiprocessing.get_context("fork")  # whatever the main module does
+    num_read, told = context.Value("Q"), 0  # shards; a bar that is not shown does not count
     bar = tqdm(
         desc="indexing", total=sum(len(part.shards) for part in missing), unit="shard",
         delay=_QUIET_S, disable=None, file=sys.stderr,
     )  # fmt: skip
     pool = ProcessPoolExecutor(
         min(num_processes, len(missing)),
-        mp_context=multiprocessing.get_context("fork"),  # whatever the main module does
+        mp_context=context,
         initializer=_start_scanner,
+        initargs=(num_read,),
     )
     try:
         with bar:
             while missing and _identity(path) == before:  # else all of it is made
                 running = {pool.submit(_make_part, part): part for part in missing}
-                missing = []
-                for future in as_completed(running):
-                    alive()
-                    if future.result():
-                        bar.update(len(running[future].shards))
-                    else:
-                        missing.append(running[future])
+                pending = set(running)
+                while pending:
+                    done, pending = wait(pending, _LOOK_S, FIRST_COMPLETED)
+                    more = num_read.value - told
+                    if done or more:  # no sign while a storage hangs
+                        alive()
+                    bar.update(more)
+                    told += more
+                missing = [part for future, part in running.items() if not future.result()]
                 if missing:
                     time.sleep(_LOOK_S)
     except BrokenProcessPool:
@@ -308,8 +336,13 @@ def _identity(path: str) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _start_scanner() -> None:
-    """Signals are for the process that started this one, whose end is also its own."""
+def _start_scanner(num_read: "Synchronized[int]") -> None:
+    """Signals are for the process that started this one, whose end is also its own.
+
+    `num_read` counts the shards that all of them have read.
+    """
+    global _num_read
+    _num_read = num_read
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -337,6 +370,7 @@ def _make_part(part: Part) -> bool:
             with IndexWriter(NUMBERS, part.path) as writer:
                 done = []
                 for shard, rows in map(_scan, part.shards):
+                    _count_read()
                     done.append(asdict(shard))
                     for row in rows:
                         writer.add(*row)
@@ -344,6 +378,12 @@ def _make_part(part: Part) -> bool:
         return True
     finally:
         os.close(descriptor)
+
+
+def _count_read() -> None:
+    if _num_read is not None:  # the process that started this one looks at it
+        with _num_read.get_lock():
+            _num_read.value += 1
 
 
 def remove_parts(path: str) -> None:
@@ -376,63 +416,24 @@ def _scan(shard: Shard) -> _Scanned:
     samples, without_key = group_samples(read_members(shard.path))
     rows = []
     num_labelled = 0
-    left_out = LeftOut()
+    left_out = left_out_of_samples(samples)
     try:
         with open(shard.path, "rb") as file:
             for sample in samples:
                 extension = picture_of(sample)
                 if not extension:
-                    first = next(iter(sample.values())).name
-                    left_out.add(NO_PICTURE if _lacks_picture(sample) else OTHER_FILES, first)
                     continue
-                for other, why in other_pictures(sample):
-                    left_out.add(why, sample[other].name)
                 image, label = sample[extension], _label_of(sample, extension)
                 num_labelled += label is not None
                 number = NO_LABEL if label is None else _class_number(file.fileno(), label)
                 rows.append(_Row(image.name, image.offset, image.size, number))
             for member in without_key:
-                if why_not := _why_no_sample(file.fileno(), member):
+                start = os.pread(file.fileno(), min(START_BYTES, member.size), member.offset)
+                if why_not := why_no_sample(member.name, start):
                     left_out.add(why_not, member.name)
     except OSError as error:
         raise DataError(f"cannot read the shard {shard.path}: {error.strerror}.") from error
     return replace(shard, num_images=len(rows), num_labelled=num_labelled, left_out=left_out), rows
-
-
-def _lacks_picture(sample: Mapping[str, Member]) -> bool:
-    """Whether there should be one: it has a label, or a file of a kind that nobody knows."""
-    return "cls" in sample or not all(is_known_not_image(member.name) for member in sample.values())
-
-
-def _why_no_sample(descriptor: int, member: Member) -> str:
-    """Why a picture makes no sample; empty for any other file."""
-    name = member.name.rpartition("/")[2]
-    if name.startswith("."):
-        return HIDDEN if may_be_picture(name.rpartition(".")[2].lower()) else ""
-    start = os.pread(descriptor, min(_START_BYTES, member.size), member.offset)
-    return NO_EXTENSION if begins_like_picture(start) else ""
-
-
-def group_samples(members: Iterable[Member]) -> tuple[list[dict[str, Member]], list[Member]]:
-    """Extension -> member, for each sample in the order of their first members; and the rest.
-
-    The rest are hidden files and those without extension, which have no key; but for junk.
-    """
-    samples: list[dict[str, Member]] = []
-    rest: list[Member] = []
-    latest: dict[str, dict[str, Member]] = {}  # key -> the sample last begun with it
-    for member in members:
-        key, extension = split_name(member.name)
-        if not key:
-            if not is_junk(member.name):
-                rest.append(member)
-            continue
-        sample = latest.get(key)
-        if sample is None or extension in sample:  # a repeated key is another sample
-            sample = latest[key] = {}
-            samples.append(sample)
-        sample[extension] = member
-    return samples, rest
 
 
 def _label_of(sample: dict[str, Member], picture: str) -> Member | None:

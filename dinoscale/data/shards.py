@@ -19,8 +19,8 @@ from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
 from dinoscale.data.files import MAX_IMAGE_BYTES
 from dinoscale.data.index import read_at
 from dinoscale.data.left_out import LeftOut
-from dinoscale.data.sample_files import picture_of
-from dinoscale.data.shard_index import Shard, group_samples, open_shard_index, some
+from dinoscale.data.sample_files import group_samples, picture_of
+from dinoscale.data.shard_index import Shard, open_shard_index, some
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
 
@@ -79,6 +79,10 @@ class TarSource:
     def size(self, index: int) -> int:
         """Bytes of an image's file."""
         return self._index.numbers(index)[1]
+
+    def sizes(self) -> Iterator[int]:
+        """Bytes of the files of all images."""
+        return (size for _, (_, size, _) in self._index.rows(0, len(self)))
 
     def identity(self) -> str:
         """Digest of the names within the shards and of the sizes; the shards may lie elsewhere."""

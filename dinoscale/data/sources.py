@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dinoscale.data.decode import RGB, Decoder, Picture
 from dinoscale.data.folder import FolderSource, ListSource
+from dinoscale.data.left_out import COMPRESSED, LeftOut
 from dinoscale.data.listing import COMPRESSED_TAR, list_folder
 from dinoscale.data.remote import is_remote, shown
 from dinoscale.data.shards import TarSource
@@ -116,12 +117,14 @@ def _open_folder(path: str, decoder: Decoder, alive: Callable[[], None]) -> Stor
     shards, compressed = listing.beside.shards, listing.beside.compressed
     if len(listing.images) or not (shards or compressed):
         return FolderSource(path, listing, decoder)  # an empty one says what it holds instead
-    if shards and compressed:
-        log.warning(
-            "%s: left out %d compressed shards, e.g. %s", path, len(compressed), compressed[0]
-        )
     log.info("%s holds no images but %d .tar shards: reading those", path, len(shards))
-    return TarSource([os.path.join(path, name) for name in shards or compressed], decoder, alive)
+    source = TarSource([os.path.join(path, name) for name in shards or compressed], decoder, alive)
+    if shards and compressed:
+        unread = LeftOut()
+        unread.add(COMPRESSED, compressed[0], len(compressed) * -(-len(source) // len(shards)))
+        unread.warn(path)
+        source.left_out.merge(unread)
+    return source
 
 
 def _open_shards(

@@ -20,9 +20,18 @@ from typing import Any
 import numpy as np
 
 from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
-from dinoscale.data.left_out import LeftOut
+from dinoscale.data.left_out import LeftOut, is_junk
 from dinoscale.data.remote import RemoteFile, TransferError, open_remote, retried, shown
-from dinoscale.data.sample_files import may_be_picture, other_pictures, picture_of, split_name
+from dinoscale.data.sample_files import (
+    START_BYTES,
+    group_samples,
+    left_out_of_samples,
+    may_be_picture,
+    picture_of,
+    split_name,
+    why_no_sample,
+)
+from dinoscale.data.tar_headers import Member
 from dinoscale.errors import DataError
 
 PAUSES_S = (1.0, 4.0, 16.0)  # before each further try to read a shard
@@ -258,19 +267,23 @@ class _ShardReader:
 
 
 def _pictures(file: RemoteFile, name: str, left_out: LeftOut) -> Iterator[tuple[str, bytes | None]]:
-    """Name and bytes of the picture of every sample that has one; counts the others."""
+    """Name and bytes of the picture of every sample that has one; at the end counts the others."""
     from webdataset.tariterators import group_by_keys  # loads many libraries
 
-    for sample in group_by_keys(_files(file, name), keys=split_name):  # ValueError: a file twice
-        extensions = [key for key in sample if not key.startswith("__")]
-        for other, why in other_pictures(extensions):
-            left_out.add(why, sample[other][0])
-        if extension := picture_of(extensions):
+    members: list[Member] = []  # of samples, whose files need not be neighbours
+    files = _files(file, name, members, left_out)
+    for sample in group_by_keys(files, keys=split_name):  # ValueError: a file twice
+        if extension := picture_of(key for key in sample if not key.startswith("__")):
             yield sample[extension]
+    left_out.merge(left_out_of_samples(group_samples(members)[0]))
 
 
-def _files(file: RemoteFile, name: str) -> Iterator[dict[str, Any]]:
+def _files(
+    file: RemoteFile, name: str, members: list[Member], left_out: LeftOut
+) -> Iterator[dict[str, Any]]:
     """The files of a tar that may be pictures, as webdataset groups them.
+
+    Adds all files with a key to `members`, and to `left_out` the pictures without one.
 
     Not read by webdataset's own iterator: it unpacks compressed shards, of any expansion, and takes
     every file into memory.
@@ -279,10 +292,14 @@ def _files(file: RemoteFile, name: str) -> Iterator[dict[str, Any]]:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined] # else it keeps all; not in typeshed
             key, extension = split_name(member.name)
-            if member.isreg() and key and may_be_picture(extension):
-                data = None
-                if member.size <= _MAX_FILE_BYTES:
-                    opened = tar.extractfile(member)
-                    assert opened is not None
-                    data = opened.read()
+            opened = tar.extractfile(member) if member.isreg() else None
+            if opened is None or is_junk(member.name):
+                continue
+            if not key:
+                if why := why_no_sample(member.name, opened.read(START_BYTES)):
+                    left_out.add(why, member.name)
+                continue
+            members.append(Member(member.name, member.offset_data, member.size))
+            if may_be_picture(extension):
+                data = opened.read() if member.size <= _MAX_FILE_BYTES else None
                 yield {"fname": member.name, "data": (member.name, data), "__url__": name}

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import pickle
 import shutil
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest.mock import patch
 
 import pytest
@@ -163,30 +165,55 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
     from dinoscale.errors import DataError
     from dinoscale.opening import open_once_a_node
 
-    opened: list[bool] = []
-    signs: list[float] = []
+    rank, opened, signs, posts = distributed.rank(), [], [], []  # type: ignore[var-annotated]
+    post = distributed.Board.post
 
-    def opening(alive: Callable[[], None]) -> Source:
+    def posting(board: distributed.Board, key: str, text: str) -> None:
+        posts.append(text)
+        post(board, key, text)
+
+    def opening(alive: Callable[[], None], slow: int = 2, failing: int = -1) -> Source:
         opened.append(True)
-        for _ in range(5 if distributed.rank() == 2 else 0):
+        for _ in range(5 if rank == slow else 0):
             time.sleep(0.3)
             alive()
-        return open_source(folder, alive=alive)
-
-    def failing(alive: Callable[[], None]) -> Source:
-        if distributed.rank() == 2:
+        if rank == failing:
             raise DataError("no disk")
         return open_source(folder, alive=alive)
 
-    hosts = ["a", "a", "b"]
-    source = open_once_a_node(opening, hosts, lambda: signs.append(time.monotonic()))
-    told = ""
-    try:
-        open_once_a_node(failing, hosts, lambda: None)
-    except DataError as error:
-        told = str(error)
-    paths = [os.path.basename(source.path(i)) for i in range(len(source))]
-    return {"opened": len(opened), "paths": paths, "signs": len(signs), "told": told}
+    def counts() -> list[int]:
+        found = [len(opened), len(signs), len(posts)]
+        for counted in (opened, signs, posts):
+            counted.clear()
+        return found
+
+    def open_it(**how: int) -> Source:
+        hosts = ["a", "a", "b"]
+        return open_once_a_node(
+            partial(opening, **how), hosts, lambda: signs.append(time.monotonic())
+        )
+
+    def full(_: Source, file: BinaryIO) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    found: dict[str, object] = {}
+    with patch.object(distributed.Board, "post", posting):
+        source = open_it()
+        found |= {"well": counts(), "paths": [os.path.basename(source.path(i)) for i in range(2)]}
+        for first in (0, 2):
+            with pytest.raises(DataError) as error:
+                open_it(failing=first)
+            found[f"failed {first}"] = counts()[0], str(error.value)
+        own = Path(f"{folder}-{rank}")
+        own.mkdir()
+        with (
+            patch("dinoscale.opening.pickle.dump", full if rank == 0 else pickle.dump),
+            patch("tempfile.tempdir", str(own)),
+        ):
+            again = open_it(slow=1)
+            found |= {"alone": counts(), "images": len(again), "left": len([*own.glob("*.source")])}
+    return found
 
 
 def test_one_rank_of_a_node_lists_and_the_others_take_what_it_found(tmp_path: Path) -> None:
@@ -195,7 +222,16 @@ def test_one_rank_of_a_node_lists_and_the_others_take_what_it_found(tmp_path: Pa
     ranks = run_distributed(
         f"{__name__}:_open_by_nodes", world_size=3, timeout_s=180, folder=str(tmp_path)
     )
-    assert [rank["opened"] for rank in ranks] == [1, 0, 1]
+    opened, signs, posts = zip(*(rank["well"] for rank in ranks), strict=True)
+    assert opened == (1, 0, 1)
     assert [rank["paths"] for rank in ranks] == 3 * [["a.png", "b.png"]]
-    assert all(rank["signs"] >= 2 for rank in ranks)  # those that wait hear of those that work
-    assert [rank["told"] for rank in ranks] == ["rank 2: no disk", "rank 2: no disk", "no disk"]
+    assert min(signs) >= 2  # those that wait hear of those that work
+    assert posts[1] == 0 < min(posts[0], posts[2])  # only what others read
+    told = "rank 0: no disk"
+    assert [rank["failed 0"] for rank in ranks] == [(1, "no disk"), (0, told), (1, told)]
+    assert [rank["failed 2"][0] for rank in ranks] == [1, 0, 1]
+    opened, signs, _ = zip(*(rank["alone"] for rank in ranks), strict=True)
+    assert opened == (1, 1, 1)  # rank 1 for itself: nothing was put aside for it
+    assert min(signs) >= 2
+    assert [rank["images"] for rank in ranks] == [2, 2, 2]
+    assert ranks[0]["left"] == 0  # nor left half

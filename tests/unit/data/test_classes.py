@@ -71,6 +71,34 @@ def test_names_without_numbers_do_not_join_numbers(tmp_path: Path) -> None:
             _joined(*sets)
 
 
+def test_two_classes_are_never_made_one(tmp_path: Path) -> None:
+    text = "0\tn01\tcat\n1\tn02\tdog\n"
+    twice = _folder(tmp_path / "a", "cat", "dog", "n01")
+    listed = _folder(tmp_path / "b", "n01", "n02", listed=text)
+    for train in (listed, _shards(tmp_path / "c", 0, 1, listed=text)):
+        with pytest.raises(DataError, match="'cat' and 'n01', are one of train"):
+            _joined(train, twice)
+    (tmp_path / "a" / "classes.txt").write_text(text)
+    with pytest.raises(DataError, match="'cat' and 'n01' are both the class 0 of classes"):
+        _joined(twice, listed)
+
+
+def test_folders_called_by_numbers_have_the_names_of_their_list(tmp_path: Path) -> None:
+    numbered = _folder(tmp_path / "a", "0", "1", "2", listed="0\ttench\n1\teel\n2\tcat\n")
+    assert _joined(numbered, _folder(tmp_path / "b", "cat", "eel", "tench")) == [2, 1, 0]
+    assert _joined(numbered, _folder(tmp_path / "c", "02", "00")) == [0, 2]
+
+
+def test_a_list_for_some_of_the_shards_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _shards(tmp_path / "a", 0, 1, listed="0\tcat\n1\tdog\n")
+    _shards(tmp_path / "b", 0, 1)
+    both = open_source(f"{tmp_path}/[ab]/a.tar")
+    assert _joined(both, _folder(tmp_path / "c", "dog")) == [1]
+    assert f"{tmp_path}/b/classes.txt is missing" in caplog.text
+
+
 def test_a_class_missing_in_the_test_set_is_no_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,6 +120,7 @@ def test_composed_and_decomposed_names_are_the_same(tmp_path: Path) -> None:
     [
         ("\ufeff0\ta b\tn1\r\n\n3\tc\n", {0: ("a b", "n1"), 3: ("c",)}),
         ("1 001.Auk\n2 002.Tit\n", {1: ("001.Auk",), 2: ("002.Tit",)}),
+        ("3\t3 doors\n5\t5 doors\n", {3: ("3 doors",), 5: ("5 doors",)}),
         ("tench\n2 wheels\n", {0: ("tench",), 1: ("2 wheels",)}),
         ("0\tn1\tcrane\n1\tn2\tcrane\n", {0: ("n1", "crane"), 1: ("n2", "crane")}),
     ],
@@ -110,6 +139,7 @@ def test_lists_of_classes_are_read(
         ("0\ta\n1\ta\n", "two classes are called 'a'"),
         ("a\nb\na\n", "two classes are called 'a'"),
         ("0\ta\nb\n", "some lines begin with a number"),
+        ("3 doors\n5 doors\n", "nothing says whether .* '3 doors'"),
         ("0\ta\n", "names no class 1"),
     ],
 )
@@ -121,8 +151,28 @@ def test_lists_that_contradict_are_refused(tmp_path: Path, text: str, message: s
 
 def test_shared_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = _folder(tmp_path / "a", "0", "1")
-    apart = _folder(tmp_path / "b", "0", "1")
-    _joined(whole, apart)
-    assert not caplog.text
-    _joined(whole, open_source(f"{tmp_path}/b/../a"))
-    assert "judged by themselves" in caplog.text
+    for name, numbers in (("apart", (0, 1)), ("more", (0, 1, 2))):
+        (tmp_path / name).mkdir()
+        pictures = {f"{name}/{i}.jpg": jpeg(9 + i) for i in numbers}
+        labels = {f"{name}/{i}.cls": b"%d" % (i % 2) for i in numbers}
+        write_tar(tmp_path / name / "a.tar", pictures | labels)
+    (tmp_path / "links").mkdir()
+    for name in "01":
+        (tmp_path / "links" / name).symlink_to(tmp_path / "a" / name)
+    (tmp_path / "half" / "0").mkdir(parents=True)
+    (tmp_path / "half" / "0" / "1.jpg").write_bytes(PICTURE)
+    (tmp_path / "half" / "0" / "2.jpg").write_bytes(jpeg(7))
+    _shards(tmp_path / "packed", 0, 1, 0)
+    apart, more, packed = (open_source(f"{tmp_path}/{x}") for x in ("apart", "more", "packed"))
+    (tmp_path / "other" / "0").mkdir(parents=True)
+    (tmp_path / "other" / "0" / "1.jpg").write_bytes(PICTURE[:-1] + b"\0")  # of the same size
+    other = open_source(f"{tmp_path}/other")
+    (tmp_path / "b").mkdir()
+    for train, test in ((whole, apart), (apart, whole), (whole, other), (packed, other)):
+        _joined(train, test)
+    assert "judged by themselves" not in caplog.text
+    copies = [open_source(f"{tmp_path}/{x}") for x in ("b/../a", "links", "half", "packed")]
+    for train, test in (*((whole, copy) for copy in copies), (packed, whole), (more, apart)):
+        caplog.clear()
+        _joined(train, test)
+        assert "judged by themselves" in caplog.text, test.path(0)

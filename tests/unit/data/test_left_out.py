@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.data.mixture import left_out_of, open_sources
+from dinoscale.data.mixture import left_out_counts, left_out_of, open_sources
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import open_source
 from dinoscale.data.stream import StreamSource
@@ -26,17 +26,28 @@ def _tar(folder: Path, *names: str) -> str:
         (["1.x.jpg", "1.x.cls", "v1.2/3.jpg"], 2, {}),
         (["1.jpg", "1.png", "1.small.jpg", "1.mask.png", "1.npy"], 1, {"companion": 2}),
         (["1.left.jpg", "1.left.png"], 1, {"companion": 1}),
+        (["img.png", *(f"img.{i}.png" for i in range(1, 48))], 1, {"same_key": 47}),
+        (["img.png", "img.1.png"], 1, {"same_key": 1}),
+        (["1.png", "1.jpg", "1.left.jpg", "1.right.jpg"], 1, {"companion": 1, "same_key": 2}),
         (["1.jpg", "2.cls", "3.heic", "meta.json"], 1, {"no_picture": 2, "other_files": 1}),
         (["1.jpg", "0af3", ".hidden.jpg"], 1, {"no_extension": 1, "hidden": 1}),
         (["1.jpg", "._1.jpg", "d/._2.png", ".DS_Store", "__MACOSX/1.jpg"], 1, {}),
     ],
 )
 def test_each_picture_of_a_tar_is_used_or_counted(
-    tmp_path: Path, names: list[str], used: int, counts: dict[str, int]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    used: int,
+    counts: dict[str, int],
 ) -> None:
     for _ in range(2):  # scanned, then from the index
         source = TarSource([_tar(tmp_path, *names)])
         assert (len(source), source.left_out.counts) == (used, counts)
+    monkeypatch.setenv("DINOSCALE_ALLOW_PIPE", "1")
+    stream = StreamSource([f"pipe:cat {tmp_path}/a.tar"], [used], block_size=used)
+    assert stream._reader(0).left_out.counts == counts
+    assert left_out_counts(stream) is None  # before its shards are read
 
 
 def test_text_without_extension_is_no_picture(tmp_path: Path) -> None:
@@ -67,6 +78,15 @@ def test_too_much_left_out_is_refused_with_what_and_why(
             open_sources([tar], max_lost=0.2, distinct_images=images)
 
 
+def test_compressed_shards_beside_plain_ones_are_lost(tmp_path: Path) -> None:
+    _tar(tmp_path, "1.jpg", "2.jpg")
+    for name in ("b.tar.gz", "c.tgz", "d.txz"):
+        (tmp_path / name).write_bytes(b"\x1f\x8b")
+    assert left_out_of(open_source(str(tmp_path))).counts == {"compressed": 6}
+    with pytest.raises(DataError, match=r"6 of 8 pictures .* b\.tar\.gz\. .*unpack these"):
+        open_sources([str(tmp_path)], max_lost=0.7)
+
+
 def test_pictures_beside_plain_ones_are_no_loss(tmp_path: Path) -> None:
     assert len(open_sources([_tar(tmp_path, "1.jpg", "1.png", "notes.txt")], max_lost=0.0)) == 1
 
@@ -94,6 +114,6 @@ def test_index_made_by_other_rules_is_made_anew(
     TarSource([tar])
     (index,) = (tmp_path / "cache").glob("*.index")
     made = os.stat(index).st_mtime_ns
-    monkeypatch.setattr("dinoscale.data.shard_index._RULES", 3)
+    monkeypatch.setattr("dinoscale.data.shard_index._RULES", 99)
     assert TarSource([tar]).left_out.counts == {"same_key": 1}
     assert os.stat(index).st_mtime_ns != made
