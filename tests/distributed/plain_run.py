@@ -22,7 +22,8 @@ WEIGHTS = 3  # times the rounding measured: a norm of thousands of roundings har
 NUMBERS = 8  # times the largest of a few single numbers, and EPS more where all came out exact
 EPS = torch.finfo(torch.float32).eps
 
-Run = dict[str, Any]  # losses, norms, weights of the student and of the teacher, initial weights
+# Losses, norms, weights of the student and of the teacher, and those that each began with.
+Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,17 @@ def error(run: Run, reference: Run) -> float:
     The biases of the keys are left out: adding one number to all keys changes no attention, so
     their gradient is zero but for rounding, and AdamW steps along rounding by up to lr.
     """
-    initial = _without_key_biases(reference["initial"])
     errors = []
     for which in ("student", "teacher"):
-        found, expected = (_without_key_biases(weights[which]) for weights in (run, reference))
+        found, expected, initial = (
+            without_key_biases(weights[which]) for weights in (run, reference, reference["initial"])
+        )
         errors.append(distance(found, expected) / distance(expected, initial))
     return max(errors)
 
 
-def _without_key_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_key_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network, or their gradients, less what is rounding only."""
     kept = dict(weights)
     for name in weights:
         if name.endswith("attn.qkv.bias"):
@@ -134,7 +137,7 @@ def _train(config: RunConfig, steps: int, dtype: torch.dtype, *, backwards: bool
         "norms": norms,
         "student": _copy(student),
         "teacher": _copy(teacher),
-        "initial": initial,
+        "initial": {"student": initial, "teacher": initial},
     }
 
 
