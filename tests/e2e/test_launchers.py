@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dinoscale.config import dump_config
+from dinoscale.launcher import _default_port
 from tests.distributed.tiny_run import tiny_config
 from tests.forked import ROOT, Forked, run_module, start_module
 from tests.ports import free_port
@@ -113,7 +114,7 @@ def test_launcher_makes_the_run_of_one_process(
 def test_tasks_of_srun_make_the_run_of_one_process(
     config_file: Path, python_losses: list[float]
 ) -> None:
-    job = str(free_port())  # the port is made from the number of the job
+    job = _job_of_free_port()
     tasks = [_start_task(config_file, task, job) for task in range(2)]
     try:
         outputs = [task.communicate(timeout=280)[0] for task in tasks]
@@ -124,6 +125,15 @@ def test_tasks_of_srun_make_the_run_of_one_process(
     assert outputs[1] == ""
     losses = _losses(outputs[0], config_file.parent / "run")
     assert losses == pytest.approx(python_losses, rel=LOSS_TOLERANCE)
+
+
+def _job_of_free_port() -> str:
+    """The number of a job whose tasks meet on a port that is free."""
+    first = _default_port({"SLURM_JOB_ID": "0"})
+    port = free_port(least=first)
+    job = {"SLURM_JOB_ID": str(port - first)}
+    assert _default_port(job) == port
+    return job["SLURM_JOB_ID"]
 
 
 def _start_task(config_file: Path, task: int, job: str) -> Forked:
