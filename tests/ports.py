@@ -12,15 +12,15 @@ _PORTS = range(12_000, 32_000)
 _held: list[int] = []  # file descriptors; their locks end with this process
 
 
-def free_port() -> int:
+def free_port(*, least: int = _PORTS.start) -> int:
     """A TCP port of this machine that is nobody's now, and no other test's while this process runs.
 
-    Another copy of the suite asks the same lock files.
+    It is `least` or above. Another copy of the suite asks the same lock files.
     """
     folder = Path(tempfile.gettempdir()) / f"dinoscale-test-ports-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     while True:
-        port = random.choice(_PORTS)
+        port = random.choice(range(least, _PORTS.stop))
         lock = os.open(folder / str(port), os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,8 @@ WEIGHTS = 3  # times the rounding measured: a norm of thousands of roundings har
 NUMBERS = 8  # times the largest of a few single numbers, and EPS more where all came out exact
 EPS = torch.finfo(torch.float32).eps
 
-Run = dict[str, Any]  # losses, norms, weights of the student and of the teacher, initial weights
+# Losses, norms, weights of the student and of the teacher, and those that each began with.
+Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,19 @@ class Plain:
     def require(self, run: Run, *, first: int = 0, reference: Run | None = None) -> None:
         """Fail where a run from step `first` on differs by more than rounding explains."""
         reference = reference or self.exact
-        # A logit is a cosine over the temperature, so it is rounded by this much however small
-        # the loss.
-        of_logits = EPS / 2 / self.student_temp
-        expected = reference["losses"][first:]
-        relative = NUMBERS * (self.losses + EPS)
-        assert run["losses"] == pytest.approx(expected, rel=relative, abs=of_logits)
+        self.require_losses(run["losses"], reference["losses"][first:])
         if "norms" in run:
             relative = NUMBERS * (self.norms + EPS)
             assert run["norms"] == pytest.approx(reference["norms"][first:], rel=relative)
         assert error(run, reference) <= WEIGHTS * self.weights
+
+    def require_losses(self, found: list[float], expected: list[float]) -> None:
+        """The same of the losses alone."""
+        # A logit is a cosine over the temperature, so it is rounded by this much however small
+        # the loss.
+        of_logits = EPS / 2 / self.student_temp
+        relative = NUMBERS * (self.losses + EPS)
+        assert found == pytest.approx(expected, rel=relative, abs=of_logits)
 
 
 def train_plainly(config: RunConfig, *, steps: int) -> Plain:
@@ -69,15 +73,17 @@ def error(run: Run, reference: Run) -> float:
     The biases of the keys are left out: adding one number to all keys changes no attention, so
     their gradient is zero but for rounding, and AdamW steps along rounding by up to lr.
     """
-    initial = _without_key_biases(reference["initial"])
     errors = []
     for which in ("student", "teacher"):
-        found, expected = (_without_key_biases(weights[which]) for weights in (run, reference))
+        found, expected, initial = (
+            without_key_biases(weights[which]) for weights in (run, reference, reference["initial"])
+        )
         errors.append(distance(found, expected) / distance(expected, initial))
     return max(errors)
 
 
-def _without_key_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_key_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network, or their gradients, less what is rounding only."""
     kept = dict(weights)
     for name in weights:
         if name.endswith("attn.qkv.bias"):
@@ -134,7 +140,7 @@ def _train(config: RunConfig, steps: int, dtype: torch.dtype, *, backwards: bool
         "norms": norms,
         "student": _copy(student),
         "teacher": _copy(teacher),
-        "initial": initial,
+        "initial": {"student": initial, "teacher": initial},
     }
 
 

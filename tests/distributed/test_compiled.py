@@ -75,7 +75,7 @@ def _train(job: Job) -> dict[str, Any]:
     counted = torch._dynamo.utils.counters
     return {
         "losses": losses,
-        "initial": initial,
+        "initial": {"student": initial, "teacher": initial},
         "student": gather(student.master),
         "teacher": gather(teacher.ema),
         "graphs": counted["stats"]["unique_graphs"],

@@ -74,7 +74,8 @@ def _train(engine: dict[str, Any], run_dir: Path) -> Result:
     initial = Gathering(pair[0])(pair[0].master)
     _take_steps(config, pair, range(SAVED))
     _save(run_dir, *pair)
-    return {"initial": initial, **_take_steps(config, pair, range(SAVED, STEPS))}
+    begin = {"student": initial, "teacher": initial}
+    return {"initial": begin, **_take_steps(config, pair, range(SAVED, STEPS))}
 
 
 def _go_on(engine: dict[str, Any], run_dir: Path) -> Result:

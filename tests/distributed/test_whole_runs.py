@@ -18,7 +18,7 @@ from dinoscale.checkpoint.layout import EMA, MASTER, directory, shard_file
 from dinoscale.checkpoint.load import Checkpoint, open_run
 from dinoscale.config import RunConfig
 from dinoscale.errors import CheckpointError
-from tests.distributed.plain_run import Plain, train_plainly
+from tests.distributed.plain_run import Plain, error, train_plainly
 from tests.distributed.tiny_run import tiny_config, tiny_plan
 from tests.harness import run_distributed
 
@@ -194,13 +194,23 @@ def test_split_over_ranks_and_micro_batches_changes_nothing(
     _require_close(plain, runs / name, one, last=4, start=_checkpoint(one, 2))
 
 
+def test_error_of_a_teacher_is_relative_to_how_far_it_moved() -> None:
+    def weights(value: float) -> dict[str, torch.Tensor]:
+        return {"attn.qkv.bias": torch.full((3,), value)}
+
+    initial = {"student": weights(9.0), "teacher": weights(1.0)}  # of a run that goes on
+    reference = {"initial": initial, "student": weights(10.0), "teacher": weights(2.0)}
+    run = {"student": weights(10.0), "teacher": weights(1.5)}
+    assert error(run, reference) == 0.5
+
+
 def _require_close(plain: Plain, run: Path, other: Path, *, last: int, start: Checkpoint) -> None:
     found, reference = (
         {
             "losses": [loss for _, loss, _ in _losses(folder)],
             "student": _checkpoint(folder, last).full(MASTER),
             "teacher": _checkpoint(folder, last).full(EMA),
-            "initial": start.full(MASTER),
+            "initial": {"student": start.full(MASTER), "teacher": start.full(EMA)},
         }
         for folder in (run, other)
     )
