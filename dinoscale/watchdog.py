@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -225,11 +224,11 @@ class Watchdog:
         return [None if text is None else Sign(*json.loads(text)) for text in texts]
 
     def _exit(self, text: str) -> None:
-        logs.note(f"error: {text}")
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it; the process ends still
-            print(f"error: {text}", file=sys.stderr, flush=True)
-        self._linger()
-        os._exit(RunFailedError.exit_code if self._end is None else self._end.code)
+        try:
+            logs.last_words(f"error: {text}")
+            self._linger()
+        finally:
+            os._exit(RunFailedError.exit_code if self._end is None else self._end.code)
 
     def _linger(self) -> None:
         """Let rank 0 stay a little: the board goes with it, and others have still to read."""
