@@ -58,8 +58,7 @@ def _rank() -> int:
 
 def _end(text: str, code: int) -> NoReturn:
     """Say why and leave."""
-    logs.note(text)
-    print(text, file=sys.stderr, flush=True)
+    logs.last_words(text)
     sys.stdout.flush()
     leave(code)
 

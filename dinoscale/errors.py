@@ -50,6 +50,9 @@ class LostPeerError(RunFailedError):
 
 
 class PreemptedError(DinoscaleError):
-    """Asked to stop from outside (SIGTERM, SIGUSR1); saved, and the same command goes on."""
+    """Asked to stop, by a signal, Ctrl-C or as the launcher is gone; the same command goes on.
+
+    What was trained is saved; what was not yet begun, or only measured, is done again.
+    """
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again

@@ -8,6 +8,7 @@ import logging
 import os
 import select
 import sys
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _ROOM_S = 1.0  # that a stopped terminal may hold up a line on stderr
 _PIECE = 1000  # characters; a pipe that has room at all takes 4096 bytes
+_LAST_WORDS_S = 3.0  # for each of the places where they are written
 
 
 def shield_terminal() -> None:
@@ -146,6 +148,27 @@ def note(text: str) -> None:
     """Write to the file alone, for what is printed by itself."""
     for file in _files():
         file.handle(logging.makeLogRecord({"levelno": logging.INFO, "levelname": "-", "msg": text}))
+
+
+def last_words(text: str) -> None:
+    """Say why this process ends, on stderr and in the file; neither can keep it.
+
+    A file system that no longer answers is why a job hangs, and holds up whoever writes a log; so
+    another thread does, and is left behind.
+    """
+
+    def on_stderr() -> None:
+        with suppress(OSError, ValueError):  # nobody reads it; the process ends still
+            print(text, file=sys.stderr, flush=True)
+
+    def in_file() -> None:
+        note(text)
+
+    for say in (on_stderr, in_file):
+        thread = threading.Thread(target=say, daemon=True)
+        with suppress(RuntimeError):  # no thread can be started any more
+            thread.start()
+            thread.join(_LAST_WORDS_S)
 
 
 def _files() -> list["_RankLog"]:

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 from dinoscale import distributed
 from dinoscale.data.sources import Source
-from dinoscale.errors import DinoscaleError
 
 S = TypeVar("S", bound=Source)
 
@@ -79,11 +78,10 @@ def _opened_by(
     try:
         if rank in ranks:
             source = open_source(board.sign)
-    except DinoscaleError as caught:
+    except Exception as caught:  # whatever it is, the others wait for the verdict
         error = caught
-    finally:
-        if rank in ranks and rank:
-            board.done()
+    if rank in ranks and rank:
+        board.done()
     board.wait_for(sorted(ranks - {0}) if rank == 0 else [0])
     if rank == 0:
         board.done()

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import select
 import signal
 import time
 from types import FrameType
+
+from dinoscale.errors import PreemptedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
@@ -23,7 +26,7 @@ class StopRequest:
         """
         self.reason: str | None = None
         self._answer = answer
-        self._at = 0.0
+        self._by_hand_at: float | None = None  # of the first Ctrl-C
         for number in SIGNALS:
             signal.signal(number, self._remember)
         for number in _OF_TERMINALS:
@@ -39,14 +42,33 @@ class StopRequest:
         """Ask for the run to end; the first reason counts."""
         self.reason = self.reason or reason
 
+    def check(self) -> None:
+        """Amid long work: end it if somebody asked.
+
+        Raises:
+            PreemptedError: this rank was asked; the others have to hear of it.
+        """
+        if self.asked:
+            raise PreemptedError(f"asked to stop ({self.reason}); the same command goes on")
+
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        first, now = not self.asked, time.monotonic()
-        if number == signal.SIGINT:
-            if not first and now - self._at > _AGAIN_S:
-                raise KeyboardInterrupt
-            if first and self._answer:
-                with contextlib.suppress(OSError):
-                    os.write(2, _HEARD)
-        if first:
-            self._at = now
-        self.ask("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        if number != signal.SIGINT:
+            self.ask(signal.Signals(number).name)
+            return
+        now = time.monotonic()
+        if self._by_hand_at is None:
+            self._by_hand_at = now
+            if self._answer:
+                _say(_HEARD)
+        elif now - self._by_hand_at > _AGAIN_S:
+            raise KeyboardInterrupt
+        self.ask("Ctrl-C")
+
+
+def _say(text: bytes) -> None:
+    """Write to stderr if it has room; a terminal that is stopped would hold up the run."""
+    with contextlib.suppress(OSError):
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        if poll.poll(0):
+            os.write(2, text)

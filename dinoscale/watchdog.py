@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,12 @@ _LOOKS_APART_S = 2.5 * POST_S  # so that every rank that lives posts in between
 _GRACE_S = 3.0  # to end by itself, once the job has failed elsewhere
 _LINGER_S = 3.0  # at most, until all have read why
 _GONE_AFTER = 5  # posts in a row that failed
+_LOOK_AT_ALL = 5  # posts between two looks of rank 0 at what all have posted
+# Without a new sign from a rank it counts as gone. Not sooner: a call that holds the interpreter,
+# as the loading of a library over a slow network, silences a process that lives.
+_SILENT_S = 60.0
+_BY_HAND = 130  # exit code, as a shell has it
+_LAST = 0  # number of the post with which a rank leaves in good order
 # From the moment when a rank has not moved for too long to that when the last one has ended.
 _LONGEST_END_S = 7 * _ASK_S + _LOOKS_APART_S + _GRACE_S + _LINGER_S
 _numbers = itertools.count()  # of watchdogs of this process; equal on all ranks
@@ -45,7 +50,7 @@ class Sign:
     Attributes:
         moves: how often its training has moved on; grows together on all ranks.
         doing: in words.
-        posts: how often it has posted; grows while the process lives.
+        posts: how often it has posted; grows while the process lives, 0 once it has left.
     """
 
     moves: int
@@ -89,7 +94,8 @@ class Watchdog:
         self._end: _End | None = None
         self._number = next(_numbers)
         self._ancestors = _ancestors() if launched else []
-        threading.Thread(target=self._post, name="signs of life", daemon=True).start()
+        self._poster = threading.Thread(target=self._post, name="signs of life", daemon=True)
+        self._poster.start()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def moved(self, doing: str) -> None:
@@ -118,17 +124,23 @@ class Watchdog:
             error.exit_code = end.code
             raise error from lost
         except PreemptedError:  # all ranks end so, together
+            self._farewell()
             raise
-        except Exception as error:
+        except BaseException as error:
             self._leaving = True
-            text, code = f"{type(error).__name__}: {error}", RunFailedError.exit_code
-            if isinstance(error, DinoscaleError):
-                text, code = str(error), error.exit_code
-            self._settle(_End(f"{self._own} ended: {text}", code))
+            self._settle(_ended(self._own, error))
             self._linger()
             raise
+        else:
+            self._farewell()
         finally:
             self._stop.set()
+
+    def _farewell(self) -> None:
+        """Post that no more signs will come: others may take longer, and are not to wonder."""
+        self._stop.set()
+        self._poster.join(_ASK_S)  # its last sign would undo this one
+        _bounded(lambda: self._post_sign(_LAST), default=None)
 
     def _key(self, name: str) -> str:
         return f"job/{self._number}/{name}"
@@ -136,12 +148,14 @@ class Watchdog:
     def _post(self) -> None:
         """Post signs of life, and look whether the job has come to its end."""
         posts, failures = 0, 0
+        others = _Silence(len(self._hosts)) if self._rank == 0 and len(self._hosts) > 1 else None
         while not self._stop.is_set():
             posts += 1
-            text = json.dumps([self._moves, self._doing, posts])
             try:
-                self._board.post(self._key(f"{_ALIVE}{self._rank}"), text)
+                self._post_sign(posts)
                 self._look()
+                if others is not None and posts % _LOOK_AT_ALL == 0 and self._end is None:
+                    self._settle_if(others.seen(self._read_signs()))
                 failures = 0
             except LostPeerError:
                 failures += 1
@@ -150,6 +164,17 @@ class Watchdog:
                     text = explain_missing(nothing, nothing, self._hosts)
                     self._end = _End(text, RunFailedError.exit_code)
             self._stop.wait(POST_S)
+
+    def _post_sign(self, posts: int) -> None:
+        text = json.dumps([self._moves, self._doing, posts])
+        self._board.post(self._key(f"{_ALIVE}{self._rank}"), text)
+
+    def _settle_if(self, silent: Mapping[int, str]) -> None:
+        """Rank 0: end the job if ranks died of which nobody has heard, as amid NCCL's work."""
+        if silent and not self._leaving:
+            text = "; ".join(_each(silent, self._hosts, "is gone", "are gone"))
+            said = f"{text} (no sign of life for {_SILENT_S:.0f} s)"
+            self._settle(_End(said, RunFailedError.exit_code))
 
     def _look(self) -> bool:
         """Read why the job ends, if it does; true, as the board has answered."""
@@ -219,17 +244,20 @@ class Watchdog:
 
     def _signs(self) -> list[Sign | None]:
         """What every rank last posted; all None if the board does not answer."""
+        nothing: list[Sign | None] = [None for _ in self._hosts]
+        return _bounded(self._read_signs, default=nothing)
+
+    def _read_signs(self) -> list[Sign | None]:
         keys = [self._key(f"{_ALIVE}{rank}") for rank in range(len(self._hosts))]
-        nothing: list[str | None] = [None for _ in keys]
-        texts = _bounded(lambda: self._board.read_all(keys), default=nothing)
+        texts = self._board.read_all(keys)
         return [None if text is None else Sign(*json.loads(text)) for text in texts]
 
     def _exit(self, text: str) -> None:
-        logs.note(f"error: {text}")
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it; the process ends still
-            print(f"error: {text}", file=sys.stderr, flush=True)
-        self._linger()
-        os._exit(RunFailedError.exit_code if self._end is None else self._end.code)
+        try:
+            logs.last_words(f"error: {text}")
+            self._linger()
+        finally:
+            os._exit(RunFailedError.exit_code if self._end is None else self._end.code)
 
     def _linger(self) -> None:
         """Let rank 0 stay a little: the board goes with it, and others have still to read."""
@@ -241,6 +269,39 @@ class Watchdog:
             if count >= len(self._hosts):
                 return
             time.sleep(POST_S / 10)
+
+
+class _Silence:
+    """How often ranks were looked at in vain.
+
+    Looks are counted, not seconds: who was suspended with the whole job, and wakes first, does not
+    take the others for dead.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self._posts: list[int | None] = [None] * num_ranks
+        self._in_vain = [0] * num_ranks
+
+    def seen(self, signs: _Signs) -> dict[int, str]:
+        """Take note of what all have posted; who has been silent for too long, and did what."""
+        silent = {}
+        for rank, sign in enumerate(signs):
+            posts = None if sign is None else sign.posts
+            new = posts != self._posts[rank] or posts == _LAST
+            self._posts[rank] = posts
+            self._in_vain[rank] = 0 if new else self._in_vain[rank] + 1
+            if self._in_vain[rank] * _LOOK_AT_ALL * POST_S >= _SILENT_S:
+                silent[rank] = "starting" if sign is None else sign.doing
+        return silent
+
+
+def _ended(own: str, error: BaseException) -> _End:
+    """What the others hear of an error of this rank."""
+    if isinstance(error, KeyboardInterrupt):
+        return _End(f"{own} was interrupted by hand", _BY_HAND)
+    if isinstance(error, DinoscaleError):
+        return _End(f"{own} ended: {error}", error.exit_code)
+    return _End(f"{own} ended: {type(error).__name__}: {error}", RunFailedError.exit_code)
 
 
 def collectives_timeout_s(hang_timeout_s: float) -> float:
@@ -294,7 +355,7 @@ def _silent(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> dict
     return {
         rank: now.doing if now else "starting"
         for rank, (then, now) in enumerate(zip(before, after, strict=True))
-        if now is None or (then is not None and then.posts == now.posts)
+        if now is None or (then is not None and then.posts == now.posts != _LAST)
     }
 
 

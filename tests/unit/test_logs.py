@@ -1,10 +1,15 @@
 """The log file of a rank, and the terminal beside it."""
 
 import logging
+import os
+import select
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,6 +52,33 @@ def test_full_disk_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
     said = [record.getMessage() for record in caplog.records if "cannot write" in record.message]
     assert len(said) == 1
     assert "No space left on device" in said[0]
+
+
+def test_file_system_that_does_not_answer_keeps_nobody_from_ending(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_LAST_WORDS_S", 0.1)
+    os.mkfifo(tmp_path / "rank_00000.log")
+    reader = os.open(tmp_path / "rank_00000.log", os.O_RDONLY | os.O_NONBLOCK)
+    assert logs.to_file(tmp_path, rank=0, header="begins") is None
+    os.read(reader, 2**16)
+    stuck = threading.Thread(target=logs.note, args=("x" * 2**20,))
+    stuck.start()  # holds the lock of the file from now on
+    while not _holds_text(reader):
+        time.sleep(0.01)
+    begin = time.monotonic()
+    logs.last_words("error: it hangs")
+    assert time.monotonic() - begin < 30
+    assert capfd.readouterr().err == "error: it hangs\n"
+    while stuck.is_alive():
+        with suppress(BlockingIOError):
+            os.read(reader, 2**16)
+    os.close(reader)
+
+
+def _holds_text(pipe: int) -> bool:
+    waiting, _, _ = select.select([pipe], [], [], 0)
+    return bool(waiting)
 
 
 @pytest.mark.parametrize(("rank", "terminal"), [(0, "IW"), (2, "W")])

@@ -5,8 +5,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from dinoscale.data.sources import open_source
+from dinoscale.errors import PreemptedError
+from dinoscale.opening import open_once_a_node
+from dinoscale.preemption import StopRequest
+from dinoscale.trainer import _unless_asked
 
 _PROGRAM = """
     import os, signal, sys
@@ -14,14 +22,22 @@ _PROGRAM = """
     preemption._AGAIN_S = 0.0 if "later" in sys.argv else 60.0
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
     stop = preemption.StopRequest(answer=True)
+    if "full" in sys.argv:  # as a terminal on Ctrl-S: nothing more is taken
+        os.dup2(os.pipe()[1], 2)
+        os.set_blocking(2, False)
+        try:
+            while True:
+                os.write(2, b"x")
+        except BlockingIOError:
+            os.set_blocking(2, True)
     for number in sys.argv[1].split(","):
         os.kill(os.getpid(), int(number))
     print(stop.reason)
 """
 
 
-def _after(*numbers: int, later: bool = False) -> subprocess.CompletedProcess[str]:
-    words = [",".join(str(int(number)) for number in numbers), *(["later"] if later else [])]
+def _after(*numbers: int, case: str = "") -> subprocess.CompletedProcess[str]:
+    words = [",".join(str(int(number)) for number in numbers), case]
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_PROGRAM), *words],
         capture_output=True,
@@ -48,6 +64,32 @@ def test_signals_ask_and_the_first_counts(numbers: list[int], reason: str) -> No
 
 
 def test_second_ctrl_c_some_seconds_later_interrupts() -> None:
-    done = _after(signal.SIGINT, signal.SIGINT, later=True)
+    done = _after(signal.SIGINT, signal.SIGINT, case="later")
     assert done.returncode != 0
     assert "KeyboardInterrupt" in done.stderr
+
+
+def test_first_ctrl_c_after_another_signal_only_asks() -> None:
+    done = _after(signal.SIGTERM, signal.SIGINT, case="later")
+    assert done.stdout == "SIGTERM\n", done.stderr
+    assert "Ctrl-C again ends at once" in done.stderr
+
+
+def test_terminal_that_takes_nothing_does_not_hold_up_a_run() -> None:
+    assert _after(signal.SIGINT, case="full").stdout == "Ctrl-C\n"
+
+
+def test_wish_to_stop_is_heard_while_images_are_listed(tmp_path: Path) -> None:
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    stop, signs = StopRequest.__new__(StopRequest), list[int]()  # without its handlers
+    stop.reason = None
+
+    def sign() -> None:
+        signs.append(1)
+        stop.ask("SIGTERM")
+
+    opens = _unless_asked(lambda alive: open_source(str(tmp_path), alive=alive), stop)
+    with pytest.raises(PreemptedError, match=r"asked to stop \(SIGTERM\)"):
+        open_once_a_node(opens, ["a"], sign)
+    assert len(signs) == 1

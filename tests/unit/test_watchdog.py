@@ -1,6 +1,14 @@
 """Which rank, and which host, is named when a job hangs or has lost one."""
 
-from dinoscale.watchdog import Sign, explain_hang, explain_missing
+import json
+import os
+import threading
+import time
+
+import pytest
+
+from dinoscale import watchdog as watchdog_module
+from dinoscale.watchdog import Sign, Watchdog, explain_hang, explain_missing
 
 WAITS = Sign(moves=9, doing="in step 5", posts=40)
 STILL = Sign(moves=9, doing="in step 5", posts=42)
@@ -46,3 +54,47 @@ def test_node_that_is_gone_is_one_phrase() -> None:
 def test_if_all_ranks_answer_the_network_is_named() -> None:
     said = explain_missing([WAITS, WAITS], [STILL, STILL], HOSTS)
     assert "network" in said
+
+
+def test_rank_that_was_killed_unheard_ends_the_job_and_one_that_has_left_does_not(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("POST_S", 0.02), ("_SILENT_S", 0.3), ("_GRACE_S", 0.0), ("_LINGER_S", 0)):
+        monkeypatch.setattr(watchdog_module, name, value)
+    codes: list[int] = []
+
+    def end(code: int) -> None:
+        codes.append(code)
+        threading.Event().wait()  # the thread alone ends
+
+    monkeypatch.setattr(os, "_exit", end)
+    watchdog = Watchdog(timeout_s=600, hosts=["a", "b", "c"], launched=False, ask_to_stop=print)
+    for rank, posts in ((1, 7), (2, 0)):
+        sign = json.dumps([3, "in step 5", posts])
+        watchdog._board.post(watchdog._key(f"alive/{rank}"), sign)
+    deadline = time.monotonic() + 20
+    while not codes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watchdog._stop.set()
+    assert codes[:1] == [1]
+    said = capfd.readouterr().err.splitlines()[0]
+    assert said == (
+        "error: rank 0 (a) ends with the others: rank 1 (b) is gone, it was in step 5"
+        " (no sign of life for 0 s)"
+    )
+
+
+def test_interruption_by_hand_is_spread_with_its_exit_code() -> None:
+    watchdog = Watchdog(timeout_s=600, hosts=["a"], launched=False, ask_to_stop=print)
+    with pytest.raises(KeyboardInterrupt), watchdog.spreading():
+        raise KeyboardInterrupt
+    told = watchdog._board.read(watchdog._key("ended"))
+    assert json.loads(told or "null") == ["rank 0 (a) was interrupted by hand", 130]
+
+
+def test_last_sign_of_a_rank_says_that_it_has_left() -> None:
+    watchdog = Watchdog(timeout_s=600, hosts=["a"], launched=False, ask_to_stop=print)
+    with watchdog.spreading():
+        watchdog.moved("in step 5")
+    sign = Sign(*json.loads(watchdog._board.read(watchdog._key("alive/0")) or "null"))
+    assert explain_missing([sign, WAITS], [sign, STILL], HOSTS).startswith("all ranks still answer")
