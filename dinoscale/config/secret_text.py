@@ -11,7 +11,8 @@ from urllib.parse import unquote
 
 HIDDEN = "***"  # in place of a secret, in what earlier runs wrote
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]*", re.IGNORECASE)
+# Each begins where a word does: long text without a secret takes no time.
+_URL = re.compile(r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]*://[^\s'\"<>]*", re.IGNORECASE)
 _AUTHORITY = re.compile(r"://([^\s/?#'\"<>]*)")
 _TO_LAST_AT = re.compile(r"(?:(?!://)\S)*(?=@)")  # a password may hold / ? # and @
 _NO_PORT = re.compile(r"[^:@\[]*:(?!\d*$)")  # at the start of a host and what follows its colon
@@ -23,7 +24,7 @@ _NAMES = re.compile(  # of parameters, in small letters without - and _
 _COMMAND = re.compile(r"\bpipe:", re.IGNORECASE)  # also within an override or a file
 _IN_COMMAND = re.compile(
     r"(?:"
-    r"authorization:\s*(?:\w+\s+)?|[\w-]*(?:token|key|password|secret):\s*"  # headers
+    r"authorization:\s*(?:\w+\s+)?|(?<![\w-])[\w-]*(?:token|key|password|secret):\s*"  # headers
     r"|(?<![\w-])--[\w-]*(?:(?<!by)pass(?:word|wd|phrase)?|token|secret|bearer|api-?key"
     r"|(?:access|account|secret)-?key)(?![-_\w]*(?:file|id|name|path|stdin)\b)(?![a-z])"
     r"(?:[-_][\w-]*)?[\s=]+(?![-|&;<>])"

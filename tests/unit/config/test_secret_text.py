@@ -1,5 +1,7 @@
 """No setting holds a password or a signature; what earlier versions wrote is hidden."""
 
+import time
+
 import pytest
 
 from dinoscale.config import load_config, parse_config
@@ -107,3 +109,13 @@ def test_what_an_earlier_version_wrote_still_reads_and_is_hidden(text: str) -> N
     assert str(config.data.train).partition(":")[0] == text.partition(":")[0]
     for within in (f"run=1 data.train={text}", write_yaml({"data": {"train": text}})):
         assert "PASSW0RD" not in str(hide_secrets(within))
+
+
+@pytest.mark.parametrize("word", ["a", "a-", "pass", "--a"])
+def test_long_text_takes_no_longer_than_as_many_words(word: str) -> None:
+    def seconds(text: str) -> float:
+        begin = time.process_time()
+        require_no_secrets(text)
+        return time.process_time() - begin
+
+    assert seconds(word * 20_000) < 50 * seconds(f"{word} " * 20_000)
