@@ -28,7 +28,7 @@ from dinoscale.cores import cores_at_hand, cores_of_rank
 from dinoscale.data.decode import Decoder
 from dinoscale.data.mixture import left_out_counts, source_sizes
 from dinoscale.data.sources import Source, StoredSource, open_source
-from dinoscale.engine.build import build_pair
+from dinoscale.engine.build import Start, build_pair
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError, DataError
@@ -166,9 +166,8 @@ def _build(
         torch.set_num_threads(cores_of_rank(process.local_world_size))
     watchdog.moved("building the networks")
     distributed.together(stop.check)
-    student, teacher = build_pair(config, plan, start)
-    if checkpoint is not None:
-        restore(checkpoint, student, teacher)
+    student, teacher = _networks(config, plan, start, checkpoint)
+    del start  # 4 bytes a weight, on rank 0
     probe = _probe(config, hosts, stop, watchdog) if config.eval.train else None
     if is_first:
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
@@ -178,6 +177,16 @@ def _build(
     return Run(
         config, plan, process, source, images, student, teacher, probe, stop, watchdog, checkpoint
     )
+
+
+def _networks(
+    config: RunConfig, plan: RunPlan, start: Start | None, checkpoint: Checkpoint | None
+) -> tuple[Student, Teacher]:
+    """Student and teacher as the run begins, or as it goes on; nothing is drawn for the latter."""
+    student, teacher = build_pair(config, plan, start, values=checkpoint is None)
+    if checkpoint is not None:
+        restore(checkpoint, student, teacher)
+    return student, teacher
 
 
 def _require_new(run_dir: Path) -> None:

@@ -29,7 +29,7 @@ def patiently(read: Callable[[], T], path: Path) -> T:
         try:
             return read()
         except OSError as error:  # noqa: PERF203  # a file at a time, and it waits
-            if error.errno == errno.ENOENT and is_missing(path):
+            if error.errno in (errno.ENOENT, errno.ENOTDIR) and is_missing(path):
                 raise MissingFileError(
                     f"{path.parent} is damaged: {path.name} is missing, so it is not a complete"
                     " checkpoint"
@@ -45,6 +45,8 @@ def is_missing(path: Path) -> bool:
     """Whether the folder, listed anew, does not name the file; ESTALE and the like say nothing."""
     try:
         return path.name not in os.listdir(path.parent)
+    except NotADirectoryError:
+        return True
     except FileNotFoundError:
         return path.parent != path and is_missing(path.parent)
     except OSError:

@@ -75,10 +75,26 @@ def exercise(folder: str) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     messages["left_by_full_disk"] = str(directory(root / "good", 2).exists())
     _save(root / "good", 3, student, teacher)
+    messages["drawn"] = str(_draws_to_go_on(root / "good", config, plan, student))
     if rank == 0:
-        (root / "good" / "checkpoints" / "step_00000000").touch()  # what cannot be deleted as one
+        linked = directory(root / "good", 1)  # what cannot be deleted as a folder
+        linked.rename(root / "elsewhere")
+        linked.symlink_to(root / "elsewhere")
+        (root / "good" / "checkpoints" / "step_00000000").touch()  # is none, and stays
     _save(root / "good", 4, student, teacher, keep_last=2)
     return messages
+
+
+def _draws_to_go_on(run_dir: Path, config: Any, plan: Any, student: Any) -> bool:
+    """Whether a resume draws numbers, all of which it would replace; it restores every weight."""
+    from dinoscale.resume import find_checkpoint
+    from dinoscale.trainer import _networks
+
+    torch.rand(1)  # else the generator is as a seed has left it
+    state = torch.get_rng_state()
+    restored, _ = _networks(config, plan, None, find_checkpoint(run_dir))
+    assert all(map(torch.equal, restored.master, student.master))
+    return not torch.equal(state, torch.get_rng_state())
 
 
 def _save(run_dir: Path, step: int, student: Any, teacher: Any, *, keep_last: int = 5) -> None:
@@ -86,7 +102,8 @@ def _save(run_dir: Path, step: int, student: Any, teacher: Any, *, keep_last: in
     from dinoscale.checkpoint.save import Saver
 
     saver = Saver(run_dir, Keep(last=keep_last))
-    about: dict[str, Any] = {"config": {}, "plan": {}, "progress": {}}
+    about: dict[str, Any] = {"saved_at": "then", "progress": {"knn_top1": None}}
+    about |= {"config": {"engine": {"zero_stage": 2}}, "plan": {"world_size": 2}}
     assert saver.begin(step, student, teacher, about) is None
     result = saver.wait()
     assert result is not None
@@ -141,6 +158,7 @@ def exercised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
         ("other_view", ["rank 1 sees other files", "(5 files, CRC", "start again"]),
         ("two_errors", ["rank 1 sees other files", "start again"]),
         ("untouched", ["True"]),
+        ("drawn", ["False"]),
         ("full_disk", ["rank 1 cannot write", "File too large"]),
     ],
 )
@@ -166,8 +184,8 @@ def test_old_checkpoints_are_deleted_and_one_that_cannot_be_does_not_stop_the_ru
     exercised: tuple[Path, list[dict[str, str]]],
 ) -> None:
     names = {path.name for path in (exercised[0] / "good" / "checkpoints").glob("step_*")}
-    assert names == {"step_00000003", "step_00000004"}
-    assert (exercised[0] / "good" / "checkpoints" / ".step_00000000.removed").exists()
+    assert names == {"step_00000000", "step_00000003", "step_00000004"}
+    assert (exercised[0] / "good" / "checkpoints" / ".step_00000001.removed").exists()
 
 
 def test_shard_left_by_a_crash_does_not_get_into_the_next_checkpoint(

@@ -193,8 +193,10 @@ def test_a_folder_that_cannot_be_listed_is_not_one_without_checkpoints(
     tmp_path: Path, disk: Disk, number: int
 ) -> None:
     asked: list[Callable[[Path], object]] = [checkpoints, leftovers, is_run]
+    (tmp_path / "file").touch()
     for ask in asked:
         assert not ask(tmp_path / "new" / "run")
+        assert not ask(tmp_path / "file")
     newest = store(tmp_path, 1, ranks=1)
     disk.fail("/checkpoints", number)
     for ask in asked:
@@ -256,6 +258,14 @@ def test_format_of_another_version_is_refused_and_not_renamed(tmp_path: Path) ->
     with pytest.raises(UnreadableError, match="has format 3, and this version reads 2"):
         find_checkpoint(tmp_path)
     assert directory(tmp_path, 2).is_dir()
+
+
+def test_a_file_in_place_of_a_checkpoint_is_a_damaged_one(tmp_path: Path, disk: Disk) -> None:
+    newest = store(tmp_path, 1, ranks=1)
+    directory(tmp_path, 2).touch()
+    checkpoint = find_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.path, disk.slept) == (newest, [])
 
 
 def test_damaged_one_is_set_aside_and_an_older_one_used(tmp_path: Path) -> None:
