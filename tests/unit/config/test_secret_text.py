@@ -1,5 +1,7 @@
 """No setting holds a password or a signature; what earlier versions wrote is hidden."""
 
+import time
+
 import pytest
 
 from dinoscale.config import load_config, parse_config
@@ -107,3 +109,13 @@ def test_what_an_earlier_version_wrote_still_reads_and_is_hidden(text: str) -> N
     assert str(config.data.train).partition(":")[0] == text.partition(":")[0]
     for within in (f"run=1 data.train={text}", write_yaml({"data": {"train": text}})):
         assert "PASSW0RD" not in str(hide_secrets(within))
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "secret", "--pass", "http://", "-u ", "token:", "a:b@", "; "]
+)
+def test_a_long_text_is_looked_through_in_time(text: str) -> None:
+    begin = time.process_time()
+    for start in ("pipe:", "pipe:cookie:", "http://b:x/"):
+        hide_secrets(start + text * 8000)
+    assert time.process_time() - begin < 10
