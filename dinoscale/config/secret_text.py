@@ -11,8 +11,7 @@ from urllib.parse import unquote
 
 HIDDEN = "***"  # in place of a secret, in what earlier runs wrote
 
-# Each begins where a word does: long text without a secret takes no time.
-_URL = re.compile(r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]*://[^\s'\"<>]*", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]{0,20}://[^\s'\"<>]*", re.IGNORECASE)
 _AUTHORITY = re.compile(r"://([^\s/?#'\"<>]*)")
 _TO_LAST_AT = re.compile(r"(?:(?!://)\S)*(?=@)")  # a password may hold / ? # and @
 _NO_PORT = re.compile(r"[^:@\[]*:(?!\d*$)")  # at the start of a host and what follows its colon
@@ -22,15 +21,15 @@ _NAMES = re.compile(  # of parameters, in small letters without - and _
     r"|sig|sas|auth|authorization|pwd|pass|hmac|jwt|key)"
 )
 _COMMAND = re.compile(r"\bpipe:", re.IGNORECASE)  # also within an override or a file
-_IN_COMMAND = re.compile(
+_IN_COMMAND = re.compile(  # no part without a bound before a word: a long text would take hours
     r"(?:"
-    r"authorization:\s*(?:\w+\s+)?|(?<![\w-])[\w-]*(?:token|key|password|secret):\s*"  # headers
-    r"|(?<![\w-])--[\w-]*(?:(?<!by)pass(?:word|wd|phrase)?|token|secret|bearer|api-?key"
-    r"|(?:access|account|secret)-?key)(?![-_\w]*(?:file|id|name|path|stdin)\b)(?![a-z])"
-    r"(?:[-_][\w-]*)?[\s=]+(?![-|&;<>])"
+    r"authorization:\s*(?:\w+\s+)?|(?:token|key|password|secret):\s*"  # headers
+    r"|(?<![\w-])--[\w-]{0,40}(?:(?<!by)pass(?:word|wd|phrase)?|token|secret|bearer|api-?key"
+    r"|(?:access|account|secret)-?key)(?![\w-]{0,40}(?:file|id|name|path|stdin)\b)(?![a-z])"
+    r"(?:[-_][\w-]{0,40})?[\s=]+(?![-|&;<>])"
     r"|\bsshpass\s+-p\s*"
-    r"|\b(?:\w*(?:password|passwd|passphrase|secret\w*|token|api_?key|(?:access|account)_?key)"
-    r"|(?:\w*_|ssh)?pass)="
+    r"|(?:password|passwd|passphrase|secret\w{0,40}|token|api_?key|(?:access|account)_?key"
+    r"|(?:\b|_|ssh)pass)="
     r")[\\'\"]*([^\s'\"]+)"
     r"|\bcookie:\s*([^\s'\";]+(?:;\s*[^\s'\";]+)*)"
     r"|(?<![\w-])(?:-b|--cookie)[\s=]*[\\'\"]*([^\s'\"=]+=[^\s'\"]+)"

@@ -111,11 +111,11 @@ def test_what_an_earlier_version_wrote_still_reads_and_is_hidden(text: str) -> N
         assert "PASSW0RD" not in str(hide_secrets(within))
 
 
-@pytest.mark.parametrize("word", ["a", "a-", "pass", "--a"])
-def test_long_text_takes_no_longer_than_as_many_words(word: str) -> None:
-    def seconds(text: str) -> float:
-        begin = time.process_time()
-        require_no_secrets(text)
-        return time.process_time() - begin
-
-    assert seconds(word * 20_000) < 50 * seconds(f"{word} " * 20_000)
+@pytest.mark.parametrize(
+    "text", ["a", "secret", "--pass", "http://", "-u ", "token:", "a:b@", "; "]
+)
+def test_a_long_text_is_looked_through_in_time(text: str) -> None:
+    begin = time.process_time()
+    for start in ("pipe:", "pipe:cookie:", "http://b:x/"):
+        hide_secrets(start + text * 8000)
+    assert time.process_time() - begin < 10
