@@ -9,6 +9,7 @@ import fcntl
 import glob
 import hashlib
 import logging
+import mmap
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
@@ -48,10 +55,12 @@ NO_LABEL = -1
 _RULES = 3  # of what is an image; an index made by others is not used
 _MAX_LABEL_BYTES = 64  # a class number needs fewer
 _SCAN_THREADS = 8  # headers wait for the storage, not for the processor
-_SHARDS_OF_PART = 16  # that an interruption costs at most, in each process
-_LOOK_S = 0.5  # between two looks whether another process has made a part
+_SHARDS_OF_PART = 16  # that an interruption costs at most, in each process; fewer than 256
+_LOOK_S = 0.5  # between two looks at what other processes have made
 _SCANNED_AHEAD = 16  # shards whose rows may wait in memory until those before them are written
 _QUIET_S = 2.0  # shorter scans show no progress
+
+_num_read: mmap.mmap | None = None  # of a process that makes parts
 
 
 @dataclass(frozen=True)
@@ -151,18 +160,18 @@ def _cached_index(
     shards: list[Shard], pool: ThreadPoolExecutor, alive: Callable[[], None], num_processes: int
 ) -> tuple[Index, list[Shard]]:
     path = cached_file("shards", (shard.path for shard in shards)) + ".index"
+    before = _identity(path)
     index, known = _load(path)
     if not _fits(known, shards):
         remove_abandoned(path)
         parts = parts_of(path, shards, known)
-        make_parts(parts, path, alive, num_processes=num_processes)
+        make_parts(parts, path, alive, num_processes=num_processes, before=before)
         with locked(path, alive):
             index, known = _load(path)  # another process may have made it by now
             if not _fits(known, shards):
                 olds = [(index, known), *(_load(part.path) for part in parts)]
-                made = _build(shards, pool, alive, path=path, olds=olds)
-                remove_parts(path)
-                return made
+                index, known = _build(shards, pool, alive, path=path, olds=olds)
+            remove_parts(path)  # also those that this process made too late
     assert index is not None
     return index, known
 
@@ -256,9 +265,21 @@ def parts_of(path: str, shards: Sequence[Shard], known: Sequence[Shard]) -> list
 
 
 def make_parts(
-    parts: Sequence[Part], path: str, alive: Callable[[], None], *, num_processes: int
+    parts: Sequence[Part],
+    path: str,
+    alive: Callable[[], None],
+    *,
+    num_processes: int,
+    before: tuple[int, int] | None,
 ) -> None:
     """Make the parts of an index that nobody else makes, and wait for the others.
+
+    Args:
+        parts: of the index.
+        path: of the index.
+        alive: called again and again while shards are read, and while another process reads them.
+        num_processes: that read shards.
+        before: `_identity` of the index that lacks these parts; another one has them.
 
     Raises:
         DataError: a shard cannot be read, or a process was killed.
@@ -271,7 +292,9 @@ def make_parts(
         )
     if not missing:
         return
-    before = _identity(path)
+    num_read = mmap.mmap(-1, len(parts))  # shards of each part; shared, without a descriptor
+    place = {part.path: number for number, part in enumerate(parts)}
+    told = 0  # a bar that is not shown does not count
     bar = tqdm(
         desc="indexing", total=sum(len(part.shards) for part in missing), unit="shard",
         delay=_QUIET_S, disable=None, file=sys.stderr,
@@ -280,18 +303,23 @@ def make_parts(
         min(num_processes, len(missing)),
         mp_context=multiprocessing.get_context("fork"),  # whatever the main module does
         initializer=_start_scanner,
+        initargs=(num_read,),
     )
     try:
         with bar:
             while missing and _identity(path) == before:  # else all of it is made
-                running = {pool.submit(_make_part, part): part for part in missing}
-                missing = []
-                for future in as_completed(running):
-                    alive()
-                    if future.result():
-                        bar.update(len(running[future].shards))
-                    else:
-                        missing.append(running[future])
+                running = {
+                    pool.submit(_make_part, part, place[part.path]): part for part in missing
+                }
+                pending = set(running)
+                while pending:
+                    done, pending = wait(pending, _LOOK_S, FIRST_COMPLETED)
+                    more = sum(num_read[:]) - told
+                    if done or more:  # no sign while a storage hangs
+                        alive()
+                    bar.update(more)
+                    told += more
+                missing = [part for future, part in running.items() if not future.result()]
                 if missing:
                     time.sleep(_LOOK_S)
     except BrokenProcessPool:
@@ -311,8 +339,13 @@ def _identity(path: str) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _start_scanner() -> None:
-    """Signals are for the process that started this one, whose end is also its own."""
+def _start_scanner(num_read: mmap.mmap) -> None:
+    """Signals are for the process that started this one, whose end is also its own.
+
+    It looks at `num_read`, which says how many shards of each part were read.
+    """
+    global _num_read
+    _num_read = num_read
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -325,8 +358,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _make_part(part: Part) -> bool:
-    """Make a part, unless it is there; False where another process is making it."""
+def _make_part(part: Part, place: int = 0) -> bool:
+    """Make a part, unless it is there; False where another process is making it.
+
+    `place` is that of its number of shards read, in a process that was started for it.
+    """
     lock = f"{part.path}.lock"
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -341,6 +377,8 @@ def _make_part(part: Part) -> bool:
                 done = []
                 for shard, rows in map(_scan, part.shards):
                     done.append(asdict(shard))
+                    if _num_read is not None:
+                        _num_read[place] = len(done)
                     for row in rows:
                         writer.add(*row)
                 writer.finish({"rules": _RULES, "shards": done})

@@ -6,10 +6,12 @@ import random
 import shutil
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import synchronize
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,10 +20,13 @@ from hypothesis import strategies as st
 from dinoscale.data.cache import locked
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.shard_index import (
+    Part,
     Shard,
     _in_order,
     _make_part,
+    _scan,
     _state,
+    make_parts,
     open_shard_index,
     parts_of,
 )
@@ -153,11 +158,45 @@ def _many(folder: Path) -> list[str]:
 
 
 def test_many_shards_are_indexed_in_parts_by_processes(cache: Path, tmp_path: Path) -> None:
-    paths, signs = _many(tmp_path), []
-    index, shards = open_shard_index(paths, lambda: signs.append(1), num_processes=2)
+    paths = _many(tmp_path)
+    index, shards = open_shard_index(paths, num_processes=2)
     assert [name for name, _ in index.rows(0, 40)] == [f"{i}.jpg" for i in range(40)]
     assert [shard.path for shard in shards] == paths
-    assert len(signs) > 40
+    assert len(list(cache.iterdir())) == 2  # the index and its lock
+
+
+def test_reading_shards_gives_signs_of_life(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(shard: Shard) -> object:
+        time.sleep(0.02)
+        return _scan(shard)
+
+    monkeypatch.setattr("dinoscale.data.shard_index._scan", slowly)
+    monkeypatch.setattr("dinoscale.data.shard_index._LOOK_S", 0.01)
+    path, signs = str(cache / "x.index"), []
+    cache.mkdir(parents=True)
+    parts = parts_of(path, list(map(_state, _many(tmp_path))), ())
+    make_parts(parts, path, lambda: signs.append(1), num_processes=1, before=None)
+    assert 10 < len(signs) <= 43  # not one a part, and none without a shard or part
+
+
+def test_index_that_another_process_makes_meanwhile_leaves_no_parts(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = _many(tmp_path)
+
+    def overtaken(*args: Any) -> list[Part]:
+        monkeypatch.setattr("dinoscale.data.shard_index.parts_of", parts_of)
+        open_shard_index(paths, num_processes=1)  # as another process might now
+        monkeypatch.setattr("dinoscale.data.shard_index._make_part", None)  # nothing to be made
+        parts = parts_of(*args)
+        Path(parts[0].path).touch()  # begun too late
+        return parts
+
+    monkeypatch.setattr("dinoscale.data.shard_index.parts_of", overtaken)
+    index, _ = open_shard_index(paths, num_processes=1)
+    assert len(index) == 40
     assert len(list(cache.iterdir())) == 2  # the index and its lock
 
 
