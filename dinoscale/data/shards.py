@@ -80,6 +80,10 @@ class TarSource:
         """Bytes of an image's file."""
         return self._index.numbers(index)[1]
 
+    def sizes(self) -> Iterator[int]:
+        """Bytes of the files of all images."""
+        return (size for _, (_, size, _) in self._index.rows(0, len(self)))
+
     def identity(self) -> str:
         """Digest of the names within the shards and of the sizes; the shards may lie elsewhere."""
         return self._index.digest(number=1)

@@ -151,8 +151,28 @@ def test_lists_that_contradict_are_refused(tmp_path: Path, text: str, message: s
 
 def test_shared_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = _folder(tmp_path / "a", "0", "1")
-    apart = _folder(tmp_path / "b", "0", "1")
-    _joined(whole, apart)
-    assert not caplog.text
-    _joined(whole, open_source(f"{tmp_path}/b/../a"))
-    assert "judged by themselves" in caplog.text
+    for name, numbers in (("apart", (0, 1)), ("more", (0, 1, 2))):
+        (tmp_path / name).mkdir()
+        pictures = {f"{name}/{i}.jpg": jpeg(9 + i) for i in numbers}
+        labels = {f"{name}/{i}.cls": b"%d" % (i % 2) for i in numbers}
+        write_tar(tmp_path / name / "a.tar", pictures | labels)
+    (tmp_path / "links").mkdir()
+    for name in "01":
+        (tmp_path / "links" / name).symlink_to(tmp_path / "a" / name)
+    (tmp_path / "half" / "0").mkdir(parents=True)
+    (tmp_path / "half" / "0" / "1.jpg").write_bytes(PICTURE)
+    (tmp_path / "half" / "0" / "2.jpg").write_bytes(jpeg(7))
+    _shards(tmp_path / "packed", 0, 1, 0)
+    apart, more, packed = (open_source(f"{tmp_path}/{x}") for x in ("apart", "more", "packed"))
+    (tmp_path / "other" / "0").mkdir(parents=True)
+    (tmp_path / "other" / "0" / "1.jpg").write_bytes(PICTURE[:-1] + b"\0")  # of the same size
+    other = open_source(f"{tmp_path}/other")
+    (tmp_path / "b").mkdir()
+    for train, test in ((whole, apart), (apart, whole), (whole, other), (packed, other)):
+        _joined(train, test)
+    assert "judged by themselves" not in caplog.text
+    copies = [open_source(f"{tmp_path}/{x}") for x in ("b/../a", "links", "half", "packed")]
+    for train, test in (*((whole, copy) for copy in copies), (packed, whole), (more, apart)):
+        caplog.clear()
+        _joined(train, test)
+        assert "judged by themselves" in caplog.text, test.path(0)
