@@ -22,6 +22,7 @@ from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decode import Decoder
 from dinoscale.data.folder import FolderSource
+from dinoscale.data.mixture import left_out_counts
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.copy_descriptors import (
@@ -120,7 +121,17 @@ def evaluate_copies(
         for name, numbers in sorted(members.items())
     ]
     others = None if distractors is None else open_source(distractors, run.decoder)
-    data = {"originals": originals, "queries": queries, "distractors": distractors, "pairs": rule}
+    data: dict[str, object] = {
+        "originals": originals,
+        "queries": queries,
+        "distractors": distractors,
+        "pairs": rule,
+        "left_out": {
+            "originals": left_out_counts(wanted),
+            "queries": left_out_counts(asked),
+            "distractors": None if others is None else left_out_counts(others),
+        },
+    }
     return run.report(wanted, others, blocks, data=data)
 
 
@@ -168,7 +179,8 @@ def evaluate_made_copies(
     blocks = [
         _Block(edit, run.squares(source, chosen, edit=edit, seed=seed), right) for edit in EDITS
     ]
-    return run.report(source, None, blocks, data={"spec": spec, "seed": seed, "pairs": "made here"})
+    data: dict[str, object] = {"spec": spec, "seed": seed, "pairs": "made here"}
+    return run.report(source, None, blocks, data={**data, "left_out": left_out_counts(source)})
 
 
 class _Run:

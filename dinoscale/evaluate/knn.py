@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinoscale import distributed
+from dinoscale.data.mixture import left_out_counts
 from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
@@ -256,10 +257,16 @@ def _classify(features: Features, *, ks: Sequence[int], temp: float) -> ByK:
 
 
 def _describe(spec: str, source: Source, labels: Tensor) -> dict[str, object]:
-    """A set as far as it can be read, and how much of it cannot."""
+    """A set as far as it can be read, how much of it cannot, and what is none of its images."""
     classes = int((torch.bincount(labels) > 0).sum())
     unreadable = len(source) - len(labels)
-    return {"spec": spec, "images": len(labels), "unreadable": unreadable, "classes": classes}
+    return {
+        "spec": spec,
+        "images": len(labels),
+        "unreadable": unreadable,
+        "left_out": left_out_counts(source),
+        "classes": classes,
+    }
 
 
 def _protocol(frozen: Frozen, *, ks: Sequence[int], temp: float) -> dict[str, object]:

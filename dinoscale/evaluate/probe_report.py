@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from dinoscale.convert.weights_file import BackboneCard
+from dinoscale.data.mixture import left_out_counts
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.subject import Subject
 from dinoscale.evaluate.untrained import untrained_backbone
@@ -58,7 +59,10 @@ def report_of(
         "weights_source": subject.card.source,
         "backbone": asdict(subject.card.backbone),
         "classes": subject.num_classes,
-        **{name: {"spec": spec, "images": len(source)} for name, spec, source in sets},
+        **{
+            name: {"spec": spec, "images": len(source), "left_out": left_out_counts(source)}
+            for name, spec, source in sets
+        },
         "protocol": dict(protocol),
         **of("trained", subject.backbone),
     }

@@ -20,6 +20,7 @@ from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decode import Decoder
+from dinoscale.data.mixture import left_out_counts
 from dinoscale.data.sources import open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import check_labels, extract_features, find_device
@@ -106,7 +107,12 @@ def evaluate_retrieve(
         "weights": str(weights_path),
         "weights_source": card.source,
         "backbone": asdict(card.backbone),
-        "data": {"spec": spec, "images": len(labels), "queries": len(chosen)},
+        "data": {
+            "spec": spec,
+            "images": len(labels),
+            "left_out": left_out_counts(source),
+            "queries": len(chosen),
+        },
         "protocol": {"network": network} | _protocol(card, multi_scale=multi_scale),
         "score": score,
         "floors": _random(labels, chosen),

@@ -73,12 +73,14 @@ def test_the_report_is_json_and_says_what_was_measured_and_how(place: Path) -> N
         "spec": str(place / "train"),
         "images": 18,
         "unreadable": 0,
+        "left_out": {},
         "classes": 3,
     }
     assert report["test"] == {
         "spec": str(place / "test"),
         "images": 9,
         "unreadable": 0,
+        "left_out": {},
         "classes": 3,
     }
     protocol = report["protocol"]
@@ -99,8 +101,11 @@ def test_unreadable_images_are_counted_and_a_class_without_others_is_told(
     shutil.copytree(place / "train", tmp_path / "test")
     for name in ("blue/0.png", "blue/1.png", *(f"red/{i}.png" for i in range(6))):
         (tmp_path / "test" / name).write_bytes(b"damaged")
+    (tmp_path / "test" / "blue" / "9.png").symlink_to("gone.png")
     report = _run(place, test=str(tmp_path / "test"))
     assert (report["test"]["images"], report["test"]["unreadable"]) == (10, 8)  # type: ignore[index]  # nested report
+    assert report["test"]["left_out"] == {"dead_link": 1}  # type: ignore[index]  # nested report
+    assert "left out 1 links that lead nowhere" in caplog.text
     assert "no image can be read" not in caplog.text
     weights, bank = place / "weights.safetensors", str(tmp_path / "test")
     evaluate_knn(weights, bank, str(place / "test"), ks=(1,), how=Extraction(num_workers=0))

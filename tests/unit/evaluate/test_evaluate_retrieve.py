@@ -50,7 +50,7 @@ def test_retrieve_reports_what_a_random_order_gives(weights: Path, tmp_path: Pat
     assert report["floors"]["P@5"] == pytest.approx(100 * 5 / 11)
     assert report["data"]["queries"] == 12
     few = evaluate_retrieve(weights, str(tmp_path), queries=3, multi_scale=True, **settings)
-    assert few["data"] == {"spec": str(tmp_path), "images": 12, "queries": 3}
+    assert few["data"] == {"spec": str(tmp_path), "images": 12, "left_out": {}, "queries": 3}
 
 
 def test_one_class_only_is_refused(weights: Path, tmp_path: Path) -> None:
