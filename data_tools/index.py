@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import time
 
-from data_tools.files import shards_of
 from data_tools.journal import Json
 from dinoscale.data.mixture import left_out_of
-from dinoscale.data.shard_index import open_shard_index
+from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import open_source
 from dinoscale.errors import DataError
 
@@ -29,18 +28,16 @@ def make_index(spec: str, *, workers: int) -> Json:
     if workers < 1:
         raise DataError(f"--workers {workers}: need at least 1")
     begin = time.perf_counter()
-    kept = None
-    if shards := [os.path.abspath(path) for path in shards_of(spec)]:
-        index, _ = open_shard_index(shards, num_processes=workers)
-        kept = index.path
-        del index  # a temporary one goes with it
-        if not os.path.exists(kept):
-            raise DataError("the index cannot be kept. Set DINOSCALE_CACHE to a folder with room.")
-    source = open_source(spec)
+    source = open_source(spec, num_processes=workers)
+    images, left_out = len(source), left_out_of(source).counts
+    kept = source.index_path if isinstance(source, TarSource) else None
+    del source  # with an index that cannot be kept
+    if kept is not None and not os.path.exists(kept):
+        raise DataError("the index cannot be kept. Set DINOSCALE_CACHE to a folder with room.")
     return {
         "spec": spec,
-        "images": len(source),
-        "left_out": left_out_of(source).counts,
+        "images": images,
+        "left_out": left_out,
         "index": kept,
         "seconds": round(time.perf_counter() - begin, 1),
     }

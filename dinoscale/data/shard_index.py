@@ -9,6 +9,7 @@ import fcntl
 import glob
 import hashlib
 import logging
+import mmap
 import multiprocessing
 import os
 import signal
@@ -28,7 +29,6 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
-from multiprocessing.sharedctypes import Synchronized
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -55,12 +55,12 @@ NO_LABEL = -1
 _RULES = 3  # of what is an image; an index made by others is not used
 _MAX_LABEL_BYTES = 64  # a class number needs fewer
 _SCAN_THREADS = 8  # headers wait for the storage, not for the processor
-_SHARDS_OF_PART = 16  # that an interruption costs at most, in each process
+_SHARDS_OF_PART = 16  # that an interruption costs at most, in each process; fewer than 256
 _LOOK_S = 0.5  # between two looks at what other processes have made
 _SCANNED_AHEAD = 16  # shards whose rows may wait in memory until those before them are written
 _QUIET_S = 2.0  # shorter scans show no progress
 
-_num_read: "Synchronized[int] | None" = None  # of a process that makes parts
+_num_read: mmap.mmap | None = None  # of a process that makes parts
 
 
 @dataclass(frozen=True)
@@ -292,26 +292,29 @@ def make_parts(
         )
     if not missing:
         return
-    context = multiprocessing.get_context("fork")  # whatever the main module does
-    num_read, told = context.Value("Q"), 0  # shards; a bar that is not shown does not count
+    num_read = mmap.mmap(-1, len(parts))  # shards of each part; shared, without a descriptor
+    place = {part.path: number for number, part in enumerate(parts)}
+    told = 0  # a bar that is not shown does not count
     bar = tqdm(
         desc="indexing", total=sum(len(part.shards) for part in missing), unit="shard",
         delay=_QUIET_S, disable=None, file=sys.stderr,
     )  # fmt: skip
     pool = ProcessPoolExecutor(
         min(num_processes, len(missing)),
-        mp_context=context,
+        mp_context=multiprocessing.get_context("fork"),  # whatever the main module does
         initializer=_start_scanner,
         initargs=(num_read,),
     )
     try:
         with bar:
             while missing and _identity(path) == before:  # else all of it is made
-                running = {pool.submit(_make_part, part): part for part in missing}
+                running = {
+                    pool.submit(_make_part, part, place[part.path]): part for part in missing
+                }
                 pending = set(running)
                 while pending:
                     done, pending = wait(pending, _LOOK_S, FIRST_COMPLETED)
-                    more = num_read.value - told
+                    more = sum(num_read[:]) - told
                     if done or more:  # no sign while a storage hangs
                         alive()
                     bar.update(more)
@@ -336,10 +339,10 @@ def _identity(path: str) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _start_scanner(num_read: "Synchronized[int]") -> None:
+def _start_scanner(num_read: mmap.mmap) -> None:
     """Signals are for the process that started this one, whose end is also its own.
 
-    `num_read` counts the shards that all of them have read.
+    It looks at `num_read`, which says how many shards of each part were read.
     """
     global _num_read
     _num_read = num_read
@@ -355,8 +358,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _make_part(part: Part) -> bool:
-    """Make a part, unless it is there; False where another process is making it."""
+def _make_part(part: Part, place: int = 0) -> bool:
+    """Make a part, unless it is there; False where another process is making it.
+
+    `place` is that of its number of shards read, in a process that was started for it.
+    """
     lock = f"{part.path}.lock"
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -370,20 +376,15 @@ def _make_part(part: Part) -> bool:
             with IndexWriter(NUMBERS, part.path) as writer:
                 done = []
                 for shard, rows in map(_scan, part.shards):
-                    _count_read()
                     done.append(asdict(shard))
+                    if _num_read is not None:
+                        _num_read[place] = len(done)
                     for row in rows:
                         writer.add(*row)
                 writer.finish({"rules": _RULES, "shards": done})
         return True
     finally:
         os.close(descriptor)
-
-
-def _count_read() -> None:
-    if _num_read is not None:  # the process that started this one looks at it
-        with _num_read.get_lock():
-            _num_read.value += 1
 
 
 def remove_parts(path: str) -> None:

@@ -39,6 +39,7 @@ class TarSource:
         shards: paths of the tar files.
         decoder: what the pixels of a file become.
         alive: called again and again while they are indexed.
+        num_processes: that index many of them; None: one a core.
 
     Raises:
         DataError: a shard is missing, damaged or compressed, or no shard holds an image.
@@ -49,10 +50,12 @@ class TarSource:
         shards: Sequence[str],
         decoder: Decoder = RGB,
         alive: Callable[[], None] = lambda: None,
+        *,
+        num_processes: int | None = None,
     ):
         self._decoder = decoder
         paths = [os.path.abspath(path) for path in shards]
-        self._index, self._shards = open_shard_index(paths, alive)
+        self._index, self._shards = open_shard_index(paths, alive, num_processes=num_processes)
         self.left_out = _report(self._shards)
         self._ends = list(accumulate(shard.num_images for shard in self._shards))
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, oldest use first
@@ -71,6 +74,11 @@ class TarSource:
     def path(self, index: int) -> str:
         """`shard.tar::member` of an image."""
         return f"{self._shards[self._shard_of(index)].path}::{self._index.name(index)}"
+
+    @property
+    def index_path(self) -> str:
+        """Where the index is; one that cannot be kept goes with this object."""
+        return self._index.path
 
     def files(self) -> Iterator[str]:
         """Absolute paths of the shards, in their order."""

@@ -65,7 +65,11 @@ class StoredSource(Source, Protocol):
 
 
 def open_source(
-    spec: str, decoder: Decoder = RGB, alive: Callable[[], None] = lambda: None
+    spec: str,
+    decoder: Decoder = RGB,
+    alive: Callable[[], None] = lambda: None,
+    *,
+    num_processes: int | None = None,
 ) -> StoredSource:
     """Open what a data key of the config names; files are listed now, images read later.
 
@@ -80,6 +84,7 @@ def open_source(
         decoder: what the pixels of its files become.
         alive: called again and again while files are listed and shards indexed, which may take
             hours.
+        num_processes: that index many shards; None: one a core.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it holds no images.
@@ -104,21 +109,25 @@ def open_source(
         )
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
-        return _open_folder(path, decoder, alive)
+        return _open_folder(path, decoder, alive, num_processes)
     if path.lower().endswith(".txt") and os.path.isfile(path):
         return ListSource(path, decoder, alive)
     paths = [path] if os.path.exists(path) else expand_pattern(path)
-    return _open_shards(spec, paths, decoder, alive)
+    _require_shards(spec, paths)
+    return TarSource(paths, decoder, alive, num_processes=num_processes)
 
 
-def _open_folder(path: str, decoder: Decoder, alive: Callable[[], None]) -> StoredSource:
+def _open_folder(
+    path: str, decoder: Decoder, alive: Callable[[], None], num_processes: int | None
+) -> StoredSource:
     """A folder of shards holds .tar files and no file that may be an image."""
     listing = list_folder(path, alive)
     shards, compressed = listing.beside.shards, listing.beside.compressed
     if len(listing.images) or not (shards or compressed):
         return FolderSource(path, listing, decoder)  # an empty one says what it holds instead
     log.info("%s holds no images but %d .tar shards: reading those", path, len(shards))
-    source = TarSource([os.path.join(path, name) for name in shards or compressed], decoder, alive)
+    paths = [os.path.join(path, name) for name in shards or compressed]
+    source = TarSource(paths, decoder, alive, num_processes=num_processes)
     if shards and compressed:
         unread = LeftOut()
         unread.add(COMPRESSED, compressed[0], len(compressed) * -(-len(source) // len(shards)))
@@ -127,16 +136,13 @@ def _open_folder(path: str, decoder: Decoder, alive: Callable[[], None]) -> Stor
     return source
 
 
-def _open_shards(
-    spec: str, paths: Sequence[str], decoder: Decoder, alive: Callable[[], None]
-) -> StoredSource:
+def _require_shards(spec: str, paths: Sequence[str]) -> None:
     for path in paths:
         if os.path.isdir(path) or not path.lower().endswith((".tar", *COMPRESSED_TAR)):
             raise DataError(
                 f"{path} is not a .tar shard{_named_by(spec, path)}. Name a folder of images, a "
                 ".txt list of their paths, or tar shards by their names, a brace pattern or a glob."
             )
-    return TarSource(paths, decoder, alive)
 
 
 def _named_by(spec: str, path: str) -> str:

@@ -231,4 +231,12 @@ def test_index_is_made_before_a_training_and_kept(
     assert "reading the headers" not in caplog.text
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "1.jpg").write_bytes(jpeg(0))
-    assert make_index(str(tmp_path / "folder"), workers=1)["index"] is None
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert make_index(str(tmp_path / "folder"), workers=1)["index"] is None
+    assert caplog.text.count("listing the files") == 1
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.tar.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "a.tar").rename(tmp_path / "mixed" / "a.tar")
+    mixed = make_index(str(tmp_path / "mixed"), workers=1)  # of the .tar, as training
+    assert (mixed["images"], mixed["left_out"]) == (1, {"same_key": 1, "compressed": 1})

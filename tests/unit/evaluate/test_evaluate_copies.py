@@ -75,12 +75,14 @@ def test_copies_of_a_folder_are_found_block_by_block(weights: Path, tmp_path: Pa
         save_picture(tmp_path / "query" / "strong" / f"p{i}_cut.jpg", seed=i, size=(60, 30))
         save_picture(tmp_path / "query" / "jpegqual" / "3" / f"p{i}.jpg", seed=5 - i)  # of another
         save_picture(tmp_path / "other" / f"{i}.png", seed=50 + i)
+    (tmp_path / "query" / "more.tar").write_bytes(b"")
     places = (str(tmp_path / "original"), str(tmp_path / "query"))
     other = str(tmp_path / "other")
     report = as_json(evaluate_copies(weights, *places, distractors=other, settings=QUICK))
     assert report["score"]["mAP"] == report["score"]["mAP strong"] > 80
     assert report["score"]["mAP jpegqual/3"] < 40
     assert report["data"]["database"] == 12
+    assert report["data"]["left_out"] == {"originals": {}, "queries": {"tar": 1}, "distractors": {}}
     rank = np.arange(2, 13)
     assert report["floors"]["mAP"] == pytest.approx(100 / 12 * (1 + (1 / rank / 2).sum()))
     (tmp_path / "pairs.csv").write_text(

@@ -48,6 +48,7 @@ def test_separable_classes_are_all_told_apart(
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert report["score"]["top1"] == 100
     assert "top5" not in report["score"]  # of three classes
+    assert report["train"]["left_out"] == report["test"]["left_out"] == {}
     assert report["chosen"]["chosen_on"] == "test"
 
 
