@@ -1,5 +1,6 @@
 """What all tests share: a cache, reports that can be sent, their order, the minutes they took."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -38,9 +39,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Folders in the order of `BUDGET_MIN`."""
-    order = list(BUDGET_MIN)
-    items.sort(key=lambda item: order.index(item.path.relative_to(_ROOT).parts[0]))
+    """Folders in the order of `BUDGET_MIN`, others last."""
+    order = [*BUDGET_MIN, "elsewhere"]
+    items.sort(key=lambda item: order.index(_folder(item.path)))
+
+
+def _folder(path: Path) -> str:
+    """The one of `BUDGET_MIN` that holds a test file, else "elsewhere"."""
+    inside = (name for name in BUDGET_MIN if _ROOT / name in path.parents)
+    return next(inside, "elsewhere")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -59,11 +66,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
-                seconds[Path(report.location[0]).parts[1]] += report.duration
+                seconds[_folder(terminalreporter.config.rootpath / report.location[0])] += (
+                    report.duration
+                )
     if not seconds:
         return
     terminalreporter.section("minutes of tests")
     for folder, spent in seconds.most_common():
-        budget = BUDGET_MIN[folder]
+        budget = BUDGET_MIN.get(folder, math.inf)
         over = f", over its share of {budget:.0f}" if spent > 60 * budget else ""
         terminalreporter.write_line(f"{folder:12} {spent / 60:5.1f}{over}")

@@ -1,5 +1,6 @@
 """The batch script of Slurm: what it starts, and what it makes of each exit code and signal."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -14,8 +15,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launchers" / "slurm.sbatch"
 _SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$LOGS/srun"
 env > "$LOGS/environment"
-trap 'trap "" USR1; echo USR1 >> "$LOGS/signals"; sleep 0.3; exit 75' USR1
-trap 'echo TERM >> "$LOGS/signals"; sleep 0.3; exit 143' TERM
+end() { until [[ -e $LOGS/may_end ]]; do sleep 0.02; done; exit "$1"; }
+trap 'trap "" USR1; echo USR1 >> "$LOGS/signals"; end 75' USR1
+trap 'echo TERM >> "$LOGS/signals"; end 143' TERM
 touch "$LOGS/started"
 [[ $SRUN_DOES == wait ]] || exit "$SRUN_DOES"
 while :; do sleep 0.02; done
@@ -50,7 +52,7 @@ def _start(logs: Path, *arguments: str, **variables: str) -> subprocess.Popen[st
 
 def _run(logs: Path, *arguments: str, **variables: str) -> tuple[int, str]:
     process = _start(logs, *arguments, **variables)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=200)
     return process.returncode, stderr
 
 
@@ -60,7 +62,7 @@ def _calls(logs: Path, program: str) -> list[str]:
 
 
 def _wait_for(file: Path) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 200
     while not file.exists():
         assert time.monotonic() < end, f"no {file.name}"
         time.sleep(0.01)
@@ -134,8 +136,10 @@ def test_signal_to_the_shell_reaches_srun_and_is_waited_for(
         _wait_for(logs / "started")
         process.send_signal(number)
         _wait_for(logs / "signals")
-        assert process.poll() is None  # srun has still 0.3 s to go
-        assert process.wait(timeout=20) == code
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.3)  # srun goes on
+        (logs / "may_end").touch()
+        assert process.wait(timeout=200) == code
     finally:
         process.kill()
         process.communicate()
@@ -147,9 +151,14 @@ def test_many_signals_lose_no_exit_code(logs: Path) -> None:
     process = _start(logs, "c.yaml", SRUN_DOES="wait")
     try:
         _wait_for(logs / "started")
-        while process.poll() is None:  # to the end: none may cut the requeue short
+        for count in itertools.count():
+            if process.poll() is not None:  # to the end: none may cut the requeue short
+                break
             process.send_signal(signal.SIGUSR1)
             time.sleep(0.005)
+            if count == 50:
+                (logs / "may_end").touch()
+        assert count > 50
         assert process.returncode == 0
     finally:
         process.kill()

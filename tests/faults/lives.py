@@ -106,7 +106,9 @@ class Life:
         while not condition():
             if not self.running():
                 return False
-            assert time.monotonic() < end, "nothing happened\n" + self.said()
+            if time.monotonic() > end:
+                self.send(signal.SIGKILL)  # else the session waits for them
+                raise AssertionError("nothing happened\n" + self.said())
             time.sleep(0.002)
         return True
 

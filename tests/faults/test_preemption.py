@@ -100,7 +100,7 @@ def test_signal_amid_knn_is_heard_after_the_save_and_failing_knn_costs_its_numbe
     life = Life(config, slow_images_s=0.05)  # k-NN takes 12 s
     assert life.wait_until(lambda: newest_step(life.run_dir) == EPOCH)
     life.send(signal.SIGTERM, ranks=[1])
-    assert life.end(timeout_s=10) == [SAVED] * RANKS, life.said()
+    assert life.end() == [SAVED] * RANKS, life.said()
     assert f"no k-NN after step {EPOCH}: " in life.said()
     assert Checkpoint(directory(life.run_dir, EPOCH)).progress.knn_top1 is None
 

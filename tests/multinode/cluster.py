@@ -254,7 +254,7 @@ class Cluster:
         return path
 
     def _wait_for_ssh(self, host: Host) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 200
         while (done := self.hosts[0].run(["ssh", host.name, "hostname"])).code:
             if time.monotonic() > end:
                 log = (self.folder / f"{host.name}.sshd.txt").read_text()
@@ -302,7 +302,7 @@ def _hold(
 
 def _first_process(holder: "subprocess.Popen[bytes]") -> int:
     """The child of `unshare`."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 100
     while holder.poll() is None and time.monotonic() < end:
         for child in psutil.Process(holder.pid).children():
             if child.name() != "unshare":  # it has its namespaces, and is what it is to be
@@ -325,7 +325,7 @@ def _do(words: Sequence[str]) -> None:
     Raises:
         NotPermittedError: it failed.
     """
-    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
     if done.returncode:
         raise NotPermittedError(f"{' '.join(words)}: {done.stderr.strip()}")
 

@@ -76,7 +76,7 @@ def test_waiting_asks_less_and_less_often() -> None:
     threading.Timer(1.0, lambda: board.post("save/3", "")).start()
     assert board.wait_for(["save/3"]) == [""]
     assert store.requests < 12  # 20 a second before
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60
 
 
 def _watchdog(store: CountingStore, rank: int) -> Any:

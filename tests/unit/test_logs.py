@@ -138,7 +138,7 @@ def test_streams_that_take_nothing_neither_end_nor_hold_up_a_process(
     (tmp_path / "say.py").write_text(textwrap.dedent(_SAY))
     line = f"set -o pipefail; '{sys.executable}' say.py found {streams}"
     done = subprocess.run(
-        ["bash", "-c", line], cwd=tmp_path, timeout=60, check=False, stdout=subprocess.DEVNULL
+        ["bash", "-c", line], cwd=tmp_path, timeout=200, check=False, stdout=subprocess.DEVNULL
     )
     assert done.returncode == 7
     assert (tmp_path / "found").read_text() == f"True {lost}\n"
@@ -153,7 +153,7 @@ def test_result_that_is_nowhere_else_must_arrive(
     tmp_path: Path, stdout: str, stderr: str, code: int
 ) -> None:
     line = f"'{sys.executable}' -m dinoscale presets >{stdout} 2>{stderr}"
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, timeout=60, check=False)
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, timeout=200, check=False)
     assert done.returncode == code
     if stderr == "err":
         said = (tmp_path / "err").read_text()

@@ -375,7 +375,7 @@ def test_one_process_of_many_scans(cache: Path, tmp_path: Path) -> None:
     ]
     for process in processes:
         process.start()
-    found = {results.get(timeout=60) for _ in processes}
+    found = {results.get(timeout=200) for _ in processes}
     for process in processes:
         process.join()
     assert found == {(_index_file(cache).stat().st_ino, 6000)}  # the same file for all
