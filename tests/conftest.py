@@ -4,6 +4,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,7 @@ from hypothesis import settings
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-# Minutes for the tests of each folder; two workers at once make them 20. Folders of long files come
-# first, so that no worker is left with one at the end.
+# Minutes for the tests of each folder; two workers at once make them 20.
 BUDGET_MIN = {
     "multinode": 9.0,
     "faults": 9.0,
@@ -24,6 +24,7 @@ BUDGET_MIN = {
     "gpu": 1.0,
     "unit": 4.0,
 }
+_WAITING, _SHORT = ("multinode", "faults"), ("unit", "elsewhere")
 _ROOT = Path(__file__).resolve().parent
 
 
@@ -39,9 +40,20 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Folders in the order of `BUDGET_MIN`, others last."""
-    order = [*BUDGET_MIN, "elsewhere"]
-    items.sort(key=lambda item: order.index(_folder(item.path)))
+    """Files that often wait for others take turns with those that compute; short ones come last.
+
+    So one worker has the cores while the other waits, and none is left with a long file at the end.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in sorted(
+        items, key=lambda item: [*BUDGET_MIN, "elsewhere"].index(_folder(item.path))
+    ):
+        files.setdefault(item.path, []).append(item)
+    long = [path for path in files if _folder(path) not in _SHORT]
+    waiting = [path for path in long if _folder(path) in _WAITING]
+    computing = [path for path in long if _folder(path) not in _WAITING]
+    turns = [path for pair in zip_longest(waiting, computing) for path in pair if path]
+    items[:] = [item for path in dict.fromkeys([*turns, *files]) for item in files[path]]
 
 
 def _folder(path: Path) -> str:
