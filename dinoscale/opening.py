@@ -21,6 +21,7 @@ from dinoscale.data.sources import Source
 from dinoscale.errors import DinoscaleError
 
 S = TypeVar("S", bound=Source)
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,34 @@ def open_once_a_node(
     finally:
         if shared:
             os.unlink(shared)
+
+
+def on_first_rank(work: Callable[[Callable[[], None]], T], goes_on: Callable[[], None]) -> T | None:
+    """What rank 0 makes, which may take long; None on the others, which hear its signs of life.
+
+    All ranks call it together.
+
+    Args:
+        work: takes what it calls again and again while it works.
+        goes_on: tells the watchdog of this rank.
+
+    Raises:
+        DinoscaleError: on every rank, if it fails.
+    """
+    if distributed.world_size() == 1:
+        return work(goes_on)
+    board = _Board(distributed.broadcast_object(uuid.uuid4().hex), goes_on)
+
+    def own() -> T | None:
+        if distributed.rank():
+            board.wait_for([0])
+            return None
+        try:
+            return work(board.sign)
+        finally:
+            board.done()
+
+    return distributed.together(own)
 
 
 class _Board:

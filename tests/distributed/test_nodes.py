@@ -161,7 +161,7 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
     from dinoscale import distributed
     from dinoscale.data.sources import Source, open_source
     from dinoscale.errors import DataError
-    from dinoscale.opening import open_once_a_node
+    from dinoscale.opening import on_first_rank, open_once_a_node
 
     opened: list[bool] = []
     signs: list[float] = []
@@ -185,8 +185,20 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
         open_once_a_node(failing, hosts, lambda: None)
     except DataError as error:
         told = str(error)
+    of_first: list[float] = []
+
+    def slowly(alive: Callable[[], None]) -> str:
+        for _ in range(5):
+            time.sleep(0.3)
+            alive()
+        return "made"
+
+    made = on_first_rank(slowly, lambda: of_first.append(time.monotonic()))
     paths = [os.path.basename(source.path(i)) for i in range(len(source))]
-    return {"opened": len(opened), "paths": paths, "signs": len(signs), "told": told}
+    return {"opened": len(opened), "paths": paths, "signs": len(signs), "told": told} | {
+        "made": made,
+        "of_first": len(of_first),
+    }
 
 
 def test_one_rank_of_a_node_lists_and_the_others_take_what_it_found(tmp_path: Path) -> None:
@@ -198,4 +210,6 @@ def test_one_rank_of_a_node_lists_and_the_others_take_what_it_found(tmp_path: Pa
     assert [rank["opened"] for rank in ranks] == [1, 0, 1]
     assert [rank["paths"] for rank in ranks] == 3 * [["a.png", "b.png"]]
     assert all(rank["signs"] >= 2 for rank in ranks)  # those that wait hear of those that work
+    assert [rank["made"] for rank in ranks] == ["made", None, None]
+    assert all(rank["of_first"] >= 2 for rank in ranks)
     assert [rank["told"] for rank in ranks] == ["rank 2: no disk", "rank 2: no disk", "no disk"]
