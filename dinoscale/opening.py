@@ -20,6 +20,7 @@ from dinoscale import distributed
 from dinoscale.data.sources import Source
 
 S = TypeVar("S", bound=Source)
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def open_once_a_node(
     if distributed.world_size() == 1:
         return open_source(goes_on)
     first = hosts.index(hosts[distributed.rank()])
-    source = _opened_by({hosts.index(host) for host in hosts}, open_source, goes_on)
+    source = _done_by({hosts.index(host) for host in hosts}, open_source, goes_on)
     shared = "" if source is None else _put_aside(source)
     try:
         paths = distributed.gather_objects(shared)
@@ -58,26 +59,43 @@ def open_once_a_node(
         if shared:
             os.unlink(shared)
     if lacking:  # they list everything again
-        opened = _opened_by(lacking, open_source, goes_on)
+        opened = _done_by(lacking, open_source, goes_on)
         taken = opened if taken is None else taken
     assert taken is not None
     return taken
 
 
-def _opened_by(
-    ranks: Set[int], open_source: Callable[[Callable[[], None]], S], goes_on: Callable[[], None]
-) -> S | None:
-    """What these ranks open, while the others wait; None on the others.
+def on_first_rank(work: Callable[[Callable[[], None]], T], goes_on: Callable[[], None]) -> T | None:
+    """What rank 0 makes, which may take long; None on the others, which hear its signs of life.
+
+    All ranks call it together.
+
+    Args:
+        work: takes what it calls again and again while it works.
+        goes_on: tells the watchdog of this rank.
+
+    Raises:
+        DinoscaleError: on every rank, if it fails.
+    """
+    if distributed.world_size() == 1:
+        return work(goes_on)
+    return _done_by({0}, work, goes_on)
+
+
+def _done_by(
+    ranks: Set[int], work: Callable[[Callable[[], None]], T], goes_on: Callable[[], None]
+) -> T | None:
+    """What these ranks make, while the others wait; None on the others.
 
     Raises:
         DinoscaleError: on every rank, if one of them fails.
     """
     board = _Board(distributed.broadcast_object(uuid.uuid4().hex), goes_on, posting={0, *ranks})
     rank = distributed.rank()
-    source, error = None, None
+    made, error = None, None
     try:
         if rank in ranks:
-            source = open_source(board.sign)
+            made = work(board.sign)
     except Exception as caught:  # whatever it is, the others wait for the verdict
         error = caught
     if rank in ranks and rank:
@@ -86,12 +104,12 @@ def _opened_by(
     if rank == 0:
         board.done()
 
-    def opened() -> S | None:
+    def result() -> T | None:
         if error is not None:
             raise error
-        return source
+        return made
 
-    return distributed.together(opened)
+    return distributed.together(result)
 
 
 class _Board:

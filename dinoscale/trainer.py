@@ -39,7 +39,7 @@ from dinoscale.launcher import Process
 from dinoscale.loop import Run
 from dinoscale.micro_batch.search import find_micro_batch
 from dinoscale.nodes import gather_members, keep_logs, require_alike, require_shared
-from dinoscale.opening import open_once_a_node
+from dinoscale.opening import on_first_rank, open_once_a_node
 from dinoscale.preemption import StopRequest
 from dinoscale.resume import (
     batch_norm_caution,
@@ -157,7 +157,9 @@ def _build(
         distributed.together(lambda: require_same_set(checkpoint, images) if is_first else None)
     elif is_first and os.path.exists(run_dir / "metrics.jsonl"):
         log.warning("steps were logged in %s, but there is no checkpoint: beginning anew", run_dir)
-    start = distributed.together(lambda: starting_weights(config)) if checkpoint is None else None
+    start = None
+    if checkpoint is None and config.train.init_from is not None:
+        start = on_first_rank(partial(starting_weights, config), watchdog.goes_on)
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)

@@ -305,28 +305,31 @@ def newest_first(run_dir: Path) -> list[Path]:
     return sorted(checkpoints(run_dir), key=order, reverse=True)
 
 
-def open_verified(path: Path) -> Checkpoint:
+def open_verified(path: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a step_* directory after comparing its files with their checksums.
+
+    `goes_on` is called after every file.
 
     Raises:
         UnreadableError: it cannot be read, though it may be whole.
         CheckpointError: it is damaged or incomplete.
     """
-    verify(path)
+    verify(path, goes_on=goes_on)
     return Checkpoint(path)
 
 
-def open_run(path: Path) -> Checkpoint:
+def open_run(path: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory.
 
-    The newest is the one that holds the highest step, whatever its name.
+    The newest is the one that holds the highest step, whatever its name. `goes_on` is called after
+    every file whose checksum was compared.
 
     Raises:
         UnreadableError: the newest cannot be read, or it cannot be told which it is.
         CheckpointError: there is none.
     """
     found = [path] if is_checkpoint(path) else newest_first(path)
-    checkpoint, errors = first_good(found, open_verified)
+    checkpoint, errors = first_good(found, lambda one: open_verified(one, goes_on))
     for error in errors:
         log.warning("%s; using an older one", error)
     if checkpoint is None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,13 +82,20 @@ def read_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def verify(folder: Path, *, share: int = 0, num_shares: int = 1) -> int:
+def verify(
+    folder: Path,
+    *,
+    share: int = 0,
+    num_shares: int = 1,
+    goes_on: Callable[[], None] = lambda: None,
+) -> int:
     """Compare a checkpoint's files with their checksums.
 
     Args:
         folder: a step_* directory.
         share: which part of the files to read, so that ranks can divide the work.
         num_shares: into how many parts they are divided.
+        goes_on: called after every file.
 
     Returns:
         Bytes of these files.
@@ -99,7 +106,7 @@ def verify(folder: Path, *, share: int = 0, num_shares: int = 1) -> int:
         CheckpointError: one differs, twice, or the list is damaged.
     """
     sums = read_sums(folder)
-    name = first_difference(folder, sums, share=share, num_shares=num_shares)
+    name = first_difference(folder, sums, share=share, num_shares=num_shares, goes_on=goes_on)
     if name is not None:
         raise difference(folder, name)
     paths = [folder / name for name in sorted(sums)[share::num_shares]]
@@ -114,7 +121,12 @@ def difference(folder: Path, name: str) -> CheckpointError:
 
 
 def first_difference(
-    folder: Path, sums: Mapping[str, str], *, share: int = 0, num_shares: int = 1
+    folder: Path,
+    sums: Mapping[str, str],
+    *,
+    share: int = 0,
+    num_shares: int = 1,
+    goes_on: Callable[[], None] = lambda: None,
 ) -> str | None:
     """Name of the first file that twice did not match its checksum; arguments as of `verify`.
 
@@ -127,6 +139,7 @@ def first_difference(
             forget(folder / name)
             if not matches(folder / name, expected):
                 return name
+        goes_on()
     return None
 
 

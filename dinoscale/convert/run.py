@@ -1,5 +1,6 @@
 """A checkpoint of a run as plain weights, on one process, from any ZeRO stage and world size."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from dinoscale.checkpoint.layout import checkpoints, is_checkpoint
@@ -20,7 +21,9 @@ def is_run(path: Path) -> bool:
     return path.is_dir() and (is_checkpoint(path) or bool(checkpoints(path)))
 
 
-def read_run(path: Path, *, network: Network) -> Weights:
+def read_run(
+    path: Path, *, network: Network, goes_on: Callable[[], None] = lambda: None
+) -> Weights:
     """Merge one network of a checkpoint out of all ranks' files, float32, on the CPU.
 
     Memory: the network itself; every file is read once, front to back, into its place there.
@@ -28,11 +31,12 @@ def read_run(path: Path, *, network: Network) -> Weights:
     Args:
         path: a run directory (its newest checkpoint) or one of its step_* directories.
         network: "teacher" or "student".
+        goes_on: called after every file whose checksum was compared.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    checkpoint = open_run(path)
+    checkpoint = open_run(path, goes_on)
     config = parse_config(checkpoint.state["config"], origin=str(checkpoint.path))
     tensors = checkpoint.full(_KINDS[network]) | checkpoint.buffers(network)
     parts = {

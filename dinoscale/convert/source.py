@@ -8,7 +8,7 @@ it, so that `weights_file.build` can refuse it by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dinoscale.convert.card import parse_card
@@ -22,7 +22,11 @@ from dinoscale.errors import CheckpointError
 
 
 def read_source(
-    path: str | Path, *, network: Network = "teacher", num_heads: int | None = None
+    path: str | Path,
+    *,
+    network: Network = "teacher",
+    num_heads: int | None = None,
+    goes_on: Callable[[], None] = lambda: None,
 ) -> Weights:
     """Read one network of a source, without building it.
 
@@ -31,6 +35,7 @@ def read_source(
             world size; a safetensors file of ours; the reference's `.pth`, full or backbone only;
             a timm or Hugging Face folder or its weights file.
         network: which network of a run or full checkpoint to take; other files hold only one.
+        goes_on: called again and again while the files of a run are read.
         num_heads: for files whose heads are not 64 channels wide and that do not tell.
 
     Raises:
@@ -39,7 +44,7 @@ def read_source(
     """
     try:
         if is_run(Path(path)):
-            return read_run(Path(path), network=network)
+            return read_run(Path(path), network=network, goes_on=goes_on)
         return _weights_of(read_content(Path(path)), network=network, num_heads=num_heads)
     except CheckpointError as error:
         text = str(error)

@@ -10,7 +10,7 @@ the same factor; the mean has no order that could be wrong.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,10 +34,11 @@ log = logging.getLogger(__name__)
 _FIRST_LAYERS = ("patch_embed.proj.weight", "conv1.weight")  # of a ViT and of a ResNet
 
 
-def starting_weights(config: RunConfig) -> Start | None:
+def starting_weights(config: RunConfig, goes_on: Callable[[], None] = lambda: None) -> Start | None:
     """Read the weights that a run starts from; None where it starts from random ones.
 
     Rank 0 reads them, once for the whole job, and other ranks get None; `build_pair` hands out.
+    `goes_on` is called again and again meanwhile.
 
     Raises:
         CheckpointError: they cannot be read, or do not fit what they claim to be.
@@ -46,7 +47,7 @@ def starting_weights(config: RunConfig) -> Start | None:
     path = config.train.init_from
     if path is None or distributed.rank() != 0:
         return None
-    weights = read_source(path)
+    weights = read_source(path, goes_on=goes_on)
     try:
         source, coverage = build(weights)
     except CheckpointError as error:

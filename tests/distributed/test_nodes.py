@@ -163,7 +163,7 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
     from dinoscale import distributed
     from dinoscale.data.sources import Source, open_source
     from dinoscale.errors import DataError
-    from dinoscale.opening import open_once_a_node
+    from dinoscale.opening import on_first_rank, open_once_a_node
 
     rank, opened, signs, posts = distributed.rank(), [], [], []  # type: ignore[var-annotated]
     post = distributed.Board.post
@@ -213,7 +213,16 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
         ):
             again = open_it(slow=1)
             found |= {"alone": counts(), "images": len(again), "left": len([*own.glob("*.source")])}
-    return found
+    of_first: list[float] = []
+
+    def slowly(alive: Callable[[], None]) -> str:
+        for _ in range(5):
+            time.sleep(0.3)
+            alive()
+        return "made"
+
+    made = on_first_rank(slowly, lambda: of_first.append(time.monotonic()))
+    return found | {"made": made, "of_first": len(of_first)}
 
 
 def test_one_rank_of_a_node_lists_and_the_others_take_what_it_found(tmp_path: Path) -> None:
@@ -235,3 +244,5 @@ def test_one_rank_of_a_node_lists_and_the_others_take_what_it_found(tmp_path: Pa
     assert min(signs) >= 2
     assert [rank["images"] for rank in ranks] == [2, 2, 2]
     assert ranks[0]["left"] == 0  # nor left half
+    assert [rank["made"] for rank in ranks] == ["made", None, None]
+    assert all(rank["of_first"] >= 2 for rank in ranks)

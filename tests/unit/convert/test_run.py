@@ -60,7 +60,13 @@ def test_either_network_is_merged_bit_for_bit(run: tuple[Path, dict[str, Tensor]
     folder, teacher = run
     for path in (folder, folder / "checkpoints" / "step_00000007"):
         for network, shift in (("teacher", 0.0), ("student", 1.0)):
-            weights = read_source(path, network=network)  # type: ignore[arg-type]  # both are
+            signs: list[None] = []
+            weights = read_source(
+                path,
+                network=network,  # type: ignore[arg-type]  # both are
+                goes_on=lambda signs=signs: signs.append(None),  # type: ignore[misc]
+            )
+            assert len(signs) == RANKS + 2  # after each file, of which the largest takes seconds
             assert weights.kind == "run"
             assert weights.head is not None
             found = {f"backbone.{name}": tensor for name, tensor in weights.backbone.items()}
