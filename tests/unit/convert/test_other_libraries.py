@@ -276,7 +276,7 @@ def test_sharded_files_of_transformers_are_joined(tmp_path: Path) -> None:
     bad_maps = [
         ({**places, "vit.more": first}, "disagrees with its files about vit.more"),
         ({**places, "more": "../whole/model.safetensors"}, "no safetensors file beside it"),
-        ({**places, "more": "model-9.safetensors"}, "lacks model-9.safetensors"),
+        ({**places, "more": "model-9.safetensors"}, "lacks 'model-9.safetensors'"),
         ({**places, "more": 3}, "without a weight_map"),
     ]
     for weight_map, message in bad_maps:
