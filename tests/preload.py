@@ -6,7 +6,6 @@ import os
 # Read when torch is imported; `dinoscale train` sets it before.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # imported on demand
 import matplotlib.figure  # noqa: F401
 import pytest  # noqa: F401
 import sklearn.linear_model  # noqa: F401
@@ -15,8 +14,10 @@ import wandb  # noqa: F401
 
 import dinoscale.cli
 import dinoscale.trainer  # noqa: F401
+from dinoscale.engine.student import _import_muon
 from dinoscale.models._torchvision import ensure_torchvision
 
+_import_muon()  # as a rank does, before anything compiles
 ensure_torchvision()
 
 import timm  # noqa: E402, F401  # needs torchvision

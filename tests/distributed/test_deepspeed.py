@@ -1,6 +1,7 @@
 """Canaries: what a run takes for granted of DeepSpeed, and a release of it may break in silence."""
 
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ def watch() -> dict[str, Any]:
         "traces": _traces(),
         "gathered": _gathered(),
         "unaligned": [_unaligned(stage) for stage in (1, 2)],
+        "compiler": "torch._inductor.compile_fx" in sys.modules,
     }
 
 
@@ -198,3 +200,7 @@ def test_weights_are_released_after_a_recomputation_the_frozen_ones_too(
 
 def test_weights_lie_where_vector_loads_can_read_them(watched: list[dict[str, Any]]) -> None:
     assert [of_rank["unaligned"] for of_rank in watched] == [[[], []]] * 2
+
+
+def test_no_compiler_is_loaded_where_nothing_is_compiled(watched: list[dict[str, Any]]) -> None:
+    assert [of_rank["compiler"] for of_rank in watched] == [False, False]

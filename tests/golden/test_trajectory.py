@@ -1,8 +1,8 @@
 """A whole training run under DeepSpeed against the reference's, at every ZeRO stage.
 
-Tolerances: loss 5e-5 relative; every weight tensor of student and teacher 2e-3 relative (norm of
-the difference over norm). The reference itself, in float32, is within 4e-6 and 5e-4 of its own
-float64 numbers.
+The recorded numbers are float64; the reference itself, in float32, is within 4e-6 (loss) and 5e-4
+(every weight tensor of student and teacher, norm of the difference over norm) of them, relative.
+Ours rounds in another order at each stage and split, so it may be off by a few times that.
 """
 
 import json
@@ -21,7 +21,7 @@ from dinoscale.config.resolve import resolve
 from tests.harness import run_distributed
 
 FOLDER = Path(os.environ.get("DINOSCALE_GOLDEN", Path(__file__).parent))
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 5e-5, 2e-3
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 12 * 4e-6, 4 * 5e-4  # of the reference in float32
 
 
 def golden_config(facts: dict[str, Any], *, stage: int, accumulation: int, world_size: int) -> Any:

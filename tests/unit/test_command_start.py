@@ -124,7 +124,7 @@ def test_commands_that_need_torch_begin_without_more(tmp_path: Path) -> None:
     _assert_none_loaded(_WITH_TORCH, _LATE, tmp_path)
 
 
-def test_deepspeed_loads_no_compiler_for_an_optimizer_that_is_not_used() -> None:
+def test_deepspeed_loads_no_compiler_for_an_unused_optimizer_and_others_still_compile() -> None:
     code = (
         "import os, sys\n"
         "from dinoscale import distributed\n"
@@ -135,6 +135,13 @@ def test_deepspeed_loads_no_compiler_for_an_optimizer_that_is_not_used() -> None
         "assert 'deepspeed.runtime.zero.muon.muon_optimizer' in sys.modules\n"
         "assert 'torch._inductor.compile_fx' not in sys.modules\n"
         "assert 'TORCHDYNAMO_DISABLE' not in os.environ\n"
+        "import torch\n"
+        "graphs = []\n"
+        "def backend(graph, _):\n"
+        "    graphs.append(graph)\n"
+        "    return graph\n"
+        "assert torch.compile(torch.sin, backend=backend)(torch.zeros(1)) == 0\n"
+        "assert len(graphs) == 1\n"
         "distributed.stop()\n"
     )
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
