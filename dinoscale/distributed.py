@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -262,12 +262,16 @@ def gather_rows(part: Tensor) -> Tensor:
 
     Returns:
         (sum of N, ...) on the device of `part`; one process gets `part` itself.
+
+    Raises:
+        RunFailedError: on every rank; one has no memory for it.
     """
     if world_size() == 1:
         return part
     shapes = gather_objects(tuple(part.shape))
     shape = sum(rows for rows, *_ in shapes), *max(shapes)[1:]
-    whole = part.new_empty(shape, device=_backend_device(part))
+    # A rank that has no room for it says so, instead of leaving the others in a collective.
+    whole = together(lambda: part.new_empty(shape, device=_backend_device(part)))
     for source, rows in enumerate(whole.split([shape[0] for shape in shapes])):
         if len(rows):
             if source == rank():
@@ -301,7 +305,8 @@ def together(check: Callable[[], T]) -> T:
 
     Raises:
         DinoscaleError: the error of the first rank that failed, with its exit code.
-        RunFailedError: that error is none that a user can act on, as a want of memory.
+        RunFailedError: that error is none that a user can act on, as a want of memory; or a rank
+            has left other collectives than this one unfinished.
         Exception: the rank's own, whatever it is.
     """
     result, error = None, None
@@ -310,19 +315,32 @@ def together(check: Callable[[], T]) -> T:
     except Exception as caught:
         error = caught
     # As a type and a text: exceptions of libraries need not survive the way to another process.
-    for number, other in enumerate(gather_objects(None if error is None else _told(error))):
-        if other is not None:
-            kind, text = other
-            raise error or kind(f"rank {number}: {text}")
+    for number, other in enumerate(gather_objects(_told(error))):
+        if not isinstance(other, _Verdict):  # an error left a collective inside `check` on a rank
+            raise error or RunFailedError(
+                f"ranks are no longer at the same place: rank {number} sent {type(other).__name__}"
+                f" where rank {rank()} waited for a verdict; the log of a rank that failed says why"
+            )
+        if other.kind is not None:
+            raise error or other.kind(f"rank {number}: {other.text}")
     return result  # type: ignore[return-value]  # no error on any rank, so check() returned
 
 
-def _told(error: Exception) -> tuple[type[DinoscaleError], str]:
-    """What other ranks raise for `error`: its nearest type that is made of a text alone."""
+class _Verdict(NamedTuple):
+    """What other ranks raise for an error of this one, if there is one."""
+
+    kind: type[DinoscaleError] | None = None
+    text: str = ""
+
+
+def _told(error: Exception | None) -> _Verdict:
+    """The verdict on `error`: its nearest type that is made of a text alone."""
+    if error is None:
+        return _Verdict()
     for kind in type(error).__mro__:
         if issubclass(kind, DinoscaleError) and kind.__init__ is Exception.__init__:
-            return kind, str(error)
-    return RunFailedError, f"{type(error).__name__}: {error}"
+            return _Verdict(kind, str(error))
+    return _Verdict(RunFailedError, f"{type(error).__name__}: {error}")
 
 
 def guarded(communicate: Callable[[], T]) -> T:

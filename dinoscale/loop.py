@@ -4,9 +4,10 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,19 +143,36 @@ class Run:
         Raises:
             DinoscaleError: on every rank.
         """
-        if self.resumed_at is None:
-            self._probe()
-        else:
-            self.events.write(self.progress.step, "resumed", ranks=self.plan.world_size)
-            if self._due(self.progress.step).probe and self.progress.knn_top1 is None:
-                self._probe()  # which the end of the job had cut short
         # Log lines above the bar, not in it; other ranks have none, and show only warnings.
-        with logging_redirect_tqdm() if self.process.rank == 0 else nullcontext():
+        bar = logging_redirect_tqdm() if self.process.rank == 0 else nullcontext()
+        with bar, self._saving_what_was_begun():
+            if self.resumed_at is None:
+                self._probe()
+            else:
+                self.events.write(self.progress.step, "resumed", ranks=self.plan.world_size)
+                if self._due(self.progress.step).probe and self.progress.knn_top1 is None:
+                    self._probe()  # which the end of the job had cut short
             while self.progress.step < self.plan.stop_step:
                 self._train()  # to the end, or to a rollback
             self._save_and_wait()
         self.metrics.close()
         return {"run_dir": str(self.run_dir), "steps": self.plan.stop_step, **self.last}
+
+    @contextmanager
+    def _saving_what_was_begun(self) -> Iterator[None]:
+        """Whatever ends the run inside, wait for a checkpoint that is being written.
+
+        The threads of the other ranks write on while those wait for this one. Not for a rank that
+        is gone, which writes no more, nor for somebody who wants to end at once (Ctrl-C again).
+        """
+        try:
+            yield
+        except LostPeerError:
+            raise
+        except Exception:
+            self.watchdog.goes_on()
+            self._report(self.saver.wait())
+            raise
 
     def _train(self) -> None:
         """Take steps until the run ends or goes back to a checkpoint."""
@@ -374,21 +392,23 @@ class Run:
         return self.bad.num_occurrences
 
     def _probe(self) -> None:
-        """Measure k-NN; what goes wrong with it costs the number, not the run."""
+        """Measure k-NN; what goes wrong with it, on any rank, costs the number, not the run."""
         if self.probe is None:
             return
         done = self.progress.step
         self.watchdog.moved(f"measuring k-NN after step {done}")
         backbone = self.teacher.plain_network().backbone
+        measure = partial(self.probe.measure, backbone, self.process.device, self._measuring)
         try:
-            top1 = self.probe.measure(backbone, self.process.device, self._measuring)
+            top1 = distributed.together(measure)
         except LostPeerError:
             raise
-        except DinoscaleError as error:  # of all ranks together
-            self.stopping |= isinstance(error, PreemptedError)
+        except Exception as error:  # of all ranks together, each with its own if it has one
+            self.stopping |= any(distributed.gather_objects(self.stop.asked))
             self.events.write(done, "no k-NN", reason=str(error))
-            if self.process.rank == 0:
-                log.warning("no k-NN after step %d: %s", done, error)
+            foreign = None if isinstance(error, DinoscaleError) else error
+            if self.process.rank == 0 or foreign:
+                log.warning("no k-NN after step %d: %s", done, error, exc_info=foreign)
             return
         self.progress.measured(top1)
         if self.saved_step == done:
@@ -405,8 +425,7 @@ class Run:
             PreemptedError: this rank was asked.
         """
         self.watchdog.goes_on()
-        if self.stop.asked:
-            raise PreemptedError(f"asked to stop ({self.stop.reason})")
+        self.stop.check()
 
     def _save(self) -> None:
         """Begin to save this step, unless that was begun already."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,7 @@ def knn_accuracy(
     temp: float = TEMP,
     chunk_size: int | None = None,
     bank_chunk_size: int = BANK_CHUNK,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> dict[int, KnnResult]:
     """Classify every test image by the votes of its k most similar images of the bank.
 
@@ -81,11 +82,13 @@ def knn_accuracy(
         temp: > 0, dimensionless; infinity makes all votes equal.
         chunk_size: test images at a time, any number gives the same result; None: 1024.
         bank_chunk_size: images of the bank at a time, any number gives the same result.
+        on_chunk: called after each chunk; what it raises on one rank ends the work on all.
 
     Returns:
         One result per k, on every rank.
 
     Raises:
+        DinoscaleError: on every rank; one was told to end, or has not the memory.
         ValueError: shapes disagree, a set is empty, labels are negative, or a k, temp or chunk
             size is not positive.
     """
@@ -99,17 +102,24 @@ def knn_accuracy(
     if too_many:
         log.warning("k = %s: the bank has only %d images, using all", too_many, num_train)
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    right = torch.zeros(len(ks), 2, dtype=torch.int64, device=test_labels.device)
     starts = range(0, num_test, chunk_size)
-    for start in starts[distributed.rank() :: distributed.world_size()]:
-        features = test_features[start : start + chunk_size]
-        similarity, nearest = nearest_neighbours(
-            train_features, features, k=min(max(ks), num_train), bank_chunk_size=bank_chunk_size
-        )
-        votes, classes = (similarity / temp).exp(), train_labels[nearest]  # (chunk, max k)
-        labels = test_labels[start : start + chunk_size]
-        for i, k in enumerate(ks):
-            right[i] += _right(votes[:, :k], classes[:, :k], labels, num_classes=num_classes)
+
+    def classified() -> Tensor:
+        """Right answers of this rank's share, (number of ks, 2)."""
+        right = torch.zeros(len(ks), 2, dtype=torch.int64, device=test_labels.device)
+        for start in starts[distributed.rank() :: distributed.world_size()]:
+            features = test_features[start : start + chunk_size]
+            similarity, nearest = nearest_neighbours(
+                train_features, features, k=min(max(ks), num_train), bank_chunk_size=bank_chunk_size
+            )
+            votes, classes = (similarity / temp).exp(), train_labels[nearest]  # (chunk, max k)
+            labels = test_labels[start : start + chunk_size]
+            for i, k in enumerate(ks):
+                right[i] += _right(votes[:, :k], classes[:, :k], labels, num_classes=num_classes)
+            on_chunk()
+        return right
+
+    right = distributed.together(classified)
     percent = (100 * distributed.all_reduce_sum(right).double() / num_test).tolist()
     return {k: KnnResult(k, min(k, num_train), *of_k) for k, of_k in zip(ks, percent, strict=True)}
 

@@ -43,8 +43,12 @@ def over_ranks(extract: Extract, *, num_images: int, batch_size: int) -> tuple[T
     if distributed.world_size() == 1:
         return rows, numbers
     rows, numbers = distributed.gather_rows(rows), distributed.gather_rows(numbers)
-    order = numbers.argsort()
-    return rows[order], numbers[order]
+
+    def in_order() -> tuple[Tensor, Tensor]:
+        order = numbers.argsort()
+        return rows[order], numbers[order]
+
+    return distributed.together(in_order)  # takes the memory of all rows once more
 
 
 def _share_of_rank(extract: Extract, *, num_images: int, batch_size: int) -> tuple[Tensor, Tensor]:

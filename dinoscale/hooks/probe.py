@@ -52,8 +52,8 @@ class Probe:
         Args:
             backbone: ordinary weights, whole on every rank.
             device: of the backbone.
-            on_batch: called after each batch of images; what it raises on one rank ends the
-                measurement on all.
+            on_batch: called after each batch of images and after each chunk of those that are
+                classified; what it raises on one rank ends the measurement on all.
 
         Raises:
             DinoscaleError: on every rank.
@@ -77,4 +77,5 @@ class Probe:
             if not len(found):
                 raise DataError(f"eval.{name}: none of the {len(source)} images can be read")
         k, labels = config.eval.k, self._renumber.to(device)[test_labels]
-        return knn_accuracy(bank, bank_labels, test, labels, ks=(k,))[k].top1
+        by_k = knn_accuracy(bank, bank_labels, test, labels, ks=(k,), on_chunk=on_batch)
+        return by_k[k].top1

@@ -196,21 +196,85 @@ def save_after_a_lost_contact(failing: int) -> int:
     run.config, run.plan, run.versions = tiny_config(), tiny_plan(tiny_config()), {}
     run.progress, run.process = Progress(step=7), Process(1, 2, 1, 2)
     run.saved, run.saved_step, run.run_dir = None, 7, Path("run")
-    run.student, run.watchdog, run.teacher = None, MagicMock(), MagicMock()
+    run.images, run.student, run.watchdog, run.teacher = "", None, MagicMock(), MagicMock()
     error = "rank 0, where the ranks meet, cannot be reached"
     run.saver = OneSidedSaver(error if distributed.rank() == failing else None)
     run._save_and_wait()
     return int(run.saver.begun)
 
 
-def fail_in_all_ways(failing: int) -> tuple[list[tuple[str, str]], int]:
-    return fail_on_one(failing), save_after_a_lost_contact(failing)
+class NoRoom:
+    """Rows for which there is no memory on this rank."""
+
+    shape, device = (3, 2), torch.device("cpu")
+
+    def new_empty(self, *_: Any, **__: Any) -> Tensor:
+        raise MemoryError("no room for the rows")
+
+
+def gather_what_does_not_fit(failing: int) -> str:
+    from dinoscale import distributed
+
+    rows: Any = NoRoom() if distributed.rank() == failing else torch.zeros(3, 2)
+    try:
+        distributed.gather_rows(rows)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def wait_for_a_verdict_where_another_does_not(failing: int) -> str:
+    from dinoscale import distributed
+
+    try:
+        if distributed.rank() == failing:
+            distributed.gather_objects((3, 2))
+        else:
+            distributed.together(lambda: None)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".partition(" where ")[0]
+    return ""
+
+
+def probe_that_fails(failing: int) -> tuple[bool, int]:
+    """On every rank: one is out of memory amid k-NN, one was asked to stop; whether all stop."""
+    from dinoscale import distributed
+    from dinoscale.errors import PreemptedError
+    from dinoscale.loop import Run
+
+    amiss = distributed.rank() == failing
+
+    def measure(*_: Any) -> float:
+        raise torch.OutOfMemoryError("no room") if amiss else PreemptedError("asked to stop")
+
+    run: Any = Run.__new__(Run)
+    run.progress, run.process, run.stopping = Progress(step=7), Process(1, 2, 1, 2), False
+    run.watchdog, run.teacher, run.events = MagicMock(), MagicMock(), MagicMock()
+    run.probe, run.stop = MagicMock(measure=measure), MagicMock(asked=not amiss)
+    run._probe()
+    return run.stopping, run.events.write.call_count
+
+
+def fail_in_all_ways(failing: int) -> dict[str, Any]:
+    return {
+        "checks": fail_on_one(failing),
+        "begun": save_after_a_lost_contact(failing),
+        "gather": gather_what_does_not_fit(failing),
+        "elsewhere": wait_for_a_verdict_where_another_does_not(failing),
+        "probe": probe_that_fails(failing),
+    }
 
 
 def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None:
     function = "tests.distributed.test_failures:fail_in_all_ways"
-    told = run_distributed(function, world_size=2, timeout_s=120, failing=1)
-    (first, second), begun = zip(*told, strict=True)
+    of_rank = run_distributed(function, world_size=2, timeout_s=120, failing=1)
+    first, second = (told["checks"] for told in of_rank)
+    said = "MemoryError: no room for the rows"
+    assert [told["gather"] for told in of_rank] == [f"RunFailedError: rank 1: {said}", said]
+    elsewhere = "RunFailedError: ranks are no longer at the same place: rank 1 sent tuple"
+    assert [told["elsewhere"] for told in of_rank] == [elsewhere, ""]
+    assert [told["probe"] for told in of_rank] == [(True, 1), (True, 1)]
+    begun = tuple(told["begun"] for told in of_rank)
     assert begun == (1, 1)
     assert first == [
         ("", "fine on 0"),

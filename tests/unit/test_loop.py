@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dinoscale.config.resolve import resolve
 from dinoscale.data.bad_samples import BadSample, BadSampleLog
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, LostPeerError
 from dinoscale.hooks.data_wait import DataWait
 from dinoscale.hooks.metrics import Stopwatch
 from dinoscale.launcher import Process
@@ -75,3 +75,19 @@ def test_every_rank_counts_the_bad_images_and_stops_alike(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="too many unreadable images: 13 of 42 drawn"):
         _record(run, bad_images=12)
     assert not list(tmp_path.iterdir())  # another rank writes the list
+
+
+@pytest.mark.parametrize(("error", "waits"), [(DataError("x"), 1), (LostPeerError("x"), 0)])
+def test_checkpoint_that_is_being_written_is_waited_for_whatever_ends_the_run(
+    error: Exception, waits: int
+) -> None:
+    run: Any = Run.__new__(Run)
+    run.config, run.probe, run.resumed_at, run.process = tiny_config(), None, None, MagicMock()
+    run.progress, run.plan, run.watchdog = MagicMock(step=0), MagicMock(stop_step=1), MagicMock()
+    run.saver = MagicMock()
+    run.saver.wait.return_value = None
+    run.data_wait = MagicMock()
+    run.data_wait.restarted.side_effect = error
+    with pytest.raises(type(error)):
+        run.to_the_end()
+    assert run.saver.wait.call_count == waits

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -31,6 +32,14 @@ def test_a_near_neighbour_outvotes_two_far_ones_unless_votes_are_equal() -> None
     assert weighted[3].top1 == 100
     equal = knn_accuracy(bank, labels, _unit(5), torch.tensor([0]), ks=(3,), temp=math.inf)
     assert equal[3].top1 == 0
+
+
+def test_each_chunk_is_a_sign_of_life() -> None:
+    bank, labels, chunks = _unit(0, 40, 90), torch.tensor([0, 1, 2]), list[int]()
+    test, of_test = _unit(*range(7)), torch.zeros(7, dtype=torch.int64)
+    alive = partial(chunks.append, 1)
+    knn_accuracy(bank, labels, test, of_test, ks=(1,), chunk_size=2, on_chunk=alive)
+    assert len(chunks) == 4
 
 
 def test_the_length_of_a_feature_does_not_matter() -> None:
