@@ -3,12 +3,12 @@
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,6 +52,7 @@ from dinoscale.resume import (
 from dinoscale.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+S = TypeVar("S", bound=Source)
 
 _ENDING_LAUNCHERS = ("torchrun", "deepspeed")  # their death would leave their ranks running
 _NAMES_COMPARED = 100  # of images, between ranks
@@ -79,7 +80,9 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     with watchdog.spreading():
         require_alike(config, process, members)
-        source = open_once_a_node(partial(open_images, config), hosts, watchdog.goes_on)
+        opens = _unless_asked(partial(open_images, config), stop)
+        source = open_once_a_node(opens, hosts, watchdog.goes_on)
+        distributed.together(stop.check)
         require_same_images(source)
         _plan(without_auto(config), process, source)  # a mistake ends it before there is a run_dir
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
@@ -87,6 +90,24 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
             keep_logs(run_dir, process, members)
             summary = _build(config, process, hosts, source, stop, watchdog).to_the_end()
         return {**summary, "left_out": left_out_of(source).counts}
+
+
+def _unless_asked(
+    open_set: Callable[[Callable[[], None]], S], stop: StopRequest
+) -> Callable[[Callable[[], None]], S]:
+    """Let a wish to stop end what opens a set, which may take hours.
+
+    The rank that opens it looks; those that wait for it would leave it alone.
+    """
+
+    def opened(alive: Callable[[], None]) -> S:
+        def goes_on() -> None:
+            alive()
+            stop.check()
+
+        return open_set(goes_on)
+
+    return opened
 
 
 def require_same_images(source: Source) -> None:
@@ -129,7 +150,9 @@ def _build(
             f"run_dir: {run_dir} already holds a run and resume is false;"
             " choose another run_dir, or delete that one"
         )
+    watchdog.moved("comparing the images with those of the run so far")
     images = distributed.together(lambda: source.identity() if is_first else "")
+    watchdog.moved("opening the newest checkpoint")
     checkpoint = find_checkpoint(run_dir)
     if checkpoint is not None:
         config = keep_micro_batch(checkpoint, config, world_size=process.world_size)
@@ -144,22 +167,26 @@ def _build(
     if config.engine.offload_optimizer and process.device.type == "cuda":
         # The host steps the weights; launchers leave it one thread.
         torch.set_num_threads(cores_of_rank(process.local_world_size))
+    watchdog.moved("building the networks")
+    distributed.together(stop.check)
     student, teacher = build_pair(config, plan, start)
     if checkpoint is not None:
         restore(checkpoint, student, teacher)
-    probe = _probe(config, hosts, watchdog) if config.eval.train else None
+    probe = _probe(config, hosts, stop, watchdog) if config.eval.train else None
     if is_first:
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
     told = {"student": student.deepspeed_config, "teacher": teacher.deepspeed_config}
+    distributed.together(stop.check)
     distributed.together(lambda: rundir.prepare(config, told) if is_first else None)
     return Run(
         config, plan, process, source, images, student, teacher, probe, stop, watchdog, checkpoint
     )
 
 
-def _probe(config: RunConfig, hosts: Sequence[str], watchdog: Watchdog) -> Probe:
+def _probe(config: RunConfig, hosts: Sequence[str], stop: StopRequest, watchdog: Watchdog) -> Probe:
     def open_set(spec: str, decoder: Decoder) -> Source:
-        return open_once_a_node(partial(open_source, spec, decoder), hosts, watchdog.goes_on)
+        opens = _unless_asked(partial(open_source, spec, decoder), stop)
+        return open_once_a_node(opens, hosts, watchdog.goes_on)
 
     return distributed.together(lambda: Probe(config, open_set))
 

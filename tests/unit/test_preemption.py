@@ -5,8 +5,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from dinoscale.data.sources import open_source
+from dinoscale.errors import PreemptedError
+from dinoscale.opening import open_once_a_node
+from dinoscale.preemption import StopRequest
+from dinoscale.trainer import _unless_asked
 
 _PROGRAM = """
     import os, signal, sys
@@ -69,3 +77,19 @@ def test_first_ctrl_c_after_another_signal_only_asks() -> None:
 
 def test_terminal_that_takes_nothing_does_not_hold_up_a_run() -> None:
     assert _after(signal.SIGINT, case="full").stdout == "Ctrl-C\n"
+
+
+def test_wish_to_stop_is_heard_while_images_are_listed(tmp_path: Path) -> None:
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    stop, signs = StopRequest.__new__(StopRequest), list[int]()  # without its handlers
+    stop.reason = None
+
+    def sign() -> None:
+        signs.append(1)
+        stop.ask("SIGTERM")
+
+    opens = _unless_asked(lambda alive: open_source(str(tmp_path), alive=alive), stop)
+    with pytest.raises(PreemptedError, match=r"asked to stop \(SIGTERM\)"):
+        open_once_a_node(opens, ["a"], sign)
+    assert len(signs) == 1
