@@ -1,7 +1,7 @@
 """What a rank works on in each step: crops from the loader, on the device, normalised."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -127,17 +127,18 @@ class Feed:
         for _ in range(first, plan.stop_step):
             yield list(itertools.islice(batches, plan.accumulation_steps))
 
-    def prepare(self, step: int, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
+    def prepare(self, step: int, batches: Iterable[Batch]) -> Iterator[MicroBatch]:
         """Move a step's micro-batches to the device, finish them, draw their stochastic depth.
 
-        Each when it is asked for: all of them together would take the memory that accumulation
-        saves.
+        Each when it is asked for, and none is held when the next is made: all of them together
+        would take the memory that accumulation saves.
         """
         data, device = self._config.data, self._process.device
         compiled = self._config.engine.compile is not False
         for index, batch in enumerate(batches):
-            crops = finish_batch(batch, data, device, compiled=compiled)
-            yield MicroBatch(*crops, self._keep(step, index))
+            yield MicroBatch(
+                *finish_batch(batch, data, device, compiled=compiled), self._keep(step, index)
+            )
 
     def _keep(self, step: int, micro_batch: int) -> Tensor | None:
         model, plan = self._config.model, self._plan

@@ -1,8 +1,10 @@
 """What reaches the colours from the settings of a run."""
 
+import weakref
 from typing import Literal
 
 import pytest
+from torch import Tensor
 
 from dinoscale.config import resolve
 from dinoscale.data import colors
@@ -25,7 +27,10 @@ def test_engine_compile_reaches_the_colours_and_micro_batches_are_made_when_aske
     feed = Feed(config, plan, read_process({}), open_images(config), depth=2)
     asked: list[colors._Change] = []
 
+    held = list[weakref.ref[Tensor]]()
+
     def compiled(change: colors._Change) -> colors._Change:
+        assert [crops() for crops in held if crops() is not None] == []  # one at a time
         asked.append(change)
         return change
 
@@ -33,6 +38,10 @@ def test_engine_compile_reaches_the_colours_and_micro_batches_are_made_when_aske
     monkeypatch.setattr(colors, "_compiled", compiled)
     prepared = feed.prepare(0, next(feed.steps(0, offset=0)))
     assert asked == []
-    assert next(prepared).global_crops.shape[1] == 2
-    assert bool(asked) == (setting == "auto")
-    assert len([*prepared]) == 2
+    sizes = []
+    while micro_batch := next(prepared, None):
+        held += map(weakref.ref, (micro_batch.global_crops, micro_batch.local_crops))
+        sizes.append(micro_batch.global_crops.shape[1])
+        assert bool(asked) == (setting == "auto")
+        del micro_batch
+    assert sizes == [2, 2, 2]
