@@ -266,7 +266,7 @@ class _Partitioned:
         ]
         if partitions:
             here = average
-            if average[0].device != partitions[0].device:  # from the host a group at a time
+            if average[0].device != partitions[0].device:  # from the host, all of this rank's share
                 here = [
                     torch.empty_like(a, device=compute_device(), dtype=partitions[0].dtype)
                     for a in average
