@@ -1,7 +1,7 @@
 """The real step of a run, from the loader to the teacher's average, with a timeline."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +53,7 @@ class OurStep:
 
     Attributes:
         now: the scheduled numbers of every step.
-        crops: what the last step began with, on the device, one tensor (B, C, H, W) a view.
+        crops: the last micro-batch of the last step, on the device, one tensor (B, C, H, W) a view.
     """
 
     def __init__(self, config: RunConfig, plan: RunPlan, process: Process, source: Source) -> None:
@@ -78,32 +78,46 @@ class OurStep:
         """
         self._timeline.mark(DATA)
         batches = next(self._batches)
-        self._timeline.mark(TO_DEVICE)
-        sent = [self._sent(batch) for batch in batches]
-        self._timeline.mark(AUGMENTATION)
-        micro_batches = list(self._feed.prepare(0, sent))  # apart from the rest
         self._timeline.mark(OTHER)
-        self.crops = _views(micro_batches[-1])
+        self.crops = []  # which the first micro-batch needs the memory of
         result = train_step(
-            micro_batches, self._student, self._teacher, self.now, student_temp=self._temp
+            self._made(batches), self._student, self._teacher, self.now, student_temp=self._temp
         )
         self._teacher.wait()  # a profiler that begins or ends amid a collective crashes
         if result.skipped is not None:
             raise RunFailedError(f"a step was not taken: {result.skipped}")
         return self._timeline.take()
 
+    def _made(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
+        """The micro-batches, each when the step asks for it, as in a run."""
+        micro_batches = self._feed.prepare(0, map(self._sent, batches))
+        for _ in batches[:-1]:
+            yield self._next(micro_batches)
+        last = self._next(micro_batches)
+        self.crops = _views(last)
+        yield last
+
+    def _next(self, micro_batches: Iterator[MicroBatch]) -> MicroBatch:
+        """Make one; what it takes is marked as the input's."""
+        micro_batch = next(micro_batches)
+        self._timeline.mark(OTHER)
+        return micro_batch
+
     def close(self) -> None:
         """Free the memory; the object is not to be used afterwards."""
         self._student.close()
 
     def _sent(self, batch: Batch) -> Batch:
-        return Batch(
+        self._timeline.mark(TO_DEVICE)
+        sent = Batch(
             batch.global_crops.to(self._device, non_blocking=True),
             batch.local_crops.to(self._device, non_blocking=True),
             batch.params,
             batch.sample_ids,
             batch.bad,
         )
+        self._timeline.mark(AUGMENTATION)
+        return sent
 
 
 def _typical_values(config: RunConfig, plan: RunPlan) -> StepValues:

@@ -12,12 +12,15 @@ from torch import nn
 
 from dinoscale.bench.budget import Budget, fitted, in_turns
 from dinoscale.bench.ceiling import matmul_rates
+from dinoscale.bench.our_step import OurStep
 from dinoscale.bench.step import CHECKOUT, bench_step, find_reference, too_slow
 from dinoscale.bench.step_report import in_words
 from dinoscale.bench.timeline import PARTS, Timeline, watch_pair
 from dinoscale.config import load_config, resolve
 from dinoscale.errors import ConfigError
+from dinoscale.feed import Feed, open_images
 from dinoscale.launcher import read_process
+from tests.distributed.tiny_run import tiny_config
 
 PAUSE_S = 0.25  # of a pretended clock; sums of quarters are exact
 
@@ -205,3 +208,21 @@ def test_no_turn_begins_that_would_end_too_late(
     assert said.startswith("the first of 5 turns took 0.5 s")
     assert "no time for turn 3 of 5 within" in said
     assert list(in_turns(2, limit_s=60.0)) == [0, 1]
+
+
+def test_micro_batches_are_made_when_the_step_asks_for_them_as_in_a_run() -> None:
+    config = tiny_config(
+        data={"train": "synthetic:shapes?images=6&size=16", "num_workers": 0},
+        train={"epochs": 10, "batch_size": 6, "micro_batch_size": 2},
+    )
+    plan, process = resolve(config, world_size=1, num_images=6), read_process({})
+    step: Any = OurStep.__new__(OurStep)  # without a student
+    step._timeline, step._device, step.crops = Timeline(process.device), process.device, []
+    step._feed = Feed(config, plan, process, open_images(config), depth=2)
+    made = step._made(next(step._feed.steps(0, offset=0)))
+    sent = []
+    for micro_batch in made:
+        assert micro_batch.global_crops.shape[1] == 2
+        sent.append([part for part, _ in step._timeline._marks].count("host_to_device"))
+        assert bool(step.crops) == (sent == [1, 2, 3])
+    assert len(sent) == 3
