@@ -41,7 +41,8 @@ def main() -> None:
         _end(traceback.format_exc() + "error: dinoscale failed; this is a bug", 1)
     lost = logs.lost_output()
     if lost is not None:
-        text = f"what was printed is incomplete: stdout: {lost.strerror or lost}"
+        why = getattr(lost, "strerror", None) or lost
+        text = f"what was printed is incomplete: stdout: {why}"
         if not kept:
             _end(f"error: {text}", 1)
         log.warning("%s", text)

@@ -43,9 +43,9 @@ def shield_terminal() -> None:
     sys.stderr = cast(TextIO, _Lossy(sys.stderr, waits=False))
 
 
-def lost_output() -> OSError | None:
+def lost_output() -> Exception | None:
     """What went wrong with stdout since it was shielded, apart from a reader that had enough."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         sys.stdout.flush()
     error = sys.stdout.error if isinstance(sys.stdout, _Lossy) else None
     return None if isinstance(error, BrokenPipeError) else error
@@ -61,7 +61,7 @@ class _Lossy:
     def __init__(self, stream: TextIO, *, waits: bool) -> None:
         self._stream, self._waits = stream, waits
         self._had_room = True
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def write(self, text: str) -> int:
         try:
@@ -69,7 +69,7 @@ class _Lossy:
                 self._stream.write(text)
             else:
                 self._write_what_fits(text)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # closed in here; a letter that it cannot encode
             self.error = self.error or error
         return len(text)
 
@@ -88,7 +88,7 @@ class _Lossy:
         if self._waits or self._has_room():
             try:
                 self._stream.flush()
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 self.error = self.error or error
 
     def __getattr__(self, name: str) -> Any:

@@ -1,5 +1,6 @@
 """The log file of a rank, and the terminal beside it."""
 
+import io
 import logging
 import os
 import select
@@ -142,6 +143,18 @@ def test_streams_that_take_nothing_neither_end_nor_hold_up_a_process(
     )
     assert done.returncode == 7
     assert (tmp_path / "found").read_text() == f"True {lost}\n"
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_stream_that_is_closed_or_cannot_spell_a_name_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    ascii_only, closed = io.TextIOWrapper(io.BytesIO(), "ascii"), io.StringIO()
+    closed.close()
+    for inner, error in ((ascii_only, UnicodeEncodeError), (closed, ValueError)):
+        monkeypatch.setattr(sys, "stdout", logs._Lossy(inner, waits=waits))
+        print("\u00e9", flush=True)
+        assert isinstance(logs.lost_output(), error)
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
