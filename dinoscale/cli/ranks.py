@@ -26,9 +26,6 @@ def on_all_ranks(evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any] | Non
     """
     # Else a lost rank is reported by screens of C++ frames, around the one line that says which.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from dinoscale.float32 import exact_float32
-
-    exact_float32()
     process = read_process(os.environ)
     if process.world_size == 1:
         return evaluate()

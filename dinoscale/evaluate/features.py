@@ -25,6 +25,7 @@ from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError, DataError, NonFiniteError, RunFailedError
 from dinoscale.evaluate.feature_cache import InFiles, Preparation, features_key, through_cache
 from dinoscale.evaluate.shares import over_ranks
+from dinoscale.float32 import exact_float32
 
 PIXEL_SIDE = 16  # of the thumbnails whose pixels are the floor
 
@@ -58,9 +59,12 @@ def check_labels(source: Source, *, name: str) -> NDArray[np.int64]:
 def find_device(name: str | None) -> torch.device:
     """Return the named device, or the accelerator if there is one, or the CPU.
 
+    Every measurement comes by here: from now on float32 products of this process are exact.
+
     Raises:
         ConfigError: there is no such device here.
     """
+    exact_float32()
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from dinoscale.evaluate.features import find_device
 from dinoscale.float32 import exact_float32, tensor_cores
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -59,4 +60,10 @@ def test_only_a_bf16_network_on_a_gpu_rounds_whoever_said_what_before(
             assert _rounded() == set()
     with tensor_cores(torch.bfloat16, GPU):
         assert _rounded() == {"cublas", "matmul", "new"}
+    assert _rounded() == set()
+
+
+def test_whoever_looks_for_a_device_to_measure_on_computes_exactly() -> None:
+    torch.set_float32_matmul_precision("high")
+    find_device("cpu")
     assert _rounded() == set()
