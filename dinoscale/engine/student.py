@@ -28,8 +28,9 @@ from dinoscale.schedules import StepValues
 
 def import_deepspeed() -> Any:
     """DeepSpeed without its start-up compilation of an operator that training never calls."""
-    # Renamed in torch 2.13; DeepSpeed still calls the old name, on every rank.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    # Renamed in torch 2.13; DeepSpeed still calls the old names, on every rank.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
 
