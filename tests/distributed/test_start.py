@@ -6,6 +6,7 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from dinoscale.distributed import MOST_FILES
 from dinoscale.watchdog import collectives_timeout_s
+from tests.harness import run_distributed
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,3 +80,19 @@ def test_limit_of_open_files_is_raised(found: dict[str, Any]) -> None:
 def test_a_watchdog_ends_the_ranks_before_a_collective_gives_up(hang_timeout_s: float) -> None:
     answers_of_a_slow_board_s = 60
     assert collectives_timeout_s(hang_timeout_s) > hang_timeout_s + answers_of_a_slow_board_s
+
+
+def read_late() -> str | None:
+    """On every rank: rank 1 still reads on the board when rank 0 has nothing more to do."""
+    from dinoscale import distributed
+
+    if distributed.rank() == 0:
+        return None
+    time.sleep(1.0)
+    board = distributed.Board()
+    board.post("late", "here")
+    return board.read("late")
+
+
+def test_no_rank_leaves_while_another_still_reads_on_the_board() -> None:
+    assert run_distributed(f"{__name__}:read_late", world_size=2, timeout_s=120) == [None, "here"]
