@@ -90,19 +90,19 @@ def _done_by(
     Raises:
         DinoscaleError: on every rank, if one of them fails.
     """
-    board = _Board(distributed.broadcast_object(uuid.uuid4().hex), goes_on, posting={0, *ranks})
+    signs = _Signs(distributed.broadcast_object(uuid.uuid4().hex), goes_on, posting={0, *ranks})
     rank = distributed.rank()
     made, error = None, None
     try:
         if rank in ranks:
-            made = work(board.sign)
+            made = work(signs.sign)
     except Exception as caught:  # whatever it is, the others wait for the verdict
         error = caught
     if rank in ranks and rank:
-        board.done()
-    board.wait_for(sorted(ranks - {0}) if rank == 0 else [0])
+        signs.done()
+    signs.wait_for(sorted(ranks - {0}) if rank == 0 else [0])
     if rank == 0:
-        board.done()
+        signs.done()
 
     def result() -> T | None:
         if error is not None:
@@ -112,7 +112,7 @@ def _done_by(
     return distributed.together(result)
 
 
-class _Board:
+class _Signs:
     """Signs that ranks leave for each other while some of them work: any text that changes."""
 
     def __init__(self, name: str, goes_on: Callable[[], None], posting: Set[int]) -> None:
