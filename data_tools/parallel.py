@@ -6,13 +6,13 @@ import logging
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from dinoscale.data.children import end_with_parent
 from dinoscale.errors import DataError, RunFailedError
 
 S = TypeVar("S")
@@ -85,14 +85,7 @@ def _start_worker(task: Callable[..., object], shared: object) -> None:
     _task, _shared = task, shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger().setLevel(logging.WARNING)  # one line a shard is too much
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()
 
 
 def _work(piece: object) -> Any:  # what the task of the pool returns

@@ -6,7 +6,6 @@ Shape letters: B images per micro-batch, n local crops, C channels.
 import logging
 import multiprocessing
 import os
-import signal
 import threading
 import time
 import warnings
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinoscale.data.augment import CropArrays, MultiCrop, eval_transform
 from dinoscale.data.bad_samples import BadSample
+from dinoscale.data.children import leave_signals_to_parent
 from dinoscale.data.crop_params import Params
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.lanes import LaneSampler
@@ -380,13 +380,9 @@ def _unchanged(batch: T) -> T:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread a worker; signals are for the main process, which ends the workers itself.
-
-    Launchers signal whole process trees, and the step under way still needs its images.
-    """
+    """One thread a worker; the step under way still needs its images, whoever is told to stop."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    leave_signals_to_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log.debug("data worker %d is process %d", worker, os.getpid())
 

@@ -12,10 +12,8 @@ import logging
 import mmap
 import multiprocessing
 import os
-import signal
 import stat
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +33,7 @@ from tqdm import tqdm
 
 from dinoscale.cores import cores_at_hand
 from dinoscale.data.cache import cached_file, locked, remove_abandoned
+from dinoscale.data.children import end_with_parent, leave_signals_to_parent
 from dinoscale.data.index import DamagedIndexError, Index, IndexWriter
 from dinoscale.data.left_out import LeftOut
 from dinoscale.data.sample_files import (
@@ -346,16 +345,8 @@ def _start_scanner(num_read: mmap.mmap) -> None:
     """
     global _num_read
     _num_read = num_read
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    leave_signals_to_parent()
+    end_with_parent()
 
 
 def _make_part(part: Part, place: int = 0) -> bool:
