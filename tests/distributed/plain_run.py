@@ -5,6 +5,8 @@ in float32, with the images of a batch in either order, show what rounding does 
 machine at hand. A run under test rounds as often, in yet another order.
 """
 
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinoscale.config import RunConfig, resolve
+from dinoscale.config import RunConfig, RunPlan, resolve
 from dinoscale.engine.build import build_networks, schedules_of
 from dinoscale.losses.centering import teacher_probs, updated_center
 from dinoscale.losses.dino import dino_loss
@@ -24,6 +26,7 @@ EPS = torch.finfo(torch.float32).eps
 
 # Losses, norms, weights of the student and of the teacher, and those that each began with.
 Run = dict[str, Any]
+Crops = tuple[Tensor, Tensor]  # global and local, (views, B, C, H, W)
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,34 @@ class Plain:
         assert found == pytest.approx(expected, rel=relative, abs=of_logits)
 
 
-def train_plainly(config: RunConfig, *, steps: int) -> Plain:
+@dataclass(frozen=True)
+class Rounding:
+    """Where the steps are rounded.
+
+    Attributes:
+        master: type of weights, moments, average and center.
+        network: of the forward and backward passes.
+        sums: of the gradients of the ranks, which are added one by one.
+        ranks: that share a batch; each has a backward pass of its own.
+    """
+
+    master: torch.dtype = torch.float32
+    network: torch.dtype = torch.float32
+    sums: torch.dtype = torch.float32
+    ranks: int = 1
+
+
+EXACT = Rounding(torch.float64, torch.float64, torch.float64)
+
+
+def train_plainly(config: RunConfig, *, steps: int, rounding: Rounding = Rounding()) -> Plain:
     """The steps of a configuration and what rounding does to them."""
-    exact = _train(config, steps, torch.float64, backwards=False)
-    rounded = [_train(config, steps, torch.float32, backwards=b) for b in (False, True)]
+    exact = _tiny_steps(config, steps, EXACT, backwards=False)
+    rounded = [_tiny_steps(config, steps, rounding, backwards=b) for b in (False, True)]
     return Plain(
         exact,
-        losses=max(_relative(run["losses"], exact["losses"]) for run in rounded),
-        norms=max(_relative(run["norms"], exact["norms"]) for run in rounded),
+        losses=max(largest_relative(run["losses"], exact["losses"]) for run in rounded),
+        norms=max(largest_relative(run["norms"], exact["norms"]) for run in rounded),
         weights=max(error(run, exact) for run in rounded),
         student_temp=config.dino.student_temp,
     )
@@ -93,39 +116,73 @@ def without_key_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _relative(found: list[float], expected: list[float]) -> float:
+def largest_relative(found: list[float], expected: list[float]) -> float:
+    """Largest error of a number, relative to what is expected of it."""
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
-def _train(config: RunConfig, steps: int, dtype: torch.dtype, *, backwards: bool) -> Run:
-    images = config.train.batch_size * STEPS_PER_EPOCH
+def _tiny_steps(config: RunConfig, steps: int, rounding: Rounding, *, backwards: bool) -> Run:
     batch_size = config.train.batch_size
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"micro_batch_size": batch_size})}
     )
-    plan = resolve(config, world_size=1, num_images=images)
-    student, teacher = (network.to(dtype) for network in build_networks(config))
+    plan = resolve(config, world_size=1, num_images=batch_size * STEPS_PER_EPOCH)
+
+    def crops_of(step: int) -> Crops:
+        (batch,) = micro_batches(config, plan, step)
+        return batch.global_crops, batch.local_crops
+
+    return take_plain_steps(
+        config, plan, crops_of, steps=steps, rounding=rounding, backwards=backwards
+    )
+
+
+def take_plain_steps(
+    config: RunConfig,
+    plan: RunPlan,
+    crops_of: Callable[[int], Crops],
+    *,
+    steps: int,
+    rounding: Rounding,
+    backwards: bool,
+    initial: dict[str, Tensor] | None = None,
+    keep_after: Sequence[int] = (),
+) -> Run:
+    """Train on one process by torch alone.
+
+    Args:
+        config: of the run.
+        plan: of the run on one process.
+        crops_of: step -> whole batch.
+        steps: to take.
+        rounding: where numbers are rounded.
+        backwards: take the images of a batch in reverse order, which changes nothing else.
+        initial: weights to start from; those of the configuration's seed otherwise.
+        keep_after: numbers of steps after which weights and center are kept, as `states`.
+    """
+    student, teacher = (network.to(rounding.master) for network in build_networks(config))
+    if initial is not None:
+        student.load_state_dict(initial)
     teacher.load_state_dict(student.state_dict())
-    initial = _copy(student)
+    pairs = [(whole, deepcopy(whole).to(rounding.network)) for whole in (student, teacher)]
+    begin = _copy(student)
     optimizer = _optimizer(config.optim.name, student)
-    center = torch.zeros(config.head.num_prototypes, dtype=dtype)
-    losses, norms = [], []
+    center = torch.zeros(config.head.num_prototypes, dtype=rounding.master)
+    losses, norms, states = [], [], {}
     for step in range(steps):
         now = schedules_of(config, plan).at(step)
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = now.lr, now.weight_decay * group["decays"]
-        (batch,) = micro_batches(config, plan, step)
-        crops = (batch.global_crops.to(dtype), batch.local_crops.to(dtype))
+        for whole, low in pairs:
+            low.load_state_dict(whole.state_dict())
+        crops = [views.to(rounding.network) for views in crops_of(step)]
         if backwards:
-            crops = (crops[0].flip(1), crops[1].flip(1))
+            crops = [views.flip(1) for views in crops]
         with torch.no_grad():
-            logits = teacher([crops[0].flatten(0, 1)])
+            logits = pairs[1][1]([crops[0].flatten(0, 1)]).to(rounding.master)
             targets = teacher_probs(logits.unflatten(0, (2, -1)), center, temp=now.teacher_temp)
-        output = student([views.flatten(0, 1) for views in crops])
-        output = output.unflatten(0, (-1, targets.shape[1]))
-        loss = dino_loss(output, targets, student_temp=config.dino.student_temp)
-        optimizer.zero_grad()
-        loss.backward()
+        temp = config.dino.student_temp
+        losses.append(_backward(*pairs[0], crops, targets, temp=temp, rounding=rounding))
         norms.append(float(_clip(student, config)))
         if now.prototypes_frozen:
             student.head.last_layer.weight_v.grad = None
@@ -134,14 +191,45 @@ def _train(config: RunConfig, steps: int, dtype: torch.dtype, *, backwards: bool
             for average, weight in zip(teacher.parameters(), student.parameters(), strict=True):
                 average.lerp_(weight, 1 - now.momentum)
         center = updated_center(center, logits.mean(0), momentum=config.dino.center_momentum)
-        losses.append(loss.item())
+        if step + 1 in keep_after:
+            states[step + 1] = {
+                "student": _copy(student),
+                "teacher": _copy(teacher),
+                "center": center,
+            }
     return {
         "losses": losses,
         "norms": norms,
         "student": _copy(student),
         "teacher": _copy(teacher),
-        "initial": {"student": initial, "teacher": initial},
+        "initial": {"student": begin, "teacher": begin},
+        "states": states,
     }
+
+
+def _backward(
+    student: nn.Module,
+    low: nn.Module,
+    crops: list[Tensor],
+    targets: Tensor,
+    *,
+    temp: float,
+    rounding: Rounding,
+) -> float:
+    """Leave the gradients of `low` at the student, the mean over ranks; the mean of the losses."""
+    loss = 0.0
+    sums = [torch.zeros_like(weight, dtype=rounding.sums) for weight in low.parameters()]
+    for share in torch.arange(targets.shape[1]).chunk(rounding.ranks):
+        output = low([views[:, share].flatten(0, 1) for views in crops])
+        output = output.unflatten(0, (-1, len(share))).to(rounding.master)
+        of_rank = dino_loss(output, targets[:, share], student_temp=temp)
+        gradients = torch.autograd.grad(of_rank, list(low.parameters()))
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += gradient.to(rounding.sums)
+        loss += of_rank.item() / rounding.ranks
+    for weight, total in zip(student.parameters(), sums, strict=True):
+        weight.grad = total.to(rounding.master) / rounding.ranks
+    return loss
 
 
 def _copy(network: nn.Module) -> dict[str, Tensor]:
