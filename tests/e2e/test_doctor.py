@@ -179,7 +179,7 @@ def test_rank_that_never_comes_is_waited_for_no_longer_than_asked(config_file: s
     }
     begin = time.monotonic()
     found = _examine(config_file, "--timeout", "3", code=2, **variables)
-    assert time.monotonic() - begin < 60  # 10 s on an idle machine
+    assert time.monotonic() - begin < 100  # 10 s on an idle machine; would be 300 by default
     assert _problems(found).keys() == {"meeting"}
     assert "rank 0 alone" in _problems(found)["meeting"]
 

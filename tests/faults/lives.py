@@ -134,7 +134,7 @@ class Life:
         return "\n".join(output.read_text()[-3000:] for output in self.outputs)
 
 
-def gone(pids: Sequence[int], *, timeout_s: float = 20.0) -> bool:
+def gone(pids: Sequence[int], *, timeout_s: float = 100.0) -> bool:
     """Whether all processes end in time; data workers notice the end of their rank in seconds."""
     end = time.monotonic() + timeout_s
     while any(_alive(pid) for pid in pids):

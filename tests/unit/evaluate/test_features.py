@@ -133,7 +133,7 @@ def test_batch_size_does_not_change_the_features_of_a_vit() -> None:
         for n in (1, 3)
     )
     assert one.shape == (7, 48)
-    torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, three)
 
 
 def test_pixel_features_average_areas_of_the_whole_image() -> None:

@@ -25,7 +25,7 @@ def _brute_force(
 ) -> Tensor:
     """As the protocol says, for one patch after another."""
     rows, columns = target.shape[:2]
-    result = torch.zeros(rows, columns, labels.shape[-1])
+    result = torch.zeros(rows, columns, labels.shape[-1], dtype=labels.dtype)
     for r in range(rows):
         for c in range(columns):
             votes = [
@@ -36,7 +36,9 @@ def _brute_force(
                 if abs(i - r) <= radius and abs(j - c) <= radius
             ]
             votes.sort(key=lambda vote: -vote[0])
-            weights = torch.tensor([math.exp(cosine / temp) for cosine, _ in votes[:top]])
+            weights = torch.tensor(
+                [cosine / temp for cosine, _ in votes[:top]], dtype=labels.dtype
+            ).exp()
             chosen = torch.stack([label for _, label in votes[:top]])
             result[r, c] = (weights / weights.sum()) @ chosen
     return result
@@ -45,13 +47,15 @@ def _brute_force(
 @pytest.mark.parametrize(("radius", "top"), [(1, 5), (3, 2), (12, 5), (40, 7)])
 def test_tiles_equal_a_loop_over_all_pairs(radius: int, top: int) -> None:
     torch.manual_seed(radius)
-    target = F.normalize(torch.randn(9, 10, 6), dim=-1)  # more than a tile both ways
-    context = F.normalize(torch.randn(2, 9, 10, 6), dim=-1)
-    labels = torch.rand(2, 9, 10, 2)
+    target = F.normalize(
+        torch.randn(9, 10, 6, dtype=torch.float64), dim=-1
+    )  # more than a tile both ways
+    context = F.normalize(torch.randn(2, 9, 10, 6, dtype=torch.float64), dim=-1)
+    labels = torch.rand(2, 9, 10, 2, dtype=torch.float64)
     settings = {"radius": radius, "top": top, "temp": 0.1}
     found = propagate_labels(target, context, labels, **settings)  # type: ignore[arg-type]  # ints and a float
     expected = _brute_force(target, context, labels, **settings)  # type: ignore[arg-type]  # the same
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected)
 
 
 def _unit(*degrees: float) -> Tensor:

@@ -102,7 +102,8 @@ def test_logits_are_float32_cosines_in_any_precision() -> None:
         autocast = head(x)
     low = head.bfloat16()(x.bfloat16())
     assert exact.dtype == autocast.dtype == low.dtype == torch.float32
-    torch.testing.assert_close(low, exact, rtol=0, atol=0.05)
+    # A dozen tensors are rounded on the way, as errors add up: in squares; a logit is at most 1.
+    torch.testing.assert_close(low, exact, rtol=0, atol=12**0.5 * torch.finfo(torch.bfloat16).eps)
     assert low.bfloat16().float().ne(low).any()  # not rounded to bfloat16 at the end
     assert autocast.bfloat16().float().ne(autocast).any()
     assert _head().double()(x.double()).dtype == torch.float64

@@ -66,8 +66,8 @@ def test_one_process_and_evaluation_equal_batch_norm() -> None:
     assert [*synced.state_dict()] == [*plain.state_dict()]
     for _ in range(3):
         x = torch.randn(2, 3, 8, 8)
-        torch.testing.assert_close(synced(x), plain(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(synced.eval()(x), plain.eval()(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(synced(x), plain(x))
+    torch.testing.assert_close(synced.eval()(x), plain.eval()(x))
 
 
 def test_low_precision_statistics_are_computed_in_float32() -> None:
@@ -76,7 +76,7 @@ def test_low_precision_statistics_are_computed_in_float32() -> None:
         (100 + torch.randn(64, 4, generator=torch.Generator().manual_seed(0))).bfloat16()
     )
     assert output.dtype == torch.bfloat16
-    assert output.float().std().item() == pytest.approx(1, abs=0.02)
+    assert output.float().std().item() == pytest.approx(1, abs=torch.finfo(torch.bfloat16).eps)
 
 
 def test_statistics_of_a_bf16_network_are_float32_and_reach_the_truth() -> None:
@@ -92,4 +92,5 @@ def test_statistics_of_a_bf16_network_are_float32_and_reach_the_truth() -> None:
     evaluated = network.eval()[1](rows.bfloat16())
     assert evaluated.dtype == torch.bfloat16
     expected = (true - true.mean(0)) / (true.var(0) + 1e-5).sqrt()
+    # Below 8 bf16 rounds by up to 2**-6 = 0.016; the rest is the statistics'.
     torch.testing.assert_close(evaluated.float(), expected, rtol=0, atol=0.02)

@@ -20,17 +20,17 @@ DEPTH = 3
 
 
 def _vit(name: str = "vit_tiny_patch16_224", **changes: int) -> VisionTransformer:
-    """A small model with large random weights, so that every layer matters."""
+    """A small model with large random weights, so that every layer matters; in float64."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": DEPTH, "num_heads": 3}
     model = build_backbone(name, **(sizes | changes))
     assert isinstance(model, VisionTransformer)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return model.double()
 
 
-def _crops(*shapes: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def _crops(*shapes: tuple[int, int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Random crops of (images, height, width)."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(n, 3, h, w, generator=generator).to(dtype) for n, h, w in shapes]
@@ -60,17 +60,17 @@ def test_packed_forward_equals_one_forward_per_image(with_keep: bool) -> None:
         for i, image in enumerate(images)
     ]
     packed = model(crops, keep)
-    torch.testing.assert_close(packed, torch.cat(separate), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed, torch.cat(separate))
     ours, theirs = _gradients(model, packed), _gradients(model, torch.cat(separate))
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3, msg=name)
+        torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
 
 def test_rows_keep_the_order_of_the_crops() -> None:
     model, crops = _vit(), _crops(*MIXED)
     backwards = model(crops[::-1])
     parts = torch.split(backwards, [len(group) for group in crops[::-1]])
-    torch.testing.assert_close(model(crops), torch.cat(parts[::-1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(crops), torch.cat(parts[::-1]))
 
 
 def test_every_layer_runs_once_for_all_resolutions() -> None:
@@ -202,7 +202,7 @@ def test_dropped_branches_leave_the_tokens_as_they_are() -> None:
     output = model(crops, keep)
     first = model.norm(model.cls_token + model.pos_embed[:, :1])[0]
     torch.testing.assert_close(output[:1], first)
-    torch.testing.assert_close(output[1:], model(crops)[1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output[1:], model(crops)[1:])
 
 
 @pytest.mark.parametrize("as_subset", [False, True])
@@ -219,7 +219,7 @@ def test_multipliers_of_a_bf16_network_are_exact_on_average(rate: float, as_subs
 
 
 def test_attention_and_mlp_branches_have_their_own_multipliers() -> None:
-    block, tokens = _vit().blocks[0], torch.randn(5, 24)
+    block, tokens = _vit().blocks[0], torch.randn(5, 24, dtype=torch.float64)
     assert isinstance(block, Block)
     keep = torch.stack((torch.full((5, 1), 2.0), torch.full((5, 1), 0.5)))
     middle = tokens + 2 * block.attn(block.norm1(tokens), ((1, 5),))
@@ -241,14 +241,14 @@ def test_wrong_inputs_are_refused() -> None:
 def test_features_and_attention_belong_to_the_forward(depth: int) -> None:
     model, (images,) = _vit(depth=depth), _crops((2, 24, 40))
     features = model.features(images)
-    torch.testing.assert_close(features[:, 0], model([images]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features[:, 0], model([images]))
     assert features.shape == (2, 16, 24)
     intermediate = model.intermediate(images, depth)
     assert len(intermediate) == depth
     assert torch.equal(intermediate[-1], features)
     attention = model.last_attention(images)
     assert attention.shape == (2, 3, 16, 16)
-    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 3, 16))
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 3, 16).double())
 
 
 def test_last_attention_is_the_one_the_last_block_uses() -> None:
@@ -265,25 +265,28 @@ def test_last_attention_is_the_one_the_last_block_uses() -> None:
     torch.testing.assert_close(mixed.transpose(1, 2).reshape(34, 24), seen["mixed"])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.15)])
-def test_other_precisions_give_the_same_features(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_precisions_give_the_same_features(dtype: torch.dtype) -> None:
     model, crops = build_backbone("test_vit", img_size=32, patch_size=8), _crops(*MIXED[:4])
-    exact = model(crops)
+    exact = model.double()(crops)
     keep = torch.ones(model.depth, 2, 8)
     output = model.to(dtype)([group.to(dtype) for group in crops], keep)
     assert output.dtype == dtype
-    torch.testing.assert_close(output.float(), exact, rtol=0, atol=tolerance)
+    # In each branch of each block a handful of tensors is rounded, as errors add up: in squares.
+    roundings = 5 * 2 * model.depth
+    error = (output.double() - exact).norm() / exact.norm()
+    assert error < roundings**0.5 * torch.finfo(dtype).eps
 
 
 def test_autocast_runs_forward_and_backward() -> None:
-    model = _vit()
+    model = _vit().float()
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(_crops(*MIXED), _keep(9))
+        output = model(_crops(*MIXED, dtype=torch.float32), _keep(9))
     assert all(g.isfinite().all() for g in _gradients(model, output.float()).values())
 
 
 def test_a_block_compiles_to_one_graph() -> None:
-    explained = torch._dynamo.explain(_vit().blocks[0])(
+    explained = torch._dynamo.explain(_vit().float().blocks[0])(
         torch.randn(17, 24), ((1, 17),), torch.ones(2, 17, 1)
     )
     assert explained.graph_break_count == 0
