@@ -1,4 +1,4 @@
-"""The steps of `tiny_run` on one process by torch alone, and how far rounding may take a run.
+"""The steps of a run on one process by torch alone, and how far rounding may take a run.
 
 No bound here is a number of some machine: the same steps in float64 are exact, and the same steps
 in float32, with the images of a batch in either order, show what rounding does to them on the

@@ -40,7 +40,7 @@ def test_every_tensor_of_a_full_checkpoint_is_imported(
     expected = {n.removeprefix(prefix): t for n, t in recorded.items() if n.startswith(prefix)}
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tensor, expected[name])
 
 
 @pytest.mark.parametrize("network", ["teacher", "student"])

@@ -325,9 +325,7 @@ def test_the_reference_checkpoint_agrees_with_its_recorded_states() -> None:
     last = max(name.split(".")[0] for name in recorded)
     state = read_source(GOLDEN / "reference_checkpoint.pth", num_heads=1).backbone
     for name, tensor in state.items():
-        torch.testing.assert_close(
-            tensor, recorded[f"{last}.teacher.backbone.{name}"], rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(tensor, recorded[f"{last}.teacher.backbone.{name}"])
 
 
 def _reference_file(path: Path, state: dict[str, Tensor], **args: object) -> Path:
