@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.parallel import num_cores
+from dinoscale.cores import cores_at_hand
 from dinoscale.errors import DataError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _tool(
     command.add_argument(
         "--workers",
         type=int,
-        default=num_cores(),
+        default=cores_at_hand(),
         metavar="N",
         help="processes (default: one a core); the result is the same for any number",
     )

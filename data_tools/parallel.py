@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +19,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _AHEAD = 3  # pieces given out for each worker, so that a slow one stops nobody
-
-
-def num_cores() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def ordered_map(

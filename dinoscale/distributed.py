@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinoscale.cores import cores_of_rank
 from dinoscale.errors import DinoscaleError, LaunchError, LostPeerError, RunFailedError
 from dinoscale.float32 import exact_float32
 from dinoscale.launcher import LOOPBACK, Process, meeting_place
@@ -33,38 +34,37 @@ TIMEOUT_S = 1800.0  # slow nodes may take minutes to come up
 MOST_FILES = 65536  # that a process may open; enough for ten thousand ranks
 _STORE_TIMEOUT = timedelta(seconds=60)  # of a small message; a busy node may take its time
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # of a thousand ranks, 500 questions a second
+_FITNESS, _FIT, _ALL_HEARD = "fitness", "fit", "all heard"
+_TELL_S, _QUIET_S = 60.0, 3.0  # to tell others why this rank ends; before it says that it waits
 _LOST_PEER = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
 
 
-def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
+def start(
+    process: Process, *, timeout_s: float = TIMEOUT_S, unfit: Exception | None = None
+) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and say so in the environment.
 
     Args:
         process: who this is.
         timeout_s: how long to wait for the others, now and in every collective.
+        unfit: why this rank cannot take part, as a mistake in its configuration: it only tells the
+            others, which would wait for it as long as that.
 
     Raises:
         LaunchError: the address is unknown, its port is taken on this machine, or there are not as
-            many accelerators as ranks.
+            many accelerators as ranks; or another rank is unfit, and the text says which and why.
+        Exception: `unfit` itself.
     """
     environ = os.environ
     exact_float32()
-    require_devices(process, num_devices=torch.cuda.device_count())
+    unfit = unfit or _lack_of_device(process)
     _allow_open_files()
     served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has the store
     address, port = _meeting_place(process, environ, served=served)
     environ["MASTER_ADDR"], environ["MASTER_PORT"] = address, str(port)
     environ["RANK"], environ["WORLD_SIZE"] = str(process.rank), str(process.world_size)
     environ["LOCAL_RANK"] = str(process.local_rank)
-    device = process.device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search and a warning
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, (cores or 1) // process.local_world_size))
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s if unfit is None else min(timeout_s, _TELL_S))
     # DeepSpeed names no time-out for its groups, and the default of NCCL's would be 10 minutes.
     defaults: Any = dist.distributed_c10d
     defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = timeout
@@ -77,22 +77,77 @@ def start(process: Process, *, timeout_s: float = TIMEOUT_S) -> None:
             process.world_size,
             is_master=listening is not None,
             timeout=timeout,
+            wait_for_workers=False,  # who is unfit is heard of before all have come
             master_listen_fd=listening,
         )
+        _require_fit(exported.PrefixStore(_prefix(), store), process, unfit)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if process.device.type == "cuda" else "gloo",
             store=store,
             rank=process.rank,
             world_size=process.world_size,
             timeout=timeout,
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
+        if unfit is not None:
+            raise unfit from None
         first = str(error).splitlines()[0]
         raise LaunchError(
             f"rank {process.rank} of {process.world_size} ({socket.gethostname()}) could not meet"
             f" the others at {address}:{port}: {first}; check that all were started, that rank 0"
             " runs there and that the port is free and reachable"
         ) from error
+
+
+def _prefix() -> str:
+    """Before the keys of this attempt: torchrun keeps its store when it starts the ranks anew."""
+    return f"dinoscale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _require_fit(store: Any, process: Process, unfit: Exception | None) -> None:
+    """Wait until all ranks are fit to begin, or one says that it is not.
+
+    Raises:
+        Exception: `unfit`, when all have heard of it, or have had time enough.
+        LaunchError: another rank is unfit.
+        RuntimeError: they did not come, or rank 0 is gone.
+    """
+    own = f"rank {process.rank} ({socket.gethostname()})"
+    if unfit is not None:
+        store.compare_set(_FITNESS, "", f"{own}: {_told(unfit).text}")
+    elif store.add("fit", 1) == process.world_size:
+        store.compare_set(_FITNESS, "", _FIT)
+    store.wait([_FITNESS])
+    verdict = store.get(_FITNESS).decode()
+    if verdict == _FIT:
+        return
+    with contextlib.suppress(dist.DistError, RuntimeError):  # it took too long, or rank 0 is gone
+        _stay_for_all(store, process, verdict)
+    raise unfit or LaunchError(verdict)
+
+
+def _stay_for_all(store: Any, process: Process, verdict: str) -> None:
+    """Wait until all have heard the verdict: with the first that ends, a launcher ends its node.
+
+    No longer than a slow start of Python takes.
+    """
+    if store.add("heard", 1) == process.world_size:
+        store.set(_ALL_HEARD, "")
+    try:
+        store.wait([_ALL_HEARD], timedelta(seconds=_QUIET_S))
+    except dist.DistStoreError:
+        log.warning("waiting for the other ranks, to tell them: %s", verdict)
+        store.wait([_ALL_HEARD], timedelta(seconds=_TELL_S))
+
+
+def _use_device(process: Process) -> None:
+    """Take the accelerator of this rank, or its share of the cores."""
+    if process.device.type == "cuda":
+        torch.cuda.set_device(process.device)
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search and a warning
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores_of_rank(process.local_world_size))
 
 
 def _meeting_place(
@@ -136,6 +191,19 @@ def require_devices(process: Process, *, num_devices: int) -> None:
             f" rank {process.rank} can see on {socket.gethostname()}; start {num_devices} ranks on"
             " it, and let each see all of them (srun: no --gpus-per-task)"
         )
+
+
+def _lack_of_device(process: Process) -> LaunchError | None:
+    """Take the device of this rank; why that cannot be."""
+    try:
+        require_devices(process, num_devices=torch.cuda.device_count())
+        _use_device(process)
+    except LaunchError as error:
+        return error
+    except RuntimeError as error:  # as CUDA says it, in many lines
+        first = (str(error).splitlines() or [""])[0]
+        return LaunchError(f"{process.device} cannot be used: {first}")
+    return None
 
 
 def free_port() -> int:
@@ -384,8 +452,7 @@ class Board:
                         address, port, is_master=False, timeout=_STORE_TIMEOUT
                     )
                 )
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
-            self._store = exported.PrefixStore(f"dinoscale/{attempt}", _client)
+            self._store = exported.PrefixStore(_prefix(), _client)
 
     def post(self, key: str, text: str) -> None:
         """Leave `text` under `key`, over what was there.

@@ -51,8 +51,12 @@ class Member:
 
 
 def gather_members(config: RunConfig, process: Process) -> list[Member]:
-    """What every rank tells, in rank order; all ranks call it together."""
-    return distributed.gather_objects(_member(config, process))
+    """What every rank tells, in rank order; all ranks call it together.
+
+    Raises:
+        RunFailedError: on every rank; one cannot tell it.
+    """
+    return distributed.gather_objects(distributed.together(lambda: _member(config, process)))
 
 
 def _member(config: RunConfig, process: Process) -> Member:

@@ -1,11 +1,13 @@
 """The command line: parse, call one function, print JSON on stdout and the rest on stderr."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.command import add_commands as add_data_commands
 from dinoscale.cli.arguments import add_config
@@ -14,8 +16,13 @@ from dinoscale.cli.convert import add_convert
 from dinoscale.cli.evaluate import add_evaluate
 from dinoscale.cli.launch import add_launch
 from dinoscale.cli.planning import add_planning
+from dinoscale.cli.ranks import prepared, tell_others
 from dinoscale.cli.sweep import add_sweep
+from dinoscale.errors import LaunchError
 from dinoscale.launcher import read_process
+
+if TYPE_CHECKING:
+    from dinoscale.config import RunConfig
 
 _EPILOG = """examples:
   dinoscale train vit_s16 data.train=/data/images run_dir=runs/first
@@ -86,26 +93,33 @@ def run(arguments: Sequence[str]) -> bool:
     """
     # The deepspeed launcher inserts --local_rank=N; the environment says the same.
     own = [argument for argument in arguments if not argument.startswith("--local_rank")]
-    commands = parser()
-    options, rest = commands.parse_known_args(own)
-    for argument in rest:  # argparse gives up on settings that come after an option
-        if "=" not in argument or argument.startswith("-") or not hasattr(options, "overrides"):
-            commands.error(f"unrecognized arguments: {argument}")
-        options.overrides.append(argument)
+    try:
+        options = _parsed(own)
+    except SystemExit as error:
+        if error.code:
+            tell_others(LaunchError("its command line is wrong, as its output says"))
+        raise
     result = options.run(options)
     if result is not None:
         print(json.dumps(result), flush=True)
     return options.command in _KEEP_THEIR_RESULTS
 
 
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    commands = parser()
+    options, rest = commands.parse_known_args(arguments)
+    for argument in rest:  # argparse gives up on settings that come after an option
+        if "=" not in argument or argument.startswith("-") or not hasattr(options, "overrides"):
+            commands.error(f"unrecognized arguments: {argument}")
+        options.overrides.append(argument)
+    return options
+
+
 def _train(options: argparse.Namespace) -> dict[str, Any] | None:
     # Else a lost rank is reported by screens of C++ frames, around the one line that says which.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from dinoscale.config import load_config
-
-    config = load_config(options.config, options.overrides)
+    config, train = prepared(lambda: _loaded(options))
     from dinoscale import distributed
-    from dinoscale.trainer import train
     from dinoscale.watchdog import collectives_timeout_s
 
     process = read_process(os.environ)
@@ -114,6 +128,16 @@ def _train(options: argparse.Namespace) -> dict[str, Any] | None:
     summary = train(config, process)
     distributed.stop()
     return summary if process.rank == 0 else None
+
+
+def _loaded(options: argparse.Namespace) -> tuple[RunConfig, Callable[..., dict[str, Any]]]:
+    """The configuration, first, and what trains: a library may be missing on one node alone."""
+    from dinoscale.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    from dinoscale.trainer import train
+
+    return config, train
 
 
 def _quickstart(options: argparse.Namespace) -> dict[str, Any]:

@@ -267,11 +267,11 @@ def _bench_data(options: argparse.Namespace) -> dict[str, Any]:
 
 def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler tells of each start
+    from dinoscale.cli.ranks import joined, prepared
     from dinoscale.config import load_config
 
-    config = load_config(options.config, options.overrides)
+    config = prepared(lambda: load_config(options.config, options.overrides))
     from dinoscale.bench.step import bench_step
-    from dinoscale.cli.ranks import joined
 
     process = read_process(os.environ)
     with joined(process):

@@ -7,9 +7,34 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from dinoscale.launcher import Process, read_process
+
+T = TypeVar("T")
+
+
+def prepared(prepare: Callable[[], T]) -> T:
+    """What each rank makes for itself before it meets the others, as its configuration.
+
+    Raises:
+        Exception: it cannot; the others, which wait for this rank, end too, and say why.
+    """
+    try:
+        return prepare()
+    except Exception as error:
+        tell_others(error)
+        raise
+
+
+def tell_others(error: Exception) -> None:
+    """Let the other ranks, if there are any, hear why this one ends before it has met them."""
+    with contextlib.suppress(Exception):  # what matters is the error at hand
+        process = read_process(os.environ)
+        if process.world_size > 1:
+            from dinoscale import distributed
+
+            distributed.start(process, unfit=error)
 
 
 def on_all_ranks(evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:

@@ -9,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from dinoscale.distributed import MOST_FILES
 from dinoscale.watchdog import collectives_timeout_s
-from tests.harness import run_distributed
+from tests.forked import Forked
+from tests.harness import environment_of, run_distributed
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,3 +98,52 @@ def read_late() -> str | None:
 
 def test_no_rank_leaves_while_another_still_reads_on_the_board() -> None:
     assert run_distributed(f"{__name__}:read_late", world_size=2, timeout_s=120) == [None, "here"]
+
+
+def _begin(failing: str, arguments: list[str], late_s: float) -> None:
+    """A rank whose node differs: `failing` is what it cannot do before it meets the others."""
+    import dinoscale.distributed
+    import dinoscale.trainer
+    from dinoscale.__main__ import main
+
+    time.sleep(late_s)
+    if failing == "device":
+        busy = RuntimeError("CUDA error: device is busy\nFor debugging consider ...")
+        dinoscale.distributed._use_device = MagicMock(side_effect=busy)
+    if failing == "library":
+        del dinoscale.trainer.train
+    sys.argv = ["dinoscale", *arguments]
+    main()
+
+
+@pytest.mark.parametrize(
+    ("failing", "differs", "says"),
+    [
+        ("", ["optim.lrr=1"], "optim.lrr: unknown key"),
+        ("", ["--optim"], "its command line is wrong"),
+        ("device", [], "cpu cannot be used: CUDA error: device is busy"),
+        ("library", [], "ImportError: cannot import name 'train'"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_mistake_on_one_node_before_ranks_meet_ends_all_of_them(
+    tmp_path: Path, rank: int, failing: str, differs: list[str], says: str
+) -> None:
+    line = ["train", "vit_s16", "data.train=synthetic:shapes?images=16", f"run_dir={tmp_path}/run"]
+    ways = [("", line, 1.0), ("", line, 1.0)]  # the failing one does not find the other there
+    ways[rank] = (failing, [*line, *differs], 0.0)
+    port = free_port()
+    ranks = [
+        Forked(_begin, *way, environment=environment_of(number, world_size=2, port=port))
+        for number, way in enumerate(ways)
+    ]
+    try:
+        codes = [process.wait(120) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    other = ranks[1 - rank].said()
+    assert codes[1 - rank] == 2, other
+    assert f"rank {rank} ({socket.gethostname()}): {says}" in other
+    assert codes[rank] == (1 if failing == "library" else 2), ranks[rank].said()
+    assert "Traceback" not in other

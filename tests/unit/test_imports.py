@@ -1,6 +1,7 @@
 """Imports point one way, heavy libraries stay where they belong, and every setting is read."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,9 @@ DATA_TOOLS = PACKAGE.parent / "data_tools"
 # A module imports from its own part or from parts of lower levels, never from a neighbour.
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"float32", "hosts", "launcher", "logs"},
+    {"cores", "float32", "hosts", "launcher", "logs"},
     {
         "config",
-        "cores",
         "distributed",
         "flops",
         "locks",
@@ -29,12 +29,12 @@ LEVELS: list[set[str]] = [
         "versions",
     },
     {"data", "models", "losses", "schedules", "watchdog"},
-    {"engine"},
+    {"engine", "opening"},
     {"checkpoint"},
     {"convert"},
     {"dims", "evaluate"},
     {"hooks", "rundir", "backbone"},
-    {"feed", "opening", "resume"},
+    {"feed", "resume"},
     {"doctor", "loop", "micro_batch"},
     {"nodes"},
     {"trainer"},
@@ -45,7 +45,7 @@ LEVELS: list[set[str]] = [
     {"cli"},
     {"__main__"},
 ]
-DATA_TOOLS_READ = {"errors", "data", "convert", "evaluate"}  # nothing of a training
+DATA_TOOLS_READ = {"cores", "errors", "data", "convert", "evaluate"}  # nothing of a training
 LEAVES = {"data", "models", "losses", "schedules"}  # take tensors and numbers, never a config
 ONLY_IN = {
     "deepspeed": ("engine/",),
@@ -115,6 +115,12 @@ def test_data_tools_need_neither_config_nor_engine() -> None:
         assert parts <= DATA_TOOLS_READ, (path.name, parts)
         heavy = {name.split(".")[0] for name, _ in _imports(path)} & {"torch", *ONLY_IN}
         assert path.name == "features.py" or not heavy, (path.name, heavy)
+
+
+def test_cores_are_counted_in_one_place() -> None:
+    for path in [*_files(), *DATA_TOOLS.rglob("*.py")]:
+        found = re.findall("cpu_count|sched_getaffinity", path.read_text())
+        assert path.name == "cores.py" or not found, (path, found)
 
 
 def test_leaves_do_not_import_the_config() -> None:
