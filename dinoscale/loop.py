@@ -43,6 +43,7 @@ from dinoscale.hooks.events import Events
 from dinoscale.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.hooks.probe import Probe
 from dinoscale.launcher import Process
+from dinoscale.opening import by_all, on_first_rank
 from dinoscale.preemption import StopRequest
 from dinoscale.resume import find_checkpoint, restore
 from dinoscale.schedules import StepValues
@@ -171,7 +172,7 @@ class Run:
             raise
         except Exception:
             self.watchdog.goes_on()
-            self._report(self.saver.wait())
+            self._report(self.saver.wait(self.watchdog.goes_on))
             raise
 
     def _train(self) -> None:
@@ -243,7 +244,7 @@ class Run:
         """
         old = self.progress
         self._wait_for_save()
-        checkpoint = find_checkpoint(self.run_dir)
+        checkpoint = find_checkpoint(self.run_dir, self.watchdog.goes_on)
         if old.rollbacks >= self.config.train.max_rollbacks or checkpoint is None:
             source = "from the start" if checkpoint is None else f"from {checkpoint.path}"
             self.events.write(old.step, "stopped", reason=result.skipped)
@@ -253,7 +254,7 @@ class Run:
                 f" again to go on {source}, with a lower optim.lr, a smaller optim.clip_grad or"
                 " engine.precision=fp32, or with train.max_rollbacks=1 to pass over these images"
             )
-        restore(checkpoint, self.student, self.teacher)
+        restore(checkpoint, self.student, self.teacher, self.watchdog.goes_on)
         self.progress = _progress_of(checkpoint)
         self.progress.data_offset = old.data_offset + old.step - checkpoint.step
         self.progress.rollbacks = old.rollbacks + 1
@@ -431,6 +432,9 @@ class Run:
         """Begin to save this step, unless that was begun already."""
         if self.saved_step == self.progress.step:
             return
+        since = time.perf_counter()
+        if any(distributed.gather_objects(self.saver.busy())):
+            self._wait_for_save()
         self.watchdog.moved(f"copying the checkpoint of step {self.progress.step}")
         about = {
             "config": self.config.model_dump(mode="json"),
@@ -439,7 +443,8 @@ class Run:
             "images": self.images,
             "progress": asdict(self.progress),
         }
-        self._report(self.saver.begin(self.progress.step, self.student, self.teacher, about))
+        step = self.progress.step
+        self._report(self.saver.begin(step, self.student, self.teacher, about, since=since))
         self.saved_step = self.progress.step
 
     def _save_and_wait(self) -> None:
@@ -462,8 +467,14 @@ class Run:
 
     def _wait_for_save(self) -> SaveResult | None:
         """Wait until no rank writes or asks rank 0's board; the last save if it failed on any."""
-        self.watchdog.moved(f"writing the checkpoint of step {self.saved_step}")
-        self._report(self.saver.wait())
+        if self.saved_step is None:
+            return None
+        step, goes_on = self.saved_step, self.watchdog.goes_on
+        self.watchdog.moved(f"writing the checkpoint of step {step}")
+        wait_for_others = partial(self.watchdog.moved, f"waiting for the checkpoint of step {step}")
+        by_all(self.saver.wait_for_own_files, goes_on, wait_for_others)
+        on_first = on_first_rank(self.saver.wait, goes_on)  # which completes it
+        self._report(on_first or self.saver.wait())
         results = distributed.gather_objects(self.saved)  # a rank alone may have lost contact
         return next((result for result in results if result and result.error), None)
 

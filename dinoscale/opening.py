@@ -1,25 +1,27 @@
-"""Open the images of a job: listed and indexed once on each node, with signs of life from ranks.
+"""Work of some ranks that may take long while others wait, such as opening the images of a job.
 
-The first rank of a node opens them; the others wait and open what it found by its files. Waiting
-is no collective, which would end after some minutes: ranks look at the board. What rank 0 leaves
-there changes as long as any first rank goes on, and that is what the watchdogs of the others hear.
+Those are listed and indexed once on each node: its first rank opens them, the others wait and open
+what it found by its files. Waiting is no collective, which would end after some minutes: ranks look
+at the board. What rank 0 leaves there changes as long as any rank that works goes on, and that is
+what the watchdogs of the others hear.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
+import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from dinoscale import distributed
-from dinoscale.data.sources import Source
+from dinoscale.errors import RunFailedError
 
-S = TypeVar("S", bound=Source)
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -30,26 +32,32 @@ _DONE = "done"
 
 
 def open_once_a_node(
-    open_source: Callable[[Callable[[], None]], S],
-    hosts: Sequence[str],
-    goes_on: Callable[[], None],
-) -> S:
+    open_source: Callable[[Callable[[], None]], T],
+    hosts: Sequence[str] | None = None,
+    goes_on: Callable[[], None] = lambda: None,
+    *,
+    patience_s: float = math.inf,
+) -> T:
     """Open a source on the first rank of each node, and share it with the others.
 
     All ranks call it together.
 
     Args:
         open_source: takes what it calls again and again while it works.
-        hosts: of all ranks.
+        hosts: of all ranks; None asks them.
         goes_on: tells the watchdog of this rank.
+        patience_s: for ranks that give no sign of life.
 
     Raises:
         DinoscaleError: on every rank, if it cannot be opened on one node.
+        RunFailedError: a rank gave no sign for so long.
     """
     if distributed.world_size() == 1:
         return open_source(goes_on)
+    hosts = distributed.gather_objects(socket.gethostname()) if hosts is None else hosts
     first = hosts.index(hosts[distributed.rank()])
-    source = _done_by({hosts.index(host) for host in hosts}, open_source, goes_on)
+    opening = {hosts.index(host) for host in hosts}
+    source = _done_by(opening, open_source, goes_on, patience_s=patience_s)
     shared = "" if source is None else _put_aside(source)
     try:
         paths = distributed.gather_objects(shared)
@@ -59,13 +67,15 @@ def open_once_a_node(
         if shared:
             os.unlink(shared)
     if lacking:  # they list everything again
-        opened = _done_by(lacking, open_source, goes_on)
+        opened = _done_by(lacking, open_source, goes_on, patience_s=patience_s)
         taken = opened if taken is None else taken
     assert taken is not None
     return taken
 
 
-def on_first_rank(work: Callable[[Callable[[], None]], T], goes_on: Callable[[], None]) -> T | None:
+def on_first_rank(
+    work: Callable[[Callable[[], None]], T], goes_on: Callable[[], None] = lambda: None
+) -> T | None:
     """What rank 0 makes, which may take long; None on the others, which hear its signs of life.
 
     All ranks call it together.
@@ -82,13 +92,48 @@ def on_first_rank(work: Callable[[Callable[[], None]], T], goes_on: Callable[[],
     return _done_by({0}, work, goes_on)
 
 
+def by_all(
+    work: Callable[[Callable[[], None]], T],
+    goes_on: Callable[[], None],
+    done: Callable[[], None] = lambda: None,
+) -> T:
+    """What each rank makes; who is done waits for the others, and hears their signs of life.
+
+    All ranks call it together.
+
+    Args:
+        work: takes what it calls again and again while it works.
+        goes_on: tells the watchdog of this rank.
+        done: called where this rank has done its part.
+
+    Raises:
+        DinoscaleError: on every rank, if one of them fails.
+    """
+
+    def worked(sign: Callable[[], None]) -> tuple[T]:
+        made = work(sign)
+        done()
+        return (made,)
+
+    if distributed.world_size() == 1:
+        return worked(goes_on)[0]
+    made = _done_by(range(distributed.world_size()), worked, goes_on)
+    assert made is not None
+    return made[0]
+
+
 def _done_by(
-    ranks: Set[int], work: Callable[[Callable[[], None]], T], goes_on: Callable[[], None]
+    ranks: Collection[int],
+    work: Callable[[Callable[[], None]], T],
+    goes_on: Callable[[], None],
+    *,
+    patience_s: float = math.inf,
 ) -> T | None:
     """What these ranks make, while the others wait; None on the others.
 
     Raises:
         DinoscaleError: on every rank, if one of them fails.
+        RunFailedError: one gave no sign of life for `patience_s`.
     """
     signs = _Signs(distributed.broadcast_object(uuid.uuid4().hex), goes_on, posting={0, *ranks})
     rank = distributed.rank()
@@ -100,7 +145,7 @@ def _done_by(
         error = caught
     if rank in ranks and rank:
         signs.done()
-    signs.wait_for(sorted(ranks - {0}) if rank == 0 else [0])
+    signs.wait_for(sorted({*ranks} - {0}) if rank == 0 else [0], patience_s)
     if rank == 0:
         signs.done()
 
@@ -115,7 +160,7 @@ def _done_by(
 class _Signs:
     """Signs that ranks leave for each other while some of them work: any text that changes."""
 
-    def __init__(self, name: str, goes_on: Callable[[], None], posting: Set[int]) -> None:
+    def __init__(self, name: str, goes_on: Callable[[], None], posting: Collection[int]) -> None:
         """`name` is that of this opening; `goes_on` is called for every sign, own or other's.
 
         Signs of the ranks `posting` are read by others, and only these are left.
@@ -139,16 +184,22 @@ class _Signs:
         self._left = float("inf")
         self._board.post(self._key(distributed.rank()), _DONE)
 
-    def wait_for(self, ranks: Sequence[int]) -> None:
-        """Wait until these ranks are done; whatever they do meanwhile is a sign of this one."""
+    def wait_for(self, ranks: Sequence[int], patience_s: float) -> None:
+        """Wait until these ranks are done; whatever they do meanwhile is a sign of this one.
+
+        Raises:
+            RunFailedError: none of them gave a sign for `patience_s`.
+        """
         seen: dict[int, str | None] = dict.fromkeys(ranks)
-        pause_s = _FIRST_LOOK_S
+        pause_s, last = _FIRST_LOOK_S, time.monotonic()
         while pending := [rank for rank, text in seen.items() if text != _DONE]:
-            for rank in pending:
-                text = self._board.read(self._key(rank))
+            texts = self._board.read_all([self._key(rank) for rank in pending])
+            for rank, text in zip(pending, texts, strict=True):
                 if text != seen[rank]:
-                    seen[rank] = text
+                    seen[rank], last = text, time.monotonic()
                     self.sign()
+            if time.monotonic() > last + patience_s:
+                raise RunFailedError(f"rank {pending[0]} gave no sign of life for {patience_s:g} s")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LOOK_S)
 
@@ -156,7 +207,7 @@ class _Signs:
         return f"opening/{self._name}/{rank}"
 
 
-def _put_aside(source: Source) -> str:
+def _put_aside(source: object) -> str:
     """A file that other processes of this node can open the source from; empty if there is none."""
     path = ""
     try:

@@ -6,8 +6,11 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from torch import Tensor
 
 from dinoscale import distributed
 from dinoscale.checkpoint.layout import EMA, MASTER, checkpoints, directory
@@ -23,6 +26,7 @@ from dinoscale.data.remote import is_remote
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import CheckpointError, ConfigError, MissingFileError, UnreadableError
+from dinoscale.opening import by_all, on_first_rank
 from dinoscale.versions import versions
 
 log = logging.getLogger(__name__)
@@ -43,13 +47,14 @@ _FREE += (
 )
 
 
-def find_checkpoint(run_dir: Path) -> Checkpoint | None:
+def find_checkpoint(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint | None:
     """The newest undamaged checkpoint of a run, None if it has none; collective.
 
     All ranks share the reading for the checksums; rank 0 opens it and hands it to the others.
     Damaged checkpoints are set aside under another name, and what was not written to its end is
     deleted. Nothing is done about one that merely cannot be read. One that holds another step than
-    its name tells gets the right name, or is set aside where that is taken.
+    its name tells gets the right name, or is set aside where that is taken. `goes_on` is called
+    again and again, also while other ranks read.
 
     Raises:
         UnreadableError: on every rank; the checkpoints cannot be listed, the newest or the state
@@ -58,11 +63,11 @@ def find_checkpoint(run_dir: Path) -> Checkpoint | None:
     """
     is_first = distributed.rank() == 0
     found = _of_first(lambda: _rightly_named(run_dir))
-    checkpoint, errors = first_good(found, _open_together)
+    checkpoint, errors = first_good(found, lambda path: _open_together(path, goes_on))
     if is_first:
         for path, error in zip(found, errors, strict=False):
             _set_aside(path, error)
-    distributed.together(lambda: clear_leftovers(run_dir) if is_first else None)
+    on_first_rank(lambda alive: clear_leftovers(run_dir, alive), goes_on)
     return checkpoint
 
 
@@ -84,7 +89,7 @@ def _rightly_named(run_dir: Path) -> list[Path]:
     return newest_first(run_dir)
 
 
-def _open_together(path: Path) -> Checkpoint:
+def _open_together(path: Path, goes_on: Callable[[], None]) -> Checkpoint:
     """Verify and open a checkpoint; what all ranks see as one is said to be damaged.
 
     Raises:
@@ -93,7 +98,7 @@ def _open_together(path: Path) -> Checkpoint:
     """
     try:
         sums = _of_first(lambda: read_sums(path))
-        _require_sums(path, sums)
+        _require_sums(path, sums, goes_on)
         return _of_first(lambda: Checkpoint(path))
     except MissingFileError:
         views = distributed.gather_objects(_listed(path))
@@ -122,7 +127,7 @@ def _of_first(read: Callable[[], T]) -> T:
     return cast(T, distributed.broadcast_object(value))
 
 
-def _require_sums(path: Path, sums: dict[str, str]) -> None:
+def _require_sums(path: Path, sums: dict[str, str], goes_on: Callable[[], None]) -> None:
     """Compare all files with their checksums, each rank its share; rank 0 looks at a bad one too.
 
     Raises:
@@ -130,15 +135,17 @@ def _require_sums(path: Path, sums: dict[str, str]) -> None:
         CheckpointError: a file is damaged.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
-    own = distributed.together(
-        lambda: first_difference(path, sums, share=rank, num_shares=world_size)
-    )
+
+    def differs(sign: Callable[[], None]) -> str | None:
+        return first_difference(path, sums, share=rank, num_shares=world_size, goes_on=sign)
+
+    own = by_all(differs, goes_on)
     found = distributed.gather_objects(own)
     finder = next((number for number, name in enumerate(found) if name is not None), None)
     if finder is None:
         return
     name = cast(str, found[finder])
-    whole = distributed.together(lambda: rank != 0 or matches(path / name, sums[name]))
+    whole = on_first_rank(lambda alive: matches(path / name, sums[name], alive), goes_on)
     if not distributed.broadcast_object(whole):
         raise difference(path, name)
     raise UnreadableError(
@@ -311,8 +318,15 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def restore(checkpoint: Checkpoint, student: Student, teacher: Teacher) -> None:
+def restore(
+    checkpoint: Checkpoint,
+    student: Student,
+    teacher: Teacher,
+    goes_on: Callable[[], None] = lambda: None,
+) -> None:
     """Set student, optimizer, teacher and center to a checkpoint's, at any world size and stage.
+
+    `goes_on` is called after each tensor of this rank.
 
     Raises:
         CheckpointError: on every rank: another model, or parts are missing.
@@ -320,9 +334,15 @@ def restore(checkpoint: Checkpoint, student: Student, teacher: Teacher) -> None:
     live = shared_tensors(student, teacher)
     shapes = {name: tuple(value.shape) for name, value in live.items()}
     distributed.together(lambda: checkpoint.require(student.shapes, shapes))
-    student.restore_master(lambda *at: checkpoint.read(MASTER, *at))
+
+    def read(kind: str, name: str, start: int, numel: int) -> Tensor:
+        values = checkpoint.read(kind, name, start, numel)
+        goes_on()
+        return values
+
+    student.restore_master(partial(read, MASTER))
     steps = checkpoint.state["optimizer_steps"]
-    distributed.together(lambda: student.restore_optimizer(checkpoint.read, steps))
-    teacher.restore(lambda *at: checkpoint.read(EMA, *at))
+    distributed.together(lambda: student.restore_optimizer(read, steps))
+    teacher.restore(partial(read, EMA))
     for name, value in live.items():
         value.copy_(checkpoint.shared[name])

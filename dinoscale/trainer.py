@@ -148,9 +148,9 @@ def _build(
     if not config.resume:
         distributed.together(lambda: _require_new(run_dir) if is_first else None)
     watchdog.moved("comparing the images with those of the run so far")
-    images = distributed.together(lambda: source.identity() if is_first else "")
+    images = on_first_rank(source.identity, watchdog.goes_on) or ""
     watchdog.moved("opening the newest checkpoint")
-    checkpoint = find_checkpoint(run_dir)
+    checkpoint = find_checkpoint(run_dir, watchdog.goes_on)
     if checkpoint is not None:
         config = keep_micro_batch(checkpoint, config, world_size=process.world_size)
         require_same_run(checkpoint, config, _plan(without_auto(config), process, source))
@@ -168,7 +168,7 @@ def _build(
         torch.set_num_threads(cores_of_rank(process.local_world_size))
     watchdog.moved("building the networks")
     distributed.together(stop.check)
-    student, teacher = _networks(config, plan, start, checkpoint)
+    student, teacher = _networks(config, plan, start, checkpoint, watchdog.goes_on)
     del start  # 4 bytes a weight, on rank 0
     probe = _probe(config, hosts, stop, watchdog) if config.eval.train else None
     if is_first:
@@ -182,12 +182,16 @@ def _build(
 
 
 def _networks(
-    config: RunConfig, plan: RunPlan, start: Start | None, checkpoint: Checkpoint | None
+    config: RunConfig,
+    plan: RunPlan,
+    start: Start | None,
+    checkpoint: Checkpoint | None,
+    goes_on: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:
     """Student and teacher as the run begins, or as it goes on; nothing is drawn for the latter."""
     student, teacher = build_pair(config, plan, start, values=checkpoint is None)
     if checkpoint is not None:
-        restore(checkpoint, student, teacher)
+        restore(checkpoint, student, teacher, goes_on)
     return student, teacher
 
 

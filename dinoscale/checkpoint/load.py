@@ -159,8 +159,11 @@ class Checkpoint:
         """Elements of a parameter."""
         return torch.Size(self.shapes[name]).numel()
 
-    def full(self, kind: str) -> dict[str, Tensor]:
-        """Every tensor of a kind (`MASTER`, `EMA`) in full, float32, on the CPU."""
+    def full(self, kind: str, goes_on: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+        """Every tensor of a kind (`MASTER`, `EMA`) in full, float32, on the CPU.
+
+        `goes_on` is called after every piece that is read.
+        """
         self._require_elements()  # before memory is taken for more than the files hold
         whole = {
             name: torch.empty(torch.Size(shape).numel()) for name, shape in self.shapes.items()
@@ -172,6 +175,7 @@ class Checkpoint:
         ]
         for file, offset, name, first, count in sorted(pieces):  # each file once, front to back
             self._files.fill(whole[name].numpy()[first : first + count], file, offset=offset)
+            goes_on()
         return {name: values.view(self.shapes[name]) for name, values in whole.items()}
 
     def buffers(self, owner: str) -> dict[str, Tensor]:
@@ -308,7 +312,7 @@ def newest_first(run_dir: Path) -> list[Path]:
 def open_verified(path: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a step_* directory after comparing its files with their checksums.
 
-    `goes_on` is called after every file.
+    `goes_on` is called again and again.
 
     Raises:
         UnreadableError: it cannot be read, though it may be whole.
@@ -321,8 +325,8 @@ def open_verified(path: Path, goes_on: Callable[[], None] = lambda: None) -> Che
 def open_run(path: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory.
 
-    The newest is the one that holds the highest step, whatever its name. `goes_on` is called after
-    every file whose checksum was compared.
+    The newest is the one that holds the highest step, whatever its name. `goes_on` is called again
+    and again while checksums are compared.
 
     Raises:
         UnreadableError: the newest cannot be read, or it cannot be told which it is.

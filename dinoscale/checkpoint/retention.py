@@ -3,7 +3,8 @@
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,11 +102,13 @@ def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
     return [s for s in found if s.step not in kept and s is not best]
 
 
-def prune(run_dir: Path, keep: Keep, *, written: Path) -> list[Path]:
+def prune(
+    run_dir: Path, keep: Keep, *, written: Path, goes_on: Callable[[], None] = lambda: None
+) -> list[Path]:
     """Delete what no rule keeps; one that cannot be deleted costs space, not the run.
 
     One that cannot be read now may be the best, so it stays. So does `written`, the one that was
-    just saved, also beside others of later steps.
+    just saved, also beside others of later steps. `goes_on` is called after every file.
     """
     try:
         paths = checkpoints(run_dir)
@@ -121,26 +124,38 @@ def prune(run_dir: Path, keep: Keep, *, written: Path) -> list[Path]:
         except OSError as error:  # noqa: PERF203  # a few paths, once a save
             log.warning("cannot read %s (%s): it stays", path, error)
     doomed = [s.path for s in superfluous(found, keep) if s.path != written]
-    return [path for path in doomed if delete(path)]
+    return [path for path in doomed if delete(path, goes_on)]
 
 
-def clear_leftovers(run_dir: Path) -> None:
+def clear_leftovers(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -> None:
     """Delete what saves and deletions that were cut short have left behind.
+
+    `goes_on` is called after every file.
 
     Raises:
         UnreadableError: it cannot be told what they have.
     """
     for path in leftovers(run_dir):
         log.warning("%s was not written to its end; deleting it", path)
+        with suppress(OSError):
+            _remove(path, goes_on)
         shutil.rmtree(path, ignore_errors=True)
 
 
-def delete(path: Path) -> bool:
+def delete(path: Path, goes_on: Callable[[], None] = lambda: None) -> bool:
     """Delete a checkpoint, under another name first, so that no half of it looks whole."""
     try:
-        doomed = path.rename(removed_of(path))
-        shutil.rmtree(doomed)
+        _remove(path.rename(removed_of(path)), goes_on)
     except OSError as error:
         log.warning("cannot delete the old checkpoint %s: %s", path, error)
         return False
     return True
+
+
+def _remove(folder: Path, goes_on: Callable[[], None]) -> None:
+    """Delete a folder; with a file for each rank in it that may take minutes."""
+    for path in [] if folder.is_symlink() else folder.iterdir():
+        if not path.is_dir():
+            path.unlink()
+            goes_on()
+    shutil.rmtree(folder)  # refuses a link

@@ -10,12 +10,12 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,7 +39,9 @@ from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import LostPeerError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
+_LOOK_S = 0.5  # between two looks whether the writing goes on
 _numbers = itertools.count()  # of saves of this process; equal on all ranks
 
 
@@ -85,10 +87,18 @@ class Saver:
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[SaveResult] | None = None
+        self._own_files: Future[None] | None = None  # of the one under way, or of the last
         self._noting: Future[None] | None = None
+        self._moves, self._growing = 0, run_dir  # what shows that this rank's writing goes on
 
     def begin(
-        self, step: int, student: Student, teacher: Teacher, about: Mapping[str, Any]
+        self,
+        step: int,
+        student: Student,
+        teacher: Teacher,
+        about: Mapping[str, Any],
+        *,
+        since: float | None = None,
     ) -> SaveResult | None:
         """Copy everything a run needs to go on after `step` steps, and start to write it.
 
@@ -97,14 +107,16 @@ class Saver:
             student: weights and moments.
             teacher: average and center.
             about: JSON-able facts to store: config, plan, versions, progress.
+            since: `time.perf_counter()` when training stopped for it; None: now.
 
         Returns:
             How the save before this one ended, if nobody has asked yet; it is waited for.
         """
-        begin = time.perf_counter()
+        begin = time.perf_counter() if since is None else since
         before = self.wait()
         snapshot = self._copy(step, student, teacher, about)
         stall_s = time.perf_counter() - begin
+        self._own_files = Future()
         self._writing = self._thread.submit(self._write, snapshot, stall_s)
         return before
 
@@ -128,16 +140,48 @@ class Saver:
             return None
         return self.wait() if self._noting is None or self._noting.done() else None
 
-    def wait(self) -> SaveResult | None:
-        """Wait for the save under way; None if there is none."""
+    def busy(self) -> bool:
+        """Whether anything is being written or deleted."""
+        works = (self._writing, self._noting)
+        return not all(work is None or work.done() for work in works)
+
+    def wait_for_own_files(self, goes_on: Callable[[], None]) -> None:
+        """Wait until this rank has written its part of the save under way; `goes_on` as `wait`."""
+        if self._own_files is not None:
+            self._wait_for(self._own_files, goes_on)
+
+    def wait(self, goes_on: Callable[[], None] = lambda: None) -> SaveResult | None:
+        """Wait for the save under way; None if there is none.
+
+        `goes_on` is called whenever something shows that this rank writes, reads again or deletes
+        files: not for a storage that stands still.
+        """
         if self._noting is not None:
-            self._noting.result()
+            self._wait_for(self._noting, goes_on)
             self._noting = None
         if self._writing is None:
             return None
-        result = self._writing.result()
+        result = self._wait_for(self._writing, goes_on)
         self._writing = None
         return result
+
+    def _wait_for(self, work: Future[T], goes_on: Callable[[], None]) -> T:
+        moves = self._moves_of_files()
+        while not wait([work], _LOOK_S).done:
+            before, moves = moves, self._moves_of_files()
+            if moves != before:
+                goes_on()
+        return work.result()
+
+    def _moves_of_files(self) -> tuple[int, int]:
+        """What changes while this rank writes."""
+        try:
+            return self._moves, self._growing.stat().st_size
+        except OSError:  # not yet there
+            return self._moves, 0
+
+    def _moved(self) -> None:
+        self._moves += 1
 
     def _copy(
         self, step: int, student: Student, teacher: Teacher, about: Mapping[str, Any]
@@ -174,6 +218,8 @@ class Saver:
         begin = time.perf_counter()
         target = directory(self._run_dir, snapshot.step)
         own = self._write_files(part_of(target), snapshot)
+        assert self._own_files is not None
+        self._own_files.set_result(None)
         key = _key(snapshot.number)
         try:
             self._board.post(f"{key}/{self._rank}", json.dumps(own))
@@ -181,7 +227,7 @@ class Saver:
                 self._board.post(key, self._complete(target, snapshot.number))
             [error] = self._board.wait_for([key])
             if self._rank == 0 and not error:
-                prune(self._run_dir, self._keep, written=target)
+                prune(self._run_dir, self._keep, written=target, goes_on=self._moved)
         except LostPeerError as lost:
             error = str(lost)
         return SaveResult(
@@ -199,11 +245,12 @@ class Saver:
         try:
             part.mkdir(parents=True, exist_ok=True)
             for name, tensors in snapshot.tensors.items():
+                self._growing = part / name
                 save_file(tensors, part / name, metadata={"starts": json.dumps(snapshot.starts)})
             for name, text in snapshot.texts.items():
                 (part / name).write_text(text)
             for name in (*snapshot.tensors, *snapshot.texts):
-                sums[name] = flushed_sum(part / name)
+                sums[name] = flushed_sum(part / name, self._moved)
                 num_bytes += (part / name).stat().st_size
         except Exception as error:  # whatever it is, the others wait for this report
             return {"error": f"rank {self._rank} cannot write {part}: {error}", "num_bytes": 0}
@@ -232,7 +279,7 @@ class Saver:
             write_measured(target, knn_top1)
         except OSError as error:
             log.warning("cannot add k-NN %.1f %% to %s: %s", knn_top1, target, error)
-        prune(self._run_dir, self._keep, written=target)
+        prune(self._run_dir, self._keep, written=target, goes_on=self._moved)
 
 
 def _key(number: int) -> str:

@@ -1,6 +1,7 @@
 """Checksums of a checkpoint's files, in the format of `sha256sum --check SHA256SUMS`."""
 
 import hashlib
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -12,15 +13,17 @@ from dinoscale.checkpoint.patience import patiently
 from dinoscale.errors import CheckpointError
 
 _BLOCK_BYTES = 1 << 20
+_FLUSHED_BYTES = 1 << 26  # at a time
 _HEX_DIGITS = 64
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file's contents."""
+def sha256(path: Path, goes_on: Callable[[], None] = lambda: None) -> str:
+    """Hexadecimal digest of a file's contents; `goes_on` is called after every megabyte."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
+            goes_on()
     return digest.hexdigest()
 
 
@@ -33,10 +36,25 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def flushed_sum(path: Path) -> str:
-    """Put a file on disk and return its digest."""
+def flushed_sum(path: Path, goes_on: Callable[[], None] = lambda: None) -> str:
+    """Put a file on disk and return its digest; `goes_on` is called again and again."""
+    if path.stat().st_size > _FLUSHED_BYTES:
+        _flush_in_pieces(path, goes_on)
     flush(path)
-    return sha256(path)
+    return sha256(path, goes_on)
+
+
+def _flush_in_pieces(path: Path, goes_on: Callable[[], None]) -> None:
+    """Put the contents of a file on disk; all at once may take long without a sign of life."""
+    with path.open("r+b") as file:
+        try:
+            whole = mmap.mmap(file.fileno(), 0)
+        except OSError:  # not on this file system
+            return
+        with whole:
+            for begin in range(0, len(whole), _FLUSHED_BYTES):
+                whole.flush(begin, min(_FLUSHED_BYTES, len(whole) - begin))
+                goes_on()
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
@@ -95,7 +113,7 @@ def verify(
         folder: a step_* directory.
         share: which part of the files to read, so that ranks can divide the work.
         num_shares: into how many parts they are divided.
-        goes_on: called after every file.
+        goes_on: called again and again.
 
     Returns:
         Bytes of these files.
@@ -135,22 +153,21 @@ def first_difference(
         UnreadableError: a file cannot be read.
     """
     for name, expected in sorted(sums.items())[share::num_shares]:
-        if not matches(folder / name, expected):
+        if not matches(folder / name, expected, goes_on):
             forget(folder / name)
-            if not matches(folder / name, expected):
+            if not matches(folder / name, expected, goes_on):
                 return name
-        goes_on()
     return None
 
 
-def matches(path: Path, expected: str) -> bool:
-    """Whether a file has this digest.
+def matches(path: Path, expected: str, goes_on: Callable[[], None] = lambda: None) -> bool:
+    """Whether a file has this digest; `goes_on` is called again and again.
 
     Raises:
         MissingFileError: it is not there.
         UnreadableError: it cannot be read.
     """
-    return patiently(lambda: sha256(path), path) == expected
+    return patiently(lambda: sha256(path, goes_on), path) == expected
 
 
 def forget(path: Path) -> None:

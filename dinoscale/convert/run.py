@@ -31,14 +31,14 @@ def read_run(
     Args:
         path: a run directory (its newest checkpoint) or one of its step_* directories.
         network: "teacher" or "student".
-        goes_on: called after every file whose checksum was compared.
+        goes_on: called again and again.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
     checkpoint = open_run(path, goes_on)
     config = parse_config(checkpoint.state["config"], origin=str(checkpoint.path))
-    tensors = checkpoint.full(_KINDS[network]) | checkpoint.buffers(network)
+    tensors = checkpoint.full(_KINDS[network], goes_on) | checkpoint.buffers(network)
     parts = {
         part: {
             name.removeprefix(part): tensor

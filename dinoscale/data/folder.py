@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinoscale.data.decode import RGB, Decoder, Picture
-from dinoscale.data.files import read_image_file, write_names
+from dinoscale.data.files import NAMES_A_SIGN, read_image_file, write_names
 from dinoscale.data.left_out import DEAD_LINK, NPY, TAR, LeftOut
 from dinoscale.data.listing import ARRAY, Beside, Listing, list_folder
 from dinoscale.errors import DataError
@@ -74,13 +74,13 @@ class FolderSource:
         except OSError:
             return 0
 
-    def identity(self) -> str:
+    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the names, and of the sizes of some thousand files, which takes seconds.
 
         Raises:
             DataError: a size cannot be read.
         """
-        return _identity(self._names.digest(), self)
+        return _identity(self._names.digest(alive=alive), self, alive)
 
     def data(self, index: int) -> bytes:
         """The file of an image as it is.
@@ -197,16 +197,18 @@ class ListSource:
         """Absolute paths of all files in the order of the images."""
         return (os.path.join(self._folder, name) for name, _ in self._names.rows(0, len(self)))
 
-    def identity(self) -> str:
+    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the last two parts of all paths, and of the sizes of some thousand files.
 
         Raises:
             DataError: a size cannot be read.
         """
         names = hashlib.sha256()
-        for name, _ in self._names.rows(0, len(self)):
+        for number, (name, _) in enumerate(self._names.rows(0, len(self))):
             names.update(os.fsencode("/".join(name.split("/")[-2:])) + b"\0")
-        return _identity(names.hexdigest(), self)
+            if number % NAMES_A_SIGN == 0:
+                alive()
+        return _identity(names.hexdigest(), self, alive)
 
     def picture(self, index: int) -> Picture:
         """Read an image.
@@ -228,13 +230,14 @@ class ListSource:
         return None
 
 
-def _identity(names: str, source: FolderSource | ListSource) -> str:
+def _identity(names: str, source: FolderSource | ListSource, alive: Callable[[], None]) -> str:
     """Digest of the digest of the names and of the sizes of files at even distances."""
     sizes = []
     for index in range(0, len(source), -(-len(source) // _SIZES)):
         path = source.path(index)
         try:
             sizes.append(os.stat(path).st_size)
+            alive()
         except FileNotFoundError:
             sizes.append(-1)  # a bad sample, when it is met
         except OSError as error:

@@ -20,7 +20,7 @@ import struct
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -106,8 +106,10 @@ class Index:
             packed = self._read(size, _HEADER.size + begin * self._row.size)
             yield from self._named([*map(self._unpacked, _split(packed, self._row.size))])
 
-    def digest(self, *, number: int | None = None) -> str:
+    def digest(self, *, number: int | None = None, alive: Callable[[], None] = lambda: None) -> str:
         """SHA-256 of all names in their order and, if asked for, of one of the numbers of each row.
+
+        `alive` is called again and again.
 
         Raises:
             DataError: the file was damaged since it was opened.
@@ -127,9 +129,11 @@ class Index:
             parts[0].update(table["begin"].tobytes())
             if number is not None:
                 parts[1].update(table[f"{number}"].tobytes())
+            alive()
         for begin in range(0, self._names_bytes, _CHUNK_BYTES):
             count = min(_CHUNK_BYTES, self._names_bytes - begin)
             parts[2].update(self._read(count, self._names_at + begin))
+            alive()
         return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
 
     def _named(self, rows: list[tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:

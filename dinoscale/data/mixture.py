@@ -43,9 +43,9 @@ class MixedSource:
         part, within = self._find(index)
         return part.path(within)
 
-    def identity(self) -> str:
+    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
         """Those of the parts."""
-        return " ".join(part.identity() for part in self.parts)
+        return " ".join(part.identity(alive) for part in self.parts)
 
     def picture(self, index: int) -> Picture:
         """The picture; BadSampleError as its own source raises it."""

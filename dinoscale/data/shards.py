@@ -92,9 +92,9 @@ class TarSource:
         """Bytes of the files of all images."""
         return (size for _, (_, size, _) in self._index.rows(0, len(self)))
 
-    def identity(self) -> str:
+    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the names within the shards and of the sizes; the shards may lie elsewhere."""
-        return self._index.digest(number=1)
+        return self._index.digest(number=1, alive=alive)
 
     def data(self, index: int) -> bytes:
         """The file of an image as it is.

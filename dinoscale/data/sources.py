@@ -55,8 +55,10 @@ class Source(Protocol):
 class StoredSource(Source, Protocol):
     """A source that can tell whether another start of a run has the same images."""
 
-    def identity(self) -> str:
+    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the names and sizes of the images in their order, wherever the set lies.
+
+        `alive` is called again and again where that takes long.
 
         Raises:
             DataError: they cannot be read.

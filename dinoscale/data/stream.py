@@ -14,7 +14,7 @@ import io
 import json
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,7 @@ class StreamSource:
         self._pauses_s = tuple(pauses_s)
         self._max_lost = max_lost
         self._told: set[int] = set()  # shards of which was said what is left out
+        self._judged: dict[int, LeftOut] = {}
         self._lanes = 1
         self._readers: OrderedDict[range, _ShardReader] = OrderedDict()  # by block, oldest first
 
@@ -109,7 +110,7 @@ class StreamSource:
 
     def __getstate__(self) -> dict[str, object]:
         """Without open shards: another process opens its own."""
-        return {**self.__dict__, "_readers": OrderedDict()}
+        return {**self.__dict__, "_readers": OrderedDict(), "_judged": {}}
 
     def serving(self, *, lanes: int) -> "StreamSource":
         """The same images for a process that asks for so many lanes in turn."""
@@ -122,7 +123,7 @@ class StreamSource:
         shard = self.blocks.shard_of(index)
         return f"{shown(self._urls[shard])}::{index - int(self.blocks.starts[shard])}"
 
-    def identity(self) -> str:
+    def identity(self, _alive: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the last parts of the shards' names and of how many images each holds."""
         names = [url.partition("?")[0].rpartition("/")[2] for url in self._urls]
         text = json.dumps([names, self.blocks.counts.tolist()])
@@ -142,6 +143,11 @@ class StreamSource:
         if data is None:
             raise BadSampleError(path, f"is larger than {_MAX_FILE_BYTES // 2**20} MiB")
         return self._decoder.open(data, path)
+
+    def take_left_out(self) -> dict[int, LeftOut]:
+        """What is left out of the shards that came to their end since this was last asked for."""
+        judged, self._judged = self._judged, {}
+        return judged
 
     def _reader(self, index: int) -> "_ShardReader":
         """The reader that holds the block of an image."""
@@ -169,6 +175,7 @@ class StreamSource:
         if shard not in self._told:
             self._told.add(shard)
             left_out.warn(where)
+        self._judged[shard] = left_out
         left_out.require_few(where, used=used, max_fraction=self._max_lost)
 
     def _make_room(self) -> None:

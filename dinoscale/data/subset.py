@@ -1,5 +1,7 @@
 """So many different images of a source: a fixed choice, and a smaller one lies in a larger one."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dinoscale.data.decode import Picture
@@ -44,9 +46,9 @@ class SubsetSource:
         """Where the image is, for messages."""
         return self.whole.path(self._find(index))
 
-    def identity(self) -> str:
+    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
         """That of the source; the number tells which of it."""
-        return f"{self.whole.identity()} {self._images}"
+        return f"{self.whole.identity(alive)} {self._images}"
 
     def picture(self, index: int) -> Picture:
         """The picture; BadSampleError as its own source raises it."""

@@ -148,7 +148,7 @@ class ShapesSource:
         """Return a name for the image, unique within a seed."""
         return f"{PREFIX}shapes/{self.split}/{index:06d}"
 
-    def identity(self) -> str:
+    def identity(self, _alive: Callable[[], None] = lambda: None, /) -> str:
         """What the pictures are drawn from."""
         return f"{PREFIX}shapes/{self.split}/{self.images}/{self.size}/{self.seed}"
 

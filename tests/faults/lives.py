@@ -63,6 +63,7 @@ class Life:
         slow_disk_s: float = 0.0,
         slow_images_s: float = 0.0,
         stuck_reader: int | None = None,
+        before_save: Callable[[Path], None] | None = None,
     ) -> None:
         """Start.
 
@@ -72,6 +73,7 @@ class Life:
             slow_disk_s: how long each file of a checkpoint takes to reach the disk.
             slow_images_s: how long each image takes to be read.
             stuck_reader: a rank whose third step's images never come.
+            before_save: called on rank 1 with each file before it is written.
         """
         self.run_dir, port = config.parent / "run", free_port()
         self.outputs = [config.parent / f"output_{rank}.txt" for rank in range(RANKS)]
@@ -79,7 +81,7 @@ class Life:
             Forked(
                 _rank,
                 rank,
-                (slow_disk_s, slow_images_s, stuck_reader == rank),
+                (slow_disk_s, slow_images_s, stuck_reader == rank, before_save if rank else None),
                 ["train", str(config), *overrides],
                 environment=environment_of(rank, world_size=RANKS, port=port),
                 output=output,
@@ -151,8 +153,12 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _rank(rank: int, faults: tuple[float, float, bool], arguments: list[str]) -> None:
-    slow_disk_s, slow_images_s, stuck = faults
+def _rank(
+    rank: int,
+    faults: tuple[float, float, bool, Callable[[Path], None] | None],
+    arguments: list[str],
+) -> None:
+    slow_disk_s, slow_images_s, stuck, before_save = faults
     socket.gethostname = lambda: f"host-{rank}"  # for messages: as if on two machines
     if slow_disk_s:
         _slow_down_the_disk(slow_disk_s)
@@ -160,6 +166,8 @@ def _rank(rank: int, faults: tuple[float, float, bool], arguments: list[str]) ->
         _wait_before_reads(lambda _read: slow_images_s)
     if stuck:  # a network file system that does not answer from the third step on
         _wait_before_reads(lambda read: 1000.0 if read == 2 * BATCH // RANKS else 0.0)
+    if before_save is not None:
+        _call_before_saves(before_save)
     from dinoscale import __main__
 
     sys.argv = ["dinoscale", *arguments]
@@ -174,6 +182,18 @@ def _slow_down_the_disk(seconds: float) -> None:
         to_disk(path)
 
     sums.flush = flush
+
+
+def _call_before_saves(call: Callable[[Path], None]) -> None:
+    from dinoscale.checkpoint import save
+
+    to_file = save.save_file
+
+    def save_file(tensors: Any, path: Path, **options: Any) -> None:
+        call(path)
+        to_file(tensors, path, **options)
+
+    save.save_file = save_file
 
 
 def _wait_before_reads(seconds: Callable[[int], float]) -> None:

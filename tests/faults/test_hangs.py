@@ -80,3 +80,31 @@ def test_long_evaluation_is_no_hang(tmp_path: Path) -> None:
     )
     life = Life(config, "train.stop_after_steps=1", slow_images_s=0.1)  # 12 s for the first set
     assert life.end() == [0, 0], life.said()
+
+
+def _grows(path: Path) -> None:
+    """A file that a slow storage takes 14 s for."""
+    with path.open("wb") as file:
+        for _ in range(14):
+            time.sleep(1)
+            file.write(b"piece")
+            file.flush()
+
+
+def _stands_still(_path: Path) -> None:
+    time.sleep(1000)
+
+
+def test_long_write_of_one_rank_is_no_hang(tmp_path: Path) -> None:
+    config = write_config(tmp_path, stage=2, epochs=1, train={"hang_timeout_s": 6.0})
+    life = Life(config, "train.stop_after_steps=1", before_save=_grows)
+    assert life.end() == [0, 0], life.said()
+
+
+def test_write_that_stands_still_is_named(tmp_path: Path) -> None:
+    config = write_config(tmp_path, stage=2, epochs=1, train={"hang_timeout_s": 6.0})
+    life = Life(config, "train.stop_after_steps=1", before_save=_stands_still)
+    assert life.end() == [1, 1], life.said()
+    for output in life.outputs:
+        said = output.read_text()
+        assert "rank 1 (host-1) is behind the others, writing the checkpoint of step 1" in said

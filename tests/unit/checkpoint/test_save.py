@@ -2,9 +2,11 @@
 
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ def test_error_of_any_kind_is_reported_since_others_wait_for_the_report(tmp_path
     no_dense_tensor = torch.zeros(2).to_sparse()  # an error that is neither a file's nor a disk's
     files = {"shard_00000.safetensors": {"weight": no_dense_tensor}}
     saver = Saver(tmp_path, Keep(last=1))
+    saver._own_files = Future()
     result = saver._write(_Snapshot(1, 0, files, {}, {}), stall_s=0.0)
     assert result.error is not None
     assert result.error.startswith("rank 0 cannot write")
@@ -58,3 +61,51 @@ def test_training_does_not_wait_for_a_deletion_after_an_accuracy(
             may_end.set()
     assert saver.wait() == written.result()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_waiting_gives_signs_while_a_file_grows_and_is_read_and_none_while_it_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signs: list[str] = []
+    told = threading.Condition()
+    doing = "growing"
+
+    def sign() -> None:
+        with told:
+            signs.append(doing)
+            told.notify()
+
+    def told_of(what: str) -> bool:
+        with told:
+            return told.wait_for(lambda: what in signs, timeout=30)
+
+    def slowly(_tensors: object, path: Path, **_: object) -> None:
+        nonlocal doing
+        with path.open("wb") as file:
+            while not told_of_growth(file):
+                pass
+        doing = "standing still"
+        time.sleep(0.3)
+        doing = "reading"
+
+    def told_of_growth(file: BinaryIO) -> bool:
+        file.write(b"some")
+        file.flush()
+        time.sleep(0.02)
+        return "growing" in signs
+
+    def summed(_path: Path, goes_on: Callable[[], None]) -> str:
+        goes_on()
+        assert told_of("reading")
+        return "0" * 64
+
+    monkeypatch.setattr("dinoscale.checkpoint.save.save_file", slowly)
+    monkeypatch.setattr("dinoscale.checkpoint.save.flushed_sum", summed)
+    monkeypatch.setattr("dinoscale.checkpoint.save._LOOK_S", 0.01)
+    saver = Saver(tmp_path, Keep(last=1))
+    saver._own_files = Future()
+    snapshot = _Snapshot(1, 0, {"shard_00000.safetensors": {}}, {}, {})
+    with ThreadPoolExecutor(1) as thread:
+        saver._writing = thread.submit(saver._write, snapshot, 0.0)
+        saver.wait_for_own_files(sign)
+    assert set(signs) == {"growing", "reading"}

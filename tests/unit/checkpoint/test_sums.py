@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dinoscale.checkpoint.layout import SUMS_FILE
-from dinoscale.checkpoint.sums import read_sums, sha256, verify, write_sums
+from dinoscale.checkpoint.sums import flushed_sum, read_sums, sha256, verify, write_sums
 from dinoscale.errors import CheckpointError
 
 FILES = ("shard_00000.safetensors", "shared.safetensors", "state.json")
@@ -82,3 +82,15 @@ def test_sha256sum_agrees(folder: Path) -> None:
         ["sha256sum", "--check", "--quiet", SUMS_FILE], cwd=folder, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_comparing_and_flushing_a_large_file_give_signs_of_life(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signs: list[str] = []
+    verify(folder, goes_on=lambda: signs.append("read"))
+    assert len(signs) == 9  # of three files, three each
+    monkeypatch.setattr("dinoscale.checkpoint.sums._FLUSHED_BYTES", 1 << 20)
+    path = folder / FILES[0]
+    assert flushed_sum(path, lambda: signs.append("flushed")) == sha256(path)
+    assert signs.count("flushed") == 3 + 3

@@ -103,3 +103,11 @@ def test_a_size_that_cannot_be_read_is_no_other_size(
     monkeypatch.setattr(os, "stat", stale)
     with pytest.raises(DataError, match=r"cannot read the size of .*0\.png: Stale file handle"):
         source.identity()
+
+
+@pytest.mark.parametrize("make", [_folder, _list, _tar])
+def test_telling_it_gives_signs_of_life(tmp_path: Path, make: Callable[[Path], str]) -> None:
+    signs: list[bool] = []
+    source = open_sources([make(tmp_path)], distinct_images=2)  # through those around it
+    source.identity(lambda: signs.append(True))
+    assert signs
