@@ -22,7 +22,9 @@ from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.cores import cores_at_hand
 from dinoscale.data.bad_samples import BadSampleLog
+from dinoscale.data.left_out import LeftOut
 from dinoscale.data.loader import Batch
+from dinoscale.data.mixture import left_out_counts
 from dinoscale.data.sources import Source
 from dinoscale.engine.build import schedules_of
 from dinoscale.engine.step import StepMetrics, train_step
@@ -116,6 +118,7 @@ class Run:
         )
         self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl", writes=is_first)
         self.pending_bad: list[Any] = []
+        self.left_out: dict[int, LeftOut] = {}  # of shards of a stream that this rank has read
         self.steps_taken = 0  # since this start
         self.stopping = False  # a rank was asked to stop, and all know
         self.data_wait = DataWait(
@@ -157,7 +160,9 @@ class Run:
                 self._train()  # to the end, or to a rollback
             self._save_and_wait()
         self.metrics.close()
-        return {"run_dir": str(self.run_dir), "steps": self.plan.stop_step, **self.last}
+        left_out = left_out_counts(self.source, distributed.gather_objects(self.left_out))
+        done = {"run_dir": str(self.run_dir), "steps": self.plan.stop_step}
+        return {**done, **self.last, "left_out": left_out}
 
     @contextmanager
     def _saving_what_was_begun(self) -> Iterator[None]:
@@ -190,6 +195,7 @@ class Run:
             self.watchdog.moved(f"in step {step + 1}")
             for batch in batches:
                 self.pending_bad += batch.bad
+                self.left_out |= batch.left_out
             now = self.schedules.at(step)
             result = train_step(
                 self.feed.prepare(step, batches),

@@ -26,7 +26,7 @@ from dinoscale.config.resolve import (
 from dinoscale.convert.start import starting_weights
 from dinoscale.cores import cores_at_hand, cores_of_rank
 from dinoscale.data.decode import Decoder
-from dinoscale.data.mixture import left_out_counts, source_sizes
+from dinoscale.data.mixture import source_sizes
 from dinoscale.data.sources import Source, StoredSource, open_source
 from dinoscale.engine.build import Start, build_pair
 from dinoscale.engine.student import Student
@@ -88,8 +88,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         with distributed.together(lambda: rundir.lock(run_dir) if is_first else nullcontext()):
             require_shared(run_dir, hosts)
             keep_logs(run_dir, process, members)
-            summary = _build(config, process, hosts, source, stop, watchdog).to_the_end()
-        return {**summary, "left_out": left_out_counts(source)}
+            return _build(config, process, hosts, source, stop, watchdog).to_the_end()
 
 
 def _unless_asked(

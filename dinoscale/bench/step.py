@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from dinoscale.feed import open_images
 from dinoscale.launcher import Process
 from dinoscale.memory import NO_MEMORY
 from dinoscale.models.widened import LACKS_BFLOAT16
+from dinoscale.opening import open_once_a_node
 from dinoscale.peak_memory import live_bytes, with_peak_bytes
 
 _WARM_UP = {"cpu": 1, "cuda": 3}  # steps: optimizer state, kernels chosen and compiled
@@ -188,7 +190,7 @@ def too_slow(config: RunConfig, limit_s: float) -> str:
 
 def _input_of(config: RunConfig, process: Process) -> tuple[RunPlan, Source]:
     if config.data.sources:
-        source = distributed.together(lambda: open_images(config))
+        source = open_once_a_node(partial(open_images, config))
         sizes = source_sizes(source)
         return resolve(config, world_size=process.world_size, num_images=sizes), source
     data = config.data

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +25,7 @@ from dinoscale.data.children import leave_signals_to_parent
 from dinoscale.data.crop_params import Params
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.lanes import LaneSampler
+from dinoscale.data.left_out import LeftOut
 from dinoscale.data.mixture import drawn_sizes, stand_ins
 from dinoscale.data.sampler import Draws, StepSampler
 from dinoscale.data.seeding import Stream, generator
@@ -50,6 +51,7 @@ class Batch:
         params: what was drawn for each crop, records of `crop_params.PARAMS` (2 + n, B).
         sample_ids: int64 (B,), the images as ordered by the sampler.
         bad: images that could not be read; others stand in their places.
+        left_out: of a stream, by shard, what is left out of those that came to their end.
     """
 
     global_crops: Tensor
@@ -57,6 +59,7 @@ class Batch:
     params: Params
     sample_ids: Tensor
     bad: list[BadSample]
+    left_out: dict[int, LeftOut] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory (called by the DataLoader)."""
@@ -66,6 +69,7 @@ class Batch:
             self.params,
             self.sample_ids.pin_memory(),
             self.bad,
+            self.left_out,
         )
 
 
@@ -193,6 +197,7 @@ class _TrainCrops(Dataset[Batch | Failure]):
             crops.params,
             torch.from_numpy(draws.ids),
             bad,
+            self._source.take_left_out() if isinstance(self._source, StreamSource) else {},
         )
 
     def _cut(self, into: CropArrays, place: int, *, sample: int, repeat: int) -> list[BadSample]:

@@ -1,7 +1,7 @@
 """Several sources as one: the images of the first, then those of the second, and so on."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from dinoscale.data.decode import RGB, Decoder, Picture
@@ -114,7 +114,7 @@ def open_sources(
             )
     parts = [open_source(spec, decoder, alive) for spec in specs]
     for spec, part in zip(specs, parts, strict=True):
-        left_out_of(part).require_few(spec, used=len(part), max_fraction=max_lost)
+        require_few_left_out(part, spec, max_lost=max_lost)
     whole: StoredSource = parts[0] if len(parts) == 1 else MixedSource(parts)
     if distinct_images is None or distinct_images == len(whole):
         return whole  # all of them, in the order of the set itself
@@ -140,9 +140,28 @@ def left_out_of(source: Source) -> LeftOut:
     return left_out
 
 
-def left_out_counts(source: Source) -> dict[str, int] | None:
-    """Reason -> how often, for JSON; None for a stream, which tells it as its shards are read."""
-    return None if isinstance(source, StreamSource) else left_out_of(source).counts
+def require_few_left_out(source: Source, spec: str, *, max_lost: float) -> None:
+    """Refuse a set of which too much is left out.
+
+    Raises:
+        DataError: more than `max_lost`, a fraction of its pictures.
+    """
+    left_out_of(source).require_few(spec, used=len(source), max_fraction=max_lost)
+
+
+def left_out_counts(
+    source: Source, of_shards: Iterable[Mapping[int, LeftOut]] = ()
+) -> dict[str, int]:
+    """Reason -> how often, for JSON.
+
+    Args:
+        source: the set.
+        of_shards: of a stream, by shard, what those who read it found to be left out.
+    """
+    left_out = left_out_of(source)
+    for found in {shard: found for read in of_shards for shard, found in read.items()}.values():
+        left_out.merge(found)
+    return left_out.counts
 
 
 def open_stream(

@@ -40,7 +40,7 @@ def examine(
     variables = environment.steering_names(os.environ)  # before we set any ourselves
     try:
         report.section("ranks", [_meet(process, timeout_s)])
-        _together(report, name, overrides, process, variables)
+        _together(report, name, overrides, process, variables, timeout_s=timeout_s)
     except RunFailedError as error:
         report.lost = str(error)
         report.section("ranks", [problem("answer", report.lost)])
@@ -73,6 +73,8 @@ def _together(
     overrides: Sequence[str],
     process: Process,
     variables: list[str],
+    *,
+    timeout_s: float,
 ) -> None:
     """Everything after the meeting. Every rank takes the same way through it."""
     facts = gather_objects(machine.look(process))
@@ -96,7 +98,7 @@ def _together(
     if name is not None:
         report.section("configuration", config_checks)
     if config is not None and loads:
-        parameters = _run(report, config, hosts, process)
+        parameters = _run(report, config, hosts, process, timeout_s)
     measured = gather_objects(network.measure(process.device))
     report.section(
         "network",
@@ -145,11 +147,14 @@ def _config(
     return config, [ok("config", f"{name} is valid") if same.verdict == "ok" else same]
 
 
-def _run(report: Report, config: RunConfig, hosts: list[str], process: Process) -> int | None:
+def _run(
+    report: Report, config: RunConfig, hosts: list[str], process: Process, timeout_s: float
+) -> int | None:
     """Data, plan and storage of a run; the number of its weights, None if it cannot be built."""
     from dinoscale.doctor import images, storage  # here, for they load the libraries
 
-    found = gather_objects(images.look(config, rank=process.rank, world_size=process.world_size))
+    looked = images.look(config, hosts, rank=process.rank, patience_s=timeout_s)
+    found = gather_objects(looked)
     train = found[0].get("data.train")
     report.section(
         "data",

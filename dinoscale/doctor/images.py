@@ -1,19 +1,22 @@
-"""Image sets: all ranks open them, see the same number, and can decode some of each."""
+"""Image sets: all nodes can open them, see the same number, and can decode some of each."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+from dinoscale import distributed
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import require_groups_within_nodes, resolve, split_batch, without_auto
 from dinoscale.data.decode import BadSampleError, Decoder
-from dinoscale.data.mixture import open_sources, source_sizes
+from dinoscale.data.mixture import open_sources, require_few_left_out, source_sizes
 from dinoscale.data.sources import Source, open_source
 from dinoscale.data.stream import StreamSource
 from dinoscale.doctor.report import Check, count_text, ok, problem, warning
 from dinoscale.errors import ConfigError, DinoscaleError
 from dinoscale.evaluate.labelled import renumber_classes
 from dinoscale.hosts import ranks_text
+from dinoscale.opening import open_once_a_node
 
 _SAMPLES = 8  # images that each rank decodes of each set
 _DECODE_S = 20.0  # a slow disk may end it earlier
@@ -42,41 +45,85 @@ class Looked:
     seconds: float = 0.0
 
 
-def look(config: RunConfig, *, rank: int, world_size: int) -> dict[str, Looked]:
-    """Open every set of the config and decode a few images of each, spread over the set."""
+@dataclass(frozen=True)
+class _Unopened:
+    """Why a set could not be opened; None: the configuration of this rank names none."""
+
+    error: str | None
+
+
+def look(
+    config: RunConfig, hosts: Sequence[str], *, rank: int, patience_s: float
+) -> dict[str, Looked]:
+    """Open every set of the config and decode a few images of each, spread over the set.
+
+    All ranks call it together. Those of a host that name the same images open them once.
+
+    Args:
+        config: of this rank.
+        hosts: of all ranks.
+        rank: of this process.
+        patience_s: for a rank that does not answer.
+
+    Raises:
+        RunFailedError: one did not.
+    """
     parts = [part.source for part in config.data.sources]
     decoder = Decoder(config.data.channels, config.data.white)
-    sets: dict[str, tuple[str | None, Callable[[str], Source]]] = {
-        "data.train": (
-            " + ".join(parts) or None,
-            lambda _: open_sources(
-                parts,
-                decoder,
-                manifest=config.data.manifest,
-                shuffle_buffer=1,
-                distinct_images=config.data.distinct_images,
-                max_lost=config.data.max_bad_fraction,
-            ),
-        ),
-        "eval.train": (config.eval.train, lambda spec: open_source(spec, decoder)),
-        "eval.test": (config.eval.test, lambda spec: open_source(spec, decoder)),
+    max_lost = config.data.max_bad_fraction
+
+    def open_training(alive: Callable[[], None]) -> Source:
+        return open_sources(
+            parts,
+            decoder,
+            manifest=config.data.manifest,
+            shuffle_buffer=1,
+            distinct_images=config.data.distinct_images,
+            max_lost=max_lost,
+            alive=alive,
+        )
+
+    def open_labelled(spec: str, alive: Callable[[], None]) -> Source:
+        source = open_source(spec, decoder, alive)
+        require_few_left_out(source, spec, max_lost=max_lost)
+        return source
+
+    sets: dict[str, tuple[str | None, Callable[[Callable[[], None]], Source]]] = {
+        "data.train": (" + ".join(parts) or None, open_training),
+        "eval.train": (config.eval.train, partial(open_labelled, config.eval.train or "")),
+        "eval.test": (config.eval.test, partial(open_labelled, config.eval.test or "")),
     }
     found: dict[str, Looked] = {}
     sources: dict[str, Source] = {}
     for key, (spec, opened) in sets.items():
-        if spec is None:
-            continue
-        try:
-            sources[key] = opened(spec)
-            found[key] = _decode_some(sources[key], spec, rank=rank, world_size=world_size)
-        except (DinoscaleError, OSError) as error:
-            found[key] = Looked(spec, error=str(error))
+        named = distributed.gather_objects((spec, config.data.manifest))
+        alike = [f"{host} {names}" for host, names in zip(hosts, named, strict=True)]
+        tried = partial(_tried_to_open, opened, spec)
+        source = open_once_a_node(tried, alike, patience_s=patience_s)
+        if not isinstance(source, _Unopened):
+            assert spec is not None
+            sources[key] = source
+            found[key] = _decode_some(source, spec, rank=rank, world_size=len(hosts))
+        elif spec is not None:
+            found[key] = Looked(spec, error=source.error)
     if "eval.train" in sources and "eval.test" in sources:
         try:
             renumber_classes(sources["eval.train"], sources["eval.test"])
         except DinoscaleError as error:
             found["eval.test"] = Looked(found["eval.test"].spec, error=str(error))
     return found
+
+
+def _tried_to_open(
+    opened: Callable[[Callable[[], None]], Source], spec: str | None, alive: Callable[[], None]
+) -> Source | _Unopened:
+    """An error is for the ranks of one node: others may see other files."""
+    if spec is None:
+        return _Unopened(None)
+    try:
+        return opened(alive)
+    except (DinoscaleError, OSError) as error:
+        return _Unopened(str(error))
 
 
 def sample_ids(*, num_images: int, rank: int, world_size: int) -> list[int]:

@@ -5,6 +5,7 @@ Shape letters: N images of a set that can be read, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,13 +73,13 @@ class Frozen:
     device: torch.device
     how: Extraction
 
-    def open(self, spec: str) -> Source:
-        """Open images as this backbone takes them.
+    def open(self, spec: str, alive: Callable[[], None] = lambda: None) -> Source:
+        """Open images as this backbone takes them; `alive` as of `open_source`.
 
         Raises:
             DataError: nothing is there, it cannot be read, or it holds no images.
         """
-        return open_source(spec, Decoder(self.card.backbone.in_chans, self.card.white))
+        return open_source(spec, Decoder(self.card.backbone.in_chans, self.card.white), alive)
 
     def features(self, source: Source) -> tuple[Tensor, Tensor]:
         """Outputs (N, D) and labels (N,) of the readable images; all ranks of a job call it.

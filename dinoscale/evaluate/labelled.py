@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import check_labels
+from dinoscale.opening import on_first_rank, open_once_a_node
 
 log = logging.getLogger(__name__)
 
@@ -58,24 +60,27 @@ class LabelledSets:
 
     @classmethod
     def open(
-        cls, train_spec: str, test_spec: str, open_images: Callable[[str], Source]
+        cls,
+        train_spec: str,
+        test_spec: str,
+        open_images: Callable[[str, Callable[[], None]], Source],
     ) -> LabelledSets:
-        """Open both; all ranks of a job call it, and fail together.
+        """Open both, once a node; all ranks of a job call it, and fail together.
 
         Args:
             train_spec: the bank, as `data.train` of a config.
             test_spec: what to classify.
-            open_images: makes a source of either.
+            open_images: makes a source of either; takes what it calls while it works.
 
         Raises:
             DataError: as `open_images` and `renumber_classes`.
         """
-
-        def opened() -> LabelledSets:
-            bank, test = open_images(train_spec), open_images(test_spec)
-            return cls(bank, test, renumber_classes(bank, test))
-
-        return distributed.together(opened)
+        bank = open_once_a_node(partial(open_images, train_spec))
+        test = open_once_a_node(partial(open_images, test_spec))
+        first = on_first_rank(lambda _: renumber_classes(bank, test))
+        renumber = distributed.broadcast_object(first)
+        assert renumber is not None
+        return cls(bank, test, renumber)
 
     def features(self, extract: Callable[[Source], tuple[Tensor, Tensor]]) -> Features:
         """Take features and labels of both.

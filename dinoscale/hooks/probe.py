@@ -8,6 +8,7 @@ from torch import nn
 
 from dinoscale.config.schema import RunConfig
 from dinoscale.data.decode import Decoder
+from dinoscale.data.mixture import require_few_left_out
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import extract_features
@@ -33,7 +34,8 @@ class Probe:
             open_set: makes a source of either.
 
         Raises:
-            DataError: a set cannot be opened, has no labels, or the test set has other classes.
+            DataError: a set cannot be opened, more than `data.max_bad_fraction` of it is left out,
+                it has no labels, or the test set has other classes.
         """
         assert config.eval.train is not None
         assert config.eval.test is not None
@@ -41,6 +43,8 @@ class Probe:
         decoder = Decoder(config.data.channels, config.data.white)
         bank = open_set(config.eval.train, decoder)
         test = open_set(config.eval.test, decoder)
+        for spec, source in ((config.eval.train, bank), (config.eval.test, test)):
+            require_few_left_out(source, spec, max_lost=config.data.max_bad_fraction)
         self._renumber = renumber_classes(bank, test)
         self._bank, self._test = bank, test
 

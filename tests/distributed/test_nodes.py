@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from unittest.mock import patch
 
 import pytest
+from PIL import Image
 
 from tests.distributed.tiny_run import tiny_config
 from tests.harness import run_distributed
@@ -163,7 +164,7 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
     from dinoscale import distributed
     from dinoscale.data.sources import Source, open_source
     from dinoscale.errors import DataError
-    from dinoscale.opening import on_first_rank, open_once_a_node
+    from dinoscale.opening import by_all, on_first_rank, open_once_a_node
 
     rank, opened, signs, posts = distributed.rank(), [], [], []  # type: ignore[var-annotated]
     post = distributed.Board.post
@@ -222,6 +223,16 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
         return "made"
 
     made = on_first_rank(slowly, lambda: of_first.append(time.monotonic()))
+    of_all: list[float] = []
+    done: list[int] = []
+
+    def own(alive: Callable[[], None]) -> str:
+        return slowly(alive) if rank == 2 else "at once"
+
+    found["by all"] = by_all(
+        own, lambda: of_all.append(time.monotonic()), lambda: done.append(len(of_all))
+    )
+    found |= {"of_all": len(of_all), "before done": done}
     return found | {"made": made, "of_first": len(of_first)}
 
 
@@ -246,3 +257,69 @@ def test_one_rank_of_a_node_lists_and_the_others_take_what_it_found(tmp_path: Pa
     assert ranks[0]["left"] == 0  # nor left half
     assert [rank["made"] for rank in ranks] == ["made", None, None]
     assert all(rank["of_first"] >= 2 for rank in ranks)
+    assert [rank["by all"] for rank in ranks] == ["at once", "at once", "made"]
+    assert all(rank["of_all"] >= 2 for rank in ranks)
+    assert [rank["before done"] for rank in ranks] == [[0], [0], [5]]
+
+
+def _opened(spec: str, alive: Callable[[], None]) -> Any:
+    from dinoscale.data.sources import open_source
+
+    return open_source(spec, alive=alive)
+
+
+def _open_for_measurements(folder: str) -> dict[str, list[int]]:
+    """How often this rank lists folders, by what opens them."""
+    from dinoscale import distributed
+    from dinoscale.bench.step import _input_of
+    from dinoscale.data import sources
+    from dinoscale.doctor.images import look
+    from dinoscale.evaluate.labelled import LabelledSets
+    from dinoscale.launcher import read_process
+
+    rank, listed, found = distributed.rank(), list[str](), dict[str, list[int]]()
+    list_folder = sources.list_folder
+
+    def listing(root: str, alive: Callable[[], None]) -> Any:
+        listed.append(root)
+        return list_folder(root, alive)
+
+    def count(name: str, images: list[int]) -> None:
+        found[name] = [len(listed), *images]
+        listed.clear()
+
+    sets = {"train": folder, "test": folder}
+    config = tiny_config(data={"train": folder, "distinct_images": None}, eval=sets)
+    with patch.object(sources, "list_folder", listing):
+        both = LabelledSets.open(
+            folder, folder, lambda *at: sources.open_source(at[0], alive=at[1])
+        )
+        count("evaluate", [len(both.bank), len(both.test), *both.renumber.tolist()])
+        _, source = _input_of(config, read_process(os.environ))
+        count("bench", [len(source)])
+        hosts = distributed.gather_objects(socket.gethostname())
+        looked = look(config, hosts, rank=rank, patience_s=60)
+        count("doctor", [of_set.num_images for of_set in looked.values()])
+        own = tiny_config(data={"train": f"{folder}/{'ab'[rank]}"}, eval=sets)
+        looked = look(own, hosts, rank=rank, patience_s=60)
+        count("own", [of_set.num_images for of_set in looked.values()])
+        missing = tiny_config(data={"train": f"{folder}/{'ac'[rank]}"})
+        looked = look(missing, hosts, rank=rank, patience_s=60)
+        found["missing"] = [int(of_set.error is None) for of_set in looked.values()]
+    return found
+
+
+def test_measurements_and_the_doctor_list_a_folder_once_a_node(tmp_path: Path) -> None:
+    for number in range(12):
+        path = tmp_path / "ab"[number % 4 == 0] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(path)
+    first, second = run_distributed(
+        f"{__name__}:_open_for_measurements", world_size=2, timeout_s=180, folder=str(tmp_path)
+    )
+    assert first["evaluate"] == [2, 12, 12, 0, 1]
+    assert second["evaluate"] == [0, 12, 12, 0, 1]
+    assert (first["bench"], second["bench"]) == ([1, 12], [0, 12])
+    assert (first["doctor"], second["doctor"]) == ([3, 12, 12, 12], [0, 12, 12, 12])
+    assert (first["own"], second["own"]) == ([3, 9, 12, 12], [1, 3, 12, 12])
+    assert (first["missing"], second["missing"]) == ([1], [0])

@@ -3,12 +3,18 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from dinoscale.data.augment import MultiCrop
+from dinoscale.data.loader import train_batches
 from dinoscale.data.mixture import left_out_counts, left_out_of, open_sources
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import open_source
 from dinoscale.data.stream import StreamSource
+from dinoscale.doctor.images import look
 from dinoscale.errors import DataError
+from dinoscale.hooks.probe import Probe
+from tests.distributed.tiny_run import tiny_config
 from tests.unit.data.conftest import jpeg, write_tar
 
 PICTURE = jpeg(0)
@@ -47,7 +53,8 @@ def test_each_picture_of_a_tar_is_used_or_counted(
     monkeypatch.setenv("DINOSCALE_ALLOW_PIPE", "1")
     stream = StreamSource([f"pipe:cat {tmp_path}/a.tar"], [used], block_size=used)
     assert stream._reader(0).left_out.counts == counts
-    assert left_out_counts(stream) is None  # before its shards are read
+    assert left_out_counts(stream, [stream.take_left_out()]) == counts
+    assert left_out_counts(stream) == {}  # before its shards are read
 
 
 def test_text_without_extension_is_no_picture(tmp_path: Path) -> None:
@@ -78,6 +85,24 @@ def test_too_much_left_out_is_refused_with_what_and_why(
             open_sources([tar], max_lost=0.2, distinct_images=images)
 
 
+def test_sets_of_the_online_knn_are_held_to_the_same_rule(tmp_path: Path) -> None:
+    for number in range(4):
+        path = tmp_path / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(path)
+    sets = {"train": str(tmp_path), "test": str(tmp_path)}
+    config = tiny_config(eval=sets, data={"train": "synthetic:shapes"})
+    Probe(config)
+    (tmp_path / "a" / "4.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"1 of 5 pictures .* data\.max_bad_fraction=0\.01 "):
+        Probe(config)
+    looked = look(config, ["here"], rank=0, patience_s=1.0)
+    errors = {name: of_set.error or "" for name, of_set in looked.items()}
+    assert not errors["data.train"]
+    assert "1 of 5 pictures" in errors["eval.train"]
+    assert "1 of 5 pictures" in errors["eval.test"]
+
+
 def test_compressed_shards_beside_plain_ones_are_lost(tmp_path: Path) -> None:
     _tar(tmp_path, "1.jpg", "2.jpg")
     for name in ("b.tar.gz", "c.tgz", "d.txz"):
@@ -104,6 +129,26 @@ def test_streams_count_as_tars_do(
     strict = StreamSource([f"pipe:cat {tar}"], [3], block_size=3, max_lost=0.2)
     with pytest.raises(DataError, match=r"1 of 4 pictures would be left out"):
         strict.picture(0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_a_stream_tell_once_what_is_left_out_of_each_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setenv("DINOSCALE_ALLOW_PIPE", "1")
+    names = ["1.left.jpg", "1.right.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    urls = []
+    for shard in "ab":
+        tar = write_tar(tmp_path / f"{shard}.tar", [(name, PICTURE) for name in names])
+        urls.append(f"pipe:cat {tar}")
+    source = StreamSource(urls, [4, 4], block_size=2)
+    crops = MultiCrop(global_size=16, local_size=8, num_local=1)
+    batches = train_batches(
+        source, crops, batch_size=4, micro_batch_size=4, seed=0, rank=0, world_size=1,
+        start_step=0, stop_step=4, num_workers=workers, lanes=2,
+    )  # fmt: skip  # two epochs
+    found = [batch.left_out for batch in batches]
+    assert left_out_counts(source, found) == {"same_key": 2}
 
 
 def test_index_made_by_other_rules_is_made_anew(
