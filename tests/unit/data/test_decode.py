@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageFile
 
-from dinoscale.data.decode import RGB, BadSampleError
+from dinoscale.data.decode import RGB, BadSampleError, Decoder
 from tests.unit.data.conftest import jpeg, picture
 
 
@@ -47,33 +47,37 @@ def _damaged_jpegs() -> list[bytes]:
     whole.append(_encoded(Image.fromarray(noise), "JPEG", quality=100))
     files = []
     for data in whole:
-        for _ in range(20):
+        for _ in range(14):
             at = rng.randrange(data.index(b"\xff\xda") + 12, len(data) - 2)
             files += [
                 data[:at],
                 data[:at] + data[at + 20 :],
                 data[:at] + rng.randbytes(9) + data[at:],
                 data[:at] + bytes([0xFF, rng.randrange(256)]) + data[at + 2 :],
+                data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :],
+                data[:at] + bytes(len(data) - 2 - at) + data[-2:],
             ]
     return files
 
 
-def _pillows(data: bytes, *, shrink: int) -> np.ndarray | None:
+def _pillows(data: bytes, *, shrink: int, mode: str) -> np.ndarray | None:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             opened.draft(None, (max(1, opened.width // shrink), max(1, opened.height // shrink)))
-            return np.asarray(opened.convert("RGB"))
+            return np.asarray(opened.convert(mode)).reshape(*opened.size[::-1], -1)
     except Exception:  # refused in any way
         return None
 
 
-@pytest.mark.parametrize("shrink", [1, 4])
-def test_damaged_jpeg_is_bad_or_has_the_pixels_just_where_pillow_says_so(shrink: int) -> None:
+@pytest.mark.parametrize(("shrink", "channels"), [(1, 3), (4, 3), (8, 3), (1, 1)])
+def test_damaged_jpeg_is_bad_or_has_the_pixels_just_where_pillow_says_so(
+    shrink: int, channels: int
+) -> None:
     refused = 0
     for data in _damaged_jpegs():
-        expected = _pillows(data, shrink=shrink)
+        expected = _pillows(data, shrink=shrink, mode={1: "L", 3: "RGB"}[channels])
         try:
-            found = RGB.open(data, "x").pixels(shrink=shrink)
+            found = Decoder(channels).open(data, "x").pixels(shrink=shrink)
         except BadSampleError:
             assert expected is None
             refused += 1
