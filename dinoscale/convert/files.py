@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,10 @@ class Content:
     preprocessing: dict[str, Any] | None = None
 
 
-def read_content(path: Path) -> Content:
+def read_content(path: Path, goes_on: Callable[[], None] = lambda: None) -> Content:
     """Read a weights file, or the one in a folder; of a hub's file also the settings beside it.
+
+    `goes_on` is called again and again while checksums are compared.
 
     Raises:
         CheckpointError: nothing is there, it is damaged, it is not clear which file is meant, or
@@ -76,7 +78,7 @@ def read_content(path: Path) -> Content:
     """
     file = find_weights(path) if path.is_dir() else path
     name = path.name if path.is_dir() else file.name
-    require_described(file)
+    require_described(file, goes_on)
     checkpoint, card = _read_file(file)
     if file.name not in HUB_NAMES or card is not None:
         return Content(name, checkpoint, card)
@@ -88,8 +90,10 @@ def read_content(path: Path) -> Content:
     )
 
 
-def require_described(file: Path) -> None:
+def require_described(file: Path, goes_on: Callable[[], None] = lambda: None) -> None:
     """Compare a weights file, and what is read with it, with the checksums of its card.
+
+    `goes_on` is called again and again.
 
     Raises:
         CheckpointError: a checksum is another, or a file is missing or not beside it.
@@ -105,7 +109,7 @@ def require_described(file: Path) -> None:
                 )
             if not os.path.isfile(file.with_name(name)):  # False for an impossible name
                 raise CheckpointError(f"lacks {name!r}, which its card {card.name} names")
-            found = sha256(file.with_name(name))
+            found = sha256(file.with_name(name), goes_on)
             if found != sums[name]:
                 raise CheckpointError(
                     f"is not what was exported: {name} has the sha256 {found[:12]}..., its card "

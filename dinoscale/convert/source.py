@@ -35,7 +35,7 @@ def read_source(
             world size; a safetensors file of ours; the reference's `.pth`, full or backbone only;
             a timm or Hugging Face folder or its weights file.
         network: which network of a run or full checkpoint to take; other files hold only one.
-        goes_on: called again and again while the files of a run are read.
+        goes_on: called again and again while the files of a run are read, and checksums compared.
         num_heads: for files whose heads are not 64 channels wide and that do not tell.
 
     Raises:
@@ -45,7 +45,7 @@ def read_source(
     try:
         if is_run(Path(path)):
             return read_run(Path(path), network=network, goes_on=goes_on)
-        return _weights_of(read_content(Path(path)), network=network, num_heads=num_heads)
+        return _weights_of(read_content(Path(path), goes_on), network=network, num_heads=num_heads)
     except CheckpointError as error:
         text = str(error)
         raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from error

@@ -66,7 +66,7 @@ def test_either_network_is_merged_bit_for_bit(run: tuple[Path, dict[str, Tensor]
                 network=network,  # type: ignore[arg-type]  # both are
                 goes_on=lambda signs=signs: signs.append(None),  # type: ignore[misc]
             )
-            assert len(signs) == RANKS + 2  # after each file, of which the largest takes seconds
+            assert len(signs) > RANKS + 2  # files are compared, and then read
             assert weights.kind == "run"
             assert weights.head is not None
             found = {f"backbone.{name}": tensor for name, tensor in weights.backbone.items()}
