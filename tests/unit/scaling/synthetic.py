@@ -13,6 +13,8 @@ import numpy as np
 from dinoscale.sweep.table import Row
 
 FLOPS_FACTOR, FLOPS_EXPONENT = 50.0, 0.95  # of an image: k N^g
+_SIZES = np.geomspace(1e3, 1e12, 200_001)
+STEP_OF_SIZES = float(_SIZES[1] / _SIZES[0] - 1)
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,8 @@ class Truth:
 
     def best_parameters(self, flops: float) -> float:
         """By trying all sizes; nothing here is shared with the code under test."""
-        sizes = np.geomspace(1e3, 1e12, 200_001)
-        images = flops / (FLOPS_FACTOR * sizes**FLOPS_EXPONENT)
-        return float(sizes[np.argmin(self.at(sizes, images))])  # type: ignore[arg-type]
+        images = flops / (FLOPS_FACTOR * _SIZES**FLOPS_EXPONENT)
+        return float(_SIZES[np.argmin(self.at(_SIZES, images))])  # type: ignore[arg-type]
 
 
 def make_row(*, parameters: float, images: float, y: float | None, **changed: Any) -> Row:

@@ -5,10 +5,19 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import huber
 
-from dinoscale.scaling.powers import DELTA, fit_powers, log_law, polish, refit_powers, scaled_delta
+from dinoscale.scaling.powers import (
+    _TOLERANCE,
+    DELTA,
+    fit_powers,
+    log_law,
+    polish,
+    refit_powers,
+    scaled_delta,
+)
 from tests.unit.scaling.synthetic import Truth, draw, grid
 
 TRUTH = Truth()
+STEP = _TOLERANCE**0.5  # at most, of the last ones; steps more than halve, so less is left
 
 
 def _table(noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -21,11 +30,11 @@ def _table(noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndar
 def test_without_noise_the_law_is_found_to_many_digits() -> None:
     log_x, relative, log_y = _table(0)
     theta = fit_powers(relative, log_y, delta=DELTA)
-    assert theta[0] == pytest.approx(TRUTH.irreducible, rel=1e-5)
-    assert theta[3:] == pytest.approx([0.35, 0.4], rel=1e-5)
+    assert theta[0] == pytest.approx(TRUTH.irreducible, rel=0, abs=STEP)
+    assert theta[3:] == pytest.approx([0.35, 0.4], rel=0, abs=STEP)
     in_units = np.exp(theta[1:3] + theta[3:] * log_x.min(0))
     true = [TRUTH.parameters_coefficient, TRUTH.images_coefficient]
-    assert in_units == pytest.approx(true, rel=1e-4)
+    assert in_units == pytest.approx(true, rel=STEP * (1 + log_x.min(0).max()))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -67,7 +76,7 @@ def test_many_at_once_are_the_same_as_one_by_one() -> None:
     drawn = log_y + 0.01 * np.random.default_rng(0).standard_normal((6, len(log_y)))
     together = refit_powers(theta, relative, drawn, delta=0.02)
     alone = np.stack([fit_powers(relative, one, delta=0.02) for one in drawn])
-    np.testing.assert_allclose(together, alone, rtol=1e-4)
+    np.testing.assert_allclose(together, alone, rtol=0, atol=2 * STEP)
 
 
 def test_a_start_far_off_is_brought_within_the_bounds_and_to_the_same_fit() -> None:
@@ -77,7 +86,7 @@ def test_a_start_far_off_is_brought_within_the_bounds_and_to_the_same_fit() -> N
     assert np.isfinite(found).all()
     assert losses[1] == pytest.approx(losses.min())
     best = fit_powers(relative, log_y, delta=0.02)
-    np.testing.assert_allclose(found[1], best, rtol=1e-4)
+    np.testing.assert_allclose(found[1], best, rtol=0, atol=2 * STEP)
 
 
 def test_three_gross_outliers_of_25_hardly_move_the_exponents() -> None:
