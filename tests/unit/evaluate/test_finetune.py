@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,13 @@ def test_every_tensor_learns_and_only_matrices_decay(colors: Colors) -> None:
 
 
 def test_bf16_runs_on_a_cpu(colors: Colors) -> None:
-    report = _run(colors, recipe=Recipe(epochs=1, batch_size=12, lr=0.1, precision="bf16"))
-    exact = _run(colors, recipe=Recipe(epochs=1, batch_size=12, lr=0.1, precision="fp32"))
-    lower, full = (r["evaluations"][0]["loss"] for r in (report, exact))
-    assert lower != full
-    assert lower == pytest.approx(full, rel=0.1)
+    lower, full, other_draws = (
+        _run(colors, recipe=replace(FAST, epochs=1, precision=precision), seed=seed)["evaluations"][
+            0
+        ]["loss"]
+        for precision, seed in (("bf16", 0), ("fp32", 0), ("fp32", 1))
+    )
+    assert 0 < abs(lower - full) < abs(other_draws - full)  # rounding is the lesser change
 
 
 def test_a_resnet_has_no_stochastic_depth() -> None:
