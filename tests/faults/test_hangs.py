@@ -1,5 +1,6 @@
 """A rank that hangs ends the job in time, named with what it was doing; nobody is left behind."""
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,10 @@ from tests.faults.lives import Life, gone, steps_logged, write_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
-ALLOWED_S = 10  # a start on a busy machine takes some seconds too
+# Without a fault, nothing but an image that sleeps keeps such a run from moving on for more than
+# 0.2 s of one core, its start included; where nine processes share a core that was 1.2 s. So a
+# machine many times slower still takes its steps well within the limits of these tests.
+ALLOWED_S = 10
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,9 @@ def test_frozen_rank_is_named_in_time(tmp_path: Path, frozen: int, says: str) ->
     assert gone(pids)
     said = life.outputs[1 - frozen].read_text()
     assert says in said
-    assert f"has not moved for {ALLOWED_S}" in said
+    idle = re.search(r"has not moved for (\d+) s", said)
+    assert idle
+    assert int(idle[1]) >= ALLOWED_S  # looked at twice a second, later on a busy machine
     assert "train.hang_timeout_s" in said
     assert "Traceback" not in said
 
@@ -75,7 +81,7 @@ def test_long_evaluation_is_no_hang(tmp_path: Path) -> None:
         tmp_path,
         stage=2,
         epochs=1,
-        train={"hang_timeout_s": 6.0},
+        train={"hang_timeout_s": 6.0},  # six times the 10 images of a batch
         eval={**sets, "batch_size": 10, "crop": 16, "resize": 16},
     )
     life = Life(config, "train.stop_after_steps=1", slow_images_s=0.1)  # 12 s for the first set

@@ -142,7 +142,7 @@ class Host:
             )
         return Program(process, output)
 
-    def run(self, words: Sequence[str], *, timeout_s: float = 30.0, **variables: str) -> Done:
+    def run(self, words: Sequence[str], *, timeout_s: float = 100.0, **variables: str) -> Done:
         """Start a program and wait for its end."""
         return self.start(words, **variables).wait(timeout_s=timeout_s)
 
@@ -235,7 +235,7 @@ class Cluster:
             host.kill_all(sessions=True)
             host.plug(connected=True)
 
-    def left_behind(self, *, timeout_s: float = 20.0) -> dict[str, list[str]]:
+    def left_behind(self, *, timeout_s: float = 60.0) -> dict[str, list[str]]:
         """Host -> command lines of what still runs there after some time; empty: all is gone."""
         end = time.monotonic() + timeout_s
         while any(host.processes() for host in self.hosts) and time.monotonic() < end:

@@ -65,7 +65,7 @@ def slurm_on(cluster: Cluster) -> Iterator[Host]:
 
 
 def _wait_for_nodes(cluster: Cluster) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while time.monotonic() < end:
         done = cluster.hosts[0].run(["sinfo", "--noheader", "--Node", "--format=%t"])
         if done.said.split() == ["idle"] * len(cluster.hosts):

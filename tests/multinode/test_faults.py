@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dinoscale.watchdog import collectives_timeout_s
 from tests.faults.lives import newest_step, steps_logged, write_config
 from tests.multinode.cluster import Cluster, Done, Program
 
@@ -18,7 +19,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(800
 
 HANG_S = 40.0  # of a cut link; a start on a busy machine takes as long without a step
 START_S = 240.0  # of a busy machine; an idle one needs 15
-END_S = 120.0  # HANG_S, then looks for the others (25), ssh's patience (40) at the same time
+# The longest that a watchdog takes, ssh's patience (40) at the same time; processes that end.
+END_S = collectives_timeout_s(HANG_S) + 60.0
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def _said(path: Path) -> dict[str, Any]:
 
 
 def _bound(expected: Tensor) -> float:
-    """How far another program may be off: what `convert` itself allows, over the largest feature."""
+    """How far another program may be off: the part of the largest feature that `convert` allows."""
     return MAX_DIFFERENCE * float(expected.abs().max())
 
 
