@@ -6,6 +6,8 @@ import os
 import sys
 import threading
 import traceback
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from dinoscale import cli, logs
@@ -24,6 +26,7 @@ def main() -> None:
     command; 130: interrupted by Ctrl-C. Whether a terminal takes what is printed changes none of
     them, except that a result that is nowhere else and cannot be written is a failure.
     """
+    _look_here_last()
     logs.shield_terminal()
     logs.to_terminal(_rank())
     try:
@@ -47,6 +50,18 @@ def main() -> None:
             _end(f"error: {text}", 1)
         log.warning("%s", text)
     leave(0)
+
+
+def _look_here_last() -> None:
+    """Import nothing from the working directory that is found elsewhere.
+
+    `python -m` and DeepSpeed put it first, where a folder `data_tools`, `tests` or `wandb` of the
+    user would be taken for a package.
+    """
+    with suppress(FileNotFoundError):  # it has been deleted
+        here = os.getcwd()
+        if here != str(Path(__file__).resolve().parents[1]):
+            sys.path.sort(key=lambda path: os.path.abspath(path) == here)
 
 
 def _rank() -> int:
