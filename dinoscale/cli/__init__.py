@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.command import add_commands as add_data_commands
 from dinoscale.cli.arguments import add_config
 from dinoscale.cli.checkpoints import add_checkpoints
 from dinoscale.cli.convert import add_convert
@@ -42,11 +43,17 @@ _EPILOG = """examples:
 
 exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
 75 asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) and saved: the same command goes on."""
+_MAY_BE_EMPTY = ("--options", "--ssh-options")  # words for other programs, perhaps none
+_EMPTY_OPTION = re.compile(r"--[a-z-]+=")
+_OPTION_OF_HOME = re.compile(r"^(--[a-z-]+=)(~[^/]*)")  # a shell replaces ~ after a space only
 _KEEP_THEIR_RESULTS = ("train", "launch", "sweep", "quickstart")
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
+    # Not above: only by now the working directory, which may hold such a name, is looked in last.
+    from data_tools.command import add_commands as add_data_commands
+
     top = argparse.ArgumentParser(
         prog="dinoscale",
         description="Pre-train DINO Vision Transformers on your own images with DeepSpeed.",
@@ -106,8 +113,19 @@ def run(arguments: Sequence[str]) -> bool:
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    own = [
+        _OPTION_OF_HOME.sub(lambda match: match[1] + os.path.expanduser(match[2]), argument)
+        for argument in arguments
+    ]
     commands = parser()
-    options, rest = commands.parse_known_args(arguments)
+    for before, argument in pairwise(["", *own]):  # Path("") would be this directory
+        name = argument.removesuffix("=") if argument else before
+        if (not argument or _EMPTY_OPTION.fullmatch(argument)) and name not in _MAY_BE_EMPTY:
+            commands.error(
+                f"{argument or 'an argument'} is empty, perhaps of a variable that is not set;"
+                " give it a value or leave it out"
+            )
+    options, rest = commands.parse_known_args(own)
     for argument in rest:  # argparse gives up on settings that come after an option
         if "=" not in argument or argument.startswith("-") or not hasattr(options, "overrides"):
             commands.error(f"unrecognized arguments: {argument}")

@@ -1,8 +1,17 @@
 """What the sections of a configuration are made of: kinds of numbers, and strictness."""
 
+import os
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+)
 
 from dinoscale.config.secret_text import require_no_secrets
 
@@ -21,6 +30,8 @@ Positive = Annotated[float, Field(gt=0)]
 PositiveOrZero = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(gt=0, le=1)]
+# Of a file, a folder or a source of images; a leading ~ is the home directory, as in a shell.
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 # strict=False lets a YAML list become a tuple; its items stay strict.
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 ThreeFractions = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]

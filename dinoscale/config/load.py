@@ -1,23 +1,23 @@
 """From preset or YAML file and overrides to a checked `RunConfig`, and back to YAML.
 
-A file inherits: `defaults: [../base/dino.yaml, ...]`, paths relative to the file. A later file wins
-over an earlier one, the file itself over its defaults, `section.key=value` over all. Mappings
-merge; scalars and lists replace.
+A file inherits: `defaults: [../base/dino.yaml, vit_s16, ...]`, paths relative to the file or names
+of presets. A later file wins over an earlier one, the file itself over its defaults,
+`section.key=value` over all. Mappings merge; scalars and lists replace. A file that several inherit
+is merged once, before the first of them.
 """
 
 import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Union, get_args, get_origin
+from types import NoneType
 
 from pydantic import BaseModel, ValidationError
 
-from dinoscale.config.report import sections, sentences, show
+from dinoscale.config.layers import Layers
+from dinoscale.config.report import kinds, sections, sentences, show
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.secret_text import hide_secrets
 from dinoscale.config.yaml_text import read_yaml, write_yaml
@@ -26,33 +26,7 @@ from dinoscale.errors import ConfigError
 _COMMAND_LINE = "command line"
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _MORE_THAN_A_LIST = re.compile(r"\s*\[[^\[\]{}'\"]*\]\s*[^\s#]")  # a path such as [a]/x
-_MAX_FILES = 100  # files that name each other twice would be read 2^n times
-
-
-@dataclass
-class _Merged:
-    """Values merged so far, which file each dotted key came from, and how many files there were."""
-
-    values: dict[str, object] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
-    num_files: int = 0
-
-    def put(self, values: Mapping[str, object], *, origin: str) -> None:
-        self._merge(self.values, values, origin=origin, prefix="")
-
-    def _merge(
-        self, into: dict[str, object], new: Mapping[str, object], *, origin: str, prefix: str
-    ) -> None:
-        for key, value in new.items():
-            path = f"{prefix}{key}"
-            old = into.get(key)
-            if isinstance(value, Mapping):
-                branch = dict(old) if isinstance(old, Mapping) else {}
-                self._merge(branch, value, origin=origin, prefix=f"{path}.")
-                into[key] = branch
-            else:
-                into[key] = value
-            self.origins[path] = origin
+_MAX_FILES = 100  # in a row, each the default of the one before
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -70,10 +44,13 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: something is missing, unknown, of the wrong type or out of range; the message
             has one line per mistake.
     """
-    merged = _Merged()
+    merged = Layers()
     _put_file(_find(name_or_path), merged, chain=())
+    typed = Layers()  # one layer, in which nothing is inherited from one setting by the next
     for override in overrides:
-        merged.put(_parse_override(override), origin=_COMMAND_LINE)
+        typed.put(_parse_override(override), origin=_COMMAND_LINE)
+    merged.put(typed.values, origin=_COMMAND_LINE)
+    merged.require_own_sizes()
     return _checked(merged)
 
 
@@ -92,7 +69,7 @@ def parse_config(values: Mapping[str, object], *, origin: str = "") -> RunConfig
     Raises:
         ConfigError: as `load_config`.
     """
-    merged = _Merged()
+    merged = Layers()
     merged.put({key: hide_secrets(value) for key, value in values.items()}, origin=origin)
     return _checked(merged)
 
@@ -145,25 +122,55 @@ def _find(name_or_path: str) -> Path:
     raise ConfigError(f"{shown}: unknown preset{hint or '.'} Presets: {known}")
 
 
-def _put_file(path: Path, merged: _Merged, *, chain: tuple[Path, ...]) -> None:
-    """Merge the defaults of a file, then the file."""
-    merged.num_files += 1
-    if merged.num_files > _MAX_FILES:
-        raise ConfigError(f"{path}: more than {_MAX_FILES} files in all defaults together")
+def _put_file(path: Path, merged: Layers, *, chain: tuple[Path, ...]) -> None:
+    """Merge the defaults of a file, then the file; what is merged already stays where it is."""
+    if len(chain) == _MAX_FILES:
+        raise ConfigError(f"{path}: more than {_MAX_FILES} files, each in the defaults of the next")
     values = read_mapping(path, wanted_by=chain[-1] if chain else None)
     real = path.resolve()
+    if real in merged.files:
+        return
     if real in chain:
         circle = " -> ".join(step.name for step in (*chain[chain.index(real) :], real))
         raise ConfigError(f"{path}: its defaults lead back to itself: {circle}")
     parents = values.pop("defaults", [])
     if not isinstance(parents, list) or not all(isinstance(item, str) for item in parents):
-        raise ConfigError(f"{path}: defaults: needs a list of file paths, got {show(parents)}")
-    for parent in parents:
-        file = path.parent / parent
-        if os.path.exists(file) and not os.path.isfile(file):  # a pipe or a device has no end
-            raise ConfigError(f"{path}: defaults: {parent!r} is a folder or a device, not a file")
+        got = show(parents) if parents else "nothing"
+        raise ConfigError(f"{path}: defaults: needs a list of file paths, got {got}")
+    files = [_find_default(parent, path) for parent in parents]
+    for file in files:
         _put_file(file, merged, chain=(*chain, real))
+    _require_order(files, merged, wanted_by=path)
     merged.put(values, origin=str(path))
+    merged.files[real] = len(merged.files)
+
+
+def _find_default(name: str, wanted_by: Path) -> Path:
+    """A file beside the one that names it, or a preset, with or without `.yaml`."""
+    file = wanted_by.parent / os.path.expanduser(name)
+    if os.path.isfile(file):
+        return file
+    preset = _presets().get(name.removesuffix(".yaml"))
+    if preset:
+        return preset
+    if os.path.exists(file):  # a pipe or a device has no end
+        raise ConfigError(f"{wanted_by}: defaults: {name!r} is a folder or a device, not a file")
+    return file
+
+
+def _require_order(files: Sequence[Path], merged: Layers, *, wanted_by: Path) -> None:
+    """Refuse a file after another that builds on it: it is merged before that, and would not win.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for first, second in pairwise(files):
+        if merged.files[second.resolve()] < merged.files[first.resolve()]:
+            raise ConfigError(
+                f"{wanted_by}: defaults: {second.name} cannot win over {first.name}, which builds"
+                " on it or comes after it in other defaults; name it first, or repeat its settings"
+                f" in {wanted_by.name}"
+            )
 
 
 def read_mapping(path: Path, *, wanted_by: Path | None = None) -> dict[str, object]:
@@ -204,7 +211,7 @@ def _parse_override(override: str) -> dict[str, object]:
         raise ConfigError(f"override {shown!r}: needs section.key=value, such as crops.num_local=6")
     if names == ["defaults"]:
         raise ConfigError(f"override {shown!r}: defaults can be given in a file only")
-    if key != key.rstrip():  # `key = value`
+    if key != key.rstrip() or text.isspace():  # `key = value`
         text = text.strip()
     if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of the command line
         raise ConfigError(
@@ -226,32 +233,25 @@ def _parse_override(override: str) -> dict[str, object]:
 def _is_typed(names: Sequence[str], text: str) -> bool:
     """Whether a value is a text as typed, whatever it looks like: 2026, 1e5, true, a #1.
 
-    Not in quotes, nor a list of sources, nor null where the field may be without a text.
+    Not in quotes, nor a list of sources, nor null where the field may be without a text. Nothing is
+    such a text where it could be taken for null: a variable of the shell may not be set.
     """
     section: type[BaseModel] | None = RunConfig
     for name in names[:-1]:
         section = sections(section).get(name) if section else None
     field = section.model_fields.get(names[-1]) if section else None
-    kinds = _kinds(field.annotation) if field else set()
-    if str not in kinds or not text or _QUOTED.fullmatch(text):
+    may_be = kinds(field.annotation) if field else set()
+    if not text:
+        return NoneType in may_be
+    if str not in may_be or _QUOTED.fullmatch(text):
         return False
-    if NoneType in kinds and text.strip() in ("null", "~"):
+    if NoneType in may_be and text.strip() in ("null", "~"):
         return False
     a_list = text.lstrip().startswith("[") and not _MORE_THAN_A_LIST.match(text)
-    return not (tuple in kinds and a_list)
+    return not (tuple in may_be and a_list)
 
 
-def _kinds(annotation: object) -> set[object]:
-    """The types that a value of an annotation may have; of a container, the container."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _kinds(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        return set().union(*map(_kinds, get_args(annotation)))
-    return {origin or annotation}
-
-
-def _checked(merged: _Merged) -> RunConfig:
+def _checked(merged: Layers) -> RunConfig:
     try:
         return RunConfig.model_validate(merged.values)
     except ValidationError as error:

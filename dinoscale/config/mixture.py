@@ -4,13 +4,13 @@ from typing import Annotated
 
 from pydantic import Discriminator, Field, Tag
 
-from dinoscale.config.fields import Positive, Section
+from dinoscale.config.fields import PathText, Positive, Section
 
 
 class WeightedSource(Section):
     """One source of a mixture."""
 
-    source: str = Field(min_length=1, description="A folder, shards, or 'synthetic:...'.")
+    source: PathText = Field(description="A folder, shards, or 'synthetic:...'.")
     weight: Positive = Field(
         default=1.0, description="Its share of the images drawn, relative to the other sources."
     )
@@ -18,7 +18,7 @@ class WeightedSource(Section):
 
 ONE_SOURCE, MIXTURE = "<one source>", "<mixture>"  # in pydantic's errors: which of the two was read
 TrainingImages = Annotated[
-    Annotated[str, Field(min_length=1), Tag(ONE_SOURCE)]
+    Annotated[PathText, Tag(ONE_SOURCE)]
     | Annotated[tuple[WeightedSource, ...], Field(strict=False), Tag(MIXTURE)],
     Discriminator(lambda value: MIXTURE if isinstance(value, (list, tuple)) else ONE_SOURCE),
 ]

@@ -2,7 +2,8 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, get_args
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -103,7 +104,24 @@ def _translate(error: "ErrorDetails", root: type[BaseModel]) -> list[tuple[str, 
                 f"{key}: needs a list of {_list_length(names)} numbers, got {show(error['input'])}",
             )
         ]
-    return [(key, f"{key}: {needs} {_needs(error)}, got {show(error['input'])}")]
+    or_null = ", or null" if error["input"] == "" and _may_be_null(names, root) else ""
+    return [(key, f"{key}: {needs} {_needs(error)}{or_null}, got {show(error['input'])}")]
+
+
+def _may_be_null(names: Sequence[str], root: type[BaseModel]) -> bool:
+    section = sections(root).get(names[0]) if len(names) == 2 else root
+    field = section.model_fields.get(names[-1]) if section else None
+    return field is not None and NoneType in kinds(field.annotation)
+
+
+def kinds(annotation: object) -> set[object]:
+    """The types that a value of an annotation may have; of a container, the container."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return kinds(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return set().union(*map(kinds, get_args(annotation)))
+    return {origin or annotation}
 
 
 def _about_mixture(error: "ErrorDetails", place: Sequence[int | str]) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from dinoscale.config.fields import (
     Fractions,
     Momentum,
     Pair,
+    PathText,
     Positive,
     PositiveOrZero,
     Positives,
@@ -265,9 +266,8 @@ class DataConfig(Section):
         description="Train on only so many of the images, null: on all. Which ones is fixed, "
         "whatever the seed, and a smaller number takes some of those of a larger one. [D].",
     )
-    manifest: str | None = Field(
+    manifest: PathText | None = Field(
         default=None,
-        min_length=1,
         description="Where the images in each streamed shard are counted, a path or URL; null: in "
         "manifest.json beside the shards.",
     )
@@ -373,9 +373,7 @@ class RunConfig(Section):
         lt=2**32,
         description="Seed of weights, order and augmentation. Source: [C].",
     )
-    run_dir: str = Field(
-        default="runs/dino", min_length=1, description="Folder of everything written."
-    )
+    run_dir: PathText = Field(default="runs/dino", description="Folder of everything written.")
     resume: bool = Field(
         default=True, description="Go on from the newest checkpoint in run_dir, if there is one."
     )

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dinoscale.config.axes import KEYS_OF_AXES, AxesConfig
 from dinoscale.config.executor import ExecutorConfig
-from dinoscale.config.fields import Positive, Section
+from dinoscale.config.fields import PathText, Positive, Section
 from dinoscale.config.load import read_mapping
 from dinoscale.config.report import nearest, sections, sentences, unknown_key
 from dinoscale.config.rules import KEYS_OF_RULES, RulesConfig
@@ -69,11 +69,11 @@ class CostConfig(Section):
 class SweepConfig(Section):
     """A sweep; `load_sweep` makes one from YAML."""
 
-    base: str = Field(min_length=1, description="Preset or file that every run begins from.")
+    base: PathText = Field(description="Preset or file that every run begins from.")
     settings: dict[str, object] = Field(
         default_factory=dict, description="Settings of all runs, as train.epochs: 10."
     )
-    out: str = Field(min_length=1, description="Folder of all that the sweep writes.")
+    out: PathText = Field(description="Folder of all that the sweep writes.")
     design: Literal["grid", "list", "isoflop"] = Field(
         default="grid",
         description="grid: all combinations of the axes. list: the runs under `runs`. isoflop: for "

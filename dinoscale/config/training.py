@@ -5,15 +5,14 @@ Sources: [C] code of Caron et al. 2021 (arXiv:2104.14294), its command-line defa
 
 from pydantic import Field, model_validator
 
-from dinoscale.config.fields import Count, CountOrAuto, CountOrZero, Positive, Section
+from dinoscale.config.fields import Count, CountOrAuto, CountOrZero, PathText, Positive, Section
 
 
 class TrainConfig(Section):
     """Where the weights come from, length of the run and size of a step."""
 
-    init_from: str | None = Field(
+    init_from: PathText | None = Field(
         default=None,
-        min_length=1,
         description="Weights that student and teacher start from: a run, a weights file or folder, "
         "of dinoscale, the reference, timm or Hugging Face; of two networks in it the teacher. "
         "Position embeddings are resized to crops.global_size, the first layer is adapted to "

@@ -2,16 +2,14 @@
 
 from pydantic import Field, model_validator
 
-from dinoscale.config.fields import Count, Section
+from dinoscale.config.fields import Count, PathText, Section
 
 
 class EvalConfig(Section):
     """Online k-NN accuracy on labelled images; off while `train` and `test` are null."""
 
-    train: str | None = Field(
-        default=None, min_length=1, description="Labelled images of the neighbours."
-    )
-    test: str | None = Field(default=None, min_length=1, description="Labelled images to classify.")
+    train: PathText | None = Field(default=None, description="Labelled images of the neighbours.")
+    test: PathText | None = Field(default=None, description="Labelled images to classify.")
     every_epochs: Count = Field(
         default=1, description="Epochs between two evaluations. Source: [D]."
     )

@@ -2,7 +2,8 @@
 
 Stock PyYAML follows YAML 1.1, which reads `2e-4` as text, `on` as true and `1:30` as 90, and keeps
 the last of two equal keys. Here plain scalars follow the core schema of YAML 1.2.2, section
-10.3.2 (https://yaml.org/spec/1.2.2), plus `_` between digits.
+10.3.2 (https://yaml.org/spec/1.2.2), plus `_` between digits; save that a key without a value has
+empty text, for what is left empty by mistake must not mean null.
 """
 
 import re
@@ -57,6 +58,10 @@ class _StrictLoader(yaml.SafeLoader):
             first_line[key] = line
         return super().construct_mapping(node, deep=deep)
 
+    def construct_plain_null(self, node: yaml.ScalarNode) -> str | None:
+        """None where it is written; an empty value is text, which no field takes for none."""
+        return None if node.value else ""
+
     def construct_plain_int(self, node: yaml.ScalarNode) -> int:
         return int(node.value.replace("_", ""))
 
@@ -80,6 +85,7 @@ class _Dumper(yaml.SafeDumper):
 for _tag, _pattern, _first in _PLAIN_SCALARS:
     _StrictLoader.add_implicit_resolver(_tag, _pattern, list(_first))
     _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
+_StrictLoader.add_constructor("tag:yaml.org,2002:null", _StrictLoader.construct_plain_null)
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_plain_int)
 _Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_representer(list, _Dumper.represent_flow_list)
@@ -93,7 +99,8 @@ def read_yaml(text: str) -> object:
         text: the document.
 
     Returns:
-        Mappings, lists, text, numbers, booleans and None; None for an empty document.
+        Mappings, lists, text, numbers, booleans and None; None for an empty document, and for a
+        value only where null is written.
 
     Raises:
         ConfigError: the text is not YAML, or repeats a key; the message starts with the line.

@@ -22,6 +22,7 @@ from dinoscale.config import (
 )
 from dinoscale.config.axes import KEYS_OF_AXES
 from dinoscale.config.backbones import VitSize
+from dinoscale.config.layers import require_own_sizes
 from dinoscale.config.sweep import ONLINE, SweepConfig
 from dinoscale.data.mixture import source_sizes
 from dinoscale.dims import Dims, dims_of, flops_of
@@ -91,6 +92,7 @@ class Planner:
         if "warmup" in sweep.rules.given:
             settings["optim.warmup_epochs"] = 0  # the rule will say; the base's may be too long
         base = load_config(sweep.base).model_dump()
+        self._of_file, self._of_all = base["model"], settings
         self._base = parse_config(_with(base, settings), origin="settings of the sweep")
         self._base_sizes = self._sizes(self._base, dims_of_run(self._base))
 
@@ -188,6 +190,9 @@ class Planner:
         return max(1, round(value * sum(sizes)))
 
     def _with_base(self, settings: Mapping[str, object]) -> RunConfig:
+        given = {**self._of_all, **settings}
+        of_model = {key[6:]: given[key] for key in given if key.startswith("model.")}
+        require_own_sizes(self._of_file, of_model)
         return parse_config(_with(self._base.model_dump(), settings))
 
     def _sizes(self, config: RunConfig, dims: Dims) -> Sizes:

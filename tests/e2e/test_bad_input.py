@@ -1,5 +1,6 @@
 """A user's mistake ends in a sentence and exit code 2, soon, and touches nothing."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dinoscale import cli
 from tests.forked import ROOT, run_module
 
 _TINY = {
@@ -113,3 +115,45 @@ def test_a_refused_folder_leaves_no_list_of_its_files_behind(
     done = run_module("dinoscale", "train", "vit_t16", *settings, f"data.train={images}")
     _refused(done, "2 images")
     assert not list(temporary.glob("dinoscale*"))
+
+
+def test_folders_of_the_working_directory_are_taken_for_no_package(tmp_path: Path) -> None:
+    for name in ("data_tools", "tests", "yaml"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('of the user')")
+    variables = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}  # as DeepSpeed sets it
+    done = subprocess.run(
+        [sys.executable, "-m", "dinoscale", "presets"],
+        cwd=tmp_path,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "vit_s16" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["bench", "step", "vit_s16", "--profile", ""],
+        ["data", "build-shards", "images", ""],
+        ["plan", "vit_s16", "--gpus", "8", "--gpu-memory="],
+    ],
+)
+def test_an_empty_argument_is_not_one_left_out(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run(line)
+    assert ended.value.code == 2
+    assert "is empty, perhaps of a variable that is not set" in capsys.readouterr().err
+    cli.run(["launch", "vit_s16", "--slurm", "--dry-run", "--options", ""])
+
+
+def test_a_tilde_after_an_option_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr("dinoscale.cli._quickstart", lambda options: seen.append(options.run_dir))
+    cli.run(["quickstart", "--run-dir=~/runs"])
+    assert seen == ["/home/me/runs"]

@@ -115,12 +115,11 @@ def test_aliases_cannot_multiply() -> None:
             read_yaml(text)
 
 
-def test_files_that_name_each_other_twice_end_soon(tmp_path: Path) -> None:
+def test_files_that_name_each_other_twice_are_read_once(tmp_path: Path) -> None:
     for i in range(40):
         _file(tmp_path / f"{i}.yaml", f"defaults: [{i + 1}.yaml, {i + 1}.yaml]\n")
     _file(tmp_path / "40.yaml", "seed: 1\n")
-    with pytest.raises(ConfigError, match="more than 100 files"):
-        load_config(str(tmp_path / "0.yaml"))
+    assert load_config(str(tmp_path / "0.yaml")).seed == 1
 
 
 def test_long_chain_of_files_ends_in_a_sentence(tmp_path: Path) -> None:
@@ -251,7 +250,7 @@ def test_text_stays_text_in_every_field(
             value: Any = config
             for name in key.split("."):
                 value = getattr(value, name)
-            assert value == text
+            assert value in (text, os.path.expanduser(text))  # of paths, a leading ~ is replaced
             assert parse_config(read_yaml(dump_config(config))) == config  # type: ignore[arg-type]
             assert parse_config(json.loads(config.model_dump_json())) == config
         try:

@@ -168,6 +168,61 @@ def test_cycle_is_named(tmp_path: Path) -> None:
     assert "a.yaml -> b.yaml -> a.yaml" in _message(path)
 
 
+def test_nothing_in_a_file_is_not_null(tmp_path: Path) -> None:
+    path = _write(tmp_path, "run.yaml", "train:\n  init_from:\n  stop_after_steps: null\n")
+    assert _message(path).startswith("train.init_from: needs text that is not empty, or null,")
+
+
+def test_a_parent_of_two_files_is_merged_once(tmp_path: Path) -> None:
+    _write(tmp_path, "base.yaml", "head: {num_prototypes: 65536}\nseed: 1\n")
+    _write(tmp_path, "small.yaml", "defaults: [base.yaml]\nhead: {num_prototypes: 128}\n")
+    _write(tmp_path, "other.yaml", "defaults: [./base.yaml]\nseed: 2\n")
+    config = load_config(_write(tmp_path, "c.yaml", "defaults: [small.yaml, other.yaml]"))
+    assert (config.head.num_prototypes, config.seed) == (128, 2)
+
+
+def test_a_default_that_could_not_win_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path, "base.yaml", "seed: 1\n")
+    _write(tmp_path, "child.yaml", "defaults: [base.yaml]\nseed: 2\n")
+    path = _write(tmp_path, "c.yaml", "defaults: [child.yaml, base.yaml]")
+    assert "c.yaml: defaults: base.yaml cannot win over child.yaml" in _message(path)
+    assert load_config(_write(tmp_path, "d.yaml", "defaults: [base.yaml, child.yaml]")).seed == 2
+
+
+@pytest.mark.parametrize("name", ["vit_b16", "vit_b16.yaml"])
+def test_a_preset_is_inherited_by_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "vit_b16").mkdir()  # a folder of that name, such as of a run
+    path = _write(tmp_path, "mine.yaml", f"defaults: [{name}]\nrun_dir: runs/vit_b16\n")
+    assert load_config(path) == load_config("vit_b16")
+
+
+def test_a_backbone_does_not_keep_the_sizes_of_another(tmp_path: Path) -> None:
+    named = "model.backbone=vit_base_patch16_224"
+    message = _message("quickstart", named)
+    assert "model.patch_size=4, model.embed_dim=64, model.depth=3, model.num_heads=2" in message
+    assert message.endswith("model.embed_dim=null model.depth=null model.num_heads=null")
+    own = ["model.embed_dim=null", "model.depth=null", named, "model.num_heads=null"]
+    model = load_config("quickstart", [*own, "model.patch_size=4"]).model
+    assert (model.backbone, model.embed_dim) == ("vit_base_patch16_224", None)
+    child = "defaults: [quickstart]\nmodel: {backbone: vit_base_patch16_224}\n"
+    assert "model.depth=3" in _message(_write(tmp_path, "child.yaml", child))
+    sized = _write(tmp_path, "sized.yaml", "model: {embed_dim: 96, num_heads: 2}\n")
+    assert "model.embed_dim=96, model.num_heads=2" in _message(sized, named)
+    same = load_config("quickstart", ["model.backbone=vit_tiny_patch16_224"])
+    assert same == load_config("quickstart")
+
+
+def test_a_leading_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    mixed = "data.train=[{source: ~/a}, {source: b~}]"
+    settings = ["run_dir=~/runs/a", "train.init_from=~/w", mixed, "data.manifest=~/m"]
+    config = load_config("quickstart", [*settings, "eval.train=~/t", "eval.test='~'"])
+    assert (config.run_dir, config.train.init_from) == ("/home/me/runs/a", "/home/me/w")
+    assert [part.source for part in config.data.sources] == ["/home/me/a", "b~"]
+    assert config.data.manifest == "/home/me/m"
+    assert (config.eval.train, config.eval.test) == ("/home/me/t", "/home/me")
+
+
 def test_missing_default_names_the_file_that_wants_it(tmp_path: Path) -> None:
     path = _write(tmp_path, "run.yaml", "defaults: [gone.yaml]\n")
     message = _message(path)
@@ -215,7 +270,6 @@ TEXTS = [
         ("data.train=synthetic:shapes?images=9&size=32", lambda c: c.data.train[-7:], "size=32"),
         ("data.train='5'", lambda c: c.data.train, "5"),
         ("train.stop_after_steps=null", lambda c: c.train.stop_after_steps, None),
-        ("train.stop_after_steps=", lambda c: c.train.stop_after_steps, None),
         (" seed = 3 ", lambda c: c.seed, 3),
         (" run_dir = a b ", lambda c: c.run_dir, "a b"),
         *((f"run_dir={text}", lambda c: c.run_dir, text) for text in TEXTS),
@@ -269,6 +323,14 @@ def test_bad_override_is_explained(empty: str, override: str, message: str) -> N
         ("crops.num_local=2.0", "crops.num_local: needs a whole number, got 2.0"),
         ("crops.num_local=true", "crops.num_local: needs a whole number, got true"),
         ("crops.num_local=", "crops.num_local: needs a whole number, got nothing (null)"),
+        ("train.init_from=", "train.init_from: needs text that is not empty, or null, got ''"),
+        ("train.init_from= ", "train.init_from: needs text that is not empty, or null, got ''"),
+        ("data.train=", "data.train: needs text that is not empty, or null, got ''"),
+        (
+            "train.stop_after_steps=",
+            "train.stop_after_steps: needs a whole number, or null, got ''",
+        ),
+        ("data.white=", "data.white: needs a number, or null, got ''"),
         ("optim.lr='2'", "optim.lr: needs a number, got '2' (text)"),
         ("optim.lr=true", "optim.lr: needs a number, got true"),
         ("optim.lr=.nan", "optim.lr: needs a finite number, got nan"),

@@ -258,6 +258,15 @@ def test_a_set_that_is_not_here_is_noted(tmp_path: Path) -> None:
             ["model.backbone: plan knows ViTs only, not 'resnet50'"],
         ),
         (
+            "settings: {model.backbone: vit_base_patch16_224, model.patch_size: 4}\n"
+            "axes: {model.depth: [1], model.num_heads: [1]}",
+            [
+                "run depth1-num_heads1: model.backbone: 'vit_base_patch16_224' (text) would have"
+                " sizes that are set for another backbone: model.embed_dim=64; give those that it"
+                " shall have, or null for its own: model.embed_dim=null"
+            ],
+        ),
+        (
             "axes: {seed: [1]}\nrules: {warmup: {fraction: 0.01}}",
             [
                 "run s1: rules.warmup: a fraction of 0.01 is 0.25 of the run's 25 epochs, which"
