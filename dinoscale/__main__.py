@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dinoscale import cli, logs
+from dinoscale.config.secret_text import hide_secrets
 from dinoscale.errors import DinoscaleError, LaunchError, PreemptedError
 from dinoscale.launcher import read_process
 
@@ -73,8 +74,8 @@ def _rank() -> int:
 
 
 def _end(text: str, code: int) -> NoReturn:
-    """Say why and leave."""
-    logs.last_words(text)
+    """Say why, without the passwords of URLs and commands that were typed, and leave."""
+    logs.last_words(str(hide_secrets(text)))
     sys.stdout.flush()
     leave(code)
 

@@ -75,6 +75,11 @@ def hide_secrets(value: object) -> object:
     return value
 
 
+def is_secret_name(name: str) -> bool:
+    """Whether a variable or parameter of this name holds a password, a key or a signature."""
+    return _NAMES.fullmatch(re.sub("[-_]", "", name.lower())) is not None
+
+
 def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -140,6 +145,5 @@ def _parameters_of_url(
 ) -> Iterator[tuple[int, int, str]]:
     for match in _PARAMETER.finditer(url):
         name = unquote(match[1])
-        secret = _NAMES.fullmatch(re.sub("[-_]", "", name.lower()))
-        if secret and _is_secret(match[2], variable):
+        if is_secret_name(name) and _is_secret(match[2], variable):
             yield offset + match.start(2), offset + match.end(2), f"the secret {name} of a URL"

@@ -121,7 +121,7 @@ def open_sources(
     if distinct_images > len(whole):
         raise ConfigError(
             f"data.distinct_images: {distinct_images} images are more than the {len(whole)} in "
-            f"{' + '.join(specs)}"
+            f"{' + '.join(map(shown, specs))}"
         )
     return SubsetSource(whole, images=distinct_images)
 

@@ -78,7 +78,10 @@ def shown(url: str) -> str:
     """The URL or path for messages: without a password or a signature in it."""
     if "://" not in url or scheme_of(url) == "pipe":
         return url
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # of a bracket, say
+        return url.rpartition("@")[2].partition("?")[0]
     try:
         _ = urlsplit(_VARIABLE.sub("1", url)).port
     except ValueError:  # maybe the start of a password with a /, ? or # in it
@@ -93,10 +96,9 @@ def require_allowed(url: str) -> None:
         DataError: it is refused.
     """
     try:
-        shown(url)
+        urlsplit(url)
     except ValueError as error:
-        rest = url.rpartition("@")[2].partition("?")[0]
-        raise DataError(f"{rest} is not a URL ({error}).") from None
+        raise DataError(f"{shown(url)} is not a URL ({error}).") from None
     if scheme_of(url) == "pipe" and os.environ.get(ALLOW_PIPE) != "1":
         raise DataError(
             f"{url}: this is a shell command, and a configuration may come from a stranger. If you "

@@ -183,7 +183,7 @@ def expand_braces(spec: str) -> list[str]:
             raise ValueError(f"it names more than {_MAX_NAMES} files")
         return list(braceexpand(spec, escape=False))
     except ValueError as error:
-        raise DataError(f"{spec}: not a brace pattern ({error}).") from None
+        raise DataError(f"{shown(spec)}: not a brace pattern ({error}).") from None
 
 
 def _num_names(spec: str) -> int:

@@ -6,12 +6,17 @@ from dinoscale.config import RunConfig
 from dinoscale.doctor.report import Check, ok, warning
 from dinoscale.hosts import ranks_text
 
-_STEERING = ("NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_", "DS_", "CUDA_LAUNCH_", "CUDA_DEVICE_ORDER")
+_STEERING = (
+    *("NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_", "DS_", "CUDA_LAUNCH_", "CUDA_DEVICE_ORDER"),
+    *("DINOSCALE_", "AWS_", "CLOUDSDK_", "GOOGLE_", "BOTO_", "HADOOP_", "CURL_", "SSL_CERT_"),
+    *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "NETRC"),
+    *("LD_LIBRARY_PATH", "LD_PRELOAD", "HF_", "WANDB_", "TORCH_HOME", "XDG_CACHE_HOME"),
+)
 _WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun")
 
 
 def steering_names(environ: Mapping[str, str]) -> list[str]:
-    """Names of the variables in force that change how ranks compute or talk."""
+    """Names of the variables in force that change how ranks compute, talk, load or read images."""
     return sorted(name for name in environ if name.startswith(_STEERING))
 
 

@@ -17,6 +17,7 @@ from dinoscale.launch.probe import MARK
 
 _CONNECT_S = 10  # of ssh; a host that is down does not answer at all
 _AT_ONCE = 128  # hosts asked at the same time; each needs three open files
+_AT_ITS_START = ("PYTHON", "LD_")  # variables without which an interpreter may not start
 _NO_DIRECTORY, _SSH_FAILED = 97, 255  # exit codes: ours, and that of ssh itself
 
 
@@ -54,6 +55,7 @@ class Found:
         failure: why nothing more is known, or None.
         clock_s: least and most that its clock can be ahead of this machine's.
         looked: as `probe` answers to `look`.
+        opened: as it answers to `open`; None where it does not know the configuration.
         met: as it answers to `receive` or `visit`; None if there was nothing to meet.
     """
 
@@ -61,6 +63,7 @@ class Found:
     failure: str | None = None
     clock_s: tuple[float, float] = (0.0, 0.0)
     looked: dict[str, Any] | None = None
+    opened: dict[str, Any] | None = None
     met: dict[str, Any] | None = None
 
 
@@ -95,10 +98,13 @@ async def _ask(
     node = await _Node.start(host, question)
     where = {"run_dir": question.run_dir, "port": question.port}
     try:
+        await node.ask("enter", variables=dict(question.variables))
         clock_s = await node.ask_clock()
         name, overrides = question.config
-        looked = await node.ask("look", config=name, overrides=list(overrides))
-        met = None
+        run = {"config": name, "overrides": list(overrides)}
+        looked, opened, met = await node.ask("look", **run), None, None
+        if not looked["config"]["error"]:
+            opened = await node.ask("open", **run, within_s=question.timeout_s / 2)
         if first:
             met = await node.ask("receive", **where)
             receiver.set_result(None if met["marker"]["error"] else met["marker"])
@@ -107,7 +113,7 @@ async def _ask(
             marker = await receiver
             if marker:
                 met = await node.ask("visit", marker=marker, address=question.address, **where)
-        return Found(host, clock_s=clock_s, looked=looked, met=met)
+        return Found(host, clock_s=clock_s, looked=looked, opened=opened, met=met)
     except _NoAnswerError as error:
         return Found(host, failure=str(error))
     finally:
@@ -200,11 +206,14 @@ class _Node:
 
 
 def _command(host: Host, question: Question) -> list[str]:
-    """The probe as the run will be: in this directory, with this interpreter and its variables."""
+    """The probe as the run will be: in this directory, with this interpreter and its variables.
+
+    Only those that the interpreter itself reads are on the line, which all users of a node see.
+    """
     path = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
     variables = {"PYTHONPATH": path, **question.variables}
-    set_variables = [f"{name}={value}" for name, value in variables.items()]
-    probe = ["env", *set_variables, sys.executable, "-m", "dinoscale.launch.probe"]
+    on_line = [f"{name}={variables[name]}" for name in variables if name.startswith(_AT_ITS_START)]
+    probe = ["env", *on_line, sys.executable, "-m", "dinoscale.launch.probe"]
     if question.ssh is None:
         return probe
     here = shlex.quote(os.getcwd())

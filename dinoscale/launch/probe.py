@@ -8,16 +8,22 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dinoscale.config import dump_config, load_config
+from dinoscale.config import RunConfig, dump_config, load_config
+from dinoscale.data.decode import Decoder
+from dinoscale.data.mixture import open_sources
+from dinoscale.data.sources import open_source
+from dinoscale.doctor.environment import steering_names
 from dinoscale.doctor.marker import Marker, look_for, remove_marker, write_marker
 from dinoscale.doctor.versions import installed
 from dinoscale.errors import DinoscaleError
@@ -33,8 +39,30 @@ def main() -> None:
     with _state() as probe:
         for line in sys.stdin:
             request = json.loads(line)
+            if request["ask"] == "enter":
+                _start_again_with(request["variables"])
             answer = _QUESTIONS[request.pop("ask")](probe, **request)
             print(MARK + json.dumps(answer), flush=True)
+
+
+def _start_again_with(variables: dict[str, str]) -> None:
+    """Answer, and be a process that has these variables from its start, as the run's will.
+
+    They come over stdin: a command line is seen by every user. Nothing of it is read ahead, since
+    the next question waits for the answer.
+    """
+    values = {name: _of_shell(value) for name, value in variables.items()}
+    print(MARK + json.dumps({}), flush=True)
+    again = [sys.executable, "-m", "dinoscale.launch.probe"]
+    os.execve(sys.executable, again, {**os.environ, **values})
+
+
+def _of_shell(value: str) -> str:
+    """What the shell of this node makes of a value, as it will for the run: "$(cat FILE)"."""
+    if not {"$", "`"} & set(value):
+        return value
+    done = subprocess.run(["sh"], input=f"printf %s {value}", stdout=subprocess.PIPE, text=True)
+    return done.stdout
 
 
 class Probe:
@@ -72,6 +100,7 @@ def _look(_probe: Probe, config: str, overrides: list[str]) -> dict[str, Any]:
         "config": _read_config(config, overrides),
         "missing_interfaces": _missing_interfaces(),
         "own_address": _own_address(),
+        "variables": steering_names(os.environ),
     }
 
 
@@ -114,6 +143,43 @@ def _own_address() -> str | None:
         return str(socket.getaddrinfo(socket.gethostname(), None)[0][4][0])
     except (OSError, UnicodeError):
         return None
+
+
+def _open(_probe: Probe, config: str, overrides: list[str], within_s: float) -> dict[str, Any]:
+    """Open the images as the run will; how many there are, or why not, as far as time allows."""
+    found: dict[str, dict[str, Any]] = {"images": {}, "errors": {}}
+    opening = threading.Thread(
+        target=_open_all, args=(load_config(config, overrides), found), daemon=True
+    )
+    opening.start()
+    opening.join(within_s)
+    return {"images": dict(found["images"]), "errors": dict(found["errors"])}
+
+
+def _open_all(config: RunConfig, found: dict[str, dict[str, Any]]) -> None:
+    data, decoder = config.data, Decoder(config.data.channels, config.data.white)
+    sets: dict[str, Callable[[], Sized]] = {}
+    if data.sources:
+        sets["data.train"] = partial(
+            open_sources,
+            [part.source for part in data.sources],
+            decoder,
+            manifest=data.manifest,
+            distinct_images=data.distinct_images,
+            max_lost=data.max_bad_fraction,
+        )
+    for key, spec in (("eval.train", config.eval.train), ("eval.test", config.eval.test)):
+        if spec is not None:
+            sets[key] = partial(open_source, spec, decoder)
+    for key, opened in sets.items():
+        _count(key, opened, found)
+
+
+def _count(key: str, opened: Callable[[], Sized], found: dict[str, dict[str, Any]]) -> None:
+    try:
+        found["images"][key] = len(opened())
+    except (DinoscaleError, OSError) as error:
+        found["errors"][key] = str(error)
 
 
 def _receive(probe: Probe, run_dir: str, port: int) -> dict[str, Any]:
@@ -167,9 +233,11 @@ def _call(address: str, port: int) -> str | None:
 _QUESTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "clock": _clock,
     "look": _look,
+    "open": _open,
     "receive": _receive,
     "visit": _visit,
 }
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # images may still be opened

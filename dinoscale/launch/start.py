@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from dinoscale.doctor.environment import steering_names
 from dinoscale.doctor.report import Check, Report, ok, problem, warning
 from dinoscale.errors import LaunchError
 from dinoscale.launch import commands
-from dinoscale.launch.hostfile import Host, read_deepspeed_env, read_hostfile
+from dinoscale.launch.hostfile import (
+    Host,
+    holds_secret,
+    read_deepspeed_env,
+    read_hostfile,
+    taking_part,
+)
 from dinoscale.launch.nodes import Found, Question, ask_all
 from dinoscale.launch.verdicts import judge, table
 
@@ -125,6 +132,8 @@ def _require_ranges(wishes: Wishes) -> None:
 
 def _by_hostfile(wishes: Wishes, hostfile: str) -> Way:
     hosts = read_hostfile(Path(hostfile))
+    if wishes.launcher == "pdsh":
+        hosts = taking_part(hosts, wishes.options)
     address = wishes.master_addr or hosts[0].address
     meeting: dict[str, Any] = {"address": address, "port": wishes.port, "options": wishes.options}
     if wishes.node_rank is not None:
@@ -139,7 +148,7 @@ def _by_hostfile(wishes: Wishes, hostfile: str) -> Way:
             wishes.training, hosts, hostfile=hostfile, ssh_options=ssh, **meeting
         )
     return Way(
-        command,
+        [*_without_secrets(os.environ), *command],
         hosts,
         address,
         wishes.port,
@@ -148,6 +157,16 @@ def _by_hostfile(wishes: Wishes, hostfile: str) -> Way:
         programs=_PROGRAMS[wishes.launcher],
         variables=read_deepspeed_env(os.environ),
     )
+
+
+def _without_secrets(environ: Mapping[str, str]) -> list[str]:
+    """What comes before a command: DeepSpeed would write their values on command lines."""
+    names = [
+        name
+        for name, value in environ.items()
+        if name.startswith(_FORWARDED) and holds_secret(name, value)
+    ]
+    return ["env", *(f"--unset={name}" for name in sorted(names))] if names else []
 
 
 def _without_ssh(wishes: Wishes, hostfile: str, hosts: list[Host], meeting: dict[str, Any]) -> Way:
@@ -229,7 +248,7 @@ def check(
     print(table(found), file=sys.stderr, flush=True)
     report.section("nodes", judge(found, question))
     if way.ssh is not None:
-        report.section("environment", _not_forwarded(way.variables))
+        report.section("environment", _not_forwarded(way.variables, found))
     report.close()
     return found, report
 
@@ -247,14 +266,16 @@ def _submittable(command: list[str]) -> list[Check]:
     return [ok("sbatch", f"{said}; the nodes are not known yet, `doctor` under srun checks them")]
 
 
-def _not_forwarded(variables: dict[str, str]) -> list[Check]:
-    """Variables that steer libraries here and will not on the nodes."""
+def _not_forwarded(variables: dict[str, str], found: Sequence[Found]) -> list[Check]:
+    """Variables that steer libraries here, and on some node will not."""
+    there = [set(node.looked.get("variables", ())) for node in found if node.looked]
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     forwarded = _FORWARDED if has_gpu else _FORWARDED[:-1]
     names = [
         name
         for name in steering_names(os.environ)
         if name not in variables and not name.startswith(forwarded)
+        if not there or not all(name in names for names in there)
     ]
     if not names:
         return [ok("variables", f"{', '.join(sorted(variables)) or 'none'} set on every node")]
@@ -262,6 +283,7 @@ def _not_forwarded(variables: dict[str, str]) -> list[Check]:
         warning(
             "variables",
             f"{', '.join(names)}: set here, and DeepSpeed does not hand it to the nodes; write"
-            " NAME=value into .deepspeed_env",
+            " NAME=value into .deepspeed_env, or a secret into a file there: see"
+            " launchers/README.md",
         )
     ]

@@ -20,6 +20,7 @@ def judge(found: Sequence[Found], question: Question) -> list[Check]:
             assert node.looked
             checks += _judge_node(node, node.looked, usual, question, alone=len(found) == 1)
             checks += _judge_devices(node, node.looked, usual["devices"])
+        checks += _judge_images(known)
         checks += _judge_meeting(known, question)
     slots = sum(_slots(node) for node in found)
     fine = f"{count_text(len(found), 'node')} with {count_text(slots, 'slot')} can start"
@@ -104,6 +105,28 @@ def _judge_devices(node: Found, looked: dict[str, Any], have_devices: bool) -> I
         )
     else:
         yield warning(node.host.name, f"{slots} of its {there} GPUs are used; slots={there} is all")
+
+
+def _judge_images(known: Sequence[Found]) -> Iterator[Check]:
+    """Sets that a node cannot open, or of which it has another number of images than most."""
+    for key in ("data.train", "eval.train", "eval.test"):
+        counts = Counter(of for node in known if (of := _images(node, "images").get(key)))
+        usual = counts.most_common(1)[0][0] if counts else None
+        for node in known:
+            own, error = _images(node, "images").get(key), _images(node, "errors").get(key)
+            if error:
+                yield problem(node.host.name, f"{key} cannot be opened there: {error}")
+            elif own is not None and own != usual:
+                yield problem(
+                    node.host.name,
+                    f"{key} has {own} images there, {usual} elsewhere; give all nodes the same"
+                    " files",
+                )
+
+
+def _images(node: Found, what: str) -> dict[str, Any]:
+    """Of each set, how many there are or why it cannot be opened; nothing of one not yet listed."""
+    return (node.opened or {}).get(what) or {}
 
 
 def _judge_meeting(known: Sequence[Found], question: Question) -> Iterator[Check]:

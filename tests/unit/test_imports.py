@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,3 +166,16 @@ def test_every_setting_is_read_outside_the_config() -> None:
                 read.add(node.arg)
     unread = set(_fields(RunConfig)) - read
     assert not unread
+
+
+def test_every_library_is_a_declared_dependency() -> None:
+    """Not one that is there only because another one needs it."""
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    declared = {name.lower() for name in re.findall(r'^  "([\w-]+)[>=\[]', text, re.MULTILINE)}
+    declared |= set(re.findall(r'"([\w-]+)>=', text))
+    called = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+    called["pydantic_core"] = "pydantic"  # of one version, pinned by it
+    own = {"dinoscale", "data_tools", "_typeshed", *sys.stdlib_module_names}
+    files = [*_files(), *DATA_TOOLS.glob("*.py")]
+    used = {name.split(".")[0] for path in files for name, _ in _imports(path)} - own
+    assert {called.get(name, name) for name in used} - declared == set()

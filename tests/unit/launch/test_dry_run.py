@@ -80,6 +80,19 @@ def test_line_can_be_pasted_into_a_shell(way: str, capsys: pytest.CaptureFixture
         assert words[-3:] == TRAINING
 
 
+def test_rank_0_is_on_a_host_that_takes_part(capsys: pytest.CaptureFixture[str]) -> None:
+    line = _line(capsys, *HOSTS, "--options", "--exclude node1")
+    assert "--master_addr node2" in line
+    assert "--force_multi" in line  # one node is left, which is not this one
+
+
+def test_secrets_of_this_shell_are_not_handed_on_by_deepspeed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "0123abcd")
+    assert _line(capsys, *HOSTS).startswith("env --unset=MLFLOW_TRACKING_PASSWORD env 'PDSH")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoscale.errors import LaunchError
-from dinoscale.launch.hostfile import Host, read_deepspeed_env, read_hostfile
+from dinoscale.launch.hostfile import Host, read_deepspeed_env, read_hostfile, taking_part
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "launchers" / "hostfile.example"
 
@@ -114,3 +114,48 @@ def test_example_of_variables_is_read(home: Path) -> None:
     example = EXAMPLE.with_name("deepspeed_env.example").read_text()
     (home / ".deepspeed_env").write_text(example)
     assert {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} <= read_deepspeed_env({}).keys()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "WANDB_API_KEY=0123abcd",
+        "AWS_SECRET_ACCESS_KEY=0123abcd",
+        "DINOSCALE_SIGNATURE=0123abcd",
+        "https_proxy=http://me:0123abcd@proxy:3128",
+    ],
+)
+def test_secret_that_deepspeed_would_write_on_command_lines_is_refused(
+    home: Path, line: str
+) -> None:
+    (home / ".deepspeed_env").write_text(f"A=1\n{line}\n")
+    with pytest.raises(LaunchError, match=r"\.deepspeed_env, line 2: .* holds a secret") as caught:
+        read_deepspeed_env({})
+    assert "0123abcd" not in str(caught.value)
+    name = line.partition("=")[0]
+    (home / ".deepspeed_env").write_text(f'{name}="$(cat ~/file)"\nDINOSCALE_CACHE=/a\n')
+    assert read_deepspeed_env({})[name] == '"$(cat ~/file)"'
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ("--exclude node1", {"me@node2": 4, "node3": 8}),
+        ("-e node1@node2:0,2", {"me@node2": 2, "node3": 8}),
+        ("--include=node3:1@node2", {"me@node2": 4, "node3": 1}),
+        ("--num_nodes 2 --num_gpus 2", {"node1": 2, "me@node2": 2}),
+        ("--log_level error", {"node1": 8, "me@node2": 4, "node3": 8}),
+    ],
+)
+def test_options_that_choose_hosts_count(options: str, left: dict[str, int]) -> None:
+    hosts = [Host("node1", 8), Host("me@node2", 4), Host("node3", 8)]
+    assert {host.name: host.slots for host in taking_part(hosts, options.split())} == left
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("--exclude node4", "'node4' is not HOST"), ("--exclude node1", "leaves no host")],
+)
+def test_choice_of_no_host_is_refused(options: str, said: str) -> None:
+    with pytest.raises(LaunchError, match=said):
+        taking_part([Host("node1", 8)], options.split())

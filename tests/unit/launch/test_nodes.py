@@ -71,12 +71,13 @@ class Cluster:
         *,
         looked: dict[str, Any] | None = None,
         met: dict[str, Any] | None = None,
+        opened: dict[str, Any] | None = None,
         slots: int = 8,
         **does: Any,
     ) -> None:
         first = {"marker": MARKER, "port_error": None}
         other = {"seen": SEEN, "port_error": None}
-        answers = {"look": LOOKED | (looked or {})}
+        answers = {"look": LOOKED | (looked or {}), "open": opened or {}}
         answers["visit" if self.hosts else "receive"] = (other if self.hosts else first) | (
             met or {}
         )
@@ -129,7 +130,21 @@ def test_ssh_asks_nothing_and_is_given_the_options(cluster: Cluster) -> None:
     assert "ConnectTimeout=10" in options
     assert host == "a"
     assert command.startswith(f"cd {os.getcwd()} || exit 97; env PYTHONPATH=")
-    assert f"'NAME=two words' {sys.executable} -m dinoscale.launch.probe" in command
+    assert command.endswith(f" {sys.executable} -m dinoscale.launch.probe")
+    assert "two words" not in command  # which every user of the node could read
+
+
+def test_nodes_with_other_images_or_none_are_named(cluster: Cluster) -> None:
+    few = {"images": {"data.train": 9}, "errors": {}}
+    many = {"images": {"data.train": 10}, "errors": {}}
+    none = {"images": {}, "errors": {"data.train": "/data does not exist."}}
+    for name, opened in {"a": many, "b": few, "c": many, "d": none, "e": {}}.items():
+        cluster.add(name, opened=opened)
+    _, checks = cluster.ask()
+    assert _problems(checks) == {
+        "b": "data.train has 9 images there, 10 elsewhere; give all nodes the same files",
+        "d": "data.train cannot be opened there: /data does not exist.",
+    }
 
 
 @pytest.mark.parametrize(
@@ -283,12 +298,20 @@ def test_real_probes_meet_and_leave_nothing(tmp_path: Path) -> None:
     program.write_text('#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')
     program.chmod(0o755)
     (tmp_path / "torch.py").write_text(_TORCH)  # the real one takes seconds
+    (tmp_path / "profile").write_text("two words\n")
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        (tmp_path / "images" / f"{number}.png").touch()
     question = Question(
-        config=("quickstart", ["train.epochs=3"]),
+        config=("quickstart", ["train.epochs=3", f"data.train={tmp_path}/images"]),
         run_dir=str(tmp_path / "new" / "run"),
         address="127.0.0.1",
         port=free_port(),
-        variables={"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        variables={
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            "AWS_PROFILE": f'"$(cat {tmp_path}/profile)"',
+        },
         ssh=[str(program)],
         meets=True,
         timeout_s=120,
@@ -299,4 +322,8 @@ def test_real_probes_meet_and_leave_nothing(tmp_path: Path) -> None:
     assert first.looked == second.looked
     assert second.met
     assert second.met["seen"]["seen"]
+    assert second.looked
+    assert "AWS_PROFILE" in second.looked["variables"]
+    assert second.opened
+    assert second.opened["images"] == {"data.train": 2, "eval.train": 1600, "eval.test": 800}
     assert not (tmp_path / "new").exists()

@@ -35,6 +35,12 @@ def test_probe_that_is_left_alone_ends_and_cleans_up(tmp_path: Path) -> None:
     assert not run_dir.parent.exists()
 
 
+def test_values_are_those_that_the_shell_of_the_run_makes(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("two words\n")
+    assert probe._of_shell(f'"$(cat {tmp_path}/secret)"') == "two words"
+    assert probe._of_shell("two words; 'x") == "two words; 'x"
+
+
 def test_port_in_use_and_directory_that_cannot_be_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with socket.create_server(("", 0)) as taken:
