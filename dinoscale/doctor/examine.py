@@ -3,18 +3,21 @@
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dinoscale import distributed
-from dinoscale.config import RunConfig, dump_config, load_config
+from dinoscale.config import RunConfig, dump_config, load_config, split_batch
 from dinoscale.distributed import gather_objects
 from dinoscale.doctor import environment, machine, network, versions
 from dinoscale.doctor.configs import judge_configs
 from dinoscale.doctor.report import Check, Report, ok, problem
-from dinoscale.errors import DinoscaleError, LaunchError, RunFailedError
+from dinoscale.errors import ConfigError, DinoscaleError, LaunchError, RunFailedError
 from dinoscale.hosts import ranks_text
 from dinoscale.launcher import Process
 from dinoscale.versions import commit
+
+_UTILIZATION = 0.5  # of the speed of large products, which a step reaches about
 
 
 def examine(
@@ -88,6 +91,7 @@ def _together(
             *machine.judge_devices(facts),
             *machine.judge_sharing(facts, config),
             *machine.judge_cores(facts, num_workers=num_workers),
+            machine.judge_speed(facts),
             machine.judge_precision(facts, precision=config.engine.precision if config else None),
             machine.judge_shared_memory(facts, config),
             machine.judge_open_files(facts),
@@ -106,7 +110,8 @@ def _together(
             measured,
             hosts,
             world_size=process.world_size,
-            gradient_bytes=_gradient_bytes(config, parameters),
+            gradient_bytes=_gradient_bytes(config, parameters, world_size=process.world_size),
+            compute_s=_compute_s(config, facts) if loads else None,
         ),
     )
 
@@ -174,7 +179,9 @@ def _run(
     if shared.verdict == "ok":  # else another run_dir will be chosen
         checks.append(storage.check_resume(config))
         if parameters is not None:
-            checks.append(storage.check_disk(config, parameters=parameters))
+            checks.append(
+                storage.check_disk(config, parameters=parameters, world_size=process.world_size)
+            )
     checks.append(environment.judge_wandb(config, os.environ))
     report.section("run", distributed.broadcast_object(checks))  # rank 0's disk, model, login
     return parameters
@@ -191,7 +198,30 @@ def _model(config: RunConfig) -> tuple[int | None, Check]:
     return parameters, ok("model", said)
 
 
-def _gradient_bytes(config: RunConfig | None, parameters: int | None) -> int | None:
+def _gradient_bytes(
+    config: RunConfig | None, parameters: int | None, *, world_size: int
+) -> int | None:
+    """What a step sums over ranks: after every micro-batch at stages 2 and 3."""
     if config is None or parameters is None:
         return None
-    return parameters * {"fp32": 4, "bf16": 2}[config.engine.communication_dtype]
+    passes = 1
+    if config.engine.zero_stage >= 2 and config.train.micro_batch_size != "auto":
+        with suppress(ConfigError):  # of the plan, which says so
+            passes = split_batch(config.train, world_size=world_size).accumulation_steps
+    return passes * parameters * {"fp32": 4, "bf16": 2}[config.engine.communication_dtype]
+
+
+def _compute_s(config: RunConfig | None, facts: Sequence[machine.Machine]) -> float | None:
+    """Seconds that a step computes, by the speed of products on the slowest rank."""
+    from dinoscale.dims import dims_of, flops_of
+    from dinoscale.engine.precision import product_flops
+
+    if config is None:
+        return None
+    try:
+        flops = flops_of(dims_of(config)).total * config.train.batch_size / len(facts)
+    except DinoscaleError:  # not a ViT, or one that cannot be built
+        return None
+    slowest_s = max(of_rank.product_s[config.engine.precision] for of_rank in facts)
+    device = "cpu" if facts[0].device is None else "cuda"
+    return flops * slowest_s / product_flops(device) / _UTILIZATION

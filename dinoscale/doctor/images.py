@@ -1,5 +1,6 @@
 """Image sets: all nodes can open them, see the same number, and can decode some of each."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from dinoscale.hosts import ranks_text
 from dinoscale.opening import open_once_a_node
 
 _SAMPLES = 8  # images that each rank decodes of each set
+_STRAGGLES = 5.0  # times slower than most; what lies in a cache already is a few times faster
 _DECODE_S = 20.0  # a slow disk may end it earlier
 
 
@@ -199,7 +201,16 @@ def _judge_set(key: str, of_ranks: Sequence[Looked | None], hosts: list[str]) ->
             f"{len(bad)} of {decoded + len(bad)} tried images of {known[0].spec} cannot be read,"
             f" first {bad[0]}; mend or remove them, a run stops above data.max_bad_fraction",
         )
-    slowest = min(found.num_decoded / max(found.seconds, 1e-9) for found in known)
+    rates = [found.num_decoded / max(found.seconds, 1e-9) for found in known]
+    slowest, usual = min(rates), statistics.median_high(rates)
+    slow = [rank for rank, rate in enumerate(rates) if rate * _STRAGGLES < usual]
+    if slow:
+        return warning(
+            key,
+            f"{ranks_text(slow, hosts)}: {slowest:.3g} images/s are read and decoded, {usual:.3g}"
+            f" on most ranks, and all wait for the slowest; look at the disk of {known[0].spec} and"
+            " other programs there",
+        )
     return ok(
         key,
         f"{images} images in {known[0].spec}; {decoded} tried can be read,"

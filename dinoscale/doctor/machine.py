@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import socket
+import statistics
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +29,9 @@ _STORE_FILES = 3
 _GLOO_FILES = 2  # to every other rank, one for each group: all ranks, and DeepSpeed's copy of that
 _OWN_FILES = 256  # libraries, logs, shards, pipes of data workers
 _SLOWER = 1.2  # ratio of times beyond the noise of a short measurement
+_STRAGGLES = {"cuda": 1.3, "cpu": 3.0}  # times the median of all ranks; CPUs have other work too
+_NVIDIA, _DISPLAY = "0x10de", "0x03"  # vendor and class of a device on the PCI bus
+_HIDDEN = "CUDA_VISIBLE_DEVICES hides all"
 
 
 @dataclass(frozen=True)
@@ -112,16 +116,37 @@ def _open_files() -> int:
 
 
 def _why_no_device() -> str | None:
-    has_nvidia = any(Path("/dev").glob("nvidia[0-9]*"))
+    """Why torch sees none where there should be some; None where the CPU is all there is."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not _should_have_device():
+        return None
     if torch.version.cuda is None and torch.version.hip is None:
-        return "this torch is built for CPUs only" if has_nvidia else None
+        return "this torch is built for CPUs only"
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return "CUDA_VISIBLE_DEVICES hides all"
+        return _HIDDEN
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return (str(error).splitlines() or ["unknown reason"])[0][:200].rstrip(".")
     return "torch does not say why"
+
+
+def _should_have_device() -> bool:
+    """Whether a driver, the bus or Slurm knows of an accelerator; a dead driver shows no device."""
+    if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists():
+        return True
+    if os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_GPUS_ON_NODE"):
+        return True
+    return any(
+        _word(vendor) == _NVIDIA and _word(vendor.with_name("class")).startswith(_DISPLAY)
+        for vendor in Path("/sys/bus/pci/devices").glob("*/vendor")
+    )
+
+
+def _word(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def judge_devices(machines: Sequence[Machine]) -> list[Check]:
@@ -171,10 +196,11 @@ def _no_device(machines: Sequence[Machine], without: list[int], hosts: list[str]
             " take that node out, or mend its driver",
         )
     if odd:
-        return warning(
+        return (warning if why == _HIDDEN else problem)(
             "devices",
-            f"training will use the CPU, torch sees no accelerator on {hosts[odd[0]]}: {why};"
-            " check nvidia-smi and that torch is built for this driver",
+            f"training would use the CPU, torch sees no accelerator on {hosts[odd[0]]}: {why};"
+            " check nvidia-smi and that torch is built for this driver, or say that the CPU is"
+            " meant by DS_ACCELERATOR=cpu",
         )
     return ok("devices", f"no accelerator on {_names(hosts)}, training uses the CPU")
 
@@ -242,6 +268,24 @@ def judge_precision(machines: Sequence[Machine], *, precision: str | None) -> Ch
         text = f"bf16 is {ratio:.1f} times slower than fp32 here ({times}); engine.precision=fp32"
         return warning("precision", text) if precision else ok("precision", text + " is faster")
     return ok("precision", times)
+
+
+def judge_speed(machines: Sequence[Machine]) -> Check:
+    """Ranks whose device is slower than that of most: all others wait for it in every step."""
+    allowed = _STRAGGLES["cpu" if machines[0].device is None else "cuda"]
+    for name in machines[0].product_s:
+        times = [machine.product_s[name] for machine in machines]
+        usual = statistics.median_low(times)
+        slow = [rank for rank, time_s in enumerate(times) if time_s > allowed * usual]
+        if slow:
+            return warning(
+                "speed",
+                f"{ranks_text(slow, [machine.host for machine in machines])}: products in {name}"
+                f" take up to {max(times) / usual:.1f} times as long as on most ranks, and all wait"
+                " for the slowest; look at clocks, heat and other programs there (nvidia-smi -q -d"
+                " PERFORMANCE, top), or leave it out",
+            )
+    return ok("speed", f"no rank needs {allowed:g} times as long as most for a matrix product")
 
 
 def judge_open_files(machines: Sequence[Machine]) -> Check:

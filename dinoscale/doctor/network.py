@@ -18,6 +18,9 @@ SMALL_BYTES, LARGE_BYTES = 1024, 8 * 10**6  # of one all-reduce: latency, bandwi
 _SMALL_TIMES, _LARGE_TIMES = 20, 5
 _SLOW_LATENCY_S = 0.01  # Ethernet has 0.0001
 _SLOW_BYTES_PER_S = 1e8  # about one Gbit/s
+# Seconds that the sums of a step may take: half of what is computed in it, half a second where that
+# is not known, and nobody minds the first of these.
+_SHARE, _LONG_S, _SHORT_S = 0.5, 0.5, 0.05
 _CLOCK_TOLERANCE_S = 1.0  # beyond it, logs and file times of the nodes cannot be compared
 
 
@@ -99,14 +102,16 @@ def judge_network(
     *,
     world_size: int,
     gradient_bytes: int | None,
+    compute_s: float | None = None,
 ) -> list[Check]:
-    """Speed of all-reduce on the slowest rank, and the difference of the clocks.
+    """Speed of all-reduce on the slowest rank, for what a step sums, and the clocks' difference.
 
     Args:
         of_ranks: measured together.
         hosts: of the ranks.
         world_size: ranks that should have met.
         gradient_bytes: what a step sums over ranks, None where no run is known.
+        compute_s: seconds that a step computes, None where that is not known.
     """
     if len(of_ranks) == 1:
         alone = world_size == 1
@@ -118,9 +123,13 @@ def judge_network(
         f" {1e3 * latency_s:.3g} ms for {size_text(SMALL_BYTES)},"
         f" {size_text(speed)}/s for {size_text(LARGE_BYTES)}"
     )
-    if gradient_bytes:
-        said += f"; about {gradient_bytes / speed:.2g} s for the gradients of a step"
     slow = latency_s > _SLOW_LATENCY_S or speed < _SLOW_BYTES_PER_S
+    if gradient_bytes:
+        waits_s = gradient_bytes / speed
+        said += f"; about {waits_s:.2g} s for the gradients of a step"
+        if compute_s is not None:
+            said += f", which computes for about {compute_s:.2g} s"
+        slow |= waits_s > max(_SHORT_S, _LONG_S if compute_s is None else _SHARE * compute_s)
     if slow:
         said += "; choose a faster interface with NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
     verdict = warning if slow else ok

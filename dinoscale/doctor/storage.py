@@ -1,6 +1,9 @@
 """run_dir: seen by all ranks, writable, and with room for the checkpoints."""
 
+import os
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +15,9 @@ from dinoscale.doctor.report import Check, ok, problem, size_text, warning
 from dinoscale.engine.param_groups import MOMENTS
 from dinoscale.errors import UnreadableError
 from dinoscale.hosts import ranks_text
+
+_OTHER_FILES = 8  # of a checkpoint and a run, beside one for each rank
+_NO_ROOM = ("Disk quota exceeded", "No space left on device")
 
 
 def check_shared(run_dir: Path, hosts: list[str]) -> Check:
@@ -56,22 +62,48 @@ def judge_shared(found: Sequence[Seen], hosts: list[str]) -> Check:
     return ok("run_dir", f"{found[0].run_dir} is {seers}")
 
 
-def check_disk(config: RunConfig, *, parameters: int) -> Check:
-    """Free space at run_dir against the checkpoints of this run; on rank 0."""
+def check_disk(config: RunConfig, *, parameters: int, world_size: int) -> Check:
+    """Free space and files at run_dir against the checkpoints of this run; on rank 0."""
     run_dir = Path(config.run_dir).absolute()
     try:
         folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
         free_bytes, num_present = shutil.disk_usage(folder).free, len(checkpoints(run_dir))
+        one = checkpoint_bytes(parameters, optimizer=config.optim.name)
+        refused = _why_no_room(folder, one) if free_bytes >= one else None
     except (OSError, UnreadableError) as error:
         reason = getattr(error, "strerror", None) or error
         return problem("disk", f"{run_dir}: {reason}; choose another with run_dir=PATH")
     return judge_disk(
         free_bytes=free_bytes,
-        checkpoint_bytes=checkpoint_bytes(parameters, optimizer=config.optim.name),
+        checkpoint_bytes=one,
         num_checkpoints=num_checkpoints(config),
         num_present=num_present,
         path=str(run_dir),
+        free_files=_free_files(folder),
+        checkpoint_files=world_size + _OTHER_FILES,
+        refused=refused,
     )
+
+
+def _free_files(folder: Path) -> int | None:
+    """How many more files fit, None where the file system does not count them."""
+    found = os.statvfs(folder)
+    return found.f_favail if found.f_files else None
+
+
+def _why_no_room(folder: Path, num_bytes: int) -> str | None:
+    """Why the space of a file is not given, as by a quota, which no free space shows; else None.
+
+    It is reserved, not written, and given back at once; nothing is said where that is not possible.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor_") as file:
+        command = ["fallocate", "--length", str(num_bytes), file.name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.SubprocessError):
+            return None
+    why = done.stderr.strip().rpartition(": ")[2]
+    return why if done.returncode and why in _NO_ROOM else None
 
 
 def check_resume(config: RunConfig) -> Check:
@@ -105,15 +137,47 @@ def num_checkpoints(config: RunConfig) -> int:
 
 
 def judge_disk(
-    *, free_bytes: int, checkpoint_bytes: int, num_checkpoints: int, num_present: int, path: str
+    *,
+    free_bytes: int,
+    checkpoint_bytes: int,
+    num_checkpoints: int,
+    num_present: int,
+    path: str,
+    free_files: int | None = None,
+    checkpoint_files: int = 1,
+    refused: str | None = None,
 ) -> Check:
-    """A problem when not even one more checkpoint fits, a warning when not all do."""
+    """A problem when not even one more checkpoint fits, a warning when not all do.
+
+    Args:
+        free_bytes: of the file system.
+        checkpoint_bytes: of one checkpoint.
+        num_checkpoints: most that lie there at once.
+        num_present: of them, those that lie there now.
+        path: run_dir.
+        free_files: that the file system has room for (inodes); None where it does not count.
+        checkpoint_files: of one checkpoint.
+        refused: why the file system does not give the space of one, as by a quota; or None.
+    """
     more = max(1, num_checkpoints - num_present)
     need, one = size_text(more * checkpoint_bytes), size_text(checkpoint_bytes)
     free = f"{size_text(free_bytes)} free at {path}"
     if free_bytes < checkpoint_bytes:
         return problem(
             "disk", f"{free}, one checkpoint needs {one}; make room or choose another run_dir"
+        )
+    if refused:
+        return problem(
+            "disk",
+            f"{free}, but not for you: {one} for one checkpoint are refused ({refused}); have the"
+            " quota raised (see `quota -s`), or choose another run_dir",
+        )
+    if free_files is not None and free_files < more * checkpoint_files:
+        verdict = problem if free_files < checkpoint_files else warning
+        return verdict(
+            "disk",
+            f"{free}, but only for {free_files} files (inodes, see `df -i`); {more} checkpoints"
+            f" need {more * checkpoint_files}; remove files or choose another run_dir",
         )
     if free_bytes < more * checkpoint_bytes:
         return warning(

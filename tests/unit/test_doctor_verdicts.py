@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,9 +116,11 @@ def test_devices() -> None:
 def test_missing_devices() -> None:
     assert _one(machine.judge_devices([CPU_NODE])).verdict == "ok"
     odd = replace(CPU_NODE, host="b", why_no_device="the driver is too old")
-    check = _one(machine.judge_devices([odd]))
-    assert check.verdict == "warning"
+    check = _one(machine.judge_devices([odd, odd]))
+    assert check.verdict == "problem"
     assert "the driver is too old" in check.text
+    hidden = replace(CPU_NODE, why_no_device="CUDA_VISIBLE_DEVICES hides all")
+    assert _one(machine.judge_devices([hidden])).verdict == "warning"
     check = _one(machine.judge_devices([GPU_NODE, odd]))
     assert check.verdict == "problem"
     assert "rank 1 (b)" in check.text
@@ -145,6 +148,17 @@ def test_slow_bf16_is_a_warning_where_the_run_asks_for_it(
     check = machine.judge_precision([CPU_NODE, slow], precision=precision)
     assert check.verdict == verdict
     assert machine.judge_precision([CPU_NODE], precision=precision).verdict == "ok"
+
+
+def test_a_rank_slower_than_most_is_named() -> None:
+    slow = replace(GPU_NODE, host="b", product_s={"bf16": 0.2, "fp32": 0.02})
+    check = machine.judge_speed([GPU_NODE] * 15 + [slow])
+    assert check.verdict == "warning"
+    assert check.text.startswith("rank 15 (b): products in bf16 take up to 20.0 times as long as")
+    assert machine.judge_speed([GPU_NODE, slow]).verdict == "warning"
+    assert machine.judge_speed([GPU_NODE] * 16).verdict == "ok"
+    busy = replace(CPU_NODE, product_s={"bf16": 0.02, "fp32": 0.02})
+    assert machine.judge_speed([CPU_NODE, busy]).verdict == "ok"
 
 
 def test_small_shared_memory_is_a_warning_for_data_workers_only() -> None:
@@ -195,6 +209,24 @@ def test_network() -> None:
     assert "rank 1 (b) up to 3.0 s behind rank 0" in late.text
 
 
+@pytest.mark.parametrize(
+    ("gradient_bytes", "compute_s", "verdict"),
+    [(1.3e9, 1.0, "warning"), (1.3e9, 5.0, "ok"), (4e7, 0.01, "ok"), (4e9, None, "warning")],
+)
+def test_bandwidth_is_judged_by_what_a_step_sums(
+    gradient_bytes: float, compute_s: float | None, verdict: str
+) -> None:
+    between_nodes = _network(speed=1e9)
+    check, _ = network.judge_network(
+        [between_nodes] * 2,
+        HOSTS,
+        world_size=2,
+        gradient_bytes=int(gradient_bytes),
+        compute_s=compute_s,
+    )
+    assert check.verdict == verdict
+
+
 def test_one_slow_barrier_is_not_taken_for_a_wrong_clock() -> None:
     disturbed = Network(1e-4, 0.01, [5.0, 1.0])
     assert _judge(_network(), disturbed)[1].verdict == "ok"
@@ -213,6 +245,29 @@ def test_free_disk_against_checkpoints(free_bytes: int, num_present: int, verdic
         path="/runs",
     )
     assert check.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("limits", "verdict", "says"),
+    [
+        ({"refused": "Disk quota exceeded"}, "problem", "are refused (Disk quota exceeded)"),
+        ({"free_files": 9}, "problem", "only for 9 files (inodes"),
+        ({"free_files": 19}, "warning", "2 checkpoints need 20"),
+        ({"free_files": 20}, "ok", "fit"),
+    ],
+)
+def test_quotas_and_inodes_count_as_room(limits: dict[str, Any], verdict: str, says: str) -> None:
+    room = {"free_bytes": 1000, "checkpoint_bytes": 100, "checkpoint_files": 10}
+    more = {"num_checkpoints": 2, "num_present": 0, "path": "/runs"}
+    check = storage.judge_disk(**room, **more, **limits)
+    assert check.verdict == verdict
+    assert says in check.text
+
+
+def test_space_is_reserved_and_given_back(tmp_path: Path) -> None:
+    assert storage._why_no_room(tmp_path, 10**6) is None
+    assert storage._why_no_room(tmp_path, 2**62) in (None, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_checkpoint_size_and_number() -> None:
@@ -261,6 +316,9 @@ def test_images() -> None:
 
     assert judge(good, good).verdict == "ok"
     assert "80 images/s" in judge(good, good).text
+    slow = replace(good, seconds=10.0)
+    assert judge(good, slow).text.startswith("rank 1 (b): 0.8 images/s are read")
+    assert judge(good, slow).verdict == "warning"
     fewer = replace(good, num_images=99)
     assert "100 images on rank 0 but 99 on rank 1 (b)" in judge(good, fewer).text
     some = replace(good, num_decoded=7, bad=["/data/x.jpg: truncated"])
