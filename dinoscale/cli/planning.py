@@ -97,8 +97,20 @@ def _add_plan(commands: SubCommands) -> None:
         metavar="GB/s",
         help="what all ranks together write to run_dir (default 10)",
     )
+    _add_restart(plan)
     plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
     plan.set_defaults(run=_plan)
+
+
+def _add_restart(plan: argparse.ArgumentParser) -> None:
+    """What a failure costs on many machines."""
+    for name, default, what in (
+        ("hang", None, "until a failure is noticed, at most (default: train.hang_timeout_s)"),
+        ("requeue", 300.0, "until the machines are there again (default 300)"),
+        ("start", 120.0, "until Python is loaded and the ranks have met (default 120)"),
+        ("index", 30.0, "until the images are listed or their index is read (default 30)"),
+    ):
+        plan.add_argument(f"--{name}", type=float, default=default, metavar="SECONDS", help=what)
 
 
 def _add_data_views(commands: SubCommands) -> None:
@@ -211,6 +223,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale.config import load_config
 
     config = load_config(options.config, options.overrides)
+    from dinoscale.plan.failures import Restart
     from dinoscale.plan.report import make_plan
     from dinoscale.plan.table import as_text
 
@@ -223,6 +236,12 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
         network=options.network,
         node_gpus=options.node_gpus,
         storage=options.storage,
+        restart=Restart(
+            hang_s=config.train.hang_timeout_s if options.hang is None else options.hang,
+            requeue_s=options.requeue,
+            start_s=options.start,
+            index_s=options.index,
+        ),
     )
     if options.json:
         return plan

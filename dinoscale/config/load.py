@@ -46,11 +46,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     merged = Layers()
     _put_file(_find(name_or_path), merged, chain=())
-    typed = Layers()  # one layer, in which nothing is inherited from one setting by the next
-    for override in overrides:
-        typed.put(_parse_override(override), origin=_COMMAND_LINE)
-    merged.put(typed.values, origin=_COMMAND_LINE)
-    merged.require_own_sizes()
+    merged.put(*map(_parse_override, overrides), origin=_COMMAND_LINE)
     return _checked(merged)
 
 

@@ -91,7 +91,7 @@ def _together(
             *machine.judge_devices(facts),
             *machine.judge_sharing(facts, config),
             *machine.judge_cores(facts, num_workers=num_workers),
-            machine.judge_speed(facts),
+            *machine.judge_speed(facts),
             machine.judge_precision(facts, precision=config.engine.precision if config else None),
             machine.judge_shared_memory(facts, config),
             machine.judge_open_files(facts),
@@ -178,7 +178,7 @@ def _run(
     checks = [model, shared]
     if shared.verdict == "ok":  # else another run_dir will be chosen
         checks.append(storage.check_resume(config))
-        if parameters is not None:
+        if parameters is not None and process.rank == 0:  # which has cleaned up after that look
             checks.append(
                 storage.check_disk(config, parameters=parameters, world_size=process.world_size)
             )

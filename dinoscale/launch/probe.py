@@ -23,7 +23,6 @@ from dinoscale.config import RunConfig, dump_config, load_config
 from dinoscale.data.decode import Decoder
 from dinoscale.data.mixture import open_sources
 from dinoscale.data.sources import open_source
-from dinoscale.doctor.environment import steering_names
 from dinoscale.doctor.marker import Marker, look_for, remove_marker, write_marker
 from dinoscale.doctor.versions import installed
 from dinoscale.errors import DinoscaleError
@@ -100,7 +99,6 @@ def _look(_probe: Probe, config: str, overrides: list[str]) -> dict[str, Any]:
         "config": _read_config(config, overrides),
         "missing_interfaces": _missing_interfaces(),
         "own_address": _own_address(),
-        "variables": steering_names(os.environ),
     }
 
 

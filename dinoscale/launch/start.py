@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -248,7 +248,7 @@ def check(
     print(table(found), file=sys.stderr, flush=True)
     report.section("nodes", judge(found, question))
     if way.ssh is not None:
-        report.section("environment", _not_forwarded(way.variables, found))
+        report.section("environment", _not_forwarded(way.variables))
     report.close()
     return found, report
 
@@ -266,16 +266,14 @@ def _submittable(command: list[str]) -> list[Check]:
     return [ok("sbatch", f"{said}; the nodes are not known yet, `doctor` under srun checks them")]
 
 
-def _not_forwarded(variables: dict[str, str], found: Sequence[Found]) -> list[Check]:
-    """Variables that steer libraries here, and on some node will not."""
-    there = [set(node.looked.get("variables", ())) for node in found if node.looked]
+def _not_forwarded(variables: dict[str, str]) -> list[Check]:
+    """Variables that steer libraries here, and on the nodes only where a profile sets them."""
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     forwarded = _FORWARDED if has_gpu else _FORWARDED[:-1]
     names = [
         name
         for name in steering_names(os.environ)
         if name not in variables and not name.startswith(forwarded)
-        if not there or not all(name in names for names in there)
     ]
     if not names:
         return [ok("variables", f"{', '.join(sorted(variables)) or 'none'} set on every node")]

@@ -8,6 +8,7 @@ from dinoscale.flops import StepFlops
 from dinoscale.models.recompute import Recompute
 from dinoscale.plan.communication import Links, Transfer, transfers, waited_s
 from dinoscale.plan.memory import Peak, peak
+from dinoscale.plan.offload import offload_s
 from dinoscale.plan.setup import Setup
 
 # Not compared with a GPU's allocator: assumptions, both on the safe side.
@@ -52,6 +53,7 @@ class Option:
         compute_s: of a step.
         transfer_s: of a step, all transfers.
         waited_s: of these, what a step waits for.
+        offload_s: of a step, for optimizer states in the memory of the machine.
     """
 
     level: Level
@@ -63,11 +65,12 @@ class Option:
     compute_s: float
     transfer_s: float
     waited_s: float
+    offload_s: float
 
     @property
     def step_s(self) -> float:
         """Seconds of a step."""
-        return self.compute_s + self.waited_s
+        return self.compute_s + self.waited_s + self.offload_s
 
     @property
     def images_per_s(self) -> float:
@@ -96,6 +99,7 @@ def option_of(dims: Dims, setup: Setup, machine: Machine) -> Option:
         compute_s=compute_s,
         transfer_s=sum(machine.links.seconds(t) for t in found),
         waited_s=waited_s(found, machine.links, compute_s=compute_s),
+        offload_s=offload_s(dims, setup),
     )
 
 

@@ -20,9 +20,10 @@ from dinoscale.feed import open_images
 from dinoscale.plan import choice
 from dinoscale.plan.choice import Machine, Option
 from dinoscale.plan.communication import Links
-from dinoscale.plan.failures import FAILURES_PER_GPU_DAY, durability
+from dinoscale.plan.failures import FAILURES_PER_GPU_DAY, USUAL, Restart, durability
 from dinoscale.plan.hardware import NETWORK, find_gpu, parse_bytes
 from dinoscale.plan.memory import PARTS
+from dinoscale.plan.offload import HOST_MEMORY, PCIE
 from dinoscale.plan.setup import Setup, setup_of
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
@@ -38,6 +39,7 @@ def make_plan(
     network: float | None,
     node_gpus: int,
     storage: float,
+    restart: Restart = USUAL,
 ) -> dict[str, Any]:
     """Work out what a run would need; builds shapes only.
 
@@ -51,6 +53,7 @@ def make_plan(
             what is usual.
         node_gpus: ranks of a node.
         storage: GB/s that all ranks together write to and read from run_dir.
+        restart: what a failure costs beside lost steps.
 
     Returns:
         JSON-able: parameters, FLOPs, one entry for each stage and level, what is configured, what
@@ -63,6 +66,9 @@ def make_plan(
     _check(
         gpus=gpus, utilization=utilization, network=network, node_gpus=node_gpus, storage=storage
     )
+    for option, seconds in asdict(restart).items():
+        if not 0 <= seconds < float("inf"):
+            raise ConfigError(f"--{option.removesuffix('_s')}: need seconds, got {seconds}")
     require_groups_within_nodes(config, ranks_of_node=min(gpus, node_gpus))
     found = find_gpu(gpu)
     memory = parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory else found.memory_bytes
@@ -102,11 +108,11 @@ def make_plan(
         "options": [_as_json(option, run, links) for option in options],
         "configured": _configured(config, dims, setup, machine, run),
         "recommended": None if chosen is None else _as_json(chosen, run, links),
-        "durability": asdict(durability(dims, setup, storage=storage * 1e9)),
+        "durability": asdict(durability(dims, setup, storage=storage * 1e9, restart=restart)),
         "assumptions": [
             *assumed,
             *_assumptions(config, machine, given=network is not None, within=within),
-            *([] if within else _assumptions_of_many_nodes(links, storage)),
+            *([] if within else _assumptions_of_many_nodes(links, storage, restart)),
         ],
     }
 
@@ -183,6 +189,7 @@ def _as_json(option: Option, run: RunPlan, links: Links) -> dict[str, Any]:
         "bytes": {part: round(option.peak.terms[part]) for part in PARTS},
         "images_per_s": round(option.images_per_s, 1),
         "step_s": round(option.step_s, 4),
+        "offload_s": round(option.offload_s, 4),
         "hours": round(run.stop_step * option.step_s / 3600, 2),
         "communication": {
             "sent_bytes": round(sum(t.sent_bytes for t in option.transfers)),
@@ -205,6 +212,11 @@ def _assumptions(config: RunConfig, machine: Machine, *, given: bool, within: bo
     ]
     if config.model.drop_path_mode == "subset":
         sentences.append("branches that stochastic depth drops count as computed and kept")
+    if config.engine.offload_optimizer:
+        sentences.append(
+            f"with the optimizer in the machine's memory, {PCIE / 1e9:g} GB/s of a GPU to it and"
+            f" {HOST_MEMORY / 1e9:g} GB/s of it for the update of each GPU, which waits: judgement"
+        )
     links = machine.links
     if not given:
         speed, where = links.between, f"between machines of {links.node} GPUs"
@@ -214,7 +226,7 @@ def _assumptions(config: RunConfig, machine: Machine, *, given: bool, within: bo
     return sentences
 
 
-def _assumptions_of_many_nodes(links: Links, storage: float) -> list[str]:
+def _assumptions_of_many_nodes(links: Links, storage: float, restart: Restart) -> list[str]:
     return [
         f"collectives in rings: 1 of {links.node} bytes that a GPU sends leaves its machine, the"
         f" others go at {links.within / 1e9:g} GB/s; each collective's delay, which grows with the"
@@ -222,4 +234,7 @@ def _assumptions_of_many_nodes(links: Links, storage: float) -> list[str]:
         f"all ranks together write and read {storage:g} GB/s; --storage says otherwise",
         f"{FAILURES_PER_GPU_DAY * 1e3:.2f} failures in 1,000 days of a GPU, as in Llama 3's"
         " training (arXiv:2407.21783)",
+        f"after one, {restart.requeue_s:g} s until the machines are there again (--requeue),"
+        f" {restart.start_s:g} s until the ranks have met (--start), {restart.index_s:g} s to list"
+        f" the images (--index); at most {restart.hang_s:g} s until it is noticed (--hang)",
     ]

@@ -75,9 +75,14 @@ def _memory(option: dict[str, Any]) -> list[str]:
 
 
 def _communication(option: dict[str, Any]) -> list[str]:
-    sent = option["communication"]
+    sent, offload_s = option["communication"], option["offload_s"]
+    offloaded = (
+        [f"a step waits {offload_s:.3f} s for the optimizer in the machine's memory"]
+        if offload_s
+        else []
+    )
     if not sent["transfers"]:
-        return ["nothing is sent: there is one GPU"]
+        return ["nothing is sent: there is one GPU", *offloaded]
     lines = ["a GPU sends in a step:"]
     for transfer in sent["transfers"]:
         how = "beside compute" if transfer["beside_compute"] else "waited for"
@@ -87,14 +92,14 @@ def _communication(option: dict[str, Any]) -> list[str]:
             f"  {transfer['what']:<20}{transfer['collective']:<16}{transfer['times']:>3} x"
             f"{_gb(transfer['sent_bytes']):>8} GB in all, {how}"
         )
-    busy = option["step_s"] - sent["waited_s"]
+    busy = option["step_s"] - sent["waited_s"] - offload_s
     waits = sent["waited_s"] / option["step_s"]
     could = "could" if sent["seconds"] <= busy else "could not"
     lines.append(
         f"  {sent['seconds']:.3f} s beside {busy:.3f} s of compute, which {could} hide it all;"
         f" as the engine sends, a step waits {sent['waited_s']:.3f} s ({waits:.0%})"
     )
-    return lines
+    return lines + offloaded
 
 
 def _durability(found: dict[str, Any], option: dict[str, Any]) -> list[str]:
@@ -105,7 +110,9 @@ def _durability(found: dict[str, Any], option: dict[str, Any]) -> list[str]:
         f"checkpoints: {_gb(found['checkpoint_bytes'])} GB, {found['write_s']:.0f} s to write"
         f" beside training; {found['failures_per_day']:.2f} failures a day expected",
         f"  save every {found['interval_s'] / 60:.0f} minutes, checkpoint.every_steps={steps}:"
-        f" {found['lost_share']:.1%} of the work is lost at most",
+        f" {found['lost_share']:.1%} of the time goes into saving, failures and restarts of"
+        f" {found['restart_s'] / 60:.0f} minutes; with as many failures, at most"
+        f" {found['most_lost_share']:.1%}",
     ]
 
 

@@ -22,7 +22,7 @@ from dinoscale.config import (
 )
 from dinoscale.config.axes import KEYS_OF_AXES
 from dinoscale.config.backbones import VitSize
-from dinoscale.config.layers import require_own_sizes
+from dinoscale.config.layers import sizes_of_another
 from dinoscale.config.sweep import ONLINE, SweepConfig
 from dinoscale.data.mixture import source_sizes
 from dinoscale.dims import Dims, dims_of, flops_of
@@ -92,7 +92,6 @@ class Planner:
         if "warmup" in sweep.rules.given:
             settings["optim.warmup_epochs"] = 0  # the rule will say; the base's may be too long
         base = load_config(sweep.base).model_dump()
-        self._of_file, self._of_all = base["model"], settings
         self._base = parse_config(_with(base, settings), origin="settings of the sweep")
         self._base_sizes = self._sizes(self._base, dims_of_run(self._base))
 
@@ -190,9 +189,6 @@ class Planner:
         return max(1, round(value * sum(sizes)))
 
     def _with_base(self, settings: Mapping[str, object]) -> RunConfig:
-        given = {**self._of_all, **settings}
-        of_model = {key[6:]: given[key] for key in given if key.startswith("model.")}
-        require_own_sizes(self._of_file, of_model)
         return parse_config(_with(self._base.model_dump(), settings))
 
     def _sizes(self, config: RunConfig, dims: Dims) -> Sizes:
@@ -258,6 +254,10 @@ def _images_per_epoch(config: RunConfig, images: float) -> int:
 def _with(values: Mapping[str, object], settings: Mapping[str, object]) -> dict[str, object]:
     """Sections by key with settings by dotted key."""
     merged: dict[str, object] = copy.deepcopy(dict(values))
+    given = {key[6:]: settings[key] for key in settings if key.startswith("model.")}
+    model = merged["model"]
+    assert isinstance(model, dict)
+    model |= dict.fromkeys(sizes_of_another(model, given))
     for dotted, value in settings.items():
         section, _, name = dotted.partition(".")
         if name:

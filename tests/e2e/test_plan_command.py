@@ -94,8 +94,20 @@ def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
     mean_s = 86_400 / found["failures_per_day"]
     assert found["failures_per_day"] == pytest.approx(16 * 4.736e-4, rel=1e-3)
     assert found["interval_s"] ** 2 == pytest.approx(2 * found["write_s"] * mean_s)
+    slow = _plan(
+        capsys, *many, "--storage", "2", "--hang", "60", "--requeue", "7200", "--index", "600"
+    )["durability"]
+    restart_s = 7200 + 120 + 600 + found["write_s"]
+    assert slow["restart_s"] == pytest.approx(restart_s)
+    saving = found["write_s"] / found["interval_s"]
+    per_failure_s = (slow["lost_share"] - saving) * mean_s
+    assert per_failure_s == pytest.approx(found["interval_s"] / 2 + found["write_s"] + restart_s)
+    most_s = (slow["most_lost_share"] - saving) * mean_s
+    assert most_s == pytest.approx(found["interval_s"] + found["write_s"] + 60 + restart_s)
     cli.run(["plan", *many])
-    assert "failures a day expected" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "failures a day expected" in said
+    assert "(--requeue)" in said
 
 
 @pytest.mark.parametrize(
@@ -109,6 +121,7 @@ def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
         (["vit_s16", "--gpus", "8", "--utilization", "40"], "--utilization"),
         (["vit_s16", "--gpus", "8", "--network", "-1"], "--network"),
         (["vit_s16", "--gpus", "8", "--storage", "0"], "--storage: need GB/s above 0, got 0"),
+        (["vit_s16", "--gpus", "8", "--requeue", "-1"], "--requeue: need seconds, got -1"),
         (["vit_s16", "--gpus", "8", "--node-gpus", "0"], "--node-gpus: need at least 1, got 0"),
         (
             [*_IN_GROUPS_OF_4, "--gpus", "8", "--node-gpus", "2"],

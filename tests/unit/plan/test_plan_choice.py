@@ -80,6 +80,21 @@ def test_seconds_of_a_step_follow_from_its_flops() -> None:
     assert option.images_per_s == pytest.approx(0.5e12 / flops_of(DIMS).total)
 
 
+@pytest.mark.parametrize(("stage", "passes", "gradient"), [(1, 2, 2), (2, 2, 2 * 4), (3, 1, 4)])
+def test_an_offloaded_optimizer_costs_copies_and_an_update_on_the_cpu(
+    stage: int, passes: int, gradient: int
+) -> None:
+    here = replace(SETUP, zero_stage=stage, accumulation_steps=passes)
+    there = replace(here, offload_optimizer=True)
+    fast, slow = (option_of(DIMS, setup, MACHINE) for setup in (here, there))
+    own = WEIGHTS / 4
+    copied = own * (gradient + 2 + 2)  # gradients down, student and teacher up
+    of_sum = 2 if stage == 1 else 4
+    touched = own * (of_sum + 8 + 16 + 12 + 12)  # master, moments, average, two casts
+    assert slow.step_s - fast.step_s == pytest.approx(copied / 25e9 + touched / 20e9)
+    assert fast.offload_s == 0
+
+
 def test_recomputed_blocks_are_a_forward_more() -> None:
     flops = flops_of(DIMS)
     every = replace(SETUP, checkpoint_every=1)

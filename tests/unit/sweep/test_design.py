@@ -258,15 +258,6 @@ def test_a_set_that_is_not_here_is_noted(tmp_path: Path) -> None:
             ["model.backbone: plan knows ViTs only, not 'resnet50'"],
         ),
         (
-            "settings: {model.backbone: vit_base_patch16_224, model.patch_size: 4}\n"
-            "axes: {model.depth: [1], model.num_heads: [1]}",
-            [
-                "run depth1-num_heads1: model.backbone: 'vit_base_patch16_224' (text) would have"
-                " sizes that are set for another backbone: model.embed_dim=64; give those that it"
-                " shall have, or null for its own: model.embed_dim=null"
-            ],
-        ),
-        (
             "axes: {seed: [1]}\nrules: {warmup: {fraction: 0.01}}",
             [
                 "run s1: rules.warmup: a fraction of 0.01 is 0.25 of the run's 25 epochs, which"
@@ -291,6 +282,19 @@ def test_impossible_runs_are_named(tmp_path: Path, text: str, lines: list[str]) 
 def test_an_unknown_base_is_told(tmp_path: Path) -> None:
     (line,) = _lines(tmp_path, "axes: {seed: [1]}", head=HEAD.replace("quickstart", "quikstart"))
     assert line.startswith("quikstart: unknown preset, did you mean 'quickstart'?")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "settings: {model.backbone: vit_small_patch16_224}\naxes: {seed: [1]}",
+        "axes: {model.backbone: [vit_small_patch16_224]}",
+    ],
+)
+def test_another_backbone_has_its_own_sizes(tmp_path: Path, text: str) -> None:
+    (run,) = _runs(tmp_path, text)
+    assert run.config.model.embed_dim is None
+    assert run.parameters > 20e6
 
 
 def test_two_equal_runs_are_refused_by_name(tmp_path: Path) -> None:
