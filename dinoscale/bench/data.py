@@ -1,7 +1,8 @@
 """How fast this machine can feed a run, part by part, and what limits it.
 
 The parts are the run's own: its images, sizes, micro-batch and loader. Rates are images per
-second; those of what data workers do are of one core.
+second; those of what data workers do are of one core while all others do the same, for cores share
+caches, memory and clocks, and two logical ones are often one.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from dinoscale.bench.budget import say
+from dinoscale.bench.busy import busy
 from dinoscale.config import RunConfig, split_batch
 from dinoscale.cores import cores_at_hand
 from dinoscale.data.augment import MultiCrop
@@ -38,7 +40,7 @@ _HALF = 0.5
 
 @dataclass(frozen=True)
 class Rates:
-    """Images per second; None where there is nothing to do.
+    """Images per second, of one core while all are busy; None where there is nothing to do.
 
     Attributes:
         read_decode: one core reads files and decodes them in full.
@@ -83,11 +85,11 @@ def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) ->
     if device.type == "cpu":  # which takes a batch one image after the other
         size = min(size, _CPU_BATCH)
     say(
-        f"measuring batches of {size} images: about {_PARTS * seconds:.0f} s for the parts and"
-        f" {seconds:g} s for the loader, once its {config.data.num_workers} workers have"
-        f" {_AHEAD} batches each"
+        f"measuring batches of {size} images: about {_PARTS * seconds:.0f} s for the parts, those"
+        f" of data workers with all {cores} cores at hand busy, and {seconds:g} s for the loader,"
+        f" once its {config.data.num_workers} workers have {_AHEAD} batches each"
     )
-    rates = _measure(config, source, device, size=size, seconds=seconds)
+    rates = _measure(config, source, device, size=size, seconds=seconds, cores=cores)
     can_feed = rates.worker * cores
     result = {
         "device": str(device),
@@ -109,24 +111,38 @@ def _rounded(rate: float | None) -> float | None:
 
 
 def _measure(
-    config: RunConfig, source: Source, device: torch.device, *, size: int, seconds: float
+    config: RunConfig,
+    source: Source,
+    device: torch.device,
+    *,
+    size: int,
+    seconds: float,
+    cores: int,
 ) -> Rates:
     multi_crop = multi_crop_of(config)
     order = _order(source, seed=config.seed)
     some = _decoded(source, order, count=size)
-    batches = _batches(config, source, multi_crop, size=size, num_workers=0, pin=False)
+
+    def as_worker(seed: int) -> Iterator[Batch]:
+        again = config.model_copy(update={"seed": seed})
+        return _batches(again, source, multi_crop, size=size, num_workers=0, pin=False)
+
+    batches = as_worker(config.seed)
     batch = next(batches)
-    parts: dict[str, Callable[[], object]] = {
+    of_workers: dict[str, Callable[[], object]] = {
         "read_decode": lambda: _decoded(source, order, count=size),
         "crops": lambda: _cut(multi_crop, some),
         "worker": lambda: next(batches),
     }
+    with busy(as_worker, others=cores - 1), _threads(1):  # a worker has one thread
+        spent = _in_turn(of_workers, seconds=seconds)
+    of_device: dict[str, Callable[[], object]] = {}
     if device.type == "cuda":
         pinned = batch.pin_memory()
-        parts["transfer"] = lambda: _sent(pinned, device)
+        of_device["transfer"] = lambda: _sent(pinned, device)
         batch = _sent(pinned, device)
-    parts["device"] = lambda: _finish(batch, config, device)
-    spent = _in_turn(parts, seconds=seconds)
+    of_device["device"] = lambda: _finish(batch, config, device)
+    spent |= _in_turn(of_device, seconds=seconds)
     for name, time_s in spent.items():
         say(f"{name}: {size / time_s:.4g} images/s")
     loader = _loader_rate(config, source, multi_crop, device, size=size, seconds=seconds)
@@ -211,25 +227,23 @@ def _finish(batch: Batch, config: RunConfig, device: torch.device) -> None:
 
 
 def _in_turn(parts: Mapping[str, Callable[[], object]], *, seconds: float) -> dict[str, float]:
-    """Median seconds of each part; all run in turn, so that other programs weigh on all alike."""
+    """Median seconds of each part; they run in turn, so that other programs weigh on all alike."""
     for work in parts.values():
         work()  # buffers, lazy imports
     spent: dict[str, list[float]] = {name: [] for name in parts}
     end = time.perf_counter() + seconds * len(parts)
-    while time.perf_counter() < end or not spent["device"]:
+    while time.perf_counter() < end or not all(spent.values()):
         for name, work in parts.items():
-            # A worker has one thread, the training process all of its own.
-            with _threads(None if name == "device" else 1):
-                begin = time.perf_counter()
-                work()
-                spent[name].append(max(time.perf_counter() - begin, 1e-9))
+            begin = time.perf_counter()
+            work()
+            spent[name].append(max(time.perf_counter() - begin, 1e-9))
     return {name: statistics.median(times) for name, times in spent.items()}
 
 
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def _threads(number: int) -> Iterator[None]:
     own = torch.get_num_threads()
-    torch.set_num_threads(number or own)
+    torch.set_num_threads(number)
     yield
     torch.set_num_threads(own)
 

@@ -1,11 +1,15 @@
 """`bench data` measures every part of a run's input and names the one that limits."""
 
 import json
+import multiprocessing
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dinoscale import cli
+from dinoscale.bench.busy import busy
 from dinoscale.bench.data import Rates, bench_data, in_words, limit
 from dinoscale.config import load_config
 from dinoscale.cores import parse_quota
@@ -66,6 +70,34 @@ def _said(rates: Rates, *, num_workers: int) -> str:
         "workers_for_one_gpu": 20,
     }
     return in_words(rates, facts)
+
+
+def test_other_cores_are_busy_while_one_is_measured(tmp_path: Path) -> None:
+    def work(seed: int) -> Iterator[None]:
+        while True:
+            (tmp_path / str(seed)).open("a").write(".")
+            yield
+
+    with busy(work, others=3):
+        assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3"}  # all have begun
+        sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+        deadline = time.monotonic() + 60
+        while min(path.stat().st_size for path in tmp_path.iterdir()) <= max(sizes):
+            assert time.monotonic() < deadline
+    assert multiprocessing.active_children() == []
+
+
+def test_rates_of_workers_are_those_of_busy_cores(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("quickstart", [_SET, "data.num_workers=0"])
+    rates = []
+    for cores in (1, 16):  # more than there are: each gets a share of one
+        monkeypatch.setattr("dinoscale.bench.data.cores_at_hand", lambda cores=cores: cores)
+        result = bench_data(config, gpu_images_per_s=1.0, seconds=0.3)
+        rates.append(result["images_per_s"]["worker"])
+    assert "with all 16 cores at hand busy" in capsys.readouterr().err
+    assert rates[1] < 0.8 * rates[0]
 
 
 def test_words_name_the_remedy() -> None:
