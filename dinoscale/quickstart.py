@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dinoscale.config import RunConfig, load_config
+from dinoscale.config import RunConfig, load_config, text_override
 from dinoscale.convert.conversion import convert
 from dinoscale.convert.run import card_of
 from dinoscale.convert.weights_file import save_backbone
@@ -42,7 +42,7 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
         RunFailedError: the training ended with an error.
     """
     precision = fastest_precision()
-    overrides = [f"run_dir={run_dir}", f"engine.precision={precision}"]
+    overrides = [text_override("run_dir", str(run_dir)), f"engine.precision={precision}"]
     config = load_config(PRESET, overrides)
     begin = time.monotonic()
     _pretrain(overrides)

@@ -17,6 +17,10 @@ set -euo pipefail
 job=${SLURM_JOB_ID:-0}
 NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}}
 PER_NODE=${PER_NODE:-gpu}
+if [[ $NODES != 1 && -z ${MASTER_ADDR:-${SLURM_LAUNCH_NODE_IPADDR:-}} ]]; then
+  printf 'torchrun.sh: NODES=%s needs MASTER_ADDR, the first node as the others see it\n' "$NODES" >&2
+  exit 2
+fi
 MASTER_ADDR=${MASTER_ADDR:-${SLURM_LAUNCH_NODE_IPADDR:-127.0.0.1}}
 MASTER_PORT=${MASTER_PORT:-$((job ? 20000 + job % 20000 : 29500))}
 NODE_RANK=${NODE_RANK-${SLURM_NODEID:-}}

@@ -142,7 +142,9 @@ def _launch(options: argparse.Namespace) -> None:
         more = f"; {len(problems) - 1} more above" if len(problems) > 1 else ""
         raise LaunchError(f"nothing was started. {problems[0].name}: {problems[0].text}{more}")
     print(line, file=sys.stderr, flush=True)
-    os.execvp(way.command[0], way.command)
+    # A job of Slurm inherits PATH, and takes its `python` from there: this one, which was checked.
+    paths = [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]
+    os.execvpe(way.command[0], way.command, {**os.environ, "PATH": os.pathsep.join(paths)})
 
 
 def _words(flag: str, text: str) -> list[str]:

@@ -122,7 +122,8 @@ def _add_data_views(commands: SubCommands) -> None:
         help="how many images per second this machine can feed, and what limits it",
         description="Measure each part of the input with the images, sizes and micro-batch of a"
         " run: reading and decoding and crops of one core, while all others do the same; transfer,"
-        " what the training device does; then the real loader. Sentences go to stderr, one JSON object to stdout.",
+        " what the training device does; then the real loader. Sentences go to stderr, one JSON"
+        " object to stdout.",
     )
     add_config(data)
     data.add_argument(

@@ -7,6 +7,7 @@ from dinoscale.config.load import (
     list_presets,
     load_config,
     parse_config,
+    text_override,
 )
 from dinoscale.config.resolve import (
     BatchSplit,
@@ -64,6 +65,7 @@ __all__ = [
     "require_groups_within_nodes",
     "resolve",
     "split_batch",
+    "text_override",
     "with_micro_batch",
     "without_auto",
 ]

@@ -226,6 +226,12 @@ def _parse_override(override: str) -> dict[str, object]:
     return value
 
 
+def text_override(key: str, text: str) -> str:
+    """The override that gives a setting this text, whatever it looks like: 2026, a #1, 'quoted'."""
+    quoted = text.replace("'", "''")
+    return f"{key}='{quoted}'" if _QUOTED.fullmatch(text) else f"{key}={text}"
+
+
 def _is_typed(names: Sequence[str], text: str) -> bool:
     """Whether a value is a text as typed, whatever it looks like: 2026, 1e5, true, a #1.
 

@@ -26,6 +26,7 @@ if [ "$1" = --test-only ]; then
   exit ${REFUSES:-0}
 fi
 printf "%s\\n" "$@" > "$LOG"
+command -v python > "$LOG.python"
 exit 7
 """
 _PROGRAMS = {"ssh": _SSH, "sbatch": _SBATCH, "pdsh": "#!/bin/sh\n"}
@@ -82,12 +83,16 @@ def test_host_that_does_not_answer_stops_the_launch(folder: Path) -> None:
 
 def test_line_is_run_with_its_words_and_its_exit_code(folder: Path) -> None:
     settings = ["run_dir=runs/a b", "data.train=/x/{0..9}.tar"]
-    done = _launch(folder, "--slurm", "--nodes", "2", *settings, SAYS="Job 1 to start at noon")
+    path = f"{folder}{os.pathsep}{os.defpath}"  # the environment is not activated
+    says = "Job 1 to start at noon"
+    done = _launch(folder, "--slurm", "--nodes", "2", *settings, SAYS=says, PATH=path)
     assert done.returncode == 7  # of our sbatch
     script = str(ROOT / "launchers" / "slurm.sbatch")
     assert (folder / "log").read_text().splitlines() == [
         *("--nodes", "2", script, "quickstart", *settings)
     ]
+    taken = (folder / "log.python").read_text().strip()  # by the job, from PATH
+    assert taken == str(Path(sys.executable).parent / "python")
     assert "Job 1 to start at noon; the nodes are not known yet" in done.stderr
     assert f"sbatch --nodes 2 {script} quickstart 'run_dir=runs/a b'" in done.stderr
 

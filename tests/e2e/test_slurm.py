@@ -17,7 +17,7 @@ printf '%s\\n' "$@" > "$LOGS/srun"
 env > "$LOGS/environment"
 end() { until [[ -e $LOGS/may_end ]]; do sleep 0.02; done; exit "$1"; }
 trap 'trap "" USR1; echo USR1 >> "$LOGS/signals"; end 75' USR1
-trap 'echo TERM >> "$LOGS/signals"; end 143' TERM
+trap 'trap "" TERM; echo TERM >> "$LOGS/signals"; end "${ON_TERM:-143}"' TERM
 touch "$LOGS/started"
 [[ $SRUN_DOES == wait ]] || exit "$SRUN_DOES"
 while :; do sleep 0.02; done
@@ -94,6 +94,20 @@ def test_saved_run_goes_back_to_the_queue(logs: Path) -> None:
     assert "job 4711 is in the queue again" in stderr
 
 
+@pytest.mark.parametrize(
+    ("state", "calls"),
+    [("RUNNING", ["requeue 4711"]), ("COMPLETING", []), ("CANCELLED", [])],
+)
+def test_job_that_was_cancelled_is_not_requeued(logs: Path, state: str, calls: list[str]) -> None:
+    squeue = logs.parent / "bin" / "squeue"
+    squeue.write_text(f"#!/usr/bin/env bash\necho {state}\n")
+    squeue.chmod(0o755)
+    code, stderr = _run(logs, "c.yaml", SRUN_DOES="75")
+    assert _calls(logs, "scontrol") == calls
+    assert code == (0 if calls else 75)
+    assert calls or f"was cancelled ({state}) and is not requeued" in stderr
+
+
 @pytest.mark.parametrize("code", [0, 1, 2, 74, 76, 130, 137, 255])
 def test_other_exit_codes_are_passed_on(logs: Path, code: int) -> None:
     found, stderr = _run(logs, "c.yaml", SRUN_DOES=str(code))
@@ -119,19 +133,26 @@ def test_missing_srun_is_a_failure(logs: Path) -> None:
     programs = logs.parent / "bin"
     (programs / "srun").unlink()
     (programs / "bash").symlink_to(str(shutil.which("bash")))
-    code, _ = _run(logs, "c.yaml", SRUN_DOES="0", PATH=str(programs))  # without that of the system
+    code, said = _run(
+        logs, "c.yaml", SRUN_DOES="0", PATH=str(programs)
+    )  # without that of the system
     assert code == 127
+    assert "no python in PATH; activate" in said
     assert not _calls(logs, "scontrol")
 
 
 @pytest.mark.parametrize(
     ("number", "name", "code", "calls"),
-    [(signal.SIGUSR1, "USR1", 0, ["requeue 4711"]), (signal.SIGTERM, "TERM", 143, [])],
+    [
+        (signal.SIGUSR1, "USR1", 0, ["requeue 4711"]),
+        (signal.SIGTERM, "TERM", 143, []),
+        (signal.SIGTERM, "TERM", 75, []),  # of scancel: saved, and not to be started again
+    ],
 )
 def test_signal_to_the_shell_reaches_srun_and_is_waited_for(
     logs: Path, number: signal.Signals, name: str, code: int, calls: list[str]
 ) -> None:
-    process = _start(logs, "c.yaml", SRUN_DOES="wait")
+    process = _start(logs, "c.yaml", SRUN_DOES="wait", ON_TERM=str(code))
     try:
         _wait_for(logs / "started")
         process.send_signal(number)

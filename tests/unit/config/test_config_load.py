@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoscale.config import RunConfig, dump_config, list_presets, load_config, parse_config
+from dinoscale.config import (
+    RunConfig,
+    dump_config,
+    list_presets,
+    load_config,
+    parse_config,
+    text_override,
+)
 from dinoscale.config.yaml_text import read_yaml, write_yaml
 from dinoscale.errors import ConfigError
 
@@ -288,6 +295,11 @@ def test_override_is_read_as_yaml(empty: str, override: str, get, value: object)
     got = get(load_config(empty, ["train.stop_after_steps=9", override]))
     assert got == value
     assert type(got) is type(value)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "'a #1'", '"a"', "'it''s'"])
+def test_an_override_made_of_a_path_is_that_path(text: str) -> None:
+    assert load_config("quickstart", [text_override("run_dir", text)]).run_dir == text
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,16 @@ def test_torchrun_script_meets_on_all_nodes(
     assert called == ["torchrun", *words.split(), "-m", "dinoscale", "train"]
 
 
+@pytest.mark.parametrize("variables", [{"NODES": "2"}, {"NODES": "1:2", "NODE_RANK": "0"}])
+def test_torchrun_script_needs_an_address_for_several_nodes(
+    programs: Path, variables: dict[str, str]
+) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        _run(programs, "torchrun.sh", **variables)
+    assert caught.value.returncode == 2
+    assert "needs MASTER_ADDR" in caught.value.stderr
+
+
 @pytest.mark.parametrize(
     ("soft", "hard", "asked"),
     [
