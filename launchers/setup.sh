@@ -5,7 +5,8 @@
 #
 # VENV_DIR: argument, else the variable VENV_DIR, else .venv; relative to the checkout root.
 # PYTHON: the interpreter to make it with, 3.10 to 3.13; default python3.
-# Does nothing when all is installed; starts over when an earlier call did not finish.
+# Does nothing when all is installed. What is new is built beside, in VENV_DIR.setup-new, and takes
+# its place when it is complete: if that fails, without a network for instance, all is as it was.
 set -euo pipefail
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -19,14 +20,15 @@ root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${1:-${VENV_DIR:-.venv}}
 [[ $venv == /* ]] || venv=$root/$venv
 venv=$(realpath -m -- "$venv")
-# One line, "ORIGIN STAMP VENV": ORIGIN is `created` (ours to delete) or `adopted` (was there
-# before); STAMP is `unfinished` while an install runs, then the hash of what was installed.
+# One line, "ORIGIN STAMP VENV": ORIGIN is `created` (ours to replace) or `adopted` (was there
+# before, and is added to in place); STAMP is the hash of what was installed, or `unfinished`.
 state=$venv/.dinoscale-setup
+new=$venv.setup-new old=$venv.setup-old
 
-stamp() { # of what the install depends on; the editable install points at the checkout
+stamp() { # DIR: of what the install depends on; the editable install points at the checkout
   {
     cat -- "$root/pyproject.toml" "$root/launchers/constraints.txt"
-    "$venv/bin/python" -V
+    "$1/bin/python" -V
     printf '%s\n' "$root"
   } 2>/dev/null | sha256sum | cut -c 1-64
 }
@@ -38,7 +40,7 @@ read_state() {
 
 is_done() {
   read_state
-  [[ -x $venv/bin/python && $where == "$venv" ]] && [[ $installed == "$(stamp)" ]]
+  [[ -x $venv/bin/python && $where == "$venv" ]] && [[ $installed == "$(stamp "$venv")" ]]
 }
 
 say_done() { say "up to date: $venv"; }
@@ -55,31 +57,61 @@ find_python() { # sets `python` to the interpreter itself: python3 may be one of
   python=$("$name" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))')
 }
 
-create() {
-  find_python
-  [[ $installed != unfinished ]] || say "an earlier install did not finish; starting over"
-  say "creating $venv with $("$python" -V)"
-  printf 'created unfinished %s\n' "$venv" >"$state" # first, so that a broken venv is recognised
-  find "$venv" -mindepth 1 -maxdepth 1 ! -name "${state##*/}" -exec rm -rf -- {} +
-  "$python" -m venv "$venv" || die "$python -m venv failed; see above"
+has_pip() { "$1/bin/python" -c 'import pip' &>/dev/null; }
+
+build() { # in $new: a copy of what works, brought up to date, or a new environment
+  rm -rf -- "$new"
+  if [[ $origin == created && $installed != unfinished && $where == "$venv" ]] && has_pip "$venv"; then
+    say "bringing a copy of $venv up to date"
+    cp -a -- "$venv" "$new" || die "$new cannot be written; see above"
+  else
+    find_python
+    say "creating $venv with $("$python" -V)"
+    "$python" -m venv "$new" || die "$python -m venv failed; see above"
+  fi
+  install "$new"
 }
 
-mend_scripts() { # pip names python in the first line of `deepspeed`; a space there breaks the line
+install() { # into the environment DIR
+  local quiet=(--quiet)
+  [[ ! -t 1 ]] || quiet=()
+  has_pip "$1" || "$1/bin/python" -m ensurepip >/dev/null ||
+    die "$1 has no pip and its Python cannot make one; install pip into it, or choose another VENV_DIR"
+  say "installing dinoscale with its requirements; the first time takes minutes, torch is large"
+  cd -- "$root"
+  "$1/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check \
+    --constraint launchers/constraints.txt --editable '.[test]' || die "pip failed; see above"
+}
+
+settle() { # scripts in $new name it where $venv will be
+  local script from to
+  from=$(printf '%s' "$new" | sed 's/[][\.*^$|]/\\&/g')
+  to=$(printf '%s' "$venv" | sed 's/[\&|]/\\&/g')
+  for script in "$new"/bin/*; do
+    if [[ -f $script && ! -L $script ]] && grep -qIF -- "$new" "$script"; then
+      sed -i "s|$from|$to|g" -- "$script"
+    fi
+  done
+}
+
+mend_scripts() { # of DIR: pip names python in the first line; a space there breaks the line
   local script first
   [[ $venv == *[[:space:]]* ]] || return 0
-  for script in "$venv"/bin/*; do
+  for script in "$1"/bin/*; do
     [[ -f $script ]] || continue
     IFS= read -r first <"$script" || continue
     [[ $first == "#!$venv/bin/python"* ]] || continue
     { # the shell runs line 2; to Python, lines 2 and 3 are a string
       printf '%s\n' '#!/bin/sh' "'''exec' \"$venv/bin/python\" \"\$0\" \"\$@\"" "' '''"
       tail -n +2 -- "$script"
-    } >"$state.script"
-    cat -- "$state.script" >"$script" # keeps the mode
-    rm -- "$state.script"
+    } >"$1/.script"
+    cat -- "$1/.script" >"$script" # keeps the mode
+    rm -- "$1/.script"
   done
 }
 
+# An earlier call was killed between the two moves at the end.
+[[ -e $venv || ! -e $old ]] || mv -T -- "$old" "$venv"
 if is_done; then
   say_done
   exit
@@ -100,23 +132,23 @@ if command -v flock >/dev/null && ! flock --nonblock 9; then
 fi
 
 read_state
-if [[ -z $origin && -e $venv/pyvenv.cfg ]]; then
-  origin=adopted
-  say "using the virtual environment that is already at $venv"
-elif [[ $origin != adopted ]] && {
-  [[ $installed == unfinished || $where != "$venv" ]] || ! "$venv/bin/python" -c 'import pip' &>/dev/null
-}; then
-  origin=created
-  create
+if [[ $origin == adopted || (-z $origin && -e $venv/pyvenv.cfg) ]]; then
+  [[ -n $origin ]] || say "using the virtual environment that is already at $venv"
+  printf 'adopted unfinished %s\n' "$venv" >"$state"
+  install "$venv"
+  mend_scripts "$venv"
+  printf 'adopted %s %s\n' "$(stamp "$venv")" "$venv" >"$state"
+else
+  (build) || {
+    rm -rf -- "$new"
+    die "nothing was installed; $venv is as it was"
+  }
+  settle
+  mend_scripts "$new"
+  printf 'created %s %s\n' "$(stamp "$new")" "$venv" >"$new/${state##*/}"
+  rm -rf -- "$old"
+  mv -T -- "$venv" "$old"
+  mv -T -- "$new" "$venv"
+  rm -rf -- "$old"
 fi
-printf '%s unfinished %s\n' "$origin" "$venv" >"$state"
-
-quiet=(--quiet)
-[[ ! -t 1 ]] || quiet=()
-say "installing dinoscale with its requirements; the first time takes minutes, torch is large"
-cd -- "$root"
-"$venv/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check \
-  --constraint launchers/constraints.txt --editable '.[test]' || die "pip failed; see above"
-mend_scripts
-printf '%s %s %s\n' "$origin" "$(stamp)" "$venv" >"$state"
 say "done: $venv"

@@ -151,6 +151,22 @@ def test_an_empty_argument_is_not_one_left_out(
     cli.run(["launch", "vit_s16", "--slurm", "--dry-run", "--options", ""])
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "https://me:0123abcd@host/{a.tar",
+        "https://me:0123abcd@host/a.tar",
+        "ftp://me:0123abcd@host/a.tar",
+        "pipe:curl -u me:0123abcd https://host/a.tar",
+        "s3://bucket/a.tar?X-Amz-Signature=0123abcd",
+    ],
+)
+def test_a_password_in_a_source_is_in_no_error(spec: str) -> None:
+    done = run_module("dinoscale", "data", "index", spec)
+    _refused(done, "error: ")
+    assert "0123abcd" not in done.stderr
+
+
 def test_a_tilde_after_an_option_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setenv("HOME", "/home/me")

@@ -190,3 +190,92 @@ def test_readme_tells_of_every_file() -> None:
     text = (LAUNCHERS / "README.md").read_text()
     untold = [path.name for path in LAUNCHERS.iterdir() if path.name not in text]
     assert set(untold) <= {"README.md"}
+
+
+# Python as far as setup.sh needs it; without a network where OFFLINE is set.
+_PYTHON = """#!/usr/bin/env bash
+here=$(cd "$(dirname "$0")" && pwd)
+case "$*" in
+-V) echo Python 3.11.1 ;;
+*version_info*) echo 3.11 ;;
+*_base_executable*) echo "$PYTHON" ;;
+'-c import pip') [[ -e $here/pip ]] ;;
+'-m ensurepip') touch "$here/pip" ;;
+'-m venv '*)
+  mkdir -p "$3/bin"
+  cp "$0" "$3/bin/python"
+  touch "$3/pyvenv.cfg" "$3/bin/pip"
+  ;;
+'-m pip install '*)
+  [[ -z ${OFFLINE:-} ]] || exit 1
+  printf '#!%s/python\\n%s\\n' "$here" "$VERSION" >"$here/tool"
+  ;;
+*) exit 99 ;;
+esac
+"""
+
+
+class Setup:
+    """A copy of the script in a checkout of its own, and what it makes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.venv = folder, folder / "my venv"
+        (folder / "launchers").mkdir()
+        shutil.copy(LAUNCHERS / "setup.sh", folder / "launchers")
+        (folder / "launchers" / "constraints.txt").write_text("")
+        self.python = folder / "python"
+        self.python.write_text(_PYTHON)
+        self.python.chmod(0o755)
+
+    def run(self, version: str, **variables: str) -> int:
+        (self.folder / "pyproject.toml").write_text(version)
+        command = [str(self.folder / "launchers" / "setup.sh"), str(self.venv)]
+        ours = {"PYTHON": str(self.python), "VERSION": version, **variables}
+        environment = {**os.environ, **ours}
+        return subprocess.run(command, env=environment, capture_output=True).returncode
+
+    def installed(self) -> str:
+        lines = (self.venv / "bin" / "tool").read_text().splitlines()
+        assert str(self.venv / "bin" / "python") in "".join(lines)  # it can be started
+        return lines[-1]
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(tmp_path)
+
+
+def test_setup_that_fails_leaves_what_works(setup: Setup) -> None:
+    assert setup.run("1") == 0
+    assert setup.installed() == "1"
+    for _ in range(2):  # as on the next start of test or quickstart
+        assert setup.run("2", OFFLINE="yes") == 2
+        assert setup.installed() == "1"
+    assert setup.run("1", OFFLINE="yes") == 0  # nothing to do
+    assert setup.run("2") == 0
+    assert setup.installed() == "2"
+    assert [path.name for path in setup.folder.glob("my venv*")] == ["my venv"]
+
+
+def test_setup_that_fails_at_first_starts_over(setup: Setup) -> None:
+    assert setup.run("1", OFFLINE="yes") == 2
+    assert setup.run("1") == 0
+    assert setup.installed() == "1"
+
+
+def test_setup_killed_between_its_moves_is_put_right(setup: Setup) -> None:
+    assert setup.run("1") == 0
+    setup.venv.rename(setup.folder / "my venv.setup-old")
+    assert setup.run("1", OFFLINE="yes") == 0
+    assert setup.installed() == "1"
+
+
+def test_environment_without_pip_gets_one_and_is_never_wiped(setup: Setup) -> None:
+    (setup.venv / "bin").mkdir(parents=True)
+    shutil.copy(setup.python, setup.venv / "bin" / "python")
+    for file in ("pyvenv.cfg", "mine"):
+        (setup.venv / file).touch()
+    assert setup.run("1", OFFLINE="yes") == 2
+    assert setup.run("1") == 0
+    assert setup.installed() == "1"
+    assert (setup.venv / "mine").exists()
