@@ -183,7 +183,8 @@ def expand_braces(spec: str) -> list[str]:
             raise ValueError(f"it names more than {_MAX_NAMES} files")
         return list(braceexpand(spec, escape=False))
     except ValueError as error:
-        raise DataError(f"{shown(spec)}: not a brace pattern ({error}).") from None
+        why = str(error).replace(spec, shown(spec))
+        raise DataError(f"{shown(spec)}: not a brace pattern ({why}).") from None
 
 
 def _num_names(spec: str) -> int:

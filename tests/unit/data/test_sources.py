@@ -1,11 +1,13 @@
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dinoscale.data.folder import FolderSource, ListSource
+from dinoscale.data.remote import require_allowed
 from dinoscale.data.shards import TarSource
-from dinoscale.data.sources import open_source
+from dinoscale.data.sources import expand_braces, open_source
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import jpeg, write_tar
 
@@ -26,6 +28,22 @@ def test_list_of_images(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     (tmp_path / "list.TXT").write_text("a.jpg\n")
     assert isinstance(open_source(str(tmp_path / "list.TXT")), ListSource)
+
+
+@pytest.mark.parametrize(
+    ("opened", "spec"),
+    [
+        (open_source, "https://me:0123abcd@host/a.tar"),
+        (open_source, "https://me:0123abcd@[host/a.tar"),
+        (open_source, "ftp://me:0123abcd@host/a.tar?sig=0123abcd"),
+        (expand_braces, "https://me:0123abcd@host/{a.tar"),
+        (require_allowed, "https://me:0123abcd@ho\u2100st/a.tar"),  # reads a/c: no name of a host
+    ],
+)
+def test_a_password_in_a_url_is_in_no_error(opened: Callable[[str], object], spec: str) -> None:
+    with pytest.raises(DataError) as caught:
+        opened(spec)
+    assert "0123abcd" not in str(caught.value)
 
 
 def test_generated_images() -> None:
