@@ -207,7 +207,7 @@ case "$*" in
   touch "$3/pyvenv.cfg" "$3/bin/pip"
   ;;
 '-m pip install '*)
-  [[ -z ${OFFLINE:-} ]] || exit 1
+  [[ -e $here/pip && -z ${OFFLINE:-} ]] || exit 1
   printf '#!%s/python\\n%s\\n' "$here" "$VERSION" >"$here/tool"
   ;;
 *) exit 99 ;;
