@@ -21,6 +21,7 @@ from dinoscale.opening import open_once_a_node
 
 _SAMPLES = 8  # images that each rank decodes of each set
 _STRAGGLES = 5.0  # times slower than most; what lies in a cache already is a few times faster
+_SHORT_S = 0.5  # of decoding, in which a busy machine says little
 _DECODE_S = 20.0  # a slow disk may end it earlier
 
 
@@ -203,7 +204,11 @@ def _judge_set(key: str, of_ranks: Sequence[Looked | None], hosts: list[str]) ->
         )
     rates = [found.num_decoded / max(found.seconds, 1e-9) for found in known]
     slowest, usual = min(rates), statistics.median_high(rates)
-    slow = [rank for rank, rate in enumerate(rates) if rate * _STRAGGLES < usual]
+    slow = [
+        rank
+        for rank, found in enumerate(known)
+        if rates[rank] * _STRAGGLES < usual and found.seconds > _SHORT_S
+    ]
     if slow:
         return warning(
             key,
