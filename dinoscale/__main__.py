@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from dinoscale import cli, logs
-from dinoscale.config.secret_text import hide_secrets
 from dinoscale.errors import DinoscaleError, LaunchError, PreemptedError
 from dinoscale.launcher import read_process
 
@@ -75,6 +74,8 @@ def _rank() -> int:
 
 def _end(text: str, code: int) -> NoReturn:
     """Say why, without the passwords of URLs and commands that were typed, and leave."""
+    from dinoscale.config.secret_text import hide_secrets  # brings libraries, see _look_here_last
+
     logs.last_words(str(hide_secrets(text)))
     sys.stdout.flush()
     leave(code)
