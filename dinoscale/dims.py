@@ -21,6 +21,7 @@ class Dims:
         groups: scalars and tensors of each optimizer group.
         backbone: scalars of the backbone.
         head: scalars of the head, prototypes included.
+        largest: scalars of the largest tensor.
         block: scalars of one transformer block.
         block_matrices: those of them that are in matrices.
         depth: blocks.
@@ -44,6 +45,7 @@ class Dims:
     groups: tuple[tuple[int, int], ...]
     backbone: int
     head: int
+    largest: int
     block: int
     block_matrices: int
     depth: int
@@ -127,6 +129,7 @@ def dims_of(config: RunConfig) -> Dims:
         ),
         backbone=_scalars(backbone),
         head=_scalars(network.head),
+        largest=max(parameter.numel() for parameter in network.parameters()),
         block=_scalars(block),
         block_matrices=_scalars(block, matrices_only=True),
         depth=backbone.depth,

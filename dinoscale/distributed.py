@@ -267,6 +267,14 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast(tensor: Tensor) -> None:
+    """Give every rank's `tensor`, on any device, the values of rank 0's, in place."""
+    if world_size() > 1:
+        there = tensor.to(_backend_device(tensor))
+        guarded(lambda: dist.broadcast(there, src=0))
+        _bring_back(there, tensor)
+
+
 def all_gather_flat(whole: Tensor, part: Tensor) -> None:
     """Fill `whole`, (W * n,), with every rank's `part`, (n,), which may be a slice of it."""
     begin_all_gather_flat(whole, part)()

@@ -101,8 +101,13 @@ def build(weights: Weights) -> tuple[VisionTransformer | ResNet50, Coverage]:
     coverage = coverage_of(weights.backbone, expected_tensors(weights))
     if not coverage.complete:
         raise CheckpointError(str(coverage))
-    backbone = build_backbone(**asdict(weights.card.backbone))
-    backbone.load_state_dict(weights.backbone)
+    with torch.device("meta"):  # draws nothing
+        backbone = build_backbone(**asdict(weights.card.backbone))
+    tensors = {
+        name: weights.backbone[name].to(value.dtype).contiguous()
+        for name, value in backbone.state_dict().items()
+    }
+    backbone.load_state_dict(tensors, assign=True)
     return backbone.eval().requires_grad_(False), coverage
 
 

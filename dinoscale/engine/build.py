@@ -1,6 +1,6 @@
 """From configuration and plan to student, teacher and schedules."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from dinoscale import distributed
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
+from dinoscale.engine.draws import Write, build_without_memory
 from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
 from dinoscale.models.heads import DinoHead
@@ -17,8 +18,6 @@ from dinoscale.models.sync_bn import convert_sync_batch_norm
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
 from dinoscale.schedules import Schedules
-
-_NOTHING = torch.empty(0)  # in place of what rank 0 has
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +32,11 @@ class Start:
     backbone: Mapping[str, Tensor]
     head: Mapping[str, Tensor] | None = None
 
+    def named(self) -> dict[str, Tensor]:
+        """All of them by their names in the network."""
+        parts = {"backbone": self.backbone, "head": self.head or {}}
+        return {f"{part}.{k}": value for part, of in parts.items() for k, value in of.items()}
+
 
 def build_networks(
     config: RunConfig, start: Start | None = None
@@ -41,29 +45,13 @@ def build_networks(
 
     A run begins with the student's values alone (`build_pair`).
     """
-    student, teacher = drawn_network(config, start), _build_network(config)
-    if start is not None:
-        _load(teacher, start)
-    _set_up(student, config)
-    return student, teacher
-
-
-def drawn_network(config: RunConfig, start: Start | None = None) -> DinoNetwork:
-    """The network that a run begins with, float32 on the CPU: 4 bytes a weight.
-
-    The seed is set here and only here: everything random later is a function of (seed, step).
-    """
     torch.manual_seed(config.seed)
-    network = _build_network(config)
+    networks = _build_network(config), _build_network(config)
     if start is not None:
-        _load(network, start)
-    return network
-
-
-def _load(network: DinoNetwork, start: Start) -> None:
-    network.backbone.load_state_dict(start.backbone)
-    if start.head is not None:
-        network.head.load_state_dict(start.head)
+        for network in networks:
+            network.load_state_dict(network.state_dict() | start.named())
+    _set_up(networks[0], config)
+    return networks
 
 
 def _set_up(student: DinoNetwork, config: RunConfig) -> None:
@@ -119,8 +107,9 @@ def build_pair(
 ) -> tuple[Student, Teacher]:
     """The sharded student and its teacher, both with the same weights: of `start`, or random.
 
-    Rank 0 alone draws or has them, 4 bytes a weight, and hands them out tensor by tensor, of which
-    a rank keeps its fragments. Collective.
+    A rank keeps its fragments of the float32 values, and never has more of the others than one
+    tensor. At stages 0-2 the weights of both forwards are whole on every rank, as the run needs
+    them, and lie where it computes. Collective.
 
     Args:
         config: of the run.
@@ -128,29 +117,50 @@ def build_pair(
         start: on rank 0; what other ranks give does not matter.
         values: whether the values matter; zeros if not.
     """
+    student_network, writes = build_without_memory(lambda: _build_network(config))
     with torch.device("meta"):
-        student_network, teacher_network = _build_network(config), _build_network(config)
+        teacher_network = _build_network(config)
     _set_up(student_network, config)
     _compile_blocks(student_network, teacher_network, config, plan)
     if config.engine.zero_stage == 3:
         gather_whole_blocks(student_network, teacher_network)
-    skeleton = student_network.state_dict()  # on the meta device
-    initial = _handed_out(config, start, skeleton) if values else _zeros(skeleton)
+    initial = first_values(config, writes, start) if values else _zeros(writes)
     student = Student(student_network, config, plan, initial)
     return student, Teacher(teacher_network, student, config, plan)
 
 
-def _handed_out(
-    config: RunConfig, start: Start | None, skeleton: Mapping[str, Tensor]
+def first_values(
+    config: RunConfig, writes: Sequence[Write], start: Start | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each tensor of the network, from rank 0; one at a time is in memory."""
-    whole = drawn_network(config, start).state_dict() if distributed.rank() == 0 else {}
-    for name in skeleton:
-        yield name, distributed.broadcast_object(whole.get(name, _NOTHING))
+    """Name and float32 value on the CPU of each tensor of the network, equal on all ranks.
+
+    Rank 0 draws one after the other and hands it out: a rank holds one, as long as who asks for
+    them lets go of each. Collective. The seed is set here and only here: everything random later is
+    a function of (seed, step).
+
+    Args:
+        config: of the run.
+        writes: of the network, from `build_without_memory`.
+        start: on rank 0, what takes the place of drawn values.
+    """
+    first = distributed.rank() == 0
+    given = start.named() if first and start is not None else {}
+    if first:
+        torch.manual_seed(config.seed)
+    for write in writes:
+        value = write.value() if first else torch.empty_like(write.target, device="cpu")
+        if write.name is not None:
+            if write.name in given:
+                value.copy_(given[write.name])
+            distributed.broadcast(value)
+            yield write.name, value
+        del value  # before the next is drawn
 
 
-def _zeros(skeleton: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, torch.zeros(()).expand(value.shape)) for name, value in skeleton.items())
+def _zeros(writes: Sequence[Write]) -> Iterator[tuple[str, Tensor]]:
+    for write in writes:
+        if write.name is not None:
+            yield write.name, torch.zeros(()).expand(write.target.shape)
 
 
 def _compile_blocks(

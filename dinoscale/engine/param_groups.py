@@ -24,7 +24,7 @@ def param_groups(network: nn.Module) -> list[dict[str, Any]]:
             continue
         if "last_layer" in name:
             members[PROTOTYPES].append(parameter)
-        elif name.endswith(".bias") or parameter.ndim == 1:
+        elif name.endswith(".bias") or len(_shape(parameter)) == 1:
             members[NO_DECAY].append(parameter)
         else:
             members[DECAY].append(parameter)
@@ -33,6 +33,12 @@ def param_groups(network: nn.Module) -> list[dict[str, Any]]:
         for name, params in members.items()
         if params
     ]
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape, also of one that DeepSpeed has cut, which is flat itself."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def build_optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:

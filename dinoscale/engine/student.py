@@ -6,7 +6,7 @@ No DeepSpeed name leaves this module, teacher.py and ds_config.py.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,19 +72,47 @@ def gather_whole_blocks(*networks: nn.Module) -> None:
             set_z3_leaf_modules(network, [Block])
 
 
-def materialize(network: nn.Module, dtype: torch.dtype, *, sharded: bool) -> None:
-    """Give a network memory, its weights in `dtype`; values are as they come, for now.
+def materialize(
+    network: nn.Module, dtype: torch.dtype, *, cut_by: Mapping[str, Any] | None = None
+) -> None:
+    """Give a network memory where it runs, its weights in `dtype`; values are as they come.
 
-    Where it will be sharded that is on the CPU, whose pages are taken when they are written.
+    Args:
+        network: on any device.
+        dtype: of its parameters; buffers keep theirs.
+        cut_by: DeepSpeed's configuration at stage 3: every parameter is cut, and this rank keeps
+            its shard, before the next has memory. DeepSpeed would cut a network that is there as a
+            whole. Collective.
     """
-    device = torch.device("cpu") if sharded else compute_device()
-    tensors: dict[str, Tensor] = {
-        name: torch.empty_like(value, dtype=dtype, device=device)
-        for name, value in network.named_parameters()
-    }
     for name, buffer in network.named_buffers():
-        tensors[name] = torch.empty_like(buffer, device=device)
-    network.load_state_dict(tensors, assign=True)
+        owner, _, own_name = name.rpartition(".")
+        setattr(network.get_submodule(owner), own_name, _memory(buffer, buffer.dtype))
+    parameters = _one_by_one(network, dtype)
+    if cut_by is None:
+        for _ in parameters:
+            pass
+        return
+    deepspeed, first = import_deepspeed(), next(parameters)
+    deepspeed.zero.Init(
+        module=nn.ParameterList([first]),
+        config_dict_or_path=cut_by,
+        dtype=dtype,
+        zero_param_parallel_group=deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
+    )
+    first.convert_to_zero_parameters(param_list=parameters)
+
+
+def _one_by_one(network: nn.Module, dtype: torch.dtype) -> Iterator[Any]:
+    """Every parameter, which has memory from now on."""
+    for module in network.modules():
+        for name, bare in list(module.named_parameters(recurse=False)):
+            parameter = nn.Parameter(_memory(bare, dtype), requires_grad=bare.requires_grad)
+            setattr(module, name, parameter)
+            yield parameter
+
+
+def _memory(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(like, dtype=dtype, device=compute_device())
 
 
 class Student:
@@ -122,7 +150,9 @@ class Student:
         self.shapes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         self.compute_dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._stage = config.engine.zero_stage
-        materialize(network, self.compute_dtype, sharded=self._stage == 3)
+        self.deepspeed_config = student_config(config, plan)
+        cut_by = self.deepspeed_config if self._stage == 3 else None
+        materialize(network, self.compute_dtype, cut_by=cut_by)
         self._moments = MOMENTS[config.optim.name]
         self._offloaded = config.engine.offload_optimizer
         self._rule = GradientRule(
@@ -138,7 +168,6 @@ class Student:
             for group in self._torch_optimizer.param_groups
             for parameter in group["params"]
         }
-        self.deepspeed_config = student_config(config, plan)
         self._engine, *_ = import_deepspeed().initialize(
             model=network,
             optimizer=self._torch_optimizer,
@@ -228,6 +257,7 @@ class Student:
                 self._buffers[name].copy_(value)
             for part in held.get(name, ()):
                 self._master_of(part).copy_(value.flatten().narrow(0, part.start, part.numel))
+            del value  # before the next is there
         self._refresh_forward_weights()
 
     def _master_of(self, part: Fragment) -> Tensor:

@@ -242,7 +242,7 @@ class _Partitioned:
     ) -> None:
         self._skeleton = copy.deepcopy(network).to("meta")
         cast_weights(self._skeleton, dtype)
-        materialize(network, dtype, sharded=True)
+        materialize(network, dtype, cut_by=deepspeed_config)
         self._engine, *_ = import_deepspeed().initialize(
             model=network, config=deepspeed_config, dist_init_required=False
         )

@@ -50,7 +50,7 @@ class PrototypeLayer(nn.Module):
 class DinoHead(nn.Module):
     """MLP (D -> hidden -> ... -> bottleneck), L2 normalisation, prototypes.
 
-    Linear layers start truncated normal with std 0.02 and zero bias. Parameter names are those of
+    Linear layers start normal with std 0.02 and zero bias. Parameter names are those of
     the authors' code: mlp.0, mlp.2, mlp.4 (0, 3, 6 with batch norm at 1 and 4; plain `mlp` for a
     single layer), last_layer.weight_v.
     """
@@ -95,7 +95,7 @@ class DinoHead(nn.Module):
         self.mlp = layers[0] if num_layers == 1 else nn.Sequential(*layers)
         for layer in layers:
             if isinstance(layer, Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
         self.last_layer = PrototypeLayer(
             bottleneck_dim, num_prototypes, trainable_norm=not norm_last_layer

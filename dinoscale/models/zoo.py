@@ -33,7 +33,7 @@ def build_backbone(
     """Build a backbone with fresh weights.
 
     ViT weights start as in the authors' code: position embedding, class token, registers and
-    linear layers truncated normal with std 0.02, biases 0, patch projection as `nn.Conv2d`.
+    linear layers normal with std 0.02, biases 0, patch projection as `nn.Conv2d`.
 
     Args:
         name: a timm ViT, `vit_{tiny,small,base,large}_patch{8,16}_224`, or `resnet50`.
@@ -201,15 +201,16 @@ def _why_not(source: Any) -> str | None:
 def init_weights(model: VisionTransformer) -> None:
     """Draw initial weights as the authors' code does; layer norms and scales keep their own.
 
-    Linear layers, tokens and positions are truncated normal with std 0.02 and biases zero; timm
-    would start the class token at std 1e-6. The patch projection has the default of `nn.Conv2d`.
+    Linear layers, tokens and positions are normal with std 0.02 and biases zero; timm would start
+    the class token at std 1e-6. The authors truncate at -2 and 2, a hundred standard deviations
+    away. The patch projection has the default of `nn.Conv2d`.
     """
     for token in (model.pos_embed, model.cls_token, model.reg_token):
         if token is not None:
-            nn.init.trunc_normal_(token, std=0.02)
+            nn.init.normal_(token, std=0.02)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     model.patch_embed.proj.reset_parameters()

@@ -11,7 +11,7 @@ from dinoscale.plan.setup import FP32, Setup
 FAILURES_PER_GPU_DAY = 419 / (54 * 16_384)
 DAY_S = 86_400
 # Measured for a ViT-L on one core of a server's CPU, random numbers included.
-BUILT_PER_S = 57e6  # weights
+BUILT_PER_S = 130e6  # weights
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Durability:
     """Start, checkpoints and failures of a run.
 
     Attributes:
-        host_bytes: of the first node's memory at the start, when rank 0 draws the weights.
+        host_bytes: of host memory that each rank takes at the start for the tensor being drawn.
         build_s: seconds for that.
         checkpoint_bytes: of all ranks.
         write_s: seconds to write or read one.
@@ -87,7 +87,7 @@ def durability(dims: Dims, setup: Setup, *, storage: float, restart: Restart = U
     restart_s = restart.requeue_s + restart.start_s + restart.index_s + write_s
     saving = write_s / interval_s
     return Durability(
-        host_bytes=FP32 * dims.parameters,
+        host_bytes=FP32 * dims.largest,
         build_s=build_s,
         checkpoint_bytes=saved,
         write_s=write_s,

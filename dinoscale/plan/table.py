@@ -106,7 +106,7 @@ def _durability(found: dict[str, Any], option: dict[str, Any]) -> list[str]:
     steps = max(1, round(found["interval_s"] / option["step_s"]))
     return [
         f"start: {found['build_s']:.0f} s to draw the weights, with {_gb(found['host_bytes'])} GB"
-        f" of the first machine's memory; {found['write_s']:.0f} s to read a checkpoint",
+        f" of host memory a rank; {found['write_s']:.0f} s to read a checkpoint",
         f"checkpoints: {_gb(found['checkpoint_bytes'])} GB, {found['write_s']:.0f} s to write"
         f" beside training; {found['failures_per_day']:.2f} failures a day expected",
         f"  save every {found['interval_s'] / 60:.0f} minutes, checkpoint.every_steps={steps}:"

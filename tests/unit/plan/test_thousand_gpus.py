@@ -54,7 +54,7 @@ def _of_run(size: str, plan: dict[str, Any]) -> str:
     steps = round(found["interval_s"] / plan["configured"]["step_s"])
     return (
         f"| {size} | {plan['parameters']['total'] / 1e6:,.0f} | {found['build_s']:.0f}"
-        f" | {found['host_bytes'] / 1e9:.0f} | {found['checkpoint_bytes'] / 1e9:.0f}"
+        f" | {found['host_bytes'] / 1e9:.1f} | {found['checkpoint_bytes'] / 1e9:.0f}"
         f" | {found['write_s']:.1f} | {found['failures_per_day']:.2f}"
         f" | {found['interval_s'] / 60:.0f} | {steps:,} | {found['lost_share']:.1%}"
         f" | {found['most_lost_share']:.1%} |"

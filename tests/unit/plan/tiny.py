@@ -8,6 +8,7 @@ DIMS = Dims(
     groups=((2000, 20), (144, 30), (400, 1)),
     backbone=1844,
     head=700,
+    largest=400,
     block=872,
     block_matrices=768,
     depth=2,
