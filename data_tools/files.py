@@ -15,15 +15,17 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
-from dinoscale.data.files import write_names
+from dinoscale.data.decode import RGB, Decoder, Picture
+from dinoscale.data.files import FOR_IMAGES, unavailable, write_names
 from dinoscale.data.folder import FolderSource
 from dinoscale.data.left_out import is_junk
 from dinoscale.data.listing import COMPRESSED_TAR, Beside, Listing, list_folder
+from dinoscale.data.patient_file import PatientFile
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source, expand_pattern, open_source
 from dinoscale.data.tar_headers import Member, read_members
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
+from dinoscale.patience import patiently
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,8 @@ def _holds_tars(path: str) -> bool:
     """Whether the first file in a tar is a tar; False for a damaged one, whose reader says more."""
     try:
         first = next(read_members(path), None)
+    except UnavailableError:
+        raise
     except DataError:
         return False
     return first is not None and first.name.lower().endswith(".tar")
@@ -152,19 +156,17 @@ class TarOfTars:
         """The file of a picture.
 
         Raises:
-            BadSampleError: it cannot be read.
+            BadSampleError: it cannot be read, or the tar has become shorter.
         """
         offset, size, _ = self._places[index].tolist()
         try:
-            with open(self._path, "rb", buffering=0) as file:
-                file.seek(offset)
-                data = b""
-                while len(data) < size and (more := file.read(size - len(data))):
-                    data += more
+            with PatientFile(self._path, FOR_IMAGES) as file:
+                data = file.read_at(size, offset)
         except OSError as error:
-            raise BadSampleError(self.path(index), f"cannot be read: {error}") from None
+            raise unavailable(self.path(index), error) from None
         if len(data) < size:
-            raise BadSampleError(self.path(index), "the tar has become shorter")
+            error = OSError("the tar has become shorter")
+            raise unavailable(self.path(index), error)
         return data
 
     def picture(self, index: int) -> Picture:
@@ -226,10 +228,8 @@ class Selection:
 
 def _open_list(path: str, decoder: Decoder) -> Files:
     folder = os.path.dirname(os.path.abspath(path))
-    try:
-        lines = [os.fsdecode(line) for line in Path(path).read_bytes().splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"cannot read the list {path}: {error.strerror}") from error
+    read = patiently(Path(path).read_bytes, f"the list {path}")
+    lines = [os.fsdecode(line) for line in read.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"the list {path} is empty. It needs one path of a picture a line.")
     if "\0" in "".join(lines[:100]):

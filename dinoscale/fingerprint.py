@@ -15,8 +15,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from dinoscale.errors import UnavailableError
-from dinoscale.patience import Patience, is_answer
+from dinoscale.patience import Patience, is_answer, refusal
 from dinoscale.versions import package_version
 
 Fingerprint = dict[str, object]  # JSON; see `fingerprint`
@@ -99,10 +98,7 @@ def files_print(root: str, paths: Iterable[str]) -> dict[str, object]:
         except OSError as error:
             if is_answer(error):
                 return -1, str(error.errno)
-            raise UnavailableError(
-                f"cannot read the size of {path}: {error.strerror}. Mend the file system, then"
-                " start again."
-            ) from error
+            raise refusal(f"the size of {path}", error) from error
         return found.st_size, f"{found.st_mtime_ns} {found.st_ctime_ns}"
 
     rest = iter(paths)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from dinoscale.errors import DataError, UnavailableError
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -66,3 +68,24 @@ class Patience:
                 if failed:
                     self._left = [*self._pauses_s]
                 return value
+
+
+def patiently(read: Callable[[], T], what: str) -> T:
+    """What `read` makes of a file; what it is called in messages is e.g. `the list /data/a.txt`.
+
+    Raises:
+        DataError: the file system says that it cannot be read.
+        UnavailableError: the file system still failed after about a minute.
+    """
+    try:
+        return Patience().read(read, what)
+    except OSError as error:
+        raise refusal(what, error) from error
+
+
+def refusal(what: str, error: OSError) -> DataError:
+    """What to raise where something cannot be read: whose fault that is shows in the type."""
+    text = f"cannot read {what}: {error.strerror or error}."
+    if is_answer(error):
+        return DataError(text)
+    return UnavailableError(f"{text} It may be whole: mend the file system, then start again.")

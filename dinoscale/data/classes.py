@@ -22,6 +22,7 @@ from dinoscale.data.folder import FolderSource, whole_number
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
+from dinoscale.patience import patiently
 
 log = logging.getLogger(__name__)
 
@@ -228,11 +229,12 @@ def read_classes(path: str) -> dict[int, tuple[str, ...]]:
         DataError: it cannot be read, gives a number or name twice, or leaves open whether its lines
             begin with the numbers of the classes, as `3 doors` and `5 doors`.
     """
-    try:
+
+    def read() -> bytes:
         with open(path, "rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}.") from error
+            return file.read(_MAX_BYTES + 1)
+
+    data = patiently(read, path)
     if len(data) > _MAX_BYTES:
         raise DataError(f"{path} is too long for a list of classes.")
     text = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf"))  # a mark of some editors

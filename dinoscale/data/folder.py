@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from dinoscale.data.files import NAMES_A_SIGN, read_image_file, write_names
 from dinoscale.data.left_out import DEAD_LINK, NPY, TAR, LeftOut
 from dinoscale.data.listing import ARRAY, Beside, Listing, list_folder
 from dinoscale.errors import DataError
+from dinoscale.patience import patiently, refusal
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +69,13 @@ class FolderSource:
         return (os.path.join(self.root, name) for name, _ in self._names.rows(0, len(self)))
 
     def size(self, index: int) -> int:
-        """Bytes of an image's file, 0 where they cannot be told."""
-        try:
-            return os.stat(self.path(index)).st_size
-        except OSError:
-            return 0
+        """Bytes of an image's file, 0 where it is gone.
+
+        Raises:
+            DataError: the file system says no, or fails for about a minute.
+        """
+        path = self.path(index)
+        return max(0, patiently(lambda: _size_of(path), f"the size of {path}"))
 
     def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the names, and of the sizes of some thousand files, which takes seconds.
@@ -235,14 +238,16 @@ def _identity(names: str, source: FolderSource | ListSource, alive: Callable[[],
     sizes = []
     for index in range(0, len(source), -(-len(source) // _SIZES)):
         path = source.path(index)
-        try:
-            sizes.append(os.stat(path).st_size)
-            alive()
-        except FileNotFoundError:
-            sizes.append(-1)  # a bad sample, when it is met
-        except OSError as error:
-            raise DataError(f"cannot read the size of {path}: {error.strerror}.") from error
+        sizes.append(patiently(partial(_size_of, path), f"the size of {path}"))
+        alive()
     return hashlib.sha256(f"{names} {sizes}".encode()).hexdigest()
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return -1  # a bad sample, when it is met
 
 
 def _entries(path: str) -> Iterator[str]:
@@ -258,4 +263,4 @@ def _entries(path: str) -> Iterator[str]:
                 if name.strip():
                     yield os.fsdecode(name)
     except OSError as error:
-        raise DataError(f"cannot read the list {path}: {error.strerror}.") from error
+        raise refusal(f"the list {path}", error) from error

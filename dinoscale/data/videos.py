@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinoscale.data.decode import BadSampleError, Decoder
-from dinoscale.data.files import read_image_file
-from dinoscale.data.index import read_at
+from dinoscale.data.decode import Decoder
+from dinoscale.data.files import FOR_IMAGES, read_image_file, unavailable
+from dinoscale.data.patient_file import PatientFile
 from dinoscale.data.sample_files import picture_of, split_name
 from dinoscale.data.sources import expand_pattern
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
+from dinoscale.patience import patiently
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,10 @@ class File:
         if self.member is None:
             return read_image_file(self.path)
         try:
-            with open(self.path, "rb") as tar:
-                return read_at(tar.fileno(), self.member.size, self.member.offset)
+            with PatientFile(self.path, FOR_IMAGES) as tar:
+                return tar.read_at(self.member.size, self.member.offset)
         except OSError as error:
-            raise BadSampleError(str(self), f"cannot be read: {error.strerror}") from None
+            raise unavailable(str(self), error) from None
 
 
 @dataclass(frozen=True)
@@ -252,10 +253,14 @@ def read_names(path: str) -> list[str]:
     Raises:
         DataError: it cannot be read, or is empty.
     """
-    try:
+
+    def read() -> list[str]:
         with open(path, encoding="utf-8") as file:
-            names = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+            return [line.strip() for line in file if line.strip()]
+
+    try:
+        names = patiently(read, f"the list of sequences {path}")
+    except UnicodeDecodeError as error:
         raise DataError(f"cannot read the list of sequences {path}: {error}.") from None
     if not names:
         raise DataError(f"the list of sequences {path} is empty. Write one name a line.")
