@@ -47,7 +47,7 @@ def fingerprint(
     return loaded
 
 
-def differences(kept: object, now: Fingerprint) -> list[str]:
+def differences(kept: object, now: object) -> list[str]:
     """What of a fingerprint is not as it was, as `input.images.times` or `everything`.
 
     Args:

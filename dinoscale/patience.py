@@ -2,6 +2,8 @@
 
 import errno
 import logging
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -12,6 +14,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # about a minute: as long as an NFS server restarts
+
+_RENEWED_S = 600.0  # so that files that stay lost cost a tenth of the time at most
 
 # What a file system says of a name, a right or a kind of file; it would say it again.
 _ANSWERS = {
@@ -28,11 +32,29 @@ def is_answer(error: OSError) -> bool:
     return error.errno is None or error.errno in _ANSWERS
 
 
+def is_there(path: str) -> bool:
+    """Whether a name leads to something.
+
+    Raises:
+        OSError: the file system does not say, where `os.path.exists` would say no.
+    """
+    try:
+        os.stat(path)
+    except OSError as error:
+        if is_answer(error):
+            return False
+        raise
+    except ValueError:  # a null byte
+        return False
+    return True
+
+
 class Patience:
     """Tries again for about a minute in all, over however many files.
 
-    A disk that lost a thousand files costs that minute once, and no minute for each of them. Once
-    a read has succeeded that had failed before, the time begins anew.
+    A disk that lost a thousand files costs that minute once, and no minute for each of them. The
+    time begins anew once a read has succeeded that had failed before, and some minutes after it
+    was used up.
 
     Args:
         pauses_s: seconds before each further try.
@@ -46,7 +68,19 @@ class Patience:
         is_final: Callable[[OSError], bool] = is_answer,
     ):
         self._pauses_s, self._is_final = pauses_s, is_final
-        self._left = [*pauses_s]
+        self._begin()
+
+    def _begin(self) -> None:
+        self._left, self._used_up_s = iter(self._pauses_s), math.inf
+
+    def _pause(self) -> float | None:
+        """Seconds until the next try; None where there is none."""
+        if time.monotonic() - self._used_up_s > _RENEWED_S:
+            self._begin()
+        pause_s = next(self._left, None)
+        if pause_s is None:
+            self._used_up_s = min(self._used_up_s, time.monotonic())
+        return pause_s
 
     def read(self, read: Callable[[], T], name: object) -> T:
         """What `read` makes of the file called `name`.
@@ -59,14 +93,15 @@ class Patience:
             try:
                 value = read()
             except OSError as error:  # noqa: PERF203  # a file at a time, and it waits
-                if not self._left or self._is_final(error):
+                pause_s = None if self._is_final(error) else self._pause()
+                if pause_s is None:
                     raise
-                pause_s, failed = self._left.pop(0), True
+                failed = True
                 log.warning("cannot read %s (%s): trying again in %g s", name, error, pause_s)
                 time.sleep(pause_s)
             else:
                 if failed:
-                    self._left = [*self._pauses_s]
+                    self._begin()
                 return value
 
 

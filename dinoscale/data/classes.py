@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from dinoscale.data.folder import FolderSource, whole_number
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
-from dinoscale.patience import patiently
+from dinoscale.patience import is_there, patiently
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def _with_list(
     number_of = _by_name(listed)
     counted = {i: whole_number(name) for i, (name,) in names.items()}
     numbers = {i: number for i, number in counted.items() if number is not None}
-    matches = {i: number_of.get(_key(name)) for i, (name,) in names.items()}
+    matches = {i: number_of.get(name_key(name)) for i, (name,) in names.items()}
     found = {i: number for i, number in matches.items() if number is not None}
     if len(found) < len(names) == len(numbers) and listed.keys() >= {*numbers.values()}:
         found = numbers
@@ -177,7 +178,9 @@ def _by_name(names: dict[int, tuple[str, ...]]) -> dict[str, int]:
     Raises:
         DataError: all names of a class are those of another one, too.
     """
-    pairs = [(_key(name), i) for i, of_class in names.items() for name in {*map(_key, of_class)}]
+    pairs = [
+        (name_key(name), i) for i, of_class in names.items() for name in {*map(name_key, of_class)}
+    ]
     times = Counter(name for name, _ in pairs)
     known = {name: i for name, i in pairs if times[name] == 1}
     unique = set(known.values())
@@ -189,7 +192,7 @@ def _by_name(names: dict[int, tuple[str, ...]]) -> dict[str, int]:
     return known
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
     """Equal for equal names: numbers without leading zeros; composed and decomposed letters."""
     number = whole_number(name)
     return unicodedata.normalize("NFC", name) if number is None else str(number)
@@ -203,7 +206,7 @@ def _listed(source: Source) -> dict[int, tuple[str, ...]]:
     elif isinstance(source, TarSource):
         folders = dict.fromkeys(os.path.dirname(path) for path in source.files())
     paths = [os.path.join(folder, FILE_NAME) for folder in folders]
-    lists = {path: read_classes(path) for path in paths if os.path.isfile(path)}
+    lists = {path: read_classes(path) for path in paths if patiently(partial(is_there, path), path)}
     if lists and (bare := [path for path in paths if path not in lists]):
         log.warning(
             "%s is missing: the shards beside it are taken to be numbered as %s says",

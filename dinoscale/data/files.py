@@ -12,8 +12,9 @@ from dinoscale.patience import Patience
 # The largest picture that Pillow opens has 179 million pixels, of at most 8 bytes each.
 MAX_IMAGE_BYTES = 2**31
 
-# Of a process for all its images: they fail together, and it must not wait for each.
-FOR_IMAGES = Patience()
+# Of a process, for files that are read one by one: they fail together, and it must not wait for
+# each. Sources have one of their own.
+_PATIENCE = Patience()
 
 NAMES_A_SIGN = 1000  # names that are listed between two signs that it goes on
 
@@ -45,15 +46,15 @@ def write_names(
         ) from error
 
 
-def read_image_file(path: str) -> bytes:
-    """All bytes of a file.
+def read_image_file(path: str, patience: Patience = _PATIENCE) -> bytes:
+    """All bytes of a file; of an error of the file system `patience` decides.
 
     Raises:
         BadSampleError: it cannot be read, though that was tried again, or is no plain file of a
             size that a picture can have.
     """
     try:
-        with PatientFile(path, FOR_IMAGES) as file:
+        with PatientFile(path, patience) as file:
             status = file.status()
             if not stat.S_ISREG(status.st_mode):
                 raise BadSampleError(path, "cannot be read: it is not a plain file")

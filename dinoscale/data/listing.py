@@ -14,8 +14,8 @@ from tqdm import tqdm
 from dinoscale.data.files import NAMES_A_SIGN, write_names
 from dinoscale.data.index import Index
 from dinoscale.data.left_out import DEAD_LINK, LOOP, LeftOut, is_junk_file, is_junk_folder
-from dinoscale.errors import DataError
-from dinoscale.patience import Patience, is_answer, refusal
+from dinoscale.errors import DataError, UnavailableError
+from dinoscale.patience import Patience, is_answer, is_there, refusal
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -118,6 +118,28 @@ def _images(
             _put_beside(name, beside)
 
 
+def class_folders(root: str) -> list[str]:
+    """First-level subfolders that hold an image at any depth, but for those that cannot be listed.
+
+    Raises:
+        UnavailableError: the file system failed for about a minute.
+    """
+    names = [os.fsdecode(name[:-1]) for name, _ in _entries(root, "") if name.endswith(b"/")]
+    return [name for name in names if _holds_image(os.path.join(root, name))]
+
+
+def _holds_image(folder: str) -> bool:
+    try:
+        return any(
+            kind is _Kind.FILE and _may_be_image(name.rpartition("/")[2])
+            for name, kind in _walk(folder)
+        )
+    except UnavailableError:
+        raise
+    except DataError:
+        return False
+
+
 def _put_beside(name: str, beside: Beside) -> None:
     lower, base = name.lower(), name.rpartition("/")[2]
     kind = "junk" if is_junk_file(base) else os.path.splitext(lower)[1]
@@ -172,7 +194,7 @@ def _listed_entries(path: str) -> Iterator[_Entry]:
 def _kind(entry: os.DirEntry[str]) -> _Kind | None:
     """None is left out: folders of tools, pipes, sockets, devices."""
     link = entry.is_symlink()
-    if link and not os.path.exists(entry.path):
+    if link and not is_there(entry.path):
         return _Kind.DANGLING
     if entry.is_dir():
         if is_junk_folder(entry.name):

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinoscale.data.decode import RGB, Decoder, Picture
-from dinoscale.data.files import FOR_IMAGES, MAX_IMAGE_BYTES, unavailable
+from dinoscale.data.files import MAX_IMAGE_BYTES, unavailable
 from dinoscale.data.left_out import LeftOut
 from dinoscale.data.patient_file import PatientFile
 from dinoscale.data.sample_files import group_samples, picture_of
 from dinoscale.data.shard_index import Shard, open_shard_index, some
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
+from dinoscale.patience import Patience
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class TarSource:
         self._index, self._shards = open_shard_index(paths, alive, num_processes=num_processes)
         self.left_out = _report(self._shards)
         self._ends = list(accumulate(shard.num_images for shard in self._shards))
+        self._patience = Patience()
         self._files: OrderedDict[int, PatientFile] = OrderedDict()  # by shard, oldest use first
 
     def __len__(self) -> int:
@@ -145,7 +147,7 @@ class TarSource:
         if file is None:
             if len(self._files) >= _MAX_OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
-            file = PatientFile(self._shards[shard].path, FOR_IMAGES)
+            file = PatientFile(self._shards[shard].path, self._patience)
         self._files[shard] = file  # last used
         data = file.read_at(size, offset)
         _check_unchanged(file.status(), self._shards[shard])  # after reading: of what was read
