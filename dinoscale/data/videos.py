@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import posixpath
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,13 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinoscale.data.decode import Decoder
-from dinoscale.data.files import FOR_IMAGES, read_image_file, unavailable
+from dinoscale.data.files import read_image_file, unavailable
 from dinoscale.data.patient_file import PatientFile
 from dinoscale.data.sample_files import picture_of, split_name
 from dinoscale.data.sources import expand_pattern
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
-from dinoscale.patience import patiently
+from dinoscale.patience import is_there, patiently
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class File:
         if self.member is None:
             return read_image_file(self.path)
         try:
-            with PatientFile(self.path, FOR_IMAGES) as tar:
+            with PatientFile(self.path) as tar:
                 return tar.read_at(self.member.size, self.member.offset)
         except OSError as error:
             raise unavailable(str(self), error) from None
@@ -172,6 +173,7 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
             middle, or a first frame has no mask.
     """
     path = os.path.expanduser(spec)
+    patiently(lambda: is_there(path), path)  # else the file system fails
     if os.path.isdir(os.path.join(path, "JPEGImages")):
         files = list(_davis_files(path))
         names = _davis_names(path) if names is None else names
@@ -182,7 +184,11 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
         key, extension = split_name(name)
         sequence, _, frame = key.rpartition("/")
         if frame:
-            frames.setdefault(sequence, {}).setdefault(frame, {})[extension] = file
+            of_frame = frames.setdefault(sequence, {}).setdefault(frame, {})
+            before = of_frame.setdefault(extension, file)
+            if before.path != file.path:
+                raise DataError(f"{before} and {file} are the same frame. Keep one of them.")
+            of_frame[extension] = file  # of a tar, which was appended to, the last one counts
     found = {
         name: members for name, members in frames.items() if any(map(picture_of, members.values()))
     }
@@ -214,8 +220,8 @@ def _plain_files(spec: str, path: str) -> Iterator[tuple[str, File]]:
             raise DataError(f"{tar} is not a .tar (named by {spec}). Name tars or a folder.")
         stem = os.path.splitext(os.path.basename(tar))[0]
         for member in read_members(tar):
-            inside = member.name if "/" in member.name else f"{stem}/{member.name}"
-            yield inside, File(tar, member)
+            name = posixpath.normpath(member.name)  # `tar -C dir .` puts `./` before all
+            yield name if "/" in name else f"{stem}/{name}", File(tar, member)
 
 
 def _folder_files(root: str) -> Iterator[tuple[str, File]]:

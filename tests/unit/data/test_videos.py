@@ -82,6 +82,26 @@ def test_tars_folders_and_unpacked_tars_give_the_same_videos(tmp_path: Path) -> 
         assert np.array_equal(videos[1].mask(2, size=SIZE), _mask(1))  # grey 255 is object 1
 
 
+def test_names_in_a_tar_may_begin_with_the_folder_itself(tmp_path: Path) -> None:
+    """As `tar -C folder .` writes them: in one tar of all videos, or in a tar for each."""
+    files = _files("car") | _files("bear", frames=2)
+    _tar(tmp_path / "all.tar", {f"./{name}": data for name, data in files.items()})
+    (tmp_path / "each").mkdir()
+    for sequence in ("car", "bear"):
+        of_one = {n.replace(sequence, "."): data for n, data in files.items() if sequence in n}
+        _tar(tmp_path / "each" / f"{sequence}.tar", of_one)
+    for spec in ("all.tar", "each"):
+        videos = open_videos(str(tmp_path / spec))
+        assert [(video.name, len(video.frames)) for video in videos] == [("bear", 2), ("car", 3)]
+
+
+def test_one_frame_of_two_tars_is_refused(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        _tar(tmp_path / name, _files("car"))
+    with pytest.raises(DataError, match=r"a\.tar::car/00000\.jpg and .*b\.tar.* the same frame"):
+        open_videos(str(tmp_path))
+
+
 def test_davis_takes_its_validation_list_and_keeps_object_numbers(tmp_path: Path) -> None:
     root = _davis(tmp_path)
     assert [video.name for video in open_videos(str(root))] == ["bear", "car"]
