@@ -52,7 +52,7 @@ _ABSENT = re.compile(
     r"[:(] ?4(04|10)\b|nosuchkey|nosuchbucket|no urls matched|no such file or directory",
     re.IGNORECASE,
 )
-_IN_VAIN = re.compile(r"returned error: 4(?!08|25|29)\d\d")
+_IN_VAIN = re.compile(r"returned error: 4(?!08|25|29)\d\d|curl: \([13]\)")  # or no URL
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _OWN_VARIABLE = "DINOSCALE_"

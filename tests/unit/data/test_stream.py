@@ -283,6 +283,7 @@ def test_a_manifest_out_of_reach_is_no_bad_input(
         ("An error occurred (AccessDenied) when calling GetObject: Access Denied", "signature"),
         ("CommandException: No URLs matched: gs://bucket/a.tar", "its name"),
         ("cat: /data/a.tar: No such file or directory", "its name"),
+        ("curl: (3) URL rejected: No host part in the URL", "its name"),
         ("An error occurred (SlowDown) when calling GetObject", "start again"),
         ("Could not connect to the endpoint, port 40301", "start again"),
     ],
