@@ -99,16 +99,7 @@ def deduplicate(
         check_place(keep_list)
     source = open_files(spec)
     rows = _rows(source, spec, decode=near is not None, out=out, workers=workers)
-    groups = Groups(len(rows))
-    first = _join_exact(rows, groups)
-    pairs: set[tuple[int, int]] = set()  # of features, which are not kept
-    for some in _near_pairs(source, rows, first, near, workers=workers):
-        for one, other in some.tolist():
-            groups.join(one, other)
-            if isinstance(near, ByFeatures):
-                pairs.add((one, other))
-    is_like = partial(_are_like, rows, first, near, pairs)
-    found = [copies for group in groups.of_several() for copies in _choose(rows, group, is_like)]
+    found, first = _copies(source, rows, near, workers=workers)
     removed = {index for _, others in found for index in others}
     remain = np.flatnonzero(rows["readable"] | rows["unavailable"])
     kept = [i for i in remain.tolist() if i not in removed]
@@ -133,6 +124,23 @@ def deduplicate(
         "list": None if out is None else str(out),
         "keep_list": None if keep_list is None else str(keep_list),
     }
+
+
+def _copies(
+    source: Files, rows: NDArray[np.void], near: Near, *, workers: int
+) -> tuple[list[tuple[int, list[int]]], NDArray[np.int64]]:
+    """Pictures that are kept, with their copies; for each image the first with its bytes, (N,)."""
+    groups = Groups(len(rows))
+    first = _join_exact(rows, groups)
+    pairs: set[tuple[int, int]] = set()  # of features, which are not kept
+    for some in _near_pairs(source, rows, first, near, workers=workers):
+        for one, other in some.tolist():
+            groups.join(one, other)
+            if isinstance(near, ByFeatures):
+                pairs.add((one, other))
+    is_like = partial(_are_like, rows, first, near, pairs)
+    found = [copies for group in groups.of_several() for copies in _choose(rows, group, is_like)]
+    return found, first
 
 
 def _check(near: Near) -> None:
