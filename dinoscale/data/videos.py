@@ -169,8 +169,9 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
         In the order of their names, or of `names`.
 
     Raises:
-        DataError: nothing is there, a sequence that was named is not, a frame is missing in the
-            middle, or a first frame has no mask.
+        DataError: nothing is there or cannot be listed, a sequence that was named is not there, a
+            frame is missing in the middle or lies in two tars, or a first frame has no mask.
+        UnavailableError: the file system failed for about a minute.
     """
     path = os.path.expanduser(spec)
     patiently(lambda: is_there(path), path)  # else the file system fails
@@ -210,7 +211,8 @@ def _plain_files(spec: str, path: str) -> Iterator[tuple[str, File]]:
     """Names with their sequence in front, of tars or of a folder of sequences."""
     tars = [path] if os.path.isfile(path) else []
     if os.path.isdir(path):
-        tars = sorted(os.path.join(path, x) for x in os.listdir(path) if x.endswith(".tar"))
+        listed = patiently(lambda: os.listdir(path), f"the folder {path}")
+        tars = sorted(os.path.join(path, name) for name in listed if name.endswith(".tar"))
         if not tars:
             yield from _folder_files(path)
     elif not tars:
@@ -225,11 +227,16 @@ def _plain_files(spec: str, path: str) -> Iterator[tuple[str, File]]:
 
 
 def _folder_files(root: str) -> Iterator[tuple[str, File]]:
-    for folder, _, files in os.walk(root):
+    walk = patiently(lambda: list(os.walk(root, onerror=_raised)), f"the folder {root}")
+    for folder, _, files in walk:
         relative = os.path.relpath(folder, root)
         inside = os.path.basename(os.path.abspath(root)) if relative == "." else relative
         for name in sorted(files):
             yield f"{inside}/{name}", File(os.path.join(folder, name))
+
+
+def _raised(error: OSError) -> None:
+    raise error
 
 
 def _davis_files(root: str) -> Iterator[tuple[str, File]]:

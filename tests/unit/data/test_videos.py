@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import tarfile
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 
 from dinoscale.data.decode import RGB
 from dinoscale.data.videos import VOID, object_numbers, open_videos
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
+from tests.unit.data.conftest import Storage
 
 SIZE = (6, 8)
 
@@ -93,6 +95,15 @@ def test_names_in_a_tar_may_begin_with_the_folder_itself(tmp_path: Path) -> None
     for spec in ("all.tar", "each"):
         videos = open_videos(str(tmp_path / spec))
         assert [(video.name, len(video.frames)) for video in videos] == [("bear", 2), ("car", 3)]
+
+
+def test_a_folder_that_cannot_be_listed_costs_no_video(tmp_path: Path, storage: Storage) -> None:
+    _tree(tmp_path, _files("car") | _files("bear", frames=2))
+    storage.fails = {"/bear": 1}
+    assert [video.name for video in open_videos(str(tmp_path))] == ["bear", "car"]
+    storage.fails = {"/bear": math.inf}
+    with pytest.raises(UnavailableError, match=r"cannot read the folder .*Stale file handle"):
+        open_videos(str(tmp_path))
 
 
 def test_one_frame_of_two_tars_is_refused(tmp_path: Path) -> None:
