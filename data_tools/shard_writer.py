@@ -174,14 +174,14 @@ def write_set(
 def _written(
     out_dir: Path, samples: Samples, pieces: Sequence[_Piece], journal: Journal, *, workers: int
 ) -> list[Json]:
-    """The records of all shards, of which the journal has those that are whole."""
+    """The records of all shards, new ones in the journal, too."""
     records = []
     total = sum(len(piece.plan.ids) for piece in pieces)
     with tqdm(total=total, unit="img", desc="shards", disable=None) as bar:
         for number, record in enumerate(
             ordered_map(_write_shard, (out_dir, samples), pieces, workers=workers)
         ):
-            if record != pieces[number].record and not _unavailable(record):
+            if record != pieces[number].record:
                 journal.add(number, record)
             records.append(record)
             bar.update(len(pieces[number].plan.ids))
