@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.files import Files, open_files
+from data_tools.files import Files, open_files, print_of
 from data_tools.headers import read_header
 from data_tools.journal import Json
-from data_tools.shard_writer import class_lines, plan_shards, stored_bytes, write_set
-from dinoscale.data.classes import FILE_NAME as CLASSES
+from data_tools.numbering import numbering_of
+from data_tools.shard_writer import plan_shards, stored_bytes, write_set
 from dinoscale.data.decode import RGB
 from dinoscale.data.folder import FolderSource
+from dinoscale.data.mixture import left_out_of
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -63,11 +64,13 @@ def build_shards(
     Raises:
         DataError: the source cannot be read, a setting is out of range, or `out_dir` is in use.
         RunFailedError: the disk is full, or a worker was killed.
+        UnavailableError: too many files cannot be read; the same command tries them again.
     """
     _check(max_side=max_side, seed=seed, prefix=prefix)
     source = open_files(spec)
     sizes = _sizes(source)
-    labels = source.labels
+    numbering = numbering_of(source)
+    labels = numbering.labels
     stored = stored_bytes(sizes)
     if labels is not None:
         stored += stored_bytes(np.ones_like(sizes))  # KEY.cls fits one block
@@ -80,7 +83,7 @@ def build_shards(
         _Copies(source, labels, max_side),
         plan_shards(stored, order, shard_bytes=shard_bytes, prefix=prefix),
         names=names,
-        classes=_classes(source),
+        classes=numbering.listed,
         settings={
             "tool": "build-shards",
             "shard_bytes": shard_bytes,
@@ -89,10 +92,11 @@ def build_shards(
             "seed": seed,
             "prefix": prefix,
         },
-        fingerprint_parts=[names, sizes.tolist(), None if labels is None else labels.tolist()],
+        input={"images": print_of(source, spec)},
+        module=__name__,
         workers=workers,
     )
-    return summary_of(manifest, out_dir)
+    return {**summary_of(manifest, out_dir), "left_out_of_source": left_out_of(source).counts}
 
 
 def summary_of(manifest: Json, out_dir: Path) -> Json:
@@ -108,6 +112,7 @@ def summary_of(manifest: Json, out_dir: Path) -> Json:
         "samples": manifest["samples"],
         "bytes": manifest["bytes"],
         "left_out": len(left_out),
+        "unavailable": sum("unavailable" in entry for entry in left_out),
         "left_out_files": left_out,
         "train": f"data.train={out_dir}",
     }
@@ -120,15 +125,6 @@ def _check(*, max_side: int | None, seed: int | None, prefix: str) -> None:
         raise DataError(f"--seed {seed}: need 0 or more")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
         raise DataError(f"--prefix {prefix!r}: need letters, digits, - and _")
-
-
-def _classes(source: Files) -> bytes | None:
-    """Names of the classes; of shards, which carry numbers only, the file beside the first."""
-    if source.class_names is not None:
-        return class_lines(source.class_names)
-    shard = source.path(0).partition("::")[0]
-    beside = Path(shard).with_name(CLASSES)
-    return beside.read_bytes() if source.labels is not None and beside.is_file() else None
 
 
 def _sizes(source: Files) -> NDArray[np.int64]:

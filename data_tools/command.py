@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cores import cores_at_hand
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 
 if TYPE_CHECKING:
     from dinoscale.data.decode import Decoder
@@ -190,7 +190,8 @@ def _add_verify(tools: SubCommands) -> None:
         tools,
         "verify-shards",
         "Decode every picture, and compare shards with the manifest.json beside them. Exit code 1\n"
-        "if anything is bad.",
+        "if anything is bad, 69 if all else is whole and some files cannot be read: nothing is\n"
+        "known of them, and the same command reads them again.",
         short="decode everything and compare checksums; exit code 1 if anything is bad",
         example="verify-shards '/data/train-{000000..000499}.tar' --out bad.jsonl",
     )
@@ -208,9 +209,9 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
     summary = verify_shards(
         options.spec, _decoder(options), out=options.out, workers=options.workers
     )
-    if summary["bad"]:
+    if summary["bad"] or summary["unavailable"]:
         print(json.dumps(summary), flush=True)
-        raise SystemExit(1)
+        raise SystemExit(1 if summary["bad"] else UnavailableError.exit_code)
     return summary
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import open_pictures
+from data_tools.files import open_pictures, print_of
 from data_tools.journal import Json, write_whole
-from data_tools.survey import identity, in_blocks, sample_ids, survey
+from data_tools.survey import in_blocks, sample_ids, survey, unavailable_of
 from dinoscale.data.decode import RGB, BadSampleError, Decoder
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
+from dinoscale.fingerprint import code_print, fingerprint
 
 _WHITE = 255  # of the pixels that a training sees
 _DIGITS = 4  # of the overrides
@@ -46,6 +47,7 @@ def dataset_stats(
     Raises:
         DataError: nothing is there, or no image can be read.
         RunFailedError: a worker was killed.
+        UnavailableError: too many files cannot be read.
     """
     source = open_pictures(spec, decoder)
     ids = sample_ids(len(source), wanted=images)
@@ -56,7 +58,11 @@ def dataset_stats(
         blocks,
         sizes=[len(block) for block in blocks],
         out=out,
-        work=[*identity(source), ids.tolist(), asdict(decoder)],
+        work=fingerprint(
+            input={"images": print_of(source, spec)},
+            command={"images": len(ids), **asdict(decoder)},
+            code=code_print(__name__),
+        ),
         workers=workers,
     )
     pixels, bad = 0, 0
@@ -104,14 +110,16 @@ def _rounded(values: list[float]) -> str:
 
 def _add_up(source: Source, ids: NDArray[np.int64]) -> Json:
     pixels, bad = 0, 0
+    unavailable: list[Json] = []
     total: list[int] = []
     squares: list[int] = []
     levels = np.arange(_WHITE + 1)
     for index in ids.tolist():
         try:
             image = source.picture(index).pixels()  # (H, W, C)
-        except BadSampleError:
+        except BadSampleError as error:
             bad += 1
+            unavailable += unavailable_of(error)
             continue
         pixels += image.shape[0] * image.shape[1]
         counts = [
@@ -120,4 +128,10 @@ def _add_up(source: Source, ids: NDArray[np.int64]) -> Json:
         ]
         total = _plus(total, [int(count @ levels) for count in counts])
         squares = _plus(squares, [int(count @ levels**2) for count in counts])
-    return {"pixels": pixels, "sum": total, "squares": squares, "bad": bad}
+    return {
+        "pixels": pixels,
+        "sum": total,
+        "squares": squares,
+        "bad": bad,
+        "unavailable": unavailable,
+    }

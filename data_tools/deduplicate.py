@@ -5,31 +5,35 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import Files, open_files
+from data_tools.files import Files, open_files, print_of
 from data_tools.journal import Json, check_place, write_whole
 from data_tools.near_duplicates import (
     MAX_RADIUS,
     THUMBNAIL,
     Groups,
     close_pairs,
+    look_alike,
     perceptual_hash,
     thumbnail,
 )
-from data_tools.survey import identity, in_blocks, survey
+from data_tools.numbering import numbering_of
+from data_tools.survey import in_blocks, survey, unavailable_of
 from dinoscale.data.decode import RGB, BadSampleError
+from dinoscale.data.folder import FolderSource
 from dinoscale.errors import DataError
+from dinoscale.fingerprint import code_print, fingerprint
 
-# Root mean square difference of two thumbnails, in levels of 255. Of 1000 photographs, copies at a
-# quarter of the size or at JPEG quality 10 stay below 7.
-_SAME_LOOK = 10.0
+log = logging.getLogger(__name__)
 
 _ROW = np.dtype(
     [
@@ -37,6 +41,7 @@ _ROW = np.dtype(
         ("hash", "<u8"),
         ("hashed", "?"),  # it decodes and is not plain
         ("readable", "?"),
+        ("unavailable", "?"),  # its file cannot be read, whatever is in it
         ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL, 3)),
         ("pixels", "<i8"),  # width times height
         ("bytes", "<i8"),
@@ -68,16 +73,16 @@ def deduplicate(
 ) -> Json:
     """Group copies, and say which picture of each group to keep.
 
-    The largest picture is kept, of these the largest file, of these the first. Groups are chains:
-    a picture belongs to a group if it is like one of its members.
+    Of all pictures the largest is kept first, of these the largest file, of these the first, and
+    so on. One that is like a kept picture is its copy; one that is only like a copy is kept.
 
     Args:
         spec: what `open_files` takes.
         near: what counts as a copy besides the same bytes.
         out: groups, one JSON object a line; with it an interrupted run goes on reading where it
             stopped (features are computed again).
-        keep_list: list of the pictures that remain, which `build_shards` takes; files that cannot
-            be read are not in it.
+        keep_list: list of the pictures that remain, which `build_shards` takes; damaged ones are
+            not in it, files that cannot be read are: nothing is known of them.
         workers: processes.
 
     Returns:
@@ -87,22 +92,20 @@ def deduplicate(
         CheckpointError: the weights cannot be used.
         DataError: nothing is there, a setting is out of range, or a file cannot be written.
         RunFailedError: a worker was killed.
+        UnavailableError: too many files cannot be read.
     """
     _check(near)
     if keep_list is not None:
         check_place(keep_list)
     source = open_files(spec)
-    rows = _rows(source, decode=near is not None, out=out, workers=workers)
-    groups = Groups(len(rows))
-    first = _join_exact(rows, groups)
-    for pairs in _near_pairs(source, rows, first, near, workers=workers):
-        for one, other in pairs.tolist():
-            groups.join(one, other)
-    found = [_choose(rows, group) for group in groups.of_several()]
+    rows = _rows(source, spec, decode=near is not None, out=out, workers=workers)
+    found, first = _copies(source, rows, near, workers=workers)
     removed = {index for _, others in found for index in others}
-    kept = [i for i in np.flatnonzero(rows["readable"]).tolist() if i not in removed]
+    remain = np.flatnonzero(rows["readable"] | rows["unavailable"])
+    kept = [i for i in remain.tolist() if i not in removed]
+    classes = _class_names(source)
     if out is not None:
-        lines = [json.dumps(_described(source, rows, keep, others)) for keep, others in found]
+        lines = [json.dumps(_described(source, rows, classes, *copies)) for copies in found]
         write_whole(out, "".join(line + "\n" for line in lines).encode())
     if keep_list is not None:
         write_whole(keep_list, _listed(source, kept))
@@ -111,14 +114,33 @@ def deduplicate(
         "spec": spec,
         "images": len(rows),
         "unreadable": int((~rows["readable"]).sum()),
+        "unavailable": int(rows["unavailable"].sum()),
         "without_hash": int((rows["readable"] & ~rows["hashed"]).sum()) if near else None,
         "groups": len(found),
         "duplicates": len(removed),
         "of_the_same_bytes": exact,
+        "of_another_class": _across_classes(source, classes, found),
         "kept": len(kept),
         "list": None if out is None else str(out),
         "keep_list": None if keep_list is None else str(keep_list),
     }
+
+
+def _copies(
+    source: Files, rows: NDArray[np.void], near: Near, *, workers: int
+) -> tuple[list[tuple[int, list[int]]], NDArray[np.int64]]:
+    """Pictures that are kept, with their copies; for each image the first with its bytes, (N,)."""
+    groups = Groups(len(rows))
+    first = _join_exact(rows, groups)
+    pairs: set[tuple[int, int]] = set()  # of features, which are not kept
+    for some in _near_pairs(source, rows, first, near, workers=workers):
+        for one, other in some.tolist():
+            groups.join(one, other)
+            if isinstance(near, ByFeatures):
+                pairs.add((one, other))
+    is_like = partial(_are_like, rows, first, near, pairs)
+    found = [copies for group in groups.of_several() for copies in _choose(rows, group, is_like)]
+    return found, first
 
 
 def _check(near: Near) -> None:
@@ -128,7 +150,9 @@ def _check(near: Near) -> None:
         raise DataError(f"--threshold {near.threshold}: a cosine above 0, at most 1")
 
 
-def _rows(source: Files, *, decode: bool, out: Path | None, workers: int) -> NDArray[np.void]:
+def _rows(
+    source: Files, spec: str, *, decode: bool, out: Path | None, workers: int
+) -> NDArray[np.void]:
     """What is compared of every image, (N,) of _ROW."""
     blocks = in_blocks(np.arange(len(source), dtype=np.int64))
     results = survey(
@@ -137,7 +161,11 @@ def _rows(source: Files, *, decode: bool, out: Path | None, workers: int) -> NDA
         blocks,
         sizes=[len(block) for block in blocks],
         out=out,
-        work=[*identity(source), decode],
+        work=fingerprint(
+            input={"images": print_of(source, spec)},
+            command={"decode": decode},
+            code=code_print(__name__),
+        ),
         workers=workers,
     )
     parts = [np.frombuffer(base64.b64decode(result["rows"]), dtype=_ROW) for result in results]
@@ -147,18 +175,20 @@ def _rows(source: Files, *, decode: bool, out: Path | None, workers: int) -> NDA
 def _look(shared: tuple[Files, bool], ids: NDArray[np.int64]) -> Json:
     source, decode = shared
     rows = np.zeros(len(ids), dtype=_ROW)
+    unavailable: list[Json] = []
     for place, index in enumerate(ids.tolist()):
-        _fill(rows[place], source, index, decode=decode)
-    return {"rows": base64.b64encode(rows.tobytes()).decode()}
+        try:
+            _fill(rows[place], source, index, decode=decode)
+        except BadSampleError as error:  # noqa: PERF203  # an image costs more than a try
+            rows[place]["unavailable"] = error.unavailable
+            unavailable += unavailable_of(error)
+    return {"rows": base64.b64encode(rows.tobytes()).decode(), "unavailable": unavailable}
 
 
 def _fill(row: np.void, source: Files, index: int, *, decode: bool) -> None:
-    """Fill in one row; one that cannot be read stays as it is."""
-    try:
-        data = source.data(index)
-        pixels = RGB.open(data, source.path(index)).pixels() if decode else None
-    except BadSampleError:
-        return
+    """Fill in one row; BadSampleError leaves it as it is."""
+    data = source.data(index)
+    pixels = RGB.open(data, source.path(index)).pixels() if decode else None
     row["readable"] = True
     row["sum"] = np.frombuffer(hashlib.sha256(data).digest()[:16], dtype="<u8")
     row["bytes"] = len(data)
@@ -202,24 +232,89 @@ def _near_pairs(
     if isinstance(near, ByHash):
         ids = np.flatnonzero(different & rows["hashed"])
         for places in close_pairs(rows["hash"][ids], radius=near.radius):
-            pairs = ids[places]
-            looks = rows["thumbnail"][pairs].astype(np.float32)  # (P, 2, 8, 8, 3)
-            distance = np.sqrt(((looks[:, 0] - looks[:, 1]) ** 2).mean(axis=(1, 2, 3)))
-            yield pairs[distance <= _SAME_LOOK]
+            yield ids[places]
 
 
-def _choose(rows: NDArray[np.void], group: list[int]) -> tuple[int, list[int]]:
-    """The picture to keep, and the others."""
-    keep = max(group, key=lambda i: (rows["pixels"][i], rows["bytes"][i], -i))
-    return keep, [index for index in group if index != keep]
+def _are_like(
+    rows: NDArray[np.void],
+    first: NDArray[np.int64],
+    near: Near,
+    pairs: set[tuple[int, int]],
+    one: int,
+    others: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """Which pictures count as copies of one, (P,)."""
+    same: NDArray[np.bool_] = first[others] == first[one]
+    if isinstance(near, ByHash):
+        same |= look_alike(rows, one, others, radius=near.radius)
+    if pairs:
+        a = int(first[one])
+        listed = [(min(a, b), max(a, b)) in pairs for b in first[others].tolist()]
+        same |= np.array(listed, dtype=np.bool_)
+    return same
 
 
-def _described(source: Files, rows: NDArray[np.void], keep: int, others: list[int]) -> Json:
+def _choose(
+    rows: NDArray[np.void],
+    chain: list[int],
+    is_like: Callable[[int, NDArray[np.int64]], NDArray[np.bool_]],
+) -> Iterator[tuple[int, list[int]]]:
+    """Of pictures in a chain of likeness: each that is kept and has copies, with these.
+
+    A chain may lead from one picture to an altogether different one, as frames of a video do.
+    """
+    copies: dict[int, list[int]] = {}
+    kept = np.zeros(0, dtype=np.int64)
+    for one in sorted(chain, key=lambda i: (-rows["pixels"][i], -rows["bytes"][i], i)):
+        like = kept[is_like(one, kept)]
+        if len(like):
+            copies.setdefault(int(like[0]), []).append(one)
+        else:
+            kept = np.append(kept, one)
+    yield from ((keep, sorted(others)) for keep, others in copies.items())
+
+
+def _class_names(source: Files) -> list[str | None]:
+    """What the class of each image is called, None where it has none."""
+    numbering = numbering_of(source)
+    labels, names = numbering.labels, numbering.names
+    if labels is None:
+        return [None] * len(source)
+    return [
+        None if label < 0 else str(label) if names is None else names[label]
+        for label in labels.tolist()
+    ]
+
+
+def _across_classes(
+    source: Files, classes: list[str | None], found: list[tuple[int, list[int]]]
+) -> int:
+    """How many copies lie in another class than the picture that is kept; warns of them."""
+    pairs = [(keep, i) for keep, others in found for i in others if classes[keep] != classes[i]]
+    if pairs:
+        (keep, other), *_ = pairs
+        log.warning(
+            "%d copies are in another class than the picture that is kept, e.g. %s and %s; look"
+            " which label is right",
+            *(len(pairs), source.path(keep), source.path(other)),
+        )
+    return len(pairs)
+
+
+def _described(
+    source: Files,
+    rows: NDArray[np.void],
+    classes: list[str | None],
+    keep: int,
+    others: list[int],
+) -> Json:
     return {
         "keep": source.path(keep),
+        "class": classes[keep],
         "duplicates": [
             {
                 "path": source.path(i),
+                "class": classes[i],
                 "same_bytes": bool((rows["sum"][i] == rows["sum"][keep]).all()),
             }
             for i in others
@@ -227,8 +322,18 @@ def _described(source: Files, rows: NDArray[np.void], keep: int, others: list[in
     }
 
 
+def _paths(source: Files, ids: list[int]) -> list[str]:
+    """Paths of images; `ROOT/./CLASS/...` where they do not tell the folder of the set."""
+    paths = [source.path(i) for i in ids]
+    if not isinstance(source, FolderSource) or source.labels is None or not paths:
+        return paths
+    if os.path.commonpath([os.path.dirname(path) for path in paths]) == source.root:
+        return paths
+    return [os.path.join(source.root, ".", os.path.relpath(path, source.root)) for path in paths]
+
+
 def _listed(source: Files, ids: list[int]) -> bytes:
-    paths = [os.fsencode(source.path(i)) for i in ids]
+    paths = [os.fsencode(path) for path in _paths(source, ids)]
     for path in paths:
         if b"\n" in path or b"\r" in path:
             raise DataError(

@@ -8,31 +8,40 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
-from dinoscale.data.files import write_names
+from dinoscale.data.decode import RGB, Decoder, Picture
+from dinoscale.data.files import unavailable, write_names
 from dinoscale.data.folder import FolderSource
 from dinoscale.data.left_out import is_junk
-from dinoscale.data.listing import COMPRESSED_TAR, Beside, Listing, list_folder
+from dinoscale.data.listing import COMPRESSED_TAR, Beside, Listing, class_folders, list_folder
+from dinoscale.data.patient_file import PatientFile
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source, expand_pattern, open_source
 from dinoscale.data.tar_headers import Member, read_members
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
+from dinoscale.fingerprint import digest_of, files_print
+from dinoscale.patience import Patience, is_there, patiently
 
 log = logging.getLogger(__name__)
 
 _TARS = (".tar", *COMPRESSED_TAR)
+_ROOT_ENDS = "/./"  # stands in a list between the folder of a set and a path below it
 _MEMBER = ".tar::"  # stands between a shard and a picture in it, as in `a.tar::0001.jpg`
 
 
 class Files(Source, Protocol):
     """A source whose images are files somewhere."""
+
+    def files(self) -> Iterator[str]:
+        """Absolute paths of the files that hold the images, in an order that tells the images'."""
+        ...
 
     def size(self, index: int) -> int:
         """Bytes of the file."""
@@ -48,14 +57,16 @@ def open_files(spec: str, decoder: Decoder = RGB) -> Files:
 
     Args:
         spec: a folder of images; shards as `open_source` takes them; a text file with one path a
-            line, absolute or relative to its folder, `shard.tar::member` for a picture in a shard;
-            or a tar of one tar a class, as ImageNet's training pictures.
+            line, absolute or relative to its folder, `shard.tar::member` for a picture in a shard,
+            `root/./class/file` where the classes lie below a root that not all paths share; or a
+            tar of one tar a class, as ImageNet's training pictures.
         decoder: what the pixels of a file become.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it holds no files of images.
     """
     path = os.path.expanduser(spec)
+    patiently(lambda: is_there(path), path)  # else the file system fails
     if os.path.isfile(path):
         if not path.lower().endswith(_TARS):
             return _open_list(path, decoder)
@@ -81,6 +92,22 @@ def open_pictures(spec: str, decoder: Decoder) -> Source:
     return open_files(spec, decoder)
 
 
+def print_of(source: Source | Files, spec: str) -> dict[str, object]:
+    """What of a set goes into a fingerprint: its files as they are, and which images of them.
+
+    Raises:
+        UnavailableError: the file system failed for about a minute.
+    """
+    if not isinstance(source, FolderSource | TarSource | TarOfTars | Selection):
+        return {"drawn": spec}
+    files = source.files()
+    if isinstance(source, FolderSource):
+        return files_print(source.root, files)
+    paths = list(files)
+    chosen = {"chosen": digest_of(source.ids.tolist())} if isinstance(source, Selection) else {}
+    return {**files_print(os.path.dirname(paths[0]), paths), **chosen}
+
+
 def shards_of(spec: str) -> list[str]:
     """Shards that a spec names, empty where it names anything else.
 
@@ -104,6 +131,8 @@ def _holds_tars(path: str) -> bool:
     """Whether the first file in a tar is a tar; False for a damaged one, whose reader says more."""
     try:
         first = next(read_members(path), None)
+    except UnavailableError:
+        raise
     except DataError:
         return False
     return first is not None and first.name.lower().endswith(".tar")
@@ -120,10 +149,14 @@ class TarOfTars:
 
     def __init__(self, path: str, decoder: Decoder = RGB):
         self._path = os.path.abspath(path)
+        self._patience = Patience()
         self._decoder = decoder
         self._names: list[str] = []  # INNER.tar::MEMBER
         places: list[tuple[int, int, int]] = []  # offset, bytes, class
-        inner = [tar for tar in read_members(self._path) if tar.name.lower().endswith(".tar")]
+        members = [file for file in read_members(self._path) if not is_junk(file.name)]
+        inner = [tar for tar in members if tar.name.lower().endswith(".tar")]
+        others = [file.name for file in members if not file.name.lower().endswith(".tar")]
+        _warn_of_others(path, others)
         self._classes = sorted({_class(tar) for tar in inner}, key=os.fsencode)
         number = {name: i for i, name in enumerate(self._classes)}
         for tar in inner:
@@ -140,6 +173,10 @@ class TarOfTars:
     def __len__(self) -> int:
         return len(self._names)
 
+    def files(self) -> Iterator[str]:
+        """The one tar."""
+        yield self._path
+
     def path(self, index: int) -> str:
         """`outer.tar::inner.tar::member`."""
         return f"{self._path}::{self._names[index]}"
@@ -152,19 +189,16 @@ class TarOfTars:
         """The file of a picture.
 
         Raises:
-            BadSampleError: it cannot be read.
+            BadSampleError: it cannot be read, or the tar has become shorter.
         """
         offset, size, _ = self._places[index].tolist()
         try:
-            with open(self._path, "rb", buffering=0) as file:
-                file.seek(offset)
-                data = b""
-                while len(data) < size and (more := file.read(size - len(data))):
-                    data += more
+            with PatientFile(self._path, self._patience) as file:
+                data = file.read_at(size, offset)
+            if len(data) < size:
+                raise OSError("the tar has become shorter")
         except OSError as error:
-            raise BadSampleError(self.path(index), f"cannot be read: {error}") from None
-        if len(data) < size:
-            raise BadSampleError(self.path(index), "the tar has become shorter")
+            raise unavailable(self.path(index), error) from None
         return data
 
     def picture(self, index: int) -> Picture:
@@ -182,6 +216,13 @@ class TarOfTars:
         return self._classes
 
 
+def _warn_of_others(path: str, names: Sequence[str]) -> None:
+    if names:
+        log.warning(
+            "%s: left out %d files that lie beside its tars, e.g. %s", path, len(names), names[0]
+        )
+
+
 def _class(tar: Member) -> str:
     return tar.name.rpartition("/")[2][: -len(".tar")]
 
@@ -195,6 +236,15 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Numbers of the images in the source, (N,)."""
+        return self._ids
+
+    def files(self) -> Iterator[str]:
+        """Those of the source."""
+        return self._source.files()
 
     def path(self, index: int) -> str:
         """As in the source."""
@@ -226,34 +276,44 @@ class Selection:
 
 def _open_list(path: str, decoder: Decoder) -> Files:
     folder = os.path.dirname(os.path.abspath(path))
-    try:
-        lines = [os.fsdecode(line) for line in Path(path).read_bytes().splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"cannot read the list {path}: {error.strerror}") from error
+    read = patiently(Path(path).read_bytes, f"the list {path}")
+    lines = [os.fsdecode(line) for line in read.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"the list {path} is empty. It needs one path of a picture a line.")
     if "\0" in "".join(lines[:100]):
         raise DataError(f"{path} is neither a folder, nor a .tar, nor a list of paths")
-    paths = [os.path.normpath(os.path.join(folder, os.path.expanduser(line))) for line in lines]
+    paths = [_normal(folder, line) for line in lines]
     members = sum(_MEMBER in line for line in paths)
     if members == len(paths):
         return _members_of_shards(path, paths, decoder)
     if members:
         raise DataError(f"the list {path} mixes files and `shard.tar::member`; make it two lists")
-    return _listed_files(path, paths, decoder)
+    roots = {line.partition(_ROOT_ENDS)[0] if _ROOT_ENDS in line else None for line in lines}
+    root = roots.pop() if len(roots) == 1 else None
+    return _listed_files(path, paths, decoder, root=root and _normal(folder, root))
 
 
-def _listed_files(path: str, paths: Sequence[str], decoder: Decoder) -> Files:
-    """The folder that they have in common: its subfolders are the classes, as for any folder."""
-    missing = [name for name in paths if not os.path.isfile(name)]
+def _normal(folder: str, line: str) -> str:
+    """Absolute path; what follows the name of a tar is a name in it, and stays as it is."""
+    path, tar, member = line.partition(_MEMBER)
+    return os.path.normpath(os.path.join(folder, os.path.expanduser(path))) + tar + member
+
+
+def _listed_files(path: str, paths: Sequence[str], decoder: Decoder, *, root: str | None) -> Files:
+    """Files below a root, or the folder that they have in common: its subfolders are the classes.
+
+    Also those of which no file is listed: a list gives a class the number that the folder gives it.
+    """
+    missing = [name for name in paths if not patiently(partial(is_there, name), name)]
     if missing:
         raise DataError(
             f"the list {path}: {len(missing)} of {len(paths)} files are not there, the first is "
             f"{missing[0]}. Relative paths begin at the folder of the list."
         )
-    root = os.path.commonpath([os.path.dirname(name) for name in paths])
+    root = root or os.path.commonpath([os.path.dirname(name) for name in paths])
     names = write_names((os.path.relpath(name, root) for name in paths), of=path)
-    return FolderSource(root, Listing(names, Beside()), decoder)
+    classes = class_folders(root) if root != os.path.dirname(root) else []  # not of a whole disk
+    return FolderSource(root, Listing(names, Beside()), decoder, classes=classes)
 
 
 def _members_of_shards(path: str, paths: Sequence[str], decoder: Decoder) -> Files:

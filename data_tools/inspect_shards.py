@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.contact_sheet import draw_sheet
-from data_tools.files import Files, open_files, shards_of
+from data_tools.files import Files, open_files, print_of, shards_of
 from data_tools.headers import read_header
 from data_tools.journal import Json, check_place, write_whole
-from data_tools.survey import identity, in_blocks, sample_ids, survey
+from data_tools.numbering import numbering_of
+from data_tools.survey import in_blocks, sample_ids, survey, unavailable_of
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.mixture import left_out_of
 from dinoscale.errors import DataError
+from dinoscale.fingerprint import code_print, fingerprint
 
 _SHOWN = 20  # classes in the summary, the largest and the smallest
 
@@ -46,6 +48,7 @@ def inspect_shards(
     Raises:
         DataError: nothing is there, or a file cannot be written.
         RunFailedError: a worker was killed.
+        UnavailableError: too many files cannot be read.
     """
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise DataError(f"--sheet {sheet}: the sheet is a PNG, name it so")
@@ -63,7 +66,11 @@ def inspect_shards(
         blocks,
         sizes=[len(block) for block in blocks],
         out=out,
-        work=[*identity(source), ids.tolist()],
+        work=fingerprint(
+            input={"images": print_of(source, spec)},
+            command={"images": len(ids)},
+            code=code_print(__name__),
+        ),
         workers=workers,
     )
     summary = {
@@ -86,19 +93,27 @@ def inspect_shards(
 def _look(source: Files, ids: NDArray[np.int64]) -> Json:
     """Sizes and kinds of a block; the size of a picture is that of its stored rows and columns."""
     unreadable, file_bytes = 0, []
+    unavailable: list[Json] = []
     kinds: Counter[str] = Counter()
     sides: list[tuple[int, int]] = []
     for index in ids.tolist():
         try:
             data = source.data(index)
             header = read_header(data, source.path(index))
-        except BadSampleError:
+        except BadSampleError as error:
             unreadable += 1
+            unavailable += unavailable_of(error)
             continue
         file_bytes.append(len(data))
         kinds[f"{header.format} {header.mode}"] += 1
         sides.append((header.width, header.height))
-    return {"unreadable": unreadable, "bytes": file_bytes, "kinds": kinds, "sides": sides}
+    return {
+        "unreadable": unreadable,
+        "unavailable": unavailable,
+        "bytes": file_bytes,
+        "kinds": kinds,
+        "sides": sides,
+    }
 
 
 def _summed(results: list[Json]) -> Json:
@@ -136,7 +151,8 @@ def _histogram(values: NDArray[np.int64]) -> dict[str, int]:
 
 
 def _classes(source: Files) -> Json | None:
-    labels, names = source.labels, source.class_names
+    numbering = numbering_of(source)
+    labels, names = numbering.labels, numbering.names
     if labels is None:
         return None
     known, counts = np.unique(labels[labels >= 0], return_counts=True)

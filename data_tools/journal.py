@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dinoscale.errors import DataError
+from dinoscale.fingerprint import differences
+from dinoscale.patience import patiently
+
+log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
-
-
-def fingerprint(parts: Iterable[object]) -> str:
-    """A hash of what the work depends on, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(json.dumps(part).encode() + b"\n")
-    return digest.hexdigest()
+T = TypeVar("T")
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -66,20 +63,20 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 class Journal:
-    """A file with one JSON line for each finished piece of work; locked while it is open.
+    """A file with one JSON line for each finished piece of work; locked within its `with` block.
 
-    Its first line is the fingerprint of the work. A journal of other work is started anew, and a
-    line that was cut off counts for nothing.
+    Its first line is the fingerprint of the work. A journal of other work is started anew, which is
+    said, and a line that was cut off counts for nothing.
 
     Args:
         path: of the file, or None to keep nothing.
-        fingerprint: of the work.
+        work: its fingerprint.
 
     Raises:
         DataError: it cannot be written, or another process is at the same work.
     """
 
-    def __init__(self, path: Path | None, fingerprint: str):
+    def __init__(self, path: Path | None, work: object):
         self.done: dict[int, Json] = {}  # piece -> its result
         self._path = path
         if path is None:
@@ -96,7 +93,7 @@ class Journal:
         end, head = 0, None
         for line in self._file:
             entry = _parsed(line)
-            if entry is None or (head is None and entry.get("fingerprint") != fingerprint):
+            if entry is None or (head is None and not _is_of(entry, work, path)):
                 break
             if head is None:
                 head = entry
@@ -105,18 +102,23 @@ class Journal:
             end += len(line)
         self._file.truncate(end)
         if head is None:
-            self._append({"fingerprint": fingerprint})
+            self._append({"fingerprint": work})
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._path is not None:
+            self._file.close()
 
     def add(self, piece: int, result: Json) -> None:
-        """Remember the result of a piece."""
-        self.done[piece] = result
+        """Remember the result of a piece, for the next start."""
         self._append({"piece": piece, "result": result})
 
     def finish(self) -> None:
         """Forget everything: the whole result is safe elsewhere."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
-            self._file.close()
 
     def _append(self, entry: Json) -> None:
         if self._path is None:
@@ -128,14 +130,44 @@ class Journal:
             raise DataError(f"cannot write {self._path}: {error.strerror}") from error
 
 
-def fingerprint_of(path: Path) -> str | None:
-    """Which work a journal is of, None where there is none."""
-    try:
+def _is_of(head: Json, work: object, path: Path) -> bool:
+    """Whether the first line of a journal is that of some work; says what is not as it was."""
+    changed = differences(head.get("fingerprint"), work)
+    if changed:
+        log.warning("%s is of other work (%s): starting anew", path, ", ".join(changed))
+    return not changed
+
+
+def fingerprint_of(path: Path) -> object:
+    """Which work a journal is of, None where there is none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+
+    def first_line() -> bytes:
         with path.open("rb") as file:
-            entry = _parsed(file.readline())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+            return file.readline()
+
+    line = read_if_there(first_line, path)
+    entry = None if line is None else _parsed(line)
     return None if entry is None else entry.get("fingerprint")
+
+
+def read_if_there(read: Callable[[], T], path: Path) -> T | None:
+    """What `read` makes of a file, None where there is none.
+
+    Raises:
+        DataError: it cannot be read, or not for about a minute.
+    """
+
+    def read_or_none() -> T | None:
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    return patiently(read_or_none, str(path))
 
 
 def _parsed(line: bytes) -> Json | None:

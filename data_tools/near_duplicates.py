@@ -19,6 +19,9 @@ MAX_RADIUS = 8  # bits; beyond it the pairs of unlike pictures take over
 _BITS = 64
 _SIDE = 32  # pixels of the shrunk grey picture whose frequencies make the hash
 _LOW = 8  # the lowest frequencies in each direction are kept
+# Root mean square difference of two thumbnails, in levels of 255. Of 1000 photographs, copies at a
+# quarter of the size or at JPEG quality 10 stay below 7.
+_SAME_LOOK = 10.0
 _PLAIN = 4.0  # standard deviation in grey levels; below it the frequencies are mostly noise
 
 
@@ -116,6 +119,29 @@ def _count_bits(values: NDArray[np.uint64]) -> NDArray[np.int64]:
         axis=1, dtype=np.int64
     )
     return counts
+
+
+def look_alike(
+    rows: NDArray[np.void], one: int, others: NDArray[np.int64], *, radius: int
+) -> NDArray[np.bool_]:
+    """Which pictures look like one: hashes within the radius, and thumbnails that confirm it.
+
+    Args:
+        rows: with `hash`, `hashed` (False: plain, like nothing) and `thumbnail` of all pictures.
+        one: number of a picture.
+        others: numbers of pictures, (P,).
+        radius: of the hashes, in bits.
+
+    Returns:
+        (P,).
+    """
+    differing = np.bitwise_xor(rows["hash"][others], rows["hash"][one])
+    alike: NDArray[np.bool_] = rows["hashed"][others] & rows["hashed"][one]
+    alike &= _count_bits(differing) <= radius
+    looks = rows["thumbnail"][others[alike]].astype(np.float32)  # (A, 8, 8, 3)
+    distance = looks - rows["thumbnail"][one].astype(np.float32)
+    alike[alike] = np.sqrt((distance**2).mean(axis=(1, 2, 3))) <= _SAME_LOOK
+    return alike
 
 
 class Groups:

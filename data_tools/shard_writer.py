@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -23,12 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.journal import Journal, Json, fingerprint, fingerprint_of, write_whole
+from data_tools.journal import Journal, Json, fingerprint_of, read_if_there, write_whole
 from data_tools.parallel import ordered_map
+from data_tools.survey import require_few_unavailable
 from dinoscale.data.classes import FILE_NAME as CLASSES
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.manifest import FILE_NAME, FORMAT
 from dinoscale.errors import DataError, RunFailedError
+from dinoscale.fingerprint import Fingerprint, code_print, differences, digest_of, fingerprint
+from dinoscale.patience import patiently
 
 log = logging.getLogger(__name__)
 
@@ -79,18 +82,6 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def class_lines(names: Sequence[str]) -> bytes:
-    """`classes.txt`: number, tab, name.
-
-    Raises:
-        DataError: a name does not fit a line.
-    """
-    for name in names:
-        if any(letter in name for letter in "\n\r\t"):
-            raise DataError(f"the class {name!r} has a line break or tab in its name; rename it")
-    return b"".join(b"%d\t%s\n" % (i, os.fsencode(name)) for i, name in enumerate(names))
-
-
 def plan_shards(
     sizes: NDArray[np.int64], order: NDArray[np.int64], *, shard_bytes: int, prefix: str
 ) -> list[ShardPlan]:
@@ -128,7 +119,8 @@ def write_set(
     names: Sequence[str],
     classes: bytes | None,
     settings: Json,
-    fingerprint_parts: Iterable[object],
+    input: Mapping[str, object],
+    module: str,
     workers: int,
 ) -> Json:
     """Write all shards that are not there yet, `names.jsonl`, `classes.txt`, `manifest.json`.
@@ -140,85 +132,117 @@ def write_set(
         names: what each sample was called, by its number.
         classes: content of `classes.txt`.
         settings: what made the set, for the manifest.
-        fingerprint_parts: what else tells this set from another.
+        input: what it was made from, as of `fingerprint`.
+        module: that makes the samples, e.g. `data_tools.synthetic`.
         workers: processes.
 
     Returns:
         The manifest, with `shards_kept`: how many were there already.
 
     Raises:
-        DataError: `out_dir` holds something else, or no sample can be read.
+        DataError: `out_dir` holds something else, or no sample is an image.
         RunFailedError: the disk is full, or a worker was killed.
+        UnavailableError: too many files cannot be read; shards without such files are kept.
     """
-    mark = fingerprint([settings, os.fsdecode(classes or b""), *fingerprint_parts])
-    done = _claim(out_dir, plans, mark)
-    journal = Journal(out_dir / _JOURNAL, mark)
-    for stale in out_dir.glob(".*.partial"):
-        stale.unlink()
-    done.update(journal.done)
-    if done:
-        log.info("going on: %d of %d shards are done", len(done), len(plans))
+    command = {**settings, "classes": digest_of(os.fsdecode(classes or b""))}
+    work = fingerprint(input=input, command=command, code=code_print(module))
+    done = _claim(out_dir, plans, work)
     ordered = [names[i] for plan in plans for i in plan.ids.tolist()]
-    write_whole(out_dir / _NAMES, "".join(json.dumps(name) + "\n" for name in ordered).encode())
-    if classes is not None:
-        write_whole(out_dir / CLASSES, classes)
-    pieces = [_Piece(plan, done.get(number)) for number, plan in enumerate(plans)]
-    records = []
-    with tqdm(total=len(names), unit="img", desc="shards", disable=None) as bar:
-        for number, record in enumerate(
-            ordered_map(_write_shard, (out_dir, samples), pieces, workers=workers)
-        ):
-            if record != done.get(number):
-                journal.add(number, record)
-            records.append(record)
-            bar.update(len(plans[number].ids))
-    kept = sum(record == done.get(number) for number, record in enumerate(records))
-    manifest = _manifest(records, ordered, settings, mark)
-    write_whole(out_dir / FILE_NAME, json.dumps(manifest, indent=1).encode() + b"\n")
-    journal.finish()
+    with Journal(out_dir / _JOURNAL, work) as journal:
+        for stale in out_dir.glob(".*.partial"):
+            stale.unlink()
+        done.update(journal.done)
+        done = {number: record for number, record in done.items() if not _unavailable(record)}
+        if done:
+            log.info("going on: %d of %d shards are done", len(done), len(plans))
+        lines = "".join(json.dumps(name) + "\n" for name in ordered)
+        write_whole(out_dir / _NAMES, lines.encode())
+        if classes is not None:
+            write_whole(out_dir / CLASSES, classes)
+        pieces = [_Piece(plan, done.get(number)) for number, plan in enumerate(plans)]
+        records = _written(out_dir, samples, pieces, journal, workers=workers)
+        _require_few_unavailable(records, ordered)
+        manifest = _manifest(records, ordered, settings, work)
+        write_whole(out_dir / FILE_NAME, json.dumps(manifest, indent=1).encode() + b"\n")
+        journal.finish()
     if not manifest["samples"]:
-        raise DataError(f"none of the {len(names)} files can be read; see {out_dir / FILE_NAME}")
+        raise DataError(f"none of the {len(names)} files is an image; see {out_dir / FILE_NAME}")
+    kept = sum(record == done.get(number) for number, record in enumerate(records))
     return {**manifest, "shards_kept": kept}
 
 
-def _claim(out_dir: Path, plans: Sequence[ShardPlan], mark: str) -> dict[int, Json]:
+def _written(
+    out_dir: Path, samples: Samples, pieces: Sequence[_Piece], journal: Journal, *, workers: int
+) -> list[Json]:
+    """The records of all shards, new ones in the journal, too."""
+    records = []
+    total = sum(len(piece.plan.ids) for piece in pieces)
+    with tqdm(total=total, unit="img", desc="shards", disable=None) as bar:
+        for number, record in enumerate(
+            ordered_map(_write_shard, (out_dir, samples), pieces, workers=workers)
+        ):
+            if record != pieces[number].record:
+                journal.add(number, record)
+            records.append(record)
+            bar.update(len(pieces[number].plan.ids))
+    return records
+
+
+def _require_few_unavailable(records: list[Json], names: list[str]) -> None:
+    entries = [entry for record in records for entry in _unavailable(record)]
+    require_few_unavailable(
+        [{"path": names[int(entry["key"])], "reason": entry["reason"]} for entry in entries],
+        of=len(names),
+    )
+
+
+def _claim(out_dir: Path, plans: Sequence[ShardPlan], work: Fingerprint) -> dict[int, Json]:
     """Shards of this very set that are finished; anything else there is not ours to touch."""
     manifest = read_manifest(out_dir)
-    begun = fingerprint_of(out_dir / _JOURNAL)
-    ours = begun == mark or (manifest is not None and manifest.get("fingerprint") == mark)
+    marks = [fingerprint_of(out_dir / _JOURNAL), manifest and manifest.get("fingerprint")]
+    changes = [differences(mark, work) for mark in marks if mark is not None]
+    ours = [] in changes
     tars = sorted(path.name for path in out_dir.glob("*.tar"))
     foreign = sorted(set(tars) - {plan.name for plan in plans}) if ours else tars
-    if foreign or (not ours and (manifest is not None or begun is not None)):
+    if foreign or (not ours and (manifest is not None or changes)):
+        named = f", e.g. {foreign[0]}" if foreign else ""
+        changed = f" (not as it was: {', '.join(changes[0])})" if changes and not ours else ""
         raise DataError(
-            f"{out_dir} holds shards of other images or settings"
-            f"{f', e.g. {foreign[0]}' if foreign else ''}. Name an empty folder, or empty it."
+            f"{out_dir} holds shards of other images or settings, or of another version{changed}"
+            f"{named}. Name an empty folder, or empty it."
         )
     if manifest is None or not ours:
         return {}
     return {number: record for number, record in enumerate(manifest["shards"])}
 
 
+def _unavailable(record: Json) -> list[Json]:
+    """Samples of a shard whose files could not be read when it was written."""
+    return [entry for entry in record["left_out"] if entry.get("unavailable")]
+
+
 def read_manifest(folder: Path) -> Json | None:
     """Read `manifest.json`, None where there is none.
 
     Raises:
-        DataError: it is damaged or of a later version.
+        DataError: it is damaged, of a later version, or cannot be read.
     """
     path = folder / FILE_NAME
+    text = read_if_there(path.read_bytes, path)
+    if text is None:
+        return None
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             raise DataError(f"{path} has format {manifest['format']}, not {FORMAT}")
         for record in manifest["shards"]:
             record["name"], record["bytes"], record["sha256"], record["samples"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}); remove it") from error
     return dict(manifest)
 
 
-def _manifest(records: list[Json], names: list[str], settings: Json, mark: str) -> Json:
+def _manifest(records: list[Json], names: list[str], settings: Json, work: Fingerprint) -> Json:
     left_out = [
         {"name": names[int(entry["key"])], **entry}
         for record in records
@@ -226,7 +250,7 @@ def _manifest(records: list[Json], names: list[str], settings: Json, mark: str) 
     ]
     return {
         "format": FORMAT,
-        "fingerprint": mark,
+        "fingerprint": work,
         "settings": settings,
         "samples": sum(record["samples"] for record in records),
         "bytes": sum(record["bytes"] for record in records),
@@ -245,7 +269,7 @@ def _write_shard(shared: tuple[Path, Samples], piece: _Piece) -> Json:
     """Write one shard whole, or find it whole; return its record."""
     folder, samples = shared
     path = folder / piece.plan.name
-    if piece.record and path.exists() and file_sha256(path) == piece.record["sha256"]:
+    if piece.record and read_if_there(lambda: _sha256(path), path) == piece.record["sha256"]:
         return piece.record
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -256,7 +280,7 @@ def _write_shard(shared: tuple[Path, Samples], piece: _Piece) -> Json:
         record = {
             "name": path.name,
             "bytes": beside.stat().st_size,
-            "sha256": file_sha256(beside),
+            "sha256": _sha256(beside),
             "samples": len(piece.plan.ids) - len(left_out),
             "left_out": left_out,
         }
@@ -277,7 +301,8 @@ def _fill(file: BinaryIO, samples: Samples, plan: ShardPlan) -> list[Json]:
             try:
                 members = samples.members(index)
             except BadSampleError as error:
-                left_out.append({"key": f"{key:09d}", "reason": error.reason})
+                flag = {"unavailable": True} if error.unavailable else {}
+                left_out.append({"key": f"{key:09d}", "reason": error.reason, **flag})
                 continue
             for extension, data in members:
                 info = tarfile.TarInfo(f"{key:09d}.{extension}")  # owner 0, time 0
@@ -287,7 +312,15 @@ def _fill(file: BinaryIO, samples: Samples, plan: ShardPlan) -> list[Json]:
 
 
 def file_sha256(path: Path) -> str:
-    """The checksum of a file, 64 hexadecimal digits."""
+    """The checksum of a file, 64 hexadecimal digits.
+
+    Raises:
+        DataError: it cannot be read, or not for about a minute.
+    """
+    return patiently(lambda: _sha256(path), str(path))
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_HASHED):

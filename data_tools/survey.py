@@ -1,9 +1,13 @@
-"""Read images in blocks over processes, remembering finished blocks beside the output file."""
+"""Read images in blocks over processes, remembering finished blocks beside the output file.
+
+A file that cannot be read says nothing of the image in it. The result of a block tells such files
+under `unavailable`, a list of {"path", "reason"}; it is not remembered, so that the same command
+reads them again.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -12,17 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.journal import Journal, Json, check_place, fingerprint
+from data_tools.journal import Journal, Json, check_place
 from data_tools.parallel import ordered_map
-from dinoscale.data.sources import Source
-from dinoscale.errors import DataError
+from dinoscale.data.decode import BadSampleError
+from dinoscale.errors import DataError, UnavailableError
 
 log = logging.getLogger(__name__)
 
 S = TypeVar("S")
 T = TypeVar("T")
 
+_SHOWN = 3  # files that cannot be read, in a message
 BLOCK = 256  # images that one process reads between two lines of the journal
+MAX_UNAVAILABLE = 0.01  # of the images of a set; the default of data.max_bad_fraction
 
 
 def survey(
@@ -32,8 +38,9 @@ def survey(
     *,
     sizes: Sequence[int],
     out: Path | None,
-    work: Sequence[object],
+    work: object,
     workers: int,
+    max_unavailable: float = MAX_UNAVAILABLE,
 ) -> Iterator[Json]:
     """Yield the result of every block in order, done now or by an interrupted run before.
 
@@ -41,32 +48,84 @@ def survey(
         task: a function of a module; its result goes through JSON.
         shared: what all blocks need.
         blocks: the work.
-        sizes: of the blocks, for the progress bar.
+        sizes: images of the blocks.
         out: file that the caller writes at the end; `OUT.state` lies beside it until then, and is
-            removed when the caller has taken the last result. None remembers nothing.
-        work: what the results depend on; a state of other work is not used.
+            removed when the caller has taken the last result and all files could be read. None
+            remembers nothing.
+        work: fingerprint of what the results depend on; a state of other work is not used.
         workers: processes.
+        max_unavailable: fraction of the images whose files need not be readable.
 
     Raises:
         DataError: `out` cannot be written, or there is no worker.
         RunFailedError: a worker was killed.
+        UnavailableError: after the last result; too many files could not be read.
     """
     state = None
     if out is not None:
         check_place(out)
         state = out.with_name(out.name + ".state")
-    journal = Journal(state, fingerprint([task.__module__, *work]))
+    with Journal(state, work) as journal:
+        yield from _surveyed(task, shared, blocks, sizes, journal, workers, max_unavailable)
+
+
+def _surveyed(
+    task: Callable[[S, T], Json],
+    shared: S,
+    blocks: Sequence[T],
+    sizes: Sequence[int],
+    journal: Journal,
+    workers: int,
+    max_unavailable: float,
+) -> Iterator[Json]:
     if journal.done:
         log.info("going on: %d of %d pieces are done", len(journal.done), len(blocks))
     left = [number for number in range(len(blocks)) if number not in journal.done]
     results = ordered_map(task, shared, [blocks[number] for number in left], workers=workers)
+    unavailable: list[Json] = []
     with tqdm(total=sum(sizes), unit="img", disable=None) as bar:
         for number in range(len(blocks)):
-            if number not in journal.done:
-                journal.add(number, next(results))
-            yield journal.done.pop(number)
+            known = journal.done.pop(number, None)
+            result = next(results) if known is None else known
+            if found := result.get("unavailable"):
+                unavailable += found
+            elif known is None:
+                journal.add(number, result)
+            yield result
             bar.update(sizes[number])
-    journal.finish()
+    require_few_unavailable(unavailable, of=sum(sizes), max_fraction=max_unavailable)
+    if not unavailable:
+        journal.finish()
+
+
+def unavailable_of(error: BadSampleError) -> list[Json]:
+    """What the result of a block tells of a bad sample: nothing if it was read and is damaged."""
+    return [{"path": error.path, "reason": error.reason}] if error.unavailable else []
+
+
+def require_few_unavailable(
+    entries: Sequence[Json], *, of: int, max_fraction: float = MAX_UNAVAILABLE
+) -> None:
+    """Say which files cannot be read, or refuse to go on without them.
+
+    Args:
+        entries: path and reason of each.
+        of: images in all.
+        max_fraction: of them.
+
+    Raises:
+        UnavailableError: there are more.
+    """
+    if not entries:
+        return
+    shown = "".join(f"\n  {entry['path']}: {entry['reason']}" for entry in entries[:_SHOWN])
+    text = f"{len(entries)} of {of} files cannot be read:{shown}"
+    if len(entries) > max_fraction * of:
+        raise UnavailableError(
+            f"{text}\nThey may be whole, and count as nothing. Mend the file system or make them"
+            " readable; the same command reads them again, and keeps what is done."
+        )
+    log.warning("%s", text)
 
 
 def sample_ids(num_images: int, *, wanted: int | None, seed: int = 0) -> NDArray[np.int64]:
@@ -86,19 +145,3 @@ def sample_ids(num_images: int, *, wanted: int | None, seed: int = 0) -> NDArray
 def in_blocks(ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Cut into blocks of at most BLOCK images."""
     return [ids[first : first + BLOCK] for first in range(0, len(ids), BLOCK)]
-
-
-def identity(source: Source) -> list[object]:
-    """What tells a source from another or from itself after a change, without reading images."""
-    paths = [source.path(i) for i in range(len(source))]
-    shards = sorted({path.partition(".tar::")[0] + ".tar" for path in paths if ".tar::" in path})
-    return [paths, [stamp(path) for path in shards]]
-
-
-def stamp(path: str) -> list[object]:
-    """Path, size and time of change of a file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return [path, 0, 0]
-    return [path, status.st_size, status.st_mtime_ns]

@@ -10,7 +10,8 @@ from PIL import Image
 
 from data_tools.build_shards import summary_of
 from data_tools.journal import Json
-from data_tools.shard_writer import class_lines, plan_shards, stored_bytes, write_set
+from data_tools.numbering import class_lines
+from data_tools.shard_writer import plan_shards, stored_bytes, write_set
 from dinoscale.data.synthetic import ShapesSource
 
 
@@ -42,7 +43,7 @@ def synthetic(
         _Drawn(source),
         plan_shards(np.full(images, one), np.arange(images), shard_bytes=shard_bytes, prefix=split),
         names=[source.path(i) for i in range(images)],
-        classes=class_lines(source.class_names),
+        classes=class_lines([(name,) for name in source.class_names]),
         settings={
             "tool": "synthetic",
             "images": images,
@@ -51,7 +52,8 @@ def synthetic(
             "split": split,
             "shard_bytes": shard_bytes,
         },
-        fingerprint_parts=[],
+        input={},
+        module=__name__,
         workers=workers,
     )
     return summary_of(manifest, out_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,13 +12,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import open_pictures, shards_of
+from data_tools.files import open_pictures, print_of, shards_of
 from data_tools.journal import Json, write_whole
 from data_tools.shard_writer import file_sha256, read_manifest
-from data_tools.survey import identity, in_blocks, stamp, survey
+from data_tools.survey import in_blocks, survey
 from dinoscale.data.decode import RGB, BadSampleError, Decoder
 from dinoscale.data.sources import Source, open_source
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
+from dinoscale.fingerprint import code_print, digest_of, files_print, fingerprint
 
 _SHOWN = 20  # bad samples in the summary; the list has all
 
@@ -35,11 +37,13 @@ def verify_shards(spec: str, decoder: Decoder = RGB, *, out: Path | None, worker
         spec: shards, or anything else that a training or `open_files` reads.
         decoder: what the pixels of a file become; other channels than it wants are bad.
         out: list of what is bad, one JSON object a line: path, reason. With it an interrupted run
-            goes on from the last finished shard (of a folder: 256 images).
+            goes on from the last finished shard (of a folder: 256 images), and reads again what
+            could not be read.
         workers: processes.
 
     Returns:
-        The summary, ready for JSON; `bad` is 0 where everything is whole.
+        The summary, ready for JSON; `bad` and `unavailable`, the number of files that cannot be
+        read, are 0 where everything is whole.
 
     Raises:
         DataError: nothing is there, or `out` cannot be written.
@@ -49,12 +53,14 @@ def verify_shards(spec: str, decoder: Decoder = RGB, *, out: Path | None, worker
     found = (
         _shards(pieces, decoder, out, workers) if pieces else _images(spec, decoder, out, workers)
     )
-    images, bad = 0, missing
+    images, bad, unavailable = 0, missing, []
     for result in found:
         images += result["images"]
         bad += result["bad"]
+        unavailable += result["unavailable"]
     if out is not None:
-        write_whole(out, "".join(json.dumps(entry) + "\n" for entry in bad).encode())
+        lines = [*bad, *({**entry, "unavailable": True} for entry in unavailable)]
+        write_whole(out, "".join(json.dumps(entry) + "\n" for entry in lines).encode())
     return {
         "spec": spec,
         "images": images,
@@ -62,6 +68,8 @@ def verify_shards(spec: str, decoder: Decoder = RGB, *, out: Path | None, worker
         "shards_with_checksum": sum(piece.record is not None for piece in pieces),
         "bad": len(bad),
         "bad_samples": bad[:_SHOWN],
+        "unavailable": len(unavailable),
+        "unavailable_samples": unavailable[:_SHOWN],
         "list": None if out is None else str(out),
     }
 
@@ -70,15 +78,30 @@ def _shards(
     pieces: Sequence[_Shard], decoder: Decoder, out: Path | None, workers: int
 ) -> Iterator[Json]:
     sizes = [piece.record["samples"] if piece.record else 1 for piece in pieces]
-    work = [asdict(decoder), *([stamp(piece.path), piece.record] for piece in pieces)]
-    return survey(_verify_shard, decoder, pieces, sizes=sizes, out=out, work=work, workers=workers)
+    paths = [os.path.abspath(piece.path) for piece in pieces]
+    images = files_print(os.path.dirname(paths[0]), paths)
+    work = _work({"images": images, "manifests": digest_of([p.record for p in pieces])}, decoder)
+    return survey(
+        _verify_shard, decoder, pieces,
+        sizes=sizes, out=out, work=work, workers=workers, max_unavailable=math.inf,
+    )  # fmt: skip
 
 
 def _images(spec: str, decoder: Decoder, out: Path | None, workers: int) -> Iterator[Json]:
     source = open_pictures(spec, decoder)
     blocks = in_blocks(np.arange(len(source), dtype=np.int64))
-    sizes, work = [len(block) for block in blocks], [*identity(source), asdict(decoder)]
-    return survey(_verify_block, source, blocks, sizes=sizes, out=out, work=work, workers=workers)
+    sizes, work = (
+        [len(block) for block in blocks],
+        _work({"images": print_of(source, spec)}, decoder),
+    )
+    return survey(
+        _verify_block, source, blocks,
+        sizes=sizes, out=out, work=work, workers=workers, max_unavailable=math.inf,
+    )  # fmt: skip
+
+
+def _work(input: Json, decoder: Decoder) -> Json:
+    return fingerprint(input=input, command=asdict(decoder), code=code_print(__name__))
 
 
 def _with_records(spec: str, shards: list[str]) -> tuple[list[_Shard], list[Json]]:
@@ -105,33 +128,37 @@ def _with_records(spec: str, shards: list[str]) -> tuple[list[_Shard], list[Json
 def _verify_shard(decoder: Decoder, piece: _Shard) -> Json:
     bad: list[Json] = []
     record = piece.record
-    if record is not None and file_sha256(Path(piece.path)) != record["sha256"]:
-        bad.append({"path": piece.path, "reason": "its sha256 is not that of manifest.json"})
+    nothing: Json = {"images": 0, "bad": bad, "unavailable": []}
     try:
+        if record is not None and file_sha256(Path(piece.path)) != record["sha256"]:
+            bad.append({"path": piece.path, "reason": "its sha256 is not that of manifest.json"})
         source = open_source(piece.path, decoder)
+    except UnavailableError as error:
+        return {**nothing, "unavailable": [{"path": piece.path, "reason": str(error)}]}
     except DataError as error:
         if record is None or record["samples"]:  # all its files may have been left out
             bad.append({"path": piece.path, "reason": str(error)})
-        return {"images": 0, "bad": bad}
+        return nothing
     if record is not None and len(source) != record["samples"]:
         reason = f"{len(source)} images, but manifest.json says {record['samples']}"
         bad.append({"path": piece.path, "reason": reason})
     found = _verify_block(source, np.arange(len(source), dtype=np.int64))
-    return {"images": found["images"], "bad": bad + found["bad"]}
+    return {**found, "bad": bad + found["bad"]}
 
 
 def _verify_block(source: Source, ids: NDArray[np.int64]) -> Json:
-    bad = []
+    bad: list[Json] = []
+    unavailable: list[Json] = []
     for index in ids.tolist():
-        reason = _fault(source, index)
-        if reason:
-            bad.append({"path": source.path(index), "reason": reason})
-    return {"images": len(ids), "bad": bad}
+        if fault := _fault(source, index):
+            entry = {"path": source.path(index), "reason": fault.reason}
+            (unavailable if fault.unavailable else bad).append(entry)
+    return {"images": len(ids), "bad": bad, "unavailable": unavailable}
 
 
-def _fault(source: Source, index: int) -> str:
+def _fault(source: Source, index: int) -> BadSampleError | None:
     try:
         source.picture(index).pixels()
     except BadSampleError as error:
-        return error.reason
-    return ""
+        return error
+    return None

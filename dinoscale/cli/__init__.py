@@ -42,6 +42,7 @@ _EPILOG = """examples:
   dinoscale evaluate compare a.safetensors b.safetensors --out comparison --task 'video DAVIS'
 
 exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
+69 storage or network failed for minutes, and nothing is wrong with the input,
 75 asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) and saved: the same command goes on."""
 _MAY_BE_EMPTY = ("--options", "--ssh-options")  # words for other programs, perhaps none
 _EMPTY_OPTION = re.compile(r"--[a-z-]+=")

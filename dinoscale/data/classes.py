@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from dinoscale.data.folder import FolderSource, whole_number
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
+from dinoscale.patience import is_there, patiently
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ def _with_list(
     number_of = _by_name(listed)
     counted = {i: whole_number(name) for i, (name,) in names.items()}
     numbers = {i: number for i, number in counted.items() if number is not None}
-    matches = {i: number_of.get(_key(name)) for i, (name,) in names.items()}
+    matches = {i: number_of.get(name_key(name)) for i, (name,) in names.items()}
     found = {i: number for i, number in matches.items() if number is not None}
     if len(found) < len(names) == len(numbers) and listed.keys() >= {*numbers.values()}:
         found = numbers
@@ -176,7 +178,9 @@ def _by_name(names: dict[int, tuple[str, ...]]) -> dict[str, int]:
     Raises:
         DataError: all names of a class are those of another one, too.
     """
-    pairs = [(_key(name), i) for i, of_class in names.items() for name in {*map(_key, of_class)}]
+    pairs = [
+        (name_key(name), i) for i, of_class in names.items() for name in {*map(name_key, of_class)}
+    ]
     times = Counter(name for name, _ in pairs)
     known = {name: i for name, i in pairs if times[name] == 1}
     unique = set(known.values())
@@ -188,7 +192,7 @@ def _by_name(names: dict[int, tuple[str, ...]]) -> dict[str, int]:
     return known
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
     """Equal for equal names: numbers without leading zeros; composed and decomposed letters."""
     number = whole_number(name)
     return unicodedata.normalize("NFC", name) if number is None else str(number)
@@ -202,7 +206,7 @@ def _listed(source: Source) -> dict[int, tuple[str, ...]]:
     elif isinstance(source, TarSource):
         folders = dict.fromkeys(os.path.dirname(path) for path in source.files())
     paths = [os.path.join(folder, FILE_NAME) for folder in folders]
-    lists = {path: read_classes(path) for path in paths if os.path.isfile(path)}
+    lists = {path: read_classes(path) for path in paths if patiently(partial(is_there, path), path)}
     if lists and (bare := [path for path in paths if path not in lists]):
         log.warning(
             "%s is missing: the shards beside it are taken to be numbered as %s says",
@@ -228,11 +232,12 @@ def read_classes(path: str) -> dict[int, tuple[str, ...]]:
         DataError: it cannot be read, gives a number or name twice, or leaves open whether its lines
             begin with the numbers of the classes, as `3 doors` and `5 doors`.
     """
-    try:
+
+    def read() -> bytes:
         with open(path, "rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}.") from error
+            return file.read(_MAX_BYTES + 1)
+
+    data = patiently(read, path)
     if len(data) > _MAX_BYTES:
         raise DataError(f"{path} is too long for a list of classes.")
     text = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf"))  # a mark of some editors

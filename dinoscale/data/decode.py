@@ -79,12 +79,14 @@ class BadSampleError(DataError):
     Attributes:
         path: the file, or `shard.tar::member`.
         reason: one line.
+        unavailable: its file cannot be read here and now, which says nothing of its content.
     """
 
-    def __init__(self, path: str, reason: str):
-        super().__init__(path, reason)  # both, so that it survives pickling between processes
+    def __init__(self, path: str, reason: str, unavailable: bool = False):
+        super().__init__(path, reason, unavailable)  # all, to survive pickling between processes
         self.path = path
         self.reason = reason
+        self.unavailable = unavailable
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"

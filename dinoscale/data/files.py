@@ -1,15 +1,20 @@
 """Images that are files of their own: keeping their names, reading what stands there by now."""
 
-import os
 import stat
 from collections.abc import Callable, Iterable
 
 from dinoscale.data.decode import BadSampleError
-from dinoscale.data.index import Index, IndexWriter, read_at
+from dinoscale.data.index import Index, IndexWriter
+from dinoscale.data.patient_file import PatientFile
 from dinoscale.errors import DataError
+from dinoscale.patience import Patience
 
 # The largest picture that Pillow opens has 179 million pixels, of at most 8 bytes each.
 MAX_IMAGE_BYTES = 2**31
+
+# Of a process, for files that are read one by one: they fail together, and it must not wait for
+# each. Sources have one of their own.
+_PATIENCE = Patience()
 
 NAMES_A_SIGN = 1000  # names that are listed between two signs that it goes on
 
@@ -41,25 +46,27 @@ def write_names(
         ) from error
 
 
-def read_image_file(path: str) -> bytes:
-    """All bytes of a file.
+def read_image_file(path: str, patience: Patience = _PATIENCE) -> bytes:
+    """All bytes of a file; of an error of the file system `patience` decides.
 
     Raises:
-        BadSampleError: it cannot be read, or is no plain file of a size that a picture can have.
+        BadSampleError: it cannot be read, though that was tried again, or is no plain file of a
+            size that a picture can have.
     """
     try:
-        # Without waiting: opening a pipe would last until somebody writes to it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            status = os.fstat(descriptor)
+        with PatientFile(path, patience) as file:
+            status = file.status()
             if not stat.S_ISREG(status.st_mode):
                 raise BadSampleError(path, "cannot be read: it is not a plain file")
             if status.st_size > MAX_IMAGE_BYTES:
                 raise BadSampleError(path, f"{status.st_size} bytes are too many for one image")
-            return read_at(descriptor, status.st_size, 0)
-        finally:
-            os.close(descriptor)
+            return file.read_at(status.st_size, 0)
     except OSError as error:
-        raise BadSampleError(path, f"cannot be read: {error.strerror}") from None
+        raise unavailable(path, error) from None
     except ValueError as error:  # a name with a null byte
         raise BadSampleError(path, f"cannot be read: {error}") from None
+
+
+def unavailable(path: str, error: OSError) -> BadSampleError:
+    """What to raise where the file of an image cannot be read."""
+    return BadSampleError(path, f"cannot be read: {error.strerror or error}", unavailable=True)

@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from dinoscale.data.files import NAMES_A_SIGN, read_image_file, write_names
 from dinoscale.data.left_out import DEAD_LINK, NPY, TAR, LeftOut
 from dinoscale.data.listing import ARRAY, Beside, Listing, list_folder
 from dinoscale.errors import DataError
+from dinoscale.patience import Patience, patiently, refusal
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +38,23 @@ class FolderSource:
         root: the folder.
         listing: of the folder; read now if not given.
         decoder: what the pixels of a file become.
+        classes: subfolders that are classes, also where the listing has no image of them.
 
     Raises:
         DataError: it does not exist, is no folder, cannot be read, or holds no images.
     """
 
-    def __init__(self, root: str, listing: Listing | None = None, decoder: Decoder = RGB):
+    def __init__(
+        self,
+        root: str,
+        listing: Listing | None = None,
+        decoder: Decoder = RGB,
+        *,
+        classes: Sequence[str] = (),
+    ):
         self.root = os.path.abspath(root)
+        self._all_classes = tuple(classes)
+        self._patience = Patience()
         self._decoder = decoder
         if not os.path.isdir(self.root):
             raise DataError(f"{root} is not a folder. Name the folder that holds the images.")
@@ -68,11 +79,16 @@ class FolderSource:
         return (os.path.join(self.root, name) for name, _ in self._names.rows(0, len(self)))
 
     def size(self, index: int) -> int:
-        """Bytes of an image's file, 0 where they cannot be told."""
+        """Bytes of an image's file, 0 where it is gone.
+
+        Raises:
+            DataError: the file system says no, or fails for about a minute.
+        """
+        path = self.path(index)
         try:
-            return os.stat(self.path(index)).st_size
-        except OSError:
-            return 0
+            return max(0, self._patience.read(lambda: _size_of(path), path))
+        except OSError as error:
+            raise refusal(f"the size of {path}", error) from error
 
     def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the names, and of the sizes of some thousand files, which takes seconds.
@@ -88,7 +104,7 @@ class FolderSource:
         Raises:
             BadSampleError: it cannot be read.
         """
-        return read_image_file(self.path(index))
+        return read_image_file(self.path(index), self._patience)
 
     def picture(self, index: int) -> Picture:
         """Read an image.
@@ -120,12 +136,18 @@ class FolderSource:
             if not slash:
                 return None, None
             labels[index] = met.setdefault(folder, len(met))
-        counted = all(whole_number(name) is not None for name in met)
-        names = sorted(
-            met, key=lambda name: (whole_number(name) if counted else 0, os.fsencode(name))
-        )
+        names = in_order({*met, *self._all_classes})
         number = {name: i for i, name in enumerate(names)}
         return np.array([number[name] for name in met])[labels], names
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes as they are numbered: by their bytes; by their values, if all are digits."""
+    listed = list(names)
+    counted = all(whole_number(name) is not None for name in listed)
+    return sorted(
+        listed, key=lambda name: (whole_number(name) if counted else 0, os.fsencode(name))
+    )
 
 
 def whole_number(name: str) -> int | None:
@@ -174,6 +196,7 @@ class ListSource:
 
     def __init__(self, path: str, decoder: Decoder = RGB, alive: Callable[[], None] = lambda: None):
         self._folder = os.path.dirname(os.path.abspath(path))
+        self._patience = Patience()
         self._decoder = decoder
         self._names = write_names(_entries(path), of=path, alive=alive)
         if not len(self._names):
@@ -217,7 +240,7 @@ class ListSource:
             BadSampleError: it cannot be read or decoded.
         """
         path = self.path(index)
-        return self._decoder.open(read_image_file(path), path)
+        return self._decoder.open(read_image_file(path, self._patience), path)
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -235,19 +258,21 @@ def _identity(names: str, source: FolderSource | ListSource, alive: Callable[[],
     sizes = []
     for index in range(0, len(source), -(-len(source) // _SIZES)):
         path = source.path(index)
-        try:
-            sizes.append(os.stat(path).st_size)
-            alive()
-        except FileNotFoundError:
-            sizes.append(-1)  # a bad sample, when it is met
-        except OSError as error:
-            raise DataError(f"cannot read the size of {path}: {error.strerror}.") from error
+        sizes.append(patiently(partial(_size_of, path), f"the size of {path}"))
+        alive()
     return hashlib.sha256(f"{names} {sizes}".encode()).hexdigest()
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return -1  # a bad sample, when it is met
 
 
 def _entries(path: str) -> Iterator[str]:
     try:
-        with open(path, "rb") as file:
+        with patiently(lambda: open(path, "rb"), f"the list {path}") as file:
             while line := file.readline(_MAX_PATH_BYTES + 2):
                 name = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")  # a mark of some editors
                 if len(name) > _MAX_PATH_BYTES:
@@ -258,4 +283,4 @@ def _entries(path: str) -> Iterator[str]:
                 if name.strip():
                     yield os.fsdecode(name)
     except OSError as error:
-        raise DataError(f"cannot read the list {path}: {error.strerror}.") from error
+        raise refusal(f"the list {path}", error) from error

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from dinoscale.errors import DataError
+from dinoscale.patience import patiently, refusal
 
 _MAGIC = b"dinoscale-index1"
 _HEADER = struct.Struct("<16s16sQQQI")
@@ -158,7 +159,7 @@ class Index:
         try:
             data = read_at(self._descriptor, size, offset)
         except OSError as error:
-            raise DataError(f"cannot read the index {self.path}: {error.strerror}.") from error
+            raise refusal(f"the index {self.path}", error) from error
         if len(data) < size:
             raise self._damaged()
         return data
@@ -218,10 +219,7 @@ def _remove(path: str, owner: int) -> None:
 
 def _reopened(path: str, header: bytes) -> Index:
     numbers = _HEADER.unpack(header)[1].rstrip(b"\0").decode()
-    try:
-        index = Index(path, numbers)
-    except OSError as error:
-        raise DataError(f"cannot read the index {path}: {error.strerror}.") from error
+    index = patiently(lambda: Index(path, numbers), f"the index {path}")
     if index._header != header:
         raise DataError(f"the index {path} has changed: another run made it anew. Start again.")
     return index

@@ -7,15 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from dinoscale.data.files import NAMES_A_SIGN, write_names
 from dinoscale.data.index import Index
 from dinoscale.data.left_out import DEAD_LINK, LOOP, LeftOut, is_junk_file, is_junk_folder
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
+from dinoscale.patience import Patience, is_answer, is_there, refusal
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ARRAY = ".npy"
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -78,6 +81,7 @@ def list_folder(root: str, alive: Callable[[], None] = lambda: None) -> Listing:
 
     Raises:
         DataError: a folder cannot be read, or the names cannot be kept in a temporary file.
+        UnavailableError: the file system failed for about a minute.
     """
     log.info("listing the files in %s", root)
     listing = _listed(root, _may_be_image, alive)
@@ -112,6 +116,28 @@ def _images(
             yield name
         else:
             _put_beside(name, beside)
+
+
+def class_folders(root: str) -> list[str]:
+    """First-level subfolders that hold an image at any depth, but for those that cannot be listed.
+
+    Raises:
+        UnavailableError: the file system failed for about a minute.
+    """
+    names = [os.fsdecode(name[:-1]) for name, _ in _entries(root, "") if name.endswith(b"/")]
+    return [name for name in names if _holds_image(os.path.join(root, name))]
+
+
+def _holds_image(folder: str) -> bool:
+    try:
+        return any(
+            kind is _Kind.FILE and _may_be_image(name.rpartition("/")[2])
+            for name, kind in _walk(folder)
+        )
+    except UnavailableError:
+        raise
+    except DataError:
+        return False
 
 
 def _put_beside(name: str, beside: Beside) -> None:
@@ -153,24 +179,22 @@ def _walk(root: str) -> Iterator[tuple[str, _Kind]]:
 def _entries(root: str, prefix: str) -> list[_Entry]:
     """What a folder holds, in the order of the paths below it."""
     path = os.path.join(root, prefix)
-    found = []
-    try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                kind = _kind(entry)
-                if kind is not None:
-                    slash = b"/" if kind in (_Kind.FOLDER, _Kind.LINKED_FOLDER) else b""
-                    found.append((os.fsencode(entry.name) + slash, kind))
-    except OSError as error:
-        raise _unlistable(path, error) from error
-    found.sort()
-    return found
+    return _patiently(lambda: sorted(_listed_entries(path)), path)
+
+
+def _listed_entries(path: str) -> Iterator[_Entry]:
+    with os.scandir(path) as entries:
+        for entry in entries:
+            kind = _kind(entry)
+            if kind is not None:
+                slash = b"/" if kind in (_Kind.FOLDER, _Kind.LINKED_FOLDER) else b""
+                yield os.fsencode(entry.name) + slash, kind
 
 
 def _kind(entry: os.DirEntry[str]) -> _Kind | None:
     """None is left out: folders of tools, pipes, sockets, devices."""
     link = entry.is_symlink()
-    if link and not os.path.exists(entry.path):
+    if link and not is_there(entry.path):
         return _Kind.DANGLING
     if entry.is_dir():
         if is_junk_folder(entry.name):
@@ -181,19 +205,22 @@ def _kind(entry: os.DirEntry[str]) -> _Kind | None:
 
 def _contains(root: str, link: str, prefixes: Sequence[str]) -> bool:
     """Whether a link leads to one of the folders it lies in; without links there are no loops."""
-    try:
-        target = os.stat(os.path.join(root, link))
-        above = [os.stat(os.path.join(root, prefix)) for prefix in prefixes]
-    except OSError as error:
-        raise _unlistable(os.path.join(root, link), error) from error
+    paths = [os.path.join(root, name) for name in (link, *prefixes)]
+    target, *above = _patiently(lambda: [os.stat(path) for path in paths], paths[0])
     return any(os.path.samestat(target, status) for status in above)
 
 
-def _unlistable(path: str, error: OSError) -> DataError:
-    return DataError(
-        f"cannot list the folder {path}: {error.strerror}. Make it readable for this user, or move "
-        "it out of the data."
-    )
+def _patiently(read: Callable[[], T], path: str) -> T:
+    """Raises DataError, also where a file system fails for about a minute."""
+    try:
+        return Patience().read(read, path)
+    except OSError as error:
+        if not is_answer(error):
+            raise refusal(f"the folder {path}", error) from error
+        raise DataError(
+            f"cannot list the folder {path}: {error.strerror}. Make it readable for this user, or"
+            " move it out of the data."
+        ) from error
 
 
 def _may_be_image(name: str) -> bool:

@@ -31,7 +31,7 @@ from dinoscale.data.sampler import Draws, StepSampler
 from dinoscale.data.seeding import Stream, generator
 from dinoscale.data.sources import Source
 from dinoscale.data.stream import StreamSource
-from dinoscale.errors import DataError, DinoscaleError
+from dinoscale.errors import DataError, DinoscaleError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ def train_batches(
 
     Raises:
         DataError: ten images in a row are unreadable, or a worker failed.
+        UnavailableError: a storage or network failed for minutes.
         ValueError: the numbers do not fit together (see `StepSampler`).
     """
     sizes = {
@@ -153,6 +154,7 @@ class Failure:
     """An error of a worker, sent back as a value: torch would wrap it in a printed traceback."""
 
     message: str
+    kind: type[DataError] = DataError
 
 
 class _Requests:
@@ -217,7 +219,8 @@ class _TrainCrops(Dataset[Batch | Failure]):
             else:
                 return [BadSample(e.path, e.reason, i, candidate, repeat) for i, e in failed]
         examples = "".join(f"\n  {error}" for _, error in failed[:3])
-        raise DataError(
+        kind = UnavailableError if all(error.unavailable for _, error in failed) else DataError
+        raise kind(
             f"{_MAX_ATTEMPTS} images in a row are unreadable:{examples}\n"
             "Check the folder or shards and the disk they lie on."
         )
@@ -227,7 +230,8 @@ def failure(error: Exception) -> Failure:
     """What a worker sends back in place of its answer."""
     log.debug("the input pipeline failed", exc_info=error)
     if isinstance(error, DinoscaleError):
-        return Failure(str(error))
+        unavailable = isinstance(error, UnavailableError)
+        return Failure(str(error), UnavailableError if unavailable else DataError)
     return Failure(f"the input pipeline failed: {type(error).__name__}: {error}")
 
 
@@ -339,6 +343,7 @@ def answered(
 
     Raises:
         DataError: a worker failed or died.
+        UnavailableError: it failed since a storage or network did, for minutes.
     """
     with warnings.catch_warnings():  # more workers than cores: the caller knows both numbers
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -366,7 +371,7 @@ def _results(answers: Iterator[T | Failure]) -> Iterator[T]:
             except (RuntimeError, OSError, EOFError) as error:
                 raise DataError(_worker_died(error)) from error
             if isinstance(answer, Failure):
-                raise DataError(answer.message)
+                raise answer.kind(answer.message)
             yield answer
     finally:
         del answers  # ends the workers now, even while a traceback holds this frame

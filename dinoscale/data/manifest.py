@@ -13,7 +13,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dinoscale.data.remote import is_remote, read_all, require_allowed, scheme_of, shown
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
+from dinoscale.patience import patiently
 
 FILE_NAME = "manifest.json"
 
@@ -34,6 +35,7 @@ def shard_counts(
 
     Raises:
         DataError: there is no manifest, it is not valid, or it does not know a shard.
+        UnavailableError: it cannot be read here and now.
     """
     places = [manifest or _beside(url) for url in urls]
     known = {place: _read(place, pauses_s=pauses_s) for place in dict.fromkeys(places)}
@@ -59,8 +61,11 @@ def _read(place: str, *, pauses_s: tuple[float, ...]) -> dict[str, int]:
             require_allowed(place)
             text = read_all(place, limit=_MAX_BYTES, pauses_s=pauses_s)
         else:
-            text = _file_bytes(Path(os.path.expanduser(place)))
-    except (DataError, OSError) as error:
+            path = Path(os.path.expanduser(place))
+            text = patiently(lambda: _file_bytes(path), str(path))
+    except UnavailableError:
+        raise
+    except DataError as error:
         raise DataError(
             f"the number of images in each shard is not known: {error}\nPut the {FILE_NAME} that "
             "`dinoscale data build-shards` writes beside the shards, or name it with "

@@ -8,10 +8,10 @@ from dinoscale.data.decode import RGB, Decoder, Picture
 from dinoscale.data.folder import FolderSource
 from dinoscale.data.left_out import LeftOut
 from dinoscale.data.manifest import shard_counts
-from dinoscale.data.remote import is_remote, require_allowed, shown
+from dinoscale.data.remote import PAUSES_S, is_remote, require_allowed, shown
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source, StoredSource, expand_braces, open_source
-from dinoscale.data.stream import PAUSES_S, StreamSource
+from dinoscale.data.stream import StreamSource
 from dinoscale.data.subset import SubsetSource
 from dinoscale.errors import ConfigError, DataError
 

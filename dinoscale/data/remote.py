@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -36,10 +36,23 @@ ALLOW_PIPE = "DINOSCALE_ALLOW_PIPE"
 
 _SILENCE_S = 60.0  # without a byte, after which a transfer counts as stuck
 _END_S = 10.0  # between the last byte of a command and its end
+_NO_COMMAND = (126, 127)  # exit codes of a shell whose command cannot be run
 _SHOWN = 300  # characters of a command's complaint
 
-# What curl says of a request that will fail again: 4xx, but for 408, 425 and 429.
-_IN_VAIN = re.compile(r"returned error: 4(?!08|25|29)\d\d")
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # before each further try: four minutes
+
+# What clients say of a request that will fail again, and what is to be mended then. Of the answers
+# 4xx those are none: 408 (time-out), 425 (too early), 429 (too many requests).
+_REFUSED = re.compile(
+    r"[:(] ?40[13]\b|access ?denied|forbidden|unauthorized|permission denied|invalidaccesskeyid"
+    r"|signaturedoesnotmatch|expiredtoken|unable to locate credentials",
+    re.IGNORECASE,
+)
+_ABSENT = re.compile(
+    r"[:(] ?4(04|10)\b|nosuchkey|nosuchbucket|no urls matched|no such file or directory",
+    re.IGNORECASE,
+)
+_IN_VAIN = re.compile(r"returned error: 4(?!08|25|29)\d\d|curl: \([13]\)")  # or no URL
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _OWN_VARIABLE = "DINOSCALE_"
@@ -61,6 +74,10 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
 
 class TransferError(Exception):
     """A transfer that failed; the next try may succeed. The message is half a sentence."""
+
+
+class DamagedError(TransferError):
+    """What came is not whole, though the client says so: it was cut off, or it lies so."""
 
 
 def is_remote(spec: str) -> bool:
@@ -224,9 +241,10 @@ class RemoteFile(io.RawIOBase):
         if code:
             self._complaints.seek(0)
             words = self._complaints.read(_SHOWN).decode("utf-8", "replace").split()
-            text = f"{self._name} ended with exit code {code}: {' '.join(words) or 'no message'}"
-            if _IN_VAIN.search(text):
-                raise DataError(f"{shown(self._url)} cannot be read: {text}. Correct its name.")
+            said = " ".join(words) or "no message"
+            text = f"{self._name} ended with exit code {code}: {said}"
+            if remedy := _remedy(said, code):
+                raise DataError(f"{shown(self._url)} cannot be read: {text}. {remedy}")
             raise TransferError(text)
 
     def close(self) -> None:
@@ -241,6 +259,18 @@ class RemoteFile(io.RawIOBase):
         super().close()
 
 
+def _remedy(said: str, code: int) -> str:
+    """What helps where another try would be in vain; empty where it may succeed."""
+    if code in _NO_COMMAND:
+        return "Install the command on every node, or correct its name."
+    if _REFUSED.search(said):
+        return (
+            "The server refuses access: correct user, password or signature, which may have"
+            " expired. Some servers say so of names that do not exist, too."
+        )
+    return "Correct its name." if _ABSENT.search(said) or _IN_VAIN.search(said) else ""
+
+
 def read_all(url: str, *, limit: int, pauses_s: tuple[float, ...]) -> bytes:
     """All bytes of a URL.
 
@@ -251,6 +281,7 @@ def read_all(url: str, *, limit: int, pauses_s: tuple[float, ...]) -> bytes:
 
     Raises:
         DataError: it cannot be read, or is longer.
+        UnavailableError: the network or server failed to the last try.
     """
     data = retried(lambda: _read_once(url, limit=limit), name=shown(url), pauses_s=pauses_s)
     if len(data) > limit:
@@ -272,7 +303,8 @@ def retried(read: Callable[[], T], *, name: str, pauses_s: Sequence[float]) -> T
         pauses_s: seconds before each further try.
 
     Raises:
-        DataError: the last try failed too.
+        DataError: what came is damaged, at the last try too.
+        UnavailableError: the last try failed too.
     """
     for pause in pauses_s:
         try:
@@ -282,7 +314,12 @@ def retried(read: Callable[[], T], *, name: str, pauses_s: Sequence[float]) -> T
             time.sleep(pause)
     try:
         return read()
-    except TransferError as error:
+    except DamagedError as error:
         raise DataError(
             f"{name} cannot be read: {error}. Correct its name, or mend the connection or the file."
+        ) from None
+    except TransferError as error:
+        raise UnavailableError(
+            f"{name} cannot be read: {error}; it was tried {len(pauses_s) + 1} times in"
+            f" {sum(pauses_s):.0f} s. Once the server and the network are well, start again."
         ) from None

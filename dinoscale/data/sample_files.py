@@ -35,9 +35,10 @@ _NOT_PICTURES = {"alpha", "anno", "annotation", "depth", "gt", "label", "mask", 
 def split_name(name: str) -> tuple[str, str]:
     """Key (folder and name up to the first dot) and lower-case extension (the rest).
 
-    Both are empty for a hidden file, for one without extension, and for junk.
+    Both are empty for a hidden file, for one without extension, and for junk. `./` in front, which
+    `tar -C folder .` writes, is no folder.
     """
-    folder, slash, base = name.rpartition("/")
+    folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
     if not stem or not extension or is_junk(name):
         return "", ""

@@ -36,6 +36,7 @@ from dinoscale.data.cache import cached_file, locked, remove_abandoned
 from dinoscale.data.children import end_with_parent, leave_signals_to_parent
 from dinoscale.data.index import DamagedIndexError, Index, IndexWriter
 from dinoscale.data.left_out import LeftOut
+from dinoscale.data.patient_file import PatientFile
 from dinoscale.data.sample_files import (
     START_BYTES,
     group_samples,
@@ -45,6 +46,7 @@ from dinoscale.data.sample_files import (
 )
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
+from dinoscale.patience import patiently, refusal
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +119,7 @@ def open_shard_index(
 
     Raises:
         DataError: a shard cannot be read, is damaged or compressed, or no index can be written.
+        UnavailableError: the file system of a shard failed for about a minute.
     """
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
         shards = []
@@ -146,10 +149,7 @@ def some(paths: Sequence[str]) -> str:
 
 
 def _state(path: str) -> Shard:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise DataError(f"cannot read the shard {path}: {error.strerror}.") from error
+    status = patiently(lambda: os.stat(path), f"the shard {path}")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
         raise DataError(f"cannot read the shard {path}: it is not a plain file.")
     return Shard(path, status.st_size, status.st_mtime_ns)
@@ -410,21 +410,21 @@ def _scan(shard: Shard) -> _Scanned:
     num_labelled = 0
     left_out = left_out_of_samples(samples)
     try:
-        with open(shard.path, "rb") as file:
+        with PatientFile(shard.path) as file:
             for sample in samples:
                 extension = picture_of(sample)
                 if not extension:
                     continue
                 image, label = sample[extension], _label_of(sample, extension)
                 num_labelled += label is not None
-                number = NO_LABEL if label is None else _class_number(file.fileno(), label)
+                number = NO_LABEL if label is None else _class_number(file, label)
                 rows.append(_Row(image.name, image.offset, image.size, number))
             for member in without_key:
-                start = os.pread(file.fileno(), min(START_BYTES, member.size), member.offset)
+                start = file.read_at(min(START_BYTES, member.size), member.offset)
                 if why_not := why_no_sample(member.name, start):
                     left_out.add(why_not, member.name)
     except OSError as error:
-        raise DataError(f"cannot read the shard {shard.path}: {error.strerror}.") from error
+        raise refusal(f"the shard {shard.path}", error) from error
     return replace(shard, num_images=len(rows), num_labelled=num_labelled, left_out=left_out), rows
 
 
@@ -434,8 +434,8 @@ def _label_of(sample: dict[str, Member], picture: str) -> Member | None:
     return sample.get("cls") or sample.get(f"{middle}{dot}cls")
 
 
-def _class_number(descriptor: int, label: Member) -> int:
+def _class_number(file: PatientFile, label: Member) -> int:
     if label.size > _MAX_LABEL_BYTES:
         return NO_LABEL
-    text = os.pread(descriptor, label.size, label.offset).strip()
+    text = file.read_at(label.size, label.offset).strip()
     return int(text) if text.isdigit() and len(text) < 19 else NO_LABEL  # 19 digits may overflow

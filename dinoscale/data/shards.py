@@ -15,14 +15,15 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
-from dinoscale.data.files import MAX_IMAGE_BYTES
-from dinoscale.data.index import read_at
+from dinoscale.data.decode import RGB, Decoder, Picture
+from dinoscale.data.files import MAX_IMAGE_BYTES, unavailable
 from dinoscale.data.left_out import LeftOut
+from dinoscale.data.patient_file import PatientFile
 from dinoscale.data.sample_files import group_samples, picture_of
 from dinoscale.data.shard_index import Shard, open_shard_index, some
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
+from dinoscale.patience import Patience
 
 log = logging.getLogger(__name__)
 
@@ -58,18 +59,15 @@ class TarSource:
         self._index, self._shards = open_shard_index(paths, alive, num_processes=num_processes)
         self.left_out = _report(self._shards)
         self._ends = list(accumulate(shard.num_images for shard in self._shards))
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, oldest use first
+        self._patience = Patience()
+        self._files: OrderedDict[int, PatientFile] = OrderedDict()  # by shard, oldest use first
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getstate__(self) -> dict[str, object]:
-        """Without descriptors: another process opens its own."""
+        """Without open files: another process opens its own."""
         return {**self.__dict__, "_files": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
 
     def path(self, index: int) -> str:
         """`shard.tar::member` of an image."""
@@ -106,7 +104,7 @@ class TarSource:
         try:
             return self._read(self._shard_of(index), offset=offset, size=size)
         except OSError as error:
-            raise BadSampleError(self.path(index), f"cannot be read: {error}") from None
+            raise unavailable(self.path(index), error) from None
 
     def picture(self, index: int) -> Picture:
         """Read an image.
@@ -131,7 +129,7 @@ class TarSource:
             return self._read(self._shard_of(index), offset=member.offset, size=member.size)
         except OSError as error:
             path = f"{self._shards[self._shard_of(index)].path}::{member.name}"
-            raise BadSampleError(path, f"cannot be read: {error}") from None
+            raise unavailable(path, error) from None
 
     @cached_property
     def _samples(self) -> list[dict[str, Member]]:
@@ -145,15 +143,14 @@ class TarSource:
     def _read(self, shard: int, *, offset: int, size: int) -> bytes:
         if size > MAX_IMAGE_BYTES:
             raise OSError(f"{size} bytes are too many for one image")
-        descriptor = self._files.pop(shard, None)
-        if descriptor is None:
+        file = self._files.pop(shard, None)
+        if file is None:
             if len(self._files) >= _MAX_OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe by now: no waiting
-            descriptor = os.open(self._shards[shard].path, flags)
-        self._files[shard] = descriptor  # last used
-        data = read_at(descriptor, size, offset)
-        _check_unchanged(descriptor, self._shards[shard])  # after reading: of what was read
+                self._files.popitem(last=False)[1].close()
+            file = PatientFile(self._shards[shard].path, self._patience)
+        self._files[shard] = file  # last used
+        data = file.read_at(size, offset)
+        _check_unchanged(file.status(), self._shards[shard])  # after reading: of what was read
         return data
 
     @cached_property
@@ -170,9 +167,8 @@ class TarSource:
         return None
 
 
-def _check_unchanged(descriptor: int, shard: Shard) -> None:
+def _check_unchanged(status: os.stat_result, shard: Shard) -> None:
     """Costs a microsecond, and no other picture stands in for the one that was meant."""
-    status = os.fstat(descriptor)
     if status.st_size < shard.size:
         raise OSError("the shard has become shorter since it was indexed")
     if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):

@@ -18,6 +18,7 @@ from dinoscale.data.listing import COMPRESSED_TAR, list_folder
 from dinoscale.data.remote import is_remote, shown
 from dinoscale.data.shards import TarSource
 from dinoscale.errors import DataError
+from dinoscale.patience import is_there, patiently
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ def open_source(
 
     Raises:
         DataError: nothing is there, it cannot be read, or it holds no images.
+        UnavailableError: the file system failed for about a minute.
     """
     if spec.startswith("synthetic:"):
         from dinoscale.data.synthetic import parse_synthetic  # only where asked for
@@ -110,6 +112,7 @@ def open_source(
             "images or shards to a local or mounted disk, or read them by a command, pipe:COMMAND."
         )
     path = os.path.expanduser(spec)
+    patiently(lambda: is_there(path), path)  # else the file system fails
     if os.path.isdir(path):
         return _open_folder(path, decoder, alive, num_processes)
     if path.lower().endswith(".txt") and os.path.isfile(path):

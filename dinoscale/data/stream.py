@@ -15,13 +15,22 @@ import json
 import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dinoscale.data.decode import RGB, BadSampleError, Decoder, Picture
 from dinoscale.data.left_out import LeftOut, is_junk
-from dinoscale.data.remote import RemoteFile, TransferError, open_remote, retried, shown
+from dinoscale.data.remote import (
+    PAUSES_S,
+    DamagedError,
+    RemoteFile,
+    TransferError,
+    open_remote,
+    retried,
+    shown,
+)
 from dinoscale.data.sample_files import (
     START_BYTES,
     group_samples,
@@ -34,7 +43,6 @@ from dinoscale.data.sample_files import (
 from dinoscale.data.tar_headers import Member
 from dinoscale.errors import DataError
 
-PAUSES_S = (1.0, 4.0, 16.0)  # before each further try to read a shard
 _MAX_FILE_BYTES = 256 * 2**20  # of a picture
 
 
@@ -134,7 +142,8 @@ class StreamSource:
 
         Raises:
             BadSampleError: the picture cannot be decoded.
-            DataError: the shard cannot be read up to there, or holds another number of pictures.
+            DataError: the shard is damaged up to there, or holds another number of pictures.
+        UnavailableError: it cannot be read after some minutes of tries.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
@@ -205,6 +214,7 @@ class _ShardReader:
     def __init__(self, url: str, images: range, *, pauses_s: Sequence[float]):
         self._url, self._images, self._pauses_s = url, images, pauses_s
         self.left_out = LeftOut()
+        self._end = _End()
         self._file: RemoteFile | None = None
         self._pictures: Iterator[tuple[str, bytes | None]] = iter(())
         self._next = images.start  # number of the picture that comes next
@@ -224,7 +234,8 @@ class _ShardReader:
         """Skip to a block and hold it instead of the last one.
 
         Raises:
-            DataError: it cannot be read after some tries, or the shard has another length.
+            DataError: it is damaged at every try, or the shard has another length.
+        UnavailableError: it cannot be read after some minutes of tries.
         """
         self._held, self._asked = {}, set()
         name = f"the shard {shown(self._url)}"
@@ -236,7 +247,9 @@ class _ShardReader:
         except (TransferError, tarfile.TarError, ValueError, OverflowError) as error:
             self.close()  # the next try begins anew and skips what was read
             what = error.args[0] if error.args else type(error).__name__
-            raise TransferError(f"picture {self._next - self._images.start}: {what}") from None
+            unavailable = isinstance(error, TransferError) and not isinstance(error, DamagedError)
+            kind = TransferError if unavailable else DamagedError
+            raise kind(f"picture {self._next - self._images.start}: {what}") from None
         except BaseException:
             self.close()
             raise
@@ -244,11 +257,13 @@ class _ShardReader:
     def _read_on(self, block: range) -> None:
         if self._file is None:
             self._file = open_remote(self._url)
-            self.left_out = LeftOut()
-            self._pictures = _pictures(self._file, shown(self._url), self.left_out)
+            self.left_out, self._end = LeftOut(), _End()
+            self._pictures = _pictures(self._file, shown(self._url), self.left_out, self._end)
             self._next = self._images.start
         while self._next < block.stop:
             picture = next(self._pictures, None)
+            if picture is None and not self._end.is_marked:
+                raise DamagedError("it ends between two files, without the end mark of a tar")
             if picture is None:
                 raise self._other_count(f"only {self._next - self._images.start}")
             if self._next in block:
@@ -273,12 +288,21 @@ class _ShardReader:
         self._file, self._pictures = None, iter(())
 
 
-def _pictures(file: RemoteFile, name: str, left_out: LeftOut) -> Iterator[tuple[str, bytes | None]]:
+@dataclass
+class _End:
+    """Whether a tar was read up to its end mark; one that was cut off ends without."""
+
+    is_marked: bool = False
+
+
+def _pictures(
+    file: RemoteFile, name: str, left_out: LeftOut, end: _End
+) -> Iterator[tuple[str, bytes | None]]:
     """Name and bytes of the picture of every sample that has one; at the end counts the others."""
     from webdataset.tariterators import group_by_keys  # loads many libraries
 
     members: list[Member] = []  # of samples, whose files need not be neighbours
-    files = _files(file, name, members, left_out)
+    files = _files(file, name, members, left_out, end)
     for sample in group_by_keys(files, keys=split_name):  # ValueError: a file twice
         if extension := picture_of(key for key in sample if not key.startswith("__")):
             yield sample[extension]
@@ -286,16 +310,28 @@ def _pictures(file: RemoteFile, name: str, left_out: LeftOut) -> Iterator[tuple[
 
 
 def _files(
-    file: RemoteFile, name: str, members: list[Member], left_out: LeftOut
+    file: RemoteFile, name: str, members: list[Member], left_out: LeftOut, end: _End
 ) -> Iterator[dict[str, Any]]:
     """The files of a tar that may be pictures, as webdataset groups them.
 
-    Adds all files with a key to `members`, and to `left_out` the pictures without one.
+    Adds all files with a key to `members`, and to `left_out` the pictures without one; tells `end`
+    of the end mark.
 
     Not read by webdataset's own iterator: it unpacks compressed shards, of any expansion, and takes
     every file into memory.
     """
-    with tarfile.open(fileobj=io.BufferedReader(file, 2**20), mode="r|") as tar:
+
+    class Header(tarfile.TarInfo):
+        @classmethod
+        def fromtarfile(cls, tar: tarfile.TarFile) -> "Header":
+            try:
+                return super().fromtarfile(tar)
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined] # not in typeshed
+                end.is_marked = True
+                raise
+
+    whole = io.BufferedReader(file, 2**20)
+    with tarfile.open(fileobj=whole, mode="r|", tarinfo=Header) as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined] # else it keeps all; not in typeshed
             key, extension = split_name(member.name)

@@ -6,11 +6,12 @@ Understands ustar (POSIX.1-1988), pax (POSIX.1-2001) and the long names and size
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dinoscale.data.patient_file import PatientFile
 from dinoscale.errors import DataError
+from dinoscale.patience import refusal
 
 log = logging.getLogger(__name__)
 
@@ -46,22 +47,20 @@ def read_members(path: str, within: Member | None = None) -> Iterator[Member]:
 
     Raises:
         DataError: it cannot be read up to its end.
+        UnavailableError: the file system failed for about a minute.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with PatientFile(path) as file:
             if within is None:
-                yield from _walk(descriptor, path, 0, os.fstat(descriptor).st_size)
+                yield from _walk(file, path, 0, file.status().st_size)
             else:
                 end = within.offset + within.size
-                yield from _walk(descriptor, f"{path}::{within.name}", within.offset, end)
-        finally:
-            os.close(descriptor)
+                yield from _walk(file, f"{path}::{within.name}", within.offset, end)
     except OSError as error:
-        raise DataError(f"cannot read the shard {path}: {error.strerror}.") from error
+        raise refusal(f"the shard {path}", error) from error
 
 
-def _walk(descriptor: int, path: str, start: int, end: int) -> Iterator[Member]:
+def _walk(file: PatientFile, path: str, start: int, end: int) -> Iterator[Member]:
     """The tar between two bytes of a file."""
     at = start
     ahead, ahead_at = b"", start  # what was read last: small members and their headers share a read
@@ -69,7 +68,7 @@ def _walk(descriptor: int, path: str, start: int, end: int) -> Iterator[Member]:
     while True:
         if at + _BLOCK > ahead_at + len(ahead):
             wanted = max(0, min(_READ_BYTES, end - at))
-            ahead, ahead_at = os.pread(descriptor, wanted, at), at
+            ahead, ahead_at = file.read_at(wanted, at), at
         block = ahead[at - ahead_at : at - ahead_at + _BLOCK]
         if not block.strip(b"\0"):
             break
@@ -86,10 +85,10 @@ def _walk(descriptor: int, path: str, start: int, end: int) -> Iterator[Member]:
             ends = f"{_text(name or _short_name(block))} ends beyond its {end - start} bytes"
             raise _damaged(path, ends)
         if kind in _PAX:
-            pax_name, size = _pax(os.pread(descriptor, taken, data), path)
+            pax_name, size = _pax(file.read_at(taken, data), path)
             name = pax_name or name
         elif kind == _LONG_NAME:
-            name = os.pread(descriptor, taken, data).rstrip(b"\0")
+            name = file.read_at(taken, data).rstrip(b"\0")
         elif kind == _SPARSE:
             raise DataError(f"the shard {path} holds sparse files. Pack it without --sparse.")
         elif kind not in b"Kg":  # a long link and the defaults of pax say nothing of use here

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import posixpath
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinoscale.data.decode import BadSampleError, Decoder
-from dinoscale.data.files import read_image_file
-from dinoscale.data.index import read_at
+from dinoscale.data.decode import Decoder
+from dinoscale.data.files import read_image_file, unavailable
+from dinoscale.data.patient_file import PatientFile
 from dinoscale.data.sample_files import picture_of, split_name
 from dinoscale.data.sources import expand_pattern
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError
+from dinoscale.patience import is_there, patiently
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +58,10 @@ class File:
         if self.member is None:
             return read_image_file(self.path)
         try:
-            with open(self.path, "rb") as tar:
-                return read_at(tar.fileno(), self.member.size, self.member.offset)
+            with PatientFile(self.path) as tar:
+                return tar.read_at(self.member.size, self.member.offset)
         except OSError as error:
-            raise BadSampleError(str(self), f"cannot be read: {error.strerror}") from None
+            raise unavailable(str(self), error) from None
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,12 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
         In the order of their names, or of `names`.
 
     Raises:
-        DataError: nothing is there, a sequence that was named is not, a frame is missing in the
-            middle, or a first frame has no mask.
+        DataError: nothing is there or cannot be listed, a sequence that was named is not there, a
+            frame is missing in the middle or lies in two tars, or a first frame has no mask.
+        UnavailableError: the file system failed for about a minute.
     """
     path = os.path.expanduser(spec)
+    patiently(lambda: is_there(path), path)  # else the file system fails
     if os.path.isdir(os.path.join(path, "JPEGImages")):
         files = list(_davis_files(path))
         names = _davis_names(path) if names is None else names
@@ -181,7 +185,11 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
         key, extension = split_name(name)
         sequence, _, frame = key.rpartition("/")
         if frame:
-            frames.setdefault(sequence, {}).setdefault(frame, {})[extension] = file
+            of_frame = frames.setdefault(sequence, {}).setdefault(frame, {})
+            before = of_frame.setdefault(extension, file)
+            if before.path != file.path:
+                raise DataError(f"{before} and {file} are the same frame. Keep one of them.")
+            of_frame[extension] = file  # of a tar, which was appended to, the last one counts
     found = {
         name: members for name, members in frames.items() if any(map(picture_of, members.values()))
     }
@@ -203,7 +211,8 @@ def _plain_files(spec: str, path: str) -> Iterator[tuple[str, File]]:
     """Names with their sequence in front, of tars or of a folder of sequences."""
     tars = [path] if os.path.isfile(path) else []
     if os.path.isdir(path):
-        tars = sorted(os.path.join(path, x) for x in os.listdir(path) if x.endswith(".tar"))
+        listed = patiently(lambda: os.listdir(path), f"the folder {path}")
+        tars = sorted(os.path.join(path, name) for name in listed if name.endswith(".tar"))
         if not tars:
             yield from _folder_files(path)
     elif not tars:
@@ -213,16 +222,21 @@ def _plain_files(spec: str, path: str) -> Iterator[tuple[str, File]]:
             raise DataError(f"{tar} is not a .tar (named by {spec}). Name tars or a folder.")
         stem = os.path.splitext(os.path.basename(tar))[0]
         for member in read_members(tar):
-            inside = member.name if "/" in member.name else f"{stem}/{member.name}"
-            yield inside, File(tar, member)
+            name = posixpath.normpath(member.name)  # `tar -C dir .` puts `./` before all
+            yield name if "/" in name else f"{stem}/{name}", File(tar, member)
 
 
 def _folder_files(root: str) -> Iterator[tuple[str, File]]:
-    for folder, _, files in os.walk(root):
+    walk = patiently(lambda: list(os.walk(root, onerror=_raised)), f"the folder {root}")
+    for folder, _, files in walk:
         relative = os.path.relpath(folder, root)
         inside = os.path.basename(os.path.abspath(root)) if relative == "." else relative
         for name in sorted(files):
             yield f"{inside}/{name}", File(os.path.join(folder, name))
+
+
+def _raised(error: OSError) -> None:
+    raise error
 
 
 def _davis_files(root: str) -> Iterator[tuple[str, File]]:
@@ -252,10 +266,14 @@ def read_names(path: str) -> list[str]:
     Raises:
         DataError: it cannot be read, or is empty.
     """
-    try:
+
+    def read() -> list[str]:
         with open(path, encoding="utf-8") as file:
-            names = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+            return [line.strip() for line in file if line.strip()]
+
+    try:
+        names = patiently(read, f"the list of sequences {path}")
+    except UnicodeDecodeError as error:
         raise DataError(f"cannot read the list of sequences {path}: {error}.") from None
     if not names:
         raise DataError(f"the list of sequences {path} is empty. Write one name a line.")

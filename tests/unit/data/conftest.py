@@ -1,8 +1,12 @@
+import builtins
+import errno
 import io
 import os
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,3 +73,31 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+class Storage:
+    """A file system that fails with what `fails` names, as often as it says; and its clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.fails: dict[str, float] = {}  # end of a path -> times
+        self.ways = {"open", "stat", "scandir"}
+        self.slept: list[float] = []
+        monkeypatch.setattr("time.sleep", self.slept.append)
+        for module, name in (
+            (builtins, "open"), (io, "open"), (os, "open"), (os, "stat"), (os, "scandir"),
+        ):  # fmt: skip
+            monkeypatch.setattr(module, name, partial(self._tried, name, getattr(module, name)))
+
+    def _tried(
+        self, way: str, do: Callable[..., Any], path: Any = ".", *rest: Any, **named: Any
+    ) -> Any:
+        for end, times in self.fails.items():
+            if str(path).endswith(end) and times > 0 and way in self.ways:
+                self.fails[end] -= 1
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return do(path, *rest, **named)
+
+
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch) -> Storage:
+    return Storage(monkeypatch)

@@ -1,15 +1,18 @@
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dinoscale.data.classes import classes_of
 from dinoscale.data.folder import FolderSource, ListSource
 from dinoscale.data.remote import require_allowed
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import expand_braces, open_source
-from dinoscale.errors import DataError
-from tests.unit.data.conftest import jpeg, write_tar
+from dinoscale.errors import DataError, UnavailableError
+from tests.unit.data.conftest import Storage, jpeg, write_tar
 
 
 def _shards(folder: Path, count: int) -> Path:
@@ -142,3 +145,31 @@ def test_odd_files_in_one_folder_all_count(image_sets: Path, tmp_path: Path) -> 
         for path in (image_sets / "odd-images" / kind).iterdir():
             (tmp_path / path.name).symlink_to(path)
     assert len(open_source(str(tmp_path))) == 99  # without an AppleDouble file
+
+
+@pytest.mark.parametrize("fails", ["set", "/a/", "link.jpg", "list.txt", "/s.tar", "classes.txt"])
+def test_a_file_system_that_fails_for_a_while_changes_nothing(
+    tmp_path: Path, storage: Storage, fails: str
+) -> None:
+    """The folder itself, one in it, what a link leads to, a list, a shard, names of classes."""
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "other.jpg").write_bytes(jpeg(0))
+    (tmp_path / "set" / "a" / "link.jpg").symlink_to(tmp_path / "other.jpg")
+    (tmp_path / "set" / "a" / "0.jpg").write_bytes(jpeg(1))
+    (tmp_path / "list.txt").write_text("set/a/0.jpg\nset/a/link.jpg\n")
+    write_tar(tmp_path / "s.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "1.cls": b"0"})
+    (tmp_path / "classes.txt").write_text("0\tant\n")
+    name = {"list.txt": "list.txt", "/s.tar": "s.tar", "classes.txt": "s.tar"}.get(fails, "set")
+
+    def use() -> int:
+        source = open_source(str(tmp_path / name))
+        if fails == "classes.txt":
+            classes_of(source, np.zeros(1, dtype=np.int64))
+        return sum(source.picture(i).width > 0 for i in range(len(source)))
+
+    storage.fails = {fails: 2}
+    assert use() == 2
+    assert storage.slept == [1.0, 2.0]
+    storage.fails = {fails: math.inf}
+    with pytest.raises(UnavailableError, match=r"cannot read .*Stale file handle"):
+        use()

@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from dinoscale.data.remote import TransferError, open_remote, read_all
 from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import open_source
 from dinoscale.data.stream import StreamSource
-from dinoscale.errors import DataError
+from dinoscale.data.tar_headers import read_members
+from dinoscale.errors import DataError, UnavailableError
 from tests.unit.data.conftest import jpeg, write_tar
 
 CROPS = MultiCrop(global_size=12, local_size=6, num_local=1)
@@ -82,6 +84,10 @@ def server(shards: Path, tmp_path: Path) -> Iterator[Server]:
                 return
             data = path.read_bytes()
             self.send_response(200)
+            if kind == "between":  # two files: without a length, it looks like the end
+                self.end_headers()
+                self.wfile.write(data[: [*read_members(str(path))][-3].offset - 512])
+                return
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if kind:
@@ -219,7 +225,7 @@ def test_unreadable_image_is_replaced_from_its_block(server: Server) -> None:
         assert bad.path.endswith("(2.jpg)" if bad.sample_id == 7 else "(9.jpg)")
 
 
-@pytest.mark.parametrize("fault", ["cut", "503"])
+@pytest.mark.parametrize("fault", ["cut", "503", "between"])
 def test_a_transfer_that_breaks_is_taken_up_again(
     server: Server, shards: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -235,18 +241,57 @@ def test_a_transfer_that_breaks_is_taken_up_again(
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "says", "code"),
     [
-        ("cut", r"train-001\.tar cannot be read: picture 5: curl ended with exit code 18"),
-        ("404", r"train-001\.tar cannot be read: curl ended with exit code 22.*404"),
+        ("cut", r"train-001\.tar cannot be read: picture 5: curl ended with exit code 18", 69),
+        ("503", r"train-001\.tar cannot be read: .*503.*; it was tried 3 times in 0 s", 69),
+        ("429", r"train-001\.tar cannot be read: .*429.*; it was tried 3 times in 0 s", 69),
+        ("404", r"train-001\.tar cannot be read: curl ended with exit code 22.*404.*name", 2),
+        ("403", r"cannot be read: .*403.*refuses access: correct user, password or signature", 2),
+        ("401", r"cannot be read: .*401.*refuses access: correct user, password or signature", 2),
+        ("between", r"picture 11: it ends between two files, without the end mark of a tar", 2),
     ],
 )
-def test_a_transfer_that_stays_broken_names_shard_and_exit_code(
-    server: Server, fault: str, says: str
+@pytest.mark.parametrize("through_a_worker", [False, True])
+def test_a_transfer_that_stays_broken_says_whose_turn_it_is(
+    server: Server, fault: str, says: str, code: int, through_a_worker: bool
 ) -> None:
-    server.broken["train-001.tar"] = [fault] * 9
-    with pytest.raises(DataError, match=says):
-        _read_all(_served(server))
+    server.broken["train-001.tar"] = [fault] * 99
+    read = partial(_ids_and_crops, steps=(0, 8), workers=1) if through_a_worker else _read_all
+    with pytest.raises(DataError, match=says) as refused:
+        read(_served(server))
+    assert refused.value.exit_code == code
+
+
+def test_a_manifest_out_of_reach_is_no_bad_input(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    server.broken["manifest.json"] = ["503"] * 99
+    with pytest.raises(UnavailableError, match=r"manifest\.json cannot be read"):
+        open_sources([f"{server.url}/train-{{000..004}}.tar"])
+    assert sum(slept) > 120  # minutes
+
+
+@pytest.mark.usefixtures("pipes")
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ("fatal error: An error occurred (404) when calling HeadObject: Not Found", "its name"),
+        ("fatal error: An error occurred (403) when calling HeadObject: Forbidden", "signature"),
+        ("An error occurred (AccessDenied) when calling GetObject: Access Denied", "signature"),
+        ("CommandException: No URLs matched: gs://bucket/a.tar", "its name"),
+        ("cat: /data/a.tar: No such file or directory", "its name"),
+        ("curl: (3) URL rejected: No host part in the URL", "its name"),
+        ("An error occurred (SlowDown) when calling GetObject", "start again"),
+        ("Could not connect to the endpoint, port 40301", "start again"),
+    ],
+)
+def test_what_clients_say_decides_what_is_to_be_mended(said: str, says: str) -> None:
+    with pytest.raises(DataError, match=says) as refused:
+        read_all(f"pipe:echo '{said}' >&2; exit 1", limit=9, pauses_s=(0.0,))
+    assert isinstance(refused.value, UnavailableError) == (says == "start again")
 
 
 def _read_all(source: StreamSource) -> None:

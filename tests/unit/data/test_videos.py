@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import tarfile
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 
 from dinoscale.data.decode import RGB
 from dinoscale.data.videos import VOID, object_numbers, open_videos
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
+from tests.unit.data.conftest import Storage
 
 SIZE = (6, 8)
 
@@ -80,6 +82,35 @@ def test_tars_folders_and_unpacked_tars_give_the_same_videos(tmp_path: Path) -> 
         assert [len(video.frames) for video in videos] == [2, 3]
         assert videos[1].pixels(2, RGB).shape == (*SIZE, 3)
         assert np.array_equal(videos[1].mask(2, size=SIZE), _mask(1))  # grey 255 is object 1
+
+
+def test_names_in_a_tar_may_begin_with_the_folder_itself(tmp_path: Path) -> None:
+    """As `tar -C folder .` writes them: in one tar of all videos, or in a tar for each."""
+    files = _files("car") | _files("bear", frames=2)
+    _tar(tmp_path / "all.tar", {f"./{name}": data for name, data in files.items()})
+    (tmp_path / "each").mkdir()
+    for sequence in ("car", "bear"):
+        of_one = {n.replace(sequence, "."): data for n, data in files.items() if sequence in n}
+        _tar(tmp_path / "each" / f"{sequence}.tar", of_one)
+    for spec in ("all.tar", "each"):
+        videos = open_videos(str(tmp_path / spec))
+        assert [(video.name, len(video.frames)) for video in videos] == [("bear", 2), ("car", 3)]
+
+
+def test_a_folder_that_cannot_be_listed_costs_no_video(tmp_path: Path, storage: Storage) -> None:
+    _tree(tmp_path, _files("car") | _files("bear", frames=2))
+    storage.fails = {"/bear": 1}
+    assert [video.name for video in open_videos(str(tmp_path))] == ["bear", "car"]
+    storage.fails = {"/bear": math.inf}
+    with pytest.raises(UnavailableError, match=r"cannot read the folder .*Stale file handle"):
+        open_videos(str(tmp_path))
+
+
+def test_one_frame_of_two_tars_is_refused(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        _tar(tmp_path / name, _files("car"))
+    with pytest.raises(DataError, match=r"a\.tar::car/00000\.jpg and .*b\.tar.* the same frame"):
+        open_videos(str(tmp_path))
 
 
 def test_davis_takes_its_validation_list_and_keeps_object_numbers(tmp_path: Path) -> None:

@@ -3,9 +3,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.data.conftest import image_sets, jpeg
+from tests.unit.data.conftest import Storage, image_sets, jpeg
 
-__all__ = ["image_sets"]
+__all__ = ["Storage", "image_sets"]
+
+
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """One of which all is known, but what is in the files."""
+    made = Storage(monkeypatch)
+    made.ways = {"open"}
+    return made
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 import hashlib
 import io
 import json
+import math
+import os
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +16,9 @@ from PIL import Image
 from data_tools.build_shards import build_shards
 from data_tools.shard_writer import parse_bytes
 from dinoscale.data.sources import open_source
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 from tests.unit.data.conftest import jpeg, picture, write_tar
-from tests.unit.data_tools.conftest import contents
+from tests.unit.data_tools.conftest import Storage, contents
 
 
 def _build(spec: Path | str, out: Path, **changed: Any) -> dict[str, Any]:
@@ -140,6 +143,128 @@ def test_folder_of_another_set_is_refused(
     assert contents(out) == before
 
 
+def _other_bytes_of_the_same_size(folder: Path) -> Path:
+    file = folder / "class 0" / "000.v1.jpg"
+    before = file.stat()
+    file.write_bytes(file.read_bytes()[:-2] + b"xy")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return folder
+
+
+def _copy(folder: Path) -> Path:
+    return shutil.copytree(folder, folder.with_name("copy"))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(_other_bytes_of_the_same_size, "input.images.times"), (_copy, "input.images.root")],
+)
+def test_shards_of_other_files_of_the_same_names_and_sizes_are_not_kept(
+    class_folder: Callable[..., Path],
+    tmp_path: Path,
+    change: Callable[[Path], Path],
+    named: str,
+    interrupted: bool,
+) -> None:
+    folder, out = class_folder(), tmp_path / "out"
+    if interrupted:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("data_tools.shard_writer._manifest", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                _build(folder, out)
+    else:
+        _build(folder, out)
+    before = contents(out)
+    with pytest.raises(DataError, match=f"other images or settings.*not as it was: {named}"):
+        _build(change(folder), out)
+    assert contents(out) == before
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_read_error_that_passes_costs_no_image(
+    class_folder: Callable[..., Path], tmp_path: Path, storage: Storage
+) -> None:
+    folder = class_folder()
+    storage.fails = {"003.v1.jpg": 2}
+    assert _build(folder, tmp_path / "out")["samples"] == 24
+    assert storage.slept == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("count", "refused"), [(12, True), (120, False)])
+def test_files_that_cannot_be_read_are_read_again_by_the_same_command(
+    class_folder: Callable[..., Path], tmp_path: Path, storage: Storage, count: int, refused: bool
+) -> None:
+    """One file of so many; the shards without it are kept."""
+    folder, out = class_folder(count), tmp_path / "out"
+    storage.fails = {"003.v1.jpg": math.inf}
+    if refused:
+        with pytest.raises(UnavailableError, match=r"1 of 12 files cannot be read:\n.*003") as why:
+            _build(folder, out)
+        assert why.value.exit_code == 69
+        assert not (out / "manifest.json").exists()
+    else:
+        summary = _build(folder, out)
+        assert (summary["samples"], summary["left_out"], summary["unavailable"]) == (119, 1, 1)
+    assert sum(storage.slept) == 63
+    storage.fails = {}
+    summary = _build(folder, out)
+    assert (summary["samples"], summary["left_out"]) == (count, 0)
+    assert summary["shards_kept"] == summary["shards"] - 1
+    _build(folder, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def _shards_with_classes(folder: Path, listed: str, labels: str) -> Path:
+    folder.mkdir(parents=True)
+    members = {}
+    for number, label in enumerate(labels):
+        members[f"{number}.jpg"] = jpeg(len(str(folder)) * 10 + number)
+        members[f"{number}.cls"] = label.encode()
+    (folder / "classes.txt").write_text(listed)
+    return write_tar(folder / "a.tar", members)
+
+
+@pytest.mark.parametrize("named_by", ["folder", "list"])
+def test_shards_of_two_numberings_are_joined_by_name(tmp_path: Path, named_by: str) -> None:
+    spec = tmp_path / "in"
+    shards = [
+        _shards_with_classes(spec / "one", "0\tcat\n1\tdog\n", "01"),
+        _shards_with_classes(spec / "two", "0\tant\n1\tcat\tkitty\n", "10"),
+    ]
+    if named_by == "list":
+        spec = tmp_path / "keep.txt"
+        spec.write_text("".join(f"{shard}::{i}.jpg\n" for shard in shards for i in (0, 1)))
+    _build(spec, tmp_path / "out", seed=None)
+    assert (tmp_path / "out" / "classes.txt").read_text() == "0\tant\n1\tcat\tkitty\n2\tdog\n"
+    assert list(open_source(str(tmp_path / "out")).labels) == [1, 2, 1, 0]
+
+
+def test_shards_that_nothing_names_are_not_mixed_with_named_ones(tmp_path: Path) -> None:
+    _shards_with_classes(tmp_path / "in" / "one", "0\tcat\n", "0")
+    bare = _shards_with_classes(tmp_path / "in" / "two", "", "0").with_name("classes.txt")
+    bare.unlink()
+    with pytest.raises(DataError, match=f"{bare} is missing"):
+        _build(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kept", ["02", "0"])
+def test_a_list_without_a_class_gives_the_others_their_numbers(
+    class_folder: Callable[..., Path], tmp_path: Path, kept: str
+) -> None:
+    folder = class_folder(6)
+    listing = tmp_path / "keep.txt"
+    chosen = [path for path in sorted(folder.rglob("*.jpg")) if path.parent.name[-1] in kept]
+    listing.write_text("".join(f"{folder}/./{path.relative_to(folder)}\n" for path in chosen))
+    _build(listing, tmp_path / "out", seed=None)
+    source = open_source(str(tmp_path / "out"))
+    assert [f"class {label}" for label in source.labels] == [path.parent.name for path in chosen]
+    assert (tmp_path / "out" / "classes.txt").read_text().splitlines()[2] == "2\tclass 2"
+
+
 def test_files_that_are_no_images_are_listed_and_left_out(
     class_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -220,6 +345,15 @@ def test_tar_of_class_tars_is_read_in_place(tmp_path: Path) -> None:
     assert _names(tmp_path / "out")[0] == "ILSVRC2012_img_train.tar::n02.tar::n02_0.JPEG"
 
 
+def test_what_a_source_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inner = {"n01.tar": _tar({"a.jpg": jpeg(0)}), "loose.jpg": jpeg(1)}
+    assert _build(write_tar(tmp_path / "t.tar", inner), tmp_path / "one")["samples"] == 1
+    assert "left out 1 files that lie beside its tars, e.g. loose.jpg" in caplog.text
+    members = {"1.left.jpg": jpeg(0), "1.right.jpg": jpeg(1)}
+    summary = _build(write_tar(tmp_path / "pairs.tar", members), tmp_path / "two")
+    assert (summary["samples"], summary["left_out_of_source"]) == (1, {"same_key": 1})
+
+
 def test_list_of_members_takes_those_of_a_tar_of_tars(tmp_path: Path) -> None:
     inner = {f"{c}.tar": _tar({f"{i}.jpg": jpeg(10 * c + i) for i in range(3)}) for c in (1, 2)}
     outer = write_tar(tmp_path / "t.tar", inner)
@@ -268,7 +402,9 @@ def test_list_of_files_keeps_the_classes_of_their_folders(
     class_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = class_folder()
-    chosen = [p for p in sorted(folder.rglob("*.jpg")) if p.name > "005"]
+    chosen = [
+        p for p in sorted(folder.rglob("*.jpg")) if p.name > "005" and "1" not in p.parent.name
+    ]
     listing = tmp_path / "keep.txt"
     listing.write_text("".join(f"{p.relative_to(tmp_path)}\n\n" for p in chosen))
     _build(listing, tmp_path / "out", seed=None)

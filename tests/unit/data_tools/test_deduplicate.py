@@ -1,5 +1,6 @@
 import io
 import json
+import math
 from itertools import combinations
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dinoscale.data.sources import open_source
 from dinoscale.errors import DataError
 from dinoscale.models.zoo import build_backbone
 from tests.unit.data.conftest import jpeg, picture
+from tests.unit.data_tools.conftest import Storage
 
 
 def _saved(image: Image.Image, kind: str = "JPEG", **options: int) -> bytes:
@@ -63,6 +65,67 @@ def test_copies_are_found_where_planted_and_nowhere_else(planted: Path, tmp_path
     kept = {Path(line).name for line in keep.read_text().splitlines()}
     gone = {"z00-exact.jpg", "z01-worse.jpg", "z02-small.png", "z05-torn.jpg"}
     assert kept == {path.name for path in planted.iterdir()} - gone
+
+
+def _frame(at: int) -> Image.Image:
+    """Of a video in which one scene passes slowly into another."""
+    return Image.blend(picture(1, width=96, height=72), picture(2, width=96, height=72), at / 39)
+
+
+def test_every_picture_left_out_is_like_one_that_is_kept(tmp_path: Path) -> None:
+    """Neighbours of a video are alike, its first and last frames are not."""
+    folder, out = tmp_path / "video", tmp_path / "groups.jsonl"
+    folder.mkdir()
+    for at in range(40):
+        (folder / f"{at:02}.png").write_bytes(_saved(_frame(at), "PNG"))
+    found = deduplicate(str(folder), ByHash(4), out=out, keep_list=None, workers=1)
+    assert found["groups"] > 1
+    hashes = {f"{at:02}.png": perceptual_hash(np.asarray(_frame(at))) for at in range(40)}
+    groups = _groups(out)
+    for keep, *others in groups:
+        assert all((hashes[keep] ^ hashes[other]).bit_count() <= 4 for other in others)
+    assert sum(len(group) for group in groups) <= 40
+    assert found["kept"] == 40 - found["duplicates"]
+
+
+def test_copies_in_two_classes_are_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, out = tmp_path / "images", tmp_path / "groups.jsonl"
+    for name, seed in {"cat/a": 0, "cat/b": 1, "dog/a": 0, "dog/c": 2, "dog/d": 2}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jpg").write_bytes(jpeg(seed))
+    keep = tmp_path / "keep.txt"
+    found = deduplicate(str(folder), None, out=out, keep_list=keep, workers=1)
+    assert (found["duplicates"], found["of_another_class"]) == (2, 1)
+    first = json.loads(out.read_text().splitlines()[0])
+    assert (first["class"], first["duplicates"][0]["class"]) == ("cat", "dog")
+    assert "1 copies are in another class" in caplog.text
+
+
+def test_list_of_one_class_keeps_its_number(tmp_path: Path) -> None:
+    folder, keep = tmp_path / "images", tmp_path / "keep.txt"
+    for name, seed in {"ant/a": 0, "bee/b": 0, "bee/c": 1}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image = picture(seed, width=96, height=72)
+        (folder / f"{name}.jpg").write_bytes(_saved(image, quality=95 if "b" in name else 30))
+    deduplicate(str(folder), ByHash(4), out=None, keep_list=keep, workers=1)
+    out = tmp_path / "out"
+    build_shards(str(keep), out, shard_bytes=9999, max_side=None, seed=0, prefix="t", workers=1)
+    assert set(open_source(str(out)).labels.tolist()) == {1}
+    assert (out / "classes.txt").read_text() == "0\tant\n1\tbee\n"
+
+
+def test_pictures_that_cannot_be_read_stay_in_the_list(tmp_path: Path, storage: Storage) -> None:
+    folder, keep = tmp_path / "images", tmp_path / "keep.txt"
+    folder.mkdir()
+    for i in range(100):
+        (folder / f"{i:03}.jpg").write_bytes(jpeg(i) if i != 7 else b"no picture")
+    storage.fails = {"042.jpg": math.inf}
+    found = deduplicate(str(folder), ByHash(0), out=None, keep_list=keep, workers=1)
+    assert (found["unreadable"], found["unavailable"], found["kept"]) == (2, 1, 99)
+    kept = {Path(line).name for line in keep.read_text().splitlines()}
+    assert kept == {f"{i:03}.jpg" for i in range(100) if i != 7}
 
 
 def test_exact_copies_alone(planted: Path, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def _write(out: Path, samples: _Numbers, **changed: Any) -> dict[str, Any]:
         "names": [f"{i}.jpg" for i in range(30)],
         "classes": b"0\tone\n",
         "settings": {},
-        "fingerprint_parts": [],
+        "input": {},
+        "module": __name__,
         "workers": 1,
     }
     plans = plan_shards(_SIZES + 512, order, shard_bytes=8000, prefix="train")

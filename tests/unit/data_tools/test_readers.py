@@ -2,9 +2,12 @@ import csv
 import io
 import json
 import logging
+import math
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +23,13 @@ from data_tools.inspect_shards import inspect_shards
 from data_tools.survey import sample_ids
 from data_tools.synthetic import synthetic
 from data_tools.verify_shards import verify_shards
+from dinoscale.cli import parser
 from dinoscale.data.decode import Decoder
 from dinoscale.data.sources import open_source
 from dinoscale.data.synthetic import ShapesSource
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 from tests.unit.data.conftest import jpeg, picture, write_tar
+from tests.unit.data_tools.conftest import Storage
 
 
 @pytest.fixture
@@ -60,6 +65,67 @@ def test_damage_is_found_by_checksum_decoding_and_count(shards: Path, tmp_path: 
     assert reasons == {flipped.name: 2, cut.name: 2, gone.name: 1}
     assert summary["bad"] == 5
     assert f"{flipped}::000000001.jpg" in [entry["path"] for entry in bad]
+
+
+@pytest.mark.usefixtures("shards")
+@pytest.mark.parametrize("of", ["images", "shards"])
+def test_what_cannot_be_read_is_neither_bad_nor_whole(
+    tmp_path: Path, storage: Storage, of: str
+) -> None:
+    """The same command reads it again, and only that."""
+    set_of, name = (tmp_path / of), "004.v1.jpg" if of == "images" else "t-000001.tar"
+    storage.fails = {name: math.inf}
+    options = ["data", "verify-shards", str(set_of), "--out", str(tmp_path / "bad"), "--workers=1"]
+    arguments = parser().parse_args(options)
+    with pytest.raises(SystemExit) as ended:
+        arguments.run(arguments)
+    assert ended.value.code == 69
+    (entry,) = [json.loads(line) for line in (tmp_path / "bad").read_text().splitlines()]
+    assert entry["path"].endswith(name)
+    assert entry["unavailable"]
+    assert "Stale file handle" in entry["reason"]
+    storage.fails = {"t-000000.tar": math.inf}  # which was verified
+    summary = arguments.run(arguments)
+    assert (summary["bad"], summary["unavailable"]) == (0, 0)
+    assert summary["images"] == 24
+    assert not (tmp_path / "bad.state").exists()
+
+
+@pytest.mark.parametrize(
+    "tool", [dataset_stats, partial(inspect_shards, sheet=None, sheet_images=1)]
+)
+def test_numbers_of_half_a_set_are_refused(
+    class_folder: Callable[..., Path],
+    tmp_path: Path,
+    storage: Storage,
+    tool: Callable[..., object],
+) -> None:
+    folder, out = str(class_folder()), tmp_path / "s.json"
+    storage.fails = {f"{i:03}.v1.jpg": math.inf for i in range(12)}
+    with pytest.raises(UnavailableError, match="12 of 24 files cannot be read"):
+        tool(folder, images=None, out=out, workers=1)
+    assert not out.exists()
+    assert sum(storage.slept) == 63  # not for each of them
+
+
+def test_what_was_read_of_files_that_changed_is_read_again(
+    class_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, out = class_folder(3), tmp_path / "s.json"
+
+    def mean() -> list[float]:
+        return list(dataset_stats(str(folder), images=None, out=out, workers=1)["mean"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_tools.journal.Journal.finish", lambda _: None)  # as if stopped before
+        before = mean()
+    file = folder / "class 0" / "000.v1.jpg"
+    status = file.stat()
+    other = next(data for data in (jpeg(i) for i in range(100, 999)) if len(data) <= status.st_size)
+    file.write_bytes(other.ljust(status.st_size, b"\0"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert mean() != before
+    assert "s.json.state is of other work (input.images.times): starting anew" in caplog.text
 
 
 def test_odd_images_give_the_counts_of_their_manifest(image_sets: Path, tmp_path: Path) -> None:
