@@ -48,7 +48,8 @@ class Answer:
 
     Attributes:
         optimum: of the approach with the narrower interval of N; of equal ones the joint law.
-        expected: metric there; None where no law says it.
+        expected: metric there; None where no law says it. Of one run, a prediction interval, if
+            `optimum.run` is known; else of the law, a confidence interval.
         reasons: for and against trusting it, without those about the whole fit.
         trust: the lowest of them and of the fit's.
     """
@@ -95,7 +96,7 @@ def _is_supported(optimum: Optimum) -> bool:
 
 def _answer(fit: MetricFit, optima: Sequence[Optimum]) -> Answer:
     best = min(optima, key=lambda found: (_width(found.parameters), found.approach != "joint"))
-    expected = best.metric
+    expected = best.run or best.metric
     if expected is None and fit.joint is not None:
         band = fit.joint.band(
             np.array([best.parameters.value]), np.array([best.images.value])

@@ -15,6 +15,7 @@ from dinoscale.scaling.joint import ImageCost, JointFit, why_no_joint
 from dinoscale.scaling.laws import Interval, JointLaw, MetricFit, Optimum, PowerLaw
 from dinoscale.scaling.points import QUANTITIES, Point, best_along, size_of
 from dinoscale.scaling.powers import EXPONENTS
+from dinoscale.scaling.screen import LEAST, TEST
 from dinoscale.scaling.words import flops
 from dinoscale.sweep.units import number
 
@@ -44,9 +45,17 @@ def _of_runs(fit: MetricFit, points: Sequence[Point]) -> Iterator[str]:
     metric = fit.metric
     if not points:
         yield f"No run has a usable {metric}: nothing could be fitted."
-    if fit.left_out:
-        runs = count_text(len(fit.left_out), "run")
-        yield f"{runs} left out: failed, or without a usable {metric}."
+    outliers = [name for name, why in fit.left_out.items() if why.startswith("outlier")]
+    if len(fit.left_out) > len(outliers):
+        runs = count_text(len(fit.left_out) - len(outliers), "run")
+        yield f"{runs} left out: failed, collapsed, or without a usable {metric}."
+    if outliers:
+        yield (
+            f"{count_text(len(outliers), 'run')} of {fit.num_runs + len(outliers)} left out as"
+            f" outliers, more than {np.expm1(LEAST):.0%} from what the others make them"
+            f" ({TEST}): {', '.join(outliers)}. Look at their logs: they may have collapsed, or"
+            " the law may not hold there."
+        )
     if metric == "loss":
         yield (
             "The loss of DINO has a target that moves and is no measure of quality: a model whose"
@@ -199,5 +208,10 @@ def _of_rates(fit: MetricFit) -> Iterator[str]:
                 f"{where} is not between the smallest and the largest that were run: the best of"
                 f" them is {rate.lr[np.argmin(rate.y)]:.3g}; try further out."
             )
-        elif not rate.optimum.high <= _WIDE * max(rate.optimum.low, 0):
+        if rate.left_out:
+            yield (
+                f"{where} comes from a parabola without"
+                f" {count_text(len(rate.left_out), 'run')} that diverged or lie too far out: {', '.join(rate.left_out)}."
+            )
+        if rate.optimum and not rate.optimum.high <= _WIDE * max(rate.optimum.low, 0):
             yield f"{where} is not known within a factor of {_WIDE:g}: add rates, or seeds."

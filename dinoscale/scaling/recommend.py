@@ -262,12 +262,14 @@ def _settings(
 def _comments(found: Recommendation, fit: MetricFit) -> str:
     """Where the preset comes from, as comments."""
     optimum, answer = found.answer.optimum, found.answer
-    expected = f"; expect {interval(answer.expected)}" if answer.expected else ""
+    kind = ", the prediction interval of one run" if optimum.run else ""
+    expected = f"; expect {interval(answer.expected)}{kind}" if answer.expected else ""
     paragraphs = [
         f"For the lowest {metric_name(found.metric)} of a training of"
         f" {exponential(optimum.flops)} FLOPs, by the"
         f" {optimum.approach} approach ({100 * fit.confidence:g} % intervals): parameters"
-        f" {interval(optimum.parameters)}, images {interval(optimum.images)}{expected}.",
+        f" {interval(optimum.parameters)}, images {interval(optimum.images)} (confidence"
+        f" intervals){expected}.",
         f"Trust: {answer.trust.name.lower()}. "
         + " ".join(reason.sentence for reason in [*answer.reasons, *fit_reasons(fit)]),
         f"Here: {number(found.size.parameters)} parameters, the nearest size of the ladder, and"
