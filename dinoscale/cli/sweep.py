@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from dinoscale.config.sweep import SweepConfig
     from dinoscale.scaling.laws import MetricFit
     from dinoscale.sweep.table import Row
+
+log = logging.getLogger(__name__)
 
 _EPILOG = """examples:
   dinoscale sweep configs/sweep/laptop.yaml plan
@@ -154,12 +157,21 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFit]]:
     from dinoscale.scaling.fit import fit_rows
+    from dinoscale.sweep.belonging import of_file, of_table, with_known_keys
+    from dinoscale.sweep.design import plan_runs
     from dinoscale.sweep.table import TABLE, read_table
 
     table = Path(options.file)
-    if not _is_table(options):
-        table = Path(_load(options).out) / TABLE
-    rows = read_table(table)
+    if _is_table(options):
+        rows, notes = of_table(read_table(table))
+    else:
+        sweep = _load(options)
+        table = Path(sweep.out) / TABLE
+        rows = read_table(table)
+        runs = with_known_keys(plan_runs(sweep), rows, table.parent)
+        rows, notes = of_file(rows, runs, sweep.metrics)
+    for note in notes:
+        log.warning("%s", note)
     fits = fit_rows(
         rows,
         metrics=options.metric,

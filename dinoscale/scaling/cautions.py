@@ -13,7 +13,7 @@ from dinoscale.doctor.report import count_text
 from dinoscale.scaling import isoflop, joint, power
 from dinoscale.scaling.joint import ImageCost, JointFit, why_no_joint
 from dinoscale.scaling.laws import Interval, JointLaw, MetricFit, Optimum, PowerLaw
-from dinoscale.scaling.points import QUANTITIES, Point, best_along, size_of
+from dinoscale.scaling.points import QUANTITIES, SAME, Point, best_along, size_of
 from dinoscale.scaling.powers import EXPONENTS
 from dinoscale.scaling.screen import LEAST, TEST
 from dinoscale.scaling.words import flops
@@ -162,6 +162,7 @@ def _of_decisions(fit: MetricFit, points: Sequence[Point], cost: ImageCost | Non
             f"No budget was run with at least {isoflop.NUM_SIZES} sizes of models: no parabolas at"
             " equal budgets."
         )
+    yield from _of_budgets(points)
     missing = sum(iso.optimum is None for iso in fit.isoflops)
     if missing:
         yield (
@@ -183,6 +184,22 @@ def _of_decisions(fit: MetricFit, points: Sequence[Point], cost: ImageCost | Non
         yield "FLOPs of an image do not grow with the parameters: no best use of a budget."
     for optimum in fit.optima:
         yield from _of_optimum(optimum, [float(point.row.parameters) for point in points])
+
+
+def _of_budgets(points: Sequence[Point]) -> Iterator[str]:
+    """Runs under the name of one budget that are not of one."""
+    named: dict[float, list[float]] = {}
+    for point in points:
+        budget = point.row.axes.get("flops")
+        if isinstance(budget, float):
+            named.setdefault(budget, []).append(float(point.row.flops))
+    for budget, found in sorted(named.items()):
+        if max(found) > (1 + SAME) * min(found):
+            yield (
+                f"Runs under the name {budget:g} have {min(found):.2g} to {max(found):.2g} FLOPs,"
+                " as an epoch is whole steps: only those within"
+                f" {SAME:.0%} of each other count as one budget."
+            )
 
 
 def _of_optimum(optimum: Optimum, sizes: Sequence[float]) -> Iterator[str]:
@@ -211,7 +228,8 @@ def _of_rates(fit: MetricFit) -> Iterator[str]:
         if rate.left_out:
             yield (
                 f"{where} comes from a parabola without"
-                f" {count_text(len(rate.left_out), 'run')} that diverged or lie too far out: {', '.join(rate.left_out)}."
+                f" {count_text(len(rate.left_out), 'run')} that diverged or lie too far out:"
+                f" {', '.join(rate.left_out)}."
             )
         if rate.optimum and not rate.optimum.high <= _WIDE * max(rate.optimum.low, 0):
             yield f"{where} is not known within a factor of {_WIDE:g}: add rates, or seeds."

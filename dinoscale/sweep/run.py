@@ -23,8 +23,10 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.config import dump_config
 from dinoscale.config.executor import ExecutorConfig
 from dinoscale.errors import DataError, DinoscaleError, PreemptedError, RunFailedError
+from dinoscale.sweep.belonging import abandoned, with_known_keys
 from dinoscale.sweep.curves import last_error
 from dinoscale.sweep.executors import Executor, LocalExecutor
+from dinoscale.sweep.measure import changed_input, print_of
 from dinoscale.sweep.preflight import (
     EvaluationWords,
     lock_sweep,
@@ -86,7 +88,11 @@ def run_sweep(
     with lock_sweep(out):
         commands = measuring_commands(metrics, evaluation_words)
         gpus = require_machine(executor)
+        table = out / TABLE
+        runs = with_known_keys(runs, read_table(table) if table.exists() else [], out)
         sweep = Sweep(runs, out, metrics, commands, executor, retry_failed=retry_failed)
+        for sentence in sweep.intentions():
+            log.info("%s", sentence)
         require_data(sweep.untrained(), elsewhere=executor.kind == "slurm")
         sweep.to_the_end(_executor(executor, out, gpus))
     rows = [sweep.rows[run.key] for run in runs if run.key in sweep.rows]
@@ -166,16 +172,49 @@ class Sweep:
             return True
         if row.status == "failed":
             return False
-        lines = read_result(self.folder(run), run.key).lines
-        new = [
-            name
-            for name, line in self.metrics.items()
-            if name not in row.metrics or lines.get(name, line) != line
-        ]
-        if new and not checkpoints(self.folder(run)):
-            log.warning("%s: is done and its folder gone, so %s cannot be measured", run.name, new)
-            return False
-        return bool(new)
+        return bool(self._to_measure(run, row)) and bool(checkpoints(self.folder(run)))
+
+    def _to_measure(self, run: PlannedRun, row: Row) -> dict[str, str]:
+        """Metrics that a run lacks, or has by another line or of other images, and why."""
+        result = read_result(self.folder(run), run.key)
+        lines, prints = {**result.lines, **row.lines}, {**result.prints, **row.prints}
+        commands = self.commands(self.folder(run)) if prints else {}
+        found = {}
+        for name, line in self.metrics.items():
+            changed = changed_input(prints.get(name), print_of(line, commands.get(name, ())))
+            if name not in row.metrics:
+                found[name] = "new"
+            elif lines.get(name, line) != line:
+                found[name] = f"was measured by {lines[name]!r}"
+            elif changed:
+                found[name] = f"was measured on other images ({', '.join(changed)})"
+        return found
+
+    def intentions(self) -> Iterator[str]:
+        """What is about to happen to each run and row, and why, before anything starts."""
+        wanted = {run.key for run in self.runs if self._is_wanted(run)}
+        ended = [self.rows[run.key] for run in self.runs if run.key in self.rows]
+        failed = [row.name for row in ended if row.status == "failed" and row.key not in wanted]
+        again = [row.name for row in ended if row.error and row.key in wanted]
+        new = [run.name for run in self.runs if run.key not in self.rows]
+        begun = [run.name for run in self.runs if run.name in new and self.folder(run).exists()]
+        counts = {
+            "new": len(new) - len(begun),
+            "to go on": len(begun),
+            "to be tried again": len(again),
+            "done": len([row for row in ended if row.status == "done" and row.key not in wanted]),
+            "failed, left so without --retry-failed": len(failed),
+        }
+        yield f"{len(self.runs)} runs: " + ", ".join(
+            f"{n} {what}" for what, n in counts.items() if n
+        )
+        for run in self.runs:
+            row = self.rows.get(run.key)
+            why = self._to_measure(run, row) if row is not None and row.status == "done" else {}
+            gone = "" if run.key in wanted else ", but its folder is gone: left as it is"
+            for name, reason in why.items():
+                yield f"{run.name}: {name} is to be measured: {reason}{gone}"
+        yield from abandoned(list(self.rows.values()), self.runs)
 
     def to_the_end(self, executor: Executor) -> None:
         """Run all that is wanted.
@@ -222,7 +261,7 @@ class Sweep:
         result = read_result(folder, run.key)
         if job is not None and job.handle and self.executor.adopt(folder, job.handle):
             self.running[folder] = run
-        elif job is not None and (job.handle or self._is_complete(result)):
+        elif job is not None and (job.handle or self._is_complete(result, run)):
             self._settle(run, job, result)
         else:
             self.waiting.append(run)
@@ -237,9 +276,13 @@ class Sweep:
             commands=self.commands(folder),
             nodes=self.config.nodes,
             processes=self.config.processes,
+            log_begin=_size(folder / LOG),
         )
+        result = read_result(folder, run.key)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if result.ending:  # of an earlier start, which says nothing about this one
+                write_record(folder, replace(result, ending="", error=""))
             write_whole(folder / SETTINGS, dump_config(config))
             self._write(folder, job)
             handle = self.executor.start(folder)
@@ -277,25 +320,38 @@ class Sweep:
         """
         folder = self.folder(run)
         if self._is_complete(result):
-            self._append(row_of(run, job, result, metrics=self._values(run, result)))
+            self._append(self._row(run, job, result))
             self._write(folder, replace(job, handle=""))
         elif result.ending in ("done", "stopped") or not (result.ending or how):
             self._write(folder, replace(job, handle=""))
             self.waiting.append(run)
         else:
-            said = last_error(folder / LOG, 0) or "nothing"
+            said = (
+                last_error(folder / LOG, job.log_begin) or last_error(folder / LOG, 0) or "nothing"
+            )
             error = result.error or f"its job ended with {how} and last said: {said}"
             job = replace(job, handle="", failures=job.failures + 1)
             self._failed(run, job, result, error)
 
-    def _is_complete(self, result: Result) -> bool:
-        return result.trained and result.measured(self.metrics)
+    def _is_complete(self, result: Result, run: PlannedRun | None = None) -> bool:
+        """Whether nothing is left to do; with a run, its row may say otherwise."""
+        row = None if run is None else self.rows.get(run.key)
+        stale = run is not None and row is not None and bool(self._to_measure(run, row))
+        return result.trained and result.measured(self.metrics) and not stale
 
-    def _values(self, run: PlannedRun, result: Result) -> dict[str, float | None]:
-        """Metrics of a run, with those of its older row that are measured no longer."""
+    def _row(self, run: PlannedRun, job: Job, result: Result, error: str = "") -> Row:
+        """A row with the metrics of the older one, too, that are measured no longer."""
         row = self.rows.get(run.key)
-        known = {**(row.metrics if row else {}), **result.metrics}
-        return {**dict.fromkeys(self.metrics), **known}
+        known = {**dict.fromkeys(self.metrics), **(row.metrics if row else {}), **result.metrics}
+        return row_of(
+            run,
+            job,
+            result,
+            metrics=known,
+            lines={**(row.lines if row else {}), **result.lines},
+            prints={**(row.prints if row else {}), **result.prints},
+            error=error,
+        )
 
     def _failed(self, run: PlannedRun, job: Job, result: Result, error: str) -> None:
         tried = job.failures - job.forgiven
@@ -305,8 +361,7 @@ class Sweep:
             self.waiting.append(run)
         else:
             log.error("%s: failed: %s (%s)", run.name, error, self.folder(run) / LOG)
-            values = self._values(run, result)
-            self._append(row_of(run, job, result, metrics=values, error=error))
+            self._append(self._row(run, job, result, error))
         self._write(self.folder(run), job)
 
     def _append(self, row: Row) -> None:
@@ -323,6 +378,11 @@ class Sweep:
         parts += [f"{failed} failed"] if failed else []
         parts += [f"last {self.last.name} {_numbers(self.last)}"] if self.last else []
         self.bar.set_postfix_str(", ".join(parts))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _numbers(row: Row) -> str:

@@ -78,7 +78,7 @@ def test_metric_that_is_not_finite_is_no_number(path: Path) -> None:
         (",12.3,", ",twelve,", "line 2: seconds cannot be 'twelve'"),
         (",1000,", ",1.5,", "line 2: parameters cannot be '1.5'"),
         ("0.25", "true", "line 2: a metric cannot be True"),
-        (",done,", ",", "line 2: has 23 cells, need 24"),
+        (",done,", ",", "line 2: has 27 cells, need 28"),
         (",1000,", ",,", "line 2: parameters cannot be ''"),
         ('"{""torch"": ""2"", ""commit"": null}"', "[]", r"line 2: versions cannot be '\[\]'"),
     ],
