@@ -158,7 +158,6 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
 def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFit]]:
     from dinoscale.scaling.fit import fit_rows
     from dinoscale.sweep.belonging import of_file, of_table, with_known_keys
-    from dinoscale.sweep.design import plan_runs
     from dinoscale.sweep.table import TABLE, read_table
 
     table = Path(options.file)
@@ -166,6 +165,8 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
         rows, notes = of_table(read_table(table))
     else:
         sweep = _load(options)
+        from dinoscale.sweep.design import plan_runs  # with torch
+
         table = Path(sweep.out) / TABLE
         rows = read_table(table)
         runs = with_known_keys(plan_runs(sweep), rows, table.parent)

@@ -13,11 +13,11 @@ from dinoscale.doctor.report import count_text
 from dinoscale.scaling import isoflop, joint, power
 from dinoscale.scaling.joint import ImageCost, JointFit, why_no_joint
 from dinoscale.scaling.laws import Interval, JointLaw, MetricFit, Optimum, PowerLaw
-from dinoscale.scaling.points import QUANTITIES, SAME, Point, best_along, size_of
+from dinoscale.scaling.points import QUANTITIES, Point, best_along, size_of
 from dinoscale.scaling.powers import EXPONENTS
 from dinoscale.scaling.screen import LEAST, TEST
 from dinoscale.scaling.words import flops
-from dinoscale.sweep.units import number
+from dinoscale.sweep.units import SAME, number
 
 _NAMES = {"parameters": "parameters", "images": "images seen", "flops": "training FLOPs"}
 _MAX_PASSES = 4  # over the same images; Muennighoff et al. 2023 (arXiv:2305.16264), of text

@@ -14,8 +14,9 @@ import numpy as np
 
 from dinoscale.scaling.bootstrap import band, interval
 from dinoscale.scaling.laws import Frontier, JointLaw, Numbers, Optimum
-from dinoscale.scaling.points import SAME, Point, close_groups, tuned
+from dinoscale.scaling.points import Point, close_groups, tuned
 from dinoscale.scaling.power import Powers, explained, falls, fit
+from dinoscale.sweep.units import SAME
 
 NUM_PARAMETERS = 5
 NUM_SIZES = 3  # of models, and of images: two leave the exponent open

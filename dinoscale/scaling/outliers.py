@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from dinoscale.scaling.laws import Numbers
 
@@ -45,7 +45,7 @@ def outlying(basis: Numbers, y: Numbers, *, groups: Sequence[int], least: int) -
         squares = np.where(candidates & (free > _FREE), residuals**2 / np.maximum(free, _FREE), 0)
         farthest = int(np.argmax(squares))
         rest = max((residuals**2).sum() - squares[farthest], 0) / (degrees - 1)  # without it
-        limit = student_t.ppf(1 - LEVEL / 2 / len(kept), degrees - 1)
+        limit = stdtrit(degrees - 1, 1 - LEVEL / 2 / len(kept))
         taken.append(int(kept[farthest]))
         kept = np.delete(kept, farthest)
         if squares[farthest] > limit**2 * max(rest, 1e-24 * float((y**2).mean())):

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoscale.scaling.laws import Numbers
-from dinoscale.sweep.design import SAME
 from dinoscale.sweep.table import Row
+from dinoscale.sweep.units import SAME
 
 QUANTITIES = ("parameters", "images", "flops")
 _NO_DIFFERENCE = {"seed", "run_dir"}  # settings that do not make another setting

@@ -10,9 +10,9 @@ from dinoscale.errors import ConfigError
 from dinoscale.sweep.candidate import Planner
 from dinoscale.sweep.points import Point, label_of, points
 from dinoscale.sweep.runs import PlannedRun
+from dinoscale.sweep.units import SAME
 
 _MAX_TOLD = 8  # mistakes in a message
-SAME = 0.05  # relative difference of budgets, or images, that whole batches explain
 
 
 @dataclass(frozen=True)
