@@ -73,7 +73,8 @@ def fit_bowls(
         moved = y.mean() * np.einsum("spn,sn->sp", bowl.inverse[shapes], part)
         drawn = _lowest(bowl.coefficients[shapes] + moved, SHAPES[shapes])
         value = _median(_lowest(bowl.coefficients, SHAPES), weights)
-        made.append(made_of(x, y, centre + value, centre + drawn, confidence))
+        reach = float(x.min()), float(x.max())
+        made.append(made_of(x, y, reach, centre + value, centre + drawn, confidence))
     return made
 
 

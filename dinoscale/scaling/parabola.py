@@ -38,12 +38,18 @@ class Parabola:
 
 
 def fit_parabolas(
-    groups: Sequence[tuple[Numbers, Numbers]], *, confidence: float, samples: int
+    groups: Sequence[tuple[Numbers, Numbers]],
+    *,
+    reaches: Sequence[tuple[float, float]],
+    confidence: float,
+    samples: int,
 ) -> list[Parabola]:
     """Least squares for each, a common bootstrap.
 
     Args:
         groups: x and y of each, (n,), at least three different x.
+        reaches: between which x of each a minimum counts: the smallest and largest that were run,
+            those too that have diverged.
         confidence: of the intervals.
         samples: S.
     """
@@ -62,12 +68,12 @@ def fit_parabolas(
     )
     parts = np.split(noise, np.cumsum(sizes)[:-1], axis=1)
     made = []
-    for (x, y), centre, basis, curve, part in zip(
-        groups, centres, bases, curves, parts, strict=True
+    for (x, y), reach, centre, basis, curve, part in zip(
+        groups, reaches, centres, bases, curves, parts, strict=True
     ):
         drawn = (basis @ curve + y.mean() * part) @ np.linalg.pinv(basis).T  # (S, 3)
         lowest = float(centre + _lowest(curve[None])[0])
-        made.append(made_of(x, y, lowest, centre + _lowest(drawn), confidence))
+        made.append(made_of(x, y, reach, lowest, centre + _lowest(drawn), confidence))
     return made
 
 
@@ -98,18 +104,24 @@ def outlying_runs(groups: Sequence[tuple[Numbers, Numbers]]) -> list[tuple[int, 
 
 
 def made_of(
-    x: Numbers, y: Numbers, log_optimum: float, samples: Numbers, confidence: float
+    x: Numbers,
+    y: Numbers,
+    reach: tuple[float, float],
+    log_optimum: float,
+    samples: Numbers,
+    confidence: float,
 ) -> Parabola:
     """A minimum and the parabola that has it there, for plots; without one the best of all.
 
     Args:
         x: of the runs, (n,).
         y: of the runs, (n,).
+        reach: between which x a minimum counts.
         log_optimum: ln x at the minimum; infinite without one.
         samples: of that, (S,).
         confidence: of the interval.
     """
-    low, high = np.log(x.min()), np.log(x.max())
+    low, high = np.log(reach)
     optimum = None
     if low < log_optimum < high:
         inside = interval(log_optimum, samples, confidence)

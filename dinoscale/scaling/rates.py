@@ -37,13 +37,15 @@ def fit_rates(
         for group in enough
     ]
     near = _near(xy)
+    usable = [(lr, y, mask) for (lr, y), mask in zip(xy, near, strict=True) if mask.any()]
     fitted = iter(
         fit_parabolas(
-            [(lr[mask], y[mask]) for (lr, y), mask in zip(xy, near, strict=True) if mask.any()],
+            [(lr[mask], y[mask]) for lr, y, mask in usable],
+            reaches=[(float(lr.min()), float(lr.max())) for lr, _, _ in usable],
             confidence=confidence,
             samples=samples,
         )
-        if any(mask.any() for mask in near)
+        if usable
         else ()
     )
     return [

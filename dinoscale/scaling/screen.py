@@ -19,7 +19,7 @@ from dinoscale.scaling.power import fit
 from dinoscale.sweep.table import Row
 
 TEST = "generalised ESD test"
-LEAST = 0.2  # in log y; a run that is nearer is left in, however sure the test is of so few
+LEAST = 0.1  # in log y; a run that is nearer is left in, however sure the test is of so few
 
 
 def without_outliers(rows: Sequence[Row], metric: str) -> tuple[list[Row], dict[str, str]]:
