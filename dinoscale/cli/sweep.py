@@ -129,11 +129,14 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     sweep = _load(options)
     from dinoscale.cli.evaluate import evaluation_words
-    from dinoscale.sweep.design import plan_runs
+    from dinoscale.sweep.design import work_out
     from dinoscale.sweep.run import run_sweep
 
+    design = work_out(sweep)
+    for note in design.notes:
+        log.warning("%s", note)
     return run_sweep(
-        plan_runs(sweep),
+        design.runs,
         out=Path(sweep.out),
         metrics=sweep.metrics,
         executor=sweep.executor,
