@@ -22,7 +22,7 @@ from dinoscale.evaluate.attention import evaluate_attention
 from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.knn import evaluate_knn
 from dinoscale.hooks.events import count_events
-from dinoscale.launch.commands import on_this_node
+from dinoscale.launcher import on_this_node
 
 log = logging.getLogger(__name__)
 

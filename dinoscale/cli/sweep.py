@@ -159,7 +159,6 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFit]]:
-    from dinoscale.scaling.fit import fit_rows
     from dinoscale.sweep.belonging import of_file, of_table, with_known_keys
     from dinoscale.sweep.table import TABLE, read_table
 
@@ -176,6 +175,8 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
         rows, notes = of_file(rows, runs, sweep.metrics)
     for note in notes:
         log.warning("%s", note)
+    from dinoscale.scaling.fit import fit_rows  # with scipy
+
     fits = fit_rows(
         rows,
         metrics=options.metric,

@@ -6,7 +6,7 @@ All end in the same words, `train CONFIG section.key=value ...`.
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dinoscale.errors import LaunchError
@@ -129,35 +129,6 @@ def without_ssh(
         *options,
         *("--module", "dinoscale", *training),
     ]
-
-
-def on_this_node(
-    training: Sequence[str], *, processes: int, port: int, environ: Mapping[str, str]
-) -> list[str]:
-    """DeepSpeed's launcher for some processes of this machine, on the GPUs that are visible.
-
-    DeepSpeed forgets CUDA_VISIBLE_DEVICES where it is told a number of processes, and takes the
-    first GPUs of the machine; and it knows GPUs by number alone, not by UUID. Torchrun leaves the
-    variable as it is.
-
-    Args:
-        training: `train`, CONFIG and settings.
-        processes: ranks.
-        port: free one, where they meet.
-        environ: that they will have.
-    """
-    visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    if visible == [""]:
-        which = ("--num_accelerators", str(processes))
-    elif all(name.isdecimal() for name in visible) and len(visible) >= processes:
-        which = ("--include", f"localhost:{','.join(visible[:processes])}")
-    else:
-        return by_torchrun(
-            training, nodes=1, node_rank=0, per_node=processes, address="127.0.0.1", port=port,
-            options=(),
-        )  # fmt: skip
-    options = (*which, "--master_port", str(port), "--log_level", "error")
-    return [*_DEEPSPEED, *options, "--module", "dinoscale", *training]
 
 
 def by_torchrun(

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import ValidationError
 
 from dinoscale.config import RunConfig
-from dinoscale.config.rules import RulesConfig
+from dinoscale.config.rules import rules_of
 from dinoscale.scaling.laws import MetricFit
 from dinoscale.sweep.rules import Sizes, ruled_settings
 from dinoscale.sweep.table import Row
@@ -72,11 +71,8 @@ def ruled_for(
 
     A rate that was found is not ruled again.
     """
-    try:
-        rules = RulesConfig.model_validate(row.rules)
-    except ValidationError:  # of another version
-        return {}
-    if not row.embed_dim or not row.depth:
+    rules = rules_of(row.rules)
+    if rules is None or not row.embed_dim or not row.depth:
         return {}
     now, base = (
         Sizes(

@@ -25,8 +25,8 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.config.sweep import ONLINE
 from dinoscale.errors import DinoscaleError, PreemptedError, RunFailedError
 from dinoscale.hooks.events import count_events
-from dinoscale.launch.commands import by_torchrun, on_this_node
-from dinoscale.launcher import first_host
+from dinoscale.launch.commands import by_torchrun
+from dinoscale.launcher import first_host, on_this_node
 from dinoscale.locks import try_lock
 from dinoscale.sweep.curves import (
     METRICS,
