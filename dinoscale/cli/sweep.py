@@ -188,7 +188,7 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
 
 
 def _fit(options: argparse.Namespace) -> dict[str, Any] | None:
-    from dinoscale.scaling.fit import as_json, as_text
+    from dinoscale.scaling.fit_text import as_json, as_text
 
     _, _, fits = _fitted(options)
     if options.json:
