@@ -280,7 +280,7 @@ def on_this_node(
         environ: that they will have.
     """
     visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    if visible == [""]:
+    if visible == [""] or environ.get("DS_ACCELERATOR") == "cpu":
         which = ("--num_accelerators", str(processes))
     elif all(name.isdecimal() for name in visible) and len(visible) >= processes:
         which = ("--include", f"localhost:{','.join(visible[:processes])}")

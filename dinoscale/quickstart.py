@@ -72,10 +72,10 @@ def _pretrain(overrides: list[str]) -> None:
     """Run `dinoscale train` on two processes through the deepspeed launcher; output to stderr."""
     processes = min(2, torch.cuda.device_count()) or 2
     environment = dict(os.environ)
-    training = ["train", PRESET, *overrides]
-    command = on_this_node(training, processes=processes, port=free_port(), environ=environment)
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
+    training = ["train", PRESET, *overrides]
+    command = on_this_node(training, processes=processes, port=free_port(), environ=environment)
     log.info("pre-training on %d processes: %s", processes, " ".join(command[2:]))
     done = subprocess.run(command, env=environment, stdout=sys.stderr)
     if done.returncode:

@@ -23,10 +23,10 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.config import dump_config
 from dinoscale.config.executor import ExecutorConfig
 from dinoscale.errors import DataError, DinoscaleError, PreemptedError, RunFailedError
-from dinoscale.sweep.belonging import abandoned, with_known_keys
+from dinoscale.sweep.belonging import with_known_keys
 from dinoscale.sweep.curves import last_error
 from dinoscale.sweep.executors import Executor, LocalExecutor
-from dinoscale.sweep.measure import changed_input, print_of
+from dinoscale.sweep.intentions import intentions, to_measure
 from dinoscale.sweep.preflight import (
     EvaluationWords,
     lock_sweep,
@@ -91,7 +91,8 @@ def run_sweep(
         table = out / TABLE
         runs = with_known_keys(runs, read_table(table) if table.exists() else [], out)
         sweep = Sweep(runs, out, metrics, commands, executor, retry_failed=retry_failed)
-        for sentence in sweep.intentions():
+        wanted = {run.key for run in runs if sweep.is_wanted(run)}
+        for sentence in intentions(runs, sweep.rows, wanted, sweep.to_measure, sweep.folder):
             log.info("%s", sentence)
         require_data(sweep.untrained(), elsewhere=executor.kind == "slurm")
         sweep.to_the_end(_executor(executor, out, gpus))
@@ -149,7 +150,7 @@ class Sweep:
         self.running: dict[Path, PlannedRun] = {}
         self.last: Row | None = None  # of the runs that have ended
         self._folders = folders_of(self.runs, self.out)
-        require_own_folders([run for run in self.runs if self._is_wanted(run)], self.folder)
+        require_own_folders([run for run in self.runs if self.is_wanted(run)], self.folder)
 
     def folder(self, run: PlannedRun) -> Path:
         """Of a run."""
@@ -160,10 +161,10 @@ class Sweep:
         return [
             run
             for run in self.runs
-            if self._is_wanted(run) and not read_result(self.folder(run), run.key).trained
+            if self.is_wanted(run) and not read_result(self.folder(run), run.key).trained
         ]
 
-    def _is_wanted(self, run: PlannedRun) -> bool:
+    def is_wanted(self, run: PlannedRun) -> bool:
         """Whether there is something to do for a run."""
         row = self.rows.get(run.key)
         if row is None:
@@ -172,49 +173,12 @@ class Sweep:
             return True
         if row.status == "failed":
             return False
-        return bool(self._to_measure(run, row)) and bool(checkpoints(self.folder(run)))
+        return bool(self.to_measure(run, row)) and bool(checkpoints(self.folder(run)))
 
-    def _to_measure(self, run: PlannedRun, row: Row) -> dict[str, str]:
-        """Metrics that a run lacks, or has by another line or of other images, and why."""
-        result = read_result(self.folder(run), run.key)
-        lines, prints = {**result.lines, **row.lines}, {**result.prints, **row.prints}
-        commands = self.commands(self.folder(run)) if prints else {}
-        found = {}
-        for name, line in self.metrics.items():
-            changed = changed_input(prints.get(name), print_of(line, commands.get(name, ())))
-            if name not in row.metrics:
-                found[name] = "new"
-            elif lines.get(name, line) != line:
-                found[name] = f"was measured by {lines[name]!r}"
-            elif changed:
-                found[name] = f"was measured on other images ({', '.join(changed)})"
-        return found
-
-    def intentions(self) -> Iterator[str]:
-        """What is about to happen to each run and row, and why, before anything starts."""
-        wanted = {run.key for run in self.runs if self._is_wanted(run)}
-        ended = [self.rows[run.key] for run in self.runs if run.key in self.rows]
-        failed = [row.name for row in ended if row.status == "failed" and row.key not in wanted]
-        again = [row.name for row in ended if row.error and row.key in wanted]
-        new = [run.name for run in self.runs if run.key not in self.rows]
-        begun = [run.name for run in self.runs if run.name in new and self.folder(run).exists()]
-        counts = {
-            "new": len(new) - len(begun),
-            "to go on": len(begun),
-            "to be tried again": len(again),
-            "done": len([row for row in ended if row.status == "done" and row.key not in wanted]),
-            "failed, left so without --retry-failed": len(failed),
-        }
-        yield f"{len(self.runs)} runs: " + ", ".join(
-            f"{n} {what}" for what, n in counts.items() if n
-        )
-        for run in self.runs:
-            row = self.rows.get(run.key)
-            why = self._to_measure(run, row) if row is not None and row.status == "done" else {}
-            gone = "" if run.key in wanted else ", but its folder is gone: left as it is"
-            for name, reason in why.items():
-                yield f"{run.name}: {name} is to be measured: {reason}{gone}"
-        yield from abandoned(list(self.rows.values()), self.runs)
+    def to_measure(self, run: PlannedRun, row: Row) -> dict[str, str]:
+        """Metrics of a run that is done which have to be measured, and why."""
+        folder = self.folder(run)
+        return to_measure(row, read_result(folder, run.key), self.metrics, self.commands(folder))
 
     def to_the_end(self, executor: Executor) -> None:
         """Run all that is wanted.
@@ -224,7 +188,7 @@ class Sweep:
             PreemptedError: asked to stop.
         """
         self.executor = executor
-        wanted = [run for run in self.runs if self._is_wanted(run)]
+        wanted = [run for run in self.runs if self.is_wanted(run)]
         bar = tqdm(total=len(self.runs), initial=len(self.runs) - len(wanted), unit="run")
         with logging_redirect_tqdm(), bar as self.bar, _stop_signals() as stop:
             try:
@@ -336,7 +300,7 @@ class Sweep:
     def _is_complete(self, result: Result, run: PlannedRun | None = None) -> bool:
         """Whether nothing is left to do; with a run, its row may say otherwise."""
         row = None if run is None else self.rows.get(run.key)
-        stale = run is not None and row is not None and bool(self._to_measure(run, row))
+        stale = run is not None and row is not None and bool(self.to_measure(run, row))
         return result.trained and result.measured(self.metrics) and not stale
 
     def _row(self, run: PlannedRun, job: Job, result: Result, error: str = "") -> Row:
