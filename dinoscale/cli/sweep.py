@@ -159,6 +159,7 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFit]]:
+    from dinoscale.errors import ConfigError
     from dinoscale.sweep.belonging import of_file, of_table, with_known_keys
     from dinoscale.sweep.table import TABLE, read_table
 
@@ -171,7 +172,14 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
 
         table = Path(sweep.out) / TABLE
         rows = read_table(table)
-        runs = with_known_keys(plan_runs(sweep), rows, table.parent)
+        try:
+            planned = plan_runs(sweep)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}\nwithout its runs nothing says which rows of {table} are theirs; with"
+                f" `dinoscale sweep {table} {options.action}` all of them count"
+            ) from None
+        runs = with_known_keys(planned, rows, table.parent)
         rows, notes = of_file(rows, runs, sweep.metrics)
     for note in notes:
         log.warning("%s", note)

@@ -14,6 +14,7 @@ from enum import IntEnum
 import numpy as np
 
 from dinoscale.scaling.laws import Interval, MetricFit, Optimum
+from dinoscale.scaling.points import spoiled_by
 from dinoscale.scaling.words import flops, percent
 from dinoscale.sweep.table import Row
 from dinoscale.sweep.units import number
@@ -66,8 +67,9 @@ def measured(rows: Iterable[Row], metric: str) -> list[Row]:
 
 
 def best_run(rows: Iterable[Row], metric: str) -> Row | None:
-    """The run with the lowest metric; None where none has it."""
-    return min(measured(rows, metric), key=lambda row: value_of(row, metric), default=None)
+    """The run with the lowest metric, of a sound training; None where none has it."""
+    sound = [row for row in measured(rows, metric) if not spoiled_by(row)]
+    return min(sound, key=lambda row: value_of(row, metric), default=None)
 
 
 def value_of(row: Row, metric: str) -> float:

@@ -59,7 +59,7 @@ def usable_rows(rows: Sequence[Row], metric: str) -> tuple[list[Row], dict[str, 
 def _reason(row: Row, metric: str) -> str:
     if row.status != "done":
         return f"failed: {row.error or 'no reason is in the table'}"
-    happened = [name for name in _SPOILS if row.events.get(name)]
+    happened = spoiled_by(row)
     if happened:
         return f"{' and '.join(happened)} in its training (events.jsonl)"
     value = row.metrics.get(metric)
@@ -74,6 +74,11 @@ def _reason(row: Row, metric: str) -> str:
     }
     wrong = [f"{name} is {size}" for name, size in sizes.items() if not size or size <= 0]
     return ", ".join(wrong)
+
+
+def spoiled_by(row: Row) -> list[str]:
+    """Events of a training after which its result says nothing about its settings."""
+    return [name for name in _SPOILS if row.events.get(name)]
 
 
 def settings(rows: Iterable[Row], metric: str) -> list[Point]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dinoscale.scaling.answers import best_run
 from dinoscale.scaling.fit import fit_rows
 from dinoscale.scaling.isoflop import fit_isoflops
 from dinoscale.scaling.laws import MetricFit
@@ -58,6 +59,8 @@ def test_runs_whose_training_went_wrong_are_left_out(event: str) -> None:
     rows[3] = replace(rows[3], events={event: 2, "resumed": 1})
     fitted = _fit(rows)
     assert fitted.left_out == {rows[3].name: f"{event} in its training (events.jsonl)"}
+    best = replace(rows[3], metrics={"knn": 0.01})
+    assert best_run([*rows[:3], best], "knn") in rows[:3]
 
 
 def test_of_several_seeds_only_the_collapsed_one_goes() -> None:

@@ -128,7 +128,9 @@ def test_budgets_that_whole_steps_miss_are_noted(tmp_path: Path) -> None:
     epochs = int(note.partition("at most ")[2].partition(",")[0])
     mended = f"settings: {{train.epochs: {epochs}, dino.warmup_teacher_temp_epochs: 0,"
     mended += f" optim.warmup_epochs: 0, dino.freeze_last_layer_epochs: 0}}\n{text}"
-    assert not [note for note in work_out(sweep_of(tmp_path, mended)).notes if "as little as" in note]
+    assert not [
+        note for note in work_out(sweep_of(tmp_path, mended)).notes if "as little as" in note
+    ]
 
 
 def test_models_beyond_the_limits_are_left_out_by_name(tmp_path: Path) -> None:
