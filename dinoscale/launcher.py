@@ -8,7 +8,8 @@ MVAPICH2 (mpirun_rsh), Slurm (srun, "OUTPUT ENVIRONMENT VARIABLES").
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -261,3 +262,39 @@ def _default_port(environ: Mapping[str, str]) -> int:
     """Another one for each job, as nodes may be shared."""
     job = _number(environ, "srun", "SLURM_JOB_ID")
     return _PORT if job is None else 20000 + job % 20000
+
+
+def on_this_node(
+    training: Sequence[str], *, processes: int, port: int, environ: Mapping[str, str]
+) -> list[str]:
+    """DeepSpeed's launcher for some processes of this machine, on the GPUs that are visible.
+
+    DeepSpeed forgets CUDA_VISIBLE_DEVICES where it is told a number of processes, and takes the
+    first GPUs of the machine; and it knows GPUs by number alone, not by UUID. Torchrun leaves the
+    variable as it is.
+
+    Args:
+        training: `train`, CONFIG and settings.
+        processes: ranks.
+        port: free one, where they meet.
+        environ: that they will have.
+    """
+    visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if visible == [""] or environ.get("DS_ACCELERATOR") == "cpu":
+        which = ("--num_accelerators", str(processes))
+    elif all(name.isdecimal() for name in visible) and len(visible) >= processes:
+        which = ("--include", f"localhost:{','.join(visible[:processes])}")
+    else:
+        meeting = ("--master-addr", LOOPBACK, "--master-port", str(port))
+        words = ("--nnodes", "1", "--node-rank", "0", "--nproc-per-node", str(processes), *meeting)
+        return [sys.executable, "-m", "torch.distributed.run", *words, "-m", "dinoscale", *training]
+    options = (*which, "--master_port", str(port), "--log_level", "error")
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        *options,
+        "--module",
+        "dinoscale",
+        *training,
+    ]

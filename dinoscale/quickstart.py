@@ -22,6 +22,7 @@ from dinoscale.evaluate.attention import evaluate_attention
 from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.knn import evaluate_knn
 from dinoscale.hooks.events import count_events
+from dinoscale.launcher import on_this_node
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +71,11 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
 def _pretrain(overrides: list[str]) -> None:
     """Run `dinoscale train` on two processes through the deepspeed launcher; output to stderr."""
     processes = min(2, torch.cuda.device_count()) or 2
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += ["--num_accelerators", str(processes), "--master_port", str(free_port())]
-    command += ["--log_level", "error", "--module", "dinoscale", "train", PRESET, *overrides]
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
+    training = ["train", PRESET, *overrides]
+    command = on_this_node(training, processes=processes, port=free_port(), environ=environment)
     log.info("pre-training on %d processes: %s", processes, " ".join(command[2:]))
     done = subprocess.run(command, env=environment, stdout=sys.stderr)
     if done.returncode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from dinoscale.config.sweep import SweepConfig
     from dinoscale.scaling.laws import MetricFit
     from dinoscale.sweep.table import Row
+
+log = logging.getLogger(__name__)
 
 _EPILOG = """examples:
   dinoscale sweep configs/sweep/laptop.yaml plan
@@ -126,11 +129,14 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     sweep = _load(options)
     from dinoscale.cli.evaluate import evaluation_words
-    from dinoscale.sweep.design import plan_runs
+    from dinoscale.sweep.design import work_out
     from dinoscale.sweep.run import run_sweep
 
+    design = work_out(sweep)
+    for note in design.notes:
+        log.warning("%s", note)
     return run_sweep(
-        plan_runs(sweep),
+        design.runs,
         out=Path(sweep.out),
         metrics=sweep.metrics,
         executor=sweep.executor,
@@ -153,13 +159,32 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFit]]:
-    from dinoscale.scaling.fit import fit_rows
+    from dinoscale.errors import ConfigError
+    from dinoscale.sweep.belonging import of_file, of_table, with_known_keys
     from dinoscale.sweep.table import TABLE, read_table
 
     table = Path(options.file)
-    if not _is_table(options):
-        table = Path(_load(options).out) / TABLE
-    rows = read_table(table)
+    if _is_table(options):
+        rows, notes = of_table(read_table(table))
+    else:
+        sweep = _load(options)
+        from dinoscale.sweep.design import plan_runs  # with torch
+
+        table = Path(sweep.out) / TABLE
+        rows = read_table(table)
+        try:
+            planned = plan_runs(sweep)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}\nwithout its runs nothing says which rows of {table} are theirs; with"
+                f" `dinoscale sweep {table} {options.action}` all of them count"
+            ) from None
+        runs = with_known_keys(planned, rows, table.parent)
+        rows, notes = of_file(rows, runs, sweep.metrics)
+    for note in notes:
+        log.warning("%s", note)
+    from dinoscale.scaling.fit import fit_rows  # with scipy
+
     fits = fit_rows(
         rows,
         metrics=options.metric,
@@ -171,7 +196,7 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
 
 
 def _fit(options: argparse.Namespace) -> dict[str, Any] | None:
-    from dinoscale.scaling.fit import as_json, as_text
+    from dinoscale.scaling.fit_text import as_json, as_text
 
     _, _, fits = _fitted(options)
     if options.json:

@@ -3,9 +3,10 @@
 With a quantity q of a run and q0 of the base, an exponent e multiplies by (q / q0)^e.
 """
 
+from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dinoscale.config.fields import Count, Section
 
@@ -82,3 +83,11 @@ class RulesConfig(Section):
     def given(self) -> set[str]:
         """Names of those that the file states."""
         return self.model_fields_set
+
+
+def rules_of(values: Mapping[str, object]) -> RulesConfig | None:
+    """Rules as a table keeps them; None for those of another version."""
+    try:
+        return RulesConfig.model_validate(values)
+    except ValidationError:
+        return None

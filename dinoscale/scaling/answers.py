@@ -14,6 +14,7 @@ from enum import IntEnum
 import numpy as np
 
 from dinoscale.scaling.laws import Interval, MetricFit, Optimum
+from dinoscale.scaling.points import spoiled_by
 from dinoscale.scaling.words import flops, percent
 from dinoscale.sweep.table import Row
 from dinoscale.sweep.units import number
@@ -48,7 +49,8 @@ class Answer:
 
     Attributes:
         optimum: of the approach with the narrower interval of N; of equal ones the joint law.
-        expected: metric there; None where no law says it.
+        expected: metric there; None where no law says it. Of one run, a prediction interval, if
+            `optimum.run` is known; else of the law, a confidence interval.
         reasons: for and against trusting it, without those about the whole fit.
         trust: the lowest of them and of the fit's.
     """
@@ -65,8 +67,9 @@ def measured(rows: Iterable[Row], metric: str) -> list[Row]:
 
 
 def best_run(rows: Iterable[Row], metric: str) -> Row | None:
-    """The run with the lowest metric; None where none has it."""
-    return min(measured(rows, metric), key=lambda row: value_of(row, metric), default=None)
+    """The run with the lowest metric, of a sound training; None where none has it."""
+    sound = [row for row in measured(rows, metric) if not spoiled_by(row)]
+    return min(sound, key=lambda row: value_of(row, metric), default=None)
 
 
 def value_of(row: Row, metric: str) -> float:
@@ -95,7 +98,7 @@ def _is_supported(optimum: Optimum) -> bool:
 
 def _answer(fit: MetricFit, optima: Sequence[Optimum]) -> Answer:
     best = min(optima, key=lambda found: (_width(found.parameters), found.approach != "joint"))
-    expected = best.metric
+    expected = best.run or best.metric
     if expected is None and fit.joint is not None:
         band = fit.joint.band(
             np.array([best.parameters.value]), np.array([best.images.value])

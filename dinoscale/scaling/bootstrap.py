@@ -1,5 +1,8 @@
 """Intervals: what a fit gives for measurements drawn again from the fitted law.
 
+A confidence interval is of the law: where it would be if the sweep were repeated without end. A
+prediction interval is of one more run, whose own noise comes on top; it is the wider.
+
 A parametric bootstrap (Efron and Tibshirani 1993, section 6.5) with intervals from one percentile
 to the other. Noise is normal in log y, of the variance of the residuals over n - p degrees of
 freedom. As that variance is itself an estimate, every sample takes its own, (n - p) / chi^2(n - p)
@@ -22,21 +25,27 @@ _SEED = 20240416  # any: the same table gives the same intervals
 _LARGEST = 5.0  # of the noise in log y, where one degree of freedom would allow everything
 
 
-def draw_noise(residuals: Numbers, *, degrees: int, samples: int) -> Numbers:
-    """Noise in log y for each sample and point, (S, n); none of 0 degrees of freedom, (0, n).
+def draw_noise(residuals: Numbers, *, degrees: int, samples: int, runs: int = 0) -> Numbers:
+    """Noise in log y for each sample and point, (S, n + runs); none of 0 degrees, (0, n + runs).
 
     Args:
         residuals: of the fit, (n,).
         degrees: of freedom, points less parameters.
         samples: S.
+        runs: points more, that the fit has not seen.
     """
-    if degrees <= 0:
-        return np.zeros((0, len(residuals)))
-    generator = np.random.default_rng(_SEED)
-    spread = math.sqrt((residuals**2).sum() / degrees)
-    own = np.sqrt(degrees / generator.chisquare(degrees, (samples, 1)))
-    noise = spread * own * generator.standard_normal((samples, len(residuals)))
+    spread = math.sqrt((residuals**2).sum() / max(degrees, 1))
+    noise = spread * draw_units(len(residuals) + runs, degrees=degrees, samples=samples)
     return np.clip(noise, -_LARGEST, _LARGEST)
+
+
+def draw_units(count: int, *, degrees: int, samples: int) -> Numbers:
+    """The same for a spread of 1, (S, count): Student's t that a sample has in common."""
+    if degrees <= 0:
+        return np.zeros((0, count))
+    generator = np.random.default_rng(_SEED)
+    own = np.sqrt(degrees / generator.chisquare(degrees, (samples, 1)))
+    return np.asarray(own * generator.standard_normal((samples, count)))
 
 
 def interval(value: float, samples: Numbers, confidence: float) -> Interval:

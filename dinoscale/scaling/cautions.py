@@ -15,8 +15,9 @@ from dinoscale.scaling.joint import ImageCost, JointFit, why_no_joint
 from dinoscale.scaling.laws import Interval, JointLaw, MetricFit, Optimum, PowerLaw
 from dinoscale.scaling.points import QUANTITIES, Point, best_along, size_of
 from dinoscale.scaling.powers import EXPONENTS
+from dinoscale.scaling.screen import LEAST, TEST
 from dinoscale.scaling.words import flops
-from dinoscale.sweep.units import number
+from dinoscale.sweep.units import SAME, number
 
 _NAMES = {"parameters": "parameters", "images": "images seen", "flops": "training FLOPs"}
 _MAX_PASSES = 4  # over the same images; Muennighoff et al. 2023 (arXiv:2305.16264), of text
@@ -44,9 +45,17 @@ def _of_runs(fit: MetricFit, points: Sequence[Point]) -> Iterator[str]:
     metric = fit.metric
     if not points:
         yield f"No run has a usable {metric}: nothing could be fitted."
-    if fit.left_out:
-        runs = count_text(len(fit.left_out), "run")
-        yield f"{runs} left out: failed, or without a usable {metric}."
+    outliers = [name for name, why in fit.left_out.items() if why.startswith("outlier")]
+    if len(fit.left_out) > len(outliers):
+        runs = count_text(len(fit.left_out) - len(outliers), "run")
+        yield f"{runs} left out: failed, collapsed, or without a usable {metric}."
+    if outliers:
+        yield (
+            f"{count_text(len(outliers), 'run')} of {fit.num_runs + len(outliers)} left out as"
+            f" outliers, more than {np.expm1(LEAST):.0%} from what the others make them"
+            f" ({TEST}): {', '.join(outliers)}. Look at their logs: they may have collapsed, or"
+            " the law may not hold there."
+        )
     if metric == "loss":
         yield (
             "The loss of DINO has a target that moves and is no measure of quality: a model whose"
@@ -153,6 +162,7 @@ def _of_decisions(fit: MetricFit, points: Sequence[Point], cost: ImageCost | Non
             f"No budget was run with at least {isoflop.NUM_SIZES} sizes of models: no parabolas at"
             " equal budgets."
         )
+    yield from _of_budgets(points)
     missing = sum(iso.optimum is None for iso in fit.isoflops)
     if missing:
         yield (
@@ -174,6 +184,22 @@ def _of_decisions(fit: MetricFit, points: Sequence[Point], cost: ImageCost | Non
         yield "FLOPs of an image do not grow with the parameters: no best use of a budget."
     for optimum in fit.optima:
         yield from _of_optimum(optimum, [float(point.row.parameters) for point in points])
+
+
+def _of_budgets(points: Sequence[Point]) -> Iterator[str]:
+    """Runs under the name of one budget that are not of one."""
+    named: dict[float, list[float]] = {}
+    for point in points:
+        budget = point.row.axes.get("flops")
+        if isinstance(budget, float):
+            named.setdefault(budget, []).append(float(point.row.flops))
+    for budget, found in sorted(named.items()):
+        if max(found) > (1 + SAME) * min(found):
+            yield (
+                f"Runs under the name {budget:g} have {min(found):.2g} to {max(found):.2g} FLOPs,"
+                " as an epoch is whole steps: only those within"
+                f" {SAME:.0%} of each other count as one budget."
+            )
 
 
 def _of_optimum(optimum: Optimum, sizes: Sequence[float]) -> Iterator[str]:
@@ -199,5 +225,11 @@ def _of_rates(fit: MetricFit) -> Iterator[str]:
                 f"{where} is not between the smallest and the largest that were run: the best of"
                 f" them is {rate.lr[np.argmin(rate.y)]:.3g}; try further out."
             )
-        elif not rate.optimum.high <= _WIDE * max(rate.optimum.low, 0):
+        if rate.left_out:
+            yield (
+                f"{where} comes from a parabola without"
+                f" {count_text(len(rate.left_out), 'run')} that diverged or lie too far out:"
+                f" {', '.join(rate.left_out)}."
+            )
+        if rate.optimum and not rate.optimum.high <= _WIDE * max(rate.optimum.low, 0):
             yield f"{where} is not known within a factor of {_WIDE:g}: add rates, or seeds."

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.scaling import cautions
@@ -28,6 +31,7 @@ from dinoscale.scaling.laws import Frontier, MetricFit, Optimum
 from dinoscale.scaling.points import QUANTITIES, Point, settings, tuned, usable_rows
 from dinoscale.scaling.power import fit_law
 from dinoscale.scaling.rates import fit_rates
+from dinoscale.scaling.screen import without_outliers
 from dinoscale.sweep.table import Row
 
 __all__ = ["CONFIDENCE", "SAMPLES", "as_json", "as_text", "fit_rows"]
@@ -100,6 +104,8 @@ def _fit_metric(
     samples: int,
 ) -> MetricFit:
     used, left_out = usable_rows(rows, metric)
+    used, outliers = without_outliers(used, metric)
+    left_out |= outliers
     points = settings(used, metric)
     found = {
         quantity: fit_law(points, quantity, confidence=confidence, samples=samples)
@@ -159,4 +165,11 @@ def _decisions(
             isoflop_optimum(line, cost, flops=flops, largest=largest, confidence=confidence)
             for flops in wanted
         ]
-    return frontiers, optima
+    return frontiers, [_with_run(optimum, joint, confidence) for optimum in optima]
+
+
+def _with_run(optimum: Optimum, joint: JointFit | None, confidence: float) -> Optimum:
+    if joint is None:
+        return optimum
+    there = np.array([optimum.parameters.value, optimum.images.value])
+    return replace(optimum, run=joint.powers.run_at(there, confidence))

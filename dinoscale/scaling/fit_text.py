@@ -41,7 +41,10 @@ def as_text(fits: Sequence[MetricFit]) -> str:
 
 
 def _lines(fit: MetricFit) -> Iterator[str]:
-    yield f"{fit.metric}: {fit.num_runs} runs, intervals of {100 * fit.confidence:g} %"
+    yield (
+        f"{fit.metric}: {fit.num_runs} runs, {100 * fit.confidence:g} % confidence intervals of the"
+        " laws, and prediction intervals where they say so"
+    )
     yield ""
     if fit.cautions:
         yield "  Not to be overlooked:"
@@ -127,7 +130,9 @@ def _optima(fit: MetricFit) -> Iterator[str]:
         yield f"    parameters  {interval(optimum.parameters)}"
         yield f"    images      {interval(optimum.images)}"
         if optimum.metric:
-            yield f"    expected {fit.metric}  {interval(optimum.metric)}"
+            yield f"    {fit.metric} of the law  {interval(optimum.metric)}"
+        if optimum.run:
+            yield f"    {fit.metric} of one run  {interval(optimum.run)}, prediction interval"
         yield ""
 
 

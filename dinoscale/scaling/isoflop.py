@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoscale.scaling.bootstrap import band, interval
+from dinoscale.scaling.bowl import fit_bowls
 from dinoscale.scaling.joint import ImageCost, images_for
 from dinoscale.scaling.laws import Band, Frontier, IsoFlop, Numbers, Optimum
-from dinoscale.scaling.parabola import Parabola, fit_parabolas
+from dinoscale.scaling.parabola import Parabola
 from dinoscale.scaling.points import Point, best_along, close_groups
 
 NUM_SIZES = 3  # of models in a budget
@@ -39,16 +40,10 @@ class Line:
 def fit_isoflops(
     points: Sequence[Point], *, confidence: float, samples: int
 ) -> tuple[list[IsoFlop], list[Parabola]]:
-    """A parabola for every budget with at least three sizes, ascending."""
-    found = _budgets(points)
-    xy = [
-        (
-            np.concatenate([np.full(len(p.y), float(p.row.parameters)) for p in budget]),
-            np.concatenate([p.y for p in budget]),
-        )
-        for budget in found
-    ]
-    parabolas = fit_parabolas(xy, confidence=confidence, samples=samples) if xy else []
+    """A curve for every budget with at least three sizes, ascending."""
+    found = budgets_of(points)
+    xy = [sizes_and_values(budget) for budget in found]
+    parabolas = fit_bowls(xy, confidence=confidence, samples=samples) if xy else []
     isoflops = [
         IsoFlop(_mean_budget(budget), x, y, parabola.curve, parabola.optimum)
         for budget, (x, y), parabola in zip(found, xy, parabolas, strict=True)
@@ -56,7 +51,13 @@ def fit_isoflops(
     return isoflops, parabolas
 
 
-def _budgets(points: Sequence[Point]) -> list[list[Point]]:
+def sizes_and_values(budget: Sequence[Point]) -> tuple[Numbers, Numbers]:
+    """N and y of the runs, (n,); every seed counts."""
+    sizes = [np.full(len(point.y), float(point.row.parameters)) for point in budget]
+    return np.concatenate(sizes), np.concatenate([point.y for point in budget])
+
+
+def budgets_of(points: Sequence[Point]) -> list[list[Point]]:
     """The best settings of each size, of every budget with enough sizes."""
     groups: dict[int, list[Point]] = {}
     numbers = close_groups([point.row.flops for point in points])

@@ -14,8 +14,9 @@ import numpy as np
 
 from dinoscale.scaling.bootstrap import band, interval
 from dinoscale.scaling.laws import Frontier, JointLaw, Numbers, Optimum
-from dinoscale.scaling.points import SAME, Point, close_groups, tuned
+from dinoscale.scaling.points import Point, close_groups, tuned
 from dinoscale.scaling.power import Powers, explained, falls, fit
+from dinoscale.sweep.units import SAME
 
 NUM_PARAMETERS = 5
 NUM_SIZES = 3  # of models, and of images: two leave the exponent open
@@ -82,8 +83,8 @@ def why_no_joint(points: Sequence[Point]) -> str:
 def fit_joint(points: Sequence[Point], *, confidence: float, samples: int) -> JointFit:
     """Fit the best setting of each N and D; call it only if `why_no_joint` says nothing."""
     best = tuned(points)
-    x, log_y = _sizes(best), np.array([point.log_y for point in best])
-    fitted = fit(x, log_y, samples=samples)
+    x, log_y = sizes_of(best), np.array([point.log_y for point in best])
+    fitted = fit(x, log_y, samples=samples, seed_variance=_seed_variance(best))
     value, drawn = fitted.in_units(fitted.theta)[0], fitted.in_units(fitted.samples)
     value[1:3], drawn[:, 1:3] = np.exp(value[1:3]), np.exp(drawn[:, 1:3])
     of = [interval(float(value[i]), drawn[:, i], confidence) for i in range(NUM_PARAMETERS)]
@@ -103,7 +104,17 @@ def fit_joint(points: Sequence[Point], *, confidence: float, samples: int) -> Jo
     return JointFit(law, fitted, (first, second))
 
 
-def _sizes(points: Sequence[Point]) -> Numbers:
+def _seed_variance(points: Sequence[Point]) -> float:
+    """Variance in log y of runs of one setting, as far as the mean over its seeds is without it."""
+    degrees = sum(len(point.y) - 1 for point in points)
+    if degrees == 0:
+        return 0.0
+    within = sum(len(p.y) * float(np.log(p.y).var()) for p in points) / degrees
+    return within * (1 - float(np.mean([1 / len(point.y) for point in points])))
+
+
+def sizes_of(points: Sequence[Point]) -> Numbers:
+    """N and D, (n, 2)."""
     return np.array([(point.row.parameters, point.row.images) for point in points], np.float64)
 
 
@@ -117,8 +128,8 @@ def _left_out_error(points: Sequence[Point]) -> float | None:
     if why_no_joint(rest):
         return None
     left = [point for point in points if point not in rest]
-    fitted = fit(_sizes(rest), np.array([point.log_y for point in rest]), samples=0)
-    log_law = np.log(fitted.at(_sizes(left), fitted.theta)[0])
+    fitted = fit(sizes_of(rest), np.array([point.log_y for point in rest]), samples=0)
+    log_law = np.log(fitted.at(sizes_of(left), fitted.theta)[0])
     return float(np.abs(np.expm1(log_law - [point.log_y for point in left])).max())
 
 

@@ -18,7 +18,11 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate between the ends of its interval; infinite ends where the runs set none."""
+    """An estimate between the ends of its interval; infinite ends where the runs set none.
+
+    A confidence interval, of what a law says, except where it is called a prediction interval, of
+    what one run gives.
+    """
 
     value: float
     low: float
@@ -96,15 +100,15 @@ class JointLaw:
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """A parabola of y over log N among the runs of one budget (Hoffmann et al. 2022, approach 2).
+    """The minimum of y over N among the runs of one budget (Hoffmann et al. 2022, approach 2).
 
     Attributes:
         flops: C, the budget.
         parameters: N of the runs, (n,).
         y: their metric, (n,).
-        curve: coefficients of the parabola in ln N, highest power first, (3,).
-        optimum: N at the minimum; None where the parabola has none between the smallest and the
-            largest model.
+        curve: a parabola in ln N with this minimum, for plots, highest power first, (3,).
+        optimum: N at the minimum; None where there is none between the smallest and the largest
+            model.
     """
 
     flops: float
@@ -140,8 +144,9 @@ class Optimum:
         flops: C, the budget.
         parameters: N.
         images: D.
-        metric: what to expect there; None where the approach does not say (isoflop).
+        metric: what the law has there; None where the approach does not say (isoflop).
         extrapolation: budget over the largest that was run.
+        run: what one run there may give by the joint law, a prediction interval; None without it.
     """
 
     approach: str
@@ -150,6 +155,7 @@ class Optimum:
     images: Interval
     metric: Interval | None
     extrapolation: float
+    run: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,9 @@ class BestRate:
         y: their metric, (n,).
         curve: coefficients of a parabola in ln lr, highest power first, (3,).
         optimum: the rate at its minimum; None where it has none between the smallest and largest.
+        left_out: names of runs that the parabola was not fitted to, as they had diverged; of all
+            where fewer than three rates remain, and then the curve is not a number.
+        images: D, of each run.
     """
 
     label: str
@@ -173,6 +182,8 @@ class BestRate:
     y: Numbers
     curve: Numbers
     optimum: Interval | None
+    left_out: tuple[str, ...] = ()
+    images: int = 0
 
 
 @dataclass(frozen=True)

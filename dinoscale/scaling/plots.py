@@ -23,10 +23,9 @@ from dinoscale.scaling.axes import (
     start,
 )
 from dinoscale.scaling.laws import Interval, MetricFit
-from dinoscale.scaling.points import SAME
 from dinoscale.scaling.words import metric_unit
 from dinoscale.sweep.table import Row
-from dinoscale.sweep.units import number
+from dinoscale.sweep.units import SAME, number
 
 GRID = 100  # points of a curve
 Colors = Mapping[float, Any]

@@ -17,10 +17,11 @@ import numpy as np
 
 from dinoscale.scaling.laws import Numbers
 from dinoscale.sweep.table import Row
+from dinoscale.sweep.units import SAME
 
-SAME = 0.05  # relative difference of budgets, or images, that whole batches explain
 QUANTITIES = ("parameters", "images", "flops")
 _NO_DIFFERENCE = {"seed", "run_dir"}  # settings that do not make another setting
+_SPOILS = ("collapse", "rolled back")  # events after which a run is none of its setting
 _FOLLOW_RATE = {"lr", "min_lr"}  # of optim
 
 
@@ -58,6 +59,9 @@ def usable_rows(rows: Sequence[Row], metric: str) -> tuple[list[Row], dict[str, 
 def _reason(row: Row, metric: str) -> str:
     if row.status != "done":
         return f"failed: {row.error or 'no reason is in the table'}"
+    happened = spoiled_by(row)
+    if happened:
+        return f"{' and '.join(happened)} in its training (events.jsonl)"
     value = row.metrics.get(metric)
     if metric not in row.metrics:
         return f"{metric} was not measured"
@@ -70,6 +74,11 @@ def _reason(row: Row, metric: str) -> str:
     }
     wrong = [f"{name} is {size}" for name, size in sizes.items() if not size or size <= 0]
     return ", ".join(wrong)
+
+
+def spoiled_by(row: Row) -> list[str]:
+    """Events of a training after which its result says nothing about its settings."""
+    return [name for name in _SPOILS if row.events.get(name)]
 
 
 def settings(rows: Iterable[Row], metric: str) -> list[Point]:

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoscale.scaling.bootstrap import band, draw_noise, interval
-from dinoscale.scaling.laws import Band, Numbers, PowerLaw
+from dinoscale.scaling.laws import Band, Interval, Numbers, PowerLaw
 from dinoscale.scaling.points import Point, best_along, size_of
-from dinoscale.scaling.powers import DELTA, fit_powers, log_law, refit_powers, scaled_delta
+from dinoscale.scaling.powers import (
+    DELTA,
+    fit_powers,
+    law_slopes,
+    log_law,
+    refit_powers,
+    scaled_delta,
+)
 
 NUM_PARAMETERS = 3
 
@@ -24,20 +31,32 @@ class Powers:
         samples: the same of every sample, (S, P).
         smallest: x, (K,).
         residuals: log y - log of the law, (n,).
+        run_noise: of one more run in log y, as every sample has it, (S,).
     """
 
     theta: Numbers
     samples: Numbers
     smallest: Numbers
     residuals: Numbers
+    run_noise: Numbers
 
     def at(self, x: Numbers, theta: Numbers) -> Numbers:
         """The law (S, n) of parameters (S, P) at x (n, K)."""
         return np.exp(log_law(theta, np.log(x / self.smallest)))
 
+    def slopes(self, x: Numbers) -> Numbers:
+        """Derivatives of the log of the fitted law by its parameters at x (n, K), (n, P)."""
+        slopes: Numbers = law_slopes(self.theta, np.log(x / self.smallest))[0]
+        return slopes
+
     def band(self, x: Numbers, confidence: float) -> Band:
         """The law and its interval at x, (n, K)."""
         return band(self.at(x, self.theta)[0], self.at(x, self.samples), confidence)
+
+    def run_at(self, x: Numbers, confidence: float) -> Interval:
+        """What one run at x (K,) may give: its prediction interval."""
+        drawn = self.at(x[None], self.samples)[:, 0] * np.exp(self.run_noise)
+        return interval(float(self.at(x[None], self.theta)[0, 0]), drawn, confidence)
 
     def in_units(self, theta: Numbers) -> Numbers:
         """E, log A and a of x in its own units, (S, P)."""
@@ -47,7 +66,7 @@ class Powers:
         return moved
 
 
-def fit(x: Numbers, log_y: Numbers, *, samples: int) -> Powers:
+def fit(x: Numbers, log_y: Numbers, *, samples: int, seed_variance: float = 0.0) -> Powers:
     """Fit and bootstrap.
 
     The width of Huber's loss is that of Hoffmann et al. at the least, and grows with the noise.
@@ -56,6 +75,8 @@ def fit(x: Numbers, log_y: Numbers, *, samples: int) -> Powers:
         x: (n, K).
         log_y: (n,), n >= 1 + 2 K.
         samples: S; 0 for the fit alone.
+        seed_variance: how much further one run scatters in log y than a point, which is the mean
+            over seeds.
     """
     smallest = x.min(0)
     log_x = np.log(x / smallest)
@@ -65,13 +86,18 @@ def fit(x: Numbers, log_y: Numbers, *, samples: int) -> Powers:
     delta = scaled_delta(log_y - log_law(theta[None], log_x)[0], num_parameters=len(theta))
     theta = fit_powers(log_x, log_y, delta=delta)
     law = log_law(theta[None], log_x)[0]
+    residuals = log_y - law
     degrees = len(log_y) - len(theta) if samples else 0
-    noise = draw_noise(log_y - law, degrees=degrees, samples=samples)
+    # The last column is one more run, as uncertain of its noise as the sample is.
+    noise = draw_noise(residuals, degrees=degrees, samples=samples, runs=1)
+    noise, run_noise = noise[:, :-1], noise[:, -1]
+    spread = float((residuals**2).sum()) / max(degrees, 1)
+    run_noise = run_noise * np.sqrt(1 + seed_variance / spread) if spread else run_noise
     again = refit_powers(theta, log_x, law + noise, delta=delta) if len(noise) else noise
     both = np.concatenate((theta[None], again.reshape(-1, len(theta))))
     both[:, 0] *= np.exp(scale)
     both[:, 1 : 1 + x.shape[1]] += scale
-    return Powers(both[:1], both[1:], smallest, log_y - law)
+    return Powers(both[:1], both[1:], smallest, residuals, run_noise)
 
 
 def fit_law(

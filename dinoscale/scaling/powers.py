@@ -49,6 +49,13 @@ def log_law(theta: Numbers, log_x: Numbers) -> Numbers:
     return np.log(_parts(theta, log_x)[1])
 
 
+def law_slopes(theta: Numbers, log_x: Numbers) -> Numbers:
+    """Derivatives of `log_law` by the parameters, (S, n, P)."""
+    terms, total = _parts(theta, log_x)
+    shares = terms / total[..., None]
+    return np.concatenate((1 / total[..., None], shares, -shares * log_x), -1)
+
+
 def fit_powers(log_x: Numbers, log_y: Numbers, *, delta: float) -> Numbers:
     """The best fit to one set of points, polished from every point of the grid.
 
@@ -160,11 +167,9 @@ def _step(
     damping: Numbers,
     ends: tuple[Numbers, Numbers],
 ) -> Numbers:
-    terms, total = _parts(theta, log_x)
-    residual = log_y - np.log(total)
+    slopes = law_slopes(theta, log_x)
+    residual = log_y - log_law(theta, log_x)
     weight = delta / np.maximum(np.abs(residual), delta)
-    shares = terms / total[..., None]
-    slopes = np.concatenate((1 / total[..., None], shares, -shares * log_x), -1)  # (S, n, P)
     weighted = slopes * weight[..., None]
     gradient = (weighted * residual[..., None]).sum(1)  # upwards: where the loss falls
     curved = slopes * np.where(weight < 1, _CURVATURE * weight, 1)[..., None]

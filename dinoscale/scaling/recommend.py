@@ -11,7 +11,7 @@ import itertools
 import math
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.page import printable
 from dinoscale.scaling.answers import Answer, best_answers, fit_reasons, measured, value_of
 from dinoscale.scaling.laws import MetricFit
+from dinoscale.scaling.transfer import Size, changes_of, is_larger, rate_of, ruled_for
 from dinoscale.scaling.words import exponential, interval, metric_name
 from dinoscale.sweep.table import Row
 from dinoscale.sweep.units import number
@@ -33,23 +34,6 @@ MARK = "# Recommended by `dinoscale sweep`."  # the first line of every preset w
 RUN_DIR = "runs/recommended"
 _STEPS, _REACH = 2000, 4.0  # the path of sizes: its steps, and how far from N it goes, a factor
 _MOST = 20.0  # log of the largest width or depth on it, far beyond any
-
-
-@dataclass(frozen=True)
-class Size:
-    """A ViT.
-
-    Attributes:
-        embed_dim: width.
-        depth: blocks.
-        num_heads: of attention.
-        parameters: N.
-    """
-
-    embed_dim: int
-    depth: int
-    num_heads: int
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -117,9 +101,13 @@ def recommend(rows: Sequence[Row], fits: Sequence[MetricFit]) -> Recommendation:
     size = nearest_size(used, config, nearest, parameters=optimum.parameters.value)
     # FLOPs of an image grow about as N: the rounded size keeps the budget by fewer or more images.
     images = optimum.images.value * optimum.parameters.value / size.parameters
-    lr, lr_from = _rate(fit, config, nearest, size)
+    lr, lr_from = rate_of(fit, config, nearest, parameters=size.parameters, images=images)
+    ruled = ruled_for(config, nearest, size, images, lr)
+    if "optim.lr" in ruled:
+        lr_from += " by the rules of the sweep"
     changed = parse_config(
-        _settings(config, nearest, size=size, images=images, lr=lr), origin="recommended"
+        _settings(config, nearest, size=size, images=images, lr=lr, ruled=ruled),
+        origin="recommended",
     )
     found = Recommendation(
         metric=fit.metric,
@@ -131,7 +119,8 @@ def recommend(rows: Sequence[Row], fits: Sequence[MetricFit]) -> Recommendation:
         lr_from=lr_from,
         preset="",
     )
-    text = _comments(found, fit) + dump_config(changed)
+    changes = changes_of(size, nearest, config, ruled, rate_known=lr is not None)
+    text = _comments(found, fit, changes) + dump_config(changed)
     _check(text, changed)
     return replace(found, preset=text)
 
@@ -223,24 +212,20 @@ def _whole(value: float) -> set[int]:
     return {max(1, math.floor(near)), max(1, math.ceil(near))}
 
 
-def _rate(fit: MetricFit, config: RunConfig, nearest: Row, size: Size) -> tuple[float | None, str]:
-    """Peak learning rate from the best rates of this batch size, interpolated over log N; why."""
-    found = sorted(
-        (rate.parameters, rate.optimum.value)
-        for rate in fit.best_rates
-        if rate.optimum is not None and rate.batch_size == config.train.batch_size
-    )
-    if not found:
-        return None, f"run {nearest.name}"
-    sizes, rates = np.log(found).T
-    between = float(np.exp(np.interp(math.log(size.parameters), sizes, rates)))
-    return float(f"{between:.3g}"), f"the best rates found for batch size {nearest.batch_size}"
-
-
 def _settings(
-    config: RunConfig, row: Row, *, size: Size, images: float, lr: float | None
+    config: RunConfig,
+    row: Row,
+    *,
+    size: Size,
+    images: float,
+    lr: float | None,
+    ruled: Mapping[str, object],
 ) -> dict[str, Any]:
-    """Settings of a run with another size, number of images and peak learning rate."""
+    """Settings of a run with another size, number of images and peak learning rate.
+
+    A larger model may not fit with the micro-batch of a smaller one: it is found by trial at the
+    start, unless batch norm makes it part of the recipe.
+    """
     values = copy.deepcopy(dict(row.config))
     batch, epochs = config.train.batch_size, config.train.epochs
     batches = max(1, round(images / epochs / batch))  # of an epoch
@@ -254,26 +239,33 @@ def _settings(
         "train": {"stop_after_steps": None},  # or it would end before D
         "optim": {} if lr is None else {"lr": lr * 256 / batch},  # as `RunConfig.peak_lr`
     }
+    if is_larger(size, row) and not config.head.batch_norm:
+        new["train"]["micro_batch_size"] = "auto"
+    for key, value in ruled.items():
+        section, _, name = key.partition(".")
+        new.setdefault(section, {})[name] = value
     for section, changes in new.items():
         values[section] = {**values.get(section, {}), **changes}
     return {**values, "run_dir": RUN_DIR, "resume": True}
 
 
-def _comments(found: Recommendation, fit: MetricFit) -> str:
+def _comments(found: Recommendation, fit: MetricFit, changes: str) -> str:
     """Where the preset comes from, as comments."""
     optimum, answer = found.answer.optimum, found.answer
-    expected = f"; expect {interval(answer.expected)}" if answer.expected else ""
+    kind = ", the prediction interval of one run" if optimum.run else ""
+    expected = f"; expect {interval(answer.expected)}{kind}" if answer.expected else ""
     paragraphs = [
         f"For the lowest {metric_name(found.metric)} of a training of"
         f" {exponential(optimum.flops)} FLOPs, by the"
         f" {optimum.approach} approach ({100 * fit.confidence:g} % intervals): parameters"
-        f" {interval(optimum.parameters)}, images {interval(optimum.images)}{expected}.",
+        f" {interval(optimum.parameters)}, images {interval(optimum.images)} (confidence"
+        f" intervals){expected}.",
         f"Trust: {answer.trust.name.lower()}. "
         + " ".join(reason.sentence for reason in [*answer.reasons, *fit_reasons(fit)]),
         f"Here: {number(found.size.parameters)} parameters, the nearest size of the ladder, and"
         f" {number(found.images)} images for the same FLOPs. Peak learning rate"
         f" {number(found.lr)}, from {found.lr_from}. All other settings are of run"
-        f" {found.nearest}, its data too.",
+        f" {found.nearest}, its data too.{changes}",
     ]
     lines = [MARK]
     for paragraph in paragraphs:

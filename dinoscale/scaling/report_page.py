@@ -58,7 +58,8 @@ EXPLAINED = {
 }
 SYMBOLS = (
     "Below, y is the metric, N the parameters, D the images seen, C the FLOPs; E is the floor that"
-    " no size and no number of images would get below. Intervals are below their estimates."
+    " no size and no number of images would get below. Below the estimates are their confidence"
+    " intervals; one run scatters more than they are wide."
 )
 
 
@@ -136,7 +137,8 @@ def _budget(answer: Answer, fit: MetricFit) -> list[Element]:
         f" {interval(best.parameters)} parameters on {interval(best.images)} images"
     )
     if answer.expected is not None:
-        sentence += f"; expect a {metric_name(fit.metric)} of {interval(answer.expected)}"
+        kind = " (prediction interval of one run)" if best.run else ""
+        sentence += f"; expect a {metric_name(fit.metric)} of {interval(answer.expected)}{kind}"
     approach = {
         "joint": "From the law fitted to all runs",
         "isoflop": "From the minima among runs of equal cost",
@@ -146,7 +148,8 @@ def _budget(answer: Answer, fit: MetricFit) -> list[Element]:
         element(
             "p",
             element("strong", VERDICTS[answer.trust], class_=answer.trust.name.lower()),
-            f" {approach}; in brackets {100 * fit.confidence:g} % intervals.",
+            f" {approach}; in brackets {100 * fit.confidence:g} % confidence intervals"
+            " where nothing else is said.",
         ),
         _reasons(answer.reasons),
     ]

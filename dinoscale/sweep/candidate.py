@@ -158,6 +158,7 @@ class Planner:
             images=images,
             distinct_images=min(limit for limit in limits if limit is not None),
             steps=plan.stop_step,
+            rules=self.sweep.rules.model_dump(exclude_unset=True),
         )
 
     def _direct(self, point: Point) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
 from dinoscale.errors import RunFailedError
 from dinoscale.sweep.records import Point, finite_or_none
 
@@ -95,6 +97,15 @@ def last_step(path: Path) -> int:
     except OSError:
         return 0
     return max((line["step"] for line in _lines(text)), default=0)
+
+
+def images_of(run_dir: Path) -> int:
+    """Different images that a training had, by its newest checkpoint; 0 if that does not say."""
+    for checkpoint in reversed(checkpoints(run_dir)):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+            return int(state["plan"]["num_images"])
+    return 0
 
 
 def last_error(path: Path, begin: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dinoscale.config.sweep import SweepConfig
@@ -10,6 +10,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.sweep.candidate import Planner
 from dinoscale.sweep.points import Point, label_of, points
 from dinoscale.sweep.runs import PlannedRun
+from dinoscale.sweep.units import SAME
 
 _MAX_TOLD = 8  # mistakes in a message
 
@@ -80,7 +81,7 @@ def work_out(sweep: SweepConfig) -> Design:
         )
     _require_different(runs)
     runs.sort(key=lambda run: (run.flops, run.parameters, run.name))
-    notes = [*planner.notes, *_thin_budgets(runs)]
+    notes = [*planner.notes, *_thin_budgets(runs), *_missed_budgets(runs)]
     return Design(runs, [run for run in found if isinstance(run, LeftOut)], notes)
 
 
@@ -120,6 +121,30 @@ def _thin_budgets(runs: Sequence[PlannedRun]) -> list[str]:
         for flops, found in models.items()
         if len(found) < 3
     ]
+
+
+def _missed_budgets(runs: Sequence[PlannedRun]) -> Iterator[str]:
+    """Runs that whole steps an epoch keep so far from their budget that fits leave them apart."""
+    missed: dict[float, list[tuple[PlannedRun, float]]] = {}
+    for run in runs:
+        budget = run.axes.get("flops")
+        if isinstance(budget, float) and run.flops * (1 + SAME) < budget:
+            missed.setdefault(budget, []).append((run, run.flops / budget))
+    for budget, found in missed.items():
+        _, least = min(found, key=lambda pair: pair[1])
+        epochs = min(_epochs_that_fit(run, share) for run, share in found)
+        names = ", ".join(run.name for run, _ in found[:_MAX_TOLD])
+        yield (
+            f"{len(found)} runs at {budget:g} FLOPs have as little as {least:.0%} of them, as an"
+            f" epoch is whole steps ({names}): they do not count as runs of one budget; set"
+            f" train.epochs in settings to at most {epochs}, or a smaller batch"
+        )
+
+
+def _epochs_that_fit(run: PlannedRun, share: float) -> int:
+    """Epochs of which each has so many steps that a lost part of one hardly matters."""
+    steps = run.steps / share
+    return max(1, int(steps * SAME / (1 + SAME)))
 
 
 def shortened(mistakes: Sequence[str]) -> str:

@@ -26,9 +26,17 @@ from dinoscale.config.sweep import ONLINE
 from dinoscale.errors import DinoscaleError, PreemptedError, RunFailedError
 from dinoscale.hooks.events import count_events
 from dinoscale.launch.commands import by_torchrun
-from dinoscale.launcher import first_host
+from dinoscale.launcher import first_host, on_this_node
 from dinoscale.locks import try_lock
-from dinoscale.sweep.curves import METRICS, last_error, online_metric, read_points, thin
+from dinoscale.sweep.curves import (
+    METRICS,
+    images_of,
+    last_error,
+    online_metric,
+    read_points,
+    thin,
+)
+from dinoscale.sweep.measure import changed_input, print_of
 from dinoscale.sweep.records import (
     HEARTBEAT_S,
     LOG,
@@ -134,7 +142,13 @@ class Work:
         self._wait_for_ranks()
         if code == 0:
             curves = thin(read_points(self.run_dir / METRICS))
-            self._keep(trained=True, curves=curves, versions=versions())
+            self._keep(
+                trained=True,
+                curves=curves,
+                versions=versions(),
+                events=count_events(self.run_dir),
+                num_images=images_of(self.run_dir),
+            )
         elif code in _STOPPED or count_events(self.run_dir).get("preempted", 0) > preempted:
             raise PreemptedError("the training was asked to stop, and saved")
         else:
@@ -144,7 +158,10 @@ class Work:
         """Each metric that is not there yet; one that fails does not keep the others from it."""
         failures: list[DinoscaleError] = []
         for name, line in self.job.metrics.items():
-            if self._result.lines.get(name) == line:
+            now = print_of(line, self.job.commands.get(name, ()))
+            if self._result.lines.get(name) == line and not changed_input(
+                self._result.prints.get(name), now
+            ):
                 continue
             try:
                 value = self._value(name, line, output)
@@ -153,8 +170,12 @@ class Work:
             except DinoscaleError as error:
                 failures.append(type(error)(f"metric {name}: {error}"))
                 continue
-            metrics, lines = self._result.metrics, self._result.lines
-            self._keep(metrics={**metrics, name: value}, lines={**lines, name: line})
+            metrics, lines, prints = self._result.metrics, self._result.lines, self._result.prints
+            self._keep(
+                metrics={**metrics, name: value},
+                lines={**lines, name: line},
+                prints={**prints, name: now},
+            )
         if failures:
             raise failures[0]
 
@@ -233,9 +254,7 @@ def training_command(job: Job, run_dir: Path, environ: Mapping[str, str]) -> lis
         return [sys.executable, "-m", "dinoscale", *training]
     from dinoscale.distributed import free_port  # with torch, which one process can do without
 
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += ["--num_accelerators", str(job.processes), "--master_port", str(free_port())]
-    return [*command, "--log_level", "error", "--module", "dinoscale", *training]
+    return on_this_node(training, processes=job.processes, port=free_port(), environ=environ)
 
 
 def headline_error(text: str) -> float | None:

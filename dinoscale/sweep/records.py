@@ -1,7 +1,9 @@
 """What is kept in the folder of a run besides the training's own files.
 
 job.json says what to do and is written by the sweep alone, result.json says what came of it and is
-written by the job alone. Both are replaced as a whole or not at all.
+written by the job alone: the sweep only takes the ending of an earlier start out of it before
+another, so that no job is judged by what one before it left. Both are replaced as a whole or not at
+all.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class Job:
         failures: starts that failed.
         forgiven: those of them that count no longer.
         handle: what the executor knows the last start by; empty when that has been dealt with.
+        log_begin: bytes of job.log before that start.
     """
 
     key: str
@@ -47,6 +50,7 @@ class Job:
     failures: int = 0
     forgiven: int = 0
     handle: str = ""
+    log_begin: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,11 @@ class Result:
         trained: the training is complete.
         metrics: what was measured, by name; None where it is not finite.
         lines: by which line.
+        prints: on which images and by which code, as `measure.print_of` tells it.
         curves: see `Row`.
         versions: of libraries and code.
+        events: how often what happened in the training, see `hooks/events.py`.
+        num_images: different images that it had; 0 where it does not say.
     """
 
     key: str
@@ -74,6 +81,9 @@ class Result:
     lines: Mapping[str, str] = field(default_factory=dict)
     curves: Sequence[Point] = field(default_factory=list)
     versions: Mapping[str, str | None] = field(default_factory=dict)
+    prints: Mapping[str, Any] = field(default_factory=dict)
+    events: Mapping[str, int] = field(default_factory=dict)
+    num_images: int = 0
 
     def measured(self, metrics: Mapping[str, str]) -> bool:
         """Whether all metrics are there, each by the line that it has now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from typing import Any
 
 from dinoscale.config.backbones import named_vit_size
 from dinoscale.sweep.records import Job, Result
@@ -17,6 +18,8 @@ def row_of(
     result: Result,
     *,
     metrics: Mapping[str, float | None],
+    lines: Mapping[str, str] | None = None,
+    prints: Mapping[str, Any] | None = None,
     error: str = "",
 ) -> Row:
     """The row.
@@ -26,6 +29,8 @@ def row_of(
         job: with all failures counted.
         result: of its last start.
         metrics: by name; None where there is no number.
+        lines: by which each was measured; None: as the result says.
+        prints: on what each was measured; None: as the result says.
         error: why it failed, else empty. A training that is complete is done all the same.
     """
     config = run.config
@@ -39,7 +44,7 @@ def row_of(
         parameters=run.parameters,
         flops_per_image=run.flops_per_image,
         images=run.images,
-        distinct_images=run.distinct_images,
+        distinct_images=min(run.distinct_images, result.num_images or run.distinct_images),
         steps=run.steps,
         flops=run.flops,
         embed_dim=config.model.embed_dim or (named.embed_dim if named else None),
@@ -55,4 +60,8 @@ def row_of(
         config=config.model_dump(mode="json"),
         versions=result.versions,
         error=error,
+        lines=result.lines if lines is None else lines,
+        prints=result.prints if prints is None else prints,
+        events=result.events,
+        rules=run.rules,
     )

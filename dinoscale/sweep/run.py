@@ -23,8 +23,10 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.config import dump_config
 from dinoscale.config.executor import ExecutorConfig
 from dinoscale.errors import DataError, DinoscaleError, PreemptedError, RunFailedError
+from dinoscale.sweep.belonging import with_known_keys
 from dinoscale.sweep.curves import last_error
 from dinoscale.sweep.executors import Executor, LocalExecutor
+from dinoscale.sweep.intentions import intentions, to_measure
 from dinoscale.sweep.preflight import (
     EvaluationWords,
     lock_sweep,
@@ -86,7 +88,12 @@ def run_sweep(
     with lock_sweep(out):
         commands = measuring_commands(metrics, evaluation_words)
         gpus = require_machine(executor)
+        table = out / TABLE
+        runs = with_known_keys(runs, read_table(table) if table.exists() else [], out)
         sweep = Sweep(runs, out, metrics, commands, executor, retry_failed=retry_failed)
+        wanted = {run.key for run in runs if sweep.is_wanted(run)}
+        for sentence in intentions(runs, sweep.rows, wanted, sweep.to_measure, sweep.folder):
+            log.info("%s", sentence)
         require_data(sweep.untrained(), elsewhere=executor.kind == "slurm")
         sweep.to_the_end(_executor(executor, out, gpus))
     rows = [sweep.rows[run.key] for run in runs if run.key in sweep.rows]
@@ -143,7 +150,7 @@ class Sweep:
         self.running: dict[Path, PlannedRun] = {}
         self.last: Row | None = None  # of the runs that have ended
         self._folders = folders_of(self.runs, self.out)
-        require_own_folders([run for run in self.runs if self._is_wanted(run)], self.folder)
+        require_own_folders([run for run in self.runs if self.is_wanted(run)], self.folder)
 
     def folder(self, run: PlannedRun) -> Path:
         """Of a run."""
@@ -154,10 +161,10 @@ class Sweep:
         return [
             run
             for run in self.runs
-            if self._is_wanted(run) and not read_result(self.folder(run), run.key).trained
+            if self.is_wanted(run) and not read_result(self.folder(run), run.key).trained
         ]
 
-    def _is_wanted(self, run: PlannedRun) -> bool:
+    def is_wanted(self, run: PlannedRun) -> bool:
         """Whether there is something to do for a run."""
         row = self.rows.get(run.key)
         if row is None:
@@ -166,16 +173,12 @@ class Sweep:
             return True
         if row.status == "failed":
             return False
-        lines = read_result(self.folder(run), run.key).lines
-        new = [
-            name
-            for name, line in self.metrics.items()
-            if name not in row.metrics or lines.get(name, line) != line
-        ]
-        if new and not checkpoints(self.folder(run)):
-            log.warning("%s: is done and its folder gone, so %s cannot be measured", run.name, new)
-            return False
-        return bool(new)
+        return bool(self.to_measure(run, row)) and bool(checkpoints(self.folder(run)))
+
+    def to_measure(self, run: PlannedRun, row: Row) -> dict[str, str]:
+        """Metrics of a run that is done which have to be measured, and why."""
+        folder = self.folder(run)
+        return to_measure(row, read_result(folder, run.key), self.metrics, self.commands(folder))
 
     def to_the_end(self, executor: Executor) -> None:
         """Run all that is wanted.
@@ -185,7 +188,7 @@ class Sweep:
             PreemptedError: asked to stop.
         """
         self.executor = executor
-        wanted = [run for run in self.runs if self._is_wanted(run)]
+        wanted = [run for run in self.runs if self.is_wanted(run)]
         bar = tqdm(total=len(self.runs), initial=len(self.runs) - len(wanted), unit="run")
         with logging_redirect_tqdm(), bar as self.bar, _stop_signals() as stop:
             try:
@@ -222,7 +225,7 @@ class Sweep:
         result = read_result(folder, run.key)
         if job is not None and job.handle and self.executor.adopt(folder, job.handle):
             self.running[folder] = run
-        elif job is not None and (job.handle or self._is_complete(result)):
+        elif job is not None and (job.handle or self._is_complete(result, run)):
             self._settle(run, job, result)
         else:
             self.waiting.append(run)
@@ -237,9 +240,13 @@ class Sweep:
             commands=self.commands(folder),
             nodes=self.config.nodes,
             processes=self.config.processes,
+            log_begin=_size(folder / LOG),
         )
+        result = read_result(folder, run.key)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if result.ending:  # of an earlier start, which says nothing about this one
+                write_record(folder, replace(result, ending="", error=""))
             write_whole(folder / SETTINGS, dump_config(config))
             self._write(folder, job)
             handle = self.executor.start(folder)
@@ -277,25 +284,38 @@ class Sweep:
         """
         folder = self.folder(run)
         if self._is_complete(result):
-            self._append(row_of(run, job, result, metrics=self._values(run, result)))
+            self._append(self._row(run, job, result))
             self._write(folder, replace(job, handle=""))
         elif result.ending in ("done", "stopped") or not (result.ending or how):
             self._write(folder, replace(job, handle=""))
             self.waiting.append(run)
         else:
-            said = last_error(folder / LOG, 0) or "nothing"
+            said = (
+                last_error(folder / LOG, job.log_begin) or last_error(folder / LOG, 0) or "nothing"
+            )
             error = result.error or f"its job ended with {how} and last said: {said}"
             job = replace(job, handle="", failures=job.failures + 1)
             self._failed(run, job, result, error)
 
-    def _is_complete(self, result: Result) -> bool:
-        return result.trained and result.measured(self.metrics)
+    def _is_complete(self, result: Result, run: PlannedRun | None = None) -> bool:
+        """Whether nothing is left to do; with a run, its row may say otherwise."""
+        row = None if run is None else self.rows.get(run.key)
+        stale = run is not None and row is not None and bool(self.to_measure(run, row))
+        return result.trained and result.measured(self.metrics) and not stale
 
-    def _values(self, run: PlannedRun, result: Result) -> dict[str, float | None]:
-        """Metrics of a run, with those of its older row that are measured no longer."""
+    def _row(self, run: PlannedRun, job: Job, result: Result, error: str = "") -> Row:
+        """A row with the metrics of the older one, too, that are measured no longer."""
         row = self.rows.get(run.key)
-        known = {**(row.metrics if row else {}), **result.metrics}
-        return {**dict.fromkeys(self.metrics), **known}
+        known = {**dict.fromkeys(self.metrics), **(row.metrics if row else {}), **result.metrics}
+        return row_of(
+            run,
+            job,
+            result,
+            metrics=known,
+            lines={**(row.lines if row else {}), **result.lines},
+            prints={**(row.prints if row else {}), **result.prints},
+            error=error,
+        )
 
     def _failed(self, run: PlannedRun, job: Job, result: Result, error: str) -> None:
         tried = job.failures - job.forgiven
@@ -305,8 +325,7 @@ class Sweep:
             self.waiting.append(run)
         else:
             log.error("%s: failed: %s (%s)", run.name, error, self.folder(run) / LOG)
-            values = self._values(run, result)
-            self._append(row_of(run, job, result, metrics=values, error=error))
+            self._append(self._row(run, job, result, error))
         self._write(self.folder(run), job)
 
     def _append(self, row: Row) -> None:
@@ -323,6 +342,11 @@ class Sweep:
         parts += [f"{failed} failed"] if failed else []
         parts += [f"last {self.last.name} {_numbers(self.last)}"] if self.last else []
         self.bar.set_postfix_str(", ".join(parts))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _numbers(row: Row) -> str:

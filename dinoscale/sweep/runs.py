@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from dinoscale.config import RunConfig
 
@@ -22,6 +23,7 @@ class PlannedRun:
         images: D, images seen, repetitions counted.
         distinct_images: of them different ones, at most.
         steps: optimizer steps.
+        rules: of the sweep, as they are given in its file.
     """
 
     key: str
@@ -33,6 +35,7 @@ class PlannedRun:
     images: int
     distinct_images: int
     steps: int
+    rules: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def flops(self) -> int:

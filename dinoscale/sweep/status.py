@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.sweep.belonging import with_known_keys
 from dinoscale.sweep.curves import METRICS, last_step
 from dinoscale.sweep.records import Job, Result, folders_of, lives, read_job, read_result
 from dinoscale.sweep.runs import PlannedRun
@@ -33,6 +34,7 @@ def read_status(runs: Sequence[PlannedRun], *, out: Path, parallel: int = 1) -> 
     """
     table = out / TABLE
     rows = {row.key: row for row in read_table(table)} if table.exists() else {}
+    runs = with_known_keys(runs, rows.values(), out)
     folders = folders_of(runs, out)
     states = [_state(run, rows.get(run.key), folders[run.key]) for run in runs]
     totals = Counter(state["state"] for state in states)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dinoscale.errors import DataError
+from dinoscale.sweep.records import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,10 @@ class Row:
         config: all settings.
         versions: of libraries and code.
         error: why it failed, else empty.
+        lines: by which line of the sweep's file each metric was measured.
+        prints: on which images and by which code, see `measure.py`.
+        events: how often what happened in the training: collapse, rolled back, skipped.
+        rules: of the sweep, by which settings follow from sizes.
     """
 
     key: str
@@ -80,10 +85,18 @@ class Row:
     config: Mapping[str, Any] = field(repr=False)
     versions: Mapping[str, str | None] = field(repr=False)
     error: str = ""
+    lines: Mapping[str, str] = field(default_factory=dict, repr=False)
+    prints: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    events: Mapping[str, int] = field(default_factory=dict)
+    rules: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 _COLUMNS = [column.name for column in fields(Row)]
-_JSON = {"metrics": dict, "curves": list, "axes": dict, "config": dict, "versions": dict}
+_ADDED = {name: "{}" for name in ("lines", "prints", "events", "rules")}  # tables may lack them
+_JSON = {
+    **{"metrics": dict, "curves": list, "axes": dict, "config": dict, "versions": dict},
+    **dict.fromkeys(_ADDED, dict),
+}
 _INTEGERS = (
     *("attempts", "parameters", "flops_per_image", "images", "distinct_images", "steps", "flops"),
     *("embed_dim", "depth", "batch_size", "seed", "ranks"),
@@ -102,6 +115,8 @@ def append_row(path: Path, row: Row) -> None:
     writer = csv.writer(text, lineterminator="\n")
     if _keep_whole_lines(path) == 0:
         writer.writerow(_COLUMNS)
+    else:
+        _add_columns(path)
     writer.writerow(_cell(name, value) for name, value in asdict(row).items())
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
@@ -139,22 +154,29 @@ def read_table(path: Path) -> list[Row]:
     csv.field_size_limit(2**30)  # curves of a long run
     reader = csv.reader(io.StringIO(whole, newline=""))
     rows: dict[str, Row] = {}
+    columns: list[str] = []
     for number, cells in enumerate(reader):
         if number == 0:
-            if cells != _COLUMNS:
+            columns = cells
+            if columns != _COLUMNS[: len(columns)] or not _has_all(columns):
                 raise DataError(
                     f"{path}: its first line is not that of a sweep's table: {','.join(_COLUMNS)}"
                 )
             continue
-        row = _row(cells, where=f"{path}, line {reader.line_num}")
+        row = _row(columns, cells, where=f"{path}, line {reader.line_num}")
         rows[row.key] = row
     return list(rows.values())
 
 
-def _row(cells: Sequence[str], *, where: str) -> Row:
-    if len(cells) != len(_COLUMNS):
-        raise DataError(f"{where}: has {len(cells)} cells, need {len(_COLUMNS)}. Repair the line.")
-    values = {name: _value(name, text, where) for name, text in zip(_COLUMNS, cells, strict=True)}
+def _has_all(columns: Sequence[str]) -> bool:
+    """Whether nothing is missing that tables always had."""
+    return len(columns) >= len(_COLUMNS) - len(_ADDED)
+
+
+def _row(columns: Sequence[str], cells: Sequence[str], *, where: str) -> Row:
+    if len(cells) != len(columns):
+        raise DataError(f"{where}: has {len(cells)} cells, need {len(columns)}. Repair the line.")
+    values = {name: _value(name, text, where) for name, text in zip(columns, cells, strict=True)}
     metrics = values["metrics"].items()
     values["metrics"] = {name: _finite(value, where) for name, value in metrics}
     return Row(**values)
@@ -192,3 +214,19 @@ def _keep_whole_lines(path: Path) -> int:
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}).") from error
     return whole
+
+
+def _add_columns(path: Path) -> None:
+    """Give the table of an earlier version the columns that it lacks, as a whole or not at all."""
+    with path.open(encoding="utf-8", newline="") as file:
+        columns = next(csv.reader([file.readline()]), [])
+    missing = [name for name in _ADDED if name not in columns]
+    if not missing or not _has_all(columns):
+        return
+    head, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    more = "".join(f",{_ADDED[name]}" for name in missing)
+    lines = [f"{head},{','.join(missing)}", *(f"{line}{more}" for line in rest.split("\n")[:-1])]
+    try:
+        write_whole(path, "\n".join([*lines, ""]))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}).") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+SAME = 0.05  # relative difference of budgets, or images, that whole batches explain
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")  # of 1000^i
 
 

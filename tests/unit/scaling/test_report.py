@@ -13,6 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -313,6 +314,48 @@ def test_rates_are_interpolated_over_sizes_and_of_the_same_batch() -> None:
     alone = recommend(rows, [replace(fit, best_rates=(other,))])
     assert alone.lr == pytest.approx(rows[0].lr)
     assert alone.lr_from == f"run {alone.nearest}"
+
+
+def test_the_rate_follows_size_and_length() -> None:
+    """9.2e-4 was recommended where the law of the rates has a twentieth of it."""
+
+    def law(row: Row) -> float:
+        return float(1e-3 * (row.parameters / 1e5) ** -0.4 * (row.images / 1e5) ** -0.5)
+
+    rows = [a_row(*shape, images=d) for shape in ((64, 3), (192, 8)) for d in (32_000, 320_000)]
+    rates = [replace(a_best_rate(r), images=r.images, optimum=around(law(r))) for r in rows]
+    optimum = an_optimum("joint", 1e15, 9.0)
+    fit = replace(no_fit(rows), optima=(optimum,), best_rates=tuple(rates))
+    found = recommend(rows, [fit])
+    there = replace(rows[0], parameters=found.size.parameters, images=found.images)
+    assert found.lr == pytest.approx(law(there), rel=0.02)
+    one_length = [rate for rate in rates if rate.images == 32_000]
+    found = recommend(rows, [replace(fit, best_rates=tuple(one_length))])
+    assert "at one number of images alone: check it" in found.lr_from
+
+
+def test_a_preset_keeps_the_rules_of_the_sweep_and_looks_for_its_micro_batch() -> None:
+    rules = {"lr": {"width": -1.0}, "weight_decay": {"images": 0.5}, "warmup": {"fraction": 0.2}}
+    rows = [replace(a_row(), rules=rules)]
+    fit = replace(no_fit(rows), optima=(an_optimum("joint", 1e15, 9.0),))
+    found = recommend(rows, [fit])
+    config = parse_config(yaml.safe_load(found.preset))
+    before = parse_config(rows[0].config)
+    wider = found.size.embed_dim / 64
+    assert wider > 1
+    assert config.optim.lr == pytest.approx(before.optim.lr / wider)
+    longer = found.images / rows[0].images
+    decay = before.optim.weight_decay * longer**0.5
+    assert config.optim.weight_decay == pytest.approx(decay, rel=0.01)
+    assert config.optim.warmup_epochs == 2
+    assert config.train.micro_batch_size == "auto"
+    assert "optim.lr, optim.warmup_epochs, optim.weight_decay" in _unwrapped(found.preset)
+    alone = recommend([a_row()], [fit])
+    assert "The table knows no rules of the sweep" in _unwrapped(alone.preset)
+
+
+def _unwrapped(preset: str) -> str:
+    return " ".join(line[2:] for line in preset.splitlines() if line.startswith("#"))
 
 
 def test_runs_to_add_name_what_is_missing() -> None:

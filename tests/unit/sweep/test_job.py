@@ -10,9 +10,12 @@ import pytest
 
 from dinoscale.errors import RunFailedError
 from dinoscale.sweep import job as job_module
+from dinoscale.sweep import measure
 from dinoscale.sweep.curves import last_error, last_step, online_metric, read_points, thin
 from dinoscale.sweep.job import Work, headline_error, training_command
 from dinoscale.sweep.records import Job, Result, read_result, write_record
+from dinoscale.sweep.rows import row_of
+from tests.unit.sweep.tiny_sweep import planned
 
 KEY = "a" * 16
 
@@ -52,6 +55,40 @@ def test_training_is_measured_and_not_repeated(
     again = _work(tmp_path, job, "sys.exit(1)", monkeypatch)
     assert again.run() == "done"
     assert read_result(tmp_path, KEY) == result
+
+
+def test_metric_of_images_that_were_replaced_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(b"1")
+    words = ["evaluate", "knn", str(tmp_path), "--test", str(images)]
+    job = Job(KEY, metrics={"own": "knn --test images"}, commands={"own": words})
+    values = iter([0.25, 0.75])
+    monkeypatch.setattr(Work, "_value", lambda *_: next(values))
+    assert _work(tmp_path, job, _training(tmp_path), monkeypatch).run() == "done"
+    measure._print_of.cache_clear()
+    assert _work(tmp_path, job, "sys.exit(1)", monkeypatch).run() == "done"
+    assert read_result(tmp_path, KEY).metrics == {"own": 0.25}
+    (images / "a.png").write_bytes(b"2")
+    measure._print_of.cache_clear()
+    assert _work(tmp_path, job, "sys.exit(1)", monkeypatch).run() == "done"
+    assert read_result(tmp_path, KEY).metrics == {"own": 0.75}
+
+
+def test_training_tells_what_happened_and_how_many_images_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = "checkpoints/step_00000004/state.json"
+    code = f"{_training(tmp_path, loss=1.0)}; pathlib.Path(folder, {state!r}).write_text("
+    code += '\'{"plan": {"num_images": 48}}\'); '
+    code += "pathlib.Path(folder, 'events.jsonl').write_text('{\"event\": \"collapse\"}')"
+    work = _work(tmp_path, Job(KEY, metrics={"loss": "online"}), code, monkeypatch)
+    assert work.run() == "done"
+    result = read_result(tmp_path, KEY)
+    assert (result.num_images, result.events) == (48, {"collapse": 1})
+    assert row_of(planned(0), work.job, result, metrics={}).distinct_images == 48  # 64 planned
 
 
 def test_metric_that_is_not_finite_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +190,10 @@ def test_command_of_each_launcher(tmp_path: Path) -> None:
     several = words({}, processes=3)
     assert several[1:5] == ["-m", "deepspeed.launcher.runner", "--num_accelerators", "3"]
     assert several[-4:] == ["--module", *train]
+    visible = words({"CUDA_VISIBLE_DEVICES": "5,2"}, processes=2)
+    assert visible[1:5] == ["-m", "deepspeed.launcher.runner", "--include", "localhost:5,2"]
+    by_uuid = words({"CUDA_VISIBLE_DEVICES": "GPU-1a,GPU-2b"}, processes=2)
+    assert by_uuid[1:7] == ["-m", "torch.distributed.run", *["--nnodes", "1", "--node-rank", "0"]]
     slurm = {"SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "40123"}
     assert words(slurm, nodes=2, processes=8)[1:] == [
         *("-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1"),

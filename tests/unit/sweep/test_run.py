@@ -20,7 +20,9 @@ from dinoscale.config.executor import ExecutorConfig
 from dinoscale.errors import ConfigError, DataError, DinoscaleError, PreemptedError, RunFailedError
 from dinoscale.sweep import preflight, table
 from dinoscale.sweep import run as run_module
+from dinoscale.sweep.belonging import of_file
 from dinoscale.sweep.executors import LocalExecutor
+from dinoscale.sweep.keys import key_of
 from dinoscale.sweep.records import Job, read_job, read_result, write_record
 from dinoscale.sweep.run import run_sweep
 from dinoscale.sweep.runs import PlannedRun
@@ -191,6 +193,24 @@ def test_killed_job_is_a_failure_that_says_how(tmp_path: Path) -> None:
     assert _rows(tmp_path)["seed0"].attempts == 2
 
 
+def test_ending_of_an_earlier_start_does_not_decide(tmp_path: Path) -> None:
+    folder = _leave(tmp_path, RUNS[0], "stopped", handle="")
+
+    def dies_at_import(self: ScriptedExecutor, run_dir: Path) -> str:
+        self.started.append(run_dir.name)
+        assert len(self.started) < 9
+        with (run_dir / "job.log").open("a") as log:
+            log.write("ModuleNotFoundError: No module named 'x'\n")
+        self._running.append((run_dir, "exit code 1"))
+        return "job"
+
+    (folder / "job.log").write_text("error: asked to stop\n")
+    executor = type("Dead", (ScriptedExecutor,), {"start": dies_at_import})()
+    with pytest.raises(RunFailedError, match="exit code 1 and last said: ModuleNotFoundError"):
+        _run(tmp_path, executor, RUNS[:1], retries=1)
+    assert len(executor.started) == 2
+
+
 def test_stop_signal_leaves_no_row_and_the_next_start_goes_on(tmp_path: Path) -> None:
     executor = ScriptedExecutor(seed1=["signal"])
     before = signal.getsignal(signal.SIGTERM)
@@ -283,6 +303,47 @@ def test_metric_by_another_line_is_measured_again(tmp_path: Path) -> None:
         executor = ScriptedExecutor()
         _run(tmp_path, executor, RUNS[:1], metrics={"other": line})
         assert len(executor.started) == starts
+
+
+def test_a_row_says_by_what_its_metrics_were_measured(tmp_path: Path) -> None:
+    _run(tmp_path, runs=RUNS[:1], metrics={"other": KNN})
+    assert _rows(tmp_path)["seed0"].lines == {"other": KNN}
+    shutil.rmtree(tmp_path / "runs" / RUNS[0].name)
+    executor = ScriptedExecutor()
+    _run(tmp_path, executor, RUNS[:1], metrics={"other": f"{KNN} --k 5"})
+    assert not executor.started  # its weights are gone
+    rows, (note,) = of_file(list(_rows(tmp_path).values()), RUNS[:1], {"other": f"{KNN} --k 5"})
+    assert rows[0].metrics == {}
+    assert "measured by 'knn --train a --test b', not by" in note
+
+
+def test_what_is_about_to_happen_is_said_before_anything_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _run(tmp_path, runs=RUNS[:1])
+    other = replace(
+        RUNS[1], key="f" * 16, name="old", config=planned(1, "optim.clip_grad=0.5").config
+    )
+    _run(tmp_path, runs=[other])
+    with caplog.at_level("INFO"):
+        _run(tmp_path, runs=[RUNS[0], RUNS[1]], metrics={**METRICS, "other": KNN})
+    said = [record.message for record in caplog.records]
+    assert said[0] == "2 runs: 1 new"
+    assert said[1] == f"{RUNS[0].name}: other is to be measured: new"
+    assert said[2].startswith("1 run (old) of the table left out: the file has no such run")
+    assert "1 by optim.clip_grad" in said[2]
+    assert "started" in said[3]
+
+
+def test_a_run_of_an_earlier_version_keeps_its_key(tmp_path: Path) -> None:
+    config = RUNS[0].config
+    old = replace(RUNS[0], key="a" * 16)
+    _run(tmp_path, runs=[old])
+    now = replace(RUNS[0], key=key_of(config), name="seed0-again")
+    executor = ScriptedExecutor()
+    _run(tmp_path, executor, [now])
+    assert not executor.started
+    assert read_status([now], out=tmp_path)["runs"][0]["state"] == "done"
 
 
 def test_metric_that_fails_costs_neither_the_run_nor_the_others(tmp_path: Path) -> None:

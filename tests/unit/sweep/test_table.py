@@ -1,5 +1,6 @@
 """The table only grows, and a crash costs at most the line that was being written."""
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_metric_that_is_not_finite_is_no_number(path: Path) -> None:
         (",12.3,", ",twelve,", "line 2: seconds cannot be 'twelve'"),
         (",1000,", ",1.5,", "line 2: parameters cannot be '1.5'"),
         ("0.25", "true", "line 2: a metric cannot be True"),
-        (",done,", ",", "line 2: has 23 cells, need 24"),
+        (",done,", ",", "line 2: has 27 cells, need 28"),
         (",1000,", ",,", "line 2: parameters cannot be ''"),
         ('"{""torch"": ""2"", ""commit"": null}"', "[]", r"line 2: versions cannot be '\[\]'"),
     ],
@@ -93,3 +94,16 @@ def test_damaged_cell_is_named(path: Path, old: str, new: str, said: str) -> Non
 def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere/results\.csv: cannot be written"):
         append_row(tmp_path / "nowhere" / "results.csv", ROW)
+
+
+def test_a_table_of_an_earlier_version_is_read_and_gets_its_columns(path: Path) -> None:
+    with path.open(newline="") as file:
+        old = [cells[:-4] for cells in csv.reader(file)]
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(old)
+    rows = read_table(path)
+    assert [(row.lines, row.events) for row in rows] == [({}, {})] * len(rows)
+    append_row(path, replace(ROW, key="other", lines={"knn": "online"}))
+    *first, last = read_table(path)
+    assert first == rows
+    assert last.lines == {"knn": "online"}

@@ -1,0 +1,56 @@
+"""Results of another version of a file, line or set of images are named and never mixed in."""
+
+from dataclasses import replace
+
+from dinoscale.sweep.belonging import of_file, of_table
+from dinoscale.sweep.records import Job, Result
+from dinoscale.sweep.rows import row_of
+from dinoscale.sweep.table import Row
+from tests.unit.sweep.tiny_sweep import planned
+
+RUNS = [planned(number) for number in range(3)]
+LINE, OTHER = "knn --train a --test b", "knn --train a --test b --k 5"
+
+
+def _row(number: int, line: str = LINE, *, images: str = "x", **changes: object) -> Row:
+    run = RUNS[number]
+    print_ = {"input": {"b": {"names": images}}, "command": {"line": line}, "code": {}}
+    result = Result(run.key, trained=True, lines={"knn": line}, prints={"knn": print_})
+    row = row_of(run, Job(run.key), result, metrics={"knn": 0.5})
+    return replace(row, ended=f"2030-01-0{number + 1}", **changes)  # type: ignore[arg-type]
+
+
+def test_rows_of_an_earlier_version_of_the_file_are_left_out() -> None:
+    config = {**RUNS[0].config.model_dump(mode="json"), "optim": {"lr": 0.1}}
+    rows = [_row(0), replace(_row(1), key="f" * 16, name="old", config=config)]
+    kept, (note,) = of_file(rows, RUNS, {"knn": LINE})
+    assert kept == rows[:1]
+    assert note.startswith("1 run (old) of the table left out: the file has no such run")
+    assert "optim.clip_grad" in note
+
+
+def test_a_metric_that_the_file_has_no_longer_is_not_fitted() -> None:
+    row = replace(_row(0), metrics={"knn": 0.5, "old": 0.1})
+    kept, notes = of_file([row], RUNS, {"knn": LINE})
+    assert (kept[0].metrics, notes) == ({"knn": 0.5}, [])
+
+
+def test_values_by_another_line_are_left_out() -> None:
+    kept, (note,) = of_file([_row(0), _row(1, OTHER)], RUNS, {"knn": LINE})
+    assert [row.metrics for row in kept] == [{"knn": 0.5}, {}]
+    assert f"measured by {OTHER!r}, not by {LINE!r}" in note
+    kept, (note,) = of_table([_row(0), _row(1, OTHER), _row(2, OTHER)])  # the last line counts
+    assert [row.metrics for row in kept] == [{}, {"knn": 0.5}, {"knn": 0.5}]
+    assert RUNS[0].name in note
+
+
+def test_values_of_other_images_are_left_out() -> None:
+    kept, (note,) = of_table([_row(0, images="y"), _row(1), _row(2)])
+    assert [row.metrics for row in kept] == [{}, {"knn": 0.5}, {"knn": 0.5}]
+    assert "measured on other images" in note
+    assert "input.b.names" in note
+
+
+def test_rows_that_say_nothing_of_it_count() -> None:
+    bare = replace(_row(0), lines={}, prints={})
+    assert of_file([bare, _row(1)], RUNS, {"knn": LINE}) == ([bare, _row(1)], [])
