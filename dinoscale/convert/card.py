@@ -29,6 +29,21 @@ class BackboneShape:
 
 
 @dataclass(frozen=True)
+class Preprocessing:
+    """How any program prepares an image: resize, center crop, then (x / 255 - mean) / std."""
+
+    mean: tuple[float, ...]  # of each channel in 0..1
+    std: tuple[float, ...]
+    resize: int  # short side, pixels
+    crop: int  # pixels
+
+    def __str__(self) -> str:
+        """In words, for a sentence."""
+        mean, std = [*self.mean], [*self.std]
+        return f"resize {self.resize}, crop {self.crop}, mean {mean}, std {std}"
+
+
+@dataclass(frozen=True)
 class BackboneCard:
     """A backbone and its preprocessing: resize, center crop, then (x / 255 - mean) / std."""
 
@@ -43,6 +58,19 @@ class BackboneCard:
     def to_json(self) -> str:
         """Write the card; equal cards give equal text."""
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The part that other libraries have a place for."""
+        return Preprocessing(self.mean, self.std, self.resize, self.crop)
+
+
+def card_text_of(said: Mapping[str, object]) -> str | None:
+    """Text for `parse_card` of what `dinoscale convert` says beside weights; None without any."""
+    if "backbone" not in said:
+        return None
+    known = {key: said[key] for key in BackboneCard.__dataclass_fields__ if key in said}
+    return json.dumps({"format": FORMAT, **known})
 
 
 def parse_card(text: str) -> BackboneCard:

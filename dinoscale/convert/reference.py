@@ -129,7 +129,7 @@ def split(state: Mapping[str, Tensor]) -> Parts:
             left_out.append(name)
         else:
             part[inner] = tensor
-    return Parts(_registers_apart(backbone), our_head(head), tuple(left_out))
+    return Parts(registers_apart(backbone), our_head(head), tuple(left_out))
 
 
 def _as_in_timm(name: str) -> str:
@@ -141,7 +141,7 @@ def _as_in_timm(name: str) -> str:
     return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
 
 
-def _registers_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def registers_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A ViT of DINOv2 with registers as timm has it: the class token holds its position."""
     positions, token = state.get("pos_embed"), state.get("cls_token")
     if "register_tokens" not in state or positions is None or token is None or positions.ndim != 3:

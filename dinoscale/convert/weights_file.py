@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape
-from dinoscale.convert.coverage import Coverage, coverage_of
+from dinoscale.convert.coverage import Coverage, coverage_of, listed
 from dinoscale.convert.files import remove_cards_of
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
@@ -30,6 +31,7 @@ __all__ = [
     "BackboneCard",
     "BackboneShape",
     "build",
+    "build_head",
     "expected_tensors",
     "load_backbone",
     "save_backbone",
@@ -104,6 +106,36 @@ def build(weights: Weights) -> tuple[VisionTransformer | ResNet50, Coverage]:
     backbone = build_backbone(**asdict(weights.card.backbone))
     backbone.load_state_dict(weights.backbone)
     return backbone.eval().requires_grad_(False), coverage
+
+
+def build_head(state: Mapping[str, Tensor]) -> DinoHead:
+    """Build the projection head that has these tensors, as `Weights.head` holds them.
+
+    Returns:
+        The head on the CPU, float32, in eval mode, without gradients.
+
+    Raises:
+        CheckpointError: they are not those of a head; all by name.
+    """
+    linear = [x for name, x in state.items() if name.startswith("mlp.") and x.ndim == 2]
+    prototypes = state.get("last_layer.weight_v")
+    if not linear or prototypes is None:
+        raise CheckpointError(f"has no projection head of DINO's, only {listed([*state])}")
+    with torch.device("meta"):
+        head = DinoHead(
+            linear[0].shape[1],
+            num_prototypes=len(prototypes),
+            hidden_dim=len(linear[0]),
+            bottleneck_dim=len(linear[-1]),
+            num_layers=len(linear),
+            norm_last_layer="last_layer.weight_g" not in state,
+            batch_norm=any(name.endswith(".running_mean") for name in state),
+        )
+    coverage = coverage_of(state, head.state_dict())
+    if not coverage.complete:
+        raise CheckpointError(f"its projection head has {coverage}")
+    head.to_empty(device="cpu").load_state_dict(dict(state))
+    return head.eval().requires_grad_(False)
 
 
 def expected_tensors(weights: Weights) -> dict[str, Tensor]:
