@@ -90,11 +90,12 @@ def read_huggingface(
     """
     backbone, left_out = from_huggingface(state)
     settings = content.settings or {}
-    kind = settings.get("model_type", "dinov2" if "blocks.0.ls1.gamma" in backbone else "vit")
-    if kind not in _NORM_EPS:
-        raise CheckpointError(
-            f"has a config.json with model_type {kind!r}, need one of {', '.join(_NORM_EPS)}"
-        )
+    scaled = "blocks.0.ls1.gamma" in backbone  # layer scale
+    kinds = [kind for kind in _NORM_EPS if scaled == kind.startswith("dinov2")]
+    kind = settings.get("model_type", kinds[0])
+    if kind not in kinds:
+        need = " or ".join(map(repr, kinds))
+        raise CheckpointError(f"has a config.json with model_type {kind!r}, need {need}")
     for key, only in (("hidden_act", "gelu"), ("use_swiglu_ffn", False)):
         if settings.get(key, only) != only:
             raise CheckpointError(f"has a config.json with {key} {settings[key]!r}, need {only!r}")

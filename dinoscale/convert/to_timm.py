@@ -44,7 +44,8 @@ def _require_own_norms(shape: BackboneShape) -> None:
     if shape.norm_eps is None:
         return
     with torch.device("meta"):
-        own = build_backbone(**asdict(replace(shape, norm_eps=None))).norm.eps
+        network: Any = build_backbone(**asdict(replace(shape, norm_eps=None)))
+    own = network.norm.eps
     if abs(shape.norm_eps - own) > _SMALL_EPS:
         raise ConversionError(
             f"its layer norms have epsilon {shape.norm_eps:g}, and timm's config.json has no place"

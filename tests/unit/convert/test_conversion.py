@@ -326,6 +326,10 @@ def test_registers_and_layer_scale_have_an_exact_form_in_transformers(tmp_path: 
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config["num_register_tokens"] == (4 if "reg4" in name else 0)
         assert card["coverage"]["text"].startswith("44 of 44")
+        assert "rounds the corner of the center crop down" in card["image_processor"]
+        back, read = read_source(tmp_path / name), read_source(source)
+        assert _same(back.backbone, read.backbone)
+        assert back.card.backbone.name == name
     backbone, _ = load_backbone(tmp_path / "vit_small_patch14_reg4_dinov2.safetensors")
     script = tmp_path / "registers.pt"
     convert(tmp_path / "vit_small_patch14_reg4_dinov2.safetensors", script, to="torchscript")

@@ -22,8 +22,8 @@ from dinoscale.convert.card import (
     parse_card,
 )
 from dinoscale.convert.conversion import TARGETS, convert
-from dinoscale.convert.source import read_source
 from dinoscale.convert.parity import Forward, Reopened, require_any_device
+from dinoscale.convert.source import read_source
 from dinoscale.convert.to_dino import write_dino
 from dinoscale.convert.to_graphs import write_torchscript
 from dinoscale.convert.to_hf import write_hf

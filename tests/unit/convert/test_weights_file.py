@@ -298,6 +298,31 @@ def test_a_card_is_read_strictly() -> None:
             parse_card(bad)
 
 
+@pytest.mark.parametrize(
+    ("raw", "averaged"),
+    [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")],
+)
+def test_of_raw_and_averaged_weights_the_average_is_the_teacher(
+    tmp_path: Path,
+    state: dict[str, Tensor],
+    caplog: pytest.LogCaptureFixture,
+    raw: str,
+    averaged: str,
+) -> None:
+    average = {f"module.{name}": x + 1 for name, x in state.items()}
+    torch.save({"epoch": 3, raw: state, averaged: average}, tmp_path / "w.pth")
+    with caplog.at_level("INFO"):
+        teacher = read_source(tmp_path / "w.pth", num_heads=3).backbone
+    assert torch.equal(teacher["cls_token"], state["cls_token"] + 1)
+    assert f"'{averaged}' (an average over steps) and '{raw}'" in caplog.text
+    student = read_source(tmp_path / "w.pth", network="student", num_heads=3).backbone
+    assert torch.equal(student["cls_token"], state["cls_token"])
+    torch.save({averaged: average}, tmp_path / "w.pth")
+    read_source(tmp_path / "w.pth", num_heads=3)
+    with pytest.raises(CheckpointError, match=f"no 'student', only an average .*'{averaged}'"):
+        read_source(tmp_path / "w.pth", network="student", num_heads=3)
+
+
 # The reference's own files
 
 
