@@ -89,8 +89,9 @@ def deduplicate(
         RunFailedError: a worker was killed.
     """
     _check(near)
-    if keep_list is not None:
-        check_place(keep_list)
+    for target in (out, keep_list):
+        if target is not None:
+            check_place(target, spec)
     source = open_files(spec)
     rows = _rows(source, decode=near is not None, out=out, workers=workers)
     groups = Groups(len(rows))

@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError
 
 from dinoscale.convert.coverage import Coverage
-from dinoscale.convert.files import remove_cards_of
 from dinoscale.convert.parity import (
     MAX_DIFFERENCE,
     MIN_COSINE,
@@ -33,7 +32,7 @@ from dinoscale.convert.parity import (
     require_whole,
     second_size,
 )
-from dinoscale.convert.placing import checksums, put_in_place, refuse_existing, workplace
+from dinoscale.convert.placing import checksums, put_in_place, refuse_existing
 from dinoscale.convert.reference import our_head
 from dinoscale.convert.resize import at_size, patch_size_of
 from dinoscale.convert.source import read_source
@@ -49,6 +48,7 @@ from dinoscale.convert.to_timm import reopen_timm, write_timm
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.convert.weights_file import build, build_head
 from dinoscale.errors import CheckpointError, ConversionError
+from dinoscale.outputs import workplace
 from dinoscale.versions import package_version
 
 log = logging.getLogger(__name__)
@@ -149,19 +149,20 @@ def convert(
         dtype: a key of `DTYPES`, of the stored weights; features are compared in float32.
         size: side in pixels of the images to resize the position embedding for; None keeps it.
         num_heads: for sources that do not tell.
-        overwrite: replace what an earlier conversion wrote.
+        overwrite: replace what an earlier conversion wrote, if it is as it left it.
 
     Returns:
         The card, JSON-able.
 
     Raises:
         CheckpointError: the source cannot be read.
-        ConversionError: the target exists, a library is missing, the format cannot hold these
-            weights, or what was written gives other features. Nothing is then left of it.
+        ConversionError: a library is missing, the format cannot hold these weights, or what was
+            written gives other features. Nothing is then left of it.
+        OutputError: the target exists, and is not to be replaced.
     """
     target = TARGETS[to]
     _require(target, to, head=head, dtype=dtype)
-    refuse_existing(path, is_folder=target.is_folder, overwrite=overwrite)
+    refuse_existing(path, source, is_folder=target.is_folder, overwrite=overwrite)
     weights = read_source(source, network=network, num_heads=num_heads)
     if head and weights.head is None:
         raise CheckpointError(f"{source} holds no projection head: leave --head out")
@@ -179,8 +180,6 @@ def convert(
             written = place / path.name
             proof = _write_and_prove(target, written, weights, full=full)
             card = _card(weights, proof, to=to, dtype=dtype, files=checksums(written))
-            if not written.is_dir():
-                remove_cards_of(path)
             put_in_place(written, path, json.dumps(card, indent=2) + "\n")
     except ConversionError as error:
         raise ConversionError(f"{source} to {to}: {error}") from error

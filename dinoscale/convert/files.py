@@ -19,11 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dinoscale.checkpoint.sums import sha256
 from dinoscale.convert.card import METADATA_KEY, card_text_of
-from dinoscale.convert.placing import CARD_FILE
 from dinoscale.errors import CheckpointError
 from dinoscale.memory import NO_MEMORY
+from dinoscale.outputs import CARD_FILE, card_sums, sha256
 
 log = logging.getLogger(__name__)
 
@@ -128,23 +127,8 @@ def require_described(file: Path, goes_on: Callable[[], None] = lambda: None) ->
     return described
 
 
-def card_sums(card: Path) -> dict[str, str]:
-    """Name -> SHA-256 of the files that a card of `dinoscale convert` describes.
-
-    Empty where there is no such card: JSON beside a weights file may be anybody's.
-    """
-    try:
-        said = _read_json(card) or {}
-    except CheckpointError:
-        return {}
-    files = said.get("files")
-    if "dinoscale" not in said or not isinstance(files, dict):
-        return {}
-    return {name: found for name, found in files.items() if isinstance(found, str)}
-
-
 def remove_cards_of(target: Path) -> None:
-    """Remove the cards of an earlier export of that name, before another file gets it."""
+    """Remove the cards of an earlier export of that name, once another file has it."""
     beside, within = target.with_name(f"{target.name}.json"), target.with_name(CARD_FILE)
     if card_sums(beside):
         beside.unlink()

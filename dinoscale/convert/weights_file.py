@@ -7,7 +7,6 @@ too many or one of another shape are refused by name, never half loaded.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
+from dinoscale.outputs import replacing
 
 __all__ = [
     "BackboneCard",
@@ -44,22 +44,19 @@ def save_backbone(path: str | Path, state: Mapping[str, Tensor], card: BackboneC
     """Write a weights file, whole or not at all: beside the target first, then renamed.
 
     Args:
-        path: of the file; folders above it are made, an existing file is replaced.
+        path: of the file; folders above it are made, one that we wrote is replaced.
         state: the backbone's tensors under the reference's names, on any device.
         card: how to build the backbone and prepare its images.
+
+    Raises:
+        OutputError: something lies there that is not ours.
+        OSError: it cannot be written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(target) as beside:
         save_file(tensors, beside, metadata={METADATA_KEY: card.to_json()})
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        remove_cards_of(target)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    remove_cards_of(target)
 
 
 def load_backbone(

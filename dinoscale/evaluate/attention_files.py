@@ -29,6 +29,7 @@ from dinoscale.evaluate.whole_images import (
     SeenImages,
     find_patch_size,
     open_images,
+    save_picture,
     to_input,
     writing_to,
 )
@@ -137,8 +138,11 @@ def _write(seen: Seen, maps: Tensor, folder: Path, *, patch: int, mass: float) -
     shown = torch.cat((maps, maps.mean(dim=0, keepdim=True)))  # (A+1, R, C)
     kept = keep_mass(shown, mass=mass)
     for name, attention, patches in zip(names, shown, kept, strict=True):
-        _heat_overlay(seen.image, attention).save(folder / f"attn-{name}.png")
-        _mass_overlay(seen.image, patches).save(folder / f"mass-{name}.png")
+        for kind, picture in (
+            ("attn", _heat_overlay(seen.image, attention)),
+            ("mass", _mass_overlay(seen.image, patches)),
+        ):
+            save_picture(picture, folder / f"{kind}-{name}.png")
     arrays = {"maps": maps.numpy(), "kept": kept[:-1].numpy()}
     seen.save(folder / "attention.npz", arrays, patch=patch)
 
