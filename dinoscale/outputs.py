@@ -1,12 +1,13 @@
 """Files that people name: written whole or not at all, and never over what others wrote.
 
-A file is ours while it is as we wrote it. A list in its folder tells so, `.dinoscale-files` (lines
-as `sha256sum` writes them), or the card that `dinoscale convert` leaves with weights.
+A file is ours while it is as we wrote it. A list in its folder tells so, `.dinoscale-files.txt`
+(lines as `sha256sum` writes them), a card in weights or beside them, and the first line of a preset.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,8 +19,10 @@ from pathlib import Path
 
 from dinoscale.errors import OutputError
 
-LIST_FILE = ".dinoscale-files"  # of what we wrote in a folder
+LIST_FILE = ".dinoscale-files.txt"  # of what we wrote in a folder; readers know it as no image
+MARK = "# Recommended by `dinoscale sweep`."  # the first line of every preset that is ours
 CARD_FILE = "dinoscale.json"  # in a folder; beside a file, ".json" is added to the file's name
+METADATA_KEY = "dinoscale"  # where a card lies in the metadata of weights
 _BLOCK_BYTES = 1 << 20
 _MAX_CARD_BYTES = 16 * 2**20  # real ones have some kilobytes
 
@@ -47,9 +50,27 @@ def is_ours(path: Path) -> bool:
     if not os.path.lexists(path):
         return True
     try:
-        return path.is_file() and (not path.stat().st_size or sha256(path) in _sums(path))
+        return path.is_file() and (
+            not path.stat().st_size or _has_mark(path) or sha256(path) in _sums(path)
+        )
     except OSError:
         return False
+
+
+def _has_mark(path: Path) -> bool:
+    """Whether a file is a preset of ours, or weights in safetensors with our card."""
+    with path.open("rb") as file:
+        if file.readline(200).strip() == MARK.encode():
+            return True
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        start = file.read(min(length, _MAX_CARD_BYTES))
+    try:
+        header = json.loads(start) if start[:1] == b"{" else None
+    except (ValueError, RecursionError):
+        return False
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return isinstance(metadata, dict) and METADATA_KEY in metadata
 
 
 def require_our_folder(folder: Path) -> None:
@@ -87,6 +108,8 @@ def replacing(path: Path) -> Iterator[Path]:
         OutputError: something lies there that is not ours.
         OSError: it cannot be written; what was there is as it was.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     require_ours(path)
     with workplace(path) as place:
         beside = place / path.name

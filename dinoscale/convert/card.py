@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from dinoscale.errors import CheckpointError
+from dinoscale.outputs import METADATA_KEY
+
+__all__ = ["METADATA_KEY", "BackboneCard", "BackboneShape", "Preprocessing", "parse_card"]
 
 FORMAT = 3  # of the card; a file with a higher one was written by a newer dinoscale
 _WITHOUT_NORM_EPS = 2  # the format before, still read
-METADATA_KEY = "dinoscale"  # where the card lies in the metadata of a safetensors file
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinoscale.checkpoint.sums import flush
 from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape
 from dinoscale.convert.coverage import Coverage, coverage_of, listed
 from dinoscale.convert.files import remove_cards_of
@@ -25,7 +26,7 @@ from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
-from dinoscale.outputs import replacing
+from dinoscale.outputs import require_ours, swap, workplace
 
 __all__ = [
     "BackboneCard",
@@ -54,8 +55,12 @@ def save_backbone(path: str | Path, state: Mapping[str, Tensor], card: BackboneC
     """
     target = Path(path)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    with replacing(target) as beside:
+    require_ours(target)
+    with workplace(target) as place:
+        beside = place / target.name
         save_file(tensors, beside, metadata={METADATA_KEY: card.to_json()})
+        flush(beside)
+        swap(beside, target)
     remove_cards_of(target)
 
 
