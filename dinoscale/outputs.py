@@ -1,7 +1,7 @@
 """Files that people name: written whole or not at all, and never over what others wrote.
 
 A file is ours while it is as we wrote it. A list in its folder tells so, `.dinoscale-files.txt`
-(lines as `sha256sum` writes them), a card in weights or beside them, and the first line of a preset.
+(lines as `sha256sum` writes them); of weights their card does, and of presets their first line.
 """
 
 from __future__ import annotations

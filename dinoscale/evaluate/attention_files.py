@@ -65,7 +65,7 @@ def write_attention(
     Args:
         weights_path: anything that `load_backbone` reads.
         spec: an image file, or a set as `data.train` of a config.
-        out: the folder; made where it is not there. Files of the same names are replaced.
+        out: the folder; made where it is not there. Files of ours of the same names are replaced.
         size: short side in pixels at which the backbone sees the images.
         square: squeeze the images to size x size, as the reference's figures.
         mass: share of a map's attention that the mask keeps, 0 < mass <= 1.
