@@ -301,10 +301,10 @@ def _guess_heads(embed_dim: int, *, args: object) -> int:
             f"has embed_dim {embed_dim}, from which the number of heads cannot be guessed: "
             "give num_heads"
         )
-    if embed_dim not in VIT_NAMES:
+    if args is None or embed_dim not in VIT_NAMES:  # a run of the reference has its sizes
         log.warning(
-            "embed_dim %d is none of the reference's sizes: assuming num_heads=%d, which weights "
-            "do not tell; features are wrong if the run used another number",
+            "weights of embed_dim %d do not tell their heads: assuming num_heads=%d, as the "
+            "reference's have; features are wrong if the run used another number",
             embed_dim,
             embed_dim // HEAD_DIM,
         )

@@ -298,6 +298,21 @@ def test_a_card_is_read_strictly() -> None:
             parse_card(bad)
 
 
+def test_heads_that_a_bare_file_does_not_tell_are_guessed_aloud(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    state = {
+        "pos_embed": torch.zeros(1, 1 + 4, 384),
+        "patch_embed.proj.weight": torch.zeros(384, 3, 8, 8),
+        "blocks.0.norm1.weight": torch.zeros(384),
+    }
+    guess_shape(state, num_heads=12)
+    guess_shape(state, args=argparse.Namespace(arch="vit_small"))
+    assert not caplog.text
+    assert guess_shape(state).num_heads == 6
+    assert "assuming num_heads=6" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("raw", "averaged"),
     [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")],
