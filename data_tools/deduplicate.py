@@ -95,8 +95,9 @@ def deduplicate(
         UnavailableError: too many files cannot be read.
     """
     _check(near)
-    if keep_list is not None:
-        check_place(keep_list)
+    for target in (out, keep_list):
+        if target is not None:
+            check_place(target, spec)
     source = open_files(spec)
     rows = _rows(source, spec, decode=near is not None, out=out, workers=workers)
     found, first = _copies(source, rows, near, workers=workers)

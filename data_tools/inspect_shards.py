@@ -55,8 +55,9 @@ def inspect_shards(
     on_sheet = sheet_images if sheet is not None else 1
     if not 1 <= on_sheet <= 1024:
         raise DataError(f"--sheet-images {on_sheet}: need 1 to 1024")
-    if sheet is not None:
-        check_place(sheet)
+    for target in (out, sheet):
+        if target is not None:
+            check_place(target, spec)
     source = open_files(spec)
     ids = sample_ids(len(source), wanted=images)
     blocks = in_blocks(ids)

@@ -12,52 +12,52 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, OutputError
 from dinoscale.fingerprint import differences
+from dinoscale.outputs import replacing, require_ours, workplace
 from dinoscale.patience import patiently
 
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 T = TypeVar("T")
+_HEAD = b'{"fingerprint"'  # begins a journal; after a kill there may be less of it
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then renamed.
+    """Write a file whole or not at all.
 
     Raises:
         DataError: it cannot be written.
+        OutputError: something lies there that is not ours.
     """
-    with _beside(path) as beside:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+    with _telling(path), replacing(path) as beside:
+        beside.write_bytes(data)
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Path, source: object = None) -> None:
     """Find out now, not after hours of work, whether a file can be written.
+
+    Args:
+        path: of the file.
+        source: what the work reads.
 
     Raises:
         DataError: it cannot.
+        OutputError: something lies there that is not ours, or the source itself.
     """
-    with _beside(path) as beside:
+    with _telling(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        beside.touch()
+        require_ours(path, source=source)
+        with workplace(path):
+            pass
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A name in the same folder, which is made if needed; nothing stays under it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def _telling(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield beside
-        finally:
-            beside.unlink(missing_ok=True)
+        yield
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error
 
@@ -74,6 +74,7 @@ class Journal:
 
     Raises:
         DataError: it cannot be written, or another process is at the same work.
+        OutputError: something else has its name.
     """
 
     def __init__(self, path: Path | None, work: object):
@@ -89,6 +90,9 @@ class Journal:
             raise DataError(f"another process is writing {path}; wait for its end") from None
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror}") from error
+        self._file.seek(0)
+        if not _HEAD.startswith(self._file.read(len(_HEAD))):
+            raise OutputError(f"{path} exists, and is no list of finished work: remove it")
         self._file.seek(0)
         end, head = 0, None
         for line in self._file:

@@ -36,6 +36,7 @@ from dinoscale.data.sources import Source
 from dinoscale.data.stream import StreamSource
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.feed import finish_batch, multi_crop_of, open_images
+from dinoscale.outputs import replacing, require_ours
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +83,14 @@ def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> 
     """
     if num_images < 1 or not 0 <= epoch < 2**32:
         raise ConfigError(f"need --images >= 1 and --epoch >= 0, got {num_images} and {epoch}")
+    require_ours(out)
     source = open_images(config)
     rows = list(_rows(config, source, num_images=min(num_images, len(source)), epoch=epoch))
     if not rows:
         raise DataError(f"data.train: none of {num_images} chosen images can be read")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _figure(rows).savefig(out, format="png")
+        with replacing(out) as beside:
+            _figure(rows).savefig(beside, format="png")
     except OSError as error:
         raise DataError(f"--out: cannot write {out}: {error.strerror}") from error
     return {"picture": str(out), "epoch": epoch, "images": [row.name for row in rows]}

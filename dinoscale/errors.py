@@ -44,6 +44,10 @@ class ConversionError(DinoscaleError):
     """Weights have no exact form in a format, or what was written gives other features."""
 
 
+class OutputError(DinoscaleError):
+    """Something lies where a result is to be written, and it is not ours to replace."""
+
+
 class LaunchError(DinoscaleError):
     """The environment of the processes (ranks, addresses, ports) is wrong."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from xml.etree.ElementTree import Element
 from PIL import Image, UnidentifiedImageError
 
 from dinoscale.errors import ConfigError
+from dinoscale.outputs import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -209,11 +209,10 @@ def write_file(path: Path, content: bytes) -> None:
 
     Raises:
         ConfigError: it cannot be written.
+        OutputError: something lies there that is not ours.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        beside.replace(path)
+        with replacing(path) as beside:
+            beside.write_bytes(content)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from dinoscale.config import RunConfig, dump_config
-from dinoscale.errors import DinoscaleError
+from dinoscale.errors import DinoscaleError, OutputError
 from dinoscale.locks import try_lock
 from dinoscale.versions import versions
 
 log = logging.getLogger(__name__)
 
+VERSIONS = "versions.json"  # which every run directory has
 _LOCK_WAIT_S = 60.0  # processes of a run that was killed need some seconds to go
 
 
@@ -50,15 +51,27 @@ def prepare(config: RunConfig, deepspeed: Mapping[str, Any]) -> Path:
 
     Raises:
         DinoscaleError: the directory cannot be written.
+        OutputError: it has a config.yaml that no run wrote.
     """
     run_dir = Path(config.run_dir)
+    _refuse_others(run_dir)
     try:
+        _replace(run_dir / VERSIONS, json.dumps(versions(), indent=1) + "\n")  # marks it as ours
         _replace(run_dir / "config.yaml", dump_config(config))
         _replace(run_dir / "deepspeed.json", json.dumps(deepspeed, indent=1) + "\n")
-        _replace(run_dir / "versions.json", json.dumps(versions(), indent=1) + "\n")
     except OSError as error:
         raise _cannot_write(run_dir, error) from error
     return run_dir
+
+
+def _refuse_others(run_dir: Path) -> None:
+    """Refuse a folder of something else, whose settings would be lost."""
+    theirs = run_dir / "config.yaml"
+    if theirs.exists() and not (run_dir / VERSIONS).exists():
+        raise OutputError(
+            f"run_dir: {theirs} is of no run, and would be lost; choose another directory with"
+            " run_dir=PATH"
+        )
 
 
 def _replace(path: Path, text: str) -> None:

@@ -36,6 +36,7 @@ from dinoscale.launcher import Process
 from dinoscale.memory import NO_MEMORY
 from dinoscale.models.widened import LACKS_BFLOAT16
 from dinoscale.opening import open_once_a_node
+from dinoscale.outputs import replacing
 from dinoscale.peak_memory import live_bytes, with_peak_bytes
 
 _WARM_UP = {"cpu": 1, "cuda": 3}  # steps: optimizer state, kernels chosen and compiled
@@ -297,7 +298,8 @@ class _Bench:
         with profile() as profiler:
             for _ in range(_TRACED):
                 step()
-        profiler.export_chrome_trace(str(folder / f"rank{self.process.rank}.json"))
+        with replacing(folder / f"rank{self.process.rank}.json") as beside:
+            profiler.export_chrome_trace(str(beside))
 
     def result(self) -> dict[str, Any]:
         """Medians and spreads over turns."""

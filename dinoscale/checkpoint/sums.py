@@ -1,6 +1,5 @@
 """Checksums of a checkpoint's files, in the format of `sha256sum --check SHA256SUMS`."""
 
-import hashlib
 import mmap
 import os
 from collections.abc import Callable, Mapping
@@ -11,20 +10,10 @@ from dinoscale.checkpoint.index import index_of_headers
 from dinoscale.checkpoint.layout import INDEX_FILE, SHARD_PREFIX, STATE_FILE, SUMS_FILE
 from dinoscale.checkpoint.patience import patiently
 from dinoscale.errors import CheckpointError
+from dinoscale.outputs import sha256
 
-_BLOCK_BYTES = 1 << 20
 _FLUSHED_BYTES = 1 << 26  # at a time
 _HEX_DIGITS = 64
-
-
-def sha256(path: Path, goes_on: Callable[[], None] = lambda: None) -> str:
-    """Hexadecimal digest of a file's contents; `goes_on` is called after every megabyte."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            goes_on()
-    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

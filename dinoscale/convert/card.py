@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from dinoscale.errors import CheckpointError
+from dinoscale.outputs import METADATA_KEY
+
+__all__ = ["METADATA_KEY", "BackboneCard", "BackboneShape", "Preprocessing", "parse_card"]
 
 FORMAT = 3  # of the card; a file with a higher one was written by a newer dinoscale
 _WITHOUT_NORM_EPS = 2  # the format before, still read
-METADATA_KEY = "dinoscale"  # where the card lies in the metadata of a safetensors file
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,21 @@ class BackboneShape:
 
 
 @dataclass(frozen=True)
+class Preprocessing:
+    """How any program prepares an image: resize, center crop, then (x / 255 - mean) / std."""
+
+    mean: tuple[float, ...]  # of each channel in 0..1
+    std: tuple[float, ...]
+    resize: int  # short side, pixels
+    crop: int  # pixels
+
+    def __str__(self) -> str:
+        """In words, for a sentence."""
+        mean, std = [*self.mean], [*self.std]
+        return f"resize {self.resize}, crop {self.crop}, mean {mean}, std {std}"
+
+
+@dataclass(frozen=True)
 class BackboneCard:
     """A backbone and its preprocessing: resize, center crop, then (x / 255 - mean) / std."""
 
@@ -43,6 +60,19 @@ class BackboneCard:
     def to_json(self) -> str:
         """Write the card; equal cards give equal text."""
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The part that other libraries have a place for."""
+        return Preprocessing(self.mean, self.std, self.resize, self.crop)
+
+
+def card_text_of(said: Mapping[str, object]) -> str | None:
+    """Text for `parse_card` of what `dinoscale convert` says beside weights; None without any."""
+    if "backbone" not in said:
+        return None
+    known = {key: said[key] for key in BackboneCard.__dataclass_fields__ if key in said}
+    return json.dumps({"format": FORMAT, **known})
 
 
 def parse_card(text: str) -> BackboneCard:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dinoscale.convert.files import remove_cards_of
+from dinoscale.convert.coverage import Coverage
 from dinoscale.convert.parity import (
     MAX_DIFFERENCE,
     MIN_COSINE,
@@ -27,9 +27,13 @@ from dinoscale.convert.parity import (
     Reopened,
     compare,
     our_forward,
+    require_any_device,
+    require_same,
+    require_whole,
     second_size,
 )
-from dinoscale.convert.placing import checksums, put_in_place, refuse_existing, workplace
+from dinoscale.convert.placing import checksums, put_in_place, refuse_existing
+from dinoscale.convert.reference import our_head
 from dinoscale.convert.resize import at_size, patch_size_of
 from dinoscale.convert.source import read_source
 from dinoscale.convert.to_dino import reopen_dino, write_dino
@@ -42,8 +46,9 @@ from dinoscale.convert.to_graphs import (
 from dinoscale.convert.to_hf import reopen_hf, write_hf
 from dinoscale.convert.to_timm import reopen_timm, write_timm
 from dinoscale.convert.weights import Network, Weights
-from dinoscale.convert.weights_file import build
+from dinoscale.convert.weights_file import build, build_head
 from dinoscale.errors import CheckpointError, ConversionError
+from dinoscale.outputs import workplace
 from dinoscale.versions import package_version
 
 log = logging.getLogger(__name__)
@@ -71,21 +76,23 @@ class Target:
 
     Attributes:
         write: writes weights to a path.
-        reopen: opens that path by the library it is for.
+        reopen: opens that path by the library it is for, given nothing but which network it is.
         resizing: the same, taking images of any size by the library's own rule for position
             embeddings; None where that rule is ours, and lies in the target.
         is_folder: whether the path is a folder.
         any_dtype: whether the weights can be stored in 16 bit.
         needs: packages to import, and `extra`, which installs them.
+        differs: where the library does not prepare images quite as we do.
     """
 
     write: Callable[[Path, Weights], None]
-    reopen: Callable[[Path, Weights], Reopened]
+    reopen: Callable[[Path, Network], Reopened]
     resizing: Callable[[Path], Reopened] | None = None
     is_folder: bool = False
     any_dtype: bool = True
     needs: tuple[str, ...] = ()
     extra: str = ""
+    differs: str | None = None
 
 
 TARGETS = {
@@ -103,11 +110,15 @@ TARGETS = {
         is_folder=True,
         needs=("transformers",),
         extra="hf",
+        differs="transformers rounds the corner of the center crop down, dinoscale to even: where 3"
+        " pixels modulo 4 are cut off, its crop lies one pixel further up or left",
     ),
-    "torchscript": Target(write_torchscript, reopen_torchscript, any_dtype=False),
+    "torchscript": Target(
+        write_torchscript, lambda path, _: reopen_torchscript(path), any_dtype=False
+    ),
     "onnx": Target(
         write_onnx,
-        reopen_onnx,
+        lambda path, _: reopen_onnx(path),
         any_dtype=False,
         needs=("onnx", "onnxscript", "onnxruntime"),
         extra="onnx",
@@ -138,25 +149,26 @@ def convert(
         dtype: a key of `DTYPES`, of the stored weights; features are compared in float32.
         size: side in pixels of the images to resize the position embedding for; None keeps it.
         num_heads: for sources that do not tell.
-        overwrite: replace what an earlier conversion wrote.
+        overwrite: replace what an earlier conversion wrote, if it is as it left it.
 
     Returns:
         The card, JSON-able.
 
     Raises:
         CheckpointError: the source cannot be read.
-        ConversionError: the target exists, a library is missing, the format cannot hold these
-            weights, or what was written gives other features. Nothing is then left of it.
+        ConversionError: a library is missing, the format cannot hold these weights, or what was
+            written gives other features. Nothing is then left of it.
+        OutputError: the target exists, and is not to be replaced.
     """
     target = TARGETS[to]
     _require(target, to, head=head, dtype=dtype)
-    refuse_existing(path, is_folder=target.is_folder, overwrite=overwrite)
+    refuse_existing(path, source, is_folder=target.is_folder, overwrite=overwrite)
     weights = read_source(source, network=network, num_heads=num_heads)
     if head and weights.head is None:
         raise CheckpointError(f"{source} holds no projection head: leave --head out")
     weights = replace(weights, network=network, head=weights.head if head else None)
     try:
-        full, _ = build(weights)
+        full = _forward(weights)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     if size is not None or target.resizing is not None:
@@ -166,10 +178,8 @@ def convert(
     try:
         with workplace(path) as place:
             written = place / path.name
-            proof = _write_and_prove(target, written, weights, full=our_forward(full))
+            proof = _write_and_prove(target, written, weights, full=full)
             card = _card(weights, proof, to=to, dtype=dtype, files=checksums(written))
-            if not written.is_dir():
-                remove_cards_of(path)
             put_in_place(written, path, json.dumps(card, indent=2) + "\n")
     except ConversionError as error:
         raise ConversionError(f"{source} to {to}: {error}") from error
@@ -206,7 +216,13 @@ def _stored_as(weights: Weights, dtype: torch.dtype) -> Weights:
         if not torch.isfinite(tensor).all():
             kind = str(dtype).removeprefix("torch.")
             raise ConversionError(f"{name} has numbers too large for {kind}: use --dtype float32")
-    return replace(weights, backbone=backbone, head=None if weights.head is None else head)
+    return replace(weights, backbone=backbone, head=our_head(head) or None)
+
+
+def _forward(weights: Weights) -> Forward:
+    """Outputs of weights, with their head if they have one."""
+    backbone, _ = build(weights)
+    return our_forward(backbone, None if weights.head is None else build_head(weights.head))
 
 
 def _write_and_prove(
@@ -217,9 +233,8 @@ def _write_and_prove(
     Raises:
         ConversionError: it lacks a tensor, or its features differ.
     """
-    backbone, _ = build(weights)  # holds what is written, so rounding does not hide other mistakes
-    ours = our_forward(backbone)
-    reopened = _write(target, written, weights)
+    ours = _forward(weights)  # of what is written, so that rounding does not hide other mistakes
+    reopened, coverage = _write(target, written, weights)
     shape = weights.card.backbone
     sizes = shape.img_size, second_size(shape.img_size, patch_size=max(8, patch_size_of(weights)))
 
@@ -232,10 +247,12 @@ def _write_and_prove(
         proofs.append(compared(ours, reopened.forward, sizes[1], num_images=3))
     else:
         moved = written.with_name("second size")
-        of_size = _write(target, moved, at_size(weights, img_size=sizes[1]))
+        of_size, _ = _write(target, moved, at_size(weights, img_size=sizes[1]))
         proofs.append(compared(ours, of_size.forward, sizes[1]))
         own_rule = compared(ours, target.resizing(written).forward, sizes[1])
     _require_equal(proofs)
+    require_same(reopened, weights)
+    require_any_device(reopened, in_chans=shape.in_chans, size=sizes[0])
     rounding = compared(full, ours, sizes[0])
     if not rounding.cosine >= MIN_COSINE_ROUNDED:
         raise ConversionError(
@@ -243,7 +260,7 @@ def _write_and_prove(
             f" {rounding.cosine:.4f} (at least {MIN_COSINE_ROUNDED}); use --dtype float32"
         )
     return {
-        "coverage": {"text": str(reopened.coverage), **asdict(reopened.coverage)},
+        "coverage": {"text": str(coverage), **asdict(coverage)},
         "parity": {
             "limits": {"max_difference": MAX_DIFFERENCE, "cosine": MIN_COSINE},
             "proofs": [asdict(proof) for proof in proofs],
@@ -253,15 +270,13 @@ def _write_and_prove(
     }
 
 
-def _write(target: Target, written: Path, weights: Weights) -> Reopened:
+def _write(target: Target, written: Path, weights: Weights) -> tuple[Reopened, Coverage]:
     """Write weights, open them again, and require all of them."""
     if target.is_folder:
         written.mkdir()
     target.write(written, weights)
-    reopened = target.reopen(written, weights)
-    if not reopened.coverage.complete:
-        raise ConversionError(f"opened again, {reopened.coverage}; nothing was written")
-    return reopened
+    reopened = target.reopen(written, weights.network)
+    return reopened, require_whole(reopened, weights)
 
 
 def _require_equal(proofs: list[Agreement]) -> None:
@@ -317,5 +332,6 @@ def _card(
         "metrics": {"knn_top1": run["knn_top1"]} if run.get("knn_top1") is not None else {},
         "recipe": recipe_of(run.get("config")),
         "files": files,
+        **({"image_processor": TARGETS[to].differs} if TARGETS[to].differs else {}),
         **proof,
     }

@@ -49,7 +49,7 @@ class Coverage:
             "of another shape or type": self.reshaped,
             "not finite": self.not_finite,
         }
-        wrong = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+        wrong = [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
         return "; ".join([f"{self.loaded} of {self.expected} tensors fit", *wrong])
 
 
@@ -69,6 +69,12 @@ def coverage_of(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     )
 
 
+def listed(names: Sequence[str]) -> str:
+    """The first names of some, and how many more there are."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
 def _finite(tensor: Tensor) -> bool:
     wide = tensor.float() if tensor.is_floating_point() else tensor  # of 8 bit is not implemented
     return bool(torch.isfinite(wide).all())
@@ -79,8 +85,3 @@ def _form(tensor: Tensor) -> str:
     if tensor.is_floating_point():
         return str([*tensor.shape])
     return f"{[*tensor.shape]} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

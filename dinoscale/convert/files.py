@@ -19,11 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dinoscale.checkpoint.sums import sha256
-from dinoscale.convert.card import METADATA_KEY
-from dinoscale.convert.placing import CARD_FILE
+from dinoscale.convert.card import METADATA_KEY, card_text_of
 from dinoscale.errors import CheckpointError
 from dinoscale.memory import NO_MEMORY
+from dinoscale.outputs import CARD_FILE, card_sums, sha256
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +30,7 @@ log = logging.getLogger(__name__)
 HUB_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # of other files with weights
+METADATA = "_metadata"  # of a state dict: where torch keeps the versions of modules
 _MAX_JSON_BYTES = 16 * 2**20  # of a settings file or an index; real ones have some kilobytes
 
 _NO_WEIGHTS = (  # first bytes of what a failed download leaves behind
@@ -55,7 +55,7 @@ class Content:
     Attributes:
         name: of the file, without its folder.
         checkpoint: what it held: named tensors, or a mapping around them.
-        card: text of our card in a safetensors file, None without one.
+        card: text of our card, in the file or else beside it; None without one.
         settings: config.json of a hub folder, None without one.
         preprocessing: preprocessor_config.json beside it, None without one.
     """
@@ -78,31 +78,38 @@ def read_content(path: Path, goes_on: Callable[[], None] = lambda: None) -> Cont
     """
     file = find_weights(path) if path.is_dir() else path
     name = path.name if path.is_dir() else file.name
-    require_described(file, goes_on)
+    described = require_described(file, goes_on)
     checkpoint, card = _read_file(file)
     if file.name not in HUB_NAMES or card is not None:
-        return Content(name, checkpoint, card)
+        return Content(name, checkpoint, card or described)
     return Content(
         name,
         checkpoint,
+        described,
         settings=_read_json(file.with_name("config.json")),
         preprocessing=_read_json(file.with_name("preprocessor_config.json")),
     )
 
 
-def require_described(file: Path, goes_on: Callable[[], None] = lambda: None) -> None:
+def require_described(file: Path, goes_on: Callable[[], None] = lambda: None) -> str | None:
     """Compare a weights file, and what is read with it, with the checksums of its card.
 
     `goes_on` is called again and again.
+
+    Returns:
+        What that card says of the backbone, for `parse_card`; None without such a card.
 
     Raises:
         CheckpointError: a checksum is another, or a file is missing or not beside it.
     """
     beside, within = file.with_name(f"{file.name}.json"), file.with_name(CARD_FILE)
+    described = None
     for sums, card in ((card_sums(beside), beside), (card_sums(within), within)):
         if card == beside and len(sums) == 1:  # both may have been given another name
             sums = {file.name: next(iter(sums.values()))}
-        for name in sums if file.name in sums else ():
+        if file.name not in sums:
+            continue
+        for name in sums:
             if Path(name).name != name or not name:
                 raise CheckpointError(
                     f"has a card {card.name} that names {name!r}, no file beside it"
@@ -116,25 +123,12 @@ def require_described(file: Path, goes_on: Callable[[], None] = lambda: None) ->
                     f"{card.name} says {sums[name][:12]}...; copy both again, or remove the card "
                     "if the change is meant"
                 )
-
-
-def card_sums(card: Path) -> dict[str, str]:
-    """Name -> SHA-256 of the files that a card of `dinoscale convert` describes.
-
-    Empty where there is no such card: JSON beside a weights file may be anybody's.
-    """
-    try:
-        said = _read_json(card) or {}
-    except CheckpointError:
-        return {}
-    files = said.get("files")
-    if "dinoscale" not in said or not isinstance(files, dict):
-        return {}
-    return {name: found for name, found in files.items() if isinstance(found, str)}
+        described = described or card_text_of(_read_json(card) or {})
+    return described
 
 
 def remove_cards_of(target: Path) -> None:
-    """Remove the cards of an earlier export of that name, before another file gets it."""
+    """Remove the cards of an earlier export of that name, once another file has it."""
     beside, within = target.with_name(f"{target.name}.json"), target.with_name(CARD_FILE)
     if card_sums(beside):
         beside.unlink()
@@ -176,8 +170,20 @@ def _read_file(file: Path) -> tuple[object, str | None]:
     if start[8:9] == b"{":  # safetensors: the length of its header, then the header's JSON
         return read_safetensors(file)
     if start.startswith((b"PK", b"\x80")):  # a zip archive, or the older plain pickle
-        return read_torch_file(file), None
+        checkpoint = read_torch_file(file)
+        return checkpoint, _card_in(checkpoint)
     raise CheckpointError("is neither a safetensors nor a torch file")
+
+
+def _card_in(checkpoint: object) -> str | None:
+    """Text of the card in the metadata of a state dict, or of a network in a full checkpoint."""
+    inner = checkpoint.values() if isinstance(checkpoint, Mapping) else ()
+    for state in (checkpoint, *inner):
+        metadata = getattr(state, METADATA, None)
+        card = metadata.get(METADATA_KEY) if isinstance(metadata, Mapping) else None
+        if isinstance(card, str):
+            return card
+    return None
 
 
 def _first_bytes(file: Path) -> bytes:

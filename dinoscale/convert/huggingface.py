@@ -1,7 +1,8 @@
-"""ViTModel and ViTForImageClassification of Hugging Face's transformers, under our names.
+"""ViTs of Hugging Face's transformers under our names: ViT, Dinov2, Dinov2WithRegisters.
 
-Source: github.com/huggingface/transformers, `models/vit`: names of saved files, and those that
-modules have since version 5. Queries, keys and values are three layers there and one here.
+Source: github.com/huggingface/transformers, `models/vit`, `models/dinov2`,
+`models/dinov2_with_registers`: names of saved files, and those that modules have since version 5.
+Queries, keys and values are three layers there and one here.
 Differs: at other image sizes than the position embedding's, transformers resizes it to the size
 (`interpolate_pos_encoding=True`), and our forward by the reference's rule.
 """
@@ -19,23 +20,35 @@ from torch import Tensor
 
 from dinoscale.convert.card import BackboneCard, parse_card
 from dinoscale.convert.files import Content
-from dinoscale.convert.reference import NO_BACKBONE, guess_shape, reference_card
+from dinoscale.convert.reference import (
+    NO_BACKBONE,
+    guess_shape,
+    reference_card,
+    registers_apart,
+)
 from dinoscale.convert.weights import Weights
 from dinoscale.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-DEFAULT_NORM_EPS = 1e-12  # of ViTConfig; the reference and timm have 1e-6
+# What a config.json leaves out has the value of the library's: layer_norm_eps by model_type.
+_NORM_EPS = {"vit": 1e-12, "dinov2": 1e-6, "dinov2_with_registers": 1e-6}
+_NUM_HEADS = 12
+_BICUBIC = 3  # as Pillow numbers it
 
+_PREFIX = re.compile(r"(vit|dinov2|dinov2_with_registers)\.")  # of a model in another, a classifier
 _OUTER = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
+    "embeddings.register_tokens": "register_tokens",
     "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
     "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
     "layernorm.weight": "norm.weight",
     "layernorm.bias": "norm.bias",
 }
 _IN_BLOCK = {
+    "norm1": "norm1",
+    "norm2": "norm2",
     "layernorm_before": "norm1",
     "attention.attention.query": "attn.q",
     "attention.attention.key": "attn.k",
@@ -51,13 +64,15 @@ _IN_BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d{1,9})\.(.+)\.(weight|bias)")
+_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d{1,9})\.(.+)\.(weight|bias|lambda1)")
+_SCALES = {"layer_scale1": "ls1.gamma", "layer_scale2": "ls2.gamma"}
 
 
 def is_huggingface(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
     """Whether tensors have the names of transformers' ViTs, or a config.json says so."""
-    names = ("embeddings.cls_token", "vit.embeddings.cls_token")
-    return "model_type" in settings or any(name in state for name in names)
+    return "model_type" in settings or any(
+        _PREFIX.sub("", name, count=1) == "embeddings.cls_token" for name in state
+    )
 
 
 def read_huggingface(
@@ -73,22 +88,32 @@ def read_huggingface(
     Raises:
         CheckpointError: it is another model, or config.json asks for what we do not build.
     """
-    settings = content.settings or {"layer_norm_eps": DEFAULT_NORM_EPS}
-    for key, only in (("model_type", "vit"), ("hidden_act", "gelu")):
+    backbone, left_out = from_huggingface(state)
+    settings = content.settings or {}
+    scaled = "blocks.0.ls1.gamma" in backbone  # layer scale
+    kinds = [kind for kind in _NORM_EPS if scaled == kind.startswith("dinov2")]
+    kind = settings.get("model_type", kinds[0])
+    if kind not in kinds:
+        need = " or ".join(map(repr, kinds))
+        raise CheckpointError(f"has a config.json with model_type {kind!r}, need {need}")
+    for key, only in (("hidden_act", "gelu"), ("use_swiglu_ffn", False)):
         if settings.get(key, only) != only:
             raise CheckpointError(f"has a config.json with {key} {settings[key]!r}, need {only!r}")
+    eps, heads = settings.get("layer_norm_eps", _NORM_EPS[kind]), None
     if content.settings is None:
         log.warning(
             "%s has no config.json beside it: taking transformers' layer_norm_eps %g",
             content.name,
-            DEFAULT_NORM_EPS,
+            eps,
         )
-    backbone, left_out = from_huggingface(state)
-    shape = guess_shape(backbone, num_heads=num_heads or settings.get("num_attention_heads"))
-    eps = settings.get("layer_norm_eps", DEFAULT_NORM_EPS)
+    else:
+        heads = settings.get("num_attention_heads", _NUM_HEADS)
+    shape = guess_shape(backbone, num_heads=num_heads or heads)
     card = reference_card(replace(shape, norm_eps=eps), source=content.name)
-    card = _with_preprocessing(card, content.preprocessing or {})
-    return Weights(backbone, None, parse_card(card.to_json()), "hf", left_out)
+    card = parse_card(_with_preprocessing(card, content.preprocessing or {}).to_json())
+    if content.card is not None:  # the one thing that the library's files have no place for
+        card = replace(card, white=parse_card(content.card).white)
+    return Weights(backbone, None, card, "hf", left_out)
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -99,19 +124,24 @@ def from_huggingface(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tu
     renamed: dict[str, Tensor] = {}
     left_out = []
     for full_name, tensor in state.items():
-        name = full_name.removeprefix("vit.")
+        name = _PREFIX.sub("", full_name, count=1)
         if name.startswith(NO_BACKBONE):
             left_out.append(full_name)
             continue
         match = _BLOCK.fullmatch(name)
-        if match and match[2] in _IN_BLOCK:
+        if match and match[2] in _SCALES:
+            ours = f"blocks.{match[1]}.{_SCALES[match[2]]}"
+        elif match and match[2] in _IN_BLOCK:
             ours = f"blocks.{match[1]}.{_IN_BLOCK[match[2]]}.{match[3]}"
         else:
             ours = _OUTER.get(name, full_name)
         if ours in renamed:
             raise CheckpointError(f"holds {full_name!r} under two names")
         renamed[ours] = tensor
-    return _joined(renamed), tuple(left_out)
+    tokens = renamed.get("register_tokens")
+    if tokens is not None and not tokens.numel():
+        del renamed["register_tokens"]
+    return registers_apart(_joined(renamed)), tuple(left_out)
 
 
 def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,14 +160,36 @@ def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_preprocessing(card: BackboneCard, told: Mapping[str, Any]) -> BackboneCard:
-    """Mean and std of preprocessor_config.json; sizes stay those of the reference's protocol."""
-    if "image_mean" not in told or "image_std" not in told:
-        return card
-    if told["image_mean"] == [0.5] * card.backbone.in_chans:
+    """What preprocessor_config.json says; sizes of the reference's protocol where it cuts none."""
+    if told.get("image_mean") == [0.5] * card.backbone.in_chans:
         log.warning(
             "%s: preprocessor_config.json says mean 0.5. That of the published facebook/dino-vit*"
             " says so too, and they were trained with ImageNet's mean and std: if these are they,"
             " correct image_mean and image_std in it",
             card.source,
         )
-    return replace(card, mean=told["image_mean"], std=told["image_std"])
+    if told.get("resample", _BICUBIC) != _BICUBIC:
+        log.warning(
+            "%s asks for resizing number %s of Pillow; dinoscale evaluates with bicubic",
+            card.source,
+            told["resample"],
+        )
+    if told.get("do_normalize", True) is False:
+        told = {**told, "image_mean": [0.0] * len(card.mean), "image_std": [1.0] * len(card.std)}
+    said = {
+        "mean": told.get("image_mean"),
+        "std": told.get("image_std"),
+        **_sizes(told),
+    }
+    return replace(card, **{key: value for key, value in said.items() if value is not None})
+
+
+def _sizes(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Short side and crop in pixels, where they are what our preprocessing does."""
+    size, crop = told.get("size"), told.get("crop_size")
+    size = size.get("shortest_edge") if isinstance(size, dict) else size
+    if isinstance(crop, dict):
+        crop = crop.get("height") if crop.get("height") == crop.get("width") else None
+    if not told.get("do_center_crop", False) or size is None or crop is None:
+        return {}
+    return {"resize": size, "crop": crop}

@@ -1,6 +1,6 @@
-"""Proof that a written target gives the features of its source, on fixed images.
+"""Proof that a written target is its source: the same numbers, features, logits and preprocessing.
 
-Shape letters: N images, P patches, D width.
+Shape letters: N images, P patches, D width, K prototypes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinoscale.convert.coverage import Coverage
+from dinoscale.convert.card import BackboneCard, Preprocessing
+from dinoscale.convert.coverage import Coverage, coverage_of, listed
+from dinoscale.convert.weights import Weights
+from dinoscale.errors import ConversionError
+from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 
@@ -24,22 +28,33 @@ MIN_COSINE_ROUNDED = 0.99
 
 LOCAL_CROP = 96 / 224  # the second size, in proportion to the first: that of the local crops
 _SEED = 0
+_ONLY_IN_TRAINING = "num_batches_tracked"  # of a batch norm: no part of a graph that only runs
 
-Outputs = Mapping[str, Tensor]  # "cls" (N, D), "patches" (N, P, D); a part may be absent
+# "cls" (N, D); of a ViT "patches" (N, P, D); with a projection head "logits" (N, K)
+Outputs = Mapping[str, Tensor]
 Forward = Callable[[Tensor], Outputs]
 
 
 @dataclass(frozen=True, eq=False)
 class Reopened:
-    """A target as its own library opens it.
+    """A target as a program opens it that is given nothing else.
 
     Attributes:
         forward: images (N, C, H, W) to outputs, float32.
-        coverage: what of the library's model the files cover.
+        state: tensors under our names, those of a head after `head.`; others are no part of it.
+        told: what it says of itself to each program that reads it: our card, or the part of it that
+            another library has a place for.
+        coverage: what of the library's model the files cover; None where `state` is all there is.
+        on_meta: the forward on the meta device, which has shapes and no numbers; None where what
+            was written runs nothing by itself, or on a device that its runtime chooses. Taken last:
+            it may empty what `forward` runs.
     """
 
     forward: Forward
-    coverage: Coverage
+    state: Mapping[str, Tensor]
+    told: tuple[BackboneCard | Preprocessing, ...]
+    coverage: Coverage | None = None
+    on_meta: Callable[[], Forward] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,18 +77,30 @@ class Agreement:
         return self.max_difference <= MAX_DIFFERENCE and self.cosine >= MIN_COSINE
 
 
-def our_forward(backbone: VisionTransformer | ResNet50) -> Forward:
-    """Outputs of one of our backbones."""
+def our_forward(backbone: VisionTransformer | ResNet50, head: DinoHead | None = None) -> Forward:
+    """Outputs of one of our backbones, and of its projection head if there is one."""
 
     def forward(images: Tensor) -> Outputs:
         if isinstance(backbone, ResNet50):
-            return {"cls": backbone([images])}
-        tokens = backbone.features(images)
-        p = backbone.patch_size
-        num_patches = (images.shape[2] // p) * (images.shape[3] // p)
-        return {"cls": tokens[:, 0], "patches": tokens[:, -num_patches:]}
+            outputs = {"cls": backbone([images])}
+        else:
+            tokens = backbone.features(images)
+            p = backbone.patch_size
+            num_patches = (images.shape[2] // p) * (images.shape[3] // p)
+            outputs = {"cls": tokens[:, 0], "patches": tokens[:, -num_patches:]}
+        return outputs if head is None else {**outputs, "logits": head(outputs["cls"])}
 
     return forward
+
+
+def to_meta(module: nn.Module, forward: Forward) -> Callable[[], Forward]:
+    """`Reopened.on_meta` of a forward that runs a module."""
+
+    def moved() -> Forward:
+        module.to("meta")
+        return forward
+
+    return moved
 
 
 def second_size(img_size: int, *, patch_size: int) -> int:
@@ -85,17 +112,95 @@ def second_size(img_size: int, *, patch_size: int) -> int:
 def compare(
     ours: Forward, theirs: Forward, *, in_chans: int, size: int, num_images: int = 2
 ) -> Agreement:
-    """Run both on the same seeded images, square with a side of `size` pixels."""
+    """Run both on the same seeded images, square with a side of `size` pixels.
+
+    What `ours` gives and `theirs` lacks, or gives in another shape, is infinitely far apart.
+    """
     generator = torch.Generator().manual_seed(_SEED)
     images = torch.randn(num_images, in_chans, size, size, generator=generator)
     with torch.inference_mode():
         expected, found = ours(images), theirs(images)
     differences, cosines = [], []
-    for name in expected.keys() & found.keys():
-        ours_, theirs_ = expected[name], found[name]
-        if ours_.shape != theirs_.shape:
+    for name, ours_ in expected.items():
+        theirs_ = found.get(name)
+        if theirs_ is None or ours_.shape != theirs_.shape:
             return Agreement((size, size), float("inf"), float("nan"))
         differences.append(float((ours_ - theirs_).abs().max() / ours_.abs().max()))
         cosines.append(float(F.cosine_similarity(ours_, theirs_, dim=-1).min()))
     worst = torch.tensor([differences, cosines])  # max and min of tensors keep a NaN
     return Agreement((size, size), float(worst[0].max()), float(worst[1].min()))
+
+
+def require_whole(reopened: Reopened, weights: Weights) -> Coverage:
+    """Compare the tensors of a target, by name and shape, with those that were to be written.
+
+    Returns:
+        What of them is there, which is all.
+
+    Raises:
+        ConversionError: some are missing, left over or of another shape.
+    """
+    expected = _expected(reopened, weights)
+    found = {name: reopened.state[name] for name in expected if name in reopened.state}
+    coverage = reopened.coverage or coverage_of(found, expected)
+    for each in (coverage, coverage_of(found, expected)):
+        if not each.complete:
+            raise ConversionError(f"opened again, {each}; nothing was written")
+    return coverage
+
+
+def require_same(reopened: Reopened, weights: Weights) -> None:
+    """Compare what a whole target holds and says, number by number, with what was to be written.
+
+    Raises:
+        ConversionError: tensors hold other numbers, or its preprocessing is another.
+    """
+    expected = _expected(reopened, weights)
+    changed = [name for name, x in expected.items() if not _equal(x, reopened.state[name])]
+    if changed:
+        raise ConversionError(
+            f"opened again, {len(changed)} of {len(expected)} tensors hold other numbers:"
+            f" {listed(changed)}; nothing was written"
+        )
+    for told in reopened.told:
+        is_card = isinstance(told, BackboneCard)
+        wanted = weights.card if is_card else weights.card.preprocessing
+        if told != wanted:
+            raise ConversionError(
+                f"opened again, it says {told}, and the source {wanted}; nothing was written"
+            )
+
+
+def _expected(reopened: Reopened, weights: Weights) -> dict[str, Tensor]:
+    """Tensors that a target has to hold, under the names of `Reopened.state`."""
+    head = {f"head.{name}": tensor for name, tensor in (weights.head or {}).items()}
+    return {
+        name: tensor
+        for name, tensor in {**weights.backbone, **head}.items()
+        if name in reopened.state or not name.endswith(_ONLY_IN_TRAINING)
+    }
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether numbers are equal, whatever their dtype."""
+    return bool((one.double() == other.double()).all())
+
+
+def require_any_device(reopened: Reopened, *, in_chans: int, size: int) -> None:
+    """Run a target where no number is: on a device that is not the one it was made on.
+
+    Raises:
+        ConversionError: some of its tensors stay on the CPU.
+    """
+    if reopened.on_meta is None:
+        return
+    images = torch.zeros(2, in_chans, size, size, device="meta")
+    try:
+        with torch.inference_mode():
+            found = reopened.on_meta()(images)
+        stayed = [name for name, output in found.items() if not output.is_meta]
+    except (RuntimeError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ConversionError(f"opened again, it runs on the CPU only: {reason}") from error
+    if stayed:
+        raise ConversionError(f"opened again, it runs on the CPU only: {', '.join(stayed)}")

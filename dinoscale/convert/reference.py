@@ -48,6 +48,8 @@ NO_BACKBONE = (
     *("mask_token", "masked_embed", "embeddings.mask_token"),
 )
 _AROUND = ("state_dict", "model")  # what training scripts put around their tensors
+# And around the average of these over the steps, where they keep one, as timm, DeiT and MAE do.
+_AVERAGED = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
 # Tensors that only other kinds of ViTs have, and what these are.
 _OTHER_KINDS = {
     "dist_token": "is a distilled DeiT, which has a second class token",
@@ -76,6 +78,8 @@ class Parts:
 def network_state(checkpoint: object, *, network: Network) -> Mapping[str, Tensor]:
     """Take one network out of a full checkpoint; a bare state dict is that network.
 
+    Of raw weights and their average (EMA) the average is the teacher and the raw are the student.
+
     Args:
         checkpoint: what the file held.
         network: which of the two to take from a full checkpoint.
@@ -89,13 +93,8 @@ def network_state(checkpoint: object, *, network: Network) -> Mapping[str, Tenso
     """
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"holds a {type(checkpoint).__name__}, not named tensors")
-    found = [name for name in ("teacher", "student") if isinstance(checkpoint.get(name), Mapping)]
-    if found and network not in found:
-        raise CheckpointError(f"has no {network!r}, only {found[0]!r}")
-    wrapped = [name for name in _AROUND if isinstance(checkpoint.get(name), Mapping)]
-    tensors = checkpoint
-    if found or wrapped:
-        tensors = checkpoint[network if found else wrapped[0]]
+    place = _place_of(network, checkpoint)
+    tensors = checkpoint if place is None else checkpoint[place]
     state: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -107,6 +106,39 @@ def network_state(checkpoint: object, *, network: Network) -> Mapping[str, Tenso
             raise CheckpointError(f"holds {name!r} twice")
         state[name] = tensor
     return state
+
+
+def _place_of(network: Network, checkpoint: Mapping[str, object]) -> str | None:
+    """Key of a network in a checkpoint; None where the checkpoint is its state dict.
+
+    An average of weights is the teacher of what was trained.
+
+    Raises:
+        CheckpointError: it holds the other network only.
+    """
+    there = [key for key, value in checkpoint.items() if isinstance(value, Mapping)]
+    if "teacher" in there or "student" in there:
+        if network not in there:
+            other = "student" if network == "teacher" else "teacher"
+            raise CheckpointError(f"has no {network!r}, only {other!r}")
+        return network
+    raw, averaged = (
+        next((name for name in names if name in there), None) for names in (_AROUND, _AVERAGED)
+    )
+    if averaged is None:
+        return raw
+    if network == "teacher":
+        if raw is not None:
+            log.info(
+                "of two sets of weights in the file, %r (an average over steps) and %r, the average"
+                " is taken; the student is the other",
+                averaged,
+                raw,
+            )
+        return averaged
+    if raw is None:
+        raise CheckpointError(f"has no {network!r}, only an average of weights, {averaged!r}")
+    return raw
 
 
 def split(state: Mapping[str, Tensor]) -> Parts:
@@ -129,7 +161,7 @@ def split(state: Mapping[str, Tensor]) -> Parts:
             left_out.append(name)
         else:
             part[inner] = tensor
-    return Parts(_registers_apart(backbone), our_head(head), tuple(left_out))
+    return Parts(registers_apart(backbone), our_head(head), tuple(left_out))
 
 
 def _as_in_timm(name: str) -> str:
@@ -141,7 +173,7 @@ def _as_in_timm(name: str) -> str:
     return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
 
 
-def _registers_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def registers_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A ViT of DINOv2 with registers as timm has it: the class token holds its position."""
     positions, token = state.get("pos_embed"), state.get("cls_token")
     if "register_tokens" not in state or positions is None or token is None or positions.ndim != 3:
@@ -269,10 +301,10 @@ def _guess_heads(embed_dim: int, *, args: object) -> int:
             f"has embed_dim {embed_dim}, from which the number of heads cannot be guessed: "
             "give num_heads"
         )
-    if embed_dim not in VIT_NAMES:
+    if args is None or embed_dim not in VIT_NAMES:  # a run of the reference has its sizes
         log.warning(
-            "embed_dim %d is none of the reference's sizes: assuming num_heads=%d, which weights "
-            "do not tell; features are wrong if the run used another number",
+            "weights of embed_dim %d do not tell their heads: assuming num_heads=%d, as the "
+            "reference's have; features are wrong if the run used another number",
             embed_dim,
             embed_dim // HEAD_DIM,
         )

@@ -24,6 +24,7 @@ from dinoscale.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 _ONLY_TIMMS = ("reg_token", "blocks.0.ls1.gamma")  # of DINOv2's layers, under timm's names
+_CROP_PCT = 0.875  # timm's, where a config.json says none
 _KNOWN_ARGS = {  # model_args that the shapes of the tensors tell, or that change no feature
     *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads"),
     *("num_classes", "global_pool", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"),
@@ -67,20 +68,23 @@ def timm_card(
         num_heads=num_heads or args.get("num_heads"),
     )
     crop = _image_side(told, default=shape.img_size)
-    share = told.get("crop_pct", 1.0)
+    share = told.get("crop_pct") or _CROP_PCT
     if not isinstance(share, int | float) or not 0 < share <= 1:
         raise CheckpointError(f"has a config.json with crop_pct {share!r}, not in 0..1")
-    if told.get("interpolation", "bicubic") != "bicubic":
-        log.warning(
-            "%s asks for %r resizing of images; dinoscale evaluates with bicubic",
-            content.name,
-            told["interpolation"],
-        )
+    for key, only in (("interpolation", "bicubic"), ("crop_mode", "center")):
+        if (told.get(key) or only) != only:
+            log.warning(
+                "%s asks for %s %r; dinoscale evaluates with %r",
+                content.name,
+                key,
+                told[key],
+                only,
+            )
     card = replace(
         reference_card(shape, source=content.name), crop=crop, resize=math.floor(crop / share)
     )
-    if "mean" in told and "std" in told:
-        card = replace(card, mean=told["mean"], std=told["std"])
+    said = {key: told[key] for key in ("mean", "std") if told.get(key)}
+    card = replace(card, **said)
     return parse_card(card.to_json())  # checks the types of what config.json said
 
 

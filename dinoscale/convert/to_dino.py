@@ -1,12 +1,13 @@
 """Target `dino`: a safetensors file of ours, or a `.pth` for the reference's own scripts.
 
 Names of a file with a head have the prefixes `backbone.` and `head.`; those of a backbone alone
-have none. Head names are the reference's.
+have none. Head names are the reference's. Both kinds carry the card: in a `.pth` it lies in the
+metadata of the state dict, where torch keeps what is no tensor and no script looks.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -14,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoscale.convert.card import METADATA_KEY
-from dinoscale.convert.coverage import coverage_of
+from dinoscale.convert.files import METADATA
 from dinoscale.convert.parity import Reopened, our_forward
 from dinoscale.convert.source import read_source
-from dinoscale.convert.weights import Weights
-from dinoscale.convert.weights_file import build
+from dinoscale.convert.weights import Network, Weights
+from dinoscale.convert.weights_file import build, build_head
 from dinoscale.models.weights import to_reference
 
 
@@ -37,7 +38,9 @@ def write_dino(path: Path, weights: Weights) -> None:
     """
     tensors = _named(weights)
     if is_pth(path):
-        torch.save(tensors if weights.head is None else {weights.network: tensors}, path)
+        state = OrderedDict(tensors)
+        state.__dict__[METADATA] = {METADATA_KEY: weights.card.to_json()}
+        torch.save(state if weights.head is None else {weights.network: state}, path)
         return
     metadata = {METADATA_KEY: weights.card.to_json(), "format": "pt"}
     save_file(tensors, path, metadata=metadata)
@@ -52,16 +55,10 @@ def _named(weights: Weights) -> dict[str, Tensor]:
     return {name: tensor.clone().contiguous() for name, tensor in named.items()}
 
 
-def reopen_dino(path: Path, weights: Weights) -> Reopened:
-    """Read the file and build it strictly; a `.pth` tells no architecture, so the card does."""
-    num_heads = weights.card.backbone.num_heads
-    found = read_source(path, network=weights.network, num_heads=num_heads)
-    backbone, coverage = build(replace(found, card=weights.card))
-    if weights.head is not None:
-        of_head = coverage_of(found.head or {}, weights.head)
-        coverage = replace(
-            of_head,
-            expected=coverage.expected + of_head.expected,
-            missing=tuple(f"head.{name}" for name in of_head.missing),
-        )
-    return Reopened(our_forward(backbone), coverage)
+def reopen_dino(path: Path, network: Network) -> Reopened:
+    """Read the file and build what it says it is."""
+    found = read_source(path, network=network)
+    backbone, _ = build(found)
+    head = None if found.head is None else build_head(found.head)
+    of_head = {f"head.{name}": tensor for name, tensor in (found.head or {}).items()}
+    return Reopened(our_forward(backbone, head), {**found.backbone, **of_head}, (found.card,))

@@ -1,7 +1,8 @@
 """Targets `torchscript` and `onnx`: one file that runs without any of our code.
 
 Both map images (N, C, H, W) to `cls` (N, D) and `patches` (N, P, D), with N, H and W left open; the
-resize of the position embedding lies inside. They compute in float32.
+resize of the position embedding lies inside. They compute in float32. Both carry the card, under
+`METADATA_KEY`: among the extra files of TorchScript, and in the metadata of ONNX.
 """
 
 from __future__ import annotations
@@ -11,38 +12,48 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinoscale.convert.coverage import coverage_of
-from dinoscale.convert.parity import Outputs, Reopened
+from dinoscale.convert.card import METADATA_KEY, parse_card
+from dinoscale.convert.parity import Forward, Outputs, Reopened
 from dinoscale.convert.weights import Weights
 from dinoscale.errors import ConversionError
 from dinoscale.models.plain import build_plain
 
 ONNX_LIMIT_BYTES = 2**31 - 2**20  # one protobuf message, less the graph itself
-_ONLY_IN_TRAINING = "num_batches_tracked"  # of a batch norm: no part of a graph that only runs
 INPUT, OUTPUTS = "images", ("cls", "patches")
 
 
 def write_torchscript(path: Path, weights: Weights) -> None:
     """Write a scripted module: every size of image takes the same branches as in Python."""
     with _exporting(weights, "TorchScript"):
-        torch.jit.save(torch.jit.script(_plain(weights)), path)
+        extra = {METADATA_KEY: weights.card.to_json()}
+        torch.jit.save(torch.jit.script(_plain(weights)), path, _extra_files=extra)
 
 
-def reopen_torchscript(path: Path, weights: Weights) -> Reopened:
+def reopen_torchscript(path: Path) -> Reopened:
     """Open the file as `torch.jit.load` does."""
+    extra: dict[str, Any] = {METADATA_KEY: ""}
+    module = _loaded(path, "cpu", extra)
+
+    def forward_of(module: Any) -> Forward:
+        return lambda images: dict(zip(OUTPUTS, module(images), strict=True))
+
+    return Reopened(
+        forward_of(module),
+        module.state_dict(),
+        (parse_card(extra[METADATA_KEY].decode()),),
+        on_meta=lambda: forward_of(_loaded(path, "meta")),
+    )
+
+
+def _loaded(path: Path, device: str, extra: dict[str, Any] | None = None) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = torch.jit.load(path, map_location="cpu").eval()
-    coverage = coverage_of(module.state_dict(), weights.backbone)
-
-    def forward(images: Tensor) -> Outputs:
-        return dict(zip(OUTPUTS, module(images), strict=True))
-
-    return Reopened(forward, coverage)
+        return torch.jit.load(path, map_location=device, _extra_files=extra).eval()
 
 
 def write_onnx(path: Path, weights: Weights) -> None:
@@ -63,18 +74,18 @@ def write_onnx(path: Path, weights: Weights) -> None:
     images = torch.zeros(2, shape.in_chans, shape.img_size + step, shape.img_size + 2 * step)
     free = torch.export.Dim.DYNAMIC
     with _exporting(weights, "ONNX"):
-        torch.onnx.export(
+        program: Any = torch.onnx.export(
             _plain(weights),
             (images,),
-            path,
             dynamo=True,
             input_names=[INPUT],
             output_names=list(OUTPUTS),
             dynamic_shapes=({0: free, 2: free, 3: free},),
-            external_data=False,
             optimize=False,  # keeps the weights as they are; every runtime optimizes by itself
             verbose=False,
         )
+        program.model.metadata_props[METADATA_KEY] = weights.card.to_json()
+        program.save(path, external_data=False)
 
 
 def _plain_patch(weights: Weights) -> int:
@@ -83,27 +94,25 @@ def _plain_patch(weights: Weights) -> int:
     return 32 if projection is None else projection.shape[-1]
 
 
-def reopen_onnx(path: Path, weights: Weights) -> Reopened:
+def reopen_onnx(path: Path) -> Reopened:
     """Open the file with onnxruntime on the CPU."""
     import onnx
     import onnxruntime
 
-    graph = onnx.load(path).graph
     stored = {
         each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy())
-        for each in graph.initializer
-        if each.name in weights.backbone
+        for each in onnx.load(path).graph.initializer
     }
-    used = {n: t for n, t in weights.backbone.items() if not n.endswith(_ONLY_IN_TRAINING)}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    card = session.get_modelmeta().custom_metadata_map[METADATA_KEY]
 
     def forward(images: Tensor) -> Outputs:
         found = session.run(list(OUTPUTS), {INPUT: images.numpy()})
         return {name: torch.from_numpy(x) for name, x in zip(OUTPUTS, found, strict=True)}
 
-    return Reopened(forward, coverage_of(stored, used))
+    return Reopened(forward, stored, (parse_card(card),))
 
 
 def _plain(weights: Weights) -> nn.Module:

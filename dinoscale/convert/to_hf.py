@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.card import BackboneCard, Preprocessing
 from dinoscale.convert.coverage import Coverage
-from dinoscale.convert.parity import Outputs, Reopened
+from dinoscale.convert.parity import Outputs, Reopened, to_meta
+from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Weights
 from dinoscale.errors import ConversionError
 from dinoscale.models._torchvision import ensure_torchvision
@@ -247,4 +248,15 @@ def reopen_hf(folder: Path, *, own_resize: bool = False) -> Reopened:
         out = model(pixel_values=images, **switch)
         return {"cls": out.pooler_output, "patches": out.last_hidden_state[:, num_prefix:]}
 
-    return Reopened(forward, coverage)
+    found = read_source(folder)
+    told = (_preprocessing_of(folder), found.card.preprocessing)
+    return Reopened(forward, found.backbone, told, coverage, to_meta(model, forward))
+
+
+def _preprocessing_of(folder: Path) -> Preprocessing:
+    """What the library's image processor for the folder does."""
+    from transformers import AutoImageProcessor
+
+    told = AutoImageProcessor.from_pretrained(folder, local_files_only=True).to_dict()
+    mean, std = tuple(told["image_mean"]), tuple(told["image_std"])
+    return Preprocessing(mean, std, told["size"]["shortest_edge"], told["crop_size"]["height"])

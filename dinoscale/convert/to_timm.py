@@ -4,29 +4,53 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinoscale.convert.card import METADATA_KEY, BackboneCard
+from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape, Preprocessing
 from dinoscale.convert.coverage import coverage_of
-from dinoscale.convert.parity import Outputs, Reopened
+from dinoscale.convert.parity import Outputs, Reopened, to_meta
+from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Weights
+from dinoscale.errors import ConversionError
 from dinoscale.models._torchvision import ensure_torchvision
-from dinoscale.models.zoo import timm_arguments
+from dinoscale.models.zoo import build_backbone, timm_arguments
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+_SMALL_EPS = 1e-5  # of the variance that a layer norm divides by
 
 
 def write_timm(folder: Path, weights: Weights) -> None:
-    """Write weights and config; names of tensors are timm's already."""
+    """Write weights and config; names of tensors are timm's already.
+
+    Raises:
+        ConversionError: the layer norms have an epsilon that timm's config has no place for.
+    """
+    _require_own_norms(weights.card.backbone)
     metadata = {METADATA_KEY: weights.card.to_json(), "format": "pt"}
     tensors = {name: tensor.clone().contiguous() for name, tensor in weights.backbone.items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
     text = json.dumps(timm_config(weights), indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n")
+
+
+def _require_own_norms(shape: BackboneShape) -> None:
+    """Refuse another epsilon than the architecture's; whether a small one matters is proved."""
+    if shape.norm_eps is None:
+        return
+    with torch.device("meta"):
+        network: Any = build_backbone(**asdict(replace(shape, norm_eps=None)))
+    own = network.norm.eps
+    if abs(shape.norm_eps - own) > _SMALL_EPS:
+        raise ConversionError(
+            f"its layer norms have epsilon {shape.norm_eps:g}, and timm's config.json has no place"
+            f" for another than the {own:g} of {shape.name}: use --to hf, torchscript or onnx"
+        )
 
 
 def timm_config(weights: Weights) -> dict[str, Any]:
@@ -87,7 +111,8 @@ def reopen_timm(folder: Path, *, own_resize: bool = False) -> Reopened:
 
     dynamic = {"dynamic_img_size": True} if own_resize else {}
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, **dynamic).eval()
-    coverage = coverage_of(load_file(folder / WEIGHTS_FILE), model.state_dict())
+    state = load_file(folder / WEIGHTS_FILE)
+    coverage = coverage_of(state, model.state_dict())
     num_prefix = getattr(model, "num_prefix_tokens", None)
 
     def forward(images: Tensor) -> Outputs:
@@ -99,4 +124,14 @@ def reopen_timm(folder: Path, *, own_resize: bool = False) -> Reopened:
             else {"cls": cls, "patches": features[:, num_prefix:]}
         )
 
-    return Reopened(forward, coverage)
+    told = (_preprocessing_of(model), read_source(folder).card)
+    return Reopened(forward, state, told, coverage, to_meta(model, forward))
+
+
+def _preprocessing_of(model: Any) -> Preprocessing:
+    """What timm's own transform for a model does."""
+    import timm
+
+    config = timm.data.resolve_model_data_config(model)
+    resize, crop = timm.data.create_transform(**config).transforms[:2]
+    return Preprocessing(tuple(config["mean"]), tuple(config["std"]), resize.size, crop.size[0])

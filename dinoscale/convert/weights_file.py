@@ -7,7 +7,6 @@ too many or one of another shape are refused by name, never half loaded.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,20 +15,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinoscale.checkpoint.sums import flush
 from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape
-from dinoscale.convert.coverage import Coverage, coverage_of
+from dinoscale.convert.coverage import Coverage, coverage_of, listed
 from dinoscale.convert.files import remove_cards_of
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
+from dinoscale.outputs import require_ours, swap, workplace
 
 __all__ = [
     "BackboneCard",
     "BackboneShape",
     "build",
+    "build_head",
     "expected_tensors",
     "load_backbone",
     "save_backbone",
@@ -42,22 +45,23 @@ def save_backbone(path: str | Path, state: Mapping[str, Tensor], card: BackboneC
     """Write a weights file, whole or not at all: beside the target first, then renamed.
 
     Args:
-        path: of the file; folders above it are made, an existing file is replaced.
+        path: of the file; folders above it are made, one that we wrote is replaced.
         state: the backbone's tensors under the reference's names, on any device.
         card: how to build the backbone and prepare its images.
+
+    Raises:
+        OutputError: something lies there that is not ours.
+        OSError: it cannot be written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    require_ours(target)
+    with workplace(target) as place:
+        beside = place / target.name
         save_file(tensors, beside, metadata={METADATA_KEY: card.to_json()})
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        remove_cards_of(target)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+        flush(beside)
+        swap(beside, target)
+    remove_cards_of(target)
 
 
 def load_backbone(
@@ -109,6 +113,36 @@ def build(weights: Weights) -> tuple[VisionTransformer | ResNet50, Coverage]:
     }
     backbone.load_state_dict(tensors, assign=True)
     return backbone.eval().requires_grad_(False), coverage
+
+
+def build_head(state: Mapping[str, Tensor]) -> DinoHead:
+    """Build the projection head that has these tensors, as `Weights.head` holds them.
+
+    Returns:
+        The head on the CPU, float32, in eval mode, without gradients.
+
+    Raises:
+        CheckpointError: they are not those of a head; all by name.
+    """
+    linear = [x for name, x in state.items() if name.startswith("mlp.") and x.ndim == 2]
+    prototypes = state.get("last_layer.weight_v")
+    if not linear or prototypes is None:
+        raise CheckpointError(f"has no projection head of DINO's, only {listed([*state])}")
+    with torch.device("meta"):
+        head = DinoHead(
+            linear[0].shape[1],
+            num_prototypes=len(prototypes),
+            hidden_dim=len(linear[0]),
+            bottleneck_dim=len(linear[-1]),
+            num_layers=len(linear),
+            norm_last_layer="last_layer.weight_g" not in state,
+            batch_norm=any(name.endswith(".running_mean") for name in state),
+        )
+    coverage = coverage_of(state, head.state_dict())
+    if not coverage.complete:
+        raise CheckpointError(f"its projection head has {coverage}")
+    head.to_empty(device="cpu").load_state_dict(dict(state))
+    return head.eval().requires_grad_(False)
 
 
 def expected_tensors(weights: Weights) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ from dinoscale.evaluate.whole_images import (
     to_input,
     writing_to,
 )
+from dinoscale.outputs import require_ours
 
 log = logging.getLogger(__name__)
 
@@ -273,6 +274,7 @@ def evaluate_attention(
     if images < 1 or rows < 1:
         raise ConfigError(f"need images > 0 and rows > 0, got {images} and {rows}")
     where = find_device(device)
+    require_ours(Path(path))
     backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
     fit = Fit(find_patch_size(backbone), card.crop if size is None else size, square=True)
     pictures, masks = _pick(open_images(spec, card), images=images)

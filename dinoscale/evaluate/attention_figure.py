@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from dinoscale.outputs import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -78,7 +80,8 @@ def draw_rows(rows: Sequence[Row], path: Path, *, title: str, note: str, mass: f
             for panel, caption in zip(panels, captions, strict=True):
                 panel.set_title(caption, fontsize=7.5, pad=3)
         _draw_row(panels, row)
-    figure.savefig(path, format="png")
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
 
 
 def _captions(row: Row, *, mass: float) -> list[str]:

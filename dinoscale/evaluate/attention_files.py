@@ -29,6 +29,7 @@ from dinoscale.evaluate.whole_images import (
     SeenImages,
     find_patch_size,
     open_images,
+    save_picture,
     to_input,
     writing_to,
 )
@@ -64,7 +65,7 @@ def write_attention(
     Args:
         weights_path: anything that `load_backbone` reads.
         spec: an image file, or a set as `data.train` of a config.
-        out: the folder; made where it is not there. Files of the same names are replaced.
+        out: the folder; made where it is not there. Files of ours of the same names are replaced.
         size: short side in pixels at which the backbone sees the images.
         square: squeeze the images to size x size, as the reference's figures.
         mass: share of a map's attention that the mask keeps, 0 < mass <= 1.
@@ -137,8 +138,11 @@ def _write(seen: Seen, maps: Tensor, folder: Path, *, patch: int, mass: float) -
     shown = torch.cat((maps, maps.mean(dim=0, keepdim=True)))  # (A+1, R, C)
     kept = keep_mass(shown, mass=mass)
     for name, attention, patches in zip(names, shown, kept, strict=True):
-        _heat_overlay(seen.image, attention).save(folder / f"attn-{name}.png")
-        _mass_overlay(seen.image, patches).save(folder / f"mass-{name}.png")
+        for kind, picture in (
+            ("attn", _heat_overlay(seen.image, attention)),
+            ("mass", _mass_overlay(seen.image, patches)),
+        ):
+            save_picture(picture, folder / f"{kind}-{name}.png")
     arrays = {"maps": maps.numpy(), "kept": kept[:-1].numpy()}
     seen.save(folder / "attention.npz", arrays, patch=patch)
 

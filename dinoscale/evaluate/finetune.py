@@ -38,6 +38,7 @@ from dinoscale.evaluate.subject import (
     train_images,
 )
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
+from dinoscale.outputs import require_ours
 from dinoscale.schedules import cosine
 
 BATCH_SCALE = 512  # images of a batch that the rate is stated for, as in DeiT's code
@@ -172,6 +173,7 @@ def _writable(out: Path, weights: Path) -> Path:
     if out.is_dir() or out.resolve() == weights.resolve():
         raise ConfigError(f"out: {out} is a folder or the weights file itself; name another file")
     try:
+        require_ours(out, source=weights)
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out: {out} cannot be written ({error.strerror})") from error

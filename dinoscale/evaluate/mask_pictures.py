@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dinoscale.outputs import replacing
+
 PANEL = 400  # pixels, width of one of the two pictures side by side
 GAP = 4  # pixels between them
 FRAME_MS = 100
@@ -37,7 +39,8 @@ def save_mask(mask: Labels, path: Path) -> None:
     """Write labels (H, W) as an indexed PNG; the pixels of the file are the labels."""
     image = Image.fromarray(mask)
     image.putpalette(palette().tobytes())
-    image.save(path, format="PNG")
+    with replacing(path) as beside:
+        image.save(beside)
 
 
 def compare(pixels: NDArray[np.uint8], found: Labels, truth: Labels | None) -> Image.Image:
@@ -74,4 +77,5 @@ def _overlay(picture: NDArray[np.uint8], labels: Labels) -> Image.Image:
 def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
     """Write an endless GIF, ten frames a second; at least one frame."""
     first, *rest = frames
-    first.save(path, format="GIF", save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
+    with replacing(path) as beside:
+        first.save(beside, save_all=True, append_images=rest, duration=FRAME_MS, loop=0)

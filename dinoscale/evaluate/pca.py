@@ -32,9 +32,11 @@ from dinoscale.evaluate.whole_images import (
     SeenImages,
     find_patch_size,
     open_images,
+    save_picture,
     to_input,
     writing_to,
 )
+from dinoscale.outputs import replacing
 
 COMPONENTS = 3  # red, green, blue
 SHEET = "pca-sheet.png"
@@ -163,8 +165,9 @@ def evaluate_pca(
             picture = Image.fromarray(color).resize(image.image.size, how)
             _write(image, numbers, front, picture, folders.make(image.path), patch=fit.patch)
             pairs.append((image.image.convert("RGB"), picture))
-        np.savez(folder / BASIS, **asdict(basis))
-        draw_pairs(pairs[:PAIRS_DRAWN]).save(folder / SHEET)
+        with replacing(folder / BASIS) as beside:
+            np.savez(beside, **asdict(basis))
+        save_picture(draw_pairs(pairs[:PAIRS_DRAWN]), folder / SHEET)
     return {
         "task": "pca",
         "weights": str(weights_path),
@@ -237,7 +240,7 @@ def _write(
     *,
     patch: int,
 ) -> None:
-    picture.save(folder / "pca.png")
+    save_picture(picture, folder / "pca.png")
     seen.save(folder / "pca.npz", {"components": components, "foreground": front}, patch=patch)
 
 

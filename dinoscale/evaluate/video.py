@@ -29,6 +29,7 @@ from dinoscale.evaluate.mask_pictures import compare, save_animation, save_mask
 from dinoscale.evaluate.mask_scores import TOLERANCE, boundary_measure, region_similarity
 from dinoscale.evaluate.propagation import Follower, Settings
 from dinoscale.evaluate.untrained import untrained_backbone
+from dinoscale.outputs import replacing
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published numbers were measured with 0.228, which stands so in the authors' code.
@@ -101,7 +102,8 @@ def evaluate_video(
             if fresh is not None:
                 scores["untrained"] = measure(fresh, video, folder=None, bar=bar)["score"]
             if folder is not None:
-                (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+                with replacing(folder / "scores.json") as beside:
+                    beside.write_text(json.dumps(scores, indent=1) + "\n")
             found.append(scores)
     report: dict[str, object] = {
         "task": "video",

@@ -30,6 +30,7 @@ from dinoscale.data.listing import COMPRESSED_TAR, Beside, Listing
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import normalize_images
+from dinoscale.outputs import replacing
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,8 @@ class Seen:
             "size": np.array(self.size),
             "seen": np.array([self.image.height, self.image.width]),
         }
-        np.savez(file, allow_pickle=False, **arrays, **about)
+        with replacing(file) as beside:
+            np.savez(beside, allow_pickle=False, **arrays, **about)
 
 
 class SeenImages:
@@ -221,6 +223,17 @@ class NamedFolders:
         folder = self._out / name
         folder.mkdir(exist_ok=True)
         return folder
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture, in the format of the name's ending.
+
+    Raises:
+        OutputError: something lies there that is not ours.
+        OSError: it cannot be written.
+    """
+    with replacing(path) as beside:
+        picture.save(beside)
 
 
 @contextmanager

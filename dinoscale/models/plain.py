@@ -94,8 +94,10 @@ class PlainViT(nn.Module):
         grid = self.pos_embed[:, self.prefix_slots :].unflatten(1, (self.side, self.side))
         rows, columns = projected.shape[2], projected.shape[3]
         # As tensors, not numbers: an exported graph decides anew for every image size.
-        height, width = torch.full((), images.shape[2]), torch.full((), images.shape[3])
-        resized = (height != width) | (torch.full((), rows) != self.side)
+        device = self.pos_embed.device
+        height = torch.full((), images.shape[2], device=device)
+        width = torch.full((), images.shape[3], device=device)
+        resized = (height != width) | (torch.full((), rows, device=device) != self.side)
         excess = 0.1 * resized.to(grid.dtype)  # 0: at the stored size both matrices are identities
         down = cubic_matrix(rows, self.side, excess)
         along = cubic_matrix(columns, self.side, excess)

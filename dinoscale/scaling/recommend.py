@@ -22,6 +22,7 @@ from scipy.interpolate import make_interp_spline
 from dinoscale.config import RunConfig, dump_config, load_config, parse_config
 from dinoscale.config.backbones import named_vit_size, num_vit_parameters
 from dinoscale.errors import ConfigError
+from dinoscale.outputs import MARK
 from dinoscale.page import printable
 from dinoscale.scaling.answers import Answer, best_answers, fit_reasons, measured, value_of
 from dinoscale.scaling.laws import MetricFit
@@ -30,7 +31,6 @@ from dinoscale.scaling.words import exponential, interval, metric_name
 from dinoscale.sweep.table import Row
 from dinoscale.sweep.units import number
 
-MARK = "# Recommended by `dinoscale sweep`."  # the first line of every preset written here
 RUN_DIR = "runs/recommended"
 _STEPS, _REACH = 2000, 4.0  # the path of sizes: its steps, and how far from N it goes, a factor
 _MOST = 20.0  # log of the largest width or depth on it, far beyond any

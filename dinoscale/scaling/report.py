@@ -11,11 +11,12 @@ from typing import Any
 
 from dinoscale import page
 from dinoscale.errors import ConfigError
+from dinoscale.outputs import is_ours
 from dinoscale.scaling.answers import answers, best_run, fit_reasons, runs_to_add
 from dinoscale.scaling.fit_text import as_json, plain
 from dinoscale.scaling.laws import MetricFit
 from dinoscale.scaling.plots import draw_metric
-from dinoscale.scaling.recommend import MARK, Recommendation, recommend
+from dinoscale.scaling.recommend import Recommendation, recommend
 from dinoscale.scaling.report_page import write_page
 from dinoscale.scaling.report_tables import cost, outliers, version_differences
 from dinoscale.sweep.table import Row
@@ -70,7 +71,7 @@ def _write_preset(recommended: Recommendation | str, path: Path) -> dict[str, An
     Raises:
         ConfigError: it cannot be written, or there is another file of that name.
     """
-    theirs = path.exists() and not _is_ours(path)
+    theirs = not is_ours(path)
     if isinstance(recommended, str):
         stale = path.exists() and not theirs
         if stale:
@@ -80,14 +81,6 @@ def _write_preset(recommended: Recommendation | str, path: Path) -> dict[str, An
         raise ConfigError(f"{path}: was not written by a report, move it away")
     page.write_file(path, recommended.preset.encode())
     return {"preset": str(path), **recommended.as_json()}
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.readline(200).strip() == MARK.encode()
-    except OSError:
-        return False
 
 
 def _remove(path: Path) -> None:

@@ -17,7 +17,7 @@ DATA_TOOLS = PACKAGE.parent / "data_tools"
 # A module imports from its own part or from parts of lower levels, never from a neighbour.
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"cores", "float32", "hosts", "launcher", "logs", "patience"},
+    {"cores", "float32", "hosts", "launcher", "logs", "outputs", "patience"},
     {
         "config",
         "distributed",
@@ -49,6 +49,7 @@ LEVELS: list[set[str]] = [
 DATA_TOOLS_READ = {
     "cores",
     "errors",
+    "outputs",
     "patience",
     "data",
     "fingerprint",

@@ -10,7 +10,7 @@ import pytest
 
 from dinoscale import rundir
 from dinoscale.config import parse_config
-from dinoscale.errors import DinoscaleError
+from dinoscale.errors import DinoscaleError, OutputError
 
 _HOLD = textwrap.dedent("""
     import sys
@@ -49,3 +49,15 @@ def test_what_deepspeed_was_told_is_written_for_both_networks(tmp_path: Path) ->
     told = {"student": {"gradient_clipping": 0.0}, "teacher": None}
     rundir.prepare(parse_config({"run_dir": str(tmp_path)}), told)
     assert json.loads((tmp_path / "deepspeed.json").read_text()) == told
+
+
+def test_a_folder_of_something_else_keeps_its_settings(tmp_path: Path) -> None:
+    settings = tmp_path / "config.yaml"
+    settings.write_text("mine: 1\n")
+    config = parse_config({"run_dir": str(tmp_path)})
+    with pytest.raises(OutputError, match=r"config\.yaml is of no run"):
+        rundir.prepare(config, {})
+    assert settings.read_text() == "mine: 1\n"
+    settings.unlink()
+    rundir.prepare(config, {})
+    rundir.prepare(config, {})

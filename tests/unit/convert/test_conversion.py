@@ -26,9 +26,9 @@ from dinoscale.convert.source import read_source
 from dinoscale.convert.to_graphs import reopen_onnx, reopen_torchscript
 from dinoscale.convert.to_hf import reopen_hf
 from dinoscale.convert.to_timm import reopen_timm
-from dinoscale.convert.weights import Weights
+from dinoscale.convert.weights import Network, Weights
 from dinoscale.convert.weights_file import load_backbone, save_backbone
-from dinoscale.errors import CheckpointError, ConversionError
+from dinoscale.errors import CheckpointError, ConversionError, OutputError
 from dinoscale.models.zoo import build_backbone
 
 GOLDEN = Path(os.environ.get("DINOSCALE_GOLDEN", Path(__file__).parents[2] / "golden"))
@@ -187,15 +187,15 @@ def test_graphs_hold_the_weights_bit_by_bit(vit: Path, targets: dict[str, Path])
 @pytest.mark.parametrize("size", ["16x16", "24x40", "32x32", "48x48", "64x32"])
 @pytest.mark.parametrize("to", ["torchscript", "onnx", "timm", "hf"])
 def test_features_are_the_recorded_ones_of_the_reference(
-    vit: Path, targets: dict[str, Path], to: str, size: str
+    targets: dict[str, Path], to: str, size: str
 ) -> None:
     tensors, _ = _golden()
     if to in ("timm", "hf") and size != "32x32":
         pytest.skip("exact at one size")
-    weights, path = read_source(vit), targets[NAMES[to]]
+    path = targets[NAMES[to]]
     reopened = {
-        "torchscript": lambda: reopen_torchscript(path, weights),
-        "onnx": lambda: reopen_onnx(path, weights),
+        "torchscript": lambda: reopen_torchscript(path),
+        "onnx": lambda: reopen_onnx(path),
         "timm": lambda: reopen_timm(path),
         "hf": lambda: reopen_hf(path),
     }[to]()
@@ -326,6 +326,10 @@ def test_registers_and_layer_scale_have_an_exact_form_in_transformers(tmp_path: 
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config["num_register_tokens"] == (4 if "reg4" in name else 0)
         assert card["coverage"]["text"].startswith("44 of 44")
+        assert "rounds the corner of the center crop down" in card["image_processor"]
+        back, read = read_source(tmp_path / name), read_source(source)
+        assert _same(back.backbone, read.backbone)
+        assert back.card.backbone.name == name
     backbone, _ = load_backbone(tmp_path / "vit_small_patch14_reg4_dinov2.safetensors")
     script = tmp_path / "registers.pt"
     convert(tmp_path / "vit_small_patch14_reg4_dinov2.safetensors", script, to="torchscript")
@@ -409,9 +413,9 @@ def test_a_target_that_is_wrong_at_the_second_size_only_is_refused(
 def test_a_target_that_lacks_a_tensor_is_refused(
     vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def reopen(path: Path, weights: Weights) -> Reopened:
-        whole = TARGETS["dino"].reopen(path, weights)
-        return replace(whole, coverage=replace(whole.coverage, missing=("norm.bias",)))
+    def reopen(path: Path, network: Network) -> Reopened:
+        whole = TARGETS["dino"].reopen(path, network)
+        return replace(whole, state={n: x for n, x in whole.state.items() if n != "norm.bias"})
 
     monkeypatch.setitem(conversion.TARGETS, "wrong", replace(TARGETS["dino"], reopen=reopen))
     with pytest.raises(ConversionError, match=r"41 of 42 tensors fit; missing: norm\.bias"):
@@ -429,7 +433,7 @@ def test_numbers_that_are_not_finite_are_never_equal(vit: Path) -> None:
 def test_nothing_is_overwritten_silently(vit: Path, tmp_path: Path) -> None:
     for name, to in (("w.pth", "dino"), ("folder", "timm")):
         convert(vit, tmp_path / name, to=to)
-        with pytest.raises(ConversionError, match=r"exists.*--overwrite"):
+        with pytest.raises(OutputError, match=r"exists.*--overwrite"):
             convert(vit, tmp_path / name, to=to)
         convert(vit, tmp_path / name, to=to, overwrite=True, size=48)
         assert _said(tmp_path / name)["backbone"]["img_size"] == 48
@@ -437,11 +441,78 @@ def test_nothing_is_overwritten_silently(vit: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious").touch()
     for to in ("timm", "dino"):
-        with pytest.raises(ConversionError, match="did not write"):
+        with pytest.raises(OutputError, match="did not write"):
             convert(vit, tmp_path / "mine", to=to, overwrite=True)
-    with pytest.raises(ConversionError, match="is a file"):
+    with pytest.raises(OutputError, match="is a file"):
         convert(vit, tmp_path / "w.pth", to="timm", overwrite=True)
     assert (tmp_path / "mine" / "precious").exists()
+
+
+@pytest.mark.parametrize("name", ["thesis.pth", "w.pth.json", "w.pth, changed", "link"])
+def test_overwrite_replaces_only_what_a_conversion_left(
+    vit: Path, tmp_path: Path, name: str
+) -> None:
+    target = tmp_path / "w.pth"
+    foreign = target if name != "w.pth.json" else tmp_path / name
+    if name.endswith("changed"):
+        convert(vit, target, to="dino")
+        target.write_bytes(target.read_bytes() + b"mine")
+    elif name == "link":
+        (tmp_path / "mine").write_text("years of work")
+        target.symlink_to("mine")
+    else:
+        foreign.write_text('{"years": "of work"}')
+    before = foreign.read_bytes()
+    with pytest.raises(OutputError, match="remove it"):
+        convert(vit, target, to="dino", overwrite=True)
+    assert foreign.read_bytes() == before
+
+
+def test_overwrite_takes_no_file_of_others_with_a_folder(vit: Path, tmp_path: Path) -> None:
+    convert(vit, tmp_path / "out", to="timm")
+    notes = tmp_path / "out" / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(OutputError, match=r"not as it is .notes\.txt.: remove it"):
+        convert(vit, tmp_path / "out", to="timm", overwrite=True)
+    assert notes.read_text() == "mine"
+
+
+def test_a_source_is_never_its_own_target(vit: Path, tmp_path: Path) -> None:
+    full, folder = tmp_path / "full.pth", tmp_path / "folder"
+    convert(REFERENCE, full, to="dino", head=True, num_heads=4)
+    (tmp_path / "link.pth").symlink_to("full.pth")
+    convert(vit, folder, to="timm")
+    before = full.read_bytes()
+    for source, target, to in (
+        (full, full, "dino"),
+        (tmp_path / "link.pth", full, "dino"),
+        (full, tmp_path / "link.pth", "dino"),
+        (folder, folder, "timm"),
+        (folder / "model.safetensors", folder, "timm"),
+        (folder, folder / "model.safetensors", "dino"),
+    ):
+        with pytest.raises(OutputError, match="is read, as"):
+            convert(source, target, to=to, dtype="bfloat16", overwrite=True)
+    assert full.read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "to"), [("w.safetensors", "dino"), ("folder", "timm")])
+def test_a_failed_rename_leaves_the_export_before(
+    vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, to: str
+) -> None:
+    convert(vit, tmp_path / name, to=to)
+    before, rename = read_source(tmp_path / name).card, os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if (Path(source).name, Path(target)) == (name, tmp_path / name):
+            raise OSError("the disk is gone")
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", fails)
+    with pytest.raises(ConversionError, match="the disk is gone"):
+        convert(vit, tmp_path / name, to=to, overwrite=True, size=48)
+    assert read_source(tmp_path / name).card == before
+    assert len(os.listdir(tmp_path)) == (1 if to == "timm" else 2)
 
 
 def test_a_missing_library_is_named_with_its_remedy(

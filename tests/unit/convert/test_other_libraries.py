@@ -78,6 +78,18 @@ def test_a_timm_folder_gives_its_features_and_preprocessing(tmp_path: Path) -> N
     torch.testing.assert_close(_vit(folder).features(IMAGES), _timm_tokens(model))
 
 
+def test_what_a_timm_config_leaves_out_is_what_timm_takes(tmp_path: Path) -> None:
+    folder = _hub_folder(tmp_path / "vit", _timm(), crop_pct=None, mean=None, std=[0.1] * 3)
+    import timm
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    config = timm.data.resolve_model_data_config(model)
+    resize, _ = timm.data.create_transform(**config).transforms[:2]
+    card = read_source(folder).card
+    assert (card.resize, card.mean, card.std) == (resize.size, config["mean"], (0.1,) * 3)
+    assert card.resize == 36
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_hub_file_is_read_with_the_settings_beside_it(tmp_path: Path, name: str) -> None:
     folder = _hub_folder(tmp_path, _timm())
@@ -249,6 +261,48 @@ def test_a_transformers_folder_gives_its_features(
     assert all(name.startswith(("pooler", "classifier")) for name in weights.left_out)
     ours = _vit(tmp_path).features(IMAGES)
     torch.testing.assert_close(ours, _their_tokens(model))
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("told", [True, False])
+def test_dinov2_folders_of_transformers_give_their_features(
+    tmp_path: Path, registers: int, *, told: bool
+) -> None:
+    ensure_torchvision()
+    import transformers
+
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8
+    )
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    _scatter(model)
+    model.save_pretrained(tmp_path)
+    if not told:  # by the names of the tensors, then
+        (tmp_path / "config.json").unlink()
+    weights = read_source(tmp_path, num_heads=None if told else 3)
+    assert (weights.kind, weights.left_out) == ("hf", ("embeddings.mask_token",))
+    assert weights.card.backbone.norm_eps == 1e-6
+    ours = build(weights)[0].features(IMAGES)
+    torch.testing.assert_close(ours, _their_tokens(model), rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_of_an_image_processor_are_taken_where_they_are_ours(tmp_path: Path) -> None:
+    _transformers(tmp_path)
+    told: dict[str, Any] = {"size": {"shortest_edge": 41}, "crop_size": {"height": 32, "width": 32}}
+    path = tmp_path / "preprocessor_config.json"
+    for change, found in (
+        ({"do_center_crop": True}, (41, 32)),
+        ({"do_center_crop": False}, (37, 32)),
+        ({"do_center_crop": True, "size": {"height": 41, "width": 41}}, (37, 32)),
+    ):
+        path.write_text(json.dumps(told | change))
+        card = read_source(tmp_path).card
+        assert (card.resize, card.crop) == found
+    path.write_text(json.dumps({"do_normalize": False, "image_mean": [0.1] * 3}))
+    assert read_source(tmp_path).card.mean == (0.0,) * 3
+    path.write_text(json.dumps({"image_std": [0.1] * 3}))
+    assert read_source(tmp_path).card.std == (0.1,) * 3
 
 
 def test_a_bare_file_of_transformers_is_told_by_its_names(

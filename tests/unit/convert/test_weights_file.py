@@ -298,6 +298,46 @@ def test_a_card_is_read_strictly() -> None:
             parse_card(bad)
 
 
+def test_heads_that_a_bare_file_does_not_tell_are_guessed_aloud(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    state = {
+        "pos_embed": torch.zeros(1, 1 + 4, 384),
+        "patch_embed.proj.weight": torch.zeros(384, 3, 8, 8),
+        "blocks.0.norm1.weight": torch.zeros(384),
+    }
+    guess_shape(state, num_heads=12)
+    guess_shape(state, args=argparse.Namespace(arch="vit_small"))
+    assert not caplog.text
+    assert guess_shape(state).num_heads == 6
+    assert "assuming num_heads=6" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("raw", "averaged"),
+    [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")],
+)
+def test_of_raw_and_averaged_weights_the_average_is_the_teacher(
+    tmp_path: Path,
+    state: dict[str, Tensor],
+    caplog: pytest.LogCaptureFixture,
+    raw: str,
+    averaged: str,
+) -> None:
+    average = {f"module.{name}": x + 1 for name, x in state.items()}
+    torch.save({"epoch": 3, raw: state, averaged: average}, tmp_path / "w.pth")
+    with caplog.at_level("INFO"):
+        teacher = read_source(tmp_path / "w.pth", num_heads=3).backbone
+    assert torch.equal(teacher["cls_token"], state["cls_token"] + 1)
+    assert f"'{averaged}' (an average over steps) and '{raw}'" in caplog.text
+    student = read_source(tmp_path / "w.pth", network="student", num_heads=3).backbone
+    assert torch.equal(student["cls_token"], state["cls_token"])
+    torch.save({averaged: average}, tmp_path / "w.pth")
+    read_source(tmp_path / "w.pth", num_heads=3)
+    with pytest.raises(CheckpointError, match=f"no 'student', only an average .*'{averaged}'"):
+        read_source(tmp_path / "w.pth", network="student", num_heads=3)
+
+
 # The reference's own files
 
 

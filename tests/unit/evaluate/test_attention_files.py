@@ -23,6 +23,7 @@ from dinoscale.evaluate.attention_files import SHEET, write_attention
 from dinoscale.evaluate.attention_maps import enlarge, keep_mass
 from dinoscale.evaluate.whole_images import MAX_PATCHES, Fit, NamedFolders
 from dinoscale.models.zoo import build_backbone
+from dinoscale.outputs import LIST_FILE
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 HEADS = 3
@@ -92,7 +93,7 @@ def test_overlays_show_patches_where_they_are(tmp_path: Path, weights: Path) -> 
     folder = tmp_path / "out" / "a"
     names = [*(f"head{head}" for head in range(HEADS)), "mean"]
     expected = {f"{kind}-{name}.png" for kind in ("attn", "mass") for name in names}
-    assert {path.name for path in folder.iterdir()} == {*expected, "attention.npz"}
+    assert {path.name for path in folder.iterdir()} == {*expected, "attention.npz", LIST_FILE}
     seen = np.asarray(Image.open(tmp_path / "in" / "a.png"))  # needs no resize
     raw = np.load(folder / "attention.npz")
     for name, kept in zip(names, raw["kept"], strict=False):
@@ -127,7 +128,7 @@ def test_unusable_images_are_named_and_the_others_written(
     assert "c.png" in endless
     assert "patches" in endless
     assert broken in caplog.text
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [SHEET, "b"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [LIST_FILE, SHEET, "b"]
     (images / "b.png").unlink()
     with pytest.raises(DataError, match=r"no image can be used; the first: .*a\.jpg"):
         write_attention(weights, str(images), tmp_path / "out", size=32)

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from dinoscale.config import load_config, parse_config
 from dinoscale.errors import ConfigError
+from dinoscale.outputs import MARK
 from dinoscale.scaling.answers import Trust, answers, runs_to_add
 from dinoscale.scaling.axes import log_ticks, tick_labels
 from dinoscale.scaling.laws import Interval, Optimum
 from dinoscale.scaling.plots import draw_metric
-from dinoscale.scaling.recommend import MARK, nearest_size, recommend
+from dinoscale.scaling.recommend import nearest_size, recommend
 from dinoscale.scaling.report import PRESET, write_report
 from dinoscale.scaling.report_tables import outliers, version_differences
 from dinoscale.scaling.words import interval, percent

@@ -1,0 +1,216 @@
+"""Files that people name: written whole or not at all, and never over what others wrote.
+
+A file is ours while it is as we wrote it. A list in its folder tells so, `.dinoscale-files.txt`
+(lines as `sha256sum` writes them); of weights their card does, and of presets their first line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dinoscale.errors import OutputError
+
+LIST_FILE = ".dinoscale-files.txt"  # of what we wrote in a folder; readers know it as no image
+MARK = "# Recommended by `dinoscale sweep`."  # the first line of every preset that is ours
+CARD_FILE = "dinoscale.json"  # in a folder; beside a file, ".json" is added to the file's name
+METADATA_KEY = "dinoscale"  # where a card lies in the metadata of weights
+_BLOCK_BYTES = 1 << 20
+_MAX_CARD_BYTES = 16 * 2**20  # real ones have some kilobytes
+
+
+def require_ours(path: Path, *, source: object = None) -> None:
+    """Refuse to write where something lies that we did not write, or that is just being read.
+
+    Args:
+        path: of a file; an empty one may be anybody's.
+        source: the path that the work reads, if it is one.
+
+    Raises:
+        OutputError: it is the source, or not as we wrote it.
+    """
+    if source is not None and is_same(path, source):
+        raise OutputError(f"{path} is what is read: choose another name to write to")
+    if not is_ours(path):
+        raise OutputError(
+            f"{path} exists, and is not as dinoscale wrote it: choose another name, or remove it"
+        )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a path is free, an empty file, or a readable file that is as we wrote it."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        return path.is_file() and (
+            not path.stat().st_size or _has_mark(path) or sha256(path) in _sums(path)
+        )
+    except OSError:
+        return False
+
+
+def _has_mark(path: Path) -> bool:
+    """Whether a file is a preset of ours, or weights in safetensors with our card."""
+    with path.open("rb") as file:
+        if file.readline(200).strip() == MARK.encode():
+            return True
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        start = file.read(min(length, _MAX_CARD_BYTES))
+    try:
+        header = json.loads(start) if start[:1] == b"{" else None
+    except (ValueError, RecursionError):
+        return False
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return isinstance(metadata, dict) and METADATA_KEY in metadata
+
+
+def require_our_folder(folder: Path) -> None:
+    """Refuse to replace a folder that holds anything that its card does not name.
+
+    Raises:
+        OutputError: it does, or a file in it has changed.
+        OSError: it cannot be read.
+    """
+    sums = card_sums(folder / CARD_FILE)
+    for path in sorted(folder.iterdir()):
+        known = path.name == CARD_FILE and sums
+        if not known and not (path.is_file() and sums.get(path.name) == sha256(path)):
+            raise OutputError(
+                f"{folder} is a folder that this command did not write, or not as it is"
+                f" ({path.name}): remove it"
+            )
+
+
+def is_same(path: Path, source: object) -> bool:
+    """Whether a path and what the work reads are one file or folder, by any name."""
+    try:
+        return os.path.samefile(path, str(source))
+    except (OSError, ValueError):  # a source may also be a pattern or an address
+        return False
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file beside its place, under its own name, and put it there if all went well.
+
+    Folders above it are made.
+
+    Raises:
+        OutputError: something lies there that is not ours.
+        OSError: it cannot be written; what was there is as it was.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    require_ours(path)
+    with workplace(path) as place:
+        beside = place / path.name
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        _remember(path, sha256(beside))
+        os.replace(beside, path)
+
+
+@contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """A new folder beside a target, gone afterwards.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A random name: process ids meet again on another node, and after a kill on the same one.
+    place = Path(tempfile.mkdtemp(".tmp", f".{target.name[:50]}.", target.parent))
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def swap(written: Path, target: Path) -> None:
+    """Give a written file or folder its name; if that fails, what had the name has it again.
+
+    Args:
+        written: in a `workplace` of the target, where a folder that it replaces is kept meanwhile.
+        target: its name.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    if not target.is_dir() or target.is_symlink():
+        os.replace(written, target)
+        return
+    before = written.with_name(f"{target.name} before")
+    os.replace(target, before)
+    try:
+        os.replace(written, target)
+    except OSError:
+        os.replace(before, target)
+        raise
+
+
+def card_sums(card: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files that a card of `dinoscale convert` describes.
+
+    Empty where there is no such card: JSON beside a weights file may be anybody's.
+    """
+    try:
+        if card.stat().st_size > _MAX_CARD_BYTES:
+            return {}
+        said = json.loads(card.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    files = said.get("files") if isinstance(said, dict) and "dinoscale" in said else None
+    if not isinstance(files, dict):
+        return {}
+    return {name: found for name, found in files.items() if isinstance(found, str)}
+
+
+def sha256(path: Path, goes_on: Callable[[], None] = lambda: None) -> str:
+    """Hexadecimal digest of a file's contents; `goes_on` is called after every megabyte."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            goes_on()
+    return digest.hexdigest()
+
+
+def _sums(path: Path) -> set[str]:
+    """Digests with which we wrote a file."""
+    beside = card_sums(path.with_name(f"{path.name}.json"))
+    if len(beside) == 1:  # both may have been given another name
+        beside = {path.name: next(iter(beside.values()))}
+    cards = {
+        sums[path.name]
+        for sums in (beside, card_sums(path.with_name(CARD_FILE)))
+        if path.name in sums
+    }
+    lines = (line.partition("  ") for line in _listed(path.parent))
+    return cards | {digest for digest, _, name in lines if name == path.name}
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return (folder / LIST_FILE).read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+
+
+def _remember(path: Path, digest: str) -> None:
+    """Add a file to the list in its folder, before it is there: a kill leaves no foreign file."""
+    line = f"{digest}  {path.name}"
+    # Who may not write the list may still write the file; only, next time it is not known as ours.
+    with contextlib.suppress(PermissionError, IsADirectoryError):
+        if line not in _listed(path.parent):
+            with (path.parent / LIST_FILE).open("a", errors="surrogateescape") as file:
+                file.write(line + "\n")

@@ -1,0 +1,117 @@
+"""Writers replace what they wrote themselves and nothing else, and whole or not at all."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_tools.journal import Journal, check_place, write_whole
+from dinoscale import outputs
+from dinoscale.errors import DataError, OutputError
+from dinoscale.outputs import LIST_FILE, is_ours, replacing, require_ours, swap, workplace
+from dinoscale.page import write_file
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as beside:
+        beside.write_text(text)
+
+
+@pytest.mark.parametrize("write", [write_file, write_whole], ids=["pages", "data tools"])
+def test_only_what_is_as_we_wrote_it_is_replaced(
+    tmp_path: Path, write: Callable[[Path, bytes], None]
+) -> None:
+    path = tmp_path / "new" / "list.txt"
+    write(path, b"one")
+    write(path, b"two")
+    assert path.read_bytes() == b"two"
+    path.write_bytes(b"two, and a note of mine")
+    with pytest.raises(OutputError, match=r"list\.txt exists, .*choose another name, or remove it"):
+        write(path, b"three")
+    assert path.read_bytes() == b"two, and a note of mine"
+    path.write_bytes(b"")  # as mktemp leaves it
+    write(path, b"four")
+    assert sorted(os.listdir(path.parent)) == [LIST_FILE, path.name]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "device"])
+def test_what_others_left_stays(tmp_path: Path, kind: str) -> None:
+    thesis, path = tmp_path / "thesis", tmp_path / "out"
+    thesis.write_text("years")
+    if kind == "file":
+        path.write_text("years")
+    else:
+        path.symlink_to({"link": thesis, "dangling link": "nowhere", "device": os.devnull}[kind])
+    with pytest.raises(OutputError, match="is not as dinoscale wrote it"):
+        _write(path, "minutes")
+    assert thesis.read_text() == "years"
+    assert sorted(os.listdir(tmp_path)) == ["out", "thesis"]
+
+
+def test_what_is_read_is_not_written_by_any_name(tmp_path: Path) -> None:
+    _write(tmp_path / "keep.txt", "a.jpg\n")
+    (tmp_path / "other.txt").symlink_to("keep.txt")
+    for name in ("keep.txt", "other.txt"):
+        with pytest.raises(OutputError, match="is what is read"):
+            check_place(tmp_path / name, str(tmp_path / "keep.txt"))
+    require_ours(tmp_path / "keep.txt", source="https://host/keep.txt")
+
+
+def test_a_failed_writer_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    _write(path, "one")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UnicodeEncodeError), replacing(path) as beside:
+        beside.write_text("\ud800")
+    assert path.read_text() == "one"
+    assert sorted(os.listdir(tmp_path)) == before
+    with pytest.raises(DataError, match="cannot write"):
+        check_place(path / "below")
+
+
+def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
+    with workplace(tmp_path / "w") as one, workplace(tmp_path / "w") as other:
+        assert one != other
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_rename_that_fails_restores_what_had_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, folder: bool
+) -> None:
+    target, rename = tmp_path / "w", os.replace
+    if folder:
+        target.mkdir()
+        (target / "model").write_text("one")
+    else:
+        target.write_text("one")
+
+    def fails(source: Path, to: Path) -> None:
+        if Path(source).name == "w" and Path(source).parent != tmp_path:
+            raise OSError("the disk is gone")
+        rename(source, to)
+
+    monkeypatch.setattr(outputs.os, "replace", fails)
+    with workplace(target) as place:
+        (place / "w").mkdir() if folder else (place / "w").write_text("two")
+        with pytest.raises(OSError, match="the disk is gone"):
+            swap(place / "w", target)
+    assert (target / "model" if folder else target).read_text() == "one"
+    assert os.listdir(tmp_path) == ["w"]
+
+
+def test_a_list_that_cannot_be_written_loses_no_result(tmp_path: Path) -> None:
+    (tmp_path / LIST_FILE).mkdir()
+    _write(tmp_path / "w", "one")
+    assert (tmp_path / "w").read_text() == "one"
+    assert not is_ours(tmp_path / "w")
+
+
+def test_the_state_of_work_is_not_written_over_a_file_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "groups.jsonl.state"
+    path.write_text("a diary\n")
+    with pytest.raises(OutputError, match="is no list of finished work"):
+        Journal(path, "work")
+    assert path.read_text() == "a diary\n"
+    path.write_text('{"finger')  # as a kill may leave it
+    Journal(path, "work").add(0, {})
