@@ -113,10 +113,13 @@ def knn_accuracy(
             similarity, nearest = nearest_neighbours(
                 train_features, features, k=min(max(ks), num_train), bank_chunk_size=bank_chunk_size
             )
-            votes, classes = (similarity / temp).exp(), train_labels[nearest]  # (chunk, max k)
+            classes = train_labels[nearest]  # (chunk, max k)
             labels = test_labels[start : start + chunk_size]
             for i, k in enumerate(ks):
-                right[i] += _right(votes[:, :k], classes[:, :k], labels, num_classes=num_classes)
+                votes = log_votes(
+                    similarity[:, :k], classes[:, :k], temp=temp, num_classes=num_classes
+                )
+                right[i] += _right(votes, labels, k=k)
             on_chunk()
         return right
 
@@ -183,13 +186,32 @@ def _largest(similarity: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, order)
 
 
-def _right(votes: Tensor, classes: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
+def log_votes(similarity: Tensor, classes: Tensor, *, temp: float, num_classes: int) -> Tensor:
+    """Logarithm of the votes of every class, which no temperature overflows.
+
+    log votes[c] = m / temp + log sum exp((cosine - m) / temp), m the largest cosine of class c
+
+    Args:
+        similarity: cosines of the neighbours, (M, k).
+        classes: of the neighbours, (M, k) int64.
+        temp: > 0, dimensionless.
+        num_classes: C.
+
+    Returns:
+        (M, C) float64, minus infinity for classes without a neighbour.
+    """
+    cosines = similarity.double()
+    shape = len(cosines), num_classes
+    most = cosines.new_full(shape, -2.0).scatter_reduce_(1, classes, cosines, "amax")
+    shares = ((cosines - most.gather(1, classes)) / temp).exp()
+    return most / temp + cosines.new_zeros(shape).scatter_add_(1, classes, shares).log()
+
+
+def _right(votes: Tensor, labels: Tensor, *, k: int) -> Tensor:
     """Count images whose label gets most votes, and whose label is among the five with most."""
-    total = votes.new_zeros(len(votes), num_classes).scatter_add_(1, classes, votes)  # (chunk, C)
-    ranked = total.sort(dim=1, descending=True, stable=True).indices
+    ranked = votes.sort(dim=1, descending=True, stable=True).indices
     hits = ranked == labels[:, None]
-    top = min(TOP, votes.shape[1])
-    return torch.stack([hits[:, 0].sum(), hits[:, :top].sum()])
+    return torch.stack([hits[:, 0].sum(), hits[:, : min(TOP, k)].sum()])
 
 
 def evaluate_knn(
