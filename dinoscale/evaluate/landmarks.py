@@ -26,8 +26,8 @@ from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.augment import to_image, to_pixels
 from dinoscale.data.decode import Decoder
 from dinoscale.data.files import read_image_file
-from dinoscale.errors import ConfigError, DataError, NonFiniteError
-from dinoscale.evaluate.features import find_device, normalize_images
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.features import find_device, normalize_images, require_finite
 from dinoscale.evaluate.ground_truth import SETUPS, GroundTruth, Truth, read_ground_truth
 from dinoscale.evaluate.multi_scale import SCALES, MultiScale, least_side
 from dinoscale.evaluate.ranking import random_precision, trapezoid_precision
@@ -182,10 +182,7 @@ def describe_files(
         normal = normalize_images(image.to(weight.device), mean=card.mean, std=card.std)
         with torch.no_grad():
             features.append(backbone([normal.to(weight.dtype)]).float())
-    joined = torch.cat(features)
-    if not torch.isfinite(joined).all():
-        raise NonFiniteError("the backbone's features are not finite; its weights have diverged")
-    return F.normalize(joined, dim=1)
+    return F.normalize(require_finite(torch.cat(features)), dim=1)
 
 
 def _thumbnail(pixels: NDArray[np.uint8], *, size: int) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dinoscale.convert.weights import Network
 from dinoscale.data.labelled_crops import FLIP_PROB, SCALE, stream_sampler
-from dinoscale.errors import ConfigError
+from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.accuracy import choose_best, percent
 from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.linear_heads import (
@@ -83,7 +83,7 @@ def evaluate_linear(
         CheckpointError: the weights file cannot be used.
         ConfigError: a setting is out of range.
         DataError: a set cannot be read or lacks labels, the classes differ, or there is only one.
-        NonFiniteError: a feature is not a finite number.
+        NonFiniteError: a feature is not a finite number, or every classifier has diverged.
     """
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
@@ -191,9 +191,16 @@ class _Probe:
         classes = self._subject.num_classes
         for kind, heads in zip(self._plan.kinds, self._heads, strict=True):
             counts = heads.right(self._take(kind, tests), labels)
-            for rate, (top1, top5) in zip(self._plan.rates, counts, strict=True):
+            every = zip(self._plan.rates, counts, heads.finite(), strict=True)
+            for rate, (top1, top5), finite in every:
                 score = percent(top1, top5, images=len(labels), num_classes=classes)
-                results.append({"blocks": kind.blocks, "pooled": kind.pooled, "lr": rate} | score)
+                found = {"blocks": kind.blocks, "pooled": kind.pooled, "lr": rate} | score
+                results.append(found | ({} if finite else {"diverged": True}))
+        if all("diverged" in result for result in results):
+            raise NonFiniteError(
+                f"step {done}: the weights of all classifiers are no longer finite numbers; lower"
+                " the learning rate"
+            )
         epoch = {} if self._plan.last_only else {"epoch": done // self._plan.hold}
         return {"step": done, **epoch, "classifiers": results}
 
@@ -204,6 +211,7 @@ def _chosen(evaluations: list[Evaluation], plan: ProbePlan) -> dict[str, object]
         {key: evaluation[key] for key in ("step", "epoch") if key in evaluation} | classifier
         for evaluation in (evaluations[-1:] if plan.last_only else evaluations)
         for classifier in evaluation["classifiers"]  # type: ignore[attr-defined]  # a list
+        if "diverged" not in classifier
     ]
     return choose_best(entries, with_last=not plan.last_only)
 

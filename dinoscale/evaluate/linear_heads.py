@@ -130,6 +130,11 @@ class LinearHeads:
         self.weight.sub_(rates[:, None, None] * self._weight_velocity)
         self.bias.sub_(rates[:, None] * self._bias_velocity)
 
+    def finite(self) -> list[bool]:
+        """For each classifier, whether all its numbers are finite: it has not diverged."""
+        flat = torch.cat([self.weight.flatten(1), self.bias], dim=1)  # (G, C K + C)
+        return flat.isfinite().all(dim=1).tolist()  # type: ignore[no-any-return]  # of bool
+
     def right(self, x: Tensor, labels: Tensor) -> list[tuple[int, int]]:
         """For each classifier, the rows (N, K) that are right by top-1 and by top-5."""
         top1, top5 = torch.zeros(2, len(self.bias), dtype=torch.int64, device=x.device)

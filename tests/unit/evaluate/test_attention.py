@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
 from dinoscale.data.synthetic import ShapesSource
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, NonFiniteError
 from dinoscale.evaluate import attention_figure as figure
 from dinoscale.evaluate.attention import draw_attention, evaluate_attention, score_attention
 from dinoscale.evaluate.attention_maps import attention_maps, center_box, head_jaccard, keep_mass
@@ -62,6 +62,11 @@ def test_maps_are_the_class_tokens_row_without_the_class_token(backbone: nn.Modu
     assert maps.shape == (3, 3, 3, 4)
     torch.testing.assert_close(maps.flatten(2), full[:, :, 0, 1:])
     torch.testing.assert_close(maps.sum((2, 3)) + full[:, :, 0, 0], torch.ones(3, 3))
+
+
+def test_maps_that_are_no_numbers_are_refused(backbone: nn.Module) -> None:
+    with pytest.raises(NonFiniteError, match="have diverged"):
+        attention_maps(backbone, torch.full((1, 3, 16, 16), torch.nan))
 
 
 def test_registers_are_no_patches() -> None:

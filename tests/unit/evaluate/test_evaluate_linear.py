@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinoscale.data.labelled_crops import stream_sampler
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, NonFiniteError
 from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.linear import evaluate_linear
 from dinoscale.evaluate.linear_heads import LinearHeads, TokenFeatures
@@ -62,6 +62,19 @@ def test_grid_reports_every_classifier_and_chooses_after_the_last_step(colors: C
     assert {(e["blocks"], e["pooled"]) for e in last} == {
         *((1, False), (1, True), (2, False), (2, True))  # this network has two blocks
     }
+
+
+def test_diverged_classifiers_are_told_and_never_chosen(
+    colors: Colors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinoscale.evaluate.linear_protocols.GRID_RATES", (3e38, 0.1))
+    report = _run(colors, augment=False)
+    of_rates = [(e["lr"] > 1, e.get("diverged"), e["top1"]) for e in
+                report["evaluations"][-1]["classifiers"]]  # fmt: skip
+    assert {(True, True, 0.0)} < set(of_rates)
+    assert all(diverged is None and top1 > 0 for high, diverged, top1 in of_rates if not high)
+    with pytest.raises(NonFiniteError, match=r"step \d: .* lower the learning rate"):
+        _run(colors, augment=False, protocol=replace(DINO, lr=3e38))
 
 
 def test_dino_reports_the_best_and_the_last_epoch(colors: Colors) -> None:
