@@ -112,7 +112,7 @@ def evaluate_copies(
     elif prefix is not None:
         right, rule = pairs_of_prefix(prefix, names, known), f"equal first {prefix} characters"
     else:
-        right, rule = pairs_of_names(names, known), "longest name that the query's begins with"
+        right, rule = pairs_of_names(names, known), "longest name before a separator in the query's"
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         members.setdefault(os.path.dirname(name) or "queries", []).append(i)

@@ -86,6 +86,18 @@ def test_many_images_are_taken_in_parts_without_a_difference(
     torch.testing.assert_close(attention_maps(backbone, images), whole)
 
 
+def test_objects_of_numbered_masks_are_no_brightness(backbone: nn.Module) -> None:
+    picture, mask = _bright_square()
+    dark = Image.fromarray(np.array(mask) // 255)
+    dark.putpalette([0] * 768)
+    wide = Image.fromarray(np.array(mask).astype(np.uint16) // 255)
+    scores = [
+        score_attention(backbone, [picture], [m], mean=(0.5,) * 3, std=(0.5,) * 3, size=16)
+        for m in (mask, dark, wide)
+    ]
+    assert scores[0] == scores[1] == scores[2]
+
+
 def test_kept_patches_are_the_fewest_that_hold_the_mass() -> None:
     maps = torch.tensor([[[4.0, 1.0], [2.0, 3.0]], [[1.0, 1.0], [1.0, 97.0]]])
     assert keep_mass(maps, mass=0.6).tolist() == [[[1, 0], [0, 1]], [[0, 0], [0, 1]]]

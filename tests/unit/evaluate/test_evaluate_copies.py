@@ -14,7 +14,7 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.copies import Settings as CopySettings
 from dinoscale.evaluate.copies import evaluate_copies, evaluate_made_copies, score_copies
 from dinoscale.evaluate.copy_descriptors import CopyDescriptor, generalized_mean, learn_whitening
-from dinoscale.evaluate.copy_pairs import pairs_of_names
+from dinoscale.evaluate.copy_pairs import pairs_of_names, pairs_of_prefix
 from dinoscale.models.zoo import build_backbone
 from tests.unit.evaluate.tiny_files import SHAPE, as_json, save_picture, save_weights
 
@@ -102,8 +102,14 @@ def test_queries_belong_to_the_longest_name_they_begin_with() -> None:
         (1,),
         (0,),
     ]
-    with pytest.raises(DataError, match=r"200001.jpg .*--prefix 4"):
-        pairs_of_names(["200001.jpg"], ["200000.jpg"])
+    assert pairs_of_names(["img1-x.jpg", "img10.x.jpg"], ["img1.jpg", "img10.jpg"]) == [(0,), (1,)]
+    for query in ("200001.jpg", "seal_crop.png", "sea2.png"):
+        with pytest.raises(DataError, match=rf"{query} .*--prefix 4"):
+            pairs_of_names([query], ["200000.jpg", "sea.jpg"])
+
+
+def test_names_shorter_than_the_prefix_are_compared_without_their_extension() -> None:
+    assert pairs_of_prefix(4, ["ab.png", "abcd1.png"], ["ab.jpg", "abcd2.jpg"]) == [(0,), (1,)]
 
 
 def test_made_copies_are_the_same_every_time_and_with_whitening(
