@@ -1,4 +1,9 @@
-"""What can end a run, and whose turn it is: the user's (2), the run's (1), nobody's (75)."""
+"""What can end a run, and whose turn it is.
+
+The user's (exit code 2), the run's (1), that of a storage or network (69), nobody's (75).
+"""
+
+_EX_UNAVAILABLE = 69  # of sysexits.h: nothing is wrong with what was asked for
 
 
 class DinoscaleError(Exception):
@@ -15,6 +20,12 @@ class DataError(DinoscaleError):
     """Images, shards or labels cannot be read as asked."""
 
 
+class UnavailableError(DataError):
+    """Data cannot be read here and now, though nothing may be wrong with them: try again later."""
+
+    exit_code = _EX_UNAVAILABLE
+
+
 class CheckpointError(DinoscaleError):
     """A checkpoint or weights file is missing, damaged, or of another model."""
 
@@ -25,6 +36,8 @@ class MissingFileError(CheckpointError):
 
 class UnreadableError(CheckpointError):
     """A checkpoint cannot be read here and now, though it may be whole: nothing was changed."""
+
+    exit_code = _EX_UNAVAILABLE
 
 
 class ConversionError(DinoscaleError):

@@ -1,20 +1,17 @@
-"""Read with patience: an error of the file system is no damage, so it is tried again."""
+"""Read checkpoints with patience: what is missing is told from what cannot be read now."""
 
 import errno
-import logging
 import os
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from dinoscale.errors import MissingFileError, UnreadableError
+from dinoscale.patience import PAUSES_S, Patience
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # about a minute: as long as an NFS server restarts
 _NO_FOLDER = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # whatever may be there
 
 
@@ -25,20 +22,19 @@ def patiently(read: Callable[[], T], path: Path) -> T:
         MissingFileError: its folder has no such file.
         UnreadableError: there still was an error after about a minute.
     """
-    for pause_s in (*_PAUSES_S, None):
-        try:
-            return read()
-        except OSError as error:  # noqa: PERF203  # a file at a time, and it waits
-            if error.errno in (errno.ENOENT, errno.ENOTDIR) and is_missing(path):
-                raise MissingFileError(
-                    f"{path.parent} is damaged: {path.name} is missing, so it is not a complete"
-                    " checkpoint"
-                ) from error
-            if pause_s is None:
-                raise _unreadable(path, error) from error
-            log.warning("cannot read %s (%s): trying again in %g s", path, error, pause_s)
-            time.sleep(pause_s)
-    raise AssertionError("unreachable")
+
+    def is_gone(error: OSError) -> bool:
+        return error.errno in (errno.ENOENT, errno.ENOTDIR) and is_missing(path)
+
+    try:
+        return Patience(is_final=is_gone).read(read, path)
+    except OSError as error:
+        if is_gone(error):
+            raise MissingFileError(
+                f"{path.parent} is damaged: {path.name} is missing, so it is not a complete"
+                " checkpoint"
+            ) from error
+        raise _unreadable(path, error) from error
 
 
 def is_missing(path: Path) -> bool:
@@ -81,6 +77,6 @@ def _unreadable(path: Path, error: OSError) -> UnreadableError:
     reason = f"{error.strerror or error} ({errno.errorcode.get(number, 'errno')} {number})"
     return UnreadableError(
         f"rank {distributed.rank()} on {socket.gethostname()} cannot read {path}: {reason}, after"
-        f" trying for {sum(_PAUSES_S):.0f} s. The checkpoint may be whole, and nothing of it was"
+        f" trying for {sum(PAUSES_S):.0f} s. The checkpoint may be whole, and nothing of it was"
         " changed: mend the file system or leave out that machine, then start again"
     )

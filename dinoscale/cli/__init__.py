@@ -41,7 +41,7 @@ _EPILOG = """examples:
   dinoscale evaluate compare a.safetensors b.safetensors --out comparison --task 'video DAVIS'
 
 exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
-75 asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) and saved: the same command goes on."""
+69 storage or network failed for minutes, and nothing is wrong with the input, 75 asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) and saved: the same command goes on."""
 _KEEP_THEIR_RESULTS = ("train", "launch", "sweep", "quickstart")
 
 
