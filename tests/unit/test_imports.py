@@ -16,7 +16,7 @@ DATA_TOOLS = PACKAGE.parent / "data_tools"
 # A module imports from its own part or from parts of lower levels, never from a neighbour.
 LEVELS: list[set[str]] = [
     {"errors"},
-    {"cores", "float32", "hosts", "launcher", "logs"},
+    {"cores", "float32", "hosts", "launcher", "logs", "patience"},
     {
         "config",
         "distributed",
@@ -28,7 +28,7 @@ LEVELS: list[set[str]] = [
         "preemption",
         "versions",
     },
-    {"data", "models", "losses", "schedules", "watchdog"},
+    {"data", "fingerprint", "models", "losses", "schedules", "watchdog"},
     {"engine", "opening"},
     {"checkpoint"},
     {"convert"},
@@ -45,7 +45,15 @@ LEVELS: list[set[str]] = [
     {"cli"},
     {"__main__"},
 ]
-DATA_TOOLS_READ = {"cores", "errors", "data", "convert", "evaluate"}  # nothing of a training
+DATA_TOOLS_READ = {
+    "cores",
+    "errors",
+    "patience",
+    "data",
+    "fingerprint",
+    "convert",
+    "evaluate",
+}  # nothing of a training
 LEAVES = {"data", "models", "losses", "schedules"}  # take tensors and numbers, never a config
 ONLY_IN = {
     "deepspeed": ("engine/",),
