@@ -65,7 +65,9 @@ def _add_segment(tasks: SubCommands) -> None:
     segment.add_argument(
         "--masks", metavar="DIR", help="masks named as the images; default: KEY.mask.png in DATA"
     )
-    segment.add_argument("--indexed", action="store_true", help="gray masks of 8 bits number objects too")
+    segment.add_argument(
+        "--indexed", action="store_true", help="gray masks of 8 bits number objects too"
+    )
     _add_size(segment)
     segment.add_argument("--mass", type=float, default=0.6, metavar="SHARE", help=_MASS_HELP)
     segment.add_argument(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, UNTRAINED_HELP, WORKERS_HELP, add_weights
-from dinoscale.launcher import read_process
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -139,20 +137,9 @@ def _add_common(task: argparse.ArgumentParser) -> None:
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
-    """What all three functions take.
-
-    Raises:
-        LaunchError: a launcher started more than one process.
-    """
-    from dinoscale.errors import LaunchError
+    """What all three functions take."""
     from dinoscale.evaluate.subject import Reading
 
-    processes = read_process(os.environ).world_size
-    if processes > 1:
-        raise LaunchError(
-            f"evaluate {options.task} runs in one process, not in {processes}: start it as"
-            f" `dinoscale evaluate {options.task} ...`"
-        )
     return {
         "weights_path": options.weights,
         "train_spec": options.train,

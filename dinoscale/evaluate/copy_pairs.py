@@ -83,7 +83,9 @@ def pairs_of_names(queries: Sequence[str], originals: Sequence[str]) -> list[tup
         ends = [i for i in range(len(stem), 0, -1) if not stem[i : i + 1].isalnum()]
         starts = [stem[:end] for end in ends]
         found[query] = [number_of[start] for start in starts if start in number_of][:1]
-    return _complete(found, "its name is that of no original, or one before a separator as in NAME_crop")
+    return _complete(
+        found, "its name is that of no original, or one before a separator as in NAME_crop"
+    )
 
 
 def _stem(path: str) -> str:

@@ -133,7 +133,7 @@ class LinearHeads:
     def finite(self) -> list[bool]:
         """For each classifier, whether all its numbers are finite: it has not diverged."""
         flat = torch.cat([self.weight.flatten(1), self.bias], dim=1)  # (G, C K + C)
-        return flat.isfinite().all(dim=1).tolist()  # type: ignore[no-any-return]  # of bool
+        return flat.isfinite().all(dim=1).tolist()
 
     def right(self, x: Tensor, labels: Tensor) -> list[tuple[int, int]]:
         """For each classifier, the rows (N, K) that are right by top-1 and by top-5."""

@@ -198,7 +198,9 @@ def _patch_features(
     pixels = to_input(seen.image, backbone, mean=card.mean, std=card.std)
     with eval_mode(backbone), torch.no_grad():
         tokens = backbone.features(pixels)[0, -rows * columns :]  # type: ignore[operator]  # a ViT
-    found: NDArray[np.float32] = require_finite(tokens.float()).reshape(rows, columns, -1).cpu().numpy()
+    found: NDArray[np.float32] = (
+        require_finite(tokens.float()).reshape(rows, columns, -1).cpu().numpy()
+    )
     return found
 
 
