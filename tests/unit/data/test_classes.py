@@ -171,8 +171,12 @@ def test_shared_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     for train, test in ((whole, apart), (apart, whole), (whole, other), (packed, other)):
         _joined(train, test)
     assert "judged by themselves" not in caplog.text
-    copies = [open_source(f"{tmp_path}/{x}") for x in ("b/../a", "links", "half", "packed")]
-    for train, test in (*((whole, copy) for copy in copies), (packed, whole), (more, apart)):
+    (tmp_path / "half" / "0" / "1.jpg").rename(tmp_path / "half" / "0" / "renamed.jpg")
+    copies = {"b/../a": "2 of the 2", "links": "2 of the 2", "a": "2 of the 2",
+              "half": "1 of the 2", "packed": "3 of the 3"}  # fmt: skip
+    pairs = [(whole, open_source(f"{tmp_path}/{x}"), number) for x, number in copies.items()]
+    for train, test, number in (*pairs, (packed, whole, "2 of the 2"), (more, apart, "2 of the 2")):
         caplog.clear()
         _joined(train, test)
-        assert "judged by themselves" in caplog.text, test.path(0)
+        assert f"{number} pictures of test" in caplog.text, test.path(0)
+        assert "judged by themselves" in caplog.text

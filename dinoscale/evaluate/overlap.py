@@ -1,0 +1,139 @@
+"""Pictures that two sets have in common, byte for byte, whatever they are called."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dinoscale.data.decode import BadSampleError
+from dinoscale.data.files import read_image_file
+from dinoscale.data.folder import FolderSource, ListSource
+from dinoscale.data.shards import TarSource
+from dinoscale.data.sources import Source
+
+# What a look at two large sets may cost, in seconds on a local disk; small sets are compared whole.
+LOOKED_FOR = 1000  # pictures at even distances: where 1 % is shared, some are among them
+SIZES_READ = 100_000  # files of a folder that are asked for their size, beside those of equal names
+BYTES_READ = 2**30  # of pictures of the same size
+
+Stored = FolderSource | ListSource | TarSource
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What of a set is in another one.
+
+    Attributes:
+        found: pictures that are.
+        looked_for: pictures that were looked for.
+        example: path of one of them, empty if there is none.
+    """
+
+    found: int
+    looked_for: int
+    example: str
+
+
+def overlap_of(some: Source, whole: Source) -> Overlap:
+    """Look whether pictures of a set are in another one; drawn sets are in themselves alone."""
+    if not (isinstance(some, Stored) and isinstance(whole, Stored)):
+        found = len(some) if some == whole else 0
+        return Overlap(found, len(some), some.path(0) if found else "")
+    numbers = range(0, len(some), math.ceil(len(some) / LOOKED_FOR))
+    pairs = equal_pictures(some, numbers, whole, sizes_read=SIZES_READ, bytes_read=BYTES_READ)
+    shared = sorted({number for of_one in pairs.values() for number in of_one})
+    return Overlap(len(shared), len(numbers), some.path(shared[0]) if shared else "")
+
+
+def equal_pictures(
+    some: Source,
+    numbers: Iterable[int],
+    whole: Source,
+    *,
+    sizes_read: float = math.inf,
+    bytes_read: float = math.inf,
+) -> dict[int, list[int]]:
+    """Pictures of a set that have the bytes of some of another one.
+
+    Args:
+        some: a set.
+        numbers: of its pictures that are looked for.
+        whole: where they are looked for.
+        sizes_read: about so many of its files are asked for their size, at even distances.
+        bytes_read: about so much of what has the right size is read, at even distances.
+
+    Returns:
+        Number in `whole` -> the numbers in `some` of those with the same bytes; none of drawn sets.
+    """
+    if not (isinstance(some, Stored) and isinstance(whole, Stored)):
+        return {}
+    of_size: dict[int, list[int]] = defaultdict(list)
+    for number in numbers:
+        of_size[_size(some, number)].append(number)
+    names = {_base(some.path(number)) for of_one in of_size.values() for number in of_one}
+    stride = max(1, math.ceil(len(whole) / sizes_read))
+    candidates = [(i, size) for i, size in _sizes(whole, names, stride) if size in of_size]
+    stride = max(1, math.ceil(sum(size for _, size in candidates) / bytes_read))
+    digests: dict[int, dict[bytes, list[int]]] = {}
+    found = {}
+    for i, size in candidates[::stride]:
+        if size not in digests:
+            digests[size] = _by_digest(some, of_size[size])
+        equal = digests[size].get(_digest(whole, i))
+        if equal is not None:
+            found[i] = equal
+    return found
+
+
+def _by_digest(source: Stored, numbers: Sequence[int]) -> dict[bytes, list[int]]:
+    """Pictures that can be read, by what they hold."""
+    found: dict[bytes, list[int]] = defaultdict(list)
+    for number in numbers:
+        found[_digest(source, number)].append(number)
+    found.pop(b"", None)
+    return dict(found)
+
+
+def _digest(source: Stored, number: int) -> bytes:
+    """Of the file of a picture; empty where it cannot be read."""
+    try:
+        if isinstance(source, TarSource):
+            data = source.data(number)
+        else:
+            data = read_image_file(source.path(number))
+    except BadSampleError:
+        return b""
+    return hashlib.sha256(data).digest()
+
+
+def _sizes(source: Stored, names: set[str], stride: int) -> Iterator[tuple[int, int]]:
+    """Numbers and sizes: of all pictures in shards; of files each so many-th and those of names."""
+    if isinstance(source, TarSource):
+        yield from enumerate(source.sizes())
+        return
+    for number, path in enumerate(source.files()):
+        if number % stride == 0 or _base(path) in names:
+            yield number, _size_of_file(path)
+
+
+def _size(source: Stored, number: int) -> int:
+    if isinstance(source, TarSource):
+        return source.size(number)
+    return _size_of_file(source.path(number))
+
+
+def _size_of_file(path: str) -> int:
+    """In bytes, -1 where it cannot be told."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return -1
+
+
+def _base(path: str) -> str:
+    """Name of a file, or of a member of a shard, without folders."""
+    return path.rpartition("::")[2].rpartition("/")[2]
