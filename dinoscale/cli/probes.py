@@ -10,6 +10,10 @@ from dinoscale.cli.arguments import DATA_HELP, UNTRAINED_HELP, WORKERS_HELP, add
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
 
+_KEPT = (
+    "(FILE-best.safetensors), after each measurement; if it is ended, the same command goes on from"
+    " FILE.safetensors.resume"
+)
 _SETS = "--train /data/train --test /data/val"
 
 
@@ -50,6 +54,11 @@ def _add_linear(tasks: SubCommands) -> None:
         type=float,
         metavar="RATE",
         help="of --protocol dino for 256 images, default 0.001; worth a sweep",
+    )
+    linear.add_argument(
+        "--out",
+        metavar="FILE.safetensors",
+        help=f"also write the classifier that was last the best, and the best of all {_KEPT}",
     )
     linear.add_argument(
         "--no-augmentation",
@@ -116,7 +125,9 @@ def _add_finetune(tasks: SubCommands) -> None:
         "--precision", choices=("bf16", "fp32"), help="default bf16 on a GPU, fp32 on a CPU"
     )
     finetune.add_argument(
-        "--out", metavar="FILE.safetensors", help="also write the backbone of the last epoch"
+        "--out",
+        metavar="FILE.safetensors",
+        help=f"also write the backbone of the last epoch, and of the best {_KEPT}",
     )
     finetune.set_defaults(run=_evaluate_finetune)
 
@@ -167,6 +178,7 @@ def _evaluate_linear(options: argparse.Namespace) -> dict[str, Any]:
     return evaluate_linear(
         protocol=protocol(batch_size=options.batch_size, **given),
         augment=not options.no_augmentation,
+        out=options.out,
         **_common(options),
     )
 

@@ -22,12 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinoscale import distributed
-from dinoscale.data.mixture import left_out_counts
 from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
 from dinoscale.evaluate.frozen import Extraction, Frozen, open_frozen
-from dinoscale.evaluate.labelled import Features, LabelledSets
+from dinoscale.evaluate.labelled import Features, LabelledSets, describe_set
 
 ByK = dict[str, dict[str, float]]  # k as text -> top1, top5, neighbours
 
@@ -289,16 +288,7 @@ def _classify(features: Features, *, ks: Sequence[int], temp: float) -> ByK:
 
 
 def _describe(spec: str, source: Source, labels: Tensor) -> dict[str, object]:
-    """A set as far as it can be read, how much of it cannot, and what is none of its images."""
-    classes = int((torch.bincount(labels) > 0).sum())
-    unreadable = len(source) - len(labels)
-    return {
-        "spec": spec,
-        "images": len(labels),
-        "unreadable": unreadable,
-        "left_out": left_out_counts(source),
-        "classes": classes,
-    }
+    return describe_set(spec, source, labels, unreadable=len(source) - len(labels))
 
 
 def _protocol(frozen: Frozen, *, ks: Sequence[int], temp: float) -> dict[str, object]:

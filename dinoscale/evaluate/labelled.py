@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dinoscale import distributed
 from dinoscale.data.classes import classes_of, same_classes
+from dinoscale.data.mixture import left_out_counts
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import check_labels
@@ -97,6 +98,26 @@ def _readable(features: Tensor, labels: Tensor, *, name: str) -> tuple[Tensor, T
     if not len(features):
         raise DataError(f"{name}: none of the images can be read")
     return features, labels
+
+
+def describe_set(
+    spec: str, source: Source, labels: Tensor, *, unreadable: int
+) -> dict[str, object]:
+    """A set for a report, as far as it was used.
+
+    Args:
+        spec: what it was opened from.
+        source: the set.
+        labels: of the images that were used, (N,).
+        unreadable: how many could not be.
+    """
+    return {
+        "spec": spec,
+        "images": len(labels),
+        "unreadable": unreadable,
+        "left_out": left_out_counts(source),
+        "classes": len(labels.unique()),
+    }
 
 
 def renumber_classes(train: Source, test: Source) -> Tensor:

@@ -6,7 +6,7 @@ input, G classifiers of one kind of input, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +108,20 @@ class LinearHeads:
         self.bias = self.weight.new_zeros(num_heads, num_classes)
         self._weight_velocity = torch.zeros_like(self.weight)
         self._bias_velocity = torch.zeros_like(self.bias)
+
+    def state(self) -> dict[str, Tensor]:
+        """All numbers of the classifiers and of their training, which goes on changing them."""
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "weight_velocity": self._weight_velocity,
+            "bias_velocity": self._bias_velocity,
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` has given."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores (N, G, C) of rows (N, K)."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from dinoscale.convert.weights_file import BackboneCard
-from dinoscale.data.mixture import left_out_counts
 from dinoscale.errors import ConfigError
+from dinoscale.evaluate.labelled import describe_set
 from dinoscale.evaluate.subject import Subject
 from dinoscale.evaluate.untrained import untrained_backbone
 
@@ -34,7 +34,8 @@ def report_of(
         task: its name.
         subject: what is measured.
         measure: takes a backbone, and a function to call with each result as soon as it is known;
-            returns `score` and whatever else there is to report.
+            returns `score` and whatever else there is to report, and leaves in `subject.used` what
+            was used of both sets.
         protocol: all that changes the numbers.
         untrained: measure fresh weights, too.
         log_path: JSON lines, one for each result; None keeps none.
@@ -51,6 +52,7 @@ def report_of(
         head = {"task": task, "weights": subject.weights, "network": network}
         return measure(backbone, lambda result: log.add({**head, **result}))
 
+    found = of("trained", subject.backbone)
     names = ("train", "test")
     sets = zip(names, subject.specs, (subject.train, subject.test), strict=True)
     report: dict[str, object] = {
@@ -60,11 +62,11 @@ def report_of(
         "backbone": asdict(subject.card.backbone),
         "classes": subject.num_classes,
         **{
-            name: {"spec": spec, "images": len(source), "left_out": left_out_counts(source)}
+            name: describe_set(spec, source, **vars(subject.used[name]))
             for name, spec, source in sets
         },
         "protocol": dict(protocol),
-        **of("trained", subject.backbone),
+        **found,
     }
     if untrained:
         fresh = untrained_backbone(subject.card).to(subject.device)
