@@ -16,7 +16,7 @@ from dinoscale.cli.convert import add_convert
 from dinoscale.cli.evaluate import add_evaluate
 from dinoscale.cli.launch import add_launch
 from dinoscale.cli.planning import add_planning
-from dinoscale.cli.ranks import prepared, tell_others
+from dinoscale.cli.ranks import prepared, require_one_process, tell_others
 from dinoscale.cli.sweep import add_sweep
 from dinoscale.errors import LaunchError
 from dinoscale.launcher import read_process
@@ -42,6 +42,8 @@ _EPILOG = """examples:
 
 exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
 69 storage or network failed for minutes, and nothing is wrong with the input, 75 asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) and saved: the same command goes on."""
+# Every process of a launcher would do all of it, and write the same files.
+_ALONE = ("checkpoint", "convert", "data", "export", "quickstart", "report")
 _KEEP_THEIR_RESULTS = ("train", "launch", "sweep", "quickstart")
 
 
@@ -99,6 +101,8 @@ def run(arguments: Sequence[str]) -> bool:
         if error.code:
             tell_others(LaunchError("its command line is wrong, as its output says"))
         raise
+    if options.command in _ALONE:
+        require_one_process(options.command)
     result = options.run(options)
     if result is not None:
         print(json.dumps(result), flush=True)

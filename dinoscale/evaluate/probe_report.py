@@ -14,6 +14,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.evaluate.labelled import describe_set
 from dinoscale.evaluate.subject import Subject
 from dinoscale.evaluate.untrained import untrained_backbone
+from dinoscale.fingerprint import digest_of
 
 Result = Mapping[str, object]  # ready for JSON
 Log = Callable[[Result], None]
@@ -38,7 +39,8 @@ def report_of(
             was used of both sets.
         protocol: all that changes the numbers.
         untrained: measure fresh weights, too.
-        log_path: JSON lines, one for each result; None keeps none.
+        log_path: JSON lines, one for each result, with a digest of what it was measured by; None
+            keeps none.
 
     Returns:
         The report, ready for JSON.
@@ -47,9 +49,10 @@ def report_of(
         ConfigError: the log cannot be written.
     """
     log = _ResultLog(log_path)
+    settings = digest_of([subject.specs, protocol])  # one file may hold lines of several
 
     def of(network: str, backbone: nn.Module) -> dict[str, object]:
-        head = {"task": task, "weights": subject.weights, "network": network}
+        head = {"task": task, "weights": subject.weights, "network": network, "settings": settings}
         return measure(backbone, lambda result: log.add({**head, **result}))
 
     found = of("trained", subject.backbone)

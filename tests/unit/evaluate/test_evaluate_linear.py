@@ -89,7 +89,7 @@ def test_a_training_that_was_ended_goes_on_to_the_same_numbers(
     assert report == whole | {name: report[name] for name in names}
     for name in names:
         assert Path(report[name]).read_bytes() == Path(whole[name]).read_bytes()
-    assert len([*runs[1].parent.iterdir()]) == 2
+    assert len([*runs[1].parent.glob("classifier*")]) == 2
     tensors = load_file(report["out"])
     assert tensors["weight"].shape[0] == len(tensors["bias"]) == 3
 

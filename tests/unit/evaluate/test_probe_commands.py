@@ -75,3 +75,26 @@ def test_several_processes_are_refused_once_and_before_anything_is_written(
     with pytest.raises(SystemExit, match="2"):
         cli.run(["evaluate", *words])
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("export w {o}/w.safetensors", "convert w {o}/w.pth --to dino", "report w"),
+        *(
+            "data build-shards i {o}",
+            "checkpoint prune w --keep-last 1",
+            "quickstart --run-dir {o}",
+        ),
+    ],
+)
+def test_commands_of_one_process_are_refused_likewise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str
+) -> None:
+    words = shlex.split(line.format(o=tmp_path / "out"))
+    for rank, error in (("0", LaunchError), ("1", SystemExit)):
+        for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(error, match=rf"{words[0]} runs in one process" if rank == "0" else "2"):
+            cli.run(words)
+    assert not (tmp_path / "out").exists()
