@@ -18,7 +18,7 @@ from dinoscale.data.sources import Source
 # What a look at two large sets may cost, in seconds on a local disk; small sets are compared whole.
 LOOKED_FOR = 1000  # pictures at even distances: where 1 % is shared, some are among them
 SIZES_READ = 100_000  # files of a folder that are asked for their size, beside those of equal names
-BYTES_READ = 2**30  # of pictures of the same size
+BYTES_READ = 2**28  # of pictures of the same size and another name
 
 Stored = FolderSource | ListSource | TarSource
 
@@ -64,7 +64,8 @@ def equal_pictures(
         numbers: of its pictures that are looked for.
         whole: where they are looked for.
         sizes_read: about so many of its files are asked for their size, at even distances.
-        bytes_read: about so much of what has the right size is read, at even distances.
+        bytes_read: about so much of what has the right size is read, at even distances, beside
+            files of equal names.
 
     Returns:
         Number in `whole` -> the numbers in `some` of those with the same bytes; none of drawn sets.
@@ -76,11 +77,13 @@ def equal_pictures(
         of_size[_size(some, number)].append(number)
     names = {_base(some.path(number)) for of_one in of_size.values() for number in of_one}
     stride = max(1, math.ceil(len(whole) / sizes_read))
-    candidates = [(i, size) for i, size in _sizes(whole, names, stride) if size in of_size]
-    stride = max(1, math.ceil(sum(size for _, size in candidates) / bytes_read))
+    candidates = [entry for entry in _sizes(whole, names, stride) if entry[1] in of_size]
+    stride = max(1, math.ceil(sum(size for _, size, _ in candidates) / bytes_read))
     digests: dict[int, dict[bytes, list[int]]] = {}
     found = {}
-    for i, size in candidates[::stride]:
+    for place, (i, size, is_named) in enumerate(candidates):
+        if place % stride and not is_named:
+            continue
         if size not in digests:
             digests[size] = _by_digest(some, of_size[size])
         equal = digests[size].get(_digest(whole, i))
@@ -110,14 +113,18 @@ def _digest(source: Stored, number: int) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def _sizes(source: Stored, names: set[str], stride: int) -> Iterator[tuple[int, int]]:
-    """Numbers and sizes: of all pictures in shards; of files each so many-th and those of names."""
+def _sizes(source: Stored, names: set[str], stride: int) -> Iterator[tuple[int, int, bool]]:
+    """Number, size, and whether it has one of the names: of shards all, without looking at names.
+
+    Of files each so many-th and those of the names.
+    """
     if isinstance(source, TarSource):
-        yield from enumerate(source.sizes())
+        yield from ((number, size, False) for number, size in enumerate(source.sizes()))
         return
     for number, path in enumerate(source.files()):
-        if number % stride == 0 or _base(path) in names:
-            yield number, _size_of_file(path)
+        is_named = _base(path) in names
+        if is_named or number % stride == 0:
+            yield number, _size_of_file(path), is_named
 
 
 def _size(source: Stored, number: int) -> int:
