@@ -39,10 +39,11 @@ class Overlap:
 
 
 def overlap_of(some: Source, whole: Source) -> Overlap:
-    """Look whether pictures of a set are in another one; drawn sets are in themselves alone."""
+    """Look whether pictures of a labelled set are in another one; drawn sets are in themselves."""
     if not (isinstance(some, Stored) and isinstance(whole, Stored)):
-        found = len(some) if some == whole else 0
-        return Overlap(found, len(some), some.path(0) if found else "")
+        labels = some.labels
+        found = len(labels) if some == whole and labels is not None else 0
+        return Overlap(found, found, some.path(0) if found else "")
     numbers = range(0, len(some), math.ceil(len(some) / LOOKED_FOR))
     pairs = equal_pictures(some, numbers, whole, sizes_read=SIZES_READ, bytes_read=BYTES_READ)
     shared = sorted({number for of_one in pairs.values() for number in of_one})
