@@ -41,7 +41,8 @@ _EPILOG = """examples:
   dinoscale evaluate compare a.safetensors b.safetensors --out comparison --task 'video DAVIS'
 
 exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
-69 storage or network failed for minutes, and nothing is wrong with the input, 75 asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) and saved: the same command goes on."""
+69 storage or network failed for minutes, and nothing is wrong with the input, 75 asked to stop
+(Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) and saved: the same command goes on."""
 # Every process of a launcher would do all of it, and write the same files.
 _ALONE = ("checkpoint", "convert", "data", "export", "quickstart", "report")
 _KEEP_THEIR_RESULTS = ("train", "launch", "sweep", "quickstart")
