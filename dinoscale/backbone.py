@@ -90,7 +90,7 @@ class Backbone(nn.Module):
         """
         self._require_whole_patches(images)
         rows, columns = (side // self.patch_size for side in images.shape[2:])
-        attention = self._vit().last_attention(images)  # (N, heads, L, L)
+        attention = self._vit().last_attention(images, queries=1)  # (N, heads, 1, L)
         return torch.unflatten(attention[:, :, 0, -rows * columns :], -1, (rows, columns))
 
     def _vit(self) -> VisionTransformer:

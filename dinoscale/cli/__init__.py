@@ -17,7 +17,7 @@ from dinoscale.cli.convert import add_convert
 from dinoscale.cli.evaluate import add_evaluate
 from dinoscale.cli.launch import add_launch
 from dinoscale.cli.planning import add_planning
-from dinoscale.cli.ranks import prepared, tell_others
+from dinoscale.cli.ranks import prepared, require_one_process, tell_others
 from dinoscale.cli.sweep import add_sweep
 from dinoscale.errors import LaunchError
 from dinoscale.launcher import read_process
@@ -47,6 +47,8 @@ exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how
 _MAY_BE_EMPTY = ("--options", "--ssh-options")  # words for other programs, perhaps none
 _EMPTY_OPTION = re.compile(r"--[a-z-]+=")
 _OPTION_OF_HOME = re.compile(r"^(--[a-z-]+=)(~[^/]*)")  # a shell replaces ~ after a space only
+# Every process of a launcher would do all of it, and write the same files.
+_ALONE = ("checkpoint", "convert", "data", "export", "quickstart", "report")
 _KEEP_THEIR_RESULTS = ("train", "launch", "sweep", "quickstart")
 
 
@@ -107,6 +109,8 @@ def run(arguments: Sequence[str]) -> bool:
         if error.code:
             tell_others(LaunchError("its command line is wrong, as its output says"))
         raise
+    if options.command in _ALONE:
+        require_one_process(options.command)
     result = options.run(options)
     if result is not None:
         print(json.dumps(result), flush=True)

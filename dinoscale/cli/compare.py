@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dinoscale.errors import ConfigError, LaunchError
-from dinoscale.launcher import read_process
+from dinoscale.cli.ranks import require_one_process
+from dinoscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -34,11 +33,11 @@ def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) ->
         description="One table over several weights: a row for each, a column for each task, with"
         " floors, plots and pictures. Each --task is measured on every WEIGHTS, and what other"
         " tasks have printed (`dinoscale evaluate knn ... > knn.json`) may be given as REPORT.json."
-        " Only equal protocols and data share a column. Every result is kept in DIR/results as soon"
-        " as it is there, and the same line started again measures only what is missing or whose"
-        " weights have changed; delete a file there after changing images. A task that fails is a"
-        " sentence in the table, the others go on, and the exit code is 2. Writes DIR/compare.html,"
-        " one file that needs no network, and DIR/compare.json.",
+        " Only equal protocols, data and code share a column. Every result is kept in DIR/results"
+        " as soon as it is there, and the same line started again measures only what is missing, or"
+        " whose weights, images or code have changed since. A task that fails is a sentence in the"
+        " table, the others go on, and the exit code is 2. Writes DIR/compare.html, one file that"
+        " needs no network, and DIR/compare.json.",
         epilog="example: dinoscale evaluate compare a.safetensors b.safetensors --out comparison/"
         " --task 'knn --train /data/train --test /data/val' --task 'video DAVIS'",
     )
@@ -66,12 +65,11 @@ def _evaluate_compare(
     from dinoscale.evaluate.compare import compare, outcome_of_report
     from dinoscale.evaluate.compare_runs import measure_all
 
-    processes = read_process(os.environ).world_size
-    if processes > 1:
-        raise LaunchError(
-            f"evaluate compare runs in one process, not in {processes}. Measure under the launcher"
-            " (`torchrun ... evaluate knn ... > a.json`), and compare the reports."
-        )
+    require_one_process(
+        "evaluate compare",
+        "Measure under the launcher (`torchrun ... evaluate knn ... > a.json`), and compare the"
+        " reports.",
+    )
     out = Path(options.out)
     jobs = _jobs(options, add_tasks, out / "results")
     reports = [outcome_of_report(Path(path)) for path in options.sources if _is_report(path)]
@@ -129,6 +127,7 @@ class _LineParser(argparse.ArgumentParser):
 
 def _job(parser: argparse.ArgumentParser, weights: str, line: str, folder: Path) -> Job:
     from dinoscale.evaluate.compare_runs import Job, result_path
+    from dinoscale.evaluate.made_from import made_from
 
     try:
         task, words = split_line(line)
@@ -143,4 +142,4 @@ def _job(parser: argparse.ArgumentParser, weights: str, line: str, folder: Path)
         return report
 
     network = getattr(options, "network", "teacher")
-    return Job(weights, network, task, line, result, measure)
+    return Job(weights, network, task, line, result, partial(made_from, vars(options)), measure)

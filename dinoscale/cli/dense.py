@@ -55,8 +55,8 @@ def _add_segment(tasks: SubCommands) -> None:
         " objects of an image, then over images. Beside it the floors that trained weights must"
         " beat: the same architecture untrained, and a centered box. Masks are KEY.mask.png beside"
         " KEY.jpg in shards, or a folder of --masks named as the images. A mask with a palette"
-        " (PASCAL VOC, DAVIS) numbers its objects, 255 does not count; any other is one object,"
-        " brighter than 127.",
+        " (PASCAL VOC, DAVIS) or of 16 bits numbers its objects, 255 does not count; a gray one of"
+        " 8 bits is one object, brighter than 127. Masks in color are refused.",
         epilog="example: dinoscale evaluate segment weights.safetensors VOC2012/JPEGImages"
         " --masks VOC2012/SegmentationObject",
     )
@@ -65,7 +65,9 @@ def _add_segment(tasks: SubCommands) -> None:
     segment.add_argument(
         "--masks", metavar="DIR", help="masks named as the images; default: KEY.mask.png in DATA"
     )
-    segment.add_argument("--indexed", action="store_true", help="gray masks number objects too")
+    segment.add_argument(
+        "--indexed", action="store_true", help="gray masks of 8 bits number objects too"
+    )
     _add_size(segment)
     segment.add_argument("--mass", type=float, default=0.6, metavar="SHARE", help=_MASS_HELP)
     segment.add_argument(

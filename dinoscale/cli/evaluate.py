@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import (
@@ -16,11 +19,16 @@ from dinoscale.cli.compare import add_compare, line_parser, split_line
 from dinoscale.cli.dense import add_dense
 from dinoscale.cli.probes import add_probes
 from dinoscale.cli.propagate import add_copies, add_retrieve, add_video
-from dinoscale.cli.ranks import on_all_ranks
+from dinoscale.cli.ranks import on_all_ranks, require_one_process
 from dinoscale.errors import ConfigError
+from dinoscale.launcher import read_process
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
+
+Measure = Callable[[argparse.Namespace], dict[str, Any]]
+
+_SHARED = ("knn",)  # tasks whose work the ranks of a launcher share
 
 
 def add_evaluate(commands: SubCommands) -> None:
@@ -30,8 +38,10 @@ def add_evaluate(commands: SubCommands) -> None:
         help="measure a backbone",
         description="Measure a backbone by the published protocols, whose numbers are the defaults."
         " The report is one JSON object on stdout: `score` (percent, the first number is the"
-        " headline), `protocol` (all that changes it), and floors that it has to beat where the"
-        " task knows some.",
+        " headline), `protocol` (all that changes it), floors that it has to beat where the task"
+        " knows some, and `made_from` (digests of the files that were read, the options and the"
+        " code). Under a launcher the ranks of `knn` share the images; the other tasks run in one"
+        " process and refuse several.",
         epilog="example: dinoscale evaluate knn weights.safetensors --train /data/train"
         " --test /data/val > knn.json",
     )
@@ -61,6 +71,25 @@ def _add_measurements(tasks: SubCommands) -> None:
     add_video(tasks)
     add_retrieve(tasks)
     add_copies(tasks)
+    for task in tasks.choices.values():
+        task.set_defaults(run=partial(_report, task.get_default("run")))
+
+
+def _report(measure: Measure, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Measure, on all ranks where they share the work and else in one process; on rank 0 report."""
+    if options.task in _SHARED:
+        return on_all_ranks(lambda: _measured(measure, options))
+    require_one_process(f"evaluate {options.task}")
+    return _measured(measure, options)
+
+
+def _measured(measure: Measure, options: argparse.Namespace) -> dict[str, Any]:
+    """The report of a task, with what it was made from."""
+    from dinoscale.evaluate.made_from import made_from
+
+    reports = read_process(os.environ).rank == 0
+    before = made_from(vars(options)) if reports else None
+    return {**measure(options), "made_from": before}
 
 
 def _add_knn(tasks: SubCommands) -> None:
@@ -106,7 +135,7 @@ def _add_knn(tasks: SubCommands) -> None:
     knn.set_defaults(run=_evaluate_knn)
 
 
-def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any] | None:
+def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.evaluate.frozen import Extraction
     from dinoscale.evaluate.knn import KS, evaluate_knn
 
@@ -119,14 +148,12 @@ def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any] | None:
         num_workers=options.num_workers,
         cache=not options.no_cache,
     )
-    return on_all_ranks(
-        lambda: evaluate_knn(
-            options.weights,
-            options.train,
-            options.test,
-            ks=options.k or KS,
-            pixels=options.pixels,
-            untrained=options.untrained,
-            how=how,
-        )
+    return evaluate_knn(
+        options.weights,
+        options.train,
+        options.test,
+        ks=options.k or KS,
+        pixels=options.pixels,
+        untrained=options.untrained,
+        how=how,
     )

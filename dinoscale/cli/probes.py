@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import DATA_HELP, UNTRAINED_HELP, WORKERS_HELP, add_weights
-from dinoscale.launcher import read_process
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
 
+_KEPT = (
+    "(FILE-best.safetensors), after each measurement; if it is ended, the same command goes on from"
+    " FILE.safetensors.resume"
+)
 _SETS = "--train /data/train --test /data/val"
 
 
@@ -52,6 +54,11 @@ def _add_linear(tasks: SubCommands) -> None:
         type=float,
         metavar="RATE",
         help="of --protocol dino for 256 images, default 0.001; worth a sweep",
+    )
+    linear.add_argument(
+        "--out",
+        metavar="FILE.safetensors",
+        help=f"also write the classifier that was last the best, and the best of all {_KEPT}",
     )
     linear.add_argument(
         "--no-augmentation",
@@ -118,7 +125,9 @@ def _add_finetune(tasks: SubCommands) -> None:
         "--precision", choices=("bf16", "fp32"), help="default bf16 on a GPU, fp32 on a CPU"
     )
     finetune.add_argument(
-        "--out", metavar="FILE.safetensors", help="also write the backbone of the last epoch"
+        "--out",
+        metavar="FILE.safetensors",
+        help=f"also write the backbone of the last epoch, and of the best {_KEPT}",
     )
     finetune.set_defaults(run=_evaluate_finetune)
 
@@ -139,20 +148,9 @@ def _add_common(task: argparse.ArgumentParser) -> None:
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
-    """What all three functions take.
-
-    Raises:
-        LaunchError: a launcher started more than one process.
-    """
-    from dinoscale.errors import LaunchError
+    """What all three functions take."""
     from dinoscale.evaluate.subject import Reading
 
-    processes = read_process(os.environ).world_size
-    if processes > 1:
-        raise LaunchError(
-            f"evaluate {options.task} runs in one process, not in {processes}: start it as"
-            f" `dinoscale evaluate {options.task} ...`"
-        )
     return {
         "weights_path": options.weights,
         "train_spec": options.train,
@@ -180,6 +178,7 @@ def _evaluate_linear(options: argparse.Namespace) -> dict[str, Any]:
     return evaluate_linear(
         protocol=protocol(batch_size=options.batch_size, **given),
         augment=not options.no_augmentation,
+        out=options.out,
         **_common(options),
     )
 

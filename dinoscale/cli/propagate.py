@@ -110,9 +110,9 @@ def add_copies(tasks: SubCommands) -> None:
         " token and pooled patches, whitening learned from other images, the first 20 ranks. With"
         " --originals and --queries (Copydays): every folder of queries is a block of its own"
         " (strong, jpegqual/3, ...). A query belongs to the original with the longest name that its"
-        " own begins with (sea.jpg, sea_crop.jpg), or by --prefix, or by --pairs. With --data and"
-        " --make-copies: copies of some images of any set are made (crop, jpeg, blur, color,"
-        " rotation, and all of them: strong) and looked for among all images of it.",
+        " own begins with before a separator (sea.jpg, sea_crop.jpg), or by --prefix or --pairs."
+        " With --data and --make-copies: copies of some images of any set are made (crop, jpeg,"
+        " blur, color, rotation, and all of them: strong) and looked for among all images of it.",
         epilog="example: dinoscale evaluate copies weights.safetensors"
         " --originals copydays/original --queries copydays/queries --prefix 4"
         " --distractors yfcc10k --whitening yfcc20k",

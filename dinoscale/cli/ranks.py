@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from dinoscale.errors import LaunchError
 from dinoscale.launcher import Process, read_process
 
 T = TypeVar("T")
@@ -35,6 +36,28 @@ def tell_others(error: Exception) -> None:
             from dinoscale import distributed
 
             distributed.start(process, unfit=error)
+
+
+def require_one_process(command: str, remedy: str = "") -> None:
+    """Refuse to do everything once a rank, before anything is read or written; rank 0 says so.
+
+    Args:
+        command: words after `dinoscale`.
+        remedy: what to do instead; by default, to start it without a launcher.
+
+    Raises:
+        LaunchError: a launcher has started several processes, of which this is the first.
+        SystemExit: with 2, it is another one.
+    """
+    process = read_process(os.environ)
+    if process.world_size == 1:
+        return
+    if process.rank:
+        raise SystemExit(LaunchError.exit_code)
+    raise LaunchError(
+        f"{command} runs in one process, not in {process.world_size}."
+        f" {remedy or f'Start it as `dinoscale {command} ...`.'}"
+    )
 
 
 def on_all_ranks(evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,41 @@ def locked(path: str, alive: Callable[[], None] = lambda: None) -> Iterator[None
 def remove_abandoned(path: str) -> None:
     """Remove what processes left that were killed while they wrote this file."""
     for partial in glob.glob(f"{glob.escape(path)}.*.partial"):
+        _remove_if_abandoned(partial)
+
+
+def _remove_if_abandoned(partial: str) -> None:
+    with suppress(FileNotFoundError):  # it was finished meanwhile, or another process removed it
         if os.stat(partial).st_mtime < time.time() - _ABANDONED_S:
             os.unlink(partial)
+
+
+def keep_recent(path: str, *, most_bytes: float) -> None:
+    """Make room for a file: remove of its kind what was written or touched longest ago.
+
+    What killed processes have left of any of the kind goes, too.
+
+    Args:
+        path: of `cached_file`, with an extension.
+        most_bytes: that the others of its kind and extension may have together.
+    """
+    folder, name = os.path.split(path)
+    kind, extension = name.partition("-")[0], os.path.splitext(name)[1]
+    pattern = os.path.join(glob.escape(folder), f"{kind}-*{extension}")
+    for partial in glob.glob(f"{pattern}.*.partial"):
+        _remove_if_abandoned(partial)
+    found = []
+    for file in glob.glob(pattern):
+        with suppress(FileNotFoundError):  # another process makes room as well
+            state = os.stat(file)
+            found.append((state.st_mtime_ns, state.st_size, file))
+    left = most_bytes
+    for _, size, file in sorted(found, reverse=True):
+        left -= size if file != path else 0
+        if left < 0:
+            log.info("removing %s: it was used longest ago", file)
+            with suppress(FileNotFoundError):
+                os.unlink(file)
 
 
 def _lock(descriptor: int, path: str, alive: Callable[[], None]) -> None:

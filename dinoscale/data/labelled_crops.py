@@ -50,11 +50,15 @@ class LabelledCrops(NamedTuple):
         crops: uint8 (N, H, H, C).
         params: what was drawn for each, records of `crop_params.PARAMS` (N,).
         labels: int64 (N,).
+        ids: numbers of the pictures, int64 (N,).
+        unreadable: numbers of those that the batch lacks, int64.
     """
 
     crops: Tensor
     params: Params
     labels: Tensor
+    ids: Tensor
+    unreadable: Tensor
 
 
 def stream_sampler(size: int, *, batch_size: int, steps: int, seed: int) -> StepSampler:
@@ -83,6 +87,7 @@ def labelled_crops(
     seed: int,
     num_workers: int,
     pin_memory: bool = False,
+    first_step: int = 0,
 ) -> Iterator[LabelledCrops]:
     """Yield a batch for each step; what it holds is a function of (source, seed, step).
 
@@ -91,17 +96,18 @@ def labelled_crops(
         size: H in pixels.
         interpolation: of the resizing.
         batch_size: images of a batch, those included that cannot be read.
-        steps: number of batches.
+        steps: number of batches, those before the first one included.
         seed: of order and crops, >= 0.
         num_workers: worker processes; 0 decodes in this process.
         pin_memory: hand out page-locked memory.
+        first_step: begin with the batch of this step.
 
     Raises:
         DataError: not one image of a batch can be read, or a worker failed.
     """
     sampler = stream_sampler(len(source), batch_size=batch_size, steps=steps, seed=seed)
     cutter = _Cutter(source, size=size, interpolation=interpolation, seed=seed)
-    requests = (sampler.step(step) for step in range(steps))
+    requests = (sampler.step(step) for step in range(first_step, steps))
     told: set[str] = set()
     for batch in answered(cutter, requests, num_workers=num_workers, pin_memory=pin_memory):
         for reason in set(batch.bad) - told:
@@ -137,11 +143,12 @@ class _Cutter(Dataset[_Cut | Failure]):
             return failure(error)
 
     def _batch(self, draws: Draws) -> _Cut:
-        crops, params, read, bad = [], [], [], []
+        crops, params, read, lost, bad = [], [], [], [], []
         for sample, repeat in zip(draws.ids.tolist(), draws.repeats.tolist(), strict=True):
             try:
                 crop, drawn = self._cut(sample, repeat)
             except BadSampleError as error:
+                lost.append(sample)
                 bad.append(str(error))
                 continue
             crops.append(crop)
@@ -153,6 +160,8 @@ class _Cutter(Dataset[_Cut | Failure]):
             torch.from_numpy(np.stack(crops)) if crops else torch.empty(0, dtype=torch.uint8),
             np.concatenate(params) if params else np.empty(0, dtype=PARAMS),
             torch.from_numpy(labels[read].astype(np.int64)),
+            torch.tensor(read, dtype=torch.int64),
+            torch.tensor(lost, dtype=torch.int64),
         )
         return _Cut(cut, bad)
 

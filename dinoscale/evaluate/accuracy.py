@@ -16,6 +16,8 @@ TOP = 5  # classes that may be right for the top-5 accuracy
 def num_right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Count images whose class has the highest score, and one of the five highest.
 
+    A score that is not a finite number is never right, and no score beside NaN is.
+
     Args:
         logits: scores of each class, (N, C), or (N, G, C) of G classifiers.
         labels: (N,) int64.
@@ -23,8 +25,9 @@ def num_right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two int64 counts, each () or (G,).
     """
-    best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
-    hits = best == labels.view(-1, *[1] * (logits.ndim - 1))
+    scores, best = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
+    judged = scores.isfinite() & ~logits.isnan().any(dim=-1, keepdim=True)
+    hits = judged & (best == labels.view(-1, *[1] * (logits.ndim - 1)))
     return hits[..., 0].sum(dim=0), hits.any(dim=-1).sum(dim=0)
 
 

@@ -35,6 +35,7 @@ from dinoscale.evaluate.attention_maps import (
     keep_mass,
 )
 from dinoscale.evaluate.features import eval_mode, find_device
+from dinoscale.evaluate.object_masks import split_objects
 from dinoscale.evaluate.untrained import untrained_backbone
 from dinoscale.evaluate.whole_images import (
     Fit,
@@ -94,7 +95,7 @@ def draw_attention(
         std: of each channel, in 0..1.
         size: side in pixels at which the backbone sees them, cut to a multiple of its patch; the
             reference takes 480.
-        masks: of the object, one an image.
+        masks: of the object, one an image; several objects of a picture (`split_objects`) are one.
         title: a line above the picture.
         rows: number of images drawn, from the first on; the score is of all.
 
@@ -178,8 +179,10 @@ def _to_pil(image: Picture, *, mode: str) -> Image.Image:
 
 def _to_object(mask: Mask, image: Image.Image, *, side: int, index: int) -> Tensor:
     """Mask at side x side pixels, (side, side) bool."""
-    pixels = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
-    inside = pixels if pixels.dtype == np.bool_ else pixels > 127
+    if isinstance(mask, Image.Image):
+        inside = split_objects(mask, indexed=False).masks.any(dim=0).numpy()
+    else:
+        inside = mask if mask.dtype == np.bool_ else mask > 127
     if inside.shape != (image.height, image.width):
         sizes = f"{[*inside.shape]} for {[image.height, image.width]}"
         raise DataError(f"the mask of image {index} has another size than the image: {sizes}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoscale.errors import ConfigError
+from dinoscale.evaluate.features import require_finite
 
 MASS = 0.6  # of a head's attention that its mask keeps; figure 4 of the paper
 TOKENS_AT_ONCE = 2**14  # of all images of a forward; a ViT-S needs some 200 MiB for them
@@ -29,6 +30,7 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
 
     Raises:
         ConfigError: the backbone has no attention, or the images are smaller than a patch.
+        NonFiniteError: a weight of a map is not a finite number.
     """
     last_attention = getattr(backbone, "last_attention", None)
     if not callable(last_attention):
@@ -43,7 +45,7 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
         for part in images.split(at_once):
             to_patches = last_attention(part, queries=1)[:, :, 0, -rows * columns :]
             maps.append(to_patches.float().reshape(*to_patches.shape[:2], rows, columns).cpu())
-    return torch.cat(maps)
+    return require_finite(torch.cat(maps))
 
 
 def keep_mass(maps: Tensor, *, mass: float = MASS) -> Tensor:

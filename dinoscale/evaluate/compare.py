@@ -1,7 +1,8 @@
 """Reports of several weights and tasks side by side: rows are weights, columns what was measured.
 
-Only what was measured alike stands in one column: the same task, protocol and data. What belongs
-to the weights themselves (patch, mean and std of their pixels, which network) may differ within it.
+Only what was measured alike stands in one column: the same task, protocol, data and code. What
+belongs to the weights themselves (patch, mean and std of their pixels, which network) may differ
+within it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.made_from import WEIGHTS
+from dinoscale.fingerprint import digest_of
 
 Report = Mapping[str, Any]  # as a task prints it
 Scores = Mapping[str, float]
@@ -171,6 +174,8 @@ def _mistake(report: object) -> str:
     for key, kind in {"protocol": "settings", "backbone": "sizes"}.items():
         if not isinstance(report.get(key), dict):
             return f"`{key}` is no object of {kind}"
+    if not _is_origin(report.get("made_from")):
+        return "`made_from` is no fingerprint"
     for key in ("score", "untrained", "floors"):
         scores = report.get(key)
         if scores is not None and not _are_scores(scores):
@@ -178,6 +183,16 @@ def _mistake(report: object) -> str:
     if not all(map(_is_sequence, report.get("sequences", ()))):
         return "`sequences` is no list of scores by video"
     return "" if "score" in report else "`score` is missing"
+
+
+def _is_origin(made_from: object) -> bool:
+    """Whether it is a fingerprint of `made_from`; reports of functions have none."""
+    if made_from is None:
+        return True
+    inputs = made_from.get("input") if isinstance(made_from, dict) else None
+    return isinstance(inputs, dict) and all(
+        not isinstance(files, dict) or "number" in files for files in inputs.values()
+    )
 
 
 def _are_scores(scores: object) -> bool:
@@ -250,6 +265,7 @@ def _column_of(outcome: Outcome, columns: list[Column]) -> int:
         for key, value in _flat({**report["protocol"], **data}).items()
         if key.rpartition(".")[2] not in OF_THE_WEIGHTS
     }
+    settings |= _made_from(report)
     headline = next(iter(_scores(report, "score")), "")
     new = Column(outcome.task, headline, settings)
     for number, column in enumerate(columns):
@@ -259,6 +275,24 @@ def _column_of(outcome: Outcome, columns: list[Column]) -> int:
     columns.append(new)
     new.origins.add(outcome.origin)
     return len(columns) - 1
+
+
+def _made_from(report: Report) -> dict[str, object]:
+    """What files, but the weights, and what code a report comes from: paths tell neither."""
+    made_from = report.get("made_from") or {}
+    code = {"code": digest_of(made_from["code"])} if "code" in made_from else {}
+    files = {f"files.{name}": of for name, of in _inputs(report).items() if name != WEIGHTS}
+    return {**files, **code}
+
+
+def _inputs(report: Report) -> dict[str, str]:
+    """Number and digest of the files of each input, wherever they lie."""
+    inputs = (report.get("made_from") or {}).get("input", {})
+    return {
+        name: f"{files['number']}, {digest_of({**files, 'root': None})}"
+        for name, files in inputs.items()
+        if isinstance(files, dict)
+    }
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
@@ -274,7 +308,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
 def _row_key(outcome: Outcome) -> tuple[str, ...]:
     """Equal for results of the same network: files in different folders may have equal names."""
     report = outcome.report or {}
-    kind = json.dumps([report.get("weights_source"), report.get("backbone")], sort_keys=True)
+    known = [report.get("weights_source"), report.get("backbone"), _inputs(report).get(WEIGHTS)]
+    kind = json.dumps(known, sort_keys=True)
     return (outcome.weights, outcome.network, kind)
 
 

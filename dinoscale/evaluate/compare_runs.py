@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dinoscale.errors import DataError, DinoscaleError
 from dinoscale.evaluate.compare import Outcome, read_report
+from dinoscale.fingerprint import Fingerprint, differences
 from dinoscale.page import write_file
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Job:
         task: its name.
         line: the task and its options, as given.
         result: file that keeps the report; see `result_path`.
+        made_from: tells what a report would be made from now; None where something is missing.
         measure: gives the report.
     """
 
@@ -35,14 +37,15 @@ class Job:
     task: str
     line: str
     result: Path
+    made_from: Callable[[], Fingerprint | None]
     measure: Callable[[], dict[str, object] | None]
 
 
 def result_path(folder: Path, weights: str, words: Sequence[str]) -> Path:
     """File of the result of a task, another one as soon as options or weights are others.
 
-    Weights are others when the size or time of one of their files has changed. Images are not
-    looked at: delete the file to measure again.
+    Weights are others when the size or time of one of their files has changed. What else a report
+    is made from is compared before it is used again.
 
     Args:
         folder: of all results.
@@ -69,7 +72,7 @@ def measure_all(jobs: Sequence[Job]) -> Iterator[Outcome]:
     """
     for number, job in enumerate(jobs):
         where = f"{number + 1} of {len(jobs)}: {job.line}, {job.weights}"
-        report, error = _kept(job.result), ""
+        report, error = _kept(job, where), ""
         if report is not None:
             log.info("%s: done before, in %s", where, job.result)
         else:
@@ -78,14 +81,20 @@ def measure_all(jobs: Sequence[Job]) -> Iterator[Outcome]:
         yield Outcome(job.weights, job.network, job.task, job.line, report, error)
 
 
-def _kept(path: Path) -> dict[str, object] | None:
-    if not path.exists():
+def _kept(job: Job, where: str) -> dict[str, object] | None:
+    """The report of an earlier start, if it would be made from the same today."""
+    if not job.result.exists():
         return None
     try:
-        return read_report(path)
+        report = read_report(job.result)
+        now = job.made_from()
     except DataError as error:
         log.warning("%s Measured again.", error)
         return None
+    changed = differences(report.get("made_from"), now or {})
+    if changed:
+        log.warning("%s: changed since it was measured: %s", where, ", ".join(changed))
+    return None if changed else report
 
 
 def _measured(job: Job) -> tuple[dict[str, object] | None, str]:

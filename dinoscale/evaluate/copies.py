@@ -9,9 +9,10 @@ Source: Caron et al. 2021 (arXiv:2104.14294), section 4.2.1, and its published e
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,13 @@ from dinoscale.evaluate.copy_descriptors import (
 from dinoscale.evaluate.copy_images import EDITS, Squares
 from dinoscale.evaluate.copy_pairs import pairs_of_csv, pairs_of_names, pairs_of_prefix
 from dinoscale.evaluate.features import extract_features, find_device
+from dinoscale.evaluate.knn import TEST_CHUNK, nearest_neighbours
 from dinoscale.evaluate.multi_scale import least_side
+from dinoscale.evaluate.overlap import equal_pictures
 from dinoscale.evaluate.ranking import random_precision, trapezoid_precision
 from dinoscale.evaluate.untrained import untrained_backbone
+
+log = logging.getLogger(__name__)
 
 SIZE = 320  # pixels, of the published numbers of patches of 8 (224 for ViT-B/16)
 DEPTH = 20  # ranks that count
@@ -71,6 +76,17 @@ class _Block:
     right: Sequence[tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some pictures of a set."""
+
+    source: Source
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
 def evaluate_copies(
     weights_path: str | Path,
     originals: str,
@@ -88,7 +104,7 @@ def evaluate_copies(
         originals: folder of the originals.
         queries: folder of the copies; every folder below it that holds images is a block.
         distractors: other images of the database, as `data.train` of a config; unreadable ones are
-            left out.
+            left out, and so are originals and queries among them.
         pairs: CSV of which belongs to which; see `copy_pairs`.
         prefix: so many first characters of the file names are equal (Copydays: 4).
         settings: of the descriptors; None takes the published ones, without whitening.
@@ -112,7 +128,7 @@ def evaluate_copies(
     elif prefix is not None:
         right, rule = pairs_of_prefix(prefix, names, known), f"equal first {prefix} characters"
     else:
-        right, rule = pairs_of_names(names, known), "longest name that the query's begins with"
+        right, rule = pairs_of_names(names, known), "longest name before a separator in the query's"
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         members.setdefault(os.path.dirname(name) or "queries", []).append(i)
@@ -213,8 +229,15 @@ class _Run:
         data: Mapping[str, object],
     ) -> dict[str, object]:
         """Measure, and say what was measured and how."""
-        sets = [originals] if distractors is None else [originals, distractors]
-        score, size = self._measure(self._backbone, sets, blocks)
+        database, blocks = _each_once(originals, distractors, blocks)
+        left_out = sum(len(part.source) - len(part) for part in database)
+        if left_out:
+            log.warning(
+                "%d pictures of the database are left out: they are, byte for byte, an original"
+                " that is asked for or a query",
+                left_out,
+            )
+        score, size = self._measure(self._backbone, database, blocks)
         floors = {block.name: _random(block, images=size) for block in blocks}
         report: dict[str, object] = {
             "task": "copies",
@@ -224,6 +247,7 @@ class _Run:
             "data": {
                 **data,
                 "database": size,
+                "same_as_asked_for": left_out,
                 "queries": {block.name: len(block.queries) for block in blocks},
             },
             "protocol": self._protocol(),
@@ -232,23 +256,24 @@ class _Run:
         }
         if self._settings.untrained:
             fresh = untrained_backbone(self.card)
-            report["untrained"] = _headline(self._measure(fresh, sets, blocks)[0])
+            report["untrained"] = _headline(self._measure(fresh, database, blocks)[0])
         return report
 
     def _measure(
-        self, backbone: nn.Module, sets: Sequence[Source], blocks: Sequence[_Block]
+        self, backbone: nn.Module, database: Sequence[_Part], blocks: Sequence[_Block]
     ) -> tuple[Scores, int]:
         """Percent of every block, and the number of images in the database."""
         network = CopyDescriptor(backbone).to(self._device)
-        described = [self._describe(network, source) for source in sets]
+        described = [self._describe(network, part) for part in database]
         bank = torch.cat([descriptors for descriptors, _ in described])
-        row_of = {number: row for row, number in enumerate(described[0][1].tolist())}
+        numbers = database[0].numbers
+        row_of = {numbers[place]: row for row, place in enumerate(described[0][1].tolist())}
         whitening = self._whitening(network)
         bank = unit(bank, whitening)
         scores = {}
         for block in blocks:
             descriptors, places = self._extract(network, block.queries)
-            _check_readable(block, places, row_of, sets[0])
+            _check_readable(block, places, row_of, database[0].source)
             right = [[row_of[number] for number in numbers] for numbers in block.right]
             scores[block.name] = score_copies(unit(descriptors, whitening), bank, right)
         return scores, len(bank)
@@ -257,13 +282,14 @@ class _Run:
         spec = self._settings.whitening
         if spec is None:
             return None
-        descriptors, _ = self._describe(network, open_source(spec, self.decoder))
+        source = open_source(spec, self.decoder)
+        descriptors, _ = self._describe(network, _Part(source, range(len(source))))
         if not len(descriptors):
             raise DataError(f"{spec}: none of the images can be read")
         return learn_whitening(descriptors)
 
-    def _describe(self, network: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
-        return self._extract(network, self.squares(source, range(len(source))))
+    def _describe(self, network: nn.Module, part: _Part) -> tuple[Tensor, Tensor]:
+        return self._extract(network, self.squares(part.source, part.numbers))
 
     def _extract(self, network: nn.Module, squares: Squares) -> tuple[Tensor, Tensor]:
         """Descriptors (N, E) of the readable squares, and their places (N,)."""
@@ -299,6 +325,29 @@ class _Run:
         }
 
 
+def _each_once(
+    originals: Source, distractors: Source | None, blocks: Sequence[_Block]
+) -> tuple[list[_Part], list[_Block]]:
+    """The database with each original that is asked for once, and no query; what then is right.
+
+    A second one of the same bytes would be as similar, and count as a mistake.
+    """
+    wanted = sorted({i for block in blocks for numbers in block.right for i in numbers})
+    first = {i: min(same) for i, same in equal_pictures(originals, wanted, originals).items()}
+    blocks = [
+        replace(block, right=[tuple(sorted({first.get(i, i) for i in x})) for x in block.right])
+        for block in blocks
+    ]
+    database = [_Part(originals, [i for i in range(len(originals)) if first.get(i, i) == i])]
+    if distractors is not None:
+        asked = blocks[0].queries.source
+        same = {*equal_pictures(originals, wanted, distractors)}
+        same |= {*equal_pictures(asked, range(len(asked)), distractors)}
+        others = [i for i in range(len(distractors)) if i not in same]
+        database.append(_Part(distractors, others))
+    return database, blocks
+
+
 def _check_readable(
     block: _Block, places: Tensor, row_of: Mapping[int, int], originals: Source
 ) -> None:
@@ -317,12 +366,17 @@ def _check_readable(
 def score_copies(queries: Tensor, bank: Tensor, right: Sequence[Sequence[int]]) -> float:
     """Mean average precision (trapezoids) of the first 20 ranks, in percent.
 
+    Of equally similar images the one that stands first in the bank is nearer. No more than
+    `TEST_CHUNK` x `BANK_CHUNK` cosines of `knn` are held at a time.
+
     Args:
         queries: (Q, E), of length 1.
         bank: (N, E), of length 1.
         right: numbers of images of the bank for each query, at least one each.
     """
-    nearest = (queries @ bank.T).topk(min(DEPTH, len(bank)), dim=1).indices.cpu().numpy()
+    chunks = queries.split(TEST_CHUNK)
+    k = min(DEPTH, len(bank))
+    nearest = torch.cat([nearest_neighbours(bank, chunk, k=k)[1] for chunk in chunks]).cpu().numpy()
     hits = np.stack([np.isin(ranks, wanted) for ranks, wanted in zip(nearest, right, strict=True)])
     counts = torch.tensor([len(wanted) for wanted in right])
     return 100 * float(trapezoid_precision(torch.from_numpy(hits), counts).mean())

@@ -3,7 +3,8 @@
 By a CSV file with the columns `query` and `original` (paths relative to their folders, several
 lines for several originals); by the first characters of the file names, which are the same (4 in
 Copydays: 200001.jpg is a copy of 200000.jpg); else by the names: a query belongs to the original
-with the longest name that its own name begins with (`sea.jpg`, `sea_crop.png`).
+whose name it has, or with the longest name that its own begins with before a separator, which is no
+letter and no digit (`sea_crop.png` is of `sea.jpg`, and `seal.png` is not).
 """
 
 from __future__ import annotations
@@ -59,15 +60,13 @@ def pairs_of_prefix(
         raise ConfigError(f"prefix: need a number of characters above 0, got {length}")
     found: dict[str, list[int]] = {}
     for query in queries:
-        start = os.path.basename(query)[:length]
-        found[query] = [
-            i for i, name in enumerate(originals) if os.path.basename(name)[:length] == start
-        ]
+        start = _stem(query)[:length]
+        found[query] = [i for i, name in enumerate(originals) if _stem(name)[:length] == start]
     return _complete(found, f"no original begins with the same {length} characters")
 
 
 def pairs_of_names(queries: Sequence[str], originals: Sequence[str]) -> list[tuple[int, ...]]:
-    """Number of the original of every query, by the longest name that its own begins with.
+    """Number of the original of every query, by the longest name before a separator in its own.
 
     Raises:
         DataError: two originals have one name, or a query has no original.
@@ -81,9 +80,12 @@ def pairs_of_names(queries: Sequence[str], originals: Sequence[str]) -> list[tup
     found = {}
     for query in queries:
         stem = _stem(query)
-        starts = [stem[:length] for length in range(len(stem), 0, -1)]
+        ends = [i for i in range(len(stem), 0, -1) if not stem[i : i + 1].isalnum()]
+        starts = [stem[:end] for end in ends]
         found[query] = [number_of[start] for start in starts if start in number_of][:1]
-    return _complete(found, "its name begins with that of no original")
+    return _complete(
+        found, "its name is that of no original, or one before a separator as in NAME_crop"
+    )
 
 
 def _stem(path: str) -> str:

@@ -1,26 +1,28 @@
 """Features of images, kept between runs under a name made of all that they depend on.
 
 That is the content of the weights, what is taken from the network, the preparation of the images,
-the files of the set (not their paths: number, size and times of each file, in order), the kind of
-device, our own code and the libraries that decode, resize and multiply. The size of the batches is
-not part of it: it moves last bits only.
+the files of the set (not their paths: size and times of each file, in order), the kind of device,
+what our own code does and the libraries that decode, resize and multiply. The size of the batches
+is not part of it: it moves last bits only.
 
 A file system gives a file another change time (`ctime`) whenever it is written, replaced or
 renamed, and programs cannot set it. So a set that was copied is measured anew, one that was moved
 as a whole is not, and a picture that was changed is never missed.
+
+All features together have a limit, `DINOSCALE_CACHE_GB`: those read longest ago go first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -29,12 +31,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinoscale import distributed
-from dinoscale.data.cache import cached_file, remove_abandoned
-from dinoscale.versions import package_version
+from dinoscale.data.cache import cached_file, keep_recent
+from dinoscale.errors import ConfigError
+from dinoscale.fingerprint import code_print, files_print
 
 log = logging.getLogger(__name__)
 
-_LIBRARIES = ("torch", "timm", "torchvision", "numpy", "pillow", "simplejpeg", "tifffile")
+MOST_GB = 32  # 10^9 bytes of all features that are kept; of ImageNet by a ViT-B they are 4
+# What makes features, and, by what these import, all that can change one.
+_MODULES = ("features", "linear_heads", "multi_scale")
 
 
 @runtime_checkable
@@ -77,18 +82,18 @@ def features_key(
         JSON; equal texts mean equal features.
     """
     about = {
-        "weights": _weights_digest(backbone),
+        "weights": weights_digest(backbone),
         "taken": taken,
         "preparation": asdict(preparation),
         "files": _files_digest(files),
         "device": device.type,
-        "code": _code_digest(),
-        "libraries": [package_version(library) for library in _LIBRARIES],
+        "code": code_print(*(f"dinoscale.evaluate.{module}" for module in _MODULES)),
     }
     return json.dumps(about, sort_keys=True)
 
 
-def _weights_digest(backbone: nn.Module) -> str:
+def weights_digest(backbone: nn.Module) -> str:
+    """Digest of names, types, shapes and values of all tensors of a backbone."""
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
@@ -101,26 +106,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _files_digest(source: InFiles) -> str:
-    digest = hashlib.sha256()
-    for path in source.files():
-        try:
-            found = os.stat(path)
-            state = f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\n"
-        except (OSError, ValueError):  # it counts as unreadable, and as changed once it is there
-            state = "none\n"
-        digest.update(state.encode())
-    return digest.hexdigest()
-
-
-@cache
-def _code_digest() -> str:
-    """Of our own package, as it lies on the disk."""
-    digest = hashlib.sha256()
-    package = Path(__file__).resolve().parents[1]
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
+def _files_digest(source: InFiles) -> dict[str, object]:
+    """Of a set, wherever it lies and whatever its files are called."""
+    found = files_print("", source.files())
+    return {part: found[part] for part in ("number", "sizes", "times")}
 
 
 def through_cache(
@@ -142,14 +131,18 @@ def through_cache(
 
     Returns:
         What `extract` gives, or gave when they were kept.
+
+    Raises:
+        ConfigError: DINOSCALE_CACHE_GB is no size.
     """
+    most_bytes = distributed.together(_most_bytes)
     of_rank_0 = distributed.rank() == 0
     name = distributed.together(key) if of_rank_0 else distributed.together(str)
     kept = _read(name, num_images=num_images) if of_rank_0 else None
     if distributed.broadcast_object(kept is None):
         features, numbers = extract()
         if of_rank_0:
-            _write(name, features, numbers)
+            _write(name, features, numbers, most_bytes=most_bytes)
         return features, numbers
     features, numbers = kept or (torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64))
     gather = distributed.gather_rows
@@ -165,6 +158,8 @@ def _read(key: str, *, num_images: int) -> tuple[Tensor, Tensor] | None:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             features, numbers = file.get_tensor("features"), file.get_tensor("numbers")
+        with contextlib.suppress(OSError):  # the folder may be for reading only
+            os.utime(path)
     except (OSError, SafetensorError) as error:
         log.warning("cannot use the features in the cache (%s): extracting them anew", error)
         return None
@@ -178,12 +173,28 @@ def _read(key: str, *, num_images: int) -> tuple[Tensor, Tensor] | None:
     return features, numbers
 
 
-def _write(key: str, features: Tensor, numbers: Tensor) -> None:
+def _most_bytes() -> float:
+    """The limit of all features that are kept."""
+    given = os.environ.get("DINOSCALE_CACHE_GB") or str(MOST_GB)
+    try:
+        gigabytes = float(given)
+    except ValueError:
+        gigabytes = math.nan
+    if not gigabytes >= 0:
+        raise ConfigError(f"DINOSCALE_CACHE_GB: need a number of gigabytes, got {given!r}")
+    return gigabytes * 1e9
+
+
+def _write(key: str, features: Tensor, numbers: Tensor, *, most_bytes: float) -> None:
     """Keep features, whole or not at all; where that fails, say so and go on."""
     beside = None
     try:
         path = _path_of(key)
-        remove_abandoned(path)
+        size = features.nbytes + numbers.nbytes
+        keep_recent(path, most_bytes=most_bytes - size)
+        if size > most_bytes:
+            log.warning("%.1f GB of features are not kept: DINOSCALE_CACHE_GB", size / 1e9)
+            return
         beside = f"{path}.{uuid.uuid4().hex}.partial"
         tensors = {"features": features.cpu().contiguous(), "numbers": numbers.cpu().contiguous()}
         save_file(tensors, beside, metadata=_about(key, **tensors))

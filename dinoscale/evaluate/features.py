@@ -188,12 +188,20 @@ class _Forward:
                 bar.update(len(of_batch))
                 self.on_batch()
                 check()
-        joined = torch.cat(features[1:] or features)
-        if not torch.isfinite(joined).all():
-            raise NonFiniteError(
-                "the backbone's features are not finite; its weights have diverged"
-            )
-        return joined, torch.cat(numbers).to(self.device)
+        return require_finite(torch.cat(features[1:] or features)), torch.cat(numbers).to(
+            self.device
+        )
+
+
+def require_finite(features: Tensor) -> Tensor:
+    """Return what a backbone has made, if all of it are finite numbers.
+
+    Raises:
+        NonFiniteError: they are not.
+    """
+    if not torch.isfinite(features).all():
+        raise NonFiniteError("the backbone's features are not finite; its weights have diverged")
+    return features
 
 
 @contextmanager

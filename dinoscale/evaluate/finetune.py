@@ -9,13 +9,14 @@ crops and mirroring; no RandAugment, mixup, cutmix, erasing or repeated augmenta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -27,10 +28,12 @@ from dinoscale.engine.param_groups import DECAY, build_optimizer
 from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.accuracy import choose_best, num_right, percent
 from dinoscale.evaluate.frozen import Extraction
+from dinoscale.evaluate.kept_training import State, best_beside, keep_training, writable
 from dinoscale.evaluate.linear_heads import INIT_STD
 from dinoscale.evaluate.probe_report import Log, preprocessing, report_of
 from dinoscale.evaluate.subject import (
     READING,
+    Drawn,
     Reading,
     Subject,
     open_subject,
@@ -38,7 +41,6 @@ from dinoscale.evaluate.subject import (
     train_images,
 )
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
-from dinoscale.outputs import require_ours
 from dinoscale.schedules import cosine
 
 BATCH_SCALE = 512  # images of a batch that the rate is stated for, as in DeiT's code
@@ -120,7 +122,9 @@ def evaluate_finetune(
         recipe: how to train.
         seed: of the classifier, the order of images, their crops and stochastic depth, >= 0.
         untrained: also train the same architecture from fresh weights.
-        out: weights file to write the backbone of the last epoch to; None writes none.
+        out: weights file for the backbone of the last epoch, beside it `NAME-best` for that of the
+            best, both written after each epoch, and the state of the training until it is reported:
+            the same call goes on with it, to the same numbers. None writes nothing.
         log_path: JSON lines, one for each epoch as soon as it is done.
         reading: batches of the test, workers and bars.
         device: a torch device; None takes the accelerator if there is one.
@@ -132,52 +136,67 @@ def evaluate_finetune(
         `chosen` says which that is, `evaluations` holds all epochs.
 
     Raises:
-        CheckpointError: the weights file cannot be used.
-        ConfigError: a setting is out of range, or a file cannot be written.
+        CheckpointError: the weights file cannot be used, or what is kept of the training.
+        ConfigError: a setting is out of range, a file cannot be written, or another training is
+            kept beside `out`.
         DataError: a set cannot be read or lacks labels, the classes differ, or there is only one.
         NonFiniteError: the training diverged.
     """
     recipe.check()
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
-    target = None if out is None else _writable(Path(out), Path(weights_path))
+    target = writable(out, weights_path)
     how = Extraction(network=network, num_heads=num_heads, device=device)
     subject = open_subject(weights_path, train_spec, test_spec, how)
     if recipe.precision is None:
         recipe = replace(recipe, precision="bf16" if subject.device.type == "cuda" else "fp32")
 
+    protocol = {"network": network} | _protocol(recipe, subject, seed=seed)
+    trainings = []
+
     def measure(backbone: nn.Module, log: Log) -> dict[str, object]:
-        evaluations = []
-        for evaluation in fine_tune(backbone, subject, recipe, reading, seed=seed):
+        module = "dinoscale.evaluate.finetune"
+        kept = keep_training(target, subject, backbone, protocol=protocol, module=module)
+        trainings.append(kept)
+        state = kept.load(subject.device)
+        evaluations = [] if state is None else state["evaluations"]
+        written = target if backbone is subject.backbone else None
+        for evaluation, now in fine_tune(backbone, subject, recipe, reading, state, seed=seed):
             log(evaluation)
             evaluations.append(evaluation)
+            if written is not None:
+                _save(backbone, subject, evaluations, written)
+            kept.save({**now, "evaluations": evaluations})
         found = choose_best(evaluations, with_last=True) | {"evaluations": evaluations}
-        if target is None or backbone is not subject.backbone:
+        if written is None:
             return found
-        source = f"{subject.card.source}, fine-tuned"
-        save_backbone(target, backbone.state_dict(), replace(subject.card, source=source))
-        return found | {"out": str(target)}
+        return found | {"out": str(written), "best_out": str(best_beside(written))}
 
-    return report_of(
+    report = report_of(
         "finetune",
         subject,
         measure,
-        protocol={"network": network} | _protocol(recipe, subject, seed=seed),
+        protocol=protocol,
         untrained=untrained,
         log_path=log_path,
     )
+    for kept in trainings:
+        kept.remove()
+    return report
 
 
-def _writable(out: Path, weights: Path) -> Path:
-    """The file to write, before hours are spent on it."""
-    if out.is_dir() or out.resolve() == weights.resolve():
-        raise ConfigError(f"out: {out} is a folder or the weights file itself; name another file")
+def _save(
+    backbone: nn.Module, subject: Subject, evaluations: Sequence[Mapping[str, float]], out: Path
+) -> None:
+    """Write the backbone as the last one, and where it is as the best."""
+    card = replace(subject.card, source=f"{subject.card.source}, fine-tuned")
+    top1 = [evaluation["top1"] for evaluation in evaluations]
+    targets = [out, best_beside(out)] if top1.index(max(top1)) == len(top1) - 1 else [out]
     try:
-        require_ours(out, source=weights)
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out: {out} cannot be written ({error.strerror})") from error
-    return out
+        for target in targets:
+            save_backbone(target, backbone.state_dict(), card)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"out: {out} cannot be written ({error})") from error
 
 
 class Classifier(nn.Module):
@@ -203,13 +222,27 @@ class Classifier(nn.Module):
 
 
 def fine_tune(
-    backbone: nn.Module, subject: Subject, recipe: Recipe, reading: Reading, *, seed: int
-) -> Iterator[dict[str, float]]:
+    backbone: nn.Module,
+    subject: Subject,
+    recipe: Recipe,
+    reading: Reading,
+    state: State | None = None,
+    *,
+    seed: int,
+) -> Iterator[tuple[dict[str, float], State]]:
     """Train the backbone in place, and yield what is known after each epoch.
+
+    Args:
+        backbone: at its beginning.
+        subject: what it learns from.
+        recipe: how.
+        reading: how test images are read.
+        state: that was yielded after an epoch, to go on after it; None begins.
+        seed: of all random numbers.
 
     Yields:
         `epoch` from 1, mean `loss` of its steps in nats, `top1` and, of more than five classes,
-        `top5` on the test set, in percent.
+        `top5` on the test set, in percent; and the state of the training, which changes with it.
 
     Raises:
         NonFiniteError: the loss or an output is not a finite number.
@@ -219,19 +252,29 @@ def fine_tune(
     optimizer = build_optimizer("adamw", network)
     steps_per_epoch = math.ceil(len(subject.train) / recipe.batch_size)
     total_steps = recipe.epochs * steps_per_epoch
+    noise = torch.Generator().manual_seed(seed)
+    drawn, first = Drawn(len(subject.train)), 0
+    if state is not None:
+        first = state["step"]
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        noise.set_state(state["noise"].cpu())
+        drawn = Drawn.of(state["drawn"])
     images = train_images(
         subject,
         interpolation="bicubic",
         batch_size=recipe.batch_size,
         steps=total_steps,
+        first_step=first,
         seed=seed,
         num_workers=reading.num_workers,
+        drawn=drawn,
     )
-    noise = torch.Generator().manual_seed(seed)
     total = torch.zeros((), device=subject.device)
     network.train()
-    bar = tqdm(images, total=total_steps, unit="step", disable=None if reading.progress else True)
-    for step, (pixels, labels) in enumerate(bar):
+    shown = None if reading.progress else True
+    bar = tqdm(images, initial=first, total=total_steps, unit="step", disable=shown)
+    for step, (pixels, labels) in enumerate(bar, start=first):
         keep = _keep(backbone, len(labels), recipe.drop_path_rate, noise)
         with _autocast(subject.device, recipe):
             logits = network([pixels], None if keep is None else keep.to(subject.device))
@@ -247,7 +290,13 @@ def fine_tune(
         if not left:
             mean = _finite(total.item() / steps_per_epoch)
             total.zero_()
-            yield {"epoch": epoch, "loss": mean, **_test(network, subject, recipe, reading)}
+            found = {"epoch": epoch, "loss": mean, **_test(network, subject, recipe, reading)}
+            now: State = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            now |= {"noise": noise.get_state(), "drawn": drawn.state(), "step": step + 1}
+            yield found, now
+    if first == total_steps:  # only the report is missing
+        _test(network, subject, recipe, reading)
+    subject.used["train"] = drawn.used(subject.train)
 
 
 def _keep(backbone: nn.Module, images: int, rate: float, noise: torch.Generator) -> Tensor | None:

@@ -22,12 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinoscale import distributed
-from dinoscale.data.mixture import left_out_counts
 from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
 from dinoscale.evaluate.frozen import Extraction, Frozen, open_frozen
-from dinoscale.evaluate.labelled import Features, LabelledSets
+from dinoscale.evaluate.labelled import Features, LabelledSets, describe_set
 
 ByK = dict[str, dict[str, float]]  # k as text -> top1, top5, neighbours
 
@@ -113,10 +112,13 @@ def knn_accuracy(
             similarity, nearest = nearest_neighbours(
                 train_features, features, k=min(max(ks), num_train), bank_chunk_size=bank_chunk_size
             )
-            votes, classes = (similarity / temp).exp(), train_labels[nearest]  # (chunk, max k)
+            classes = train_labels[nearest]  # (chunk, max k)
             labels = test_labels[start : start + chunk_size]
             for i, k in enumerate(ks):
-                right[i] += _right(votes[:, :k], classes[:, :k], labels, num_classes=num_classes)
+                votes = log_votes(
+                    similarity[:, :k], classes[:, :k], temp=temp, num_classes=num_classes
+                )
+                right[i] += _right(votes, labels, k=k)
             on_chunk()
         return right
 
@@ -183,13 +185,32 @@ def _largest(similarity: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, order)
 
 
-def _right(votes: Tensor, classes: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
+def log_votes(similarity: Tensor, classes: Tensor, *, temp: float, num_classes: int) -> Tensor:
+    """Logarithm of the votes of every class, which no temperature overflows.
+
+    log votes[c] = m / temp + log sum exp((cosine - m) / temp), m the largest cosine of class c
+
+    Args:
+        similarity: cosines of the neighbours, (M, k).
+        classes: of the neighbours, (M, k) int64.
+        temp: > 0, dimensionless.
+        num_classes: C.
+
+    Returns:
+        (M, C) float64, minus infinity for classes without a neighbour.
+    """
+    cosines = similarity.double()
+    shape = len(cosines), num_classes
+    most = cosines.new_full(shape, -2.0).scatter_reduce_(1, classes, cosines, "amax")
+    shares = ((cosines - most.gather(1, classes)) / temp).exp()
+    return most / temp + cosines.new_zeros(shape).scatter_add_(1, classes, shares).log()
+
+
+def _right(votes: Tensor, labels: Tensor, *, k: int) -> Tensor:
     """Count images whose label gets most votes, and whose label is among the five with most."""
-    total = votes.new_zeros(len(votes), num_classes).scatter_add_(1, classes, votes)  # (chunk, C)
-    ranked = total.sort(dim=1, descending=True, stable=True).indices
+    ranked = votes.sort(dim=1, descending=True, stable=True).indices
     hits = ranked == labels[:, None]
-    top = min(TOP, votes.shape[1])
-    return torch.stack([hits[:, 0].sum(), hits[:, :top].sum()])
+    return torch.stack([hits[:, 0].sum(), hits[:, : min(TOP, k)].sum()])
 
 
 def evaluate_knn(
@@ -267,16 +288,7 @@ def _classify(features: Features, *, ks: Sequence[int], temp: float) -> ByK:
 
 
 def _describe(spec: str, source: Source, labels: Tensor) -> dict[str, object]:
-    """A set as far as it can be read, how much of it cannot, and what is none of its images."""
-    classes = int((torch.bincount(labels) > 0).sum())
-    unreadable = len(source) - len(labels)
-    return {
-        "spec": spec,
-        "images": len(labels),
-        "unreadable": unreadable,
-        "left_out": left_out_counts(source),
-        "classes": classes,
-    }
+    return describe_set(spec, source, labels, unreadable=len(source) - len(labels))
 
 
 def _protocol(frozen: Frozen, *, ks: Sequence[int], temp: float) -> dict[str, object]:

@@ -7,11 +7,9 @@ classes.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -20,18 +18,14 @@ from torch import Tensor
 
 from dinoscale import distributed
 from dinoscale.data.classes import classes_of, same_classes
-from dinoscale.data.decode import BadSampleError
-from dinoscale.data.folder import FolderSource
-from dinoscale.data.shards import TarSource
+from dinoscale.data.mixture import left_out_counts
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import check_labels
+from dinoscale.evaluate.overlap import overlap_of
 from dinoscale.opening import on_first_rank, open_once_a_node
 
 log = logging.getLogger(__name__)
-
-_LOOKED_FOR = 64  # pictures of one set in the other: one copied half is found, some copies may not
-_COMPARED = 512  # files of the same name or size, of which few have the same bytes
 
 
 class Features(NamedTuple):
@@ -106,10 +100,30 @@ def _readable(features: Tensor, labels: Tensor, *, name: str) -> tuple[Tensor, T
     return features, labels
 
 
+def describe_set(
+    spec: str, source: Source, labels: Tensor, *, unreadable: int
+) -> dict[str, object]:
+    """A set for a report, as far as it was used.
+
+    Args:
+        spec: what it was opened from.
+        source: the set.
+        labels: of the images that were used, (N,).
+        unreadable: how many could not be.
+    """
+    return {
+        "spec": spec,
+        "images": len(labels),
+        "unreadable": unreadable,
+        "left_out": left_out_counts(source),
+        "classes": len(labels.unique()),
+    }
+
+
 def renumber_classes(train: Source, test: Source) -> Tensor:
     """Find the number in the bank of every class of the test set: by name, else by number.
 
-    Classes that the test set lacks are no error. Says so, and warns where the sets share files.
+    Classes that the test set lacks are no error. Says so, and how many pictures both sets share.
 
     Args:
         train: the bank.
@@ -130,58 +144,13 @@ def renumber_classes(train: Source, test: Source) -> Tensor:
     same = same_classes(of_train, of_test)
     if len(same) < len(of_train.present):
         log.info("test has images of %d of the %d classes", len(same), len(of_train.present))
-    if shared := _shared(train, test):
-        log.warning("%s is in train and in test: images are judged by themselves", shared)
+    shared = overlap_of(test, train) if distributed.rank() == 0 else None
+    if shared is not None and shared.found:
+        log.warning(
+            "%d of the %d pictures of test that were looked for are in train, byte for byte, as %s:"
+            " they are judged by themselves",
+            *(shared.found, shared.looked_for, shared.example),
+        )
     renumber = np.full(max(same) + 1, -1, dtype=np.int64)
     renumber[list(same)] = list(same.values())
     return torch.from_numpy(renumber)
-
-
-def _shared(train: Source, test: Source) -> str:
-    """A folder, shard or picture that both sets hold; empty if none shows.
-
-    Of copies that shows where some pictures of the test set are files of the same name or, in
-    shards, of the same size, and of the same bytes.
-    """
-    if isinstance(train, TarSource) and isinstance(test, TarSource):
-        of_train = {os.path.realpath(path) for path in train.files()}
-        if same := [path for path in test.files() if os.path.realpath(path) in of_train]:
-            return same[0]
-    if isinstance(train, FolderSource) and isinstance(test, FolderSource):
-        roots = [os.path.realpath(train.root), os.path.realpath(test.root)]
-        if os.path.commonpath(roots) in roots:
-            return max(roots, key=len)
-    if isinstance(train, FolderSource | TarSource) and isinstance(test, FolderSource | TarSource):
-        if len(train) == len(test) and train.identity() == test.identity():
-            return test.path(0)
-        sizes_of_test = isinstance(train, FolderSource) and isinstance(test, TarSource)
-        return _copied(test, train) if sizes_of_test else _copied(train, test)
-    return test.path(0) if test == train else ""  # a drawn set
-
-
-def _copied(whole: FolderSource | TarSource, other: FolderSource | TarSource) -> str:
-    """One of some pictures of a set that is in the other, whose names, or sizes, are all read."""
-    some = range(0, len(other), -(-len(other) // _LOOKED_FOR))
-    wanted: dict[str | int, list[int]] = {}
-    for index in some:
-        key = other.size(index) if isinstance(whole, TarSource) else _base(other.path(index))
-        wanted.setdefault(key, []).append(index)
-    keys: Iterable[str | int]
-    keys = whole.sizes() if isinstance(whole, TarSource) else map(_base, whole.files())
-    pairs = ((i, index) for i, key in enumerate(keys) for index in wanted.get(key, []))
-    for i, index in islice(pairs, _COMPARED):
-        if whole.size(i) == other.size(index) and _bytes(whole, i) == _bytes(other, index) != b"":
-            return other.path(index)
-    return ""
-
-
-def _base(path: str) -> str:
-    return path.rpartition("/")[2]
-
-
-def _bytes(source: FolderSource | TarSource, index: int) -> bytes:
-    """The file of a picture; empty where it cannot be read."""
-    try:
-        return source.data(index)
-    except BadSampleError:
-        return b""

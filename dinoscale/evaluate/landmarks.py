@@ -8,7 +8,7 @@ Source: Radenovic et al. 2018 (arXiv:1803.11285); features as in Caron et al. 20
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,11 +26,12 @@ from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.augment import to_image, to_pixels
 from dinoscale.data.decode import Decoder
 from dinoscale.data.files import read_image_file
-from dinoscale.errors import ConfigError, DataError, NonFiniteError
-from dinoscale.evaluate.features import find_device, normalize_images
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.features import find_device, normalize_images, require_finite
 from dinoscale.evaluate.ground_truth import SETUPS, GroundTruth, Truth, read_ground_truth
 from dinoscale.evaluate.multi_scale import SCALES, MultiScale, least_side
 from dinoscale.evaluate.ranking import random_precision, trapezoid_precision
+from dinoscale.evaluate.retrieve import SIMILARITIES_PER_CHUNK
 from dinoscale.evaluate.untrained import untrained_backbone
 
 SIZE = 224  # pixels, longer side at most; the published numbers of Paris are of 512, three scales
@@ -91,8 +92,7 @@ def evaluate_landmarks(
             describe_files(network, paths, card=card, size=size, progress=progress)
             for paths in (database, queries)
         )
-        order = (asked @ bank.T).argsort(dim=1, descending=True, stable=True)  # (Q, N)
-        return score_setups(order.cpu().numpy(), truth.truths)
+        return score_setups(_rankings(asked, bank), truth.truths)
 
     score = measure(backbone)
     if not score:
@@ -182,10 +182,7 @@ def describe_files(
         normal = normalize_images(image.to(weight.device), mean=card.mean, std=card.std)
         with torch.no_grad():
             features.append(backbone([normal.to(weight.dtype)]).float())
-    joined = torch.cat(features)
-    if not torch.isfinite(joined).all():
-        raise NonFiniteError("the backbone's features are not finite; its weights have diverged")
-    return F.normalize(joined, dim=1)
+    return F.normalize(require_finite(torch.cat(features)), dim=1)
 
 
 def _thumbnail(pixels: NDArray[np.uint8], *, size: int) -> NDArray[np.uint8]:
@@ -194,29 +191,37 @@ def _thumbnail(pixels: NDArray[np.uint8], *, size: int) -> NDArray[np.uint8]:
     return to_pixels(image).copy()
 
 
-def score_setups(order: NDArray[np.int64], truths: Sequence[Truth]) -> Scores:
+def _rankings(asked: Tensor, bank: Tensor) -> Iterator[NDArray[np.int64]]:
+    """Numbers of all images of the bank (N,), the most similar first, of each query in turn."""
+    for chunk in asked.split(max(1, SIMILARITIES_PER_CHUNK // len(bank))):
+        order = (chunk @ bank.T).argsort(dim=1, descending=True, stable=True)
+        yield from order.cpu().numpy()
+
+
+def score_setups(rankings: Iterable[NDArray[np.int64]], truths: Sequence[Truth]) -> Scores:
     """Mean average precision and precisions at ranks of every setup, in percent.
 
     Queries without positives in a setup are left out of its means; a setup in which no query has
     any is left out altogether.
 
     Args:
-        order: (Q, N), numbers of images, the most similar first.
+        rankings: numbers of images (N,), the most similar first, of each query.
         truths: one a query.
     """
-    scores: Scores = {}
-    for setup, (right, left_out) in SETUPS.items():
-        found = []
-        for ranking, truth in zip(order, truths, strict=True):
+    found: dict[str, list[list[float]]] = {setup: [] for setup in SETUPS}
+    for ranking, truth in zip(rankings, truths, strict=True):
+        for setup, (right, left_out) in SETUPS.items():
             positives = _numbers(truth, right)
             if positives:
                 kept = ranking[~np.isin(ranking, _numbers(truth, left_out))]
-                found.append(_query_scores(np.isin(kept, positives)))
-        if found:
-            means = 100 * np.mean(found, axis=0)
-            names = ("mAP", *(f"mP@{depth}" for depth in DEPTHS))
-            scores |= {f"{setup} {x}": float(v) for x, v in zip(names, means, strict=True)}
-    return scores
+                found[setup].append(_query_scores(np.isin(kept, positives)))
+    names = ("mAP", *(f"mP@{depth}" for depth in DEPTHS))
+    return {
+        f"{setup} {name}": 100 * float(value)
+        for setup, of_setup in found.items()
+        if of_setup
+        for name, value in zip(names, np.mean(of_setup, axis=0), strict=True)
+    }
 
 
 def _numbers(truth: Truth, kinds: Sequence[str]) -> list[int]:

@@ -9,9 +9,11 @@ Shape letter: N images.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,16 @@ from tqdm import tqdm
 
 from dinoscale.convert.weights import Network
 from dinoscale.data.labelled_crops import FLIP_PROB, SCALE, stream_sampler
-from dinoscale.errors import ConfigError
+from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.accuracy import choose_best, percent
 from dinoscale.evaluate.frozen import Extraction
+from dinoscale.evaluate.kept_training import (
+    State,
+    best_beside,
+    keep_training,
+    save_tensors,
+    writable,
+)
 from dinoscale.evaluate.linear_heads import (
     INIT_STD,
     MOMENTUM,
@@ -34,6 +43,7 @@ from dinoscale.evaluate.linear_protocols import DinoProtocol, GridProtocol, Prob
 from dinoscale.evaluate.probe_report import Log, preprocessing, report_of
 from dinoscale.evaluate.subject import (
     READING,
+    Drawn,
     Reading,
     Subject,
     open_subject,
@@ -52,6 +62,7 @@ def evaluate_linear(
     augment: bool = True,
     seed: int = 0,
     untrained: bool = False,
+    out: str | Path | None = None,
     log_path: str | Path | None = None,
     reading: Reading = READING,
     device: str | None = None,
@@ -69,6 +80,10 @@ def evaluate_linear(
             whole images as tests see them, which are forwarded once: fast, and not as published.
         seed: of the first weights, the order of images and their crops, >= 0.
         untrained: also measure the same architecture with fresh weights.
+        out: safetensors file for the best classifier of the last measurement, `weight` (C, K) and
+            `bias` (C,), beside it `NAME-best` for that of all measurements, both written after
+            each, and the state of the training until it is reported: the same call goes on with it,
+            to the same numbers. None writes nothing.
         log_path: JSON lines, one for each measurement as soon as it is known.
         reading: batches, workers and bars.
         device: a torch device; None takes the accelerator if there is one.
@@ -80,34 +95,48 @@ def evaluate_linear(
         and that it was chosen on the test set, `evaluations` holds all that was measured.
 
     Raises:
-        CheckpointError: the weights file cannot be used.
-        ConfigError: a setting is out of range.
+        CheckpointError: the weights file cannot be used, or what is kept of the training.
+        ConfigError: a setting is out of range, a file cannot be written, or another training is
+            kept beside `out`.
         DataError: a set cannot be read or lacks labels, the classes differ, or there is only one.
-        NonFiniteError: a feature is not a finite number.
+        NonFiniteError: a feature is not a finite number, or every classifier has diverged.
     """
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
+    target = writable(out, weights_path)
     how = Extraction(network=network, num_heads=num_heads, device=device)
     subject = open_subject(weights_path, train_spec, test_spec, how)
     plan = protocol.plan(subject.backbone, images=len(subject.train))
 
+    of_training = _protocol(protocol, plan, subject, augment=augment, seed=seed)
+    settings: dict[str, object] = {"network": network, **of_training}
+    trainings = []
+
     def measure(backbone: nn.Module, log: Log) -> dict[str, object]:
-        evaluations = []
+        module = "dinoscale.evaluate.linear"
+        kept = keep_training(target, subject, backbone, protocol=settings, module=module)
+        trainings.append(kept)
+        state = kept.load(subject.device)
+        evaluations = [] if state is None else state["evaluations"]
+        written = target if backbone is subject.backbone else None
         probe = _Probe(backbone, subject, plan, reading, augment=augment, seed=seed)
-        for evaluation in probe.evaluations():
+        for evaluation in probe.evaluations(state):
             log(evaluation)
             evaluations.append(evaluation)
-        return _chosen(evaluations, plan) | {"evaluations": evaluations}
+            if written is not None:
+                probe.save(evaluations, written)
+            kept.save({**probe.state(), "step": evaluation["step"], "evaluations": evaluations})
+        found = _chosen(evaluations, plan) | {"evaluations": evaluations}
+        if written is None:
+            return found
+        return found | {"out": str(written), "best_out": str(best_beside(written))}
 
-    return report_of(
-        "linear",
-        subject,
-        measure,
-        protocol={"network": network}
-        | _protocol(protocol, plan, subject, augment=augment, seed=seed),
-        untrained=untrained,
-        log_path=log_path,
+    report = report_of(
+        "linear", subject, measure, protocol=settings, untrained=untrained, log_path=log_path
     )
+    for kept in trainings:
+        kept.remove()
+    return report
 
 
 Evaluation = dict[str, object]
@@ -128,6 +157,7 @@ class _Probe:
     ) -> None:
         self._subject, self._plan, self._reading = subject, plan, reading
         self._augment, self._seed = augment, seed
+        self._drawn = Drawn(len(subject.train))
         self._tokens = TokenFeatures(backbone, blocks=plan.blocks)
         self._heads = [
             LinearHeads(
@@ -140,16 +170,39 @@ class _Probe:
             for kind in plan.kinds
         ]
 
-    def evaluations(self) -> Iterator[Evaluation]:
-        """Train, and yield what is measured on the way and at the end."""
-        plan = self._plan
+    def state(self) -> State:
+        """What `evaluations` goes on with."""
+        return {"heads": [heads.state() for heads in self._heads], "drawn": self._drawn.state()}
+
+    def save(self, evaluations: list[Evaluation], out: Path) -> None:
+        """Write the best classifier of now as the last one, and where it is as the best of all."""
+        bests = [_best([evaluation]) for evaluation in evaluations]
+        last, top1 = bests[-1], [best["top1"] for best in bests]
+        kind = [(kind.blocks, kind.pooled) for kind in self._plan.kinds].index(
+            (last["blocks"], last["pooled"])
+        )
+        heads, at = self._heads[kind], self._plan.rates.index(last["lr"])
+        tensors = {"weight": heads.weight[at], "bias": heads.bias[at]}
+        about = {"classifier": json.dumps(last)}
+        is_best = top1.index(max(top1)) == len(top1) - 1
+        for target in (out, best_beside(out)) if is_best else (out,):
+            save_tensors(target, tensors, about)
+
+    def evaluations(self, state: State | None) -> Iterator[Evaluation]:
+        """Train, and yield what is measured on the way and at the end; after a state, the rest."""
+        plan, first = self._plan, 0
+        if state is not None:
+            first, self._drawn = state["step"], Drawn.of(state["drawn"])
+            for heads, of_heads in zip(self._heads, state["heads"], strict=True):
+                heads.load(of_heads)
         tests, test_labels = outputs_of_test(
             self._tokens, self._subject, self._reading, taken=self._tokens.taken
         )
         rates = torch.tensor(plan.rates, device=tests.device)
         shown = None if self._reading.progress else True
-        bar = tqdm(self._batches(), total=plan.steps, unit="step", disable=shown)
-        for step, (features, labels) in enumerate(bar):
+        batches = self._batches(first)
+        bar = tqdm(batches, initial=first, total=plan.steps, unit="step", disable=shown)
+        for step, (features, labels) in enumerate(bar, start=first):
             now = rates * plan.factor(step)
             for kind, heads in zip(plan.kinds, self._heads, strict=True):
                 heads.step(self._take(kind, features), labels, now)
@@ -160,8 +213,8 @@ class _Probe:
     def _take(self, kind: FeatureKind, features: Tensor) -> Tensor:
         return kind.take(features, stored=self._plan.blocks, token_dim=self._tokens.token_dim)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (N, ...) and labels (N,) of each step."""
+    def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (N, ...) and labels (N,) of each step from the first on."""
         plan, subject, reading = self._plan, self._subject, self._reading
         if self._augment:
             images = train_images(
@@ -169,12 +222,15 @@ class _Probe:
                 interpolation=plan.interpolation,
                 batch_size=plan.batch_size,
                 steps=plan.steps,
+                first_step=first,
                 seed=self._seed,
                 num_workers=reading.num_workers,
+                drawn=self._drawn,
             )
             for pixels, labels in images:
                 with torch.no_grad():
                     yield self._tokens([pixels]).float(), labels
+            subject.used["train"] = self._drawn.used(subject.train)
             return
         features, labels = outputs_of_train(
             self._tokens, subject, reading, taken=self._tokens.taken
@@ -182,7 +238,7 @@ class _Probe:
         sampler = stream_sampler(
             len(features), batch_size=plan.batch_size, steps=plan.steps, seed=self._seed
         )
-        for step in range(plan.steps):
+        for step in range(first, plan.steps):
             ids = torch.from_numpy(sampler.step(step).ids).to(features.device)
             yield features[ids], labels[ids]
 
@@ -191,21 +247,39 @@ class _Probe:
         classes = self._subject.num_classes
         for kind, heads in zip(self._plan.kinds, self._heads, strict=True):
             counts = heads.right(self._take(kind, tests), labels)
-            for rate, (top1, top5) in zip(self._plan.rates, counts, strict=True):
+            every = zip(self._plan.rates, counts, heads.finite(), strict=True)
+            for rate, (top1, top5), finite in every:
                 score = percent(top1, top5, images=len(labels), num_classes=classes)
-                results.append({"blocks": kind.blocks, "pooled": kind.pooled, "lr": rate} | score)
+                found = {"blocks": kind.blocks, "pooled": kind.pooled, "lr": rate} | score
+                results.append(found | ({} if finite else {"diverged": True}))
+        if all("diverged" in result for result in results):
+            raise NonFiniteError(
+                f"step {done}: the weights of all classifiers are no longer finite numbers; lower"
+                " the learning rate"
+            )
         epoch = {} if self._plan.last_only else {"epoch": done // self._plan.hold}
         return {"step": done, **epoch, "classifiers": results}
 
 
 def _chosen(evaluations: list[Evaluation], plan: ProbePlan) -> dict[str, object]:
     """The best classifier, looked for where the protocol does."""
-    entries = [
-        {key: evaluation[key] for key in ("step", "epoch") if key in evaluation} | classifier
-        for evaluation in (evaluations[-1:] if plan.last_only else evaluations)
-        for classifier in evaluation["classifiers"]  # type: ignore[attr-defined]  # a list
-    ]
+    entries = _entries(evaluations[-1:] if plan.last_only else evaluations)
     return choose_best(entries, with_last=not plan.last_only)
+
+
+def _best(evaluations: list[Evaluation]) -> dict[str, Any]:
+    """The best classifier of some measurements, the first of equals."""
+    return max(_entries(evaluations), key=lambda entry: entry["top1"])
+
+
+def _entries(evaluations: list[Evaluation]) -> list[dict[str, Any]]:
+    """All classifiers of some measurements that have not diverged."""
+    return [
+        {key: evaluation[key] for key in ("step", "epoch") if key in evaluation} | classifier
+        for evaluation in evaluations
+        for classifier in evaluation["classifiers"]  # type: ignore[attr-defined]  # a list
+        if "diverged" not in classifier
+    ]
 
 
 _CHOSEN_OF = {True: "all classifiers after the last step", False: "all epochs"}

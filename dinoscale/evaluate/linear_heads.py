@@ -6,7 +6,7 @@ input, G classifiers of one kind of input, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +109,20 @@ class LinearHeads:
         self._weight_velocity = torch.zeros_like(self.weight)
         self._bias_velocity = torch.zeros_like(self.bias)
 
+    def state(self) -> dict[str, Tensor]:
+        """All numbers of the classifiers and of their training, which goes on changing them."""
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "weight_velocity": self._weight_velocity,
+            "bias_velocity": self._bias_velocity,
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` has given."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
     def logits(self, x: Tensor) -> Tensor:
         """Scores (N, G, C) of rows (N, K)."""
         flat = F.linear(x, self.weight.flatten(0, 1), self.bias.flatten())
@@ -129,6 +143,11 @@ class LinearHeads:
         self._bias_velocity.mul_(MOMENTUM).add_(gradient.sum(dim=0))
         self.weight.sub_(rates[:, None, None] * self._weight_velocity)
         self.bias.sub_(rates[:, None] * self._bias_velocity)
+
+    def finite(self) -> list[bool]:
+        """For each classifier, whether all its numbers are finite: it has not diverged."""
+        flat = torch.cat([self.weight.flatten(1), self.bias], dim=1)  # (G, C K + C)
+        return flat.isfinite().all(dim=1).tolist()
 
     def right(self, x: Tensor, labels: Tensor) -> list[tuple[int, int]]:
         """For each classifier, the rows (N, K) that are right by top-1 and by top-5."""

@@ -107,21 +107,39 @@ def _of_shards(source: TarSource) -> MaskOf:
 def split_objects(mask: Image.Image, *, indexed: bool) -> Objects:
     """Take a mask apart.
 
-    A mask with a palette, as VOC's and DAVIS', numbers its objects: 0 is background, 255 void. Any
-    other is one object: where it is brighter than 127.
+    A mask with a palette, as VOC's and DAVIS', or with more than 8 bits numbers its objects: 0 is
+    background, 255 void. A gray one of 8 bits, or of colors that are all gray, is one object: where
+    it is brighter than 127.
 
     Args:
         mask: as stored.
-        indexed: gray masks hold numbers of objects too.
+        indexed: gray masks of 8 bits hold numbers of objects too.
+
+    Raises:
+        DataError: it has colors, a transparency, or fractions.
     """
-    if mask.mode == "P" or (indexed and mask.mode == "L"):
+    if mask.mode == "P" or mask.mode.startswith("I") or (indexed and mask.mode == "L"):
         numbers = np.asarray(mask)  # (H, W)
         names = [number for number in np.unique(numbers).tolist() if number not in (0, VOID)]
-        masks = numbers == np.array(names, dtype=np.uint8)[:, None, None]  # (M, H, W)
+        masks = numbers == np.array(names, dtype=numbers.dtype)[:, None, None]  # (M, H, W)
         return Objects(torch.from_numpy(masks), torch.from_numpy(numbers != VOID))
-    inside = torch.from_numpy(np.asarray(mask.convert("L")) > 127)
+    inside = torch.from_numpy(np.asarray(_gray(mask)) > 127)
     masks_ = inside[None] if inside.any() else inside.new_zeros(0, *inside.shape)
     return Objects(masks_, torch.ones_like(inside))
+
+
+def _gray(mask: Image.Image) -> Image.Image:
+    """A mask without numbers, in 8 bits."""
+    if mask.mode == "RGB":
+        red, green, blue = (channel.tobytes() for channel in mask.split())
+        if red == green == blue:
+            return mask.getchannel(0)
+    elif mask.mode in ("1", "L"):
+        return mask.convert("L")
+    raise DataError(
+        f"a mask of the mode {mask.mode} does not tell its objects: colors may be as dark as the"
+        " background. Save it gray, with a palette, or with a number a pixel in 8 or 16 bits."
+    )
 
 
 @dataclass
@@ -148,7 +166,8 @@ def usable_images(
         Indices of the images that can be read and have an object, and what of the others.
 
     Raises:
-        DataError: a mask has another size than its image, or no image counts.
+        DataError: a mask has another size than its image or does not tell its objects, or no image
+            counts.
     """
     indices, left_out = [], LeftOut()
     for index in range(len(source)):
@@ -170,7 +189,11 @@ def usable_images(
                 f"{path}: the image has {picture.width} x {picture.height} pixels, its mask "
                 f"{mask.width} x {mask.height}. Both must have the same size, the image upright."
             )
-        if len(split_objects(mask, indexed=indexed).masks):
+        try:
+            objects = split_objects(mask, indexed=indexed)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        if len(objects.masks):
             indices.append(index)
         else:
             left_out.empty_mask.append(path)

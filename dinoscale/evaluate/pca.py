@@ -23,7 +23,7 @@ from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.errors import DataError
-from dinoscale.evaluate.features import eval_mode, find_device
+from dinoscale.evaluate.features import eval_mode, find_device, require_finite
 from dinoscale.evaluate.whole_images import (
     SIZE,
     Fit,
@@ -143,6 +143,7 @@ def evaluate_pca(
         CheckpointError: the weights file cannot be used.
         ConfigError: a setting is out of range, or the backbone has no patches.
         DataError: no image can be read, or the folder cannot be written.
+        NonFiniteError: a feature is not a finite number.
     """
     where = find_device(device)
     backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
@@ -200,7 +201,9 @@ def _patch_features(
     pixels = to_input(seen.image, backbone, mean=card.mean, std=card.std)
     with eval_mode(backbone), torch.no_grad():
         tokens = backbone.features(pixels)[0, -rows * columns :]  # type: ignore[operator]  # a ViT
-    found: NDArray[np.float32] = tokens.float().reshape(rows, columns, -1).cpu().numpy()
+    found: NDArray[np.float32] = (
+        require_finite(tokens.float()).reshape(rows, columns, -1).cpu().numpy()
+    )
     return found
 
 

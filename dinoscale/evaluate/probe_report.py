@@ -10,10 +10,11 @@ from pathlib import Path
 from torch import nn
 
 from dinoscale.convert.weights_file import BackboneCard
-from dinoscale.data.mixture import left_out_counts
 from dinoscale.errors import ConfigError
+from dinoscale.evaluate.labelled import describe_set
 from dinoscale.evaluate.subject import Subject
 from dinoscale.evaluate.untrained import untrained_backbone
+from dinoscale.fingerprint import digest_of
 
 Result = Mapping[str, object]  # ready for JSON
 Log = Callable[[Result], None]
@@ -34,10 +35,12 @@ def report_of(
         task: its name.
         subject: what is measured.
         measure: takes a backbone, and a function to call with each result as soon as it is known;
-            returns `score` and whatever else there is to report.
+            returns `score` and whatever else there is to report, and leaves in `subject.used` what
+            was used of both sets.
         protocol: all that changes the numbers.
         untrained: measure fresh weights, too.
-        log_path: JSON lines, one for each result; None keeps none.
+        log_path: JSON lines, one for each result, with a digest of what it was measured by; None
+            keeps none.
 
     Returns:
         The report, ready for JSON.
@@ -46,11 +49,13 @@ def report_of(
         ConfigError: the log cannot be written.
     """
     log = _ResultLog(log_path)
+    settings = digest_of([subject.specs, protocol])  # one file may hold lines of several
 
     def of(network: str, backbone: nn.Module) -> dict[str, object]:
-        head = {"task": task, "weights": subject.weights, "network": network}
+        head = {"task": task, "weights": subject.weights, "network": network, "settings": settings}
         return measure(backbone, lambda result: log.add({**head, **result}))
 
+    found = of("trained", subject.backbone)
     names = ("train", "test")
     sets = zip(names, subject.specs, (subject.train, subject.test), strict=True)
     report: dict[str, object] = {
@@ -60,11 +65,11 @@ def report_of(
         "backbone": asdict(subject.card.backbone),
         "classes": subject.num_classes,
         **{
-            name: {"spec": spec, "images": len(source), "left_out": left_out_counts(source)}
+            name: describe_set(spec, source, **vars(subject.used[name]))
             for name, spec, source in sets
         },
         "protocol": dict(protocol),
-        **of("trained", subject.backbone),
+        **found,
     }
     if untrained:
         fresh = untrained_backbone(subject.card).to(subject.device)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dinoscale.errors import ConfigError, NonFiniteError
-from dinoscale.evaluate.features import normalize_images
+from dinoscale.errors import ConfigError
+from dinoscale.evaluate.features import normalize_images, require_finite
 
 TILE = 8  # patches along the side of a tile; tiles bound the memory, not the result
 LONG_SIDE_MULTIPLE = 64  # pixels, of the published code
@@ -221,9 +221,7 @@ def patch_features(
     rows, columns = height // patch, width // patch
     with torch.no_grad():
         tokens: Tensor = backbone.features(image.to(weight.dtype))  # type: ignore[operator]  # ViT
-    patches = tokens[0, -rows * columns :].float()
-    if not torch.isfinite(patches).all():
-        raise NonFiniteError("the backbone's features are not finite; its weights have diverged")
+    patches = require_finite(tokens[0, -rows * columns :].float())
     return F.normalize(patches, dim=1).view(rows, columns, -1)
 
 

@@ -5,9 +5,10 @@ Shape letters: N images, C classes (channels in images), H rows and columns of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,7 @@ class Subject:
         specs: what `train` and `test` were opened from.
         num_classes: C, of the train set.
         renumber: the train set's number of each class of the test set, (C',) int64.
+        used: what was used of `train` and `test` so far, by these names.
     """
 
     weights: str
@@ -77,6 +79,49 @@ class Subject:
     specs: tuple[str, str]
     num_classes: int
     renumber: Tensor
+    used: dict[str, Used] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Used:
+    """What of a set was used.
+
+    Attributes:
+        labels: of the images that were, (N,) int64.
+        unreadable: how many could not be.
+    """
+
+    labels: Tensor
+    unreadable: int
+
+
+class Drawn:
+    """Which images of a train set were drawn so far.
+
+    Attributes:
+        read: (N,) bool.
+        unreadable: (N,) bool.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.read = torch.zeros(images, dtype=torch.bool)
+        self.unreadable = torch.zeros(images, dtype=torch.bool)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> Drawn:
+        """What was drawn before, of `state`."""
+        drawn = cls(0)
+        drawn.read, drawn.unreadable = state["read"].cpu(), state["unreadable"].cpu()
+        return drawn
+
+    def state(self) -> dict[str, Tensor]:
+        """What `of` takes."""
+        return {"read": self.read, "unreadable": self.unreadable}
+
+    def used(self, source: Source) -> Used:
+        """What of the train set this is."""
+        labels = torch.from_numpy(check_labels(source, name="train"))
+        return Used(labels[self.read], int(self.unreadable.sum()))
 
 
 def open_subject(
@@ -113,8 +158,11 @@ def open_subject(
 def outputs_of_train(
     network: nn.Module, subject: Subject, reading: Reading, *, taken: str | None
 ) -> tuple[Tensor, Tensor]:
-    """What the network makes of the train set without augmentation; as `outputs_of_test`."""
-    return _outputs(network, subject, subject.train, reading, spec=subject.specs[0], taken=taken)
+    """What the network makes of the train set without augmentation; as `outputs_of_test`.
+
+    Both keep in `subject.used` what of the set could be read.
+    """
+    return _outputs(network, subject, "train", reading, taken=taken)
 
 
 def outputs_of_test(
@@ -136,21 +184,19 @@ def outputs_of_test(
         DataError: none of the images can be read.
         NonFiniteError: an output is not a finite number.
     """
-    spec = subject.specs[1]
-    outputs, labels = _outputs(network, subject, subject.test, reading, spec=spec, taken=taken)
+    outputs, labels = _outputs(network, subject, "test", reading, taken=taken)
     return outputs, subject.renumber.to(labels.device)[labels]
 
 
 def _outputs(
     network: nn.Module,
     subject: Subject,
-    source: Source,
+    name: Literal["train", "test"],
     reading: Reading,
     *,
-    spec: str,
     taken: str | None,
 ) -> tuple[Tensor, Tensor]:
-    card = subject.card
+    card, source = subject.card, getattr(subject, name)
     outputs, labels = extract_features(
         network,
         source,
@@ -165,7 +211,9 @@ def _outputs(
         progress=reading.progress,
     )
     if not len(outputs):
+        spec = subject.specs[name == "test"]
         raise DataError(f"{spec}: none of the images can be read")
+    subject.used[name] = Used(labels, len(source) - len(labels))
     return outputs, labels
 
 
@@ -175,10 +223,22 @@ def train_images(
     interpolation: Interpolation,
     batch_size: int,
     steps: int,
+    first_step: int,
     seed: int,
     num_workers: int,
+    drawn: Drawn,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield augmented batches of the train set; what they hold depends on the seed alone.
+    """Yield augmented batches of the train set; what they hold depends on seed and step alone.
+
+    Args:
+        subject: whose images these are.
+        interpolation: of the crops.
+        batch_size: images of a step.
+        steps: number of batches, those before the first one included.
+        first_step: begin with the batch of this step.
+        seed: of order and crops.
+        num_workers: processes that decode.
+        drawn: is told what the batches hold.
 
     Returns:
         Images (N, C, H, H) float32, cropped at random, mirrored or not, normalised; labels (N,)
@@ -191,11 +251,14 @@ def train_images(
         interpolation=interpolation,
         batch_size=batch_size,
         steps=steps,
+        first_step=first_step,
         seed=seed,
         num_workers=num_workers,
         pin_memory=subject.device.type == "cuda",
     )
     for batch in batches:
+        drawn.read[batch.ids] = True
+        drawn.unreadable[batch.unreadable] = True
         crops = to_device(batch.crops, subject.device)
         images = finish_crops(crops, batch.params, mean=card.mean, std=card.std, compiled=False)
         yield images, to_device(batch.labels, subject.device)

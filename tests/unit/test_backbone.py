@@ -14,6 +14,7 @@ from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_bac
 from dinoscale.data.augment import eval_transform
 from dinoscale.evaluate.features import normalize_images
 from dinoscale.models.zoo import build_backbone
+from dinoscale.peak_memory import with_peak_bytes
 
 SIZES = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -43,6 +44,14 @@ def test_features_agree_with_each_other_at_any_size(tmp_path: Path, name: str) -
     row = model.network.last_attention(images)[:, :, 0]
     torch.testing.assert_close(maps.sum((-2, -1)) + row[..., : 1 + registers].sum(-1), row.sum(-1))
     assert torch.equal(maps[0, 0, 1, 0], row[0, 0, 1 + registers + 7])
+
+
+def test_attention_maps_take_no_memory_of_all_pairs_of_tokens(tmp_path: Path) -> None:
+    model, _ = dinoscale.load_backbone(_weights(tmp_path))
+    images = torch.zeros(1, 3, 256, 256)  # 1025 tokens, 3 heads: 12.6 MB of pairs
+    _, forward = with_peak_bytes(lambda: model(images))
+    _, peak = with_peak_bytes(lambda: model.attention_maps(images))
+    assert peak < 1.5 * forward
 
 
 def test_images_that_are_no_whole_patches_are_refused(tmp_path: Path) -> None:

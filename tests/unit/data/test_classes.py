@@ -7,6 +7,7 @@ from dinoscale.data.classes import read_classes
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.labelled import renumber_classes
+from dinoscale.evaluate.overlap import equal_pictures
 from tests.unit.data.conftest import jpeg, write_tar
 
 PICTURE = jpeg(0)
@@ -171,8 +172,24 @@ def test_shared_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     for train, test in ((whole, apart), (apart, whole), (whole, other), (packed, other)):
         _joined(train, test)
     assert "judged by themselves" not in caplog.text
-    copies = [open_source(f"{tmp_path}/{x}") for x in ("b/../a", "links", "half", "packed")]
-    for train, test in (*((whole, copy) for copy in copies), (packed, whole), (more, apart)):
+    (tmp_path / "half" / "0" / "1.jpg").rename(tmp_path / "half" / "0" / "renamed.jpg")
+    copies = {"b/../a": "2 of the 2", "links": "2 of the 2", "a": "2 of the 2",
+              "half": "1 of the 2", "packed": "3 of the 3"}  # fmt: skip
+    pairs = [(whole, open_source(f"{tmp_path}/{x}"), number) for x, number in copies.items()]
+    for train, test, number in (*pairs, (packed, whole, "2 of the 2"), (more, apart, "2 of the 2")):
         caplog.clear()
         _joined(train, test)
-        assert "judged by themselves" in caplog.text, test.path(0)
+        assert f"{number} pictures of test" in caplog.text, test.path(0)
+        assert "judged by themselves" in caplog.text
+
+
+def test_of_large_sets_a_part_and_equal_names_are_compared(tmp_path: Path) -> None:
+    for i in range(20):
+        for folder, name in (("a", f"{i:02}.jpg"), ("renamed", f"x{i:02}.jpg")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / name).write_bytes(PICTURE + bytes([i]))
+    whole, renamed = (open_source(f"{tmp_path}/{name}") for name in ("a", "renamed"))
+    total = 20 * (len(PICTURE) + 1)
+    for limits, found in (({}, 20), ({"sizes_read": 5}, 5), ({"bytes_read": total / 4}, 5)):
+        assert len(equal_pictures(renamed, range(20), whole, **limits)) == found
+        assert len(equal_pictures(whole, range(20), whole, **limits)) == 20

@@ -1,6 +1,6 @@
 """A tiny ViT with fresh weights, and folders of noisy pictures whose class is their color."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
+from dinoscale.evaluate.kept_training import KeptTraining, State
 from dinoscale.models.zoo import build_backbone
 
 SHAPE = BackboneShape(
@@ -43,6 +44,25 @@ class Colors:
                 file = self.root / name / color / f"{i}.png"
                 Image.fromarray(pixels.astype(np.uint8)).save(file)
         return str(self.root / name)
+
+
+@pytest.fixture
+def end_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Let trainings end, as by Ctrl-C, once they have kept their state so many times."""
+    save = KeptTraining.save
+
+    def end(times: int | None) -> None:
+        saves = []
+
+        def save_and_end(kept: KeptTraining, state: State) -> None:
+            save(kept, state)
+            saves.append(state)
+            if len(saves) == times:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(KeptTraining, "save", save_and_end)
+
+    return end
 
 
 @pytest.fixture(scope="session")

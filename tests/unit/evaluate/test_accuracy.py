@@ -19,6 +19,16 @@ def test_each_of_several_classifiers_is_counted() -> None:
     assert top5.tolist() == [2, 2]
 
 
+def test_scores_that_are_no_finite_numbers_are_never_right() -> None:
+    nan, inf = float("nan"), float("inf")
+    rows = [[nan] * 6, [nan, 1, 2, 3, 4, 5], [inf, 1, 2, 3, 4, 5], [-inf] * 3 + [1, 2, 3]]
+    logits = torch.tensor(rows)
+    for number in range(6):  # only of the last two rows some are
+        top1, top5 = num_right(logits, torch.full((4,), number))
+        assert int(top1) == (number == 5)
+        assert int(top5) == (number > 1) + (number > 2)
+
+
 @pytest.mark.parametrize(("num_classes", "names"), [(5, {"top1"}), (6, {"top1", "top5"})])
 def test_the_five_best_of_five_classes_are_not_reported(num_classes: int, names: set[str]) -> None:
     found = percent(1, 3, images=4, num_classes=num_classes)

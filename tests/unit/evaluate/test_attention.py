@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
 from dinoscale.data.synthetic import ShapesSource
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, NonFiniteError
 from dinoscale.evaluate import attention_figure as figure
 from dinoscale.evaluate.attention import draw_attention, evaluate_attention, score_attention
 from dinoscale.evaluate.attention_maps import attention_maps, center_box, head_jaccard, keep_mass
@@ -64,6 +64,11 @@ def test_maps_are_the_class_tokens_row_without_the_class_token(backbone: nn.Modu
     torch.testing.assert_close(maps.sum((2, 3)) + full[:, :, 0, 0], torch.ones(3, 3))
 
 
+def test_maps_that_are_no_numbers_are_refused(backbone: nn.Module) -> None:
+    with pytest.raises(NonFiniteError, match="have diverged"):
+        attention_maps(backbone, torch.full((1, 3, 16, 16), torch.nan))
+
+
 def test_registers_are_no_patches() -> None:
     image, _ = _bright_square()
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
@@ -79,6 +84,18 @@ def test_many_images_are_taken_in_parts_without_a_difference(
     whole = attention_maps(backbone, images)
     monkeypatch.setattr("dinoscale.evaluate.attention_maps.TOKENS_AT_ONCE", 2 * 16)
     torch.testing.assert_close(attention_maps(backbone, images), whole)
+
+
+def test_objects_of_numbered_masks_are_no_brightness(backbone: nn.Module) -> None:
+    picture, mask = _bright_square()
+    dark = Image.fromarray(np.array(mask) // 255)
+    dark.putpalette([0] * 768)
+    wide = Image.fromarray(np.array(mask).astype(np.uint16) // 255)
+    scores = [
+        score_attention(backbone, [picture], [m], mean=(0.5,) * 3, std=(0.5,) * 3, size=16)
+        for m in (mask, dark, wide)
+    ]
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_kept_patches_are_the_fewest_that_hold_the_mass() -> None:

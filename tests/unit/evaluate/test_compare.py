@@ -90,6 +90,32 @@ def test_networks_and_sources_of_equal_names_are_other_rows() -> None:
     assert [row.label for row in table.rows] == ["w.pth", "w.pth (student)", "w.pth #2"]
 
 
+def _made_from(**files: int) -> dict[str, Any]:
+    """Of a report; a number stands for the files of an input."""
+    inputs = {name: {"root": "r", "number": 9, "times": files[name]} for name in files}
+    return {"input": inputs, "command": {}, "code": {"dinoscale": "5f"}}
+
+
+@pytest.mark.parametrize(
+    ("other", "cells"),
+    [
+        (_made_from(weights=1, test=2), [[0], [0]]),
+        (_made_from(weights=0, test=3), [[0, 1]]),
+        (_made_from(weights=0, test=2) | {"code": {"dinoscale": "60"}}, [[0, 1]]),
+        (None, [[0], [1]]),
+    ],
+)
+def test_equal_paths_of_other_files_share_neither_row_nor_column(
+    other: dict[str, Any] | None, cells: list[list[int]]
+) -> None:
+    reports = [
+        _report("w", score, made_from=made_from)
+        for score, made_from in ((50.0, _made_from(weights=0, test=2)), (60.0, other))
+    ]
+    table = compare([_outcome(report) for report in reports])
+    assert [list(row.cells) for row in table.rows] == cells
+
+
 def test_two_numbers_for_one_cell_are_refused() -> None:
     same = [_outcome(_report("w", 50.0)), _outcome(_report("w", 50.0))]
     assert len(compare(same).rows) == 1
@@ -130,6 +156,7 @@ def test_untrained_networks_of_two_architectures_are_two_rows() -> None:
         (json.dumps(_report("w", float("nan"))), "`score` is no object of numbers"),
         (json.dumps(_report("w", 1.0, floors={"top1": "9"})), "`floors` is no object of numbers"),
         (json.dumps(_report("w", 1.0, sequences=[{"score": {}}])), "`sequences` is no list"),
+        (json.dumps(_report("w", 1.0, made_from={"input": []})), "`made_from` is no fingerprint"),
         (json.dumps({"task": "compare", "columns": []}), "`weights` is no text"),
     ],
 )
@@ -233,6 +260,33 @@ def test_a_failed_task_is_a_sentence_and_only_it_runs_again(
     _compare(*reports, "--out", tmp_path / "again")
     cells = [row["cells"] for row in json.loads(capsys.readouterr().out)["rows"]]
     assert all(cell["score"] for row in cells for cell in row)
+
+
+def test_other_images_of_the_same_names_are_measured_again(
+    colors: Colors,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    test = Path(colors.folder("replaced", {"blue": 2, "red": 2}))
+    task = f"knn --train {colors.train} --test {test} --k 3 --num-workers 0"
+    line = (colors.weights, "--out", tmp_path / "out", "--task", task)
+    _compare(*line)
+    first = json.loads(capsys.readouterr().out)
+    with caplog.at_level("INFO"):
+        _compare(*line)
+    assert "done before" in caplog.text
+    assert json.loads(capsys.readouterr().out) == first
+    for blue, red in zip(
+        *(sorted((test / name).iterdir()) for name in ("blue", "red")), strict=True
+    ):
+        pixels = blue.read_bytes(), red.read_bytes()
+        blue.write_bytes(pixels[1])
+        red.write_bytes(pixels[0])
+    _compare(*line)
+    assert "changed since it was measured: input.test." in caplog.text
+    again = json.loads(capsys.readouterr().out)
+    assert again["rows"][0]["cells"] != first["rows"][0]["cells"]
 
 
 def test_pictures_of_each_weights_are_its_own(

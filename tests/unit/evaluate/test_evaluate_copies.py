@@ -14,8 +14,9 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.copies import Settings as CopySettings
 from dinoscale.evaluate.copies import evaluate_copies, evaluate_made_copies, score_copies
 from dinoscale.evaluate.copy_descriptors import CopyDescriptor, generalized_mean, learn_whitening
-from dinoscale.evaluate.copy_pairs import pairs_of_names
+from dinoscale.evaluate.copy_pairs import pairs_of_names, pairs_of_prefix
 from dinoscale.models.zoo import build_backbone
+from dinoscale.peak_memory import with_peak_bytes
 from tests.unit.evaluate.tiny_files import SHAPE, as_json, save_picture, save_weights
 
 
@@ -69,6 +70,14 @@ def test_only_the_first_twenty_ranks_count() -> None:
     assert score_copies(query, bank, [[20]]) == 0
 
 
+def test_memory_does_not_grow_with_queries_and_bank() -> None:
+    bank, queries = torch.randn(20_000, 8), torch.randn(6_000, 8)
+    _, bytes_before = with_peak_bytes(lambda: None)
+    right = [(number,) for number in range(len(queries))]
+    _, peak = with_peak_bytes(lambda: score_copies(queries, bank, right))
+    assert peak - bytes_before < 0.5 * 4 * len(bank) * len(queries)
+
+
 def test_copies_of_a_folder_are_found_block_by_block(weights: Path, tmp_path: Path) -> None:
     for i in range(6):
         save_picture(tmp_path / "original" / f"p{i}.png", seed=i)
@@ -97,13 +106,60 @@ def test_copies_of_a_folder_are_found_block_by_block(weights: Path, tmp_path: Pa
         evaluate_copies(weights, *places, settings=QUICK)
 
 
+def test_originals_among_the_distractors_are_left_out_and_told(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(4):
+        save_picture(tmp_path / "original" / f"p{i}.png", seed=i)
+        save_picture(tmp_path / "query" / f"p{i}.jpg", seed=i)
+    for i in range(6):
+        save_picture(tmp_path / "other" / f"{i}.png", seed=50 + i)
+    (tmp_path / "original" / "p3.png").write_bytes((tmp_path / "original" / "p2.png").read_bytes())
+    places = (str(tmp_path / "original"), str(tmp_path / "query"))
+    distractors = str(tmp_path / "other")
+    before = as_json(evaluate_copies(weights, *places, distractors=distractors, settings=QUICK))
+    assert before["data"]["same_as_asked_for"] == 1  # p3, which is p2
+    for i in range(4):
+        for folder, name in (("original", f"p{i}.png"), ("query", f"p{i}.jpg")):
+            twin = tmp_path / "other" / "more" / f"{folder}-{i}.png"
+            twin.parent.mkdir(exist_ok=True)
+            twin.write_bytes((tmp_path / folder / name).read_bytes())
+    after = as_json(evaluate_copies(weights, *places, distractors=distractors, settings=QUICK))
+    assert after["score"] == before["score"]
+    assert after["data"]["database"] == before["data"]["database"] == 9
+    assert "9 pictures of the database are left out" in caplog.text
+
+
+def test_a_set_with_the_same_picture_twice_costs_made_copies_nothing(
+    weights: Path, tmp_path: Path
+) -> None:
+    for i in range(6):
+        for folder in ("a", "b"):
+            save_picture(tmp_path / folder / f"{i}.png", seed=i)
+    made = [
+        as_json(evaluate_made_copies(weights, str(folder), queries=6, settings=QUICK))
+        for folder in (tmp_path, tmp_path / "a")
+    ]
+    assert [report["data"]["database"] for report in made] == [
+        12 - made[0]["data"]["same_as_asked_for"],
+        6,
+    ]
+    assert made[0]["score"]["mAP jpeg"] == 100 == made[1]["score"]["mAP jpeg"]
+
+
 def test_queries_belong_to_the_longest_name_they_begin_with() -> None:
     assert pairs_of_names(["x/sea_2_cut.jpg", "sea_1.png"], ["sea.jpg", "sea_2.jpg"]) == [
         (1,),
         (0,),
     ]
-    with pytest.raises(DataError, match=r"200001.jpg .*--prefix 4"):
-        pairs_of_names(["200001.jpg"], ["200000.jpg"])
+    assert pairs_of_names(["img1-x.jpg", "img10.x.jpg"], ["img1.jpg", "img10.jpg"]) == [(0,), (1,)]
+    for query in ("200001.jpg", "seal_crop.png", "sea2.png"):
+        with pytest.raises(DataError, match=rf"{query} .*--prefix 4"):
+            pairs_of_names([query], ["200000.jpg", "sea.jpg"])
+
+
+def test_names_shorter_than_the_prefix_are_compared_without_their_extension() -> None:
+    assert pairs_of_prefix(4, ["ab.png", "abcd1.png"], ["ab.jpg", "abcd2.jpg"]) == [(0,), (1,)]
 
 
 def test_made_copies_are_the_same_every_time_and_with_whitening(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dinoscale.data.labelled_crops import stream_sampler
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, NonFiniteError
 from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.linear import evaluate_linear
 from dinoscale.evaluate.linear_heads import LinearHeads, TokenFeatures
@@ -62,6 +64,47 @@ def test_grid_reports_every_classifier_and_chooses_after_the_last_step(colors: C
     assert {(e["blocks"], e["pooled"]) for e in last} == {
         *((1, False), (1, True), (2, False), (2, True))  # this network has two blocks
     }
+
+
+@pytest.mark.parametrize(
+    ("protocol", "augment"), [(DINO, True), (replace(GRID, eval_every=5), False)]
+)
+def test_a_training_that_was_ended_goes_on_to_the_same_numbers(
+    colors: Colors,
+    tmp_path: Path,
+    end_after: Callable[[int | None], None],
+    protocol: GridProtocol | DinoProtocol,
+    augment: bool,
+) -> None:
+    train, test = colors.hard
+    runs = [tmp_path / name / "classifier.safetensors" for name in ("whole", "ended")]
+    how: dict[str, Any] = {"train": train, "test": test, "protocol": protocol, "augment": augment}
+    whole = _run(colors, out=runs[0], **how)
+    end_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        _run(colors, out=runs[1], **how)
+    end_after(None)
+    report = _run(colors, out=runs[1], **how)
+    names = ("out", "best_out")
+    assert report == whole | {name: report[name] for name in names}
+    for name in names:
+        assert Path(report[name]).read_bytes() == Path(whole[name]).read_bytes()
+    assert len([*runs[1].parent.glob("classifier*")]) == 2
+    tensors = load_file(report["out"])
+    assert tensors["weight"].shape[0] == len(tensors["bias"]) == 3
+
+
+def test_diverged_classifiers_are_told_and_never_chosen(
+    colors: Colors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinoscale.evaluate.linear_protocols.GRID_RATES", (3e38, 0.1))
+    report = _run(colors, augment=False)
+    of_rates = [(e["lr"] > 1, e.get("diverged"), e["top1"]) for e in
+                report["evaluations"][-1]["classifiers"]]  # fmt: skip
+    assert {(True, True, 0.0)} < set(of_rates)
+    assert all(diverged is None and top1 > 0 for high, diverged, top1 in of_rates if not high)
+    with pytest.raises(NonFiniteError, match=r"step \d: .* lower the learning rate"):
+        _run(colors, augment=False, protocol=replace(DINO, lr=3e38))
 
 
 def test_dino_reports_the_best_and_the_last_epoch(colors: Colors) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import dinoscale.fingerprint
 from dinoscale.data.folder import FolderSource
+from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import extract_features
 
 
@@ -124,6 +127,52 @@ def test_other_weights_and_another_set_are_extracted_anew(images: Path) -> None:
 def test_without_a_name_nothing_is_kept(images: Path) -> None:
     _extract(images, Counted(), taken=None)
     assert not _kept(images)
+
+
+def test_what_was_read_longest_ago_makes_room(
+    images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def calls(taken: str) -> int:
+        backbone = Counted()
+        _extract(images, backbone, taken=taken)
+        for number, path in enumerate(sorted(_kept(images), key=lambda p: p.stat().st_mtime_ns)):
+            os.utime(path, ns=(0, number))  # as if all this was long ago, in the same order
+        return backbone.calls
+
+    size = 4 * 3 * 4 + 4 * 8  # of features and numbers; a file has a header of less than 4000
+    monkeypatch.setenv("DINOSCALE_CACHE_GB", str((2 * size + 1.5 * 4000) / 1e9))
+    assert [calls(taken) for taken in ("a", "b")] == [1, 1]
+    (images.parent / "cache" / "features-x.safetensors.y.partial").write_bytes(b"killed")
+    os.utime(images.parent / "cache" / "features-x.safetensors.y.partial", (0, 0))
+    large = max(path.stat().st_size for path in _kept(images) if path.suffix == ".safetensors")
+    monkeypatch.setenv("DINOSCALE_CACHE_GB", str((large + size) / 1e9))
+    assert [calls(taken) for taken in ("a", "c", "a", "b")] == [0, 1, 0, 1]
+    assert len(_kept(images)) == 2
+    monkeypatch.setenv("DINOSCALE_CACHE_GB", "1e-9")
+    assert calls("d") == 1
+    assert not _kept(images)
+    assert "are not kept" in caplog.text
+    monkeypatch.setenv("DINOSCALE_CACHE_GB", "-1")
+    with pytest.raises(ConfigError, match="DINOSCALE_CACHE_GB: need a number"):
+        calls("d")
+
+
+def test_a_comment_in_the_code_costs_no_features(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(dinoscale.fingerprint.__file__).parent
+    shutil.copytree(package, tmp_path / "dinoscale", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr("dinoscale.fingerprint._ROOT", tmp_path)
+    found = []
+    for added in ("", "# a comment\n", "WHITE = 255\n"):
+        with (tmp_path / "dinoscale" / "data" / "decode.py").open("a") as file:
+            file.write(added)
+        dinoscale.fingerprint.code_print.cache_clear()
+        backbone = Counted()
+        _extract(images, backbone)
+        found.append(backbone.calls)
+    dinoscale.fingerprint.code_print.cache_clear()
+    assert found == [1, 0, 1]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])

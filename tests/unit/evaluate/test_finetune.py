@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dinoscale.convert.weights_file import load_backbone
-from dinoscale.errors import ConfigError, DataError, NonFiniteError
+from dinoscale.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from dinoscale.evaluate.finetune import Classifier, Recipe, evaluate_finetune
 from dinoscale.evaluate.subject import Reading
 from tests.unit.evaluate.conftest import Colors
@@ -70,6 +70,62 @@ def test_the_last_backbone_is_written_with_its_card(colors: Colors, tmp_path: Pa
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert (tuned([images]) - before([images])).abs().max() > 0.01
     assert report["untrained"].keys() == report["score"].keys()
+
+
+@pytest.mark.parametrize("times", [1, 3, 4, 6])
+def test_a_training_that_was_ended_goes_on_to_the_same_numbers(
+    colors: Colors, tmp_path: Path, end_after: Callable[[int | None], None], times: int
+) -> None:
+    recipe, sets = Recipe(epochs=4, batch_size=12, lr=0.01), colors.hard
+    outs = [tmp_path / name / "tuned.safetensors" for name in ("whole", "ended")]
+    whole = _run(colors, recipe=recipe, sets=sets, out=outs[0], untrained=True)
+    end_after(times)
+    with pytest.raises(KeyboardInterrupt):
+        _run(colors, recipe=recipe, sets=sets, out=outs[1], untrained=True)
+    assert outs[1].exists()
+    end_after(None)
+    report = _run(colors, recipe=recipe, sets=sets, out=outs[1], untrained=True)
+    names = ("out", "best_out")
+    assert {k: v for k, v in report.items() if k not in names} == {
+        k: v for k, v in whole.items() if k not in names
+    }
+    for name in names:
+        assert Path(report[name]).read_bytes() == Path(whole[name]).read_bytes()
+    files = {path.name for path in outs[1].parent.glob("tuned*")}
+    assert files == {"tuned.safetensors", "tuned-best.safetensors"}
+
+
+def test_the_best_backbone_is_that_of_the_best_epoch(colors: Colors, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=4, batch_size=12, lr=0.01)
+    report = _run(colors, recipe=recipe, sets=colors.hard, out=tmp_path / "t.safetensors")
+    best, last = (Path(report[name]).read_bytes() for name in ("best_out", "out"))
+    assert (best == last) == (report["chosen"]["epoch"] == 4)
+
+
+def test_another_training_is_not_gone_on_with(
+    colors: Colors, tmp_path: Path, end_after: Callable[[int | None], None]
+) -> None:
+    out = tmp_path / "tuned.safetensors"
+    end_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        _run(colors, out=out)
+    end_after(None)
+    with pytest.raises(ConfigError, match=r"tuned.safetensors.resume .* \(command.lr, .*remove it"):
+        _run(colors, recipe=replace(FAST, lr=0.2), out=out)
+    (tmp_path / "tuned.safetensors.resume").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=r"resume is damaged: remove it"):
+        _run(colors, out=out)
+
+
+def test_reports_count_the_images_that_were_used(colors: Colors) -> None:
+    train = Path(colors.folder("torn-train", {"blue": 5, "red": 4}))
+    test = Path(colors.folder("torn-test", {"blue": 3, "red": 2}, seed=1))
+    for torn in (train / "blue" / "0.png", train / "red" / "0.png", test / "red" / "1.png"):
+        torn.write_bytes(b"torn")
+    report = _run(colors, sets=(str(train), str(test)), recipe=replace(FAST, epochs=1))
+    found = [[report[name][key] for key in ("images", "unreadable", "classes")]
+             for name in ("train", "test")]  # fmt: skip
+    assert found == [[7, 2, 2], [4, 1, 2]]
 
 
 def test_the_rate_rises_for_a_sixtieth_of_the_steps_then_falls() -> None:
@@ -140,7 +196,7 @@ def test_bad_settings_are_refused(colors: Colors, changes: dict[str, Any], messa
 
 
 def test_the_weights_are_not_overwritten(colors: Colors) -> None:
-    with pytest.raises(ConfigError, match="the weights file itself"):
+    with pytest.raises(OutputError, match="is what is read"):
         _run(colors, out=colors.weights)
 
 

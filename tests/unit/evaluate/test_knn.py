@@ -34,6 +34,16 @@ def test_a_near_neighbour_outvotes_two_far_ones_unless_votes_are_equal() -> None
     assert equal[3].top1 == 0
 
 
+@pytest.mark.parametrize("temp", [1e-300, 1e-6, 1e-3, 0.01])
+def test_no_temperature_is_too_small(temp: float) -> None:
+    bank, labels = _unit(*range(0, 60, 10)), torch.tensor([4, 3, 2, 1, 0, 5])
+    test = _unit(1, 1, 1, 1, 51, 51)
+    of_test = torch.tensor([4, 3, 0, 5, 5, 4])  # nearest, second, fifth, sixth; nearest, sixth
+    found = knn_accuracy(bank, labels, test, of_test, ks=(6,), temp=temp)[6]
+    assert found.top1 == pytest.approx(200 / 6)
+    assert found.top5 == pytest.approx(400 / 6)
+
+
 def test_each_chunk_is_a_sign_of_life() -> None:
     bank, labels, chunks = _unit(0, 40, 90), torch.tensor([0, 1, 2]), list[int]()
     test, of_test = _unit(*range(7)), torch.zeros(7, dtype=torch.int64)

@@ -103,6 +103,9 @@ def test_separable_classes_are_all_told_apart_and_logged(colors: Colors, tmp_pat
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["network"] for line in lines] == ["trained"] * 4 + ["untrained"] * 4
     assert [line["held_out"]["c"] for line in lines[:3]] == list(SOME_CS)
+    _run(colors, colors.train, colors.test, log_path=log, seed=1)
+    settings = [json.loads(line)["settings"] for line in log.read_text().splitlines()]
+    assert len(set(settings[:8])) == len(set(settings[8:])) == 1 != len(set(settings))
 
 
 def test_the_default_grid_is_the_published_one() -> None:

@@ -1,6 +1,8 @@
 """The commands of the tasks that train a classifier."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -50,10 +52,49 @@ def test_logistic_and_finetune_print_their_reports(
     assert tuned["protocol"]["precision"] == "fp32"  # type: ignore[index]  # nested report
 
 
-def test_several_processes_are_refused(
-    colors: Colors, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("linear {w} --train {i} --test {i}", "logistic {w} --train {i} --test {i}"),
+        *("finetune {w} --train {i} --test {i}", "attention {w} {i} --out {o}"),
+        *("attention {w} {i} {o}/sheet.png", "segment {w} {i} --out {o}", "pca {w} {i} --out {o}"),
+        *("video {w} {i} --out {o}", "retrieve {w} --data {i}", "copies {w} --data {i}"),
+        "compare {w} --out {o} --task 'retrieve --data {i}'",
+    ],
+)
+def test_several_processes_are_refused_once_and_before_anything_is_written(
+    colors: Colors, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str
 ) -> None:
+    out = tmp_path / "out"
+    words = shlex.split(line.format(w=colors.weights, i=colors.train, o=out))
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(LaunchError, match="evaluate logistic runs in one process, not in 2"):
-        _run("logistic", colors, capsys)
+    with pytest.raises(LaunchError, match=f"evaluate {words[0]} runs in one process, not in 2"):
+        cli.run(["evaluate", *words])
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(["evaluate", *words])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("export w {o}/w.safetensors", "convert w {o}/w.pth --to dino", "report w"),
+        *(
+            "data build-shards i {o}",
+            "checkpoint prune w --keep-last 1",
+            "quickstart --run-dir {o}",
+        ),
+    ],
+)
+def test_commands_of_one_process_are_refused_likewise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str
+) -> None:
+    words = shlex.split(line.format(o=tmp_path / "out"))
+    for rank, error in (("0", LaunchError), ("1", SystemExit)):
+        for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(error, match=rf"{words[0]} runs in one process" if rank == "0" else "2"):
+            cli.run(words)
+    assert not (tmp_path / "out").exists()

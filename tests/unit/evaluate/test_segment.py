@@ -16,6 +16,7 @@ from sklearn.metrics import jaccard_score
 
 from dinoscale import cli
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
+from dinoscale.data.decode import read_as_stored
 from dinoscale.data.sources import open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.attention_maps import center_box, enlarge
@@ -108,6 +109,30 @@ def test_palette_masks_number_objects_and_gray_ones_are_one_object() -> None:
         assert torch.equal(split_objects(sharp.convert(mode), indexed=True).masks[0], bright)
     for empty in (_numbered([[0, 255]]), Image.new("L", (4, 2), 127)):
         assert len(split_objects(empty, indexed=False).masks) == 0
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_masks_of_more_bits_number_objects(kind: type, tmp_path: Path) -> None:
+    numbers = np.array([[0, 3, 3], [255, 900, 0]], kind)
+    Image.fromarray(numbers).save(tmp_path / "m.tif")
+    mask = read_as_stored((tmp_path / "m.tif").read_bytes(), "m.tif")
+    few = split_objects(_numbered(np.where(numbers == 900, 9, numbers)), indexed=False)
+    found = split_objects(mask, indexed=False)
+    assert torch.equal(found.masks, few.masks)
+    assert torch.equal(found.counted, few.counted)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
+def test_masks_that_do_not_tell_their_objects_are_refused(
+    folders: tuple[Path, Path], weights: Path, mode: str
+) -> None:
+    images, masks = folders
+    mask = Image.open(masks / "a.png").convert("RGB")
+    mask.paste((0, 0, 120), (0, 20, 40, 24))  # an object as dark as the background
+    mask.convert(mode).save(masks / "a.tif")
+    (masks / "a.png").unlink()
+    with pytest.raises(DataError, match=rf"a.jpg: a mask of the mode {mode} "):
+        evaluate_segment(weights, str(images), masks=str(masks), size=16)
 
 
 def test_a_mask_that_keeps_everything_scores_the_area_of_the_objects(

@@ -1,0 +1,101 @@
+"""What the report of a task was made from: the files it read, its options, the code that did it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.data.sources import expand_pattern
+from dinoscale.errors import DataError
+from dinoscale.fingerprint import Fingerprint, code_print, files_print, fingerprint
+
+WEIGHTS = "weights"  # the option
+# Options of tasks that name what is read.
+_INPUTS = (
+    *(WEIGHTS, "train", "test", "data", "images", "masks", "sequences", "ground_truth"),
+    *("originals", "queries", "distractors", "pairs", "whitening"),
+)
+# Options that change no number: where is written, how is read, and what the parser adds.
+_WITHOUT_EFFECT = {"command", "log", "no_cache", "num_workers", "out", "run", "sheet"}
+_MODULES = {"attention": ("attention", "attention_files"), "retrieve": ("landmarks", "retrieve")}
+
+
+def made_from(options: Mapping[str, object]) -> Fingerprint | None:
+    """Fingerprint of the report of a task; None where something is not there, as the task will say.
+
+    Args:
+        options: of the task by name, as a command line gives them; `task` among them.
+
+    Raises:
+        UnavailableError: a file system failed for about a minute.
+    """
+    task = str(options["task"])
+    specs = {name: options[name] for name in _INPUTS if isinstance(options.get(name), str)}
+    if not all(_is_there(str(spec)) for spec in specs.values()):
+        return None
+    settings = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
+    modules = _MODULES.get(task, (task,))
+    return fingerprint(
+        input={name: _print_of(name, str(spec)) for name, spec in specs.items()},
+        command=settings,
+        code=code_print(*(f"dinoscale.evaluate.{module}" for module in modules)),
+    )
+
+
+def _is_there(spec: str) -> bool:
+    return os.path.exists(os.path.expanduser(spec)) or bool(set("{*?[:") & set(spec))
+
+
+def _print_of(name: str, spec: str) -> object:
+    if spec.startswith("synthetic:"):
+        return spec
+    path = os.path.realpath(os.path.expanduser(spec))
+    if name == WEIGHTS:
+        return files_print(*_of_weights(path))
+    if os.path.isdir(path):
+        return files_print(path, _below(path))
+    if os.path.isfile(path):
+        return files_print(os.path.dirname(path), _of_file(path))
+    return files_print(os.path.dirname(path), _of_pattern(spec))
+
+
+def _of_weights(path: str) -> tuple[str, Sequence[str]]:
+    """Folder and files of weights: of a run its newest checkpoint; of a file its card, too."""
+    if not os.path.isdir(path):
+        card = f"{path}.json"
+        return os.path.dirname(path), [path, *([card] if os.path.isfile(card) else [])]
+    newest = [str(checkpoint) for checkpoint in checkpoints(Path(path))][-1:]
+    folder = newest[0] if newest else path
+    return folder, [*_below(folder)]
+
+
+def _below(folder: str) -> Iterator[str]:
+    """All files of a folder and of those below it, in one order; links to folders are followed."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(
+            name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen
+        )
+        yield from (os.path.join(place, name) for name in sorted(files))
+
+
+def _of_file(path: str) -> Iterator[str]:
+    """A file and, where it is a list of files, those that it names."""
+    yield path
+    if path.lower().endswith(".txt") and os.access(path, os.R_OK):
+        with open(path, "rb") as lines:
+            for line in lines:
+                named = os.path.join(os.path.dirname(path), os.fsdecode(line.strip()))
+                if os.path.isfile(named):
+                    yield named
+
+
+def _of_pattern(spec: str) -> list[str]:
+    """Files of a pattern; its own name where they are not there, which the task will say."""
+    try:
+        return [os.path.abspath(path) for path in expand_pattern(os.path.expanduser(spec))]
+    except DataError:
+        return [os.path.abspath(spec)]

@@ -1,0 +1,147 @@
+"""Pictures that two sets have in common, byte for byte, whatever they are called."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dinoscale.data.decode import BadSampleError
+from dinoscale.data.files import read_image_file
+from dinoscale.data.folder import FolderSource, ListSource
+from dinoscale.data.shards import TarSource
+from dinoscale.data.sources import Source
+
+# What a look at two large sets may cost, in seconds on a local disk; small sets are compared whole.
+LOOKED_FOR = 1000  # pictures at even distances: where 1 % is shared, some are among them
+SIZES_READ = 100_000  # files of a folder that are asked for their size, beside those of equal names
+BYTES_READ = 2**28  # of pictures of the same size and another name
+
+Stored = FolderSource | ListSource | TarSource
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What of a set is in another one.
+
+    Attributes:
+        found: pictures that are.
+        looked_for: pictures that were looked for.
+        example: path of one of them, empty if there is none.
+    """
+
+    found: int
+    looked_for: int
+    example: str
+
+
+def overlap_of(some: Source, whole: Source) -> Overlap:
+    """Look whether pictures of a labelled set are in another one; drawn sets are in themselves."""
+    if not (isinstance(some, Stored) and isinstance(whole, Stored)):
+        labels = some.labels
+        found = len(labels) if some == whole and labels is not None else 0
+        return Overlap(found, found, some.path(0) if found else "")
+    numbers = range(0, len(some), math.ceil(len(some) / LOOKED_FOR))
+    pairs = equal_pictures(some, numbers, whole, sizes_read=SIZES_READ, bytes_read=BYTES_READ)
+    shared = sorted({number for of_one in pairs.values() for number in of_one})
+    return Overlap(len(shared), len(numbers), some.path(shared[0]) if shared else "")
+
+
+def equal_pictures(
+    some: Source,
+    numbers: Iterable[int],
+    whole: Source,
+    *,
+    sizes_read: float = math.inf,
+    bytes_read: float = math.inf,
+) -> dict[int, list[int]]:
+    """Pictures of a set that have the bytes of some of another one.
+
+    Args:
+        some: a set.
+        numbers: of its pictures that are looked for.
+        whole: where they are looked for.
+        sizes_read: about so many of its files are asked for their size, at even distances.
+        bytes_read: about so much of what has the right size is read, at even distances, beside
+            files of equal names.
+
+    Returns:
+        Number in `whole` -> the numbers in `some` of those with the same bytes; none of drawn sets.
+    """
+    if not (isinstance(some, Stored) and isinstance(whole, Stored)):
+        return {}
+    of_size: dict[int, list[int]] = defaultdict(list)
+    for number in numbers:
+        of_size[_size(some, number)].append(number)
+    names = {_base(some.path(number)) for of_one in of_size.values() for number in of_one}
+    stride = max(1, math.ceil(len(whole) / sizes_read))
+    candidates = [entry for entry in _sizes(whole, names, stride) if entry[1] in of_size]
+    stride = max(1, math.ceil(sum(size for _, size, _ in candidates) / bytes_read))
+    digests: dict[int, dict[bytes, list[int]]] = {}
+    found = {}
+    for place, (i, size, is_named) in enumerate(candidates):
+        if place % stride and not is_named:
+            continue
+        if size not in digests:
+            digests[size] = _by_digest(some, of_size[size])
+        equal = digests[size].get(_digest(whole, i))
+        if equal is not None:
+            found[i] = equal
+    return found
+
+
+def _by_digest(source: Stored, numbers: Sequence[int]) -> dict[bytes, list[int]]:
+    """Pictures that can be read, by what they hold."""
+    found: dict[bytes, list[int]] = defaultdict(list)
+    for number in numbers:
+        found[_digest(source, number)].append(number)
+    found.pop(b"", None)
+    return dict(found)
+
+
+def _digest(source: Stored, number: int) -> bytes:
+    """Of the file of a picture; empty where it cannot be read."""
+    try:
+        if isinstance(source, TarSource):
+            data = source.data(number)
+        else:
+            data = read_image_file(source.path(number))
+    except BadSampleError:
+        return b""
+    return hashlib.sha256(data).digest()
+
+
+def _sizes(source: Stored, names: set[str], stride: int) -> Iterator[tuple[int, int, bool]]:
+    """Number, size, and whether it has one of the names: of shards all, without looking at names.
+
+    Of files each so many-th and those of the names.
+    """
+    if isinstance(source, TarSource):
+        yield from ((number, size, False) for number, size in enumerate(source.sizes()))
+        return
+    for number, path in enumerate(source.files()):
+        is_named = _base(path) in names
+        if is_named or number % stride == 0:
+            yield number, _size_of_file(path), is_named
+
+
+def _size(source: Stored, number: int) -> int:
+    if isinstance(source, TarSource):
+        return source.size(number)
+    return _size_of_file(source.path(number))
+
+
+def _size_of_file(path: str) -> int:
+    """In bytes, -1 where it cannot be told."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return -1
+
+
+def _base(path: str) -> str:
+    """Name of a file, or of a member of a shard, without folders."""
+    return path.rpartition("::")[2].rpartition("/")[2]
