@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from dinoscale.convert.weights_file import load_backbone
-from dinoscale.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from dinoscale.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    OutputError,
+)
 from dinoscale.evaluate.finetune import Classifier, Recipe, evaluate_finetune
 from dinoscale.evaluate.subject import Reading
 from tests.unit.evaluate.conftest import Colors
