@@ -49,6 +49,8 @@ for setting in "${settings[@]}"; do
     continue
   fi
   output=$(mktemp)
+  # Of its own: what is kept there was compiled for other vector instructions, which torch ignores.
+  kernels=$(mktemp -d)
   read -ra variables <<<"$setting"
   loops=0
   [[ $setting != *LOAD=* ]] || loops=${setting##*LOAD=}
@@ -56,13 +58,14 @@ for setting in "${settings[@]}"; do
     (while :; do :; done) &
     busy+=($!)
   done
-  if env OMP_NUM_THREADS=1 "${variables[@]}" python -m pytest -q "${tests[@]}" &>"$output"; then
+  if env OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR="$kernels" "${variables[@]}" python -m pytest -q "${tests[@]}" &>"$output"; then
     verdict=ok
   else
     verdict="FAILED, see $output" code=1
   fi
   ((${#busy[@]} == 0)) || kill "${busy[@]}"
   busy=()
+  rm -r -- "$kernels"
   printf '%-72s %s: %s\n' "$setting" "$(tail -n 1 "$output")" "$verdict"
   [[ $verdict != ok ]] || rm -- "$output"
 done

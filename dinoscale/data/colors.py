@@ -165,7 +165,8 @@ def _run(change: _Change, pixels: Tensor, values: Tensor, *, compiled: bool) -> 
             log.warning(
                 "colours are not compiled, which costs time only: %s; engine.compile=false "
                 "silences this",
-                (str(error).strip().splitlines() or [type(error).__name__])[0],
+                # The first line may only say which compiler raised what the second one says.
+                " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__,
             )
             _POINTWISE.clear()
     return change(pixels, values)

@@ -41,7 +41,8 @@ class Compiled(Generic[P, R]):
             # Before anything has run. Named here, as importing torch._dynamo takes a second.
             except torch._dynamo.exc.TorchDynamoException as error:
                 self._fails = True
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                # The first line may only say which compiler raised what the second one says.
+                reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
                 log.warning(
                     "%s are not compiled, which costs time only: %s; engine.compile=false "
                     "silences this",
