@@ -19,7 +19,7 @@ from typing import IO, Any, Literal
 
 from dinoscale import distributed
 from dinoscale.config import RunConfig, micro_batch_sizes
-from dinoscale.errors import ConfigError, PreemptedError, RunFailedError
+from dinoscale.errors import ConfigError, PreemptedError, RunFailedError, UnavailableError
 from dinoscale.launcher import Process
 from dinoscale.memory import NO_MEMORY
 from dinoscale.preemption import SIGNALS
@@ -160,8 +160,8 @@ def _judge(outcomes: Sequence[Outcome], size: int) -> bool:
     if failed:
         rank = next((r for r in failed if _LOST_CONTACT not in outcomes[r].said), failed[0])
         code, said = outcomes[rank].exit_code, outcomes[rank].said
-        kind = ConfigError if code == ConfigError.exit_code else RunFailedError
-        raise kind(
+        kinds = {kind.exit_code: kind for kind in (ConfigError, UnavailableError)}
+        raise kinds.get(code, RunFailedError)(
             f"train.micro_batch_size=auto: the trial of {size} failed on rank {rank} (exit code"
             f" {code}), not for want of memory:\n{said}"
         )

@@ -14,7 +14,7 @@ import torch
 
 from dinoscale.config.executor import ExecutorConfig
 from dinoscale.config.sweep import ONLINE
-from dinoscale.errors import ConfigError, DataError, DinoscaleError
+from dinoscale.errors import ConfigError, DataError, DinoscaleError, UnavailableError
 from dinoscale.evaluate.compare import NOT_RANKED
 from dinoscale.feed import open_images
 from dinoscale.locks import try_lock
@@ -135,16 +135,10 @@ def require_data(runs: Sequence[PlannedRun], *, elsewhere: bool) -> None:
     """
     distinct = {json.dumps(run.config.data.model_dump(mode="json")): run for run in runs}
     for run in distinct.values():
-        error = _why_closed(run)
-        if error and not elsewhere:
-            raise DataError(f"run {run.name}: {error}")
-        if error:
+        try:
+            open_images(run.config)
+        except DataError as error:  # noqa: PERF203  # opening takes longer
+            if not elsewhere:
+                kind = UnavailableError if isinstance(error, UnavailableError) else DataError
+                raise kind(f"run {run.name}: {error}") from error
             log.warning("run %s, on this machine: %s", run.name, error)
-
-
-def _why_closed(run: PlannedRun) -> str:
-    try:
-        open_images(run.config)
-    except DataError as error:
-        return str(error)
-    return ""

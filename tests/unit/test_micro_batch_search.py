@@ -5,7 +5,7 @@ import io
 import pytest
 
 from dinoscale.config import micro_batch_sizes, parse_config
-from dinoscale.errors import ConfigError
+from dinoscale.errors import ConfigError, UnavailableError
 from dinoscale.micro_batch.search import Outcome, _judge, _outcome, largest_that_fits
 
 MOST_TRIALS = 9
@@ -46,3 +46,9 @@ def test_gpu_that_lets_no_second_process_in_is_named_with_the_remedy() -> None:
     outcome = _outcome(None, 1, io.BytesIO("\n".join(lines).encode()))
     with pytest.raises(ConfigError, match=r"GPU of rank 1 .*EXCLUSIVE_PROCESS.*set to DEFAULT"):
         _judge([Outcome("cut off"), outcome], 64)
+
+
+def test_trial_whose_images_were_out_of_reach_ends_the_run_as_that() -> None:
+    outcome = _outcome(None, UnavailableError.exit_code, io.BytesIO(b"cannot read /shared/a.tar"))
+    with pytest.raises(UnavailableError, match=r"cannot read /shared/a\.tar"):
+        _judge([outcome], 64)

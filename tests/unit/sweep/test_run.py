@@ -17,7 +17,14 @@ import pytest
 
 from dinoscale.cli.evaluate import evaluation_words
 from dinoscale.config.executor import ExecutorConfig
-from dinoscale.errors import ConfigError, DataError, DinoscaleError, PreemptedError, RunFailedError
+from dinoscale.errors import (
+    ConfigError,
+    DataError,
+    DinoscaleError,
+    PreemptedError,
+    RunFailedError,
+    UnavailableError,
+)
 from dinoscale.sweep import preflight, table
 from dinoscale.sweep import run as run_module
 from dinoscale.sweep.belonging import of_file
@@ -423,6 +430,15 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DinoscaleError, match=r"out: cannot write to .*file/sweep"):
         _run(tmp_path / "file" / "sweep")
+
+
+def test_images_out_of_reach_are_not_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_reach(_: object) -> None:
+        raise UnavailableError("cannot read /shared: Stale file handle")
+
+    monkeypatch.setattr(preflight, "open_images", out_of_reach)
+    with pytest.raises(UnavailableError, match=r"run seed0-0000: cannot read /shared"):
+        preflight.require_data([planned(0)], elsewhere=False)
 
 
 def test_runs_that_need_more_gpus_than_there_are_are_refused(
