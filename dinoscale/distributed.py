@@ -123,7 +123,7 @@ def _store_of_rank_0(
         try:
             at = port if agents is None else int(agents.get(_PORT))  # maybe of an earlier start
             store = connect(address, at, timeout=_TRY)
-        except dist.DistError:
+        except dist.DistError:  # noqa: PERF203  # seconds apart
             if time.monotonic() > deadline:
                 raise
             if not said:

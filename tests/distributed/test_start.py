@@ -145,7 +145,7 @@ def test_rank_that_nobody_hears_says_why_and_ends(
     store: Any = dist.HashStore()  # type: ignore[attr-defined]  # as above
     if unfit is None:
         store.set("fitness", "rank 1 (there): optim.lrr: unknown key")
-    with pytest.raises(ConfigError if unfit else LaunchError, match="optim.lrr: unknown key"):
+    with pytest.raises(ConfigError if unfit else LaunchError, match=r"optim\.lrr: unknown key"):
         distributed._require_fit(store, Process(0, 2, 0, 2), unfit)
     assert len(caplog.messages) == 1
     assert "optim.lrr: unknown key" in caplog.text
