@@ -37,7 +37,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # of a thousand ranks, 500 questio
 _PORT = "dinoscale/port"  # of rank 0's store, in that of torchrun
 _FITNESS, _FIT, _ALL_HEARD = "fitness", "fit", "all heard"
 _TELL_S, _QUIET_S = 60.0, 3.0  # to tell others why this rank ends; before it says that it waits
-_TRY = timedelta(seconds=_QUIET_S)  # to connect to a rank 0 that may not be there yet
 _LOST_PEER = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
 
 
@@ -116,22 +115,38 @@ def _store_of_rank_0(
         return store
     if agents is None and unfit is None:
         return connect(address, port, timeout=timeout)
-    if agents is not None:
-        agents.set_timeout(_TRY)
-    deadline, said = time.monotonic() + timeout.total_seconds(), unfit is None
-    while True:
-        try:
-            at = port if agents is None else int(agents.get(_PORT))  # maybe of an earlier start
-            store = connect(address, at, timeout=_TRY)
-        except dist.DistError:  # noqa: PERF203  # seconds apart
-            if time.monotonic() > deadline:
-                raise
-            if not said:
-                log.warning("waiting for rank 0, to tell it: %s", unfit)
-            said = True
-        else:
-            store.set_timeout(timeout)
-            return store
+
+    def there() -> bool:
+        nonlocal port
+        if agents is not None:
+            port = int(agents.get(_PORT)) if agents.check([_PORT]) else 0  # or of an earlier start
+        return port > 0 and _answers(address, port)
+
+    waiting = "" if unfit is None else f"waiting for rank 0, to tell it: {unfit}"
+    if not _wait_until(there, timeout_s=timeout.total_seconds(), waiting=waiting):
+        raise RuntimeError("rank 0 is not there")
+    return connect(address, port, timeout=timeout)
+
+
+def _answers(address: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), _QUIET_S):
+        return True
+    return False
+
+
+def _wait_until(there: Callable[[], bool], *, timeout_s: float, waiting: str) -> bool:
+    """Ask less and less often; say what for, if it takes long. False: it took too long."""
+    begin, pause_s = time.monotonic(), _FIRST_PAUSE_S
+    while not there():
+        waited_s = time.monotonic() - begin
+        if waited_s > timeout_s:
+            return False
+        if waiting and waited_s > _QUIET_S:
+            log.warning("%s", waiting)
+            waiting = ""
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
+    return True
 
 
 def _texts_in(store: Any) -> Any:
@@ -170,13 +185,11 @@ def _stay_for_all(store: Any, process: Process, verdict: str) -> None:
     """
     if store.add("heard", 1) == process.world_size:
         store.set(_ALL_HEARD, "")
-    begin, said, pause_s = time.monotonic(), False, _FIRST_PAUSE_S
-    while not store.check([_ALL_HEARD]) and time.monotonic() < begin + _TELL_S:
-        if not said and time.monotonic() > begin + _QUIET_S:
-            log.warning("waiting for the other ranks, to tell them: %s", verdict)
-            said = True
-        time.sleep(pause_s)
-        pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
+    _wait_until(
+        lambda: bool(store.check([_ALL_HEARD])),
+        timeout_s=_TELL_S,
+        waiting=f"waiting for the other ranks, to tell them: {verdict}",
+    )
 
 
 def _use_device(process: Process) -> None:

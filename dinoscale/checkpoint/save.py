@@ -89,7 +89,7 @@ class Saver:
         self._writing: Future[SaveResult] | None = None
         self._own_files: Future[None] | None = None  # of the one under way, or of the last
         self._noting: Future[None] | None = None
-        # What shows that this rank's writing goes on: pieces counted, and a folder of growing files.
+        # What shows that this rank's writing goes on: pieces counted, a folder of growing files.
         self._moves, self._growing = 0, directory(run_dir, 0)
 
     def begin(
