@@ -172,6 +172,15 @@ def test_mistake_in_a_command_line_is_told_where_ranks_meet(
     assert told.called == tells
 
 
+def test_library_that_a_benchmark_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = MagicMock()
+    monkeypatch.setattr("dinoscale.cli.ranks.tell_others", told)
+    monkeypatch.setitem(sys.modules, "dinoscale.bench.step", None)
+    with pytest.raises(ImportError):
+        cli.run(["bench", "step", "vit_s16"])
+    assert told.called
+
+
 def _begin(failing: str, arguments: list[str], late_s: float) -> None:
     """A rank whose node differs: `failing` is what it cannot do before it meets the others."""
     import dinoscale.distributed
