@@ -34,6 +34,7 @@ TIMEOUT_S = 1800.0  # slow nodes may take minutes to come up
 MOST_FILES = 65536  # that a process may open; enough for ten thousand ranks
 _STORE_TIMEOUT = timedelta(seconds=60)  # of a small message; a busy node may take its time
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # of a thousand ranks, 500 questions a second
+_PORT = "dinoscale/port"  # of rank 0's store, in that of torchrun
 _FITNESS, _FIT, _ALL_HEARD = "fitness", "fit", "all heard"
 _TELL_S, _QUIET_S = 60.0, 3.0  # to tell others why this rank ends; before it says that it waits
 _LOST_PEER = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
@@ -59,28 +60,17 @@ def start(
     exact_float32()
     unfit = unfit or _lack_of_device(process)
     _allow_open_files()
-    served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has the store
-    address, port = _meeting_place(process, environ, served=served)
-    environ["MASTER_ADDR"], environ["MASTER_PORT"] = address, str(port)
+    address, port = _meeting_place(process, environ)
     environ["RANK"], environ["WORLD_SIZE"] = str(process.rank), str(process.world_size)
     environ["LOCAL_RANK"] = str(process.local_rank)
     timeout = timedelta(seconds=timeout_s if unfit is None else min(timeout_s, _TELL_S))
     # DeepSpeed names no time-out for its groups, and the default of NCCL's would be 10 minutes.
     defaults: Any = dist.distributed_c10d
     defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = timeout
-    listening = _listen(address, port) if process.rank == 0 and not served else None
     try:
-        exported: Any = dist  # TCPStore is public, but not in __all__
-        store = exported.TCPStore(
-            address,
-            port,
-            process.world_size,
-            is_master=listening is not None,
-            timeout=timeout,
-            wait_for_workers=False,  # who is unfit is heard of before all have come
-            master_listen_fd=listening,
-        )
-        _require_fit(exported.PrefixStore(_prefix(), store), process, unfit)
+        store = _store_of_rank_0(process, address, port, timeout=timeout, unfit=unfit)
+        environ["MASTER_ADDR"], environ["MASTER_PORT"] = store.host, str(store.port)
+        _require_fit(_texts_in(store), process, unfit)
         dist.init_process_group(
             "nccl" if process.device.type == "cuda" else "gloo",
             store=store,
@@ -99,9 +89,70 @@ def start(
         ) from error
 
 
-def _prefix() -> str:
-    """Before the keys of this attempt: torchrun keeps its store when it starts the ranks anew."""
-    return f"dinoscale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+def _store_of_rank_0(
+    process: Process, address: str, port: int, *, timeout: timedelta, unfit: Exception | None
+) -> Any:
+    """A store that is new at each start of the ranks, so that no text of an earlier one is in it.
+
+    torchrun keeps its own when it starts them again, and its nodes count the starts differently:
+    that one only tells where the new one is.
+
+    Raises:
+        LaunchError: this is rank 0, and the port is taken.
+        DistError: rank 0 is not there.
+    """
+    exported: Any = dist  # TCPStore is public, but not in __all__
+    connect = partial(exported.TCPStore, wait_for_workers=False)  # who is unfit is heard of before
+    agents = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        agents = connect(address, port, timeout=timeout)
+        address, port = LOOPBACK if _on_one_node(process) else address, 0
+    if process.rank == 0:
+        port, listening = _listen(address, port)
+        store = connect(address, port, is_master=True, timeout=timeout, master_listen_fd=listening)
+        if agents is not None:
+            agents.set(_PORT, str(port))
+        return store
+    if agents is None and unfit is None:
+        return connect(address, port, timeout=timeout)
+
+    def there() -> bool:
+        nonlocal port
+        if agents is not None:
+            port = int(agents.get(_PORT)) if agents.check([_PORT]) else 0  # or of an earlier start
+        return port > 0 and _answers(address, port)
+
+    waiting = "" if unfit is None else f"waiting for rank 0, to tell it: {unfit}"
+    if not _wait_until(there, timeout_s=timeout.total_seconds(), waiting=waiting):
+        raise RuntimeError("rank 0 is not there")
+    return connect(address, port, timeout=timeout)
+
+
+def _answers(address: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), _QUIET_S):
+        return True
+    return False
+
+
+def _wait_until(there: Callable[[], bool], *, timeout_s: float, waiting: str) -> bool:
+    """Ask less and less often; say what for, if it takes long. False: it took too long."""
+    begin, pause_s = time.monotonic(), _FIRST_PAUSE_S
+    while not there():
+        waited_s = time.monotonic() - begin
+        if waited_s > timeout_s:
+            return False
+        if waiting and waited_s > _QUIET_S:
+            log.warning("%s", waiting)
+            waiting = ""
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
+    return True
+
+
+def _texts_in(store: Any) -> Any:
+    """What ranks leave for each other in a store, apart from what torch keeps there."""
+    exported: Any = dist
+    return exported.PrefixStore("dinoscale", store)
 
 
 def _require_fit(store: Any, process: Process, unfit: Exception | None) -> None:
@@ -119,10 +170,11 @@ def _require_fit(store: Any, process: Process, unfit: Exception | None) -> None:
         store.compare_set(_FITNESS, "", _FIT)
     store.wait([_FITNESS])
     verdict = store.get(_FITNESS).decode()
-    if verdict == _FIT:
+    if verdict == _FIT and unfit is None:
         return
-    with contextlib.suppress(dist.DistError, RuntimeError):  # it took too long, or rank 0 is gone
-        _stay_for_all(store, process, verdict)
+    if verdict != _FIT:  # else a job at work, of which this process is none
+        with contextlib.suppress(dist.DistError, RuntimeError):  # rank 0 is gone
+            _stay_for_all(store, process, verdict)
     raise unfit or LaunchError(verdict)
 
 
@@ -133,11 +185,11 @@ def _stay_for_all(store: Any, process: Process, verdict: str) -> None:
     """
     if store.add("heard", 1) == process.world_size:
         store.set(_ALL_HEARD, "")
-    try:
-        store.wait([_ALL_HEARD], timedelta(seconds=_QUIET_S))
-    except dist.DistStoreError:
-        log.warning("waiting for the other ranks, to tell them: %s", verdict)
-        store.wait([_ALL_HEARD], timedelta(seconds=_TELL_S))
+    _wait_until(
+        lambda: bool(store.check([_ALL_HEARD])),
+        timeout_s=_TELL_S,
+        waiting=f"waiting for the other ranks, to tell them: {verdict}",
+    )
 
 
 def _use_device(process: Process) -> None:
@@ -150,21 +202,23 @@ def _use_device(process: Process) -> None:
         torch.set_num_threads(cores_of_rank(process.local_world_size))
 
 
-def _meeting_place(
-    process: Process, environ: MutableMapping[str, str], *, served: bool
-) -> tuple[str, int]:
+def _meeting_place(process: Process, environ: MutableMapping[str, str]) -> tuple[str, int]:
     """Where the ranks meet; those of one node on loopback, which no other machine reaches."""
     if process.world_size == 1 and "MASTER_PORT" not in environ:
         address, port = LOOPBACK, free_port()
     else:
         address, port = meeting_place(process, environ)
-    one_node = process.knows_node and process.local_world_size == process.world_size
-    if not one_node and address not in (LOOPBACK, "localhost"):
+    served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not _on_one_node(process) and address not in (LOOPBACK, "localhost"):
         return address, port
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
         environ.setdefault(variable, loopback[0])  # for what these open besides
     return (address if served else LOOPBACK), port
+
+
+def _on_one_node(process: Process) -> bool:
+    return process.knows_node and process.local_world_size == process.world_size
 
 
 def _allow_open_files() -> None:
@@ -213,16 +267,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _listen(address: str, port: int) -> int:
-    """A socket that listens at `port`, on loopback alone if the ranks meet there."""
+def _listen(address: str, port: int) -> tuple[int, int]:
+    """Port, and a socket that listens there, on loopback alone if the ranks meet there.
+
+    0 is any free one.
+    """
     dual = address != LOOPBACK and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server(
+        listening = socket.create_server(
             (LOOPBACK if address == LOOPBACK else "", port),
             family=socket.AF_INET6 if dual else socket.AF_INET,
             backlog=socket.SOMAXCONN,
             dualstack_ipv6=dual,
-        ).detach()
+        )
+        return listening.getsockname()[1], listening.detach()
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise LaunchError(
@@ -460,7 +518,7 @@ class Board:
                         address, port, is_master=False, timeout=_STORE_TIMEOUT
                     )
                 )
-            self._store = exported.PrefixStore(_prefix(), _client)
+            self._store = _texts_in(_client)
 
     def post(self, key: str, text: str) -> None:
         """Leave `text` under `key`, over what was there.

@@ -205,6 +205,7 @@ class Run:
                 student_temp=self.config.dino.student_temp,
                 stop_asked=self.stop.asked,
                 bad_images=len(self.pending_bad),
+                saving=self.saver.busy(),
                 waited_s=watch.waited_s,
             )
             self.steps_taken += 1
@@ -299,7 +300,9 @@ class Run:
         self.metrics.advance(f"loss {result.loss:.3f}{self.beside_bar}")
         self._report(self.saver.finished())
         if due.save:
-            self._save()  # before k-NN, which takes minutes in which a job may end
+            self._save(
+                waits=result.saving
+            )  # before k-NN, which takes minutes in which a job may end
         if due.probe:
             self._probe()
         self.stopping |= result.stop
@@ -434,12 +437,15 @@ class Run:
         self.watchdog.goes_on()
         self.stop.check()
 
-    def _save(self) -> None:
-        """Begin to save this step, unless that was begun already."""
+    def _save(self, *, waits: bool = False) -> None:
+        """Begin to save this step, unless that was begun already.
+
+        All wait for the save before it where one of them may still be at it.
+        """
         if self.saved_step == self.progress.step:
             return
         since = time.perf_counter()
-        if any(distributed.gather_objects(self.saver.busy())):
+        if waits:
             self._wait_for_save()
         self.watchdog.moved(f"copying the checkpoint of step {self.progress.step}")
         about = {

@@ -154,7 +154,9 @@ def _done_by(
             raise error
         return made
 
-    return distributed.together(result)
+    made = distributed.together(result)
+    signs.forget()  # of a save among thousands
+    return made
 
 
 class _Signs:
@@ -166,8 +168,8 @@ class _Signs:
         Signs of the ranks `posting` are read by others, and only these are left.
         """
         self._board, self._name, self._goes_on = distributed.Board(), name, goes_on
-        self._signs = 0
-        self._left = float("-inf" if distributed.rank() in posting else "inf")
+        self._signs, self._posts = 0, distributed.rank() in posting
+        self._left = float("-inf" if self._posts else "inf")
 
     def sign(self) -> None:
         """Leave a sign that this rank goes on, once in a while; none after the last one.
@@ -183,6 +185,11 @@ class _Signs:
         """Leave the last sign of this rank."""
         self._left = float("inf")
         self._board.post(self._key(distributed.rank()), _DONE)
+
+    def forget(self) -> None:
+        """Take the signs of this rank away, once nobody waits for any."""
+        if self._posts:
+            self._board.forget([self._key(distributed.rank())])
 
     def wait_for(self, ranks: Sequence[int], patience_s: float) -> None:
         """Wait until these ranks are done; whatever they do meanwhile is a sign of this one.

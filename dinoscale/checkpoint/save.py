@@ -89,7 +89,8 @@ class Saver:
         self._writing: Future[SaveResult] | None = None
         self._own_files: Future[None] | None = None  # of the one under way, or of the last
         self._noting: Future[None] | None = None
-        self._moves, self._growing = 0, run_dir  # what shows that this rank's writing goes on
+        # What shows that this rank's writing goes on: pieces counted, a folder of growing files.
+        self._moves, self._growing = 0, directory(run_dir, 0)
 
     def begin(
         self,
@@ -174,11 +175,12 @@ class Saver:
         return work.result()
 
     def _moves_of_files(self) -> tuple[int, int]:
-        """What changes while this rank writes."""
+        """What changes while this rank writes; a file may get its whole size first, then blocks."""
         try:
-            return self._moves, self._growing.stat().st_size
-        except OSError:  # not yet there
+            stats = [path.stat() for path in self._growing.iterdir()]
+        except OSError:  # not yet there, or renamed just now
             return self._moves, 0
+        return self._moves, sum(stat.st_size + stat.st_blocks for stat in stats)
 
     def _moved(self) -> None:
         self._moves += 1
@@ -243,10 +245,14 @@ class Saver:
         """Write this rank's files; their checksums and size, or the error, as plain data."""
         sums, num_bytes = {}, 0
         try:
-            part.mkdir(parents=True, exist_ok=True)
+            # A folder of its own, for a file grows there under a name that only the library knows.
+            self._growing = part / f"rank_{self._rank:05d}"
+            self._growing.mkdir(parents=True, exist_ok=True)
             for name, tensors in snapshot.tensors.items():
-                self._growing = part / name
-                save_file(tensors, part / name, metadata={"starts": json.dumps(snapshot.starts)})
+                file, metadata = self._growing / name, {"starts": json.dumps(snapshot.starts)}
+                save_file(tensors, file, metadata=metadata)
+                file.rename(part / name)
+            self._growing.rmdir()
             for name, text in snapshot.texts.items():
                 (part / name).write_text(text)
             for name in (*snapshot.tensors, *snapshot.texts):

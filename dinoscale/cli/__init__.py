@@ -49,6 +49,7 @@ _EMPTY_OPTION = re.compile(r"--[a-z-]+=")
 _OPTION_OF_HOME = re.compile(r"^(--[a-z-]+=)(~[^/]*)")  # a shell replaces ~ after a space only
 # Every process of a launcher would do all of it, and write the same files.
 _ALONE = ("checkpoint", "convert", "data", "export", "quickstart", "report")
+_SHARE_THEIR_WORK = ("train", "bench", "doctor", "evaluate")  # ranks of them meet
 _KEEP_THEIR_RESULTS = ("train", "launch", "sweep", "quickstart")
 
 
@@ -106,7 +107,7 @@ def run(arguments: Sequence[str]) -> bool:
     try:
         options = _parsed(own)
     except SystemExit as error:
-        if error.code:
+        if error.code and own[:1] and own[0] in _SHARE_THEIR_WORK:
             tell_others(LaunchError("its command line is wrong, as its output says"))
         raise
     if options.command in _ALONE:

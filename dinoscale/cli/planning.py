@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from dinoscale.launcher import read_process
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
+    from dinoscale.config import RunConfig
 
 
 def add_planning(commands: SubCommands) -> None:
@@ -288,11 +290,8 @@ def _bench_data(options: argparse.Namespace) -> dict[str, Any]:
 def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler tells of each start
     from dinoscale.cli.ranks import joined, prepared
-    from dinoscale.config import load_config
 
-    config = prepared(lambda: load_config(options.config, options.overrides))
-    from dinoscale.bench.step import bench_step
-
+    config, bench_step = prepared(lambda: _step_to_measure(options))
     process = read_process(os.environ)
     with joined(process):
         result = bench_step(
@@ -305,6 +304,18 @@ def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
             limit_s=60 * options.minutes,
         )
     return result if process.rank == 0 else None
+
+
+def _step_to_measure(
+    options: argparse.Namespace,
+) -> tuple[RunConfig, Callable[..., dict[str, Any]]]:
+    """The configuration, and what measures: a library may be missing on one node alone."""
+    from dinoscale.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    from dinoscale.bench.step import bench_step
+
+    return config, bench_step
 
 
 def _show_crops(options: argparse.Namespace) -> dict[str, Any]:

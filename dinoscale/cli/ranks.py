@@ -30,6 +30,7 @@ def prepared(prepare: Callable[[], T]) -> T:
 
 def tell_others(error: Exception) -> None:
     """Let the other ranks, if there are any, hear why this one ends before it has met them."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a rank 0 that never comes
     with contextlib.suppress(Exception):  # what matters is the error at hand
         process = read_process(os.environ)
         if process.world_size > 1:

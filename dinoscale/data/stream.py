@@ -154,7 +154,7 @@ class StreamSource:
         return self._decoder.open(data, path)
 
     def take_left_out(self) -> dict[int, LeftOut]:
-        """What is left out of the shards that came to their end since this was last asked for."""
+        """What is left out, by shard, of those that came to their end since this was last asked."""
         judged, self._judged = self._judged, {}
         return judged
 
@@ -184,7 +184,8 @@ class StreamSource:
         if shard not in self._told:
             self._told.add(shard)
             left_out.warn(where)
-        self._judged[shard] = left_out
+        if left_out.counts:
+            self._judged[shard] = left_out
         left_out.require_few(where, used=used, max_fraction=self._max_lost)
 
     def _make_room(self) -> None:

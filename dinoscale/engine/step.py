@@ -51,7 +51,7 @@ class StepMetrics:
         """
         self._ranks = distributed.world_size()
         self._count = len(parts) * self._ranks
-        found = torch.cat((sums[:4], verdict, sums[4:], parts.flatten()))
+        found = torch.cat((sums[:5], verdict, sums[5:], parts.flatten()))
         self._arrived: torch.cuda.Event | None = None
         if found.is_cuda:
             self._found = torch.empty_like(found, device="cpu", pin_memory=True)
@@ -108,9 +108,14 @@ class StepMetrics:
         return round(self._numbers[3])
 
     @property
+    def saving(self) -> bool:
+        """Whether any rank was writing or deleting a checkpoint when it began the step."""
+        return self._numbers[4] > 0
+
+    @property
     def skipped(self) -> str | None:
         """Why the step was not applied; None if it was."""
-        if not self._numbers[4]:
+        if not self._numbers[5]:
             return None
         finite = math.isfinite(self.loss + self.teacher_entropy)
         return "a gradient is not finite" if finite else "the loss is not finite"
@@ -118,22 +123,22 @@ class StepMetrics:
     @property
     def mean_target_entropy(self) -> float:
         """Entropy of the mean target of the last step that was applied."""
-        return self._numbers[5]
+        return self._numbers[6]
 
     @property
     def target_share(self) -> float:
         """Part of these targets that the strongest prototype gets, 0 to 1."""
-        return self._numbers[6]
+        return self._numbers[7]
 
     @property
     def waited_s(self) -> float:
         """What the rank that waited longest for its images had waited, in seconds."""
-        return max(self._numbers[7 : 7 + self._ranks])
+        return max(self._numbers[8 : 8 + self._ranks])
 
     @property
     def parts(self) -> list[tuple[float, float]]:
         """Loss and teacher entropy of each of this rank's micro-batches."""
-        of_rank = self._numbers[7 + self._ranks :]
+        of_rank = self._numbers[8 + self._ranks :]
         return list(zip(of_rank[::2], of_rank[1::2], strict=True))
 
 
@@ -146,6 +151,7 @@ def train_step(
     student_temp: float,
     stop_asked: bool = False,
     bad_images: int = 0,
+    saving: bool = False,
     waited_s: float = 0.0,
 ) -> StepMetrics:
     """Run one optimizer step of self-distillation (Caron et al. 2021, algorithm 1).
@@ -153,8 +159,8 @@ def train_step(
     A step whose loss or gradient is not finite on any rank is skipped on all: weights, moments,
     teacher and center are as before it. The device decides that; the host launches the same work
     for every step and waits for nothing. Whether this rank wants to end, the unreadable images that
-    it has met and how long it waited for images ride on the reduction of the loss, so that all
-    ranks learn of them at the same step and need no other collective for them.
+    it has met, whether it still saves and how long it waited for images ride on the reduction of
+    the loss, so that all ranks learn of them at the same step and need no collective more.
 
     The next micro-batch is asked for when the forward of one has been launched, so that it is on
     its way while the device works, and when that one is no longer held: there is memory for one.
@@ -172,9 +178,11 @@ def train_step(
         if batch is not None:
             student.accumulate()
     of_rank = torch.stack(parts)  # (M, 2)
-    told = _told(of_rank, stop_asked=stop_asked, bad_images=bad_images, waited_s=waited_s)
+    told = _told(
+        of_rank, stop_asked=stop_asked, bad_images=bad_images, saving=saving, waited_s=waited_s
+    )
     sums = torch.cat((of_rank.sum(0), told))
-    distributed.all_reduce_sum(sums)  # (4 + ranks,)
+    distributed.all_reduce_sum(sums)  # (5 + ranks,)
     skipped = student.step(spoilt=~sums.isfinite().all())  # the weights move here
     teacher.update(student, momentum=now.momentum, skipped=skipped)  # of the stepped student
     mean_target = teacher.mean_target
@@ -182,12 +190,15 @@ def train_step(
     return StepMetrics(sums, verdict, of_rank)
 
 
-def _told(of_rank: Tensor, *, stop_asked: bool, bad_images: int, waited_s: float) -> Tensor:
-    """What a rank tells: to stop, bad images, seconds in a place of its own; (2 + ranks,)."""
-    told = of_rank.new_zeros(2 + distributed.world_size())
+def _told(
+    of_rank: Tensor, *, stop_asked: bool, bad_images: int, saving: bool, waited_s: float
+) -> Tensor:
+    """What a rank tells: to stop, bad images, a save, seconds in its own place; (3 + ranks,)."""
+    told = of_rank.new_zeros(3 + distributed.world_size())
     told[0].fill_(float(stop_asked))  # of views, without a copy that the host would wait for
     told[1].fill_(float(bad_images))
-    told[2 + distributed.rank()].fill_(waited_s)
+    told[2].fill_(float(saving))
+    told[3 + distributed.rank()].fill_(waited_s)
     return told
 
 

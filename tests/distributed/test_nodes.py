@@ -167,10 +167,12 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
     from dinoscale.opening import by_all, on_first_rank, open_once_a_node
 
     rank, opened, signs, posts = distributed.rank(), [], [], []  # type: ignore[var-annotated]
+    keys: set[str] = set()
     post = distributed.Board.post
 
     def posting(board: distributed.Board, key: str, text: str) -> None:
         posts.append(text)
+        keys.add(key)
         post(board, key, text)
 
     def opening(alive: Callable[[], None], slow: int = 2, failing: int = -1) -> Source:
@@ -201,6 +203,7 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
     found: dict[str, object] = {}
     with patch.object(distributed.Board, "post", posting):
         source = open_it()
+        found["forgotten"] = distributed.Board().read_all([*keys]) == [None] * len(keys)
         found |= {"well": counts(), "paths": [os.path.basename(source.path(i)) for i in range(2)]}
         for first in (0, 2):
             with pytest.raises(DataError) as error:
@@ -246,6 +249,7 @@ def test_one_rank_of_a_node_lists_and_the_others_take_what_it_found(tmp_path: Pa
     assert opened == (1, 0, 1)
     assert [rank["paths"] for rank in ranks] == 3 * [["a.png", "b.png"]]
     assert min(signs) >= 2  # those that wait hear of those that work
+    assert [rank["forgotten"] for rank in ranks] == 3 * [True]
     assert posts[1] == 0 < min(posts[0], posts[2])  # only what others read
     told = "rank 0: no disk"
     assert [rank["failed 0"] for rank in ranks] == [(1, "no disk"), (0, told), (1, told)]

@@ -42,11 +42,13 @@ def _losses_of(frozen_epochs: int, norm_last_layer: bool) -> list[tuple[float, f
             student_temp=config.dino.student_temp,
             stop_asked=step == 1 and distributed.rank() == 0,
             bad_images=distributed.rank() + 1,
+            saving=step == 2 and distributed.rank() == 1,
             waited_s=0.5 + distributed.rank(),
         )
         ranks = distributed.world_size()
-        told = (step == 1, sum(range(1, ranks + 1)), ranks - 0.5)  # of all ranks, to each
-        assert (ours.stop, ours.bad_images, ours.waited_s) == told
+        saving = step == 2 and ranks > 1
+        told = (step == 1, sum(range(1, ranks + 1)), saving, ranks - 0.5)  # of all ranks, to each
+        assert (ours.stop, ours.bad_images, ours.saving, ours.waited_s) == told
         crops = [*batch.global_crops.unbind(), *batch.local_crops.unbind()]
         theirs = torch.tensor(reference(crops, now), dtype=torch.float64)
         distributed.all_reduce_sum(theirs)

@@ -12,8 +12,12 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch.distributed as dist
 
+from dinoscale import cli, distributed
 from dinoscale.distributed import MOST_FILES
+from dinoscale.errors import ConfigError, DinoscaleError, LaunchError
+from dinoscale.launcher import Process
 from dinoscale.watchdog import collectives_timeout_s
 from tests.forked import Forked
 from tests.harness import environment_of, run_distributed
@@ -98,6 +102,83 @@ def read_late() -> str | None:
 
 def test_no_rank_leaves_while_another_still_reads_on_the_board() -> None:
     assert run_distributed(f"{__name__}:read_late", world_size=2, timeout_s=120) == [None, "here"]
+
+
+def _meet_and_end() -> None:
+    """A rank that ends as if killed: nothing that it has left is taken away."""
+    from dinoscale import distributed
+    from dinoscale.launcher import read_process
+
+    distributed.start(read_process(os.environ), timeout_s=60)
+    board = distributed.Board()
+    board.post(f"here/{distributed.rank()}", "")
+    board.wait_for(["here/0", "here/1"])
+    distributed.gather_objects(None)
+    os._exit(0)
+
+
+def test_ranks_that_torchrun_starts_again_meet_anew() -> None:
+    exported: Any = dist  # TCPStore is public, but not in __all__
+    agents = exported.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for restarts in ("00", "01"):  # only the node whose rank has failed counts it
+        ranks = [
+            Forked(
+                _meet_and_end,
+                environment=environment_of(rank, world_size=2, port=agents.port)
+                | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": count},
+            )
+            for rank, count in enumerate(restarts)
+        ]
+        try:
+            assert [process.wait(90) for process in ranks] == [0, 0]
+        finally:
+            for process in ranks:
+                process.kill()
+
+
+@pytest.mark.parametrize("unfit", [ConfigError("optim.lrr: unknown key"), None])
+def test_rank_that_nobody_hears_says_why_and_ends(
+    unfit: DinoscaleError | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(distributed, "_QUIET_S", 0.0)
+    monkeypatch.setattr(distributed, "_TELL_S", 0.2)
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]  # as above
+    if unfit is None:
+        store.set("fitness", "rank 1 (there): optim.lrr: unknown key")
+    with pytest.raises(ConfigError if unfit else LaunchError, match=r"optim\.lrr: unknown key"):
+        distributed._require_fit(store, Process(0, 2, 0, 2), unfit)
+    assert len(caplog.messages) == 1
+    assert "optim.lrr: unknown key" in caplog.text
+
+
+def test_unfit_process_beside_a_job_at_work_leaves_it_alone() -> None:
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]  # as above
+    store.set("fitness", "fit")
+    with pytest.raises(ConfigError):
+        distributed._require_fit(store, Process(1, 2, 1, 2), ConfigError("a mistake"))
+    assert not store.check(["heard"])
+
+
+@pytest.mark.parametrize(
+    ("command", "tells"), [("train", True), ("evaluate", True), ("data", False)]
+)
+def test_mistake_in_a_command_line_is_told_where_ranks_meet(
+    command: str, tells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = MagicMock()
+    monkeypatch.setattr(cli, "tell_others", told)
+    with pytest.raises(SystemExit):
+        cli.run([command, "--optim"])
+    assert told.called == tells
+
+
+def test_library_that_a_benchmark_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = MagicMock()
+    monkeypatch.setattr("dinoscale.cli.ranks.tell_others", told)
+    monkeypatch.setitem(sys.modules, "dinoscale.bench.step", None)
+    with pytest.raises(ImportError):
+        cli.run(["bench", "step", "vit_s16"])
+    assert told.called
 
 
 def _begin(failing: str, arguments: list[str], late_s: float) -> None:

@@ -63,6 +63,27 @@ def test_training_does_not_wait_for_a_deletion_after_an_accuracy(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
 
 
+def test_waiting_gives_signs_while_the_library_writes_a_large_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doing, signs = ["writing"], []
+
+    def sums(*_: object) -> str:
+        doing[0] = "reading"
+        return "0" * 64
+
+    monkeypatch.setattr("dinoscale.checkpoint.save.flushed_sum", sums)
+    monkeypatch.setattr("dinoscale.checkpoint.save._LOOK_S", 0.002)
+    saver = Saver(tmp_path, Keep(last=1))
+    saver._own_files = Future()
+    large = {str(number): torch.zeros(1 << 22) for number in range(8)}  # 128 MB
+    snapshot = _Snapshot(1, 0, {"shard_00000.safetensors": large}, {}, {})
+    with ThreadPoolExecutor(1) as thread:
+        saver._writing = thread.submit(saver._write, snapshot, 0.0)
+        saver.wait_for_own_files(lambda: signs.append(doing[0]))
+    assert signs.count("writing") > 2  # not only that it is there, and gone
+
+
 def test_waiting_gives_signs_while_a_file_grows_and_is_read_and_none_while_it_stands_still(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,15 @@ def test_batches_of_a_stream_tell_once_what_is_left_out_of_each_shard(
     assert left_out_counts(source, found) == {"same_key": 2}
 
 
+def test_clean_shards_are_no_load_on_the_ranks_that_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DINOSCALE_ALLOW_PIPE", "1")
+    source = StreamSource([f"pipe:cat {_tar(tmp_path, '1.jpg')}"], [1], block_size=1)
+    source.picture(0)
+    assert source.take_left_out() == {}
+
+
 def test_index_made_by_other_rules_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
