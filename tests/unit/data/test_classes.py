@@ -202,7 +202,13 @@ def test_names_that_every_class_has_cost_no_look_at_all_of_its_files(
     for i in range(40):
         (tmp_path / f"{i:02}").mkdir()
         (tmp_path / f"{i:02}" / "1.jpg").write_bytes(PICTURE + bytes([i]))
-    whole, asked, size = open_source(str(tmp_path)), [], overlap._size_of_file
-    monkeypatch.setattr(overlap, "_size_of_file", lambda path: (asked.append(path), size(path))[1])
+    whole, size = open_source(str(tmp_path)), overlap._size_of_file
+    asked: list[str] = []
+
+    def counted(path: str) -> int:
+        asked.append(path)
+        return size(path)
+
+    monkeypatch.setattr(overlap, "_size_of_file", counted)
     assert len(equal_pictures(whole, [0], whole, sizes_read=4)) == 1
     assert len(asked) == 1 + 4
