@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ from dinoscale.cli.probes import add_probes
 from dinoscale.cli.propagate import add_copies, add_retrieve, add_video
 from dinoscale.cli.ranks import on_all_ranks, require_one_process
 from dinoscale.errors import ConfigError
-from dinoscale.launcher import read_process
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -86,9 +84,10 @@ def _report(measure: Measure, options: argparse.Namespace) -> dict[str, Any] | N
 def _measured(measure: Measure, options: argparse.Namespace) -> dict[str, Any]:
     """The report of a task, with what it was made from."""
     from dinoscale.evaluate.made_from import made_from
+    from dinoscale.opening import on_first_rank
 
-    reports = read_process(os.environ).rank == 0
-    before = made_from(vars(options)) if reports else None
+    # Many files take long: the others wait for that in no collective, which would time out.
+    before = on_first_rank(lambda _: made_from(vars(options)))
     return {**measure(options), "made_from": before}
 
 

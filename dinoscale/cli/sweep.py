@@ -160,7 +160,12 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFit]]:
     from dinoscale.errors import ConfigError
-    from dinoscale.sweep.belonging import of_file, of_table, with_known_keys
+    from dinoscale.sweep.belonging import (
+        of_file,
+        of_table,
+        with_known_keys,
+        with_known_lines,
+    )
     from dinoscale.sweep.table import TABLE, read_table
 
     table = Path(options.file)
@@ -180,6 +185,7 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
                 f" `dinoscale sweep {table} {options.action}` all of them count"
             ) from None
         runs = with_known_keys(planned, rows, table.parent)
+        rows = with_known_lines(rows, runs, table.parent)
         rows, notes = of_file(rows, runs, sweep.metrics)
     for note in notes:
         log.warning("%s", note)

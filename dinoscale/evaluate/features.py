@@ -5,6 +5,7 @@ Shape letters: N images of the source that can be read, C channels, H, W pixels,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +20,15 @@ from tqdm import tqdm
 
 from dinoscale import distributed
 from dinoscale.data.augment import by_plane
-from dinoscale.data.decode import Picture
+from dinoscale.data.decode import BadSampleError, Picture
 from dinoscale.data.loader import eval_batches
 from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError, DataError, NonFiniteError, RunFailedError
 from dinoscale.evaluate.feature_cache import InFiles, Preparation, features_key, through_cache
 from dinoscale.evaluate.shares import over_ranks
 from dinoscale.float32 import exact_float32
+
+log = logging.getLogger(__name__)
 
 PIXEL_SIDE = 16  # of the thumbnails whose pixels are the floor
 
@@ -133,8 +136,32 @@ def extract_features(
         features, numbers = extract()
     else:
         key = partial(features_key, backbone, source, preparation, taken=taken, device=device)
-        features, numbers = through_cache(key, extract, num_images=len(source), device=device)
+        features, numbers = through_cache(
+            key,
+            extract,
+            num_images=len(source),
+            device=device,
+            is_lasting=partial(_are_damaged, source),
+        )
     return features, torch.from_numpy(labels)[numbers.cpu()].to(device)
+
+
+def _are_damaged(source: Source, read: Tensor) -> bool:
+    """Whether images that were not read are damaged; one that was away may be back a moment later.
+
+    Args:
+        source: the images.
+        read: numbers of those that were.
+    """
+    for number in np.setdiff1d(np.arange(len(source)), read.cpu().numpy()).tolist():
+        try:
+            source.picture(number).pixels()
+        except BadSampleError as error:
+            if not error.unavailable:
+                continue
+        log.warning("%s could not be read for a while: features are not kept", source.path(number))
+        return False
+    return True
 
 
 @dataclass(frozen=True)

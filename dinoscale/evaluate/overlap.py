@@ -18,6 +18,7 @@ from dinoscale.data.sources import Source
 # What a look at two large sets may cost, in seconds on a local disk; small sets are compared whole.
 LOOKED_FOR = 1000  # pictures at even distances: where 1 % is shared, some are among them
 SIZES_READ = 100_000  # files of a folder that are asked for their size, beside those of equal names
+NAMED = 10  # files for each name that is looked for: beyond, names are numbers within classes
 BYTES_READ = 2**28  # of pictures of the same size and another name
 
 Stored = FolderSource | ListSource | TarSource
@@ -66,7 +67,7 @@ def equal_pictures(
         whole: where they are looked for.
         sizes_read: about so many of its files are asked for their size, at even distances.
         bytes_read: about so much of what has the right size is read, at even distances, beside
-            files of equal names.
+            files of equal names, where these are few.
 
     Returns:
         Number in `whole` -> the numbers in `some` of those with the same bytes; none of drawn sets.
@@ -77,6 +78,8 @@ def equal_pictures(
     for number in numbers:
         of_size[_size(some, number)].append(number)
     names = {_base(some.path(number)) for of_one in of_size.values() for number in of_one}
+    if _number_of(names, whole) > NAMED * len(names):  # 0001.jpg in every class tells nothing
+        names = set()
     stride = max(1, math.ceil(len(whole) / sizes_read))
     candidates = [entry for entry in _sizes(whole, names, stride) if entry[1] in of_size]
     stride = max(1, math.ceil(sum(size for _, size, _ in candidates) / bytes_read))
@@ -126,6 +129,13 @@ def _sizes(source: Stored, names: set[str], stride: int) -> Iterator[tuple[int, 
         is_named = _base(path) in names
         if is_named or number % stride == 0:
             yield number, _size_of_file(path), is_named
+
+
+def _number_of(names: set[str], source: Stored) -> int:
+    """Files with one of these names; 0 of shards, where names are not looked at."""
+    if isinstance(source, TarSource):
+        return 0
+    return sum(_base(path) in names for path in source.files())
 
 
 def _size(source: Stored, number: int) -> int:

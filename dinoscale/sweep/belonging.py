@@ -17,7 +17,7 @@ from dinoscale.config import load_config, parse_config
 from dinoscale.errors import ConfigError
 from dinoscale.sweep.keys import NO_PART, key_of
 from dinoscale.sweep.measure import changed_input
-from dinoscale.sweep.records import RUNS, SETTINGS, read_job
+from dinoscale.sweep.records import RUNS, SETTINGS, Result, folders_of, read_job, read_result
 from dinoscale.sweep.runs import PlannedRun
 from dinoscale.sweep.table import Row
 
@@ -35,17 +35,44 @@ def with_known_keys(runs: Sequence[PlannedRun], rows: Iterable[Row], out: Path) 
         out: folder of the sweep.
     """
     planned = {run.key for run in runs}
-    known: dict[str, str] = {}
+    known: dict[str, str] = {}  # the later ones count: what is done is never trained again
     for folder in sorted((out / RUNS).glob("*")) if planned else ():
         job = read_job(folder)
         with contextlib.suppress(ConfigError):
             if job is not None and job.key not in planned:
                 known[key_of(load_config(str(folder / SETTINGS)))] = job.key
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row.status == "done", row.key in planned)):
         with contextlib.suppress(ConfigError):  # settings of another version: another run
-            if row.key not in planned:
-                known[key_of(parse_config(row.config))] = row.key
+            today = row.key if row.key in planned else key_of(parse_config(row.config))
+            known[today] = row.key
     return [replace(run, key=known.get(run.key, run.key)) for run in runs]
+
+
+def with_known_lines(rows: Sequence[Row], runs: Sequence[PlannedRun], out: Path) -> list[Row]:
+    """Rows of an earlier version with the lines of their metrics, which only their folders tell.
+
+    Args:
+        rows: of the table.
+        runs: of the file, by the keys of the table.
+        out: folder of the sweep.
+    """
+    folders = folders_of(runs, out)
+    return [
+        replace(row, lines=lines_of(row, read_result(folders[row.key], row.key)))
+        if row.key in folders and not row.lines
+        else row
+        for row in rows
+    ]
+
+
+def lines_of(row: Row, result: Result) -> dict[str, str]:
+    """By which lines the values of a row were measured, as far as its folder has the same ones."""
+    same = {
+        name: line
+        for name, line in result.lines.items()
+        if name in row.metrics and row.metrics[name] == result.metrics.get(name)
+    }
+    return {**same, **row.lines}
 
 
 def of_file(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dinoscale.sweep.belonging import abandoned
+from dinoscale.sweep.belonging import abandoned, lines_of
 from dinoscale.sweep.measure import changed_input, print_of
 from dinoscale.sweep.records import Result
 from dinoscale.sweep.runs import PlannedRun
@@ -30,6 +30,8 @@ def to_measure(
             found[name] = "new"
         elif lines.get(name, line) != line:
             found[name] = f"was measured by {lines[name]!r}"
+        elif name in result.lines and name not in lines_of(row, result):
+            found[name] = "the table does not have what its folder has"  # the sweep was ended
         elif name in prints:
             changed = changed_input(prints[name], print_of(line, commands.get(name, ())))
             if changed:

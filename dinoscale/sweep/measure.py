@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
+from dinoscale.errors import DataError
 from dinoscale.fingerprint import Fingerprint, differences, files_print, fingerprint
 from dinoscale.versions import versions
 
+_WRITTEN = ("--log", "--out")  # options
 _FIRST_OPTION = 3  # of the words after `dinoscale`: evaluate, the task and the weights
 
 
@@ -27,14 +30,33 @@ def print_of(line: str, words: Sequence[str]) -> Fingerprint:
 
 @functools.cache  # the images of all runs are the same
 def _print_of(line: str, options: tuple[str, ...]) -> Fingerprint:
-    images = {}
-    for option in options:
-        name = option.partition("=")[2] if option.startswith("--") else option
-        path = Path(name)
-        if name and path.exists():
-            files = sorted(str(file) for file in path.rglob("*")) if path.is_dir() else [name]
-            images[name] = files_print(name, files)
+    images = {
+        name: files_print(name, files) for name in _read(options) if (files := _files_of(name))
+    }
     return fingerprint(input=images, command={"line": line}, code=versions())
+
+
+def _read(options: Sequence[str]) -> Iterator[str]:
+    """Words that may name what is read; what every run writes anew is no input."""
+    for before, option in pairwise(("", *options)):
+        flag, _, value = option.partition("=")
+        if not {before, flag} & set(_WRITTEN):
+            yield value if flag.startswith("--") else option
+
+
+def _files_of(name: str) -> list[str]:
+    """Files of a folder, of shards by a pattern, or of one name; none where there are none."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return sorted(str(file) for file in path.rglob("*") if not file.is_dir()) if name else []
+    if path.exists() or not set("{*?[") & set(name):
+        return [str(path)] if path.exists() else []
+    from dinoscale.data.sources import expand_pattern  # takes a second, and few need it
+
+    try:
+        return expand_pattern(str(path))
+    except DataError:
+        return []
 
 
 def changed_input(kept: object, now: Fingerprint) -> list[str]:

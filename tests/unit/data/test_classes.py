@@ -6,6 +6,7 @@ import pytest
 from dinoscale.data.classes import read_classes
 from dinoscale.data.sources import Source, open_source
 from dinoscale.errors import DataError
+from dinoscale.evaluate import overlap
 from dinoscale.evaluate.labelled import renumber_classes
 from dinoscale.evaluate.overlap import equal_pictures
 from tests.unit.data.conftest import jpeg, write_tar
@@ -193,3 +194,21 @@ def test_of_large_sets_a_part_and_equal_names_are_compared(tmp_path: Path) -> No
     for limits, found in (({}, 20), ({"sizes_read": 5}, 5), ({"bytes_read": total / 4}, 5)):
         assert len(equal_pictures(renamed, range(20), whole, **limits)) == found
         assert len(equal_pictures(whole, range(20), whole, **limits)) == 20
+
+
+def test_names_that_every_class_has_cost_no_look_at_all_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(40):
+        (tmp_path / f"{i:02}").mkdir()
+        (tmp_path / f"{i:02}" / "1.jpg").write_bytes(PICTURE + bytes([i]))
+    whole, size = open_source(str(tmp_path)), overlap._size_of_file
+    asked: list[str] = []
+
+    def counted(path: str) -> int:
+        asked.append(path)
+        return size(path)
+
+    monkeypatch.setattr(overlap, "_size_of_file", counted)
+    assert len(equal_pictures(whole, [0], whole, sizes_read=4)) == 1
+    assert len(asked) == 1 + 4

@@ -14,8 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import dinoscale.fingerprint
+from dinoscale.data.decode import BadSampleError, Picture
 from dinoscale.data.folder import FolderSource
 from dinoscale.errors import ConfigError
+from dinoscale.evaluate import feature_cache
 from dinoscale.evaluate.features import extract_features
 
 
@@ -203,6 +205,33 @@ def test_images_left_out_are_left_out_of_what_is_kept_and_said_again(
     assert torch.equal(features, again)
     assert labels_again.tolist() == labels.tolist() == [0, 1, 1]
     assert "1 of 4 images were left out" in caplog.text
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_images_that_were_away_are_looked_for_again(images: Path, is_back: bool) -> None:
+    class Away(FolderSource):
+        tries = 0
+
+        def picture(self, index: int) -> Picture:
+            self.tries += index == 2
+            if index == 2 and not (is_back and self.tries > 1):
+                raise BadSampleError(self.path(index), "stale file handle", unavailable=True)
+            return super().picture(index)
+
+    assert len(_extract(Away(str(images)), Counted())[0]) == 3
+    assert not _kept(images)
+    assert len(_extract(images, Counted())[0]) == 4
+
+
+def test_features_that_are_too_large_to_be_kept_remove_no_others(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _extract(images, Counted(), taken="a")
+    (kept,) = _kept(images)
+    monkeypatch.setenv("DINOSCALE_CACHE_GB", str(kept.stat().st_size / 1e9))
+    features = torch.zeros(kept.stat().st_size, 1)
+    feature_cache._write("b", features, torch.zeros(1), most_bytes=kept.stat().st_size)
+    assert _kept(images) == [kept]
 
 
 def test_a_full_disk_costs_the_cache_and_not_the_measurement(

@@ -1,9 +1,15 @@
 """Results of another version of a file, line or set of images are named and never mixed in."""
 
 from dataclasses import replace
+from pathlib import Path
 
-from dinoscale.sweep.belonging import of_file, of_table
-from dinoscale.sweep.records import Job, Result
+import pytest
+
+from dinoscale.sweep.belonging import of_file, of_table, with_known_keys, with_known_lines
+from dinoscale.sweep.intentions import to_measure
+from dinoscale.sweep.keys import key_of
+from dinoscale.sweep.records import RUNS as FOLDERS
+from dinoscale.sweep.records import Job, Result, write_record
 from dinoscale.sweep.rows import row_of
 from dinoscale.sweep.table import Row
 from tests.unit.sweep.tiny_sweep import planned
@@ -54,3 +60,36 @@ def test_values_of_other_images_are_left_out() -> None:
 def test_rows_that_say_nothing_of_it_count() -> None:
     bare = replace(_row(0), lines={}, prints={})
     assert of_file([bare, _row(1)], RUNS, {"knn": LINE}) == ([bare, _row(1)], [])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_old_names_of_one_run_that_which_is_done_counts(tmp_path: Path, first: int) -> None:
+    run = replace(RUNS[0], key=key_of(RUNS[0].config))
+    rows = [
+        replace(_row(0), key="a" * 16, status="failed", error="out of memory"),
+        replace(_row(0), key="b" * 16),
+    ]
+    (found,) = with_known_keys([run], [rows[first], rows[1 - first]], tmp_path)
+    assert found.key == "b" * 16
+    (found,) = with_known_keys([run], [replace(_row(0), key=run.key), rows[first]], tmp_path)
+    assert found.key == run.key
+
+
+def test_rows_of_an_earlier_version_have_the_lines_of_their_folders(tmp_path: Path) -> None:
+    bare = replace(_row(0), lines={}, prints={})
+    folder = tmp_path / FOLDERS / RUNS[0].name
+    folder.mkdir(parents=True)
+    write_record(folder, Result(bare.key, metrics={"knn": 0.5}, lines={"knn": OTHER}))
+    rows = with_known_lines([bare, _row(1)], RUNS, tmp_path)
+    kept, (note,) = of_file(rows, RUNS, {"knn": LINE})
+    assert [row.metrics for row in kept] == [{}, {"knn": 0.5}]
+    assert f"measured by {OTHER!r}" in note
+    write_record(folder, Result(bare.key, metrics={"knn": 0.7}, lines={"knn": OTHER}))
+    assert with_known_lines([bare], RUNS, tmp_path) == [bare]
+
+
+def test_what_a_job_has_measured_unseen_is_taken_into_a_table_of_an_earlier_version() -> None:
+    bare = replace(_row(0), lines={}, prints={})
+    same, new = (Result(bare.key, metrics={"knn": x}, lines={"knn": LINE}) for x in (0.5, 0.7))
+    assert to_measure(bare, same, {"knn": LINE}, {}) == {}
+    assert [*to_measure(bare, new, {"knn": LINE}, {})] == ["knn"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dinoscale.errors import RunFailedError
+from dinoscale.fingerprint import Fingerprint
 from dinoscale.sweep import job as job_module
 from dinoscale.sweep import measure
 from dinoscale.sweep.curves import last_error, last_step, online_metric, read_points, thin
@@ -75,6 +76,29 @@ def test_metric_of_images_that_were_replaced_is_measured_again(
     measure._print_of.cache_clear()
     assert _work(tmp_path, job, "sys.exit(1)", monkeypatch).run() == "done"
     assert read_result(tmp_path, KEY).metrics == {"own": 0.75}
+
+
+def test_what_is_measured_on_is_known_by_a_pattern_too_and_what_is_written_is_not(
+    tmp_path: Path,
+) -> None:
+    def now(*options: str) -> Fingerprint:
+        measure._print_of.cache_clear()
+        return measure.print_of("knn", ["evaluate", "knn", "run", *options])
+
+    shards, log = [tmp_path / f"{number}.tar" for number in (0, 1)], tmp_path / "log.jsonl"
+    for path in (*shards, log):
+        path.write_bytes(b"1")
+    line = (f"--train={tmp_path}/{{0..1}}.tar", "--test", str(tmp_path), "--log", str(log))
+    for options in (line[:1], (*line[:1], *line[3:]), (*line[:1], f"--log={log}")):
+        before = now(*options)
+        log.write_bytes(log.read_bytes() + b"1")
+        assert measure.changed_input(before, now(*options)) == []
+        shards[0].write_bytes(shards[0].read_bytes() + b"1")
+        assert "sizes" in measure.changed_input(before, now(*options))[0]
+    (tmp_path / "sub").mkdir()
+    before = now(*line[1:])
+    (tmp_path / "sub" / "empty").mkdir()
+    assert measure.changed_input(before, now(*line[1:])) == []
 
 
 def test_training_tells_what_happened_and_how_many_images_it_had(
