@@ -20,7 +20,7 @@ _RENEWED_S = 600.0  # so that files that stay lost cost a tenth of the time at m
 # What a file system says of a name, a right or a kind of file; it would say it again.
 _ANSWERS = {
     errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
-    errno.ENOTDIR, errno.ENXIO, errno.EPERM,
+    errno.ENOTDIR, errno.ENXIO, errno.EPERM, errno.ESPIPE,
 }  # fmt: skip
 
 

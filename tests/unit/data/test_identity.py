@@ -100,6 +100,7 @@ def test_a_size_that_cannot_be_read_is_no_other_size(
     def stale(path: str) -> None:
         raise OSError(116, "Stale file handle", path)
 
+    monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setattr(os, "stat", stale)
     with pytest.raises(DataError, match=r"cannot read the size of .*0\.png: Stale file handle"):
         source.identity()

@@ -310,7 +310,6 @@ def test_pictures_of_each_weights_are_its_own(
         ("knn --train x --test y --kk 3", "unrecognized arguments: --kk 3"),
         ("segment x --out y", "--out: every result"),
         ("compare x", "invalid choice: 'compare'"),
-        ("", "invalid choice"),
         ("pca 'x", "No closing quotation"),
     ],
 )
