@@ -22,9 +22,10 @@ _LEAVE_S = 5.0
 def main() -> None:
     """Run the command line and exit.
 
-    0: done; 1: the run failed; 2: bad input; 75: asked to stop, saved, goes on with the same
-    command; 130: interrupted by Ctrl-C. Whether a terminal takes what is printed changes none of
-    them, except that a result that is nowhere else and cannot be written is a failure.
+    0: done; 1: the run failed; 2: bad input; 69: storage or network failed for minutes; 75: asked
+    to stop, saved, goes on with the same command; 130: interrupted by Ctrl-C. Whether a terminal
+    takes what is printed changes none of them, except that a result that is nowhere else and cannot
+    be written is a failure.
     """
     _look_here_last()
     logs.shield_terminal()

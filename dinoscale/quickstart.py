@@ -45,6 +45,7 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
     precision = fastest_precision()
     overrides = [text_override("run_dir", str(run_dir)), f"engine.precision={precision}"]
     config = load_config(PRESET, overrides)
+    run_dir = Path(config.run_dir)  # without a ~
     begin = time.monotonic()
     _pretrain(overrides)
     trained_s = time.monotonic() - begin

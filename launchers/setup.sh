@@ -147,7 +147,10 @@ else
   mend_scripts "$new"
   printf 'created %s %s\n' "$(stamp "$new")" "$venv" >"$new/${state##*/}"
   rm -rf -- "$old"
-  mv -T -- "$venv" "$old"
+  mv -T -- "$venv" "$old" || {
+    rm -rf -- "$new"
+    die "$venv cannot be replaced, see above; as VENV_DIR choose a folder in it, if it is a mount"
+  }
   mv -T -- "$new" "$venv"
   rm -rf -- "$old"
 fi

@@ -227,9 +227,9 @@ def _parse_override(override: str) -> dict[str, object]:
 
 
 def text_override(key: str, text: str) -> str:
-    """The override that gives a setting this text, whatever it looks like: 2026, a #1, 'quoted'."""
+    """The override that gives a setting this text, whatever it looks like: 2026, a #1, null."""
     quoted = text.replace("'", "''")
-    return f"{key}='{quoted}'" if _QUOTED.fullmatch(text) else f"{key}={text}"
+    return f"{key}={text}" if _is_typed(key.split("."), text) else f"{key}='{quoted}'"
 
 
 def _is_typed(names: Sequence[str], text: str) -> bool:

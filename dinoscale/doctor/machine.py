@@ -134,7 +134,10 @@ def _should_have_device() -> bool:
     """Whether a driver, the bus or Slurm knows of an accelerator; a dead driver shows no device."""
     if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists():
         return True
-    if os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_GPUS_ON_NODE"):
+    if os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_GPUS_ON_NODE", "0") not in (
+        "",
+        "0",
+    ):
         return True
     return any(
         _word(vendor) == _NVIDIA and _word(vendor.with_name("class")).startswith(_DISPLAY)

@@ -97,7 +97,7 @@ def _why_no_room(folder: Path, num_bytes: int) -> str | None:
     It is reserved, not written, and given back at once; nothing is said where that is not possible.
     """
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor_") as file:
-        command = ["fallocate", "--length", str(num_bytes), file.name]
+        command = ["env", "LC_ALL=C", "fallocate", "--length", str(num_bytes), file.name]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         except (OSError, subprocess.SubprocessError):

@@ -19,7 +19,7 @@ _MAX_BYTES = 10**6
 _NAME = r"(?:\w[\w.-]*@)?\w[\w.-]*"  # no leading dash: ssh would take it for an option
 _LINE = re.compile(rf"(?P<name>{_NAME})\s+slots=(?P<slots>\d{{1,9}})\s*(?:#.*)?", re.ASCII)
 _VARIABLE = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.ASCII)
-_PLAIN_VARIABLES = ("DINOSCALE_CACHE", "DINOSCALE_ALLOW_PIPE")
+_PLAIN_VARIABLES = ("DINOSCALE_CACHE", "DINOSCALE_CACHE_GB", "DINOSCALE_ALLOW_PIPE")
 _SECRET_REMEDY = (
     "put the value into a file that only you can read (chmod 600) and all nodes have, and write"
     ' {0}="$(cat FILE)"; with mpirun, export it here and say --options "-x {0}"'

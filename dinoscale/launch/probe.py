@@ -60,7 +60,8 @@ def _of_shell(value: str) -> str:
     """What the shell of this node makes of a value, as it will for the run: "$(cat FILE)"."""
     if not {"$", "`"} & set(value):
         return value
-    done = subprocess.run(["sh"], input=f"printf %s {value}", stdout=subprocess.PIPE, text=True)
+    script = f'value="{value}"; printf %s "$value"'  # DeepSpeed puts it in these quotes
+    done = subprocess.run(["sh"], input=script, stdout=subprocess.PIPE, text=True)
     return done.stdout
 
 

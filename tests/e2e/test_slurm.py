@@ -96,7 +96,12 @@ def test_saved_run_goes_back_to_the_queue(logs: Path) -> None:
 
 @pytest.mark.parametrize(
     ("state", "calls"),
-    [("RUNNING", ["requeue 4711"]), ("COMPLETING", []), ("CANCELLED", [])],
+    [
+        ("RUNNING", ["requeue 4711"]),
+        ("SIGNALING", ["requeue 4711"]),
+        ("COMPLETING", []),
+        ("CANCELLED", []),
+    ],
 )
 def test_job_that_was_cancelled_is_not_requeued(logs: Path, state: str, calls: list[str]) -> None:
     squeue = logs.parent / "bin" / "squeue"
@@ -106,6 +111,17 @@ def test_job_that_was_cancelled_is_not_requeued(logs: Path, state: str, calls: l
     assert _calls(logs, "scontrol") == calls
     assert code == (0 if calls else 75)
     assert calls or f"was cancelled ({state}) and is not requeued" in stderr
+
+
+def test_task_of_an_array_goes_back_alone(logs: Path) -> None:
+    squeue = logs.parent / "bin" / "squeue"
+    squeue.write_text(  # the number of the last task is that of the array: all tasks are listed
+        "#!/usr/bin/env bash\n[[ $* == *4711_7* ]] || echo COMPLETING; echo RUNNING\n"
+    )
+    squeue.chmod(0o755)
+    ours = {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "7"}
+    assert _run(logs, "c.yaml", SRUN_DOES="75", **ours)[0] == 0
+    assert _calls(logs, "scontrol") == ["requeue 4711_7"]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 74, 76, 130, 137, 255])

@@ -264,8 +264,20 @@ def test_quotas_and_inodes_count_as_room(limits: dict[str, Any], verdict: str, s
     assert says in check.text
 
 
-def test_space_is_reserved_and_given_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("gpus", "should"), [("", False), ("0", False), ("4", True)])
+def test_a_job_of_slurm_has_the_gpus_that_it_was_given(
+    monkeypatch: pytest.MonkeyPatch, gpus: str, should: bool
+) -> None:
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))  # no driver, no bus
+    monkeypatch.setattr(Path, "exists", lambda *_: False)
+    monkeypatch.delenv("SLURM_JOB_GPUS", raising=False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
+    assert machine._should_have_device() is should
+
+
+def test_space_is_reserved_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert storage._why_no_room(tmp_path, 10**6) is None
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")  # the reason is compared
     assert storage._why_no_room(tmp_path, 2**62) in (None, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 

@@ -302,6 +302,11 @@ def test_an_override_made_of_a_path_is_that_path(text: str) -> None:
     assert load_config("quickstart", [text_override("run_dir", text)]).run_dir == text
 
 
+@pytest.mark.parametrize("text", ["null", "[a]", "[a, b]", "2026"])
+def test_an_override_made_of_a_source_is_that_source(text: str) -> None:
+    assert load_config("quickstart", [text_override("data.train", text)]).data.train == text
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

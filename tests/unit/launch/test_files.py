@@ -270,6 +270,17 @@ def test_setup_killed_between_its_moves_is_put_right(setup: Setup) -> None:
     assert setup.installed() == "1"
 
 
+def test_environment_that_cannot_be_moved_stays_and_nothing_is_left_beside(setup: Setup) -> None:
+    assert setup.run("1") == 0
+    programs = setup.folder / "bin"
+    programs.mkdir()
+    (programs / "mv").write_text("#!/bin/sh\nexit 1\n")  # as where it is a mount point
+    (programs / "mv").chmod(0o755)
+    assert setup.run("2", PATH=f"{programs}{os.pathsep}{os.environ['PATH']}") == 2
+    assert setup.installed() == "1"
+    assert [path.name for path in setup.folder.glob("my venv*")] == ["my venv"]
+
+
 def test_environment_without_pip_gets_one_and_is_never_wiped(setup: Setup) -> None:
     (setup.venv / "bin").mkdir(parents=True)
     shutil.copy(setup.python, setup.venv / "bin" / "python")

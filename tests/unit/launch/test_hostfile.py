@@ -1,5 +1,6 @@
 """Hostfiles and `.deepspeed_env`: every line understood, or refused by its number."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoscale.errors import LaunchError
-from dinoscale.launch.hostfile import Host, read_deepspeed_env, read_hostfile, taking_part
+from dinoscale.launch.hostfile import (
+    Host,
+    holds_secret,
+    read_deepspeed_env,
+    read_hostfile,
+    taking_part,
+)
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "launchers" / "hostfile.example"
 
@@ -135,6 +142,18 @@ def test_secret_that_deepspeed_would_write_on_command_lines_is_refused(
     name = line.partition("=")[0]
     (home / ".deepspeed_env").write_text(f'{name}="$(cat ~/file)"\nDINOSCALE_CACHE=/a\n')
     assert read_deepspeed_env({})[name] == '"$(cat ~/file)"'
+
+
+def test_variables_that_the_program_itself_reads_are_no_secrets() -> None:
+    read = re.compile(r"""environ[\w.]*[(\[]["'](DINOSCALE_[A-Z_]+)["']""")
+    names = {
+        name
+        for folder in ("dinoscale", "data_tools")
+        for file in (EXAMPLE.parents[1] / folder).rglob("*.py")
+        for name in read.findall(file.read_text())
+    }
+    assert "DINOSCALE_CACHE_GB" in names
+    assert not [name for name in sorted(names) if holds_secret(name, "100")]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def test_values_are_those_that_the_shell_of_the_run_makes(tmp_path: Path) -> Non
     (tmp_path / "secret").write_text("two words\n")
     assert probe._of_shell(f'"$(cat {tmp_path}/secret)"') == "two words"
     assert probe._of_shell("two words; 'x") == "two words; 'x"
+    assert probe._of_shell("$((1 + 1)) words; more") == "2 words; more"
 
 
 def test_port_in_use_and_directory_that_cannot_be_are_named(tmp_path: Path) -> None:
