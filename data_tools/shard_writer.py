@@ -155,19 +155,25 @@ def write_set(
         if done:
             log.info("going on: %d of %d shards are done", len(done), len(plans))
         lines = "".join(json.dumps(name) + "\n" for name in ordered)
-        write_whole(out_dir / _NAMES, lines.encode())
+        _keep_or_write(out_dir / _NAMES, lines.encode())
         if classes is not None:
-            write_whole(out_dir / CLASSES, classes)
+            _keep_or_write(out_dir / CLASSES, classes)
         pieces = [_Piece(plan, done.get(number)) for number, plan in enumerate(plans)]
         records = _written(out_dir, samples, pieces, journal, workers=workers)
         _require_few_unavailable(records, ordered)
         manifest = _manifest(records, ordered, settings, work)
-        write_whole(out_dir / FILE_NAME, json.dumps(manifest, indent=1).encode() + b"\n")
+        _keep_or_write(out_dir / FILE_NAME, json.dumps(manifest, indent=1).encode() + b"\n")
         journal.finish()
     if not manifest["samples"]:
         raise DataError(f"none of the {len(names)} files is an image; see {out_dir / FILE_NAME}")
     kept = sum(record == done.get(number) for number, record in enumerate(records))
     return {**manifest, "shards_kept": kept}
+
+
+def _keep_or_write(path: Path, data: bytes) -> None:
+    """Write a file of the set, unless it is there: no list says whose a copied set is."""
+    if read_if_there(path.read_bytes, path) != data:
+        write_whole(path, data)
 
 
 def _written(
