@@ -7,7 +7,6 @@ however often the work was interrupted. Each is written beside its place, then r
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -31,6 +30,7 @@ from dinoscale.data.decode import BadSampleError
 from dinoscale.data.manifest import FILE_NAME, FORMAT
 from dinoscale.errors import DataError, RunFailedError
 from dinoscale.fingerprint import Fingerprint, code_print, differences, digest_of, fingerprint
+from dinoscale.outputs import sha256
 from dinoscale.patience import patiently
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ _NAMES = "names.jsonl"
 _JOURNAL = ".progress.jsonl"
 
 _BLOCK = 512  # bytes of a tar header, and the multiple to which files are filled up
-_HASHED = 2**20  # bytes read at a time
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20,
           "gib": 2**30}  # fmt: skip
 
@@ -156,19 +155,25 @@ def write_set(
         if done:
             log.info("going on: %d of %d shards are done", len(done), len(plans))
         lines = "".join(json.dumps(name) + "\n" for name in ordered)
-        write_whole(out_dir / _NAMES, lines.encode())
+        _keep_or_write(out_dir / _NAMES, lines.encode())
         if classes is not None:
-            write_whole(out_dir / CLASSES, classes)
+            _keep_or_write(out_dir / CLASSES, classes)
         pieces = [_Piece(plan, done.get(number)) for number, plan in enumerate(plans)]
         records = _written(out_dir, samples, pieces, journal, workers=workers)
         _require_few_unavailable(records, ordered)
         manifest = _manifest(records, ordered, settings, work)
-        write_whole(out_dir / FILE_NAME, json.dumps(manifest, indent=1).encode() + b"\n")
+        _keep_or_write(out_dir / FILE_NAME, json.dumps(manifest, indent=1).encode() + b"\n")
         journal.finish()
     if not manifest["samples"]:
         raise DataError(f"none of the {len(names)} files is an image; see {out_dir / FILE_NAME}")
     kept = sum(record == done.get(number) for number, record in enumerate(records))
     return {**manifest, "shards_kept": kept}
+
+
+def _keep_or_write(path: Path, data: bytes) -> None:
+    """Write a file of the set, unless it is there: no list says whose a copied set is."""
+    if read_if_there(path.read_bytes, path) != data:
+        write_whole(path, data)
 
 
 def _written(
@@ -269,7 +274,7 @@ def _write_shard(shared: tuple[Path, Samples], piece: _Piece) -> Json:
     """Write one shard whole, or find it whole; return its record."""
     folder, samples = shared
     path = folder / piece.plan.name
-    if piece.record and read_if_there(lambda: _sha256(path), path) == piece.record["sha256"]:
+    if piece.record and read_if_there(lambda: sha256(path), path) == piece.record["sha256"]:
         return piece.record
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -280,7 +285,7 @@ def _write_shard(shared: tuple[Path, Samples], piece: _Piece) -> Json:
         record = {
             "name": path.name,
             "bytes": beside.stat().st_size,
-            "sha256": _sha256(beside),
+            "sha256": sha256(beside),
             "samples": len(piece.plan.ids) - len(left_out),
             "left_out": left_out,
         }
@@ -317,12 +322,4 @@ def file_sha256(path: Path) -> str:
     Raises:
         DataError: it cannot be read, or not for about a minute.
     """
-    return patiently(lambda: _sha256(path), str(path))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASHED):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return patiently(lambda: sha256(path), str(path))

@@ -90,11 +90,13 @@ def files_print(root: str, paths: Iterable[str]) -> dict[str, object]:
         UnavailableError: a file system failed, though it was tried again for about a minute.
     """
     digests = {part: hashlib.sha256() for part in ("names", "sizes", "times")}
-    number, folder, patience = 0, os.path.join(root, ""), Patience()
+    number, folder = 0, os.path.join(root, "")
 
     def state(path: str) -> tuple[int, str]:
         try:
-            found = patience.read(lambda: os.stat(path), path)
+            found = Patience().read(
+                lambda: os.stat(path), path
+            )  # threads would use up a shared one
         except OSError as error:
             if is_answer(error):
                 return -1, str(error.errno)

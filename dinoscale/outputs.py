@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dinoscale.errors import OutputError
@@ -140,13 +141,13 @@ def swap(written: Path, target: Path) -> None:
     """Give a written file or folder its name; if that fails, what had the name has it again.
 
     Args:
-        written: in a `workplace` of the target, where a folder that it replaces is kept meanwhile.
+        written: in a `workplace` of the target, where what a folder replaces is kept meanwhile.
         target: its name.
 
     Raises:
         OSError: it cannot be renamed.
     """
-    if not target.is_dir() or target.is_symlink():
+    if not (written.is_dir() and os.path.lexists(target)):
         os.replace(written, target)
         return
     before = written.with_name(f"{target.name} before")
@@ -195,22 +196,60 @@ def _sums(path: Path) -> set[str]:
         for sums in (beside, card_sums(path.with_name(CARD_FILE)))
         if path.name in sums
     }
-    lines = (line.partition("  ") for line in _listed(path.parent))
-    return cards | {digest for digest, _, name in lines if name == path.name}
+    return cards | _listed(path)
 
 
-def _listed(folder: Path) -> list[str]:
+@dataclass
+class _List:
+    """What was read of a list so far."""
+
+    end: int = 0  # bytes
+    digests: dict[bytes, set[str]] = field(default_factory=dict)  # by the name of the file
+
+
+_LISTS: dict[tuple[int, int], _List] = {}  # by device and inode
+
+
+def _listed(path: Path) -> set[str]:
+    """Digests of a file in the lists of its folder."""
+    name = os.fsencode(path.name)
+    found = [_read_list(place).get(name, set()) for place in _lists_beside(path)]
+    return set().union(*found)
+
+
+def _lists_beside(path: Path) -> list[Path]:
+    """The list in the folder of a file, and our own where that is of another user."""
+    own = LIST_FILE.replace(".txt", f"-{os.getuid()}.txt")
+    return [path.with_name(LIST_FILE), path.with_name(own)]
+
+
+def _read_list(path: Path) -> dict[bytes, set[str]]:
+    """Read what was added to a list: a folder may get a file for every image of a set."""
     try:
-        return (folder / LIST_FILE).read_text(errors="surrogateescape").splitlines()
+        with path.open("rb") as file:
+            state = os.fstat(file.fileno())
+            known = _LISTS.setdefault((state.st_dev, state.st_ino), _List())
+            if state.st_size < known.end:  # another one by now
+                known.end = 0
+                known.digests.clear()
+            file.seek(known.end)
+            added = file.read()
     except OSError:
-        return []
+        return {}
+    whole = added[: added.rfind(b"\n") + 1]
+    known.end += len(whole)
+    for line in whole.split(b"\n"):
+        digest, _, name = line.partition(b"  ")
+        known.digests.setdefault(name, set()).add(digest.decode("ascii", "replace"))
+    return known.digests
 
 
 def _remember(path: Path, digest: str) -> None:
     """Add a file to the list in its folder, before it is there: a kill leaves no foreign file."""
-    line = f"{digest}  {path.name}"
-    # Who may not write the list may still write the file; only, next time it is not known as ours.
-    with contextlib.suppress(PermissionError, IsADirectoryError):
-        if line not in _listed(path.parent):
-            with (path.parent / LIST_FILE).open("a", errors="surrogateescape") as file:
-                file.write(line + "\n")
+    if digest in _listed(path):
+        return
+    for place in _lists_beside(path):
+        # Who can write no list may still write the file; only, next time it is not known as ours.
+        with contextlib.suppress(PermissionError, IsADirectoryError), place.open("ab") as file:
+            file.write(os.fsencode(f"{digest}  {path.name}\n"))
+            return

@@ -54,7 +54,7 @@ class Patience:
 
     A disk that lost a thousand files costs that minute once, and no minute for each of them. The
     time begins anew once a read has succeeded that had failed before, and some minutes after it
-    was used up.
+    was used up. Of one thread: several that fail together would use it up at once.
 
     Args:
         pauses_s: seconds before each further try.

@@ -85,10 +85,8 @@ class FolderSource:
             DataError: the file system says no, or fails for about a minute.
         """
         path = self.path(index)
-        try:
-            return max(0, self._patience.read(lambda: _size_of(path), path))
-        except OSError as error:
-            raise refusal(f"the size of {path}", error) from error
+        # Not with the patience of the source: threads ask for sizes, and would use it up at once.
+        return max(0, patiently(partial(_size_of, path), f"the size of {path}"))
 
     def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the names, and of the sizes of some thousand files, which takes seconds.

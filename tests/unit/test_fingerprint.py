@@ -2,11 +2,15 @@
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data_tools.build_shards import _sizes
+from dinoscale.data.folder import FolderSource
 from dinoscale.errors import UnavailableError
 from dinoscale.fingerprint import code_print, differences, files_print, fingerprint
 from dinoscale.patience import Patience
@@ -135,6 +139,32 @@ def test_an_answer_is_not_asked_for_again(slept: list[float], number: int) -> No
     with pytest.raises(OSError, match=os.strerror(number)):
         Patience().read(disk.read, "a")
     assert (disk.asked, slept) == (1, [])
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+def test_threads_that_meet_one_outage_do_not_use_up_its_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, sizes: bool
+) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(32)]
+    for path in paths:
+        path.write_bytes(b"12")
+    source = FolderSource(str(tmp_path))
+    lost = dict.fromkeys(map(str, paths), 2)
+    pause, status = time.sleep, os.stat
+
+    def fails_twice(path: Any, **how: Any) -> os.stat_result:
+        if lost.get(path, 0):
+            lost[path] -= 1
+            raise OSError(errno.ESTALE, "Stale")
+        return status(path, **how)
+
+    monkeypatch.setattr("os.stat", fails_twice)
+    monkeypatch.setattr("time.sleep", lambda _: pause(0.02))
+    if sizes:
+        assert _sizes(source).tolist() == [2] * len(paths)
+    else:
+        assert files_print(str(tmp_path), map(str, paths))["number"] == len(paths)
+    assert not any(lost.values())
 
 
 def test_a_file_system_that_stays_away_is_no_other_input(

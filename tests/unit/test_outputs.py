@@ -100,11 +100,46 @@ def test_a_rename_that_fails_restores_what_had_the_name(
     assert os.listdir(tmp_path) == ["w"]
 
 
-def test_a_list_that_cannot_be_written_loses_no_result(tmp_path: Path) -> None:
-    (tmp_path / LIST_FILE).mkdir()
+def test_of_a_link_to_a_folder_the_link_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    target = tmp_path / "latest"
+    target.symlink_to("first")
+    with workplace(target) as place:
+        (place / "latest").mkdir()
+        (place / "latest" / "model").touch()
+        swap(place / "latest", target)
+    assert not target.is_symlink()
+    assert os.listdir(target) == ["model"]
+    assert os.listdir(tmp_path / "first") == []
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_list_that_cannot_be_written_loses_no_result(tmp_path: Path, *, own: bool) -> None:
+    (tmp_path / LIST_FILE).mkdir()  # that of another user
+    if own:
+        (tmp_path / LIST_FILE.replace(".txt", f"-{os.getuid()}.txt")).mkdir()
     _write(tmp_path / "w", "one")
     assert (tmp_path / "w").read_text() == "one"
-    assert not is_ours(tmp_path / "w")
+    assert is_ours(tmp_path / "w") is not own
+
+
+def test_of_a_list_only_what_was_added_is_read(tmp_path: Path) -> None:
+    _write(tmp_path / "a", "one")
+    assert is_ours(tmp_path / "a")
+    listed = tmp_path / LIST_FILE
+    with listed.open("r+b") as file:
+        file.write(b"x" * (listed.stat().st_size - 1))
+    _write(tmp_path / "b", "one")
+    assert is_ours(tmp_path / "a")
+    assert is_ours(tmp_path / "b")
+    listed.write_bytes(b"")  # another one: nothing of what was read counts
+    assert not is_ours(tmp_path / "a")
+
+
+def test_any_letter_may_be_in_a_name(tmp_path: Path) -> None:
+    for name in ("\u2028.html", "a\x0cb\rc", os.fsdecode(b"\xff")):
+        _write(tmp_path / name, "one")
+        _write(tmp_path / name, "two")
 
 
 def test_the_state_of_work_is_not_written_over_a_file_of_others(tmp_path: Path) -> None:

@@ -50,6 +50,14 @@ def _write(out: Path, samples: _Numbers, **changed: Any) -> dict[str, Any]:
     return write_set(out, samples, plans, **{**settings, **changed})
 
 
+def test_a_copied_set_is_found_whole(tmp_path: Path) -> None:
+    shards = _write(tmp_path / "out", _Numbers())["shards"]
+    (tmp_path / "copy").mkdir()
+    for path in (tmp_path / "out").glob("[!.]*"):  # no hidden list of whose the files are
+        (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
+    assert _write(tmp_path / "copy", _Numbers())["shards_kept"] == len(shards)
+
+
 @pytest.mark.parametrize("stops_at", range(0, 30, 3))
 def test_interrupted_writing_goes_on_to_the_same_bytes(tmp_path: Path, stops_at: int) -> None:
     whole = _Numbers()
