@@ -362,6 +362,7 @@ def answered(
 
 
 def _results(answers: Iterator[T | Failure]) -> Iterator[T]:
+    workers = getattr(answers, "_workers", ())  # of torch's iterator; none if this process answers
     try:
         while True:
             try:
@@ -375,6 +376,8 @@ def _results(answers: Iterator[T | Failure]) -> Iterator[T]:
             yield answer
     finally:
         del answers  # ends the workers now, even while a traceback holds this frame
+        for worker in workers:  # torch's SIGTERM is ignored by one that waits for a storage
+            worker.kill()
 
 
 def _worker_died(error: Exception) -> str:

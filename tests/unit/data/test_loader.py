@@ -3,6 +3,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from dinoscale.data.augment import CropArrays, MultiCrop, eval_transform
 from dinoscale.data.decode import BadSampleError, Picture
 from dinoscale.data.folder import FolderSource
-from dinoscale.data.loader import Batch, eval_batches, train_batches
+from dinoscale.data.loader import Batch, answered, eval_batches, train_batches
 from dinoscale.data.mixture import MixedSource
 from dinoscale.data.sampler import StepSampler
 from dinoscale.data.sources import Source
@@ -232,6 +234,27 @@ def test_workers_end_with_the_iterator() -> None:
     assert len(multiprocessing.active_children()) == 2
     batches.close()  # type: ignore[attr-defined]  # a generator
     assert multiprocessing.active_children() == []
+
+
+class _Waits(Dataset[int]):
+    """Its second item is long in coming, as from a storage that is tried again."""
+
+    def __getitem__(self, item: int) -> int:
+        if item:
+            time.sleep(600)
+        return item
+
+
+def test_workers_that_wait_for_a_storage_end_with_the_iterator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    answers = answered(_Waits(), range(9), num_workers=1, pin_memory=False)
+    assert next(answers) == 0
+    (worker,) = multiprocessing.active_children()
+    answers.close()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_workers_end_with_an_error_that_is_still_looked_at() -> None:
