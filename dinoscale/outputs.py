@@ -13,12 +13,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dinoscale.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LIST_FILE = ".dinoscale-files.txt"  # of what we wrote in a folder; readers know it as no image
 MARK = "# Recommended by `dinoscale sweep`."  # the first line of every preset that is ours
@@ -119,6 +123,23 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         _remember(path, sha256(beside))
         os.replace(beside, path)
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file that others may read as any new file; by itself it is 0600.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    from safetensors.torch import save_file  # here, for data tools write none and load no torch
+
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(mode)
 
 
 @contextmanager

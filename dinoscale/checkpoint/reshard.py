@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from dinoscale.checkpoint.load import Checkpoint, open_run
 from dinoscale.checkpoint.progress import write_measured
 from dinoscale.checkpoint.sums import flushed_sum, seal
 from dinoscale.errors import CheckpointError
+from dinoscale.outputs import write_tensors
 
 
 def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:
@@ -41,8 +41,10 @@ def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:
         part.mkdir(parents=True, exist_ok=True)
         for shard in tqdm(range(num_shards), unit="file", file=sys.stderr, disable=None):
             tensors, starts = _cut(checkpoint, shard, num_shards)
-            save_file(tensors, part / shard_file(shard), metadata={"starts": json.dumps(starts)})
-        save_file(checkpoint.shared, part / SHARED_FILE)
+            write_tensors(
+                tensors, part / shard_file(shard), metadata={"starts": json.dumps(starts)}
+            )
+        write_tensors(checkpoint.shared, part / SHARED_FILE)
         (part / STATE_FILE).write_text(json.dumps(checkpoint.state, indent=1))
         names = [*map(shard_file, range(num_shards)), SHARED_FILE, STATE_FILE]
         if checkpoint.measured is not None:

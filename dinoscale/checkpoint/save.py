@@ -17,7 +17,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoscale import distributed
@@ -37,6 +36,7 @@ from dinoscale.checkpoint.sums import flushed_sum, seal
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import LostPeerError
+from dinoscale.outputs import write_tensors
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -250,7 +250,7 @@ class Saver:
             self._growing.mkdir(parents=True, exist_ok=True)
             for name, tensors in snapshot.tensors.items():
                 file, metadata = self._growing / name, {"starts": json.dumps(snapshot.starts)}
-                save_file(tensors, file, metadata=metadata)
+                write_tensors(tensors, file, metadata=metadata)
                 file.rename(part / name)
             self._growing.rmdir()
             for name, text in snapshot.texts.items():

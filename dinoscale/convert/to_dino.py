@@ -11,7 +11,6 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoscale.convert.card import METADATA_KEY
@@ -21,6 +20,7 @@ from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.convert.weights_file import build, build_head
 from dinoscale.models.weights import to_reference
+from dinoscale.outputs import write_tensors
 
 
 def is_pth(path: Path) -> bool:
@@ -43,7 +43,7 @@ def write_dino(path: Path, weights: Weights) -> None:
         torch.save(state if weights.head is None else {weights.network: state}, path)
         return
     metadata = {METADATA_KEY: weights.card.to_json(), "format": "pt"}
-    save_file(tensors, path, metadata=metadata)
+    write_tensors(tensors, path, metadata=metadata)
 
 
 def _named(weights: Weights) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinoscale.convert.card import BackboneCard, Preprocessing
@@ -26,6 +25,7 @@ from dinoscale.convert.weights import Weights
 from dinoscale.errors import ConversionError
 from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.plain import PlainViT, build_plain
+from dinoscale.outputs import write_tensors
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -64,7 +64,7 @@ def write_hf(folder: Path, weights: Weights) -> None:
     model = _model_of(weights)
     tensors = dict(_renamed(weights.backbone, model))
     whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_tensors(whole, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     dtype = str(weights.backbone["cls_token"].dtype).removeprefix("torch.")
     config = {**_config(model, weights.card), "dtype": dtype, "torch_dtype": dtype}
     settings = {CONFIG_FILE: config, PREPROCESSOR_FILE: _preprocessor(weights.card)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape, Preprocessing
@@ -20,6 +20,7 @@ from dinoscale.convert.weights import Weights
 from dinoscale.errors import ConversionError
 from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.zoo import build_backbone, timm_arguments
+from dinoscale.outputs import write_tensors
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 _SMALL_EPS = 1e-5  # of the variance that a layer norm divides by
@@ -34,7 +35,7 @@ def write_timm(folder: Path, weights: Weights) -> None:
     _require_own_norms(weights.card.backbone)
     metadata = {METADATA_KEY: weights.card.to_json(), "format": "pt"}
     tensors = {name: tensor.clone().contiguous() for name, tensor in weights.backbone.items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
+    write_tensors(tensors, folder / WEIGHTS_FILE, metadata=metadata)
     text = json.dumps(timm_config(weights), indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n")
 

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoscale.checkpoint.sums import flush
@@ -26,7 +25,7 @@ from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
-from dinoscale.outputs import require_ours, swap, workplace
+from dinoscale.outputs import require_ours, swap, workplace, write_tensors
 
 __all__ = [
     "BackboneCard",
@@ -58,7 +57,7 @@ def save_backbone(path: str | Path, state: Mapping[str, Tensor], card: BackboneC
     require_ours(target)
     with workplace(target) as place:
         beside = place / target.name
-        save_file(tensors, beside, metadata={METADATA_KEY: card.to_json()})
+        write_tensors(tensors, beside, metadata={METADATA_KEY: card.to_json()})
         flush(beside)
         swap(beside, target)
     remove_cards_of(target)

@@ -27,13 +27,13 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinoscale import distributed
 from dinoscale.data.cache import cached_file, keep_recent
 from dinoscale.errors import ConfigError
 from dinoscale.fingerprint import code_print, files_print
+from dinoscale.outputs import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def _write(key: str, features: Tensor, numbers: Tensor, *, most_bytes: float) ->
             return
         beside = f"{path}.{uuid.uuid4().hex}.partial"
         tensors = {"features": features.cpu().contiguous(), "numbers": numbers.cpu().contiguous()}
-        save_file(tensors, beside, metadata=_about(key, **tensors))
+        write_tensors(tensors, beside, metadata=_about(key, **tensors))
         os.replace(beside, path)
         log.info("features kept in %s", path)
     except (OSError, SafetensorError) as error:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.evaluate.feature_cache import InFiles, weights_digest
 from dinoscale.evaluate.subject import Subject
 from dinoscale.fingerprint import Fingerprint, code_print, differences, files_print, fingerprint
-from dinoscale.outputs import replacing, require_ours
+from dinoscale.outputs import replacing, require_ours, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
         ConfigError: it cannot be written.
     """
     copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda beside: save_file(copies, beside, metadata=dict(about)))
+    _replace(path, lambda beside: write_tensors(copies, beside, metadata=dict(about)))
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:

@@ -1,15 +1,26 @@
 """Writers replace what they wrote themselves and nothing else, and whole or not at all."""
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from data_tools.journal import Journal, check_place, write_whole
 from dinoscale import outputs
 from dinoscale.errors import DataError, OutputError
-from dinoscale.outputs import LIST_FILE, is_ours, replacing, require_ours, swap, workplace
+from dinoscale.outputs import (
+    LIST_FILE,
+    is_ours,
+    replacing,
+    require_ours,
+    swap,
+    workplace,
+    write_tensors,
+)
 from dinoscale.page import write_file
 
 
@@ -150,3 +161,17 @@ def test_the_state_of_work_is_not_written_over_a_file_of_others(tmp_path: Path) 
     assert path.read_text() == "a diary\n"
     path.write_text('{"finger')  # as a kill may leave it
     Journal(path, "work").add(0, {})
+
+
+def test_others_may_read_written_tensors_as_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors", {"said": "so"})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o640
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"said": "so"}
+    package = Path(outputs.__file__).parent
+    writers = [path.name for path in package.rglob("*.py") if "save_file(" in path.read_text()]
+    assert writers == ["outputs.py"]

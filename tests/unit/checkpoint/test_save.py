@@ -120,7 +120,7 @@ def test_waiting_gives_signs_while_a_file_grows_and_is_read_and_none_while_it_st
         assert told_of("reading")
         return "0" * 64
 
-    monkeypatch.setattr("dinoscale.checkpoint.save.save_file", slowly)
+    monkeypatch.setattr("dinoscale.checkpoint.save.write_tensors", slowly)
     monkeypatch.setattr("dinoscale.checkpoint.save.flushed_sum", summed)
     monkeypatch.setattr("dinoscale.checkpoint.save._LOOK_S", 0.01)
     saver = Saver(tmp_path, Keep(last=1))
