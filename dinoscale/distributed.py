@@ -5,6 +5,7 @@ The only module that imports torch.distributed. Every collective is the identity
 
 import contextlib
 import logging
+import math
 import os
 import re
 import resource
@@ -134,7 +135,9 @@ def _answers(address: str, port: int) -> bool:
     return False
 
 
-def _wait_until(there: Callable[[], bool], *, timeout_s: float, waiting: str) -> bool:
+def _wait_until(
+    there: Callable[[], bool], *, timeout_s: float = math.inf, waiting: str = ""
+) -> bool:
     """Ask less and less often; say what for, if it takes long. False: it took too long."""
     begin, pause_s = time.monotonic(), _FIRST_PAUSE_S
     while not there():
@@ -581,10 +584,7 @@ class Board:
         Raises:
             LostPeerError: as `post`.
         """
-        pause_s = _FIRST_PAUSE_S
-        while not self._has(keys):
-            time.sleep(pause_s)
-            pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
+        _wait_until(partial(self._has, keys))
         return self._texts(keys)
 
     def forget(self, keys: Sequence[str]) -> None:

@@ -300,9 +300,8 @@ class Run:
         self.metrics.advance(f"loss {result.loss:.3f}{self.beside_bar}")
         self._report(self.saver.finished())
         if due.save:
-            self._save(
-                waits=result.saving
-            )  # before k-NN, which takes minutes in which a job may end
+            # Before k-NN, which takes minutes in which a job may end.
+            self._save(begun=result.saving)
         if due.probe:
             self._probe()
         self.stopping |= result.stop
@@ -437,15 +436,16 @@ class Run:
         self.watchdog.goes_on()
         self.stop.check()
 
-    def _save(self, *, waits: bool = False) -> None:
+    def _save(self, *, begun: bool = False) -> None:
         """Begin to save this step, unless that was begun already.
 
-        All wait for the save before it where one of them may still be at it.
+        All wait for the save before it where one of them is still at it; `begun` is whether one was
+        when the step began, and else none has to ask the others.
         """
         if self.saved_step == self.progress.step:
             return
         since = time.perf_counter()
-        if waits:
+        if begun and any(distributed.gather_objects(self.saver.busy())):
             self._wait_for_save()
         self.watchdog.moved(f"copying the checkpoint of step {self.progress.step}")
         about = {
