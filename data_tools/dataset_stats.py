@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import open_pictures, print_of
+from data_tools.files import open_pictures, work_on
 from data_tools.journal import Json, write_whole
 from data_tools.survey import in_blocks, sample_ids, survey, unavailable_of
 from dinoscale.data.decode import RGB, BadSampleError, Decoder
 from dinoscale.data.sources import Source
 from dinoscale.errors import DataError
-from dinoscale.fingerprint import code_print, fingerprint
 
 _WHITE = 255  # of the pixels that a training sees
 _DIGITS = 4  # of the overrides
@@ -58,10 +57,8 @@ def dataset_stats(
         blocks,
         sizes=[len(block) for block in blocks],
         out=out,
-        work=fingerprint(
-            input={"images": print_of(source, spec)},
-            command={"images": len(ids), **asdict(decoder)},
-            code=code_print(__name__),
+        work=work_on(
+            source, spec, command={"images": len(ids), **asdict(decoder)}, module=__name__
         ),
         workers=workers,
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import Files, open_files, print_of
+from data_tools.files import Files, open_files, work_on
 from data_tools.journal import Json, check_place, write_whole
 from data_tools.near_duplicates import (
     MAX_RADIUS,
@@ -31,7 +31,6 @@ from data_tools.survey import in_blocks, survey, unavailable_of
 from dinoscale.data.decode import RGB, BadSampleError
 from dinoscale.data.folder import FolderSource
 from dinoscale.errors import DataError
-from dinoscale.fingerprint import code_print, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -162,11 +161,7 @@ def _rows(
         blocks,
         sizes=[len(block) for block in blocks],
         out=out,
-        work=fingerprint(
-            input={"images": print_of(source, spec)},
-            command={"decode": decode},
-            code=code_print(__name__),
-        ),
+        work=work_on(source, spec, command={"decode": decode}, module=__name__),
         workers=workers,
     )
     parts = [np.frombuffer(base64.b64decode(result["rows"]), dtype=_ROW) for result in results]

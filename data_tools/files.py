@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -26,7 +26,7 @@ from dinoscale.data.shards import TarSource
 from dinoscale.data.sources import Source, expand_pattern, open_source
 from dinoscale.data.tar_headers import Member, read_members
 from dinoscale.errors import DataError, UnavailableError
-from dinoscale.fingerprint import digest_of, files_print
+from dinoscale.fingerprint import Fingerprint, code_print, digest_of, files_print, fingerprint
 from dinoscale.patience import Patience, is_there, patiently
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,25 @@ def print_of(source: Source | Files, spec: str) -> dict[str, object]:
     paths = list(files)
     chosen = {"chosen": digest_of(source.ids.tolist())} if isinstance(source, Selection) else {}
     return {**files_print(os.path.dirname(paths[0]), paths), **chosen}
+
+
+def work_on(
+    source: Source | Files, spec: str, *, command: Mapping[str, object], module: str
+) -> Fingerprint:
+    """Fingerprint of what a tool does with a set.
+
+    Args:
+        source: the set.
+        spec: what it was opened from.
+        command: settings that decide the result.
+        module: that does it.
+
+    Raises:
+        UnavailableError: the file system failed for about a minute.
+    """
+    return fingerprint(
+        input={"images": print_of(source, spec)}, command=command, code=code_print(module)
+    )
 
 
 def shards_of(spec: str) -> list[str]:

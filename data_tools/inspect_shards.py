@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.contact_sheet import draw_sheet
-from data_tools.files import Files, open_files, print_of, shards_of
+from data_tools.files import Files, open_files, shards_of, work_on
 from data_tools.headers import read_header
 from data_tools.journal import Json, check_place, write_whole
 from data_tools.numbering import numbering_of
@@ -18,7 +18,6 @@ from data_tools.survey import in_blocks, sample_ids, survey, unavailable_of
 from dinoscale.data.decode import BadSampleError
 from dinoscale.data.mixture import left_out_of
 from dinoscale.errors import DataError
-from dinoscale.fingerprint import code_print, fingerprint
 
 _SHOWN = 20  # classes in the summary, the largest and the smallest
 
@@ -67,11 +66,7 @@ def inspect_shards(
         blocks,
         sizes=[len(block) for block in blocks],
         out=out,
-        work=fingerprint(
-            input={"images": print_of(source, spec)},
-            command={"images": len(ids)},
-            code=code_print(__name__),
-        ),
+        work=work_on(source, spec, command={"images": len(ids)}, module=__name__),
         workers=workers,
     )
     summary = {

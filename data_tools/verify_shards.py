@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import open_pictures, print_of, shards_of
+from data_tools.files import open_pictures, shards_of, work_on
 from data_tools.journal import Json, write_whole
 from data_tools.shard_writer import file_sha256, read_manifest
 from data_tools.survey import in_blocks, survey
@@ -80,7 +80,11 @@ def _shards(
     sizes = [piece.record["samples"] if piece.record else 1 for piece in pieces]
     paths = [os.path.abspath(piece.path) for piece in pieces]
     images = files_print(os.path.dirname(paths[0]), paths)
-    work = _work({"images": images, "manifests": digest_of([p.record for p in pieces])}, decoder)
+    work = fingerprint(
+        input={"images": images, "manifests": digest_of([piece.record for piece in pieces])},
+        command=asdict(decoder),
+        code=code_print(__name__),
+    )
     return survey(
         _verify_shard, decoder, pieces,
         sizes=sizes, out=out, work=work, workers=workers, max_unavailable=math.inf,
@@ -90,18 +94,12 @@ def _shards(
 def _images(spec: str, decoder: Decoder, out: Path | None, workers: int) -> Iterator[Json]:
     source = open_pictures(spec, decoder)
     blocks = in_blocks(np.arange(len(source), dtype=np.int64))
-    sizes, work = (
-        [len(block) for block in blocks],
-        _work({"images": print_of(source, spec)}, decoder),
-    )
+    sizes = [len(block) for block in blocks]
+    work = work_on(source, spec, command=asdict(decoder), module=__name__)
     return survey(
         _verify_block, source, blocks,
         sizes=sizes, out=out, work=work, workers=workers, max_unavailable=math.inf,
     )  # fmt: skip
-
-
-def _work(input: Json, decoder: Decoder) -> Json:
-    return fingerprint(input=input, command=asdict(decoder), code=code_print(__name__))
 
 
 def _with_records(spec: str, shards: list[str]) -> tuple[list[_Shard], list[Json]]:
