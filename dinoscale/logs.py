@@ -194,3 +194,13 @@ class _RankLog(logging.FileHandler):
     def handleError(self, _record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
         self._failed = True  # before the next line comes here, too
         log.warning("cannot write %s: %s; it ends here", self.baseFilename, sys.exc_info()[1])
+
+
+def not_compiled(what: str, error: Exception) -> str:
+    """The warning that a compiler failed; `what` is the plural of what then runs as it is."""
+    # The first line may only say which compiler raised what the second one says.
+    reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
+    return (
+        f"{what} are not compiled, which costs time only: {reason}; engine.compile=false silences"
+        " this"
+    )

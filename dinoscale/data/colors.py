@@ -30,6 +30,7 @@ from dinoscale.data.crop_params import (
     Params,
 )
 from dinoscale.data.transfer import to_device
+from dinoscale.logs import not_compiled
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +163,7 @@ def _run(change: _Change, pixels: Tensor, values: Tensor, *, compiled: bool) -> 
             return _compiled(change)(pixels, values)
         # Before anything has run. Named here, as importing torch._dynamo takes a second.
         except torch._dynamo.exc.TorchDynamoException as error:
-            log.warning(
-                "colours are not compiled, which costs time only: %s; engine.compile=false "
-                "silences this",
-                # The first line may only say which compiler raised what the second one says.
-                " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__,
-            )
+            log.warning("%s", not_compiled("colours", error))
             _POINTWISE.clear()
     return change(pixels, values)
 

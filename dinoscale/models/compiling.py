@@ -8,6 +8,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import fx
 
+from dinoscale.logs import not_compiled
+
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
@@ -41,14 +43,7 @@ class Compiled(Generic[P, R]):
             # Before anything has run. Named here, as importing torch._dynamo takes a second.
             except torch._dynamo.exc.TorchDynamoException as error:
                 self._fails = True
-                # The first line may only say which compiler raised what the second one says.
-                reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
-                log.warning(
-                    "%s are not compiled, which costs time only: %s; engine.compile=false "
-                    "silences this",
-                    self._name,
-                    reason,
-                )
+                log.warning("%s", not_compiled(self._name, error))
         return self._function(*args, **kwargs)
 
     @functools.cached_property
