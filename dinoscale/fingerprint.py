@@ -94,9 +94,7 @@ def files_print(root: str, paths: Iterable[str]) -> dict[str, object]:
 
     def state(path: str) -> tuple[int, str]:
         try:
-            found = Patience().read(
-                lambda: os.stat(path), path
-            )  # threads would use up a shared one
+            found = Patience().read(lambda: os.stat(path), path)  # threads would use up one of all
         except OSError as error:
             if is_answer(error):
                 return -1, str(error.errno)

@@ -143,7 +143,7 @@ class StreamSource:
         Raises:
             BadSampleError: the picture cannot be decoded.
             DataError: the shard is damaged up to there, or holds another number of pictures.
-        UnavailableError: it cannot be read after some minutes of tries.
+            UnavailableError: it cannot be read after some minutes of tries.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
@@ -236,7 +236,7 @@ class _ShardReader:
 
         Raises:
             DataError: it is damaged at every try, or the shard has another length.
-        UnavailableError: it cannot be read after some minutes of tries.
+            UnavailableError: it cannot be read after some minutes of tries.
         """
         self._held, self._asked = {}, set()
         name = f"the shard {shown(self._url)}"

@@ -215,9 +215,8 @@ class _Forward:
                 bar.update(len(of_batch))
                 self.on_batch()
                 check()
-        return require_finite(torch.cat(features[1:] or features)), torch.cat(numbers).to(
-            self.device
-        )
+        joined = require_finite(torch.cat(features[1:] or features))
+        return joined, torch.cat(numbers).to(self.device)
 
 
 def require_finite(features: Tensor) -> Tensor:
