@@ -28,9 +28,9 @@ from dinoscale.engine.param_groups import DECAY, build_optimizer
 from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.accuracy import choose_best, num_right, percent
 from dinoscale.evaluate.frozen import Extraction
-from dinoscale.evaluate.kept_training import State, best_beside, keep_training, writable
+from dinoscale.evaluate.kept_training import State, report_of_training, targets_of, writable
 from dinoscale.evaluate.linear_heads import INIT_STD
-from dinoscale.evaluate.probe_report import Log, preprocessing, report_of
+from dinoscale.evaluate.probe_report import preprocessing
 from dinoscale.evaluate.subject import (
     READING,
     Drawn,
@@ -151,52 +151,45 @@ def evaluate_finetune(
     if recipe.precision is None:
         recipe = replace(recipe, precision="bf16" if subject.device.type == "cuda" else "fp32")
 
-    protocol = {"network": network} | _protocol(recipe, subject, seed=seed)
-    trainings = []
-
-    def measure(backbone: nn.Module, log: Log) -> dict[str, object]:
-        module = "dinoscale.evaluate.finetune"
-        kept = keep_training(target, subject, backbone, protocol=protocol, module=module)
-        trainings.append(kept)
-        state = kept.load(subject.device)
-        evaluations = [] if state is None else state["evaluations"]
-        written = target if backbone is subject.backbone else None
-        for evaluation, now in fine_tune(backbone, subject, recipe, reading, state, seed=seed):
-            log(evaluation)
-            evaluations.append(evaluation)
-            if written is not None:
-                _save(backbone, subject, evaluations, written)
-            kept.save({**now, "evaluations": evaluations})
-        found = choose_best(evaluations, with_last=True) | {"evaluations": evaluations}
-        if written is None:
-            return found
-        return found | {"out": str(written), "best_out": str(best_beside(written))}
-
-    report = report_of(
+    return report_of_training(
         "finetune",
         subject,
-        measure,
-        protocol=protocol,
+        lambda backbone: _FineTuning(backbone, subject, recipe, reading, seed),
+        protocol={"network": network} | _protocol(recipe, subject, seed=seed),
+        out=target,
         untrained=untrained,
         log_path=log_path,
     )
-    for kept in trainings:
-        kept.remove()
-    return report
 
 
-def _save(
-    backbone: nn.Module, subject: Subject, evaluations: Sequence[Mapping[str, float]], out: Path
-) -> None:
-    """Write the backbone as the last one, and where it is as the best."""
-    card = replace(subject.card, source=f"{subject.card.source}, fine-tuned")
-    top1 = [evaluation["top1"] for evaluation in evaluations]
-    targets = [out, best_beside(out)] if top1.index(max(top1)) == len(top1) - 1 else [out]
-    try:
-        for target in targets:
-            save_backbone(target, backbone.state_dict(), card)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"out: {out} cannot be written ({error})") from error
+@dataclass(frozen=True)
+class _FineTuning:
+    """The training of one backbone, in place."""
+
+    backbone: nn.Module
+    subject: Subject
+    recipe: Recipe
+    reading: Reading
+    seed: int
+
+    def measured(self, state: State | None) -> Iterator[tuple[dict[str, float], State]]:
+        """Train, and yield what `fine_tune` does."""
+        how = (self.recipe, self.reading)
+        return fine_tune(self.backbone, self.subject, *how, state, seed=self.seed)
+
+    def save(self, evaluations: Sequence[Mapping[str, float]], out: Path) -> None:
+        """Write the backbone as the last one, and where it is as the best."""
+        card = self.subject.card
+        card = replace(card, source=f"{card.source}, fine-tuned")
+        try:
+            for target in targets_of(out, [evaluation["top1"] for evaluation in evaluations]):
+                save_backbone(target, self.backbone.state_dict(), card)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"out: {out} cannot be written ({error})") from error
+
+    def chosen(self, evaluations: Sequence[dict[str, float]]) -> dict[str, object]:
+        """The best epoch on the test set, and the last."""
+        return choose_best(evaluations, with_last=True)
 
 
 class Classifier(nn.Module):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.evaluate.feature_cache import InFiles, weights_digest
+from dinoscale.evaluate.probe_report import Log, report_of
 from dinoscale.evaluate.subject import Subject
 from dinoscale.fingerprint import Fingerprint, code_print, differences, files_print, fingerprint
 from dinoscale.outputs import replacing, require_ours, write_tensors
@@ -78,6 +79,80 @@ class KeptTraining:
             self._path.unlink(missing_ok=True)
 
 
+class Training(Protocol):
+    """A training of a classifier on one backbone, which is measured on its way."""
+
+    def measured(self, state: State | None) -> Iterator[tuple[Any, State]]:
+        """Train; yield each measurement, ready for JSON, with the state to go on after it."""
+        ...
+
+    def save(self, evaluations: Sequence[Any], out: Path) -> None:
+        """Write what is trained by now as the last one, and where it is as the best."""
+        ...
+
+    def chosen(self, evaluations: Sequence[Any]) -> dict[str, object]:
+        """`score` of the report and how it was chosen."""
+        ...
+
+
+def report_of_training(
+    task: str,
+    subject: Subject,
+    begin: Callable[[nn.Module], Training],
+    *,
+    protocol: Mapping[str, object],
+    out: Path | None,
+    untrained: bool,
+    log_path: str | Path | None,
+) -> dict[str, object]:
+    """Train and measure, from where an earlier start of the same training was ended.
+
+    Args:
+        task: its name, and that of its module.
+        subject: what is measured.
+        begin: the training of a backbone.
+        protocol: all that changes the numbers.
+        out: what the training writes, and beside it the state until it is reported; None keeps
+            nothing.
+        untrained: train on fresh weights, too.
+        log_path: as of `report_of`.
+
+    Returns:
+        The report, ready for JSON.
+
+    Raises:
+        CheckpointError: what is kept of the training is damaged.
+        ConfigError: a file cannot be written, or another training is kept beside `out`.
+    """
+    trainings = []
+
+    def measure(backbone: nn.Module, log: Log) -> dict[str, object]:
+        module = f"dinoscale.evaluate.{task}"
+        kept = _keep(out, subject, backbone, protocol=protocol, module=module)
+        trainings.append(kept)
+        state = kept.load(subject.device)
+        evaluations = [] if state is None else state["evaluations"]
+        written = out if backbone is subject.backbone else None
+        training = begin(backbone)
+        for evaluation, now in training.measured(state):
+            log(evaluation)
+            evaluations.append(evaluation)
+            if written is not None:
+                training.save(evaluations, written)
+            kept.save({**now, "evaluations": evaluations})
+        found = training.chosen(evaluations) | {"evaluations": evaluations}
+        if written is None:
+            return found
+        return found | {"out": str(written), "best_out": str(best_beside(written))}
+
+    report = report_of(
+        task, subject, measure, protocol=protocol, untrained=untrained, log_path=log_path
+    )
+    for kept in trainings:
+        kept.remove()
+    return report
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all.
 
@@ -97,7 +172,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         raise ConfigError(f"out: {path} cannot be written ({reason})") from error
 
 
-def keep_training(
+def _keep(
     out: Path | None,
     subject: Subject,
     backbone: nn.Module,
@@ -131,6 +206,12 @@ def keep_training(
         code=code_print(module),
     )
     return KeptTraining(out.with_name(f"{out.name}.{kind}"), made_from)
+
+
+def targets_of(out: Path, top1: Sequence[float]) -> list[Path]:
+    """Where what was measured last is written: as the last one, and as the best if it is."""
+    is_best = top1.index(max(top1)) == len(top1) - 1
+    return [out, best_beside(out)] if is_best else [out]
 
 
 def best_beside(out: Path) -> Path:

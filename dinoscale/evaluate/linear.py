@@ -10,7 +10,7 @@ Shape letter: N images.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from dinoscale.evaluate.accuracy import choose_best, percent
 from dinoscale.evaluate.frozen import Extraction
 from dinoscale.evaluate.kept_training import (
     State,
-    best_beside,
-    keep_training,
+    report_of_training,
     save_tensors,
+    targets_of,
     writable,
 )
 from dinoscale.evaluate.linear_heads import (
@@ -40,7 +40,7 @@ from dinoscale.evaluate.linear_heads import (
     is_vit,
 )
 from dinoscale.evaluate.linear_protocols import DinoProtocol, GridProtocol, ProbePlan
-from dinoscale.evaluate.probe_report import Log, preprocessing, report_of
+from dinoscale.evaluate.probe_report import preprocessing
 from dinoscale.evaluate.subject import (
     READING,
     Drawn,
@@ -110,33 +110,16 @@ def evaluate_linear(
 
     of_training = _protocol(protocol, plan, subject, augment=augment, seed=seed)
     settings: dict[str, object] = {"network": network, **of_training}
-    trainings = []
 
-    def measure(backbone: nn.Module, log: Log) -> dict[str, object]:
-        module = "dinoscale.evaluate.linear"
-        kept = keep_training(target, subject, backbone, protocol=settings, module=module)
-        trainings.append(kept)
-        state = kept.load(subject.device)
-        evaluations = [] if state is None else state["evaluations"]
-        written = target if backbone is subject.backbone else None
-        probe = _Probe(backbone, subject, plan, reading, augment=augment, seed=seed)
-        for evaluation in probe.evaluations(state):
-            log(evaluation)
-            evaluations.append(evaluation)
-            if written is not None:
-                probe.save(evaluations, written)
-            kept.save({**probe.state(), "step": evaluation["step"], "evaluations": evaluations})
-        found = _chosen(evaluations, plan) | {"evaluations": evaluations}
-        if written is None:
-            return found
-        return found | {"out": str(written), "best_out": str(best_beside(written))}
-
-    report = report_of(
-        "linear", subject, measure, protocol=settings, untrained=untrained, log_path=log_path
+    return report_of_training(
+        "linear",
+        subject,
+        lambda backbone: _Probe(backbone, subject, plan, reading, augment=augment, seed=seed),
+        protocol=settings,
+        out=target,
+        untrained=untrained,
+        log_path=log_path,
     )
-    for kept in trainings:
-        kept.remove()
-    return report
 
 
 Evaluation = dict[str, object]
@@ -170,11 +153,7 @@ class _Probe:
             for kind in plan.kinds
         ]
 
-    def state(self) -> State:
-        """What `evaluations` goes on with."""
-        return {"heads": [heads.state() for heads in self._heads], "drawn": self._drawn.state()}
-
-    def save(self, evaluations: list[Evaluation], out: Path) -> None:
+    def save(self, evaluations: Sequence[Evaluation], out: Path) -> None:
         """Write the best classifier of now as the last one, and where it is as the best of all."""
         bests = [_best([evaluation]) for evaluation in evaluations]
         last, top1 = bests[-1], [best["top1"] for best in bests]
@@ -184,12 +163,18 @@ class _Probe:
         heads, at = self._heads[kind], self._plan.rates.index(last["lr"])
         tensors = {"weight": heads.weight[at], "bias": heads.bias[at]}
         about = {"classifier": json.dumps(last)}
-        is_best = top1.index(max(top1)) == len(top1) - 1
-        for target in (out, best_beside(out)) if is_best else (out,):
+        for target in targets_of(out, top1):
             save_tensors(target, tensors, about)
 
-    def evaluations(self, state: State | None) -> Iterator[Evaluation]:
-        """Train, and yield what is measured on the way and at the end; after a state, the rest."""
+    def chosen(self, evaluations: Sequence[Evaluation]) -> dict[str, object]:
+        """The best classifier, looked for where the protocol does."""
+        last_only = self._plan.last_only
+        return choose_best(
+            _entries(evaluations[-1:] if last_only else evaluations), with_last=not last_only
+        )
+
+    def measured(self, state: State | None) -> Iterator[tuple[Evaluation, State]]:
+        """Train; yield what is measured on the way and at the end, after a state the rest."""
         plan, first = self._plan, 0
         if state is not None:
             first, self._drawn = state["step"], Drawn.of(state["drawn"])
@@ -208,7 +193,11 @@ class _Probe:
                 heads.step(self._take(kind, features), labels, now)
             done = step + 1
             if done % plan.eval_every == 0 or done == plan.steps:
-                yield self._measure(tests, test_labels, done)
+                yield self._measure(tests, test_labels, done), self._state(done)
+
+    def _state(self, done: int) -> State:
+        heads = [heads.state() for heads in self._heads]
+        return {"step": done, "heads": heads, "drawn": self._drawn.state()}
 
     def _take(self, kind: FeatureKind, features: Tensor) -> Tensor:
         return kind.take(features, stored=self._plan.blocks, token_dim=self._tokens.token_dim)
@@ -261,18 +250,12 @@ class _Probe:
         return {"step": done, **epoch, "classifiers": results}
 
 
-def _chosen(evaluations: list[Evaluation], plan: ProbePlan) -> dict[str, object]:
-    """The best classifier, looked for where the protocol does."""
-    entries = _entries(evaluations[-1:] if plan.last_only else evaluations)
-    return choose_best(entries, with_last=not plan.last_only)
-
-
-def _best(evaluations: list[Evaluation]) -> dict[str, Any]:
+def _best(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """The best classifier of some measurements, the first of equals."""
     return max(_entries(evaluations), key=lambda entry: entry["top1"])
 
 
-def _entries(evaluations: list[Evaluation]) -> list[dict[str, Any]]:
+def _entries(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """All classifiers of some measurements that have not diverged."""
     return [
         {key: evaluation[key] for key in ("step", "epoch") if key in evaluation} | classifier
