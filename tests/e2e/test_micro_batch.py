@@ -118,12 +118,20 @@ class Ranks:
                 child
                 for process in self.processes
                 for child in psutil.Process(process.pid).children()
-                if "dinoscale.micro_batch.trial" in child.cmdline()
+                if "dinoscale.micro_batch.trial" in _command(child)
             ]
             if len(children) == len(self.processes):
                 return children
             time.sleep(0.05)
         raise AssertionError(f"no trial began\n{self.said()}")
+
+
+def _command(process: psutil.Process) -> list[str]:
+    """Nothing where the process has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # that of a zombie is one too
+        return []
 
 
 @pytest.fixture(autouse=True)

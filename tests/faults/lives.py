@@ -187,13 +187,13 @@ def _slow_down_the_disk(seconds: float) -> None:
 def _call_before_saves(call: Callable[[Path], None]) -> None:
     from dinoscale.checkpoint import save
 
-    to_file = save.save_file
+    to_file = save.write_tensors
 
-    def save_file(tensors: Any, path: Path, **options: Any) -> None:
+    def write_tensors(tensors: Any, path: Path, **options: Any) -> None:
         call(path)
         to_file(tensors, path, **options)
 
-    save.save_file = save_file
+    save.write_tensors = write_tensors
 
 
 def _wait_before_reads(seconds: Callable[[int], float]) -> None:

@@ -239,8 +239,12 @@ def test_workers_end_with_the_iterator() -> None:
 class _Waits(Dataset[int]):
     """Its second item is long in coming, as from a storage that is tried again."""
 
+    def __init__(self) -> None:
+        self.waits = multiprocessing.Event()
+
     def __getitem__(self, item: int) -> int:
         if item:
+            self.waits.set()
             time.sleep(600)
         return item
 
@@ -249,8 +253,10 @@ def test_workers_that_wait_for_a_storage_end_with_the_iterator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
-    answers = answered(_Waits(), range(9), num_workers=1, pin_memory=False)
+    items = _Waits()
+    answers = answered(items, range(9), num_workers=1, pin_memory=False)
     assert next(answers) == 0
+    assert items.waits.wait(60)  # a worker that has not begun on it ends by itself
     (worker,) = multiprocessing.active_children()
     answers.close()
     worker.join(60)
