@@ -25,7 +25,7 @@ from dinoscale.data.arrays import (
     read_tiff,
     to_8bit,
 )
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 
 _EXIF_ORIENTATION = 0x0112  # Exif 2.3, tag number; values 1 to 8
 
@@ -87,6 +87,8 @@ class BadSampleError(DataError):
         self.path = path
         self.reason = reason
         self.unavailable = unavailable
+        if unavailable:
+            self.exit_code = UnavailableError.exit_code
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"

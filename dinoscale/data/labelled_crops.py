@@ -92,7 +92,7 @@ def labelled_crops(
     """Yield a batch for each step; what it holds is a function of (source, seed, step).
 
     Args:
-        source: labelled images; unreadable ones are left out of their batches with a warning.
+        source: labelled images; damaged ones are left out of their batches with a warning.
         size: H in pixels.
         interpolation: of the resizing.
         batch_size: images of a batch, those included that cannot be read.
@@ -104,6 +104,7 @@ def labelled_crops(
 
     Raises:
         DataError: not one image of a batch can be read, or a worker failed.
+        UnavailableError: the file of an image cannot be read, whatever is in it.
     """
     sampler = stream_sampler(len(source), batch_size=batch_size, steps=steps, seed=seed)
     cutter = _Cutter(source, size=size, interpolation=interpolation, seed=seed)
@@ -148,6 +149,8 @@ class _Cutter(Dataset[_Cut | Failure]):
             try:
                 crop, drawn = self._cut(sample, repeat)
             except BadSampleError as error:
+                if error.unavailable:
+                    raise
                 lost.append(sample)
                 bad.append(str(error))
                 continue

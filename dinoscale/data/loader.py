@@ -229,6 +229,8 @@ class _TrainCrops(Dataset[Batch | Failure]):
 def failure(error: Exception) -> Failure:
     """What a worker sends back in place of its answer."""
     log.debug("the input pipeline failed", exc_info=error)
+    if isinstance(error, BadSampleError) and error.unavailable:
+        return Failure(f"{error}. The image may be whole: mend that first.", UnavailableError)
     if isinstance(error, DinoscaleError):
         unavailable = isinstance(error, UnavailableError)
         return Failure(str(error), UnavailableError if unavailable else DataError)
@@ -245,13 +247,13 @@ def eval_batches(
     ids: NDArray[np.int64] | None = None,
     pin_memory: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield all readable images of a source in order, prepared for evaluation.
+    """Yield all undamaged images of a source in order, prepared for evaluation.
 
     Args:
         source: the images.
         resize: short side after resizing, in pixels.
         crop: side of the centre crop, in pixels.
-        batch_size: images of one batch, >= 1; batches are smaller where images are unreadable.
+        batch_size: images of one batch, >= 1; batches are smaller where images are damaged.
         num_workers: worker processes; 0 decodes in this process.
         ids: numbers of the images to take, e.g. the share of a rank; None takes all.
         pin_memory: hand out page-locked memory.
@@ -261,6 +263,7 @@ def eval_batches(
 
     Raises:
         DataError: a worker failed.
+        UnavailableError: the file of an image cannot be read, whatever is in it.
     """
     ids = np.arange(len(source), dtype=np.int64) if ids is None else ids
     if batch_size < 1:
@@ -315,6 +318,8 @@ class _EvalImages(Dataset[_EvalBatch | Failure]):
             try:
                 pixels = self._source.picture(number).pixels()
             except BadSampleError as error:
+                if error.unavailable:  # it would be another set that is measured
+                    raise
                 bad.append(str(error))
                 continue
             images.append(eval_transform(pixels, resize=self._resize, crop=self._crop))

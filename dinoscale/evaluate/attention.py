@@ -334,6 +334,8 @@ def _pick(source: Source, *, images: int) -> tuple[list[Image.Image], list[Image
         try:
             pictures.append(read_image(source, index))
         except BadSampleError as error:
+            if error.unavailable:
+                raise
             log.warning("left out an unreadable image: %s", error)
             continue
         if mask_of is not None:

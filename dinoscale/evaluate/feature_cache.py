@@ -118,7 +118,6 @@ def through_cache(
     *,
     num_images: int,
     device: torch.device,
-    is_lasting: Callable[[Tensor], bool],
 ) -> tuple[Tensor, Tensor]:
     """Read features where they are kept, else extract and keep them; all ranks call it.
 
@@ -129,8 +128,6 @@ def through_cache(
         extract: gives features (N, D) and the numbers of their images (N,), on every rank.
         num_images: of the set, for the count of those that were left out.
         device: where the result will be.
-        is_lasting: of the numbers, whether the others could not be read at any other time either;
-            else nothing is kept.
 
     Returns:
         What `extract` gives, or gave when they were kept.
@@ -144,7 +141,7 @@ def through_cache(
     kept = _read(name, num_images=num_images) if of_rank_0 else None
     if distributed.broadcast_object(kept is None):
         features, numbers = extract()
-        if of_rank_0 and is_lasting(numbers):
+        if of_rank_0:
             _write(name, features, numbers, most_bytes=most_bytes)
         return features, numbers
     features, numbers = kept or (torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dinoscale import distributed
 from dinoscale.data.augment import by_plane
-from dinoscale.data.decode import BadSampleError, Picture
+from dinoscale.data.decode import Picture
 from dinoscale.data.loader import eval_batches
 from dinoscale.data.sources import Source
 from dinoscale.errors import ConfigError, DataError, NonFiniteError, RunFailedError
@@ -92,14 +92,14 @@ def extract_features(
     progress: bool = False,
     on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a backbone over all readable images of a labelled source, without augmentation.
+    """Run a backbone over all undamaged images of a labelled source, without augmentation.
 
     All ranks of a job call it, each runs its share, and all get the whole. The backbone is put into
     eval mode and back. Its weights must be on `device`; images enter in their dtype.
 
     Args:
         backbone: takes a list of images (N, C, H, W), returns (N, D).
-        source: labelled images; unreadable ones are left out with a warning.
+        source: labelled images; damaged ones are left out with a warning.
         resize: short side after the bicubic resize, in pixels.
         crop: side of the center crop, in pixels.
         mean: of each channel, in 0..1.
@@ -120,6 +120,7 @@ def extract_features(
         DataError: an image has no label.
         NonFiniteError: a feature is not a finite number.
         RunFailedError: a batch needs more memory than there is.
+        UnavailableError: the file of an image cannot be read, whatever is in it.
     """
     labels = check_labels(source, name="evaluation")
     device = torch.device(device)
@@ -136,32 +137,8 @@ def extract_features(
         features, numbers = extract()
     else:
         key = partial(features_key, backbone, source, preparation, taken=taken, device=device)
-        features, numbers = through_cache(
-            key,
-            extract,
-            num_images=len(source),
-            device=device,
-            is_lasting=partial(_are_damaged, source),
-        )
+        features, numbers = through_cache(key, extract, num_images=len(source), device=device)
     return features, torch.from_numpy(labels)[numbers.cpu()].to(device)
-
-
-def _are_damaged(source: Source, read: Tensor) -> bool:
-    """Whether images that were not read are damaged; one that was away may be back a moment later.
-
-    Args:
-        source: the images.
-        read: numbers of those that were.
-    """
-    for number in np.setdiff1d(np.arange(len(source)), read.cpu().numpy()).tolist():
-        try:
-            source.picture(number).pixels()
-        except BadSampleError as error:
-            if not error.unavailable:
-                continue
-        log.warning("%s could not be read for a while: features are not kept", source.path(number))
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -250,7 +227,7 @@ def pixel_features(
     clear: it measures how far color and layout alone tell the classes. Shared out over ranks.
 
     Args:
-        source: labelled images; unreadable ones are left out with a warning.
+        source: labelled images; damaged ones are left out with a warning.
         batch_size: images that travel from a worker at a time.
         num_workers: processes that decode; 0 decodes in this one.
 
@@ -259,6 +236,7 @@ def pixel_features(
 
     Raises:
         DataError: an image has no label, or none can be read.
+        UnavailableError: the file of an image cannot be read, whatever is in it.
     """
     labels = check_labels(source, name="evaluation")
 
