@@ -83,7 +83,7 @@ def read_huggingface(
     Args:
         state: tensors of the file.
         content: with config.json and preprocessor_config.json if they lie beside it.
-        num_heads: None takes what config.json says, else 64 channels a head.
+        num_heads: used where there is no config.json; None takes 64 channels a head.
 
     Raises:
         CheckpointError: it is another model, or config.json asks for what we do not build.
@@ -108,7 +108,7 @@ def read_huggingface(
         )
     else:
         heads = settings.get("num_attention_heads", _NUM_HEADS)
-    shape = guess_shape(backbone, num_heads=num_heads or heads)
+    shape = guess_shape(backbone, num_heads=heads or num_heads)
     card = reference_card(replace(shape, norm_eps=eps), source=content.name)
     card = parse_card(_with_preprocessing(card, content.preprocessing or {}).to_json())
     if content.card is not None:  # the one thing that the library's files have no place for

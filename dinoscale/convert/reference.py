@@ -204,7 +204,7 @@ def guess_shape(
     Args:
         state: a backbone under the reference's names, or those timm gives DINOv2's layers.
         args: the `argparse.Namespace` of a full checkpoint, or None.
-        num_heads: no tensor tells it; None takes it from `args`, else embed_dim / 64.
+        num_heads: no tensor tells it; used where `args` do not either; None takes embed_dim / 64.
 
     Raises:
         CheckpointError: the tensors are not those of a ViT or a ResNet-50.
@@ -255,7 +255,8 @@ def _guess_vit(
         shapes = f"{[*patches.shape]}, {[*positions.shape]}"
         raise CheckpointError(f"has patch_embed.proj.weight, pos_embed of odd shapes {shapes}")
     embed_dim, patch_size = patches.shape[0], patches.shape[-1]
-    depth = max(blocks) + 1
+    depth, told = max(blocks) + 1, getattr(args, "num_heads", None)
+    heads = told if isinstance(told, int) and told > 0 else num_heads
     family = VIT_NAMES.get(embed_dim, "vit_small")  # the sizes below override the name's
     name = f"{family}_patch{8 if patch_size == 8 else 16}_224"
     num_prefix = 1
@@ -269,7 +270,7 @@ def _guess_vit(
         patch_size=patch_size,
         embed_dim=embed_dim,
         depth=depth,
-        num_heads=num_heads or _guess_heads(embed_dim, args=args),
+        num_heads=heads or _guess_heads(embed_dim, known_sizes=args is not None),
         in_chans=_channels(state, "patch_embed.proj.weight"),
     )
 
@@ -291,17 +292,19 @@ def _channels(state: Mapping[str, Tensor], name: str) -> int:
     return tensor.shape[1]
 
 
-def _guess_heads(embed_dim: int, *, args: object) -> int:
-    """Heads from the settings of the run, else 64 channels a head as in the reference."""
-    told = getattr(args, "num_heads", None)
-    if isinstance(told, int) and told > 0:
-        return told
+def _guess_heads(embed_dim: int, *, known_sizes: bool) -> int:
+    """64 channels a head, as in the reference.
+
+    Args:
+        embed_dim: of the backbone.
+        known_sizes: a run of the reference wrote the file: it has no other sizes.
+    """
     if embed_dim % HEAD_DIM:
         raise CheckpointError(
             f"has embed_dim {embed_dim}, from which the number of heads cannot be guessed: "
             "give num_heads"
         )
-    if args is None or embed_dim not in VIT_NAMES:  # a run of the reference has its sizes
+    if not known_sizes or embed_dim not in VIT_NAMES:
         log.warning(
             "weights of embed_dim %d do not tell their heads: assuming num_heads=%d, as the "
             "reference's have; features are wrong if the run used another number",

@@ -39,13 +39,19 @@ def read_source(
         num_heads: for files whose heads are not 64 channels wide and that do not tell.
 
     Raises:
-        CheckpointError: nothing is there, it is damaged, or its format is unknown; the text begins
-            with the path.
+        CheckpointError: nothing is there, it is damaged, its format is unknown, or it tells another
+            number of heads; the text begins with the path.
     """
     try:
         if is_run(Path(path)):
-            return read_run(Path(path), network=network, goes_on=goes_on)
-        return _weights_of(read_content(Path(path), goes_on), network=network, num_heads=num_heads)
+            weights = read_run(Path(path), network=network, goes_on=goes_on)
+        else:
+            content = read_content(Path(path), goes_on)
+            weights = _weights_of(content, network=network, num_heads=num_heads)
+        told = weights.card.backbone.num_heads
+        if num_heads not in (None, told):
+            raise CheckpointError(f"tells its heads: num_heads={told}, not {num_heads}; omit that")
+        return weights
     except CheckpointError as error:
         text = str(error)
         raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from error

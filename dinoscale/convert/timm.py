@@ -46,7 +46,7 @@ def timm_card(
     Args:
         state: the backbone's tensors.
         content: with the settings.
-        num_heads: None takes what config.json says, or the architecture's own.
+        num_heads: used where config.json says nothing; None takes the architecture's own.
 
     Raises:
         CheckpointError: config.json has entries of other types, or asks for what we do not build.
@@ -65,7 +65,7 @@ def timm_card(
     shape = replace(
         guess_shape(state, num_heads=num_heads or 1),
         name=settings["architecture"],
-        num_heads=num_heads or args.get("num_heads"),
+        num_heads=args.get("num_heads") or num_heads,
     )
     crop = _image_side(told, default=shape.img_size)
     share = told.get("crop_pct") or _CROP_PCT

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from dinoscale.convert.weights_file import BackboneCard
-from dinoscale.errors import ConfigError
+from dinoscale.errors import ConfigError, OutputError
 from dinoscale.evaluate.labelled import describe_set
 from dinoscale.evaluate.subject import Subject
 from dinoscale.evaluate.untrained import untrained_backbone
@@ -18,6 +18,7 @@ from dinoscale.fingerprint import digest_of
 
 Result = Mapping[str, object]  # ready for JSON
 Log = Callable[[Result], None]
+_LONGEST_LINE = 1 << 20  # bytes; those of results have some hundreds
 
 
 def report_of(
@@ -47,6 +48,7 @@ def report_of(
 
     Raises:
         ConfigError: the log cannot be written.
+        OutputError: something else lies where it is to be.
     """
     log = _ResultLog(log_path)
     settings = digest_of([subject.specs, protocol])  # one file may hold lines of several
@@ -85,10 +87,15 @@ class _ResultLog:
 
     Raises:
         ConfigError: the file cannot be written.
+        OutputError: it holds something else.
     """
 
     def __init__(self, path: str | Path | None):
         self._path = None if path is None else Path(path)
+        if self._path is not None and self._path.is_file() and not _is_log(self._path):
+            raise OutputError(
+                f"log: {self._path} exists, and is no log of results: choose another name"
+            )
         self._append("")
 
     def add(self, record: Result) -> None:
@@ -108,6 +115,16 @@ class _ResultLog:
                 file.write(text)
         except OSError as error:
             raise ConfigError(f"log: {self._path} cannot be written ({error.strerror})") from error
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is empty or begins with a result."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline(_LONGEST_LINE)
+            return not line or {"task", "weights", "network"} <= set(json.loads(line))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def preprocessing(card: BackboneCard) -> dict[str, object]:

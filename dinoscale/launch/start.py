@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ def choose(wishes: Wishes) -> Way:
         raise LaunchError("say how: --hostfile FILE, --nodes N, or --slurm; see launch --help")
     _refuse_unused(wishes, name, used)
     _require_ranges(wishes)
+    _refuse_secrets([*wishes.options, *wishes.ssh_options])
     if wishes.slurm:
         return _by_slurm(wishes)
     return _by_hostfile(wishes, wishes.hostfile) if wishes.hostfile else _by_torchrun(wishes)
@@ -128,6 +129,20 @@ def _require_ranges(wishes: Wishes) -> None:
     address = wishes.master_addr
     if address is not None and not _HOST.fullmatch(address):
         raise LaunchError(f"--master-addr={address!r} is no host name and no address")
+
+
+def _refuse_secrets(words: Sequence[str]) -> None:
+    """The line that starts the nodes is printed, and every user of a node can read it there."""
+    for word in words:
+        for assignment in word.split(","):  # of --export=ALL,NAME=value two
+            *names, value = assignment.split("=")
+            for name in names:
+                if holds_secret(name.strip("-"), value):
+                    raise LaunchError(
+                        f"--options, --ssh-options: {name} holds a secret, which would be printed"
+                        " and stand on command lines that every user of a node can read; export it"
+                        " here, and name it without its value"
+                    )
 
 
 def _by_hostfile(wishes: Wishes, hostfile: str) -> Way:

@@ -83,6 +83,13 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_beside_it(
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_heads_that_are_told_are_not_contradicted(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    save_backbone(tmp_path / "w", state, CARD)
+    assert load_backbone(tmp_path / "w", num_heads=3)[1] == CARD
+    with pytest.raises(CheckpointError, match="w: tells its heads: num_heads=3, not 6"):
+        load_backbone(tmp_path / "w", num_heads=6)
+
+
 def test_a_missing_tensor_is_named_and_counted(tmp_path: Path, state: dict[str, Tensor]) -> None:
     del state["blocks.1.norm1.weight"], state["norm.bias"]
     save_backbone(tmp_path / "w", state, CARD)

@@ -15,7 +15,7 @@ from sklearn.preprocessing import normalize
 
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.sources import open_source
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, OutputError
 from dinoscale.evaluate.features import extract_features
 from dinoscale.evaluate.logistic import CS, evaluate_logistic, held_out, scores_of
 from dinoscale.evaluate.subject import Reading
@@ -106,6 +106,14 @@ def test_separable_classes_are_all_told_apart_and_logged(colors: Colors, tmp_pat
     _run(colors, colors.train, colors.test, log_path=log, seed=1)
     settings = [json.loads(line)["settings"] for line in log.read_text().splitlines()]
     assert len(set(settings[:8])) == len(set(settings[8:])) == 1 != len(set(settings))
+
+
+def test_results_are_appended_to_no_other_file(colors: Colors, tmp_path: Path) -> None:
+    for name, text in (("thesis.txt", "It began"), ("run.jsonl", '{"step": 1}\n'), ("n", "1\n")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(OutputError, match=f"{name} exists, and is no log of results"):
+            _run(colors, colors.train, colors.test, log_path=tmp_path / name)
+        assert (tmp_path / name).read_text() == text
 
 
 def test_the_default_grid_is_the_published_one() -> None:

@@ -37,7 +37,7 @@ WAYS = {
     "slurm": ["--slurm"],
     "slurm_sized": [
         *("--slurm", "--nodes", "4", "--per-node", "8"),
-        *("--options", "--partition gpu --comment 'a b'"),
+        *("--options", "--partition gpu --comment 'a b' --export=ALL,HF_TOKEN"),
     ],
 }
 
@@ -116,12 +116,16 @@ def test_secrets_of_this_shell_are_not_handed_on_by_deepspeed(
         (["--nodes", "2", "--ssh-options", "-4"], "--ssh-options: has no meaning with --nodes"),
         (["--slurm", "--per-node", "0"], "--per-node=0 is not in 1..1024"),
         (["--slurm", "--master-port", "1"], "--master-port: has no meaning with --slurm"),
+        (["--slurm", "--options=--export=ALL,HF_TOKEN=ab12"], "HF_TOKEN holds a secret"),
+        ([*HOSTS, "--options=--export=API_KEY=ab12"], "API_KEY holds a secret"),
+        ([*HOSTS, "--ssh-options=-o A=https://me:ab12@host"], "A holds a secret"),
         (["--slurm", "train.epoch=3"], "train.epoch: unknown key"),
     ],
 )  # fmt: skip
 def test_contradiction_is_refused(arguments: list[str], said: str) -> None:
-    with pytest.raises(DinoscaleError, match=said):
+    with pytest.raises(DinoscaleError, match=said) as caught:
         cli.run(["launch", "vit_s16", *arguments, "--dry-run"])
+    assert "ab12" not in str(caught.value)
 
 
 def test_directory_that_deepspeed_would_not_quote_is_refused(
