@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dinoscale.checkpoint.layout import checkpoints
-from dinoscale.data.sources import expand_pattern
-from dinoscale.errors import DataError
+from dinoscale.data.behind import files_behind
 from dinoscale.fingerprint import Fingerprint, code_print, files_print, fingerprint
 
 WEIGHTS = "weights"  # the option
@@ -51,51 +50,14 @@ def _is_there(spec: str) -> bool:
 def _print_of(name: str, spec: str) -> object:
     if spec.startswith("synthetic:"):
         return spec
-    path = os.path.realpath(os.path.expanduser(spec))
-    if name == WEIGHTS:
-        return files_print(*_of_weights(path))
-    if os.path.isdir(path):
-        return files_print(path, _below(path))
-    if os.path.isfile(path):
-        return files_print(os.path.dirname(path), _of_file(path))
-    return files_print(os.path.dirname(path), _of_pattern(spec))
+    return files_print(*(_of_weights(spec) if name == WEIGHTS else files_behind(spec)))
 
 
-def _of_weights(path: str) -> tuple[str, Sequence[str]]:
+def _of_weights(spec: str) -> tuple[str, Iterable[str]]:
     """Folder and files of weights: of a run its newest checkpoint; of a file its card, too."""
+    path = os.path.realpath(os.path.expanduser(spec))
     if not os.path.isdir(path):
         card = f"{path}.json"
         return os.path.dirname(path), [path, *([card] if os.path.isfile(card) else [])]
     newest = [str(checkpoint) for checkpoint in checkpoints(Path(path))][-1:]
-    folder = newest[0] if newest else path
-    return folder, [*_below(folder)]
-
-
-def _below(folder: str) -> Iterator[str]:
-    """All files of a folder and of those below it, in one order; links to folders are followed."""
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        folders[:] = sorted(
-            name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen
-        )
-        yield from (os.path.join(place, name) for name in sorted(files))
-
-
-def _of_file(path: str) -> Iterator[str]:
-    """A file and, where it is a list of files, those that it names."""
-    yield path
-    if path.lower().endswith(".txt") and os.access(path, os.R_OK):
-        with open(path, "rb") as lines:
-            for line in lines:
-                named = os.path.join(os.path.dirname(path), os.fsdecode(line.strip()))
-                if os.path.isfile(named):
-                    yield named
-
-
-def _of_pattern(spec: str) -> list[str]:
-    """Files of a pattern; its own name where they are not there, which the task will say."""
-    try:
-        return [os.path.abspath(path) for path in expand_pattern(os.path.expanduser(spec))]
-    except DataError:
-        return [os.path.abspath(spec)]
+    return files_behind(newest[0] if newest else path)

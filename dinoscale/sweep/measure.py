@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 
-from dinoscale.errors import DataError
+from dinoscale.data.behind import files_behind
 from dinoscale.fingerprint import Fingerprint, differences, files_print, fingerprint
 from dinoscale.versions import versions
 
@@ -30,9 +30,12 @@ def print_of(line: str, words: Sequence[str]) -> Fingerprint:
 
 @functools.cache  # the images of all runs are the same
 def _print_of(line: str, options: tuple[str, ...]) -> Fingerprint:
-    images = {
-        name: files_print(name, files) for name in _read(options) if (files := _files_of(name))
-    }
+    images = {}
+    for name in filter(_is_input, _read(options)):
+        folder, files = files_behind(name)
+        found = files_print(folder, files)
+        if found["number"]:
+            images[name] = found
     return fingerprint(input=images, command={"line": line}, code=versions())
 
 
@@ -44,19 +47,11 @@ def _read(options: Sequence[str]) -> Iterator[str]:
             yield value if flag.startswith("--") else option
 
 
-def _files_of(name: str) -> list[str]:
-    """Files of a folder, of shards by a pattern, or of one name; none where there are none."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return sorted(str(file) for file in path.rglob("*") if not file.is_dir()) if name else []
-    if path.exists() or not set("{*?[") & set(name):
-        return [str(path)] if path.exists() else []
-    from dinoscale.data.sources import expand_pattern  # takes a second, and few need it
-
-    try:
-        return expand_pattern(str(path))
-    except DataError:
-        return []
+def _is_input(word: str) -> bool:
+    """Whether it names what is there, or may be the pattern of it."""
+    return bool(word) and (
+        os.path.exists(os.path.expanduser(word)) or bool(set("{*?[") & set(word))
+    )
 
 
 def changed_input(kept: object, now: Fingerprint) -> list[str]:

@@ -78,7 +78,7 @@ def test_metric_of_images_that_were_replaced_is_measured_again(
     assert read_result(tmp_path, KEY).metrics == {"own": 0.75}
 
 
-def test_what_is_measured_on_is_known_by_a_pattern_too_and_what_is_written_is_not(
+def test_what_is_measured_on_is_known_by_a_pattern_or_list_and_what_is_written_is_not(
     tmp_path: Path,
 ) -> None:
     def now(*options: str) -> Fingerprint:
@@ -95,6 +95,11 @@ def test_what_is_measured_on_is_known_by_a_pattern_too_and_what_is_written_is_no
         assert measure.changed_input(before, now(*options)) == []
         shards[0].write_bytes(shards[0].read_bytes() + b"1")
         assert "sizes" in measure.changed_input(before, now(*options))[0]
+    listed = tmp_path / "test.txt"
+    listed.write_text("0.tar\n")
+    before = now(f"--test={listed}")
+    shards[0].write_bytes(shards[0].read_bytes() + b"1")
+    assert "sizes" in measure.changed_input(before, now(f"--test={listed}"))[0]
     (tmp_path / "sub").mkdir()
     before = now(*line[1:])
     (tmp_path / "sub" / "empty").mkdir()
