@@ -19,9 +19,9 @@ from data_tools.headers import read_header
 from data_tools.journal import Json
 from data_tools.numbering import numbering_of
 from data_tools.shard_writer import plan_shards, stored_bytes, write_set
-from dinoscale.data.decode import RGB
-from dinoscale.data.folder import FolderSource
-from dinoscale.data.mixture import left_out_of
+from dinoscale.data.decoding.decode import RGB
+from dinoscale.data.sources.folder import FolderSource
+from dinoscale.data.sources.mixture import left_out_of
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)

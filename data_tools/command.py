@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinoscale.cores import cores_at_hand
 from dinoscale.errors import DataError, UnavailableError
+from dinoscale.runtime.cores import cores_at_hand
 
 if TYPE_CHECKING:
-    from dinoscale.data.decode import Decoder
+    from dinoscale.data.decoding.decode import Decoder
 
     SubCommands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -101,7 +101,7 @@ def _add_channels(command: argparse.ArgumentParser) -> None:
 
 
 def _decoder(options: argparse.Namespace) -> Decoder:
-    from dinoscale.data.decode import Decoder
+    from dinoscale.data.decoding.decode import Decoder
 
     if options.channels < 1 or (options.white is not None and not options.white > 0):
         raise DataError(

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from dinoscale.data.decode import BadSampleError
-from dinoscale.data.sources import Source
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.sources.source import Source
 
 _SIDE = 128  # pixels of a picture at most
 _GAP = 6

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from data_tools.files import open_pictures, work_on
 from data_tools.journal import Json, write_whole
 from data_tools.survey import in_blocks, sample_ids, survey, unavailable_of
-from dinoscale.data.decode import RGB, BadSampleError, Decoder
-from dinoscale.data.sources import Source
+from dinoscale.data.decoding.decode import RGB, BadSampleError, Decoder
+from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
 
 _WHITE = 255  # of the pixels that a training sees

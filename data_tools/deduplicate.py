@@ -28,8 +28,8 @@ from data_tools.near_duplicates import (
 )
 from data_tools.numbering import numbering_of
 from data_tools.survey import in_blocks, survey, unavailable_of
-from dinoscale.data.decode import RGB, BadSampleError
-from dinoscale.data.folder import FolderSource
+from dinoscale.data.decoding.decode import RGB, BadSampleError
+from dinoscale.data.sources.folder import FolderSource
 from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)

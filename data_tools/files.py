@@ -16,18 +16,30 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoscale.data.decode import RGB, Decoder, Picture
-from dinoscale.data.files import unavailable, write_names
-from dinoscale.data.folder import FolderSource
-from dinoscale.data.left_out import is_junk
-from dinoscale.data.listing import COMPRESSED_TAR, Beside, Listing, class_folders, list_folder
-from dinoscale.data.patient_file import PatientFile
-from dinoscale.data.shards import TarSource
-from dinoscale.data.sources import Source, expand_pattern, open_source
-from dinoscale.data.tar_headers import Member, read_members
+from dinoscale.data.decoding.decode import RGB, Decoder, Picture
+from dinoscale.data.shards.tar_headers import Member, read_members
+from dinoscale.data.shards.tar_source import TarSource
+from dinoscale.data.sources.folder import FolderSource
+from dinoscale.data.sources.image_files import unavailable, write_names
+from dinoscale.data.sources.left_out import is_junk
+from dinoscale.data.sources.listing import (
+    COMPRESSED_TAR,
+    Beside,
+    Listing,
+    class_folders,
+    list_folder,
+)
+from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.sources.source import Source, expand_pattern, open_source
 from dinoscale.errors import DataError, UnavailableError
-from dinoscale.fingerprint import Fingerprint, code_print, digest_of, files_print, fingerprint
-from dinoscale.patience import Patience, is_there, patiently
+from dinoscale.runtime.fingerprint import (
+    Fingerprint,
+    code_print,
+    digest_of,
+    files_print,
+    fingerprint,
+)
+from dinoscale.runtime.retry import Patience, is_there, patiently
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from dinoscale.data.arrays import NPY_START, TIFF_STARTS, array_header
-from dinoscale.data.decode import RGB, BadSampleError
+from dinoscale.data.decoding.arrays import NPY_START, TIFF_STARTS, array_header
+from dinoscale.data.decoding.decode import RGB, BadSampleError
 
 _PILLOW_CHANNELS = 4
 

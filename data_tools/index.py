@@ -6,9 +6,9 @@ import os
 import time
 
 from data_tools.journal import Json
-from dinoscale.data.mixture import left_out_of
-from dinoscale.data.shards import TarSource
-from dinoscale.data.sources import open_source
+from dinoscale.data.shards.tar_source import TarSource
+from dinoscale.data.sources.mixture import left_out_of
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DataError
 
 

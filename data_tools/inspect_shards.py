@@ -15,8 +15,8 @@ from data_tools.headers import read_header
 from data_tools.journal import Json, check_place, write_whole
 from data_tools.numbering import numbering_of
 from data_tools.survey import in_blocks, sample_ids, survey, unavailable_of
-from dinoscale.data.decode import BadSampleError
-from dinoscale.data.mixture import left_out_of
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.sources.mixture import left_out_of
 from dinoscale.errors import DataError
 
 _SHOWN = 20  # classes in the summary, the largest and the smallest

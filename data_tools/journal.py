@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dinoscale.errors import DataError, OutputError
-from dinoscale.fingerprint import differences
-from dinoscale.outputs import replacing, require_ours, workplace
-from dinoscale.patience import patiently
+from dinoscale.runtime.fingerprint import differences
+from dinoscale.runtime.outputs import replacing, require_ours, workplace
+from dinoscale.runtime.retry import patiently
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from data_tools.files import Files
 from data_tools.journal import read_if_there
-from dinoscale.data.classes import FILE_NAME, name_key, read_classes
-from dinoscale.data.folder import in_order
+from dinoscale.data.sources.classes import FILE_NAME, name_key, read_classes
+from dinoscale.data.sources.folder import in_order
 from dinoscale.errors import DataError
 
 _Names = tuple[str, ...]  # of one class

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from dinoscale.data.children import end_with_parent
+from dinoscale.data.worker_process import end_with_parent
 from dinoscale.errors import DataError, RunFailedError
 
 S = TypeVar("S")

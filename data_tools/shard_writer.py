@@ -25,13 +25,19 @@ from tqdm import tqdm
 from data_tools.journal import Journal, Json, fingerprint_of, read_if_there, write_whole
 from data_tools.parallel import ordered_map
 from data_tools.survey import require_few_unavailable
-from dinoscale.data.classes import FILE_NAME as CLASSES
-from dinoscale.data.decode import BadSampleError
-from dinoscale.data.manifest import FILE_NAME, FORMAT
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.shards.manifest import FILE_NAME, FORMAT
+from dinoscale.data.sources.classes import FILE_NAME as CLASSES
 from dinoscale.errors import DataError, RunFailedError
-from dinoscale.fingerprint import Fingerprint, code_print, differences, digest_of, fingerprint
-from dinoscale.outputs import sha256
-from dinoscale.patience import patiently
+from dinoscale.runtime.fingerprint import (
+    Fingerprint,
+    code_print,
+    differences,
+    digest_of,
+    fingerprint,
+)
+from dinoscale.runtime.outputs import sha256
+from dinoscale.runtime.retry import patiently
 
 log = logging.getLogger(__name__)
 

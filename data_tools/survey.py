@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data_tools.journal import Journal, Json, check_place
 from data_tools.parallel import ordered_map
-from dinoscale.data.decode import BadSampleError
+from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.errors import DataError, UnavailableError
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from data_tools.build_shards import summary_of
 from data_tools.journal import Json
 from data_tools.numbering import class_lines
 from data_tools.shard_writer import plan_shards, stored_bytes, write_set
-from dinoscale.data.synthetic import ShapesSource
+from dinoscale.data.sources.synthetic import ShapesSource
 
 
 def synthetic(

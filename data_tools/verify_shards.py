@@ -16,10 +16,10 @@ from data_tools.files import open_pictures, shards_of, work_on
 from data_tools.journal import Json, write_whole
 from data_tools.shard_writer import file_sha256, read_manifest
 from data_tools.survey import in_blocks, survey
-from dinoscale.data.decode import RGB, BadSampleError, Decoder
-from dinoscale.data.sources import Source, open_source
+from dinoscale.data.decoding.decode import RGB, BadSampleError, Decoder
+from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import DataError, UnavailableError
-from dinoscale.fingerprint import code_print, digest_of, files_print, fingerprint
+from dinoscale.runtime.fingerprint import code_print, digest_of, files_print, fingerprint
 
 _SHOWN = 20  # bad samples in the summary; the list has all
 

@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from dinoscale import cli, logs
+from dinoscale import cli
 from dinoscale.errors import DinoscaleError, LaunchError, PreemptedError
-from dinoscale.launcher import read_process
+from dinoscale.runtime import logs
+from dinoscale.runtime.launcher_env import read_process
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def _rank() -> int:
 
 def _end(text: str, code: int) -> NoReturn:
     """Say why, without the passwords of URLs and commands that were typed, and leave."""
-    from dinoscale.config.secret_text import hide_secrets  # brings libraries, see _look_here_last
+    from dinoscale.config.secrets import hide_secrets  # brings libraries, see _look_here_last
 
     logs.last_words(str(hide_secrets(text)))
     sys.stdout.flush()

@@ -87,9 +87,9 @@ def _end_of(process: Forked) -> str:
 
 
 def _call(function: str, folder: Path) -> None:
-    from dinoscale import distributed
     from dinoscale.__main__ import leave
-    from dinoscale.launcher import read_process
+    from dinoscale.runtime import distributed
+    from dinoscale.runtime.launcher_env import read_process
 
     process = read_process(os.environ)
     distributed.start(process)

@@ -13,7 +13,7 @@ import torch._dynamo  # noqa: F401
 import wandb  # noqa: F401
 
 import dinoscale.cli
-import dinoscale.trainer  # noqa: F401
+import dinoscale.training.trainer  # noqa: F401
 from dinoscale.engine.student import _import_muon
 from dinoscale.models._torchvision import ensure_torchvision
 

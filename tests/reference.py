@@ -24,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinoscale.config import RunConfig
 from dinoscale.engine.build import build_networks
+from dinoscale.engine.schedules import StepValues
 from dinoscale.errors import ConfigError
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.vit import VisionTransformer
-from dinoscale.schedules import StepValues
 
 _EPS = 1e-6  # of layer norms, and beside the norms that clip
 

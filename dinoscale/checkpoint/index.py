@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 
-from dinoscale.checkpoint.patience import patiently
+from dinoscale.checkpoint.read_errors import patiently
 
 _LENGTH_BYTES = 8  # of the header's length, little-endian
 _MAX_HEADER_BYTES = 100 * 2**20  # as safetensors has it

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dinoscale.checkpoint.patience import names_in
+from dinoscale.checkpoint.read_errors import names_in
 
 FORMAT = 2
 MASTER, EMA = "master", "ema"

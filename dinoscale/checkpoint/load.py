@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dinoscale.checkpoint.files import ShardFiles
+from dinoscale.checkpoint.checksums import read_sums, verify
 from dinoscale.checkpoint.index import ShardIndex, index_from_bytes, index_of_headers
 from dinoscale.checkpoint.layout import (
     EMA,
@@ -27,9 +27,9 @@ from dinoscale.checkpoint.layout import (
     is_checkpoint,
     named_step,
 )
-from dinoscale.checkpoint.patience import patiently
 from dinoscale.checkpoint.progress import Progress, read_measured
-from dinoscale.checkpoint.sums import read_sums, verify
+from dinoscale.checkpoint.read_errors import patiently
+from dinoscale.checkpoint.shard_files import ShardFiles
 from dinoscale.errors import CheckpointError, UnreadableError
 
 log = logging.getLogger(__name__)

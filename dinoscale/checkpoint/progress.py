@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from dinoscale.checkpoint.layout import MEASURED_FILE
-from dinoscale.checkpoint.patience import is_missing
+from dinoscale.checkpoint.read_errors import is_missing
 from dinoscale.errors import CheckpointError
 
 _WINDOW = 32  # losses remembered

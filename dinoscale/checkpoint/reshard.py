@@ -9,12 +9,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from dinoscale.checkpoint.checksums import flushed_sum, seal
 from dinoscale.checkpoint.layout import SHARED_FILE, STATE_FILE, directory, part_of, shard_file
 from dinoscale.checkpoint.load import Checkpoint, open_run
 from dinoscale.checkpoint.progress import write_measured
-from dinoscale.checkpoint.sums import flushed_sum, seal
 from dinoscale.errors import CheckpointError
-from dinoscale.outputs import write_tensors
+from dinoscale.runtime.outputs import write_tensors
 
 
 def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:

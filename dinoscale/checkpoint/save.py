@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from dinoscale import distributed
+from dinoscale.checkpoint.checksums import flushed_sum, seal
 from dinoscale.checkpoint.layout import (
     EMA,
     FORMAT,
@@ -32,11 +32,11 @@ from dinoscale.checkpoint.layout import (
 )
 from dinoscale.checkpoint.progress import write_measured
 from dinoscale.checkpoint.retention import Keep, prune
-from dinoscale.checkpoint.sums import flushed_sum, seal
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import LostPeerError
-from dinoscale.outputs import write_tensors
+from dinoscale.runtime import distributed
+from dinoscale.runtime.outputs import write_tensors
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from dinoscale.cli.planning import add_planning
 from dinoscale.cli.ranks import prepared, require_one_process, tell_others
 from dinoscale.cli.sweep import add_sweep
 from dinoscale.errors import LaunchError
-from dinoscale.launcher import read_process
+from dinoscale.runtime.launcher_env import read_process
 
 if TYPE_CHECKING:
     from dinoscale.config import RunConfig
@@ -143,8 +143,8 @@ def _train(options: argparse.Namespace) -> dict[str, Any] | None:
     # Else a lost rank is reported by screens of C++ frames, around the one line that says which.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     config, train = prepared(lambda: _loaded(options))
-    from dinoscale import distributed
-    from dinoscale.watchdog import collectives_timeout_s
+    from dinoscale.runtime import distributed
+    from dinoscale.runtime.watchdog import collectives_timeout_s
 
     process = read_process(os.environ)
     # The watchdog first, which has more to say than a collective that gave up.
@@ -159,12 +159,12 @@ def _loaded(options: argparse.Namespace) -> tuple[RunConfig, Callable[..., dict[
     from dinoscale.config import load_config
 
     config = load_config(options.config, options.overrides)
-    from dinoscale.trainer import train
+    from dinoscale.training.trainer import train
 
     return config, train
 
 
 def _quickstart(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.quickstart import quickstart
+    from dinoscale.training.quickstart import quickstart
 
     return quickstart(Path(options.run_dir))

@@ -15,7 +15,7 @@ from dinoscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
-    from dinoscale.evaluate.compare_runs import Job
+    from dinoscale.reports.comparison.runs import Job
 
 _DRAWING = ("attention", "segment", "pca", "video")  # take --out DIR for their pictures
 
@@ -62,8 +62,8 @@ def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) ->
 def _evaluate_compare(
     add_tasks: Callable[[SubCommands], None], options: argparse.Namespace
 ) -> None:
-    from dinoscale.evaluate.compare import compare, outcome_of_report
-    from dinoscale.evaluate.compare_runs import measure_all
+    from dinoscale.reports.comparison.compare import compare, outcome_of_report
+    from dinoscale.reports.comparison.runs import measure_all
 
     require_one_process(
         "evaluate compare",
@@ -74,7 +74,7 @@ def _evaluate_compare(
     jobs = _jobs(options, add_tasks, out / "results")
     reports = [outcome_of_report(Path(path)) for path in options.sources if _is_report(path)]
     comparison = compare([*reports, *measure_all(jobs)])
-    from dinoscale.evaluate.compare_page import write_page  # loads matplotlib
+    from dinoscale.reports.comparison.page import write_page  # loads matplotlib
 
     result = comparison.as_json() | {"page": str(out / "compare.html")}
     write_page(comparison, out)
@@ -126,8 +126,8 @@ class _LineParser(argparse.ArgumentParser):
 
 
 def _job(parser: argparse.ArgumentParser, weights: str, line: str, folder: Path) -> Job:
-    from dinoscale.evaluate.compare_runs import Job, result_path
-    from dinoscale.evaluate.made_from import made_from
+    from dinoscale.evaluate.provenance import made_from
+    from dinoscale.reports.comparison.runs import Job, result_path
 
     try:
         task, words = split_line(line)

@@ -104,7 +104,7 @@ def _add_size(task: argparse.ArgumentParser, *, also: str = "") -> None:
 
 def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
     if options.sheet:
-        from dinoscale.evaluate.attention import evaluate_attention
+        from dinoscale.evaluate.dense.attention import evaluate_attention
 
         return evaluate_attention(
             options.weights,
@@ -114,7 +114,7 @@ def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
             network=options.network,
             num_heads=options.num_heads,
         )
-    from dinoscale.evaluate.attention_files import write_attention
+    from dinoscale.evaluate.dense.attention_files import write_attention
 
     return write_attention(
         options.weights,
@@ -129,7 +129,7 @@ def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.evaluate.segment import evaluate_segment
+    from dinoscale.evaluate.dense.segment import evaluate_segment
 
     return evaluate_segment(
         options.weights,
@@ -145,7 +145,7 @@ def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate_pca(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.evaluate.pca import evaluate_pca
+    from dinoscale.evaluate.dense.pca import evaluate_pca
 
     return evaluate_pca(
         options.weights,

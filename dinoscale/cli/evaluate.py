@@ -83,8 +83,8 @@ def _report(measure: Measure, options: argparse.Namespace) -> dict[str, Any] | N
 
 def _measured(measure: Measure, options: argparse.Namespace) -> dict[str, Any]:
     """The report of a task, with what it was made from."""
-    from dinoscale.evaluate.made_from import made_from
-    from dinoscale.opening import on_first_rank
+    from dinoscale.evaluate.provenance import made_from
+    from dinoscale.runtime.opening import on_first_rank
 
     # Many files take long: the others wait for that in no collective, which would time out.
     before = on_first_rank(lambda _: made_from(vars(options)))
@@ -135,8 +135,8 @@ def _add_knn(tasks: SubCommands) -> None:
 
 
 def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.evaluate.frozen import Extraction
-    from dinoscale.evaluate.knn import KS, evaluate_knn
+    from dinoscale.evaluate.classification.knn import KS, evaluate_knn
+    from dinoscale.evaluate.frozen_backbone import Extraction
 
     how = Extraction(
         network=options.network,

@@ -106,9 +106,9 @@ def _add_ways(launch: argparse.ArgumentParser) -> None:
 
 
 def _launch(options: argparse.Namespace) -> None:
+    from dinoscale.cluster.launch.start import Wishes, check, choose
     from dinoscale.config import load_config
     from dinoscale.errors import ConfigError, LaunchError
-    from dinoscale.launch.start import Wishes, check, choose
 
     if not 0 < options.timeout <= 86400:
         raise ConfigError(f"--timeout: need more than 0 and at most a day, got {options.timeout}")

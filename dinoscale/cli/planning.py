@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import add_config
-from dinoscale.launcher import read_process
+from dinoscale.runtime.launcher_env import read_process
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
@@ -204,8 +204,8 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
     config = load_config(options.config, options.overrides)
     plan = None
     if config.data.sources:
-        from dinoscale.data.decode import Decoder
-        from dinoscale.data.mixture import open_sources, source_sizes
+        from dinoscale.data.decoding.decode import Decoder
+        from dinoscale.data.sources.mixture import open_sources, source_sizes
 
         source = open_sources(
             [part.source for part in config.data.sources],
@@ -226,9 +226,9 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale.config import load_config
 
     config = load_config(options.config, options.overrides)
-    from dinoscale.plan.failures import Restart
-    from dinoscale.plan.report import make_plan
-    from dinoscale.plan.table import as_text
+    from dinoscale.planning.plan.failures import Restart
+    from dinoscale.planning.plan.report import make_plan
+    from dinoscale.planning.plan.table import as_text
 
     plan = make_plan(
         config,
@@ -258,10 +258,10 @@ def _doctor(options: argparse.Namespace) -> None:
     if not 0 < options.timeout <= 86400:
         raise ConfigError(f"--timeout: need more than 0 and at most a day, got {options.timeout}")
     try:
-        from dinoscale import distributed
+        from dinoscale.runtime import distributed
     except (ImportError, OSError) as error:
         raise LaunchError(f"torch does not load: {error}; install it anew") from error
-    from dinoscale.doctor.examine import examine
+    from dinoscale.cluster.doctor.examine import examine
 
     process = read_process(os.environ)
     report = examine(options.config, options.overrides, process, timeout_s=options.timeout)
@@ -278,7 +278,7 @@ def _bench_data(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.config import load_config
 
     config = load_config(options.config, options.overrides)
-    from dinoscale.bench.data import bench_data
+    from dinoscale.planning.bench.data import bench_data
 
     return bench_data(
         config,
@@ -313,7 +313,7 @@ def _step_to_measure(
     from dinoscale.config import load_config
 
     config = load_config(options.config, options.overrides)
-    from dinoscale.bench.step import bench_step
+    from dinoscale.planning.bench.step import bench_step
 
     return config, bench_step
 
@@ -323,7 +323,7 @@ def _show_crops(options: argparse.Namespace) -> dict[str, Any]:
 
     plain = ["data.colors=workers"] if options.plain else []
     config = load_config(options.config, [*options.overrides, *plain])
-    from dinoscale.crop_sheet import show_crops
+    from dinoscale.reports.crop_sheet import show_crops
 
     return show_crops(
         config,

@@ -149,7 +149,7 @@ def _add_common(task: argparse.ArgumentParser) -> None:
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
     """What all three functions take."""
-    from dinoscale.evaluate.subject import Reading
+    from dinoscale.evaluate.classification.inputs import Reading
 
     return {
         "weights_path": options.weights,
@@ -166,8 +166,8 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate_linear(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.errors import ConfigError
-    from dinoscale.evaluate.linear import evaluate_linear
-    from dinoscale.evaluate.linear_protocols import DinoProtocol, GridProtocol
+    from dinoscale.evaluate.classification.linear import evaluate_linear
+    from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, GridProtocol
 
     named = {"iterations": options.iterations, "epochs": options.epochs, "lr": options.lr}
     own = ("iterations",) if options.protocol == "grid" else ("epochs", "lr")
@@ -184,7 +184,7 @@ def _evaluate_linear(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate_logistic(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.evaluate.logistic import CS, evaluate_logistic
+    from dinoscale.evaluate.classification.logistic import CS, evaluate_logistic
 
     return evaluate_logistic(
         cs=options.c or CS,
@@ -193,7 +193,7 @@ def _evaluate_logistic(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate_finetune(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.evaluate.finetune import Recipe, evaluate_finetune
+    from dinoscale.evaluate.classification.finetune import Recipe, evaluate_finetune
 
     return evaluate_finetune(
         recipe=Recipe(

@@ -156,9 +156,9 @@ def add_copies(tasks: SubCommands) -> None:
 
 
 def _evaluate_video(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.data.videos import read_names
-    from dinoscale.evaluate.propagation import Settings
-    from dinoscale.evaluate.video import evaluate_video
+    from dinoscale.data.sources.videos import read_names
+    from dinoscale.evaluate.video.davis import evaluate_video
+    from dinoscale.evaluate.video.propagation import Settings
 
     return evaluate_video(
         options.weights,
@@ -182,7 +182,7 @@ def _evaluate_retrieve(options: argparse.Namespace) -> dict[str, Any]:
     landmarks = (options.images, options.ground_truth)
     if options.data is not None:
         _refuse_beside(options, "--data", ("images", "ground_truth", "imsize"))
-        from dinoscale.evaluate.retrieve import evaluate_retrieve
+        from dinoscale.evaluate.retrieval.retrieve import evaluate_retrieve
 
         return evaluate_retrieve(
             options.weights,
@@ -198,7 +198,7 @@ def _evaluate_retrieve(options: argparse.Namespace) -> dict[str, Any]:
     if None in landmarks:
         raise ConfigError("retrieve: give --data DATA, or --images DIR and --ground-truth FILE")
     _refuse_beside(options, "--images", ("queries",))
-    from dinoscale.evaluate.landmarks import SIZE, evaluate_landmarks
+    from dinoscale.evaluate.retrieval.landmarks import SIZE, evaluate_landmarks
 
     return evaluate_landmarks(
         options.weights,
@@ -213,7 +213,7 @@ def _evaluate_retrieve(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate_copies(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.evaluate.copies import (
+    from dinoscale.evaluate.retrieval.copies import (
         MADE_QUERIES,
         Settings,
         evaluate_copies,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from dinoscale.errors import LaunchError
-from dinoscale.launcher import Process, read_process
+from dinoscale.runtime.launcher_env import Process, read_process
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ def tell_others(error: Exception) -> None:
     with contextlib.suppress(Exception):  # what matters is the error at hand
         process = read_process(os.environ)
         if process.world_size > 1:
-            from dinoscale import distributed
+            from dinoscale.runtime import distributed
 
             distributed.start(process, unfit=error)
 
@@ -91,8 +91,8 @@ def joined(process: Process) -> Iterator[None]:
         LaunchError: the ranks cannot meet.
         RunFailedError: another rank failed or is gone.
     """
-    from dinoscale import distributed
-    from dinoscale.watchdog import Watchdog
+    from dinoscale.runtime import distributed
+    from dinoscale.runtime.watchdog import Watchdog
 
     distributed.start(process)
     hosts = distributed.gather_objects(socket.gethostname())

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
-    from dinoscale.config.sweep import SweepConfig
-    from dinoscale.scaling.laws import MetricFit
-    from dinoscale.sweep.table import Row
+    from dinoscale.config.sweep.file import SweepConfig
+    from dinoscale.scaling.laws.laws import MetricFit
+    from dinoscale.scaling.sweep.table import Row
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def _add_run_report(commands: SubCommands) -> None:
 
 
 def _load(options: argparse.Namespace) -> SweepConfig:
-    from dinoscale.config.sweep import load_sweep
+    from dinoscale.config.sweep.file import load_sweep
     from dinoscale.errors import ConfigError
 
     if _is_table(options):
@@ -116,8 +116,8 @@ def _is_table(options: argparse.Namespace) -> bool:
 
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
     sweep = _load(options)
-    from dinoscale.sweep.design import work_out
-    from dinoscale.sweep.plan import as_text, make_plan
+    from dinoscale.scaling.design.design import work_out
+    from dinoscale.scaling.design.plan import as_text, make_plan
 
     plan = make_plan(sweep, work_out(sweep))
     if options.json:
@@ -129,8 +129,8 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     sweep = _load(options)
     from dinoscale.cli.evaluate import evaluation_words
-    from dinoscale.sweep.design import work_out
-    from dinoscale.sweep.run import run_sweep
+    from dinoscale.scaling.design.design import work_out
+    from dinoscale.scaling.sweep.run import run_sweep
 
     design = work_out(sweep)
     for note in design.notes:
@@ -147,8 +147,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _status(options: argparse.Namespace) -> dict[str, Any] | None:
     sweep = _load(options)
-    from dinoscale.sweep.design import plan_runs
-    from dinoscale.sweep.status import as_text, read_status
+    from dinoscale.scaling.design.design import plan_runs
+    from dinoscale.scaling.sweep.status import as_text, read_status
 
     runs, parallel = plan_runs(sweep), sweep.executor.parallel
     status = read_status(runs, out=Path(sweep.out), parallel=parallel)
@@ -160,20 +160,20 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFit]]:
     from dinoscale.errors import ConfigError
-    from dinoscale.sweep.belonging import (
+    from dinoscale.scaling.sweep.belonging import (
         of_file,
         of_table,
         with_known_keys,
         with_known_lines,
     )
-    from dinoscale.sweep.table import TABLE, read_table
+    from dinoscale.scaling.sweep.table import TABLE, read_table
 
     table = Path(options.file)
     if _is_table(options):
         rows, notes = of_table(read_table(table))
     else:
         sweep = _load(options)
-        from dinoscale.sweep.design import plan_runs  # with torch
+        from dinoscale.scaling.design.design import plan_runs  # with torch
 
         table = Path(sweep.out) / TABLE
         rows = read_table(table)
@@ -189,7 +189,7 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
         rows, notes = of_file(rows, runs, sweep.metrics)
     for note in notes:
         log.warning("%s", note)
-    from dinoscale.scaling.fit import fit_rows  # with scipy
+    from dinoscale.scaling.laws.fit import fit_rows  # with scipy
 
     fits = fit_rows(
         rows,
@@ -202,7 +202,7 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
 
 
 def _fit(options: argparse.Namespace) -> dict[str, Any] | None:
-    from dinoscale.scaling.fit_text import as_json, as_text
+    from dinoscale.scaling.report.fit_text import as_json, as_text
 
     _, _, fits = _fitted(options)
     if options.json:
@@ -213,13 +213,13 @@ def _fit(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:
     table, rows, fits = _fitted(options)
-    from dinoscale.scaling.report import write_report
+    from dinoscale.scaling.report.report import write_report
 
     return write_report(rows, fits, Path(options.out) if options.out else table.parent / "report")
 
 
 def _run_report(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.run_report.report import write_run_report
+    from dinoscale.reports.run.report import write_run_report
 
     run_dir = Path(options.run_dir)
     out = Path(options.out) if options.out else run_dir / "report"

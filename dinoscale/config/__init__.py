@@ -9,6 +9,7 @@ from dinoscale.config.load import (
     parse_config,
     text_override,
 )
+from dinoscale.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.resolve import (
     BatchSplit,
     ParameterCounts,
@@ -34,7 +35,6 @@ from dinoscale.config.schema import (
     RunConfig,
 )
 from dinoscale.config.training import TrainConfig
-from dinoscale.config.watching import CheckpointConfig, EvalConfig, LogConfig
 
 __all__ = [
     "AugmentConfig",

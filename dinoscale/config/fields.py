@@ -13,7 +13,7 @@ from pydantic import (
     field_validator,
 )
 
-from dinoscale.config.secret_text import require_no_secrets
+from dinoscale.config.secrets import require_no_secrets
 
 _Value = TypeVar("_Value")
 

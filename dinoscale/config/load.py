@@ -17,10 +17,10 @@ from types import NoneType
 from pydantic import BaseModel, ValidationError
 
 from dinoscale.config.layers import Layers
-from dinoscale.config.report import kinds, sections, sentences, show
+from dinoscale.config.mistakes import kinds, sections, sentences, show
 from dinoscale.config.schema import RunConfig
-from dinoscale.config.secret_text import hide_secrets
-from dinoscale.config.yaml_text import read_yaml, write_yaml
+from dinoscale.config.secrets import hide_secrets
+from dinoscale.config.yaml_io import read_yaml, write_yaml
 from dinoscale.errors import ConfigError
 
 _COMMAND_LINE = "command line"

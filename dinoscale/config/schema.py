@@ -28,8 +28,8 @@ from dinoscale.config.fields import (
     ThreeFractions,
 )
 from dinoscale.config.mixture import TrainingImages, WeightedSource
+from dinoscale.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.training import TrainConfig
-from dinoscale.config.watching import CheckpointConfig, EvalConfig, LogConfig
 
 
 class ModelConfig(Section):

@@ -17,7 +17,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from dinoscale.convert.atomic_write import checksums, put_in_place, refuse_existing
 from dinoscale.convert.coverage import Coverage
+from dinoscale.convert.formats.reference import our_head
+from dinoscale.convert.formats.to_dino import reopen_dino, write_dino
+from dinoscale.convert.formats.to_graphs import (
+    reopen_onnx,
+    reopen_torchscript,
+    write_onnx,
+    write_torchscript,
+)
+from dinoscale.convert.formats.to_hf import reopen_hf, write_hf
+from dinoscale.convert.formats.to_timm import reopen_timm, write_timm
 from dinoscale.convert.parity import (
     MAX_DIFFERENCE,
     MIN_COSINE,
@@ -32,24 +43,13 @@ from dinoscale.convert.parity import (
     require_whole,
     second_size,
 )
-from dinoscale.convert.placing import checksums, put_in_place, refuse_existing
-from dinoscale.convert.reference import our_head
 from dinoscale.convert.resize import at_size, patch_size_of
 from dinoscale.convert.source import read_source
-from dinoscale.convert.to_dino import reopen_dino, write_dino
-from dinoscale.convert.to_graphs import (
-    reopen_onnx,
-    reopen_torchscript,
-    write_onnx,
-    write_torchscript,
-)
-from dinoscale.convert.to_hf import reopen_hf, write_hf
-from dinoscale.convert.to_timm import reopen_timm, write_timm
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.convert.weights_file import build, build_head
 from dinoscale.errors import CheckpointError, ConversionError
-from dinoscale.outputs import workplace
-from dinoscale.versions import package_version
+from dinoscale.runtime.outputs import workplace
+from dinoscale.runtime.versions import package_version
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dinoscale.convert.card import parse_card
-from dinoscale.convert.files import Content, read_content
-from dinoscale.convert.huggingface import is_huggingface, read_huggingface
-from dinoscale.convert.reference import guess_shape, network_state, reference_card, split
-from dinoscale.convert.run import is_run, read_run
-from dinoscale.convert.timm import is_timm, timm_card
+from dinoscale.convert.formats.huggingface import is_huggingface, read_huggingface
+from dinoscale.convert.formats.reference import guess_shape, network_state, reference_card, split
+from dinoscale.convert.formats.timm import is_timm, timm_card
+from dinoscale.convert.read_files import Content, read_content
+from dinoscale.convert.run_checkpoint import is_run, read_run
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.errors import CheckpointError
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinoscale.checkpoint.sums import flush
+from dinoscale.checkpoint.checksums import flush
 from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape
 from dinoscale.convert.coverage import Coverage, coverage_of, listed
-from dinoscale.convert.files import remove_cards_of
+from dinoscale.convert.read_files import remove_cards_of
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.errors import CheckpointError, ConfigError
@@ -25,7 +25,7 @@ from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
-from dinoscale.outputs import require_ours, swap, workplace, write_tensors
+from dinoscale.runtime.outputs import require_ours, swap, workplace, write_tensors
 
 __all__ = [
     "BackboneCard",

@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinoscale.data.augment import CropArrays, MultiCrop, eval_transform
-from dinoscale.data.bad_samples import BadSample
-from dinoscale.data.children import leave_signals_to_parent
-from dinoscale.data.crop_params import Params
-from dinoscale.data.decode import BadSampleError
-from dinoscale.data.lanes import LaneSampler
-from dinoscale.data.left_out import LeftOut
-from dinoscale.data.mixture import drawn_sizes, stand_ins
-from dinoscale.data.sampler import Draws, StepSampler
+from dinoscale.data.augmentation.crop_params import Params
+from dinoscale.data.augmentation.multi_crop import CropArrays, MultiCrop, eval_transform
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.order.sampler import Draws, StepSampler
 from dinoscale.data.seeding import Stream, generator
-from dinoscale.data.sources import Source
-from dinoscale.data.stream import StreamSource
+from dinoscale.data.shards.stream import StreamSource
+from dinoscale.data.shards.stream_readers import LaneSampler
+from dinoscale.data.sources.bad_samples import BadSample
+from dinoscale.data.sources.left_out import LeftOut
+from dinoscale.data.sources.mixture import drawn_sizes, stand_ins
+from dinoscale.data.sources.source import Source
+from dinoscale.data.worker_process import leave_signals_to_parent
 from dinoscale.errors import DataError, DinoscaleError, UnavailableError
 
 log = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dinoscale import distributed
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
-from dinoscale.engine.draws import Write, build_without_memory
+from dinoscale.engine.initialization import Write, build_without_memory
+from dinoscale.engine.schedules import Schedules
 from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
 from dinoscale.models.heads import DinoHead
@@ -17,7 +17,7 @@ from dinoscale.models.network import DinoNetwork
 from dinoscale.models.sync_bn import convert_sync_batch_norm
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
-from dinoscale.schedules import Schedules
+from dinoscale.runtime import distributed
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoscale import distributed
+from dinoscale.runtime import distributed
 
 EPS = 1e-6  # added to the norm, as in the reference
 

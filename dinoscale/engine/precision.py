@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from dinoscale.models.widened import linear
+from dinoscale.models.cpu_bf16 import linear
 
 log = logging.getLogger(__name__)
 

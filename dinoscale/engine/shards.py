@@ -115,7 +115,7 @@ def of_partitioned_optimizer(optimizer: Any, names: dict[int, str], rank: int) -
 
 
 def _cut(placements: list[Placement], sizes: list[int]) -> Layout:
-    from dinoscale import distributed
+    from dinoscale.runtime import distributed
 
     rank, fragments = distributed.rank(), []
     for place in placements:

@@ -11,12 +11,12 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from dinoscale import distributed
+from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.losses.centering import entropy
 from dinoscale.losses.dino import dino_loss_of_prototypes
-from dinoscale.schedules import StepValues
+from dinoscale.runtime import distributed
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinoscale import distributed
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.engine import shards
 from dinoscale.engine.ds_config import student_config
 from dinoscale.engine.gradients import GradientRule, compute_device
 from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
+from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.shards import Fragment
-from dinoscale.float32 import tensor_cores
 from dinoscale.models.block import Block
 from dinoscale.models.heads import Objective
-from dinoscale.schedules import StepValues
+from dinoscale.runtime import distributed
+from dinoscale.runtime.float32 import tensor_cores
 
 
 def import_deepspeed() -> Any:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoscale import distributed
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.data.transfer import Staged
@@ -28,10 +27,11 @@ from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.gradients import compute_device
 from dinoscale.engine.shards import Layout, empty_shards
 from dinoscale.engine.student import Student, import_deepspeed, materialize
-from dinoscale.float32 import tensor_cores
 from dinoscale.losses.centering import ROWS, teacher_probs, updated_center
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.sync_bn import cast_weights
+from dinoscale.runtime import distributed
+from dinoscale.runtime.float32 import tensor_cores
 
 
 class Teacher:

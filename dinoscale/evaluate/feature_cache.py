@@ -29,17 +29,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dinoscale import distributed
-from dinoscale.data.cache import cached_file, keep_recent
+from dinoscale.data.cache_folder import cached_file, keep_recent
 from dinoscale.errors import ConfigError
-from dinoscale.fingerprint import code_print, files_print
-from dinoscale.outputs import write_tensors
+from dinoscale.runtime import distributed
+from dinoscale.runtime.fingerprint import code_print, files_print
+from dinoscale.runtime.outputs import write_tensors
 
 log = logging.getLogger(__name__)
 
 MOST_GB = 32  # 10^9 bytes of all features that are kept; of ImageNet by a ViT-B they are 4
 # What makes features, and, by what these import, all that can change one.
-_MODULES = ("features", "linear_heads", "multi_scale")
+_MODULES = ("features", "classification.linear_heads", "retrieval.multi_scale")
 
 
 @runtime_checkable

@@ -18,15 +18,15 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dinoscale import distributed
-from dinoscale.data.augment import by_plane
-from dinoscale.data.decode import Picture
+from dinoscale.data.augmentation.multi_crop import by_plane
+from dinoscale.data.decoding.decode import Picture
 from dinoscale.data.loader import eval_batches
-from dinoscale.data.sources import Source
+from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError, NonFiniteError, RunFailedError
+from dinoscale.evaluate.across_ranks import over_ranks
 from dinoscale.evaluate.feature_cache import InFiles, Preparation, features_key, through_cache
-from dinoscale.evaluate.shares import over_ranks
-from dinoscale.float32 import exact_float32
+from dinoscale.runtime import distributed
+from dinoscale.runtime.float32 import exact_float32
 
 log = logging.getLogger(__name__)
 

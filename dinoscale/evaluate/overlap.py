@@ -9,11 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from dinoscale.data.decode import BadSampleError
-from dinoscale.data.files import read_image_file
-from dinoscale.data.folder import FolderSource, ListSource
-from dinoscale.data.shards import TarSource
-from dinoscale.data.sources import Source
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.shards.tar_source import TarSource
+from dinoscale.data.sources.folder import FolderSource, ListSource
+from dinoscale.data.sources.image_files import read_image_file
+from dinoscale.data.sources.source import Source
 
 # What a look at two large sets may cost, in seconds on a local disk; small sets are compared whole.
 LOOKED_FOR = 1000  # pictures at even distances: where 1 % is shared, some are among them

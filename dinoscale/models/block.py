@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dinoscale.models.activation_checkpointing import Recompute, recomputed
 from dinoscale.models.compiling import Compiled
-from dinoscale.models.recompute import Recompute, recomputed
-from dinoscale.models.widened import attention
+from dinoscale.models.cpu_bf16 import attention
 
 Layout = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution, in order
 

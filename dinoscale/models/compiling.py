@@ -8,7 +8,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import fx
 
-from dinoscale.logs import not_compiled
+from dinoscale.runtime.logs import not_compiled
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoscale.models.widened import Linear
+from dinoscale.models.cpu_bf16 import Linear
 
 # (unit vectors (N, D), v (K, D), g (K, 1) or None) -> scalar, without the (N, K) logits.
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dinoscale.models.activation_checkpointing import Recompute
 from dinoscale.models.block import Block, Keep, Layout
-from dinoscale.models.recompute import Recompute
+from dinoscale.models.cpu_bf16 import linear, widen
 from dinoscale.models.stochastic_depth import kept_subsets, per_token
-from dinoscale.models.widened import linear, widen
 
 
 class PatchProjection(nn.Conv2d):

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinoscale.bench.budget import in_turns, say
-from dinoscale.data.augment import NUM_GLOBAL, MultiCrop
-from dinoscale.data.colors import finish_crops
-from dinoscale.data.decode import RGB, Decoder, Picture
+from dinoscale.data.augmentation.color_jitter import finish_crops
+from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
+from dinoscale.data.decoding.decode import RGB, Decoder, Picture
 from dinoscale.data.loader import Batch, train_batches
-from dinoscale.data.sources import open_source
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import normalize_images
+from dinoscale.planning.bench.budget import in_turns, say
 from tests.reference_input import ReferenceCrops, load
 
 _PIXELS, _QUALITY = 500 * 375, 90  # of an ordinary ImageNet picture

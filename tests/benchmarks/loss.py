@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoscale.bench.budget import in_turns, say
 from dinoscale.losses.dino import dino_loss, dino_loss_of_prototypes
-from dinoscale.peak_memory import with_peak_bytes
+from dinoscale.planning.bench.budget import in_turns, say
+from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 
 NUM_TEACHERS, TEMP = 2, 0.1
 LIMIT_S = 150.0  # of all turns of one comparison, of two

@@ -11,11 +11,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dinoscale.bench.budget import in_turns, say
 from dinoscale.config import RunConfig, resolve
-from dinoscale.dims import dims_of
-from dinoscale.plan.memory import Peak, peak
-from dinoscale.plan.setup import setup_of
+from dinoscale.engine.model_sizes import dims_of
+from dinoscale.planning.bench.budget import in_turns, say
+from dinoscale.planning.plan.memory import Peak, peak
+from dinoscale.planning.plan.setup import setup_of
 from tests.distributed.tiny_run import (
     STEPS_PER_EPOCH,
     micro_batches,
@@ -120,7 +120,7 @@ def measure(cases: list[Any]) -> list[float]:
 def _peak(case: Case) -> float:
     from dinoscale.engine.build import build_pair, schedules_of
     from dinoscale.engine.step import MicroBatch, train_step
-    from dinoscale.peak_memory import live_bytes, with_peak_bytes
+    from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
 
     config = case.config()
     plan = tiny_plan(config)

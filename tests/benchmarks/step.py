@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from dinoscale import distributed
-from dinoscale.bench.ceiling import matmul_rates
-from dinoscale.bench.step import bench_step
 from dinoscale.config import load_config
 from dinoscale.errors import ConfigError, DinoscaleError
-from dinoscale.launcher import read_process
+from dinoscale.planning.bench.ceiling import matmul_rates
+from dinoscale.planning.bench.step import bench_step
+from dinoscale.runtime import distributed
+from dinoscale.runtime.launcher_env import read_process
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from dinoscale.scaling.fit import fit_rows
-from dinoscale.scaling.isoflop import fit_isoflops
-from dinoscale.scaling.laws import Interval, MetricFit
-from dinoscale.scaling.points import settings
-from dinoscale.sweep.table import Row
+from dinoscale.scaling.laws.fit import fit_rows
+from dinoscale.scaling.laws.isoflop import fit_isoflops
+from dinoscale.scaling.laws.laws import Interval, MetricFit
+from dinoscale.scaling.laws.points import settings
+from dinoscale.scaling.sweep.table import Row
 from tests.unit.scaling.synthetic import (
     FLOPS_EXPONENT,
     FLOPS_FACTOR,

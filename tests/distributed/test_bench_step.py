@@ -14,8 +14,8 @@ ROUNDED = 5e-3  # of sums of numbers with four digits
 def measured(*, train: str | None, with_reference: bool, trace_dir: str | None) -> dict[str, Any]:
     import os
 
-    from dinoscale.bench.step import bench_step
-    from dinoscale.launcher import read_process
+    from dinoscale.planning.bench.step import bench_step
+    from dinoscale.runtime.launcher_env import read_process
 
     config = tiny_config(
         engine={"precision": "fp32", "zero_stage": 2},

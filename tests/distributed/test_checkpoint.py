@@ -26,9 +26,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 def exercise(folder: str) -> dict[str, Any]:
     """On every rank: save, then try to load and save where it cannot work; the messages."""
-    from dinoscale import distributed
     from dinoscale.engine.build import build_pair
-    from dinoscale.resume import find_checkpoint, restore
+    from dinoscale.runtime import distributed
+    from dinoscale.training.resume import find_checkpoint, restore
 
     root, rank = Path(folder), distributed.rank()
     config = tiny_config(engine={"zero_stage": 2, "precision": "fp32"})
@@ -87,8 +87,8 @@ def exercise(folder: str) -> dict[str, Any]:
 
 def _draws_to_go_on(run_dir: Path, config: Any, plan: Any, student: Any) -> bool:
     """Whether a resume draws numbers, all of which it would replace; it restores every weight."""
-    from dinoscale.resume import find_checkpoint
-    from dinoscale.trainer import _networks
+    from dinoscale.training.resume import find_checkpoint
+    from dinoscale.training.trainer import _networks
 
     torch.rand(1)  # else the generator is as a seed has left it
     state = torch.get_rng_state()

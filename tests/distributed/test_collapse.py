@@ -45,8 +45,8 @@ RUNS = {
 def train_all(root: str) -> dict[str, Any]:
     """On every rank: train `RUNS`; what each ended with, and mean targets of two steps."""
     from dinoscale.errors import RunFailedError
-    from dinoscale.launcher import read_process
-    from dinoscale.trainer import train
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.trainer import train
 
     ends: dict[str, Any] = {"means": _mean_targets()}
     for name, changes in RUNS.items():
@@ -60,8 +60,8 @@ def train_all(root: str) -> dict[str, Any]:
 
 def _mean_targets() -> list[tuple[list[float], list[float]]]:
     """Of two steps of two micro-batches: the teacher's mean target, and that of all its rows."""
-    from dinoscale import distributed
     from dinoscale.engine.build import build_pair
+    from dinoscale.runtime import distributed
 
     config = tiny_config(train={"epochs": 5, "batch_size": 8, "micro_batch_size": 2})
     plan = tiny_plan(config)

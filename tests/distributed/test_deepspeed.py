@@ -57,9 +57,9 @@ def _two_passes(stage: int, **changes: Any) -> RunConfig:
 
 def _gradients(stage: int) -> list[Gradients]:
     """In full: the engine's, and those of one process in float32 and in float64."""
-    from dinoscale import distributed
     from dinoscale.engine.build import build_networks, schedules_of
     from dinoscale.engine.student import Student, gather_whole_blocks
+    from dinoscale.runtime import distributed
 
     config = _two_passes(stage)
     plan = tiny_plan(config)

@@ -14,8 +14,8 @@ from torch import Tensor
 from dinoscale.checkpoint.progress import Progress
 from dinoscale.checkpoint.save import SaveResult
 from dinoscale.config import dump_config
-from dinoscale.launcher import Process
-from dinoscale.watchdog import Watchdog
+from dinoscale.runtime.launcher_env import Process
+from dinoscale.runtime.watchdog import Watchdog
 from tests.distributed.tiny_run import BATCH, micro_batches, take_step, tiny_config, tiny_plan
 from tests.forked import Forked, start_module
 from tests.harness import RankFailedError, environment_of, run_distributed
@@ -44,9 +44,9 @@ def poison_all(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _poison(
     stage: int, precision: str, accumulation: int, batch_norm: bool = False
 ) -> dict[str, Any]:
-    from dinoscale import distributed
     from dinoscale.engine.build import build_pair, schedules_of
     from dinoscale.engine.step import train_step
+    from dinoscale.runtime import distributed
 
     config = tiny_config(
         head={"batch_norm": batch_norm},
@@ -147,9 +147,9 @@ def test_after_skipped_steps_training_goes_on_as_if_they_had_not_been(
 
 def fail_on_one(failing: int) -> list[tuple[str, str]]:
     """On every rank, type and text of what is raised where checks fail on `failing`, or on all."""
-    from dinoscale import distributed
-    from dinoscale.data.decode import BadSampleError
+    from dinoscale.data.decoding.decode import BadSampleError
     from dinoscale.errors import DataError, PreemptedError
+    from dinoscale.runtime import distributed
 
     rank = distributed.rank()
 
@@ -196,8 +196,8 @@ class OneSidedSaver:
 
 def save_after_a_lost_contact(failing: int) -> int:
     """On every rank: end a run whose last save failed for `failing` alone; saves begun then."""
-    from dinoscale import distributed
-    from dinoscale.loop import Run
+    from dinoscale.runtime import distributed
+    from dinoscale.training.loop import Run
 
     run: Any = Run.__new__(Run)
     run.config, run.plan, run.versions = tiny_config(), tiny_plan(tiny_config()), {}
@@ -220,7 +220,7 @@ class NoRoom:
 
 
 def gather_what_does_not_fit(failing: int) -> str:
-    from dinoscale import distributed
+    from dinoscale.runtime import distributed
 
     rows: Any = NoRoom() if distributed.rank() == failing else torch.zeros(3, 2)
     try:
@@ -231,7 +231,7 @@ def gather_what_does_not_fit(failing: int) -> str:
 
 
 def wait_for_a_verdict_where_another_does_not(failing: int) -> str:
-    from dinoscale import distributed
+    from dinoscale.runtime import distributed
 
     try:
         if distributed.rank() == failing:
@@ -245,9 +245,9 @@ def wait_for_a_verdict_where_another_does_not(failing: int) -> str:
 
 def probe_that_fails(failing: int) -> tuple[bool, int]:
     """On every rank: one is out of memory amid k-NN, one was asked to stop; whether all stop."""
-    from dinoscale import distributed
     from dinoscale.errors import PreemptedError
-    from dinoscale.loop import Run
+    from dinoscale.runtime import distributed
+    from dinoscale.training.loop import Run
 
     amiss = distributed.rank() == failing
 
@@ -303,7 +303,7 @@ def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None
 
 def fail_beside_a_rank_that_waits(failing: int) -> None:
     """One rank fails; no socket tells the other, as in NCCL, and it hangs in a collective."""
-    from dinoscale import distributed
+    from dinoscale.runtime import distributed
 
     watchdog = Watchdog(timeout_s=600, hosts=["a", "b"], launched=False, ask_to_stop=print)
     with suppress(ValueError), watchdog.spreading():
@@ -367,10 +367,10 @@ def _wait_for_steps(path: Path, steps: int, ranks: list[Forked]) -> None:
 
 def _open_own(folder: str) -> list[str]:
     """The rank's own folder; the error that every rank gets."""
-    from dinoscale import distributed
-    from dinoscale.data.sources import open_source
+    from dinoscale.data.sources.source import open_source
     from dinoscale.errors import DataError
-    from dinoscale.trainer import require_same_images
+    from dinoscale.runtime import distributed
+    from dinoscale.training.trainer import require_same_images
 
     try:
         require_same_images(open_source(f"{folder}/{distributed.rank()}"))

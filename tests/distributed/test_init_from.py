@@ -26,9 +26,9 @@ def teacher_features(configs: list[dict[str, Any]]) -> list[Any]:
     The same for each of `configs`: whether the student agrees, whether this rank read the file,
     whether it drew a number, and whether a trial, whose values do not matter, holds zeros.
     """
-    from dinoscale import distributed
-    from dinoscale.convert.start import starting_weights
+    from dinoscale.convert.initial_weights import starting_weights
     from dinoscale.engine.build import build_pair
+    from dinoscale.runtime import distributed
 
     found = []
     for changes in configs:

@@ -36,10 +36,10 @@ class _Said(logging.Handler):
 
 def start_on_two_hosts(folder: str) -> dict[str, list[str]]:
     """On every rank, by what is odd: what was logged, and last what was raised, if anything."""
-    from dinoscale import distributed
-    from dinoscale.doctor import marker
-    from dinoscale.launcher import read_process
-    from dinoscale.nodes import gather_members, keep_logs, require_alike, require_shared
+    from dinoscale.cluster.agreement import gather_members, keep_logs, require_alike, require_shared
+    from dinoscale.cluster.doctor import marker
+    from dinoscale.runtime import distributed
+    from dinoscale.runtime.launcher_env import read_process
 
     process, said = read_process(os.environ), _Said()
     rank, root = distributed.rank(), logging.getLogger()
@@ -48,7 +48,11 @@ def start_on_two_hosts(folder: str) -> dict[str, list[str]]:
 
     def of(odd_rank: int, name: str, odd: Any) -> Any:
         """Another function in place of `name` on one rank."""
-        return patch(name, odd) if rank == odd_rank else patch("dinoscale.nodes.__doc__", "")
+        return (
+            patch(name, odd)
+            if rank == odd_rank
+            else patch("dinoscale.cluster.agreement.__doc__", "")
+        )
 
     def start(run_dir: Path, **changes: dict[str, Any]) -> None:
         config = tiny_config(run_dir=str(run_dir), **changes)
@@ -77,11 +81,11 @@ def start_on_two_hosts(folder: str) -> dict[str, list[str]]:
         patch.object(marker, "_SEEN_WITHIN_S", 1.0),
     ):
         found["nothing"] = told(lambda: start(shared))
-        with of(1, "dinoscale.versions.version", lambda _: "9.9"):
+        with of(1, "dinoscale.runtime.versions.version", lambda _: "9.9"):
             found["version"] = told(lambda: start(shared))
         batch = {"batch_size": 12 if rank == 2 else 6}
         found["configuration"] = told(lambda: start(shared, train=batch))
-        with of(1, "dinoscale.nodes.time.time", lambda: clock() - 100):
+        with of(1, "dinoscale.cluster.agreement.time.time", lambda: clock() - 100):
             found["clock"] = told(lambda: start(shared))
         found["run_dir"] = told(lambda: start(Path("run")))
         found["log file"] = told(lambda: start(Path(folder) / "no_log"))
@@ -161,10 +165,10 @@ def test_log_that_cannot_be_written_is_said_once(told: list[dict[str, list[str]]
 
 def _open_by_nodes(folder: str) -> dict[str, object]:
     """Ranks 0 and 1 are one node, rank 2 another one, which takes longer."""
-    from dinoscale import distributed
-    from dinoscale.data.sources import Source, open_source
+    from dinoscale.data.sources.source import Source, open_source
     from dinoscale.errors import DataError
-    from dinoscale.opening import by_all, on_first_rank, open_once_a_node
+    from dinoscale.runtime import distributed
+    from dinoscale.runtime.opening import by_all, on_first_rank, open_once_a_node
 
     rank, opened, signs, posts = distributed.rank(), [], [], []  # type: ignore[var-annotated]
     keys: set[str] = set()
@@ -212,7 +216,7 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
         own = Path(f"{folder}-{rank}")
         own.mkdir()
         with (
-            patch("dinoscale.opening.pickle.dump", full if rank == 0 else pickle.dump),
+            patch("dinoscale.runtime.opening.pickle.dump", full if rank == 0 else pickle.dump),
             patch("tempfile.tempdir", str(own)),
         ):
             again = open_it(slow=1)
@@ -267,22 +271,22 @@ def test_one_rank_of_a_node_lists_and_the_others_take_what_it_found(tmp_path: Pa
 
 
 def _opened(spec: str, alive: Callable[[], None]) -> Any:
-    from dinoscale.data.sources import open_source
+    from dinoscale.data.sources.source import open_source
 
     return open_source(spec, alive=alive)
 
 
 def _open_for_measurements(folder: str) -> dict[str, list[int]]:
     """How often this rank lists folders, by what opens them."""
-    from dinoscale import distributed
-    from dinoscale.bench.step import _input_of
-    from dinoscale.data import sources
-    from dinoscale.doctor.images import look
-    from dinoscale.evaluate.labelled import LabelledSets
-    from dinoscale.launcher import read_process
+    from dinoscale.cluster.doctor.images import look
+    from dinoscale.data.sources import source
+    from dinoscale.evaluate.classification.labelled_sets import LabelledSets
+    from dinoscale.planning.bench.step import _input_of
+    from dinoscale.runtime import distributed
+    from dinoscale.runtime.launcher_env import read_process
 
     rank, listed, found = distributed.rank(), list[str](), dict[str, list[int]]()
-    list_folder = sources.list_folder
+    list_folder = source.list_folder
 
     def listing(root: str, alive: Callable[[], None]) -> Any:
         listed.append(root)
@@ -294,10 +298,8 @@ def _open_for_measurements(folder: str) -> dict[str, list[int]]:
 
     sets = {"train": folder, "test": folder}
     config = tiny_config(data={"train": folder, "distinct_images": None}, eval=sets)
-    with patch.object(sources, "list_folder", listing):
-        both = LabelledSets.open(
-            folder, folder, lambda *at: sources.open_source(at[0], alive=at[1])
-        )
+    with patch.object(source, "list_folder", listing):
+        both = LabelledSets.open(folder, folder, lambda *at: source.open_source(at[0], alive=at[1]))
         count("evaluate", [len(both.bank), len(both.test), *both.renumber.tolist()])
         _, source = _input_of(config, read_process(os.environ))
         count("bench", [len(source)])

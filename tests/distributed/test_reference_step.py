@@ -21,9 +21,9 @@ def both_losses() -> list[list[tuple[float, float]]]:
 
 
 def _losses_of(frozen_epochs: int, norm_last_layer: bool) -> list[tuple[float, float]]:
-    from dinoscale import distributed
     from dinoscale.engine.build import build_pair, schedules_of
     from dinoscale.engine.step import train_step
+    from dinoscale.runtime import distributed
     from tests.reference import ReferenceStep
 
     config = _config(frozen_epochs, norm_last_layer)

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinoscale.data.decode import BadSampleError, Picture
+from dinoscale.data.decoding.decode import BadSampleError, Picture
 from dinoscale.errors import DataError
+from dinoscale.evaluate.classification.knn import KnnResult, knn_accuracy
 from dinoscale.evaluate.features import extract_features, pixel_features
-from dinoscale.evaluate.knn import KnnResult, knn_accuracy
 from dinoscale.models.zoo import build_backbone
 from tests.harness import run_distributed
 
@@ -106,7 +106,7 @@ def test_every_rank_gets_what_one_process_gets(world_size: int) -> None:
 
 def fail_on_rank_1() -> tuple[str, int]:
     """What each rank says, and after how many images; rank 0 has a minute's work, 800, to do."""
-    from dinoscale.distributed import rank
+    from dinoscale.runtime.distributed import rank
 
     source = Noise(1600, fails_at=3 * BATCH + 1)  # in the second batch of rank 1
     source.delay_s = 0.01 if rank() == 1 else 0.075
@@ -128,7 +128,7 @@ def test_an_error_on_one_rank_ends_all_amid_their_work() -> None:
 
 def cached(folder: str) -> tuple[Tensor, int]:
     """Features of a folder by a network on every rank, and how often it was called here."""
-    from dinoscale.data.folder import FolderSource
+    from dinoscale.data.sources.folder import FolderSource
     from tests.unit.evaluate.test_feature_cache import Counted
 
     backbone = Counted()

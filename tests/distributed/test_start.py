@@ -14,11 +14,12 @@ from unittest.mock import MagicMock
 import pytest
 import torch.distributed as dist
 
-from dinoscale import cli, distributed
-from dinoscale.distributed import MOST_FILES
+from dinoscale import cli
 from dinoscale.errors import ConfigError, DinoscaleError, LaunchError
-from dinoscale.launcher import Process
-from dinoscale.watchdog import collectives_timeout_s
+from dinoscale.runtime import distributed
+from dinoscale.runtime.distributed import MOST_FILES
+from dinoscale.runtime.launcher_env import Process
+from dinoscale.runtime.watchdog import collectives_timeout_s
 from tests.forked import Forked
 from tests.harness import environment_of, run_distributed
 from tests.ports import free_port
@@ -29,9 +30,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 _LOOK = """
 import json, os, resource
 import torch.distributed as dist
-from dinoscale import distributed
+from dinoscale.runtime import distributed
 from dinoscale.engine.student import import_deepspeed
-from dinoscale.launcher import read_process
+from dinoscale.runtime.launcher_env import read_process
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 distributed.start(read_process(os.environ), timeout_s=77)
@@ -90,7 +91,7 @@ def test_a_watchdog_ends_the_ranks_before_a_collective_gives_up(hang_timeout_s: 
 
 def read_late() -> str | None:
     """On every rank: rank 1 still reads on the board when rank 0 has nothing more to do."""
-    from dinoscale import distributed
+    from dinoscale.runtime import distributed
 
     if distributed.rank() == 0:
         return None
@@ -106,8 +107,8 @@ def test_no_rank_leaves_while_another_still_reads_on_the_board() -> None:
 
 def _meet_and_end() -> None:
     """A rank that ends as if killed: nothing that it has left is taken away."""
-    from dinoscale import distributed
-    from dinoscale.launcher import read_process
+    from dinoscale.runtime import distributed
+    from dinoscale.runtime.launcher_env import read_process
 
     distributed.start(read_process(os.environ), timeout_s=60)
     board = distributed.Board()
@@ -175,7 +176,7 @@ def test_mistake_in_a_command_line_is_told_where_ranks_meet(
 def test_library_that_a_benchmark_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told = MagicMock()
     monkeypatch.setattr("dinoscale.cli.ranks.tell_others", told)
-    monkeypatch.setitem(sys.modules, "dinoscale.bench.step", None)
+    monkeypatch.setitem(sys.modules, "dinoscale.planning.bench.step", None)
     with pytest.raises(ImportError):
         cli.run(["bench", "step", "vit_s16"])
     assert told.called
@@ -183,16 +184,16 @@ def test_library_that_a_benchmark_lacks_is_told(monkeypatch: pytest.MonkeyPatch)
 
 def _begin(failing: str, arguments: list[str], late_s: float) -> None:
     """A rank whose node differs: `failing` is what it cannot do before it meets the others."""
-    import dinoscale.distributed
-    import dinoscale.trainer
+    import dinoscale.runtime.distributed
+    import dinoscale.training.trainer
     from dinoscale.__main__ import main
 
     time.sleep(late_s)
     if failing == "device":
         busy = RuntimeError("CUDA error: device is busy\nFor debugging consider ...")
-        dinoscale.distributed._use_device = MagicMock(side_effect=busy)
+        dinoscale.runtime.distributed._use_device = MagicMock(side_effect=busy)
     if failing == "library":
-        del dinoscale.trainer.train
+        del dinoscale.training.trainer.train
     sys.argv = ["dinoscale", *arguments]
     main()
 

@@ -24,7 +24,7 @@ def build_and_measure(rank: int, stage: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from dinoscale.engine.build import build_pair
-    from dinoscale.peak_memory import live_bytes, with_peak_bytes
+    from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
     from tests.distributed.tiny_run import tiny_config, tiny_plan
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)

@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinoscale.config import RunConfig, resolve
-from dinoscale.dims import dims_of
-from dinoscale.plan.communication import transfers
-from dinoscale.plan.setup import setup_of
+from dinoscale.engine.model_sizes import dims_of
+from dinoscale.planning.plan.communication import transfers
+from dinoscale.planning.plan.setup import setup_of
 from tests.distributed.plain_run import WEIGHTS, Plain, Rounding, error, train_plainly
 from tests.distributed.tiny_run import Gathering, take_step, tiny_config, tiny_plan
 from tests.harness import run_distributed
@@ -80,7 +80,7 @@ def _train(engine: dict[str, Any], run_dir: Path) -> Result:
 
 def _go_on(engine: dict[str, Any], run_dir: Path) -> Result:
     from dinoscale.engine.build import build_pair
-    from dinoscale.resume import find_checkpoint, restore
+    from dinoscale.training.resume import find_checkpoint, restore
 
     config = _config(engine)
     pair = build_pair(config, tiny_plan(config))
@@ -109,9 +109,9 @@ def _take_steps(config: RunConfig, pair: Any, steps: range) -> Result:
 
 
 def _save(run_dir: Path, student: Any, teacher: Any) -> None:
-    from dinoscale import distributed
     from dinoscale.checkpoint.retention import Keep
     from dinoscale.checkpoint.save import Saver
+    from dinoscale.runtime import distributed
 
     saver = Saver(run_dir, Keep(last=1))
     saver.begin(SAVED, student, teacher, {"config": {}, "plan": {}, "progress": {}})

@@ -40,8 +40,8 @@ Copies = Sequence[tuple[str, dict[str, Any]]]
 
 def do_all(runs: list[dict[str, Any]], copies: Copies) -> None:
     """On every rank: train each of `runs`, arguments of `tiny_config`, then make the copies."""
-    from dinoscale.launcher import read_process
-    from dinoscale.trainer import train
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.trainer import train
 
     for run in runs:
         train(tiny_config(**run), read_process(os.environ))
@@ -54,7 +54,7 @@ def _load_and_save(source: Path, config: RunConfig) -> None:
     from dinoscale.checkpoint.retention import Keep
     from dinoscale.checkpoint.save import Saver
     from dinoscale.engine.build import build_pair
-    from dinoscale.resume import restore
+    from dinoscale.training.resume import restore
 
     checkpoint = open_run(source)
     student, teacher = build_pair(config, tiny_plan(config))

@@ -43,7 +43,7 @@ def tiny_config(run_dir: str = "unused", **changes: dict[str, Any]) -> RunConfig
 
 def tiny_plan(config: RunConfig) -> RunPlan:
     """The plan for the ranks at hand, with `STEPS_PER_EPOCH` steps an epoch."""
-    from dinoscale import distributed
+    from dinoscale.runtime import distributed
 
     images = config.train.batch_size * STEPS_PER_EPOCH
     return resolve(config, world_size=distributed.world_size(), num_images=images)
@@ -54,8 +54,8 @@ def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
 
     Without stochastic depth, unless as subsets.
     """
-    from dinoscale import distributed
     from dinoscale.engine.step import MicroBatch
+    from dinoscale.runtime import distributed
 
     crops, size = config.crops, plan.micro_batch_size
     generator = torch.Generator().manual_seed(step)
@@ -91,7 +91,7 @@ class Gathering:
     """Collects the parts of all ranks, one (numel,) part per fragment of a student's layout."""
 
     def __init__(self, student: Any) -> None:
-        from dinoscale import distributed
+        from dinoscale.runtime import distributed
 
         own = [(f.name, f.start, f.numel) for f in student.layout.fragments]
         self._all_ranks = distributed.gather_objects(own)
@@ -100,7 +100,7 @@ class Gathering:
 
     def __call__(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
         """Full tensors by name, float32, on every rank; NaN where no rank has anything."""
-        from dinoscale import distributed
+        from dinoscale.runtime import distributed
 
         padded = torch.zeros(self._size)
         own = torch.cat([torch.empty(0), *parts])

@@ -70,10 +70,11 @@ def _channels(count: int) -> dict[str, object]:
 # One process for all runs: starting one takes longer than a run.
 _SEVERAL = """
 import json, logging, os, sys
-from dinoscale import cli, distributed
+from dinoscale import cli
+from dinoscale.runtime import distributed
 from dinoscale.config import load_config
-from dinoscale.launcher import read_process
-from dinoscale.trainer import train
+from dinoscale.runtime.launcher_env import read_process
+from dinoscale.training.trainer import train
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 process = read_process(os.environ)
 distributed.start(process)

@@ -23,8 +23,8 @@ def train(config_file: str) -> None:
     import os
 
     from dinoscale.config import load_config
-    from dinoscale.launcher import read_process
-    from dinoscale.trainer import train
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.trainer import train
 
     train(load_config(config_file, []), read_process(os.environ))
 

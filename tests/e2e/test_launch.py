@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.launch.commands import over_pdsh
-from dinoscale.launch.hostfile import Host
+from dinoscale.cluster.launch.commands import over_pdsh
+from dinoscale.cluster.launch.hostfile import Host
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = "from types import SimpleNamespace\ncuda = SimpleNamespace(is_available=lambda: False)\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dinoscale.config import RunConfig, dump_config
-from dinoscale.launcher import _default_port
+from dinoscale.runtime.launcher_env import _default_port
 from tests.distributed.plain_run import Plain, train_plainly
 from tests.distributed.tiny_run import STEPS_PER_EPOCH, tiny_config
 from tests.forked import ROOT, Forked, run_module, start_module

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 from dinoscale import cli
+from dinoscale.checkpoint.checksums import sha256, write_sums
 from dinoscale.checkpoint.load import Checkpoint
-from dinoscale.checkpoint.sums import sha256, write_sums
 from dinoscale.convert.card import METADATA_KEY
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, load_backbone

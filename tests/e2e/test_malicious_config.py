@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from dinoscale import cli
 from dinoscale.config import RunConfig, dump_config, load_config, parse_config
-from dinoscale.config.yaml_text import read_yaml, write_yaml
+from dinoscale.config.yaml_io import read_yaml, write_yaml
 from dinoscale.convert.conversion import convert
 from dinoscale.errors import ConfigError, DinoscaleError
 from tests.e2e.hostile import ROOT, SYNTHETIC, dinoscale, refused, settings
@@ -263,7 +263,8 @@ def test_text_stays_text_in_every_field(
 
 _TRAIN_EACH = """
 import sys
-from dinoscale import cli, distributed
+from dinoscale import cli
+from dinoscale.runtime import distributed
 from dinoscale.errors import DinoscaleError
 for file in sys.argv[1:]:
     try:

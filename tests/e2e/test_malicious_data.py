@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from dinoscale.data.bad_samples import BadSample, BadSampleLog
-from dinoscale.data.decode import RGB, BadSampleError
-from dinoscale.data.sources import open_source
-from dinoscale.data.tar_headers import read_members
+from dinoscale.data.decoding.decode import RGB, BadSampleError
+from dinoscale.data.shards.tar_headers import read_members
+from dinoscale.data.sources.bad_samples import BadSample, BadSampleLog
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DataError
-from dinoscale.hooks.metrics import Metrics
+from dinoscale.training.hooks.metrics import Metrics
 from tests.e2e.hostile import Call, dinoscale, settings
 
 

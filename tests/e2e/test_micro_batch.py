@@ -61,7 +61,7 @@ def _unlimited_trial(size: int) -> subprocess.Popen[str]:
     config = parse_config({**_SIZES, "train": {"batch_size": size, "micro_batch_size": "auto"}})
     order = {"config": config.model_dump(mode="json"), "micro_batch_size": size}
     trial = subprocess.Popen(
-        [sys.executable, "-m", "dinoscale.micro_batch.trial"],
+        [sys.executable, "-m", "dinoscale.training.micro_batch.trial"],
         env=environment_of(0, world_size=1, port=free_port()),
         cwd=ROOT,
         stdin=subprocess.PIPE,
@@ -118,7 +118,7 @@ class Ranks:
                 child
                 for process in self.processes
                 for child in psutil.Process(process.pid).children()
-                if "dinoscale.micro_batch.trial" in _command(child)
+                if "dinoscale.training.micro_batch.trial" in _command(child)
             ]
             if len(children) == len(self.processes):
                 return children

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinoscale.data.augment import MultiCrop
+from dinoscale.data.augmentation.multi_crop import MultiCrop
 from dinoscale.data.loader import train_batches
-from dinoscale.data.sources import open_source
+from dinoscale.data.sources.source import open_source
 from tests.e2e.hostile import dinoscale, settings
 
 STEPS, BATCH, IMAGES = 200, 16, 160

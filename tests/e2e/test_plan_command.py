@@ -9,7 +9,7 @@ import pytest
 from dinoscale import cli
 from dinoscale.config import load_config
 from dinoscale.errors import ConfigError
-from dinoscale.plan.report import IMAGENET
+from dinoscale.planning.plan.report import IMAGENET
 from tests.forked import run_module
 
 _IN_GROUPS_OF_4 = ("vit_s16", "engine.zero_stage=3", "engine.hpz_ranks=4")

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dinoscale.sweep.records import read_job
-from dinoscale.sweep.table import TABLE, Row, read_table
+from dinoscale.scaling.sweep.records import read_job
+from dinoscale.scaling.sweep.table import TABLE, Row, read_table
 from tests.unit.sweep.tiny_sweep import REAL_SWEEP, planned
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -20,7 +20,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from dinoscale.checkpoint import sums
+from dinoscale.checkpoint import checksums
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import dump_config
@@ -175,13 +175,13 @@ def _rank(
 
 
 def _slow_down_the_disk(seconds: float) -> None:
-    to_disk = sums.flush
+    to_disk = checksums.flush
 
     def flush(path: Path) -> None:
         time.sleep(seconds)
         to_disk(path)
 
-    sums.flush = flush
+    checksums.flush = flush
 
 
 def _call_before_saves(call: Callable[[Path], None]) -> None:
@@ -197,7 +197,7 @@ def _call_before_saves(call: Callable[[Path], None]) -> None:
 
 
 def _wait_before_reads(seconds: Callable[[int], float]) -> None:
-    from dinoscale.data.synthetic import ShapesSource
+    from dinoscale.data.sources.synthetic import ShapesSource
 
     read, calls = ShapesSource.picture, itertools.count()
 

@@ -49,12 +49,13 @@ def train_all(configs: dict[str, str], bad: dict[str, list[int]]) -> dict[str, s
 
 
 def _train(config_file: str, bad: list[int]) -> str:
-    from dinoscale import distributed, feed
     from dinoscale.config import load_config
-    from dinoscale.data.sampler import StepSampler
+    from dinoscale.data.order.sampler import StepSampler
     from dinoscale.errors import NonFiniteError
-    from dinoscale.launcher import Process
-    from dinoscale.trainer import train
+    from dinoscale.runtime import distributed
+    from dinoscale.runtime.launcher_env import Process
+    from dinoscale.training import feed
+    from dinoscale.training.trainer import train
 
     config = load_config(config_file, [])
     sizes = {"batch_size": BATCH, "micro_batch_size": BATCH // 2, "world_size": 2}

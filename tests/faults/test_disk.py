@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dinoscale.checkpoint.checksums import read_sums, sha256, write_sums
 from dinoscale.checkpoint.layout import (
     INDEX_FILE,
     SHARED_FILE,
@@ -19,7 +20,6 @@ from dinoscale.checkpoint.layout import (
     shard_file,
 )
 from dinoscale.checkpoint.load import open_verified
-from dinoscale.checkpoint.sums import read_sums, sha256, write_sums
 from tests.faults.lives import (
     RANKS,
     Life,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dinoscale.models.heads import DinoHead
-from dinoscale.models.weights import from_reference, to_reference
+from dinoscale.models.weight_names import from_reference, to_reference
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 

@@ -14,7 +14,7 @@ from dinoscale.convert.weights_file import BackboneCard, BackboneShape, load_bac
 from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.vit import VisionTransformer
-from dinoscale.models.weights import to_reference
+from dinoscale.models.weight_names import to_reference
 
 Golden = Callable[[str], dict[str, Tensor]]
 GoldenJson = Callable[[str], dict[str, Any]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dinoscale.evaluate.knn import knn_accuracy
+from dinoscale.evaluate.classification.knn import knn_accuracy
 
 GOLDEN = Path(os.environ.get("DINOSCALE_GOLDEN", Path(__file__).parent))
 RECORDED = load_file(GOLDEN / "knn.safetensors")

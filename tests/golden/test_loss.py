@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dinoscale.engine.schedules import teacher_temp
 from dinoscale.losses.centering import teacher_probs, updated_center
 from dinoscale.losses.dino import dino_loss
-from dinoscale.schedules import teacher_temp
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinoscale.schedules import Schedules, cosine, teacher_temp
+from dinoscale.engine.schedules import Schedules, cosine, teacher_temp
 
 Json = Callable[[str], dict[str, Any]]
 Tensors = Callable[[str], dict[str, Tensor]]

@@ -113,7 +113,7 @@ class _Follower:
         run_dir: str | None = None,
     ) -> None:
         """With `run_dir`: go on from its checkpoint, if it has one, and save after step `last`."""
-        from dinoscale import distributed
+        from dinoscale.runtime import distributed
 
         self.first, self.run_dir = first, run_dir
         self.world_size, self.rank = distributed.world_size(), distributed.rank()
@@ -136,7 +136,7 @@ class _Follower:
     def follow(self) -> dict[str, Any]:
         from dinoscale.engine.build import build_pair, schedules_of
         from dinoscale.engine.step import train_step
-        from dinoscale.models.weights import from_reference
+        from dinoscale.models.weight_names import from_reference
 
         student, teacher = build_pair(self.config, self.plan)
         weights = from_reference(self.initial, norm_last_layer=self.config.head.norm_last_layer)
@@ -170,7 +170,7 @@ class _Follower:
         return record
 
     def _go_on(self, student: Any, teacher: Any) -> None:
-        from dinoscale.resume import find_checkpoint, restore
+        from dinoscale.training.resume import find_checkpoint, restore
 
         checkpoint = find_checkpoint(Path(str(self.run_dir)))
         assert (0 if checkpoint is None else checkpoint.step) == self.first
@@ -178,9 +178,9 @@ class _Follower:
             restore(checkpoint, student, teacher)
 
     def _save(self, student: Any, teacher: Any) -> None:
-        from dinoscale import distributed
         from dinoscale.checkpoint.retention import Keep
         from dinoscale.checkpoint.save import Saver
+        from dinoscale.runtime import distributed
 
         saver = Saver(Path(str(self.run_dir)), Keep(last=1))
         saver.begin(self.last, student, teacher, {"config": {}, "plan": {}, "progress": {}})
@@ -237,7 +237,7 @@ def assemble(states: list[dict[str, Any]], which: str, shapes: dict[str, Any]) -
 
 def plain_trajectory(rounding: Rounding, *, backwards: bool = False) -> Run:
     """The run of trajectory.json by `plain_run`, with the weights after each recorded epoch."""
-    from dinoscale.models.weights import from_reference
+    from dinoscale.models.weight_names import from_reference
 
     facts = json.loads((FOLDER / "trajectory.json").read_text())["config"]
     config = golden_config(facts, stage=0, accumulation=1, world_size=1)

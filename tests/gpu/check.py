@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dinoscale.versions import versions
+from dinoscale.runtime.versions import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 480.0

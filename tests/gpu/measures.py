@@ -109,9 +109,9 @@ def input_waits() -> Shown:
 
 def on_ranks_prepare() -> int:
     """Prepare steps of a run; torch raises where the third waits. Returns their micro-batches."""
-    from dinoscale.bench.our_step import Noise
-    from dinoscale.feed import Feed
-    from dinoscale.launcher import read_process
+    from dinoscale.planning.bench.our_step import Noise
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.feed import Feed
 
     config = tiny_config(
         model={"drop_path_rate": 0.1}, crops={"global_size": 96, "local_size": 48, "num_local": 4}
@@ -155,10 +155,10 @@ def on_ranks_peaks(*, stages: list[int]) -> list[dict[str, Any]]:
 
 def _peak(stage: int) -> dict[str, Any]:
     from dinoscale.config import resolve
-    from dinoscale.dims import dims_of
     from dinoscale.engine.build import build_pair
-    from dinoscale.plan.memory import peak
-    from dinoscale.plan.setup import setup_of
+    from dinoscale.engine.model_sizes import dims_of
+    from dinoscale.planning.plan.memory import peak
+    from dinoscale.planning.plan.setup import setup_of
 
     config, ranks = _vit_s16(f"engine.zero_stage={stage}"), torch.distributed.get_world_size()
     plan = resolve(config, world_size=ranks, num_images=config.train.batch_size * 4)
@@ -205,8 +205,8 @@ def on_ranks_auto() -> dict[str, Any]:
     """Search as a run does, then take a step of the next size in this process."""
     from dinoscale.config import micro_batch_sizes
     from dinoscale.engine.build import build_pair
-    from dinoscale.launcher import read_process
-    from dinoscale.micro_batch.search import find_micro_batch
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.micro_batch.search import find_micro_batch
 
     # Few sizes, the largest of which no GPU of today holds: each trial is a start of Python.
     batch = ["train.batch_size=16384", "train.micro_batch_size=auto", "optim.warmup_epochs=0"]
@@ -234,7 +234,7 @@ def on_ranks_auto() -> dict[str, Any]:
 def trial_run(config: Any, size: int, *, world_size: int) -> tuple[Any, Any]:
     """The run that a trial of a micro-batch takes steps of, on as many ranks, and its plan."""
     from dinoscale.config import resolve, split_batch, with_micro_batch
-    from dinoscale.micro_batch.trial import _PASSES, _shortened
+    from dinoscale.training.micro_batch.trial import _PASSES, _shortened
 
     train = with_micro_batch(config, size).train
     passes = min(_PASSES, split_batch(train, world_size=world_size).accumulation_steps)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.watchdog import collectives_timeout_s
+from dinoscale.runtime.watchdog import collectives_timeout_s
 from tests.faults.lives import newest_step, steps_logged, write_config
 from tests.multinode.cluster import Cluster, Done, Program
 

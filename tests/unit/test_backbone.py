@@ -11,10 +11,10 @@ from PIL import Image
 
 import dinoscale
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
-from dinoscale.data.augment import eval_transform
+from dinoscale.data.augmentation.multi_crop import eval_transform
 from dinoscale.evaluate.features import normalize_images
 from dinoscale.models.zoo import build_backbone
-from dinoscale.peak_memory import with_peak_bytes
+from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 
 SIZES = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from dinoscale import cli
-from dinoscale.bench.busy import busy
-from dinoscale.bench.data import Rates, bench_data, in_words, limit
 from dinoscale.config import load_config
-from dinoscale.cores import parse_quota
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.planning.bench.busy import busy
+from dinoscale.planning.bench.data import Rates, bench_data, in_words, limit
+from dinoscale.runtime.cores import parse_quota
 
 _SET = "data.train=synthetic:shapes?images=40&size=32"
 
@@ -93,7 +93,9 @@ def test_rates_of_workers_are_those_of_busy_cores(
     config = load_config("quickstart", [_SET, "data.num_workers=0"])
     rates = []
     for cores in (1, 16):  # more than there are: each gets a share of one
-        monkeypatch.setattr("dinoscale.bench.data.cores_at_hand", lambda cores=cores: cores)
+        monkeypatch.setattr(
+            "dinoscale.planning.bench.data.cores_at_hand", lambda cores=cores: cores
+        )
         result = bench_data(config, gpu_images_per_s=1.0, seconds=0.3)
         rates.append(result["images_per_s"]["worker"])
     assert "with all 16 cores at hand busy" in capsys.readouterr().err

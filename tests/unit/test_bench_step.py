@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from dinoscale.bench.budget import Budget, fitted, in_turns
-from dinoscale.bench.ceiling import matmul_rates
-from dinoscale.bench.our_step import OurStep
-from dinoscale.bench.step import CHECKOUT, bench_step, find_reference, too_slow
-from dinoscale.bench.step_report import in_words
-from dinoscale.bench.timeline import PARTS, Timeline, watch_pair
 from dinoscale.config import load_config, resolve
 from dinoscale.errors import ConfigError
-from dinoscale.feed import Feed, open_images
-from dinoscale.launcher import read_process
+from dinoscale.planning.bench.budget import Budget, fitted, in_turns
+from dinoscale.planning.bench.ceiling import matmul_rates
+from dinoscale.planning.bench.our_step import OurStep
+from dinoscale.planning.bench.step import CHECKOUT, bench_step, find_reference, too_slow
+from dinoscale.planning.bench.step_report import in_words
+from dinoscale.planning.bench.timeline import PARTS, Timeline, watch_pair
+from dinoscale.runtime.launcher_env import read_process
+from dinoscale.training.feed import Feed, open_images
 from tests.distributed.tiny_run import tiny_config
 
 PAUSE_S = 0.25  # of a pretended clock; sums of quarters are exact

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dinoscale import watchdog as watchdog_module
-from dinoscale.distributed import Board
-from dinoscale.watchdog import Watchdog, explain_hang
+from dinoscale.runtime import watchdog as watchdog_module
+from dinoscale.runtime.distributed import Board
+from dinoscale.runtime.watchdog import Watchdog, explain_hang
 
 RANKS = 1000
 HOSTS = [f"node{rank // 8}" for rank in range(RANKS)]

@@ -129,7 +129,7 @@ def test_deepspeed_loads_no_compiler_for_an_unused_optimizer_and_others_still_co
         "import os, sys\n"
         "from dinoscale import distributed\n"
         "from dinoscale.engine.student import import_deepspeed\n"
-        "from dinoscale.launcher import read_process\n"
+        "from dinoscale.runtime.launcher_env import read_process\n"
         "distributed.start(read_process({}))\n"
         "import_deepspeed()\n"
         "assert 'deepspeed.runtime.zero.muon.muon_optimizer' in sys.modules\n"

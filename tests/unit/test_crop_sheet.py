@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from dinoscale.config import load_config
-from dinoscale.crop_sheet import Row, _figure, _row, _visible, drawn, show_crops
-from dinoscale.data.crop_params import NOT_SOLARIZED, NOTHING, PARAMS
+from dinoscale.data.augmentation.crop_params import NOT_SOLARIZED, NOTHING, PARAMS
 from dinoscale.data.loader import train_batches
-from dinoscale.data.sources import open_source
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import normalize_images
-from dinoscale.feed import finish_batch, multi_crop_of
+from dinoscale.reports.crop_sheet import Row, _figure, _row, _visible, drawn, show_crops
+from dinoscale.training.feed import finish_batch, multi_crop_of
 
 _SET = "synthetic:shapes?images=8&size=40"
 

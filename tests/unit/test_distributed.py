@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dinoscale import distributed
+from dinoscale.runtime import distributed
 
 
 class RefusingGroup(dist.ProcessGroup):

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from dinoscale.doctor import environment, machine, network, storage, versions
-from dinoscale.doctor.images import Looked, judge_images, judge_plan, sample_ids
-from dinoscale.doctor.machine import Device, Machine
-from dinoscale.doctor.marker import Seen
-from dinoscale.doctor.network import LARGE_BYTES, Network
-from dinoscale.doctor.report import Check, size_text
-from dinoscale.launcher import Process
+from dinoscale.cluster.doctor import environment, machine, network, storage, versions
+from dinoscale.cluster.doctor.images import Looked, judge_images, judge_plan, sample_ids
+from dinoscale.cluster.doctor.machine import Device, Machine
+from dinoscale.cluster.doctor.marker import Seen
+from dinoscale.cluster.doctor.network import LARGE_BYTES, Network
+from dinoscale.cluster.doctor.report import Check, size_text
+from dinoscale.runtime.launcher_env import Process
 from tests.distributed.tiny_run import tiny_config
 
 HOSTS = ["a", "b"]

@@ -7,9 +7,9 @@ import pytest
 from torch import Tensor
 
 from dinoscale.config import resolve
-from dinoscale.data import colors
-from dinoscale.feed import Feed, open_images
-from dinoscale.launcher import read_process
+from dinoscale.data.augmentation import color_jitter
+from dinoscale.runtime.launcher_env import read_process
+from dinoscale.training.feed import Feed, open_images
 from tests.distributed.tiny_run import BATCH, tiny_config
 
 
@@ -25,17 +25,17 @@ def test_engine_compile_reaches_the_colours_and_micro_batches_are_made_when_aske
     )
     plan = resolve(config, world_size=1, num_images=6)
     feed = Feed(config, plan, read_process({}), open_images(config), depth=2)
-    asked: list[colors._Change] = []
+    asked: list[color_jitter._Change] = []
 
     held = list[weakref.ref[Tensor]]()
 
-    def compiled(change: colors._Change) -> colors._Change:
+    def compiled(change: color_jitter._Change) -> color_jitter._Change:
         assert [crops() for crops in held if crops() is not None] == []  # one at a time
         asked.append(change)
         return change
 
-    monkeypatch.setattr(colors, "_COMPILED_ON", {"cpu"})
-    monkeypatch.setattr(colors, "_compiled", compiled)
+    monkeypatch.setattr(color_jitter, "_COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(color_jitter, "_compiled", compiled)
     prepared = feed.prepare(0, next(feed.steps(0, offset=0)))
     assert asked == []
     sizes = []

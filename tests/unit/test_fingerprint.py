@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from data_tools.build_shards import _sizes
-from dinoscale.data.folder import FolderSource
+from dinoscale.data.sources.folder import FolderSource
 from dinoscale.errors import UnavailableError
-from dinoscale.fingerprint import code_print, differences, files_print, fingerprint
-from dinoscale.patience import Patience
+from dinoscale.runtime.fingerprint import code_print, differences, files_print, fingerprint
+from dinoscale.runtime.retry import Patience
 
 
 def _print_of(folder: Path) -> dict[str, object]:
@@ -74,7 +74,7 @@ def test_what_differs_is_named(kept: object, named: list[str]) -> None:
 def test_of_the_code_only_what_it_does_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinoscale.fingerprint._ROOT", tmp_path)
+    monkeypatch.setattr("dinoscale.runtime.fingerprint._ROOT", tmp_path)
     package = tmp_path / "dinoscale"
     package.mkdir()
     (package / "other.py").write_text("import numpy\n")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinoscale.evaluate.features import find_device
-from dinoscale.float32 import exact_float32, tensor_cores
+from dinoscale.runtime.float32 import exact_float32, tensor_cores
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 

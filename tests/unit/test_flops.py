@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinoscale.flops import StepFlops, step_flops, vit_backward_flops, vit_forward_flops
+from dinoscale.engine.flops import StepFlops, step_flops, vit_backward_flops, vit_forward_flops
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.zoo import build_backbone

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinoscale.hosts import ranks_text, span_text
+from dinoscale.runtime.hosts import ranks_text, span_text
 
 HOSTS = [host for host in "abcdef" for _ in range(4)]
 

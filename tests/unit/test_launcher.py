@@ -2,9 +2,9 @@
 
 import pytest
 
-from dinoscale.distributed import require_devices
 from dinoscale.errors import LaunchError
-from dinoscale.launcher import (
+from dinoscale.runtime.distributed import require_devices
+from dinoscale.runtime.launcher_env import (
     LOOPBACK,
     Process,
     first_host,

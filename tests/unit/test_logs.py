@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale import logs
+from dinoscale.runtime import logs
 
 FULL = Path("/dev/full")
 
@@ -89,7 +89,7 @@ def test_other_ranks_show_warnings_only_and_write_everything(
     program = textwrap.dedent(f"""
         import logging
         from pathlib import Path
-        from dinoscale import logs
+        from dinoscale.runtime import logs
         logs.to_terminal({rank})
         logs.to_file(Path({str(tmp_path)!r}), rank={rank}, header="begins")
         logging.info("all is well")
@@ -108,7 +108,7 @@ def test_other_ranks_show_warnings_only_and_write_everything(
 
 _SAY = """
     import os, sys
-    from dinoscale import logs
+    from dinoscale.runtime import logs
     logs.shield_terminal()
     logs.to_terminal(0)
     opened = os.open(__file__, os.O_RDONLY)

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dinoscale.config.resolve import resolve
-from dinoscale.data.bad_samples import BadSample, BadSampleLog
+from dinoscale.data.sources.bad_samples import BadSample, BadSampleLog
 from dinoscale.errors import DataError, LostPeerError
-from dinoscale.hooks.data_wait import DataWait
-from dinoscale.hooks.metrics import Stopwatch
-from dinoscale.launcher import Process
-from dinoscale.loop import Run
+from dinoscale.runtime.launcher_env import Process
+from dinoscale.training.hooks.data_wait import DataWait
+from dinoscale.training.hooks.metrics import Stopwatch
+from dinoscale.training.loop import Run
 from tests.distributed.tiny_run import tiny_config
 
 

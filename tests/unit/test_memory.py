@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.memory import memory_at_hand
+from dinoscale.runtime.memory import memory_at_hand
 
 MIB = 2**20
 

@@ -6,7 +6,7 @@ import pytest
 
 from dinoscale.config import micro_batch_sizes, parse_config
 from dinoscale.errors import ConfigError, UnavailableError
-from dinoscale.micro_batch.search import Outcome, _judge, _outcome, largest_that_fits
+from dinoscale.training.micro_batch.search import Outcome, _judge, _outcome, largest_that_fits
 
 MOST_TRIALS = 9
 

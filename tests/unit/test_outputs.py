@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 
 from data_tools.journal import Journal, check_place, write_whole
-from dinoscale import outputs
 from dinoscale.errors import DataError, OutputError
-from dinoscale.outputs import (
+from dinoscale.reports.page import write_file
+from dinoscale.runtime import outputs
+from dinoscale.runtime.outputs import (
     LIST_FILE,
     is_ours,
     replacing,
@@ -21,7 +22,6 @@ from dinoscale.outputs import (
     workplace,
     write_tensors,
 )
-from dinoscale.page import write_file
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dinoscale.data.sources import open_source
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import PreemptedError
-from dinoscale.opening import open_once_a_node
-from dinoscale.preemption import StopRequest
-from dinoscale.trainer import _unless_asked
+from dinoscale.runtime.opening import open_once_a_node
+from dinoscale.runtime.preemption import StopRequest
+from dinoscale.training.trainer import _unless_asked
 
 _PROGRAM = """
     import os, signal, sys
-    from dinoscale import preemption
+    from dinoscale.runtime import preemption
     preemption._AGAIN_S = 0.0 if "later" in sys.argv else 60.0
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
     stop = preemption.StopRequest(answer=True)

@@ -10,7 +10,7 @@ import pytest
 
 from dinoscale.config import RunConfig, parse_config, resolve
 from dinoscale.errors import ConfigError
-from dinoscale.resume import (
+from dinoscale.training.resume import (
     batch_norm_caution,
     keep_micro_batch,
     require_same_run,

@@ -15,14 +15,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dinoscale.config import RunConfig, dump_config, parse_config
+from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.run_report.body import changed_settings
-from dinoscale.run_report.read import EVENTS_KEPT, NUMBERS, Record, read_record
-from dinoscale.run_report.report import write_run_report
-from dinoscale.run_report.series import Point, Series
-from dinoscale.run_report.state import State, duration_text, find_state, in_sentences
-from dinoscale.run_report.verdicts import judge
-from dinoscale.schedules import cosine
+from dinoscale.reports.run.body import changed_settings
+from dinoscale.reports.run.read import EVENTS_KEPT, NUMBERS, Record, read_record
+from dinoscale.reports.run.report import write_run_report
+from dinoscale.reports.run.series import Point, Series
+from dinoscale.reports.run.state import State, duration_text, find_state, in_sentences
+from dinoscale.reports.run.verdicts import judge
 
 EPOCHS, PER_EPOCH, BATCH = 4, 50, 32
 STEPS = EPOCHS * PER_EPOCH

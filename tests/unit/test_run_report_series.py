@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinoscale.run_report.series import BUCKETS, Point, Series, smooth
+from dinoscale.reports.run.series import BUCKETS, Point, Series, smooth
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=200))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinoscale.schedules import Schedules, cosine, teacher_temp
+from dinoscale.engine.schedules import Schedules, cosine, teacher_temp
 
 
 def _imagenet() -> Schedules:

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dinoscale import watchdog as watchdog_module
-from dinoscale.watchdog import Sign, Watchdog, explain_hang, explain_missing
+from dinoscale.runtime import watchdog as watchdog_module
+from dinoscale.runtime.watchdog import Sign, Watchdog, explain_hang, explain_missing
 
 WAITS = Sign(moves=9, doing="in step 5", posts=40)
 STILL = Sign(moves=9, doing="in step 5", posts=42)

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinoscale.checkpoint.checksums import flushed_sum, seal
 from dinoscale.checkpoint.layout import directory, part_of, shard_file
-from dinoscale.checkpoint.sums import flushed_sum, seal
 
 SHAPES = {"backbone.a": (3, 5), "head.b": (7,)}
 KINDS = ("master", "ema", "exp_avg")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dinoscale.checkpoint.checksums import read_sums, sha256, verify, write_sums
 from dinoscale.checkpoint.layout import (
     INDEX_FILE,
     MEASURED_FILE,
@@ -25,10 +26,9 @@ from dinoscale.checkpoint.load import Checkpoint, open_run, open_verified
 from dinoscale.checkpoint.manage import prune_checkpoints, verify_checkpoints
 from dinoscale.checkpoint.progress import write_measured
 from dinoscale.checkpoint.retention import Keep, prune
-from dinoscale.checkpoint.sums import read_sums, sha256, verify, write_sums
-from dinoscale.convert.run import is_run
+from dinoscale.convert.run_checkpoint import is_run
 from dinoscale.errors import CheckpointError, UnreadableError
-from dinoscale.resume import find_checkpoint
+from dinoscale.training.resume import find_checkpoint
 from tests.unit.checkpoint.stored import KINDS, SHAPES, store, value_of
 
 RANKS = 4
@@ -118,7 +118,7 @@ def test_all_ranks_go_on_with_the_accuracy_that_was_read_at_the_opening(
 def test_whole_tensors_are_read_file_by_file(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinoscale.checkpoint.files._MAX_OPEN", 1)
+    monkeypatch.setattr("dinoscale.checkpoint.shard_files._MAX_OPEN", 1)
     checkpoint = Checkpoint(store(tmp_path, 1, ranks=RANKS))
     disk.opened.clear()
     for name, whole in checkpoint.full("ema").items():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dinoscale.checkpoint.checksums import flushed_sum, read_sums, sha256, verify, write_sums
 from dinoscale.checkpoint.layout import SUMS_FILE
-from dinoscale.checkpoint.sums import flushed_sum, read_sums, sha256, verify, write_sums
 from dinoscale.errors import CheckpointError
 
 FILES = ("shard_00000.safetensors", "shared.safetensors", "state.json")
@@ -90,7 +90,7 @@ def test_comparing_and_flushing_a_large_file_give_signs_of_life(
     signs: list[str] = []
     verify(folder, goes_on=lambda: signs.append("read"))
     assert len(signs) == 9  # of three files, three each
-    monkeypatch.setattr("dinoscale.checkpoint.sums._FLUSHED_BYTES", 1 << 20)
+    monkeypatch.setattr("dinoscale.checkpoint.checksums._FLUSHED_BYTES", 1 << 20)
     path = folder / FILES[0]
     assert flushed_sum(path, lambda: signs.append("flushed")) == sha256(path)
     assert signs.count("flushed") == 3 + 3

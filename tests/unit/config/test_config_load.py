@@ -16,7 +16,7 @@ from dinoscale.config import (
     parse_config,
     text_override,
 )
-from dinoscale.config.yaml_text import read_yaml, write_yaml
+from dinoscale.config.yaml_io import read_yaml, write_yaml
 from dinoscale.errors import ConfigError
 
 

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from dinoscale.config import RunConfig, parse_config
-from dinoscale.config.report import sections
+from dinoscale.config.mistakes import sections
 from dinoscale.errors import ConfigError
 
 

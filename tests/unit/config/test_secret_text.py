@@ -5,9 +5,9 @@ import time
 import pytest
 
 from dinoscale.config import load_config, parse_config
-from dinoscale.config.secret_text import hide_secrets, require_no_secrets
-from dinoscale.config.sweep import SweepConfig
-from dinoscale.config.yaml_text import write_yaml
+from dinoscale.config.secrets import hide_secrets, require_no_secrets
+from dinoscale.config.sweep.file import SweepConfig
+from dinoscale.config.yaml_io import write_yaml
 from dinoscale.errors import ConfigError
 
 SECRETS = [

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.config.axes import LadderConfig, ModelSize
-from dinoscale.config.sweep import SweepConfig, load_sweep
+from dinoscale.config.sweep.axes import LadderConfig, ModelSize
+from dinoscale.config.sweep.file import SweepConfig, load_sweep
 from dinoscale.errors import ConfigError
 
 HEAD = "base: quickstart\nout: runs/test\nmetrics: {loss: online}\n"

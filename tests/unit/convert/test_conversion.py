@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinoscale import cli
-from dinoscale.checkpoint.sums import sha256
+from dinoscale.checkpoint.checksums import sha256
 from dinoscale.convert import conversion
 from dinoscale.convert.card import BackboneCard, BackboneShape
 from dinoscale.convert.conversion import TARGETS, Target, convert
+from dinoscale.convert.formats.to_graphs import reopen_onnx, reopen_torchscript
+from dinoscale.convert.formats.to_hf import reopen_hf
+from dinoscale.convert.formats.to_timm import reopen_timm
 from dinoscale.convert.parity import MAX_DIFFERENCE, Reopened, compare, our_forward
 from dinoscale.convert.source import read_source
-from dinoscale.convert.to_graphs import reopen_onnx, reopen_torchscript
-from dinoscale.convert.to_hf import reopen_hf
-from dinoscale.convert.to_timm import reopen_timm
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.convert.weights_file import load_backbone, save_backbone
 from dinoscale.errors import CheckpointError, ConversionError, OutputError

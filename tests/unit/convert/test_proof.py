@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dinoscale.backbone import load_backbone
-from dinoscale.checkpoint.sums import sha256
+from dinoscale.checkpoint.checksums import sha256
 from dinoscale.convert import conversion
 from dinoscale.convert.card import (
     METADATA_KEY,
@@ -22,15 +21,16 @@ from dinoscale.convert.card import (
     parse_card,
 )
 from dinoscale.convert.conversion import TARGETS, convert
+from dinoscale.convert.formats.to_dino import write_dino
+from dinoscale.convert.formats.to_graphs import write_torchscript
+from dinoscale.convert.formats.to_hf import write_hf
+from dinoscale.convert.formats.to_timm import reopen_timm
 from dinoscale.convert.parity import Forward, Reopened, require_any_device
 from dinoscale.convert.source import read_source
-from dinoscale.convert.to_dino import write_dino
-from dinoscale.convert.to_graphs import write_torchscript
-from dinoscale.convert.to_hf import write_hf
-from dinoscale.convert.to_timm import reopen_timm
 from dinoscale.convert.weights import Weights
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.errors import ConversionError
+from dinoscale.evaluate.load_backbone import load_backbone
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.zoo import build_backbone
 

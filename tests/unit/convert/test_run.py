@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinoscale.checkpoint.checksums import sha256, write_sums
 from dinoscale.checkpoint.load import open_run
-from dinoscale.checkpoint.sums import sha256, write_sums
 from dinoscale.convert.conversion import convert
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.engine.build import build_networks
-from dinoscale.peak_memory import with_peak_bytes
+from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 from tests.distributed.tiny_run import tiny_config
 
 RANKS = 4

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from dinoscale.config import RunConfig, parse_config
+from dinoscale.convert.initial_weights import adapted_channels, starting_weights
 from dinoscale.convert.source import read_source
-from dinoscale.convert.start import adapted_channels, starting_weights
 from dinoscale.engine.build import Start, build_networks
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.vit import VisionTransformer
-from dinoscale.models.weights import to_reference
+from dinoscale.models.weight_names import to_reference
 from tests.distributed.tiny_run import tiny_config
 
 HEAD: dict[str, Any] = {"num_prototypes": 33, "hidden_dim": 22, "bottleneck_dim": 15}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dinoscale.convert.card import parse_card
-from dinoscale.convert.reference import guess_shape
+from dinoscale.convert.formats.reference import guess_shape
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import (
     BackboneCard,

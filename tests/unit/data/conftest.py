@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoscale.data.decode import BadSampleError
-from dinoscale.data.sources import Source
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.sources.source import Source
 
 _REPOSITORY = Path(__file__).parents[3]
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dinoscale.data.augment import CropArrays, MultiCrop, cut_crops, eval_transform
-from dinoscale.data.colors import finish_crops
-from dinoscale.data.decode import RGB, Picture
+from dinoscale.data.augmentation.color_jitter import finish_crops
+from dinoscale.data.augmentation.multi_crop import CropArrays, MultiCrop, cut_crops, eval_transform
+from dinoscale.data.decoding.decode import RGB, Picture
 from dinoscale.models._torchvision import ensure_torchvision
 from tests.unit.data.conftest import picture
 

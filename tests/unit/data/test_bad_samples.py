@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.data.bad_samples import BadSample, BadSampleLog
+from dinoscale.data.sources.bad_samples import BadSample, BadSampleLog
 from dinoscale.errors import DataError
 
 

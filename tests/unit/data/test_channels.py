@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dinoscale.data.augment import MultiCrop, cut_crops, eval_transform
-from dinoscale.data.decode import BadSampleError, Decoder
-from dinoscale.data.folder import FolderSource
-from dinoscale.data.shards import TarSource
-from dinoscale.data.sources import open_source
+from dinoscale.data.augmentation.multi_crop import MultiCrop, cut_crops, eval_transform
+from dinoscale.data.decoding.decode import BadSampleError, Decoder
+from dinoscale.data.shards.tar_source import TarSource
+from dinoscale.data.sources.folder import FolderSource
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import jpeg, picture, write_tar
 from tests.unit.data.many_channels import deep_png, npy, pixels, png, tiff

@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.data.classes import read_classes
-from dinoscale.data.sources import Source, open_source
+from dinoscale.data.sources.classes import read_classes
+from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import DataError
 from dinoscale.evaluate import overlap
-from dinoscale.evaluate.labelled import renumber_classes
+from dinoscale.evaluate.classification.labelled_sets import renumber_classes
 from dinoscale.evaluate.overlap import equal_pictures
 from tests.unit.data.conftest import jpeg, write_tar
 

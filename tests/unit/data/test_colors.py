@@ -17,9 +17,9 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy.ndimage import convolve1d
 from torch._dynamo.exc import TorchDynamoException
 
-from dinoscale.data import colors
-from dinoscale.data.crop_params import HUE, NOT_SOLARIZED, NOTHING, Params
-from dinoscale.data.plain_crops import plain_crop, turn_hue
+from dinoscale.data.augmentation import color_jitter
+from dinoscale.data.augmentation.crop_params import HUE, NOT_SOLARIZED, NOTHING, Params
+from dinoscale.data.augmentation.reference_crops import plain_crop, turn_hue
 from tests.unit.data.conftest import picture
 from tests.unit.data.test_plain_crops import CHANGES, JITTER, params
 
@@ -95,7 +95,7 @@ def _exact_hue(image: Image.Image, turn: float, *, more: float = 0.0) -> NDArray
 
 def _exact_blur(image: Image.Image, sigma: float) -> NDArray[np.float64]:
     """Three box blurs along each axis, beyond the edges their pixels again."""
-    half = float(colors.box_radius(np.float32([sigma]))[0])
+    half = float(color_jitter.box_radius(np.float32([sigma]))[0])
     reach = int(half) + 1
     offsets = np.arange(-reach, reach + 1)
     weights = np.clip(half + 1 - abs(offsets), 0, 1) / (2 * half + 1)
@@ -120,12 +120,12 @@ FACTORS = [0.0, 0.4, 0.73, 0.999, 1.0, 1.2, 1.4, 3.0]
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (colors.adjust_brightness, ImageEnhance.Brightness),
-        (colors.adjust_contrast, ImageEnhance.Contrast),
-        (colors.adjust_saturation, ImageEnhance.Color),
+        (color_jitter.adjust_brightness, ImageEnhance.Brightness),
+        (color_jitter.adjust_contrast, ImageEnhance.Contrast),
+        (color_jitter.adjust_saturation, ImageEnhance.Color),
     ],
 )
-def test_blends_equal_pillows(ours: colors._Change, theirs: type[ImageEnhance.Color]) -> None:
+def test_blends_equal_pillows(ours: color_jitter._Change, theirs: type[ImageEnhance.Color]) -> None:
     factors = _column(FACTORS)
     changed = ours(_tensor(PICTURES).contiguous(), factors)
     blends = [theirs(picture) for picture in PICTURES]
@@ -144,8 +144,8 @@ def test_blends_equal_pillows(ours: colors._Change, theirs: type[ImageEnhance.Co
 @pytest.mark.parametrize("radius", [0.1, 0.6, 1.4, 2.0, 6.5])
 def test_blur_equals_pillows(size: int, radius: float) -> None:
     images = [x.resize((size, size), Image.Resampling.NEAREST) for x in PICTURES]
-    half = colors.box_radius(np.full(len(images), radius))
-    blurred = colors.blur(_tensor(images), _column(half.tolist()))
+    half = color_jitter.box_radius(np.full(len(images), radius))
+    blurred = color_jitter.blur(_tensor(images), _column(half.tolist()))
     expected = _levels([x.filter(ImageFilter.GaussianBlur(radius)) for x in images])
     exact = np.stack([_exact_blur(image, radius) for image in images])
     found = blurred.permute(0, 2, 3, 1).numpy()
@@ -155,14 +155,14 @@ def test_blur_equals_pillows(size: int, radius: float) -> None:
 
 def test_blur_of_many_radii_at_once_is_that_of_each() -> None:
     images, radii = _tensor(PICTURES), _column(np.linspace(0.0, 2.0, len(PICTURES)).tolist())
-    together = colors.blur(images, radii)
-    alone = [colors.blur(images[i : i + 1], radii[i : i + 1]) for i in range(len(images))]
+    together = color_jitter.blur(images, radii)
+    alone = [color_jitter.blur(images[i : i + 1], radii[i : i + 1]) for i in range(len(images))]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1)  # a tie
 
 
 def test_solarize_equals_pillows() -> None:
     thresholds = [0, 1, 64, 127, 128, 200, 255, 256]
-    changed = colors.solarize(_tensor(PICTURES), _column([float(t) for t in thresholds]))
+    changed = color_jitter.solarize(_tensor(PICTURES), _column([float(t) for t in thresholds]))
     expected = [ImageOps.solarize(x, t) for x, t in zip(PICTURES, thresholds, strict=True)]
     assert _difference(changed, expected).max() == 0
 
@@ -171,7 +171,7 @@ def _finished(images: list[Image.Image], records: Params, *, compiled: bool = Tr
     """Back in levels 0..255, (M, C, H, H)."""
     crops = torch.from_numpy(np.stack([np.asarray(x) for x in images]))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    finished = colors.finish_crops(crops, records, mean=mean, std=std, compiled=compiled)
+    finished = color_jitter.finish_crops(crops, records, mean=mean, std=std, compiled=compiled)
     back = finished * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     levels = back * 255
     # A dozen roundings of numbers up to 255.
@@ -240,7 +240,7 @@ def test_order_and_size_of_the_passes_change_nothing(
     records["blur_radius"] = np.where(rng.random(32) < 0.5, rng.uniform(0.1, 2, 32), 0)
     records["solarize_from"][rng.random(32) < 0.3] = 128
     images = PICTURES * 4
-    monkeypatch.setitem(colors._PASS_BYTES, "cpu", pass_bytes)
+    monkeypatch.setitem(color_jitter._PASS_BYTES, "cpu", pass_bytes)
     _require_plain(images, records)
     finished = _finished(images, records)
     alone = [_finished([x], r[None]) for x, r in zip(images, records, strict=True)]
@@ -258,7 +258,7 @@ def test_pictures_of_any_number_of_channels_are_finished(channels: int) -> None:
         **WHOLE, order=(1, NOTHING, 0, NOTHING), factors=JITTER["factors"], blur_radius=1.1
     )
     mean, std = (0.0,) * channels, (1 / 255,) * channels
-    finished = colors.finish_crops(crops, record[None], mean=mean, std=std)
+    finished = color_jitter.finish_crops(crops, record[None], mean=mean, std=std)
     expected = _levels([_without_hue_of_pillow(Image.fromarray(plane), record)])[0]
     for channel in finished[0]:
         np.testing.assert_allclose(channel.numpy(), expected, atol=1.01)  # a tie
@@ -266,19 +266,21 @@ def test_pictures_of_any_number_of_channels_are_finished(channels: int) -> None:
 
 def test_no_crops_are_finished_too() -> None:
     none = torch.empty(0, SIZE, SIZE, 3, dtype=torch.uint8)
-    finished = colors.finish_crops(none, params()[None][:0], mean=(0,) * 3, std=(1,) * 3)
+    finished = color_jitter.finish_crops(none, params()[None][:0], mean=(0,) * 3, std=(1,) * 3)
     assert finished.shape == (0, 3, SIZE, SIZE)
 
 
 def test_nothing_of_the_gradient_tape_is_kept() -> None:
     records = np.stack([params(**WHOLE, **JITTER)])
     crops = torch.from_numpy(np.asarray(PICTURES[0])[None].copy())
-    assert not colors.finish_crops(crops, records, mean=(0,) * 3, std=(1,) * 3).requires_grad
+    assert not color_jitter.finish_crops(crops, records, mean=(0,) * 3, std=(1,) * 3).requires_grad
 
 
-@pytest.mark.parametrize("change", sorted(colors._POINTWISE, key=lambda change: change.__name__))
+@pytest.mark.parametrize(
+    "change", sorted(color_jitter._POINTWISE, key=lambda change: change.__name__)
+)
 def test_each_pointwise_step_is_one_graph_for_any_number_of_crops(
-    monkeypatch: pytest.MonkeyPatch, change: colors._Change
+    monkeypatch: pytest.MonkeyPatch, change: color_jitter._Change
 ) -> None:
     """Traced and no further, which takes seconds; the test below goes all the way."""
     graphs: list[torch.fx.GraphModule] = []
@@ -288,22 +290,22 @@ def test_each_pointwise_step_is_one_graph_for_any_number_of_crops(
         return graph
 
     traced = torch.compile(change, dynamic=True, backend=backend, fullgraph=True)
-    monkeypatch.setattr(colors, "_COMPILED_ON", {"cpu"})
-    monkeypatch.setattr(colors, "_compiled", lambda _: traced)
+    monkeypatch.setattr(color_jitter, "_COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(color_jitter, "_compiled", lambda _: traced)
     torch._dynamo.reset()
     for count, side in ((5, 8), (1, 8), (2, 12), (7, 8)):
         pixels = torch.randint(0, 256, (count, 3, side, side)).float()
         values = torch.full((count, 1, 1, 1), 0.1)
         plain = change(pixels.clone(), values)
-        assert torch.equal(colors._run(change, pixels, values, compiled=True), plain)
+        assert torch.equal(color_jitter._run(change, pixels, values, compiled=True), plain)
     assert len(graphs) == 1
 
 
 def test_nothing_is_compiled_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     records = np.stack([params(**WHOLE, **JITTER, solarize_from=128)] * len(PICTURES))
     plain = _finished(PICTURES, records)
-    monkeypatch.setattr(colors, "_COMPILED_ON", {"cpu"})
-    monkeypatch.setattr(colors, "_compiled", lambda _: pytest.fail("compiled"))
+    monkeypatch.setattr(color_jitter, "_COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(color_jitter, "_compiled", lambda _: pytest.fail("compiled"))
     assert torch.equal(_finished(PICTURES, records, compiled=False), plain)
 
 
@@ -314,21 +316,21 @@ def test_compiled_steps_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, with the compiler that stands in for the GPU's."""
     records = np.stack([params(**WHOLE, **JITTER, solarize_from=128)] * len(PICTURES))
     plain = _finished(PICTURES, records)
-    monkeypatch.setattr(colors, "_COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(color_jitter, "_COMPILED_ON", {"cpu"})
     assert torch.equal(_finished(PICTURES, records), plain)
-    assert colors._POINTWISE
+    assert color_jitter._POINTWISE
 
 
 def test_without_a_compiler_the_steps_are_done_one_by_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(_: colors._Change) -> colors._Change:
+    def fails(_: color_jitter._Change) -> color_jitter._Change:
         raise TorchDynamoException("no compiler")
 
     records = np.stack([params(**WHOLE, **JITTER, solarize_from=128)] * len(PICTURES))
     plain = _finished(PICTURES, records)
-    monkeypatch.setattr(colors, "_COMPILED_ON", {"cpu"})
-    monkeypatch.setattr(colors, "_POINTWISE", set(colors._POINTWISE))
-    monkeypatch.setattr(colors, "_compiled", fails)
+    monkeypatch.setattr(color_jitter, "_COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(color_jitter, "_POINTWISE", set(color_jitter._POINTWISE))
+    monkeypatch.setattr(color_jitter, "_compiled", fails)
     assert torch.equal(_finished(PICTURES, records), plain)
     assert caplog.text.count("no compiler") == 1

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dinoscale.data.crop_params import (
+from dinoscale.data.augmentation.crop_params import (
     HUE,
     NOT_SOLARIZED,
     NOTHING,

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageFile
 
-from dinoscale.data.decode import RGB, BadSampleError, Decoder
+from dinoscale.data.decoding.decode import RGB, BadSampleError, Decoder
 from tests.unit.data.conftest import jpeg, picture
 
 

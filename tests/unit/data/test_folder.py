@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoscale.data.decode import BadSampleError
-from dinoscale.data.folder import FolderSource, ListSource
-from dinoscale.data.shards import TarSource
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.shards.tar_source import TarSource
+from dinoscale.data.sources.folder import FolderSource, ListSource
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import decodes, jpeg
 
@@ -208,8 +208,8 @@ def test_image_that_became_something_else_is_a_bad_sample(
 # Root may read everything: a child gives up its rights, in a folder that it may reach.
 _AS_NOBODY = """
 import os, sys
-from dinoscale.data.decode import BadSampleError
-from dinoscale.data.folder import FolderSource
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.sources.folder import FolderSource
 from dinoscale.errors import DataError
 os.chdir(sys.argv[1])
 if os.getuid() == 0:

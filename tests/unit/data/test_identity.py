@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dinoscale.data.mixture import open_sources
+from dinoscale.data.sources.mixture import open_sources
 from dinoscale.errors import DataError
 
 NAMES = ("a/0.png", "a/1.png", "b/0.png")

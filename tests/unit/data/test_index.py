@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoscale.data.index import DamagedIndexError, Index, IndexWriter
+from dinoscale.data.shards.row_table import DamagedIndexError, Index, IndexWriter
 from dinoscale.errors import DataError
 
 ROWS = [
@@ -89,7 +89,7 @@ def test_temporary_index_goes_with_its_object(
 
 def test_temporary_index_goes_with_its_process(tmp_path: Path) -> None:
     code = (
-        "from dinoscale.data.index import IndexWriter\n"
+        "from dinoscale.data.shards.row_table import IndexWriter\n"
         "with IndexWriter('') as writer: index = writer.finish({})\n"
         "import os; print(len(os.listdir(os.environ['TMPDIR'])))"
     )

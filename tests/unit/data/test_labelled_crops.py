@@ -7,9 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinoscale.data.augment import cut_crops
-from dinoscale.data.decode import BadSampleError, Picture
-from dinoscale.data.labelled_crops import LabelledCrops, labelled_crops
+from dinoscale.data.augmentation.labelled_crops import LabelledCrops, labelled_crops
+from dinoscale.data.augmentation.multi_crop import cut_crops
+from dinoscale.data.decoding.decode import BadSampleError, Picture
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import picture
 

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoscale.data.lanes import LaneSampler
 from dinoscale.data.loader import _sharing
-from dinoscale.data.stream import Blocks
+from dinoscale.data.shards.stream import Blocks
+from dinoscale.data.shards.stream_readers import LaneSampler
 
 
 def _sampler(

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dinoscale.data.augment import MultiCrop
+from dinoscale.cluster.doctor.images import look
+from dinoscale.data.augmentation.multi_crop import MultiCrop
 from dinoscale.data.loader import train_batches
-from dinoscale.data.mixture import left_out_counts, left_out_of, open_sources
-from dinoscale.data.shards import TarSource
-from dinoscale.data.sources import open_source
-from dinoscale.data.stream import StreamSource
-from dinoscale.doctor.images import look
+from dinoscale.data.shards.stream import StreamSource
+from dinoscale.data.shards.tar_source import TarSource
+from dinoscale.data.sources.mixture import left_out_counts, left_out_of, open_sources
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DataError
-from dinoscale.hooks.probe import Probe
+from dinoscale.training.hooks.online_knn import Probe
 from tests.distributed.tiny_run import tiny_config
 from tests.unit.data.conftest import jpeg, write_tar
 
@@ -168,6 +168,6 @@ def test_index_made_by_other_rules_is_made_anew(
     TarSource([tar])
     (index,) = (tmp_path / "cache").glob("*.index")
     made = os.stat(index).st_mtime_ns
-    monkeypatch.setattr("dinoscale.data.shard_index._RULES", 99)
+    monkeypatch.setattr("dinoscale.data.shards.shard_index._RULES", 99)
     assert TarSource([tar]).left_out.counts == {"same_key": 1}
     assert os.stat(index).st_mtime_ns != made

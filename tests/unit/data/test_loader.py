@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from dinoscale.data.augment import CropArrays, MultiCrop, eval_transform
-from dinoscale.data.decode import BadSampleError, Picture
-from dinoscale.data.folder import FolderSource
+from dinoscale.data.augmentation.multi_crop import CropArrays, MultiCrop, eval_transform
+from dinoscale.data.decoding.decode import BadSampleError, Picture
 from dinoscale.data.loader import Batch, answered, eval_batches, train_batches
-from dinoscale.data.mixture import MixedSource
-from dinoscale.data.sampler import StepSampler
-from dinoscale.data.sources import Source
+from dinoscale.data.order.sampler import StepSampler
+from dinoscale.data.sources.folder import FolderSource
+from dinoscale.data.sources.mixture import MixedSource
+from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import picture
 

@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinoscale.data.folder import FolderSource
-from dinoscale.data.mixture import MixedSource, open_sources, source_sizes, stand_ins
-from dinoscale.data.synthetic import parse_synthetic
+from dinoscale.data.sources.folder import FolderSource
+from dinoscale.data.sources.mixture import MixedSource, open_sources, source_sizes, stand_ins
+from dinoscale.data.sources.synthetic import parse_synthetic
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import jpeg
 

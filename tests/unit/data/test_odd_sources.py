@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.data.augment import MultiCrop
+from dinoscale.data.augmentation.multi_crop import MultiCrop
 from dinoscale.data.loader import Batch, train_batches
-from dinoscale.data.sources import Source, open_source
+from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import jpeg, write_tar
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dinoscale.data.permutation import Permutation
+from dinoscale.data.order.permutation import Permutation
 
 
 def _order(size: int, seed: int) -> np.ndarray:

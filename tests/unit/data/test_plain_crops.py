@@ -6,8 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from dinoscale.data.crop_params import NOT_SOLARIZED, NOTHING, PARAMS, CropSpec, Params, draw_params
-from dinoscale.data.plain_crops import plain_crop, resized_crop, turn_hue
+from dinoscale.data.augmentation.crop_params import (
+    NOT_SOLARIZED,
+    NOTHING,
+    PARAMS,
+    CropSpec,
+    Params,
+    draw_params,
+)
+from dinoscale.data.augmentation.reference_crops import plain_crop, resized_crop, turn_hue
 from dinoscale.models._torchvision import ensure_torchvision
 from tests.unit.data.conftest import picture
 from tests.unit.data.test_crop_params import COLOR

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoscale.data.sampler import Draws, StepSampler
+from dinoscale.data.order.sampler import Draws, StepSampler
 
 
 def _sampler(

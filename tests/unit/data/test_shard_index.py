@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoscale.data.cache import locked
-from dinoscale.data.decode import BadSampleError
-from dinoscale.data.shard_index import (
+from dinoscale.data.cache_folder import locked
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.shards.shard_index import (
     Part,
     Shard,
     _in_order,
@@ -30,7 +30,7 @@ from dinoscale.data.shard_index import (
     open_shard_index,
     parts_of,
 )
-from dinoscale.data.shards import TarSource
+from dinoscale.data.shards.tar_source import TarSource
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import jpeg, write_tar
 
@@ -172,8 +172,8 @@ def test_reading_shards_gives_signs_of_life(
         time.sleep(0.02)
         return _scan(shard)
 
-    monkeypatch.setattr("dinoscale.data.shard_index._scan", slowly)
-    monkeypatch.setattr("dinoscale.data.shard_index._LOOK_S", 0.01)
+    monkeypatch.setattr("dinoscale.data.shards.shard_index._scan", slowly)
+    monkeypatch.setattr("dinoscale.data.shards.shard_index._LOOK_S", 0.01)
     path, signs = str(cache / "x.index"), []
     cache.mkdir(parents=True)
     parts = parts_of(path, list(map(_state, _many(tmp_path))), ())
@@ -187,14 +187,16 @@ def test_index_that_another_process_makes_meanwhile_leaves_no_parts(
     paths = _many(tmp_path)
 
     def overtaken(*args: Any) -> list[Part]:
-        monkeypatch.setattr("dinoscale.data.shard_index.parts_of", parts_of)
+        monkeypatch.setattr("dinoscale.data.shards.shard_index.parts_of", parts_of)
         open_shard_index(paths, num_processes=1)  # as another process might now
-        monkeypatch.setattr("dinoscale.data.shard_index._make_part", None)  # nothing to be made
+        monkeypatch.setattr(
+            "dinoscale.data.shards.shard_index._make_part", None
+        )  # nothing to be made
         parts = parts_of(*args)
         Path(parts[0].path).touch()  # begun too late
         return parts
 
-    monkeypatch.setattr("dinoscale.data.shard_index.parts_of", overtaken)
+    monkeypatch.setattr("dinoscale.data.shards.shard_index.parts_of", overtaken)
     index, _ = open_shard_index(paths, num_processes=1)
     assert len(index) == 40
     assert len(list(cache.iterdir())) == 2  # the index and its lock

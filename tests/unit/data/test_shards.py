@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinoscale.data.decode import BadSampleError
-from dinoscale.data.shards import TarSource
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.shards.tar_source import TarSource
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import decodes, jpeg, write_tar
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinoscale.data.classes import classes_of
-from dinoscale.data.folder import FolderSource, ListSource
-from dinoscale.data.remote import require_allowed
-from dinoscale.data.shards import TarSource
-from dinoscale.data.sources import expand_braces, open_source
+from dinoscale.data.shards.remote import require_allowed
+from dinoscale.data.shards.tar_source import TarSource
+from dinoscale.data.sources.classes import classes_of
+from dinoscale.data.sources.folder import FolderSource, ListSource
+from dinoscale.data.sources.source import expand_braces, open_source
 from dinoscale.errors import DataError, UnavailableError
 from tests.unit.data.conftest import Storage, jpeg, write_tar
 

@@ -19,14 +19,14 @@ import pytest
 import torch
 import webdataset.tariterators  # noqa: F401 # else its memory would count below
 
-from dinoscale.data.augment import MultiCrop
+from dinoscale.data.augmentation.multi_crop import MultiCrop
 from dinoscale.data.loader import train_batches
-from dinoscale.data.mixture import open_sources
-from dinoscale.data.remote import TransferError, open_remote, read_all
-from dinoscale.data.shards import TarSource
-from dinoscale.data.sources import open_source
-from dinoscale.data.stream import StreamSource
-from dinoscale.data.tar_headers import read_members
+from dinoscale.data.shards.remote import TransferError, open_remote, read_all
+from dinoscale.data.shards.stream import StreamSource
+from dinoscale.data.shards.tar_headers import read_members
+from dinoscale.data.shards.tar_source import TarSource
+from dinoscale.data.sources.mixture import open_sources
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DataError, UnavailableError
 from tests.unit.data.conftest import jpeg, write_tar
 

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinoscale.config import parse_config, resolve
-from dinoscale.data.decode import BadSampleError, Picture
+from dinoscale.data.decoding.decode import BadSampleError, Picture
 from dinoscale.data.loader import Batch, train_batches
-from dinoscale.data.mixture import drawn_sizes, open_sources, source_sizes
-from dinoscale.data.sources import Source
-from dinoscale.data.subset import SubsetSource
-from dinoscale.data.synthetic import ShapesSource
+from dinoscale.data.sources.mixture import drawn_sizes, open_sources, source_sizes
+from dinoscale.data.sources.source import Source
+from dinoscale.data.sources.subset import SubsetSource
+from dinoscale.data.sources.synthetic import ShapesSource
 from dinoscale.errors import ConfigError
-from dinoscale.feed import multi_crop_of, open_images
+from dinoscale.training.feed import multi_crop_of, open_images
 from tests.unit.data.conftest import jpeg
 
 SPEC = "synthetic:shapes?images=40&size=8&seed=3"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoscale.data.synthetic import KINDS, ShapesSource, parse_synthetic
+from dinoscale.data.sources.synthetic import KINDS, ShapesSource, parse_synthetic
 from dinoscale.errors import DataError
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dinoscale.data.tar_headers import Member, read_members
+from dinoscale.data.shards.tar_headers import Member, read_members
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import write_tar
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoscale.data.decode import RGB
-from dinoscale.data.videos import VOID, object_numbers, open_videos
+from dinoscale.data.decoding.decode import RGB
+from dinoscale.data.sources.videos import VOID, object_numbers, open_videos
 from dinoscale.errors import DataError, UnavailableError
 from tests.unit.data.conftest import Storage
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinoscale.data.shards import TarSource
+from dinoscale.data.shards.tar_source import TarSource
 from tests.unit.data.conftest import jpeg, write_tar
 
 _ROW = struct.Struct("<QQQqI")  # where the name begins, offset, size, label, CRC-32
@@ -21,7 +21,7 @@ _READS = 2000
 # In a process of its own: what else the tests have loaded would hide what is looked for.
 _WORKER = """
 import json, os, sys
-from dinoscale.data.shards import TarSource
+from dinoscale.data.shards.tar_source import TarSource
 
 def memory(pid):
     lines = (line.split() for line in open(f"/proc/{pid}/status"))

@@ -15,9 +15,9 @@ from PIL import Image
 
 from data_tools.build_shards import build_shards
 from data_tools.shard_writer import parse_bytes
-from dinoscale.data.sources import open_source
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DataError, UnavailableError
-from dinoscale.outputs import LIST_FILE
+from dinoscale.runtime.outputs import LIST_FILE
 from tests.unit.data.conftest import jpeg, picture, write_tar
 from tests.unit.data_tools.conftest import Storage, contents
 

@@ -13,7 +13,7 @@ from data_tools.build_shards import build_shards
 from data_tools.deduplicate import ByFeatures, ByHash, Near, deduplicate
 from data_tools.near_duplicates import close_pairs, num_pieces, perceptual_hash
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
-from dinoscale.data.sources import open_source
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DataError
 from dinoscale.models.zoo import build_backbone
 from tests.unit.data.conftest import jpeg, picture

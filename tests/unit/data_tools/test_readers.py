@@ -24,9 +24,9 @@ from data_tools.survey import sample_ids
 from data_tools.synthetic import synthetic
 from data_tools.verify_shards import verify_shards
 from dinoscale.cli import parser
-from dinoscale.data.decode import Decoder
-from dinoscale.data.sources import open_source
-from dinoscale.data.synthetic import ShapesSource
+from dinoscale.data.decoding.decode import Decoder
+from dinoscale.data.sources.source import open_source
+from dinoscale.data.sources.synthetic import ShapesSource
 from dinoscale.errors import DataError, UnavailableError
 from tests.unit.data.conftest import jpeg, picture, write_tar
 from tests.unit.data_tools.conftest import Storage

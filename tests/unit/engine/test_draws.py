@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dinoscale.config import RunConfig
 from dinoscale.engine.build import Start, build_networks, first_values, shapes_only
-from dinoscale.engine.draws import build_without_memory
+from dinoscale.engine.initialization import build_without_memory
 from dinoscale.errors import ConfigError
-from dinoscale.peak_memory import live_bytes, with_peak_bytes
+from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
 from tests.distributed.tiny_run import tiny_config
 
 SIZES = ("patch_size", "embed_dim", "depth", "num_heads")

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from dinoscale.models.recompute import Recompute
+from dinoscale.models.activation_checkpointing import Recompute
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
-from dinoscale.peak_memory import live_bytes, with_peak_bytes
+from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
 
 DEPTH = 6
 

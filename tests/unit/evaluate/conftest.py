@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
-from dinoscale.evaluate.kept_training import KeptTraining, State
+from dinoscale.evaluate.classification.resumable_training import KeptTraining, State
 from dinoscale.models.zoo import build_backbone
 
 SHAPE = BackboneShape(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinoscale.evaluate.accuracy import choose_best, num_right, percent
+from dinoscale.evaluate.classification.accuracy import choose_best, num_right, percent
 
 
 def test_right_is_the_highest_score_or_one_of_the_five_highest() -> None:

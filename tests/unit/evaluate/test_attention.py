@@ -12,11 +12,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
-from dinoscale.data.synthetic import ShapesSource
+from dinoscale.data.sources.synthetic import ShapesSource
 from dinoscale.errors import ConfigError, DataError, NonFiniteError
-from dinoscale.evaluate import attention_figure as figure
-from dinoscale.evaluate.attention import draw_attention, evaluate_attention, score_attention
-from dinoscale.evaluate.attention_maps import attention_maps, center_box, head_jaccard, keep_mass
+from dinoscale.evaluate.dense import attention_figure as figure
+from dinoscale.evaluate.dense.attention import draw_attention, evaluate_attention, score_attention
+from dinoscale.evaluate.dense.attention_maps import (
+    attention_maps,
+    center_box,
+    head_jaccard,
+    keep_mass,
+)
 from dinoscale.models.zoo import build_backbone
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -82,7 +87,7 @@ def test_many_images_are_taken_in_parts_without_a_difference(
 ) -> None:
     images = torch.rand(5, 3, 32, 32)
     whole = attention_maps(backbone, images)
-    monkeypatch.setattr("dinoscale.evaluate.attention_maps.TOKENS_AT_ONCE", 2 * 16)
+    monkeypatch.setattr("dinoscale.evaluate.dense.attention_maps.TOKENS_AT_ONCE", 2 * 16)
     torch.testing.assert_close(attention_maps(backbone, images), whole)
 
 

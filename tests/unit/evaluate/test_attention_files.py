@@ -18,12 +18,12 @@ from dinoscale.convert.weights_file import (
     save_backbone,
 )
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.attention_figure import DIMMED
-from dinoscale.evaluate.attention_files import SHEET, write_attention
-from dinoscale.evaluate.attention_maps import enlarge, keep_mass
-from dinoscale.evaluate.whole_images import MAX_PATCHES, Fit, NamedFolders
+from dinoscale.evaluate.any_size import MAX_PATCHES, Fit, NamedFolders
+from dinoscale.evaluate.dense.attention_figure import DIMMED
+from dinoscale.evaluate.dense.attention_files import SHEET, write_attention
+from dinoscale.evaluate.dense.attention_maps import enlarge, keep_mass
 from dinoscale.models.zoo import build_backbone
-from dinoscale.outputs import LIST_FILE
+from dinoscale.runtime.outputs import LIST_FILE
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 HEADS = 3

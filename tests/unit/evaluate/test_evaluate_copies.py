@@ -11,12 +11,16 @@ import torch
 
 from dinoscale.cli import run
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.copies import Settings as CopySettings
-from dinoscale.evaluate.copies import evaluate_copies, evaluate_made_copies, score_copies
-from dinoscale.evaluate.copy_descriptors import CopyDescriptor, generalized_mean, learn_whitening
-from dinoscale.evaluate.copy_pairs import pairs_of_names, pairs_of_prefix
+from dinoscale.evaluate.retrieval.copies import Settings as CopySettings
+from dinoscale.evaluate.retrieval.copies import evaluate_copies, evaluate_made_copies, score_copies
+from dinoscale.evaluate.retrieval.copy_descriptors import (
+    CopyDescriptor,
+    generalized_mean,
+    learn_whitening,
+)
+from dinoscale.evaluate.retrieval.copy_pairs import pairs_of_names, pairs_of_prefix
 from dinoscale.models.zoo import build_backbone
-from dinoscale.peak_memory import with_peak_bytes
+from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 from tests.unit.evaluate.tiny_files import SHAPE, as_json, save_picture, save_weights
 
 

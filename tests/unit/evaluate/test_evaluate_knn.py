@@ -14,9 +14,9 @@ from PIL import Image
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
 from dinoscale.errors import CheckpointError, ConfigError, DataError
-from dinoscale.evaluate.frozen import Extraction, open_frozen
-from dinoscale.evaluate.knn import evaluate_knn
-from dinoscale.evaluate.labelled import renumber_classes
+from dinoscale.evaluate.classification.knn import evaluate_knn
+from dinoscale.evaluate.classification.labelled_sets import renumber_classes
+from dinoscale.evaluate.frozen_backbone import Extraction, open_frozen
 from dinoscale.models.zoo import build_backbone
 
 SHAPE = BackboneShape(

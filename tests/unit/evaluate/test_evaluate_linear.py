@@ -16,13 +16,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dinoscale.data.labelled_crops import stream_sampler
+from dinoscale.data.augmentation.labelled_crops import stream_sampler
 from dinoscale.errors import ConfigError, DataError, NonFiniteError
-from dinoscale.evaluate.frozen import Extraction
-from dinoscale.evaluate.linear import evaluate_linear
-from dinoscale.evaluate.linear_heads import LinearHeads, TokenFeatures
-from dinoscale.evaluate.linear_protocols import DinoProtocol, GridProtocol
-from dinoscale.evaluate.subject import Reading, open_subject, outputs_of_test, outputs_of_train
+from dinoscale.evaluate.classification.inputs import (
+    Reading,
+    open_subject,
+    outputs_of_test,
+    outputs_of_train,
+)
+from dinoscale.evaluate.classification.linear import evaluate_linear
+from dinoscale.evaluate.classification.linear_heads import LinearHeads, TokenFeatures
+from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, GridProtocol
+from dinoscale.evaluate.frozen_backbone import Extraction
 from tests.unit.evaluate.conftest import Colors
 
 GRID = GridProtocol(iterations=20, batch_size=16, eval_every=15)
@@ -97,7 +102,9 @@ def test_a_training_that_was_ended_goes_on_to_the_same_numbers(
 def test_diverged_classifiers_are_told_and_never_chosen(
     colors: Colors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinoscale.evaluate.linear_protocols.GRID_RATES", (3e38, 0.1))
+    monkeypatch.setattr(
+        "dinoscale.evaluate.classification.linear_protocols.GRID_RATES", (3e38, 0.1)
+    )
     report = _run(colors, augment=False)
     of_rates = [(e["lr"] > 1, e.get("diverged"), e["top1"]) for e in
                 report["evaluations"][-1]["classifiers"]]  # fmt: skip

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 
 from dinoscale.errors import DataError
-from dinoscale.evaluate.ground_truth import Truth, read_ground_truth
-from dinoscale.evaluate.landmarks import evaluate_landmarks, score_setups
-from dinoscale.evaluate.multi_scale import MultiScale
-from dinoscale.evaluate.retrieve import evaluate_retrieve, score_labels
+from dinoscale.evaluate.retrieval.ground_truth import Truth, read_ground_truth
+from dinoscale.evaluate.retrieval.landmarks import evaluate_landmarks, score_setups
+from dinoscale.evaluate.retrieval.multi_scale import MultiScale
+from dinoscale.evaluate.retrieval.retrieve import evaluate_retrieve, score_labels
 from tests.unit.evaluate.tiny_files import as_json, save_picture, save_weights
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoscale.data.decode import RGB
-from dinoscale.data.videos import open_videos
+from dinoscale.data.decoding.decode import RGB
+from dinoscale.data.sources.videos import open_videos
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.mask_scores import region_similarity
-from dinoscale.evaluate.propagation import Settings
-from dinoscale.evaluate.video import evaluate_video
+from dinoscale.evaluate.dense.mask_scores import region_similarity
+from dinoscale.evaluate.video.davis import evaluate_video
+from dinoscale.evaluate.video.propagation import Settings
 from tests.unit.evaluate.tiny_files import as_json, save_weights
 
 

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import dinoscale.fingerprint
-from dinoscale.data.decode import BadSampleError, Picture
-from dinoscale.data.folder import FolderSource
-from dinoscale.data.labelled_crops import labelled_crops
+import dinoscale.runtime.fingerprint
+from dinoscale.data.augmentation.labelled_crops import labelled_crops
+from dinoscale.data.decoding.decode import BadSampleError, Picture
+from dinoscale.data.sources.folder import FolderSource
 from dinoscale.errors import ConfigError, UnavailableError
 from dinoscale.evaluate import feature_cache
 from dinoscale.evaluate.features import extract_features, pixel_features
@@ -163,18 +163,18 @@ def test_what_was_read_longest_ago_makes_room(
 def test_a_comment_in_the_code_costs_no_features(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = Path(dinoscale.fingerprint.__file__).parent
+    package = Path(dinoscale.runtime.fingerprint.__file__).parent
     shutil.copytree(package, tmp_path / "dinoscale", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr("dinoscale.fingerprint._ROOT", tmp_path)
+    monkeypatch.setattr("dinoscale.runtime.fingerprint._ROOT", tmp_path)
     found = []
     for added in ("", "# a comment\n", "WHITE = 255\n"):
         with (tmp_path / "dinoscale" / "data" / "decode.py").open("a") as file:
             file.write(added)
-        dinoscale.fingerprint.code_print.cache_clear()
+        dinoscale.runtime.fingerprint.code_print.cache_clear()
         backbone = Counted()
         _extract(images, backbone)
         found.append(backbone.calls)
-    dinoscale.fingerprint.code_print.cache_clear()
+    dinoscale.runtime.fingerprint.code_print.cache_clear()
     assert found == [1, 0, 1]
 
 

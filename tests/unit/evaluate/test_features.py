@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dinoscale.data.decode import BadSampleError, Picture
-from dinoscale.data.synthetic import ShapesSource
+from dinoscale.data.decoding.decode import BadSampleError, Picture
+from dinoscale.data.sources.synthetic import ShapesSource
 from dinoscale.errors import DataError, NonFiniteError, RunFailedError
 from dinoscale.evaluate.features import extract_features, normalize_images, pixel_features
 from dinoscale.models.zoo import build_backbone

@@ -19,8 +19,8 @@ from dinoscale.errors import (
     NonFiniteError,
     OutputError,
 )
-from dinoscale.evaluate.finetune import Classifier, Recipe, evaluate_finetune
-from dinoscale.evaluate.subject import Reading
+from dinoscale.evaluate.classification.finetune import Classifier, Recipe, evaluate_finetune
+from dinoscale.evaluate.classification.inputs import Reading
 from tests.unit.evaluate.conftest import Colors
 
 FAST = Recipe(epochs=4, batch_size=12, lr=0.1)

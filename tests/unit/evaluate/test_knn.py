@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dinoscale.evaluate.knn import knn_accuracy, nearest_neighbours
-from dinoscale.peak_memory import with_peak_bytes
+from dinoscale.evaluate.classification.knn import knn_accuracy, nearest_neighbours
+from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 
 
 def _unit(*degrees: float) -> Tensor:

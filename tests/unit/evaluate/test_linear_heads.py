@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinoscale.evaluate.linear_heads import FeatureKind, LinearHeads, TokenFeatures
-from dinoscale.evaluate.linear_protocols import GRID_RATES
+from dinoscale.engine.schedules import cosine
+from dinoscale.evaluate.classification.linear_heads import FeatureKind, LinearHeads, TokenFeatures
+from dinoscale.evaluate.classification.linear_protocols import GRID_RATES
 from dinoscale.models.zoo import build_backbone
-from dinoscale.schedules import cosine
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "num_heads": 1, "img_size": 16}
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from dinoscale.errors import ConfigError
-from dinoscale.evaluate.linear_heads import FeatureKind
-from dinoscale.evaluate.linear_protocols import DinoProtocol, GridProtocol
+from dinoscale.evaluate.classification.linear_heads import FeatureKind
+from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, GridProtocol
 from dinoscale.models.zoo import build_backbone
 
 

@@ -14,11 +14,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
 from dinoscale.convert.weights_file import load_backbone
-from dinoscale.data.sources import open_source
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError, DataError, OutputError
+from dinoscale.evaluate.classification.inputs import Reading
+from dinoscale.evaluate.classification.logistic import CS, evaluate_logistic, held_out, scores_of
 from dinoscale.evaluate.features import extract_features
-from dinoscale.evaluate.logistic import CS, evaluate_logistic, held_out, scores_of
-from dinoscale.evaluate.subject import Reading
 from tests.unit.evaluate.conftest import CARD, Colors
 
 SOME_CS = (1e-4, 1.0, 1e2)

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 from sklearn.metrics import jaccard_score
 
-from dinoscale.data.videos import VOID
-from dinoscale.evaluate.mask_scores import boundary, boundary_measure, region_similarity
-from dinoscale.evaluate.video import score_objects
+from dinoscale.data.sources.videos import VOID
+from dinoscale.evaluate.dense.mask_scores import boundary, boundary_measure, region_similarity
+from dinoscale.evaluate.video.davis import score_objects
 
 
 def _square(*, top: int = 20, left: int = 20, side: int = 30) -> NDArray[np.bool_]:

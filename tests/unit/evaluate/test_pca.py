@@ -19,7 +19,7 @@ from dinoscale.convert.weights_file import (
     save_backbone,
 )
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.pca import (
+from dinoscale.evaluate.dense.pca import (
     BASIS,
     SHEET,
     draw_pairs,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoscale.errors import ConfigError
-from dinoscale.evaluate.propagation import (
+from dinoscale.evaluate.video.propagation import (
     Follower,
     Settings,
     label_image,

@@ -7,7 +7,11 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from dinoscale.evaluate.ranking import average_precision, random_precision, trapezoid_precision
+from dinoscale.evaluate.retrieval.ranking import (
+    average_precision,
+    random_precision,
+    trapezoid_precision,
+)
 
 
 def test_the_step_rule_equals_scikit_learn() -> None:

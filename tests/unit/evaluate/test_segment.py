@@ -16,12 +16,12 @@ from sklearn.metrics import jaccard_score
 
 from dinoscale import cli
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
-from dinoscale.data.decode import read_as_stored
-from dinoscale.data.sources import open_source
+from dinoscale.data.decoding.decode import read_as_stored
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.attention_maps import center_box, enlarge
-from dinoscale.evaluate.object_masks import Objects, find_masks, split_objects
-from dinoscale.evaluate.segment import (
+from dinoscale.evaluate.dense.attention_maps import center_box, enlarge
+from dinoscale.evaluate.dense.object_masks import Objects, find_masks, split_objects
+from dinoscale.evaluate.dense.segment import (
     SHEET,
     evaluate_segment,
     jaccard_of_objects,

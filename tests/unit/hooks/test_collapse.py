@@ -1,4 +1,4 @@
-"""The monitor on series with the shapes of recorded runs (see dinoscale/hooks/collapse.py)."""
+"""The monitor on series with the shapes of recorded runs (see training/hooks/collapse.py)."""
 
 import math
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dinoscale.hooks.collapse import (
+from dinoscale.losses.centering import entropy
+from dinoscale.training.hooks.collapse import (
     OBSERVE_EVERY,
     CollapseMonitor,
     Reading,
 )
-from dinoscale.losses.centering import entropy
 
 PROTOTYPES = 128
 LN_K = math.log(PROTOTYPES)

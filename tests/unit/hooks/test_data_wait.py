@@ -1,6 +1,6 @@
 import pytest
 
-from dinoscale.hooks.data_wait import DataWait
+from dinoscale.training.hooks.data_wait import DataWait
 
 
 def _wait(*, num_workers: int = 2, cores: int = 16, on_cpu: bool = False) -> DataWait:

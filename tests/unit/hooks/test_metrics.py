@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinoscale.engine.step import StepMetrics
-from dinoscale.hooks.metrics import Metrics, Stopwatch
+from dinoscale.training.hooks.metrics import Metrics, Stopwatch
 
 
 def test_no_bar_goes_into_a_file_but_a_line_now_and_then(

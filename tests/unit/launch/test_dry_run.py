@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinoscale import cli
+from dinoscale.cluster.launch.commands import quote_for_pdsh
 from dinoscale.errors import DinoscaleError
-from dinoscale.launch.commands import quote_for_pdsh
 
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "launch"

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinoscale.errors import LaunchError
-from dinoscale.launch.hostfile import (
+from dinoscale.cluster.launch.hostfile import (
     Host,
     holds_secret,
     read_deepspeed_env,
     read_hostfile,
     taking_part,
 )
+from dinoscale.errors import LaunchError
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "launchers" / "hostfile.example"
 

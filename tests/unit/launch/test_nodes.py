@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from dinoscale.doctor.report import Check
-from dinoscale.launch.hostfile import Host
-from dinoscale.launch.nodes import Found, Question, ask_all
-from dinoscale.launch.verdicts import judge, table
+from dinoscale.cluster.doctor.report import Check
+from dinoscale.cluster.launch.ask_nodes import Found, Question, ask_all
+from dinoscale.cluster.launch.hostfile import Host
+from dinoscale.cluster.launch.verdicts import judge, table
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -130,7 +130,7 @@ def test_ssh_asks_nothing_and_is_given_the_options(cluster: Cluster) -> None:
     assert "ConnectTimeout=10" in options
     assert host == "a"
     assert command.startswith(f"cd {os.getcwd()} || exit 97; env PYTHONPATH=")
-    assert command.endswith(f" {sys.executable} -m dinoscale.launch.probe")
+    assert command.endswith(f" {sys.executable} -m dinoscale.cluster.launch.node_probe")
     assert "two words" not in command  # which every user of the node could read
 
 

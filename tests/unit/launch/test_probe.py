@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dinoscale.launch import probe
+from dinoscale.cluster.launch import node_probe
 from tests.ports import free_port
 
 
@@ -17,14 +17,14 @@ def _ask(*questions: dict[str, Any]) -> list[dict[str, Any]]:
     """Answers of a probe whose input then ends, as when the one who asks has gone."""
     text = "".join(json.dumps(question) + "\n" for question in questions)
     done = subprocess.run(
-        [sys.executable, "-m", "dinoscale.launch.probe"],
+        [sys.executable, "-m", "dinoscale.cluster.launch.node_probe"],
         input=text,
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
-    return [json.loads(line.removeprefix(probe.MARK)) for line in done.stdout.splitlines()]
+    return [json.loads(line.removeprefix(node_probe.MARK)) for line in done.stdout.splitlines()]
 
 
 def test_probe_that_is_left_alone_ends_and_cleans_up(tmp_path: Path) -> None:
@@ -37,9 +37,9 @@ def test_probe_that_is_left_alone_ends_and_cleans_up(tmp_path: Path) -> None:
 
 def test_values_are_those_that_the_shell_of_the_run_makes(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("two words\n")
-    assert probe._of_shell(f'"$(cat {tmp_path}/secret)"') == "two words"
-    assert probe._of_shell("two words; 'x") == "two words; 'x"
-    assert probe._of_shell("$((1 + 1)) words; more") == "2 words; more"
+    assert node_probe._of_shell(f'"$(cat {tmp_path}/secret)"') == "two words"
+    assert node_probe._of_shell("two words; 'x") == "two words; 'x"
+    assert node_probe._of_shell("$((1 + 1)) words; more") == "2 words; more"
 
 
 def test_port_in_use_and_directory_that_cannot_be_are_named(tmp_path: Path) -> None:
@@ -52,15 +52,15 @@ def test_port_in_use_and_directory_that_cannot_be_are_named(tmp_path: Path) -> N
 
 
 def test_call_says_why_nobody_answers() -> None:
-    assert "Connection refused" in str(probe._call("127.0.0.1", free_port()))
-    assert "the name is not known there" in str(probe._call("no.such.host.invalid", 1))
+    assert "Connection refused" in str(node_probe._call("127.0.0.1", free_port()))
+    assert "the name is not known there" in str(node_probe._call("no.such.host.invalid", 1))
 
 
 def test_call_recognises_another_program() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        probe_state = probe.Probe()
-        probe._answer_calls(server)
-        assert probe._call("127.0.0.1", server.getsockname()[1]) is None
+        probe_state = node_probe.Probe()
+        node_probe._answer_calls(server)
+        assert node_probe._call("127.0.0.1", server.getsockname()[1]) is None
         assert probe_state.server is None
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         import threading
@@ -69,19 +69,19 @@ def test_call_recognises_another_program() -> None:
             stranger.accept()[0].close()
 
         threading.Thread(target=hang_up, daemon=True).start()
-        said = probe._call("127.0.0.1", stranger.getsockname()[1])
+        said = node_probe._call("127.0.0.1", stranger.getsockname()[1])
         assert said == "127.0.0.1: another program answers"
 
 
 def test_missing_interfaces_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth77")
-    assert probe._missing_interfaces() == ["eth77"]
+    assert node_probe._missing_interfaces() == ["eth77"]
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    assert probe._missing_interfaces() == []
+    assert node_probe._missing_interfaces() == []
 
 
 def test_configuration_that_cannot_be_read_is_reported() -> None:
-    good = probe._read_config("vit_s16", ["optim.lr=0.5"])
+    good = node_probe._read_config("vit_s16", ["optim.lr=0.5"])
     assert good["error"] is None
-    assert good["digest"] != probe._read_config("vit_s16", [])["digest"]
-    assert "unknown key" in str(probe._read_config("vit_s16", ["optim.lrr=0.5"])["error"])
+    assert good["digest"] != node_probe._read_config("vit_s16", [])["digest"]
+    assert "unknown key" in str(node_probe._read_config("vit_s16", ["optim.lrr=0.5"])["error"])

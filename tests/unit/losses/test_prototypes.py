@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dinoscale.losses import dino
 from dinoscale.losses.dino import dino_loss, dino_loss_of_prototypes
-from dinoscale.peak_memory import with_peak_bytes
+from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 
 S, B, K, D = 5, 7, 19, 6
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from dinoscale.errors import CheckpointError
-from dinoscale.models.weights import from_reference, to_reference
+from dinoscale.models.weight_names import from_reference, to_reference
 
 
 def _ours(*, trainable: bool) -> dict[str, Tensor]:

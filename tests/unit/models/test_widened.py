@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinoscale.models import widened
-from dinoscale.models.recompute import Recompute, recomputed
+from dinoscale.models import cpu_bf16
+from dinoscale.models.activation_checkpointing import Recompute, recomputed
 
 
 @pytest.fixture(autouse=True)
 def _without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widened, "LACKS_BFLOAT16", True)
+    monkeypatch.setattr(cpu_bf16, "LACKS_BFLOAT16", True)
 
 
 def _of(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -43,8 +43,8 @@ HEADS = ((3, 2, 17, 16),) * 3
 @pytest.mark.parametrize(
     ("ours", "torchs", "shapes"),
     [
-        (widened.linear, F.linear, FACTORS),
-        (widened.attention, F.scaled_dot_product_attention, HEADS),
+        (cpu_bf16.linear, F.linear, FACTORS),
+        (cpu_bf16.attention, F.scaled_dot_product_attention, HEADS),
     ],
 )
 def test_results_and_gradients_are_rounded_once(
@@ -62,9 +62,9 @@ def test_results_and_gradients_are_rounded_once(
 
 def test_a_layer_without_bias_and_a_frozen_one_have_their_gradients_only() -> None:
     x, weight, bias = _tensors(*FACTORS)
-    assert len(_of(lambda a, b: widened.linear(a, b, None), x, weight)) == 3
+    assert len(_of(lambda a, b: cpu_bf16.linear(a, b, None), x, weight)) == 3
     weight.requires_grad_()
-    widened.linear(x, weight, bias).sum().backward()
+    cpu_bf16.linear(x, weight, bias).sum().backward()
     assert weight.grad is not None
     assert bias.grad is None
 
@@ -74,20 +74,20 @@ def test_only_bfloat16_on_a_cpu_that_lacks_it_is_widened(monkeypatch: pytest.Mon
 
     def widens(*inputs: Tensor) -> bool:
         with _Calls() as calls:
-            widened.linear(*inputs)
+            cpu_bf16.linear(*inputs)
         return bool(calls.counts)
 
     assert widens(x, weight, bias)
     assert not widens(x.float(), weight.float(), bias.float())
-    monkeypatch.setattr(widened, "LACKS_BFLOAT16", False)
+    monkeypatch.setattr(cpu_bf16, "LACKS_BFLOAT16", False)
     assert not widens(x, weight, bias)
 
 
 def test_widening_a_network_keeps_its_names_and_weights() -> None:
     network = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Sequential(nn.Linear(3, 2)))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    widened.widen(network)
-    assert [type(m) for m in network.modules() if isinstance(m, nn.Linear)] == [widened.Linear] * 2
+    cpu_bf16.widen(network)
+    assert [type(m) for m in network.modules() if isinstance(m, nn.Linear)] == [cpu_bf16.Linear] * 2
     after = network.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -114,8 +114,8 @@ def test_the_backward_pass_recomputes_what_was_not_to_be_kept(
     what: Recompute, linears: int, attentions: int
 ) -> None:
     def work(x: Tensor, w: Tensor) -> Tensor:
-        attended = widened.attention(x, x, x)
-        return F.gelu(widened.linear(F.gelu(attended), w, None))
+        attended = cpu_bf16.attention(x, x, x)
+        return F.gelu(cpu_bf16.linear(F.gelu(attended), w, None))
 
     inputs = _tensors((2, 2, 9, 16), (32, 16))
     plain = _of(work, *inputs)

@@ -4,12 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from dinoscale.dims import Dims, flops_of
+from dinoscale.engine.model_sizes import Dims, flops_of
 from dinoscale.errors import ConfigError
-from dinoscale.plan.choice import Machine, Option, best, option_of, options, recomputed_flops
-from dinoscale.plan.communication import Links, Transfer, transfers, waited_s
-from dinoscale.plan.hardware import GPUS, find_gpu, parse_bytes
-from dinoscale.plan.setup import Setup
+from dinoscale.planning.plan.choice import (
+    Machine,
+    Option,
+    best,
+    option_of,
+    options,
+    recomputed_flops,
+)
+from dinoscale.planning.plan.communication import Links, Transfer, transfers, waited_s
+from dinoscale.planning.plan.hardware import GPUS, find_gpu, parse_bytes
+from dinoscale.planning.plan.setup import Setup
 from tests.unit.plan.tiny import DIMS, SETUP
 
 WEIGHTS = 1844 + 700

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dinoscale.config import load_config
-from dinoscale.plan.report import make_plan
+from dinoscale.planning.plan.report import make_plan
 
 README = Path(__file__).resolve().parents[3] / "launchers" / "README.md"
 COMMON = ["train.batch_size=16000", "engine.checkpoint_every_k_blocks=1"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from dinoscale.config import parse_config
 from dinoscale.config.backbones import num_vit_parameters
-from dinoscale.scaling.laws import (
+from dinoscale.scaling.laws.laws import (
     Band,
     BestRate,
     Frontier,
@@ -22,7 +22,7 @@ from dinoscale.scaling.laws import (
     Optimum,
     PowerLaw,
 )
-from dinoscale.sweep.table import Row
+from dinoscale.scaling.sweep.table import Row
 
 E, A, ALPHA, B, BETA = 0.12, 10.0, 0.35, 22.0, 0.38
 FLOPS = 60  # of a parameter and image

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoscale.sweep.table import Row
+from dinoscale.scaling.sweep.table import Row
 
 FLOPS_FACTOR, FLOPS_EXPONENT = 50.0, 0.95  # of an image: k N^g
 _SIZES = np.geomspace(1e3, 1e12, 200_001)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from dinoscale.scaling.isoflop import fit_isoflops, fit_line, isoflop_optimum
-from dinoscale.scaling.joint import fit_cost, fit_joint, joint_optimum
-from dinoscale.scaling.laws import Interval
-from dinoscale.scaling.points import settings
-from dinoscale.sweep.table import Row
+from dinoscale.scaling.laws.isoflop import fit_isoflops, fit_line, isoflop_optimum
+from dinoscale.scaling.laws.joint import fit_cost, fit_joint, joint_optimum
+from dinoscale.scaling.laws.laws import Interval
+from dinoscale.scaling.laws.points import settings
+from dinoscale.scaling.sweep.table import Row
 from tests.unit.scaling.synthetic import Truth, draw, grid, isoflop
 
 TRUTH = Truth()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.scaling.fit import as_json, as_text, fit_rows
-from dinoscale.scaling.laws import MetricFit
-from dinoscale.scaling.powers import _TOLERANCE
-from dinoscale.sweep.table import Row
+from dinoscale.scaling.laws.fit import as_json, as_text, fit_rows
+from dinoscale.scaling.laws.laws import MetricFit
+from dinoscale.scaling.laws.powers import _TOLERANCE
+from dinoscale.scaling.sweep.table import Row
 from tests.unit.scaling.synthetic import (
     FLOPS_EXPONENT,
     FLOPS_FACTOR,

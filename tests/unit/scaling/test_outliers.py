@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dinoscale.scaling.answers import best_run
-from dinoscale.scaling.fit import fit_rows
-from dinoscale.scaling.isoflop import fit_isoflops
-from dinoscale.scaling.laws import MetricFit
-from dinoscale.scaling.outliers import outlying
-from dinoscale.scaling.points import settings
-from dinoscale.scaling.power import fit
-from dinoscale.sweep.table import Row
+from dinoscale.scaling.laws.fit import fit_rows
+from dinoscale.scaling.laws.isoflop import fit_isoflops
+from dinoscale.scaling.laws.laws import MetricFit
+from dinoscale.scaling.laws.outliers import outlying
+from dinoscale.scaling.laws.points import settings
+from dinoscale.scaling.laws.power import fit
+from dinoscale.scaling.report.answers import best_run
+from dinoscale.scaling.sweep.table import Row
 from tests.unit.scaling.synthetic import Truth, draw, isoflop, make_row
 
 TRUTH = Truth()

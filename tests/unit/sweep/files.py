@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dinoscale.config.sweep import SweepConfig, load_sweep
+from dinoscale.config.sweep.file import SweepConfig, load_sweep
 
 HEAD = "base: quickstart\nout: runs/test\nmetrics: {loss: online}\n"
 NO_SUCH_SET = "settings: {data.train: /nowhere/at/all}\n"

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from dinoscale.config import RunConfig, load_config, parse_config
+from dinoscale.engine.flops import step_flops
 from dinoscale.errors import ConfigError
-from dinoscale.flops import step_flops
-from dinoscale.sweep.design import plan_runs, work_out
-from dinoscale.sweep.keys import key_of
-from dinoscale.sweep.runs import PlannedRun
+from dinoscale.scaling.design.design import plan_runs, work_out
+from dinoscale.scaling.design.keys import key_of
+from dinoscale.scaling.design.runs import PlannedRun
 from tests.unit.sweep.files import HEAD, MODELS, NO_SUCH_SET, sweep_of
 
 

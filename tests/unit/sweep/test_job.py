@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from dinoscale.errors import RunFailedError
-from dinoscale.fingerprint import Fingerprint
-from dinoscale.sweep import job as job_module
-from dinoscale.sweep import measure
-from dinoscale.sweep.curves import last_error, last_step, online_metric, read_points, thin
-from dinoscale.sweep.job import Work, headline_error, training_command
-from dinoscale.sweep.records import Job, Result, read_result, write_record
-from dinoscale.sweep.rows import row_of
+from dinoscale.runtime.fingerprint import Fingerprint
+from dinoscale.scaling.sweep import job as job_module
+from dinoscale.scaling.sweep import measure
+from dinoscale.scaling.sweep.curves import last_error, last_step, online_metric, read_points, thin
+from dinoscale.scaling.sweep.job import Work, headline_error, training_command
+from dinoscale.scaling.sweep.records import Job, Result, read_result, write_record
+from dinoscale.scaling.sweep.rows import row_of
 from tests.unit.sweep.tiny_sweep import planned
 
 KEY = "a" * 16
@@ -190,7 +190,7 @@ def test_job_asked_to_stop_asks_its_training(
 
 def test_second_job_of_a_run_waits_for_the_first(tmp_path: Path) -> None:
     write_record(tmp_path, Job(KEY))
-    code = "import sys; from pathlib import Path; from dinoscale.locks import try_lock"
+    code = "import sys; from pathlib import Path; from dinoscale.runtime.locks import try_lock"
     code += f"; lock = try_lock(Path({str(tmp_path / '.job.lock')!r})); print(flush=True)"
     code += "; sys.stdin.read()"
     with subprocess.Popen(
@@ -200,7 +200,8 @@ def test_second_job_of_a_run_waits_for_the_first(tmp_path: Path) -> None:
         first.stdout.readline()
         write_record(tmp_path, Result(KEY, seconds=5.0))
         second = subprocess.Popen(
-            [sys.executable, "-m", "dinoscale.sweep.job", str(tmp_path)], stdin=subprocess.PIPE
+            [sys.executable, "-m", "dinoscale.scaling.sweep.job", str(tmp_path)],
+            stdin=subprocess.PIPE,
         )
         time.sleep(0.5)
         assert second.poll() is None

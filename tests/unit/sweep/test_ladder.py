@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 
-from dinoscale.config.axes import AxesConfig
 from dinoscale.config.backbones import VIT_SIZES, VitSize
+from dinoscale.config.sweep.axes import AxesConfig
 from dinoscale.errors import ConfigError
-from dinoscale.sweep.ladder import sizes_of
+from dinoscale.scaling.design.ladder import sizes_of
 
 
 def _sizes(model: object) -> list[VitSize]:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from dinoscale.config import load_config
-from dinoscale.config.sweep import load_sweep
+from dinoscale.config.sweep.file import load_sweep
 from dinoscale.errors import ConfigError
-from dinoscale.plan.report import make_plan as plan_one
-from dinoscale.sweep.design import work_out
-from dinoscale.sweep.plan import _wall_hours, as_text, make_plan
+from dinoscale.planning.plan.report import make_plan as plan_one
+from dinoscale.scaling.design.design import work_out
+from dinoscale.scaling.design.plan import _wall_hours, as_text, make_plan
 from tests.unit.sweep.files import MODELS, NO_SUCH_SET, sweep_of
 
 SWEEPS = sorted((Path(__file__).parents[3] / "configs" / "sweep").glob("*.yaml"))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dinoscale.cli.evaluate import evaluation_words
-from dinoscale.config.executor import ExecutorConfig
+from dinoscale.config.sweep.executor import ExecutorConfig
 from dinoscale.errors import (
     ConfigError,
     DataError,
@@ -25,16 +25,16 @@ from dinoscale.errors import (
     RunFailedError,
     UnavailableError,
 )
-from dinoscale.sweep import preflight, table
-from dinoscale.sweep import run as run_module
-from dinoscale.sweep.belonging import of_file
-from dinoscale.sweep.executors import LocalExecutor
-from dinoscale.sweep.keys import key_of
-from dinoscale.sweep.records import Job, read_job, read_result, write_record
-from dinoscale.sweep.run import run_sweep
-from dinoscale.sweep.runs import PlannedRun
-from dinoscale.sweep.status import read_status
-from dinoscale.sweep.table import TABLE, Row, read_table
+from dinoscale.scaling.design.keys import key_of
+from dinoscale.scaling.design.runs import PlannedRun
+from dinoscale.scaling.sweep import preflight, table
+from dinoscale.scaling.sweep import run as run_module
+from dinoscale.scaling.sweep.belonging import of_file
+from dinoscale.scaling.sweep.executors import LocalExecutor
+from dinoscale.scaling.sweep.records import Job, read_job, read_result, write_record
+from dinoscale.scaling.sweep.run import run_sweep
+from dinoscale.scaling.sweep.status import read_status
+from dinoscale.scaling.sweep.table import TABLE, Row, read_table
 from tests.unit.sweep.tiny_sweep import METRICS, SCRIPT, do_job, planned, program
 
 RUNS = [planned(number) for number in range(3)]
@@ -381,7 +381,7 @@ def test_full_disk_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_second_process_is_refused_at_once(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from dinoscale.locks import try_lock"
+    code = "import sys; from pathlib import Path; from dinoscale.runtime.locks import try_lock"
     code += f"; lock = try_lock(Path({str(tmp_path / '.lock')!r})); print(flush=True)"
     code += "; sys.stdin.read()"
     command = [sys.executable, "-c", code]
@@ -454,7 +454,7 @@ def test_runs_that_need_more_gpus_than_there_are_are_refused(
 
 
 def test_jobs_share_cores_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinoscale.sweep.executors.cores_at_hand", lambda: 13)
+    monkeypatch.setattr("dinoscale.scaling.sweep.executors.cores_at_hand", lambda: 13)
     code = "import os, sys; from pathlib import Path; sys.stdin.read(); names = ["
     code += "'OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES', 'DS_ACCELERATOR']; Path(sys.argv[1], 'own')"
     code += ".write_text(' '.join(os.environ.get(name, '-') for name in names))"

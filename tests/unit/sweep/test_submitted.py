@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dinoscale.config.executor import ExecutorConfig, SlurmConfig
-from dinoscale.sweep import submitted
-from dinoscale.sweep.submitted import SubmititExecutor
+from dinoscale.config.sweep.executor import ExecutorConfig, SlurmConfig
+from dinoscale.scaling.sweep import submitted
+from dinoscale.scaling.sweep.submitted import SubmititExecutor
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "sweep"
 SETTINGS: dict[str, dict[str, Any]] = {

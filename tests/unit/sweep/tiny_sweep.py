@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinoscale.config import load_config
-from dinoscale.config.sweep import ONLINE
-from dinoscale.sweep.records import (
+from dinoscale.config.sweep.file import ONLINE
+from dinoscale.scaling.design.runs import PlannedRun
+from dinoscale.scaling.sweep.records import (
     Result,
     read_job,
     read_result,
     write_record,
 )
-from dinoscale.sweep.runs import PlannedRun
 
 METRICS = {"knn": ONLINE, "loss": ONLINE}
 SCRIPT = "script.json"  # beside the table: what the job of each run does, one start after another
@@ -25,8 +25,8 @@ import sys
 from pathlib import Path
 from dinoscale import cli, __main__
 from dinoscale.cli.evaluate import evaluation_words
-from dinoscale.config.executor import ExecutorConfig, SlurmConfig
-from dinoscale.sweep.run import run_sweep
+from dinoscale.config.sweep.executor import ExecutorConfig, SlurmConfig
+from dinoscale.scaling.sweep.run import run_sweep
 from tests.unit.sweep.tiny_sweep import METRICS, planned
 out, kind, number, nodes, processes, parallel, *line = sys.argv[1:]
 cli.run = lambda _: run_sweep(

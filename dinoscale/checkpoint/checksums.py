@@ -1,0 +1,169 @@
+"""Checksums of a checkpoint's files, in the format of `sha256sum --check SHA256SUMS`."""
+
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from dinoscale.checkpoint.index import index_of_headers
+from dinoscale.checkpoint.layout import INDEX_FILE, SHARD_PREFIX, STATE_FILE, SUMS_FILE
+from dinoscale.checkpoint.read_errors import patiently
+from dinoscale.errors import CheckpointError
+from dinoscale.runtime.outputs import sha256
+
+_FLUSHED_BYTES = 1 << 26  # at a time
+_HEX_DIGITS = 64
+
+
+def flush(path: Path) -> None:
+    """Return when a file or directory is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flushed_sum(path: Path, goes_on: Callable[[], None] = lambda: None) -> str:
+    """Put a file on disk and return its digest; `goes_on` is called again and again."""
+    if path.stat().st_size > _FLUSHED_BYTES:
+        _flush_in_pieces(path, goes_on)
+    flush(path)
+    return sha256(path, goes_on)
+
+
+def _flush_in_pieces(path: Path, goes_on: Callable[[], None]) -> None:
+    """Put the contents of a file on disk; all at once may take long without a sign of life."""
+    with path.open("r+b") as file:
+        try:
+            whole = mmap.mmap(file.fileno(), 0)
+        except OSError:  # not on this file system
+            return
+        with whole:
+            for begin in range(0, len(whole), _FLUSHED_BYTES):
+                whole.flush(begin, min(_FLUSHED_BYTES, len(whole) - begin))
+                goes_on()
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write the list of `sums`, file name -> digest, into `folder` and onto the disk."""
+    path = folder / SUMS_FILE
+    path.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    flush(path)
+    flush(folder)
+
+
+def seal(part: Path, target: Path, sums: Mapping[str, str]) -> None:
+    """Complete a checkpoint: write its index and list of sums, then give it its name, on disk.
+
+    Raises:
+        OSError, CheckpointError: it cannot be written, or what was written be read again.
+    """
+    shards = sorted(name for name in sums if name.startswith(SHARD_PREFIX))
+    (part / INDEX_FILE).write_bytes(index_of_headers(part, shards).to_bytes())
+    write_sums(part, {**sums, INDEX_FILE: flushed_sum(part / INDEX_FILE)})
+    part.rename(target)
+    flush(target.parent)
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """File name -> digest of a checkpoint.
+
+    Raises:
+        CheckpointError: there is no list, it is damaged, or it cannot be read.
+    """
+    path = folder / SUMS_FILE
+    try:
+        text = patiently(path.read_text, path)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    sums = {}
+    for line in text.splitlines():
+        digest, _, name = line.partition("  ")
+        if len(digest) != _HEX_DIGITS or not name or Path(name).name != name:
+            raise CheckpointError(f"{path} is damaged: {line[:100]!r} is not a checksum and a name")
+        sums[name] = digest
+    if not text.endswith("\n") or STATE_FILE not in sums:  # written last, as the list is sorted
+        raise CheckpointError(f"{path} is damaged: its end is missing")
+    return sums
+
+
+def verify(
+    folder: Path,
+    *,
+    share: int = 0,
+    num_shares: int = 1,
+    goes_on: Callable[[], None] = lambda: None,
+) -> int:
+    """Compare a checkpoint's files with their checksums.
+
+    Args:
+        folder: a step_* directory.
+        share: which part of the files to read, so that ranks can divide the work.
+        num_shares: into how many parts they are divided.
+        goes_on: called again and again.
+
+    Returns:
+        Bytes of these files.
+
+    Raises:
+        MissingFileError: one of them, or the list of the checksums, is not there.
+        UnreadableError: one cannot be read.
+        CheckpointError: one differs, twice, or the list is damaged.
+    """
+    sums = read_sums(folder)
+    name = first_difference(folder, sums, share=share, num_shares=num_shares, goes_on=goes_on)
+    if name is not None:
+        raise difference(folder, name)
+    paths = [folder / name for name in sorted(sums)[share::num_shares]]
+    return sum(patiently(path.stat, path).st_size for path in paths)
+
+
+def difference(folder: Path, name: str) -> CheckpointError:
+    """What to raise about a file that is not as its checksum says."""
+    return CheckpointError(
+        f"{folder} is damaged: {name} does not match its checksum in {SUMS_FILE}"
+    )
+
+
+def first_difference(
+    folder: Path,
+    sums: Mapping[str, str],
+    *,
+    share: int = 0,
+    num_shares: int = 1,
+    goes_on: Callable[[], None] = lambda: None,
+) -> str | None:
+    """Name of the first file that twice did not match its checksum; arguments as of `verify`.
+
+    Raises:
+        MissingFileError: a file is not there.
+        UnreadableError: a file cannot be read.
+    """
+    for name, expected in sorted(sums.items())[share::num_shares]:
+        if not matches(folder / name, expected, goes_on):
+            forget(folder / name)
+            if not matches(folder / name, expected, goes_on):
+                return name
+    return None
+
+
+def matches(path: Path, expected: str, goes_on: Callable[[], None] = lambda: None) -> bool:
+    """Whether a file has this digest; `goes_on` is called again and again.
+
+    Raises:
+        MissingFileError: it is not there.
+        UnreadableError: it cannot be read.
+    """
+    return patiently(lambda: sha256(path, goes_on), path) == expected
+
+
+def forget(path: Path) -> None:
+    """Let the next reading come from the storage, not from this machine's memory of the file."""
+    with suppress(OSError, AttributeError):  # only a wish, and macOS does not know it
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)

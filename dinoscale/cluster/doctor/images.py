@@ -1,0 +1,252 @@
+"""Image sets: all nodes can open them, see the same number, and can decode some of each."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from dinoscale.cluster.doctor.report import Check, count_text, ok, problem, warning
+from dinoscale.config import RunConfig
+from dinoscale.config.resolve import require_groups_within_nodes, resolve, split_batch, without_auto
+from dinoscale.data.decoding.decode import BadSampleError, Decoder
+from dinoscale.data.shards.stream import StreamSource
+from dinoscale.data.sources.mixture import open_sources, require_few_left_out, source_sizes
+from dinoscale.data.sources.source import Source, open_source
+from dinoscale.errors import ConfigError, DinoscaleError
+from dinoscale.evaluate.classification.labelled_sets import renumber_classes
+from dinoscale.runtime import distributed
+from dinoscale.runtime.hosts import ranks_text
+from dinoscale.runtime.opening import open_once_a_node
+
+_SAMPLES = 8  # images that each rank decodes of each set
+_STRAGGLES = 5.0  # times slower than most; what lies in a cache already is a few times faster
+_SHORT_S = 0.5  # of decoding, in which a busy machine says little
+_DECODE_S = 20.0  # a slow disk may end it earlier
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What one rank found of one set.
+
+    Attributes:
+        spec: what the config names.
+        error: why it cannot be opened, or None.
+        num_images: in it.
+        source_sizes: images of each source that it is taken from.
+        num_decoded: of the tried ones.
+        bad: what is wrong with each of the others.
+        seconds: spent decoding.
+    """
+
+    spec: str
+    error: str | None = None
+    num_images: int = 0
+    source_sizes: Sequence[int] = ()
+    num_decoded: int = 0
+    bad: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Unopened:
+    """Why a set could not be opened; None: the configuration of this rank names none."""
+
+    error: str | None
+
+
+def look(
+    config: RunConfig, hosts: Sequence[str], *, rank: int, patience_s: float
+) -> dict[str, Looked]:
+    """Open every set of the config and decode a few images of each, spread over the set.
+
+    All ranks call it together. Those of a host that name the same images open them once.
+
+    Args:
+        config: of this rank.
+        hosts: of all ranks.
+        rank: of this process.
+        patience_s: for a rank that does not answer.
+
+    Raises:
+        RunFailedError: one did not.
+    """
+    parts = [part.source for part in config.data.sources]
+    decoder = Decoder(config.data.channels, config.data.white)
+    max_lost = config.data.max_bad_fraction
+
+    def open_training(alive: Callable[[], None]) -> Source:
+        return open_sources(
+            parts,
+            decoder,
+            manifest=config.data.manifest,
+            shuffle_buffer=1,
+            distinct_images=config.data.distinct_images,
+            max_lost=max_lost,
+            alive=alive,
+        )
+
+    def open_labelled(spec: str, alive: Callable[[], None]) -> Source:
+        source = open_source(spec, decoder, alive)
+        require_few_left_out(source, spec, max_lost=max_lost)
+        return source
+
+    sets: dict[str, tuple[str | None, Callable[[Callable[[], None]], Source]]] = {
+        "data.train": (" + ".join(parts) or None, open_training),
+        "eval.train": (config.eval.train, partial(open_labelled, config.eval.train or "")),
+        "eval.test": (config.eval.test, partial(open_labelled, config.eval.test or "")),
+    }
+    found: dict[str, Looked] = {}
+    sources: dict[str, Source] = {}
+    for key, (spec, opened) in sets.items():
+        named = distributed.gather_objects((spec, config.data.manifest))
+        alike = [f"{host} {names}" for host, names in zip(hosts, named, strict=True)]
+        tried = partial(_tried_to_open, opened, spec)
+        source = open_once_a_node(tried, alike, patience_s=patience_s)
+        if not isinstance(source, _Unopened):
+            assert spec is not None
+            sources[key] = source
+            found[key] = _decode_some(source, spec, rank=rank, world_size=len(hosts))
+        elif spec is not None:
+            found[key] = Looked(spec, error=source.error)
+    if "eval.train" in sources and "eval.test" in sources:
+        try:
+            renumber_classes(sources["eval.train"], sources["eval.test"])
+        except DinoscaleError as error:
+            found["eval.test"] = Looked(found["eval.test"].spec, error=str(error))
+    return found
+
+
+def _tried_to_open(
+    opened: Callable[[Callable[[], None]], Source], spec: str | None, alive: Callable[[], None]
+) -> Source | _Unopened:
+    """An error is for the ranks of one node: others may see other files."""
+    if spec is None:
+        return _Unopened(None)
+    try:
+        return opened(alive)
+    except (DinoscaleError, OSError) as error:
+        return _Unopened(str(error))
+
+
+def sample_ids(*, num_images: int, rank: int, world_size: int) -> list[int]:
+    """Numbers of the images that a rank decodes: spread over the set, others on other ranks."""
+    number = min(_SAMPLES, num_images)
+    positions = [(i + rank / world_size) / number for i in range(number)]
+    return [int(position * num_images) for position in positions]
+
+
+def _tried(source: Source, *, rank: int, world_size: int) -> list[int]:
+    """Numbers of the images to decode: of a stream the first ones of shards, which come at once."""
+    if isinstance(source, StreamSource):
+        starts = source.blocks.starts[:-1]
+        shards = sample_ids(num_images=len(starts), rank=rank, world_size=world_size)
+        return [int(starts[shard]) for shard in shards]
+    return sample_ids(num_images=len(source), rank=rank, world_size=world_size)
+
+
+def _decode_some(source: Source, spec: str, *, rank: int, world_size: int) -> Looked:
+    bad, decoded = [], 0
+    begin = time.perf_counter()
+    for index in _tried(source, rank=rank, world_size=world_size):
+        try:
+            source.picture(index).pixels()
+            decoded += 1
+        except BadSampleError as error:
+            bad.append(str(error))
+        if time.perf_counter() - begin > _DECODE_S:
+            break
+    seconds = time.perf_counter() - begin
+    return Looked(
+        spec,
+        num_images=len(source),
+        source_sizes=source_sizes(source),
+        num_decoded=decoded,
+        bad=bad,
+        seconds=seconds,
+    )
+
+
+def judge_images(of_ranks: Sequence[Mapping[str, Looked]], hosts: list[str]) -> list[Check]:
+    """One check of each set, over all ranks."""
+    keys = dict.fromkeys(key for found in of_ranks for key in found)
+    checks = [_judge_set(key, [found.get(key) for found in of_ranks], hosts) for key in keys]
+    if "data.train" not in keys:
+        text = "not set; name the images, for example data.train=/path/to/folder"
+        checks.insert(0, problem("data.train", text))
+    return checks
+
+
+def _judge_set(key: str, of_ranks: Sequence[Looked | None], hosts: list[str]) -> Check:
+    for rank, found in enumerate(of_ranks):
+        if found is None:
+            return problem(key, f"not set on {ranks_text([rank], hosts)}; give all ranks one line")
+        if found.error:
+            where = f"{ranks_text([rank], hosts)}: " if len(of_ranks) > 1 else ""
+            return problem(key, where + found.error)
+    known = [found for found in of_ranks if found is not None]
+    images = known[0].num_images
+    other = [rank for rank, found in enumerate(known) if found.num_images != images]
+    if other:
+        return problem(
+            key,
+            f"{images} images on rank 0 but {known[other[0]].num_images} on"
+            f" {ranks_text(other, hosts)}; give all nodes the same files",
+        )
+    bad = list(dict.fromkeys(text for found in known for text in found.bad))
+    decoded = sum(found.num_decoded for found in known)
+    if bad:
+        verdict = problem if decoded < len(bad) else warning
+        return verdict(
+            key,
+            f"{len(bad)} of {decoded + len(bad)} tried images of {known[0].spec} cannot be read,"
+            f" first {bad[0]}; mend or remove them, a run stops above data.max_bad_fraction",
+        )
+    rates = [found.num_decoded / max(found.seconds, 1e-9) for found in known]
+    slowest, usual = min(rates), statistics.median_high(rates)
+    slow = [
+        rank
+        for rank, found in enumerate(known)
+        if rates[rank] * _STRAGGLES < usual and found.seconds > _SHORT_S
+    ]
+    if slow:
+        return warning(
+            key,
+            f"{ranks_text(slow, hosts)}: {slowest:.3g} images/s are read and decoded, {usual:.3g}"
+            f" on most ranks, and all wait for the slowest; look at the disk of {known[0].spec} and"
+            " other programs there",
+        )
+    return ok(
+        key,
+        f"{images} images in {known[0].spec}; {decoded} tried can be read,"
+        f" {slowest:.3g} images/s by one process",
+    )
+
+
+def judge_plan(
+    config: RunConfig,
+    *,
+    world_size: int,
+    ranks_of_node: int,
+    num_images: int | Sequence[int] | None,
+) -> Check:
+    """Whether the batch fits the ranks, and what it means in steps; `num_images` as `resolve`."""
+    decided = without_auto(config)
+    try:
+        require_groups_within_nodes(config, ranks_of_node=ranks_of_node)
+        split = split_batch(decided.train, world_size=world_size)
+        if num_images is None:
+            steps = "steps are not known without images"
+        else:
+            plan = resolve(decided, world_size=world_size, num_images=num_images)
+            steps = f"{plan.steps_per_epoch} steps an epoch, {plan.stop_step} in all"
+    except ConfigError as error:
+        return problem("plan", str(error))
+    of_rank = f"{split.micro_batch_size} x {split.accumulation_steps} (micro-batches)"
+    if decided is not config:
+        of_rank = f"{split.images_per_rank}, in micro-batches as large as fit (auto)"
+    return ok(
+        "plan",
+        f"{config.train.batch_size} images a step = {count_text(world_size, 'rank')} x"
+        f" {of_rank}; {steps}",
+    )

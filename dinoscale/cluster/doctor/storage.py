@@ -1,0 +1,188 @@
+"""run_dir: seen by all ranks, writable, and with room for the checkpoints."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.cluster.doctor.marker import Seen, look_for, remove_marker, write_marker
+from dinoscale.cluster.doctor.report import Check, ok, problem, size_text, warning
+from dinoscale.config import RunConfig
+from dinoscale.engine.param_groups import MOMENTS
+from dinoscale.errors import UnreadableError
+from dinoscale.runtime import distributed
+from dinoscale.runtime.hosts import ranks_text
+
+_OTHER_FILES = 8  # of a checkpoint and a run, beside one for each rank
+_NO_ROOM = ("Disk quota exceeded", "No space left on device")
+
+
+def check_shared(run_dir: Path, hosts: list[str]) -> Check:
+    """Let every rank look for a file that rank 0 writes; all ranks call it, nothing stays."""
+    made: list[Path] = []
+    path = run_dir.absolute()
+    marker = write_marker(path, made) if distributed.rank() == 0 else None
+    try:
+        marker = distributed.broadcast_object(marker)
+        assert marker is not None
+        if marker.error:
+            return problem(
+                "run_dir",
+                f"rank 0 cannot write to {marker.run_dir}: {marker.error};"
+                " choose another with run_dir=PATH",
+            )
+        found = distributed.gather_objects(look_for(path, marker, own=str(distributed.rank())))
+    finally:
+        if distributed.rank() == 0:
+            remove_marker(path, marker, made)
+    return judge_shared(found, hosts)
+
+
+def judge_shared(found: Sequence[Seen], hosts: list[str]) -> Check:
+    """Name the ranks that do not see rank 0's file, or cannot write beside it."""
+    blind = [rank for rank, of_rank in enumerate(found) if not of_rank.seen]
+    if blind:
+        elsewhere = found[blind[0]].run_dir
+        return problem(
+            "run_dir",
+            f"{ranks_text(blind, hosts)} cannot see in {elsewhere} what rank 0 ({hosts[0]}) wrote"
+            f" to {found[0].run_dir}; put run_dir on a file system that all nodes share",
+        )
+    failed = [rank for rank, of_rank in enumerate(found) if of_rank.error]
+    if failed:
+        return problem(
+            "run_dir",
+            f"{ranks_text(failed, hosts)} cannot write to {found[0].run_dir}:"
+            f" {found[failed[0]].error}; give this user the right to write there",
+        )
+    seers = "seen and writable" if len(found) == 1 else f"seen and writable by {len(found)} ranks"
+    return ok("run_dir", f"{found[0].run_dir} is {seers}")
+
+
+def check_disk(config: RunConfig, *, parameters: int, world_size: int) -> Check:
+    """Free space and files at run_dir against the checkpoints of this run; on rank 0."""
+    run_dir = Path(config.run_dir).absolute()
+    try:
+        folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+        free_bytes, num_present = shutil.disk_usage(folder).free, len(checkpoints(run_dir))
+        one = checkpoint_bytes(parameters, optimizer=config.optim.name)
+        refused = _why_no_room(folder, one) if free_bytes >= one else None
+    except (OSError, UnreadableError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return problem("disk", f"{run_dir}: {reason}; choose another with run_dir=PATH")
+    return judge_disk(
+        free_bytes=free_bytes,
+        checkpoint_bytes=one,
+        num_checkpoints=num_checkpoints(config),
+        num_present=num_present,
+        path=str(run_dir),
+        free_files=_free_files(folder),
+        checkpoint_files=world_size + _OTHER_FILES,
+        refused=refused,
+    )
+
+
+def _free_files(folder: Path) -> int | None:
+    """How many more files fit, None where the file system does not count them."""
+    found = os.statvfs(folder)
+    return found.f_favail if found.f_files else None
+
+
+def _why_no_room(folder: Path, num_bytes: int) -> str | None:
+    """Why the space of a file is not given, as by a quota, which no free space shows; else None.
+
+    It is reserved, not written, and given back at once; nothing is said where that is not possible.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor_") as file:
+        command = ["env", "LC_ALL=C", "fallocate", "--length", str(num_bytes), file.name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.SubprocessError):
+            return None
+    why = done.stderr.strip().rpartition(": ")[2]
+    return why if done.returncode and why in _NO_ROOM else None
+
+
+def check_resume(config: RunConfig) -> Check:
+    """Whether the run starts anew, goes on, or is refused; on rank 0."""
+    try:
+        present = checkpoints(Path(config.run_dir))
+    except UnreadableError as error:
+        return problem("resume", str(error))
+    if present and not config.resume:
+        return problem(
+            "resume",
+            f"{config.run_dir} already holds a run and resume is false; choose another run_dir,"
+            " or delete that one",
+        )
+    if present:
+        return ok("resume", f"goes on from {present[-1]}")
+    return ok("resume", "no checkpoint in run_dir, starts anew")
+
+
+def checkpoint_bytes(parameters: int, *, optimizer: str) -> int:
+    """Size of a checkpoint of all ranks: float32 master, EMA and moments of each weight."""
+    return 4 * parameters * (2 + len(MOMENTS[optimizer]))
+
+
+def num_checkpoints(config: RunConfig) -> int:
+    """Most checkpoints that lie in run_dir at once, with the one being written."""
+    rule = config.checkpoint
+    for_good = 0 if rule.keep_every is None else config.train.epochs // rule.keep_every
+    measures = config.eval.train is not None
+    return rule.keep_last + for_good + (rule.keep_best and measures) + 1
+
+
+def judge_disk(
+    *,
+    free_bytes: int,
+    checkpoint_bytes: int,
+    num_checkpoints: int,
+    num_present: int,
+    path: str,
+    free_files: int | None = None,
+    checkpoint_files: int = 1,
+    refused: str | None = None,
+) -> Check:
+    """A problem when not even one more checkpoint fits, a warning when not all do.
+
+    Args:
+        free_bytes: of the file system.
+        checkpoint_bytes: of one checkpoint.
+        num_checkpoints: most that lie there at once.
+        num_present: of them, those that lie there now.
+        path: run_dir.
+        free_files: that the file system has room for (inodes); None where it does not count.
+        checkpoint_files: of one checkpoint.
+        refused: why the file system does not give the space of one, as by a quota; or None.
+    """
+    more = max(1, num_checkpoints - num_present)
+    need, one = size_text(more * checkpoint_bytes), size_text(checkpoint_bytes)
+    free = f"{size_text(free_bytes)} free at {path}"
+    if free_bytes < checkpoint_bytes:
+        return problem(
+            "disk", f"{free}, one checkpoint needs {one}; make room or choose another run_dir"
+        )
+    if refused:
+        return problem(
+            "disk",
+            f"{free}, but not for you: {one} for one checkpoint are refused ({refused}); have the"
+            " quota raised (see `quota -s`), or choose another run_dir",
+        )
+    if free_files is not None and free_files < more * checkpoint_files:
+        verdict = problem if free_files < checkpoint_files else warning
+        return verdict(
+            "disk",
+            f"{free}, but only for {free_files} files (inodes, see `df -i`); {more} checkpoints"
+            f" need {more * checkpoint_files}; remove files or choose another run_dir",
+        )
+    if free_bytes < more * checkpoint_bytes:
+        return warning(
+            "disk",
+            f"{free}, {more} checkpoints need {need} ({one} each);"
+            " make room or lower checkpoint.keep_last",
+        )
+    return ok("disk", f"{free}, {more} checkpoints of {one} fit")

@@ -1,0 +1,1 @@
+"""The file of a sweep: what it may say."""

@@ -1,0 +1,195 @@
+"""ViTs of Hugging Face's transformers under our names: ViT, Dinov2, Dinov2WithRegisters.
+
+Source: github.com/huggingface/transformers, `models/vit`, `models/dinov2`,
+`models/dinov2_with_registers`: names of saved files, and those that modules have since version 5.
+Queries, keys and values are three layers there and one here.
+Differs: at other image sizes than the position embedding's, transformers resizes it to the size
+(`interpolate_pos_encoding=True`), and our forward by the reference's rule.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoscale.convert.card import BackboneCard, parse_card
+from dinoscale.convert.formats.reference import (
+    NO_BACKBONE,
+    guess_shape,
+    reference_card,
+    registers_apart,
+)
+from dinoscale.convert.read_files import Content
+from dinoscale.convert.weights import Weights
+from dinoscale.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+# What a config.json leaves out has the value of the library's: layer_norm_eps by model_type.
+_NORM_EPS = {"vit": 1e-12, "dinov2": 1e-6, "dinov2_with_registers": 1e-6}
+_NUM_HEADS = 12
+_BICUBIC = 3  # as Pillow numbers it
+
+_PREFIX = re.compile(r"(vit|dinov2|dinov2_with_registers)\.")  # of a model in another, a classifier
+_OUTER = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.register_tokens": "register_tokens",
+    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "layernorm.weight": "norm.weight",
+    "layernorm.bias": "norm.bias",
+}
+_IN_BLOCK = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "layernorm_before": "norm1",
+    "attention.attention.query": "attn.q",
+    "attention.attention.key": "attn.k",
+    "attention.attention.value": "attn.v",
+    "attention.output.dense": "attn.proj",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "attention.q_proj": "attn.q",
+    "attention.k_proj": "attn.k",
+    "attention.v_proj": "attn.v",
+    "attention.o_proj": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d{1,9})\.(.+)\.(weight|bias|lambda1)")
+_SCALES = {"layer_scale1": "ls1.gamma", "layer_scale2": "ls2.gamma"}
+
+
+def is_huggingface(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
+    """Whether tensors have the names of transformers' ViTs, or a config.json says so."""
+    return "model_type" in settings or any(
+        _PREFIX.sub("", name, count=1) == "embeddings.cls_token" for name in state
+    )
+
+
+def read_huggingface(
+    state: Mapping[str, Tensor], content: Content, *, num_heads: int | None
+) -> Weights:
+    """Rename the tensors of a ViT of transformers, and read how it is built and fed.
+
+    Args:
+        state: tensors of the file.
+        content: with config.json and preprocessor_config.json if they lie beside it.
+        num_heads: used where there is no config.json; None takes 64 channels a head.
+
+    Raises:
+        CheckpointError: it is another model, or config.json asks for what we do not build.
+    """
+    backbone, left_out = from_huggingface(state)
+    settings = content.settings or {}
+    scaled = "blocks.0.ls1.gamma" in backbone  # layer scale
+    kinds = [kind for kind in _NORM_EPS if scaled == kind.startswith("dinov2")]
+    kind = settings.get("model_type", kinds[0])
+    if kind not in kinds:
+        need = " or ".join(map(repr, kinds))
+        raise CheckpointError(f"has a config.json with model_type {kind!r}, need {need}")
+    for key, only in (("hidden_act", "gelu"), ("use_swiglu_ffn", False)):
+        if settings.get(key, only) != only:
+            raise CheckpointError(f"has a config.json with {key} {settings[key]!r}, need {only!r}")
+    eps, heads = settings.get("layer_norm_eps", _NORM_EPS[kind]), None
+    if content.settings is None:
+        log.warning(
+            "%s has no config.json beside it: taking transformers' layer_norm_eps %g",
+            content.name,
+            eps,
+        )
+    else:
+        heads = settings.get("num_attention_heads", _NUM_HEADS)
+    shape = guess_shape(backbone, num_heads=heads or num_heads)
+    card = reference_card(replace(shape, norm_eps=eps), source=content.name)
+    card = parse_card(_with_preprocessing(card, content.preprocessing or {}).to_json())
+    if content.card is not None:  # the one thing that the library's files have no place for
+        card = replace(card, white=parse_card(content.card).white)
+    return Weights(backbone, None, card, "hf", left_out)
+
+
+def from_huggingface(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Tensors under our names, and the names of those that are no part of a backbone.
+
+    What has no counterpart keeps its name, so that whoever builds the backbone refuses it.
+    """
+    renamed: dict[str, Tensor] = {}
+    left_out = []
+    for full_name, tensor in state.items():
+        name = _PREFIX.sub("", full_name, count=1)
+        if name.startswith(NO_BACKBONE):
+            left_out.append(full_name)
+            continue
+        match = _BLOCK.fullmatch(name)
+        if match and match[2] in _SCALES:
+            ours = f"blocks.{match[1]}.{_SCALES[match[2]]}"
+        elif match and match[2] in _IN_BLOCK:
+            ours = f"blocks.{match[1]}.{_IN_BLOCK[match[2]]}.{match[3]}"
+        else:
+            ours = _OUTER.get(name, full_name)
+        if ours in renamed:
+            raise CheckpointError(f"holds {full_name!r} under two names")
+        renamed[ours] = tensor
+    tokens = renamed.get("register_tokens")
+    if tokens is not None and not tokens.numel():
+        del renamed["register_tokens"]
+    return registers_apart(_joined(renamed)), tuple(left_out)
+
+
+def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join attn.q, attn.k, attn.v of each block to attn.qkv, rows in this order."""
+    joined = dict(state)
+    for name in state:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if ".attn.q." not in name or not all(part in state for part in parts):
+            continue
+        try:
+            whole = torch.cat([joined.pop(part) for part in parts])
+        except RuntimeError as error:
+            raise CheckpointError(f"holds q, k and v of other widths at {name}") from error
+        joined[name.replace(".attn.q.", ".attn.qkv.")] = whole
+    return joined
+
+
+def _with_preprocessing(card: BackboneCard, told: Mapping[str, Any]) -> BackboneCard:
+    """What preprocessor_config.json says; sizes of the reference's protocol where it cuts none."""
+    if told.get("image_mean") == [0.5] * card.backbone.in_chans:
+        log.warning(
+            "%s: preprocessor_config.json says mean 0.5. That of the published facebook/dino-vit*"
+            " says so too, and they were trained with ImageNet's mean and std: if these are they,"
+            " correct image_mean and image_std in it",
+            card.source,
+        )
+    if told.get("resample", _BICUBIC) != _BICUBIC:
+        log.warning(
+            "%s asks for resizing number %s of Pillow; dinoscale evaluates with bicubic",
+            card.source,
+            told["resample"],
+        )
+    if told.get("do_normalize", True) is False:
+        told = {**told, "image_mean": [0.0] * len(card.mean), "image_std": [1.0] * len(card.std)}
+    said = {
+        "mean": told.get("image_mean"),
+        "std": told.get("image_std"),
+        **_sizes(told),
+    }
+    return replace(card, **{key: value for key, value in said.items() if value is not None})
+
+
+def _sizes(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Short side and crop in pixels, where they are what our preprocessing does."""
+    size, crop = told.get("size"), told.get("crop_size")
+    size = size.get("shortest_edge") if isinstance(size, dict) else size
+    if isinstance(crop, dict):
+        crop = crop.get("height") if crop.get("height") == crop.get("width") else None
+    if not told.get("do_center_crop", False) or size is None or crop is None:
+        return {}
+    return {"resize": size, "crop": crop}

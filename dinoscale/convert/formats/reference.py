@@ -1,0 +1,314 @@
+"""Checkpoints of the reference implementation, read into a backbone state and a guessed card.
+
+Source: github.com/facebookresearch/dino, files written by its training loop (`student`, `teacher`,
+`optimizer`, `epoch`, `args`, `dino_loss`) and its published backbone-only state dicts; and
+github.com/facebookresearch/dinov2, its published backbones and `teacher_checkpoint.pth`.
+Tensor names: `module.`, `_orig_mod.` and the like are added by what wraps a network or a layer
+(data parallelism, torch.compile), `backbone.` and `head.` by the network.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dinoscale.config.backbones import VIT_SIZES
+from dinoscale.convert.card import BackboneCard, BackboneShape
+from dinoscale.convert.weights import Network
+from dinoscale.errors import CheckpointError
+from dinoscale.models.weight_names import from_reference
+
+log = logging.getLogger(__name__)
+
+HEAD_DIM = 64  # embed_dim / num_heads of every ViT of the reference
+VIT_NAMES = {size[0]: f"vit_{name}" for name, size in VIT_SIZES.items()}  # by embed_dim
+RESNET50_IMG_SIZE = 224  # pixels; a ResNet has no positional embedding to tell
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
+RESIZE_TO_CROP = 256 / 224  # the reference evaluates the center 224 of 256 pixels
+
+_MOST_CHANNELS = 4096  # of an image: hyperspectral cameras have hundreds
+
+# What wrappers put before the names of what they wrap, wherever that is.
+_WRAPPED = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_HEAD = re.compile(r"head\.(mlp|last_layer)\.")  # names of the projection head
+# No part of a backbone: classifiers, the heads of DINOv2, and the token of masked patches, which
+# stands in for them in training only.
+NO_BACKBONE = (
+    *("head.", "head_dist.", "fc.", "classifier.", "pooler."),
+    *("dino_head.", "ibot_head."),
+    *("mask_token", "masked_embed", "embeddings.mask_token"),
+)
+_AROUND = ("state_dict", "model")  # what training scripts put around their tensors
+# And around the average of these over the steps, where they keep one, as timm, DeiT and MAE do.
+_AVERAGED = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
+# Tensors that only other kinds of ViTs have, and what these are.
+_OTHER_KINDS = {
+    "dist_token": "is a distilled DeiT, which has a second class token",
+    "blocks_token_only.": "is a CaiT, whose class token enters in its last blocks only",
+    "cls_attn_blocks.": "is an XCiT, whose attention is over channels",
+    "rope_embed.": "has rotary position embeddings, as DINOv3's ViTs",
+    "norm_pre.": "has a norm before its blocks, as CLIP's ViTs",
+    "blocks.0.attn.q_bias": "is a BEiT or EVA, whose queries have a bias of their own",
+    "blocks.0.attn.relative_position_bias_table": "has relative positions, as BEiT",
+    "blocks.0.attn.rel_pos_h": "has relative positions and windows, as SAM's ViTs",
+    "layers.0.blocks.": "is a Swin or another pyramid of stages",
+}
+_GIANT_DIM = 1536  # embed_dim of DINOv2's largest model
+_BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The tensors of one network: backbone, projection head, and names of neither."""
+
+    backbone: dict[str, Tensor]
+    head: dict[str, Tensor]
+    left_out: tuple[str, ...]
+
+
+def network_state(checkpoint: object, *, network: Network) -> Mapping[str, Tensor]:
+    """Take one network out of a full checkpoint; a bare state dict is that network.
+
+    Of raw weights and their average (EMA) the average is the teacher and the raw are the student.
+
+    Args:
+        checkpoint: what the file held.
+        network: which of the two to take from a full checkpoint.
+
+    Returns:
+        Named tensors, as in the file but for what wrappers put before names.
+
+    Raises:
+        CheckpointError: it is no mapping, the network is not in it, or two names differ in their
+            wrappers only.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"holds a {type(checkpoint).__name__}, not named tensors")
+    place = _place_of(network, checkpoint)
+    tensors = checkpoint if place is None else checkpoint[place]
+    state: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"holds {key!r}, which is no tensor, where weights should be")
+        if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+            raise CheckpointError(f"holds {key!r} without its numbers, quantized or sparse")
+        name = _WRAPPED.sub("", str(key))
+        if name in state:
+            raise CheckpointError(f"holds {name!r} twice")
+        state[name] = tensor
+    return state
+
+
+def _place_of(network: Network, checkpoint: Mapping[str, object]) -> str | None:
+    """Key of a network in a checkpoint; None where the checkpoint is its state dict.
+
+    An average of weights is the teacher of what was trained.
+
+    Raises:
+        CheckpointError: it holds the other network only.
+    """
+    there = [key for key, value in checkpoint.items() if isinstance(value, Mapping)]
+    if "teacher" in there or "student" in there:
+        if network not in there:
+            other = "student" if network == "teacher" else "teacher"
+            raise CheckpointError(f"has no {network!r}, only {other!r}")
+        return network
+    raw, averaged = (
+        next((name for name in names if name in there), None) for names in (_AROUND, _AVERAGED)
+    )
+    if averaged is None:
+        return raw
+    if network == "teacher":
+        if raw is not None:
+            log.info(
+                "of two sets of weights in the file, %r (an average over steps) and %r, the average"
+                " is taken; the student is the other",
+                averaged,
+                raw,
+            )
+        return averaged
+    if raw is None:
+        raise CheckpointError(f"has no {network!r}, only an average of weights, {averaged!r}")
+    return raw
+
+
+def split(state: Mapping[str, Tensor]) -> Parts:
+    """Tell backbone and projection head apart by their names, and take their prefixes off.
+
+    Layers of DINOv2 get timm's names for them, which are ours.
+
+    Raises:
+        CheckpointError: two names differ in their prefixes only.
+    """
+    backbone: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
+    left_out = []
+    for key, tensor in state.items():
+        name = _as_in_timm(key.removeprefix("backbone."))
+        part, inner = (head, name.removeprefix("head.")) if _HEAD.match(name) else (backbone, name)
+        if inner in part:
+            raise CheckpointError(f"holds {name!r} twice")
+        if part is backbone and name.startswith(NO_BACKBONE):
+            left_out.append(name)
+        else:
+            part[inner] = tensor
+    return Parts(registers_apart(backbone), our_head(head), tuple(left_out))
+
+
+def _as_in_timm(name: str) -> str:
+    """Name in timm of a tensor of DINOv2: no chunks of blocks, gated MLPs of two layers.
+
+    Source: `timm.models.vision_transformer._convert_dinov2`.
+    """
+    name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)
+    return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
+
+
+def registers_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT of DINOv2 with registers as timm has it: the class token holds its position."""
+    positions, token = state.get("pos_embed"), state.get("cls_token")
+    if "register_tokens" not in state or positions is None or token is None or positions.ndim != 3:
+        return state
+    state = {name: tensor for name, tensor in state.items() if name != "register_tokens"} | {
+        "reg_token": state["register_tokens"],
+        "pos_embed": positions[:, 1:],
+    }
+    if token.shape[-1] == positions.shape[-1]:  # else told as a tensor of another shape
+        state["cls_token"] = token + positions[:, :1]
+    return state
+
+
+def our_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a projection head under our names; prototype norms that are all 1 are left out."""
+    head = from_reference(state, norm_last_layer=False)
+    norms = head.get("last_layer.weight_g")
+    if norms is not None and bool((norms == 1).all()):
+        del head["last_layer.weight_g"]
+    return head
+
+
+def guess_shape(
+    state: Mapping[str, Tensor], *, args: object = None, num_heads: int | None = None
+) -> BackboneShape:
+    """Read the architecture off the names and shapes of the tensors.
+
+    Args:
+        state: a backbone under the reference's names, or those timm gives DINOv2's layers.
+        args: the `argparse.Namespace` of a full checkpoint, or None.
+        num_heads: no tensor tells it; used where `args` do not either; None takes embed_dim / 64.
+
+    Raises:
+        CheckpointError: the tensors are not those of a ViT or a ResNet-50.
+    """
+    if "layer4.2.conv3.weight" in state and "layer3.5.conv3.weight" in state:
+        channels = _channels(state, "conv1.weight")
+        return BackboneShape(name="resnet50", img_size=RESNET50_IMG_SIZE, in_chans=channels)
+    return _guess_vit(state, args=args, num_heads=num_heads)
+
+
+def reference_card(shape: BackboneShape, *, source: str) -> BackboneCard:
+    """Preprocessing of weights that do not tell theirs: the reference's.
+
+    ImageNet mean and std (of other than three channels: 0 and 1), the center 224 of 256 pixels, in
+    proportion at other sizes.
+    """
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if shape.in_chans != len(mean):
+        mean, std = (0.0,) * shape.in_chans, (1.0,) * shape.in_chans
+        log.warning(
+            "the weights do not tell mean and std of their %d channels: assuming 0 and 1; features "
+            "are wrong if the run used others",
+            shape.in_chans,
+        )
+    return BackboneCard(
+        backbone=shape,
+        mean=mean,
+        std=std,
+        resize=round(shape.img_size * RESIZE_TO_CROP),
+        crop=shape.img_size,
+        source=source,
+    )
+
+
+def _guess_vit(
+    state: Mapping[str, Tensor], *, args: object, num_heads: int | None
+) -> BackboneShape:
+    """Sizes of a ViT from patch_embed (D, C, p, p), pos_embed (1, 1 + N, D) and the block names."""
+    for start, what in _OTHER_KINDS.items():
+        if any(name.startswith(start) for name in state):
+            raise CheckpointError(f"{what}; dinoscale builds plain ViTs and ResNet-50")
+    patches, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    blocks = [int(match.group(1)) for name in state if (match := _BLOCK.match(name))]
+    if patches is None or positions is None or not blocks:
+        names = ", ".join(list(state)[:3]) or "none"
+        raise CheckpointError(f"is no ViT or ResNet-50 of the reference (tensors: {names}, ...)")
+    if patches.ndim != 4 or positions.ndim != 3:
+        shapes = f"{[*patches.shape]}, {[*positions.shape]}"
+        raise CheckpointError(f"has patch_embed.proj.weight, pos_embed of odd shapes {shapes}")
+    embed_dim, patch_size = patches.shape[0], patches.shape[-1]
+    depth, told = max(blocks) + 1, getattr(args, "num_heads", None)
+    heads = told if isinstance(told, int) and told > 0 else num_heads
+    family = VIT_NAMES.get(embed_dim, "vit_small")  # the sizes below override the name's
+    name = f"{family}_patch{8 if patch_size == 8 else 16}_224"
+    num_prefix = 1
+    if f"blocks.{depth - 1}.ls2.gamma" in state:  # layer scale, which only DINOv2's models have
+        family = "vit_giant" if embed_dim == _GIANT_DIM else family
+        name = f"{family}_patch14{'_reg4' if 'reg_token' in state else ''}_dinov2"
+        num_prefix = 0 if "reg_token" in state else 1  # timm adds the class token's slot to it
+    return BackboneShape(
+        name=name,
+        img_size=_grid(positions.shape[1] - num_prefix) * patch_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=heads or _guess_heads(embed_dim, known_sizes=args is not None),
+        in_chans=_channels(state, "patch_embed.proj.weight"),
+    )
+
+
+def _grid(num_patches: int) -> int:
+    """Side of a square of so many patches."""
+    side = math.isqrt(max(num_patches, 0))
+    if side < 1 or side * side != num_patches:
+        raise CheckpointError(f"has a pos_embed of {num_patches} patches, which is no square grid")
+    return side
+
+
+def _channels(state: Mapping[str, Tensor], name: str) -> int:
+    """C of a convolution (D, C, p, p) at the image."""
+    tensor = state.get(name)
+    if tensor is None or tensor.ndim != 4 or not 1 <= tensor.shape[1] <= _MOST_CHANNELS:
+        found = None if tensor is None else [*tensor.shape]
+        raise CheckpointError(f"has a {name} of shape {found}, which tells no number of channels")
+    return tensor.shape[1]
+
+
+def _guess_heads(embed_dim: int, *, known_sizes: bool) -> int:
+    """64 channels a head, as in the reference.
+
+    Args:
+        embed_dim: of the backbone.
+        known_sizes: a run of the reference wrote the file: it has no other sizes.
+    """
+    if embed_dim % HEAD_DIM:
+        raise CheckpointError(
+            f"has embed_dim {embed_dim}, from which the number of heads cannot be guessed: "
+            "give num_heads"
+        )
+    if not known_sizes or embed_dim not in VIT_NAMES:
+        log.warning(
+            "weights of embed_dim %d do not tell their heads: assuming num_heads=%d, as the "
+            "reference's have; features are wrong if the run used another number",
+            embed_dim,
+            embed_dim // HEAD_DIM,
+        )
+    return embed_dim // HEAD_DIM

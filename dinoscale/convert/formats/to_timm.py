@@ -1,0 +1,138 @@
+"""Target `timm`: a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` opens."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape, Preprocessing
+from dinoscale.convert.coverage import coverage_of
+from dinoscale.convert.parity import Outputs, Reopened, to_meta
+from dinoscale.convert.source import read_source
+from dinoscale.convert.weights import Weights
+from dinoscale.errors import ConversionError
+from dinoscale.models._torchvision import ensure_torchvision
+from dinoscale.models.zoo import build_backbone, timm_arguments
+from dinoscale.runtime.outputs import write_tensors
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+_SMALL_EPS = 1e-5  # of the variance that a layer norm divides by
+
+
+def write_timm(folder: Path, weights: Weights) -> None:
+    """Write weights and config; names of tensors are timm's already.
+
+    Raises:
+        ConversionError: the layer norms have an epsilon that timm's config has no place for.
+    """
+    _require_own_norms(weights.card.backbone)
+    metadata = {METADATA_KEY: weights.card.to_json(), "format": "pt"}
+    tensors = {name: tensor.clone().contiguous() for name, tensor in weights.backbone.items()}
+    write_tensors(tensors, folder / WEIGHTS_FILE, metadata=metadata)
+    text = json.dumps(timm_config(weights), indent=2)
+    (folder / CONFIG_FILE).write_text(text + "\n")
+
+
+def _require_own_norms(shape: BackboneShape) -> None:
+    """Refuse another epsilon than the architecture's; whether a small one matters is proved."""
+    if shape.norm_eps is None:
+        return
+    with torch.device("meta"):
+        network: Any = build_backbone(**asdict(replace(shape, norm_eps=None)))
+    own = network.norm.eps
+    if abs(shape.norm_eps - own) > _SMALL_EPS:
+        raise ConversionError(
+            f"its layer norms have epsilon {shape.norm_eps:g}, and timm's config.json has no place"
+            f" for another than the {own:g} of {shape.name}: use --to hf, torchscript or onnx"
+        )
+
+
+def timm_config(weights: Weights) -> dict[str, Any]:
+    """What timm's hub format says of a model: architecture, its sizes, and its preprocessing."""
+    card, shape = weights.card, weights.card.backbone
+    sizes = {
+        "patch_size": shape.patch_size,
+        "embed_dim": shape.embed_dim,
+        "depth": shape.depth,
+        "num_heads": shape.num_heads,
+    }
+    changed = {key: value for key, value in sizes.items() if value is not None}
+    is_vit = shape.name != "resnet50"
+    architecture, changed = timm_arguments(shape.name, **changed)
+    if is_vit:
+        changed["img_size"] = shape.img_size
+    first = "patch_embed.proj" if is_vit else "conv1"
+    pool = "token" if is_vit else "avg"
+    return {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": weights.backbone[
+            "norm.weight" if is_vit else "layer4.2.bn3.weight"
+        ].numel(),
+        "global_pool": pool,
+        "model_args": {**changed, "in_chans": shape.in_chans, "global_pool": pool},
+        "pretrained_cfg": {
+            "input_size": [shape.in_chans, card.crop, card.crop],
+            "fixed_input_size": is_vit,
+            "interpolation": "bicubic",
+            "crop_pct": _crop_pct(card),
+            "crop_mode": "center",
+            "mean": list(card.mean),
+            "std": list(card.std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": first,
+            "classifier": "head" if is_vit else "fc",
+        },
+    }
+
+
+def _crop_pct(card: BackboneCard) -> float:
+    """Share of the resized image that is cut out; timm resizes to floor(crop / share)."""
+    share = card.crop / card.resize
+    return share if math.floor(card.crop / share) == card.resize else math.nextafter(share, 0)
+
+
+def reopen_timm(folder: Path, *, own_resize: bool = False) -> Reopened:
+    """Open the folder with timm.
+
+    Args:
+        folder: as `write_timm` wrote it.
+        own_resize: take images of other sizes, by timm's rule for position embeddings.
+    """
+    ensure_torchvision()
+    import timm
+
+    dynamic = {"dynamic_img_size": True} if own_resize else {}
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, **dynamic).eval()
+    state = load_file(folder / WEIGHTS_FILE)
+    coverage = coverage_of(state, model.state_dict())
+    num_prefix = getattr(model, "num_prefix_tokens", None)
+
+    def forward(images: Tensor) -> Outputs:
+        features = model.forward_features(images)
+        cls = model.forward_head(features)
+        return (
+            {"cls": cls}
+            if num_prefix is None
+            else {"cls": cls, "patches": features[:, num_prefix:]}
+        )
+
+    told = (_preprocessing_of(model), read_source(folder).card)
+    return Reopened(forward, state, told, coverage, to_meta(model, forward))
+
+
+def _preprocessing_of(model: Any) -> Preprocessing:
+    """What timm's own transform for a model does."""
+    import timm
+
+    config = timm.data.resolve_model_data_config(model)
+    resize, crop = timm.data.create_transform(**config).transforms[:2]
+    return Preprocessing(tuple(config["mean"]), tuple(config["std"]), resize.size, crop.size[0])

@@ -1,0 +1,156 @@
+"""`train.init_from`: weights of any source, fitted to the networks of a run before its first step.
+
+Position embeddings are resized as the forward resizes them, bicubic and by the reference's rule, so
+that features at the new size are those that the source's backbone gives at that size. A first layer
+of other input channels gets, in each of C channels, the mean over the C' channels of the source
+times C' / C: a gray image has the same response as before. timm repeats the channels in turn with
+the same factor; the mean has no order that could be wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinoscale.config import RunConfig
+from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.coverage import coverage_of
+from dinoscale.convert.source import read_source
+from dinoscale.convert.weights_file import build
+from dinoscale.engine.build import Start, shapes_only
+from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.models.heads import DinoHead
+from dinoscale.models.resnet import ResNet50
+from dinoscale.models.vit import VisionTransformer
+from dinoscale.models.weight_names import from_reference
+from dinoscale.runtime import distributed
+
+log = logging.getLogger(__name__)
+
+_FIRST_LAYERS = ("patch_embed.proj.weight", "conv1.weight")  # of a ViT and of a ResNet
+
+
+def starting_weights(config: RunConfig, goes_on: Callable[[], None] = lambda: None) -> Start | None:
+    """Read the weights that a run starts from; None where it starts from random ones.
+
+    Rank 0 reads them, once for the whole job, and other ranks get None; `build_pair` hands out.
+    `goes_on` is called again and again meanwhile.
+
+    Raises:
+        CheckpointError: they cannot be read, or do not fit what they claim to be.
+        ConfigError: the run's architecture is another, or its head where that is asked for.
+    """
+    path = config.train.init_from
+    if path is None or distributed.rank() != 0:
+        return None
+    weights = read_source(path, goes_on=goes_on)
+    try:
+        source, coverage = build(weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    network = shapes_only(config)
+    state = _fitted_backbone(source, network.backbone, config)
+    head = None
+    if config.train.init_head:
+        head = _fitted_head(weights.head, network.head, config)
+    elif weights.head:
+        log.info("the projection head of %s is left out; train.init_head=true takes it", path)
+    _warn_of_other_norms(source, network.backbone)
+    _warn_of_other_images(weights.card, config)
+    log.info("starting from %s: %s of its backbone", path, coverage)
+    return Start(state, head)
+
+
+def _fitted_backbone(
+    source: VisionTransformer | ResNet50, target: VisionTransformer | ResNet50, config: RunConfig
+) -> dict[str, Tensor]:
+    """Every tensor of `target`, which is on the meta device, out of `source`."""
+    path, there, here = config.train.init_from, _sizes(source), _sizes(target)
+    state, wanted = source.state_dict(), target.state_dict()
+    if isinstance(source, VisionTransformer):
+        side = config.crops.global_size
+        if there == here:
+            state["pos_embed"] = source.positions(height=side, width=side)
+    for name in state.keys() & set(_FIRST_LAYERS):
+        state[name] = adapted_channels(state[name], config.data.channels)
+    coverage = coverage_of(state, wanted)
+    if there != here or not coverage.complete:
+        raise ConfigError(
+            f"train.init_from: {path} holds a {there}, and the run's model.backbone "
+            f"{config.model.backbone!r} is a {here} ({coverage}); change model.*, or the file"
+        )
+    return state
+
+
+def adapted_channels(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution (D, C', p, p) for another number of channels, (D, C, p, p)."""
+    found = weight.shape[1]
+    if found == channels:
+        return weight
+    return (weight.mean(1, keepdim=True) * (found / channels)).expand(-1, channels, -1, -1)
+
+
+def _sizes(backbone: VisionTransformer | ResNet50) -> str:
+    """What has to agree, in words."""
+    if isinstance(backbone, ResNet50):
+        return "ResNet-50"
+    attention: Any = backbone.blocks[0].attn
+    registers = 0 if backbone.reg_token is None else backbone.reg_token.shape[1]
+    return (
+        f"ViT (embed_dim {backbone.embed_dim}, depth {backbone.depth}, num_heads "
+        f"{attention.num_heads}, patch_size {backbone.patch_size}, registers {registers})"
+    )
+
+
+def _fitted_head(
+    head: Mapping[str, Tensor] | None, target: DinoHead, config: RunConfig
+) -> dict[str, Tensor]:
+    """Every tensor of the run's projection head."""
+    path, wanted = config.train.init_from, target.state_dict()
+    if head is None:
+        raise ConfigError(
+            f"train.init_head: {path} has no projection head; set train.init_head=false to start "
+            "with a random one"
+        )
+    state = from_reference(head, norm_last_layer=config.head.norm_last_layer)
+    norms = "last_layer.weight_g"
+    if norms in wanted and norms not in state and "last_layer.weight_v" in state:
+        state[norms] = torch.ones(len(state["last_layer.weight_v"]), 1)
+    coverage = coverage_of(state, wanted)
+    if not coverage.complete:
+        raise ConfigError(
+            f"train.init_head: the projection head of {path} is not that of head.* ({coverage}); "
+            "change head.*, or set train.init_head=false to start with a random one"
+        )
+    return state
+
+
+def _warn_of_other_norms(source: nn.Module, target: nn.Module) -> None:
+    """Say where features differ by the epsilon of layer norms, as those of transformers' files."""
+    there, here = (
+        {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
+        for network in (source, target)
+    )
+    if there != here:
+        log.warning(
+            "the layer norms of train.init_from have epsilon %s, those of this run %s: features "
+            "are almost the same",
+            *(", ".join(f"{eps:g}" for eps in sorted(found)) for found in (there, here)),
+        )
+
+
+def _warn_of_other_images(card: BackboneCard, config: RunConfig) -> None:
+    """Say where the run's pixels are normalised in another way than those of the source."""
+    if len(card.mean) == len(config.data.mean) and (card.mean, card.std) != (
+        config.data.mean,
+        config.data.std,
+    ):
+        log.warning(
+            "the weights of train.init_from expect pixels of mean %s and std %s, and this run has "
+            "data.mean %s and data.std %s",
+            *(list(x) for x in (card.mean, card.std, config.data.mean, config.data.std)),
+        )

@@ -1,0 +1,359 @@
+"""Bytes of an image file to upright 8-bit pixels, or a one-line reason why not.
+
+Pillow decodes, `arrays` what Pillow cannot; this module decides what the pixels of unusual files
+mean (rotated by EXIF, several frames, other channels than asked for) and turns every way a decoder
+can fail into `BadSampleError`.
+"""
+
+import io
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError, features
+
+from dinoscale.data.decoding.arrays import (
+    NPY_START,
+    TIFF_STARTS,
+    array_header,
+    read_npy,
+    read_tiff,
+    to_8bit,
+)
+from dinoscale.errors import DataError, UnavailableError
+
+_EXIF_ORIENTATION = 0x0112  # Exif 2.3, tag number; values 1 to 8
+
+_FIRST_LYING = 5  # from this orientation on, rows and columns are exchanged
+
+_MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels; others are not converted to
+
+# (wanted mode, mode of the file) of JPEG files that libjpeg-turbo itself decodes to the same pixels
+# in 2/3 of the time: Pillow keeps four bytes a pixel and copies them several times.
+_PLAIN = {("RGB", "RGB"): "RGB", ("RGB", "L"): "RGB", ("L", "L"): "GRAY"}
+
+_MOST_OF_PILLOW = 4  # channels
+_PGM_WHITE = 65535.0  # Pillow scales PGM files by the depth they state
+
+# Exif 2.3 table 6: what to do with the stored rows and columns to see the picture upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What a file that Pillow cannot identify most often is: (bytes at its start, what to tell).
+_NOT_IMAGES = (
+    (b"version https://git-lfs", "a Git LFS pointer in place of the picture, run `git lfs pull`"),
+    (b"\x00\x05\x16\x07", "an AppleDouble file of macOS, not a picture"),
+    (b"<!doctype html", "an HTML page, not a picture"),
+    (b"<html", "an HTML page, not a picture"),
+    (b"<?xml", "an XML document (an SVG drawing, or a message of a server), not a bitmap picture"),
+    (b"<svg", "an SVG drawing, not a bitmap picture"),
+    (b"%pdf-", "a PDF document, not a picture"),
+)
+# Formats that Pillow reads where it does not find them damaged.
+_PICTURES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89png", "PNG"),
+    (b"gif8", "GIF"),
+    (b"\x00\x00\x00\x0cjp  ", "JPEG 2000"),
+)
+# What a file of the ISO base media format is by its brand (ISO/IEC 14496-12, `ftyp`).
+_STUMBLES = (ArithmeticError, AttributeError, LookupError, TypeError, struct.error)  # of decoders
+_AVIF, _HEIF = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+
+class BadSampleError(DataError):
+    """One image cannot be read; the run may go on without it.
+
+    Attributes:
+        path: the file, or `shard.tar::member`.
+        reason: one line.
+        unavailable: its file cannot be read here and now, which says nothing of its content.
+    """
+
+    def __init__(self, path: str, reason: str, unavailable: bool = False):
+        super().__init__(path, reason, unavailable)  # all, to survive pickling between processes
+        self.path = path
+        self.reason = reason
+        self.unavailable = unavailable
+        if unavailable:
+            self.exit_code = UnavailableError.exit_code
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class Picture:
+    """An image whose size is known; the pixels of a JPEG file are decoded when asked for.
+
+    Attributes:
+        path: where it lies, for messages.
+        width: columns of the upright picture at full resolution.
+        height: its rows.
+    """
+
+    def __init__(
+        self, path: str, *, width: int, height: int, decode: Callable[[int], NDArray[np.uint8]]
+    ):
+        """`decode` takes `shrink` and returns what `pixels` does."""
+        self.path, self.width, self.height = path, width, height
+        self._decode = decode
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.uint8], path: str) -> "Picture":
+        """A picture that is decoded already, uint8 (H, W, C)."""
+        height, width = pixels.shape[:2]
+        return cls(path, width=width, height=height, decode=lambda _: pixels)
+
+    def pixels(self, *, shrink: int = 1) -> NDArray[np.uint8]:
+        """The first frame, upright.
+
+        Args:
+            shrink: 1, 2, 4 or 8. A JPEG file is decoded at 1 / shrink of its width and height,
+                rounded up, in less time; any other picture keeps its size.
+
+        Returns:
+            uint8 (H, W, C), at least 1 x 1; not to be written to.
+
+        Raises:
+            BadSampleError: truncated or damaged.
+        """
+        return self._decode(shrink)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What the pixels of a file become; picklable.
+
+    3 channels are RGB: alpha is dropped, as the reference does. 1 channel is gray, as Pillow
+    converts to it. Any other number has to be the file's own: two to four of Pillow's (RGBA: alpha
+    is the fourth), any of TIFF and NPY arrays, which are not converted to 1 or 3 either. Integer
+    and float pixels beyond 8 bit are scaled (`arrays.to_8bit`); of colour files of 16 bit Pillow
+    keeps the upper 8. Differs: the EXIF orientation is applied; the reference loads rotated
+    photographs lying on their side.
+
+    Attributes:
+        channels: C.
+        white: what means 1.0 in files of more than 8 bit; None guesses for each file.
+    """
+
+    channels: int = 3
+    white: float | None = None
+
+    def open(self, data: bytes, path: str) -> Picture:
+        """Read the header of a JPEG file, or decode any other.
+
+        Args:
+            data: the whole file.
+            path: its name, for messages.
+
+        Raises:
+            BadSampleError: truncated, damaged, too large (more than twice Pillow's
+                `MAX_IMAGE_PIXELS`), a PostScript program, not an image, or of other channels.
+        """
+        if data.startswith(NPY_START):
+            with _reasons(data, path):
+                array = read_npy(data, channels=self.channels)
+                return Picture.of(to_8bit(array, white=self.white), path)
+        if self.channels not in _MODES:
+            with _reasons(data, path):
+                return Picture.of(self._own_channels(data), path)
+        with _reasons(data, path), _opened(data) as opened:  # the header only
+            if opened.format != "JPEG":
+                return Picture.of(self.upright_pixels(opened), path)
+            width, height = opened.size
+            orientation = _orientation(opened)
+            colors = _PLAIN.get((_MODES[self.channels], opened.mode))
+            if orientation >= _FIRST_LYING:
+                width, height = height, width
+
+        def decode(shrink: int) -> NDArray[np.uint8]:
+            if orientation == 1 and colors:
+                size = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)}
+                try:  # strict: what libjpeg only warns of, such as a stream that ends early, raises
+                    return np.asarray(simplejpeg.decode_jpeg(data, colors, **size, strict=True))
+                except ValueError:  # anything unusual about it: Pillow says whether it is readable
+                    pass
+            with _reasons(data, path), Image.open(io.BytesIO(data)) as opened:
+                opened.draft(
+                    None, (max(1, opened.width // shrink), max(1, opened.height // shrink))
+                )
+                return self.upright_pixels(opened)
+
+        return Picture(path, width=width, height=height, decode=decode)
+
+    def _own_channels(self, data: bytes) -> NDArray[np.uint8]:
+        """Pixels of a file that has exactly the channels wanted."""
+        if data[:4] in TIFF_STARTS and not self._suits_pillow(data):
+            array = np.ascontiguousarray(read_tiff(data, channels=self.channels))
+            return to_8bit(array, white=self.white)
+        with _opened(data) as opened:
+            return self.upright_pixels(opened)
+
+    def _suits_pillow(self, tiff: bytes) -> bool:
+        """Whether all of a TIFF file comes through Pillow, which knows more compressions."""
+        if self.channels > _MOST_OF_PILLOW:
+            return False
+        try:
+            with _opened(tiff) as opened:
+                return len(opened.getbands()) == self.channels and not _cut_to_8bit(opened)
+        except UnidentifiedImageError:  # as it calls those of many channels
+            return False
+
+    def upright_pixels(self, opened: Image.Image) -> NDArray[np.uint8]:
+        """Load, convert and rotate Pillow's picture: uint8 (H, W, C); raises whatever it raises."""
+        if self.white is not None and _cut_to_8bit(opened):
+            raise ValueError(
+                "Pillow keeps 8 of the 16 bit of colour pictures, which data.white cannot scale; "
+                "store it as NPY, or set data.white=null"
+            )
+        opened.load()
+        if min(opened.size) < 1:
+            raise ValueError(f"the picture is {opened.width} x {opened.height} pixels")
+        turn = _UPRIGHT.get(_orientation(opened))
+        image = self._converted(opened)
+        pixels = np.asarray(image if turn is None else image.transpose(turn))
+        return pixels[..., None] if pixels.ndim == 2 else pixels
+
+    def _converted(self, image: Image.Image) -> Image.Image:
+        """To the wanted channels."""
+        mode = _MODES.get(self.channels)
+        if mode is None:
+            found = len(image.getbands())
+            if found != self.channels:
+                raise ValueError(
+                    f"it has {found} channels (Pillow's mode {image.mode}), need {self.channels}; "
+                    "set data.channels, or remove it"
+                )
+            return image
+        if image.mode == mode:
+            return image
+        if image.mode == "F" or image.mode.startswith("I"):
+            white = _PGM_WHITE if (image.format, image.mode) == ("PPM", "I") else self.white
+            image = Image.fromarray(to_8bit(np.asarray(image), white=white))
+        elif image.mode in ("La", "RGBa"):
+            image = image.convert(image.mode.upper())
+        return image.convert(mode)
+
+
+RGB = Decoder()
+
+
+def read_as_stored(data: bytes, path: str) -> Image.Image:
+    """Read a mask or label picture: not converted (the numbers of a palette stay), nor rotated.
+
+    Raises:
+        BadSampleError: truncated, damaged, too large or not an image.
+    """
+    with _reasons(data, path), _opened(data) as opened:
+        opened.load()
+        return opened.copy()
+
+
+def begins_like_picture(start: bytes) -> bool:
+    """Whether the first bytes of a file, 12 at least, are those of a usual picture format."""
+    known = (*(magic for magic, _ in _PICTURES), *(magic.lower() for magic in TIFF_STARTS))
+    return start.lower().startswith(known) or (start[:4], start[8:12]) == (b"RIFF", b"WEBP")
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Pillow's picture, of which only the header is read; raises whatever Pillow raises."""
+    opened = Image.open(io.BytesIO(data))
+    if opened.format == "EPS":
+        raise ValueError("EPS is a program that Ghostscript would have to run, not a picture")
+    return opened
+
+
+def _cut_to_8bit(opened: Image.Image) -> bool:
+    """Whether Pillow will keep the upper 8 of the 16 bit of its channels; before it is loaded."""
+    tiles = getattr(opened, "tile", [])
+    return opened.mode[0] not in "IF" and any(";16" in str(tile[-1]) for tile in tiles)
+
+
+@contextmanager
+def _reasons(data: bytes, path: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into `BadSampleError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # size, bad EXIF, odd palettes: it decodes or it fails
+            yield
+    except Exception as error:  # decoders raise anything: struct.error, SyntaxError, MemoryError
+        raise BadSampleError(path, _reason(error, data)) from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 where there is none; damaged metadata does not spoil the picture."""
+    try:
+        # Pillow has already turned TIFF files upright and then lists no orientation.
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # any byte of the metadata may be wrong
+        return 1
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """One line without addresses of objects, the same for the same file on every run."""
+    if not data:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return _unidentified(data)
+    if isinstance(error, MemoryError):
+        return "decoding it takes more memory than there is"
+    lines = str(error).splitlines()
+    said = f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+    if isinstance(error, _STUMBLES):
+        return f"damaged in a way that its decoder does not expect ({said})"
+    return said
+
+
+def _unidentified(data: bytes) -> str:
+    """What a file is of which Pillow says no more than that it cannot identify it."""
+    if not any(data):
+        return "all its bytes are zero, as a failed disk or copy leaves them"
+    start = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # a mark of some editors
+    for magic, meaning in _NOT_IMAGES:
+        if start.startswith(magic):
+            return meaning
+    if data[4:8] == b"ftyp":
+        return _iso_media(brands=data[8:64])
+    if data[:4] in TIFF_STARTS:
+        return _tiff_unknown_to_pillow(data)
+    for magic, name in _PICTURES:
+        if data[: len(magic)].lower() == magic:
+            return f"a {name} file that is damaged near its start, or of a kind unknown to Pillow"
+    if begins_like_picture(data[:12]):
+        return "a WebP file that is damaged near its start"
+    return "not an image, or damaged in its first bytes, or in a format unknown to Pillow"
+
+
+def _iso_media(*, brands: bytes) -> str:
+    """By its first brand and those it is compatible with."""
+    if any(brand in brands for brand in _AVIF) and features.check("avif"):
+        return "an AVIF file that is damaged or cut off"
+    if any(brand in brands for brand in _AVIF):
+        return "an AVIF file, which this Pillow cannot decode"
+    if brands[:4] in _HEIF:
+        return "a HEIF/HEIC file, which this Pillow cannot decode"
+    return "a video, or another file of the MP4 family, not a picture"
+
+
+def _tiff_unknown_to_pillow(data: bytes) -> str:
+    """Damaged, or of pixels that only NPY or another number of channels has room for."""
+    try:
+        shape, dtype = array_header(data)
+    except Exception:  # damaged files fail in any way
+        return "a TIFF file that is damaged or cut off"
+    return (
+        f"a TIFF file of an array {shape} of {dtype}, which Pillow does not read as a picture;"
+        " store it as NPY, or set data.channels if these are other channels"
+    )

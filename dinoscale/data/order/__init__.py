@@ -1,0 +1,1 @@
+"""Which image is read when."""

@@ -1,0 +1,1 @@
+"""Images in tar shards: read at any place, or from front to back."""

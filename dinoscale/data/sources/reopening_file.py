@@ -1,0 +1,64 @@
+"""A file that is read at any place, and opened again where a read fails: handles go stale."""
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from dinoscale.data.shards.row_table import read_at
+from dinoscale.runtime.retry import Patience
+
+T = TypeVar("T")
+
+
+class PatientFile:
+    """A file on disk, opened when it is first read.
+
+    Args:
+        path: of the file.
+        patience: shared by files that fail together; None has that of this file alone.
+
+    Raises:
+        OSError: from every method but `close`; it still fails after it was tried again.
+    """
+
+    def __init__(self, path: str, patience: Patience | None = None):
+        self.path = path
+        self._patience = patience or Patience()
+        self._descriptor = -1
+
+    def __enter__(self) -> "PatientFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Until it is read again."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        """Bytes at a place; fewer only at the end of the file."""
+        return self._tried(lambda descriptor: read_at(descriptor, size, offset))
+
+    def status(self) -> os.stat_result:
+        """Of the file that is open, whatever has its name by now."""
+        return self._tried(os.fstat)
+
+    def _tried(self, use: Callable[[int], T]) -> T:
+        return self._patience.read(lambda: self._used(use), self.path)
+
+    def _used(self, use: Callable[[int], T]) -> T:
+        if self._descriptor < 0:
+            # Without waiting: opening a pipe would last until somebody writes to it.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            self._descriptor = os.open(self.path, flags)
+        try:
+            return use(self._descriptor)
+        except OSError:
+            self.close()
+            raise

@@ -1,0 +1,48 @@
+"""The files behind a word of a command line: a folder, a list of files, shards by a pattern."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+from dinoscale.errors import DataError
+
+
+def files_behind(spec: str) -> tuple[str, Iterable[str]]:
+    """All files that are read when this is opened, in one order, and the folder they lie below."""
+    path = os.path.realpath(os.path.expanduser(spec))
+    if os.path.isdir(path):
+        return path, _below(path)
+    return os.path.dirname(path), _of_file(path) if os.path.isfile(path) else _of_pattern(spec)
+
+
+def _below(folder: str) -> Iterator[str]:
+    """All files of a folder and of those below it, in one order; links to folders are followed."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(
+            name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen
+        )
+        yield from (os.path.join(place, name) for name in sorted(files))
+
+
+def _of_file(path: str) -> Iterator[str]:
+    """A file and, where it is a list of files, those that it names."""
+    yield path
+    if path.lower().endswith(".txt") and os.access(path, os.R_OK):
+        with open(path, "rb") as lines:
+            for line in lines:
+                named = os.path.join(os.path.dirname(path), os.fsdecode(line.strip()))
+                if os.path.isfile(named):
+                    yield named
+
+
+def _of_pattern(spec: str) -> list[str]:
+    """Files of a pattern; none where they are not there, which whoever opens it will say."""
+    from dinoscale.data.sources.source import expand_pattern  # takes a second, and few need it
+
+    try:
+        return [os.path.abspath(path) for path in expand_pattern(os.path.expanduser(spec))]
+    except DataError:
+        return []

@@ -1,0 +1,60 @@
+"""So many different images of a source: a fixed choice, and a smaller one lies in a larger one."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dinoscale.data.decoding.decode import Picture
+from dinoscale.data.order.permutation import Permutation
+from dinoscale.data.seeding import Stream, generator
+from dinoscale.data.sources.source import StoredSource
+
+_SEED = 0  # not the run's: all runs of a sweep over seeds train on the same images
+
+
+class SubsetSource:
+    """The first places of a permutation of a source, without their classes.
+
+    It depends on the number of images of the source alone, and no list of them is made.
+
+    Attributes:
+        whole: the source.
+
+    Args:
+        whole: the source.
+        images: how many of it, 1 <= images <= len(whole).
+    """
+
+    labels = None
+    class_names = None
+
+    def __init__(self, whole: StoredSource, *, images: int):
+        if not 1 <= images <= len(whole):
+            raise ValueError(f"need 1 <= images <= {len(whole)}, got {images}")
+        self.whole, self._images = whole, images
+        self._order = Permutation(len(whole), generator(_SEED, Stream.SUBSET))
+
+    def __len__(self) -> int:
+        return self._images
+
+    @property
+    def chosen_from(self) -> int:
+        """Images of the whole source."""
+        return len(self.whole)
+
+    def path(self, index: int) -> str:
+        """Where the image is, for messages."""
+        return self.whole.path(self._find(index))
+
+    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
+        """That of the source; the number tells which of it."""
+        return f"{self.whole.identity(alive)} {self._images}"
+
+    def picture(self, index: int) -> Picture:
+        """The picture; BadSampleError as its own source raises it."""
+        return self.whole.picture(self._find(index))
+
+    def _find(self, index: int) -> int:
+        if not 0 <= index < self._images:
+            raise IndexError(f"image {index} of {self._images}")
+        return int(self._order(np.array([index]))[0])

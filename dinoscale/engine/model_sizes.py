@@ -1,0 +1,174 @@
+"""Sizes of a run that memory, time and communication follow from."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from dinoscale.config import RunConfig
+from dinoscale.engine.build import shapes_only
+from dinoscale.engine.flops import NUM_GLOBAL, StepFlops, step_flops
+from dinoscale.engine.param_groups import param_groups
+from dinoscale.errors import ConfigError
+from dinoscale.models.block import Block
+from dinoscale.models.vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Counts; nothing here depends on ranks or batch.
+
+    Attributes:
+        groups: scalars and tensors of each optimizer group.
+        backbone: scalars of the backbone.
+        head: scalars of the head, prototypes included.
+        largest: scalars of the largest tensor.
+        block: scalars of one transformer block.
+        block_matrices: those of them that are in matrices.
+        depth: blocks.
+        embed_dim: D.
+        num_heads: of attention.
+        mlp_hidden: width between the matrices of a block's MLP.
+        mlp_matrices: scalars of the MLP's matrices.
+        layer_scale: whether each branch is scaled per channel.
+        patch_size: p, in pixels.
+        channels: of an image.
+        head_hidden: width of the head's hidden layers.
+        head_layers: linear layers of the head's MLP.
+        bottleneck: width before the prototypes.
+        prototypes: K.
+        global_size: side of a global crop in pixels.
+        local_size: side of a local crop in pixels.
+        num_local: local crops of an image.
+        num_special: class token and registers.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    backbone: int
+    head: int
+    largest: int
+    block: int
+    block_matrices: int
+    depth: int
+    embed_dim: int
+    num_heads: int
+    mlp_hidden: int
+    mlp_matrices: int
+    layer_scale: bool
+    patch_size: int
+    channels: int
+    head_hidden: int
+    head_layers: int
+    bottleneck: int
+    prototypes: int
+    global_size: int
+    local_size: int
+    num_local: int
+    num_special: int
+
+    @property
+    def parameters(self) -> int:
+        """Scalars in the weights of the student; the teacher has as many."""
+        return self.backbone + self.head
+
+    @property
+    def num_crops(self) -> int:
+        """Crops of an image that the student sees."""
+        return NUM_GLOBAL + self.num_local
+
+    @property
+    def global_tokens(self) -> int:
+        """Tokens of the global crops of an image, all that the teacher sees."""
+        return NUM_GLOBAL * (self.num_special + (self.global_size // self.patch_size) ** 2)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all crops of an image."""
+        local = self.num_special + (self.local_size // self.patch_size) ** 2
+        return self.global_tokens + self.num_local * local
+
+    @property
+    def global_pixels(self) -> int:
+        """Numbers in the global crops of an image, channels included."""
+        return NUM_GLOBAL * self.channels * self.global_size**2
+
+    @property
+    def pixels(self) -> int:
+        """Numbers in all crops of an image, channels included."""
+        return self.global_pixels + self.num_local * self.channels * self.local_size**2
+
+    @property
+    def mlp_kept(self) -> int:
+        """Elements a token that an MLP keeps: each result between its matrices.
+
+        A plain one keeps both sides of its activation; a gated one, with a third matrix, both
+        inputs of the product, the activation and the product.
+        """
+        gated = self.mlp_matrices > 2 * self.embed_dim * self.mlp_hidden
+        return (4 if gated else 2) * self.mlp_hidden
+
+
+def dims_of(config: RunConfig) -> Dims:
+    """Build the network's shapes and measure them.
+
+    Raises:
+        ConfigError: the backbone is unknown, or it is not a ViT.
+    """
+    network = shapes_only(config)
+    backbone, head, crops = network.backbone, config.head, config.crops
+    if not isinstance(backbone, VisionTransformer):
+        raise ConfigError(f"model.backbone: plan knows ViTs only, not {config.model.backbone!r}")
+    block = backbone.blocks[0]
+    assert isinstance(block, Block)
+    patch, channels = backbone.patch_size, config.data.channels
+    ((_, global_tokens),) = backbone.layout_of([(1, crops.global_size)])
+    num_special = global_tokens - (crops.global_size // patch) ** 2
+    return Dims(
+        groups=tuple(
+            (sum(p.numel() for p in group["params"]), len(group["params"]))
+            for group in param_groups(network)
+        ),
+        backbone=_scalars(backbone),
+        head=_scalars(network.head),
+        largest=max(parameter.numel() for parameter in network.parameters()),
+        block=_scalars(block),
+        block_matrices=_scalars(block, matrices_only=True),
+        depth=backbone.depth,
+        embed_dim=backbone.embed_dim,
+        num_heads=block.attn.num_heads,
+        mlp_hidden=block.mlp.fc2.in_features,
+        mlp_matrices=_scalars(block.mlp, matrices_only=True),
+        layer_scale=_scalars(block.ls1) > 0,
+        patch_size=patch,
+        channels=channels,
+        head_hidden=head.hidden_dim,
+        head_layers=head.num_layers,
+        bottleneck=head.bottleneck_dim,
+        prototypes=head.num_prototypes,
+        global_size=crops.global_size,
+        local_size=crops.local_size,
+        num_local=crops.num_local,
+        num_special=num_special,
+    )
+
+
+def _scalars(module: nn.Module, *, matrices_only: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2 or not matrices_only)
+
+
+def flops_of(dims: Dims) -> StepFlops:
+    """FLOPs of a step on one image."""
+    return step_flops(
+        global_size=dims.global_size,
+        local_size=dims.local_size,
+        num_local=dims.num_local,
+        patch_size=dims.patch_size,
+        embed_dim=dims.embed_dim,
+        depth=dims.depth,
+        hidden_dim=dims.head_hidden,
+        bottleneck_dim=dims.bottleneck,
+        num_layers=dims.head_layers,
+        num_prototypes=dims.prototypes,
+        in_chans=dims.channels,
+        num_special=dims.num_special,
+        block_weights=dims.block_matrices,
+    )

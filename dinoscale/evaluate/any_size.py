@@ -1,0 +1,260 @@
+"""Whole images of any size and shape before a ViT: one by one, resized, in whole patches.
+
+Shape letters: C channels, H, W pixels, R, C rows and columns of patches, p patch size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dinoscale.convert.card import BackboneCard
+from dinoscale.data.augmentation.multi_crop import to_image, to_pixels
+from dinoscale.data.decoding.decode import Decoder
+from dinoscale.data.sources.folder import FolderSource
+from dinoscale.data.sources.image_files import write_names
+from dinoscale.data.sources.listing import COMPRESSED_TAR, Beside, Listing
+from dinoscale.data.sources.source import Source, open_source
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.features import normalize_images
+from dinoscale.runtime.outputs import replacing
+
+log = logging.getLogger(__name__)
+
+SIZE = 480  # pixels; the reference's attention figures
+MAX_PATCHES = 2**14  # of one image: 2048 x 2048 pixels in patches of 16
+
+_NAME_LENGTH = 80  # characters; some file systems allow few more
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How images become whole patches.
+
+    Attributes:
+        patch: p in pixels.
+        size: short side after the bicubic resize, in pixels; long sides keep the aspect ratio.
+        square: squeeze to size x size instead, as the reference does for its figures.
+    """
+
+    patch: int
+    size: int = SIZE
+    square: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < self.patch:
+            raise ConfigError(
+                f"size: need at least one patch of {self.patch} pixels, got {self.size}"
+            )
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Patches of an image of so many pixels: (R, C).
+
+        Raises:
+            DataError: they are more than a network can look at in one piece.
+        """
+        columns, rows = (side // self.patch for side in self._resized(width, height))
+        if rows * columns > MAX_PATCHES:
+            raise DataError(
+                f"{width} x {height} pixels become {columns} x {rows} patches, more than "
+                f"{MAX_PATCHES}. Cut the image, take a smaller size, or squares."
+            )
+        return rows, columns
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """Resize, then cut what fills no patch at the right and lower edge, as the reference."""
+        rows, columns = self.grid(*image.size)
+        resized = image.resize(self._resized(*image.size), Image.Resampling.BICUBIC)
+        return resized.crop((0, 0, columns * self.patch, rows * self.patch))
+
+    def squeeze(self, image: Image.Image) -> Image.Image:
+        """Resize to whole patches, so that the grid covers all of the image."""
+        rows, columns = self.grid(*image.size)
+        return image.resize((columns * self.patch, rows * self.patch), Image.Resampling.BICUBIC)
+
+    def protocol(self) -> dict[str, object]:
+        """What of it changes a number, ready for JSON."""
+        return {**asdict(self), "interpolation": "bicubic"}
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after the resize, in pixels; long sides round down, as torchvision's."""
+        if self.square:
+            return self.size, self.size
+        short = min(width, height)
+        return width * self.size // short, height * self.size // short
+
+
+def find_patch_size(backbone: nn.Module) -> int:
+    """Return p of a ViT.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not callable(getattr(backbone, "last_attention", None)):
+        kind = type(backbone).__name__
+        raise ConfigError(f"attention and patch features need a ViT, this is a {kind}")
+    return int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT of ours
+
+
+def image_mode(*, channels: int) -> str:
+    """Return Pillow's name of the images of a backbone.
+
+    Raises:
+        ConfigError: Pillow has no pictures of so many channels.
+    """
+    if channels not in (1, 3):
+        raise ConfigError(f"pictures are drawn of images of 1 or 3 channels, not {channels}")
+    return "RGB" if channels == 3 else "L"
+
+
+def open_images(spec: str, card: BackboneCard) -> Source:
+    """Open a set of images as a backbone wants them; one image file is a set too.
+
+    Raises:
+        ConfigError: the backbone's channels cannot be drawn.
+        DataError: nothing is there, or it holds no images.
+    """
+    image_mode(channels=card.backbone.in_chans)
+    decoder = Decoder(card.backbone.in_chans, card.white)
+    path = os.path.expanduser(spec)
+    if os.path.isfile(path) and not path.lower().endswith((".txt", ".tar", *COMPRESSED_TAR)):
+        folder, name = os.path.split(os.path.abspath(path))
+        return FolderSource(folder, Listing(write_names([name], of=spec), Beside()), decoder)
+    return open_source(spec, decoder)
+
+
+def read_image(source: Source, index: int) -> Image.Image:
+    """Read an image of a set.
+
+    Raises:
+        BadSampleError: it cannot be decoded.
+    """
+    return to_image(source.picture(index).pixels())
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image as a backbone sees it.
+
+    Attributes:
+        path: where it lies, for messages.
+        size: its own height and width in pixels.
+        image: resized and cut to whole patches.
+    """
+
+    path: str
+    size: tuple[int, int]
+    image: Image.Image
+
+    def save(self, file: Path, arrays: dict[str, NDArray[Any]], *, patch: int) -> None:
+        """Write raw arrays into an NPZ file, with what one has to know about them."""
+        about = {
+            "name": np.array(self.path.encode("utf-8", "replace").decode()),
+            "patch": np.array(patch),
+            "size": np.array(self.size),
+            "seen": np.array([self.image.height, self.image.width]),
+        }
+        with replacing(file) as beside:
+            np.savez(beside, allow_pickle=False, **arrays, **about)
+
+
+class SeenImages:
+    """The images of a set one by one; those that cannot be used are named and left out.
+
+    Attributes:
+        left_out: `path: reason` of each so far.
+    """
+
+    def __init__(self, source: Source, fit: Fit, *, limit: int | None, progress: bool) -> None:
+        """Take the first `limit` images, or all; `progress` draws a bar on a terminal."""
+        if limit is not None and limit < 1:
+            raise ConfigError(f"limit: need at least one image, got {limit}")
+        self.left_out: list[str] = []
+        self._source, self._fit, self._progress = source, fit, progress
+        self._number = min(len(source), limit or len(source))
+
+    def __iter__(self) -> Iterator[Seen]:
+        """Raises DataError at the end, if there was none."""
+        bar = tqdm(range(self._number), unit="img", disable=None if self._progress else True)
+        for index in bar:
+            path = self._source.path(index)
+            try:
+                image = read_image(self._source, index)
+                seen = Seen(path, (image.height, image.width), self._fit.cut(image))
+            except DataError as error:
+                self.left_out.append(str(error) if path in str(error) else f"{path}: {error}")
+                log.warning("left out %s", self.left_out[-1])
+                continue
+            yield seen
+        if len(self.left_out) == self._number:
+            raise DataError(f"no image can be used; the first: {self.left_out[0]}")
+
+
+class NamedFolders:
+    """A folder of its own for each image below `out`, named as the image."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._taken: set[str] = set()
+
+    def make(self, path: str) -> Path:
+        """Make the folder of an image, `path` as its source tells it; equal names get a number."""
+        base = path.rpartition("::")[2].rpartition("/")[2]  # of a member, or of a file
+        stem = re.sub(r"[^\w.+-]+", "_", base.rpartition(".")[0] or base).strip(".")
+        stem = stem[:_NAME_LENGTH] or "image"
+        name, number = stem, 1
+        while name.casefold() in self._taken:
+            number += 1
+            name = f"{stem}-{number}"
+        self._taken.add(name.casefold())
+        folder = self._out / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture, in the format of the name's ending.
+
+    Raises:
+        OutputError: something lies there that is not ours.
+        OSError: it cannot be written.
+    """
+    with replacing(path) as beside:
+        picture.save(beside)
+
+
+@contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """Make a folder to write into.
+
+    Raises:
+        DataError: it cannot be made, or something cannot be written within the block.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot write to {error.filename or out}: {reason}") from error
+
+
+def to_input(
+    image: Image.Image, like: nn.Module, *, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Normalise an image for a backbone: (1, C, H, W) on its device, of its dtype."""
+    weight = next(like.parameters())
+    pixels = torch.from_numpy(to_pixels(image).copy()).permute(2, 0, 1)[None].to(weight.device)
+    return normalize_images(pixels, mean=mean, std=std).to(weight.dtype)

@@ -1,0 +1,1 @@
+"""What a class token is worth: nearest neighbours, linear probes, fine-tuning."""

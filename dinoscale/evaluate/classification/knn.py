@@ -1,0 +1,330 @@
+"""Weighted nearest-neighbour classification of frozen features.
+
+`knn_accuracy` is the arithmetic on tensors, `evaluate_knn` the whole measurement of a weights file
+on two labelled sets.
+
+Shape letters: N images in the bank, M test images, D width, C classes, k neighbours.
+Source: Wu et al. 2018 (arXiv:1805.01978), section 3.4, as used by Caron et al. 2021
+(arXiv:2104.14294), section 4.1, and its published evaluation code.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinoscale.data.sources.source import Source
+from dinoscale.errors import ConfigError
+from dinoscale.evaluate.classification.labelled_sets import Features, LabelledSets, describe_set
+from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
+from dinoscale.evaluate.frozen_backbone import Extraction, Frozen, open_frozen
+from dinoscale.runtime import distributed
+
+ByK = dict[str, dict[str, float]]  # k as text -> top1, top5, neighbours
+
+log = logging.getLogger(__name__)
+
+KS = (10, 20, 100, 200)  # of the published protocol
+QUOTED_K = 20  # the one usually reported
+TEMP = 0.07  # of the votes, dimensionless; Wu et al. 2018
+TOP = 5  # classes that may be right for the top-5 accuracy
+# Cosines held at a time: 256 MiB of float32.
+TEST_CHUNK, BANK_CHUNK = 2**10, 2**16
+
+
+@dataclass(frozen=True)
+class KnnResult:
+    """Accuracy for one number of neighbours, in percent of the test images."""
+
+    k: int  # as asked for
+    neighbours: int  # that voted: k, or the whole bank where it is smaller
+    top1: float
+    top5: float
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    ks: Sequence[int] = KS,
+    temp: float = TEMP,
+    chunk_size: int | None = None,
+    bank_chunk_size: int = BANK_CHUNK,
+    on_chunk: Callable[[], None] = lambda: None,
+) -> dict[int, KnnResult]:
+    """Classify every test image by the votes of its k most similar images of the bank.
+
+    votes[c] = sum over the k neighbours of class c of exp(cosine / temp)
+    Of equally similar images the one that stands first in the bank is nearer. Classes with equal
+    votes, also those without any, rank by their number. As in the published code, k < 5 counts only
+    k classes for top-5.
+
+    Beside the features it needs the memory of `chunk_size` x `bank_chunk_size` cosines, however
+    many images there are. On several ranks all call it with the same tensors, and each classifies
+    its share of the chunks.
+
+    Args:
+        train_features: the bank, (N, D), any float dtype and length; cosines run in float32.
+        train_labels: (N,) int64, 0 or more.
+        test_features: (M, D), on the same device.
+        test_labels: (M,) int64; a class that the bank lacks is never right.
+        ks: numbers of neighbours; one above N uses all N, with a warning.
+        temp: > 0, dimensionless; infinity makes all votes equal.
+        chunk_size: test images at a time, any number gives the same result; None: 1024.
+        bank_chunk_size: images of the bank at a time, any number gives the same result.
+        on_chunk: called after each chunk; what it raises on one rank ends the work on all.
+
+    Returns:
+        One result per k, on every rank.
+
+    Raises:
+        DinoscaleError: on every rank; one was told to end, or has not the memory.
+        ValueError: shapes disagree, a set is empty, labels are negative, or a k, temp or chunk
+            size is not positive.
+    """
+    _check(train_features, train_labels, test_features, test_labels)
+    chunk_size = TEST_CHUNK if chunk_size is None else chunk_size
+    if not ks or min(ks) < 1 or not temp > 0 or min(chunk_size, bank_chunk_size) < 1:
+        chunks = f"{chunk_size}, {bank_chunk_size}"
+        raise ValueError(f"need k, temp, chunk_size > 0; got {[*ks]}, {temp}, {chunks}")
+    num_train, num_test = len(train_features), len(test_features)
+    too_many = [k for k in ks if k > num_train]
+    if too_many:
+        log.warning("k = %s: the bank has only %d images, using all", too_many, num_train)
+    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    starts = range(0, num_test, chunk_size)
+
+    def classified() -> Tensor:
+        """Right answers of this rank's share, (number of ks, 2)."""
+        right = torch.zeros(len(ks), 2, dtype=torch.int64, device=test_labels.device)
+        for start in starts[distributed.rank() :: distributed.world_size()]:
+            features = test_features[start : start + chunk_size]
+            similarity, nearest = nearest_neighbours(
+                train_features, features, k=min(max(ks), num_train), bank_chunk_size=bank_chunk_size
+            )
+            classes = train_labels[nearest]  # (chunk, max k)
+            labels = test_labels[start : start + chunk_size]
+            for i, k in enumerate(ks):
+                votes = log_votes(
+                    similarity[:, :k], classes[:, :k], temp=temp, num_classes=num_classes
+                )
+                right[i] += _right(votes, labels, k=k)
+            on_chunk()
+        return right
+
+    right = distributed.together(classified)
+    percent = (100 * distributed.all_reduce_sum(right).double() / num_test).tolist()
+    return {k: KnnResult(k, min(k, num_train), *of_k) for k, of_k in zip(ks, percent, strict=True)}
+
+
+def _check(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> None:
+    sets = {"train": (train_features, train_labels), "test": (test_features, test_labels)}
+    for name, (features, labels) in sets.items():
+        if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
+            shapes = f"{[*features.shape]}, {[*labels.shape]}"
+            raise ValueError(f"{name}: need features (N, D) and labels (N,), N > 0; got {shapes}")
+        if int(labels.min()) < 0:
+            raise ValueError(f"{name}: an image without label cannot vote nor be judged")
+    if train_features.shape[1] != test_features.shape[1]:
+        widths = f"{train_features.shape[1]} and {test_features.shape[1]}"
+        raise ValueError(f"features of train and test have different widths, {widths}")
+
+
+def nearest_neighbours(
+    bank: Tensor, features: Tensor, *, k: int, bank_chunk_size: int = BANK_CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Find the most similar images of a bank, which passes by in chunks.
+
+    Args:
+        bank: (N, D), any length.
+        features: (M, D); M x `bank_chunk_size` cosines are held at a time.
+        k: neighbours, at most N.
+        bank_chunk_size: images of the bank at a time.
+
+    Returns:
+        Cosines (M, k) float32, the largest first, and numbers of the images in the bank (M, k); of
+        equal cosines the one with the lower number first.
+    """
+    queries = F.normalize(features.float(), dim=1)
+    best = queries.new_empty(len(queries), 0)
+    numbers = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(bank), bank_chunk_size):
+        chunk = F.normalize(bank[start : start + bank_chunk_size].float(), dim=1)
+        values, columns = _largest(queries @ chunk.T, k=min(k, len(chunk)))
+        # What came before has lower numbers, and a stable sort leaves it in front.
+        best, order = torch.cat([best, values], 1).sort(dim=1, descending=True, stable=True)
+        numbers = torch.cat([numbers, columns + start], 1).gather(1, order[:, :k])
+        best = best[:, :k]
+    return best, numbers
+
+
+def _largest(similarity: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their columns; of equals the first, which topk leaves open."""
+    values, columns = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    tied = (values[:, k - 1 : k] == values[:, k:]).any(1)  # the first left out is as large
+    values, columns = values[:, :k], columns[:, :k]
+    for row in tied.nonzero().flatten().tolist():
+        least = values[row, -1]
+        larger = int((values[row] > least).sum())
+        equal = (similarity[row] == least).nonzero().flatten()
+        columns[row, larger:] = equal[: k - larger]
+    columns, order = columns.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+def log_votes(similarity: Tensor, classes: Tensor, *, temp: float, num_classes: int) -> Tensor:
+    """Logarithm of the votes of every class, which no temperature overflows.
+
+    log votes[c] = m / temp + log sum exp((cosine - m) / temp), m the largest cosine of class c
+
+    Args:
+        similarity: cosines of the neighbours, (M, k).
+        classes: of the neighbours, (M, k) int64.
+        temp: > 0, dimensionless.
+        num_classes: C.
+
+    Returns:
+        (M, C) float64, minus infinity for classes without a neighbour.
+    """
+    cosines = similarity.double()
+    shape = len(cosines), num_classes
+    most = cosines.new_full(shape, -2.0).scatter_reduce_(1, classes, cosines, "amax")
+    shares = ((cosines - most.gather(1, classes)) / temp).exp()
+    return most / temp + cosines.new_zeros(shape).scatter_add_(1, classes, shares).log()
+
+
+def _right(votes: Tensor, labels: Tensor, *, k: int) -> Tensor:
+    """Count images whose label gets most votes, and whose label is among the five with most."""
+    ranked = votes.sort(dim=1, descending=True, stable=True).indices
+    hits = ranked == labels[:, None]
+    return torch.stack([hits[:, 0].sum(), hits[:, : min(TOP, k)].sum()])
+
+
+def evaluate_knn(
+    weights_path: str | Path,
+    train_spec: str,
+    test_spec: str,
+    *,
+    ks: Sequence[int] = KS,
+    temp: float = TEMP,
+    pixels: bool = False,
+    untrained: bool = False,
+    how: Extraction = Extraction(),  # noqa: B008  # frozen
+) -> dict[str, object]:
+    """Measure a weights file by k-NN, and optionally the floors of the same two sets.
+
+    All ranks of a job call it; each does its share, and all get the report.
+
+    Args:
+        weights_path: a weights file of ours, or a checkpoint of the reference.
+        train_spec: the bank, as `data.train` of a config: a folder with a subfolder a class, or
+            shards with class numbers.
+        test_spec: what to classify; its classes must be among those of the bank.
+        ks: numbers of neighbours.
+        temp: of the votes, dimensionless.
+        pixels: also measure 16 x 16 pixels, less the bank's mean image.
+        untrained: also measure the same architecture with fresh weights.
+        how: to open the backbone, and to take its features.
+
+    Returns:
+        Numbers, texts, lists and dicts, ready for JSON: `knn` maps each k, as text, to `top1`,
+        `top5` (percent) and `neighbours`; `score` has the top-1, that of k = 20 first; the rest
+        says what was measured and how.
+
+    Raises:
+        CheckpointError: the weights file cannot be used.
+        ConfigError: a setting is out of range.
+        DataError: a set cannot be read, has no labels, or the test set has other classes.
+    """
+    _check_settings(ks=ks, temp=temp)
+    frozen = open_frozen(weights_path, how)
+    sets = LabelledSets.open(train_spec, test_spec, frozen.open)
+    classify = partial(_classify, ks=ks, temp=temp)
+    seen = sets.features(frozen.features)
+    by_k = classify(seen)
+    report: dict[str, object] = {
+        "task": "knn",
+        "weights": str(weights_path),
+        "weights_source": frozen.card.source,
+        "backbone": asdict(frozen.card.backbone),
+        "train": _describe(train_spec, sets.bank, seen.bank_labels),
+        "test": _describe(test_spec, sets.test, seen.test_labels),
+        "protocol": _protocol(frozen, ks=ks, temp=temp),
+        "score": _score(by_k),
+        "knn": by_k,
+    }
+    if untrained:
+        report["untrained"] = _score(classify(sets.features(frozen.untrained().features)))
+    if pixels:
+        report |= _pixel_floor(sets, ks=ks, temp=temp, num_workers=how.num_workers)
+    return report
+
+
+def _check_settings(*, ks: Sequence[int], temp: float) -> None:
+    if not ks or min(ks) < 1:
+        raise ConfigError(f"ks: need at least one number of neighbours, all above 0; got {[*ks]}")
+    if not temp > 0:
+        raise ConfigError(f"temp: need a number above 0, got {temp}")
+
+
+def _classify(features: Features, *, ks: Sequence[int], temp: float) -> ByK:
+    return {
+        str(k): {"top1": found.top1, "top5": found.top5, "neighbours": found.neighbours}
+        for k, found in knn_accuracy(*features, ks=ks, temp=temp).items()
+    }
+
+
+def _describe(spec: str, source: Source, labels: Tensor) -> dict[str, object]:
+    return describe_set(spec, source, labels, unreadable=len(source) - len(labels))
+
+
+def _protocol(frozen: Frozen, *, ks: Sequence[int], temp: float) -> dict[str, object]:
+    card = frozen.card
+    return {
+        "method": "weighted k-NN, cosine similarity, votes exp(similarity / temp)",
+        "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
+        "network": frozen.how.network,
+        "ks": [*ks],
+        "temp": temp,
+        "resize": card.resize,
+        "crop": card.crop,
+        "interpolation": "bicubic",
+        "mean": list(card.mean),
+        "std": list(card.std),
+        "white": card.white,
+    }
+
+
+def _score(by_k: ByK) -> dict[str, float]:
+    """Top-1 of each k, the one usually quoted first."""
+    ordered = sorted(by_k, key=lambda k: k != str(QUOTED_K))
+    return {f"top1_k{k}": by_k[k]["top1"] for k in ordered}
+
+
+def _pixel_floor(
+    sets: LabelledSets, *, ks: Sequence[int], temp: float, num_workers: int
+) -> dict[str, object]:
+    """k-NN on pixels, with the protocol's votes and, the classical floor, with equal ones."""
+    seen = sets.features(partial(pixel_features, num_workers=num_workers))
+    mean = seen.bank.mean(dim=0)
+    seen = seen._replace(bank=seen.bank - mean, test=seen.test - mean)
+    by_k = _classify(seen, ks=ks, temp=temp)
+    about = f"{PIXEL_SIDE} x {PIXEL_SIDE} pixels by area averaging, less the bank's mean"
+    equal = _classify(seen, ks=ks, temp=math.inf)
+    return {
+        "floors": _score(by_k),
+        "pixels": {"features": about, "knn": by_k, "knn_equal_votes": equal},
+    }

@@ -1,0 +1,301 @@
+"""Linear classification of frozen features, by the protocols of DINOv2 and of DINO v1.
+
+`GridProtocol` trains classifiers of four inputs at thirteen learning rates each on one frozen
+forward; `DinoProtocol` trains one classifier. Both report the best accuracy on the test set, as
+published: the number was chosen on the images that it is measured on, and the report says so.
+
+Shape letter: N images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dinoscale.convert.weights import Network
+from dinoscale.data.augmentation.labelled_crops import FLIP_PROB, SCALE, stream_sampler
+from dinoscale.errors import ConfigError, NonFiniteError
+from dinoscale.evaluate.classification.accuracy import choose_best, percent
+from dinoscale.evaluate.classification.inputs import (
+    READING,
+    Drawn,
+    Reading,
+    Subject,
+    open_subject,
+    outputs_of_test,
+    outputs_of_train,
+    train_images,
+)
+from dinoscale.evaluate.classification.linear_heads import (
+    INIT_STD,
+    MOMENTUM,
+    FeatureKind,
+    LinearHeads,
+    TokenFeatures,
+    is_vit,
+)
+from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, GridProtocol, ProbePlan
+from dinoscale.evaluate.classification.probe_report import preprocessing
+from dinoscale.evaluate.classification.resumable_training import (
+    State,
+    report_of_training,
+    save_tensors,
+    targets_of,
+    writable,
+)
+from dinoscale.evaluate.frozen_backbone import Extraction
+
+
+def evaluate_linear(
+    weights_path: str | Path,
+    train_spec: str,
+    test_spec: str,
+    *,
+    protocol: GridProtocol | DinoProtocol,
+    augment: bool = True,
+    seed: int = 0,
+    untrained: bool = False,
+    out: str | Path | None = None,
+    log_path: str | Path | None = None,
+    reading: Reading = READING,
+    device: str | None = None,
+    network: Network = "teacher",
+    num_heads: int | None = None,
+) -> dict[str, object]:
+    """Train linear classifiers on frozen features of one set, and measure them on another.
+
+    Args:
+        weights_path: any weights file that `load_backbone` reads.
+        train_spec: labelled images, as `data.train` of a config.
+        test_spec: labelled images of the same classes.
+        protocol: what to train, with its published numbers as defaults.
+        augment: train on random crops, forwarded anew in each step; without, on features of the
+            whole images as tests see them, which are forwarded once: fast, and not as published.
+        seed: of the first weights, the order of images and their crops, >= 0.
+        untrained: also measure the same architecture with fresh weights.
+        out: safetensors file for the best classifier of the last measurement, `weight` (C, K) and
+            `bias` (C,), beside it `NAME-best` for that of all measurements, both written after
+            each, and the state of the training until it is reported: the same call goes on with it,
+            to the same numbers. None writes nothing.
+        log_path: JSON lines, one for each measurement as soon as it is known.
+        reading: batches, workers and bars.
+        device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
+        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
+
+    Returns:
+        The report, ready for JSON: `score` is of the best classifier, `chosen` says which that is
+        and that it was chosen on the test set, `evaluations` holds all that was measured.
+
+    Raises:
+        CheckpointError: the weights file cannot be used, or what is kept of the training.
+        ConfigError: a setting is out of range, a file cannot be written, or another training is
+            kept beside `out`.
+        DataError: a set cannot be read or lacks labels, the classes differ, or there is only one.
+        NonFiniteError: a feature is not a finite number, or every classifier has diverged.
+    """
+    if seed < 0:
+        raise ConfigError(f"seed: need 0 or more, got {seed}")
+    target = writable(out, weights_path)
+    how = Extraction(network=network, num_heads=num_heads, device=device)
+    subject = open_subject(weights_path, train_spec, test_spec, how)
+    plan = protocol.plan(subject.backbone, images=len(subject.train))
+
+    of_training = _protocol(protocol, plan, subject, augment=augment, seed=seed)
+    settings: dict[str, object] = {"network": network, **of_training}
+
+    return report_of_training(
+        "linear",
+        subject,
+        lambda backbone: _Probe(backbone, subject, plan, reading, augment=augment, seed=seed),
+        protocol=settings,
+        out=target,
+        untrained=untrained,
+        log_path=log_path,
+    )
+
+
+Evaluation = dict[str, object]
+
+
+class _Probe:
+    """The classifiers of a plan on the features of one backbone."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        subject: Subject,
+        plan: ProbePlan,
+        reading: Reading,
+        *,
+        augment: bool,
+        seed: int,
+    ) -> None:
+        self._subject, self._plan, self._reading = subject, plan, reading
+        self._augment, self._seed = augment, seed
+        self._drawn = Drawn(len(subject.train))
+        self._tokens = TokenFeatures(backbone, blocks=plan.blocks)
+        self._heads = [
+            LinearHeads(
+                num_heads=len(plan.rates),
+                num_classes=subject.num_classes,
+                width=self._tokens.token_dim * (kind.blocks + kind.pooled),
+                seed=seed,
+                device=subject.device,
+            )
+            for kind in plan.kinds
+        ]
+
+    def save(self, evaluations: Sequence[Evaluation], out: Path) -> None:
+        """Write the best classifier of now as the last one, and where it is as the best of all."""
+        bests = [_best([evaluation]) for evaluation in evaluations]
+        last, top1 = bests[-1], [best["top1"] for best in bests]
+        kind = [(kind.blocks, kind.pooled) for kind in self._plan.kinds].index(
+            (last["blocks"], last["pooled"])
+        )
+        heads, at = self._heads[kind], self._plan.rates.index(last["lr"])
+        tensors = {"weight": heads.weight[at], "bias": heads.bias[at]}
+        about = {"classifier": json.dumps(last)}
+        for target in targets_of(out, top1):
+            save_tensors(target, tensors, about)
+
+    def chosen(self, evaluations: Sequence[Evaluation]) -> dict[str, object]:
+        """The best classifier, looked for where the protocol does."""
+        last_only = self._plan.last_only
+        return choose_best(
+            _entries(evaluations[-1:] if last_only else evaluations), with_last=not last_only
+        )
+
+    def measured(self, state: State | None) -> Iterator[tuple[Evaluation, State]]:
+        """Train; yield what is measured on the way and at the end, after a state the rest."""
+        plan, first = self._plan, 0
+        if state is not None:
+            first, self._drawn = state["step"], Drawn.of(state["drawn"])
+            for heads, of_heads in zip(self._heads, state["heads"], strict=True):
+                heads.load(of_heads)
+        tests, test_labels = outputs_of_test(
+            self._tokens, self._subject, self._reading, taken=self._tokens.taken
+        )
+        rates = torch.tensor(plan.rates, device=tests.device)
+        shown = None if self._reading.progress else True
+        batches = self._batches(first)
+        bar = tqdm(batches, initial=first, total=plan.steps, unit="step", disable=shown)
+        for step, (features, labels) in enumerate(bar, start=first):
+            now = rates * plan.factor(step)
+            for kind, heads in zip(plan.kinds, self._heads, strict=True):
+                heads.step(self._take(kind, features), labels, now)
+            done = step + 1
+            if done % plan.eval_every == 0 or done == plan.steps:
+                yield self._measure(tests, test_labels, done), self._state(done)
+
+    def _state(self, done: int) -> State:
+        heads = [heads.state() for heads in self._heads]
+        return {"step": done, "heads": heads, "drawn": self._drawn.state()}
+
+    def _take(self, kind: FeatureKind, features: Tensor) -> Tensor:
+        return kind.take(features, stored=self._plan.blocks, token_dim=self._tokens.token_dim)
+
+    def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (N, ...) and labels (N,) of each step from the first on."""
+        plan, subject, reading = self._plan, self._subject, self._reading
+        if self._augment:
+            images = train_images(
+                subject,
+                interpolation=plan.interpolation,
+                batch_size=plan.batch_size,
+                steps=plan.steps,
+                first_step=first,
+                seed=self._seed,
+                num_workers=reading.num_workers,
+                drawn=self._drawn,
+            )
+            for pixels, labels in images:
+                with torch.no_grad():
+                    yield self._tokens([pixels]).float(), labels
+            subject.used["train"] = self._drawn.used(subject.train)
+            return
+        features, labels = outputs_of_train(
+            self._tokens, subject, reading, taken=self._tokens.taken
+        )
+        sampler = stream_sampler(
+            len(features), batch_size=plan.batch_size, steps=plan.steps, seed=self._seed
+        )
+        for step in range(first, plan.steps):
+            ids = torch.from_numpy(sampler.step(step).ids).to(features.device)
+            yield features[ids], labels[ids]
+
+    def _measure(self, tests: Tensor, labels: Tensor, done: int) -> Evaluation:
+        results = []
+        classes = self._subject.num_classes
+        for kind, heads in zip(self._plan.kinds, self._heads, strict=True):
+            counts = heads.right(self._take(kind, tests), labels)
+            every = zip(self._plan.rates, counts, heads.finite(), strict=True)
+            for rate, (top1, top5), finite in every:
+                score = percent(top1, top5, images=len(labels), num_classes=classes)
+                found = {"blocks": kind.blocks, "pooled": kind.pooled, "lr": rate} | score
+                results.append(found | ({} if finite else {"diverged": True}))
+        if all("diverged" in result for result in results):
+            raise NonFiniteError(
+                f"step {done}: the weights of all classifiers are no longer finite numbers; lower"
+                " the learning rate"
+            )
+        epoch = {} if self._plan.last_only else {"epoch": done // self._plan.hold}
+        return {"step": done, **epoch, "classifiers": results}
+
+
+def _best(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """The best classifier of some measurements, the first of equals."""
+    return max(_entries(evaluations), key=lambda entry: entry["top1"])
+
+
+def _entries(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """All classifiers of some measurements that have not diverged."""
+    return [
+        {key: evaluation[key] for key in ("step", "epoch") if key in evaluation} | classifier
+        for evaluation in evaluations
+        for classifier in evaluation["classifiers"]  # type: ignore[attr-defined]  # a list
+        if "diverged" not in classifier
+    ]
+
+
+_CHOSEN_OF = {True: "all classifiers after the last step", False: "all epochs"}
+
+
+def _protocol(
+    protocol: GridProtocol | DinoProtocol,
+    plan: ProbePlan,
+    subject: Subject,
+    *,
+    augment: bool,
+    seed: int,
+) -> dict[str, object]:
+    crops = {"scale": list(SCALE), "flip_prob": FLIP_PROB, "interpolation": plan.interpolation}
+    return {
+        "method": "grid" if isinstance(protocol, GridProtocol) else "dino",
+        **asdict(protocol),
+        "features": "class tokens of the last blocks, and the mean patch token where pooled, all"
+        " through the final norm"
+        if is_vit(subject.backbone)
+        else "pooled backbone output",
+        "inputs": [asdict(kind) for kind in plan.kinds],
+        "rates": list(plan.rates),
+        "optimizer": "sgd",
+        "momentum": MOMENTUM,
+        "weight_decay": 0.0,
+        "init_std": INIT_STD,
+        "lr_schedule": f"cosine to 0, lowered after every {plan.hold} steps",
+        "steps": plan.steps,
+        "seed": seed,
+        "train_images": crops
+        if augment
+        else "as test images, without augmentation; forwarded once",
+        "test_images": preprocessing(subject.card),
+        "chosen": f"the best on the test set, of {_CHOSEN_OF[plan.last_only]}",
+    }

@@ -1,0 +1,159 @@
+"""Linear classifiers on frozen tokens: which tokens, and many classifiers trained at once.
+
+Shape letters: N images, n last blocks, P patches, D width of a token, K width of a classifier's
+input, G classifiers of one kind of input, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinoscale.evaluate.classification.accuracy import num_right
+
+INIT_STD = 0.01  # of a classifier's weights, normal with mean 0; biases start at 0
+MOMENTUM = 0.9  # of SGD; the published codes of both protocols, without weight decay
+_LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
+
+
+class TokenFeatures(nn.Module):
+    """Class tokens of the last n blocks, oldest first, then the mean patch token of the last.
+
+    All go through the final norm. Of a ResNet there is the pooled output alone.
+
+    Attributes:
+        blocks: n.
+        embed_dim: width of a row, (n + 1) D, or D.
+        token_dim: D.
+        taken: what a row holds, in words.
+    """
+
+    def __init__(self, backbone: nn.Module, *, blocks: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.blocks = blocks
+        self.token_dim = int(backbone.embed_dim)  # type: ignore[arg-type]  # an int of all of ours
+        self.embed_dim = self.token_dim * (blocks + 1 if is_vit(backbone) else 1)
+        self.taken = f"class tokens of the last {blocks} blocks, mean patch token of the last"
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        """Take one tensor of images (N, C, H, W) in a list; return (N, embed_dim)."""
+        (images,) = crops
+        if not is_vit(self.backbone):
+            return self.backbone(crops)  # type: ignore[no-any-return]  # nn.Module calls
+        patch = int(self.backbone.patch_size)  # type: ignore[arg-type]  # an int
+        num_patches = (images.shape[2] // patch) * (images.shape[3] // patch)
+        layers: list[Tensor] = self.backbone.intermediate(images, self.blocks)  # type: ignore[operator]  # a method
+        pooled = layers[-1][:, -num_patches:].mean(dim=1)  # registers come before the patches
+        return torch.cat([*(tokens[:, 0] for tokens in layers), pooled], dim=1)
+
+
+def is_vit(backbone: nn.Module) -> bool:
+    """Whether the backbone has class tokens after each block."""
+    return hasattr(backbone, "intermediate")
+
+
+@dataclass(frozen=True)
+class FeatureKind:
+    """Which of the tokens a classifier sees.
+
+    Attributes:
+        blocks: class tokens of so many last blocks, joined.
+        pooled: also the mean patch token of the last block.
+        interleaved: channel by channel instead of one after the other, as in the published ViT-B
+            classifiers; matters only to whoever compares weights.
+    """
+
+    blocks: int
+    pooled: bool
+    interleaved: bool = False
+
+    def take(self, features: Tensor, *, stored: int, token_dim: int) -> Tensor:
+        """Cut rows of `TokenFeatures` of `stored` blocks, (N, ...), to (N, K)."""
+        tokens = torch.unflatten(features, 1, (-1, token_dim))
+        tokens = tokens[:, stored - self.blocks : stored + (1 if self.pooled else 0)]
+        if self.interleaved:
+            tokens = tokens.transpose(1, 2)
+        return torch.flatten(tokens, 1)
+
+
+class LinearHeads:
+    """G linear classifiers of one input, each with its own learning rate, as one matrix.
+
+    SGD with momentum 0.9 on the mean cross-entropy of each classifier, so that none knows of the
+    others: v <- 0.9 v + gradient; weight <- weight - rate v.
+
+    Attributes:
+        weight: (G, C, K).
+        bias: (G, C).
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_classes: int,
+        width: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(num_heads, num_classes, width, generator=generator, dtype=dtype)
+        self.weight = (INIT_STD * drawn).to(device)
+        self.bias = self.weight.new_zeros(num_heads, num_classes)
+        self._weight_velocity = torch.zeros_like(self.weight)
+        self._bias_velocity = torch.zeros_like(self.bias)
+
+    def state(self) -> dict[str, Tensor]:
+        """All numbers of the classifiers and of their training, which goes on changing them."""
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "weight_velocity": self._weight_velocity,
+            "bias_velocity": self._bias_velocity,
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` has given."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Scores (N, G, C) of rows (N, K)."""
+        flat = F.linear(x, self.weight.flatten(0, 1), self.bias.flatten())
+        return torch.unflatten(flat, 1, self.bias.shape)
+
+    def step(self, x: Tensor, labels: Tensor, rates: Tensor) -> None:
+        """Move all classifiers once.
+
+        Args:
+            x: (N, K).
+            labels: (N,) int64.
+            rates: learning rate of each classifier, (G,).
+        """
+        target = F.one_hot(labels, self.bias.shape[1])[:, None]  # (N, 1, C)
+        gradient = (self.logits(x).softmax(dim=-1) - target) / len(x)  # of the logits, (N, G, C)
+        moved = torch.mm(gradient.flatten(1).T, x).view_as(self.weight)
+        self._weight_velocity.mul_(MOMENTUM).add_(moved)
+        self._bias_velocity.mul_(MOMENTUM).add_(gradient.sum(dim=0))
+        self.weight.sub_(rates[:, None, None] * self._weight_velocity)
+        self.bias.sub_(rates[:, None] * self._bias_velocity)
+
+    def finite(self) -> list[bool]:
+        """For each classifier, whether all its numbers are finite: it has not diverged."""
+        flat = torch.cat([self.weight.flatten(1), self.bias], dim=1)  # (G, C K + C)
+        return flat.isfinite().all(dim=1).tolist()
+
+    def right(self, x: Tensor, labels: Tensor) -> list[tuple[int, int]]:
+        """For each classifier, the rows (N, K) that are right by top-1 and by top-5."""
+        top1, top5 = torch.zeros(2, len(self.bias), dtype=torch.int64, device=x.device)
+        rows = max(1, _LOGITS_AT_ONCE // self.bias.numel())
+        for some, classes in zip(x.split(rows), labels.split(rows), strict=True):
+            more1, more5 = num_right(self.logits(some), classes)
+            top1, top5 = top1 + more1, top5 + more5
+        return list(zip(top1.tolist(), top5.tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""What patch tokens and attention show: maps, objects, colours."""

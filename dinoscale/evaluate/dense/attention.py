@@ -1,0 +1,345 @@
+"""Where the class token looks: attention of the last block, as a picture and against masks.
+
+`draw_attention` and `score_attention` take a backbone and images, `evaluate_attention` is the whole
+measurement of a weights file on a set of images.
+
+Shape letters: N images, A heads, H, W pixels, R, C rows and columns of patches.
+Source: Caron et al. 2021 (arXiv:2104.14294), figures 1 and 4 and appendix.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from dinoscale.convert.weights import Network
+from dinoscale.convert.weights_file import load_backbone
+from dinoscale.data.augmentation.multi_crop import to_image
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.sources.source import Source
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.any_size import (
+    Fit,
+    find_patch_size,
+    image_mode,
+    open_images,
+    read_image,
+    to_input,
+    writing_to,
+)
+from dinoscale.evaluate.dense.attention_figure import Row, draw_rows
+from dinoscale.evaluate.dense.attention_maps import (
+    MASS,
+    attention_maps,
+    center_box,
+    head_jaccard,
+    keep_mass,
+)
+from dinoscale.evaluate.dense.object_masks import split_objects
+from dinoscale.evaluate.features import eval_mode, find_device
+from dinoscale.evaluate.untrained import untrained_backbone
+from dinoscale.runtime.outputs import require_ours
+
+log = logging.getLogger(__name__)
+
+Picture = Image.Image | NDArray[np.uint8] | Tensor  # arrays (H, W, C), tensors (C, H, W); uint8
+Mask = Image.Image | NDArray[np.uint8] | NDArray[np.bool_]  # (H, W); object is True or above 127
+
+ROWS_DRAWN = 8
+
+
+@dataclass(frozen=True)
+class AttentionScore:
+    """How well attention covers the objects, in percent, means over the images.
+
+    The best head is chosen by the object itself, so more heads score more by chance alone: compare
+    with an untrained backbone of the same sizes too (`evaluate_attention` does).
+    """
+
+    jaccard: float  # intersection over union of the best head's mask with the object's
+    center_box: float  # the same of a centered box of half the width and height: the floor
+    images: int
+
+
+def draw_attention(
+    backbone: nn.Module,
+    images: Sequence[Picture],
+    path: str | Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: int,
+    masks: Sequence[Mask] | None = None,
+    title: str = "",
+    rows: int = ROWS_DRAWN,
+) -> AttentionScore | None:
+    """Draw images with their attention into a PNG, and score all of them if masks are given.
+
+    A row holds the image, the object where known, the mean over heads, every head, and the image
+    with only the patches that hold 60 % of the attention: of the head that covers the object best
+    where the object is known, else of the mean.
+
+    Args:
+        backbone: a ViT of ours; put into eval mode and back.
+        images: at least one, of any shapes; each is squeezed to size x size, as in the reference.
+        path: of the PNG; folders above it are made.
+        mean: of each channel, 3 or 1, in 0..1.
+        std: of each channel, in 0..1.
+        size: side in pixels at which the backbone sees them, cut to a multiple of its patch; the
+            reference takes 480.
+        masks: of the object, one an image; several objects of a picture (`split_objects`) are one.
+        title: a line above the picture.
+        rows: number of images drawn, from the first on; the score is of all.
+
+    Returns:
+        The score, or None without masks.
+
+    Raises:
+        ConfigError: the backbone has no attention, the size is below a patch, or images have
+            other than 1 or 3 channels.
+        DataError: a mask is empty or has another size than its image, or the picture cannot be
+            written.
+        ValueError: there are no images, or not one mask an image.
+    """
+    squares, maps, covers = _look(backbone, images, masks, mean=mean, std=std, size=size)
+    score = None if covers is None else _score(covers)
+    drawn = [
+        _row(squares[i], maps[i], None if covers is None else covers[i])
+        for i in range(min(rows, len(maps)))
+    ]
+    with writing_to(Path(path).parent):
+        draw_rows(drawn, Path(path), title=title, note=_note(score), mass=MASS)
+    return score
+
+
+def score_attention(
+    backbone: nn.Module,
+    images: Sequence[Picture],
+    masks: Sequence[Mask],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: int,
+) -> AttentionScore:
+    """Score the best head of every image, without a picture; arguments as in `draw_attention`."""
+    covers = _look(backbone, images, masks, mean=mean, std=std, size=size)[2]
+    assert covers is not None
+    return _score(covers)
+
+
+def _note(score: AttentionScore | None) -> str:
+    if score is None:
+        return ""
+    return (
+        f"Jaccard of the best head {score.jaccard:.1f} %, of a centered box "
+        f"{score.center_box:.1f} % ({score.images} images)"
+    )
+
+
+def _look(
+    backbone: nn.Module,
+    images: Sequence[Picture],
+    masks: Sequence[Mask] | None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: int,
+) -> tuple[list[Image.Image], Tensor, list[_Cover] | None]:
+    """Squares that the backbone sees, their maps (N, A, R, C), and how those cover the objects."""
+    if not images or (masks is not None and len(masks) != len(images)):
+        raise ValueError(f"got {len(images)} images and {masks and len(masks)} masks")
+    fit = Fit(find_patch_size(backbone), size, square=True)
+    mode = image_mode(channels=len(mean))
+    pictures = [_to_pil(image, mode=mode) for image in images]
+    squares = [fit.squeeze(picture) for picture in pictures]
+    inputs = torch.cat([to_input(square, backbone, mean=mean, std=std) for square in squares])
+    with eval_mode(backbone):
+        maps = attention_maps(backbone, inputs)
+    if masks is None:
+        return squares, maps, None
+    pairs = enumerate(zip(masks, pictures, strict=True))
+    side = squares[0].width
+    objects = [_to_object(mask, image, side=side, index=i) for i, (mask, image) in pairs]
+    return squares, maps, _cover(maps, torch.stack(objects))
+
+
+def _to_pil(image: Picture, *, mode: str) -> Image.Image:
+    if isinstance(image, Tensor):
+        image = image.permute(1, 2, 0).numpy()  # (H, W, C)
+    return image.convert(mode) if isinstance(image, Image.Image) else to_image(image)
+
+
+def _to_object(mask: Mask, image: Image.Image, *, side: int, index: int) -> Tensor:
+    """Mask at side x side pixels, (side, side) bool."""
+    if isinstance(mask, Image.Image):
+        inside = split_objects(mask, indexed=False).masks.any(dim=0).numpy()
+    else:
+        inside = mask if mask.dtype == np.bool_ else mask > 127
+    if inside.shape != (image.height, image.width):
+        sizes = f"{[*inside.shape]} for {[image.height, image.width]}"
+        raise DataError(f"the mask of image {index} has another size than the image: {sizes}")
+    square = Image.fromarray(inside).resize((side, side), Image.Resampling.NEAREST)
+    found = torch.from_numpy(np.array(square, dtype=np.bool_))
+    if not found.any():
+        raise DataError(f"the mask of image {index} is empty")
+    return found
+
+
+@dataclass(frozen=True)
+class _Cover:
+    """How the heads cover the object of one image."""
+
+    object: Tensor  # (H, W) bool
+    best_head: int
+    kept: Tensor  # (R, C) bool, of that head
+    jaccard: float  # of that head, 0..1
+    center_box: float  # 0..1
+
+
+def _cover(maps: Tensor, objects: Tensor) -> list[_Cover]:
+    """Compare the heads of every image (N, A, R, C) with its object (N, H, W), one by one."""
+    kept = keep_mass(maps)
+    box = center_box(objects.shape[1], objects.shape[2])[None]
+    covers = []
+    for i in range(len(maps)):
+        inside = objects[i : i + 1]
+        jaccard = head_jaccard(kept[i : i + 1], inside)[0]  # (A,)
+        best = int(jaccard.argmax())
+        floor = float(head_jaccard(box, inside))
+        covers.append(_Cover(objects[i], best, kept[i, best], float(jaccard[best]), floor))
+    return covers
+
+
+def _score(covers: Sequence[_Cover]) -> AttentionScore:
+    return AttentionScore(
+        images=len(covers),
+        jaccard=100 * sum(cover.jaccard for cover in covers) / len(covers),
+        center_box=100 * sum(cover.center_box for cover in covers) / len(covers),
+    )
+
+
+def _row(square: Image.Image, maps: Tensor, cover: _Cover | None) -> Row:
+    kept = keep_mass(maps.mean(dim=0)) if cover is None else cover.kept
+    return Row(
+        picture=np.asarray(square.convert("RGB")),
+        heads=maps.numpy(),
+        kept=kept.numpy(),
+        mask=None if cover is None else cover.object.numpy(),
+        best_head=None if cover is None else cover.best_head,
+        jaccard=None if cover is None else cover.jaccard,
+    )
+
+
+def evaluate_attention(
+    weights_path: str | Path,
+    spec: str,
+    path: str | Path,
+    *,
+    size: int | None = None,
+    images: int = 100,
+    rows: int = ROWS_DRAWN,
+    device: str | None = None,
+    network: Network = "teacher",
+    num_heads: int | None = None,
+) -> dict[str, object]:
+    """Draw the attention of a weights file on some images of a set, and score it where it can.
+
+    Args:
+        weights_path: a weights file of ours, or a checkpoint of the reference.
+        spec: the images, as `data.train` of a config; synthetic ones come with masks.
+        path: of the PNG.
+        size: side in pixels at which the backbone sees the images; None takes the crop of the
+            weights file, the reference takes 480.
+        images: how many to score, drawn at random and always the same; all if there are fewer.
+        rows: how many of those to draw.
+        device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
+        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
+
+    Returns:
+        What was measured and how, ready for JSON; `score` and `untrained_score`, of the same
+        architecture with fresh weights, are null without masks. With masks, `floors` and
+        `untrained` say the same as the other tasks' do.
+
+    Raises:
+        CheckpointError: the weights file cannot be used.
+        ConfigError: a setting is out of range, or the backbone has no attention.
+        DataError: the images cannot be read.
+    """
+    if images < 1 or rows < 1:
+        raise ConfigError(f"need images > 0 and rows > 0, got {images} and {rows}")
+    where = find_device(device)
+    require_ours(Path(path))
+    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
+    fit = Fit(find_patch_size(backbone), card.crop if size is None else size, square=True)
+    pictures, masks = _pick(open_images(spec, card), images=images)
+    score = draw_attention(
+        backbone.to(where),
+        pictures,
+        path,
+        mean=card.mean,
+        std=card.std,
+        size=fit.size,
+        masks=masks,
+        title=f"{Path(weights_path).name}: attention of the class token in the last block",
+        rows=rows,
+    )
+    untrained = None
+    if masks is not None:
+        fresh = untrained_backbone(card).to(where)
+        untrained = score_attention(
+            fresh, pictures, masks, mean=card.mean, std=card.std, size=fit.size
+        )
+    beside: dict[str, object] = {}
+    if score is not None and untrained is not None:
+        beside = {
+            "floors": {"jaccard": score.center_box},
+            "untrained": {"jaccard": untrained.jaccard},
+        }
+    return {
+        "task": "attention",
+        "weights": str(weights_path),
+        "weights_source": card.source,
+        "backbone": asdict(card.backbone),
+        "images": len(pictures),
+        "spec": spec,
+        "picture": str(path),
+        "size": fit.size // fit.patch * fit.patch,
+        "mass": MASS,
+        "protocol": {
+            "network": network,
+            **fit.protocol(),
+            "edges": "images are resized to whole patches",
+        },
+        "score": None if score is None else asdict(score),
+        "untrained_score": None if untrained is None else asdict(untrained),
+        **beside,
+    }
+
+
+def _pick(source: Source, *, images: int) -> tuple[list[Image.Image], list[Image.Image] | None]:
+    """Some readable images in an order drawn once for all, and their masks if there are any."""
+    order = np.random.default_rng(0).permutation(len(source))  # sources may be sorted by class
+    mask_of = getattr(source, "mask", None)
+    pictures, masks = [], []
+    for index in order[:images].tolist():
+        try:
+            pictures.append(read_image(source, index))
+        except BadSampleError as error:
+            if error.unavailable:
+                raise
+            log.warning("left out an unreadable image: %s", error)
+            continue
+        if mask_of is not None:
+            masks.append(mask_of(index))
+    if not pictures:
+        raise DataError(f"none of the {len(order[:images])} images that were tried can be read")
+    return pictures, masks or None

@@ -1,0 +1,218 @@
+"""Masks of the objects in images: found beside them, read, and taken apart into single objects.
+
+Shape letters: M objects, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinoscale.data.decoding.decode import read_as_stored
+from dinoscale.data.shards.tar_source import TarSource
+from dinoscale.data.sources.image_files import read_image_file
+from dinoscale.data.sources.source import Source
+from dinoscale.errors import DataError
+from dinoscale.evaluate.any_size import Fit
+
+log = logging.getLogger(__name__)
+
+MEMBER = "mask.png"  # beside KEY.jpg in a shard
+VOID = 255  # of indexed masks: the unclear rim of objects, neither object nor background
+
+_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What the mask of one image says.
+
+    Attributes:
+        masks: (M, H, W) bool, none empty.
+        counted: (H, W) bool, False on void.
+    """
+
+    masks: Tensor
+    counted: Tensor
+
+
+MaskOf = Callable[
+    [int], Image.Image | None
+]  # of the image at an index, as stored; None: it has none
+
+
+def find_masks(source: Source, spec: str, folder: str | None) -> MaskOf:
+    """Say how to get at the masks of a set of images.
+
+    Args:
+        source: the images.
+        spec: what they were opened from.
+        folder: of masks with the names of the images up to the extension, in the same subfolders;
+            None takes what the set itself holds: `KEY.mask.png` of shards, or what was drawn.
+
+    Raises:
+        DataError: the folder is not there, or the set holds no masks of its own.
+    """
+    if folder is not None:
+        if not os.path.isdir(os.path.expanduser(folder)):
+            raise DataError(f"{folder} is not a folder. Name the folder of the masks.")
+        return _of_folder(source, spec, Path(os.path.expanduser(folder)))
+    if isinstance(source, TarSource):
+        return _of_shards(source)
+    drawn = getattr(source, "mask", None)
+    if drawn is None:
+        raise DataError(
+            f"{spec} holds no masks. Name their folder with --masks, or pack images and masks into "
+            f"shards as KEY.jpg and KEY.{MEMBER}."
+        )
+    return drawn  # type: ignore[no-any-return]  # of synthetic sets
+
+
+def _of_folder(source: Source, spec: str, folder: Path) -> MaskOf:
+    root = os.path.abspath(os.path.expanduser(spec))
+    if not os.path.isdir(root):  # one image, or a list of images
+        root = os.path.dirname(root)
+
+    def mask(index: int) -> Image.Image | None:
+        path = source.path(index)
+        if isinstance(source, TarSource):
+            relative = path.rpartition("::")[2]
+        else:
+            relative = os.path.relpath(path, root)
+        for suffix in _SUFFIXES:
+            file = folder / Path(relative).with_suffix(suffix)
+            if file.exists():
+                return read_as_stored(read_image_file(str(file)), str(file))
+        return None
+
+    return mask
+
+
+def _of_shards(source: TarSource) -> MaskOf:
+    def mask(index: int) -> Image.Image | None:
+        data = source.beside(index, MEMBER)
+        return None if data is None else read_as_stored(data, f"{source.path(index)}: its {MEMBER}")
+
+    return mask
+
+
+def split_objects(mask: Image.Image, *, indexed: bool) -> Objects:
+    """Take a mask apart.
+
+    A mask with a palette, as VOC's and DAVIS', or with more than 8 bits numbers its objects: 0 is
+    background, 255 void. A gray one of 8 bits, or of colors that are all gray, is one object: where
+    it is brighter than 127.
+
+    Args:
+        mask: as stored.
+        indexed: gray masks of 8 bits hold numbers of objects too.
+
+    Raises:
+        DataError: it has colors, a transparency, or fractions.
+    """
+    if mask.mode == "P" or mask.mode.startswith("I") or (indexed and mask.mode == "L"):
+        numbers = np.asarray(mask)  # (H, W)
+        names = [number for number in np.unique(numbers).tolist() if number not in (0, VOID)]
+        masks = numbers == np.array(names, dtype=numbers.dtype)[:, None, None]  # (M, H, W)
+        return Objects(torch.from_numpy(masks), torch.from_numpy(numbers != VOID))
+    inside = torch.from_numpy(np.asarray(_gray(mask)) > 127)
+    masks_ = inside[None] if inside.any() else inside.new_zeros(0, *inside.shape)
+    return Objects(masks_, torch.ones_like(inside))
+
+
+def _gray(mask: Image.Image) -> Image.Image:
+    """A mask without numbers, in 8 bits."""
+    if mask.mode == "RGB":
+        red, green, blue = (channel.tobytes() for channel in mask.split())
+        if red == green == blue:
+            return mask.getchannel(0)
+    elif mask.mode in ("1", "L"):
+        return mask.convert("L")
+    raise DataError(
+        f"a mask of the mode {mask.mode} does not tell its objects: colors may be as dark as the"
+        " background. Save it gray, with a palette, or with a number a pixel in 8 or 16 bits."
+    )
+
+
+@dataclass
+class LeftOut:
+    """Images that do not count, by reason, as `path: reason` each."""
+
+    unreadable: list[str] = field(default_factory=list)
+    without_mask: list[str] = field(default_factory=list)
+    empty_mask: list[str] = field(default_factory=list)
+
+
+def usable_images(
+    source: Source, mask_of: MaskOf, fit: Fit, *, indexed: bool
+) -> tuple[list[int], LeftOut]:
+    """Look at all masks before a network starts: which images count, and why others do not.
+
+    Args:
+        source: the images.
+        mask_of: their masks.
+        fit: what the network would see.
+        indexed: as of `split_objects`.
+
+    Returns:
+        Indices of the images that can be read and have an object, and what of the others.
+
+    Raises:
+        DataError: a mask has another size than its image or does not tell its objects, or no image
+            counts.
+    """
+    indices, left_out = [], LeftOut()
+    for index in range(len(source)):
+        path = source.path(index)
+        try:
+            picture = source.picture(index)
+            fit.grid(picture.width, picture.height)
+            mask = mask_of(index)
+        except DataError as error:
+            reason = str(error) if path in str(error) else f"{path}: {error}"
+            left_out.unreadable.append(reason)
+            log.warning("left out %s", reason)
+            continue
+        if mask is None:
+            left_out.without_mask.append(path)
+            continue
+        if mask.size != (picture.width, picture.height):
+            raise DataError(
+                f"{path}: the image has {picture.width} x {picture.height} pixels, its mask "
+                f"{mask.width} x {mask.height}. Both must have the same size, the image upright."
+            )
+        try:
+            objects = split_objects(mask, indexed=indexed)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        if len(objects.masks):
+            indices.append(index)
+        else:
+            left_out.empty_mask.append(path)
+    _report(left_out, num_usable=len(indices), num_images=len(source))
+    return indices, left_out
+
+
+def _report(left_out: LeftOut, *, num_usable: int, num_images: int) -> None:
+    """Say once how many images do not count; stop if none does."""
+    kinds = {
+        "cannot be read": left_out.unreadable,
+        "have no mask": left_out.without_mask,
+        "have a mask without an object": left_out.empty_mask,
+    }
+    said = [f"{len(paths)} {what}, e.g. {paths[0]}" for what, paths in kinds.items() if paths]
+    if not num_usable:
+        raise DataError(
+            f"none of {num_images} images can be scored: {'; '.join(said)}. Masks are named as "
+            "their images; objects are brighter than 127, or numbered (--indexed)."
+        )
+    if said:
+        log.warning("%d of %d images are scored: %s", num_usable, num_images, "; ".join(said))

@@ -1,0 +1,305 @@
+"""How well the attention of the class token covers objects: the Jaccard index of Caron et al. 2021.
+
+For every object the head is taken whose thresholded map covers it best; the index is the mean over
+the objects of an image, then over images. No code was published for it; what the paper leaves open
+is said in `PROTOCOL`.
+
+Shape letters: M objects of an image, A heads, H, W pixels, R, C rows and columns of patches.
+Source: Caron et al. 2021 (arXiv:2104.14294), figure 4 and appendix; there 45.9 for ViT-S/16 and
+22.0 for random weights, on the validation images of PASCAL VOC 2012.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.weights import Network
+from dinoscale.convert.weights_file import load_backbone
+from dinoscale.data.sources.source import Source
+from dinoscale.errors import ConfigError
+from dinoscale.evaluate.any_size import (
+    SIZE,
+    Fit,
+    find_patch_size,
+    open_images,
+    read_image,
+    to_input,
+    writing_to,
+)
+from dinoscale.evaluate.dense.attention_figure import Row, draw_rows
+from dinoscale.evaluate.dense.attention_maps import (
+    MASS,
+    attention_maps,
+    center_box,
+    enlarge,
+    head_jaccard,
+    keep_mass,
+)
+from dinoscale.evaluate.dense.object_masks import (
+    MaskOf,
+    Objects,
+    find_masks,
+    split_objects,
+    usable_images,
+)
+from dinoscale.evaluate.features import find_device
+from dinoscale.evaluate.untrained import untrained_backbone
+
+PROTOCOL = {
+    "method": "best head of each object by IoU; mean over the objects of an image, then images",
+    "attention": "class token to patches, last block, softmax of q.k",
+    "edges": "images are resized to whole patches, so that the map covers all of them",
+    "scored_at": "the mask's own size; patches enlarged by nearest neighbour, void left out",
+    "untrained": "the same architecture, fresh weights of seed 0",
+    "floor": "a centered box of half the width and height, on every image",
+}
+SHEET = "segment-sheet.png"
+ROWS_OF_A_KIND = 3  # of the sheet: best, median, worst
+
+
+@dataclass(frozen=True)
+class _Result:
+    """IoU of every object of one image (M, ...), 0..1."""
+
+    index: int  # of the image
+    trained: Tensor  # (M, A)
+    untrained: Tensor  # (M, A)
+    center_box: Tensor  # (M, 1)
+    whole_image: Tensor  # (M, 1)
+
+
+def evaluate_segment(
+    weights_path: str | Path,
+    spec: str,
+    *,
+    masks: str | None = None,
+    indexed: bool = False,
+    size: int = SIZE,
+    square: bool = False,
+    mass: float = MASS,
+    out: str | Path | None = None,
+    device: str | None = None,
+    network: Network = "teacher",
+    num_heads: int | None = None,
+    progress: bool = True,
+) -> dict[str, object]:
+    """Score the attention of a weights file against masks of objects, beside its floors.
+
+    Args:
+        weights_path: anything that `load_backbone` reads.
+        spec: images, as `data.train` of a config, or one file; shards hold masks as KEY.mask.png.
+        masks: folder of masks with the names of the images, where the set holds none.
+        indexed: gray masks number their objects as those with a palette do: 0 is background, 255
+            void. Otherwise a gray mask is one object, where it is brighter than 127.
+        size: short side in pixels at which the backbone sees the images.
+        square: squeeze the images to size x size instead.
+        mass: share of a map's attention that its mask keeps, 0 < mass <= 1; the paper says 0.6 in
+            its figure and 0.8 in its appendix, for the same numbers.
+        out: folder for a sheet of the best, median and worst images; None draws nothing.
+        device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
+        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
+        progress: draw a bar on stderr, if that is a terminal.
+
+    Returns:
+        Ready for JSON, in percent: `score`, `untrained`, `floors` and `whole_image`, each with
+        `jaccard`; `heads`, where each head alone has to cover all objects; and how it was measured.
+
+    Raises:
+        CheckpointError: the weights file cannot be used.
+        ConfigError: a setting is out of range, or the backbone has no attention.
+        DataError: no image with a mask can be read, or a mask has another size than its image.
+    """
+    if not 0 < mass <= 1:
+        raise ConfigError(f"mass: need a share above 0 and at most 1, got {mass}")
+    where = find_device(device)
+    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
+    fit = Fit(find_patch_size(backbone), size, square)
+    source = open_images(spec, card)
+    mask_of = find_masks(source, spec, masks)
+    indices, left_out = usable_images(source, mask_of, fit, indexed=indexed)
+    look = _Look(source, mask_of, fit, card, indexed=indexed, mass=mass)
+    networks = (backbone.to(where), untrained_backbone(card).to(where))
+    bar = tqdm(indices, unit="img", disable=None if progress else True)
+    results = [look.score(index, *networks) for index in bar]
+    report: dict[str, object] = {
+        "task": "segment",
+        "weights": str(weights_path),
+        "weights_source": card.source,
+        "backbone": asdict(card.backbone),
+        "spec": spec,
+        "masks": masks,
+        "images": len(results),
+        "objects": sum(len(result.trained) for result in results),
+        "left_out": asdict(left_out),
+        "protocol": {
+            "network": network,
+            **PROTOCOL,
+            **fit.protocol(),
+            "mass": mass,
+            "indexed": indexed,
+            "mean": list(card.mean),
+            "std": list(card.std),
+        },
+        **_scores(results),
+    }
+    print(_table(results), file=sys.stderr)
+    if out is not None:
+        report["picture"] = str(Path(out) / SHEET)
+        with writing_to(Path(out)):
+            _draw(look, backbone, results, Path(out) / SHEET, title=Path(weights_path).name)
+    return report
+
+
+class _Look:
+    """Images with their objects, and how backbones look at them."""
+
+    def __init__(
+        self,
+        source: Source,
+        mask_of: MaskOf,
+        fit: Fit,
+        card: BackboneCard,
+        *,
+        indexed: bool,
+        mass: float,
+    ) -> None:
+        self.mass = mass
+        self._source, self._mask_of, self._fit, self._card = source, mask_of, fit, card
+        self._indexed = indexed
+
+    def score(self, index: int, *networks: nn.Module) -> _Result:
+        """IoU of the objects of one image with the heads of both networks, and the floors."""
+        image, objects = self.image(index), self.objects(index)
+        trained, untrained = (
+            jaccard_of_objects(keep_mass(self.maps(network, image), mass=self.mass), objects)
+            for network in networks
+        )
+        return _Result(
+            index,
+            trained,
+            untrained,
+            jaccard_of_objects(center_box(*objects.counted.shape), objects),
+            jaccard_of_objects(torch.ones(1, 1, 1, dtype=torch.bool), objects),
+        )
+
+    def image(self, index: int) -> Image.Image:
+        """The image as the backbone sees it."""
+        return self._fit.squeeze(read_image(self._source, index))
+
+    def objects(self, index: int) -> Objects:
+        """The objects at the image's own size."""
+        mask = self._mask_of(index)
+        assert mask is not None  # it was there a moment ago
+        return split_objects(mask, indexed=self._indexed)
+
+    def maps(self, network: nn.Module, image: Image.Image) -> Tensor:
+        """Attention (A, R, C)."""
+        pixels = to_input(image, network, mean=self._card.mean, std=self._card.std)
+        return attention_maps(network, pixels)[0]
+
+
+def jaccard_of_objects(kept: Tensor, objects: Objects) -> Tensor:
+    """Intersection over union of every object (M, H, W) with the patches of every head.
+
+    Args:
+        kept: (A, R, C) bool; enlarged to the masks by nearest neighbour.
+        objects: void pixels count neither for nor against.
+
+    Returns:
+        (M, A) float32, 0..1.
+    """
+    counted = objects.counted[None]
+    return torch.cat([head_jaccard(kept[None], mask[None], counted) for mask in objects.masks])
+
+
+def mean_over_images(covers: Sequence[Tensor]) -> float:
+    """Mean over the objects (M, A) of an image, each by its best head, then images; percent."""
+    return 100 * sum(float(cover.amax(dim=1).mean()) for cover in covers) / len(covers)
+
+
+def _heads(covers: Sequence[Tensor]) -> list[float]:
+    """The same of each head alone."""
+    num_heads = covers[0].shape[1]
+    return [mean_over_images([cover[:, h : h + 1] for cover in covers]) for h in range(num_heads)]
+
+
+def _scores(results: Sequence[_Result]) -> dict[str, object]:
+    trained = [result.trained for result in results]
+    untrained = [result.untrained for result in results]
+    return {
+        "score": {"jaccard": mean_over_images(trained)},
+        "untrained": {"jaccard": mean_over_images(untrained)},
+        "floors": {"jaccard": mean_over_images([result.center_box for result in results])},
+        "whole_image": {"jaccard": mean_over_images([result.whole_image for result in results])},
+        "heads": {"score": _heads(trained), "untrained": _heads(untrained)},
+    }
+
+
+def _table(results: Sequence[_Result]) -> str:
+    """Percent of every head and of the best of each object, beside the floors."""
+    rows = {
+        "these weights": [result.trained for result in results],
+        "untrained": [result.untrained for result in results],
+        "centered box": [result.center_box for result in results],
+        "whole image": [result.whole_image for result in results],
+    }
+    num_heads = results[0].trained.shape[1]
+    names = "".join(f"{f'head {head}':>9}" for head in range(num_heads))
+    lines = [f"{'Jaccard, %':<14}{'best head':>10}{names}"]
+    for name, covers in rows.items():
+        heads = _heads(covers) if covers[0].shape[1] == num_heads > 1 else []
+        numbers = "".join(f"{value:9.1f}" for value in heads)
+        lines.append(f"{name:<14}{mean_over_images(covers):10.1f}{numbers}")
+    return "\n".join(lines)
+
+
+def _draw(
+    look: _Look, backbone: nn.Module, results: Sequence[_Result], path: Path, *, title: str
+) -> None:
+    """Best, median and worst images; of each the largest object, with the head that covers it."""
+    ranked = sorted(results, key=lambda result: -mean_over_images([result.trained]))
+    middle = max(0, (len(ranked) - ROWS_OF_A_KIND) // 2)
+    kinds = {
+        "best": ranked[:ROWS_OF_A_KIND],
+        "median": ranked[middle : middle + ROWS_OF_A_KIND],
+        "worst": ranked[-ROWS_OF_A_KIND:],
+    }
+    labels: dict[int, str] = {}
+    for kind, chosen in kinds.items():
+        for result in chosen:
+            labels.setdefault(result.index, kind)  # of few images one may be several
+    by_index = {result.index: result for result in results}
+    rows = [_row(look, backbone, by_index[index], label=kind) for index, kind in labels.items()]
+    note = (
+        f"Jaccard {mean_over_images([r.trained for r in results]):.1f} %, untrained "
+        f"{mean_over_images([r.untrained for r in results]):.1f} %, centered box "
+        f"{mean_over_images([r.center_box for r in results]):.1f} % ({len(results)} images)"
+    )
+    draw_rows(rows, path, title=f"{title}: attention against objects", note=note, mass=look.mass)
+
+
+def _row(look: _Look, backbone: nn.Module, result: _Result, *, label: str) -> Row:
+    image, objects = look.image(result.index), look.objects(result.index)
+    largest = int(objects.masks.sum(dim=(1, 2)).argmax())
+    head = int(result.trained[largest].argmax())
+    maps = look.maps(backbone, image)
+    return Row(
+        picture=np.asarray(image.convert("RGB")),
+        heads=maps.numpy(),
+        kept=keep_mass(maps[head], mass=look.mass).numpy(),
+        mask=enlarge(objects.masks[largest], height=image.height, width=image.width).numpy(),
+        best_head=head,
+        jaccard=float(result.trained[largest, head]),
+        label=label,
+    )

@@ -1,0 +1,152 @@
+"""A trained backbone as a plain PyTorch module: `dinoscale.load_backbone`.
+
+Shape letters: N images, C channels, H, W pixels, p patch size, R, S rows and columns of patches
+(H / p, W / p), P = R S patches, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.weights import Network
+from dinoscale.convert.weights_file import load_backbone as load_network
+from dinoscale.data.augmentation.multi_crop import eval_transform
+from dinoscale.data.decoding.decode import Decoder
+from dinoscale.evaluate.features import normalize_images
+from dinoscale.models.resnet import ResNet50
+from dinoscale.models.vit import VisionTransformer
+
+
+class Features(NamedTuple):
+    """Normalised output tokens of images.
+
+    Attributes:
+        cls: (N, D), the class token.
+        patches: (N, P, D), row by row.
+        registers: (N, number of registers, D), mostly none.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    registers: Tensor
+
+
+class Backbone(nn.Module):
+    """A trained ViT or ResNet-50 over images (N, C, H, W) of one size.
+
+    Images may have any height and width that are multiples of the patch size; the position
+    embedding is resized for them by the reference's rule (`models.vit.resize_pos_embed`).
+
+    Attributes:
+        network: the backbone; its parameters have the names of the authors' code and of timm.
+        card: what it is and where it comes from.
+        embed_dim: D.
+        patch_size: p in pixels; 1 for a ResNet-50.
+    """
+
+    def __init__(self, network: VisionTransformer | ResNet50, card: BackboneCard) -> None:
+        super().__init__()
+        self.network = network
+        self.card = card
+        self.embed_dim = network.embed_dim
+        self.patch_size = network.patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the normalised class token of images (N, C, H, W), or pooled features: (N, D).
+
+        Raises:
+            ValueError: height or width is not a multiple of the patch size.
+        """
+        self._require_whole_patches(images)
+        features: Tensor = self.network([images])
+        return features
+
+    def forward_features(self, images: Tensor) -> Features:
+        """Return all normalised tokens of images (N, C, H, W).
+
+        Raises:
+            ValueError: as `forward`, or the network has no tokens.
+        """
+        self._require_whole_patches(images)
+        network = self._vit()
+        tokens = network.features(images)  # (N, 1 + registers + P, D)
+        first = 1 + (0 if network.reg_token is None else network.reg_token.shape[1])
+        return Features(tokens[:, 0], tokens[:, first:], tokens[:, 1:first])
+
+    def attention_maps(self, images: Tensor) -> Tensor:
+        """Return where the class token looks in the last block: (N, heads, R, S).
+
+        A map sums to what the class token and registers leave of 1.
+
+        Raises:
+            ValueError: as `forward_features`.
+        """
+        self._require_whole_patches(images)
+        rows, columns = (side // self.patch_size for side in images.shape[2:])
+        attention = self._vit().last_attention(images, queries=1)  # (N, heads, 1, L)
+        return torch.unflatten(attention[:, :, 0, -rows * columns :], -1, (rows, columns))
+
+    def _vit(self) -> VisionTransformer:
+        if not isinstance(self.network, VisionTransformer):
+            raise ValueError("a ResNet-50 has neither patch tokens nor attention; call it instead")
+        return self.network
+
+    def _require_whole_patches(self, images: Tensor) -> None:
+        if images.ndim != 4 or any(side % self.patch_size for side in images.shape[2:]):
+            raise ValueError(
+                f"need images (N, C, H, W) with H and W multiples of the patch size "
+                f"{self.patch_size}, got {[*images.shape]}"
+            )
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The evaluation preprocessing of a card: resize, center crop, normalise."""
+
+    card: BackboneCard
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Turn a Pillow picture of any mode into an input (C, crop, crop), float32.
+
+        Raises:
+            ValueError: it has other channels than the backbone, and cannot be converted to them.
+        """
+        card = self.card
+        decoder = Decoder(card.backbone.in_chans, card.white)
+        pixels = decoder.upright_pixels(image)
+        middle = torch.from_numpy(eval_transform(pixels, resize=card.resize, crop=card.crop).copy())
+        return normalize_images(middle[None], mean=card.mean, std=card.std)[0]
+
+
+def load_backbone(
+    path: str | Path, *, network: Network = "teacher", num_heads: int | None = None
+) -> tuple[Backbone, Transform]:
+    """Load a backbone and its preprocessing from any source of weights.
+
+    ```
+    model, transform = dinoscale.load_backbone("weights.safetensors")
+    features = model(transform(Image.open("cat.jpg"))[None])  # (1, D)
+    ```
+
+    Args:
+        path: a run or checkpoint, a weights file of ours, the reference's, timm's or Hugging
+            Face's, or a folder of theirs.
+        network: which network of a run or full checkpoint to take.
+        num_heads: for files whose heads are not 64 channels wide and that do not tell.
+
+    Returns:
+        The module on the CPU, float32, in eval mode, without gradients; and a function from Pillow
+        pictures to its input.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, unknown, or does not fit its architecture.
+    """
+    backbone, card = load_network(path, network=network, num_heads=num_heads)
+    return Backbone(backbone, card).eval(), Transform(card)

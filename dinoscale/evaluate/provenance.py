@@ -1,0 +1,69 @@
+"""What the report of a task was made from: the files it read, its options, the code that did it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.data.sources.spec_files import files_behind
+from dinoscale.runtime.fingerprint import Fingerprint, code_print, files_print, fingerprint
+
+WEIGHTS = "weights"  # the option
+# Options of tasks that name what is read.
+_INPUTS = (
+    *(WEIGHTS, "train", "test", "data", "images", "masks", "sequences", "ground_truth"),
+    *("originals", "queries", "distractors", "pairs", "whitening"),
+)
+# Options that change no number: where is written, how is read, and what the parser adds.
+_WITHOUT_EFFECT = {"command", "log", "no_cache", "num_workers", "out", "run", "sheet"}
+_MODULES = {
+    **{task: (f"classification.{task}",) for task in ("finetune", "knn", "linear", "logistic")},
+    "attention": ("dense.attention", "dense.attention_files"),
+    **{task: (f"dense.{task}",) for task in ("pca", "segment")},
+    "copies": ("retrieval.copies",),
+    "retrieve": ("retrieval.landmarks", "retrieval.retrieve"),
+    "video": ("video.davis",),
+}
+
+
+def made_from(options: Mapping[str, object]) -> Fingerprint | None:
+    """Fingerprint of the report of a task; None where something is not there, as the task will say.
+
+    Args:
+        options: of the task by name, as a command line gives them; `task` among them.
+
+    Raises:
+        UnavailableError: a file system failed for about a minute.
+    """
+    task = str(options["task"])
+    specs = {name: options[name] for name in _INPUTS if isinstance(options.get(name), str)}
+    if not all(_is_there(str(spec)) for spec in specs.values()):
+        return None
+    settings = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
+    return fingerprint(
+        input={name: _print_of(name, str(spec)) for name, spec in specs.items()},
+        command=settings,
+        code=code_print(*(f"dinoscale.evaluate.{module}" for module in _MODULES[task])),
+    )
+
+
+def _is_there(spec: str) -> bool:
+    return os.path.exists(os.path.expanduser(spec)) or bool(set("{*?[:") & set(spec))
+
+
+def _print_of(name: str, spec: str) -> object:
+    if spec.startswith("synthetic:"):
+        return spec
+    return files_print(*(_of_weights(spec) if name == WEIGHTS else files_behind(spec)))
+
+
+def _of_weights(spec: str) -> tuple[str, Iterable[str]]:
+    """Folder and files of weights: of a run its newest checkpoint; of a file its card, too."""
+    path = os.path.realpath(os.path.expanduser(spec))
+    if not os.path.isdir(path):
+        card = f"{path}.json"
+        return os.path.dirname(path), [path, *([card] if os.path.isfile(card) else [])]
+    newest = [str(checkpoint) for checkpoint in checkpoints(Path(path))][-1:]
+    return files_behind(newest[0] if newest else path)

@@ -1,0 +1,1 @@
+"""Finding images by images: classes, landmarks, copies."""

@@ -1,0 +1,251 @@
+"""Landmark retrieval: revisited Oxford and Paris, or any ground truth in their layout.
+
+Shape letters: Q queries, N images of the database, D width.
+Source: Radenovic et al. 2018 (arXiv:1803.11285); features as in Caron et al. 2021
+(arXiv:2104.14294), section 4.2.1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.weights import Network
+from dinoscale.convert.weights_file import load_backbone
+from dinoscale.data.augmentation.multi_crop import to_image, to_pixels
+from dinoscale.data.decoding.decode import Decoder
+from dinoscale.data.sources.image_files import read_image_file
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.features import find_device, normalize_images, require_finite
+from dinoscale.evaluate.retrieval.ground_truth import SETUPS, GroundTruth, Truth, read_ground_truth
+from dinoscale.evaluate.retrieval.multi_scale import SCALES, MultiScale, least_side
+from dinoscale.evaluate.retrieval.ranking import random_precision, trapezoid_precision
+from dinoscale.evaluate.retrieval.retrieve import SIMILARITIES_PER_CHUNK
+from dinoscale.evaluate.untrained import untrained_backbone
+
+SIZE = 224  # pixels, longer side at most; the published numbers of Paris are of 512, three scales
+DEPTHS = (1, 5, 10)  # ranks of the precision
+
+Scores = dict[str, float]
+
+
+def evaluate_landmarks(
+    weights_path: str | Path,
+    images: str | Path,
+    ground_truth: str | Path,
+    *,
+    size: int = SIZE,
+    multi_scale: bool = False,
+    untrained: bool = False,
+    device: str | None = None,
+    network: Network = "teacher",
+    num_heads: int | None = None,
+    progress: bool = True,
+) -> dict[str, object]:
+    """Measure a weights file by the protocol of revisited Oxford and Paris.
+
+    Args:
+        weights_path: of a backbone.
+        images: folder of NAME.jpg, or of a folder `jpg` that holds them.
+        ground_truth: JSON, see `ground_truth`.
+        size: longer side at most, pixels; smaller images keep their size.
+        multi_scale: average the features of three scales.
+        untrained: also measure the same architecture with fresh weights.
+        device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
+        num_heads: for files that do not tell.
+        progress: draw bars on stderr, if that is a terminal.
+
+    Returns:
+        What was measured and how, ready for JSON. Scores in percent, of the medium, hard and easy
+        setup: mAP (trapezoids) and mP@k, the precision among the first k or, where all positives
+        come earlier, up to the last of them. `floors` are mAP of a random order.
+
+    Raises:
+        CheckpointError: the weights file cannot be used.
+        ConfigError: a setting is out of range.
+        DataError: the ground truth or an image cannot be read, or no query has positives.
+    """
+    if size < 1:
+        raise ConfigError(f"imsize: need a number of pixels above 0, got {size}")
+    where = find_device(device)
+    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
+    if card.backbone.in_chans not in (1, 3):
+        raise ConfigError(f"retrieve needs 1 or 3 channels, these have {card.backbone.in_chans}")
+    truth = read_ground_truth(ground_truth)
+    database, queries = (_paths(Path(images), names) for names in (truth.images, truth.queries))
+
+    def measure(network: nn.Module) -> Scores:
+        network = (MultiScale(network) if multi_scale else network).to(where)
+        bank, asked = (
+            describe_files(network, paths, card=card, size=size, progress=progress)
+            for paths in (database, queries)
+        )
+        return score_setups(_rankings(asked, bank), truth.truths)
+
+    score = measure(backbone)
+    if not score:
+        raise DataError(f"{ground_truth}: no query has an easy or hard image.")
+    report: dict[str, object] = {
+        "task": "retrieve",
+        "weights": str(weights_path),
+        "weights_source": card.source,
+        "backbone": asdict(card.backbone),
+        "data": {
+            "images": str(images),
+            "ground_truth": str(ground_truth),
+            "database": len(database),
+            "queries": len(queries),
+        },
+        "protocol": {"network": network} | _protocol(card, size=size, multi_scale=multi_scale),
+        "score": score,
+        "floors": _random(truth),
+    }
+    if untrained:
+        report["untrained"] = measure(untrained_backbone(card))
+    return report
+
+
+def _protocol(card: BackboneCard, *, size: int, multi_scale: bool) -> dict[str, object]:
+    return {
+        "method": "cosine similarity of whole images, no whitening; junk is left out of rankings",
+        "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
+        "average_precision": "trapezoids",
+        "imsize": size,
+        "interpolation": "Lanczos",
+        "scales": list(SCALES) if multi_scale else [1.0],
+        "mean": list(card.mean),
+        "std": list(card.std),
+        "floor": "expectation of a random order",
+    }
+
+
+def _paths(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Files of the names; all of them are there."""
+    inner = folder / "jpg"
+    place = inner if inner.is_dir() else folder
+    files = [place / (name if os.path.splitext(name)[1] else f"{name}.jpg") for name in names]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(files)} images of the ground truth are not in {place}, the "
+            f"first is {missing[0].name}. Bring them, or correct --images."
+        )
+    return files
+
+
+def describe_files(
+    backbone: nn.Module,
+    paths: Sequence[Path],
+    *,
+    card: BackboneCard,
+    size: int,
+    progress: bool = False,
+) -> Tensor:
+    """Features of images of any shape, one by one, (N, D) float32 of length 1.
+
+    Args:
+        backbone: in eval mode.
+        paths: of the files.
+        card: channels, mean and std of the images.
+        size: longer side at most, pixels.
+        progress: draw a bar on stderr, if that is a terminal.
+
+    Raises:
+        DataError: an image cannot be read, or is smaller than a patch.
+        NonFiniteError: a feature is not a finite number.
+    """
+    decoder = Decoder(card.backbone.in_chans, card.white)
+    weight = next(backbone.parameters())
+    least = least_side(backbone)
+    features = []
+    for path in tqdm(paths, unit="img", disable=None if progress else True):
+        pixels = decoder.open(read_image_file(str(path)), str(path)).pixels()
+        small = _thumbnail(pixels, size=size)
+        if min(small.shape[:2]) < least:
+            raise DataError(
+                f"{path}: is {small.shape[1]} x {small.shape[0]} pixels at an imsize of {size}, "
+                f"the network needs {least} along both sides. Take a larger --imsize."
+            )
+        image = torch.from_numpy(small).permute(2, 0, 1)[None]
+        normal = normalize_images(image.to(weight.device), mean=card.mean, std=card.std)
+        with torch.no_grad():
+            features.append(backbone([normal.to(weight.dtype)]).float())
+    return F.normalize(require_finite(torch.cat(features)), dim=1)
+
+
+def _thumbnail(pixels: NDArray[np.uint8], *, size: int) -> NDArray[np.uint8]:
+    image = to_image(pixels)
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return to_pixels(image).copy()
+
+
+def _rankings(asked: Tensor, bank: Tensor) -> Iterator[NDArray[np.int64]]:
+    """Numbers of all images of the bank (N,), the most similar first, of each query in turn."""
+    for chunk in asked.split(max(1, SIMILARITIES_PER_CHUNK // len(bank))):
+        order = (chunk @ bank.T).argsort(dim=1, descending=True, stable=True)
+        yield from order.cpu().numpy()
+
+
+def score_setups(rankings: Iterable[NDArray[np.int64]], truths: Sequence[Truth]) -> Scores:
+    """Mean average precision and precisions at ranks of every setup, in percent.
+
+    Queries without positives in a setup are left out of its means; a setup in which no query has
+    any is left out altogether.
+
+    Args:
+        rankings: numbers of images (N,), the most similar first, of each query.
+        truths: one a query.
+    """
+    found: dict[str, list[list[float]]] = {setup: [] for setup in SETUPS}
+    for ranking, truth in zip(rankings, truths, strict=True):
+        for setup, (right, left_out) in SETUPS.items():
+            positives = _numbers(truth, right)
+            if positives:
+                kept = ranking[~np.isin(ranking, _numbers(truth, left_out))]
+                found[setup].append(_query_scores(np.isin(kept, positives)))
+    names = ("mAP", *(f"mP@{depth}" for depth in DEPTHS))
+    return {
+        f"{setup} {name}": 100 * float(value)
+        for setup, of_setup in found.items()
+        if of_setup
+        for name, value in zip(names, np.mean(of_setup, axis=0), strict=True)
+    }
+
+
+def _numbers(truth: Truth, kinds: Sequence[str]) -> list[int]:
+    return [number for kind in kinds for number in getattr(truth, kind)]
+
+
+def _query_scores(hits: NDArray[np.bool_]) -> list[float]:
+    """Average precision and precisions at ranks of one query."""
+    total, last = int(hits.sum()), int(hits.nonzero()[0].max()) + 1
+    average = trapezoid_precision(torch.from_numpy(hits)[None], torch.tensor([total]))
+    depths = [min(depth, last) for depth in DEPTHS]
+    return [float(average), *(float(hits[:depth].mean()) for depth in depths)]
+
+
+def _random(truth: GroundTruth) -> Scores:
+    """Mean average precision of a random order of every setup, in percent."""
+    scores = {}
+    for setup, (right, left_out) in SETUPS.items():
+        pairs = [(len(_numbers(x, right)), len(_numbers(x, left_out))) for x in truth.truths]
+        found = [
+            random_precision(images=len(truth.images) - junk, positives=wanted, trapezoids=True)
+            for wanted, junk in pairs
+            if wanted
+        ]
+        if found:
+            scores[f"{setup} mAP"] = 100 * float(np.mean(found))
+    return scores

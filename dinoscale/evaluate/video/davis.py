@@ -1,0 +1,254 @@
+"""Video object segmentation without training: the masks of the first frames, carried through.
+
+Source: Caron et al. 2021 (arXiv:2104.14294), section 4.2.2, on DAVIS 2017 (arXiv:1704.00675).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from dinoscale.convert.card import BackboneCard
+from dinoscale.convert.weights import Network
+from dinoscale.convert.weights_file import load_backbone
+from dinoscale.data.decoding.decode import Decoder
+from dinoscale.data.sources.videos import VOID, Video, object_numbers, open_videos
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.dense.mask_pictures import compare, save_animation, save_mask
+from dinoscale.evaluate.dense.mask_scores import TOLERANCE, boundary_measure, region_similarity
+from dinoscale.evaluate.features import find_device
+from dinoscale.evaluate.untrained import untrained_backbone
+from dinoscale.evaluate.video.propagation import Follower, Settings
+from dinoscale.runtime.outputs import replacing
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# The published numbers were measured with 0.228, which stands so in the authors' code.
+_PUBLISHED_STD = (0.228, 0.224, 0.225)
+
+Labels = NDArray[np.uint8]
+Scores = dict[str, float]
+
+
+def evaluate_video(
+    weights_path: str | Path,
+    spec: str,
+    *,
+    out: str | Path | None = None,
+    names: Sequence[str] | None = None,
+    settings: Settings | None = None,
+    untrained: bool = False,
+    device: str | None = None,
+    network: Network = "teacher",
+    num_heads: int | None = None,
+    progress: bool = True,
+) -> dict[str, object]:
+    """Follow the objects of the first frames through videos, and compare with the true masks.
+
+    As in the benchmark, the first and the last frame of a video are not scored, a score is the
+    mean over its frames, and the means run over all objects of all videos.
+
+    Args:
+        weights_path: of a ViT.
+        spec: the videos; see `data.videos.open_videos`.
+        out: folder for SEQUENCE/00000.png (indexed masks), SEQUENCE/scores.json and SEQUENCE.gif
+            (found left, true right); what is finished stays there if a later video fails.
+        names: of the sequences to take; None takes all, of DAVIS those of its validation set.
+        settings: of the propagation; None takes the published ones.
+        untrained: also measure the same architecture with fresh weights.
+        device: a torch device; None takes the accelerator if there is one.
+        network: which of the two of a run or a full checkpoint.
+        num_heads: for files that do not tell.
+        progress: draw a bar on stderr, if that is a terminal.
+
+    Returns:
+        What was measured and how, ready for JSON. Scores in percent: J (region similarity), F
+        (boundary measure) and their mean; `floors` are those of the first mask copied to every
+        frame.
+
+    Raises:
+        CheckpointError: the weights file cannot be used.
+        ConfigError: a setting is out of range, or the backbone has no patch tokens.
+        DataError: a video cannot be read, or nothing would be measured or written.
+    """
+    settings = settings or Settings()
+    settings.check()
+    where = find_device(device)
+    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
+    if not hasattr(backbone, "features"):
+        raise ConfigError(f"video needs the patches of a ViT; {card.backbone.name} has none")
+    videos = open_videos(spec, names=names)
+    if out is None and not any(map(_scored_frames, videos)):
+        raise DataError(f"{spec}: only the first frames have masks. Give --out to write the others")
+    folders = None if out is None else _folders(Path(out), videos)
+    fresh = untrained_backbone(card).to(where) if untrained else None
+    measure = partial(_measure, card=card, settings=settings)
+    found: list[dict[str, Any]] = []
+    total = sum(len(video.frames) for video in videos) * (2 if untrained else 1)
+    with tqdm(total=total, unit="frame", disable=None if progress else True) as bar:
+        for i, video in enumerate(videos):
+            bar.set_description(video.name)
+            folder = None if folders is None else folders[i]
+            scores = measure(backbone.to(where), video, folder=folder, bar=bar)
+            if fresh is not None:
+                scores["untrained"] = measure(fresh, video, folder=None, bar=bar)["score"]
+            if folder is not None:
+                with replacing(folder / "scores.json") as beside:
+                    beside.write_text(json.dumps(scores, indent=1) + "\n")
+            found.append(scores)
+    report: dict[str, object] = {
+        "task": "video",
+        "weights": str(weights_path),
+        "weights_source": card.source,
+        "backbone": asdict(card.backbone),
+        "spec": spec,
+        "protocol": {"network": network} | _protocol(card, settings),
+        "score": _mean(found, "score"),
+        "floors": _mean(found, "floors"),
+    }
+    if untrained:
+        report["untrained"] = _mean(found, "untrained")
+    return {**report, "sequences": found, "out": None if out is None else str(out)}
+
+
+def _scored_frames(video: Video) -> list[int]:
+    """Frames that count: with a mask, without the first and the last, as in the benchmark."""
+    return [i for i in range(1, len(video.frames) - 1) if video.frames[i].mask is not None]
+
+
+def _folders(out: Path, videos: Sequence[Video]) -> list[Path]:
+    """Make a folder for each video; names come from tars and may hold anything."""
+    names = [re.sub(r"[^\w-]+", "_", video.name) for video in videos]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"two sequences would be written to {out / twice}. Give them other names.")
+    try:
+        for name in names:
+            (out / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {out}: {error.strerror}.") from None
+    return [out / name for name in names]
+
+
+def _normalization(card: BackboneCard) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the published code for those of ImageNet, else the card's own."""
+    if (card.mean, card.std) == _IMAGENET:
+        return card.mean, _PUBLISHED_STD
+    return card.mean, card.std
+
+
+def _measure(
+    backbone: nn.Module,
+    video: Video,
+    *,
+    card: BackboneCard,
+    settings: Settings,
+    folder: Path | None,
+    bar: tqdm[NoReturn],
+) -> dict[str, Any]:
+    """Follow the objects of one video, score them, and write masks and animation."""
+    decoder = Decoder(card.backbone.in_chans, card.white)
+    pixels = video.pixels(0, decoder)
+    size = (pixels.shape[0], pixels.shape[1])
+    first = video.mask(0, size=size)
+    assert first is not None  # `open_videos` refuses videos without
+    objects = object_numbers(first, name=video.name)
+    numbers = np.array([0, *objects], dtype=np.uint8)
+    copied = np.where(first == VOID, 0, first).astype(np.uint8)
+    start = np.searchsorted(numbers, copied).astype(np.uint8)  # consecutive numbers
+    mean, std = _normalization(card)
+    follower = Follower(backbone, pixels, start, mean=mean, std=std, settings=settings)
+    scored = _scored_frames(video)
+    ours, floor, drawn = [], [], []
+    for i in range(len(video.frames)):
+        if i:
+            pixels = _same_size(video, i, decoder, size)
+        found = numbers[follower.follow(pixels)] if i else copied
+        truth = video.mask(i, size=size)
+        if i in scored and truth is not None:
+            ours.append(score_objects(found, truth, objects))
+            floor.append(score_objects(copied, truth, objects))
+        if folder is not None:
+            save_mask(found, folder / f"{video.frames[i].number:05d}.png")
+            drawn.append(compare(pixels, found, truth))
+        bar.update()
+    if folder is not None:
+        save_animation(drawn, folder.with_suffix(".gif"))
+    return {
+        "sequence": video.name,
+        "frames": len(video.frames),
+        "scored_frames": len(scored),
+        "objects": objects,
+        "score": _summary(ours),
+        "floors": _summary(floor),
+    }
+
+
+def _same_size(
+    video: Video, index: int, decoder: Decoder, size: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """Pixels of a later frame."""
+    pixels = video.pixels(index, decoder)
+    if pixels.shape[:2] != size:
+        raise DataError(
+            f"{video.frames[index].image}: has {pixels.shape[1]} x {pixels.shape[0]} pixels, the "
+            f"first frame {size[1]} x {size[0]}. Frames of a video need one size."
+        )
+    return pixels
+
+
+def score_objects(found: Labels, truth: Labels, objects: Sequence[int]) -> NDArray[np.float64]:
+    """J and F of every object in one frame, (objects, 2) in 0..1.
+
+    Args:
+        found: object numbers, (H, W).
+        truth: the same; where it is VOID nothing is judged.
+        objects: the numbers that count.
+    """
+    judged = truth != VOID
+    pairs = [((found == number) & judged, (truth == number) & judged) for number in objects]
+    return np.array([(region_similarity(*pair), boundary_measure(*pair)) for pair in pairs])
+
+
+def _summary(frames: Sequence[NDArray[np.float64]]) -> Scores:
+    """Means over the frames and then the objects, in percent; empty without frames."""
+    if not frames:
+        return {}
+    region, edge = (100 * np.mean(frames, axis=0)).mean(axis=0).tolist()
+    return {"J&F": (region + edge) / 2, "J": region, "F": edge}
+
+
+def _mean(sequences: Sequence[Mapping[str, Any]], key: str) -> Scores:
+    """Mean over the objects of all sequences that were scored."""
+    scored = [sequence for sequence in sequences if sequence[key]]
+    weights = [len(sequence["objects"]) for sequence in scored]
+    names = scored[0][key] if scored else ()
+    return {
+        name: float(np.average([sequence[key][name] for sequence in scored], weights=weights))
+        for name in names
+    }
+
+
+def _protocol(card: BackboneCard, settings: Settings) -> dict[str, object]:
+    mean, std = _normalization(card)
+    return {
+        "method": "labels of the first frame propagated by patch similarity",
+        "features": "normalised patch tokens of the last block, L2-normalised",
+        **asdict(settings),
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": "bilinear",
+        "boundary_tolerance": TOLERANCE,
+        "scored": "frames with a mask but the first and the last; mean over frames, then over all "
+        "objects",
+        "floor": "mask of the first frame copied to every frame",
+    }

@@ -1,0 +1,342 @@
+"""How fast this machine can feed a run, part by part, and what limits it.
+
+The parts are the run's own: its images, sizes, micro-batch and loader. Rates are images per
+second; those of what data workers do are of one core while all others do the same, for cores share
+caches, memory and clocks, and two logical ones are often one.
+"""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dinoscale.config import RunConfig, split_batch
+from dinoscale.data.augmentation.multi_crop import MultiCrop
+from dinoscale.data.decoding.decode import BadSampleError, Picture
+from dinoscale.data.loader import Batch, train_batches
+from dinoscale.data.shards.stream import StreamSource
+from dinoscale.data.sources.source import Source
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.features import find_device
+from dinoscale.planning.bench.budget import say
+from dinoscale.planning.bench.busy import busy
+from dinoscale.runtime.cores import cores_at_hand
+from dinoscale.training.feed import finish_batch, multi_crop_of, open_images
+
+_MAX_STEPS = 2**31  # the loader ends when the time is over
+_AHEAD = 2  # batches that each worker has prepared before the clock starts
+_PARTS = 4  # that are measured beside the loader, five with a transfer
+_CPU_BATCH = 16  # images at most, where the CPU trains: rates are per image, and time is short
+_TRIES = 10  # images tried for each that is wanted
+_GOOD_SHARE = 0.7  # of what the cores should deliver together; below, something is in the way
+_HALF = 0.5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Images per second, of one core while all are busy; None where there is nothing to do.
+
+    Attributes:
+        read_decode: one core reads files and decodes them in full.
+        crops: one core cuts and resizes the crops of decoded pictures.
+        worker: one core does both for the loader, which decodes large JPEG files smaller.
+        transfer: from page-locked memory to the accelerator; None on a CPU.
+        device: the training device changes colours and normalises.
+        loader: the real loader and the device part together, end to end.
+    """
+
+    read_decode: float
+    crops: float
+    worker: float
+    transfer: float | None
+    device: float
+    loader: float
+
+
+def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) -> dict[str, Any]:
+    """Measure the input of a run on one rank; sentences go to stderr.
+
+    Args:
+        config: of the run.
+        gpu_images_per_s: what one GPU trains, to work out its workers; images per second.
+        seconds: to spend on each part.
+
+    Returns:
+        JSON-able: the rates, the part that limits, the workers that such a GPU needs.
+
+    Raises:
+        ConfigError: no images are named, or a number is out of range.
+        DataError: the images cannot be opened, or ten in a row cannot be read.
+    """
+    if not (0 < gpu_images_per_s < math.inf and 0 < seconds <= 3600):
+        raise ConfigError(
+            "need --gpu-images-per-s > 0 and --seconds > 0, at most 3600; got"
+            f" {gpu_images_per_s} and {seconds}"
+        )
+    source = open_images(config)
+    size = min(split_batch(config.train, world_size=1).micro_batch_size, len(source))
+    device, cores = find_device(None), cores_at_hand()
+    if device.type == "cpu":  # which takes a batch one image after the other
+        size = min(size, _CPU_BATCH)
+    say(
+        f"measuring batches of {size} images: about {_PARTS * seconds:.0f} s for the parts, those"
+        f" of data workers with all {cores} cores at hand busy, and {seconds:g} s for the loader,"
+        f" once its {config.data.num_workers} workers have {_AHEAD} batches each"
+    )
+    rates = _measure(config, source, device, size=size, seconds=seconds, cores=cores)
+    can_feed = rates.worker * cores
+    result = {
+        "device": str(device),
+        "cores": cores,
+        "num_workers": config.data.num_workers,
+        "micro_batch_size": size,
+        "images_per_s": {name: _rounded(rate) for name, rate in asdict(rates).items()},
+        "limit": limit(rates, num_workers=config.data.num_workers, cores=cores),
+        "cores_can_feed_images_per_s": _rounded(can_feed),
+        "gpu_images_per_s": gpu_images_per_s,
+        "workers_for_one_gpu": math.ceil(gpu_images_per_s / rates.worker),
+    }
+    say(in_words(rates, result))
+    return result
+
+
+def _rounded(rate: float | None) -> float | None:
+    return None if rate is None else float(f"{rate:.4g}")
+
+
+def _measure(
+    config: RunConfig,
+    source: Source,
+    device: torch.device,
+    *,
+    size: int,
+    seconds: float,
+    cores: int,
+) -> Rates:
+    multi_crop = multi_crop_of(config)
+    order = _order(source, seed=config.seed)
+    some = _decoded(source, order, count=size)
+
+    def as_worker(seed: int) -> Iterator[Batch]:
+        again = config.model_copy(update={"seed": seed})
+        return _batches(again, source, multi_crop, size=size, num_workers=0, pin=False)
+
+    batches = as_worker(config.seed)
+    batch = next(batches)
+    of_workers: dict[str, Callable[[], object]] = {
+        "read_decode": lambda: _decoded(source, order, count=size),
+        "crops": lambda: _cut(multi_crop, some),
+        "worker": lambda: next(batches),
+    }
+    with busy(as_worker, others=cores - 1), _threads(1):  # a worker has one thread
+        spent = _in_turn(of_workers, seconds=seconds)
+    of_device: dict[str, Callable[[], object]] = {}
+    if device.type == "cuda":
+        pinned = batch.pin_memory()
+        of_device["transfer"] = lambda: _sent(pinned, device)
+        batch = _sent(pinned, device)
+    of_device["device"] = lambda: _finish(batch, config, device)
+    spent |= _in_turn(of_device, seconds=seconds)
+    for name, time_s in spent.items():
+        say(f"{name}: {size / time_s:.4g} images/s")
+    loader = _loader_rate(config, source, multi_crop, device, size=size, seconds=seconds)
+    rates = {name: size / time_s for name, time_s in spent.items()}
+    return Rates(transfer=rates.pop("transfer", None), loader=loader, **rates)
+
+
+def _order(source: Source, *, seed: int) -> Iterator[int]:
+    """Numbers of images without end: at random, of a stream from its front."""
+    rng = np.random.default_rng(seed)
+    while True:
+        if isinstance(source, StreamSource):
+            yield from range(len(source))
+        else:
+            yield int(rng.integers(len(source)))
+
+
+def _decoded(source: Source, order: Iterator[int], *, count: int) -> list[Picture]:
+    """The next pictures that can be read, with their pixels.
+
+    Raises:
+        DataError: ten times as many cannot be read.
+    """
+    pictures: list[Picture] = []
+    for _ in range(_TRIES * count):
+        with contextlib.suppress(BadSampleError):
+            picture = source.picture(next(order))
+            pictures.append(Picture.of(picture.pixels(), picture.path))
+        if len(pictures) == count:
+            return pictures
+    raise DataError(f"only {len(pictures)} of {_TRIES * count} images can be read")
+
+
+def _cut(multi_crop: MultiCrop, pictures: list[Picture]) -> None:
+    crops = multi_crop.arrays(count=len(pictures))
+    for place, picture in enumerate(pictures):
+        multi_crop(picture, crops, place, seed=0, epoch=0, sample=place)
+
+
+def _batches(
+    config: RunConfig,
+    source: Source,
+    multi_crop: MultiCrop,
+    *,
+    size: int,
+    num_workers: int,
+    pin: bool,
+) -> Iterator[Batch]:
+    """The run's loader on one rank, a micro-batch a step."""
+    return train_batches(
+        source,
+        multi_crop,
+        batch_size=size,
+        micro_batch_size=size,
+        seed=config.seed,
+        rank=0,
+        world_size=1,
+        start_step=0,
+        stop_step=_MAX_STEPS,
+        num_workers=num_workers,
+        lanes=config.data.lanes,
+        pin_memory=pin,
+    )
+
+
+def _sent(batch: Batch, device: torch.device) -> Batch:
+    sent = Batch(
+        batch.global_crops.to(device, non_blocking=True),
+        batch.local_crops.to(device, non_blocking=True),
+        batch.params,
+        batch.sample_ids,
+        batch.bad,
+    )
+    torch.cuda.synchronize(device)
+    return sent
+
+
+def _finish(batch: Batch, config: RunConfig, device: torch.device) -> None:
+    finish_batch(batch, config.data, device, compiled=config.engine.compile is not False)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _in_turn(parts: Mapping[str, Callable[[], object]], *, seconds: float) -> dict[str, float]:
+    """Median seconds of each part; they run in turn, so that other programs weigh on all alike."""
+    for work in parts.values():
+        work()  # buffers, lazy imports
+    spent: dict[str, list[float]] = {name: [] for name in parts}
+    end = time.perf_counter() + seconds * len(parts)
+    while time.perf_counter() < end or not all(spent.values()):
+        for name, work in parts.items():
+            begin = time.perf_counter()
+            work()
+            spent[name].append(max(time.perf_counter() - begin, 1e-9))
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    own = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(own)
+
+
+def _loader_rate(
+    config: RunConfig,
+    source: Source,
+    multi_crop: MultiCrop,
+    device: torch.device,
+    *,
+    size: int,
+    seconds: float,
+) -> float:
+    """Images per second from the workers to the network, once what they had ready is used up."""
+    workers = config.data.num_workers
+    batches = _batches(
+        config, source, multi_crop, size=size, num_workers=workers, pin=device.type == "cuda"
+    )
+    for _ in range(_AHEAD * workers + 1):
+        _finish(next(batches), config, device)
+    begin, images = time.perf_counter(), 0
+    while not images or time.perf_counter() - begin < seconds:
+        _finish(next(batches), config, device)
+        images += size
+    return images / (time.perf_counter() - begin)
+
+
+def limit(rates: Rates, *, num_workers: int, cores: int) -> str:
+    """The part that holds the others up: "workers", "transfer" or "device".
+
+    Without workers everything happens in turn, and the slowest part is the limit all the same.
+
+    Args:
+        rates: of the parts.
+        num_workers: of one rank.
+        cores: at hand.
+    """
+    parts = {"workers": rates.worker * min(max(num_workers, 1), cores), "device": rates.device}
+    if rates.transfer is not None:
+        parts["transfer"] = rates.transfer
+    return min(parts, key=lambda part: parts[part])
+
+
+def in_words(rates: Rates, result: dict[str, Any]) -> str:
+    """The result of `bench_data` in plain words."""
+    cores, workers = result["cores"], result["num_workers"]
+    lines = [f"{'images/s':<44}{'of one core':>12}{f'of all {cores}':>12}"]
+    for text, rate in (
+        ("reading and decoding in full", rates.read_decode),
+        ("cutting crops", rates.crops),
+        ("both as a data worker does it", rates.worker),
+    ):
+        lines.append(f"  {text:<42}{rate:>12.4g}{rate * cores:>12.4g}")
+    for text, whole in (
+        ("transfer to the device", rates.transfer),
+        (f"device part ({result['device']})", rates.device),
+        (f"real loader, {workers} workers, and device part", rates.loader),
+    ):
+        if whole is not None:
+            lines.append(f"  {text:<42}{'':>12}{whole:>12.4g}")
+    lines.append(f"limit: {_LIMITS[result['limit']]}")
+    if result["limit"] == "workers":
+        lines.append(_within_worker(rates))
+        share = rates.loader / (rates.worker * min(max(workers, 1), cores))
+        if share < _GOOD_SHARE:
+            lines.append(
+                f"the workers together deliver {share:.0%} of what they should: they wait for the"
+                " disk, or other programs use the cores"
+            )
+    gpu, feed = result["gpu_images_per_s"], rates.worker * cores
+    lines.append(
+        f"a GPU that trains {gpu:.4g} images/s needs {result['workers_for_one_gpu']} data workers,"
+        f" each with a core; the {cores} cores at hand can feed {feed:.4g} images/s,"
+        f" {feed / gpu:.2g} such GPUs"
+    )
+    if rates.transfer is not None:
+        share = gpu / rates.device + gpu / rates.transfer
+        lines.append(f"transfer and device part take {share:.1%} of the time of such a GPU")
+    return "\n".join(lines)
+
+
+_LIMITS = {
+    "workers": "the data workers; raise data.num_workers up to the cores at hand",
+    "transfer": "the transfer to the device",
+    "device": "the device part; more data workers would not help",
+}
+
+
+def _within_worker(rates: Rates) -> str:
+    share = (1 / rates.read_decode) / (1 / rates.read_decode + 1 / rates.crops)
+    if share < _HALF:
+        return f"{1 - share:.0%} of a worker's time is cutting crops: fewer or smaller ones"
+    return (
+        f"{share:.0%} of a worker's time is reading and decoding: shards instead of loose files,"
+        " and pictures whose shorter side is not much longer than the crops need, take less"
+    )

@@ -1,0 +1,173 @@
+"""Ways to run a configuration on given GPUs, and the one to take."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dinoscale.engine.flops import StepFlops
+from dinoscale.engine.model_sizes import Dims, flops_of
+from dinoscale.models.activation_checkpointing import Recompute
+from dinoscale.planning.plan.communication import Links, Transfer, transfers, waited_s
+from dinoscale.planning.plan.memory import Peak, peak
+from dinoscale.planning.plan.offload import offload_s
+from dinoscale.planning.plan.setup import Setup
+
+# Not compared with a GPU's allocator: assumptions, both on the safe side.
+CONTEXT_BYTES = 1.5e9  # CUDA, cuBLAS and NCCL of one process
+FRAGMENTS = 0.1  # of the tensors' bytes, lost between blocks of the allocator
+# Judgement: a pass of fewer tokens leaves a GPU waiting for launches.
+BUSY_TOKENS = 16384
+
+Level = Literal["none"] | Recompute
+LEVELS: tuple[Level, ...] = ("none", "pointwise", "all_but_attention", "block")
+STAGES = (2, 1, 0, 3)  # as preferred: 2 sums micro-batches in float32, 3 sends the most
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on.
+
+    Attributes:
+        flops: FLOP/s of one GPU at the run's precision, as published.
+        utilization: share of them that the model's own FLOPs get.
+        memory_bytes: of one GPU.
+        links: between the GPUs.
+    """
+
+    flops: float
+    utilization: float
+    memory_bytes: float
+    links: Links
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run.
+
+    Attributes:
+        level: what is recomputed in the backward.
+        setup: of the run.
+        peak: of a rank, tensors alone.
+        needed_bytes: of a GPU, with context and fragments.
+        fits: whether a GPU has as much.
+        transfers: of a step.
+        compute_s: of a step.
+        transfer_s: of a step, all transfers.
+        waited_s: of these, what a step waits for.
+        offload_s: of a step, for optimizer states in the memory of the machine.
+    """
+
+    level: Level
+    setup: Setup
+    peak: Peak
+    needed_bytes: float
+    fits: bool
+    transfers: list[Transfer]
+    compute_s: float
+    transfer_s: float
+    waited_s: float
+    offload_s: float
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self.compute_s + self.waited_s + self.offload_s
+
+    @property
+    def images_per_s(self) -> float:
+        """Of all GPUs together."""
+        setup = self.setup
+        images = setup.micro_batch_size * setup.accumulation_steps * setup.world_size
+        return images / self.step_s
+
+
+def option_of(dims: Dims, setup: Setup, machine: Machine) -> Option:
+    """Memory and time of one setup."""
+    fullest = peak(dims, setup)
+    needed = fullest.total * (1 + FRAGMENTS) + CONTEXT_BYTES
+    found = transfers(dims, setup)
+    images = setup.micro_batch_size * setup.accumulation_steps
+    flops = flops_of(dims)
+    work = images * (flops.total + recomputed_flops(dims, setup, flops))
+    compute_s = work / (machine.flops * machine.utilization)
+    return Option(
+        level=setup.recompute if setup.checkpoint_every else "none",
+        setup=setup,
+        peak=fullest,
+        needed_bytes=needed,
+        fits=needed <= machine.memory_bytes,
+        transfers=found,
+        compute_s=compute_s,
+        transfer_s=sum(machine.links.seconds(t) for t in found),
+        waited_s=waited_s(found, machine.links, compute_s=compute_s),
+        offload_s=offload_s(dims, setup),
+    )
+
+
+def recomputed_flops(dims: Dims, setup: Setup, flops: StepFlops) -> float:
+    """FLOPs that recomputation adds for one image; products that are kept are not made again."""
+    if not setup.checkpoint_every or setup.recompute == "pointwise":
+        return 0
+    linear = 2 * dims.tokens * dims.block_matrices * dims.depth
+    blocks = flops.student_global + flops.student_local  # and the patches, which weigh little
+    share = -(-dims.depth // setup.checkpoint_every) / dims.depth
+    return share * (linear if setup.recompute == "all_but_attention" else blocks)
+
+
+def options(dims: Dims, setup: Setup, machine: Machine, sizes: list[int]) -> list[Option]:
+    """Every stage at every level, each with the largest micro-batch that fits, or the smallest.
+
+    Args:
+        dims: of the network.
+        setup: of the run; stage, recomputation and micro-batch are those to be varied.
+        machine: to run on.
+        sizes: micro-batches that divide a rank's share, ascending.
+    """
+    found = []
+    for stage in sorted(STAGES):
+        if setup.offload_optimizer and stage == 0:
+            continue  # there is no shard to move
+        for level in LEVELS:
+            tried = replace(
+                setup,
+                zero_stage=stage,
+                checkpoint_every=0 if level == "none" else 1,
+                recompute="block" if level == "none" else level,
+            )
+            found.append(largest(dims, tried, machine, sizes))
+    return found
+
+
+def largest(dims: Dims, setup: Setup, machine: Machine, sizes: list[int]) -> Option:
+    """The setup with the largest of these micro-batches (ascending) that fits, or the smallest."""
+    smallest = option_of(dims, with_micro_batch(setup, sizes[0], share=sizes[-1]), machine)
+    for size in reversed(sizes):
+        option = option_of(dims, with_micro_batch(setup, size, share=sizes[-1]), machine)
+        if option.fits:
+            return option
+    return smallest
+
+
+def with_micro_batch(setup: Setup, size: int, *, share: int) -> Setup:
+    """The setup with this micro-batch; `share` is what a rank has of a step, in images."""
+    return replace(setup, micro_batch_size=size, accumulation_steps=share // size)
+
+
+def best(dims: Dims, found: list[Option], *, stage: int) -> Option | None:
+    """The cheapest that fits, or None.
+
+    One that keeps a GPU busy rather than not, then with the least recomputation, then at a stage of
+    at most 2 (the configured one first), then with the largest micro-batch.
+    """
+    stages = [stage, *STAGES] if stage < STAGES[-1] else list(STAGES)
+    fitting = [option for option in found if option.fits]
+    most = max((dims.tokens * o.setup.micro_batch_size for o in fitting), default=0)
+    return min(
+        fitting,
+        key=lambda option: (
+            dims.tokens * option.setup.micro_batch_size < min(BUSY_TOKENS, most),
+            LEVELS.index(option.level),
+            stages.index(option.setup.zero_stage),
+            -option.setup.micro_batch_size,
+        ),
+        default=None,
+    )

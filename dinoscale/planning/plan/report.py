@@ -1,0 +1,240 @@
+"""The plan of a configuration on given GPUs: everything in numbers, ready for JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from dinoscale.config import (
+    RunConfig,
+    RunPlan,
+    micro_batch_sizes,
+    require_groups_within_nodes,
+    resolve,
+    split_batch,
+    without_auto,
+)
+from dinoscale.data.sources.mixture import source_sizes
+from dinoscale.engine.model_sizes import Dims, dims_of, flops_of
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.planning.plan import choice
+from dinoscale.planning.plan.choice import Machine, Option
+from dinoscale.planning.plan.communication import Links
+from dinoscale.planning.plan.failures import FAILURES_PER_GPU_DAY, USUAL, Restart, durability
+from dinoscale.planning.plan.hardware import NETWORK, find_gpu, parse_bytes
+from dinoscale.planning.plan.memory import PARTS
+from dinoscale.planning.plan.offload import HOST_MEMORY, PCIE
+from dinoscale.planning.plan.setup import Setup, setup_of
+from dinoscale.training.feed import open_images
+
+IMAGENET = 1_281_167  # training images of ImageNet-1k
+
+
+def make_plan(
+    config: RunConfig,
+    *,
+    gpus: int,
+    gpu: str,
+    gpu_memory: str | None,
+    utilization: float,
+    network: float | None,
+    node_gpus: int,
+    storage: float,
+    restart: Restart = USUAL,
+) -> dict[str, Any]:
+    """Work out what a run would need; builds shapes only.
+
+    Args:
+        config: of the run.
+        gpus: ranks.
+        gpu: name of the GPU.
+        gpu_memory: of one GPU, such as "80GB"; None for what the named one has.
+        utilization: share of a GPU's published FLOP/s that the model's own FLOPs get.
+        network: GB/s that one GPU sends to other nodes, or on one node to the others; None for
+            what is usual.
+        node_gpus: ranks of a node.
+        storage: GB/s that all ranks together write to and read from run_dir.
+        restart: what a failure costs beside lost steps.
+
+    Returns:
+        JSON-able: parameters, FLOPs, one entry for each stage and level, what is configured, what
+        is recommended, and in words what was assumed.
+
+    Raises:
+        ConfigError: a number is out of range, the batch cannot be shared by the ranks, or the
+            backbone is not a ViT.
+    """
+    _check(
+        gpus=gpus, utilization=utilization, network=network, node_gpus=node_gpus, storage=storage
+    )
+    for option, seconds in asdict(restart).items():
+        if not 0 <= seconds < float("inf"):
+            raise ConfigError(f"--{option.removesuffix('_s')}: need seconds, got {seconds}")
+    require_groups_within_nodes(config, ranks_of_node=min(gpus, node_gpus))
+    found = find_gpu(gpu)
+    memory = parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory else found.memory_bytes
+    within = gpus <= node_gpus
+    links = Links(
+        node=node_gpus,
+        within=network * 1e9 if network and within else found.link_bandwidth,
+        between=network * 1e9 if network else NETWORK,
+    )
+    dims = dims_of(config)
+    sizes = micro_batch_sizes(config.train, world_size=gpus)
+    run, assumed = _in_steps(config, gpus=gpus)
+    setup = setup_of(config, run, on_gpu=True)
+    machine = Machine(
+        flops=found.bf16_flops if setup.bf16 else found.fp32_flops,
+        utilization=utilization,
+        memory_bytes=memory,
+        links=links,
+    )
+    options = choice.options(dims, setup, machine, sizes)
+    chosen = choice.best(dims, options, stage=config.engine.zero_stage)
+    return {
+        "backbone": config.model.backbone,
+        "precision": config.engine.precision,
+        "gpus": gpus,
+        "gpu": gpu.lower(),
+        "gpu_memory_bytes": memory,
+        "gpu_flops": machine.flops,
+        "utilization": utilization,
+        "node_gpus": node_gpus,
+        "send_bytes_per_s": links.within if within else links.between,
+        "images_per_step": run.batch_size,
+        "steps_per_epoch": run.steps_per_epoch,
+        "steps": run.stop_step,
+        "parameters": {"backbone": dims.backbone, "head": dims.head, "total": dims.parameters},
+        "flops_per_image": _flops(dims),
+        "options": [_as_json(option, run, links) for option in options],
+        "configured": _configured(config, dims, setup, machine, run),
+        "recommended": None if chosen is None else _as_json(chosen, run, links),
+        "durability": asdict(durability(dims, setup, storage=storage * 1e9, restart=restart)),
+        "assumptions": [
+            *assumed,
+            *_assumptions(config, machine, given=network is not None, within=within),
+            *([] if within else _assumptions_of_many_nodes(links, storage, restart)),
+        ],
+    }
+
+
+def _check(
+    *, gpus: int, utilization: float, network: float | None, node_gpus: int, storage: float
+) -> None:
+    for option, count in (("--gpus", gpus), ("--node-gpus", node_gpus)):
+        if count < 1:
+            raise ConfigError(f"{option}: need at least 1, got {count}")
+    if not 0 < utilization <= 1:
+        raise ConfigError(f"--utilization: need more than 0 and at most 1, got {utilization}")
+    for option, speed in (("--network", network), ("--storage", storage)):
+        if speed is not None and not 0 < speed < float("inf"):
+            raise ConfigError(f"{option}: need GB/s above 0, got {speed}")
+
+
+def _in_steps(config: RunConfig, *, gpus: int) -> tuple[RunPlan, list[str]]:
+    """The run in steps, and what had to be assumed for it."""
+    images, assumed = _num_images(config)
+    return resolve(without_auto(config), world_size=gpus, num_images=images), assumed
+
+
+def _num_images(config: RunConfig) -> tuple[int | Sequence[int], list[str]]:
+    why = "data.train is not set"
+    if config.data.sources:
+        try:
+            return source_sizes(open_images(config)), []
+        except DataError as error:
+            why = f"data.train cannot be opened here ({error})"
+    wanted = config.data.distinct_images or config.data.images_per_epoch
+    if wanted:
+        return wanted, []
+    return IMAGENET, [f"{IMAGENET:,} images, as in ImageNet-1k: {why}"]
+
+
+def _configured(
+    config: RunConfig, dims: Dims, setup: Setup, machine: Machine, run: RunPlan
+) -> dict[str, Any] | None:
+    """The configuration as it is; None where its micro-batch is found at the start (auto).
+
+    Raises:
+        ConfigError: the micro-batch does not divide a rank's share.
+    """
+    if config.train.micro_batch_size == "auto":
+        return None
+    split = split_batch(config.train, world_size=setup.world_size)
+    as_it_is = replace(
+        setup,
+        micro_batch_size=split.micro_batch_size,
+        accumulation_steps=split.accumulation_steps,
+    )
+    return _as_json(choice.option_of(dims, as_it_is, machine), run, machine.links)
+
+
+def _flops(dims: Dims) -> dict[str, int]:
+    flops = flops_of(dims)
+    return {**asdict(flops), "total": flops.total}
+
+
+def _as_json(option: Option, run: RunPlan, links: Links) -> dict[str, Any]:
+    setup = option.setup
+    found = [asdict(t) | {"between_bytes": links.between_bytes(t)} for t in option.transfers]
+    return {
+        "zero_stage": setup.zero_stage,
+        "recompute": option.level,
+        "checkpoint_every_k_blocks": setup.checkpoint_every,
+        "micro_batch_size": setup.micro_batch_size,
+        "accumulation_steps": setup.accumulation_steps,
+        "fits": option.fits,
+        "needed_bytes": round(option.needed_bytes),
+        "peak_bytes": round(option.peak.total),
+        "peak_moment": option.peak.moment,
+        "bytes": {part: round(option.peak.terms[part]) for part in PARTS},
+        "images_per_s": round(option.images_per_s, 1),
+        "step_s": round(option.step_s, 4),
+        "offload_s": round(option.offload_s, 4),
+        "hours": round(run.stop_step * option.step_s / 3600, 2),
+        "communication": {
+            "sent_bytes": round(sum(t.sent_bytes for t in option.transfers)),
+            "between_bytes": round(sum(transfer["between_bytes"] for transfer in found)),
+            "seconds": round(option.transfer_s, 4),
+            "waited_s": round(option.waited_s, 4),
+            "transfers": found,
+        },
+    }
+
+
+def _assumptions(config: RunConfig, machine: Machine, *, given: bool, within: bool) -> list[str]:
+    sentences = [
+        f"{machine.utilization:.0%} of the published {machine.flops / 1e12:.4g} TFLOP/s of a GPU"
+        " go into the model's own products; the data keep up",
+        f"{choice.CONTEXT_BYTES / 1e9:g} GB for CUDA and NCCL, and {choice.FRAGMENTS:.0%} more than"
+        " the tensors for gaps between them: neither has been compared with a GPU's allocator",
+        "blocks as they are; compiled ones (engine.compile) may keep less",
+        "the first steps, in which the prototypes are frozen, need less",
+    ]
+    if config.model.drop_path_mode == "subset":
+        sentences.append("branches that stochastic depth drops count as computed and kept")
+    if config.engine.offload_optimizer:
+        sentences.append(
+            f"with the optimizer in the machine's memory, {PCIE / 1e9:g} GB/s of a GPU to it and"
+            f" {HOST_MEMORY / 1e9:g} GB/s of it for the update of each GPU, which waits: judgement"
+        )
+    links = machine.links
+    if not given:
+        speed, where = links.between, f"between machines of {links.node} GPUs"
+        if within:
+            speed, where = links.within, "within a machine"
+        sentences.append(f"a GPU sends {speed / 1e9:g} GB/s {where}; --network says otherwise")
+    return sentences
+
+
+def _assumptions_of_many_nodes(links: Links, storage: float, restart: Restart) -> list[str]:
+    return [
+        f"collectives in rings: 1 of {links.node} bytes that a GPU sends leaves its machine, the"
+        f" others go at {links.within / 1e9:g} GB/s; each collective's delay, which grows with the"
+        " ranks, is not counted",
+        f"all ranks together write and read {storage:g} GB/s; --storage says otherwise",
+        f"{FAILURES_PER_GPU_DAY * 1e3:.2f} failures in 1,000 days of a GPU, as in Llama 3's"
+        " training (arXiv:2407.21783)",
+        f"after one, {restart.requeue_s:g} s until the machines are there again (--requeue),"
+        f" {restart.start_s:g} s until the ranks have met (--start), {restart.index_s:g} s to list"
+        f" the images (--index); at most {restart.hang_s:g} s until it is noticed (--hang)",
+    ]

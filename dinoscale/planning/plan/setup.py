@@ -1,0 +1,79 @@
+"""How a run is spread over ranks and what it stores in which type."""
+
+from dataclasses import dataclass
+
+from dinoscale.config import RunConfig, RunPlan
+from dinoscale.engine.param_groups import MOMENTS
+from dinoscale.models.activation_checkpointing import Recompute
+
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What memory, time and communication depend on besides the sizes.
+
+    Attributes:
+        zero_stage: 0-3.
+        world_size: W.
+        micro_batch_size: images of a rank in one pass.
+        accumulation_steps: passes of a step.
+        bf16: weights and activations in bfloat16, else float32.
+        communication_bytes: c.
+        checkpoint_every: every k-th block is recomputed, 0 none.
+        recompute: what of such a block.
+        moments: tensors that the optimizer keeps for each weight.
+        offload_optimizer: whether master, moments and average are in the memory of the machine.
+        bucket_elements: of DeepSpeed's buffers for gradients.
+        live_elements: of the weights that stage 3 keeps gathered.
+        hpz_ranks: ranks of a node that share a second copy of the weights at stage 3, 1 for none.
+        on_gpu: whether collectives need no copies of their own.
+    """
+
+    zero_stage: int
+    world_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    bf16: bool
+    communication_bytes: int
+    checkpoint_every: int
+    recompute: Recompute
+    moments: int
+    offload_optimizer: bool
+    bucket_elements: int
+    live_elements: int
+    hpz_ranks: int
+    on_gpu: bool
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight in the forward."""
+        return 2 if self.bf16 else FP32
+
+    @property
+    def sums_in_fp32(self) -> bool:
+        """Whether a rank keeps its part of bf16 gradients in float32, see ds_config.py."""
+        summed = self.accumulation_steps > 1 or self.world_size > 1
+        return self.bf16 and self.zero_stage >= 2 and summed
+
+
+def setup_of(config: RunConfig, run: RunPlan, *, on_gpu: bool) -> Setup:
+    """How a run is spread and stored."""
+    engine = config.engine
+    of_sums = engine.communication_dtype if run.world_size > 1 else engine.precision
+    return Setup(
+        zero_stage=engine.zero_stage,
+        world_size=run.world_size,
+        micro_batch_size=run.micro_batch_size,
+        accumulation_steps=run.accumulation_steps,
+        bf16=engine.precision == "bf16",
+        communication_bytes=2 if of_sums == "bf16" else FP32,
+        checkpoint_every=engine.checkpoint_every_k_blocks,
+        recompute=engine.recompute,
+        moments=len(MOMENTS[config.optim.name]),
+        offload_optimizer=engine.offload_optimizer,
+        bucket_elements=engine.bucket_elements,
+        live_elements=engine.live_elements,
+        hpz_ranks=engine.hpz_ranks,
+        on_gpu=on_gpu,
+    )

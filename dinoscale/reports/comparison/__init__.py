@@ -1,0 +1,1 @@
+"""Several weights side by side."""

@@ -1,0 +1,150 @@
+"""The page of a comparison: a table of all scores, and a section for each of its columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+from dinoscale.reports import page
+from dinoscale.reports.comparison.compare import NOT_RANKED, Cell, Column, Comparison, Report, Row
+from dinoscale.reports.comparison.plots import draw_column
+from dinoscale.reports.page import element
+
+PAGE, DATA = "compare.html", "compare.json"
+VIDEOS_SHOWN = 4
+DIFFERENCES_SHOWN = 5
+
+
+def write_page(comparison: Comparison, folder: Path) -> None:
+    """Write the page and the table as JSON into a folder, which is made where it is not there.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    page.write_file(folder / DATA, f"{json.dumps(comparison.as_json(), indent=1)}\n".encode())
+    page.write_page("dinoscale: comparison", _body(comparison), folder / PAGE)
+
+
+def _body(comparison: Comparison) -> list[Element]:
+    numbers = range(len(comparison.columns))
+    return [
+        element("h1", "Comparison"),
+        element("p", _summary(comparison)),
+        _table(comparison),
+        element("h2", "Weights"),
+        page.definitions((row.label, row.about) for row in comparison.rows if row.kind != "floor"),
+        *(_section(comparison, number) for number in numbers),
+    ]
+
+
+def _summary(comparison: Comparison) -> str:
+    said = (
+        "Percent, more is better; the best of a column is bold. Only equal protocols and data share"
+        " a column, and what is written above a column is what sets it apart from others of its"
+        " task."
+    )
+    if any(column.task in NOT_RANKED for column in comparison.columns):
+        said += f" No column of {' or '.join(sorted(NOT_RANKED))} has a best."
+    if comparison.failed:
+        said += f" {comparison.failed} failed: the table says why."
+    return said
+
+
+def _table(comparison: Comparison) -> Element:
+    numbers = range(len(comparison.columns))
+    heads = [_head(column) for column in comparison.columns]
+    best = [comparison.best(number) for number in numbers]
+    rows = [
+        element(
+            "tr",
+            element("th", row.label, scope="row", title=row.about),
+            *(_cell(row, number, best[number]) for number in numbers),
+            class_=row.kind,
+        )
+        for row in comparison.rows
+    ]
+    return page.table([element("th"), *heads], rows)
+
+
+def _head(column: Column) -> Element:
+    shown = [f"{name}: {_value(value)}" for name, value in column.differs.items()]
+    more = len(shown) - DIFFERENCES_SHOWN
+    if more > 0:
+        shown = [*shown[:DIFFERENCES_SHOWN], f"and {more} more, see below"]
+    notes = [
+        element("small", text) for text in ([column.headline] if column.headline else []) + shown
+    ]
+    return element("th", column.task, *notes, scope="col")
+
+
+def _value(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 90 else f"{text[:80]} ..."
+
+
+def _cell(row: Row, number: int, best: float | None) -> Element:
+    cell = row.cells.get(number, Cell())
+    if cell.error:
+        return element("td", f"failed: {cell.error}", class_="error")
+    if not cell.scores:
+        return element("td", "drawn" if cell.report else "")
+    low, high = (f"{end(cell.headlines):.1f}" for end in (min, max))
+    text = low if low == high else f"{low} to {high}"
+    notes = []
+    if row.kind == "weights" and cell.not_above_floor:
+        notes.append(element("small", "not above its floors", class_="warning"))
+    is_best = row.kind == "weights" and best is not None and cell.headlines[0] == best
+    return element("td", text, *notes, **({"class_": "best"} if is_best else {}))
+
+
+def _section(comparison: Comparison, number: int) -> Element:
+    """All that is known about a column."""
+    column = comparison.columns[number]
+    cells = {row.label: row.cells[number] for row in comparison.rows if number in row.cells}
+    same = [i for i, other in enumerate(comparison.columns) if other.task == column.task]
+    place = f" ({same.index(number) + 1} of {len(same)})" if len(same) > 1 else ""
+    plots = [page.plot_figure(plot) for plot in draw_column(comparison, number)]
+    settings = page.definitions((name, _value(value)) for name, value in column.settings.items())
+    pictures = [
+        picture for label, cell in cells.items() for picture in _pictures(cell.report or {}, label)
+    ]
+    return element(
+        "section",
+        element("h2", column.task + place),
+        *plots,
+        *([_numbers(cells)] if any(cell.scores for cell in cells.values()) else []),
+        element("details", element("summary", "protocol and data"), settings),
+        *pictures,
+    )
+
+
+def _numbers(cells: Mapping[str, Cell]) -> Element:
+    """Every number of every score."""
+    names = list(dict.fromkeys(n for cell in cells.values() for s in cell.scores for n in s))
+    rows = [
+        element(
+            "tr",
+            element("th", label, scope="row"),
+            *(element("td", f"{score[name]:.2f}" if name in score else "") for name in names),
+        )
+        for label, cell in cells.items()
+        for score in cell.scores
+    ]
+    heads = [element("th", name, scope="col") for name in names]
+    return page.table([element("th"), *heads], rows)
+
+
+def _pictures(report: Report, label: str) -> list[Element]:
+    """What the task has drawn: its sheet, or the middle frames of some videos."""
+    files = [report["picture"]] if isinstance(report.get("picture"), str) else []
+    if report.get("task") == "video" and isinstance(report.get("out"), str):
+        files = [str(path) for path in sorted(Path(report["out"]).glob("*.gif"))[:VIDEOS_SHOWN]]
+    figures = []
+    for file in files:
+        picture = page.small_picture(Path(file))
+        if picture is not None:
+            name = f", {Path(file).stem}" if report["task"] == "video" else ""
+            figures.append(page.picture_figure(picture, label + name))
+    return figures

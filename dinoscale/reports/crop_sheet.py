@@ -1,0 +1,222 @@
+"""A picture of what the network is shown: images with the boxes of their crops, and each crop.
+
+Every crop is worked out by the same calls as in training, and its normalisation undone. Shape
+letters: V = 2 + n crops of an image, C channels, H, W pixels.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dinoscale.config import DataConfig, RunConfig
+from dinoscale.data.augmentation.crop_params import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    NOT_SOLARIZED,
+    NOTHING,
+    SATURATION,
+    Params,
+)
+from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
+from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.loader import Batch
+from dinoscale.data.shards.stream import StreamSource
+from dinoscale.data.sources.source import Source
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.runtime.outputs import replacing, require_ours
+from dinoscale.training.feed import finish_batch, multi_crop_of, open_images
+
+log = logging.getLogger(__name__)
+
+_PANEL, _GAP, _TEXT = 1.3, 0.08, 0.36  # inches: side of a panel, between panels, text below each
+_CAPTION = 0.25  # inches, above the columns
+_DPI = 120
+_COLORS = matplotlib.colormaps["tab20"]  # dark and light by turns
+_SMOOTH_BELOW = 100  # pixels; smaller pictures are enlarged smoothly, their pixels would distract
+_LETTERS = {BRIGHTNESS: "B", CONTRAST: "C", SATURATION: "S", HUE: "H"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image and its crops.
+
+    Attributes:
+        name: where it lies.
+        picture: uint8 (H, W) or (H, W, 3).
+        views: the same of each crop, as the network sees it.
+        params: what was drawn for each, records of PARAMS (V,).
+    """
+
+    name: str
+    picture: NDArray[np.uint8]
+    views: list[NDArray[np.uint8]]
+    params: Params
+
+
+def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> dict[str, Any]:
+    """Draw the crops of some images of data.train, spread over it, into a PNG.
+
+    Args:
+        config: of the run; its seed gives the crops.
+        num_images: rows, fewer where the set is smaller.
+        epoch: from 0.
+        out: the PNG; folders above it are made.
+
+    Returns:
+        JSON-able: the file and the images in it.
+
+    Raises:
+        ConfigError: no images are named, or a number is out of range.
+        DataError: none of the chosen images can be read, or the PNG cannot be written.
+    """
+    if num_images < 1 or not 0 <= epoch < 2**32:
+        raise ConfigError(f"need --images >= 1 and --epoch >= 0, got {num_images} and {epoch}")
+    require_ours(out)
+    source = open_images(config)
+    rows = list(_rows(config, source, num_images=min(num_images, len(source)), epoch=epoch))
+    if not rows:
+        raise DataError(f"data.train: none of {num_images} chosen images can be read")
+    try:
+        with replacing(out) as beside:
+            _figure(rows).savefig(beside, format="png")
+    except OSError as error:
+        raise DataError(f"--out: cannot write {out}: {error.strerror}") from error
+    return {"picture": str(out), "epoch": epoch, "images": [row.name for row in rows]}
+
+
+def _rows(config: RunConfig, source: Source, *, num_images: int, epoch: int) -> Iterator[Row]:
+    multi_crop = multi_crop_of(config)
+    # A stream is read from the front: images further on would cost all those before them.
+    stride = 1 if isinstance(source, StreamSource) else len(source) / num_images
+    for place in range(num_images):
+        sample = int(place * stride)
+        try:
+            yield _row(config, source, multi_crop, sample=sample, epoch=epoch)
+        except BadSampleError as error:
+            log.warning("left out an unreadable image: %s", error)
+
+
+def _row(
+    config: RunConfig, source: Source, multi_crop: MultiCrop, *, sample: int, epoch: int
+) -> Row:
+    picture = source.picture(sample)
+    crops = multi_crop.arrays(count=1)
+    multi_crop(picture, crops, 0, seed=config.seed, epoch=epoch, sample=sample)
+    batch = Batch(
+        torch.from_numpy(crops.global_crops),
+        torch.from_numpy(crops.local_crops),
+        crops.params,
+        torch.tensor([sample]),
+        [],
+    )
+    kinds = finish_batch(batch, config.data, torch.device("cpu"))
+    views = [_visible(_denormalized(view, config.data)) for kind in kinds for view in kind[:, 0]]
+    return Row(source.path(sample), _visible(picture.pixels()), views, crops.params[:, 0])
+
+
+def _denormalized(view: Tensor, data: DataConfig) -> NDArray[np.uint8]:
+    """Normalised (C, H, W) to uint8 (H, W, C)."""
+    mean, std = (view.new_tensor(x)[:, None, None] for x in (data.mean, data.std))
+    pixels: Tensor = ((view * std + mean) * 255).round().clamp(0, 255)
+    return pixels.byte().permute(1, 2, 0).numpy()
+
+
+def _visible(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Gray (H, W) of one or two channels, the first three (H, W, 3) of more."""
+    return pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0]
+
+
+def drawn(params: Params, *, picture_size: tuple[int, int]) -> str:
+    """What happens to a crop, in short: its share of the picture, then the changes of colour.
+
+    Args:
+        params: of the crop, one record.
+        picture_size: width and height in pixels.
+    """
+    height, width = params["box"][2:].tolist()
+    area = height * width / (picture_size[0] * picture_size[1])
+    order = "".join(_LETTERS[step] for step in params["order"].tolist() if step != NOTHING)
+    radius = float(params["blur_radius"])
+    words = [
+        f"{area:.0%}",
+        "flip" if params["flip"] else "",
+        f"jitter {order}" if order else "",
+        "gray" if params["gray"] else "",
+        f"blur {radius:.1f}" if radius > 0 else "",
+        "solarized" if params["solarize_from"] < NOT_SOLARIZED else "",
+    ]
+    return ", ".join(word for word in words if word)
+
+
+def _figure(rows: Sequence[Row]) -> Figure:
+    captions = _captions(len(rows[0].views))
+    width = _GAP + len(captions) * (_PANEL + _GAP)  # inches
+    height = _CAPTION + len(rows) * (_PANEL + _TEXT)
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    for i, row in enumerate(rows):
+        bottom = height - _CAPTION - i * (_PANEL + _TEXT) - _PANEL
+        for j, caption in enumerate(captions):
+            left = _GAP + j * (_PANEL + _GAP)
+            box = (left / width, bottom / height, _PANEL / width, _PANEL / height)
+            panel = figure.add_axes(box)
+            if j == 0:
+                _draw_picture(panel, row)
+            else:
+                _draw_view(panel, row, j - 1)
+            if i == 0:
+                x, y = (left + _PANEL / 2) / width, 1 - _CAPTION / 2 / height
+                figure.text(x, y, caption, fontsize=8, ha="center", va="center")
+    return figure
+
+
+def _captions(num_views: int) -> list[str]:
+    views = [
+        f"global {i + 1}" if i < NUM_GLOBAL else f"local {i - NUM_GLOBAL + 1}"
+        for i in range(num_views)
+    ]
+    return ["picture", *views]
+
+
+def _draw_picture(panel: Axes, row: Row) -> None:
+    _draw(panel, row.picture, Path(row.name.rpartition("::")[2]).name[-26:])
+    panel.set_axis_off()
+    for view, params in enumerate(row.params):
+        top, left, height, width = params["box"].tolist()
+        corner = (left - 0.5, top - 0.5)  # of its first pixel, whose middle is at (left, top)
+        line = 1.8 if view < NUM_GLOBAL else 0.9
+        style = {"fill": False, "edgecolor": _color(view), "linewidth": line, "clip_on": False}
+        panel.add_patch(Rectangle(corner, width, height, **style))
+
+
+def _draw_view(panel: Axes, row: Row, view: int) -> None:
+    height, width = row.picture.shape[:2]
+    _draw(panel, row.views[view], drawn(row.params[view], picture_size=(width, height)))
+    panel.set(xticks=[], yticks=[])
+    for side in panel.spines.values():
+        side.set(color=_color(view), linewidth=1.5)
+
+
+def _draw(panel: Axes, pixels: NDArray[np.uint8], text: str) -> None:
+    smooth = "bicubic" if max(pixels.shape[:2]) < _SMOOTH_BELOW else "antialiased"
+    panel.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation=smooth)
+    middle = text.find(", ", len(text) // 2)  # two lines where there is much to say
+    if len(text) > 22 and middle > 0:
+        text = text[: middle + 1] + "\n" + text[middle + 2 :]
+    panel.text(0.5, -0.03, text, transform=panel.transAxes, fontsize=6, ha="center", va="top")
+
+
+def _color(view: int) -> Any:
+    """One a crop: ten dark colors, then ten light ones."""
+    return _COLORS(view % 10 * 2 + view // 10 % 2)

@@ -1,0 +1,218 @@
+"""Pages of one HTML file that fetch nothing and run nothing, and the plots in them.
+
+A page is built as a tree of elements, so that no text (names of files, messages) can become markup,
+and its own policy forbids a browser anything but the pictures inside.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+from PIL import Image, UnidentifiedImageError
+
+from dinoscale.errors import ConfigError
+from dinoscale.runtime.outputs import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+PICTURE_WIDTH, PICTURE_HEIGHT = 1000, 1400  # pixels, at most
+_NOT_PRINTABLE = re.compile(r"[^\t\n\x20-\ud7ff\ue000-\U0010ffff]")
+_PLOTS = {
+    "svg.fonttype": "path",  # the same picture with any fonts
+    "svg.hashsalt": "dinoscale",
+    "text.parse_math": False,  # names may hold dollars
+    "font.size": 9,
+}
+_DOTS_PER_INCH = 150  # of a plot as PNG
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 75em;
+  padding: 0 1.5em; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin: 2.2em 0 .4em; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: .8em 0; }
+th, td { padding: .35em .9em; text-align: right; border-bottom: 1px solid #ddd;
+  vertical-align: top; }
+th { font-weight: 600; } thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
+th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+tr.untrained, tr.floor, tr.untrained th, tr.floor th { color: #666; font-weight: normal; }
+tr.weights + tr.untrained > *, tr.weights + tr.floor > * { border-top: 2px solid #888; }
+td { font-variant-numeric: tabular-nums; }
+td.best { font-weight: 700; background: #eaf5ea; }
+td.error { color: #a11; text-align: left; max-width: 22em; font-size: .85em; }
+small { display: block; font-weight: normal; color: #666; font-size: .82em; max-width: 22em;
+  overflow-wrap: anywhere; }
+small.warning { color: #a11; }
+th small { text-align: inherit; }
+figure { display: inline-block; margin: .6em 1.4em .6em 0; vertical-align: top; max-width: 100%; }
+figcaption { color: #555; font-size: .9em; overflow-wrap: anywhere; }
+img { max-width: 100%; height: auto; }
+dl { display: grid; grid-template-columns: max-content auto; gap: .1em 1.2em; font-size: .88em; }
+dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
+summary { cursor: pointer; color: #245; }
+pre { overflow-x: auto; font-size: .85em; }
+ul.checks { list-style: none; padding: 0; overflow-wrap: anywhere; }
+ul.checks li { margin: .25em 0; }
+b.ok { color: #276b2b; } b.warning { color: #8a5a00; } b.problem { color: #a11; }
+h3 { font-size: 1em; margin: 1.4em 0 .3em; } ul { margin: .3em 0; padding-left: 1.4em; }
+th.text, td.text { text-align: left; max-width: 45em; overflow-wrap: anywhere; }
+th.name { min-width: 10em; max-width: 17em; overflow-wrap: anywhere; }
+figcaption { max-width: 34em; } td small { white-space: nowrap; }
+p.warning { color: #a11; }
+.answer, p { overflow-wrap: anywhere; }
+.answer { border-left: .4em solid; background: #f7f7f7; padding: .6em 1.2em; margin: 1em 0; }
+.answer h2 { margin-top: .2em; } .answer .says { font-size: 1.1em; font-weight: 600; }
+.answer.good { border-color: #3a8a3a; } strong.good { color: #276b27; }
+.answer.limited { border-color: #d59a1d; } strong.limited, li.limited { color: #8a5a00; }
+.answer.low { border-color: #b33; } strong.low, li.low { color: #a11; }
+"""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture, and the words that tell the same.
+
+    Attributes:
+        caption: what it shows, one line.
+        svg: the picture, for a page.
+        png: the same in pixels, for a file.
+    """
+
+    caption: str
+    svg: bytes
+    png: bytes
+
+
+def printable(text: str) -> str:
+    """Text without control characters and broken letters, which names of files may hold."""
+    return _NOT_PRINTABLE.sub("\ufffd", text)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw plots within this: the same style everywhere, the same bytes for the same numbers."""
+    import matplotlib
+
+    with matplotlib.rc_context(_PLOTS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # letters without a font are drawn as boxes
+        yield
+
+
+def finish_plot(figure: Figure, caption: str) -> Plot:
+    """Title the first axes with the caption, take the boxes off all, and save; in `drawing`."""
+    figure.axes[0].set_title(caption, loc="left", fontsize=10, fontweight="bold")
+    for axes in figure.axes:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    svg, png = io.BytesIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
+    return Plot(caption, svg.getvalue(), png.getvalue())
+
+
+def element(tag: str, *content: str | Element, **attributes: str) -> Element:
+    """An element; `class_` for the attribute."""
+    made = Element(tag, {name.rstrip("_"): printable(value) for name, value in attributes.items()})
+    for part in content:
+        if isinstance(part, Element):
+            made.append(part)
+        elif len(made):
+            made[-1].tail = (made[-1].tail or "") + printable(part)
+        else:
+            made.text = (made.text or "") + printable(part)
+    return made
+
+
+def write_page(title: str, body: Sequence[Element], path: Path) -> None:
+    """Write a page as a whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    policy = element("meta", content=POLICY)
+    policy.set("http-equiv", "Content-Security-Policy")
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        policy,
+        element("meta", name="viewport", content="width=device-width"),
+        element("title", title),
+        element("style", _STYLE),
+    )
+    tree = element("html", head, element("body", *body), lang="en")
+    markup = ElementTree.tostring(tree, encoding="unicode", method="html")
+    write_file(path, f"<!DOCTYPE html>\n{markup}\n".encode())
+
+
+def table(heads: Sequence[Element], rows: Sequence[Element]) -> Element:
+    """A table that scrolls where the window is too narrow."""
+    whole = element(
+        "table",
+        element("thead", element("tr", *heads)),
+        element("tbody", *rows),
+    )
+    return element("div", whole, class_="scroll")
+
+
+def definitions(pairs: Iterable[tuple[str, str]]) -> Element:
+    """A list of names and what is said of them."""
+    parts = [
+        element(tag, text) for pair in pairs for tag, text in zip(("dt", "dd"), pair, strict=True)
+    ]
+    return element("dl", *parts)
+
+
+def plot_figure(plot: Plot, words: str = "") -> Element:
+    """A plot in a page, with words below."""
+    return _figure("svg+xml", plot.svg, plot.caption, words)
+
+
+def picture_figure(png: bytes, caption: str) -> Element:
+    """A picture in a page, with words below."""
+    return _figure("png", png, caption, caption)
+
+
+def _figure(kind: str, content: bytes, alt: str, caption: str) -> Element:
+    source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    below = [element("figcaption", caption)] if caption else []
+    return element("figure", element("img", src=source, alt=alt), *below)
+
+
+def small_picture(path: Path) -> bytes | None:
+    """A picture as PNG, of an animation the middle frame; None where it cannot be read."""
+    try:
+        with Image.open(path, formats=("PNG", "GIF")) as image:
+            image.seek(getattr(image, "n_frames", 1) // 2)
+            small = image.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return None
+    small.thumbnail((PICTURE_WIDTH, PICTURE_HEIGHT), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    small.save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all; its folder is made where it is not there.
+
+    Raises:
+        ConfigError: it cannot be written.
+        OutputError: something lies there that is not ours.
+    """
+    try:
+        with replacing(path) as beside:
+            beside.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,200 @@
+"""The curves of a run over its steps, with what happened to it as vertical lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+from dinoscale.reports.page import Plot, drawing, finish_plot, printable
+from dinoscale.reports.run.read import Record
+from dinoscale.reports.run.series import Point, Series, smooth
+from dinoscale.reports.run.state import State
+from dinoscale.training.hooks.data_wait import ALLOWED
+
+WIDTH, HEIGHT = 5.2, 2.8  # inches; two beside each other in a page
+_WINDOW = 20  # points of the smoothed line, at most a twentieth of all
+_RANGE = 50.0  # highest over lowest, above which the axis is logarithmic
+_LINES_DRAWN = 300  # places along the axis at which an event is drawn once
+_MANY_EVENTS = 12  # of a kind; above it their lines are short
+_COLORS = matplotlib.colormaps["tab10"]
+_MAIN, _RAW, _LIMIT = "#1f4e9c", "#9db8e6", "#666666"
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A plot of one series.
+
+    Attributes:
+        name: in metrics.jsonl, and of the file.
+        caption: what it shows, with its unit.
+        scale: factor on the values.
+        noisy: also a smoothed line.
+        dots: few values, each of its own.
+        limits: (value, label) of dashed lines.
+        from_zero: the axis begins at 0.
+    """
+
+    name: str
+    caption: str
+    scale: float = 1.0
+    noisy: bool = False
+    dots: bool = False
+    limits: tuple[tuple[float, str], ...] = ()
+    from_zero: bool = False
+
+
+def draw_run(record: Record, state: State) -> list[tuple[str, Plot]]:
+    """Draw everything that has data: (name, plot), in an order for reading."""
+    drawn = []
+    with drawing():
+        for wanted in _wanted(record):
+            series = record.series[wanted.name]
+            if series.count:
+                figure, axes = _figure(state)
+                _draw(axes, series, wanted)
+                _mark_events(axes, record)
+                _legend(axes)
+                drawn.append((wanted.name, finish_plot(figure, wanted.caption)))
+    return drawn
+
+
+def _wanted(record: Record) -> list[_Wanted]:
+    entropy = "teacher_entropy", "entropy of the teacher's targets, nats"
+    config = record.config
+    bounds: tuple[tuple[float, str], ...] = ()
+    if config is not None:
+        prototypes = config.head.num_prototypes
+        bounds = ((0.0, "0: one-hot"), (math.log(prototypes), f"ln {prototypes}: uniform"))
+    return [
+        _Wanted("loss", "loss, nats", noisy=True),
+        _Wanted("knn_top1", "k-NN top-1 of the teacher, %", dots=True),
+        _Wanted(*entropy, noisy=True, limits=bounds, from_zero=True),
+        _Wanted("kl", "KL divergence of student from teacher, nats", noisy=True),
+        _Wanted(
+            "target_information",
+            "what a target says of its image, nats",
+            noisy=True,
+            limits=((0.0, "0: equal targets"),),
+            from_zero=True,
+        ),
+        _Wanted(
+            "target_share",
+            "targets of the strongest prototype, %",
+            scale=100,
+            noisy=True,
+            limits=((100.0, "100: one wins"),),
+            from_zero=True,
+        ),
+        _Wanted("lr", "learning rate"),
+        _Wanted("weight_decay", "weight decay"),
+        _Wanted("momentum", "momentum of the teacher"),
+        _Wanted("teacher_temp", "temperature of the teacher"),
+        _Wanted("grad_norm", "norm of the gradient", noisy=True),
+        _Wanted("center_norm", "norm of the center"),
+        _Wanted("images_per_s", "throughput, images/s", noisy=True, from_zero=True),
+        _Wanted(
+            "data_wait",
+            "time without data, %",
+            scale=100,
+            noisy=True,
+            limits=((100 * ALLOWED, f"{ALLOWED:.0%}"),),
+            from_zero=True,
+        ),
+        _Wanted("peak_memory_bytes", "peak memory of rank 0, GB", scale=1e-9, from_zero=True),
+        _Wanted("save_stall_s", "training stood still for a save, s", dots=True, from_zero=True),
+    ]
+
+
+def _figure(state: State) -> tuple[Figure, Axes]:
+    """Empty axes over the steps, with epochs above where their length is known."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    last = max(state.step, 1)
+    axes.set_xlim(-0.01 * last, 1.01 * last)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.set_xlabel("steps")
+    axes.grid(axis="y", linewidth=0.4)
+    if state.steps_per_epoch:
+        per_epoch = state.steps_per_epoch
+        to_epochs: Callable[[Any], Any] = lambda steps: steps / per_epoch  # noqa: E731
+        to_steps: Callable[[Any], Any] = lambda epochs: epochs * per_epoch  # noqa: E731
+        above = axes.secondary_xaxis("top", functions=(to_epochs, to_steps))
+        above.set_xlabel("epochs", fontsize=8, color=_LIMIT)
+        above.tick_params(labelsize=8, colors=_LIMIT)
+        above.spines["top"].set_color(_LIMIT)
+    return figure, axes
+
+
+def _draw(axes: Axes, series: Series, wanted: _Wanted) -> None:
+    raw = _scaled(series.points(), wanted.scale)
+    means = _scaled(series.means(), wanted.scale)
+    window = min(_WINDOW, len(means) // 20)
+    if wanted.dots:
+        axes.plot(*_columns(raw), color=_MAIN, linewidth=1, marker="o", markersize=3)
+    elif wanted.noisy and window > 1:
+        axes.plot(*_columns(raw), color=_RAW, linewidth=0.6, label=" as logged")
+        smoothed = smooth(means, window=window)
+        axes.plot(*_columns(smoothed), color=_MAIN, linewidth=1.6, label=" smoothed")
+    else:
+        axes.plot(*_columns(raw), color=_MAIN, linewidth=1.4, marker="o" if len(raw) < 3 else "")
+    values = [point.value for point in raw]
+    if not wanted.from_zero and min(values) > 0 and max(values) / min(values) > _RANGE:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # powers would need mathematics
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    limits = [value for value, _ in wanted.limits]
+    if wanted.from_zero:
+        axes.set_ylim(0, 1.1 * max(*values, *limits, 1e-9))
+    for value, label in wanted.limits:
+        axes.axhline(value, color=_LIMIT, linewidth=0.9, linestyle="--")
+        axes.annotate(
+            label,
+            (1, value),
+            (-2, 2 if value == 0 else -2),  # within the axes
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if value == 0 else "top",
+            fontsize=7.5,
+            color=_LIMIT,
+        )
+
+
+def _scaled(points: Sequence[Point], scale: float) -> list[Point]:
+    return [Point(point.step, point.value * scale) for point in points]
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[int], list[float]]:
+    return [point.step for point in points], [point.value for point in points]
+
+
+def _mark_events(axes: Axes, record: Record) -> None:
+    """A color for each kind of event, a line where one happened."""
+    width = axes.get_xlim()[1]
+    for number, kind in enumerate(sorted(record.events.counts)):
+        places = {
+            round(event.step / width * _LINES_DRAWN): event.step
+            for event in record.events.newest
+            if event.kind == kind and event.step <= width
+        }
+        color = _COLORS((number + 1) % 10)  # blue is the curves'
+        height = 1.0 if len(places) <= _MANY_EVENTS else 0.1  # many would hide the curve
+        for step in places.values():
+            axes.axvline(step, ymax=height, color=color, linewidth=1, linestyle=":", zorder=0.5)
+        if places:
+            label = f" {printable(kind)} ({record.events.counts[kind]})"
+            axes.add_line(Line2D([], [], color=color, linestyle=":", label=label))
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[1]:
+        axes.figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=7.5)

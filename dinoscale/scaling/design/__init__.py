@@ -1,0 +1,1 @@
+"""From the file of a sweep to its runs, and what they cost."""

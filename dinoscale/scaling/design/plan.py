@@ -1,0 +1,194 @@
+"""What a sweep would cost, on paper."""
+
+from __future__ import annotations
+
+import heapq
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from dinoscale.config.sweep.file import SweepConfig
+from dinoscale.errors import ConfigError
+from dinoscale.scaling.design.candidate import dims_of_run
+from dinoscale.scaling.design.design import Design, shortened
+from dinoscale.scaling.design.need import Need, need_of, require_known
+from dinoscale.scaling.design.runs import PlannedRun
+from dinoscale.scaling.units import number
+
+
+def make_plan(sweep: SweepConfig, design: Design) -> dict[str, Any]:
+    """Every run with parameters, FLOPs, images, steps, memory and hours, and the sum; JSON-able.
+
+    Raises:
+        ConfigError: the GPU is unknown, or a run does not fit in its memory.
+    """
+    cost, executor = sweep.cost, sweep.executor
+    require_known(cost)
+    needs = [need_of(run, cost, executor) for run in design.runs]
+    mistakes = [
+        f"run {run.name}: {need.trouble}"
+        for run, need in zip(design.runs, needs, strict=True)
+        if need.trouble
+    ]
+    if mistakes:
+        raise ConfigError(shortened(mistakes))
+    ranks = executor.nodes * executor.processes
+    rows = [_as_json(run, need) for run, need in zip(design.runs, needs, strict=True)]
+    hours = [need.hours for need in needs if need.hours is not None]
+    return {
+        "out": sweep.out,
+        "design": sweep.design,
+        "gpu": cost.gpu,
+        "ranks": ranks,
+        "parallel": executor.parallel,
+        "runs": rows,
+        "left_out": [asdict(left) for left in design.left_out],
+        "totals": {
+            "runs": len(rows),
+            "flops": sum(run.flops for run in design.runs),
+            "images": sum(run.images for run in design.runs),
+            "rank_hours": ranks * sum(hours) if hours else None,
+            "hours": _wall_hours(hours, parallel=executor.parallel) if hours else None,
+        },
+        "assumptions": [*design.notes, *_assumptions(sweep, hours)],
+    }
+
+
+def _as_json(run: PlannedRun, need: Need) -> dict[str, Any]:
+    config, dims = run.config, dims_of_run(run.config)
+    return {
+        "name": run.name,
+        "key": run.key,
+        "axes": dict(run.axes),
+        "embed_dim": dims.embed_dim,
+        "depth": dims.depth,
+        "num_heads": dims.num_heads,
+        "parameters": run.parameters,
+        "flops_per_image": run.flops_per_image,
+        "flops": run.flops,
+        "images": run.images,
+        "distinct_images": run.distinct_images,
+        "epochs": config.train.epochs,
+        "steps": run.steps,
+        "batch_size": config.train.batch_size,
+        "peak_lr": config.peak_lr,
+        "momentum": config.dino.momentum,
+        "weight_decay": [config.optim.weight_decay, config.optim.weight_decay_end],
+        "warmup_epochs": config.optim.warmup_epochs,
+        "micro_batch_size": need.micro_batch_size,
+        "memory_bytes": None if need.memory_bytes is None else round(need.memory_bytes),
+        "hours": need.hours,
+    }
+
+
+def _wall_hours(hours: Sequence[float], *, parallel: int) -> float:
+    """Hours until all have ended, if each begins, in their order, as soon as there is room."""
+    busy = [0.0] * min(parallel, len(hours))
+    for each in hours:
+        heapq.heapreplace(busy, busy[0] + each)
+    return max(busy)
+
+
+def _assumptions(sweep: SweepConfig, hours: Sequence[float]) -> list[str]:
+    cost, sentences = sweep.cost, []
+    if cost.gpu is not None:
+        sentences.append(
+            f"{cost.utilization:.0%} of the published FLOP/s of a {cost.gpu} (cost.utilization);"
+            " the data keep up; memory as by `dinoscale plan`"
+        )
+    elif cost.flops_per_s is not None:
+        sentences.append(f"{cost.flops_per_s / 1e9:,.4g} GFLOP/s of each rank (cost.flops_per_s)")
+    else:
+        sentences.append("no hours: set cost.gpu, or cost.flops_per_s as measured in a run")
+    if cost.gpu is None:
+        sentences.append("GB of a rank are those of its tensors, without the process itself")
+    if hours:
+        sentences.append("hours of training steps alone: starts, evaluation and queues come on top")
+    limit = sweep.executor.slurm.hours
+    longer = sum(each > limit for each in hours)
+    if sweep.executor.kind != "local" and longer:
+        sentences.append(
+            f"{longer} of the runs take longer than the {limit:g} h of executor.slurm.hours"
+        )
+    return sentences
+
+
+def as_text(plan: dict[str, Any]) -> str:
+    """The same for people."""
+    rows = [_HEAD, *(_row(run) for run in plan["runs"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    shown = [column for column in range(len(_HEAD)) if any(row[column] for row in rows[1:])]
+    lines = [
+        "  ".join(
+            row[column].rjust(widths[column]) if column else row[column].ljust(widths[column])
+            for column in shown
+        )
+        for row in rows
+    ]
+    sections = [[f"{plan['design']} in {plan['out']}", ""], lines, *_left_out(plan), _sum(plan)]
+    notes = ["assumed:", *(_wrapped(text) for text in plan["assumptions"])]
+    return "\n".join(line for part in [*sections, ["", *notes]] for line in part) + "\n"
+
+
+_HEAD = (
+    *("run", "params", "FLOPs", "images", "distinct", "steps", "batch"),
+    *("peak lr", "momentum", "micro", "GB", "time"),
+)
+
+
+def _row(run: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        run["name"],
+        number(run["parameters"]),
+        f"{run['flops']:.2e}".replace("e+", "e"),
+        number(run["images"]),
+        number(run["distinct_images"]),
+        f"{run['steps']:,}",
+        f"{run['batch_size']:,}",
+        f"{run['peak_lr']:.3g}",
+        f"{run['momentum']:.5g}",
+        "" if run["micro_batch_size"] is None else str(run["micro_batch_size"]),
+        "" if run["memory_bytes"] is None else _gb(run["memory_bytes"]),
+        "" if run["hours"] is None else _time(run["hours"]),
+    )
+
+
+def _left_out(plan: dict[str, Any]) -> list[list[str]]:
+    if not plan["left_out"]:
+        return []
+    lines = [
+        f"  {left['name']}: {number(left['images'])} images, {left['why']}"
+        for left in plan["left_out"]
+    ]
+    return [["", "left out:", *lines]]
+
+
+def _sum(plan: dict[str, Any]) -> list[str]:
+    totals = plan["totals"]
+    lines = [
+        "",
+        f"{totals['runs']} runs, {totals['flops']:.3g} FLOPs,"
+        f" {number(totals['images'])} images seen",
+    ]
+    if totals["hours"] is not None:
+        lines.append(
+            f"{_time(totals['rank_hours'])} of {'GPUs' if plan['gpu'] else 'ranks'},"
+            f" {plan['ranks']} for each run; {_time(totals['hours'])} with"
+            f" {plan['parallel']} run{'s' * (plan['parallel'] > 1)} at a time"
+        )
+    return lines
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ")
+
+
+def _time(hours: float) -> str:
+    if hours < 1:
+        return f"{hours * 60:.1f} min"
+    return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
+
+
+def _gb(size: float | None) -> str:
+    return "?" if size is None else f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.3f}"

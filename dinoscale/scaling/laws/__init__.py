@@ -1,0 +1,1 @@
+"""Laws fitted to the results of a sweep."""

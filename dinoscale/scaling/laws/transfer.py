@@ -1,0 +1,117 @@
+"""How the settings of a run carry over to another size and number of images.
+
+By the best rates that were found, and by the rules of the sweep; and what nobody has checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dinoscale.config import RunConfig
+from dinoscale.config.sweep.rules import rules_of
+from dinoscale.scaling.design.rules import Sizes, ruled_settings
+from dinoscale.scaling.laws.laws import MetricFit
+from dinoscale.scaling.sweep.table import Row
+from dinoscale.scaling.units import SAME
+
+
+@dataclass(frozen=True)
+class Size:
+    """A ViT.
+
+    Attributes:
+        embed_dim: width.
+        depth: blocks.
+        num_heads: of attention.
+        parameters: N.
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    parameters: int
+
+
+def rate_of(
+    fit: MetricFit, config: RunConfig, nearest: Row, *, parameters: float, images: float
+) -> tuple[float | None, str]:
+    """Peak learning rate by the best rates of this batch size, k N^p D^q; and where it is from.
+
+    Where all of them are of one N or one D, nothing tells its exponent, and it is left at 0.
+    """
+    found = [
+        (rate.parameters, rate.images, rate.optimum.value)
+        for rate in fit.best_rates
+        if rate.optimum is not None and rate.batch_size == config.train.batch_size
+    ]
+    if not found:
+        return None, f"run {nearest.name}"
+    sizes, lengths, rates = np.log(np.maximum(found, 1e-300)).T
+    known = np.array([np.ptp(sizes) > SAME, np.ptp(lengths) > SAME])
+    axes = np.stack((sizes - sizes.mean(), lengths - lengths.mean()), -1) * known  # (n, 2)
+    powers = np.linalg.pinv(axes, rcond=1e-6) @ (rates - rates.mean())
+    there = np.array([math.log(parameters) - sizes.mean(), math.log(images) - lengths.mean()])
+    rate = float(np.exp(rates.mean() + powers @ (there * known)))
+    said = f"the best rates found for batch size {nearest.batch_size}"
+    if all(known):
+        said += f", as parameters^{powers[0]:.2g} x images^{powers[1]:.2g}"
+    elif abs(there[1]) > SAME:
+        said += " at one number of images alone: check it for this one"
+    return float(f"{rate:.3g}"), said
+
+
+def ruled_for(
+    config: RunConfig, row: Row, size: Size, images: float, lr: float | None
+) -> dict[str, object]:
+    """What the rules of the sweep make of a run of another size and length, by dotted key.
+
+    A rate that was found is not ruled again.
+    """
+    rules = rules_of(row.rules)
+    if rules is None or not row.embed_dim or not row.depth:
+        return {}
+    now, base = (
+        Sizes(
+            batch_size=row.batch_size,
+            width=width,
+            depth=depth,
+            images=round(seen),
+            parameters=parameters,
+        )
+        for width, depth, seen, parameters in (
+            (size.embed_dim, size.depth, images, size.parameters),
+            (row.embed_dim, row.depth, row.images, row.parameters),
+        )
+    )
+    ruled = ruled_settings(rules, config, sizes=now, base=base, lr_factor=1.0)
+    if lr is not None:
+        ruled.pop("optim.lr", None)
+    return ruled
+
+
+def is_larger(size: Size, row: Row) -> bool:
+    """Whether a size is larger than that of a run, beyond rounding."""
+    return size.parameters > (1 + SAME) * row.parameters
+
+
+def changes_of(
+    size: Size, nearest: Row, config: RunConfig, ruled: Mapping[str, object], rate_known: bool
+) -> str:
+    """Sentences on what follows from the rules, and on what has to be checked."""
+    said = ""
+    if ruled:
+        said += f" By the rules of the sweep: {', '.join(sorted(ruled))}."
+    elif not nearest.rules and not rate_known:
+        said += " The table knows no rules of the sweep: no setting was scaled with the size."
+    if is_larger(size, nearest):
+        how = "that of the smaller run" if config.head.batch_norm else "found by trial"
+        said += (
+            f" The model is larger than that of {nearest.name}: its micro-batch is {how}, and"
+            f" whether ZeRO stage {config.engine.zero_stage} is enough, `dinoscale plan"
+            " recommended.yaml --gpus N --gpu NAME` tells."
+        )
+    return said

@@ -1,0 +1,50 @@
+"""What is known of a step that was skipped, in a file: images and losses of every rank."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinoscale.data.loader import Batch
+from dinoscale.data.sources.source import Source
+from dinoscale.engine.step import StepMetrics
+from dinoscale.runtime import distributed
+
+log = logging.getLogger(__name__)
+
+
+def dump_bad_step(
+    run_dir: Path, step: int, result: StepMetrics, batches: Sequence[Batch], source: Source
+) -> Path:
+    """Write `run_dir`/bad_steps/step_XXXXXXXX.json; collective.
+
+    Per rank and micro-batch: sample ids, their paths, loss and teacher entropy in nats, as text
+    where they are no finite numbers ("nan", "inf"), which JSON does not have.
+
+    Returns:
+        The file. It is missing if rank 0 could not write it; that does not end the run.
+    """
+    own = [
+        {
+            "loss": _number(loss),
+            "teacher_entropy": _number(teacher_entropy),
+            "kl": _number(loss - teacher_entropy),
+            "sample_ids": batch.sample_ids.tolist(),
+            "paths": [source.path(int(sample)) for sample in batch.sample_ids],
+        }
+        for (loss, teacher_entropy), batch in zip(result.parts, batches, strict=True)
+    ]
+    of_ranks = distributed.gather_objects(own)
+    path = run_dir / "bad_steps" / f"step_{step:08d}.json"
+    if distributed.rank() == 0:
+        found = {"step": step, "reason": result.skipped, "ranks": of_ranks}
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            log.warning("cannot write %s: %s", path, error)
+    return path
+
+
+def _number(value: float) -> float | str:
+    return value if abs(value) < float("inf") else str(value)

@@ -1,0 +1,85 @@
+"""Online k-NN of the teacher on a labelled set, with the features shared out over ranks."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from dinoscale.config.schema import RunConfig
+from dinoscale.data.decoding.decode import Decoder
+from dinoscale.data.sources.mixture import require_few_left_out
+from dinoscale.data.sources.source import Source, open_source
+from dinoscale.errors import DataError
+from dinoscale.evaluate.classification.knn import knn_accuracy
+from dinoscale.evaluate.classification.labelled_sets import renumber_classes
+from dinoscale.evaluate.features import extract_features
+
+
+class Probe:
+    """Classifies a labelled test set by its neighbours in a labelled train set.
+
+    Each rank extracts its share of the features without a collective in between, so an unreadable
+    image on one rank keeps nobody waiting, and classifies its share of the test set. The number is
+    that of an exported checkpoint, up to the compute dtype.
+    """
+
+    def __init__(
+        self, config: RunConfig, open_set: Callable[[str, Decoder], Source] = open_source
+    ) -> None:
+        """Open `eval.train` and `eval.test`.
+
+        Args:
+            config: of the run.
+            open_set: makes a source of either.
+
+        Raises:
+            DataError: a set cannot be opened, more than `data.max_bad_fraction` of it is left out,
+                it has no labels, or the test set has other classes.
+        """
+        assert config.eval.train is not None
+        assert config.eval.test is not None
+        self._config = config
+        decoder = Decoder(config.data.channels, config.data.white)
+        bank = open_set(config.eval.train, decoder)
+        test = open_set(config.eval.test, decoder)
+        for spec, source in ((config.eval.train, bank), (config.eval.test, test)):
+            require_few_left_out(source, spec, max_lost=config.data.max_bad_fraction)
+        self._renumber = renumber_classes(bank, test)
+        self._bank, self._test = bank, test
+
+    def measure(
+        self, backbone: nn.Module, device: torch.device, on_batch: Callable[[], None]
+    ) -> float:
+        """Top-1 accuracy in percent, on every rank; all ranks call it.
+
+        Args:
+            backbone: ordinary weights, whole on every rank.
+            device: of the backbone.
+            on_batch: called after each batch of images and after each chunk of those that are
+                classified; what it raises on one rank ends the measurement on all.
+
+        Raises:
+            DinoscaleError: on every rank.
+        """
+        config = self._config
+        extract = partial(
+            extract_features,
+            backbone,
+            resize=config.eval.resize,
+            crop=config.eval.crop,
+            mean=config.data.mean,
+            std=config.data.std,
+            batch_size=config.eval.batch_size,
+            device=device,
+            num_workers=config.data.num_workers,  # training's own are idle meanwhile
+            on_batch=on_batch,
+        )
+        bank, bank_labels = extract(self._bank)
+        test, test_labels = extract(self._test)
+        for name, source, found in (("train", self._bank, bank), ("test", self._test, test)):
+            if not len(found):
+                raise DataError(f"eval.{name}: none of the {len(source)} images can be read")
+        k, labels = config.eval.k, self._renumber.to(device)[test_labels]
+        accuracy = knn_accuracy(bank, bank_labels, test, labels, ks=(k,), on_chunk=on_batch)
+        return accuracy[k].top1

@@ -1,0 +1,517 @@
+"""The training loop: steps, log lines, k-NN, checkpoints, and what interrupts them."""
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dinoscale.checkpoint.load import Checkpoint
+from dinoscale.checkpoint.progress import Progress
+from dinoscale.checkpoint.retention import Keep
+from dinoscale.checkpoint.save import Saver, SaveResult
+from dinoscale.config import RunConfig
+from dinoscale.config.resolve import RunPlan
+from dinoscale.data.loader import Batch
+from dinoscale.data.sources.bad_samples import BadSampleLog
+from dinoscale.data.sources.left_out import LeftOut
+from dinoscale.data.sources.mixture import left_out_counts
+from dinoscale.data.sources.source import Source
+from dinoscale.engine.build import schedules_of
+from dinoscale.engine.schedules import StepValues
+from dinoscale.engine.step import StepMetrics, train_step
+from dinoscale.engine.student import Student
+from dinoscale.engine.teacher import Teacher
+from dinoscale.errors import (
+    DinoscaleError,
+    LostPeerError,
+    NonFiniteError,
+    PreemptedError,
+    RunFailedError,
+)
+from dinoscale.runtime import distributed
+from dinoscale.runtime.cores import cores_at_hand
+from dinoscale.runtime.launcher_env import Process
+from dinoscale.runtime.opening import by_all, on_first_rank
+from dinoscale.runtime.preemption import StopRequest
+from dinoscale.runtime.versions import versions
+from dinoscale.runtime.watchdog import Watchdog
+from dinoscale.training.feed import Feed
+from dinoscale.training.hooks.bad_steps import dump_bad_step
+from dinoscale.training.hooks.collapse import OBSERVE_EVERY, CollapseMonitor, Reading
+from dinoscale.training.hooks.data_wait import DataWait
+from dinoscale.training.hooks.events import Events
+from dinoscale.training.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
+from dinoscale.training.hooks.online_knn import Probe
+from dinoscale.training.resume import find_checkpoint, restore
+
+log = logging.getLogger(__name__)
+
+
+class _Taken(NamedTuple):
+    """A step that was launched; its result may still be on its way."""
+
+    now: StepValues
+    result: StepMetrics
+    batches: Sequence[Batch]
+
+
+class _Due(NamedTuple):
+    """What follows a step and needs its result, and the weights as it left them."""
+
+    log: bool
+    probe: bool
+    save: bool
+
+
+class Run:
+    """One start of a run, from the step it begins at to its end.
+
+    The result of a step is read when the next one has been launched, so that the device always has
+    work; where something is due after it, at once.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: RunPlan,
+        process: Process,
+        source: Source,
+        images: str,
+        student: Student,
+        teacher: Teacher,
+        probe: Probe | None,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self.config, self.plan, self.process, self.source = config, plan, process, source
+        self.images = images  # what tells this set from others, on rank 0
+        self.feed = Feed(config, plan, process, source, depth=student.network.backbone.depth)
+        self.student, self.teacher, self.probe = student, teacher, probe
+        self.stop, self.watchdog = stop, watchdog
+        self.run_dir = Path(config.run_dir)
+        self.progress = _progress_of(checkpoint)
+        self.resumed_at = None if checkpoint is None else checkpoint.step
+        self.unproven = checkpoint is not None
+        self.saver = Saver(self.run_dir, _keep(config, plan))
+        self.saved: SaveResult | None = None  # the last one that ended
+        self.saved_step = self.resumed_at  # of the last one begun
+        is_first = process.rank == 0
+        self.versions = versions() if is_first else {}
+        self.schedules = schedules_of(config, plan)
+        self.events = Events(self.run_dir, active=is_first)
+        self.metrics = distributed.together(lambda: self._open_metrics(active=is_first))
+        self.collapse = CollapseMonitor(
+            num_prototypes=config.head.num_prototypes,
+            student_temp=config.dino.student_temp,
+            center_momentum=config.dino.center_momentum,
+            warmup_steps=plan.warmup_steps,
+            freeze_steps=plan.freeze_last_layer_steps,
+        )
+        self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl", writes=is_first)
+        self.pending_bad: list[Any] = []
+        self.left_out: dict[int, LeftOut] = {}  # of shards of a stream that this rank has read
+        self.steps_taken = 0  # since this start
+        self.stopping = False  # a rank was asked to stop, and all know
+        self.data_wait = DataWait(
+            num_workers=config.data.num_workers,
+            cores=cores_at_hand(),
+            ranks_here=process.local_world_size,
+            on_cpu=process.device.type == "cpu",
+        )
+        self.beside_bar = ""  # of the last log line
+        self.last: dict[str, float] = {}
+
+    def _open_metrics(self, *, active: bool) -> Metrics:
+        config = self.config
+        return Metrics(
+            self.run_dir,
+            active=active,
+            start_step=self.progress.step,
+            total_steps=self.plan.total_steps,
+            wandb_project=config.log.wandb_project if config.log.wandb else None,
+            config=config.model_dump(),
+        )
+
+    def to_the_end(self) -> dict[str, Any]:
+        """Train and save; the summary that `train` returns.
+
+        Raises:
+            DinoscaleError: on every rank.
+        """
+        # Log lines above the bar, not in it; other ranks have none, and show only warnings.
+        bar = logging_redirect_tqdm() if self.process.rank == 0 else nullcontext()
+        with bar, self._saving_what_was_begun():
+            if self.resumed_at is None:
+                self._probe()
+            else:
+                self.events.write(self.progress.step, "resumed", ranks=self.plan.world_size)
+                if self._due(self.progress.step).probe and self.progress.knn_top1 is None:
+                    self._probe()  # which the end of the job had cut short
+            while self.progress.step < self.plan.stop_step:
+                self._train()  # to the end, or to a rollback
+            self._save_and_wait()
+        self.metrics.close()
+        left_out = left_out_counts(self.source, distributed.gather_objects(self.left_out))
+        done = {"run_dir": str(self.run_dir), "steps": self.plan.stop_step}
+        return {**done, **self.last, "left_out": left_out}
+
+    @contextmanager
+    def _saving_what_was_begun(self) -> Iterator[None]:
+        """Whatever ends the run inside, wait for a checkpoint that is being written.
+
+        The threads of the other ranks write on while those wait for this one. Not for a rank that
+        is gone, which writes no more, nor for somebody who wants to end at once (Ctrl-C again).
+        """
+        try:
+            yield
+        except LostPeerError:
+            raise
+        except Exception:
+            self.watchdog.goes_on()
+            self._report(self.saver.wait(self.watchdog.goes_on))
+            raise
+
+    def _train(self) -> None:
+        """Take steps until the run ends or goes back to a checkpoint."""
+        watch = Stopwatch()
+        self.data_wait.restarted()
+        steps = self.feed.steps(self.progress.step, offset=self.progress.data_offset)
+        taken: deque[_Taken] = deque()
+        for step in range(self.progress.step, self.plan.stop_step):
+            self.watchdog.moved(f"waiting for the images of step {step + 1}")
+            begin = time.perf_counter()
+            batches = next(steps)
+            waited = time.perf_counter() - begin
+            watch.waited(waited, idle_s=taken[-1].result.idle_s() if taken else math.inf)
+            self.watchdog.moved(f"in step {step + 1}")
+            for batch in batches:
+                self.pending_bad += batch.bad
+                self.left_out |= batch.left_out
+            now = self.schedules.at(step)
+            result = train_step(
+                self.feed.prepare(step, batches),
+                self.student,
+                self.teacher,
+                now,
+                student_temp=self.config.dino.student_temp,
+                stop_asked=self.stop.asked,
+                bad_images=len(self.pending_bad),
+                saving=self.saver.busy(),
+                waited_s=watch.waited_s,
+            )
+            self.steps_taken += 1
+            watch.step_done(self.plan.batch_size)
+            taken.append(_Taken(now, result, batches))
+            at_once = self.unproven or any(self._due(step + 1))
+            while len(taken) > (0 if at_once or self.stopping else 1):
+                step_taken = taken.popleft()
+                if not self._count(step_taken.result, step_taken.batches):
+                    return
+                self._after_step(step_taken.now, step_taken.result, watch)
+            if self.stopping and step + 1 < self.plan.stop_step:
+                self._preempt()
+
+    def _count(self, result: StepMetrics, batches: Sequence[Batch]) -> bool:
+        """Take note of a step, applied or skipped; false after a return to a checkpoint.
+
+        Raises:
+            CheckpointError: it is the first after a resume and its loss jumped.
+            NonFiniteError: too many in a row were skipped.
+        """
+        progress, limits = self.progress, self.config.train
+        if result.skipped is None:
+            if self.unproven:  # the first step after a resume
+                progress.require_near(result.loss)
+            self.unproven = False
+            progress.applied(result.loss)
+            return True
+        progress.skipped()
+        path = dump_bad_step(self.run_dir, progress.step, result, batches, self.source)
+        self.events.write(progress.step, "skipped", reason=result.skipped, dump=str(path))
+        if self.process.rank == 0:
+            log.warning("step %d skipped: %s; see %s", progress.step, result.skipped, path)
+        if progress.bad_in_a_row < limits.max_bad_steps:
+            return True
+        return self._roll_back(result)
+
+    def _roll_back(self, result: StepMetrics) -> bool:
+        """Go on from the last checkpoint with the images after the bad steps, if that is allowed.
+
+        Raises:
+            NonFiniteError: it is not, or there is no checkpoint.
+        """
+        old = self.progress
+        self._wait_for_save()
+        checkpoint = find_checkpoint(self.run_dir, self.watchdog.goes_on)
+        if old.rollbacks >= self.config.train.max_rollbacks or checkpoint is None:
+            source = "from the start" if checkpoint is None else f"from {checkpoint.path}"
+            self.events.write(old.step, "stopped", reason=result.skipped)
+            raise NonFiniteError(
+                f"{old.bad_in_a_row} steps in a row were skipped, the last one step {old.step}:"
+                f" {result.skipped}. Their images and losses are in {self.run_dir}/bad_steps. Start"
+                f" again to go on {source}, with a lower optim.lr, a smaller optim.clip_grad or"
+                " engine.precision=fp32, or with train.max_rollbacks=1 to pass over these images"
+            )
+        restore(checkpoint, self.student, self.teacher, self.watchdog.goes_on)
+        self.progress = _progress_of(checkpoint)
+        self.progress.data_offset = old.data_offset + old.step - checkpoint.step
+        self.progress.rollbacks = old.rollbacks + 1
+        self.progress.bad_in_a_row = 0
+        self.saved_step = checkpoint.step
+        self.metrics.rewind(checkpoint.step)
+        self.events.write(old.step, "rolled back", to_step=checkpoint.step)
+        if self.process.rank == 0:
+            log.warning("going back to %s, past the images up to here", checkpoint.path)
+        return False
+
+    def _due(self, done: int) -> _Due:
+        """What is to be done after `done` steps; a skipped one counts."""
+        config = self.config
+        is_last = done == self.plan.stop_step
+        epoch, remainder = divmod(done, self.plan.steps_per_epoch)
+        ends_epoch = remainder == 0
+        every = config.checkpoint.every_steps
+        return _Due(
+            log=is_last or done % config.log.every_steps == 0,
+            probe=is_last or (ends_epoch and epoch % config.eval.every_epochs == 0),
+            save=is_last
+            or (ends_epoch and epoch % config.checkpoint.every_epochs == 0)
+            or (every is not None and done % every == 0),
+        )
+
+    def _after_step(self, now: StepValues, result: StepMetrics, watch: Stopwatch) -> None:
+        """Log, look for a collapse, checkpoint, k-NN, as they are due; hear of a wish to stop."""
+        done = self.progress.step
+        due = self._due(done)
+        if due.log or done % OBSERVE_EVERY == 0:
+            reading = self._read(now, result)
+            if due.log:
+                self._record(done, now, result, reading, watch)
+            self._look_for_collapse(done, reading)
+        self.metrics.advance(f"loss {result.loss:.3f}{self.beside_bar}")
+        self._report(self.saver.finished())
+        if due.save:
+            # Before k-NN, which takes minutes in which a job may end.
+            self._save(begun=result.saving)
+        if due.probe:
+            self._probe()
+        self.stopping |= result.stop
+
+    def _preempt(self) -> None:
+        """Save the last step that was launched, and end.
+
+        Raises:
+            PreemptedError: always, on every rank.
+        """
+        done = self.progress.step
+        self._save_and_wait()
+        reason = self.stop.reason or "on another rank"
+        self.events.write(done, "preempted", reason=reason)
+        self.metrics.close()
+        raise PreemptedError(
+            f"asked to stop ({reason}): step {done} is"
+            f" saved in {self.run_dir}; the same command goes on from there"
+        )
+
+    def _read(self, now: StepValues, result: StepMetrics) -> Reading:
+        return Reading(
+            loss=result.loss,
+            teacher_entropy=result.teacher_entropy,
+            mean_target_entropy=result.mean_target_entropy,
+            share=result.target_share,
+            teacher_temp=now.teacher_temp,
+        )
+
+    def _look_for_collapse(self, done: int, reading: Reading) -> None:
+        """Warn of a collapse, or end the run; all ranks read the same numbers.
+
+        Raises:
+            RunFailedError: on every rank; there is one, and train.stop_on_collapse.
+        """
+        alarm = self.collapse.observe(done, reading)
+        if alarm is None:
+            return
+        self.events.write(done, "collapse", kind=alarm.kind, text=alarm.text)
+        if self.config.train.stop_on_collapse:
+            raise RunFailedError(f"step {done}: {alarm.text} (train.stop_on_collapse)")
+        if self.process.rank == 0:
+            log.warning("step %d: %s", done, alarm.text)
+
+    def _record(
+        self, done: int, now: StepValues, result: StepMetrics, reading: Reading, watch: Stopwatch
+    ) -> None:
+        """Write a log line, of numbers that all ranks have already."""
+        bad = self._count_bad(result.bad_images)
+        rates = self._rates(done, watch.lap(result.waited_s))
+        self.last["loss"] = result.loss
+        values = {
+            "epoch": now.epoch,
+            "images": done * self.plan.batch_size,
+            "loss": result.loss,
+            "teacher_entropy": result.teacher_entropy,
+            "kl": result.kl,
+            "target_information": reading.information,
+            "target_share": reading.share,
+            "lr": now.lr,
+            "weight_decay": now.weight_decay,
+            "momentum": now.momentum,
+            "teacher_temp": now.teacher_temp,
+            "grad_norm": float(self.student.grad_norm()),
+            "center_norm": float(self.teacher.center.norm()),
+            **rates,
+            "bad_samples": bad,
+            "skipped_steps": self.progress.skipped_steps,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "teacher_bytes": self.teacher.num_bytes(),
+        }
+        self.metrics.write(done, values)
+
+    def _rates(self, done: int, rates: dict[str, float]) -> dict[str, float]:
+        """Show, and warn of, the longest wait for data of any rank."""
+        self.beside_bar = f", data wait {rates['data_wait']:.0%}"
+        warning = self.data_wait.observe(rates["data_wait"])
+        if warning is not None and self.process.rank == 0:
+            log.warning("step %d: %s", done, warning)
+        return rates
+
+    def _count_bad(self, num_new: int) -> int:
+        """Collect unreadable images if any rank met some.
+
+        Raises:
+            DataError: on every rank; there are too many.
+        """
+        if num_new:
+            for of_rank in distributed.gather_objects(self.pending_bad):
+                self.bad.add(of_rank)
+            self.pending_bad.clear()
+        self.bad.check(
+            max_fraction=self.config.data.max_bad_fraction,
+            seen=self.steps_taken * self.plan.batch_size,
+            num_images=self.plan.num_images,
+        )
+        return self.bad.num_occurrences
+
+    def _probe(self) -> None:
+        """Measure k-NN; what goes wrong with it, on any rank, costs the number, not the run."""
+        if self.probe is None:
+            return
+        done = self.progress.step
+        self.watchdog.moved(f"measuring k-NN after step {done}")
+        backbone = self.teacher.plain_network().backbone
+        measure = partial(self.probe.measure, backbone, self.process.device, self._measuring)
+        try:
+            top1 = distributed.together(measure)
+        except LostPeerError:
+            raise
+        except Exception as error:  # of all ranks together, each with its own if it has one
+            self.stopping |= any(distributed.gather_objects(self.stop.asked))
+            self.events.write(done, "no k-NN", reason=str(error))
+            foreign = None if isinstance(error, DinoscaleError) else error
+            if self.process.rank == 0 or foreign:
+                log.warning("no k-NN after step %d: %s", done, error, exc_info=foreign)
+            return
+        self.progress.measured(top1)
+        if self.saved_step == done:
+            self.saver.measured(done, top1)
+        self.last["knn_top1"] = top1
+        self.last["best_knn_top1"] = self.progress.best_knn_top1 or top1
+        self.metrics.write(done, {"images": done * self.plan.batch_size, "knn_top1": top1})
+        self.metrics.say(f"step {done}: k-NN top-1 of the teacher {top1:.1f} %")
+
+    def _measuring(self) -> None:
+        """Between two batches of the k-NN: a wish to stop ends it on all ranks.
+
+        Raises:
+            PreemptedError: this rank was asked.
+        """
+        self.watchdog.goes_on()
+        self.stop.check()
+
+    def _save(self, *, begun: bool = False) -> None:
+        """Begin to save this step, unless that was begun already.
+
+        All wait for the save before it where one of them is still at it; `begun` is whether one was
+        when the step began, and else none has to ask the others.
+        """
+        if self.saved_step == self.progress.step:
+            return
+        since = time.perf_counter()
+        if begun and any(distributed.gather_objects(self.saver.busy())):
+            self._wait_for_save()
+        self.watchdog.moved(f"copying the checkpoint of step {self.progress.step}")
+        about = {
+            "config": self.config.model_dump(mode="json"),
+            "plan": asdict(self.plan),
+            "versions": self.versions,
+            "images": self.images,
+            "progress": asdict(self.progress),
+        }
+        step = self.progress.step
+        self._report(self.saver.begin(step, self.student, self.teacher, about, since=since))
+        self.saved_step = self.progress.step
+
+    def _save_and_wait(self) -> None:
+        """Save this step and wait until it is on disk, and until nobody waits for this rank.
+
+        Raises:
+            RunFailedError: on every rank; it could not be written, and the run would be lost.
+        """
+        if self._wait_for_save() is not None:
+            self.saved_step = None  # if it was this step, try once more
+        self._save()
+        failed = self._wait_for_save()
+        self.teacher.wait()
+        if failed is not None:
+            raise RunFailedError(
+                f"step {failed.step} could not be saved: {failed.error}. Checkpoints"
+                f" before it are as they were; make room in {self.run_dir} and start again to go on"
+                " from the newest"
+            )
+
+    def _wait_for_save(self) -> SaveResult | None:
+        """Wait until no rank writes or asks rank 0's board; the last save if it failed on any."""
+        if self.saved_step is None:
+            return None
+        step, goes_on = self.saved_step, self.watchdog.goes_on
+        self.watchdog.moved(f"writing the checkpoint of step {step}")
+        wait_for_others = partial(self.watchdog.moved, f"waiting for the checkpoint of step {step}")
+        by_all(self.saver.wait_for_own_files, goes_on, wait_for_others)
+        on_first = on_first_rank(self.saver.wait, goes_on)  # which completes it
+        self._report(on_first or self.saver.wait())
+        results = distributed.gather_objects(self.saved)  # a rank alone may have lost contact
+        return next((result for result in results if result and result.error), None)
+
+    def _report(self, result: SaveResult | None) -> None:
+        """Say how a save ended; one that failed costs safety, not the run."""
+        if result is None:
+            return
+        self.saved = result
+        if self.process.rank != 0:
+            return
+        if result.error is None:
+            log.info("saved %s; training stood still for %.2f s", result.path, result.stall_s)
+            seconds = {"save_stall_s": result.stall_s, "save_write_s": result.write_s}
+            values = {"saved_step": result.step, **seconds, "save_bytes": result.num_bytes}
+            self.metrics.write(self.progress.step, values)
+        else:
+            log.warning("step %d was not saved: %s; training goes on", result.step, result.error)
+            self.events.write(result.step, "save failed", reason=result.error)
+
+
+def _progress_of(checkpoint: Checkpoint | None) -> Progress:
+    return Progress() if checkpoint is None else checkpoint.progress
+
+
+def _keep(config: RunConfig, plan: RunPlan) -> Keep:
+    rule = config.checkpoint
+    every = None if rule.keep_every is None else rule.keep_every * plan.steps_per_epoch
+    return Keep(last=rule.keep_last, every_steps=every, best=rule.keep_best)

@@ -1,0 +1,174 @@
+"""One trial: steps of a run with one micro-batch, in a process that may die of it.
+
+`python -m dinoscale.training.micro_batch.trial` on every rank, with the variables of a launcher;
+one line of JSON on stdin says what to try. It ends when stdin does, and so with its parent. What it
+finds is printed as lines of JSON: `limit_bytes` before the steps, `peak_bytes` after them.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dinoscale.config import RunConfig, parse_config, resolve, split_batch, with_micro_batch
+from dinoscale.data.augmentation.crop_params import draw_params
+from dinoscale.data.loader import Batch
+from dinoscale.engine.build import build_pair, schedules_of
+from dinoscale.engine.step import MicroBatch, train_step
+from dinoscale.errors import DinoscaleError
+from dinoscale.runtime import distributed
+from dinoscale.runtime.launcher_env import Process, read_process
+from dinoscale.runtime.memory import memory_at_hand
+from dinoscale.runtime.watchdog import collectives_timeout_s
+from dinoscale.training.feed import finish_batch, keep_of, multi_crop_of
+from dinoscale.training.hooks.metrics import peak_memory_bytes
+
+# Of the free memory. The rest is for what a few steps do not show: an allocator's fragments grow
+# over days, a k-NN run copies the backbone, data workers and other processes of a CPU vary.
+USABLE = 0.92
+_STEPS = 2  # the first allocates the moments, the second has them from its beginning
+_PASSES = 2  # micro-batches of such a step: the second is the first to accumulate
+_PICTURE = 256  # pixels; says how crops could lie in a picture, of which no size depends
+
+
+def main() -> None:
+    """Try, and leave at once: waiting for other ranks at exit could hang."""
+    _offer_to_die()
+    code = 0
+    try:
+        order = json.loads(sys.stdin.buffer.readline())
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        config = parse_config(order["config"], origin="the run")
+        _try(config, order["micro_batch_size"], read_process(os.environ))
+    except DinoscaleError as error:
+        print(f"error: {error}")
+        code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _offer_to_die() -> None:
+    """If memory runs out, the kernel is to choose this process of all."""
+    with contextlib.suppress(OSError):  # it is only a wish
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # ends when the parent is gone, however it went
+    os._exit(1)
+
+
+def _try(config: RunConfig, size: int, process: Process) -> None:
+    distributed.start(process, timeout_s=collectives_timeout_s(config.train.hang_timeout_s))
+    distributed.gather_objects(None)  # all are here, and NCCL has its buffers
+    limit = _free_bytes(process)
+    distributed.gather_objects(limit)  # nobody takes memory before all have looked
+    if limit is not None:
+        _limit_memory(limit, process.device)
+    print(json.dumps({"limit_bytes": limit}), flush=True)
+    _take_steps(config, size, process)
+    print(json.dumps({"peak_bytes": peak_memory_bytes()}), flush=True)
+    distributed.gather_objects(None)
+
+
+def _free_bytes(process: Process) -> int | None:
+    """What this rank may take from now on; None if that is not known."""
+    if process.device.type == "cuda":
+        return int(USABLE * torch.cuda.mem_get_info()[0])
+    at_hand = memory_at_hand()
+    if at_hand is None:
+        return None
+    room = at_hand // process.local_world_size
+    allowed, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if allowed != resource.RLIM_INFINITY:
+        room = min(room, allowed - _data_bytes())
+    return int(USABLE * room)
+
+
+def _limit_memory(limit: int, device: torch.device) -> None:
+    """Let allocations fail beyond a limit, before the machine swaps or kills."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1], device)
+    else:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + limit, hard))
+
+
+def _data_bytes() -> int:
+    """What counts against RLIMIT_DATA: private writable memory of this process."""
+    found = re.search(r"^VmData:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None, "memory_at_hand knew this system"
+    return 1024 * int(found[1])
+
+
+def _take_steps(config: RunConfig, size: int, process: Process) -> None:
+    """The step of the run, with no more micro-batches than it takes to see all its memory."""
+    passes = split_batch(
+        with_micro_batch(config, size).train, world_size=process.world_size
+    ).accumulation_steps
+    short = _shortened(config, size, world_size=process.world_size, passes=min(passes, _PASSES))
+    plan = resolve(short, world_size=process.world_size, num_images=short.train.batch_size)
+    student, teacher = build_pair(short, plan, values=False)
+    now = schedules_of(short, plan).at(plan.total_steps - 1)
+    batch = _batch(short, size)
+    depth = student.network.backbone.depth
+    for _ in range(_STEPS):
+        prepared = (  # each when it is asked for, as in the run
+            _prepared(batch, short, process.device, depth=depth)
+            for _ in range(plan.accumulation_steps)
+        )
+        train_step(prepared, student, teacher, now, student_temp=short.dino.student_temp)
+
+
+def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) -> RunConfig:
+    """A run whose step is `passes` micro-batches and whose epoch is one step."""
+    train = {"batch_size": size * world_size * passes, "micro_batch_size": size}
+    data = {"train": None, "images_per_epoch": None, "distinct_images": None}
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update=train),
+            "data": config.data.model_copy(update=data),
+        }
+    )
+
+
+def _batch(config: RunConfig, size: int) -> Batch:
+    """Noise in place of what the workers cut."""
+    rng, multi_crop = np.random.default_rng(config.seed), multi_crop_of(config)
+    crops = multi_crop.arrays(count=size)
+    crops.params[:] = draw_params(
+        rng,
+        width=_PICTURE,
+        height=_PICTURE,
+        specs=multi_crop.specs,
+        color=multi_crop.color,
+        colored=multi_crop.colored,
+    )[:, None]
+    global_crops, local_crops = (
+        torch.from_numpy(rng.integers(0, 256, views.shape, dtype=np.uint8))
+        for views in (crops.global_crops, crops.local_crops)
+    )
+    return Batch(global_crops, local_crops, crops.params, torch.arange(size), [])
+
+
+def _prepared(batch: Batch, config: RunConfig, device: torch.device, *, depth: int) -> MicroBatch:
+    keep = None
+    if config.model.drop_path_rate:
+        keep = keep_of(torch.rand(depth, 2, batch.params.size), config.model).to(device)
+    compiled = config.engine.compile is not False
+    return MicroBatch(*finish_batch(batch, config.data, device, compiled=compiled), keep)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The run directory: what is written before the first step, and what it says about the code."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from dinoscale.config import RunConfig, dump_config
+from dinoscale.errors import DinoscaleError, OutputError
+from dinoscale.runtime.locks import try_lock
+from dinoscale.runtime.versions import versions
+
+log = logging.getLogger(__name__)
+
+VERSIONS = "versions.json"  # which every run directory has
+_LOCK_WAIT_S = 60.0  # processes of a run that was killed need some seconds to go
+
+
+def lock(run_dir: Path) -> IO[str]:
+    """Create the run directory and keep other runs out of it while the result is open.
+
+    The lock goes with the process, however it ends.
+
+    Raises:
+        DinoscaleError: the directory cannot be written, or another run uses it.
+    """
+    end = time.monotonic() + _LOCK_WAIT_S
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        while (file := try_lock(run_dir / ".lock")) is None:
+            if time.monotonic() > end:
+                raise DinoscaleError(
+                    f"run_dir: another run is using {run_dir}; wait for it, end it, or choose"
+                    " another directory with run_dir=PATH"
+                )
+            log.warning("another run is using %s; waiting for it to end", run_dir)
+            time.sleep(2.0)
+    except OSError as error:
+        raise _cannot_write(run_dir, error) from error
+    return file
+
+
+def prepare(config: RunConfig, deepspeed: Mapping[str, Any]) -> Path:
+    """Write config.yaml, deepspeed.json and versions.json into the run directory.
+
+    Args:
+        config: of the run.
+        deepspeed: "student" and "teacher" -> what DeepSpeed was told; null if it has no part.
+
+    Raises:
+        DinoscaleError: the directory cannot be written.
+        OutputError: it has a config.yaml that no run wrote.
+    """
+    run_dir = Path(config.run_dir)
+    _refuse_others(run_dir)
+    try:
+        _replace(run_dir / VERSIONS, json.dumps(versions(), indent=1) + "\n")  # marks it as ours
+        _replace(run_dir / "config.yaml", dump_config(config))
+        _replace(run_dir / "deepspeed.json", json.dumps(deepspeed, indent=1) + "\n")
+    except OSError as error:
+        raise _cannot_write(run_dir, error) from error
+    return run_dir
+
+
+def _refuse_others(run_dir: Path) -> None:
+    """Refuse a folder of something else, whose settings would be lost."""
+    theirs = run_dir / "config.yaml"
+    if theirs.exists() and not (run_dir / VERSIONS).exists():
+        raise OutputError(
+            f"run_dir: {theirs} is of no run, and would be lost; choose another directory with"
+            " run_dir=PATH"
+        )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a full disk leaves the one from before."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def _cannot_write(run_dir: Path, error: OSError) -> DinoscaleError:
+    return DinoscaleError(
+        f"run_dir: cannot write to {run_dir}: {error.strerror or error};"
+        " choose another with run_dir=PATH"
+    )

@@ -1,0 +1,265 @@
+"""A whole run: build everything in the order the data flows, then loop."""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.checkpoint.load import Checkpoint
+from dinoscale.cluster.agreement import gather_members, keep_logs, require_alike, require_shared
+from dinoscale.config import RunConfig
+from dinoscale.config.resolve import (
+    RunPlan,
+    require_groups_within_nodes,
+    resolve,
+    with_micro_batch,
+    without_auto,
+)
+from dinoscale.convert.initial_weights import starting_weights
+from dinoscale.data.decoding.decode import Decoder
+from dinoscale.data.sources.mixture import source_sizes
+from dinoscale.data.sources.source import Source, StoredSource, open_source
+from dinoscale.engine.build import Start, build_pair
+from dinoscale.engine.student import Student
+from dinoscale.engine.teacher import Teacher
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.runtime import distributed
+from dinoscale.runtime.cores import cores_at_hand, cores_of_rank
+from dinoscale.runtime.launcher_env import Process
+from dinoscale.runtime.opening import on_first_rank, open_once_a_node
+from dinoscale.runtime.preemption import StopRequest
+from dinoscale.runtime.watchdog import Watchdog
+from dinoscale.training import run_directory as directory
+from dinoscale.training.feed import open_images
+from dinoscale.training.hooks.events import Events
+from dinoscale.training.hooks.online_knn import Probe
+from dinoscale.training.loop import Run
+from dinoscale.training.micro_batch.search import find_micro_batch
+from dinoscale.training.resume import (
+    batch_norm_caution,
+    find_checkpoint,
+    keep_micro_batch,
+    require_same_run,
+    require_same_set,
+    restore,
+)
+
+log = logging.getLogger(__name__)
+S = TypeVar("S", bound=Source)
+
+_ENDING_LAUNCHERS = ("torchrun", "deepspeed")  # their death would leave their ranks running
+_NAMES_COMPARED = 100  # of images, between ranks
+
+
+def train(config: RunConfig, process: Process) -> dict[str, Any]:
+    """Pre-train as `config` says; all ranks call it after `distributed.start`.
+
+    Returns:
+        JSON-able summary: run_dir, steps, last loss and k-NN, what is left out of the images.
+
+    Raises:
+        DinoscaleError: on every rank.
+    """
+    members = gather_members(config, process)
+    hosts = [member.host for member in members]
+    stop = StopRequest(answer=process.rank == 0)
+    watchdog = Watchdog(
+        timeout_s=config.train.hang_timeout_s,
+        hosts=hosts,
+        launched=process.launcher in _ENDING_LAUNCHERS,
+        ask_to_stop=stop.ask,
+    )
+    is_first = process.rank == 0
+    run_dir = Path(config.run_dir)
+    with watchdog.spreading():
+        require_alike(config, process, members)
+        opens = _unless_asked(partial(open_images, config), stop)
+        source = open_once_a_node(opens, hosts, watchdog.goes_on)
+        distributed.together(stop.check)
+        require_same_images(source)
+        _plan(without_auto(config), process, source)  # a mistake ends it before there is a run_dir
+        with distributed.together(lambda: directory.lock(run_dir) if is_first else nullcontext()):
+            require_shared(run_dir, hosts)
+            keep_logs(run_dir, process, members)
+            return _build(config, process, hosts, source, stop, watchdog).to_the_end()
+
+
+def _unless_asked(
+    open_set: Callable[[Callable[[], None]], S], stop: StopRequest
+) -> Callable[[Callable[[], None]], S]:
+    """Let a wish to stop end what opens a set, which may take hours.
+
+    The rank that opens it looks; those that wait for it would leave it alone.
+    """
+
+    def opened(alive: Callable[[], None]) -> S:
+        def goes_on() -> None:
+            alive()
+            stop.check()
+
+        return open_set(goes_on)
+
+    return opened
+
+
+def require_same_images(source: Source) -> None:
+    """Refuse to train when ranks found other images, as in a folder that is being filled.
+
+    They would take different numbers of steps, and wait for each other at the end.
+
+    Raises:
+        DataError: on every rank; the number of images, or one of a hundred names, differs.
+    """
+    stride = max(1, len(source) // _NAMES_COMPARED)
+    names = [os.path.basename(source.path(i)) for i in range(0, len(source), stride)]
+    first, *others = distributed.gather_objects((len(source), names))
+    for rank, (count, found) in enumerate(others, start=1):
+        if (count, found) != first:
+            others_too = "" if count != first[0] else ", but others"
+            raise DataError(
+                f"data.train: rank 0 found {first[0]} images and rank {rank} {count}{others_too}."
+                " Train on a set that does not change and is the same on every machine."
+            )
+
+
+def _plan(config: RunConfig, process: Process, source: Source) -> RunPlan:
+    require_groups_within_nodes(config, ranks_of_node=process.local_world_size)
+    return resolve(config, world_size=process.world_size, num_images=source_sizes(source))
+
+
+def _build(
+    config: RunConfig,
+    process: Process,
+    hosts: Sequence[str],
+    source: StoredSource,
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> Run:
+    is_first = process.rank == 0
+    run_dir = Path(config.run_dir)
+    if not config.resume:
+        distributed.together(lambda: _require_new(run_dir) if is_first else None)
+    watchdog.moved("comparing the images with those of the run so far")
+    images = on_first_rank(source.identity, watchdog.goes_on) or ""
+    watchdog.moved("opening the newest checkpoint")
+    checkpoint = find_checkpoint(run_dir, watchdog.goes_on)
+    if checkpoint is not None:
+        config = keep_micro_batch(checkpoint, config, world_size=process.world_size)
+        require_same_run(checkpoint, config, _plan(without_auto(config), process, source))
+        distributed.together(lambda: require_same_set(checkpoint, images) if is_first else None)
+    elif is_first and os.path.exists(run_dir / "metrics.jsonl"):
+        log.warning("steps were logged in %s, but there is no checkpoint: beginning anew", run_dir)
+    start = None
+    if checkpoint is None and config.train.init_from is not None:
+        start = on_first_rank(partial(starting_weights, config), watchdog.goes_on)
+    if config.train.micro_batch_size == "auto":
+        config = _find_micro_batch(config, process, stop, watchdog)
+    plan = _plan(config, process, source)
+    if config.engine.offload_optimizer and process.device.type == "cuda":
+        # The host steps the weights; launchers leave it one thread.
+        torch.set_num_threads(cores_of_rank(process.local_world_size))
+    watchdog.moved("building the networks")
+    distributed.together(stop.check)
+    student, teacher = _networks(config, plan, start, checkpoint, watchdog.goes_on)
+    del start  # 4 bytes a weight, on rank 0
+    probe = _probe(config, hosts, stop, watchdog) if config.eval.train else None
+    if is_first:
+        _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
+    told = {"student": student.deepspeed_config, "teacher": teacher.deepspeed_config}
+    distributed.together(stop.check)
+    distributed.together(lambda: directory.prepare(config, told) if is_first else None)
+    return Run(
+        config, plan, process, source, images, student, teacher, probe, stop, watchdog, checkpoint
+    )
+
+
+def _networks(
+    config: RunConfig,
+    plan: RunPlan,
+    start: Start | None,
+    checkpoint: Checkpoint | None,
+    goes_on: Callable[[], None] = lambda: None,
+) -> tuple[Student, Teacher]:
+    """Student and teacher as the run begins, or as it goes on; nothing is drawn for the latter."""
+    student, teacher = build_pair(config, plan, start, values=checkpoint is None)
+    if checkpoint is not None:
+        restore(checkpoint, student, teacher, goes_on)
+    return student, teacher
+
+
+def _require_new(run_dir: Path) -> None:
+    if checkpoints(run_dir):
+        raise ConfigError(
+            f"run_dir: {run_dir} already holds a run and resume is false;"
+            " choose another run_dir, or delete that one"
+        )
+
+
+def _probe(config: RunConfig, hosts: Sequence[str], stop: StopRequest, watchdog: Watchdog) -> Probe:
+    def open_set(spec: str, decoder: Decoder) -> Source:
+        opens = _unless_asked(partial(open_source, spec, decoder), stop)
+        return open_once_a_node(opens, hosts, watchdog.goes_on)
+
+    return distributed.together(lambda: Probe(config, open_set))
+
+
+def _find_micro_batch(
+    config: RunConfig, process: Process, stop: StopRequest, watchdog: Watchdog
+) -> RunConfig:
+    """The configuration with the largest micro-batch that fits, by trial."""
+    found = find_micro_batch(config, process, moved=watchdog.moved, stop_asked=lambda: stop.asked)
+    events = Events(Path(config.run_dir), active=process.rank == 0)
+    events.write(0, "micro-batch found", **asdict(found))
+    return with_micro_batch(config, found.size)
+
+
+def _announce(
+    config: RunConfig,
+    plan: RunPlan,
+    process: Process,
+    student: Student,
+    teacher: Teacher,
+    *,
+    resumed_from: Checkpoint | None,
+) -> None:
+    """Say in a few lines what is about to happen."""
+    parameters = sum(math.prod(shape) for shape in student.shapes.values())
+    log.info(
+        "%s: %d images, %d epochs of %d steps; step = %d images = %d ranks x %d x %d micro-batches",
+        config.data.sources_text,
+        plan.num_images,
+        config.train.epochs,
+        plan.steps_per_epoch,
+        plan.batch_size,
+        plan.world_size,
+        plan.micro_batch_size,
+        plan.accumulation_steps,
+    )
+    log.info(
+        "%s, %.2f M parameters with head; ZeRO stage %d, %s; teacher %.1f MB per rank",
+        config.model.backbone,
+        parameters / 1e6,
+        config.engine.zero_stage,
+        config.engine.precision,
+        teacher.num_bytes() / 1e6,
+    )
+    if config.data.channels != 3:
+        log.info("%d channels are no RGB: saturation, hue and gray are off", config.data.channels)
+    cores = cores_at_hand()
+    workers = config.data.num_workers * process.local_world_size
+    if workers > cores:
+        log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)
+    then = None if resumed_from is None else resumed_from.state["plan"]
+    if caution := batch_norm_caution(config, plan, then):
+        log.warning("%s", caution)
+    if resumed_from is not None:
+        left = plan.stop_step - resumed_from.step
+        log.info("going on from %s, %d steps left", resumed_from.path, max(left, 0))
