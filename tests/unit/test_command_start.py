@@ -127,7 +127,7 @@ def test_commands_that_need_torch_begin_without_more(tmp_path: Path) -> None:
 def test_deepspeed_loads_no_compiler_for_an_unused_optimizer_and_others_still_compile() -> None:
     code = (
         "import os, sys\n"
-        "from dinoscale import distributed\n"
+        "from dinoscale.runtime import distributed\n"
         "from dinoscale.engine.student import import_deepspeed\n"
         "from dinoscale.runtime.launcher_env import read_process\n"
         "distributed.start(read_process({}))\n"
