@@ -163,12 +163,12 @@ def test_what_was_read_longest_ago_makes_room(
 def test_a_comment_in_the_code_costs_no_features(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = Path(dinoscale.runtime.fingerprint.__file__).parent
+    package = Path(dinoscale.__file__).parent
     shutil.copytree(package, tmp_path / "dinoscale", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr("dinoscale.runtime.fingerprint._ROOT", tmp_path)
     found = []
     for added in ("", "# a comment\n", "WHITE = 255\n"):
-        with (tmp_path / "dinoscale" / "data" / "decode.py").open("a") as file:
+        with (tmp_path / "dinoscale" / "data" / "decoding" / "decode.py").open("a") as file:
             file.write(added)
         dinoscale.runtime.fingerprint.code_print.cache_clear()
         backbone = Counted()
