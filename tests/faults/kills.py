@@ -68,13 +68,13 @@ class Tally:
 
 
 def moments(kills: int, seed: int) -> list[Moment]:
-    """The same for a seed. Every third falls into a save, every eighth hits the launcher."""
+    """The same for a seed. Every third falls into a save, every fourth hits the launcher."""
     chance, found = random.Random(seed), []
     for number in range(kills):
         step = chance.randint(0, _STEPS_A_LIFE) if number else _STEPS_A_LIFE  # first, a checkpoint
         in_save = number % 3 == 1
         longest = 0.05 if in_save else 0.15 if step else _STARTING_S
-        targets = list(LAUNCHERS) if number % 8 == 7 else ["rank 0", "rank 1", "all"]
+        targets = list(LAUNCHERS) if number % 4 == 3 else ["rank 0", "rank 1", "all"]
         delay_s, target = chance.uniform(0, longest), chance.choice(targets)
         found.append(Moment(step, in_save, delay_s, target, chance.choice([0, 0, 1])))
     return found
