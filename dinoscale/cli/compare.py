@@ -62,8 +62,8 @@ def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) ->
 def _evaluate_compare(
     add_tasks: Callable[[SubCommands], None], options: argparse.Namespace
 ) -> None:
-    from dinoscale.reports.comparison.compare import compare, outcome_of_report
     from dinoscale.reports.comparison.runs import measure_all
+    from dinoscale.reports.comparison.scores import compare, outcome_of_report
 
     require_one_process(
         "evaluate compare",

@@ -116,8 +116,8 @@ def _is_table(options: argparse.Namespace) -> bool:
 
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
     sweep = _load(options)
-    from dinoscale.scaling.design.design import work_out
-    from dinoscale.scaling.design.plan import as_text, make_plan
+    from dinoscale.scaling.design.cost import as_text, make_plan
+    from dinoscale.scaling.design.expand import work_out
 
     plan = make_plan(sweep, work_out(sweep))
     if options.json:
@@ -129,7 +129,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     sweep = _load(options)
     from dinoscale.cli.evaluate import evaluation_words
-    from dinoscale.scaling.design.design import work_out
+    from dinoscale.scaling.design.expand import work_out
     from dinoscale.scaling.sweep.run import run_sweep
 
     design = work_out(sweep)
@@ -147,7 +147,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _status(options: argparse.Namespace) -> dict[str, Any] | None:
     sweep = _load(options)
-    from dinoscale.scaling.design.design import plan_runs
+    from dinoscale.scaling.design.expand import plan_runs
     from dinoscale.scaling.sweep.status import as_text, read_status
 
     runs, parallel = plan_runs(sweep), sweep.executor.parallel
@@ -160,7 +160,7 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFit]]:
     from dinoscale.errors import ConfigError
-    from dinoscale.scaling.sweep.belonging import (
+    from dinoscale.scaling.sweep.reuse import (
         of_file,
         of_table,
         with_known_keys,
@@ -173,7 +173,7 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
         rows, notes = of_table(read_table(table))
     else:
         sweep = _load(options)
-        from dinoscale.scaling.design.design import plan_runs  # with torch
+        from dinoscale.scaling.design.expand import plan_runs  # with torch
 
         table = Path(sweep.out) / TABLE
         rows = read_table(table)
@@ -213,13 +213,13 @@ def _fit(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:
     table, rows, fits = _fitted(options)
-    from dinoscale.scaling.report.report import write_report
+    from dinoscale.scaling.report.write import write_report
 
     return write_report(rows, fits, Path(options.out) if options.out else table.parent / "report")
 
 
 def _run_report(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.reports.run.report import write_run_report
+    from dinoscale.reports.run.write import write_run_report
 
     run_dir = Path(options.run_dir)
     out = Path(options.out) if options.out else run_dir / "report"

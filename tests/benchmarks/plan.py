@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from dinoscale.config import RunConfig, resolve
 from dinoscale.engine.model_sizes import dims_of
 from dinoscale.planning.bench.budget import in_turns, say
-from dinoscale.planning.plan.memory import Peak, peak
-from dinoscale.planning.plan.setup import setup_of
+from dinoscale.planning.plan.memory_model import Peak, peak
+from dinoscale.planning.plan.partition import setup_of
 from tests.distributed.tiny_run import (
     STEPS_PER_EPOCH,
     micro_batches,

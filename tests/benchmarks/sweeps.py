@@ -21,7 +21,7 @@ import numpy as np
 from dinoscale.scaling.laws.fit import fit_rows
 from dinoscale.scaling.laws.isoflop import fit_isoflops
 from dinoscale.scaling.laws.laws import Interval, MetricFit
-from dinoscale.scaling.laws.points import settings
+from dinoscale.scaling.laws.selection import settings
 from dinoscale.scaling.sweep.table import Row
 from tests.unit.scaling.synthetic import (
     FLOPS_EXPONENT,

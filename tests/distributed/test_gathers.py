@@ -8,7 +8,7 @@ import torch
 from dinoscale.config import RunConfig, resolve
 from dinoscale.engine.model_sizes import dims_of
 from dinoscale.planning.plan.communication import transfers
-from dinoscale.planning.plan.setup import setup_of
+from dinoscale.planning.plan.partition import setup_of
 from tests.distributed.test_ema import Recorder
 from tests.distributed.tiny_run import micro_batches, tiny_config, tiny_plan
 from tests.harness import run_distributed

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dinoscale.config import RunConfig, resolve
 from dinoscale.engine.model_sizes import dims_of
 from dinoscale.planning.plan.communication import transfers
-from dinoscale.planning.plan.setup import setup_of
+from dinoscale.planning.plan.partition import setup_of
 from tests.distributed.plain_run import WEIGHTS, Plain, Rounding, error, train_plainly
 from tests.distributed.tiny_run import Gathering, take_step, tiny_config, tiny_plan
 from tests.harness import run_distributed

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dinoscale.scaling.sweep.records import read_job
+from dinoscale.scaling.sweep.run_files import read_job
 from dinoscale.scaling.sweep.table import TABLE, Row, read_table
 from tests.unit.sweep.tiny_sweep import REAL_SWEEP, planned
 

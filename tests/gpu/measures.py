@@ -157,8 +157,8 @@ def _peak(stage: int) -> dict[str, Any]:
     from dinoscale.config import resolve
     from dinoscale.engine.build import build_pair
     from dinoscale.engine.model_sizes import dims_of
-    from dinoscale.planning.plan.memory import peak
-    from dinoscale.planning.plan.setup import setup_of
+    from dinoscale.planning.plan.memory_model import peak
+    from dinoscale.planning.plan.partition import setup_of
 
     config, ranks = _vit_s16(f"engine.zero_stage={stage}"), torch.distributed.get_world_size()
     plan = resolve(config, world_size=ranks, num_images=config.train.batch_size * 4)

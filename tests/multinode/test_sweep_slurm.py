@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.scaling.sweep.records import read_job, read_result
+from dinoscale.scaling.sweep.run_files import read_job, read_result
 from dinoscale.scaling.sweep.table import TABLE, read_table
 from tests.multinode.cluster import Host
 from tests.unit.sweep.tiny_sweep import REAL_SWEEP, planned

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from data_tools.journal import Journal, check_place, write_whole
 from dinoscale.errors import DataError, OutputError
-from dinoscale.reports.page import write_file
+from dinoscale.reports.html import write_file
 from dinoscale.runtime import outputs
 from dinoscale.runtime.outputs import (
     LIST_FILE,

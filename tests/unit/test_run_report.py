@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from dinoscale.config import RunConfig, dump_config, parse_config
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.reports.run.body import changed_settings
+from dinoscale.reports.run.findings import judge
+from dinoscale.reports.run.page import changed_settings
 from dinoscale.reports.run.read import EVENTS_KEPT, NUMBERS, Record, read_record
-from dinoscale.reports.run.report import write_run_report
 from dinoscale.reports.run.series import Point, Series
 from dinoscale.reports.run.state import State, duration_text, find_state, in_sentences
-from dinoscale.reports.run.verdicts import judge
+from dinoscale.reports.run.write import write_run_report
 
 EPOCHS, PER_EPOCH, BATCH = 4, 50, 32
 STEPS = EPOCHS * PER_EPOCH

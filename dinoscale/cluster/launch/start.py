@@ -22,7 +22,7 @@ from dinoscale.cluster.launch.hostfile import (
     read_hostfile,
     taking_part,
 )
-from dinoscale.cluster.launch.verdicts import judge, table
+from dinoscale.cluster.launch.judge_nodes import judge, table
 from dinoscale.errors import LaunchError
 
 _HOST = re.compile(r"\w[\w.:-]*", re.ASCII)

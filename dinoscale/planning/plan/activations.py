@@ -4,7 +4,7 @@ Letters: s bytes of an element, T tokens of a micro-batch, D width.
 """
 
 from dinoscale.engine.model_sizes import Dims
-from dinoscale.planning.plan.setup import FP32, Setup
+from dinoscale.planning.plan.partition import FP32, Setup
 
 
 def kept_by_block(dims: Dims, setup: Setup, *, index: int) -> float:

@@ -9,7 +9,7 @@ as many rings as a node has GPUs, so of what a rank sends one part in a node's G
 from dataclasses import dataclass
 
 from dinoscale.engine.model_sizes import Dims
-from dinoscale.planning.plan.setup import Setup
+from dinoscale.planning.plan.partition import Setup
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from dinoscale.engine.model_sizes import Dims
-from dinoscale.planning.plan.setup import FP32, Setup
+from dinoscale.planning.plan.partition import FP32, Setup
 
 # 419 unexpected interruptions in 54 days on 16,384 GPUs (The Llama 3 Herd of Models,
 # arXiv:2407.21783, section 3.3.4).

@@ -4,7 +4,7 @@ Letters: n scalars of a rank's part, s bytes of a weight in the forward.
 """
 
 from dinoscale.engine.model_sizes import Dims
-from dinoscale.planning.plan.setup import FP32, Setup
+from dinoscale.planning.plan.partition import FP32, Setup
 
 # Judgement, of one GPU while all of its machine do the same; neither has been measured with one.
 PCIE = 25e9  # bytes/s one way, of the 32 GB/s of 16 lanes of PCIe 4.0, from page-locked memory

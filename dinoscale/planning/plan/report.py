@@ -16,14 +16,14 @@ from dinoscale.config import (
 from dinoscale.data.sources.mixture import source_sizes
 from dinoscale.engine.model_sizes import Dims, dims_of, flops_of
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.planning.plan import choice
-from dinoscale.planning.plan.choice import Machine, Option
+from dinoscale.planning.plan import strategies
 from dinoscale.planning.plan.communication import Links
 from dinoscale.planning.plan.failures import FAILURES_PER_GPU_DAY, USUAL, Restart, durability
 from dinoscale.planning.plan.hardware import NETWORK, find_gpu, parse_bytes
-from dinoscale.planning.plan.memory import PARTS
+from dinoscale.planning.plan.memory_model import PARTS
 from dinoscale.planning.plan.offload import HOST_MEMORY, PCIE
-from dinoscale.planning.plan.setup import Setup, setup_of
+from dinoscale.planning.plan.partition import Setup, setup_of
+from dinoscale.planning.plan.strategies import Machine, Option
 from dinoscale.training.feed import open_images
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
@@ -88,8 +88,8 @@ def make_plan(
         memory_bytes=memory,
         links=links,
     )
-    options = choice.options(dims, setup, machine, sizes)
-    chosen = choice.best(dims, options, stage=config.engine.zero_stage)
+    options = strategies.options(dims, setup, machine, sizes)
+    chosen = strategies.best(dims, options, stage=config.engine.zero_stage)
     return {
         "backbone": config.model.backbone,
         "precision": config.engine.precision,
@@ -165,7 +165,7 @@ def _configured(
         micro_batch_size=split.micro_batch_size,
         accumulation_steps=split.accumulation_steps,
     )
-    return _as_json(choice.option_of(dims, as_it_is, machine), run, machine.links)
+    return _as_json(strategies.option_of(dims, as_it_is, machine), run, machine.links)
 
 
 def _flops(dims: Dims) -> dict[str, int]:
@@ -205,8 +205,8 @@ def _assumptions(config: RunConfig, machine: Machine, *, given: bool, within: bo
     sentences = [
         f"{machine.utilization:.0%} of the published {machine.flops / 1e12:.4g} TFLOP/s of a GPU"
         " go into the model's own products; the data keep up",
-        f"{choice.CONTEXT_BYTES / 1e9:g} GB for CUDA and NCCL, and {choice.FRAGMENTS:.0%} more than"
-        " the tensors for gaps between them: neither has been compared with a GPU's allocator",
+        f"{strategies.CONTEXT_BYTES / 1e9:g} GB for CUDA and NCCL, and {strategies.FRAGMENTS:.0%} more"
+        " than the tensors for gaps between them: neither has been compared with a GPU's allocator",
         "blocks as they are; compiled ones (engine.compile) may keep less",
         "the first steps, in which the prototypes are frozen, need less",
     ]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dinoscale.planning.plan.memory import PARTS
+from dinoscale.planning.plan.memory_model import PARTS
 
 _WORDS = {
     "parameters": "weights of the student",

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from dinoscale.reports import page
-from dinoscale.reports.comparison.compare import NOT_RANKED, Cell, Column, Comparison, Report, Row
+from dinoscale.reports import html
 from dinoscale.reports.comparison.plots import draw_column
-from dinoscale.reports.page import element
+from dinoscale.reports.comparison.scores import NOT_RANKED, Cell, Column, Comparison, Report, Row
+from dinoscale.reports.html import element
 
 PAGE, DATA = "compare.html", "compare.json"
 VIDEOS_SHOWN = 4
@@ -23,8 +23,8 @@ def write_page(comparison: Comparison, folder: Path) -> None:
     Raises:
         ConfigError: they cannot be written.
     """
-    page.write_file(folder / DATA, f"{json.dumps(comparison.as_json(), indent=1)}\n".encode())
-    page.write_page("dinoscale: comparison", _body(comparison), folder / PAGE)
+    html.write_file(folder / DATA, f"{json.dumps(comparison.as_json(), indent=1)}\n".encode())
+    html.write_page("dinoscale: comparison", _body(comparison), folder / PAGE)
 
 
 def _body(comparison: Comparison) -> list[Element]:
@@ -34,7 +34,7 @@ def _body(comparison: Comparison) -> list[Element]:
         element("p", _summary(comparison)),
         _table(comparison),
         element("h2", "Weights"),
-        page.definitions((row.label, row.about) for row in comparison.rows if row.kind != "floor"),
+        html.definitions((row.label, row.about) for row in comparison.rows if row.kind != "floor"),
         *(_section(comparison, number) for number in numbers),
     ]
 
@@ -65,7 +65,7 @@ def _table(comparison: Comparison) -> Element:
         )
         for row in comparison.rows
     ]
-    return page.table([element("th"), *heads], rows)
+    return html.table([element("th"), *heads], rows)
 
 
 def _head(column: Column) -> Element:
@@ -105,8 +105,8 @@ def _section(comparison: Comparison, number: int) -> Element:
     cells = {row.label: row.cells[number] for row in comparison.rows if number in row.cells}
     same = [i for i, other in enumerate(comparison.columns) if other.task == column.task]
     place = f" ({same.index(number) + 1} of {len(same)})" if len(same) > 1 else ""
-    plots = [page.plot_figure(plot) for plot in draw_column(comparison, number)]
-    settings = page.definitions((name, _value(value)) for name, value in column.settings.items())
+    plots = [html.plot_figure(plot) for plot in draw_column(comparison, number)]
+    settings = html.definitions((name, _value(value)) for name, value in column.settings.items())
     pictures = [
         picture for label, cell in cells.items() for picture in _pictures(cell.report or {}, label)
     ]
@@ -133,7 +133,7 @@ def _numbers(cells: Mapping[str, Cell]) -> Element:
         for score in cell.scores
     ]
     heads = [element("th", name, scope="col") for name in names]
-    return page.table([element("th"), *heads], rows)
+    return html.table([element("th"), *heads], rows)
 
 
 def _pictures(report: Report, label: str) -> list[Element]:
@@ -143,8 +143,8 @@ def _pictures(report: Report, label: str) -> list[Element]:
         files = [str(path) for path in sorted(Path(report["out"]).glob("*.gif"))[:VIDEOS_SHOWN]]
     figures = []
     for file in files:
-        picture = page.small_picture(Path(file))
+        picture = html.small_picture(Path(file))
         if picture is not None:
             name = f", {Path(file).stem}" if report["task"] == "video" else ""
-            figures.append(page.picture_figure(picture, label + name))
+            figures.append(html.picture_figure(picture, label + name))
     return figures

@@ -11,8 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dinoscale.reports.comparison.compare import Comparison, Kind, Row
-from dinoscale.reports.page import Plot, drawing, finish_plot, printable
+from dinoscale.reports.comparison.scores import Comparison, Kind, Row
+from dinoscale.reports.html import Plot, drawing, finish_plot, printable
 
 WIDTH = 6.4  # inches
 LINE = 0.3  # inches of height for a bar or a line of dots

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinoscale.errors import DataError, DinoscaleError
-from dinoscale.reports.comparison.compare import Outcome, read_report
-from dinoscale.reports.page import write_file
+from dinoscale.reports.comparison.scores import Outcome, read_report
+from dinoscale.reports.html import write_file
 from dinoscale.runtime.fingerprint import Fingerprint, differences
 
 log = logging.getLogger(__name__)

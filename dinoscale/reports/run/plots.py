@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
-from dinoscale.reports.page import Plot, drawing, finish_plot, printable
+from dinoscale.reports.html import Plot, drawing, finish_plot, printable
 from dinoscale.reports.run.read import Record
 from dinoscale.reports.run.series import Point, Series, smooth
 from dinoscale.reports.run.state import State

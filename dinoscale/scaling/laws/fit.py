@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.scaling.laws.exclusions import without_outliers
 from dinoscale.scaling.laws.isoflop import (
     Line,
     fit_isoflops,
@@ -16,7 +17,9 @@ from dinoscale.scaling.laws.isoflop import (
     isoflop_frontier,
     isoflop_optimum,
 )
-from dinoscale.scaling.laws.joint import (
+from dinoscale.scaling.laws.laws import Frontier, MetricFit, Optimum
+from dinoscale.scaling.laws.learning_rates import fit_rates
+from dinoscale.scaling.laws.parametric_law import (
     ImageCost,
     JointFit,
     fit_cost,
@@ -25,12 +28,9 @@ from dinoscale.scaling.laws.joint import (
     joint_optimum,
     why_no_joint,
 )
-from dinoscale.scaling.laws.laws import Frontier, MetricFit, Optimum
-from dinoscale.scaling.laws.points import QUANTITIES, Point, settings, tuned, usable_rows
-from dinoscale.scaling.laws.power import fit_law
-from dinoscale.scaling.laws.rates import fit_rates
-from dinoscale.scaling.laws.screen import without_outliers
-from dinoscale.scaling.report import cautions
+from dinoscale.scaling.laws.power_law import fit_law
+from dinoscale.scaling.laws.selection import QUANTITIES, Point, settings, tuned, usable_rows
+from dinoscale.scaling.report import fit_warnings
 from dinoscale.scaling.report.fit_text import as_json, as_text
 from dinoscale.scaling.sweep.table import Row
 
@@ -134,7 +134,7 @@ def _fit_metric(
         best_rates=tuple(fit_rates(used, metric, confidence=confidence, samples=samples)),
         cautions=(),
     )
-    return cautions.with_cautions(fitted, points, joint_fit=joint, cost=cost)
+    return fit_warnings.with_cautions(fitted, points, joint_fit=joint, cost=cost)
 
 
 def _decisions(

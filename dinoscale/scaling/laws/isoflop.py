@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoscale.scaling.laws.bootstrap import band, interval
-from dinoscale.scaling.laws.bowl import fit_bowls
-from dinoscale.scaling.laws.joint import ImageCost, images_for
+from dinoscale.scaling.laws.isoflop_minima import fit_bowls
 from dinoscale.scaling.laws.laws import Band, Frontier, IsoFlop, Numbers, Optimum
 from dinoscale.scaling.laws.parabola import Parabola
-from dinoscale.scaling.laws.points import Point, best_along, close_groups
+from dinoscale.scaling.laws.parametric_law import ImageCost, images_for
+from dinoscale.scaling.laws.selection import Point, best_along, close_groups
 
 NUM_SIZES = 3  # of models in a budget
 NUM_BUDGETS = 3  # for an interval of the line through their minima

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dinoscale.scaling.laws.laws import Interval, MetricFit
-from dinoscale.scaling.report.words import exponential, flops, interval
+from dinoscale.scaling.report.labels import exponential, flops, interval
 
 _WIDTH = 100
 

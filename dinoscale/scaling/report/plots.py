@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from dinoscale.reports.page import Plot, drawing
+from dinoscale.reports.html import Plot, drawing
 from dinoscale.scaling.laws.laws import Interval, MetricFit
-from dinoscale.scaling.report.answers import Answer, answers, measured, value_of
-from dinoscale.scaling.report.axes import (
+from dinoscale.scaling.number_text import SAME, number
+from dinoscale.scaling.report.conclusions import Answer, answers, measured, value_of
+from dinoscale.scaling.report.labels import metric_unit
+from dinoscale.scaling.report.plot_axes import (
     HOLLOW,
     POINT,
     draw_band,
@@ -23,9 +25,7 @@ from dinoscale.scaling.report.axes import (
     size_colors,
     start,
 )
-from dinoscale.scaling.report.words import metric_unit
 from dinoscale.scaling.sweep.table import Row
-from dinoscale.scaling.units import SAME, number
 
 GRID = 100  # points of a curve
 Colors = Mapping[float, Any]

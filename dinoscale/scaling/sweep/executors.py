@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dinoscale.runtime.cores import cores_at_hand
-from dinoscale.scaling.sweep.records import LOG
+from dinoscale.scaling.sweep.run_files import LOG
 
 _JOB = (sys.executable, "-m", "dinoscale.scaling.sweep.job")
 

@@ -28,16 +28,8 @@ from dinoscale.runtime import logs
 from dinoscale.runtime.launcher_env import first_host, on_this_node
 from dinoscale.runtime.locks import try_lock
 from dinoscale.runtime.versions import versions
-from dinoscale.scaling.sweep.curves import (
-    METRICS,
-    images_of,
-    last_error,
-    online_metric,
-    read_points,
-    thin,
-)
-from dinoscale.scaling.sweep.measure import changed_input, print_of
-from dinoscale.scaling.sweep.records import (
+from dinoscale.scaling.sweep.measured_on import changed_input, print_of
+from dinoscale.scaling.sweep.run_files import (
     HEARTBEAT_S,
     LOG,
     SETTINGS,
@@ -46,6 +38,14 @@ from dinoscale.scaling.sweep.records import (
     read_job,
     read_result,
     write_record,
+)
+from dinoscale.scaling.sweep.run_logs import (
+    METRICS,
+    images_of,
+    last_error,
+    online_metric,
+    read_points,
+    thin,
 )
 from dinoscale.training.hooks.events import count_events
 

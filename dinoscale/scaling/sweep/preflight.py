@@ -15,11 +15,11 @@ import torch
 from dinoscale.config.sweep.executor import ExecutorConfig
 from dinoscale.config.sweep.file import ONLINE
 from dinoscale.errors import ConfigError, DataError, DinoscaleError, UnavailableError
-from dinoscale.reports.comparison.compare import NOT_RANKED
+from dinoscale.reports.comparison.scores import NOT_RANKED
 from dinoscale.runtime.locks import try_lock
-from dinoscale.scaling.design.runs import PlannedRun
-from dinoscale.scaling.sweep.records import RUNS, read_job
-from dinoscale.scaling.sweep.submitted import slurm_is_missing
+from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.sweep.run_files import RUNS, read_job
+from dinoscale.scaling.sweep.slurm_jobs import slurm_is_missing
 from dinoscale.training.feed import open_images
 
 log = logging.getLogger(__name__)

@@ -23,11 +23,8 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.config import dump_config
 from dinoscale.config.sweep.executor import ExecutorConfig
 from dinoscale.errors import DataError, DinoscaleError, PreemptedError, RunFailedError
-from dinoscale.scaling.design.runs import PlannedRun
-from dinoscale.scaling.sweep.belonging import with_known_keys
-from dinoscale.scaling.sweep.curves import last_error
+from dinoscale.scaling.design.planned_run import PlannedRun
 from dinoscale.scaling.sweep.executors import Executor, LocalExecutor
-from dinoscale.scaling.sweep.intentions import intentions, to_measure
 from dinoscale.scaling.sweep.preflight import (
     EvaluationWords,
     lock_sweep,
@@ -36,7 +33,8 @@ from dinoscale.scaling.sweep.preflight import (
     require_machine,
     require_own_folders,
 )
-from dinoscale.scaling.sweep.records import (
+from dinoscale.scaling.sweep.reuse import with_known_keys
+from dinoscale.scaling.sweep.run_files import (
     LOG,
     SETTINGS,
     Job,
@@ -47,8 +45,10 @@ from dinoscale.scaling.sweep.records import (
     write_record,
     write_whole,
 )
-from dinoscale.scaling.sweep.rows import row_of
+from dinoscale.scaling.sweep.run_logs import last_error
 from dinoscale.scaling.sweep.table import TABLE, Row, append_row, read_table
+from dinoscale.scaling.sweep.table_row import row_of
+from dinoscale.scaling.sweep.work_list import intentions, to_measure
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def run_sweep(
 def _executor(config: ExecutorConfig, out: Path, gpus: Sequence[str]) -> Executor:
     if config.kind == "local":
         return LocalExecutor(parallel=config.parallel, processes=config.processes, gpus=gpus)
-    from dinoscale.scaling.sweep.submitted import SubmititExecutor  # loads submitit
+    from dinoscale.scaling.sweep.slurm_jobs import SubmititExecutor  # loads submitit
 
     try:
         return SubmititExecutor(config, out)

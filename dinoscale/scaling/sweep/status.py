@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoscale.checkpoint.layout import checkpoints
-from dinoscale.scaling.design.runs import PlannedRun
-from dinoscale.scaling.sweep.belonging import with_known_keys
-from dinoscale.scaling.sweep.curves import METRICS, last_step
-from dinoscale.scaling.sweep.records import Job, Result, folders_of, lives, read_job, read_result
+from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.sweep.reuse import with_known_keys
+from dinoscale.scaling.sweep.run_files import Job, Result, folders_of, lives, read_job, read_result
+from dinoscale.scaling.sweep.run_logs import METRICS, last_step
 from dinoscale.scaling.sweep.table import TABLE, Row, read_table
 
 _STATES = ("done", "failed", "running", "interrupted", "waiting")

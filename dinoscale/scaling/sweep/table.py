@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dinoscale.errors import DataError
-from dinoscale.scaling.sweep.records import write_whole
+from dinoscale.scaling.sweep.run_files import write_whole
 
 log = logging.getLogger(__name__)
 

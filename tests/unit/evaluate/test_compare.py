@@ -13,10 +13,10 @@ from PIL import Image
 
 from dinoscale import cli
 from dinoscale.errors import ConfigError, DataError, LaunchError
-from dinoscale.reports.comparison.compare import Outcome, compare, outcome_of_report
 from dinoscale.reports.comparison.page import write_page
 from dinoscale.reports.comparison.plots import draw_column
 from dinoscale.reports.comparison.runs import result_path
+from dinoscale.reports.comparison.scores import Outcome, compare, outcome_of_report
 from tests.unit.evaluate.conftest import Colors
 
 BACKBONE = {"name": "vit_tiny_patch16_224", "patch_size": 8}

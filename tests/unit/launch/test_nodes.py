@@ -12,7 +12,7 @@ import pytest
 from dinoscale.cluster.doctor.report import Check
 from dinoscale.cluster.launch.ask_nodes import Found, Question, ask_all
 from dinoscale.cluster.launch.hostfile import Host
-from dinoscale.cluster.launch.verdicts import judge, table
+from dinoscale.cluster.launch.judge_nodes import judge, table
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -6,7 +6,10 @@ import pytest
 
 from dinoscale.engine.model_sizes import Dims, flops_of
 from dinoscale.errors import ConfigError
-from dinoscale.planning.plan.choice import (
+from dinoscale.planning.plan.communication import Links, Transfer, transfers, waited_s
+from dinoscale.planning.plan.hardware import GPUS, find_gpu, parse_bytes
+from dinoscale.planning.plan.partition import Setup
+from dinoscale.planning.plan.strategies import (
     Machine,
     Option,
     best,
@@ -14,9 +17,6 @@ from dinoscale.planning.plan.choice import (
     options,
     recomputed_flops,
 )
-from dinoscale.planning.plan.communication import Links, Transfer, transfers, waited_s
-from dinoscale.planning.plan.hardware import GPUS, find_gpu, parse_bytes
-from dinoscale.planning.plan.setup import Setup
 from tests.unit.plan.tiny import DIMS, SETUP
 
 WEIGHTS = 1844 + 700

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from dinoscale.config import count_parameters, parse_config
 from dinoscale.engine.model_sizes import dims_of
 from dinoscale.planning.plan.activations import kept_by_block
-from dinoscale.planning.plan.memory import held, peak
-from dinoscale.planning.plan.setup import Setup
+from dinoscale.planning.plan.memory_model import held, peak
+from dinoscale.planning.plan.partition import Setup
 from tests.benchmarks import plan as benchmark
 from tests.unit.plan.tiny import DIMS, SETUP
 

@@ -1,7 +1,7 @@
 """Sizes small enough to work out by hand."""
 
 from dinoscale.engine.model_sizes import Dims
-from dinoscale.planning.plan.setup import Setup
+from dinoscale.planning.plan.partition import Setup
 
 # 12 D^2 + 13 D = 872 scalars a block; K x bottleneck = 400 of 700 in the head.
 DIMS = Dims(

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from dinoscale.scaling.laws.isoflop import fit_isoflops, fit_line, isoflop_optimum
-from dinoscale.scaling.laws.joint import fit_cost, fit_joint, joint_optimum
 from dinoscale.scaling.laws.laws import Interval
-from dinoscale.scaling.laws.points import settings
+from dinoscale.scaling.laws.parametric_law import fit_cost, fit_joint, joint_optimum
+from dinoscale.scaling.laws.selection import settings
 from dinoscale.scaling.sweep.table import Row
 from tests.unit.scaling.synthetic import Truth, draw, grid, isoflop
 

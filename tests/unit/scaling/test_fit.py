@@ -10,7 +10,7 @@ import pytest
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.scaling.laws.fit import as_json, as_text, fit_rows
 from dinoscale.scaling.laws.laws import MetricFit
-from dinoscale.scaling.laws.powers import _TOLERANCE
+from dinoscale.scaling.laws.robust_fit import _TOLERANCE
 from dinoscale.scaling.sweep.table import Row
 from tests.unit.scaling.synthetic import (
     FLOPS_EXPONENT,

@@ -11,9 +11,9 @@ from dinoscale.scaling.laws.fit import fit_rows
 from dinoscale.scaling.laws.isoflop import fit_isoflops
 from dinoscale.scaling.laws.laws import MetricFit
 from dinoscale.scaling.laws.outliers import outlying
-from dinoscale.scaling.laws.points import settings
-from dinoscale.scaling.laws.power import fit
-from dinoscale.scaling.report.answers import best_run
+from dinoscale.scaling.laws.power_law import fit
+from dinoscale.scaling.laws.selection import settings
+from dinoscale.scaling.report.conclusions import best_run
 from dinoscale.scaling.sweep.table import Row
 from tests.unit.scaling.synthetic import Truth, draw, isoflop, make_row
 

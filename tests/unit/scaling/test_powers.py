@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import huber
 
-from dinoscale.scaling.laws.powers import (
+from dinoscale.scaling.laws.robust_fit import (
     _TOLERANCE,
     DELTA,
     fit_powers,

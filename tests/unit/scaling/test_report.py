@@ -21,15 +21,15 @@ from dinoscale.config import load_config, parse_config
 from dinoscale.errors import ConfigError
 from dinoscale.runtime.outputs import MARK
 from dinoscale.scaling.laws.laws import Interval, Optimum
-from dinoscale.scaling.report.answers import Trust, answers, runs_to_add
-from dinoscale.scaling.report.axes import log_ticks, tick_labels
+from dinoscale.scaling.number_text import number
+from dinoscale.scaling.report.conclusions import Trust, answers, runs_to_add
+from dinoscale.scaling.report.labels import interval, percent
+from dinoscale.scaling.report.plot_axes import log_ticks, tick_labels
 from dinoscale.scaling.report.plots import draw_metric
-from dinoscale.scaling.report.recommend import nearest_size, recommend
-from dinoscale.scaling.report.report import PRESET, write_report
-from dinoscale.scaling.report.report_tables import outliers, version_differences
-from dinoscale.scaling.report.words import interval, percent
+from dinoscale.scaling.report.preset import nearest_size, recommend
+from dinoscale.scaling.report.tables import outliers, version_differences
+from dinoscale.scaling.report.write import PRESET, write_report
 from dinoscale.scaling.sweep.table import Row, append_row, read_table
-from dinoscale.scaling.units import number
 from tests.unit.scaling.known import a_best_rate, a_fit, a_row, an_optimum, around, grid, no_fit
 
 ODD = "<script>alert(1)</script> $x_1$ \u6f22 & '\"\n# \x00"

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.scaling.design.keys import key_of
-from dinoscale.scaling.sweep.belonging import of_file, of_table, with_known_keys, with_known_lines
-from dinoscale.scaling.sweep.intentions import to_measure
-from dinoscale.scaling.sweep.records import RUNS as FOLDERS
-from dinoscale.scaling.sweep.records import Job, Result, write_record
-from dinoscale.scaling.sweep.rows import row_of
+from dinoscale.scaling.design.run_key import key_of
+from dinoscale.scaling.sweep.reuse import of_file, of_table, with_known_keys, with_known_lines
+from dinoscale.scaling.sweep.run_files import RUNS as FOLDERS
+from dinoscale.scaling.sweep.run_files import Job, Result, write_record
 from dinoscale.scaling.sweep.table import Row
+from dinoscale.scaling.sweep.table_row import row_of
+from dinoscale.scaling.sweep.work_list import to_measure
 from tests.unit.sweep.tiny_sweep import planned
 
 RUNS = [planned(number) for number in range(3)]

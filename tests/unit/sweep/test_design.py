@@ -8,9 +8,9 @@ import pytest
 from dinoscale.config import RunConfig, load_config, parse_config
 from dinoscale.engine.flops import step_flops
 from dinoscale.errors import ConfigError
-from dinoscale.scaling.design.design import plan_runs, work_out
-from dinoscale.scaling.design.keys import key_of
-from dinoscale.scaling.design.runs import PlannedRun
+from dinoscale.scaling.design.expand import plan_runs, work_out
+from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.design.run_key import key_of
 from tests.unit.sweep.files import HEAD, MODELS, NO_SUCH_SET, sweep_of
 
 

@@ -11,11 +11,11 @@ import pytest
 from dinoscale.errors import RunFailedError
 from dinoscale.runtime.fingerprint import Fingerprint
 from dinoscale.scaling.sweep import job as job_module
-from dinoscale.scaling.sweep import measure
-from dinoscale.scaling.sweep.curves import last_error, last_step, online_metric, read_points, thin
+from dinoscale.scaling.sweep import measured_on
 from dinoscale.scaling.sweep.job import Work, headline_error, training_command
-from dinoscale.scaling.sweep.records import Job, Result, read_result, write_record
-from dinoscale.scaling.sweep.rows import row_of
+from dinoscale.scaling.sweep.run_files import Job, Result, read_result, write_record
+from dinoscale.scaling.sweep.run_logs import last_error, last_step, online_metric, read_points, thin
+from dinoscale.scaling.sweep.table_row import row_of
 from tests.unit.sweep.tiny_sweep import planned
 
 KEY = "a" * 16
@@ -69,11 +69,11 @@ def test_metric_of_images_that_were_replaced_is_measured_again(
     values = iter([0.25, 0.75])
     monkeypatch.setattr(Work, "_value", lambda *_: next(values))
     assert _work(tmp_path, job, _training(tmp_path), monkeypatch).run() == "done"
-    measure._print_of.cache_clear()
+    measured_on._print_of.cache_clear()
     assert _work(tmp_path, job, "sys.exit(1)", monkeypatch).run() == "done"
     assert read_result(tmp_path, KEY).metrics == {"own": 0.25}
     (images / "a.png").write_bytes(b"2")
-    measure._print_of.cache_clear()
+    measured_on._print_of.cache_clear()
     assert _work(tmp_path, job, "sys.exit(1)", monkeypatch).run() == "done"
     assert read_result(tmp_path, KEY).metrics == {"own": 0.75}
 
@@ -82,8 +82,8 @@ def test_what_is_measured_on_is_known_by_a_pattern_or_list_and_what_is_written_i
     tmp_path: Path,
 ) -> None:
     def now(*options: str) -> Fingerprint:
-        measure._print_of.cache_clear()
-        return measure.print_of("knn", ["evaluate", "knn", "run", *options])
+        measured_on._print_of.cache_clear()
+        return measured_on.print_of("knn", ["evaluate", "knn", "run", *options])
 
     shards, log = [tmp_path / f"{number}.tar" for number in (0, 1)], tmp_path / "log.jsonl"
     for path in (*shards, log):
@@ -92,18 +92,18 @@ def test_what_is_measured_on_is_known_by_a_pattern_or_list_and_what_is_written_i
     for options in (line[:1], (*line[:1], *line[3:]), (*line[:1], f"--log={log}")):
         before = now(*options)
         log.write_bytes(log.read_bytes() + b"1")
-        assert measure.changed_input(before, now(*options)) == []
+        assert measured_on.changed_input(before, now(*options)) == []
         shards[0].write_bytes(shards[0].read_bytes() + b"1")
-        assert "sizes" in measure.changed_input(before, now(*options))[0]
+        assert "sizes" in measured_on.changed_input(before, now(*options))[0]
     listed = tmp_path / "test.txt"
     listed.write_text("0.tar\n")
     before = now(f"--test={listed}")
     shards[0].write_bytes(shards[0].read_bytes() + b"1")
-    assert "sizes" in measure.changed_input(before, now(f"--test={listed}"))[0]
+    assert "sizes" in measured_on.changed_input(before, now(f"--test={listed}"))[0]
     (tmp_path / "sub").mkdir()
     before = now(*line[1:])
     (tmp_path / "sub" / "empty").mkdir()
-    assert measure.changed_input(before, now(*line[1:])) == []
+    assert measured_on.changed_input(before, now(*line[1:])) == []
 
 
 def test_training_tells_what_happened_and_how_many_images_it_had(

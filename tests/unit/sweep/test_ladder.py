@@ -7,7 +7,7 @@ import pytest
 from dinoscale.config.backbones import VIT_SIZES, VitSize
 from dinoscale.config.sweep.axes import AxesConfig
 from dinoscale.errors import ConfigError
-from dinoscale.scaling.design.ladder import sizes_of
+from dinoscale.scaling.design.model_sizes import sizes_of
 
 
 def _sizes(model: object) -> list[VitSize]:

@@ -10,8 +10,8 @@ from dinoscale.config import load_config
 from dinoscale.config.sweep.file import load_sweep
 from dinoscale.errors import ConfigError
 from dinoscale.planning.plan.report import make_plan as plan_one
-from dinoscale.scaling.design.design import work_out
-from dinoscale.scaling.design.plan import _wall_hours, as_text, make_plan
+from dinoscale.scaling.design.cost import _wall_hours, as_text, make_plan
+from dinoscale.scaling.design.expand import work_out
 from tests.unit.sweep.files import MODELS, NO_SUCH_SET, sweep_of
 
 SWEEPS = sorted((Path(__file__).parents[3] / "configs" / "sweep").glob("*.yaml"))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from dinoscale.config import RunConfig, load_config
 from dinoscale.config.sweep.rules import RulesConfig
 from dinoscale.errors import ConfigError
-from dinoscale.scaling.design.rules import Sizes, ruled_settings
+from dinoscale.scaling.design.apply_rules import Sizes, ruled_settings
 
 BASE = Sizes(batch_size=64, width=64, depth=3, images=40_000, parameters=1000)
 RUN = Sizes(batch_size=256, width=128, depth=6, images=10_000, parameters=8000)

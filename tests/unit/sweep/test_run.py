@@ -25,14 +25,14 @@ from dinoscale.errors import (
     RunFailedError,
     UnavailableError,
 )
-from dinoscale.scaling.design.keys import key_of
-from dinoscale.scaling.design.runs import PlannedRun
+from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.design.run_key import key_of
 from dinoscale.scaling.sweep import preflight, table
 from dinoscale.scaling.sweep import run as run_module
-from dinoscale.scaling.sweep.belonging import of_file
 from dinoscale.scaling.sweep.executors import LocalExecutor
-from dinoscale.scaling.sweep.records import Job, read_job, read_result, write_record
+from dinoscale.scaling.sweep.reuse import of_file
 from dinoscale.scaling.sweep.run import run_sweep
+from dinoscale.scaling.sweep.run_files import Job, read_job, read_result, write_record
 from dinoscale.scaling.sweep.status import read_status
 from dinoscale.scaling.sweep.table import TABLE, Row, read_table
 from tests.unit.sweep.tiny_sweep import METRICS, SCRIPT, do_job, planned, program

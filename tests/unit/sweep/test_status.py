@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.scaling.sweep.records import RESULT, Job, Result, write_record
-from dinoscale.scaling.sweep.rows import row_of
+from dinoscale.scaling.sweep.run_files import RESULT, Job, Result, write_record
 from dinoscale.scaling.sweep.status import as_text, read_status
 from dinoscale.scaling.sweep.table import TABLE, append_row
+from dinoscale.scaling.sweep.table_row import row_of
 from tests.unit.sweep.tiny_sweep import planned
 
 RUNS = [planned(number) for number in range(6)]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dinoscale.config.sweep.executor import ExecutorConfig, SlurmConfig
-from dinoscale.scaling.sweep import submitted
-from dinoscale.scaling.sweep.submitted import SubmititExecutor
+from dinoscale.scaling.sweep import slurm_jobs
+from dinoscale.scaling.sweep.slurm_jobs import SubmititExecutor
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "sweep"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ def test_script_is_the_one_on_file(name: str, tmp_path: Path) -> None:
 def test_job_has_ended_when_it_has_left_the_queue(
     programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submitted, "_LOOK_EVERY_S", {"slurm": 0.0})
+    monkeypatch.setattr(slurm_jobs, "_LOOK_EVERY_S", {"slurm": 0.0})
     executor = _executor("one_node", tmp_path / "out")
     folder = tmp_path / "out" / "runs" / "a"
     executor.start(folder)
@@ -93,8 +93,8 @@ def test_job_that_sbatch_refuses_is_an_error(programs: Path, tmp_path: Path) -> 
 def test_process_of_another_program_is_no_job() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()", "submitit"], stdin=-1) as job:
         handles = {str(job.pid), str(os.getpid()), "process 7", "999999999"}
-        assert submitted._processes(handles) == {str(job.pid)}
+        assert slurm_jobs._processes(handles) == {str(job.pid)}
         job.kill()
         while job.poll() is None:
             pass
-        assert not submitted._processes(handles)
+        assert not slurm_jobs._processes(handles)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dinoscale.errors import DataError
-from dinoscale.scaling.sweep.records import Job, Result
-from dinoscale.scaling.sweep.rows import row_of
+from dinoscale.scaling.sweep.run_files import Job, Result
 from dinoscale.scaling.sweep.table import append_row, read_table
+from dinoscale.scaling.sweep.table_row import row_of
 from tests.unit.sweep.tiny_sweep import planned
 
 ROW = row_of(

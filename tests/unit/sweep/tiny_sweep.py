@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dinoscale.config import load_config
 from dinoscale.config.sweep.file import ONLINE
-from dinoscale.scaling.design.runs import PlannedRun
-from dinoscale.scaling.sweep.records import (
+from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.sweep.run_files import (
     Result,
     read_job,
     read_result,

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dinoscale.reports.page import Plot, finish_plot, printable
+from dinoscale.reports.html import Plot, finish_plot, printable
 from dinoscale.scaling.laws.laws import Band, Interval, Numbers
-from dinoscale.scaling.units import number
+from dinoscale.scaling.number_text import number
 
 WIDTH, HEIGHT = 5.0, 3.2  # inches, the height without its legend: two plots fit side by side
 LEGEND_LINE, LEGEND_COLUMNS = 0.2, 4

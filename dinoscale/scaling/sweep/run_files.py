@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dinoscale.scaling.design.runs import PlannedRun
+from dinoscale.scaling.design.planned_run import PlannedRun
 
 RUNS = "runs"  # in the folder of a sweep; a folder for each run
 JOB, RESULT, SETTINGS, LOG = "job.json", "result.json", "settings.yaml", "job.log"

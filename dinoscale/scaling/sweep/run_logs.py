@@ -12,7 +12,7 @@ from typing import Any
 
 from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
 from dinoscale.errors import RunFailedError
-from dinoscale.scaling.sweep.records import Point, finite_or_none
+from dinoscale.scaling.sweep.run_files import Point, finite_or_none
 
 METRICS = "metrics.jsonl"
 _MOST_POINTS = 200  # of a curve in the table: a plot shows no more

@@ -8,13 +8,13 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from dinoscale.reports import page
-from dinoscale.reports.page import element
+from dinoscale.reports import html
+from dinoscale.reports.html import element
 from dinoscale.scaling.laws.laws import Interval, MetricFit
-from dinoscale.scaling.report.answers import best_run, measured, value_of
-from dinoscale.scaling.report.words import ends, exponential, metric_unit, percent
+from dinoscale.scaling.number_text import number
+from dinoscale.scaling.report.conclusions import best_run, measured, value_of
+from dinoscale.scaling.report.labels import ends, exponential, metric_unit, percent
 from dinoscale.scaling.sweep.table import Row
-from dinoscale.scaling.units import number
 
 OUTLIER = 3.0  # robust standard deviations of the residuals
 ERROR_SHOWN = 300  # letters
@@ -52,7 +52,7 @@ def runs_table(rows: Sequence[Row]) -> Element:
             cells.append(element("td", _metric(row.metrics.get(name)), **bold))
         cells.append(number(row.seconds / 3600))
         lines.append(_line(row.name, cells))
-    return page.table([element("th", head, scope="col") for head in heads], lines)
+    return html.table([element("th", head, scope="col") for head in heads], lines)
 
 
 def _line(name: str, cells: Cells) -> Element:
@@ -66,7 +66,7 @@ def _table(heads: Sequence[str], rows: Sequence[Cells]) -> Element:
         element("th", head, scope="col", class_="text" if head.startswith("why") else "")
         for head in heads
     ]
-    return page.table(made, lines)
+    return html.table(made, lines)
 
 
 def _metric(value: float | None) -> str:
@@ -244,7 +244,7 @@ def versions_list(rows: Sequence[Row]) -> Element:
     """Versions of what the runs ran on; differing ones say how many runs had which."""
     differ = version_differences(rows)
     names = dict.fromkeys(name for row in rows for name in row.versions)
-    return page.definitions(
+    return html.definitions(
         (
             name,
             "; ".join(f"{version} ({count} runs)" for version, count in differ[name].items())

@@ -14,10 +14,10 @@ from enum import IntEnum
 import numpy as np
 
 from dinoscale.scaling.laws.laws import Interval, MetricFit, Optimum
-from dinoscale.scaling.laws.points import spoiled_by
-from dinoscale.scaling.report.words import flops, percent
+from dinoscale.scaling.laws.selection import spoiled_by
+from dinoscale.scaling.number_text import number
+from dinoscale.scaling.report.labels import flops, percent
 from dinoscale.scaling.sweep.table import Row
-from dinoscale.scaling.units import number
 
 MANY_RUNS, FEW_RUNS = 10, 6  # a joint law has five coefficients
 GOOD_R2, LOW_R2 = 0.95, 0.8

@@ -15,10 +15,10 @@ from typing import Any
 
 from dinoscale.config import load_config, parse_config
 from dinoscale.errors import ConfigError
-from dinoscale.scaling.design.keys import NO_PART, key_of
-from dinoscale.scaling.design.runs import PlannedRun
-from dinoscale.scaling.sweep.measure import changed_input
-from dinoscale.scaling.sweep.records import (
+from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.design.run_key import NO_PART, key_of
+from dinoscale.scaling.sweep.measured_on import changed_input
+from dinoscale.scaling.sweep.run_files import (
     RUNS,
     SETTINGS,
     Result,

@@ -10,11 +10,11 @@ from typing import Any
 
 from dinoscale.config.sweep.file import SweepConfig
 from dinoscale.errors import ConfigError
-from dinoscale.scaling.design.candidate import dims_of_run
-from dinoscale.scaling.design.design import Design, shortened
-from dinoscale.scaling.design.need import Need, need_of, require_known
-from dinoscale.scaling.design.runs import PlannedRun
-from dinoscale.scaling.units import number
+from dinoscale.scaling.design.expand import Design, shortened
+from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.design.requirements import Need, need_of, require_known
+from dinoscale.scaling.design.resolved_run import dims_of_run
+from dinoscale.scaling.number_text import number
 
 
 def make_plan(sweep: SweepConfig, design: Design) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from dinoscale.scaling.laws.bootstrap import band, interval
 from dinoscale.scaling.laws.laws import Frontier, JointLaw, Numbers, Optimum
-from dinoscale.scaling.laws.points import Point, close_groups, tuned
-from dinoscale.scaling.laws.power import Powers, explained, falls, fit
-from dinoscale.scaling.units import SAME
+from dinoscale.scaling.laws.power_law import Powers, explained, falls, fit
+from dinoscale.scaling.laws.selection import Point, close_groups, tuned
+from dinoscale.scaling.number_text import SAME
 
 NUM_PARAMETERS = 5
 NUM_SIZES = 3  # of models, and of images: two leave the exponent open

@@ -14,7 +14,7 @@ from typing import Literal
 from dinoscale.engine.model_sizes import Dims
 from dinoscale.losses.dino import CHUNK, PROTOTYPES
 from dinoscale.planning.plan.activations import activations, in_work, is_recomputed, kept_by_block
-from dinoscale.planning.plan.setup import FP32, Setup
+from dinoscale.planning.plan.partition import FP32, Setup
 
 PARTS = ("parameters", "gradients", "optimizer", "teacher", "activations", "loss", "buffers")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dinoscale.scaling.laws.laws import Interval
-from dinoscale.scaling.units import number
+from dinoscale.scaling.number_text import number
 
 
 def flops(value: float) -> str:

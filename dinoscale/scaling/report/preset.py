@@ -22,14 +22,20 @@ from scipy.interpolate import make_interp_spline
 from dinoscale.config import RunConfig, dump_config, load_config, parse_config
 from dinoscale.config.backbones import named_vit_size, num_vit_parameters
 from dinoscale.errors import ConfigError
-from dinoscale.reports.page import printable
+from dinoscale.reports.html import printable
 from dinoscale.runtime.outputs import MARK
+from dinoscale.scaling.laws.hyperparameters import Size, changes_of, is_larger, rate_of, ruled_for
 from dinoscale.scaling.laws.laws import MetricFit
-from dinoscale.scaling.laws.transfer import Size, changes_of, is_larger, rate_of, ruled_for
-from dinoscale.scaling.report.answers import Answer, best_answers, fit_reasons, measured, value_of
-from dinoscale.scaling.report.words import exponential, interval, metric_name
+from dinoscale.scaling.number_text import number
+from dinoscale.scaling.report.conclusions import (
+    Answer,
+    best_answers,
+    fit_reasons,
+    measured,
+    value_of,
+)
+from dinoscale.scaling.report.labels import exponential, interval, metric_name
 from dinoscale.scaling.sweep.table import Row
-from dinoscale.scaling.units import number
 
 RUN_DIR = "runs/recommended"
 _STEPS, _REACH = 2000, 4.0  # the path of sizes: its steps, and how far from N it goes, a factor

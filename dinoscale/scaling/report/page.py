@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from dinoscale.reports import page
-from dinoscale.reports.page import Plot, element
+from dinoscale.reports import html
+from dinoscale.reports.html import Plot, element
 from dinoscale.scaling.laws.laws import MetricFit
-from dinoscale.scaling.report.answers import (
+from dinoscale.scaling.number_text import number
+from dinoscale.scaling.report.conclusions import (
     Answer,
     Reason,
     Trust,
@@ -20,8 +21,9 @@ from dinoscale.scaling.report.answers import (
     runs_to_add,
     value_of,
 )
-from dinoscale.scaling.report.recommend import Recommendation
-from dinoscale.scaling.report.report_tables import (
+from dinoscale.scaling.report.labels import exponential, flops, interval, metric_name
+from dinoscale.scaling.report.preset import Recommendation
+from dinoscale.scaling.report.tables import (
     cost,
     failed_table,
     runs_table,
@@ -29,9 +31,7 @@ from dinoscale.scaling.report.report_tables import (
     version_differences,
     versions_list,
 )
-from dinoscale.scaling.report.words import exponential, flops, interval, metric_name
 from dinoscale.scaling.sweep.table import Row
-from dinoscale.scaling.units import number
 
 VERDICTS = {
     Trust.GOOD: "Trust: good. Nothing found speaks against it.",
@@ -96,7 +96,7 @@ def write_page(
         element("h2", "Versions"),
         *_versions(rows),
     ]
-    page.write_page("dinoscale: scaling sweep", body, path)
+    html.write_page("dinoscale: scaling sweep", body, path)
 
 
 def _summary(rows: Sequence[Row]) -> str:
@@ -210,7 +210,7 @@ def _metric(rows: Sequence[Row], fit: MetricFit, plots: Mapping[str, Plot]) -> l
         return []
     return [
         element("h2", f"{fit.metric}: plots and laws"),
-        *(page.plot_figure(plot, EXPLAINED[name]) for name, plot in plots.items()),
+        *(html.plot_figure(plot, EXPLAINED[name]) for name, plot in plots.items()),
         element("p", SYMBOLS),
         *tables,
     ]

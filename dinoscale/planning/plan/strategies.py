@@ -7,9 +7,9 @@ from dinoscale.engine.flops import StepFlops
 from dinoscale.engine.model_sizes import Dims, flops_of
 from dinoscale.models.activation_checkpointing import Recompute
 from dinoscale.planning.plan.communication import Links, Transfer, transfers, waited_s
-from dinoscale.planning.plan.memory import Peak, peak
+from dinoscale.planning.plan.memory_model import Peak, peak
 from dinoscale.planning.plan.offload import offload_s
-from dinoscale.planning.plan.setup import Setup
+from dinoscale.planning.plan.partition import Setup
 
 # Not compared with a GPU's allocator: assumptions, both on the safe side.
 CONTEXT_BYTES = 1.5e9  # CUDA, cuBLAS and NCCL of one process

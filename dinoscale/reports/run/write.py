@@ -13,13 +13,13 @@ from xml.etree.ElementTree import Element
 
 from dinoscale.cluster.doctor.report import Check
 from dinoscale.errors import DinoscaleError
-from dinoscale.reports import page
-from dinoscale.reports.page import element
-from dinoscale.reports.run.body import build_body
+from dinoscale.reports import html
+from dinoscale.reports.html import element
+from dinoscale.reports.run.findings import judge
+from dinoscale.reports.run.page import build_body
 from dinoscale.reports.run.plots import draw_run
 from dinoscale.reports.run.read import CONFIG, Record, read_record
 from dinoscale.reports.run.state import State, find_state, in_sentences
-from dinoscale.reports.run.verdicts import judge
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def write_run_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, 
     sentences, checks = in_sentences(record, state), judge(record, state)
     plots = draw_run(record, state)
     for name, plot in plots:
-        page.write_file(out / PLOTS / f"{name}.png", plot.png)
+        html.write_file(out / PLOTS / f"{name}.png", plot.png)
     picture, why_not = _attention(record, out / ATTENTION, wanted=attention)
     numbers = _numbers(record, state, checks)
     numbers["attention"] = {"picture": ATTENTION if picture is not None else None, "why": why_not}
@@ -58,8 +58,8 @@ def write_run_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, 
         plots=[plot for _, plot in plots],
         attention=element("p", why_not) if picture is None else picture,
     )
-    page.write_page(f"dinoscale: {run_dir.resolve().name}", body, out / PAGE)
-    page.write_file(out / DATA, f"{json.dumps(numbers, indent=1)}\n".encode())
+    html.write_page(f"dinoscale: {run_dir.resolve().name}", body, out / PAGE)
+    html.write_file(out / DATA, f"{json.dumps(numbers, indent=1)}\n".encode())
     return {
         "report": str(out / PAGE),
         "data": str(out / DATA),
@@ -95,12 +95,12 @@ def _attention(record: Record, path: Path, *, wanted: bool) -> tuple[Element | N
     except Exception as error:  # a bug or a lack of memory must not cost the report
         log.exception("no picture of attention; this is a bug, or a lack of memory")
         return None, f"Not drawn: {type(error).__name__}: {error}"
-    png = page.small_picture(path)
+    png = html.small_picture(path)
     if png is None:
         return None, f"{path} was drawn and cannot be read."
     name = str(found["weights_source"]).rpartition("/")[2]
     words = f"{name}: {found['images']} images of {spec} at {found['size']} pixels."
-    return page.picture_figure(png, words), ""
+    return html.picture_figure(png, words), ""
 
 
 def _numbers(record: Record, state: State, checks: Sequence[Check]) -> dict[str, Any]:

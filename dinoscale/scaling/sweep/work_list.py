@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dinoscale.scaling.design.runs import PlannedRun
-from dinoscale.scaling.sweep.belonging import abandoned, lines_of
-from dinoscale.scaling.sweep.measure import changed_input, print_of
-from dinoscale.scaling.sweep.records import Result
+from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.sweep.measured_on import changed_input, print_of
+from dinoscale.scaling.sweep.reuse import abandoned, lines_of
+from dinoscale.scaling.sweep.run_files import Result
 from dinoscale.scaling.sweep.table import Row
 
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from dinoscale.scaling.laws.bootstrap import band, draw_noise, interval
 from dinoscale.scaling.laws.laws import Band, Interval, Numbers, PowerLaw
-from dinoscale.scaling.laws.points import Point, best_along, size_of
-from dinoscale.scaling.laws.powers import (
+from dinoscale.scaling.laws.robust_fit import (
     DELTA,
     fit_powers,
     law_slopes,
@@ -18,6 +17,7 @@ from dinoscale.scaling.laws.powers import (
     refit_powers,
     scaled_delta,
 )
+from dinoscale.scaling.laws.selection import Point, best_along, size_of
 
 NUM_PARAMETERS = 3
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dinoscale.config.backbones import VitSize
 from dinoscale.config.sweep.axes import AxesConfig, LadderConfig
 from dinoscale.config.sweep.file import SweepConfig
-from dinoscale.scaling.design.ladder import sizes_of
+from dinoscale.scaling.design.model_sizes import sizes_of
 
 Point = Mapping[str, object]  # by name of the axis; of the axis model a `VitSize`
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoscale.scaling.laws.laws import Numbers
+from dinoscale.scaling.number_text import SAME
 from dinoscale.scaling.sweep.table import Row
-from dinoscale.scaling.units import SAME
 
 QUANTITIES = ("parameters", "images", "flops")
 _NO_DIFFERENCE = {"seed", "run_dir"}  # settings that do not make another setting

@@ -27,10 +27,10 @@ from dinoscale.config.sweep.file import ONLINE, SweepConfig
 from dinoscale.data.sources.mixture import source_sizes
 from dinoscale.engine.model_sizes import Dims, dims_of, flops_of
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.scaling.design.keys import key_of
-from dinoscale.scaling.design.points import Point, in_words, label_of
-from dinoscale.scaling.design.rules import Sizes, ruled_settings
-from dinoscale.scaling.design.runs import PlannedRun
+from dinoscale.scaling.design.apply_rules import Sizes, ruled_settings
+from dinoscale.scaling.design.axis_values import Point, in_words, label_of
+from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.design.run_key import key_of
 from dinoscale.training.feed import open_images
 
 _cached_dims = functools.lru_cache(maxsize=None)(dims_of)

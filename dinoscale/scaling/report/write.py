@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from dinoscale.errors import ConfigError
-from dinoscale.reports import page
+from dinoscale.reports import html
 from dinoscale.runtime.outputs import is_ours
 from dinoscale.scaling.laws.laws import MetricFit
-from dinoscale.scaling.report.answers import answers, best_run, fit_reasons, runs_to_add
+from dinoscale.scaling.report.conclusions import answers, best_run, fit_reasons, runs_to_add
 from dinoscale.scaling.report.fit_text import as_json, plain
+from dinoscale.scaling.report.page import write_page
 from dinoscale.scaling.report.plots import draw_metric
-from dinoscale.scaling.report.recommend import Recommendation, recommend
-from dinoscale.scaling.report.report_page import write_page
-from dinoscale.scaling.report.report_tables import cost, outliers, version_differences
+from dinoscale.scaling.report.preset import Recommendation, recommend
+from dinoscale.scaling.report.tables import cost, outliers, version_differences
 from dinoscale.scaling.sweep.table import Row
 
 PAGE, DATA, PRESET, PLOTS = "report.html", "report.json", "recommended.yaml", "plots"
@@ -42,14 +42,14 @@ def write_report(rows: Sequence[Row], fits: Sequence[MetricFit], out: Path) -> d
     for number, (metric, drawn) in enumerate(plots.items(), start=1):
         for name, plot in drawn.items():
             path = out / PLOTS / f"{number}-{_letters(metric)}-{name}.png"
-            page.write_file(path, plot.png)
+            html.write_file(path, plot.png)
             paths["plots"].append(str(path))
     said = _write_preset(recommended, out / PRESET)
     write_page(rows, fits, plots, recommended, out / PAGE)
     data = _data(rows, fits)
     data["recommendation"] = said
     content = json.dumps(plain(data), indent=1, allow_nan=False)
-    page.write_file(out / DATA, f"{content}\n".encode())
+    html.write_file(out / DATA, f"{content}\n".encode())
     return {**paths, "recommendation": plain(said)}
 
 
@@ -79,7 +79,7 @@ def _write_preset(recommended: Recommendation | str, path: Path) -> dict[str, An
         return {"preset": None, "why_not": recommended, "removed_earlier": stale}
     if theirs:
         raise ConfigError(f"{path}: was not written by a report, move it away")
-    page.write_file(path, recommended.preset.encode())
+    html.write_file(path, recommended.preset.encode())
     return {"preset": str(path), **recommended.as_json()}
 
 

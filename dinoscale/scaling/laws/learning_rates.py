@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dinoscale.scaling.laws.laws import BestRate, Numbers
 from dinoscale.scaling.laws.parabola import Parabola, fit_parabolas, outlying_runs
-from dinoscale.scaling.laws.points import setting_key
+from dinoscale.scaling.laws.selection import setting_key
 from dinoscale.scaling.sweep.table import Row
 
 NUM_RATES = 3

@@ -8,14 +8,14 @@ from dinoscale.config import micro_batch_sizes, resolve, split_batch, without_au
 from dinoscale.config.sweep.executor import ExecutorConfig
 from dinoscale.config.sweep.file import CostConfig
 from dinoscale.errors import ConfigError
-from dinoscale.planning.plan import choice
-from dinoscale.planning.plan.choice import Machine
+from dinoscale.planning.plan import strategies
 from dinoscale.planning.plan.communication import Links
 from dinoscale.planning.plan.hardware import GPUS, NETWORK, Gpu, find_gpu, parse_bytes
-from dinoscale.planning.plan.memory import peak
-from dinoscale.planning.plan.setup import Setup, setup_of
-from dinoscale.scaling.design.candidate import dims_of_run
-from dinoscale.scaling.design.runs import PlannedRun
+from dinoscale.planning.plan.memory_model import peak
+from dinoscale.planning.plan.partition import Setup, setup_of
+from dinoscale.planning.plan.strategies import Machine
+from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.design.resolved_run import dims_of_run
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,18 @@ def _on_gpu(run: PlannedRun, setup: Setup, machine: Machine, *, name: str) -> Ne
     dims, train = dims_of_run(run.config), run.config.train
     sizes = micro_batch_sizes(train, world_size=setup.world_size)
     if train.micro_batch_size == "auto":
-        option = choice.largest(dims, setup, machine, sizes)
+        option = strategies.largest(dims, setup, machine, sizes)
     else:
         split = split_batch(train, world_size=setup.world_size)
-        option = choice.option_of(
-            dims, choice.with_micro_batch(setup, split.micro_batch_size, share=sizes[-1]), machine
+        option = strategies.option_of(
+            dims,
+            strategies.with_micro_batch(setup, split.micro_batch_size, share=sizes[-1]),
+            machine,
         )
     trouble = ""
     if not option.fits:
-        best = choice.best(
-            dims, choice.options(dims, setup, machine, sizes), stage=setup.zero_stage
+        best = strategies.best(
+            dims, strategies.options(dims, setup, machine, sizes), stage=setup.zero_stage
         )
         trouble = (
             f"needs {option.needed_bytes / 1e9:.4g} GB with a micro-batch of"
@@ -106,7 +108,7 @@ def _on_gpu(run: PlannedRun, setup: Setup, machine: Machine, *, name: str) -> Ne
     )
 
 
-def _remedy(best: choice.Option | None) -> str:
+def _remedy(best: strategies.Option | None) -> str:
     if best is None:
         return "nothing fits: take a larger GPU or more processes for a run, or a smaller model"
     setup = best.setup

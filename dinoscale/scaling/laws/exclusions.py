@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from dinoscale.scaling.laws.isoflop import budgets_of, sizes_and_values
-from dinoscale.scaling.laws.joint import why_no_joint
 from dinoscale.scaling.laws.outliers import outlying
 from dinoscale.scaling.laws.parabola import outlying_runs
-from dinoscale.scaling.laws.points import Point, best_along, settings, size_of, tuned
-from dinoscale.scaling.laws.power import fit
+from dinoscale.scaling.laws.parametric_law import why_no_joint
+from dinoscale.scaling.laws.power_law import fit
+from dinoscale.scaling.laws.selection import Point, best_along, settings, size_of, tuned
 from dinoscale.scaling.sweep.table import Row
 
 TEST = "generalised ESD test"

@@ -10,8 +10,8 @@ from xml.etree.ElementTree import Element
 from dinoscale.checkpoint.retention import best_of
 from dinoscale.cluster.doctor.report import Check, size_text
 from dinoscale.config import RunConfig
-from dinoscale.reports import page
-from dinoscale.reports.page import Plot, element
+from dinoscale.reports import html
+from dinoscale.reports.html import Plot, element
 from dinoscale.reports.run.read import Event, Record
 
 EVENTS_SHOWN = 100
@@ -40,7 +40,7 @@ def build_body(
         *(element("p", sentence) for sentence in sentences),
         element("ul", *map(_finding, checks), class_="checks"),
         element("h2", "Curves"),
-        *(page.plot_figure(plot) for plot in plots),
+        *(html.plot_figure(plot) for plot in plots),
         *([] if plots else [element("p", "Nothing is logged yet.")]),
         element("h2", "Where the teacher looks"),
         attention,
@@ -51,7 +51,7 @@ def build_body(
         element("h2", "Settings"),
         *_settings(record),
         element("h2", "Versions"),
-        page.definitions(record.versions.items()),
+        html.definitions(record.versions.items()),
     ]
 
 
@@ -81,7 +81,7 @@ def _events(record: Record) -> Iterator[Element]:
         )
         for event in shown
     ]
-    yield page.table(_heads("time", "step", text=("event", "details")), rows)
+    yield html.table(_heads("time", "step", text=("event", "details")), rows)
 
 
 def _details(event: Event) -> str:
@@ -112,7 +112,7 @@ def _checkpoints(record: Record) -> Element:
         )
         for one in reversed(found)
     ]
-    return page.table(_heads("step", "size", "saved at", "k-NN top-1"), rows)
+    return html.table(_heads("step", "size", "saved at", "k-NN top-1"), rows)
 
 
 def _settings(record: Record) -> Iterator[Element]:
@@ -127,7 +127,7 @@ def _settings(record: Record) -> Iterator[Element]:
             for name, (value, default) in changed_settings(record.config).items()
         ]
         yield element("p", "Those that differ from the defaults:")
-        yield page.table(_heads("setting", text=("this run", "default")), rows)
+        yield html.table(_heads("setting", text=("this run", "default")), rows)
     if record.config_text:
         text = element("pre", record.config_text)
         yield element("details", element("summary", "config.yaml"), text)

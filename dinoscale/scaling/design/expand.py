@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from dinoscale.config.sweep.file import SweepConfig
 from dinoscale.errors import ConfigError
-from dinoscale.scaling.design.candidate import Planner
-from dinoscale.scaling.design.points import Point, label_of, points
-from dinoscale.scaling.design.runs import PlannedRun
-from dinoscale.scaling.units import SAME
+from dinoscale.scaling.design.axis_values import Point, label_of, points
+from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.design.resolved_run import Planner
+from dinoscale.scaling.number_text import SAME
 
 _MAX_TOLD = 8  # mistakes in a message
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from dinoscale.config import RunConfig
 from dinoscale.config.sweep.rules import rules_of
-from dinoscale.scaling.design.rules import Sizes, ruled_settings
+from dinoscale.scaling.design.apply_rules import Sizes, ruled_settings
 from dinoscale.scaling.laws.laws import MetricFit
+from dinoscale.scaling.number_text import SAME
 from dinoscale.scaling.sweep.table import Row
-from dinoscale.scaling.units import SAME
 
 
 @dataclass(frozen=True)

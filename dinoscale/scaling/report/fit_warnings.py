@@ -10,14 +10,14 @@ from dataclasses import replace
 import numpy as np
 
 from dinoscale.cluster.doctor.report import count_text
-from dinoscale.scaling.laws import isoflop, joint, power
-from dinoscale.scaling.laws.joint import ImageCost, JointFit, why_no_joint
+from dinoscale.scaling.laws import isoflop, parametric_law, power_law
+from dinoscale.scaling.laws.exclusions import LEAST, TEST
 from dinoscale.scaling.laws.laws import Interval, JointLaw, MetricFit, Optimum, PowerLaw
-from dinoscale.scaling.laws.points import QUANTITIES, Point, best_along, size_of
-from dinoscale.scaling.laws.powers import EXPONENTS
-from dinoscale.scaling.laws.screen import LEAST, TEST
-from dinoscale.scaling.report.words import flops
-from dinoscale.scaling.units import SAME, number
+from dinoscale.scaling.laws.parametric_law import ImageCost, JointFit, why_no_joint
+from dinoscale.scaling.laws.robust_fit import EXPONENTS
+from dinoscale.scaling.laws.selection import QUANTITIES, Point, best_along, size_of
+from dinoscale.scaling.number_text import SAME, number
+from dinoscale.scaling.report.labels import flops
 
 _NAMES = {"parameters": "parameters", "images": "images seen", "flops": "training FLOPs"}
 _MAX_PASSES = 4  # over the same images; Muennighoff et al. 2023 (arXiv:2305.16264), of text
@@ -88,11 +88,11 @@ def _of_laws(fit: MetricFit, points: Sequence[Point]) -> Iterator[str]:
         law = fit.laws.get(quantity)
         if law:
             yield from _of_law(law, name, best)
-        elif len(best) < power.NUM_PARAMETERS:
+        elif len(best) < power_law.NUM_PARAMETERS:
             better = " that no cheaper run beats" if quantity == "flops" else ""
             yield (
-                f"No law in {name}: it needs at least {power.NUM_PARAMETERS} values{better}, and"
-                f" more for an interval; here {'is' if len(best) == 1 else 'are'} {len(best)}."
+                f"No law in {name}: it needs at least {power_law.NUM_PARAMETERS} values{better},"
+                f" and more for an interval; here {'is' if len(best) == 1 else 'are'} {len(best)}."
             )
         else:
             yield f"No law in {name}: {fit.metric} does not fall with them."
@@ -100,7 +100,7 @@ def _of_laws(fit: MetricFit, points: Sequence[Point]) -> Iterator[str]:
 
 def _of_law(law: PowerLaw, name: str, best: Sequence[Point]) -> Iterator[str]:
     yield from _of_exponent(law.exponent, f"the law in {name}")
-    yield from _of_fit(law, f"The law in {name}", len(best) - power.NUM_PARAMETERS)
+    yield from _of_fit(law, f"The law in {name}", len(best) - power_law.NUM_PARAMETERS)
     other = {"parameters": "images", "images": "parameters"}.get(law.quantity)
     if other:
         sizes = [size_of(other)(point) for point in best]
@@ -153,7 +153,7 @@ def _of_joint(fit: MetricFit, points: Sequence[Point], fitted: JointFit | None) 
                 f"{fit.metric} does not fall with {name} while the other size stays: the joint law"
                 " says nothing about the best use of a budget."
             )
-    yield from _of_fit(law, "The joint law", len(law.names) - joint.NUM_PARAMETERS)
+    yield from _of_fit(law, "The joint law", len(law.names) - parametric_law.NUM_PARAMETERS)
 
 
 def _of_decisions(fit: MetricFit, points: Sequence[Point], cost: ImageCost | None) -> Iterator[str]:
