@@ -133,7 +133,8 @@ def test_metric_that_is_not_finite_is_none(tmp_path: Path, monkeypatch: pytest.M
         ("print('error: a'); print('error: b'); print(flush=True); sys.exit(1)", "failed", "b"),
         ("sys.exit('no such thing')", "failed", "no such thing"),
         (
-            "print('OutOfMemoryError: 3 GB', flush=True); sys.exit('error: dinoscale failed; this is a bug')",
+            "print('OutOfMemoryError: 3 GB', flush=True);"
+            " sys.exit('error: dinoscale failed; this is a bug')",
             "failed",
             "OutOfMemoryError: 3 GB",
         ),
