@@ -206,7 +206,8 @@ def _assumptions(config: RunConfig, machine: Machine, *, given: bool, within: bo
         f"{machine.utilization:.0%} of the published {machine.flops / 1e12:.4g} TFLOP/s of a GPU"
         " go into the model's own products; the data keep up",
         f"{strategies.CONTEXT_BYTES / 1e9:g} GB for CUDA and NCCL, and {strategies.FRAGMENTS:.0%}"
-        " more than the tensors for gaps between them: neither has been compared with a GPU's allocator",
+        " more than the tensors for gaps between them: neither has been compared with a GPU's"
+        " allocator",
         "blocks as they are; compiled ones (engine.compile) may keep less",
         "the first steps, in which the prototypes are frozen, need less",
     ]
