@@ -19,13 +19,16 @@ def main(run: Path) -> None:
     """Draw the step, and shrink what the quickstart and `dinoscale report` drew of the run."""
     FOLDER.mkdir(exist_ok=True)
     _step().savefig(FOLDER / "step.png", dpi=110)
-    for name, source, width in (
-        ("attention.png", run / "attention.png", 700),
-        ("curves.png", run / "report" / "plots" / "loss.png", 700),
-    ):
-        picture = Image.open(source).convert("RGB")
-        picture.thumbnail((width, 10 * width), Image.Resampling.LANCZOS)
-        picture.quantize(128).save(FOLDER / name, optimize=True)
+    _shrink(run / "attention.png", FOLDER / "attention.png", shown=0.528)  # four images of eight
+    _shrink(run / "report" / "plots" / "knn_top1.png", FOLDER / "knn.png")
+
+
+def _shrink(source: Path, target: Path, *, shown: float = 1.0, width: int = 700) -> None:
+    """A small picture of the upper part of another."""
+    picture = Image.open(source).convert("RGB")
+    picture = picture.crop((0, 0, picture.width, round(shown * picture.height)))
+    picture.thumbnail((width, 10 * width), Image.Resampling.LANCZOS)
+    picture.quantize(128).save(target, optimize=True)
 
 
 def _step() -> Figure:
