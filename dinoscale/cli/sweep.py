@@ -117,9 +117,9 @@ def _is_table(options: argparse.Namespace) -> bool:
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
     sweep = _load(options)
     from dinoscale.scaling.design.cost import as_text, make_plan
-    from dinoscale.scaling.design.expand import work_out
+    from dinoscale.scaling.design.expand import expand_sweep
 
-    plan = make_plan(sweep, work_out(sweep))
+    plan = make_plan(sweep, expand_sweep(sweep))
     if options.json:
         return plan
     print(as_text(plan), end="")
@@ -129,10 +129,10 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     sweep = _load(options)
     from dinoscale.cli.evaluate import evaluation_words
-    from dinoscale.scaling.design.expand import work_out
+    from dinoscale.scaling.design.expand import expand_sweep
     from dinoscale.scaling.sweep.run import run_sweep
 
-    design = work_out(sweep)
+    design = expand_sweep(sweep)
     for note in design.notes:
         log.warning("%s", note)
     return run_sweep(
@@ -161,8 +161,8 @@ def _status(options: argparse.Namespace) -> dict[str, Any] | None:
 def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFit]]:
     from dinoscale.errors import ConfigError
     from dinoscale.scaling.sweep.reuse import (
-        of_file,
-        of_table,
+        rows_of_sweep,
+        rows_of_table,
         with_known_keys,
         with_known_lines,
     )
@@ -170,7 +170,7 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
 
     table = Path(options.file)
     if _is_table(options):
-        rows, notes = of_table(read_table(table))
+        rows, notes = rows_of_table(read_table(table))
     else:
         sweep = _load(options)
         from dinoscale.scaling.design.expand import plan_runs  # with torch
@@ -186,7 +186,7 @@ def _fitted(options: argparse.Namespace) -> tuple[Path, list[Row], list[MetricFi
             ) from None
         runs = with_known_keys(planned, rows, table.parent)
         rows = with_known_lines(rows, runs, table.parent)
-        rows, notes = of_file(rows, runs, sweep.metrics)
+        rows, notes = rows_of_sweep(rows, runs, sweep.metrics)
     for note in notes:
         log.warning("%s", note)
     from dinoscale.scaling.laws.fit import fit_rows  # with scipy

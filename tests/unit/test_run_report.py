@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from dinoscale.config import RunConfig, dump_config, parse_config
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.reports.run.findings import judge
+from dinoscale.reports.run.findings import check_run
 from dinoscale.reports.run.page import changed_settings
 from dinoscale.reports.run.read import EVENTS_KEPT, NUMBERS, Record, read_record
 from dinoscale.reports.run.series import Point, Series
-from dinoscale.reports.run.state import State, duration_text, find_state, in_sentences
+from dinoscale.reports.run.state import State, describe_run, duration_text, find_state
 from dinoscale.reports.run.write import write_run_report
 
 EPOCHS, PER_EPOCH, BATCH = 4, 50, 32
@@ -112,7 +112,7 @@ def state_of(run_dir: Path) -> State:
 def verdicts_of(run_dir: Path) -> dict[str, str]:
     """Finding -> verdict."""
     record = read_record(run_dir)
-    return {check.name: check.verdict for check in judge(record, find_state(record, now=NOW))}
+    return {check.name: check.verdict for check in check_run(record, find_state(record, now=NOW))}
 
 
 # reading
@@ -296,7 +296,7 @@ def test_an_end_by_a_signal_or_an_error_is_told_until_the_run_goes_on(tmp_path: 
 
 def test_the_sentences_tell_what_how_far_how_fast_and_how_good(tmp_path: Path) -> None:
     record = read_record(make_run(tmp_path, log_lines(100), age_s=30))
-    text = " ".join(in_sentences(record, find_state(record, now=NOW)))
+    text = " ".join(describe_run(record, find_state(record, now=NOW)))
     assert "vit_small_patch16_224 (21.7 M parameters" in text
     assert "on 4 ranks" in text
     assert "It still trains: 100 of 200 steps, 2 epochs, 3,200 images" in text
@@ -356,7 +356,7 @@ def test_unreadable_images_are_told_with_an_example(tmp_path: Path) -> None:
         as_lines([{"path": "/a/b.jpg", "error": "cut off"}])
     )
     record = read_record(run_dir)
-    (found,) = (c for c in judge(record, find_state(record, now=NOW)) if c.name == "images")
+    (found,) = (c for c in check_run(record, find_state(record, now=NOW)) if c.name == "images")
     assert found.verdict == "warning"
     assert "/a/b.jpg: cut off" in found.text
 

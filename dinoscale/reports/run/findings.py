@@ -15,7 +15,7 @@ _DROP = 0.7  # of the usual throughput, below which the last tenth of a run is s
 _KNN_LOSS = 2.0  # points below the best that are more than noise of a thousand images
 
 
-def judge(record: Record, state: State) -> list[Check]:
+def check_run(record: Record, state: State) -> list[Check]:
     """The findings, problems first; of the same weight first what spoils a run, then what slows."""
     checks = [
         _ending(state),

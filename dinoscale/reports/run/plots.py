@@ -29,7 +29,7 @@ _MAIN, _RAW, _LIMIT = "#1f4e9c", "#9db8e6", "#666666"
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _PlotSpec:
     """A plot of one series.
 
     Attributes:
@@ -55,18 +55,18 @@ def draw_run(record: Record, state: State) -> list[tuple[str, Plot]]:
     """Draw everything that has data: (name, plot), in an order for reading."""
     drawn = []
     with drawing():
-        for wanted in _wanted(record):
-            series = record.series[wanted.name]
+        for spec in _plot_specs(record):
+            series = record.series[spec.name]
             if series.count:
                 figure, axes = _figure(state)
-                _draw(axes, series, wanted)
+                _draw(axes, series, spec)
                 _mark_events(axes, record)
                 _legend(axes)
-                drawn.append((wanted.name, finish_plot(figure, wanted.caption)))
+                drawn.append((spec.name, finish_plot(figure, spec.caption)))
     return drawn
 
 
-def _wanted(record: Record) -> list[_Wanted]:
+def _plot_specs(record: Record) -> list[_PlotSpec]:
     entropy = "teacher_entropy", "entropy of the teacher's targets, nats"
     config = record.config
     bounds: tuple[tuple[float, str], ...] = ()
@@ -74,18 +74,18 @@ def _wanted(record: Record) -> list[_Wanted]:
         prototypes = config.head.num_prototypes
         bounds = ((0.0, "0: one-hot"), (math.log(prototypes), f"ln {prototypes}: uniform"))
     return [
-        _Wanted("loss", "loss, nats", noisy=True),
-        _Wanted("knn_top1", "k-NN top-1 of the teacher, %", dots=True),
-        _Wanted(*entropy, noisy=True, limits=bounds, from_zero=True),
-        _Wanted("kl", "KL divergence of student from teacher, nats", noisy=True),
-        _Wanted(
+        _PlotSpec("loss", "loss, nats", noisy=True),
+        _PlotSpec("knn_top1", "k-NN top-1 of the teacher, %", dots=True),
+        _PlotSpec(*entropy, noisy=True, limits=bounds, from_zero=True),
+        _PlotSpec("kl", "KL divergence of student from teacher, nats", noisy=True),
+        _PlotSpec(
             "target_information",
             "what a target says of its image, nats",
             noisy=True,
             limits=((0.0, "0: equal targets"),),
             from_zero=True,
         ),
-        _Wanted(
+        _PlotSpec(
             "target_share",
             "targets of the strongest prototype, %",
             scale=100,
@@ -93,14 +93,14 @@ def _wanted(record: Record) -> list[_Wanted]:
             limits=((100.0, "100: one wins"),),
             from_zero=True,
         ),
-        _Wanted("lr", "learning rate"),
-        _Wanted("weight_decay", "weight decay"),
-        _Wanted("momentum", "momentum of the teacher"),
-        _Wanted("teacher_temp", "temperature of the teacher"),
-        _Wanted("grad_norm", "norm of the gradient", noisy=True),
-        _Wanted("center_norm", "norm of the center"),
-        _Wanted("images_per_s", "throughput, images/s", noisy=True, from_zero=True),
-        _Wanted(
+        _PlotSpec("lr", "learning rate"),
+        _PlotSpec("weight_decay", "weight decay"),
+        _PlotSpec("momentum", "momentum of the teacher"),
+        _PlotSpec("teacher_temp", "temperature of the teacher"),
+        _PlotSpec("grad_norm", "norm of the gradient", noisy=True),
+        _PlotSpec("center_norm", "norm of the center"),
+        _PlotSpec("images_per_s", "throughput, images/s", noisy=True, from_zero=True),
+        _PlotSpec(
             "data_wait",
             "time without data, %",
             scale=100,
@@ -108,8 +108,8 @@ def _wanted(record: Record) -> list[_Wanted]:
             limits=((100 * ALLOWED, f"{ALLOWED:.0%}"),),
             from_zero=True,
         ),
-        _Wanted("peak_memory_bytes", "peak memory of rank 0, GB", scale=1e-9, from_zero=True),
-        _Wanted("save_stall_s", "training stood still for a save, s", dots=True, from_zero=True),
+        _PlotSpec("peak_memory_bytes", "peak memory of rank 0, GB", scale=1e-9, from_zero=True),
+        _PlotSpec("save_stall_s", "training stood still for a save, s", dots=True, from_zero=True),
     ]
 
 
@@ -134,27 +134,27 @@ def _figure(state: State) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw(axes: Axes, series: Series, wanted: _Wanted) -> None:
-    raw = _scaled(series.points(), wanted.scale)
-    means = _scaled(series.means(), wanted.scale)
+def _draw(axes: Axes, series: Series, spec: _PlotSpec) -> None:
+    raw = _scaled(series.points(), spec.scale)
+    means = _scaled(series.means(), spec.scale)
     window = min(_WINDOW, len(means) // 20)
-    if wanted.dots:
+    if spec.dots:
         axes.plot(*_columns(raw), color=_MAIN, linewidth=1, marker="o", markersize=3)
-    elif wanted.noisy and window > 1:
+    elif spec.noisy and window > 1:
         axes.plot(*_columns(raw), color=_RAW, linewidth=0.6, label=" as logged")
         smoothed = smooth(means, window=window)
         axes.plot(*_columns(smoothed), color=_MAIN, linewidth=1.6, label=" smoothed")
     else:
         axes.plot(*_columns(raw), color=_MAIN, linewidth=1.4, marker="o" if len(raw) < 3 else "")
     values = [point.value for point in raw]
-    if not wanted.from_zero and min(values) > 0 and max(values) / min(values) > _RANGE:
+    if not spec.from_zero and min(values) > 0 and max(values) / min(values) > _RANGE:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")  # powers would need mathematics
         axes.yaxis.set_minor_formatter(NullFormatter())
-    limits = [value for value, _ in wanted.limits]
-    if wanted.from_zero:
+    limits = [value for value, _ in spec.limits]
+    if spec.from_zero:
         axes.set_ylim(0, 1.1 * max(*values, *limits, 1e-9))
-    for value, label in wanted.limits:
+    for value, label in spec.limits:
         axes.axhline(value, color=_LIMIT, linewidth=0.9, linestyle="--")
         axes.annotate(
             label,

@@ -114,7 +114,7 @@ def _is_saved(record: Record, stop: int) -> bool:
     return saved.value >= stop or any(found.step >= stop for found in record.checkpoints)
 
 
-def in_sentences(record: Record, state: State) -> list[str]:
+def describe_run(record: Record, state: State) -> list[str]:
     """What was trained, how far, how fast, and how good it is."""
     return [_what(record), _how_far(record, state), *_how_fast(record, state), *_how_good(record)]
 

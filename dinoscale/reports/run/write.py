@@ -15,11 +15,11 @@ from dinoscale.cluster.doctor.report import Check
 from dinoscale.errors import DinoscaleError
 from dinoscale.reports import html
 from dinoscale.reports.html import element
-from dinoscale.reports.run.findings import judge
+from dinoscale.reports.run.findings import check_run
 from dinoscale.reports.run.page import build_body
 from dinoscale.reports.run.plots import draw_run
 from dinoscale.reports.run.read import CONFIG, Record, read_record
-from dinoscale.reports.run.state import State, find_state, in_sentences
+from dinoscale.reports.run.state import State, describe_run, find_state
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def write_run_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, 
     """
     record = read_record(run_dir)
     state = find_state(record, now=time.time())
-    sentences, checks = in_sentences(record, state), judge(record, state)
+    sentences, checks = describe_run(record, state), check_run(record, state)
     plots = draw_run(record, state)
     for name, plot in plots:
         html.write_file(out / PLOTS / f"{name}.png", plot.png)
