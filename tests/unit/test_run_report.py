@@ -1,4 +1,4 @@
-"""The report of a run: true of healthy and sick runs, and unmoved by damaged files."""
+"""The report of a run: correct for healthy and failing runs, robust to damaged files."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def verdicts_of(run_dir: Path) -> dict[str, str]:
 def test_a_folder_without_a_run_is_refused_and_what_is_missing_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"config\.yaml nor metrics\.jsonl"):
         read_record(tmp_path)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="not a folder"):
         read_record(tmp_path / "absent")
 
 
@@ -201,7 +201,7 @@ def test_only_the_newest_events_are_held_and_all_are_counted(tmp_path: Path) -> 
     assert len(record.events.newest) == EVENTS_KEPT
     assert record.events.counts["skipped"] == EVENTS_KEPT + 10
     assert record.events.first["skipped"].step == 0
-    assert len(record.events.last["skipped"].told("reason")) < 1000
+    assert len(record.events.last["skipped"].detail("reason")) < 1000
 
 
 _WRONG_TYPES = {
@@ -299,8 +299,8 @@ def test_the_sentences_tell_what_how_far_how_fast_and_how_good(tmp_path: Path) -
     text = " ".join(describe_run(record, find_state(record, now=NOW)))
     assert "vit_small_patch16_224 (21.7 M parameters" in text
     assert "on 4 ranks" in text
-    assert "It still trains: 100 of 200 steps, 2 epochs, 3,200 images" in text
-    assert "Trained for 50 s at 64 images/s (median). At this speed 50 s are left." in text
+    assert "Still training: 100 of 200 steps, 2 epochs, 3,200 images" in text
+    assert "Trained for 50 s at 64 images/s (median). Time left at this speed: 50 s." in text
     assert "20.0 % at step 100" in text
 
 
@@ -312,7 +312,7 @@ def test_durations_are_told_in_a_fitting_unit(seconds: float, text: str) -> None
     assert duration_text(seconds) == text
 
 
-# verdicts
+# checks
 
 
 def test_a_healthy_run_has_no_warning(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_the_page_tells_what_happened(report: tuple[Path, Path, dict[str, Any]])
     assert "lower dino.teacher_temp" in page.text
     assert "The newest 100 of 151" in page.text
     assert page.text.count("2026-01-02T03:04:05") == 100
-    assert "Not drawn: there is no checkpoint here." in page.text
+    assert "Not drawn: there is no checkpoint." in page.text
     assert "data.train" in page.text
     assert re.search(r"problem\s+collapse", page.text)
 

@@ -168,9 +168,10 @@ def _no_conclusion(rows: Sequence[Row], fit: MetricFit) -> Element:
     count = len(measured(rows, fit.metric))
     return element(
         "p",
-        f"{said} The best of {count_text(count, 'measured run')} is {best.name}: {number(best.parameters)}"
-        f" parameters, {number(best.images)} images, peak learning rate {number(best.lr)};"
-        f" {metric_name(fit.metric)} {number(value_of(best, fit.metric), zeros=True)}.",
+        f"{said} The best of {count_text(count, 'measured run')} is {best.name}:"
+        f" {number(best.parameters)} parameters, {number(best.images)} images, peak learning rate"
+        f" {number(best.lr)}; {metric_name(fit.metric)}"
+        f" {number(value_of(best, fit.metric), zeros=True)}.",
         class_="says",
     )
 
