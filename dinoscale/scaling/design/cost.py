@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from dinoscale.cluster.doctor.report import count_text
 from dinoscale.config.sweep.file import SweepConfig
 from dinoscale.errors import ConfigError
 from dinoscale.scaling.design.expand import Design, shortened
@@ -129,7 +130,7 @@ def as_text(plan: dict[str, Any]) -> str:
         for row in rows
     ]
     sections = [[f"{plan['design']} in {plan['out']}", ""], lines, *_left_out(plan), _sum(plan)]
-    notes = ["assumptions:", *(_wrapped(text) for text in plan["assumptions"])]
+    notes = ["assumed:", *(_wrapped(text) for text in plan["assumptions"])]
     return "\n".join(line for part in [*sections, ["", *notes]] for line in part) + "\n"
 
 
@@ -173,10 +174,11 @@ def _sum(plan: dict[str, Any]) -> list[str]:
         f" {number(totals['images'])} images seen",
     ]
     if totals["hours"] is not None:
+        rank = "GPU" if plan["gpu"] else "rank"
         lines.append(
-            f"{_time(totals['rank_hours'])} of {'GPU' if plan['gpu'] else 'rank'} time,"
-            f" {plan['ranks']} per run; {_time(totals['hours'])} in all with"
-            f" {plan['parallel']} run{'s' * (plan['parallel'] > 1)} at a time"
+            f"{_time(totals['rank_hours'])} of {rank} time, {count_text(plan['ranks'], rank)} per"
+            f" run; {_time(totals['hours'])} in all with {count_text(plan['parallel'], 'run')} at a"
+            " time"
         )
     return lines
 

@@ -40,7 +40,7 @@ CONFIDENCE = 0.9
 SAMPLES = 500  # of the bootstrap
 _MIN_OUTSIDE = 4  # samples beyond each end of an interval
 _MAX_SAMPLES = 20_000  # bounds memory and time, some seconds per law
-_BUDGETS = (2.0, 10.0)  # multiples of the largest budget run
+_BUDGETS = (2.0, 10.0)  # multiples of the largest that was run
 
 
 def fit_rows(
@@ -57,7 +57,7 @@ def fit_rows(
         rows: rows of the table.
         metrics: names of metrics; empty for all in the table, in its order.
         budgets: FLOPs to find the best model and number of images for; empty for 2 and 10 times
-            the largest budget run.
+            the largest that was run.
         confidence: level of the intervals, such as 0.9.
         samples: number of bootstrap samples.
 

@@ -143,7 +143,7 @@ class Optimum:
         parameters: N.
         images: D.
         metric: y by the law; None where the approach predicts none (isoflop).
-        extrapolation: the budget over the largest budget run.
+        extrapolation: the budget over the largest that was run.
         run: prediction interval of y for one run, by the joint law; None without it.
     """
 

@@ -24,7 +24,7 @@ MANY_RUNS, FEW_RUNS = 10, 6  # the joint law has five coefficients
 GOOD_R2, LOW_R2 = 0.95, 0.8
 LEFT_OUT_ERROR = (0.05, 0.15)  # relative error of the largest runs, predicted from the others
 WIDTH = (2.0, 5.0)  # upper over lower end of the interval of the best size
-EXTRAPOLATION = (3.0, 10.0)  # budget over the largest budget run
+EXTRAPOLATION = (3.0, 10.0)  # budget over the largest that was run
 DISAGREEMENT = 2.0  # ratio of the best sizes by the two approaches
 
 
@@ -133,8 +133,8 @@ def _width(found: Interval) -> float:
 
 def _extrapolation(factor: float) -> str:
     if factor <= 1:
-        return "The budget is within the range of the runs."
-    return f"The budget is {number(factor)} times the largest budget run."
+        return "The budget is not above the largest that was run."
+    return f"The budget is {number(factor)} times the largest that was run."
 
 
 def _graded(value: float, limits: tuple[float, float], sentence: str) -> Reason:

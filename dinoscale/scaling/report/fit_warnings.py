@@ -207,7 +207,7 @@ def _of_optimum(optimum: Optimum, sizes: Sequence[float]) -> Iterator[str]:
     if optimum.extrapolation > _MAX_EXTRAPOLATION:
         yield (
             f"{where} is extrapolated: the budget is {optimum.extrapolation:.3g} times the largest"
-            " budget run."
+            " that was run."
         )
     if not optimum.parameters.high <= _WIDE * max(optimum.parameters.low, 0):
         yield (
@@ -217,7 +217,7 @@ def _of_optimum(optimum: Optimum, sizes: Sequence[float]) -> Iterator[str]:
     away = max(optimum.parameters.value / max(sizes), min(sizes) / optimum.parameters.value)
     if away > 2:
         side = "larger" if optimum.parameters.value > max(sizes) else "smaller"
-        yield f"{where} is {away:.3g} times {side} than any model run."
+        yield f"{where} is {away:.3g} times {side} than any model that was run."
 
 
 def _of_rates(fit: MetricFit) -> Iterator[str]:
@@ -225,8 +225,8 @@ def _of_rates(fit: MetricFit) -> Iterator[str]:
         where = f"The best learning rate of {rate.label}"
         if rate.optimum is None:
             yield (
-                f"{where} is not between the smallest and the largest rate run: the best of them is"
-                f" {rate.lr[np.argmin(rate.y)]:.3g}; try rates beyond it."
+                f"{where} is not between the smallest and the largest rate that was run: the best of"
+                f" them is {rate.lr[np.argmin(rate.y)]:.3g}; try rates beyond it."
             )
         if rate.left_out:
             yield (

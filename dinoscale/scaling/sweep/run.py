@@ -209,7 +209,7 @@ class Sweep:
         text = f"asked to stop ({reason}): {self.bar.n} of {len(self.runs)} runs have ended"
         if self.running:
             text += f", {len(self.running)} jobs continue by themselves"
-        return f"{text}; the same command continues from there"
+        return f"{text}; the same command resumes from there"
 
     def _recover(self, run: PlannedRun) -> None:
         """Determine what became of a run while no sweep was watching."""

@@ -221,7 +221,7 @@ def test_ending_of_an_earlier_start_does_not_decide(tmp_path: Path) -> None:
 def test_stop_signal_leaves_no_row_and_the_next_start_goes_on(tmp_path: Path) -> None:
     executor = ScriptedExecutor(seed1=["signal"])
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(PreemptedError, match=r"SIGTERM.*1 of 3 .*the same command continues"):
+    with pytest.raises(PreemptedError, match=r"SIGTERM.*1 of 3 .*the same command resumes"):
         _run(tmp_path, executor)
     assert signal.getsignal(signal.SIGTERM) == before
     assert list(_rows(tmp_path)) == ["seed0"]
