@@ -225,8 +225,8 @@ def _of_rates(fit: MetricFit) -> Iterator[str]:
         where = f"The best learning rate of {rate.label}"
         if rate.optimum is None:
             yield (
-                f"{where} is not between the smallest and the largest rate that was run: the best of"
-                f" them is {rate.lr[np.argmin(rate.y)]:.3g}; try rates beyond it."
+                f"{where} is not between the smallest and the largest rate that was run: the best"
+                f" is {rate.lr[np.argmin(rate.y)]:.3g}; try rates beyond it."
             )
         if rate.left_out:
             yield (
