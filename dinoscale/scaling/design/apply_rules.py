@@ -82,7 +82,7 @@ def _power(powers: Powers, sizes: Sizes, base: Sizes, *, rule: str) -> float:
 
 def _warmup_epochs(rule: WarmupRule, *, epochs: int, images: int | None) -> int:
     if rule.fraction is not None:
-        wanted, words = rule.fraction * epochs, f"a fraction of {rule.fraction:g}"
+        wanted, rule_text = rule.fraction * epochs, f"a fraction of {rule.fraction:g}"
     else:
         assert rule.images is not None
         if images is None:
@@ -90,11 +90,11 @@ def _warmup_epochs(rule: WarmupRule, *, epochs: int, images: int | None) -> int:
                 "rules.warmup.images: the run's number of images is unknown here; add the axis "
                 "images, or set data.images_per_epoch in settings"
             )
-        wanted, words = rule.images / images * epochs, f"{rule.images:,} images"
+        wanted, rule_text = rule.images / images * epochs, f"{rule.images:,} images"
     if wanted < 0.5:
         raise ConfigError(
-            f"rules.warmup: {words} is {wanted:.2g} of the run's {epochs} epochs, which rounds to "
-            "0; raise train.epochs in settings (the run keeps its images), or choose a longer "
+            f"rules.warmup: {rule_text} is {wanted:.2g} of the run's {epochs} epochs, which rounds "
+            "to 0; raise train.epochs in settings (the run keeps its images), or choose a longer "
             "warm-up"
         )
     return round(wanted + 1e-9)  # halves round up

@@ -56,12 +56,12 @@ def recommended_lr(
     powers = np.linalg.pinv(axes, rcond=1e-6) @ (rates - rates.mean())
     there = np.array([math.log(parameters) - sizes.mean(), math.log(images) - lengths.mean()])
     rate = float(np.exp(rates.mean() + powers @ (there * known)))
-    said = f"the best rates found at batch size {nearest.batch_size}"
+    text = f"the best rates found at batch size {nearest.batch_size}"
     if all(known):
-        said += f", as parameters^{powers[0]:.2g} x images^{powers[1]:.2g}"
+        text += f", as parameters^{powers[0]:.2g} x images^{powers[1]:.2g}"
     elif abs(there[1]) > SAME:
-        said += " and one number of images only: check it for this one"
-    return float(f"{rate:.3g}"), said
+        text += " and one number of images only: check it for this one"
+    return float(f"{rate:.3g}"), text
 
 
 def rule_settings(
@@ -102,16 +102,16 @@ def describe_changes(
     size: Size, nearest: Row, config: RunConfig, ruled: Mapping[str, object], rate_known: bool
 ) -> str:
     """Sentences on the settings that the rules changed, and on what to check."""
-    said = ""
+    text = ""
     if ruled:
-        said += f" Set by the rules of the sweep: {', '.join(sorted(ruled))}."
+        text += f" Set by the rules of the sweep: {', '.join(sorted(ruled))}."
     elif not nearest.rules and not rate_known:
-        said += " The table holds no rules of the sweep: no setting was scaled with the size."
+        text += " The table holds no rules of the sweep: no setting was scaled with the size."
     if is_larger(size, nearest):
         how = "is that of the smaller run" if config.head.batch_norm else "is found by trial"
-        said += (
+        text += (
             f" The model is larger than that of {nearest.name}: its micro-batch size {how}; check"
             f" with `dinoscale plan recommended.yaml --gpus N --gpu NAME` that ZeRO stage"
             f" {config.engine.zero_stage} suffices."
         )
-    return said
+    return text

@@ -198,28 +198,32 @@ def first_conclusion(fits: Sequence[MetricFit]) -> tuple[MetricFit, Conclusion] 
 def runs_to_add(rows: Sequence[Row], fit: MetricFit) -> list[str]:
     """The runs that would support the fit most, one sentence each."""
     used = [row for row in measured(rows, fit.metric) if row.name not in fit.left_out]
-    said = []
+    suggestions = []
     failed = sum(row.status == "failed" for row in rows)
     if failed:
-        said.append(
+        suggestions.append(
             f"Find out why {count_text(failed, 'run')} failed (see the table), then run again with"
             " --retry-failed."
         )
     sizes = {row.parameters for row in used}
     lengths = {row.images for row in used}
     if len(sizes) < 3:
-        said.append(f"Run at least 3 model sizes, a factor of 10 apart; there are {len(sizes)}.")
+        suggestions.append(
+            f"Run at least 3 model sizes, a factor of 10 apart; there are {len(sizes)}."
+        )
     if len(lengths) < 3:
-        said.append(
+        suggestions.append(
             f"Run at least 3 numbers of images, a factor of 10 apart; there are {len(lengths)}."
         )
-    said += _beyond_edges(fit)
+    suggestions += _beyond_edges(fit)
     if used and len({_all_but_seed(row) for row in used}) == len(used):
-        said.append("Repeat a cheap run with other seeds: so far the noise of a run is unknown.")
+        suggestions.append(
+            "Repeat a cheap run with other seeds: so far the noise of a run is unknown."
+        )
     found = conclusions(fit)
     if found and found[0].optimum.extrapolation > EXTRAPOLATION[0]:
-        said.append("Add a budget between the largest run and the requested budget.")
-    return said
+        suggestions.append("Add a budget between the largest run and the requested budget.")
+    return suggestions
 
 
 def _all_but_seed(row: Row) -> tuple[object, ...]:

@@ -159,16 +159,16 @@ def _budget(conclusion: Conclusion, fit: MetricFit) -> list[Element]:
 
 def _no_conclusion(rows: Sequence[Row], fit: MetricFit) -> Element:
     """State that the runs support no recommendation, and name the best run so far."""
-    said = f"The runs do not support a recommendation for {fit.metric}."
+    text = f"The runs do not support a recommendation for {fit.metric}."
     if fit.optima:
-        said += " The intervals of the best size and number of images are unbounded."
+        text += " The intervals of the best size and number of images are unbounded."
     best = best_run(rows, fit.metric)
     if best is None:
-        return element("p", f"{said} No run has a value of it.", class_="says")
+        return element("p", f"{text} No run has a value of it.", class_="says")
     count = len(measured(rows, fit.metric))
     return element(
         "p",
-        f"{said} The best of {count_text(count, 'measured run')} is {best.name}:"
+        f"{text} The best of {count_text(count, 'measured run')} is {best.name}:"
         f" {number(best.parameters)} parameters, {number(best.images)} images, peak learning rate"
         f" {number(best.lr)}; {metric_name(fit.metric)}"
         f" {number(value_of(best, fit.metric), zeros=True)}.",

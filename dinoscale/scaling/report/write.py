@@ -44,13 +44,13 @@ def write_report(rows: Sequence[Row], fits: Sequence[MetricFit], out: Path) -> d
             path = out / PLOTS / f"{number}-{_letters(metric)}-{name}.png"
             html.write_file(path, plot.png)
             paths["plots"].append(str(path))
-    said = _write_preset(recommended, out / PRESET)
+    recommendation = _write_preset(recommended, out / PRESET)
     write_page(rows, fits, plots, recommended, out / PAGE)
     data = _data(rows, fits)
-    data["recommendation"] = said
+    data["recommendation"] = recommendation
     content = json.dumps(plain(data), indent=1, allow_nan=False)
     html.write_file(out / DATA, f"{content}\n".encode())
-    return {**paths, "recommendation": plain(said)}
+    return {**paths, "recommendation": plain(recommendation)}
 
 
 def _recommended(rows: Sequence[Row], fits: Sequence[MetricFit]) -> Recommendation | str:
@@ -61,7 +61,7 @@ def _recommended(rows: Sequence[Row], fits: Sequence[MetricFit]) -> Recommendati
 
 
 def _letters(metric: str) -> str:
-    """A metric's name, which may be any text, as part of a file name."""
+    """A metric's name, which may be any text, made fit for a file name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", metric)[:40]
 
 

@@ -19,7 +19,7 @@ _JOB = (sys.executable, "-m", "dinoscale.scaling.sweep.job")
 
 
 class Executor(Protocol):
-    """Starts jobs; whether a job succeeded is told only by its result.json."""
+    """Starts jobs; only its result.json says whether a job succeeded."""
 
     retries_bad_input: bool
 

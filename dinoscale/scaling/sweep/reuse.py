@@ -97,8 +97,8 @@ def rows_of_sweep(
     notes = [*describe_unmatched(rows, runs)]
     kept = [row for row in rows if row.key in keys]
     for name, line in metrics.items():
-        kept, said = _of_metric(kept, name, line)
-        notes += said
+        kept, more_notes = _of_metric(kept, name, line)
+        notes += more_notes
     own = [_with_metrics(row, [name for name in metrics if name in row.metrics]) for row in kept]
     return own, notes
 
@@ -109,8 +109,8 @@ def rows_of_table(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     for name in dict.fromkeys(name for row in rows for name in row.metrics):
         lines = [row.lines[name] for row in sorted(rows, key=_ended) if name in row.lines]
         if lines:
-            kept, said = _of_metric(kept, name, lines[-1])
-            notes += said
+            kept, more_notes = _of_metric(kept, name, lines[-1])
+            notes += more_notes
     return kept, notes
 
 
@@ -121,9 +121,11 @@ def _ended(row: Row) -> str:
 def _of_metric(rows: Sequence[Row], name: str, line: str) -> tuple[list[Row], list[str]]:
     """Drop values of a metric by another line, or on other images than the most recent ones."""
     by_line = [row for row in rows if row.lines.get(name, line) != line]
-    told = [row for row in sorted(rows, key=_ended) if row.prints.get(name) and row not in by_line]
-    newest = told[-1].prints[name] if told else {}
-    by_images = [row for row in told if changed_input(row.prints[name], newest)]
+    fingerprinted = [
+        row for row in sorted(rows, key=_ended) if row.prints.get(name) and row not in by_line
+    ]
+    newest = fingerprinted[-1].prints[name] if fingerprinted else {}
+    by_images = [row for row in fingerprinted if changed_input(row.prints[name], newest)]
     notes = []
     if by_line:
         others = sorted({row.lines[name] for row in by_line})

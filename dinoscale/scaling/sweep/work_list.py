@@ -1,4 +1,4 @@
-"""What a sweep will do with every run and row, and why, told before anything starts."""
+"""What a sweep will do with every run and row, and why; logged before anything starts."""
 
 from __future__ import annotations
 
