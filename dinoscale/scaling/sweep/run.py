@@ -208,7 +208,7 @@ class Sweep:
     def _stop_message(self, reason: str) -> str:
         text = f"asked to stop ({reason}): {self.bar.n} of {len(self.runs)} runs have ended"
         if self.running:
-            text += f", {len(self.running)} jobs continue by themselves"
+            text += f", jobs that continue by themselves: {len(self.running)}"
         return f"{text}; the same command resumes from there"
 
     def _recover(self, run: PlannedRun) -> None:
