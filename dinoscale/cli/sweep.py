@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _EPILOG = """examples:
   dinoscale sweep configs/sweep/laptop.yaml plan
-  dinoscale sweep configs/sweep/laptop.yaml run        (the same line resumes it)
+  dinoscale sweep configs/sweep/laptop.yaml run        (the same command resumes it)
   dinoscale sweep configs/sweep/laptop.yaml report
   dinoscale sweep results.csv fit --budget 1e19        (a copied table is enough)"""
 
@@ -61,7 +61,7 @@ def _add_before_and_during(actions: SubCommands) -> None:
     plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
     plan.set_defaults(run=_plan)
     run = actions.add_parser(
-        "run", help="train and evaluate the runs that are not done; the same line resumes it"
+        "run", help="train and evaluate the runs that are not done; run it again to resume"
     )
     run.add_argument(
         "--retry-failed",

@@ -139,10 +139,11 @@ def _saves(record: Record) -> Check:
         return ok(name, "none failed")
     failed, saved = record.events.last["save failed"], record.series["saved_step"].last
     text = f"{count_text(count, 'save')} failed, the last at step {failed.step:,}"
-    text += f" ({failed.detail('reason')}); check the free space in {record.run_dir}."
+    text += f" ({failed.detail('reason')})"
+    remedy = f"check the free space in {record.run_dir}"
     if saved is None or saved.value <= failed.step:
-        return problem(name, f"{text} None has succeeded since")
-    return warning(name, f"{text} Later ones succeeded")
+        return problem(name, f"{text}, and none has succeeded since: {remedy}")
+    return warning(name, f"{text}; later saves succeeded: {remedy}")
 
 
 def _bad_images(record: Record) -> Check:

@@ -102,7 +102,9 @@ def _goodness(r2: float, left_out_error: float | None, largest: str) -> str:
     explained = f"explains {100 * r2:.1f} % of the variance"
     if left_out_error is None:
         return f"{explained}; too few runs to predict {largest} from the others"
-    return f"{explained}; fitted without {largest}, it misses it by {100 * left_out_error:+.2g} %"
+    return (
+        f"{explained}; fitted without {largest}, its error there is {100 * left_out_error:+.2g} %"
+    )
 
 
 def _isoflops(fit: MetricFit) -> Iterator[str]:

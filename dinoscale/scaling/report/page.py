@@ -142,7 +142,7 @@ def _budget(conclusion: Conclusion, fit: MetricFit) -> list[Element]:
         kind = " (prediction interval of one run)" if best.run else ""
         sentence += f"; expect a {metric_name(fit.metric)} of {interval(conclusion.expected)}{kind}"
     approach = {
-        "joint": "From the law fitted to all runs",
+        "joint": "From the joint law fitted to all runs",
         "isoflop": "From the minima among runs of equal cost",
     }[best.approach]
     return [

@@ -8,6 +8,7 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
+from dinoscale.cluster.doctor.report import count_text
 from dinoscale.reports import html
 from dinoscale.reports.html import element
 from dinoscale.scaling.laws.laws import Interval, MetricFit
@@ -254,7 +255,9 @@ def versions_list(rows: Sequence[Row]) -> Element:
     return html.definitions(
         (
             name,
-            "; ".join(f"{version} ({count} runs)" for version, count in differ[name].items())
+            "; ".join(
+                f"{version} ({count_text(count, 'run')})" for version, count in differ[name].items()
+            )
             if name in differ
             else str(next(row.versions.get(name) for row in rows) or "unknown"),
         )
