@@ -54,7 +54,7 @@ def test_a_sheet_is_written_and_plain_is_nearly_the_same(tmp_path: Path) -> None
     assert sheets[0].std() > 20
 
 
-def test_what_was_drawn_is_said() -> None:
+def test_augmentations_of_a_crop_are_named() -> None:
     params = np.zeros((), dtype=PARAMS)
     params["box"] = (1, 2, 10, 5)
     params["order"], params["solarize_from"] = [NOTHING] * 4, NOT_SOLARIZED

@@ -256,7 +256,7 @@ def test_a_run_with_all_its_steps_is_finished(tmp_path: Path) -> None:
     assert (found.how, found.step, found.stop_step) == ("finished", STEPS, STEPS)
 
 
-def test_a_run_that_was_told_to_stop_early_is_finished_there(tmp_path: Path) -> None:
+def test_a_run_with_stop_after_steps_is_finished_there(tmp_path: Path) -> None:
     stop = {"stop_after_steps": 100}
     found = state_of(make_run(tmp_path, log_lines(100), age_s=1e6, train=stop))
     assert (found.how, found.stop_step) == ("finished", 100)
@@ -268,7 +268,7 @@ def test_a_run_whose_last_steps_are_not_saved_is_not_finished(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("age_s", "how"), [(60, "training"), (3600, "silent")])
-def test_whether_a_run_goes_on_is_told_by_the_age_of_its_log(
+def test_the_age_of_its_log_decides_whether_a_run_is_training(
     tmp_path: Path, age_s: float, how: str
 ) -> None:
     assert state_of(make_run(tmp_path, log_lines(100), age_s=age_s)).how == how
@@ -279,7 +279,7 @@ def test_a_run_with_rare_log_lines_is_given_more_time(tmp_path: Path) -> None:
     assert state_of(make_run(tmp_path, slow, age_s=3600)).how == "training"
 
 
-def test_an_end_by_a_signal_or_an_error_is_told_until_the_run_goes_on(tmp_path: Path) -> None:
+def test_an_end_by_a_signal_or_an_error_is_reported_until_the_run_resumes(tmp_path: Path) -> None:
     ended = [event(100, "preempted", reason="SIGTERM")]
     run_dir = make_run(tmp_path, log_lines(100), events=ended, age_s=10)
     assert state_of(run_dir).how == "asked to stop"
@@ -294,7 +294,7 @@ def test_an_end_by_a_signal_or_an_error_is_told_until_the_run_goes_on(tmp_path: 
     assert state_of(run_dir).how == "training"
 
 
-def test_the_sentences_tell_what_how_far_how_fast_and_how_good(tmp_path: Path) -> None:
+def test_the_summary_says_what_how_far_how_fast_and_how_well(tmp_path: Path) -> None:
     record = read_record(make_run(tmp_path, log_lines(100), age_s=30))
     text = " ".join(describe_run(record, find_state(record, now=NOW)))
     assert "vit_small_patch16_224 (21.7 M parameters" in text
@@ -308,7 +308,7 @@ def test_the_sentences_tell_what_how_far_how_fast_and_how_good(tmp_path: Path) -
     ("seconds", "text"),
     [(0, "0 s"), (80, "80 s"), (600, "10.0 min"), (1e4, "2.8 h"), (1e6, "11.6 days")],
 )
-def test_durations_are_told_in_a_fitting_unit(seconds: float, text: str) -> None:
+def test_durations_have_a_fitting_unit(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
 
 
@@ -337,7 +337,7 @@ _FAILED = event(150, "save failed", reason="disk full")
         ("events.jsonl", "warning", {}, [{"step": 1}]),
     ],
 )
-def test_trouble_is_told(
+def test_problems_are_reported(
     tmp_path: Path, name: str, verdict: str, changed: dict[str, Any], events: list[dict[str, Any]]
 ) -> None:
     found = verdicts_of(make_run(tmp_path, log_lines(**changed), events=events, age_s=1e6))
@@ -350,7 +350,7 @@ def test_a_process_that_reads_its_own_images_is_not_warned_of_waiting(tmp_path: 
     assert verdicts_of(run_dir)["data wait"] == "ok"
 
 
-def test_unreadable_images_are_told_with_an_example(tmp_path: Path) -> None:
+def test_unreadable_images_are_reported_with_an_example(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, log_lines())
     (run_dir / "bad_samples.jsonl").write_bytes(
         as_lines([{"path": "/a/b.jpg", "error": "cut off"}])
@@ -361,7 +361,7 @@ def test_unreadable_images_are_told_with_an_example(tmp_path: Path) -> None:
     assert "/a/b.jpg: cut off" in found.text
 
 
-def test_a_drop_of_the_throughput_at_the_end_is_told(tmp_path: Path) -> None:
+def test_a_drop_of_the_throughput_at_the_end_is_reported(tmp_path: Path) -> None:
     lines = log_lines()
     for line in lines[-12:]:
         if "images_per_s" in line:
@@ -373,7 +373,7 @@ def test_a_drop_of_the_throughput_at_the_end_is_told(tmp_path: Path) -> None:
     ("accuracies", "verdict"),
     [([10, 30, 40], "ok"), ([10, 40, 39], "ok"), ([10, 40, 30], "warning"), ([10, 9], "warning")],
 )
-def test_knn_that_falls_or_learns_nothing_is_told(
+def test_knn_that_falls_or_never_rises_is_reported(
     tmp_path: Path, accuracies: list[float], verdict: str
 ) -> None:
     knn = [{"step": 50 * i, "knn_top1": float(top1)} for i, top1 in enumerate(accuracies)]
@@ -428,7 +428,7 @@ def test_the_page_needs_no_network_and_runs_nothing(
     assert _EVIL in page.text
 
 
-def test_the_page_tells_what_happened(report: tuple[Path, Path, dict[str, Any]]) -> None:
+def test_the_page_shows_what_happened(report: tuple[Path, Path, dict[str, Any]]) -> None:
     page = Elements((report[1] / "report.html").read_text())
     assert "Finished: 200 of 200 steps" in page.text
     assert "lower dino.teacher_temp" in page.text

@@ -262,7 +262,7 @@ def test_equal_results_and_results_that_rise_are_no_law() -> None:
     assert _says(rising, "says nothing about the best use of a budget")
 
 
-def test_noise_alone_is_said_to_determine_nothing() -> None:
+def test_noise_alone_is_warned_to_determine_nothing() -> None:
     generator = np.random.default_rng(3)
     rows = [
         make_row(parameters=n, images=d, y=0.5 * math.exp(0.1 * generator.standard_normal()))

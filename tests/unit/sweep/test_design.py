@@ -301,7 +301,7 @@ def test_impossible_runs_are_named(tmp_path: Path, text: str, lines: list[str]) 
     assert _lines(tmp_path, text, head=head) == lines
 
 
-def test_an_unknown_base_is_told(tmp_path: Path) -> None:
+def test_an_unknown_base_is_refused_with_the_nearest(tmp_path: Path) -> None:
     (line,) = _lines(tmp_path, "axes: {seed: [1]}", head=HEAD.replace("quickstart", "quikstart"))
     assert line.startswith("quikstart: unknown preset, did you mean 'quickstart'?")
 

@@ -78,7 +78,7 @@ def test_metric_of_images_that_were_replaced_is_measured_again(
     assert read_result(tmp_path, KEY).metrics == {"own": 0.75}
 
 
-def test_what_is_measured_on_is_known_by_a_pattern_or_list_and_what_is_written_is_not(
+def test_inputs_count_by_pattern_or_list_and_outputs_do_not(
     tmp_path: Path,
 ) -> None:
     def now(*options: str) -> Fingerprint:
@@ -147,7 +147,7 @@ def test_metric_that_is_not_finite_is_none(tmp_path: Path, monkeypatch: pytest.M
         ("import os; os.kill(os.getpid(), 15)", "stopped", ""),
     ],
 )
-def test_end_of_a_training_is_understood(
+def test_end_of_a_training_is_classified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, ending: str, error: str
 ) -> None:
     (tmp_path / "job.log").write_text("error: of an earlier start\n")
@@ -158,7 +158,7 @@ def test_end_of_a_training_is_understood(
     assert bool(result.error) == bool(error)
 
 
-def test_launcher_that_hides_the_exit_code_of_its_ranks_is_seen_through(
+def test_a_preempted_run_is_recognized_behind_a_launcher_that_hides_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     event = json.dumps({"event": "preempted"})
@@ -253,7 +253,7 @@ def _log(folder: Path, *lines: object) -> Path:
     return path
 
 
-def test_broken_lines_of_a_log_are_passed_over(tmp_path: Path) -> None:
+def test_damaged_lines_of_a_log_are_skipped(tmp_path: Path) -> None:
     good = {"step": 2, "images": 8, "loss": 1.5}
     path = _log(tmp_path, good, "{", "7", '{"step": "x"}', "[" * 9999, {"step": 3, "saved": 1})
     assert read_points(path) == [good]

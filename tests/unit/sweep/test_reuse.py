@@ -62,13 +62,15 @@ def test_values_of_other_images_are_left_out() -> None:
     assert "input.b.names" in note
 
 
-def test_rows_that_say_nothing_of_it_count() -> None:
+def test_rows_without_lines_and_fingerprints_count() -> None:
     bare = replace(_row(0), lines={}, prints={})
     assert rows_of_sweep([bare, _row(1)], RUNS, {"knn": LINE}) == ([bare, _row(1)], [])
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_of_two_old_names_of_one_run_that_which_is_done_counts(tmp_path: Path, first: int) -> None:
+def test_of_two_old_keys_of_one_run_that_of_the_completed_row_counts(
+    tmp_path: Path, first: int
+) -> None:
     run = replace(RUNS[0], key=key_of(RUNS[0].config))
     rows = [
         replace(_row(0), key="a" * 16, status="failed", error="out of memory"),

@@ -239,7 +239,7 @@ def _leave(out: Path, run: PlannedRun, action: str, handle: str = "job 1") -> Pa
     return folder
 
 
-def test_results_that_came_while_nobody_looked_are_taken_up(tmp_path: Path) -> None:
+def test_results_that_came_while_no_sweep_ran_are_collected(tmp_path: Path) -> None:
     for run, action in zip(RUNS, ("done", "failed", ""), strict=True):
         _leave(tmp_path, run, action)
     executor = ScriptedExecutor()
@@ -304,7 +304,7 @@ def test_new_metric_is_measured_and_nothing_trained(tmp_path: Path) -> None:
     assert _rows(tmp_path)["seed1"].metrics == {"loss": 0.5, "knn": 0.5}
 
 
-def test_metric_by_another_line_is_measured_again(tmp_path: Path) -> None:
+def test_metric_with_a_changed_line_is_measured_again(tmp_path: Path) -> None:
     _run(tmp_path, runs=RUNS[:1], metrics={"other": KNN})
     for line, starts in ((KNN, 0), (f"{KNN} --k 5", 1)):
         executor = ScriptedExecutor()
@@ -326,7 +326,7 @@ def test_a_row_says_by_what_its_metrics_were_measured(tmp_path: Path) -> None:
     assert "measured by 'knn --train a --test b', not by" in note
 
 
-def test_what_is_about_to_happen_is_said_before_anything_starts(
+def test_planned_work_is_logged_before_anything_starts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _run(tmp_path, runs=RUNS[:1])
