@@ -1,7 +1,7 @@
-"""A picture of what the network is shown: images with the boxes of their crops, and each crop.
+"""A contact sheet of crops: images with their crop boxes, and each crop as the network sees it.
 
-Every crop is worked out by the same calls as in training, and its normalisation undone. Shape
-letters: V = 2 + n crops of an image, C channels, H, W pixels.
+Every crop is produced by the same calls as in training, then denormalized. Shape letters:
+V = 2 + n crops of an image, C channels, H, W pixels.
 """
 
 import logging
@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 _PANEL, _GAP, _TEXT = 1.3, 0.08, 0.36  # inches: side of a panel, between panels, text below each
 _CAPTION = 0.25  # inches, above the columns
 _DPI = 120
-_COLORS = matplotlib.colormaps["tab20"]  # dark and light by turns
-_SMOOTH_BELOW = 100  # pixels; smaller pictures are enlarged smoothly, their pixels would distract
+_COLORS = matplotlib.colormaps["tab20"]  # alternately dark and light
+_SMOOTH_BELOW = 100  # pixels; smaller pictures are upscaled smoothly, as blocks would distract
 _LETTERS = {BRIGHTNESS: "B", CONTRAST: "C", SATURATION: "S", HUE: "H"}
 
 
@@ -53,10 +53,10 @@ class Row:
     """One image and its crops.
 
     Attributes:
-        name: where it lies.
-        picture: uint8 (H, W) or (H, W, 3).
-        views: the same of each crop, as the network sees it.
-        params: what was drawn for each, records of PARAMS (V,).
+        name: path of the image.
+        picture: the image, uint8 (H, W) or (H, W, 3).
+        views: each crop as the network sees it, in the same form.
+        params: augmentation parameters of each crop, records of PARAMS, (V,).
     """
 
     name: str
@@ -66,16 +66,16 @@ class Row:
 
 
 def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> dict[str, Any]:
-    """Draw the crops of some images of data.train, spread over it, into a PNG.
+    """Draw the crops of images spread evenly over data.train into a PNG.
 
     Args:
-        config: of the run; its seed gives the crops.
-        num_images: rows, fewer where the set is smaller.
-        epoch: from 0.
-        out: the PNG; folders above it are made.
+        config: configuration of the run; its seed determines the crops.
+        num_images: number of rows; fewer if the set is smaller.
+        epoch: epoch of the crops, from 0.
+        out: path of the PNG; missing folders are created.
 
     Returns:
-        JSON-able: the file and the images in it.
+        JSON-able: the path of the PNG and the images in it.
 
     Raises:
         ConfigError: no images are named, or a number is out of range.
@@ -98,14 +98,14 @@ def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> 
 
 def _rows(config: RunConfig, source: Source, *, num_images: int, epoch: int) -> Iterator[Row]:
     multi_crop = multi_crop_of(config)
-    # A stream is read from the front: images further on would cost all those before them.
+    # A stream is read from its start: a later image would cost reading all before it.
     stride = 1 if isinstance(source, StreamSource) else len(source) / num_images
     for place in range(num_images):
         sample = int(place * stride)
         try:
             yield _row(config, source, multi_crop, sample=sample, epoch=epoch)
         except BadSampleError as error:
-            log.warning("left out an unreadable image: %s", error)
+            log.warning("skipped an unreadable image: %s", error)
 
 
 def _row(
@@ -127,29 +127,29 @@ def _row(
 
 
 def _denormalized(view: Tensor, data: DataConfig) -> NDArray[np.uint8]:
-    """Normalised (C, H, W) to uint8 (H, W, C)."""
+    """A normalized (C, H, W) view as uint8 (H, W, C)."""
     mean, std = (view.new_tensor(x)[:, None, None] for x in (data.mean, data.std))
     pixels: Tensor = ((view * std + mean) * 255).round().clamp(0, 255)
     return pixels.byte().permute(1, 2, 0).numpy()
 
 
 def _visible(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Gray (H, W) of one or two channels, the first three (H, W, 3) of more."""
+    """The first channel (H, W) of one or two, the first three (H, W, 3) of more."""
     return pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0]
 
 
-def drawn(params: Params, *, picture_size: tuple[int, int]) -> str:
-    """What happens to a crop, in short: its share of the picture, then the changes of colour.
+def augmentations(params: Params, *, picture_size: tuple[int, int]) -> str:
+    """The augmentations of a crop as short text: its fraction of the area, then flip and colors.
 
     Args:
-        params: of the crop, one record.
+        params: parameters of the crop, one record.
         picture_size: width and height in pixels.
     """
     height, width = params["box"][2:].tolist()
     area = height * width / (picture_size[0] * picture_size[1])
     order = "".join(_LETTERS[step] for step in params["order"].tolist() if step != NOTHING)
     radius = float(params["blur_radius"])
-    words = [
+    parts = [
         f"{area:.0%}",
         "flip" if params["flip"] else "",
         f"jitter {order}" if order else "",
@@ -157,7 +157,7 @@ def drawn(params: Params, *, picture_size: tuple[int, int]) -> str:
         f"blur {radius:.1f}" if radius > 0 else "",
         "solarized" if params["solarize_from"] < NOT_SOLARIZED else "",
     ]
-    return ", ".join(word for word in words if word)
+    return ", ".join(part for part in parts if part)
 
 
 def _figure(rows: Sequence[Row]) -> Figure:
@@ -194,7 +194,7 @@ def _draw_picture(panel: Axes, row: Row) -> None:
     panel.set_axis_off()
     for view, params in enumerate(row.params):
         top, left, height, width = params["box"].tolist()
-        corner = (left - 0.5, top - 0.5)  # of its first pixel, whose middle is at (left, top)
+        corner = (left - 0.5, top - 0.5)  # pixel centers lie at whole coordinates
         line = 1.8 if view < NUM_GLOBAL else 0.9
         style = {"fill": False, "edgecolor": _color(view), "linewidth": line, "clip_on": False}
         panel.add_patch(Rectangle(corner, width, height, **style))
@@ -202,7 +202,7 @@ def _draw_picture(panel: Axes, row: Row) -> None:
 
 def _draw_view(panel: Axes, row: Row, view: int) -> None:
     height, width = row.picture.shape[:2]
-    _draw(panel, row.views[view], drawn(row.params[view], picture_size=(width, height)))
+    _draw(panel, row.views[view], augmentations(row.params[view], picture_size=(width, height)))
     panel.set(xticks=[], yticks=[])
     for side in panel.spines.values():
         side.set(color=_color(view), linewidth=1.5)
@@ -211,12 +211,12 @@ def _draw_view(panel: Axes, row: Row, view: int) -> None:
 def _draw(panel: Axes, pixels: NDArray[np.uint8], text: str) -> None:
     smooth = "bicubic" if max(pixels.shape[:2]) < _SMOOTH_BELOW else "antialiased"
     panel.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation=smooth)
-    middle = text.find(", ", len(text) // 2)  # two lines where there is much to say
+    middle = text.find(", ", len(text) // 2)  # long text takes two lines
     if len(text) > 22 and middle > 0:
         text = text[: middle + 1] + "\n" + text[middle + 2 :]
     panel.text(0.5, -0.03, text, transform=panel.transAxes, fontsize=6, ha="center", va="top")
 
 
 def _color(view: int) -> Any:
-    """One a crop: ten dark colors, then ten light ones."""
+    """The color of a crop: ten dark ones, then ten light ones."""
     return _COLORS(view % 10 * 2 + view // 10 % 2)

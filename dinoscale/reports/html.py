@@ -1,7 +1,7 @@
-"""Pages of one HTML file that fetch nothing and run nothing, and the plots in them.
+"""Self-contained HTML pages, without scripts or network access, and the plots in them.
 
-A page is built as a tree of elements, so that no text (names of files, messages) can become markup,
-and its own policy forbids a browser anything but the pictures inside.
+A page is built as a tree of elements, so that no text (file names, messages) can become markup. Its
+content security policy allows a browser nothing but the embedded pictures and styles.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-PICTURE_WIDTH, PICTURE_HEIGHT = 1000, 1400  # pixels, at most
+MAX_WIDTH, MAX_HEIGHT = 1000, 1400  # pixels of an embedded picture
 _NOT_PRINTABLE = re.compile(r"[^\t\n\x20-\ud7ff\ue000-\U0010ffff]")
 _PLOTS = {
-    "svg.fonttype": "path",  # the same picture with any fonts
+    "svg.fonttype": "path",  # independent of the installed fonts
     "svg.hashsalt": "dinoscale",
-    "text.parse_math": False,  # names may hold dollars
+    "text.parse_math": False,  # names may contain dollar signs
     "font.size": 9,
 }
-_DOTS_PER_INCH = 150  # of a plot as PNG
+_DPI = 150  # of a plot as PNG
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 75em;
@@ -82,12 +82,12 @@ p.warning { color: #a11; }
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture, and the words that tell the same.
+    """A plot with its caption.
 
     Attributes:
-        caption: what it shows, one line.
-        svg: the picture, for a page.
-        png: the same in pixels, for a file.
+        caption: what it shows, in one line.
+        svg: the plot as SVG, for a page.
+        png: the plot as PNG, for a file.
     """
 
     caption: str
@@ -96,34 +96,34 @@ class Plot:
 
 
 def printable(text: str) -> str:
-    """Text without control characters and broken letters, which names of files may hold."""
+    """Text with control characters and invalid code points, as in file names, replaced."""
     return _NOT_PRINTABLE.sub("\ufffd", text)
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Draw plots within this: the same style everywhere, the same bytes for the same numbers."""
+    """A context to draw plots in: one style everywhere, equal bytes for equal numbers."""
     import matplotlib
 
     with matplotlib.rc_context(_PLOTS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # letters without a font are drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph")  # letters missing in the font become boxes
         yield
 
 
 def finish_plot(figure: Figure, caption: str) -> Plot:
-    """Title the first axes with the caption, take the boxes off all, and save; in `drawing`."""
+    """Title the first axes with the caption, remove frames, and save; call it in `drawing`."""
     figure.axes[0].set_title(caption, loc="left", fontsize=10, fontweight="bold")
     for axes in figure.axes:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
-    figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
+    figure.savefig(png, format="png", dpi=_DPI)
     return Plot(caption, svg.getvalue(), png.getvalue())
 
 
 def element(tag: str, *content: str | Element, **attributes: str) -> Element:
-    """An element; `class_` for the attribute."""
+    """An element; the attribute `class` is spelled `class_`."""
     made = Element(tag, {name.rstrip("_"): printable(value) for name, value in attributes.items()})
     for part in content:
         if isinstance(part, Element):
@@ -136,7 +136,7 @@ def element(tag: str, *content: str | Element, **attributes: str) -> Element:
 
 
 def write_page(title: str, body: Sequence[Element], path: Path) -> None:
-    """Write a page as a whole or not at all.
+    """Write a page, whole or not at all.
 
     Raises:
         ConfigError: it cannot be written.
@@ -157,30 +157,30 @@ def write_page(title: str, body: Sequence[Element], path: Path) -> None:
 
 
 def table(heads: Sequence[Element], rows: Sequence[Element]) -> Element:
-    """A table that scrolls where the window is too narrow."""
-    whole = element(
+    """A table that scrolls in a window too narrow for it."""
+    content = element(
         "table",
         element("thead", element("tr", *heads)),
         element("tbody", *rows),
     )
-    return element("div", whole, class_="scroll")
+    return element("div", content, class_="scroll")
 
 
 def definitions(pairs: Iterable[tuple[str, str]]) -> Element:
-    """A list of names and what is said of them."""
+    """A description list of (name, text) pairs."""
     parts = [
         element(tag, text) for pair in pairs for tag, text in zip(("dt", "dd"), pair, strict=True)
     ]
     return element("dl", *parts)
 
 
-def plot_figure(plot: Plot, words: str = "") -> Element:
-    """A plot in a page, with words below."""
-    return _figure("svg+xml", plot.svg, plot.caption, words)
+def plot_figure(plot: Plot, note: str = "") -> Element:
+    """A plot in a page, with a note below it."""
+    return _figure("svg+xml", plot.svg, plot.caption, note)
 
 
 def picture_figure(png: bytes, caption: str) -> Element:
-    """A picture in a page, with words below."""
+    """A picture in a page, with its caption below it."""
     return _figure("png", png, caption, caption)
 
 
@@ -191,25 +191,25 @@ def _figure(kind: str, content: bytes, alt: str, caption: str) -> Element:
 
 
 def small_picture(path: Path) -> bytes | None:
-    """A picture as PNG, of an animation the middle frame; None where it cannot be read."""
+    """A picture, or the middle frame of an animation, as a small PNG; None if unreadable."""
     try:
         with Image.open(path, formats=("PNG", "GIF")) as image:
             image.seek(getattr(image, "n_frames", 1) // 2)
             small = image.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
         return None
-    small.thumbnail((PICTURE_WIDTH, PICTURE_HEIGHT), Image.Resampling.LANCZOS)
+    small.thumbnail((MAX_WIDTH, MAX_HEIGHT), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     small.save(file, format="PNG", optimize=True)
     return file.getvalue()
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all; its folder is made where it is not there.
+    """Write a file, whole or not at all; missing folders are created.
 
     Raises:
         ConfigError: it cannot be written.
-        OutputError: something lies there that is not ours.
+        OutputError: a file that we did not write has its name.
     """
     try:
         with replacing(path) as beside:

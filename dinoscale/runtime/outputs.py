@@ -125,6 +125,19 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file of a run or a sweep, whole or not at all.
+
+    Such a file is ours by the folder that it lies in; no list has to say so.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
 def write_tensors(
     tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> None:

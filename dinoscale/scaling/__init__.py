@@ -1,1 +1,1 @@
-"""From the table of a sweep to fitted laws, a page, and the configuration to train next."""
+"""Scaling sweeps: design and run many trainings, fit laws, recommend the next preset."""

@@ -1,20 +1,20 @@
-"""Numbers as people read them: 40 k, 1.2 M, 0.31."""
+"""Numbers for people: 40 k, 1.2 M, 0.31."""
 
 from __future__ import annotations
 
 import math
 
-SAME = 0.05  # relative difference of budgets, or images, that whole batches explain
-_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")  # of 1000^i
+SAME = 0.05  # budgets or image counts this close count as equal: whole batches shift them so far
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")  # prefix i stands for 1000^i
 
 
 def number(value: float | None, *, digits: int = 3, zeros: bool = False) -> str:
-    """A number in words for people.
+    """A number as short text, with an SI prefix from a thousand on.
 
     Args:
-        value: from a thousand on it gets the prefix of a unit; "-" for None and not finite.
-        digits: significant ones, of integers below a thousand all.
-        zeros: whether zeros at the end are kept.
+        value: the number; None and non-finite values give "-".
+        digits: significant digits; integers below a thousand keep all of theirs.
+        zeros: whether trailing zeros are kept.
     """
     if value is None or not math.isfinite(value):
         return "-"

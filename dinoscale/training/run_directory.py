@@ -10,6 +10,7 @@ from typing import IO, Any
 from dinoscale.config import RunConfig, dump_config
 from dinoscale.errors import DinoscaleError, OutputError
 from dinoscale.runtime.locks import try_lock
+from dinoscale.runtime.outputs import replace_text
 from dinoscale.runtime.versions import versions
 
 log = logging.getLogger(__name__)
@@ -56,9 +57,11 @@ def prepare(config: RunConfig, deepspeed: Mapping[str, Any]) -> Path:
     run_dir = Path(config.run_dir)
     _refuse_others(run_dir)
     try:
-        _replace(run_dir / VERSIONS, json.dumps(versions(), indent=1) + "\n")  # marks it as ours
-        _replace(run_dir / "config.yaml", dump_config(config))
-        _replace(run_dir / "deepspeed.json", json.dumps(deepspeed, indent=1) + "\n")
+        replace_text(
+            run_dir / VERSIONS, json.dumps(versions(), indent=1) + "\n"
+        )  # marks it as ours
+        replace_text(run_dir / "config.yaml", dump_config(config))
+        replace_text(run_dir / "deepspeed.json", json.dumps(deepspeed, indent=1) + "\n")
     except OSError as error:
         raise _cannot_write(run_dir, error) from error
     return run_dir
@@ -72,13 +75,6 @@ def _refuse_others(run_dir: Path) -> None:
             f"run_dir: {theirs} is of no run, and would be lost; choose another directory with"
             " run_dir=PATH"
         )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a full disk leaves the one from before."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def _cannot_write(run_dir: Path, error: OSError) -> DinoscaleError:

@@ -21,7 +21,7 @@ import numpy as np
 from dinoscale.scaling.laws.fit import fit_rows
 from dinoscale.scaling.laws.isoflop import fit_isoflops
 from dinoscale.scaling.laws.laws import Interval, MetricFit
-from dinoscale.scaling.laws.selection import settings
+from dinoscale.scaling.laws.selection import group_by_setting
 from dinoscale.scaling.sweep.table import Row
 from tests.unit.scaling.synthetic import (
     FLOPS_EXPONENT,
@@ -79,7 +79,7 @@ def _intervals(fit: MetricFit, noise: float, trial: int) -> Iterator[tuple[str, 
 
 
 def _minima(rows: list[Row]) -> Iterator[tuple[str, Interval, float]]:
-    curves, _ = fit_isoflops(settings(rows, "knn"), confidence=0.9, samples=SAMPLES)
+    curves, _ = fit_isoflops(group_by_setting(rows, "knn"), confidence=0.9, samples=SAMPLES)
     for curve in curves:
         if curve.optimum:
             yield "minimum at a budget", curve.optimum, TRUTH.best_parameters(curve.flops)

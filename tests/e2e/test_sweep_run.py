@@ -100,7 +100,7 @@ def test_stand_in_for_slurm_trains_on_two_processes_and_its_jobs_outlive_the_swe
     assert sweep.poll() is None, _said(out)
     sweep.terminate()
     assert sweep.wait(timeout=200) == 75, _said(out)
-    assert "jobs that go on by themselves: 1" in _said(out)
+    assert "jobs that continue by themselves: 1" in _said(out)
     again = _sweep(out, *words)
     assert again.wait(timeout=400) == 0, _said(out)
     (row,) = _rows(out)

@@ -13,7 +13,7 @@ from dinoscale.data.loader import train_batches
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import normalize_images
-from dinoscale.reports.crop_sheet import Row, _figure, _row, _visible, drawn, show_crops
+from dinoscale.reports.crop_sheet import Row, _figure, _row, _visible, augmentations, show_crops
 from dinoscale.training.feed import finish_batch, multi_crop_of
 
 _SET = "synthetic:shapes?images=8&size=40"
@@ -54,15 +54,15 @@ def test_a_sheet_is_written_and_plain_is_nearly_the_same(tmp_path: Path) -> None
     assert sheets[0].std() > 20
 
 
-def test_what_was_drawn_is_said() -> None:
+def test_augmentations_of_a_crop_are_named() -> None:
     params = np.zeros((), dtype=PARAMS)
     params["box"] = (1, 2, 10, 5)
     params["order"], params["solarize_from"] = [NOTHING] * 4, NOT_SOLARIZED
-    assert drawn(params, picture_size=(20, 10)) == "25%"
+    assert augmentations(params, picture_size=(20, 10)) == "25%"
     params["flip"], params["gray"], params["blur_radius"] = True, True, 1.26
     params["order"], params["solarize_from"] = (3, 0, 2, 1), 128
-    said = drawn(params, picture_size=(20, 10))
-    assert said == "25%, flip, jitter HBSC, gray, blur 1.3, solarized"
+    text = augmentations(params, picture_size=(20, 10))
+    assert text == "25%, flip, jitter HBSC, gray, blur 1.3, solarized"
 
 
 @pytest.mark.parametrize(("channels", "shape"), [(1, (6, 7)), (2, (6, 7)), (5, (6, 7, 3))])

@@ -16,6 +16,7 @@ from dinoscale.runtime import outputs
 from dinoscale.runtime.outputs import (
     LIST_FILE,
     is_ours,
+    replace_text,
     replacing,
     require_ours,
     swap,
@@ -44,6 +45,13 @@ def test_only_what_is_as_we_wrote_it_is_replaced(
     path.write_bytes(b"")  # as mktemp leaves it
     write(path, b"four")
     assert sorted(os.listdir(path.parent)) == [LIST_FILE, path.name]
+
+
+def test_text_of_a_run_is_replaced_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    for text in ("old", "new \u00e9"):
+        replace_text(tmp_path / "result.json", text)
+    assert (tmp_path / "result.json").read_bytes() == "new \u00e9".encode()
+    assert os.listdir(tmp_path) == ["result.json"]
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling link", "device"])

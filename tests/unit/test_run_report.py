@@ -1,4 +1,4 @@
-"""The report of a run: true of healthy and sick runs, and unmoved by damaged files."""
+"""The report of a run: correct for healthy and failing runs, robust to damaged files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from dinoscale.config import RunConfig, dump_config, parse_config
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.reports.run.findings import judge
+from dinoscale.reports.run.findings import check_run
 from dinoscale.reports.run.page import changed_settings
 from dinoscale.reports.run.read import EVENTS_KEPT, NUMBERS, Record, read_record
 from dinoscale.reports.run.series import Point, Series
-from dinoscale.reports.run.state import State, duration_text, find_state, in_sentences
+from dinoscale.reports.run.state import State, describe_run, duration_text, find_state
 from dinoscale.reports.run.write import write_run_report
 
 EPOCHS, PER_EPOCH, BATCH = 4, 50, 32
@@ -112,7 +112,7 @@ def state_of(run_dir: Path) -> State:
 def verdicts_of(run_dir: Path) -> dict[str, str]:
     """Finding -> verdict."""
     record = read_record(run_dir)
-    return {check.name: check.verdict for check in judge(record, find_state(record, now=NOW))}
+    return {check.name: check.verdict for check in check_run(record, find_state(record, now=NOW))}
 
 
 # reading
@@ -121,7 +121,7 @@ def verdicts_of(run_dir: Path) -> dict[str, str]:
 def test_a_folder_without_a_run_is_refused_and_what_is_missing_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"config\.yaml nor metrics\.jsonl"):
         read_record(tmp_path)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="not a folder"):
         read_record(tmp_path / "absent")
 
 
@@ -201,7 +201,7 @@ def test_only_the_newest_events_are_held_and_all_are_counted(tmp_path: Path) -> 
     assert len(record.events.newest) == EVENTS_KEPT
     assert record.events.counts["skipped"] == EVENTS_KEPT + 10
     assert record.events.first["skipped"].step == 0
-    assert len(record.events.last["skipped"].told("reason")) < 1000
+    assert len(record.events.last["skipped"].detail("reason")) < 1000
 
 
 _WRONG_TYPES = {
@@ -256,7 +256,7 @@ def test_a_run_with_all_its_steps_is_finished(tmp_path: Path) -> None:
     assert (found.how, found.step, found.stop_step) == ("finished", STEPS, STEPS)
 
 
-def test_a_run_that_was_told_to_stop_early_is_finished_there(tmp_path: Path) -> None:
+def test_a_run_with_stop_after_steps_is_finished_there(tmp_path: Path) -> None:
     stop = {"stop_after_steps": 100}
     found = state_of(make_run(tmp_path, log_lines(100), age_s=1e6, train=stop))
     assert (found.how, found.stop_step) == ("finished", 100)
@@ -268,7 +268,7 @@ def test_a_run_whose_last_steps_are_not_saved_is_not_finished(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("age_s", "how"), [(60, "training"), (3600, "silent")])
-def test_whether_a_run_goes_on_is_told_by_the_age_of_its_log(
+def test_the_age_of_its_log_decides_whether_a_run_is_training(
     tmp_path: Path, age_s: float, how: str
 ) -> None:
     assert state_of(make_run(tmp_path, log_lines(100), age_s=age_s)).how == how
@@ -279,7 +279,7 @@ def test_a_run_with_rare_log_lines_is_given_more_time(tmp_path: Path) -> None:
     assert state_of(make_run(tmp_path, slow, age_s=3600)).how == "training"
 
 
-def test_an_end_by_a_signal_or_an_error_is_told_until_the_run_goes_on(tmp_path: Path) -> None:
+def test_an_end_by_a_signal_or_an_error_is_reported_until_the_run_resumes(tmp_path: Path) -> None:
     ended = [event(100, "preempted", reason="SIGTERM")]
     run_dir = make_run(tmp_path, log_lines(100), events=ended, age_s=10)
     assert state_of(run_dir).how == "asked to stop"
@@ -294,13 +294,13 @@ def test_an_end_by_a_signal_or_an_error_is_told_until_the_run_goes_on(tmp_path: 
     assert state_of(run_dir).how == "training"
 
 
-def test_the_sentences_tell_what_how_far_how_fast_and_how_good(tmp_path: Path) -> None:
+def test_the_summary_says_what_how_far_how_fast_and_how_well(tmp_path: Path) -> None:
     record = read_record(make_run(tmp_path, log_lines(100), age_s=30))
-    text = " ".join(in_sentences(record, find_state(record, now=NOW)))
+    text = " ".join(describe_run(record, find_state(record, now=NOW)))
     assert "vit_small_patch16_224 (21.7 M parameters" in text
     assert "on 4 ranks" in text
-    assert "It still trains: 100 of 200 steps, 2 epochs, 3,200 images" in text
-    assert "Trained for 50 s at 64 images/s (median). At this speed 50 s are left." in text
+    assert "Still training: 100 of 200 steps, 2 epochs, 3,200 images" in text
+    assert "Trained for 50 s at 64 images/s (median). Time left at this speed: 50 s." in text
     assert "20.0 % at step 100" in text
 
 
@@ -308,11 +308,11 @@ def test_the_sentences_tell_what_how_far_how_fast_and_how_good(tmp_path: Path) -
     ("seconds", "text"),
     [(0, "0 s"), (80, "80 s"), (600, "10.0 min"), (1e4, "2.8 h"), (1e6, "11.6 days")],
 )
-def test_durations_are_told_in_a_fitting_unit(seconds: float, text: str) -> None:
+def test_durations_have_a_fitting_unit(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
 
 
-# verdicts
+# checks
 
 
 def test_a_healthy_run_has_no_warning(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ _FAILED = event(150, "save failed", reason="disk full")
         ("events.jsonl", "warning", {}, [{"step": 1}]),
     ],
 )
-def test_trouble_is_told(
+def test_problems_are_reported(
     tmp_path: Path, name: str, verdict: str, changed: dict[str, Any], events: list[dict[str, Any]]
 ) -> None:
     found = verdicts_of(make_run(tmp_path, log_lines(**changed), events=events, age_s=1e6))
@@ -350,18 +350,18 @@ def test_a_process_that_reads_its_own_images_is_not_warned_of_waiting(tmp_path: 
     assert verdicts_of(run_dir)["data wait"] == "ok"
 
 
-def test_unreadable_images_are_told_with_an_example(tmp_path: Path) -> None:
+def test_unreadable_images_are_reported_with_an_example(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, log_lines())
     (run_dir / "bad_samples.jsonl").write_bytes(
         as_lines([{"path": "/a/b.jpg", "error": "cut off"}])
     )
     record = read_record(run_dir)
-    (found,) = (c for c in judge(record, find_state(record, now=NOW)) if c.name == "images")
+    (found,) = (c for c in check_run(record, find_state(record, now=NOW)) if c.name == "images")
     assert found.verdict == "warning"
     assert "/a/b.jpg: cut off" in found.text
 
 
-def test_a_drop_of_the_throughput_at_the_end_is_told(tmp_path: Path) -> None:
+def test_a_drop_of_the_throughput_at_the_end_is_reported(tmp_path: Path) -> None:
     lines = log_lines()
     for line in lines[-12:]:
         if "images_per_s" in line:
@@ -373,7 +373,7 @@ def test_a_drop_of_the_throughput_at_the_end_is_told(tmp_path: Path) -> None:
     ("accuracies", "verdict"),
     [([10, 30, 40], "ok"), ([10, 40, 39], "ok"), ([10, 40, 30], "warning"), ([10, 9], "warning")],
 )
-def test_knn_that_falls_or_learns_nothing_is_told(
+def test_knn_that_falls_or_never_rises_is_reported(
     tmp_path: Path, accuracies: list[float], verdict: str
 ) -> None:
     knn = [{"step": 50 * i, "knn_top1": float(top1)} for i, top1 in enumerate(accuracies)]
@@ -428,13 +428,13 @@ def test_the_page_needs_no_network_and_runs_nothing(
     assert _EVIL in page.text
 
 
-def test_the_page_tells_what_happened(report: tuple[Path, Path, dict[str, Any]]) -> None:
+def test_the_page_shows_what_happened(report: tuple[Path, Path, dict[str, Any]]) -> None:
     page = Elements((report[1] / "report.html").read_text())
     assert "Finished: 200 of 200 steps" in page.text
     assert "lower dino.teacher_temp" in page.text
     assert "The newest 100 of 151" in page.text
     assert page.text.count("2026-01-02T03:04:05") == 100
-    assert "Not drawn: there is no checkpoint here." in page.text
+    assert "Not drawn: there is no checkpoint." in page.text
     assert "data.train" in page.text
     assert re.search(r"problem\s+collapse", page.text)
 

@@ -1,1 +1,1 @@
-"""The report of a single run."""
+"""The report of a run."""

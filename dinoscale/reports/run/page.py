@@ -1,4 +1,4 @@
-"""The page of a run: what it did in sentences, findings, curves, pictures and tables."""
+"""The page of a run: summary, checks, curves, attention maps and tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dinoscale.reports.html import Plot, element
 from dinoscale.reports.run.read import Event, Record
 
 EVENTS_SHOWN = 100
-_TEXT = 500  # characters of a detail
+_MAX_TEXT = 500  # characters of a cell
 
 
 def build_body(
@@ -29,11 +29,11 @@ def build_body(
     """The page from top to bottom.
 
     Args:
-        record: of the run.
-        sentences: what it is and how far.
-        checks: what is well and what is not.
-        plots: in their order.
-        attention: the picture of where the teacher looks, or why there is none.
+        record: record of the run.
+        sentences: summary of the run.
+        checks: results of all checks.
+        plots: curves, in order.
+        attention: attention maps of the teacher, or why there are none.
     """
     return [
         element("h1", f"Run {record.run_dir.resolve().name}"),
@@ -41,8 +41,8 @@ def build_body(
         element("ul", *map(_finding, checks), class_="checks"),
         element("h2", "Curves"),
         *(html.plot_figure(plot) for plot in plots),
-        *([] if plots else [element("p", "Nothing is logged yet.")]),
-        element("h2", "Where the teacher looks"),
+        *([] if plots else [element("p", "Nothing has been logged yet.")]),
+        element("h2", "Self-attention of the teacher"),
         attention,
         element("h2", "Events"),
         *_events(record),
@@ -66,7 +66,7 @@ def _finding(check: Check) -> Element:
 def _events(record: Record) -> Iterator[Element]:
     total = record.events.counts.total()
     if not total:
-        yield element("p", "None: it ran from its first step without interruption.")
+        yield element("p", "None: the run has not been interrupted.")
         return
     shown = list(record.events.newest)[-EVENTS_SHOWN:]
     if total > len(shown):
@@ -90,20 +90,20 @@ def _details(event: Event) -> str:
         for name, value in event.details.items()
     ]
     text = "; ".join(found)
-    return text if len(text) <= _TEXT else f"{text[: _TEXT - 4]} ..."
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 4]} ..."
 
 
 def _checkpoints(record: Record) -> Element:
     found = record.checkpoints
     if not found:
-        return element("p", "None here.")
+        return element("p", "None in this directory.")
     best = best_of(found)
     rows = [
         element(
             "tr",
             element("th", f"{one.step:,}", scope="row"),
             element("td", "" if one.num_bytes is None else size_text(one.num_bytes)),
-            element("td", one.saved_at or "cannot be read"),
+            element("td", one.saved_at or "unreadable"),
             element(
                 "td",
                 "" if one.knn_top1 is None else f"{one.knn_top1:.1f} %",
@@ -126,7 +126,7 @@ def _settings(record: Record) -> Iterator[Element]:
             )
             for name, (value, default) in changed_settings(record.config).items()
         ]
-        yield element("p", "Those that differ from the defaults:")
+        yield element("p", "Settings that differ from the defaults:")
         yield html.table(_heads("setting", text=("this run", "default")), rows)
     if record.config_text:
         text = element("pre", record.config_text)
@@ -150,11 +150,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _value(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= _TEXT else f"{text[: _TEXT - 4]} ..."
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 4]} ..."
 
 
 def _heads(*names: str, text: Sequence[str] = ()) -> list[Element]:
-    """Heads of columns, those of words behind those of numbers."""
+    """Column headers, text columns after numeric ones."""
     return [
         *(element("th", name, scope="col") for name in names),
         *(element("th", name, scope="col", class_="text") for name in text),

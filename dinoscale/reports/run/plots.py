@@ -1,4 +1,4 @@
-"""The curves of a run over its steps, with what happened to it as vertical lines."""
+"""The curves of a run over its steps, with events as vertical lines."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from dinoscale.reports.run.series import Point, Series, smooth
 from dinoscale.reports.run.state import State
 from dinoscale.training.hooks.data_wait import ALLOWED
 
-WIDTH, HEIGHT = 5.2, 2.8  # inches; two beside each other in a page
-_WINDOW = 20  # points of the smoothed line, at most a twentieth of all
-_RANGE = 50.0  # highest over lowest, above which the axis is logarithmic
-_LINES_DRAWN = 300  # places along the axis at which an event is drawn once
-_MANY_EVENTS = 12  # of a kind; above it their lines are short
+WIDTH, HEIGHT = 5.2, 2.8  # inches; two side by side on a page
+_WINDOW = 20  # points of the moving average; at most a twentieth of all
+_RANGE = 50.0  # highest over lowest value above which the axis is logarithmic
+_LINE_POSITIONS = 300  # along the axis; events of one kind at one position share a line
+_MANY_EVENTS = 12  # of one kind; the lines of more are short
 _COLORS = matplotlib.colormaps["tab10"]
 _MAIN, _RAW, _LIMIT = "#1f4e9c", "#9db8e6", "#666666"
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _PlotSpec:
     """A plot of one series.
 
     Attributes:
-        name: in metrics.jsonl, and of the file.
+        name: name in metrics.jsonl, and of the file.
         caption: what it shows, with its unit.
-        scale: factor on the values.
-        noisy: also a smoothed line.
-        dots: few values, each of its own.
-        limits: (value, label) of dashed lines.
-        from_zero: the axis begins at 0.
+        scale: factor applied to the values.
+        noisy: whether to add a smoothed line.
+        dots: whether to mark every value, for sparse series.
+        limits: (value, label) of dashed reference lines.
+        from_zero: whether the axis starts at 0.
     """
 
     name: str
@@ -52,69 +52,69 @@ class _Wanted:
 
 
 def draw_run(record: Record, state: State) -> list[tuple[str, Plot]]:
-    """Draw everything that has data: (name, plot), in an order for reading."""
+    """Draw every series that has data: (name, plot), in reading order."""
     drawn = []
     with drawing():
-        for wanted in _wanted(record):
-            series = record.series[wanted.name]
+        for spec in _plot_specs(record):
+            series = record.series[spec.name]
             if series.count:
                 figure, axes = _figure(state)
-                _draw(axes, series, wanted)
+                _draw(axes, series, spec)
                 _mark_events(axes, record)
                 _legend(axes)
-                drawn.append((wanted.name, finish_plot(figure, wanted.caption)))
+                drawn.append((spec.name, finish_plot(figure, spec.caption)))
     return drawn
 
 
-def _wanted(record: Record) -> list[_Wanted]:
-    entropy = "teacher_entropy", "entropy of the teacher's targets, nats"
+def _plot_specs(record: Record) -> list[_PlotSpec]:
+    entropy = "teacher_entropy", "entropy of the teacher targets, nats"
     config = record.config
     bounds: tuple[tuple[float, str], ...] = ()
     if config is not None:
         prototypes = config.head.num_prototypes
         bounds = ((0.0, "0: one-hot"), (math.log(prototypes), f"ln {prototypes}: uniform"))
     return [
-        _Wanted("loss", "loss, nats", noisy=True),
-        _Wanted("knn_top1", "k-NN top-1 of the teacher, %", dots=True),
-        _Wanted(*entropy, noisy=True, limits=bounds, from_zero=True),
-        _Wanted("kl", "KL divergence of student from teacher, nats", noisy=True),
-        _Wanted(
+        _PlotSpec("loss", "loss, nats", noisy=True),
+        _PlotSpec("knn_top1", "k-NN top-1 of the teacher, %", dots=True),
+        _PlotSpec(*entropy, noisy=True, limits=bounds, from_zero=True),
+        _PlotSpec("kl", "KL(teacher || student), nats", noisy=True),
+        _PlotSpec(
             "target_information",
-            "what a target says of its image, nats",
+            "mutual information of targets and images, nats",
             noisy=True,
-            limits=((0.0, "0: equal targets"),),
+            limits=((0.0, "0: all targets equal"),),
             from_zero=True,
         ),
-        _Wanted(
+        _PlotSpec(
             "target_share",
-            "targets of the strongest prototype, %",
+            "targets assigned to the top prototype, %",
             scale=100,
             noisy=True,
-            limits=((100.0, "100: one wins"),),
+            limits=((100.0, "100: collapse to one"),),
             from_zero=True,
         ),
-        _Wanted("lr", "learning rate"),
-        _Wanted("weight_decay", "weight decay"),
-        _Wanted("momentum", "momentum of the teacher"),
-        _Wanted("teacher_temp", "temperature of the teacher"),
-        _Wanted("grad_norm", "norm of the gradient", noisy=True),
-        _Wanted("center_norm", "norm of the center"),
-        _Wanted("images_per_s", "throughput, images/s", noisy=True, from_zero=True),
-        _Wanted(
+        _PlotSpec("lr", "learning rate"),
+        _PlotSpec("weight_decay", "weight decay"),
+        _PlotSpec("momentum", "teacher momentum"),
+        _PlotSpec("teacher_temp", "teacher temperature"),
+        _PlotSpec("grad_norm", "gradient norm", noisy=True),
+        _PlotSpec("center_norm", "center norm"),
+        _PlotSpec("images_per_s", "throughput, images/s", noisy=True, from_zero=True),
+        _PlotSpec(
             "data_wait",
-            "time without data, %",
+            "time waiting for data, %",
             scale=100,
             noisy=True,
             limits=((100 * ALLOWED, f"{ALLOWED:.0%}"),),
             from_zero=True,
         ),
-        _Wanted("peak_memory_bytes", "peak memory of rank 0, GB", scale=1e-9, from_zero=True),
-        _Wanted("save_stall_s", "training stood still for a save, s", dots=True, from_zero=True),
+        _PlotSpec("peak_memory_bytes", "peak memory of rank 0, GB", scale=1e-9, from_zero=True),
+        _PlotSpec("save_stall_s", "training paused by a save, s", dots=True, from_zero=True),
     ]
 
 
 def _figure(state: State) -> tuple[Figure, Axes]:
-    """Empty axes over the steps, with epochs above where their length is known."""
+    """Empty axes over the steps, with epochs on top where their length is known."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     last = max(state.step, 1)
@@ -134,27 +134,27 @@ def _figure(state: State) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw(axes: Axes, series: Series, wanted: _Wanted) -> None:
-    raw = _scaled(series.points(), wanted.scale)
-    means = _scaled(series.means(), wanted.scale)
+def _draw(axes: Axes, series: Series, spec: _PlotSpec) -> None:
+    raw = _scaled(series.points(), spec.scale)
+    means = _scaled(series.means(), spec.scale)
     window = min(_WINDOW, len(means) // 20)
-    if wanted.dots:
+    if spec.dots:
         axes.plot(*_columns(raw), color=_MAIN, linewidth=1, marker="o", markersize=3)
-    elif wanted.noisy and window > 1:
+    elif spec.noisy and window > 1:
         axes.plot(*_columns(raw), color=_RAW, linewidth=0.6, label=" as logged")
         smoothed = smooth(means, window=window)
         axes.plot(*_columns(smoothed), color=_MAIN, linewidth=1.6, label=" smoothed")
     else:
         axes.plot(*_columns(raw), color=_MAIN, linewidth=1.4, marker="o" if len(raw) < 3 else "")
     values = [point.value for point in raw]
-    if not wanted.from_zero and min(values) > 0 and max(values) / min(values) > _RANGE:
+    if not spec.from_zero and min(values) > 0 and max(values) / min(values) > _RANGE:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")  # powers would need mathematics
+        axes.yaxis.set_major_formatter("{x:g}")  # powers of ten would need math text
         axes.yaxis.set_minor_formatter(NullFormatter())
-    limits = [value for value, _ in wanted.limits]
-    if wanted.from_zero:
+    limits = [value for value, _ in spec.limits]
+    if spec.from_zero:
         axes.set_ylim(0, 1.1 * max(*values, *limits, 1e-9))
-    for value, label in wanted.limits:
+    for value, label in spec.limits:
         axes.axhline(value, color=_LIMIT, linewidth=0.9, linestyle="--")
         axes.annotate(
             label,
@@ -178,16 +178,16 @@ def _columns(points: Sequence[Point]) -> tuple[list[int], list[float]]:
 
 
 def _mark_events(axes: Axes, record: Record) -> None:
-    """A color for each kind of event, a line where one happened."""
+    """Draw a line at every event, with one color per kind."""
     width = axes.get_xlim()[1]
     for number, kind in enumerate(sorted(record.events.counts)):
         places = {
-            round(event.step / width * _LINES_DRAWN): event.step
+            round(event.step / width * _LINE_POSITIONS): event.step
             for event in record.events.newest
             if event.kind == kind and event.step <= width
         }
-        color = _COLORS((number + 1) % 10)  # blue is the curves'
-        height = 1.0 if len(places) <= _MANY_EVENTS else 0.1  # many would hide the curve
+        color = _COLORS((number + 1) % 10)  # blue is for the curves
+        height = 1.0 if len(places) <= _MANY_EVENTS else 0.1  # many full lines would hide the curve
         for step in places.values():
             axes.axvline(step, ymax=height, color=color, linewidth=1, linestyle=":", zorder=0.5)
         if places:

@@ -1,7 +1,7 @@
-"""Reads the directory of a run that may still train, has failed, or is damaged or a partial copy.
+"""Read the directory of a run, which may be training, failed, damaged or a partial copy.
 
-Files are read line by line in bounded memory. Nothing in them is believed: a line that is no JSON
-object, has no step or is endless is counted and passed over.
+Files are read line by line in bounded memory, and their content is not trusted: a line that is not
+a JSON object, has no step or is too long is counted and skipped.
 """
 
 from __future__ import annotations
@@ -47,35 +47,35 @@ NUMBERS = (
     "save_stall_s",
     "save_write_s",
     "saved_step",
-)  # of metrics.jsonl, all others are passed over
-EVENTS_KEPT = 2000  # the newest
-_LINE = 2**20  # bytes, at most
-_FILE = 2**20  # bytes of a file that is read as a whole, at most
+)  # in metrics.jsonl; all others are skipped
+EVENTS_KEPT = 2000  # newest events
+_MAX_LINE = 2**20  # bytes
+_MAX_FILE = 2**20  # bytes of a file that is read as a whole
 _LOG_TAIL = 2**16  # bytes
-_TOLD = 900  # characters of a text; the longest of ours are the collapses'
-_DETAILS = 20  # of an event; ours have at most five
+_MAX_TEXT = 900  # characters; the longest of our texts are those of collapses
+_MAX_DETAILS = 20  # of an event; ours have at most five
 _MAX_STEP = 10**12
-_LARGEST = 1e100  # what is above it overflows in sums and plots, and is as good as infinite
+_MAX_VALUE = 1e100  # larger values overflow in sums and plots, and count as infinite
 _ENDED = re.compile(r"- \S+ \S+ (?:Traceback.*\n)?error: (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Event:
-    """A line of events.jsonl; `details` are all its values but the first three."""
+    """A line of events.jsonl; `details` are its values except time, step and kind."""
 
     time: str
     step: int
     kind: str
     details: Mapping[str, str | float | None]
 
-    def told(self, name: str) -> str:
-        """One of the details as text for a sentence."""
+    def detail(self, name: str) -> str:
+        """A detail as text."""
         return str(self.details.get(name, "unknown"))
 
 
 @dataclass
 class Events:
-    """What happened: counts of all, the newest, and of each kind the first and the last."""
+    """Events of a run: counts by kind, the newest, and the first and last of each kind."""
 
     counts: Counter[str] = field(default_factory=Counter)
     newest: deque[Event] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
@@ -83,7 +83,7 @@ class Events:
     last: dict[str, Event] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
-        """Take the next one."""
+        """Add the next event."""
         self.counts[event.kind] += 1
         self.newest.append(event)
         self.first.setdefault(event.kind, event)
@@ -92,27 +92,28 @@ class Events:
 
 @dataclass
 class Record:
-    """All that is known of a run.
+    """Everything that the directory of a run tells.
 
     Attributes:
-        run_dir: its directory.
-        config: as it trained; None where config.yaml is missing or cannot be read.
-        config_text: config.yaml as it is, but for passwords of an earlier version.
-        series: of metrics.jsonl, by name; those without a finite value are empty.
-        not_finite: log lines whose loss is no finite number.
-        last_epoch: of the last log line that tells it.
-        trained_s: seconds of training, from images_per_s of the log lines; None without any.
-        last_interval_s: seconds between the last two log lines, alike.
-        changed_at: when metrics.jsonl was last written, seconds since 1970; None if it is missing.
-        events: what happened.
-        bad_images: unreadable files, counted, and one of them with its error.
-        checkpoints: oldest first.
-        plan: of the newest checkpoint that tells it.
-        versions: of libraries, by name.
+        run_dir: directory of the run.
+        config: its configuration; None where config.yaml is missing or invalid.
+        config_text: text of config.yaml, with passwords of an earlier version hidden.
+        series: series of metrics.jsonl by name; empty ones have no finite value.
+        not_finite: number of log lines with a non-finite loss.
+        last_epoch: epoch in the last log line.
+        trained_s: seconds of training, from images_per_s in the log lines; None without any.
+        last_interval_s: seconds between the last two log lines, likewise.
+        changed_at: last modification of metrics.jsonl, seconds since 1970; None if it is missing.
+        events: events of the run.
+        bad_images: number of unreadable images.
+        bad_image: the first of them, with its error.
+        checkpoints: checkpoints, oldest first.
+        plan: plan in the newest readable checkpoint.
+        versions: versions of libraries by name.
         world_size: ranks of the last start; None where unknown.
-        ended_with: the error that a log file ends with; empty without one.
-        damaged: file -> lines that could not be read.
-        missing: files that are not there, or cannot be read, with the reason.
+        ended_with: error at the end of the newest log file; empty without one.
+        damaged: file -> number of unreadable lines.
+        missing: missing or unreadable files, with the reason.
     """
 
     run_dir: Path
@@ -137,17 +138,17 @@ class Record:
 
 
 def read_record(run_dir: Path) -> Record:
-    """Read a run directory; nothing in it is changed.
+    """Read a run directory, changing nothing in it.
 
     Raises:
-        DataError: it is none, that is, it has neither config.yaml nor metrics.jsonl.
+        DataError: it is not a run directory: it has neither config.yaml nor metrics.jsonl.
     """
     if not run_dir.is_dir():
-        raise DataError(f"{run_dir}: is no folder; give the directory of a run (its run_dir)")
+        raise DataError(f"{run_dir}: not a folder; give the directory of a run (its run_dir)")
     if not any(_is_file(run_dir / name) for name in (CONFIG, METRICS)):
         raise DataError(
-            f"{run_dir}: has neither {CONFIG} nor {METRICS}, so it is no run; give the run_dir of a"
-            " training"
+            f"{run_dir}: not the directory of a run, as it has neither {CONFIG} nor {METRICS}; give"
+            " the run_dir of a training"
         )
     record = Record(run_dir, series={name: Series() for name in NUMBERS})
     _read_config(record)
@@ -169,7 +170,7 @@ def read_record(run_dir: Path) -> Record:
         record.checkpoints = [_checkpoint(path) for path in found if _has_number(path)]
     record.plan = _plan(record.checkpoints)
     libraries = _json_file(record, "versions.json")
-    names = list(libraries)[:_DETAILS]
+    names = list(libraries)[:_MAX_DETAILS]
     record.versions = {_cut(name): _cut(str(libraries[name])) for name in names}
     record.world_size = _world_size(record)
     record.ended_with = _last_error(run_dir / "logs")
@@ -177,7 +178,7 @@ def read_record(run_dir: Path) -> Record:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a file can be read to its end: no pipe, no device."""
+    """Whether a path is a regular file, not a pipe or a device."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):
@@ -189,14 +190,14 @@ def _has_number(path: Path) -> bool:
 
 
 def _checkpoint(path: Path) -> Summary:
-    """What a checkpoint says of itself, if that has the types it should have."""
+    """Summary of a checkpoint; its values are unknown where their types are wrong."""
     unknown = Summary(path, int(path.name.removeprefix("step_")), None, None, None, None, None)
     if not _is_file(path / STATE_FILE):
         return unknown
     found = summary(path)
     knn = found.knn_top1
-    fits = isinstance(found.saved_at, str) and (knn is None or _finite(knn) is not None)
-    return found if fits else unknown
+    valid = isinstance(found.saved_at, str) and (knn is None or _finite(knn) is not None)
+    return found if valid else unknown
 
 
 def _read_config(record: Record) -> None:
@@ -215,7 +216,7 @@ def _read_config(record: Record) -> None:
 
 def _read_metrics(record: Record) -> None:
     batch_size = record.config.train.batch_size if record.config else None
-    before = 0  # step of the log line before
+    before = 0  # step of the previous log line
     for line in _objects(record, METRICS):
         step = _step(line)
         if step is None:
@@ -239,15 +240,15 @@ def _read_metrics(record: Record) -> None:
 
 
 def _objects(record: Record, name: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file with one a line; other lines are counted as damaged."""
+    """The JSON objects of a JSON Lines file; other lines are counted as damaged."""
     path = record.run_dir / name
     if not _is_file(path):
         record.missing[name] = "is not there"
         return
     try:
         with path.open("rb") as file:
-            while line := file.readline(_LINE):
-                if not line.endswith(b"\n") and len(line) == _LINE:
+            while line := file.readline(_MAX_LINE):
+                if not line.endswith(b"\n") and len(line) == _MAX_LINE:
                     _skip_line(file)
                 if not line.strip():
                     continue
@@ -261,7 +262,7 @@ def _objects(record: Record, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _skip_line(file: Any) -> None:
-    while (rest := file.readline(_LINE)) and not rest.endswith(b"\n"):
+    while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
         pass
 
 
@@ -274,16 +275,16 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _finite(value: object) -> float | None:
-    """A number that is one; Python's JSON also reads NaN, and integers of any length."""
+    """A finite number or None; Python's JSON also reads NaN, and integers of any length."""
     if type(value) is float:  # most are
-        return value if abs(value) < _LARGEST else None
+        return value if abs(value) < _MAX_VALUE else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if abs(number) < _LARGEST else None
+    return number if abs(number) < _MAX_VALUE else None
 
 
 def _whole(value: object) -> int | None:
@@ -298,13 +299,13 @@ def _event(line: Mapping[str, Any]) -> Event | None:
     step, kind = _step(line), line.get("event")
     if step is None or not isinstance(kind, str):
         return None
-    names = [name for name in line if name not in ("time", "step", "event")][:_DETAILS]
+    names = [name for name in line if name not in ("time", "step", "event")][:_MAX_DETAILS]
     details = {_cut(name): _detail(line[name]) for name in names}
     return Event(str(line.get("time", ""))[:40], step, kind[:40], details)
 
 
 def _detail(value: object) -> str | float | None:
-    """Numbers as they are, all else as text of a length that is fit for a page."""
+    """A number as it is, anything else as text short enough for a page."""
     if value is None or isinstance(value, int | float):
         return (
             value if value is None or isinstance(value, bool) else (_whole(value) or _finite(value))
@@ -313,7 +314,7 @@ def _detail(value: object) -> str | float | None:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _TOLD else f"{text[: _TOLD - 4]} ..."
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 4]} ..."
 
 
 def _text(record: Record, name: str) -> str | None:
@@ -323,30 +324,30 @@ def _text(record: Record, name: str) -> str | None:
         return None
     try:
         with path.open("rb") as file:
-            content = file.read(_FILE + 1)
-        if len(content) > _FILE:
+            content = file.read(_MAX_FILE + 1)
+        if len(content) > _MAX_FILE:
             raise ValueError
         return content.decode()
     except OSError as error:
         record.missing[name] = f"cannot be read ({error.strerror})"
-    except ValueError:  # no UTF-8 either
-        record.missing[name] = "is no text, or too long"
+    except ValueError:  # not UTF-8, or too long
+        record.missing[name] = "is not text, or too long"
     return None
 
 
 def _json_file(record: Record, name: str) -> dict[str, Any]:
-    """A file that is one JSON object; empty where it is not."""
+    """The JSON object in a file; empty where there is none."""
     text = _text(record, name)
     if text is None:
         return {}
     found = _parsed(text.encode())
     if found is None:
-        record.missing[name] = "is no JSON object"
+        record.missing[name] = "is not a JSON object"
     return found or {}
 
 
 def _plan(found: list[Summary]) -> Mapping[str, Any]:
-    """Of the newest checkpoint that tells its own: whole numbers by name."""
+    """The whole numbers in the plan of the newest readable checkpoint, by name."""
     for checkpoint in reversed(found):
         path = checkpoint.path / STATE_FILE
         if checkpoint.saved_at is not None:
@@ -365,7 +366,7 @@ def _world_size(record: Record) -> int | None:
         ranks = _whole(record.plan.get("world_size"))
     if ranks is None:
         settings = _json_file(record, "deepspeed.json")
-        if isinstance(settings.get("student"), dict):  # older runs wrote nothing else
+        if isinstance(settings.get("student"), dict):  # older runs wrote only the student's
             settings = settings["student"]
         names = (
             "train_batch_size",
@@ -378,7 +379,7 @@ def _world_size(record: Record) -> int | None:
 
 
 def _last_error(folder: Path) -> str:
-    """What the newest log file of a rank ends with, if that is an error."""
+    """The error at the end of the newest log file of a rank; empty without one."""
     try:
         files = [path for path in folder.glob("rank_*.log") if _is_file(path)]
         newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
@@ -389,6 +390,6 @@ def _last_error(folder: Path) -> str:
             tail = file.read(_LOG_TAIL).decode(errors="replace")
     except OSError:
         return ""
-    last = tail[tail.rfind("\n- ") + 1 :]  # what a start or an end wrote, and all after it
+    last = tail[tail.rfind("\n- ") + 1 :]  # the last line of a start or an end, and all after it
     found = _ENDED.match(last)
     return found[1].strip()[:1000] if found else ""

@@ -1,10 +1,10 @@
-"""A number over the steps of a run in bounded memory, however long the run is."""
+"""A scalar over the steps of a run, in bounded memory however long the run is."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-BUCKETS = 1000  # at least half as many once a series is longer; two points each are drawn
+BUCKETS = 1000  # 500 to 1000 are in use once a series is longer; each draws two points
 
 
 class Point(NamedTuple):
@@ -15,7 +15,7 @@ class Point(NamedTuple):
 
 
 class _Bucket:
-    """Neighbouring points, of which only the extremes are kept."""
+    """Neighboring points, reduced to their extremes and sum."""
 
     __slots__ = (
         "count",
@@ -59,25 +59,25 @@ class _Bucket:
 
 
 class Series:
-    """Finite values in the order of their lines; exact up to 1000 points, then thinned.
+    """Finite values in log order; exact up to 1000 points, then aggregated.
 
-    Neighbours are joined in buckets of equal numbers of points, and of each the lowest, the highest
-    and the mean are kept, so that no spike is lost.
+    Neighbors are joined into buckets of equal numbers of points. Each keeps its lowest and highest
+    point and its mean, so that no spike is lost.
 
     Attributes:
-        count: of all points.
-        last: of them; None without any.
+        count: number of points added.
+        last: the last point; None without any.
     """
 
     def __init__(self) -> None:
-        """Without points."""
+        """Start without points."""
         self.count = 0
         self.last: Point | None = None
         self._buckets: list[_Bucket] = []
         self._size = 1  # points in a full bucket
 
     def add(self, step: int, value: float) -> None:
-        """Take a finite value; this is called for every number of a log."""
+        """Add a finite value; this is called for every number of a log."""
         self.last = Point(step, value)
         self.count += 1
         buckets = self._buckets
@@ -93,23 +93,23 @@ class Series:
 
     @property
     def lowest(self) -> Point | None:
-        """Of all points the first of equals; None without any."""
+        """The lowest point, the first among equals; None without any."""
         lows = (bucket.lowest() for bucket in self._buckets)
         return min(lows, key=lambda point: point.value, default=None)
 
     @property
     def highest(self) -> Point | None:
-        """Of all points the first of equals; None without any."""
+        """The highest point, the first among equals; None without any."""
         highs = (bucket.highest() for bucket in self._buckets)
         return max(highs, key=lambda point: point.value, default=None)
 
     def points(self) -> list[Point]:
-        """What to draw, ordered by step: all points, or the extremes of each bucket."""
+        """The points to draw, by step: all, or the extremes of each bucket."""
         extremes = {bucket.lowest() for bucket in self._buckets}
         return sorted(extremes | {bucket.highest() for bucket in self._buckets})
 
     def means(self) -> list[Point]:
-        """Mean of each bucket at its middle, ordered by step."""
+        """Mean of each bucket at its middle step, by step."""
         return sorted(
             Point((bucket.first_step + bucket.last_step) // 2, bucket.total / bucket.count)
             for bucket in self._buckets
@@ -117,14 +117,14 @@ class Series:
 
 
 def smooth(points: list[Point], *, window: int) -> list[Point]:
-    """Mean of each point with its neighbours, `window` in all, fewer at the ends."""
+    """Moving average over `window` points, fewer at the ends."""
     half = window // 2
     sums = [0.0]
     for point in points:
         sums.append(sums[-1] + point.value)
     smoothed = []
     for place, point in enumerate(points):
-        reach = min(half, place, len(points) - 1 - place)  # as far to both sides
+        reach = min(half, place, len(points) - 1 - place)  # symmetric
         low, high = place - reach, place + reach + 1
         smoothed.append(Point(point.step, (sums[high] - sums[low]) / (high - low)))
     return smoothed

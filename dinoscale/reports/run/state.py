@@ -1,4 +1,4 @@
-"""How far a run has come, and whether it still goes on, in numbers and in sentences."""
+"""Progress of a run and whether it is still training, as numbers and as sentences."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from dinoscale.reports.run.read import CONFIG, METRICS, Record
 
 How = Literal["finished", "training", "asked to stop", "failed", "silent", "not begun"]
 
-_SILENT_S = 600.0  # without a line, from which a run counts as ended; k-NN may take minutes
-_INTERVALS = 10  # between log lines, if those are longer
+_SILENT_S = 600.0  # without a log line after which a run counts as ended; k-NN takes minutes
+_INTERVALS = 10  # the same in intervals between log lines, if that is longer
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        how: whether it goes on. "silent": it has not ended by itself, but writes no more.
-        step: optimizer steps done, as far as they are logged.
-        stop_step: at which it ends; None where it cannot be known.
-        steps_per_epoch: alike.
-        reason: of an end before the last step; empty without one.
-        age_s: seconds since the last line of the log; None without a log.
+        how: what the run is doing, or how it ended; "silent" if it stopped writing without an end.
+        step: optimizer steps done, by the log.
+        stop_step: step at which it ends; None where unknown.
+        steps_per_epoch: steps per epoch; None where unknown.
+        reason: reason of an end before the last step; empty without one.
+        age_s: seconds since the last log line; None without a log.
     """
 
     how: How
@@ -38,11 +38,11 @@ class State:
 
 
 def find_state(record: Record, *, now: float) -> State:
-    """Judge a run by its files.
+    """Derive the state of a run from its files.
 
     Args:
-        record: of the run.
-        now: seconds since 1970.
+        record: record of the run.
+        now: current time, seconds since 1970.
     """
     step = max((series.last.step for series in record.series.values() if series.last), default=0)
     per_epoch = _steps_per_epoch(record)
@@ -53,9 +53,9 @@ def find_state(record: Record, *, now: float) -> State:
 
 
 def _steps_per_epoch(record: Record) -> int | None:
-    told = record.plan.get("steps_per_epoch")
-    if told:
-        return int(told)
+    planned = record.plan.get("steps_per_epoch")
+    if planned:
+        return int(planned)
     config = record.config
     if config is None:
         return None
@@ -65,7 +65,7 @@ def _steps_per_epoch(record: Record) -> int | None:
 
 
 def _from_momentum(record: Record) -> int | None:
-    """Steps of an epoch from the momentum of the last log line, a cosine over all steps."""
+    """Steps per epoch from the last logged momentum, which follows a cosine over all steps."""
     config, last = record.config, record.series["momentum"].last
     if config is None or last is None or config.dino.momentum == config.dino.momentum_end:
         return None
@@ -83,7 +83,7 @@ def _stop_step(record: Record, per_epoch: int | None) -> int | None:
     if record.config is None:
         stop = record.plan.get("stop_step")
         return None if stop is None else int(stop)
-    train = record.config.train  # may have changed since the plan of the checkpoint
+    train = record.config.train  # may have changed since the checkpoint
     ends = [] if per_epoch is None else [train.epochs * per_epoch]
     if train.stop_after_steps is not None and ends:
         ends.append(train.stop_after_steps)
@@ -91,14 +91,14 @@ def _stop_step(record: Record, per_epoch: int | None) -> int | None:
 
 
 def _how(record: Record, *, step: int, stop: int | None, age_s: float | None) -> tuple[How, str]:
-    """Whether it goes on, and the reason of an end before the last step."""
+    """What the run is doing or how it ended, and the reason of an early end."""
     if stop is not None and step >= stop and _is_saved(record, stop):
         return "finished", ""
     if record.ended_with:
         return "failed", record.ended_with
     ends = [e for e in record.events.newest if e.kind in ("preempted", "stopped", "resumed")]
     if ends and ends[-1].kind != "resumed" and ends[-1].step >= step:
-        reason = ends[-1].told("reason")
+        reason = ends[-1].detail("reason")
         return ("asked to stop" if ends[-1].kind == "preempted" else "failed"), reason
     if age_s is None:
         return "not begun", ""
@@ -109,20 +109,20 @@ def _how(record: Record, *, step: int, stop: int | None, age_s: float | None) ->
 
 def _is_saved(record: Record, stop: int) -> bool:
     saved = record.series["saved_step"].highest
-    if saved is None:  # an old log, or a copy without checkpoints: the last line has to do
+    if saved is None:  # an old log, or a copy without checkpoints: rely on the last log line
         return True
     return saved.value >= stop or any(found.step >= stop for found in record.checkpoints)
 
 
-def in_sentences(record: Record, state: State) -> list[str]:
-    """What was trained, how far, how fast, and how good it is."""
+def describe_run(record: Record, state: State) -> list[str]:
+    """Sentences on what was trained, how far, how fast, and how well."""
     return [_what(record), _how_far(record, state), *_how_fast(record, state), *_how_good(record)]
 
 
 def _what(record: Record) -> str:
     config = record.config
     if config is None:
-        return f"What was trained is not known: {CONFIG} {record.missing.get(CONFIG, '')}."
+        return f"Model and data are unknown: {CONFIG} {record.missing.get(CONFIG, '')}."
     counts = count_parameters(config)
     size = "" if counts.backbone is None else f" ({counts.backbone / 1e6:.3g} M parameters"
     if size:
@@ -133,7 +133,7 @@ def _what(record: Record) -> str:
     ranks = "" if record.world_size is None else f" on {count_text(record.world_size, 'rank')}"
     return (
         f"{config.model.backbone}{size}, trained on {data}"
-        f"{f' ({images:,} images)' if images else ''}, {config.train.batch_size:,} images a step"
+        f"{f' ({images:,} images)' if images else ''}, {config.train.batch_size:,} images per step"
         f"{ranks}, {config.engine.precision}, ZeRO stage {config.engine.zero_stage}."
     )
 
@@ -147,15 +147,15 @@ def _how_far(record: Record, state: State) -> str:
         far += f", {state.step * record.config.train.batch_size:,} images"
     age = "" if state.age_s is None else duration_text(state.age_s)
     if state.how == "not begun":
-        return f"Not a step is logged: {METRICS} {record.missing.get(METRICS, 'is empty')}."
+        return f"No step has been logged: {METRICS} {record.missing.get(METRICS, 'is empty')}."
     return {
         "finished": f"Finished: {far}.",
-        "training": f"It still trains: {far}; the last line is {age} old.",
+        "training": f"Still training: {far}; last log line {age} ago.",
         "asked to stop": f"Asked to stop ({state.reason}) and saved after {far}; the same command"
-        " goes on from there.",
-        "failed": f"It ended with an error after {far}: {state.reason}",
-        "silent": f"Not finished: {far}, and nothing was written for {age}, so it was killed or"
-        " hangs; `logs/` says more, and the same command goes on from the newest checkpoint.",
+        " resumes from there.",
+        "failed": f"Ended with an error after {far}: {state.reason}",
+        "silent": f"Not finished: {far}, and nothing written for {age}: it was killed or hangs. See"
+        " `logs/`; the same command resumes from the newest checkpoint.",
     }[state.how]
 
 
@@ -165,12 +165,12 @@ def _how_fast(record: Record, state: State) -> list[str]:
         return []
     text = f"{_typical(record, 'images_per_s'):.4g} images/s (median)"
     if record.trained_s is None:
-        return [f"Throughput {text}."]
+        return [f"Throughput: {text}."]
     text = f"Trained for {duration_text(record.trained_s)} at {text}."
     left = (state.stop_step or 0) - state.step
     if state.how == "training" and left > 0 and state.step:
         remaining = duration_text(left * record.trained_s / state.step)
-        text += f" At this speed {remaining} are left."
+        text += f" Time left at this speed: {remaining}."
     return [text]
 
 
@@ -179,7 +179,7 @@ def _typical(record: Record, name: str) -> float:
 
 
 def median(values: list[float]) -> float:
-    """The middle value, the upper of two; there is at least one."""
+    """The middle value, or the upper of the two middle ones; needs at least one value."""
     return sorted(values)[len(values) // 2]
 
 
@@ -188,16 +188,16 @@ def _how_good(record: Record) -> list[str]:
     sentences = []
     if knn.last is not None and knn.highest is not None:
         sentences.append(
-            f"k-NN top-1 of the teacher {knn.last.value:.1f} % at step {knn.last.step:,}, the best"
+            f"k-NN top-1 of the teacher: {knn.last.value:.1f} % at step {knn.last.step:,}; best:"
             f" {knn.highest.value:.1f} % at step {knn.highest.step:,}."
         )
     if loss.last is not None:
-        sentences.append(f"The last loss is {loss.last.value:.4g} nats.")
+        sentences.append(f"Last loss: {loss.last.value:.4g} nats.")
     return sentences
 
 
 def duration_text(seconds: float) -> str:
-    """In the largest unit that leaves a number above 1: `45 s`, `12 min`, `3.4 h`, `2.1 days`."""
+    """A duration in the largest fitting unit: `45 s`, `12.0 min`, `3.4 h`, `2.1 days`."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""The report of a run: curves, collapse, throughput, k-NN, attention, events."""
+"""Write the report of a run: curves, checks, k-NN, attention maps, events."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from dinoscale.cluster.doctor.report import Check
 from dinoscale.errors import DinoscaleError
 from dinoscale.reports import html
 from dinoscale.reports.html import element
-from dinoscale.reports.run.findings import judge
+from dinoscale.reports.run.findings import check_run
 from dinoscale.reports.run.page import build_body
 from dinoscale.reports.run.plots import draw_run
 from dinoscale.reports.run.read import CONFIG, Record, read_record
-from dinoscale.reports.run.state import State, find_state, in_sentences
+from dinoscale.reports.run.state import State, describe_run, find_state
 
 log = logging.getLogger(__name__)
 
 PAGE, DATA, PLOTS, ATTENTION = "report.html", "report.json", "plots", "attention.png"
-IMAGES_SHOWN = 4  # of attention
+IMAGES_SHOWN = 4  # with attention maps
 
 
 def write_run_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, Any]:
     """Write report.html, report.json and plots/*.png of a run into a folder.
 
     Args:
-        run_dir: of a run, finished or not.
-        out: the folder.
-        attention: whether to draw where the teacher of the newest checkpoint looks.
+        run_dir: directory of a run, finished or not.
+        out: folder of the report.
+        attention: whether to draw attention maps of the teacher in the newest checkpoint.
 
     Returns:
-        JSON-able: the paths and the last numbers.
+        JSON-able: the paths and the last values.
 
     Raises:
-        DataError: there is no run.
+        DataError: the directory is not that of a run.
         ConfigError: the report cannot be written.
     """
     record = read_record(run_dir)
     state = find_state(record, now=time.time())
-    sentences, checks = in_sentences(record, state), judge(record, state)
+    sentences, checks = describe_run(record, state), check_run(record, state)
     plots = draw_run(record, state)
     for name, plot in plots:
         html.write_file(out / PLOTS / f"{name}.png", plot.png)
@@ -72,13 +72,13 @@ def write_run_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, 
 
 
 def _attention(record: Record, path: Path, *, wanted: bool) -> tuple[Element | None, str]:
-    """The picture for the page, or why there is none; on the CPU, the run may need its devices."""
+    """Attention maps, or why there are none; on the CPU, as the run may need its devices."""
     if not wanted:
         return None, "Not drawn (--no-attention)."
     if record.config is None:
-        return None, f"Not drawn: without {CONFIG} no images are known."
+        return None, f"Not drawn: the images are unknown without {CONFIG}."
     if not record.checkpoints:
-        return None, "Not drawn: there is no checkpoint here."
+        return None, "Not drawn: there is no checkpoint."
     config = record.config
     train = config.data.sources[0].source if config.data.sources else None
     spec = config.eval.test or train
@@ -93,18 +93,18 @@ def _attention(record: Record, path: Path, *, wanted: bool) -> tuple[Element | N
     except DinoscaleError as error:
         return None, f"Not drawn: {error}"
     except Exception as error:  # a bug or a lack of memory must not cost the report
-        log.exception("no picture of attention; this is a bug, or a lack of memory")
+        log.exception("attention maps could not be drawn; this is a bug, or memory ran out")
         return None, f"Not drawn: {type(error).__name__}: {error}"
     png = html.small_picture(path)
     if png is None:
-        return None, f"{path} was drawn and cannot be read."
+        return None, f"Not shown: {path} cannot be read."
     name = str(found["weights_source"]).rpartition("/")[2]
-    words = f"{name}: {found['images']} images of {spec} at {found['size']} pixels."
-    return html.picture_figure(png, words), ""
+    caption = f"{name}: {found['images']} images of {spec} at {found['size']} pixels."
+    return html.picture_figure(png, caption), ""
 
 
 def _numbers(record: Record, state: State, checks: Sequence[Check]) -> dict[str, Any]:
-    """What report.json holds."""
+    """The content of report.json."""
     series = {name: found for name, found in record.series.items() if found.last is not None}
     return {
         "run_dir": str(record.run_dir),

@@ -1,1 +1,1 @@
-"""From the file of a sweep to its runs, and what they cost."""
+"""The design of a sweep: its runs, worked out from one file, and their cost."""

@@ -1,4 +1,4 @@
-"""Apply the rules of a sweep: settings of a run that follow from its sizes."""
+"""Apply the rules of a sweep, which scale settings with the sizes of a run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dinoscale.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sizes:
-    """What settings can scale with.
+    """The quantities that settings can scale with.
 
     Attributes:
-        batch_size: images of a step.
-        width: of a token.
-        depth: blocks.
-        images: images seen in the training; None where it is not known.
-        parameters: scalars of the backbone.
+        batch_size: images per step.
+        width: embedding dimension.
+        depth: number of blocks.
+        images: images seen in training; None where unknown.
+        parameters: parameters of the backbone.
     """
 
     batch_size: int
@@ -28,23 +28,23 @@ class Sizes:
     parameters: int
 
 
-def ruled_settings(
+def apply_rules(
     rules: RulesConfig, run: RunConfig, *, sizes: Sizes, base: Sizes, lr_factor: float
 ) -> dict[str, object]:
-    """Settings by dotted key that the rules give.
+    """The settings that the rules change, by dotted key.
 
     Args:
-        rules: of the sweep.
-        run: with everything else set.
-        sizes: of the run.
-        base: of the base configuration.
-        lr_factor: of the axis, 1 without it.
+        rules: rules of the sweep.
+        run: the run with everything else set.
+        sizes: sizes of the run.
+        base: sizes of the base configuration.
+        lr_factor: value of the axis `lr_factor`, 1 without it.
 
     Raises:
-        ConfigError: a warm-up is no whole epoch, or a rule needs a number that is not known.
+        ConfigError: a warm-up rounds to zero epochs, or a rule needs an unknown number.
     """
     settings: dict[str, object] = {}
-    # optim.lr counts for 256 images, which makes the peak linear in the batch already.
+    # optim.lr is per 256 images, so the peak already grows linearly with the batch size.
     beyond_linear = rules.lr.model_copy(update={"batch_size": rules.lr.batch_size - 1})
     factor = _power(beyond_linear, sizes, base, rule="lr") * lr_factor
     if factor != 1:
@@ -73,7 +73,7 @@ def _power(powers: Powers, sizes: Sizes, base: Sizes, *, rule: str) -> float:
         now, then = getattr(sizes, name), getattr(base, name)
         if then is None:
             raise ConfigError(
-                f"rules.{rule}.{name}: the base's number of images is not known here; set "
+                f"rules.{rule}.{name}: the base's number of images is unknown here; set "
                 "data.images_per_epoch in settings"
             )
         product *= (now / then) ** exponent
@@ -82,19 +82,19 @@ def _power(powers: Powers, sizes: Sizes, base: Sizes, *, rule: str) -> float:
 
 def _warmup_epochs(rule: WarmupRule, *, epochs: int, images: int | None) -> int:
     if rule.fraction is not None:
-        wanted, words = rule.fraction * epochs, f"a fraction of {rule.fraction:g}"
+        wanted, rule_text = rule.fraction * epochs, f"a fraction of {rule.fraction:g}"
     else:
         assert rule.images is not None
         if images is None:
             raise ConfigError(
-                "rules.warmup.images: the run's number of images is not known here; add the axis "
+                "rules.warmup.images: the run's number of images is unknown here; add the axis "
                 "images, or set data.images_per_epoch in settings"
             )
-        wanted, words = rule.images / images * epochs, f"{rule.images:,} images"
+        wanted, rule_text = rule.images / images * epochs, f"{rule.images:,} images"
     if wanted < 0.5:
         raise ConfigError(
-            f"rules.warmup: {words} is {wanted:.2g} of the run's {epochs} epochs, which rounds to "
-            "none; raise train.epochs in settings (the run keeps its images), or take a longer "
+            f"rules.warmup: {rule_text} is {wanted:.2g} of the run's {epochs} epochs, which rounds "
+            "to 0; raise train.epochs in settings (the run keeps its images), or choose a longer "
             "warm-up"
         )
-    return round(wanted + 1e-9)  # a half is rounded up
+    return round(wanted + 1e-9)  # halves round up

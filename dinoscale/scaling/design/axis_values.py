@@ -1,4 +1,4 @@
-"""The points of a design: one value of each axis."""
+"""The points of a design: combinations of one value per axis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dinoscale.config.sweep.axes import AxesConfig, LadderConfig
 from dinoscale.config.sweep.file import SweepConfig
 from dinoscale.scaling.design.model_sizes import sizes_of
 
-Point = Mapping[str, object]  # by name of the axis; of the axis model a `VitSize`
+Point = Mapping[str, object]  # axis -> value; a `VitSize` for the axis model
 
 _SHORT = {
     "model": "",
@@ -23,14 +23,14 @@ _SHORT = {
     "lr_factor": "lrx",
     "seed": "s",
 }
-_MAX_LABEL = 100  # characters, of a folder's name
+_MAX_LABEL = 100  # characters of a folder's name
 
 
 def points(sweep: SweepConfig) -> Iterator[Point]:
-    """All combinations of values, in the order of the file.
+    """Yield every combination of axis values, in the order of the file.
 
     Raises:
-        ConfigError: an axis of models is impossible.
+        ConfigError: an axis of models is invalid.
     """
     for place, axes in sweep.all_axes:
         values = _values(axes, place=place)
@@ -50,7 +50,7 @@ def _values(axes: AxesConfig, *, place: str) -> dict[str, Sequence[object]]:
 
 
 def label_of(point: Point) -> str:
-    """Short and readable, such as 192x12-img100000-s1; fit to be the name of a folder."""
+    """A short readable label that can name a folder, such as 192x12-img100000-s1."""
     parts = (
         f"{_SHORT.get(name, name.rpartition('.')[2])}{value_text(value)}"
         for name, value in point.items()
@@ -58,8 +58,8 @@ def label_of(point: Point) -> str:
     return "-".join(re.sub(r"[^A-Za-z0-9.-]+", "_", part) for part in parts)[:_MAX_LABEL]
 
 
-def in_words(point: Point) -> dict[str, object]:
-    """The point for tables: a model as 192x12."""
+def axes_of(point: Point) -> dict[str, object]:
+    """The axis values of a point for tables, with a model as 192x12."""
     return {
         name: value_text(value) if isinstance(value, VitSize) else value
         for name, value in point.items()
@@ -67,7 +67,7 @@ def in_words(point: Point) -> dict[str, object]:
 
 
 def value_text(value: object) -> str:
-    """A value of an axis as short text."""
+    """An axis value as short text."""
     if isinstance(value, VitSize):
         return f"{value.embed_dim}x{value.depth}"
     return f"{value:g}".replace("e+", "e") if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What a sweep would cost, on paper."""
+"""The estimated cost of a sweep: FLOPs, memory and hours of every run."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from dinoscale.cluster.doctor.report import count_text
 from dinoscale.config.sweep.file import SweepConfig
 from dinoscale.errors import ConfigError
 from dinoscale.scaling.design.expand import Design, shortened
 from dinoscale.scaling.design.planned_run import PlannedRun
-from dinoscale.scaling.design.requirements import Need, need_of, require_known
+from dinoscale.scaling.design.requirements import Requirements, require_known_gpu, requirements_of
 from dinoscale.scaling.design.resolved_run import dims_of_run
 from dinoscale.scaling.number_text import number
 
 
 def make_plan(sweep: SweepConfig, design: Design) -> dict[str, Any]:
-    """Every run with parameters, FLOPs, images, steps, memory and hours, and the sum; JSON-able.
+    """Parameters, FLOPs, images, steps, memory and hours of every run, with totals; JSON-able.
 
     Raises:
         ConfigError: the GPU is unknown, or a run does not fit in its memory.
     """
     cost, executor = sweep.cost, sweep.executor
-    require_known(cost)
-    needs = [need_of(run, cost, executor) for run in design.runs]
-    mistakes = [
-        f"run {run.name}: {need.trouble}"
-        for run, need in zip(design.runs, needs, strict=True)
-        if need.trouble
+    require_known_gpu(cost)
+    requirements = [requirements_of(run, cost, executor) for run in design.runs]
+    problems = [
+        f"run {run.name}: {each.problem}"
+        for run, each in zip(design.runs, requirements, strict=True)
+        if each.problem
     ]
-    if mistakes:
-        raise ConfigError(shortened(mistakes))
+    if problems:
+        raise ConfigError(shortened(problems))
     ranks = executor.nodes * executor.processes
-    rows = [_as_json(run, need) for run, need in zip(design.runs, needs, strict=True)]
-    hours = [need.hours for need in needs if need.hours is not None]
+    rows = [_as_json(run, each) for run, each in zip(design.runs, requirements, strict=True)]
+    hours = [each.hours for each in requirements if each.hours is not None]
     return {
         "out": sweep.out,
         "design": sweep.design,
@@ -43,7 +44,7 @@ def make_plan(sweep: SweepConfig, design: Design) -> dict[str, Any]:
         "ranks": ranks,
         "parallel": executor.parallel,
         "runs": rows,
-        "left_out": [asdict(left) for left in design.left_out],
+        "left_out": [asdict(excluded) for excluded in design.left_out],
         "totals": {
             "runs": len(rows),
             "flops": sum(run.flops for run in design.runs),
@@ -55,7 +56,7 @@ def make_plan(sweep: SweepConfig, design: Design) -> dict[str, Any]:
     }
 
 
-def _as_json(run: PlannedRun, need: Need) -> dict[str, Any]:
+def _as_json(run: PlannedRun, requirements: Requirements) -> dict[str, Any]:
     config, dims = run.config, dims_of_run(run.config)
     return {
         "name": run.name,
@@ -76,14 +77,14 @@ def _as_json(run: PlannedRun, need: Need) -> dict[str, Any]:
         "momentum": config.dino.momentum,
         "weight_decay": [config.optim.weight_decay, config.optim.weight_decay_end],
         "warmup_epochs": config.optim.warmup_epochs,
-        "micro_batch_size": need.micro_batch_size,
-        "memory_bytes": None if need.memory_bytes is None else round(need.memory_bytes),
-        "hours": need.hours,
+        "micro_batch_size": requirements.micro_batch_size,
+        "memory_bytes": requirements.memory_bytes,
+        "hours": requirements.hours,
     }
 
 
 def _wall_hours(hours: Sequence[float], *, parallel: int) -> float:
-    """Hours until all have ended, if each begins, in their order, as soon as there is room."""
+    """Hours until the last run ends, if each starts, in order, as soon as a slot is free."""
     busy = [0.0] * min(parallel, len(hours))
     for each in hours:
         heapq.heapreplace(busy, busy[0] + each)
@@ -95,16 +96,18 @@ def _assumptions(sweep: SweepConfig, hours: Sequence[float]) -> list[str]:
     if cost.gpu is not None:
         sentences.append(
             f"{cost.utilization:.0%} of the published FLOP/s of a {cost.gpu} (cost.utilization);"
-            " the data keep up; memory as by `dinoscale plan`"
+            " no waiting for data; memory as estimated by `dinoscale plan`"
         )
     elif cost.flops_per_s is not None:
-        sentences.append(f"{cost.flops_per_s / 1e9:,.4g} GFLOP/s of each rank (cost.flops_per_s)")
+        sentences.append(f"{cost.flops_per_s / 1e9:,.4g} GFLOP/s per rank (cost.flops_per_s)")
     else:
-        sentences.append("no hours: set cost.gpu, or cost.flops_per_s as measured in a run")
+        sentences.append(
+            "no hours: set cost.gpu, or cost.flops_per_s to the speed measured in a run"
+        )
     if cost.gpu is None:
-        sentences.append("GB of a rank are those of its tensors, without the process itself")
+        sentences.append("GB count the tensors of a rank, without the process itself")
     if hours:
-        sentences.append("hours of training steps alone: starts, evaluation and queues come on top")
+        sentences.append("hours count training steps only, not startup, evaluation or queueing")
     limit = sweep.executor.slurm.hours
     longer = sum(each > limit for each in hours)
     if sweep.executor.kind != "local" and longer:
@@ -115,7 +118,7 @@ def _assumptions(sweep: SweepConfig, hours: Sequence[float]) -> list[str]:
 
 
 def as_text(plan: dict[str, Any]) -> str:
-    """The same for people."""
+    """The plan as text."""
     rows = [_HEAD, *(_row(run) for run in plan["runs"])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
     shown = [column for column in range(len(_HEAD)) if any(row[column] for row in rows[1:])]
@@ -158,8 +161,7 @@ def _left_out(plan: dict[str, Any]) -> list[list[str]]:
     if not plan["left_out"]:
         return []
     lines = [
-        f"  {left['name']}: {number(left['images'])} images, {left['why']}"
-        for left in plan["left_out"]
+        f"  {run['name']}: {number(run['images'])} images, {run['why']}" for run in plan["left_out"]
     ]
     return [["", "left out:", *lines]]
 
@@ -172,10 +174,11 @@ def _sum(plan: dict[str, Any]) -> list[str]:
         f" {number(totals['images'])} images seen",
     ]
     if totals["hours"] is not None:
+        rank = "GPU" if plan["gpu"] else "rank"
         lines.append(
-            f"{_time(totals['rank_hours'])} of {'GPUs' if plan['gpu'] else 'ranks'},"
-            f" {plan['ranks']} for each run; {_time(totals['hours'])} with"
-            f" {plan['parallel']} run{'s' * (plan['parallel'] > 1)} at a time"
+            f"{_time(totals['rank_hours'])} of {rank} time, {count_text(plan['ranks'], rank)} per"
+            f" run; {_time(totals['hours'])} in all with {count_text(plan['parallel'], 'run')} at a"
+            " time"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""From the file of a sweep to its runs."""
+"""Expand the file of a sweep into its runs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dinoscale.scaling.design.planned_run import PlannedRun
 from dinoscale.scaling.design.resolved_run import Planner
 from dinoscale.scaling.number_text import SAME
 
-_MAX_TOLD = 8  # mistakes in a message
+_MAX_SHOWN = 8  # mistakes in a message
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A model and a budget without a run.
+class ExcludedRun:
+    """A model and a budget outside the limits of the design isoflop.
 
     Attributes:
-        name: of its point.
-        axes: as of `PlannedRun`.
-        images: that the budget leaves it.
-        why: in words.
+        name: label of its point.
+        axes: as in `PlannedRun`.
+        images: images that the budget pays for.
+        why: the limit it violates.
     """
 
     name: str
@@ -34,36 +34,36 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Design:
-    """A sweep worked out.
+    """The runs of a sweep.
 
     Attributes:
-        runs: those first that cost least.
-        left_out: by the limits of the design isoflop.
-        notes: what had to be assumed, in words.
+        runs: cheapest first.
+        left_out: combinations that the limits of the design isoflop exclude.
+        notes: assumptions and warnings, in sentences.
     """
 
     runs: list[PlannedRun]
-    left_out: list[LeftOut]
+    left_out: list[ExcludedRun]
     notes: list[str]
 
 
 def plan_runs(sweep: SweepConfig) -> list[PlannedRun]:
-    """All runs, those first that cost least.
+    """All runs, cheapest first.
 
     Raises:
-        ConfigError: one of them is impossible, or two are the same.
+        ConfigError: a run is invalid, or two are the same.
     """
-    return work_out(sweep).runs
+    return expand_sweep(sweep).runs
 
 
-def work_out(sweep: SweepConfig) -> Design:
-    """The runs, and what there is to say about them.
+def expand_sweep(sweep: SweepConfig) -> Design:
+    """The runs, the excluded combinations, and notes on both.
 
     Raises:
-        ConfigError: as `plan_runs`.
+        ConfigError: as in `plan_runs`.
     """
     planner = Planner(sweep)
-    found: list[PlannedRun | LeftOut] = []
+    found: list[PlannedRun | ExcludedRun] = []
     mistakes: list[str] = []
     for point in points(sweep):
         result = _planned(planner, point)
@@ -76,30 +76,30 @@ def work_out(sweep: SweepConfig) -> Design:
     runs = [run for run in found if isinstance(run, PlannedRun)]
     if not runs:
         raise ConfigError(
-            "isoflop: its limits leave out every run; widen min_images and max_images, or change "
+            "isoflop: the limits exclude every run; widen min_images and max_images, or change "
             "axes.flops"
         )
     _require_different(runs)
     runs.sort(key=lambda run: (run.flops, run.parameters, run.name))
     notes = [*planner.notes, *_thin_budgets(runs), *_missed_budgets(runs)]
-    return Design(runs, [run for run in found if isinstance(run, LeftOut)], notes)
+    return Design(runs, [run for run in found if isinstance(run, ExcludedRun)], notes)
 
 
-def _planned(planner: Planner, point: Point) -> PlannedRun | LeftOut | ConfigError:
-    """A run, or why there is none."""
+def _planned(planner: Planner, point: Point) -> PlannedRun | ExcludedRun | ConfigError:
+    """The run at a point, or why there is none."""
     try:
-        candidate = planner.candidate(point)
-        images = candidate.budget_images
+        draft = planner.draft(point)
+        images = draft.budget_images
         why = _why_not(planner.sweep, images)
         if why and images is not None:
-            return LeftOut(label_of(point), candidate.axes, int(images), why)
-        return planner.planned(candidate)
+            return ExcludedRun(label_of(point), draft.axes, int(images), why)
+        return planner.planned(draft)
     except ConfigError as error:
         return error
 
 
 def _why_not(sweep: SweepConfig, images: float | None) -> str:
-    """Why the limits of the design leave a run out; empty where they do not."""
+    """Why the limits of the design exclude a run; empty where they do not."""
     limits = sweep.isoflop
     if sweep.design != "isoflop" or images is None:
         return ""
@@ -117,14 +117,14 @@ def _thin_budgets(runs: Sequence[PlannedRun]) -> list[str]:
         if "flops" in run.axes:
             models.setdefault(run.axes["flops"], set()).add(run.axes.get("model"))
     return [
-        f"only {len(found)} of the 3 models that a minimum needs at {flops:g} FLOPs"
+        f"{flops:g} FLOPs: only {len(found)} of the 3 models that a minimum needs"
         for flops, found in models.items()
         if len(found) < 3
     ]
 
 
 def _missed_budgets(runs: Sequence[PlannedRun]) -> Iterator[str]:
-    """Runs that whole steps an epoch keep so far from their budget that fits leave them apart."""
+    """Runs so far below their budget, by rounding to whole steps, that a fit separates them."""
     missed: dict[float, list[tuple[PlannedRun, float]]] = {}
     for run in runs:
         budget = run.axes.get("flops")
@@ -133,24 +133,24 @@ def _missed_budgets(runs: Sequence[PlannedRun]) -> Iterator[str]:
     for budget, found in missed.items():
         _, least = min(found, key=lambda pair: pair[1])
         epochs = min(_epochs_that_fit(run, share) for run, share in found)
-        names = ", ".join(run.name for run, _ in found[:_MAX_TOLD])
+        names = ", ".join(run.name for run, _ in found[:_MAX_SHOWN])
         yield (
-            f"{len(found)} runs at {budget:g} FLOPs have as little as {least:.0%} of them, as an"
-            f" epoch is whole steps ({names}): they do not count as runs of one budget; set"
-            f" train.epochs in settings to at most {epochs}, or a smaller batch"
+            f"{len(found)} runs at {budget:g} FLOPs reach as little as {least:.0%} of it, as an"
+            f" epoch is rounded to whole steps ({names}): a fit will not count them as one budget;"
+            f" set train.epochs in settings to at most {epochs}, or a smaller batch"
         )
 
 
 def _epochs_that_fit(run: PlannedRun, share: float) -> int:
-    """Epochs of which each has so many steps that a lost part of one hardly matters."""
+    """Most epochs for which rounding each to whole steps stays within `SAME` of the budget."""
     steps = run.steps / share
     return max(1, int(steps * SAME / (1 + SAME)))
 
 
 def shortened(mistakes: Sequence[str]) -> str:
-    """The first mistakes, one a line, and how many more there are."""
-    more = len(mistakes) - _MAX_TOLD
-    return "\n".join([*mistakes[:_MAX_TOLD], *([f"and {more} more"] if more > 0 else [])])
+    """The first mistakes, one per line, and the number of the others."""
+    more = len(mistakes) - _MAX_SHOWN
+    return "\n".join([*mistakes[:_MAX_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _require_different(runs: Sequence[PlannedRun]) -> None:
@@ -158,7 +158,7 @@ def _require_different(runs: Sequence[PlannedRun]) -> None:
     for run in runs:
         if run.key in names:
             raise ConfigError(
-                f"runs {names[run.key]} and {run.name} are the same: they do not differ in "
-                "anything that a result depends on; leave out one of the values"
+                f"runs {names[run.key]} and {run.name} are the same: they differ in nothing that "
+                "changes the result; remove one of the values"
             )
         names[run.key] = run.name

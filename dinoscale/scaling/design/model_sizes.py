@@ -1,8 +1,8 @@
-"""Sizes of models between two, in equal factors of parameters.
+"""A ladder of model sizes between two, in equal factors of parameters.
 
-A step takes the width and depth nearest to its place between the ends, on logarithmic scales, where
-every width is whole heads. Neither shrinks from step to step, so a ladder from ViT-Ti to ViT-L
-widens and deepens as these two do (Dosovitskiy et al. 2021, arXiv:2010.11929, table 1).
+Each step takes the width and depth nearest to its place between the ends on logarithmic scales; a
+width is a whole number of heads. Neither shrinks from step to step, so a ladder from ViT-Ti to
+ViT-L widens and deepens as these two do (Dosovitskiy et al. 2021, arXiv:2010.11929, table 1).
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ def sizes_of(axis: tuple[object, ...] | LadderConfig, *, where: str) -> list[Vit
     """The models of an axis.
 
     Args:
-        axis: as in the file.
-        where: place of the axis in the file, for messages.
+        axis: the axis as written in the file.
+        where: key of the axis in the file, for messages.
 
     Raises:
-        ConfigError: a ladder has no room for its steps, or two entries are the same model.
+        ConfigError: a ladder has too many steps, or two entries are the same model.
     """
     if isinstance(axis, LadderConfig):
         return _ladder(axis, where=where)
     sizes = [size_of(entry) for entry in axis]
     for place, size in enumerate(sizes):
         if size in sizes[:place]:
-            raise ConfigError(f"{where}: {size.embed_dim}x{size.depth} is there twice")
+            raise ConfigError(f"{where}: {size.embed_dim}x{size.depth} is listed twice")
     return sizes
 
 
 def size_of(entry: object) -> VitSize:
-    """A size by name, or one of our own."""
+    """A size by name, or one given by its numbers."""
     if isinstance(entry, ModelSize):
         return VitSize(entry.embed_dim, entry.depth, entry.embed_dim // entry.head_dim)
     return VitSize(*VIT_SIZES[str(entry)])
@@ -47,11 +47,12 @@ def _ladder(axis: LadderConfig, *, where: str) -> list[VitSize]:
     for end in (first, last):
         if end.embed_dim % head_dim:
             raise ConfigError(
-                f"{where}.ladder: {_text(end)} is not whole heads of {head_dim} (head_dim)"
+                f"{where}.ladder: {_text(end)} is not a whole number of heads of {head_dim}"
+                " (head_dim)"
             )
     if last.embed_dim < first.embed_dim or last.depth < first.depth or _text(first) == _text(last):
         raise ConfigError(
-            f"{where}.ladder: from {names} does not grow; neither width nor depth may shrink"
+            f"{where}.ladder: {names} does not grow; neither width nor depth may shrink"
         )
     rungs = [(first.embed_dim, first.depth)]
     for step in range(1, ladder.steps - 1):
@@ -61,8 +62,8 @@ def _ladder(axis: LadderConfig, *, where: str) -> list[VitSize]:
     rungs.append((last.embed_dim, last.depth))
     if len(set(rungs)) < len(rungs):
         raise ConfigError(
-            f"{where}.ladder: there are no {ladder.steps} different sizes from {names} with heads "
-            f"of {head_dim}; take fewer steps"
+            f"{where}.ladder: fewer than {ladder.steps} different sizes from {names} with heads of "
+            f"{head_dim}; set fewer steps"
         )
     return [VitSize(width, depth, width // head_dim) for width, depth in rungs]
 
@@ -70,7 +71,7 @@ def _ladder(axis: LadderConfig, *, where: str) -> list[VitSize]:
 def _rung(
     first: VitSize, last: VitSize, *, share: float, above: tuple[int, int], axis: LadderConfig
 ) -> tuple[int, int]:
-    """Width and depth nearest to a place between the ends that do not shrink."""
+    """Width and depth nearest to a place between the ends, without shrinking."""
     width = _between(first.embed_dim, last.embed_dim, share)
     scalars = _between(_block_scalars(first), _block_scalars(last), share)
 
@@ -91,7 +92,7 @@ def _between(low: float, high: float, share: float) -> float:
 
 
 def _block_scalars(size: VitSize) -> int:
-    """Scalars of all blocks, up to a factor and terms in D."""
+    """Parameters of all blocks, up to a factor and terms linear in the width."""
     return size.embed_dim**2 * size.depth
 
 

@@ -1,4 +1,4 @@
-"""A run of a sweep before it has begun."""
+"""A run of a sweep before it has started."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from dinoscale.config import RunConfig
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run, worked out on paper.
+    """One planned run.
 
     Attributes:
-        key: 16 hex digits of what its result depends on; equal for equal runs of any sweep.
-        name: of its folder, unique in the sweep: readable, and the first digits of the key.
-        config: all settings; `run_dir` is set by whoever runs it.
-        axes: what the sweep varies, as in its file, by name of the axis.
-        parameters: N, scalars of the backbone.
-        flops_per_image: of training on one image with all its crops, see `flops.py`.
-        images: D, images seen, repetitions counted.
-        distinct_images: of them different ones, at most.
+        key: hash of all that the result depends on, 16 hex digits; equal for equal runs of any
+            sweep.
+        name: name of its folder, unique in the sweep: a readable label and the start of the key.
+        config: all settings; whoever runs it sets `run_dir`.
+        axes: axis -> value, as in the file of the sweep.
+        parameters: N, parameters of the backbone.
+        flops_per_image: training FLOPs of one image with all its crops, see `engine/flops.py`.
+        images: D, images seen, counting repetitions.
+        distinct_images: at most this many different images among them.
         steps: optimizer steps.
-        rules: of the sweep, as they are given in its file.
+        rules: rules of the sweep, as given in its file.
     """
 
     key: str
@@ -39,5 +40,5 @@ class PlannedRun:
 
     @property
     def flops(self) -> int:
-        """C, of the whole training."""
+        """C, FLOPs of the whole training."""
         return self.images * self.flops_per_image

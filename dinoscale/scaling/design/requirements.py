@@ -1,4 +1,4 @@
-"""Memory and time of one run of a sweep, by the model of `dinoscale plan`."""
+"""Memory and time of one run of a sweep, estimated as in `dinoscale plan`."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from dinoscale.scaling.design.resolved_run import dims_of_run
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a run asks of each rank.
+class Requirements:
+    """What a run needs on each rank.
 
     Attributes:
-        micro_batch_size: images of a rank in one pass; None where it is found at the start.
-        memory_bytes: at the fullest moment, of a GPU with all that is not tensors; None where the
-            micro-batch is.
-        hours: of its steps; None where nothing says how fast a rank is.
-        trouble: why it cannot run, in words; empty where it can.
+        micro_batch_size: images per forward pass; None where the run finds it at its start.
+        memory_bytes: peak memory; on a GPU it includes what is not tensors. None where the
+            micro-batch size is.
+        hours: duration of its steps; None where the speed of a rank is unknown.
+        problem: why the run cannot work; empty where it can.
     """
 
     micro_batch_size: int | None
     memory_bytes: int | None
     hours: float | None
-    trouble: str = ""
+    problem: str = ""
 
 
-def require_known(cost: CostConfig) -> None:
-    """Refuse a GPU that is not in the table, and a size of memory that is none.
+def require_known_gpu(cost: CostConfig) -> None:
+    """Refuse an unknown GPU or an invalid memory size.
 
     Raises:
-        ConfigError: it is so.
+        ConfigError: the GPU is not in the table, or the memory size cannot be parsed.
     """
     if cost.gpu is not None and cost.gpu.lower() not in GPUS:
-        raise ConfigError(f"cost.gpu: {cost.gpu!r} is not known; known are {', '.join(GPUS)}")
+        raise ConfigError(f"cost.gpu: {cost.gpu!r} is unknown; known are {', '.join(GPUS)}")
     if cost.gpu_memory is not None:
         parse_bytes(cost.gpu_memory, option="cost.gpu_memory")
 
 
-def need_of(run: PlannedRun, cost: CostConfig, executor: ExecutorConfig) -> Need:
-    """Work out one run; `cost` has passed `require_known`."""
+def requirements_of(run: PlannedRun, cost: CostConfig, executor: ExecutorConfig) -> Requirements:
+    """The requirements of one run; `cost` has passed `require_known_gpu`."""
     config, ranks = run.config, executor.nodes * executor.processes
-    num_images = max(run.images, config.data.distinct_images or 0)  # any that is enough
+    num_images = max(run.images, config.data.distinct_images or 0)  # any sufficient number
     steps = resolve(without_auto(config), world_size=ranks, num_images=num_images)
     setup = setup_of(config, steps, on_gpu=cost.gpu is not None)
     if cost.gpu is not None:
@@ -61,8 +61,10 @@ def need_of(run: PlannedRun, cost: CostConfig, executor: ExecutorConfig) -> Need
     if cost.flops_per_s is not None:
         hours = run.flops / cost.flops_per_s / ranks / 3600
     if config.train.micro_batch_size == "auto":
-        return Need(None, None, hours)
-    return Need(setup.micro_batch_size, round(peak(dims_of_run(config), setup).total), hours)
+        return Requirements(None, None, hours)
+    return Requirements(
+        setup.micro_batch_size, round(peak(dims_of_run(config), setup).total), hours
+    )
 
 
 def _machine(gpu: Gpu, setup: Setup, cost: CostConfig, *, node_gpus: int) -> Machine:
@@ -77,8 +79,8 @@ def _machine(gpu: Gpu, setup: Setup, cost: CostConfig, *, node_gpus: int) -> Mac
     )
 
 
-def _on_gpu(run: PlannedRun, setup: Setup, machine: Machine, *, name: str) -> Need:
-    """With the configured micro-batch; where it is auto with the largest that fits."""
+def _on_gpu(run: PlannedRun, setup: Setup, machine: Machine, *, name: str) -> Requirements:
+    """With the configured micro-batch size, or with the largest that fits if it is auto."""
     dims, train = dims_of_run(run.config), run.config.train
     sizes = micro_batch_sizes(train, world_size=setup.world_size)
     if train.micro_batch_size == "auto":
@@ -90,27 +92,27 @@ def _on_gpu(run: PlannedRun, setup: Setup, machine: Machine, *, name: str) -> Ne
             strategies.with_micro_batch(setup, split.micro_batch_size, share=sizes[-1]),
             machine,
         )
-    trouble = ""
+    problem = ""
     if not option.fits:
         best = strategies.best(
             dims, strategies.options(dims, setup, machine, sizes), stage=setup.zero_stage
         )
-        trouble = (
+        problem = (
             f"needs {option.needed_bytes / 1e9:.4g} GB with a micro-batch of"
-            f" {option.setup.micro_batch_size}, a {name} has {machine.memory_bytes / 1e9:.4g} GB;"
-            f" {_remedy(best)}"
+            f" {option.setup.micro_batch_size}, but a {name} has"
+            f" {machine.memory_bytes / 1e9:.4g} GB; {_remedy(best)}"
         )
-    return Need(
+    return Requirements(
         micro_batch_size=option.setup.micro_batch_size,
         memory_bytes=round(option.needed_bytes),
         hours=run.steps * option.step_s / 3600,
-        trouble=trouble,
+        problem=problem,
     )
 
 
 def _remedy(best: strategies.Option | None) -> str:
     if best is None:
-        return "nothing fits: take a larger GPU or more processes for a run, or a smaller model"
+        return "nothing fits: choose a larger GPU, more processes per run, or a smaller model"
     setup = best.setup
     level = f", engine.recompute: {best.level}" if setup.checkpoint_every else ""
     return (

@@ -1,8 +1,9 @@
-"""One run of a sweep worked out: base, settings, axes, rules.
+"""Resolve one run of a sweep: base, settings, axes, rules.
 
-A run is the base with the settings of the sweep, the values of its axes, and what the rules make
-of them. It keeps the epochs of the base (train.epochs), so that warm-up and all phases keep their
-shares; the axes images and flops set how many images an epoch has, in whole steps.
+A run is the base configuration, overridden by the settings of the sweep, its axis values, and
+finally the rules. It keeps the epochs of the base (train.epochs), so that the warm-up and all
+phases keep their fractions of the training; the axes images and flops set the number of images per
+epoch, in whole steps.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from dinoscale.config.sweep.file import ONLINE, SweepConfig
 from dinoscale.data.sources.mixture import source_sizes
 from dinoscale.engine.model_sizes import Dims, dims_of, flops_of
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.scaling.design.apply_rules import Sizes, ruled_settings
-from dinoscale.scaling.design.axis_values import Point, in_words, label_of
+from dinoscale.scaling.design.apply_rules import Sizes, apply_rules
+from dinoscale.scaling.design.axis_values import Point, axes_of, label_of
 from dinoscale.scaling.design.planned_run import PlannedRun
 from dinoscale.scaling.design.run_key import key_of
 from dinoscale.training.feed import open_images
@@ -37,10 +38,10 @@ _cached_dims = functools.lru_cache(maxsize=None)(dims_of)
 
 
 def dims_of_run(config: RunConfig) -> Dims:
-    """`dims_of`, built once for all runs whose networks and crops are equal.
+    """`dims_of`, cached over runs with equal networks and crops.
 
     Raises:
-        ConfigError: the backbone is unknown, or it is not a ViT.
+        ConfigError: the backbone is unknown or not a ViT.
     """
     data = DataConfig().model_copy(update={"channels": config.data.channels})
     parts = {"model": config.model, "head": config.head, "crops": config.crops, "data": data}
@@ -48,39 +49,39 @@ def dims_of_run(config: RunConfig) -> Dims:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A run before its length and the rules are applied.
+class DraftRun:
+    """A run before its length is set and the rules are applied.
 
     Attributes:
-        point: of the design.
-        sketch: configuration with all axes that set one directly.
-        dims: of its network and crops.
-        budget_images: images that the axis images or flops gives it, None without both.
+        point: its point of the design.
+        config: configuration with every axis that sets a key directly.
+        dims: dimensions of its network and crops.
+        budget_images: images set by the axis images or flops; None without either.
     """
 
     point: Point
-    sketch: RunConfig
+    config: RunConfig
     dims: Dims
     budget_images: float | None
 
     @property
     def axes(self) -> dict[str, object]:
-        """As of `PlannedRun`."""
-        return in_words(self.point)
+        """As in `PlannedRun`."""
+        return axes_of(self.point)
 
 
 class Planner:
-    """Works out the runs of a sweep.
+    """Resolves the runs of a sweep.
 
     Args:
         sweep: the sweep.
 
     Attributes:
-        sweep: the same.
-        notes: what had to be assumed so far, in words.
+        sweep: the sweep.
+        notes: assumptions made so far, in sentences.
 
     Raises:
-        ConfigError: base and settings are wrong.
+        ConfigError: the base or the settings are invalid.
     """
 
     def __init__(self, sweep: SweepConfig) -> None:
@@ -90,58 +91,58 @@ class Planner:
         self._sets: dict[str, tuple[int, ...] | None] = {}
         settings = dict(sweep.settings)
         if "warmup" in sweep.rules.given:
-            settings["optim.warmup_epochs"] = 0  # the rule will say; the base's may be too long
+            settings["optim.warmup_epochs"] = 0  # set by the rule; the base's may be too long
         base = load_config(sweep.base).model_dump()
         self._base = parse_config(_with(base, settings), origin="settings of the sweep")
         self._base_sizes = self._sizes(self._base, dims_of_run(self._base))
 
-    def candidate(self, point: Point) -> Candidate:
-        """Model, images and all that does not depend on them.
+    def draft(self, point: Point) -> DraftRun:
+        """The model, the number of images, and all settings that do not depend on them.
 
         Raises:
-            ConfigError: a value is impossible.
+            ConfigError: a value is invalid.
         """
-        sketch = self._with_base({**self._direct(point), "optim.min_lr": 0.0})
-        dims = dims_of_run(sketch)
+        config = self._with_base({**self._direct(point), "optim.min_lr": 0.0})
+        dims = dims_of_run(config)
         images = point.get("images")
         budget = point.get("flops")
         if isinstance(budget, float):
             images = budget / flops_of(dims).total
         assert images is None or isinstance(images, int | float)
-        return Candidate(point, sketch, dims, images)
+        return DraftRun(point, config, dims, images)
 
-    def planned(self, candidate: Candidate) -> PlannedRun:
-        """The run with its length and all that the rules give.
+    def planned(self, draft: DraftRun) -> PlannedRun:
+        """The complete run, with its length and the settings that the rules give.
 
         Raises:
-            ConfigError: it is impossible.
+            ConfigError: the run is invalid.
         """
-        settings = self._direct(candidate.point)
-        sketch = candidate.sketch
-        if candidate.budget_images is not None:
-            settings["data.images_per_epoch"] = _images_per_epoch(sketch, candidate.budget_images)
-            sketch = self._with_base({**settings, "optim.min_lr": 0.0})
-        factor = candidate.point.get("lr_factor", 1.0)
+        settings = self._direct(draft.point)
+        unruled = draft.config
+        if draft.budget_images is not None:
+            settings["data.images_per_epoch"] = _images_per_epoch(unruled, draft.budget_images)
+            unruled = self._with_base({**settings, "optim.min_lr": 0.0})
+        factor = draft.point.get("lr_factor", 1.0)
         assert isinstance(factor, float)
-        settings |= ruled_settings(
+        settings |= apply_rules(
             self.sweep.rules,
-            sketch,
-            sizes=self._sizes(sketch, candidate.dims),
+            unruled,
+            sizes=self._sizes(unruled, draft.dims),
             base=self._base_sizes,
             lr_factor=factor,
         )
         config = self._with_base(settings)
         self._require_measurable(config)
-        return self._as_run(candidate, config)
+        return self._as_run(draft, config)
 
-    def _as_run(self, candidate: Candidate, config: RunConfig) -> PlannedRun:
+    def _as_run(self, draft: DraftRun, config: RunConfig) -> PlannedRun:
         sizes = self._set_sizes(config)
         total = None if sizes is None else sum(sizes)
         of_epoch = self._epoch(config)
         if of_epoch is None:
             raise ConfigError(
-                "how many images there are is not known, as data.train cannot be opened here; "
-                "add the axis images, or set data.images_per_epoch in settings"
+                "the number of images is unknown, as data.train cannot be opened here; add the "
+                "axis images, or set data.images_per_epoch in settings"
             )
         distinct = config.data.distinct_images
         num_images = sizes or (max(of_epoch, distinct or 0),)
@@ -150,11 +151,11 @@ class Planner:
         limits = (distinct, total, images)
         return PlannedRun(
             key=key,
-            name=f"{label_of(candidate.point)}-{key[:8]}",
+            name=f"{label_of(draft.point)}-{key[:8]}",
             config=config,
-            axes=candidate.axes,
-            parameters=candidate.dims.backbone,
-            flops_per_image=flops_of(candidate.dims).total,
+            axes=draft.axes,
+            parameters=draft.dims.backbone,
+            flops_per_image=flops_of(draft.dims).total,
             images=images,
             distinct_images=min(limit for limit in limits if limit is not None),
             steps=plan.stop_step,
@@ -162,7 +163,7 @@ class Planner:
         )
 
     def _direct(self, point: Point) -> dict[str, object]:
-        """Settings that follow from one axis each."""
+        """Settings that an axis sets by itself."""
         settings: dict[str, object] = {}
         for name, value in point.items():
             if isinstance(value, VitSize):
@@ -176,7 +177,7 @@ class Planner:
         return settings
 
     def _distinct(self, value: object, point: Point) -> object:
-        """A fraction as a number of images."""
+        """The number of distinct images, which the axis may give as a fraction."""
         if not isinstance(value, float):
             return value
         train = point.get("data.train", self._base.data.train)
@@ -184,8 +185,8 @@ class Planner:
         sizes = self._set_sizes(config)
         if sizes is None:
             raise ConfigError(
-                f"distinct_images: {value:g} of how many is not known, as data.train cannot be "
-                "opened here; write a number of images"
+                f"distinct_images: a fraction, {value:g}, needs the size of data.train, which "
+                "cannot be opened here; give a number of images"
             )
         return max(1, round(value * sum(sizes)))
 
@@ -206,7 +207,7 @@ class Planner:
         )
 
     def _epoch(self, config: RunConfig) -> int | None:
-        """Images of an epoch before it is rounded to whole steps; None where not known."""
+        """Images per epoch before rounding to whole steps; None where unknown."""
         sizes, data = self._set_sizes(config), config.data
         if data.images_per_epoch is not None:
             return data.images_per_epoch
@@ -215,10 +216,10 @@ class Planner:
         return sum(sizes)
 
     def _set_sizes(self, config: RunConfig) -> tuple[int, ...] | None:
-        """Images of each source; None, with a note, where they cannot be opened."""
+        """Images per source; None, with a note, where they cannot be opened."""
         name = config.data.sources_text
         if not config.data.sources:
-            raise ConfigError("data.train: is not set; name the images, in settings or in the base")
+            raise ConfigError("data.train: not set; name the images, in settings or in the base")
         if name not in self._sets:
             try:
                 found = source_sizes(open_images(config))
@@ -226,8 +227,8 @@ class Planner:
             except DataError as error:
                 self._sets[name] = None
                 self.notes.append(
-                    f"data.train cannot be opened here ({error}); as many different images as a "
-                    "run sees, unless data.distinct_images says less"
+                    f"data.train cannot be opened here ({error}); assumed: a run sees no image "
+                    "twice, unless data.distinct_images sets fewer"
                 )
         return self._sets[name]
 
@@ -240,12 +241,12 @@ class Planner:
 
 
 def _images_per_epoch(config: RunConfig, images: float) -> int:
-    """Whole steps; the run then sees fewer than asked for by less than a step an epoch."""
+    """Rounded down to whole steps: the run loses less than one step per epoch."""
     epochs, batch_size = config.train.epochs, config.train.batch_size
     steps = int(images / epochs) // batch_size
     if steps == 0:
         raise ConfigError(
-            f"its {images:,.0f} images are less than one step of {batch_size:,} images in each of "
+            f"{images:,.0f} images are fewer than one step of {batch_size:,} images in each of "
             f"{epochs:,} epochs, {epochs * batch_size:,}; set fewer train.epochs in settings, or a "
             "smaller batch"
         )
@@ -253,7 +254,7 @@ def _images_per_epoch(config: RunConfig, images: float) -> int:
 
 
 def _with(values: Mapping[str, object], settings: Mapping[str, object]) -> dict[str, object]:
-    """Sections by key with settings by dotted key."""
+    """A nested configuration, overridden by settings with dotted keys."""
     merged: dict[str, object] = copy.deepcopy(dict(values))
     given = {key[6:]: settings[key] for key in settings if key.startswith("model.")}
     model = merged["model"]

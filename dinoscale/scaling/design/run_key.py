@@ -1,11 +1,11 @@
-"""The key of a run: what its result depends on, in 16 hex digits.
+"""The key of a run: a hash of every setting that its result depends on, 16 hex digits.
 
-Runs of one key are one run, in any sweep and at any time, and are not run twice. A key covers every
-setting but those of `NO_PART`: they say where and how often something is written or watched, how
-fast the images come, or how the work is cut for memory, which changes sums by rounding alone. So a
-run that lacked memory is mended without training the others again. Settings that have their default
-are left out, so that a later version with more settings gives the same keys; `belonging.py` finds
-what an earlier version, whose keys covered more, has called the same run.
+Runs with equal keys are the same run, in any sweep and at any time, and are trained once. The key
+covers every setting except those in `NOT_IN_KEY`, which control where and how often something is
+written or checked, how fast images arrive, or how the work is split to fit in memory, which changes
+sums only by rounding. So a run that ran out of memory is repaired without training the others
+again. Settings at their defaults are omitted, so that a later version with more settings gives the
+same keys; `reuse.py` finds the same run under the key of an earlier version, which covered more.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 from dinoscale.config import RunConfig
 from dinoscale.data.shards.remote import is_remote
 
-NO_PART = (
+NOT_IN_KEY = (
     "run_dir",
     "resume",
-    "eval.every_epochs",  # the rest of eval.* trains nothing, but makes another online k-NN
+    "eval.every_epochs",  # the rest of eval.* does not affect training, but the online k-NN
     "eval.batch_size",
     "log",
     "checkpoint",
-    "data.num_workers",  # an image is a function of seed and place, not of who draws it
+    "data.num_workers",  # an image is a function of seed and position, not of the worker
     "data.max_bad_fraction",
     "train.hang_timeout_s",
     "engine.zero_stage",
@@ -36,14 +36,14 @@ NO_PART = (
     "engine.live_elements",
     "engine.hpz_ranks",
 )
-_CUTS = "train.micro_batch_size"  # see `_depends_on_micro_batch`
+_MICRO_BATCH = "train.micro_batch_size"  # see `_depends_on_micro_batch`
 
 
 def key_of(config: RunConfig) -> str:
     """16 hex digits of a SHA-256; equal for configurations that give the same result."""
     values: dict[str, Any] = config.model_dump(mode="json", exclude_defaults=True)
-    cuts = () if _depends_on_micro_batch(config) else (_CUTS,)
-    for dotted in (*NO_PART, *cuts):
+    micro_batch = () if _depends_on_micro_batch(config) else (_MICRO_BATCH,)
+    for dotted in (*NOT_IN_KEY, *micro_batch):
         section, _, name = dotted.partition(".")
         if name:
             values.get(section, {}).pop(name, None)
@@ -55,10 +55,10 @@ def key_of(config: RunConfig) -> str:
 
 
 def _depends_on_micro_batch(config: RunConfig) -> bool:
-    """Whether what is computed together changes more than rounding.
+    """Whether the micro-batch size changes the result by more than rounding.
 
-    Batch norm is over a micro-batch, the subset mode of drop path drops a share of one, and the
-    order of streamed images depends on the number of them in a step.
+    Batch norm averages over a micro-batch, the subset mode of drop path drops a fraction of one,
+    and the order of streamed images depends on their number per step.
     """
     subset = config.model.drop_path_mode == "subset" and config.model.drop_path_rate > 0
     streamed = any(is_remote(source.source) for source in config.data.sources)

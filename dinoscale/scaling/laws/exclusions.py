@@ -1,7 +1,7 @@
-"""Runs that no fit may take for ordinary ones, and why.
+"""Exclude outliers from all fits, each with a reason.
 
 First by the joint law, or by the law along the one size that varies; then by the curves at equal
-budgets. What is left out is left out of everything.
+budgets. An excluded run is excluded from every fit.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from dinoscale.scaling.laws.outliers import outlying
 from dinoscale.scaling.laws.parabola import outlying_runs
 from dinoscale.scaling.laws.parametric_law import why_no_joint
 from dinoscale.scaling.laws.power_law import fit
-from dinoscale.scaling.laws.selection import Point, best_along, settings, size_of, tuned
+from dinoscale.scaling.laws.selection import Point, best_along, group_by_setting, size_of, tuned
 from dinoscale.scaling.sweep.table import Row
 
-TEST = "generalised ESD test"
-LEAST = 0.1  # in log y; a run that is nearer is left in, however sure the test is of so few
+TEST_NAME = "generalised ESD test"
+MIN_DEVIATION = 0.1  # in log y; closer runs are kept, however significant the test finds them
 
 
 def without_outliers(rows: Sequence[Row], metric: str) -> tuple[list[Row], dict[str, str]]:
-    """The runs that a fit may use, and of the others why not: name -> reason."""
+    """The runs that a fit may use, and the reasons for excluding the others: name -> reason."""
     kept, reasons = list(rows), dict[str, str]()
-    for screen in (_by_law, _by_budgets):
-        found = screen(settings(kept, metric))
+    for find_outliers in (_by_law, _by_budgets):
+        found = find_outliers(group_by_setting(kept, metric))
         reasons |= {
-            row.name: f"outlier ({TEST}): {metric} is {row.metrics[metric]:.4g}, and the other"
-            f" runs make it {law:.4g}"
+            row.name: f"outlier ({TEST_NAME}): {metric} is {row.metrics[metric]:.4g}, but the law"
+            f" fitted to the other runs predicts {law:.4g}"
             for row, law in found
         }
         kept = [row for row in kept if row.name not in reasons]
@@ -37,10 +37,10 @@ def without_outliers(rows: Sequence[Row], metric: str) -> tuple[list[Row], dict[
 
 
 def _by_law(points: Sequence[Point]) -> list[tuple[Row, float]]:
-    """Outliers of the law that the settings support, each with what the law has there.
+    """Outliers of the law that the settings support, each with the prediction of the law.
 
-    A setting is judged by the mean over its seeds, as it is fitted; of one that is an outlier, the
-    seeds that make it one are.
+    A setting is tested by the mean over its seeds, as it is fitted; of an outlying setting, only
+    the seeds that cause it are excluded.
     """
     chosen, columns = _supported(points)
     num_parameters = 1 + 2 * len(columns)
@@ -52,7 +52,7 @@ def _by_law(points: Sequence[Point]) -> list[tuple[Row, float]]:
         fitted.slopes(x), fitted.residuals, groups=[0] * len(chosen), least=num_parameters + 1
     )
     law = fitted.at(x, fitted.theta)[0]
-    found = [index for index in found if abs(fitted.residuals[index]) > LEAST]
+    found = [index for index in found if abs(fitted.residuals[index]) > MIN_DEVIATION]
     return [(row, float(law[index])) for index in found for row in _far(chosen[index], law[index])]
 
 
@@ -63,7 +63,7 @@ def _far(point: Point, law: float) -> list[Row]:
 
 
 def _supported(points: Sequence[Point]) -> tuple[list[Point], tuple[str, ...]]:
-    """Settings and sizes of the joint law, or else of the one with the most values."""
+    """Settings and sizes of the joint law, or else of the law along the size with most values."""
     if not why_no_joint(points):
         return tuned(points), ("parameters", "images")
     if not points:
@@ -74,7 +74,7 @@ def _supported(points: Sequence[Point]) -> tuple[list[Point], tuple[str, ...]]:
 
 
 def _by_budgets(points: Sequence[Point]) -> list[tuple[Row, float]]:
-    """The same of the curves at equal budgets."""
+    """Outliers of the curves at equal budgets."""
     budgets = budgets_of(points)
     rows = [row for budget in budgets for point in budget for row in point.rows]
     found = outlying_runs([sizes_and_values(budget) for budget in budgets])
@@ -82,5 +82,5 @@ def _by_budgets(points: Sequence[Point]) -> list[tuple[Row, float]]:
     return [
         (rows[index], law)
         for index, law in found
-        if law <= 0 or abs(np.log(y[index] / law)) > LEAST
+        if law <= 0 or abs(np.log(y[index] / law)) > MIN_DEVIATION
     ]

@@ -1,4 +1,4 @@
-"""Fit the results of a sweep."""
+"""Fit scaling laws to the results of a sweep."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dinoscale.scaling.laws.parametric_law import (
     why_no_joint,
 )
 from dinoscale.scaling.laws.power_law import fit_law
-from dinoscale.scaling.laws.selection import QUANTITIES, Point, settings, tuned, usable_rows
+from dinoscale.scaling.laws.selection import QUANTITIES, Point, group_by_setting, tuned, usable_rows
 from dinoscale.scaling.report import fit_warnings
 from dinoscale.scaling.report.fit_text import as_json, as_text
 from dinoscale.scaling.sweep.table import Row
@@ -37,10 +37,10 @@ from dinoscale.scaling.sweep.table import Row
 __all__ = ["CONFIDENCE", "SAMPLES", "as_json", "as_text", "fit_rows"]
 
 CONFIDENCE = 0.9
-SAMPLES = 500  # bootstrap
-_MIN_OUTSIDE = 4  # samples beyond the ends of an interval
-_MAX_SAMPLES = 20_000  # some seconds for each law, and memory
-_BUDGETS = (2.0, 10.0)  # times the largest that was run
+SAMPLES = 500  # of the bootstrap
+_MIN_OUTSIDE = 4  # samples beyond each end of an interval
+_MAX_SAMPLES = 20_000  # bounds memory and time, some seconds per law
+_BUDGETS = (2.0, 10.0)  # multiples of the largest that was run
 
 
 def fit_rows(
@@ -51,15 +51,15 @@ def fit_rows(
     confidence: float = CONFIDENCE,
     samples: int = SAMPLES,
 ) -> list[MetricFit]:
-    """Fit every metric on its own.
+    """Fit every metric separately.
 
     Args:
-        rows: of the table.
-        metrics: names; none for all in the table, in its order.
-        budgets: FLOPs to find the best model and number of images for; none for 2 and 10 times
+        rows: rows of the table.
+        metrics: names of metrics; empty for all in the table, in its order.
+        budgets: FLOPs to find the best model and number of images for; empty for 2 and 10 times
             the largest that was run.
-        confidence: of the intervals.
-        samples: of the bootstrap.
+        confidence: level of the intervals, such as 0.9.
+        samples: number of bootstrap samples.
 
     Raises:
         DataError: no run has a metric.
@@ -69,8 +69,8 @@ def fit_rows(
     known = list(dict.fromkeys(name for row in rows for name in row.metrics))
     if not known:
         raise DataError(
-            f"No metric to fit: the table has {len(rows)} runs, and none with a metric. Run the"
-            " sweep first; `status` tells what failed."
+            f"No metric to fit: the table has {len(rows)} runs, none with a metric. Run the sweep"
+            " first; `dinoscale sweep FILE status` shows what failed."
         )
     for name in metrics:
         if name not in known:
@@ -84,9 +84,11 @@ def fit_rows(
 def _check(budgets: Sequence[float], *, confidence: float, samples: int) -> None:
     for budget in budgets:
         if not (math.isfinite(budget) and budget > 0):
-            raise ConfigError(f"budget is {budget:g}, need a number of FLOPs above 0, such as 1e18")
+            raise ConfigError(f"budget is {budget:g}, need FLOPs above 0, such as 1e18")
     if not 0 < confidence < 1:
-        raise ConfigError(f"confidence is {confidence:g}, need a share between 0 and 1, as 0.9")
+        raise ConfigError(
+            f"confidence is {confidence:g}, need a fraction between 0 and 1, such as 0.9"
+        )
     least = math.ceil(round(2 * _MIN_OUTSIDE / (1 - confidence), 6))
     if not least <= samples <= _MAX_SAMPLES:
         raise ConfigError(
@@ -106,7 +108,7 @@ def _fit_metric(
     used, left_out = usable_rows(rows, metric)
     used, outliers = without_outliers(used, metric)
     left_out |= outliers
-    points = settings(used, metric)
+    points = group_by_setting(used, metric)
     found = {
         quantity: fit_law(points, quantity, confidence=confidence, samples=samples)
         for quantity in QUANTITIES
@@ -134,7 +136,7 @@ def _fit_metric(
         best_rates=tuple(fit_rates(used, metric, confidence=confidence, samples=samples)),
         cautions=(),
     )
-    return fit_warnings.with_cautions(fitted, points, joint_fit=joint, cost=cost)
+    return fit_warnings.with_warnings(fitted, points, joint_fit=joint, cost=cost)
 
 
 def _decisions(
@@ -146,7 +148,7 @@ def _decisions(
     budgets: Sequence[float],
     confidence: float,
 ) -> tuple[list[Frontier], list[Optimum]]:
-    """Frontiers and optima of both approaches, as far as they exist."""
+    """Frontiers and optima of both approaches, where they exist."""
     frontiers: list[Frontier] = []
     optima: list[Optimum] = []
     if cost is None or cost.exponent <= 0:
@@ -172,4 +174,4 @@ def _with_run(optimum: Optimum, joint: JointFit | None, confidence: float) -> Op
     if joint is None:
         return optimum
     there = np.array([optimum.parameters.value, optimum.images.value])
-    return replace(optimum, run=joint.powers.run_at(there, confidence))
+    return replace(optimum, run=joint.fit.run_at(there, confidence))

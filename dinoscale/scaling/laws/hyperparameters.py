@@ -1,6 +1,6 @@
-"""How the settings of a run carry over to another size and number of images.
+"""Transfer the settings of a run to another model size and number of images.
 
-By the best rates that were found, and by the rules of the sweep; and what nobody has checked.
+From the best learning rates found and the rules of the sweep, with notes on what remains unchecked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from dinoscale.config import RunConfig
 from dinoscale.config.sweep.rules import rules_of
-from dinoscale.scaling.design.apply_rules import Sizes, ruled_settings
+from dinoscale.scaling.design.apply_rules import Sizes, apply_rules
 from dinoscale.scaling.laws.laws import MetricFit
 from dinoscale.scaling.number_text import SAME
 from dinoscale.scaling.sweep.table import Row
@@ -21,12 +21,12 @@ from dinoscale.scaling.sweep.table import Row
 
 @dataclass(frozen=True)
 class Size:
-    """A ViT.
+    """The size of a ViT.
 
     Attributes:
         embed_dim: width.
-        depth: blocks.
-        num_heads: of attention.
+        depth: number of blocks.
+        num_heads: attention heads per block.
         parameters: N.
     """
 
@@ -36,12 +36,12 @@ class Size:
     parameters: int
 
 
-def rate_of(
+def recommended_lr(
     fit: MetricFit, config: RunConfig, nearest: Row, *, parameters: float, images: float
 ) -> tuple[float | None, str]:
-    """Peak learning rate by the best rates of this batch size, k N^p D^q; and where it is from.
+    """Peak learning rate k N^p D^q fitted to the best rates of this batch size, and its origin.
 
-    Where all of them are of one N or one D, nothing tells its exponent, and it is left at 0.
+    If all of them share one N or one D, its exponent cannot be determined and is set to 0.
     """
     found = [
         (rate.parameters, rate.images, rate.optimum.value)
@@ -56,20 +56,20 @@ def rate_of(
     powers = np.linalg.pinv(axes, rcond=1e-6) @ (rates - rates.mean())
     there = np.array([math.log(parameters) - sizes.mean(), math.log(images) - lengths.mean()])
     rate = float(np.exp(rates.mean() + powers @ (there * known)))
-    said = f"the best rates found for batch size {nearest.batch_size}"
+    text = f"the best rates found at batch size {nearest.batch_size}"
     if all(known):
-        said += f", as parameters^{powers[0]:.2g} x images^{powers[1]:.2g}"
+        text += f", as parameters^{powers[0]:.2g} x images^{powers[1]:.2g}"
     elif abs(there[1]) > SAME:
-        said += " at one number of images alone: check it for this one"
-    return float(f"{rate:.3g}"), said
+        text += " and one number of images only: check it for this one"
+    return float(f"{rate:.3g}"), text
 
 
-def ruled_for(
+def rule_settings(
     config: RunConfig, row: Row, size: Size, images: float, lr: float | None
 ) -> dict[str, object]:
-    """What the rules of the sweep make of a run of another size and length, by dotted key.
+    """The settings that the rules give at another size and length, by dotted key.
 
-    A rate that was found is not ruled again.
+    A learning rate that was found is not scaled again.
     """
     rules = rules_of(row.rules)
     if rules is None or not row.embed_dim or not row.depth:
@@ -87,7 +87,7 @@ def ruled_for(
             (row.embed_dim, row.depth, row.images, row.parameters),
         )
     )
-    ruled = ruled_settings(rules, config, sizes=now, base=base, lr_factor=1.0)
+    ruled = apply_rules(rules, config, sizes=now, base=base, lr_factor=1.0)
     if lr is not None:
         ruled.pop("optim.lr", None)
     return ruled
@@ -98,20 +98,20 @@ def is_larger(size: Size, row: Row) -> bool:
     return size.parameters > (1 + SAME) * row.parameters
 
 
-def changes_of(
+def describe_changes(
     size: Size, nearest: Row, config: RunConfig, ruled: Mapping[str, object], rate_known: bool
 ) -> str:
-    """Sentences on what follows from the rules, and on what has to be checked."""
-    said = ""
+    """Sentences on the settings that the rules changed, and on what to check."""
+    text = ""
     if ruled:
-        said += f" By the rules of the sweep: {', '.join(sorted(ruled))}."
+        text += f" Set by the rules of the sweep: {', '.join(sorted(ruled))}."
     elif not nearest.rules and not rate_known:
-        said += " The table knows no rules of the sweep: no setting was scaled with the size."
+        text += " The table holds no rules of the sweep: no setting was scaled with the size."
     if is_larger(size, nearest):
-        how = "that of the smaller run" if config.head.batch_norm else "found by trial"
-        said += (
-            f" The model is larger than that of {nearest.name}: its micro-batch is {how}, and"
-            f" whether ZeRO stage {config.engine.zero_stage} is enough, `dinoscale plan"
-            " recommended.yaml --gpus N --gpu NAME` tells."
+        how = "is that of the smaller run" if config.head.batch_norm else "is found by trial"
+        text += (
+            f" The model is larger than that of {nearest.name}: its micro-batch size {how}; check"
+            f" with `dinoscale plan recommended.yaml --gpus N --gpu NAME` that ZeRO stage"
+            f" {config.engine.zero_stage} suffices."
         )
-    return said
+    return text

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoscale.scaling.laws.bootstrap import band, interval
-from dinoscale.scaling.laws.isoflop_minima import fit_bowls
+from dinoscale.scaling.laws.isoflop_minima import fit_minima
 from dinoscale.scaling.laws.laws import Band, Frontier, IsoFlop, Numbers, Optimum
 from dinoscale.scaling.laws.parabola import Parabola
 from dinoscale.scaling.laws.parametric_law import ImageCost, images_for
 from dinoscale.scaling.laws.selection import Point, best_along, close_groups
 
-NUM_SIZES = 3  # of models in a budget
-NUM_BUDGETS = 3  # for an interval of the line through their minima
+NUM_SIZES = 3  # model sizes that a budget needs
+NUM_BUDGETS = 3  # that an interval of the line through their minima needs
 
 
 @dataclass(frozen=True)
@@ -23,27 +23,27 @@ class Line:
     """log N = intercept + slope (log C - centre) through the minima of the budgets.
 
     Attributes:
-        centre: of log C.
+        centre: centre of log C.
         value: slope and intercept, (1, 2).
-        samples: the same, (S, 2).
+        samples: bootstrap samples of both, (S, 2).
     """
 
     centre: float
     value: Numbers
     samples: Numbers
 
-    def at(self, flops: Numbers, of: Numbers) -> Numbers:
-        """N (S, n) at budgets (n,)."""
-        return np.exp(of[:, :1] * (np.log(flops) - self.centre) + of[:, 1:])
+    def at(self, flops: Numbers, coefficients: Numbers) -> Numbers:
+        """N (S, n) at budgets (n,) by slopes and intercepts (S, 2)."""
+        return np.exp(coefficients[:, :1] * (np.log(flops) - self.centre) + coefficients[:, 1:])
 
 
 def fit_isoflops(
     points: Sequence[Point], *, confidence: float, samples: int
 ) -> tuple[list[IsoFlop], list[Parabola]]:
-    """A curve for every budget with at least three sizes, ascending."""
+    """A curve for every budget with at least three sizes, by ascending budget."""
     found = budgets_of(points)
     xy = [sizes_and_values(budget) for budget in found]
-    parabolas = fit_bowls(xy, confidence=confidence, samples=samples) if xy else []
+    parabolas = fit_minima(xy, confidence=confidence, samples=samples) if xy else []
     isoflops = [
         IsoFlop(_mean_budget(budget), x, y, parabola.curve, parabola.optimum)
         for budget, (x, y), parabola in zip(found, xy, parabolas, strict=True)
@@ -52,13 +52,13 @@ def fit_isoflops(
 
 
 def sizes_and_values(budget: Sequence[Point]) -> tuple[Numbers, Numbers]:
-    """N and y of the runs, (n,); every seed counts."""
+    """N and y of the runs, (n,); every seed is a point."""
     sizes = [np.full(len(point.y), float(point.row.parameters)) for point in budget]
     return np.concatenate(sizes), np.concatenate([point.y for point in budget])
 
 
 def budgets_of(points: Sequence[Point]) -> list[list[Point]]:
-    """The best settings of each size, of every budget with enough sizes."""
+    """The best setting of each size, for every budget with enough sizes."""
     groups: dict[int, list[Point]] = {}
     numbers = close_groups([point.row.flops for point in points])
     for point, number in zip(points, numbers, strict=True):
@@ -72,9 +72,9 @@ def _mean_budget(points: Sequence[Point]) -> float:
 
 
 def fit_line(isoflops: Sequence[IsoFlop], parabolas: Sequence[Parabola]) -> Line | None:
-    """Through the minima between the models; None with fewer than two.
+    """The line through the minima that lie between the models; None with fewer than two.
 
-    A minimum counts by how well it is known. Two give no interval.
+    Minima are weighted by their precision. Two of them give no interval.
     """
     pairs = [(iso, par) for iso, par in zip(isoflops, parabolas, strict=True) if iso.optimum]
     if len(pairs) < 2:
@@ -92,7 +92,7 @@ def fit_line(isoflops: Sequence[IsoFlop], parabolas: Sequence[Parabola]) -> Line
 
 
 def isoflop_frontier(line: Line, cost: ImageCost, *, confidence: float) -> Frontier:
-    """N ~ C^p as the line has it, and the D that the rest of the budget pays for."""
+    """N ~ C^p by the line, and the D that the budget then pays for."""
 
     def optimum(flops: Numbers) -> Band:
         at = np.asarray(flops, dtype=np.float64)
@@ -110,8 +110,8 @@ def isoflop_frontier(line: Line, cost: ImageCost, *, confidence: float) -> Front
 def isoflop_optimum(
     line: Line, cost: ImageCost, *, flops: float, largest: float, confidence: float
 ) -> Optimum:
-    """What to train with a budget, `largest` being that of the largest run."""
-    value, drawn = (line.at(np.array([flops]), of)[:, 0] for of in (line.value, line.samples))
+    """What to train with a budget; `largest` is the FLOPs of the largest run."""
+    value, drawn = (line.at(np.array([flops]), c)[:, 0] for c in (line.value, line.samples))
     return Optimum(
         "isoflop",
         flops,

@@ -1,7 +1,7 @@
-"""What a fit gives: laws with intervals, ready for plots and JSON.
+"""The results of a fit: laws with intervals, ready for plots and JSON.
 
-N parameters of the backbone, D images seen, C FLOPs of training; y the metric, the smaller the
-better. Sources: Kaplan et al. 2020 (arXiv:2001.08361); Hoffmann et al. 2022 (arXiv:2203.15556);
+N parameters of the backbone, D images seen, C training FLOPs, y the metric (lower is better).
+Sources: Kaplan et al. 2020 (arXiv:2001.08361); Hoffmann et al. 2022 (arXiv:2203.15556);
 Besiroglu et al. 2024 (arXiv:2404.10102).
 """
 
@@ -18,10 +18,9 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate between the ends of its interval; infinite ends where the runs set none.
+    """An estimate and its interval; an end is infinite where the runs do not bound it.
 
-    A confidence interval, of what a law says, except where it is called a prediction interval, of
-    what one run gives.
+    A confidence interval of the law, except where called a prediction interval, of a single run.
     """
 
     value: float
@@ -31,7 +30,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Band:
-    """A curve with its interval, arrays of one shape."""
+    """A curve with its pointwise interval, arrays of equal shape."""
 
     value: Numbers
     low: Numbers
@@ -40,19 +39,19 @@ class Band:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = E + A / x^a along one quantity, over the best runs at each of its values.
+    """y = E + A / x^a along one quantity, fitted to the best run at each of its values.
 
     Attributes:
         quantity: parameters, images or flops.
         irreducible: E.
         coefficient: A.
         exponent: a.
-        x: of the runs it was fitted to, (n,).
-        y: their metric, (n,); of runs that differ in the seed only, the mean.
+        x: x of the fitted runs, (n,).
+        y: metric of the fitted runs, (n,), averaged over seeds.
         residuals: log y - log of the law, (n,).
-        r2: share of the variance of log y that the law explains.
-        left_out_error: of the run with the largest x when the law is fitted without it: predicted
-            over measured, minus 1; None where too few are left.
+        r2: fraction of the variance of log y that the law explains.
+        left_out_error: predicted over measured, minus 1, for the run with the largest x when the
+            law is fitted without it; None where too few runs remain.
         band: the law and its interval at given x.
     """
 
@@ -78,11 +77,11 @@ class JointLaw:
         parameters_exponent: a.
         images_coefficient: B.
         images_exponent: b.
-        names: of the runs it was fitted to; of runs that differ in the seed only, the first.
+        names: names of the fitted runs; of runs that differ in the seed only, the first.
         residuals: log y - log of the law, (n,).
-        r2: share of the variance of log y that the law explains.
-        left_out_error: largest absolute error of the runs of the largest budget, predicted by a
-            fit without them: predicted over measured, minus 1; None where too few are left.
+        r2: fraction of the variance of log y that the law explains.
+        left_out_error: largest absolute value of predicted over measured, minus 1, for the runs of
+            the largest budget when fitted without them; None where too few runs remain.
         band: the law and its interval at given N and D.
     """
 
@@ -105,10 +104,9 @@ class IsoFlop:
     Attributes:
         flops: C, the budget.
         parameters: N of the runs, (n,).
-        y: their metric, (n,).
+        y: metric of the runs, (n,).
         curve: a parabola in ln N with this minimum, for plots, highest power first, (3,).
-        optimum: N at the minimum; None where there is none between the smallest and the largest
-            model.
+        optimum: N at the minimum; None unless it lies between the smallest and the largest model.
     """
 
     flops: float
@@ -120,13 +118,13 @@ class IsoFlop:
 
 @dataclass(frozen=True)
 class Frontier:
-    """N and D of the lowest y over budgets, N ~ C^p and D ~ C^q.
+    """The best N and D as functions of the budget, N ~ C^p and D ~ C^q.
 
     Attributes:
         approach: "isoflop" or "joint".
         parameters_exponent: p.
         images_exponent: q.
-        optimum: best N at given budgets.
+        optimum: the best N at given budgets.
     """
 
     approach: str
@@ -144,9 +142,9 @@ class Optimum:
         flops: C, the budget.
         parameters: N.
         images: D.
-        metric: what the law has there; None where the approach does not say (isoflop).
-        extrapolation: budget over the largest that was run.
-        run: what one run there may give by the joint law, a prediction interval; None without it.
+        metric: y by the law; None where the approach predicts none (isoflop).
+        extrapolation: the budget over the largest that was run.
+        run: prediction interval of y for one run, by the joint law; None without it.
     """
 
     approach: str
@@ -160,19 +158,19 @@ class Optimum:
 
 @dataclass(frozen=True)
 class BestRate:
-    """Learning rate with the lowest y among runs that differ in nothing else but the seed.
+    """The learning rate with the lowest y among runs that otherwise differ only in the seed.
 
     Attributes:
-        label: what the runs share, such as their size, for people.
+        label: what the runs have in common, such as their size, as text.
         parameters: N.
-        batch_size: images of a step.
+        batch_size: images per step.
         lr: peak learning rates of the runs, (n,).
-        y: their metric, (n,).
+        y: metric of the runs, (n,).
         curve: coefficients of a parabola in ln lr, highest power first, (3,).
-        optimum: the rate at its minimum; None where it has none between the smallest and largest.
-        left_out: names of runs that the parabola was not fitted to, as they had diverged; of all
-            where fewer than three rates remain, and then the curve is not a number.
-        images: D, of each run.
+        optimum: the rate at its minimum; None unless it lies between the smallest and the largest.
+        left_out: names of the runs excluded from the parabola because they diverged; of all runs
+            where fewer than three rates remain, and then the curve is NaN.
+        images: D of each run.
     """
 
     label: str
@@ -188,20 +186,20 @@ class BestRate:
 
 @dataclass(frozen=True)
 class MetricFit:
-    """All that the runs of a sweep say about one metric.
+    """Everything fitted to one metric of a sweep.
 
     Attributes:
-        metric: its name.
-        confidence: of all intervals, such as 0.9.
-        num_runs: runs that were used.
-        left_out: runs that were not, and why: name -> reason.
-        laws: by quantity, as far as the runs support them.
-        joint: None where the runs do not support it.
-        isoflops: ascending budgets; empty without at least three sizes at one budget.
-        frontiers: as far as they could be fitted.
-        optima: for the budgets asked for, by each approach.
+        metric: name of the metric.
+        confidence: level of all intervals, such as 0.9.
+        num_runs: number of runs used.
+        left_out: runs not used: name -> reason.
+        laws: laws by quantity, where the runs support them.
+        joint: the joint law; None where the runs do not support it.
+        isoflops: by ascending budget; empty unless a budget has at least three sizes.
+        frontiers: those that could be fitted.
+        optima: by each approach, for the requested budgets.
         best_rates: empty where the learning rate was not varied.
-        cautions: sentences: what could not be fitted and why, what not to trust.
+        cautions: warnings in sentences: what could not be fitted and why, and what not to trust.
     """
 
     metric: str

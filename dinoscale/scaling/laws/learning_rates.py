@@ -1,4 +1,4 @@
-"""Best learning rates, for each group of runs that differ in nothing else."""
+"""The best learning rate of each group of runs that differ in nothing else."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dinoscale.scaling.laws.parabola import Parabola, fit_parabolas, outlying_ru
 from dinoscale.scaling.laws.selection import setting_key
 from dinoscale.scaling.sweep.table import Row
 
-NUM_RATES = 3
-_FAR = 1.5  # times the best of a group: beyond, runs have diverged, or no parabola reaches so far
+NUM_RATES = 3  # that a parabola needs
+_DIVERGED = 1.5  # times the best y of a group; beyond it a parabola does not hold either
 
 
 def fit_rates(
     rows: Sequence[Row], metric: str, *, confidence: float, samples: int
 ) -> list[BestRate]:
-    """A parabola in ln lr for every group with at least three rates; the smallest models first.
+    """A parabola in ln lr for every group with at least three rates, smallest models first.
 
-    Runs that have diverged, and outliers (`parabola.outlying_runs`), are kept for plots alone.
+    Diverged runs and outliers (`parabola.outlying_runs`) are kept for plots only.
     """
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row.parameters, row.images, row.batch_size, row.lr)):
@@ -55,8 +55,8 @@ def fit_rates(
 
 
 def _near(xy: Sequence[tuple[Numbers, Numbers]]) -> list[NDArray[np.bool_]]:
-    """The runs of each group that a parabola is fitted to; none where they have too few rates."""
-    near = [y <= _FAR * y.min() for _, y in xy]
+    """Mask of the runs that each parabola is fitted to; empty where too few rates remain."""
+    near = [y <= _DIVERGED * y.min() for _, y in xy]
     places = [(group, place) for group, mask in enumerate(near) for place in np.flatnonzero(mask)]
     close = [(lr[mask], y[mask]) for (lr, y), mask in zip(xy, near, strict=True)]
     for index, _ in outlying_runs(close):

@@ -1,10 +1,10 @@
-"""Runs that do not belong to a fit: collapsed, diverged, or measured wrongly.
+"""Detect outliers of a fit: runs that collapsed, diverged, or were measured wrongly.
 
 The generalised extreme Studentized deviate test (Rosner 1983, Technometrics 25), with the
 Studentized residuals of a regression in place of deviations from a mean (Paul and Fung 1991,
-Technometrics 33). Runs are taken away one after the other, always the one farthest out, and all up
-to the last that is significant are outliers: several together do not hide each other, as they would
-if the test ended at the first that is not.
+Technometrics 33). It removes one run after another, always the most extreme; all runs up to the
+last significant one are outliers. So several outliers cannot mask each other, as they would if the
+test stopped at the first run that is not significant.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from scipy.special import stdtrit
 
 from dinoscale.scaling.laws.laws import Numbers
 
-LEVEL = 0.01  # of sweeps without an outlier lose a run
-_MOST = 5  # one run of so many may be an outlier, at most
-_FREE = 1e-6  # share of its own value that a fit leaves a run, where it leaves any
+LEVEL = 0.01  # significance level: the fraction of clean sweeps that lose a run
+_MOST = 5  # at most one run in five may be an outlier
+_FREE = 1e-6  # 1 - leverage, below which a run determines its own fitted value
 
 
 def outlying(basis: Numbers, y: Numbers, *, groups: Sequence[int], least: int) -> list[int]:
-    """Indices of the outliers of a linear model, the farthest first.
+    """Indices of the outliers of a linear model, most extreme first.
 
     Args:
-        basis: what y is linear in, (n, P).
-        y: (n,).
-        groups: of each observation; coefficients of one group tell nothing about another.
-        least: observations that stay in every group: one more than its coefficients, as with
-            fewer nothing says which is the outlier.
+        basis: design matrix, (n, P).
+        y: observations, (n,).
+        groups: group of each observation; no coefficient is shared between groups.
+        least: observations to keep in every group: one more than its coefficients, as with fewer
+            the outlier cannot be identified.
     """
     kept, taken, found = np.arange(len(y)), list[int](), 0
     labels = np.asarray(groups)

@@ -1,7 +1,7 @@
-"""Parabolas of y over log x with a minimum: best learning rates.
+"""Parabolas of y over log x and their minima, such as best learning rates.
 
-Parabolas that belong together, such as those of several budgets, share their noise: each alone
-leaves few degrees of freedom or none. Every run is a point, so that seeds tell the noise.
+Parabolas fitted together, such as those of several budgets, share one noise level: each alone
+leaves few degrees of freedom or none. Every run is a point, so that seeds measure the noise.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from dinoscale.scaling.laws.laws import Interval, Numbers
 from dinoscale.scaling.laws.outliers import outlying
 
 NUM_PARAMETERS = 3
-_BEYOND = math.log(10)  # outside of the runs a parabola says nothing
+_BEYOND = math.log(10)  # samples are clipped here: far outside the runs a parabola says nothing
 
 
 @dataclass(frozen=True)
 class Parabola:
-    """One of them.
+    """A parabola in ln x and its minimum.
 
     Attributes:
         curve: coefficients in ln x, highest power first, (3,).
-        optimum: x at the minimum; None where it has none between the smallest and the largest x.
+        optimum: x at the minimum; None unless it lies between the smallest and the largest x.
         log_optimum: ln x at the minimum.
-        samples: of `log_optimum`, at most ten times outside of the runs, (S,).
+        samples: bootstrap samples of `log_optimum`, clipped a factor of ten outside the runs, (S,).
     """
 
     curve: Numbers
@@ -44,13 +44,13 @@ def fit_parabolas(
     confidence: float,
     samples: int,
 ) -> list[Parabola]:
-    """Least squares for each, a common bootstrap.
+    """Fit each group by least squares, with a common bootstrap.
 
     Args:
-        groups: x and y of each, (n,), at least three different x.
-        reaches: between which x of each a minimum counts: the smallest and largest that were run,
-            those too that have diverged.
-        confidence: of the intervals.
+        groups: x and y of each group, (n,), with at least three different x.
+        reaches: range of x in which the minimum of each group counts: the smallest and the largest
+            x run, including diverged runs.
+        confidence: level of the intervals.
         samples: S.
     """
     centres = [float(np.log(x).mean()) for x, _ in groups]
@@ -73,18 +73,18 @@ def fit_parabolas(
     ):
         drawn = (basis @ curve + y.mean() * part) @ np.linalg.pinv(basis).T  # (S, 3)
         lowest = float(centre + _lowest(curve[None])[0])
-        made.append(made_of(x, y, reach, lowest, centre + _lowest(drawn), confidence))
+        made.append(parabola_at(x, y, reach, lowest, centre + _lowest(drawn), confidence))
     return made
 
 
 def outlying_runs(groups: Sequence[tuple[Numbers, Numbers]]) -> list[tuple[int, float]]:
-    """Runs that are outliers of the parabolas of all groups, and what the others have there.
+    """Outliers of the parabolas of all groups, with the prediction of the other runs.
 
     Args:
-        groups: as of `fit_parabolas`.
+        groups: as in `fit_parabolas`.
 
     Returns:
-        Indices into all runs, one group after the other, with y of the parabola without outliers.
+        Indices into the concatenated groups, each with y by the parabola without outliers.
     """
     if not groups:
         return []
@@ -103,7 +103,7 @@ def outlying_runs(groups: Sequence[tuple[Numbers, Numbers]]) -> list[tuple[int, 
     return [(index, float(others[index])) for index in found]
 
 
-def made_of(
+def parabola_at(
     x: Numbers,
     y: Numbers,
     reach: tuple[float, float],
@@ -111,15 +111,15 @@ def made_of(
     samples: Numbers,
     confidence: float,
 ) -> Parabola:
-    """A minimum and the parabola that has it there, for plots; without one the best of all.
+    """The best parabola with a given minimum, for plots; without a minimum, the best of all.
 
     Args:
-        x: of the runs, (n,).
-        y: of the runs, (n,).
-        reach: between which x a minimum counts.
+        x: x of the runs, (n,).
+        y: y of the runs, (n,).
+        reach: range of x in which a minimum counts.
         log_optimum: ln x at the minimum; infinite without one.
-        samples: of that, (S,).
-        confidence: of the interval.
+        samples: bootstrap samples of `log_optimum`, (S,).
+        confidence: level of the interval.
     """
     low, high = np.log(reach)
     optimum = None
@@ -132,12 +132,12 @@ def made_of(
     found = np.linalg.pinv(basis) @ y
     square, slope, constant = (found[0], 0.0, found[1]) if optimum else found
     moved = [square, slope - 2 * square * centre, constant - slope * centre + square * centre**2]
-    held = np.clip(samples, low - _BEYOND, high + _BEYOND)
-    return Parabola(np.array(moved), optimum, log_optimum, held)
+    clipped = np.clip(samples, low - _BEYOND, high + _BEYOND)
+    return Parabola(np.array(moved), optimum, log_optimum, clipped)
 
 
 def _lowest(curves: Numbers) -> Numbers:
-    """Where each (S, 3) is lowest; infinite on the lower side where it opens downwards."""
+    """Position of the minimum of each parabola (S, 3); infinite, on its lower side, without one."""
     square, slope, _ = curves.T
     opens = square > 0
     lowest: Numbers = np.where(

@@ -1,7 +1,7 @@
-"""The law y = E + A / N^a + B / D^b, and the best N and D that follow from it.
+"""The joint law y = E + A / N^a + B / D^b, and the best N and D that follow from it.
 
-Hoffmann et al. 2022 (arXiv:2203.15556), approach 3 and eq. 4, with FLOPs of an image f = k N^g
-instead of 6 N: crops, patches and the head make g other than 1.
+Hoffmann et al. 2022 (arXiv:2203.15556), approach 3 and eq. 4, with k N^g FLOPs per image instead of
+6 N: crops, patches and the head make g differ from 1.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import numpy as np
 
 from dinoscale.scaling.laws.bootstrap import band, interval
 from dinoscale.scaling.laws.laws import Frontier, JointLaw, Numbers, Optimum
-from dinoscale.scaling.laws.power_law import Powers, explained, falls, fit
+from dinoscale.scaling.laws.power_law import PowerLawFit, explained, falls, fit
 from dinoscale.scaling.laws.selection import Point, close_groups, tuned
 from dinoscale.scaling.number_text import SAME
 
 NUM_PARAMETERS = 5
-NUM_SIZES = 3  # of models, and of images: two leave the exponent open
+NUM_SIZES = 3  # of N, and of D: two do not determine the exponent
 
 
 @dataclass(frozen=True)
 class ImageCost:
-    """FLOPs of training on one image, k N^g.
+    """Training FLOPs per image, k N^g.
 
     Attributes:
         log_factor: log k.
         exponent: g.
-        error: largest relative error at a run.
+        error: largest relative error over the runs.
     """
 
     log_factor: float
@@ -39,21 +39,21 @@ class ImageCost:
 
 @dataclass(frozen=True)
 class JointFit:
-    """The law, and what its frontier needs.
+    """The joint law, and what its frontier needs.
 
     Attributes:
-        law: for people.
-        powers: the fit and its samples.
+        law: the law with its intervals.
+        fit: the fit and its bootstrap samples.
         falls: whether y falls with N, and with D.
     """
 
     law: JointLaw
-    powers: Powers
+    fit: PowerLawFit
     falls: tuple[bool, bool]
 
 
 def fit_cost(points: Sequence[Point]) -> ImageCost:
-    """From at least two sizes of models."""
+    """Fit the cost per image to at least two model sizes."""
     log_n = np.log([float(point.row.parameters) for point in points])
     log_f = np.log([float(point.row.flops_per_image) for point in points])
     exponent, log_factor = np.polyfit(log_n, log_f, 1)
@@ -62,26 +62,26 @@ def fit_cost(points: Sequence[Point]) -> ImageCost:
 
 
 def why_no_joint(points: Sequence[Point]) -> str:
-    """A sentence if the settings do not support the law, else empty."""
+    """Why the settings do not support the joint law; empty if they do."""
     best = tuned(points)
     sizes = len({point.row.parameters for point in best})
     images = len(set(close_groups([point.row.images for point in best])))
     if len(best) < NUM_PARAMETERS:
-        need = f"{NUM_PARAMETERS} settings of model and images, here are {len(best)}"
+        need = f"{NUM_PARAMETERS} settings of model and images; there are {len(best)}"
     elif min(sizes, images) < NUM_SIZES:
         need = (
-            f"{NUM_SIZES} sizes of models and {NUM_SIZES} numbers of images,"
-            f" here are {sizes} and {images}"
+            f"{NUM_SIZES} model sizes and {NUM_SIZES} numbers of images;"
+            f" there are {sizes} and {images}"
         )
     elif len({round(point.log_y, 9) for point in best}) == 1:
-        need = "two different results, here all are the same"
+        need = "two different results; all are the same"
     else:
         return ""
-    return f"A law in parameters and images together needs at least {need}."
+    return f"The joint law in parameters and images needs at least {need}."
 
 
 def fit_joint(points: Sequence[Point], *, confidence: float, samples: int) -> JointFit:
-    """Fit the best setting of each N and D; call it only if `why_no_joint` says nothing."""
+    """Fit the best setting of each N and D; requires that `why_no_joint` is empty."""
     best = tuned(points)
     x, log_y = sizes_of(best), np.array([point.log_y for point in best])
     fitted = fit(x, log_y, samples=samples, seed_variance=_seed_variance(best))
@@ -105,7 +105,7 @@ def fit_joint(points: Sequence[Point], *, confidence: float, samples: int) -> Jo
 
 
 def _seed_variance(points: Sequence[Point]) -> float:
-    """Variance in log y of runs of one setting, as far as the mean over its seeds is without it."""
+    """Variance in log y of one run beyond that of the mean over the seeds of its setting."""
     degrees = sum(len(point.y) - 1 for point in points)
     if degrees == 0:
         return 0.0
@@ -135,7 +135,7 @@ def _left_out_error(points: Sequence[Point]) -> float | None:
 
 def joint_frontier(fitted: JointFit, cost: ImageCost, *, confidence: float) -> Frontier:
     """N ~ C^(b / (a + g b)), where the slopes of both terms balance."""
-    powers = fitted.powers
+    powers = fitted.fit
     value, drawn = _exponents(powers.theta, cost), _exponents(powers.samples, cost)
     return Frontier(
         "joint",
@@ -154,12 +154,12 @@ def joint_frontier(fitted: JointFit, cost: ImageCost, *, confidence: float) -> F
 def joint_optimum(
     fitted: JointFit, cost: ImageCost, *, flops: float, largest: float, confidence: float
 ) -> Optimum:
-    """What to train with a budget, `largest` being that of the largest run."""
-    powers, found = fitted.powers, []
+    """What to train with a budget; `largest` is the FLOPs of the largest run."""
+    powers, found = fitted.fit, []
     for theta in (powers.theta, powers.samples):
         parameters = _best_sizes(powers, theta, cost, np.array([flops]))[:, 0]
         images = images_for(parameters, cost, flops)
-        # Every sample at its own optimum: what to expect of the best use of the budget.
+        # Every sample at its own optimum: the expected result of the best use of the budget.
         expected = powers.at(_stacked(parameters, images)[:, None], theta)[:, 0]
         found.append((parameters, images, expected))
     best, images_seen, metric = (
@@ -169,7 +169,7 @@ def joint_optimum(
 
 
 def images_for(parameters: Numbers, cost: ImageCost, flops: float) -> Numbers:
-    """D that a budget pays for."""
+    """D that a budget pays for at N parameters."""
     log_images = math.log(flops) - cost.log_factor - cost.exponent * np.log(parameters)
     return np.exp(log_images)
 
@@ -179,8 +179,8 @@ def _exponents(theta: Numbers, cost: ImageCost) -> Numbers:
     return of_images
 
 
-def _best_sizes(powers: Powers, theta: Numbers, cost: ImageCost, flops: Numbers) -> Numbers:
-    """N (S, n) of each law at each budget (n,): where a A / N^a = g b B / D^b, D = C / (k N^g)."""
+def _best_sizes(powers: PowerLawFit, theta: Numbers, cost: ImageCost, flops: Numbers) -> Numbers:
+    """Best N (S, n) of each law at budgets (n,): a A / N^a = g b B / D^b with D = C / (k N^g)."""
     _, log_a, log_b, a, b = powers.in_units(theta).T[..., None]
     balance = np.log(a) + log_a - np.log(b * cost.exponent) - log_b
     log_n = (balance + b * (np.log(flops) - cost.log_factor)) / (a + cost.exponent * b)

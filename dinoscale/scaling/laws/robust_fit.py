@@ -1,13 +1,13 @@
-"""Robust fit of y = E + A_1 / x_1^a_1 + ... + A_K / x_K^a_K with E, A >= 0, many at once.
+"""Robust fits of y = E + A_1 / x_1^a_1 + ... + A_K / x_K^a_K with E, A >= 0, many at once.
 
-Minimised: the sum over points of Huber(log y - log of the law), as in approach 3 of Hoffmann et al.
-2022 (arXiv:2203.15556). Besiroglu et al. 2024 (arXiv:2404.10102) could not repeat its numbers: the
-loss was averaged over the points, so that the optimiser met its tolerance early, and intervals came
-out far too narrow. Here nothing ends before neither loss nor step change any more, and the starts
-are a grid over all exponents: given these, E and A follow from linear least squares.
+The objective is the sum over points of Huber(log y - log of the law), as in approach 3 of Hoffmann
+et al. 2022 (arXiv:2203.15556). Besiroglu et al. 2024 (arXiv:2404.10102) could not reproduce its
+numbers: the loss was averaged over the points, so the optimiser met its tolerance too early, and
+the intervals were far too narrow. Here a fit stops only when both loss and step have converged, and
+starts on a grid over all exponents; for given exponents, E and A follow by linear least squares.
 
-Shape letters: S fits, n points, K quantities, P = 1 + 2 K parameters in the order E, log A, a,
-where x_k is divided by its smallest value before, so that A_k is the term at the smallest x.
+Shape letters: S fits, n points, K quantities, P = 1 + 2 K parameters in the order E, log A, a.
+Every x_k is first divided by its smallest value, so that A_k is the term at the smallest x.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ import numpy as np
 from dinoscale.scaling.laws.laws import Numbers
 
 EXPONENTS = (0.01, 3.0)  # allowed
-DELTA = 1e-3  # of Huber's loss in Hoffmann et al. 2022
-_EFFICIENT = 1.345  # of the standard deviation: 95 % as good as least squares if noise is normal
-_NORMAL_MEDIAN = 0.6745  # of the absolute value, over the standard deviation
+DELTA = 1e-3  # width of Huber's loss in Hoffmann et al. 2022
+_EFFICIENT = 1.345  # standard deviations: 95 % efficiency of least squares for normal noise
+_NORMAL_MEDIAN = 0.6745  # median absolute value over standard deviation, normal distribution
 _GRID = np.geomspace(0.02, 2.5, 9)
 _STARTS = 16
-_SMALLEST = 1e-9  # term at the smallest x over the largest y
-_CURVATURE = 0.3  # of delta / |residual| beyond delta, where the loss has none: longer steps
+_SMALLEST = 1e-9  # lower bound of A over the largest y
+_CURVATURE = 0.3  # times delta / |residual| beyond delta, where the loss is linear: longer steps
 _MAX_ITERATIONS = 400
-_TOLERANCE = 1e-11  # relative change of the loss and absolute of the parameters
-_STILL = 3  # iterations in a row within it
+_TOLERANCE = 1e-11  # relative change of the loss; its root bounds the change of the parameters
+_PATIENCE = 3  # consecutive iterations within the tolerance
 
 
 def scaled_delta(residuals: Numbers, *, num_parameters: int) -> float:
-    """Width of Huber's loss that suits the noise, from residuals (n,) of a fit with `DELTA`.
+    """Width of Huber's loss adapted to the noise, from residuals (n,) of a fit with `DELTA`.
 
-    Differs: Hoffmann et al. keep 1e-3. Runs of DINO scatter ten times as much, and a loss that is
-    linear for nearly all of them is the median's: it needs half again as many runs. Huber 1981,
-    "Robust Statistics": 1.345 standard deviations, taken from the median of the absolute residuals
-    without the P smallest, which the fit made vanish.
+    Differs: Hoffmann et al. use 1e-3. DINO runs scatter ten times as much; a loss that is linear
+    for nearly all of them amounts to a median regression, which needs half again as many runs.
+    Huber 1981, "Robust Statistics": 1.345 standard deviations, estimated from the median of the
+    absolute residuals without the P smallest, which the fit makes vanish.
     """
     rest = np.sort(np.abs(residuals))[num_parameters:]
     median = float(np.median(rest)) if len(rest) else 0.0
@@ -56,16 +56,16 @@ def law_slopes(theta: Numbers, log_x: Numbers) -> Numbers:
     return np.concatenate((1 / total[..., None], shares, -shares * log_x), -1)
 
 
-def fit_powers(log_x: Numbers, log_y: Numbers, *, delta: float) -> Numbers:
-    """The best fit to one set of points, polished from every point of the grid.
+def fit_power_law(log_x: Numbers, log_y: Numbers, *, delta: float) -> Numbers:
+    """The best fit to one set of points, polished from the best points of the grid.
 
     Args:
         log_x: log of x over its smallest value, (n, K).
         log_y: (n,).
-        delta: of Huber's loss.
+        delta: width of Huber's loss.
 
     Returns:
-        (P,)
+        Parameters of the fit, (P,).
     """
     starts = _grid_starts(log_x, log_y[None])[:, 0]
     targets = np.broadcast_to(log_y, (len(starts), len(log_y)))
@@ -77,17 +77,17 @@ def fit_powers(log_x: Numbers, log_y: Numbers, *, delta: float) -> Numbers:
     return best
 
 
-def refit_powers(theta: Numbers, log_x: Numbers, log_y: Numbers, *, delta: float) -> Numbers:
+def refit_power_law(theta: Numbers, log_x: Numbers, log_y: Numbers, *, delta: float) -> Numbers:
     """Fits to many sets of points at the same x, each from two starts.
 
     Args:
-        theta: one start, the fit to the points that these are samples of, (P,).
-        log_x: as of `fit_powers`, (n, K).
-        log_y: (S, n).
-        delta: of Huber's loss.
+        theta: one start, the fit to the original points, (P,).
+        log_x: as in `fit_power_law`, (n, K).
+        log_y: bootstrap samples, (S, n).
+        delta: width of Huber's loss.
 
     Returns:
-        (S, P)
+        Parameters of the fits, (S, P).
     """
     samples = len(log_y)
     starts = _grid_starts(log_x, log_y)  # (G, S, P)
@@ -101,13 +101,13 @@ def refit_powers(theta: Numbers, log_x: Numbers, log_y: Numbers, *, delta: float
 def polish(
     theta: Numbers, log_x: Numbers, log_y: Numbers, *, delta: float
 ) -> tuple[Numbers, Numbers]:
-    """Levenberg-Marquardt within the bounds, all fits at once.
+    """Levenberg-Marquardt within bounds, all fits at once.
 
     Args:
         theta: starts, (S, P).
         log_x: (n, K).
         log_y: (S, n).
-        delta: of Huber's loss; residuals beyond it are weighted by delta / |residual|.
+        delta: width of Huber's loss; larger residuals are weighted by delta / |residual|.
 
     Returns:
         The fits (S, P), and their losses (S,).
@@ -117,7 +117,7 @@ def polish(
     loss = _loss(theta, log_x, log_y, delta)
     damping, still = np.full(len(theta), 1e-3), np.zeros(len(theta), dtype=int)
     for _ in range(_MAX_ITERATIONS):
-        (rows,) = np.nonzero(still < _STILL)
+        (rows,) = np.nonzero(still < _PATIENCE)
         if not len(rows):
             break
         ends = low[rows], high[rows]
@@ -125,7 +125,7 @@ def polish(
         moved = np.clip(theta[rows] + step, *ends)
         after = _loss(moved, log_x, log_y[rows], delta)
         better = after <= loss[rows]
-        # A refused step says nothing about convergence unless even the shortest is refused.
+        # A rejected step says nothing about convergence unless even the shortest is rejected.
         change = np.where(better, loss[rows] - after, 0) <= _TOLERANCE * loss[rows] + 1e-300
         short = np.abs(moved - theta[rows]).max(1) <= _TOLERANCE**0.5
         still[rows] = np.where(change & short, still[rows] + 1, 0)
@@ -136,7 +136,7 @@ def polish(
 
 
 def _bounds(log_y: Numbers, num_x: int) -> tuple[Numbers, Numbers]:
-    """Of the parameters: two of (S, P)."""
+    """Lower and upper bounds of the parameters, (S, P) each."""
     smallest, largest = log_y.min(1), log_y.max(1)
     fits, ones = len(log_y), np.ones((len(log_y), num_x))
     low = [np.zeros((fits, 1)), ones * (largest[:, None] + np.log(_SMALLEST)), ones * EXPONENTS[0]]
@@ -171,22 +171,22 @@ def _step(
     residual = log_y - log_law(theta, log_x)
     weight = delta / np.maximum(np.abs(residual), delta)
     weighted = slopes * weight[..., None]
-    gradient = (weighted * residual[..., None]).sum(1)  # upwards: where the loss falls
+    gradient = (weighted * residual[..., None]).sum(1)  # the loss falls in this direction
     curved = slopes * np.where(weight < 1, _CURVATURE * weight, 1)[..., None]
     matrix = np.swapaxes(curved, 1, 2) @ slopes
     held = ((theta <= ends[0]) & (gradient < 0)) | ((theta >= ends[1]) & (gradient > 0))
     matrix[held[:, :, None] | held[:, None, :]] = 0
     index = np.arange(theta.shape[1])
     diagonal = matrix[:, index, index]
-    floor = 1e-12 * diagonal.max(1, keepdims=True) + 1e-300
-    matrix[:, index, index] = diagonal + damping[:, None] * np.maximum(diagonal, floor) + held
-    matrix[:, index, index] += floor
+    ridge = 1e-12 * diagonal.max(1, keepdims=True) + 1e-300
+    matrix[:, index, index] = diagonal + damping[:, None] * np.maximum(diagonal, ridge) + held
+    matrix[:, index, index] += ridge
     step = np.linalg.solve(matrix, np.where(held, 0, gradient)[..., None])[..., 0]
     return np.asarray(step, dtype=np.float64)
 
 
 def _grid_starts(log_x: Numbers, log_y: Numbers) -> Numbers:
-    """Least squares of y over its size at every point of the grid of exponents, (G, S, P)."""
+    """Least squares, relative to y, at every point of the grid of exponents, (G, S, P)."""
     num_x = log_x.shape[1]
     scale = np.exp(log_y.mean(0))  # of each point: errors are relative
     relative = np.exp(log_y) / scale  # (S, n)

@@ -1,9 +1,8 @@
-"""Which runs of a table a law is fitted to.
+"""Select the runs of a table that a law is fitted to.
 
-Runs that differ in nothing but the seed are one setting, and one point of a law: the mean of their
-log y. Their scatter alone would tell only how much the seed does, not how wrong the law is. Of
-settings that differ in anything else, such as the learning rate, the best counts, as if it had been
-tuned.
+Runs that differ only in the seed share a setting and form one point of a law, the mean of their log
+y. Their scatter measures only the effect of the seed, not the error of the law. Among settings that
+differ in anything else, such as the learning rate, the best counts, as if it had been tuned.
 """
 
 from __future__ import annotations
@@ -20,9 +19,12 @@ from dinoscale.scaling.number_text import SAME
 from dinoscale.scaling.sweep.table import Row
 
 QUANTITIES = ("parameters", "images", "flops")
-_NO_DIFFERENCE = {"seed", "run_dir"}  # settings that do not make another setting
-_SPOILS = ("collapse", "rolled back")  # events after which a run is none of its setting
-_FOLLOW_RATE = {"lr", "min_lr"}  # of optim
+_NO_DIFFERENCE = {"seed", "run_dir"}  # keys that do not distinguish settings
+_DISQUALIFYING = (
+    "collapse",
+    "rolled back",
+)  # events that make a run unrepresentative of its settings
+_RATE_KEYS = {"lr", "min_lr"}  # in optim
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Point:
     """Runs of one setting.
 
     Attributes:
-        rows: the runs, which differ in the seed.
+        rows: the runs, which differ only in the seed.
         y: their metric, (number of runs,).
     """
 
@@ -44,12 +46,12 @@ class Point:
 
     @property
     def log_y(self) -> float:
-        """Mean over the seeds."""
+        """Mean of log y over the seeds."""
         return float(np.log(self.y).mean())
 
 
 def usable_rows(rows: Sequence[Row], metric: str) -> tuple[list[Row], dict[str, str]]:
-    """The runs that a fit can use, and of the others why it cannot."""
+    """The runs that a fit can use, and the reasons for excluding the others: name -> reason."""
     reasons = [_reason(row, metric) for row in rows]
     used = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
     left_out = {row.name: reason for row, reason in zip(rows, reasons, strict=True) if reason}
@@ -58,17 +60,17 @@ def usable_rows(rows: Sequence[Row], metric: str) -> tuple[list[Row], dict[str, 
 
 def _reason(row: Row, metric: str) -> str:
     if row.status != "done":
-        return f"failed: {row.error or 'no reason is in the table'}"
-    happened = spoiled_by(row)
-    if happened:
-        return f"{' and '.join(happened)} in its training (events.jsonl)"
+        return f"failed: {row.error or 'the table gives no reason'}"
+    events = disqualifying_events(row)
+    if events:
+        return f"{' and '.join(events)} during training (events.jsonl)"
     value = row.metrics.get(metric)
     if metric not in row.metrics:
         return f"{metric} was not measured"
     if value is None or not math.isfinite(value):
         return f"{metric} is not a finite number"
     if value <= 0:
-        return f"{metric} is {value:g}, and a power law is above 0"
+        return f"{metric} is {value:g}, but a power law is positive"
     sizes = {
         name: getattr(row, name) for name in ("parameters", "images", "flops", "flops_per_image")
     }
@@ -76,13 +78,13 @@ def _reason(row: Row, metric: str) -> str:
     return ", ".join(wrong)
 
 
-def spoiled_by(row: Row) -> list[str]:
-    """Events of a training after which its result says nothing about its settings."""
-    return [name for name in _SPOILS if row.events.get(name)]
+def disqualifying_events(row: Row) -> list[str]:
+    """Events after which the result of a run says nothing about its settings."""
+    return [name for name in _DISQUALIFYING if row.events.get(name)]
 
 
-def settings(rows: Iterable[Row], metric: str) -> list[Point]:
-    """A point for each setting, in the order of the runs."""
+def group_by_setting(rows: Iterable[Row], metric: str) -> list[Point]:
+    """One point per setting, in the order of the runs."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(setting_key(row), []).append(row)
@@ -93,14 +95,14 @@ def settings(rows: Iterable[Row], metric: str) -> list[Point]:
 
 
 def setting_key(row: Row, *, any_rate: bool = False) -> str:
-    """Equal for runs that differ in nothing but the seed (and, if asked, the learning rate)."""
+    """Equal for runs that differ only in the seed (and with `any_rate` the learning rate)."""
     config = {name: value for name, value in row.config.items() if name not in _NO_DIFFERENCE}
     sizes = [row.parameters, row.flops_per_image, row.images, row.distinct_images, row.batch_size]
     if not any_rate:
         return json.dumps([sizes, row.lr, config], sort_keys=True)
     optim = config.get("optim")
     if isinstance(optim, dict):
-        config["optim"] = {name: optim[name] for name in optim if name not in _FOLLOW_RATE}
+        config["optim"] = {name: optim[name] for name in optim if name not in _RATE_KEYS}
     return json.dumps([sizes, config], sort_keys=True)
 
 
@@ -111,9 +113,9 @@ def tuned(points: Sequence[Point]) -> list[Point]:
 
 
 def best_along(points: Sequence[Point], quantity: str) -> list[Point]:
-    """The best setting at each value of a quantity, ascending.
+    """The best setting at each value of a quantity, by ascending value.
 
-    Along the FLOPs: those that no other run with as few is better than.
+    Along the FLOPs: the settings that no cheaper one beats.
     """
     ascending = sorted(points, key=size_of(quantity))
     if quantity == "flops":
@@ -129,7 +131,7 @@ def best_along(points: Sequence[Point], quantity: str) -> list[Point]:
 
 
 def size_of(quantity: str) -> Callable[[Point], float]:
-    """What gives the value of a quantity at a point."""
+    """A function that returns a quantity of a point."""
     return lambda point: float(getattr(point.row, quantity))
 
 
@@ -142,7 +144,7 @@ def _best(points: Sequence[Point], keys: Sequence[object]) -> list[Point]:
 
 
 def close_groups(values: Sequence[float]) -> list[int]:
-    """Number of the group of each value; those of a group differ by `SAME` at most."""
+    """Group index of each value; values of a group differ by at most `SAME`."""
     groups, number, first = [0] * len(values), -1, -math.inf
     for index in sorted(range(len(values)), key=lambda index: values[index]):
         if number < 0 or values[index] > first * (1 + SAME):

@@ -1,1 +1,1 @@
-"""What a sweep found: a page, numbers, and the preset to train next."""
+"""The report of a sweep: a page, numbers, and the preset to train next."""

@@ -1,7 +1,7 @@
-"""What to train next, how much to trust that, and which runs would tell more.
+"""What to train next, how far to trust it, and which runs would tell more.
 
-The marks below are ours, set for people who decide on a training: up to the first of a pair a
-result supports the decision, beyond the second it should not be relied on.
+The thresholds below are our own, set for deciding on a training: up to the first of a pair a result
+supports the decision; beyond the second it should not be relied on.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from enum import IntEnum
 
 import numpy as np
 
+from dinoscale.cluster.doctor.report import count_text
 from dinoscale.scaling.laws.laws import Interval, MetricFit, Optimum
-from dinoscale.scaling.laws.selection import spoiled_by
+from dinoscale.scaling.laws.selection import disqualifying_events
 from dinoscale.scaling.number_text import number
 from dinoscale.scaling.report.labels import flops, percent
 from dinoscale.scaling.sweep.table import Row
 
-MANY_RUNS, FEW_RUNS = 10, 6  # a joint law has five coefficients
+MANY_RUNS, FEW_RUNS = 10, 6  # the joint law has five coefficients
 GOOD_R2, LOW_R2 = 0.95, 0.8
-LEFT_OUT_ERROR = (0.05, 0.15)  # of the largest runs, predicted from the others
+LEFT_OUT_ERROR = (0.05, 0.15)  # relative error of the largest runs, predicted from the others
 WIDTH = (2.0, 5.0)  # upper over lower end of the interval of the best size
 EXTRAPOLATION = (3.0, 10.0)  # budget over the largest that was run
-DISAGREEMENT = 2.0  # best sizes of the two approaches, one over the other
+DISAGREEMENT = 2.0  # ratio of the best sizes by the two approaches
 
 
 class Trust(IntEnum):
-    """How far to rely on something."""
+    """How far to rely on a result."""
 
     GOOD = 0
     LIMITED = 1
@@ -37,22 +38,22 @@ class Trust(IntEnum):
 
 @dataclass(frozen=True)
 class Reason:
-    """A sentence, and how much trust it leaves."""
+    """A sentence for or against a result, and the trust that it leaves."""
 
     trust: Trust
     sentence: str
 
 
 @dataclass(frozen=True)
-class Answer:
+class Conclusion:
     """The best use of one budget.
 
     Attributes:
-        optimum: of the approach with the narrower interval of N; of equal ones the joint law.
-        expected: metric there; None where no law says it. Of one run, a prediction interval, if
-            `optimum.run` is known; else of the law, a confidence interval.
+        optimum: by the approach with the narrower interval of N; if equal, by the joint law.
+        expected: expected metric; None where no law predicts it. A prediction interval for one run
+            where `optimum.run` is known, else a confidence interval of the law.
         reasons: for and against trusting it, without those about the whole fit.
-        trust: the lowest of them and of the fit's.
+        trust: the lowest of these reasons and of those about the fit.
     """
 
     optimum: Optimum
@@ -62,41 +63,41 @@ class Answer:
 
 
 def measured(rows: Iterable[Row], metric: str) -> list[Row]:
-    """Runs that ended well and have the metric."""
+    """Completed runs that have the metric."""
     return [row for row in rows if row.status == "done" and row.metrics.get(metric) is not None]
 
 
 def best_run(rows: Iterable[Row], metric: str) -> Row | None:
-    """The run with the lowest metric, of a sound training; None where none has it."""
-    sound = [row for row in measured(rows, metric) if not spoiled_by(row)]
-    return min(sound, key=lambda row: value_of(row, metric), default=None)
+    """The run with the lowest metric and no disqualifying event; None if there is none."""
+    eligible = [row for row in measured(rows, metric) if not disqualifying_events(row)]
+    return min(eligible, key=lambda row: value_of(row, metric), default=None)
 
 
 def value_of(row: Row, metric: str) -> float:
-    """Metric of a run that has it."""
+    """The metric of a run that has it."""
     value = row.metrics[metric]
     assert value is not None
     return value
 
 
-def answers(fit: MetricFit) -> list[Answer]:
-    """An answer for every budget that has a supported optimum, in the order of the budgets."""
+def conclusions(fit: MetricFit) -> list[Conclusion]:
+    """One conclusion for every budget with a supported optimum, in the order of the budgets."""
     budgets: dict[float, list[Optimum]] = {}
     for optimum in fit.optima:
         if _is_supported(optimum):
             budgets.setdefault(optimum.flops, []).append(optimum)
-    return [_answer(fit, optima) for optima in budgets.values()]
+    return [_conclude(fit, optima) for optima in budgets.values()]
 
 
 def _is_supported(optimum: Optimum) -> bool:
-    """Whether its intervals have both ends."""
+    """Whether its intervals are bounded at both ends."""
     return all(
         0 < found.low < math.inf and 0 < found.value < math.inf and 0 < found.high < math.inf
         for found in (optimum.parameters, optimum.images)
     )
 
 
-def _answer(fit: MetricFit, optima: Sequence[Optimum]) -> Answer:
+def _conclude(fit: MetricFit, optima: Sequence[Optimum]) -> Conclusion:
     best = min(optima, key=lambda found: (_width(found.parameters), found.approach != "joint"))
     expected = best.run or best.metric
     if expected is None and fit.joint is not None:
@@ -108,8 +109,8 @@ def _answer(fit: MetricFit, optima: Sequence[Optimum]) -> Answer:
         _graded(
             _width(best.parameters),
             WIDTH,
-            "The upper end of the interval of the best size is"
-            f" {number(_width(best.parameters))} times the lower.",
+            "The upper end of the best size's interval is"
+            f" {number(_width(best.parameters))} times the lower end.",
         ),
         _graded(best.extrapolation, EXTRAPOLATION, _extrapolation(best.extrapolation)),
     ]
@@ -123,7 +124,7 @@ def _answer(fit: MetricFit, optima: Sequence[Optimum]) -> Answer:
             )
         )
     trust = max(reason.trust for reason in [*reasons, *fit_reasons(fit)])
-    return Answer(best, expected, tuple(reasons), trust)
+    return Conclusion(best, expected, tuple(reasons), trust)
 
 
 def _width(found: Interval) -> float:
@@ -132,17 +133,17 @@ def _width(found: Interval) -> float:
 
 def _extrapolation(factor: float) -> str:
     if factor <= 1:
-        return "The budget is not above those that were run."
+        return "The budget is not above the largest that was run."
     return f"The budget is {number(factor)} times the largest that was run."
 
 
-def _graded(value: float, marks: tuple[float, float], sentence: str) -> Reason:
-    trust = Trust.GOOD if value <= marks[0] else Trust.LIMITED if value <= marks[1] else Trust.LOW
+def _graded(value: float, limits: tuple[float, float], sentence: str) -> Reason:
+    trust = Trust.GOOD if value <= limits[0] else Trust.LIMITED if value <= limits[1] else Trust.LOW
     return Reason(trust, sentence)
 
 
 def fit_reasons(fit: MetricFit) -> list[Reason]:
-    """What speaks for and against the whole fit: runs, fit, prediction, cautions."""
+    """Reasons for and against trusting the whole fit: runs, r2, prediction, warnings."""
     runs = f"{fit.num_runs} runs were used"
     many = fit.num_runs >= MANY_RUNS
     reasons = [
@@ -161,12 +162,12 @@ def fit_reasons(fit: MetricFit) -> list[Reason]:
                 else Trust.LIMITED
                 if law.r2 >= LOW_R2
                 else Trust.LOW,
-                f"{what} explains {percent(law.r2)} of the differences among runs (r2).",
+                f"{what} explains {percent(law.r2)} of the variance between runs (r2).",
             )
         )
         reasons.append(_left_out(law.left_out_error))
     else:
-        reasons.append(Reason(Trust.LIMITED, "No law could be fitted over all runs."))
+        reasons.append(Reason(Trust.LIMITED, "No law could be fitted to all runs."))
     reasons += [Reason(Trust.LIMITED, f"{sentence.rstrip('. ')}.") for sentence in fit.cautions]
     return reasons
 
@@ -174,50 +175,59 @@ def fit_reasons(fit: MetricFit) -> list[Reason]:
 def _left_out(error: float | None) -> Reason:
     if error is None or not math.isfinite(error):
         return Reason(
-            Trust.LIMITED, "Too few runs to test whether the fit predicts runs larger than its own."
+            Trust.LIMITED, "Too few runs to test whether the fit predicts larger runs than its own."
         )
     return _graded(
         abs(error),
         LEFT_OUT_ERROR,
-        f"Fitted without its largest runs, it misses them by {percent(abs(error))}.",
+        f"Fitted without the largest runs, it misses them by {percent(abs(error))}.",
     )
 
 
-def best_answers(fits: Sequence[MetricFit]) -> tuple[MetricFit, Answer] | None:
-    """The answer that the preset is written for: of the first budget of the first metric.
+def first_conclusion(fits: Sequence[MetricFit]) -> tuple[MetricFit, Conclusion] | None:
+    """The conclusion that the preset is written for: the first budget of the first metric.
 
-    The loss has a target that moves and counts only where nothing else was measured.
+    The loss counts only where nothing else was measured, as its target moves.
     """
     for fit in [fit for fit in fits if fit.metric != "loss"] or fits:
-        for answer in answers(fit):
-            return fit, answer
+        for conclusion in conclusions(fit):
+            return fit, conclusion
     return None
 
 
 def runs_to_add(rows: Sequence[Row], fit: MetricFit) -> list[str]:
-    """Runs that would support the fit most, a sentence each."""
+    """The runs that would support the fit most, one sentence each."""
     used = [row for row in measured(rows, fit.metric) if row.name not in fit.left_out]
-    said = []
+    suggestions = []
     failed = sum(row.status == "failed" for row in rows)
     if failed:
-        said.append(f"Find out why {failed} failed (see the table), then run with --retry-failed.")
+        suggestions.append(
+            f"Find out why {count_text(failed, 'run')} failed (see the table), then run again with"
+            " --retry-failed."
+        )
     sizes = {row.parameters for row in used}
     lengths = {row.images for row in used}
     if len(sizes) < 3:
-        said.append(f"Run at least 3 sizes of the model, 10 times apart; there are {len(sizes)}.")
+        suggestions.append(
+            f"Run at least 3 model sizes, a factor of 10 apart; there are {len(sizes)}."
+        )
     if len(lengths) < 3:
-        said.append(f"Run at least 3 numbers of images, 10 times apart; there are {len(lengths)}.")
-    said += _beyond_edges(fit)
+        suggestions.append(
+            f"Run at least 3 numbers of images, a factor of 10 apart; there are {len(lengths)}."
+        )
+    suggestions += _beyond_edges(fit)
     if used and len({_all_but_seed(row) for row in used}) == len(used):
-        said.append("Repeat a cheap run with other seeds: so far nothing says how far runs differ.")
-    found = answers(fit)
+        suggestions.append(
+            "Repeat a cheap run with other seeds: so far the noise of a run is unknown."
+        )
+    found = conclusions(fit)
     if found and found[0].optimum.extrapolation > EXTRAPOLATION[0]:
-        said.append("Add a budget between the largest run and the one asked for.")
-    return said
+        suggestions.append("Add a budget between the largest run and the requested budget.")
+    return suggestions
 
 
 def _all_but_seed(row: Row) -> tuple[object, ...]:
-    """What makes runs repetitions of each other: all but the seed."""
+    """Equal for runs that differ only in the seed."""
     axes = {name: value for name, value in row.axes.items() if name != "seed"}
     return (row.parameters, row.images, row.batch_size, row.lr, repr(sorted(axes.items())))
 
@@ -229,8 +239,8 @@ def _beyond_edges(fit: MetricFit) -> Iterable[str]:
             edge = {curve.parameters.max(): "larger", curve.parameters.min(): "smaller"}
             if best in edge:
                 yield (
-                    f"Add {edge[best]} models at {flops(curve.flops)}: the best of that"
-                    f" budget, {number(best)}, is the last one."
+                    f"Add {edge[best]} models at {flops(curve.flops)}: the best of that budget,"
+                    f" {number(best)} parameters, is at the edge."
                 )
     for rate in fit.best_rates:
         if rate.optimum is None:
@@ -238,6 +248,6 @@ def _beyond_edges(fit: MetricFit) -> Iterable[str]:
             edge = {rate.lr.max(): "higher", rate.lr.min(): "lower"}
             if best in edge:
                 yield (
-                    f"Try {edge[best]} learning rates for {rate.label}: the best of them,"
-                    f" {number(best)}, is the last one."
+                    f"Try {edge[best]} learning rates for {rate.label}: the best,"
+                    f" {number(best)}, is at the edge."
                 )

@@ -1,4 +1,4 @@
-"""Fits as text for people, and as JSON."""
+"""Fits as text and as JSON."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _WIDTH = 100
 
 
 def as_json(fits: Sequence[MetricFit]) -> dict[str, Any]:
-    """All fits by metric, JSON-able; infinite ends are null."""
+    """All fits by metric, JSON-able; infinite ends become null."""
     return {fit.metric: plain(fit) for fit in fits}
 
 
 def plain(value: Any) -> Any:
-    """What JSON has: null for numbers that are not finite, no functions."""
+    """A value as plain JSON types: non-finite numbers become null, functions are dropped."""
     if is_dataclass(value):
         parts = {part.name: getattr(value, part.name) for part in fields(value)}
         return {name: plain(part) for name, part in parts.items() if not callable(part)}
@@ -36,18 +36,18 @@ def plain(value: Any) -> Any:
 
 
 def as_text(fits: Sequence[MetricFit]) -> str:
-    """The same for people, with what cannot be trusted."""
+    """All fits as text, with their warnings."""
     return "\n".join(line for fit in fits for line in [*_lines(fit), ""])
 
 
 def _lines(fit: MetricFit) -> Iterator[str]:
     yield (
-        f"{fit.metric}: {fit.num_runs} runs, {100 * fit.confidence:g} % confidence intervals of the"
-        " laws, and prediction intervals where they say so"
+        f"{fit.metric}: {fit.num_runs} runs; {100 * fit.confidence:g} % confidence intervals,"
+        " unless marked as prediction intervals"
     )
     yield ""
     if fit.cautions:
-        yield "  Not to be overlooked:"
+        yield "  Warnings:"
         for caution in fit.cautions:
             yield from _wrapped(caution, first="  - ", rest="    ")
         yield ""
@@ -87,7 +87,7 @@ def _joint(fit: MetricFit) -> Iterator[str]:
 
 def _laws(fit: MetricFit) -> Iterator[str]:
     for quantity, law in fit.laws.items():
-        yield f"  {fit.metric} = E + A / x^a, x {quantity}, the best runs of {len(law.x)} values"
+        yield f"  {fit.metric} = E + A / x^a, x {quantity}, best runs at {len(law.x)} values"
         yield from _numbers(E=law.irreducible, A=law.coefficient, a=law.exponent)
         yield f"    {_goodness(law.r2, law.left_out_error, 'the largest x')}"
         yield ""
@@ -99,24 +99,24 @@ def _numbers(**intervals: Interval) -> Iterator[str]:
 
 
 def _goodness(r2: float, left_out_error: float | None, largest: str) -> str:
-    explained = f"explains {100 * r2:.1f} % of the variation"
+    explained = f"explains {100 * r2:.1f} % of the variance"
     if left_out_error is None:
         return f"{explained}; too few runs to predict {largest} from the others"
     return (
-        f"{explained}; fitted without {largest}, it is off there by {100 * left_out_error:+.2g} %"
+        f"{explained}; fitted without {largest}, its error there is {100 * left_out_error:+.2g} %"
     )
 
 
 def _isoflops(fit: MetricFit) -> Iterator[str]:
     if fit.isoflops:
-        yield "  Best number of parameters at equal budgets"
+        yield "  Best number of parameters at each budget"
         yield f"    {'budget':>12}  {'models':>6}  parameters"
         for iso in fit.isoflops:
             best = interval(iso.optimum) if iso.optimum else "no minimum between the models"
             yield f"    {flops(iso.flops):>12}  {len(set(iso.parameters)):6d}  {best}"
         yield ""
     for frontier in fit.frontiers:
-        yield f"  Best sizes grow with the FLOPs C ({frontier.approach})"
+        yield f"  Growth of the best sizes with the FLOPs C ({frontier.approach})"
         yield f"    parameters ~ C^p, p  {interval(frontier.parameters_exponent)}"
         yield f"    images     ~ C^q, q  {interval(frontier.images_exponent)}"
         yield ""
@@ -130,7 +130,7 @@ def _optima(fit: MetricFit) -> Iterator[str]:
         yield f"    parameters  {interval(optimum.parameters)}"
         yield f"    images      {interval(optimum.images)}"
         if optimum.metric:
-            yield f"    {fit.metric} of the law  {interval(optimum.metric)}"
+            yield f"    {fit.metric} by the law  {interval(optimum.metric)}"
         if optimum.run:
             yield f"    {fit.metric} of one run  {interval(optimum.run)}, prediction interval"
         yield ""
@@ -141,6 +141,6 @@ def _rates(fit: MetricFit) -> Iterator[str]:
         return
     yield "  Best learning rate"
     for rate in fit.best_rates:
-        best = interval(rate.optimum) if rate.optimum else "not between those that were run"
+        best = interval(rate.optimum) if rate.optimum else "not within the rates that were run"
         yield from _wrapped(f"{rate.label}: {best}", first="    ", rest="      ")
     yield ""

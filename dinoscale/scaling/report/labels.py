@@ -1,4 +1,4 @@
-"""What people read: numbers with units and intervals, names of metrics."""
+"""Labels for text, tables and plots: numbers with units, intervals, names of metrics."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dinoscale.scaling.number_text import number
 
 
 def flops(value: float) -> str:
-    """Floating-point operations, such as 12 EFLOPs."""
+    """FLOPs with an SI prefix, such as 12 EFLOPs."""
     text = number(value)
     return f"{text}FLOPs" if " " in text else f"{text} FLOPs"
 
 
 def exponential(value: float) -> str:
-    """The same as one types it, such as 1.2e19."""
+    """FLOPs as they are typed, such as 1.2e19."""
     return f"{value:.3g}".replace("e+", "e")
 
 
@@ -25,7 +25,7 @@ def interval(found: Interval) -> str:
 
 
 def ends(found: Interval) -> str:
-    """An interval; an end that is infinite, or zero, bounds nothing."""
+    """The ends of an interval; an infinite upper or zero lower end bounds nothing."""
     low, high = (number(end, zeros=True) for end in (found.low, found.high))
     bounded = found.low > 0 and math.isfinite(found.low)
     if not math.isfinite(found.high):
@@ -39,10 +39,10 @@ def percent(share: float, *, sign: bool = False) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """A metric in a sentence."""
+    """A metric within a sentence."""
     return "loss" if metric == "loss" else f"{metric} error"
 
 
 def metric_unit(metric: str) -> str:
-    """The same with its unit."""
+    """A metric with its unit."""
     return f"{metric_name(metric)} ({'nats' if metric == 'loss' else 'fraction'})"

@@ -1,4 +1,4 @@
-"""The page of a sweep: what to train next and how far to trust it, plots, tables."""
+"""The page of a sweep: what to train next, how far to trust it, plots and tables."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
+from dinoscale.cluster.doctor.report import count_text
 from dinoscale.reports import html
 from dinoscale.reports.html import Plot, element
 from dinoscale.scaling.laws.laws import MetricFit
 from dinoscale.scaling.number_text import number
 from dinoscale.scaling.report.conclusions import (
-    Answer,
+    Conclusion,
     Reason,
     Trust,
-    answers,
     best_run,
+    conclusions,
     fit_reasons,
     measured,
     runs_to_add,
@@ -33,33 +34,33 @@ from dinoscale.scaling.report.tables import (
 )
 from dinoscale.scaling.sweep.table import Row
 
-VERDICTS = {
-    Trust.GOOD: "Trust: good. Nothing found speaks against it.",
-    Trust.LIMITED: "Trust: limited. Use it as a direction and check it with one cheaper run.",
+TRUST_TEXT = {
+    Trust.GOOD: "Trust: good. No check found anything against it.",
+    Trust.LIMITED: "Trust: limited. Use it as a direction, and check it with a cheaper run first.",
     Trust.LOW: "Trust: low. Do not spend a large budget on it yet.",
 }
-EXPLAINED = {
-    "parameters": "Going right along a line, the model grows and what the legend names stays. Lines"
-    " that flatten want more images.",
-    "images": "Going right along a line, one model sees more images. Lines that flatten want a"
-    " larger model.",
-    "flops": "All runs by their cost. Gray is the lowest value that any cost has reached; a star is"
-    " what to expect of a budget.",
-    "isoflop": "Runs of a color cost the same: small models see many images, large ones few. The"
-    " lowest point of a curve is the best size for its cost.",
-    "frontier": "How the best size grows with the budget. Dots are the lowest points of the curves"
-    " of equal cost, stars what is recommended.",
-    "joint": "The closer to the line, the better the law describes a run.",
-    "residuals": "How far runs are from the joint law. A pattern here means that the law misses"
-    " something.",
-    "rates": "Only the learning rate differs along a curve. One that is lowest at an end needs"
+PLOT_NOTES = {
+    "parameters": "Along a line only the model grows; the legend names what stays constant. A line"
+    " that flattens calls for more images.",
+    "images": "Along a line one model sees more images. A line that flattens calls for a larger"
+    " model.",
+    "flops": "All runs by cost. The gray line is the lowest value reached up to each cost; a star"
+    " is the expected result at a budget.",
+    "isoflop": "Runs of one color have equal cost: small models see many images, large models few."
+    " The minimum of a curve is the best size at its cost.",
+    "frontier": "Best size against budget. Dots are the minima of the isoFLOP curves, stars the"
+    " recommended sizes.",
+    "joint": "The closer a run is to the line, the better the law describes it.",
+    "residuals": "Deviation of the runs from the joint law. A visible pattern means that the law"
+    " misses an effect.",
+    "rates": "Along a curve only the learning rate differs. A curve that is lowest at one end needs"
     " rates beyond it.",
-    "curves": "While the runs trained, failed ones too.",
+    "curves": "The metric during training, for all runs including failed ones.",
 }
 SYMBOLS = (
-    "Below, y is the metric, N the parameters, D the images seen, C the FLOPs; E is the floor that"
-    " no size and no number of images would get below. Below the estimates are their confidence"
-    " intervals; one run scatters more than they are wide."
+    "y is the metric, N the number of parameters, D the number of images seen, C the FLOPs, and E"
+    " the limit of y for infinite N and D. Confidence intervals of the law are given below the"
+    " estimates; single runs scatter more widely."
 )
 
 
@@ -73,11 +74,11 @@ def write_page(
     """Write the page.
 
     Args:
-        rows: of the table.
-        fits: of the metrics.
-        plots: by metric and what is shown.
-        recommended: what to train next, or why there is no such preset.
-        path: of the page.
+        rows: rows of the table.
+        fits: one fit per metric.
+        plots: metric -> kind -> plot.
+        recommended: what to train next, or why there is no preset.
+        path: path of the page.
 
     Raises:
         ConfigError: it cannot be written.
@@ -85,13 +86,13 @@ def write_page(
     body = [
         element("h1", "Scaling sweep"),
         element("p", _summary(rows)),
-        *(_answer(rows, fit) for fit in fits),
+        *(_conclusions(rows, fit) for fit in fits),
         *([] if fits else [element("p", "No metric was measured, so nothing can be fitted.")]),
         _preset(recommended),
         *_failed(rows),
         *(part for fit in fits for part in _metric(rows, fit, plots[fit.metric])),
         element("h2", "Runs"),
-        element("p", "The lowest value of each metric is bold."),
+        element("p", "The lowest value of each metric is in bold."),
         runs_table(rows),
         element("h2", "Versions"),
         *_versions(rows),
@@ -105,70 +106,72 @@ def _summary(rows: Sequence[Row]) -> str:
     sizes = sorted({row.parameters for row in rows})
     spread = f"{len(sizes)} sizes from {number(sizes[0])} to" if len(sizes) > 1 else "one size of"
     return (
-        f"{len(rows) - failed} runs are done, {failed} failed; {spread} {number(sizes[-1])}"
-        f" parameters. All together trained {number(took['hours'])} hours"
-        f" ({number(took['rank_hours'])} process hours), {flops(took['flops'])}. Of every metric"
-        " less is better. In numbers, k is 10^3, M 10^6, G 10^9, T 10^12, P 10^15, E 10^18, Z"
-        " 10^21; FLOPs are the floating-point operations of a whole training."
+        f"{len(rows) - failed} runs done, {failed} failed; {spread} {number(sizes[-1])}"
+        f" parameters. Total training time: {number(took['hours'])} hours"
+        f" ({number(took['rank_hours'])} process hours); total compute: {flops(took['flops'])}."
+        " Lower is better for every metric. Prefixes: k = 10^3, M = 10^6, G = 10^9, T = 10^12,"
+        " P = 10^15, E = 10^18, Z = 10^21. FLOPs count the floating-point operations of a whole"
+        " training."
         if rows
         else "No run has ended yet."
     )
 
 
-def _answer(rows: Sequence[Row], fit: MetricFit) -> Element:
-    """What to do, for one metric."""
-    found = answers(fit)
+def _conclusions(rows: Sequence[Row], fit: MetricFit) -> Element:
+    """What to train next for one metric."""
+    found = conclusions(fit)
     title = element("h2", f"What to train next for the lowest {metric_name(fit.metric)}")
-    parts = [part for answer in found for part in _budget(answer, fit)]
+    parts = [part for conclusion in found for part in _budget(conclusion, fit)]
     if not found:
-        parts = [_nothing(rows, fit)]
+        parts = [_no_conclusion(rows, fit)]
     parts += [element("h3", "About the fit"), _reasons(fit_reasons(fit))]
     added = runs_to_add(rows, fit)
     if added:
         parts += [element("h3", "Runs that would tell more"), _list(added)]
-    trust = max((answer.trust for answer in found[:1]), default=Trust.LOW)
+    trust = max((conclusion.trust for conclusion in found[:1]), default=Trust.LOW)
     return element("section", title, *parts, class_=f"answer {trust.name.lower()}")
 
 
-def _budget(answer: Answer, fit: MetricFit) -> list[Element]:
-    best = answer.optimum
+def _budget(conclusion: Conclusion, fit: MetricFit) -> list[Element]:
+    best = conclusion.optimum
     sentence = (
         f"With {flops(best.flops)} ({exponential(best.flops)}), train a model of"
         f" {interval(best.parameters)} parameters on {interval(best.images)} images"
     )
-    if answer.expected is not None:
+    if conclusion.expected is not None:
         kind = " (prediction interval of one run)" if best.run else ""
-        sentence += f"; expect a {metric_name(fit.metric)} of {interval(answer.expected)}{kind}"
+        sentence += f"; expect a {metric_name(fit.metric)} of {interval(conclusion.expected)}{kind}"
     approach = {
-        "joint": "From the law fitted to all runs",
+        "joint": "From the joint law fitted to all runs",
         "isoflop": "From the minima among runs of equal cost",
     }[best.approach]
     return [
         element("p", sentence + ".", class_="says"),
         element(
             "p",
-            element("strong", VERDICTS[answer.trust], class_=answer.trust.name.lower()),
-            f" {approach}; in brackets {100 * fit.confidence:g} % confidence intervals"
-            " where nothing else is said.",
+            element("strong", TRUST_TEXT[conclusion.trust], class_=conclusion.trust.name.lower()),
+            f" {approach}. In parentheses: {100 * fit.confidence:g} % confidence intervals,"
+            " unless marked otherwise.",
         ),
-        _reasons(answer.reasons),
+        _reasons(conclusion.reasons),
     ]
 
 
-def _nothing(rows: Sequence[Row], fit: MetricFit) -> Element:
-    """That there is no fit to decide by, and what was best so far."""
-    said = f"The runs do not support a recommendation for {fit.metric}."
+def _no_conclusion(rows: Sequence[Row], fit: MetricFit) -> Element:
+    """State that the runs support no recommendation, and name the best run so far."""
+    text = f"The runs do not support a recommendation for {fit.metric}."
     if fit.optima:
-        said += " Their best size and number of images have no bounds."
+        text += " The intervals of the best size and number of images are unbounded."
     best = best_run(rows, fit.metric)
     if best is None:
-        return element("p", f"{said} No run has measured it.", class_="says")
+        return element("p", f"{text} No run has a value of it.", class_="says")
     count = len(measured(rows, fit.metric))
     return element(
         "p",
-        f"{said} The best measured of {count} is {best.name}: {number(best.parameters)}"
-        f" parameters, {number(best.images)} images, peak learning rate {number(best.lr)};"
-        f" {metric_name(fit.metric)} {number(value_of(best, fit.metric), zeros=True)}.",
+        f"{text} The best of {count_text(count, 'measured run')} is {best.name}:"
+        f" {number(best.parameters)} parameters, {number(best.images)} images, peak learning rate"
+        f" {number(best.lr)}; {metric_name(fit.metric)}"
+        f" {number(value_of(best, fit.metric), zeros=True)}.",
         class_="says",
     )
 
@@ -191,10 +194,10 @@ def _preset(recommended: Recommendation | str) -> Element:
     return element(
         "p",
         element("strong", "recommended.yaml"),
-        " beside this page is ready to train: for the first budget above, width"
+        " beside this page is ready to train. It holds, for the first budget above: width"
         f" {size.embed_dim}, depth {size.depth}, {size.num_heads} heads"
         f" ({number(size.parameters)} parameters), {number(recommended.images)} images, peak"
-        f" learning rate {number(recommended.lr)} from {recommended.lr_from}, and all other"
+        f" learning rate {number(recommended.lr)} (from {recommended.lr_from}), and all other"
         f" settings of {recommended.nearest}.",
     )
 
@@ -210,7 +213,7 @@ def _metric(rows: Sequence[Row], fit: MetricFit, plots: Mapping[str, Plot]) -> l
         return []
     return [
         element("h2", f"{fit.metric}: plots and laws"),
-        *(html.plot_figure(plot, EXPLAINED[name]) for name, plot in plots.items()),
+        *(html.plot_figure(plot, PLOT_NOTES[name]) for name, plot in plots.items()),
         element("p", SYMBOLS),
         *tables,
     ]
@@ -219,6 +222,6 @@ def _metric(rows: Sequence[Row], fit: MetricFit, plots: Mapping[str, Plot]) -> l
 def _versions(rows: Sequence[Row]) -> list[Element]:
     differ = version_differences(rows)
     if not differ:
-        return [element("p", "The same for all runs."), versions_list(rows)]
-    warning = f"Runs differ in {', '.join(differ)}: a difference among them may come from that."
+        return [element("p", "All runs used the same versions."), versions_list(rows)]
+    warning = f"Runs differ in {', '.join(differ)}, which may explain differences between them."
     return [element("p", warning, class_="warning"), versions_list(rows)]

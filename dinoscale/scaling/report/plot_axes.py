@@ -1,4 +1,4 @@
-"""Axes for plots of sweeps: logarithmic with plain numbers, legends beside the data, colors."""
+"""Axes, legends and colors for plots of sweeps; logarithmic axes have plain numbers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from dinoscale.scaling.number_text import number
 
 WIDTH, HEIGHT = 5.0, 3.2  # inches, the height without its legend: two plots fit side by side
 LEGEND_LINE, LEGEND_COLUMNS = 0.2, 4
-LABELS = 8  # of one kind in a legend; of more, evenly chosen ones
-TICKS = (3, 7)  # on an axis, at least and at most
-MARGIN = 0.15  # of the range of the points, that a law may go beyond
-_ROUND = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))  # in a decade
-_SIZES = matplotlib.colormaps["viridis"], 0.0, 0.85  # without the end that white paper hides
+LABELS = 8  # most entries of one kind in a legend; evenly chosen if there are more
+TICKS = (3, 7)  # fewest and most ticks on an axis
+MARGIN = 0.15  # fraction of the range of the points by which a law may leave it
+_ROUND = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))  # per decade
+_SIZES = (
+    matplotlib.colormaps["viridis"],
+    0.0,
+    0.85,
+)  # without the end that is too light for a white page
 _OTHERS = matplotlib.colormaps["plasma"], 0.1, 0.85
 LAW: dict[str, Any] = {"color": "#333333", "linewidth": 1.3, "linestyle": "--"}
 POINT: dict[str, Any] = {
@@ -44,12 +48,12 @@ HOLLOW: dict[str, Any] = {
 
 
 def size_colors(sizes: Iterable[float]) -> dict[float, Any]:
-    """A color for each number of parameters, dark to light."""
+    """A color for each number of parameters, from dark to light."""
     return _colors(sizes, *_SIZES)
 
 
 def group_colors(groups: Iterable[float]) -> dict[float, Any]:
-    """The same for numbers of images or budgets, with other colors."""
+    """A color for each number of images or budget, from another colormap."""
     return _colors(groups, *_OTHERS)
 
 
@@ -60,14 +64,14 @@ def _colors(values: Iterable[float], colormap: Any, first: float, last: float) -
 
 
 def labelled(values: Iterable[float]) -> set[float]:
-    """Those that a legend names."""
+    """The values that a legend names."""
     ordered = sorted(set(values))
     places = np.linspace(0, len(ordered) - 1, min(len(ordered), LABELS)).round().astype(int)
     return {ordered[place] for place in places}
 
 
 def start(x: str, y: str, *, positive: Sequence[float]) -> tuple[Figure, Axes]:
-    """A figure of one plot; y is logarithmic if all of it is positive."""
+    """A figure with one plot; y is logarithmic if all its values are positive."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xscale("log")
@@ -81,16 +85,16 @@ def start(x: str, y: str, *, positive: Sequence[float]) -> tuple[Figure, Axes]:
 
 
 def draw_band(axes: Axes, x: Numbers, band: Band, label: str, **style: Any) -> None:
-    """A law with its interval, where that has both ends.
+    """Draw a law, with its interval where both ends are finite.
 
-    Call it when all points are drawn: it may go a little beyond their range, not blow it up.
+    Call it after drawing all points: it extends their range only a little.
 
     Args:
-        axes: of the plot.
-        x: where the law is known, (n,).
-        band: the law there.
-        label: for the legend.
-        style: of the line.
+        axes: axes of the plot.
+        x: grid, (n,).
+        band: the law on the grid.
+        label: label in the legend.
+        style: style of the line.
     """
     low, high = axes.get_ylim()
     if axes.get_yscale() == "log":
@@ -113,12 +117,12 @@ def draw_band(axes: Axes, x: Numbers, band: Band, label: str, **style: Any) -> N
 def draw_minima(
     axes: Axes, curves: Sequence[tuple[Numbers, Interval | None]], colors: Sequence[Any]
 ) -> None:
-    """Stars at the minima of parabolas over ln x.
+    """Draw stars at the minima of parabolas over ln x.
 
     Args:
-        axes: of the plot.
+        axes: axes of the plot.
         curves: coefficients, highest power first, and the minimum, if there is one.
-        colors: of the stars.
+        colors: colors of the stars.
     """
     label = "minimum"
     for (curve, optimum), color in zip(curves, colors, strict=True):
@@ -126,7 +130,7 @@ def draw_minima(
             continue
         lowest = float(np.polyval(curve, np.log(optimum.value)))
         axes.plot([optimum.value], [lowest], color=color, label=label, **STAR)
-        label = "_"  # once in the legend
+        label = "_"  # only once in the legend
 
 
 def finish(figure: Figure, caption: str, *, legend: str = "") -> Plot:
@@ -175,7 +179,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """As few digits as tell the ticks apart."""
+    """Labels with the fewest digits that are exact and distinct."""
     for digits in range(2, 8):
         labels = [number(tick, digits=digits) for tick in ticks]
         exact = all(math.isclose(float(f"{tick:.{digits}g}"), tick, rel_tol=1e-9) for tick in ticks)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from dinoscale.reports.html import Plot, drawing
 from dinoscale.scaling.laws.laws import Interval, MetricFit
 from dinoscale.scaling.number_text import SAME, number
-from dinoscale.scaling.report.conclusions import Answer, answers, measured, value_of
+from dinoscale.scaling.report.conclusions import Conclusion, conclusions, measured, value_of
 from dinoscale.scaling.report.labels import metric_unit
 from dinoscale.scaling.report.plot_axes import (
     HOLLOW,
@@ -32,12 +32,12 @@ Colors = Mapping[float, Any]
 AXES = {
     "parameters": "parameters of the backbone",
     "images": "images seen",
-    "flops": "FLOPs of the training",
+    "flops": "training FLOPs",
 }
 
 
 def draw_metric(rows: Sequence[Row], fit: MetricFit) -> dict[str, Plot]:
-    """Draw a metric in all ways that it has data for, by what is shown."""
+    """Draw every plot that a metric has data for: kind -> plot."""
     used = measured(rows, fit.metric)
     colors = size_colors(row.parameters for row in rows)
     with drawing():
@@ -76,7 +76,7 @@ def _over_images(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | 
 def _groups(
     rows: Sequence[Row], value: Callable[[Row], int], *, same: float = 1 + SAME
 ) -> dict[float, list[Row]]:
-    """Runs by a value, ascending; values that hardly differ are one group, named by the lowest."""
+    """Runs grouped by ascending value; near-equal values share a group, keyed by the lowest."""
     groups: dict[float, list[Row]] = {}
     for row in sorted(rows, key=value):
         last = next(reversed(groups), None)
@@ -93,7 +93,7 @@ def _lines(
     colors: Colors,
     legend: str,
 ) -> Plot:
-    """Points of all runs and a line through the lowest of each group, with the law."""
+    """Points of all runs, a line through the lowest of each group, and the law."""
     values = [value_of(row, fit.metric) for row in rows]
     figure, axes = start(AXES[quantity], metric_unit(fit.metric), positive=values)
     named = labelled(groups)
@@ -108,7 +108,7 @@ def _lines(
         axes.plot(*_columns(points), color=colors[key], linestyle="", **POINT)
     _hollow(axes, rows, fit, quantity)
     _law(axes, fit, quantity, [getattr(row, quantity) for row in rows])
-    return finish(figure, f"{fit.metric}: against {AXES[quantity]}", legend=legend)
+    return finish(figure, f"{fit.metric} against {AXES[quantity]}", legend=legend)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -120,7 +120,7 @@ def _not_left_out(rows: Sequence[Row], fit: MetricFit) -> list[Row]:
 
 
 def _hollow(axes: Axes, rows: Sequence[Row], fit: MetricFit, quantity: str) -> None:
-    """Mark the runs that the fit left out."""
+    """Mark the runs that were left out of the fit."""
     points = [
         (getattr(row, quantity), value_of(row, fit.metric))
         for row in rows
@@ -160,25 +160,27 @@ def _over_flops(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | N
     reached = [(x, y) for (y, x), low in zip(best, lowest, strict=True) if y == low]
     axes.plot(*_columns(reached), color="#888888", linewidth=1, zorder=1.8, label="best so far")
     _hollow(axes, rows, fit, "flops")
-    expected = _expected(axes, answers(fit))
+    expected = _expected(axes, conclusions(fit))
     _law(axes, fit, "flops", [row.flops for row in rows] + expected)
-    return finish(figure, f"{fit.metric}: against FLOPs, with the frontier", legend="parameters")
+    return finish(
+        figure, f"{fit.metric} against training FLOPs, with the frontier", legend="parameters"
+    )
 
 
-def _expected(axes: Axes, found: Sequence[Answer]) -> list[float]:
-    """Mark what to expect of the recommended runs; their budgets."""
+def _expected(axes: Axes, found: Sequence[Conclusion]) -> list[float]:
+    """Mark the expected results of the recommended runs, and return their budgets."""
     label = "expected"
     budgets = []
-    for answer in found:
-        if answer.expected is not None and answer.expected.value > 0:
-            _mark(axes, answer.optimum.flops, answer.expected, label=label)
-            budgets.append(answer.optimum.flops)
-            label = "_"  # once in the legend
+    for conclusion in found:
+        if conclusion.expected is not None and conclusion.expected.value > 0:
+            _mark(axes, conclusion.optimum.flops, conclusion.expected, label=label)
+            budgets.append(conclusion.optimum.flops)
+            label = "_"  # only once in the legend
     return budgets
 
 
 def _mark(axes: Axes, x: float, y: Interval, *, label: str) -> None:
-    """A star with the interval of y."""
+    """Draw a star with the interval of y."""
     ends = [[max(y.value - y.low, 0)], [max(y.high - y.value, 0)]]
     if not np.isfinite(ends).all():
         ends = [[0.0], [0.0]]
@@ -203,7 +205,7 @@ def _isoflops(fit: MetricFit) -> Plot | None:
         axes.plot(grid, np.polyval(curve.curve, np.log(grid)), color=color, linewidth=1)
     minima = [(curve.curve, curve.optimum) for curve in fit.isoflops]
     draw_minima(axes, minima, [colors[curve.flops] for curve in fit.isoflops])
-    return finish(figure, f"{fit.metric}: sizes of equal cost (isoFLOP)", legend="FLOPs")
+    return finish(figure, f"{fit.metric} against size at equal cost (isoFLOP)", legend="FLOPs")
 
 
 def _frontiers(rows: Sequence[Row], fit: MetricFit) -> Plot | None:
@@ -218,7 +220,7 @@ def _frontiers(rows: Sequence[Row], fit: MetricFit) -> Plot | None:
     bands = [(frontier, frontier.optimum(grid)) for frontier in fit.frontiers]
     shown = [float(n) for _, band in bands for n in band.value if 0 < n < np.inf]
     shown += [found.value for _, found in minima]
-    bounds = [answer.optimum.parameters for answer in answers(fit)]
+    bounds = [conclusion.optimum.parameters for conclusion in conclusions(fit)]
     shown += [end for found in bounds for end in (found.low, found.high)]
     if not shown:
         return None
@@ -228,15 +230,15 @@ def _frontiers(rows: Sequence[Row], fit: MetricFit) -> Plot | None:
         low, high = max(found.low, found.value / 10), min(found.high, 10 * found.value)
         axes.vlines(flops_of, low, high, color="#333333", linewidth=1)
     label = "recommended"
-    for answer in answers(fit):
-        _mark(axes, answer.optimum.flops, answer.optimum.parameters, label=label)
+    for conclusion in conclusions(fit):
+        _mark(axes, conclusion.optimum.flops, conclusion.optimum.parameters, label=label)
         label = "_"
     axes.set_ylim(min(shown) / 1.2, max(shown) * 1.2)
     for (frontier, band), color in zip(bands, ("#1f77b4", "#d9730d"), strict=False):
         label = f"{frontier.approach}: exponent {frontier.parameters_exponent.value:.2f}"
         line = "-" if frontier.approach == "isoflop" else "--"
         draw_band(axes, grid, band, label, color=color, linestyle=line)
-    return finish(figure, f"{fit.metric}: best size of a budget")
+    return finish(figure, f"{fit.metric}: best size against budget")
 
 
 def _joint(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | None:
@@ -247,14 +249,14 @@ def _joint(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | None:
         np.array([float(row.parameters) for row, _ in points]),
         np.array([float(row.images) for row, _ in points]),
     ).value
-    # Of several seeds the law has the mean, so that a run's own value may not be what was fitted.
+    # The law is fitted to the mean over seeds, which may differ from the value of this run.
     pairs = [
         (row.parameters, float(by_law * np.exp(residual)), float(by_law))
         for (row, residual), by_law in zip(points, law, strict=True)
     ]
     values = [y for _, y, _ in pairs]
     name = metric_unit(fit.metric)
-    figure, axes = start(f"measured: {name}", f"by the law: {name}", positive=values)
+    figure, axes = start(f"measured {name}", f"predicted {name}", positive=values)
     for size in colors:
         xy = [(measured, by_law) for n, measured, by_law in pairs if n == size]
         label = number(size) if xy and size in labelled(colors) else None
@@ -265,7 +267,7 @@ def _joint(rows: Sequence[Row], fit: MetricFit, colors: Colors) -> Plot | None:
 
 
 def _residual_points(rows: Sequence[Row], fit: MetricFit) -> list[tuple[Row, float]]:
-    """Runs of the joint law with their residuals."""
+    """The runs that the joint law was fitted to, with their residuals."""
     if fit.joint is None:
         return []
     residuals = dict(zip(fit.joint.names, fit.joint.residuals.tolist(), strict=True))
@@ -305,11 +307,11 @@ def _rates(fit: MetricFit, colors: Colors) -> Plot | None:
         axes.plot(grid, np.polyval(rate.curve, np.log(grid)), color=color, linewidth=1)
     minima = [(rate.curve, rate.optimum) for rate in fit.best_rates]
     draw_minima(axes, minima, [colors.get(rate.parameters) for rate in fit.best_rates])
-    return finish(figure, f"{fit.metric}: against the learning rate", legend="parameters")
+    return finish(figure, f"{fit.metric} against peak learning rate", legend="parameters")
 
 
 def _curves(rows: Sequence[Row], metric: str, colors: Colors) -> Plot | None:
-    """The metric over time of every run, failed ones too."""
+    """The metric during training of every run, including failed ones."""
     lines = []
     for row in sorted(rows, key=lambda row: row.parameters):
         found = [(point.get("images"), point.get(metric)) for point in row.curves]
@@ -325,4 +327,4 @@ def _curves(rows: Sequence[Row], metric: str, colors: Colors) -> Plot | None:
         label = number(size) if size in named else None
         named.discard(size)
         axes.plot(*_columns(points), color=colors[size], linewidth=1, alpha=0.85, label=label)
-    return finish(figure, f"{metric}: over time, all runs", legend="parameters")
+    return finish(figure, f"{metric} during training, all runs", legend="parameters")

@@ -1,6 +1,6 @@
-"""The preset to train next: settings of the run nearest to an optimum, with its size and images.
+"""The preset to train next: the run nearest to an optimum, with the optimal size and images.
 
-The optimum is that of the first budget of the first metric which has a supported one; the loss, no
+The optimum is that of the first budget of the first metric with a supported optimum. The loss, no
 measure of quality, counts only where nothing else was measured.
 """
 
@@ -24,12 +24,18 @@ from dinoscale.config.backbones import named_vit_size, num_vit_parameters
 from dinoscale.errors import ConfigError
 from dinoscale.reports.html import printable
 from dinoscale.runtime.outputs import MARK
-from dinoscale.scaling.laws.hyperparameters import Size, changes_of, is_larger, rate_of, ruled_for
+from dinoscale.scaling.laws.hyperparameters import (
+    Size,
+    describe_changes,
+    is_larger,
+    recommended_lr,
+    rule_settings,
+)
 from dinoscale.scaling.laws.laws import MetricFit
 from dinoscale.scaling.number_text import number
 from dinoscale.scaling.report.conclusions import (
-    Answer,
-    best_answers,
+    Conclusion,
+    first_conclusion,
     fit_reasons,
     measured,
     value_of,
@@ -38,8 +44,8 @@ from dinoscale.scaling.report.labels import exponential, interval, metric_name
 from dinoscale.scaling.sweep.table import Row
 
 RUN_DIR = "runs/recommended"
-_STEPS, _REACH = 2000, 4.0  # the path of sizes: its steps, and how far from N it goes, a factor
-_MOST = 20.0  # log of the largest width or depth on it, far beyond any
+_STEPS, _REACH = 2000, 4.0  # the path of sizes: its steps, and its reach as a factor of N
+_MAX_LOG = 20.0  # log of the largest width or depth on the path, far beyond any real one
 
 
 @dataclass(frozen=True)
@@ -47,18 +53,18 @@ class Recommendation:
     """What to train next.
 
     Attributes:
-        metric: that it is best for.
-        answer: where size and images come from.
-        nearest: name of the run whose settings are kept.
-        size: of the model, nearest to the best among the sizes of the ladder.
-        images: D, for the same FLOPs as the optimum.
+        metric: the metric that it minimizes.
+        conclusion: the conclusion that size and images come from.
+        nearest: name of the run whose other settings are kept.
+        size: model size, the nearest to the optimum on the path of sizes.
+        images: D, at the FLOPs of the optimum.
         lr: peak learning rate.
-        lr_from: where that comes from.
-        preset: the file.
+        lr_from: origin of the learning rate.
+        preset: text of the preset file.
     """
 
     metric: str
-    answer: Answer
+    conclusion: Conclusion
     nearest: str
     size: Size
     images: int
@@ -67,13 +73,13 @@ class Recommendation:
     preset: str
 
     def as_json(self) -> dict[str, Any]:
-        """All but the file."""
-        optimum = self.answer.optimum
+        """Everything except the preset."""
+        optimum = self.conclusion.optimum
         return {
             "metric": self.metric,
             "approach": optimum.approach,
             "budget_flops": optimum.flops,
-            "trust": self.answer.trust.name.lower(),
+            "trust": self.conclusion.trust.name.lower(),
             "nearest_run": self.nearest,
             **{key: getattr(self.size, key) for key in ("embed_dim", "depth", "num_heads")},
             "parameters": self.size.parameters,
@@ -84,40 +90,40 @@ class Recommendation:
 
 
 def recommend(rows: Sequence[Row], fits: Sequence[MetricFit]) -> Recommendation:
-    """Work out the preset.
+    """Derive the preset.
 
     Raises:
-        ConfigError: no metric has a supported optimum, or the settings of the runs cannot be used.
+        ConfigError: no metric has a supported optimum, or the settings of the runs are unusable.
     """
-    best = best_answers(fits)
+    best = first_conclusion(fits)
     if best is None:
         raise ConfigError("no metric has an optimum that the runs support")
-    fit, answer = best
+    fit, conclusion = best
     used = [row for row in measured(rows, fit.metric) if row.name not in fit.left_out]
     if not used:
-        raise ConfigError(f"no run of the table was used for the fit of {fit.metric}")
-    nearest = _nearest(used, answer, fit.metric)
+        raise ConfigError(f"the fit of {fit.metric} uses no run of the table")
+    nearest = _nearest(used, conclusion, fit.metric)
     try:
         config = parse_config(nearest.config, origin=f"run {nearest.name}")
     except ConfigError as error:
         raise ConfigError(
-            f"the settings of run {nearest.name} are not of this version ({error})"
+            f"the settings of run {nearest.name} do not fit this version ({error})"
         ) from None
-    optimum = answer.optimum
+    optimum = conclusion.optimum
     size = nearest_size(used, config, nearest, parameters=optimum.parameters.value)
-    # FLOPs of an image grow about as N: the rounded size keeps the budget by fewer or more images.
+    # FLOPs per image grow about as N: D is rescaled so that the rounded size keeps the budget.
     images = optimum.images.value * optimum.parameters.value / size.parameters
-    lr, lr_from = rate_of(fit, config, nearest, parameters=size.parameters, images=images)
-    ruled = ruled_for(config, nearest, size, images, lr)
+    lr, lr_from = recommended_lr(fit, config, nearest, parameters=size.parameters, images=images)
+    ruled = rule_settings(config, nearest, size, images, lr)
     if "optim.lr" in ruled:
-        lr_from += " by the rules of the sweep"
+        lr_from += ", scaled by the rules of the sweep"
     changed = parse_config(
         _settings(config, nearest, size=size, images=images, lr=lr, ruled=ruled),
         origin="recommended",
     )
     found = Recommendation(
         metric=fit.metric,
-        answer=answer,
+        conclusion=conclusion,
         nearest=nearest.name,
         size=size,
         images=(changed.data.images_per_epoch or 0) * changed.train.epochs,
@@ -125,15 +131,15 @@ def recommend(rows: Sequence[Row], fits: Sequence[MetricFit]) -> Recommendation:
         lr_from=lr_from,
         preset="",
     )
-    changes = changes_of(size, nearest, config, ruled, rate_known=lr is not None)
+    changes = describe_changes(size, nearest, config, ruled, rate_known=lr is not None)
     text = _comments(found, fit, changes) + dump_config(changed)
     _check(text, changed)
     return replace(found, preset=text)
 
 
-def _nearest(rows: Sequence[Row], answer: Answer, metric: str) -> Row:
-    """In log N and log D, then with the lowest metric."""
-    best = answer.optimum
+def _nearest(rows: Sequence[Row], conclusion: Conclusion, metric: str) -> Row:
+    """The nearest run in log N and log D; among equals the one with the lowest metric."""
+    best = conclusion.optimum
 
     def distance(row: Row) -> tuple[float, float, str]:
         apart = math.hypot(
@@ -150,14 +156,14 @@ def nearest_size(
 ) -> Size:
     """The ViT closest to a number of parameters on the path through the sizes that were run.
 
-    Along the path, logs of width and depth are interpolated over log N, and outside go on as
-    between the two outermost sizes (with one size alone, its depth stays). Of the whole numbers of
-    heads and blocks around it, those with the nearest number of parameters are taken.
+    The path interpolates the logs of width and depth over log N, and extrapolates linearly beyond
+    the outermost sizes (from a single size, at its depth). Among the whole numbers of heads and
+    blocks around the path, the size with the nearest number of parameters is chosen.
 
     Args:
-        rows: runs, for their sizes.
-        config: of the nearest run.
-        nearest: that run, whose heads are taken.
+        rows: runs that define the path.
+        config: configuration of the nearest run.
+        nearest: the nearest run, whose head dimension is kept.
         parameters: N.
 
     Raises:
@@ -167,9 +173,9 @@ def nearest_size(
     heads = config.model.num_heads or (named.num_heads if named else None)
     patch = config.model.effective_patch_size
     if nearest.embed_dim is None or nearest.depth is None or patch is None:
-        raise ConfigError(f"run {nearest.name} has no width and depth to choose, as of a ResNet")
+        raise ConfigError(f"run {nearest.name} has no width and depth to scale, such as a ResNet")
     if heads is None:
-        raise ConfigError(f"run {nearest.name} does not say its number of heads (model.num_heads)")
+        raise ConfigError(f"run {nearest.name}: its number of heads is unknown (model.num_heads)")
 
     def count(width: int, depth: int) -> int:
         return num_vit_parameters(
@@ -180,8 +186,8 @@ def nearest_size(
             in_chans=config.data.channels,
         )
 
-    # What a variant has more than a plain ViT, as a factor.
-    more = nearest.parameters / count(nearest.embed_dim, nearest.depth)
+    # Ratio of the parameters of a variant to those of a plain ViT.
+    ratio = nearest.parameters / count(nearest.embed_dim, nearest.depth)
     head_width = nearest.embed_dim // heads
     sizes = {
         size
@@ -190,30 +196,30 @@ def nearest_size(
     }
     num_heads, depth = min(
         sorted(sizes),
-        key=lambda size: abs(math.log(more * count(size[0] * head_width, size[1]) / parameters)),
+        key=lambda size: abs(math.log(ratio * count(size[0] * head_width, size[1]) / parameters)),
     )
     width = num_heads * head_width
-    return Size(width, depth, num_heads, round(more * count(width, depth)))
+    return Size(width, depth, num_heads, round(ratio * count(width, depth)))
 
 
 def _path(rows: Sequence[Row], parameters: float) -> list[tuple[float, float]]:
-    """Widths and depths, not rounded, from a quarter of N to four times N."""
+    """Unrounded widths and depths, from a quarter of N to four times N."""
     known = {
         row.parameters: (row.embed_dim, row.depth) for row in rows if row.embed_dim and row.depth
     }
     log_n = np.log(sorted(known))
     log_sizes = np.log([known[n] for n in sorted(known)])  # (sizes, 2)
-    if len(known) == 1:  # a second size of the same depth: N grows as the square of the width
+    if len(known) == 1:  # add a size of the same depth: N grows as the square of the width
         log_n = np.append(log_n, log_n[0] + 2)
         log_sizes = np.vstack([log_sizes, log_sizes[0] + [1, 0]])
     reach = math.log(_REACH)
     grid = math.log(parameters) + np.linspace(-reach, reach, _STEPS)
     path = make_interp_spline(log_n, log_sizes, k=1)(grid)  # (steps, 2)
-    return [(width, depth) for width, depth in np.exp(np.clip(path, 0, _MOST)).tolist()]
+    return [(width, depth) for width, depth in np.exp(np.clip(path, 0, _MAX_LOG)).tolist()]
 
 
 def _whole(value: float) -> set[int]:
-    """The whole numbers around a value, itself where it is one up to rounding."""
+    """The whole numbers around a value; only the value itself if it is whole up to rounding."""
     near = round(value, 6)
     return {max(1, math.floor(near)), max(1, math.ceil(near))}
 
@@ -227,14 +233,14 @@ def _settings(
     lr: float | None,
     ruled: Mapping[str, object],
 ) -> dict[str, Any]:
-    """Settings of a run with another size, number of images and peak learning rate.
+    """The settings of a run with another size, number of images and peak learning rate.
 
-    A larger model may not fit with the micro-batch of a smaller one: it is found by trial at the
-    start, unless batch norm makes it part of the recipe.
+    A larger model may not fit in memory with the micro-batch of a smaller one: it is set to auto,
+    unless batch norm makes it part of the recipe.
     """
     values = copy.deepcopy(dict(row.config))
     batch, epochs = config.train.batch_size, config.train.epochs
-    batches = max(1, round(images / epochs / batch))  # of an epoch
+    batches = max(1, round(images / epochs / batch))  # per epoch
     new: dict[str, dict[str, object]] = {
         "model": {
             "embed_dim": size.embed_dim,
@@ -242,7 +248,7 @@ def _settings(
             "num_heads": size.num_heads,
         },
         "data": {"images_per_epoch": batches * batch},
-        "train": {"stop_after_steps": None},  # or it would end before D
+        "train": {"stop_after_steps": None},  # else it could stop before D
         "optim": {} if lr is None else {"lr": lr * 256 / batch},  # as `RunConfig.peak_lr`
     }
     if is_larger(size, row) and not config.head.batch_norm:
@@ -256,22 +262,21 @@ def _settings(
 
 
 def _comments(found: Recommendation, fit: MetricFit, changes: str) -> str:
-    """Where the preset comes from, as comments."""
-    optimum, answer = found.answer.optimum, found.answer
+    """The origin of the preset, as comments."""
+    optimum, conclusion = found.conclusion.optimum, found.conclusion
     kind = ", the prediction interval of one run" if optimum.run else ""
-    expected = f"; expect {interval(answer.expected)}{kind}" if answer.expected else ""
+    expected = f"; expect {interval(conclusion.expected)}{kind}" if conclusion.expected else ""
     paragraphs = [
-        f"For the lowest {metric_name(found.metric)} of a training of"
-        f" {exponential(optimum.flops)} FLOPs, by the"
-        f" {optimum.approach} approach ({100 * fit.confidence:g} % intervals): parameters"
-        f" {interval(optimum.parameters)}, images {interval(optimum.images)} (confidence"
+        f"For the lowest {metric_name(found.metric)} at {exponential(optimum.flops)} training"
+        f" FLOPs, by the {optimum.approach} approach ({100 * fit.confidence:g} % intervals):"
+        f" parameters {interval(optimum.parameters)}, images {interval(optimum.images)} (confidence"
         f" intervals){expected}.",
-        f"Trust: {answer.trust.name.lower()}. "
-        + " ".join(reason.sentence for reason in [*answer.reasons, *fit_reasons(fit)]),
-        f"Here: {number(found.size.parameters)} parameters, the nearest size of the ladder, and"
-        f" {number(found.images)} images for the same FLOPs. Peak learning rate"
-        f" {number(found.lr)}, from {found.lr_from}. All other settings are of run"
-        f" {found.nearest}, its data too.{changes}",
+        f"Trust: {conclusion.trust.name.lower()}. "
+        + " ".join(reason.sentence for reason in [*conclusion.reasons, *fit_reasons(fit)]),
+        f"This preset has {number(found.size.parameters)} parameters, the nearest size on the"
+        f" path through those that were run, and {number(found.images)} images, for the same FLOPs."
+        f" Peak learning rate: {number(found.lr)}, from {found.lr_from}. All other settings,"
+        f" including the data, are those of run {found.nearest}.{changes}",
     ]
     lines = [MARK]
     for paragraph in paragraphs:
@@ -280,7 +285,7 @@ def _comments(found: Recommendation, fit: MetricFit, changes: str) -> str:
 
 
 def _check(text: str, config: RunConfig) -> None:
-    """Load a preset as people will.
+    """Load the preset as a user will.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -289,4 +294,4 @@ def _check(text: str, config: RunConfig) -> None:
         path = Path(folder) / "recommended.yaml"
         path.write_text(text, encoding="utf-8")
         if load_config(str(path)) != config:
-            raise ConfigError("the recommended preset does not load as what was recommended")
+            raise ConfigError("the recommended preset does not load as recommended")

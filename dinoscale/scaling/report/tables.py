@@ -8,6 +8,7 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
+from dinoscale.cluster.doctor.report import count_text
 from dinoscale.reports import html
 from dinoscale.reports.html import element
 from dinoscale.scaling.laws.laws import Interval, MetricFit
@@ -17,7 +18,7 @@ from dinoscale.scaling.report.labels import ends, exponential, metric_unit, perc
 from dinoscale.scaling.sweep.table import Row
 
 OUTLIER = 3.0  # robust standard deviations of the residuals
-ERROR_SHOWN = 300  # letters
+ERROR_SHOWN = 300  # characters
 _NORMAL = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
 Cells = Sequence[str | Element]
 
@@ -34,7 +35,7 @@ def runs_table(rows: Sequence[Row]) -> Element:
         "images",
         "FLOPs",
         "batch",
-        "peak rate",
+        "peak lr",
         "seed",
     ]
     heads += [*(metric_unit(name) for name in metrics), "hours"]
@@ -74,7 +75,7 @@ def _metric(value: float | None) -> str:
 
 
 def failed_table(rows: Sequence[Row]) -> Element | None:
-    """Runs that failed, and why."""
+    """The runs that failed, and why."""
     lines: list[Cells] = [
         [row.name, str(row.attempts), element("td", _short(row.error), class_="text")]
         for row in rows
@@ -94,7 +95,7 @@ def laws_table(fit: MetricFit) -> Element | None:
         symbol = {"parameters": "N", "images": "D", "flops": "C"}.get(law.quantity, "x")
         rows.append(
             [
-                f"y = E + A / {symbol}^a, best runs along {law.quantity}",
+                f"y = E + A / {symbol}^a, best runs by {law.quantity}",
                 _estimate(law.irreducible),
                 _estimate(law.coefficient, "A"),
                 _estimate(law.exponent, "a"),
@@ -121,17 +122,17 @@ def laws_table(fit: MetricFit) -> Element | None:
         ]
         for found in fit.frontiers
     ]
-    heads = ["law", "E", "coefficients", "exponents", "points", "r2", "largest left out"]
+    heads = ["law", "E", "coefficients", "exponents", "points", "r2", "held-out error"]
     return _table(heads, rows) if rows else None
 
 
 def _estimate(found: Interval, symbol: str = "") -> Element:
-    """A cell of an estimate and, below, its interval."""
+    """A cell with an estimate and, below it, its interval."""
     return element("td", *_parts(found, symbol))
 
 
 def _two(first: Interval, second: Interval, symbols: str) -> Element:
-    """The same for two."""
+    """A cell with two estimates."""
     return element("td", *_parts(first, symbols[0]), *_parts(second, symbols[1]))
 
 
@@ -167,7 +168,7 @@ def minima_table(fit: MetricFit) -> Element | None:
         [
             f"{number(curve.flops)} ({exponential(curve.flops)})",
             str(len(curve.y)),
-            _estimate(curve.optimum) if curve.optimum else "none within the sizes",
+            _estimate(curve.optimum) if curve.optimum else "none within the sizes run",
         ]
         for curve in fit.isoflops
     ]
@@ -182,16 +183,16 @@ def rates_table(fit: MetricFit) -> Element | None:
             number(rate.parameters),
             number(rate.batch_size),
             str(len(rate.lr)),
-            _estimate(rate.optimum) if rate.optimum else "none within the rates",
+            _estimate(rate.optimum) if rate.optimum else "none within the rates run",
         ]
         for rate in fit.best_rates
     ]
-    heads = ["runs", "parameters", "batch", "rates", "best peak rate"]
+    heads = ["runs", "parameters", "batch", "rates", "best peak lr"]
     return _table(heads, rows) if rows else None
 
 
 def left_out_table(fit: MetricFit) -> Element | None:
-    """Runs that were not used, and why."""
+    """The runs that were not used, and why."""
     rows: list[Cells] = [
         [name, element("td", why, class_="text")] for name, why in fit.left_out.items()
     ]
@@ -213,7 +214,7 @@ def outliers(fit: MetricFit) -> dict[str, float]:
 
 
 def outliers_table(rows: Sequence[Row], fit: MetricFit) -> Element | None:
-    """The same as a table."""
+    """Table of the runs far from the joint law."""
     far = outliers(fit)
     lines = [
         [
@@ -226,12 +227,19 @@ def outliers_table(rows: Sequence[Row], fit: MetricFit) -> Element | None:
         for row in measured(rows, fit.metric)
         if row.name in far
     ]
-    heads = ["run", "status", "parameters", "images", metric_unit(fit.metric), "against the law"]
+    heads = [
+        "run",
+        "status",
+        "parameters",
+        "images",
+        metric_unit(fit.metric),
+        "deviation from the law",
+    ]
     return _table(heads, lines) if lines else None
 
 
 def version_differences(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
-    """Libraries and code that differ among runs: name -> version -> number of runs."""
+    """Libraries and code that differ between runs: name -> version -> number of runs."""
     names = dict.fromkeys(name for row in rows for name in row.versions)
     counts = {
         name: dict(Counter(str(row.versions.get(name) or "unknown") for row in rows))
@@ -241,13 +249,15 @@ def version_differences(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
 
 
 def versions_list(rows: Sequence[Row]) -> Element:
-    """Versions of what the runs ran on; differing ones say how many runs had which."""
+    """Versions of libraries and code; differing ones with their numbers of runs."""
     differ = version_differences(rows)
     names = dict.fromkeys(name for row in rows for name in row.versions)
     return html.definitions(
         (
             name,
-            "; ".join(f"{version} ({count} runs)" for version, count in differ[name].items())
+            "; ".join(
+                f"{version} ({count_text(count, 'run')})" for version, count in differ[name].items()
+            )
             if name in differ
             else str(next(row.versions.get(name) for row in rows) or "unknown"),
         )
@@ -256,7 +266,7 @@ def versions_list(rows: Sequence[Row]) -> Element:
 
 
 def cost(rows: Sequence[Row]) -> Mapping[str, float]:
-    """What the sweep took."""
+    """Number of runs, hours and FLOPs of the sweep."""
     return {
         "runs": len(rows),
         "hours": sum(row.seconds for row in rows) / 3600,
@@ -266,7 +276,7 @@ def cost(rows: Sequence[Row]) -> Mapping[str, float]:
 
 
 def sections(rows: Sequence[Row], fit: MetricFit) -> list[tuple[str, Element]]:
-    """All tables of a metric that have something in them, with their titles."""
+    """All non-empty tables of a metric, with their titles."""
     makers: dict[str, Callable[[], Element | None]] = {
         "Laws": lambda: laws_table(fit),
         "Best use of a budget": lambda: optima_table(fit),

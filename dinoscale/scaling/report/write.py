@@ -1,4 +1,4 @@
-"""Report what a sweep found: a page, its plots and numbers, and the preset to train next."""
+"""Write the report of a sweep: page, plots, numbers, and the preset to train next."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.reports import html
 from dinoscale.runtime.outputs import is_ours
 from dinoscale.scaling.laws.laws import MetricFit
-from dinoscale.scaling.report.conclusions import answers, best_run, fit_reasons, runs_to_add
+from dinoscale.scaling.report.conclusions import best_run, conclusions, fit_reasons, runs_to_add
 from dinoscale.scaling.report.fit_text import as_json, plain
 from dinoscale.scaling.report.page import write_page
 from dinoscale.scaling.report.plots import draw_metric
@@ -27,14 +27,14 @@ PAGE, DATA, PRESET, PLOTS = "report.html", "report.json", "recommended.yaml", "p
 def write_report(rows: Sequence[Row], fits: Sequence[MetricFit], out: Path) -> dict[str, Any]:
     """Write report.html, report.json, recommended.yaml and plots/*.png into a folder.
 
-    Without a supported optimum there is no recommended.yaml, and one that an earlier report wrote
-    is removed.
+    Without a supported optimum there is no recommended.yaml, and that of an earlier report is
+    removed.
 
     Returns:
         JSON-able: the paths and the recommendation.
 
     Raises:
-        ConfigError: they cannot be written.
+        ConfigError: a file cannot be written.
     """
     recommended = _recommended(rows, fits)
     plots = {fit.metric: draw_metric(rows, fit) for fit in fits}
@@ -44,13 +44,13 @@ def write_report(rows: Sequence[Row], fits: Sequence[MetricFit], out: Path) -> d
             path = out / PLOTS / f"{number}-{_letters(metric)}-{name}.png"
             html.write_file(path, plot.png)
             paths["plots"].append(str(path))
-    said = _write_preset(recommended, out / PRESET)
+    recommendation = _write_preset(recommended, out / PRESET)
     write_page(rows, fits, plots, recommended, out / PAGE)
     data = _data(rows, fits)
-    data["recommendation"] = said
+    data["recommendation"] = recommendation
     content = json.dumps(plain(data), indent=1, allow_nan=False)
     html.write_file(out / DATA, f"{content}\n".encode())
-    return {**paths, "recommendation": plain(said)}
+    return {**paths, "recommendation": plain(recommendation)}
 
 
 def _recommended(rows: Sequence[Row], fits: Sequence[MetricFit]) -> Recommendation | str:
@@ -61,15 +61,15 @@ def _recommended(rows: Sequence[Row], fits: Sequence[MetricFit]) -> Recommendati
 
 
 def _letters(metric: str) -> str:
-    """What a file may be called of a metric's name, which may be anything."""
+    """A metric's name, which may be any text, made fit for a file name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", metric)[:40]
 
 
 def _write_preset(recommended: Recommendation | str, path: Path) -> dict[str, Any]:
-    """Write it, or remove that of an earlier report.
+    """Write the preset, or remove that of an earlier report.
 
     Raises:
-        ConfigError: it cannot be written, or there is another file of that name.
+        ConfigError: it cannot be written, or a file that we did not write has its name.
     """
     theirs = not is_ours(path)
     if isinstance(recommended, str):
@@ -78,7 +78,7 @@ def _write_preset(recommended: Recommendation | str, path: Path) -> dict[str, An
             _remove(path)
         return {"preset": None, "why_not": recommended, "removed_earlier": stale}
     if theirs:
-        raise ConfigError(f"{path}: was not written by a report, move it away")
+        raise ConfigError(f"{path}: not written by a report; move it away")
     html.write_file(path, recommended.preset.encode())
     return {"preset": str(path), **recommended.as_json()}
 
@@ -106,12 +106,12 @@ def _answers(rows: Sequence[Row], fit: MetricFit) -> dict[str, Any]:
         "best_measured_run": best.name if best else None,
         "budgets": [
             {
-                **asdict(answer.optimum),
-                "expected": asdict(answer.expected) if answer.expected else None,
-                "trust": answer.trust.name.lower(),
-                "reasons": [reason.sentence for reason in answer.reasons],
+                **asdict(conclusion.optimum),
+                "expected": asdict(conclusion.expected) if conclusion.expected else None,
+                "trust": conclusion.trust.name.lower(),
+                "reasons": [reason.sentence for reason in conclusion.reasons],
             }
-            for answer in answers(fit)
+            for conclusion in conclusions(fit)
         ],
         "reasons": [reason.sentence for reason in fit_reasons(fit)],
         "runs_to_add": runs_to_add(rows, fit),

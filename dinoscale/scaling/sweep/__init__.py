@@ -1,1 +1,1 @@
-"""Scaling sweeps: from one file to runs, a fitted law and the configuration to train next."""
+"""Run a sweep: start its jobs, measure its runs, and keep their results in one table."""

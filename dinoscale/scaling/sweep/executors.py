@@ -1,4 +1,4 @@
-"""What starts the job of a run and tells when it has ended; here as processes of this machine."""
+"""Executors start the jobs of runs and report their ends; here as local processes."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _JOB = (sys.executable, "-m", "dinoscale.scaling.sweep.job")
 
 
 class Executor(Protocol):
-    """Starts jobs; whether each did what it should is told by its result.json alone."""
+    """Starts jobs; only its result.json says whether a job succeeded."""
 
     retries_bad_input: bool
 
     def start(self, run_dir: Path) -> str:
-        """Start the job of a run; what it can be found by after a restart."""
+        """Start the job of a run; return a handle that finds it after a restart."""
         ...
 
     def adopt(self, run_dir: Path, handle: str) -> bool:
-        """Take over a job that another process has started; false if it has ended."""
+        """Take over a job that another process started; False if it has ended."""
         ...
 
     def ended(self) -> list[tuple[Path, str]]:
-        """Jobs that have ended since the last call, and how, in words."""
+        """The jobs that have ended since the last call, each with how it ended."""
         ...
 
     def close(self) -> None:
-        """Let jobs that cannot live alone save and end, and wait for them; `ended` tells which."""
+        """Let jobs that depend on this process save and end, and wait; `ended` lists them."""
         ...
 
 
@@ -44,11 +44,11 @@ class Executor(Protocol):
 class _Running:
     run_dir: Path
     process: subprocess.Popen[bytes]
-    place: int
+    slot: int
 
 
 class LocalExecutor:
-    """Jobs that end with this process, on parts of this machine's cores and GPUs."""
+    """Runs jobs in slots of this machine's cores and GPUs; they end with this process."""
 
     retries_bad_input = False
 
@@ -60,66 +60,66 @@ class LocalExecutor:
         gpus: Sequence[str],
         program: Sequence[str] = _JOB,
     ) -> None:
-        """Start nothing yet.
+        """Prepare the slots; nothing starts yet.
 
         Args:
-            parallel: jobs at a time, at most.
-            processes: ranks of a job.
-            gpus: of this machine, as CUDA_VISIBLE_DEVICES names them; enough for all, or none.
-            program: does the job of the run directory that is its last argument, and ends soon
-                after its standard input.
+            parallel: maximum number of jobs at a time.
+            processes: ranks per job.
+            gpus: GPUs of this machine, as in CUDA_VISIBLE_DEVICES; enough for all slots, or none.
+            program: command that does the job of the run directory given as its last argument,
+                and ends soon after its standard input is closed.
         """
         self._processes, self._gpus, self._program = processes, gpus, program
-        self._places = list(range(parallel))
+        self._free_slots = list(range(parallel))
         self._threads = max(1, cores_at_hand() // (parallel * processes))
         self._running: list[_Running] = []
 
     def start(self, run_dir: Path) -> str:
-        """Start it in a free place, its output in job.log.
+        """Start a job in a free slot, with its output in job.log.
 
         Raises:
             OSError: it cannot be started.
         """
-        place = self._places[0]
+        slot = self._free_slots[0]
         with (run_dir / LOG).open("ab") as log:
             process = subprocess.Popen(
                 [*self._program, str(run_dir)],
-                stdin=subprocess.PIPE,  # which ends when this process does, however that happens
+                stdin=subprocess.PIPE,  # closed when this process ends, however it ends
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **self._variables(place)},
-                start_new_session=True,  # Ctrl-C is for the sweep, which lets its jobs save
+                env={**os.environ, **self._variables(slot)},
+                start_new_session=True,  # Ctrl-C reaches only the sweep, which lets its jobs save
             )
-        self._places.remove(place)
-        self._running.append(_Running(run_dir, process, place))
+        self._free_slots.remove(slot)
+        self._running.append(_Running(run_dir, process, slot))
         return f"process {process.pid}"
 
-    def _variables(self, place: int) -> dict[str, str]:
+    def _variables(self, slot: int) -> dict[str, str]:
         variables = {"OMP_NUM_THREADS": str(self._threads)}
         if not self._gpus:
             return {**variables, "DS_ACCELERATOR": "cpu"}
-        own = self._gpus[place * self._processes : (place + 1) * self._processes]
+        own = self._gpus[slot * self._processes : (slot + 1) * self._processes]
         return {**variables, "CUDA_VISIBLE_DEVICES": ",".join(own)}
 
     def adopt(self, run_dir: Path, handle: str) -> bool:  # noqa: ARG002  # of the Protocol
-        """None outlives who started it; the next job waits while it saves."""
+        """Never: a local job does not outlive its sweep; the next job waits while it saves."""
         return False
 
     def ended(self) -> list[tuple[Path, str]]:
-        """Ended jobs; what they have left running is ended, too."""
+        """The jobs that have ended; processes that they left behind are terminated."""
         found = [job for job in self._running if job.process.poll() is not None]
         for job in found:
             self._running.remove(job)
-            self._places.append(job.place)
+            self._free_slots.append(job.slot)
             assert job.process.stdin
             job.process.stdin.close()
-            if job.process.returncode < 0:  # killed, and could not end its training
+            if job.process.returncode < 0:  # killed before it could end its training
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(job.process.pid, signal.SIGTERM)
-        return [(job.run_dir, _in_words(job.process.returncode)) for job in found]
+        return [(job.run_dir, _ending(job.process.returncode)) for job in found]
 
     def close(self) -> None:
-        """Let all save and end."""
+        """Let all jobs save and end."""
         for job in self._running:
             assert job.process.stdin
             job.process.stdin.close()
@@ -127,5 +127,5 @@ class LocalExecutor:
             job.process.wait()
 
 
-def _in_words(code: int) -> str:
+def _ending(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"

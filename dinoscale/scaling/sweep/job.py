@@ -1,7 +1,7 @@
-"""The job of one run: train, then measure. `python -m dinoscale.scaling.sweep.job RUN_DIR` does it.
+"""The job of one run, `python -m dinoscale.scaling.sweep.job RUN_DIR`: train, then measure.
 
-It trains through the launchers, in a process of its own, and goes on from whatever an earlier start
-has left. It saves and ends when its standard input ends, so that it never outlives who started it.
+It trains through the launchers, in a process of its own, and continues from what an earlier attempt
+left. It saves and ends when its standard input closes, so it never outlives its parent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dinoscale.runtime import logs
 from dinoscale.runtime.launcher_env import first_host, on_this_node
 from dinoscale.runtime.locks import try_lock
 from dinoscale.runtime.versions import versions
-from dinoscale.scaling.sweep.measured_on import changed_input, print_of
+from dinoscale.scaling.sweep.measured_on import changed_input, measurement_fingerprint
 from dinoscale.scaling.sweep.run_files import (
     HEARTBEAT_S,
     LOG,
@@ -52,14 +52,14 @@ from dinoscale.training.hooks.events import count_events
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.1
-_LOCK, _LOCK_OF_TRAINING = ".job.lock", ".lock"
-# A launcher may die of SIGTERM itself, while its ranks save.
+_JOB_LOCK, _TRAINING_LOCK = ".job.lock", ".lock"
+# SIGTERM may kill a launcher while its ranks still save.
 _STOPPED = (PreemptedError.exit_code, -signal.SIGTERM, 128 + signal.SIGTERM)
 _EXIT_CODES: dict[Ending, int] = {"done": 0, "failed": 1, "bad input": 2, "stopped": 75}
 
 
-class Work:
-    """One start of a job."""
+class JobAttempt:
+    """One attempt at a job."""
 
     def __init__(self, run_dir: Path) -> None:
         """`run_dir` holds job.json and settings.yaml."""
@@ -71,29 +71,29 @@ class Work:
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> Ending:
-        """Do what is not done; how it ended stands in result.json, too.
+        """Do what is left of the job; return how it ended, which result.json records as well.
 
         Raises:
             OSError: the folder cannot be written.
         """
         try:
-            with self._alone(), (self.run_dir / LOG).open("ab") as output:
+            with self._exclusive(), (self.run_dir / LOG).open("ab") as output:
                 self._result = read_result(self.run_dir, self.job.key)
-                self._keep(ending="", error="")
+                self._update(ending="", error="")
                 ending, error = self._run(output)
-                self._keep(ending=ending, error=error)
-        except PreemptedError:  # before it had begun
+                self._update(ending=ending, error=error)
+        except PreemptedError:  # before it started
             return "stopped"
         return ending
 
     def stop_now(self) -> None:
-        """Let the training save and end, and note it; for a signal handler."""
+        """Let the training save and end, and record it; for a signal handler."""
         self.stop.set()
         if self._child is not None and self._child.poll() is None:
             self._child.terminate()
             self._child.wait()
             self._wait_for_ranks()
-        self._keep(ending="stopped")
+        self._update(ending="stopped")
 
     def _run(self, output: IO[bytes]) -> tuple[Ending, str]:
         try:
@@ -108,9 +108,9 @@ class Work:
         return "done", ""
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Wait for a job of the same run whose sweep was killed: it is about to save and end."""
-        with self._lock(_LOCK):
+    def _exclusive(self) -> Iterator[None]:
+        """Wait for a job of the same run whose sweep was killed, while it saves and ends."""
+        with self._lock(_JOB_LOCK):
             yield
 
     def _lock(self, name: str) -> IO[str]:
@@ -119,8 +119,8 @@ class Work:
         return lock
 
     def _wait_for_ranks(self) -> None:
-        """Wait for those that save while their launcher is gone."""
-        while (lock := try_lock(self.run_dir / _LOCK_OF_TRAINING)) is None:
+        """Wait for ranks that still save after their launcher has ended."""
+        while (lock := try_lock(self.run_dir / _TRAINING_LOCK)) is None:
             time.sleep(_POLL_S)
         lock.close()
 
@@ -129,20 +129,20 @@ class Work:
             raise PreemptedError("asked to stop")
         time.sleep(_POLL_S)
 
-    def _keep(self, **changes: object) -> None:
+    def _update(self, **changes: object) -> None:
         self._result = replace(self._result, **changes)  # type: ignore[arg-type]
         write_record(self.run_dir, self._result)
 
     def _train(self, output: IO[bytes]) -> None:
-        """Raises a DinoscaleError unless the training is complete."""
-        self._lock(_LOCK_OF_TRAINING).close()  # of ranks whose job was killed
+        """Complete the training, or raise a DinoscaleError."""
+        self._lock(_TRAINING_LOCK).close()  # held by ranks whose job was killed
         preempted = count_events(self.run_dir).get("preempted", 0)
         command = training_command(self.job, self.run_dir, os.environ)
         code, error = self._call(command, output, output, trains=True)
         self._wait_for_ranks()
         if code == 0:
             curves = thin(read_points(self.run_dir / METRICS))
-            self._keep(
+            self._update(
                 trained=True,
                 curves=curves,
                 versions=versions(),
@@ -155,10 +155,10 @@ class Work:
             raise _failure(code, error)
 
     def _measure(self, output: IO[bytes]) -> None:
-        """Each metric that is not there yet; one that fails does not keep the others from it."""
+        """Measure each missing metric; if one fails, the others are measured all the same."""
         failures: list[DinoscaleError] = []
         for name, line in self.job.metrics.items():
-            now = print_of(line, self.job.commands.get(name, ()))
+            now = measurement_fingerprint(line, self.job.commands.get(name, ()))
             if self._result.lines.get(name) == line and not changed_input(
                 self._result.prints.get(name), now
             ):
@@ -171,7 +171,7 @@ class Work:
                 failures.append(type(error)(f"metric {name}: {error}"))
                 continue
             metrics, lines, prints = self._result.metrics, self._result.lines, self._result.prints
-            self._keep(
+            self._update(
                 metrics={**metrics, name: value},
                 lines={**lines, name: line},
                 prints={**prints, name: now},
@@ -195,14 +195,14 @@ class Work:
     def _call(
         self, command: Sequence[str], stdout: IO[bytes], stderr: IO[bytes], *, trains: bool
     ) -> tuple[int, str]:
-        """Run a program to its end; its exit code and the last error that it printed.
+        """Run a program to its end; return its exit code and the last error that it printed.
 
         Raises:
             PreemptedError: the job was asked to stop, and the program has ended.
         """
         self._pause()
-        begun, before, beat = time.monotonic(), self._result.seconds, time.monotonic()
-        said = stderr.seek(0, os.SEEK_END)
+        start, before, beat = time.monotonic(), self._result.seconds, time.monotonic()
+        log_start = stderr.seek(0, os.SEEK_END)
         log.info("%s", " ".join(command))
         with warning_blocked():
             self._child = child = subprocess.Popen(
@@ -220,24 +220,24 @@ class Work:
                     asked = True
                 if time.monotonic() - beat > HEARTBEAT_S:
                     beat = time.monotonic()
-                    self._keep(seconds=before + (beat - begun) * trains)
+                    self._update(seconds=before + (beat - start) * trains)
                 time.sleep(_POLL_S)
         finally:
-            if child.poll() is None:  # the folder cannot be written any more
+            if child.poll() is None:  # the folder is no longer writable
                 child.terminate()
                 child.wait()
-        self._keep(seconds=before + (time.monotonic() - begun) * trains)
+        self._update(seconds=before + (time.monotonic() - start) * trains)
         if asked and child.returncode:
             self._wait_for_ranks()
             raise PreemptedError("asked to stop")
-        return child.returncode, last_error(self.run_dir / LOG, said)
+        return child.returncode, last_error(self.run_dir / LOG, log_start)
 
 
 def training_command(job: Job, run_dir: Path, environ: Mapping[str, str]) -> list[str]:
     """The command line that trains on this node.
 
-    One process needs no launcher; several on one node have that of DeepSpeed, on each of several
-    nodes there is a torchrun, which Slurm has told who it is.
+    One process needs no launcher. Several processes on one node use DeepSpeed's launcher; on
+    several nodes each starts torchrun, with its rank taken from Slurm's variables.
     """
     training = ["train", str(run_dir / SETTINGS)]
     if job.nodes > 1:
@@ -260,16 +260,16 @@ def training_command(job: Job, run_dir: Path, environ: Mapping[str, str]) -> lis
 
 
 def headline_error(text: str) -> float | None:
-    """1 - headline of the report that a task of `dinoscale evaluate` has printed.
+    """1 - the headline score of a report printed by `dinoscale evaluate`.
 
     Raises:
-        RunFailedError: it has no score.
+        RunFailedError: the report has no score.
     """
     try:
         score = json.loads(text.strip().splitlines()[-1])["score"]
         headline = float(next(iter(score.values())))
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
-        raise RunFailedError(f"the task printed no score but {text[-200:]!r}") from None
+        raise RunFailedError(f"the task printed no score; it ended with {text[-200:]!r}") from None
     return 1 - headline / 100 if abs(headline) < float("inf") else None
 
 
@@ -278,13 +278,13 @@ def _failure(code: int, error: str) -> DinoscaleError:
         return DinoscaleError(error)
     if code < 0:
         name = signal.Signals(-code).name
-        hint = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
-        return RunFailedError(f"killed by {name}{hint}; it last said: {error}")
+        hint = ", perhaps out of memory" if code == -signal.SIGKILL else ""
+        return RunFailedError(f"killed by {name}{hint}; last output: {error}")
     return RunFailedError(error)
 
 
 def _environment(environ: Mapping[str, str], *, trains: bool) -> dict[str, str]:
-    """Measuring takes one process, however many tasks Slurm has started."""
+    """The environment of a program; measuring takes one process, so it sees no Slurm tasks."""
     return {
         name: value for name, value in environ.items() if trains or not name.startswith("SLURM_")
     }
@@ -292,9 +292,9 @@ def _environment(environ: Mapping[str, str], *, trains: bool) -> dict[str, str]:
 
 @contextmanager
 def warning_blocked() -> Iterator[None]:
-    """Start a program that never sees SIGUSR2, by which submitit is warned of the end of its time.
+    """Block SIGUSR2 for programs started within; Slurm warns submitit by it of the time limit.
 
-    Slurm sends it to all processes of a job, and those that know nothing of it would die.
+    Slurm sends it to all processes of a job, and it would kill those without a handler.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:
@@ -304,15 +304,15 @@ def warning_blocked() -> Iterator[None]:
 
 
 def main() -> None:
-    """Do the job of a run; exit code as of `dinoscale train`."""
+    """Do the job of a run; exit codes are those of `dinoscale train`."""
     logs.shield_terminal()
     logging.basicConfig(level=logging.INFO, format="job %(asctime)s %(message)s")
     try:
-        work = Work(Path(sys.argv[1]))
+        attempt = JobAttempt(Path(sys.argv[1]))
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: work.stop.set())
-        threading.Thread(target=_stop_at_end_of_input, args=(work.stop,), daemon=True).start()
-        ending = work.run()
+            signal.signal(number, lambda *_: attempt.stop.set())
+        threading.Thread(target=_stop_at_end_of_input, args=(attempt.stop,), daemon=True).start()
+        ending = attempt.run()
     except (OSError, DinoscaleError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""What a metric was measured on, so that values of other images are never taken for the same."""
+"""Fingerprints of what a metric was measured on, so that values on other images never mix."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from dinoscale.data.sources.spec_files import files_behind
 from dinoscale.runtime.fingerprint import Fingerprint, differences, files_print, fingerprint
 from dinoscale.runtime.versions import versions
 
-_WRITTEN = ("--log", "--out")  # options
-_FIRST_OPTION = 3  # of the words after `dinoscale`: evaluate, the task and the weights
+_OUTPUT_OPTIONS = ("--log", "--out")
+_FIRST_OPTION = 3  # words after `dinoscale` before the options: evaluate, task, weights
 
 
-def print_of(line: str, words: Sequence[str]) -> Fingerprint:
+def measurement_fingerprint(line: str, words: Sequence[str]) -> Fingerprint:
     """Fingerprint of a measurement: its images, its line and the code.
 
     Args:
-        line: of the sweep's file.
-        words: of the command; none for what the training itself measures.
+        line: the metric's line in the sweep's file.
+        words: words of the command; empty for what the training itself measures.
 
     Raises:
-        UnavailableError: the images are on a file system that fails.
+        UnavailableError: the images are on an unavailable file system.
     """
-    return _print_of(line, tuple(words[_FIRST_OPTION:]))
+    return _cached_fingerprint(line, tuple(words[_FIRST_OPTION:]))
 
 
-@functools.cache  # the images of all runs are the same
-def _print_of(line: str, options: tuple[str, ...]) -> Fingerprint:
+@functools.cache  # all runs are measured on the same images
+def _cached_fingerprint(line: str, options: tuple[str, ...]) -> Fingerprint:
     images = {}
     for name in filter(_is_input, _read(options)):
         folder, files = files_behind(name)
@@ -40,25 +40,25 @@ def _print_of(line: str, options: tuple[str, ...]) -> Fingerprint:
 
 
 def _read(options: Sequence[str]) -> Iterator[str]:
-    """Words that may name what is read; what every run writes anew is no input."""
+    """Words that may name inputs; outputs, which every run writes anew, are skipped."""
     for before, option in pairwise(("", *options)):
         flag, _, value = option.partition("=")
-        if not {before, flag} & set(_WRITTEN):
+        if not {before, flag} & set(_OUTPUT_OPTIONS):
             yield value if flag.startswith("--") else option
 
 
 def _is_input(word: str) -> bool:
-    """Whether it names what is there, or may be the pattern of it."""
+    """Whether a word names an existing file or folder, or may be a pattern."""
     return bool(word) and (
         os.path.exists(os.path.expanduser(word)) or bool(set("{*?[") & set(word))
     )
 
 
 def changed_input(kept: object, now: Fingerprint) -> list[str]:
-    """What of the images and the line is not as it was; of nothing known nothing.
+    """The parts of the images and the line that changed; empty where nothing is known.
 
-    Other code is no other measurement: the report names the versions that differ. Images that
-    cannot be seen from here, or could not from there, tell nothing either.
+    Changed code does not count: the report names differing versions. Neither do images that cannot
+    be seen from this machine, or could not be seen from that of the measurement.
     """
     if not isinstance(kept, dict) or not kept:
         return []
@@ -71,6 +71,6 @@ def changed_input(kept: object, now: Fingerprint) -> list[str]:
     ]
 
 
-def _images(print_: Fingerprint) -> dict[str, object]:
-    images = print_["input"]
+def _images(found: Fingerprint) -> dict[str, object]:
+    images = found["input"]
     return images if isinstance(images, dict) else {}

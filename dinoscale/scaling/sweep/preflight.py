@@ -1,4 +1,4 @@
-"""What would fail in seconds fails before anything starts."""
+"""Checks of a sweep that fail within seconds, before anything starts."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ EvaluationWords = Callable[[str, str], list[str]]
 
 
 def lock_sweep(out: Path) -> IO[str]:
-    """Make the folder of a sweep and keep others out of it while the result is open.
+    """Create the folder of a sweep and lock it while the returned file is open.
 
     Raises:
-        DinoscaleError: it cannot be written, or another process runs the sweep.
+        DinoscaleError: the folder cannot be written, or another process runs the sweep.
     """
     end = time.monotonic() + _LOCK_WAIT_S
     try:
@@ -41,8 +41,8 @@ def lock_sweep(out: Path) -> IO[str]:
         while (lock := try_lock(out / ".lock")) is None:
             if time.monotonic() > end:
                 raise DinoscaleError(
-                    f"out: another process runs the sweep in {out}; wait for it or end it."
-                    " `dinoscale sweep FILE status` tells how far it is"
+                    f"out: another process runs the sweep in {out}; wait for it or stop it."
+                    " `dinoscale sweep FILE status` shows its progress"
                 )
             time.sleep(0.1)
     except OSError as error:
@@ -59,23 +59,24 @@ def require_own_folders(runs: Sequence[PlannedRun], folder: Callable[[PlannedRun
     names: dict[str, str] = {}
     for run in runs:
         if names.setdefault(run.name, run.key) != run.key:
-            raise ConfigError(f"{folder(run)}: two runs of the sweep have this folder")
+            raise ConfigError(f"{folder(run)}: two runs of the sweep share this folder")
         job = read_job(folder(run))
         if job is not None and job.key != run.key:
             raise ConfigError(
-                f"{folder(run)}: holds another run, {job.key}, and not {run.key}; move it away, or"
-                " give the sweep another `out`"
+                f"{folder(run)}: holds another run, {job.key} instead of {run.key}; move it away,"
+                " or set another `out` for the sweep"
             )
 
 
 def measuring_commands(
     metrics: Mapping[str, str], words: EvaluationWords
 ) -> Callable[[Path], dict[str, list[str]]]:
-    """How to measure a run in a folder: the words after `dinoscale`, by name of the metric.
+    """The commands that measure the run in a folder: metric -> words after `dinoscale`.
 
     Args:
         metrics: see `SweepConfig`.
-        words: of a line of `dinoscale evaluate` and the weights; ConfigError if it is wrong.
+        words: turns a line of `dinoscale evaluate` and the weights into words; raises ConfigError
+            if the line is invalid.
 
     Raises:
         ConfigError: a metric cannot be measured.
@@ -91,22 +92,24 @@ def measuring_commands(
         except ConfigError as error:
             raise ConfigError(f"metrics.{name}: {error}") from error
         if task in NOT_RANKED:
-            raise ConfigError(f"metrics.{name}: the number of {task!r} is neither good nor bad")
+            raise ConfigError(
+                f"metrics.{name}: {task!r} measures no quality, so it cannot rank runs"
+            )
     return commands
 
 
 def require_machine(executor: ExecutorConfig) -> list[str]:
-    """Refuse an executor that cannot work here.
+    """Refuse an executor that cannot work on this machine.
 
     Returns:
-        This machine's GPUs, as CUDA_VISIBLE_DEVICES names them.
+        The GPUs of this machine, as in CUDA_VISIBLE_DEVICES.
 
     Raises:
         ConfigError: something is missing.
     """
     if executor.kind == "slurm":
         if missing := slurm_is_missing():
-            raise ConfigError(f"executor.kind: slurm needs {missing}, which is not on this machine")
+            raise ConfigError(f"executor.kind: slurm needs {missing}, which this machine lacks")
         return []
     if executor.nodes > 1:
         raise ConfigError(
@@ -117,21 +120,21 @@ def require_machine(executor: ExecutorConfig) -> list[str]:
     if count and needed > count:
         raise ConfigError(
             f"executor.parallel: {executor.parallel} runs of {executor.processes} processes need"
-            f" {needed} GPUs, and this machine has {count}"
+            f" {needed} GPUs, but this machine has {count}"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
 def require_data(runs: Sequence[PlannedRun], *, elsewhere: bool) -> None:
-    """Open the images of every distinct configuration.
+    """Open the images of every distinct data configuration.
 
     Args:
-        runs: that are to be trained.
-        elsewhere: they train on other machines; then what is missing here is only told.
+        runs: runs to train.
+        elsewhere: whether they train on other machines; missing images are then only a warning.
 
     Raises:
-        DinoscaleError: they cannot be opened, or none are named.
+        DinoscaleError: the images cannot be opened, or none are named.
     """
     distinct = {json.dumps(run.config.data.model_dump(mode="json")): run for run in runs}
     for run in distinct.values():

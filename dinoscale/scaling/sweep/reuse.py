@@ -1,7 +1,7 @@
-"""Which results belong to the runs and metrics of a sweep's file, and why others do not.
+"""Match existing results to the runs and metrics of a sweep's file.
 
-A table outlives versions of the file, and of the code. What no longer fits is named and left alone,
-and never counted together with what does.
+A table outlives versions of the file and of the code. Results that no longer match are named, left
+untouched, and never mixed with those that do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from dinoscale.config import load_config, parse_config
 from dinoscale.errors import ConfigError
 from dinoscale.scaling.design.planned_run import PlannedRun
-from dinoscale.scaling.design.run_key import NO_PART, key_of
+from dinoscale.scaling.design.run_key import NOT_IN_KEY, key_of
 from dinoscale.scaling.sweep.measured_on import changed_input
 from dinoscale.scaling.sweep.run_files import (
     RUNS,
@@ -28,39 +28,40 @@ from dinoscale.scaling.sweep.run_files import (
 )
 from dinoscale.scaling.sweep.table import Row
 
-_MOST = 3  # of anything that a sentence names
+_MAX_SHOWN = 3  # names in a sentence
 
 
 def with_known_keys(runs: Sequence[PlannedRun], rows: Iterable[Row], out: Path) -> list[PlannedRun]:
-    """The runs by the keys that they have in a table and in folders of an earlier version.
+    """The runs under the keys that tables and folders of an earlier version use for them.
 
-    Keys once covered settings that change no number. A run is the same run if its key of today is.
+    Keys once covered settings that change no number. Two runs are the same if their current keys
+    are equal.
 
     Args:
-        runs: as planned.
-        rows: of the table.
+        runs: runs as planned.
+        rows: rows of the table.
         out: folder of the sweep.
     """
     planned = {run.key for run in runs}
-    known: dict[str, str] = {}  # the later ones count: what is done is never trained again
+    known: dict[str, str] = {}  # later entries win, so that no completed run is trained again
     for folder in sorted((out / RUNS).glob("*")) if planned else ():
         job = read_job(folder)
         with contextlib.suppress(ConfigError):
             if job is not None and job.key not in planned:
                 known[key_of(load_config(str(folder / SETTINGS)))] = job.key
     for row in sorted(rows, key=lambda row: (row.status == "done", row.key in planned)):
-        with contextlib.suppress(ConfigError):  # settings of another version: another run
-            today = row.key if row.key in planned else key_of(parse_config(row.config))
-            known[today] = row.key
+        with contextlib.suppress(ConfigError):  # settings of another version: a different run
+            current = row.key if row.key in planned else key_of(parse_config(row.config))
+            known[current] = row.key
     return [replace(run, key=known.get(run.key, run.key)) for run in runs]
 
 
 def with_known_lines(rows: Sequence[Row], runs: Sequence[PlannedRun], out: Path) -> list[Row]:
-    """Rows of an earlier version with the lines of their metrics, which only their folders tell.
+    """Rows with the lines of their metrics, which an earlier version kept only in the folders.
 
     Args:
-        rows: of the table.
-        runs: of the file, by the keys of the table.
+        rows: rows of the table.
+        runs: runs of the file, under the keys of the table.
         out: folder of the sweep.
     """
     folders = folders_of(runs, out)
@@ -73,7 +74,7 @@ def with_known_lines(rows: Sequence[Row], runs: Sequence[PlannedRun], out: Path)
 
 
 def lines_of(row: Row, result: Result) -> dict[str, str]:
-    """By which lines the values of a row were measured, as far as its folder has the same ones."""
+    """Metric -> line that measured it; from the folder only where its value is the same."""
     same = {
         name: line
         for name, line in result.lines.items()
@@ -82,34 +83,34 @@ def lines_of(row: Row, result: Result) -> dict[str, str]:
     return {**same, **row.lines}
 
 
-def of_file(
+def rows_of_sweep(
     rows: Sequence[Row], runs: Sequence[PlannedRun], metrics: Mapping[str, str]
 ) -> tuple[list[Row], list[str]]:
-    """Rows of the runs, with the metrics of the file alone; and sentences on what was left out.
+    """The rows of a file's runs, with its metrics only, and sentences on what was left out.
 
     Args:
-        rows: of the table.
-        runs: of the file, by the keys of the table.
-        metrics: of the file, name -> line.
+        rows: rows of the table.
+        runs: runs of the file, under the keys of the table.
+        metrics: metrics of the file, name -> line.
     """
     keys = {run.key for run in runs}
-    notes = [*abandoned(rows, runs)]
+    notes = [*describe_unmatched(rows, runs)]
     kept = [row for row in rows if row.key in keys]
     for name, line in metrics.items():
-        kept, said = _of_metric(kept, name, line)
-        notes += said
+        kept, more_notes = _of_metric(kept, name, line)
+        notes += more_notes
     own = [_with_metrics(row, [name for name in metrics if name in row.metrics]) for row in kept]
     return own, notes
 
 
-def of_table(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """The same of a bare table: of each metric the values by the line that was used last."""
+def rows_of_table(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows of a bare table, with the values of each metric by its most recent line."""
     kept, notes = list(rows), list[str]()
     for name in dict.fromkeys(name for row in rows for name in row.metrics):
         lines = [row.lines[name] for row in sorted(rows, key=_ended) if name in row.lines]
         if lines:
-            kept, said = _of_metric(kept, name, lines[-1])
-            notes += said
+            kept, more_notes = _of_metric(kept, name, lines[-1])
+            notes += more_notes
     return kept, notes
 
 
@@ -118,24 +119,26 @@ def _ended(row: Row) -> str:
 
 
 def _of_metric(rows: Sequence[Row], name: str, line: str) -> tuple[list[Row], list[str]]:
-    """Drop values of a metric by another line, or on other images than the last were."""
+    """Drop values of a metric by another line, or on other images than the most recent ones."""
     by_line = [row for row in rows if row.lines.get(name, line) != line]
-    told = [row for row in sorted(rows, key=_ended) if row.prints.get(name) and row not in by_line]
-    newest = told[-1].prints[name] if told else {}
-    by_images = [row for row in told if changed_input(row.prints[name], newest)]
+    fingerprinted = [
+        row for row in sorted(rows, key=_ended) if row.prints.get(name) and row not in by_line
+    ]
+    newest = fingerprinted[-1].prints[name] if fingerprinted else {}
+    by_images = [row for row in fingerprinted if changed_input(row.prints[name], newest)]
     notes = []
     if by_line:
         others = sorted({row.lines[name] for row in by_line})
         notes.append(
             f"{name} of {_runs(by_line)} left out: measured by {_some(others)}, not by {line!r};"
-            " `dinoscale sweep FILE run` measures again what still has its weights"
+            " `dinoscale sweep FILE run` measures again where the weights still exist"
         )
     if by_images:
         parts = (changed_input(row.prints[name], newest) for row in by_images)
         what = sorted({each for changed in parts for each in changed})
         notes.append(
-            f"{name} of {_runs(by_images)} left out: measured on other images than the last runs"
-            f" ({', '.join(what[:_MOST])}); `dinoscale sweep FILE run` measures again"
+            f"{name} of {_runs(by_images)} left out: measured on other images than the latest runs"
+            f" ({', '.join(what[:_MAX_SHOWN])}); `dinoscale sweep FILE run` measures again"
         )
     out = {row.key for row in (*by_line, *by_images)}
     return [
@@ -150,35 +153,35 @@ def _with_metrics(row: Row, names: Sequence[str]) -> Row:
     return replace(row, metrics={name: row.metrics[name] for name in names})
 
 
-def abandoned(rows: Sequence[Row], runs: Sequence[PlannedRun]) -> Iterator[str]:
-    """A sentence on rows that belong to no run, with the settings in which they differ."""
+def describe_unmatched(rows: Sequence[Row], runs: Sequence[PlannedRun]) -> Iterator[str]:
+    """A sentence on the rows that match no run, with the settings in which they differ."""
     keys = {run.key for run in runs}
     others = [row for row in rows if row.key not in keys]
     if not others:
         return
     planned = [_flat(run.config.model_dump(mode="json")) for run in runs]
     reasons = Counter(_differing(row, planned) for row in others)
-    because = "; ".join(f"{count} by {why}" for why, count in reasons.most_common(_MOST))
+    because = "; ".join(f"{count} in {why}" for why, count in reasons.most_common(_MAX_SHOWN))
     yield (
-        f"{_runs(others)} of the table left out: the file has no such run (they differ from the"
+        f"{_runs(others)} of the table left out: the file has no such run (differences to the"
         f" nearest of its runs: {because})"
     )
 
 
 def _differing(row: Row, planned: Sequence[Mapping[str, object]]) -> str:
-    """Settings in which a row differs from the nearest run."""
+    """The settings in which a row differs from the nearest run."""
     own = _flat(row.config)
     differing = (
         sorted(name for name in own.keys() | run.keys() if own.get(name) != run.get(name))
         for run in planned
     )
     found = min(differing, key=len, default=[])
-    more = ", ..." if len(found) > _MOST else ""
-    return ", ".join(found[:_MOST]) + more or "their keys alone"
+    more = ", ..." if len(found) > _MAX_SHOWN else ""
+    return ", ".join(found[:_MAX_SHOWN]) + more or "their keys only"
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, object]:
-    """Settings by dotted key, without those that no key covers."""
+    """Settings by dotted key, without those that do not enter the key of a run."""
     flat: dict[str, object] = {}
     for section, values in config.items():
         inner = values.items() if isinstance(values, dict) else [("", values)]
@@ -186,16 +189,16 @@ def _flat(config: Mapping[str, Any]) -> dict[str, object]:
     return {
         name: value
         for name, value in flat.items()
-        if not {name, name.partition(".")[0]} & set(NO_PART)
+        if not {name, name.partition(".")[0]} & set(NOT_IN_KEY)
     }
 
 
 def _runs(rows: Sequence[Row]) -> str:
     names = [row.name for row in rows]
-    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
     count = f"{len(names)} run{'s' * (len(names) > 1)}"
-    return f"{count} ({', '.join(names[:_MOST])}{more})"
+    return f"{count} ({', '.join(names[:_MAX_SHOWN])}{more})"
 
 
 def _some(lines: Sequence[str]) -> str:
-    return " and ".join(repr(line) for line in lines[:_MOST])
+    return " and ".join(repr(line) for line in lines[:_MAX_SHOWN])

@@ -1,7 +1,7 @@
-"""Run a sweep: start what has not ended, keep the results, go on after any interruption.
+"""Run a sweep: start the runs that have not ended, collect results, survive interruptions.
 
 A run is done when its row is in the table, whatever becomes of its folder. Until then its folder
-tells what is left to do, so that a sweep which was killed anywhere goes on by being started again.
+states what is left to do, so that a sweep killed at any moment continues when started again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.config import dump_config
 from dinoscale.config.sweep.executor import ExecutorConfig
 from dinoscale.errors import DataError, DinoscaleError, PreemptedError, RunFailedError
+from dinoscale.runtime.outputs import replace_text
 from dinoscale.scaling.design.planned_run import PlannedRun
 from dinoscale.scaling.sweep.executors import Executor, LocalExecutor
 from dinoscale.scaling.sweep.preflight import (
@@ -43,12 +44,11 @@ from dinoscale.scaling.sweep.run_files import (
     read_job,
     read_result,
     write_record,
-    write_whole,
 )
 from dinoscale.scaling.sweep.run_logs import last_error
 from dinoscale.scaling.sweep.table import TABLE, Row, append_row, read_table
 from dinoscale.scaling.sweep.table_row import row_of
-from dinoscale.scaling.sweep.work_list import intentions, to_measure
+from dinoscale.scaling.sweep.work_list import describe_work, to_measure
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +65,16 @@ def run_sweep(
     retry_failed: bool,
     evaluation_words: EvaluationWords,
 ) -> dict[str, Any]:
-    """Run what has not ended and write the table.
+    """Run everything that has not ended and write the table.
 
     Args:
-        runs: of the sweep.
+        runs: runs of the sweep.
         out: folder of the sweep.
-        metrics: what to measure of each run, by name: see `SweepConfig`.
-        executor: where, and how many at a time.
-        retry_failed: whether runs whose retries are used up are started again.
-        evaluation_words: the words after `dinoscale` that measure weights, from a line of
-            `dinoscale evaluate` without them and the weights; a ConfigError if it is wrong.
+        metrics: metrics to measure for each run, see `SweepConfig`.
+        executor: where to run, and how many runs at a time.
+        retry_failed: whether to start runs again that have used up their retries.
+        evaluation_words: turns a line of `dinoscale evaluate` and the weights into the words after
+            `dinoscale`; raises ConfigError if the line is invalid.
 
     Returns:
         JSON-able: numbers of runs done, failed and left, and the path of the table.
@@ -82,20 +82,20 @@ def run_sweep(
     Raises:
         DinoscaleError: nothing could be started, or another process runs the sweep.
         RunFailedError: some runs failed; the others are done.
-        PreemptedError: asked to stop; what ran has saved or goes on in the queue.
+        PreemptedError: asked to stop; running jobs have saved or continue in the queue.
     """
-    begun, out = time.monotonic(), out.absolute()
+    start, out = time.monotonic(), out.absolute()
     with lock_sweep(out):
         commands = measuring_commands(metrics, evaluation_words)
         gpus = require_machine(executor)
         table = out / TABLE
         runs = with_known_keys(runs, read_table(table) if table.exists() else [], out)
         sweep = Sweep(runs, out, metrics, commands, executor, retry_failed=retry_failed)
-        wanted = {run.key for run in runs if sweep.is_wanted(run)}
-        for sentence in intentions(runs, sweep.rows, wanted, sweep.to_measure, sweep.folder):
+        pending = {run.key for run in sweep.pending}
+        for sentence in describe_work(runs, sweep.rows, pending, sweep.to_measure, sweep.folder):
             log.info("%s", sentence)
         require_data(sweep.untrained(), elsewhere=executor.kind == "slurm")
-        sweep.to_the_end(_executor(executor, out, gpus))
+        sweep.run_all(_executor(executor, out, gpus))
     rows = [sweep.rows[run.key] for run in runs if run.key in sweep.rows]
     failed = [row for row in rows if row.error]
     if failed:
@@ -104,7 +104,7 @@ def run_sweep(
         "done": len(rows),
         "failed": 0,
         "left": len(runs) - len(rows),
-        "seconds": round(time.monotonic() - begun, 1),
+        "seconds": round(time.monotonic() - start, 1),
         "table": str(out / TABLE),
     }
 
@@ -121,14 +121,14 @@ def _executor(config: ExecutorConfig, out: Path, gpus: Sequence[str]) -> Executo
 
 
 def _failures(failed: Sequence[Row], number: int, folders: Mapping[str, Path]) -> str:
-    lines = [f"{len(failed)} of {number} runs failed; --retry-failed tries them again"]
+    lines = [f"{len(failed)} of {number} runs failed; --retry-failed retries them"]
     lines += [f"  {row.name}: {row.error} ({folders[row.key] / LOG})" for row in failed]
     return "\n".join(lines)
 
 
 @dataclass
 class Sweep:
-    """Where each run stands; the only writer of the table and of job.json."""
+    """The state of each run; the only writer of the table and of job.json."""
 
     runs: Sequence[PlannedRun]
     out: Path
@@ -138,7 +138,7 @@ class Sweep:
     retry_failed: bool
 
     def __post_init__(self) -> None:
-        """Look at what is there.
+        """Read the table and find the runs with work left.
 
         Raises:
             DinoscaleError: the table cannot be read, or a folder holds another run.
@@ -148,24 +148,21 @@ class Sweep:
         self.rows = {row.key: row for row in rows}
         self.waiting: deque[PlannedRun] = deque()
         self.running: dict[Path, PlannedRun] = {}
-        self.last: Row | None = None  # of the runs that have ended
+        self.last: Row | None = None  # the run that ended last
         self._folders = folders_of(self.runs, self.out)
-        require_own_folders([run for run in self.runs if self.is_wanted(run)], self.folder)
+        self.pending = [run for run in self.runs if self._is_pending(run)]
+        require_own_folders(self.pending, self.folder)
 
     def folder(self, run: PlannedRun) -> Path:
-        """Of a run."""
+        """The folder of a run."""
         return self._folders[run.key]
 
     def untrained(self) -> list[PlannedRun]:
-        """Runs whose training is not known to be complete."""
-        return [
-            run
-            for run in self.runs
-            if self.is_wanted(run) and not read_result(self.folder(run), run.key).trained
-        ]
+        """Pending runs whose training is not known to be complete."""
+        return [run for run in self.pending if not read_result(self.folder(run), run.key).trained]
 
-    def is_wanted(self, run: PlannedRun) -> bool:
-        """Whether there is something to do for a run."""
+    def _is_pending(self, run: PlannedRun) -> bool:
+        """Whether a run has work left."""
         row = self.rows.get(run.key)
         if row is None:
             return True
@@ -176,47 +173,46 @@ class Sweep:
         return bool(self.to_measure(run, row)) and bool(checkpoints(self.folder(run)))
 
     def to_measure(self, run: PlannedRun, row: Row) -> dict[str, str]:
-        """Metrics of a run that is done which have to be measured, and why."""
+        """The metrics to measure for a completed run, with the reasons."""
         folder = self.folder(run)
         return to_measure(row, read_result(folder, run.key), self.metrics, self.commands(folder))
 
-    def to_the_end(self, executor: Executor) -> None:
-        """Run all that is wanted.
+    def run_all(self, executor: Executor) -> None:
+        """Run everything that is pending.
 
         Raises:
-            DinoscaleError: a file cannot be written, a job not started; jobs have saved.
+            DinoscaleError: a file cannot be written or a job not started; jobs have saved.
             PreemptedError: asked to stop.
         """
         self.executor = executor
-        wanted = [run for run in self.runs if self.is_wanted(run)]
-        bar = tqdm(total=len(self.runs), initial=len(self.runs) - len(wanted), unit="run")
+        bar = tqdm(total=len(self.runs), initial=len(self.runs) - len(self.pending), unit="run")
         with logging_redirect_tqdm(), bar as self.bar, _stop_signals() as stop:
             try:
-                for run in wanted:
-                    self._take_up(run)
-                shown = time.monotonic()
+                for run in self.pending:
+                    self._recover(run)
+                refreshed = time.monotonic()
                 while (self.waiting or self.running) and not stop:
                     while self.waiting and len(self.running) < self.config.parallel:
                         self._start(self.waiting.popleft())
-                    self._look()
-                    if time.monotonic() - shown > _REFRESH_S:  # the time on the bar goes on
+                    self._poll()
+                    if time.monotonic() - refreshed > _REFRESH_S:  # keeps its clock running
                         self.bar.refresh()
-                        shown = time.monotonic()
+                        refreshed = time.monotonic()
                     time.sleep(_POLL_S)
             finally:
                 executor.close()
             if stop:
-                self._look()
-                raise PreemptedError(self._farewell(stop[0]))
+                self._poll()
+                raise PreemptedError(self._stop_message(stop[0]))
 
-    def _farewell(self, reason: str) -> str:
+    def _stop_message(self, reason: str) -> str:
         text = f"asked to stop ({reason}): {self.bar.n} of {len(self.runs)} runs have ended"
         if self.running:
-            text += f", jobs that go on by themselves: {len(self.running)}"
-        return f"{text}; the same command goes on from there"
+            text += f", jobs that continue by themselves: {len(self.running)}"
+        return f"{text}; the same command resumes from there"
 
-    def _take_up(self, run: PlannedRun) -> None:
-        """Find out what became of a run since the sweep last looked."""
+    def _recover(self, run: PlannedRun) -> None:
+        """Determine what became of a run while no sweep was watching."""
         folder = self.folder(run)
         job = read_job(folder)
         if job is not None and self.retry_failed and run.key in self.rows:
@@ -226,7 +222,7 @@ class Sweep:
         if job is not None and job.handle and self.executor.adopt(folder, job.handle):
             self.running[folder] = run
         elif job is not None and (job.handle or self._is_complete(result, run)):
-            self._settle(run, job, result)
+            self._finish_job(run, job, result)
         else:
             self.waiting.append(run)
 
@@ -245,16 +241,16 @@ class Sweep:
         result = read_result(folder, run.key)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if result.ending:  # of an earlier start, which says nothing about this one
+            if result.ending:  # of an earlier attempt, which says nothing about this one
                 write_record(folder, replace(result, ending="", error=""))
-            write_whole(folder / SETTINGS, dump_config(config))
+            replace_text(folder / SETTINGS, dump_config(config))
             self._write(folder, job)
             handle = self.executor.start(folder)
         except OSError as error:
-            raise DinoscaleError(f"{folder}: its job cannot be started ({error})") from error
+            raise DinoscaleError(f"{folder}: the job cannot be started ({error})") from error
         self.running[folder] = run
         self._write(folder, replace(job, handle=handle))
-        log.info("%s: started, %s", run.name, handle)
+        log.info("%s: started as %s", run.name, handle)
         self._show()
 
     def _write(self, folder: Path, job: Job) -> None:
@@ -263,24 +259,24 @@ class Sweep:
         except OSError as error:
             raise DataError(f"{folder}: cannot be written ({error.strerror})") from error
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         for folder, how in self.executor.ended():
             run = self.running.pop(folder)
             job = read_job(folder)
             if job is None:  # its folder was deleted
-                log.warning("%s: its folder is gone; it begins anew", run.name)
+                log.warning("%s: its folder is gone; it starts from scratch", run.name)
                 self.waiting.append(run)
             else:
-                self._settle(run, job, read_result(folder, run.key), how)
+                self._finish_job(run, job, read_result(folder, run.key), how)
 
-    def _settle(self, run: PlannedRun, job: Job, result: Result, how: str = "") -> None:
+    def _finish_job(self, run: PlannedRun, job: Job, result: Result, how: str = "") -> None:
         """Decide what follows the end of a job.
 
         Args:
-            run: whose job it was.
+            run: run of the job.
             job: its job.json.
             result: its result.json.
-            how: it ended; empty if nobody saw it.
+            how: how it ended; empty if no sweep was watching.
         """
         folder = self.folder(run)
         if self._is_complete(result):
@@ -290,21 +286,21 @@ class Sweep:
             self._write(folder, replace(job, handle=""))
             self.waiting.append(run)
         else:
-            said = (
-                last_error(folder / LOG, job.log_begin) or last_error(folder / LOG, 0) or "nothing"
+            output = (
+                last_error(folder / LOG, job.log_begin) or last_error(folder / LOG, 0) or "none"
             )
-            error = result.error or f"its job ended with {how} and last said: {said}"
+            error = result.error or f"its job ended with {how}; last output: {output}"
             job = replace(job, handle="", failures=job.failures + 1)
             self._failed(run, job, result, error)
 
     def _is_complete(self, result: Result, run: PlannedRun | None = None) -> bool:
-        """Whether nothing is left to do; with a run, its row may say otherwise."""
+        """Whether no work is left by the result and, if a run is given, by its row."""
         row = None if run is None else self.rows.get(run.key)
         stale = run is not None and row is not None and bool(self.to_measure(run, row))
         return result.trained and result.measured(self.metrics) and not stale
 
     def _row(self, run: PlannedRun, job: Job, result: Result, error: str = "") -> Row:
-        """A row with the metrics of the older one, too, that are measured no longer."""
+        """A row that keeps those metrics of the run's older row that are no longer measured."""
         row = self.rows.get(run.key)
         known = {**dict.fromkeys(self.metrics), **(row.metrics if row else {}), **result.metrics}
         return row_of(
@@ -318,10 +314,10 @@ class Sweep:
         )
 
     def _failed(self, run: PlannedRun, job: Job, result: Result, error: str) -> None:
-        tried = job.failures - job.forgiven
+        failures = job.failures - job.forgiven
         hopeless = result.ending == "bad input" and not self.executor.retries_bad_input
-        if tried <= self.config.retries and not hopeless:
-            log.warning("%s: failed, is tried again: %s", run.name, error)
+        if failures <= self.config.retries and not hopeless:
+            log.warning("%s: failed and will be retried: %s", run.name, error)
             self.waiting.append(run)
         else:
             log.error("%s: failed: %s (%s)", run.name, error, self.folder(run) / LOG)
@@ -351,12 +347,12 @@ def _size(path: Path) -> int:
 
 def _numbers(row: Row) -> str:
     known = {name: value for name, value in row.metrics.items() if value is not None}
-    return " ".join(f"{name} {value:.4g}" for name, value in known.items()) or "without a number"
+    return " ".join(f"{name} {value:.4g}" for name, value in known.items()) or "no metric"
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[str]]:
-    """A list that holds the name of the first signal to stop; a second one ends at once."""
+    """A list that receives the name of the first stop signal; a second signal ends at once."""
     asked: list[str] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}

@@ -1,9 +1,8 @@
-"""What is kept in the folder of a run besides the training's own files.
+"""Files of a sweep in the folder of a run, beside those of the training.
 
-job.json says what to do and is written by the sweep alone, result.json says what came of it and is
-written by the job alone: the sweep only takes the ending of an earlier start out of it before
-another, so that no job is judged by what one before it left. Both are replaced as a whole or not at
-all.
+job.json states what to do; only the sweep writes it. result.json states the outcome; only the job
+writes it, except that the sweep clears the ending of an earlier attempt before it starts another,
+so that no job is judged by an earlier ending. Both files are replaced atomically.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from dinoscale.runtime.outputs import replace_text
 from dinoscale.scaling.design.planned_run import PlannedRun
 
-RUNS = "runs"  # in the folder of a sweep; a folder for each run
+RUNS = "runs"  # in the folder of a sweep; it holds a folder for each run
 JOB, RESULT, SETTINGS, LOG = "job.json", "result.json", "settings.yaml", "job.log"
-HEARTBEAT_S = 30.0  # between two times that a running job writes its result
+HEARTBEAT_S = 30.0  # interval at which a running job writes its result
 
 Ending = Literal["", "done", "stopped", "failed", "bad input"]
 Point = Mapping[str, float | None]
@@ -28,18 +28,18 @@ T = TypeVar("T", "Job", "Result")
 
 @dataclass(frozen=True)
 class Job:
-    """What to do for a run, and what was tried.
+    """What to do for a run, and the attempts so far.
 
     Attributes:
-        key: of the run, see `PlannedRun`.
+        key: key of the run, see `PlannedRun`.
         metrics: as in the sweep's file: name -> `online`, or a line of `dinoscale evaluate`.
-        commands: what follows `dinoscale` to measure those that have a line, by name.
-        nodes: of the run.
-        processes: ranks on each of them.
-        failures: starts that failed.
-        forgiven: those of them that count no longer.
-        handle: what the executor knows the last start by; empty when that has been dealt with.
-        log_begin: bytes of job.log before that start.
+        commands: metric with a line -> words after `dinoscale` that measure it.
+        nodes: number of nodes.
+        processes: ranks per node.
+        failures: attempts that failed.
+        forgiven: failures before the last --retry-failed, which no longer count.
+        handle: the executor's handle of the last attempt; empty once its end has been handled.
+        log_begin: size of job.log in bytes before the last attempt.
     """
 
     key: str
@@ -55,21 +55,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a job so far.
+    """The outcome of a job so far.
 
     Attributes:
-        key: of the run.
-        ending: of its last start; empty while that lives, or if it was killed.
+        key: key of the run.
+        ending: how the last attempt ended; empty while it runs, or if it was killed.
         error: why it failed, else empty.
-        seconds: of training, all starts together.
-        trained: the training is complete.
-        metrics: what was measured, by name; None where it is not finite.
-        lines: by which line.
-        prints: on which images and by which code, as `measure.print_of` tells it.
+        seconds: training time, summed over all attempts.
+        trained: whether the training is complete.
+        metrics: measured values by name; None where not finite.
+        lines: metric -> line that measured it.
+        prints: metric -> fingerprint of its images and code, see `measured_on.py`.
         curves: see `Row`.
-        versions: of libraries and code.
-        events: how often what happened in the training, see `hooks/events.py`.
-        num_images: different images that it had; 0 where it does not say.
+        versions: versions of libraries and code.
+        events: counts of events during training, see `hooks/events.py`.
+        num_images: number of images in the training set; 0 where unknown.
     """
 
     key: str
@@ -86,19 +86,19 @@ class Result:
     num_images: int = 0
 
     def measured(self, metrics: Mapping[str, str]) -> bool:
-        """Whether all metrics are there, each by the line that it has now."""
+        """Whether all metrics have been measured by their current lines."""
         return all(self.lines.get(name) == line for name, line in metrics.items())
 
 
 def folders_of(runs: Sequence[PlannedRun], out: Path) -> dict[str, Path]:
-    """The folder of each run by its key.
+    """Key -> folder of each run.
 
-    A new axis gives a run another name and leaves it its key, whose first digits end the name: a
-    run that has begun keeps the folder it has.
+    A new axis changes the name of a run but not its key, whose first digits end the name: a run
+    that has started keeps its folder.
 
     Args:
-        runs: of the sweep.
-        out: its folder.
+        runs: runs of the sweep.
+        out: folder of the sweep.
     """
     try:
         there = {path.name for path in (out / RUNS).iterdir()}
@@ -113,18 +113,18 @@ def folders_of(runs: Sequence[PlannedRun], out: Path) -> dict[str, Path]:
 
 
 def read_job(run_dir: Path) -> Job | None:
-    """The job of a run; None where there is none, or its file is damaged."""
+    """The job of a run; None where its file is missing or damaged."""
     return _read(run_dir / JOB, Job)
 
 
 def read_result(run_dir: Path, key: str) -> Result:
-    """What came of a run so far; nothing where the file is missing, damaged, or of another run."""
+    """The result of a run; an empty one where the file is missing, damaged, or of another run."""
     result = _read(run_dir / RESULT, Result)
     return result if result is not None and result.key == key else Result(key)
 
 
-def lives(run_dir: Path) -> bool:
-    """Whether a job has written its result lately; others may do so on other machines."""
+def is_alive(run_dir: Path) -> bool:
+    """Whether a job, perhaps on another machine, has written its result recently."""
     try:
         return time.time() - (run_dir / RESULT).stat().st_mtime < 4 * HEARTBEAT_S
     except OSError:
@@ -136,30 +136,23 @@ def _read(path: Path, kind: type[T]) -> T | None:
         record = kind(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    plain = kind("")
-    alike = all(type(getattr(record, f.name)) is type(getattr(plain, f.name)) for f in fields(kind))
-    return record if alike else None
+    empty = kind("")
+    valid = all(type(getattr(record, f.name)) is type(getattr(empty, f.name)) for f in fields(kind))
+    return record if valid else None
 
 
 def write_record(run_dir: Path, record: Job | Result) -> None:
-    """Replace job.json or result.json.
+    """Replace job.json or result.json atomically.
 
     Raises:
         OSError: it cannot be written; the file is as it was.
     """
     name = JOB if isinstance(record, Job) else RESULT
-    write_whole(run_dir / name, json.dumps(asdict(record), indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file as a whole or not at all."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    replace_text(run_dir / name, json.dumps(asdict(record), indent=1) + "\n")
 
 
 def finite_or_none(value: Any) -> float | None:
-    """A number of JSON, None for null and for what is not finite."""
+    """A finite number from JSON; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) < float("inf") else None

@@ -1,4 +1,4 @@
-"""What the logs of a run tell: metrics over time and at its end, its last step and last error."""
+"""Read the logs of a run: metrics during training and at its end, last step, last error."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dinoscale.errors import RunFailedError
 from dinoscale.scaling.sweep.run_files import Point, finite_or_none
 
 METRICS = "metrics.jsonl"
-_MOST_POINTS = 200  # of a curve in the table: a plot shows no more
-_TAIL_BYTES = 2**16  # hold the last line many times over
+_MAX_POINTS = 200  # per curve in the table, as many as a plot can show
+_TAIL_BYTES = 2**16  # far more than the last line
 _ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
 
 
 def read_points(path: Path) -> list[Point]:
-    """Loss and k-NN error by step, ascending; broken lines are passed over.
+    """Loss and k-NN error by ascending step; damaged lines are skipped.
 
     Returns:
-        {"step", "images", "loss" in nats, "knn" as a fraction}, of the last two what is there.
+        {"step", "images", "loss" in nats, "knn" as a fraction}, with one or both of the last two.
 
     Raises:
         RunFailedError: the file cannot be read.
@@ -61,35 +61,37 @@ def online_metric(points: Sequence[Point], name: str) -> float | None:
     """The last k-NN error (`knn`), or the mean of the last tenth of the losses (`loss`).
 
     Returns:
-        None where it is not finite.
+        The metric; None where it is not finite.
 
     Raises:
         RunFailedError: the run has not logged it.
     """
     logged = [point[name] for point in points if name in point]
     if not logged:
-        raise RunFailedError(f"{METRICS} has no {name}; delete the folder of the run to repeat it")
+        raise RunFailedError(
+            f"{METRICS} has no {name}; delete the folder of the run to train it again"
+        )
     last = logged[-max(1, len(logged) // 10) :] if name == "loss" else logged[-1:]
     numbers = [value for value in last if value is not None]
     return sum(numbers) / len(numbers) if len(numbers) == len(last) else None
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
-    """At most 200 of the points, evenly, the last one and those with a k-NN error first of all."""
-    rare = _evenly([point for point in points if "knn" in point], _MOST_POINTS // 2)
+    """At most 200 evenly spaced points; those with a k-NN error and the last one come first."""
+    rare = _evenly([point for point in points if "knn" in point], _MAX_POINTS // 2)
     others = [point for point in points if "knn" not in point]
-    chosen = [*rare, *_evenly(others, _MOST_POINTS - len(rare))]
+    chosen = [*rare, *_evenly(others, _MAX_POINTS - len(rare))]
     return sorted(chosen, key=lambda point: point["step"] or 0)
 
 
-def _evenly(points: Sequence[Point], most: int) -> list[Point]:
-    if len(points) <= most:
+def _evenly(points: Sequence[Point], count: int) -> list[Point]:
+    if len(points) <= count:
         return list(points)
-    return [points[len(points) - 1 - number * len(points) // most] for number in range(most)][::-1]
+    return [points[len(points) - 1 - i * len(points) // count] for i in range(count)][::-1]
 
 
 def last_step(path: Path) -> int:
-    """The step that was logged last, 0 before the first; reads the end of the file alone."""
+    """The last logged step, 0 before the first; reads only the end of the file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
@@ -100,7 +102,7 @@ def last_step(path: Path) -> int:
 
 
 def images_of(run_dir: Path) -> int:
-    """Different images that a training had, by its newest checkpoint; 0 if that does not say."""
+    """Number of images in the training set, from the newest checkpoint; 0 where unknown."""
     for checkpoint in reversed(checkpoints(run_dir)):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
@@ -109,7 +111,7 @@ def images_of(run_dir: Path) -> int:
 
 
 def last_error(path: Path, begin: int) -> str:
-    """What a program said it ended of, in a log from some byte on; else its last line."""
+    """The last error in a log from byte `begin` on; without one, the last line."""
     try:
         with path.open("rb") as file:
             file.seek(begin)
@@ -120,6 +122,6 @@ def last_error(path: Path, begin: int) -> str:
     errors = _ERROR.findall(text)
     if not errors:
         return lines[-1] if lines else ""
-    if errors[-1].endswith("this is a bug"):  # the line before says of what
+    if errors[-1].endswith("this is a bug"):  # the line before names it
         return lines[max(0, lines.index(f"error: {errors[-1]}") - 1)]
     return str(errors[-1])

@@ -1,4 +1,4 @@
-"""How far a sweep is, told by its files alone, also while another process runs it."""
+"""The progress of a sweep, read from its files, also while another process runs it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ from typing import Any
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.scaling.design.planned_run import PlannedRun
 from dinoscale.scaling.sweep.reuse import with_known_keys
-from dinoscale.scaling.sweep.run_files import Job, Result, folders_of, lives, read_job, read_result
+from dinoscale.scaling.sweep.run_files import (
+    Job,
+    Result,
+    folders_of,
+    is_alive,
+    read_job,
+    read_result,
+)
 from dinoscale.scaling.sweep.run_logs import METRICS, last_step
 from dinoscale.scaling.sweep.table import TABLE, Row, read_table
 
 _STATES = ("done", "failed", "running", "interrupted", "waiting")
-_WIDTH = 110  # of the text
+_WIDTH = 110  # columns of the text
 
 
 def read_status(runs: Sequence[PlannedRun], *, out: Path, parallel: int = 1) -> dict[str, Any]:
-    """Each run with its state, progress, metrics and error, and how long the rest may take.
+    """State, progress, metrics and error of each run, and the estimated time left.
 
     Args:
-        runs: of the sweep.
-        out: its folder.
+        runs: runs of the sweep.
+        out: folder of the sweep.
         parallel: runs at a time.
 
     Returns:
-        JSON-able: `runs`, `totals` by state, `hours_left` (None before a run has ended), `table`.
+        JSON-able: `runs`, `totals` by state, `hours_left` (None until a run is done), `table`.
 
     Raises:
         DataError: the table cannot be read.
@@ -50,9 +57,10 @@ def _state(run: PlannedRun, row: Row | None, folder: Path) -> dict[str, Any]:
     job, result = read_job(folder), read_result(folder, run.key)
     if job is not None and job.key != run.key:
         job, result = None, Result(run.key)
-    begun = job is not None and (bool(checkpoints(folder)) or (folder / METRICS).exists())
-    state, step = "interrupted" if begun else "waiting", last_step(folder / METRICS) if begun else 0
-    if job is not None and job.handle and not result.ending and lives(folder):
+    started = job is not None and (bool(checkpoints(folder)) or (folder / METRICS).exists())
+    state = "interrupted" if started else "waiting"
+    step = last_step(folder / METRICS) if started else 0
+    if job is not None and job.handle and not result.ending and is_alive(folder):
         state = "running"
     elif row is not None:
         state, step = row.status, run.steps if row.status == "done" else step
@@ -81,7 +89,7 @@ def _hours_left(
     *,
     parallel: int,
 ) -> float | None:
-    """At the FLOPs per second of the runs that have ended."""
+    """Estimated from the FLOPs per second of the completed runs."""
     done = [row for row in rows.values() if row.status == "done" and row.seconds > 0]
     if not done:
         return None
@@ -96,7 +104,7 @@ def _hours_left(
 
 
 def as_text(status: dict[str, Any]) -> str:
-    """The same for people: a line for each run, and its error under it."""
+    """The status as text: one line per run, with its error below."""
     table = [("run", "state", "step", "tries", "metrics")]
     for run in status["runs"]:
         metrics = ", ".join(f"{name} {_number(value)}" for name, value in run["metrics"].items())

@@ -1,7 +1,7 @@
-"""The results of a sweep: one CSV file that only grows, a row for each run that ended.
+"""The results of a sweep: an append-only CSV file with a row for each run that ended.
 
-It is all that `fit` and `report` need. A run that ends a second time (retried, or measured by
-another metric) gets another row, and the last one counts. Cells of several values are JSON.
+It is all that `fit` and `report` need. A run that ends again, after a retry or with another metric,
+gets another row; the last one counts. Cells with several values are JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dinoscale.errors import DataError
-from dinoscale.scaling.sweep.run_files import write_whole
+from dinoscale.runtime.outputs import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -27,38 +27,38 @@ TABLE = "results.csv"  # in the folder of the sweep
 
 @dataclass(frozen=True)
 class Row:
-    """One run that ended.
+    """A run that ended.
 
     Attributes:
-        key: of the run, see `PlannedRun`.
-        name: of the run.
-        status: done, or failed after all its retries.
-        ended: when, ISO 8601 in UTC.
-        attempts: starts it took.
-        parameters: N, scalars of the backbone.
-        flops_per_image: of training on one image.
+        key: key of the run, see `PlannedRun`.
+        name: name of the run.
+        status: done, or failed after all retries.
+        ended: time of the end, ISO 8601 in UTC.
+        attempts: number of attempts.
+        parameters: N, parameters of the backbone.
+        flops_per_image: training FLOPs per image.
         images: D, images seen.
-        distinct_images: of them different ones, at most.
+        distinct_images: at most this many different images among them.
         steps: optimizer steps.
-        flops: C of the training.
+        flops: C, training FLOPs.
         embed_dim: width of the backbone; None for a ResNet.
-        depth: blocks of the backbone; None for a ResNet.
-        batch_size: images of a step.
-        lr: learning rate at the end of the warm-up.
-        seed: of the run.
-        seconds: of training, all attempts together.
+        depth: number of blocks of the backbone; None for a ResNet.
+        batch_size: images per step.
+        lr: peak learning rate.
+        seed: random seed.
+        seconds: training time, summed over all attempts.
         ranks: processes, usually GPUs.
-        metrics: the smaller the better; errors as fractions, losses in nats; None where a metric
-            is not finite or could not be measured.
-        curves: metrics over time: {"step", "images", name of metric: value, ...}.
-        axes: what the sweep varied, by name.
+        metrics: lower is better; errors as fractions, losses in nats; None where a metric is not
+            finite or could not be measured.
+        curves: metrics during training: {"step", "images", name of metric: value, ...}.
+        axes: axis -> value in the sweep.
         config: all settings.
-        versions: of libraries and code.
+        versions: versions of libraries and code.
         error: why it failed, else empty.
-        lines: by which line of the sweep's file each metric was measured.
-        prints: on which images and by which code, see `measure.py`.
-        events: how often what happened in the training: collapse, rolled back, skipped.
-        rules: of the sweep, by which settings follow from sizes.
+        lines: metric -> line of the sweep's file that measured it.
+        prints: metric -> fingerprint of its images and code, see `measured_on.py`.
+        events: counts of events during training, such as collapse, rolled back, skipped.
+        rules: rules of the sweep, by which settings scale with sizes.
     """
 
     key: str
@@ -92,7 +92,7 @@ class Row:
 
 
 _COLUMNS = [column.name for column in fields(Row)]
-_ADDED = {name: "{}" for name in ("lines", "prints", "events", "rules")}  # tables may lack them
+_ADDED = {name: "{}" for name in ("lines", "prints", "events", "rules")}  # older tables lack them
 _JSON = {
     **{"metrics": dict, "curves": list, "axes": dict, "config": dict, "versions": dict},
     **dict.fromkeys(_ADDED, dict),
@@ -106,10 +106,10 @@ _MAY_BE_EMPTY = ("embed_dim", "depth")
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add a row at the end; a last line that a crash cut off is dropped first.
+    """Append a row; a last line truncated by a crash is dropped first.
 
     Raises:
-        DataError: the file cannot be written, or is no table of a sweep.
+        DataError: the file cannot be written, or is not the table of a sweep.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -128,7 +128,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def _cell(name: str, value: object) -> object:
-    """One line, whatever it says: a row ends where its line does."""
+    """A value as one line of text, since a row ends where its line does."""
     if name in _JSON:
         return json.dumps(value)
     return " ".join(value.split()) if isinstance(value, str) else value
@@ -138,7 +138,7 @@ def read_table(path: Path) -> list[Row]:
     """The last row of every run, in the order in which the runs first ended.
 
     Raises:
-        DataError: the file cannot be read, or is no table of a sweep.
+        DataError: the file cannot be read, or is not the table of a sweep.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -150,7 +150,7 @@ def read_table(path: Path) -> list[Row]:
         raise DataError(f"{path}: cannot be read as the table of a sweep ({error}).") from error
     whole = text[: text.rfind("\n") + 1]
     if len(whole) < len(text):
-        log.warning("%s: its last line is cut off and left out", path)
+        log.warning("%s: the last line is truncated and was skipped", path)
     csv.field_size_limit(2**30)  # curves of a long run
     reader = csv.reader(io.StringIO(whole, newline=""))
     rows: dict[str, Row] = {}
@@ -160,7 +160,7 @@ def read_table(path: Path) -> list[Row]:
             columns = cells
             if columns != _COLUMNS[: len(columns)] or not _has_all(columns):
                 raise DataError(
-                    f"{path}: its first line is not that of a sweep's table: {','.join(_COLUMNS)}"
+                    f"{path}: the first line is not that of a sweep's table: {','.join(_COLUMNS)}"
                 )
             continue
         row = _row(columns, cells, where=f"{path}, line {reader.line_num}")
@@ -169,7 +169,7 @@ def read_table(path: Path) -> list[Row]:
 
 
 def _has_all(columns: Sequence[str]) -> bool:
-    """Whether nothing is missing that tables always had."""
+    """Whether the columns include all that every version wrote."""
     return len(columns) >= len(_COLUMNS) - len(_ADDED)
 
 
@@ -205,7 +205,7 @@ def _finite(value: object, where: str) -> float | None:
 
 
 def _keep_whole_lines(path: Path) -> int:
-    """Cut a file after its last whole line; bytes that stay."""
+    """Truncate a file after its last whole line; return the bytes kept."""
     try:
         content = path.read_bytes() if path.exists() else b""
         whole = content.rfind(b"\n") + 1
@@ -217,7 +217,7 @@ def _keep_whole_lines(path: Path) -> int:
 
 
 def _add_columns(path: Path) -> None:
-    """Give the table of an earlier version the columns that it lacks, as a whole or not at all."""
+    """Add the missing columns to the table of an earlier version, atomically."""
     with path.open(encoding="utf-8", newline="") as file:
         columns = next(csv.reader([file.readline()]), [])
     missing = [name for name in _ADDED if name not in columns]
@@ -227,6 +227,6 @@ def _add_columns(path: Path) -> None:
     more = "".join(f",{_ADDED[name]}" for name in missing)
     lines = [f"{head},{','.join(missing)}", *(f"{line}{more}" for line in rest.split("\n")[:-1])]
     try:
-        write_whole(path, "\n".join([*lines, ""]))
+        replace_text(path, "\n".join([*lines, ""]))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}).") from error

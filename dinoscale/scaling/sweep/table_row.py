@@ -1,4 +1,4 @@
-"""A run that ended, as a row of the table."""
+"""Convert a run that ended into a row of the table."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def row_of(
     prints: Mapping[str, Any] | None = None,
     error: str = "",
 ) -> Row:
-    """The row.
+    """The row of a run.
 
     Args:
-        run: as planned.
-        job: with all failures counted.
-        result: of its last start.
-        metrics: by name; None where there is no number.
-        lines: by which each was measured; None: as the result says.
-        prints: on what each was measured; None: as the result says.
-        error: why it failed, else empty. A training that is complete is done all the same.
+        run: the run as planned.
+        job: its job, with all failures counted.
+        result: result of its last attempt.
+        metrics: metrics by name; None where there is no value.
+        lines: metric -> line that measured it; None for those of the result.
+        prints: metric -> fingerprint of what it was measured on; None for those of the result.
+        error: why it failed, else empty. A run whose training is complete is done all the same.
     """
     config = run.config
     named = named_vit_size(config.model.backbone)

@@ -1,4 +1,4 @@
-"""What a fit says of a table, and where it says that the runs are too few."""
+"""Fits of known laws, and the warnings where the runs are too few."""
 
 import json
 import math
@@ -96,7 +96,7 @@ def test_two_budgets_give_a_trend_without_interval() -> None:
     (frontier,) = [f for f in fit.frontiers if f.approach == "isoflop"]
     assert math.isinf(frontier.parameters_exponent.high)
     assert 0.3 < frontier.parameters_exponent.value < 0.8
-    assert _says(fit, "Minima at 2 budgets", "an interval 3")
+    assert _says(fit, "Minima at 2 budgets", "its interval 3")
 
 
 def test_the_same_table_gives_the_same_numbers_and_the_order_of_runs_hardly_any() -> None:
@@ -210,7 +210,7 @@ def test_runs_that_cannot_be_used_are_left_out_with_a_reason() -> None:
         "failed": "failed: out of memory",
         "empty": "knn is not a finite number",
         "nan": "knn is not a finite number",
-        "zero": "knn is 0, and a power law is above 0",
+        "zero": "knn is 0, but a power law is positive",
         "other": "knn was not measured",
         "no images": "images is 0",
     }
@@ -223,7 +223,7 @@ def test_fewer_runs_than_parameters_are_a_sentence_and_no_law(count: int) -> Non
     assert fit.joint is None
     assert not fit.frontiers
     assert not fit.optima
-    assert _says(fit, "at least 5 settings", f"here are {count}")
+    assert _says(fit, "at least 5 settings", f"there are {count}")
 
 
 def test_one_size_of_model_supports_only_a_law_in_images() -> None:
@@ -231,8 +231,8 @@ def test_one_size_of_model_supports_only_a_law_in_images() -> None:
     fit = _fit(draw(TRUTH, runs, noise=0.005))
     assert fit.joint is None
     assert set(fit.laws) == {"images", "flops"}
-    assert _says(fit, "3 sizes of models and 3 numbers of images, here are 1 and 7")
-    assert _says(fit, "No law in parameters", "here is 1")
+    assert _says(fit, "3 model sizes and 3 numbers of images; there are 1 and 7")
+    assert _says(fit, "No law in parameters", "there is 1")
 
 
 def test_as_many_points_as_parameters_have_no_interval() -> None:
@@ -262,7 +262,7 @@ def test_equal_results_and_results_that_rise_are_no_law() -> None:
     assert _says(rising, "says nothing about the best use of a budget")
 
 
-def test_noise_alone_is_said_to_determine_nothing() -> None:
+def test_noise_alone_is_warned_to_determine_nothing() -> None:
     generator = np.random.default_rng(3)
     rows = [
         make_row(parameters=n, images=d, y=0.5 * math.exp(0.1 * generator.standard_normal()))
@@ -271,7 +271,7 @@ def test_noise_alone_is_said_to_determine_nothing() -> None:
     fit = _fit(rows)
     assert fit.joint
     assert _says(fit, "explains only")
-    assert _says(fit, "nearly any is possible") or _says(fit, "does not fall")
+    assert _says(fit, "nearly any value is possible") or _says(fit, "does not fall")
 
 
 def test_passes_extrapolation_loss_and_eval_are_warned_of() -> None:
@@ -309,12 +309,12 @@ def test_json_holds_everything_but_functions_and_no_infinity() -> None:
     assert len(written["isoflops"][0]["curve"]) == 3
 
 
-def test_text_fits_100_columns_and_begins_with_the_cautions() -> None:
+def test_text_fits_100_columns_and_begins_with_the_warnings() -> None:
     rows = draw(TRUTH, isoflop(TRUTH), noise=0.02)
     failed = replace(rows[0], name="gone", status="failed", error="killed " * 40)
     text = as_text([_fit([*rows, failed])])
     assert max(map(len, text.splitlines())) <= 100
-    assert text.index("Not to be overlooked") < text.index("knn = E + A / N^a")
+    assert text.index("Warnings:") < text.index("knn = E + A / N^a")
     assert "Best use of 54 PFLOPs (5.4e16), 2 times the largest run (joint)" in text
     assert "gone: failed: killed" in text
 

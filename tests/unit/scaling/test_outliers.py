@@ -12,7 +12,7 @@ from dinoscale.scaling.laws.isoflop import fit_isoflops
 from dinoscale.scaling.laws.laws import MetricFit
 from dinoscale.scaling.laws.outliers import outlying
 from dinoscale.scaling.laws.power_law import fit
-from dinoscale.scaling.laws.selection import settings
+from dinoscale.scaling.laws.selection import group_by_setting
 from dinoscale.scaling.report.conclusions import best_run
 from dinoscale.scaling.sweep.table import Row
 from tests.unit.scaling.synthetic import Truth, draw, isoflop, make_row
@@ -58,7 +58,7 @@ def test_runs_whose_training_went_wrong_are_left_out(event: str) -> None:
     rows = draw(TRUTH, RUNS, noise=0.01)
     rows[3] = replace(rows[3], events={event: 2, "resumed": 1})
     fitted = _fit(rows)
-    assert fitted.left_out == {rows[3].name: f"{event} in its training (events.jsonl)"}
+    assert fitted.left_out == {rows[3].name: f"{event} during training (events.jsonl)"}
     best = replace(rows[3], metrics={"knn": 0.01})
     assert best_run([*rows[:3], best], "knn") in rows[:3]
 
@@ -80,7 +80,7 @@ def test_two_outliers_do_not_hide_each_other() -> None:
     assert set(outlying(basis, y, groups=[0] * 20, least=4)) == {4, 5}
 
 
-def test_a_diverged_rate_does_not_bend_the_bowl() -> None:
+def test_a_diverged_rate_does_not_bend_the_parabola() -> None:
     best, rates = 2e-3, 2e-3 * np.array([0.125, 0.25, 0.5, 1, 2, 4])
     y = 0.3 + 0.01 * np.log(rates / best) ** 2
     for diverged in (1, 2):
@@ -101,7 +101,7 @@ def test_minima_at_equal_budgets_are_inside_as_often_as_their_interval_says() ->
     """A parabola is off by twice its own error here, and held the truth in half of the sweeps."""
     inside = []
     for seed in range(30):
-        points = settings(draw(TRUTH, RUNS, noise=0.002, seed=seed), "knn")
+        points = group_by_setting(draw(TRUTH, RUNS, noise=0.002, seed=seed), "knn")
         for curve in fit_isoflops(points, confidence=0.9, samples=200)[0]:
             assert curve.optimum
             best = TRUTH.best_parameters(curve.flops)

@@ -1,4 +1,4 @@
-"""The report of a sweep, of sweeps and fits that are known."""
+"""The report of a sweep, from known runs and fits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.runtime.outputs import MARK
 from dinoscale.scaling.laws.laws import Interval, Optimum
 from dinoscale.scaling.number_text import number
-from dinoscale.scaling.report.conclusions import Trust, answers, runs_to_add
+from dinoscale.scaling.report.conclusions import Trust, conclusions, runs_to_add
 from dinoscale.scaling.report.labels import interval, percent
 from dinoscale.scaling.report.plot_axes import log_ticks, tick_labels
 from dinoscale.scaling.report.plots import draw_metric
@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
         rows,
         left_out={rows[0].name: "it diverged"},
         best_rates=(a_best_rate(rows[0]), a_best_rate(rows[4], optimum=False)),
-        cautions=("The floor cannot be told from none.",),
+        cautions=("The limit E cannot be told from 0.",),
     )
     return folder / "report", write_report(rows, [fit, no_fit(rows, "loss")], folder / "report")
 
@@ -91,7 +91,7 @@ def test_a_page_says_what_to_train_next_and_how_far_to_trust_it(
     assert f"train a model of {interval(best.parameters)} parameters on" in words
     assert interval(best.images) in words
     assert "Trust: limited." in words
-    assert "The floor cannot be told from none." in words
+    assert "The limit E cannot be told from 0." in words
     assert "The runs do not support a recommendation for loss." in words
     assert "The disk is full." in words
     assert "it diverged" in words
@@ -173,7 +173,7 @@ def test_without_an_optimum_the_preset_of_an_earlier_report_goes(tmp_path: Path)
     assert "no metric has an optimum" in said["why_not"]
     words = _Text(_page(tmp_path)).words
     assert "The runs do not support a recommendation for knn." in words
-    assert f"The best measured of 1 is {rows[0].name}" in words
+    assert f"The best of 1 measured run is {rows[0].name}" in words
     assert "There is no recommended.yaml" in words
 
 
@@ -184,7 +184,7 @@ def test_a_preset_of_somebody_else_stays(tmp_path: Path) -> None:
     assert said["removed_earlier"] is False
     assert (tmp_path / PRESET).read_text() == "seed: 3\n"
     bare = replace(no_fit(rows), optima=(an_optimum("joint", 1e12, 2.0),))
-    with pytest.raises(ConfigError, match="was not written by a report, move it away"):
+    with pytest.raises(ConfigError, match="not written by a report; move it away"):
         write_report(rows, [bare], tmp_path)
 
 
@@ -210,7 +210,7 @@ def test_a_sweep_whose_runs_all_failed_has_a_page(tmp_path: Path, fits: Sequence
     assert said["plots"] == []
     words = _Text(_page(tmp_path)).words
     assert "No GPU." in words
-    assert "0 runs are done, 1 failed" in words
+    assert "0 runs done, 1 failed" in words
 
 
 def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> None:
@@ -222,9 +222,9 @@ def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> No
 def test_the_narrower_approach_answers_and_joint_if_both_are_equal() -> None:
     wide, narrow = an_optimum("joint", 1e13, 2.0, share=0.5), an_optimum("isoflop", 1e13, 2.0)
     fit = a_fit(grid(seeds=1))
-    assert answers(replace(fit, optima=(wide, narrow)))[0].optimum is narrow
+    assert conclusions(replace(fit, optima=(wide, narrow)))[0].optimum is narrow
     equal = an_optimum("joint", 1e13, 2.0)
-    assert answers(replace(fit, optima=(narrow, equal)))[0].optimum is equal
+    assert conclusions(replace(fit, optima=(narrow, equal)))[0].optimum is equal
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_trust_is_that_of_the_weakest_reason(changes: dict[str, Any], trust: Tru
     if "joint" in changes:
         assert fit.joint is not None
         changes = {"joint": replace(fit.joint, **dict([changes["joint"]]))}
-    assert answers(replace(fit, **changes))[0].trust is trust
+    assert conclusions(replace(fit, **changes))[0].trust is trust
 
 
 @pytest.mark.parametrize("end", ["low", "high"])
@@ -256,7 +256,7 @@ def test_an_optimum_without_bounds_is_no_answer(end: str) -> None:
     best = an_optimum("joint", 1e13, 2.0)
     open_end = replace(best.parameters, **{end: 0.0 if end == "low" else math.inf})
     fit = replace(a_fit(grid(seeds=1)), optima=(replace(best, parameters=open_end),))
-    assert answers(fit) == []
+    assert conclusions(fit) == []
     with pytest.raises(ConfigError, match="no metric has an optimum that the runs support"):
         recommend(grid(seeds=1), [fit])
 
@@ -290,7 +290,7 @@ def test_one_size_grows_in_width_alone() -> None:
 
 def test_a_resnet_has_no_recommended_size() -> None:
     rows = [replace(a_row(), embed_dim=None, depth=None)]
-    with pytest.raises(ConfigError, match="has no width and depth to choose"):
+    with pytest.raises(ConfigError, match="has no width and depth to scale"):
         recommend(rows, [replace(no_fit(rows), optima=(an_optimum("joint", 1e12, 2.0),))])
 
 
@@ -298,7 +298,7 @@ def test_settings_of_another_version_are_named(tmp_path: Path) -> None:
     rows = [replace(a_row(), config={"sead": 1})]
     fit = replace(no_fit(rows), optima=(an_optimum("joint", 1e12, 2.0),))
     said = write_report(rows, [fit], tmp_path)["recommendation"]
-    assert "are not of this version" in said["why_not"]
+    assert "do not fit this version" in said["why_not"]
     assert "sead" in said["why_not"]
 
 
@@ -332,7 +332,7 @@ def test_the_rate_follows_size_and_length() -> None:
     assert found.lr == pytest.approx(law(there), rel=0.02)
     one_length = [rate for rate in rates if rate.images == 32_000]
     found = recommend(rows, [replace(fit, best_rates=tuple(one_length))])
-    assert "at one number of images alone: check it" in found.lr_from
+    assert "and one number of images only: check it" in found.lr_from
 
 
 def test_a_preset_keeps_the_rules_of_the_sweep_and_looks_for_its_micro_batch() -> None:
@@ -352,7 +352,7 @@ def test_a_preset_keeps_the_rules_of_the_sweep_and_looks_for_its_micro_batch() -
     assert config.train.micro_batch_size == "auto"
     assert "optim.lr, optim.warmup_epochs, optim.weight_decay" in _unwrapped(found.preset)
     alone = recommend([a_row()], [fit])
-    assert "The table knows no rules of the sweep" in _unwrapped(alone.preset)
+    assert "The table holds no rules of the sweep" in _unwrapped(alone.preset)
 
 
 def _unwrapped(preset: str) -> str:
@@ -364,7 +364,13 @@ def test_runs_to_add_name_what_is_missing() -> None:
     fit = a_fit(grid(seeds=1), best_rates=(a_best_rate(rows[0], optimum=False),))
     edge = replace(fit.isoflops[0], y=fit.isoflops[0].parameters[::-1], optimum=None)
     said = " ".join(runs_to_add(rows, replace(fit, isoflops=(edge,))))
-    for part in ("1 failed", "3 sizes", "3 numbers of images", "other seeds", "larger models"):
+    for part in (
+        "1 run failed",
+        "3 model sizes",
+        "3 numbers of images",
+        "other seeds",
+        "larger models",
+    ):
         assert part in said
     assert "Try higher learning rates for 64 x 3" in said
 

@@ -1,4 +1,4 @@
-"""From the file of a sweep to its runs."""
+"""A sweep file expands into the runs that it describes."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from dinoscale.config import RunConfig, load_config, parse_config
 from dinoscale.engine.flops import step_flops
 from dinoscale.errors import ConfigError
-from dinoscale.scaling.design.expand import plan_runs, work_out
+from dinoscale.scaling.design.expand import expand_sweep, plan_runs
 from dinoscale.scaling.design.planned_run import PlannedRun
 from dinoscale.scaling.design.run_key import key_of
 from tests.unit.sweep.files import HEAD, MODELS, NO_SUCH_SET, sweep_of
@@ -44,7 +44,7 @@ def test_a_grid_is_the_product_of_its_axes_cheapest_first(tmp_path: Path) -> Non
     assert len({run.name for run in runs}) == 8
 
 
-def test_a_run_is_worked_out(tmp_path: Path) -> None:
+def test_a_run_is_resolved(tmp_path: Path) -> None:
     (run,) = _runs(tmp_path, "axes: {images: [9000]}")
     config = run.config
     assert config.train.epochs == 25  # of the base, so that its phases keep their shares
@@ -120,32 +120,34 @@ def test_budgets_are_met_within_a_step_an_epoch(tmp_path: Path) -> None:
 
 def test_budgets_that_whole_steps_miss_are_noted(tmp_path: Path) -> None:
     text = f"design: isoflop\naxes: {{model: {MODELS}, flops: [2.2e11, 1e12]}}"
-    design = work_out(sweep_of(tmp_path, text))
+    design = expand_sweep(sweep_of(tmp_path, text))
     missed = [run for run in design.runs if run.flops * 1.05 < run.axes["flops"]]
     assert missed
-    (note,) = [note for note in design.notes if "2.2e+11 FLOPs have as little as" in note]
+    (note,) = [note for note in design.notes if "2.2e+11 FLOPs reach as little as" in note]
     assert all(run.name in note for run in missed if run.axes["flops"] == 2.2e11)
     epochs = int(note.partition("at most ")[2].partition(",")[0])
-    mended = f"settings: {{train.epochs: {epochs}, dino.warmup_teacher_temp_epochs: 0,"
-    mended += f" optim.warmup_epochs: 0, dino.freeze_last_layer_epochs: 0}}\n{text}"
+    fixed = f"settings: {{train.epochs: {epochs}, dino.warmup_teacher_temp_epochs: 0,"
+    fixed += f" optim.warmup_epochs: 0, dino.freeze_last_layer_epochs: 0}}\n{text}"
     assert not [
-        note for note in work_out(sweep_of(tmp_path, mended)).notes if "as little as" in note
+        note for note in expand_sweep(sweep_of(tmp_path, fixed)).notes if "as little as" in note
     ]
 
 
 def test_models_beyond_the_limits_are_left_out_by_name(tmp_path: Path) -> None:
     text = f"design: isoflop\naxes: {{model: {MODELS}, flops: [2e11, 1e12]}}\n"
-    design = work_out(sweep_of(tmp_path, text + "isoflop: {min_images: 5000, max_images: 30_000}"))
+    design = expand_sweep(
+        sweep_of(tmp_path, text + "isoflop: {min_images: 5000, max_images: 30_000}")
+    )
     left = {out.name: out.why for out in design.left_out}
     assert left == {
         "64x2-c2e11": "fewer than min_images, 5,000",
         "32x2-c1e12": "more than max_images, 30,000",
     }
     assert len(design.runs) == 2
-    assert design.notes[0].startswith("only 1 of the 3 models that a minimum needs")
+    assert design.notes[0].startswith("2e+11 FLOPs: only 1 of the 3 models that a minimum needs")
     lines = _lines(tmp_path, text + "isoflop: {min_images: 1e9}")
     assert lines == [
-        "isoflop: its limits leave out every run; widen min_images and max_images, or change"
+        "isoflop: the limits exclude every run; widen min_images and max_images, or change"
         " axes.flops"
     ]
 
@@ -190,13 +192,13 @@ def test_a_key_depends_on_what_can(other: dict[str, object]) -> None:
 
 
 def test_keys_are_those_of_earlier_versions() -> None:
-    """If this fails, every sweep would run again; see `keys.py`."""
+    """If this fails, every sweep would run again; see `run_key.py`."""
     assert key_of(RunConfig()) == "44136fa355b3678a"
     assert key_of(RunConfig(seed=3)) == "4d687b6437462c4d"
 
 
 def test_a_set_that_is_not_here_is_noted(tmp_path: Path) -> None:
-    design = work_out(sweep_of(tmp_path, NO_SUCH_SET + "axes: {images: [3200]}"))
+    design = expand_sweep(sweep_of(tmp_path, NO_SUCH_SET + "axes: {images: [3200]}"))
     (note,) = design.notes
     assert note.startswith("data.train cannot be opened here (/nowhere/at/all does not exist")
     assert (design.runs[0].images, design.runs[0].distinct_images) == (3200, 3200)
@@ -208,7 +210,7 @@ def test_a_set_that_is_not_here_is_noted(tmp_path: Path) -> None:
         (
             "axes: {images: [1000]}",
             [
-                "run img1000: its 1,000 images are less than one step of 64 images in each of 25"
+                "run img1000: 1,000 images are fewer than one step of 64 images in each of 25"
                 " epochs, 1,600; set fewer train.epochs in settings, or a smaller batch"
             ],
         ),
@@ -257,20 +259,20 @@ def test_a_set_that_is_not_here_is_noted(tmp_path: Path) -> None:
         (
             NO_SUCH_SET + "axes: {distinct_images: [0.5]}",
             [
-                "run distinct0.5: distinct_images: 0.5 of how many is not known, as data.train"
-                " cannot be opened here; write a number of images"
+                "run distinct0.5: distinct_images: a fraction, 0.5, needs the size of data.train,"
+                " which cannot be opened here; give a number of images"
             ],
         ),
         (
             NO_SUCH_SET + "axes: {seed: [1]}",
             [
-                "run s1: how many images there are is not known, as data.train cannot be opened"
-                " here; add the axis images, or set data.images_per_epoch in settings"
+                "run s1: the number of images is unknown, as data.train cannot be opened here;"
+                " add the axis images, or set data.images_per_epoch in settings"
             ],
         ),
         (
             "settings: {data.train: null}\naxes: {seed: [1]}",
-            ["data.train: is not set; name the images, in settings or in the base"],
+            ["data.train: not set; name the images, in settings or in the base"],
         ),
         (
             "settings: {model.backbone: resnet50, model.patch_size: null, model.embed_dim: null,"
@@ -281,8 +283,8 @@ def test_a_set_that_is_not_here_is_noted(tmp_path: Path) -> None:
             "axes: {seed: [1]}\nrules: {warmup: {fraction: 0.01}}",
             [
                 "run s1: rules.warmup: a fraction of 0.01 is 0.25 of the run's 25 epochs, which"
-                " rounds to none; raise train.epochs in settings (the run keeps its images), or"
-                " take a longer warm-up"
+                " rounds to 0; raise train.epochs in settings (the run keeps its images), or"
+                " choose a longer warm-up"
             ],
         ),
         (
@@ -299,7 +301,7 @@ def test_impossible_runs_are_named(tmp_path: Path, text: str, lines: list[str]) 
     assert _lines(tmp_path, text, head=head) == lines
 
 
-def test_an_unknown_base_is_told(tmp_path: Path) -> None:
+def test_an_unknown_base_is_refused_with_the_nearest(tmp_path: Path) -> None:
     (line,) = _lines(tmp_path, "axes: {seed: [1]}", head=HEAD.replace("quickstart", "quikstart"))
     assert line.startswith("quikstart: unknown preset, did you mean 'quickstart'?")
 
@@ -320,7 +322,9 @@ def test_another_backbone_has_its_own_sizes(tmp_path: Path, text: str) -> None:
 def test_two_equal_runs_are_refused_by_name(tmp_path: Path) -> None:
     (line,) = _lines(tmp_path, "axes: {images: [3200, 3300]}")
     key = _runs(tmp_path, "axes: {images: [3200]}")[0].key[:8]
-    assert line.startswith(f"runs img3200-{key} and img3300-{key} are the same: they do not differ")
+    assert line.startswith(
+        f"runs img3200-{key} and img3300-{key} are the same: they differ in nothing"
+    )
     (line,) = _lines(tmp_path, "axes: {log.every_steps: [1, 2]}")
     assert "every_steps1-" in line
     assert "every_steps2-" in line

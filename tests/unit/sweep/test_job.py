@@ -12,7 +12,7 @@ from dinoscale.errors import RunFailedError
 from dinoscale.runtime.fingerprint import Fingerprint
 from dinoscale.scaling.sweep import job as job_module
 from dinoscale.scaling.sweep import measured_on
-from dinoscale.scaling.sweep.job import Work, headline_error, training_command
+from dinoscale.scaling.sweep.job import JobAttempt, headline_error, training_command
 from dinoscale.scaling.sweep.run_files import Job, Result, read_result, write_record
 from dinoscale.scaling.sweep.run_logs import last_error, last_step, online_metric, read_points, thin
 from dinoscale.scaling.sweep.table_row import row_of
@@ -21,12 +21,12 @@ from tests.unit.sweep.tiny_sweep import planned
 KEY = "a" * 16
 
 
-def _work(folder: Path, job: Job, code: str, monkeypatch: pytest.MonkeyPatch) -> Work:
+def _attempt(folder: Path, job: Job, code: str, monkeypatch: pytest.MonkeyPatch) -> JobAttempt:
     """A job whose training is a line of Python."""
     write_record(folder, job)
     command = [sys.executable, "-c", f"import sys, time; {code}"]
     monkeypatch.setattr(job_module, "training_command", lambda *_: command)
-    return Work(folder)
+    return JobAttempt(folder)
 
 
 def _say(**values: object) -> str:
@@ -44,8 +44,8 @@ def test_training_is_measured_and_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job(KEY, metrics={"loss": "online", "knn": "online"})
-    work = _work(tmp_path, job, _training(tmp_path, loss=2.5, knn_top1=75.0), monkeypatch)
-    assert work.run() == "done"
+    attempt = _attempt(tmp_path, job, _training(tmp_path, loss=2.5, knn_top1=75.0), monkeypatch)
+    assert attempt.run() == "done"
     result = read_result(tmp_path, KEY)
     assert result.metrics == {"loss": 2.5, "knn": 0.25}
     assert result.curves == [{"step": 4, "images": 64, "loss": 2.5, "knn": 0.25}]
@@ -53,7 +53,7 @@ def test_training_is_measured_and_not_repeated(
     assert 0 < result.seconds < 300
     assert "torch" in result.versions
     _log(tmp_path, {"step": 4, "loss": 9.0, "knn_top1": 0.0})
-    again = _work(tmp_path, job, "sys.exit(1)", monkeypatch)
+    again = _attempt(tmp_path, job, "sys.exit(1)", monkeypatch)
     assert again.run() == "done"
     assert read_result(tmp_path, KEY) == result
 
@@ -67,23 +67,23 @@ def test_metric_of_images_that_were_replaced_is_measured_again(
     words = ["evaluate", "knn", str(tmp_path), "--test", str(images)]
     job = Job(KEY, metrics={"own": "knn --test images"}, commands={"own": words})
     values = iter([0.25, 0.75])
-    monkeypatch.setattr(Work, "_value", lambda *_: next(values))
-    assert _work(tmp_path, job, _training(tmp_path), monkeypatch).run() == "done"
-    measured_on._print_of.cache_clear()
-    assert _work(tmp_path, job, "sys.exit(1)", monkeypatch).run() == "done"
+    monkeypatch.setattr(JobAttempt, "_value", lambda *_: next(values))
+    assert _attempt(tmp_path, job, _training(tmp_path), monkeypatch).run() == "done"
+    measured_on._cached_fingerprint.cache_clear()
+    assert _attempt(tmp_path, job, "sys.exit(1)", monkeypatch).run() == "done"
     assert read_result(tmp_path, KEY).metrics == {"own": 0.25}
     (images / "a.png").write_bytes(b"2")
-    measured_on._print_of.cache_clear()
-    assert _work(tmp_path, job, "sys.exit(1)", monkeypatch).run() == "done"
+    measured_on._cached_fingerprint.cache_clear()
+    assert _attempt(tmp_path, job, "sys.exit(1)", monkeypatch).run() == "done"
     assert read_result(tmp_path, KEY).metrics == {"own": 0.75}
 
 
-def test_what_is_measured_on_is_known_by_a_pattern_or_list_and_what_is_written_is_not(
+def test_inputs_count_by_pattern_or_list_and_outputs_do_not(
     tmp_path: Path,
 ) -> None:
     def now(*options: str) -> Fingerprint:
-        measured_on._print_of.cache_clear()
-        return measured_on.print_of("knn", ["evaluate", "knn", "run", *options])
+        measured_on._cached_fingerprint.cache_clear()
+        return measured_on.measurement_fingerprint("knn", ["evaluate", "knn", "run", *options])
 
     shards, log = [tmp_path / f"{number}.tar" for number in (0, 1)], tmp_path / "log.jsonl"
     for path in (*shards, log):
@@ -113,16 +113,16 @@ def test_training_tells_what_happened_and_how_many_images_it_had(
     code = f"{_training(tmp_path, loss=1.0)}; pathlib.Path(folder, {state!r}).write_text("
     code += '\'{"plan": {"num_images": 48}}\'); '
     code += "pathlib.Path(folder, 'events.jsonl').write_text('{\"event\": \"collapse\"}')"
-    work = _work(tmp_path, Job(KEY, metrics={"loss": "online"}), code, monkeypatch)
-    assert work.run() == "done"
+    attempt = _attempt(tmp_path, Job(KEY, metrics={"loss": "online"}), code, monkeypatch)
+    assert attempt.run() == "done"
     result = read_result(tmp_path, KEY)
     assert (result.num_images, result.events) == (48, {"collapse": 1})
-    assert row_of(planned(0), work.job, result, metrics={}).distinct_images == 48  # 64 planned
+    assert row_of(planned(0), attempt.job, result, metrics={}).distinct_images == 48  # 64 planned
 
 
 def test_metric_that_is_not_finite_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(KEY, metrics={"loss": "online"})
-    assert _work(tmp_path, job, _training(tmp_path, loss=None), monkeypatch).run() == "done"
+    assert _attempt(tmp_path, job, _training(tmp_path, loss=None), monkeypatch).run() == "done"
     assert read_result(tmp_path, KEY).metrics == {"loss": None}
 
 
@@ -138,29 +138,33 @@ def test_metric_that_is_not_finite_is_none(tmp_path: Path, monkeypatch: pytest.M
             "failed",
             "OutOfMemoryError: 3 GB",
         ),
-        ("import os; os.kill(os.getpid(), 9)", "failed", "killed by SIGKILL, perhaps for lack of"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            "failed",
+            "killed by SIGKILL, perhaps out of memory; last output: ",
+        ),
         ("sys.exit(75)", "stopped", ""),
         ("import os; os.kill(os.getpid(), 15)", "stopped", ""),
     ],
 )
-def test_end_of_a_training_is_understood(
+def test_end_of_a_training_is_classified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, ending: str, error: str
 ) -> None:
     (tmp_path / "job.log").write_text("error: of an earlier start\n")
-    assert _work(tmp_path, Job(KEY), code, monkeypatch).run() == ending
+    assert _attempt(tmp_path, Job(KEY), code, monkeypatch).run() == ending
     result = read_result(tmp_path, KEY)
     assert (result.ending, result.trained) == (ending, False)
     assert result.error.startswith(error)
     assert bool(result.error) == bool(error)
 
 
-def test_launcher_that_hides_the_exit_code_of_its_ranks_is_seen_through(
+def test_a_preempted_run_is_recognized_behind_a_launcher_that_hides_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     event = json.dumps({"event": "preempted"})
     code = f"open({str(tmp_path / 'events.jsonl')!r}, 'a').write({event!r} + chr(10)); sys.exit(1)"
-    assert _work(tmp_path, Job(KEY), code, monkeypatch).run() == "stopped"
-    assert _work(tmp_path, Job(KEY), "sys.exit(1)", monkeypatch).run() == "failed"
+    assert _attempt(tmp_path, Job(KEY), code, monkeypatch).run() == "stopped"
+    assert _attempt(tmp_path, Job(KEY), "sys.exit(1)", monkeypatch).run() == "failed"
 
 
 def test_job_asked_to_stop_asks_its_training(
@@ -170,19 +174,19 @@ def test_job_asked_to_stop_asks_its_training(
     code = "import signal; signal.signal(15, lambda *_: ("
     code += f"open({str(saved)!r}, 'w'), time.sleep(0.3), sys.exit(75))); "
     code += f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(280)"
-    work = _work(tmp_path, Job(KEY), code, monkeypatch)
+    attempt = _attempt(tmp_path, Job(KEY), code, monkeypatch)
     monkeypatch.setattr(
         job_module, "HEARTBEAT_S", 0.0
     )  # every look at the training is a beat, and the first after its start stops it
-    keep = work._keep
+    update = attempt._update
 
     def stop_when_ready(**changes: object) -> None:
-        keep(**changes)
+        update(**changes)
         if (tmp_path / "ready").exists():
-            work.stop.set()
+            attempt.stop.set()
 
-    monkeypatch.setattr(work, "_keep", stop_when_ready)
-    assert work.run() == "stopped"
+    monkeypatch.setattr(attempt, "_update", stop_when_ready)
+    assert attempt.run() == "stopped"
     assert saved.exists()
     result = read_result(tmp_path, KEY)
     assert (result.ending, result.trained) == ("stopped", False)
@@ -249,7 +253,7 @@ def _log(folder: Path, *lines: object) -> Path:
     return path
 
 
-def test_broken_lines_of_a_log_are_passed_over(tmp_path: Path) -> None:
+def test_damaged_lines_of_a_log_are_skipped(tmp_path: Path) -> None:
     good = {"step": 2, "images": 8, "loss": 1.5}
     path = _log(tmp_path, good, "{", "7", '{"step": "x"}', "[" * 9999, {"step": 3, "saved": 1})
     assert read_points(path) == [good]

@@ -1,4 +1,4 @@
-"""What a sweep would cost, on paper."""
+"""The estimated cost of a sweep."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from dinoscale.config.sweep.file import load_sweep
 from dinoscale.errors import ConfigError
 from dinoscale.planning.plan.report import make_plan as plan_one
 from dinoscale.scaling.design.cost import _wall_hours, as_text, make_plan
-from dinoscale.scaling.design.expand import work_out
+from dinoscale.scaling.design.expand import expand_sweep
 from tests.unit.sweep.files import MODELS, NO_SUCH_SET, sweep_of
 
 SWEEPS = sorted((Path(__file__).parents[3] / "configs" / "sweep").glob("*.yaml"))
@@ -20,7 +20,7 @@ GRID = f"axes: {{model: {MODELS}, images: [3200, 6400]}}\n"
 
 def _plan(folder: Path, text: str) -> dict[str, Any]:
     sweep = sweep_of(folder, text)
-    return make_plan(sweep, work_out(sweep))
+    return make_plan(sweep, expand_sweep(sweep))
 
 
 def test_totals_are_sums_of_the_runs(tmp_path: Path) -> None:
@@ -90,11 +90,11 @@ def test_an_automatic_micro_batch_is_the_largest_that_fits(tmp_path: Path) -> No
     [
         (
             "cost: {gpu: h100, gpu_memory: 1550MB}",
-            r"^run 32x2-img3200-\w+: needs 1.551 GB with a micro-batch of 32, a h100 has 1.55 GB; "
-            "set train.micro_batch_size: ",
+            r"^run 32x2-img3200-\w+: needs 1.551 GB with a micro-batch of 32, but a h100 has 1.55"
+            " GB; set train.micro_batch_size: ",
         ),
-        ("cost: {gpu: h100, gpu_memory: 1GB}", "nothing fits: take a larger GPU"),
-        ("cost: {gpu: h1000}", "cost.gpu: 'h1000' is not known; known are a10,"),
+        ("cost: {gpu: h100, gpu_memory: 1GB}", "nothing fits: choose a larger GPU"),
+        ("cost: {gpu: h1000}", "cost.gpu: 'h1000' is unknown; known are a10,"),
         ("cost: {gpu: h100, gpu_memory: much}", "cost.gpu_memory: need a size such as 80GB"),
     ],
 )
@@ -115,7 +115,7 @@ def test_runs_beyond_the_time_of_a_job_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_shipped_sweep_has_a_plan_without_its_data(path: Path) -> None:
     sweep = load_sweep(path)
-    plan = make_plan(sweep, work_out(sweep))
+    plan = make_plan(sweep, expand_sweep(sweep))
     assert json.loads(json.dumps(plan, allow_nan=False)) == plan
     assert len(plan["runs"]) >= 9
     assert plan["totals"]["hours"] > 0

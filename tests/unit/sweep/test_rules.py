@@ -1,4 +1,4 @@
-"""What scales with what, by hand."""
+"""The rules scale settings as calculated by hand."""
 
 import pytest
 from hypothesis import given
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from dinoscale.config import RunConfig, load_config
 from dinoscale.config.sweep.rules import RulesConfig
 from dinoscale.errors import ConfigError
-from dinoscale.scaling.design.apply_rules import Sizes, ruled_settings
+from dinoscale.scaling.design.apply_rules import Sizes, apply_rules
 
 BASE = Sizes(batch_size=64, width=64, depth=3, images=40_000, parameters=1000)
 RUN = Sizes(batch_size=256, width=128, depth=6, images=10_000, parameters=8000)
@@ -17,7 +17,7 @@ CONFIG = load_config("quickstart")  # 25 epochs, lr 8e-3, momentum 0.98, decay 0
 def _settings(
     rules: dict[str, object], *, run: Sizes = RUN, lr_factor: float = 1.0
 ) -> dict[str, object]:
-    return ruled_settings(
+    return apply_rules(
         RulesConfig.model_validate(rules), CONFIG, sizes=run, base=BASE, lr_factor=lr_factor
     )
 
@@ -109,7 +109,7 @@ def test_images_that_nobody_knows_cannot_scale_anything() -> None:
     unknown = Sizes(64, 64, 3, None, 1000)
     rules = RulesConfig.model_validate({"lr": {"images": -0.5}})
     with pytest.raises(ConfigError, match=r"rules.lr.images: .*set data.images_per_epoch"):
-        ruled_settings(rules, RunConfig(), sizes=RUN, base=unknown, lr_factor=1.0)
+        apply_rules(rules, RunConfig(), sizes=RUN, base=unknown, lr_factor=1.0)
     warmup = {"warmup": {"images": 100}}
     with pytest.raises(ConfigError, match=r"rules.warmup.images: .*axis\s+images"):
         _settings(warmup, run=unknown)

@@ -30,7 +30,7 @@ from dinoscale.scaling.design.run_key import key_of
 from dinoscale.scaling.sweep import preflight, table
 from dinoscale.scaling.sweep import run as run_module
 from dinoscale.scaling.sweep.executors import LocalExecutor
-from dinoscale.scaling.sweep.reuse import of_file
+from dinoscale.scaling.sweep.reuse import rows_of_sweep
 from dinoscale.scaling.sweep.run import run_sweep
 from dinoscale.scaling.sweep.run_files import Job, read_job, read_result, write_record
 from dinoscale.scaling.sweep.status import read_status
@@ -194,7 +194,7 @@ def test_killed_job_is_a_failure_that_says_how(tmp_path: Path) -> None:
 
     executor = type("Killed", (ScriptedExecutor,), {"start": start})()
     with pytest.raises(
-        RunFailedError, match="its job ended with signal SIGKILL and last said: step 3"
+        RunFailedError, match="its job ended with signal SIGKILL; last output: step 3"
     ):
         _run(tmp_path, executor, RUNS[:1], retries=1)
     assert _rows(tmp_path)["seed0"].attempts == 2
@@ -213,7 +213,7 @@ def test_ending_of_an_earlier_start_does_not_decide(tmp_path: Path) -> None:
 
     (folder / "job.log").write_text("error: asked to stop\n")
     executor = type("Dead", (ScriptedExecutor,), {"start": dies_at_import})()
-    with pytest.raises(RunFailedError, match="exit code 1 and last said: ModuleNotFoundError"):
+    with pytest.raises(RunFailedError, match="exit code 1; last output: ModuleNotFoundError"):
         _run(tmp_path, executor, RUNS[:1], retries=1)
     assert len(executor.started) == 2
 
@@ -221,7 +221,7 @@ def test_ending_of_an_earlier_start_does_not_decide(tmp_path: Path) -> None:
 def test_stop_signal_leaves_no_row_and_the_next_start_goes_on(tmp_path: Path) -> None:
     executor = ScriptedExecutor(seed1=["signal"])
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(PreemptedError, match=r"SIGTERM.*1 of 3 .*the same command goes on"):
+    with pytest.raises(PreemptedError, match=r"SIGTERM.*1 of 3 .*the same command resumes"):
         _run(tmp_path, executor)
     assert signal.getsignal(signal.SIGTERM) == before
     assert list(_rows(tmp_path)) == ["seed0"]
@@ -239,7 +239,7 @@ def _leave(out: Path, run: PlannedRun, action: str, handle: str = "job 1") -> Pa
     return folder
 
 
-def test_results_that_came_while_nobody_looked_are_taken_up(tmp_path: Path) -> None:
+def test_results_that_came_while_no_sweep_ran_are_collected(tmp_path: Path) -> None:
     for run, action in zip(RUNS, ("done", "failed", ""), strict=True):
         _leave(tmp_path, run, action)
     executor = ScriptedExecutor()
@@ -304,7 +304,7 @@ def test_new_metric_is_measured_and_nothing_trained(tmp_path: Path) -> None:
     assert _rows(tmp_path)["seed1"].metrics == {"loss": 0.5, "knn": 0.5}
 
 
-def test_metric_by_another_line_is_measured_again(tmp_path: Path) -> None:
+def test_metric_with_a_changed_line_is_measured_again(tmp_path: Path) -> None:
     _run(tmp_path, runs=RUNS[:1], metrics={"other": KNN})
     for line, starts in ((KNN, 0), (f"{KNN} --k 5", 1)):
         executor = ScriptedExecutor()
@@ -319,12 +319,14 @@ def test_a_row_says_by_what_its_metrics_were_measured(tmp_path: Path) -> None:
     executor = ScriptedExecutor()
     _run(tmp_path, executor, RUNS[:1], metrics={"other": f"{KNN} --k 5"})
     assert not executor.started  # its weights are gone
-    rows, (note,) = of_file(list(_rows(tmp_path).values()), RUNS[:1], {"other": f"{KNN} --k 5"})
+    rows, (note,) = rows_of_sweep(
+        list(_rows(tmp_path).values()), RUNS[:1], {"other": f"{KNN} --k 5"}
+    )
     assert rows[0].metrics == {}
     assert "measured by 'knn --train a --test b', not by" in note
 
 
-def test_what_is_about_to_happen_is_said_before_anything_starts(
+def test_planned_work_is_logged_before_anything_starts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _run(tmp_path, runs=RUNS[:1])
@@ -336,9 +338,9 @@ def test_what_is_about_to_happen_is_said_before_anything_starts(
         _run(tmp_path, runs=[RUNS[0], RUNS[1]], metrics={**METRICS, "other": KNN})
     said = [record.message for record in caplog.records]
     assert said[0] == "2 runs: 1 new"
-    assert said[1] == f"{RUNS[0].name}: other is to be measured: new"
+    assert said[1] == f"{RUNS[0].name}: measure other: new"
     assert said[2].startswith("1 run (old) of the table left out: the file has no such run")
-    assert "1 by optim.clip_grad" in said[2]
+    assert "1 in optim.clip_grad" in said[2]
     assert "started" in said[3]
 
 

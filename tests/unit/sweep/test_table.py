@@ -75,7 +75,7 @@ def test_metric_that_is_not_finite_is_no_number(path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("key,name", "key,title", "its first line is not that of a sweep's table"),
+        ("key,name", "key,title", "the first line is not that of a sweep's table"),
         (",12.3,", ",twelve,", "line 2: seconds cannot be 'twelve'"),
         (",1000,", ",1.5,", "line 2: parameters cannot be '1.5'"),
         ("0.25", "true", "line 2: a metric cannot be True"),

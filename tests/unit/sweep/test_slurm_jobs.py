@@ -1,4 +1,4 @@
-"""What Slurm is asked for, and which jobs are taken for alive."""
+"""The jobs submitted to Slurm, and which of them count as alive."""
 
 import os
 import shutil
@@ -68,7 +68,7 @@ def test_script_is_the_one_on_file(name: str, tmp_path: Path) -> None:
 def test_job_has_ended_when_it_has_left_the_queue(
     programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm_jobs, "_LOOK_EVERY_S", {"slurm": 0.0})
+    monkeypatch.setattr(slurm_jobs, "_POLL_S", {"slurm": 0.0})
     executor = _executor("one_node", tmp_path / "out")
     folder = tmp_path / "out" / "runs" / "a"
     executor.start(folder)

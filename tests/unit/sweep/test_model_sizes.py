@@ -1,4 +1,4 @@
-"""Sizes of models between two."""
+"""A ladder of model sizes between two."""
 
 from itertools import pairwise
 
@@ -69,12 +69,12 @@ def test_models_of_one_depth_stay_at_it() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (["small", {"embed_dim": 384, "depth": 12}], "axes.model: 384x12 is there twice"),
-        (("base", "small", 3), "from 768x12 to 384x12 does not grow"),
-        (("small", "small", 2), "from 384x12 to 384x12 does not grow"),
+        (["small", {"embed_dim": 384, "depth": 12}], "axes.model: 384x12 is listed twice"),
+        (("base", "small", 3), "ladder: 768x12 to 384x12 does not grow"),
+        (("small", "small", 2), "ladder: 384x12 to 384x12 does not grow"),
         ((_of(128, 4, 64), _of(192, 2, 64), 2), "neither width nor depth may shrink"),
-        (("tiny", "small", 9), "there are no 9 different sizes from 192x12 to 384x12"),
-        (("tiny", _of(400, 12, 80), 3), "400x12 is not whole heads of 64"),
+        (("tiny", "small", 9), "fewer than 9 different sizes from 192x12 to 384x12"),
+        (("tiny", _of(400, 12, 80), 3), "400x12 is not a whole number of heads of 64"),
     ],
 )
 def test_impossible_models_are_refused(model: object, message: str) -> None:

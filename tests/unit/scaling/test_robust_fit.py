@@ -1,4 +1,4 @@
-"""The solver finds the true law where a careless one does not."""
+"""The robust fit finds the true law where a single start with a loose tolerance does not."""
 
 import numpy as np
 import pytest
@@ -8,10 +8,10 @@ from scipy.special import huber
 from dinoscale.scaling.laws.robust_fit import (
     _TOLERANCE,
     DELTA,
-    fit_powers,
+    fit_power_law,
     log_law,
     polish,
-    refit_powers,
+    refit_power_law,
     scaled_delta,
 )
 from tests.unit.scaling.synthetic import Truth, draw, grid
@@ -29,7 +29,7 @@ def _table(noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def test_without_noise_the_law_is_found_to_many_digits() -> None:
     log_x, relative, log_y = _table(0)
-    theta = fit_powers(relative, log_y, delta=DELTA)
+    theta = fit_power_law(relative, log_y, delta=DELTA)
     assert theta[0] == pytest.approx(TRUTH.irreducible, rel=0, abs=STEP)
     assert theta[3:] == pytest.approx([0.35, 0.4], rel=0, abs=STEP)
     in_units = np.exp(theta[1:3] + theta[3:] * log_x.min(0))
@@ -50,7 +50,7 @@ def test_one_start_and_a_loose_tolerance_end_early_and_wrong_and_ours_does_not(s
     start = [-1, 5, 5, 0.5, 0.5]
     careless = minimize(lambda theta: total(theta) / len(log_y), start, method="L-BFGS-B")
     assert careless.success  # it says so
-    ours = fit_powers(relative, log_y, delta=DELTA)
+    ours = fit_power_law(relative, log_y, delta=DELTA)
     coefficients = ours[1:3] + ours[3:] * log_x.min(0)
     assert total(careless.x) > 5 * total(np.array([np.log(ours[0]), *coefficients, *ours[3:]]))
     assert abs(careless.x[3] - 0.35) > 0.05
@@ -59,7 +59,7 @@ def test_one_start_and_a_loose_tolerance_end_early_and_wrong_and_ours_does_not(s
 
 def test_no_small_change_of_the_fit_lowers_its_loss() -> None:
     _, relative, log_y = _table(0.02)
-    theta = fit_powers(relative, log_y, delta=DELTA)
+    theta = fit_power_law(relative, log_y, delta=DELTA)
 
     def loss(at: np.ndarray) -> float:
         return float(huber(DELTA, log_y - log_law(at[None], relative)[0]).sum())
@@ -72,10 +72,10 @@ def test_no_small_change_of_the_fit_lowers_its_loss() -> None:
 
 def test_many_at_once_are_the_same_as_one_by_one() -> None:
     _, relative, log_y = _table(0.02)
-    theta = fit_powers(relative, log_y, delta=0.02)
+    theta = fit_power_law(relative, log_y, delta=0.02)
     drawn = log_y + 0.01 * np.random.default_rng(0).standard_normal((6, len(log_y)))
-    together = refit_powers(theta, relative, drawn, delta=0.02)
-    alone = np.stack([fit_powers(relative, one, delta=0.02) for one in drawn])
+    together = refit_power_law(theta, relative, drawn, delta=0.02)
+    alone = np.stack([fit_power_law(relative, one, delta=0.02) for one in drawn])
     np.testing.assert_allclose(together, alone, rtol=0, atol=2 * STEP)
 
 
@@ -85,7 +85,7 @@ def test_a_start_far_off_is_brought_within_the_bounds_and_to_the_same_fit() -> N
     found, losses = polish(far, relative, np.stack((log_y, log_y)), delta=0.02)
     assert np.isfinite(found).all()
     assert losses[1] == pytest.approx(losses.min())
-    best = fit_powers(relative, log_y, delta=0.02)
+    best = fit_power_law(relative, log_y, delta=0.02)
     np.testing.assert_allclose(found[1], best, rtol=0, atol=2 * STEP)
 
 
@@ -93,10 +93,10 @@ def test_three_gross_outliers_of_25_hardly_move_the_exponents() -> None:
     _, relative, log_y = _table(0.005)
     log_y[[3, 11, 20]] += 0.5
     delta = scaled_delta(
-        log_y - log_law(fit_powers(relative, log_y, delta=DELTA)[None], relative)[0],
+        log_y - log_law(fit_power_law(relative, log_y, delta=DELTA)[None], relative)[0],
         num_parameters=5,
     )
-    theta = fit_powers(relative, log_y, delta=delta)
+    theta = fit_power_law(relative, log_y, delta=delta)
     assert theta[3:] == pytest.approx([0.35, 0.4], abs=0.08)
 
 
@@ -111,7 +111,7 @@ def test_no_other_start_finds_a_better_fit() -> None:
     rows = draw(TRUTH, grid(sizes=4), noise=0.05, seed=93)  # the best point of the grid misleads
     log_x = np.log([(row.parameters, row.images) for row in rows])
     relative, log_y = log_x - log_x.min(0), np.log([row.metrics["knn"] for row in rows])
-    ours = fit_powers(relative, log_y, delta=DELTA)
+    ours = fit_power_law(relative, log_y, delta=DELTA)
     generator = np.random.default_rng(0)
     starts = generator.uniform([0, -3, -3, 0.05, 0.05], [0.5, 0.5, 0.5, 2, 2], (300, 5))
     targets = np.broadcast_to(log_y, (300, len(log_y)))
