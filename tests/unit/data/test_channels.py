@@ -235,13 +235,13 @@ def test_deflate_bombs_in_tiff_files_are_refused_before_they_fill_memory() -> No
 
 
 @pytest.mark.parametrize(("pages", "back_to"), [(7, 0), (150, 120)])
-def test_chains_of_tiff_pages_without_end_are_refused(pages: int, back_to: int) -> None:
+def test_loops_of_tiff_pages_are_refused(pages: int, back_to: int) -> None:
     data = bytearray(tiff(np.zeros((pages, 4, 4), np.uint8), planarconfig=None, metadata=None))
     with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
         starts = [page.offset for page in file.pages]
     (num_tags,) = struct.unpack_from("<H", data, starts[-1])
     struct.pack_into("<I", data, starts[-1] + 2 + 12 * num_tags, starts[back_to])
-    assert "chain" in _reason(bytes(data), 7)
+    assert "a loop of pages" in _reason(bytes(data), 7)
 
 
 def test_compressions_that_cannot_be_read_are_named() -> None:

@@ -22,10 +22,10 @@ from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.shards.shard_index import (
     Part,
     Shard,
-    _in_order,
+    _in_shard_order,
     _make_part,
     _scan,
-    _state,
+    _shard_state,
     make_parts,
     open_shard_index,
     parts_of,
@@ -147,7 +147,7 @@ def test_only_a_few_scanned_shards_wait_in_memory() -> None:
             yield Shard(str(number), 0, 0)
 
     with ThreadPoolExecutor(8) as pool:
-        results = _in_order(lambda shard: (shard, []), shards(), pool)
+        results = _in_shard_order(lambda shard: (shard, []), shards(), pool)
         assert [next(results)[0].path for _ in range(100)] == [str(i) for i in range(100)]
         assert len(taken) < 150
 
@@ -173,10 +173,10 @@ def test_reading_shards_gives_signs_of_life(
         return _scan(shard)
 
     monkeypatch.setattr("dinoscale.data.shards.shard_index._scan", slowly)
-    monkeypatch.setattr("dinoscale.data.shards.shard_index._LOOK_S", 0.01)
+    monkeypatch.setattr("dinoscale.data.shards.shard_index._POLL_S", 0.01)
     path, signs = str(cache / "x.index"), []
     cache.mkdir(parents=True)
-    parts = parts_of(path, list(map(_state, _many(tmp_path))), ())
+    parts = parts_of(path, list(map(_shard_state, _many(tmp_path))), ())
     make_parts(parts, path, lambda: signs.append(1), num_processes=1, before=None)
     assert 10 < len(signs) <= 43  # not one a part, and none without a shard or part
 
@@ -222,7 +222,9 @@ def test_parts_of_an_interrupted_start_are_taken_up_again(
 
 
 def test_a_part_that_another_process_makes_is_left_to_it(cache: Path, tmp_path: Path) -> None:
-    first, second, _ = parts_of(str(cache / "x.index"), list(map(_state, _many(tmp_path))), ())
+    first, second, _ = parts_of(
+        str(cache / "x.index"), list(map(_shard_state, _many(tmp_path))), ()
+    )
     cache.mkdir(parents=True)
     with open(f"{first.path}.lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)

@@ -30,7 +30,7 @@ def test_readme_shows_every_tool() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["build-shards", "SRC", "OUT", "--shard-bytes", "much"], "is no size"),
+        (["build-shards", "SRC", "OUT", "--shard-bytes", "much"], "is not a size"),
         (["build-shards", "SRC", "OUT", "--workers", "0"], "--workers"),
         (["build-shards", "NOWHERE", "OUT"], "does not exist"),
         (["index", "SRC", "--workers", "0"], "--workers"),
