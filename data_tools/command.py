@@ -323,10 +323,14 @@ def _add_deduplicate(tools: SubCommands) -> None:
         help="compare features of this backbone; time grows quadratically",
     )
     command.add_argument(
-        "--threshold", type=float, default=0.95, metavar="COSINE", help="of features (default 0.95)"
+        "--threshold",
+        type=float,
+        default=0.95,
+        metavar="COSINE",
+        help="least cosine of features (default 0.95)",
     )
     command.add_argument(
-        "--num-heads", type=int, metavar="N", help="of a DINO .pth whose heads are not 64 wide"
+        "--num-heads", type=int, metavar="N", help="of a DINO .pth with heads not 64 wide"
     )
     command.set_defaults(run=_deduplicate)
 

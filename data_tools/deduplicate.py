@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.files import Files, open_files, work_fingerprint
-from data_tools.journal import Json, check_place, write_whole
+from data_tools.journal import Json, require_writable, write_whole
 from data_tools.near_duplicates import (
     MAX_RADIUS,
     THUMBNAIL,
@@ -96,7 +96,7 @@ def deduplicate(
     _check(near)
     for target in (out, keep_list):
         if target is not None:
-            check_place(target, spec)
+            require_writable(target, spec)
     source = open_files(spec)
     rows = _rows(source, spec, decode=near is not None, out=out, workers=workers)
     found, first = _copies(source, rows, near, workers=workers)

@@ -188,14 +188,14 @@ class TarOfTars:
         inner = [tar for tar in members if tar.name.lower().endswith(".tar")]
         others = [file.name for file in members if not file.name.lower().endswith(".tar")]
         _warn_of_others(path, others)
-        self._classes = sorted({_class(tar) for tar in inner}, key=os.fsencode)
+        self._classes = sorted({_class_name(tar) for tar in inner}, key=os.fsencode)
         number = {name: i for i, name in enumerate(self._classes)}
         for tar in inner:
             for file in read_members(self._path, within=tar):
                 if is_junk(file.name):
                     continue
                 self._names.append(f"{tar.name}::{file.name}")
-                places.append((file.offset, file.size, number[_class(tar)]))
+                places.append((file.offset, file.size, number[_class_name(tar)]))
         if not places:
             raise DataError(f"{path}: there are no files in its {len(inner)} tars")
         self._places = np.array(places, dtype=np.int64)
@@ -254,7 +254,7 @@ def _warn_of_others(path: str, names: Sequence[str]) -> None:
         )
 
 
-def _class(tar: Member) -> str:
+def _class_name(tar: Member) -> str:
     return tar.name.rpartition("/")[2][: -len(".tar")]
 
 

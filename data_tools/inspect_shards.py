@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data_tools.contact_sheet import draw_sheet
 from data_tools.files import Files, open_files, shards_of, work_fingerprint
 from data_tools.headers import read_header
-from data_tools.journal import Json, check_place, write_whole
+from data_tools.journal import Json, require_writable, write_whole
 from data_tools.numbering import numbering_of
 from data_tools.survey import in_blocks, sample_ids, survey, unavailable_of
 from dinoscale.data.decoding.decode import BadSampleError
@@ -56,7 +56,7 @@ def inspect_shards(
         raise DataError(f"--sheet-images {on_sheet}: need 1 to 1024")
     for target in (out, sheet):
         if target is not None:
-            check_place(target, spec)
+            require_writable(target, spec)
     source = open_files(spec)
     ids = sample_ids(len(source), wanted=images)
     blocks = in_blocks(ids)

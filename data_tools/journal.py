@@ -35,7 +35,7 @@ def write_whole(path: Path, data: bytes) -> None:
         beside.write_bytes(data)
 
 
-def check_place(path: Path, source: object = None) -> None:
+def require_writable(path: Path, source: object = None) -> None:
     """Find out now, not after hours of work, whether a file can be written.
 
     Args:

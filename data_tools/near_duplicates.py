@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 THUMBNAIL = 8  # side of the thumbnail that confirms a pair, in pixels
-MAX_RADIUS = 8  # bits; beyond it, most pairs are of different pictures
+MAX_RADIUS = 8  # bits; beyond it, pairs of different pictures prevail
 
 _BITS = 64
 _SIDE = 32  # pixels of the shrunk grey picture whose frequencies make the hash

@@ -177,7 +177,7 @@ def write_set(
 
 
 def _keep_or_write(path: Path, data: bytes) -> None:
-    """Write a file of the set unless it is there: in a copied set no list says whose it is."""
+    """Write a file of the set unless it is there; nothing marks those of a copied set as ours."""
     if read_if_there(path.read_bytes, path) != data:
         write_whole(path, data)
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.journal import Journal, Json, check_place
+from data_tools.journal import Journal, Json, require_writable
 from data_tools.parallel import ordered_map
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.errors import DataError, UnavailableError
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 S = TypeVar("S")
 T = TypeVar("T")
 
-_SHOWN = 3  # unreadable files listed in a message
+_SHOWN = 3  # unavailable files listed in a message
 BLOCK = 256  # images that a process reads for one line of the journal
 MAX_UNAVAILABLE = 0.01  # of the images of a set; the default of data.max_bad_fraction
 
@@ -53,7 +53,7 @@ def survey(
             caller has taken the last result and all files could be read. None stores nothing.
         work: fingerprint of what the results depend on; a state of other work is not used.
         workers: number of processes.
-        max_unavailable: fraction of the images whose files may be unreadable.
+        max_unavailable: fraction of the images whose files may be unavailable.
 
     Raises:
         DataError: `out` cannot be written, or there is no worker.
@@ -62,7 +62,7 @@ def survey(
     """
     state = None
     if out is not None:
-        check_place(out)
+        require_writable(out)
         state = out.with_name(out.name + ".state")
     with Journal(state, work) as journal:
         yield from _surveyed(task, shared, blocks, sizes, journal, workers, max_unavailable)
@@ -110,7 +110,7 @@ def require_few_unavailable(
     Args:
         entries: path and reason of each.
         of: number of all images.
-        max_fraction: fraction of them that may be unreadable.
+        max_fraction: fraction of them that may be unavailable.
 
     Raises:
         UnavailableError: more are.

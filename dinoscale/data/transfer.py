@@ -43,7 +43,7 @@ class StagingBuffers:
 
         Args:
             targets: on one device.
-            sources: of the same sizes, on that device or on the host; may be changed at once.
+            sources: tensors of the same sizes, on that device or the host; may be changed at once.
         """
         if not targets or targets[0].device == sources[0].device:
             if targets:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from data_tools.journal import Journal, check_place, write_whole
+from data_tools.journal import Journal, require_writable, write_whole
 from dinoscale.errors import DataError, OutputError
 from dinoscale.reports.html import write_file
 from dinoscale.runtime import outputs
@@ -65,7 +65,7 @@ def test_what_is_read_is_not_written_by_any_name(tmp_path: Path) -> None:
     (tmp_path / "other.txt").symlink_to("keep.txt")
     for name in ("keep.txt", "other.txt"):
         with pytest.raises(OutputError, match="is what is read"):
-            check_place(tmp_path / name, str(tmp_path / "keep.txt"))
+            require_writable(tmp_path / name, str(tmp_path / "keep.txt"))
     require_ours(tmp_path / "keep.txt", source="https://host/keep.txt")
 
 
@@ -78,7 +78,7 @@ def test_a_failed_writer_leaves_what_was_there_and_nothing_else(tmp_path: Path) 
     assert path.read_text() == "one"
     assert sorted(os.listdir(tmp_path)) == before
     with pytest.raises(DataError, match="cannot write"):
-        check_place(path / "below")
+        require_writable(path / "below")
 
 
 def test_two_at_once_do_not_meet(tmp_path: Path) -> None:

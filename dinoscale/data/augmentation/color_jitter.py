@@ -59,8 +59,8 @@ def finish_crops(
     Args:
         crops: cut and resized, uint8 (M, H, H, C), on the device.
         params: what happens to each, records of PARAMS (M,).
-        mean: of each channel, in [0, 1].
-        std: of each channel, in [0, 1].
+        mean: mean of each channel, in [0, 1].
+        std: standard deviation of each channel, in [0, 1].
         compiled: compile the pointwise steps on a GPU.
 
     Returns:
@@ -223,7 +223,7 @@ def adjust_brightness(pixels: Tensor, factor: Tensor) -> Tensor:
 
     Args:
         pixels: whole numbers 0..255, float32 (M, C, H, W); likewise in the functions below.
-        factor: of each crop, (M, 1, 1, 1); 1 changes nothing.
+        factor: one factor per crop, (M, 1, 1, 1); 1 changes nothing.
     """
     return pixels.mul_(factor).clamp_(max=255).floor_()
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, NOTHING = range(5)  # steps of a colour jitter
 
-# One record a crop. A step that does not happen has its neutral value, so that all crops of a
+# One record per crop. A step that does not happen has its neutral value, so that all crops of a
 # batch are one array.
 PARAMS = np.dtype(
     [

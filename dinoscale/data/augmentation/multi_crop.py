@@ -51,9 +51,9 @@ class MultiCrop:
 
     The arguments are those of the config sections crops and augment; see `CropSpec` and
     `ColorSpec`. `blur_probs` and `solarize_probs` are for global crop 1, global crop 2 and the
-    local crops. Without 3 channels a picture has no colours, and the jitter changes only brightness
-    and contrast. With `plain` the colours change here, crop by crop, for 1 or 3 channels, instead
-    of later on the device.
+    local crops. Only pictures of 3 channels have colours: for others the jitter changes brightness
+    and contrast alone. With `plain` the colours change here, crop by crop, for 1 or 3 channels,
+    instead of later on the device.
 
     Raises:
         ValueError: a number lies outside its range.

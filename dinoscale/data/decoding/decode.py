@@ -315,10 +315,10 @@ def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, MemoryError):
         return "decoding it needs more memory than there is"
     lines = str(error).splitlines()
-    said = f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+    text = f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
     if isinstance(error, _DECODER_BUGS):
-        return f"damaged in a way that its decoder does not expect ({said})"
-    return said
+        return f"damaged in a way that its decoder does not expect ({text})"
+    return text
 
 
 def _unidentified(data: bytes) -> str:

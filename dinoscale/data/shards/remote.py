@@ -240,9 +240,9 @@ class RemoteFile(io.RawIOBase):
         if code:
             self._stderr.seek(0)
             words = self._stderr.read(_SHOWN).decode("utf-8", "replace").split()
-            said = " ".join(words) or "no message"
-            text = f"{self._name} ended with exit code {code}: {said}"
-            if remedy := _remedy(said, code):
+            message = " ".join(words) or "no message"
+            text = f"{self._name} ended with exit code {code}: {message}"
+            if remedy := _remedy(message, code):
                 raise DataError(f"{shown(self._url)} cannot be read: {text}. {remedy}")
             raise TransferError(text)
 
@@ -258,16 +258,16 @@ class RemoteFile(io.RawIOBase):
         super().close()
 
 
-def _remedy(said: str, code: int) -> str:
+def _remedy(message: str, code: int) -> str:
     """What to do about an error that a retry does not help; empty if it may."""
     if code in _NO_COMMAND:
         return "Install the command on every node, or correct its name."
-    if _REFUSED.search(said):
+    if _REFUSED.search(message):
         return (
             "The server refuses access: correct user, password or signature, which may have"
             " expired. Some servers also answer so for names that do not exist."
         )
-    return "Correct its name." if _ABSENT.search(said) or _PERMANENT.search(said) else ""
+    return "Correct its name." if _ABSENT.search(message) or _PERMANENT.search(message) else ""
 
 
 def read_all(url: str, *, limit: int, pauses_s: tuple[float, ...]) -> bytes:

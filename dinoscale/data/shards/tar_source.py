@@ -150,9 +150,7 @@ class TarSource:
             file = ReopeningFile(self._shards[shard].path, self._patience)
         self._files[shard] = file  # last used
         data = file.read_at(size, offset)
-        _check_unchanged(
-            file.status(), self._shards[shard]
-        )  # after reading, to cover what was read
+        _check_unchanged(file.status(), self._shards[shard])  # after reading what it covers
         return data
 
     @cached_property

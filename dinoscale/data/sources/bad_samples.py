@@ -21,7 +21,7 @@ class BadSample:
     """One unreadable image and its replacement.
 
     Attributes:
-        path: of the unreadable image.
+        path: path of the unreadable image.
         error: one line.
         sample_id: its number among the images trained on.
         replaced_by: number of the image that was used instead.
@@ -124,7 +124,7 @@ def _listed_paths(path: Path) -> set[str]:
 
 
 def _listed_path(line: bytes) -> str:
-    """Path in a line; empty for a damaged one, which is the name of no file."""
+    """Path in a line; empty, which is no path, for a damaged line."""
     try:
         return str(json.loads(line)["path"])
     except Exception:  # a damaged line can fail in any way

@@ -24,7 +24,7 @@ from PIL import Image
 from dinoscale.data.decoding.decode import Picture
 from dinoscale.errors import DataError
 
-Plane = npt.NDArray[np.float32]  # (P, P), one number a pixel
+Plane = npt.NDArray[np.float32]  # (P, P), one number per pixel
 Inside = npt.NDArray[np.bool_]  # (P, P)
 Pixels = npt.NDArray[np.float32]  # (P, P, 3), or (P, P) for a mask
 Color = npt.NDArray[np.float32]  # (3,)

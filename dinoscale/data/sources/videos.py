@@ -148,7 +148,7 @@ def _read_mask(file: File, *, size: tuple[int, int] | None) -> tuple[NDArray[np.
 def _check_mask(file: File, image: Image.Image, *, size: tuple[int, int] | None) -> None:
     if image.mode not in ("1", "L", "P"):
         raise DataError(
-            f"{file}: a mask needs one number a pixel (indexed or grey PNG), this is {image.mode}."
+            f"{file}: a mask needs one number per pixel (indexed or grey PNG), not {image.mode}."
         )
     if size is not None and (image.height, image.width) != size:
         raise DataError(
@@ -262,7 +262,7 @@ def _davis_names(root: str) -> list[str] | None:
 
 
 def read_names(path: str) -> list[str]:
-    """Sequences that a text file names, one a line.
+    """Sequences that a text file names, one per line.
 
     Raises:
         DataError: it cannot be read, or is empty.
@@ -277,7 +277,7 @@ def read_names(path: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise DataError(f"cannot read the list of sequences {path}: {error}.") from None
     if not names:
-        raise DataError(f"the list of sequences {path} is empty. Write one name a line.")
+        raise DataError(f"the list of sequences {path} is empty. Write one name per line.")
     return names
 
 

@@ -291,7 +291,7 @@ def test_arrays_in_shards_count_after_all_pictures(tmp_path: Path) -> None:
     assert source.picture(0).pixels().shape == (24, 24, 4)
 
 
-def test_drawn_pictures_are_refused_where_they_do_not_have_the_channels() -> None:
+def test_synthetic_pictures_are_refused_for_other_channels() -> None:
     with pytest.raises(DataError, match=r"3 channels, need 1 \(data\.channels\)"):
         open_source("synthetic:shapes", Decoder(1))
 

@@ -200,7 +200,7 @@ def test_hue_is_that_of_pillow_without_its_steps(turn: float) -> None:
 
 
 @pytest.mark.parametrize("change", [{}, *CHANGES])
-def test_each_operation_is_that_of_the_plain_path(change: dict[str, object]) -> None:
+def test_each_operation_equals_the_reference(change: dict[str, object]) -> None:
     records = np.stack([params(**WHOLE, **change)] * len(PICTURES))
     _require_plain(PICTURES, records)
 

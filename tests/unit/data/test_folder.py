@@ -246,7 +246,9 @@ def test_what_may_not_be_read_is_named(forbidden: str, mode: int, message: str) 
     assert re.match(message, done.stdout), done
 
 
-def test_names_wait_in_a_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_kept_in_a_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))

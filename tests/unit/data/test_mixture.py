@@ -31,7 +31,7 @@ def test_parts_follow_one_another() -> None:
             source.path(index)
 
 
-def test_stand_ins_come_from_the_same_part() -> None:
+def test_replacements_come_from_the_same_part() -> None:
     source = open_sources(SPECS)
     assert [replacement_candidates(source, index) for index in (0, 2, 3, 4, 7)] == [
         *[range(3)] * 2,

@@ -165,7 +165,7 @@ def test_many_shards_are_indexed_in_parts_by_processes(cache: Path, tmp_path: Pa
     assert len(list(cache.iterdir())) == 2  # the index and its lock
 
 
-def test_reading_shards_gives_signs_of_life(
+def test_reading_shards_calls_alive(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slowly(shard: Shard) -> object:
@@ -202,7 +202,7 @@ def test_index_that_another_process_makes_meanwhile_leaves_no_parts(
     assert len(list(cache.iterdir())) == 2  # the index and its lock
 
 
-def test_parts_of_an_interrupted_start_are_taken_up_again(
+def test_parts_of_an_interrupted_start_are_used_again(
     cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     paths = _many(tmp_path)
@@ -232,7 +232,7 @@ def test_a_part_that_another_process_makes_is_left_to_it(cache: Path, tmp_path: 
     assert _make_part(first)
 
 
-def test_waiting_for_a_lock_gives_signs_of_life(tmp_path: Path) -> None:
+def test_waiting_for_a_lock_calls_alive(tmp_path: Path) -> None:
     path, signs = str(tmp_path / "index"), []
     with open(f"{path}.lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -292,9 +292,7 @@ def test_damaged_index_is_made_anew(
     assert not caplog.records
 
 
-def test_index_of_other_shards_is_not_believed(
-    cache: Path, shards: list[str], tmp_path: Path
-) -> None:
+def test_index_of_other_shards_is_not_used(cache: Path, shards: list[str], tmp_path: Path) -> None:
     expected = _read(TarSource(shards, Bytes()))
     ours = _index_file(cache)
     other = [str(write_tar(tmp_path / f"o{i}.tar", {"x.jpg": b"other"})) for i in range(3)]
@@ -409,7 +407,7 @@ def test_file_system_without_locks_is_no_obstacle(
     _index_file(cache)
 
 
-def test_cache_that_cannot_be_written_is_done_without(
+def test_without_a_writable_cache_the_index_is_temporary(
     shards: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

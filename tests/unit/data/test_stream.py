@@ -226,7 +226,7 @@ def test_unreadable_image_is_replaced_from_its_block(server: Server) -> None:
 
 
 @pytest.mark.parametrize("fault", ["cut", "503", "between"])
-def test_a_transfer_that_breaks_is_taken_up_again(
+def test_a_broken_transfer_is_retried(
     server: Server, shards: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.broken["train-001.tar"] = [fault, fault]
@@ -253,7 +253,7 @@ def test_a_transfer_that_breaks_is_taken_up_again(
     ],
 )
 @pytest.mark.parametrize("through_a_worker", [False, True])
-def test_a_transfer_that_stays_broken_says_what_to_do(
+def test_a_transfer_that_fails_at_every_try_says_what_to_do(
     server: Server, fault: str, says: str, code: int, through_a_worker: bool
 ) -> None:
     server.broken["train-001.tar"] = [fault] * 99
