@@ -115,8 +115,8 @@ def _add_build(tools: SubCommands) -> None:
         tools,
         "build-shards",
         "Pack images into WebDataset tar shards. Subfolders (or inner tars) are the classes and\n"
-        "become KEY.cls and classes.txt. Files are copied byte for byte; those that are no images\n"
-        "are left out and listed. Also writes manifest.json with counts and checksums, and\n"
+        "become KEY.cls and classes.txt. Files are copied byte for byte; what is not an image\n"
+        "is left out and listed. Also writes manifest.json with counts and checksums, and\n"
         "names.jsonl with the original names of keys 0, 1, 2, ..., one per line.",
         short="pack a folder, a list or ImageNet's tars into shards",
         example="build-shards ILSVRC2012_img_train.tar shards/ --shard-bytes 512MiB --workers 16",

@@ -29,7 +29,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
     Raises:
         DataError: it cannot be written.
-        OutputError: something lies there that is not ours.
+        OutputError: something else is there.
     """
     with _as_data_error(path), replacing(path) as beside:
         beside.write_bytes(data)
@@ -44,7 +44,7 @@ def require_writable(path: Path, source: object = None) -> None:
 
     Raises:
         DataError: it cannot.
-        OutputError: something lies there that is not ours, or the source itself.
+        OutputError: something else is there, or the source itself.
     """
     with _as_data_error(path):
         if path.is_dir():
@@ -65,7 +65,7 @@ def _as_data_error(path: Path) -> Iterator[None]:
 class Journal:
     """A file with one JSON line for each finished piece of work; locked within its `with` block.
 
-    Its first line is the fingerprint of the work. A journal of other work is started anew, with a
+    Its first line is the fingerprint of the work. A journal of other work is started over, with a
     warning, and a line that was cut off is ignored.
 
     Args:
@@ -92,7 +92,7 @@ class Journal:
             raise DataError(f"cannot write {path}: {error.strerror}") from error
         self._file.seek(0)
         if not _HEAD.startswith(self._file.read(len(_HEAD))):
-            raise OutputError(f"{path} exists, and is no list of finished work: remove it")
+            raise OutputError(f"{path} exists and is not a list of finished work: remove it")
         self._file.seek(0)
         end, head = 0, None
         for line in self._file:
@@ -138,7 +138,7 @@ def _is_of(head: Json, work: object, path: Path) -> bool:
     """Whether a journal with this first line is of this work; warns of what has changed."""
     changed = differences(head.get("fingerprint"), work)
     if changed:
-        log.warning("%s is of other work (%s): starting anew", path, ", ".join(changed))
+        log.warning("%s is of other work (%s): starting over", path, ", ".join(changed))
     return not changed
 
 

@@ -38,7 +38,7 @@ def numbering_of(source: Files) -> Numbering:
     """Number the classes of a source: a name has one number, wherever its images lie.
 
     Shards hold only numbers; `classes.txt` beside them names these. If such lists disagree, all
-    their classes are numbered anew, in the order of their names.
+    their classes are renumbered in the order of their names.
 
     Raises:
         DataError: only some of the shards have a list, a list lacks a number of its shards, or two

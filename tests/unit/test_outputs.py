@@ -156,7 +156,7 @@ def test_any_letter_may_be_in_a_name(tmp_path: Path) -> None:
 def test_the_state_of_work_is_not_written_over_a_file_of_others(tmp_path: Path) -> None:
     path = tmp_path / "groups.jsonl.state"
     path.write_text("a diary\n")
-    with pytest.raises(OutputError, match="is no list of finished work"):
+    with pytest.raises(OutputError, match="is not a list of finished work"):
         Journal(path, "work")
     assert path.read_text() == "a diary\n"
     path.write_text('{"finger')  # as a kill may leave it

@@ -38,7 +38,7 @@ _MAX_METADATA_BYTES = 2**30  # a million shards need a tenth
 
 
 class DamagedTableError(DataError):
-    """The file is no table, is not whole, or has another format."""
+    """The file is not a table, is incomplete, or has another format."""
 
 
 class RowTable:
@@ -56,7 +56,7 @@ class RowTable:
         temporary: remove the file together with this object.
 
     Raises:
-        DamagedTableError: it is no table of this format, or damaged.
+        DamagedTableError: it is not a table of this format, or damaged.
         OSError: it cannot be read.
     """
 
@@ -188,7 +188,7 @@ class RowTable:
 
     def _damaged(self) -> DamagedTableError:
         return DamagedTableError(
-            f"the index {self.path} is damaged. Remove it and start again: it is made anew."
+            f"the index {self.path} is damaged. Remove it and start again to rebuild it."
         )
 
 
@@ -226,7 +226,7 @@ def _reopened(path: str, header: bytes) -> RowTable:
     numbers = _HEADER.unpack(header)[1].rstrip(b"\0").decode()
     index = patiently(lambda: RowTable(path, numbers), f"the index {path}")
     if index._header != header:
-        raise DataError(f"the index {path} has changed: another run made it anew. Start again.")
+        raise DataError(f"the index {path} has changed: another run rebuilt it. Start again.")
     return index
 
 

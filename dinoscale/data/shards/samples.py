@@ -125,7 +125,7 @@ def _lacks_picture(sample: Mapping[str, Member]) -> bool:
 
 
 def why_no_sample(path: str, start: bytes) -> str:
-    """Why a picture without a key makes no sample; empty for any other file.
+    """Why a picture without a key is not a sample; empty for any other file.
 
     Args:
         path: path of the file in its shard.

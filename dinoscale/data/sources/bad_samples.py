@@ -124,7 +124,7 @@ def _listed_paths(path: Path) -> set[str]:
 
 
 def _listed_path(line: bytes) -> str:
-    """Path in a line; empty, which is no path, for a damaged line."""
+    """Path in a line; empty, which is not a path, for a damaged line."""
     try:
         return str(json.loads(line)["path"])
     except Exception:  # a damaged line can fail in any way

@@ -41,7 +41,7 @@ class FolderSource:
         classes: subfolders that are classes even if the listing has no image of them.
 
     Raises:
-        DataError: it does not exist, is no folder, cannot be read, or holds no images.
+        DataError: it does not exist, is not a folder, cannot be read, or holds no images.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ def _entries(path: str) -> Iterator[str]:
                 if len(name) > _MAX_PATH_BYTES:
                     raise DataError(
                         f"the list {path} has a line of more than {_MAX_PATH_BYTES} bytes: it is "
-                        "no list. Write one path of an image per line."
+                        "not a list. Write one path of an image per line."
                     )
                 if name.strip():
                     yield os.fsdecode(name)

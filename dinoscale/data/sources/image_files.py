@@ -50,8 +50,8 @@ def read_image_file(path: str, patience: Patience = _PATIENCE) -> bytes:
     """All bytes of a file; `patience` decides how long errors of the file system are retried.
 
     Raises:
-        BadSampleError: it cannot be read after retries, is no plain file, or is too large for a
-            picture.
+        BadSampleError: it cannot be read after retries, is not a plain file, or is too large for
+            a picture.
     """
     try:
         with ReopeningFile(path, patience) as file:

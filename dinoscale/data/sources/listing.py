@@ -42,7 +42,7 @@ class OtherFiles:
 
     Attributes:
         num_folders: subfolders at all depths.
-        by_extension: extension, or name without one -> number of files that are no images.
+        by_extension: extension, or name without one -> number of files that are not images.
         shards: those of them that end in `.tar`, relative to the folder.
         compressed: those that are compressed tars.
         links: links that lead nowhere, or to a folder that contains them.
@@ -232,7 +232,7 @@ def _may_be_image(name: str) -> bool:
 
 
 def is_known_not_image(name: str) -> bool:
-    """Whether a file is no image by its extension; one with an unknown extension may be one."""
+    """Whether the extension says that a file is not an image; an unknown one does not."""
     return os.path.splitext(name.lower())[1] in _NOT_IMAGE_EXTENSIONS
 
 

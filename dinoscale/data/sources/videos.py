@@ -97,7 +97,7 @@ class Video:
             size: (H, W) of its picture.
 
         Raises:
-            DataError: it cannot be decoded, is no mask, or has another size than the picture.
+            DataError: it cannot be decoded, is not a mask, or has another size than the picture.
         """
         file = self.frames[index].mask
         if file is None:
@@ -118,7 +118,7 @@ def object_numbers(mask: NDArray[np.uint8], *, name: str) -> list[int]:
     """Numbers of the objects in a mask, ascending.
 
     Raises:
-        DataError: there is none, or too many for a mask.
+        DataError: there are no objects, or too many for a mask.
     """
     numbers = [int(value) for value in np.unique(mask) if value not in (0, VOID)]
     if not 0 < len(numbers) <= MAX_OBJECTS:

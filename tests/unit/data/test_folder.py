@@ -316,7 +316,7 @@ def test_missing_file_of_a_list_is_a_bad_sample(tmp_path: Path) -> None:
         (b"", "is empty. Write one path"),
         (b"\n \n\r\n", "is empty. Write one path"),
         (b"no.jpg\n" * 300 + b"a.jpg\n", "none of the first 100 files .* exists, e.g. .*/no.jpg"),
-        (b"a.jpg\n" + b"x" * 5000, "a line of more than 4096 bytes: it is no list"),
+        (b"a.jpg\n" + b"x" * 5000, "a line of more than 4096 bytes: it is not a list"),
         ("a.jpg\n".encode("utf-16"), "none of the first 2 files"),
     ],
 )

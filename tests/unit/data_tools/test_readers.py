@@ -125,7 +125,7 @@ def test_what_was_read_of_files_that_changed_is_read_again(
     file.write_bytes(other.ljust(status.st_size, b"\0"))
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert mean() != before
-    assert "s.json.state is of other work (input.images.times): starting anew" in caplog.text
+    assert "s.json.state is of other work (input.images.times): starting over" in caplog.text
 
 
 def test_odd_images_give_the_counts_of_their_manifest(image_sets: Path, tmp_path: Path) -> None:
