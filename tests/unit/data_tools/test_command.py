@@ -11,7 +11,7 @@ _README = Path(__file__).resolve().parents[3] / "data_tools" / "README.md"
 
 
 def _command_lines() -> list[str]:
-    (block,) = re.findall(r"```bash\n(.*?)```", _README.read_text(), re.DOTALL)
+    block, *_ = re.findall(r"```bash\n(.*?)```", _README.read_text(), re.DOTALL)  # of the tools
     return [line.removeprefix("dinoscale ") for line in block.splitlines()]
 
 
