@@ -1,1 +1,1 @@
-"""Prepare and examine sets of images before a training; see README.md."""
+"""Prepare and examine image sets before training; see README.md."""

@@ -1,4 +1,4 @@
-"""Pack a folder, a list of files or ImageNet's tars into tar shards that a training reads."""
+"""Pack a folder, a list of files or ImageNet's tars into tar shards for training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.files import Files, open_files, print_of
+from data_tools.files import Files, images_print, open_files
 from data_tools.headers import read_header
 from data_tools.journal import Json
 from data_tools.numbering import numbering_of
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 JPEG_QUALITY = 95  # of pictures made smaller; colour at half resolution, as usual
 _STAT_THREADS = 16  # sizes wait for the file system, not for the processor
 
-# By what a file is, whatever its name says. Anything else that Pillow reads becomes `.img`.
+# By the content of a file, whatever its name. Anything else that Pillow reads becomes `.img`.
 _EXTENSIONS = {
     "AVIF": "avif", "BMP": "bmp", "DIB": "dib", "GIF": "gif", "ICO": "ico", "JPEG": "jpg",
     "JPEG2000": "jp2", "MPO": "jpg", "NPY": "npy", "PNG": "png", "PPM": "ppm", "QOI": "qoi",
@@ -50,13 +50,13 @@ def build_shards(
     """Write shards of a source; the same bytes for any number of workers and interruptions.
 
     Args:
-        spec: what `open_files` takes.
-        out_dir: folder to write; what an earlier run of the same work finished there is kept.
+        spec: as for `open_files`.
+        out_dir: folder to write; keeps what an earlier run of the same work finished there.
         shard_bytes: target size of a shard, reached from below.
         max_side: pixels; larger pictures are decoded, shrunk and encoded as JPEG. None copies all.
-        seed: of the shuffle; None keeps the order of the source.
-        prefix: of the shards' names.
-        workers: processes.
+        seed: seed of the shuffle; None keeps the order of the source.
+        prefix: prefix of the names of the shards.
+        workers: number of processes.
 
     Returns:
         The summary, ready for JSON.
@@ -92,7 +92,7 @@ def build_shards(
             "seed": seed,
             "prefix": prefix,
         },
-        input={"images": print_of(source, spec)},
+        input={"images": images_print(source, spec)},
         module=__name__,
         workers=workers,
     )
@@ -100,7 +100,7 @@ def build_shards(
 
 
 def summary_of(manifest: Json, out_dir: Path) -> Json:
-    """What a tool that writes shards prints."""
+    """The summary that a tool prints after writing shards."""
     left_out = manifest["left_out"]
     for entry in left_out:
         log.warning("left out %s: %s", entry["name"], entry["reason"])
@@ -141,14 +141,14 @@ def _sizes(source: Files) -> NDArray[np.int64]:
 
 
 def _names(source: Files, spec: str) -> list[str]:
-    """Paths below the folder that was named, or below the one that the named file lies in."""
+    """Paths relative to the given folder, or to the folder of the given file."""
     path = os.path.abspath(os.path.expanduser(spec))
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     return [source.path(i).removeprefix(folder + "/") for i in range(len(source))]
 
 
 class _Copies:
-    """Files as they are, but for pictures above the largest side; with their class numbers."""
+    """Files unchanged, except for pictures above the largest side; with their class numbers."""
 
     def __init__(self, source: Files, labels: NDArray[np.int64] | None, max_side: int | None):
         self._source = source
@@ -163,7 +163,7 @@ class _Copies:
             picture = RGB.open(data, path)
             side = max(picture.width, picture.height)
             shrink = max((s for s in (1, 2, 4, 8) if side >= 2 * s * self._max_side), default=1)
-            pixels = picture.pixels(shrink=shrink)  # decoded even where it is copied: a check
+            pixels = picture.pixels(shrink=shrink)  # decoded even if it is copied, as a check
             if side > self._max_side:
                 ratio = self._max_side / side
                 size = (picture.width * ratio, picture.height * ratio)

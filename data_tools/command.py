@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 _SPEC = (
     "a folder of images, tar shards (a folder of them, one, 'train-{000..099}.tar', a glob), a text"
-    " file with one path a line, or a tar of tars as ImageNet comes"
+    " file with one path per line, or a tar of tars such as ImageNet's"
 )
-_OUT = "; an interrupted run goes on from OUT.state beside it"
+_OUT = "; an interrupted run continues from OUT.state beside it"
 
 
 def add_commands(commands: SubCommands) -> None:
     """Add `data` and its tools."""
     data = commands.add_parser(
         "data",
-        help="build, verify, inspect, measure and deduplicate sets of images",
-        description="Prepare and examine sets of images. Every tool prints one JSON object last,"
-        " and the same command goes on after an interruption.",
+        help="build, verify, inspect, measure and deduplicate image sets",
+        description="Prepare and examine image sets. Every tool prints one JSON object last, and"
+        " the same command continues after an interruption.",
     )
     tools = data.add_subparsers(dest="tool", required=True, metavar="TOOL")
     _add_index(tools)
@@ -56,7 +56,7 @@ def _tool(
         type=int,
         default=cores_at_hand(),
         metavar="N",
-        help="processes (default: one a core); the result is the same for any number",
+        help="number of processes (default: one per core); does not change the result",
     )
     return command
 
@@ -65,10 +65,10 @@ def _add_index(tools: SubCommands) -> None:
     command = _tool(
         tools,
         "index",
-        "Make the index of tar shards that a training makes at its first start: about a minute a\n"
-        "million images and core. It is kept where DINOSCALE_CACHE says, which the training\n"
-        "must say, too, and only shards that changed are read again. A folder of images has none:\n"
-        "it is listed, to count its images.",
+        "Make the index of tar shards that training would make at its first start: about a minute\n"
+        "per million images and core. It is kept in the folder DINOSCALE_CACHE, which must be set\n"
+        "for the training, too. Only shards that changed are read again. A folder of images needs\n"
+        "no index: it is listed, to count its images.",
         short="make the index of shards before a job",
         example="index '/data/train-{000000..000499}.tar' --workers 32",
     )
@@ -87,7 +87,7 @@ def _add_shard_bytes(command: argparse.ArgumentParser) -> None:
         "--shard-bytes",
         default="256MiB",
         metavar="SIZE",
-        help="size of a shard at most, unless one picture is larger (default 256MiB)",
+        help="largest size of a shard, unless one picture is larger (default 256MiB)",
     )
 
 
@@ -96,7 +96,7 @@ def _add_channels(command: argparse.ArgumentParser) -> None:
         "--channels", type=int, default=3, metavar="C", help="as data.channels (default 3)"
     )
     command.add_argument(
-        "--white", type=float, metavar="X", help="as data.white: what means 1.0 in deep pixels"
+        "--white", type=float, metavar="X", help="as data.white: the value of 1.0 in deep pixels"
     )
 
 
@@ -114,10 +114,10 @@ def _add_build(tools: SubCommands) -> None:
     command = _tool(
         tools,
         "build-shards",
-        "Pack images into WebDataset tar shards. Subfolders (or inner tars) are the classes: they\n"
-        "become KEY.cls and classes.txt. Files are copied byte for byte; those that are no images\n"
-        "are left out and listed. Beside the shards: manifest.json with counts and checksums,\n"
-        "names.jsonl with the original name of key 0, 1, 2, ... on its lines.",
+        "Pack images into WebDataset tar shards. Subfolders (or inner tars) are the classes and\n"
+        "become KEY.cls and classes.txt. Files are copied byte for byte; what is not an image\n"
+        "is left out and listed. Also writes manifest.json with counts and checksums, and\n"
+        "names.jsonl with the original names of keys 0, 1, 2, ..., one per line.",
         short="pack a folder, a list or ImageNet's tars into shards",
         example="build-shards ILSVRC2012_img_train.tar shards/ --shard-bytes 512MiB --workers 16",
     )
@@ -128,12 +128,16 @@ def _add_build(tools: SubCommands) -> None:
         "--max-side",
         type=int,
         metavar="PIXELS",
-        help="shrink larger pictures to this side (Lanczos, same shape) and encode them as 8-bit"
-        " RGB JPEG of quality 95; also decodes all others, as a check",
+        help="shrink larger pictures to this side (Lanczos, same aspect ratio) and encode them as"
+        " 8-bit RGB JPEG of quality 95; decodes all others as a check",
     )
-    command.add_argument("--prefix", default="train", help="of the shards' names (default train)")
+    command.add_argument(
+        "--prefix", default="train", help="prefix of the shard names (default train)"
+    )
     order = command.add_mutually_exclusive_group()
-    order.add_argument("--seed", type=int, default=0, metavar="S", help="of the shuffle, default 0")
+    order.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the shuffle (default 0)"
+    )
     order.add_argument("--no-shuffle", action="store_true", help="keep the order of the source")
     command.set_defaults(run=_build)
 
@@ -190,14 +194,14 @@ def _add_verify(tools: SubCommands) -> None:
         tools,
         "verify-shards",
         "Decode every picture, and compare shards with the manifest.json beside them. Exit code 1\n"
-        "if anything is bad, 69 if all else is whole and some files cannot be read: nothing is\n"
-        "known of them, and the same command reads them again.",
+        "if anything is bad, 69 if nothing is but some files cannot be read: whether they are bad\n"
+        "is unknown, and the same command reads them again.",
         short="decode everything and compare checksums; exit code 1 if anything is bad",
         example="verify-shards '/data/train-{000000..000499}.tar' --out bad.jsonl",
     )
     command.add_argument("spec", metavar="SPEC", help=_SPEC)
     command.add_argument(
-        "--out", type=Path, metavar="FILE", help="list of what is bad, JSON lines" + _OUT
+        "--out", type=Path, metavar="FILE", help="list of bad files, JSON lines" + _OUT
     )
     _add_channels(command)
     command.set_defaults(run=_verify)
@@ -219,12 +223,12 @@ def _add_inspect(tools: SubCommands) -> None:
     command = _tool(
         tools,
         "inspect-shards",
-        "Count images, sizes, formats, modes and classes from the headers, and draw a sheet.",
+        "Count images, sizes, formats, modes and classes from the headers; draw a contact sheet.",
         short="counts, sizes, formats, class balance, and a contact sheet",
         example="inspect-shards shards/ --sheet sheet.png",
     )
     command.add_argument("spec", metavar="SPEC", help=_SPEC)
-    command.add_argument("--images", type=int, metavar="N", help="look at N only (default all)")
+    command.add_argument("--images", type=int, metavar="N", help="read only N images (default all)")
     command.add_argument("--sheet", type=Path, metavar="FILE.png", help="contact sheet to draw")
     command.add_argument(
         "--sheet-images", type=int, default=64, metavar="N", help="pictures on it (default 64)"
@@ -262,7 +266,7 @@ def _add_stats(tools: SubCommands) -> None:
         type=int,
         default=10000,
         metavar="N",
-        help="measure N pictures, always the same (default 10000)",
+        help="measure N pictures, the same every time (default 10000)",
     )
     command.add_argument("--out", type=Path, metavar="FILE", help="summary as a file" + _OUT)
     _add_channels(command)
@@ -287,10 +291,10 @@ def _add_deduplicate(tools: SubCommands) -> None:
     command = _tool(
         tools,
         "deduplicate",
-        "Group files of the same bytes, and pictures that look alike: re-encoded or resized (by a\n"
-        "perceptual hash of 64 bits), or alike to a trained backbone (--weights). Nothing is\n"
-        "deleted: build shards from the list of those to keep.",
-        short="find copies, exact or by look, and list what to keep",
+        "Group files with the same bytes and pictures that look alike: re-encoded or resized (by\n"
+        "a perceptual hash of 64 bits), or with similar features of a backbone (--weights).\n"
+        "Nothing is deleted: build shards from the list of pictures to keep.",
+        short="find exact and near copies, and list what to keep",
         example="deduplicate /data/images --out groups.jsonl --keep-list keep.txt\n"
         "  dinoscale data build-shards keep.txt shards/",
     )
@@ -298,25 +302,35 @@ def _add_deduplicate(tools: SubCommands) -> None:
     command.add_argument(
         "--out", type=Path, metavar="FILE", help="groups of copies, JSON lines" + _OUT
     )
-    command.add_argument("--keep-list", type=Path, metavar="FILE", help="list of what remains")
+    command.add_argument(
+        "--keep-list", type=Path, metavar="FILE", help="list of the pictures to keep"
+    )
     how = command.add_mutually_exclusive_group()
-    how.add_argument("--exact", action="store_true", help="the same bytes only; decodes nothing")
+    how.add_argument(
+        "--exact", action="store_true", help="only files with the same bytes; decodes nothing"
+    )
     how.add_argument(
         "--radius",
         type=int,
         default=6,
         metavar="BITS",
-        help="bits of 64 in which the hashes of two copies differ at most (default 6, up to 8; each"
+        help="most bits of 64 in which the hashes of two copies differ (default 6, up to 8; each"
         " bit costs time)",
     )
     how.add_argument(
-        "--weights", metavar="FILE", help="compare features of this backbone: quadratic in time"
+        "--weights",
+        metavar="FILE",
+        help="compare features of this backbone; time grows quadratically",
     )
     command.add_argument(
-        "--threshold", type=float, default=0.95, metavar="COSINE", help="of features (default 0.95)"
+        "--threshold",
+        type=float,
+        default=0.95,
+        metavar="COSINE",
+        help="least cosine of features (default 0.95)",
     )
     command.add_argument(
-        "--num-heads", type=int, metavar="N", help="of a DINO .pth whose heads are not 64 wide"
+        "--num-heads", type=int, metavar="N", help="of a DINO .pth with heads not 64 wide"
     )
     command.set_defaults(run=_deduplicate)
 

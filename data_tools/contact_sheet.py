@@ -1,4 +1,4 @@
-"""Many small pictures on one, with what they are below them."""
+"""A contact sheet: many small pictures on one, with captions."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PAPER, _INK, _RED = (245, 245, 245), (40, 40, 40), (200, 0, 0)
 
 
 def draw_sheet(source: Source, ids: NDArray[np.int64]) -> bytes:
-    """Draw pictures in rows, their class, number and size below; the bytes of a PNG.
+    """Draw pictures in rows, with number, size and class below; the bytes of a PNG.
 
     Args:
-        source: of the pictures.
-        ids: which, (n,).
+        source: source of the pictures.
+        ids: numbers of the pictures, (n,).
     """
     columns = math.ceil(math.sqrt(len(ids)))
     rows = math.ceil(len(ids) / columns)

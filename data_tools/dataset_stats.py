@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the pixels, as `data.mean` and `data.std` want them."""
+"""Mean and standard deviation of the pixels, for `data.mean` and `data.std`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import open_pictures, work_on
+from data_tools.files import open_pictures, work_fingerprint
 from data_tools.journal import Json, write_whole
 from data_tools.survey import in_blocks, sample_ids, survey, unavailable_of
 from dinoscale.data.decoding.decode import RGB, BadSampleError, Decoder
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
 
-_WHITE = 255  # of the pixels that a training sees
+_WHITE = 255  # of decoded pixels
 _DIGITS = 4  # of the overrides
 
 
@@ -31,20 +31,20 @@ def dataset_stats(
 ) -> Json:
     """Measure all pixels of some images at full resolution, each pixel counting the same.
 
-    Sums are whole numbers, so that neither order nor processes change a digit.
+    Sums are whole numbers, so neither order nor processes change a digit.
 
     Args:
-        spec: what a training or `open_files` reads.
-        decoder: what the pixels of a file become.
+        spec: anything that a training or `open_files` reads.
+        decoder: decodes the files.
         images: how many, drawn with a fixed seed; None takes all.
-        out: file for the summary; with it an interrupted run goes on.
-        workers: processes.
+        out: file for the summary; with it an interrupted run continues.
+        workers: number of processes.
 
     Returns:
         The summary, ready for JSON; `mean` and `std` by channel, in 0..1.
 
     Raises:
-        DataError: nothing is there, or no image can be read.
+        DataError: there are no images, or none can be read.
         RunFailedError: a worker was killed.
         UnavailableError: too many files cannot be read.
     """
@@ -52,12 +52,12 @@ def dataset_stats(
     ids = sample_ids(len(source), wanted=images)
     blocks = in_blocks(ids)
     results = survey(
-        _add_up,
+        _sums,
         source,
         blocks,
         sizes=[len(block) for block in blocks],
         out=out,
-        work=work_on(
+        work=work_fingerprint(
             source, spec, command={"images": len(ids), **asdict(decoder)}, module=__name__
         ),
         workers=workers,
@@ -105,7 +105,7 @@ def _rounded(values: list[float]) -> str:
     return "[" + ",".join(f"{value:.{_DIGITS}f}" for value in values) + "]"
 
 
-def _add_up(source: Source, ids: NDArray[np.int64]) -> Json:
+def _sums(source: Source, ids: NDArray[np.int64]) -> Json:
     pixels, bad = 0, 0
     unavailable: list[Json] = []
     total: list[int] = []

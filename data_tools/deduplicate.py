@@ -1,4 +1,4 @@
-"""Find copies: files of the same bytes, and pictures that look the same or mean the same."""
+"""Find copies: files with the same bytes, and pictures that look alike or have similar features."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import Files, open_files, work_on
-from data_tools.journal import Json, check_place, write_whole
+from data_tools.files import Files, open_files, work_fingerprint
+from data_tools.journal import Json, require_writable, write_whole
 from data_tools.near_duplicates import (
     MAX_RADIUS,
     THUMBNAIL,
@@ -40,7 +40,7 @@ _ROW = np.dtype(
         ("hash", "<u8"),
         ("hashed", "?"),  # it decodes and is not plain
         ("readable", "?"),
-        ("unavailable", "?"),  # its file cannot be read, whatever is in it
+        ("unavailable", "?"),  # its file cannot be read now
         ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL, 3)),
         ("pixels", "<i8"),  # width times height
         ("bytes", "<i8"),
@@ -72,31 +72,31 @@ def deduplicate(
 ) -> Json:
     """Group copies, and say which picture of each group to keep.
 
-    Of all pictures the largest is kept first, of these the largest file, of these the first, and
-    so on. One that is like a kept picture is its copy; one that is only like a copy is kept.
+    The pictures are taken from the largest to the smallest, then by file size, then by order. One
+    that is like a kept picture is its copy; one that is only like a copy is kept.
 
     Args:
-        spec: what `open_files` takes.
+        spec: as for `open_files`.
         near: what counts as a copy besides the same bytes.
-        out: groups, one JSON object a line; with it an interrupted run goes on reading where it
+        out: groups, one JSON object per line; with it an interrupted run continues reading where it
             stopped (features are computed again).
-        keep_list: list of the pictures that remain, which `build_shards` takes; damaged ones are
-            not in it, files that cannot be read are: nothing is known of them.
-        workers: processes.
+        keep_list: list of the pictures to keep, which `build_shards` takes; without damaged ones,
+            but with files that cannot be read, which may be intact.
+        workers: number of processes.
 
     Returns:
         The summary, ready for JSON.
 
     Raises:
         CheckpointError: the weights cannot be used.
-        DataError: nothing is there, a setting is out of range, or a file cannot be written.
+        DataError: there are no images, a setting is out of range, or a file cannot be written.
         RunFailedError: a worker was killed.
         UnavailableError: too many files cannot be read.
     """
     _check(near)
     for target in (out, keep_list):
         if target is not None:
-            check_place(target, spec)
+            require_writable(target, spec)
     source = open_files(spec)
     rows = _rows(source, spec, decode=near is not None, out=out, workers=workers)
     found, first = _copies(source, rows, near, workers=workers)
@@ -129,17 +129,17 @@ def deduplicate(
 def _copies(
     source: Files, rows: NDArray[np.void], near: Near, *, workers: int
 ) -> tuple[list[tuple[int, list[int]]], NDArray[np.int64]]:
-    """Pictures that are kept, with their copies; for each image the first with its bytes, (N,)."""
+    """Kept pictures with their copies; for each image the first with the same bytes, (N,)."""
     groups = Groups(len(rows))
     first = _join_exact(rows, groups)
-    pairs: set[tuple[int, int]] = set()  # of features, which are not kept
+    pairs: set[tuple[int, int]] = set()  # from features, which are not stored
     for some in _near_pairs(source, rows, first, near, workers=workers):
         for one, other in some.tolist():
             groups.join(one, other)
             if isinstance(near, ByFeatures):
                 pairs.add((one, other))
-    is_like = partial(_are_like, rows, first, near, pairs)
-    found = [copies for group in groups.of_several() for copies in _choose(rows, group, is_like)]
+    is_copy = partial(_are_copies, rows, first, near, pairs)
+    found = [copies for group in groups.of_several() for copies in _choose(rows, group, is_copy)]
     return found, first
 
 
@@ -153,22 +153,22 @@ def _check(near: Near) -> None:
 def _rows(
     source: Files, spec: str, *, decode: bool, out: Path | None, workers: int
 ) -> NDArray[np.void]:
-    """What is compared of every image, (N,) of _ROW."""
+    """What is compared for every image, (N,) of _ROW."""
     blocks = in_blocks(np.arange(len(source), dtype=np.int64))
     results = survey(
-        _look,
+        _examine,
         (source, decode),
         blocks,
         sizes=[len(block) for block in blocks],
         out=out,
-        work=work_on(source, spec, command={"decode": decode}, module=__name__),
+        work=work_fingerprint(source, spec, command={"decode": decode}, module=__name__),
         workers=workers,
     )
     parts = [np.frombuffer(base64.b64decode(result["rows"]), dtype=_ROW) for result in results]
     return np.concatenate(parts)
 
 
-def _look(shared: tuple[Files, bool], ids: NDArray[np.int64]) -> Json:
+def _examine(shared: tuple[Files, bool], ids: NDArray[np.int64]) -> Json:
     source, decode = shared
     rows = np.zeros(len(ids), dtype=_ROW)
     unavailable: list[Json] = []
@@ -196,7 +196,7 @@ def _fill(row: np.void, source: Files, index: int, *, decode: bool) -> None:
 
 
 def _join_exact(rows: NDArray[np.void], groups: Groups) -> NDArray[np.int64]:
-    """Join files of the same bytes; return for each image the first with its bytes, (N,)."""
+    """Join files with the same bytes; return for each image the first of them, (N,)."""
     order = np.lexsort((rows["sum"][:, 1], rows["sum"][:, 0]))  # stable: ascending where equal
     sums = rows["sum"][order]
     first = np.arange(len(rows), dtype=np.int64)
@@ -231,7 +231,7 @@ def _near_pairs(
             yield ids[places]
 
 
-def _are_like(
+def _are_copies(
     rows: NDArray[np.void],
     first: NDArray[np.int64],
     near: Near,
@@ -239,7 +239,7 @@ def _are_like(
     one: int,
     others: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    """Which pictures count as copies of one, (P,)."""
+    """Which of the other pictures count as copies of one, (P,)."""
     same: NDArray[np.bool_] = first[others] == first[one]
     if isinstance(near, ByHash):
         same |= look_alike(rows, one, others, radius=near.radius)
@@ -252,17 +252,17 @@ def _are_like(
 
 def _choose(
     rows: NDArray[np.void],
-    chain: list[int],
-    is_like: Callable[[int, NDArray[np.int64]], NDArray[np.bool_]],
+    group: list[int],
+    is_copy: Callable[[int, NDArray[np.int64]], NDArray[np.bool_]],
 ) -> Iterator[tuple[int, list[int]]]:
-    """Of pictures in a chain of likeness: each that is kept and has copies, with these.
+    """The kept pictures that have copies, with the copies, among pictures joined by similar pairs.
 
-    A chain may lead from one picture to an altogether different one, as frames of a video do.
+    A chain of pairs may join altogether different pictures, such as the frames of a video.
     """
     copies: dict[int, list[int]] = {}
     kept = np.zeros(0, dtype=np.int64)
-    for one in sorted(chain, key=lambda i: (-rows["pixels"][i], -rows["bytes"][i], i)):
-        like = kept[is_like(one, kept)]
+    for one in sorted(group, key=lambda i: (-rows["pixels"][i], -rows["bytes"][i], i)):
+        like = kept[is_copy(one, kept)]
         if len(like):
             copies.setdefault(int(like[0]), []).append(one)
         else:
@@ -271,7 +271,7 @@ def _choose(
 
 
 def _class_names(source: Files) -> list[str | None]:
-    """What the class of each image is called, None where it has none."""
+    """The class name of each image, None if it has none."""
     numbering = numbering_of(source)
     labels, names = numbering.labels, numbering.names
     if labels is None:
@@ -285,12 +285,12 @@ def _class_names(source: Files) -> list[str | None]:
 def _across_classes(
     source: Files, classes: list[str | None], found: list[tuple[int, list[int]]]
 ) -> int:
-    """How many copies lie in another class than the picture that is kept; warns of them."""
+    """Count copies in another class than the kept picture, and warn of them."""
     pairs = [(keep, i) for keep, others in found for i in others if classes[keep] != classes[i]]
     if pairs:
         (keep, other), *_ = pairs
         log.warning(
-            "%d copies are in another class than the picture that is kept, e.g. %s and %s; look"
+            "%d copies are in another class than the picture that is kept, e.g. %s and %s; check"
             " which label is right",
             *(len(pairs), source.path(keep), source.path(other)),
         )
@@ -319,7 +319,7 @@ def _described(
 
 
 def _paths(source: Files, ids: list[int]) -> list[str]:
-    """Paths of images; `ROOT/./CLASS/...` where they do not tell the folder of the set."""
+    """Paths of images; `ROOT/./CLASS/...` if the folder of the set cannot be told from them."""
     paths = [source.path(i) for i in ids]
     if not isinstance(source, FolderSource) or source.labels is None or not paths:
         return paths

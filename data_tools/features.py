@@ -1,4 +1,4 @@
-"""Pairs of pictures that a trained backbone sees as alike.
+"""Pairs of pictures with similar features of a trained backbone.
 
 Shape letters: N pictures, D width of the features.
 """
@@ -31,15 +31,15 @@ def similar_pairs(
     """Yield all pairs with a cosine of at least `threshold`, numbers of images (P, 2).
 
     Every picture is compared with every other: N^2 D operations, in blocks, on the accelerator if
-    there is one; the features take 4 N D bytes. A million pictures are work for a GPU.
+    there is one; the features take 4 N D bytes. A million pictures need a GPU.
 
     Args:
-        source: of the pictures.
-        ids: which of them, (N,).
-        weights: a weights file of ours, or a checkpoint of the reference.
-        num_heads: of a checkpoint whose attention heads are not 64 channels wide.
-        threshold: of the cosine.
-        workers: processes that decode.
+        source: source of the pictures.
+        ids: numbers of the pictures, (N,).
+        weights: a weights file of dinoscale, or a checkpoint of the reference.
+        num_heads: for a checkpoint whose attention heads are not 64 channels wide.
+        threshold: least cosine.
+        workers: number of processes that decode.
 
     Raises:
         CheckpointError: the weights cannot be used.
@@ -67,7 +67,7 @@ def similar_pairs(
 
 
 class _Numbered(Selection):
-    """Its labels are the numbers of the pictures: those that cannot be read drop out."""
+    """A selection whose labels are the numbers of the pictures, since unreadable ones drop out."""
 
     @property
     def labels(self) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
-"""What the tools read from: sources whose images are files, with their bytes and sizes.
+"""The sources of the tools, whose images are files with bytes and sizes.
 
-Besides what a training reads (folders, shards) there are lists of files, as `deduplicate` writes
-them, and the tars that ImageNet comes in.
+Besides folders and shards, as in a training, these are lists of files, such as those of
+`deduplicate`, and the tars of ImageNet.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dinoscale.data.sources.image_files import unavailable, write_names
 from dinoscale.data.sources.left_out import is_junk
 from dinoscale.data.sources.listing import (
     COMPRESSED_TAR,
-    Beside,
     Listing,
+    OtherFiles,
     class_folders,
     list_folder,
 )
-from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.data.sources.source import Source, expand_pattern, open_source
 from dinoscale.errors import DataError, UnavailableError
 from dinoscale.runtime.fingerprint import (
@@ -49,10 +49,10 @@ _MEMBER = ".tar::"  # stands between a shard and a picture in it, as in `a.tar::
 
 
 class Files(Source, Protocol):
-    """A source whose images are files somewhere."""
+    """A source whose images are files."""
 
     def files(self) -> Iterator[str]:
-        """Absolute paths of the files that hold the images, in an order that tells the images'."""
+        """Absolute paths of the files that hold the images, in an order that fixes theirs."""
         ...
 
     def size(self, index: int) -> int:
@@ -68,17 +68,17 @@ def open_files(spec: str, decoder: Decoder = RGB) -> Files:
     """Open a folder, shards, a list of files, or a tar of tars.
 
     Args:
-        spec: a folder of images; shards as `open_source` takes them; a text file with one path a
+        spec: a folder of images; shards as `open_source` takes them; a text file with one path per
             line, absolute or relative to its folder, `shard.tar::member` for a picture in a shard,
             `root/./class/file` where the classes lie below a root that not all paths share; or a
-            tar of one tar a class, as ImageNet's training pictures.
-        decoder: what the pixels of a file become.
+            tar of one tar per class, such as ImageNet's training pictures.
+        decoder: decodes the files.
 
     Raises:
-        DataError: nothing is there, it cannot be read, or it holds no files of images.
+        DataError: there is nothing, it cannot be read, or it holds no files of images.
     """
     path = os.path.expanduser(spec)
-    patiently(lambda: is_there(path), path)  # else the file system fails
+    patiently(lambda: is_there(path), path)  # or the file system fails
     if os.path.isfile(path):
         if not path.lower().endswith(_TARS):
             return _open_list(path, decoder)
@@ -88,13 +88,13 @@ def open_files(spec: str, decoder: Decoder = RGB) -> Files:
     if isinstance(source, FolderSource | TarSource):
         return source
     raise DataError(
-        f"{spec}: this tool reads files on a disk. Write a drawn set with `dinoscale data"
-        " synthetic`, copy a remote one."
+        f"{spec}: this tool reads files on a disk. Write a synthetic set with `dinoscale data"
+        " synthetic`; copy a remote one."
     )
 
 
 def open_pictures(spec: str, decoder: Decoder) -> Source:
-    """Open what `open_files` reads, or a drawn set, which has no files.
+    """Open what `open_files` reads, or a synthetic set, which has no files.
 
     Raises:
         DataError: as `open_files`.
@@ -104,8 +104,8 @@ def open_pictures(spec: str, decoder: Decoder) -> Source:
     return open_files(spec, decoder)
 
 
-def print_of(source: Source | Files, spec: str) -> dict[str, object]:
-    """What of a set goes into a fingerprint: its files as they are, and which images of them.
+def images_print(source: Source | Files, spec: str) -> dict[str, object]:
+    """The part of a fingerprint for a set: its files as they are, and which of their images.
 
     Raises:
         UnavailableError: the file system failed for about a minute.
@@ -120,27 +120,27 @@ def print_of(source: Source | Files, spec: str) -> dict[str, object]:
     return {**files_print(os.path.dirname(paths[0]), paths), **chosen}
 
 
-def work_on(
+def work_fingerprint(
     source: Source | Files, spec: str, *, command: Mapping[str, object], module: str
 ) -> Fingerprint:
     """Fingerprint of what a tool does with a set.
 
     Args:
         source: the set.
-        spec: what it was opened from.
+        spec: what the set was opened from.
         command: settings that decide the result.
-        module: that does it.
+        module: the module that does it.
 
     Raises:
         UnavailableError: the file system failed for about a minute.
     """
     return fingerprint(
-        input={"images": print_of(source, spec)}, command=command, code=code_print(module)
+        input={"images": images_print(source, spec)}, command=command, code=code_print(module)
     )
 
 
 def shards_of(spec: str) -> list[str]:
-    """Shards that a spec names, empty where it names anything else.
+    """Shards that a spec names, empty if it names anything else.
 
     Raises:
         DataError: the pattern matches nothing.
@@ -148,18 +148,18 @@ def shards_of(spec: str) -> list[str]:
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
         listing = list_folder(path)
-        names = sorted(listing.beside.shards + listing.beside.compressed, key=os.fsencode)
+        names = sorted(listing.other_files.shards + listing.other_files.compressed, key=os.fsencode)
         return [] if len(listing.images) else [os.path.join(path, name) for name in names]
     if os.path.isfile(path):
         return [path] if path.lower().endswith(".tar") and not _holds_tars(path) else []
-    if ":" in spec.partition("/")[0]:  # drawn or remote: no files here
+    if ":" in spec.partition("/")[0]:  # synthetic or remote: no files here
         return []
     found = expand_pattern(path)
     return found if all(name.lower().endswith(".tar") for name in found) else []
 
 
 def _holds_tars(path: str) -> bool:
-    """Whether the first file in a tar is a tar; False for a damaged one, whose reader says more."""
+    """Whether the first file in a tar is a tar; False for a damaged one, refused by its reader."""
     try:
         first = next(read_members(path), None)
     except UnavailableError:
@@ -170,9 +170,9 @@ def _holds_tars(path: str) -> bool:
 
 
 class TarOfTars:
-    """The pictures of a tar whose files are tars, one a class, read where they lie.
+    """The pictures of a tar of tars, one per class, read without unpacking.
 
-    All files but junk count as pictures. Member names are only ever shown: nothing is unpacked.
+    All files but junk count as pictures. Member names are only shown, never used as paths.
 
     Raises:
         DataError: a tar is damaged, or holds no files.
@@ -188,14 +188,14 @@ class TarOfTars:
         inner = [tar for tar in members if tar.name.lower().endswith(".tar")]
         others = [file.name for file in members if not file.name.lower().endswith(".tar")]
         _warn_of_others(path, others)
-        self._classes = sorted({_class(tar) for tar in inner}, key=os.fsencode)
+        self._classes = sorted({_class_name(tar) for tar in inner}, key=os.fsencode)
         number = {name: i for i, name in enumerate(self._classes)}
         for tar in inner:
             for file in read_members(self._path, within=tar):
                 if is_junk(file.name):
                     continue
                 self._names.append(f"{tar.name}::{file.name}")
-                places.append((file.offset, file.size, number[_class(tar)]))
+                places.append((file.offset, file.size, number[_class_name(tar)]))
         if not places:
             raise DataError(f"{path}: there are no files in its {len(inner)} tars")
         self._places = np.array(places, dtype=np.int64)
@@ -224,7 +224,7 @@ class TarOfTars:
         """
         offset, size, _ = self._places[index].tolist()
         try:
-            with PatientFile(self._path, self._patience) as file:
+            with ReopeningFile(self._path, self._patience) as file:
                 data = file.read_at(size, offset)
             if len(data) < size:
                 raise OSError("the tar has become shorter")
@@ -254,7 +254,7 @@ def _warn_of_others(path: str, names: Sequence[str]) -> None:
         )
 
 
-def _class(tar: Member) -> str:
+def _class_name(tar: Member) -> str:
     return tar.name.rpartition("/")[2][: -len(".tar")]
 
 
@@ -274,7 +274,7 @@ class Selection:
         return self._ids
 
     def files(self) -> Iterator[str]:
-        """Those of the source."""
+        """The files of the source."""
         return self._source.files()
 
     def path(self, index: int) -> str:
@@ -310,7 +310,7 @@ def _open_list(path: str, decoder: Decoder) -> Files:
     read = patiently(Path(path).read_bytes, f"the list {path}")
     lines = [os.fsdecode(line) for line in read.splitlines() if line.strip()]
     if not lines:
-        raise DataError(f"the list {path} is empty. It needs one path of a picture a line.")
+        raise DataError(f"the list {path} is empty. It needs one path of a picture per line.")
     if "\0" in "".join(lines[:100]):
         raise DataError(f"{path} is neither a folder, nor a .tar, nor a list of paths")
     paths = [_normal(folder, line) for line in lines]
@@ -325,15 +325,15 @@ def _open_list(path: str, decoder: Decoder) -> Files:
 
 
 def _normal(folder: str, line: str) -> str:
-    """Absolute path; what follows the name of a tar is a name in it, and stays as it is."""
+    """Absolute path; a member name after the name of a tar is left as it is."""
     path, tar, member = line.partition(_MEMBER)
     return os.path.normpath(os.path.join(folder, os.path.expanduser(path))) + tar + member
 
 
 def _listed_files(path: str, paths: Sequence[str], decoder: Decoder, *, root: str | None) -> Files:
-    """Files below a root, or the folder that they have in common: its subfolders are the classes.
+    """Files below a root, or their common folder, whose subfolders are the classes.
 
-    Also those of which no file is listed: a list gives a class the number that the folder gives it.
+    Classes without listed files count, too: a class has the same number in a list and its folder.
     """
     missing = [name for name in paths if not patiently(partial(is_there, name), name)]
     if missing:
@@ -344,7 +344,7 @@ def _listed_files(path: str, paths: Sequence[str], decoder: Decoder, *, root: st
     root = root or os.path.commonpath([os.path.dirname(name) for name in paths])
     names = write_names((os.path.relpath(name, root) for name in paths), of=path)
     classes = class_folders(root) if root != os.path.dirname(root) else []  # not of a whole disk
-    return FolderSource(root, Listing(names, Beside()), decoder, classes=classes)
+    return FolderSource(root, Listing(names, OtherFiles()), decoder, classes=classes)
 
 
 def _members_of_shards(path: str, paths: Sequence[str], decoder: Decoder) -> Files:

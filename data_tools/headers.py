@@ -1,4 +1,4 @@
-"""What the first bytes of an image file say, without decoding its pixels."""
+"""Headers of image files, read without decoding pixels."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def read_header(data: bytes, path: str) -> Header:
         path: its name, for messages.
 
     Raises:
-        BadSampleError: it is not an image, or one that a training would refuse at once.
+        BadSampleError: it is not an image, or one that a training would refuse.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the size, bad metadata: it opens or it fails
+            warnings.simplefilter("ignore")  # size, bad metadata: it opens or it fails
             with Image.open(io.BytesIO(data)) as opened:
                 header = Header(str(opened.format), opened.mode, opened.width, opened.height)
-    except Exception:  # decoders raise anything; the training's own has the words for it
+    except Exception:  # decoders raise anything; the decoder of the training explains it
         if data.startswith((NPY_START, *TIFF_STARTS)):
             return _array_header(data, path)
         RGB.open(data, path)
@@ -50,7 +50,7 @@ def read_header(data: bytes, path: str) -> Header:
 
 
 def _array_header(data: bytes, path: str) -> Header:
-    """Of an NPY file, or of a TIFF file of more channels than Pillow opens."""
+    """Header of an NPY file, or of a TIFF file with more channels than Pillow opens."""
     try:
         shape, dtype = array_header(data)
         if data.startswith(NPY_START):

@@ -1,4 +1,4 @@
-"""Make the index of a set before a job that would otherwise wait for it."""
+"""Make the index of shards before a job that would otherwise wait for it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def make_index(spec: str, *, workers: int) -> Json:
 
     Args:
         spec: one source of `data.train`.
-        workers: processes that read shards.
+        workers: number of processes that read shards.
 
     Returns:
         The summary, ready for JSON.
 
     Raises:
-        DataError: as `open_source`, there is no worker, or the index cannot be kept.
+        DataError: as in `open_source`; or there is no worker, or the index cannot be kept.
     """
     if workers < 1:
         raise DataError(f"--workers {workers}: need at least 1")
@@ -31,7 +31,7 @@ def make_index(spec: str, *, workers: int) -> Json:
     source = open_source(spec, num_processes=workers)
     images, left_out = len(source), left_out_of(source).counts
     kept = source.index_path if isinstance(source, TarSource) else None
-    del source  # with an index that cannot be kept
+    del source  # and its index, if that cannot be kept
     if kept is not None and not os.path.exists(kept):
         raise DataError("the index cannot be kept. Set DINOSCALE_CACHE to a folder with room.")
     return {

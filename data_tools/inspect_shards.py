@@ -1,4 +1,4 @@
-"""What is in a set of images: numbers, sizes, formats, classes, and a sheet of some of them."""
+"""What is in an image set: counts, sizes, formats, classes, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.contact_sheet import draw_sheet
-from data_tools.files import Files, open_files, shards_of, work_on
+from data_tools.files import Files, open_files, shards_of, work_fingerprint
 from data_tools.headers import read_header
-from data_tools.journal import Json, check_place, write_whole
+from data_tools.journal import Json, require_writable, write_whole
 from data_tools.numbering import numbering_of
 from data_tools.survey import in_blocks, sample_ids, survey, unavailable_of
 from dinoscale.data.decoding.decode import BadSampleError
@@ -34,39 +34,39 @@ def inspect_shards(
     """Read headers, not pixels; only the pictures of the sheet are decoded.
 
     Args:
-        spec: what `open_files` takes: shards, a folder, a list, a tar of tars.
-        images: how many to look at, drawn with a fixed seed; None takes all.
+        spec: as for `open_files`: shards, a folder, a list, a tar of tars.
+        images: how many to read, drawn with a fixed seed; None takes all.
         sheet: PNG to draw.
         sheet_images: pictures on it.
-        out: file for the summary; with it an interrupted run goes on.
-        workers: processes.
+        out: file for the summary; with it an interrupted run continues.
+        workers: number of processes.
 
     Returns:
         The summary, ready for JSON.
 
     Raises:
-        DataError: nothing is there, or a file cannot be written.
+        DataError: there are no images, or a file cannot be written.
         RunFailedError: a worker was killed.
         UnavailableError: too many files cannot be read.
     """
     if sheet is not None and sheet.suffix.lower() != ".png":
-        raise DataError(f"--sheet {sheet}: the sheet is a PNG, name it so")
+        raise DataError(f"--sheet {sheet}: the sheet is a PNG; end its name in .png")
     on_sheet = sheet_images if sheet is not None else 1
     if not 1 <= on_sheet <= 1024:
         raise DataError(f"--sheet-images {on_sheet}: need 1 to 1024")
     for target in (out, sheet):
         if target is not None:
-            check_place(target, spec)
+            require_writable(target, spec)
     source = open_files(spec)
     ids = sample_ids(len(source), wanted=images)
     blocks = in_blocks(ids)
     found = survey(
-        _look,
+        _examine,
         source,
         blocks,
         sizes=[len(block) for block in blocks],
         out=out,
-        work=work_on(source, spec, command={"images": len(ids)}, module=__name__),
+        work=work_fingerprint(source, spec, command={"images": len(ids)}, module=__name__),
         workers=workers,
     )
     summary = {
@@ -86,7 +86,7 @@ def inspect_shards(
     return summary
 
 
-def _look(source: Files, ids: NDArray[np.int64]) -> Json:
+def _examine(source: Files, ids: NDArray[np.int64]) -> Json:
     """Sizes and kinds of a block; the size of a picture is that of its stored rows and columns."""
     unreadable, file_bytes = 0, []
     unavailable: list[Json] = []
@@ -141,7 +141,7 @@ def _spread(values: NDArray[np.int64]) -> Json:
 
 
 def _histogram(values: NDArray[np.int64]) -> dict[str, int]:
-    """Images by the power of two, in pixels, that they reach."""
+    """Number of images by the largest power of two, in pixels, that they reach."""
     powers = np.floor(np.log2(np.maximum(values, 1))).astype(np.int64)
     return {str(2**power): int((powers == power).sum()) for power in np.unique(powers).tolist()}
 

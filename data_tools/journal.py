@@ -1,4 +1,4 @@
-"""What is done already, so that the same command goes on where an interrupted one stopped."""
+"""The journal of finished work, with which the same command continues after an interruption."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 T = TypeVar("T")
-_HEAD = b'{"fingerprint"'  # begins a journal; after a kill there may be less of it
+_HEAD = b'{"fingerprint"'  # starts a journal; shorter if the process was killed
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -29,24 +29,24 @@ def write_whole(path: Path, data: bytes) -> None:
 
     Raises:
         DataError: it cannot be written.
-        OutputError: something lies there that is not ours.
+        OutputError: something else is there.
     """
-    with _telling(path), replacing(path) as beside:
+    with _as_data_error(path), replacing(path) as beside:
         beside.write_bytes(data)
 
 
-def check_place(path: Path, source: object = None) -> None:
+def require_writable(path: Path, source: object = None) -> None:
     """Find out now, not after hours of work, whether a file can be written.
 
     Args:
-        path: of the file.
+        path: path of the file.
         source: what the work reads.
 
     Raises:
         DataError: it cannot.
-        OutputError: something lies there that is not ours, or the source itself.
+        OutputError: something else is there, or the source itself.
     """
-    with _telling(path):
+    with _as_data_error(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         require_ours(path, source=source)
@@ -55,7 +55,7 @@ def check_place(path: Path, source: object = None) -> None:
 
 
 @contextmanager
-def _telling(path: Path) -> Iterator[None]:
+def _as_data_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -65,15 +65,15 @@ def _telling(path: Path) -> Iterator[None]:
 class Journal:
     """A file with one JSON line for each finished piece of work; locked within its `with` block.
 
-    Its first line is the fingerprint of the work. A journal of other work is started anew, which is
-    said, and a line that was cut off counts for nothing.
+    Its first line is the fingerprint of the work. A journal of other work is started over, with a
+    warning, and a line that was cut off is ignored.
 
     Args:
-        path: of the file, or None to keep nothing.
-        work: its fingerprint.
+        path: path of the file, or None to keep nothing.
+        work: fingerprint of the work.
 
     Raises:
-        DataError: it cannot be written, or another process is at the same work.
+        DataError: it cannot be written, or another process does the same work.
         OutputError: something else has its name.
     """
 
@@ -87,12 +87,12 @@ class Journal:
             self._file = path.open("a+b")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"another process is writing {path}; wait for its end") from None
+            raise DataError(f"another process is writing {path}; wait until it ends") from None
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror}") from error
         self._file.seek(0)
         if not _HEAD.startswith(self._file.read(len(_HEAD))):
-            raise OutputError(f"{path} exists, and is no list of finished work: remove it")
+            raise OutputError(f"{path} exists and is not a list of finished work: remove it")
         self._file.seek(0)
         end, head = 0, None
         for line in self._file:
@@ -116,11 +116,11 @@ class Journal:
             self._file.close()
 
     def add(self, piece: int, result: Json) -> None:
-        """Remember the result of a piece, for the next start."""
+        """Store the result of a piece for the next start."""
         self._append({"piece": piece, "result": result})
 
     def finish(self) -> None:
-        """Forget everything: the whole result is safe elsewhere."""
+        """Remove the journal: the whole result is stored elsewhere."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
@@ -135,15 +135,15 @@ class Journal:
 
 
 def _is_of(head: Json, work: object, path: Path) -> bool:
-    """Whether the first line of a journal is that of some work; says what is not as it was."""
+    """Whether a journal with this first line is of this work; warns of what has changed."""
     changed = differences(head.get("fingerprint"), work)
     if changed:
-        log.warning("%s is of other work (%s): starting anew", path, ", ".join(changed))
+        log.warning("%s is of other work (%s): starting over", path, ", ".join(changed))
     return not changed
 
 
 def fingerprint_of(path: Path) -> object:
-    """Which work a journal is of, None where there is none.
+    """The fingerprint in a journal, None if there is none.
 
     Raises:
         DataError: it cannot be read.
@@ -159,7 +159,7 @@ def fingerprint_of(path: Path) -> object:
 
 
 def read_if_there(read: Callable[[], T], path: Path) -> T | None:
-    """What `read` makes of a file, None where there is none.
+    """The result of `read` for a file, None if there is no file.
 
     Raises:
         DataError: it cannot be read, or not for about a minute.

@@ -1,4 +1,4 @@
-"""Find pictures that look the same: a hash of 64 bits each, and all pairs that differ in few.
+"""Find pictures that look the same: 64-bit hashes, and all pairs that differ in few bits.
 
 Shape letter: N pictures.
 """
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 THUMBNAIL = 8  # side of the thumbnail that confirms a pair, in pixels
-MAX_RADIUS = 8  # bits; beyond it the pairs of unlike pictures take over
+MAX_RADIUS = 8  # bits; beyond it, pairs of different pictures prevail
 
 _BITS = 64
 _SIDE = 32  # pixels of the shrunk grey picture whose frequencies make the hash
@@ -38,7 +38,7 @@ def perceptual_hash(pixels: NDArray[np.uint8]) -> int | None:
     """Return the signs of the low frequencies of the grey picture about their median.
 
     Source: the usual pHash (Zauner 2010, "Implementation and benchmarking of perceptual image hash
-    functions", section 3.2.1). It outlives re-encoding and resizing, not cropping or turning.
+    functions", section 3.2.1). It survives re-encoding and resizing, not cropping or rotation.
 
     Args:
         pixels: uint8 (H, W, 3).
@@ -51,7 +51,7 @@ def perceptual_hash(pixels: NDArray[np.uint8]) -> int | None:
     if values.std() < _PLAIN:
         return None
     low = (_DCT @ values @ _DCT.T).ravel()
-    bits = low > np.median(low[1:])  # the mean of the picture is no detail
+    bits = low > np.median(low[1:])  # without the mean of the picture
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
@@ -66,11 +66,11 @@ def close_pairs(hashes: NDArray[np.uint64], *, radius: int) -> Iterator[NDArray[
 
     Source: Manku et al. 2007, "Detecting near-duplicates for web crawling". The bits are cut into
     radius + d pieces: two close hashes agree in some d of them. For each choice of d pieces the
-    hashes are sorted by those, and only equal neighbours are compared. d is the smallest number
-    whose pieces tell N hashes apart, so that such groups are small: the time is that of
-    binomial(radius + d, d) sorts, where hashes are spread as those of unlike pictures are.
-    Equal hashes are paired with their first and their predecessor only, and the first stands for
-    all of them: a picture copied often costs no square.
+    hashes are sorted by these pieces, and only neighbours that are equal there are compared. d is
+    the smallest number whose pieces tell N hashes apart, so that the groups of equal ones are
+    small: for hashes spread like those of different pictures, the time is that of
+    binomial(radius + d, d) sorts. Equal hashes are paired only with the first of them and their
+    predecessor, and the first stands for all: many copies of a picture cost no quadratic time.
 
     Args:
         hashes: (N,) uint64.
@@ -95,7 +95,7 @@ def close_pairs(hashes: NDArray[np.uint64], *, radius: int) -> Iterator[NDArray[
 
 
 def num_pieces(number: int, *, radius: int) -> int:
-    """d, the least number of pieces whose bits tell so many hashes apart."""
+    """d, the smallest number of pieces whose bits tell so many hashes apart."""
     taken = 1
     while _BITS // (radius + taken) * taken < math.log2(max(2, number)):
         taken += 1
@@ -127,10 +127,10 @@ def look_alike(
     """Which pictures look like one: hashes within the radius, and thumbnails that confirm it.
 
     Args:
-        rows: with `hash`, `hashed` (False: plain, like nothing) and `thumbnail` of all pictures.
+        rows: `hash`, `hashed` (False: too plain to compare) and `thumbnail` of all pictures.
         one: number of a picture.
         others: numbers of pictures, (P,).
-        radius: of the hashes, in bits.
+        radius: most bits in which two hashes differ.
 
     Returns:
         (P,).
@@ -151,7 +151,7 @@ class Groups:
         self._parent = list(range(number))
 
     def join(self, one: int, other: int) -> None:
-        """Put two pictures and all that belong to them together."""
+        """Join the groups of two pictures."""
         low, high = sorted((self._root(one), self._root(other)))
         self._parent[high] = low
 

@@ -1,4 +1,4 @@
-"""One numbering of classes for shards of several folders, each of which has its own."""
+"""One numbering of classes for shards of several folders with numberings of their own."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ _Names = tuple[str, ...]  # of one class
 
 @dataclass(frozen=True)
 class Numbering:
-    """Class numbers, and what they mean.
+    """Class numbers and their names.
 
     Attributes:
         labels: (N,) int64, -1 where unknown; None without classes.
-        listed: content of the `classes.txt` that belongs to them; None where only numbers are
-            known.
-        names: number -> name, of a folder, or where the numbers are not those of the shards.
+        listed: content of the `classes.txt` for them; None if only numbers are known.
+        names: number -> name, for a folder, or if the numbers are not those of the shards.
     """
 
     labels: NDArray[np.int64] | None
@@ -38,12 +37,12 @@ class Numbering:
 def numbering_of(source: Files) -> Numbering:
     """Number the classes of a source: a name has one number, wherever its images lie.
 
-    Shards carry numbers only; `classes.txt` beside them names them. Where such lists disagree, the
-    classes of all of them are numbered anew, in the order of their names.
+    Shards hold only numbers; `classes.txt` beside them names these. If such lists disagree, all
+    their classes are renumbered in the order of their names.
 
     Raises:
-        DataError: shards beside a list and shards beside none come together, a list lacks a number
-            of its shards, or two lists call one class differently.
+        DataError: only some of the shards have a list, a list lacks a number of its shards, or two
+            lists give one class different names.
     """
     labels, names = source.labels, source.class_names
     if labels is None or names is not None:
@@ -58,13 +57,13 @@ def numbering_of(source: Files) -> Numbering:
     if bare:
         raise DataError(
             f"{bare[0]} is missing, and other shards of this set have a list of classes: nothing"
-            " says which number is which class. Put one there, or build these shards apart."
+            " says which number is which class. Add it, or build these shards separately."
         )
     return _joined(labels, place, [read_classes(str(path)) for path in lists], lists)
 
 
 def _folders(source: Files, labels: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int64]]:
-    """Folders of the shards with labelled images; of each image its folder's place, or -1."""
+    """Folders of the shards with labelled images; for each image the place of its folder, or -1."""
     only = list(dict.fromkeys(os.path.dirname(path) for path in source.files()))
     if len(only) == 1:
         return only, np.where(labels >= 0, 0, -1)
@@ -107,7 +106,7 @@ def _require_one_name(names: Mapping[str, _Names], lists: Sequence[Path]) -> Non
             if name_key(other) in names and name_key(other) != key:
                 raise DataError(
                     f"{', '.join(map(str, lists))}: {other!r} is a class of its own in one of them"
-                    f" and another name of {called[0]!r} in one. Call it the same in all."
+                    f" and another name of {called[0]!r} in another. Name it alike in all."
                 )
 
 

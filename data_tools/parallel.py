@@ -1,4 +1,4 @@
-"""Many pieces of work over a few processes, results in the order of the pieces."""
+"""Pieces of work over a few processes, with results in the order of the pieces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
 
-_AHEAD = 3  # pieces given out for each worker, so that a slow one stops nobody
+_AHEAD = 3  # pieces submitted per worker, so that a slow one does not stop the others
 
 
 def ordered_map(
@@ -30,7 +30,7 @@ def ordered_map(
         task: a function of a module.
         shared: what all pieces need.
         pieces: the work.
-        workers: processes; 1 works in this one. They end with this process, however it ends.
+        workers: number of processes; 1 works in this one. They end with this process.
 
     Raises:
         DataError: there is no worker.
@@ -60,8 +60,8 @@ def ordered_map(
             waiting.popleft()
     except BrokenProcessPool as error:
         raise RunFailedError(
-            "a worker process was killed, usually because memory ran out. Take fewer --workers; "
-            "the same command goes on from what is done"
+            "a worker process was killed, usually because memory ran out. Use fewer --workers; "
+            "the same command continues after the finished work"
         ) from error
     finally:
         pool.shutdown(wait=not waiting, cancel_futures=True)
@@ -72,11 +72,11 @@ _shared: object
 
 
 def _start_worker(task: Callable[..., object], shared: object) -> None:
-    """Ctrl-C reaches all processes of a terminal; the first one decides."""
+    """Ctrl-C reaches all processes of a terminal; only the parent reacts."""
     global _task, _shared
     _task, _shared = task, shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger().setLevel(logging.WARNING)  # one line a shard is too much
+    logging.getLogger().setLevel(logging.WARNING)  # one line per shard is too much
     end_with_parent()
 
 

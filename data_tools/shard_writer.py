@@ -1,8 +1,8 @@
-"""Write a set of tar shards in the WebDataset layout by several processes, byte for byte the same.
+"""Write tar shards in the WebDataset layout with several processes, always with the same bytes.
 
 The split is planned first, from the sizes of the files alone: which sample goes to which shard
-under which key. A shard is then a function of its plan and of its files, whoever writes it and
-however often the work was interrupted. Each is written beside its place, then renamed.
+under which key. A shard is then a function of its plan and its files, whichever process writes it
+and however often the work was interrupted. Each is written beside its place, then renamed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 _NAMES = "names.jsonl"
 _JOURNAL = ".progress.jsonl"
 
-_BLOCK = 512  # bytes of a tar header, and the multiple to which files are filled up
+_BLOCK = 512  # bytes of a tar header; files are padded to a multiple of it
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20,
           "gib": 2**30}  # fmt: skip
 
@@ -62,8 +62,8 @@ class ShardPlan:
     """The samples of one shard.
 
     Attributes:
-        name: of the file.
-        first_key: key of the first sample; they go on one by one.
+        name: name of the file.
+        first_key: key of the first sample; the others follow one by one.
         ids: numbers of the samples, (n,) int64.
     """
 
@@ -76,11 +76,11 @@ def parse_bytes(text: str) -> int:
     """Read a size such as `256MiB`, `1GB` or `1000000`.
 
     Raises:
-        DataError: it is none, or less than one.
+        DataError: it is not a size, or less than one byte.
     """
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]*)", text.strip())
     if not match or match[2].lower() not in _UNITS:
-        raise DataError(f"{text!r} is no size; write it as 256MiB, 1GB or 1000000")
+        raise DataError(f"{text!r} is not a size; write it as 256MiB, 1GB or 1000000")
     size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
         raise DataError(f"a size of {text!r}: need at least one byte")
@@ -94,9 +94,9 @@ def plan_shards(
 
     Args:
         sizes: bytes of each sample with its headers, (N,).
-        order: numbers of the samples as they shall follow each other, (N,).
+        order: numbers of the samples in their order, (N,).
         shard_bytes: a shard ends before the sample that would make it larger.
-        prefix: of the names.
+        prefix: prefix of the names.
     """
     ends = np.cumsum(sizes[order])
     starts, first = [], 0
@@ -111,7 +111,7 @@ def plan_shards(
 
 
 def stored_bytes(size: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What files take in a tar, header included."""
+    """Bytes that files take in a tar, header included."""
     stored: NDArray[np.int64] = _BLOCK + -(-size // _BLOCK) * _BLOCK
     return stored
 
@@ -132,17 +132,17 @@ def write_set(
 
     Args:
         out_dir: folder of the shards, made if needed.
-        samples: where they come from.
-        plans: of the shards.
-        names: what each sample was called, by its number.
+        samples: the samples.
+        plans: plans of the shards.
+        names: original name of each sample, by its number.
         classes: content of `classes.txt`.
-        settings: what made the set, for the manifest.
-        input: what it was made from, as of `fingerprint`.
-        module: that makes the samples, e.g. `data_tools.synthetic`.
-        workers: processes.
+        settings: settings of the tool, for the manifest.
+        input: what the set is made from, as for `fingerprint`.
+        module: the module that makes the samples, e.g. `data_tools.synthetic`.
+        workers: number of processes.
 
     Returns:
-        The manifest, with `shards_kept`: how many were there already.
+        The manifest, with `shards_kept`: how many existed before.
 
     Raises:
         DataError: `out_dir` holds something else, or no sample is an image.
@@ -159,7 +159,7 @@ def write_set(
         done.update(journal.done)
         done = {number: record for number, record in done.items() if not _unavailable(record)}
         if done:
-            log.info("going on: %d of %d shards are done", len(done), len(plans))
+            log.info("continuing: %d of %d shards are done", len(done), len(plans))
         lines = "".join(json.dumps(name) + "\n" for name in ordered)
         _keep_or_write(out_dir / _NAMES, lines.encode())
         if classes is not None:
@@ -177,7 +177,7 @@ def write_set(
 
 
 def _keep_or_write(path: Path, data: bytes) -> None:
-    """Write a file of the set, unless it is there: no list says whose a copied set is."""
+    """Write a file of the set unless it is there; nothing marks those of a copied set as ours."""
     if read_if_there(path.read_bytes, path) != data:
         write_whole(path, data)
 
@@ -185,7 +185,7 @@ def _keep_or_write(path: Path, data: bytes) -> None:
 def _written(
     out_dir: Path, samples: Samples, pieces: Sequence[_Piece], journal: Journal, *, workers: int
 ) -> list[Json]:
-    """The records of all shards, new ones in the journal, too."""
+    """The records of all shards; new ones also go to the journal."""
     records = []
     total = sum(len(piece.plan.ids) for piece in pieces)
     with tqdm(total=total, unit="img", desc="shards", disable=None) as bar:
@@ -208,7 +208,7 @@ def _require_few_unavailable(records: list[Json], names: list[str]) -> None:
 
 
 def _claim(out_dir: Path, plans: Sequence[ShardPlan], work: Fingerprint) -> dict[int, Json]:
-    """Shards of this very set that are finished; anything else there is not ours to touch."""
+    """Finished shards of this very set; raises DataError if there is anything else."""
     manifest = read_manifest(out_dir)
     marks = [fingerprint_of(out_dir / _JOURNAL), manifest and manifest.get("fingerprint")]
     changes = [differences(mark, work) for mark in marks if mark is not None]
@@ -233,7 +233,7 @@ def _unavailable(record: Json) -> list[Json]:
 
 
 def read_manifest(folder: Path) -> Json | None:
-    """Read `manifest.json`, None where there is none.
+    """Read `manifest.json`, None if there is none.
 
     Raises:
         DataError: it is damaged, of a later version, or cannot be read.
@@ -299,7 +299,7 @@ def _write_shard(shared: tuple[Path, Samples], piece: _Piece) -> Json:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise RunFailedError(
-            f"cannot write {path}: {error.strerror}. Once that is mended, the same command goes on"
+            f"cannot write {path}: {error.strerror}. Once that is fixed, the same command continues"
         ) from error
     return record
 

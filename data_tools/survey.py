@@ -1,8 +1,8 @@
-"""Read images in blocks over processes, remembering finished blocks beside the output file.
+"""Read images in blocks over processes; finished blocks are stored beside the output file.
 
-A file that cannot be read says nothing of the image in it. The result of a block tells such files
-under `unavailable`, a list of {"path", "reason"}; it is not remembered, so that the same command
-reads them again.
+A file that cannot be read says nothing about its image. The result of a block lists such files
+under `unavailable`, as {"path", "reason"}. Such a result is not stored, so that the same command
+reads the block again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.journal import Journal, Json, check_place
+from data_tools.journal import Journal, Json, require_writable
 from data_tools.parallel import ordered_map
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.errors import DataError, UnavailableError
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 S = TypeVar("S")
 T = TypeVar("T")
 
-_SHOWN = 3  # files that cannot be read, in a message
-BLOCK = 256  # images that one process reads between two lines of the journal
+_SHOWN = 3  # unavailable files listed in a message
+BLOCK = 256  # images that a process reads for one line of the journal
 MAX_UNAVAILABLE = 0.01  # of the images of a set; the default of data.max_bad_fraction
 
 
@@ -48,22 +48,21 @@ def survey(
         task: a function of a module; its result goes through JSON.
         shared: what all blocks need.
         blocks: the work.
-        sizes: images of the blocks.
-        out: file that the caller writes at the end; `OUT.state` lies beside it until then, and is
-            removed when the caller has taken the last result and all files could be read. None
-            remembers nothing.
+        sizes: number of images in each block.
+        out: file that the caller writes at the end; `OUT.state` beside it is removed when the
+            caller has taken the last result and all files could be read. None stores nothing.
         work: fingerprint of what the results depend on; a state of other work is not used.
-        workers: processes.
-        max_unavailable: fraction of the images whose files need not be readable.
+        workers: number of processes.
+        max_unavailable: fraction of the images whose files may be unavailable.
 
     Raises:
         DataError: `out` cannot be written, or there is no worker.
         RunFailedError: a worker was killed.
-        UnavailableError: after the last result; too many files could not be read.
+        UnavailableError: after the last result, if too many files could not be read.
     """
     state = None
     if out is not None:
-        check_place(out)
+        require_writable(out)
         state = out.with_name(out.name + ".state")
     with Journal(state, work) as journal:
         yield from _surveyed(task, shared, blocks, sizes, journal, workers, max_unavailable)
@@ -79,7 +78,7 @@ def _surveyed(
     max_unavailable: float,
 ) -> Iterator[Json]:
     if journal.done:
-        log.info("going on: %d of %d pieces are done", len(journal.done), len(blocks))
+        log.info("continuing: %d of %d pieces are done", len(journal.done), len(blocks))
     left = [number for number in range(len(blocks)) if number not in journal.done]
     results = ordered_map(task, shared, [blocks[number] for number in left], workers=workers)
     unavailable: list[Json] = []
@@ -99,22 +98,22 @@ def _surveyed(
 
 
 def unavailable_of(error: BadSampleError) -> list[Json]:
-    """What the result of a block tells of a bad sample: nothing if it was read and is damaged."""
+    """The `unavailable` entries for a bad sample: none if it was read and is damaged."""
     return [{"path": error.path, "reason": error.reason}] if error.unavailable else []
 
 
 def require_few_unavailable(
     entries: Sequence[Json], *, of: int, max_fraction: float = MAX_UNAVAILABLE
 ) -> None:
-    """Say which files cannot be read, or refuse to go on without them.
+    """Warn of the files that cannot be read, or refuse to continue without them.
 
     Args:
         entries: path and reason of each.
-        of: images in all.
-        max_fraction: of them.
+        of: number of all images.
+        max_fraction: fraction of them that may be unavailable.
 
     Raises:
-        UnavailableError: there are more.
+        UnavailableError: more are.
     """
     if not entries:
         return
@@ -122,17 +121,17 @@ def require_few_unavailable(
     text = f"{len(entries)} of {of} files cannot be read:{shown}"
     if len(entries) > max_fraction * of:
         raise UnavailableError(
-            f"{text}\nThey may be whole, and count as nothing. Mend the file system or make them"
-            " readable; the same command reads them again, and keeps what is done."
+            f"{text}\nThey may be intact. Repair the file system or make them readable; the same"
+            " command reads them again and keeps the finished work."
         )
     log.warning("%s", text)
 
 
 def sample_ids(num_images: int, *, wanted: int | None, seed: int = 0) -> NDArray[np.int64]:
-    """Choose images, the same ones every time, in ascending order; None or too many takes all.
+    """Choose images, the same every time, in ascending order; None or too many takes all.
 
     Raises:
-        DataError: less than one is wanted.
+        DataError: `wanted` is less than one.
     """
     if wanted is not None and wanted < 1:
         raise DataError(f"--images {wanted}: need at least 1")

@@ -1,4 +1,4 @@
-"""The drawn image set (`synthetic:shapes`) as shards with class numbers and masks."""
+"""The synthetic image set (`synthetic:shapes`) as shards with class numbers and masks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def synthetic(
     """Draw the set and write `KEY.png`, `KEY.cls` and `KEY.mask.png` (255 on an object).
 
     Args:
-        out_dir: folder to write; what an earlier run of the same work finished there is kept.
-        images: how many.
+        out_dir: folder to write; keeps what an earlier run of the same work finished there.
+        images: number of images.
         size: side of a picture in pixels.
-        seed: of the drawing.
+        seed: seed of the drawing.
         split: train or test.
-        shard_bytes: a shard would be this large if PNG saved nothing.
-        workers: processes.
+        shard_bytes: size of a shard if PNG did not compress.
+        workers: number of processes.
 
     Returns:
         The summary, ready for JSON.

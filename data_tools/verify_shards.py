@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import open_pictures, shards_of, work_on
+from data_tools.files import open_pictures, shards_of, work_fingerprint
 from data_tools.journal import Json, write_whole
 from data_tools.shard_writer import file_sha256, read_manifest
 from data_tools.survey import in_blocks, survey
@@ -35,18 +35,18 @@ def verify_shards(spec: str, decoder: Decoder = RGB, *, out: Path | None, worker
 
     Args:
         spec: shards, or anything else that a training or `open_files` reads.
-        decoder: what the pixels of a file become; other channels than it wants are bad.
-        out: list of what is bad, one JSON object a line: path, reason. With it an interrupted run
-            goes on from the last finished shard (of a folder: 256 images), and reads again what
+        decoder: decodes the files; a file with other channels is bad.
+        out: list of what is bad, one JSON object per line: path, reason. With it an interrupted run
+            continues after the last finished shard (of a folder: 256 images), and reads again what
             could not be read.
-        workers: processes.
+        workers: number of processes.
 
     Returns:
         The summary, ready for JSON; `bad` and `unavailable`, the number of files that cannot be
-        read, are 0 where everything is whole.
+        read, are 0 if everything is intact.
 
     Raises:
-        DataError: nothing is there, or `out` cannot be written.
+        DataError: there are no images, or `out` cannot be written.
         RunFailedError: a worker was killed.
     """
     pieces, missing = _with_records(spec, shards_of(spec))
@@ -95,7 +95,7 @@ def _images(spec: str, decoder: Decoder, out: Path | None, workers: int) -> Iter
     source = open_pictures(spec, decoder)
     blocks = in_blocks(np.arange(len(source), dtype=np.int64))
     sizes = [len(block) for block in blocks]
-    work = work_on(source, spec, command=asdict(decoder), module=__name__)
+    work = work_fingerprint(source, spec, command=asdict(decoder), module=__name__)
     return survey(
         _verify_block, source, blocks,
         sizes=sizes, out=out, work=work, workers=workers, max_unavailable=math.inf,
@@ -103,7 +103,7 @@ def _images(spec: str, decoder: Decoder, out: Path | None, workers: int) -> Iter
 
 
 def _with_records(spec: str, shards: list[str]) -> tuple[list[_Shard], list[Json]]:
-    """Shards with what their manifest says; of a whole folder, also those that are missing."""
+    """Shards with their records in the manifest; for a whole folder, also the missing ones."""
     pieces = []
     records: dict[str, dict[str, Json]] = {}  # folder -> name -> record
     for path in shards:
@@ -148,13 +148,13 @@ def _verify_block(source: Source, ids: NDArray[np.int64]) -> Json:
     bad: list[Json] = []
     unavailable: list[Json] = []
     for index in ids.tolist():
-        if fault := _fault(source, index):
-            entry = {"path": source.path(index), "reason": fault.reason}
-            (unavailable if fault.unavailable else bad).append(entry)
+        if error := _error_of(source, index):
+            entry = {"path": source.path(index), "reason": error.reason}
+            (unavailable if error.unavailable else bad).append(entry)
     return {"images": len(ids), "bad": bad, "unavailable": unavailable}
 
 
-def _fault(source: Source, index: int) -> BadSampleError | None:
+def _error_of(source: Source, index: int) -> BadSampleError | None:
     try:
         source.picture(index).pixels()
     except BadSampleError as error:

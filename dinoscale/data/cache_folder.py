@@ -1,4 +1,4 @@
-"""The folder where what costs time to make is kept between runs."""
+"""The cache folder: files that are slow to make, kept between runs."""
 
 import fcntl
 import glob
@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 0.2  # between two looks at a lock that another process has
-_ABANDONED_S = 3600  # since something was written to a file that is being written all the time
+_POLL_S = 0.2  # between two tries for a lock that another process holds
+_ABANDONED_S = 3600  # without a write, after which a partial file counts as abandoned
 
 
 def cached_file(kind: str, keys: Iterable[str]) -> str:
@@ -21,15 +21,15 @@ def cached_file(kind: str, keys: Iterable[str]) -> str:
     The folder is DINOSCALE_CACHE, else XDG_CACHE_HOME/dinoscale, else ~/.cache/dinoscale.
 
     Args:
-        kind: what it holds, begins its name.
-        keys: what it was made from; other keys give another file.
+        kind: what the file holds; the prefix of its name.
+        keys: what the file was made from; other keys give another file.
 
     Raises:
         OSError: the folder cannot be made.
     """
     own = os.environ.get("DINOSCALE_CACHE", "")
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(shared):  # its specification: then it does not count
+    if not os.path.isabs(shared):  # the XDG specification ignores a relative path
         shared = os.path.expanduser("~/.cache")
     folder = os.path.abspath(own) if own else os.path.join(shared, "dinoscale")
     if not os.path.isabs(folder):
@@ -43,14 +43,14 @@ def cached_file(kind: str, keys: Iterable[str]) -> str:
 
 @contextmanager
 def locked(path: str, alive: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Let one process of all that name this file do its work, the others wait.
+    """Hold the lock of a file: one process works on it, the others wait.
 
-    On a file system without locks nobody waits: what is put in place whole may be made twice. The
-    kernel frees the lock of a process that dies.
+    On a file system without locks nobody waits, and the file may be made twice, which is harmless
+    for one that is put in place whole. The kernel frees the lock of a process that dies.
 
     Args:
         path: the file.
-        alive: called again and again while this process waits.
+        alive: called repeatedly while this process waits.
     """
     descriptor = -1
     try:
@@ -66,7 +66,7 @@ def locked(path: str, alive: Callable[[], None] = lambda: None) -> Iterator[None
 
 
 def remove_abandoned(path: str) -> None:
-    """Remove what processes left that were killed while they wrote this file."""
+    """Remove the partial files of processes that were killed while they wrote this file."""
     for partial in glob.glob(f"{glob.escape(path)}.*.partial"):
         _remove_if_abandoned(partial)
 
@@ -78,13 +78,13 @@ def _remove_if_abandoned(partial: str) -> None:
 
 
 def keep_recent(path: str, *, most_bytes: float) -> None:
-    """Make room for a file: remove of its kind what was written or touched longest ago.
+    """Make room for a file: remove the least recently written or touched files of its kind.
 
-    What killed processes have left of any of the kind goes, too.
+    Partial files that killed processes left of any file of this kind are removed, too.
 
     Args:
-        path: of `cached_file`, with an extension.
-        most_bytes: that the others of its kind and extension may have together.
+        path: the file, from `cached_file`, with an extension.
+        most_bytes: the most that the other files of its kind and extension may take together.
     """
     folder, name = os.path.split(path)
     kind, extension = name.partition("-")[0], os.path.splitext(name)[1]
@@ -100,7 +100,7 @@ def keep_recent(path: str, *, most_bytes: float) -> None:
     for _, size, file in sorted(found, reverse=True):
         left -= size if file != path else 0
         if left < 0:
-            log.info("removing %s: it was used longest ago", file)
+            log.info("removing %s, the least recently used", file)
             with suppress(FileNotFoundError):
                 os.unlink(file)
 
@@ -111,7 +111,7 @@ def _lock(descriptor: int, path: str, alive: Callable[[], None]) -> None:
     log.info("another process is making %s: waiting for it", path)
     while not _is_locked_now(descriptor):
         alive()
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)
 
 
 def _is_locked_now(descriptor: int) -> bool:

@@ -25,10 +25,10 @@ from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.order.sampler import Draws, StepSampler
 from dinoscale.data.seeding import Stream, generator
 from dinoscale.data.shards.stream import StreamSource
-from dinoscale.data.shards.stream_readers import LaneSampler
+from dinoscale.data.shards.stream_readers import StreamSampler
 from dinoscale.data.sources.bad_samples import BadSample
 from dinoscale.data.sources.left_out import LeftOut
-from dinoscale.data.sources.mixture import drawn_sizes, stand_ins
+from dinoscale.data.sources.mixture import drawn_sizes, replacement_candidates
 from dinoscale.data.sources.source import Source
 from dinoscale.data.worker_process import leave_signals_to_parent
 from dinoscale.errors import DataError, DinoscaleError, UnavailableError
@@ -50,8 +50,8 @@ class Batch:
         local_crops: uint8 (n, B, h, h, C).
         params: what was drawn for each crop, records of `crop_params.PARAMS` (2 + n, B).
         sample_ids: int64 (B,), the images as ordered by the sampler.
-        bad: images that could not be read; others stand in their places.
-        left_out: of a stream, by shard, what is left out of those that came to their end.
+        bad: unreadable images, each replaced by another one.
+        left_out: for a stream: shard -> what was left out, for the shards read to their end.
     """
 
     global_crops: Tensor
@@ -62,7 +62,7 @@ class Batch:
     left_out: dict[int, LeftOut] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory (called by the DataLoader)."""
+        """Copy the batch to page-locked memory (called by the DataLoader)."""
         return Batch(
             self.global_crops.pin_memory(),
             self.local_crops.pin_memory(),
@@ -89,33 +89,33 @@ def train_batches(
     lanes: int = 8,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the micro-batches of one rank from `start_step` up to but without `stop_step`.
+    """Yield the micro-batches of one rank from step `start_step` to `stop_step`, exclusive.
 
-    batch_size / (micro_batch_size * world_size) of them make one step. The images of a step and
-    their crops are a function of (source, batch_size, seed, step): workers, ranks, accumulation
-    and the first step change nothing. An unreadable image is replaced by one of the same source,
-    drawn from (seed, repeat, image, attempt) and cropped as the image itself would have been. The
-    workers start at the call, not at the first batch, and serve the whole run.
+    A step takes batch_size / (micro_batch_size * world_size) of them. The images of a step and
+    their crops are a function of (source, batch_size, seed, step), whatever the number of workers
+    and ranks, the accumulation and the first step. An unreadable image is replaced by another one
+    of the same source, drawn from (seed, repeat, image, attempt) and cropped as the image itself
+    would have been. The workers start at the call, not at the first batch, and serve the whole run.
 
     Args:
         source: the images.
         multi_crop: the augmentation.
         batch_size: images of one optimizer step over all ranks.
         micro_batch_size: B, images of this rank in one forward.
-        seed: of order and augmentation, >= 0.
-        rank: of this process.
+        seed: seeds order and augmentation, >= 0.
+        rank: rank of this process.
         world_size: number of ranks.
         start_step: first optimizer step, >= 0.
         stop_step: end of the run, exclusive.
         num_workers: worker processes; 0 decodes in this process.
         quotas: draws from each source of a mixture in an epoch; None draws every image once.
-        lanes: of a stream, for each micro-batch of a step; see `LaneSampler`.
+        lanes: for a stream: lanes for each micro-batch of a step; see `StreamSampler`.
         pin_memory: hand out page-locked memory.
 
     Raises:
         DataError: ten images in a row are unreadable, or a worker failed.
-        UnavailableError: a storage or network failed for minutes.
-        ValueError: the numbers do not fit together (see `StepSampler`).
+        UnavailableError: storage or the network failed for minutes.
+        ValueError: the numbers are inconsistent (see `StepSampler`).
     """
     sizes = {
         "batch_size": batch_size,
@@ -125,19 +125,19 @@ def train_batches(
     }
     quotas = quotas or drawn_sizes(source)
     if isinstance(source, StreamSource):
-        sampler: StepSampler = LaneSampler(source.blocks, quota=quotas[0], lanes=lanes, **sizes)
+        sampler: StepSampler = StreamSampler(source.blocks, quota=quotas[0], lanes=lanes, **sizes)
         of_rank = lanes * sampler.accumulation_steps
-        num_workers = _sharing(of_rank, num_workers)
+        num_workers = _num_sharing_workers(of_rank, num_workers)
         source = source.serving(lanes=of_rank // max(num_workers, 1))
     else:
         sampler = StepSampler(sizes=drawn_sizes(source), quotas=quotas, **sizes)
     crops = _TrainCrops(source, multi_crop, seed=seed)
     requests = _Requests(sampler, rank=rank, start_step=start_step, stop_step=stop_step)
-    return answered(crops, requests, num_workers=num_workers, pin_memory=pin_memory)
+    return map_in_workers(crops, requests, num_workers=num_workers, pin_memory=pin_memory)
 
 
-def _sharing(lanes: int, num_workers: int) -> int:
-    """How many workers share the lanes of a rank equally, so that each lane stays with one."""
+def _num_sharing_workers(lanes: int, num_workers: int) -> int:
+    """The most workers that share the lanes of a rank equally: each lane stays with one worker."""
     most = min(lanes, num_workers)
     workers = next((count for count in range(most, 0, -1) if lanes % count == 0), 0)
     if workers < num_workers:
@@ -151,14 +151,14 @@ def _sharing(lanes: int, num_workers: int) -> int:
 
 @dataclass(frozen=True)
 class Failure:
-    """An error of a worker, sent back as a value: torch would wrap it in a printed traceback."""
+    """A worker's error, returned as a value: torch would wrap an exception in a traceback."""
 
     message: str
     kind: type[DataError] = DataError
 
 
 class _Requests:
-    """Micro-batches in the order in which one rank takes them."""
+    """The draws of one rank's micro-batches, in order."""
 
     def __init__(self, sampler: StepSampler, *, rank: int, start_step: int, stop_step: int):
         if not 0 <= start_step <= stop_step:
@@ -192,7 +192,7 @@ class _TrainCrops(Dataset[Batch | Failure]):
         bad: list[BadSample] = []
         pairs = zip(draws.ids.tolist(), draws.repeats.tolist(), strict=True)
         for place, (sample, repeat) in enumerate(pairs):
-            bad += self._cut(crops, place, sample=sample, repeat=repeat)
+            bad += self._crop_image(crops, place, sample=sample, repeat=repeat)
         return Batch(
             torch.from_numpy(crops.global_crops),
             torch.from_numpy(crops.local_crops),
@@ -202,10 +202,12 @@ class _TrainCrops(Dataset[Batch | Failure]):
             self._source.take_left_out() if isinstance(self._source, StreamSource) else {},
         )
 
-    def _cut(self, into: CropArrays, place: int, *, sample: int, repeat: int) -> list[BadSample]:
-        """Crops of the image itself or of its first readable replacement; those that were not."""
+    def _crop_image(
+        self, into: CropArrays, place: int, *, sample: int, repeat: int
+    ) -> list[BadSample]:
+        """Crop an image or its first readable replacement; return the unreadable ones."""
         failed: list[tuple[int, BadSampleError]] = []
-        others = stand_ins(self._source, sample)
+        others = replacement_candidates(self._source, sample)
         for attempt in range(_MAX_ATTEMPTS):
             candidate = sample
             if attempt:
@@ -222,15 +224,17 @@ class _TrainCrops(Dataset[Batch | Failure]):
         kind = UnavailableError if all(error.unavailable for _, error in failed) else DataError
         raise kind(
             f"{_MAX_ATTEMPTS} images in a row are unreadable:{examples}\n"
-            "Check the folder or shards and the disk they lie on."
+            "Check the folder or shards and their disk."
         )
 
 
 def failure(error: Exception) -> Failure:
-    """What a worker sends back in place of its answer."""
+    """What a worker returns in place of its result."""
     log.debug("the input pipeline failed", exc_info=error)
     if isinstance(error, BadSampleError) and error.unavailable:
-        return Failure(f"{error}. The image may be whole: mend that first.", UnavailableError)
+        return Failure(
+            f"{error}. The image may be intact: make it readable first.", UnavailableError
+        )
     if isinstance(error, DinoscaleError):
         unavailable = isinstance(error, UnavailableError)
         return Failure(str(error), UnavailableError if unavailable else DataError)
@@ -247,13 +251,13 @@ def eval_batches(
     ids: NDArray[np.int64] | None = None,
     pin_memory: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield all undamaged images of a source in order, prepared for evaluation.
+    """Yield all readable images of a source in order, prepared for evaluation.
 
     Args:
         source: the images.
         resize: short side after resizing, in pixels.
         crop: side of the centre crop, in pixels.
-        batch_size: images of one batch, >= 1; batches are smaller where images are damaged.
+        batch_size: images of one batch, >= 1; unreadable images make batches smaller.
         num_workers: worker processes; 0 decodes in this process.
         ids: numbers of the images to take, e.g. the share of a rank; None takes all.
         pin_memory: hand out page-locked memory.
@@ -263,7 +267,7 @@ def eval_batches(
 
     Raises:
         DataError: a worker failed.
-        UnavailableError: the file of an image cannot be read, whatever is in it.
+        UnavailableError: a file cannot be read, which says nothing about its content.
     """
     ids = np.arange(len(source), dtype=np.int64) if ids is None else ids
     if batch_size < 1:
@@ -272,7 +276,7 @@ def eval_batches(
     images = _EvalImages(source, resize=resize, crop=crop)
     labels = source.labels
     num_bad = 0
-    for batch in answered(images, requests, num_workers=num_workers, pin_memory=pin_memory):
+    for batch in map_in_workers(images, requests, num_workers=num_workers, pin_memory=pin_memory):
         for error in batch.bad:
             log.warning("left out an unreadable image: %s", error)
         num_bad += len(batch.bad)
@@ -318,7 +322,7 @@ class _EvalImages(Dataset[_EvalBatch | Failure]):
             try:
                 pixels = self._source.picture(number).pixels()
             except BadSampleError as error:
-                if error.unavailable:  # it would be another set that is measured
+                if error.unavailable:  # without it, another set would be measured
                     raise
                 bad.append(str(error))
                 continue
@@ -328,27 +332,27 @@ class _EvalImages(Dataset[_EvalBatch | Failure]):
         return _EvalBatch(kept, torch.tensor(readable, dtype=torch.int64), bad)
 
 
-def answered(
+def map_in_workers(
     dataset: Dataset[T | Failure],
     requests: Iterable[object],
     *,
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[T]:
-    """Answer the requests in their order, with one set of workers for all of them.
+    """Map requests to results in their order, with one set of workers for all of them.
 
     Args:
-        dataset: takes a request to its answer, or to the failure that ends them all.
+        dataset: maps a request to its result, or to the failure that ends the iteration.
         requests: each is a whole batch.
-        num_workers: worker processes, which start now; 0 answers in this process.
+        num_workers: worker processes, which start now; 0 works in this process.
         pin_memory: hand out page-locked memory.
 
     Yields:
-        An answer for each request.
+        The result of each request.
 
     Raises:
         DataError: a worker failed or died.
-        UnavailableError: it failed since a storage or network did, for minutes.
+        UnavailableError: a worker failed because storage or the network did, for minutes.
     """
     with warnings.catch_warnings():  # more workers than cores: the caller knows both numbers
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -361,27 +365,27 @@ def answered(
             prefetch_factor=_PREFETCH if num_workers else None,
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # else it draws from the run's own generator
+            generator=torch.Generator(),  # otherwise it draws from the run's own generator
         )
         return _results(iter(loader))
 
 
-def _results(answers: Iterator[T | Failure]) -> Iterator[T]:
-    workers = getattr(answers, "_workers", ())  # of torch's iterator; none if this process answers
+def _results(loaded: Iterator[T | Failure]) -> Iterator[T]:
+    workers = getattr(loaded, "_workers", ())  # private to torch's iterator; absent with 0 workers
     try:
         while True:
             try:
-                answer = next(answers)
+                result = next(loaded)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 raise DataError(_worker_died(error)) from error
-            if isinstance(answer, Failure):
-                raise answer.kind(answer.message)
-            yield answer
+            if isinstance(result, Failure):
+                raise result.kind(result.message)
+            yield result
     finally:
-        del answers  # ends the workers now, even while a traceback holds this frame
-        for worker in workers:  # torch's SIGTERM is ignored by one that waits for a storage
+        del loaded  # ends the workers now, even while a traceback holds this frame
+        for worker in workers:  # a worker that waits for storage ignores torch's SIGTERM
             worker.kill()
 
 
@@ -398,7 +402,7 @@ def _unchanged(batch: T) -> T:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread a worker; the step under way still needs its images, whoever is told to stop."""
+    """Use one thread, and ignore signals: the current step still needs its images."""
     torch.set_num_threads(1)
     leave_signals_to_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -406,7 +410,7 @@ def _start_worker(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Torch's own check comes too late: a worker whose last batches nobody takes would stay."""
+    """Exit with the parent. Torch checks too late for a worker whose batches nobody takes."""
     parent, parent_pid = multiprocessing.parent_process(), os.getppid()
     while os.getppid() == parent_pid and (parent is None or parent.is_alive()):
         time.sleep(1.0)

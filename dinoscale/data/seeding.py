@@ -20,7 +20,7 @@ def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
     """The generator of one purpose and key, e.g. (epoch, sample, crop).
 
     Args:
-        seed: of the run, >= 0.
+        seed: seed of the run, >= 0.
         stream: the purpose.
         key: integers >= 0 below 2**32, always as many of them for one purpose.
     """

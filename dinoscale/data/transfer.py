@@ -1,4 +1,4 @@
-"""From host memory to the device, beside what the device computes."""
+"""Copies from host memory to the device that overlap with its computation."""
 
 import functools
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of host memory on the device; one that has left host memory, itself.
+    """Copy a tensor in host memory to the device; return any other tensor as it is.
 
-    On a GPU the copy has a stream of its own, so that it need not wait for the step that runs, and
-    starts from pinned memory, so that the host need not wait for the copy.
+    On a GPU the copy runs on a stream of its own, so it does not wait for the current step, and
+    from pinned memory, so the host does not wait for the copy.
     """
     if tensor.device.type != "cpu":  # only host memory can be pinned
         return tensor
@@ -22,28 +22,28 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     with torch.cuda.stream(beside):
         moved = pinned.to(device, non_blocking=True)
     current.wait_stream(beside)
-    moved.record_stream(current)  # its memory is not given out again before that is done with it
+    moved.record_stream(current)  # its memory is not reused before `current` is done with it
     return moved
 
 
-class Staged:
-    """Copies of large float tensors from host memory, again and again to tensors of another type.
+class StagingBuffers:
+    """Pinned buffers for repeated copies of large float tensors from host memory to another dtype.
 
-    One cast of the host and one copy for each tensor, which nobody waits for: copied directly,
-    each would be sent in its own type and be waited for.
+    Each tensor takes one cast on the host and one asynchronous copy. A direct copy would send the
+    source dtype, and the host would wait for it.
     """
 
     def __init__(self) -> None:
-        """Take no memory yet."""
+        """Allocate no memory yet."""
         self._pinned: list[Tensor] = []
         self._sent: torch.cuda.Event | None = None
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """Begin to copy each source to its target; what the device does next comes after.
+        """Start copying each source to its target; later work on the device comes after the copy.
 
         Args:
             targets: on one device.
-            sources: of the same sizes, on that device or on the host; may be changed at once.
+            sources: tensors of the same sizes, on that device or the host; may be changed at once.
         """
         if not targets or targets[0].device == sources[0].device:
             if targets:
@@ -51,7 +51,7 @@ class Staged:
             return
         on_gpu = targets[0].is_cuda
         if self._sent is not None:
-            self._sent.synchronize()  # the copies of the time before, long done
+            self._sent.synchronize()  # the previous copies, long done
         if not self._pinned:
             self._pinned = [
                 torch.empty(target.shape, dtype=target.dtype, pin_memory=on_gpu)

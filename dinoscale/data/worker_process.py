@@ -1,4 +1,4 @@
-"""What a process that works for another does about signals, and about the end of that one."""
+"""Signals in a worker process, and its exit when its parent is gone."""
 
 import multiprocessing
 import os
@@ -7,7 +7,7 @@ import threading
 
 
 def leave_signals_to_parent() -> None:
-    """Ignore what asks a job to stop: the process that started this one ends it itself.
+    """Ignore the signals that stop a job: the parent ends its workers itself.
 
     Launchers and terminals signal whole process trees.
     """
@@ -16,11 +16,11 @@ def leave_signals_to_parent() -> None:
 
 
 def end_with_parent() -> None:
-    """From now on, end at once when the process that started this one is gone."""
-    threading.Thread(target=_wait_for_the_end, daemon=True).start()
+    """From now on, exit as soon as the parent process is gone."""
+    threading.Thread(target=_exit_after_parent, daemon=True).start()
 
 
-def _wait_for_the_end() -> None:
+def _exit_after_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

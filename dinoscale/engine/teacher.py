@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
-from dinoscale.data.transfer import Staged
+from dinoscale.data.transfer import StagingBuffers
 from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.gradients import compute_device
 from dinoscale.engine.shards import Layout, empty_shards
@@ -186,7 +186,7 @@ class _Replicated:
             for size in layout.shard_sizes
         ]
         self._arriving: list[Callable[[], None]] = []
-        self._staged = Staged()
+        self._staged = StagingBuffers()
         views = {
             place.name: self._flats[place.group]
             .narrow(0, place.offset, place.numel)
@@ -247,7 +247,7 @@ class _Partitioned:
             model=network, config=deepspeed_config, dist_init_required=False
         )
         self.network: DinoNetwork = self._engine.module
-        self._layout, self._staged = layout, Staged()
+        self._layout, self._staged = layout, StagingBuffers()
         self.buffers = dict(self.network.named_buffers())
         self._parameters: dict[str, Any] = dict(self.network.named_parameters())
         for fragment in layout.fragments:

@@ -26,7 +26,7 @@ from dinoscale.data.augmentation.multi_crop import to_image, to_pixels
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.image_files import write_names
-from dinoscale.data.sources.listing import COMPRESSED_TAR, Beside, Listing
+from dinoscale.data.sources.listing import COMPRESSED_TAR, Listing, OtherFiles
 from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import normalize_images
@@ -132,7 +132,7 @@ def open_images(spec: str, card: BackboneCard) -> Source:
     path = os.path.expanduser(spec)
     if os.path.isfile(path) and not path.lower().endswith((".txt", ".tar", *COMPRESSED_TAR)):
         folder, name = os.path.split(os.path.abspath(path))
-        return FolderSource(folder, Listing(write_names([name], of=spec), Beside()), decoder)
+        return FolderSource(folder, Listing(write_names([name], of=spec), OtherFiles()), decoder)
     return open_source(spec, decoder)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dinoscale.checkpoint.layout import checkpoints
-from dinoscale.data.sources.spec_files import files_behind
+from dinoscale.data.sources.spec_files import files_of_spec
 from dinoscale.runtime.fingerprint import Fingerprint, code_print, files_print, fingerprint
 
 WEIGHTS = "weights"  # the option
@@ -56,7 +56,7 @@ def _is_there(spec: str) -> bool:
 def _print_of(name: str, spec: str) -> object:
     if spec.startswith("synthetic:"):
         return spec
-    return files_print(*(_of_weights(spec) if name == WEIGHTS else files_behind(spec)))
+    return files_print(*(_of_weights(spec) if name == WEIGHTS else files_of_spec(spec)))
 
 
 def _of_weights(spec: str) -> tuple[str, Iterable[str]]:
@@ -66,4 +66,4 @@ def _of_weights(spec: str) -> tuple[str, Iterable[str]]:
         card = f"{path}.json"
         return os.path.dirname(path), [path, *([card] if os.path.isfile(card) else [])]
     newest = [str(checkpoint) for checkpoint in checkpoints(Path(path))][-1:]
-    return files_behind(newest[0] if newest else path)
+    return files_of_spec(newest[0] if newest else path)

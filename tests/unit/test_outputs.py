@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from data_tools.journal import Journal, check_place, write_whole
+from data_tools.journal import Journal, require_writable, write_whole
 from dinoscale.errors import DataError, OutputError
 from dinoscale.reports.html import write_file
 from dinoscale.runtime import outputs
@@ -73,7 +73,7 @@ def test_what_is_read_is_not_written_by_any_name(tmp_path: Path) -> None:
     (tmp_path / "other.txt").symlink_to("keep.txt")
     for name in ("keep.txt", "other.txt"):
         with pytest.raises(OutputError, match="is what is read"):
-            check_place(tmp_path / name, str(tmp_path / "keep.txt"))
+            require_writable(tmp_path / name, str(tmp_path / "keep.txt"))
     require_ours(tmp_path / "keep.txt", source="https://host/keep.txt")
 
 
@@ -86,7 +86,7 @@ def test_a_failed_writer_leaves_what_was_there_and_nothing_else(tmp_path: Path) 
     assert path.read_text() == "one"
     assert sorted(os.listdir(tmp_path)) == before
     with pytest.raises(DataError, match="cannot write"):
-        check_place(path / "below")
+        require_writable(path / "below")
 
 
 def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_any_letter_may_be_in_a_name(tmp_path: Path) -> None:
 def test_the_state_of_work_is_not_written_over_a_file_of_others(tmp_path: Path) -> None:
     path = tmp_path / "groups.jsonl.state"
     path.write_text("a diary\n")
-    with pytest.raises(OutputError, match="is no list of finished work"):
+    with pytest.raises(OutputError, match="is not a list of finished work"):
         Journal(path, "work")
     assert path.read_text() == "a diary\n"
     path.write_text('{"finger')  # as a kill may leave it

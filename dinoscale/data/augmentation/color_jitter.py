@@ -1,10 +1,10 @@
-"""The colours of many crops at once, on the training device.
+"""Colour jitter, blur and solarization of many crops at once, on the training device.
 
-Every step does to 8-bit pixels what Pillow does, rounding included, so that the pictures are those
-of `plain_crops`: whole numbers from 0 to 255, held in float32. Hue is the exception: Pillow keeps
-it in 8 bit, and pure colours then differ by up to 9 of 255 levels, by 0.5 in the mean, without a
-bias (below 0.15). Which crop takes which steps was drawn by the workers and is known without asking
-the device.
+Every step does to 8-bit pixels what Pillow does, rounding included, so the pictures equal those of
+`reference_crops`: whole numbers from 0 to 255, held in float32. Hue is the exception: Pillow keeps
+it in 8 bits, and pure colours then differ by up to 9 of 255 levels, by 0.5 on average, without a
+bias (below 0.15). The workers drew which crop takes which steps, so the host knows it without
+asking the device.
 Shape letters: M crops, C channels, H rows and columns of a crop.
 """
 
@@ -34,15 +34,15 @@ from dinoscale.runtime.logs import not_compiled
 
 log = logging.getLogger(__name__)
 
-# Crops changed together: on a CPU few, which stay in the cache from step to step.
+# Bytes of the crops that are changed together; few on a CPU, so that they stay in its cache.
 _PASS_BYTES = {"cpu": 2**20}
 _DEVICE_PASS_BYTES = 2**29
 _PLANES = torch.contiguous_format
-_COMPILED_ON = {"cuda"}  # a compiler for the CPU may not be there, and takes a minute
+_COMPILED_ON = {"cuda"}  # a compiler for the CPU may be missing, and takes a minute
 
 _LUMA = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)  # ITU-R 601-2, as Pillow rounds it
 _BLUR_PASSES = 3  # box blurs that make up Pillow's Gaussian
-_BAND = 48  # rows of a blur on a CPU that are worked out together
+_BAND = 48  # rows that a blur on a CPU computes together
 
 
 @torch.no_grad()
@@ -59,8 +59,8 @@ def finish_crops(
     Args:
         crops: cut and resized, uint8 (M, H, H, C), on the device.
         params: what happens to each, records of PARAMS (M,).
-        mean: of each channel, in [0, 1].
-        std: of each channel, in [0, 1].
+        mean: mean of each channel, in [0, 1].
+        std: standard deviation of each channel, in [0, 1].
         compiled: compile the pointwise steps on a GPU.
 
     Returns:
@@ -155,13 +155,13 @@ def _change(pixels: Tensor, steps: list[_Step], *, compiled: bool) -> Tensor:
 def _run(change: _Change, pixels: Tensor, values: Tensor, *, compiled: bool) -> Tensor:
     """Do a step; on a GPU the pointwise ones are compiled to one or two kernels each.
 
-    Not for a single crop: the compiler would make that a case of its own, amid the training.
+    A single crop is not compiled: the compiler would specialize on it in the middle of training.
     """
     wanted = compiled and pixels.device.type in _COMPILED_ON and len(pixels) > 1
     if wanted and change in _POINTWISE:
         try:
             return _compiled(change)(pixels, values)
-        # Before anything has run. Named here, as importing torch._dynamo takes a second.
+        # Raised before anything has run. Not imported, as importing torch._dynamo takes a second.
         except torch._dynamo.exc.TorchDynamoException as error:
             log.warning("%s", not_compiled("colours", error))
             _POINTWISE.clear()
@@ -180,8 +180,8 @@ def _on(device: torch.device, numbers: NDArray[np.generic]) -> Tensor:
 def _planned(params: Params) -> _Plan:
     """What happens to each crop, in order."""
     turns = params["factors"][:, HUE]
-    # Pillow cuts the turn to 255ths, then the hue, which costs half a one in the mean, and goes
-    # around the circle in 256 of them.
+    # Pillow truncates the turn to 255ths and then the hue, which loses half a level on average;
+    # its circle has 256 levels.
     turns = (np.trunc(turns * 255) - 0.5) / 256
     parts = max(1, math.ceil(6 * abs(turns).max(initial=0)))  # `turn_hue` goes up to a sixth
     factors = params["factors"].copy()
@@ -223,7 +223,7 @@ def adjust_brightness(pixels: Tensor, factor: Tensor) -> Tensor:
 
     Args:
         pixels: whole numbers 0..255, float32 (M, C, H, W); likewise in the functions below.
-        factor: of each crop, (M, 1, 1, 1); 1 changes nothing.
+        factor: one factor per crop, (M, 1, 1, 1); 1 changes nothing.
     """
     return pixels.mul_(factor).clamp_(max=255).floor_()
 
@@ -244,9 +244,10 @@ def adjust_saturation(pixels: Tensor, factor: Tensor) -> Tensor:
 def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue by a fraction of the colour circle; may work in place.
 
-    Around the circle a channel is a triangular wave, cut off at the highest and the lowest channel:
-    twice the channel less the middle one. It rises or falls by six times the spread in a turn, and
-    what it does is told by the other two. The peaks lie far enough beyond the cuts not to matter.
+    Around the circle a channel is a triangular wave, twice the channel minus the middle one,
+    clipped to the range from the lowest to the highest channel. In a full turn it changes by six
+    times this range; the other two channels tell whether it rises or falls. Its peaks lie too far
+    beyond the clipping to matter.
     Differs: Pillow keeps hue and saturation in 8 bit.
 
     Args:
@@ -259,7 +260,7 @@ def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     minus_middle = torch.clamp(red, low, high).neg_()
     highest, lowest = torch.maximum(red, high, out=high), torch.minimum(red, low, out=low)
     swing = (highest - lowest).float().mul_(6 * turn[:, 0]).round_().to(torch.int16)
-    for i in range(3):  # nothing written into views of a tensor: the compiler leaves those alone
+    for i in range(3):  # no writes into views, which the compiler leaves alone
         wave = (channels[i - 1] - channels[i - 2]).sign_().mul_(swing).add_(minus_middle)
         pixels[:, i] = wave.add_(channels[i], alpha=2).clamp_(lowest, highest)
     return pixels
@@ -275,7 +276,7 @@ def _luma(pixels: Tensor) -> Tensor:
 
 
 def _lightness(pixels: Tensor) -> Tensor:
-    """Weighted mean of the channels, plain where they are not RGB: (M, C, H, W) to (M, 1, H, W)."""
+    """Luma of RGB, else the mean of the channels: (M, C, H, W) to (M, 1, H, W)."""
     if pixels.shape[1] != 3:
         return pixels.mean(1, keepdim=True)
     red, green, blue = pixels.unbind(1)
@@ -286,12 +287,12 @@ def _lightness(pixels: Tensor) -> Tensor:
 def blur(pixels: Tensor, half: Tensor) -> Tensor:
     """Gaussian blur as three box blurs in each direction, as in Pillow.
 
-    A box blur is a matrix along the rows and along the columns; the three of them, with the
-    repeated edge pixels between, are its third power. Differs: Pillow rounds after each of them.
+    A box blur is a matrix product along the rows and along the columns; three of them, with edge
+    pixels repeated each time, are its third power. Differs: Pillow rounds after each box blur.
 
     Args:
         pixels: whole numbers 0..255, float32 (M, C, H, H).
-        half: the width of each box, (M, 1, 1, 1); see `box_radius`.
+        half: half the width of each box, (M, 1, 1, 1); see `box_radius`.
     """
     count, channels, height, width = pixels.shape
     reach, size = width, width
@@ -300,17 +301,17 @@ def blur(pixels: Tensor, half: Tensor) -> Tensor:
         size = min(width, _BAND + 2 * reach)
     box = _box_blur(half[:, 0], size=size)
     matrix = box @ box @ box
-    columns = _weigh(matrix, pixels.flatten(1, 2), reach=reach)  # (M, W, C * H)
-    rows = _weigh(matrix, columns.view(count, width * channels, height), reach=reach)
+    columns = _blur_lines(matrix, pixels.flatten(1, 2), reach=reach)  # (M, W, C * H)
+    rows = _blur_lines(matrix, columns.view(count, width * channels, height), reach=reach)
     blurred = rows.round_().view(count, height, width, channels)
     return blurred.permute(0, 3, 1, 2)
 
 
-def _weigh(matrix: Tensor, lines: Tensor, *, reach: int) -> Tensor:
+def _blur_lines(matrix: Tensor, lines: Tensor, *, reach: int) -> Tensor:
     """Blur lines (M, N, L), which become columns (M, L, N).
 
-    Away from the edges every row of the matrix is the one above it, moved by a pixel; a matrix
-    (M, S, S) for S pixels therefore serves L >= S as well. Zeros off the diagonal are left out.
+    Away from the edges every row of the matrix is the row above, shifted by a pixel, so a matrix
+    (M, S, S) for S pixels serves L >= S as well. Zeros far off the diagonal are left out.
     """
     x = lines.mT
     length, size = x.shape[1], matrix.shape[-1]
@@ -320,7 +321,7 @@ def _weigh(matrix: Tensor, lines: Tensor, *, reach: int) -> Tensor:
     for top in range(0, length, _BAND):
         bottom = min(top + _BAND, length)
         first, last = max(0, top - reach), min(length, bottom + reach)
-        # Rows of the matrix at its upper edge, at its lower edge, or in the middle between.
+        # Rows of the matrix at its upper edge, at its lower edge, or between them.
         up = 0 if first == 0 else length - size if last == length else first
         band = matrix[:, top - up : bottom - up, first - up : last - up]
         torch.bmm(band, x[:, first:last], out=blurred[:, top:bottom])
@@ -344,14 +345,16 @@ def _box_blur(radius: Tensor, *, size: int) -> Tensor:
     """Matrices (M, size, size) of box blurs with fractional radius (M, 1, 1), edges repeated."""
     places = torch.arange(size, device=radius.device, dtype=radius.dtype)
     ahead = places[:-1] - places[:, None]
-    # How much of the box lies up to a pixel; what reaches over an edge sees the edge pixel again.
+    # The part of the box up to each pixel; beyond an edge the box sees the edge pixel again.
     share = ((ahead + (radius + 1)) / (2 * radius + 1)).clamp_(0, 1)
     return pad(share, (0, 1), value=1.0) - pad(share, (1, 0))
 
 
 def solarize(pixels: Tensor, threshold: Tensor) -> Tensor:
     """Invert the values from the threshold (M, 1, 1, 1) on (ImageOps.solarize)."""
-    inverted = (pixels - threshold).add_(1).clamp_(0, 1)  # 1 where it is, for whole numbers
+    inverted = (
+        (pixels - threshold).add_(1).clamp_(0, 1)
+    )  # 1 from the threshold on, for whole numbers
     return pixels.addcmul_(inverted, 255 - 2 * pixels)
 
 

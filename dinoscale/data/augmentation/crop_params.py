@@ -1,4 +1,4 @@
-"""What happens to each crop of a picture: drawn here, applied elsewhere.
+"""The random parameters of each crop: drawn here, applied elsewhere.
 
 The distributions are those of torchvision's transforms in DINO v1 (Caron et al. 2021,
 arXiv:2104.14294, section 3.2). Shape letter: V crops of a picture.
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, NOTHING = range(5)  # steps of a colour jitter
 
-# One record a crop. A step that does not happen has its neutral value, so that all crops of a
+# One record per crop. A step that does not happen has its neutral value, so that all crops of a
 # batch are one array.
 PARAMS = np.dtype(
     [
@@ -41,7 +41,7 @@ _NUM_DRAWS = _BOX_DRAWS + 6 + 5
 
 @dataclass(frozen=True)
 class CropSpec:
-    """What distinguishes the kinds of crops.
+    """The settings of one kind of crops.
 
     Attributes:
         size: height and width in pixels after resizing.
@@ -58,7 +58,7 @@ class CropSpec:
 
 @dataclass(frozen=True)
 class ColorSpec:
-    """What all crops share.
+    """The settings that all crops share.
 
     Attributes:
         flip_prob: probability of the horizontal flip.
@@ -92,18 +92,18 @@ def draw_params(
     color: ColorSpec,
     colored: bool,
 ) -> Params:
-    """Draw everything that happens to the crops of a picture of this size.
+    """Draw the parameters of all crops of one picture.
 
-    Each crop takes as many numbers whether or not they are used: neither the number of crops nor
-    a probability in the config changes what else is drawn.
+    Each crop draws the same count of random numbers, used or not: neither the number of crops nor
+    a probability in the config changes the other draws.
 
     Args:
-        rng: of this picture.
-        width: of the picture in pixels.
-        height: of the picture in pixels.
+        rng: generator of this picture.
+        width: width of the picture in pixels.
+        height: height of the picture in pixels.
         specs: the kind of each crop.
-        color: what they share.
-        colored: the pictures have red, green and blue; without, saturation, hue and gray are off.
+        color: the settings that all crops share.
+        colored: whether pictures are RGB; if not, saturation, hue and gray are off.
 
     Returns:
         Records of PARAMS (V,).
@@ -147,13 +147,13 @@ def draw_boxes(
 ) -> NDArray[np.int64]:
     """Boxes of random resized crops: uniform in area, log-uniform in aspect ratio.
 
-    Of ten boxes the first that fits is taken; if none does, the largest centred box within the
+    The first of ten boxes that fits is taken; if none does, the largest centred box within the
     ratios. Source: Szegedy et al. 2015 (arXiv:1409.4842), section 6, as in torchvision.
 
     Args:
         u: uniform in [0, 1), (V, 10, 4): area, ratio, top and left of each attempt.
-        width: of the picture in pixels.
-        height: of the picture in pixels.
+        width: width of the picture in pixels.
+        height: height of the picture in pixels.
         scale: bounds of the area as a fraction of the picture, (V, 2).
 
     Returns:

@@ -1,4 +1,4 @@
-"""One random crop of each picture, mirrored half of the time: images to train a classifier on.
+"""One random crop of each picture, mirrored half of the time, to train a classifier on.
 
 Shape letters: N pictures of a batch that can be read, C channels, H rows and columns of a crop.
 Source: Szegedy et al. 2015 (arXiv:1409.4842), section 6; the probes of Caron et al. 2021
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from dinoscale.data.augmentation.crop_params import PARAMS, ColorSpec, CropSpec, Params, draw_params
 from dinoscale.data.augmentation.multi_crop import Interpolation, cut_crops
 from dinoscale.data.decoding.decode import BadSampleError
-from dinoscale.data.loader import Failure, answered, failure
+from dinoscale.data.loader import Failure, failure, map_in_workers
 from dinoscale.data.order.sampler import Draws, StepSampler
 from dinoscale.data.seeding import Stream, generator
 from dinoscale.data.sources.source import Source
@@ -44,14 +44,14 @@ _UNCOLORED = ColorSpec(
 
 
 class LabelledCrops(NamedTuple):
-    """A batch of crops, for `colors.finish_crops` to mirror and normalise.
+    """A batch of crops, for `color_jitter.finish_crops` to mirror and normalise.
 
     Attributes:
         crops: uint8 (N, H, H, C).
         params: what was drawn for each, records of `crop_params.PARAMS` (N,).
         labels: int64 (N,).
         ids: numbers of the pictures, int64 (N,).
-        unreadable: numbers of those that the batch lacks, int64.
+        unreadable: numbers of the pictures that could not be read, int64.
     """
 
     crops: Tensor
@@ -61,11 +61,11 @@ class LabelledCrops(NamedTuple):
     unreadable: Tensor
 
 
-def stream_sampler(size: int, *, batch_size: int, steps: int, seed: int) -> StepSampler:
+def endless_sampler(size: int, *, batch_size: int, steps: int, seed: int) -> StepSampler:
     """Draw `steps` batches from permutation after permutation of `size` images.
 
-    No image is drawn once more before all others were; a batch may hold the end of one permutation
-    and the start of the next, so that all batches are full, however few images there are.
+    Every image is drawn once before any is drawn again. A batch may hold the end of one permutation
+    and the start of the next, so all batches are full, however few images there are.
     """
     return StepSampler(
         sizes=[size],
@@ -92,44 +92,44 @@ def labelled_crops(
     """Yield a batch for each step; what it holds is a function of (source, seed, step).
 
     Args:
-        source: labelled images; damaged ones are left out of their batches with a warning.
+        source: labelled images; damaged ones are left out with a warning.
         size: H in pixels.
-        interpolation: of the resizing.
-        batch_size: images of a batch, those included that cannot be read.
-        steps: number of batches, those before the first one included.
-        seed: of order and crops, >= 0.
+        interpolation: how crops are resized.
+        batch_size: images of a batch, including unreadable ones.
+        steps: number of batches, including those before `first_step`.
+        seed: seeds order and crops, >= 0.
         num_workers: worker processes; 0 decodes in this process.
         pin_memory: hand out page-locked memory.
         first_step: begin with the batch of this step.
 
     Raises:
         DataError: not one image of a batch can be read, or a worker failed.
-        UnavailableError: the file of an image cannot be read, whatever is in it.
+        UnavailableError: a file cannot be read, which says nothing about its content.
     """
-    sampler = stream_sampler(len(source), batch_size=batch_size, steps=steps, seed=seed)
-    cutter = _Cutter(source, size=size, interpolation=interpolation, seed=seed)
+    sampler = endless_sampler(len(source), batch_size=batch_size, steps=steps, seed=seed)
+    cropper = _Cropper(source, size=size, interpolation=interpolation, seed=seed)
     requests = (sampler.step(step) for step in range(first_step, steps))
-    told: set[str] = set()
-    for batch in answered(cutter, requests, num_workers=num_workers, pin_memory=pin_memory):
-        for reason in set(batch.bad) - told:
+    reported: set[str] = set()
+    for batch in map_in_workers(cropper, requests, num_workers=num_workers, pin_memory=pin_memory):
+        for reason in set(batch.bad) - reported:
             log.warning("left out an unreadable image: %s", reason)
-        told.update(batch.bad)
-        if not len(batch.cut.labels):
+        reported.update(batch.bad)
+        if not len(batch.crops.labels):
             raise DataError(
                 f"none of the {batch_size} images of a batch can be read, e.g. {batch.bad[0]}"
             )
-        yield batch.cut
+        yield batch.crops
 
 
-class _Cut(NamedTuple):
-    """What a worker sends."""
+class _CroppedBatch(NamedTuple):
+    """What a worker returns."""
 
-    cut: LabelledCrops
+    crops: LabelledCrops
     bad: list[str]
 
 
-class _Cutter(Dataset[_Cut | Failure]):
-    """Draws -> _Cut; runs in the workers."""
+class _Cropper(Dataset[_CroppedBatch | Failure]):
+    """Draws -> _CroppedBatch; runs in the workers."""
 
     def __init__(self, source: Source, *, size: int, interpolation: Interpolation, seed: int):
         self._source = source
@@ -137,17 +137,17 @@ class _Cutter(Dataset[_Cut | Failure]):
         self._interpolation = interpolation
         self._seed = seed
 
-    def __getitem__(self, draws: Draws) -> _Cut | Failure:
+    def __getitem__(self, draws: Draws) -> _CroppedBatch | Failure:
         try:
             return self._batch(draws)
         except Exception as error:
             return failure(error)
 
-    def _batch(self, draws: Draws) -> _Cut:
+    def _batch(self, draws: Draws) -> _CroppedBatch:
         crops, params, read, lost, bad = [], [], [], [], []
         for sample, repeat in zip(draws.ids.tolist(), draws.repeats.tolist(), strict=True):
             try:
-                crop, drawn = self._cut(sample, repeat)
+                crop, drawn = self._crop(sample, repeat)
             except BadSampleError as error:
                 if error.unavailable:
                     raise
@@ -159,16 +159,16 @@ class _Cutter(Dataset[_Cut | Failure]):
             read.append(sample)
         labels = self._source.labels
         assert labels is not None
-        cut = LabelledCrops(
+        batch = LabelledCrops(
             torch.from_numpy(np.stack(crops)) if crops else torch.empty(0, dtype=torch.uint8),
             np.concatenate(params) if params else np.empty(0, dtype=PARAMS),
             torch.from_numpy(labels[read].astype(np.int64)),
             torch.tensor(read, dtype=torch.int64),
             torch.tensor(lost, dtype=torch.int64),
         )
-        return _Cut(cut, bad)
+        return _CroppedBatch(batch, bad)
 
-    def _cut(self, sample: int, repeat: int) -> tuple[NDArray[np.uint8], Params]:
+    def _crop(self, sample: int, repeat: int) -> tuple[NDArray[np.uint8], Params]:
         """One crop (H, H, C) and what was drawn for it, (1,)."""
         picture = self._source.picture(sample)
         params = draw_params(

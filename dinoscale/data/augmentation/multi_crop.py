@@ -1,7 +1,8 @@
 """The worker's part of DINO v1's multi-crop augmentation (Caron et al. 2021, section 3.2).
 
-A picture is decoded, and each crop cut and resized once; what happens to its colours is drawn here
-but done in batches on the training device (`colors`), or at once with Pillow (`plain_crops`).
+A picture is decoded once, and each crop is cut and resized. The changes of its colours are drawn
+here and applied in batches on the training device (`color_jitter`), or here with Pillow
+(`reference_crops`).
 Shape letters: B pictures, V = 2 + n crops of each, C channels, H rows and columns of the global
 crops, h of the local ones.
 """
@@ -17,7 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dinoscale.data.augmentation.crop_params import PARAMS, ColorSpec, CropSpec, Params, draw_params
-from dinoscale.data.augmentation.reference_crops import plain_crop
+from dinoscale.data.augmentation.reference_crops import reference_crop
 from dinoscale.data.decoding.decode import Picture
 from dinoscale.data.seeding import Stream, generator
 
@@ -26,7 +27,7 @@ Interpolation = Literal["bicubic", "bilinear"]
 _PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _SHRINKS = (8, 4, 2)  # JPEG files can be decoded at 1 / this
 # Pixels of the shrunk picture for each pixel of a crop. On photographs the crops then differ from
-# those of the full picture by half of one of 255 levels in the mean, at most by one.
+# those of the full picture by half of one of 255 levels on average, by one at most.
 _MIN_DETAIL = 3.0
 _MAX_ASPECT = 16  # of a picture at evaluation; longer ones are cut first (see eval_transform)
 
@@ -46,13 +47,13 @@ class CropArrays(NamedTuple):
 
 
 class MultiCrop:
-    """Two global crops and `num_local` local crops of a picture, each drawn on its own.
+    """Two global crops and `num_local` local crops of a picture, each drawn independently.
 
     The arguments are those of the config sections crops and augment; see `CropSpec` and
-    `ColorSpec`. `blur_probs` and `solarize_probs` are of global crop 1, global crop 2 and the
-    local crops. Pictures of other than 3 channels have no colours: of the jitter only brightness
-    and contrast are left. `plain` is whether the colours change here, crop by crop, for 1 or 3
-    channels, instead of later on the device.
+    `ColorSpec`. `blur_probs` and `solarize_probs` are for global crop 1, global crop 2 and the
+    local crops. Only pictures of 3 channels have colours: for others the jitter changes brightness
+    and contrast alone. With `plain` the colours change here, crop by crop, for 1 or 3 channels,
+    instead of later on the device.
 
     Raises:
         ValueError: a number lies outside its range.
@@ -111,10 +112,10 @@ class MultiCrop:
         """Cut all crops of one picture; the same numbers always give the same crops.
 
         Args:
-            picture: of the arrays' number of channels.
+            picture: has as many channels as the arrays.
             into: the arrays to write to.
             place: index of the picture in them.
-            seed: of the run.
+            seed: seed of the run.
             epoch: from 0.
             sample: number of the picture in its source.
 
@@ -133,7 +134,7 @@ class MultiCrop:
         if self.plain:
             image = to_image(picture.pixels())
             crops = [
-                to_pixels(plain_crop(image, row, size=size))
+                to_pixels(reference_crop(image, row, size=size))
                 for row, size in zip(params, sizes, strict=True)
             ]
         else:
@@ -146,7 +147,7 @@ class MultiCrop:
                 into.local_crops[view - NUM_GLOBAL, place] = crop
 
     def arrays(self, *, count: int) -> CropArrays:
-        """Room for the crops of `count` pictures, not initialised."""
+        """Uninitialized arrays for the crops of `count` pictures."""
         large, small = self.specs[0].size, self.local_size
         num_local = len(self.specs) - NUM_GLOBAL
         return CropArrays(
@@ -165,14 +166,14 @@ def cut_crops(
 ) -> list[NDArray[np.uint8]]:
     """Cut boxes out of a picture and resize each, as Pillow does up to rounding.
 
-    A large JPEG file is decoded at a fraction of its size where every crop is still made of at
-    least three times its pixels in each direction.
+    A large JPEG file is decoded at a fraction of its size if every crop still has at least three
+    source pixels for each of its own in each direction.
 
     Args:
         picture: not decoded yet.
         boxes: top, left, height, width of each crop in pixels of the full picture, (V, 4).
         sizes: height and width of each crop after resizing, in pixels.
-        interpolation: of the resizing, antialiased as Pillow's.
+        interpolation: how boxes are resized; antialiased, as in Pillow.
 
     Returns:
         uint8 (size, size, C) of each crop.
@@ -197,7 +198,7 @@ def cut_crops(
 def _resized(
     pixels: NDArray[np.uint8], box: NDArray[np.int32], size: int, interpolation: Interpolation
 ) -> NDArray[np.uint8]:
-    """Torch's 8-bit kernel is several times as fast as Pillow's, and does the same."""
+    """Cut and resize one box; torch's 8-bit kernel does what Pillow does, several times as fast."""
     top, left, height, width = box.tolist()
     cut = torch.from_numpy(pixels[None, top : top + height, left : left + width].copy())
     # The strides must be those of channels-last memory, or the kernel packs and unpacks planes.
@@ -209,12 +210,12 @@ def _resized(
 
 
 def to_image(pixels: NDArray[np.uint8]) -> Image.Image:
-    """Pillow's picture of uint8 (H, W, C), for 1 or 3 channels."""
+    """Pillow's image of uint8 (H, W, C), for 1 or 3 channels."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def to_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """Uint8 (H, W, C) of a picture of mode L or RGB."""
+    """Uint8 (H, W, C) of an image of mode L or RGB."""
     pixels = np.asarray(image, dtype=np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -222,7 +223,7 @@ def to_pixels(image: Image.Image) -> NDArray[np.uint8]:
 def by_plane(
     pixels: NDArray[np.uint8], change: Callable[[Image.Image], Image.Image]
 ) -> NDArray[np.uint8]:
-    """Change uint8 pixels (H, W, C) with Pillow, which has no pictures of most C: each channel."""
+    """Change uint8 pixels (H, W, C) with Pillow: channel by channel unless C is 1 or 3."""
     channels = pixels.shape[-1]
     parts = [pixels] if channels in (1, 3) else np.split(pixels, channels, axis=-1)
     changed = [to_pixels(change(to_image(part))) for part in parts]
@@ -232,8 +233,8 @@ def by_plane(
 def eval_transform(pixels: NDArray[np.uint8], *, resize: int, crop: int) -> NDArray[np.uint8]:
     """Resize the short side bicubically, then cut the centre (v1 evaluation, both as torchvision).
 
-    Differs: of pictures longer than 16 times their width only the middle is resized; the centre
-    is all that is kept, and the whole could take gigabytes.
+    Differs: of a picture more than 16 times as long as wide only the middle is resized. Only the
+    centre is kept, and resizing the whole picture could take gigabytes.
 
     Args:
         pixels: uint8 (H, W, C).

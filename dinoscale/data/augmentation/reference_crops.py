@@ -1,4 +1,4 @@
-"""The augmentation crop by crop with Pillow: the slow reference of `augment` and `colors`.
+"""The augmentation crop by crop with Pillow: the slow reference of the other modules here.
 
 The pictures equal those of torchvision's functions on Pillow pictures for the same parameters.
 """
@@ -17,12 +17,12 @@ from dinoscale.data.augmentation.crop_params import (
 )
 
 
-def plain_crop(image: Image.Image, params: Params, *, size: int) -> Image.Image:
+def reference_crop(image: Image.Image, params: Params, *, size: int) -> Image.Image:
     """Cut, resize and change one crop, in the order of the reference.
 
     Args:
         image: mode RGB or L.
-        params: of the crop, one record.
+        params: parameters of the crop, one record.
         size: height and width in pixels after resizing.
 
     Returns:
@@ -67,7 +67,7 @@ def jitter_colors(
 def turn_hue(image: Image.Image, turn: float) -> Image.Image:
     """Turn the hue by a fraction of the colour circle, -0.5 <= turn <= 0.5.
 
-    Hue has 256 values here; the turn is cut to a whole number of 255ths, as in torchvision.
+    Hue has 256 values here; the turn is truncated to 255ths, as in torchvision.
     """
     hue, saturation, value = image.convert("HSV").split()
     shift = int(turn * 255)

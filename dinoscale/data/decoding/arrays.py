@@ -1,6 +1,6 @@
-"""Pixels beyond three bytes: NPY files, TIFF files of many channels, and the way to 8 bit.
+"""Images beyond 8-bit RGB: NPY files, TIFF files of many channels, and scaling to 8 bits.
 
-What these files hold is untrusted: sizes are judged before memory is taken, nothing is unpickled.
+The files are untrusted: sizes are checked before memory is allocated, and nothing is unpickled.
 Shape letters: H rows, W columns, C channels.
 """
 
@@ -28,10 +28,10 @@ _MAX_PAGES = 2**16
 _TIFF_ORIENTATION = 274
 _DEFLATE = (8, 32946)
 _COMPRESSIONS = (1, *_DEFLATE, 32773)  # none, Deflate, PackBits: what tifffile reads on its own
-_INFLATED_AT_ONCE = 2**20  # bytes
-_INFLATED_FREE = 2**26  # bytes; tiles may reach far beyond a small picture
+_INFLATE_CHUNK = 2**20  # bytes
+_INFLATED_ALLOWANCE = 2**26  # bytes; tiles may reach far beyond a small picture
 
-# TIFF 6.0, tag 274, the same as Exif: how to see the stored picture (H, W, C) upright.
+# TIFF 6.0, tag 274, the same as Exif: how to turn the stored picture (H, W, C) upright.
 _UPRIGHT = {
     2: (False, 1, -1),
     3: (False, -1, -1),
@@ -66,7 +66,7 @@ def read_npy(data: bytes, *, channels: int) -> NDArray[Any]:
 
 
 def _npy_header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether the first axis is the fastest, type; leaves the stream at the numbers."""
+    """Shape, whether in Fortran order, dtype; leaves the stream at the data."""
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
@@ -79,10 +79,10 @@ def _npy_header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any
 
 
 def array_header(data: bytes) -> tuple[tuple[int, ...], str]:
-    """Shape and type of the array in an NPY or TIFF file, whatever its channels.
+    """Shape and dtype of the array in an NPY or TIFF file, whatever its channels.
 
     Raises:
-        Exception: it is neither, or damaged, in any way that numpy or tifffile may find out.
+        Exception: it is neither, or damaged: whatever numpy or tifffile raises.
     """
     if data.startswith(NPY_START):
         shape, _, dtype = _npy_header(io.BytesIO(data))
@@ -100,12 +100,12 @@ def read_tiff(data: bytes, *, channels: int) -> NDArray[Any]:
     Its channels are samples of one page, interleaved or plane after plane, or pages of one size.
 
     Args:
-        data: the whole file, not compressed or by Deflate or PackBits.
+        data: the whole file, uncompressed or compressed with Deflate or PackBits.
         channels: C.
 
     Raises:
         ValueError: another shape, dtype or compression, or too large.
-        Exception: damaged, in any way that tifffile may find out.
+        Exception: damaged: whatever tifffile raises.
     """
     with _opened_tiff(data) as tiff:
         _require_few_pages(tiff)
@@ -120,9 +120,9 @@ def read_tiff(data: bytes, *, channels: int) -> NDArray[Any]:
 
 
 def _opened_tiff(data: bytes) -> "TiffFile":
-    from tifffile import TiffFile  # takes a while, and most runs do without
+    from tifffile import TiffFile  # slow to import, and most runs need none of it
 
-    # It would log each oddity beside the one reason given here.
+    # It would log every oddity in addition to the reason given here.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
     # These dialects name further files, which would be opened.
     plain = {"is_ome": False, "is_mmstack": False, "is_ndtiff": False}
@@ -130,26 +130,26 @@ def _opened_tiff(data: bytes) -> "TiffFile":
 
 
 def _require_few_pages(tiff: "TiffFile") -> None:
-    """Pages are a chain, and tifffile would follow some that bite their tail for ever."""
+    """Refuse too many pages: they are a linked list, and tifffile would follow a loop forever."""
     try:
         tiff.pages.get(_MAX_PAGES)
     except IndexError:
         return
-    raise ValueError(f"more than {_MAX_PAGES} pages, or a chain of pages without end")
+    raise ValueError(f"more than {_MAX_PAGES} pages, or a loop of pages")
 
 
 def _require_readable(tiff: "TiffFile", series: "TiffPageSeries") -> None:
-    """Judge what the file claims before memory is taken for it."""
+    """Check what the file claims before memory is allocated for it."""
     page = series.keyframe
     _require_dtype(series.dtype)
     for shape in (series.shape, page.chunks):
         require_few_values(math.prod(shape), shape)
     if page.compression not in _COMPRESSIONS:
         name = getattr(page.compression, "name", page.compression)
-        raise ValueError(f"compression {name} of a TIFF; store it plain or with Deflate")
+        raise ValueError(f"TIFF compression {name}; store it uncompressed or with Deflate")
     if page.compression not in _DEFLATE:
         return
-    left = 4 * series.nbytes + _INFLATED_FREE
+    left = 4 * series.nbytes + _INFLATED_ALLOWANCE
     for each in series.pages:
         if each is None:
             continue
@@ -161,16 +161,16 @@ def _require_readable(tiff: "TiffFile", series: "TiffPageSeries") -> None:
 
 
 def _inflated_size(data: bytes, *, most: int) -> int:
-    """Bytes in a Deflate stream; stops counting when there are `most`."""
+    """Bytes in a Deflate stream; stops counting at `most`."""
     inflate, size = zlib.decompressobj(), 0
     while data and size < most:
-        size += len(inflate.decompress(data, _INFLATED_AT_ONCE))
+        size += len(inflate.decompress(data, _INFLATE_CHUNK))
         data = inflate.unconsumed_tail
     return size
 
 
 def require_few_values(count: int, shape: object) -> None:
-    """Refuse arrays that take more memory than the largest picture that Pillow would open.
+    """Refuse arrays larger than the largest picture that Pillow would open.
 
     Raises:
         ValueError: more than twice Pillow's MAX_IMAGE_PIXELS.
@@ -182,11 +182,11 @@ def require_few_values(count: int, shape: object) -> None:
 
 def _require_dtype(dtype: np.dtype[Any] | None) -> None:
     if dtype is None or dtype.hasobject or dtype.newbyteorder("=").name not in _DTYPES:
-        raise ValueError(f"numbers of type {dtype}, need one of {', '.join(_DTYPES)}")
+        raise ValueError(f"dtype {dtype}, need one of {', '.join(_DTYPES)}")
 
 
 def _channel_axis(shape: tuple[int, ...], channels: int) -> int | None:
-    """Which axis holds the channels, the last one where the first fits too; None: there is one."""
+    """The axis of the channels, the last one if both fit; None: one channel without an axis."""
     if min(shape, default=1) < 1:
         raise ValueError(f"an array {shape} has no pixels")
     if len(shape) == 2 and channels == 1:
@@ -208,16 +208,16 @@ def _channels_last(numbers: NDArray[Any], axis: int | None) -> NDArray[Any]:
 def to_8bit(numbers: NDArray[Any], *, white: float | None) -> NDArray[np.uint8]:
     """Scale integers or floats to 0..255, with black at 0 wherever no number is negative.
 
-    Files of 16 bit often hold 10, 12 or 14 bit of a sensor, and rarely say so; dividing by 256
-    would turn them black. Unless `white` is given it is therefore the largest value of the
-    smallest usual depth that holds all pixels. Floats are taken to lie in [0, 1] or [0, 255].
-    Beyond these ranges the scale is unknown, and the darkest and brightest number become 0 and
-    255. The channels of a picture share one scale.
+    Files of 16 bits often hold 10, 12 or 14 bits of a sensor, and rarely say so; dividing by 256
+    would turn them black. Without `white`, white is therefore the largest value of the smallest
+    usual depth that holds all pixels. Floats are assumed to lie in [0, 1] or [0, 255]. Beyond these
+    ranges the scale is unknown, and the darkest and brightest number become 0 and 255. The channels
+    of a picture share one scale.
 
     Args:
-        numbers: of any shape; uint8 stays what it is.
-        white: what becomes 255, while 0 stays 0 and whatever lies outside is clipped; None guesses
-            for each picture on its own.
+        numbers: array of any shape; uint8 is returned as it is.
+        white: the number that becomes 255; 0 stays 0, and numbers outside are clipped. None guesses
+            it for each picture.
 
     Raises:
         ValueError: no number is finite.

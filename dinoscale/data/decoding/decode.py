@@ -1,8 +1,8 @@
 """Bytes of an image file to upright 8-bit pixels, or a one-line reason why not.
 
-Pillow decodes, `arrays` what Pillow cannot; this module decides what the pixels of unusual files
-mean (rotated by EXIF, several frames, other channels than asked for) and turns every way a decoder
-can fail into `BadSampleError`.
+Pillow decodes, and `arrays` what Pillow cannot. This module decides what the pixels of unusual
+files mean (EXIF rotation, several frames, other channels than requested) and turns every failure of
+a decoder into `BadSampleError`.
 """
 
 import io
@@ -29,15 +29,19 @@ from dinoscale.errors import DataError, UnavailableError
 
 _EXIF_ORIENTATION = 0x0112  # Exif 2.3, tag number; values 1 to 8
 
-_FIRST_LYING = 5  # from this orientation on, rows and columns are exchanged
+_FIRST_TRANSPOSED = 5  # from this orientation on, rows and columns are swapped
 
-_MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels; others are not converted to
+_MODES = {
+    1: "L",
+    3: "RGB",
+}  # Pillow's mode by number of channels; pictures are converted to no other
 
-# (wanted mode, mode of the file) of JPEG files that libjpeg-turbo itself decodes to the same pixels
-# in 2/3 of the time: Pillow keeps four bytes a pixel and copies them several times.
-_PLAIN = {("RGB", "RGB"): "RGB", ("RGB", "L"): "RGB", ("L", "L"): "GRAY"}
+# (wanted mode, mode of the file) -> simplejpeg's colour space, for JPEG files that libjpeg-turbo
+# itself decodes to the same pixels in 2/3 of the time: Pillow keeps four bytes per pixel and copies
+# them several times.
+_TURBO_COLORSPACES = {("RGB", "RGB"): "RGB", ("RGB", "L"): "RGB", ("L", "L"): "GRAY"}
 
-_MOST_OF_PILLOW = 4  # channels
+_MAX_PILLOW_CHANNELS = 4
 _PGM_WHITE = 65535.0  # Pillow scales PGM files by the depth they state
 
 # Exif 2.3 table 6: what to do with the stored rows and columns to see the picture upright.
@@ -51,8 +55,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What a file that Pillow cannot identify most often is: (bytes at its start, what to tell).
-_NOT_IMAGES = (
+# The usual files that Pillow cannot identify: (bytes at the start, what they are).
+_NOT_PICTURES = (
     (b"version https://git-lfs", "a Git LFS pointer in place of the picture, run `git lfs pull`"),
     (b"\x00\x05\x16\x07", "an AppleDouble file of macOS, not a picture"),
     (b"<!doctype html", "an HTML page, not a picture"),
@@ -61,15 +65,16 @@ _NOT_IMAGES = (
     (b"<svg", "an SVG drawing, not a bitmap picture"),
     (b"%pdf-", "a PDF document, not a picture"),
 )
-# Formats that Pillow reads where it does not find them damaged.
+# Formats that Pillow reads unless they are damaged: (bytes at the start, name).
 _PICTURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89png", "PNG"),
     (b"gif8", "GIF"),
     (b"\x00\x00\x00\x0cjp  ", "JPEG 2000"),
 )
-# What a file of the ISO base media format is by its brand (ISO/IEC 14496-12, `ftyp`).
-_STUMBLES = (ArithmeticError, AttributeError, LookupError, TypeError, struct.error)  # of decoders
+# What decoders raise on damage that they do not expect.
+_DECODER_BUGS = (ArithmeticError, AttributeError, LookupError, TypeError, struct.error)
+# Brands of the ISO base media format (ISO/IEC 14496-12, `ftyp`).
 _AVIF, _HEIF = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
@@ -79,11 +84,11 @@ class BadSampleError(DataError):
     Attributes:
         path: the file, or `shard.tar::member`.
         reason: one line.
-        unavailable: its file cannot be read here and now, which says nothing of its content.
+        unavailable: the file cannot be read now, which says nothing about its content.
     """
 
     def __init__(self, path: str, reason: str, unavailable: bool = False):
-        super().__init__(path, reason, unavailable)  # all, to survive pickling between processes
+        super().__init__(path, reason, unavailable)  # all arguments, to survive pickling
         self.path = path
         self.reason = reason
         self.unavailable = unavailable
@@ -95,10 +100,10 @@ class BadSampleError(DataError):
 
 
 class Picture:
-    """An image whose size is known; the pixels of a JPEG file are decoded when asked for.
+    """An image of known size; the pixels of a JPEG file are decoded on demand.
 
     Attributes:
-        path: where it lies, for messages.
+        path: its location, for messages.
         width: columns of the upright picture at full resolution.
         height: its rows.
     """
@@ -134,18 +139,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What the pixels of a file become; picklable.
+    """Decodes files to pixels of a given number of channels; picklable.
 
-    3 channels are RGB: alpha is dropped, as the reference does. 1 channel is gray, as Pillow
-    converts to it. Any other number has to be the file's own: two to four of Pillow's (RGBA: alpha
-    is the fourth), any of TIFF and NPY arrays, which are not converted to 1 or 3 either. Integer
-    and float pixels beyond 8 bit are scaled (`arrays.to_8bit`); of colour files of 16 bit Pillow
-    keeps the upper 8. Differs: the EXIF orientation is applied; the reference loads rotated
-    photographs lying on their side.
+    3 channels are RGB: alpha is dropped, as in the reference. 1 channel is gray, as Pillow converts
+    to it. Any other number must be that of the file: two to four with Pillow (in RGBA, alpha is the
+    fourth), any in TIFF and NPY arrays, which are not converted to 1 or 3 either. Integer and float
+    pixels beyond 8 bits are scaled (`arrays.to_8bit`); of 16-bit colour files Pillow keeps the
+    upper 8. Differs: the EXIF orientation is applied; the reference loads rotated photographs lying
+    on their side.
 
     Attributes:
         channels: C.
-        white: what means 1.0 in files of more than 8 bit; None guesses for each file.
+        white: the value of 1.0 in files of more than 8 bits; None guesses it for each file.
     """
 
     channels: int = 3
@@ -160,7 +165,7 @@ class Decoder:
 
         Raises:
             BadSampleError: truncated, damaged, too large (more than twice Pillow's
-                `MAX_IMAGE_PIXELS`), a PostScript program, not an image, or of other channels.
+                `MAX_IMAGE_PIXELS`), a PostScript program, no image, or has other channels.
         """
         if data.startswith(NPY_START):
             with _reasons(data, path):
@@ -168,22 +173,22 @@ class Decoder:
                 return Picture.of(to_8bit(array, white=self.white), path)
         if self.channels not in _MODES:
             with _reasons(data, path):
-                return Picture.of(self._own_channels(data), path)
+                return Picture.of(self._channels_as_stored(data), path)
         with _reasons(data, path), _opened(data) as opened:  # the header only
             if opened.format != "JPEG":
                 return Picture.of(self.upright_pixels(opened), path)
             width, height = opened.size
             orientation = _orientation(opened)
-            colors = _PLAIN.get((_MODES[self.channels], opened.mode))
-            if orientation >= _FIRST_LYING:
+            colors = _TURBO_COLORSPACES.get((_MODES[self.channels], opened.mode))
+            if orientation >= _FIRST_TRANSPOSED:
                 width, height = height, width
 
         def decode(shrink: int) -> NDArray[np.uint8]:
             if orientation == 1 and colors:
                 size = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)}
-                try:  # strict: what libjpeg only warns of, such as a stream that ends early, raises
+                try:  # strict: a warning of libjpeg, such as for a stream that ends early, raises
                     return np.asarray(simplejpeg.decode_jpeg(data, colors, **size, strict=True))
-                except ValueError:  # anything unusual about it: Pillow says whether it is readable
+                except ValueError:  # anything unusual: Pillow decides whether it is readable
                     pass
             with _reasons(data, path), Image.open(io.BytesIO(data)) as opened:
                 opened.draft(
@@ -193,22 +198,22 @@ class Decoder:
 
         return Picture(path, width=width, height=height, decode=decode)
 
-    def _own_channels(self, data: bytes) -> NDArray[np.uint8]:
-        """Pixels of a file that has exactly the channels wanted."""
-        if data[:4] in TIFF_STARTS and not self._suits_pillow(data):
+    def _channels_as_stored(self, data: bytes) -> NDArray[np.uint8]:
+        """Pixels of a file that has exactly the requested channels."""
+        if data[:4] in TIFF_STARTS and not self._is_for_pillow(data):
             array = np.ascontiguousarray(read_tiff(data, channels=self.channels))
             return to_8bit(array, white=self.white)
         with _opened(data) as opened:
             return self.upright_pixels(opened)
 
-    def _suits_pillow(self, tiff: bytes) -> bool:
-        """Whether all of a TIFF file comes through Pillow, which knows more compressions."""
-        if self.channels > _MOST_OF_PILLOW:
+    def _is_for_pillow(self, tiff: bytes) -> bool:
+        """Whether Pillow, which knows more compressions, reads a TIFF file without loss."""
+        if self.channels > _MAX_PILLOW_CHANNELS:
             return False
         try:
             with _opened(tiff) as opened:
                 return len(opened.getbands()) == self.channels and not _cut_to_8bit(opened)
-        except UnidentifiedImageError:  # as it calls those of many channels
+        except UnidentifiedImageError:  # what it raises for many channels
             return False
 
     def upright_pixels(self, opened: Image.Image) -> NDArray[np.uint8]:
@@ -227,7 +232,7 @@ class Decoder:
         return pixels[..., None] if pixels.ndim == 2 else pixels
 
     def _converted(self, image: Image.Image) -> Image.Image:
-        """To the wanted channels."""
+        """Convert to the requested channels."""
         mode = _MODES.get(self.channels)
         if mode is None:
             found = len(image.getbands())
@@ -251,7 +256,7 @@ RGB = Decoder()
 
 
 def read_as_stored(data: bytes, path: str) -> Image.Image:
-    """Read a mask or label picture: not converted (the numbers of a palette stay), nor rotated.
+    """Read a mask or label picture without conversion (palette numbers stay) or rotation.
 
     Raises:
         BadSampleError: truncated, damaged, too large or not an image.
@@ -276,7 +281,7 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _cut_to_8bit(opened: Image.Image) -> bool:
-    """Whether Pillow will keep the upper 8 of the 16 bit of its channels; before it is loaded."""
+    """Whether loading will keep only the upper 8 of the 16 bits of each channel."""
     tiles = getattr(opened, "tile", [])
     return opened.mode[0] not in "IF" and any(";16" in str(tile[-1]) for tile in tiles)
 
@@ -293,7 +298,7 @@ def _reasons(data: bytes, path: str) -> Iterator[None]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 where there is none; damaged metadata does not spoil the picture."""
+    """EXIF orientation, 1 if there is none; damaged metadata leaves the picture readable."""
     try:
         # Pillow has already turned TIFF files upright and then lists no orientation.
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
@@ -302,26 +307,26 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _reason(error: Exception, data: bytes) -> str:
-    """One line without addresses of objects, the same for the same file on every run."""
+    """One line, the same on every run for the same file: without addresses of objects."""
     if not data:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
         return _unidentified(data)
     if isinstance(error, MemoryError):
-        return "decoding it takes more memory than there is"
+        return "decoding it needs more memory than there is"
     lines = str(error).splitlines()
-    said = f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
-    if isinstance(error, _STUMBLES):
-        return f"damaged in a way that its decoder does not expect ({said})"
-    return said
+    text = f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+    if isinstance(error, _DECODER_BUGS):
+        return f"damaged in a way that its decoder does not expect ({text})"
+    return text
 
 
 def _unidentified(data: bytes) -> str:
-    """What a file is of which Pillow says no more than that it cannot identify it."""
+    """What a file is that Pillow cannot identify."""
     if not any(data):
         return "all its bytes are zero, as a failed disk or copy leaves them"
-    start = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # a mark of some editors
-    for magic, meaning in _NOT_IMAGES:
+    start = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # UTF-8 byte order mark
+    for magic, meaning in _NOT_PICTURES:
         if start.startswith(magic):
             return meaning
     if data[4:8] == b"ftyp":
@@ -337,7 +342,7 @@ def _unidentified(data: bytes) -> str:
 
 
 def _iso_media(*, brands: bytes) -> str:
-    """By its first brand and those it is compatible with."""
+    """What a file of the ISO base media format is, by its first and its compatible brands."""
     if any(brand in brands for brand in _AVIF) and features.check("avif"):
         return "an AVIF file that is damaged or cut off"
     if any(brand in brands for brand in _AVIF):
@@ -348,12 +353,12 @@ def _iso_media(*, brands: bytes) -> str:
 
 
 def _tiff_unknown_to_pillow(data: bytes) -> str:
-    """Damaged, or of pixels that only NPY or another number of channels has room for."""
+    """What a TIFF file is that Pillow cannot identify: damaged, or an array it does not read."""
     try:
         shape, dtype = array_header(data)
     except Exception:  # damaged files fail in any way
         return "a TIFF file that is damaged or cut off"
     return (
-        f"a TIFF file of an array {shape} of {dtype}, which Pillow does not read as a picture;"
-        " store it as NPY, or set data.channels if these are other channels"
+        f"a TIFF file with an array {shape} of {dtype}, which Pillow does not read as a picture;"
+        " store it as NPY, or set data.channels to its number of channels"
     )

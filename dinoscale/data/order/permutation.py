@@ -1,9 +1,9 @@
-"""A pseudo-random permutation computed position by position: no array of its size is ever made.
+"""A pseudo-random permutation computed position by position, without an array of its size.
 
 A Feistel network on pairs (l, r) in Z_a x Z_b with a = ceil(sqrt(N)) and a b >= N: the rounds add a
-keyed hash of r to l and of l to r in turn, each of which can be undone, so that the whole is a
-permutation of a b numbers. The few results >= N go through the network again until they are below
-(cycle walking), which is a permutation of N numbers.
+keyed hash of r to l and of l to r in turn. Each addition can be undone, so the network permutes
+a b numbers. The few results >= N go through it again until they are below (cycle walking), which
+is a permutation of N numbers.
 Source: Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains (the generalized Feistel
 cipher); the hash is the finalizer of SplitMix64 (Steele et al. 2014).
 """
@@ -33,20 +33,20 @@ class Permutation:
         self._keys = rng.integers(2**64, size=_ROUNDS, dtype=np.uint64)
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The images of some positions.
+        """Map positions to their permuted numbers.
 
         Args:
             positions: of any shape, in 0..size-1.
 
         Returns:
-            As many numbers in 0..size-1, distinct for distinct positions.
+            Numbers in 0..size-1 of the same shape, distinct for distinct positions.
         """
-        result = self._through(positions.astype(np.uint64))
+        result = self._apply_rounds(positions.astype(np.uint64))
         while (outside := result >= self._size).any():
-            result[outside] = self._through(result[outside])
+            result[outside] = self._apply_rounds(result[outside])
         return result.astype(np.int64)
 
-    def _through(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    def _apply_rounds(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
         a, b = self._sides
         left, right = np.divmod(numbers, b)
         for key_left, key_right in self._keys.reshape(-1, 2):
@@ -66,7 +66,7 @@ def _add(numbers: NDArray[np.uint64], hashed: NDArray[np.uint64], side: np.uint6
 
 def _hash(numbers: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     """64 well mixed bits of a number and a key."""
-    mixed = numbers + key  # modulo 2**64, as all of this
+    mixed = numbers + key  # modulo 2**64, like all steps here
     mixed ^= mixed >> np.uint64(30)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
     mixed ^= mixed >> np.uint64(27)

@@ -1,11 +1,10 @@
 """Which image is read when: a function of (seed, step), so that the saved state is one integer.
 
-A source is drawn in permutation after permutation of its images, without end: draw number d of N
-images is place d mod N of permutation d // N, so that after any number of draws every image was
-drawn equally often, up to one. An epoch takes a quota of draws from each source; where the quota is
-the whole source, an epoch is one permutation. Quotas are spread evenly over the steps of an epoch.
-The images of a step do not depend on the number of processes or on the accumulation, only their
-split does.
+A source is drawn in an endless sequence of permutations of its images: draw number d of N images is
+place d mod N of permutation d // N, so after any number of draws the counts of two images differ by
+at most one. An epoch takes a quota of draws from each source; if the quota is the whole source, an
+epoch is one permutation. Quotas are spread evenly over the steps of an epoch. The images of a step
+do not depend on the number of processes or on the accumulation, only their split does.
 """
 
 from collections.abc import Sequence
@@ -24,8 +23,8 @@ class Draws:
 
     Attributes:
         ids: int64 (B,), numbers of the images; those of a second source follow the first one's.
-        repeats: int64 (B,), the permutations of its source that ended before: so often each image
-            was drawn already. The epoch, where an epoch is one permutation.
+        repeats: int64 (B,), how often each image was drawn before: the finished permutations of its
+            source. Equals the epoch where an epoch is one permutation.
     """
 
     ids: NDArray[np.int64]
@@ -38,20 +37,19 @@ class Draws:
 class StepSampler:
     """The images of every optimizer step, over all ranks.
 
-    The tail of an epoch that fills no step is dropped. The reference instead lets each process
-    drop its own tail, so that which images it drops depends on the world size (Differs: for exact
-    resume).
+    The tail of an epoch that does not fill a step is dropped. Differs, for exact resume: in the
+    reference each process drops its own tail, so the dropped images depend on the world size.
 
     Args:
         sizes: images of each source, >= 1.
-        quotas: draws from each source in an epoch, >= 1; in all >= batch_size.
+        quotas: draws from each source in an epoch, >= 1; their sum >= batch_size.
         batch_size: images of one optimizer step over all ranks.
         micro_batch_size: images of one rank in one forward.
         world_size: number of ranks; divides batch_size / micro_batch_size.
-        seed: of the run, >= 0.
+        seed: seed of the run, >= 0.
 
     Raises:
-        ValueError: the numbers do not fit together.
+        ValueError: the numbers are inconsistent.
     """
 
     def __init__(
@@ -81,7 +79,7 @@ class StepSampler:
         self.world_size = world_size
         self._sizes, self._quotas = tuple(sizes), tuple(quotas)
         self._seed = seed
-        self._last: tuple[int, Draws] | None = None  # step last asked for
+        self._last: tuple[int, Draws] | None = None  # the step requested last
 
     @property
     def steps_per_epoch(self) -> int:
@@ -123,23 +121,23 @@ class StepSampler:
 
     def _drawn(self, step: int) -> Draws:
         epoch, place = divmod(step, self.steps_per_epoch)
-        begin = self._taken(place * self.batch_size)
-        end = self._taken((place + 1) * self.batch_size)
+        begin = self._counts_at(place * self.batch_size)
+        end = self._counts_at((place + 1) * self.batch_size)
         drawn = []
         for source, quota in enumerate(self._quotas):
             first = epoch * quota
             drawn.append(self._of_source(source, first + begin[source], first + end[source]))
-        order = slice(None) if len(drawn) == 1 else self._mixed(step)
+        order = slice(None) if len(drawn) == 1 else self._shuffled(step)
         return Draws(
             np.concatenate([draws.ids for draws in drawn])[order],
             np.concatenate([draws.repeats for draws in drawn])[order],
         )
 
-    def _taken(self, slots: int) -> list[int]:
-        """How many of the first slots of an epoch each source fills: its share, rounded.
+    def _counts_at(self, slots: int) -> list[int]:
+        """How many of the first `slots` draws of an epoch come from each source: a rounded share.
 
-        Each source takes its share of what those before it leave. So the counts never fall as the
-        slots grow, and at the end of the epoch they are the quotas.
+        Each source takes its share of the slots that the sources before it leave. So no count falls
+        as the slots grow, and at the end of the epoch the counts are the quotas.
         """
         counts, left = [], sum(self._quotas)
         for quota in self._quotas:
@@ -159,7 +157,7 @@ class StepSampler:
             ids[now] = permutation(places[now])
         return Draws(ids + sum(self._sizes[:source]), repeats)
 
-    def _mixed(self, step: int) -> NDArray[np.int64]:
+    def _shuffled(self, step: int) -> NDArray[np.int64]:
         """The order of a step's images, so that each micro-batch draws from all sources."""
         rng = generator(self._seed, Stream.MIXTURE, step)
         return Permutation(self.batch_size, rng)(np.arange(self.batch_size))

@@ -1,4 +1,4 @@
-"""How many images each shard holds, as `manifest.json` beside the shards says.
+"""The number of images in each shard, from the `manifest.json` beside the shards.
 
 Written by `dinoscale data build-shards`: {"format": 1, "shards": [{"name": "train-000.tar",
 "samples": 1000, ...}, ...], ...}. Only names and counts are read here.
@@ -29,13 +29,13 @@ def shard_counts(
     """The number of images in each shard.
 
     Args:
-        urls: of the shards.
+        urls: URLs of the shards.
         manifest: path or URL of the manifest; None looks beside the shards.
-        pauses_s: seconds before each further try to read one.
+        pauses_s: seconds before each retry.
 
     Raises:
         DataError: there is no manifest, it is not valid, or it does not know a shard.
-        UnavailableError: it cannot be read here and now.
+        UnavailableError: it cannot be read now.
     """
     places = [manifest or _beside(url) for url in urls]
     known = {place: _read(place, pauses_s=pauses_s) for place in dict.fromkeys(places)}
@@ -45,7 +45,7 @@ def shard_counts(
 def _beside(url: str) -> str:
     if scheme_of(url) == "pipe":
         raise DataError(
-            f"{url}: how many images a command puts out must be known before it runs. Name the "
+            f"{url}: the number of images in the output of a command must be known first. Name the "
             f"{FILE_NAME} of these shards with data.manifest=PATH_OR_URL; "
             "`dinoscale data build-shards` writes one."
         )
@@ -75,7 +75,7 @@ def _read(place: str, *, pauses_s: tuple[float, ...]) -> dict[str, int]:
         values = json.loads(text)
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']!r}, not {FORMAT}")
-        return {str(shard["name"]): _whole(shard["samples"]) for shard in values["shards"]}
+        return {str(shard["name"]): _sample_count(shard["samples"]) for shard in values["shards"]}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}"
         raise DataError(f"{shown(place)} is not a manifest of shards ({what}).") from None
@@ -91,14 +91,14 @@ def _file_bytes(path: Path) -> bytes:
     return data
 
 
-def _whole(value: object) -> int:
+def _sample_count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MAX_COUNT:
-        raise ValueError(f"{value!r} is no number of samples")
+        raise ValueError(f"{value!r} is not a number of samples")
     return value
 
 
 def _count(url: str, known: dict[str, int], place: str) -> int:
-    """The count of the one known name that the URL ends with, or that stands in the command."""
+    """The count of the one known shard whose name ends the URL or appears in the command."""
     if scheme_of(url) == "pipe":
         words = re.split(r"[\s/'\"|;&<>()=]+", url)
     else:

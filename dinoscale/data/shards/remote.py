@@ -1,12 +1,11 @@
-"""Bytes from elsewhere: the output of a command that fetches what a URL names.
+"""Remote files: the output of a command that downloads a URL.
 
-A URL reaches its command as one argument, never through a shell; curl reads it from its standard
-input, where `ps` shows nothing. `${DINOSCALE_NAME}` in a URL is replaced by that variable of the
-environment when it is opened, so that no password has to stand in a configuration. Only names that
-begin so: a configuration may come from a stranger, and could send any other variable anywhere.
-`pipe:COMMAND` is a shell command by nature: it runs only where the environment says
-DINOSCALE_ALLOW_PIPE=1. Nothing here waits without end: a command that sends no byte for a minute
-is ended and counts as failed.
+A URL reaches its command as one argument, never through a shell; curl reads it from standard input,
+where `ps` does not show it. `${DINOSCALE_NAME}` in a URL is replaced by that environment variable
+when the URL is opened, so that a configuration need not contain passwords. Other names are not
+replaced: a configuration may come from a stranger, and could send any variable anywhere.
+`pipe:COMMAND` is a shell command, and runs only with DINOSCALE_ALLOW_PIPE=1 in the environment.
+Nothing here waits forever: a command that sends no byte for a minute is killed and has failed.
 """
 
 import contextlib
@@ -34,15 +33,15 @@ T = TypeVar("T")
 
 ALLOW_PIPE = "DINOSCALE_ALLOW_PIPE"
 
-_SILENCE_S = 60.0  # without a byte, after which a transfer counts as stuck
-_END_S = 10.0  # between the last byte of a command and its end
+_IDLE_TIMEOUT_S = 60.0  # without a byte, after which a transfer counts as stuck
+_EXIT_TIMEOUT_S = 10.0  # between the last byte of a command and its exit
 _NO_COMMAND = (126, 127)  # exit codes of a shell whose command cannot be run
-_SHOWN = 300  # characters of a command's complaint
+_SHOWN = 300  # characters of a command's error message
 
-PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # before each further try: four minutes
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # before each retry: four minutes in all
 
-# What clients say of a request that will fail again, and what is to be mended then. Of the answers
-# 4xx those are none: 408 (time-out), 425 (too early), 429 (too many requests).
+# What clients say of requests that a retry does not help. Of the 4xx responses, 408 (timeout), 425
+# (too early) and 429 (too many requests) are not among them.
 _REFUSED = re.compile(
     r"[:(] ?40[13]\b|access ?denied|forbidden|unauthorized|permission denied|invalidaccesskeyid"
     r"|signaturedoesnotmatch|expiredtoken|unable to locate credentials",
@@ -52,7 +51,7 @@ _ABSENT = re.compile(
     r"[:(] ?4(04|10)\b|nosuchkey|nosuchbucket|no urls matched|no such file or directory",
     re.IGNORECASE,
 )
-_IN_VAIN = re.compile(r"returned error: 4(?!08|25|29)\d\d|curl: \([13]\)")  # or no URL
+_PERMANENT = re.compile(r"returned error: 4(?!08|25|29)\d\d|curl: \([13]\)")  # curl 1, 3: no URL
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _OWN_VARIABLE = "DINOSCALE_"
@@ -62,7 +61,7 @@ _CURL = (
     *("--proto", "=http,https", "--connect-timeout", "30", "--netrc-optional"),
     *("--config", "-"),
 )
-# Scheme -> command; the URL takes the place of the empty word, or comes by standard input.
+# Scheme -> command; the URL replaces the empty argument, or goes to standard input.
 _COMMANDS: dict[str, tuple[str, ...]] = {
     "http": _CURL,
     "https": _CURL,
@@ -73,11 +72,11 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 class TransferError(Exception):
-    """A transfer that failed; the next try may succeed. The message is half a sentence."""
+    """A failed transfer; a retry may succeed. The message is half a sentence."""
 
 
 class DamagedError(TransferError):
-    """What came is not whole, though the client says so: it was cut off, or it lies so."""
+    """The data is damaged though the client reported success: cut off on the way, or stored so."""
 
 
 def is_remote(spec: str) -> bool:
@@ -92,12 +91,12 @@ def scheme_of(spec: str) -> str:
 
 
 def shown(url: str) -> str:
-    """The URL or path for messages: without a password or a signature in it."""
+    """The URL or path for messages: without password and signature."""
     if "://" not in url or scheme_of(url) == "pipe":
         return url
     try:
         parts = urlsplit(url)
-    except ValueError:  # of a bracket, say
+    except ValueError:  # e.g. an unmatched bracket
         return url.rpartition("@")[2].partition("?")[0]
     try:
         _ = urlsplit(_VARIABLE.sub("1", url)).port
@@ -107,7 +106,7 @@ def shown(url: str) -> str:
 
 
 def require_allowed(url: str) -> None:
-    """Refuse what is no URL, and a shell command where the environment does not allow it.
+    """Refuse an invalid URL, and a shell command that the environment does not allow.
 
     Raises:
         DataError: it is refused.
@@ -123,41 +122,41 @@ def require_allowed(url: str) -> None:
         )
 
 
-def open_remote(url: str, *, silence_s: float = _SILENCE_S) -> "RemoteFile":
-    """Begin to fetch what a URL names.
+def open_remote(url: str, *, idle_timeout_s: float = _IDLE_TIMEOUT_S) -> "RemoteFile":
+    """Start to download a URL.
 
     Args:
-        url: with one of the schemes above.
-        silence_s: seconds without a byte after which reading fails.
+        url: URL with one of the schemes above.
+        idle_timeout_s: seconds without a byte after which reading fails.
 
     Raises:
         DataError: the command is not installed, or not allowed.
     """
     require_allowed(url)
-    command, told = _command(url)
-    complaints = tempfile.TemporaryFile()  # noqa: SIM115 # closed with the stream
+    command, stdin_data = _command(url)
+    stderr = tempfile.TemporaryFile()  # noqa: SIM115 # closed with the stream
     try:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE if told else subprocess.DEVNULL,
+            stdin=subprocess.PIPE if stdin_data else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=complaints,
-            start_new_session=True,  # a signal to the whole job is not meant for it
+            stderr=stderr,
+            start_new_session=True,  # signals to the whole job do not reach it
         )
     except (OSError, ValueError) as error:
-        complaints.close()
+        stderr.close()
         raise DataError(
             f"{shown(url)}: cannot run `{command[0]}` ({error}). Install it on every node, or copy "
             "the shards to a local or mounted disk."
         ) from None
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError), process.stdin:  # its exit code says why
-            process.stdin.write(told)
-    return RemoteFile(url, command[0], process, complaints, silence_s=silence_s)
+            process.stdin.write(stdin_data)
+    return RemoteFile(url, command[0], process, stderr, idle_timeout_s=idle_timeout_s)
 
 
 def _command(url: str) -> tuple[list[str], bytes]:
-    """What to run, and what it reads."""
+    """The command, and its standard input."""
     if scheme_of(url) == "pipe":
         return ["sh", "-c", url.partition(":")[2]], b""
     filled = _filled(url)
@@ -169,7 +168,7 @@ def _command(url: str) -> tuple[list[str], bytes]:
 
 
 def _filled(url: str) -> str:
-    """The URL with the values of the variables that it names.
+    """The URL with its variables replaced by their values.
 
     Raises:
         DataError: one is not set, or is not for URLs; or the URL has more than one line.
@@ -191,7 +190,7 @@ def _filled(url: str) -> str:
 
     filled = _VARIABLE.sub(value, url)
     if any(character < " " for character in filled):
-        raise DataError(f"{shown(url)!r} cannot be read: it holds a line break or the like.")
+        raise DataError(f"{shown(url)!r} cannot be read: it contains a control character.")
     return filled
 
 
@@ -199,7 +198,7 @@ class RemoteFile(io.RawIOBase):
     """The output of a command, as a raw stream; made by `open_remote`.
 
     Reading raises TransferError when the command fails, stops sending, or ends with an error after
-    its last byte; DataError when another try would be in vain.
+    its last byte; DataError when a retry would not help.
     """
 
     def __init__(
@@ -207,26 +206,26 @@ class RemoteFile(io.RawIOBase):
         url: str,
         name: str,
         process: "subprocess.Popen[bytes]",
-        complaints: IO[bytes],
+        stderr: IO[bytes],
         *,
-        silence_s: float,
+        idle_timeout_s: float,
     ):
         super().__init__()
-        self._url, self._name, self._silence_s = url, name, silence_s
-        self._process, self._complaints = process, complaints
+        self._url, self._name, self._idle_timeout_s = url, name, idle_timeout_s
+        self._process, self._stderr = process, stderr
 
     def readable(self) -> bool:
         """Yes."""
         return True
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
-        """Bytes as they come; 0 after the last one of a command that ended well."""
+        """Read bytes as they come; 0 after the last byte of a command that succeeded."""
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
-        if not poll.poll(self._silence_s * 1000):
-            raise TransferError(f"{self._name} sent nothing for {self._silence_s:g} s")
+        if not poll.poll(self._idle_timeout_s * 1000):
+            raise TransferError(f"{self._name} sent nothing for {self._idle_timeout_s:g} s")
         with memoryview(buffer) as view:
             count = os.readv(descriptor, [view])
         if count == 0:
@@ -235,53 +234,53 @@ class RemoteFile(io.RawIOBase):
 
     def _require_success(self) -> None:
         try:
-            code = self._process.wait(timeout=_END_S)
+            code = self._process.wait(timeout=_EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise TransferError(f"{self._name} did not end after its last byte") from None
+            raise TransferError(f"{self._name} did not exit after its last byte") from None
         if code:
-            self._complaints.seek(0)
-            words = self._complaints.read(_SHOWN).decode("utf-8", "replace").split()
-            said = " ".join(words) or "no message"
-            text = f"{self._name} ended with exit code {code}: {said}"
-            if remedy := _remedy(said, code):
+            self._stderr.seek(0)
+            words = self._stderr.read(_SHOWN).decode("utf-8", "replace").split()
+            message = " ".join(words) or "no message"
+            text = f"{self._name} ended with exit code {code}: {message}"
+            if remedy := _remedy(message, code):
                 raise DataError(f"{shown(self._url)} cannot be read: {text}. {remedy}")
             raise TransferError(text)
 
     def close(self) -> None:
-        """End the command, with all that it started."""
+        """Kill the command, with all that it started."""
         if not self.closed:
             if self._process.poll() is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             if self._process.stdout is not None:
                 self._process.stdout.close()
-            self._complaints.close()
+            self._stderr.close()
         super().close()
 
 
-def _remedy(said: str, code: int) -> str:
-    """What helps where another try would be in vain; empty where it may succeed."""
+def _remedy(message: str, code: int) -> str:
+    """What to do about an error that a retry does not help; empty if it may."""
     if code in _NO_COMMAND:
         return "Install the command on every node, or correct its name."
-    if _REFUSED.search(said):
+    if _REFUSED.search(message):
         return (
             "The server refuses access: correct user, password or signature, which may have"
-            " expired. Some servers say so of names that do not exist, too."
+            " expired. Some servers also answer so for names that do not exist."
         )
-    return "Correct its name." if _ABSENT.search(said) or _IN_VAIN.search(said) else ""
+    return "Correct its name." if _ABSENT.search(message) or _PERMANENT.search(message) else ""
 
 
 def read_all(url: str, *, limit: int, pauses_s: tuple[float, ...]) -> bytes:
     """All bytes of a URL.
 
     Args:
-        url: as `open_remote`.
+        url: as for `open_remote`.
         limit: most bytes.
-        pauses_s: seconds to wait before each further try.
+        pauses_s: seconds before each retry.
 
     Raises:
         DataError: it cannot be read, or is longer.
-        UnavailableError: the network or server failed to the last try.
+        UnavailableError: the network or server failed at every try.
     """
     data = retried(lambda: _read_once(url, limit=limit), name=shown(url), pauses_s=pauses_s)
     if len(data) > limit:
@@ -295,16 +294,16 @@ def _read_once(url: str, *, limit: int) -> bytes:
 
 
 def retried(read: Callable[[], T], *, name: str, pauses_s: Sequence[float]) -> T:
-    """Read, and on a failed transfer wait and read again.
+    """Read, and retry failed transfers after a pause.
 
     Args:
         read: raises TransferError.
-        name: of what is read, for messages.
-        pauses_s: seconds before each further try.
+        name: what is read, for messages.
+        pauses_s: seconds before each retry.
 
     Raises:
-        DataError: what came is damaged, at the last try too.
-        UnavailableError: the last try failed too.
+        DataError: the data is damaged at the last try, too.
+        UnavailableError: the last try failed, too.
     """
     for pause in pauses_s:
         try:
@@ -316,10 +315,10 @@ def retried(read: Callable[[], T], *, name: str, pauses_s: Sequence[float]) -> T
         return read()
     except DamagedError as error:
         raise DataError(
-            f"{name} cannot be read: {error}. Correct its name, or mend the connection or the file."
+            f"{name} cannot be read: {error}. Correct its name, the connection or the file."
         ) from None
     except TransferError as error:
         raise UnavailableError(
-            f"{name} cannot be read: {error}; it was tried {len(pauses_s) + 1} times in"
-            f" {sum(pauses_s):.0f} s. Once the server and the network are well, start again."
+            f"{name} cannot be read: {error}; tried {len(pauses_s) + 1} times in"
+            f" {sum(pauses_s):.0f} s. Once the server and the network work, start again."
         ) from None

@@ -1,15 +1,16 @@
 """A table on disk: for each image a few whole numbers and a name, read one row at a time.
 
-Reading a row is one `pread`, so that a process holds no memory per image and workers share the
-kernel's cache. The file is not memory-mapped: pages of a map that were touched count as memory of
-the process, and a map of a file that becomes shorter kills it.
+Reading a row is one `pread`, so a process holds no memory per image and workers share the kernel's
+page cache. The file is not memory-mapped: the touched pages of a map count as memory of the
+process, and a process dies when a mapped file becomes shorter.
 
-File: header | N + 1 rows | names | about, all little-endian.
-  row: where its name begins (8 bytes), the numbers, CRC-32 of both. The last row only ends the last
-    name.
-  header: magic, format of the numbers, N, bytes of names and of about, CRC-32 of this and of about.
-  about: JSON, what the rows were made from.
-A file of another kind, a cut or a damaged one is noticed by magic, length and sums.
+File: header | N + 1 rows | names | metadata, all little-endian.
+  row: where its name begins (8 bytes), the numbers, CRC-32 of both. The last row only marks the end
+    of the last name.
+  header: magic, format of the numbers, N, bytes of names and of metadata, CRC-32 of this and of the
+    metadata.
+  metadata: JSON, what the rows were made from.
+Magic, length and checksums reveal a file of another kind, a truncated or a damaged one.
 """
 
 import hashlib
@@ -32,26 +33,30 @@ from dinoscale.runtime.retry import patiently, refusal
 _MAGIC = b"dinoscale-index1"
 _HEADER = struct.Struct("<16s16sQQQI")
 _SUM = struct.Struct("<I")  # CRC-32, ends a row
-_CHUNK_BYTES = 2**20  # of rows and names that are read one after another
-_MAX_ABOUT_BYTES = 2**30  # a million shards need a tenth
+_CHUNK_BYTES = 2**20  # read at once, of rows and names in sequence
+_MAX_METADATA_BYTES = 2**30  # a million shards need a tenth
 
 
-class DamagedIndexError(DataError):
-    """The file is no index, not a whole one, or of another format."""
+class DamagedTableError(DataError):
+    """The file is not a table, is incomplete, or has another format."""
 
 
-class Index:
-    """N rows of an index file, which stays open.
+class RowTable:
+    """N rows of a table file, which stays open.
 
     Picklable: a copy opens the file by its path and checks that it is still the same.
 
+    Attributes:
+        path: the file.
+        metadata: what the rows were made from.
+
     Args:
         path: the file.
-        numbers: format of the numbers of a row, as of `struct`, e.g. "QQ".
-        temporary: remove the file when this object goes.
+        numbers: format of the numbers of a row, as in `struct`, e.g. "QQ".
+        temporary: remove the file together with this object.
 
     Raises:
-        DamagedIndexError: it is no index of this format, or damaged.
+        DamagedTableError: it is not a table of this format, or damaged.
         OSError: it cannot be read.
     """
 
@@ -63,7 +68,7 @@ class Index:
         if temporary:
             weakref.finalize(self, _remove, path, os.getpid())
         self._header = os.pread(self._descriptor, _HEADER.size, 0)
-        self._num_rows, self._names_bytes, self.about = self._checked(numbers)
+        self._num_rows, self._names_bytes, self.metadata = self._checked(numbers)
         self._names_at = _HEADER.size + (self._num_rows + 1) * self._row.size
 
     def __len__(self) -> int:
@@ -93,7 +98,7 @@ class Index:
         return name
 
     def rows(self, first: int, stop: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and numbers of the rows from `first` up to but without `stop`, in large reads.
+        """Names and numbers of the rows from `first` to `stop`, exclusive, in large reads.
 
         Raises:
             DataError: the file was damaged since it was opened.
@@ -108,14 +113,14 @@ class Index:
             yield from self._named([*map(self._unpacked, _split(packed, self._row.size))])
 
     def digest(self, *, number: int | None = None, alive: Callable[[], None] = lambda: None) -> str:
-        """SHA-256 of all names in their order and, if asked for, of one of the numbers of each row.
+        """SHA-256 of all names in order and, with `number`, of that number of each row.
 
-        `alive` is called again and again.
+        `alive` is called repeatedly.
 
         Raises:
             DataError: the file was damaged since it was opened.
         """
-        letters = self._row.format[2:-1]  # between where the name begins and the sum
+        letters = self._row.format[2:-1]  # between the start of the name and the sum
         kinds = [f"<{'i8' if letter == 'q' else 'u8'}" for letter in letters]
         fields = [
             ("begin", "<u8"),
@@ -165,25 +170,25 @@ class Index:
         return data
 
     def _checked(self, numbers: str) -> tuple[int, int, dict[str, Any]]:
-        """Number of rows, bytes of the names, and what the rows were made from."""
+        """Number of rows, bytes of the names, and the metadata."""
         if len(self._header) < _HEADER.size:
             raise self._damaged()
-        magic, row, num_rows, names_bytes, about_bytes, stated = _HEADER.unpack(self._header)
+        magic, row, num_rows, names_bytes, metadata_bytes, stated = _HEADER.unpack(self._header)
         if magic != _MAGIC or row.rstrip(b"\0") != numbers.encode():
-            raise DamagedIndexError(f"{self.path} is not an index of this kind")
-        about_at = _HEADER.size + (num_rows + 1) * self._row.size + names_bytes
+            raise DamagedTableError(f"{self.path} is not an index of this kind")
+        metadata_at = _HEADER.size + (num_rows + 1) * self._row.size + names_bytes
         length = os.fstat(self._descriptor).st_size
-        if length != about_at + about_bytes or about_bytes > _MAX_ABOUT_BYTES:
+        if length != metadata_at + metadata_bytes or metadata_bytes > _MAX_METADATA_BYTES:
             raise self._damaged()
-        about = read_at(self._descriptor, about_bytes, about_at)
-        if stated != _sum_of(self._header, about):
+        metadata = read_at(self._descriptor, metadata_bytes, metadata_at)
+        if stated != _sum_of(self._header, metadata):
             raise self._damaged()
-        loaded: dict[str, Any] = json.loads(about)
+        loaded: dict[str, Any] = json.loads(metadata)
         return num_rows, names_bytes, loaded
 
-    def _damaged(self) -> DamagedIndexError:
-        return DamagedIndexError(
-            f"the index {self.path} is damaged. Remove it and start again: it is made anew."
+    def _damaged(self) -> DamagedTableError:
+        return DamagedTableError(
+            f"the index {self.path} is damaged. Remove it and start again to rebuild it."
         )
 
 
@@ -207,32 +212,32 @@ def _split(data: bytes, size: int) -> Iterator[bytes]:
     return (data[at : at + size] for at in range(0, len(data), size))
 
 
-def _sum_of(header: bytes, about: bytes) -> int:
-    return zlib.crc32(about, zlib.crc32(header[: -_SUM.size]))
+def _sum_of(header: bytes, metadata: bytes) -> int:
+    return zlib.crc32(metadata, zlib.crc32(header[: -_SUM.size]))
 
 
 def _remove(path: str, owner: int) -> None:
-    """Not in a forked worker, which has a copy of the object."""
+    """Remove a temporary file, but not in a forked worker, which has a copy of the object."""
     if os.getpid() == owner and os.path.exists(path):
         os.unlink(path)
 
 
-def _reopened(path: str, header: bytes) -> Index:
+def _reopened(path: str, header: bytes) -> RowTable:
     numbers = _HEADER.unpack(header)[1].rstrip(b"\0").decode()
-    index = patiently(lambda: Index(path, numbers), f"the index {path}")
+    index = patiently(lambda: RowTable(path, numbers), f"the index {path}")
     if index._header != header:
-        raise DataError(f"the index {path} has changed: another run made it anew. Start again.")
+        raise DataError(f"the index {path} has changed: another run rebuilt it. Start again.")
     return index
 
 
-class IndexWriter:
-    """Writes an index row by row, in bounded memory, beside its place.
+class RowTableWriter:
+    """Writes a table row by row, in bounded memory, and puts it in place when it is finished.
 
-    Used as a context; without `finish` nothing remains.
+    A context manager; without `finish` nothing remains.
 
     Args:
-        numbers: format of the numbers of a row, as of `struct`, one letter each.
-        path: where the index belongs; "" makes a temporary one, in the folder that TMPDIR names.
+        numbers: format of the numbers of a row, as in `struct`, one letter each.
+        path: path of the table; "" makes a temporary one, in the folder that TMPDIR names.
 
     Raises:
         OSError: it cannot be written (also from every method).
@@ -246,12 +251,12 @@ class IndexWriter:
         prefix = f"{name}." if path else "dinoscale-"
         descriptor, self._partial = tempfile.mkstemp(".partial", prefix, folder or None)
         self._rows = os.fdopen(descriptor, "wb")
-        # The number of rows is known at the end only: the names wait in a file of their own.
+        # The number of rows is known only at the end: the names wait in a file of their own.
         self._names = tempfile.TemporaryFile(dir=os.path.dirname(self._partial))  # noqa: SIM115  # closed with this object
         self._rows.write(bytes(_HEADER.size))
         self._num_rows = self._names_bytes = 0
 
-    def __enter__(self) -> "IndexWriter":
+    def __enter__(self) -> "RowTableWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -271,16 +276,16 @@ class IndexWriter:
         row = self._row.pack(self._names_bytes, *numbers, 0)[: -_SUM.size]
         self._rows.write(row + _SUM.pack(zlib.crc32(row)))
 
-    def finish(self, about: dict[str, Any]) -> Index:
-        """Put the index in its place, whole or not at all, and open it.
+    def finish(self, metadata: dict[str, Any]) -> RowTable:
+        """Put the table in place, whole or not at all, and open it.
 
         Args:
-            about: what the rows were made from, for JSON.
+            metadata: what the rows were made from, for JSON.
         """
         self._add_row((0,) * len(self._numbers))
         self._names.seek(0)
         shutil.copyfileobj(self._names, self._rows, _CHUNK_BYTES)
-        encoded = json.dumps(about).encode()
+        encoded = json.dumps(metadata).encode()
         self._rows.write(encoded)
         sizes = (self._num_rows, self._names_bytes, len(encoded))
         header = _HEADER.pack(_MAGIC, self._numbers.encode(), *sizes, 0)
@@ -290,7 +295,7 @@ class IndexWriter:
         if not self._path:
             self._path = self._partial.removesuffix(".partial") + ".index"
             os.replace(self._partial, self._path)
-            return Index(self._path, self._numbers, temporary=True)
-        os.fsync(self._rows.fileno())  # else a crash may leave the name with other content
+            return RowTable(self._path, self._numbers, temporary=True)
+        os.fsync(self._rows.fileno())  # or a crash may leave the name with other content
         os.replace(self._partial, self._path)
-        return Index(self._path, self._numbers)
+        return RowTable(self._path, self._numbers)

@@ -22,8 +22,8 @@ from dinoscale.data.sources.listing import is_known_not_image
 
 START_BYTES = 16  # of a file, tell its format
 
-# Of several pictures of one sample the one named first here is taken: masks are never JPEGs, and
-# an array beside a picture holds its features or labels.
+# Of several pictures in a sample the first in this order is taken: masks are never JPEGs, and an
+# array beside a picture holds its features or labels.
 _IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "jpe", "jfif", "webp", "avif", "jp2", "j2k", "mpo", "png", "bmp", "dib", "gif",
     "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "pfm", "qoi", "tga", "ico", "img", "npy",
@@ -36,7 +36,7 @@ def split_name(name: str) -> tuple[str, str]:
     """Key (folder and name up to the first dot) and lower-case extension (the rest).
 
     Both are empty for a hidden file, for one without extension, and for junk. `./` in front, which
-    `tar -C folder .` writes, is no folder.
+    `tar -C folder .` writes, is ignored.
     """
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
@@ -48,11 +48,11 @@ def split_name(name: str) -> tuple[str, str]:
 def group_samples(members: Iterable[Member]) -> tuple[list[dict[str, Member]], list[Member]]:
     """Extension -> member, for each sample in the order of their first members; and the rest.
 
-    The rest are hidden files and those without extension, which have no key; but for junk.
+    The rest are hidden files and those without extension, which have no key. Junk is dropped.
     """
     samples: list[dict[str, Member]] = []
     rest: list[Member] = []
-    latest: dict[str, dict[str, Member]] = {}  # key -> the sample last begun with it
+    latest: dict[str, dict[str, Member]] = {}  # key -> its latest sample
     for member in members:
         key, extension = split_name(member.name)
         if not key:
@@ -73,16 +73,16 @@ def may_be_picture(extension: str) -> bool:
 
 
 def picture_of(extensions: Iterable[str]) -> str:
-    """Extension of the picture, not of its mask: the plainest one, JPEG before PNG; else empty."""
+    """Extension of the picture, not of a mask: the one with the fewest dots; empty without any."""
     return min(_ranked(extensions), default=(0, 0, ""))[2]
 
 
 def other_pictures(extensions: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Extensions of the pictures that are not taken, and why: `left_out`'s SAME_KEY or COMPANION.
 
-    Beside `0001.jpg`, `0001.png` and `0001.small.jpg` show the same. Of `0001.left.jpg` and
-    `0001.right.jpg`, or of `img.0001.jpg` and `img.0002.jpg`, none is more the picture than the
-    other, whether `img.jpg` is there or not. Arrays beside a picture are features of it.
+    `0001.png` and `0001.small.jpg` show the same as `0001.jpg` beside them. `0001.left.jpg` and
+    `0001.right.jpg`, or `img.0001.jpg` and `img.0002.jpg`, are equals, with or without an
+    `img.jpg`. Arrays beside a picture are its features.
     """
     taken, *others = [x for _, _, x in sorted(_ranked(extensions))] or [""]
     others = [x for x in others if _middle(x)[1] != "npy"]
@@ -94,13 +94,13 @@ def other_pictures(extensions: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _middle(extension: str) -> tuple[str, str]:
-    """What stands before the last dot of an extension, and after it."""
+    """The parts of an extension before and after its last dot."""
     middle, _, last = extension.rpartition(".")
     return middle, last
 
 
 def _ranked(extensions: Iterable[str]) -> Iterator[tuple[int, int, str]]:
-    """Those of pictures, with what orders them: the plainest first."""
+    """Extensions of pictures with their sort keys: fewest dots first, JPEG before PNG."""
     for extension in extensions:
         *middle, last = extension.split(".")
         if last in _IMAGE_EXTENSIONS and not _NOT_PICTURES.intersection(middle):
@@ -108,7 +108,7 @@ def _ranked(extensions: Iterable[str]) -> Iterator[tuple[int, int, str]]:
 
 
 def left_out_of_samples(samples: Sequence[Mapping[str, Member]]) -> LeftOut:
-    """What the samples of a shard hold and no image is made of, by `group_samples`."""
+    """What in the samples of a shard, from `group_samples`, does not become an image."""
     left_out = LeftOut()
     for sample in samples:
         if not picture_of(sample):
@@ -120,15 +120,15 @@ def left_out_of_samples(samples: Sequence[Mapping[str, Member]]) -> LeftOut:
 
 
 def _lacks_picture(sample: Mapping[str, Member]) -> bool:
-    """Whether there should be one: it has a label, or a file of a kind that nobody knows."""
+    """Whether its picture is missing: it has a label, or a file of an unknown kind."""
     return "cls" in sample or not all(is_known_not_image(member.name) for member in sample.values())
 
 
 def why_no_sample(path: str, start: bytes) -> str:
-    """Why a picture without a key makes no sample; empty for any other file.
+    """Why a picture without a key is not a sample; empty for any other file.
 
     Args:
-        path: of the file in its shard.
+        path: path of the file in its shard.
         start: its first bytes.
     """
     name = path.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""Where every image of a set of tar shards lies: scanned once, kept on disk, checked at each start.
+"""The place of every image in a set of tar shards: scanned once, kept on disk, checked at starts.
 
 Files that share a key (folder and name up to the first dot) make one sample: `0001.jpg`,
 `0001.cls`. A row of the index is an image: its offset and size in bytes, its class number.
@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from dinoscale.data.cache_folder import cached_file, locked, remove_abandoned
-from dinoscale.data.shards.row_table import DamagedIndexError, Index, IndexWriter
+from dinoscale.data.shards.row_table import DamagedTableError, RowTable, RowTableWriter
 from dinoscale.data.shards.samples import (
     START_BYTES,
     group_samples,
@@ -42,7 +42,7 @@ from dinoscale.data.shards.samples import (
 )
 from dinoscale.data.shards.tar_headers import Member, read_members
 from dinoscale.data.sources.left_out import LeftOut
-from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.data.worker_process import end_with_parent, leave_signals_to_parent
 from dinoscale.errors import DataError
 from dinoscale.runtime.cores import cores_at_hand
@@ -53,28 +53,28 @@ log = logging.getLogger(__name__)
 NUMBERS = "QQq"  # of a row: offset, size, label
 NO_LABEL = -1
 
-_RULES = 3  # of what is an image; an index made by others is not used
+_RULES = 3  # version of what counts as an image; an index of another version is not used
 _MAX_LABEL_BYTES = 64  # a class number needs fewer
 _SCAN_THREADS = 8  # headers wait for the storage, not for the processor
-_SHARDS_OF_PART = 16  # that an interruption costs at most, in each process; fewer than 256
-_LOOK_S = 0.5  # between two looks at what other processes have made
+_SHARDS_PER_PART = 16  # lost at most per process in an interruption; fewer than 256
+_POLL_S = 0.5  # between two looks at the progress of other processes
 _SCANNED_AHEAD = 16  # shards whose rows may wait in memory until those before them are written
-_QUIET_S = 2.0  # shorter scans show no progress
+_PROGRESS_DELAY_S = 2.0  # shorter scans show no progress
 
-_num_read: mmap.mmap | None = None  # of a process that makes parts
+_num_read: mmap.mmap | None = None  # shards read of each part; set in processes that scan
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file as it was when its headers were read.
+    """A tar file at the time its headers were read.
 
     Attributes:
         path: absolute.
         size: in bytes.
         mtime_ns: when it was last written.
-        num_images: rows of it in the index.
+        num_images: its rows in the index.
         num_labelled: images with a `.cls` member, readable or not.
-        left_out: what is none of them.
+        left_out: what does not become an image.
     """
 
     path: str
@@ -84,8 +84,8 @@ class Shard:
     num_labelled: int = 0
     left_out: LeftOut = field(default_factory=LeftOut)
 
-    def is_as(self, other: "Shard") -> bool:
-        """Whether the file is the same, as far as size and time tell."""
+    def is_unchanged_from(self, other: "Shard") -> bool:
+        """Whether the file is the same, by size and time of change."""
         return (self.path, self.size, self.mtime_ns) == (other.path, other.size, other.mtime_ns)
 
 
@@ -104,18 +104,18 @@ def open_shard_index(
     alive: Callable[[], None] = lambda: None,
     *,
     num_processes: int | None = None,
-) -> tuple[Index, list[Shard]]:
-    """Open the index of tar shards; make it where there is none or the shards have changed.
+) -> tuple[RowTable, list[Shard]]:
+    """Open the index of tar shards; make it if there is none or the shards have changed.
 
-    It is kept in the cache folder, or, where that cannot be written, in a temporary one. Of the
-    processes that share the folder one makes it and the others wait. Where there are many shards,
-    parts of it are made first, by all of them together, which an interruption leaves for the next
+    The index is kept in the cache folder or, if that cannot be written, in a temporary one. Of the
+    processes that share the folder, one makes the index and the others wait. For many shards all
+    of them first make parts of it together; an interruption leaves the finished parts for the next
     start. Memory is bounded by the largest shards that are read at the same time.
 
     Args:
-        paths: absolute, in the order of the images.
-        alive: called whenever a shard is finished, and while another process makes it.
-        num_processes: that read many shards; None: one a core.
+        paths: absolute paths, in the order of the images.
+        alive: called when a shard is finished, and while another process makes the index.
+        num_processes: processes that read many shards; None: one per core.
 
     Raises:
         DataError: a shard cannot be read, is damaged or compressed, or no index can be written.
@@ -123,7 +123,7 @@ def open_shard_index(
     """
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
         shards = []
-        for shard in pool.map(_state, paths):
+        for shard in pool.map(_shard_state, paths):
             shards.append(shard)
             alive()
         try:
@@ -132,23 +132,23 @@ def open_shard_index(
             log.warning(
                 "cannot keep the index of %s (%s): it is made at every start, by every process. "
                 "Set DINOSCALE_CACHE to a folder that can be written.",
-                some(paths), str(error),
+                shards_named(paths), str(error),
             )  # fmt: skip
         try:
             return _build(shards, pool, alive)
         except OSError as error:
             raise DataError(
-                f"cannot write the index of {some(paths)}: {error}. Set DINOSCALE_CACHE or TMPDIR "
-                "to a folder with room."
+                f"cannot write the index of {shards_named(paths)}: {error}. Set DINOSCALE_CACHE or "
+                "TMPDIR to a folder with room."
             ) from error
 
 
-def some(paths: Sequence[str]) -> str:
+def shards_named(paths: Sequence[str]) -> str:
     """A short name for shards."""
     return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more shards"
 
 
-def _state(path: str) -> Shard:
+def _shard_state(path: str) -> Shard:
     status = patiently(lambda: os.stat(path), f"the shard {path}")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
         raise DataError(f"cannot read the shard {path}: it is not a plain file.")
@@ -157,37 +157,37 @@ def _state(path: str) -> Shard:
 
 def _cached_index(
     shards: list[Shard], pool: ThreadPoolExecutor, alive: Callable[[], None], num_processes: int
-) -> tuple[Index, list[Shard]]:
+) -> tuple[RowTable, list[Shard]]:
     path = cached_file("shards", (shard.path for shard in shards)) + ".index"
     before = _identity(path)
     index, known = _load(path)
-    if not _fits(known, shards):
+    if not _is_current(known, shards):
         remove_abandoned(path)
         parts = parts_of(path, shards, known)
         make_parts(parts, path, alive, num_processes=num_processes, before=before)
         with locked(path, alive):
             index, known = _load(path)  # another process may have made it by now
-            if not _fits(known, shards):
-                olds = [(index, known), *(_load(part.path) for part in parts)]
-                index, known = _build(shards, pool, alive, path=path, olds=olds)
+            if not _is_current(known, shards):
+                previous = [(index, known), *(_load(part.path) for part in parts)]
+                index, known = _build(shards, pool, alive, path=path, previous=previous)
             remove_parts(path)  # also those that this process made too late
     assert index is not None
     return index, known
 
 
-def _load(path: str) -> tuple[Index | None, list[Shard]]:
-    """The index of a path and its shards; none where it is not there or cannot be trusted."""
+def _load(path: str) -> tuple[RowTable | None, list[Shard]]:
+    """The index at a path and its shards; None if it is missing or cannot be trusted."""
     try:
-        index = Index(path, NUMBERS)
-        if index.about.get("rules") != _RULES:
+        index = RowTable(path, NUMBERS)
+        if index.metadata.get("rules") != _RULES:
             log.info("the index %s is of another version: the shards are scanned again", path)
             return None, []
-        shards = [_shard_of(entry) for entry in index.about["shards"]]
+        shards = [_shard_of(entry) for entry in index.metadata["shards"]]
         if sum(shard.num_images for shard in shards) != len(index):
-            raise DamagedIndexError(f"the index {path} does not agree with itself")
+            raise DamagedTableError(f"the index {path} contradicts itself")
     except FileNotFoundError:
         return None, []
-    except (DamagedIndexError, KeyError, TypeError) as error:
+    except (DamagedTableError, KeyError, TypeError) as error:
         log.warning("%s; the shards are scanned again", error)
         return None, []
     return index, shards
@@ -197,8 +197,8 @@ def _shard_of(entry: dict[str, Any]) -> Shard:
     return Shard(**{**entry, "left_out": LeftOut(**entry["left_out"])})
 
 
-def _fits(known: list[Shard], shards: list[Shard]) -> bool:
-    return len(known) == len(shards) and all(map(Shard.is_as, known, shards))
+def _is_current(known: list[Shard], shards: list[Shard]) -> bool:
+    return len(known) == len(shards) and all(map(Shard.is_unchanged_from, known, shards))
 
 
 def _build(
@@ -207,30 +207,32 @@ def _build(
     alive: Callable[[], None],
     *,
     path: str = "",
-    olds: Sequence[tuple[Index | None, list[Shard]]] = (),
-) -> tuple[Index, list[Shard]]:
-    """Scan the shards; what older indexes or parts know of unchanged ones is taken from there."""
-    old: dict[str, tuple[Index, Shard, int]] = {}  # with the number of its first row
-    for index, known in olds:
+    previous: Sequence[tuple[RowTable | None, list[Shard]]] = (),
+) -> tuple[RowTable, list[Shard]]:
+    """Scan the shards, but take the rows of unchanged ones from previous indexes and parts."""
+    old: dict[
+        str, tuple[RowTable, Shard, int]
+    ] = {}  # path -> index, shard and number of its first row
+    for index, known in previous:
         firsts = accumulate((shard.num_images for shard in known), initial=0)
         if index is not None:
             old |= {s.path: (index, s, first) for s, first in zip(known, firsts, strict=False)}
 
     def rows_of(shard: Shard) -> _Scanned:
-        if shard.path not in old or not old[shard.path][1].is_as(shard):
+        if shard.path not in old or not old[shard.path][1].is_unchanged_from(shard):
             return _scan(shard)
         index, before, first = old[shard.path]
         rows = index.rows(first, first + before.num_images)
         return before, [_Row(name, *numbers) for name, numbers in rows]
 
-    num_changed = sum(s.path not in old or not old[s.path][1].is_as(s) for s in shards)
+    num_changed = sum(s.path not in old or not old[s.path][1].is_unchanged_from(s) for s in shards)
     log.info("reading the headers of %d of %d shards", num_changed, len(shards))
     done = []
     bar = tqdm(
-        _in_order(rows_of, shards, pool), desc="indexing", total=len(shards), unit="shard",
-        delay=_QUIET_S, disable=None, file=sys.stderr,
+        _in_shard_order(rows_of, shards, pool), desc="indexing", total=len(shards), unit="shard",
+        delay=_PROGRESS_DELAY_S, disable=None, file=sys.stderr,
     )  # fmt: skip
-    with IndexWriter(NUMBERS, path) as writer:
+    with RowTableWriter(NUMBERS, path) as writer:
         for shard, rows in bar:
             done.append(shard)
             alive()
@@ -241,22 +243,24 @@ def _build(
 
 @dataclass(frozen=True)
 class Part:
-    """Some shards of an index, and the file that holds what it will say of them."""
+    """A part of an index: some of its shards, and the file that holds their rows."""
 
     path: str
     shards: tuple[Shard, ...]
 
 
 def parts_of(path: str, shards: Sequence[Shard], known: Sequence[Shard]) -> list[Part]:
-    """The parts of an index that have to be made; none where there are few shards to scan.
+    """The parts of an index that must be made; none if there are few shards to scan.
 
-    A part is known by its shards as they are, so that another start finds it again.
+    The name of a part is a digest of its shards, so that another start finds it again.
     """
     old = {shard.path: shard for shard in known}
     parts = []
-    for first in range(0, len(shards), _SHARDS_OF_PART):
-        of_part = shards[first : first + _SHARDS_OF_PART]
-        changed = tuple(s for s in of_part if s.path not in old or not old[s.path].is_as(s))
+    for first in range(0, len(shards), _SHARDS_PER_PART):
+        of_part = shards[first : first + _SHARDS_PER_PART]
+        changed = tuple(
+            s for s in of_part if s.path not in old or not old[s.path].is_unchanged_from(s)
+        )
         digest = hashlib.blake2b(repr((_RULES, changed)).encode(), digest_size=16)
         if changed:
             parts.append(Part(f"{path}.{digest.hexdigest()}.part", changed))
@@ -271,14 +275,14 @@ def make_parts(
     num_processes: int,
     before: tuple[int, int] | None,
 ) -> None:
-    """Make the parts of an index that nobody else makes, and wait for the others.
+    """Make the parts of an index that no other process makes, and wait for the others.
 
     Args:
-        parts: of the index.
-        path: of the index.
-        alive: called again and again while shards are read, and while another process reads them.
-        num_processes: that read shards.
-        before: `_identity` of the index that lacks these parts; another one has them.
+        parts: parts of the index.
+        path: path of the index.
+        alive: called repeatedly while shards are read, also by another process.
+        num_processes: processes that read shards.
+        before: `_identity` of the index that lacks these parts; a newer index has them.
 
     Raises:
         DataError: a shard cannot be read, or a process was killed.
@@ -293,38 +297,38 @@ def make_parts(
         return
     num_read = mmap.mmap(-1, len(parts))  # shards of each part; shared, without a descriptor
     place = {part.path: number for number, part in enumerate(parts)}
-    told = 0  # a bar that is not shown does not count
+    num_reported = 0  # the bar cannot tell: a hidden one does not count
     bar = tqdm(
         desc="indexing", total=sum(len(part.shards) for part in missing), unit="shard",
-        delay=_QUIET_S, disable=None, file=sys.stderr,
+        delay=_PROGRESS_DELAY_S, disable=None, file=sys.stderr,
     )  # fmt: skip
     pool = ProcessPoolExecutor(
         min(num_processes, len(missing)),
-        mp_context=multiprocessing.get_context("fork"),  # whatever the main module does
+        mp_context=multiprocessing.get_context("fork"),  # does not run the main module again
         initializer=_start_scanner,
         initargs=(num_read,),
     )
     try:
         with bar:
-            while missing and _identity(path) == before:  # else all of it is made
+            while missing and _identity(path) == before:  # or the whole index is made
                 running = {
                     pool.submit(_make_part, part, place[part.path]): part for part in missing
                 }
                 pending = set(running)
                 while pending:
-                    done, pending = wait(pending, _LOOK_S, FIRST_COMPLETED)
-                    more = sum(num_read[:]) - told
-                    if done or more:  # no sign while a storage hangs
+                    done, pending = wait(pending, _POLL_S, FIRST_COMPLETED)
+                    more = sum(num_read[:]) - num_reported
+                    if done or more:  # not while the storage hangs
                         alive()
                     bar.update(more)
-                    told += more
+                    num_reported += more
                 missing = [part for future, part in running.items() if not future.result()]
                 if missing:
-                    time.sleep(_LOOK_S)
+                    time.sleep(_POLL_S)
     except BrokenProcessPool:
         raise DataError(
-            f"a process that reads the headers of {some([parts[0].shards[0].path])} was killed,"
-            " usually because memory ran out. Start again: what is done is kept."
+            f"a process that reads the headers of {parts[0].shards[0].path} was killed, usually "
+            "because memory ran out. Start again: finished parts are kept."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -339,9 +343,9 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _start_scanner(num_read: mmap.mmap) -> None:
-    """Signals are for the process that started this one, whose end is also its own.
+    """Leave signals to the parent process, and exit with it.
 
-    It looks at `num_read`, which says how many shards of each part were read.
+    The parent reads `num_read`, the number of shards read of each part.
     """
     global _num_read
     _num_read = num_read
@@ -350,9 +354,9 @@ def _start_scanner(num_read: mmap.mmap) -> None:
 
 
 def _make_part(part: Part, place: int = 0) -> bool:
-    """Make a part, unless it is there; False where another process is making it.
+    """Make a part unless it exists; False while another process makes it.
 
-    `place` is that of its number of shards read, in a process that was started for it.
+    `place` is the place of the part in `_num_read`.
     """
     lock = f"{part.path}.lock"
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -361,10 +365,10 @@ def _make_part(part: Part, place: int = 0) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return os.path.exists(part.path)
-        except OSError as error:  # no locks here: it may be made twice
+        except OSError as error:  # no locks here: the part may be made twice
             log.debug("no lock on %s: %s", lock, error)
         if not os.path.exists(part.path):
-            with IndexWriter(NUMBERS, part.path) as writer:
+            with RowTableWriter(NUMBERS, part.path) as writer:
                 done = []
                 for shard, rows in map(_scan, part.shards):
                     done.append(asdict(shard))
@@ -379,14 +383,14 @@ def _make_part(part: Part, place: int = 0) -> bool:
 
 
 def remove_parts(path: str) -> None:
-    """Remove the parts of an index that is made."""
+    """Remove the parts of a finished index."""
     for found in glob.glob(f"{glob.escape(path)}.*.part*"):
         if not found.endswith(".partial"):
             with contextlib.suppress(FileNotFoundError):  # another process removed it
                 os.unlink(found)
 
 
-def _in_order(
+def _in_shard_order(
     work: Callable[[Shard], _Scanned], shards: Iterable[Shard], pool: ThreadPoolExecutor
 ) -> Iterator[_Scanned]:
     """Results in the order of the shards, of which only a few wait in memory."""
@@ -410,7 +414,7 @@ def _scan(shard: Shard) -> _Scanned:
     num_labelled = 0
     left_out = left_out_of_samples(samples)
     try:
-        with PatientFile(shard.path) as file:
+        with ReopeningFile(shard.path) as file:
             for sample in samples:
                 extension = picture_of(sample)
                 if not extension:
@@ -434,7 +438,7 @@ def _label_of(sample: dict[str, Member], picture: str) -> Member | None:
     return sample.get("cls") or sample.get(f"{middle}{dot}cls")
 
 
-def _class_number(file: PatientFile, label: Member) -> int:
+def _class_number(file: ReopeningFile, label: Member) -> int:
     if label.size > _MAX_LABEL_BYTES:
         return NO_LABEL
     text = file.read_at(label.size, label.offset).strip()

@@ -1,11 +1,11 @@
 """Tar shards that can only be read from front to back: remote ones and outputs of commands.
 
-What is exact: an epoch draws every image once (or its quota), on no two ranks or workers twice; the
-sequence is a function of (seed, step), so that a resumed run goes on with the image after the last
-one, skipping whole shards by their counts; ranks and workers change nothing. What is not: the
-shuffle is local. Shards come in random order, the images of a micro-batch from one block of
-neighbours, so the shards themselves should have been filled in random order. And micro_batch_size,
-`data.lanes` and `data.shuffle_buffer` are part of the order: changing one gives another.
+What is exact: an epoch draws every image once (or its quota), and none on two ranks or workers. The
+sequence is a function of (seed, step), whatever the number of ranks and workers. So a resumed run
+continues with the next image, skipping whole shards by their counts. What is not: the shuffle is
+local. Shards come in random order, but the images of a micro-batch come from one block of
+neighbours, so the shards themselves should be filled in random order. The order also depends on
+micro_batch_size, `data.lanes` and `data.shuffle_buffer`.
 """
 
 import copy
@@ -49,7 +49,7 @@ _MAX_FILE_BYTES = 256 * 2**20  # of a picture
 class Blocks:
     """How the images of all shards are numbered, and cut into blocks of neighbours.
 
-    A block lies in one shard; the blocks of a shard have equal lengths, up to one.
+    A block lies in one shard; the lengths of the blocks of a shard differ by at most one.
 
     Args:
         counts: images of each shard, >= 1.
@@ -77,17 +77,17 @@ class Blocks:
 class StreamSource:
     """Images of shards read from front to back, one block at a time.
 
-    Any image can be asked for, but the order of a `LaneSampler` is the cheap one: it asks for all
-    images of a block before the next block of the shard. Any other order opens the shard again.
+    Any image can be read, but only the order of a `StreamSampler` is cheap: it takes all images of
+    a block before the next block of the shard. Any other order opens the shard again.
 
     Args:
-        urls: of the shards.
+        urls: URLs of the shards.
         counts: images in each, >= 1.
-        block_size: most images held of one shard.
-        decoder: what the pixels of a file become.
-        pauses_s: seconds before each further try to read a shard.
+        block_size: most images of a shard held in memory.
+        decoder: decodes the files.
+        pauses_s: seconds before each retry of a shard.
         max_lost: fraction of the pictures of a shard that may be left out, as `LeftOut` counts
-            them. That shows at the end of a shard only.
+            them. It is known only at the end of a shard.
     """
 
     labels = None
@@ -108,8 +108,8 @@ class StreamSource:
         self._decoder = decoder
         self._pauses_s = tuple(pauses_s)
         self._max_lost = max_lost
-        self._told: set[int] = set()  # shards of which was said what is left out
-        self._judged: dict[int, LeftOut] = {}
+        self._reported: set[int] = set()  # shards whose omissions were logged
+        self._finished: dict[int, LeftOut] = {}
         self._lanes = 1
         self._readers: OrderedDict[range, _ShardReader] = OrderedDict()  # by block, oldest first
 
@@ -118,32 +118,32 @@ class StreamSource:
 
     def __getstate__(self) -> dict[str, object]:
         """Without open shards: another process opens its own."""
-        return {**self.__dict__, "_readers": OrderedDict(), "_judged": {}}
+        return {**self.__dict__, "_readers": OrderedDict(), "_finished": {}}
 
     def serving(self, *, lanes: int) -> "StreamSource":
-        """The same images for a process that asks for so many lanes in turn."""
+        """The same images for a process that alternates between so many lanes."""
         copied = copy.copy(self)  # without open shards
         copied._lanes = lanes
         return copied
 
     def path(self, index: int) -> str:
-        """The shard and which of its pictures it is, from 0: names are known only when read."""
+        """The shard and the place in it, from 0: names are known only when read."""
         shard = self.blocks.shard_of(index)
         return f"{shown(self._urls[shard])}::{index - int(self.blocks.starts[shard])}"
 
     def identity(self, _alive: Callable[[], None] = lambda: None, /) -> str:
-        """Digest of the last parts of the shards' names and of how many images each holds."""
+        """Digest of the file names of the shards and of the number of images in each."""
         names = [url.partition("?")[0].rpartition("/")[2] for url in self._urls]
         text = json.dumps([names, self.blocks.counts.tolist()])
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
     def picture(self, index: int) -> Picture:
-        """Read on to the block of an image, if it is not held.
+        """Read an image; reads on to its block if that is not in memory.
 
         Raises:
             BadSampleError: the picture cannot be decoded.
             DataError: the shard is damaged up to there, or holds another number of pictures.
-            UnavailableError: it cannot be read after some minutes of tries.
+            UnavailableError: it cannot be read after minutes of retries.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
@@ -154,9 +154,9 @@ class StreamSource:
         return self._decoder.open(data, path)
 
     def take_left_out(self) -> dict[int, LeftOut]:
-        """What is left out, by shard, of those that came to their end since this was last asked."""
-        judged, self._judged = self._judged, {}
-        return judged
+        """Shard -> what was left out, for the shards read to their end since the last call."""
+        finished, self._finished = self._finished, {}
+        return finished
 
     def _reader(self, index: int) -> "_ShardReader":
         """The reader that holds the block of an image."""
@@ -175,23 +175,23 @@ class StreamSource:
         reader.read(block)
         self._readers[block] = reader
         if block.stop == in_shard.stop:
-            self._judge(shard, reader.left_out, used=len(in_shard))
+            self._finish_shard(shard, reader.left_out, used=len(in_shard))
         return reader
 
-    def _judge(self, shard: int, left_out: LeftOut, *, used: int) -> None:
-        """Say what is left out of a shard that was read to its end, or refuse it."""
+    def _finish_shard(self, shard: int, left_out: LeftOut, *, used: int) -> None:
+        """Log what was left out of a shard that was read to its end, or refuse it."""
         where = shown(self._urls[shard])
-        if shard not in self._told:
-            self._told.add(shard)
+        if shard not in self._reported:
+            self._reported.add(shard)
             left_out.warn(where)
         if left_out.counts:
-            self._judged[shard] = left_out
+            self._finished[shard] = left_out
         left_out.require_few(where, used=used, max_fraction=self._max_lost)
 
     def _make_room(self) -> None:
-        """Close what was used up, and what no lane has asked for lately.
+        """Close readers that are used up, and those used least recently beyond two per lane.
 
-        A lane may ask for the last images of a shard and the first ones of the next in one turn.
+        One micro-batch may take the last images of a shard and the first ones of the next.
         """
         for block, reader in list(self._readers.items()):
             if reader.is_used_up():
@@ -204,41 +204,41 @@ class _ShardReader:
     """One pass over a shard, and the block read last.
 
     Attributes:
-        left_out: what was passed over since the shard was opened.
+        left_out: what was left out since the shard was opened.
 
     Args:
-        url: of the shard.
-        images: their numbers.
-        pauses_s: seconds before each further try.
+        url: URL of the shard.
+        images: numbers of its images.
+        pauses_s: seconds before each retry.
     """
 
     def __init__(self, url: str, images: range, *, pauses_s: Sequence[float]):
         self._url, self._images, self._pauses_s = url, images, pauses_s
         self.left_out = LeftOut()
-        self._end = _End()
+        self._end = _EndMark()
         self._file: RemoteFile | None = None
         self._pictures: Iterator[tuple[str, bytes | None]] = iter(())
         self._next = images.start  # number of the picture that comes next
         self._held: dict[int, tuple[str, bytes | None]] = {}
-        self._asked: set[int] = set()
+        self._taken: set[int] = set()
 
     def take(self, index: int) -> tuple[str, bytes | None]:
-        """Name and bytes of a picture of the block; None in place of far too many bytes."""
-        self._asked.add(index)
+        """Name and bytes of a picture of the block; None instead of the bytes of a huge file."""
+        self._taken.add(index)
         return self._held[index]
 
     def is_used_up(self) -> bool:
-        """Whether it holds the last block and all of it was asked for."""
-        return self._next == self._images.stop and len(self._asked) == len(self._held)
+        """Whether it holds the last block and all images of it were taken."""
+        return self._next == self._images.stop and len(self._taken) == len(self._held)
 
     def read(self, block: range) -> None:
         """Skip to a block and hold it instead of the last one.
 
         Raises:
             DataError: it is damaged at every try, or the shard has another length.
-            UnavailableError: it cannot be read after some minutes of tries.
+            UnavailableError: it cannot be read after minutes of retries.
         """
-        self._held, self._asked = {}, set()
+        self._held, self._taken = {}, set()
         name = f"the shard {shown(self._url)}"
         retried(lambda: self._try(block), name=name, pauses_s=self._pauses_s)
 
@@ -246,7 +246,7 @@ class _ShardReader:
         try:
             self._read_on(block)
         except (TransferError, tarfile.TarError, ValueError, OverflowError) as error:
-            self.close()  # the next try begins anew and skips what was read
+            self.close()  # the retry starts from the front and skips what was read
             what = error.args[0] if error.args else type(error).__name__
             unavailable = isinstance(error, TransferError) and not isinstance(error, DamagedError)
             kind = TransferError if unavailable else DamagedError
@@ -258,7 +258,7 @@ class _ShardReader:
     def _read_on(self, block: range) -> None:
         if self._file is None:
             self._file = open_remote(self._url)
-            self.left_out, self._end = LeftOut(), _End()
+            self.left_out, self._end = LeftOut(), _EndMark()
             self._pictures = _pictures(self._file, shown(self._url), self.left_out, self._end)
             self._next = self._images.start
         while self._next < block.stop:
@@ -277,29 +277,29 @@ class _ShardReader:
 
     def _other_count(self, found: str) -> DataError:
         return DataError(
-            f"the shard {shown(self._url)} holds {found} pictures, its manifest says "
+            f"the shard {shown(self._url)} holds {found} pictures, but its manifest says "
             f"{len(self._images)}. Make the manifest of these shards again; nothing is left out "
             "silently."
         )
 
     def close(self) -> None:
-        """End the transfer; what is held stays."""
+        """Close the transfer; the block in memory stays."""
         if self._file is not None:
             self._file.close()
         self._file, self._pictures = None, iter(())
 
 
 @dataclass
-class _End:
-    """Whether a tar was read up to its end mark; one that was cut off ends without."""
+class _EndMark:
+    """Whether a tar was read up to its end mark, which a truncated one lacks."""
 
     is_marked: bool = False
 
 
 def _pictures(
-    file: RemoteFile, name: str, left_out: LeftOut, end: _End
+    file: RemoteFile, name: str, left_out: LeftOut, end: _EndMark
 ) -> Iterator[tuple[str, bytes | None]]:
-    """Name and bytes of the picture of every sample that has one; at the end counts the others."""
+    """Name and bytes of the picture of every sample that has one; counts the others at the end."""
     from webdataset.tariterators import group_by_keys  # loads many libraries
 
     members: list[Member] = []  # of samples, whose files need not be neighbours
@@ -311,15 +311,13 @@ def _pictures(
 
 
 def _files(
-    file: RemoteFile, name: str, members: list[Member], left_out: LeftOut, end: _End
+    file: RemoteFile, name: str, members: list[Member], left_out: LeftOut, end: _EndMark
 ) -> Iterator[dict[str, Any]]:
     """The files of a tar that may be pictures, as webdataset groups them.
 
-    Adds all files with a key to `members`, and to `left_out` the pictures without one; tells `end`
-    of the end mark.
-
-    Not read by webdataset's own iterator: it unpacks compressed shards, of any expansion, and takes
-    every file into memory.
+    Adds all files with a key to `members` and pictures without one to `left_out`; sets `end` at the
+    end mark. It does not use webdataset's own iterator, which unpacks compressed shards of any
+    expansion and reads every file into memory.
     """
 
     class Header(tarfile.TarInfo):

@@ -1,10 +1,10 @@
-"""The order of images that can only be read from front to back: many readers side by side.
+"""The order of images in shards that are read from front to back, by many readers side by side.
 
 The shards are permuted anew each time all of them have been read, and an epoch is a stretch of this
 endless sequence. It is cut into lanes, W for each micro-batch of a step: step s takes micro-batch j
 from lane (s mod W, j). Within a lane, the images of each block of neighbours are permuted. So a
-lane is read from front to back, by the one worker that serves every W-th step, and neither workers
-nor ranks appear in the order.
+lane is read from front to back, by the worker that serves every W-th step, and the order does not
+depend on workers or ranks.
 """
 
 from collections import OrderedDict
@@ -20,20 +20,20 @@ from dinoscale.data.shards.stream import Blocks
 _KEPT_ORDERS = 2  # of shards: an epoch may begin in one and end in the next
 
 
-class LaneSampler(StepSampler):
+class StreamSampler(StepSampler):
     """The images of every optimizer step, over all ranks, from shards read in lanes.
 
     Args:
         blocks: the shards.
         quota: images of an epoch, >= batch_size.
-        lanes: W, for each micro-batch of a step.
+        lanes: W, lanes for each micro-batch of a step.
         batch_size: images of one optimizer step over all ranks.
         micro_batch_size: images of one rank in one forward.
         world_size: number of ranks; divides batch_size / micro_batch_size.
-        seed: of the run, >= 0.
+        seed: seed of the run, >= 0.
 
     Raises:
-        ValueError: the numbers do not fit together.
+        ValueError: the numbers are inconsistent.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class LaneSampler(StepSampler):
 
     def _of_slot(self, step: int, slot: int) -> Draws:
         epoch, within = divmod(step, self.steps_per_epoch)
-        turn, group = divmod(within, self._lanes)
+        step_in_lane, group = divmod(within, self._lanes)
         lane = self._lane(epoch, group, slot)
-        first = lane.start + turn * self.micro_batch_size
+        first = lane.start + step_in_lane * self.micro_batch_size
         number = group * (self.batch_size // self.micro_batch_size) + slot
         ids: list[NDArray[np.int64]] = []
         repeats: list[NDArray[np.int64]] = []
@@ -89,7 +89,7 @@ class LaneSampler(StepSampler):
         return Draws(np.concatenate(ids), np.concatenate(repeats))
 
     def _lane(self, epoch: int, group: int, slot: int) -> range:
-        """Where a lane lies in the endless sequence: as long as its steps need."""
+        """The part of the endless sequence that the steps of a lane take."""
         whole, more = divmod(self.steps_per_epoch, self._lanes)
         steps = whole + (group < more)
         before = (group * whole + min(group, more)) * self.batch_size
@@ -110,7 +110,7 @@ class LaneSampler(StepSampler):
         return range(start, stop), start - shift
 
     def _shard_order(self, repeat: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The shards in their order for the repeat-th time, and where each ends."""
+        """The order of the shards in permutation number `repeat`, and where each ends."""
         if repeat not in self._shard_orders:
             if len(self._shard_orders) >= _KEPT_ORDERS:
                 self._shard_orders.popitem(last=False)

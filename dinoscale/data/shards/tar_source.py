@@ -1,7 +1,7 @@
 """Tar shards in the WebDataset layout as a random-access source.
 
-An index on disk (`shard_index.py`) tells where each image lies; an image is then one `pread`, so
-that any order is possible, tars are only storage, and a process needs no memory per image.
+An index on disk (`shard_index.py`) holds the location of each image. Reading an image is then one
+`pread`, so any order is possible, and a process needs no memory per image.
 """
 
 import logging
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from dinoscale.data.decoding.decode import RGB, Decoder, Picture
 from dinoscale.data.shards.samples import group_samples, picture_of
-from dinoscale.data.shards.shard_index import Shard, open_shard_index, some
+from dinoscale.data.shards.shard_index import Shard, open_shard_index, shards_named
 from dinoscale.data.shards.tar_headers import Member, read_members
 from dinoscale.data.sources.image_files import MAX_IMAGE_BYTES, unavailable
 from dinoscale.data.sources.left_out import LeftOut
-from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.errors import DataError
 from dinoscale.runtime.retry import Patience
 
@@ -34,13 +34,13 @@ class TarSource:
     """Images in uncompressed tar shards, in the order of the shards and of the samples in them.
 
     Attributes:
-        left_out: what may have been meant to be an image of it, and is none.
+        left_out: files that may have been meant as images but are left out.
 
     Args:
         shards: paths of the tar files.
-        decoder: what the pixels of a file become.
-        alive: called again and again while they are indexed.
-        num_processes: that index many of them; None: one a core.
+        decoder: decodes the files.
+        alive: called repeatedly while shards are indexed.
+        num_processes: processes that index many shards; None: one per core.
 
     Raises:
         DataError: a shard is missing, damaged or compressed, or no shard holds an image.
@@ -60,7 +60,7 @@ class TarSource:
         self.left_out = _report(self._shards)
         self._ends = list(accumulate(shard.num_images for shard in self._shards))
         self._patience = Patience()
-        self._files: OrderedDict[int, PatientFile] = OrderedDict()  # by shard, oldest use first
+        self._files: OrderedDict[int, ReopeningFile] = OrderedDict()  # by shard, oldest use first
 
     def __len__(self) -> int:
         return len(self._index)
@@ -75,7 +75,7 @@ class TarSource:
 
     @property
     def index_path(self) -> str:
-        """Where the index is; one that cannot be kept goes with this object."""
+        """Path of the index; a temporary one is removed together with this object."""
         return self._index.path
 
     def files(self) -> Iterator[str]:
@@ -91,7 +91,7 @@ class TarSource:
         return (size for _, (_, size, _) in self._index.rows(0, len(self)))
 
     def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
-        """Digest of the names within the shards and of the sizes; the shards may lie elsewhere."""
+        """Digest of names and sizes within the shards, wherever the shards lie."""
         return self._index.digest(number=1, alive=alive)
 
     def data(self, index: int) -> bytes:
@@ -114,10 +114,10 @@ class TarSource:
         """
         return self._decoder.open(self.data(index), self.path(index))
 
-    def beside(self, index: int, extension: str) -> bytes | None:
-        """Another file of an image's sample, such as `mask.png`; None where it has none.
+    def sample_file(self, index: int, extension: str) -> bytes | None:
+        """Another file of an image's sample, such as `mask.png`; None if there is none.
 
-        The first call reads the headers of all shards again: their index knows images only.
+        The first call reads the headers of all shards again: the index lists only images.
 
         Raises:
             BadSampleError: it cannot be read.
@@ -147,10 +147,10 @@ class TarSource:
         if file is None:
             if len(self._files) >= _MAX_OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
-            file = PatientFile(self._shards[shard].path, self._patience)
+            file = ReopeningFile(self._shards[shard].path, self._patience)
         self._files[shard] = file  # last used
         data = file.read_at(size, offset)
-        _check_unchanged(file.status(), self._shards[shard])  # after reading: of what was read
+        _check_unchanged(file.status(), self._shards[shard])  # after reading what it covers
         return data
 
     @cached_property
@@ -168,7 +168,7 @@ class TarSource:
 
 
 def _check_unchanged(status: os.stat_result, shard: Shard) -> None:
-    """Costs a microsecond, and no other picture stands in for the one that was meant."""
+    """Refuse a changed shard, which may hold another picture here; costs a microsecond."""
     if status.st_size < shard.size:
         raise OSError("the shard has become shorter since it was indexed")
     if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
@@ -176,19 +176,19 @@ def _check_unchanged(status: os.stat_result, shard: Shard) -> None:
 
 
 def _report(shards: Sequence[Shard]) -> LeftOut:
-    """Say once what is left out; stop when nothing is left."""
+    """Log once what is left out; refuse shards without any image."""
     paths = [shard.path for shard in shards]
     left_out = LeftOut()
     for shard in shards:
         left_out.merge(shard.left_out)
-    left_out.warn(some(paths))
+    left_out.warn(shards_named(paths))
     empty = [shard.path for shard in shards if not shard.num_images]
     if len(empty) == len(shards):
         raise DataError(
-            f"no images in {some(paths)}. A sample needs a member with an image extension, e.g. "
-            "0001.jpg or 0001.png."
+            f"no images in {shards_named(paths)}. A sample needs a member with an image extension, "
+            "e.g. 0001.jpg or 0001.png."
         )
     if empty:
-        log.warning("no images in %s", some(empty))
-    log.info("%s: %d images", some(paths), sum(shard.num_images for shard in shards))
+        log.warning("no images in %s", shards_named(empty))
+    log.info("%s: %d images", shards_named(paths), sum(shard.num_images for shard in shards))
     return left_out

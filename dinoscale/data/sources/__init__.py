@@ -1,1 +1,1 @@
-"""Where images come from: folders, lists, videos, mixtures, drawn ones; what is left out."""
+"""Where images come from: folders, lists, videos, mixtures, synthetic sets; what is left out."""

@@ -11,21 +11,21 @@ from dinoscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_ENOUGH_TO_JUDGE = 10  # unreadable images before a rate is taken from a running count
-_STANDARD_ERRORS = 3  # how far above the limit a running count must lie to be no accident
+_MIN_FOR_RATE = 10  # unreadable images before a running count is compared with the limit
+_STANDARD_ERRORS = 3  # above the limit, for a running count to be significant
 _EXAMPLES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """One unreadable image and what was read in its place.
+    """One unreadable image and its replacement.
 
     Attributes:
-        path: of the unreadable image.
+        path: path of the unreadable image.
         error: one line.
         sample_id: its number among the images trained on.
         replaced_by: number of the image that was used instead.
-        repeat: how often the image was drawn before: the epoch, where each draws it once.
+        repeat: how often the image was drawn before: the epoch, if each draws it once.
     """
 
     path: str
@@ -38,12 +38,11 @@ class BadSample:
 class BadSampleLog:
     """`bad_samples.jsonl`: one line for each unreadable file, over all resumes of a run.
 
-    Counts are of this process only: files repaired between two starts are not held against the
-    second one.
+    Each process counts anew: files repaired between two starts do not count in the second.
 
     Args:
-        path: the file; made when the first sample is added, continued where it exists.
-        writes: whether this is the process that does; others only count.
+        path: the file; made when the first sample is added, continued if it exists.
+        writes: whether this process writes the file; others only count.
     """
 
     def __init__(self, path: Path, *, writes: bool = True):
@@ -81,9 +80,10 @@ class BadSampleLog:
     def check(self, *, max_fraction: float, seen: int, num_images: int) -> None:
         """Stop the run when too many images are unreadable.
 
-        Two tests: the different files met against all images of the source, which is exact; and,
-        to stop early on a large source, the occurrences against the images drawn, from ten on and
-        only three standard errors above the limit, so that one early bad file stops nothing.
+        There are two tests. The exact one compares the different unreadable files with all images
+        of the source. The early one, for large sources, compares occurrences with images drawn, but
+        only from ten on and three standard errors above the limit, so that one early bad file stops
+        nothing.
 
         Args:
             max_fraction: allowed fraction of unreadable images; 0 allows none.
@@ -94,16 +94,16 @@ class BadSampleLog:
             DataError: there are too many.
         """
         expected = max_fraction * seen
-        bound = max(expected + _STANDARD_ERRORS * math.sqrt(expected), _ENOUGH_TO_JUDGE - 1)
+        bound = max(expected + _STANDARD_ERRORS * math.sqrt(expected), _MIN_FOR_RATE - 1)
         too_many_files = self.num_files > max_fraction * num_images and (
-            self.num_files >= min(_ENOUGH_TO_JUDGE, num_images) or seen >= num_images
+            self.num_files >= min(_MIN_FOR_RATE, num_images) or seen >= num_images
         )
         if max_fraction == 0:
             too_many_files = self.num_files > 0
         if too_many_files or self._num_occurrences > bound:
-            raise DataError(self._complaint(max_fraction=max_fraction, seen=seen))
+            raise DataError(self._message(max_fraction=max_fraction, seen=seen))
 
-    def _complaint(self, *, max_fraction: float, seen: int) -> str:
+    def _message(self, *, max_fraction: float, seen: int) -> str:
         shown = list(self._met.items())[:_EXAMPLES_SHOWN]
         examples = "".join(f"\n  {path}: {error}" for path, error in shown)
         more = f"\n  and {self.num_files - len(shown)} more" if self.num_files > len(shown) else ""
@@ -117,14 +117,14 @@ class BadSampleLog:
 
 
 def _listed_paths(path: Path) -> set[str]:
-    """Files already listed; a line cut off by a crash is passed over."""
+    """Files already listed; a line cut off by a crash is skipped."""
     if not path.exists():
         return set()
     return {_listed_path(line) for line in path.read_bytes().splitlines()}
 
 
 def _listed_path(line: bytes) -> str:
-    """Path in a line; empty for a damaged one, which is the name of no file."""
+    """Path in a line; empty, which is not a path, for a damaged line."""
     try:
         return str(json.loads(line)["path"])
     except Exception:  # a damaged line can fail in any way
@@ -132,7 +132,7 @@ def _listed_path(line: bytes) -> str:
 
 
 def _append(path: Path, text: str) -> None:
-    """Append whole lines, also behind a last line that a crash left without its end."""
+    """Append whole lines, also after a last line that a crash cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         end = file.seek(0, 2)

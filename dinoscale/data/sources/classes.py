@@ -1,8 +1,8 @@
-"""What the class numbers of a set are called elsewhere, and which classes of two sets are the same.
+"""The names of the classes of a set, and which classes of two sets are the same.
 
 A folder names its classes; shards number them, and `classes.txt` beside the shards, or in the
 folder, says which number has which names. Names that are all whole numbers are numbers: `10` is
-class 10, wherever it stands among the folders.
+class 10, whatever the other folders are.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ _NUMBERED = re.compile(r"\s*([0-9]{1,18})([\t ]\s*)(\S.*)")
 
 @dataclass(frozen=True)
 class Classes:
-    """How the classes of a set that have images are called.
+    """Names and numbers of those classes of a set that have images.
 
     Attributes:
         present: their numbers in the set, ascending.
-        names: number in the set -> its names; empty where they have none.
-        numbers: number in the set -> the number that others know it by; empty where only names say
-            what it is.
+        names: number in the set -> its names; empty if the classes have none.
+        numbers: number in the set -> number outside the set; empty if only names identify classes.
     """
 
     present: list[int]
@@ -55,14 +54,14 @@ class Classes:
         return repr(known[0]) if known else f"number {self.numbers.get(number, number)}"
 
     @property
-    def are_counted(self) -> bool:
+    def are_numbers(self) -> bool:
         """Whether the names are whole numbers, which say no more than `numbers`."""
         names = [name for names in self.names.values() for name in names]
         return all(whole_number(name) is not None for name in names)
 
 
 def classes_of(source: Source, labels: NDArray[np.int64]) -> Classes:
-    """How a set calls its classes.
+    """The names and numbers of the classes of a set.
 
     Args:
         source: the set.
@@ -89,16 +88,16 @@ def classes_of(source: Source, labels: NDArray[np.int64]) -> Classes:
 def _with_list(
     names: dict[int, tuple[str, ...]], listed: dict[int, tuple[str, ...]]
 ) -> tuple[dict[int, tuple[str, ...]], dict[int, int]]:
-    """Names and numbers of the classes of a folder; a list that lacks one of them counts not.
+    """Names and numbers of the classes of a folder; a list that lacks one of them is ignored.
 
-    Subfolders that are called by numbers are looked up as names, else as the numbers of the list.
+    Subfolders named by numbers are looked up as names, then as the numbers of the list.
 
     Raises:
         DataError: two subfolders are one class of the list.
     """
     number_of = _by_name(listed)
-    counted = {i: whole_number(name) for i, (name,) in names.items()}
-    numbers = {i: number for i, number in counted.items() if number is not None}
+    as_numbers = {i: whole_number(name) for i, (name,) in names.items()}
+    numbers = {i: number for i, number in as_numbers.items() if number is not None}
     matches = {i: number_of.get(name_key(name)) for i, (name,) in names.items()}
     found = {i: number for i, number in matches.items() if number is not None}
     if len(found) < len(names) == len(numbers) and listed.keys() >= {*numbers.values()}:
@@ -125,7 +124,7 @@ def same_classes(train: Classes, test: Classes) -> dict[int, int]:
         DataError: one set has names and the other numbers that nothing relates, a class of one set
             is two of the other, or the test set has a class that the train set lacks.
     """
-    if train.names and test.names and train.are_counted == test.are_counted:
+    if train.names and test.names and train.are_numbers == test.are_numbers:
         known = _by_name(train.names)
         own = _by_name(test.names)
         found: dict[int, int | None] = dict.fromkeys(test.present)
@@ -133,7 +132,7 @@ def same_classes(train: Classes, test: Classes) -> dict[int, int]:
             i, match = own[name], known[name]
             if found[i] not in (None, match):
                 raise DataError(
-                    f"the names of the class {test.shown(i)} of test are those of two of train,"
+                    f"the names of class {test.shown(i)} of test belong to two classes of train,"
                     f" {train.shown(match)} and another. Correct {FILE_NAME}."
                 )
             found[i] = match
@@ -163,7 +162,7 @@ def same_classes(train: Classes, test: Classes) -> dict[int, int]:
 
 
 def _merged(numbers: dict[int, int]) -> Iterator[tuple[int, int]]:
-    """Pairs of classes that are given one number."""
+    """Pairs of classes that share a number."""
     first: dict[int, int] = {}
     for i, number in numbers.items():
         if first.setdefault(number, i) != i:
@@ -171,7 +170,7 @@ def _merged(numbers: dict[int, int]) -> Iterator[tuple[int, int]]:
 
 
 def _by_name(names: dict[int, tuple[str, ...]]) -> dict[str, int]:
-    """Name -> number, of the names that one class alone has.
+    """Name -> number, for the names that only one class has.
 
     ImageNet has two cranes: their identifiers tell them apart.
 
@@ -199,7 +198,7 @@ def name_key(name: str) -> str:
 
 
 def _listed(source: Source) -> dict[int, tuple[str, ...]]:
-    """Number -> names, as `classes.txt` says; empty without one."""
+    """Number -> names, from `classes.txt`; empty without one."""
     folders: Iterable[str] = ()
     if isinstance(source, FolderSource):
         folders = [source.root]
@@ -209,7 +208,7 @@ def _listed(source: Source) -> dict[int, tuple[str, ...]]:
     lists = {path: read_classes(path) for path in paths if patiently(partial(is_there, path), path)}
     if lists and (bare := [path for path in paths if path not in lists]):
         log.warning(
-            "%s is missing: the shards beside it are taken to be numbered as %s says",
+            "%s is missing: its shards are assumed to be numbered as in %s",
             bare[0], next(iter(lists)),
         )  # fmt: skip
     first, *others = lists.items() or [("", {})]
@@ -222,7 +221,7 @@ def _listed(source: Source) -> dict[int, tuple[str, ...]]:
 
 
 def read_classes(path: str) -> dict[int, tuple[str, ...]]:
-    """Number -> names of a list of classes.
+    """Number -> names, from a list of classes.
 
     A line is NUMBER<TAB>NAME, with more names after more tabs, or NUMBER NAME where the numbers
     count from 0 or 1; where no line begins with a number, it is a name, and the lines are numbered
@@ -240,13 +239,15 @@ def read_classes(path: str) -> dict[int, tuple[str, ...]]:
     data = patiently(read, path)
     if len(data) > _MAX_BYTES:
         raise DataError(f"{path} is too long for a list of classes.")
-    text = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf"))  # a mark of some editors
+    text = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf"))  # UTF-8 byte order mark
     lines = [line.rstrip() for line in text.split("\n") if line.strip()]
     matches = [_NUMBERED.fullmatch(line) for line in lines]
     numbered = [match for match in matches if match is not None]
     if len(numbered) == len(lines):
         pairs = [(int(match[1]), tuple(map(str.strip, match[3].split("\t")))) for match in numbered]
-        if not (all("\t" in match[2] for match in numbered) or _is_counted(i for i, _ in pairs)):
+        if not (
+            all("\t" in match[2] for match in numbered) or _is_consecutive(i for i, _ in pairs)
+        ):
             raise DataError(
                 f"{path}: nothing says whether its lines begin with the numbers of the classes or"
                 f" with names such as {lines[0].strip()!r}. Write NUMBER<TAB>NAME."
@@ -265,7 +266,7 @@ def read_classes(path: str) -> dict[int, tuple[str, ...]]:
     return listed
 
 
-def _is_counted(numbers: Iterable[int]) -> bool:
+def _is_consecutive(numbers: Iterable[int]) -> bool:
     """Whether they are 0, 1, 2 or 1, 2, 3, and so on, in any order."""
     ordered = sorted(numbers)
     return any(ordered == list(range(first, first + len(ordered))) for first in (0, 1))

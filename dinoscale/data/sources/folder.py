@@ -1,4 +1,4 @@
-"""Images as files of their own: those of a folder, or those that a list names."""
+"""Images in files of their own: those of a folder, or those that a list names."""
 
 import hashlib
 import logging
@@ -10,38 +10,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinoscale.data.decoding.decode import RGB, Decoder, Picture
-from dinoscale.data.sources.image_files import NAMES_A_SIGN, read_image_file, write_names
+from dinoscale.data.sources.image_files import NAMES_PER_HEARTBEAT, read_image_file, write_names
 from dinoscale.data.sources.left_out import DEAD_LINK, NPY, TAR, LeftOut
-from dinoscale.data.sources.listing import ARRAY, Beside, Listing, list_folder
+from dinoscale.data.sources.listing import ARRAY, Listing, OtherFiles, list_folder
 from dinoscale.errors import DataError
 from dinoscale.runtime.retry import Patience, patiently, refusal
 
 log = logging.getLogger(__name__)
 
-_MAX_PATH_BYTES = 4096  # Linux opens no longer one
-_SIZES = 4096  # at most so many files are asked for their size, a fraction of a second locally
-_FIRST_LOOKED_AT = 100  # entries of a list, of which one at least must be there
+_MAX_PATH_BYTES = 4096  # Linux opens no longer path
+_SIZES = 4096  # most file sizes read for an identity; a fraction of a second on a local disk
+_FIRST_CHECKED = 100  # entries of a list, at least one of which must exist
 
 
 class FolderSource:
     """Images of a folder and all its subfolders, in the byte order of their relative paths.
 
-    `.npy` files are images where there are no others, neither pictures nor shards. The folder is
-    listed anew whenever it is opened; the names wait in a temporary file, not in memory. Where
-    every image lies in a subfolder, the first-level subfolder is its class.
+    `.npy` files are images if there are no others, neither pictures nor shards. The folder is
+    listed whenever it is opened; the names are kept in a temporary file, not in memory. If every
+    image lies in a subfolder, the first-level subfolder is its class.
 
     Attributes:
         root: the folder, absolute.
-        left_out: what may have been meant to be an image of it, and is none.
+        left_out: files that may have been meant as images but are left out.
 
     Args:
         root: the folder.
-        listing: of the folder; read now if not given.
-        decoder: what the pixels of a file become.
-        classes: subfolders that are classes, also where the listing has no image of them.
+        listing: listing of the folder; made now if not given.
+        decoder: decodes the files.
+        classes: subfolders that are classes even if the listing has no image of them.
 
     Raises:
-        DataError: it does not exist, is no folder, cannot be read, or holds no images.
+        DataError: it does not exist, is not a folder, cannot be read, or holds no images.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class FolderSource:
         listing = listing or list_folder(self.root)
         if not len(listing.images):
             raise DataError(_no_images(root, listing))
-        self.left_out = _left_out(listing.beside)
+        self.left_out = _left_out(listing.other_files)
         self.left_out.warn(root)
-        others = sum(listing.beside.others.values())
+        others = sum(listing.other_files.by_extension.values())
         log.info("%s: %d images, %d other files", root, len(listing.images), others)
         self._names = listing.images
 
@@ -79,13 +79,13 @@ class FolderSource:
         return (os.path.join(self.root, name) for name, _ in self._names.rows(0, len(self)))
 
     def size(self, index: int) -> int:
-        """Bytes of an image's file, 0 where it is gone.
+        """Bytes of an image's file, 0 if it is gone.
 
         Raises:
-            DataError: the file system says no, or fails for about a minute.
+            DataError: the file system refuses, or fails for about a minute.
         """
         path = self.path(index)
-        # Not with the patience of the source: threads ask for sizes, and would use it up at once.
+        # Not with the patience of the source, which threads would use up at once.
         return max(0, patiently(partial(_size_of, path), f"the size of {path}"))
 
     def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
@@ -142,9 +142,9 @@ class FolderSource:
 def in_order(names: Iterable[str]) -> list[str]:
     """Names of classes as they are numbered: by their bytes; by their values, if all are digits."""
     listed = list(names)
-    counted = all(whole_number(name) is not None for name in listed)
+    all_numbers = all(whole_number(name) is not None for name in listed)
     return sorted(
-        listed, key=lambda name: (whole_number(name) if counted else 0, os.fsencode(name))
+        listed, key=lambda name: (whole_number(name) if all_numbers else 0, os.fsencode(name))
     )
 
 
@@ -154,42 +154,42 @@ def whole_number(name: str) -> int | None:
 
 
 def _no_images(root: str, listing: Listing) -> str:
-    beside = listing.beside
+    other_files = listing.other_files
     text = f"no images in the folder {root}"
-    if beside.num_folders:
-        text += f" and its {beside.num_folders} subfolders"
-    if beside.others:
-        kinds = beside.others.most_common(5)
+    if other_files.num_folders:
+        text += f" and its {other_files.num_folders} subfolders"
+    if other_files.by_extension:
+        kinds = other_files.by_extension.most_common(5)
         text += f" (it holds {', '.join(f'{count} {kind}' for kind, count in kinds)})"
-    if dead := beside.links.counts.get(DEAD_LINK):
-        text += f"; {dead} links lead nowhere, e.g. {beside.links.examples[DEAD_LINK]}"
+    if dead := other_files.links.counts.get(DEAD_LINK):
+        text += f"; {dead} links lead nowhere, e.g. {other_files.links.examples[DEAD_LINK]}"
     return text + ". Name a folder that holds images, directly or in subfolders."
 
 
-def _left_out(beside: Beside) -> LeftOut:
-    """What may have been meant as part of the set: other files are not."""
+def _left_out(other_files: OtherFiles) -> LeftOut:
+    """Files that may have been meant as images of the set; all others are ignored."""
     left_out = LeftOut()
-    left_out.merge(beside.links)
-    for name in beside.shards + beside.compressed:
+    left_out.merge(other_files.links)
+    for name in other_files.shards + other_files.compressed:
         left_out.add(TAR, name)
-    if arrays := beside.others[ARRAY]:
+    if arrays := other_files.by_extension[ARRAY]:
         left_out.add(NPY, f"*{ARRAY}", arrays)
     return left_out
 
 
 class ListSource:
-    """Images that a text file names, one path a line, in its order; it is read at every start.
+    """Images that a text file names, one path per line, in its order; it is read at every start.
 
-    Paths are relative to the folder of the list, bytes that are no UTF-8 are kept, blank lines do
-    not count. A file that is not there is a bad sample when it is met.
+    Paths are relative to the folder of the list, bytes that are not UTF-8 are kept, blank lines are
+    ignored. A missing file is a bad sample when it is read.
 
     Args:
-        path: of the list.
-        decoder: what the pixels of a file become.
-        alive: called again and again while it is read.
+        path: path of the list.
+        decoder: decodes the files.
+        alive: called repeatedly while the list is read.
 
     Raises:
-        DataError: it cannot be read, names nothing, or its first entries all do not exist.
+        DataError: it cannot be read, names nothing, or none of its first entries exists.
     """
 
     def __init__(self, path: str, decoder: Decoder = RGB, alive: Callable[[], None] = lambda: None):
@@ -198,12 +198,12 @@ class ListSource:
         self._decoder = decoder
         self._names = write_names(_entries(path), of=path, alive=alive)
         if not len(self._names):
-            raise DataError(f"the list {path} is empty. Write one path of an image a line.")
-        first = range(min(_FIRST_LOOKED_AT, len(self)))
+            raise DataError(f"the list {path} is empty. Write one path of an image per line.")
+        first = range(min(_FIRST_CHECKED, len(self)))
         if not any(os.path.exists(self.path(index)) for index in first):
             raise DataError(
                 f"none of the first {len(first)} files that the list {path} names exists, e.g. "
-                f"{self.path(0)}. Write one path a line, relative to the folder of the list."
+                f"{self.path(0)}. Write one path per line, relative to the folder of the list."
             )
         log.info("%s: %d images", path, len(self))
 
@@ -227,7 +227,7 @@ class ListSource:
         names = hashlib.sha256()
         for number, (name, _) in enumerate(self._names.rows(0, len(self))):
             names.update(os.fsencode("/".join(name.split("/")[-2:])) + b"\0")
-            if number % NAMES_A_SIGN == 0:
+            if number % NAMES_PER_HEARTBEAT == 0:
                 alive()
         return _identity(names.hexdigest(), self, alive)
 
@@ -265,18 +265,18 @@ def _size_of(path: str) -> int:
     try:
         return os.stat(path).st_size
     except FileNotFoundError:
-        return -1  # a bad sample, when it is met
+        return -1  # a bad sample, when it is read
 
 
 def _entries(path: str) -> Iterator[str]:
     try:
         with patiently(lambda: open(path, "rb"), f"the list {path}") as file:
             while line := file.readline(_MAX_PATH_BYTES + 2):
-                name = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")  # a mark of some editors
+                name = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")  # UTF-8 byte order mark
                 if len(name) > _MAX_PATH_BYTES:
                     raise DataError(
                         f"the list {path} has a line of more than {_MAX_PATH_BYTES} bytes: it is "
-                        "no list. Write one path of an image a line."
+                        "not a list. Write one path of an image per line."
                     )
                 if name.strip():
                     yield os.fsdecode(name)

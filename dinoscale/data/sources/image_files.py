@@ -1,41 +1,41 @@
-"""Images that are files of their own: keeping their names, reading what stands there by now."""
+"""Images in files of their own: keeping their names on disk, reading their bytes."""
 
 import stat
 from collections.abc import Callable, Iterable
 
 from dinoscale.data.decoding.decode import BadSampleError
-from dinoscale.data.shards.row_table import Index, IndexWriter
-from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.shards.row_table import RowTable, RowTableWriter
+from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.errors import DataError
 from dinoscale.runtime.retry import Patience
 
 # The largest picture that Pillow opens has 179 million pixels, of at most 8 bytes each.
 MAX_IMAGE_BYTES = 2**31
 
-# Of a process, for files that are read one by one: they fail together, and it must not wait for
-# each. Sources have one of their own.
+# For files that a process reads one by one: they fail together, and it must not wait for each.
+# Sources have a patience of their own.
 _PATIENCE = Patience()
 
-NAMES_A_SIGN = 1000  # names that are listed between two signs that it goes on
+NAMES_PER_HEARTBEAT = 1000  # names listed between two calls of `alive`
 
 
 def write_names(
     names: Iterable[str], *, of: str, alive: Callable[[], None] = lambda: None
-) -> Index:
-    """Put names into a temporary file on disk, one after another.
+) -> RowTable:
+    """Write names to a temporary table on disk.
 
     Args:
         names: in the order of the images.
         of: what they were read from, for messages.
-        alive: called again and again while it goes on.
+        alive: called repeatedly meanwhile.
 
     Raises:
         DataError: the file cannot be written.
     """
     try:
-        with IndexWriter("") as writer:
+        with RowTableWriter("") as writer:
             for number, name in enumerate(names):
-                if number % NAMES_A_SIGN == 0:
+                if number % NAMES_PER_HEARTBEAT == 0:
                     alive()
                 writer.add(name)
             return writer.finish({})
@@ -47,14 +47,14 @@ def write_names(
 
 
 def read_image_file(path: str, patience: Patience = _PATIENCE) -> bytes:
-    """All bytes of a file; of an error of the file system `patience` decides.
+    """All bytes of a file; `patience` decides how long errors of the file system are retried.
 
     Raises:
-        BadSampleError: it cannot be read, though that was tried again, or is no plain file of a
-            size that a picture can have.
+        BadSampleError: it cannot be read after retries, is not a plain file, or is too large for
+            a picture.
     """
     try:
-        with PatientFile(path, patience) as file:
+        with ReopeningFile(path, patience) as file:
             status = file.status()
             if not stat.S_ISREG(status.st_mode):
                 raise BadSampleError(path, "cannot be read: it is not a plain file")
@@ -68,5 +68,5 @@ def read_image_file(path: str, patience: Patience = _PATIENCE) -> bytes:
 
 
 def unavailable(path: str, error: OSError) -> BadSampleError:
-    """What to raise where the file of an image cannot be read."""
+    """The error for an image whose file cannot be read."""
     return BadSampleError(path, f"cannot be read: {error.strerror or error}", unavailable=True)

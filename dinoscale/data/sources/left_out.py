@@ -1,4 +1,4 @@
-"""What of a set is left out, why, and when that is too much; what is junk and not worth a word."""
+"""Files of a set that are left out: why, and when they are too many; and junk, which is ignored."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ log = logging.getLogger(__name__)
 # Files and folders that file managers, notebooks and version control leave behind.
 _JUNK_FOLDERS = {".git", ".ipynb_checkpoints", ".svn", "@eadir", "__macosx"}
 _JUNK_FILES = {".ds_store", ".gitattributes", ".gitignore", ".gitkeep", "desktop.ini", "thumbs.db"}
-_APPLE_DOUBLE = "._"  # begins the name under which macOS and Samba keep a file's attributes
+_APPLE_DOUBLE = "._"  # prefix of the files in which macOS and Samba keep attributes
 
-# Why something is no image of a set.
+# Why a file is left out.
 SAME_KEY = "same_key"
 COMPANION = "companion"
 NO_PICTURE = "no_picture"
@@ -38,24 +38,24 @@ _TEXTS = {
     DEAD_LINK: "links that lead nowhere",
     LOOP: "links to a folder above them",
     TAR: ".tar files among images",
-    COMPRESSED: "pictures, by the average of the other shards, in compressed ones",
+    COMPRESSED: "pictures in compressed shards, as many as in the others on average",
     NPY: ".npy files among images",
 }
-# What helps where pictures are lost; the other reasons lose none.
+# What to do about lost pictures; the other reasons lose none.
 _REMEDIES = {
     SAME_KEY: "give each picture a key of its own, without a dot before its extension",
     NO_PICTURE: "pack each sample with its picture, as KEY.jpg or KEY.png",
     NO_EXTENSION: "pack them with an extension, as KEY.jpg",
     HIDDEN: "pack them under names that do not begin with a dot",
-    DEAD_LINK: "bring the files that the links name, or remove the links",
+    DEAD_LINK: "copy the files that the links name, or remove the links",
     COMPRESSED: "unpack these shards to plain .tar files",
-    TAR: "keep images and shards in folders of their own, and name both",
+    TAR: "keep images and shards in separate folders, and name both",
 }
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """How often something was left out, by reason.
+    """How many files were left out, by reason.
 
     Attributes:
         counts: reason -> how often.
@@ -81,17 +81,17 @@ class LeftOut:
         return sum(count for why, count in self.counts.items() if why in _REMEDIES)
 
     def warn(self, where: str) -> None:
-        """Say once what is left out of a set, if anything is."""
+        """Log what is left out of a set, if anything is."""
         if self.counts:
             log.warning("%s: left out %s", where, _listed(self, self.counts))
 
     def require_few(self, where: str, *, used: int, max_fraction: float) -> None:
-        """Refuse a set of which too many pictures are lost.
+        """Refuse a set that loses too many pictures.
 
         Args:
-            where: what the set is called.
+            where: the name of the set.
             used: its images.
-            max_fraction: how many of all may be lost.
+            max_fraction: fraction of all pictures that may be lost.
 
         Raises:
             DataError: they are more.
@@ -115,12 +115,12 @@ def _listed(left_out: LeftOut, counts: Mapping[str, int]) -> str:
 
 
 def is_junk_folder(name: str) -> bool:
-    """Whether a folder of this name holds nothing of a set."""
+    """Whether a folder of this name is junk."""
     return name.lower() in _JUNK_FOLDERS
 
 
 def is_junk_file(name: str) -> bool:
-    """Whether a file of this name is none of a set, in whatever folder it lies."""
+    """Whether a file of this name is junk in any folder."""
     return name.startswith(_APPLE_DOUBLE) or name.lower() in _JUNK_FILES
 
 

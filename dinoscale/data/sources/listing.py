@@ -1,4 +1,4 @@
-"""What lies below a folder: its images in a fixed order, and what is left out and why."""
+"""The files below a folder: its images in a fixed order, and what is left out and why."""
 
 import logging
 import os
@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from dinoscale.data.shards.row_table import Index
-from dinoscale.data.sources.image_files import NAMES_A_SIGN, write_names
+from dinoscale.data.shards.row_table import RowTable
+from dinoscale.data.sources.image_files import NAMES_PER_HEARTBEAT, write_names
 from dinoscale.data.sources.left_out import DEAD_LINK, LOOP, LeftOut, is_junk_file, is_junk_folder
 from dinoscale.errors import DataError, UnavailableError
 from dinoscale.runtime.retry import Patience, is_answer, is_there, refusal
@@ -33,23 +33,23 @@ _NOT_IMAGE_EXTENSIONS = {
     ".yml", ".zip", ".zst",
 }  # fmt: skip
 
-_QUIET_S = 2.0  # shorter listings show no progress
+_PROGRESS_DELAY_S = 2.0  # shorter listings show no progress
 
 
 @dataclass
-class Beside:
-    """What lies below a folder beside its images.
+class OtherFiles:
+    """What is below a folder besides its images.
 
     Attributes:
         num_folders: subfolders at all depths.
-        others: extension, or name without one -> how many files are no images, by their names.
+        by_extension: extension, or name without one -> number of files that are not images.
         shards: those of them that end in `.tar`, relative to the folder.
         compressed: those that are compressed tars.
-        links: that lead nowhere, or to a folder that contains them.
+        links: links that lead nowhere, or to a folder that contains them.
     """
 
     num_folders: int = 0
-    others: Counter[str] = field(default_factory=Counter)
+    by_extension: Counter[str] = field(default_factory=Counter)
     shards: list[str] = field(default_factory=list)
     compressed: list[str] = field(default_factory=list)
     links: LeftOut = field(default_factory=LeftOut)
@@ -57,10 +57,10 @@ class Beside:
 
 @dataclass(frozen=True)
 class Listing:
-    """Images below a folder, on disk, as paths relative to it in the order of their bytes."""
+    """Images below a folder, as a table of relative paths in byte order, and all other files."""
 
-    images: Index
-    beside: Beside
+    images: RowTable
+    other_files: OtherFiles
 
 
 class _Kind(IntEnum):
@@ -77,7 +77,7 @@ def list_folder(root: str, alive: Callable[[], None] = lambda: None) -> Listing:
 
     Args:
         root: the folder.
-        alive: called again and again while it goes on.
+        alive: called repeatedly meanwhile.
 
     Raises:
         DataError: a folder cannot be read, or the names cannot be kept in a temporary file.
@@ -85,41 +85,43 @@ def list_folder(root: str, alive: Callable[[], None] = lambda: None) -> Listing:
     """
     log.info("listing the files in %s", root)
     listing = _listed(root, _may_be_image, alive)
-    beside = listing.beside
-    alone = not (len(listing.images) or beside.shards or beside.compressed)
-    if alone and beside.others[ARRAY]:  # beside pictures, arrays are features or labels of them
+    other_files = listing.other_files
+    alone = not (len(listing.images) or other_files.shards or other_files.compressed)
+    if (
+        alone and other_files.by_extension[ARRAY]
+    ):  # beside pictures, arrays are features or labels of them
         return _listed(root, _is_array, alive)
     return listing
 
 
 def _listed(root: str, is_image: Callable[[str], bool], alive: Callable[[], None]) -> Listing:
-    beside = Beside()
-    images = _images(root, beside, is_image, alive)
-    return Listing(write_names(images, of=root), beside)
+    other_files = OtherFiles()
+    images = _images(root, other_files, is_image, alive)
+    return Listing(write_names(images, of=root), other_files)
 
 
 def _images(
-    root: str, beside: Beside, is_image: Callable[[str], bool], alive: Callable[[], None]
+    root: str, other_files: OtherFiles, is_image: Callable[[str], bool], alive: Callable[[], None]
 ) -> Iterator[str]:
     """Images in the order of their paths; counts everything else."""
     for number, (name, kind) in enumerate(_walk(root)):
-        if number % NAMES_A_SIGN == 0:
+        if number % NAMES_PER_HEARTBEAT == 0:
             alive()
         if kind is _Kind.FOLDER:
-            beside.num_folders += 1
+            other_files.num_folders += 1
         elif kind is _Kind.LINKED_FOLDER:
-            beside.links.add(LOOP, name)
+            other_files.links.add(LOOP, name)
         elif kind is _Kind.DANGLING:
             if is_image(name.rpartition("/")[2]):
-                beside.links.add(DEAD_LINK, name)
+                other_files.links.add(DEAD_LINK, name)
         elif is_image(name.rpartition("/")[2]):
             yield name
         else:
-            _put_beside(name, beside)
+            _count_other_file(name, other_files)
 
 
 def class_folders(root: str) -> list[str]:
-    """First-level subfolders that hold an image at any depth, but for those that cannot be listed.
+    """First-level subfolders with an image at any depth; those that cannot be listed are skipped.
 
     Raises:
         UnavailableError: the file system failed for about a minute.
@@ -140,24 +142,26 @@ def _holds_image(folder: str) -> bool:
         return False
 
 
-def _put_beside(name: str, beside: Beside) -> None:
+def _count_other_file(name: str, other_files: OtherFiles) -> None:
     lower, base = name.lower(), name.rpartition("/")[2]
     kind = "junk" if is_junk_file(base) else os.path.splitext(lower)[1]
-    beside.others[kind or base] += 1
+    other_files.by_extension[kind or base] += 1
     if kind == "junk":
         return
     if lower.endswith(".tar"):
-        beside.shards.append(name)
+        other_files.shards.append(name)
     elif lower.endswith(COMPRESSED_TAR):
-        beside.compressed.append(name)
+        other_files.compressed.append(name)
 
 
 def _walk(root: str) -> Iterator[tuple[str, _Kind]]:
-    """Folders, files, links that lead nowhere, linked folders that contain their link; depth first.
+    """Yield folders, files, dangling links and links to a folder above them; depth first.
 
-    With the folders of a folder sorted as `name/` among its files, that is the order of the paths.
+    Folders are sorted as `name/` among the files beside them, which is the byte order of the paths.
     """
-    bar = tqdm(desc="listing", unit=" files", delay=_QUIET_S, disable=None, file=sys.stderr)
+    bar = tqdm(
+        desc="listing", unit=" files", delay=_PROGRESS_DELAY_S, disable=None, file=sys.stderr
+    )
     pending: list[tuple[str, Iterator[_Entry]]] = [("", iter(_entries(root, "")))]
     with bar:
         while pending:
@@ -192,7 +196,7 @@ def _listed_entries(path: str) -> Iterator[_Entry]:
 
 
 def _kind(entry: os.DirEntry[str]) -> _Kind | None:
-    """None is left out: folders of tools, pipes, sockets, devices."""
+    """None for folders of tools, pipes, sockets and devices, which are left out."""
     link = entry.is_symlink()
     if link and not is_there(entry.path):
         return _Kind.DANGLING
@@ -211,7 +215,7 @@ def _contains(root: str, link: str, prefixes: Sequence[str]) -> bool:
 
 
 def _patiently(read: Callable[[], T], path: str) -> T:
-    """Raises DataError, also where a file system fails for about a minute."""
+    """Read with retries; raises DataError, also if a file system fails for about a minute."""
     try:
         return Patience().read(read, path)
     except OSError as error:
@@ -228,7 +232,7 @@ def _may_be_image(name: str) -> bool:
 
 
 def is_known_not_image(name: str) -> bool:
-    """Whether a file is no image by its extension; one that nobody knows may be one."""
+    """Whether the extension says that a file is not an image; an unknown one does not."""
     return os.path.splitext(name.lower())[1] in _NOT_IMAGE_EXTENSIONS
 
 

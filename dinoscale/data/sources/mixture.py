@@ -19,7 +19,7 @@ from dinoscale.errors import ConfigError, DataError
 class MixedSource:
     """The images of all parts under consecutive numbers, without their classes.
 
-    How often each part is drawn is for the sampler to say.
+    The sampler decides how often each part is drawn.
 
     Attributes:
         parts: the sources.
@@ -44,7 +44,7 @@ class MixedSource:
         return part.path(within)
 
     def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
-        """Those of the parts."""
+        """The identities of the parts."""
         return " ".join(part.identity(alive) for part in self.parts)
 
     def picture(self, index: int) -> Picture:
@@ -58,7 +58,7 @@ class MixedSource:
         return [len(part) for part in self.parts]
 
     def part_of(self, index: int) -> range:
-        """The numbers of all images that come from the same part as one image."""
+        """The numbers of all images in the same part as one image."""
         number = bisect_right(self._starts, index)
         return range(self._starts[number - 1], self._starts[number])
 
@@ -83,17 +83,17 @@ def open_sources(
 
     Args:
         specs: one or more, each as `open_source` takes it; or one as `open_stream` does.
-        decoder: what the pixels of their files become.
+        decoder: decodes their files.
         manifest: where the counts of streamed shards are, if not beside them.
-        shuffle_buffer: most images that are held of a streamed shard, to permute them.
+        shuffle_buffer: most images of a streamed shard held in memory, to permute them.
         distinct_images: take only so many of the images; None takes all.
         max_lost: fraction of the pictures of a source that may be left out, as `LeftOut` counts
             them.
-        alive: as of `open_source`.
+        alive: as in `open_source`.
 
     Raises:
-        DataError: one of them cannot be opened, too much of it is left out, or a stream is to be
-            mixed.
+        DataError: one of them cannot be opened, too much of it is left out, or a stream is mixed
+            with others.
         ConfigError: there are fewer images than `distinct_images`, or they are streamed.
     """
     for spec in specs:
@@ -127,9 +127,9 @@ def open_sources(
 
 
 def left_out_of(source: Source) -> LeftOut:
-    """What is left out of all parts of a source; of a stream that is not known before it is read.
+    """What is left out of all parts of a source; unknown for a stream until it is read.
 
-    Those of a subset are those of the whole.
+    For a subset, it is what is left out of the whole source.
     """
     left_out = LeftOut()
     for part in source.parts if isinstance(source, MixedSource) else [source]:
@@ -156,7 +156,7 @@ def left_out_counts(
 
     Args:
         source: the set.
-        of_shards: of a stream, by shard, what those who read it found to be left out.
+        of_shards: for a stream: shard -> what its readers left out.
     """
     left_out = left_out_of(source)
     for found in {shard: found for read in of_shards for shard, found in read.items()}.values():
@@ -177,10 +177,10 @@ def open_stream(
     Args:
         spec: a URL or brace pattern of them: `https://host/train-{000..099}.tar`, `s3:`, `gs:`,
             `hdfs:`, or `pipe:COMMAND`.
-        decoder: what the pixels of their files become.
+        decoder: decodes their files.
         manifest: its path or URL; None looks beside the shards.
-        shuffle_buffer: most images that are held of a shard, to permute them.
-        max_lost: as of `open_sources`, of each shard.
+        shuffle_buffer: most images of a shard held in memory, to permute them.
+        max_lost: as in `open_sources`, for each shard.
 
     Raises:
         DataError: the pattern, a command or the manifest cannot be used.
@@ -202,22 +202,22 @@ def open_stream(
 
 
 def source_sizes(source: Source) -> list[int]:
-    """Images of each source that a training set is taken from, also of one taken in part.
+    """Images of each source of a training set, all of them even if only a subset is used.
 
-    One number if it is not mixed.
+    One number if it is not a mixture.
     """
     return [source.chosen_from] if isinstance(source, SubsetSource) else drawn_sizes(source)
 
 
 def drawn_sizes(source: Source) -> list[int]:
-    """The images of each that are drawn, which make up the training set."""
+    """Images of each source that are drawn; together they are the training set."""
     return source.sizes if isinstance(source, MixedSource) else [len(source)]
 
 
-def stand_ins(source: Source, index: int) -> range:
+def replacement_candidates(source: Source, index: int) -> range:
     """The numbers of the images that may replace an unreadable one.
 
-    Those of the same source; of a stream, those that are held with it.
+    Those of the same source; for a stream, those of the same block.
     """
     if isinstance(source, StreamSource):
         return source.blocks.block_of(index)

@@ -1,4 +1,4 @@
-"""A file that is read at any place, and opened again where a read fails: handles go stale."""
+"""A file that is read at any place, and reopened when a read fails: handles go stale."""
 
 import os
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from dinoscale.runtime.retry import Patience
 T = TypeVar("T")
 
 
-class PatientFile:
+class ReopeningFile:
     """A file on disk, opened when it is first read.
 
     Args:
-        path: of the file.
-        patience: shared by files that fail together; None has that of this file alone.
+        path: path of the file.
+        patience: shared by files that fail together; None: for this file alone.
 
     Raises:
-        OSError: from every method but `close`; it still fails after it was tried again.
+        OSError: from every method but `close`: it still fails after retries.
     """
 
     def __init__(self, path: str, patience: Patience | None = None):
@@ -26,7 +26,7 @@ class PatientFile:
         self._patience = patience or Patience()
         self._descriptor = -1
 
-    def __enter__(self) -> "PatientFile":
+    def __enter__(self) -> "ReopeningFile":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -36,7 +36,7 @@ class PatientFile:
         self.close()
 
     def close(self) -> None:
-        """Until it is read again."""
+        """Close the file until it is read again."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -46,7 +46,7 @@ class PatientFile:
         return self._tried(lambda descriptor: read_at(descriptor, size, offset))
 
     def status(self) -> os.stat_result:
-        """Of the file that is open, whatever has its name by now."""
+        """Status of the open file, whatever has its name by now."""
         return self._tried(os.fstat)
 
     def _tried(self, use: Callable[[int], T]) -> T:
@@ -54,7 +54,7 @@ class PatientFile:
 
     def _used(self, use: Callable[[int], T]) -> T:
         if self._descriptor < 0:
-            # Without waiting: opening a pipe would last until somebody writes to it.
+            # Without waiting: opening a pipe would block until somebody writes to it.
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
             self._descriptor = os.open(self.path, flags)
         try:

@@ -59,7 +59,7 @@ class StoredSource(Source, Protocol):
     def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the names and sizes of the images in their order, wherever the set lies.
 
-        `alive` is called again and again where that takes long.
+        `alive` is called repeatedly if that takes long.
 
         Raises:
             DataError: they cannot be read.
@@ -76,25 +76,24 @@ def open_source(
 ) -> StoredSource:
     """Open what a data key of the config names; files are listed now, images read later.
 
-    Names and places of the images lie on disk, not in memory: for shards in the cache folder, made
-    once; for folders and lists in a temporary file, made at every start.
+    Names and locations of the images are kept on disk, not in memory: for shards in the cache
+    folder, made once; for folders and lists in a temporary file, made at every start.
 
     Args:
-        spec: a folder of images (flat, nested or one subfolder a class), a folder of .tar shards,
+        spec: a folder of images (flat, nested or one subfolder per class), a folder of .tar shards,
             a .tar, a brace pattern (`/data/train-{000..007}.tar`), a glob (`/data/*.tar`), a .txt
-            list of images (one path a line, relative to its folder), or `synthetic:...`. `~` in
-            front is the home folder; a comma has no meaning of its own.
-        decoder: what the pixels of its files become.
-        alive: called again and again while files are listed and shards indexed, which may take
-            hours.
-        num_processes: that index many shards; None: one a core.
+            list of images (one path per line, relative to its folder), or `synthetic:...`. `~` at
+            the start is the home folder; a comma has no special meaning.
+        decoder: decodes its files.
+        alive: called repeatedly while files are listed and shards indexed, which may take hours.
+        num_processes: processes that index many shards; None: one per core.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it holds no images.
         UnavailableError: the file system failed for about a minute.
     """
     if spec.startswith("synthetic:"):
-        from dinoscale.data.sources.synthetic import parse_synthetic  # only where asked for
+        from dinoscale.data.sources.synthetic import parse_synthetic  # only where needed
 
         if decoder.channels != 3:
             raise DataError(f"{spec}: has 3 channels, need {decoder.channels} (data.channels).")
@@ -109,10 +108,10 @@ def open_source(
     if _UNKNOWN_REMOTE.match(spec):
         raise DataError(
             f"{shown(spec)}: cannot be read over the network; https, s3, gs and hdfs can. Copy the "
-            "images or shards to a local or mounted disk, or read them by a command, pipe:COMMAND."
+            "images or shards to a local or mounted disk, or use a command, pipe:COMMAND."
         )
     path = os.path.expanduser(spec)
-    patiently(lambda: is_there(path), path)  # else the file system fails
+    patiently(lambda: is_there(path), path)  # or the file system fails
     if os.path.isdir(path):
         return _open_folder(path, decoder, alive, num_processes)
     if path.lower().endswith(".txt") and os.path.isfile(path):
@@ -127,7 +126,7 @@ def _open_folder(
 ) -> StoredSource:
     """A folder of shards holds .tar files and no file that may be an image."""
     listing = list_folder(path, alive)
-    shards, compressed = listing.beside.shards, listing.beside.compressed
+    shards, compressed = listing.other_files.shards, listing.other_files.compressed
     if len(listing.images) or not (shards or compressed):
         return FolderSource(path, listing, decoder)  # an empty one says what it holds instead
     log.info("%s holds no images but %d .tar shards: reading those", path, len(shards))
@@ -191,7 +190,7 @@ def expand_braces(spec: str) -> list[str]:
 
 
 def _num_names(spec: str) -> int:
-    """At least how many names the innermost braces make; listing them could take all memory."""
+    """A lower bound on the number of names; listing them all could take all memory."""
     total = 1
     for inside in re.findall(r"\{([^{}]*)\}", spec):
         ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(\.\..*)?", inside)
@@ -203,7 +202,7 @@ def _nothing_there(spec: str, missing: Sequence[str], *, num_patterns: int) -> s
     if num_patterns > 1:
         return (
             f"{spec}: {len(missing)} of {num_patterns} shards are not there, the first is "
-            f"{missing[0]}. Correct the pattern or bring the shards."
+            f"{missing[0]}. Correct the pattern or copy the shards there."
         )
     if glob.has_magic(missing[0]):
         return f"{spec}: no file matches this pattern. Correct it or name a folder of images."

@@ -1,4 +1,4 @@
-"""The files behind a word of a command line: a folder, a list of files, shards by a pattern."""
+"""The files that a command-line argument names: a folder, a list of files, shards by a pattern."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dinoscale.errors import DataError
 
 
-def files_behind(spec: str) -> tuple[str, Iterable[str]]:
-    """All files that are read when this is opened, in one order, and the folder they lie below."""
+def files_of_spec(spec: str) -> tuple[str, Iterable[str]]:
+    """The folder of all files that opening `spec` reads, and these files in a fixed order."""
     path = os.path.realpath(os.path.expanduser(spec))
     if os.path.isdir(path):
         return path, _below(path)
@@ -17,7 +17,7 @@ def files_behind(spec: str) -> tuple[str, Iterable[str]]:
 
 
 def _below(folder: str) -> Iterator[str]:
-    """All files of a folder and of those below it, in one order; links to folders are followed."""
+    """All files below a folder, in a fixed order; links to folders are followed."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(place))
@@ -39,7 +39,7 @@ def _of_file(path: str) -> Iterator[str]:
 
 
 def _of_pattern(spec: str) -> list[str]:
-    """Files of a pattern; none where they are not there, which whoever opens it will say."""
+    """Files of a pattern; none if one is missing, which opening the pattern will report."""
     from dinoscale.data.sources.source import expand_pattern  # takes a second, and few need it
 
     try:

@@ -1,4 +1,4 @@
-"""So many different images of a source: a fixed choice, and a smaller one lies in a larger one."""
+"""A fixed choice of images of a source; a smaller choice is a subset of a larger one."""
 
 from collections.abc import Callable
 
@@ -13,16 +13,16 @@ _SEED = 0  # not the run's: all runs of a sweep over seeds train on the same ima
 
 
 class SubsetSource:
-    """The first places of a permutation of a source, without their classes.
+    """The first images of a permutation of a source, without their classes.
 
-    It depends on the number of images of the source alone, and no list of them is made.
+    The choice depends only on the number of images of the source; it takes no list in memory.
 
     Attributes:
         whole: the source.
 
     Args:
         whole: the source.
-        images: how many of it, 1 <= images <= len(whole).
+        images: how many to take, 1 <= images <= len(whole).
     """
 
     labels = None
@@ -47,7 +47,7 @@ class SubsetSource:
         return self.whole.path(self._find(index))
 
     def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
-        """That of the source; the number tells which of it."""
+        """The identity of the source, and the number of images taken."""
         return f"{self.whole.identity(alive)} {self._images}"
 
     def picture(self, index: int) -> Picture:

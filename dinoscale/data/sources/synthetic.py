@@ -2,9 +2,9 @@
 
 A picture shows several objects of one class, and a class is a kind of pattern (stripes, dots,
 rings, ...). Number, places, sizes, outlines and rotations of the objects, the phase of the pattern
-and all colours are drawn anew, for every object on its own. So neither colour nor the raw pixels
-tell the class, and two crops of a picture show other objects in other colours: the pattern is
-what they have in common, and the thing for a self-supervised network to find.
+and all colours are drawn for every object on its own. So neither colour nor the raw pixels tell
+the class, and two crops of a picture show different objects in different colours: what they share
+is the pattern, which a self-supervised network has to find.
 
 An image is a pure function of (seed, split, index). The mask of the objects comes with it.
 Lengths are fractions of the image side, lightness and colour channels go from 0 to 1.
@@ -24,7 +24,7 @@ from PIL import Image
 from dinoscale.data.decoding.decode import Picture
 from dinoscale.errors import DataError
 
-Plane = npt.NDArray[np.float32]  # (P, P), one number a pixel
+Plane = npt.NDArray[np.float32]  # (P, P), one number per pixel
 Inside = npt.NDArray[np.bool_]  # (P, P)
 Pixels = npt.NDArray[np.float32]  # (P, P, 3), or (P, P) for a mask
 Color = npt.NDArray[np.float32]  # (3,)
@@ -33,7 +33,7 @@ Pattern = Callable[[Plane, Plane, np.random.Generator], Inside]  # of the object
 
 PREFIX = "synthetic:"
 SPLITS = ("train", "test")
-SUPERSAMPLING = 2  # drawn at twice the size and averaged: smooth edges
+SUPERSAMPLING = 2  # drawn at twice the size and averaged, for smooth edges
 CACHE_BYTES = 256 * 2**20  # keep drawn images in memory while the whole set fits in this
 
 _KEYS = ("images", "size", "seed", "split")  # of a spec
@@ -180,7 +180,7 @@ def draw(
 
     Args:
         kind: pattern and its period.
-        rng: gives everything else.
+        rng: draws everything else.
         size: P.
 
     Returns:
@@ -247,7 +247,7 @@ def parse_synthetic(spec: str) -> ShapesSource:
     """
     name, _, query = spec.removeprefix(PREFIX).partition("?")
     if not spec.startswith(PREFIX) or name != "shapes":
-        raise DataError(f"{spec!r}: the one synthetic set is '{PREFIX}shapes'")
+        raise DataError(f"{spec!r}: the only synthetic set is '{PREFIX}shapes'")
     given: dict[str, str] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key not in _KEYS:

@@ -25,17 +25,17 @@ from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.shards.samples import picture_of, split_name
 from dinoscale.data.shards.tar_headers import Member, read_members
 from dinoscale.data.sources.image_files import read_image_file, unavailable
-from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.data.sources.source import expand_pattern
 from dinoscale.errors import DataError
 from dinoscale.runtime.retry import is_there, patiently
 
 log = logging.getLogger(__name__)
 
-VOID = 255  # of an indexed mask: pixels that nobody judges (DAVIS, PASCAL VOC)
+VOID = 255  # in an indexed mask: pixels that are not evaluated (DAVIS, PASCAL VOC)
 MAX_OBJECTS = 64  # a mask with more numbers is a photograph, or was smoothed
 _MASK = "mask.png"
-_DAVIS_LIST = os.path.join("ImageSets", "2017", "val.txt")  # the sequences of published numbers
+_DAVIS_LIST = os.path.join("ImageSets", "2017", "val.txt")  # the sequences of published results
 _DAVIS_SIZE = "480p"
 
 
@@ -58,7 +58,7 @@ class File:
         if self.member is None:
             return read_image_file(self.path)
         try:
-            with PatientFile(self.path) as tar:
+            with ReopeningFile(self.path) as tar:
                 return tar.read_at(self.member.size, self.member.offset)
         except OSError as error:
             raise unavailable(str(self), error) from None
@@ -66,7 +66,7 @@ class File:
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture, and where its mask lies if it has one."""
+    """One picture, and its mask if it has one."""
 
     number: int
     image: File
@@ -90,14 +90,14 @@ class Video:
         return decoder.open(image.read(), str(image)).pixels()
 
     def mask(self, index: int, *, size: tuple[int, int]) -> NDArray[np.uint8] | None:
-        """Object numbers of a frame, (H, W); 0 is background, VOID is not judged; None without.
+        """Object numbers of a frame, (H, W): 0 background, VOID not evaluated; None without mask.
 
         Args:
-            index: of the frame.
+            index: index of the frame.
             size: (H, W) of its picture.
 
         Raises:
-            DataError: it cannot be decoded, is no mask, or has another size than the picture.
+            DataError: it cannot be decoded, is not a mask, or has another size than the picture.
         """
         file = self.frames[index].mask
         if file is None:
@@ -118,7 +118,7 @@ def object_numbers(mask: NDArray[np.uint8], *, name: str) -> list[int]:
     """Numbers of the objects in a mask, ascending.
 
     Raises:
-        DataError: there is none, or too many for a mask.
+        DataError: there are no objects, or too many for a mask.
     """
     numbers = [int(value) for value in np.unique(mask) if value not in (0, VOID)]
     if not 0 < len(numbers) <= MAX_OBJECTS:
@@ -148,12 +148,13 @@ def _read_mask(file: File, *, size: tuple[int, int] | None) -> tuple[NDArray[np.
 def _check_mask(file: File, image: Image.Image, *, size: tuple[int, int] | None) -> None:
     if image.mode not in ("1", "L", "P"):
         raise DataError(
-            f"{file}: a mask needs one number a pixel (indexed or grey PNG), this is {image.mode}."
+            f"{file}: a mask needs one number per pixel (indexed or grey PNG), not {image.mode}."
         )
     if size is not None and (image.height, image.width) != size:
         raise DataError(
             f"{file}: the mask has {image.width} x {image.height} pixels, its frame "
-            f"{size[1]} x {size[0]}. Scale masks with nearest neighbours to the size of the frames."
+            f"{size[1]} x {size[0]}. Scale masks to the size of the frames with nearest-neighbour "
+            "interpolation."
         )
 
 
@@ -163,7 +164,7 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
     Args:
         spec: a tar, a brace pattern or glob of tars, a folder of tars, a folder of sequences, or
             the folder of DAVIS, where by default only `ImageSets/2017/val.txt` is taken.
-        names: of the sequences to take; None takes all.
+        names: names of the sequences to take; None takes all.
 
     Returns:
         In the order of their names, or of `names`.
@@ -174,7 +175,7 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
         UnavailableError: the file system failed for about a minute.
     """
     path = os.path.expanduser(spec)
-    patiently(lambda: is_there(path), path)  # else the file system fails
+    patiently(lambda: is_there(path), path)  # or the file system fails
     if os.path.isdir(os.path.join(path, "JPEGImages")):
         files = list(_davis_files(path))
         names = _davis_names(path) if names is None else names
@@ -189,7 +190,7 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
             before = of_frame.setdefault(extension, file)
             if before.path != file.path:
                 raise DataError(f"{before} and {file} are the same frame. Keep one of them.")
-            of_frame[extension] = file  # of a tar, which was appended to, the last one counts
+            of_frame[extension] = file  # of a tar that was appended to, the last one counts
     found = {
         name: members for name, members in frames.items() if any(map(picture_of, members.values()))
     }
@@ -208,7 +209,7 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
 
 
 def _plain_files(spec: str, path: str) -> Iterator[tuple[str, File]]:
-    """Names with their sequence in front, of tars or of a folder of sequences."""
+    """Names that begin with the sequence, from tars or a folder of sequences."""
     tars = [path] if os.path.isfile(path) else []
     if os.path.isdir(path):
         listed = patiently(lambda: os.listdir(path), f"the folder {path}")
@@ -261,7 +262,7 @@ def _davis_names(root: str) -> list[str] | None:
 
 
 def read_names(path: str) -> list[str]:
-    """Sequences that a text file names, one a line.
+    """Sequences that a text file names, one per line.
 
     Raises:
         DataError: it cannot be read, or is empty.
@@ -276,7 +277,7 @@ def read_names(path: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise DataError(f"cannot read the list of sequences {path}: {error}.") from None
     if not names:
-        raise DataError(f"the list of sequences {path} is empty. Write one name a line.")
+        raise DataError(f"the list of sequences {path} is empty. Write one name per line.")
     return names
 
 
@@ -293,13 +294,13 @@ def _video(name: str, members: dict[str, dict[str, File]]) -> Video:
     _check_numbers(name, [frame.number for frame in frames])
     if frames[0].mask is None:
         raise DataError(
-            f"{name}: the first frame, {frames[0].image}, has no mask; it says what to follow."
+            f"{name}: the first frame, {frames[0].image}, has no mask, which defines the objects."
         )
     return Video(name, tuple(frames))
 
 
 def _check_numbers(name: str, numbers: Sequence[int]) -> None:
-    """Refuse a gap: propagation would jump, and the numbers would not compare."""
+    """Refuse a gap: propagation would jump, and results would not be comparable."""
     gaps = [after - before for before, after in pairwise(numbers)]
     step = min(gaps, default=1)
     if step == 0:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinoscale.convert.weights import Network
-from dinoscale.data.augmentation.labelled_crops import FLIP_PROB, SCALE, stream_sampler
+from dinoscale.data.augmentation.labelled_crops import FLIP_PROB, SCALE, endless_sampler
 from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.classification.accuracy import choose_best, percent
 from dinoscale.evaluate.classification.inputs import (
@@ -224,7 +224,7 @@ class _Probe:
         features, labels = outputs_of_train(
             self._tokens, subject, reading, taken=self._tokens.taken
         )
-        sampler = stream_sampler(
+        sampler = endless_sampler(
             len(features), batch_size=plan.batch_size, steps=plan.steps, seed=self._seed
         )
         for step in range(first, plan.steps):

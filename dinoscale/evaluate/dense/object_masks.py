@@ -98,7 +98,7 @@ def _of_folder(source: Source, spec: str, folder: Path) -> MaskOf:
 
 def _of_shards(source: TarSource) -> MaskOf:
     def mask(index: int) -> Image.Image | None:
-        data = source.beside(index, MEMBER)
+        data = source.sample_file(index, MEMBER)
         return None if data is None else read_as_stored(data, f"{source.path(index)}: its {MEMBER}")
 
     return mask

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from dinoscale.data.sources.spec_files import files_behind
+from dinoscale.data.sources.spec_files import files_of_spec
 from dinoscale.runtime.fingerprint import Fingerprint, differences, files_print, fingerprint
 from dinoscale.runtime.versions import versions
 
@@ -32,7 +32,7 @@ def measurement_fingerprint(line: str, words: Sequence[str]) -> Fingerprint:
 def _cached_fingerprint(line: str, options: tuple[str, ...]) -> Fingerprint:
     images = {}
     for name in filter(_is_input, _read(options)):
-        folder, files = files_behind(name)
+        folder, files = files_of_spec(name)
         found = files_print(folder, files)
         if found["number"]:
             images[name] = found

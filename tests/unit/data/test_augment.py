@@ -161,7 +161,7 @@ def test_large_files_are_decoded_smaller_where_it_hardly_shows(box: int, shrink:
         assert shrink > 1 or error == 0
 
 
-def test_fast_and_plain_crops_are_nearly_the_same() -> None:
+def test_fast_and_reference_crops_are_nearly_the_same() -> None:
     """End to end the roundings to 8-bit levels of the two, and few values more than 2 off."""
     crop, blur, hue = 2 * 2, 6 + 1, 2 * 2  # roundings: of each axis, each box; Pillow's also of S
     rounded_once = 1 / 12  # the square of a uniform error of half a level

@@ -36,7 +36,7 @@ def test_no_file_is_made_for_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "bad.jsonl").exists()
 
 
-def test_reopened_list_goes_on_without_repeating_and_counts_anew(tmp_path: Path) -> None:
+def test_reopened_list_repeats_no_file_and_counts_anew(tmp_path: Path) -> None:
     BadSampleLog(tmp_path / "bad.jsonl").add([_bad(1)])
     log = BadSampleLog(tmp_path / "bad.jsonl")
     assert (log.num_occurrences, log.num_files) == (0, 0)
@@ -110,7 +110,7 @@ def test_zero_allows_none_and_one_allows_all(tmp_path: Path) -> None:
     assert _checks(tmp_path, bad=50, max_fraction=1.0, seen=50, num_images=50)
 
 
-def test_complaint_names_counts_examples_and_the_key(tmp_path: Path) -> None:
+def test_error_names_counts_examples_and_the_key(tmp_path: Path) -> None:
     log = BadSampleLog(tmp_path / "bad.jsonl")
     log.add([_bad(number) for number in range(12)])
     with pytest.raises(DataError) as caught:

@@ -235,13 +235,13 @@ def test_deflate_bombs_in_tiff_files_are_refused_before_they_fill_memory() -> No
 
 
 @pytest.mark.parametrize(("pages", "back_to"), [(7, 0), (150, 120)])
-def test_chains_of_tiff_pages_without_end_are_refused(pages: int, back_to: int) -> None:
+def test_loops_of_tiff_pages_are_refused(pages: int, back_to: int) -> None:
     data = bytearray(tiff(np.zeros((pages, 4, 4), np.uint8), planarconfig=None, metadata=None))
     with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
         starts = [page.offset for page in file.pages]
     (num_tags,) = struct.unpack_from("<H", data, starts[-1])
     struct.pack_into("<I", data, starts[-1] + 2 + 12 * num_tags, starts[back_to])
-    assert "chain" in _reason(bytes(data), 7)
+    assert "a loop of pages" in _reason(bytes(data), 7)
 
 
 def test_compressions_that_cannot_be_read_are_named() -> None:
@@ -291,7 +291,7 @@ def test_arrays_in_shards_count_after_all_pictures(tmp_path: Path) -> None:
     assert source.picture(0).pixels().shape == (24, 24, 4)
 
 
-def test_drawn_pictures_are_refused_where_they_do_not_have_the_channels() -> None:
+def test_synthetic_pictures_are_refused_for_other_channels() -> None:
     with pytest.raises(DataError, match=r"3 channels, need 1 \(data\.channels\)"):
         open_source("synthetic:shapes", Decoder(1))
 

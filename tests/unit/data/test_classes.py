@@ -91,7 +91,7 @@ def test_folders_called_by_numbers_have_the_names_of_their_list(tmp_path: Path) 
     assert _joined(numbered, _folder(tmp_path / "c", "02", "00")) == [0, 2]
 
 
-def test_a_list_for_some_of_the_shards_is_told(
+def test_a_list_for_some_of_the_shards_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _shards(tmp_path / "a", 0, 1, listed="0\tcat\n1\tdog\n")
@@ -151,7 +151,7 @@ def test_lists_that_contradict_are_refused(tmp_path: Path, text: str, message: s
         _joined(shards, shards)
 
 
-def test_shared_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_shared_files_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = _folder(tmp_path / "a", "0", "1")
     for name, numbers in (("apart", (0, 1)), ("more", (0, 1, 2))):
         (tmp_path / name).mkdir()

@@ -19,7 +19,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from dinoscale.data.augmentation import color_jitter
 from dinoscale.data.augmentation.crop_params import HUE, NOT_SOLARIZED, NOTHING, Params
-from dinoscale.data.augmentation.reference_crops import plain_crop, turn_hue
+from dinoscale.data.augmentation.reference_crops import reference_crop, turn_hue
 from tests.unit.data.conftest import picture
 from tests.unit.data.test_plain_crops import CHANGES, JITTER, params
 
@@ -61,13 +61,13 @@ def _without_hue_of_pillow(image: Image.Image, record: Params) -> Image.Image:
     before["gray"] = last["gray"] = after["flip"] = last["flip"] = False
     before["blur_radius"] = after["blur_radius"] = last["blur_radius"] = 0
     before["solarize_from"] = after["solarize_from"] = NOT_SOLARIZED
-    image = plain_crop(image, before, size=SIZE)
+    image = reference_crop(image, before, size=SIZE)
     if place < len(order):
         image = _rounded(_exact_hue(image, float(record["factors"][HUE])))
-    image = plain_crop(image, after, size=SIZE)
+    image = reference_crop(image, after, size=SIZE)
     if record["blur_radius"] > 0:
         image = _rounded(_exact_blur(image, record["blur_radius"]))
-    return plain_crop(image, last, size=SIZE)
+    return reference_crop(image, last, size=SIZE)
 
 
 def _rounded(levels: NDArray[np.float64]) -> Image.Image:
@@ -200,7 +200,7 @@ def test_hue_is_that_of_pillow_without_its_steps(turn: float) -> None:
 
 
 @pytest.mark.parametrize("change", [{}, *CHANGES])
-def test_each_operation_is_that_of_the_plain_path(change: dict[str, object]) -> None:
+def test_each_operation_equals_the_reference(change: dict[str, object]) -> None:
     records = np.stack([params(**WHOLE, **change)] * len(PICTURES))
     _require_plain(PICTURES, records)
 

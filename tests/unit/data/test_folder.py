@@ -246,7 +246,9 @@ def test_what_may_not_be_read_is_named(forbidden: str, mode: int, message: str) 
     assert re.match(message, done.stdout), done
 
 
-def test_names_wait_in_a_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_kept_in_a_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
@@ -314,7 +316,7 @@ def test_missing_file_of_a_list_is_a_bad_sample(tmp_path: Path) -> None:
         (b"", "is empty. Write one path"),
         (b"\n \n\r\n", "is empty. Write one path"),
         (b"no.jpg\n" * 300 + b"a.jpg\n", "none of the first 100 files .* exists, e.g. .*/no.jpg"),
-        (b"a.jpg\n" + b"x" * 5000, "a line of more than 4096 bytes: it is no list"),
+        (b"a.jpg\n" + b"x" * 5000, "a line of more than 4096 bytes: it is not a list"),
         ("a.jpg\n".encode("utf-16"), "none of the first 2 files"),
     ],
 )

@@ -57,7 +57,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("make", [_folder, _list, _tar])
-def test_it_is_that_of_a_copy_elsewhere(tmp_path: Path, make: Callable[[Path], str]) -> None:
+def test_a_copy_elsewhere_has_the_same_identity(
+    tmp_path: Path, make: Callable[[Path], str]
+) -> None:
     assert _identity(make(tmp_path / "here")) == _identity(make(tmp_path / "there"))
 
 
@@ -107,7 +109,7 @@ def test_a_size_that_cannot_be_read_is_no_other_size(
 
 
 @pytest.mark.parametrize("make", [_folder, _list, _tar])
-def test_telling_it_gives_signs_of_life(tmp_path: Path, make: Callable[[Path], str]) -> None:
+def test_computing_the_identity_calls_alive(tmp_path: Path, make: Callable[[Path], str]) -> None:
     signs: list[bool] = []
     source = open_sources([make(tmp_path)], distinct_images=2)  # through those around it
     source.identity(lambda: signs.append(True))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoscale.data.shards.row_table import DamagedIndexError, Index, IndexWriter
+from dinoscale.data.shards.row_table import DamagedTableError, RowTable, RowTableWriter
 from dinoscale.errors import DataError
 
 ROWS = [
@@ -21,21 +21,21 @@ ROWS = [
 ]
 
 
-def _write(path: Path, rows: list[tuple] = ROWS) -> Index:
-    with IndexWriter("Qq", str(path)) as writer:
+def _write(path: Path, rows: list[tuple] = ROWS) -> RowTable:
+    with RowTableWriter("Qq", str(path)) as writer:
         for row in rows:
             writer.add(*row)
         return writer.finish({"of": "test"})
 
 
-def _rows(index: Index) -> list[tuple]:
+def _rows(index: RowTable) -> list[tuple]:
     return [(index.name(i), *index.numbers(i)) for i in range(len(index))]
 
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     _write(tmp_path / "a.index")
-    index = Index(str(tmp_path / "a.index"), "Qq")
-    assert index.about == {"of": "test"}
+    index = RowTable(str(tmp_path / "a.index"), "Qq")
+    assert index.metadata == {"of": "test"}
     assert _rows(index) == ROWS
     assert [(name, *numbers) for name, numbers in index.rows(1, 3)] == ROWS[1:3]
     assert os.listdir(tmp_path) == ["a.index"]
@@ -46,7 +46,7 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
 def test_names_of_any_length_are_read_in_order(lengths: list[int], short: int) -> None:
     """Longer than one read, or many in one."""
     names = ["x" * length for length in lengths] + [f"{i}.jpg" for i in range(short)]
-    with IndexWriter("") as writer:
+    with RowTableWriter("") as writer:
         for name in names:
             writer.add(name)
         index = writer.finish({})
@@ -63,7 +63,7 @@ def test_numbers_beyond_the_end_are_refused(tmp_path: Path) -> None:
 
 
 def test_failed_writing_leaves_nothing(tmp_path: Path) -> None:
-    with IndexWriter("Q", str(tmp_path / "a.index")) as writer, pytest.raises(struct.error):
+    with RowTableWriter("Q", str(tmp_path / "a.index")) as writer, pytest.raises(struct.error):
         writer.add("a", -1)
     assert os.listdir(tmp_path) == []
 
@@ -72,7 +72,7 @@ def test_temporary_index_goes_with_its_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with IndexWriter("") as writer:
+    with RowTableWriter("") as writer:
         writer.add("a")
         index = writer.finish({})
     assert len(os.listdir(tmp_path)) == 1
@@ -89,8 +89,8 @@ def test_temporary_index_goes_with_its_object(
 
 def test_temporary_index_goes_with_its_process(tmp_path: Path) -> None:
     code = (
-        "from dinoscale.data.shards.row_table import IndexWriter\n"
-        "with IndexWriter('') as writer: index = writer.finish({})\n"
+        "from dinoscale.data.shards.row_table import RowTableWriter\n"
+        "with RowTableWriter('') as writer: index = writer.finish({})\n"
         "import os; print(len(os.listdir(os.environ['TMPDIR'])))"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -107,8 +107,8 @@ def test_every_wrong_byte_is_noticed(tmp_path: Path) -> None:
     names = slice(data.index(blob), data.index(blob) + len(blob))
     for place in (*range(names.start), *range(names.stop, len(data))):
         path.write_bytes(data[:place] + bytes([data[place] ^ 0x11]) + data[place + 1 :])
-        with pytest.raises(DamagedIndexError):
-            _rows(Index(str(path), "Qq"))
+        with pytest.raises(DamagedTableError):
+            _rows(RowTable(str(path), "Qq"))
 
 
 @pytest.mark.parametrize("size", [0, 10, 59, 60, 200, -1])
@@ -116,22 +116,22 @@ def test_cut_file_is_noticed(tmp_path: Path, size: int) -> None:
     path = tmp_path / "a.index"
     _write(path)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(DamagedIndexError, match=r"a\.index"):
-        Index(str(path), "Qq")
+    with pytest.raises(DamagedTableError, match=r"a\.index"):
+        RowTable(str(path), "Qq")
 
 
 def test_longer_file_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.index"
     _write(path)
     path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(DamagedIndexError):
-        Index(str(path), "Qq")
+    with pytest.raises(DamagedTableError):
+        RowTable(str(path), "Qq")
 
 
 def test_index_of_another_format_is_refused(tmp_path: Path) -> None:
     _write(tmp_path / "a.index")
-    with pytest.raises(DamagedIndexError, match="not an index of this kind"):
-        Index(str(tmp_path / "a.index"), "qQ")
+    with pytest.raises(DamagedTableError, match="not an index of this kind"):
+        RowTable(str(tmp_path / "a.index"), "qQ")
 
 
 def test_file_cut_after_opening_is_an_error_not_a_crash(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoscale.data.loader import _sharing
+from dinoscale.data.loader import _num_sharing_workers
 from dinoscale.data.shards.stream import Blocks
-from dinoscale.data.shards.stream_readers import LaneSampler
+from dinoscale.data.shards.stream_readers import StreamSampler
 
 
 def _sampler(
@@ -20,8 +20,8 @@ def _sampler(
     batch: int = 4,
     micro: int = 2,
     world: int = 1,
-) -> LaneSampler:
-    return LaneSampler(
+) -> StreamSampler:
+    return StreamSampler(
         Blocks(counts, block_size=block),
         quota=quota or sum(counts),
         lanes=lanes,
@@ -98,7 +98,7 @@ def test_ranks_workers_and_resuming_only_split_the_sequence(
     quota = max(sum(counts), batch)
     one = _sampler(counts, quota=quota, lanes=lanes, batch=batch)
     many = _sampler(counts, quota=quota, lanes=lanes, batch=batch, world=world)
-    workers = _sharing(lanes * accumulation, workers)
+    workers = _num_sharing_workers(lanes * accumulation, workers)
     owner: dict[tuple[int, int, int], int] = {}  # lane of rank 0 in an epoch -> its worker
     for number, step in enumerate(range(start, start + 6)):
         parts = [
@@ -143,6 +143,6 @@ def test_images_of_a_block_and_shards_are_shuffled() -> None:
 
 def test_workers_share_lanes_equally_and_as_many_as_can() -> None:
     for lanes, workers in itertools.product(range(1, 30), range(12)):
-        used = _sharing(lanes, workers)
+        used = _num_sharing_workers(lanes, workers)
         can = [count for count in range(1, workers + 1) if lanes % count == 0]
         assert used == max(can, default=0)

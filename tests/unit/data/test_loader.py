@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from dinoscale.data.augmentation.multi_crop import CropArrays, MultiCrop, eval_transform
 from dinoscale.data.decoding.decode import BadSampleError, Picture
-from dinoscale.data.loader import Batch, answered, eval_batches, train_batches
+from dinoscale.data.loader import Batch, eval_batches, map_in_workers, train_batches
 from dinoscale.data.order.sampler import StepSampler
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.mixture import MixedSource
@@ -254,7 +254,7 @@ def test_workers_that_wait_for_a_storage_end_with_the_iterator(
 ) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     items = _Waits()
-    answers = answered(items, range(9), num_workers=1, pin_memory=False)
+    answers = map_in_workers(items, range(9), num_workers=1, pin_memory=False)
     assert next(answers) == 0
     assert items.waits.wait(60)  # a worker that has not begun on it ends by itself
     (worker,) = multiprocessing.active_children()

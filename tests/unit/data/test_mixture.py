@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from dinoscale.data.sources.folder import FolderSource
-from dinoscale.data.sources.mixture import MixedSource, open_sources, source_sizes, stand_ins
+from dinoscale.data.sources.mixture import (
+    MixedSource,
+    open_sources,
+    replacement_candidates,
+    source_sizes,
+)
 from dinoscale.data.sources.synthetic import parse_synthetic
 from dinoscale.errors import DataError
 from tests.unit.data.conftest import jpeg
@@ -26,14 +31,14 @@ def test_parts_follow_one_another() -> None:
             source.path(index)
 
 
-def test_stand_ins_come_from_the_same_part() -> None:
+def test_replacements_come_from_the_same_part() -> None:
     source = open_sources(SPECS)
-    assert [stand_ins(source, index) for index in (0, 2, 3, 4, 7)] == [
+    assert [replacement_candidates(source, index) for index in (0, 2, 3, 4, 7)] == [
         *[range(3)] * 2,
         range(3, 4),
         *[range(4, 8)] * 2,
     ]
-    assert stand_ins(parse_synthetic(SPECS[0]), 1) == range(3)
+    assert replacement_candidates(parse_synthetic(SPECS[0]), 1) == range(3)
 
 
 def test_one_source_stays_itself(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dinoscale.data.augmentation.crop_params import (
     Params,
     draw_params,
 )
-from dinoscale.data.augmentation.reference_crops import plain_crop, resized_crop, turn_hue
+from dinoscale.data.augmentation.reference_crops import reference_crop, resized_crop, turn_hue
 from dinoscale.models._torchvision import ensure_torchvision
 from tests.unit.data.conftest import picture
 from tests.unit.data.test_crop_params import COLOR
@@ -96,12 +96,12 @@ CHANGES: list[dict[str, object]] = [
 @pytest.mark.parametrize("change", [{}, *CHANGES])
 def test_each_operation_equals_torchvision(change: dict[str, object]) -> None:
     record = params(**change)
-    _equal(plain_crop(picture(0), record, size=24), by_torchvision(picture(0), record, size=24))
+    _equal(reference_crop(picture(0), record, size=24), by_torchvision(picture(0), record, size=24))
 
 
 def test_each_operation_changes_the_crop() -> None:
     crops = [
-        plain_crop(picture(0), params(**change), size=24)
+        reference_crop(picture(0), params(**change), size=24)
         for change in [{}, *CHANGES]
         if change != {"blur_radius": 0.1}
     ]
@@ -121,4 +121,4 @@ def test_whole_chain_equals_torchvision(seed: int) -> None:
         color=COLOR,
         colored=True,
     )
-    _equal(plain_crop(image, record, size=24), by_torchvision(image, record, size=24))
+    _equal(reference_crop(image, record, size=24), by_torchvision(image, record, size=24))

@@ -178,7 +178,7 @@ def test_sources_of_equal_size_have_other_orders() -> None:
     assert ids[ids < 50].tolist() != (ids[ids >= 50] - 50).tolist()
 
 
-def test_steps_can_be_asked_for_in_any_order() -> None:
+def test_steps_can_be_requested_in_any_order() -> None:
     forward = [_sampler().step(step).ids.tolist() for step in range(12)]
     sampler = _sampler()
     assert [sampler.step(step).ids.tolist() for step in reversed(range(12))] == forward[::-1]
@@ -214,7 +214,7 @@ def test_order_is_what_earlier_versions_drew() -> None:
         ({"seed": -1}, "seed >= 0"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(kwargs: dict[str, int], message: str) -> None:
+def test_inconsistent_numbers_are_refused(kwargs: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _sampler(**kwargs)
 

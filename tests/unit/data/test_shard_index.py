@@ -22,10 +22,10 @@ from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.shards.shard_index import (
     Part,
     Shard,
-    _in_order,
+    _in_shard_order,
     _make_part,
     _scan,
-    _state,
+    _shard_state,
     make_parts,
     open_shard_index,
     parts_of,
@@ -147,7 +147,7 @@ def test_only_a_few_scanned_shards_wait_in_memory() -> None:
             yield Shard(str(number), 0, 0)
 
     with ThreadPoolExecutor(8) as pool:
-        results = _in_order(lambda shard: (shard, []), shards(), pool)
+        results = _in_shard_order(lambda shard: (shard, []), shards(), pool)
         assert [next(results)[0].path for _ in range(100)] == [str(i) for i in range(100)]
         assert len(taken) < 150
 
@@ -165,7 +165,7 @@ def test_many_shards_are_indexed_in_parts_by_processes(cache: Path, tmp_path: Pa
     assert len(list(cache.iterdir())) == 2  # the index and its lock
 
 
-def test_reading_shards_gives_signs_of_life(
+def test_reading_shards_calls_alive(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slowly(shard: Shard) -> object:
@@ -173,10 +173,10 @@ def test_reading_shards_gives_signs_of_life(
         return _scan(shard)
 
     monkeypatch.setattr("dinoscale.data.shards.shard_index._scan", slowly)
-    monkeypatch.setattr("dinoscale.data.shards.shard_index._LOOK_S", 0.01)
+    monkeypatch.setattr("dinoscale.data.shards.shard_index._POLL_S", 0.01)
     path, signs = str(cache / "x.index"), []
     cache.mkdir(parents=True)
-    parts = parts_of(path, list(map(_state, _many(tmp_path))), ())
+    parts = parts_of(path, list(map(_shard_state, _many(tmp_path))), ())
     make_parts(parts, path, lambda: signs.append(1), num_processes=1, before=None)
     assert 10 < len(signs) <= 43  # not one a part, and none without a shard or part
 
@@ -202,7 +202,7 @@ def test_index_that_another_process_makes_meanwhile_leaves_no_parts(
     assert len(list(cache.iterdir())) == 2  # the index and its lock
 
 
-def test_parts_of_an_interrupted_start_are_taken_up_again(
+def test_parts_of_an_interrupted_start_are_used_again(
     cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     paths = _many(tmp_path)
@@ -222,7 +222,9 @@ def test_parts_of_an_interrupted_start_are_taken_up_again(
 
 
 def test_a_part_that_another_process_makes_is_left_to_it(cache: Path, tmp_path: Path) -> None:
-    first, second, _ = parts_of(str(cache / "x.index"), list(map(_state, _many(tmp_path))), ())
+    first, second, _ = parts_of(
+        str(cache / "x.index"), list(map(_shard_state, _many(tmp_path))), ()
+    )
     cache.mkdir(parents=True)
     with open(f"{first.path}.lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -230,7 +232,7 @@ def test_a_part_that_another_process_makes_is_left_to_it(cache: Path, tmp_path: 
     assert _make_part(first)
 
 
-def test_waiting_for_a_lock_gives_signs_of_life(tmp_path: Path) -> None:
+def test_waiting_for_a_lock_calls_alive(tmp_path: Path) -> None:
     path, signs = str(tmp_path / "index"), []
     with open(f"{path}.lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -290,9 +292,7 @@ def test_damaged_index_is_made_anew(
     assert not caplog.records
 
 
-def test_index_of_other_shards_is_not_believed(
-    cache: Path, shards: list[str], tmp_path: Path
-) -> None:
+def test_index_of_other_shards_is_not_used(cache: Path, shards: list[str], tmp_path: Path) -> None:
     expected = _read(TarSource(shards, Bytes()))
     ours = _index_file(cache)
     other = [str(write_tar(tmp_path / f"o{i}.tar", {"x.jpg": b"other"})) for i in range(3)]
@@ -407,7 +407,7 @@ def test_file_system_without_locks_is_no_obstacle(
     _index_file(cache)
 
 
-def test_cache_that_cannot_be_written_is_done_without(
+def test_without_a_writable_cache_the_index_is_temporary(
     shards: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -72,14 +72,14 @@ def test_other_files_of_a_sample_lie_beside_its_image(tmp_path: Path) -> None:
     )
     second = write_tar(tmp_path / "2.tar", {"k.mask.png": b"of the second k", "k.jpg": jpeg(2)})
     source = TarSource([str(first), str(second)])
-    found = [source.beside(index, "mask.png") for index in range(3)]
+    found = [source.sample_file(index, "mask.png") for index in range(3)]
     assert found == [b"of k", None, b"of the second k"]
     second.unlink()
-    assert source.beside(0, "mask.png") == b"of k"
+    assert source.sample_file(0, "mask.png") == b"of k"
     fresh = TarSource([str(first)])
     first.write_bytes(first.read_bytes() + bytes(512))
     with pytest.raises(BadSampleError, match=r"k\.mask\.png: .* changed since"):
-        fresh.beside(0, "mask.png")
+        fresh.sample_file(0, "mask.png")
 
 
 def test_repeated_key_is_another_sample(tmp_path: Path) -> None:

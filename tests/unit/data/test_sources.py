@@ -83,7 +83,7 @@ def test_folder_of_shards_may_hold_a_class_list(
     assert "2 .tar shards: reading those" in caplog.text
 
 
-def test_shards_among_images_are_ignored_aloud(
+def test_shards_among_images_are_ignored_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = _shards(tmp_path / "d", 2)

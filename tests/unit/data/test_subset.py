@@ -56,7 +56,7 @@ def _numbers(size: int, images: int) -> list[int]:
 
 @settings(max_examples=30, deadline=None)
 @given(size=st.integers(1, 60), data=st.data())
-def test_a_smaller_choice_lies_in_a_larger_one(size: int, data: st.DataObject) -> None:
+def test_a_smaller_choice_is_a_subset_of_a_larger_one(size: int, data: st.DataObject) -> None:
     more = data.draw(st.integers(1, size))
     fewer = data.draw(st.integers(1, more))
     larger, smaller = _numbers(size, more), _numbers(size, fewer)

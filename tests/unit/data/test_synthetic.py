@@ -21,8 +21,8 @@ def test_spec_gives_every_field() -> None:
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("synthetic:faces", "one synthetic set is 'synthetic:shapes'"),
-        ("shapes?images=3", "one synthetic set is 'synthetic:shapes'"),
+        ("synthetic:faces", "the only synthetic set is 'synthetic:shapes'"),
+        ("shapes?images=3", "the only synthetic set is 'synthetic:shapes'"),
         ("synthetic:shapes?image=3", "unknown key 'image', choose from images, size, seed, split"),
         ("synthetic:shapes?images=many", "images='many' is not a whole number"),
         ("synthetic:shapes?size=", "size='' is not a whole number"),

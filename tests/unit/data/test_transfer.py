@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinoscale.data.transfer import Staged, to_device
+from dinoscale.data.transfer import StagingBuffers, to_device
 
 
 class _Copies(TorchDispatchMode):
@@ -24,7 +24,7 @@ class _Copies(TorchDispatchMode):
 
 
 def test_large_tensors_are_cast_by_the_host_and_sent_by_one_copy_that_nobody_waits_for() -> None:
-    staged = Staged()
+    staged = StagingBuffers()
     averages = [torch.rand(64), torch.rand(8)]
     targets = [
         torch.empty(64, dtype=torch.bfloat16, device="meta"),
@@ -41,7 +41,7 @@ def test_large_tensors_are_cast_by_the_host_and_sent_by_one_copy_that_nobody_wai
 
 
 def test_on_one_device_nothing_is_staged() -> None:
-    staged, target = Staged(), torch.zeros(4, dtype=torch.bfloat16)
+    staged, target = StagingBuffers(), torch.zeros(4, dtype=torch.bfloat16)
     staged.copy([target], [torch.ones(4)])
     assert torch.equal(target, torch.ones(4, dtype=torch.bfloat16))
     assert staged._pinned == []

@@ -162,7 +162,7 @@ def test_a_folder_without_videos_is_refused(tmp_path: Path) -> None:
     [
         (_png(np.zeros((5, 5)), indexed=True), "the mask has 5 x 5 pixels, its frame 8 x 6"),
         (b"\x89PNG\r\n\x1a\n damaged", "not a readable PNG mask"),
-        (_png(np.zeros((*SIZE, 3)), indexed=False), "one number a pixel.*RGB"),
+        (_png(np.zeros((*SIZE, 3)), indexed=False), "one number per pixel.*RGB"),
         (_jpg(), "not a readable PNG mask"),
     ],
 )

@@ -348,7 +348,9 @@ def test_tar_of_class_tars_is_read_in_place(tmp_path: Path) -> None:
     assert _names(tmp_path / "out")[0] == "ILSVRC2012_img_train.tar::n02.tar::n02_0.JPEG"
 
 
-def test_what_a_source_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_source_leaves_out_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     inner = {"n01.tar": _tar({"a.jpg": jpeg(0)}), "loose.jpg": jpeg(1)}
     assert _build(write_tar(tmp_path / "t.tar", inner), tmp_path / "one")["samples"] == 1
     assert "left out 1 files that lie beside its tars, e.g. loose.jpg" in caplog.text

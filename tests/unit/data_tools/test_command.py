@@ -11,7 +11,7 @@ _README = Path(__file__).resolve().parents[3] / "data_tools" / "README.md"
 
 
 def _command_lines() -> list[str]:
-    (block,) = re.findall(r"```bash\n(.*?)```", _README.read_text(), re.DOTALL)
+    block, *_ = re.findall(r"```bash\n(.*?)```", _README.read_text(), re.DOTALL)  # of the tools
     return [line.removeprefix("dinoscale ") for line in block.splitlines()]
 
 
@@ -30,7 +30,7 @@ def test_readme_shows_every_tool() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["build-shards", "SRC", "OUT", "--shard-bytes", "much"], "is no size"),
+        (["build-shards", "SRC", "OUT", "--shard-bytes", "much"], "is not a size"),
         (["build-shards", "SRC", "OUT", "--workers", "0"], "--workers"),
         (["build-shards", "NOWHERE", "OUT"], "does not exist"),
         (["index", "SRC", "--workers", "0"], "--workers"),

@@ -181,7 +181,7 @@ def test_sorted_pieces_tell_the_hashes_apart(number: int, radius: int) -> None:
     assert 2 ** (64 // (radius + pieces) * pieces) >= number
 
 
-def test_hash_of_photographs_outlives_saving_anew_at_half_the_size(image_sets: Path) -> None:
+def test_hash_of_photographs_survives_saving_at_half_the_size(image_sets: Path) -> None:
     photographs = open_source(str(image_sets / "imagenette224" / "val-000.tar"))
     hashes, distances = [], []
     for i in range(0, 500, 5):
@@ -208,7 +208,9 @@ def test_settings_out_of_range_are_refused(planted: Path, near: Near) -> None:
         deduplicate(str(planted), near, out=None, keep_list=None, workers=1)
 
 
-def test_features_find_what_a_backbone_sees_as_alike(planted: Path, tmp_path: Path) -> None:
+def test_features_find_pictures_that_are_similar_to_a_backbone(
+    planted: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     sizes = {"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 2}
     shape = BackboneShape("vit_tiny_patch16_224", img_size=32, **sizes)

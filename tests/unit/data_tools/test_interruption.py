@@ -59,7 +59,7 @@ def test_a_copied_set_is_found_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stops_at", range(0, 30, 3))
-def test_interrupted_writing_goes_on_to_the_same_bytes(tmp_path: Path, stops_at: int) -> None:
+def test_interrupted_writing_resumes_to_the_same_bytes(tmp_path: Path, stops_at: int) -> None:
     whole = _Numbers()
     _write(tmp_path / "whole", whole)
     out = tmp_path / "out"
@@ -136,7 +136,7 @@ def _count(counter: Path, piece: int) -> dict[str, Any]:
     return {"piece": piece}
 
 
-def test_survey_goes_on_after_the_last_finished_block(tmp_path: Path) -> None:
+def test_survey_resumes_after_the_last_finished_block(tmp_path: Path) -> None:
     counter, out = tmp_path / "counter", tmp_path / "out.jsonl"
 
     def run(work: str) -> list[dict[str, Any]]:

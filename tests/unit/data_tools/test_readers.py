@@ -69,7 +69,7 @@ def test_damage_is_found_by_checksum_decoding_and_count(shards: Path, tmp_path: 
 
 @pytest.mark.usefixtures("shards")
 @pytest.mark.parametrize("of", ["images", "shards"])
-def test_what_cannot_be_read_is_neither_bad_nor_whole(
+def test_what_cannot_be_read_is_neither_bad_nor_intact(
     tmp_path: Path, storage: Storage, of: str
 ) -> None:
     """The same command reads it again, and only that."""
@@ -125,7 +125,7 @@ def test_what_was_read_of_files_that_changed_is_read_again(
     file.write_bytes(other.ljust(status.st_size, b"\0"))
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert mean() != before
-    assert "s.json.state is of other work (input.images.times): starting anew" in caplog.text
+    assert "s.json.state is of other work (input.images.times): starting over" in caplog.text
 
 
 def test_odd_images_give_the_counts_of_their_manifest(image_sets: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_folder_is_inspected_by_the_names_of_its_classes(
     assert found["classes"]["images_of"] == {"class 0": 3, "class 1": 3, "class 2": 2}
 
 
-def test_drawn_set_is_written_with_classes_and_masks(tmp_path: Path) -> None:
+def test_synthetic_set_is_written_with_classes_and_masks(tmp_path: Path) -> None:
     for workers in (1, 2):
         out = tmp_path / str(workers)
         summary = synthetic(

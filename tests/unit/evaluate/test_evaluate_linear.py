@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dinoscale.data.augmentation.labelled_crops import stream_sampler
+from dinoscale.data.augmentation.labelled_crops import endless_sampler
 from dinoscale.errors import ConfigError, DataError, NonFiniteError
 from dinoscale.evaluate.classification.inputs import (
     Reading,
@@ -156,7 +156,7 @@ def test_without_augmentation_features_of_whole_images_are_trained_on(colors: Co
     features, labels = outputs_of_train(tokens, subject, reading, taken=None)
     tests, test_labels = outputs_of_test(tokens, subject, reading, taken=None)
     plan = short.plan(subject.backbone, images=48)
-    sampler = stream_sampler(48, batch_size=8, steps=6, seed=5)
+    sampler = endless_sampler(48, batch_size=8, steps=6, seed=5)
     accuracies = []
     for kind in plan.kinds:
         x, y = (kind.take(rows, stored=2, token_dim=32) for rows in (features, tests))
