@@ -41,7 +41,7 @@ def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: fl
         ValueError: the shapes disagree, or there is no pair of distinct views.
     """
     _require_pairs(student_logits.shape, teacher_probs.shape)
-    loss: Tensor = _OfLogits.apply(student_logits, teacher_probs, student_temp)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LossOfLogits.apply(student_logits, teacher_probs, student_temp)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -75,7 +75,7 @@ def dino_loss_of_prototypes(
         raise ValueError(f"need whole crops of {num_images} images, got {len(x)} rows")
     _require_pairs((len(x) // num_images, num_images, len(weight_v)), teacher_probs.shape)
     with torch.autocast(x.device.type, enabled=False):
-        loss: Tensor = _OfPrototypes.apply(x, weight_v, weight_g, teacher_probs, student_temp)  # type: ignore[no-untyped-call]
+        loss: Tensor = _LossOfPrototypes.apply(x, weight_v, weight_g, teacher_probs, student_temp)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -84,7 +84,7 @@ def _require_pairs(z_shape: tuple[int, ...], p_shape: tuple[int, ...]) -> None:
         raise ValueError(f"need (S,B,K), (T,B,K), 2 <= T <= S; got {[*z_shape]}, {[*p_shape]}")
 
 
-class _OfLogits(torch.autograd.Function):
+class _LossOfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, probs: Tensor, temp: float) -> Tensor:
         ctx.save_for_backward(logits, probs)
@@ -114,11 +114,11 @@ def _loss_of_logits(
         log_q = torch.log_softmax(logits[:, images].to(dtype) / temp, dim=-1)
         some = probs[:, images].to(dtype)
         out = None if gradient is None else gradient[:, images]
-        loss += _loss_and_slope(log_q, some, mass=some.sum(-1), slope=out, by=num_pairs * temp)
+        loss += _loss_and_gradient(log_q, some, mass=some.sum(-1), slope=out, by=num_pairs * temp)
     return loss / num_pairs
 
 
-class _OfPrototypes(torch.autograd.Function):
+class _LossOfPrototypes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         ctx.inputs = inputs  # not saved: autograd would keep prototypes that ZeRO-3 has gathered
@@ -166,7 +166,7 @@ def _loss_of_prototypes(
         z = (rows @ some.w.T).sub_(peak).sub_(log_sum)
         log_q = z.unflatten(0, (num_crops, num_images))
         slope, targets = log_q if needed else None, probs[..., part].to(dtype)
-        loss += _loss_and_slope(log_q, targets, mass=mass, slope=slope, by=num_pairs)
+        loss += _loss_and_gradient(log_q, targets, mass=mass, slope=slope, by=num_pairs)
         if needed:
             d_rows.addmm_(z, some.w)
             d_v[part], along = _through_weight_norm(z.T @ rows, some)
@@ -220,7 +220,7 @@ def _through_weight_norm(d_w: Tensor, some: _Prototypes) -> tuple[Tensor, Tensor
     return d_w.addcmul_(some.v, d_g / some.length, value=-1).mul_(some.scale), d_g
 
 
-def _loss_and_slope(
+def _loss_and_gradient(
     log_q: Tensor, probs: Tensor, *, mass: Tensor, slope: Tensor | None, by: float
 ) -> Tensor:
     """The loss of some images and prototypes summed over pairs, and its slope by the logits z.

@@ -113,7 +113,7 @@ class Block(nn.Module):
         """
         run = _run
         if compiled:
-            run = _compiled_for_some if isinstance(keep, tuple) else _compiled
+            run = _compiled_subsets if isinstance(keep, tuple) else _compiled
         return run(self, tokens, layout, keep, recompute)
 
     def add_branches(self, tokens: Tensor, layout: Layout, keep: Keep) -> Tensor:
@@ -153,7 +153,7 @@ def _run(
     return recomputed(recompute, block.add_branches, tokens, layout, keep)
 
 
-def _run_for_some(
+def _run_subsets(
     block: Block, tokens: Tensor, layout: Layout, keep: Keep, recompute: Recompute | None
 ) -> Tensor:
     return _run(block, tokens, layout, keep, recompute)
@@ -161,4 +161,4 @@ def _run_for_some(
 
 _compiled = Compiled(_run, name="transformer blocks", dynamic=False)
 # The sizes of subsets change from block to block: from the third on the compiler sees variables.
-_compiled_for_some = Compiled(_run_for_some, name="transformer blocks", dynamic=None)
+_compiled_subsets = Compiled(_run_subsets, name="transformer blocks", dynamic=None)

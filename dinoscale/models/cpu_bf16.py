@@ -33,7 +33,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def widen(module: nn.Module) -> None:
+def upcast_linear(module: nn.Module) -> None:
     """Make every `nn.Linear` inside a `Linear`; parameters and their names stay as they are."""
     for child in module.modules():
         if type(child) is nn.Linear:
@@ -42,7 +42,7 @@ def widen(module: nn.Module) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, fast in bfloat16 on every CPU."""
-    if _widens(x):
+    if _upcasts(x):
         result: Tensor = _linear(x, weight, bias)
         return result
     return F.linear(x, weight, bias)
@@ -50,13 +50,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`F.scaled_dot_product_attention`, whose backward is fast in bfloat16 on every CPU."""
-    if _widens(q):
+    if _upcasts(q):
         result: Tensor = _attention(q, k, v)[0]
         return result
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _widens(x: Tensor) -> bool:
+def _upcasts(x: Tensor) -> bool:
     return LACKS_BFLOAT16 and x.dtype is torch.bfloat16 and x.device.type == "cpu"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dinoscale.models.activation_checkpointing import Recompute
 from dinoscale.models.block import Block, Keep, Layout
-from dinoscale.models.cpu_bf16 import linear, widen
+from dinoscale.models.cpu_bf16 import linear, upcast_linear
 from dinoscale.models.stochastic_depth import kept_subsets, per_token
 
 
@@ -143,7 +143,7 @@ class VisionTransformer(nn.Module):
         self.norm_pre = source.norm_pre
         self.blocks = nn.ModuleList(Block(block) for block in source.blocks)
         self.norm = source.norm
-        widen(self.blocks)
+        upcast_linear(self.blocks)
         # Slots of pos_embed before the patches: all special tokens, or none (DINOv2 registers).
         self._num_prefix = 1 + (0 if self.reg_token is None else self.reg_token.shape[1])
         self._prefix_slots = 0 if source.no_embed_class else self._num_prefix

@@ -16,7 +16,7 @@ from dinoscale.data.loader import Batch, train_batches
 from dinoscale.data.sources.mixture import open_sources
 from dinoscale.data.sources.source import Source, StoredSource
 from dinoscale.data.transfer import to_device
-from dinoscale.engine.drop_path import depth_uniforms
+from dinoscale.engine.drop_path import drop_path_uniforms
 from dinoscale.engine.step import MicroBatch
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import normalize_images
@@ -145,7 +145,7 @@ class Feed:
         if not model.drop_path_rate:
             return None
         slot = micro_batch * plan.world_size + self._process.rank
-        uniforms = depth_uniforms(
+        uniforms = drop_path_uniforms(
             seed=self._config.seed,
             step=step,
             first_image=slot * plan.micro_batch_size,

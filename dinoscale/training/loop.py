@@ -55,7 +55,7 @@ from dinoscale.training.resume import find_checkpoint, restore
 log = logging.getLogger(__name__)
 
 
-class _Taken(NamedTuple):
+class _LaunchedStep(NamedTuple):
     """A step that was launched; its result may still be on its way."""
 
     now: StepValues
@@ -100,7 +100,7 @@ class Run:
         self.run_dir = Path(config.run_dir)
         self.progress = _progress_of(checkpoint)
         self.resumed_at = None if checkpoint is None else checkpoint.step
-        self.unproven = checkpoint is not None
+        self.first_loss_unchecked = checkpoint is not None
         self.saver = Saver(self.run_dir, _keep(config, plan))
         self.saved: SaveResult | None = None  # the last one that ended
         self.saved_step = self.resumed_at  # of the last one begun
@@ -127,7 +127,7 @@ class Run:
             ranks_here=process.local_world_size,
             on_cpu=process.device.type == "cpu",
         )
-        self.beside_bar = ""  # of the last log line
+        self.bar_suffix = ""  # of the last log line
         self.last: dict[str, float] = {}
 
     def _open_metrics(self, *, active: bool) -> Metrics:
@@ -149,7 +149,7 @@ class Run:
         """
         # Log lines above the bar, not in it; other ranks have none, and show only warnings.
         bar = logging_redirect_tqdm() if self.process.rank == 0 else nullcontext()
-        with bar, self._saving_what_was_begun():
+        with bar, self._finishing_saves():
             if self.resumed_at is None:
                 self._probe()
             else:
@@ -165,7 +165,7 @@ class Run:
         return {**done, **self.last, "left_out": left_out}
 
     @contextmanager
-    def _saving_what_was_begun(self) -> Iterator[None]:
+    def _finishing_saves(self) -> Iterator[None]:
         """Whatever ends the run inside, wait for a checkpoint that is being written.
 
         The threads of the other ranks write on while those wait for this one. Not for a rank that
@@ -185,7 +185,7 @@ class Run:
         watch = Stopwatch()
         self.data_wait.restarted()
         steps = self.feed.steps(self.progress.step, offset=self.progress.data_offset)
-        taken: deque[_Taken] = deque()
+        taken: deque[_LaunchedStep] = deque()
         for step in range(self.progress.step, self.plan.stop_step):
             self.watchdog.moved(f"waiting for the images of step {step + 1}")
             begin = time.perf_counter()
@@ -210,8 +210,8 @@ class Run:
             )
             self.steps_taken += 1
             watch.step_done(self.plan.batch_size)
-            taken.append(_Taken(now, result, batches))
-            at_once = self.unproven or any(self._due(step + 1))
+            taken.append(_LaunchedStep(now, result, batches))
+            at_once = self.first_loss_unchecked or any(self._due(step + 1))
             while len(taken) > (0 if at_once or self.stopping else 1):
                 step_taken = taken.popleft()
                 if not self._count(step_taken.result, step_taken.batches):
@@ -229,9 +229,9 @@ class Run:
         """
         progress, limits = self.progress, self.config.train
         if result.skipped is None:
-            if self.unproven:  # the first step after a resume
+            if self.first_loss_unchecked:  # the first step after a resume
                 progress.require_near(result.loss)
-            self.unproven = False
+            self.first_loss_unchecked = False
             progress.applied(result.loss)
             return True
         progress.skipped()
@@ -297,7 +297,7 @@ class Run:
             if due.log:
                 self._record(done, now, result, reading, watch)
             self._look_for_collapse(done, reading)
-        self.metrics.advance(f"loss {result.loss:.3f}{self.beside_bar}")
+        self.metrics.advance(f"loss {result.loss:.3f}{self.bar_suffix}")
         self._report(self.saver.finished())
         if due.save:
             # Before k-NN, which takes minutes in which a job may end.
@@ -377,7 +377,7 @@ class Run:
 
     def _rates(self, done: int, rates: dict[str, float]) -> dict[str, float]:
         """Show, and warn of, the longest wait for data of any rank."""
-        self.beside_bar = f", data wait {rates['data_wait']:.0%}"
+        self.bar_suffix = f", data wait {rates['data_wait']:.0%}"
         warning = self.data_wait.observe(rates["data_wait"])
         if warning is not None and self.process.rank == 0:
             log.warning("step %d: %s", done, warning)

@@ -23,11 +23,11 @@ from dinoscale.config.resolve import (
     with_micro_batch,
     without_auto,
 )
-from dinoscale.convert.initial_weights import starting_weights
+from dinoscale.convert.initial_weights import read_initial_weights
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.mixture import source_sizes
 from dinoscale.data.sources.source import Source, StoredSource, open_source
-from dinoscale.engine.build import Start, build_pair
+from dinoscale.engine.build import InitialWeights, build_pair
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError, DataError
@@ -159,7 +159,7 @@ def _build(
         log.warning("steps were logged in %s, but there is no checkpoint: beginning anew", run_dir)
     start = None
     if checkpoint is None and config.train.init_from is not None:
-        start = on_first_rank(partial(starting_weights, config), watchdog.goes_on)
+        start = on_first_rank(partial(read_initial_weights, config), watchdog.goes_on)
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)
@@ -184,7 +184,7 @@ def _build(
 def _networks(
     config: RunConfig,
     plan: RunPlan,
-    start: Start | None,
+    init_from: InitialWeights | None,
     checkpoint: Checkpoint | None,
     goes_on: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:

@@ -81,7 +81,7 @@ def _gradients(stage: int) -> list[Gradients]:
         (held.name, held.start, gradient.flatten().clone())
         for held, gradient in zip(student._held, student._gradients(), strict=True)
     ]
-    student.step(spoilt=torch.tensor(False))
+    student.step(non_finite=torch.tensor(False))
     alone, exact = (
         _alone(config, distributed.gather_objects(batches), dtype)
         for dtype in (torch.float32, torch.float64)

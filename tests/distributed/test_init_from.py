@@ -26,14 +26,14 @@ def teacher_features(configs: list[dict[str, Any]]) -> list[Any]:
     The same for each of `configs`: whether the student agrees, whether this rank read the file,
     whether it drew a number, and whether a trial, whose values do not matter, holds zeros.
     """
-    from dinoscale.convert.initial_weights import starting_weights
+    from dinoscale.convert.initial_weights import read_initial_weights
     from dinoscale.engine.build import build_pair
     from dinoscale.runtime import distributed
 
     found = []
     for changes in configs:
         config = tiny_config(**changes)
-        start = distributed.together(lambda c=config: starting_weights(c))  # type: ignore[misc]
+        start = distributed.together(lambda c=config: read_initial_weights(c))  # type: ignore[misc]
         torch.rand(1)  # the build before left the state that this one would leave
         state = torch.get_rng_state()
         student, teacher = build_pair(config, tiny_plan(config), start)

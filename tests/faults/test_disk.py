@@ -29,7 +29,7 @@ from tests.faults.lives import (
     steps_logged,
     write_config,
 )
-from tests.unit.checkpoint.test_sums import DAMAGES
+from tests.unit.checkpoint.test_checksums import DAMAGES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -41,7 +41,7 @@ _PICTURE = 256  # pixels; says how crops could lie in a picture, of which no siz
 
 def main() -> None:
     """Try, and leave at once: waiting for other ranks at exit could hang."""
-    _offer_to_die()
+    _raise_oom_score()
     code = 0
     try:
         order = json.loads(sys.stdin.buffer.readline())
@@ -58,7 +58,7 @@ def main() -> None:
     os._exit(code)
 
 
-def _offer_to_die() -> None:
+def _raise_oom_score() -> None:
     """If memory runs out, the kernel is to choose this process of all."""
     with contextlib.suppress(OSError):  # it is only a wish
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -56,5 +56,5 @@ class _Event:
 def test_device_that_is_at_a_step_is_not_idle() -> None:
     result = StepMetrics(torch.zeros(3), torch.zeros(3), torch.zeros(1, 2))
     assert result.idle_s() == math.inf  # a CPU computes what it asks for
-    result._arrived = _Event(done=False)  # type: ignore[assignment]  # there is no GPU here
+    result._copied = _Event(done=False)  # type: ignore[assignment]  # there is no GPU here
     assert result.idle_s() == 0

@@ -24,7 +24,7 @@ CROPS = [(6, 32), (8, 16)]
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Count graphs from zero; a compiler that failed in one test is tried again in the next."""
-    for name in ("_compiled", "_compiled_for_some"):
+    for name in ("_compiled", "_compiled_subsets"):
         known = getattr(block, name)
         fresh = Compiled(known._function, name=known._name, dynamic=known._dynamic)
         monkeypatch.setattr(block, name, fresh)

@@ -1,4 +1,4 @@
-"""bfloat16 layers that widen for the product give what bfloat16 layers give."""
+"""bfloat16 layers that upcast_linear for the product give what bfloat16 layers give."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def test_only_bfloat16_on_a_cpu_that_lacks_it_is_widened(monkeypatch: pytest.Mon
 def test_widening_a_network_keeps_its_names_and_weights() -> None:
     network = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Sequential(nn.Linear(3, 2)))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    cpu_bf16.widen(network)
+    cpu_bf16.upcast_linear(network)
     assert [type(m) for m in network.modules() if isinstance(m, nn.Linear)] == [cpu_bf16.Linear] * 2
     after = network.state_dict()
     assert list(after) == list(before)
