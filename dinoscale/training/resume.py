@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinoscale.checkpoint.checksums import difference, first_difference, matches, read_sums
 from dinoscale.checkpoint.layout import EMA, MASTER, checkpoints, directory
-from dinoscale.checkpoint.load import Checkpoint, first_good, held_step, newest_first
+from dinoscale.checkpoint.load import Checkpoint, first_usable, held_step, newest_first
 from dinoscale.checkpoint.retention import clear_leftovers
 from dinoscale.checkpoint.save import shared_tensors
 from dinoscale.config import RunConfig
@@ -63,7 +63,7 @@ def find_checkpoint(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -
     """
     is_first = distributed.rank() == 0
     found = _of_first(lambda: _rightly_named(run_dir))
-    checkpoint, errors = first_good(found, lambda path: _open_together(path, goes_on))
+    checkpoint, errors = first_usable(found, lambda path: _open_together(path, goes_on))
     if is_first:
         for path, error in zip(found, errors, strict=False):
             _set_aside(path, error)

@@ -189,7 +189,7 @@ def _networks(
     goes_on: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:
     """Student and teacher as the run begins, or as it goes on; nothing is drawn for the latter."""
-    student, teacher = build_pair(config, plan, start, values=checkpoint is None)
+    student, teacher = build_pair(config, plan, init_from, values=checkpoint is None)
     if checkpoint is not None:
         restore(checkpoint, student, teacher, goes_on)
     return student, teacher

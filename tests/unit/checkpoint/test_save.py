@@ -73,7 +73,7 @@ def test_waiting_gives_signs_while_the_library_writes_a_large_file(
         return "0" * 64
 
     monkeypatch.setattr("dinoscale.checkpoint.save.flushed_sum", sums)
-    monkeypatch.setattr("dinoscale.checkpoint.save._LOOK_S", 0.002)
+    monkeypatch.setattr("dinoscale.checkpoint.save._POLL_S", 0.002)
     saver = Saver(tmp_path, Keep(last=1))
     saver._own_files = Future()
     large = {str(number): torch.zeros(1 << 22) for number in range(8)}  # 128 MB
@@ -122,7 +122,7 @@ def test_waiting_gives_signs_while_a_file_grows_and_is_read_and_none_while_it_st
 
     monkeypatch.setattr("dinoscale.checkpoint.save.write_tensors", slowly)
     monkeypatch.setattr("dinoscale.checkpoint.save.flushed_sum", summed)
-    monkeypatch.setattr("dinoscale.checkpoint.save._LOOK_S", 0.01)
+    monkeypatch.setattr("dinoscale.checkpoint.save._POLL_S", 0.01)
     saver = Saver(tmp_path, Keep(last=1))
     saver._own_files = Future()
     snapshot = _Snapshot(1, 0, {"shard_00000.safetensors": {}}, {}, {})
