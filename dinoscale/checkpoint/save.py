@@ -147,7 +147,7 @@ class Saver:
         return not all(work is None or work.done() for work in works)
 
     def wait_for_own_files(self, goes_on: Callable[[], None]) -> None:
-        """Wait until this rank has written its files of the current save; `goes_on` as in `wait`."""
+        """Wait until this rank's files of the current save are written; `goes_on` as in `wait`."""
         if self._own_files is not None:
             self._wait_for(self._own_files, goes_on)
 
@@ -294,7 +294,7 @@ def _key(number: int) -> str:
 
 
 def shared_tensors(student: Student, teacher: Teacher) -> dict[str, Tensor]:
-    """The tensors that are equal on all ranks and saved by one: center and buffers, by file name."""
+    """Tensors that are equal on all ranks and saved by one, by name: center and buffers."""
     tensors = {"center": teacher.center}
     for owner, buffers in (("student", student.buffers()), ("teacher", teacher.buffers())):
         tensors |= {f"{owner}/{name}": value for name, value in buffers.items()}

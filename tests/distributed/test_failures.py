@@ -243,7 +243,7 @@ def wait_for_a_verdict_where_another_does_not(failing: int) -> str:
     return ""
 
 
-def probe_that_fails(failing: int) -> tuple[bool, int]:
+def knn_that_fails(failing: int) -> tuple[bool, int]:
     """On every rank: one is out of memory amid k-NN, one was asked to stop; whether all stop."""
     from dinoscale.errors import PreemptedError
     from dinoscale.runtime import distributed
@@ -257,8 +257,8 @@ def probe_that_fails(failing: int) -> tuple[bool, int]:
     run: Any = Run.__new__(Run)
     run.progress, run.process, run.stopping = Progress(step=7), Process(1, 2, 1, 2), False
     run.watchdog, run.teacher, run.events = MagicMock(), MagicMock(), MagicMock()
-    run.probe, run.stop = MagicMock(measure=measure), MagicMock(asked=not amiss)
-    run._probe()
+    run.online_knn, run.stop = MagicMock(measure=measure), MagicMock(asked=not amiss)
+    run._measure_knn()
     return run.stopping, run.events.write.call_count
 
 
@@ -268,7 +268,7 @@ def fail_in_all_ways(failing: int) -> dict[str, Any]:
         "begun": save_after_a_lost_contact(failing),
         "gather": gather_what_does_not_fit(failing),
         "elsewhere": wait_for_a_verdict_where_another_does_not(failing),
-        "probe": probe_that_fails(failing),
+        "knn": knn_that_fails(failing),
     }
 
 
@@ -280,7 +280,7 @@ def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None
     assert [told["gather"] for told in of_rank] == [f"RunFailedError: rank 1: {said}", said]
     elsewhere = "RunFailedError: ranks are no longer at the same place: rank 1 sent tuple"
     assert [told["elsewhere"] for told in of_rank] == [elsewhere, ""]
-    assert [told["probe"] for told in of_rank] == [(True, 1), (True, 1)]
+    assert [told["knn"] for told in of_rank] == [(True, 1), (True, 1)]
     begun = tuple(told["begun"] for told in of_rank)
     assert begun == (1, 1)
     assert first == [
@@ -384,7 +384,7 @@ def _open_own(folder: str) -> list[str]:
     [
         (("a.png", "b.png"), []),
         (("a.png",), ["data.train: rank 0 found 2 images and rank 1 1."]),
-        (("a.png", "c.png"), ["data.train: rank 0 found 2 images and rank 1 2, but others."]),
+        (("a.png", "c.png"), ["data.train: rank 0 found 2 images and rank 1 2 different ones."]),
     ],
 )
 def test_ranks_that_found_other_images_do_not_begin(

@@ -71,7 +71,7 @@ def test_disk_that_fills_up_stops_saves_and_not_steps(small_disk: Path) -> None:
     assert all("No space left on device" in event["reason"] for event in failed)
     assert "was not saved" in said
     assert codes == [1, 1]  # the end of the run is not on disk: that is said and is no success
-    assert "make room in" in said
+    assert "free some space in" in said
     assert "Traceback" not in said
     whole = checkpoints(run_dir)
     assert len(whole) >= 2
@@ -139,8 +139,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(
     said = life.said()
     assert str(directory(run_dir, LAST)) in said
     assert file in said
-    assert "going on from an older checkpoint" in said
-    assert f"going on from {directory(run_dir, 12)}" in said
+    assert "resuming from an older checkpoint" in said
+    assert f"resuming from {directory(run_dir, 12)}" in said
     assert (run_dir / "checkpoints" / f"damaged_{directory(run_dir, LAST).name}").is_dir()
     assert same_checkpoint(directory(run_dir, LAST), directory(finished / "run", LAST))
 

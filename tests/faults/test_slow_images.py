@@ -18,5 +18,6 @@ def test_slow_images_are_seen_in_the_metrics_and_warned_of_once(tmp_path: Path) 
     waits = [record["data_wait"] for record in map(json.loads, lines) if "data_wait" in record]
     assert len(waits) == 3
     assert waits[-1] > 0.5
-    assert life.said().count("raise data.num_workers") + life.said().count("bring more of") == 1
+    said = life.said()
+    assert said.count("raise data.num_workers") + said.count("use a machine with more") == 1
     assert "data wait " in life.said()

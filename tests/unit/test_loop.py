@@ -82,12 +82,12 @@ def test_checkpoint_that_is_being_written_is_waited_for_whatever_ends_the_run(
     error: Exception, waits: int
 ) -> None:
     run: Any = Run.__new__(Run)
-    run.config, run.probe, run.resumed_at, run.process = tiny_config(), None, None, MagicMock()
+    run.config, run.online_knn, run.resumed_at, run.process = tiny_config(), None, None, MagicMock()
     run.progress, run.plan, run.watchdog = MagicMock(step=0), MagicMock(stop_step=1), MagicMock()
     run.saver = MagicMock()
     run.saver.wait.return_value = None
     run.data_wait = MagicMock()
     run.data_wait.restarted.side_effect = error
     with pytest.raises(type(error)):
-        run.to_the_end()
+        run.train()
     assert run.saver.wait.call_count == waits

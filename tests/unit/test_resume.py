@@ -141,7 +141,7 @@ def test_a_given_micro_batch_wins_over_the_checkpoint() -> None:
 def test_other_images_of_the_same_number_are_refused() -> None:
     saved: Any = SimpleNamespace(path=Path("step_00000004"), state={"images": "a1"})
     require_same_set(saved, "a1")
-    with pytest.raises(ConfigError, match=r"data\.train: .*step_00000004.*Put the former set back"):
+    with pytest.raises(ConfigError, match=r"data\.train: .*step_00000004.*Restore the former set"):
         require_same_set(saved, "b2")
     saved.state = {}  # of a version that did not note them
     require_same_set(saved, "b2")
@@ -150,9 +150,9 @@ def test_other_images_of_the_same_number_are_refused() -> None:
 @pytest.mark.parametrize(
     ("micro_batch", "then", "says"),
     [
-        (4, None, "over the 4 images of a micro-batch .* not over 8 as there are in a step"),
+        (4, None, "over the 4 images of a micro-batch .* not over the 8 of a whole step"),
         (8, None, None),
-        (4, (8, 1), "over the 4 images .* not over 8 as there are before this start"),
+        (4, (8, 1), "over the 4 images .* not over the 8 before this start"),
         (4, (2, 2), None),  # other ranks, and the same statistics
         (8, (4, 1), "over the 8 images"),
     ],

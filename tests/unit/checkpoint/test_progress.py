@@ -79,7 +79,7 @@ def test_loss_near_those_before_is_accepted() -> None:
 def test_loss_of_another_network_is_refused_with_an_explanation(loss: float) -> None:
     progress = _after([5.0 + 0.1 * (step % 3) for step in range(40)])
     assert len(progress.losses) == 32
-    with pytest.raises(CheckpointError, match=r"the checkpoint at step 40 leads to 5\.\d+ \+-"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint at step 40 predicts 5\.\d+ \+-"):
         progress.require_near(loss)
 
 

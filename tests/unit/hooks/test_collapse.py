@@ -203,8 +203,8 @@ def test_text_names_the_knobs_and_their_values() -> None:
     assert "lower dino.center_momentum (now 0.999" in one_hot
     assert "99.0 %" in one_hot
     assert "lower dino.teacher_temp (now 0.3 against dino.student_temp 0.1" in uniform
-    assert "it has to be below it" in uniform
-    assert "it has to be below it" not in _text("uniform", temp=0.08)
+    assert "it has to be lower" in uniform
+    assert "it has to be lower" not in _text("uniform", temp=0.08)
     assert "teacher entropy 4.852 of at most 4.852 nats" in uniform
 
 

@@ -34,7 +34,7 @@ def test_no_more_workers_are_advised_than_cores(num_workers: int) -> None:
     said = wait.observe(0.5)
     assert said is not None
     assert "raise" not in said
-    assert "takes all 16 cores" in said
+    assert "uses all 16 available cores" in said
 
 
 def test_a_cpu_that_loads_its_own_images_does_not_wait() -> None:
