@@ -68,7 +68,7 @@ def _poison(
             value = torch.nan if precision == "fp32" else torch.inf
             batches[0].local_crops[1, 0, 2, 3, 3] = value
         if distributed.rank() == 1 and poison == "gradient":
-            hook = student.network.head.register_forward_hook(_spoil_gradient)
+            hook = student.network.head.register_forward_hook(_poison_gradient)
         result = train_step(batches, student, teacher, now, student_temp=0.1)
         if hook is not None:
             hook.remove()
@@ -85,7 +85,7 @@ def _different(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]
     return [name for name, value in first.items() if not torch.equal(value, second[name])]
 
 
-def _spoil_gradient(_module: Any, _inputs: Any, logits: Tensor) -> None:
+def _poison_gradient(_module: Any, _inputs: Any, logits: Tensor) -> None:
     if logits.requires_grad:
         logits.register_hook(lambda gradient: gradient * torch.nan)
 
@@ -124,7 +124,7 @@ def poisoned() -> list[list[dict[str, Any]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("index", range(len(RUNS)), ids=lambda i: str(list(RUNS[i].values())))
-def test_bad_number_on_one_rank_is_skipped_by_all_and_moves_nothing(
+def test_non_finite_step_of_one_rank_is_skipped_by_all_and_changes_nothing(
     poisoned: list[list[dict[str, Any]]], index: int, poison: str
 ) -> None:
     for of_rank in poisoned:
@@ -132,13 +132,13 @@ def test_bad_number_on_one_rank_is_skipped_by_all_and_moves_nothing(
         assert result["skipped"] == POISONS[poison]
         assert result["moved"] == []
         assert of_rank[index]["num_tensors"] > 100
-    of_spoiling_rank = poisoned[1][index][poison]
-    assert of_spoiling_rank["finite"] == (poison == "gradient")
+    poisoning_rank = poisoned[1][index][poison]
+    assert poisoning_rank["finite"] == (poison == "gradient")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(RUNS)), ids=lambda i: str(list(RUNS[i].values())))
-def test_after_skipped_steps_training_goes_on_as_if_they_had_not_been(
+def test_skipped_steps_leave_no_trace_in_later_ones(
     poisoned: list[list[dict[str, Any]]], index: int
 ) -> None:
     for of_rank in poisoned:

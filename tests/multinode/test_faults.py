@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dinoscale.runtime.watchdog import collectives_timeout_s
-from tests.faults.lives import newest_step, steps_logged, write_config
+from tests.faults.run_processes import newest_step, steps_logged, write_config
 from tests.multinode.cluster import Cluster, Done, Program
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(800)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.lives import newest_step, steps_logged, write_config
+from tests.faults.run_processes import newest_step, steps_logged, write_config
 from tests.golden.test_trajectory import FOLDER, require_reference
 from tests.multinode.cluster import ROOT, Host
 

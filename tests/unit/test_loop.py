@@ -78,9 +78,7 @@ def test_every_rank_counts_the_bad_images_and_stops_alike(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("error", "waits"), [(DataError("x"), 1), (LostPeerError("x"), 0)])
-def test_checkpoint_that_is_being_written_is_waited_for_whatever_ends_the_run(
-    error: Exception, waits: int
-) -> None:
+def test_an_error_waits_for_the_checkpoint_being_written(error: Exception, waits: int) -> None:
     run: Any = Run.__new__(Run)
     run.config, run.online_knn, run.resumed_at, run.process = tiny_config(), None, None, MagicMock()
     run.progress, run.plan, run.watchdog = MagicMock(step=0), MagicMock(stop_step=1), MagicMock()

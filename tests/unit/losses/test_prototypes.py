@@ -99,7 +99,7 @@ def test_sharp_agreement_costs_no_more_digits_than_plain_torch(spread: float) ->
         assert (found - truth).norm() < 3 * (by_torch - truth).norm()
 
 
-def test_gradients_are_the_same_when_taken_again() -> None:
+def test_a_second_backward_gives_the_same_gradients() -> None:
     inputs = _inputs(with_g=True)
     loss = _fused(*inputs, targets=_targets())
     first = torch.autograd.grad(2 * loss, inputs, retain_graph=True)
@@ -115,7 +115,7 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
     torch.testing.assert_close(loss, _fused(*inputs, targets=_targets()).detach())
 
 
-def test_rows_that_are_no_whole_crops_are_refused() -> None:
+def test_rows_that_are_not_whole_crops_are_refused() -> None:
     x, v = _inputs(with_g=False)
     with pytest.raises(ValueError, match="whole crops"):
         _fused(x[:-1], v, targets=_targets())
