@@ -1,4 +1,4 @@
-"""Bad numbers, errors on one rank, ranks that die: nobody waits, and nothing moves."""
+"""Non-finite numbers, errors on one rank, ranks that die: no rank hangs, and no weight changes."""
 
 import signal
 import time
@@ -37,7 +37,7 @@ POISONS = {"gradient": "a gradient is not finite", "pixel": "the loss is not fin
 
 
 def poison_all(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """On every rank: two good steps, what rank 1 spoils, a good one; reasons and what moved."""
+    """On every rank: two good steps, those that rank 1 poisons, a good one; reasons and changes."""
     return [_poison(**run) for run in runs]
 
 
@@ -146,7 +146,7 @@ def test_skipped_steps_leave_no_trace_in_later_ones(
 
 
 def fail_on_one(failing: int) -> list[tuple[str, str]]:
-    """On every rank, type and text of what is raised where checks fail on `failing`, or on all."""
+    """On every rank: type and text of the error if a check fails on `failing`, or on all."""
     from dinoscale.data.decoding.decode import BadSampleError
     from dinoscale.errors import DataError, PreemptedError
     from dinoscale.runtime import distributed
@@ -175,7 +175,7 @@ def fail_on_one(failing: int) -> list[tuple[str, str]]:
 
 
 class OneSidedSaver:
-    """Of two saves, the first failed as this rank saw it."""
+    """Two saves, the first of which failed on this rank."""
 
     def __init__(self, error: str | None) -> None:
         self.results, self.begun = [SaveResult(Path("run"), 7, error, 0.0, 0.0, 0)], 0
@@ -195,7 +195,7 @@ class OneSidedSaver:
 
 
 def save_after_a_lost_contact(failing: int) -> int:
-    """On every rank: end a run whose last save failed for `failing` alone; saves begun then."""
+    """On every rank: end a run whose last save failed on `failing` only; count new saves."""
     from dinoscale.runtime import distributed
     from dinoscale.training.loop import Run
 
@@ -219,7 +219,7 @@ class NoRoom:
         raise MemoryError("no room for the rows")
 
 
-def gather_what_does_not_fit(failing: int) -> str:
+def gather_without_memory(failing: int) -> str:
     from dinoscale.runtime import distributed
 
     rows: Any = NoRoom() if distributed.rank() == failing else torch.zeros(3, 2)
@@ -230,7 +230,7 @@ def gather_what_does_not_fit(failing: int) -> str:
     return ""
 
 
-def wait_for_a_verdict_where_another_does_not(failing: int) -> str:
+def diverge_from_the_other_rank(failing: int) -> str:
     from dinoscale.runtime import distributed
 
     try:
@@ -244,7 +244,7 @@ def wait_for_a_verdict_where_another_does_not(failing: int) -> str:
 
 
 def knn_that_fails(failing: int) -> tuple[bool, int]:
-    """On every rank: one is out of memory amid k-NN, one was asked to stop; whether all stop."""
+    """On every rank: one runs out of memory in k-NN, one was asked to stop; whether all stop."""
     from dinoscale.errors import PreemptedError
     from dinoscale.runtime import distributed
     from dinoscale.training.loop import Run
@@ -266,8 +266,8 @@ def fail_in_all_ways(failing: int) -> dict[str, Any]:
     return {
         "checks": fail_on_one(failing),
         "begun": save_after_a_lost_contact(failing),
-        "gather": gather_what_does_not_fit(failing),
-        "elsewhere": wait_for_a_verdict_where_another_does_not(failing),
+        "gather": gather_without_memory(failing),
+        "elsewhere": diverge_from_the_other_rank(failing),
         "knn": knn_that_fails(failing),
     }
 
@@ -302,7 +302,7 @@ def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None
 
 
 def fail_beside_a_rank_that_waits(failing: int) -> None:
-    """One rank fails; no socket tells the other, as in NCCL, and it hangs in a collective."""
+    """One rank fails; as in NCCL no socket closes, so the other hangs in a collective."""
     from dinoscale.runtime import distributed
 
     watchdog = Watchdog(timeout_s=600, hosts=["a", "b"], launched=False, ask_to_stop=print)

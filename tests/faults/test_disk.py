@@ -1,4 +1,4 @@
-"""Full and read-only disks stop the save, not the run; damaged checkpoints are named and passed."""
+"""Full and read-only disks fail the save, not the run; damaged checkpoints are skipped."""
 
 import json
 import shutil

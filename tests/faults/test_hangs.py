@@ -1,4 +1,4 @@
-"""A rank that hangs ends the job in time, named with what it was doing; nobody is left behind."""
+"""A hanging rank ends the job in time, named with what it was doing; no process is left behind."""
 
 import re
 import signal
@@ -99,7 +99,7 @@ def _grows(path: Path) -> None:
             file.flush()
 
 
-def _stands_still(_path: Path) -> None:
+def _hangs(_path: Path) -> None:
     time.sleep(1000)
 
 
@@ -109,9 +109,9 @@ def test_long_write_of_one_rank_is_no_hang(tmp_path: Path) -> None:
     assert run.end() == [0, 0], run.said()
 
 
-def test_write_that_stands_still_is_named(tmp_path: Path) -> None:
+def test_hanging_write_is_named(tmp_path: Path) -> None:
     config = write_config(tmp_path, stage=2, epochs=1, train={"hang_timeout_s": 6.0})
-    run = RunProcesses(config, "train.stop_after_steps=1", before_save=_stands_still)
+    run = RunProcesses(config, "train.stop_after_steps=1", before_save=_hangs)
     assert run.end() == [1, 1], run.said()
     for output in run.outputs:
         said = output.read_text()

@@ -1,4 +1,4 @@
-"""Asked to stop, a run saves the step it is in, says so with 75, and goes on as if never asked."""
+"""Asked to stop, a run saves its current step, exits with 75, and resumes as if never stopped."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""A run whose images come slowly says so."""
+"""A run whose images arrive slowly warns about it."""
 
 import json
 from pathlib import Path

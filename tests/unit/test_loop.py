@@ -1,4 +1,4 @@
-"""A log line takes no collective: what it needs of other ranks has come with the step."""
+"""A log line needs no collective: values of other ranks have come with the step's reduction."""
 
 from collections.abc import Iterator
 from pathlib import Path

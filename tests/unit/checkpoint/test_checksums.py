@@ -1,4 +1,4 @@
-"""Every way a file can differ from what was written is found and named."""
+"""Every change of a file since it was written is detected and named."""
 
 import subprocess
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is read of a checkpoint and when; what cannot be read is not taken for damaged."""
+"""What is read of a checkpoint and when; an unreadable checkpoint does not count as damaged."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ RANKS = 4
 
 
 class Disk:
-    """Counts what is opened; fails as often as it is told where a path ends with `name`."""
+    """Counts opened files, and fails a given number of times for paths that end with `name`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened: Counter[str] = Counter()

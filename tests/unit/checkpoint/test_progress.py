@@ -1,4 +1,4 @@
-"""The position of a run beyond its weights, and the guard after a resume."""
+"""Progress of a run beyond its weights, and the check of the first loss after a resume."""
 
 import os
 from dataclasses import asdict

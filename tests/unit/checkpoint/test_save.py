@@ -1,4 +1,4 @@
-"""How a save ends where the writing fails."""
+"""Saves whose writing fails or takes long."""
 
 import shutil
 import threading

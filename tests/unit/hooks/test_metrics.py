@@ -1,4 +1,4 @@
-"""What a run shows of its progress, on a terminal and in a file."""
+"""Progress of a run, on a terminal and in a file; time that counts as data wait."""
 
 import logging
 import math

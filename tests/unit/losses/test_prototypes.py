@@ -1,4 +1,4 @@
-"""The loss that never holds the logits equals the loss of the logits, with all its gradients."""
+"""The loss that never stores the logits equals the loss of the logits, gradients included."""
 
 from functools import partial
 
@@ -74,7 +74,7 @@ def test_bf16_prototypes_are_computed_in_float32() -> None:
 
 @pytest.mark.parametrize("spread", [0.2, 0.01])
 def test_sharp_agreement_costs_no_more_digits_than_plain_torch(spread: float) -> None:
-    """Where student and teacher agree on one prototype, slopes are differences of near equals."""
+    """If student and teacher agree on one prototype, gradients are differences of near equals."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(64, 16, generator=generator)
     centers = F.normalize(v, dim=-1)[:B].repeat(S, 1)

@@ -1,4 +1,4 @@
-"""Blocks share their compiled graphs; without a compiler they run as they are."""
+"""Blocks share their compiled graphs; without a compiler they run eagerly."""
 
 import copy
 import pickle
@@ -117,7 +117,7 @@ def test_compiled_blocks_recompute_as_configured(recompute: Any) -> None:
 
 @pytest.fixture
 def _no_caches() -> Iterator[None]:
-    """What was compiled before must not stand in for a compiler."""
+    """Disable caches, which could replace the missing compiler."""
     with (
         torch._functorch.config.patch(enable_autograd_cache=False),
         torch._inductor.config.patch(fx_graph_cache=False),

@@ -1,4 +1,4 @@
-"""Stochastic depth that does not compute what it drops."""
+"""Stochastic depth that does not compute dropped branches."""
 
 import math
 
