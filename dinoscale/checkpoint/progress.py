@@ -22,12 +22,12 @@ def write_measured(folder: Path, knn_top1: float) -> None:
     Raises:
         OSError: it cannot be written; the checkpoint is unchanged.
     """
-    beside = folder / f".{MEASURED_FILE}.part"
-    with beside.open("w") as file:
+    part = folder / f".{MEASURED_FILE}.part"
+    with part.open("w") as file:
         file.write(json.dumps({"knn_top1": knn_top1}) + "\n")
         file.flush()
         os.fsync(file.fileno())  # else the name may reach the disk before the contents
-    beside.replace(folder / MEASURED_FILE)
+    part.replace(folder / MEASURED_FILE)
 
 
 def read_measured(folder: Path) -> float | None:

@@ -87,7 +87,7 @@ def shapes_only(config: RunConfig) -> DinoNetwork:
     """The student's network on the meta device: shapes only, without memory.
 
     Raises:
-        ConfigError: there is no such backbone.
+        ConfigError: the backbone is unknown.
     """
     with torch.device("meta"):
         return _local_network(config)
@@ -97,7 +97,7 @@ def num_parameters(config: RunConfig) -> int:
     """Number of parameters of the student, head included.
 
     Raises:
-        ConfigError: there is no such backbone.
+        ConfigError: the backbone is unknown.
     """
     return sum(parameter.numel() for parameter in shapes_only(config).parameters())
 

@@ -416,7 +416,9 @@ class Student:
         self, names: dict[int, str]
     ) -> tuple[list[list[tuple[str, Tensor]]], dict[str, Tensor]]:
         """Stage 0: the optimizer's float32 tensors, by group and by name."""
-        low = getattr(self._zero, "fp16_groups", None)  # bf16 keeps the master beside the network
+        low = getattr(
+            self._zero, "fp16_groups", None
+        )  # bf16 keeps the master apart from the network
         groups = []
         for index, group in enumerate(self._torch_optimizer.param_groups):
             of_network = group["params"] if low is None else low[index]

@@ -94,7 +94,7 @@ def timm_vit(
             global_pool="token",
             img_size=img_size,
             in_chans=in_chans,
-            weight_init="skip",  # ours follows
+            weight_init="skip",  # init_weights follows
             **changed,
         )
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:

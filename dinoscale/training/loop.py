@@ -505,7 +505,7 @@ class Run:
             values = {"saved_step": result.step, **seconds, "save_bytes": result.num_bytes}
             self.metrics.write(self.progress.step, values)
         else:
-            log.warning("step %d was not saved: %s; training goes on", result.step, result.error)
+            log.warning("step %d was not saved: %s; training continues", result.step, result.error)
             self.events.write(result.step, "save failed", reason=result.error)
 
 

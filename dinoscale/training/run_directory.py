@@ -76,9 +76,9 @@ def _refuse_others(run_dir: Path) -> None:
 
 def _replace(path: Path, text: str) -> None:
     """Replace a file atomically, so that a full disk leaves the old one."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text)
-    beside.replace(path)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def _cannot_write(run_dir: Path, error: OSError) -> DinoscaleError:

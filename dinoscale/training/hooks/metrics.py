@@ -74,7 +74,7 @@ class Metrics:
             self._next_line = time.monotonic() + _LINE_S
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line of `values`; null where not finite."""
+        """Append one line of `values`, in the units of their names; null where not finite."""
         if not self._active:
             return
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
@@ -163,9 +163,9 @@ def _drop_lines_after(path: Path, step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
     if len(kept) < len(lines):
-        beside = path.with_suffix(".jsonl.part")
-        beside.write_bytes(b"".join(kept))
-        beside.replace(path)
+        part = path.with_suffix(".jsonl.part")
+        part.write_bytes(b"".join(kept))
+        part.replace(path)
 
 
 def _step_of(line: bytes) -> float:
