@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinoscale.models import cpu_bf16
-from dinoscale.models.activation_checkpointing import Recompute, recomputed
+from dinoscale.models.activation_checkpointing import Recompute, checkpointed
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def test_the_backward_pass_recomputes_what_was_not_kept(
     inputs = _tensors((2, 2, 9, 16), (32, 16))
     plain = _of(work, *inputs)
     with _Calls() as calls:
-        recomputing = _of(lambda x, w: recomputed(what, work, x, w), *inputs)
+        recomputing = _of(lambda x, w: checkpointed(what, work, x, w), *inputs)
     assert calls.counts == {"linear": linears, "attention": attentions}
     for found, truth in zip(recomputing, plain, strict=True):
         assert torch.equal(found, truth)
