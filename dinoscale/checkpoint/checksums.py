@@ -17,7 +17,7 @@ _HEX_DIGITS = 64
 
 
 def flush(path: Path) -> None:
-    """Return when a file or directory is on disk."""
+    """Flush a file or directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -26,7 +26,7 @@ def flush(path: Path) -> None:
 
 
 def flushed_sum(path: Path, goes_on: Callable[[], None] = lambda: None) -> str:
-    """Put a file on disk and return its digest; `goes_on` is called again and again."""
+    """Flush a file to disk and return its digest; `goes_on` is called regularly."""
     if path.stat().st_size > _FLUSHED_BYTES:
         _flush_in_pieces(path, goes_on)
     flush(path)
@@ -34,11 +34,11 @@ def flushed_sum(path: Path, goes_on: Callable[[], None] = lambda: None) -> str:
 
 
 def _flush_in_pieces(path: Path, goes_on: Callable[[], None]) -> None:
-    """Put the contents of a file on disk; all at once may take long without a sign of life."""
+    """Flush a file piece by piece; all at once could take long without a call of `goes_on`."""
     with path.open("r+b") as file:
         try:
             whole = mmap.mmap(file.fileno(), 0)
-        except OSError:  # not on this file system
+        except OSError:  # this file system has no mmap
             return
         with whole:
             for begin in range(0, len(whole), _FLUSHED_BYTES):
@@ -47,7 +47,7 @@ def _flush_in_pieces(path: Path, goes_on: Callable[[], None]) -> None:
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Write the list of `sums`, file name -> digest, into `folder` and onto the disk."""
+    """Write the list of `sums`, file name -> digest, into `folder` and flush it to disk."""
     path = folder / SUMS_FILE
     path.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
     flush(path)
@@ -55,10 +55,10 @@ def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def seal(part: Path, target: Path, sums: Mapping[str, str]) -> None:
-    """Complete a checkpoint: write its index and list of sums, then give it its name, on disk.
+    """Finish a checkpoint: write its index and list of sums, then rename it, flushed to disk.
 
     Raises:
-        OSError, CheckpointError: it cannot be written, or what was written be read again.
+        OSError, CheckpointError: it cannot be written, or the written files cannot be read.
     """
     shards = sorted(name for name in sums if name.startswith(SHARD_PREFIX))
     (part / INDEX_FILE).write_bytes(index_of_headers(part, shards).to_bytes())
@@ -71,7 +71,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """File name -> digest of a checkpoint.
 
     Raises:
-        CheckpointError: there is no list, it is damaged, or it cannot be read.
+        CheckpointError: the list is missing, damaged or unreadable.
     """
     path = folder / SUMS_FILE
     try:
@@ -84,7 +84,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         if len(digest) != _HEX_DIGITS or not name or Path(name).name != name:
             raise CheckpointError(f"{path} is damaged: {line[:100]!r} is not a checksum and a name")
         sums[name] = digest
-    if not text.endswith("\n") or STATE_FILE not in sums:  # written last, as the list is sorted
+    if not text.endswith("\n") or STATE_FILE not in sums:  # the last entry, as the list is sorted
         raise CheckpointError(f"{path} is damaged: its end is missing")
     return sums
 
@@ -101,16 +101,16 @@ def verify(
     Args:
         folder: a step_* directory.
         share: which part of the files to read, so that ranks can divide the work.
-        num_shares: into how many parts they are divided.
-        goes_on: called again and again.
+        num_shares: number of parts.
+        goes_on: called regularly.
 
     Returns:
         Bytes of these files.
 
     Raises:
-        MissingFileError: one of them, or the list of the checksums, is not there.
-        UnreadableError: one cannot be read.
-        CheckpointError: one differs, twice, or the list is damaged.
+        MissingFileError: a file, or the list of checksums, is missing.
+        UnreadableError: a file cannot be read.
+        CheckpointError: a file differs in two readings, or the list is damaged.
     """
     sums = read_sums(folder)
     name = first_difference(folder, sums, share=share, num_shares=num_shares, goes_on=goes_on)
@@ -121,7 +121,7 @@ def verify(
 
 
 def difference(folder: Path, name: str) -> CheckpointError:
-    """What to raise about a file that is not as its checksum says."""
+    """The error for a file that does not match its checksum."""
     return CheckpointError(
         f"{folder} is damaged: {name} does not match its checksum in {SUMS_FILE}"
     )
@@ -135,33 +135,33 @@ def first_difference(
     num_shares: int = 1,
     goes_on: Callable[[], None] = lambda: None,
 ) -> str | None:
-    """Name of the first file that twice did not match its checksum; arguments as of `verify`.
+    """Name of the first file that fails its checksum in two readings; arguments as in `verify`.
 
     Raises:
-        MissingFileError: a file is not there.
+        MissingFileError: a file is missing.
         UnreadableError: a file cannot be read.
     """
     for name, expected in sorted(sums.items())[share::num_shares]:
         if not matches(folder / name, expected, goes_on):
-            forget(folder / name)
+            drop_from_page_cache(folder / name)
             if not matches(folder / name, expected, goes_on):
                 return name
     return None
 
 
 def matches(path: Path, expected: str, goes_on: Callable[[], None] = lambda: None) -> bool:
-    """Whether a file has this digest; `goes_on` is called again and again.
+    """Whether a file has this digest; `goes_on` is called regularly.
 
     Raises:
-        MissingFileError: it is not there.
+        MissingFileError: it is missing.
         UnreadableError: it cannot be read.
     """
     return patiently(lambda: sha256(path, goes_on), path) == expected
 
 
-def forget(path: Path) -> None:
-    """Let the next reading come from the storage, not from this machine's memory of the file."""
-    with suppress(OSError, AttributeError):  # only a wish, and macOS does not know it
+def drop_from_page_cache(path: Path) -> None:
+    """Ask the kernel to read the file from storage next time, not from its page cache."""
+    with suppress(OSError, AttributeError):  # only a hint, and macOS lacks it
         handle = os.open(path, os.O_RDONLY)
         try:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)

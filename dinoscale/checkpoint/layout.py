@@ -1,4 +1,4 @@
-"""Names of files and tensors of a checkpoint, and which checkpoints a run has."""
+"""Names of a checkpoint's files and tensors, and the list of a run's checkpoints."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ INDEX_FILE, SHARD_PREFIX = "shards.index", "shard_"
 
 
 def directory(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
+    """Directory of the checkpoint after `step` optimizer steps."""
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
@@ -22,17 +22,17 @@ def shard_file(rank: int) -> str:
 
 
 def part_of(target: Path) -> Path:
-    """Where a checkpoint is written before it is renamed to `target`."""
+    """Directory in which a checkpoint is written before it is renamed to `target`."""
     return target.with_name(f".{target.name}.part")
 
 
 def removed_of(target: Path) -> Path:
-    """What a checkpoint is renamed to before it is deleted, so that no half of it looks whole."""
+    """New name of a checkpoint before it is deleted, so that no partial one looks complete."""
     return target.with_name(f".{target.name}.removed")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All checkpoints of a run that were written to their end, by the steps in their names.
+    """All complete checkpoints of a run, sorted by the steps in their names.
 
     Raises:
         UnreadableError: their folder cannot be listed.
@@ -43,13 +43,13 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def named_step(path: Path) -> int | None:
-    """The step that a directory's name tells, None for another name."""
+    """The step in a directory's name; None if the name is of another form."""
     digits = path.name.removeprefix("step_")
     return int(digits) if digits.isascii() and digits.isdecimal() else None
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory is itself a checkpoint, whatever its name.
+    """Whether a directory is a checkpoint, whatever its name.
 
     Raises:
         UnreadableError: it cannot be listed.
@@ -62,10 +62,10 @@ def _order(path: Path) -> tuple[int, str]:
 
 
 def leftovers(run_dir: Path) -> list[Path]:
-    """What saves and deletions that were cut short have left behind.
+    """Directories left behind by interrupted saves and deletions.
 
     Raises:
-        UnreadableError: its folder cannot be listed.
+        UnreadableError: their folder cannot be listed.
     """
     folder = run_dir / "checkpoints"
     names = [name for name in names_in(folder) if name.startswith(".step_")]

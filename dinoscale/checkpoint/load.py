@@ -1,4 +1,4 @@
-"""Read a checkpoint: ranges of named tensors out of all ranks' files, at any world size."""
+"""Read a checkpoint: ranges of named tensors from all ranks' files, at any world size."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ from dinoscale.errors import CheckpointError, UnreadableError
 
 log = logging.getLogger(__name__)
 
-_DAMAGES = (  # how the contents of a file can fail that we did not write
+_DAMAGES = (  # what parsing a damaged or foreign file can raise
     ValueError,
     OverflowError,
     TypeError,
@@ -46,16 +46,16 @@ _DAMAGES = (  # how the contents of a file can fail that we did not write
 
 
 class Checkpoint:
-    """An open checkpoint; nothing of it is unpickled.
+    """An open checkpoint; reading it unpickles nothing.
 
-    Opening reads the small files; of the shards only what is asked for is read, when it is asked
-    for. Picklable: rank 0 opens one and hands it to the others, who open the shards they need.
+    Opening reads the small files; shards are read lazily, only the requested elements. Picklable:
+    rank 0 opens a checkpoint and sends it to the other ranks, which open the shards they need.
 
     Attributes:
         path: the step_* directory.
         state: contents of state.json.
         shared: center and buffers by name, on the CPU.
-        measured: k-NN accuracy added after it was saved, in percent; None if none was.
+        measured: k-NN accuracy added after the save, in percent; None if none was added.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,8 +63,8 @@ class Checkpoint:
 
         Raises:
             MissingFileError: a file is missing.
-            UnreadableError: one cannot be read, or another version wrote it.
-            CheckpointError: one is damaged.
+            UnreadableError: a file cannot be read, or has the format of another version.
+            CheckpointError: a file is damaged.
         """
         self.path = path
         names = sorted(read_sums(path))
@@ -73,7 +73,7 @@ class Checkpoint:
             if self.state["format"] != FORMAT:
                 raise UnreadableError(
                     f"{path} has format {self.state['format']}, and this version reads {FORMAT}:"
-                    " go on with the version that wrote it, or choose another run_dir"
+                    " resume with the version that wrote it, or choose another run_dir"
                 )
             _check_state(self.state)
             self.shared = safetensors.torch.load(self._read(SHARED_FILE))
@@ -87,14 +87,14 @@ class Checkpoint:
         return patiently((self.path / name).read_bytes, self.path / name)
 
     def _open_index(self, names: Sequence[str]) -> ShardIndex:
-        """The index, once all files are as long as it says."""
+        """Open the index, and check that all files are as long as it says."""
         shards = [name for name in names if name.startswith(SHARD_PREFIX)]
         if INDEX_FILE in names:
             found = index_from_bytes(self._read(INDEX_FILE))
-        else:  # written by a version before there was one
+        else:  # older versions wrote none
             found = index_of_headers(self.path, shards)
         if sorted(found.files) != shards:
-            raise ValueError(f"{INDEX_FILE} is not of these files")
+            raise ValueError(f"{INDEX_FILE} names other files than there are")
         paths = [self.path / name for name in found.files]
         found.require_within([patiently(path.stat, path).st_size for path in paths])
         return found
@@ -106,10 +106,10 @@ class Checkpoint:
 
     @property
     def progress(self) -> Progress:
-        """How far the run had come.
+        """Progress of the run when it was saved.
 
         Raises:
-            CheckpointError: state.json says other things about it than this version.
+            CheckpointError: state.json has other fields for it than this version.
         """
         try:
             progress = Progress(**self.state["progress"])
@@ -121,7 +121,7 @@ class Checkpoint:
 
     @property
     def knn_top1(self) -> float | None:
-        """K-NN accuracy of its very step, in percent; None if there is none."""
+        """K-NN accuracy at the checkpoint's step, in percent; None if not measured."""
         saved: float | None = self.state["progress"].get("knn_top1")
         return saved if self.measured is None else self.measured
 
@@ -134,7 +134,7 @@ class Checkpoint:
         """Elements start..start+numel of a flattened tensor, (numel,) float32.
 
         Raises:
-            CheckpointError: some of them are in no file, or cannot be read.
+            CheckpointError: some of them are in no file or cannot be read.
         """
         result = torch.empty(numel)
         values, found = result.numpy(), 0
@@ -148,7 +148,7 @@ class Checkpoint:
         return result
 
     def kinds(self) -> dict[str, list[str]]:
-        """Kind ("master", "ema", moments of the optimizer) -> names of its tensors."""
+        """Kind ("master", "ema", the optimizer's moments) -> names of its tensors."""
         found: dict[str, list[str]] = {}
         for key in self._index.spans:
             kind, name = key.split("/", 1)
@@ -156,7 +156,7 @@ class Checkpoint:
         return found
 
     def numel(self, name: str) -> int:
-        """Elements of a parameter."""
+        """Number of elements of a parameter."""
         return torch.Size(self.shapes[name]).numel()
 
     def full(self, kind: str, goes_on: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
@@ -164,7 +164,7 @@ class Checkpoint:
 
         `goes_on` is called after every piece that is read.
         """
-        self._require_elements()  # before memory is taken for more than the files hold
+        self._require_elements()  # before allocating memory for more than the files hold
         whole = {
             name: torch.empty(torch.Size(shape).numel()) for name, shape in self.shapes.items()
         }
@@ -190,26 +190,26 @@ class Checkpoint:
     def require(
         self, shapes: dict[str, tuple[int, ...]], shared: dict[str, tuple[int, ...]]
     ) -> None:
-        """Refuse a checkpoint of another network, or one with a shard missing.
+        """Refuse a checkpoint of another network, or one with a missing shard.
 
         Args:
             shapes: parameter name -> full shape.
-            shared: the same of what `shared` has to hold.
+            shared: name -> shape of each tensor that `shared` has to hold.
 
         Raises:
-            CheckpointError: naming the first differences.
+            CheckpointError: the first differences, or missing elements.
         """
-        there = self.shapes | {name: tuple(value.shape) for name, value in self.shared.items()}
-        here = shapes | shared
+        saved = self.shapes | {name: tuple(value.shape) for name, value in self.shared.items()}
+        needed = shapes | shared
         differences = [
-            f"{name} is {_text(there.get(name))} there and {_text(here.get(name))} here"
-            for name in sorted(there.keys() | here.keys())
-            if there.get(name) != here.get(name)
+            f"{name} is {_text(saved.get(name))} there and {_text(needed.get(name))} here"
+            for name in sorted(saved.keys() | needed.keys())
+            if saved.get(name) != needed.get(name)
         ]
         if differences:
             raise CheckpointError(
                 f"{self.path} is a checkpoint of another model ({len(differences)} of"
-                f" {len(there)} tensors differ): {'; '.join(differences[:3])}."
+                f" {len(saved)} tensors differ): {'; '.join(differences[:3])}."
                 " Choose another run_dir, or the configuration the run was started with"
             )
 
@@ -230,35 +230,35 @@ class Checkpoint:
 
 
 def _check_state(state: dict[str, Any]) -> None:
-    """Raise ValueError where what every reader relies on is of another type."""
+    """Raise ValueError if a field that every reader relies on has another type."""
     sizes = [size for shape in state["shapes"].values() for size in shape]
     mappings = [state[name] for name in ("config", "plan", "progress", "optimizer_steps")]
     if type(state["step"]) is not int or not all(isinstance(m, dict) for m in mappings):
-        raise ValueError(f"{STATE_FILE} needs a whole number as step and mappings as config etc.")
+        raise ValueError(f"{STATE_FILE} needs an integer step and mappings for config etc.")
     if state["progress"].get("step", state["step"]) != state["step"]:
-        raise ValueError(f"{STATE_FILE} disagrees with itself about the step")
+        raise ValueError(f"{STATE_FILE} names two different steps")
     if not all(type(size) is int and size >= 0 for size in sizes):
-        raise ValueError(f"{STATE_FILE} holds a shape that is none")
+        raise ValueError(f"{STATE_FILE} holds an invalid shape")
 
 
-def first_good(
+def first_usable(
     found: Sequence[Path], open_one: Callable[[Path], Checkpoint]
 ) -> tuple[Checkpoint | None, list[CheckpointError]]:
-    """Open the first checkpoint that can be used, and say what is wrong with those before it.
+    """Open the first usable checkpoint; also return the errors of those before it.
 
     Args:
         found: step_* directories, the preferred one first.
         open_one: opens one or raises CheckpointError.
 
     Raises:
-        UnreadableError: what is wrong with one may pass.
-        CheckpointError: there are some, and none can be used.
+        UnreadableError: one cannot be read now, which may pass.
+        CheckpointError: there are checkpoints, and none is usable.
     """
     errors: list[CheckpointError] = []
     for path in found:
         try:
             return open_one(path), errors
-        except UnreadableError:  # noqa: PERF203  # an older one would lose the steps since
+        except UnreadableError:  # noqa: PERF203  # an older one would lose steps
             raise
         except CheckpointError as error:
             errors.append(error)
@@ -266,17 +266,17 @@ def first_good(
         raise errors[0]
     if errors:
         raise CheckpointError(
-            f"none of the {len(errors)} checkpoints in {found[0].parent} can be used: "
+            f"none of the {len(errors)} checkpoints in {found[0].parent} is usable: "
             + "; ".join(str(error) for error in errors[:3])
         )
     return None, []
 
 
 def held_step(path: Path) -> int:
-    """The step that a step_* directory holds: its state's, if that is as it was sealed.
+    """The step that a step_* directory holds: that of state.json, if its checksum matches.
 
     Raises:
-        UnreadableError: its state cannot be read, so it may hold any.
+        UnreadableError: its state cannot be read, so it may hold any step.
     """
     named = named_step(path)
     assert named is not None
@@ -285,25 +285,25 @@ def held_step(path: Path) -> int:
         step = json.loads(data)["step"]
         if type(step) is not int or step == named:
             return named
-        sealed = read_sums(path)[STATE_FILE] == hashlib.sha256(data).hexdigest()
+        intact = read_sums(path)[STATE_FILE] == hashlib.sha256(data).hexdigest()
     except UnreadableError:
         raise
     except (CheckpointError, *_DAMAGES):
         return named
-    return step if sealed else named
+    return step if intact else named
 
 
 def newest_first(run_dir: Path) -> list[Path]:
-    """All checkpoints of a run by the steps they hold; of equals the one that is named so first.
+    """All checkpoints of a run by the steps they hold; of two equal ones, the one so named first.
 
     Raises:
-        UnreadableError: they cannot be listed, or the state of one not be read.
+        UnreadableError: they cannot be listed, or the state of one cannot be read.
     """
 
     def order(path: Path) -> tuple[int, bool]:
         held, named = held_step(path), named_step(path)
         if held != named:
-            log.warning("%s holds step %d, as its state.json says, which counts", path, held)
+            log.warning("%s holds step %d by its state.json, which counts", path, held)
         return held, held == named
 
     return sorted(checkpoints(run_dir), key=order, reverse=True)
@@ -312,10 +312,10 @@ def newest_first(run_dir: Path) -> list[Path]:
 def open_verified(path: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a step_* directory after comparing its files with their checksums.
 
-    `goes_on` is called again and again.
+    `goes_on` is called regularly.
 
     Raises:
-        UnreadableError: it cannot be read, though it may be whole.
+        UnreadableError: it cannot be read, though it may be intact.
         CheckpointError: it is damaged or incomplete.
     """
     verify(path, goes_on=goes_on)
@@ -325,15 +325,15 @@ def open_verified(path: Path, goes_on: Callable[[], None] = lambda: None) -> Che
 def open_run(path: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory.
 
-    The newest is the one that holds the highest step, whatever its name. `goes_on` is called again
-    and again while checksums are compared.
+    The newest is the one that holds the highest step, whatever its name. `goes_on` is called
+    regularly while checksums are compared.
 
     Raises:
-        UnreadableError: the newest cannot be read, or it cannot be told which it is.
+        UnreadableError: the newest cannot be read or determined.
         CheckpointError: there is none.
     """
     found = [path] if is_checkpoint(path) else newest_first(path)
-    checkpoint, errors = first_good(found, lambda one: open_verified(one, goes_on))
+    checkpoint, errors = first_usable(found, lambda one: open_verified(one, goes_on))
     for error in errors:
         log.warning("%s; using an older one", error)
     if checkpoint is None:
@@ -345,4 +345,4 @@ def _text(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape))
 
 
-__all__ = ["EMA", "MASTER", "Checkpoint", "first_good", "open_run", "open_verified"]
+__all__ = ["EMA", "MASTER", "Checkpoint", "first_usable", "open_run", "open_verified"]

@@ -14,7 +14,7 @@ from dinoscale.errors import CheckpointError, UnreadableError
 
 
 def list_checkpoints(run_dir: Path) -> dict[str, Any]:
-    """What the checkpoints of a run say of themselves, oldest first; nothing is verified.
+    """Step, size, accuracy and origin of each checkpoint of a run, oldest first, unverified.
 
     Raises:
         CheckpointError: there is none.
@@ -26,7 +26,7 @@ def list_checkpoints(run_dir: Path) -> dict[str, Any]:
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of `list_checkpoints` for people."""
+    """The rows of `list_checkpoints` as a text table."""
     lines = [f"{'step':>9}  {'saved at':25}  {'MB':>9}  {'ranks':>5}  {'stage':>5}  k-NN top-1"]
     for row in rows:
         if row["saved_at"] is None:
@@ -44,7 +44,7 @@ def verify_checkpoints(run: Path) -> dict[str, Any]:
     """Compare the files of a checkpoint, or of all of a run, with their checksums.
 
     Returns:
-        JSON-able: per checkpoint its path and what is wrong with it, None if nothing is.
+        JSON-able: per checkpoint its path and its damage, None if it is intact.
 
     Raises:
         CheckpointError: there is none.
@@ -55,7 +55,7 @@ def verify_checkpoints(run: Path) -> dict[str, Any]:
 
 
 def prune_checkpoints(run_dir: Path, keep: Keep, *, dry_run: bool) -> dict[str, Any]:
-    """Delete the checkpoints that `keep` does not name; damaged ones do not count and stay.
+    """Delete the checkpoints that no rule of `keep` keeps; damaged ones stay and do not count.
 
     Raises:
         CheckpointError: there is none, or `keep` would leave none.
@@ -64,8 +64,8 @@ def prune_checkpoints(run_dir: Path, keep: Keep, *, dry_run: bool) -> dict[str, 
         raise CheckpointError(f"--keep-last: need at least 1, got {keep.last}")
     found = _summaries(run_dir)
     good = [s for s in _bar(found) if _damage(s.path) is None]
-    doomed = [s.path for s in superfluous(good, keep)]
-    deleted = [str(path) for path in doomed if dry_run or delete(path)]
+    unneeded = [s.path for s in superfluous(good, keep)]
+    deleted = [str(path) for path in unneeded if dry_run or delete(path)]
     damaged = [str(s.path) for s in found if s not in good]
     kept = [str(s.path) for s in good if str(s.path) not in deleted]
     return {"deleted": deleted, "kept": kept, "damaged": damaged, "dry_run": dry_run}
@@ -83,7 +83,7 @@ def _summaries(run_dir: Path) -> list[Summary]:
 
 
 def _damage(path: Path) -> str | None:
-    from dinoscale.checkpoint.load import open_verified  # loads torch, which `list` does without
+    from dinoscale.checkpoint.load import open_verified  # imports torch, which `list` avoids
 
     try:
         open_verified(path)

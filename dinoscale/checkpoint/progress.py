@@ -1,4 +1,4 @@
-"""How far a run has come beyond its weights, and what its next loss should be near."""
+"""Progress of a run beyond its weights, and a check of the first loss after a resume."""
 
 import json
 import math
@@ -17,24 +17,24 @@ _ENOUGH = 8  # losses from which a prediction is made
 
 
 def write_measured(folder: Path, knn_top1: float) -> None:
-    """Add to a checkpoint what was measured after it was saved, in percent.
+    """Add a k-NN accuracy, in percent, to a checkpoint that was saved before.
 
     Raises:
-        OSError: it cannot be written; the checkpoint is as it was.
+        OSError: it cannot be written; the checkpoint is unchanged.
     """
-    beside = folder / f".{MEASURED_FILE}.part"
-    with beside.open("w") as file:
+    part = folder / f".{MEASURED_FILE}.part"
+    with part.open("w") as file:
         file.write(json.dumps({"knn_top1": knn_top1}) + "\n")
         file.flush()
-        os.fsync(file.fileno())  # else the name may be on disk before what it names
-    beside.replace(folder / MEASURED_FILE)
+        os.fsync(file.fileno())  # else the name may reach the disk before the contents
+    part.replace(folder / MEASURED_FILE)
 
 
 def read_measured(folder: Path) -> float | None:
     """The k-NN accuracy that `write_measured` added, in percent; None if there is none.
 
     Raises:
-        OSError: there may be one, and it cannot be read now.
+        OSError: there may be one, but it cannot be read now.
     """
     path = folder / MEASURED_FILE
     try:
@@ -58,12 +58,12 @@ class Progress:
     Attributes:
         step: optimizer steps done, skipped ones included.
         data_offset: step s takes the images of step s + data_offset (after a rollback).
-        bad_in_a_row: steps skipped in a row up to now.
-        skipped_steps: steps skipped in all.
+        bad_in_a_row: consecutive skipped steps up to now.
+        skipped_steps: skipped steps in total.
         rollbacks: returns to a checkpoint so far.
-        knn_top1: k-NN accuracy measured at this very step, in percent.
+        knn_top1: k-NN accuracy measured at this step, in percent.
         best_knn_top1: the highest so far.
-        losses: of the last steps that were applied, oldest first.
+        losses: of the last applied steps, oldest first.
     """
 
     step: int = 0
@@ -76,13 +76,13 @@ class Progress:
     losses: list[float] = field(default_factory=list)
 
     def applied(self, loss: float) -> None:
-        """Count a step that moved the weights."""
+        """Count an applied step."""
         self._next()
         self.bad_in_a_row = 0
         self.losses = [*self.losses, loss][-_WINDOW:]
 
     def skipped(self) -> None:
-        """Count a step that did not."""
+        """Count a skipped step."""
         self._next()
         self.bad_in_a_row += 1
         self.skipped_steps += 1
@@ -97,11 +97,11 @@ class Progress:
         self.best_knn_top1 = max(knn_top1, self.best_knn_top1 or 0.0)
 
     def require_near(self, loss: float) -> None:
-        """Refuse the first loss after a resume if the losses before do not lead there.
+        """Refuse a first loss after a resume that does not continue the losses before.
 
-        A network that was not restored begins at another loss than the one it had. Predicted is
-        the median of the last eight losses; allowed is three times the range of all remembered
-        ones plus a tenth of the prediction, which covers a new epoch's teacher temperature.
+        A network that was not restored has another loss. The prediction is the median of the last
+        eight losses; the tolerance is three times the range of all remembered losses plus a tenth
+        of the prediction, which covers the teacher temperature of a new epoch.
 
         Raises:
             CheckpointError: the loss jumped.
@@ -113,8 +113,8 @@ class Progress:
         if abs(loss - predicted) > allowed:
             raise CheckpointError(
                 f"the first loss after the resume is {loss:.4f}; the checkpoint at step {self.step}"
-                f" leads to {predicted:.4f} +- {allowed:.4f}. The weights do not belong to this"
+                f" predicts {predicted:.4f} +- {allowed:.4f}. The weights do not belong to this"
                 " run, or the images or settings have changed. Nothing was saved; compare data and"
                 " configuration with those in the checkpoint's state.json, or move this checkpoint"
-                " aside to go on from an earlier one"
+                " aside to resume from an earlier one"
             )

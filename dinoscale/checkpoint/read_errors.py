@@ -1,4 +1,4 @@
-"""Read checkpoints with patience: what is missing is told from what cannot be read now."""
+"""Read checkpoint files with retries, and tell a missing file from one that is unreadable now."""
 
 import errno
 import os
@@ -12,15 +12,15 @@ from dinoscale.runtime.retry import PAUSES_S, Patience
 
 T = TypeVar("T")
 
-_NO_FOLDER = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # whatever may be there
+_NO_FOLDER = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # errors of a path that is no folder
 
 
 def patiently(read: Callable[[], T], path: Path) -> T:
-    """What `read` makes of the file or folder `path`; errors of the file system are tried again.
+    """The result of `read` on the file or folder `path`; file system errors are retried.
 
     Raises:
         MissingFileError: its folder has no such file.
-        UnreadableError: there still was an error after about a minute.
+        UnreadableError: it still fails after about a minute.
     """
 
     def is_gone(error: OSError) -> bool:
@@ -38,7 +38,7 @@ def patiently(read: Callable[[], T], path: Path) -> T:
 
 
 def is_missing(path: Path) -> bool:
-    """Whether the folder, listed anew, does not name the file; ESTALE and the like say nothing."""
+    """Whether a new listing of the folder lacks the file; ESTALE and the like prove nothing."""
     try:
         return path.name not in os.listdir(path.parent)
     except NotADirectoryError:
@@ -50,10 +50,10 @@ def is_missing(path: Path) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Names of what is in a folder, sorted; none where its own folder does not name it.
+    """Sorted names in a folder; none if the folder does not exist.
 
     Raises:
-        UnreadableError: it cannot be listed, so it may hold anything.
+        UnreadableError: it cannot be listed, so its contents are unknown.
     """
 
     def listed() -> list[str]:
@@ -71,12 +71,12 @@ def names_in(folder: Path) -> list[str]:
 
 
 def _unreadable(path: Path, error: OSError) -> UnreadableError:
-    from dinoscale.runtime import distributed  # loads torch, which most listings do without
+    from dinoscale.runtime import distributed  # imports torch, which most listings avoid
 
     number = error.errno or 0
     reason = f"{error.strerror or error} ({errno.errorcode.get(number, 'errno')} {number})"
     return UnreadableError(
         f"rank {distributed.rank()} on {socket.gethostname()} cannot read {path}: {reason}, after"
-        f" trying for {sum(PAUSES_S):.0f} s. The checkpoint may be whole, and nothing of it was"
-        " changed: mend the file system or leave out that machine, then start again"
+        f" trying for {sum(PAUSES_S):.0f} s. The checkpoint may be intact and was not changed:"
+        " repair the file system or leave out that machine, then start again"
     )

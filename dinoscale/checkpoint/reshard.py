@@ -1,4 +1,4 @@
-"""Write a checkpoint anew with another number of files, on one process."""
+"""Rewrite a checkpoint with another number of shard files, on one process."""
 
 import json
 import sys
@@ -18,13 +18,13 @@ from dinoscale.runtime.outputs import write_tensors
 
 
 def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:
-    """Write a checkpoint anew with another number of shard files, into another run directory.
+    """Rewrite a checkpoint with another number of shard files, into another run directory.
 
-    A run needs no such step to go on with another number of ranks; it is for fewer, larger files.
+    Use it for fewer, larger files; a run resumes on another number of ranks without it.
 
     Args:
         run: a run directory (its newest undamaged checkpoint) or one of its step_*.
-        out: run directory to write; a run started with it goes on from there.
+        out: run directory to write; a run started with it resumes from there.
         num_shards: files to write, >= 1.
 
     Raises:
@@ -50,7 +50,7 @@ def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:
         if checkpoint.measured is not None:
             write_measured(part, checkpoint.measured)
         seal(part, target, {name: flushed_sum(part / name) for name in names})
-    except (OSError, SafetensorError) as error:  # the latter for a full disk, among others
+    except (OSError, SafetensorError) as error:  # SafetensorError on a full disk, among others
         raise CheckpointError(f"cannot write {target}: {error}") from error
     return {"from": str(checkpoint.path), "checkpoint": str(target), "shards": num_shards}
 

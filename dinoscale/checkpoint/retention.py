@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, one every so many steps, the best by k-NN."""
+"""Which checkpoints to keep: the newest, one every N steps, the best by k-NN."""
 
 import json
 import logging
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Keep:
-    """The rule.
+    """The rules for keeping checkpoints.
 
     Attributes:
-        last: how many of the newest stay, at least 1.
-        every_steps: those at multiples of this many steps stay; None for no such rule.
-        best: whether the one with the highest k-NN accuracy stays.
+        last: number of the newest to keep, at least 1.
+        every_steps: keep those at multiples of this many steps; None for no such rule.
+        best: whether to keep the one with the highest k-NN accuracy.
     """
 
     last: int
@@ -38,7 +38,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a checkpoint says of itself; fields but the first two are None if it cannot be read."""
+    """What a checkpoint's state.json says; only path and step are set if it cannot be read."""
 
     path: Path
     step: int
@@ -50,7 +50,7 @@ class Summary:
 
 
 def summary(path: Path) -> Summary:
-    """Read the state.json of a checkpoint and the sizes of its files; verifies nothing."""
+    """Read a checkpoint's state.json and the sizes of its files, without verification."""
     try:
         return _read(path)
     except OSError:
@@ -58,7 +58,7 @@ def summary(path: Path) -> Summary:
 
 
 def _read(path: Path) -> Summary:
-    """As `summary`; raises OSError where one would have to read again to know."""
+    """Like `summary`, but raises OSError if another attempt may succeed."""
     try:
         state = json.loads((path / STATE_FILE).read_text())
         top1 = read_measured(path)
@@ -83,7 +83,7 @@ def _unknown(path: Path) -> Summary:
 
 
 def best_of(found: Sequence[Summary]) -> Summary | None:
-    """The one with the highest k-NN accuracy, the newest of equals; None if none was measured."""
+    """The one with the highest k-NN accuracy, the newest of ties; None if none was measured."""
     measured = [s for s in found if s.knn_top1 is not None]
     return max(measured, key=lambda s: (s.knn_top1, s.step), default=None)
 
@@ -91,8 +91,8 @@ def best_of(found: Sequence[Summary]) -> Summary | None:
 def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
     """Those that no rule keeps, in the order given (oldest first).
 
-    One that holds another step than its name tells is somebody's copy, and one that says nothing of
-    itself is damaged: these stay and count nowhere.
+    A checkpoint whose step differs from its name is a user's copy, and one without a summary is
+    damaged: both stay and count for no rule.
     """
     found = [s for s in found if s.num_bytes is not None and s.step == named_step(s.path)]
     kept = {s.step for s in found[-keep.last :]}
@@ -105,10 +105,10 @@ def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
 def prune(
     run_dir: Path, keep: Keep, *, written: Path, goes_on: Callable[[], None] = lambda: None
 ) -> list[Path]:
-    """Delete what no rule keeps; one that cannot be deleted costs space, not the run.
+    """Delete checkpoints that no rule keeps; one that cannot be deleted does not end the run.
 
-    One that cannot be read now may be the best, so it stays. So does `written`, the one that was
-    just saved, also beside others of later steps. `goes_on` is called after every file.
+    One that cannot be read now may be the best, so it stays. So does `written`, the one just saved,
+    even if others have later steps. `goes_on` is called after every file.
     """
     try:
         paths = checkpoints(run_dir)
@@ -123,27 +123,27 @@ def prune(
             found.append(_read(path))
         except OSError as error:  # noqa: PERF203  # a few paths, once a save
             log.warning("cannot read %s (%s): it stays", path, error)
-    doomed = [s.path for s in superfluous(found, keep) if s.path != written]
-    return [path for path in doomed if delete(path, goes_on)]
+    unneeded = [s.path for s in superfluous(found, keep) if s.path != written]
+    return [path for path in unneeded if delete(path, goes_on)]
 
 
 def clear_leftovers(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -> None:
-    """Delete what saves and deletions that were cut short have left behind.
+    """Delete what interrupted saves and deletions have left behind.
 
     `goes_on` is called after every file.
 
     Raises:
-        UnreadableError: it cannot be told what they have.
+        UnreadableError: their folder cannot be listed.
     """
     for path in leftovers(run_dir):
-        log.warning("%s was not written to its end; deleting it", path)
+        log.warning("%s is incomplete; deleting it", path)
         with suppress(OSError):
             _remove(path, goes_on)
         shutil.rmtree(path, ignore_errors=True)
 
 
 def delete(path: Path, goes_on: Callable[[], None] = lambda: None) -> bool:
-    """Delete a checkpoint, under another name first, so that no half of it looks whole."""
+    """Delete a checkpoint; it is renamed first, so that no partial one looks complete."""
     try:
         _remove(path.rename(removed_of(path)), goes_on)
     except OSError as error:
@@ -153,7 +153,7 @@ def delete(path: Path, goes_on: Callable[[], None] = lambda: None) -> bool:
 
 
 def _remove(folder: Path, goes_on: Callable[[], None]) -> None:
-    """Delete a folder; with a file for each rank in it that may take minutes."""
+    """Delete a folder; with a file for each rank, this may take minutes."""
     for path in [] if folder.is_symlink() else folder.iterdir():
         if not path.is_dir():
             path.unlink()

@@ -1,8 +1,8 @@
-"""Write a checkpoint beside the training: copy to memory, write, add checksums, rename.
+"""Write a checkpoint in the background: copy to memory, write, add checksums, rename.
 
-Training stands still for the copy only. Threads then write and agree over the board, never by a
-collective, which would mix with those of training. A directory gets its name when the files of all
-ranks and their checksums are on disk, so one that is named step_* was written to its end.
+Training pauses for the copy only. Threads then write, and synchronize over the board, never by a
+collective, which would interleave with those of training. A directory gets its name once the files
+of all ranks and their checksums are on disk, so a directory named step_* is complete.
 """
 
 import itertools
@@ -41,20 +41,20 @@ from dinoscale.runtime.outputs import write_tensors
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_LOOK_S = 0.5  # between two looks whether the writing goes on
-_numbers = itertools.count()  # of saves of this process; equal on all ranks
+_POLL_S = 0.5  # between two checks that the writing advances
+_numbers = itertools.count()  # number the saves of this process; equal on all ranks
 
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How a save ended, the same on every rank but for the seconds.
+    """Result of a save; path, step and error are the same on every rank.
 
     Attributes:
         path: of the checkpoint.
         step: optimizer steps it holds.
         error: why it could not be written; None if it is on disk.
-        stall_s: how long this rank's training stood still.
-        write_s: how long the writing took beside it.
+        stall_s: seconds for which this rank's training paused.
+        write_s: seconds of writing in the background.
         num_bytes: written by this rank.
     """
 
@@ -68,7 +68,7 @@ class SaveResult:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """Files of one rank, in memory."""
+    """Contents of one rank's files, in memory."""
 
     step: int
     number: int
@@ -81,16 +81,16 @@ class Saver:
     """Saves a run, one checkpoint at a time; all ranks call every method at the same steps."""
 
     def __init__(self, run_dir: Path, keep: Keep) -> None:
-        """Args: of the run, on a file system that all ranks share; which checkpoints stay."""
+        """Args: run_dir: on a file system that all ranks share. keep: which checkpoints to keep."""
         self._run_dir, self._keep = run_dir, keep
         self._board = distributed.Board()
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[SaveResult] | None = None
-        self._own_files: Future[None] | None = None  # of the one under way, or of the last
-        self._noting: Future[None] | None = None
-        # What shows that this rank's writing goes on: pieces counted, a folder of growing files.
-        self._moves, self._growing = 0, directory(run_dir, 0)
+        self._own_files: Future[None] | None = None  # of the current save, or of the last one
+        self._adding_accuracy: Future[None] | None = None
+        # Both show that this rank's writing advances: pieces written, a folder of growing files.
+        self._pieces, self._growing = 0, directory(run_dir, 0)
 
     def begin(
         self,
@@ -101,17 +101,17 @@ class Saver:
         *,
         since: float | None = None,
     ) -> SaveResult | None:
-        """Copy everything a run needs to go on after `step` steps, and start to write it.
+        """Copy everything that a resume after `step` steps needs, and start to write it.
 
         Args:
             step: optimizer steps done.
             student: weights and moments.
             teacher: average and center.
             about: JSON-able facts to store: config, plan, versions, progress.
-            since: `time.perf_counter()` when training stopped for it; None: now.
+            since: `time.perf_counter()` when training paused for it; None for now.
 
         Returns:
-            How the save before this one ended, if nobody has asked yet; it is waited for.
+            Result of the save before this one, which is waited for; None if already returned.
         """
         begin = time.perf_counter() if since is None else since
         before = self.wait()
@@ -122,44 +122,44 @@ class Saver:
         return before
 
     def measured(self, step: int, knn_top1: float) -> None:
-        """Add an accuracy to the checkpoint of `step`, whose save was begun, once it is on disk.
+        """Add an accuracy to the checkpoint of `step`, whose save has begun, once it is on disk.
 
         Args:
             step: optimizer steps that it holds.
-            knn_top1: of its teacher, in percent; by it the best one stays.
+            knn_top1: of its teacher, in percent; decides which checkpoint is the best.
         """
-        if self._rank == 0:  # after what the thread is writing now
+        if self._rank == 0:  # queued behind the current write
             target = directory(self._run_dir, step)
-            self._noting = self._thread.submit(self._note, target, knn_top1)
+            self._adding_accuracy = self._thread.submit(self._add_accuracy, target, knn_top1)
 
     def finished(self) -> SaveResult | None:
-        """How the save under way ended, once; None while anything is written or if there is none.
+        """Result of the current save, once; None while anything is written or if there is none.
 
-        Never waits: what notes an accuracy also deletes checkpoints, which may take minutes.
+        Never waits: adding an accuracy also deletes checkpoints, which may take minutes.
         """
-        if self._writing is None or not self._writing.done():
+        if self._writing is None or self.busy():
             return None
-        return self.wait() if self._noting is None or self._noting.done() else None
+        return self.wait()
 
     def busy(self) -> bool:
         """Whether anything is being written or deleted."""
-        works = (self._writing, self._noting)
+        works = (self._writing, self._adding_accuracy)
         return not all(work is None or work.done() for work in works)
 
     def wait_for_own_files(self, goes_on: Callable[[], None]) -> None:
-        """Wait until this rank has written its part of the save under way; `goes_on` as `wait`."""
+        """Wait until this rank's files of the current save are written; `goes_on` as in `wait`."""
         if self._own_files is not None:
             self._wait_for(self._own_files, goes_on)
 
     def wait(self, goes_on: Callable[[], None] = lambda: None) -> SaveResult | None:
-        """Wait for the save under way; None if there is none.
+        """Wait for the current save and return its result; None if there is none.
 
-        `goes_on` is called whenever something shows that this rank writes, reads again or deletes
-        files: not for a storage that stands still.
+        `goes_on` is called whenever this rank is seen to write, check or delete files, so not while
+        the storage hangs.
         """
-        if self._noting is not None:
-            self._wait_for(self._noting, goes_on)
-            self._noting = None
+        if self._adding_accuracy is not None:
+            self._wait_for(self._adding_accuracy, goes_on)
+            self._adding_accuracy = None
         if self._writing is None:
             return None
         result = self._wait_for(self._writing, goes_on)
@@ -167,23 +167,23 @@ class Saver:
         return result
 
     def _wait_for(self, work: Future[T], goes_on: Callable[[], None]) -> T:
-        moves = self._moves_of_files()
-        while not wait([work], _LOOK_S).done:
-            before, moves = moves, self._moves_of_files()
-            if moves != before:
+        activity = self._activity()
+        while not wait([work], _POLL_S).done:
+            before, activity = activity, self._activity()
+            if activity != before:
                 goes_on()
         return work.result()
 
-    def _moves_of_files(self) -> tuple[int, int]:
-        """What changes while this rank writes; a file may get its whole size first, then blocks."""
+    def _activity(self) -> tuple[int, int]:
+        """Two numbers that change while this rank writes, as a file's size or blocks grow."""
         try:
             stats = [path.stat() for path in self._growing.iterdir()]
-        except OSError:  # not yet there, or renamed just now
-            return self._moves, 0
-        return self._moves, sum(stat.st_size + stat.st_blocks for stat in stats)
+        except OSError:  # not yet there, or just renamed
+            return self._pieces, 0
+        return self._pieces, sum(stat.st_size + stat.st_blocks for stat in stats)
 
-    def _moved(self) -> None:
-        self._moves += 1
+    def _count_piece(self) -> None:
+        self._pieces += 1
 
     def _copy(
         self, step: int, student: Student, teacher: Teacher, about: Mapping[str, Any]
@@ -216,7 +216,7 @@ class Saver:
         return _Snapshot(step, next(_numbers), files, starts, texts)
 
     def _write(self, snapshot: _Snapshot, stall_s: float) -> SaveResult:
-        """Run in the thread: own files, then rank 0 completes the directory and says so."""
+        """Run in the thread: write this rank's files; rank 0 then completes the directory."""
         begin = time.perf_counter()
         target = directory(self._run_dir, snapshot.step)
         own = self._write_files(part_of(target), snapshot)
@@ -229,7 +229,7 @@ class Saver:
                 self._board.post(key, self._complete(target, snapshot.number))
             [error] = self._board.wait_for([key])
             if self._rank == 0 and not error:
-                prune(self._run_dir, self._keep, written=target, goes_on=self._moved)
+                prune(self._run_dir, self._keep, written=target, goes_on=self._count_piece)
         except LostPeerError as lost:
             error = str(lost)
         return SaveResult(
@@ -242,10 +242,10 @@ class Saver:
         )
 
     def _write_files(self, part: Path, snapshot: _Snapshot) -> dict[str, Any]:
-        """Write this rank's files; their checksums and size, or the error, as plain data."""
+        """Write this rank's files; return their checksums and size, or the error, as plain data."""
         sums, num_bytes = {}, 0
         try:
-            # A folder of its own, for a file grows there under a name that only the library knows.
+            # Its own folder: a file grows there under a temporary name of safetensors.
             self._growing = part / f"rank_{self._rank:05d}"
             self._growing.mkdir(parents=True, exist_ok=True)
             for name, tensors in snapshot.tensors.items():
@@ -256,45 +256,45 @@ class Saver:
             for name, text in snapshot.texts.items():
                 (part / name).write_text(text)
             for name in (*snapshot.tensors, *snapshot.texts):
-                sums[name] = flushed_sum(part / name, self._moved)
+                sums[name] = flushed_sum(part / name, self._count_piece)
                 num_bytes += (part / name).stat().st_size
-        except Exception as error:  # whatever it is, the others wait for this report
+        except Exception as error:  # of any type: the other ranks wait for this report
             return {"error": f"rank {self._rank} cannot write {part}: {error}", "num_bytes": 0}
         return {"sums": sums, "num_bytes": num_bytes, "error": ""}
 
     def _complete(self, target: Path, number: int) -> str:
-        """Rank 0: give the directory its name when all ranks are done; an error text, or ""."""
+        """Rank 0: rename the directory once all ranks are done; return an error text, or ""."""
         part = part_of(target)
         keys = [f"{_key(number)}/{rank}" for rank in range(self._world_size)]
         reports = [json.loads(text) for text in self._board.wait_for(keys)]
-        self._board.forget([*keys, _key(number - 1)])  # all have read how that one ended
+        self._board.forget([*keys, _key(number - 1)])  # all ranks have read the last result
         error = next((report["error"] for report in reports if report["error"]), "")
         if not error:
             try:
                 seal(part, target, {name: s for r in reports for name, s in r["sums"].items()})
-            except Exception as caught:  # whatever it is, the others wait for the verdict
+            except Exception as caught:  # of any type: the other ranks wait for the result
                 error = f"rank 0 cannot complete {target}: {caught}"
         if error:
             shutil.rmtree(part, ignore_errors=True)  # a full disk needs the space
         return error
 
-    def _note(self, target: Path, knn_top1: float) -> None:
+    def _add_accuracy(self, target: Path, knn_top1: float) -> None:
         if not target.is_dir():
-            return  # it could not be saved, and that was said
+            return  # its save failed, which was reported
         try:
             write_measured(target, knn_top1)
         except OSError as error:
             log.warning("cannot add k-NN %.1f %% to %s: %s", knn_top1, target, error)
-        prune(self._run_dir, self._keep, written=target, goes_on=self._moved)
+        prune(self._run_dir, self._keep, written=target, goes_on=self._count_piece)
 
 
 def _key(number: int) -> str:
-    """Under which the verdict on a save lies, and under KEY/RANK what each rank reports of it."""
+    """Board key of a save's result; KEY/RANK holds the report of each rank."""
     return f"save/{number}"
 
 
 def shared_tensors(student: Student, teacher: Teacher) -> dict[str, Tensor]:
-    """What is equal on all ranks and saved by one: the center and the buffers, by name in files."""
+    """Tensors that are equal on all ranks and saved by one, by name: center and buffers."""
     tensors = {"center": teacher.center}
     for owner, buffers in (("student", student.buffers()), ("teacher", teacher.buffers())):
         tensors |= {f"{owner}/{name}": value for name, value in buffers.items()}
@@ -302,5 +302,5 @@ def shared_tensors(student: Student, teacher: Teacher) -> dict[str, Tensor]:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """A copy on the CPU that training does not touch."""
+    """A copy on the CPU that training does not change."""
     return tensor.detach().to("cpu", copy=True)

@@ -1,4 +1,4 @@
-"""Read the shard files of a checkpoint, at any place in them."""
+"""Read the shard files of a checkpoint at any offset."""
 
 import os
 from collections import OrderedDict
@@ -15,13 +15,13 @@ _MAX_OPEN = 256  # files at a time; a process may usually open 1024
 
 
 class ShardFiles:
-    """The shard files of a checkpoint, opened when something of them is needed.
+    """The shard files of a checkpoint, opened on first use.
 
-    Picklable: another process opens its own.
+    Picklable: another process opens the files again.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Args: folder: the checkpoint's."""
+        """Args: folder: of the checkpoint."""
         self._folder = folder
         self._open: OrderedDict[str, int] = OrderedDict()  # name -> descriptor, oldest use first
 
@@ -33,10 +33,10 @@ class ShardFiles:
             os.close(descriptor)
 
     def fill(self, values: NDArray[np.float32], name: str, *, offset: int) -> None:
-        """Read `values`, contiguous, from the bytes that begin at `offset` of a file.
+        """Fill `values`, which is contiguous, with the bytes of a file from `offset` on.
 
         Raises:
-            CheckpointError: the file ends before.
+            CheckpointError: the file is too short.
             UnreadableError: it cannot be read.
         """
         path = self._folder / name

@@ -1,10 +1,10 @@
-"""`train.init_from`: weights of any source, fitted to the networks of a run before its first step.
+"""`train.init_from`: weights of any source, adapted to a run's networks before its first step.
 
 Position embeddings are resized as the forward resizes them, bicubic and by the reference's rule, so
-that features at the new size are those that the source's backbone gives at that size. A first layer
-of other input channels gets, in each of C channels, the mean over the C' channels of the source
-times C' / C: a gray image has the same response as before. timm repeats the channels in turn with
-the same factor; the mean has no order that could be wrong.
+that features at the new size are those of the source's backbone at that size. If the number of
+input channels differs, each of the C channels of the first layer gets the mean over the source's C'
+channels times C' / C: a gray image has the same response as before. timm cycles through the
+channels with the same factor; the mean does not depend on their order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.coverage import coverage_of
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import build
-from dinoscale.engine.build import Start, shapes_only
+from dinoscale.engine.build import InitialWeights, shapes_only
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
@@ -34,15 +34,17 @@ log = logging.getLogger(__name__)
 _FIRST_LAYERS = ("patch_embed.proj.weight", "conv1.weight")  # of a ViT and of a ResNet
 
 
-def starting_weights(config: RunConfig, goes_on: Callable[[], None] = lambda: None) -> Start | None:
-    """Read the weights that a run starts from; None where it starts from random ones.
+def read_initial_weights(
+    config: RunConfig, goes_on: Callable[[], None] = lambda: None
+) -> InitialWeights | None:
+    """Read the weights of `train.init_from`; None where a run starts from random ones.
 
-    Rank 0 reads them, once for the whole job, and other ranks get None; `build_pair` hands out.
-    `goes_on` is called again and again meanwhile.
+    Rank 0 reads them, once for the whole job; other ranks get None, and `build_pair` distributes
+    them. `goes_on` is called regularly while they are read.
 
     Raises:
-        CheckpointError: they cannot be read, or do not fit what they claim to be.
-        ConfigError: the run's architecture is another, or its head where that is asked for.
+        CheckpointError: they cannot be read, or do not match their own description.
+        ConfigError: they do not fit the run's architecture, or with train.init_head its head.
     """
     path = config.train.init_from
     if path is None or distributed.rank() != 0:
@@ -62,13 +64,13 @@ def starting_weights(config: RunConfig, goes_on: Callable[[], None] = lambda: No
     _warn_of_other_norms(source, network.backbone)
     _warn_of_other_images(weights.card, config)
     log.info("starting from %s: %s of its backbone", path, coverage)
-    return Start(state, head)
+    return InitialWeights(state, head)
 
 
 def _fitted_backbone(
     source: VisionTransformer | ResNet50, target: VisionTransformer | ResNet50, config: RunConfig
 ) -> dict[str, Tensor]:
-    """Every tensor of `target`, which is on the meta device, out of `source`."""
+    """Every tensor of `target`, which is on the meta device, taken from `source`."""
     path, there, here = config.train.init_from, _sizes(source), _sizes(target)
     state, wanted = source.state_dict(), target.state_dict()
     if isinstance(source, VisionTransformer):
@@ -87,7 +89,7 @@ def _fitted_backbone(
 
 
 def adapted_channels(weight: Tensor, channels: int) -> Tensor:
-    """A first convolution (D, C', p, p) for another number of channels, (D, C, p, p)."""
+    """Adapt a first convolution (D, C', p, p) to another number of channels, (D, C, p, p)."""
     found = weight.shape[1]
     if found == channels:
         return weight
@@ -95,7 +97,7 @@ def adapted_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def _sizes(backbone: VisionTransformer | ResNet50) -> str:
-    """What has to agree, in words."""
+    """The sizes that have to agree, as text."""
     if isinstance(backbone, ResNet50):
         return "ResNet-50"
     attention: Any = backbone.blocks[0].attn
@@ -130,7 +132,7 @@ def _fitted_head(
 
 
 def _warn_of_other_norms(source: nn.Module, target: nn.Module) -> None:
-    """Say where features differ by the epsilon of layer norms, as those of transformers' files."""
+    """Warn if the epsilons of layer norms differ, as in files of transformers."""
     there, here = (
         {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
         for network in (source, target)
@@ -144,7 +146,7 @@ def _warn_of_other_norms(source: nn.Module, target: nn.Module) -> None:
 
 
 def _warn_of_other_images(card: BackboneCard, config: RunConfig) -> None:
-    """Say where the run's pixels are normalised in another way than those of the source."""
+    """Warn if the run normalises pixels differently from the source."""
     if len(card.mean) == len(config.data.mean) and (card.mean, card.std) != (
         config.data.mean,
         config.data.std,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
-from dinoscale.engine.initialization import Write, build_without_memory
+from dinoscale.engine.initialization import Write, build_on_meta
 from dinoscale.engine.schedules import Schedules
 from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
@@ -21,8 +21,8 @@ from dinoscale.runtime import distributed
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """Weights to begin with instead of random ones.
+class InitialWeights:
+    """Weights of `train.init_from`, which replace random initialization.
 
     Attributes:
         backbone: every tensor of the backbone, on the CPU.
@@ -32,30 +32,30 @@ class Start:
     backbone: Mapping[str, Tensor]
     head: Mapping[str, Tensor] | None = None
 
-    def named(self) -> dict[str, Tensor]:
-        """All of them by their names in the network."""
+    def by_name(self) -> dict[str, Tensor]:
+        """All tensors by their names in the network."""
         parts = {"backbone": self.backbone, "head": self.head or {}}
-        return {f"{part}.{k}": value for part, of in parts.items() for k, value in of.items()}
+        return {f"{part}.{k}": v for part, state in parts.items() for k, v in state.items()}
 
 
 def build_networks(
-    config: RunConfig, start: Start | None = None
+    config: RunConfig, init_from: InitialWeights | None = None
 ) -> tuple[DinoNetwork, DinoNetwork]:
-    """Student and teacher networks in float32 on the CPU, drawn one after the other.
+    """Student and teacher networks in float32 on the CPU, initialized one after the other.
 
-    A run begins with the student's values alone (`build_pair`).
+    In a run both start from the student's values (`build_pair`).
     """
     torch.manual_seed(config.seed)
     networks = _build_network(config), _build_network(config)
-    if start is not None:
+    if init_from is not None:
         for network in networks:
-            network.load_state_dict(network.state_dict() | start.named())
-    _set_up(networks[0], config)
+            network.load_state_dict(network.state_dict() | init_from.by_name())
+    _configure_student(networks[0], config)
     return networks
 
 
-def _set_up(student: DinoNetwork, config: RunConfig) -> None:
-    """Tell the student's backbone what it recomputes, and what it leaves out."""
+def _configure_student(student: DinoNetwork, config: RunConfig) -> None:
+    """Set the student's activation checkpointing and drop path mode."""
     student.backbone.checkpoint_every = config.engine.checkpoint_every_k_blocks
     student.backbone.recompute = config.engine.recompute
     if config.model.drop_path_mode == "subset":
@@ -84,67 +84,71 @@ def _local_network(config: RunConfig) -> DinoNetwork:
 
 
 def shapes_only(config: RunConfig) -> DinoNetwork:
-    """The student's network on the meta device: shapes without weights, takes no memory.
+    """The student's network on the meta device: shapes only, without memory.
 
     Raises:
-        ConfigError: there is no such backbone.
+        ConfigError: the backbone is unknown.
     """
     with torch.device("meta"):
         return _local_network(config)
 
 
 def num_parameters(config: RunConfig) -> int:
-    """Scalars in the weights of the student, with its head.
+    """Number of parameters of the student, head included.
 
     Raises:
-        ConfigError: there is no such backbone.
+        ConfigError: the backbone is unknown.
     """
     return sum(parameter.numel() for parameter in shapes_only(config).parameters())
 
 
 def build_pair(
-    config: RunConfig, plan: RunPlan, start: Start | None = None, *, values: bool = True
+    config: RunConfig,
+    plan: RunPlan,
+    init_from: InitialWeights | None = None,
+    *,
+    values: bool = True,
 ) -> tuple[Student, Teacher]:
-    """The sharded student and its teacher, both with the same weights: of `start`, or random.
+    """The sharded student and its teacher with equal weights, from `init_from` or random.
 
-    A rank keeps its fragments of the float32 values, and never has more of the others than one
-    tensor. At stages 0-2 the weights of both forwards are whole on every rank, as the run needs
-    them, and lie where it computes. Collective.
+    Initialization hands out one float32 tensor at a time, of which a rank keeps its fragments. At
+    stages 0-2 every rank also holds all weights of both forwards in the compute dtype, on the
+    device that it computes on. Collective.
 
     Args:
         config: of the run.
         plan: of the run.
-        start: on rank 0; what other ranks give does not matter.
-        values: whether the values matter; zeros if not.
+        init_from: on rank 0; ignored on other ranks.
+        values: whether the values matter; if not, all weights are zero.
     """
-    student_network, writes = build_without_memory(lambda: _build_network(config))
+    student_network, writes = build_on_meta(lambda: _build_network(config))
     with torch.device("meta"):
         teacher_network = _build_network(config)
-    _set_up(student_network, config)
+    _configure_student(student_network, config)
     _compile_blocks(student_network, teacher_network, config, plan)
     if config.engine.zero_stage == 3:
         gather_whole_blocks(student_network, teacher_network)
-    initial = first_values(config, writes, start) if values else _zeros(writes)
+    initial = initial_values(config, writes, init_from) if values else _zeros(writes)
     student = Student(student_network, config, plan, initial)
     return student, Teacher(teacher_network, student, config, plan)
 
 
-def first_values(
-    config: RunConfig, writes: Sequence[Write], start: Start | None = None
+def initial_values(
+    config: RunConfig, writes: Sequence[Write], init_from: InitialWeights | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and float32 value on the CPU of each tensor of the network, equal on all ranks.
 
-    Rank 0 draws one after the other and hands it out: a rank holds one, as long as who asks for
-    them lets go of each. Collective. The seed is set here and only here: everything random later is
-    a function of (seed, step).
+    Rank 0 draws one tensor at a time and broadcasts it; a rank holds one if the caller drops each
+    before it takes the next. Collective. The seed is set only here: everything random later is a
+    function of (seed, step).
 
     Args:
         config: of the run.
-        writes: of the network, from `build_without_memory`.
-        start: on rank 0, what takes the place of drawn values.
+        writes: of the network, from `build_on_meta`.
+        init_from: on rank 0, values that replace the drawn ones.
     """
     first = distributed.rank() == 0
-    given = start.named() if first and start is not None else {}
+    given = init_from.by_name() if first and init_from is not None else {}
     if first:
         torch.manual_seed(config.seed)
     for write in writes:
@@ -154,7 +158,7 @@ def first_values(
                 value.copy_(given[write.name])
             distributed.broadcast(value)
             yield write.name, value
-        del value  # before the next is drawn
+        del value  # before the next one is drawn
 
 
 def _zeros(writes: Sequence[Write]) -> Iterator[tuple[str, Tensor]]:
@@ -166,15 +170,15 @@ def _zeros(writes: Sequence[Write]) -> Iterator[tuple[str, Tensor]]:
 def _compile_blocks(
     student: DinoNetwork, teacher: DinoNetwork, config: RunConfig, plan: RunPlan
 ) -> None:
-    """Compile the blocks for the crops of a micro-batch, on a GPU or where it is asked for."""
+    """Compile the blocks for the crops of a micro-batch; `auto` compiles on a GPU only."""
     wanted, crops, images = config.engine.compile, config.crops, plan.micro_batch_size
     if wanted is False or (wanted == "auto" and not torch.cuda.is_available()):
         return
-    of_teacher = [(2 * images, crops.global_size)]
-    of_student = list(of_teacher)
+    teacher_sizes = [(2 * images, crops.global_size)]
+    student_sizes = list(teacher_sizes)
     if crops.num_local:
-        of_student.append((crops.num_local * images, crops.local_size))
-    for network, sizes in ((student, of_student), (teacher, of_teacher)):
+        student_sizes.append((crops.num_local * images, crops.local_size))
+    for network, sizes in ((student, student_sizes), (teacher, teacher_sizes)):
         if isinstance(network.backbone, VisionTransformer):
             network.backbone.compiled_for = frozenset({network.backbone.layout_of(sizes)})
 

@@ -1,4 +1,4 @@
-"""Random numbers of stochastic depth as a function of (seed, step, image), not of a process."""
+"""Random numbers of drop path (stochastic depth) as a function of (seed, step, image)."""
 
 import numpy as np
 import torch
@@ -7,13 +7,13 @@ from torch import Tensor
 _TAG = 0xD20  # keeps this stream apart from other uses of the run's seed
 
 
-def depth_uniforms(
+def drop_path_uniforms(
     *, seed: int, step: int, first_image: int, images: int, crops: int, depth: int
 ) -> Tensor:
     """Uniforms in [0, 1) for some images of a step's global batch.
 
-    A counter-based generator is advanced to the first image, so the ranks that share a batch, and
-    its micro-batches, draw what one process with the whole batch would.
+    A counter-based generator is advanced to the first image, so ranks and micro-batches together
+    draw what one process would draw for the whole batch.
 
     Args:
         seed: of the run.
@@ -31,7 +31,7 @@ def depth_uniforms(
     key = np.random.SeedSequence([seed, _TAG, step]).generate_state(2, np.uint64)
     generator = np.random.Philox(key=key)
     generator.advance(first_image * blocks)
-    draws = np.random.Generator(generator).random(images * blocks * 4)
-    draws = draws.reshape(images, blocks * 4)[:, :per_image]
-    draws = draws.reshape(images, crops, depth, 2).transpose(2, 3, 1, 0)
-    return torch.from_numpy(np.ascontiguousarray(draws, dtype=np.float32)).flatten(2)
+    uniforms = np.random.Generator(generator).random(images * blocks * 4)
+    uniforms = uniforms.reshape(images, blocks * 4)[:, :per_image]
+    uniforms = uniforms.reshape(images, crops, depth, 2).transpose(2, 3, 1, 0)
+    return torch.from_numpy(np.ascontiguousarray(uniforms, dtype=np.float32)).flatten(2)

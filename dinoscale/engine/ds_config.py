@@ -1,8 +1,8 @@
 """RunConfig and RunPlan -> the DeepSpeed configuration, with every value that can change numbers.
 
-DeepSpeed's defaults move between releases (gradient clipping went from 0 to 1) and depend on other
-values (at stage 3 communication overlaps unless told otherwise), so nothing that touches a number,
-a stream or a wait is left to them.
+DeepSpeed's defaults change between releases (gradient clipping went from 0 to 1) and depend on
+other values (at stage 3 communication overlaps by default), so every value that affects a number, a
+stream or a wait is set here.
 """
 
 from typing import Any
@@ -12,26 +12,26 @@ from dinoscale.config.schema import RunConfig
 
 
 def student_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
-    """The dictionary `deepspeed.initialize` takes for the student."""
+    """The configuration that `deepspeed.initialize` takes for the student."""
     engine = config.engine
     derived = _shared(config, plan)
     derived["gradient_accumulation_steps"] = plan.accumulation_steps
     derived["train_batch_size"] = plan.batch_size
-    # One rank sums nothing: DeepSpeed would copy its gradients into this type and back.
+    # A single rank sums nothing, yet DeepSpeed would cast its gradients to this type and back.
     alone = plan.world_size == 1
     derived["communication_data_type"] = engine.precision if alone else engine.communication_dtype
-    # A gradient that is neither accumulated nor summed over ranks is no better in float32.
+    # Float32 helps only where gradients are accumulated or summed over ranks.
     summed = plan.accumulation_steps > 1 or plan.world_size > 1
     if engine.precision == "bf16" and engine.zero_stage >= 2 and summed:
         derived["data_types"]["grad_accum_dtype"] = "fp32"
     zero = derived["zero_optimization"]
     zero["stage"] = engine.zero_stage
     if engine.zero_stage in (1, 2) and not engine.offload_optimizer:
-        zero["compute_grad_norm"] = False  # gradients.py has it
+        zero["compute_grad_norm"] = False  # gradients.py computes it
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {
             "device": "cpu",
-            "pin_memory": True,  # else every copy waits; without a GPU it does nothing
+            "pin_memory": True,  # else every copy waits; no effect without a GPU
             "ratio": 1.0,
             "super_offload": False,
         }
@@ -40,7 +40,7 @@ def student_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
 
 
 def teacher_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
-    """The dictionary for the stage 3 teacher, an engine without optimizer."""
+    """The configuration of the teacher at stage 3, an engine without optimizer."""
     derived = _shared(config, plan)
     derived["gradient_accumulation_steps"] = 1
     derived["train_batch_size"] = plan.micro_batch_size * plan.world_size
@@ -52,7 +52,7 @@ def _shared(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     engine = config.engine
     return {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-        # The host would wait for the device to look for bad gradients; gradients.py does, on it.
+        # DeepSpeed's overflow check makes the host wait; gradients.py checks on the device.
         "bf16": {
             "enabled": engine.precision == "bf16",
             "check_grad_overflow": False,
@@ -78,10 +78,10 @@ def _shared(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},  # they wait for the device twice a step
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
         "zero_optimization": {
-            # A second stream, which at stage 3 does not wait for what wrote the weights that it
-            # gathers: a teacher gathered while it is averaged.
+            # Uses a second stream, which at stage 3 gathers weights without waiting for the kernels
+            # that write them: the teacher would be gathered while it is averaged.
             "overlap_comm": False,
             "contiguous_gradients": True,
             "reduce_scatter": True,
@@ -91,15 +91,15 @@ def _shared(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
             "allgather_bucket_size": engine.bucket_elements,
             "compute_grad_norm": True,
             "ignore_unused_parameters": True,
-            # The flat order that shards.py reads.
+            # Keeps the flat order that shards.py reads.
             "round_robin_gradients": False,
             "parameter_alignment": False,
-            "sub_group_size": 10**12,  # one sub-group an optimizer group, as at stages 1 and 2
+            "sub_group_size": 10**12,  # one sub-group per optimizer group, as at stages 1 and 2
             "offload_param": None,
             "offload_optimizer": None,
             "zenflow": None,
-            # F.linear is replaced process-wide unless this is false, and the replacement rounds
-            # twice in bf16; false keeps gathered weights alive for backward unless every block is
+            # True replaces F.linear in the whole process by a version that rounds twice in bf16.
+            # False keeps gathered weights in memory until the backward unless every block is
             # checkpointed.
             "memory_efficient_linear": False,
             # 0: a gathered copy that outlives the step would hide updates written to the shards.
@@ -108,7 +108,7 @@ def _shared(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
             "stage3_max_live_parameters": engine.live_elements,
             "stage3_max_reuse_distance": engine.live_elements,
             "stage3_prefetch_bucket_size": engine.live_elements // 2,
-            "stage3_module_granularity_threshold": 0,  # student.py says what is gathered as one
+            "stage3_module_granularity_threshold": 0,  # student.py chooses the leaf modules
             "stage3_use_all_reduce_for_fetch_params": False,
             "stage3_allgather_sequential": False,
             "stage3_gather_16bit_weights_on_model_save": False,

@@ -1,9 +1,9 @@
-"""Floating-point operations of a training step, by formula: matrix products and nothing else.
+"""Floating-point operations of a training step, by formula; only matrix products count.
 
 A product of (m, k) with (k, n) takes 2 m k n, and its backward twice that: one product for the
 gradient of each factor. Norms, activations, softmax, loss, optimizer and EMA are linear in their
-tensors and not counted; neither is what a run computes twice to save memory (checkpointing, fused
-attention, a chunked loss), so that utilisation compares runs by what they had to compute.
+tensors and not counted. Neither is recomputation to save memory (checkpointing, fused attention, a
+chunked loss): as in MFU, utilisation compares runs by the FLOPs that the model needs.
 
 Shape letters: P patches and L tokens of an image, p patch size, C channels, D width, K prototypes.
 """
@@ -26,8 +26,8 @@ def vit_forward_flops(
 ) -> int:
     """Forward of a ViT over one image.
 
-    Per block 2 L W for the linear layers and 4 L^2 D for attention (logits, and values by them);
-    once 2 P C p^2 D for the patch projection.
+    Per block 2 L W for the linear layers and 4 L^2 D for attention (logits, and their product with
+    the values); once 2 P C p^2 D for the patch projection.
 
     Args:
         num_patches: P, for a crop of side h: (h // p)^2.
@@ -36,8 +36,8 @@ def vit_forward_flops(
         depth: blocks.
         in_chans: C.
         num_special: class token and registers, L = P + num_special.
-        block_weights: W, scalars in the matrices of a block; None for 12 D^2, the plain block (qkv
-            3, projection 1, MLP of ratio 4: 8).
+        block_weights: W, scalars in the matrices of a block; None for 12 D^2, the plain block (3
+            for qkv, 1 for the projection, 8 for an MLP of ratio 4).
     """
     tokens = num_patches + num_special
     weights = 12 * embed_dim**2 if block_weights is None else block_weights
@@ -55,7 +55,7 @@ def vit_backward_flops(
     num_special: int = 1,
     block_weights: int | None = None,
 ) -> int:
-    """Backward of a ViT over one image; pixels need no gradient. Arguments as of the forward."""
+    """Backward of a ViT over one image; pixels need no gradient. Arguments as in the forward."""
     forward = vit_forward_flops(
         num_patches=num_patches,
         patch_size=patch_size,
@@ -75,7 +75,7 @@ def _patch_projection_flops(num_patches: int, patch_size: int, embed_dim: int, c
 def head_forward_flops(
     *, in_dim: int, hidden_dim: int, bottleneck_dim: int, num_layers: int, num_prototypes: int
 ) -> int:
-    """Forward of the DINO head over the class token of one crop; its backward takes twice that.
+    """Forward of the DINO head over the class token of one crop; its backward takes twice as many.
 
     Args:
         in_dim: D.
@@ -90,11 +90,11 @@ def head_forward_flops(
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs that a step spends on one image, all its crops together.
+    """FLOPs of a step on one image, all its crops together.
 
     Attributes:
-        teacher_backbone: forward over the global crops.
-        teacher_head: the same, of the head.
+        teacher_backbone: forward of the backbone over the global crops.
+        teacher_head: forward of the head over the global crops.
         student_global: forward of the backbone over the global crops.
         student_local: forward of the backbone over the local crops.
         student_head: forward of the head over all crops.
@@ -120,7 +120,7 @@ class StepFlops:
 
     @property
     def total(self) -> int:
-        """All of the step."""
+        """The whole step."""
         return self.teacher + self.student_forward + self.student_backward
 
 
@@ -146,10 +146,10 @@ def step_flops(
         global_size: side of a global crop in pixels.
         local_size: side of a local crop in pixels.
         num_local: local crops.
-        patch_size: as of `vit_forward_flops`, like the other sizes of the backbone.
+        patch_size: as in `vit_forward_flops`, like the other sizes of the backbone.
         embed_dim: D.
         depth: blocks.
-        hidden_dim: as of `head_forward_flops`, like the other sizes of the head.
+        hidden_dim: as in `head_forward_flops`, like the other sizes of the head.
         bottleneck_dim: width before the prototypes.
         num_layers: linear layers of the head's MLP.
         num_prototypes: K.

@@ -1,9 +1,9 @@
-"""The values that building a network writes, one tensor after another, never all of them at once.
+"""Initialize a network one tensor at a time, bit for bit as if it were built on the CPU.
 
-A network on the meta device has shapes and no memory. While it is built there, what would be
-written into its tensors is noted. Done again on the CPU, in the same order and from the same
-generator, that gives the values of a network built on the CPU, bit for bit. What is drawn only to
-be overwritten moves the generator, and so is drawn again as well.
+A network on the meta device has shapes and no memory. While it is built there, the operations that
+write its tensors are recorded. Replayed on the CPU, in the same order and from the same generator,
+they give the values of a network built on the CPU. Values that are drawn and then overwritten
+advance the generator, so they are drawn again, too.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ class Write:
     """One operation that writes a whole tensor.
 
     Attributes:
-        name: of the tensor in the network's state if this is what remains in it; else it is drawn
-            for the sake of the generator.
+        name: of the tensor in the network's state if this is its last write; None if it is drawn
+            only to advance the generator.
         target: the tensor, on the meta device.
         operation: of torch, with its arguments and options.
     """
@@ -40,7 +40,7 @@ class Write:
     options: dict[str, Any]
 
     def value(self) -> Tensor:
-        """What is written, on the CPU; if it is random, from the default generator of torch."""
+        """The written value, on the CPU; random values come from torch's default generator."""
         if _name(self.operation) in _NEW:
             new: Tensor = self.operation(*self.arguments, **{**self.options, "device": "cpu"})
             return new
@@ -49,24 +49,24 @@ class Write:
         return value
 
 
-def build_without_memory(build: Callable[[], Network]) -> tuple[Network, list[Write]]:
-    """Build a network on the meta device.
+def build_on_meta(build: Callable[[], Network]) -> tuple[Network, list[Write]]:
+    """Build a network on the meta device, and record the writes that initialize it.
 
     Args:
-        build: makes it, with its initial values.
+        build: makes the network, with its initial values.
 
     Returns:
-        The network; and what its values are, in the order in which they are drawn.
+        The network, and its writes in the order in which they are drawn.
 
     Raises:
-        ConfigError: a tensor of it is computed from others, and not drawn or filled.
+        ConfigError: a tensor is computed from others instead of drawn or filled.
     """
-    with _Noting() as noting, torch.device("meta"):
+    with _RecordWrites() as recorded, torch.device("meta"):
         network = build()
     names = {_storage(tensor): name for name, tensor in network.state_dict().items()}
-    last = {_storage(write.target): write for write in noting.writes}
+    last = {_storage(write.target): write for write in recorded.writes}
     writes = []
-    for write in noting.writes:
+    for write in recorded.writes:
         name = names.get(_storage(write.target)) if last[_storage(write.target)] is write else None
         if name is not None:
             _require_simple(write, name)
@@ -80,13 +80,13 @@ def _require_simple(write: Write, name: str) -> None:
     whole = target.is_contiguous() and target.nbytes == target.untyped_storage().nbytes()
     if not whole or _name(write.operation) not in (*_IN_PLACE, *_NEW):
         raise ConfigError(
-            f"model.backbone: cannot train it: {name} begins as a result of {write.operation}, and"
-            " only tensors that are drawn or filled as a whole are known"
+            f"model.backbone: cannot train it: {name} is initialized by {write.operation};"
+            " supported are tensors that are drawn or filled as a whole"
         )
 
 
-class _Noting(TorchDispatchMode):
-    """Notes every operation that makes or changes a tensor; views do not."""
+class _RecordWrites(TorchDispatchMode):
+    """Records every operation that makes or changes a tensor; views do neither."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here

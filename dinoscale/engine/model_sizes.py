@@ -1,4 +1,4 @@
-"""Sizes of a run that memory, time and communication follow from."""
+"""Sizes of a run's network and crops, from which memory, time and communication follow."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Dims:
         head: scalars of the head, prototypes included.
         largest: scalars of the largest tensor.
         block: scalars of one transformer block.
-        block_matrices: those of them that are in matrices.
+        block_matrices: scalars of the block's matrices.
         depth: blocks.
         embed_dim: D.
         num_heads: of attention.
@@ -88,35 +88,35 @@ class Dims:
 
     @property
     def global_pixels(self) -> int:
-        """Numbers in the global crops of an image, channels included."""
+        """Values in the global crops of an image, channels included."""
         return NUM_GLOBAL * self.channels * self.global_size**2
 
     @property
     def pixels(self) -> int:
-        """Numbers in all crops of an image, channels included."""
+        """Values in all crops of an image, channels included."""
         return self.global_pixels + self.num_local * self.channels * self.local_size**2
 
     @property
     def mlp_kept(self) -> int:
-        """Elements a token that an MLP keeps: each result between its matrices.
+        """Elements per token that an MLP keeps for the backward: each result between its matrices.
 
-        A plain one keeps both sides of its activation; a gated one, with a third matrix, both
-        inputs of the product, the activation and the product.
+        A plain MLP keeps the input and output of its activation; a gated one, with a third matrix,
+        keeps both inputs of the product, the activation and the product.
         """
         gated = self.mlp_matrices > 2 * self.embed_dim * self.mlp_hidden
         return (4 if gated else 2) * self.mlp_hidden
 
 
 def dims_of(config: RunConfig) -> Dims:
-    """Build the network's shapes and measure them.
+    """Measure the shapes of a run's network.
 
     Raises:
-        ConfigError: the backbone is unknown, or it is not a ViT.
+        ConfigError: the backbone is unknown or not a ViT.
     """
     network = shapes_only(config)
     backbone, head, crops = network.backbone, config.head, config.crops
     if not isinstance(backbone, VisionTransformer):
-        raise ConfigError(f"model.backbone: plan knows ViTs only, not {config.model.backbone!r}")
+        raise ConfigError(f"model.backbone: plan supports only ViTs, not {config.model.backbone!r}")
     block = backbone.blocks[0]
     assert isinstance(block, Block)
     patch, channels = backbone.patch_size, config.data.channels
@@ -156,7 +156,7 @@ def _scalars(module: nn.Module, *, matrices_only: bool = False) -> int:
 
 
 def flops_of(dims: Dims) -> StepFlops:
-    """FLOPs of a step on one image."""
+    """FLOPs of a training step per image."""
     return step_flops(
         global_size=dims.global_size,
         local_size=dims.local_size,

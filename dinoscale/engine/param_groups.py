@@ -1,4 +1,4 @@
-"""Optimizer groups of DINO v1: what decays, what does not, and the prototypes apart."""
+"""Optimizer groups of DINO v1: with weight decay, without, and the prototypes apart."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def param_groups(network: nn.Module) -> list[dict[str, Any]]:
 
     Biases and one-dimensional tensors never decay; everything else does, the CLS token, the
     position embedding and the prototypes included (timm's `no_weight_decay` is not used). The
-    prototypes have a group of their own because they rest during the first epochs.
+    prototypes have a group of their own because they are frozen during the first epochs.
 
     Returns:
         Non-empty groups with keys `name`, `params`, `weight_decay`, `frozen`.
@@ -36,15 +36,15 @@ def param_groups(network: nn.Module) -> list[dict[str, Any]]:
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape, also of one that DeepSpeed has cut, which is flat itself."""
+    """The full shape, also of a parameter that DeepSpeed has partitioned and flattened."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 def build_optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
-    """AdamW with the reference's betas and eps, or SGD with momentum 0.9; rates come per step.
+    """AdamW with the reference's betas and eps, or SGD with momentum 0.9; each step sets the rate.
 
-    Fused, on a CPU too: one pass over memory, and `found_inf` tells it on the device to do nothing.
+    Fused, on a CPU too: one pass over memory, and `found_inf` skips a step on the device.
     """
     groups = param_groups(network)
     if name == "sgd":
@@ -52,5 +52,5 @@ def build_optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-# State tensors of each optimizer, in the names torch gives them.
+# State tensors of each optimizer, by torch's names.
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}

@@ -1,7 +1,7 @@
-"""What changes during a run, as pure functions of the step, in float64.
+"""Schedules as pure functions of the step, in float64.
 
 `step` counts optimizer steps from 0; an epoch is `steps_per_epoch` of them. Nothing here holds
-state, so a resumed run reads the numbers of the uninterrupted one.
+state, so a resumed run gets the values of the uninterrupted one.
 
 Source: Caron et al. 2021 (arXiv:2104.14294), section 3.2 and appendix; off-by-one details (both
 ends of a warm-up included, the final value never reached) are those of the authors' code.
@@ -88,7 +88,7 @@ class Schedules:
     """All schedules of a run; `at(step)` reads them.
 
     `peak_lr` is the rate at the end of the warm-up (already scaled by the batch), `min_lr` the one
-    the cosine tends to (never scaled); the others as in the paper. Epochs are `steps_per_epoch`.
+    that the cosine tends to (never scaled); the others are those of the paper.
     """
 
     steps_per_epoch: int

@@ -1,10 +1,10 @@
 """Which elements of which parameter lie in this rank's shard, at every ZeRO stage.
 
-EMA, per-tensor clipping and checkpoints all follow from this one list. P parameters, W ranks.
+EMA, per-tensor clipping and checkpoints all use this one list. W ranks.
 
-Stages 0-2 lay the parameters of a group end to end, pad to a multiple of W and cut the whole into W
-equal slices, so a slice may begin inside a parameter. Stage 3 cuts every parameter into W slices.
-At stage 0 nothing is sharded by DeepSpeed; the same cut is used so that the teacher still is.
+Stages 0-2 concatenate the parameters of a group, pad to a multiple of W and partition the result
+into W equal slices, so a slice may begin inside a parameter. Stage 3 partitions every parameter
+into W slices. At stage 0 DeepSpeed shards nothing; the same partition shards the teacher.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of one parameter's elements inside this rank's shard of its group.
+    """Consecutive elements of one parameter inside this rank's shard of its group.
 
     Attributes:
         name: the parameter's name in the network.
@@ -42,7 +42,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one parameter lies in the unsharded flat tensor of its group (stages 0-2)."""
+    """Position of one parameter in the unsharded flat tensor of its group (stages 0-2)."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's fragments, the shard sizes, and at stages 0-2 the placements of everything."""
+    """This rank's fragments, shard sizes, and at stages 0-2 the placements of all parameters."""
 
     fragments: tuple[Fragment, ...]
     shard_sizes: tuple[int, ...]
@@ -61,7 +61,7 @@ class Layout:
 
 
 def end_to_end(groups: Sequence[Sequence[tuple[str, Tensor]]], world_size: int) -> Layout:
-    """The layout of stages 1 and 2 for parameters that DeepSpeed leaves whole (stage 0)."""
+    """The layout of stages 1 and 2 for parameters that DeepSpeed does not shard (stage 0)."""
     placements, sizes = [], []
     for index, group in enumerate(groups):
         offset = 0
@@ -70,11 +70,11 @@ def end_to_end(groups: Sequence[Sequence[tuple[str, Tensor]]], world_size: int) 
             placements.append(Placement(name, tuple(parameter.shape), index, offset, numel))
             offset += numel
         sizes.append(-(-offset // world_size))
-    return _cut(placements, sizes)
+    return _partition(placements, sizes)
 
 
 def of_flat_optimizer(optimizer: Any, names: dict[int, str]) -> Layout:
-    """The layout of DeepSpeed's stage 1 and 2 optimizer, read from where its tensors lie.
+    """The layout of DeepSpeed's stage 1 and 2 optimizer, read from the addresses of its tensors.
 
     Args:
         optimizer: DeepSpeedZeroOptimizer.
@@ -87,11 +87,11 @@ def of_flat_optimizer(optimizer: Any, names: dict[int, str]) -> Layout:
             shape, numel = tuple(parameter.shape), parameter.numel()
             placements.append(Placement(names[id(parameter)], shape, index, offset, numel))
         sizes.append(optimizer.single_partition_of_fp32_groups[index].numel())
-    return _cut(placements, sizes)
+    return _partition(placements, sizes)
 
 
 def of_partitioned_optimizer(optimizer: Any, names: dict[int, str], rank: int) -> Layout:
-    """The layout of DeepSpeed's stage 3 optimizer: every parameter padded and cut by rank.
+    """The layout of DeepSpeed's stage 3 optimizer: every parameter padded and partitioned by rank.
 
     Args:
         optimizer: DeepSpeedZeroOptimizer_Stage3.
@@ -114,7 +114,7 @@ def of_partitioned_optimizer(optimizer: Any, names: dict[int, str], rank: int) -
     return Layout(tuple(fragments), tuple(sizes), ())
 
 
-def _cut(placements: list[Placement], sizes: list[int]) -> Layout:
+def _partition(placements: list[Placement], sizes: list[int]) -> Layout:
     from dinoscale.runtime import distributed
 
     rank, fragments = distributed.rank(), []
@@ -137,7 +137,7 @@ def _cut(placements: list[Placement], sizes: list[int]) -> Layout:
 
 
 def parameter_names(network: nn.Module) -> dict[int, str]:
-    """Id of parameter -> name; DeepSpeed keeps the parameter objects, whatever it does to them."""
+    """Id of parameter -> name; DeepSpeed changes parameters but keeps the objects."""
     return {id(parameter): name for name, parameter in network.named_parameters()}
 
 

@@ -21,7 +21,7 @@ from dinoscale.runtime import distributed
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank works on between two gradient accumulations.
+    """The crops of one forward and backward pass on one rank.
 
     Attributes:
         global_crops: normalised images (2, B, C, H, W) float32.
@@ -35,51 +35,51 @@ class MicroBatch:
 
 
 class StepMetrics:
-    """What a step found; means are over its images on all ranks, in nats.
+    """Results of a step; means are over its images on all ranks, in nats.
 
-    The numbers are on their way from the device. The first look at one waits for them, and with
-    them for the end of the step; until then the next step can be launched.
+    They are copied from the device in the background. Reading the first one waits for the copy, and
+    so for the end of the step; until then the next step can be launched.
     """
 
-    def __init__(self, sums: Tensor, verdict: Tensor, parts: Tensor) -> None:
-        """Begin to copy.
+    def __init__(self, sums: Tensor, outcome: Tensor, parts: Tensor) -> None:
+        """Start the copy.
 
         Args:
-            sums: over micro-batches and ranks: loss, teacher entropy; then what `_told` holds.
-            verdict: (3,) whether the step was skipped, entropy and maximum of the mean target.
+            sums: over micro-batches and ranks: loss, teacher entropy; then those of `_rank_status`.
+            outcome: (3,) whether the step was skipped, entropy and maximum of the mean target.
             parts: loss and teacher entropy of this rank's micro-batches, (M, 2).
         """
         self._ranks = distributed.world_size()
         self._count = len(parts) * self._ranks
-        found = torch.cat((sums[:5], verdict, sums[5:], parts.flatten()))
-        self._arrived: torch.cuda.Event | None = None
-        if found.is_cuda:
-            self._found = torch.empty_like(found, device="cpu", pin_memory=True)
-            self._found.copy_(found, non_blocking=True)
-            self._arrived = torch.cuda.Event(blocking=True, enable_timing=True)
-            self._arrived.record()
+        results = torch.cat((sums[:5], outcome, sums[5:], parts.flatten()))
+        self._copied: torch.cuda.Event | None = None
+        if results.is_cuda:
+            self._on_host = torch.empty_like(results, device="cpu", pin_memory=True)
+            self._on_host.copy_(results, non_blocking=True)
+            self._copied = torch.cuda.Event(blocking=True, enable_timing=True)
+            self._copied.record()
         else:
-            self._found = found
+            self._on_host = results
 
     def idle_s(self) -> float:
-        """Seconds for which the device has had nothing to do since the step: 0 while it is at it.
+        """Seconds that the device has been idle since the end of the step; 0 while it still works.
 
-        On a CPU infinity: what computes is what asks.
+        Infinity on a CPU, which is idle whenever it can ask.
         """
-        if self._arrived is None:
+        if self._copied is None:
             return math.inf
-        if not self._arrived.query():
+        if not self._copied.query():
             return 0.0
         now = torch.cuda.Event(enable_timing=True)
         now.record()  # nothing was launched in between
         now.synchronize()
-        return float(self._arrived.elapsed_time(now)) / 1000
+        return float(self._copied.elapsed_time(now)) / 1000
 
     @cached_property
     def _numbers(self) -> list[float]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        numbers: list[float] = self._found.tolist()
+        if self._copied is not None:
+            self._copied.synchronize()
+        numbers: list[float] = self._on_host.tolist()
         return numbers
 
     @property
@@ -104,7 +104,7 @@ class StepMetrics:
 
     @property
     def bad_images(self) -> int:
-        """How many unreadable images all ranks have met since they last told each other."""
+        """Unreadable images on all ranks since the ranks last exchanged them."""
         return round(self._numbers[3])
 
     @property
@@ -114,7 +114,7 @@ class StepMetrics:
 
     @property
     def skipped(self) -> str | None:
-        """Why the step was not applied; None if it was."""
+        """Why the step was skipped; None if it was applied."""
         if not self._numbers[5]:
             return None
         finite = math.isfinite(self.loss + self.teacher_entropy)
@@ -127,19 +127,19 @@ class StepMetrics:
 
     @property
     def target_share(self) -> float:
-        """Part of these targets that the strongest prototype gets, 0 to 1."""
+        """Share of the strongest prototype in these targets, 0 to 1."""
         return self._numbers[7]
 
     @property
     def waited_s(self) -> float:
-        """What the rank that waited longest for its images had waited, in seconds."""
+        """The longest time that any rank waited for its images, in seconds."""
         return max(self._numbers[8 : 8 + self._ranks])
 
     @property
     def parts(self) -> list[tuple[float, float]]:
         """Loss and teacher entropy of each of this rank's micro-batches."""
-        of_rank = self._numbers[8 + self._ranks :]
-        return list(zip(of_rank[::2], of_rank[1::2], strict=True))
+        flat = self._numbers[8 + self._ranks :]
+        return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def train_step(
@@ -156,50 +156,61 @@ def train_step(
 ) -> StepMetrics:
     """Run one optimizer step of self-distillation (Caron et al. 2021, algorithm 1).
 
-    A step whose loss or gradient is not finite on any rank is skipped on all: weights, moments,
-    teacher and center are as before it. The device decides that; the host launches the same work
-    for every step and waits for nothing. Whether this rank wants to end, the unreadable images that
-    it has met, whether it still saves and how long it waited for images ride on the reduction of
-    the loss, so that all ranks learn of them at the same step and need no collective more.
+    A step whose loss or gradient is not finite on any rank is skipped on all ranks: weights,
+    moments, teacher and center keep their values. The device decides; the host launches the same
+    work for every step and never waits. The all-reduce of the loss also carries this rank's status
+    (a request to stop, unreadable images, a save in progress, its wait for images), so all ranks
+    learn of it at the same step without another collective.
 
-    The next micro-batch is asked for when the forward of one has been launched, so that it is on
-    its way while the device works, and when that one is no longer held: there is memory for one.
+    The next micro-batch is fetched once the forward of the current one has been launched, so it is
+    prepared while the device works, and once the current one is released: memory holds one.
+
+    Args:
+        micro_batches: of this step and rank; made one by one when this function asks for them.
+        student: updated by the optimizer.
+        teacher: gives the targets, then averages the student.
+        now: scheduled values of the step.
+        student_temp: temperature of the student, > 0, dimensionless.
+        stop_asked: whether this rank was asked to stop.
+        bad_images: unreadable images on this rank since the ranks last exchanged them.
+        saving: whether this rank is writing or deleting a checkpoint.
+        waited_s: seconds that this rank has waited for images since the last log line.
     """
     student.set_hyperparameters(now)
-    parts = []
-    ahead = iter(micro_batches)
-    batch = next(ahead, None)
+    losses = []
+    remaining = iter(micro_batches)
+    batch = next(remaining, None)
     while batch is not None:
-        loss, of_targets = _forward(batch, student, teacher, now, student_temp=student_temp)
+        loss, teacher_entropy = _forward(batch, student, teacher, now, student_temp=student_temp)
         del batch
-        batch = next(ahead, None)
+        batch = next(remaining, None)
         student.backward(loss)
-        parts.append(torch.stack((loss.detach(), of_targets)))
+        losses.append(torch.stack((loss.detach(), teacher_entropy)))
         if batch is not None:
             student.accumulate()
-    of_rank = torch.stack(parts)  # (M, 2)
-    told = _told(
-        of_rank, stop_asked=stop_asked, bad_images=bad_images, saving=saving, waited_s=waited_s
+    parts = torch.stack(losses)  # (M, 2)
+    status = _rank_status(
+        parts, stop_asked=stop_asked, bad_images=bad_images, saving=saving, waited_s=waited_s
     )
-    sums = torch.cat((of_rank.sum(0), told))
+    sums = torch.cat((parts.sum(0), status))
     distributed.all_reduce_sum(sums)  # (5 + ranks,)
-    skipped = student.step(spoilt=~sums.isfinite().all())  # the weights move here
-    teacher.update(student, momentum=now.momentum, skipped=skipped)  # of the stepped student
+    skipped = student.step(non_finite=~sums.isfinite().all())  # the weights move here
+    teacher.update(student, momentum=now.momentum, skipped=skipped)  # averages the new weights
     mean_target = teacher.mean_target
-    verdict = torch.stack((skipped.float(), entropy(mean_target), mean_target.max()))
-    return StepMetrics(sums, verdict, of_rank)
+    outcome = torch.stack((skipped.float(), entropy(mean_target), mean_target.max()))
+    return StepMetrics(sums, outcome, parts)
 
 
-def _told(
-    of_rank: Tensor, *, stop_asked: bool, bad_images: int, saving: bool, waited_s: float
+def _rank_status(
+    like: Tensor, *, stop_asked: bool, bad_images: int, saving: bool, waited_s: float
 ) -> Tensor:
-    """What a rank tells: to stop, bad images, a save, seconds in its own place; (3 + ranks,)."""
-    told = of_rank.new_zeros(3 + distributed.world_size())
-    told[0].fill_(float(stop_asked))  # of views, without a copy that the host would wait for
-    told[1].fill_(float(bad_images))
-    told[2].fill_(float(saving))
-    told[3 + distributed.rank()].fill_(waited_s)
-    return told
+    """Stop request, bad images, save in progress, a place for each rank's wait; (3 + ranks,)."""
+    status = like.new_zeros(3 + distributed.world_size())
+    status[0].fill_(float(stop_asked))  # fill_ needs no host copy that the host would wait for
+    status[1].fill_(float(bad_images))
+    status[2].fill_(float(saving))
+    status[3 + distributed.rank()].fill_(waited_s)
+    return status
 
 
 def _forward(

@@ -27,7 +27,7 @@ from dinoscale.runtime.float32 import tensor_cores
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without its start-up compilation of an operator that training never calls."""
+    """Import DeepSpeed without compiling an operator that training never calls."""
     # Renamed in torch 2.13; DeepSpeed still calls the old names, on every rank.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", message=f".*{name}", category=FutureWarning)
@@ -47,14 +47,14 @@ def import_deepspeed() -> Any:
 
 
 def _import_muon() -> None:
-    """Import DeepSpeed's Muon, as it does to tell whether an optimizer is one, but quickly.
+    """Import DeepSpeed's Muon quickly; DeepSpeed imports it to check the optimizer's type.
 
-    Its functions are handed to torch.compile there, which loads all of Inductor; none is called.
+    Importing it calls torch.compile, which loads all of Inductor; training never calls Muon.
     """
     disabled = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile returns a function as it is
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile then returns the function unchanged
     try:
-        with contextlib.suppress(ImportError):  # it is optional there, too
+        with contextlib.suppress(ImportError):  # optional in DeepSpeed, too
             import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
         del os.environ["TORCHDYNAMO_DISABLE"]
@@ -63,7 +63,7 @@ def _import_muon() -> None:
 
 
 def gather_whole_blocks(*networks: nn.Module) -> None:
-    """At stage 3, gather and release a transformer block as one, not layer by layer."""
+    """At stage 3, gather and release each transformer block as a whole, not layer by layer."""
     import_deepspeed()
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -73,45 +73,45 @@ def gather_whole_blocks(*networks: nn.Module) -> None:
 
 
 def materialize(
-    network: nn.Module, dtype: torch.dtype, *, cut_by: Mapping[str, Any] | None = None
+    network: nn.Module, dtype: torch.dtype, *, zero3_config: Mapping[str, Any] | None = None
 ) -> None:
-    """Give a network memory where it runs, its weights in `dtype`; values are as they come.
+    """Allocate a network on the device that it runs on, its weights in `dtype`, uninitialized.
 
     Args:
         network: on any device.
         dtype: of its parameters; buffers keep theirs.
-        cut_by: DeepSpeed's configuration at stage 3: every parameter is cut, and this rank keeps
-            its shard, before the next has memory. DeepSpeed would cut a network that is there as a
-            whole. Collective.
+        zero3_config: DeepSpeed's configuration at stage 3: each parameter is partitioned, and this
+            rank keeps its shard, before the next one is allocated. DeepSpeed alone would partition
+            a network that is already whole in memory. Collective.
     """
     for name, buffer in network.named_buffers():
         owner, _, own_name = name.rpartition(".")
-        setattr(network.get_submodule(owner), own_name, _memory(buffer, buffer.dtype))
-    parameters = _one_by_one(network, dtype)
-    if cut_by is None:
+        setattr(network.get_submodule(owner), own_name, _allocate(buffer, buffer.dtype))
+    parameters = _allocated(network, dtype)
+    if zero3_config is None:
         for _ in parameters:
             pass
         return
     deepspeed, first = import_deepspeed(), next(parameters)
     deepspeed.zero.Init(
         module=nn.ParameterList([first]),
-        config_dict_or_path=cut_by,
+        config_dict_or_path=zero3_config,
         dtype=dtype,
         zero_param_parallel_group=deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
     )
     first.convert_to_zero_parameters(param_list=parameters)
 
 
-def _one_by_one(network: nn.Module, dtype: torch.dtype) -> Iterator[Any]:
-    """Every parameter, which has memory from now on."""
+def _allocated(network: nn.Module, dtype: torch.dtype) -> Iterator[Any]:
+    """Allocate the parameters one by one, and yield each."""
     for module in network.modules():
-        for name, bare in list(module.named_parameters(recurse=False)):
-            parameter = nn.Parameter(_memory(bare, dtype), requires_grad=bare.requires_grad)
+        for name, old in list(module.named_parameters(recurse=False)):
+            parameter = nn.Parameter(_allocate(old, dtype), requires_grad=old.requires_grad)
             setattr(module, name, parameter)
             yield parameter
 
 
-def _memory(like: Tensor, dtype: torch.dtype) -> Tensor:
+def _allocate(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(like, dtype=dtype, device=compute_device())
 
 
@@ -119,11 +119,11 @@ class Student:
     """A trained network whose float32 master weights are sharded over ranks.
 
     Attributes:
-        deepspeed_config: what DeepSpeed was told, every value that can change a number included.
+        deepspeed_config: DeepSpeed's configuration, with every value that can change a number.
         layout: this rank's fragments; the teacher and checkpoints use the same.
         shapes: parameter name -> full shape.
         master: float32 views of the master weights, one (numel,) view per fragment.
-        flats: the same at stages 1-3 as the optimizer has them, one shard per group; else empty.
+        flats: at stages 1-3 the optimizer's flat master shards, one per group; empty at stage 0.
         compute_dtype: dtype of the weights that the forward uses.
     """
 
@@ -134,14 +134,14 @@ class Student:
         plan: RunPlan,
         initial: Iterable[tuple[str, Tensor]] | None = None,
     ) -> None:
-        """Shard `network`; float32 values of all its tensors become the master's and the buffers'.
+        """Shard `network`, and set master weights and buffers to the initial values.
 
         Args:
             network: on the meta device if `initial` is given.
             config: of the run.
             plan: of the run.
             initial: name and value (float32, CPU) of each parameter and buffer, equal on all ranks,
-                asked for one after another; None takes those that `network` has.
+                read one at a time; None takes the values of `network`.
         """
         if initial is None:
             initial = {
@@ -151,8 +151,8 @@ class Student:
         self.compute_dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._stage = config.engine.zero_stage
         self.deepspeed_config = student_config(config, plan)
-        cut_by = self.deepspeed_config if self._stage == 3 else None
-        materialize(network, self.compute_dtype, cut_by=cut_by)
+        zero3_config = self.deepspeed_config if self._stage == 3 else None
+        materialize(network, self.compute_dtype, zero3_config=zero3_config)
         self._moments = MOMENTS[config.optim.name]
         self._offloaded = config.engine.offload_optimizer
         self._rule = GradientRule(
@@ -175,26 +175,26 @@ class Student:
             dist_init_required=False,
         )
         self._zero = self._engine.optimizer
-        self._keep_off_the_host()
+        self._skip_host_checks()
         self._buffers = dict(self.network.named_buffers())
         self._find_shards(names)
-        self._begin_with(initial)
+        self._load_initial(initial)
         self._rule.arm()
 
     @property
     def network(self) -> Any:
-        """The network that DeepSpeed runs; its weights may be partitioned."""
+        """The network inside the DeepSpeed engine; its weights may be partitioned."""
         return self._engine.module
 
     def __call__(
         self, crops: Sequence[Tensor], keep: Tensor | None, objective: Objective
     ) -> Tensor:
-        """The objective of all crops in one engine forward, scalar float32.
+        """Compute the objective of all crops in one engine forward, scalar float32.
 
         Args:
             crops: normalised images, (N_i, C, H_i, W_i), one tensor per resolution.
             keep: stochastic depth multipliers (depth, 2, sum of N_i) float32, or None.
-            objective: takes unit vectors (sum of N_i, D) and the prototypes to the scalar.
+            objective: maps unit vectors (sum of N_i, D) and the prototypes to the scalar.
         """
         inputs = [crop.to(self.compute_dtype) for crop in crops]
         with tensor_cores(self.compute_dtype, crops[0].device):
@@ -202,7 +202,7 @@ class Student:
         return loss
 
     def set_hyperparameters(self, now: StepValues) -> None:
-        """Begin a step: write its rate, decay and frozen prototypes into the optimizer's groups."""
+        """Begin a step: set learning rate, weight decay and frozen prototypes in the optimizer."""
         self._buffers_before = [value.clone() for value in self._buffers.values()]
         for group in self._torch_optimizer.param_groups:
             group["lr"] = now.lr
@@ -210,28 +210,28 @@ class Student:
             group["frozen"] = group["name"] == "prototypes" and now.prototypes_frozen
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a micro-batch's mean loss; the step takes their mean."""
+        """Accumulate the gradient of a micro-batch's mean loss; the step averages them."""
         distributed.guarded(lambda: self._engine.backward(loss))
 
     def accumulate(self) -> None:
         """End a micro-batch that is not the last one of the step."""
         distributed.guarded(self._engine.step)
 
-    def step(self, *, spoilt: Tensor) -> Tensor:
-        """End the last micro-batch of the step: clip and update the weights.
+    def step(self, *, non_finite: Tensor) -> Tensor:
+        """End the last micro-batch of the step: clip the gradients and update the weights.
 
-        Nothing is read from the device, except by DeepSpeed where optimizer states are offloaded;
-        and at stage 3 on a GPU it waits for the end of each backward pass.
+        The host reads nothing from the device, with two exceptions of DeepSpeed's: offloaded
+        optimizer states, and at stage 3 on a GPU a wait for the end of each backward pass.
 
         Args:
-            spoilt: whether to drop the gradients of the step instead, () bool.
+            non_finite: whether the loss is not finite, so that the step is skipped, () bool.
 
         Returns:
-            Whether the step was skipped, because of `spoilt` or of a gradient that is not finite,
-            () bool. Then weights, moments and buffers are as before it, on all ranks.
+            Whether the step was skipped, for `non_finite` or a non-finite gradient, () bool.
+            Weights, moments and buffers then keep their values, on all ranks.
         """
         assert self._engine.is_gradient_accumulation_boundary()
-        self._rule.measure(self._gradients(), spoilt=spoilt)
+        self._rule.measure(self._gradients(), non_finite=non_finite)
         distributed.guarded(self._engine.step)
         skipped = self._rule.skipped
         for value, before in zip(self._buffers.values(), self._buffers_before, strict=True):
@@ -239,7 +239,7 @@ class Student:
         return skipped
 
     def grad_norm(self) -> Tensor:
-        """Norm of the whole gradient of the last step before clipping, scalar."""
+        """Global gradient norm of the last step before clipping, scalar."""
         return self._rule.global_norm()
 
     def grad_norms(self) -> dict[str, float]:
@@ -248,7 +248,7 @@ class Student:
         return dict(zip(self._rule.names, norms, strict=True))
 
     @torch.no_grad()
-    def _begin_with(self, initial: Iterable[tuple[str, Tensor]]) -> None:
+    def _load_initial(self, initial: Iterable[tuple[str, Tensor]]) -> None:
         held: dict[str, list[Fragment]] = {}
         for part in self._held:
             held.setdefault(part.name, []).append(part)
@@ -257,7 +257,7 @@ class Student:
                 self._buffers[name].copy_(value)
             for part in held.get(name, ()):
                 self._master_of(part).copy_(value.flatten().narrow(0, part.start, part.numel))
-            del value  # before the next is there
+            del value  # before the next one is made
         self._refresh_forward_weights()
 
     def _master_of(self, part: Fragment) -> Tensor:
@@ -266,13 +266,13 @@ class Student:
 
     @torch.no_grad()
     def restore_master(self, read: Callable[[str, int, int], Tensor]) -> None:
-        """Set the float32 master and the weights of the forward from full values; collective.
+        """Set the master weights and the weights of the forward from full tensors; collective.
 
         Args:
             read: (parameter name, first element, count) -> (count,) float32.
 
         Raises:
-            DinoscaleError: on every rank; what `read` raised on one.
+            DinoscaleError: on every rank, if `read` raises it on one.
         """
 
         def set_all() -> None:
@@ -283,7 +283,7 @@ class Student:
         self._refresh_forward_weights()
 
     def optimizer_state(self) -> dict[str, list[Tensor | None]]:
-        """Moment name -> one (numel,) view per fragment; None where no step was taken yet."""
+        """Moment name -> one (numel,) view per fragment; None before its first step."""
         views: dict[str, list[Tensor | None]] = {name: [] for name in self._moments}
         for fragment in self.layout.fragments:
             tensor, start = self._optimizer_tensor(fragment)
@@ -296,7 +296,7 @@ class Student:
         return views
 
     def optimizer_steps(self) -> dict[str, int]:
-        """Optimizer group -> steps taken so far; a resting group does not count."""
+        """Optimizer group -> steps taken so far; a step in which it was frozen does not count."""
         steps = {}
         for fragment in self.layout.fragments:
             state = self._torch_optimizer.state.get(self._optimizer_tensor(fragment)[0], {})
@@ -306,7 +306,7 @@ class Student:
     def restore_optimizer(
         self, read: Callable[[str, str, int, int], Tensor], steps: Mapping[str, int]
     ) -> None:
-        """Set moments and step counts; groups with 0 steps stay without state.
+        """Set moments and step counts; a group with 0 steps gets no state.
 
         Args:
             read: (moment name, parameter name, first element, count) -> (count,) float32.
@@ -332,11 +332,11 @@ class Student:
         """Buffers of the network (batch norm statistics); empty for a ViT."""
         return self._buffers
 
-    def _keep_off_the_host(self) -> None:
-        """Take from DeepSpeed's optimizers what would look at gradients from the host.
+    def _skip_host_checks(self) -> None:
+        """Keep DeepSpeed's optimizers from reading gradient norms on the host.
 
-        `gradients.py` judges them before. At stages 1 and 2 settings do it (ds_config.py). Stage 3
-        looks at the norm of these norms, now a constant; stage 0 in bf16 at every tensor.
+        `gradients.py` has checked them. Settings do this at stages 1 and 2 (ds_config.py); stage 3
+        reads the norm of its groups' norms, here a constant; stage 0 in bf16 reads every tensor.
         """
         if self._stage == 3 and not self._offloaded:
             self._zero._get_norm_groups = lambda: [1.0]
@@ -356,12 +356,12 @@ class Student:
                 master.grad = None
 
     def _gradients(self) -> list[Tensor]:
-        """The reduced gradients of this rank's shards, one for each piece the rule watches."""
+        """Reduced gradients of this rank's shards, one for each piece that the rule watches."""
         if self._stage == 0:
             return [parameter.grad for parameter in self._parameters]
         found: list[Tensor] = []
         if self._offloaded and torch.cuda.is_available():
-            torch.cuda.synchronize()  # they are being copied to host memory
+            torch.cuda.synchronize()  # gradients are still being copied to host memory
         for index, flat in enumerate(self.flats):
             fragments = (f for f in self.layout.fragments if f.group == index)
             if self._offloaded:
@@ -372,15 +372,15 @@ class Student:
             for part in self._zero.averaged_gradients[index]:
                 parts[offset] = part.view(-1)
                 offset += part.numel()
-            found += [parts[f.offset].narrow(0, 0, f.numel) for f in fragments]  # less padding
+            found += [parts[f.offset].narrow(0, 0, f.numel) for f in fragments]  # without padding
         return found
 
     def close(self) -> None:
-        """Remove the hooks by which DeepSpeed keeps the weights alive when nobody uses them."""
+        """Remove DeepSpeed's hooks, which would keep unused weights in memory."""
         self._engine.destroy()
 
     def _find_shards(self, names: dict[int, str]) -> None:
-        """Read the layout and the master views; tell the gradient rule what each tensor holds."""
+        """Read the layout and the master views; register the tensors with the gradient rule."""
         self.flats: list[Tensor] = []
         if self._stage == 0:
             groups, self._tensors = self._unsharded_groups(names)
@@ -415,8 +415,10 @@ class Student:
     def _unsharded_groups(
         self, names: dict[int, str]
     ) -> tuple[list[list[tuple[str, Tensor]]], dict[str, Tensor]]:
-        """Stage 0: the float32 tensors the optimizer steps, by group and by name."""
-        low = getattr(self._zero, "fp16_groups", None)  # bf16 keeps the master beside the network
+        """Stage 0: the optimizer's float32 tensors, by group and by name."""
+        low = getattr(
+            self._zero, "fp16_groups", None
+        )  # bf16 keeps the master apart from the network
         groups = []
         for index, group in enumerate(self._torch_optimizer.param_groups):
             of_network = group["params"] if low is None else low[index]
@@ -425,17 +427,17 @@ class Student:
         return groups, {name: tensor for group in groups for name, tensor in group}
 
     def _optimizer_tensor(self, fragment: Fragment) -> tuple[Tensor, int]:
-        """The tensor that the optimizer steps and the fragment's first element in it."""
+        """The optimizer's tensor that holds a fragment, and the fragment's first element in it."""
         if self._stage == 0:
             return self._tensors[fragment.name], fragment.start
         return self.flats[fragment.group], fragment.offset
 
     def _refresh_forward_weights(self) -> None:
-        """Derive the weights of the forward from the master, as the end of a step does."""
+        """Copy the master weights to the weights of the forward, as the end of a step does."""
         if self._stage == 3:
             for index in range(len(self.flats)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
-            self._zero.invalidate_secondary_tensor()  # with hpZ; of the weights before
+            self._zero.invalidate_secondary_tensor()  # hpZ's copy of the old weights
         elif self._stage > 0:
             self._zero.update_lp_params()
         elif self.compute_dtype is not torch.float32:

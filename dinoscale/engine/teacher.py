@@ -4,11 +4,11 @@
 
 Each rank averages its own shard, without communication. What the forward needs is derived:
 stages 0-2 keep a copy of all weights in the compute dtype, refreshed by one all-gather per group
-that runs beside the preparation of the next batch;
+that overlaps with the preparation of the next batch;
 stage 3 keeps it partitioned as the student is and gathers layer by layer. Bytes per rank, with P
 parameters of s bytes in the compute dtype on W ranks: 4 P / W + s P at stages 0-2,
 (4 + s) P / W plus the layers in flight at stage 3 (each parameter or group padded to W parts), and
-s P / hpz_ranks from the first forward of a step to its end, where a node has a second copy.
+s P / hpz_ranks from the first forward of a step to its end, where hpZ keeps a second copy per node.
 
 An EMA in bf16 would not move: (1 - m)(s - t) is below half a bf16 ulp of t for m near 1.
 """
@@ -39,7 +39,7 @@ class Teacher:
 
     Attributes:
         ema: float32 views of the average, one (numel,) view per fragment of `student.layout`.
-        deepspeed_config: what DeepSpeed was told at stage 3; None below, where it has no part.
+        deepspeed_config: DeepSpeed's configuration at stage 3; None at stages 0-2, which use none.
         center: (K,) float32, equal on all ranks.
         mean_target: (K,) float32, mean of all targets of the last step, equal on all ranks.
     """
@@ -50,12 +50,12 @@ class Teacher:
         """Start as a copy of the student.
 
         Args:
-            network: of the student's architecture, on any device; its values do not matter.
+            network: of the student's architecture, on any device; its values are not used.
             student: gives the layout and the initial weights.
             config: of the run.
             plan: of the run.
         """
-        # A rank without a fragment has shards all the same, where the student's are.
+        # A rank without a fragment has shards all the same, on the student's device.
         students = (*student.flats, *student.master)
         device = students[0].device if students else compute_device()
         self.layout = student.layout
@@ -86,7 +86,7 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, global_crops: Tensor, *, temp: float) -> Tensor:
-        """Centered and sharpened prototype probabilities, (2, B, K) float32; facts 1.1.
+        """Centered and sharpened prototype probabilities, (2, B, K) float32.
 
         Args:
             global_crops: normalised images (2, B, C, H, W), both global views.
@@ -97,7 +97,7 @@ class Teacher:
         views, batch = global_crops.shape[:2]
         images = global_crops.flatten(0, 1).to(self._compute_dtype)
         with tensor_cores(self._compute_dtype, images.device):
-            probs = self._weights.forward([images])  # (2B, K): logits, soon overwritten
+            probs = self._weights.forward([images])  # (2B, K): logits, overwritten below
         for rows in probs.split(ROWS):
             self._logit_sum += rows.sum(0)
             rows.copy_(teacher_probs(rows, self.center, temp=temp))
@@ -107,40 +107,40 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, student: Student, *, momentum: float, skipped: Tensor) -> None:
-        """Average the student that has just stepped, refresh the forward, move the center.
+        """Average the student, move the center, refresh the weights of the forward.
 
-        Once per optimizer step. The center takes the mean of the logits of all micro-batches and
-        ranks since the last update, so it acts from the next step on (facts 1.2).
+        Once per optimizer step, after the student's. The center averages the logits of all
+        micro-batches and ranks of the step, so it takes effect from the next step on.
 
         Args:
             student: after its step.
-            momentum: share of the old average.
-            skipped: whether the step was not applied, () bool. Then all is as if its targets had
-                never been asked for; the device decides, and the same work is done.
+            momentum: weight of the old average, 0 to 1.
+            skipped: whether the step was skipped, () bool. The teacher then stays as it was before
+                the step's targets; the device decides, and the host launches the same work.
         """
         weight = ~skipped * (1.0 - momentum)  # () float32: 0 leaves the average as it is
-        wholes = student.flats or student.master
-        if wholes:
-            weights = [weight.to(wholes[0].device)] * len(wholes)
-            torch._foreach_lerp_(self._averages, wholes, weights)
+        masters = student.flats or student.master
+        if masters:
+            weights = [weight.to(masters[0].device)] * len(masters)
+            torch._foreach_lerp_(self._averages, masters, weights)
         rows = self._logit_rows * distributed.world_size()  # equal micro-batches on all ranks
         sums = torch.stack((self._logit_sum, self._target_sum))  # (2, K), one collective for both
         mean_logit, mean_target = (distributed.all_reduce_sum(sums) / rows).unbind()
         center = updated_center(self.center, mean_logit, momentum=self._center_momentum)
         self.center = torch.where(skipped, self.center, center)
         self.mean_target = torch.where(skipped, self.mean_target, mean_target)
-        self._forget_sums()
+        self._reset_sums()
         for value, before in zip(self.buffers().values(), self._buffers_before, strict=True):
             value.copy_(torch.where(skipped, before, value))
-        self._weights.publish(self._shards)  # last, so that no other collective waits for it
+        self._weights.publish(self._shards)  # last: no other collective queues behind it
 
-    def _forget_sums(self) -> None:
+    def _reset_sums(self) -> None:
         self._logit_sum = torch.zeros_like(self.center)
         self._target_sum = torch.zeros_like(self.center)
         self._logit_rows = 0
 
     def restore(self, read: Callable[[str, int, int], Tensor]) -> None:
-        """Set the average from full values; the center and buffers are the caller's to set.
+        """Set the average from full tensors; the caller sets center and buffers.
 
         Collective.
 
@@ -148,7 +148,7 @@ class Teacher:
             read: (parameter name, first element, count) -> (count,) float32.
 
         Raises:
-            DinoscaleError: on every rank; what `read` raised on one.
+            DinoscaleError: on every rank, if `read` raises it on one.
         """
 
         def set_all() -> None:
@@ -167,7 +167,7 @@ class Teacher:
         return self._weights.buffers
 
     def wait(self) -> None:
-        """Wait for what `update` began and nobody has needed yet; before a rank may leave."""
+        """Wait for the all-gather that `update` began; call it before a rank leaves."""
         self._weights.wait()
 
     def num_bytes(self) -> int:
@@ -185,7 +185,7 @@ class _Replicated:
             torch.zeros(size * world_size, dtype=dtype, device=device)
             for size in layout.shard_sizes
         ]
-        self._arriving: list[Callable[[], None]] = []
+        self._pending: list[Callable[[], None]] = []
         self._staged = StagingBuffers()
         views = {
             place.name: self._flats[place.group]
@@ -206,7 +206,7 @@ class _Replicated:
         return logits
 
     def publish(self, average: Sequence[Tensor]) -> None:
-        """Begin to refresh the weights from the shards; what comes until their use goes on."""
+        """Start to refresh the weights from the shards; other work overlaps until their use."""
         self.wait()
         rank = distributed.rank()
         own = [
@@ -215,12 +215,12 @@ class _Replicated:
         ]
         self._staged.copy(own, average)
         gathers = zip(self._flats, own, strict=True)
-        self._arriving = [distributed.begin_all_gather_flat(*gather) for gather in gathers]
+        self._pending = [distributed.begin_all_gather_flat(*gather) for gather in gathers]
 
     def wait(self) -> None:
-        for finish in self._arriving:
+        for finish in self._pending:
             finish()
-        self._arriving = []
+        self._pending = []
 
     def plain_network(self) -> DinoNetwork:
         self.wait()
@@ -242,7 +242,7 @@ class _Partitioned:
     ) -> None:
         self._skeleton = copy.deepcopy(network).to("meta")
         cast_weights(self._skeleton, dtype)
-        materialize(network, dtype, cut_by=deepspeed_config)
+        materialize(network, dtype, zero3_config=deepspeed_config)
         self._engine, *_ = import_deepspeed().initialize(
             model=network, config=deepspeed_config, dist_init_required=False
         )
@@ -252,13 +252,14 @@ class _Partitioned:
         self._parameters: dict[str, Any] = dict(self.network.named_parameters())
         for fragment in layout.fragments:
             own = self._parameters[fragment.name].ds_tensor.numel()
-            assert own >= fragment.numel, f"{fragment.name}: teacher and student are cut apart"
+            assert own >= fragment.numel, f"{fragment.name}: not partitioned like the student's"
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         logits: Tensor = distributed.guarded(lambda: self._engine(crops, None))
         return logits
 
     def publish(self, average: Sequence[Tensor]) -> None:
+        """Write the shards into the partitions."""
         fragments = self._layout.fragments
         partitions = [
             self._parameters[fragment.name].ds_tensor.data.narrow(0, 0, fragment.numel)
@@ -266,14 +267,14 @@ class _Partitioned:
         ]
         if partitions:
             here = average
-            if average[0].device != partitions[0].device:  # from the host, all of this rank's share
+            if average[0].device != partitions[0].device:  # offloaded: copy this rank's shards over
                 here = [
                     torch.empty_like(a, device=compute_device(), dtype=partitions[0].dtype)
                     for a in average
                 ]
                 self._staged.copy(here, average)
             torch._foreach_copy_(partitions, [fragment.of(here) for fragment in fragments])
-        # With hpZ a node has a second copy, which DeepSpeed forgets in the student's step only.
+        # With hpZ a node has a second copy, which DeepSpeed drops in the student's step only.
         for parameter in self._parameters.values():
             parameter.ds_secondary_tensor = None
 
@@ -289,7 +290,7 @@ class _Partitioned:
         return plain
 
     def wait(self) -> None:
-        pass  # nothing is sent before a layer is used
+        pass  # weights are gathered only when a layer runs
 
     def num_bytes(self) -> int:
         parts = [parameter.ds_tensor for parameter in self._parameters.values()]

@@ -1,4 +1,4 @@
-"""Teacher targets: centering and sharpening, and what tells a collapse from a healthy run.
+"""Teacher targets: centering and sharpening, and the entropy that reveals a collapse.
 
 Shape letters: T teacher crops, B images, K prototypes.
 Source: Caron et al. 2021 (arXiv:2104.14294), section 3.1, eq. 4 and algorithm 1. The prose of the
@@ -8,7 +8,7 @@ paper adds the center, its algorithm subtracts it; we subtract.
 import torch
 from torch import Tensor
 
-ROWS = 64  # at a time, so that the terms of the sum are never all in memory
+ROWS = 64  # at a time, so that memory never holds all terms of the sum
 
 
 @torch.no_grad()

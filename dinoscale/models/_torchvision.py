@@ -1,9 +1,9 @@
-"""Import torchvision even where its compiled operators are missing or of another torch build.
+"""Import torchvision even where its compiled operators are missing or built for another torch.
 
-torchvision registers fake and autograd rules for its compiled `nms` operator while it is imported.
-Where the extension cannot be loaded (a CPU wheel beside a CUDA torch, or two indices that lag each
-other) that fails with "operator torchvision::nms does not exist" and takes timm down with it,
-although nothing here ever runs a detection operator. Declaring the schemas is enough to import.
+On import, torchvision registers fake and autograd rules for its compiled `nms` operator. If the
+extension cannot be loaded (a CPU wheel beside a CUDA torch, or package indices out of step), this
+fails with "operator torchvision::nms does not exist" and timm cannot be imported either, although
+nothing here runs a detection operator. Declaring the schemas is enough for the import.
 """
 
 import torch

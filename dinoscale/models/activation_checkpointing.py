@@ -1,4 +1,4 @@
-"""Activation checkpointing of a block: what is kept for the backward pass, what is recomputed.
+"""Activation checkpointing of a block: keep some activations for the backward, recompute the rest.
 
 In units of tokens x width, a block with an MLP of ratio 4 keeps about 17 without recomputation.
 Non-reentrant checkpoints only: the other kind fails under ZeRO-2 and 3 when a block runs twice.
@@ -25,17 +25,17 @@ _ATTENTION = {
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
-    "attention",  # of `widened`, as is "linear"
+    "attention",  # the operator of cpu_bf16.py, like "linear" below
 }
 _PRODUCTS = {"mm", "addmm", "linear"}
 
 
-def recomputed(what: Recompute, work: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Do `work(*args)`, which draws no random numbers, keeping less than the backward needs."""
+def checkpointed(what: Recompute, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call `function(*args)`, which draws no random numbers, with activation checkpointing."""
     run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if what in _CONTEXTS:
         run = functools.partial(run, context_fn=_CONTEXTS[what])
-    result: Tensor = run(work, *args)
+    result: Tensor = run(function, *args)
     return result
 
 
@@ -48,13 +48,13 @@ def _keep_products_too(_: Any, operator: Any, *args: Any, **__: Any) -> Checkpoi
     if name in _PRODUCTS:
         # (..., weight transposed) or (x, weight, bias)
         into, out = args[1].shape[::-1] if name == "linear" else args[-1].shape
-        # The MLP's last product, which narrows, is only added up: no backward asks for it.
+        # The MLP's last product, the only one that narrows, is only summed: no backward needs it.
         return _keep_if(out >= into)
     return _keep_if(name in _ATTENTION)
 
 
 def _name(operator: Any) -> str:
-    """Name of an operator of torch without its overload."""
+    """Name of a torch operator without its overload."""
     return str(operator.__name__).split(".")[0]
 
 

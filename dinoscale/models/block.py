@@ -1,4 +1,4 @@
-"""Transformer block on packed tokens: compiled or not, its activations kept or recomputed.
+"""Transformer block on packed tokens, optionally compiled and with activation checkpointing.
 
 Shape letters: N images, L tokens per image, T tokens of all images together, D width.
 """
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinoscale.models.activation_checkpointing import Recompute, recomputed
+from dinoscale.models.activation_checkpointing import Recompute, checkpointed
 from dinoscale.models.compiling import Compiled
 from dinoscale.models.cpu_bf16 import attention
 
@@ -17,11 +17,11 @@ Layout = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resol
 
 
 class Subset(NamedTuple):
-    """The images for which a branch is computed; for the others it is dropped.
+    """The images for which a branch is computed; the branch is dropped for the others.
 
     Attributes:
-        rows: int64 (T',), their tokens among the T.
-        weights: (T', 1), what the branch is multiplied by.
+        rows: int64 (T',), indices of their tokens among the T.
+        weights: (T', 1), multipliers of the branch.
         layout: of the T' tokens.
     """
 
@@ -60,7 +60,7 @@ class Attention(nn.Module):
     def weights(self, tokens: Tensor, layout: Layout, *, queries: int | None = None) -> Tensor:
         """Attention of tokens (N*L, D) of one resolution: (N, heads, L, L), rows sum to 1.
 
-        With `queries`, only those of the first so many tokens: (N, heads, queries, L).
+        With `queries`, only the rows of the first `queries` tokens: (N, heads, queries, L).
         """
         ((n, length),) = layout
         heads = self._heads(tokens)
@@ -79,8 +79,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block on packed tokens; adopts the layers of a timm block.
 
-    Everything it needs comes as an argument, and its children run only inside its forward, so it
-    can be a ZeRO-3 leaf, be checkpointed and be compiled by itself.
+    All inputs are arguments, and the children run only inside its forward, so it can be a ZeRO-3
+    leaf module, be checkpointed and be compiled by itself.
     """
 
     def __init__(self, source: Any) -> None:
@@ -106,23 +106,23 @@ class Block(nn.Module):
         Args:
             tokens: x, (T, D).
             layout: how the T tokens split into resolutions and images.
-            keep: (2, T, 1) multipliers of the two branches, float32; or the subsets that each is
-                computed for; None for ones.
-            recompute: what the backward pass recomputes instead of keeping it; None for nothing.
-            compiled: run a graph that all blocks share, or as usual where there is no compiler.
+            keep: (2, T, 1) multipliers of the two branches, float32; or the subset of images for
+                which each branch is computed; None for ones.
+            recompute: which activations the backward pass recomputes; None for none.
+            compiled: run a compiled graph that all blocks share; eager where compiling fails.
         """
         run = _run
         if compiled:
-            run = _compiled_for_some if isinstance(keep, tuple) else _compiled
+            run = _compiled_subsets if isinstance(keep, tuple) else _compiled
         return run(self, tokens, layout, keep, recompute)
 
     def add_branches(self, tokens: Tensor, layout: Layout, keep: Keep) -> Tensor:
-        """What `forward` does, plainly."""
-        of_attention, of_mlp = (None, None) if keep is None else (keep[0], keep[1])
+        """Do what `forward` does, without compiling or checkpointing."""
+        keep_attention, keep_mlp = (None, None) if keep is None else (keep[0], keep[1])
         tokens = _add(
-            tokens, layout, of_attention, lambda x, at: self.ls1(self.attn(self.norm1(x), at))
+            tokens, layout, keep_attention, lambda x, at: self.ls1(self.attn(self.norm1(x), at))
         )
-        return _add(tokens, layout, of_mlp, lambda x, _: self.ls2(self.mlp(self.norm2(x))))
+        return _add(tokens, layout, keep_mlp, lambda x, _: self.ls2(self.mlp(self.norm2(x))))
 
 
 def _add(
@@ -131,17 +131,17 @@ def _add(
     keep: Tensor | Subset | None,
     branch: Callable[[Tensor, Layout], Tensor],
 ) -> Tensor:
-    """Tokens (T, D) plus what is kept of a branch of them.
+    """Tokens (T, D) plus the kept part of a residual branch.
 
-    The multipliers are float32 also where the tokens are not: rounded to bf16, 1 / (1 - r) would
-    have a mean of 0.996 to 1.003 with the share that is kept.
+    The multipliers are float32 even if the tokens are not: rounded to bf16, 1 / (1 - r) would give
+    the branch a mean of 0.996 to 1.003 instead of 1.
     """
     if keep is None:
         return tokens + branch(tokens, layout)
     if isinstance(keep, Tensor):
         return torch.addcmul(tokens, branch(tokens, layout), keep).to(tokens.dtype)
-    some = branch(tokens.index_select(0, keep.rows), keep.layout)  # (T', D)
-    return tokens.index_add(0, keep.rows, (some * keep.weights).to(some.dtype))
+    kept = branch(tokens.index_select(0, keep.rows), keep.layout)  # (T', D)
+    return tokens.index_add(0, keep.rows, (kept * keep.weights).to(kept.dtype))
 
 
 def _run(
@@ -149,16 +149,16 @@ def _run(
 ) -> Tensor:
     if recompute is None or not torch.is_grad_enabled():
         return block.add_branches(tokens, layout, keep)
-    # In here, not around the block: at stage 3 its weights are then gathered once for the backward.
-    return recomputed(recompute, block.add_branches, tokens, layout, keep)
+    # Inside the block, not around it: stage 3 then gathers its weights once for the backward.
+    return checkpointed(recompute, block.add_branches, tokens, layout, keep)
 
 
-def _run_for_some(
+def _run_subsets(
     block: Block, tokens: Tensor, layout: Layout, keep: Keep, recompute: Recompute | None
 ) -> Tensor:
     return _run(block, tokens, layout, keep, recompute)
 
 
 _compiled = Compiled(_run, name="transformer blocks", dynamic=False)
-# The sizes of subsets change from block to block: from the third on the compiler sees variables.
-_compiled_for_some = Compiled(_run_for_some, name="transformer blocks", dynamic=None)
+# Subset sizes change from block to block; after the second block the compiler makes them dynamic.
+_compiled_subsets = Compiled(_run_subsets, name="transformer blocks", dynamic=None)

@@ -1,4 +1,4 @@
-"""A function that is compiled where that works."""
+"""Compile a function; where the compiler fails, warn once and run it eagerly."""
 
 import functools
 import logging
@@ -19,18 +19,18 @@ _BACKWARD_AT_ONCE = "force_non_lazy_backward_lowering"  # of newer versions of t
 
 
 class Compiled(Generic[P, R]):
-    """A function, compiled for each new set of shapes on its first call with them.
+    """A function, compiled on its first call with each new set of shapes.
 
-    Where the compiler fails, a warning says so once and the function runs as it is from then on.
+    If the compiler fails, one warning says so, and the function runs eagerly from then on.
     """
 
     def __init__(self, function: Callable[P, R], *, name: str, dynamic: bool | None) -> None:
         """Compile nothing yet.
 
         Args:
-            function: what to compile; it must not communicate, for a rank may fail alone.
-            name: of what it does, in the plural, for the warning.
-            dynamic: see torch.compile; False for a graph for each set of sizes.
+            function: what to compile; it must not communicate, as a single rank may fail.
+            name: what the function computes, in the plural, for the warning.
+            dynamic: as in torch.compile; False for one graph per set of sizes.
         """
         self._function, self._name, self._dynamic = function, name, dynamic
         self._fails = False
@@ -40,7 +40,7 @@ class Compiled(Generic[P, R]):
         if not self._fails:
             try:
                 return self._compiled(*args, **kwargs)
-            # Before anything has run. Named here, as importing torch._dynamo takes a second.
+            # Raised before anything has run. Not imported on top: torch._dynamo takes a second.
             except torch._dynamo.exc.TorchDynamoException as error:
                 self._fails = True
                 log.warning("%s", not_compiled(self._name, error))
@@ -52,7 +52,7 @@ class Compiled(Generic[P, R]):
 
 
 def _compile(graph: fx.GraphModule, inputs: list[Any]) -> Any:
-    """Compile by Inductor, the backward pass too: it must fail while another way is open."""
+    """Compile with Inductor, the backward too, so that it fails while eager mode is possible."""
     from torch._inductor.compile_fx import compile_fx
 
     config = torch._functorch.config

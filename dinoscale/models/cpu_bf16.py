@@ -1,8 +1,8 @@
-"""bfloat16 products on CPUs that have no instructions for them, which makes them slow.
+"""Fast bfloat16 products on CPUs without bfloat16 instructions.
 
-There a float32 product takes a third of the time of a bfloat16 one. Both sum in float32, so the
-factors are widened for the product and its result is rounded, once: the same precision, and the
-tensors that live between the layers stay bfloat16. On every other device nothing changes.
+On such a CPU a float32 product takes a third of the time of a bfloat16 one. Both sum in float32, so
+the factors are upcast to float32 and the result is rounded once: the precision is the same, and the
+tensors between layers stay bfloat16. On every other device nothing changes.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 
 def _lacks_bfloat16() -> bool:
-    """Whether this is an x86 CPU without bfloat16 instructions; not all versions of torch tell."""
-    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    has_them = told.get("avx512_bf16", True) or told.get("amx_bf16", True)
-    return told.get("architecture") == "x86_64" and not has_them
+    """Whether this is an x86 CPU without bfloat16 instructions; False if torch cannot tell."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    has_them = found.get("avx512_bf16", True) or found.get("amx_bf16", True)
+    return found.get("architecture") == "x86_64" and not has_them
 
 
 LACKS_BFLOAT16 = _lacks_bfloat16()
@@ -33,8 +33,8 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def widen(module: nn.Module) -> None:
-    """Make every `nn.Linear` inside a `Linear`; parameters and their names stay as they are."""
+def upcast_linear(module: nn.Module) -> None:
+    """Turn every `nn.Linear` inside a module into a `Linear`; parameters keep their names."""
     for child in module.modules():
         if type(child) is nn.Linear:
             child.__class__ = Linear
@@ -42,7 +42,7 @@ def widen(module: nn.Module) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, fast in bfloat16 on every CPU."""
-    if _widens(x):
+    if _upcasts(x):
         result: Tensor = _linear(x, weight, bias)
         return result
     return F.linear(x, weight, bias)
@@ -50,13 +50,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`F.scaled_dot_product_attention`, whose backward is fast in bfloat16 on every CPU."""
-    if _widens(q):
+    if _upcasts(q):
         result: Tensor = _attention(q, k, v)[0]
         return result
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _widens(x: Tensor) -> bool:
+def _upcasts(x: Tensor) -> bool:
     return LACKS_BFLOAT16 and x.dtype is torch.bfloat16 and x.device.type == "cpu"
 
 

@@ -1,8 +1,8 @@
-"""Backbones for other programs: one batch of images in, class token and patch tokens out.
+"""Backbones for export: one batch of images in, class token and patch tokens out.
 
-The forward of `vit.VisionTransformer` written in tensor operations that TorchScript and ONNX can
-hold with batch, height and width left open, the resize of the position embedding among them.
-Parameters have the same names and shapes.
+The forward of `vit.VisionTransformer`, position embedding resize included, in tensor operations
+that TorchScript and ONNX can export with dynamic batch, height and width. Parameters have the same
+names and shapes.
 
 Shape letters: N images, C channels, H, W pixels, P patches, R registers, D width, G side of the
 stored grid of positions.
@@ -45,7 +45,7 @@ def build_plain(
 
 
 class PatchEmbed(nn.Module):
-    """Holder of the projection, for the sake of its name `patch_embed.proj`."""
+    """Holds the projection, so that its name is `patch_embed.proj`."""
 
     def __init__(self, proj: nn.Conv2d) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class PatchEmbed(nn.Module):
 
 
 class PlainViT(nn.Module):
-    """A ViT whose position embedding is resized inside, as `vit.resize_pos_embed` does it."""
+    """A ViT that resizes its position embedding as `vit.resize_pos_embed` does."""
 
     def __init__(self, source: Any) -> None:
         """Adopt the layers of `source`, a timm ViT accepted by `zoo.timm_vit`."""
@@ -93,12 +93,12 @@ class PlainViT(nn.Module):
         """Position embedding (1, P, D) of the patches of images."""
         grid = self.pos_embed[:, self.prefix_slots :].unflatten(1, (self.side, self.side))
         rows, columns = projected.shape[2], projected.shape[3]
-        # As tensors, not numbers: an exported graph decides anew for every image size.
+        # Tensors, not numbers: an exported graph then decides again for every image size.
         device = self.pos_embed.device
         height = torch.full((), images.shape[2], device=device)
         width = torch.full((), images.shape[3], device=device)
         resized = (height != width) | (torch.full((), rows, device=device) != self.side)
-        excess = 0.1 * resized.to(grid.dtype)  # 0: at the stored size both matrices are identities
+        excess = 0.1 * resized.to(grid.dtype)  # 0 at the stored size: both matrices are identities
         down = cubic_matrix(rows, self.side, excess)
         along = cubic_matrix(columns, self.side, excess)
         return torch.einsum("rs,nstd,ct->nrcd", down, grid, along).flatten(1, 2)
@@ -110,14 +110,14 @@ def cubic_matrix(count: int, side: int, excess: Tensor) -> Tensor:
     Args:
         count: points of the result.
         side: G.
-        excess: scalar, what is added to `count` in the scale factor.
+        excess: scalar that is added to `count` in the scale factor.
 
     Returns:
         (count, G), dtype of `excess`; rows sum to 1. Beyond the ends the last point is repeated.
     """
     a = -0.75  # the coefficient of torch's bicubic resize
     steps = torch.arange(count, dtype=excess.dtype, device=excess.device)
-    at = (steps + 0.5) * (side / (count + excess)) - 0.5  # where the result lies among the G
+    at = (steps + 0.5) * (side / (count + excess)) - 0.5  # positions of the results among the G
     first = torch.floor(at)
     points = torch.arange(side, dtype=excess.dtype, device=excess.device)
     matrix = torch.zeros_like(at[:, None] * points)

@@ -1,4 +1,4 @@
-"""Projection head: a small MLP, a unit sphere, and the cosines to K prototypes.
+"""Projection head: a small MLP, L2 normalisation, and cosines to K prototypes.
 
 Shape letters: N rows, D width of the backbone, K prototypes.
 Source: Caron et al. 2021 (arXiv:2104.14294), section 3.2 and appendix C; Salimans and Kingma 2016
@@ -21,8 +21,8 @@ class PrototypeLayer(nn.Module):
     """Linear layer without bias whose rows have norm g: logit_k = <x, g_k v_k / ||v_k||>.
 
     Normalisation and product run in float32 (float64 for float64 weights), also under autocast:
-    logits are divided by a temperature near 0.04, where the 8 bits of bfloat16 are too few.
-    One plain tensor instead of `torch.nn.utils.weight_norm`, which ZeRO-3 cannot shard; the rows
+    logits are divided by a temperature near 0.04, for which bfloat16's 8 bits are too few.
+    A plain tensor instead of `torch.nn.utils.weight_norm`, which ZeRO-3 cannot shard; the rows
     keep the default Linear initialisation, uniform in +-1/sqrt(in_dim), as in the authors' code.
     """
 
@@ -36,7 +36,7 @@ class PrototypeLayer(nn.Module):
         self.weight_v = nn.Parameter(linear.weight.detach())
 
     def forward(self, x: Tensor, objective: Objective | None = None) -> Tensor:
-        """Map unit vectors (N, in_dim) to logits (N, K), float32 or float64, or to an objective."""
+        """Map unit vectors (N, in_dim) to logits (N, K), float32 or float64, or to a scalar."""
         if objective is not None:
             return objective(x, self.weight_v, self.weight_g)
         dtype = torch.promote_types(self.weight_v.dtype, torch.float32)
@@ -72,7 +72,7 @@ class DinoHead(nn.Module):
             in_dim: D.
             num_prototypes: K.
             hidden_dim: width of the hidden layers.
-            bottleneck_dim: dimension of the unit sphere's space.
+            bottleneck_dim: dimension of the normalised vectors.
             num_layers: linear layers of the MLP, >= 1.
             norm_last_layer: prototypes have unit norm, so logits are cosines; else it trains.
             batch_norm: batch norm after every hidden layer.
@@ -104,8 +104,8 @@ class DinoHead(nn.Module):
     def forward(self, x: Tensor, objective: Objective | None = None) -> Tensor:
         """Map features (N, D) to logits (N, K), float32, or float64 for float64 weights.
 
-        With an objective, to that: it is computed where the prototypes are, so that ZeRO-3 gathers
-        them once and the logits never exist at once.
+        With an objective, return its scalar: it is computed inside the prototype layer, so that
+        ZeRO-3 gathers the prototypes once and the logits are never stored all at once.
         """
         x = self.mlp(x)
         dtype = torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Backbone and head as one module: what the engine trains, and what the teacher averages."""
+"""Backbone and head as one module, which the engine trains and the teacher averages."""
 
 from collections.abc import Sequence
 
@@ -26,12 +26,12 @@ class DinoNetwork(nn.Module):
         keep: Tensor | None = None,
         objective: Objective | None = None,
     ) -> Tensor:
-        """Return the logits of all crops, or what the objective makes of them.
+        """Return the logits of all crops, or the objective's scalar.
 
         Args:
             crops: tensors (N_i, C, H_i, W_i), normalised pixels.
             keep: stochastic depth multipliers (depth, 2, sum N_i), or None.
-            objective: takes unit vectors (sum N_i, D) and the prototypes to a scalar.
+            objective: maps unit vectors (sum N_i, D) and the prototypes to a scalar.
 
         Returns:
             (sum N_i, K), rows in the order of `crops`; with an objective, its scalar.

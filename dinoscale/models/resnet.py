@@ -19,8 +19,8 @@ class ResNet50(nn.Module):
 
     Attributes:
         embed_dim: D = 2048.
-        depth: 0, there are no blocks with stochastic depth.
-        patch_size: 1, any image size will do.
+        depth: 0, as no block has stochastic depth.
+        patch_size: 1, as any image size is valid.
         checkpoint_every, recompute: have no effect; activations are always stored.
         subset_rate: has no effect; there is no stochastic depth.
     """

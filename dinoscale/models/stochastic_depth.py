@@ -1,4 +1,4 @@
-"""Stochastic depth: which residual branches of which images are dropped, and by what the rest grow.
+"""Stochastic depth (drop path): drop residual branches per image and scale up those that are kept.
 
 Shape letters: N images, L tokens per image, T tokens of all images together.
 Source: Huang et al. 2016 (arXiv:1603.09382); linear rule and scaling as in the authors' code of
@@ -14,10 +14,10 @@ from dinoscale.models.block import Layout, Subset
 
 
 def stochastic_depth_keep(uniforms: Tensor, drop_path_rate: float) -> Tensor:
-    """Turn uniform numbers into the multipliers of stochastic depth, per block, branch and image.
+    """Turn uniform numbers into multipliers of stochastic depth, per block, branch and image.
 
-    Block i of `depth` drops a branch with probability r_i = rate * i / (depth - 1); a branch that
-    stays is multiplied by 1 / (1 - r_i), so its mean is unchanged.
+    Block i of `depth` drops a branch with probability r_i = rate * i / (depth - 1) and multiplies
+    it by 1 / (1 - r_i) otherwise, so its mean is unchanged.
 
     Args:
         uniforms: (depth, 2, N), float32 in [0, 1); branch 0 is attention, 1 the MLP.
@@ -50,12 +50,12 @@ def per_token(keep: Tensor, layout: Layout) -> Tensor:
 def kept_subsets(
     uniforms: Tensor, layout: Layout, *, drop_path_rate: float
 ) -> list[tuple[Subset, Subset] | None]:
-    """Choose for each block and branch the images that are computed, by the same uniform numbers.
+    """Choose the images for which each branch is computed, from the same uniform numbers.
 
     With r_i as above, a branch of block i keeps max(1, N - floor(N r_i)) of the N images of a
-    resolution, those with the largest numbers, times N over their count. Differs: how many are
-    dropped is fixed, and which depends on the other images of the micro-batch, so that results
-    change with its size and with the number of ranks; only the mean is that of the rule above.
+    resolution, those with the largest numbers, and multiplies them by N over their count. Differs:
+    the number of dropped images is fixed, and which are dropped depends on the other images of the
+    micro-batch, so results change with its size and the number of ranks; the mean is as above.
     Source: code of Oquab et al. 2023 (arXiv:2304.07193), whose rate is the same in all blocks.
 
     Args:

@@ -9,11 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm whose training statistics are those of all ranks' rows together.
+    """Batch norm whose training statistics cover the rows of all ranks.
 
-    `all_reduce` sums a tensor over ranks and, in the backward pass, sums its gradient; the identity
-    for a single process. Parameters, buffers and evaluation are those of `nn.BatchNorm*d`; the
-    buffers have to stay float32 (`cast_weights`), as an average kept in bf16 stops moving.
+    `all_reduce` sums a tensor over ranks and, in the backward pass, its gradient; it is the
+    identity for a single process. Parameters, buffers and evaluation are those of `nn.BatchNorm*d`;
+    buffers must stay float32 (`cast_weights`), as a running average in bf16 stops moving.
     """
 
     all_reduce: Callable[[Tensor], Tensor] = staticmethod(lambda summand: summand)
@@ -54,7 +54,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:
-    """Turn the parameters of a network, not its buffers, into `dtype`, in place."""
+    """Cast the parameters of a network, not its buffers, to `dtype`, in place."""
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dinoscale.models.activation_checkpointing import Recompute
 from dinoscale.models.block import Block, Keep, Layout
-from dinoscale.models.cpu_bf16 import linear, widen
+from dinoscale.models.cpu_bf16 import linear, upcast_linear
 from dinoscale.models.stochastic_depth import kept_subsets, per_token
 
 
@@ -36,7 +36,7 @@ class PatchProjection(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """Holder of the projection, for the sake of its name `patch_embed.proj`."""
+    """Holds the projection, so that its name is `patch_embed.proj`."""
 
     def __init__(self, source: nn.Conv2d) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class PatchEmbed(nn.Module):
 def patchify(images: Tensor, *, patch_size: int) -> Tensor:
     """Cut images (N, C, H, W) into patches (N*P, C*p*p), row by row, channels outermost.
 
-    Pixels that do not fill a patch at the right and lower edge are left out, as by a convolution.
+    Pixels at the right and lower edge that do not fill a patch are dropped, as by a convolution.
     """
     rows, columns = images.shape[2] // patch_size, images.shape[3] // patch_size
     whole = images[:, :, : rows * patch_size, : columns * patch_size]
@@ -119,10 +119,10 @@ class VisionTransformer(nn.Module):
         patch_size: p in pixels.
         checkpoint_every: recompute every k-th block in the backward pass instead of storing its
             activations; 0 stores all.
-        recompute: what of such a block is recomputed.
-        subset_rate: compute no dropped branches, at this rate of stochastic depth; 0 computes all
-            of them and takes the multipliers of `keep`.
-        compiled_for: layouts whose forward runs compiled blocks; others run as they are, so that
+        recompute: which activations of such a block are recomputed.
+        subset_rate: rate of stochastic depth at which dropped branches are not computed; 0 computes
+            all branches and multiplies them by `keep`.
+        compiled_for: layouts whose forward runs compiled blocks; others run eagerly, so that
             evaluation at many sizes compiles nothing.
     """
 
@@ -143,7 +143,7 @@ class VisionTransformer(nn.Module):
         self.norm_pre = source.norm_pre
         self.blocks = nn.ModuleList(Block(block) for block in source.blocks)
         self.norm = source.norm
-        widen(self.blocks)
+        upcast_linear(self.blocks)
         # Slots of pos_embed before the patches: all special tokens, or none (DINOv2 registers).
         self._num_prefix = 1 + (0 if self.reg_token is None else self.reg_token.shape[1])
         self._prefix_slots = 0 if source.no_embed_class else self._num_prefix
@@ -154,14 +154,14 @@ class VisionTransformer(nn.Module):
         Args:
             crops: tensors (N_i, C, H_i, W_i), normalised pixels.
             keep: stochastic depth multipliers (depth, 2, sum N_i) from `stochastic_depth_keep`,
-                images in the order of `crops`; with a `subset_rate`, the uniform numbers that these
-                are made of; None for no stochastic depth.
+                images in the order of `crops`; with a `subset_rate`, the uniform numbers from which
+                these are computed; None for no stochastic depth.
 
         Returns:
             (sum N_i, D), rows in the order of `crops`.
 
         Raises:
-            ValueError: no crops, or `keep` has another shape.
+            ValueError: there are no crops, or `keep` has another shape.
         """
         tokens, layout = self._embed(crops)
         tokens = self._run(tokens, layout, keep, range(self.depth))
@@ -200,8 +200,8 @@ class VisionTransformer(nn.Module):
         """Return the attention of the last block over images (N, C, H, W): (N, heads, L, L).
 
         Rows sum to 1; L = 1+R+P, class token first. float32, or float64 for a float64 model. With
-        `queries`, only that of the first so many tokens, (N, heads, queries, L): the class token's
-        alone needs no memory that grows with L squared.
+        `queries`, only the rows of the first `queries` tokens, (N, heads, queries, L): for the
+        class token alone, memory does not grow with L squared.
         """
         tokens, layout = self._embed([images])
         tokens = self._run(tokens, layout, None, range(self.depth - 1))
@@ -209,7 +209,7 @@ class VisionTransformer(nn.Module):
         return last.attn.weights(last.norm1(tokens), layout, queries=queries)  # type: ignore[no-any-return]
 
     def positions(self, *, height: int, width: int) -> Tensor:
-        """The position embedding for images of so many pixels, as `resize_pos_embed` makes it."""
+        """The position embedding for images of this size in pixels, from `resize_pos_embed`."""
         return resize_pos_embed(
             self.pos_embed,
             image_size=(height, width),
@@ -248,20 +248,20 @@ class VisionTransformer(nn.Module):
 
     def _run(self, tokens: Tensor, layout: Layout, keep: Tensor | None, which: range) -> Tensor:
         """Packed tokens (T, D) after the blocks of `which`."""
-        keeps = self._of_blocks(keep, layout)
+        keeps = self._keep_per_block(keep, layout)
         compiled = layout in self.compiled_for
         for index in which:
             tokens = self.blocks[index](
                 tokens,
                 layout,
                 keeps[index],
-                recompute=self.recompute if self._recomputes(index) else None,
+                recompute=self.recompute if self._checkpoints(index) else None,
                 compiled=compiled,
             )
         return tokens
 
-    def _of_blocks(self, keep: Tensor | None, layout: Layout) -> Sequence[Keep]:
-        """What each block takes for its branches."""
+    def _keep_per_block(self, keep: Tensor | None, layout: Layout) -> Sequence[Keep]:
+        """The `keep` argument of each block."""
         if keep is None:
             return [None] * self.depth
         wanted = (self.depth, 2, sum(n for n, _ in layout))
@@ -271,7 +271,7 @@ class VisionTransformer(nn.Module):
             return kept_subsets(keep, layout, drop_path_rate=self.subset_rate)
         return per_token(keep, layout).unbind()
 
-    def _recomputes(self, index: int) -> bool:
+    def _checkpoints(self, index: int) -> bool:
         return self.checkpoint_every > 0 and index % self.checkpoint_every == 0
 
 

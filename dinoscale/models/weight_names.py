@@ -1,7 +1,7 @@
-"""Names of weights: ours to those of the authors' code, and back.
+"""Rename weights from our names to those of the authors' code, and back.
 
-Backbones agree. The prototype layer differs: the authors' weight norm always stores a norm g next
-to the direction v, even when g is frozen at one; we store g only when it trains.
+Backbone names agree. The prototype layer differs: the authors' weight norm always stores a norm g
+next to the direction v, even when g is frozen at one; we store g only when it trains.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinoscale.errors import CheckpointError
 
-_PREFIX = "module."  # what DistributedDataParallel puts in front
+_PREFIX = "module."  # added by DistributedDataParallel
 _G, _V = "last_layer.weight_g", "last_layer.weight_v"
 _NEW_NAMES = {  # torch.nn.utils.parametrizations.weight_norm
     "last_layer.parametrizations.weight.original0": _G,

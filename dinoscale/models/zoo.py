@@ -14,8 +14,8 @@ from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 
-_FAMILIES = ("vision_transformer", "deit")  # timm modules with plain ViTs in them
-# Sizes of the paper that timm has with patches of 16 pixels only.
+_FAMILIES = ("vision_transformer", "deit")  # timm modules that define plain ViTs
+# Sizes of the paper that timm has only with patches of 16 pixels.
 _OTHER_PATCH_SIZE = re.compile(r"(vit_(?:tiny|small|base|large))_patch(\d+)_224")
 
 
@@ -70,7 +70,7 @@ def build_backbone(
 def timm_vit(
     name: str, *, img_size: int, in_chans: int, norm_eps: float | None = None, **changed: int
 ) -> Any:
-    """Build timm's own model of a name that `build_backbone` takes; arguments as there.
+    """Build timm's own model for a name that `build_backbone` takes; arguments as there.
 
     Raises:
         ConfigError: the name is unknown, our forward cannot reproduce the model, or the sizes do
@@ -94,7 +94,7 @@ def timm_vit(
             global_pool="token",
             img_size=img_size,
             in_chans=in_chans,
-            weight_init="skip",  # ours follows
+            weight_init="skip",  # init_weights follows
             **changed,
         )
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -141,25 +141,25 @@ def adopt(source: Any, *, name: str) -> VisionTransformer:
 
     Args:
         source: a `timm.models.vision_transformer.VisionTransformer`; its layers move into the
-            result, so it is not to be used afterwards.
-        name: what to call it in an error.
+            result, so do not use it afterwards.
+        name: of the model, for error messages.
 
     Raises:
-        ConfigError: the model does something our forward does not.
+        ConfigError: the model does something that our forward does not.
     """
     _require_ours(source, name=name)
     return VisionTransformer(source)
 
 
 def _require_ours(source: Any, *, name: str) -> None:
-    """Raise ConfigError where our forward would not be that of a timm model."""
+    """Raise ConfigError if our forward would differ from that of a timm model."""
     reason = _why_not(source)
     if reason:
         raise ConfigError(f"model.backbone: cannot train {name!r}: {reason}")
 
 
 def _why_not(source: Any) -> str | None:
-    """First reason why our forward would differ from the model's own, or None."""
+    """The first reason why our forward would differ from the model's own, or None."""
     from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
     from timm.models import vision_transformer
 
@@ -222,7 +222,7 @@ def torchvision_resnet50(*, in_chans: int) -> Any:
     import torchvision
 
     source = torchvision.models.resnet50(weights=None)
-    if in_chans != 3:  # as torchvision makes and starts it
+    if in_chans != 3:  # as torchvision builds and initializes it
         source.conv1 = nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(source.conv1.weight, mode="fan_out", nonlinearity="relu")
     return source

@@ -1,1 +1,1 @@
-"""A training from its first line to its last: start, loop, what watches it, resume."""
+"""A training run from start to end: set-up, loop, hooks and resume."""

@@ -1,4 +1,4 @@
-"""What a rank works on in each step: crops from the loader, on the device, normalised."""
+"""A rank's micro-batches of each step: crops from the loader, on the device, normalised."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from dinoscale.data.loader import Batch, train_batches
 from dinoscale.data.sources.mixture import open_sources
 from dinoscale.data.sources.source import Source, StoredSource
 from dinoscale.data.transfer import to_device
-from dinoscale.engine.drop_path import depth_uniforms
+from dinoscale.engine.drop_path import drop_path_uniforms
 from dinoscale.engine.step import MicroBatch
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import normalize_images
@@ -25,10 +25,10 @@ from dinoscale.runtime.launcher_env import Process
 
 
 def open_images(config: RunConfig, alive: Callable[[], None] = lambda: None) -> StoredSource:
-    """The images of data.train; `alive` is called again and again while they are opened.
+    """Open the images of data.train; `alive` is called regularly meanwhile.
 
     Raises:
-        ConfigError: none are named.
+        ConfigError: data.train is not set.
         DataError: they cannot be opened, or more than `data.max_bad_fraction` is left out.
     """
     if not config.data.sources:
@@ -45,7 +45,7 @@ def open_images(config: RunConfig, alive: Callable[[], None] = lambda: None) -> 
 
 
 def multi_crop_of(config: RunConfig) -> MultiCrop:
-    """The crops that the workers of a run cut."""
+    """The multi-crop augmentation that a run's data workers apply."""
     return MultiCrop(
         **config.crops.model_dump(),
         **config.augment.model_dump(),
@@ -57,13 +57,13 @@ def multi_crop_of(config: RunConfig) -> MultiCrop:
 def finish_batch(
     batch: Batch, data: DataConfig, device: torch.device, *, compiled: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """What the network sees: all crops on the device, their colours changed, normalised.
+    """Move all crops to the device, apply the colour augmentation and normalise them.
 
     Args:
         batch: from the loader.
-        data: where the colours are changed, and the normalisation.
+        data: where the colours are augmented, and the normalisation.
         device: of the training.
-        compiled: compile the colours on a GPU.
+        compiled: compile the colour augmentation on a GPU.
 
     Returns:
         Global crops float32 (2, B, C, H, H) and local ones (n, B, C, h, h).
@@ -92,12 +92,12 @@ def _finished(
 
 
 class Feed:
-    """The share of one rank in every step."""
+    """Yields one rank's micro-batches of every step."""
 
     def __init__(
         self, config: RunConfig, plan: RunPlan, process: Process, source: Source, *, depth: int
     ) -> None:
-        """Open nothing yet, `steps` starts the workers; `depth` is the student's, in blocks."""
+        """Open nothing yet; `steps` starts the workers. `depth` is the student's, in blocks."""
         self._config, self._plan, self._process, self._source = config, plan, process, source
         self._depth = depth
 
@@ -128,10 +128,10 @@ class Feed:
             yield list(itertools.islice(batches, plan.accumulation_steps))
 
     def prepare(self, step: int, batches: Iterable[Batch]) -> Iterator[MicroBatch]:
-        """Move a step's micro-batches to the device, finish them, draw their stochastic depth.
+        """Move a step's micro-batches to the device, finish them, and draw their stochastic depth.
 
-        Each when it is asked for, and none is held when the next is made: all of them together
-        would take the memory that accumulation saves.
+        One at a time, and without a reference to the one before: all of them together would take
+        the memory that accumulation saves.
         """
         data, device = self._config.data, self._process.device
         compiled = self._config.engine.compile is not False
@@ -145,7 +145,7 @@ class Feed:
         if not model.drop_path_rate:
             return None
         slot = micro_batch * plan.world_size + self._process.rank
-        uniforms = depth_uniforms(
+        uniforms = drop_path_uniforms(
             seed=self._config.seed,
             step=step,
             first_image=slot * plan.micro_batch_size,
@@ -157,11 +157,11 @@ class Feed:
 
 
 def keep_of(uniforms: Tensor, model: ModelConfig) -> Tensor:
-    """What the student takes for its stochastic depth, (depth, 2, S * B) float32.
+    """The student's `keep` argument for stochastic depth, (depth, 2, S * B) float32.
 
     Args:
         uniforms: in [0, 1), one for each block, branch and crop, same shape.
-        model: says whether branches are multiplied, or the student chooses by the numbers.
+        model: `drop_path_mode` subset passes the uniforms on; else they become multipliers.
     """
     if model.drop_path_mode == "subset":
         return uniforms

@@ -1,4 +1,4 @@
-"""The training loop: steps, log lines, k-NN, checkpoints, and what interrupts them."""
+"""The training loop: steps, log lines, k-NN, checkpoints and interruptions."""
 
 import logging
 import math
@@ -49,14 +49,14 @@ from dinoscale.training.hooks.collapse import OBSERVE_EVERY, CollapseMonitor, Re
 from dinoscale.training.hooks.data_wait import DataWait
 from dinoscale.training.hooks.events import Events
 from dinoscale.training.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
-from dinoscale.training.hooks.online_knn import Probe
+from dinoscale.training.hooks.online_knn import OnlineKnn
 from dinoscale.training.resume import find_checkpoint, restore
 
 log = logging.getLogger(__name__)
 
 
-class _Taken(NamedTuple):
-    """A step that was launched; its result may still be on its way."""
+class _LaunchedStep(NamedTuple):
+    """A launched step; the device may still be computing its result."""
 
     now: StepValues
     result: StepMetrics
@@ -64,18 +64,18 @@ class _Taken(NamedTuple):
 
 
 class _Due(NamedTuple):
-    """What follows a step and needs its result, and the weights as it left them."""
+    """What is due after a step; each item needs the step's result and weights."""
 
     log: bool
-    probe: bool
+    knn: bool
     save: bool
 
 
 class Run:
-    """One start of a run, from the step it begins at to its end.
+    """One start of a run, from its first step to its end.
 
-    The result of a step is read when the next one has been launched, so that the device always has
-    work; where something is due after it, at once.
+    The result of a step is read once the next step has been launched, so that the device always has
+    work; if something is due after the step, its result is read at once.
     """
 
     def __init__(
@@ -87,23 +87,23 @@ class Run:
         images: str,
         student: Student,
         teacher: Teacher,
-        probe: Probe | None,
+        online_knn: OnlineKnn | None,
         stop: StopRequest,
         watchdog: Watchdog,
         checkpoint: Checkpoint | None,
     ) -> None:
         self.config, self.plan, self.process, self.source = config, plan, process, source
-        self.images = images  # what tells this set from others, on rank 0
+        self.images = images  # identity of the image set, on rank 0
         self.feed = Feed(config, plan, process, source, depth=student.network.backbone.depth)
-        self.student, self.teacher, self.probe = student, teacher, probe
+        self.student, self.teacher, self.online_knn = student, teacher, online_knn
         self.stop, self.watchdog = stop, watchdog
         self.run_dir = Path(config.run_dir)
         self.progress = _progress_of(checkpoint)
         self.resumed_at = None if checkpoint is None else checkpoint.step
-        self.unproven = checkpoint is not None
+        self.first_loss_unchecked = checkpoint is not None
         self.saver = Saver(self.run_dir, _keep(config, plan))
-        self.saved: SaveResult | None = None  # the last one that ended
-        self.saved_step = self.resumed_at  # of the last one begun
+        self.saved: SaveResult | None = None  # of the last finished save
+        self.saved_step = self.resumed_at  # of the last save begun
         is_first = process.rank == 0
         self.versions = versions() if is_first else {}
         self.schedules = schedules_of(config, plan)
@@ -120,14 +120,14 @@ class Run:
         self.pending_bad: list[Any] = []
         self.left_out: dict[int, LeftOut] = {}  # of shards of a stream that this rank has read
         self.steps_taken = 0  # since this start
-        self.stopping = False  # a rank was asked to stop, and all know
+        self.stopping = False  # a rank was asked to stop, and all ranks know
         self.data_wait = DataWait(
             num_workers=config.data.num_workers,
             cores=cores_at_hand(),
             ranks_here=process.local_world_size,
             on_cpu=process.device.type == "cpu",
         )
-        self.beside_bar = ""  # of the last log line
+        self.bar_suffix = ""  # data wait of the last log line
         self.last: dict[str, float] = {}
 
     def _open_metrics(self, *, active: bool) -> Metrics:
@@ -141,23 +141,23 @@ class Run:
             config=config.model_dump(),
         )
 
-    def to_the_end(self) -> dict[str, Any]:
-        """Train and save; the summary that `train` returns.
+    def train(self) -> dict[str, Any]:
+        """Train to the last step and save; return the summary of `trainer.train`.
 
         Raises:
             DinoscaleError: on every rank.
         """
-        # Log lines above the bar, not in it; other ranks have none, and show only warnings.
+        # Log lines appear above the progress bar; other ranks have no bar and log only warnings.
         bar = logging_redirect_tqdm() if self.process.rank == 0 else nullcontext()
-        with bar, self._saving_what_was_begun():
+        with bar, self._finishing_saves():
             if self.resumed_at is None:
-                self._probe()
+                self._measure_knn()
             else:
                 self.events.write(self.progress.step, "resumed", ranks=self.plan.world_size)
-                if self._due(self.progress.step).probe and self.progress.knn_top1 is None:
-                    self._probe()  # which the end of the job had cut short
+                if self._due(self.progress.step).knn and self.progress.knn_top1 is None:
+                    self._measure_knn()  # the previous start ended before it
             while self.progress.step < self.plan.stop_step:
-                self._train()  # to the end, or to a rollback
+                self._take_steps()  # to the end, or to a rollback
             self._save_and_wait()
         self.metrics.close()
         left_out = left_out_counts(self.source, distributed.gather_objects(self.left_out))
@@ -165,11 +165,11 @@ class Run:
         return {**done, **self.last, "left_out": left_out}
 
     @contextmanager
-    def _saving_what_was_begun(self) -> Iterator[None]:
-        """Whatever ends the run inside, wait for a checkpoint that is being written.
+    def _finishing_saves(self) -> Iterator[None]:
+        """If an error ends the run, first wait for a checkpoint that is being written.
 
-        The threads of the other ranks write on while those wait for this one. Not for a rank that
-        is gone, which writes no more, nor for somebody who wants to end at once (Ctrl-C again).
+        The threads of the other ranks still write while those ranks wait for this one. Do not wait
+        if a rank is lost, which writes nothing more, or for a second Ctrl-C, which ends at once.
         """
         try:
             yield
@@ -180,18 +180,18 @@ class Run:
             self._report(self.saver.wait(self.watchdog.goes_on))
             raise
 
-    def _train(self) -> None:
-        """Take steps until the run ends or goes back to a checkpoint."""
+    def _take_steps(self) -> None:
+        """Take steps until the run ends or rolls back to a checkpoint."""
         watch = Stopwatch()
         self.data_wait.restarted()
         steps = self.feed.steps(self.progress.step, offset=self.progress.data_offset)
-        taken: deque[_Taken] = deque()
+        pending: deque[_LaunchedStep] = deque()
         for step in range(self.progress.step, self.plan.stop_step):
             self.watchdog.moved(f"waiting for the images of step {step + 1}")
             begin = time.perf_counter()
             batches = next(steps)
             waited = time.perf_counter() - begin
-            watch.waited(waited, idle_s=taken[-1].result.idle_s() if taken else math.inf)
+            watch.waited(waited, idle_s=pending[-1].result.idle_s() if pending else math.inf)
             self.watchdog.moved(f"in step {step + 1}")
             for batch in batches:
                 self.pending_bad += batch.bad
@@ -210,28 +210,28 @@ class Run:
             )
             self.steps_taken += 1
             watch.step_done(self.plan.batch_size)
-            taken.append(_Taken(now, result, batches))
-            at_once = self.unproven or any(self._due(step + 1))
-            while len(taken) > (0 if at_once or self.stopping else 1):
-                step_taken = taken.popleft()
-                if not self._count(step_taken.result, step_taken.batches):
+            pending.append(_LaunchedStep(now, result, batches))
+            read_now = self.first_loss_unchecked or any(self._due(step + 1))
+            while len(pending) > (0 if read_now or self.stopping else 1):
+                launched = pending.popleft()
+                if not self._count(launched.result, launched.batches):
                     return
-                self._after_step(step_taken.now, step_taken.result, watch)
+                self._after_step(launched.now, launched.result, watch)
             if self.stopping and step + 1 < self.plan.stop_step:
                 self._preempt()
 
     def _count(self, result: StepMetrics, batches: Sequence[Batch]) -> bool:
-        """Take note of a step, applied or skipped; false after a return to a checkpoint.
+        """Count a step, applied or skipped; return false after a rollback to a checkpoint.
 
         Raises:
-            CheckpointError: it is the first after a resume and its loss jumped.
-            NonFiniteError: too many in a row were skipped.
+            CheckpointError: it is the first after a resume, and its loss jumped.
+            NonFiniteError: too many steps in a row were skipped.
         """
         progress, limits = self.progress, self.config.train
         if result.skipped is None:
-            if self.unproven:  # the first step after a resume
+            if self.first_loss_unchecked:
                 progress.require_near(result.loss)
-            self.unproven = False
+            self.first_loss_unchecked = False
             progress.applied(result.loss)
             return True
         progress.skipped()
@@ -244,10 +244,10 @@ class Run:
         return self._roll_back(result)
 
     def _roll_back(self, result: StepMetrics) -> bool:
-        """Go on from the last checkpoint with the images after the bad steps, if that is allowed.
+        """Restore the last checkpoint and skip the images of the steps since, if that is allowed.
 
         Raises:
-            NonFiniteError: it is not, or there is no checkpoint.
+            NonFiniteError: no rollback is left, or there is no checkpoint.
         """
         old = self.progress
         self._wait_for_save()
@@ -258,8 +258,8 @@ class Run:
             raise NonFiniteError(
                 f"{old.bad_in_a_row} steps in a row were skipped, the last one step {old.step}:"
                 f" {result.skipped}. Their images and losses are in {self.run_dir}/bad_steps. Start"
-                f" again to go on {source}, with a lower optim.lr, a smaller optim.clip_grad or"
-                " engine.precision=fp32, or with train.max_rollbacks=1 to pass over these images"
+                f" again to continue {source}, with a lower optim.lr, a smaller optim.clip_grad or"
+                " engine.precision=fp32, or with train.max_rollbacks=1 to skip these images"
             )
         restore(checkpoint, self.student, self.teacher, self.watchdog.goes_on)
         self.progress = _progress_of(checkpoint)
@@ -270,11 +270,11 @@ class Run:
         self.metrics.rewind(checkpoint.step)
         self.events.write(old.step, "rolled back", to_step=checkpoint.step)
         if self.process.rank == 0:
-            log.warning("going back to %s, past the images up to here", checkpoint.path)
+            log.warning("rolling back to %s and skipping the images since", checkpoint.path)
         return False
 
     def _due(self, done: int) -> _Due:
-        """What is to be done after `done` steps; a skipped one counts."""
+        """What is due after `done` steps, skipped ones included."""
         config = self.config
         is_last = done == self.plan.stop_step
         epoch, remainder = divmod(done, self.plan.steps_per_epoch)
@@ -282,32 +282,32 @@ class Run:
         every = config.checkpoint.every_steps
         return _Due(
             log=is_last or done % config.log.every_steps == 0,
-            probe=is_last or (ends_epoch and epoch % config.eval.every_epochs == 0),
+            knn=is_last or (ends_epoch and epoch % config.eval.every_epochs == 0),
             save=is_last
             or (ends_epoch and epoch % config.checkpoint.every_epochs == 0)
             or (every is not None and done % every == 0),
         )
 
     def _after_step(self, now: StepValues, result: StepMetrics, watch: Stopwatch) -> None:
-        """Log, look for a collapse, checkpoint, k-NN, as they are due; hear of a wish to stop."""
+        """Log, watch for a collapse, save and measure k-NN as due; note a request to stop."""
         done = self.progress.step
         due = self._due(done)
         if due.log or done % OBSERVE_EVERY == 0:
             reading = self._read(now, result)
             if due.log:
                 self._record(done, now, result, reading, watch)
-            self._look_for_collapse(done, reading)
-        self.metrics.advance(f"loss {result.loss:.3f}{self.beside_bar}")
+            self._watch_for_collapse(done, reading)
+        self.metrics.advance(f"loss {result.loss:.3f}{self.bar_suffix}")
         self._report(self.saver.finished())
         if due.save:
-            # Before k-NN, which takes minutes in which a job may end.
-            self._save(begun=result.saving)
-        if due.probe:
-            self._probe()
+            # Before k-NN, which takes minutes, during which a job may end.
+            self._save(save_in_progress=result.saving)
+        if due.knn:
+            self._measure_knn()
         self.stopping |= result.stop
 
     def _preempt(self) -> None:
-        """Save the last step that was launched, and end.
+        """Save the last launched step, and end.
 
         Raises:
             PreemptedError: always, on every rank.
@@ -318,8 +318,8 @@ class Run:
         self.events.write(done, "preempted", reason=reason)
         self.metrics.close()
         raise PreemptedError(
-            f"asked to stop ({reason}): step {done} is"
-            f" saved in {self.run_dir}; the same command goes on from there"
+            f"asked to stop ({reason}): step {done} is saved in {self.run_dir};"
+            " the same command goes on from there"
         )
 
     def _read(self, now: StepValues, result: StepMetrics) -> Reading:
@@ -331,11 +331,11 @@ class Run:
             teacher_temp=now.teacher_temp,
         )
 
-    def _look_for_collapse(self, done: int, reading: Reading) -> None:
-        """Warn of a collapse, or end the run; all ranks read the same numbers.
+    def _watch_for_collapse(self, done: int, reading: Reading) -> None:
+        """Warn of a collapse, or end the run; all ranks see the same values.
 
         Raises:
-            RunFailedError: on every rank; there is one, and train.stop_on_collapse.
+            RunFailedError: on every rank, at a collapse with train.stop_on_collapse.
         """
         alarm = self.collapse.observe(done, reading)
         if alarm is None:
@@ -349,7 +349,7 @@ class Run:
     def _record(
         self, done: int, now: StepValues, result: StepMetrics, reading: Reading, watch: Stopwatch
     ) -> None:
-        """Write a log line, of numbers that all ranks have already."""
+        """Write a log line, from values that need no further collective."""
         bad = self._count_bad(result.bad_images)
         rates = self._rates(done, watch.lap(result.waited_s))
         self.last["loss"] = result.loss
@@ -376,18 +376,18 @@ class Run:
         self.metrics.write(done, values)
 
     def _rates(self, done: int, rates: dict[str, float]) -> dict[str, float]:
-        """Show, and warn of, the longest wait for data of any rank."""
-        self.beside_bar = f", data wait {rates['data_wait']:.0%}"
+        """Show the longest wait for data of any rank, and warn if it is too long."""
+        self.bar_suffix = f", data wait {rates['data_wait']:.0%}"
         warning = self.data_wait.observe(rates["data_wait"])
         if warning is not None and self.process.rank == 0:
             log.warning("step %d: %s", done, warning)
         return rates
 
     def _count_bad(self, num_new: int) -> int:
-        """Collect unreadable images if any rank met some.
+        """Collect unreadable images if any rank found some; return how many there are so far.
 
         Raises:
-            DataError: on every rank; there are too many.
+            DataError: on every rank, if there are too many.
         """
         if num_new:
             for of_rank in distributed.gather_objects(self.pending_bad):
@@ -400,19 +400,21 @@ class Run:
         )
         return self.bad.num_occurrences
 
-    def _probe(self) -> None:
-        """Measure k-NN; what goes wrong with it, on any rank, costs the number, not the run."""
-        if self.probe is None:
+    def _measure_knn(self) -> None:
+        """Measure k-NN; an error on any rank costs the measurement, not the run."""
+        if self.online_knn is None:
             return
         done = self.progress.step
         self.watchdog.moved(f"measuring k-NN after step {done}")
         backbone = self.teacher.plain_network().backbone
-        measure = partial(self.probe.measure, backbone, self.process.device, self._measuring)
+        measure = partial(
+            self.online_knn.measure, backbone, self.process.device, self._on_knn_batch
+        )
         try:
             top1 = distributed.together(measure)
         except LostPeerError:
             raise
-        except Exception as error:  # of all ranks together, each with its own if it has one
+        except Exception as error:  # raised on all ranks: its own error, or that of another rank
             self.stopping |= any(distributed.gather_objects(self.stop.asked))
             self.events.write(done, "no k-NN", reason=str(error))
             foreign = None if isinstance(error, DinoscaleError) else error
@@ -427,25 +429,25 @@ class Run:
         self.metrics.write(done, {"images": done * self.plan.batch_size, "knn_top1": top1})
         self.metrics.say(f"step {done}: k-NN top-1 of the teacher {top1:.1f} %")
 
-    def _measuring(self) -> None:
-        """Between two batches of the k-NN: a wish to stop ends it on all ranks.
+    def _on_knn_batch(self) -> None:
+        """Called between two batches of the k-NN; a request to stop ends it on all ranks.
 
         Raises:
-            PreemptedError: this rank was asked.
+            PreemptedError: this rank was asked to stop.
         """
         self.watchdog.goes_on()
         self.stop.check()
 
-    def _save(self, *, begun: bool = False) -> None:
-        """Begin to save this step, unless that was begun already.
+    def _save(self, *, save_in_progress: bool = False) -> None:
+        """Begin to save this step, unless its save has begun already.
 
-        All wait for the save before it where one of them is still at it; `begun` is whether one was
-        when the step began, and else none has to ask the others.
+        If any rank still works on the save before, all ranks wait for it. `save_in_progress` is
+        whether one did when the step began; if none did, the ranks need not ask each other.
         """
         if self.saved_step == self.progress.step:
             return
         since = time.perf_counter()
-        if begun and any(distributed.gather_objects(self.saver.busy())):
+        if save_in_progress and any(distributed.gather_objects(self.saver.busy())):
             self._wait_for_save()
         self.watchdog.moved(f"copying the checkpoint of step {self.progress.step}")
         about = {
@@ -460,50 +462,50 @@ class Run:
         self.saved_step = self.progress.step
 
     def _save_and_wait(self) -> None:
-        """Save this step and wait until it is on disk, and until nobody waits for this rank.
+        """Save this step and wait until it is on disk and no rank waits for this one.
 
         Raises:
-            RunFailedError: on every rank; it could not be written, and the run would be lost.
+            RunFailedError: on every rank, if it could not be written.
         """
         if self._wait_for_save() is not None:
-            self.saved_step = None  # if it was this step, try once more
+            self.saved_step = None  # the save failed: if it was of this step, retry it
         self._save()
         failed = self._wait_for_save()
         self.teacher.wait()
         if failed is not None:
             raise RunFailedError(
-                f"step {failed.step} could not be saved: {failed.error}. Checkpoints"
-                f" before it are as they were; make room in {self.run_dir} and start again to go on"
-                " from the newest"
+                f"step {failed.step} could not be saved: {failed.error}. Earlier checkpoints are"
+                f" unchanged; free some space in {self.run_dir} and start again to resume from the"
+                " newest"
             )
 
     def _wait_for_save(self) -> SaveResult | None:
-        """Wait until no rank writes or asks rank 0's board; the last save if it failed on any."""
+        """Wait until no rank writes or uses rank 0's board; return a failed save of any rank."""
         if self.saved_step is None:
             return None
         step, goes_on = self.saved_step, self.watchdog.goes_on
         self.watchdog.moved(f"writing the checkpoint of step {step}")
         wait_for_others = partial(self.watchdog.moved, f"waiting for the checkpoint of step {step}")
         by_all(self.saver.wait_for_own_files, goes_on, wait_for_others)
-        on_first = on_first_rank(self.saver.wait, goes_on)  # which completes it
+        on_first = on_first_rank(self.saver.wait, goes_on)  # rank 0 completes the checkpoint
         self._report(on_first or self.saver.wait())
-        results = distributed.gather_objects(self.saved)  # a rank alone may have lost contact
+        results = distributed.gather_objects(self.saved)  # a single rank may have lost contact
         return next((result for result in results if result and result.error), None)
 
     def _report(self, result: SaveResult | None) -> None:
-        """Say how a save ended; one that failed costs safety, not the run."""
+        """Log how a save ended; a failed save does not end the run."""
         if result is None:
             return
         self.saved = result
         if self.process.rank != 0:
             return
         if result.error is None:
-            log.info("saved %s; training stood still for %.2f s", result.path, result.stall_s)
+            log.info("saved %s; training paused for %.2f s", result.path, result.stall_s)
             seconds = {"save_stall_s": result.stall_s, "save_write_s": result.write_s}
             values = {"saved_step": result.step, **seconds, "save_bytes": result.num_bytes}
             self.metrics.write(self.progress.step, values)
         else:
-            log.warning("step %d was not saved: %s; training goes on", result.step, result.error)
+            log.warning("step %d was not saved: %s; training continues", result.step, result.error)
             self.events.write(result.step, "save failed", reason=result.error)
 
 

@@ -1,4 +1,4 @@
-"""The main job on drawn images: pre-train on two processes, then show what was learned."""
+"""The quickstart: pre-train on drawn images on two processes, then show what was learned."""
 
 import logging
 import os
@@ -33,11 +33,11 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
     """Draw images, pre-train on them, compare k-NN with the untrained network and with pixels.
 
     Args:
-        run_dir: everything is written here; a finished run in it is shown again, not repeated.
+        run_dir: folder for all results; a finished run in it is shown again, not repeated.
 
     Returns:
-        JSON-able: accuracies in percent, paths of the results, seconds, and how often each event
-        (a collapse, a skipped step) happened.
+        JSON-able: accuracies in percent, paths of the results, seconds, and the count of each event
+        (a collapse, a skipped step).
 
     Raises:
         RunFailedError: the training ended with an error.
@@ -45,13 +45,13 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
     precision = fastest_precision()
     overrides = [text_override("run_dir", str(run_dir)), f"engine.precision={precision}"]
     config = load_config(PRESET, overrides)
-    run_dir = Path(config.run_dir)  # without a ~
+    run_dir = Path(config.run_dir)  # with ~ expanded
     begin = time.monotonic()
     _pretrain(overrides)
     trained_s = time.monotonic() - begin
     weights, untrained = run_dir / "teacher.safetensors", run_dir / "untrained.safetensors"
     convert(run_dir, weights, to="dino", overwrite=True)
-    backbone = build_networks(config)[0].backbone  # where student and teacher start
+    backbone = build_networks(config)[0].backbone  # the initial weights of the run
     save_backbone(untrained, backbone.state_dict(), card_of(config, source="untrained"))
     picture = run_dir / "attention.png"
     evaluate_attention(weights, str(config.eval.test), picture)
@@ -103,11 +103,11 @@ def _accuracies(config: RunConfig, weights: Path, untrained: Path) -> dict[str, 
 
 
 def _in_words(config: RunConfig, result: dict[str, Any]) -> str:
-    floor = max(result["knn_top1_pixels"], result["knn_top1_untrained"])
-    gain = result["knn_top1_trained"] - floor
+    baseline = max(result["knn_top1_pixels"], result["knn_top1_untrained"])
+    gain = result["knn_top1_trained"] - baseline
     return f"""
-A small ViT has looked at drawn objects for {config.train.epochs} epochs, without their names.
-Asked for the pattern on new drawings, by {config.eval.k} nearest neighbours, it is right for
+A small ViT was trained on drawn objects for {config.train.epochs} epochs, without labels.
+Classifying the pattern on new drawings by {config.eval.k} nearest neighbours is right for
 
   {result["knn_top1_trained"]:5.1f} %   with its features after training
   {result["knn_top1_untrained"]:5.1f} %   with the same network untrained
@@ -124,7 +124,5 @@ Asked for the pattern on new drawings, by {config.eval.k} nearest neighbours, it
 
 def _verdict(gain: float) -> str:
     if gain < 0:
-        return (
-            f"so it has learned nothing: it is {-gain:.1f} points below the better of the others."
-        )
+        return f"so it has learned nothing: it is {-gain:.1f} points below the better baseline."
     return f"so it has learned {gain:.1f} points more than both."

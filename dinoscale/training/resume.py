@@ -1,4 +1,4 @@
-"""Going on with a run: find its newest undamaged checkpoint, check that it fits, load it."""
+"""Resume a run: find its newest undamaged checkpoint, check that it fits, load it."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinoscale.checkpoint.checksums import difference, first_difference, matches, read_sums
 from dinoscale.checkpoint.layout import EMA, MASTER, checkpoints, directory
-from dinoscale.checkpoint.load import Checkpoint, first_good, held_step, newest_first
+from dinoscale.checkpoint.load import Checkpoint, first_usable, held_step, newest_first
 from dinoscale.checkpoint.retention import clear_leftovers
 from dinoscale.checkpoint.save import shared_tensors
 from dinoscale.config import RunConfig
@@ -32,9 +32,9 @@ from dinoscale.runtime.versions import versions
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_DAMAGED, _MISNAMED = "damaged_", "misnamed_"  # before the names of what is set aside
-# What may change between two starts without a word: none of it moves a number beyond rounding, but
-# micro-batches where there is batch norm, of which `batch_norm_caution` warns.
+_DAMAGED, _MISNAMED = "damaged_", "misnamed_"  # name prefixes of checkpoints set aside
+# Settings that may change between two starts without a warning: none changes a number beyond
+# rounding, except micro-batches with batch norm, of which `batch_norm_caution` warns.
 _PRECISION = "engine.precision"
 _FREE: tuple[str, ...] = ("run_dir", "resume", "engine.", "eval.", "log.", "checkpoint.")
 _FREE += (
@@ -50,20 +50,20 @@ _FREE += (
 def find_checkpoint(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint | None:
     """The newest undamaged checkpoint of a run, None if it has none; collective.
 
-    All ranks share the reading for the checksums; rank 0 opens it and hands it to the others.
-    Damaged checkpoints are set aside under another name, and what was not written to its end is
-    deleted. Nothing is done about one that merely cannot be read. One that holds another step than
-    its name tells gets the right name, or is set aside where that is taken. `goes_on` is called
-    again and again, also while other ranks read.
+    All ranks share the work of the checksums; rank 0 opens the checkpoint and sends it to the
+    others. Damaged checkpoints are set aside under another name; incomplete ones are deleted; one
+    that merely cannot be read is left alone. One that holds another step than its name says gets
+    the right name, or is set aside if that name is taken. `goes_on` is called regularly, also while
+    other ranks read.
 
     Raises:
-        UnreadableError: on every rank; the checkpoints cannot be listed, the newest or the state
-            of any not be read, or ranks see it differently.
-        CheckpointError: there are checkpoints and all of them are damaged.
+        UnreadableError: on every rank, if the checkpoints cannot be listed, the newest or the state
+            of any cannot be read, or ranks see different files.
+        CheckpointError: all checkpoints are damaged.
     """
     is_first = distributed.rank() == 0
     found = _of_first(lambda: _rightly_named(run_dir))
-    checkpoint, errors = first_good(found, lambda path: _open_together(path, goes_on))
+    checkpoint, errors = first_usable(found, lambda path: _open_together(path, goes_on))
     if is_first:
         for path, error in zip(found, errors, strict=False):
             _set_aside(path, error)
@@ -72,7 +72,7 @@ def find_checkpoint(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -
 
 
 def _rightly_named(run_dir: Path) -> list[Path]:
-    """The checkpoints, newest first, each under the name of the step it holds if that is free."""
+    """Rename checkpoints to the steps they hold where that name is free; return newest first."""
     found = checkpoints(run_dir)
     taken = set(found)
     for path, step in [(path, held_step(path)) for path in found]:
@@ -83,14 +83,14 @@ def _rightly_named(run_dir: Path) -> list[Path]:
             if held_step(right) != step:
                 continue
             right = path.with_name(_MISNAMED + path.name)
-        log.warning("%s holds step %d, as its state.json says: it becomes %s", path, step, right)
+        log.warning("%s holds step %d by its state.json: renaming it to %s", path, step, right)
         _rename(path, right)
         taken.add(right)
     return newest_first(run_dir)
 
 
 def _open_together(path: Path, goes_on: Callable[[], None]) -> Checkpoint:
-    """Verify and open a checkpoint; what all ranks see as one is said to be damaged.
+    """Verify and open a checkpoint; it counts as damaged only if all ranks see the same.
 
     Raises:
         UnreadableError: it cannot be read, or ranks see different files or bytes.
@@ -107,13 +107,13 @@ def _open_together(path: Path, goes_on: Callable[[], None]) -> Checkpoint:
             raise
         raise UnreadableError(
             f"rank {other} sees other files in {path} than rank 0 ({views[other]} and {views[0]})."
-            " The checkpoint may be whole, and nothing of it was changed: mend the file system, or"
-            " leave out that machine, then start again"
+            " The checkpoint may be intact and was not changed: repair the file system or leave out"
+            " that machine, then start again"
         ) from None
 
 
 def _of_first(read: Callable[[], T]) -> T:
-    """What rank 0 reads, on every rank; its second reading decides whether something is damaged."""
+    """Return what rank 0 reads on every rank; it reads a damaged file twice to be sure."""
 
     def read_twice() -> T:
         try:
@@ -128,7 +128,7 @@ def _of_first(read: Callable[[], T]) -> T:
 
 
 def _require_sums(path: Path, sums: dict[str, str], goes_on: Callable[[], None]) -> None:
-    """Compare all files with their checksums, each rank its share; rank 0 looks at a bad one too.
+    """Compare all files with their checksums, each rank its share; rank 0 confirms a mismatch.
 
     Raises:
         UnreadableError: a file cannot be read, or rank 0 reads other bytes of it.
@@ -145,17 +145,17 @@ def _require_sums(path: Path, sums: dict[str, str], goes_on: Callable[[], None])
     if finder is None:
         return
     name = cast(str, found[finder])
-    whole = on_first_rank(lambda alive: matches(path / name, sums[name], alive), goes_on)
-    if not distributed.broadcast_object(whole):
+    intact = on_first_rank(lambda alive: matches(path / name, sums[name], alive), goes_on)
+    if not distributed.broadcast_object(intact):
         raise difference(path, name)
     raise UnreadableError(
-        f"rank {finder} twice read other bytes of {path / name} than rank 0, which found it whole;"
+        f"rank {finder} twice read other bytes of {path / name} than rank 0, which found it intact;"
         " nothing was changed: leave out the machine of that rank, then start again"
     )
 
 
 def _listed(path: Path) -> str:
-    """What a rank sees of a checkpoint's folder, short enough to be compared and shown."""
+    """A rank's view of a checkpoint's folder, short enough to compare and to show."""
     try:
         names = sorted(os.listdir(path))
     except OSError as error:
@@ -164,7 +164,7 @@ def _listed(path: Path) -> str:
 
 
 def _set_aside(path: Path, error: CheckpointError) -> None:
-    log.warning("%s; going on from an older checkpoint", error)
+    log.warning("%s; resuming from an older checkpoint", error)
     _rename(path, path.with_name(_DAMAGED + path.name))
 
 
@@ -176,7 +176,7 @@ def _rename(path: Path, target: Path) -> None:
 
 
 def keep_micro_batch(checkpoint: Checkpoint, config: RunConfig, *, world_size: int) -> RunConfig:
-    """Replace `auto` by what the run had, if that still divides a rank's images of a step.
+    """Replace `auto` by the run's micro-batch, if that still divides a rank's images per step.
 
     Raises:
         ConfigError: it does not, and the order of streamed shards depends on it.
@@ -190,21 +190,21 @@ def keep_micro_batch(checkpoint: Checkpoint, config: RunConfig, *, world_size: i
     share = config.train.batch_size // world_size
     if _order_of_stream(checkpoint.state["config"], plan):
         raise ConfigError(
-            f"train.micro_batch_size: {saved} when {path} was saved, and the order of streamed"
-            f" shards depends on it, but it does not divide the {share} images of a step that each"
-            f" of {world_size} ranks takes now; go on with {plan['world_size']} ranks"
+            f"train.micro_batch_size: it was {saved} when {path} was saved, and the order of"
+            f" streamed shards depends on it, but it does not divide the {share} images per step of"
+            f" each of {world_size} ranks; resume with {plan['world_size']} ranks"
         )
     if distributed.rank() == 0:
         log.warning(
-            "the micro-batch of %s, %d, does not divide the %d images of a step that each of %d"
-            " ranks takes now: finding another",
+            "the micro-batch of %s, %d, does not divide the %d images per step of each of %d"
+            " ranks: finding another",
             *(path.name, saved, share, world_size),
         )
     return config
 
 
 def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -> None:
-    """Refuse what would shift the position in data and schedules; name other changes.
+    """Refuse changes that would shift the position in data and schedules; log other changes.
 
     Raises:
         ConfigError: the seed, the images per step or the number of images drawn differ.
@@ -226,8 +226,8 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
         if then != now:
             raise ConfigError(
                 f"{name} was {then} when {checkpoint.path} was saved and is {now} now; the order of"
-                " the images and the schedules depend on it, so this run cannot go on with it."
-                " Put the old value back, or start a new run with another run_dir"
+                " the images and the schedules depend on it, so this run cannot resume with it."
+                " Restore the old value, or start a new run with another run_dir"
             )
     if distributed.rank() != 0:
         return
@@ -243,20 +243,20 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
 
 
 def require_same_set(checkpoint: Checkpoint, images: str) -> None:
-    """Refuse other images of the same number: every position in the run would mean another one.
+    """Refuse other images of the same number: positions in the run would mean other images.
 
     Args:
-        checkpoint: of the run; one of a version that did not note its images is accepted.
-        images: `identity` of the source at hand.
+        checkpoint: of the run; accepted if an older version saved it without the identity.
+        images: `identity` of the current source.
 
     Raises:
-        ConfigError: names or sizes of images, or their order, are not those of the checkpoint.
+        ConfigError: names, sizes or order of the images differ from the checkpoint's.
     """
     if checkpoint.state.get("images", images) != images:
         raise ConfigError(
-            "data.train: the names, sizes or order of the images are not those that"
-            f" {checkpoint.path} was trained on, though their number is, so this run cannot go on"
-            " with them. Put the former set back, or start a new run with another run_dir;"
+            "data.train: the names, sizes or order of the images differ from those that"
+            f" {checkpoint.path} was trained on, though their number is equal, so this run cannot"
+            " resume with them. Restore the former set, or start a new run with another run_dir;"
             f" train.init_from={checkpoint.path} with train.init_head=true takes the weights over"
         )
 
@@ -264,18 +264,18 @@ def require_same_set(checkpoint: Checkpoint, images: str) -> None:
 def batch_norm_caution(
     config: RunConfig, plan: RunPlan, then: Mapping[str, Any] | None
 ) -> str | None:
-    """What to say where batch norm makes losses depend on how a step is split.
+    """A warning if batch norm makes losses depend on how a step is split into micro-batches.
 
-    Its statistics are those of a micro-batch on all ranks: of the whole step only where there is
-    one micro-batch.
+    Its statistics cover one micro-batch on all ranks, so the whole step only if that is a single
+    micro-batch.
 
     Args:
         config: of the run.
         plan: of this start.
-        then: plan of the checkpoint that it goes on from, as saved; None at the start of a run.
+        then: plan of the checkpoint that the run resumes from, as saved; None for a new run.
 
     Returns:
-        A sentence, or None where there is no batch norm or nothing that changes.
+        A sentence; None without batch norm or if nothing changes.
     """
     if not config.head.batch_norm and config.model.backbone != RESNET50:
         return None
@@ -283,16 +283,16 @@ def batch_norm_caution(
     before = then["micro_batch_size"] * then["world_size"] if then else plan.batch_size
     if images == before:
         return None
-    whose = "before this start" if then else "in a step"
+    others = "before this start" if then else "of a whole step"
     return (
         f"batch norm takes its statistics over the {images} images of a micro-batch on all ranks,"
-        f" not over {before} as there are {whose}: losses are others than with another"
-        f" train.micro_batch_size x ranks ({plan.micro_batch_size} x {plan.world_size})"
+        f" not over the {before} {others}: losses depend on train.micro_batch_size x ranks"
+        f" ({plan.micro_batch_size} x {plan.world_size})"
     )
 
 
 def _order_of_stream(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
-    """What else the order of streamed shards depends on; empty for other images."""
+    """Further values that the order of streamed shards depends on; empty for other images."""
     train = config["data"]["train"]
     specs = [train] if isinstance(train, str) else [part["source"] for part in train or ()]
     if not any(is_remote(spec) for spec in specs):
@@ -305,7 +305,7 @@ def _order_of_stream(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, 
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> values, where they differ."""
+    """Dotted key -> (old, new) value, where they differ."""
     old, new = dict(_flat(then)), dict(_flat(now))
     return {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
 
@@ -324,12 +324,12 @@ def restore(
     teacher: Teacher,
     goes_on: Callable[[], None] = lambda: None,
 ) -> None:
-    """Set student, optimizer, teacher and center to a checkpoint's, at any world size and stage.
+    """Restore student, optimizer, teacher and center, at any world size and stage.
 
     `goes_on` is called after each tensor of this rank.
 
     Raises:
-        CheckpointError: on every rank: another model, or parts are missing.
+        CheckpointError: on every rank, if it is of another model or parts are missing.
     """
     live = shared_tensors(student, teacher)
     shapes = {name: tuple(value.shape) for name, value in live.items()}

@@ -1,4 +1,4 @@
-"""The run directory: what is written before the first step, and what it says about the code."""
+"""The run directory: its lock, and the files written before the first step."""
 
 import json
 import logging
@@ -15,14 +15,14 @@ from dinoscale.runtime.versions import versions
 
 log = logging.getLogger(__name__)
 
-VERSIONS = "versions.json"  # which every run directory has
-_LOCK_WAIT_S = 60.0  # processes of a run that was killed need some seconds to go
+VERSIONS = "versions.json"  # marks a run directory: each has one
+_LOCK_WAIT_S = 60.0  # processes of a killed run need some seconds to end
 
 
 def lock(run_dir: Path) -> IO[str]:
-    """Create the run directory and keep other runs out of it while the result is open.
+    """Create the run directory, and lock out other runs while the returned file is open.
 
-    The lock goes with the process, however it ends.
+    The lock ends with the process, however that ends.
 
     Raises:
         DinoscaleError: the directory cannot be written, or another run uses it.
@@ -48,7 +48,7 @@ def prepare(config: RunConfig, deepspeed: Mapping[str, Any]) -> Path:
 
     Args:
         config: of the run.
-        deepspeed: "student" and "teacher" -> what DeepSpeed was told; null if it has no part.
+        deepspeed: "student" and "teacher" -> DeepSpeed's configuration; null if none is used.
 
     Raises:
         DinoscaleError: the directory cannot be written.
@@ -68,12 +68,12 @@ def prepare(config: RunConfig, deepspeed: Mapping[str, Any]) -> Path:
 
 
 def _refuse_others(run_dir: Path) -> None:
-    """Refuse a folder of something else, whose settings would be lost."""
+    """Refuse a folder with a config.yaml of something else, which would be overwritten."""
     theirs = run_dir / "config.yaml"
     if theirs.exists() and not (run_dir / VERSIONS).exists():
         raise OutputError(
-            f"run_dir: {theirs} is of no run, and would be lost; choose another directory with"
-            " run_dir=PATH"
+            f"run_dir: {theirs} belongs to no run and would be overwritten; choose another"
+            " directory with run_dir=PATH"
         )
 
 

@@ -1,4 +1,4 @@
-"""A whole run: build everything in the order the data flows, then loop."""
+"""Set up a run and start it: images, checkpoint, networks, k-NN, then the loop."""
 
 import logging
 import math
@@ -23,11 +23,11 @@ from dinoscale.config.resolve import (
     with_micro_batch,
     without_auto,
 )
-from dinoscale.convert.initial_weights import starting_weights
+from dinoscale.convert.initial_weights import read_initial_weights
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.mixture import source_sizes
 from dinoscale.data.sources.source import Source, StoredSource, open_source
-from dinoscale.engine.build import Start, build_pair
+from dinoscale.engine.build import InitialWeights, build_pair
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ from dinoscale.runtime.watchdog import Watchdog
 from dinoscale.training import run_directory as directory
 from dinoscale.training.feed import open_images
 from dinoscale.training.hooks.events import Events
-from dinoscale.training.hooks.online_knn import Probe
+from dinoscale.training.hooks.online_knn import OnlineKnn
 from dinoscale.training.loop import Run
 from dinoscale.training.micro_batch.search import find_micro_batch
 from dinoscale.training.resume import (
@@ -55,7 +55,7 @@ from dinoscale.training.resume import (
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Source)
 
-_ENDING_LAUNCHERS = ("torchrun", "deepspeed")  # their death would leave their ranks running
+_ENDING_LAUNCHERS = ("torchrun", "deepspeed")  # if they die, their ranks would keep running
 _NAMES_COMPARED = 100  # of images, between ranks
 
 
@@ -63,7 +63,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     """Pre-train as `config` says; all ranks call it after `distributed.start`.
 
     Returns:
-        JSON-able summary: run_dir, steps, last loss and k-NN, what is left out of the images.
+        JSON-able summary: run_dir, steps, last loss and k-NN, images left out.
 
     Raises:
         DinoscaleError: on every rank.
@@ -85,19 +85,19 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         source = open_once_a_node(opens, hosts, watchdog.goes_on)
         distributed.together(stop.check)
         require_same_images(source)
-        _plan(without_auto(config), process, source)  # a mistake ends it before there is a run_dir
+        _plan(without_auto(config), process, source)  # fail before the run_dir is created
         with distributed.together(lambda: directory.lock(run_dir) if is_first else nullcontext()):
             require_shared(run_dir, hosts)
             keep_logs(run_dir, process, members)
-            return _build(config, process, hosts, source, stop, watchdog).to_the_end()
+            return _build(config, process, hosts, source, stop, watchdog).train()
 
 
 def _unless_asked(
     open_set: Callable[[Callable[[], None]], S], stop: StopRequest
 ) -> Callable[[Callable[[], None]], S]:
-    """Let a wish to stop end what opens a set, which may take hours.
+    """Let a request to stop interrupt the opening of a set, which may take hours.
 
-    The rank that opens it looks; those that wait for it would leave it alone.
+    Only the rank that opens it checks; a waiting rank that stopped would leave that one alone.
     """
 
     def opened(alive: Callable[[], None]) -> S:
@@ -111,21 +111,21 @@ def _unless_asked(
 
 
 def require_same_images(source: Source) -> None:
-    """Refuse to train when ranks found other images, as in a folder that is being filled.
+    """Refuse to train if ranks found different images, as in a folder that is still being filled.
 
-    They would take different numbers of steps, and wait for each other at the end.
+    They would take different numbers of steps and wait for each other at the end.
 
     Raises:
-        DataError: on every rank; the number of images, or one of a hundred names, differs.
+        DataError: on every rank, if the number of images or one of a hundred names differs.
     """
     stride = max(1, len(source) // _NAMES_COMPARED)
     names = [os.path.basename(source.path(i)) for i in range(0, len(source), stride)]
     first, *others = distributed.gather_objects((len(source), names))
     for rank, (count, found) in enumerate(others, start=1):
         if (count, found) != first:
-            others_too = "" if count != first[0] else ", but others"
+            different = "" if count != first[0] else " different ones"
             raise DataError(
-                f"data.train: rank 0 found {first[0]} images and rank {rank} {count}{others_too}."
+                f"data.train: rank 0 found {first[0]} images and rank {rank} {count}{different}."
                 " Train on a set that does not change and is the same on every machine."
             )
 
@@ -156,40 +156,50 @@ def _build(
         require_same_run(checkpoint, config, _plan(without_auto(config), process, source))
         distributed.together(lambda: require_same_set(checkpoint, images) if is_first else None)
     elif is_first and os.path.exists(run_dir / "metrics.jsonl"):
-        log.warning("steps were logged in %s, but there is no checkpoint: beginning anew", run_dir)
-    start = None
+        log.warning("%s has logged steps but no checkpoint: starting from step 0", run_dir)
+    init_from = None
     if checkpoint is None and config.train.init_from is not None:
-        start = on_first_rank(partial(starting_weights, config), watchdog.goes_on)
+        init_from = on_first_rank(partial(read_initial_weights, config), watchdog.goes_on)
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)
     if config.engine.offload_optimizer and process.device.type == "cuda":
-        # The host steps the weights; launchers leave it one thread.
+        # The host updates the weights; launchers limit it to one thread.
         torch.set_num_threads(cores_of_rank(process.local_world_size))
     watchdog.moved("building the networks")
     distributed.together(stop.check)
-    student, teacher = _networks(config, plan, start, checkpoint, watchdog.goes_on)
-    del start  # 4 bytes a weight, on rank 0
-    probe = _probe(config, hosts, stop, watchdog) if config.eval.train else None
+    student, teacher = _networks(config, plan, init_from, checkpoint, watchdog.goes_on)
+    del init_from  # 4 bytes per weight, on rank 0
+    online_knn = _online_knn(config, hosts, stop, watchdog) if config.eval.train else None
     if is_first:
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
-    told = {"student": student.deepspeed_config, "teacher": teacher.deepspeed_config}
+    deepspeed = {"student": student.deepspeed_config, "teacher": teacher.deepspeed_config}
     distributed.together(stop.check)
-    distributed.together(lambda: directory.prepare(config, told) if is_first else None)
+    distributed.together(lambda: directory.prepare(config, deepspeed) if is_first else None)
     return Run(
-        config, plan, process, source, images, student, teacher, probe, stop, watchdog, checkpoint
+        config,
+        plan,
+        process,
+        source,
+        images,
+        student,
+        teacher,
+        online_knn,
+        stop,
+        watchdog,
+        checkpoint,
     )
 
 
 def _networks(
     config: RunConfig,
     plan: RunPlan,
-    start: Start | None,
+    init_from: InitialWeights | None,
     checkpoint: Checkpoint | None,
     goes_on: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:
-    """Student and teacher as the run begins, or as it goes on; nothing is drawn for the latter."""
-    student, teacher = build_pair(config, plan, start, values=checkpoint is None)
+    """Student and teacher, with initial weights or those of the checkpoint."""
+    student, teacher = build_pair(config, plan, init_from, values=checkpoint is None)
     if checkpoint is not None:
         restore(checkpoint, student, teacher, goes_on)
     return student, teacher
@@ -203,18 +213,20 @@ def _require_new(run_dir: Path) -> None:
         )
 
 
-def _probe(config: RunConfig, hosts: Sequence[str], stop: StopRequest, watchdog: Watchdog) -> Probe:
+def _online_knn(
+    config: RunConfig, hosts: Sequence[str], stop: StopRequest, watchdog: Watchdog
+) -> OnlineKnn:
     def open_set(spec: str, decoder: Decoder) -> Source:
         opens = _unless_asked(partial(open_source, spec, decoder), stop)
         return open_once_a_node(opens, hosts, watchdog.goes_on)
 
-    return distributed.together(lambda: Probe(config, open_set))
+    return distributed.together(lambda: OnlineKnn(config, open_set))
 
 
 def _find_micro_batch(
     config: RunConfig, process: Process, stop: StopRequest, watchdog: Watchdog
 ) -> RunConfig:
-    """The configuration with the largest micro-batch that fits, by trial."""
+    """The configuration with the largest micro-batch that fits, found by trials."""
     found = find_micro_batch(config, process, moved=watchdog.moved, stop_asked=lambda: stop.asked)
     events = Events(Path(config.run_dir), active=process.rank == 0)
     events.write(0, "micro-batch found", **asdict(found))
@@ -230,7 +242,7 @@ def _announce(
     *,
     resumed_from: Checkpoint | None,
 ) -> None:
-    """Say in a few lines what is about to happen."""
+    """Log the run's size, model, cautions and start in a few lines."""
     parameters = sum(math.prod(shape) for shape in student.shapes.values())
     log.info(
         "%s: %d images, %d epochs of %d steps; step = %d images = %d ranks x %d x %d micro-batches",
@@ -252,7 +264,7 @@ def _announce(
         teacher.num_bytes() / 1e6,
     )
     if config.data.channels != 3:
-        log.info("%d channels are no RGB: saturation, hue and gray are off", config.data.channels)
+        log.info("%d channels are not RGB: saturation, hue and gray are off", config.data.channels)
     cores = cores_at_hand()
     workers = config.data.num_workers * process.local_world_size
     if workers > cores:
@@ -262,4 +274,4 @@ def _announce(
         log.warning("%s", caution)
     if resumed_from is not None:
         left = plan.stop_step - resumed_from.step
-        log.info("going on from %s, %d steps left", resumed_from.path, max(left, 0))
+        log.info("resuming from %s, %d steps left", resumed_from.path, max(left, 0))

@@ -1,8 +1,8 @@
-"""The steps of a run on one process by torch alone, and how far rounding may take a run.
+"""The steps of a run on one process in plain torch, and by how much rounding may change a run.
 
-No bound here is a number of some machine: the same steps in float64 are exact, and the same steps
-in float32, with the images of a batch in either order, show what rounding does to them on the
-machine at hand. A run under test rounds as often, in yet another order.
+No bound is specific to a machine: the same steps in float64 are exact, and the same steps in
+float32, with the images of a batch in either order, show the effect of rounding on this machine. A
+run under test rounds as often, in yet another order.
 """
 
 import math
@@ -41,7 +41,7 @@ class Plain:
     student_temp: float
 
     def require(self, run: Run, *, first: int = 0, reference: Run | None = None) -> None:
-        """Fail where a run from step `first` on differs by more than rounding explains."""
+        """Fail if a run from step `first` on differs by more than rounding explains."""
         reference = reference or self.exact
         self.require_losses(run["losses"], reference["losses"][first:])
         if "norms" in run:
@@ -79,7 +79,7 @@ EXACT = Rounding(torch.float64, torch.float64, torch.float64)
 
 
 def train_plainly(config: RunConfig, *, steps: int, rounding: Rounding = Rounding()) -> Plain:
-    """The steps of a configuration and what rounding does to them."""
+    """The steps of a configuration, exact and with the error of rounding."""
     exact = _tiny_steps(config, steps, EXACT, backwards=False)
     rounded = [_tiny_steps(config, steps, rounding, backwards=b) for b in (False, True)]
     return Plain(
@@ -118,7 +118,7 @@ def _distance_of_most(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 
 def without_key_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a network, or their gradients, less what is rounding only."""
+    """The tensors of a network, or their gradients, without the keys' biases."""
     kept = dict(weights)
     for name in weights:
         if name.endswith("attn.qkv.bias"):
@@ -129,7 +129,7 @@ def without_key_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def largest_relative(found: list[float], expected: list[float]) -> float:
-    """Largest error of a number, relative to what is expected of it."""
+    """Largest error relative to the expected number."""
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Compiled and recomputed blocks take the steps of plain ones, at every stage, in a few graphs."""
+"""Compiled and checkpointed blocks take the same steps as plain ones, at every ZeRO stage."""
 
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ JOBS = [
 
 
 def train_jobs(jobs: list[Any]) -> list[dict[str, Any]]:
-    """On every rank: what each of `jobs` came to, and what the compiler counted."""
+    """On every rank: the results of each of `jobs`, and the compiler's counters."""
     return [_train(Job(*job)) for job in jobs]
 
 
@@ -94,7 +94,7 @@ def trained() -> dict[Job, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("job", [job for job in JOBS if job.every and not job.compiled], ids=str)
-def test_recomputation_is_bitwise_without_effect(
+def test_activation_checkpointing_changes_no_bit(
     trained: dict[Job, dict[str, Any]], job: Job
 ) -> None:
     run, plain = trained[job], trained[Job(job.stage, precision=job.precision, subset=job.subset)]

@@ -1,4 +1,4 @@
-"""Canaries: what a run takes for granted of DeepSpeed, and a release of it may break in silence."""
+"""Canaries: what a run relies on in DeepSpeed, and a release of it may break silently."""
 
 import itertools
 import sys
@@ -39,7 +39,7 @@ def _exact_loss(unit: Tensor, weight_v: Tensor, _: None) -> Tensor:
 
 
 def watch() -> dict[str, Any]:
-    """On every rank: what became of each of the tests below."""
+    """On every rank: the measurements for each of the tests below."""
     return {
         "gradients": {stage: _gradients(stage) for stage in range(4)},
         "traces": _traces(),
@@ -81,7 +81,7 @@ def _gradients(stage: int) -> list[Gradients]:
         (held.name, held.start, gradient.flatten().clone())
         for held, gradient in zip(student._held, student._gradients(), strict=True)
     ]
-    student.step(spoilt=torch.tensor(False))
+    student.step(non_finite=torch.tensor(False))
     alone, exact = (
         _alone(config, distributed.gather_objects(batches), dtype)
         for dtype in (torch.float32, torch.float64)
@@ -110,7 +110,7 @@ def _alone(config: RunConfig, of_ranks: list[Any], dtype: torch.dtype) -> Gradie
 
 
 def _traces() -> list[tuple[bool, bool]]:
-    """Stage 3: after each step, whether student and teacher know the order of their layers."""
+    """Stage 3: whether student and teacher have traced their layers' order, after each step."""
     from dinoscale.engine.build import build_pair
 
     config = _two_passes(3, model={"drop_path_rate": 0.5, "drop_path_mode": "subset"})
@@ -149,7 +149,7 @@ def _gathered() -> list[str]:
 
 
 def _unaligned(stage: int) -> list[str]:
-    """Weights in bf16 that do not begin at a multiple of 16 bytes, though their sizes would do."""
+    """Weights in bf16 that are not aligned to 16 bytes although their sizes allow it."""
     from dinoscale.engine.build import build_pair
 
     changes = {"model": {"embed_dim": 16}, "head": _ALIGNED, "engine": {"precision": "bf16"}}

@@ -1,4 +1,4 @@
-"""The sharded teacher: what it averages, what its forward uses, what it sends and what it holds."""
+"""The sharded teacher: its average, its forward weights, its communication and its memory."""
 
 import gc
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ ROUNDING_OF_A_STEP = torch.finfo(torch.float32).eps / 2
 
 
 def follow_student(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """On every rank: train, and average the student's master in float64 and in bf16 beside."""
+    """On every rank: train, and also average the student's master in float64 and in bf16."""
     return [_follow_student(**run) for run in runs]
 
 

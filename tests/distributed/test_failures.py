@@ -1,4 +1,4 @@
-"""Bad numbers, errors on one rank, ranks that die: nobody waits, and nothing moves."""
+"""Non-finite numbers, errors on one rank, ranks that die: no rank hangs, and no weight changes."""
 
 import signal
 import time
@@ -37,7 +37,7 @@ POISONS = {"gradient": "a gradient is not finite", "pixel": "the loss is not fin
 
 
 def poison_all(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """On every rank: two good steps, what rank 1 spoils, a good one; reasons and what moved."""
+    """On every rank: two good steps, those that rank 1 poisons, a good one; reasons and changes."""
     return [_poison(**run) for run in runs]
 
 
@@ -68,7 +68,7 @@ def _poison(
             value = torch.nan if precision == "fp32" else torch.inf
             batches[0].local_crops[1, 0, 2, 3, 3] = value
         if distributed.rank() == 1 and poison == "gradient":
-            hook = student.network.head.register_forward_hook(_spoil_gradient)
+            hook = student.network.head.register_forward_hook(_poison_gradient)
         result = train_step(batches, student, teacher, now, student_temp=0.1)
         if hook is not None:
             hook.remove()
@@ -85,7 +85,7 @@ def _different(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]
     return [name for name, value in first.items() if not torch.equal(value, second[name])]
 
 
-def _spoil_gradient(_module: Any, _inputs: Any, logits: Tensor) -> None:
+def _poison_gradient(_module: Any, _inputs: Any, logits: Tensor) -> None:
     if logits.requires_grad:
         logits.register_hook(lambda gradient: gradient * torch.nan)
 
@@ -124,7 +124,7 @@ def poisoned() -> list[list[dict[str, Any]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("index", range(len(RUNS)), ids=lambda i: str(list(RUNS[i].values())))
-def test_bad_number_on_one_rank_is_skipped_by_all_and_moves_nothing(
+def test_non_finite_step_of_one_rank_is_skipped_by_all_and_changes_nothing(
     poisoned: list[list[dict[str, Any]]], index: int, poison: str
 ) -> None:
     for of_rank in poisoned:
@@ -132,13 +132,13 @@ def test_bad_number_on_one_rank_is_skipped_by_all_and_moves_nothing(
         assert result["skipped"] == POISONS[poison]
         assert result["moved"] == []
         assert of_rank[index]["num_tensors"] > 100
-    of_spoiling_rank = poisoned[1][index][poison]
-    assert of_spoiling_rank["finite"] == (poison == "gradient")
+    poisoning_rank = poisoned[1][index][poison]
+    assert poisoning_rank["finite"] == (poison == "gradient")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(RUNS)), ids=lambda i: str(list(RUNS[i].values())))
-def test_after_skipped_steps_training_goes_on_as_if_they_had_not_been(
+def test_skipped_steps_leave_no_trace_in_later_ones(
     poisoned: list[list[dict[str, Any]]], index: int
 ) -> None:
     for of_rank in poisoned:
@@ -146,7 +146,7 @@ def test_after_skipped_steps_training_goes_on_as_if_they_had_not_been(
 
 
 def fail_on_one(failing: int) -> list[tuple[str, str]]:
-    """On every rank, type and text of what is raised where checks fail on `failing`, or on all."""
+    """On every rank: type and text of the error if a check fails on `failing`, or on all."""
     from dinoscale.data.decoding.decode import BadSampleError
     from dinoscale.errors import DataError, PreemptedError
     from dinoscale.runtime import distributed
@@ -175,7 +175,7 @@ def fail_on_one(failing: int) -> list[tuple[str, str]]:
 
 
 class OneSidedSaver:
-    """Of two saves, the first failed as this rank saw it."""
+    """Two saves, the first of which failed on this rank."""
 
     def __init__(self, error: str | None) -> None:
         self.results, self.begun = [SaveResult(Path("run"), 7, error, 0.0, 0.0, 0)], 0
@@ -195,7 +195,7 @@ class OneSidedSaver:
 
 
 def save_after_a_lost_contact(failing: int) -> int:
-    """On every rank: end a run whose last save failed for `failing` alone; saves begun then."""
+    """On every rank: end a run whose last save failed on `failing` only; count new saves."""
     from dinoscale.runtime import distributed
     from dinoscale.training.loop import Run
 
@@ -219,7 +219,7 @@ class NoRoom:
         raise MemoryError("no room for the rows")
 
 
-def gather_what_does_not_fit(failing: int) -> str:
+def gather_without_memory(failing: int) -> str:
     from dinoscale.runtime import distributed
 
     rows: Any = NoRoom() if distributed.rank() == failing else torch.zeros(3, 2)
@@ -230,7 +230,7 @@ def gather_what_does_not_fit(failing: int) -> str:
     return ""
 
 
-def wait_for_a_verdict_where_another_does_not(failing: int) -> str:
+def diverge_from_the_other_rank(failing: int) -> str:
     from dinoscale.runtime import distributed
 
     try:
@@ -243,8 +243,8 @@ def wait_for_a_verdict_where_another_does_not(failing: int) -> str:
     return ""
 
 
-def probe_that_fails(failing: int) -> tuple[bool, int]:
-    """On every rank: one is out of memory amid k-NN, one was asked to stop; whether all stop."""
+def knn_that_fails(failing: int) -> tuple[bool, int]:
+    """On every rank: one runs out of memory in k-NN, one was asked to stop; whether all stop."""
     from dinoscale.errors import PreemptedError
     from dinoscale.runtime import distributed
     from dinoscale.training.loop import Run
@@ -257,8 +257,8 @@ def probe_that_fails(failing: int) -> tuple[bool, int]:
     run: Any = Run.__new__(Run)
     run.progress, run.process, run.stopping = Progress(step=7), Process(1, 2, 1, 2), False
     run.watchdog, run.teacher, run.events = MagicMock(), MagicMock(), MagicMock()
-    run.probe, run.stop = MagicMock(measure=measure), MagicMock(asked=not amiss)
-    run._probe()
+    run.online_knn, run.stop = MagicMock(measure=measure), MagicMock(asked=not amiss)
+    run._measure_knn()
     return run.stopping, run.events.write.call_count
 
 
@@ -266,9 +266,9 @@ def fail_in_all_ways(failing: int) -> dict[str, Any]:
     return {
         "checks": fail_on_one(failing),
         "begun": save_after_a_lost_contact(failing),
-        "gather": gather_what_does_not_fit(failing),
-        "elsewhere": wait_for_a_verdict_where_another_does_not(failing),
-        "probe": probe_that_fails(failing),
+        "gather": gather_without_memory(failing),
+        "elsewhere": diverge_from_the_other_rank(failing),
+        "knn": knn_that_fails(failing),
     }
 
 
@@ -280,7 +280,7 @@ def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None
     assert [told["gather"] for told in of_rank] == [f"RunFailedError: rank 1: {said}", said]
     elsewhere = "RunFailedError: ranks are no longer at the same place: rank 1 sent tuple"
     assert [told["elsewhere"] for told in of_rank] == [elsewhere, ""]
-    assert [told["probe"] for told in of_rank] == [(True, 1), (True, 1)]
+    assert [told["knn"] for told in of_rank] == [(True, 1), (True, 1)]
     begun = tuple(told["begun"] for told in of_rank)
     assert begun == (1, 1)
     assert first == [
@@ -302,7 +302,7 @@ def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None
 
 
 def fail_beside_a_rank_that_waits(failing: int) -> None:
-    """One rank fails; no socket tells the other, as in NCCL, and it hangs in a collective."""
+    """One rank fails; as in NCCL no socket closes, so the other hangs in a collective."""
     from dinoscale.runtime import distributed
 
     watchdog = Watchdog(timeout_s=600, hosts=["a", "b"], launched=False, ask_to_stop=print)
@@ -384,7 +384,7 @@ def _open_own(folder: str) -> list[str]:
     [
         (("a.png", "b.png"), []),
         (("a.png",), ["data.train: rank 0 found 2 images and rank 1 1."]),
-        (("a.png", "c.png"), ["data.train: rank 0 found 2 images and rank 1 2, but others."]),
+        (("a.png", "c.png"), ["data.train: rank 0 found 2 images and rank 1 2 different ones."]),
     ],
 )
 def test_ranks_that_found_other_images_do_not_begin(

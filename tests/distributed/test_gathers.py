@@ -1,4 +1,4 @@
-"""What a step sends: at stage 3 each layer thrice a micro-batch, else what `plan` says."""
+"""Communication of a step: at stage 3 each layer thrice per micro-batch, else as planned."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def _config(stage: int, checkpointed: int) -> RunConfig:
 
 
 def watch_step(stage: int, checkpointed: int) -> dict[str, Any]:
-    """On every rank: the collectives of a step whose weights are released as soon as may be."""
+    """On every rank: the collectives of a step whose weights are released as early as possible."""
     from dinoscale.engine.build import build_pair, schedules_of
     from dinoscale.engine.step import train_step
 
@@ -74,7 +74,7 @@ def test_layers_are_gathered_once_forward_once_backward_and_once_for_the_teacher
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_plan_knows_what_is_sent(stage: int) -> None:
+def test_plan_predicts_what_is_sent(stage: int) -> None:
     of_rank, _ = run_distributed(
         "tests.distributed.test_gathers:watch_step",
         world_size=2,

@@ -1,4 +1,4 @@
-"""The host launches a step without asking the device for anything, DeepSpeed included."""
+"""The host launches a step without reading anything from the device, DeepSpeed included."""
 
 import sys
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ CONSTANT = {0: [], 1: [], 2: [], 3: ["is_invalid_grad_norm"]}
 
 
 class _Reads(TorchDispatchMode):
-    """Lists who read a number of a tensor, and tensors made of Python's numbers by dinoscale."""
+    """Lists callers that read a tensor's value, or in dinoscale make a tensor of Python numbers."""
 
     def __init__(self) -> None:
         super().__init__()

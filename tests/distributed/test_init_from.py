@@ -21,19 +21,19 @@ IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def teacher_features(configs: list[dict[str, Any]]) -> list[Any]:
-    """On every rank: features of IMAGES of the teacher at step 0, and what else was asked.
+    """On every rank: the teacher's features of IMAGES at step 0, and further checks.
 
     The same for each of `configs`: whether the student agrees, whether this rank read the file,
     whether it drew a number, and whether a trial, whose values do not matter, holds zeros.
     """
-    from dinoscale.convert.initial_weights import starting_weights
+    from dinoscale.convert.initial_weights import read_initial_weights
     from dinoscale.engine.build import build_pair
     from dinoscale.runtime import distributed
 
     found = []
     for changes in configs:
         config = tiny_config(**changes)
-        start = distributed.together(lambda c=config: starting_weights(c))  # type: ignore[misc]
+        start = distributed.together(lambda c=config: read_initial_weights(c))  # type: ignore[misc]
         torch.rand(1)  # the build before left the state that this one would leave
         state = torch.get_rng_state()
         student, teacher = build_pair(config, tiny_plan(config), start)
@@ -101,7 +101,7 @@ def _train(*more: str, run_dir: Path) -> list[tuple[int, str]]:
     return [(process.returncode, end) for process, end in zip(ranks, ends, strict=True)]
 
 
-def test_a_run_starts_from_another_and_goes_on_when_that_is_gone(tmp_path: Path) -> None:
+def test_a_run_starts_from_another_and_resumes_without_it(tmp_path: Path) -> None:
     for code, text in _train("train.stop_after_steps=1", run_dir=tmp_path / "first"):
         assert code == 0, text
     first = tmp_path / "first"

@@ -86,7 +86,7 @@ def trained() -> dict[Job, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def plain() -> Callable[[str], Plain]:
-    """Recipe -> what plain torch makes of it."""
+    """Recipe -> the results of plain torch."""
     results: dict[str, Plain] = {}
 
     def of(recipe: str) -> Plain:
@@ -116,14 +116,14 @@ def test_recipes_differ_from_each_other(plain: Callable[[str], Plain]) -> None:
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_activation_checkpointing_is_bitwise_without_effect(
+def test_activation_checkpointing_changes_no_bit(
     trained: dict[Job, dict[str, Any]], stage: int, every: int
 ) -> None:
     run = trained[stage, "adamw_global", "fp32", every, False]
     _require_equal(run, trained[stage, "adamw_global", "fp32", 0, False])
 
 
-def test_activation_checkpointing_is_bitwise_without_effect_in_bf16(
+def test_activation_checkpointing_changes_no_bit_in_bf16(
     trained: dict[Job, dict[str, Any]],
 ) -> None:
     run = trained[3, "adamw_global", "bf16", 1, False]

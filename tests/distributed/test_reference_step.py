@@ -1,4 +1,4 @@
-"""The literal reference is the same computation as ours: the yardstick measures the right thing."""
+"""The benchmark's reference step computes the same as ours, so the comparison is fair."""
 
 import pytest
 import torch

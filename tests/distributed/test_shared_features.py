@@ -1,4 +1,4 @@
-"""Features and neighbours shared out over ranks are those of one process, to the last bit."""
+"""Features and neighbours divided among ranks equal those of one process, bit for bit."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_every_rank_gets_what_one_process_gets(world_size: int) -> None:
 
 
 def fail_on_rank_1() -> tuple[str, int]:
-    """What each rank says, and after how many images; rank 0 has a minute's work, 800, to do."""
+    """The error of each rank, and after how many images; rank 0 has 800 to do, a minute's work."""
     from dinoscale.runtime.distributed import rank
 
     source = Noise(1600, fails_at=3 * BATCH + 1)  # in the second batch of rank 1
@@ -145,7 +145,7 @@ def cached(folder: str) -> tuple[Tensor, int]:
     return features, backbone.calls
 
 
-def test_what_one_process_has_kept_all_ranks_read(
+def test_all_ranks_read_the_features_that_one_process_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import Image

@@ -1,4 +1,4 @@
-"""A rank of a large job never holds much more of the network than what it will train.
+"""A rank of a large job never holds much more of the network than the shards it trains.
 
 One process stands for one of 64 ranks: torch's fake backend communicates with nobody, and a rank
 takes the same memory. Counted are bytes of tensors, on a CPU for host and device together.
@@ -19,7 +19,7 @@ RANKS = 64
 
 
 def build_and_measure(rank: int, stage: int) -> None:
-    """Print what the start took at its peak and what it left."""
+    """Print the memory of a start, at its peak and at its end."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -48,7 +48,7 @@ def build_and_measure(rank: int, stage: int) -> None:
 
 
 @pytest.mark.parametrize(("stage", "rank"), [(3, 0), (3, RANKS - 1), (2, 0)])
-def test_a_start_takes_two_shards_and_a_layer_at_most(stage: int, rank: int) -> None:
+def test_a_start_needs_at_most_two_shards_and_a_layer(stage: int, rank: int) -> None:
     process = Forked(
         build_and_measure, rank, stage, environment=environment_of(0, world_size=RANKS, port=1)
     )

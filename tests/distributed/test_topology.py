@@ -58,12 +58,12 @@ def _config(engine: dict[str, Any]) -> RunConfig:
 def train_all(folder: str) -> dict[str, Result]:
     """On every rank: the steps with each of `TOPOLOGIES`; with hpZ from a checkpoint as well."""
     results = {name: _train(engine, Path(folder) / name) for name, engine in TOPOLOGIES.items()}
-    return results | {"resumed": _go_on(HPZ, Path(folder) / "3")}
+    return results | {"resumed": _resume(HPZ, Path(folder) / "3")}
 
 
-def go_on_without(folder: str) -> Result:
+def resume_without(folder: str) -> Result:
     """On every rank: the last steps from the checkpoint that hpZ wrote."""
-    return _go_on({"zero_stage": 3}, Path(folder) / "3 hpZ")
+    return _resume({"zero_stage": 3}, Path(folder) / "3 hpZ")
 
 
 def _train(engine: dict[str, Any], run_dir: Path) -> Result:
@@ -78,7 +78,7 @@ def _train(engine: dict[str, Any], run_dir: Path) -> Result:
     return {"initial": begin, **_take_steps(config, pair, range(SAVED, STEPS))}
 
 
-def _go_on(engine: dict[str, Any], run_dir: Path) -> Result:
+def _resume(engine: dict[str, Any], run_dir: Path) -> Result:
     from dinoscale.engine.build import build_pair
     from dinoscale.training.resume import find_checkpoint, restore
 
@@ -170,8 +170,8 @@ def _require_equal(run: Result, other: Result) -> None:
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_run_goes_on_without_second_copies_on_fewer_ranks(plain: Plain, folder: str) -> None:
-    function = "tests.distributed.test_topology:go_on_without"
+def test_a_run_resumes_without_second_copies_on_fewer_ranks(plain: Plain, folder: str) -> None:
+    function = "tests.distributed.test_topology:resume_without"
     run = run_distributed(function, world_size=2, timeout_s=280, folder=folder)[0]
     plain.require(run, first=SAVED)
 

@@ -125,7 +125,7 @@ def _losses(run_dir: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
-def test_the_interruption_falls_into_the_rest_of_the_prototypes(runs: Path) -> None:
+def test_the_interruption_falls_while_the_prototypes_are_frozen(runs: Path) -> None:
     early = _checkpoint(runs / "interrupted", STOP)
     late = _checkpoint(runs / "whole_2_fp32_adamw", LAST)
     assert early.state["optimizer_steps"] == {"decay": STOP, "no_decay": STOP, "prototypes": 0}

@@ -206,7 +206,7 @@ def test_another_failure_of_a_trial_is_named_and_is_no_limit(tmp_path: Path) -> 
         tmp_path, *settings, "model.backbone=vit_nonsense_patch4_24", world_size=1
     ).end()
     assert codes == [2], said
-    assert f"the trial of {FITS} failed on rank 0 (exit code 2), not for want of memory:" in said
+    assert f"the trial of {FITS} failed on rank 0 (exit code 2), not for lack of memory:" in said
     assert "vit_nonsense_patch4_24" in said
     assert "Traceback" not in said
 

@@ -129,7 +129,7 @@ def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
         ),
         (
             ["vit_s16", "model.backbone=resnet50", "model.drop_path_rate=0.0", "--gpus", "8"],
-            "plan knows ViTs only",
+            "plan supports only ViTs",
         ),
     ],
 )

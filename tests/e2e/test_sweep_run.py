@@ -78,7 +78,7 @@ def test_killed_sweep_goes_on_and_leaves_nothing_running(tmp_path: Path) -> None
     assert all(set(row.metrics) == {"knn", "loss"} for row in rows)
     assert all(0 <= (row.metrics["knn"] or -1) <= 1 for row in rows)
     assert [row.curves[-1]["step"] for row in rows] == [16, 96, 16]
-    assert "going on from" in log.read_text()
+    assert "resuming from" in log.read_text()
     assert not _processes_of(out)
 
 

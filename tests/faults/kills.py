@@ -1,4 +1,4 @@
-"""Kill a run again and again at random moments; the end must be that of a run left alone."""
+"""Kill a run repeatedly at random moments; its result must be that of an undisturbed run."""
 
 import random
 import signal
@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 
 from dinoscale.checkpoint.layout import directory, leftovers
-from tests.faults.lives import (
+from tests.faults.run_processes import (
     BATCH,
     IMAGES,
     RANKS,
-    Life,
+    RunProcesses,
     gone,
     losses,
     newest_step,
@@ -25,7 +25,7 @@ from tests.faults.lives import (
 )
 from tests.ports import free_port
 
-_STEPS_A_LIFE = 7  # at most; a checkpoint comes every third step
+_STEPS_PER_START = 7  # at most; a checkpoint comes every third step
 _SLOW_DISK_S = 0.05  # of each file, so that a kill can fall into a save
 _STARTING_S = 1.0  # a kill at step 0 falls into the time before the first step
 LAUNCHERS = {
@@ -39,14 +39,14 @@ LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Moment:
-    """When and how a life ends.
+    """When and how one start of the run is killed.
 
     Attributes:
-        step: the kill comes after this step is logged, counted from the start of the life.
-        in_save: and once a checkpoint is being written.
-        delay_s: and so much later.
+        step: the kill comes after this step is logged, counted from the start.
+        in_save: whether it waits until a checkpoint is being written.
+        delay_s: added to that.
         target: "rank 0", "rank 1", "all", "torchrun" or "deepspeed".
-        workers: data workers per rank in this life.
+        workers: data workers per rank of this start.
     """
 
     step: int
@@ -58,7 +58,7 @@ class Moment:
 
 @dataclass
 class Tally:
-    """What came of the kills; `in_save` counts those that left a half-written checkpoint."""
+    """Results of the kills; `in_save` counts those that left a half-written checkpoint."""
 
     kills: int = 0
     in_save: int = 0
@@ -71,7 +71,9 @@ def moments(kills: int, seed: int) -> list[Moment]:
     """The same for a seed. Every third falls into a save, every fourth hits the launcher."""
     chance, found = random.Random(seed), []
     for number in range(kills):
-        step = chance.randint(0, _STEPS_A_LIFE) if number else _STEPS_A_LIFE  # first, a checkpoint
+        step = (
+            chance.randint(0, _STEPS_PER_START) if number else _STEPS_PER_START
+        )  # first, a checkpoint
         in_save = number % 3 == 1
         longest = 0.05 if in_save else 0.15 if step else _STARTING_S
         targets = list(LAUNCHERS) if number % 4 == 3 else ["rank 0", "rank 1", "all"]
@@ -84,25 +86,25 @@ def run_kills(folder: Path, *, kills: int, stage: int, seed: int) -> Tally:
     """Train once undisturbed and once with `kills` interruptions, and compare after each.
 
     What each kill leaves is compared with the undisturbed run: the newest checkpoint bit for bit,
-    and every loss that was logged. The result of the last life must be the undisturbed one too.
+    and every loss that was logged. The last start must reach the undisturbed result, too.
 
     Raises:
         AssertionError: a process outlived its run, or a run ended by itself with an error.
     """
-    epochs = 2 + 3 * kills * _STEPS_A_LIFE * BATCH // (2 * IMAGES)  # lives end later than asked
+    epochs = 2 + 3 * kills * _STEPS_PER_START * BATCH // (2 * IMAGES)  # kills come late
     all_steps = {"every_steps": 1, "keep_last": 9999}  # an orphan saves at any step
     whole = write_config(folder / "whole", stage=stage, epochs=epochs, checkpoint=all_steps)
     broken = write_config(folder / "broken", stage=stage, epochs=epochs)
-    assert Life(whole).end() == [0] * RANKS
+    assert RunProcesses(whole).end() == [0] * RANKS
     tally, run_dir, whole_dir = Tally(), broken.parent / "run", whole.parent / "run"
     for moment in moments(kills, seed):
-        _live_until(broken, moment)
+        _run_until(broken, moment)
         tally.kills += 1
         tally.in_save += bool(leftovers(run_dir))
         tally.lost_steps += max(steps_logged(run_dir) - newest_step(run_dir), 0)
-        tally.resumed += newest_step(run_dir) > 0  # by the life after this kill
+        tally.resumed += newest_step(run_dir) > 0  # by the start after this kill
         tally.bit_identical += _as_undisturbed(run_dir, whole_dir)
-    assert Life(broken).end() == [0] * RANKS
+    assert RunProcesses(broken).end() == [0] * RANKS
     if newest_step(run_dir) != newest_step(whole_dir) or not _as_undisturbed(run_dir, whole_dir):
         tally.bit_identical = 0  # whatever held in between, the result is another
     return tally
@@ -116,8 +118,8 @@ def _as_undisturbed(run_dir: Path, whole_dir: Path) -> bool:
     )
 
 
-def _live_until(config: Path, moment: Moment) -> None:
-    """One life, ended by a kill."""
+def _run_until(config: Path, moment: Moment) -> None:
+    """One start of the run, ended by a kill."""
     run_dir, overrides = config.parent / "run", [f"data.num_workers={moment.workers}"]
     begun_at, begin = newest_step(run_dir), time.time()
 
@@ -127,7 +129,7 @@ def _live_until(config: Path, moment: Moment) -> None:
             ready = run_dir / "versions.json"
             return moment.target == "all" or (ready.exists() and ready.stat().st_mtime > begin)
         if not metrics.exists() or metrics.stat().st_mtime < begin:
-            return False  # lines of the life before
+            return False  # lines of the start before
         if steps_logged(run_dir) < begun_at + moment.step:
             return False
         return not moment.in_save or any(p.name.endswith(".part") for p in leftovers(run_dir))
@@ -135,15 +137,15 @@ def _live_until(config: Path, moment: Moment) -> None:
     if moment.target in LAUNCHERS:
         _kill_launcher(config, moment, overrides, has_come)
         return
-    life = Life(config, *overrides, slow_disk_s=_SLOW_DISK_S)
-    assert life.wait_until(has_come), "the run ended by itself\n" + life.said()
+    run = RunProcesses(config, *overrides, slow_disk_s=_SLOW_DISK_S)
+    assert run.wait_until(has_come), "the run ended by itself\n" + run.said()
     time.sleep(moment.delay_s)
-    pids = life.pids()
+    pids = run.pids()
     hit = range(RANKS) if moment.target == "all" else [int(moment.target[-1])]
-    life.send(signal.SIGKILL, ranks=hit)
-    codes = life.end(timeout_s=200)
+    run.send(signal.SIGKILL, ranks=hit)
+    codes = run.end(timeout_s=200)
     for rank, code in enumerate(codes):  # a rank that lost the other ends by itself
-        assert code == (-signal.SIGKILL if rank in hit else 1), f"{codes}\n{life.said()}"
+        assert code == (-signal.SIGKILL if rank in hit else 1), f"{codes}\n{run.said()}"
     assert gone(pids), "a process outlived its run"
 
 

@@ -1,4 +1,4 @@
-"""Bad numbers in a whole run: skipped, listed, and the end or a return when there are too many."""
+"""Non-finite steps in a whole run: skipped and listed; too many end it or roll it back."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,21 @@ import torch
 from safetensors.torch import load_file
 
 from dinoscale.checkpoint.layout import directory
-from tests.faults.lives import BATCH, IMAGES, losses, newest_step, same_checkpoint, write_config
+from tests.faults.run_processes import (
+    BATCH,
+    IMAGES,
+    losses,
+    newest_step,
+    same_checkpoint,
+    write_config,
+)
 from tests.harness import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 16
 OFTEN = {"every_steps": 1, "keep_last": 100}
-RARELY = {"every_steps": 100}  # what a step found is then read when the next one is under way
+RARELY = {"every_steps": 100}  # the result of a step is then read after the next one is launched
 RUNS: dict[str, dict[str, Any]] = {
     "healthy": {"bad": []},
     "one": {"bad": [5]},
@@ -44,7 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def train_all(configs: dict[str, str], bad: dict[str, list[int]]) -> dict[str, str]:
-    """On every rank: train each with the images of some steps (from 1) spoilt on rank 1."""
+    """On every rank: train each run, with images of NaN at some steps (from 1) on rank 1."""
     return {name: _train(config, bad[name]) for name, config in configs.items()}
 
 
@@ -62,10 +69,10 @@ def _train(config_file: str, bad: list[int]) -> str:
     sampler = StepSampler(sizes=[IMAGES], quotas=[IMAGES], **sizes, seed=config.seed)
     read = feed.Feed.steps
 
-    def spoil(self: feed.Feed, first: int, *, offset: int) -> Any:
+    def poison(self: feed.Feed, first: int, *, offset: int) -> Any:
         # The images are bad, not the step: after a rollback they come at another one.
         for step, batches in enumerate(read(self, first, offset=offset), start=first + offset + 1):
-            self.spoilt = step in bad and distributed.rank() == 1
+            self.poisoned = step in bad and distributed.rank() == 1
             draws = sampler.micro_batch(step - 1, micro_batch=0, rank=distributed.rank())
             assert batches[0].sample_ids.tolist() == draws.ids.tolist()
             yield batches
@@ -73,13 +80,13 @@ def _train(config_file: str, bad: list[int]) -> str:
     def prepare(self: feed.Feed, step: int, batches: Any) -> Any:
         known.append(len(list(Path(config.run_dir).glob("bad_steps/*"))))
         for number, prepared in enumerate(make(self, step, batches)):
-            if self.spoilt and number == 0:
+            if self.poisoned and number == 0:
                 prepared.local_crops[0, 0, 0, 0, 0] = torch.nan
             yield prepared
 
     known: list[int] = []  # of bad steps, before each step
     make = feed.Feed.prepare
-    feed.Feed.steps, feed.Feed.prepare = spoil, prepare
+    feed.Feed.steps, feed.Feed.prepare = poison, prepare
     try:
         train(config, Process(distributed.rank(), 2, distributed.rank(), 2))
     except NonFiniteError as error:
@@ -130,7 +137,7 @@ def test_run_without_bad_numbers_has_no_events(root: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [5, 6, 9, 10])
-def test_bad_step_moves_nothing(root: Path, step: int) -> None:
+def test_bad_step_changes_nothing(root: Path, step: int) -> None:
     run_dir = root / "twice_two" / "run"
     before, after = _weights(run_dir, step - 1), _weights(run_dir, step)
     assert before.keys() == after.keys()
@@ -174,14 +181,14 @@ def test_dump_names_images_and_the_loss_of_each_rank(root: Path) -> None:
 def test_three_in_a_row_end_the_run_and_name_the_checkpoint(root: Path) -> None:
     for end in _ends(root, "three"):
         assert "3 steps in a row were skipped, the last one step 11" in end
-        assert f"go on from {directory(root / 'three' / 'run', 8)}" in end
+        assert f"continue from {directory(root / 'three' / 'run', 8)}" in end
         assert "bad_steps" in end
     assert newest_step(root / "three" / "run") == 8
     dumps = sorted(path.name for path in (root / "three" / "run" / "bad_steps").iterdir())
     assert dumps == [f"step_{step:08d}.json" for step in (9, 10, 11)]
 
 
-def test_rollback_goes_on_with_the_images_after_the_bad_ones(root: Path) -> None:
+def test_rollback_continues_with_the_images_after_the_bad_ones(root: Path) -> None:
     assert _ends(root, "rolled_back") == ["done", "done"]
     run_dir, three = root / "rolled_back" / "run", root / "three" / "run"
     assert same_checkpoint(directory(run_dir, 8), directory(three, 8))

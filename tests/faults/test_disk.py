@@ -1,4 +1,4 @@
-"""Full and read-only disks stop the save, not the run; damaged checkpoints are named and passed."""
+"""Full and read-only disks fail the save, not the run; damaged checkpoints are skipped."""
 
 import json
 import shutil
@@ -20,16 +20,16 @@ from dinoscale.checkpoint.layout import (
     shard_file,
 )
 from dinoscale.checkpoint.load import open_verified
-from tests.faults.lives import (
+from tests.faults.run_processes import (
     RANKS,
-    Life,
+    RunProcesses,
     losses,
     newest_step,
     same_checkpoint,
     steps_logged,
     write_config,
 )
-from tests.unit.checkpoint.test_sums import DAMAGES
+from tests.unit.checkpoint.test_checksums import DAMAGES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -61,17 +61,17 @@ def _events(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_disk_that_fills_up_stops_saves_and_not_steps(small_disk: Path) -> None:
     config = _config(small_disk, every_steps=4, keep_last=100)
-    life = Life(config)
-    codes = life.end()
-    said = life.said()
-    run_dir = life.run_dir
+    run = RunProcesses(config)
+    codes = run.end()
+    said = run.said()
+    run_dir = run.run_dir
     assert sorted(losses(run_dir)) == list(range(1, LAST + 1))  # all steps were taken
     failed = [event for event in _events(run_dir) if event["event"] == "save failed"]
     assert failed, said
     assert all("No space left on device" in event["reason"] for event in failed)
     assert "was not saved" in said
     assert codes == [1, 1]  # the end of the run is not on disk: that is said and is no success
-    assert "make room in" in said
+    assert "free some space in" in said
     assert "Traceback" not in said
     whole = checkpoints(run_dir)
     assert len(whole) >= 2
@@ -79,30 +79,30 @@ def test_disk_that_fills_up_stops_saves_and_not_steps(small_disk: Path) -> None:
     for path in whole:
         open_verified(path)
     shutil.rmtree(whole[0])  # the user makes room and starts again
-    assert Life(config).end() == [0, 0]
+    assert RunProcesses(config).end() == [0, 0]
     assert newest_step(run_dir) == LAST
 
 
 def test_directory_that_turns_read_only_stops_saves_and_not_steps(tmp_path: Path) -> None:
     config = _config(tmp_path)
-    life = Life(config, "train.epochs=3", slow_disk_s=0.1)
-    assert life.wait_until(lambda: newest_step(life.run_dir) >= 8)
-    folder = str(life.run_dir / "checkpoints")
+    run = RunProcesses(config, "train.epochs=3", slow_disk_s=0.1)
+    assert run.wait_until(lambda: newest_step(run.run_dir) >= 8)
+    folder = str(run.run_dir / "checkpoints")
     mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
-        life.send(signal.SIGKILL)
+        run.send(signal.SIGKILL)
         pytest.skip(f"may not mount here: {done.stderr.strip()}")
     try:
-        assert life.end() == [1, 1]
+        assert run.end() == [1, 1]
     finally:
         subprocess.run(["umount", folder], check=True)
-    assert sorted(losses(life.run_dir)) == list(range(1, 3 * LAST + 1))
-    assert "Read-only file system" in life.said()
-    assert "Traceback" not in life.said()
-    open_verified(checkpoints(life.run_dir)[-1])
-    assert Life(config, "train.epochs=3").end() == [0, 0]
-    assert newest_step(life.run_dir) == 3 * LAST
+    assert sorted(losses(run.run_dir)) == list(range(1, 3 * LAST + 1))
+    assert "Read-only file system" in run.said()
+    assert "Traceback" not in run.said()
+    open_verified(checkpoints(run.run_dir)[-1])
+    assert RunProcesses(config, "train.epochs=3").end() == [0, 0]
+    assert newest_step(run.run_dir) == 3 * LAST
 
 
 FILES = (
@@ -118,7 +118,7 @@ FILES = (
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with checkpoints of steps 4, 8, 12, 16, and its YAML file."""
     config = _config(tmp_path_factory.mktemp("finished"), keep_last=100)
-    assert Life(config).end() == [0] * RANKS
+    assert RunProcesses(config).end() == [0] * RANKS
     return config.parent
 
 
@@ -134,26 +134,26 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(
     shutil.copytree(finished / "run", run_dir)
     config = _config(tmp_path, keep_last=100)
     DAMAGES[damage](directory(run_dir, LAST) / file)
-    life = Life(config)
-    assert life.end() == [0, 0]
-    said = life.said()
+    run = RunProcesses(config)
+    assert run.end() == [0, 0]
+    said = run.said()
     assert str(directory(run_dir, LAST)) in said
     assert file in said
-    assert "going on from an older checkpoint" in said
-    assert f"going on from {directory(run_dir, 12)}" in said
+    assert "resuming from an older checkpoint" in said
+    assert f"resuming from {directory(run_dir, 12)}" in said
     assert (run_dir / "checkpoints" / f"damaged_{directory(run_dir, LAST).name}").is_dir()
     assert same_checkpoint(directory(run_dir, LAST), directory(finished / "run", LAST))
 
 
-def test_if_all_are_damaged_the_run_does_not_begin_anew(finished: Path, tmp_path: Path) -> None:
+def test_if_all_are_damaged_the_run_does_not_start_over(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished / "run", run_dir)
     before = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     for path in checkpoints(run_dir):
         DAMAGES["emptied"](path / "shared.safetensors")
-    life = Life(_config(tmp_path, keep_last=100))
-    assert life.end() == [2, 2]
-    for output in life.outputs:
+    run = RunProcesses(_config(tmp_path, keep_last=100))
+    assert run.end() == [2, 2]
+    for output in run.outputs:
         assert "none of the 4 checkpoints" in output.read_text()
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == before
 
@@ -162,11 +162,11 @@ def test_weights_of_another_run_are_refused_at_the_first_loss(tmp_path: Path) ->
     # Without centering the loss falls fast and far, whatever that is worth.
     changes = {"dino": {"momentum": 0.5, "center_momentum": 1.0}, "optim": {"lr": 0.05}}
     config = write_config(tmp_path, stage=2, epochs=6, **changes)
-    assert Life(config, "train.stop_after_steps=90").end() == [0, 0]
+    assert RunProcesses(config, "train.stop_after_steps=90").end() == [0, 0]
     run_dir = tmp_path / "run"
     assert losses(run_dir)[90][0] < 0.1 * losses(run_dir)[1][0]
     other = write_config(tmp_path / "other", stage=2, epochs=6, **changes)
-    assert Life(other, "train.stop_after_steps=1", "seed=1").end() == [0, 0]
+    assert RunProcesses(other, "train.stop_after_steps=1", "seed=1").end() == [0, 0]
     fresh, own = directory(other.parent / "run", 1), directory(run_dir, 90)
     for name in (shard_file(0), shard_file(1), SHARED_FILE, INDEX_FILE):
         shutil.copy(fresh / name, own / name)
@@ -175,9 +175,9 @@ def test_weights_of_another_run_are_refused_at_the_first_loss(tmp_path: Path) ->
     state["optimizer_steps"] = json.loads((fresh / "state.json").read_text())["optimizer_steps"]
     (own / "state.json").write_text(json.dumps(state))
     write_sums(own, {name: sha256(own / name) for name in read_sums(own)})
-    life = Life(config)
-    assert life.end() == [2, 2], life.said()
-    for output in life.outputs:
+    run = RunProcesses(config)
+    assert run.end() == [2, 2], run.said()
+    for output in run.outputs:
         assert "the first loss after the resume is" in output.read_text()
     assert steps_logged(run_dir) == 90
     assert newest_step(run_dir) == 90
@@ -196,9 +196,9 @@ def test_weights_of_another_run_are_refused_at_the_first_loss(tmp_path: Path) ->
 def test_setting_that_would_shift_the_position_is_refused(
     finished: Path, override: str, says: str
 ) -> None:
-    life = Life(finished / "run.yaml", override)
-    assert life.end() == [2, 2]
-    for output in life.outputs:
+    run = RunProcesses(finished / "run.yaml", override)
+    assert run.end() == [2, 2]
+    for output in run.outputs:
         assert says in output.read_text()
         assert "Traceback" not in output.read_text()
     assert newest_step(finished / "run") == LAST
@@ -207,7 +207,7 @@ def test_setting_that_would_shift_the_position_is_refused(
 def test_other_changed_setting_is_named_and_accepted(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "run", tmp_path / "run")
     config = write_config(tmp_path, stage=2, epochs=2, optim={"lr": 0.01})
-    life = Life(config, "train.stop_after_steps=18")
-    assert life.end() == [0, 0]
-    assert "optim.lr 0.02 -> 0.01" in life.said()
-    assert "train.epochs 1 -> 2" in life.said()
+    run = RunProcesses(config, "train.stop_after_steps=18")
+    assert run.end() == [0, 0]
+    assert "optim.lr 0.02 -> 0.01" in run.said()
+    assert "train.epochs 1 -> 2" in run.said()

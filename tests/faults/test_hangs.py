@@ -1,4 +1,4 @@
-"""A rank that hangs ends the job in time, named with what it was doing; nobody is left behind."""
+"""A hanging rank ends the job in time, named with what it was doing; no process is left behind."""
 
 import re
 import signal
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.lives import Life, gone, steps_logged, write_config
+from tests.faults.run_processes import RunProcesses, gone, steps_logged, write_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,19 +26,19 @@ ALLOWED_S = 10
 )
 def test_frozen_rank_is_named_in_time(tmp_path: Path, frozen: int, says: str) -> None:
     limit = {"hang_timeout_s": float(ALLOWED_S)}
-    life = Life(write_config(tmp_path, stage=2, epochs=1000, train=limit))
-    assert life.wait_until(lambda: steps_logged(life.run_dir) >= 3)
-    pids = life.pids()
-    life.send(signal.SIGSTOP, ranks=[frozen])
+    run = RunProcesses(write_config(tmp_path, stage=2, epochs=1000, train=limit))
+    assert run.wait_until(lambda: steps_logged(run.run_dir) >= 3)
+    pids = run.pids()
+    run.send(signal.SIGSTOP, ranks=[frozen])
     begin = time.monotonic()
-    other = life.ranks[1 - frozen]
+    other = run.ranks[1 - frozen]
     other.wait(200)
-    assert other.poll() == 1, life.said()
+    assert other.poll() == 1, run.said()
     assert time.monotonic() - begin < ALLOWED_S + 100
-    life.send(signal.SIGKILL, ranks=[frozen])  # as every launcher does when a rank ends
-    life.end()
+    run.send(signal.SIGKILL, ranks=[frozen])  # as every launcher does when a rank ends
+    run.end()
     assert gone(pids)
-    said = life.outputs[1 - frozen].read_text()
+    said = run.outputs[1 - frozen].read_text()
     assert says in said
     idle = re.search(r"has not moved for (\d+) s", said)
     assert idle
@@ -49,10 +49,10 @@ def test_frozen_rank_is_named_in_time(tmp_path: Path, frozen: int, says: str) ->
 
 def test_rank_whose_images_do_not_come_is_named(tmp_path: Path) -> None:
     limit = {"hang_timeout_s": float(ALLOWED_S)}
-    life = Life(write_config(tmp_path, stage=2, epochs=1000, train=limit), stuck_reader=1)
-    codes = life.end(timeout_s=200)
-    assert codes == [1, 1], life.said()
-    for output in life.outputs:
+    run = RunProcesses(write_config(tmp_path, stage=2, epochs=1000, train=limit), stuck_reader=1)
+    codes = run.end(timeout_s=200)
+    assert codes == [1, 1], run.said()
+    for output in run.outputs:
         assert (
             "rank 1 (host-1) is behind the others, waiting for the images of step 3"
             in output.read_text()
@@ -61,15 +61,15 @@ def test_rank_whose_images_do_not_come_is_named(tmp_path: Path) -> None:
 
 def test_dead_rank_is_named_with_what_it_did(tmp_path: Path) -> None:
     limit = {"hang_timeout_s": 300.0}
-    life = Life(write_config(tmp_path, stage=3, epochs=1000, train=limit))
-    assert life.wait_until(lambda: steps_logged(life.run_dir) >= 3)
-    life.send(signal.SIGKILL, ranks=[1])
-    assert life.end(timeout_s=200) == [1, -signal.SIGKILL]  # seen each second, not after a hang
-    said = life.outputs[0].read_text()
+    run = RunProcesses(write_config(tmp_path, stage=3, epochs=1000, train=limit))
+    assert run.wait_until(lambda: steps_logged(run.run_dir) >= 3)
+    run.send(signal.SIGKILL, ranks=[1])
+    assert run.end(timeout_s=200) == [1, -signal.SIGKILL]  # seen each second, not after a hang
+    said = run.outputs[0].read_text()
     assert "rank 0 lost contact with another rank" in said
     assert "rank 1 (host-1) is gone, it was" in said
     assert "Traceback" not in said
-    kept = (life.run_dir / "logs" / "rank_00000.log").read_text()
+    kept = (run.run_dir / "logs" / "rank_00000.log").read_text()
     assert "rank 0 of 2 on host-0" in kept
     assert "rank 1 (host-1) is gone, it was" in kept
 
@@ -84,8 +84,10 @@ def test_long_evaluation_is_no_hang(tmp_path: Path) -> None:
         train={"hang_timeout_s": 6.0},  # six times the 10 images of a batch
         eval={**sets, "batch_size": 10, "crop": 16, "resize": 16},
     )
-    life = Life(config, "train.stop_after_steps=1", slow_images_s=0.1)  # 12 s for the first set
-    assert life.end() == [0, 0], life.said()
+    run = RunProcesses(
+        config, "train.stop_after_steps=1", slow_images_s=0.1
+    )  # 12 s for the first set
+    assert run.end() == [0, 0], run.said()
 
 
 def _grows(path: Path) -> None:
@@ -97,20 +99,20 @@ def _grows(path: Path) -> None:
             file.flush()
 
 
-def _stands_still(_path: Path) -> None:
+def _hangs(_path: Path) -> None:
     time.sleep(1000)
 
 
 def test_long_write_of_one_rank_is_no_hang(tmp_path: Path) -> None:
     config = write_config(tmp_path, stage=2, epochs=1, train={"hang_timeout_s": 6.0})
-    life = Life(config, "train.stop_after_steps=1", before_save=_grows)
-    assert life.end() == [0, 0], life.said()
+    run = RunProcesses(config, "train.stop_after_steps=1", before_save=_grows)
+    assert run.end() == [0, 0], run.said()
 
 
-def test_write_that_stands_still_is_named(tmp_path: Path) -> None:
+def test_hanging_write_is_named(tmp_path: Path) -> None:
     config = write_config(tmp_path, stage=2, epochs=1, train={"hang_timeout_s": 6.0})
-    life = Life(config, "train.stop_after_steps=1", before_save=_stands_still)
-    assert life.end() == [1, 1], life.said()
-    for output in life.outputs:
+    run = RunProcesses(config, "train.stop_after_steps=1", before_save=_hangs)
+    assert run.end() == [1, 1], run.said()
+    for output in run.outputs:
         said = output.read_text()
         assert "rank 1 (host-1) is behind the others, writing the checkpoint of step 1" in said

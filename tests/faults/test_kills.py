@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends as one that is left alone, bit for bit."""
+"""A run that is killed repeatedly ends like an undisturbed one, bit for bit."""
 
 from pathlib import Path
 

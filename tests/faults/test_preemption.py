@@ -1,4 +1,4 @@
-"""Asked to stop, a run saves the step it is in, says so with 75, and goes on as if never asked."""
+"""Asked to stop, a run saves its current step, exits with 75, and resumes as if never stopped."""
 
 import os
 import shutil
@@ -14,9 +14,9 @@ from dinoscale.checkpoint.layout import directory
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.checkpoint.retention import summary
 from tests.faults.kills import LAUNCHERS
-from tests.faults.lives import (
+from tests.faults.run_processes import (
     RANKS,
-    Life,
+    RunProcesses,
     gone,
     losses,
     newest_step,
@@ -40,7 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a run that was never asked to stop."""
     often = {"every_steps": 1, "keep_last": 1000}
     config = write_config(tmp_path_factory.mktemp("whole"), stage=2, epochs=4, checkpoint=often)
-    assert Life(config).end() == [0] * RANKS
+    assert RunProcesses(config).end() == [0] * RANKS
     return config.parent / "run"
 
 
@@ -67,23 +67,23 @@ def test_signal_to_ranks(
 ) -> None:
     every = {"every_steps": log}
     config = write_config(tmp_path, stage=2, epochs=4, checkpoint=RARELY, log=every)
-    life = Life(config, f"data.num_workers={workers}")
-    assert life.wait_until(lambda: steps_logged(life.run_dir) >= 3)
-    pids = life.pids()
-    children = [pid for pid in pids if pid not in [process.pid for process in life.ranks]]
+    run = RunProcesses(config, f"data.num_workers={workers}")
+    assert run.wait_until(lambda: steps_logged(run.run_dir) >= 3)
+    pids = run.pids()
+    children = [pid for pid in pids if pid not in [process.pid for process in run.ranks]]
     assert bool(children) == bool(workers)
     for child in children:  # launchers signal whole process trees
         os.kill(child, number)
-    life.send(number, ranks=ranks)
-    assert life.end(timeout_s=200) == [SAVED] * RANKS, life.said()
+    run.send(number, ranks=ranks)
+    assert run.end(timeout_s=200) == [SAVED] * RANKS, run.said()
     assert gone(pids)
-    assert 3 <= newest_step(life.run_dir) < LAST
-    assert _same_as(undisturbed, life.run_dir)
-    assert "the same command goes on from there" in life.said()
-    assert "Traceback" not in life.said()
-    assert Life(config).end() == [0] * RANKS
-    assert newest_step(life.run_dir) == LAST
-    assert _same_as(undisturbed, life.run_dir)
+    assert 3 <= newest_step(run.run_dir) < LAST
+    assert _same_as(undisturbed, run.run_dir)
+    assert "the same command goes on from there" in run.said()
+    assert "Traceback" not in run.said()
+    assert RunProcesses(config).end() == [0] * RANKS
+    assert newest_step(run.run_dir) == LAST
+    assert _same_as(undisturbed, run.run_dir)
 
 
 def test_signal_amid_knn_is_heard_after_the_save_and_failing_knn_costs_its_number(
@@ -97,23 +97,23 @@ def test_signal_amid_knn_is_heard_after_the_save_and_failing_knn_costs_its_numbe
         checkpoint=RARELY | {"every_epochs": 1},
         eval={"train": bank, "test": bank, "batch_size": 4, "k": 3},
     )
-    life = Life(config, slow_images_s=0.05)  # k-NN takes 12 s
-    assert life.wait_until(lambda: newest_step(life.run_dir) == EPOCH)
-    life.send(signal.SIGTERM, ranks=[1])
-    assert life.end() == [SAVED] * RANKS, life.said()
-    assert f"no k-NN after step {EPOCH}: " in life.said()
-    assert Checkpoint(directory(life.run_dir, EPOCH)).progress.knn_top1 is None
+    run = RunProcesses(config, slow_images_s=0.05)  # k-NN takes 12 s
+    assert run.wait_until(lambda: newest_step(run.run_dir) == EPOCH)
+    run.send(signal.SIGTERM, ranks=[1])
+    assert run.end() == [SAVED] * RANKS, run.said()
+    assert f"no k-NN after step {EPOCH}: " in run.said()
+    assert Checkpoint(directory(run.run_dir, EPOCH)).progress.knn_top1 is None
 
     for name in ("0/a.png", "0/b.png", "1/a.png", "1/b.png"):
         (tmp_path / "labelled" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "labelled" / name)
     labelled = [f"eval.{name}={tmp_path / 'labelled'}" for name in ("train", "test")]
-    life = Life(config, *labelled, slow_images_s=0.01)
-    assert life.wait_until(lambda: steps_logged(life.run_dir) > EPOCH + 1)
+    run = RunProcesses(config, *labelled, slow_images_s=0.01)
+    assert run.wait_until(lambda: steps_logged(run.run_dir) > EPOCH + 1)
     shutil.rmtree(tmp_path / "labelled")
-    assert life.end() == [0] * RANKS, life.said()
-    assert "cannot be read: No such file or directory. The image may be whole" in life.said()
-    measured = [directory(life.run_dir, step) for step in (EPOCH, 2 * EPOCH)]
+    assert run.end() == [0] * RANKS, run.said()
+    assert "cannot be read: No such file or directory. The image may be whole" in run.said()
+    measured = [directory(run.run_dir, step) for step in (EPOCH, 2 * EPOCH)]
     assert [summary(path).knn_top1 for path in measured] == [50.0, None]  # two classes, all black
 
 
@@ -143,7 +143,7 @@ def test_sigterm_to_the_launcher(tmp_path: Path, undisturbed: Path, launcher: st
     assert 3 <= newest_step(run_dir) < LAST, said[-3000:]
     assert _same_as(undisturbed, run_dir)
     assert "the same command goes on from there" in said
-    assert Life(config).end() == [0] * RANKS
+    assert RunProcesses(config).end() == [0] * RANKS
     assert _same_as(undisturbed, run_dir)
 
 

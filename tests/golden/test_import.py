@@ -102,7 +102,7 @@ def _files(folder: Path, state: dict[str, Tensor], geometry: dict[str, Any]) -> 
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of transformers' files; facts 8.3."""
+    """Rename to the names of transformers' files."""
     inner = {
         "norm1": "layernorm_before",
         "attn.proj": "attention.output.dense",

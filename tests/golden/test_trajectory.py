@@ -147,7 +147,7 @@ class _Follower:
         student.restore_master(read)
         teacher.restore(read)  # the center starts at zero
         if self.run_dir is not None:
-            self._go_on(student, teacher)
+            self._resume(student, teacher)
         schedules = schedules_of(self.config, self.plan)
         record: dict[str, Any] = {"loss": [], "grad_norms": [], "center_norm": [], "states": {}}
         per_epoch = self.plan.steps_per_epoch
@@ -169,7 +169,7 @@ class _Follower:
         record["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         return record
 
-    def _go_on(self, student: Any, teacher: Any) -> None:
+    def _resume(self, student: Any, teacher: Any) -> None:
         from dinoscale.training.resume import find_checkpoint, restore
 
         checkpoint = find_checkpoint(Path(str(self.run_dir)))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dinoscale.runtime.watchdog import collectives_timeout_s
-from tests.faults.lives import newest_step, steps_logged, write_config
+from tests.faults.run_processes import newest_step, steps_logged, write_config
 from tests.multinode.cluster import Cluster, Done, Program
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(800)]
@@ -77,7 +77,7 @@ def test_host_whose_processes_die_is_named_and_one_host_goes_on_from_the_checkpo
     alone = [f"train.stop_after_steps={saved + 6}", "train.micro_batch_size=6"]
     again = cluster.hosts[0].run([*words, *alone], timeout_s=START_S)
     assert again.code == 0, again.said[-4000:]
-    assert "going on from" in again.said
+    assert "resuming from" in again.said
     assert newest_step(run_dir) == saved + 6 >= 9
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.lives import newest_step, steps_logged, write_config
+from tests.faults.run_processes import newest_step, steps_logged, write_config
 from tests.golden.test_trajectory import FOLDER, require_reference
 from tests.multinode.cluster import ROOT, Host
 
@@ -45,7 +45,7 @@ def test_batch_job_that_is_warned_saves_is_requeued_and_ends(login: Host, tmp_pa
     assert login.run(["scontrol", "update", f"JobId={job}", "StartTime=now+5"]).code == 0
     _wait_until(lambda: f"job {job} ended with exit code 0" in said.read_text(), said)
     assert newest_step(run_dir) == steps
-    assert re.search(r"going on from .*step_0*\d+, \d+ steps left", said.read_text())
+    assert re.search(r"resuming from .*step_0*\d+, \d+ steps left", said.read_text())
 
 
 def _wait_until(condition: Callable[[], bool], said: Path, *, timeout_s: float = 240.0) -> None:

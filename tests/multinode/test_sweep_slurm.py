@@ -41,7 +41,7 @@ def test_job_on_two_nodes_that_is_warned_saves_is_requeued_and_measured(
     rows = {row.key: row for row in read_table(out / TABLE)}
     assert [(row.status, row.attempts, row.ranks) for row in rows.values()] == [("done", 1, 2)] * 2
     assert rows[RUN.key].curves[-1]["step"] == 96
-    assert "going on from" in (folder / "job.log").read_text()
+    assert "resuming from" in (folder / "job.log").read_text()
 
 
 def _wait_until(condition: Callable[[], bool], said: Path, *, timeout_s: float = 300.0) -> None:

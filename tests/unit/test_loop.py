@@ -1,4 +1,4 @@
-"""A log line takes no collective: what it needs of other ranks has come with the step."""
+"""A log line needs no collective: values of other ranks have come with the step's reduction."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,16 +78,14 @@ def test_every_rank_counts_the_bad_images_and_stops_alike(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("error", "waits"), [(DataError("x"), 1), (LostPeerError("x"), 0)])
-def test_checkpoint_that_is_being_written_is_waited_for_whatever_ends_the_run(
-    error: Exception, waits: int
-) -> None:
+def test_an_error_waits_for_the_checkpoint_being_written(error: Exception, waits: int) -> None:
     run: Any = Run.__new__(Run)
-    run.config, run.probe, run.resumed_at, run.process = tiny_config(), None, None, MagicMock()
+    run.config, run.online_knn, run.resumed_at, run.process = tiny_config(), None, None, MagicMock()
     run.progress, run.plan, run.watchdog = MagicMock(step=0), MagicMock(stop_step=1), MagicMock()
     run.saver = MagicMock()
     run.saver.wait.return_value = None
     run.data_wait = MagicMock()
     run.data_wait.restarted.side_effect = error
     with pytest.raises(type(error)):
-        run.to_the_end()
+        run.train()
     assert run.saver.wait.call_count == waits

@@ -25,7 +25,7 @@ def _config(data: dict[str, Any], **train: int) -> RunConfig:
     return parse_config({"data": data, "train": {"batch_size": 8, **train}})
 
 
-def _go_on(
+def _resume(
     then: RunConfig, now: RunConfig, *, sizes: list[int], sizes_now: list[int], ranks: int = 1
 ) -> None:
     """Save a run and go on with it."""
@@ -57,9 +57,9 @@ def _quotas(config: RunConfig, sizes: list[int]) -> list[int]:
 def test_another_mixture_is_refused(
     then: dict[str, Any], now: dict[str, Any], sizes_now: list[int], says: str
 ) -> None:
-    _go_on(_config(then), _config(then), sizes=[40, 60], sizes_now=[40, 60])
+    _resume(_config(then), _config(then), sizes=[40, 60], sizes_now=[40, 60])
     with pytest.raises(ConfigError, match=says):
-        _go_on(_config(then), _config(now), sizes=[40, 60], sizes_now=sizes_now)
+        _resume(_config(then), _config(now), sizes=[40, 60], sizes_now=sizes_now)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_other_distinct_images_are_refused(
 ) -> None:
     first = _config({"train": "/a", "distinct_images": then, "images_per_epoch": 40})
     other = _config({"train": "/a", "distinct_images": now, "images_per_epoch": 40})
-    _go_on(first, first, sizes=[100], sizes_now=[100])
+    _resume(first, first, sizes=[100], sizes_now=[100])
     with pytest.raises(ConfigError, match=says):
-        _go_on(first, other, sizes=[100], sizes_now=[size_now])
+        _resume(first, other, sizes=[100], sizes_now=[size_now])
 
 
 @pytest.mark.parametrize(
@@ -94,17 +94,17 @@ def test_a_stream_goes_on_only_in_its_order(
 ) -> None:
     then = _config({"train": URL})
     sizes = {"sizes": [100], "sizes_now": [100]}
-    _go_on(then, _config({"train": URL, "num_workers": 3}), **sizes)
+    _resume(then, _config({"train": URL, "num_workers": 3}), **sizes)
     with pytest.raises(ConfigError, match=says):
-        _go_on(then, _config({"train": URL, **data}, **train), **sizes)
+        _resume(then, _config({"train": URL, **data}, **train), **sizes)
     if data.get("train") is None:  # all of it is free where images are read in any order
-        _go_on(_config({"train": "/a"}), _config({"train": "/a", **data}, **train), **sizes)
+        _resume(_config({"train": "/a"}), _config({"train": "/a", **data}, **train), **sizes)
 
 
 def test_ranks_that_make_micro_batches_smaller_change_a_stream() -> None:
     config = _config({"train": URL})
     with pytest.raises(ConfigError, match=r"the size of a micro-batch was 8 .* is 4 now"):
-        _go_on(config, config, sizes=[100], sizes_now=[100], ranks=2)
+        _resume(config, config, sizes=[100], sizes_now=[100], ranks=2)
 
 
 def _saved(config: RunConfig, *, ranks: int) -> Any:
@@ -141,7 +141,7 @@ def test_a_given_micro_batch_wins_over_the_checkpoint() -> None:
 def test_other_images_of_the_same_number_are_refused() -> None:
     saved: Any = SimpleNamespace(path=Path("step_00000004"), state={"images": "a1"})
     require_same_set(saved, "a1")
-    with pytest.raises(ConfigError, match=r"data\.train: .*step_00000004.*Put the former set back"):
+    with pytest.raises(ConfigError, match=r"data\.train: .*step_00000004.*Restore the former set"):
         require_same_set(saved, "b2")
     saved.state = {}  # of a version that did not note them
     require_same_set(saved, "b2")
@@ -150,9 +150,9 @@ def test_other_images_of_the_same_number_are_refused() -> None:
 @pytest.mark.parametrize(
     ("micro_batch", "then", "says"),
     [
-        (4, None, "over the 4 images of a micro-batch .* not over 8 as there are in a step"),
+        (4, None, "over the 4 images of a micro-batch .* not over the 8 of a whole step"),
         (8, None, None),
-        (4, (8, 1), "over the 4 images .* not over 8 as there are before this start"),
+        (4, (8, 1), "over the 4 images .* not over the 8 before this start"),
         (4, (2, 2), None),  # other ranks, and the same statistics
         (8, (4, 1), "over the 8 images"),
     ],

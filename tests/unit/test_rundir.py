@@ -55,7 +55,7 @@ def test_a_folder_of_something_else_keeps_its_settings(tmp_path: Path) -> None:
     settings = tmp_path / "config.yaml"
     settings.write_text("mine: 1\n")
     config = parse_config({"run_dir": str(tmp_path)})
-    with pytest.raises(OutputError, match=r"config\.yaml is of no run"):
+    with pytest.raises(OutputError, match=r"config\.yaml belongs to no run"):
         run_directory.prepare(config, {})
     assert settings.read_text() == "mine: 1\n"
     settings.unlink()

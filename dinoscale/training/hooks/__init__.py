@@ -1,1 +1,1 @@
-"""Observers of a run: they read numbers and write files; no gradient or weight passes through."""
+"""Observers of a run: they read metrics and write files, and change no gradient or weight."""

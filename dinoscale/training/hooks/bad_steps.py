@@ -1,4 +1,4 @@
-"""What is known of a step that was skipped, in a file: images and losses of every rank."""
+"""Write what is known of a skipped step to a file: images and losses of every rank."""
 
 import json
 import logging
@@ -19,10 +19,10 @@ def dump_bad_step(
     """Write `run_dir`/bad_steps/step_XXXXXXXX.json; collective.
 
     Per rank and micro-batch: sample ids, their paths, loss and teacher entropy in nats, as text
-    where they are no finite numbers ("nan", "inf"), which JSON does not have.
+    where they are not finite ("nan", "inf"), which JSON cannot represent.
 
     Returns:
-        The file. It is missing if rank 0 could not write it; that does not end the run.
+        The file. It is missing if rank 0 could not write it, which does not end the run.
     """
     own = [
         {

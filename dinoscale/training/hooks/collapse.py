@@ -1,20 +1,20 @@
-"""Tells the two collapses of DINO from a healthy run, by the teacher's targets alone.
+"""Detect the collapses of DINO from the teacher's targets alone.
 
 Shape letters: K prototypes, N = 2 x images of a step, the rows p of the targets.
 
     h     = mean over rows of H(p)         entropy of a target
-    H_m   = H(mean over rows of p)         entropy of all targets together
-    I     = H_m - h                        what a target says about its image; 0 if all are equal
-    share = max_k of mean over rows of p   part of all targets that the strongest prototype gets
+    H_m   = H(mean over rows of p)         entropy of the mean target
+    I     = H_m - h                        mutual information of targets and images
+    share = max_k of mean over rows of p   share of the strongest prototype in the mean target
 
-Uniform: all targets are equal and spread out, so I -> 0 and h -> ln K. One-hot: one prototype wins
-nearly everywhere, so the share -> 1; I -> 0 only later, because a few images escape for long.
-Constant: all targets are equal, I -> 0, but the outputs move faster than the center, so that h is
-anything; it may end as one of the other two. Equal rows have I = 0 for every N and K, and
-few rows do not make it larger, so the limits below do not scale with the batch or with K; I is
-at most ln(min(N, K)).
+Uniform collapse: all targets are equal and flat, so I -> 0 and h -> ln K. One-hot collapse: one
+prototype wins for nearly all images, so the share -> 1; I -> 0 only later, because a few images
+escape for long. Constant collapse: all targets are equal, so I -> 0, but the outputs move faster
+than the center, so that h can be anything; it may turn into one of the other two. Equal rows have
+I = 0 for every N and K, and few rows do not increase it, so the limits below need not scale with
+the batch or with K; I is at most ln(min(N, K)).
 
-Measured with K = 128, N = 128 on the quickstart and changes of it (nats):
+Measured with K = 128, N = 128 on the quickstart and variants of it (nats):
     run                                     signs                                         alarm
     unchanged, 625 steps                    I >= 0.19 (step 133), share <= 0.22           none
     no centering                            share > 0.5 at step 31, > 0.9 at 45           60
@@ -33,14 +33,14 @@ from dataclasses import dataclass
 
 OBSERVE_EVERY = 5  # steps
 
-_NO_INFORMATION = 0.05  # nats; a quarter of the lowest of a healthy run
-_DOMINANCE = 0.5  # share; more than twice the highest of a healthy run
-_SPREAD = 0.8  # of ln K; h of equal targets above it is called uniform
-_CLEARED = 2.0  # leave a limit by this factor before the same alarm may come again
-_HELD = 25  # steps that a sign has to hold: half of the 50 within which an alarm is due
-_SETTLING = 25  # steps after the start, warm-up and frozen prototypes without a verdict
-_GROWTH = 1.5  # information that grows by this factor within _HELD steps is starting, not lost
-_LEARNED = 0.2  # nats; with twice the lowest so far, a sign that the targets learned something
+_NO_INFORMATION = 0.05  # nats; a quarter of the lowest value in a healthy run
+_DOMINANCE = 0.5  # share; more than twice the highest value in a healthy run
+_SPREAD = 0.8  # of ln K; equal targets with h above it count as uniform
+_CLEARED = 2.0  # factor beyond a limit at which its alarm may be raised again
+_HELD = 25  # steps for which a sign has to persist: half of the 50 within which an alarm is due
+_SETTLING = 25  # steps without a verdict after the start, the warm-up and frozen prototypes
+_GROWTH = 1.5  # information that grows by this factor within _HELD steps is rising, not lost
+_LEARNED = 0.2  # nats; above it and twice the lowest so far, the targets have learned something
 
 _ONE_HOT = "one-hot collapse: one prototype wins for most images"
 _UNIFORM = "uniform collapse: every image gets the same, evenly spread target"
@@ -59,7 +59,7 @@ class Reading:
         loss: mean cross-entropy.
         teacher_entropy: h.
         mean_target_entropy: H_m.
-        share: part of all targets that the strongest prototype gets, 0 to 1.
+        share: of the strongest prototype in the mean target, 0 to 1.
         teacher_temp: temperature of the targets.
     """
 
@@ -71,25 +71,25 @@ class Reading:
 
     @property
     def information(self) -> float:
-        """I = H_m - h in nats; not negative but for rounding."""
+        """I = H_m - h in nats; not negative except by rounding."""
         return self.mean_target_entropy - self.teacher_entropy
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A collapse: `kind` as in the module's docstring, `text` says what is seen, what to turn."""
+    """A collapse: `kind` as in the module's docstring; `text` gives the signs and a remedy."""
 
     kind: str
     text: str
 
 
 class CollapseMonitor:
-    """Numbers in, alarms out: no clock, no files, no communication.
+    """Raises alarms from the targets' statistics: no clock, no files, no communication.
 
-    A verdict from the information waits until the learning rate and the prototypes have started,
-    because a new network may give nearly the same targets for every image. It does not wait where
-    the targets have already learned something, nor where the teacher is not sharper than the
-    student: such targets never become informative.
+    The information is judged only after the warm-up and once the prototypes move, because a new
+    network may give nearly the same target for every image. It is judged at once if the targets
+    have already learned something, or if the teacher is not sharper than the student, whose targets
+    never become informative.
     """
 
     def __init__(
@@ -106,9 +106,9 @@ class CollapseMonitor:
         Args:
             num_prototypes: K.
             student_temp: temperature of the student.
-            center_momentum: share of the old center kept per step; for the text.
+            center_momentum: of the center; for the text.
             warmup_steps: steps of learning-rate warm-up.
-            freeze_steps: steps in which the prototypes do not move.
+            freeze_steps: steps with frozen prototypes.
         """
         self._max_entropy, self._student_temp = math.log(num_prototypes), student_temp
         self._center_momentum = center_momentum
@@ -123,12 +123,12 @@ class CollapseMonitor:
         """Judge the targets after `step` steps; call it at least every `_HELD` steps.
 
         Returns:
-            An alarm once a sign of collapse has held for 25 steps; None while all is well, and
-            until the sign of an alarm given before has cleared.
+            An alarm once a sign of collapse has persisted for 25 steps; None in a healthy run, and
+            while the sign of an earlier alarm has not cleared.
         """
         information, share = reading.information, reading.share
         if not (math.isfinite(information) and math.isfinite(share)):
-            return None  # a step that was not applied says nothing
+            return None  # a skipped step
         if step >= 2 * _SETTLING:  # before, information rises as the center takes hold
             self._lowest = min(self._lowest, information)
             self._learned |= information >= max(_LEARNED, 2 * self._lowest)
@@ -136,7 +136,7 @@ class CollapseMonitor:
             self._raised.discard("dominated")
         if information > _NO_INFORMATION * _CLEARED:
             self._raised.discard("equal")
-        # The center starts at 0 and has to follow before a strong prototype means anything.
+        # The center starts at 0; until it has followed the outputs, a strong prototype is normal.
         dominated = share >= _DOMINANCE and step >= _SETTLING
         equal = information < _NO_INFORMATION and self._may_judge_equal(step, reading.teacher_temp)
         dominated_long = self._has_held("dominated", step, information, seen=dominated)
@@ -163,7 +163,7 @@ class CollapseMonitor:
         if step - begin < _HELD:
             return False
         if sign == "equal" and information > _GROWTH * at_begin:
-            self._since[sign] = step, information  # on the way up: look again
+            self._since[sign] = step, information  # still rising: wait again
             return False
         return True
 
@@ -180,20 +180,20 @@ class CollapseMonitor:
             f"teacher entropy {reading.teacher_entropy:.3f} of at most {self._max_entropy:.3f}"
             f" nats, loss {reading.loss:.3f}, KL {reading.loss - reading.teacher_entropy:.3f},"
             f" targets carry {max(reading.information, 0):.4f} nats about their image, the"
-            f" strongest prototype gets {100 * reading.share:.1f} % of them"
+            f" strongest prototype has a share of {100 * reading.share:.1f} %"
         )
-        again = "Then begin again from a checkpoint before this step, or anew"
+        again = "Then restart from a checkpoint before this step, or from scratch"
         return Alarm(kind, f"{meaning} ({seen}). {remedy}. {again}")
 
     def _center_remedy(self) -> str:
         return (
             f"The center does not keep up: lower dino.center_momentum (now"
-            f" {self._center_momentum:g}; 0.9 is usual, from 0.999 on it is as good as off)."
+            f" {self._center_momentum:g}; 0.9 is usual, from 0.999 on it hardly acts)."
             " If it is 0.9 or less, lower optim.lr or raise dino.momentum"
         )
 
     def _sharpening_remedy(self, teacher_temp: float) -> str:
-        below = "it has to be below it; " if teacher_temp >= self._student_temp else ""
+        below = "it has to be lower; " if teacher_temp >= self._student_temp else ""
         return (
             f"Sharpening is too weak: lower dino.teacher_temp (now {teacher_temp:g} against"
             f" dino.student_temp {self._student_temp:g}; {below}0.04 is usual) and"

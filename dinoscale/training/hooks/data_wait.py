@@ -1,30 +1,30 @@
-"""Whether the devices wait for data, and what to change then."""
+"""Detect devices that wait for data, and suggest what to change."""
 
-ALLOWED = 0.1  # share of the time without data, above which something should be done
+ALLOWED = 0.1  # share of the time without data above which a warning is due
 
 
 class DataWait:
-    """Warns once in a run; the first interval after a start is not counted, workers fill it.
+    """Warns once per run; the first interval after a start, in which workers fill up, is ignored.
 
-    A rank on a CPU that loads its own images does not wait for them but works on them: it is never
-    warned of.
+    A rank on a CPU without data workers decodes its own images instead of waiting for them, and is
+    never warned about.
     """
 
     def __init__(self, *, num_workers: int, cores: int, ranks_here: int, on_cpu: bool) -> None:
-        """Of one node: data workers per rank, cores at hand, ranks that share them."""
+        """Args describe one node: data workers per rank, available cores, ranks that share them."""
         self._num_workers, self._cores, self._ranks_here = num_workers, cores, ranks_here
         self._works_itself = on_cpu and num_workers == 0
         self._starting, self._warned = True, False
 
     def restarted(self) -> None:
-        """The workers begin anew: the next interval is not counted."""
+        """Ignore the next interval, in which restarted workers fill up."""
         self._starting = True
 
     def observe(self, share: float) -> str | None:
-        """What to warn of after an interval between log lines, or None.
+        """A warning after an interval between log lines, or None.
 
         Args:
-            share: of the time in which the rank that waited longest had no batch.
+            share: of the interval for which the rank that waited longest had no batch.
         """
         starting, self._starting = self._starting, False
         if starting or self._warned or self._works_itself or share <= ALLOWED:
@@ -34,8 +34,8 @@ class DataWait:
         workers = (
             f"raise data.num_workers from {self._num_workers} to {most}"
             if most > self._num_workers
-            else f"data.num_workers={self._num_workers} already takes all {self._cores} cores"
-            " at hand, so bring more of them"
+            else f"data.num_workers={self._num_workers} already uses all {self._cores} available"
+            " cores, so use a machine with more"
         )
         return (
             f"no data for {share:.0%} of the time: {workers}, or make the images cheaper to read"

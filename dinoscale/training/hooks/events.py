@@ -1,4 +1,4 @@
-"""What happens to a run besides its numbers: events.jsonl, one line each, also across resumes."""
+"""Events of a run, one line each in events.jsonl, which continues across resumes."""
 
 import contextlib
 import json
@@ -12,14 +12,14 @@ log = logging.getLogger(__name__)
 
 
 class Events:
-    """Rank 0's record of resumes, saves that failed, skipped steps, collapses and stops."""
+    """Rank 0's record of resumes, failed saves, skipped steps, collapses and stops."""
 
     def __init__(self, run_dir: Path, *, active: bool) -> None:
         """`active` on rank 0; on other ranks nothing is written."""
         self._path = run_dir / "events.jsonl" if active else None
 
     def write(self, step: int, event: str, **values: Any) -> None:
-        """Append {"time", "step", "event", ...}; a disk that is full must not end the run."""
+        """Append {"time", "step", "event", ...}; a full disk does not end the run."""
         if self._path is None:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -32,7 +32,7 @@ class Events:
 
 
 def count_events(run_dir: Path) -> dict[str, int]:
-    """How often each event is in events.jsonl of a run; empty if nothing happened."""
+    """Count of each event in a run's events.jsonl; empty if there are none."""
     path = run_dir / "events.jsonl"
     found: Counter[str] = Counter()
     for line in path.read_text().splitlines() if path.exists() else []:

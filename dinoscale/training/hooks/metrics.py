@@ -1,4 +1,4 @@
-"""Numbers of a run: metrics.jsonl, the progress bar and wandb."""
+"""Metrics of a run: metrics.jsonl, the progress bar and wandb."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from dinoscale.errors import DinoscaleError
 
 log = logging.getLogger(__name__)
 
-_LINE_S = 60.0  # between two lines on a stderr that is no terminal
+_LINE_S = 60.0  # between two lines on a stderr that is not a terminal
 
 
 class Metrics:
@@ -36,8 +36,8 @@ class Metrics:
     ) -> None:
         """Continue `run_dir`/metrics.jsonl after `start_step` steps.
 
-        Lines beyond `start_step`, written by a run that was lost after its last checkpoint, are
-        dropped: the steps are about to be taken again.
+        Lines after `start_step`, written after the last checkpoint of an interrupted start, are
+        dropped, as their steps will be taken again.
 
         Raises:
             DinoscaleError: the file cannot be written.
@@ -62,7 +62,7 @@ class Metrics:
         self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
 
     def advance(self, text: str) -> None:
-        """Move the bar by one step and show `text` beside it; in a file, a line a minute."""
+        """Advance the bar by one step and show `text`; without a bar, log once a minute."""
         if not self._active:
             return
         self._step += 1
@@ -74,7 +74,7 @@ class Metrics:
             self._next_line = time.monotonic() + _LINE_S
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line; `values` in the units of their names, null where not finite."""
+        """Append one line of `values`, in the units of their names; null where not finite."""
         if not self._active:
             return
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
@@ -119,11 +119,11 @@ class Stopwatch:
         self._images = 0
 
     def waited(self, seconds: float, *, idle_s: float) -> None:
-        """Count time in which this rank had no batch and its device nothing to do.
+        """Count time in which this rank had no batch and its device was idle.
 
         Args:
-            seconds: that the host has waited for a batch until now.
-            idle_s: for which the device has been idle, with the work of the step before behind it.
+            seconds: for which the host has just waited for a batch.
+            idle_s: seconds since the device finished the step before.
         """
         self._waited += min(seconds, idle_s)
 
@@ -133,14 +133,14 @@ class Stopwatch:
 
     @property
     def waited_s(self) -> float:
-        """Time without a batch since the last lap."""
+        """Seconds without a batch since the last lap."""
         return self._waited
 
     def lap(self, longest_wait_s: float) -> dict[str, float]:
         """Rates since the last lap: images_per_s over all ranks, data_wait as a fraction.
 
         Args:
-            longest_wait_s: `waited_s` of the rank that waited longest; the others wait for it.
+            longest_wait_s: `waited_s` of the rank that waited longest, for which the others wait.
         """
         now = time.perf_counter()
         seconds = max(now - self._begin, 1e-9)
@@ -163,22 +163,22 @@ def _drop_lines_after(path: Path, step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
     if len(kept) < len(lines):
-        beside = path.with_suffix(".jsonl.part")
-        beside.write_bytes(b"".join(kept))
-        beside.replace(path)
+        part = path.with_suffix(".jsonl.part")
+        part.write_bytes(b"".join(kept))
+        part.replace(path)
 
 
 def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except Exception:  # cut off by a crash, or anything else: a damaged line can fail in any way
+    except Exception:  # a line cut off by a crash or otherwise damaged can fail in any way
         return float("inf")
 
 
 def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    """Offline unless WANDB_MODE says otherwise; a failure costs the plots, not the run.
+    """Start a wandb run, offline unless WANDB_MODE says otherwise; a failure does not end the run.
 
-    Neither git nor code: the address of a remote may hold a token, uncommitted files anything.
+    Git and code are off: a remote's address may hold a token, and uncommitted files anything.
     """
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")

@@ -1,4 +1,4 @@
-"""Online k-NN of the teacher on a labelled set, with the features shared out over ranks."""
+"""Online k-NN of the teacher on a labelled set, with feature extraction divided among ranks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,12 +16,12 @@ from dinoscale.evaluate.classification.labelled_sets import renumber_classes
 from dinoscale.evaluate.features import extract_features
 
 
-class Probe:
-    """Classifies a labelled test set by its neighbours in a labelled train set.
+class OnlineKnn:
+    """k-NN classification of a labelled test set by the features of a labelled train set.
 
     Each rank extracts its share of the features without a collective in between, so an unreadable
-    image on one rank keeps nobody waiting, and classifies its share of the test set. The number is
-    that of an exported checkpoint, up to the compute dtype.
+    image on one rank blocks no other, and classifies its share of the test set. The accuracy is
+    that of the exported checkpoint, up to the compute dtype.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Probe:
 
         Args:
             config: of the run.
-            open_set: makes a source of either.
+            open_set: opens a source from its specification.
 
         Raises:
             DataError: a set cannot be opened, more than `data.max_bad_fraction` of it is left out,
@@ -41,12 +41,12 @@ class Probe:
         assert config.eval.test is not None
         self._config = config
         decoder = Decoder(config.data.channels, config.data.white)
-        bank = open_set(config.eval.train, decoder)
+        train = open_set(config.eval.train, decoder)
         test = open_set(config.eval.test, decoder)
-        for spec, source in ((config.eval.train, bank), (config.eval.test, test)):
+        for spec, source in ((config.eval.train, train), (config.eval.test, test)):
             require_few_left_out(source, spec, max_lost=config.data.max_bad_fraction)
-        self._renumber = renumber_classes(bank, test)
-        self._bank, self._test = bank, test
+        self._renumber = renumber_classes(train, test)
+        self._train, self._test = train, test
 
     def measure(
         self, backbone: nn.Module, device: torch.device, on_batch: Callable[[], None]
@@ -56,8 +56,8 @@ class Probe:
         Args:
             backbone: ordinary weights, whole on every rank.
             device: of the backbone.
-            on_batch: called after each batch of images and after each chunk of those that are
-                classified; what it raises on one rank ends the measurement on all.
+            on_batch: called after each batch of images and each chunk of classified ones; an
+                exception on one rank ends the measurement on all.
 
         Raises:
             DinoscaleError: on every rank.
@@ -72,14 +72,14 @@ class Probe:
             std=config.data.std,
             batch_size=config.eval.batch_size,
             device=device,
-            num_workers=config.data.num_workers,  # training's own are idle meanwhile
+            num_workers=config.data.num_workers,  # those of the training are idle meanwhile
             on_batch=on_batch,
         )
-        bank, bank_labels = extract(self._bank)
+        train, train_labels = extract(self._train)
         test, test_labels = extract(self._test)
-        for name, source, found in (("train", self._bank, bank), ("test", self._test, test)):
+        for name, source, found in (("train", self._train, train), ("test", self._test, test)):
             if not len(found):
                 raise DataError(f"eval.{name}: none of the {len(source)} images can be read")
         k, labels = config.eval.k, self._renumber.to(device)[test_labels]
-        accuracy = knn_accuracy(bank, bank_labels, test, labels, ks=(k,), on_chunk=on_batch)
+        accuracy = knn_accuracy(train, train_labels, test, labels, ks=(k,), on_chunk=on_batch)
         return accuracy[k].top1

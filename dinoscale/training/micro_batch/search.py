@@ -1,7 +1,7 @@
-"""Find the largest micro-batch that fits on every rank, before a training takes any memory.
+"""Find the largest micro-batch that fits on every rank, before training allocates any memory.
 
 Each size is tried by one child process of each rank (trial.py); the children form a process group
-of their own, so that whatever memory does to them leaves the run as it was.
+of their own, so that running out of memory there does not touch the run.
 """
 
 import contextlib
@@ -27,24 +27,24 @@ from dinoscale.runtime.preemption import SIGNALS
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.1
-_QUOTED = 5  # last lines of a child in a message
-_SEARCHED = 40  # last lines in which it may speak of memory; longer ago, it was a warning
-_LOST_CONTACT = "lost contact with another rank"  # a consequence, not the reason
-_TAKEN = "busy or unavailable"  # of cudaErrorDevicesUnavailable
+_QUOTED = 5  # last lines of a child that a message quotes
+_SEARCHED = 40  # last lines searched for a memory error; an earlier one was a warning
+_LOST_CONTACT = "lost contact with another rank"  # a consequence, not the cause
+_BUSY = "busy or unavailable"  # of cudaErrorDevicesUnavailable
 
 
-Verdict = Literal["fits", "too large", "taken", "failed", "cut off", "asked to stop"]
+Verdict = Literal["fits", "too large", "busy", "failed", "cut off", "asked to stop"]
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The result of a search.
 
     Attributes:
         size: the largest micro-batch that fits, in images.
-        peak_bytes: memory that its trial took on the rank that needed most.
-        trials: how many sizes were tried.
-        seconds: how long all took.
+        peak_bytes: peak memory of its trial on the rank that needed most.
+        trials: number of sizes tried.
+        seconds: duration of the search.
     """
 
     size: int
@@ -58,19 +58,19 @@ class Outcome:
     """How a trial ended on one rank.
 
     Attributes:
-        verdict: `cut off` if it was ended because another rank's had ended, `taken` if the
-            accelerator lets no second process in.
-        limit_bytes: what it was allowed to take, if it came so far.
-        peak_bytes: what it took, if it fits.
+        verdict: `cut off` if it was ended because another rank's had ended, `busy` if the
+            accelerator admits no second process.
+        limit_bytes: its memory limit, if it got far enough to set one.
+        peak_bytes: its peak memory, if it fits.
         exit_code: of the child, if it failed.
-        said: its last lines.
+        last_lines: of its output.
     """
 
     verdict: Verdict
     limit_bytes: int | None = None
     peak_bytes: int = 0
     exit_code: int = 1
-    said: str = ""
+    last_lines: str = ""
 
 
 def largest_that_fits(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -83,7 +83,7 @@ def largest_that_fits(candidates: Sequence[int], fits: Callable[[int], bool]) ->
     Returns:
         The candidate, None if none fits.
     """
-    low, high = 0, len(candidates)  # the first `low` fit, those from `high` on do not
+    low, high = 0, len(candidates)  # the first `low` candidates fit, those from `high` on do not
     while low < high:
         middle = (low + high) // 2
         if fits(candidates[middle]):
@@ -99,57 +99,57 @@ def find_micro_batch(
     *,
     moved: Callable[[str], None],
     stop_asked: Callable[[], bool],
-) -> Found:
+) -> SearchResult:
     """Try sizes that divide a rank's share of a step; all ranks call it together.
 
     Args:
         config: of the run.
-        process: who this is.
-        moved: told before each trial what is going on.
-        stop_asked: whether this rank is to end.
+        process: this rank.
+        moved: called before each trial with a description of it.
+        stop_asked: whether this rank was asked to stop.
 
     Raises:
-        ConfigError: not even the smallest fits, or the configuration is wrong.
+        ConfigError: not even the smallest size fits, or the configuration is wrong.
         PreemptedError: a rank was asked to stop.
         RunFailedError: a trial failed for another reason than memory.
     """
     begin = time.monotonic()
     tried: dict[int, list[Outcome]] = {}
     sizes = micro_batch_sizes(config.train, world_size=process.world_size)
-    said = ""
+    last = ""  # the last trial, in words
 
     def fits(size: int) -> bool:
-        nonlocal said
+        nonlocal last
         moved(f"trying a micro-batch of {size}")
         if process.rank == 0:
-            log.info("%strying %d", f"{said}; " if said else "train.micro_batch_size=auto: ", size)
+            log.info("%strying %d", f"{last}; " if last else "train.micro_batch_size=auto: ", size)
         tried[size] = _try(config, process, size, stop_asked)
         fitting = _judge(tried[size], size)
-        said = _in_words(tried[size], size, fits=fitting)
+        last = _in_words(tried[size], size, fits=fitting)
         return fitting
 
     size = largest_that_fits(sizes, fits)
     if size is None:
-        raise ConfigError(_none_fits(said))
+        raise ConfigError(_none_fits(last))
     peak = max(outcome.peak_bytes for outcome in tried[size])
-    found = Found(size, peak, len(tried), time.monotonic() - begin)
+    found = SearchResult(size, peak, len(tried), time.monotonic() - begin)
     if process.rank == 0:
-        log.info("%s; taking %d after %d trials, %.0f s", said, size, found.trials, found.seconds)
+        log.info("%s; taking %d after %d trials, %.0f s", last, size, found.trials, found.seconds)
     return found
 
 
 def _judge(outcomes: Sequence[Outcome], size: int) -> bool:
-    """Whether a size fits, which takes all ranks.
+    """Whether a size fits on all ranks.
 
     Raises:
-        DinoscaleError: it is not known.
+        DinoscaleError: the trial was stopped or failed, so it is not known.
     """
     verdicts = [outcome.verdict for outcome in outcomes]
     if "asked to stop" in verdicts:
-        raise PreemptedError("asked to stop before the first step; the same command starts anew")
-    if "taken" in verdicts:
+        raise PreemptedError("asked to stop before the first step; the same command starts again")
+    if "busy" in verdicts:
         raise ConfigError(
-            f"train.micro_batch_size=auto: the GPU of rank {verdicts.index('taken')} serves one"
+            f"train.micro_batch_size=auto: the GPU of rank {verdicts.index('busy')} admits one"
             " process at a time (compute mode EXCLUSIVE_PROCESS), and a trial is a second one."
             " Set train.micro_batch_size to a number, which `dinoscale plan` estimates, or have"
             " the mode set to DEFAULT (`nvidia-smi -c 0`, or an option of your scheduler)"
@@ -158,12 +158,12 @@ def _judge(outcomes: Sequence[Outcome], size: int) -> bool:
         return False
     failed = [rank for rank, verdict in enumerate(verdicts) if verdict == "failed"]
     if failed:
-        rank = next((r for r in failed if _LOST_CONTACT not in outcomes[r].said), failed[0])
-        code, said = outcomes[rank].exit_code, outcomes[rank].said
+        rank = next((r for r in failed if _LOST_CONTACT not in outcomes[r].last_lines), failed[0])
+        code, lines = outcomes[rank].exit_code, outcomes[rank].last_lines
         kinds = {kind.exit_code: kind for kind in (ConfigError, UnavailableError)}
         raise kinds.get(code, RunFailedError)(
             f"train.micro_batch_size=auto: the trial of {size} failed on rank {rank} (exit code"
-            f" {code}), not for want of memory:\n{said}"
+            f" {code}), not for lack of memory:\n{lines}"
         )
     return True
 
@@ -177,9 +177,9 @@ def _in_words(outcomes: Sequence[Outcome], size: int, *, fits: bool) -> str:
     return f"micro-batch {size} does not fit{needs}"
 
 
-def _none_fits(said: str) -> str:
+def _none_fits(smallest: str) -> str:
     return (
-        f"train.micro_batch_size=auto: even {said}. Set engine.checkpoint_every_k_blocks=1,"
+        f"train.micro_batch_size=auto: even {smallest}. Set engine.checkpoint_every_k_blocks=1,"
         " engine.zero_stage=3 with more ranks, smaller crops (crops.global_size, crops.num_local),"
         " or a smaller model"
     )
@@ -188,13 +188,13 @@ def _none_fits(said: str) -> str:
 def _try(
     config: RunConfig, process: Process, size: int, stop_asked: Callable[[], bool]
 ) -> list[Outcome]:
-    """The outcomes of one size on all ranks; a trial that ended badly ends those of the others."""
+    """Run one trial on all ranks; if it fails on one, the others are cut off."""
     port = distributed.broadcast_object(distributed.free_port())
-    order = {"config": config.model_dump(mode="json"), "micro_batch_size": size}
-    board, key = distributed.Board(), f"the trial at port {port} ended badly"
+    request = {"config": config.model_dump(mode="json"), "micro_batch_size": size}
+    board, key = distributed.Board(), f"the trial at port {port} failed"
     with tempfile.TemporaryFile() as output:
         try:
-            with _start(process, port, order, output) as child:
+            with _start(process, port, request, output) as child:
                 try:
                     verdict = _wait(child, stop_asked, lambda: board.read(key) is not None)
                 finally:
@@ -203,16 +203,16 @@ def _try(
                 verdict = "asked to stop"  # Ctrl-C reaches the child as well
             outcome = _outcome(verdict, child.returncode, output)
         except OSError as error:
-            outcome = Outcome("failed", said=f"cannot start a process: {error}")
+            outcome = Outcome("failed", last_lines=f"cannot start a process: {error}")
     if outcome.verdict != "fits":
         board.post(key, outcome.verdict)
     return distributed.gather_objects(outcome)
 
 
 def _start(
-    process: Process, port: int, order: dict[str, Any], output: IO[bytes]
+    process: Process, port: int, request: dict[str, Any], output: IO[bytes]
 ) -> "subprocess.Popen[bytes]":
-    """The child of this rank, which will meet those of the others at `port` of the first."""
+    """Start this rank's child, which meets the others' at `port` of the first rank."""
     own = {
         "RANK": process.rank,
         "WORLD_SIZE": process.world_size,
@@ -222,7 +222,7 @@ def _start(
     if process.knows_node:
         own["LOCAL_WORLD_SIZE"] = process.local_world_size
     environment = os.environ | {name: str(value) for name, value in own.items()}
-    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # that store is for the parents
+    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # that store belongs to the parents
     child = subprocess.Popen(
         [sys.executable, "-m", "dinoscale.training.micro_batch.trial"],
         bufsize=0,
@@ -232,15 +232,15 @@ def _start(
         stderr=subprocess.STDOUT,
     )
     assert child.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it has died; its output says why
-        child.stdin.write(json.dumps(order).encode() + b"\n")  # left open: it ends with us
+    with contextlib.suppress(BrokenPipeError):  # the child has died; its output says why
+        child.stdin.write(json.dumps(request).encode() + b"\n")  # stays open: it ends with us
     return child
 
 
 def _wait(
     child: "subprocess.Popen[bytes]", stop_asked: Callable[[], bool], cut_off: Callable[[], bool]
 ) -> Verdict | None:
-    """Wait for the child's end; a verdict if there was no reason to wait for it."""
+    """Wait for the child's end; return a verdict if the wait was given up."""
     while child.poll() is None:
         if stop_asked():
             return "asked to stop"
@@ -251,7 +251,7 @@ def _wait(
 
 
 def _outcome(verdict: Verdict | None, exit_code: int, output: IO[bytes]) -> Outcome:
-    """What became of a child that has ended."""
+    """The outcome of a child that has ended."""
     output.seek(0)
     lines = output.read().decode(errors="replace").splitlines()
     found: dict[str, int | None] = {}
@@ -260,16 +260,16 @@ def _outcome(verdict: Verdict | None, exit_code: int, output: IO[bytes]) -> Outc
             with contextlib.suppress(ValueError):
                 found |= json.loads(line)
     limit, peak = found.get("limit_bytes"), found.get("peak_bytes")
-    said, searched = "\n".join(lines[-_QUOTED:]), "\n".join(lines[-_SEARCHED:])
+    quoted, searched = "\n".join(lines[-_QUOTED:]), "\n".join(lines[-_SEARCHED:])
     if verdict is None:
         if exit_code == 0 and peak is not None:
             verdict = "fits"
-        elif -exit_code in SIGNALS:  # of a launcher, to all processes below it
+        elif -exit_code in SIGNALS:  # a launcher signals all its descendants
             verdict = "asked to stop"
         elif exit_code == -signal.SIGKILL or NO_MEMORY.search(searched):
             verdict = "too large"
-        elif _TAKEN in searched:
-            verdict = "taken"
+        elif _BUSY in searched:
+            verdict = "busy"
         else:
             verdict = "failed"
-    return Outcome(verdict, limit, peak or 0, exit_code, said)
+    return Outcome(verdict, limit, peak or 0, exit_code, quoted)

@@ -1,8 +1,8 @@
-"""One trial: steps of a run with one micro-batch, in a process that may die of it.
+"""One trial: steps of a run with one micro-batch size, in a process that may run out of memory.
 
-`python -m dinoscale.training.micro_batch.trial` on every rank, with the variables of a launcher;
-one line of JSON on stdin says what to try. It ends when stdin does, and so with its parent. What it
-finds is printed as lines of JSON: `limit_bytes` before the steps, `peak_bytes` after them.
+Run `python -m dinoscale.training.micro_batch.trial` on every rank, with the variables of a
+launcher; one line of JSON on stdin says what to try. It ends when stdin closes, and so with its
+parent. It prints lines of JSON: `limit_bytes` before the steps, `peak_bytes` after them.
 """
 
 import contextlib
@@ -31,23 +31,23 @@ from dinoscale.runtime.watchdog import collectives_timeout_s
 from dinoscale.training.feed import finish_batch, keep_of, multi_crop_of
 from dinoscale.training.hooks.metrics import peak_memory_bytes
 
-# Of the free memory. The rest is for what a few steps do not show: an allocator's fragments grow
-# over days, a k-NN run copies the backbone, data workers and other processes of a CPU vary.
+# Fraction of the free memory. The rest is for needs that a few steps do not show: an allocator's
+# fragments grow over days, k-NN copies the backbone, data workers and other processes vary.
 USABLE = 0.92
-_STEPS = 2  # the first allocates the moments, the second has them from its beginning
-_PASSES = 2  # micro-batches of such a step: the second is the first to accumulate
-_PICTURE = 256  # pixels; says how crops could lie in a picture, of which no size depends
+_STEPS = 2  # the first allocates the moments; the second begins with them
+_PASSES = 2  # micro-batches per step: the second one accumulates
+_PICTURE = 256  # pixels; places the crops in a picture, which affects no size
 
 
 def main() -> None:
-    """Try, and leave at once: waiting for other ranks at exit could hang."""
-    _offer_to_die()
+    """Run the trial and exit at once: waiting for other ranks at exit could hang."""
+    _raise_oom_score()
     code = 0
     try:
-        order = json.loads(sys.stdin.buffer.readline())
+        request = json.loads(sys.stdin.buffer.readline())
         threading.Thread(target=_end_with_parent, daemon=True).start()
-        config = parse_config(order["config"], origin="the run")
-        _try(config, order["micro_batch_size"], read_process(os.environ))
+        config = parse_config(request["config"], origin="the run")
+        _try(config, request["micro_batch_size"], read_process(os.environ))
     except DinoscaleError as error:
         print(f"error: {error}")
         code = error.exit_code
@@ -58,9 +58,9 @@ def main() -> None:
     os._exit(code)
 
 
-def _offer_to_die() -> None:
-    """If memory runs out, the kernel is to choose this process of all."""
-    with contextlib.suppress(OSError):  # it is only a wish
+def _raise_oom_score() -> None:
+    """Make the kernel's OOM killer choose this process first."""
+    with contextlib.suppress(OSError):  # only a hint
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
@@ -71,9 +71,9 @@ def _end_with_parent() -> None:
 
 def _try(config: RunConfig, size: int, process: Process) -> None:
     distributed.start(process, timeout_s=collectives_timeout_s(config.train.hang_timeout_s))
-    distributed.gather_objects(None)  # all are here, and NCCL has its buffers
+    distributed.gather_objects(None)  # all ranks have started, and NCCL has its buffers
     limit = _free_bytes(process)
-    distributed.gather_objects(limit)  # nobody takes memory before all have looked
+    distributed.gather_objects(limit)  # no rank allocates before all have measured
     if limit is not None:
         _limit_memory(limit, process.device)
     print(json.dumps({"limit_bytes": limit}), flush=True)
@@ -83,7 +83,7 @@ def _try(config: RunConfig, size: int, process: Process) -> None:
 
 
 def _free_bytes(process: Process) -> int | None:
-    """What this rank may take from now on; None if that is not known."""
+    """Memory that this rank may still allocate; None if unknown."""
     if process.device.type == "cuda":
         return int(USABLE * torch.cuda.mem_get_info()[0])
     at_hand = memory_at_hand()
@@ -97,7 +97,7 @@ def _free_bytes(process: Process) -> int | None:
 
 
 def _limit_memory(limit: int, device: torch.device) -> None:
-    """Let allocations fail beyond a limit, before the machine swaps or kills."""
+    """Make allocations fail beyond a limit, before the machine swaps or kills processes."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1], device)
     else:
@@ -106,14 +106,14 @@ def _limit_memory(limit: int, device: torch.device) -> None:
 
 
 def _data_bytes() -> int:
-    """What counts against RLIMIT_DATA: private writable memory of this process."""
+    """Private writable memory of this process, which counts against RLIMIT_DATA."""
     found = re.search(r"^VmData:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None, "memory_at_hand knew this system"
     return 1024 * int(found[1])
 
 
 def _take_steps(config: RunConfig, size: int, process: Process) -> None:
-    """The step of the run, with no more micro-batches than it takes to see all its memory."""
+    """Take steps like the run's, with just enough micro-batches to reach its peak memory."""
     passes = split_batch(
         with_micro_batch(config, size).train, world_size=process.world_size
     ).accumulation_steps
@@ -124,7 +124,7 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
     batch = _batch(short, size)
     depth = student.network.backbone.depth
     for _ in range(_STEPS):
-        prepared = (  # each when it is asked for, as in the run
+        prepared = (  # one at a time, as in the run
             _prepared(batch, short, process.device, depth=depth)
             for _ in range(plan.accumulation_steps)
         )
@@ -132,7 +132,7 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
 
 
 def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) -> RunConfig:
-    """A run whose step is `passes` micro-batches and whose epoch is one step."""
+    """The run with `passes` micro-batches per step and one step per epoch."""
     train = {"batch_size": size * world_size * passes, "micro_batch_size": size}
     data = {"train": None, "images_per_epoch": None, "distinct_images": None}
     return config.model_copy(
@@ -144,7 +144,7 @@ def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) ->
 
 
 def _batch(config: RunConfig, size: int) -> Batch:
-    """Noise in place of what the workers cut."""
+    """Noise in place of the crops from data workers."""
     rng, multi_crop = np.random.default_rng(config.seed), multi_crop_of(config)
     crops = multi_crop.arrays(count=size)
     crops.params[:] = draw_params(

@@ -1,4 +1,4 @@
-"""What is read of a checkpoint and when; what cannot be read is not taken for damaged."""
+"""What is read of a checkpoint and when; an unreadable checkpoint does not count as damaged."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ RANKS = 4
 
 
 class Disk:
-    """Counts what is opened; fails as often as it is told where a path ends with `name`."""
+    """Counts opened files, and fails a given number of times for paths that end with `name`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened: Counter[str] = Counter()
@@ -99,9 +99,7 @@ def test_opening_reads_no_shard_and_a_rank_opens_only_what_it_needs(
     assert checkpoint.kinds() == {kind: sorted(SHAPES) for kind in sorted(KINDS)}
 
 
-def test_all_ranks_go_on_with_the_accuracy_that_was_read_at_the_opening(
-    tmp_path: Path, disk: Disk
-) -> None:
+def test_all_ranks_use_the_accuracy_read_on_opening(tmp_path: Path, disk: Disk) -> None:
     path = store(tmp_path, 1, ranks=1)
     write_measured(path, 50.0)
     disk.fail(MEASURED_FILE, errno.ESTALE, times=1)
@@ -134,7 +132,7 @@ def test_checkpoint_without_an_index_still_opens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"rows": 1}, {"numel": 1 << 61}, {"file": 9}, {"cut": 3}])
-def test_an_index_that_lies_is_refused(tmp_path: Path, changes: dict[str, int]) -> None:
+def test_a_wrong_index_is_refused(tmp_path: Path, changes: dict[str, int]) -> None:
     from dinoscale.checkpoint.index import index_from_bytes
 
     path = store(tmp_path, 1, ranks=1)
@@ -159,7 +157,7 @@ _FILES = [f"step_00000002/{n}" for n in (shard_file(2), STATE_FILE, "SHA256SUMS"
 
 @pytest.mark.parametrize("number", _ERRORS)
 @pytest.mark.parametrize("name", [*_FILES, "/checkpoints"])
-def test_one_error_of_the_file_system_costs_a_second(
+def test_one_file_system_error_costs_a_second(
     tmp_path: Path, disk: Disk, name: str, number: int
 ) -> None:
     store(tmp_path, 1, ranks=RANKS)
@@ -174,7 +172,7 @@ def test_one_error_of_the_file_system_costs_a_second(
 
 @pytest.mark.parametrize("name", [*_FILES, "/checkpoints"])
 @pytest.mark.parametrize("opener", [find_checkpoint, open_run, verify_checkpoints])
-def test_what_cannot_be_read_is_refused_and_not_renamed(
+def test_an_unreadable_checkpoint_is_refused_and_not_renamed(
     tmp_path: Path, disk: Disk, name: str, opener: Callable[[Path], object]
 ) -> None:
     for step in (1, 2):
@@ -189,7 +187,7 @@ def test_what_cannot_be_read_is_refused_and_not_renamed(
 
 
 @pytest.mark.parametrize("number", _ERRORS)
-def test_a_folder_that_cannot_be_listed_is_not_one_without_checkpoints(
+def test_a_folder_that_cannot_be_listed_does_not_count_as_empty(
     tmp_path: Path, disk: Disk, number: int
 ) -> None:
     asked: list[Callable[[Path], object]] = [checkpoints, leftovers, is_run]
@@ -205,7 +203,7 @@ def test_a_folder_that_cannot_be_listed_is_not_one_without_checkpoints(
     assert prune(tmp_path, Keep(last=1), written=newest) == []
 
 
-def test_a_state_that_cannot_be_read_at_once_leaves_a_copy_no_newer(
+def test_a_copy_is_no_newer_when_its_state_is_unreadable_at_first(
     tmp_path: Path, disk: Disk
 ) -> None:
     for step in (6, 12):
@@ -217,7 +215,7 @@ def test_a_state_that_cannot_be_read_at_once_leaves_a_copy_no_newer(
     assert checkpoint.path == directory(tmp_path, 12)
 
 
-def test_a_read_that_fails_later_is_tried_again_with_a_new_handle(
+def test_a_later_failing_read_is_retried_with_a_new_handle(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint(store(tmp_path, 1, ranks=1))
@@ -268,7 +266,7 @@ def test_a_file_in_place_of_a_checkpoint_is_a_damaged_one(tmp_path: Path, disk: 
     assert (checkpoint.path, disk.slept) == (newest, [])
 
 
-def test_damaged_one_is_set_aside_and_an_older_one_used(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         store(tmp_path, step, ranks=RANKS)
     (directory(tmp_path, 3) / shard_file(3)).unlink()
@@ -281,7 +279,7 @@ def test_damaged_one_is_set_aside_and_an_older_one_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [STATE_FILE, MEASURED_FILE])
-def test_nothing_is_deleted_of_what_cannot_be_read(tmp_path: Path, disk: Disk, name: str) -> None:
+def test_nothing_unreadable_is_deleted(tmp_path: Path, disk: Disk, name: str) -> None:
     about = {"saved_at": "then", "plan": {"world_size": 1}}
     about |= {"config": {"engine": {"zero_stage": 0}}}
     for step, knn in ((1, 90.0), (2, 10.0), (3, 20.0)):
@@ -324,7 +322,7 @@ def test_a_renamed_checkpoint_gets_its_name_back(tmp_path: Path) -> None:
     assert checkpoint.path == directory(tmp_path, 6)
 
 
-def test_a_damaged_state_is_no_contradiction(tmp_path: Path) -> None:
+def test_a_state_that_fails_its_checksum_counts_as_damaged(tmp_path: Path) -> None:
     store(tmp_path, 1, ranks=1)
     state = store(tmp_path, 2, ranks=1) / STATE_FILE
     state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 7}))

@@ -1,4 +1,4 @@
-"""The position of a run beyond its weights, and the guard after a resume."""
+"""Progress of a run beyond its weights, and the check of the first loss after a resume."""
 
 import os
 from dataclasses import asdict
@@ -31,7 +31,7 @@ def test_an_accuracy_added_later_is_on_disk_before_its_name(
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"knn_top1": true}', '{"knn_top1": NaN}', "9" * 999]
 )
-def test_what_is_no_accuracy_is_none(tmp_path: Path, text: str) -> None:
+def test_an_invalid_accuracy_is_none(tmp_path: Path, text: str) -> None:
     for written in (text, f'{{"knn_top1": 1{"0" * 400}}}'):
         (tmp_path / MEASURED_FILE).write_text(written)
         assert read_measured(tmp_path) is None
@@ -44,7 +44,7 @@ def _after(losses: list[float]) -> Progress:
     return progress
 
 
-def test_plain_data_and_back() -> None:
+def test_progress_survives_a_round_trip_as_plain_data() -> None:
     progress = _after([1.5, 1.25])
     progress.skipped()
     progress.measured(40.0)
@@ -79,7 +79,7 @@ def test_loss_near_those_before_is_accepted() -> None:
 def test_loss_of_another_network_is_refused_with_an_explanation(loss: float) -> None:
     progress = _after([5.0 + 0.1 * (step % 3) for step in range(40)])
     assert len(progress.losses) == 32
-    with pytest.raises(CheckpointError, match=r"the checkpoint at step 40 leads to 5\.\d+ \+-"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint at step 40 predicts 5\.\d+ \+-"):
         progress.require_near(loss)
 
 

@@ -39,7 +39,7 @@ def test_multiples_stay() -> None:
     assert _left(FOUND, Keep(last=1, every_steps=20)) == [20, 40, 60]
 
 
-def test_the_best_stays_and_of_equals_the_newest() -> None:
+def test_the_best_stays_and_of_ties_the_newest() -> None:
     assert _left(FOUND, Keep(last=1, best=True)) == [40, 60]
     assert _left(_found({1: None, 2: None}), Keep(last=1, best=True)) == [2]
 
@@ -75,7 +75,7 @@ def test_prune_reads_accuracies_from_the_checkpoints_themselves(tmp_path: Path) 
     assert leftovers(tmp_path) == []
 
 
-def test_what_was_just_written_stays_beside_later_steps(tmp_path: Path) -> None:
+def test_the_checkpoint_just_written_stays_beside_later_steps(tmp_path: Path) -> None:
     for step in (5, 100, 200, 300):
         _make(tmp_path, step, None)
     assert prune(tmp_path, Keep(last=3), written=checkpoints(tmp_path)[0]) == []
@@ -91,7 +91,7 @@ def test_summary_of_an_unreadable_checkpoint_has_its_step_only(tmp_path: Path) -
     assert summary(path) == Summary(path, 7, None, None, None, None, None)
 
 
-def test_what_was_cut_short_is_deleted_and_the_rest_is_not(tmp_path: Path) -> None:
+def test_only_interrupted_saves_are_deleted(tmp_path: Path) -> None:
     _make(tmp_path, 1, None)
     for name in (".step_00000002.part", ".step_00000003.removed"):
         (tmp_path / "checkpoints" / name).mkdir()

@@ -1,4 +1,4 @@
-"""How a save ends where the writing fails."""
+"""Saves whose writing fails or takes long."""
 
 import shutil
 import threading
@@ -22,7 +22,7 @@ ABOUT: dict[str, Any] = {
 }
 
 
-def test_error_of_any_kind_is_reported_since_others_wait_for_the_report(tmp_path: Path) -> None:
+def test_error_of_any_type_is_reported_as_others_wait_for_it(tmp_path: Path) -> None:
     no_dense_tensor = torch.zeros(2).to_sparse()  # an error that is neither a file's nor a disk's
     files = {"shard_00000.safetensors": {"weight": no_dense_tensor}}
     saver = Saver(tmp_path, Keep(last=1))
@@ -63,7 +63,7 @@ def test_training_does_not_wait_for_a_deletion_after_an_accuracy(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
 
 
-def test_waiting_gives_signs_while_the_library_writes_a_large_file(
+def test_waiting_signals_activity_while_the_library_writes_a_large_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     doing, signs = ["writing"], []
@@ -73,7 +73,7 @@ def test_waiting_gives_signs_while_the_library_writes_a_large_file(
         return "0" * 64
 
     monkeypatch.setattr("dinoscale.checkpoint.save.flushed_sum", sums)
-    monkeypatch.setattr("dinoscale.checkpoint.save._LOOK_S", 0.002)
+    monkeypatch.setattr("dinoscale.checkpoint.save._POLL_S", 0.002)
     saver = Saver(tmp_path, Keep(last=1))
     saver._own_files = Future()
     large = {str(number): torch.zeros(1 << 22) for number in range(8)}  # 128 MB
@@ -84,7 +84,7 @@ def test_waiting_gives_signs_while_the_library_writes_a_large_file(
     assert signs.count("writing") > 2  # not only that it is there, and gone
 
 
-def test_waiting_gives_signs_while_a_file_grows_and_is_read_and_none_while_it_stands_still(
+def test_waiting_signals_activity_only_while_a_file_grows_or_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signs: list[str] = []
@@ -122,7 +122,7 @@ def test_waiting_gives_signs_while_a_file_grows_and_is_read_and_none_while_it_st
 
     monkeypatch.setattr("dinoscale.checkpoint.save.write_tensors", slowly)
     monkeypatch.setattr("dinoscale.checkpoint.save.flushed_sum", summed)
-    monkeypatch.setattr("dinoscale.checkpoint.save._LOOK_S", 0.01)
+    monkeypatch.setattr("dinoscale.checkpoint.save._POLL_S", 0.01)
     saver = Saver(tmp_path, Keep(last=1))
     saver._own_files = Future()
     snapshot = _Snapshot(1, 0, {"shard_00000.safetensors": {}}, {}, {})

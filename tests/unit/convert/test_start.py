@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dinoscale.config import RunConfig, parse_config
-from dinoscale.convert.initial_weights import adapted_channels, starting_weights
+from dinoscale.convert.initial_weights import adapted_channels, read_initial_weights
 from dinoscale.convert.source import read_source
-from dinoscale.engine.build import Start, build_networks
+from dinoscale.engine.build import InitialWeights, build_networks
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.vit import VisionTransformer
@@ -40,8 +40,8 @@ def _reference(folder: Path, **changes: dict[str, Any]) -> tuple[Path, DinoNetwo
     return folder / "full.pth", teacher
 
 
-def _start(config: RunConfig) -> Start:
-    start = starting_weights(config)
+def _start(config: RunConfig) -> InitialWeights:
+    start = read_initial_weights(config)
     assert start is not None
     return start
 
@@ -53,7 +53,7 @@ def _equal(found: Any, expected: dict[str, Tensor]) -> bool:
 
 
 def test_without_a_file_a_run_starts_from_random_weights() -> None:
-    assert starting_weights(tiny_config()) is None
+    assert read_initial_weights(tiny_config()) is None
 
 
 def test_student_and_teacher_start_from_the_teacher_of_the_file(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_trained_norms_do_not_enter_a_head_without_them(tmp_path: Path, newer: b
         torch.save(found, path)
     config = tiny_config(train={"init_from": str(path), "init_head": True})
     with pytest.raises(CheckpointError, match=r"set head\.norm_last_layer=false"):
-        starting_weights(config)
+        read_initial_weights(config)
 
 
 def test_heads_that_are_missing_or_others_are_refused(tmp_path: Path) -> None:
@@ -119,13 +119,13 @@ def test_heads_that_are_missing_or_others_are_refused(tmp_path: Path) -> None:
     head = {**HEAD, "num_prototypes": 34}
     config = tiny_config(head=head, train={"init_from": str(path), "init_head": True})
     with pytest.raises(ConfigError, match=r"weight_v \[33, 15\] for \[34, 15\].*init_head=false"):
-        starting_weights(config)
+        read_initial_weights(config)
     wider = {"model": {"embed_dim": 64, "num_heads": 1}}
     _, network = build_networks(tiny_config(**wider))
     torch.save(network.backbone.state_dict(), tmp_path / "bare.pth")
     config = _config(tmp_path / "bare.pth", head=True, **wider)
     with pytest.raises(ConfigError, match="has no projection head"):
-        starting_weights(config)
+        read_initial_weights(config)
 
 
 def test_at_another_size_features_are_those_of_the_file_at_that_size(tmp_path: Path) -> None:
@@ -173,21 +173,23 @@ def test_another_architecture_is_refused_and_both_are_named(
     path, _ = _reference(tmp_path)
     base = tiny_config().model.model_dump()
     with pytest.raises(ConfigError, match=found):
-        starting_weights(_config(path, model={**base, **model}))
+        read_initial_weights(_config(path, model={**base, **model}))
 
 
 def test_a_resnet_does_not_enter_a_vit(tmp_path: Path) -> None:
     path, _ = _reference(tmp_path)
     model = dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"))
     with pytest.raises(ConfigError, match=r"holds a ViT .* is a ResNet-50"):
-        starting_weights(_config(path, model={"backbone": "resnet50", **model}))
+        read_initial_weights(_config(path, model={"backbone": "resnet50", **model}))
 
 
 def test_other_pixels_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, _ = _reference(tmp_path)
-    starting_weights(_config(path))
+    read_initial_weights(_config(path))
     assert "expect pixels" not in caplog.text
-    starting_weights(_config(path, data={"num_workers": 0, "mean": [0.5] * 3, "std": [0.5] * 3}))
+    read_initial_weights(
+        _config(path, data={"num_workers": 0, "mean": [0.5] * 3, "std": [0.5] * 3})
+    )
     assert "expect pixels of mean [0.485, 0.456, 0.406]" in caplog.text
 
 
@@ -198,4 +200,4 @@ def test_a_head_needs_a_file_to_come_from() -> None:
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere\.pth: cannot be read"):
-        starting_weights(_config(tmp_path / "nowhere.pth"))
+        read_initial_weights(_config(tmp_path / "nowhere.pth"))

@@ -13,7 +13,7 @@ from dinoscale.data.shards.tar_source import TarSource
 from dinoscale.data.sources.mixture import left_out_counts, left_out_of, open_sources
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DataError
-from dinoscale.training.hooks.online_knn import Probe
+from dinoscale.training.hooks.online_knn import OnlineKnn
 from tests.distributed.tiny_run import tiny_config
 from tests.unit.data.conftest import jpeg, write_tar
 
@@ -92,10 +92,10 @@ def test_sets_of_the_online_knn_are_held_to_the_same_rule(tmp_path: Path) -> Non
         Image.new("RGB", (16, 16)).save(path)
     sets = {"train": str(tmp_path), "test": str(tmp_path)}
     config = tiny_config(eval=sets, data={"train": "synthetic:shapes"})
-    Probe(config)
+    OnlineKnn(config)
     (tmp_path / "a" / "4.png").symlink_to("gone.png")
     with pytest.raises(DataError, match=r"1 of 5 pictures .* data\.max_bad_fraction=0\.01 "):
-        Probe(config)
+        OnlineKnn(config)
     looked = look(config, ["here"], rank=0, patience_s=1.0)
     errors = {name: of_set.error or "" for name, of_set in looked.items()}
     assert not errors["data.train"]

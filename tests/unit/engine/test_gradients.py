@@ -1,4 +1,4 @@
-"""The rule around the optimizer's step, on one process and without DeepSpeed."""
+"""The gradient rule around the optimizer's step, on one process and without DeepSpeed."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ NAN = torch.nan
 
 
 class _Trained:
-    """Two groups of weights under the rule, the second of which may rest."""
+    """Two parameter groups under the rule; the second may be frozen."""
 
     def __init__(self, name: str, *, per_tensor: bool = False) -> None:
         torch.manual_seed(0)
@@ -25,14 +25,14 @@ class _Trained:
             self.rule.watch(weight, [label], [(label, 0, weight.numel())])
         self.rule.arm()
 
-    def step(self, seed: int, *, bad: float | None = None, spoilt: bool = False) -> None:
+    def step(self, seed: int, *, bad: float | None = None, non_finite: bool = False) -> None:
         generator = torch.Generator().manual_seed(seed)
         for weight in self.network.parameters():
             weight.grad = torch.randn(weight.shape, generator=generator)
         if bad is not None:
             self.network["mlp"].weight.grad[1, 1] = bad
         gradients = [weight.grad for weight in self.network.parameters()]
-        self.rule.measure(gradients, spoilt=torch.tensor(spoilt))
+        self.rule.measure(gradients, non_finite=torch.tensor(non_finite))
         self.optimizer.step()
 
     def weights(self) -> list[Tensor]:
@@ -49,8 +49,8 @@ def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 @pytest.mark.parametrize("skipped_at", [0, 2])
-@pytest.mark.parametrize("how", [{"bad": NAN}, {"bad": -torch.inf}, {"spoilt": True}])
-def test_skipped_step_is_as_if_it_had_not_been(
+@pytest.mark.parametrize("how", [{"bad": NAN}, {"bad": -torch.inf}, {"non_finite": True}])
+def test_skipped_step_leaves_no_trace(
     name: str, skipped_at: int, how: dict[str, float | bool]
 ) -> None:
     spared, skipping = _Trained(name), _Trained(name)
@@ -68,7 +68,7 @@ def test_skipped_step_is_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("per_tensor", [True, False])
-def test_clipped_gradients_have_the_norm_asked_for(per_tensor: bool) -> None:
+def test_clipped_gradients_have_the_configured_norm(per_tensor: bool) -> None:
     trained = _Trained("sgd", per_tensor=per_tensor)
     before = trained.weights()
     trained.step(0)
@@ -81,12 +81,12 @@ def test_clipped_gradients_have_the_norm_asked_for(per_tensor: bool) -> None:
     assert measured.min() > 0.5**2
 
 
-def test_group_that_rests_keeps_its_weights_and_counts_no_step() -> None:
+def test_frozen_group_keeps_its_weights_and_counts_no_step() -> None:
     trained = _Trained("adamw")
-    (resting,) = (g for g in trained.optimizer.param_groups if g["name"] == "prototypes")
-    resting["frozen"] = True
-    before = [weight.detach().clone() for weight in resting["params"]]
+    (frozen,) = (g for g in trained.optimizer.param_groups if g["name"] == "prototypes")
+    frozen["frozen"] = True
+    before = [weight.detach().clone() for weight in frozen["params"]]
     trained.step(0)
-    assert _equal(before, resting["params"])
-    assert all(weight not in trained.optimizer.state for weight in resting["params"])
-    assert all(weight.grad is not None for weight in resting["params"])
+    assert _equal(before, frozen["params"])
+    assert all(weight not in trained.optimizer.state for weight in frozen["params"])
+    assert all(weight.grad is not None for weight in frozen["params"])

@@ -11,7 +11,7 @@ from dinoscale.engine.step import MicroBatch, train_step
 
 
 class _Both:
-    """Student and teacher; writes down what is asked of it."""
+    """Student and teacher in one; records the calls."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
@@ -34,9 +34,9 @@ class _Both:
     def accumulate(self) -> None:
         self.done.append("accumulate")
 
-    def step(self, *, spoilt: Tensor) -> Tensor:
+    def step(self, *, non_finite: Tensor) -> Tensor:
         self.done.append("step")
-        return spoilt
+        return non_finite
 
     def update(self, *_: Any, **__: Any) -> None:
         pass

@@ -176,7 +176,7 @@ def test_dips_shorter_than_the_window_raise_nothing() -> None:
     assert _alarms(dips) == []
 
 
-def test_step_without_finite_numbers_changes_nothing() -> None:
+def test_non_finite_step_changes_nothing() -> None:
     def skips(step: int) -> tuple[float, float, float]:
         return (math.nan, math.nan, math.nan) if step == 70 else _uniform(step)
 
@@ -198,13 +198,13 @@ def _text(kind: str, *, temp: float) -> str:
     return alarm.text
 
 
-def test_text_names_the_knobs_and_their_values() -> None:
+def test_text_names_the_settings_and_their_values() -> None:
     one_hot, uniform = _text("one_hot", temp=0.04), _text("uniform", temp=0.3)
     assert "lower dino.center_momentum (now 0.999" in one_hot
     assert "99.0 %" in one_hot
     assert "lower dino.teacher_temp (now 0.3 against dino.student_temp 0.1" in uniform
-    assert "it has to be below it" in uniform
-    assert "it has to be below it" not in _text("uniform", temp=0.08)
+    assert "it has to be lower" in uniform
+    assert "it has to be lower" not in _text("uniform", temp=0.08)
     assert "teacher entropy 4.852 of at most 4.852 nats" in uniform
 
 

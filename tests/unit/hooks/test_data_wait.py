@@ -7,7 +7,7 @@ def _wait(*, num_workers: int = 2, cores: int = 16, on_cpu: bool = False) -> Dat
     return DataWait(num_workers=num_workers, cores=cores, ranks_here=2, on_cpu=on_cpu)
 
 
-def test_a_long_wait_is_warned_of_once_and_not_after_the_start() -> None:
+def test_a_long_wait_is_warned_about_once_and_not_after_the_start() -> None:
     wait = _wait()
     assert wait.observe(0.9) is None  # the workers have only begun
     assert wait.observe(0.1) is None
@@ -19,7 +19,7 @@ def test_a_long_wait_is_warned_of_once_and_not_after_the_start() -> None:
     assert wait.observe(0.9) is None
 
 
-def test_after_a_rollback_the_workers_have_only_begun() -> None:
+def test_the_first_interval_after_a_rollback_is_ignored() -> None:
     wait = _wait()
     wait.observe(0.0)
     wait.restarted()
@@ -34,10 +34,10 @@ def test_no_more_workers_are_advised_than_cores(num_workers: int) -> None:
     said = wait.observe(0.5)
     assert said is not None
     assert "raise" not in said
-    assert "takes all 16 cores" in said
+    assert "uses all 16 available cores" in said
 
 
-def test_a_cpu_that_loads_its_own_images_does_not_wait() -> None:
+def test_a_cpu_without_data_workers_is_not_warned() -> None:
     alone, gpu = _wait(num_workers=0, on_cpu=True), _wait(num_workers=0)
     for wait in (alone, gpu):
         wait.observe(0.0)

@@ -1,4 +1,4 @@
-"""What a run shows of its progress, on a terminal and in a file."""
+"""Progress of a run, on a terminal and in a file; time that counts as data wait."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from dinoscale.engine.step import StepMetrics
 from dinoscale.training.hooks.metrics import Metrics, Stopwatch
 
 
-def test_no_bar_goes_into_a_file_but_a_line_now_and_then(
+def test_a_file_gets_a_line_now_and_then_instead_of_a_bar(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -53,8 +53,8 @@ class _Event:
         return self.done
 
 
-def test_device_that_is_at_a_step_is_not_idle() -> None:
+def test_device_that_computes_a_step_is_not_idle() -> None:
     result = StepMetrics(torch.zeros(3), torch.zeros(3), torch.zeros(1, 2))
     assert result.idle_s() == math.inf  # a CPU computes what it asks for
-    result._arrived = _Event(done=False)  # type: ignore[assignment]  # there is no GPU here
+    result._copied = _Event(done=False)  # type: ignore[assignment]  # there is no GPU here
     assert result.idle_s() == 0

@@ -54,7 +54,7 @@ def test_equals_the_sum_over_pairs_with_its_gradient(students: int, teachers: in
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
 
 
-def test_matching_student_is_left_with_the_entropy() -> None:
+def test_loss_of_a_matching_student_is_the_entropy() -> None:
     logits = torch.randn(1, 5, 11, generator=torch.Generator().manual_seed(1)).double()
     student = logits.expand(4, -1, -1)
     teacher = (logits / 0.1).softmax(-1).expand(2, -1, -1)
@@ -62,7 +62,7 @@ def test_matching_student_is_left_with_the_entropy() -> None:
     torch.testing.assert_close(dino_loss(student, teacher, student_temp=0.1), entropy)
 
 
-def test_gradient_is_the_same_when_taken_again() -> None:
+def test_a_second_backward_gives_the_same_gradient() -> None:
     student, teacher = _views(4, 2)
     loss = dino_loss(student, teacher, student_temp=0.1)
     (first,) = torch.autograd.grad(2 * loss, student, retain_graph=True)

@@ -1,4 +1,4 @@
-"""The loss that never holds the logits equals the loss of the logits, with all its gradients."""
+"""The loss that never stores the logits equals the loss of the logits, gradients included."""
 
 from functools import partial
 
@@ -74,7 +74,7 @@ def test_bf16_prototypes_are_computed_in_float32() -> None:
 
 @pytest.mark.parametrize("spread", [0.2, 0.01])
 def test_sharp_agreement_costs_no_more_digits_than_plain_torch(spread: float) -> None:
-    """Where student and teacher agree on one prototype, slopes are differences of near equals."""
+    """If student and teacher agree on one prototype, gradients are differences of near equals."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(64, 16, generator=generator)
     centers = F.normalize(v, dim=-1)[:B].repeat(S, 1)
@@ -99,7 +99,7 @@ def test_sharp_agreement_costs_no_more_digits_than_plain_torch(spread: float) ->
         assert (found - truth).norm() < 3 * (by_torch - truth).norm()
 
 
-def test_gradients_are_the_same_when_taken_again() -> None:
+def test_a_second_backward_gives_the_same_gradients() -> None:
     inputs = _inputs(with_g=True)
     loss = _fused(*inputs, targets=_targets())
     first = torch.autograd.grad(2 * loss, inputs, retain_graph=True)
@@ -115,7 +115,7 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
     torch.testing.assert_close(loss, _fused(*inputs, targets=_targets()).detach())
 
 
-def test_rows_that_are_no_whole_crops_are_refused() -> None:
+def test_rows_that_are_not_whole_crops_are_refused() -> None:
     x, v = _inputs(with_g=False)
     with pytest.raises(ValueError, match="whole crops"):
         _fused(x[:-1], v, targets=_targets())

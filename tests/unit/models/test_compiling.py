@@ -1,4 +1,4 @@
-"""Blocks share their compiled graphs; without a compiler they run as they are."""
+"""Blocks share their compiled graphs; without a compiler they run eagerly."""
 
 import copy
 import pickle
@@ -24,7 +24,7 @@ CROPS = [(6, 32), (8, 16)]
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Count graphs from zero; a compiler that failed in one test is tried again in the next."""
-    for name in ("_compiled", "_compiled_for_some"):
+    for name in ("_compiled", "_compiled_subsets"):
         known = getattr(block, name)
         fresh = Compiled(known._function, name=known._name, dynamic=known._dynamic)
         monkeypatch.setattr(block, name, fresh)
@@ -106,7 +106,7 @@ def test_subsets_of_all_sizes_share_a_few_graphs() -> None:
 
 @pytest.mark.usefixtures("_traced")
 @pytest.mark.parametrize("recompute", ["pointwise", "all_but_attention", "block"])
-def test_compiled_blocks_recompute_what_they_are_told(recompute: Any) -> None:
+def test_compiled_blocks_recompute_as_configured(recompute: Any) -> None:
     model = _vit()
     plain = _gradients(model, None)
     model.checkpoint_every, model.recompute = 2, recompute
@@ -117,7 +117,7 @@ def test_compiled_blocks_recompute_what_they_are_told(recompute: Any) -> None:
 
 @pytest.fixture
 def _no_caches() -> Iterator[None]:
-    """What was compiled before must not stand in for a compiler."""
+    """Disable caches, which could replace the missing compiler."""
     with (
         torch._functorch.config.patch(enable_autograd_cache=False),
         torch._inductor.config.patch(fx_graph_cache=False),
@@ -125,7 +125,7 @@ def _no_caches() -> Iterator[None]:
         yield
 
 
-def _assert_runs_as_it_is(caplog: pytest.LogCaptureFixture, *, because: str) -> None:
+def _assert_runs_eagerly(caplog: pytest.LogCaptureFixture, *, because: str) -> None:
     model = _vit()
     plain = _gradients(model, None)
     model.compiled_for = frozenset({model.layout_of(CROPS)})
@@ -138,11 +138,11 @@ def _assert_runs_as_it_is(caplog: pytest.LogCaptureFixture, *, because: str) -> 
 
 
 @pytest.mark.usefixtures("_no_caches")
-def test_without_a_compiler_blocks_run_as_they_are_and_say_so_once(
+def test_without_a_compiler_blocks_run_eagerly_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)}):
-        _assert_runs_as_it_is(caplog, because="/no/such/compiler")
+        _assert_runs_eagerly(caplog, because="/no/such/compiler")
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -159,4 +159,4 @@ def test_a_backward_pass_that_cannot_be_compiled_is_noticed_before_it_is_needed(
         return compile_to_module(graph, *args)
 
     monkeypatch.setattr(lowering, "compile_to_module", fails)
-    _assert_runs_as_it_is(caplog, because="no backward today")
+    _assert_runs_eagerly(caplog, because="no backward today")

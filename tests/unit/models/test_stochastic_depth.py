@@ -1,4 +1,4 @@
-"""Stochastic depth that does not compute what it drops."""
+"""Stochastic depth that does not compute dropped branches."""
 
 import math
 
@@ -37,7 +37,7 @@ def _crops() -> list[Tensor]:
     ]
 
 
-def test_as_many_images_as_the_rule_says_are_kept_and_those_with_the_largest_numbers() -> None:
+def test_kept_images_have_the_count_of_the_rule_and_the_largest_numbers() -> None:
     uniforms = _uniforms()
     blocks = kept_subsets(uniforms, LAYOUT, drop_path_rate=RATE)
     assert blocks[0] is None  # the first block never drops
@@ -78,7 +78,7 @@ def _multipliers(uniforms: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("every", [0, 1])
-def test_dropped_branches_are_as_if_multiplied_by_zero(every: int) -> None:
+def test_dropped_branches_equal_branches_multiplied_by_zero(every: int) -> None:
     model, crops, uniforms = _vit(), _crops(), _uniforms()
     parameters = list(model.parameters())
     plain = model(crops, _multipliers(uniforms))

@@ -29,6 +29,6 @@ def test_timm_imports_after_ensure_torchvision_in_a_fresh_process() -> None:
     assert run.stdout.split()[-1] == "True"
 
 
-def test_it_may_be_called_again_and_again() -> None:
+def test_it_may_be_called_repeatedly() -> None:
     ensure_torchvision()
     ensure_torchvision()

@@ -277,7 +277,7 @@ def test_a_set_that_is_not_here_is_noted(tmp_path: Path) -> None:
         (
             "settings: {model.backbone: resnet50, model.patch_size: null, model.embed_dim: null,"
             " model.depth: null, model.num_heads: null}\naxes: {seed: [1]}",
-            ["model.backbone: plan knows ViTs only, not 'resnet50'"],
+            ["model.backbone: plan supports only ViTs, not 'resnet50'"],
         ),
         (
             "axes: {seed: [1]}\nrules: {warmup: {fraction: 0.01}}",

@@ -1,6 +1,6 @@
-"""Start a two-process run, end it in some way, start it again; and compare what is on disk.
+"""Start a two-process run, end it in some way, restart it, and compare what is on disk.
 
-What runs in the ranks is `dinoscale train`, with its own signals and exit codes.
+The ranks run `dinoscale train`, with its own signals and exit codes.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def write_config(folder: Path, *, stage: int, epochs: int, **changes: dict[str, 
     return path
 
 
-class Life:
+class RunProcesses:
     """One start of a run on `RANKS` processes."""
 
     def __init__(
@@ -90,7 +90,7 @@ class Life:
         ]
 
     def running(self) -> bool:
-        """Whether all ranks live."""
+        """Whether all ranks are alive."""
         return all(process.poll() is None for process in self.ranks)
 
     def pids(self) -> list[int]:
@@ -110,7 +110,7 @@ class Life:
                 return False
             if time.monotonic() > end:
                 self.send(signal.SIGKILL)  # else the session waits for them
-                raise AssertionError("nothing happened\n" + self.said())
+                raise AssertionError("the condition never held\n" + self.said())
             time.sleep(0.002)
         return True
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinoscale.engine.drop_path import depth_uniforms
+from dinoscale.engine.drop_path import drop_path_uniforms
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 SIZES = {"crops": 5, "depth": 3}
@@ -11,7 +11,7 @@ BATCH = 12
 
 def _of_batch(step: int = 4, seed: int = 7) -> torch.Tensor:
     """The whole batch by one process: (depth, 2, crops, batch)."""
-    uniforms = depth_uniforms(seed=seed, step=step, first_image=0, images=BATCH, **SIZES)
+    uniforms = drop_path_uniforms(seed=seed, step=step, first_image=0, images=BATCH, **SIZES)
     return uniforms.unflatten(2, (SIZES["crops"], BATCH))
 
 
@@ -19,7 +19,7 @@ def _of_batch(step: int = 4, seed: int = 7) -> torch.Tensor:
 def test_any_split_of_the_batch_draws_what_one_process_draws(ranks: int, accumulation: int) -> None:
     images = BATCH // ranks // accumulation
     parts = [
-        depth_uniforms(seed=7, step=4, first_image=slot * images, images=images, **SIZES)
+        drop_path_uniforms(seed=7, step=4, first_image=slot * images, images=images, **SIZES)
         for slot in range(ranks * accumulation)
     ]
     joined = torch.cat([part.unflatten(2, (SIZES["crops"], images)) for part in parts], dim=3)
@@ -27,13 +27,13 @@ def test_any_split_of_the_batch_draws_what_one_process_draws(ranks: int, accumul
 
 
 def test_rows_are_crop_major_like_the_students() -> None:
-    of_third = depth_uniforms(seed=7, step=4, first_image=2, images=1, **SIZES)
+    of_third = drop_path_uniforms(seed=7, step=4, first_image=2, images=1, **SIZES)
     assert of_third.shape == (3, 2, 5)
     assert torch.equal(of_third, _of_batch()[..., 2])
 
 
 def test_draws_are_uniform_and_differ_everywhere() -> None:
-    whole = depth_uniforms(seed=0, step=0, first_image=0, images=2000, **SIZES)
+    whole = drop_path_uniforms(seed=0, step=0, first_image=0, images=2000, **SIZES)
     assert whole.dtype == torch.float32
     assert whole.min() >= 0
     assert whole.max() < 1
@@ -51,12 +51,12 @@ def test_other_step_or_seed_draws_other_numbers(change: dict[str, int]) -> None:
 
 
 def test_largest_seed_and_step_are_accepted() -> None:
-    uniforms = depth_uniforms(seed=2**32 - 1, step=10**7, first_image=10**5, images=2, **SIZES)
+    uniforms = drop_path_uniforms(seed=2**32 - 1, step=10**7, first_image=10**5, images=2, **SIZES)
     assert uniforms.shape == (3, 2, 10)
 
 
 def test_dropped_share_is_the_configured_rate() -> None:
-    uniforms = depth_uniforms(seed=0, step=0, first_image=0, images=2000, **SIZES)
+    uniforms = drop_path_uniforms(seed=0, step=0, first_image=0, images=2000, **SIZES)
     keep = stochastic_depth_keep(uniforms, drop_path_rate=0.3)
     dropped = (keep == 0).float().mean(dim=(1, 2))  # (depth,) of 20 000 draws each
     assert dropped.tolist() == pytest.approx([0.0, 0.15, 0.3], abs=0.016)  # 5 standard errors

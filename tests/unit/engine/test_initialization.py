@@ -1,4 +1,4 @@
-"""The first values of a network, one tensor at a time, are those of a network built at once."""
+"""A network initialized one tensor at a time has the values of a network built at once."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dinoscale.config import RunConfig
-from dinoscale.engine.build import Start, build_networks, first_values, shapes_only
-from dinoscale.engine.initialization import build_without_memory
+from dinoscale.engine.build import InitialWeights, build_networks, initial_values, shapes_only
+from dinoscale.engine.initialization import build_on_meta
 from dinoscale.errors import ConfigError
 from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
 from tests.distributed.tiny_run import tiny_config
@@ -23,9 +23,11 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
-def _values(config: RunConfig, start: Start | None = None) -> Iterator[tuple[str, Tensor]]:
-    _, writes = build_without_memory(lambda: shapes_only(config))
-    return first_values(config, writes, start)
+def _values(
+    config: RunConfig, init_from: InitialWeights | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    _, writes = build_on_meta(lambda: shapes_only(config))
+    return initial_values(config, writes, init_from)
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
@@ -38,10 +40,10 @@ def test_values_are_those_of_a_network_on_the_cpu(changes: dict[str, Any]) -> No
         assert torch.equal(found[name], value), name
 
 
-def test_what_a_run_starts_from_moves_no_other_value() -> None:
+def test_initial_weights_change_no_other_value() -> None:
     config = tiny_config()
     backbone = {k: v + 1 for k, v in build_networks(config)[0].backbone.state_dict().items()}
-    fresh, found = dict(_values(config)), dict(_values(config, Start(backbone)))
+    fresh, found = dict(_values(config)), dict(_values(config, InitialWeights(backbone)))
     for name, value in found.items():
         own = backbone.get(name.removeprefix("backbone."), fresh[name])
         assert torch.equal(value, own), name
@@ -57,7 +59,7 @@ def test_one_tensor_at_a_time_is_in_memory() -> None:
     largest, peak = with_peak_bytes(draw_all)
     assert peak - before < 1.1 * largest
     whole = sum(p.nbytes for p in build_networks(config)[0].parameters())
-    assert whole > 5 * largest  # else it would say nothing
+    assert whole > 5 * largest  # else the test would prove nothing
 
 
 class _Computed(nn.Module):
@@ -74,7 +76,9 @@ class _InParts(nn.Module):
 
 
 @pytest.mark.parametrize("network", [_Computed, _InParts])
-def test_what_is_neither_drawn_nor_filled_is_refused_by_name(network: type[nn.Module]) -> None:
+def test_tensor_that_is_neither_drawn_nor_filled_is_refused_by_name(
+    network: type[nn.Module],
+) -> None:
     name = next(name for name, _ in network().named_parameters())
-    with pytest.raises(ConfigError, match=f"cannot train it: {name} begins as"):
-        build_without_memory(network)
+    with pytest.raises(ConfigError, match=f"cannot train it: {name} is initialized by"):
+        build_on_meta(network)

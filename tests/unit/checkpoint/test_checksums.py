@@ -1,4 +1,4 @@
-"""Every way a file can differ from what was written is found and named."""
+"""Every change of a file since it was written is detected and named."""
 
 import subprocess
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def test_sha256sum_agrees(folder: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_comparing_and_flushing_a_large_file_give_signs_of_life(
+def test_comparing_and_flushing_a_large_file_signal_activity(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signs: list[str] = []

@@ -1,4 +1,4 @@
-"""bfloat16 layers that widen for the product give what bfloat16 layers give."""
+"""bfloat16 layers that upcast for the product give what bfloat16 layers give."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinoscale.models import cpu_bf16
-from dinoscale.models.activation_checkpointing import Recompute, recomputed
+from dinoscale.models.activation_checkpointing import Recompute, checkpointed
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_a_layer_without_bias_and_a_frozen_one_have_their_gradients_only() -> No
     assert bias.grad is None
 
 
-def test_only_bfloat16_on_a_cpu_that_lacks_it_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_bfloat16_on_a_cpu_without_it_is_upcast(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = _tensors(*FACTORS)
 
     def widens(*inputs: Tensor) -> bool:
@@ -83,10 +83,10 @@ def test_only_bfloat16_on_a_cpu_that_lacks_it_is_widened(monkeypatch: pytest.Mon
     assert not widens(x, weight, bias)
 
 
-def test_widening_a_network_keeps_its_names_and_weights() -> None:
+def test_upcasting_a_network_keeps_its_names_and_weights() -> None:
     network = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Sequential(nn.Linear(3, 2)))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    cpu_bf16.widen(network)
+    cpu_bf16.upcast_linear(network)
     assert [type(m) for m in network.modules() if isinstance(m, nn.Linear)] == [cpu_bf16.Linear] * 2
     after = network.state_dict()
     assert list(after) == list(before)
@@ -110,7 +110,7 @@ class _Calls(TorchDispatchMode):
     ("what", "linears", "attentions"),
     [("pointwise", 1, 1), ("all_but_attention", 2, 1), ("block", 2, 2)],
 )
-def test_the_backward_pass_recomputes_what_was_not_to_be_kept(
+def test_the_backward_pass_recomputes_what_was_not_kept(
     what: Recompute, linears: int, attentions: int
 ) -> None:
     def work(x: Tensor, w: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def test_the_backward_pass_recomputes_what_was_not_to_be_kept(
     inputs = _tensors((2, 2, 9, 16), (32, 16))
     plain = _of(work, *inputs)
     with _Calls() as calls:
-        recomputing = _of(lambda x, w: recomputed(what, work, x, w), *inputs)
+        recomputing = _of(lambda x, w: checkpointed(what, work, x, w), *inputs)
     assert calls.counts == {"linear": linears, "attention": attentions}
     for found, truth in zip(recomputing, plain, strict=True):
         assert torch.equal(found, truth)
