@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dinoscale.evaluate.load_backbone import load_backbone
+    from dinoscale.convert.load_backbone import load_backbone
 
 __all__ = ["load_backbone"]
 __version__ = "0.1.0"
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """Import what needs torch when it is asked for: `import dinoscale` stays light."""
     if name == "load_backbone":
-        from dinoscale.evaluate.load_backbone import load_backbone
+        from dinoscale.convert.load_backbone import load_backbone
 
         return load_backbone
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from dinoscale.convert.card import BackboneCard
 from dinoscale.data.augmentation.multi_crop import to_image, to_pixels
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.image_files import write_names
 from dinoscale.data.sources.listing import COMPRESSED_TAR, Beside, Listing
 from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.features import normalize_images
 from dinoscale.runtime.outputs import replacing
 
 log = logging.getLogger(__name__)

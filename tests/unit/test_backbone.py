@@ -12,7 +12,7 @@ from PIL import Image
 import dinoscale
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
 from dinoscale.data.augmentation.multi_crop import eval_transform
-from dinoscale.evaluate.features import normalize_images
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.models.zoo import build_backbone
 from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 

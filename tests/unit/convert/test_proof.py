@@ -25,12 +25,12 @@ from dinoscale.convert.formats.to_dino import write_dino
 from dinoscale.convert.formats.to_graphs import write_torchscript
 from dinoscale.convert.formats.to_hf import write_hf
 from dinoscale.convert.formats.to_timm import reopen_timm
+from dinoscale.convert.load_backbone import load_backbone
 from dinoscale.convert.parity import Forward, Reopened, require_any_device
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Weights
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.errors import ConversionError
-from dinoscale.evaluate.load_backbone import load_backbone
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.zoo import build_backbone
 

@@ -18,8 +18,8 @@ from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone as load_network
 from dinoscale.data.augmentation.multi_crop import eval_transform
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
-from dinoscale.evaluate.features import normalize_images
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 
