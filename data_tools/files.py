@@ -29,17 +29,17 @@ from dinoscale.data.sources.listing import (
     class_folders,
     list_folder,
 )
-from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.data.sources.source import Source, expand_pattern, open_source
 from dinoscale.errors import DataError, UnavailableError
 from dinoscale.runtime.fingerprint import (
     Fingerprint,
-    code_print,
+    code_fingerprint,
     digest_of,
-    files_print,
+    files_fingerprint,
     fingerprint,
 )
-from dinoscale.runtime.retry import Patience, is_there, patiently
+from dinoscale.runtime.retry import RetryBudget, path_exists, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def open_files(spec: str, decoder: Decoder = RGB) -> Files:
         DataError: nothing is there, it cannot be read, or it holds no files of images.
     """
     path = os.path.expanduser(spec)
-    patiently(lambda: is_there(path), path)  # else the file system fails
+    with_retries(lambda: path_exists(path), path)  # else the file system fails
     if os.path.isfile(path):
         if not path.lower().endswith(_TARS):
             return _open_list(path, decoder)
@@ -114,10 +114,10 @@ def print_of(source: Source | Files, spec: str) -> dict[str, object]:
         return {"drawn": spec}
     files = source.files()
     if isinstance(source, FolderSource):
-        return files_print(source.root, files)
+        return files_fingerprint(source.root, files)
     paths = list(files)
     chosen = {"chosen": digest_of(source.ids.tolist())} if isinstance(source, Selection) else {}
-    return {**files_print(os.path.dirname(paths[0]), paths), **chosen}
+    return {**files_fingerprint(os.path.dirname(paths[0]), paths), **chosen}
 
 
 def work_on(
@@ -135,7 +135,7 @@ def work_on(
         UnavailableError: the file system failed for about a minute.
     """
     return fingerprint(
-        input={"images": print_of(source, spec)}, command=command, code=code_print(module)
+        input={"images": print_of(source, spec)}, command=command, code=code_fingerprint(module)
     )
 
 
@@ -180,7 +180,7 @@ class TarOfTars:
 
     def __init__(self, path: str, decoder: Decoder = RGB):
         self._path = os.path.abspath(path)
-        self._patience = Patience()
+        self._retries = RetryBudget()
         self._decoder = decoder
         self._names: list[str] = []  # INNER.tar::MEMBER
         places: list[tuple[int, int, int]] = []  # offset, bytes, class
@@ -224,7 +224,7 @@ class TarOfTars:
         """
         offset, size, _ = self._places[index].tolist()
         try:
-            with PatientFile(self._path, self._patience) as file:
+            with ReopeningFile(self._path, self._retries) as file:
                 data = file.read_at(size, offset)
             if len(data) < size:
                 raise OSError("the tar has become shorter")
@@ -307,7 +307,7 @@ class Selection:
 
 def _open_list(path: str, decoder: Decoder) -> Files:
     folder = os.path.dirname(os.path.abspath(path))
-    read = patiently(Path(path).read_bytes, f"the list {path}")
+    read = with_retries(Path(path).read_bytes, f"the list {path}")
     lines = [os.fsdecode(line) for line in read.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"the list {path} is empty. It needs one path of a picture a line.")
@@ -335,7 +335,7 @@ def _listed_files(path: str, paths: Sequence[str], decoder: Decoder, *, root: st
 
     Also those of which no file is listed: a list gives a class the number that the folder gives it.
     """
-    missing = [name for name in paths if not patiently(partial(is_there, name), name)]
+    missing = [name for name in paths if not with_retries(partial(path_exists, name), name)]
     if missing:
         raise DataError(
             f"the list {path}: {len(missing)} of {len(paths)} files are not there, the first is "

@@ -103,12 +103,12 @@ def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
 
 
 def prune(
-    run_dir: Path, keep: Keep, *, written: Path, goes_on: Callable[[], None] = lambda: None
+    run_dir: Path, keep: Keep, *, written: Path, heartbeat: Callable[[], None] = lambda: None
 ) -> list[Path]:
     """Delete what no rule keeps; one that cannot be deleted costs space, not the run.
 
     One that cannot be read now may be the best, so it stays. So does `written`, the one that was
-    just saved, also beside others of later steps. `goes_on` is called after every file.
+    just saved, also beside others of later steps. `heartbeat` is called after every file.
     """
     try:
         paths = checkpoints(run_dir)
@@ -124,13 +124,13 @@ def prune(
         except OSError as error:  # noqa: PERF203  # a few paths, once a save
             log.warning("cannot read %s (%s): it stays", path, error)
     doomed = [s.path for s in superfluous(found, keep) if s.path != written]
-    return [path for path in doomed if delete(path, goes_on)]
+    return [path for path in doomed if delete(path, heartbeat)]
 
 
-def clear_leftovers(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -> None:
+def clear_leftovers(run_dir: Path, heartbeat: Callable[[], None] = lambda: None) -> None:
     """Delete what saves and deletions that were cut short have left behind.
 
-    `goes_on` is called after every file.
+    `heartbeat` is called after every file.
 
     Raises:
         UnreadableError: it cannot be told what they have.
@@ -138,24 +138,24 @@ def clear_leftovers(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -
     for path in leftovers(run_dir):
         log.warning("%s was not written to its end; deleting it", path)
         with suppress(OSError):
-            _remove(path, goes_on)
+            _remove(path, heartbeat)
         shutil.rmtree(path, ignore_errors=True)
 
 
-def delete(path: Path, goes_on: Callable[[], None] = lambda: None) -> bool:
+def delete(path: Path, heartbeat: Callable[[], None] = lambda: None) -> bool:
     """Delete a checkpoint, under another name first, so that no half of it looks whole."""
     try:
-        _remove(path.rename(removed_of(path)), goes_on)
+        _remove(path.rename(removed_of(path)), heartbeat)
     except OSError as error:
         log.warning("cannot delete the old checkpoint %s: %s", path, error)
         return False
     return True
 
 
-def _remove(folder: Path, goes_on: Callable[[], None]) -> None:
+def _remove(folder: Path, heartbeat: Callable[[], None]) -> None:
     """Delete a folder; with a file for each rank in it that may take minutes."""
     for path in [] if folder.is_symlink() else folder.iterdir():
         if not path.is_dir():
             path.unlink()
-            goes_on()
+            heartbeat()
     shutil.rmtree(folder)  # refuses a link

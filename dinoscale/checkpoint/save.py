@@ -1,6 +1,6 @@
 """Write a checkpoint beside the training: copy to memory, write, add checksums, rename.
 
-Training stands still for the copy only. Threads then write and agree over the board, never by a
+Training stands still for the copy only. Threads then write and agree over the store, never by a
 collective, which would mix with those of training. A directory gets its name when the files of all
 ranks and their checksums are on disk, so one that is named step_* was written to its end.
 """
@@ -83,7 +83,7 @@ class Saver:
     def __init__(self, run_dir: Path, keep: Keep) -> None:
         """Args: of the run, on a file system that all ranks share; which checkpoints stay."""
         self._run_dir, self._keep = run_dir, keep
-        self._board = distributed.Board()
+        self._store = distributed.KeyValueStore()
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[SaveResult] | None = None
@@ -146,32 +146,32 @@ class Saver:
         works = (self._writing, self._noting)
         return not all(work is None or work.done() for work in works)
 
-    def wait_for_own_files(self, goes_on: Callable[[], None]) -> None:
-        """Wait until this rank has written its part of the save under way; `goes_on` as `wait`."""
+    def wait_for_own_files(self, heartbeat: Callable[[], None]) -> None:
+        """Wait until this rank has written its part of the pending save; `heartbeat` as `wait`."""
         if self._own_files is not None:
-            self._wait_for(self._own_files, goes_on)
+            self._wait_for(self._own_files, heartbeat)
 
-    def wait(self, goes_on: Callable[[], None] = lambda: None) -> SaveResult | None:
+    def wait(self, heartbeat: Callable[[], None] = lambda: None) -> SaveResult | None:
         """Wait for the save under way; None if there is none.
 
-        `goes_on` is called whenever something shows that this rank writes, reads again or deletes
+        `heartbeat` is called whenever something shows that this rank writes, reads again or deletes
         files: not for a storage that stands still.
         """
         if self._noting is not None:
-            self._wait_for(self._noting, goes_on)
+            self._wait_for(self._noting, heartbeat)
             self._noting = None
         if self._writing is None:
             return None
-        result = self._wait_for(self._writing, goes_on)
+        result = self._wait_for(self._writing, heartbeat)
         self._writing = None
         return result
 
-    def _wait_for(self, work: Future[T], goes_on: Callable[[], None]) -> T:
+    def _wait_for(self, work: Future[T], heartbeat: Callable[[], None]) -> T:
         moves = self._moves_of_files()
         while not wait([work], _LOOK_S).done:
             before, moves = moves, self._moves_of_files()
             if moves != before:
-                goes_on()
+                heartbeat()
         return work.result()
 
     def _moves_of_files(self) -> tuple[int, int]:
@@ -224,12 +224,12 @@ class Saver:
         self._own_files.set_result(None)
         key = _key(snapshot.number)
         try:
-            self._board.post(f"{key}/{self._rank}", json.dumps(own))
+            self._store.set(f"{key}/{self._rank}", json.dumps(own))
             if self._rank == 0:
-                self._board.post(key, self._complete(target, snapshot.number))
-            [error] = self._board.wait_for([key])
+                self._store.set(key, self._complete(target, snapshot.number))
+            [error] = self._store.wait_for([key])
             if self._rank == 0 and not error:
-                prune(self._run_dir, self._keep, written=target, goes_on=self._moved)
+                prune(self._run_dir, self._keep, written=target, heartbeat=self._moved)
         except LostPeerError as lost:
             error = str(lost)
         return SaveResult(
@@ -266,8 +266,8 @@ class Saver:
         """Rank 0: give the directory its name when all ranks are done; an error text, or ""."""
         part = part_of(target)
         keys = [f"{_key(number)}/{rank}" for rank in range(self._world_size)]
-        reports = [json.loads(text) for text in self._board.wait_for(keys)]
-        self._board.forget([*keys, _key(number - 1)])  # all have read how that one ended
+        reports = [json.loads(text) for text in self._store.wait_for(keys)]
+        self._store.delete([*keys, _key(number - 1)])  # all have read how that one ended
         error = next((report["error"] for report in reports if report["error"]), "")
         if not error:
             try:
@@ -285,7 +285,7 @@ class Saver:
             write_measured(target, knn_top1)
         except OSError as error:
             log.warning("cannot add k-NN %.1f %% to %s: %s", knn_top1, target, error)
-        prune(self._run_dir, self._keep, written=target, goes_on=self._moved)
+        prune(self._run_dir, self._keep, written=target, heartbeat=self._moved)
 
 
 def _key(number: int) -> str:

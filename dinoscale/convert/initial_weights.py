@@ -34,11 +34,13 @@ log = logging.getLogger(__name__)
 _FIRST_LAYERS = ("patch_embed.proj.weight", "conv1.weight")  # of a ViT and of a ResNet
 
 
-def starting_weights(config: RunConfig, goes_on: Callable[[], None] = lambda: None) -> Start | None:
+def starting_weights(
+    config: RunConfig, heartbeat: Callable[[], None] = lambda: None
+) -> Start | None:
     """Read the weights that a run starts from; None where it starts from random ones.
 
     Rank 0 reads them, once for the whole job, and other ranks get None; `build_pair` hands out.
-    `goes_on` is called again and again meanwhile.
+    `heartbeat` is called regularly meanwhile.
 
     Raises:
         CheckpointError: they cannot be read, or do not fit what they claim to be.
@@ -47,7 +49,7 @@ def starting_weights(config: RunConfig, goes_on: Callable[[], None] = lambda: No
     path = config.train.init_from
     if path is None or distributed.rank() != 0:
         return None
-    weights = read_source(path, goes_on=goes_on)
+    weights = read_source(path, heartbeat=heartbeat)
     try:
         source, coverage = build(weights)
     except CheckpointError as error:

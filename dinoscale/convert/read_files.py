@@ -67,10 +67,10 @@ class Content:
     preprocessing: dict[str, Any] | None = None
 
 
-def read_content(path: Path, goes_on: Callable[[], None] = lambda: None) -> Content:
+def read_content(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Content:
     """Read a weights file, or the one in a folder; of a hub's file also the settings beside it.
 
-    `goes_on` is called again and again while checksums are compared.
+    `heartbeat` is called regularly while checksums are compared.
 
     Raises:
         CheckpointError: nothing is there, it is damaged, it is not clear which file is meant, or
@@ -78,7 +78,7 @@ def read_content(path: Path, goes_on: Callable[[], None] = lambda: None) -> Cont
     """
     file = find_weights(path) if path.is_dir() else path
     name = path.name if path.is_dir() else file.name
-    described = require_described(file, goes_on)
+    described = require_described(file, heartbeat)
     checkpoint, card = _read_file(file)
     if file.name not in HUB_NAMES or card is not None:
         return Content(name, checkpoint, card or described)
@@ -91,10 +91,10 @@ def read_content(path: Path, goes_on: Callable[[], None] = lambda: None) -> Cont
     )
 
 
-def require_described(file: Path, goes_on: Callable[[], None] = lambda: None) -> str | None:
+def require_described(file: Path, heartbeat: Callable[[], None] = lambda: None) -> str | None:
     """Compare a weights file, and what is read with it, with the checksums of its card.
 
-    `goes_on` is called again and again.
+    `heartbeat` is called regularly.
 
     Returns:
         What that card says of the backbone, for `parse_card`; None without such a card.
@@ -116,7 +116,7 @@ def require_described(file: Path, goes_on: Callable[[], None] = lambda: None) ->
                 )
             if not os.path.isfile(file.with_name(name)):  # False for an impossible name
                 raise CheckpointError(f"lacks {name!r}, which its card {card.name} names")
-            found = sha256(file.with_name(name), goes_on)
+            found = sha256(file.with_name(name), heartbeat)
             if found != sums[name]:
                 raise CheckpointError(
                     f"is not what was exported: {name} has the sha256 {found[:12]}..., its card "

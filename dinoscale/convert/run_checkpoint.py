@@ -22,7 +22,7 @@ def is_run(path: Path) -> bool:
 
 
 def read_run(
-    path: Path, *, network: Network, goes_on: Callable[[], None] = lambda: None
+    path: Path, *, network: Network, heartbeat: Callable[[], None] = lambda: None
 ) -> Weights:
     """Merge one network of a checkpoint out of all ranks' files, float32, on the CPU.
 
@@ -31,14 +31,14 @@ def read_run(
     Args:
         path: a run directory (its newest checkpoint) or one of its step_* directories.
         network: "teacher" or "student".
-        goes_on: called again and again.
+        heartbeat: called regularly.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    checkpoint = open_run(path, goes_on)
+    checkpoint = open_run(path, heartbeat)
     config = parse_config(checkpoint.state["config"], origin=str(checkpoint.path))
-    tensors = checkpoint.full(_KINDS[network], goes_on) | checkpoint.buffers(network)
+    tensors = checkpoint.full(_KINDS[network], heartbeat) | checkpoint.buffers(network)
     parts = {
         part: {
             name.removeprefix(part): tensor

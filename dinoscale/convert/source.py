@@ -26,7 +26,7 @@ def read_source(
     *,
     network: Network = "teacher",
     num_heads: int | None = None,
-    goes_on: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Weights:
     """Read one network of a source, without building it.
 
@@ -35,7 +35,7 @@ def read_source(
             world size; a safetensors file of ours; the reference's `.pth`, full or backbone only;
             a timm or Hugging Face folder or its weights file.
         network: which network of a run or full checkpoint to take; other files hold only one.
-        goes_on: called again and again while the files of a run are read, and checksums compared.
+        heartbeat: called regularly while the files of a run are read, and checksums compared.
         num_heads: for files whose heads are not 64 channels wide and that do not tell.
 
     Raises:
@@ -44,9 +44,9 @@ def read_source(
     """
     try:
         if is_run(Path(path)):
-            weights = read_run(Path(path), network=network, goes_on=goes_on)
+            weights = read_run(Path(path), network=network, heartbeat=heartbeat)
         else:
-            content = read_content(Path(path), goes_on)
+            content = read_content(Path(path), heartbeat)
             weights = _weights_of(content, network=network, num_heads=num_heads)
         told = weights.card.backbone.num_heads
         if num_heads not in (None, told):

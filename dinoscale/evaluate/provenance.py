@@ -8,7 +8,12 @@ from pathlib import Path
 
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.data.sources.spec_files import files_behind
-from dinoscale.runtime.fingerprint import Fingerprint, code_print, files_print, fingerprint
+from dinoscale.runtime.fingerprint import (
+    Fingerprint,
+    code_fingerprint,
+    files_fingerprint,
+    fingerprint,
+)
 
 WEIGHTS = "weights"  # the option
 # Options of tasks that name what is read.
@@ -45,7 +50,7 @@ def made_from(options: Mapping[str, object]) -> Fingerprint | None:
     return fingerprint(
         input={name: _print_of(name, str(spec)) for name, spec in specs.items()},
         command=settings,
-        code=code_print(*(f"dinoscale.evaluate.{module}" for module in _MODULES[task])),
+        code=code_fingerprint(*(f"dinoscale.evaluate.{module}" for module in _MODULES[task])),
     )
 
 
@@ -56,7 +61,7 @@ def _is_there(spec: str) -> bool:
 def _print_of(name: str, spec: str) -> object:
     if spec.startswith("synthetic:"):
         return spec
-    return files_print(*(_of_weights(spec) if name == WEIGHTS else files_behind(spec)))
+    return files_fingerprint(*(_of_weights(spec) if name == WEIGHTS else files_behind(spec)))
 
 
 def _of_weights(spec: str) -> tuple[str, Iterable[str]]:

@@ -197,13 +197,13 @@ def card_sums(card: Path) -> dict[str, str]:
     return {name: found for name, found in files.items() if isinstance(found, str)}
 
 
-def sha256(path: Path, goes_on: Callable[[], None] = lambda: None) -> str:
-    """Hexadecimal digest of a file's contents; `goes_on` is called after every megabyte."""
+def sha256(path: Path, heartbeat: Callable[[], None] = lambda: None) -> str:
+    """Hexadecimal digest of a file's contents; `heartbeat` is called after every megabyte."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
-            goes_on()
+            heartbeat()
     return digest.hexdigest()
 
 

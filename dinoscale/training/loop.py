@@ -37,9 +37,9 @@ from dinoscale.errors import (
     RunFailedError,
 )
 from dinoscale.runtime import distributed
-from dinoscale.runtime.cores import cores_at_hand
+from dinoscale.runtime.cores import available_cores
 from dinoscale.runtime.launcher_env import Process
-from dinoscale.runtime.opening import by_all, on_first_rank
+from dinoscale.runtime.opening import on_all_ranks, on_first_rank
 from dinoscale.runtime.preemption import StopRequest
 from dinoscale.runtime.versions import versions
 from dinoscale.runtime.watchdog import Watchdog
@@ -123,7 +123,7 @@ class Run:
         self.stopping = False  # a rank was asked to stop, and all know
         self.data_wait = DataWait(
             num_workers=config.data.num_workers,
-            cores=cores_at_hand(),
+            cores=available_cores(),
             ranks_here=process.local_world_size,
             on_cpu=process.device.type == "cpu",
         )
@@ -176,8 +176,8 @@ class Run:
         except LostPeerError:
             raise
         except Exception:
-            self.watchdog.goes_on()
-            self._report(self.saver.wait(self.watchdog.goes_on))
+            self.watchdog.heartbeat()
+            self._report(self.saver.wait(self.watchdog.heartbeat))
             raise
 
     def _train(self) -> None:
@@ -187,12 +187,12 @@ class Run:
         steps = self.feed.steps(self.progress.step, offset=self.progress.data_offset)
         taken: deque[_Taken] = deque()
         for step in range(self.progress.step, self.plan.stop_step):
-            self.watchdog.moved(f"waiting for the images of step {step + 1}")
+            self.watchdog.progress(f"waiting for the images of step {step + 1}")
             begin = time.perf_counter()
             batches = next(steps)
             waited = time.perf_counter() - begin
             watch.waited(waited, idle_s=taken[-1].result.idle_s() if taken else math.inf)
-            self.watchdog.moved(f"in step {step + 1}")
+            self.watchdog.progress(f"in step {step + 1}")
             for batch in batches:
                 self.pending_bad += batch.bad
                 self.left_out |= batch.left_out
@@ -251,7 +251,7 @@ class Run:
         """
         old = self.progress
         self._wait_for_save()
-        checkpoint = find_checkpoint(self.run_dir, self.watchdog.goes_on)
+        checkpoint = find_checkpoint(self.run_dir, self.watchdog.heartbeat)
         if old.rollbacks >= self.config.train.max_rollbacks or checkpoint is None:
             source = "from the start" if checkpoint is None else f"from {checkpoint.path}"
             self.events.write(old.step, "stopped", reason=result.skipped)
@@ -261,7 +261,7 @@ class Run:
                 f" again to go on {source}, with a lower optim.lr, a smaller optim.clip_grad or"
                 " engine.precision=fp32, or with train.max_rollbacks=1 to pass over these images"
             )
-        restore(checkpoint, self.student, self.teacher, self.watchdog.goes_on)
+        restore(checkpoint, self.student, self.teacher, self.watchdog.heartbeat)
         self.progress = _progress_of(checkpoint)
         self.progress.data_offset = old.data_offset + old.step - checkpoint.step
         self.progress.rollbacks = old.rollbacks + 1
@@ -405,7 +405,7 @@ class Run:
         if self.probe is None:
             return
         done = self.progress.step
-        self.watchdog.moved(f"measuring k-NN after step {done}")
+        self.watchdog.progress(f"measuring k-NN after step {done}")
         backbone = self.teacher.plain_network().backbone
         measure = partial(self.probe.measure, backbone, self.process.device, self._measuring)
         try:
@@ -433,7 +433,7 @@ class Run:
         Raises:
             PreemptedError: this rank was asked.
         """
-        self.watchdog.goes_on()
+        self.watchdog.heartbeat()
         self.stop.check()
 
     def _save(self, *, begun: bool = False) -> None:
@@ -447,7 +447,7 @@ class Run:
         since = time.perf_counter()
         if begun and any(distributed.gather_objects(self.saver.busy())):
             self._wait_for_save()
-        self.watchdog.moved(f"copying the checkpoint of step {self.progress.step}")
+        self.watchdog.progress(f"copying the checkpoint of step {self.progress.step}")
         about = {
             "config": self.config.model_dump(mode="json"),
             "plan": asdict(self.plan),
@@ -478,14 +478,16 @@ class Run:
             )
 
     def _wait_for_save(self) -> SaveResult | None:
-        """Wait until no rank writes or asks rank 0's board; the last save if it failed on any."""
+        """Wait until no rank writes or asks rank 0's store; the last save if it failed on any."""
         if self.saved_step is None:
             return None
-        step, goes_on = self.saved_step, self.watchdog.goes_on
-        self.watchdog.moved(f"writing the checkpoint of step {step}")
-        wait_for_others = partial(self.watchdog.moved, f"waiting for the checkpoint of step {step}")
-        by_all(self.saver.wait_for_own_files, goes_on, wait_for_others)
-        on_first = on_first_rank(self.saver.wait, goes_on)  # which completes it
+        step, heartbeat = self.saved_step, self.watchdog.heartbeat
+        self.watchdog.progress(f"writing the checkpoint of step {step}")
+        wait_for_others = partial(
+            self.watchdog.progress, f"waiting for the checkpoint of step {step}"
+        )
+        on_all_ranks(self.saver.wait_for_own_files, heartbeat, wait_for_others)
+        on_first = on_first_rank(self.saver.wait, heartbeat)  # which completes it
         self._report(on_first or self.saver.wait())
         results = distributed.gather_objects(self.saved)  # a rank alone may have lost contact
         return next((result for result in results if result and result.error), None)

@@ -26,7 +26,7 @@ from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import CheckpointError, ConfigError, MissingFileError, UnreadableError
 from dinoscale.runtime import distributed
-from dinoscale.runtime.opening import by_all, on_first_rank
+from dinoscale.runtime.opening import on_all_ranks, on_first_rank
 from dinoscale.runtime.versions import versions
 
 log = logging.getLogger(__name__)
@@ -47,14 +47,16 @@ _FREE += (
 )
 
 
-def find_checkpoint(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint | None:
+def find_checkpoint(
+    run_dir: Path, heartbeat: Callable[[], None] = lambda: None
+) -> Checkpoint | None:
     """The newest undamaged checkpoint of a run, None if it has none; collective.
 
     All ranks share the reading for the checksums; rank 0 opens it and hands it to the others.
     Damaged checkpoints are set aside under another name, and what was not written to its end is
     deleted. Nothing is done about one that merely cannot be read. One that holds another step than
-    its name tells gets the right name, or is set aside where that is taken. `goes_on` is called
-    again and again, also while other ranks read.
+    its name tells gets the right name, or is set aside where that is taken. `heartbeat` is called
+    regularly, also while other ranks read.
 
     Raises:
         UnreadableError: on every rank; the checkpoints cannot be listed, the newest or the state
@@ -63,11 +65,11 @@ def find_checkpoint(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -
     """
     is_first = distributed.rank() == 0
     found = _of_first(lambda: _rightly_named(run_dir))
-    checkpoint, errors = first_good(found, lambda path: _open_together(path, goes_on))
+    checkpoint, errors = first_good(found, lambda path: _open_together(path, heartbeat))
     if is_first:
         for path, error in zip(found, errors, strict=False):
             _set_aside(path, error)
-    on_first_rank(lambda alive: clear_leftovers(run_dir, alive), goes_on)
+    on_first_rank(lambda alive: clear_leftovers(run_dir, alive), heartbeat)
     return checkpoint
 
 
@@ -89,7 +91,7 @@ def _rightly_named(run_dir: Path) -> list[Path]:
     return newest_first(run_dir)
 
 
-def _open_together(path: Path, goes_on: Callable[[], None]) -> Checkpoint:
+def _open_together(path: Path, heartbeat: Callable[[], None]) -> Checkpoint:
     """Verify and open a checkpoint; what all ranks see as one is said to be damaged.
 
     Raises:
@@ -98,7 +100,7 @@ def _open_together(path: Path, goes_on: Callable[[], None]) -> Checkpoint:
     """
     try:
         sums = _of_first(lambda: read_sums(path))
-        _require_sums(path, sums, goes_on)
+        _require_sums(path, sums, heartbeat)
         return _of_first(lambda: Checkpoint(path))
     except MissingFileError:
         views = distributed.gather_objects(_listed(path))
@@ -127,7 +129,7 @@ def _of_first(read: Callable[[], T]) -> T:
     return cast(T, distributed.broadcast_object(value))
 
 
-def _require_sums(path: Path, sums: dict[str, str], goes_on: Callable[[], None]) -> None:
+def _require_sums(path: Path, sums: dict[str, str], heartbeat: Callable[[], None]) -> None:
     """Compare all files with their checksums, each rank its share; rank 0 looks at a bad one too.
 
     Raises:
@@ -137,15 +139,15 @@ def _require_sums(path: Path, sums: dict[str, str], goes_on: Callable[[], None])
     rank, world_size = distributed.rank(), distributed.world_size()
 
     def differs(sign: Callable[[], None]) -> str | None:
-        return first_difference(path, sums, share=rank, num_shares=world_size, goes_on=sign)
+        return first_difference(path, sums, share=rank, num_shares=world_size, heartbeat=sign)
 
-    own = by_all(differs, goes_on)
+    own = on_all_ranks(differs, heartbeat)
     found = distributed.gather_objects(own)
     finder = next((number for number, name in enumerate(found) if name is not None), None)
     if finder is None:
         return
     name = cast(str, found[finder])
-    whole = on_first_rank(lambda alive: matches(path / name, sums[name], alive), goes_on)
+    whole = on_first_rank(lambda alive: matches(path / name, sums[name], alive), heartbeat)
     if not distributed.broadcast_object(whole):
         raise difference(path, name)
     raise UnreadableError(
@@ -322,11 +324,11 @@ def restore(
     checkpoint: Checkpoint,
     student: Student,
     teacher: Teacher,
-    goes_on: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> None:
     """Set student, optimizer, teacher and center to a checkpoint's, at any world size and stage.
 
-    `goes_on` is called after each tensor of this rank.
+    `heartbeat` is called after each tensor of this rank.
 
     Raises:
         CheckpointError: on every rank: another model, or parts are missing.
@@ -337,7 +339,7 @@ def restore(
 
     def read(kind: str, name: str, start: int, numel: int) -> Tensor:
         values = checkpoint.read(kind, name, start, numel)
-        goes_on()
+        heartbeat()
         return values
 
     student.restore_master(partial(read, MASTER))

@@ -32,9 +32,9 @@ from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.runtime import distributed
-from dinoscale.runtime.cores import cores_at_hand, cores_of_rank
+from dinoscale.runtime.cores import available_cores, cores_per_rank
 from dinoscale.runtime.launcher_env import Process
-from dinoscale.runtime.opening import on_first_rank, open_once_a_node
+from dinoscale.runtime.opening import on_first_rank, open_once_per_node
 from dinoscale.runtime.preemption import StopRequest
 from dinoscale.runtime.watchdog import Watchdog
 from dinoscale.training import run_directory as directory
@@ -79,10 +79,10 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     )
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)
-    with watchdog.spreading():
+    with watchdog.sharing_failure():
         require_alike(config, process, members)
         opens = _unless_asked(partial(open_images, config), stop)
-        source = open_once_a_node(opens, hosts, watchdog.goes_on)
+        source = open_once_per_node(opens, hosts, watchdog.heartbeat)
         distributed.together(stop.check)
         require_same_images(source)
         _plan(without_auto(config), process, source)  # a mistake ends it before there is a run_dir
@@ -101,11 +101,11 @@ def _unless_asked(
     """
 
     def opened(alive: Callable[[], None]) -> S:
-        def goes_on() -> None:
+        def heartbeat() -> None:
             alive()
             stop.check()
 
-        return open_set(goes_on)
+        return open_set(heartbeat)
 
     return opened
 
@@ -147,10 +147,10 @@ def _build(
     run_dir = Path(config.run_dir)
     if not config.resume:
         distributed.together(lambda: _require_new(run_dir) if is_first else None)
-    watchdog.moved("comparing the images with those of the run so far")
-    images = on_first_rank(source.identity, watchdog.goes_on) or ""
-    watchdog.moved("opening the newest checkpoint")
-    checkpoint = find_checkpoint(run_dir, watchdog.goes_on)
+    watchdog.progress("comparing the images with those of the run so far")
+    images = on_first_rank(source.identity, watchdog.heartbeat) or ""
+    watchdog.progress("opening the newest checkpoint")
+    checkpoint = find_checkpoint(run_dir, watchdog.heartbeat)
     if checkpoint is not None:
         config = keep_micro_batch(checkpoint, config, world_size=process.world_size)
         require_same_run(checkpoint, config, _plan(without_auto(config), process, source))
@@ -159,16 +159,16 @@ def _build(
         log.warning("steps were logged in %s, but there is no checkpoint: beginning anew", run_dir)
     start = None
     if checkpoint is None and config.train.init_from is not None:
-        start = on_first_rank(partial(starting_weights, config), watchdog.goes_on)
+        start = on_first_rank(partial(starting_weights, config), watchdog.heartbeat)
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)
     if config.engine.offload_optimizer and process.device.type == "cuda":
         # The host steps the weights; launchers leave it one thread.
-        torch.set_num_threads(cores_of_rank(process.local_world_size))
-    watchdog.moved("building the networks")
+        torch.set_num_threads(cores_per_rank(process.local_world_size))
+    watchdog.progress("building the networks")
     distributed.together(stop.check)
-    student, teacher = _networks(config, plan, start, checkpoint, watchdog.goes_on)
+    student, teacher = _networks(config, plan, start, checkpoint, watchdog.heartbeat)
     del start  # 4 bytes a weight, on rank 0
     probe = _probe(config, hosts, stop, watchdog) if config.eval.train else None
     if is_first:
@@ -186,12 +186,12 @@ def _networks(
     plan: RunPlan,
     start: Start | None,
     checkpoint: Checkpoint | None,
-    goes_on: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:
     """Student and teacher as the run begins, or as it goes on; nothing is drawn for the latter."""
     student, teacher = build_pair(config, plan, start, values=checkpoint is None)
     if checkpoint is not None:
-        restore(checkpoint, student, teacher, goes_on)
+        restore(checkpoint, student, teacher, heartbeat)
     return student, teacher
 
 
@@ -206,7 +206,7 @@ def _require_new(run_dir: Path) -> None:
 def _probe(config: RunConfig, hosts: Sequence[str], stop: StopRequest, watchdog: Watchdog) -> Probe:
     def open_set(spec: str, decoder: Decoder) -> Source:
         opens = _unless_asked(partial(open_source, spec, decoder), stop)
-        return open_once_a_node(opens, hosts, watchdog.goes_on)
+        return open_once_per_node(opens, hosts, watchdog.heartbeat)
 
     return distributed.together(lambda: Probe(config, open_set))
 
@@ -215,7 +215,9 @@ def _find_micro_batch(
     config: RunConfig, process: Process, stop: StopRequest, watchdog: Watchdog
 ) -> RunConfig:
     """The configuration with the largest micro-batch that fits, by trial."""
-    found = find_micro_batch(config, process, moved=watchdog.moved, stop_asked=lambda: stop.asked)
+    found = find_micro_batch(
+        config, process, moved=watchdog.progress, stop_asked=lambda: stop.asked
+    )
     events = Events(Path(config.run_dir), active=process.rank == 0)
     events.write(0, "micro-batch found", **asdict(found))
     return with_micro_batch(config, found.size)
@@ -253,7 +255,7 @@ def _announce(
     )
     if config.data.channels != 3:
         log.info("%d channels are no RGB: saturation, hue and gray are off", config.data.channels)
-    cores = cores_at_hand()
+    cores = available_cores()
     workers = config.data.num_workers * process.local_world_size
     if workers > cores:
         log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)

@@ -58,7 +58,7 @@ def test_full_disk_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
 def test_file_system_that_does_not_answer_keeps_nobody_from_ending(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "_LAST_WORDS_S", 0.1)
+    monkeypatch.setattr(logs, "_LOG_EXIT_S", 0.1)
     os.mkfifo(tmp_path / "rank_00000.log")
     reader = os.open(tmp_path / "rank_00000.log", os.O_RDONLY | os.O_NONBLOCK)
     assert logs.to_file(tmp_path, rank=0, header="begins") is None
@@ -68,7 +68,7 @@ def test_file_system_that_does_not_answer_keeps_nobody_from_ending(
     while not _holds_text(reader):
         time.sleep(0.01)
     begin = time.monotonic()
-    logs.last_words("error: it hangs")
+    logs.log_exit("error: it hangs")
     assert time.monotonic() - begin < 30
     assert capfd.readouterr().err == "error: it hangs\n"
     while stuck.is_alive():
@@ -117,7 +117,7 @@ _SAY = """
         print("x" * 100_000, file=sys.stderr, flush=True)
         logs.log.warning("something is wrong")
     with open(sys.argv[1], "w") as file:
-        print(opened > 2, logs.lost_output(), file=file)
+        print(opened > 2, logs.stdout_error(), file=file)
     os._exit(7)
 """
 
@@ -154,7 +154,7 @@ def test_stream_that_is_closed_or_cannot_spell_a_name_ends_nothing(
     for inner, error in ((ascii_only, UnicodeEncodeError), (closed, ValueError)):
         monkeypatch.setattr(sys, "stdout", logs._Lossy(inner, waits=waits))
         print("\u00e9", flush=True)
-        assert isinstance(logs.lost_output(), error)
+        assert isinstance(logs.stdout_error(), error)
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")

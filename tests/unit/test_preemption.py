@@ -12,7 +12,7 @@ from PIL import Image
 
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import PreemptedError
-from dinoscale.runtime.opening import open_once_a_node
+from dinoscale.runtime.opening import open_once_per_node
 from dinoscale.runtime.preemption import StopRequest
 from dinoscale.training.trainer import _unless_asked
 
@@ -91,5 +91,5 @@ def test_wish_to_stop_is_heard_while_images_are_listed(tmp_path: Path) -> None:
 
     opens = _unless_asked(lambda alive: open_source(str(tmp_path), alive=alive), stop)
     with pytest.raises(PreemptedError, match=r"asked to stop \(SIGTERM\)"):
-        open_once_a_node(opens, ["a"], sign)
+        open_once_per_node(opens, ["a"], sign)
     assert len(signs) == 1

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import patiently, refusal
+from dinoscale.runtime.retry import read_error, with_retries
 
 _MAGIC = b"dinoscale-index1"
 _HEADER = struct.Struct("<16s16sQQQI")
@@ -159,7 +159,7 @@ class Index:
         try:
             data = read_at(self._descriptor, size, offset)
         except OSError as error:
-            raise refusal(f"the index {self.path}", error) from error
+            raise read_error(f"the index {self.path}", error) from error
         if len(data) < size:
             raise self._damaged()
         return data
@@ -219,7 +219,7 @@ def _remove(path: str, owner: int) -> None:
 
 def _reopened(path: str, header: bytes) -> Index:
     numbers = _HEADER.unpack(header)[1].rstrip(b"\0").decode()
-    index = patiently(lambda: Index(path, numbers), f"the index {path}")
+    index = with_retries(lambda: Index(path, numbers), f"the index {path}")
     if index._header != header:
         raise DataError(f"the index {path} has changed: another run made it anew. Start again.")
     return index

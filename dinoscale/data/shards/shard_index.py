@@ -42,11 +42,11 @@ from dinoscale.data.shards.samples import (
 )
 from dinoscale.data.shards.tar_headers import Member, read_members
 from dinoscale.data.sources.left_out import LeftOut
-from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.data.worker_process import end_with_parent, leave_signals_to_parent
 from dinoscale.errors import DataError
-from dinoscale.runtime.cores import cores_at_hand
-from dinoscale.runtime.retry import patiently, refusal
+from dinoscale.runtime.cores import available_cores
+from dinoscale.runtime.retry import read_error, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def open_shard_index(
             shards.append(shard)
             alive()
         try:
-            return _cached_index(shards, pool, alive, num_processes or cores_at_hand())
+            return _cached_index(shards, pool, alive, num_processes or available_cores())
         except OSError as error:
             log.warning(
                 "cannot keep the index of %s (%s): it is made at every start, by every process. "
@@ -149,7 +149,7 @@ def some(paths: Sequence[str]) -> str:
 
 
 def _state(path: str) -> Shard:
-    status = patiently(lambda: os.stat(path), f"the shard {path}")
+    status = with_retries(lambda: os.stat(path), f"the shard {path}")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
         raise DataError(f"cannot read the shard {path}: it is not a plain file.")
     return Shard(path, status.st_size, status.st_mtime_ns)
@@ -410,7 +410,7 @@ def _scan(shard: Shard) -> _Scanned:
     num_labelled = 0
     left_out = left_out_of_samples(samples)
     try:
-        with PatientFile(shard.path) as file:
+        with ReopeningFile(shard.path) as file:
             for sample in samples:
                 extension = picture_of(sample)
                 if not extension:
@@ -424,7 +424,7 @@ def _scan(shard: Shard) -> _Scanned:
                 if why_not := why_no_sample(member.name, start):
                     left_out.add(why_not, member.name)
     except OSError as error:
-        raise refusal(f"the shard {shard.path}", error) from error
+        raise read_error(f"the shard {shard.path}", error) from error
     return replace(shard, num_images=len(rows), num_labelled=num_labelled, left_out=left_out), rows
 
 
@@ -434,7 +434,7 @@ def _label_of(sample: dict[str, Member], picture: str) -> Member | None:
     return sample.get("cls") or sample.get(f"{middle}{dot}cls")
 
 
-def _class_number(file: PatientFile, label: Member) -> int:
+def _class_number(file: ReopeningFile, label: Member) -> int:
     if label.size > _MAX_LABEL_BYTES:
         return NO_LABEL
     text = file.read_at(label.size, label.offset).strip()

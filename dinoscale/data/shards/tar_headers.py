@@ -9,9 +9,9 @@ import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import refusal
+from dinoscale.runtime.retry import read_error
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +50,17 @@ def read_members(path: str, within: Member | None = None) -> Iterator[Member]:
         UnavailableError: the file system failed for about a minute.
     """
     try:
-        with PatientFile(path) as file:
+        with ReopeningFile(path) as file:
             if within is None:
                 yield from _walk(file, path, 0, file.status().st_size)
             else:
                 end = within.offset + within.size
                 yield from _walk(file, f"{path}::{within.name}", within.offset, end)
     except OSError as error:
-        raise refusal(f"the shard {path}", error) from error
+        raise read_error(f"the shard {path}", error) from error
 
 
-def _walk(file: PatientFile, path: str, start: int, end: int) -> Iterator[Member]:
+def _walk(file: ReopeningFile, path: str, start: int, end: int) -> Iterator[Member]:
     """The tar between two bytes of a file."""
     at = start
     ahead, ahead_at = b"", start  # what was read last: small members and their headers share a read

@@ -21,9 +21,9 @@ from dinoscale.data.shards.shard_index import Shard, open_shard_index, some
 from dinoscale.data.shards.tar_headers import Member, read_members
 from dinoscale.data.sources.image_files import MAX_IMAGE_BYTES, unavailable
 from dinoscale.data.sources.left_out import LeftOut
-from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import Patience
+from dinoscale.runtime.retry import RetryBudget
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class TarSource:
         self._index, self._shards = open_shard_index(paths, alive, num_processes=num_processes)
         self.left_out = _report(self._shards)
         self._ends = list(accumulate(shard.num_images for shard in self._shards))
-        self._patience = Patience()
-        self._files: OrderedDict[int, PatientFile] = OrderedDict()  # by shard, oldest use first
+        self._retries = RetryBudget()
+        self._files: OrderedDict[int, ReopeningFile] = OrderedDict()  # by shard, oldest use first
 
     def __len__(self) -> int:
         return len(self._index)
@@ -147,7 +147,7 @@ class TarSource:
         if file is None:
             if len(self._files) >= _MAX_OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
-            file = PatientFile(self._shards[shard].path, self._patience)
+            file = ReopeningFile(self._shards[shard].path, self._retries)
         self._files[shard] = file  # last used
         data = file.read_at(size, offset)
         _check_unchanged(file.status(), self._shards[shard])  # after reading: of what was read

@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterable
 
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.shards.row_table import Index, IndexWriter
-from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import Patience
+from dinoscale.runtime.retry import RetryBudget
 
 # The largest picture that Pillow opens has 179 million pixels, of at most 8 bytes each.
 MAX_IMAGE_BYTES = 2**31
 
 # Of a process, for files that are read one by one: they fail together, and it must not wait for
 # each. Sources have one of their own.
-_PATIENCE = Patience()
+_RETRIES = RetryBudget()
 
 NAMES_A_SIGN = 1000  # names that are listed between two signs that it goes on
 
@@ -46,15 +46,15 @@ def write_names(
         ) from error
 
 
-def read_image_file(path: str, patience: Patience = _PATIENCE) -> bytes:
-    """All bytes of a file; of an error of the file system `patience` decides.
+def read_image_file(path: str, retries: RetryBudget = _RETRIES) -> bytes:
+    """All bytes of a file; of an error of the file system `retries` decides.
 
     Raises:
         BadSampleError: it cannot be read, though that was tried again, or is no plain file of a
             size that a picture can have.
     """
     try:
-        with PatientFile(path, patience) as file:
+        with ReopeningFile(path, retries) as file:
             status = file.status()
             if not stat.S_ISREG(status.st_mode):
                 raise BadSampleError(path, "cannot be read: it is not a plain file")

@@ -5,28 +5,28 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from dinoscale.data.shards.row_table import read_at
-from dinoscale.runtime.retry import Patience
+from dinoscale.runtime.retry import RetryBudget
 
 T = TypeVar("T")
 
 
-class PatientFile:
+class ReopeningFile:
     """A file on disk, opened when it is first read.
 
     Args:
         path: of the file.
-        patience: shared by files that fail together; None has that of this file alone.
+        retries: shared by files that fail together; None has that of this file alone.
 
     Raises:
         OSError: from every method but `close`; it still fails after it was tried again.
     """
 
-    def __init__(self, path: str, patience: Patience | None = None):
+    def __init__(self, path: str, retries: RetryBudget | None = None):
         self.path = path
-        self._patience = patience or Patience()
+        self._retries = retries or RetryBudget()
         self._descriptor = -1
 
-    def __enter__(self) -> "PatientFile":
+    def __enter__(self) -> "ReopeningFile":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,7 +50,7 @@ class PatientFile:
         return self._tried(os.fstat)
 
     def _tried(self, use: Callable[[int], T]) -> T:
-        return self._patience.read(lambda: self._used(use), self.path)
+        return self._retries.read(lambda: self._used(use), self.path)
 
     def _used(self, use: Callable[[int], T]) -> T:
         if self._descriptor < 0:

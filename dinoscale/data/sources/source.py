@@ -18,7 +18,7 @@ from dinoscale.data.sources.folder import FolderSource, ListSource
 from dinoscale.data.sources.left_out import COMPRESSED, LeftOut
 from dinoscale.data.sources.listing import COMPRESSED_TAR, list_folder
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import is_there, patiently
+from dinoscale.runtime.retry import path_exists, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def open_source(
             "images or shards to a local or mounted disk, or read them by a command, pipe:COMMAND."
         )
     path = os.path.expanduser(spec)
-    patiently(lambda: is_there(path), path)  # else the file system fails
+    with_retries(lambda: path_exists(path), path)  # else the file system fails
     if os.path.isdir(path):
         return _open_folder(path, decoder, alive, num_processes)
     if path.lower().endswith(".txt") and os.path.isfile(path):

@@ -25,10 +25,10 @@ from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.shards.samples import picture_of, split_name
 from dinoscale.data.shards.tar_headers import Member, read_members
 from dinoscale.data.sources.image_files import read_image_file, unavailable
-from dinoscale.data.sources.reopening_file import PatientFile
+from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.data.sources.source import expand_pattern
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import is_there, patiently
+from dinoscale.runtime.retry import path_exists, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class File:
         if self.member is None:
             return read_image_file(self.path)
         try:
-            with PatientFile(self.path) as tar:
+            with ReopeningFile(self.path) as tar:
                 return tar.read_at(self.member.size, self.member.offset)
         except OSError as error:
             raise unavailable(str(self), error) from None
@@ -174,7 +174,7 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
         UnavailableError: the file system failed for about a minute.
     """
     path = os.path.expanduser(spec)
-    patiently(lambda: is_there(path), path)  # else the file system fails
+    with_retries(lambda: path_exists(path), path)  # else the file system fails
     if os.path.isdir(os.path.join(path, "JPEGImages")):
         files = list(_davis_files(path))
         names = _davis_names(path) if names is None else names
@@ -211,7 +211,7 @@ def _plain_files(spec: str, path: str) -> Iterator[tuple[str, File]]:
     """Names with their sequence in front, of tars or of a folder of sequences."""
     tars = [path] if os.path.isfile(path) else []
     if os.path.isdir(path):
-        listed = patiently(lambda: os.listdir(path), f"the folder {path}")
+        listed = with_retries(lambda: os.listdir(path), f"the folder {path}")
         tars = sorted(os.path.join(path, name) for name in listed if name.endswith(".tar"))
         if not tars:
             yield from _folder_files(path)
@@ -227,7 +227,7 @@ def _plain_files(spec: str, path: str) -> Iterator[tuple[str, File]]:
 
 
 def _folder_files(root: str) -> Iterator[tuple[str, File]]:
-    walk = patiently(lambda: list(os.walk(root, onerror=_raised)), f"the folder {root}")
+    walk = with_retries(lambda: list(os.walk(root, onerror=_raised)), f"the folder {root}")
     for folder, _, files in walk:
         relative = os.path.relpath(folder, root)
         inside = os.path.basename(os.path.abspath(root)) if relative == "." else relative
@@ -272,7 +272,7 @@ def read_names(path: str) -> list[str]:
             return [line.strip() for line in file if line.strip()]
 
     try:
-        names = patiently(read, f"the list of sequences {path}")
+        names = with_retries(read, f"the list of sequences {path}")
     except UnicodeDecodeError as error:
         raise DataError(f"cannot read the list of sequences {path}: {error}.") from None
     if not names:

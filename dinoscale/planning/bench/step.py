@@ -35,7 +35,7 @@ from dinoscale.planning.bench.timeline import INPUT, OTHER, PARTS, Timeline
 from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.memory import NO_MEMORY
-from dinoscale.runtime.opening import open_once_a_node
+from dinoscale.runtime.opening import open_once_per_node
 from dinoscale.runtime.outputs import replacing
 from dinoscale.training.feed import open_images
 
@@ -191,7 +191,7 @@ def too_slow(config: RunConfig, limit_s: float) -> str:
 
 def _input_of(config: RunConfig, process: Process) -> tuple[RunPlan, Source]:
     if config.data.sources:
-        source = open_once_a_node(partial(open_images, config))
+        source = open_once_per_node(partial(open_images, config))
         sizes = source_sizes(source)
         return resolve(config, world_size=process.world_size, num_images=sizes), source
     data = config.data

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dinoscale.runtime.cores import cores_at_hand
+from dinoscale.runtime.cores import available_cores
 from dinoscale.scaling.sweep.run_files import LOG
 
 _JOB = (sys.executable, "-m", "dinoscale.scaling.sweep.job")
@@ -71,7 +71,7 @@ class LocalExecutor:
         """
         self._processes, self._gpus, self._program = processes, gpus, program
         self._places = list(range(parallel))
-        self._threads = max(1, cores_at_hand() // (parallel * processes))
+        self._threads = max(1, available_cores() // (parallel * processes))
         self._running: list[_Running] = []
 
     def start(self, run_dir: Path) -> str:

@@ -191,12 +191,12 @@ def _try(
     """The outcomes of one size on all ranks; a trial that ended badly ends those of the others."""
     port = distributed.broadcast_object(distributed.free_port())
     order = {"config": config.model_dump(mode="json"), "micro_batch_size": size}
-    board, key = distributed.Board(), f"the trial at port {port} ended badly"
+    store, key = distributed.KeyValueStore(), f"the trial at port {port} ended badly"
     with tempfile.TemporaryFile() as output:
         try:
             with _start(process, port, order, output) as child:
                 try:
-                    verdict = _wait(child, stop_asked, lambda: board.read(key) is not None)
+                    verdict = _wait(child, stop_asked, lambda: store.get(key) is not None)
                 finally:
                     child.kill()
             if verdict is None and child.returncode and stop_asked():
@@ -205,7 +205,7 @@ def _try(
         except OSError as error:
             outcome = Outcome("failed", said=f"cannot start a process: {error}")
     if outcome.verdict != "fits":
-        board.post(key, outcome.verdict)
+        store.set(key, outcome.verdict)
     return distributed.gather_objects(outcome)
 
 

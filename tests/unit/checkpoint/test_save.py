@@ -115,8 +115,8 @@ def test_waiting_gives_signs_while_a_file_grows_and_is_read_and_none_while_it_st
         time.sleep(0.02)
         return "growing" in signs
 
-    def summed(_path: Path, goes_on: Callable[[], None]) -> str:
-        goes_on()
+    def summed(_path: Path, heartbeat: Callable[[], None]) -> str:
+        heartbeat()
         assert told_of("reading")
         return "0" * 64
 

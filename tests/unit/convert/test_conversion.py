@@ -133,7 +133,7 @@ def test_an_export_that_was_changed_is_not_read(
         shutil.copy(target, file)
         card = Path(shutil.copy(card, path.with_name(f"{file.name}.json")))
     signs: list[bool] = []
-    read_source(file, num_heads=4, goes_on=lambda: signs.append(True))
+    read_source(file, num_heads=4, heartbeat=lambda: signs.append(True))
     assert signs  # a large one takes long to compare
     changed = bytearray(file.read_bytes())
     changed[-1000] ^= 0x40

@@ -64,7 +64,7 @@ def test_either_network_is_merged_bit_for_bit(run: tuple[Path, dict[str, Tensor]
             weights = read_source(
                 path,
                 network=network,  # type: ignore[arg-type]  # both are
-                goes_on=lambda signs=signs: signs.append(None),  # type: ignore[misc]
+                heartbeat=lambda signs=signs: signs.append(None),  # type: ignore[misc]
             )
             assert len(signs) > RANKS + 2  # files are compared, and then read
             assert weights.kind == "run"
