@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from dinoscale.errors import DataError, OutputError
 from dinoscale.runtime.fingerprint import differences
-from dinoscale.runtime.outputs import replacing, require_ours, workplace
+from dinoscale.runtime.outputs import atomic_write, require_ours, staging_folder
 from dinoscale.runtime.retry import with_retries
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def write_whole(path: Path, data: bytes) -> None:
         DataError: it cannot be written.
         OutputError: something lies there that is not ours.
     """
-    with _telling(path), replacing(path) as beside:
+    with _telling(path), atomic_write(path) as beside:
         beside.write_bytes(data)
 
 
@@ -50,7 +50,7 @@ def check_place(path: Path, source: object = None) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         require_ours(path, source=source)
-        with workplace(path):
+        with staging_folder(path):
             pass
 
 

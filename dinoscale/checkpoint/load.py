@@ -325,8 +325,8 @@ def open_verified(path: Path, heartbeat: Callable[[], None] = lambda: None) -> C
 def open_run(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory.
 
-    The newest is the one that holds the highest step, whatever its name. `heartbeat` is called regularly
-    while checksums are compared.
+    The newest is the one that holds the highest step, whatever its name. `heartbeat` is called
+    regularly while checksums are compared.
 
     Raises:
         UnreadableError: the newest cannot be read, or it cannot be told which it is.

@@ -1,10 +1,10 @@
 """`train.init_from`: weights of any source, fitted to the networks of a run before its first step.
 
-Position embeddings are resized as the forward resizes them, bicubic and by the reference's rule, so
-that features at the new size are those that the source's backbone gives at that size. A first layer
-of other input channels gets, in each of C channels, the mean over the C' channels of the source
-times C' / C: a gray image has the same response as before. timm repeats the channels in turn with
-the same factor; the mean has no order that could be wrong.
+Position embeddings are resized as in the forward, bicubic and by the reference's rule, so that
+features at the new size equal those of the source's backbone at that size. A first layer with
+another number of input channels gets, in each of C channels, the mean over the C' channels of the
+source times C' / C: a gray image has the same response as before. timm repeats the channels in turn
+with the same factor; the mean does not depend on their order.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _FIRST_LAYERS = ("patch_embed.proj.weight", "conv1.weight")  # of a ViT and of a
 def starting_weights(
     config: RunConfig, heartbeat: Callable[[], None] = lambda: None
 ) -> Start | None:
-    """Read the weights that a run starts from; None where it starts from random ones.
+    """Read the initial weights of a run; None if it starts from random ones.
 
-    Rank 0 reads them, once for the whole job, and other ranks get None; `build_pair` hands out.
+    Rank 0 reads them for the whole job and other ranks get None; `build_pair` distributes them.
     `heartbeat` is called regularly meanwhile.
 
     Raises:
-        CheckpointError: they cannot be read, or do not fit what they claim to be.
-        ConfigError: the run's architecture is another, or its head where that is asked for.
+        CheckpointError: they cannot be read, or do not fit the architecture that they name.
+        ConfigError: they have another architecture than the run, or another head if it is wanted.
     """
     path = config.train.init_from
     if path is None or distributed.rank() != 0:
@@ -70,7 +70,7 @@ def starting_weights(
 def _fitted_backbone(
     source: VisionTransformer | ResNet50, target: VisionTransformer | ResNet50, config: RunConfig
 ) -> dict[str, Tensor]:
-    """Every tensor of `target`, which is on the meta device, out of `source`."""
+    """Every tensor of `target`, which is on the meta device, taken from `source`."""
     path, there, here = config.train.init_from, _sizes(source), _sizes(target)
     state, wanted = source.state_dict(), target.state_dict()
     if isinstance(source, VisionTransformer):
@@ -97,7 +97,7 @@ def adapted_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def _sizes(backbone: VisionTransformer | ResNet50) -> str:
-    """What has to agree, in words."""
+    """Sizes that have to agree, in words."""
     if isinstance(backbone, ResNet50):
         return "ResNet-50"
     attention: Any = backbone.blocks[0].attn
@@ -132,7 +132,7 @@ def _fitted_head(
 
 
 def _warn_of_other_norms(source: nn.Module, target: nn.Module) -> None:
-    """Say where features differ by the epsilon of layer norms, as those of transformers' files."""
+    """Warn if the epsilon of the layer norms differs, as in files of transformers."""
     there, here = (
         {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
         for network in (source, target)
@@ -146,7 +146,7 @@ def _warn_of_other_norms(source: nn.Module, target: nn.Module) -> None:
 
 
 def _warn_of_other_images(card: BackboneCard, config: RunConfig) -> None:
-    """Say where the run's pixels are normalised in another way than those of the source."""
+    """Warn if the run normalises pixels differently from the source."""
     if len(card.mean) == len(config.data.mean) and (card.mean, card.std) != (
         config.data.mean,
         config.data.std,

@@ -1,9 +1,9 @@
-"""Any SOURCE of weights into one thing: a run, our files, the reference's, timm's, Hugging Face's.
+"""Read any SOURCE of weights: a run, or a file of ours, the reference's, timm's or Hugging Face's.
 
-Each format is told by what is there, never by the name of the path; nothing is unpickled that could
-run code. Which network a tensor belongs to is told by its name alone, and no name is dropped
-silently: `Weights` keeps what belongs to the backbone even where the architecture has no place for
-it, so that `weights_file.build` can refuse it by name.
+The format is recognised by the content, never by the name of the path; nothing is unpickled that
+could run code. The name of a tensor alone decides to which network it belongs, and no name is
+dropped silently: `Weights` keeps all tensors of the backbone, even those that the architecture does
+not have, so that `weights_file.build` can refuse them by name.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def read_source(
             world size; a safetensors file of ours; the reference's `.pth`, full or backbone only;
             a timm or Hugging Face folder or its weights file.
         network: which network of a run or full checkpoint to take; other files hold only one.
+        num_heads: for files that do not store it and whose heads are not 64 channels wide.
         heartbeat: called regularly while the files of a run are read, and checksums compared.
-        num_heads: for files whose heads are not 64 channels wide and that do not tell.
 
     Raises:
-        CheckpointError: nothing is there, it is damaged, its format is unknown, or it tells another
-            number of heads; the text begins with the path.
+        CheckpointError: nothing is there, it is damaged, its format is unknown, or it stores
+            another number of heads; the text begins with the path.
     """
     try:
         if is_run(Path(path)):
@@ -48,9 +48,9 @@ def read_source(
         else:
             content = read_content(Path(path), heartbeat)
             weights = _weights_of(content, network=network, num_heads=num_heads)
-        told = weights.card.backbone.num_heads
-        if num_heads not in (None, told):
-            raise CheckpointError(f"tells its heads: num_heads={told}, not {num_heads}; omit that")
+        stored = weights.card.backbone.num_heads
+        if num_heads not in (None, stored):
+            raise CheckpointError(f"has num_heads={stored}, not {num_heads}; omit num_heads")
         return weights
     except CheckpointError as error:
         text = str(error)

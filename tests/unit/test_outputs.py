@@ -15,17 +15,17 @@ from dinoscale.reports.html import write_file
 from dinoscale.runtime import outputs
 from dinoscale.runtime.outputs import (
     LIST_FILE,
+    atomic_write,
     is_ours,
-    replacing,
     require_ours,
+    staging_folder,
     swap,
-    workplace,
     write_tensors,
 )
 
 
 def _write(path: Path, text: str) -> None:
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text)
 
 
@@ -64,7 +64,7 @@ def test_what_is_read_is_not_written_by_any_name(tmp_path: Path) -> None:
     _write(tmp_path / "keep.txt", "a.jpg\n")
     (tmp_path / "other.txt").symlink_to("keep.txt")
     for name in ("keep.txt", "other.txt"):
-        with pytest.raises(OutputError, match="is what is read"):
+        with pytest.raises(OutputError, match="is the input"):
             check_place(tmp_path / name, str(tmp_path / "keep.txt"))
     require_ours(tmp_path / "keep.txt", source="https://host/keep.txt")
 
@@ -73,7 +73,7 @@ def test_a_failed_writer_leaves_what_was_there_and_nothing_else(tmp_path: Path) 
     path = tmp_path / "w"
     _write(path, "one")
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(UnicodeEncodeError), replacing(path) as beside:
+    with pytest.raises(UnicodeEncodeError), atomic_write(path) as beside:
         beside.write_text("\ud800")
     assert path.read_text() == "one"
     assert sorted(os.listdir(tmp_path)) == before
@@ -82,7 +82,7 @@ def test_a_failed_writer_leaves_what_was_there_and_nothing_else(tmp_path: Path) 
 
 
 def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
-    with workplace(tmp_path / "w") as one, workplace(tmp_path / "w") as other:
+    with staging_folder(tmp_path / "w") as one, staging_folder(tmp_path / "w") as other:
         assert one != other
 
 
@@ -103,7 +103,7 @@ def test_a_rename_that_fails_restores_what_had_the_name(
         rename(source, to)
 
     monkeypatch.setattr(outputs.os, "replace", fails)
-    with workplace(target) as place:
+    with staging_folder(target) as place:
         (place / "w").mkdir() if folder else (place / "w").write_text("two")
         with pytest.raises(OSError, match="the disk is gone"):
             swap(place / "w", target)
@@ -115,7 +115,7 @@ def test_of_a_link_to_a_folder_the_link_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     target = tmp_path / "latest"
     target.symlink_to("first")
-    with workplace(target) as place:
+    with staging_folder(target) as place:
         (place / "latest").mkdir()
         (place / "latest" / "model").touch()
         swap(place / "latest", target)

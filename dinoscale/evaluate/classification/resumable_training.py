@@ -23,7 +23,7 @@ from dinoscale.runtime.fingerprint import (
     files_fingerprint,
     fingerprint,
 )
-from dinoscale.runtime.outputs import replacing, require_ours, write_tensors
+from dinoscale.runtime.outputs import atomic_write, require_ours, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
     try:
-        with replacing(path) as beside:
+        with atomic_write(path) as beside:
             write(beside)
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch on a full disk
         reason = getattr(error, "strerror", None) or error

@@ -395,7 +395,7 @@ def test_tensors_of_transformers_that_do_not_fit_are_named(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.attn\.qkv\.weight; unexpected"):
         load_backbone(tmp_path)
     save_file({**state, key: torch.zeros(48, 47)}, path)
-    with pytest.raises(CheckpointError, match="q, k and v of other widths"):
+    with pytest.raises(CheckpointError, match="q, k and v of different widths"):
         load_backbone(tmp_path)
 
 

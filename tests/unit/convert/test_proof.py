@@ -116,7 +116,7 @@ def test_a_timm_folder_alone_tells_all_but_the_epsilon_of_norms(
     convert(source, tmp_path / "folder", to="timm")
     with torch.inference_mode():
         opened = reopen_timm(tmp_path / "folder")
-        cls, (told, _) = opened.forward(IMAGES)["cls"], opened.told
+        cls, (told, _) = opened.forward(IMAGES)["cls"], opened.descriptions
         expected, card = _read(source)
     assert told == card.preprocessing
     torch.testing.assert_close(cls, expected, rtol=0, atol=1e-5)

@@ -86,7 +86,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_beside_it(
 def test_heads_that_are_told_are_not_contradicted(tmp_path: Path, state: dict[str, Tensor]) -> None:
     save_backbone(tmp_path / "w", state, CARD)
     assert load_backbone(tmp_path / "w", num_heads=3)[1] == CARD
-    with pytest.raises(CheckpointError, match="w: tells its heads: num_heads=3, not 6"):
+    with pytest.raises(CheckpointError, match="w: has num_heads=3, not 6"):
         load_backbone(tmp_path / "w", num_heads=6)
 
 
@@ -305,7 +305,7 @@ def test_a_card_is_read_strictly() -> None:
             parse_card(bad)
 
 
-def test_heads_that_a_bare_file_does_not_tell_are_guessed_aloud(
+def test_heads_that_a_bare_file_does_not_store_are_guessed_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     state = {
@@ -336,7 +336,7 @@ def test_of_raw_and_averaged_weights_the_average_is_the_teacher(
     with caplog.at_level("INFO"):
         teacher = read_source(tmp_path / "w.pth", num_heads=3).backbone
     assert torch.equal(teacher["cls_token"], state["cls_token"] + 1)
-    assert f"'{averaged}' (an average over steps) and '{raw}'" in caplog.text
+    assert f"taking '{averaged}' (an average over steps); '{raw}' is the student" in caplog.text
     student = read_source(tmp_path / "w.pth", network="student", num_heads=3).backbone
     assert torch.equal(student["cls_token"], state["cls_token"])
     torch.save({averaged: average}, tmp_path / "w.pth")
