@@ -23,7 +23,7 @@ from torch import Tensor
 from dinoscale.errors import DinoscaleError, LaunchError, LostPeerError, RunFailedError
 from dinoscale.runtime.cores import cores_per_rank
 from dinoscale.runtime.float32 import exact_float32
-from dinoscale.runtime.launcher_env import LOOPBACK, Process, meeting_place
+from dinoscale.runtime.launcher_env import LOOPBACK, Process, rendezvous_address
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,7 +32,7 @@ _pending: list[Any] = []  # collectives that were begun and not yet waited for
 _client: Any = None  # the one connection of this process to the store where the ranks met
 
 TIMEOUT_S = 1800.0  # slow nodes may take minutes to come up
-MOST_FILES = 65536  # open files of a process; enough for ten thousand ranks
+MAX_OPEN_FILES = 65536  # open files of a process; enough for ten thousand ranks
 _STORE_TIMEOUT = timedelta(seconds=60)  # of a small message; a busy node may take its time
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # polling; a thousand ranks ask 500 times a second
 _PORT = "dinoscale/port"  # key in torchrun's store, of the port of rank 0's store
@@ -62,7 +62,7 @@ def start(
     exact_float32()
     startup_error = startup_error or _device_error(process)
     _allow_open_files()
-    address, port = _meeting_place(process, environ)
+    address, port = _rendezvous_address(process, environ)
     environ["RANK"], environ["WORLD_SIZE"] = str(process.rank), str(process.world_size)
     environ["LOCAL_RANK"] = str(process.local_rank)
     timeout = timedelta(seconds=timeout_s if startup_error is None else min(timeout_s, _REPORT_S))
@@ -213,12 +213,12 @@ def _use_device(process: Process) -> None:
         torch.set_num_threads(cores_per_rank(process.local_world_size))
 
 
-def _meeting_place(process: Process, environ: MutableMapping[str, str]) -> tuple[str, int]:
+def _rendezvous_address(process: Process, environ: MutableMapping[str, str]) -> tuple[str, int]:
     """Address and port where the ranks meet: loopback on one node, out of reach of others."""
     if process.world_size == 1 and "MASTER_PORT" not in environ:
         address, port = LOOPBACK, free_port()
     else:
-        address, port = meeting_place(process, environ)
+        address, port = rendezvous_address(process, environ)
     served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not _on_one_node(process) and address not in (LOOPBACK, "localhost"):
         return address, port
@@ -235,7 +235,7 @@ def _on_one_node(process: Process) -> bool:
 def _allow_open_files() -> None:
     """Raise the soft limit of open files, often 1024: each rank opens several to rank 0."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):  # the doctor reports a limit that is too low
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -219,7 +219,7 @@ def _require_agreement(environ: Mapping[str, str], first: _Reading, second: _Rea
     )
 
 
-def meeting_place(process: Process, environ: Mapping[str, str]) -> tuple[str, int]:
+def rendezvous_address(process: Process, environ: Mapping[str, str]) -> tuple[str, int]:
     """Address and port of rank 0.
 
     Raises:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from dinoscale import cli
 from dinoscale.errors import ConfigError, DinoscaleError, LaunchError
 from dinoscale.runtime import distributed
-from dinoscale.runtime.distributed import MOST_FILES
+from dinoscale.runtime.distributed import MAX_OPEN_FILES
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.watchdog import collectives_timeout_s
 from tests.forked import Forked
@@ -80,7 +80,7 @@ def test_ranks_of_one_node_meet_where_no_other_machine_reaches_them(found: dict[
 
 
 def test_limit_of_open_files_is_raised(found: dict[str, Any]) -> None:
-    assert found["files"] == min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MOST_FILES)
+    assert found["files"] == min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_OPEN_FILES)
 
 
 @pytest.mark.parametrize("hang_timeout_s", [1.0, 1800.0])

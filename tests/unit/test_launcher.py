@@ -8,7 +8,7 @@ from dinoscale.runtime.launcher_env import (
     LOOPBACK,
     Process,
     first_host,
-    meeting_place,
+    rendezvous_address,
     read_process,
     tasks_of_node,
 )
@@ -161,7 +161,7 @@ def test_contradiction_is_refused_with_both_names_and_values(environ: Variables,
     ],
 )
 def test_meeting_place(environ: Variables, place: tuple[str, int]) -> None:
-    assert meeting_place(read_process(environ), environ) == place
+    assert rendezvous_address(read_process(environ), environ) == place
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_meeting_place(environ: Variables, place: tuple[str, int]) -> None:
 )
 def test_unknown_meeting_place_says_how_to_name_it(environ: Variables, says: str) -> None:
     with pytest.raises(LaunchError, match=says):
-        meeting_place(read_process(environ), environ)
+        rendezvous_address(read_process(environ), environ)
 
 
 @pytest.mark.parametrize(
