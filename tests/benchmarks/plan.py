@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.plan
 
-takes a few steps of each of `CASES` and prints the table of tests/benchmarks/README.md, then one line
-of JSON.
-Buckets are smaller than in a run, in proportion to the networks, so that no constant hides a term.
+takes a few steps of each of `CASES` and prints the table of tests/benchmarks/README.md, then one
+line of JSON. Buckets are smaller than in a run, in proportion to the networks, so that no constant
+hides a term.
 """
 
 import gc

@@ -76,7 +76,7 @@ def test_what_differs_is_named(kept: object, named: list[str]) -> None:
     assert differences(kept, now) == named
 
 
-def test_of_the_code_only_what_it_does_counts(
+def test_comments_and_docstrings_do_not_change_the_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dinoscale.runtime.fingerprint._ROOT", tmp_path)
@@ -126,7 +126,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-def test_patience_is_for_an_outage_and_not_for_each_file(slept: list[float]) -> None:
+def test_the_retry_budget_is_for_an_outage_not_for_each_file(slept: list[float]) -> None:
     retries = RetryBudget((1.0, 2.0))
     assert retries.read(_Disk(2).read, "a") == "content"
     assert retries.read(_Disk(1).read, "b") == "content"  # another outage
@@ -139,7 +139,7 @@ def test_patience_is_for_an_outage_and_not_for_each_file(slept: list[float]) -> 
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR])
-def test_an_answer_is_not_asked_for_again(slept: list[float], number: int) -> None:
+def test_a_permanent_error_is_not_retried(slept: list[float], number: int) -> None:
     disk = _Disk(1, number)
     with pytest.raises(OSError, match=os.strerror(number)):
         RetryBudget().read(disk.read, "a")
@@ -147,7 +147,7 @@ def test_an_answer_is_not_asked_for_again(slept: list[float], number: int) -> No
 
 
 @pytest.mark.parametrize("sizes", [False, True])
-def test_threads_that_meet_one_outage_do_not_use_up_its_minute(
+def test_threads_in_one_outage_do_not_share_a_retry_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, sizes: bool
 ) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(32)]
@@ -172,7 +172,7 @@ def test_threads_that_meet_one_outage_do_not_use_up_its_minute(
     assert not any(lost.values())
 
 
-def test_a_file_system_that_stays_away_is_no_other_input(
+def test_an_unavailable_file_system_is_not_a_changed_input(
     slept: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.stat", lambda _: _Disk(1).read())

@@ -1,4 +1,4 @@
-"""Memory at hand, as the kernel of some machine would tell it."""
+"""Available memory, read from the files of a fake kernel."""
 
 from pathlib import Path
 

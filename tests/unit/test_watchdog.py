@@ -56,7 +56,7 @@ def test_if_all_ranks_answer_the_network_is_named() -> None:
     assert "network" in said
 
 
-def test_rank_that_was_killed_unheard_ends_the_job_and_one_that_has_left_does_not(
+def test_rank_that_died_unnoticed_ends_the_job_and_one_that_has_left_does_not(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in (("POST_S", 0.02), ("_SILENT_S", 0.3), ("_GRACE_S", 0.0), ("_LINGER_S", 0)):
@@ -84,7 +84,7 @@ def test_rank_that_was_killed_unheard_ends_the_job_and_one_that_has_left_does_no
     )
 
 
-def test_interruption_by_hand_is_spread_with_its_exit_code() -> None:
+def test_interruption_by_hand_is_shared_with_its_exit_code() -> None:
     watchdog = Watchdog(timeout_s=600, hosts=["a"], launched=False, ask_to_stop=print)
     with pytest.raises(KeyboardInterrupt), watchdog.sharing_failure():
         raise KeyboardInterrupt
@@ -92,7 +92,7 @@ def test_interruption_by_hand_is_spread_with_its_exit_code() -> None:
     assert json.loads(told or "null") == ["rank 0 (a) was interrupted by hand", 130]
 
 
-def test_last_sign_of_a_rank_says_that_it_has_left() -> None:
+def test_last_post_of_a_rank_says_that_it_has_left() -> None:
     watchdog = Watchdog(timeout_s=600, hosts=["a"], launched=False, ask_to_stop=print)
     with watchdog.sharing_failure():
         watchdog.progress("in step 5")

@@ -85,7 +85,7 @@ def test_a_run_is_loaded_like_any_weights(run: tuple[Path, dict[str, Tensor]]) -
         assert torch.equal(tensor, teacher[f"backbone.{name}"])
 
 
-def test_a_published_card_tells_the_recipe_and_no_place(
+def test_a_published_card_has_the_recipe_and_no_paths(
     run: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     folder, _ = run
