@@ -59,7 +59,7 @@ def refuse_existing(target: Path, source: Path, *, is_folder: bool, overwrite: b
 
 
 def _is_read(target: Path, source: Path) -> bool:
-    """Whether a target is the source, lies in its folder of weights, or holds it."""
+    """Whether a target is the source, is in its folder of weights, or contains it."""
     if is_same(target, source):
         return True
     one, other = target.resolve(), source.resolve()

@@ -112,7 +112,7 @@ TARGETS = {
         needs=("transformers",),
         extra="hf",
         differs="transformers rounds the corner of the center crop down, dinoscale to even: where 3"
-        " pixels modulo 4 are cut off, its crop lies one pixel further up or left",
+        " pixels modulo 4 are cut off, its crop is one pixel further up or left",
     ),
     "torchscript": Target(
         write_torchscript, lambda path, _: reopen_torchscript(path), any_dtype=False

@@ -61,8 +61,8 @@ def starting_weights(
         head = _fitted_head(weights.head, network.head, config)
     elif weights.head:
         log.info("the projection head of %s is left out; train.init_head=true takes it", path)
-    _warn_of_other_norms(source, network.backbone)
-    _warn_of_other_images(weights.card, config)
+    _warn_if_norm_eps_differs(source, network.backbone)
+    _warn_if_normalisation_differs(weights.card, config)
     log.info("starting from %s: %s of its backbone", path, coverage)
     return Start(state, head)
 
@@ -131,7 +131,7 @@ def _fitted_head(
     return state
 
 
-def _warn_of_other_norms(source: nn.Module, target: nn.Module) -> None:
+def _warn_if_norm_eps_differs(source: nn.Module, target: nn.Module) -> None:
     """Warn if the epsilon of the layer norms differs, as in files of transformers."""
     there, here = (
         {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
@@ -145,7 +145,7 @@ def _warn_of_other_norms(source: nn.Module, target: nn.Module) -> None:
         )
 
 
-def _warn_of_other_images(card: BackboneCard, config: RunConfig) -> None:
+def _warn_if_normalisation_differs(card: BackboneCard, config: RunConfig) -> None:
     """Warn if the run normalises pixels differently from the source."""
     if len(card.mean) == len(config.data.mean) and (card.mean, card.std) != (
         config.data.mean,

@@ -147,8 +147,8 @@ def find_weights(folder: Path) -> Path:
             return folder / name
     if (folder / _TORCH_INDEX).is_file():
         raise CheckpointError(
-            f"is a folder whose weights lie in several torch files ({_TORCH_INDEX}), which are not"
-            " read together: save them as safetensors"
+            f"is a folder with weights in several torch files ({_TORCH_INDEX}), which dinoscale"
+            " does not join: save them as safetensors"
         )
     found = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
     if not found:

@@ -32,7 +32,7 @@ def read_source(
 
     Args:
         path: a run directory (its newest checkpoint) or one of its step_*, at any ZeRO stage and
-            world size; a safetensors file of ours; the reference's `.pth`, full or backbone only;
+            world size; our own safetensors files; the reference's `.pth`, full or backbone only;
             a timm or Hugging Face folder or its weights file.
         network: which network of a run or full checkpoint to take; other files hold only one.
         num_heads: for files that do not store it and whose heads are not 64 channels wide.

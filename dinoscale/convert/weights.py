@@ -13,8 +13,8 @@ from dinoscale.convert.card import BackboneCard
 Network = Literal["teacher", "student"]
 
 Kind = Literal[
-    "run",  # a checkpoint of a run of ours, from the files of all its ranks
-    "dinoscale",  # a safetensors file of ours, with a card
+    "run",  # a checkpoint of a run, from the files of all its ranks
+    "dinoscale",  # our own safetensors file, with a card
     "reference",  # the authors' full checkpoint or a bare state dict under their names
     "timm",  # the same names with timm's config.json, or layers that only timm's models have
     "hf",  # ViTModel or ViTForImageClassification of Hugging Face's transformers

@@ -111,7 +111,7 @@ def _store_of_rank_0(
         DistError: rank 0 is not there.
     """
     exported: Any = dist  # TCPStore is public, but not in __all__
-    connect = partial(exported.TCPStore, wait_for_workers=False)  # a rank that cannot is told first
+    connect = partial(exported.TCPStore, wait_for_workers=False)  # startup errors are read earlier
     agents = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         agents = connect(address, port, timeout=timeout)
@@ -245,7 +245,7 @@ def require_devices(process: Process, *, num_devices: int) -> None:
     """Refuse more ranks on a node than it has accelerators; without any, ranks share the CPU.
 
     Raises:
-        LaunchError: on every rank of the node, if the launcher tells their number.
+        LaunchError: on every rank of the node, if the launcher sets their number.
     """
     ranks = process.local_rank + 1
     if process.knows_node:
@@ -272,7 +272,7 @@ def _device_error(process: Process) -> LaunchError | None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody on this machine uses right now."""
+    """A TCP port that is free on this machine right now."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
@@ -415,7 +415,7 @@ def gather_rows(part: Tensor) -> Tensor:
         return part
     shapes = gather_objects(tuple(part.shape))
     shape = sum(rows for rows, *_ in shapes), *max(shapes)[1:]
-    # A rank without the memory tells the others, instead of leaving them in a collective.
+    # A rank without the memory makes all raise, instead of leaving the others in a collective.
     whole = together(lambda: part.new_empty(shape, device=_backend_device(part)))
     for source, rows in enumerate(whole.split([shape[0] for shape in shapes])):
         if len(rows):

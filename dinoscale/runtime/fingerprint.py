@@ -39,7 +39,7 @@ def fingerprint(
 
     Args:
         input: what was read, by its names in messages: `files_fingerprint` of files, or text.
-        command: what was done with it: settings by name, or the words of a command line.
+        command: what was done with it: settings by name, or the arguments of a command line.
         code: `code_fingerprint` of the modules that did it.
     """
     parts = {"input": input, "command": command, "code": code}

@@ -185,7 +185,7 @@ def tasks_of_node(text: str, node: int) -> int:
         if node < after:
             return int(match[1])
     raise LaunchError(
-        f"srun: SLURM_STEP_TASKS_PER_NODE={text!r} tells nothing of node SLURM_NODEID={node};"
+        f"srun: SLURM_STEP_TASKS_PER_NODE={text!r} has no entry for node SLURM_NODEID={node};"
         " unset SLURM_STEP_TASKS_PER_NODE if it is not Slurm's"
     )
 
@@ -248,7 +248,7 @@ def _address_of_rank_0(process: Process, environ: Mapping[str, str]) -> str:
         "MVAPICH": "mpirun_rsh ... MASTER_ADDR=HOST python ...",
     }.get(str(launcher), "export MASTER_ADDR=HOST")
     raise LaunchError(
-        f"MASTER_ADDR is not set, and {launcher} does not tell where rank 0 runs: name its node,"
+        f"MASTER_ADDR is not set, and {launcher} does not say where rank 0 runs: name its node,"
         f" the first of the job, for all ranks: {how}"
     )
 

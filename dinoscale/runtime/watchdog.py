@@ -295,7 +295,7 @@ class _Silence:
 
 
 def _ended(own: str, error: BaseException) -> _End:
-    """What the others are told of an error of this rank."""
+    """Why the job ends after an error of this rank, for the others."""
     if isinstance(error, KeyboardInterrupt):
         return _End(f"{own} was interrupted by hand", _BY_HAND)
     if isinstance(error, DinoscaleError):

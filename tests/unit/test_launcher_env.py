@@ -167,7 +167,7 @@ def test_rendezvous_address(environ: Variables, place: tuple[str, int]) -> None:
 @pytest.mark.parametrize(
     ("environ", "says"),
     [
-        (OPENMPI, "OpenMPI does not tell where rank 0 runs.* mpirun -x MASTER_ADDR=HOST"),
+        (OPENMPI, "OpenMPI does not say where rank 0 runs.* mpirun -x MASTER_ADDR=HOST"),
         (HYDRA, "MPICH does not tell .* mpiexec -genv MASTER_ADDR HOST"),
         (MVAPICH, "MVAPICH does not tell .* mpirun_rsh"),
         (BY_HAND, "export MASTER_ADDR=HOST"),

@@ -82,7 +82,7 @@ def read_huggingface(
 
     Args:
         state: tensors of the file.
-        content: with config.json and preprocessor_config.json if they lie beside it.
+        content: with config.json and preprocessor_config.json if they are beside it.
         num_heads: used where there is no config.json; None takes 64 channels a head.
 
     Raises:
