@@ -138,7 +138,7 @@ def test_ranks_that_torchrun_starts_again_meet_anew() -> None:
 
 
 @pytest.mark.parametrize("startup_error", [ConfigError("optim.lrr: unknown key"), None])
-def test_rank_that_nobody_hears_says_why_and_ends(
+def test_rank_whose_verdict_nobody_reads_says_why_and_ends(
     startup_error: DinoscaleError | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -156,7 +156,7 @@ def test_rank_that_nobody_hears_says_why_and_ends(
     assert "optim.lrr: unknown key" in caplog.text
 
 
-def test_unfit_process_beside_a_job_at_work_leaves_it_alone() -> None:
+def test_process_with_a_startup_error_leaves_a_running_job_alone() -> None:
     store: Any = dist.HashStore()  # type: ignore[attr-defined]  # as above
     store.set("verdict", "ready")
     with pytest.raises(ConfigError):

@@ -85,7 +85,7 @@ class FolderSource:
             DataError: the file system says no, or fails for about a minute.
         """
         path = self.path(index)
-        # Not with the retries of the source: threads ask for sizes, and would use it up at once.
+        # Not with the budget of the source: threads ask for sizes, and would use it up at once.
         return max(0, with_retries(partial(_size_of, path), f"the size of {path}"))
 
     def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:

@@ -47,7 +47,7 @@ def write_names(
 
 
 def read_image_file(path: str, retries: RetryBudget = _RETRIES) -> bytes:
-    """All bytes of a file; of an error of the file system `retries` decides.
+    """All bytes of a file, read with the retry budget `retries`.
 
     Raises:
         BadSampleError: it cannot be read, though that was tried again, or is no plain file of a

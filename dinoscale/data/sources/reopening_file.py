@@ -15,7 +15,7 @@ class ReopeningFile:
 
     Args:
         path: of the file.
-        retries: shared by files that fail together; None has that of this file alone.
+        retries: budget shared by files that fail together; None gives this file its own.
 
     Raises:
         OSError: from every method but `close`; it still fails after it was tried again.
