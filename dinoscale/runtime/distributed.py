@@ -111,7 +111,7 @@ def _store_of_rank_0(
         DistError: rank 0 is not there.
     """
     exported: Any = dist  # TCPStore is public, but not in __all__
-    connect = partial(exported.TCPStore, wait_for_workers=False)  # errors are read before that
+    connect = partial(exported.TCPStore, wait_for_workers=False)  # startup errors come first
     agents = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         agents = connect(address, port, timeout=timeout)
