@@ -168,8 +168,8 @@ def test_rendezvous_address(environ: Variables, place: tuple[str, int]) -> None:
     ("environ", "says"),
     [
         (OPENMPI, "OpenMPI does not say where rank 0 runs.* mpirun -x MASTER_ADDR=HOST"),
-        (HYDRA, "MPICH does not tell .* mpiexec -genv MASTER_ADDR HOST"),
-        (MVAPICH, "MVAPICH does not tell .* mpirun_rsh"),
+        (HYDRA, "MPICH does not say .* mpiexec -genv MASTER_ADDR HOST"),
+        (MVAPICH, "MVAPICH does not say .* mpirun_rsh"),
         (BY_HAND, "export MASTER_ADDR=HOST"),
         (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT='70000' is no port"),
         (SRUN | {"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID='x' is not a whole number"),
