@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.errors import DataError, UnavailableError
-from dinoscale.runtime.cores import cores_at_hand
+from dinoscale.runtime.cores import available_cores
 
 if TYPE_CHECKING:
     from dinoscale.data.decoding.decode import Decoder
@@ -54,7 +54,7 @@ def _tool(
     command.add_argument(
         "--workers",
         type=int,
-        default=cores_at_hand(),
+        default=available_cores(),
         metavar="N",
         help="number of processes (default: one per core); does not change the result",
     )

@@ -34,12 +34,12 @@ from dinoscale.data.sources.source import Source, expand_pattern, open_source
 from dinoscale.errors import DataError, UnavailableError
 from dinoscale.runtime.fingerprint import (
     Fingerprint,
-    code_print,
+    code_fingerprint,
     digest_of,
-    files_print,
+    files_fingerprint,
     fingerprint,
 )
-from dinoscale.runtime.retry import Patience, is_there, patiently
+from dinoscale.runtime.retry import RetryBudget, path_exists, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +114,10 @@ def images_print(source: Source | Files, spec: str) -> dict[str, object]:
         return {"drawn": spec}
     files = source.files()
     if isinstance(source, FolderSource):
-        return files_print(source.root, files)
+        return files_fingerprint(source.root, files)
     paths = list(files)
     chosen = {"chosen": digest_of(source.ids.tolist())} if isinstance(source, Selection) else {}
-    return {**files_print(os.path.dirname(paths[0]), paths), **chosen}
+    return {**files_fingerprint(os.path.dirname(paths[0]), paths), **chosen}
 
 
 def work_fingerprint(
@@ -180,7 +180,7 @@ class TarOfTars:
 
     def __init__(self, path: str, decoder: Decoder = RGB):
         self._path = os.path.abspath(path)
-        self._patience = Patience()
+        self._retries = RetryBudget()
         self._decoder = decoder
         self._names: list[str] = []  # INNER.tar::MEMBER
         places: list[tuple[int, int, int]] = []  # offset, bytes, class
@@ -307,7 +307,7 @@ class Selection:
 
 def _open_list(path: str, decoder: Decoder) -> Files:
     folder = os.path.dirname(os.path.abspath(path))
-    read = patiently(Path(path).read_bytes, f"the list {path}")
+    read = with_retries(Path(path).read_bytes, f"the list {path}")
     lines = [os.fsdecode(line) for line in read.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"the list {path} is empty. It needs one path of a picture per line.")
@@ -335,7 +335,7 @@ def _listed_files(path: str, paths: Sequence[str], decoder: Decoder, *, root: st
 
     Classes without listed files count, too: a class has the same number in a list and its folder.
     """
-    missing = [name for name in paths if not patiently(partial(is_there, name), name)]
+    missing = [name for name in paths if not with_retries(partial(path_exists, name), name)]
     if missing:
         raise DataError(
             f"the list {path}: {len(missing)} of {len(paths)} files are not there, the first is "

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from dinoscale.errors import DataError, OutputError
 from dinoscale.runtime.fingerprint import differences
-from dinoscale.runtime.outputs import replacing, require_ours, workplace
-from dinoscale.runtime.retry import patiently
+from dinoscale.runtime.outputs import atomic_write, require_ours, staging_folder
+from dinoscale.runtime.retry import with_retries
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def require_writable(path: Path, source: object = None) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         require_ours(path, source=source)
-        with workplace(path):
+        with staging_folder(path):
             pass
 
 
@@ -171,7 +171,7 @@ def read_if_there(read: Callable[[], T], path: Path) -> T | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    return patiently(read_or_none, str(path))
+    return with_retries(read_or_none, str(path))
 
 
 def _parsed(line: bytes) -> Json | None:

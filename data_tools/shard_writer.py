@@ -31,13 +31,13 @@ from dinoscale.data.sources.classes import FILE_NAME as CLASSES
 from dinoscale.errors import DataError, RunFailedError
 from dinoscale.runtime.fingerprint import (
     Fingerprint,
-    code_print,
+    code_fingerprint,
     differences,
     digest_of,
     fingerprint,
 )
 from dinoscale.runtime.outputs import sha256
-from dinoscale.runtime.retry import patiently
+from dinoscale.runtime.retry import with_retries
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def write_set(
         UnavailableError: too many files cannot be read; shards without such files are kept.
     """
     command = {**settings, "classes": digest_of(os.fsdecode(classes or b""))}
-    work = fingerprint(input=input, command=command, code=code_print(module))
+    work = fingerprint(input=input, command=command, code=code_fingerprint(module))
     done = _claim(out_dir, plans, work)
     ordered = [names[i] for plan in plans for i in plan.ids.tolist()]
     with Journal(out_dir / _JOURNAL, work) as journal:
@@ -328,4 +328,4 @@ def file_sha256(path: Path) -> str:
     Raises:
         DataError: it cannot be read, or not for about a minute.
     """
-    return patiently(lambda: sha256(path), str(path))
+    return with_retries(lambda: sha256(path), str(path))

@@ -19,7 +19,12 @@ from data_tools.survey import in_blocks, survey
 from dinoscale.data.decoding.decode import RGB, BadSampleError, Decoder
 from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import DataError, UnavailableError
-from dinoscale.runtime.fingerprint import code_print, digest_of, files_print, fingerprint
+from dinoscale.runtime.fingerprint import (
+    code_fingerprint,
+    digest_of,
+    files_fingerprint,
+    fingerprint,
+)
 
 _SHOWN = 20  # bad samples in the summary; the list has all
 
@@ -79,11 +84,11 @@ def _shards(
 ) -> Iterator[Json]:
     sizes = [piece.record["samples"] if piece.record else 1 for piece in pieces]
     paths = [os.path.abspath(piece.path) for piece in pieces]
-    images = files_print(os.path.dirname(paths[0]), paths)
+    images = files_fingerprint(os.path.dirname(paths[0]), paths)
     work = fingerprint(
         input={"images": images, "manifests": digest_of([piece.record for piece in pieces])},
         command=asdict(decoder),
-        code=code_print(__name__),
+        code=code_fingerprint(__name__),
     )
     return survey(
         _verify_shard, decoder, pieces,

@@ -44,7 +44,7 @@ def main() -> None:
         _end("interrupted; what was not saved until now is lost", 130)
     except Exception:
         _end(traceback.format_exc() + "error: dinoscale failed; this is a bug", 1)
-    lost = logs.lost_output()
+    lost = logs.stdout_error()
     if lost is not None:
         why = getattr(lost, "strerror", None) or lost
         text = f"what was printed is incomplete: stdout: {why}"
@@ -78,7 +78,7 @@ def _end(text: str, code: int) -> NoReturn:
     """Say why, without the passwords of URLs and commands that were typed, and leave."""
     from dinoscale.config.secrets import hide_secrets  # brings libraries, see _look_here_last
 
-    logs.last_words(str(hide_secrets(text)))
+    logs.log_exit(str(hide_secrets(text)))
     sys.stdout.flush()
     leave(code)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dinoscale.checkpoint.index import index_of_headers
 from dinoscale.checkpoint.layout import INDEX_FILE, SHARD_PREFIX, STATE_FILE, SUMS_FILE
-from dinoscale.checkpoint.read_errors import patiently
+from dinoscale.checkpoint.read_errors import with_retries
 from dinoscale.errors import CheckpointError
 from dinoscale.runtime.outputs import sha256
 
@@ -28,9 +28,9 @@ def flush(path: Path) -> None:
 def flushed_sum(path: Path, goes_on: Callable[[], None] = lambda: None) -> str:
     """Flush a file to disk and return its digest; `goes_on` is called regularly."""
     if path.stat().st_size > _FLUSHED_BYTES:
-        _flush_in_pieces(path, goes_on)
+        _flush_in_pieces(path, heartbeat)
     flush(path)
-    return sha256(path, goes_on)
+    return sha256(path, heartbeat)
 
 
 def _flush_in_pieces(path: Path, goes_on: Callable[[], None]) -> None:
@@ -43,7 +43,7 @@ def _flush_in_pieces(path: Path, goes_on: Callable[[], None]) -> None:
         with whole:
             for begin in range(0, len(whole), _FLUSHED_BYTES):
                 whole.flush(begin, min(_FLUSHED_BYTES, len(whole) - begin))
-                goes_on()
+                heartbeat()
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
@@ -75,7 +75,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     path = folder / SUMS_FILE
     try:
-        text = patiently(path.read_text, path)
+        text = with_retries(path.read_text, path)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     sums = {}
@@ -94,7 +94,7 @@ def verify(
     *,
     share: int = 0,
     num_shares: int = 1,
-    goes_on: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> int:
     """Compare a checkpoint's files with their checksums.
 
@@ -113,11 +113,11 @@ def verify(
         CheckpointError: a file differs in two readings, or the list is damaged.
     """
     sums = read_sums(folder)
-    name = first_difference(folder, sums, share=share, num_shares=num_shares, goes_on=goes_on)
+    name = first_difference(folder, sums, share=share, num_shares=num_shares, heartbeat=heartbeat)
     if name is not None:
         raise difference(folder, name)
     paths = [folder / name for name in sorted(sums)[share::num_shares]]
-    return sum(patiently(path.stat, path).st_size for path in paths)
+    return sum(with_retries(path.stat, path).st_size for path in paths)
 
 
 def difference(folder: Path, name: str) -> CheckpointError:
@@ -133,7 +133,7 @@ def first_difference(
     *,
     share: int = 0,
     num_shares: int = 1,
-    goes_on: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> str | None:
     """Name of the first file that fails its checksum in two readings; arguments as in `verify`.
 
@@ -156,7 +156,7 @@ def matches(path: Path, expected: str, goes_on: Callable[[], None] = lambda: Non
         MissingFileError: it is missing.
         UnreadableError: it cannot be read.
     """
-    return patiently(lambda: sha256(path, goes_on), path) == expected
+    return with_retries(lambda: sha256(path, heartbeat), path) == expected
 
 
 def drop_from_page_cache(path: Path) -> None:

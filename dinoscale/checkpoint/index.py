@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 
-from dinoscale.checkpoint.read_errors import patiently
+from dinoscale.checkpoint.read_errors import with_retries
 
 _LENGTH_BYTES = 8  # of the header's length, little-endian
 _MAX_HEADER_BYTES = 100 * 2**20  # the limit of safetensors
@@ -112,7 +112,7 @@ def index_of_headers(folder: Path, names: Sequence[str]) -> ShardIndex:
     tables = [np.empty((0, 5), np.int64)]
     for file, name in enumerate(names):
         path = folder / name
-        header, begin = patiently(lambda path=path: _read_header(path), path)  # type: ignore[misc]
+        header, begin = with_retries(lambda path=path: _read_header(path), path)  # type: ignore[misc]
         starts = json.loads(header.pop("__metadata__")["starts"])
         rows = []
         for key, about in header.items():

@@ -28,7 +28,7 @@ from dinoscale.checkpoint.layout import (
     named_step,
 )
 from dinoscale.checkpoint.progress import Progress, read_measured
-from dinoscale.checkpoint.read_errors import patiently
+from dinoscale.checkpoint.read_errors import with_retries
 from dinoscale.checkpoint.shard_files import ShardFiles
 from dinoscale.errors import CheckpointError, UnreadableError
 
@@ -81,10 +81,10 @@ class Checkpoint:
         except _DAMAGES as error:
             raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
         self._files = ShardFiles(path)
-        self.measured = patiently(lambda: read_measured(path), path / MEASURED_FILE)
+        self.measured = with_retries(lambda: read_measured(path), path / MEASURED_FILE)
 
     def _read(self, name: str) -> bytes:
-        return patiently((self.path / name).read_bytes, self.path / name)
+        return with_retries((self.path / name).read_bytes, self.path / name)
 
     def _open_index(self, names: Sequence[str]) -> ShardIndex:
         """Open the index, and check that all files are as long as it says."""
@@ -96,7 +96,7 @@ class Checkpoint:
         if sorted(found.files) != shards:
             raise ValueError(f"{INDEX_FILE} names other files than there are")
         paths = [self.path / name for name in found.files]
-        found.require_within([patiently(path.stat, path).st_size for path in paths])
+        found.require_within([with_retries(path.stat, path).st_size for path in paths])
         return found
 
     @property
@@ -159,10 +159,10 @@ class Checkpoint:
         """Number of elements of a parameter."""
         return torch.Size(self.shapes[name]).numel()
 
-    def full(self, kind: str, goes_on: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+    def full(self, kind: str, heartbeat: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
         """Every tensor of a kind (`MASTER`, `EMA`) in full, float32, on the CPU.
 
-        `goes_on` is called after every piece that is read.
+        `heartbeat` is called after every piece that is read.
         """
         self._require_elements()  # before allocating memory for more than the files hold
         whole = {
@@ -175,7 +175,7 @@ class Checkpoint:
         ]
         for file, offset, name, first, count in sorted(pieces):  # each file once, front to back
             self._files.fill(whole[name].numpy()[first : first + count], file, offset=offset)
-            goes_on()
+            heartbeat()
         return {name: values.view(self.shapes[name]) for name, values in whole.items()}
 
     def buffers(self, owner: str) -> dict[str, Tensor]:
@@ -281,7 +281,7 @@ def held_step(path: Path) -> int:
     named = named_step(path)
     assert named is not None
     try:
-        data = patiently((path / STATE_FILE).read_bytes, path / STATE_FILE)
+        data = with_retries((path / STATE_FILE).read_bytes, path / STATE_FILE)
         step = json.loads(data)["step"]
         if type(step) is not int or step == named:
             return named
@@ -309,7 +309,7 @@ def newest_first(run_dir: Path) -> list[Path]:
     return sorted(checkpoints(run_dir), key=order, reverse=True)
 
 
-def open_verified(path: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint:
+def open_verified(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a step_* directory after comparing its files with their checksums.
 
     `goes_on` is called regularly.
@@ -318,11 +318,11 @@ def open_verified(path: Path, goes_on: Callable[[], None] = lambda: None) -> Che
         UnreadableError: it cannot be read, though it may be intact.
         CheckpointError: it is damaged or incomplete.
     """
-    verify(path, goes_on=goes_on)
+    verify(path, heartbeat=heartbeat)
     return Checkpoint(path)
 
 
-def open_run(path: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint:
+def open_run(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory.
 
     The newest is the one that holds the highest step, whatever its name. `goes_on` is called

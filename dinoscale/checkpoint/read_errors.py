@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dinoscale.errors import MissingFileError, UnreadableError
-from dinoscale.runtime.retry import PAUSES_S, Patience
+from dinoscale.runtime.retry import PAUSES_S, RetryBudget
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def patiently(read: Callable[[], T], path: Path) -> T:
         return error.errno in (errno.ENOENT, errno.ENOTDIR) and is_missing(path)
 
     try:
-        return Patience(is_final=is_gone).read(read, path)
+        return RetryBudget(is_final=is_gone).read(read, path)
     except OSError as error:
         if is_gone(error):
             raise MissingFileError(
@@ -65,7 +65,7 @@ def names_in(folder: Path) -> list[str]:
             raise
 
     try:
-        return patiently(listed, folder)
+        return with_retries(listed, folder)
     except MissingFileError:
         return []
 

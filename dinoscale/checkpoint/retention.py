@@ -103,7 +103,7 @@ def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
 
 
 def prune(
-    run_dir: Path, keep: Keep, *, written: Path, goes_on: Callable[[], None] = lambda: None
+    run_dir: Path, keep: Keep, *, written: Path, heartbeat: Callable[[], None] = lambda: None
 ) -> list[Path]:
     """Delete checkpoints that no rule keeps; one that cannot be deleted does not end the run.
 
@@ -130,7 +130,7 @@ def prune(
 def clear_leftovers(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -> None:
     """Delete what interrupted saves and deletions have left behind.
 
-    `goes_on` is called after every file.
+    `heartbeat` is called after every file.
 
     Raises:
         UnreadableError: their folder cannot be listed.
@@ -138,14 +138,14 @@ def clear_leftovers(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -
     for path in leftovers(run_dir):
         log.warning("%s is incomplete; deleting it", path)
         with suppress(OSError):
-            _remove(path, goes_on)
+            _remove(path, heartbeat)
         shutil.rmtree(path, ignore_errors=True)
 
 
 def delete(path: Path, goes_on: Callable[[], None] = lambda: None) -> bool:
     """Delete a checkpoint; it is renamed first, so that no partial one looks complete."""
     try:
-        _remove(path.rename(removed_of(path)), goes_on)
+        _remove(path.rename(removed_of(path)), heartbeat)
     except OSError as error:
         log.warning("cannot delete the old checkpoint %s: %s", path, error)
         return False
@@ -157,5 +157,5 @@ def _remove(folder: Path, goes_on: Callable[[], None]) -> None:
     for path in [] if folder.is_symlink() else folder.iterdir():
         if not path.is_dir():
             path.unlink()
-            goes_on()
+            heartbeat()
     shutil.rmtree(folder)  # refuses a link

@@ -83,7 +83,7 @@ class Saver:
     def __init__(self, run_dir: Path, keep: Keep) -> None:
         """Args: run_dir: on a file system that all ranks share. keep: which checkpoints to keep."""
         self._run_dir, self._keep = run_dir, keep
-        self._board = distributed.Board()
+        self._store = distributed.KeyValueStore()
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[SaveResult] | None = None
@@ -149,7 +149,7 @@ class Saver:
     def wait_for_own_files(self, goes_on: Callable[[], None]) -> None:
         """Wait until this rank's files of the current save are written; `goes_on` as in `wait`."""
         if self._own_files is not None:
-            self._wait_for(self._own_files, goes_on)
+            self._wait_for(self._own_files, heartbeat)
 
     def wait(self, goes_on: Callable[[], None] = lambda: None) -> SaveResult | None:
         """Wait for the current save and return its result; None if there is none.
@@ -162,7 +162,7 @@ class Saver:
             self._adding_accuracy = None
         if self._writing is None:
             return None
-        result = self._wait_for(self._writing, goes_on)
+        result = self._wait_for(self._writing, heartbeat)
         self._writing = None
         return result
 
@@ -224,10 +224,10 @@ class Saver:
         self._own_files.set_result(None)
         key = _key(snapshot.number)
         try:
-            self._board.post(f"{key}/{self._rank}", json.dumps(own))
+            self._store.set(f"{key}/{self._rank}", json.dumps(own))
             if self._rank == 0:
-                self._board.post(key, self._complete(target, snapshot.number))
-            [error] = self._board.wait_for([key])
+                self._store.set(key, self._complete(target, snapshot.number))
+            [error] = self._store.wait_for([key])
             if self._rank == 0 and not error:
                 prune(self._run_dir, self._keep, written=target, goes_on=self._count_piece)
         except LostPeerError as lost:

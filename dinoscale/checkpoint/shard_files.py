@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoscale.checkpoint.read_errors import patiently
+from dinoscale.checkpoint.read_errors import with_retries
 from dinoscale.errors import CheckpointError
 
 _MAX_OPEN = 256  # files at a time; a process may usually open 1024
@@ -40,7 +40,7 @@ class ShardFiles:
             UnreadableError: it cannot be read.
         """
         path = self._folder / name
-        patiently(lambda: self._fill(memoryview(values.data).cast("B"), path, offset), path)
+        with_retries(lambda: self._fill(memoryview(values.data).cast("B"), path, offset), path)
 
     def _fill(self, into: memoryview, path: Path, offset: int) -> None:
         descriptor = self._descriptor(path)

@@ -36,7 +36,7 @@ def tell_others(error: Exception) -> None:
         if process.world_size > 1:
             from dinoscale.runtime import distributed
 
-            distributed.start(process, unfit=error)
+            distributed.start(process, startup_error=error)
 
 
 def require_one_process(command: str, remedy: str = "") -> None:
@@ -102,6 +102,6 @@ def joined(process: Process) -> Iterator[None]:
         launched=False,
         ask_to_stop=lambda _: None,
     )
-    with watchdog.spreading():
+    with watchdog.sharing_failure():
         yield
     distributed.stop()

@@ -1,1 +1,1 @@
-"""Weights in files: ours, and those of others read into ours."""
+"""Weights in and out: our files, and the formats of other libraries."""

@@ -1,4 +1,4 @@
-"""Put what was written under its name: whole or not at all, and over nothing by surprise."""
+"""Put a conversion in its place, whole or not at all, and over nothing without `--overwrite`."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from dinoscale.runtime.outputs import (
 
 
 def card_path(target: Path, *, is_folder: bool) -> Path:
-    """Where the card of a target lies."""
+    """Path of a target's card."""
     return target / CARD_FILE if is_folder else target.with_name(f"{target.name}.json")
 
 
 def refuse_existing(target: Path, source: Path, *, is_folder: bool, overwrite: bool) -> None:
-    """Refuse a target that is there already, unless it is ours and may be replaced.
+    """Refuse a target that exists, unless it is ours and may be replaced.
 
     Args:
         target: file or folder to write.
         source: what is read.
-        is_folder: which of the two it is.
+        is_folder: whether the target is a folder.
         overwrite: whether an earlier conversion may be replaced.
 
     Raises:
-        OutputError: it exists; or `overwrite`, and it is the source or a part of it, not the same
-            kind of thing, or not as a conversion left it.
+        OutputError: it exists; or, with `overwrite`, it is the source or a part of it, a file for a
+            folder, or not as a conversion left it.
         OSError: it cannot be read.
     """
     card = card_path(target, is_folder=is_folder)
@@ -47,19 +47,19 @@ def refuse_existing(target: Path, source: Path, *, is_folder: bool, overwrite: b
         there = target if os.path.lexists(target) else card
         raise OutputError(f"{there} exists: choose another target, or add --overwrite")
     if _is_read(target, source):
-        raise OutputError(f"{target} is read, as {source}: choose another target")
+        raise OutputError(f"{target} overlaps the source {source}: choose another target")
     if target.is_dir():
         require_our_folder(target)
         return
     if is_folder and os.path.lexists(target):
-        raise OutputError(f"{target} is a file, and a folder is to be written: remove it")
+        raise OutputError(f"{target} is a file, where a folder will be written: remove it")
     require_ours(target)
     if os.path.lexists(card) and not card_sums(card):
-        raise OutputError(f"{card} exists, and is no card of a conversion: remove it")
+        raise OutputError(f"{card} exists, and is not the card of a conversion: remove it")
 
 
 def _is_read(target: Path, source: Path) -> bool:
-    """Whether a target is the source, lies in its folder of weights, or holds it."""
+    """Whether a target is the source, is in its folder of weights, or contains it."""
     if is_same(target, source):
         return True
     one, other = target.resolve(), source.resolve()
@@ -68,13 +68,13 @@ def _is_read(target: Path, source: Path) -> bool:
 
 
 def put_in_place(written: Path, target: Path, card_text: str) -> None:
-    """Give a written file or folder its name, with its card in it or beside it.
+    """Rename a written file or folder to its target, with its card in it or beside it.
 
-    If that fails, what was there before is there again.
+    If that fails, what was there before is restored.
 
     Args:
-        written: in a `outputs.workplace` of the target.
-        target: its name; what has it is replaced.
+        written: in an `outputs.staging_folder` of the target.
+        target: the final name; what has it is replaced.
         card_text: contents of the card.
     """
     is_folder = written.is_dir()
@@ -86,17 +86,17 @@ def put_in_place(written: Path, target: Path, card_text: str) -> None:
     if is_folder:
         swap(written, target)
         return
-    # The card first: a weights file never lies there without its own.
-    with _instead(card, card_path(target, is_folder=False)):
+    # The card first: a weights file is never there without its own.
+    with _replaced(card, card_path(target, is_folder=False)):
         swap(written, target)
     within = target.with_name(CARD_FILE)
-    if target.name in card_sums(within):  # of a folder whose file this was
+    if target.name in card_sums(within):  # card of a folder that this file belonged to
         within.unlink()
 
 
 @contextmanager
-def _instead(file: Path, target: Path) -> Iterator[None]:
-    """Replace a file for as long as the block does not fail."""
+def _replaced(file: Path, target: Path) -> Iterator[None]:
+    """Replace `target` by `file`, and restore it if the block fails."""
     before = file.with_name("card before")
     with contextlib.suppress(FileNotFoundError):
         os.replace(target, before)

@@ -12,13 +12,13 @@ from dinoscale.runtime.outputs import METADATA_KEY
 
 __all__ = ["METADATA_KEY", "BackboneCard", "BackboneShape", "Preprocessing", "parse_card"]
 
-FORMAT = 3  # of the card; a file with a higher one was written by a newer dinoscale
-_WITHOUT_NORM_EPS = 2  # the format before, still read
+FORMAT = 3  # of the card; a higher one was written by a newer dinoscale
+_WITHOUT_NORM_EPS = 2  # the previous format, still read
 
 
 @dataclass(frozen=True)
 class BackboneShape:
-    """What `models.zoo.build_backbone` takes; None where the architecture has no such size."""
+    """Arguments of `models.zoo.build_backbone`; None where the architecture has no such size."""
 
     name: str
     img_size: int  # pixels along one side, of the stored positional embedding
@@ -27,12 +27,12 @@ class BackboneShape:
     depth: int | None = None
     num_heads: int | None = None
     in_chans: int = 3  # channels of an image
-    norm_eps: float | None = None  # of a ViT's layer norms, where it is not the named model's own
+    norm_eps: float | None = None  # of a ViT's layer norms, if not the default of its name
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How any program prepares an image: resize, center crop, then (x / 255 - mean) / std."""
+    """Preprocessing of an image: resize, center crop, then (x / 255 - mean) / std."""
 
     mean: tuple[float, ...]  # of each channel in 0..1
     std: tuple[float, ...]
@@ -40,7 +40,7 @@ class Preprocessing:
     crop: int  # pixels
 
     def __str__(self) -> str:
-        """In words, for a sentence."""
+        """The settings, for a sentence."""
         mean, std = [*self.mean], [*self.std]
         return f"resize {self.resize}, crop {self.crop}, mean {mean}, std {std}"
 
@@ -54,7 +54,7 @@ class BackboneCard:
     std: tuple[float, ...]
     resize: int  # short side, pixels
     crop: int  # pixels
-    source: str  # where the weights come from, for people
+    source: str  # where the weights come from, for readers
     white: float | None = None  # pixel value that means 1 in files of more than 8 bit; None guesses
 
     def to_json(self) -> str:
@@ -63,15 +63,15 @@ class BackboneCard:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The part that other libraries have a place for."""
+        """The part that other libraries can store."""
         return Preprocessing(self.mean, self.std, self.resize, self.crop)
 
 
-def card_text_of(said: Mapping[str, object]) -> str | None:
-    """Text for `parse_card` of what `dinoscale convert` says beside weights; None without any."""
-    if "backbone" not in said:
+def card_text_of(conversion: Mapping[str, object]) -> str | None:
+    """Text for `parse_card` out of the card of `dinoscale convert`; None if it has no backbone."""
+    if "backbone" not in conversion:
         return None
-    known = {key: said[key] for key in BackboneCard.__dataclass_fields__ if key in said}
+    known = {key: conversion[key] for key in BackboneCard.__dataclass_fields__ if key in conversion}
     return json.dumps({"format": FORMAT, **known})
 
 

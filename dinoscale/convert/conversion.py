@@ -1,7 +1,7 @@
 """`dinoscale convert`: any source of weights into the format of another library, with a proof.
 
-What is written is opened again by its own library and run on fixed images of two sizes beside the
-source. Only then does it get its name, and a card that says how near the two came.
+The written file is opened again by that library and compared with the source on fixed images of two
+sizes. Only then does it get its name, and a card with the differences.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from dinoscale.convert.parity import (
     compare,
     our_forward,
     require_any_device,
+    require_complete,
     require_same,
-    require_whole,
     second_size,
 )
 from dinoscale.convert.resize import at_size, patch_size_of
@@ -48,14 +48,14 @@ from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.convert.weights_file import build, build_head
 from dinoscale.errors import CheckpointError, ConversionError
-from dinoscale.runtime.outputs import workplace
+from dinoscale.runtime.outputs import staging_folder
 from dinoscale.runtime.versions import package_version
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the card beside a target
-# Settings that a card tells of the run: how the weights came about, nothing of where. Others may be
-# paths, names of machines and projects, or what a later version adds.
+# Settings of the run that a card contains: how the weights were trained, and nothing about where.
+# Others may be paths, names of machines and projects, or additions of a later version.
 RECIPE: dict[str, tuple[str, ...] | None] = {  # None: all of the section
     "model": None,
     "head": None,
@@ -76,13 +76,14 @@ class Target:
 
     Attributes:
         write: writes weights to a path.
-        reopen: opens that path by the library it is for, given nothing but which network it is.
-        resizing: the same, taking images of any size by the library's own rule for position
-            embeddings; None where that rule is ours, and lies in the target.
+        reopen: opens that path with its library, given nothing but which network it is.
+        resizing: like `reopen`, for images of any size by the library's own rule for position
+            embeddings; None where the target contains our rule.
         is_folder: whether the path is a folder.
         any_dtype: whether the weights can be stored in 16 bit.
-        needs: packages to import, and `extra`, which installs them.
-        differs: where the library does not prepare images quite as we do.
+        needs: packages to import.
+        extra: extra of dinoscale that installs them.
+        differs: how the library's preprocessing differs from ours.
     """
 
     write: Callable[[Path, Weights], None]
@@ -111,7 +112,7 @@ TARGETS = {
         needs=("transformers",),
         extra="hf",
         differs="transformers rounds the corner of the center crop down, dinoscale to even: where 3"
-        " pixels modulo 4 are cut off, its crop lies one pixel further up or left",
+        " pixels modulo 4 are cut off, its crop is one pixel further up or left",
     ),
     "torchscript": Target(
         write_torchscript, lambda path, _: reopen_torchscript(path), any_dtype=False
@@ -138,7 +139,7 @@ def convert(
     num_heads: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write the weights of a source in another format, prove them equal, and describe them.
+    """Write the weights of a source in another format, with a card, and prove them equal.
 
     Args:
         source: what `source.read_source` reads.
@@ -147,18 +148,18 @@ def convert(
         network: which network of a run or full checkpoint to take.
         head: write the projection head too; `dino` only.
         dtype: a key of `DTYPES`, of the stored weights; features are compared in float32.
-        size: side in pixels of the images to resize the position embedding for; None keeps it.
-        num_heads: for sources that do not tell.
-        overwrite: replace what an earlier conversion wrote, if it is as it left it.
+        size: image side in pixels to resize the position embedding for; None keeps it.
+        num_heads: for sources that do not store it.
+        overwrite: replace an earlier conversion, if it is unchanged.
 
     Returns:
         The card, JSON-able.
 
     Raises:
         CheckpointError: the source cannot be read.
-        ConversionError: a library is missing, the format cannot hold these weights, or what was
-            written gives other features. Nothing is then left of it.
-        OutputError: the target exists, and is not to be replaced.
+        ConversionError: a library is missing, the format cannot hold these weights, or the result
+            gives other features; it is then removed.
+        OutputError: the target exists and may not be replaced.
     """
     target = TARGETS[to]
     _require(target, to, head=head, dtype=dtype)
@@ -176,8 +177,8 @@ def convert(
         weights = at_size(weights, img_size=stored if size is None else size)
     weights = _stored_as(weights, DTYPES[dtype])
     try:
-        with workplace(path) as place:
-            written = place / path.name
+        with staging_folder(path) as folder:
+            written = folder / path.name
             proof = _write_and_prove(target, written, weights, full=full)
             card = _card(weights, proof, to=to, dtype=dtype, files=checksums(written))
             put_in_place(written, path, json.dumps(card, indent=2) + "\n")
@@ -207,7 +208,7 @@ def _require(target: Target, to: str, *, head: bool, dtype: str) -> None:
 
 
 def _stored_as(weights: Weights, dtype: torch.dtype) -> Weights:
-    """Weights whose numbers are in a dtype that can hold them; counters stay whole numbers."""
+    """Weights in another dtype, refused if they overflow it; integer counters stay integers."""
     backbone, head = (
         {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
         for state in (weights.backbone, weights.head or {})
@@ -220,7 +221,7 @@ def _stored_as(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 def _forward(weights: Weights) -> Forward:
-    """Outputs of weights, with their head if they have one."""
+    """The forward of weights, with their head if they have one."""
     backbone, _ = build(weights)
     return our_forward(backbone, None if weights.head is None else build_head(weights.head))
 
@@ -228,12 +229,12 @@ def _forward(weights: Weights) -> Forward:
 def _write_and_prove(
     target: Target, written: Path, weights: Weights, *, full: Forward
 ) -> dict[str, Any]:
-    """Write a target, open it again and compare it; what the card says of that.
+    """Write a target, open it again and compare it; return the entries of the card.
 
     Raises:
         ConversionError: it lacks a tensor, or its features differ.
     """
-    ours = _forward(weights)  # of what is written, so that rounding does not hide other mistakes
+    ours = _forward(weights)  # of the rounded weights, so that rounding hides no other mistake
     reopened, coverage = _write(target, written, weights)
     shape = weights.card.backbone
     sizes = shape.img_size, second_size(shape.img_size, patch_size=max(8, patch_size_of(weights)))
@@ -256,8 +257,8 @@ def _write_and_prove(
     rounding = compared(full, ours, sizes[0])
     if not rounding.cosine >= MIN_COSINE_ROUNDED:
         raise ConversionError(
-            f"rounding the weights turns features away from those in float32: cosine"
-            f" {rounding.cosine:.4f} (at least {MIN_COSINE_ROUNDED}); use --dtype float32"
+            f"rounding the weights changes the features too much: cosine {rounding.cosine:.4f} with"
+            f" those in float32 (at least {MIN_COSINE_ROUNDED}); use --dtype float32"
         )
     return {
         "coverage": {"text": str(coverage), **asdict(coverage)},
@@ -271,12 +272,12 @@ def _write_and_prove(
 
 
 def _write(target: Target, written: Path, weights: Weights) -> tuple[Reopened, Coverage]:
-    """Write weights, open them again, and require all of them."""
+    """Write weights, open them again, and require that all tensors are there."""
     if target.is_folder:
         written.mkdir()
     target.write(written, weights)
     reopened = target.reopen(written, weights.network)
-    return reopened, require_whole(reopened, weights)
+    return reopened, require_complete(reopened, weights)
 
 
 def _require_equal(proofs: list[Agreement]) -> None:
@@ -290,7 +291,7 @@ def _require_equal(proofs: list[Agreement]) -> None:
 
 
 def _rule(img_size: int, own_rule: Agreement | None) -> dict[str, Any]:
-    """At which sizes of image the target gives our features, and what happens at others."""
+    """Image sizes at which the target gives our features, and what happens at others."""
     if own_rule is None:
         return {"sizes": "any", "rule": "bicubic by the scale factor (patches + 0.1) / stored"}
     return {
@@ -301,20 +302,20 @@ def _rule(img_size: int, own_rule: Agreement | None) -> dict[str, Any]:
 
 
 def recipe_of(config: object) -> dict[str, Any] | None:
-    """The settings of a run that are published with its weights, by section; None without any."""
+    """Settings of a run that are published with its weights, by section; None without a config."""
     if not isinstance(config, Mapping):
         return None
-    told = {}
+    recipe = {}
     for section, keys in RECIPE.items():
         values = config.get(section, {})
-        told[section] = {key: values[key] for key in keys or values if key in values}
-    return {"seed": config.get("seed"), **told}
+        recipe[section] = {key: values[key] for key in keys or values if key in values}
+    return {"seed": config.get("seed"), **recipe}
 
 
 def _card(
     weights: Weights, proof: dict[str, Any], *, to: str, dtype: str, files: dict[str, str]
 ) -> dict[str, Any]:
-    """What lies beside a target, or in it."""
+    """The card beside a target file, or in a target folder."""
     run = dict(weights.run or {})
     state = {**weights.backbone, **(weights.head or {})}
     return {

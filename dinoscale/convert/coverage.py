@@ -1,4 +1,4 @@
-"""What of a network a set of weights covers, by name and by number: loads that cannot lie."""
+"""Coverage of a network by a set of weights: missing and unexpected tensors, by name and number."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NAMES_SHOWN = 8  # of each kind of mismatch, in a sentence
+NAMES_SHOWN = 8  # per kind of mismatch in a message
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Names of tensors in which weights and a network differ; none of any kind is a whole load.
+    """Names of tensors in which weights and a network differ; without any the load is complete.
 
     Attributes:
-        expected: number of tensors that the network has.
+        expected: number of tensors of the network.
         missing: its tensors that the weights lack.
-        unexpected: tensors of the weights that the network has no place for.
+        unexpected: tensors of the weights that the network does not have.
         reshaped: tensors of another shape or kind of number, each as `name [found] for [expected]`.
         not_finite: tensors that hold an infinity or a NaN.
     """
@@ -31,7 +31,7 @@ class Coverage:
 
     @property
     def loaded(self) -> int:
-        """Number of tensors of the network that are there in the right shape."""
+        """Number of the network's tensors that are present in the right shape."""
         return self.expected - len(self.missing) - len(self.reshaped)
 
     @property
@@ -70,13 +70,13 @@ def coverage_of(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first names of some, and how many more there are."""
+    """The first names, and the number of the others."""
     more = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _finite(tensor: Tensor) -> bool:
-    wide = tensor.float() if tensor.is_floating_point() else tensor  # of 8 bit is not implemented
+    wide = tensor.float() if tensor.is_floating_point() else tensor  # 8 bit is not implemented
     return bool(torch.isfinite(wide).all())
 
 

@@ -49,7 +49,7 @@ def read_initial_weights(
     path = config.train.init_from
     if path is None or distributed.rank() != 0:
         return None
-    weights = read_source(path, goes_on=goes_on)
+    weights = read_source(path, heartbeat=heartbeat)
     try:
         source, coverage = build(weights)
     except CheckpointError as error:
@@ -61,8 +61,8 @@ def read_initial_weights(
         head = _fitted_head(weights.head, network.head, config)
     elif weights.head:
         log.info("the projection head of %s is left out; train.init_head=true takes it", path)
-    _warn_of_other_norms(source, network.backbone)
-    _warn_of_other_images(weights.card, config)
+    _warn_if_norm_eps_differs(source, network.backbone)
+    _warn_if_normalisation_differs(weights.card, config)
     log.info("starting from %s: %s of its backbone", path, coverage)
     return InitialWeights(state, head)
 

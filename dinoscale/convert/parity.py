@@ -1,4 +1,4 @@
-"""Proof that a written target is its source: the same numbers, features, logits and preprocessing.
+"""Proof that a written target equals its source: numbers, features, logits and preprocessing.
 
 Shape letters: N images, P patches, D width, K prototypes.
 """
@@ -26,9 +26,9 @@ MIN_COSINE = 0.9999
 # Cosine of every token with that of the float32 source, after rounding the weights to 16 bit.
 MIN_COSINE_ROUNDED = 0.99
 
-LOCAL_CROP = 96 / 224  # the second size, in proportion to the first: that of the local crops
+LOCAL_CROP = 96 / 224  # ratio of the second size to the first: that of local to global crops
 _SEED = 0
-_ONLY_IN_TRAINING = "num_batches_tracked"  # of a batch norm: no part of a graph that only runs
+_ONLY_IN_TRAINING = "num_batches_tracked"  # of a batch norm; graphs for inference lack it
 
 # "cls" (N, D); of a ViT "patches" (N, P, D); with a projection head "logits" (N, K)
 Outputs = Mapping[str, Tensor]
@@ -37,34 +37,34 @@ Forward = Callable[[Tensor], Outputs]
 
 @dataclass(frozen=True, eq=False)
 class Reopened:
-    """A target as a program opens it that is given nothing else.
+    """A target, opened by a program that is given nothing else.
 
     Attributes:
         forward: images (N, C, H, W) to outputs, float32.
-        state: tensors under our names, those of a head after `head.`; others are no part of it.
-        told: what it says of itself to each program that reads it: our card, or the part of it that
-            another library has a place for.
-        coverage: what of the library's model the files cover; None where `state` is all there is.
-        on_meta: the forward on the meta device, which has shapes and no numbers; None where what
-            was written runs nothing by itself, or on a device that its runtime chooses. Taken last:
-            it may empty what `forward` runs.
+        state: tensors under our names, those of a head after `head.`, and no others.
+        descriptions: what each program that reads it learns about it: our card, or the part of it
+            that another library can store.
+        coverage: of the library's model by the files; None if `state` is all of it.
+        on_meta: the forward on the meta device, which has shapes and no numbers; None if the files
+            run nothing by themselves, or on a device that their runtime chooses. Call it last: it
+            may empty the module that `forward` runs.
     """
 
     forward: Forward
     state: Mapping[str, Tensor]
-    told: tuple[BackboneCard | Preprocessing, ...]
+    descriptions: tuple[BackboneCard | Preprocessing, ...]
     coverage: Coverage | None = None
     on_meta: Callable[[], Forward] | None = None
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two forwards are apart on the same images.
+    """Agreement of two forwards on the same images.
 
     Attributes:
         size: height and width of the images in pixels.
-        max_difference: of any feature, over the largest feature.
-        cosine: the smallest of any token.
+        max_difference: largest difference of a feature, over the largest feature.
+        cosine: smallest cosine similarity of a token.
     """
 
     size: tuple[int, int]
@@ -73,12 +73,12 @@ class Agreement:
 
     @property
     def equal(self) -> bool:
-        """Whether the difference is that of rounding; never so for numbers that are not finite."""
+        """Whether the difference is within rounding; False for non-finite numbers."""
         return self.max_difference <= MAX_DIFFERENCE and self.cosine >= MIN_COSINE
 
 
 def our_forward(backbone: VisionTransformer | ResNet50, head: DinoHead | None = None) -> Forward:
-    """Outputs of one of our backbones, and of its projection head if there is one."""
+    """The forward of one of our backbones, with its projection head if there is one."""
 
     def forward(images: Tensor) -> Outputs:
         if isinstance(backbone, ResNet50):
@@ -94,7 +94,7 @@ def our_forward(backbone: VisionTransformer | ResNet50, head: DinoHead | None = 
 
 
 def to_meta(module: nn.Module, forward: Forward) -> Callable[[], Forward]:
-    """`Reopened.on_meta` of a forward that runs a module."""
+    """`Reopened.on_meta` for a forward that runs `module`."""
 
     def moved() -> Forward:
         module.to("meta")
@@ -104,7 +104,7 @@ def to_meta(module: nn.Module, forward: Forward) -> Callable[[], Forward]:
 
 
 def second_size(img_size: int, *, patch_size: int) -> int:
-    """Another size to compare at, in pixels: a multiple of the patch that is not `img_size`."""
+    """Another image size for the comparison, in pixels: a multiple of the patch, not `img_size`."""
     patches = max(1, round(img_size * LOCAL_CROP / patch_size))
     return (patches if patches * patch_size != img_size else patches + 1) * patch_size
 
@@ -114,7 +114,7 @@ def compare(
 ) -> Agreement:
     """Run both on the same seeded images, square with a side of `size` pixels.
 
-    What `ours` gives and `theirs` lacks, or gives in another shape, is infinitely far apart.
+    An output that `theirs` lacks, or gives in another shape, differs by infinity.
     """
     generator = torch.Generator().manual_seed(_SEED)
     images = torch.randn(num_images, in_chans, size, size, generator=generator)
@@ -131,11 +131,11 @@ def compare(
     return Agreement((size, size), float(worst[0].max()), float(worst[1].min()))
 
 
-def require_whole(reopened: Reopened, weights: Weights) -> Coverage:
-    """Compare the tensors of a target, by name and shape, with those that were to be written.
+def require_complete(reopened: Reopened, weights: Weights) -> Coverage:
+    """Compare the tensors of a target, by name and shape, with the weights to write.
 
     Returns:
-        What of them is there, which is all.
+        The coverage, which is complete.
 
     Raises:
         ConversionError: some are missing, left over or of another shape.
@@ -150,10 +150,10 @@ def require_whole(reopened: Reopened, weights: Weights) -> Coverage:
 
 
 def require_same(reopened: Reopened, weights: Weights) -> None:
-    """Compare what a whole target holds and says, number by number, with what was to be written.
+    """Compare a complete target, number by number, and its descriptions with the weights to write.
 
     Raises:
-        ConversionError: tensors hold other numbers, or its preprocessing is another.
+        ConversionError: tensors hold other numbers, or the preprocessing differs.
     """
     expected = _expected(reopened, weights)
     changed = [name for name, x in expected.items() if not _equal(x, reopened.state[name])]
@@ -162,17 +162,17 @@ def require_same(reopened: Reopened, weights: Weights) -> None:
             f"opened again, {len(changed)} of {len(expected)} tensors hold other numbers:"
             f" {listed(changed)}; nothing was written"
         )
-    for told in reopened.told:
-        is_card = isinstance(told, BackboneCard)
+    for found in reopened.descriptions:
+        is_card = isinstance(found, BackboneCard)
         wanted = weights.card if is_card else weights.card.preprocessing
-        if told != wanted:
+        if found != wanted:
             raise ConversionError(
-                f"opened again, it says {told}, and the source {wanted}; nothing was written"
+                f"opened again, it says {found}, and the source {wanted}; nothing was written"
             )
 
 
 def _expected(reopened: Reopened, weights: Weights) -> dict[str, Tensor]:
-    """Tensors that a target has to hold, under the names of `Reopened.state`."""
+    """Tensors that a target must hold, under the names of `Reopened.state`."""
     head = {f"head.{name}": tensor for name, tensor in (weights.head or {}).items()}
     return {
         name: tensor
@@ -182,12 +182,12 @@ def _expected(reopened: Reopened, weights: Weights) -> dict[str, Tensor]:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether numbers are equal, whatever their dtype."""
+    """Whether the numbers are equal, whatever their dtype."""
     return bool((one.double() == other.double()).all())
 
 
 def require_any_device(reopened: Reopened, *, in_chans: int, size: int) -> None:
-    """Run a target where no number is: on a device that is not the one it was made on.
+    """Run a target on the meta device, to prove that it is not tied to the CPU it was made on.
 
     Raises:
         ConversionError: some of its tensors stay on the CPU.

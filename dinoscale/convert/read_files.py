@@ -1,4 +1,4 @@
-"""From the path of a file or folder to named tensors, without running any code in it."""
+"""Read named tensors from a file or folder, without running any code in it."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from dinoscale.runtime.outputs import CARD_FILE, card_sums, sha256
 
 log = logging.getLogger(__name__)
 
-# What the model hubs call the weights in a folder, the preferred name first.
+# Names of weights files in folders of model hubs, the preferred one first.
 HUB_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # of other files with weights
-METADATA = "_metadata"  # of a state dict: where torch keeps the versions of modules
+METADATA = "_metadata"  # attribute of a state dict where torch keeps the versions of modules
 _MAX_JSON_BYTES = 16 * 2**20  # of a settings file or an index; real ones have some kilobytes
 
-_NO_WEIGHTS = (  # first bytes of what a failed download leaves behind
+_NO_WEIGHTS = (  # first bytes of files that a failed download leaves behind
     (b"<", "is a web page or XML, not weights: download the file itself"),
     (b"version https://git-lfs", "is a Git LFS pointer, not weights: run `git lfs pull`"),
 )
-_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # begins what older versions of torch saved
+_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # at the start of files of older torch versions
 _SCALAR: Any = np.float64(0).__reduce__()[0]  # numpy's scalar constructor, moved in numpy 2
-_SAFE_GLOBALS: list[Any] = [  # what `args` and the scheduled numbers of the optimizer are made of
+_SAFE_GLOBALS: list[Any] = [  # types in `args` and in the scheduled numbers of the optimizer
     argparse.Namespace,
     (_SCALAR, "numpy.core.multiarray.scalar"),
     (_SCALAR, "numpy._core.multiarray.scalar"),
@@ -50,11 +50,11 @@ _SAFE_GLOBALS: list[Any] = [  # what `args` and the scheduled numbers of the opt
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What lay at a path.
+    """What was read from a path.
 
     Attributes:
         name: of the file, without its folder.
-        checkpoint: what it held: named tensors, or a mapping around them.
+        checkpoint: named tensors, or a mapping around them.
         card: text of our card, in the file or else beside it; None without one.
         settings: config.json of a hub folder, None without one.
         preprocessing: preprocessor_config.json beside it, None without one.
@@ -67,10 +67,10 @@ class Content:
     preprocessing: dict[str, Any] | None = None
 
 
-def read_content(path: Path, goes_on: Callable[[], None] = lambda: None) -> Content:
-    """Read a weights file, or the one in a folder; of a hub's file also the settings beside it.
+def read_content(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Content:
+    """Read a weights file, or the one in a folder; with a hub's file also the settings beside it.
 
-    `goes_on` is called again and again while checksums are compared.
+    `heartbeat` is called regularly while checksums are compared.
 
     Raises:
         CheckpointError: nothing is there, it is damaged, it is not clear which file is meant, or
@@ -78,7 +78,7 @@ def read_content(path: Path, goes_on: Callable[[], None] = lambda: None) -> Cont
     """
     file = find_weights(path) if path.is_dir() else path
     name = path.name if path.is_dir() else file.name
-    described = require_described(file, goes_on)
+    described = verify_checksums(file, heartbeat)
     checkpoint, card = _read_file(file)
     if file.name not in HUB_NAMES or card is not None:
         return Content(name, checkpoint, card or described)
@@ -91,21 +91,21 @@ def read_content(path: Path, goes_on: Callable[[], None] = lambda: None) -> Cont
     )
 
 
-def require_described(file: Path, goes_on: Callable[[], None] = lambda: None) -> str | None:
-    """Compare a weights file, and what is read with it, with the checksums of its card.
+def verify_checksums(file: Path, heartbeat: Callable[[], None] = lambda: None) -> str | None:
+    """Compare a weights file, and the files read with it, with the checksums of its card.
 
-    `goes_on` is called again and again.
+    `heartbeat` is called regularly.
 
     Returns:
-        What that card says of the backbone, for `parse_card`; None without such a card.
+        The card's description of the backbone, for `parse_card`; None without such a card.
 
     Raises:
-        CheckpointError: a checksum is another, or a file is missing or not beside it.
+        CheckpointError: a checksum differs, or a file is missing or not beside it.
     """
     beside, within = file.with_name(f"{file.name}.json"), file.with_name(CARD_FILE)
     described = None
     for sums, card in ((card_sums(beside), beside), (card_sums(within), within)):
-        if card == beside and len(sums) == 1:  # both may have been given another name
+        if card == beside and len(sums) == 1:  # file and card may have been renamed
             sums = {file.name: next(iter(sums.values()))}
         if file.name not in sums:
             continue
@@ -116,7 +116,7 @@ def require_described(file: Path, goes_on: Callable[[], None] = lambda: None) ->
                 )
             if not os.path.isfile(file.with_name(name)):  # False for an impossible name
                 raise CheckpointError(f"lacks {name!r}, which its card {card.name} names")
-            found = sha256(file.with_name(name), goes_on)
+            found = sha256(file.with_name(name), heartbeat)
             if found != sums[name]:
                 raise CheckpointError(
                     f"is not what was exported: {name} has the sha256 {found[:12]}..., its card "
@@ -128,7 +128,7 @@ def require_described(file: Path, goes_on: Callable[[], None] = lambda: None) ->
 
 
 def remove_cards_of(target: Path) -> None:
-    """Remove the cards of an earlier export of that name, once another file has it."""
+    """Remove the cards of an earlier export with this name, after another file has replaced it."""
     beside, within = target.with_name(f"{target.name}.json"), target.with_name(CARD_FILE)
     if card_sums(beside):
         beside.unlink()
@@ -137,7 +137,7 @@ def remove_cards_of(target: Path) -> None:
 
 
 def find_weights(folder: Path) -> Path:
-    """The file with the weights in a folder: a hub's name, else the only one there is.
+    """The weights file in a folder: one with a hub's name, else the only one.
 
     Raises:
         CheckpointError: there is none, or there are several.
@@ -147,8 +147,8 @@ def find_weights(folder: Path) -> Path:
             return folder / name
     if (folder / _TORCH_INDEX).is_file():
         raise CheckpointError(
-            f"is a folder whose weights lie in several torch files ({_TORCH_INDEX}), which are not"
-            " read together: save them as safetensors"
+            f"is a folder with weights in several torch files ({_TORCH_INDEX}), which dinoscale"
+            " does not join: save them as safetensors"
         )
     found = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
     if not found:
@@ -163,7 +163,7 @@ def find_weights(folder: Path) -> Path:
 
 
 def _read_file(file: Path) -> tuple[object, str | None]:
-    """What a file holds, and the text of its card."""
+    """Content of a file, and the text of its card."""
     if file.name.endswith(".index.json"):
         return _read_shards(file), None
     start = _first_bytes(file)
@@ -187,7 +187,7 @@ def _card_in(checkpoint: object) -> str | None:
 
 
 def _first_bytes(file: Path) -> bytes:
-    """Read the start of a file that may hold weights; say so if it cannot."""
+    """Read the start of a file, and refuse one that cannot hold weights."""
     try:
         with file.open("rb") as stream:
             start = stream.read(512)
@@ -213,7 +213,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}, card  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(
-            f"is not a complete safetensors file, or of a newer kind ({error})"
+            f"is not a complete safetensors file, or has a newer format ({error})"
         ) from error
 
 
@@ -247,7 +247,7 @@ def read_torch_file(path: Path) -> object:
 
 
 def _require_torch_save(path: Path) -> None:
-    """Refuse pickles and zip archives that hold something else, by what they are."""
+    """Refuse pickles and zip archives that `torch.save` did not write, and say what they are."""
     with path.open("rb") as stream:
         start = stream.read(64)
     if not start.startswith(b"PK"):
@@ -263,7 +263,7 @@ def _require_torch_save(path: Path) -> None:
         raise CheckpointError(f"is cut off or damaged ({_first_line(error)})") from error
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(
-            "is a TorchScript program, not weights: give what it was converted from"
+            "is a TorchScript program, not weights: give the weights it was made from"
         )
     if not any(name.endswith("/data.pkl") for name in names):
         held = ", ".join(names[:3]) or "nothing"
@@ -275,7 +275,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Tensors of the safetensors files that an index of Hugging Face names."""
+    """Tensors of the safetensors files in an index of Hugging Face."""
     places = (_read_json(index) or {}).get("weight_map")
     if not isinstance(places, Mapping) or not all(type(x) is str for x in places.values()):
         raise CheckpointError(f"has an index {index.name} without a weight_map of file names")

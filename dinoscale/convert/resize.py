@@ -1,4 +1,4 @@
-"""Weights for images of another size, by the rule for position embeddings that DINO trains with."""
+"""Weights for another image size, with position embeddings resized by the rule of the training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def patch_size_of(weights: Weights) -> int:
 
 
 def at_size(weights: Weights, *, img_size: int) -> Weights:
-    """Store the position embedding that images of another size get, and prepare such images.
+    """Resize the position embedding for images of another size, and the preprocessing with it.
 
     Args:
         weights: of any backbone.
         img_size: side of the images in pixels.
 
     Returns:
-        The same weights, float32 positions resized, images resized and cropped in proportion.
+        The weights with float32 positions resized; resize and crop of the card are in proportion.
 
     Raises:
         ConversionError: the size is not a multiple of the patch size.

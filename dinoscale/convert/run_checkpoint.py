@@ -22,23 +22,23 @@ def is_run(path: Path) -> bool:
 
 
 def read_run(
-    path: Path, *, network: Network, goes_on: Callable[[], None] = lambda: None
+    path: Path, *, network: Network, heartbeat: Callable[[], None] = lambda: None
 ) -> Weights:
-    """Merge one network of a checkpoint out of all ranks' files, float32, on the CPU.
+    """Merge one network of a checkpoint from the files of all ranks, float32, on the CPU.
 
-    Memory: the network itself; every file is read once, front to back, into its place there.
+    Memory: the network itself; each file is read once, front to back, directly into its tensors.
 
     Args:
         path: a run directory (its newest checkpoint) or one of its step_* directories.
         network: "teacher" or "student".
-        goes_on: called again and again.
+        heartbeat: called regularly.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    checkpoint = open_run(path, goes_on)
+    checkpoint = open_run(path, heartbeat)
     config = parse_config(checkpoint.state["config"], origin=str(checkpoint.path))
-    tensors = checkpoint.full(_KINDS[network], goes_on) | checkpoint.buffers(network)
+    tensors = checkpoint.full(_KINDS[network], heartbeat) | checkpoint.buffers(network)
     parts = {
         part: {
             name.removeprefix(part): tensor
@@ -47,17 +47,16 @@ def read_run(
         }
         for part in ("backbone.", "head.")
     }
-    name = "/".join(
-        checkpoint.path.resolve().parts[-3:]
-    )  # a card is published: no folders above the run
+    # A card is published: no folders above the run.
+    name = "/".join(checkpoint.path.resolve().parts[-3:])
     card = card_of(config, source=f"{name} {network}")
-    said = {
+    origin = {
         "checkpoint": name,
         "step": checkpoint.step,
         "knn_top1": checkpoint.knn_top1,
         "config": checkpoint.state["config"],
     }
-    return Weights(parts["backbone."], parts["head."], card, "run", run=said)
+    return Weights(parts["backbone."], parts["head."], card, "run", run=origin)
 
 
 def card_of(config: RunConfig, *, source: str) -> BackboneCard:

@@ -1,9 +1,9 @@
-"""Any SOURCE of weights into one thing: a run, our files, the reference's, timm's, Hugging Face's.
+"""Read any SOURCE of weights: a run, or a file of ours, the reference's, timm's or Hugging Face's.
 
-Each format is told by what is there, never by the name of the path; nothing is unpickled that could
-run code. Which network a tensor belongs to is told by its name alone, and no name is dropped
-silently: `Weights` keeps what belongs to the backbone even where the architecture has no place for
-it, so that `weights_file.build` can refuse it by name.
+The format is recognised by the content, never by the name of the path; nothing is unpickled that
+could run code. The name of a tensor alone decides to which network it belongs, and no name is
+dropped silently: `Weights` keeps all tensors of the backbone, even those that the architecture does
+not have, so that `weights_file.build` can refuse them by name.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ def read_source(
     *,
     network: Network = "teacher",
     num_heads: int | None = None,
-    goes_on: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Weights:
     """Read one network of a source, without building it.
 
     Args:
         path: a run directory (its newest checkpoint) or one of its step_*, at any ZeRO stage and
-            world size; a safetensors file of ours; the reference's `.pth`, full or backbone only;
+            world size; our own safetensors files; the reference's `.pth`, full or backbone only;
             a timm or Hugging Face folder or its weights file.
         network: which network of a run or full checkpoint to take; other files hold only one.
-        goes_on: called again and again while the files of a run are read, and checksums compared.
-        num_heads: for files whose heads are not 64 channels wide and that do not tell.
+        num_heads: for files that do not store it and whose heads are not 64 channels wide.
+        heartbeat: called regularly while the files of a run are read, and checksums compared.
 
     Raises:
-        CheckpointError: nothing is there, it is damaged, its format is unknown, or it tells another
-            number of heads; the text begins with the path.
+        CheckpointError: nothing is there, it is damaged, its format is unknown, or it stores
+            another number of heads; the text begins with the path.
     """
     try:
         if is_run(Path(path)):
-            weights = read_run(Path(path), network=network, goes_on=goes_on)
+            weights = read_run(Path(path), network=network, heartbeat=heartbeat)
         else:
-            content = read_content(Path(path), goes_on)
+            content = read_content(Path(path), heartbeat)
             weights = _weights_of(content, network=network, num_heads=num_heads)
-        told = weights.card.backbone.num_heads
-        if num_heads not in (None, told):
-            raise CheckpointError(f"tells its heads: num_heads={told}, not {num_heads}; omit that")
+        stored = weights.card.backbone.num_heads
+        if num_heads not in (None, stored):
+            raise CheckpointError(f"has num_heads={stored}, not {num_heads}; omit num_heads")
         return weights
     except CheckpointError as error:
         text = str(error)

@@ -13,8 +13,8 @@ from dinoscale.convert.card import BackboneCard
 Network = Literal["teacher", "student"]
 
 Kind = Literal[
-    "run",  # a checkpoint of a run of ours, from the files of all its ranks
-    "dinoscale",  # a safetensors file of ours, with a card
+    "run",  # a checkpoint of a run, from the files of all its ranks
+    "dinoscale",  # our own safetensors file, with a card
     "reference",  # the authors' full checkpoint or a bare state dict under their names
     "timm",  # the same names with timm's config.json, or layers that only timm's models have
     "hf",  # ViTModel or ViTForImageClassification of Hugging Face's transformers
@@ -26,14 +26,14 @@ class Weights:
     """One network of a source, on the CPU, in the dtype of the file.
 
     Attributes:
-        backbone: tensors under the reference's names, as in `models.vit`; all that the file holds
-            of it, whether or not it fits the card's architecture (`weights_file.build` checks).
+        backbone: all its tensors in the file under the reference's names, as in `models.vit`,
+            whether or not they fit the card's architecture (`weights_file.build` checks).
         head: tensors of the projection head under the names of `models.heads.DinoHead`, without
             `last_layer.weight_g` where all prototype norms are 1; None where there is no head.
-        card: which backbone it is, and how to feed it.
+        card: its architecture and preprocessing.
         kind: format of the source.
         left_out: names in the file that belong to neither, such as those of a classifier.
-        network: which of the two it is, where the source tells.
+        network: which of the two it is; the default where the source holds only one.
         run: of a run, its checkpoint's name, step, k-NN accuracy in percent and configuration.
     """
 

@@ -1,7 +1,7 @@
-"""One file, one backbone: safetensors with a card that says how to build and feed it.
+"""Weights files: one backbone in safetensors, with a card of its architecture and preprocessing.
 
-Loading is strict in both directions and counts what it found: weights that lack a tensor, have one
-too many or one of another shape are refused by name, never half loaded.
+Loading is strict in both directions and counts tensors: weights that lack a tensor, have one too
+many or one of another shape are refused by name, never partly loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
-from dinoscale.runtime.outputs import require_ours, swap, workplace, write_tensors
+from dinoscale.runtime.outputs import require_ours, staging_folder, swap, write_tensors
 
 __all__ = [
     "BackboneCard",
@@ -44,19 +44,19 @@ def save_backbone(path: str | Path, state: Mapping[str, Tensor], card: BackboneC
     """Write a weights file, whole or not at all: beside the target first, then renamed.
 
     Args:
-        path: of the file; folders above it are made, one that we wrote is replaced.
+        path: of the file; folders above it are made, and a file that we wrote is replaced.
         state: the backbone's tensors under the reference's names, on any device.
-        card: how to build the backbone and prepare its images.
+        card: its architecture and preprocessing.
 
     Raises:
-        OutputError: something lies there that is not ours.
+        OutputError: a file is there that is not ours.
         OSError: it cannot be written.
     """
     target = Path(path)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     require_ours(target)
-    with workplace(target) as place:
-        beside = place / target.name
+    with staging_folder(target) as folder:
+        beside = folder / target.name
         write_tensors(tensors, beside, metadata={METADATA_KEY: card.to_json()})
         flush(beside)
         swap(beside, target)
@@ -72,7 +72,7 @@ def load_backbone(
         path: a run or one of its checkpoints, a weights file of ours, the reference's, timm's or
             Hugging Face's, or a folder of theirs; see `source.read_source`.
         network: which network of a run or full checkpoint to take.
-        num_heads: for files whose heads are not 64 channels wide and that do not tell.
+        num_heads: for files that do not store it and whose heads are not 64 channels wide.
 
     Returns:
         The backbone on the CPU, float32, in eval mode, without gradients; and its card.
@@ -87,15 +87,15 @@ def load_backbone(
         raise CheckpointError(f"{path}: {error}") from error
     log.info("%s: %s loaded", path, coverage)
     if weights.left_out:
-        log.info("%s: left out what is no backbone: %s", path, ", ".join(weights.left_out))
+        log.info("%s: not part of the backbone: %s", path, ", ".join(weights.left_out))
     return backbone, weights.card
 
 
 def build(weights: Weights) -> tuple[VisionTransformer | ResNet50, Coverage]:
-    """Build the backbone of weights, all of whose tensors must fit.
+    """Build the backbone of weights; all tensors must fit.
 
     Returns:
-        The backbone on the CPU, float32, in eval mode, without gradients; and what was loaded.
+        The backbone on the CPU, float32, in eval mode, without gradients; and the coverage.
 
     Raises:
         CheckpointError: it cannot be built, or tensors are missing, left over, of another shape or
@@ -104,7 +104,7 @@ def build(weights: Weights) -> tuple[VisionTransformer | ResNet50, Coverage]:
     coverage = coverage_of(weights.backbone, expected_tensors(weights))
     if not coverage.complete:
         raise CheckpointError(str(coverage))
-    with torch.device("meta"):  # draws nothing
+    with torch.device("meta"):  # skips the random initialisation
         backbone = build_backbone(**asdict(weights.card.backbone))
     tensors = {
         name: weights.backbone[name].to(value.dtype).contiguous()
@@ -115,18 +115,18 @@ def build(weights: Weights) -> tuple[VisionTransformer | ResNet50, Coverage]:
 
 
 def build_head(state: Mapping[str, Tensor]) -> DinoHead:
-    """Build the projection head that has these tensors, as `Weights.head` holds them.
+    """Build the projection head of `Weights.head`; all tensors must fit.
 
     Returns:
         The head on the CPU, float32, in eval mode, without gradients.
 
     Raises:
-        CheckpointError: they are not those of a head; all by name.
+        CheckpointError: they are not the tensors of a head; all by name.
     """
     linear = [x for name, x in state.items() if name.startswith("mlp.") and x.ndim == 2]
     prototypes = state.get("last_layer.weight_v")
     if not linear or prototypes is None:
-        raise CheckpointError(f"has no projection head of DINO's, only {listed([*state])}")
+        raise CheckpointError(f"has no DINO projection head, only {listed([*state])}")
     with torch.device("meta"):
         head = DinoHead(
             linear[0].shape[1],
@@ -145,7 +145,7 @@ def build_head(state: Mapping[str, Tensor]) -> DinoHead:
 
 
 def expected_tensors(weights: Weights) -> dict[str, Tensor]:
-    """The tensors that the card's architecture has, on the meta device.
+    """All tensors of the card's architecture, on the meta device.
 
     Raises:
         CheckpointError: it cannot be built.

@@ -78,16 +78,16 @@ class _Alarm:
     """Tells the other ranks amid their work that one has failed."""
 
     def __init__(self) -> None:
-        self._board = distributed.Board()
+        self._store = distributed.KeyValueStore()
         self._key = f"failed {distributed.broadcast_object(uuid.uuid4().hex)}"
         self._next_look = 0.0
 
     def ring(self) -> None:
-        self._board.post(self._key, str(distributed.rank()))
+        self._store.set(self._key, str(distributed.rank()))
 
     def check(self) -> None:
         """Raise if a rank has failed; costs nothing most of the time."""
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK_S
-            if self._board.read(self._key) is not None:
+            if self._store.get(self._key) is not None:
                 raise _OtherRankFailed

@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 from dinoscale.convert.card import BackboneCard
 from dinoscale.data.augmentation.multi_crop import to_image, to_pixels
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.image_files import write_names
 from dinoscale.data.sources.listing import COMPRESSED_TAR, Listing, OtherFiles
 from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.features import normalize_images
-from dinoscale.runtime.outputs import replacing
+from dinoscale.runtime.outputs import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class Seen:
             "size": np.array(self.size),
             "seen": np.array([self.image.height, self.image.width]),
         }
-        with replacing(file) as beside:
+        with atomic_write(file) as beside:
             np.savez(beside, allow_pickle=False, **arrays, **about)
 
 
@@ -232,7 +232,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         OutputError: something lies there that is not ours.
         OSError: it cannot be written.
     """
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         picture.save(beside)
 
 

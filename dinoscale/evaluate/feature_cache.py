@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from dinoscale.data.cache_folder import cached_file, keep_recent
 from dinoscale.errors import ConfigError
 from dinoscale.runtime import distributed
-from dinoscale.runtime.fingerprint import code_print, files_print
+from dinoscale.runtime.fingerprint import code_fingerprint, files_fingerprint
 from dinoscale.runtime.outputs import write_tensors
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def features_key(
         "preparation": asdict(preparation),
         "files": _files_digest(files),
         "device": device.type,
-        "code": code_print(*(f"dinoscale.evaluate.{module}" for module in _MODULES)),
+        "code": code_fingerprint(*(f"dinoscale.evaluate.{module}" for module in _MODULES)),
     }
     return json.dumps(about, sort_keys=True)
 
@@ -108,7 +108,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _files_digest(source: InFiles) -> dict[str, object]:
     """Of a set, wherever it lies and whatever its files are called."""
-    found = files_print("", source.files())
+    found = files_fingerprint("", source.files())
     return {part: found[part] for part in ("number", "sizes", "times")}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinoscale.data.augmentation.multi_crop import by_plane
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Picture
 from dinoscale.data.loader import eval_batches
 from dinoscale.data.sources.source import Source
@@ -31,12 +32,6 @@ from dinoscale.runtime.float32 import exact_float32
 log = logging.getLogger(__name__)
 
 PIXEL_SIDE = 16  # of the thumbnails whose pixels are the floor
-
-
-def normalize_images(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return (x / 255 - mean) / std of uint8 images (N, C, H, W), float32, on their device."""
-    mean_, std_ = (images.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
-    return (images.float() / 255 - mean_) / std_
 
 
 def check_labels(source: Source, *, name: str) -> NDArray[np.int64]:

@@ -45,7 +45,7 @@ def made_from(options: Mapping[str, object]) -> Fingerprint | None:
     return fingerprint(
         input={name: _print_of(name, str(spec)) for name, spec in specs.items()},
         command=settings,
-        code=code_print(*(f"dinoscale.evaluate.{module}" for module in _MODULES[task])),
+        code=code_fingerprint(*(f"dinoscale.evaluate.{module}" for module in _MODULES[task])),
     )
 
 

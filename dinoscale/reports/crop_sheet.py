@@ -35,7 +35,7 @@ from dinoscale.data.loader import Batch
 from dinoscale.data.shards.stream import StreamSource
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.runtime.outputs import replacing, require_ours
+from dinoscale.runtime.outputs import atomic_write, require_ours
 from dinoscale.training.feed import finish_batch, multi_crop_of, open_images
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> 
     if not rows:
         raise DataError(f"data.train: none of {num_images} chosen images can be read")
     try:
-        with replacing(out) as beside:
+        with atomic_write(out) as beside:
             _figure(rows).savefig(beside, format="png")
     except OSError as error:
         raise DataError(f"--out: cannot write {out}: {error.strerror}") from error

@@ -21,7 +21,7 @@ from xml.etree.ElementTree import Element
 from PIL import Image, UnidentifiedImageError
 
 from dinoscale.errors import ConfigError
-from dinoscale.runtime.outputs import replacing
+from dinoscale.runtime.outputs import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -212,7 +212,7 @@ def write_file(path: Path, content: bytes) -> None:
         OutputError: a file that we did not write has its name.
     """
     try:
-        with replacing(path) as beside:
+        with atomic_write(path) as beside:
             beside.write_bytes(content)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error

@@ -1,1 +1,1 @@
-"""What a process stands on: ranks, launchers, memory, signals, logs, and files that outlive it."""
+"""The process and its surroundings: ranks, launchers, memory, signals, logs, output files."""

@@ -7,15 +7,15 @@ from pathlib import Path
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or microseconds per period
 
 
-def core_numbers() -> frozenset[int]:
-    """Numbers of the cores that the scheduler may give to this process."""
+def cpu_affinity() -> frozenset[int]:
+    """Numbers of the cores on which the scheduler may run this process."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
 
 
 def core_quota() -> float | None:
-    """How many cores the container allows, None without a limit."""
+    """Number of cores that the container allows, None without a limit."""
     return parse_quota(_QUOTA.read_text() if _QUOTA.is_file() else "max")
 
 
@@ -25,12 +25,12 @@ def parse_quota(text: str) -> float | None:
     return None if len(words) != 2 or words[0] == "max" else int(words[0]) / int(words[1])
 
 
-def cores_of_rank(local_world_size: int) -> int:
+def cores_per_rank(local_world_size: int) -> int:
     """Whole cores for each of the ranks that share this node, at least 1."""
-    return max(1, cores_at_hand() // local_world_size)
+    return max(1, available_cores() // local_world_size)
 
 
-def cores_at_hand() -> int:
-    """Whole cores within both limits, at least 1."""
-    cores, quota = len(core_numbers()), core_quota()
+def available_cores() -> int:
+    """Whole cores within affinity and quota, at least 1."""
+    cores, quota = len(cpu_affinity()), core_quota()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))

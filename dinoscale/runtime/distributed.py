@@ -1,4 +1,4 @@
-"""Processes: how they meet, and the few collectives that dinoscale needs.
+"""The process group: how ranks meet, and the few collectives that dinoscale needs.
 
 The only module that imports torch.distributed. Every collective is the identity on one process.
 """
@@ -21,57 +21,60 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinoscale.errors import DinoscaleError, LaunchError, LostPeerError, RunFailedError
-from dinoscale.runtime.cores import cores_of_rank
+from dinoscale.runtime.cores import cores_per_rank
 from dinoscale.runtime.float32 import exact_float32
-from dinoscale.runtime.launcher_env import LOOPBACK, Process, meeting_place
+from dinoscale.runtime.launcher_env import LOOPBACK, Process, rendezvous_address
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_under_way: list[Any] = []  # collectives that were begun and not yet waited for
-_client: Any = None  # of the store: one connection of this process for all of its boards
+_pending: list[Any] = []  # collectives that were begun and not yet waited for
+_client: Any = None  # the one connection of this process to the store where the ranks met
 
 TIMEOUT_S = 1800.0  # slow nodes may take minutes to come up
-MOST_FILES = 65536  # that a process may open; enough for ten thousand ranks
+MAX_OPEN_FILES = 65536  # open files of a process; enough for ten thousand ranks
 _STORE_TIMEOUT = timedelta(seconds=60)  # of a small message; a busy node may take its time
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # of a thousand ranks, 500 questions a second
-_PORT = "dinoscale/port"  # of rank 0's store, in that of torchrun
-_FITNESS, _FIT, _ALL_HEARD = "fitness", "fit", "all heard"
-_TELL_S, _QUIET_S = 60.0, 3.0  # to tell others why this rank ends; before it says that it waits
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # polling; a thousand ranks ask 500 times a second
+_PORT = "dinoscale/port"  # key in torchrun's store, of the port of rank 0's store
+_VERDICT, _READY, _ALL_READ = "verdict", "ready", "all read"
+_REPORT_S, _QUIET_S = 60.0, 3.0  # to tell others why this rank ends; before it logs that it waits
 _LOST_PEER = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
 
 
 def start(
-    process: Process, *, timeout_s: float = TIMEOUT_S, unfit: Exception | None = None
+    process: Process, *, timeout_s: float = TIMEOUT_S, startup_error: Exception | None = None
 ) -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and say so in the environment.
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and export its environment variables.
 
     Args:
-        process: who this is.
+        process: this process.
         timeout_s: how long to wait for the others, now and in every collective.
-        unfit: why this rank cannot take part, as a mistake in its configuration: it only tells the
-            others, which would wait for it as long as that.
+        startup_error: why this rank cannot take part, such as a mistake in its configuration. The
+            rank only tells the others, which would otherwise wait for it until the time-out.
 
     Raises:
-        LaunchError: the address is unknown, its port is taken on this machine, or there are not as
-            many accelerators as ranks; or another rank is unfit, and the text says which and why.
-        Exception: `unfit` itself.
+        LaunchError: the address is unknown, its port is taken on this machine, or there are fewer
+            accelerators than ranks; or another rank cannot take part, and the text says which and
+            why.
+        Exception: `startup_error` itself.
     """
     environ = os.environ
     exact_float32()
-    unfit = unfit or _lack_of_device(process)
+    startup_error = startup_error or _device_error(process)
     _allow_open_files()
-    address, port = _meeting_place(process, environ)
+    address, port = _rendezvous_address(process, environ)
     environ["RANK"], environ["WORLD_SIZE"] = str(process.rank), str(process.world_size)
     environ["LOCAL_RANK"] = str(process.local_rank)
-    timeout = timedelta(seconds=timeout_s if unfit is None else min(timeout_s, _TELL_S))
-    # DeepSpeed names no time-out for its groups, and the default of NCCL's would be 10 minutes.
+    timeout = timedelta(seconds=timeout_s if startup_error is None else min(timeout_s, _REPORT_S))
+    # DeepSpeed sets no time-out for its groups, and NCCL's default is 10 minutes.
     defaults: Any = dist.distributed_c10d
     defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = timeout
     try:
-        store = _store_of_rank_0(process, address, port, timeout=timeout, unfit=unfit)
+        store = _store_of_rank_0(
+            process, address, port, timeout=timeout, startup_error=startup_error
+        )
         environ["MASTER_ADDR"], environ["MASTER_PORT"] = store.host, str(store.port)
-        _require_fit(_texts_in(store), process, unfit)
+        _require_all_ready(_own_keys(store), process, startup_error)
         dist.init_process_group(
             "nccl" if process.device.type == "cuda" else "gloo",
             store=store,
@@ -80,8 +83,8 @@ def start(
             timeout=timeout,
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
-        if unfit is not None:
-            raise unfit from None
+        if startup_error is not None:
+            raise startup_error from None
         first = str(error).splitlines()[0]
         raise LaunchError(
             f"rank {process.rank} of {process.world_size} ({socket.gethostname()}) could not meet"
@@ -91,19 +94,24 @@ def start(
 
 
 def _store_of_rank_0(
-    process: Process, address: str, port: int, *, timeout: timedelta, unfit: Exception | None
+    process: Process,
+    address: str,
+    port: int,
+    *,
+    timeout: timedelta,
+    startup_error: Exception | None,
 ) -> Any:
-    """A store that is new at each start of the ranks, so that no text of an earlier one is in it.
+    """Connect to a store on rank 0 that is new at every start, without keys of an earlier one.
 
-    torchrun keeps its own when it starts them again, and its nodes count the starts differently:
-    that one only tells where the new one is.
+    torchrun keeps its own store over restarts, and its nodes count restarts differently: that store
+    only tells where the new one is.
 
     Raises:
         LaunchError: this is rank 0, and the port is taken.
         DistError: rank 0 is not there.
     """
     exported: Any = dist  # TCPStore is public, but not in __all__
-    connect = partial(exported.TCPStore, wait_for_workers=False)  # who is unfit is heard of before
+    connect = partial(exported.TCPStore, wait_for_workers=False)  # startup errors come first
     agents = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         agents = connect(address, port, timeout=timeout)
@@ -114,7 +122,7 @@ def _store_of_rank_0(
         if agents is not None:
             agents.set(_PORT, str(port))
         return store
-    if agents is None and unfit is None:
+    if agents is None and startup_error is None:
         return connect(address, port, timeout=timeout)
 
     def there() -> bool:
@@ -123,7 +131,7 @@ def _store_of_rank_0(
             port = int(agents.get(_PORT)) if agents.check([_PORT]) else 0  # or of an earlier start
         return port > 0 and _answers(address, port)
 
-    waiting = "" if unfit is None else f"waiting for rank 0, to tell it: {unfit}"
+    waiting = "" if startup_error is None else f"waiting for rank 0, to tell it: {startup_error}"
     if not _wait_until(there, timeout_s=timeout.total_seconds(), waiting=waiting):
         raise RuntimeError("rank 0 is not there")
     return connect(address, port, timeout=timeout)
@@ -138,7 +146,7 @@ def _answers(address: str, port: int) -> bool:
 def _wait_until(
     there: Callable[[], bool], *, timeout_s: float = math.inf, waiting: str = ""
 ) -> bool:
-    """Ask less and less often; say what for, if it takes long. False: it took too long."""
+    """Poll with growing pauses, and log `waiting` after a while; False on time-out."""
     begin, pause_s = time.monotonic(), _FIRST_PAUSE_S
     while not there():
         waited_s = time.monotonic() - begin
@@ -152,71 +160,71 @@ def _wait_until(
     return True
 
 
-def _texts_in(store: Any) -> Any:
-    """What ranks leave for each other in a store, apart from what torch keeps there."""
+def _own_keys(store: Any) -> Any:
+    """Our part of a store, apart from the keys of torch."""
     exported: Any = dist
     return exported.PrefixStore("dinoscale", store)
 
 
-def _require_fit(store: Any, process: Process, unfit: Exception | None) -> None:
-    """Wait until all ranks are fit to begin, or one says that it is not.
+def _require_all_ready(store: Any, process: Process, startup_error: Exception | None) -> None:
+    """Wait until all ranks are ready, or one says that it cannot take part.
 
     Raises:
-        Exception: `unfit`, when all have heard of it, or have had time enough.
-        LaunchError: another rank is unfit.
-        RuntimeError: they did not come, or rank 0 is gone.
+        Exception: `startup_error`, once all have read it or have had time enough.
+        LaunchError: another rank cannot take part.
+        RuntimeError: some did not come, or rank 0 is gone.
     """
     own = f"rank {process.rank} ({socket.gethostname()})"
-    if unfit is not None:
-        store.compare_set(_FITNESS, "", f"{own}: {_told(unfit).text}")
-    elif store.add("fit", 1) == process.world_size:
-        store.compare_set(_FITNESS, "", _FIT)
-    store.wait([_FITNESS])
-    verdict = store.get(_FITNESS).decode()
-    if verdict == _FIT and unfit is None:
+    if startup_error is not None:
+        store.compare_set(_VERDICT, "", f"{own}: {_verdict_on(startup_error).text}")
+    elif store.add("num ready", 1) == process.world_size:
+        store.compare_set(_VERDICT, "", _READY)
+    store.wait([_VERDICT])
+    verdict = store.get(_VERDICT).decode()
+    if verdict == _READY and startup_error is None:
         return
-    if verdict != _FIT:  # else a job at work, of which this process is none
+    if verdict != _READY:  # else the job runs already, without this process
         with contextlib.suppress(dist.DistError, RuntimeError):  # rank 0 is gone
-            _stay_for_all(store, process, verdict)
-    raise unfit or LaunchError(verdict)
+            _wait_for_readers(store, process, verdict)
+    raise startup_error or LaunchError(verdict)
 
 
-def _stay_for_all(store: Any, process: Process, verdict: str) -> None:
-    """Wait until all have heard the verdict: with the first that ends, a launcher ends its node.
+def _wait_for_readers(store: Any, process: Process, verdict: str) -> None:
+    """Wait until all have read the verdict: a launcher ends a node with the first rank that exits.
 
     No longer than a slow start of Python takes.
     """
-    if store.add("heard", 1) == process.world_size:
-        store.set(_ALL_HEARD, "")
+    if store.add("num read", 1) == process.world_size:
+        store.set(_ALL_READ, "")
     _wait_until(
-        lambda: bool(store.check([_ALL_HEARD])),
-        timeout_s=_TELL_S,
+        lambda: bool(store.check([_ALL_READ])),
+        timeout_s=_REPORT_S,
         waiting=f"waiting for the other ranks, to tell them: {verdict}",
     )
 
 
 def _use_device(process: Process) -> None:
-    """Take the accelerator of this rank, or its share of the cores."""
+    """Select the accelerator of this rank, or limit it to its share of the cores."""
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search and a warning
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cores_of_rank(process.local_world_size))
+        torch.set_num_threads(cores_per_rank(process.local_world_size))
 
 
-def _meeting_place(process: Process, environ: MutableMapping[str, str]) -> tuple[str, int]:
-    """Where the ranks meet; those of one node on loopback, which no other machine reaches."""
+def _rendezvous_address(process: Process, environ: MutableMapping[str, str]) -> tuple[str, int]:
+    """Address and port where the ranks meet: loopback on one node, out of reach of others."""
     if process.world_size == 1 and "MASTER_PORT" not in environ:
         address, port = LOOPBACK, free_port()
     else:
-        address, port = meeting_place(process, environ)
+        address, port = rendezvous_address(process, environ)
     served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not _on_one_node(process) and address not in (LOOPBACK, "localhost"):
         return address, port
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
-        environ.setdefault(variable, loopback[0])  # for what these open besides
+        environ.setdefault(variable, loopback[0])  # for the connections that these open
     return (address if served else LOOPBACK), port
 
 
@@ -225,19 +233,19 @@ def _on_one_node(process: Process) -> bool:
 
 
 def _allow_open_files() -> None:
-    """Raise the soft limit of open files, often 1024: all ranks connect to rank 0, and not once."""
+    """Raise the soft limit of open files, often 1024: each rank opens several to rank 0."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # the doctor says what is missing
+        with contextlib.suppress(OSError, ValueError):  # the doctor reports a limit that is too low
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def require_devices(process: Process, *, num_devices: int) -> None:
-    """Refuse more ranks on a node than it has accelerators; on none, ranks share the CPU.
+    """Refuse more ranks on a node than it has accelerators; without any, ranks share the CPU.
 
     Raises:
-        LaunchError: on every rank of the node, if a launcher told how many they are.
+        LaunchError: on every rank of the node, if the launcher sets their number.
     """
     ranks = process.local_rank + 1
     if process.knows_node:
@@ -250,30 +258,30 @@ def require_devices(process: Process, *, num_devices: int) -> None:
         )
 
 
-def _lack_of_device(process: Process) -> LaunchError | None:
-    """Take the device of this rank; why that cannot be."""
+def _device_error(process: Process) -> LaunchError | None:
+    """Select the device of this rank, and return the error if that fails."""
     try:
         require_devices(process, num_devices=torch.cuda.device_count())
         _use_device(process)
     except LaunchError as error:
         return error
-    except RuntimeError as error:  # as CUDA says it, in many lines
+    except RuntimeError as error:  # CUDA's have many lines
         first = (str(error).splitlines() or [""])[0]
         return LaunchError(f"{process.device} cannot be used: {first}")
     return None
 
 
 def free_port() -> int:
-    """A TCP port that nobody on this machine uses right now."""
+    """A TCP port that is free on this machine right now."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
 def _listen(address: str, port: int) -> tuple[int, int]:
-    """Port, and a socket that listens there, on loopback alone if the ranks meet there.
+    """Port, and the descriptor of a socket that listens there, on loopback alone for one node.
 
-    0 is any free one.
+    Port 0 takes any free one.
     """
     dual = address != LOOPBACK and socket.has_dualstack_ipv6()
     try:
@@ -293,19 +301,19 @@ def _listen(address: str, port: int) -> tuple[int, int]:
 
 
 def stop() -> None:
-    """Leave the process group in good order, together, once what was begun has ended.
+    """Leave the process group together with all ranks, once pending collectives have ended.
 
-    Without it, or amid a collective, some backends abort the interpreter at exit. And the board
-    goes with rank 0, so that no rank leaves before all others are here, or lost.
+    Without this, or within a collective, some backends abort the interpreter at exit. The store
+    ends with rank 0, so no rank leaves before all others have come here or are lost.
     """
     global _client
     if dist.is_initialized():
-        for work in _under_way:
+        for work in _pending:
             work.wait()
         with contextlib.suppress(LostPeerError):
             gather_objects(None)
         dist.destroy_process_group()
-    _under_way.clear()
+    _pending.clear()
     _client = None
 
 
@@ -324,7 +332,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         there = tensor.to(_backend_device(tensor))
         guarded(lambda: dist.all_reduce(there))
-        _bring_back(there, tensor)
+        _copy_back(there, tensor)
     return tensor
 
 
@@ -333,7 +341,7 @@ def broadcast(tensor: Tensor) -> None:
     if world_size() > 1:
         there = tensor.to(_backend_device(tensor))
         guarded(lambda: dist.broadcast(there, src=0))
-        _bring_back(there, tensor)
+        _copy_back(there, tensor)
 
 
 def all_gather_flat(whole: Tensor, part: Tensor) -> None:
@@ -350,25 +358,25 @@ def begin_all_gather_flat(whole: Tensor, part: Tensor) -> Callable[[], None]:
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in 2.13
     there, own = whole.to(_backend_device(whole)), part.to(_backend_device(part))
     work = guarded(lambda: gather(there, own, async_op=True))
-    _under_way.append(work)
+    _pending.append(work)
 
     def finish() -> None:
         guarded(work.wait)
-        _under_way.remove(work)
-        _bring_back(there, whole)
+        _pending.remove(work)
+        _copy_back(there, whole)
 
     return finish
 
 
 def _backend_device(tensor: Tensor) -> torch.device:
-    """Where the backend takes `tensor`: where it is, or (a CPU tensor, NCCL) the accelerator."""
+    """Device where the backend takes `tensor`: its own, or the accelerator (CPU tensor, NCCL)."""
     kinds = [entry.partition(":")[0] for entry in dist.get_backend_config().split(",")]
     if tensor.device.type in kinds:
         return tensor.device
     return torch.device(kinds[0], int(os.environ["LOCAL_RANK"]))  # as `start` has chosen
 
 
-def _bring_back(there: Tensor, tensor: Tensor) -> None:
+def _copy_back(there: Tensor, tensor: Tensor) -> None:
     if there is not tensor:
         tensor.copy_(there)
 
@@ -392,22 +400,22 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_rows(part: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order, on every rank; each gives any number of one width.
+    """Concatenate the rows of all ranks, in rank order, on every rank.
 
     Args:
-        part: (N of this rank, ...); one without rows may have another width.
+        part: (N of this rank, ...); all have one width, but one without rows may have any.
 
     Returns:
         (sum of N, ...) on the device of `part`; one process gets `part` itself.
 
     Raises:
-        RunFailedError: on every rank; one has no memory for it.
+        RunFailedError: on every rank, if one has no memory for the result.
     """
     if world_size() == 1:
         return part
     shapes = gather_objects(tuple(part.shape))
     shape = sum(rows for rows, *_ in shapes), *max(shapes)[1:]
-    # A rank that has no room for it says so, instead of leaving the others in a collective.
+    # A rank without the memory makes all raise, instead of leaving the others in a collective.
     whole = together(lambda: part.new_empty(shape, device=_backend_device(part)))
     for source, rows in enumerate(whole.split([shape[0] for shape in shapes])):
         if len(rows):
@@ -438,28 +446,28 @@ class _Sum(torch.autograd.Function):
 
 
 def together(check: Callable[[], T]) -> T:
-    """Run `check` on every rank; if it fails on any, every rank raises, so that nobody waits.
+    """Run `check` on every rank; if it fails on any, every rank raises, so that none waits.
 
-    All raise the same type, so that those who handle it go on alike.
+    All raise the same type, so that all handle it alike.
 
     Raises:
         DinoscaleError: the error of the first rank that failed, with its exit code.
-        RunFailedError: that error is none that a user can act on, as a want of memory; or a rank
-            has left other collectives than this one unfinished.
-        Exception: the rank's own, whatever it is, where it counts as that type.
+        RunFailedError: no user can act on that error, such as a lack of memory; or a rank left
+            another collective unfinished.
+        Exception: on a rank that failed, its own error, where it counts as that type.
     """
     result, error = None, None
     try:
         result = check()
     except Exception as caught:
         error = caught
-    # As a type and a text: exceptions of libraries need not survive the way to another process.
-    own = _told(error)
+    # A type and a text: exceptions of libraries may not survive pickling.
+    own = _verdict_on(error)
     for number, other in enumerate(gather_objects(own)):
         if not isinstance(other, _Verdict):  # an error left a collective inside `check` on a rank
             raise error or RunFailedError(
-                f"ranks are no longer at the same place: rank {number} sent {type(other).__name__}"
-                f" where rank {rank()} waited for a verdict; the log of a rank that failed says why"
+                f"ranks are out of step: rank {number} sent {type(other).__name__} where rank"
+                f" {rank()} waited for a verdict; the log of a rank that failed says why"
             )
         if other.kind is not None:
             if error is not None and own.kind is other.kind:
@@ -469,14 +477,14 @@ def together(check: Callable[[], T]) -> T:
 
 
 class _Verdict(NamedTuple):
-    """What other ranks raise for an error of this one, if there is one."""
+    """The error that other ranks raise for one of this rank; no kind where there is none."""
 
     kind: type[DinoscaleError] | None = None
     text: str = ""
 
 
-def _told(error: Exception | None) -> _Verdict:
-    """The verdict on `error`: its nearest type that is made of a text alone."""
+def _verdict_on(error: Exception | None) -> _Verdict:
+    """Text of `error`, and its nearest type that takes a text alone."""
     if error is None:
         return _Verdict()
     for kind in type(error).__mro__:
@@ -486,7 +494,7 @@ def _told(error: Exception | None) -> _Verdict:
 
 
 def guarded(communicate: Callable[[], T]) -> T:
-    """Do what communicates; a lost peer becomes a sentence instead of a backend's stack.
+    """Communicate, and raise one sentence for a lost peer instead of the backend's stack trace.
 
     Raises:
         LostPeerError: another rank ended or cannot be reached.
@@ -500,18 +508,18 @@ def guarded(communicate: Callable[[], T]) -> T:
         raise LostPeerError(f"rank {rank()} lost contact with another rank ({first})") from error
 
 
-class Board:
-    """Short texts that ranks leave for each other, from any thread, without a collective.
+class KeyValueStore:
+    """Short texts that ranks share by key, from any thread, without a collective.
 
-    It lies in the store in which the ranks met. All boards of a process share a connection, on
-    which nobody waits for long: a question is answered at once, by a text or by None.
+    It is the store where the ranks met. All instances of a process share one connection, and no
+    request blocks it: a read returns at once, a text or None.
     """
 
     def __init__(self) -> None:
-        """Connect; after `start`, on every rank that wants to read or post."""
+        """Connect, after `start`, on every rank that reads or writes."""
         global _client
         self._store: Any = None
-        self._here: dict[str, str] = {}  # of a single process
+        self._local: dict[str, str] = {}  # of a single process
         if world_size() > 1:
             exported: Any = dist  # TCPStore is public, but not in __all__
             if _client is None:
@@ -521,92 +529,92 @@ class Board:
                         address, port, is_master=False, timeout=_STORE_TIMEOUT
                     )
                 )
-            self._store = _texts_in(_client)
+            self._store = _own_keys(_client)
 
-    def post(self, key: str, text: str) -> None:
-        """Leave `text` under `key`, over what was there.
+    def set(self, key: str, text: str) -> None:
+        """Write `text` under `key`, over what was there.
 
         Raises:
             LostPeerError: the store, and with it rank 0, cannot be reached.
         """
         if self._store is None:
-            self._here[key] = text
+            self._local[key] = text
         else:
             self._try(lambda: self._store.set(key, text))
 
-    def post_first(self, key: str, text: str) -> str:
-        """Leave `text` under `key` unless something is there; what is there then.
+    def set_default(self, key: str, text: str) -> str:
+        """Write `text` under `key` unless it has one already; return what is there then.
 
         Raises:
-            LostPeerError: as `post`.
+            LostPeerError: as `set`.
         """
         if self._store is None:
-            return self._here.setdefault(key, text)
+            return self._local.setdefault(key, text)
         return str(self._try(lambda: self._store.compare_set(key, "", text)).decode())
 
-    def count(self, key: str, more: int = 1) -> int:
-        """Add to the number under `key`, which begins at 0; the sum.
+    def add(self, key: str, more: int = 1) -> int:
+        """Add to the number under `key`, which begins at 0, and return the sum.
 
         Raises:
-            LostPeerError: as `post`.
+            LostPeerError: as `set`.
         """
         if self._store is None:
-            self._here[key] = str(int(self._here.get(key, "0")) + more)
-            return int(self._here[key])
+            self._local[key] = str(int(self._local.get(key, "0")) + more)
+            return int(self._local[key])
         return int(self._try(lambda: self._store.add(key, more)))
 
-    def read(self, key: str) -> str | None:
-        """The text under `key`, None if nobody has left one.
+    def get(self, key: str) -> str | None:
+        """The text under `key`, None if there is none.
 
         Raises:
-            LostPeerError: as `post`.
+            LostPeerError: as `set`.
         """
-        return self.read_all([key])[0]
+        return self.get_all([key])[0]
 
-    def read_all(self, keys: Sequence[str]) -> list[str | None]:
+    def get_all(self, keys: Sequence[str]) -> list[str | None]:
         """The text under each key or None, in two requests where all are there.
 
         Raises:
-            LostPeerError: as `post`.
+            LostPeerError: as `set`.
         """
         if self._store is None:
-            return [self._here.get(key) for key in keys]
+            return [self._local.get(key) for key in keys]
         if self._has(keys):
             return [*self._texts(keys)]
         if len(keys) == 1:
             return [None]
         middle = len(keys) // 2  # few are missing: each costs the logarithm of the number of keys
-        return self.read_all(keys[:middle]) + self.read_all(keys[middle:])
+        return self.get_all(keys[:middle]) + self.get_all(keys[middle:])
 
     def wait_for(self, keys: Sequence[str]) -> list[str]:
-        """The texts under all keys, once they are there; asks less and less often.
+        """The texts under all keys, once they are there; polls with growing pauses.
 
         Raises:
-            LostPeerError: as `post`.
+            LostPeerError: as `set`.
         """
         _wait_until(partial(self._has, keys))
         return self._texts(keys)
 
-    def forget(self, keys: Sequence[str]) -> None:
-        """Take away what nobody will read again.
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete keys that nobody will read again.
 
         Raises:
-            LostPeerError: as `post`.
+            LostPeerError: as `set`.
         """
         for key in keys:
             if self._store is None:
-                self._here.pop(key, None)
+                self._local.pop(key, None)
             else:
                 self._try(partial(self._store.delete_key, key))
 
     def _has(self, keys: Sequence[str]) -> bool:
         if self._store is None:
-            return all(key in self._here for key in keys)
+            return all(key in self._local for key in keys)
         return bool(self._try(lambda: self._store.check([*keys])))
 
     def _texts(self, keys: Sequence[str]) -> list[str]:
         if self._store is None:
-            return [self._here[key] for key in keys]
+            return [self._local[key] for key in keys]
         return [text.decode() for text in self._try(lambda: self._store.multi_get([*keys]))]
 
     def _try(self, talk: Callable[[], T]) -> T:

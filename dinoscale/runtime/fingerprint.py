@@ -1,7 +1,7 @@
-"""What a result was made from: its input, the command, and the version of the code.
+"""Fingerprint of a result: its input, the command, and the version of the code.
 
-It is kept with the result, as JSON, and compared before the result is used again. What no longer
-fits is named by `differences`; a result of another fingerprint is never mixed with new ones.
+It is stored with the result, as JSON, and compared before the result is used again. `differences`
+names what has changed; results of different fingerprints are never mixed.
 """
 
 import ast
@@ -15,12 +15,12 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from dinoscale.runtime.retry import Patience, is_answer, refusal
+from dinoscale.runtime.retry import RetryBudget, is_permanent, read_error
 from dinoscale.runtime.versions import package_version
 
 Fingerprint = dict[str, object]  # JSON; see `fingerprint`
 
-_ROOT = Path(__file__).resolve().parents[2]  # where our packages lie
+_ROOT = Path(__file__).resolve().parents[2]  # folder of our packages
 _OURS = ("dinoscale", "data_tools")
 _LIBRARIES = {
     "PIL": "pillow", "numpy": "numpy", "scipy": "scipy", "simplejpeg": "simplejpeg",
@@ -28,19 +28,19 @@ _LIBRARIES = {
     "torchvision": "torchvision",
 }  # fmt: skip
 _DIGITS = 16  # of a digest
-_STAT_THREADS = 16  # a status waits for the file system, not for the processor
-_AT_ONCE = 4096  # files whose status waits in memory
+_STAT_THREADS = 16  # `stat` waits for the file system, not for the processor
+_AT_ONCE = 4096  # files whose `stat` is held in memory
 
 
 def fingerprint(
     *, input: Mapping[str, object], command: Mapping[str, object], code: Mapping[str, object]
 ) -> Fingerprint:
-    """Put together what a result depends on, as JSON gives it back.
+    """Collect what a result depends on, in the form that JSON gives back.
 
     Args:
-        input: what was read, by the names that messages give it: `files_print` of files, or text.
-        command: what was done with it: settings by name, or the words of a command line.
-        code: `code_print` of the modules that did it.
+        input: what was read, by its names in messages: `files_fingerprint` of files, or text.
+        command: what was done with it: settings by name, or the arguments of a command line.
+        code: `code_fingerprint` of the modules that did it.
     """
     parts = {"input": input, "command": command, "code": code}
     loaded: Fingerprint = json.loads(json.dumps(parts))
@@ -48,11 +48,11 @@ def fingerprint(
 
 
 def differences(kept: object, now: object) -> list[str]:
-    """What of a fingerprint is not as it was, as `input.images.times` or `everything`.
+    """Names of the entries that have changed, such as `input.images.times`, or `everything`.
 
     Args:
-        kept: the older one, as it was read from a file; None where there is none.
-        now: that of the same work today.
+        kept: the older fingerprint, as it was read from a file; None if there is none.
+        now: the fingerprint of the same work today.
     """
     return [".".join(path) or "everything" for path in _differing(kept, now)]
 
@@ -74,31 +74,32 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 
-def files_print(root: str, paths: Iterable[str]) -> dict[str, object]:
-    """Digests of the names, sizes and times of files, and of the folder that they lie below.
+def files_fingerprint(root: str, paths: Iterable[str]) -> dict[str, object]:
+    """Digests of the names, sizes and times of files, and of their root folder.
 
-    Time is that of the last change, of the content (`mtime`) or of anything (`ctime`, which no
-    program can set): a file that was replaced by another of its size is another one, also under
-    its old `mtime`. What can never be read counts as such.
+    Times are those of the last change of the content (`mtime`) and of anything (`ctime`, which no
+    program can set): so a file replaced by another of its size is noticed even under its old
+    `mtime`. An unreadable file enters with its error number.
 
     Args:
-        root: the folder; names are relative to it where they lie in it. The same files below
-            another one differ in it alone, and in their times.
-        paths: absolute, in an order that means something.
+        root: the folder; names below it are relative to it. The same files below another root
+            differ in `root` and `times` only.
+        paths: absolute, in a fixed order.
 
     Raises:
-        UnavailableError: a file system failed, though it was tried again for about a minute.
+        UnavailableError: the file system still failed after about a minute.
     """
     digests = {part: hashlib.sha256() for part in ("names", "sizes", "times")}
     number, folder = 0, os.path.join(root, "")
 
     def state(path: str) -> tuple[int, str]:
         try:
-            found = Patience().read(lambda: os.stat(path), path)  # threads would use up one of all
+            # Each its own budget: threads would use up a common one at once.
+            found = RetryBudget().read(lambda: os.stat(path), path)
         except OSError as error:
-            if is_answer(error):
+            if is_permanent(error):
                 return -1, str(error.errno)
-            raise refusal(f"the size of {path}", error) from error
+            raise read_error(f"the size of {path}", error) from error
         return found.st_size, f"{found.st_mtime_ns} {found.st_ctime_ns}"
 
     rest = iter(paths)
@@ -114,10 +115,10 @@ def files_print(root: str, paths: Iterable[str]) -> dict[str, object]:
 
 
 @cache
-def code_print(*modules: str) -> dict[str, object]:
-    """Digest of our own modules and of all that they import of ours; versions of the libraries.
+def code_fingerprint(*modules: str) -> dict[str, object]:
+    """Digest of our own modules and all of ours that they import; versions of the libraries.
 
-    Of the code only what it does counts: comments, docstrings and line breaks change nothing.
+    Comments, docstrings and line breaks do not change it.
 
     Args:
         modules: e.g. `data_tools.build_shards`.
@@ -134,7 +135,7 @@ def code_print(*modules: str) -> dict[str, object]:
 
 
 def _reached(modules: Iterable[str]) -> Iterator[tuple[str, ast.Module]]:
-    """Our modules among those named and among all that they import, with their syntax trees."""
+    """Our own among these modules and all that they import, with their syntax trees."""
     seen, waiting = set(), [*modules]
     while waiting:
         name = waiting.pop()
@@ -148,7 +149,7 @@ def _reached(modules: Iterable[str]) -> Iterator[tuple[str, ast.Module]]:
 
 
 def _path_of(module: str) -> Path | None:
-    """File of a module of ours, None for any other name."""
+    """File of one of our modules, None for any other name."""
     if module.partition(".")[0] not in _OURS:
         return None
     place = _ROOT.joinpath(*module.split("."))
@@ -157,7 +158,7 @@ def _path_of(module: str) -> Path | None:
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:
-    """Modules that are imported anywhere in a module, and names that may be modules."""
+    """Modules imported anywhere in a module, and imported names that may be modules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

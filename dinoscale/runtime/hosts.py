@@ -1,4 +1,4 @@
-"""Ranks and their hosts, in words."""
+"""Names for ranks and their hosts in messages."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,8 +9,8 @@ def ranks_text(ranks: Iterable[int], hosts: Sequence[str]) -> str:
     """`ranks 8-15 (gpu-02), rank 16 (gpu-03)`: by host, at most four hosts by name.
 
     Args:
-        ranks: which.
-        hosts: name of the host of each rank of the job.
+        ranks: the ranks to name.
+        hosts: host name of each rank of the job.
     """
     of_host: dict[str, list[int]] = {}
     for rank in ranks:

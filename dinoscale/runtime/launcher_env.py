@@ -1,4 +1,4 @@
-"""Who is this process, and where do all meet? What launchers say, read here and nowhere else.
+"""Rank of this process and address of rank 0, from the launcher's variables: read only here.
 
 Sources are the manuals: torchrun (torch.distributed.run), deepspeed (its launcher/launch.py), Open
 MPI ("Environment variables set for MPI applications"), Intel MPI and MPICH (mpiexec.hydra),
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     import torch
 
 LOOPBACK = "127.0.0.1"
-_PORT = 29500  # that of torchrun and deepspeed
+_PORT = 29500  # default of torchrun and deepspeed
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a job: global and per-node rank, how many of each, and who started it.
+    """One process of a job: global and per-node rank and world size, and the launcher.
 
     Attributes:
         rank: in 0..world_size-1.
         world_size: processes of the job.
         local_rank: number of this process, and of its device, on its node.
-        local_world_size: processes on its node; of the whole job where no launcher tells.
+        local_world_size: processes on its node; those of the whole job if the launcher does not
+            set it.
         launcher: None for a single process; "RANK" for variables set by hand.
-        knows_node: a launcher told `local_world_size`.
-        node_rank: number of the node, None where no launcher tells.
+        knows_node: whether the launcher set `local_world_size`.
+        node_rank: number of the node, None if the launcher does not set it.
     """
 
     rank: int
@@ -47,7 +48,7 @@ class Process:
     @property
     def device(self) -> torch.device:
         """The accelerator of this process, or the CPU where there is none."""
-        import torch  # here: who we are is known before torch is loaded, which takes seconds
+        import torch  # here: the rank is needed before torch is loaded, which takes seconds
 
         if torch.cuda.is_available():
             return torch.device("cuda", self.local_rank)
@@ -59,13 +60,13 @@ class _Names:
     """Variables of one launcher, "" where it has none.
 
     Attributes:
-        sign: shows that it is at work.
+        marker: is set if the launcher started this process.
         rank: of the process; launchers that share it are one source.
-        world_size: of these, the first that is set.
+        world_size: the first of these that is set.
     """
 
     launcher: str
-    sign: str
+    marker: str
     rank: str
     world_size: tuple[str, ...]
     local_rank: str = ""
@@ -75,7 +76,7 @@ class _Names:
 
 _Reading = tuple[_Names, Process]
 
-# What starts processes by itself comes before what it may have been started by.
+# A launcher that starts the processes itself comes before those that may have started it.
 _LAUNCHERS = (
     _Names(
         *("torchrun", "LOCAL_WORLD_SIZE", "RANK", ("WORLD_SIZE",)),
@@ -86,7 +87,7 @@ _LAUNCHERS = (
         *("LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK"),
     ),
     _Names("RANK", "RANK", "RANK", ("WORLD_SIZE",), "LOCAL_RANK"),
-    _Names(  # its ..._NODE_RANK is no number of a node
+    _Names(  # its ..._NODE_RANK is a rank within the node
         *("OpenMPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",)),
         *("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ),
@@ -104,21 +105,21 @@ _LAUNCHERS = (
         *("srun", "SLURM_STEP_ID", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")),
         *("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"),
     ),
-    _Names("PMI", "PMI_RANK", "PMI_RANK", ("PMI_SIZE",)),  # as of `srun --mpi=pmi2`
+    _Names("PMI", "PMI_RANK", "PMI_RANK", ("PMI_SIZE",)),  # for example `srun --mpi=pmi2`
 )
 
 
 def read_process(environ: Mapping[str, str]) -> Process:
-    """Find rank and world size in the variables of the launcher at work; one process if none is.
+    """Read rank and world size from the variables of the launcher; without one, a single process.
 
     Raises:
         LaunchError: a variable is missing or is not a number, or two contradict each other.
     """
-    at_work: dict[str, _Names] = {}
+    active: dict[str, _Names] = {}
     for names in _LAUNCHERS:
-        if environ.get(names.sign):
-            at_work.setdefault(names.rank, names)
-    readings = [(names, _read(environ, names)) for names in at_work.values()]
+        if environ.get(names.marker):
+            active.setdefault(names.rank, names)
+    readings = [(names, _read(environ, names)) for names in active.values()]
     if not readings:
         return Process(rank=0, world_size=1, local_rank=0, local_world_size=1)
     first, *others = readings
@@ -133,12 +134,12 @@ def read_process(environ: Mapping[str, str]) -> Process:
 
 
 def _read(environ: Mapping[str, str], names: _Names) -> Process:
-    """What one launcher says, held against itself."""
+    """Read the variables of one launcher, and check that they agree."""
     launcher, size_name = names.launcher, _size_name(environ, names)
     rank, world = (_number(environ, launcher, name) for name in (names.rank, size_name))
     if rank is None or world is None:
         raise LaunchError(
-            f"{launcher}: {names.sign} is set but {names.rank} or {size_name} is not;"
+            f"{launcher}: {names.marker} is set but {names.rank} or {size_name} is not;"
             " start with a launcher, or export both"
         )
     if not 0 <= rank < world:
@@ -162,7 +163,7 @@ def _size_name(environ: Mapping[str, str], names: _Names) -> str:
 
 
 def _ranks_of_node(environ: Mapping[str, str], names: _Names, node: int | None) -> int | None:
-    """Processes on this node, None if the launcher does not tell."""
+    """Number of processes on this node, None if the launcher does not set it."""
     if names.launcher != "srun":
         return _number(environ, names.launcher, names.local_world_size)
     text = environ.get(names.local_world_size)
@@ -170,10 +171,10 @@ def _ranks_of_node(environ: Mapping[str, str], names: _Names, node: int | None) 
 
 
 def tasks_of_node(text: str, node: int) -> int:
-    """Number of tasks of a node in Slurm's notation: `2(x3),1` are 2, 2, 2 and 1.
+    """Number of tasks of a node in Slurm's notation: `2(x3),1` means 2, 2, 2 and 1.
 
     Raises:
-        LaunchError: it is something else, or has fewer nodes.
+        LaunchError: the text is not in that notation, or has fewer nodes.
     """
     after = 0
     for part in text.split(","):
@@ -184,7 +185,7 @@ def tasks_of_node(text: str, node: int) -> int:
         if node < after:
             return int(match[1])
     raise LaunchError(
-        f"srun: SLURM_STEP_TASKS_PER_NODE={text!r} tells nothing of node SLURM_NODEID={node};"
+        f"srun: SLURM_STEP_TASKS_PER_NODE={text!r} has no entry for node SLURM_NODEID={node};"
         " unset SLURM_STEP_TASKS_PER_NODE if it is not Slurm's"
     )
 
@@ -200,7 +201,7 @@ def _number(environ: Mapping[str, str], launcher: str, name: str) -> int | None:
 
 
 def _require_agreement(environ: Mapping[str, str], first: _Reading, second: _Reading) -> None:
-    """Let two launchers say the same, or the second have started the first once on each node."""
+    """Require that two launchers agree, or that the second started the first once on each node."""
     (inner_names, inner), (outer_names, outer) = first, second
     same = (inner.rank, inner.world_size) == (outer.rank, outer.world_size)
     nested = outer.local_world_size == 1 and inner.local_world_size < inner.world_size
@@ -218,11 +219,11 @@ def _require_agreement(environ: Mapping[str, str], first: _Reading, second: _Rea
     )
 
 
-def meeting_place(process: Process, environ: Mapping[str, str]) -> tuple[str, int]:
+def rendezvous_address(process: Process, environ: Mapping[str, str]) -> tuple[str, int]:
     """Address and port of rank 0.
 
     Raises:
-        LaunchError: the address is unknown, or the port is no port.
+        LaunchError: the address is unknown, or the port is not valid.
     """
     address = environ.get("MASTER_ADDR") or _address_of_rank_0(process, environ)
     text = environ.get("MASTER_PORT") or str(_default_port(environ))
@@ -247,19 +248,19 @@ def _address_of_rank_0(process: Process, environ: Mapping[str, str]) -> str:
         "MVAPICH": "mpirun_rsh ... MASTER_ADDR=HOST python ...",
     }.get(str(launcher), "export MASTER_ADDR=HOST")
     raise LaunchError(
-        f"MASTER_ADDR is not set, and {launcher} does not tell where rank 0 runs: name its node,"
+        f"MASTER_ADDR is not set, and {launcher} does not say where rank 0 runs: name its node,"
         f" the first of the job, for all ranks: {how}"
     )
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes: `rack[1-2]node[003-007,9],login` -> `rack1node003`."""
+    """The first node of a Slurm node list: `rack[1-2]node[003-007,9],login` -> `rack1node003`."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else nodes
 
 
 def _default_port(environ: Mapping[str, str]) -> int:
-    """Another one for each job, as nodes may be shared."""
+    """A different port for each job, as nodes may be shared."""
     job = _number(environ, "srun", "SLURM_JOB_ID")
     return _PORT if job is None else 20000 + job % 20000
 
@@ -267,17 +268,17 @@ def _default_port(environ: Mapping[str, str]) -> int:
 def on_this_node(
     training: Sequence[str], *, processes: int, port: int, environ: Mapping[str, str]
 ) -> list[str]:
-    """DeepSpeed's launcher for some processes of this machine, on the GPUs that are visible.
+    """Command line that starts some processes on this machine, on the GPUs that are visible.
 
-    DeepSpeed forgets CUDA_VISIBLE_DEVICES where it is told a number of processes, and takes the
-    first GPUs of the machine; and it knows GPUs by number alone, not by UUID. Torchrun leaves the
-    variable as it is.
+    It calls DeepSpeed's launcher. That knows GPUs by number only, and given a number of processes
+    it ignores CUDA_VISIBLE_DEVICES and takes the first GPUs of the machine. Where the variable has
+    UUIDs or too few GPUs, the line calls torchrun, which leaves it as it is.
 
     Args:
         training: `train`, CONFIG and settings.
-        processes: ranks.
-        port: free one, where they meet.
-        environ: that they will have.
+        processes: number of ranks.
+        port: a free port, where they meet.
+        environ: environment that they will have.
     """
     visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     if visible == [""] or environ.get("DS_ACCELERATOR") == "cpu":

@@ -1,4 +1,4 @@
-"""One process at a time: a lock on a file that goes with the process, however it ends."""
+"""File locks, released when the process ends, however it ends."""
 
 import fcntl
 import logging
@@ -9,12 +9,12 @@ log = logging.getLogger(__name__)
 
 
 def try_lock(path: Path) -> IO[str] | None:
-    """Make a file and hold it while the result is open; None while another process does.
+    """Create a file and lock it while the result is open; None if another process holds the lock.
 
-    Where the file system knows no locks, it is taken for free, with a warning.
+    A file system without locks counts as free, with a warning.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
     file = path.open("a+")
     try:

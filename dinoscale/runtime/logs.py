@@ -1,7 +1,7 @@
-"""What a run says: rank 0 on the terminal, and each rank in a file of its own in the run directory.
+"""Logs of a run: rank 0 on the terminal, and each rank in its own file in the run directory.
 
-The files tell afterwards what happened on a node whose output the launcher dropped. The terminal,
-or what stands in for it, may be closed, full or stopped: that loses words, never a run.
+The files show afterwards what happened on a node whose output the launcher dropped. The terminal,
+or the file or pipe in its place, may be closed, full or stopped: that loses output, never a run.
 """
 
 import logging
@@ -16,15 +16,15 @@ from typing import Any, TextIO, cast
 
 log = logging.getLogger(__name__)
 
-_ROOM_S = 1.0  # that a stopped terminal may hold up a line on stderr
-_PIECE = 1000  # characters; a pipe that has room at all takes 4096 bytes
-_LAST_WORDS_S = 3.0  # for each of the places where they are written
+_BLOCKED_S = 1.0  # how long a stopped terminal may hold up a line on stderr
+_PIECE = 1000  # characters; a pipe that is writable takes 4096 bytes
+_LOG_EXIT_S = 3.0  # to write to stderr, and again to the file
 
 
 def shield_terminal() -> None:
-    """Make stdout and stderr take what they can and lose the rest, for the whole process.
+    """Make stdout and stderr drop what they cannot write, for the whole process.
 
-    Descriptors that are closed are opened on the null device: else the next file would get their
+    Closed descriptors are opened on the null device: otherwise the next file would get their
     numbers, and with them what libraries print.
     """
     for number, mode in ((0, "r"), (1, "w"), (2, "w")):
@@ -39,12 +39,12 @@ def shield_terminal() -> None:
         name = ("stdin", "stdout", "stderr")[number]
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the process ends
-    sys.stdout = cast(TextIO, _Lossy(sys.stdout, waits=True))  # a result is worth a wait
+    sys.stdout = cast(TextIO, _Lossy(sys.stdout, waits=True))  # results must not be dropped
     sys.stderr = cast(TextIO, _Lossy(sys.stderr, waits=False))
 
 
-def lost_output() -> Exception | None:
-    """What went wrong with stdout since it was shielded, apart from a reader that had enough."""
+def stdout_error() -> Exception | None:
+    """The first error of stdout since `shield_terminal`, apart from a reader that closed it."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     error = sys.stdout.error if isinstance(sys.stdout, _Lossy) else None
@@ -55,12 +55,12 @@ class _Lossy:
     """A text stream whose writes never fail and, unless it `waits`, never hang.
 
     Attributes:
-        error: the first that was met; None while all went well.
+        error: the first error; None while all went well.
     """
 
     def __init__(self, stream: TextIO, *, waits: bool) -> None:
         self._stream, self._waits = stream, waits
-        self._had_room = True
+        self._was_writable = True
         self.error: Exception | None = None
 
     def write(self, text: str) -> int:
@@ -69,13 +69,13 @@ class _Lossy:
                 self._stream.write(text)
             else:
                 self._write_what_fits(text)
-        except (OSError, ValueError) as error:  # closed in here; a letter that it cannot encode
+        except (OSError, ValueError) as error:  # closed by us; a character it cannot encode
             self.error = self.error or error
         return len(text)
 
     def _write_what_fits(self, text: str) -> None:
         for start in range(0, len(text), _PIECE):
-            if not self._has_room():
+            if not self._is_writable():
                 return
             self._stream.write(text[start : start + _PIECE])
             self._stream.flush()
@@ -85,7 +85,7 @@ class _Lossy:
             self.write(line)
 
     def flush(self) -> None:
-        if self._waits or self._has_room():
+        if self._waits or self._is_writable():
             try:
                 self._stream.flush()
             except (OSError, ValueError) as error:
@@ -94,20 +94,20 @@ class _Lossy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _has_room(self) -> bool:
-        """Whether a line can be written now; a terminal on Ctrl-S and a pipe unread have none."""
-        wait_s = _ROOM_S if self._had_room else 0.0
+    def _is_writable(self) -> bool:
+        """Whether a line can be written now: not to a terminal after Ctrl-S or to a full pipe."""
+        wait_s = _BLOCKED_S if self._was_writable else 0.0
         try:
             poll = select.poll()
             poll.register(self._stream.fileno(), select.POLLOUT)
-            self._had_room = bool(poll.poll(1000 * wait_s))
-        except (OSError, ValueError):  # not a file of the system, as in a test
-            self._had_room = True
-        return self._had_room
+            self._was_writable = bool(poll.poll(1000 * wait_s))
+        except (OSError, ValueError):  # no file of the operating system, as in a test
+            self._was_writable = True
+        return self._was_writable
 
 
 def to_terminal(rank: int) -> None:
-    """Begin to log: all of rank 0, and what is wrong on the others, on stderr."""
+    """Log to stderr: everything of rank 0, warnings and errors of the others."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     form = f"%(levelname).1s %(asctime)s rank {rank}: %(message)s"
@@ -116,10 +116,10 @@ def to_terminal(rank: int) -> None:
 
 
 def to_file(folder: Path, *, rank: int, header: str) -> str | None:
-    """Log to `folder`/rank_00003.log as well, behind what is there, and no longer elsewhere.
+    """Append the log to `folder`/rank_00003.log as well, and to no other file.
 
     Args:
-        folder: is made.
+        folder: created if missing.
         rank: of this process.
         header: first line of this start.
 
@@ -145,20 +145,20 @@ def forget_file() -> None:
 
 
 def note(text: str) -> None:
-    """Write to the file alone, for what is printed by itself."""
+    """Write to the file only, for what is also printed."""
     for file in _files():
         file.handle(logging.makeLogRecord({"levelno": logging.INFO, "levelname": "-", "msg": text}))
 
 
-def last_words(text: str) -> None:
-    """Say why this process ends, on stderr and in the file; neither can keep it.
+def log_exit(text: str) -> None:
+    """Say why this process ends, on stderr and in the file; neither can hold it up.
 
-    A file system that no longer answers is why a job hangs, and holds up whoever writes a log; so
-    another thread does, and is left behind.
+    A file system that no longer answers may be why the job hangs, and would block the logging
+    thread too: so other threads write, and are left behind.
     """
 
     def on_stderr() -> None:
-        with suppress(OSError, ValueError):  # nobody reads it; the process ends still
+        with suppress(OSError, ValueError):  # nobody reads it; the process ends anyway
             print(text, file=sys.stderr, flush=True)
 
     def in_file() -> None:
@@ -168,7 +168,7 @@ def last_words(text: str) -> None:
         thread = threading.Thread(target=say, daemon=True)
         with suppress(RuntimeError):  # no thread can be started any more
             thread.start()
-            thread.join(_LAST_WORDS_S)
+            thread.join(_LOG_EXIT_S)
 
 
 def _files() -> list["_RankLog"]:
@@ -176,7 +176,7 @@ def _files() -> list["_RankLog"]:
 
 
 class _RankLog(logging.FileHandler):
-    """A file that a full disk silences; the run goes on."""
+    """A log file that ends when the disk is full; the run goes on."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
@@ -188,17 +188,17 @@ class _RankLog(logging.FileHandler):
             super().emit(record)
 
     def close(self) -> None:
-        with suppress(OSError):  # of what could not be written
+        with suppress(OSError):  # what is buffered cannot be written
             super().close()
 
     def handleError(self, _record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
-        self._failed = True  # before the next line comes here, too
+        self._failed = True  # first, as the warning below comes here too
         log.warning("cannot write %s: %s; it ends here", self.baseFilename, sys.exc_info()[1])
 
 
 def not_compiled(what: str, error: Exception) -> str:
-    """The warning that a compiler failed; `what` is the plural of what then runs as it is."""
-    # The first line may only say which compiler raised what the second one says.
+    """The warning that compilation failed; `what` names, in the plural, what runs uncompiled."""
+    # The first line may only name the compiler, and the second one the reason.
     reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
     return (
         f"{what} are not compiled, which costs time only: {reason}; engine.compile=false silences"

@@ -1,9 +1,9 @@
-"""Memory that this machine, or the container around us, can still give, and its lack."""
+"""Memory that is still available on this machine or in its container, and errors without it."""
 
 import re
 from pathlib import Path
 
-# What torch, CUDA, NCCL, oneDNN, C++ and the C library say when they are given no more memory.
+# Out-of-memory errors of torch, CUDA, NCCL, oneDNN, C++ and the C library.
 NO_MEMORY = re.compile(
     r"out of memory|OutOfMemoryError|MemoryError|DefaultCPUAllocator|bad_alloc|ALLOC_FAILED"
     r"|Can(not|'t) allocate memory|could not create a (primitive|memory object)$",
@@ -15,38 +15,38 @@ _MEMORY_FILES = {  # version of the control groups -> where they are mounted, li
 }
 
 
-def memory_at_hand(
+def available_memory(
     proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
 ) -> int | None:
-    """Bytes within all limits, swap apart; None where the system does not say.
+    """Bytes available within all limits, without swap; None if the system does not say.
 
     Args:
-        proc: where the kernel tells about processes.
-        cgroups: where it tells about the limits of groups of them.
+        proc: mount point of procfs.
+        cgroups: mount point of the control groups.
     """
     try:
         free_kib = _number_after("MemAvailable:", proc / "meminfo")
         groups = (proc / "self" / "cgroup").read_text().splitlines()
     except (OSError, ValueError):
         return None
-    rooms = [1024 * free_kib]
+    available = [1024 * free_kib]
     for _, controllers, path in (line.split(":", 2) for line in groups):
         if controllers in _MEMORY_FILES:
             mount, limit, usage = _MEMORY_FILES[controllers]
             group = cgroups / mount / path.lstrip("/")
             while group.is_relative_to(cgroups / mount):
-                rooms += _room(group, limit, usage)
+                available += _within_limit(group, limit, usage)
                 group = group.parent
-    return max(0, min(rooms))
+    return max(0, min(available))
 
 
-def _room(group: Path, limit: str, usage: str) -> list[int]:
-    """What a group may still take, files that it only keeps in mind included; empty: no limit."""
+def _within_limit(group: Path, limit: str, usage: str) -> list[int]:
+    """Bytes that a group may still take, inactive page cache included; empty without a limit."""
     try:
         allowed = int((group / limit).read_text())
         cached = _number_after("inactive_file", group / "memory.stat")
         return [allowed - int((group / usage).read_text()) + cached]
-    except (OSError, ValueError):  # "max", or a group that we do not see from inside
+    except (OSError, ValueError):  # "max", or a group that is not visible from inside
         return []
 
 

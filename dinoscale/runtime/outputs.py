@@ -1,7 +1,8 @@
-"""Files that people name: written whole or not at all, and never over what others wrote.
+"""Output files: written whole or not at all, and never over files that dinoscale did not write.
 
-A file is ours while it is as we wrote it. A list in its folder tells so, `.dinoscale-files.txt`
-(lines as `sha256sum` writes them); of weights their card does, and of presets their first line.
+A file is ours while it is unchanged since we wrote it. The list `.dinoscale-files.txt` in its
+folder shows that (lines as `sha256sum` writes them); for weights their card does, and for presets
+their first line.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from dinoscale.errors import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-LIST_FILE = ".dinoscale-files.txt"  # of what we wrote in a folder; readers know it as no image
-MARK = "# Recommended by `dinoscale sweep`."  # the first line of every preset that is ours
+LIST_FILE = ".dinoscale-files.txt"  # what we wrote in a folder; sources of images skip it
+MARK = "# Recommended by `dinoscale sweep`."  # the first line of each of our presets
 CARD_FILE = "dinoscale.json"  # in a folder; beside a file, ".json" is added to the file's name
-METADATA_KEY = "dinoscale"  # where a card lies in the metadata of weights
+METADATA_KEY = "dinoscale"  # key of the card in the metadata of weights
 _BLOCK_BYTES = 1 << 20
 _MAX_CARD_BYTES = 16 * 2**20  # real ones have some kilobytes
 
 
 def require_ours(path: Path, *, source: object = None) -> None:
-    """Refuse to write where something lies that we did not write, or that is just being read.
+    """Refuse to overwrite a file that is not as we wrote it, or that is the input.
 
     Args:
-        path: of a file; an empty one may be anybody's.
-        source: the path that the work reads, if it is one.
+        path: of the file; an empty one may be overwritten.
+        source: path of the input, if it has one.
 
     Raises:
         OutputError: it is the source, or not as we wrote it.
     """
     if source is not None and is_same(path, source):
-        raise OutputError(f"{path} is what is read: choose another name to write to")
+        raise OutputError(f"{path} is the input: choose another name to write to")
     if not is_ours(path):
         raise OutputError(
             f"{path} exists, and is not as dinoscale wrote it: choose another name, or remove it"
@@ -51,7 +52,7 @@ def require_ours(path: Path, *, source: object = None) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a path is free, an empty file, or a readable file that is as we wrote it."""
+    """Whether a path is free, an empty file, or a readable file unchanged since we wrote it."""
     if not os.path.lexists(path):
         return True
     try:
@@ -63,7 +64,7 @@ def is_ours(path: Path) -> bool:
 
 
 def _has_mark(path: Path) -> bool:
-    """Whether a file is a preset of ours, or weights in safetensors with our card."""
+    """Whether a file is one of our presets, or safetensors weights with our card."""
     with path.open("rb") as file:
         if file.readline(200).strip() == MARK.encode():
             return True
@@ -79,24 +80,24 @@ def _has_mark(path: Path) -> bool:
 
 
 def require_our_folder(folder: Path) -> None:
-    """Refuse to replace a folder that holds anything that its card does not name.
+    """Refuse to replace a folder unless its card names all its files and none has changed.
 
     Raises:
-        OutputError: it does, or a file in it has changed.
-        OSError: it cannot be read.
+        OutputError: a file is not in the card, or has changed.
+        OSError: the folder cannot be read.
     """
     sums = card_sums(folder / CARD_FILE)
     for path in sorted(folder.iterdir()):
         known = path.name == CARD_FILE and sums
         if not known and not (path.is_file() and sums.get(path.name) == sha256(path)):
             raise OutputError(
-                f"{folder} is a folder that this command did not write, or not as it is"
+                f"{folder} is a folder that this command did not write, or that has changed"
                 f" ({path.name}): remove it"
             )
 
 
 def is_same(path: Path, source: object) -> bool:
-    """Whether a path and what the work reads are one file or folder, by any name."""
+    """Whether a path and the input are the same file or folder, by any name."""
     try:
         return os.path.samefile(path, str(source))
     except (OSError, ValueError):  # a source may also be a pattern or an address
@@ -104,24 +105,24 @@ def is_same(path: Path, source: object) -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file beside its place, under its own name, and put it there if all went well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, and rename it to `path` if the block succeeds.
 
-    Folders above it are made.
+    Folders above `path` are made; the temporary file has the same name in a folder beside it.
 
     Raises:
-        OutputError: something lies there that is not ours.
-        OSError: it cannot be written; what was there is as it was.
+        OutputError: a file is there that is not ours.
+        OSError: it cannot be written; what was there is unchanged.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     require_ours(path)
-    with workplace(path) as place:
-        beside = place / path.name
+    with staging_folder(path) as folder:
+        beside = folder / path.name
         yield beside
         with beside.open("rb") as file:
             os.fsync(file.fileno())
-        _remember(path, sha256(beside))
+        _record(path, sha256(beside))
         os.replace(beside, path)
 
 
@@ -141,12 +142,12 @@ def replace_text(path: Path, text: str) -> None:
 def write_tensors(
     tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file that others may read as any new file; by itself it is 0600.
+    """Write a safetensors file with the usual permissions; the library alone makes it 0600.
 
     Raises:
         OSError, SafetensorError: it cannot be written.
     """
-    from safetensors.torch import save_file  # here, for data tools write none and load no torch
+    from safetensors.torch import save_file  # here: data tools import this module without torch
 
     path = Path(path)
     path.touch()
@@ -156,27 +157,27 @@ def write_tensors(
 
 
 @contextmanager
-def workplace(target: Path) -> Iterator[Path]:
-    """A new folder beside a target, gone afterwards.
+def staging_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside a target, removed afterwards.
 
     Raises:
         OSError: nothing can be written there.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A random name: process ids meet again on another node, and after a kill on the same one.
-    place = Path(tempfile.mkdtemp(".tmp", f".{target.name[:50]}.", target.parent))
+    # A random name: another node may reuse a process id, and so may this one after a kill.
+    folder = Path(tempfile.mkdtemp(".tmp", f".{target.name[:50]}.", target.parent))
     try:
-        yield place
+        yield folder
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def swap(written: Path, target: Path) -> None:
-    """Give a written file or folder its name; if that fails, what had the name has it again.
+    """Rename a written file or folder to its target; on failure the old target is restored.
 
     Args:
-        written: in a `workplace` of the target, where what a folder replaces is kept meanwhile.
-        target: its name.
+        written: in a `staging_folder` of the target, which also holds a replaced folder meanwhile.
+        target: the final name.
 
     Raises:
         OSError: it cannot be renamed.
@@ -196,34 +197,34 @@ def swap(written: Path, target: Path) -> None:
 def card_sums(card: Path) -> dict[str, str]:
     """Name -> SHA-256 of the files that a card of `dinoscale convert` describes.
 
-    Empty where there is no such card: JSON beside a weights file may be anybody's.
+    Empty without such a card: JSON beside a weights file may come from another program.
     """
     try:
         if card.stat().st_size > _MAX_CARD_BYTES:
             return {}
-        said = json.loads(card.read_bytes())
+        content = json.loads(card.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    files = said.get("files") if isinstance(said, dict) and "dinoscale" in said else None
+    files = content.get("files") if isinstance(content, dict) and "dinoscale" in content else None
     if not isinstance(files, dict):
         return {}
-    return {name: found for name, found in files.items() if isinstance(found, str)}
+    return {name: digest for name, digest in files.items() if isinstance(digest, str)}
 
 
-def sha256(path: Path, goes_on: Callable[[], None] = lambda: None) -> str:
-    """Hexadecimal digest of a file's contents; `goes_on` is called after every megabyte."""
+def sha256(path: Path, heartbeat: Callable[[], None] = lambda: None) -> str:
+    """Hexadecimal digest of a file's contents; `heartbeat` is called after every megabyte."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
-            goes_on()
+            heartbeat()
     return digest.hexdigest()
 
 
 def _sums(path: Path) -> set[str]:
-    """Digests with which we wrote a file."""
+    """Digests that a file has if it is as we wrote it."""
     beside = card_sums(path.with_name(f"{path.name}.json"))
-    if len(beside) == 1:  # both may have been given another name
+    if len(beside) == 1:  # file and card may have been renamed
         beside = {path.name: next(iter(beside.values()))}
     cards = {
         sums[path.name]
@@ -235,10 +236,10 @@ def _sums(path: Path) -> set[str]:
 
 @dataclass
 class _List:
-    """What was read of a list so far."""
+    """The part of a list that has been read."""
 
     end: int = 0  # bytes
-    digests: dict[bytes, set[str]] = field(default_factory=dict)  # by the name of the file
+    digests: dict[bytes, set[str]] = field(default_factory=dict)  # by file name
 
 
 _LISTS: dict[tuple[int, int], _List] = {}  # by device and inode
@@ -252,18 +253,18 @@ def _listed(path: Path) -> set[str]:
 
 
 def _lists_beside(path: Path) -> list[Path]:
-    """The list in the folder of a file, and our own where that is of another user."""
+    """The list in the folder of a file, and this user's own where another user's is there."""
     own = LIST_FILE.replace(".txt", f"-{os.getuid()}.txt")
     return [path.with_name(LIST_FILE), path.with_name(own)]
 
 
 def _read_list(path: Path) -> dict[bytes, set[str]]:
-    """Read what was added to a list: a folder may get a file for every image of a set."""
+    """Read what was added to a list: a folder may get one file per image of a set."""
     try:
         with path.open("rb") as file:
             state = os.fstat(file.fileno())
             known = _LISTS.setdefault((state.st_dev, state.st_ino), _List())
-            if state.st_size < known.end:  # another one by now
+            if state.st_size < known.end:  # replaced since
                 known.end = 0
                 known.digests.clear()
             file.seek(known.end)
@@ -278,12 +279,12 @@ def _read_list(path: Path) -> dict[bytes, set[str]]:
     return known.digests
 
 
-def _remember(path: Path, digest: str) -> None:
-    """Add a file to the list in its folder, before it is there: a kill leaves no foreign file."""
+def _record(path: Path, digest: str) -> None:
+    """Add a file to the list in its folder before it is there: a kill leaves no unlisted file."""
     if digest in _listed(path):
         return
     for place in _lists_beside(path):
-        # Who can write no list may still write the file; only, next time it is not known as ours.
+        # Without a writable list the file is written anyway, but next time it is not known as ours.
         with contextlib.suppress(PermissionError, IsADirectoryError), place.open("ab") as file:
             file.write(os.fsencode(f"{digest}  {path.name}\n"))
             return

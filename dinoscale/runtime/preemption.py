@@ -1,4 +1,4 @@
-"""Being asked to stop: by launchers and schedulers (SIGTERM, SIGUSR1), by hand (Ctrl-C, SIGHUP)."""
+"""Requests to stop: by launchers and schedulers (SIGTERM, SIGUSR1), by hand (Ctrl-C, SIGHUP)."""
 
 import contextlib
 import os
@@ -11,18 +11,18 @@ from dinoscale.errors import PreemptedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
-_AGAIN_S = 3.0  # launchers pass a Ctrl-C on to ranks that have had it; later it is meant
+_AGAIN_S = 3.0  # launchers repeat a Ctrl-C for ranks that have had it; a later one is a second
 _HEARD = b"\nstopping after this step, which is saved; Ctrl-C again ends at once, unsaved\n"
 
 
 class StopRequest:
-    """Remembers that somebody asked; the run looks at it in each step."""
+    """Records a request to stop; the run checks it in each step."""
 
     def __init__(self, *, answer: bool) -> None:
-        """Install the handlers; only the main thread may.
+        """Install the signal handlers; only the main thread may.
 
         Args:
-            answer: say on stderr that a Ctrl-C was heard.
+            answer: acknowledge a Ctrl-C on stderr.
         """
         self.reason: str | None = None
         self._answer = answer
@@ -35,7 +35,7 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether the run is to end."""
+        """Whether the run should end."""
         return self.reason is not None
 
     def ask(self, reason: str) -> None:
@@ -43,10 +43,10 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def check(self) -> None:
-        """Amid long work: end it if somebody asked.
+        """End long work if this rank was asked to stop.
 
         Raises:
-            PreemptedError: this rank was asked; the others have to hear of it.
+            PreemptedError: it was; the others must be told.
         """
         if self.asked:
             raise PreemptedError(f"asked to stop ({self.reason}); the same command goes on")
@@ -66,7 +66,7 @@ class StopRequest:
 
 
 def _say(text: bytes) -> None:
-    """Write to stderr if it has room; a terminal that is stopped would hold up the run."""
+    """Write to stderr if it is writable; a stopped terminal would hold up the run."""
     with contextlib.suppress(OSError):
         poll = select.poll()
         poll.register(2, select.POLLOUT)

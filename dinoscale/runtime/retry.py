@@ -1,4 +1,4 @@
-"""Read with patience: an error of the file system is no damage, so it is tried again."""
+"""Retries of reads: a transient error of the file system does not mean that a file is damaged."""
 
 import errno
 import logging
@@ -13,35 +13,35 @@ from dinoscale.errors import DataError, UnavailableError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # about a minute: as long as an NFS server restarts
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # about a minute: an NFS server restarts in less
 
-_RENEWED_S = 600.0  # so that files that stay lost cost a tenth of the time at most
+_RENEWED_S = 600.0  # so that files that stay lost cost at most a tenth of the time
 
-# What a file system says of a name, a right or a kind of file; it would say it again.
-_ANSWERS = {
+# Errors about the name, permissions or kind of a file, which a retry would only repeat.
+_PERMANENT = {
     errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
     errno.ENOTDIR, errno.ENXIO, errno.EPERM, errno.ESPIPE,
 }  # fmt: skip
 
 
-def is_answer(error: OSError) -> bool:
-    """Whether an error tells something of the file; any other one may be gone a moment later.
+def is_permanent(error: OSError) -> bool:
+    """Whether an error is about the file itself; any other one may be gone a moment later.
 
-    An OSError without a number is of ours, and is one.
+    An OSError without a number is one of ours, and permanent.
     """
-    return error.errno is None or error.errno in _ANSWERS
+    return error.errno is None or error.errno in _PERMANENT
 
 
-def is_there(path: str) -> bool:
-    """Whether a name leads to something.
+def path_exists(path: str) -> bool:
+    """Whether a path exists.
 
     Raises:
-        OSError: the file system does not say, where `os.path.exists` would say no.
+        OSError: the file system fails, where `os.path.exists` would return False.
     """
     try:
         os.stat(path)
     except OSError as error:
-        if is_answer(error):
+        if is_permanent(error):
             return False
         raise
     except ValueError:  # a null byte
@@ -49,44 +49,44 @@ def is_there(path: str) -> bool:
     return True
 
 
-class Patience:
-    """Tries again for about a minute in all, over however many files.
+class RetryBudget:
+    """Retries reads for about a minute in all, over any number of files.
 
-    A disk that lost a thousand files costs that minute once, and no minute for each of them. The
-    time begins anew once a read has succeeded that had failed before, and some minutes after it
-    was used up. Of one thread: several that fail together would use it up at once.
+    A disk that lost a thousand files costs that minute once, not once for each. The budget is
+    renewed when a retried read succeeds, and some minutes after it was used up. It is for one
+    thread: several that fail together would use it up at once.
 
     Args:
-        pauses_s: seconds before each further try.
-        is_final: whether an error is not worth another try.
+        pauses_s: seconds before each retry.
+        is_final: whether an error is not worth a retry.
     """
 
     def __init__(
         self,
         pauses_s: Sequence[float] = PAUSES_S,
         *,
-        is_final: Callable[[OSError], bool] = is_answer,
+        is_final: Callable[[OSError], bool] = is_permanent,
     ):
         self._pauses_s, self._is_final = pauses_s, is_final
-        self._begin()
+        self._renew()
 
-    def _begin(self) -> None:
+    def _renew(self) -> None:
         self._left, self._used_up_s = iter(self._pauses_s), math.inf
 
     def _pause(self) -> float | None:
-        """Seconds until the next try; None where there is none."""
+        """Seconds until the next retry; None if the budget is used up."""
         if time.monotonic() - self._used_up_s > _RENEWED_S:
-            self._begin()
+            self._renew()
         pause_s = next(self._left, None)
         if pause_s is None:
             self._used_up_s = min(self._used_up_s, time.monotonic())
         return pause_s
 
     def read(self, read: Callable[[], T], name: object) -> T:
-        """What `read` makes of the file called `name`.
+        """Call `read`, again after errors, and return its result; messages call the file `name`.
 
         Raises:
-            OSError: it is final, or there still was one at the end.
+            OSError: it is final, or the budget is used up.
         """
         failed = False
         while True:
@@ -101,26 +101,26 @@ class Patience:
                 time.sleep(pause_s)
             else:
                 if failed:
-                    self._begin()
+                    self._renew()
                 return value
 
 
-def patiently(read: Callable[[], T], what: str) -> T:
-    """What `read` makes of a file; what it is called in messages is e.g. `the list /data/a.txt`.
+def with_retries(read: Callable[[], T], what: str) -> T:
+    """Call `read`, again after errors, and return its result; `what` is e.g. `the list a.txt`.
 
     Raises:
-        DataError: the file system says that it cannot be read.
+        DataError: the error is about the file itself.
         UnavailableError: the file system still failed after about a minute.
     """
     try:
-        return Patience().read(read, what)
+        return RetryBudget().read(read, what)
     except OSError as error:
-        raise refusal(what, error) from error
+        raise read_error(what, error) from error
 
 
-def refusal(what: str, error: OSError) -> DataError:
-    """What to raise where something cannot be read: whose fault that is shows in the type."""
+def read_error(what: str, error: OSError) -> DataError:
+    """The error to raise for a failed read; its type tells a bad file from a bad file system."""
     text = f"cannot read {what}: {error.strerror or error}."
-    if is_answer(error):
+    if is_permanent(error):
         return DataError(text)
-    return UnavailableError(f"{text} It may be whole: mend the file system, then start again.")
+    return UnavailableError(f"{text} It may be intact: repair the file system, then start again.")

@@ -1,4 +1,4 @@
-"""Versions of what can change a number: Python, libraries, our own commit."""
+"""Versions of whatever can change a number: Python, libraries, our own commit."""
 
 import platform
 import subprocess

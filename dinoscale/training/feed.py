@@ -11,6 +11,7 @@ from dinoscale.config.resolve import RunPlan
 from dinoscale.data.augmentation.color_jitter import finish_crops
 from dinoscale.data.augmentation.crop_params import Params
 from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.loader import Batch, train_batches
 from dinoscale.data.sources.mixture import open_sources
@@ -19,7 +20,6 @@ from dinoscale.data.transfer import to_device
 from dinoscale.engine.drop_path import drop_path_uniforms
 from dinoscale.engine.step import MicroBatch
 from dinoscale.errors import ConfigError
-from dinoscale.evaluate.features import normalize_images
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.runtime.launcher_env import Process
 

@@ -37,9 +37,9 @@ from dinoscale.errors import (
     RunFailedError,
 )
 from dinoscale.runtime import distributed
-from dinoscale.runtime.cores import cores_at_hand
+from dinoscale.runtime.cores import available_cores
 from dinoscale.runtime.launcher_env import Process
-from dinoscale.runtime.opening import by_all, on_first_rank
+from dinoscale.runtime.opening import on_all_ranks, on_first_rank
 from dinoscale.runtime.preemption import StopRequest
 from dinoscale.runtime.versions import versions
 from dinoscale.runtime.watchdog import Watchdog
@@ -123,7 +123,7 @@ class Run:
         self.stopping = False  # a rank was asked to stop, and all ranks know
         self.data_wait = DataWait(
             num_workers=config.data.num_workers,
-            cores=cores_at_hand(),
+            cores=available_cores(),
             ranks_here=process.local_world_size,
             on_cpu=process.device.type == "cpu",
         )
@@ -176,8 +176,8 @@ class Run:
         except LostPeerError:
             raise
         except Exception:
-            self.watchdog.goes_on()
-            self._report(self.saver.wait(self.watchdog.goes_on))
+            self.watchdog.heartbeat()
+            self._report(self.saver.wait(self.watchdog.heartbeat))
             raise
 
     def _take_steps(self) -> None:
@@ -187,7 +187,7 @@ class Run:
         steps = self.feed.steps(self.progress.step, offset=self.progress.data_offset)
         pending: deque[_LaunchedStep] = deque()
         for step in range(self.progress.step, self.plan.stop_step):
-            self.watchdog.moved(f"waiting for the images of step {step + 1}")
+            self.watchdog.progress(f"waiting for the images of step {step + 1}")
             begin = time.perf_counter()
             batches = next(steps)
             waited = time.perf_counter() - begin
@@ -251,7 +251,7 @@ class Run:
         """
         old = self.progress
         self._wait_for_save()
-        checkpoint = find_checkpoint(self.run_dir, self.watchdog.goes_on)
+        checkpoint = find_checkpoint(self.run_dir, self.watchdog.heartbeat)
         if old.rollbacks >= self.config.train.max_rollbacks or checkpoint is None:
             source = "from the start" if checkpoint is None else f"from {checkpoint.path}"
             self.events.write(old.step, "stopped", reason=result.skipped)
@@ -261,7 +261,7 @@ class Run:
                 f" again to continue {source}, with a lower optim.lr, a smaller optim.clip_grad or"
                 " engine.precision=fp32, or with train.max_rollbacks=1 to skip these images"
             )
-        restore(checkpoint, self.student, self.teacher, self.watchdog.goes_on)
+        restore(checkpoint, self.student, self.teacher, self.watchdog.heartbeat)
         self.progress = _progress_of(checkpoint)
         self.progress.data_offset = old.data_offset + old.step - checkpoint.step
         self.progress.rollbacks = old.rollbacks + 1
@@ -405,7 +405,7 @@ class Run:
         if self.online_knn is None:
             return
         done = self.progress.step
-        self.watchdog.moved(f"measuring k-NN after step {done}")
+        self.watchdog.progress(f"measuring k-NN after step {done}")
         backbone = self.teacher.plain_network().backbone
         measure = partial(
             self.online_knn.measure, backbone, self.process.device, self._on_knn_batch
@@ -435,7 +435,7 @@ class Run:
         Raises:
             PreemptedError: this rank was asked to stop.
         """
-        self.watchdog.goes_on()
+        self.watchdog.heartbeat()
         self.stop.check()
 
     def _save(self, *, save_in_progress: bool = False) -> None:
@@ -449,7 +449,7 @@ class Run:
         since = time.perf_counter()
         if save_in_progress and any(distributed.gather_objects(self.saver.busy())):
             self._wait_for_save()
-        self.watchdog.moved(f"copying the checkpoint of step {self.progress.step}")
+        self.watchdog.progress(f"copying the checkpoint of step {self.progress.step}")
         about = {
             "config": self.config.model_dump(mode="json"),
             "plan": asdict(self.plan),

@@ -26,7 +26,7 @@ from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import CheckpointError, ConfigError, MissingFileError, UnreadableError
 from dinoscale.runtime import distributed
-from dinoscale.runtime.opening import by_all, on_first_rank
+from dinoscale.runtime.opening import on_all_ranks, on_first_rank
 from dinoscale.runtime.versions import versions
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,9 @@ _FREE += (
 )
 
 
-def find_checkpoint(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -> Checkpoint | None:
+def find_checkpoint(
+    run_dir: Path, heartbeat: Callable[[], None] = lambda: None
+) -> Checkpoint | None:
     """The newest undamaged checkpoint of a run, None if it has none; collective.
 
     All ranks share the work of the checksums; rank 0 opens the checkpoint and sends it to the
@@ -67,7 +69,7 @@ def find_checkpoint(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -
     if is_first:
         for path, error in zip(found, errors, strict=False):
             _set_aside(path, error)
-    on_first_rank(lambda alive: clear_leftovers(run_dir, alive), goes_on)
+    on_first_rank(lambda alive: clear_leftovers(run_dir, alive), heartbeat)
     return checkpoint
 
 
@@ -98,7 +100,7 @@ def _open_together(path: Path, goes_on: Callable[[], None]) -> Checkpoint:
     """
     try:
         sums = _of_first(lambda: read_sums(path))
-        _require_sums(path, sums, goes_on)
+        _require_sums(path, sums, heartbeat)
         return _of_first(lambda: Checkpoint(path))
     except MissingFileError:
         views = distributed.gather_objects(_listed(path))
@@ -137,9 +139,9 @@ def _require_sums(path: Path, sums: dict[str, str], goes_on: Callable[[], None])
     rank, world_size = distributed.rank(), distributed.world_size()
 
     def differs(sign: Callable[[], None]) -> str | None:
-        return first_difference(path, sums, share=rank, num_shares=world_size, goes_on=sign)
+        return first_difference(path, sums, share=rank, num_shares=world_size, heartbeat=sign)
 
-    own = by_all(differs, goes_on)
+    own = on_all_ranks(differs, heartbeat)
     found = distributed.gather_objects(own)
     finder = next((number for number, name in enumerate(found) if name is not None), None)
     if finder is None:
@@ -322,11 +324,11 @@ def restore(
     checkpoint: Checkpoint,
     student: Student,
     teacher: Teacher,
-    goes_on: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> None:
     """Restore student, optimizer, teacher and center, at any world size and stage.
 
-    `goes_on` is called after each tensor of this rank.
+    `heartbeat` is called after each tensor of this rank.
 
     Raises:
         CheckpointError: on every rank, if it is of another model or parts are missing.
@@ -337,7 +339,7 @@ def restore(
 
     def read(kind: str, name: str, start: int, numel: int) -> Tensor:
         values = checkpoint.read(kind, name, start, numel)
-        goes_on()
+        heartbeat()
         return values
 
     student.restore_master(partial(read, MASTER))

@@ -32,9 +32,9 @@ from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.runtime import distributed
-from dinoscale.runtime.cores import cores_at_hand, cores_of_rank
+from dinoscale.runtime.cores import available_cores, cores_per_rank
 from dinoscale.runtime.launcher_env import Process
-from dinoscale.runtime.opening import on_first_rank, open_once_a_node
+from dinoscale.runtime.opening import on_first_rank, open_once_per_node
 from dinoscale.runtime.preemption import StopRequest
 from dinoscale.runtime.watchdog import Watchdog
 from dinoscale.training import run_directory as directory
@@ -79,10 +79,10 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     )
     is_first = process.rank == 0
     run_dir = Path(config.run_dir)
-    with watchdog.spreading():
+    with watchdog.sharing_failure():
         require_alike(config, process, members)
         opens = _unless_asked(partial(open_images, config), stop)
-        source = open_once_a_node(opens, hosts, watchdog.goes_on)
+        source = open_once_per_node(opens, hosts, watchdog.heartbeat)
         distributed.together(stop.check)
         require_same_images(source)
         _plan(without_auto(config), process, source)  # fail before the run_dir is created
@@ -101,11 +101,11 @@ def _unless_asked(
     """
 
     def opened(alive: Callable[[], None]) -> S:
-        def goes_on() -> None:
+        def heartbeat() -> None:
             alive()
             stop.check()
 
-        return open_set(goes_on)
+        return open_set(heartbeat)
 
     return opened
 
@@ -147,10 +147,10 @@ def _build(
     run_dir = Path(config.run_dir)
     if not config.resume:
         distributed.together(lambda: _require_new(run_dir) if is_first else None)
-    watchdog.moved("comparing the images with those of the run so far")
-    images = on_first_rank(source.identity, watchdog.goes_on) or ""
-    watchdog.moved("opening the newest checkpoint")
-    checkpoint = find_checkpoint(run_dir, watchdog.goes_on)
+    watchdog.progress("comparing the images with those of the run so far")
+    images = on_first_rank(source.identity, watchdog.heartbeat) or ""
+    watchdog.progress("opening the newest checkpoint")
+    checkpoint = find_checkpoint(run_dir, watchdog.heartbeat)
     if checkpoint is not None:
         config = keep_micro_batch(checkpoint, config, world_size=process.world_size)
         require_same_run(checkpoint, config, _plan(without_auto(config), process, source))
@@ -196,12 +196,12 @@ def _networks(
     plan: RunPlan,
     init_from: InitialWeights | None,
     checkpoint: Checkpoint | None,
-    goes_on: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:
     """Student and teacher, with initial weights or those of the checkpoint."""
     student, teacher = build_pair(config, plan, init_from, values=checkpoint is None)
     if checkpoint is not None:
-        restore(checkpoint, student, teacher, goes_on)
+        restore(checkpoint, student, teacher, heartbeat)
     return student, teacher
 
 
@@ -218,7 +218,7 @@ def _online_knn(
 ) -> OnlineKnn:
     def open_set(spec: str, decoder: Decoder) -> Source:
         opens = _unless_asked(partial(open_source, spec, decoder), stop)
-        return open_once_a_node(opens, hosts, watchdog.goes_on)
+        return open_once_per_node(opens, hosts, watchdog.heartbeat)
 
     return distributed.together(lambda: OnlineKnn(config, open_set))
 

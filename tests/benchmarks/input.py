@@ -22,11 +22,11 @@ from PIL import Image
 
 from dinoscale.data.augmentation.color_jitter import finish_crops
 from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import RGB, Decoder, Picture
 from dinoscale.data.loader import Batch, train_batches
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DataError
-from dinoscale.evaluate.features import normalize_images
 from dinoscale.planning.bench.budget import in_turns, say
 from tests.reference_input import ReferenceCrops, load
 

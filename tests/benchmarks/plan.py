@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.plan
 
-takes a few steps of each of `CASES` and prints the table of tests/README.md, then one line of JSON.
-Buckets are smaller than in a run, in proportion to the networks, so that no constant hides a term.
+takes a few steps of each of `CASES` and prints the table of tests/benchmarks/README.md, then one
+line of JSON. Buckets are smaller than in a run, in proportion to the networks, so that no constant
+hides a term.
 """
 
 import gc
@@ -173,7 +174,7 @@ def main() -> None:
     say(f"{len(CASES)} cases, each in processes of its own; at most {LIMIT_S / 60:g} minutes")
     print(
         "| stage | ranks | type | images x passes | recomputed | network, crops"
-        " | predicted MB | measured MB | error | fullest moment |"
+        " | predicted MB | measured MB | error | moment of the peak |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for turn in in_turns(len(CASES), limit_s=LIMIT_S):

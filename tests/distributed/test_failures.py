@@ -183,14 +183,14 @@ class OneSidedSaver:
     def busy(self) -> bool:
         return False
 
-    def wait_for_own_files(self, _goes_on: object) -> None:
+    def wait_for_own_files(self, _heartbeat: object) -> None:
         pass
 
     def begin(self, step: int, *_: Any, **__: Any) -> None:
         self.begun += 1
         self.results.append(SaveResult(Path("run"), step, None, 0.0, 0.0, 0))
 
-    def wait(self, _goes_on: object = None) -> SaveResult | None:
+    def wait(self, _heartbeat: object = None) -> SaveResult | None:
         return self.results.pop() if self.results else None
 
 
@@ -278,7 +278,7 @@ def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None
     first, second = (told["checks"] for told in of_rank)
     said = "MemoryError: no room for the rows"
     assert [told["gather"] for told in of_rank] == [f"RunFailedError: rank 1: {said}", said]
-    elsewhere = "RunFailedError: ranks are no longer at the same place: rank 1 sent tuple"
+    elsewhere = "RunFailedError: ranks are out of step: rank 1 sent tuple"
     assert [told["elsewhere"] for told in of_rank] == [elsewhere, ""]
     assert [told["knn"] for told in of_rank] == [(True, 1), (True, 1)]
     begun = tuple(told["begun"] for told in of_rank)
@@ -306,7 +306,7 @@ def fail_beside_a_rank_that_waits(failing: int) -> None:
     from dinoscale.runtime import distributed
 
     watchdog = Watchdog(timeout_s=600, hosts=["a", "b"], launched=False, ask_to_stop=print)
-    with suppress(ValueError), watchdog.spreading():
+    with suppress(ValueError), watchdog.sharing_failure():
         if distributed.rank() == failing:
             raise ValueError("no room")
         time.sleep(100)

@@ -168,16 +168,16 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
     from dinoscale.data.sources.source import Source, open_source
     from dinoscale.errors import DataError
     from dinoscale.runtime import distributed
-    from dinoscale.runtime.opening import by_all, on_first_rank, open_once_a_node
+    from dinoscale.runtime.opening import on_all_ranks, on_first_rank, open_once_per_node
 
     rank, opened, signs, posts = distributed.rank(), [], [], []  # type: ignore[var-annotated]
     keys: set[str] = set()
-    post = distributed.Board.post
+    set_text = distributed.KeyValueStore.set
 
-    def posting(board: distributed.Board, key: str, text: str) -> None:
+    def setting(store: distributed.KeyValueStore, key: str, text: str) -> None:
         posts.append(text)
         keys.add(key)
-        post(board, key, text)
+        set_text(store, key, text)
 
     def opening(alive: Callable[[], None], slow: int = 2, failing: int = -1) -> Source:
         opened.append(True)
@@ -196,7 +196,7 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
 
     def open_it(**how: int) -> Source:
         hosts = ["a", "a", "b"]
-        return open_once_a_node(
+        return open_once_per_node(
             partial(opening, **how), hosts, lambda: signs.append(time.monotonic())
         )
 
@@ -205,9 +205,9 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
         raise OSError(28, "No space left on device")
 
     found: dict[str, object] = {}
-    with patch.object(distributed.Board, "post", posting):
+    with patch.object(distributed.KeyValueStore, "set", setting):
         source = open_it()
-        found["forgotten"] = distributed.Board().read_all([*keys]) == [None] * len(keys)
+        found["forgotten"] = distributed.KeyValueStore().get_all([*keys]) == [None] * len(keys)
         found |= {"well": counts(), "paths": [os.path.basename(source.path(i)) for i in range(2)]}
         for first in (0, 2):
             with pytest.raises(DataError) as error:
@@ -236,7 +236,7 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
     def own(alive: Callable[[], None]) -> str:
         return slowly(alive) if rank == 2 else "at once"
 
-    found["by all"] = by_all(
+    found["by all"] = on_all_ranks(
         own, lambda: of_all.append(time.monotonic()), lambda: done.append(len(of_all))
     )
     found |= {"of_all": len(of_all), "before done": done}
@@ -304,13 +304,13 @@ def _open_for_measurements(folder: str) -> dict[str, list[int]]:
         _, source = _input_of(config, read_process(os.environ))
         count("bench", [len(source)])
         hosts = distributed.gather_objects(socket.gethostname())
-        looked = look(config, hosts, rank=rank, patience_s=60)
+        looked = look(config, hosts, rank=rank, timeout_s=60)
         count("doctor", [of_set.num_images for of_set in looked.values()])
         own = tiny_config(data={"train": f"{folder}/{'ab'[rank]}"}, eval=sets)
-        looked = look(own, hosts, rank=rank, patience_s=60)
+        looked = look(own, hosts, rank=rank, timeout_s=60)
         count("own", [of_set.num_images for of_set in looked.values()])
         missing = tiny_config(data={"train": f"{folder}/{'ac'[rank]}"})
-        looked = look(missing, hosts, rank=rank, patience_s=60)
+        looked = look(missing, hosts, rank=rank, timeout_s=60)
         found["missing"] = [int(of_set.error is None) for of_set in looked.values()]
     return found
 

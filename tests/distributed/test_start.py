@@ -17,7 +17,7 @@ import torch.distributed as dist
 from dinoscale import cli
 from dinoscale.errors import ConfigError, DinoscaleError, LaunchError
 from dinoscale.runtime import distributed
-from dinoscale.runtime.distributed import MOST_FILES
+from dinoscale.runtime.distributed import MAX_OPEN_FILES
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.watchdog import collectives_timeout_s
 from tests.forked import Forked
@@ -80,28 +80,28 @@ def test_ranks_of_one_node_meet_where_no_other_machine_reaches_them(found: dict[
 
 
 def test_limit_of_open_files_is_raised(found: dict[str, Any]) -> None:
-    assert found["files"] == min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MOST_FILES)
+    assert found["files"] == min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_OPEN_FILES)
 
 
 @pytest.mark.parametrize("hang_timeout_s", [1.0, 1800.0])
 def test_a_watchdog_ends_the_ranks_before_a_collective_gives_up(hang_timeout_s: float) -> None:
-    answers_of_a_slow_board_s = 60
-    assert collectives_timeout_s(hang_timeout_s) > hang_timeout_s + answers_of_a_slow_board_s
+    answers_of_a_slow_store_s = 60
+    assert collectives_timeout_s(hang_timeout_s) > hang_timeout_s + answers_of_a_slow_store_s
 
 
 def read_late() -> str | None:
-    """On every rank: rank 1 still reads on the board when rank 0 has nothing more to do."""
+    """On every rank: rank 1 still reads in the store when rank 0 has nothing more to do."""
     from dinoscale.runtime import distributed
 
     if distributed.rank() == 0:
         return None
     time.sleep(1.0)
-    board = distributed.Board()
-    board.post("late", "here")
-    return board.read("late")
+    store = distributed.KeyValueStore()
+    store.set("late", "here")
+    return store.get("late")
 
 
-def test_no_rank_leaves_while_another_still_reads_on_the_board() -> None:
+def test_no_rank_leaves_while_another_still_reads_in_the_store() -> None:
     assert run_distributed(f"{__name__}:read_late", world_size=2, timeout_s=120) == [None, "here"]
 
 
@@ -111,9 +111,9 @@ def _meet_and_end() -> None:
     from dinoscale.runtime.launcher_env import read_process
 
     distributed.start(read_process(os.environ), timeout_s=60)
-    board = distributed.Board()
-    board.post(f"here/{distributed.rank()}", "")
-    board.wait_for(["here/0", "here/1"])
+    store = distributed.KeyValueStore()
+    store.set(f"here/{distributed.rank()}", "")
+    store.wait_for(["here/0", "here/1"])
     distributed.gather_objects(None)
     os._exit(0)
 
@@ -137,27 +137,31 @@ def test_ranks_that_torchrun_starts_again_meet_anew() -> None:
                 process.kill()
 
 
-@pytest.mark.parametrize("unfit", [ConfigError("optim.lrr: unknown key"), None])
-def test_rank_that_nobody_hears_says_why_and_ends(
-    unfit: DinoscaleError | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("startup_error", [ConfigError("optim.lrr: unknown key"), None])
+def test_rank_whose_verdict_nobody_reads_says_why_and_ends(
+    startup_error: DinoscaleError | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(distributed, "_QUIET_S", 0.0)
-    monkeypatch.setattr(distributed, "_TELL_S", 0.2)
+    monkeypatch.setattr(distributed, "_REPORT_S", 0.2)
     store: Any = dist.HashStore()  # type: ignore[attr-defined]  # as above
-    if unfit is None:
-        store.set("fitness", "rank 1 (there): optim.lrr: unknown key")
-    with pytest.raises(ConfigError if unfit else LaunchError, match=r"optim\.lrr: unknown key"):
-        distributed._require_fit(store, Process(0, 2, 0, 2), unfit)
+    if startup_error is None:
+        store.set("verdict", "rank 1 (there): optim.lrr: unknown key")
+    with pytest.raises(
+        ConfigError if startup_error else LaunchError, match=r"optim\.lrr: unknown key"
+    ):
+        distributed._require_all_ready(store, Process(0, 2, 0, 2), startup_error)
     assert len(caplog.messages) == 1
     assert "optim.lrr: unknown key" in caplog.text
 
 
-def test_unfit_process_beside_a_job_at_work_leaves_it_alone() -> None:
+def test_process_with_a_startup_error_leaves_a_running_job_alone() -> None:
     store: Any = dist.HashStore()  # type: ignore[attr-defined]  # as above
-    store.set("fitness", "fit")
+    store.set("verdict", "ready")
     with pytest.raises(ConfigError):
-        distributed._require_fit(store, Process(1, 2, 1, 2), ConfigError("a mistake"))
-    assert not store.check(["heard"])
+        distributed._require_all_ready(store, Process(1, 2, 1, 2), ConfigError("a mistake"))
+    assert not store.check(["num read"])
 
 
 @pytest.mark.parametrize(

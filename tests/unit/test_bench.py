@@ -94,7 +94,7 @@ def test_rates_of_workers_are_those_of_busy_cores(
     rates = []
     for cores in (1, 16):  # more than there are: each gets a share of one
         monkeypatch.setattr(
-            "dinoscale.planning.bench.data.cores_at_hand", lambda cores=cores: cores
+            "dinoscale.planning.bench.data.available_cores", lambda cores=cores: cores
         )
         result = bench_data(config, gpu_images_per_s=1.0, seconds=0.3)
         rates.append(result["images_per_s"]["worker"])

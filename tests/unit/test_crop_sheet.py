@@ -9,6 +9,7 @@ from PIL import Image
 
 from dinoscale.config import load_config
 from dinoscale.data.augmentation.crop_params import NOT_SOLARIZED, NOTHING, PARAMS
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.loader import train_batches
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError

@@ -63,7 +63,9 @@ def test_tensors_go_where_the_backend_takes_them_and_come_back(
 
 
 @pytest.mark.usefixtures("refusing")
-def test_gradient_of_a_sum_goes_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_of_a_sum_uses_the_device_of_the_backend_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     part = torch.zeros(3, requires_grad=True)
     summed = distributed.sum_with_gradient(part)

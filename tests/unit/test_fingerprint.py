@@ -12,12 +12,17 @@ import pytest
 from data_tools.build_shards import _sizes
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.errors import UnavailableError
-from dinoscale.runtime.fingerprint import code_print, differences, files_print, fingerprint
-from dinoscale.runtime.retry import Patience
+from dinoscale.runtime.fingerprint import (
+    code_fingerprint,
+    differences,
+    files_fingerprint,
+    fingerprint,
+)
+from dinoscale.runtime.retry import RetryBudget
 
 
 def _print_of(folder: Path) -> dict[str, object]:
-    images = files_print(str(folder), sorted(str(path) for path in folder.glob("*.jpg")))
+    images = files_fingerprint(str(folder), sorted(str(path) for path in folder.glob("*.jpg")))
     return fingerprint(input={"images": images}, command={"sides": (1, 2)}, code={})
 
 
@@ -71,7 +76,7 @@ def test_what_differs_is_named(kept: object, named: list[str]) -> None:
     assert differences(kept, now) == named
 
 
-def test_of_the_code_only_what_it_does_counts(
+def test_comments_and_docstrings_do_not_change_the_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dinoscale.runtime.fingerprint._ROOT", tmp_path)
@@ -91,9 +96,9 @@ def test_of_the_code_only_what_it_does_counts(
         ("used", "import PIL.Image\nX = 2\n"),
     ]:
         (package / f"{file}.py").write_text(text)
-        code_print.cache_clear()
-        seen.append(code_print("dinoscale.main"))
-    code_print.cache_clear()
+        code_fingerprint.cache_clear()
+        seen.append(code_fingerprint("dinoscale.main"))
+    code_fingerprint.cache_clear()
     digests = [found["dinoscale"] for found in seen]
     assert digests[0] == digests[1] == digests[2] == digests[3]
     assert len(set(digests)) == 3
@@ -121,28 +126,28 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-def test_patience_is_for_an_outage_and_not_for_each_file(slept: list[float]) -> None:
-    patience = Patience((1.0, 2.0))
-    assert patience.read(_Disk(2).read, "a") == "content"
-    assert patience.read(_Disk(1).read, "b") == "content"  # another outage
+def test_the_retry_budget_is_for_an_outage_not_for_each_file(slept: list[float]) -> None:
+    retries = RetryBudget((1.0, 2.0))
+    assert retries.read(_Disk(2).read, "a") == "content"
+    assert retries.read(_Disk(1).read, "b") == "content"  # another outage
     assert slept == [1.0, 2.0, 1.0]
     slept.clear()
     for _ in range(5):
         with pytest.raises(OSError, match="tale"):
-            patience.read(_Disk(9).read, "c")
+            retries.read(_Disk(9).read, "c")
     assert slept == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR])
-def test_an_answer_is_not_asked_for_again(slept: list[float], number: int) -> None:
+def test_a_permanent_error_is_not_retried(slept: list[float], number: int) -> None:
     disk = _Disk(1, number)
     with pytest.raises(OSError, match=os.strerror(number)):
-        Patience().read(disk.read, "a")
+        RetryBudget().read(disk.read, "a")
     assert (disk.asked, slept) == (1, [])
 
 
 @pytest.mark.parametrize("sizes", [False, True])
-def test_threads_that_meet_one_outage_do_not_use_up_its_minute(
+def test_threads_in_one_outage_do_not_share_a_retry_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, sizes: bool
 ) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(32)]
@@ -163,15 +168,15 @@ def test_threads_that_meet_one_outage_do_not_use_up_its_minute(
     if sizes:
         assert _sizes(source).tolist() == [2] * len(paths)
     else:
-        assert files_print(str(tmp_path), map(str, paths))["number"] == len(paths)
+        assert files_fingerprint(str(tmp_path), map(str, paths))["number"] == len(paths)
     assert not any(lost.values())
 
 
-def test_a_file_system_that_stays_away_is_no_other_input(
+def test_an_unavailable_file_system_is_not_a_changed_input(
     slept: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.stat", lambda _: _Disk(1).read())
     with pytest.raises(UnavailableError, match="cannot read the size of /a: Stale") as refused:
-        files_print("/", ["/a"])
+        files_fingerprint("/", ["/a"])
     assert refused.value.exit_code == 69
     assert sum(slept) == 63

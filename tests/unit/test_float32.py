@@ -49,7 +49,7 @@ def _rounded() -> set[str]:
 @pytest.mark.parametrize(
     "before", [lambda: None, _legacy, lambda: _new("tf32"), lambda: _new("ieee"), _new_for_all]
 )
-def test_only_a_bf16_network_on_a_gpu_rounds_whoever_said_what_before(
+def test_only_a_bf16_network_on_a_gpu_uses_tf32_whatever_was_set_before(
     before: Callable[[], None],
 ) -> None:
     before()
@@ -63,7 +63,7 @@ def test_only_a_bf16_network_on_a_gpu_rounds_whoever_said_what_before(
     assert _rounded() == set()
 
 
-def test_whoever_looks_for_a_device_to_measure_on_computes_exactly() -> None:
+def test_finding_a_device_for_a_measurement_turns_tf32_off() -> None:
     torch.set_float32_matmul_precision("high")
     find_device("cpu")
     assert _rounded() == set()

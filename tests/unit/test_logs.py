@@ -27,7 +27,7 @@ def _no_file_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logs.forget_file()
 
 
-def test_start_after_start_is_appended_under_its_header(tmp_path: Path) -> None:
+def test_each_start_is_appended_under_its_header(tmp_path: Path) -> None:
     for start in ("first", "second"):
         assert logs.to_file(tmp_path / "logs", rank=3, header=start) is None
         logging.getLogger("dinoscale.x").info("of the %s", start)
@@ -38,14 +38,14 @@ def test_start_after_start_is_appended_under_its_header(tmp_path: Path) -> None:
     assert said == [*first, "second", "of the second", "error: no more"]
 
 
-def test_folder_that_cannot_be_made_is_a_reason_and_no_crash(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_made_is_reported_without_a_crash(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert logs.to_file(tmp_path / "file", rank=0, header="") == "File exists"
     logs.note("to nowhere")
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
-def test_full_disk_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "rank_00000.log").symlink_to(FULL)
     assert logs.to_file(tmp_path, rank=0, header="begins") is None
     for _ in range(3):
@@ -55,10 +55,10 @@ def test_full_disk_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert "No space left on device" in said[0]
 
 
-def test_file_system_that_does_not_answer_keeps_nobody_from_ending(
+def test_file_system_that_does_not_answer_blocks_no_exit(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "_LAST_WORDS_S", 0.1)
+    monkeypatch.setattr(logs, "_LOG_EXIT_S", 0.1)
     os.mkfifo(tmp_path / "rank_00000.log")
     reader = os.open(tmp_path / "rank_00000.log", os.O_RDONLY | os.O_NONBLOCK)
     assert logs.to_file(tmp_path, rank=0, header="begins") is None
@@ -68,7 +68,7 @@ def test_file_system_that_does_not_answer_keeps_nobody_from_ending(
     while not _holds_text(reader):
         time.sleep(0.01)
     begin = time.monotonic()
-    logs.last_words("error: it hangs")
+    logs.log_exit("error: it hangs")
     assert time.monotonic() - begin < 30
     assert capfd.readouterr().err == "error: it hangs\n"
     while stuck.is_alive():
@@ -117,7 +117,7 @@ _SAY = """
         print("x" * 100_000, file=sys.stderr, flush=True)
         logs.log.warning("something is wrong")
     with open(sys.argv[1], "w") as file:
-        print(opened > 2, logs.lost_output(), file=file)
+        print(opened > 2, logs.stdout_error(), file=file)
     os._exit(7)
 """
 
@@ -133,7 +133,7 @@ _SAY = """
         ("2> >(sleep 20)", "None"),  # a pipe that nobody reads: no room after the first lines
     ],
 )
-def test_streams_that_take_nothing_neither_end_nor_hold_up_a_process(
+def test_closed_full_and_blocked_streams_neither_end_nor_hold_up_a_process(
     tmp_path: Path, streams: str, lost: str
 ) -> None:
     (tmp_path / "say.py").write_text(textwrap.dedent(_SAY))
@@ -146,7 +146,7 @@ def test_streams_that_take_nothing_neither_end_nor_hold_up_a_process(
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_stream_that_is_closed_or_cannot_spell_a_name_ends_nothing(
+def test_closed_streams_and_unencodable_names_end_no_process(
     monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
     ascii_only, closed = io.TextIOWrapper(io.BytesIO(), "ascii"), io.StringIO()
@@ -154,7 +154,7 @@ def test_stream_that_is_closed_or_cannot_spell_a_name_ends_nothing(
     for inner, error in ((ascii_only, UnicodeEncodeError), (closed, ValueError)):
         monkeypatch.setattr(sys, "stdout", logs._Lossy(inner, waits=waits))
         print("\u00e9", flush=True)
-        assert isinstance(logs.lost_output(), error)
+        assert isinstance(logs.stdout_error(), error)
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
@@ -162,9 +162,7 @@ def test_stream_that_is_closed_or_cannot_spell_a_name_ends_nothing(
     ("stdout", "stderr", "code"),
     [("/dev/full", "err", 1), ("out", "/dev/full", 0), ("&-", "err", 0)],
 )
-def test_result_that_is_nowhere_else_must_arrive(
-    tmp_path: Path, stdout: str, stderr: str, code: int
-) -> None:
+def test_result_on_stdout_must_arrive(tmp_path: Path, stdout: str, stderr: str, code: int) -> None:
     line = f"'{sys.executable}' -m dinoscale presets >{stdout} 2>{stderr}"
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, timeout=200, check=False)
     assert done.returncode == code

@@ -1,10 +1,10 @@
-"""Memory at hand, as the kernel of some machine would tell it."""
+"""Available memory, read from the files of a fake kernel."""
 
 from pathlib import Path
 
 import pytest
 
-from dinoscale.runtime.memory import memory_at_hand
+from dinoscale.runtime.memory import available_memory
 
 MIB = 2**20
 
@@ -56,12 +56,12 @@ def _group(path: str, *, limit: str, usage: int, cached: int, old: bool = False)
 def test_the_tightest_limit_counts(
     tmp_path: Path, groups: str, files: dict[str, str], mib: int
 ) -> None:
-    assert memory_at_hand(*_kernel(tmp_path, groups, **files)) == mib * MIB
+    assert available_memory(*_kernel(tmp_path, groups, **files)) == mib * MIB
 
 
 def test_a_system_without_proc_is_not_known(tmp_path: Path) -> None:
-    assert memory_at_hand(tmp_path, tmp_path) is None
+    assert available_memory(tmp_path, tmp_path) is None
 
 
 def test_this_machine_has_memory() -> None:
-    assert (memory_at_hand() or 0) > 10 * MIB
+    assert (available_memory() or 0) > 10 * MIB

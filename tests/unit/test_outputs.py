@@ -1,4 +1,4 @@
-"""Writers replace what they wrote themselves and nothing else, and whole or not at all."""
+"""Output files are written whole or not at all, and replace only files that we wrote."""
 
 import os
 import stat
@@ -15,23 +15,24 @@ from dinoscale.reports.html import write_file
 from dinoscale.runtime import outputs
 from dinoscale.runtime.outputs import (
     LIST_FILE,
+    atomic_write,
     is_ours,
     replace_text,
     replacing,
     require_ours,
+    staging_folder,
     swap,
-    workplace,
     write_tensors,
 )
 
 
 def _write(path: Path, text: str) -> None:
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text)
 
 
 @pytest.mark.parametrize("write", [write_file, write_whole], ids=["pages", "data tools"])
-def test_only_what_is_as_we_wrote_it_is_replaced(
+def test_only_files_unchanged_since_we_wrote_them_are_replaced(
     tmp_path: Path, write: Callable[[Path, bytes], None]
 ) -> None:
     path = tmp_path / "new" / "list.txt"
@@ -55,7 +56,7 @@ def test_text_of_a_run_is_replaced_and_leaves_nothing_beside(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling link", "device"])
-def test_what_others_left_stays(tmp_path: Path, kind: str) -> None:
+def test_foreign_files_stay(tmp_path: Path, kind: str) -> None:
     thesis, path = tmp_path / "thesis", tmp_path / "out"
     thesis.write_text("years")
     if kind == "file":
@@ -68,7 +69,7 @@ def test_what_others_left_stays(tmp_path: Path, kind: str) -> None:
     assert sorted(os.listdir(tmp_path)) == ["out", "thesis"]
 
 
-def test_what_is_read_is_not_written_by_any_name(tmp_path: Path) -> None:
+def test_the_input_is_not_overwritten_under_any_name(tmp_path: Path) -> None:
     _write(tmp_path / "keep.txt", "a.jpg\n")
     (tmp_path / "other.txt").symlink_to("keep.txt")
     for name in ("keep.txt", "other.txt"):
@@ -77,11 +78,11 @@ def test_what_is_read_is_not_written_by_any_name(tmp_path: Path) -> None:
     require_ours(tmp_path / "keep.txt", source="https://host/keep.txt")
 
 
-def test_a_failed_writer_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "w"
     _write(path, "one")
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(UnicodeEncodeError), replacing(path) as beside:
+    with pytest.raises(UnicodeEncodeError), atomic_write(path) as beside:
         beside.write_text("\ud800")
     assert path.read_text() == "one"
     assert sorted(os.listdir(tmp_path)) == before
@@ -89,13 +90,13 @@ def test_a_failed_writer_leaves_what_was_there_and_nothing_else(tmp_path: Path) 
         require_writable(path / "below")
 
 
-def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
-    with workplace(tmp_path / "w") as one, workplace(tmp_path / "w") as other:
+def test_two_writers_at_once_use_different_folders(tmp_path: Path) -> None:
+    with staging_folder(tmp_path / "w") as one, staging_folder(tmp_path / "w") as other:
         assert one != other
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_a_rename_that_fails_restores_what_had_the_name(
+def test_a_failed_rename_restores_the_old_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, folder: bool
 ) -> None:
     target, rename = tmp_path / "w", os.replace
@@ -111,7 +112,7 @@ def test_a_rename_that_fails_restores_what_had_the_name(
         rename(source, to)
 
     monkeypatch.setattr(outputs.os, "replace", fails)
-    with workplace(target) as place:
+    with staging_folder(target) as place:
         (place / "w").mkdir() if folder else (place / "w").write_text("two")
         with pytest.raises(OSError, match="the disk is gone"):
             swap(place / "w", target)
@@ -119,11 +120,11 @@ def test_a_rename_that_fails_restores_what_had_the_name(
     assert os.listdir(tmp_path) == ["w"]
 
 
-def test_of_a_link_to_a_folder_the_link_is_replaced(tmp_path: Path) -> None:
+def test_a_link_to_a_folder_is_replaced_itself(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     target = tmp_path / "latest"
     target.symlink_to("first")
-    with workplace(target) as place:
+    with staging_folder(target) as place:
         (place / "latest").mkdir()
         (place / "latest" / "model").touch()
         swap(place / "latest", target)
@@ -142,7 +143,7 @@ def test_a_list_that_cannot_be_written_loses_no_result(tmp_path: Path, *, own: b
     assert is_ours(tmp_path / "w") is not own
 
 
-def test_of_a_list_only_what_was_added_is_read(tmp_path: Path) -> None:
+def test_only_the_added_lines_of_a_list_are_read(tmp_path: Path) -> None:
     _write(tmp_path / "a", "one")
     assert is_ours(tmp_path / "a")
     listed = tmp_path / LIST_FILE
@@ -155,13 +156,13 @@ def test_of_a_list_only_what_was_added_is_read(tmp_path: Path) -> None:
     assert not is_ours(tmp_path / "a")
 
 
-def test_any_letter_may_be_in_a_name(tmp_path: Path) -> None:
+def test_a_name_may_have_any_character(tmp_path: Path) -> None:
     for name in ("\u2028.html", "a\x0cb\rc", os.fsdecode(b"\xff")):
         _write(tmp_path / name, "one")
         _write(tmp_path / name, "two")
 
 
-def test_the_state_of_work_is_not_written_over_a_file_of_others(tmp_path: Path) -> None:
+def test_the_journal_is_not_written_over_a_foreign_file(tmp_path: Path) -> None:
     path = tmp_path / "groups.jsonl.state"
     path.write_text("a diary\n")
     with pytest.raises(OutputError, match="is not a list of finished work"):
@@ -171,7 +172,7 @@ def test_the_state_of_work_is_not_written_over_a_file_of_others(tmp_path: Path) 
     Journal(path, "work").add(0, {})
 
 
-def test_others_may_read_written_tensors_as_any_new_file(tmp_path: Path) -> None:
+def test_written_tensors_have_the_usual_permissions(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors", {"said": "so"})

@@ -1,4 +1,4 @@
-"""What a process takes as a wish to stop, and what it does not."""
+"""Which signals ask a process to stop, and which end it."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from PIL import Image
 
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import PreemptedError
-from dinoscale.runtime.opening import open_once_a_node
+from dinoscale.runtime.opening import open_once_per_node
 from dinoscale.runtime.preemption import StopRequest
 from dinoscale.training.trainer import _unless_asked
 
@@ -75,11 +75,11 @@ def test_first_ctrl_c_after_another_signal_only_asks() -> None:
     assert "Ctrl-C again ends at once" in done.stderr
 
 
-def test_terminal_that_takes_nothing_does_not_hold_up_a_run() -> None:
+def test_blocked_terminal_does_not_hold_up_a_run() -> None:
     assert _after(signal.SIGINT, case="full").stdout == "Ctrl-C\n"
 
 
-def test_wish_to_stop_is_heard_while_images_are_listed(tmp_path: Path) -> None:
+def test_request_to_stop_is_noticed_while_images_are_listed(tmp_path: Path) -> None:
     for name in "ab":
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     stop, signs = StopRequest.__new__(StopRequest), list[int]()  # without its handlers
@@ -91,5 +91,5 @@ def test_wish_to_stop_is_heard_while_images_are_listed(tmp_path: Path) -> None:
 
     opens = _unless_asked(lambda alive: open_source(str(tmp_path), alive=alive), stop)
     with pytest.raises(PreemptedError, match=r"asked to stop \(SIGTERM\)"):
-        open_once_a_node(opens, ["a"], sign)
+        open_once_per_node(opens, ["a"], sign)
     assert len(signs) == 1

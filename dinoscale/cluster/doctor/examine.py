@@ -158,7 +158,7 @@ def _run(
     """Data, plan and storage of a run; the number of its weights, None if it cannot be built."""
     from dinoscale.cluster.doctor import images, storage  # here, for they load the libraries
 
-    looked = images.look(config, hosts, rank=process.rank, patience_s=timeout_s)
+    looked = images.look(config, hosts, rank=process.rank, timeout_s=timeout_s)
     found = gather_objects(looked)
     train = found[0].get("data.train")
     report.section(

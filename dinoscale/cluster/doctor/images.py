@@ -17,7 +17,7 @@ from dinoscale.errors import ConfigError, DinoscaleError
 from dinoscale.evaluate.classification.labelled_sets import renumber_classes
 from dinoscale.runtime import distributed
 from dinoscale.runtime.hosts import ranks_text
-from dinoscale.runtime.opening import open_once_a_node
+from dinoscale.runtime.opening import open_once_per_node
 
 _SAMPLES = 8  # images that each rank decodes of each set
 _STRAGGLES = 5.0  # times slower than most; what lies in a cache already is a few times faster
@@ -56,7 +56,7 @@ class _Unopened:
 
 
 def look(
-    config: RunConfig, hosts: Sequence[str], *, rank: int, patience_s: float
+    config: RunConfig, hosts: Sequence[str], *, rank: int, timeout_s: float
 ) -> dict[str, Looked]:
     """Open every set of the config and decode a few images of each, spread over the set.
 
@@ -66,7 +66,7 @@ def look(
         config: of this rank.
         hosts: of all ranks.
         rank: of this process.
-        patience_s: for a rank that does not answer.
+        timeout_s: for a rank that does not answer.
 
     Raises:
         RunFailedError: one did not.
@@ -102,7 +102,7 @@ def look(
         named = distributed.gather_objects((spec, config.data.manifest))
         alike = [f"{host} {names}" for host, names in zip(hosts, named, strict=True)]
         tried = partial(_tried_to_open, opened, spec)
-        source = open_once_a_node(tried, alike, patience_s=patience_s)
+        source = open_once_per_node(tried, alike, timeout_s=timeout_s)
         if not isinstance(source, _Unopened):
             assert spec is not None
             sources[key] = source

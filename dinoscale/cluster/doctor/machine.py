@@ -17,7 +17,7 @@ import torch
 from dinoscale.cluster.doctor.report import Check, count_text, ok, problem, size_text, warning
 from dinoscale.config import RunConfig
 from dinoscale.engine.precision import matrix_product_s
-from dinoscale.runtime.cores import core_numbers, core_quota
+from dinoscale.runtime.cores import core_quota, cpu_affinity
 from dinoscale.runtime.hosts import ranks_text
 from dinoscale.runtime.launcher_env import Process
 
@@ -86,7 +86,7 @@ def look(process: Process) -> Machine:
         num_devices=torch.cuda.device_count() if available else 0,
         device=device,
         why_no_device=None if available else _why_no_device(),
-        cores=core_numbers(),
+        cores=cpu_affinity(),
         quota=core_quota(),
         threads=torch.get_num_threads(),
         shared_free_bytes=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,

@@ -12,7 +12,7 @@ from dinoscale.cluster.doctor.report import Check, count_text, ok, size_text, wa
 from dinoscale.errors import LaunchError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.hosts import ranks_text
-from dinoscale.runtime.launcher_env import LOOPBACK, Process, meeting_place
+from dinoscale.runtime.launcher_env import LOOPBACK, Process, rendezvous_address
 
 SMALL_BYTES, LARGE_BYTES = 1024, 8 * 10**6  # of one all-reduce: latency, bandwidth
 _SMALL_TIMES, _LARGE_TIMES = 20, 5
@@ -50,7 +50,7 @@ def require_address(process: Process, environ: Mapping[str, str]) -> str:
     """
     if process.world_size == 1 and "MASTER_PORT" not in environ:
         return _require_loopback()
-    address, port = meeting_place(process, environ)
+    address, port = rendezvous_address(process, environ)
     try:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

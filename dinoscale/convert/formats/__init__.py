@@ -1,1 +1,1 @@
-"""The formats of others: read, and written."""
+"""Readers and writers of the formats of other libraries."""

@@ -1,10 +1,10 @@
-"""ViTs of Hugging Face's transformers under our names: ViT, Dinov2, Dinov2WithRegisters.
+"""Read ViTs of Hugging Face's transformers: ViT, Dinov2, Dinov2WithRegisters.
 
 Source: github.com/huggingface/transformers, `models/vit`, `models/dinov2`,
-`models/dinov2_with_registers`: names of saved files, and those that modules have since version 5.
+`models/dinov2_with_registers`: tensor names of saved files, and of modules since version 5.
 Queries, keys and values are three layers there and one here.
-Differs: at other image sizes than the position embedding's, transformers resizes it to the size
-(`interpolate_pos_encoding=True`), and our forward by the reference's rule.
+Differs: at image sizes other than the position embedding's, transformers interpolates it to the
+target size (`interpolate_pos_encoding=True`), and our forward by the reference's scale factor.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from dinoscale.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-# What a config.json leaves out has the value of the library's: layer_norm_eps by model_type.
+# The library's defaults for entries that a config.json omits: layer_norm_eps by model_type.
 _NORM_EPS = {"vit": 1e-12, "dinov2": 1e-6, "dinov2_with_registers": 1e-6}
 _NUM_HEADS = 12
 _BICUBIC = 3  # as Pillow numbers it
 
-_PREFIX = re.compile(r"(vit|dinov2|dinov2_with_registers)\.")  # of a model in another, a classifier
+_PREFIX = re.compile(r"(vit|dinov2|dinov2_with_registers)\.")  # of a backbone in a classifier
 _OUTER = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -78,15 +78,15 @@ def is_huggingface(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
 def read_huggingface(
     state: Mapping[str, Tensor], content: Content, *, num_heads: int | None
 ) -> Weights:
-    """Rename the tensors of a ViT of transformers, and read how it is built and fed.
+    """Rename the tensors of a ViT of transformers, and read its architecture and preprocessing.
 
     Args:
         state: tensors of the file.
-        content: with config.json and preprocessor_config.json if they lie beside it.
+        content: with config.json and preprocessor_config.json if they are beside it.
         num_heads: used where there is no config.json; None takes 64 channels a head.
 
     Raises:
-        CheckpointError: it is another model, or config.json asks for what we do not build.
+        CheckpointError: it is another model, or config.json has options that we do not build.
     """
     backbone, left_out = from_huggingface(state)
     settings = content.settings or {}
@@ -111,15 +111,15 @@ def read_huggingface(
     shape = guess_shape(backbone, num_heads=heads or num_heads)
     card = reference_card(replace(shape, norm_eps=eps), source=content.name)
     card = parse_card(_with_preprocessing(card, content.preprocessing or {}).to_json())
-    if content.card is not None:  # the one thing that the library's files have no place for
+    if content.card is not None:  # the one entry that the library's files cannot store
         card = replace(card, white=parse_card(content.card).white)
     return Weights(backbone, None, card, "hf", left_out)
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Tensors under our names, and the names of those that are no part of a backbone.
+    """Tensors under our names, and the names of those outside the backbone.
 
-    What has no counterpart keeps its name, so that whoever builds the backbone refuses it.
+    A tensor without a counterpart keeps its name, so that `weights_file.build` refuses it.
     """
     renamed: dict[str, Tensor] = {}
     left_out = []
@@ -154,42 +154,39 @@ def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
         try:
             whole = torch.cat([joined.pop(part) for part in parts])
         except RuntimeError as error:
-            raise CheckpointError(f"holds q, k and v of other widths at {name}") from error
+            raise CheckpointError(f"holds q, k and v of different widths at {name}") from error
         joined[name.replace(".attn.q.", ".attn.qkv.")] = whole
     return joined
 
 
-def _with_preprocessing(card: BackboneCard, told: Mapping[str, Any]) -> BackboneCard:
-    """What preprocessor_config.json says; sizes of the reference's protocol where it cuts none."""
-    if told.get("image_mean") == [0.5] * card.backbone.in_chans:
+def _with_preprocessing(card: BackboneCard, config: Mapping[str, Any]) -> BackboneCard:
+    """A card with preprocessor_config.json; without a center crop the reference's sizes stay."""
+    if config.get("image_mean") == [0.5] * card.backbone.in_chans:
         log.warning(
-            "%s: preprocessor_config.json says mean 0.5. That of the published facebook/dino-vit*"
-            " says so too, and they were trained with ImageNet's mean and std: if these are they,"
-            " correct image_mean and image_std in it",
+            "%s: preprocessor_config.json has mean 0.5, as in the published facebook/dino-vit*,"
+            " which were trained with ImageNet's mean and std: if these are those weights, correct"
+            " image_mean and image_std in it",
             card.source,
         )
-    if told.get("resample", _BICUBIC) != _BICUBIC:
+    if config.get("resample", _BICUBIC) != _BICUBIC:
         log.warning(
-            "%s asks for resizing number %s of Pillow; dinoscale evaluates with bicubic",
+            "%s asks for Pillow's resampling filter %s; dinoscale evaluates with bicubic",
             card.source,
-            told["resample"],
+            config["resample"],
         )
-    if told.get("do_normalize", True) is False:
-        told = {**told, "image_mean": [0.0] * len(card.mean), "image_std": [1.0] * len(card.std)}
-    said = {
-        "mean": told.get("image_mean"),
-        "std": told.get("image_std"),
-        **_sizes(told),
-    }
-    return replace(card, **{key: value for key, value in said.items() if value is not None})
+    if config.get("do_normalize", True) is False:
+        zeros, ones = [0.0] * len(card.mean), [1.0] * len(card.std)
+        config = {**config, "image_mean": zeros, "image_std": ones}
+    found = {"mean": config.get("image_mean"), "std": config.get("image_std"), **_sizes(config)}
+    return replace(card, **{key: value for key, value in found.items() if value is not None})
 
 
-def _sizes(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Short side and crop in pixels, where they are what our preprocessing does."""
-    size, crop = told.get("size"), told.get("crop_size")
+def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Short side and crop in pixels, if our preprocessing can do the same."""
+    size, crop = config.get("size"), config.get("crop_size")
     size = size.get("shortest_edge") if isinstance(size, dict) else size
     if isinstance(crop, dict):
         crop = crop.get("height") if crop.get("height") == crop.get("width") else None
-    if not told.get("do_center_crop", False) or size is None or crop is None:
+    if not config.get("do_center_crop", False) or size is None or crop is None:
         return {}
     return {"resize": size, "crop": crop}

@@ -1,10 +1,10 @@
-"""Checkpoints of the reference implementation, read into a backbone state and a guessed card.
+"""Read checkpoints of the reference implementation: a backbone state and a guessed card.
 
 Source: github.com/facebookresearch/dino, files written by its training loop (`student`, `teacher`,
 `optimizer`, `epoch`, `args`, `dino_loss`) and its published backbone-only state dicts; and
 github.com/facebookresearch/dinov2, its published backbones and `teacher_checkpoint.pth`.
-Tensor names: `module.`, `_orig_mod.` and the like are added by what wraps a network or a layer
-(data parallelism, torch.compile), `backbone.` and `head.` by the network.
+Tensor names: wrappers of a network or a layer (data parallelism, torch.compile) add `module.`,
+`_orig_mod.` and the like, the network adds `backbone.` and `head.`.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ log = logging.getLogger(__name__)
 
 HEAD_DIM = 64  # embed_dim / num_heads of every ViT of the reference
 VIT_NAMES = {size[0]: f"vit_{name}" for name, size in VIT_SIZES.items()}  # by embed_dim
-RESNET50_IMG_SIZE = 224  # pixels; a ResNet has no positional embedding to tell
+RESNET50_IMG_SIZE = 224  # pixels; a ResNet has no position embedding that shows it
 IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
 IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 RESIZE_TO_CROP = 256 / 224  # the reference evaluates the center 224 of 256 pixels
 
-_MOST_CHANNELS = 4096  # of an image: hyperspectral cameras have hundreds
+_MAX_CHANNELS = 4096  # of an image: hyperspectral cameras have hundreds
 
-# What wrappers put before the names of what they wrap, wherever that is.
+# Prefixes that wrappers add, anywhere in a name.
 _WRAPPED = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _HEAD = re.compile(r"head\.(mlp|last_layer)\.")  # names of the projection head
-# No part of a backbone: classifiers, the heads of DINOv2, and the token of masked patches, which
-# stands in for them in training only.
+# Not part of a backbone: classifiers, the heads of DINOv2, and the mask token, which replaces
+# masked patches in training only.
 NO_BACKBONE = (
     *("head.", "head_dist.", "fc.", "classifier.", "pooler."),
     *("dino_head.", "ibot_head."),
     *("mask_token", "masked_embed", "embeddings.mask_token"),
 )
-_AROUND = ("state_dict", "model")  # what training scripts put around their tensors
-# And around the average of these over the steps, where they keep one, as timm, DeiT and MAE do.
+_RAW = ("state_dict", "model")  # keys of training scripts for their weights
+# And for the moving average of these over the steps, as in timm, DeiT and MAE.
 _AVERAGED = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
-# Tensors that only other kinds of ViTs have, and what these are.
+# Tensors that only other kinds of ViTs have, and the kind.
 _OTHER_KINDS = {
     "dist_token": "is a distilled DeiT, which has a second class token",
     "blocks_token_only.": "is a CaiT, whose class token enters in its last blocks only",
@@ -68,7 +68,7 @@ _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The tensors of one network: backbone, projection head, and names of neither."""
+    """The tensors of one network: backbone and projection head; and the names of all others."""
 
     backbone: dict[str, Tensor]
     head: dict[str, Tensor]
@@ -78,18 +78,19 @@ class Parts:
 def network_state(checkpoint: object, *, network: Network) -> Mapping[str, Tensor]:
     """Take one network out of a full checkpoint; a bare state dict is that network.
 
-    Of raw weights and their average (EMA) the average is the teacher and the raw are the student.
+    Of raw weights and their moving average (EMA), the average is the teacher and the raw weights
+    are the student.
 
     Args:
-        checkpoint: what the file held.
+        checkpoint: content of the file.
         network: which of the two to take from a full checkpoint.
 
     Returns:
-        Named tensors, as in the file but for what wrappers put before names.
+        Tensors under their names in the file without the prefixes of wrappers.
 
     Raises:
-        CheckpointError: it is no mapping, the network is not in it, or two names differ in their
-            wrappers only.
+        CheckpointError: it is no mapping, the network is not in it, or two names differ only in
+            the prefixes of wrappers.
     """
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"holds a {type(checkpoint).__name__}, not named tensors")
@@ -109,12 +110,10 @@ def network_state(checkpoint: object, *, network: Network) -> Mapping[str, Tenso
 
 
 def _place_of(network: Network, checkpoint: Mapping[str, object]) -> str | None:
-    """Key of a network in a checkpoint; None where the checkpoint is its state dict.
-
-    An average of weights is the teacher of what was trained.
+    """Key of a network in a checkpoint; None if the checkpoint itself is its state dict.
 
     Raises:
-        CheckpointError: it holds the other network only.
+        CheckpointError: it holds only the other network.
     """
     there = [key for key, value in checkpoint.items() if isinstance(value, Mapping)]
     if "teacher" in there or "student" in there:
@@ -123,15 +122,15 @@ def _place_of(network: Network, checkpoint: Mapping[str, object]) -> str | None:
             raise CheckpointError(f"has no {network!r}, only {other!r}")
         return network
     raw, averaged = (
-        next((name for name in names if name in there), None) for names in (_AROUND, _AVERAGED)
+        next((name for name in names if name in there), None) for names in (_RAW, _AVERAGED)
     )
     if averaged is None:
         return raw
     if network == "teacher":
         if raw is not None:
             log.info(
-                "of two sets of weights in the file, %r (an average over steps) and %r, the average"
-                " is taken; the student is the other",
+                "of the two sets of weights in the file, taking %r (an average over steps); %r is"
+                " the student",
                 averaged,
                 raw,
             )
@@ -142,12 +141,12 @@ def _place_of(network: Network, checkpoint: Mapping[str, object]) -> str | None:
 
 
 def split(state: Mapping[str, Tensor]) -> Parts:
-    """Tell backbone and projection head apart by their names, and take their prefixes off.
+    """Separate backbone and projection head by their names, and remove their prefixes.
 
-    Layers of DINOv2 get timm's names for them, which are ours.
+    Layers of DINOv2 get their names in timm, which are ours.
 
     Raises:
-        CheckpointError: two names differ in their prefixes only.
+        CheckpointError: two names differ only in their prefixes.
     """
     backbone: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
@@ -165,7 +164,7 @@ def split(state: Mapping[str, Tensor]) -> Parts:
 
 
 def _as_in_timm(name: str) -> str:
-    """Name in timm of a tensor of DINOv2: no chunks of blocks, gated MLPs of two layers.
+    """Name in timm of a tensor of DINOv2: no chunks of blocks, SwiGLU MLPs of two layers.
 
     Source: `timm.models.vision_transformer._convert_dinov2`.
     """
@@ -174,7 +173,7 @@ def _as_in_timm(name: str) -> str:
 
 
 def registers_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A ViT of DINOv2 with registers as timm has it: the class token holds its position."""
+    """A ViT of DINOv2 with registers in timm's form: the class token includes its position."""
     positions, token = state.get("pos_embed"), state.get("cls_token")
     if "register_tokens" not in state or positions is None or token is None or positions.ndim != 3:
         return state
@@ -182,13 +181,13 @@ def registers_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
         "reg_token": state["register_tokens"],
         "pos_embed": positions[:, 1:],
     }
-    if token.shape[-1] == positions.shape[-1]:  # else told as a tensor of another shape
+    if token.shape[-1] == positions.shape[-1]:  # else reported as a tensor of another shape
         state["cls_token"] = token + positions[:, :1]
     return state
 
 
 def our_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a projection head under our names; prototype norms that are all 1 are left out."""
+    """Tensors of a projection head under our names, without prototype norms that are all 1."""
     head = from_reference(state, norm_last_layer=False)
     norms = head.get("last_layer.weight_g")
     if norms is not None and bool((norms == 1).all()):
@@ -199,12 +198,12 @@ def our_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def guess_shape(
     state: Mapping[str, Tensor], *, args: object = None, num_heads: int | None = None
 ) -> BackboneShape:
-    """Read the architecture off the names and shapes of the tensors.
+    """Infer the architecture from the names and shapes of the tensors.
 
     Args:
-        state: a backbone under the reference's names, or those timm gives DINOv2's layers.
+        state: a backbone under the reference's names, or timm's for DINOv2's layers.
         args: the `argparse.Namespace` of a full checkpoint, or None.
-        num_heads: no tensor tells it; used where `args` do not either; None takes embed_dim / 64.
+        num_heads: no tensor shows it; used if `args` do not have it; None takes embed_dim / 64.
 
     Raises:
         CheckpointError: the tensors are not those of a ViT or a ResNet-50.
@@ -216,17 +215,17 @@ def guess_shape(
 
 
 def reference_card(shape: BackboneShape, *, source: str) -> BackboneCard:
-    """Preprocessing of weights that do not tell theirs: the reference's.
+    """A card with the reference's preprocessing, for weights that do not store theirs.
 
-    ImageNet mean and std (of other than three channels: 0 and 1), the center 224 of 256 pixels, in
-    proportion at other sizes.
+    ImageNet mean and std (0 and 1 unless there are three channels), the center 224 of 256 pixels,
+    in proportion at other sizes.
     """
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if shape.in_chans != len(mean):
         mean, std = (0.0,) * shape.in_chans, (1.0,) * shape.in_chans
         log.warning(
-            "the weights do not tell mean and std of their %d channels: assuming 0 and 1; features "
-            "are wrong if the run used others",
+            "the weights do not store mean and std of their %d channels: assuming 0 and 1; features"
+            " are wrong if the run used others",
             shape.in_chans,
         )
     return BackboneCard(
@@ -255,15 +254,15 @@ def _guess_vit(
         shapes = f"{[*patches.shape]}, {[*positions.shape]}"
         raise CheckpointError(f"has patch_embed.proj.weight, pos_embed of odd shapes {shapes}")
     embed_dim, patch_size = patches.shape[0], patches.shape[-1]
-    depth, told = max(blocks) + 1, getattr(args, "num_heads", None)
-    heads = told if isinstance(told, int) and told > 0 else num_heads
+    depth, stored = max(blocks) + 1, getattr(args, "num_heads", None)
+    heads = stored if isinstance(stored, int) and stored > 0 else num_heads
     family = VIT_NAMES.get(embed_dim, "vit_small")  # the sizes below override the name's
     name = f"{family}_patch{8 if patch_size == 8 else 16}_224"
     num_prefix = 1
     if f"blocks.{depth - 1}.ls2.gamma" in state:  # layer scale, which only DINOv2's models have
         family = "vit_giant" if embed_dim == _GIANT_DIM else family
         name = f"{family}_patch14{'_reg4' if 'reg_token' in state else ''}_dinov2"
-        num_prefix = 0 if "reg_token" in state else 1  # timm adds the class token's slot to it
+        num_prefix = 0 if "reg_token" in state else 1  # timm adds the class position to the token
     return BackboneShape(
         name=name,
         img_size=_grid(positions.shape[1] - num_prefix) * patch_size,
@@ -276,7 +275,7 @@ def _guess_vit(
 
 
 def _grid(num_patches: int) -> int:
-    """Side of a square of so many patches."""
+    """Number of patches along one side of a square."""
     side = math.isqrt(max(num_patches, 0))
     if side < 1 or side * side != num_patches:
         raise CheckpointError(f"has a pos_embed of {num_patches} patches, which is no square grid")
@@ -284,20 +283,22 @@ def _grid(num_patches: int) -> int:
 
 
 def _channels(state: Mapping[str, Tensor], name: str) -> int:
-    """C of a convolution (D, C, p, p) at the image."""
+    """C of the first convolution, (D, C, p, p)."""
     tensor = state.get(name)
-    if tensor is None or tensor.ndim != 4 or not 1 <= tensor.shape[1] <= _MOST_CHANNELS:
+    if tensor is None or tensor.ndim != 4 or not 1 <= tensor.shape[1] <= _MAX_CHANNELS:
         found = None if tensor is None else [*tensor.shape]
-        raise CheckpointError(f"has a {name} of shape {found}, which tells no number of channels")
+        raise CheckpointError(
+            f"has a {name} of shape {found}, need (D, C, p, p) with 1 <= C <= {_MAX_CHANNELS}"
+        )
     return tensor.shape[1]
 
 
 def _guess_heads(embed_dim: int, *, known_sizes: bool) -> int:
-    """64 channels a head, as in the reference.
+    """Number of heads at 64 channels each, as in the reference.
 
     Args:
         embed_dim: of the backbone.
-        known_sizes: a run of the reference wrote the file: it has no other sizes.
+        known_sizes: whether a run of the reference wrote the file, which has no other sizes.
     """
     if embed_dim % HEAD_DIM:
         raise CheckpointError(
@@ -306,8 +307,8 @@ def _guess_heads(embed_dim: int, *, known_sizes: bool) -> int:
         )
     if not known_sizes or embed_dim not in VIT_NAMES:
         log.warning(
-            "weights of embed_dim %d do not tell their heads: assuming num_heads=%d, as the "
-            "reference's have; features are wrong if the run used another number",
+            "weights of embed_dim %d do not store their number of heads: assuming num_heads=%d as"
+            " in the reference; features are wrong if the run used another number",
             embed_dim,
             embed_dim // HEAD_DIM,
         )

@@ -1,9 +1,9 @@
-"""Checkpoints of timm's ViTs: the reference's names, and in a hub folder a config.json.
+"""Read checkpoints of timm's ViTs: the reference's names, and in a hub folder a config.json.
 
 Source: github.com/huggingface/pytorch-image-models, `timm.models._hub.save_for_hf` (`architecture`,
-`model_args`, `pretrained_cfg`; in older folders the latter's keys lie beside `architecture`).
-Differs: at other image sizes than the position embedding's, timm resizes it to the size with
-antialiasing, and our forward by the reference's rule (`models.vit.resize_pos_embed`).
+`model_args`, `pretrained_cfg`; in older folders the latter's keys are beside `architecture`).
+Differs: at image sizes other than the position embedding's, timm interpolates it to the target size
+with antialiasing, and our forward by the reference's rule (`models.vit.resize_pos_embed`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dinoscale.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 _ONLY_TIMMS = ("reg_token", "blocks.0.ls1.gamma")  # of DINOv2's layers, under timm's names
-_CROP_PCT = 0.875  # timm's, where a config.json says none
-_KNOWN_ARGS = {  # model_args that the shapes of the tensors tell, or that change no feature
+_CROP_PCT = 0.875  # timm's default
+_KNOWN_ARGS = {  # model_args that the shapes of the tensors show, or that change no feature
     *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads"),
     *("num_classes", "global_pool", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"),
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
@@ -46,51 +46,50 @@ def timm_card(
     Args:
         state: the backbone's tensors.
         content: with the settings.
-        num_heads: used where config.json says nothing; None takes the architecture's own.
+        num_heads: used where config.json has none; None takes the architecture's default.
 
     Raises:
-        CheckpointError: config.json has entries of other types, or asks for what we do not build.
+        CheckpointError: config.json has entries of wrong types, or options that we do not build.
     """
     settings = content.settings or {}
     if "architecture" not in settings:
         return reference_card(guess_shape(state, num_heads=num_heads), source=content.name)
-    args, told = settings.get("model_args") or {}, settings.get("pretrained_cfg", settings)
-    if not isinstance(args, dict) or not isinstance(told, dict):
+    args, config = settings.get("model_args") or {}, settings.get("pretrained_cfg", settings)
+    if not isinstance(args, dict) or not isinstance(config, dict):
         raise CheckpointError("has a config.json whose model_args, pretrained_cfg are no mappings")
     unknown = sorted(args.keys() - _KNOWN_ARGS)
     if unknown:
         raise CheckpointError(f"has a config.json with model_args {unknown}, which we do not build")
-    # A wrong guess of the heads does no harm: what config.json says, or its architecture, replaces
-    # it. Tensors tell the other sizes.
+    # The number of heads in the guess is replaced by that of config.json or the architecture.
+    # The tensors show the other sizes.
     shape = replace(
         guess_shape(state, num_heads=num_heads or 1),
         name=settings["architecture"],
         num_heads=args.get("num_heads") or num_heads,
     )
-    crop = _image_side(told, default=shape.img_size)
-    share = told.get("crop_pct") or _CROP_PCT
+    crop = _image_side(config, default=shape.img_size)
+    share = config.get("crop_pct") or _CROP_PCT
     if not isinstance(share, int | float) or not 0 < share <= 1:
         raise CheckpointError(f"has a config.json with crop_pct {share!r}, not in 0..1")
     for key, only in (("interpolation", "bicubic"), ("crop_mode", "center")):
-        if (told.get(key) or only) != only:
+        if (config.get(key) or only) != only:
             log.warning(
                 "%s asks for %s %r; dinoscale evaluates with %r",
                 content.name,
                 key,
-                told[key],
+                config[key],
                 only,
             )
     card = replace(
         reference_card(shape, source=content.name), crop=crop, resize=math.floor(crop / share)
     )
-    said = {key: told[key] for key in ("mean", "std") if told.get(key)}
-    card = replace(card, **said)
-    return parse_card(card.to_json())  # checks the types of what config.json said
+    card = replace(card, **{key: config[key] for key in ("mean", "std") if config.get(key)})
+    return parse_card(card.to_json())  # checks the types of the values from config.json
 
 
-def _image_side(told: Mapping[str, Any], *, default: int) -> int:
+def _image_side(config: Mapping[str, Any], *, default: int) -> int:
     """H of the `input_size` (C, H, W)."""
-    size = told.get("input_size", [0, default, default])
+    size = config.get("input_size", [0, default, default])
     if not isinstance(size, list) or len(size) != 3 or type(size[1]) is not int or size[1] < 1:
         raise CheckpointError(f"has a config.json with input_size {size!r}, not [C, H, W]")
     return size[1]

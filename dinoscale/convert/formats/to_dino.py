@@ -1,8 +1,8 @@
 """Target `dino`: a safetensors file of ours, or a `.pth` for the reference's own scripts.
 
-Names of a file with a head have the prefixes `backbone.` and `head.`; those of a backbone alone
-have none. Head names are the reference's. Both kinds carry the card: in a `.pth` it lies in the
-metadata of the state dict, where torch keeps what is no tensor and no script looks.
+Tensor names of a file with a head have the prefixes `backbone.` and `head.`; those of a backbone
+alone have none. Head names are the reference's. Both formats contain the card: a `.pth` in the
+metadata of the state dict, an attribute that scripts ignore.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from dinoscale.runtime.outputs import write_tensors
 
 
 def is_pth(path: Path) -> bool:
-    """Whether a target is to be written as a torch file, for the reference's scripts."""
+    """Whether to write a torch file, for the reference's scripts."""
     return path.suffix == ".pth"
 
 
 def write_dino(path: Path, weights: Weights) -> None:
-    """Write backbone, and head if there is one, as `torch.load` or safetensors open them.
+    """Write the backbone, and the head if there is one, for `torch.load` or safetensors.
 
     Args:
-        path: file to write; a name that ends in .pth makes it a torch file: the backbone's state
-            dict, or `{"teacher": {"backbone.*", "head.*"}}` with a head.
-        weights: what to write.
+        path: file to write; the suffix .pth makes it a torch file: the backbone's state dict, or
+            `{"teacher": {"backbone.*", "head.*"}}` with a head.
+        weights: the weights to write.
     """
     tensors = _named(weights)
     if is_pth(path):
@@ -47,7 +47,7 @@ def write_dino(path: Path, weights: Weights) -> None:
 
 
 def _named(weights: Weights) -> dict[str, Tensor]:
-    """Tensors without shared memory, under the names of the file."""
+    """Tensors under the names of the file, none sharing memory."""
     named = weights.backbone
     if weights.head is not None:
         head = to_reference({f"head.{name}": tensor for name, tensor in weights.head.items()})
@@ -56,7 +56,7 @@ def _named(weights: Weights) -> dict[str, Tensor]:
 
 
 def reopen_dino(path: Path, network: Network) -> Reopened:
-    """Read the file and build what it says it is."""
+    """Read the file and build the network that its card describes."""
     found = read_source(path, network=network)
     backbone, _ = build(found)
     head = None if found.head is None else build_head(found.head)

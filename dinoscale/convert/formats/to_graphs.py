@@ -1,8 +1,8 @@
 """Targets `torchscript` and `onnx`: one file that runs without any of our code.
 
-Both map images (N, C, H, W) to `cls` (N, D) and `patches` (N, P, D), with N, H and W left open; the
-resize of the position embedding lies inside. They compute in float32. Both carry the card, under
-`METADATA_KEY`: among the extra files of TorchScript, and in the metadata of ONNX.
+Both map images (N, C, H, W) to `cls` (N, D) and `patches` (N, P, D), with N, H and W free; they
+include the interpolation of the position embedding, and compute in float32. Both contain the card
+under `METADATA_KEY`: TorchScript as an extra file, ONNX in its metadata.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INPUT, OUTPUTS = "images", ("cls", "patches")
 
 
 def write_torchscript(path: Path, weights: Weights) -> None:
-    """Write a scripted module: every size of image takes the same branches as in Python."""
+    """Write a scripted module: every image size takes the same branches as in Python."""
     with _exporting(weights, "TorchScript"):
         extra = {METADATA_KEY: weights.card.to_json()}
         torch.jit.save(torch.jit.script(_plain(weights)), path, _extra_files=extra)
@@ -57,7 +57,7 @@ def _loaded(path: Path, device: str, extra: dict[str, Any] | None = None) -> Any
 
 
 def write_onnx(path: Path, weights: Weights) -> None:
-    """Export with batch, height and width as free dimensions.
+    """Export with dynamic batch, height and width.
 
     Raises:
         ConversionError: the weights are too large for one ONNX file.
@@ -69,7 +69,7 @@ def write_onnx(path: Path, weights: Weights) -> None:
             " use --to torchscript"
         )
     shape = weights.card.backbone
-    # Sides that differ from each other and from the stored one, so that nothing looks constant.
+    # Sides that differ from each other and from the stored one, so that none looks constant.
     step = shape.patch_size or _plain_patch(weights)
     images = torch.zeros(2, shape.in_chans, shape.img_size + step, shape.img_size + 2 * step)
     free = torch.export.Dim.DYNAMIC
@@ -89,7 +89,7 @@ def write_onnx(path: Path, weights: Weights) -> None:
 
 
 def _plain_patch(weights: Weights) -> int:
-    """Patch size of a ViT whose card leaves it to its name; of a ResNet, what its strides need."""
+    """Patch size of a ViT whose card leaves it to its name; for a ResNet its total stride."""
     projection = weights.backbone.get("patch_embed.proj.weight")
     return 32 if projection is None else projection.shape[-1]
 
@@ -123,7 +123,7 @@ def _plain(weights: Weights) -> nn.Module:
 
 @contextmanager
 def _exporting(weights: Weights, what: str) -> Iterator[None]:
-    """Say in a sentence what an exporter cannot do; both warn of themselves and of each other."""
+    """Turn an exporter's failure into one sentence, and silence the warnings of both exporters."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,9 +1,9 @@
 """Target `hf`: a folder that `transformers.AutoModel.from_pretrained` opens.
 
-A plain ViT becomes a ViTModel, one with registers or layer scale a Dinov2WithRegistersModel. What
-neither can compute exactly is refused. Names of tensors are those that every version of the library
-reads. The class token is `last_hidden_state[:, 0]` and also `pooler_output`: ViTModel would draw a
-random pooler where a file has none, so ours is the identity.
+A plain ViT becomes a ViTModel, one with registers or layer scale a Dinov2WithRegistersModel; a
+network that neither computes exactly is refused. Every version of the library reads these tensor
+names. The class token is `last_hidden_state[:, 0]` and also `pooler_output`: ViTModel initialises a
+random pooler if a file has none, so ours is the identity.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def write_hf(folder: Path, weights: Weights) -> None:
     """Write weights, config and the settings of the image processor.
 
     Raises:
-        ConversionError: no model of the library computes the same.
+        ConversionError: no model of the library computes the same outputs.
     """
-    model = _model_of(weights)
+    model = _architecture(weights)
     tensors = dict(_renamed(weights.backbone, model))
     whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     write_tensors(whole, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -72,11 +72,11 @@ def write_hf(folder: Path, weights: Weights) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _model_of(weights: Weights) -> PlainViT:
-    """The architecture without its weights, if transformers has one like it."""
+def _architecture(weights: Weights) -> PlainViT:
+    """The architecture without its weights, if transformers has the same."""
     with torch.device("meta"):
         model = build_plain(**asdict(weights.card.backbone))
-    reason = _why_not(model)
+    reason = _mismatch(model)
     if reason:
         raise ConversionError(
             f"{weights.card.backbone.name} has no exact form in transformers: {reason}."
@@ -86,8 +86,8 @@ def _model_of(weights: Weights) -> PlainViT:
     return model
 
 
-def _why_not(model: nn.Module) -> str | None:
-    """First reason why neither ViTModel nor Dinov2WithRegistersModel is the same, or None."""
+def _mismatch(model: nn.Module) -> str | None:
+    """First reason why neither ViTModel nor Dinov2WithRegistersModel is equivalent, or None."""
     if not isinstance(model, PlainViT):
         return "it is no ViT"
     if model.prefix_slots > 1:
@@ -112,16 +112,16 @@ def _why_not(model: nn.Module) -> str | None:
     return None
 
 
-def _scales(model: PlainViT) -> bool:
+def _has_layer_scale(model: PlainViT) -> bool:
     return not isinstance(model.blocks[0].ls1, nn.Identity)
 
 
 def _is_dinov2(model: PlainViT) -> bool:
-    return model.reg_token is not None or _scales(model)
+    return model.reg_token is not None or _has_layer_scale(model)
 
 
 def _config(model: PlainViT, card: BackboneCard) -> dict[str, Any]:
-    """What config.json says."""
+    """Content of config.json."""
     block, projection = model.blocks[0], model.patch_embed.proj
     width, hidden = projection.out_channels, block.mlp.fc1.out_features
     common = {
@@ -158,7 +158,7 @@ def _config(model: PlainViT, card: BackboneCard) -> dict[str, Any]:
 
 
 def _preprocessor(card: BackboneCard) -> dict[str, Any]:
-    """Resize of the short side, center crop, normalisation."""
+    """Content of preprocessor_config.json: resize, center crop, normalisation."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": len(card.mean) == 3,
@@ -176,25 +176,25 @@ def _preprocessor(card: BackboneCard) -> dict[str, Any]:
 
 
 def _renamed(state: dict[str, Tensor], model: PlainViT) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors under the library's names, and those that it has and we do not."""
+    """Our tensors under the library's names, and neutral values for those that only it has."""
     dinov2 = _is_dinov2(model)
     layers = _DINOV2_LAYERS if dinov2 else _VIT_LAYERS
     width = model.patch_embed.proj.out_channels
     like = state["cls_token"]
     for name, tensor in state.items():
         if name == "pos_embed":
-            # A class token without a position is one at zero.
-            none = like.new_zeros(1, 1 - model.prefix_slots, width)
-            yield "embeddings.position_embeddings", torch.cat((none, tensor), dim=1)
+            # A class token without a position gets the position zero.
+            zero = like.new_zeros(1, 1 - model.prefix_slots, width)
+            yield "embeddings.position_embeddings", torch.cat((zero, tensor), dim=1)
         elif name in _TOP:
             yield _TOP[name], tensor
         else:
-            yield from _of_layer(name, tensor, layers)
+            yield from _renamed_in_layer(name, tensor, layers)
     if dinov2:
-        yield "embeddings.mask_token", like.new_zeros(1, width)  # there, and unused
+        yield "embeddings.mask_token", like.new_zeros(1, width)  # required, and unused
         if model.reg_token is None:
             yield "embeddings.register_tokens", like.new_zeros(1, 0, width)
-        if not _scales(model):
+        if not _has_layer_scale(model):
             for index in range(len(model.blocks)):
                 for scale in ("layer_scale1", "layer_scale2"):
                     yield f"encoder.layer.{index}.{scale}.lambda1", like.new_ones(width)
@@ -203,8 +203,10 @@ def _renamed(state: dict[str, Tensor], model: PlainViT) -> Iterator[tuple[str, T
         yield "pooler.dense.bias", like.new_zeros(width)
 
 
-def _of_layer(name: str, tensor: Tensor, layers: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """A tensor `blocks.I.PART.KIND` under the library's name; query, key and value come apart."""
+def _renamed_in_layer(
+    name: str, tensor: Tensor, layers: dict[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """A tensor `blocks.I.PART.KIND` under the library's name; qkv becomes three tensors."""
     _, index, part_and_kind = name.split(".", 2)
     part, kind = part_and_kind.rsplit(".", 1)
     prefix = f"encoder.layer.{index}"
@@ -221,8 +223,8 @@ def reopen_hf(folder: Path, *, own_resize: bool = False) -> Reopened:
     """Open the folder with transformers, in float32.
 
     Args:
-        folder: as `write_hf` wrote it.
-        own_resize: take images of other sizes, by the library's rule for position embeddings.
+        folder: written by `write_hf`.
+        own_resize: accept images of other sizes, by the library's rule for position embeddings.
     """
     ensure_torchvision()
     from transformers import AutoModel
@@ -240,7 +242,7 @@ def reopen_hf(folder: Path, *, own_resize: bool = False) -> Reopened:
         reshaped=tuple(str(each) for each in found["mismatched_keys"]),
     )
     num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
-    # Dinov2WithRegistersModel always resizes by itself and has no switch.
+    # Dinov2WithRegistersModel always interpolates and has no switch.
     has_switch = model.config.model_type == "vit"
     switch = {"interpolate_pos_encoding": True} if own_resize and has_switch else {}
 
@@ -249,14 +251,14 @@ def reopen_hf(folder: Path, *, own_resize: bool = False) -> Reopened:
         return {"cls": out.pooler_output, "patches": out.last_hidden_state[:, num_prefix:]}
 
     found = read_source(folder)
-    told = (_preprocessing_of(folder), found.card.preprocessing)
-    return Reopened(forward, found.backbone, told, coverage, to_meta(model, forward))
+    descriptions = (_preprocessing_of(folder), found.card.preprocessing)
+    return Reopened(forward, found.backbone, descriptions, coverage, to_meta(model, forward))
 
 
 def _preprocessing_of(folder: Path) -> Preprocessing:
-    """What the library's image processor for the folder does."""
+    """Preprocessing of the library's image processor for the folder."""
     from transformers import AutoImageProcessor
 
-    told = AutoImageProcessor.from_pretrained(folder, local_files_only=True).to_dict()
-    mean, std = tuple(told["image_mean"]), tuple(told["image_std"])
-    return Preprocessing(mean, std, told["size"]["shortest_edge"], told["crop_size"]["height"])
+    config = AutoImageProcessor.from_pretrained(folder, local_files_only=True).to_dict()
+    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
+    return Preprocessing(mean, std, config["size"]["shortest_edge"], config["crop_size"]["height"])

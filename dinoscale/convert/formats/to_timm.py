@@ -23,14 +23,14 @@ from dinoscale.models.zoo import build_backbone, timm_arguments
 from dinoscale.runtime.outputs import write_tensors
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-_SMALL_EPS = 1e-5  # of the variance that a layer norm divides by
+_SMALL_EPS = 1e-5  # a difference of the variance in a layer norm that may be ignored
 
 
 def write_timm(folder: Path, weights: Weights) -> None:
-    """Write weights and config; names of tensors are timm's already.
+    """Write weights and config; the tensors have timm's names already.
 
     Raises:
-        ConversionError: the layer norms have an epsilon that timm's config has no place for.
+        ConversionError: the layer norms have an epsilon that timm's config cannot store.
     """
     _require_own_norms(weights.card.backbone)
     metadata = {METADATA_KEY: weights.card.to_json(), "format": "pt"}
@@ -41,7 +41,7 @@ def write_timm(folder: Path, weights: Weights) -> None:
 
 
 def _require_own_norms(shape: BackboneShape) -> None:
-    """Refuse another epsilon than the architecture's; whether a small one matters is proved."""
+    """Refuse an epsilon other than the architecture's; the proof shows if a small one matters."""
     if shape.norm_eps is None:
         return
     with torch.device("meta"):
@@ -55,7 +55,7 @@ def _require_own_norms(shape: BackboneShape) -> None:
 
 
 def timm_config(weights: Weights) -> dict[str, Any]:
-    """What timm's hub format says of a model: architecture, its sizes, and its preprocessing."""
+    """The config.json of timm's hub format: architecture, its sizes, and preprocessing."""
     card, shape = weights.card, weights.card.backbone
     sizes = {
         "patch_size": shape.patch_size,
@@ -95,7 +95,7 @@ def timm_config(weights: Weights) -> dict[str, Any]:
 
 
 def _crop_pct(card: BackboneCard) -> float:
-    """Share of the resized image that is cut out; timm resizes to floor(crop / share)."""
+    """Ratio of the crop to the resized image; timm resizes to floor(crop / ratio)."""
     share = card.crop / card.resize
     return share if math.floor(card.crop / share) == card.resize else math.nextafter(share, 0)
 
@@ -104,8 +104,8 @@ def reopen_timm(folder: Path, *, own_resize: bool = False) -> Reopened:
     """Open the folder with timm.
 
     Args:
-        folder: as `write_timm` wrote it.
-        own_resize: take images of other sizes, by timm's rule for position embeddings.
+        folder: written by `write_timm`.
+        own_resize: accept images of other sizes, by timm's rule for position embeddings.
     """
     ensure_torchvision()
     import timm
@@ -125,12 +125,12 @@ def reopen_timm(folder: Path, *, own_resize: bool = False) -> Reopened:
             else {"cls": cls, "patches": features[:, num_prefix:]}
         )
 
-    told = (_preprocessing_of(model), read_source(folder).card)
-    return Reopened(forward, state, told, coverage, to_meta(model, forward))
+    descriptions = (_preprocessing_of(model), read_source(folder).card)
+    return Reopened(forward, state, descriptions, coverage, to_meta(model, forward))
 
 
 def _preprocessing_of(model: Any) -> Preprocessing:
-    """What timm's own transform for a model does."""
+    """Preprocessing of timm's own transform for a model."""
     import timm
 
     config = timm.data.resolve_model_data_config(model)

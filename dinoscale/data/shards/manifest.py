@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from dinoscale.data.shards.remote import is_remote, read_all, require_allowed, scheme_of, shown
 from dinoscale.errors import DataError, UnavailableError
-from dinoscale.runtime.retry import patiently
+from dinoscale.runtime.retry import with_retries
 
 FILE_NAME = "manifest.json"
 
@@ -62,7 +62,7 @@ def _read(place: str, *, pauses_s: tuple[float, ...]) -> dict[str, int]:
             text = read_all(place, limit=_MAX_BYTES, pauses_s=pauses_s)
         else:
             path = Path(os.path.expanduser(place))
-            text = patiently(lambda: _file_bytes(path), str(path))
+            text = with_retries(lambda: _file_bytes(path), str(path))
     except UnavailableError:
         raise
     except DataError as error:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import patiently, refusal
+from dinoscale.runtime.retry import read_error, with_retries
 
 _MAGIC = b"dinoscale-index1"
 _HEADER = struct.Struct("<16s16sQQQI")
@@ -164,7 +164,7 @@ class RowTable:
         try:
             data = read_at(self._descriptor, size, offset)
         except OSError as error:
-            raise refusal(f"the index {self.path}", error) from error
+            raise read_error(f"the index {self.path}", error) from error
         if len(data) < size:
             raise self._damaged()
         return data

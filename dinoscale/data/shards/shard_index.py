@@ -45,8 +45,8 @@ from dinoscale.data.sources.left_out import LeftOut
 from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.data.worker_process import end_with_parent, leave_signals_to_parent
 from dinoscale.errors import DataError
-from dinoscale.runtime.cores import cores_at_hand
-from dinoscale.runtime.retry import patiently, refusal
+from dinoscale.runtime.cores import available_cores
+from dinoscale.runtime.retry import read_error, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def open_shard_index(
             shards.append(shard)
             alive()
         try:
-            return _cached_index(shards, pool, alive, num_processes or cores_at_hand())
+            return _cached_index(shards, pool, alive, num_processes or available_cores())
         except OSError as error:
             log.warning(
                 "cannot keep the index of %s (%s): it is made at every start, by every process. "
@@ -428,7 +428,7 @@ def _scan(shard: Shard) -> _Scanned:
                 if why_not := why_no_sample(member.name, start):
                     left_out.add(why_not, member.name)
     except OSError as error:
-        raise refusal(f"the shard {shard.path}", error) from error
+        raise read_error(f"the shard {shard.path}", error) from error
     return replace(shard, num_images=len(rows), num_labelled=num_labelled, left_out=left_out), rows
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import refusal
+from dinoscale.runtime.retry import read_error
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def read_members(path: str, within: Member | None = None) -> Iterator[Member]:
                 end = within.offset + within.size
                 yield from _walk(file, f"{path}::{within.name}", within.offset, end)
     except OSError as error:
-        raise refusal(f"the shard {path}", error) from error
+        raise read_error(f"the shard {path}", error) from error
 
 
 def _walk(file: ReopeningFile, path: str, start: int, end: int) -> Iterator[Member]:

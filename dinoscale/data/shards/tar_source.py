@@ -23,7 +23,7 @@ from dinoscale.data.sources.image_files import MAX_IMAGE_BYTES, unavailable
 from dinoscale.data.sources.left_out import LeftOut
 from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import Patience
+from dinoscale.runtime.retry import RetryBudget
 
 log = logging.getLogger(__name__)
 

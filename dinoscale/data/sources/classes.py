@@ -23,7 +23,7 @@ from dinoscale.data.shards.tar_source import TarSource
 from dinoscale.data.sources.folder import FolderSource, whole_number
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import is_there, patiently
+from dinoscale.runtime.retry import path_exists, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,9 @@ def _listed(source: Source) -> dict[int, tuple[str, ...]]:
     elif isinstance(source, TarSource):
         folders = dict.fromkeys(os.path.dirname(path) for path in source.files())
     paths = [os.path.join(folder, FILE_NAME) for folder in folders]
-    lists = {path: read_classes(path) for path in paths if patiently(partial(is_there, path), path)}
+    lists = {
+        path: read_classes(path) for path in paths if with_retries(partial(path_exists, path), path)
+    }
     if lists and (bare := [path for path in paths if path not in lists]):
         log.warning(
             "%s is missing: its shards are assumed to be numbered as in %s",
@@ -236,7 +238,7 @@ def read_classes(path: str) -> dict[int, tuple[str, ...]]:
         with open(path, "rb") as file:
             return file.read(_MAX_BYTES + 1)
 
-    data = patiently(read, path)
+    data = with_retries(read, path)
     if len(data) > _MAX_BYTES:
         raise DataError(f"{path} is too long for a list of classes.")
     text = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf"))  # UTF-8 byte order mark

@@ -14,7 +14,7 @@ from dinoscale.data.sources.image_files import NAMES_PER_HEARTBEAT, read_image_f
 from dinoscale.data.sources.left_out import DEAD_LINK, NPY, TAR, LeftOut
 from dinoscale.data.sources.listing import ARRAY, Listing, OtherFiles, list_folder
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import Patience, patiently, refusal
+from dinoscale.runtime.retry import RetryBudget, read_error, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class FolderSource:
     ):
         self.root = os.path.abspath(root)
         self._all_classes = tuple(classes)
-        self._patience = Patience()
+        self._retries = RetryBudget()
         self._decoder = decoder
         if not os.path.isdir(self.root):
             raise DataError(f"{root} is not a folder. Name the folder that holds the images.")
@@ -102,7 +102,7 @@ class FolderSource:
         Raises:
             BadSampleError: it cannot be read.
         """
-        return read_image_file(self.path(index), self._patience)
+        return read_image_file(self.path(index), self._retries)
 
     def picture(self, index: int) -> Picture:
         """Read an image.
@@ -194,7 +194,7 @@ class ListSource:
 
     def __init__(self, path: str, decoder: Decoder = RGB, alive: Callable[[], None] = lambda: None):
         self._folder = os.path.dirname(os.path.abspath(path))
-        self._patience = Patience()
+        self._retries = RetryBudget()
         self._decoder = decoder
         self._names = write_names(_entries(path), of=path, alive=alive)
         if not len(self._names):
@@ -238,7 +238,7 @@ class ListSource:
             BadSampleError: it cannot be read or decoded.
         """
         path = self.path(index)
-        return self._decoder.open(read_image_file(path, self._patience), path)
+        return self._decoder.open(read_image_file(path, self._retries), path)
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -256,7 +256,7 @@ def _identity(names: str, source: FolderSource | ListSource, alive: Callable[[],
     sizes = []
     for index in range(0, len(source), -(-len(source) // _SIZES)):
         path = source.path(index)
-        sizes.append(patiently(partial(_size_of, path), f"the size of {path}"))
+        sizes.append(with_retries(partial(_size_of, path), f"the size of {path}"))
         alive()
     return hashlib.sha256(f"{names} {sizes}".encode()).hexdigest()
 
@@ -270,7 +270,7 @@ def _size_of(path: str) -> int:
 
 def _entries(path: str) -> Iterator[str]:
     try:
-        with patiently(lambda: open(path, "rb"), f"the list {path}") as file:
+        with with_retries(lambda: open(path, "rb"), f"the list {path}") as file:
             while line := file.readline(_MAX_PATH_BYTES + 2):
                 name = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")  # UTF-8 byte order mark
                 if len(name) > _MAX_PATH_BYTES:
@@ -281,4 +281,4 @@ def _entries(path: str) -> Iterator[str]:
                 if name.strip():
                     yield os.fsdecode(name)
     except OSError as error:
-        raise refusal(f"the list {path}", error) from error
+        raise read_error(f"the list {path}", error) from error

@@ -7,7 +7,7 @@ from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.shards.row_table import RowTable, RowTableWriter
 from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import Patience
+from dinoscale.runtime.retry import RetryBudget
 
 # The largest picture that Pillow opens has 179 million pixels, of at most 8 bytes each.
 MAX_IMAGE_BYTES = 2**31

@@ -15,7 +15,7 @@ from dinoscale.data.shards.row_table import RowTable
 from dinoscale.data.sources.image_files import NAMES_PER_HEARTBEAT, write_names
 from dinoscale.data.sources.left_out import DEAD_LINK, LOOP, LeftOut, is_junk_file, is_junk_folder
 from dinoscale.errors import DataError, UnavailableError
-from dinoscale.runtime.retry import Patience, is_answer, is_there, refusal
+from dinoscale.runtime.retry import RetryBudget, is_permanent, path_exists, read_error
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -183,7 +183,7 @@ def _walk(root: str) -> Iterator[tuple[str, _Kind]]:
 def _entries(root: str, prefix: str) -> list[_Entry]:
     """What a folder holds, in the order of the paths below it."""
     path = os.path.join(root, prefix)
-    return _patiently(lambda: sorted(_listed_entries(path)), path)
+    return _with_retries(lambda: sorted(_listed_entries(path)), path)
 
 
 def _listed_entries(path: str) -> Iterator[_Entry]:
@@ -198,7 +198,7 @@ def _listed_entries(path: str) -> Iterator[_Entry]:
 def _kind(entry: os.DirEntry[str]) -> _Kind | None:
     """None for folders of tools, pipes, sockets and devices, which are left out."""
     link = entry.is_symlink()
-    if link and not is_there(entry.path):
+    if link and not path_exists(entry.path):
         return _Kind.DANGLING
     if entry.is_dir():
         if is_junk_folder(entry.name):
@@ -210,17 +210,17 @@ def _kind(entry: os.DirEntry[str]) -> _Kind | None:
 def _contains(root: str, link: str, prefixes: Sequence[str]) -> bool:
     """Whether a link leads to one of the folders it lies in; without links there are no loops."""
     paths = [os.path.join(root, name) for name in (link, *prefixes)]
-    target, *above = _patiently(lambda: [os.stat(path) for path in paths], paths[0])
+    target, *above = _with_retries(lambda: [os.stat(path) for path in paths], paths[0])
     return any(os.path.samestat(target, status) for status in above)
 
 
 def _patiently(read: Callable[[], T], path: str) -> T:
     """Read with retries; raises DataError, also if a file system fails for about a minute."""
     try:
-        return Patience().read(read, path)
+        return RetryBudget().read(read, path)
     except OSError as error:
-        if not is_answer(error):
-            raise refusal(f"the folder {path}", error) from error
+        if not is_permanent(error):
+            raise read_error(f"the folder {path}", error) from error
         raise DataError(
             f"cannot list the folder {path}: {error.strerror}. Make it readable for this user, or"
             " move it out of the data."

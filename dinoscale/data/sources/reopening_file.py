@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from dinoscale.data.shards.row_table import read_at
-from dinoscale.runtime.retry import Patience
+from dinoscale.runtime.retry import RetryBudget
 
 T = TypeVar("T")
 
@@ -21,9 +21,9 @@ class ReopeningFile:
         OSError: from every method but `close`: it still fails after retries.
     """
 
-    def __init__(self, path: str, patience: Patience | None = None):
+    def __init__(self, path: str, retries: RetryBudget | None = None):
         self.path = path
-        self._patience = patience or Patience()
+        self._retries = retries or RetryBudget()
         self._descriptor = -1
 
     def __enter__(self) -> "ReopeningFile":
@@ -50,7 +50,7 @@ class ReopeningFile:
         return self._tried(os.fstat)
 
     def _tried(self, use: Callable[[int], T]) -> T:
-        return self._patience.read(lambda: self._used(use), self.path)
+        return self._retries.read(lambda: self._used(use), self.path)
 
     def _used(self, use: Callable[[int], T]) -> T:
         if self._descriptor < 0:

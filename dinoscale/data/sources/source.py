@@ -18,7 +18,7 @@ from dinoscale.data.sources.folder import FolderSource, ListSource
 from dinoscale.data.sources.left_out import COMPRESSED, LeftOut
 from dinoscale.data.sources.listing import COMPRESSED_TAR, list_folder
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import is_there, patiently
+from dinoscale.runtime.retry import path_exists, with_retries
 
 log = logging.getLogger(__name__)
 

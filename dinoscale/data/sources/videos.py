@@ -28,7 +28,7 @@ from dinoscale.data.sources.image_files import read_image_file, unavailable
 from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.data.sources.source import expand_pattern
 from dinoscale.errors import DataError
-from dinoscale.runtime.retry import is_there, patiently
+from dinoscale.runtime.retry import path_exists, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def _plain_files(spec: str, path: str) -> Iterator[tuple[str, File]]:
     """Names that begin with the sequence, from tars or a folder of sequences."""
     tars = [path] if os.path.isfile(path) else []
     if os.path.isdir(path):
-        listed = patiently(lambda: os.listdir(path), f"the folder {path}")
+        listed = with_retries(lambda: os.listdir(path), f"the folder {path}")
         tars = sorted(os.path.join(path, name) for name in listed if name.endswith(".tar"))
         if not tars:
             yield from _folder_files(path)
@@ -228,7 +228,7 @@ def _plain_files(spec: str, path: str) -> Iterator[tuple[str, File]]:
 
 
 def _folder_files(root: str) -> Iterator[tuple[str, File]]:
-    walk = patiently(lambda: list(os.walk(root, onerror=_raised)), f"the folder {root}")
+    walk = with_retries(lambda: list(os.walk(root, onerror=_raised)), f"the folder {root}")
     for folder, _, files in walk:
         relative = os.path.relpath(folder, root)
         inside = os.path.basename(os.path.abspath(root)) if relative == "." else relative
@@ -273,7 +273,7 @@ def read_names(path: str) -> list[str]:
             return [line.strip() for line in file if line.strip()]
 
     try:
-        names = patiently(read, f"the list of sequences {path}")
+        names = with_retries(read, f"the list of sequences {path}")
     except UnicodeDecodeError as error:
         raise DataError(f"cannot read the list of sequences {path}: {error}.") from None
     if not names:

@@ -23,7 +23,7 @@ from dinoscale.errors import DataError
 from dinoscale.evaluate.features import check_labels
 from dinoscale.evaluate.overlap import overlap_of
 from dinoscale.runtime import distributed
-from dinoscale.runtime.opening import on_first_rank, open_once_a_node
+from dinoscale.runtime.opening import on_first_rank, open_once_per_node
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class LabelledSets:
         Raises:
             DataError: as `open_images` and `renumber_classes`.
         """
-        bank = open_once_a_node(partial(open_images, train_spec))
-        test = open_once_a_node(partial(open_images, test_spec))
+        bank = open_once_per_node(partial(open_images, train_spec))
+        test = open_once_per_node(partial(open_images, test_spec))
         first = on_first_rank(lambda _: renumber_classes(bank, test))
         renumber = distributed.broadcast_object(first)
         assert renumber is not None

@@ -18,12 +18,12 @@ from dinoscale.evaluate.classification.probe_report import Log, report_of
 from dinoscale.evaluate.feature_cache import InFiles, weights_digest
 from dinoscale.runtime.fingerprint import (
     Fingerprint,
-    code_print,
+    code_fingerprint,
     differences,
-    files_print,
+    files_fingerprint,
     fingerprint,
 )
-from dinoscale.runtime.outputs import replacing, require_ours, write_tensors
+from dinoscale.runtime.outputs import atomic_write, require_ours, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
     try:
-        with replacing(path) as beside:
+        with atomic_write(path) as beside:
             write(beside)
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch on a full disk
         reason = getattr(error, "strerror", None) or error
@@ -203,13 +203,13 @@ def _keep(
     kind = "resume" if backbone is subject.backbone else "untrained.resume"
     sets = zip(("train", "test"), subject.specs, (subject.train, subject.test), strict=True)
     files = {
-        name: files_print("", source.files()) if isinstance(source, InFiles) else spec
+        name: files_fingerprint("", source.files()) if isinstance(source, InFiles) else spec
         for name, spec, source in sets
     }
     made_from = fingerprint(
         input={"weights": weights_digest(backbone), **files},
         command=protocol,
-        code=code_print(module),
+        code=code_fingerprint(module),
     )
     return KeptTraining(out.with_name(f"{out.name}.{kind}"), made_from)
 

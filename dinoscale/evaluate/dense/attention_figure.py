@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoscale.runtime.outputs import replacing
+from dinoscale.runtime.outputs import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +80,7 @@ def draw_rows(rows: Sequence[Row], path: Path, *, title: str, note: str, mass: f
             for panel, caption in zip(panels, captions, strict=True):
                 panel.set_title(caption, fontsize=7.5, pad=3)
         _draw_row(panels, row)
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, format="png")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinoscale.runtime.outputs import replacing
+from dinoscale.runtime.outputs import atomic_write
 
 PANEL = 400  # pixels, width of one of the two pictures side by side
 GAP = 4  # pixels between them
@@ -39,7 +39,7 @@ def save_mask(mask: Labels, path: Path) -> None:
     """Write labels (H, W) as an indexed PNG; the pixels of the file are the labels."""
     image = Image.fromarray(mask)
     image.putpalette(palette().tobytes())
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         image.save(beside)
 
 
@@ -77,5 +77,5 @@ def _overlay(picture: NDArray[np.uint8], labels: Labels) -> Image.Image:
 def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
     """Write an endless GIF, ten frames a second; at least one frame."""
     first, *rest = frames
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         first.save(beside, save_all=True, append_images=rest, duration=FRAME_MS, loop=0)

@@ -36,7 +36,7 @@ from dinoscale.evaluate.any_size import (
     writing_to,
 )
 from dinoscale.evaluate.features import eval_mode, find_device, require_finite
-from dinoscale.runtime.outputs import replacing
+from dinoscale.runtime.outputs import atomic_write
 
 COMPONENTS = 3  # red, green, blue
 SHEET = "pca-sheet.png"
@@ -166,7 +166,7 @@ def evaluate_pca(
             picture = Image.fromarray(color).resize(image.image.size, how)
             _write(image, numbers, front, picture, folders.make(image.path), patch=fit.patch)
             pairs.append((image.image.convert("RGB"), picture))
-        with replacing(folder / BASIS) as beside:
+        with atomic_write(folder / BASIS) as beside:
             np.savez(beside, **asdict(basis))
         save_picture(draw_pairs(pairs[:PAIRS_DRAWN]), folder / SHEET)
     return {

@@ -24,10 +24,11 @@ from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.augmentation.multi_crop import to_image, to_pixels
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.image_files import read_image_file
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.features import find_device, normalize_images, require_finite
+from dinoscale.evaluate.features import find_device, require_finite
 from dinoscale.evaluate.retrieval.ground_truth import SETUPS, GroundTruth, Truth, read_ground_truth
 from dinoscale.evaluate.retrieval.multi_scale import SCALES, MultiScale, least_side
 from dinoscale.evaluate.retrieval.ranking import random_precision, trapezoid_precision

@@ -29,7 +29,7 @@ from dinoscale.evaluate.dense.mask_scores import TOLERANCE, boundary_measure, re
 from dinoscale.evaluate.features import find_device
 from dinoscale.evaluate.untrained import untrained_backbone
 from dinoscale.evaluate.video.propagation import Follower, Settings
-from dinoscale.runtime.outputs import replacing
+from dinoscale.runtime.outputs import atomic_write
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published numbers were measured with 0.228, which stands so in the authors' code.
@@ -102,7 +102,7 @@ def evaluate_video(
             if fresh is not None:
                 scores["untrained"] = measure(fresh, video, folder=None, bar=bar)["score"]
             if folder is not None:
-                with replacing(folder / "scores.json") as beside:
+                with atomic_write(folder / "scores.json") as beside:
                     beside.write_text(json.dumps(scores, indent=1) + "\n")
             found.append(scores)
     report: dict[str, object] = {

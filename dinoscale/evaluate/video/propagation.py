@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.errors import ConfigError
-from dinoscale.evaluate.features import normalize_images, require_finite
+from dinoscale.evaluate.features import require_finite
 
 TILE = 8  # patches along the side of a tile; tiles bound the memory, not the result
 LONG_SIDE_MULTIPLE = 64  # pixels, of the published code

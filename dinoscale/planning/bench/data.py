@@ -26,7 +26,7 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import find_device
 from dinoscale.planning.bench.budget import say
 from dinoscale.planning.bench.busy import busy
-from dinoscale.runtime.cores import cores_at_hand
+from dinoscale.runtime.cores import available_cores
 from dinoscale.training.feed import finish_batch, multi_crop_of, open_images
 
 _MAX_STEPS = 2**31  # the loader ends when the time is over
@@ -81,7 +81,7 @@ def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) ->
         )
     source = open_images(config)
     size = min(split_batch(config.train, world_size=1).micro_batch_size, len(source))
-    device, cores = find_device(None), cores_at_hand()
+    device, cores = find_device(None), available_cores()
     if device.type == "cpu":  # which takes a batch one image after the other
         size = min(size, _CPU_BATCH)
     say(

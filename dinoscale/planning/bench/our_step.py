@@ -25,7 +25,7 @@ from dinoscale.planning.bench.timeline import (
     Timeline,
     watch_pair,
 )
-from dinoscale.runtime.cores import cores_of_rank
+from dinoscale.runtime.cores import cores_per_rank
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.training.feed import Feed
 
@@ -69,7 +69,7 @@ class OurStep:
         self.now = _typical_values(config, plan)
         self._timeline = Timeline(process.device)
         if config.engine.offload_optimizer and process.device.type == "cuda":
-            torch.set_num_threads(cores_of_rank(process.local_world_size))  # as in a run
+            torch.set_num_threads(cores_per_rank(process.local_world_size))  # as in a run
         student, teacher = build_pair(config, plan)
         backbone = student.network.backbone
         self._student, self._teacher = watch_pair(student, teacher, self._timeline)

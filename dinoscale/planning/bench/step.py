@@ -35,8 +35,8 @@ from dinoscale.planning.bench.timeline import INPUT, OTHER, PARTS, Timeline
 from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.memory import NO_MEMORY
-from dinoscale.runtime.opening import open_once_a_node
-from dinoscale.runtime.outputs import replacing
+from dinoscale.runtime.opening import open_once_per_node
+from dinoscale.runtime.outputs import atomic_write
 from dinoscale.training.feed import open_images
 
 _WARM_UP = {"cpu": 1, "cuda": 3}  # steps: optimizer state, kernels chosen and compiled
@@ -191,7 +191,7 @@ def too_slow(config: RunConfig, limit_s: float) -> str:
 
 def _input_of(config: RunConfig, process: Process) -> tuple[RunPlan, Source]:
     if config.data.sources:
-        source = open_once_a_node(partial(open_images, config))
+        source = open_once_per_node(partial(open_images, config))
         sizes = source_sizes(source)
         return resolve(config, world_size=process.world_size, num_images=sizes), source
     data = config.data
@@ -298,7 +298,7 @@ class _Bench:
         with profile() as profiler:
             for _ in range(_TRACED):
                 step()
-        with replacing(folder / f"rank{self.process.rank}.json") as beside:
+        with atomic_write(folder / f"rank{self.process.rank}.json") as beside:
             profiler.export_chrome_trace(str(beside))
 
     def result(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dinoscale.runtime.cores import cores_at_hand
+from dinoscale.runtime.cores import available_cores
 from dinoscale.scaling.sweep.run_files import LOG
 
 _JOB = (sys.executable, "-m", "dinoscale.scaling.sweep.job")

@@ -196,7 +196,7 @@ def _try(
         try:
             with _start(process, port, request, output) as child:
                 try:
-                    verdict = _wait(child, stop_asked, lambda: board.read(key) is not None)
+                    verdict = _wait(child, stop_asked, lambda: store.get(key) is not None)
                 finally:
                     child.kill()
             if verdict is None and child.returncode and stop_asked():
@@ -205,7 +205,7 @@ def _try(
         except OSError as error:
             outcome = Outcome("failed", last_lines=f"cannot start a process: {error}")
     if outcome.verdict != "fits":
-        board.post(key, outcome.verdict)
+        store.set(key, outcome.verdict)
     return distributed.gather_objects(outcome)
 
 

@@ -26,7 +26,7 @@ from dinoscale.engine.step import MicroBatch, train_step
 from dinoscale.errors import DinoscaleError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import Process, read_process
-from dinoscale.runtime.memory import memory_at_hand
+from dinoscale.runtime.memory import available_memory
 from dinoscale.runtime.watchdog import collectives_timeout_s
 from dinoscale.training.feed import finish_batch, keep_of, multi_crop_of
 from dinoscale.training.hooks.metrics import peak_memory_bytes
@@ -86,7 +86,7 @@ def _free_bytes(process: Process) -> int | None:
     """Memory that this rank may still allocate; None if unknown."""
     if process.device.type == "cuda":
         return int(USABLE * torch.cuda.mem_get_info()[0])
-    at_hand = memory_at_hand()
+    at_hand = available_memory()
     if at_hand is None:
         return None
     room = at_hand // process.local_world_size
@@ -108,7 +108,7 @@ def _limit_memory(limit: int, device: torch.device) -> None:
 def _data_bytes() -> int:
     """Private writable memory of this process, which counts against RLIMIT_DATA."""
     found = re.search(r"^VmData:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, "memory_at_hand knew this system"
+    assert found is not None, "available_memory knew this system"
     return 1024 * int(found[1])
 
 

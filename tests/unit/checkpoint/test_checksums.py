@@ -88,7 +88,7 @@ def test_comparing_and_flushing_a_large_file_signal_activity(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signs: list[str] = []
-    verify(folder, goes_on=lambda: signs.append("read"))
+    verify(folder, heartbeat=lambda: signs.append("read"))
     assert len(signs) == 9  # of three files, three each
     monkeypatch.setattr("dinoscale.checkpoint.checksums._FLUSHED_BYTES", 1 << 20)
     path = folder / FILES[0]

@@ -115,8 +115,8 @@ def test_waiting_signals_activity_only_while_a_file_grows_or_is_read(
         time.sleep(0.02)
         return "growing" in signs
 
-    def summed(_path: Path, goes_on: Callable[[], None]) -> str:
-        goes_on()
+    def summed(_path: Path, heartbeat: Callable[[], None]) -> str:
+        heartbeat()
         assert told_of("reading")
         return "0" * 64
 

@@ -1,4 +1,4 @@
-"""Conversions: each target opens without us, gives our features, and comes back bit by bit."""
+"""Conversions: each target opens without dinoscale, gives our features, and round-trips exactly."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", ["timm folder", "hf folder", "ours.safetensors", "bare.pth"])
-def test_weights_come_back_bit_by_bit(vit: Path, targets: dict[str, Path], name: str) -> None:
+def test_weights_round_trip_bit_for_bit(vit: Path, targets: dict[str, Path], name: str) -> None:
     back = read_source(targets[name], num_heads=4)
     assert _same(back.backbone, read_source(vit).backbone)
     assert back.card.backbone.num_heads == 4
@@ -133,7 +133,7 @@ def test_an_export_that_was_changed_is_not_read(
         shutil.copy(target, file)
         card = Path(shutil.copy(card, path.with_name(f"{file.name}.json")))
     signs: list[bool] = []
-    read_source(file, num_heads=4, goes_on=lambda: signs.append(True))
+    read_source(file, num_heads=4, heartbeat=lambda: signs.append(True))
     assert signs  # a large one takes long to compare
     changed = bytearray(file.read_bytes())
     changed[-1000] ^= 0x40
@@ -146,7 +146,7 @@ def test_an_export_that_was_changed_is_not_read(
         read_source(file, num_heads=4)
 
 
-def test_another_file_of_the_name_has_no_card_of_the_one_before(
+def test_a_new_file_under_an_old_name_removes_the_old_card(
     vit: Path, targets: dict[str, Path], tmp_path: Path
 ) -> None:
     weights, file = read_source(vit), tmp_path / "ours.safetensors"
@@ -174,7 +174,7 @@ def test_a_card_names_files_beside_it_only(vit: Path, tmp_path: Path, name: str)
         read_source(file)
 
 
-def test_graphs_hold_the_weights_bit_by_bit(vit: Path, targets: dict[str, Path]) -> None:
+def test_graphs_hold_the_weights_bit_for_bit(vit: Path, targets: dict[str, Path]) -> None:
     import onnx
 
     expected = read_source(vit).backbone
@@ -186,7 +186,7 @@ def test_graphs_hold_the_weights_bit_by_bit(vit: Path, targets: dict[str, Path])
 
 @pytest.mark.parametrize("size", ["16x16", "24x40", "32x32", "48x48", "64x32"])
 @pytest.mark.parametrize("to", ["torchscript", "onnx", "timm", "hf"])
-def test_features_are_the_recorded_ones_of_the_reference(
+def test_features_equal_the_recorded_ones_of_the_reference(
     targets: dict[str, Path], to: str, size: str
 ) -> None:
     tensors, _ = _golden()
@@ -286,7 +286,7 @@ print("equal")
 
 
 @pytest.mark.parametrize("kind", ["timm", "hf", "graphs"])
-def test_targets_open_where_dinoscale_is_not(targets: dict[str, Path], kind: str) -> None:
+def test_targets_open_without_dinoscale(targets: dict[str, Path], kind: str) -> None:
     tensors, _ = _golden()
     folder = targets["bare.pth"].parent
     given = {"images": tensors["32x32.input"], "cls": tensors["32x32.cls"]}
@@ -297,7 +297,7 @@ def test_targets_open_where_dinoscale_is_not(targets: dict[str, Path], kind: str
     assert done.stdout == "equal\n", done.stderr
 
 
-def test_reference_checkpoint_comes_back_with_its_head(tmp_path: Path) -> None:
+def test_reference_checkpoint_round_trips_with_its_head(tmp_path: Path) -> None:
     source = torch.load(REFERENCE, weights_only=False)
     path = tmp_path / "full.pth"
     convert(REFERENCE, path, to="dino", head=True, num_heads=4)
@@ -423,7 +423,7 @@ def test_a_target_that_lacks_a_tensor_is_refused(
     assert os.listdir(tmp_path) == []
 
 
-def test_numbers_that_are_not_finite_are_never_equal(vit: Path) -> None:
+def test_non_finite_numbers_are_never_equal(vit: Path) -> None:
     ours = our_forward(load_backbone(vit)[0])
     nan = compare(ours, lambda x: {"cls": ours(x)["cls"] * float("nan")}, in_chans=3, size=32)
     assert not nan.equal
@@ -449,7 +449,7 @@ def test_nothing_is_overwritten_silently(vit: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["thesis.pth", "w.pth.json", "w.pth, changed", "link"])
-def test_overwrite_replaces_only_what_a_conversion_left(
+def test_overwrite_replaces_only_an_unchanged_conversion(
     vit: Path, tmp_path: Path, name: str
 ) -> None:
     target = tmp_path / "w.pth"
@@ -468,11 +468,11 @@ def test_overwrite_replaces_only_what_a_conversion_left(
     assert foreign.read_bytes() == before
 
 
-def test_overwrite_takes_no_file_of_others_with_a_folder(vit: Path, tmp_path: Path) -> None:
+def test_overwrite_keeps_a_folder_with_foreign_files(vit: Path, tmp_path: Path) -> None:
     convert(vit, tmp_path / "out", to="timm")
     notes = tmp_path / "out" / "notes.txt"
     notes.write_text("mine")
-    with pytest.raises(OutputError, match=r"not as it is .notes\.txt.: remove it"):
+    with pytest.raises(OutputError, match=r"that has changed .notes\.txt.: remove it"):
         convert(vit, tmp_path / "out", to="timm", overwrite=True)
     assert notes.read_text() == "mine"
 
@@ -491,13 +491,13 @@ def test_a_source_is_never_its_own_target(vit: Path, tmp_path: Path) -> None:
         (folder / "model.safetensors", folder, "timm"),
         (folder, folder / "model.safetensors", "dino"),
     ):
-        with pytest.raises(OutputError, match="is read, as"):
+        with pytest.raises(OutputError, match="overlaps the source"):
             convert(source, target, to=to, dtype="bfloat16", overwrite=True)
     assert full.read_bytes() == before
 
 
 @pytest.mark.parametrize(("name", "to"), [("w.safetensors", "dino"), ("folder", "timm")])
-def test_a_failed_rename_leaves_the_export_before(
+def test_a_failed_rename_keeps_the_previous_export(
     vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, to: str
 ) -> None:
     convert(vit, tmp_path / name, to=to)
@@ -542,7 +542,7 @@ def test_what_a_target_cannot_do_is_refused(
     assert os.listdir(tmp_path) == []
 
 
-def test_models_without_a_form_in_transformers_are_refused(tmp_path: Path) -> None:
+def test_models_without_an_equivalent_in_transformers_are_refused(tmp_path: Path) -> None:
     sizes = {"img_size": 28, "embed_dim": 48, "depth": 1, "num_heads": 3}
     gated = _save(tmp_path / "w", "vit_giant_patch14_dinov2", **sizes)
     with pytest.raises(ConversionError, match="no exact form in transformers: its MLP is a GluMlp"):

@@ -78,7 +78,7 @@ def test_a_timm_folder_gives_its_features_and_preprocessing(tmp_path: Path) -> N
     torch.testing.assert_close(_vit(folder).features(IMAGES), _timm_tokens(model))
 
 
-def test_what_a_timm_config_leaves_out_is_what_timm_takes(tmp_path: Path) -> None:
+def test_missing_entries_of_a_timm_config_get_timms_defaults(tmp_path: Path) -> None:
     folder = _hub_folder(tmp_path / "vit", _timm(), crop_pct=None, mean=None, std=[0.1] * 3)
     import timm
 
@@ -96,7 +96,7 @@ def test_a_hub_file_is_read_with_the_settings_beside_it(tmp_path: Path, name: st
     assert read_source(folder / name).card.mean == (0.5, 0.5, 0.5)
 
 
-def test_a_bare_timm_state_dict_is_that_of_the_reference(tmp_path: Path) -> None:
+def test_a_bare_timm_state_dict_is_read_as_the_references(tmp_path: Path) -> None:
     model = _timm(num_classes=0)
     torch.save(model.state_dict(), tmp_path / "w.pth")
     save_file(model.state_dict(), tmp_path / "w.safetensors")
@@ -105,7 +105,7 @@ def test_a_bare_timm_state_dict_is_that_of_the_reference(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
-def test_dinov2_models_of_timm_are_told_by_their_layers(tmp_path: Path, name: str) -> None:
+def test_dinov2_models_of_timm_are_recognised_by_their_layers(tmp_path: Path, name: str) -> None:
     model = _timm(name, num_classes=0)
     torch.save(model.state_dict(), tmp_path / "w.pth")
     backbone = _vit(tmp_path / "w.pth", num_heads=3)
@@ -114,7 +114,7 @@ def test_dinov2_models_of_timm_are_told_by_their_layers(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
-def test_backbones_are_read_as_dinov2_publishes_them(tmp_path: Path, name: str) -> None:
+def test_published_dinov2_backbones_are_read(tmp_path: Path, name: str) -> None:
     model = _timm(name, num_classes=0)
     state = dict(model.state_dict())
     if "reg_token" in state:  # there the class token's position is one of the others
@@ -168,7 +168,7 @@ def test_gated_layers_of_dinov2_have_other_names_in_timm(tmp_path: Path) -> None
         ("vit_base_patch16_clip_224", "a norm before its blocks"),
     ],
 )
-def test_other_networks_are_refused_for_what_they_are(tmp_path: Path, name: str, says: str) -> None:
+def test_other_networks_are_refused_by_kind(tmp_path: Path, name: str, says: str) -> None:
     import timm
 
     with torch.device("meta"):
@@ -179,7 +179,7 @@ def test_other_networks_are_refused_for_what_they_are(tmp_path: Path, name: str,
         load_backbone(tmp_path / "w.pth")
 
 
-def test_registers_do_not_enter_a_model_without_them(tmp_path: Path) -> None:
+def test_registers_are_refused_by_a_model_without_them(tmp_path: Path) -> None:
     folder = _hub_folder(tmp_path, _timm("vit_small_patch14_reg4_dinov2", num_classes=0))
     settings = json.loads((folder / "config.json").read_text())
     settings["architecture"] = "vit_small_patch14_dinov2"
@@ -287,7 +287,7 @@ def test_dinov2_folders_of_transformers_give_their_features(
     torch.testing.assert_close(ours, _their_tokens(model))
 
 
-def test_sizes_of_an_image_processor_are_taken_where_they_are_ours(tmp_path: Path) -> None:
+def test_sizes_of_an_image_processor_are_taken_if_we_can_do_the_same(tmp_path: Path) -> None:
     _transformers(tmp_path)
     told: dict[str, Any] = {"size": {"shortest_edge": 41}, "crop_size": {"height": 32, "width": 32}}
     path = tmp_path / "preprocessor_config.json"
@@ -305,7 +305,7 @@ def test_sizes_of_an_image_processor_are_taken_where_they_are_ours(tmp_path: Pat
     assert read_source(tmp_path).card.std == (0.1,) * 3
 
 
-def test_a_bare_file_of_transformers_is_told_by_its_names(
+def test_a_bare_file_of_transformers_is_recognised_by_its_names(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = _transformers(tmp_path)
@@ -343,7 +343,7 @@ def test_sharded_files_of_transformers_are_joined(tmp_path: Path) -> None:
             read_source(tmp_path / "parts")
 
 
-def test_preprocessing_of_transformers_is_read_and_doubted(
+def test_preprocessing_of_transformers_is_read_with_a_warning_for_mean_0_5(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _transformers(tmp_path)
@@ -395,7 +395,7 @@ def test_tensors_of_transformers_that_do_not_fit_are_named(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.attn\.qkv\.weight; unexpected"):
         load_backbone(tmp_path)
     save_file({**state, key: torch.zeros(48, 47)}, path)
-    with pytest.raises(CheckpointError, match="q, k and v of other widths"):
+    with pytest.raises(CheckpointError, match="q, k and v of different widths"):
         load_backbone(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What was written is opened by programs that know nothing else, and must be what the source is."""
+"""Targets are opened by programs that know nothing else, and must equal the source."""
 
 import json
 import shutil
@@ -25,12 +25,12 @@ from dinoscale.convert.formats.to_dino import write_dino
 from dinoscale.convert.formats.to_graphs import write_torchscript
 from dinoscale.convert.formats.to_hf import write_hf
 from dinoscale.convert.formats.to_timm import reopen_timm
+from dinoscale.convert.load_backbone import load_backbone
 from dinoscale.convert.parity import Forward, Reopened, require_any_device
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Weights
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.errors import ConversionError
-from dinoscale.evaluate.load_backbone import load_backbone
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.zoo import build_backbone
 
@@ -90,7 +90,7 @@ def _from_onnx(path: Path) -> tuple[Tensor, BackboneCard]:
         ("w.onnx", "onnx", _from_onnx),
     ],
 )
-def test_a_target_alone_tells_all_of_an_unusual_network(
+def test_a_target_without_its_card_describes_an_unusual_network(
     unusual: Path, tmp_path: Path, name: str, to: str, read: Any
 ) -> None:
     convert(unusual, tmp_path / name, to=to)
@@ -107,7 +107,7 @@ def test_a_target_alone_tells_all_of_an_unusual_network(
     assert replace(card.backbone, name=source.backbone.name) == source.backbone
 
 
-def test_a_timm_folder_alone_tells_all_but_the_epsilon_of_norms(
+def test_a_timm_folder_without_its_card_describes_all_but_the_epsilon_of_norms(
     unusual: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConversionError, match=r"epsilon 0\.003, and timm.*no place"):
@@ -116,13 +116,13 @@ def test_a_timm_folder_alone_tells_all_but_the_epsilon_of_norms(
     convert(source, tmp_path / "folder", to="timm")
     with torch.inference_mode():
         opened = reopen_timm(tmp_path / "folder")
-        cls, (told, _) = opened.forward(IMAGES)["cls"], opened.told
+        cls, (told, _) = opened.forward(IMAGES)["cls"], opened.descriptions
         expected, card = _read(source)
     assert told == card.preprocessing
     torch.testing.assert_close(cls, expected, rtol=0, atol=1e-5)
 
 
-def test_a_pth_of_before_is_read_by_the_card_beside_it(unusual: Path, tmp_path: Path) -> None:
+def test_an_older_pth_is_read_with_the_card_beside_it(unusual: Path, tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     convert(unusual, path, to="dino")
     torch.save({**torch.load(path)}, path)  # as it was written without a card of its own
@@ -175,7 +175,7 @@ def test_a_head_of_other_numbers_is_refused(
     assert not (tmp_path / name).exists()
 
 
-def test_numbers_that_move_no_feature_are_compared_too(
+def test_numbers_that_change_no_feature_are_compared_too(
     unusual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(path: Path, weights: Weights) -> None:
@@ -237,7 +237,9 @@ def test_a_graph_that_stays_on_the_cpu_is_refused(tmp_path: Path, *, fixed: bool
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("size", [40, 24])
-def test_positions_are_made_where_the_images_are(unusual: Path, tmp_path: Path, size: int) -> None:
+def test_positions_are_computed_on_the_device_of_the_images(
+    unusual: Path, tmp_path: Path, size: int
+) -> None:
     write_torchscript(tmp_path / "w.pt", read_source(unusual))
     found = _script_on_meta(tmp_path / "w.pt")(torch.zeros(2, 3, size, 40, device="meta"))
     assert found["cls"].is_meta

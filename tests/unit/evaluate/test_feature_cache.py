@@ -170,11 +170,11 @@ def test_a_comment_in_the_code_costs_no_features(
     for added in ("", "# a comment\n", "WHITE = 255\n"):
         with (tmp_path / "dinoscale" / "data" / "decoding" / "decode.py").open("a") as file:
             file.write(added)
-        dinoscale.runtime.fingerprint.code_print.cache_clear()
+        dinoscale.runtime.fingerprint.code_fingerprint.cache_clear()
         backbone = Counted()
         _extract(images, backbone)
         found.append(backbone.calls)
-    dinoscale.runtime.fingerprint.code_print.cache_clear()
+    dinoscale.runtime.fingerprint.code_fingerprint.cache_clear()
     assert found == [1, 0, 1]
 
 

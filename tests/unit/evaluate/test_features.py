@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import BadSampleError, Picture
 from dinoscale.data.sources.synthetic import ShapesSource
 from dinoscale.errors import DataError, NonFiniteError, RunFailedError
-from dinoscale.evaluate.features import extract_features, normalize_images, pixel_features
+from dinoscale.evaluate.features import extract_features, pixel_features
 from dinoscale.models.zoo import build_backbone
 
 MEAN, STD = (0.5, 0.25, 0.0), (0.5, 0.25, 1.0)

@@ -202,7 +202,7 @@ def test_bad_settings_are_refused(colors: Colors, changes: dict[str, Any], messa
 
 
 def test_the_weights_are_not_overwritten(colors: Colors) -> None:
-    with pytest.raises(OutputError, match="is what is read"):
+    with pytest.raises(OutputError, match="is the input"):
         _run(colors, out=colors.weights)
 
 

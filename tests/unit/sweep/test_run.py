@@ -456,7 +456,7 @@ def test_runs_that_need_more_gpus_than_there_are_are_refused(
 
 
 def test_jobs_share_cores_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinoscale.scaling.sweep.executors.cores_at_hand", lambda: 13)
+    monkeypatch.setattr("dinoscale.scaling.sweep.executors.available_cores", lambda: 13)
     code = "import os, sys; from pathlib import Path; sys.stdin.read(); names = ["
     code += "'OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES', 'DS_ACCELERATOR']; Path(sys.argv[1], 'own')"
     code += ".write_text(' '.join(os.environ.get(name, '-') for name in names))"

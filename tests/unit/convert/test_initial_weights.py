@@ -69,7 +69,7 @@ def test_student_and_teacher_start_from_the_teacher_of_the_file(tmp_path: Path) 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("norm_last_layer", [False, True])
-def test_the_head_is_taken_where_it_is_asked_for(
+def test_the_head_is_taken_if_init_head_is_set(
     tmp_path: Path, batch_norm: bool, norm_last_layer: bool
 ) -> None:
     of_head = {**HEAD, "batch_norm": batch_norm, "norm_last_layer": norm_last_layer}
@@ -80,16 +80,14 @@ def test_the_head_is_taken_where_it_is_asked_for(
 
 
 @pytest.mark.parametrize("norm_last_layer", [False, True])
-def test_prototype_norms_are_kept_where_they_say_something(
-    tmp_path: Path, norm_last_layer: bool
-) -> None:
+def test_prototype_norms_are_kept_unless_all_are_one(tmp_path: Path, norm_last_layer: bool) -> None:
     path, _ = _reference(tmp_path, head={**HEAD, "norm_last_layer": norm_last_layer})
     head = read_source(path).head
     assert head is not None
     assert ("last_layer.weight_g" in head) != norm_last_layer
 
 
-def test_norms_of_one_enter_a_head_that_trains_them(tmp_path: Path) -> None:
+def test_a_head_with_trained_norms_starts_from_norms_of_one(tmp_path: Path) -> None:
     path, _ = _reference(tmp_path)
     head = {**HEAD, "norm_last_layer": False}
     config = tiny_config(head=head, train={"init_from": str(path), "init_head": True})
@@ -98,7 +96,7 @@ def test_norms_of_one_enter_a_head_that_trains_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("newer", [False, True])
-def test_trained_norms_do_not_enter_a_head_without_them(tmp_path: Path, newer: bool) -> None:
+def test_trained_norms_are_refused_by_a_head_without_them(tmp_path: Path, newer: bool) -> None:
     path, _ = _reference(tmp_path, head={**HEAD, "norm_last_layer": False})
     if newer:
         found = torch.load(path, weights_only=False)
@@ -114,7 +112,7 @@ def test_trained_norms_do_not_enter_a_head_without_them(tmp_path: Path, newer: b
         read_initial_weights(config)
 
 
-def test_heads_that_are_missing_or_others_are_refused(tmp_path: Path) -> None:
+def test_missing_and_mismatched_heads_are_refused(tmp_path: Path) -> None:
     path, _ = _reference(tmp_path)
     head = {**HEAD, "num_prototypes": 34}
     config = tiny_config(head=head, train={"init_from": str(path), "init_head": True})
@@ -152,7 +150,7 @@ def test_a_gray_image_has_the_same_features_in_any_number_of_channels(
     torch.testing.assert_close(ours, teacher.backbone([gray.expand(-1, 3, -1, -1)]))
 
 
-def test_the_first_layer_of_as_many_channels_stays_as_it_is() -> None:
+def test_the_first_layer_with_equal_channels_is_unchanged() -> None:
     weight = torch.rand(4, 3, 2, 2)
     assert adapted_channels(weight, 3) is weight
 
@@ -176,14 +174,16 @@ def test_another_architecture_is_refused_and_both_are_named(
         read_initial_weights(_config(path, model={**base, **model}))
 
 
-def test_a_resnet_does_not_enter_a_vit(tmp_path: Path) -> None:
+def test_a_resnet_is_refused_by_a_vit(tmp_path: Path) -> None:
     path, _ = _reference(tmp_path)
     model = dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"))
     with pytest.raises(ConfigError, match=r"holds a ViT .* is a ResNet-50"):
         read_initial_weights(_config(path, model={"backbone": "resnet50", **model}))
 
 
-def test_other_pixels_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_different_normalisation_gives_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path, _ = _reference(tmp_path)
     read_initial_weights(_config(path))
     assert "expect pixels" not in caplog.text
@@ -193,7 +193,7 @@ def test_other_pixels_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "expect pixels of mean [0.485, 0.456, 0.406]" in caplog.text
 
 
-def test_a_head_needs_a_file_to_come_from() -> None:
+def test_init_head_needs_init_from() -> None:
     with pytest.raises(ConfigError, match=r"init_head: takes the head of train\.init_from"):
         parse_config({"train": {"init_head": True}})
 

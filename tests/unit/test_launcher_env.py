@@ -1,4 +1,4 @@
-"""What each launcher puts into the environment, as its manual says, and what is made of it."""
+"""Processes read from the variables that each launcher sets according to its manual."""
 
 import pytest
 
@@ -8,8 +8,8 @@ from dinoscale.runtime.launcher_env import (
     LOOPBACK,
     Process,
     first_host,
-    meeting_place,
     read_process,
+    rendezvous_address,
     tasks_of_node,
 )
 
@@ -109,7 +109,7 @@ TABLE: dict[str, tuple[Variables, Process]] = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_process_is_what_the_launcher_says(name: str) -> None:
+def test_process_has_the_rank_that_the_launcher_sets(name: str) -> None:
     environ, process = TABLE[name]
     assert read_process(environ) == process
 
@@ -160,24 +160,26 @@ def test_contradiction_is_refused_with_both_names_and_values(environ: Variables,
         (OPENMPI | {"MASTER_ADDR": "gpu-01"}, ("gpu-01", 29500)),
     ],
 )
-def test_meeting_place(environ: Variables, place: tuple[str, int]) -> None:
-    assert meeting_place(read_process(environ), environ) == place
+def test_rendezvous_address(environ: Variables, place: tuple[str, int]) -> None:
+    assert rendezvous_address(read_process(environ), environ) == place
 
 
 @pytest.mark.parametrize(
     ("environ", "says"),
     [
-        (OPENMPI, "OpenMPI does not tell where rank 0 runs.* mpirun -x MASTER_ADDR=HOST"),
-        (HYDRA, "MPICH does not tell .* mpiexec -genv MASTER_ADDR HOST"),
-        (MVAPICH, "MVAPICH does not tell .* mpirun_rsh"),
+        (OPENMPI, "OpenMPI does not say where rank 0 runs.* mpirun -x MASTER_ADDR=HOST"),
+        (HYDRA, "MPICH does not say .* mpiexec -genv MASTER_ADDR HOST"),
+        (MVAPICH, "MVAPICH does not say .* mpirun_rsh"),
         (BY_HAND, "export MASTER_ADDR=HOST"),
         (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT='70000' is no port"),
         (SRUN | {"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID='x' is not a whole number"),
     ],
 )
-def test_unknown_meeting_place_says_how_to_name_it(environ: Variables, says: str) -> None:
+def test_unknown_address_of_rank_0_is_refused_with_the_remedy(
+    environ: Variables, says: str
+) -> None:
     with pytest.raises(LaunchError, match=says):
-        meeting_place(read_process(environ), environ)
+        rendezvous_address(read_process(environ), environ)
 
 
 @pytest.mark.parametrize(

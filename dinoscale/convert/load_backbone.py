@@ -18,19 +18,19 @@ from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone as load_network
 from dinoscale.data.augmentation.multi_crop import eval_transform
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
-from dinoscale.evaluate.features import normalize_images
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 
 
 class Features(NamedTuple):
-    """Normalised output tokens of images.
+    """Output tokens of images, after the last norm.
 
     Attributes:
         cls: (N, D), the class token.
         patches: (N, P, D), row by row.
-        registers: (N, number of registers, D), mostly none.
+        registers: (N, number of registers, D); most networks have none.
     """
 
     cls: Tensor
@@ -46,7 +46,7 @@ class Backbone(nn.Module):
 
     Attributes:
         network: the backbone; its parameters have the names of the authors' code and of timm.
-        card: what it is and where it comes from.
+        card: its architecture, preprocessing and source.
         embed_dim: D.
         patch_size: p in pixels; 1 for a ResNet-50.
     """
@@ -81,9 +81,9 @@ class Backbone(nn.Module):
         return Features(tokens[:, 0], tokens[:, first:], tokens[:, 1:first])
 
     def attention_maps(self, images: Tensor) -> Tensor:
-        """Return where the class token looks in the last block: (N, heads, R, S).
+        """Return the class token's attention to the patches in the last block: (N, heads, R, S).
 
-        A map sums to what the class token and registers leave of 1.
+        A map sums to 1 less the attention to the class token and registers.
 
         Raises:
             ValueError: as `forward_features`.
@@ -116,7 +116,7 @@ class Transform:
         """Turn a Pillow picture of any mode into an input (C, crop, crop), float32.
 
         Raises:
-            ValueError: it has other channels than the backbone, and cannot be converted to them.
+            ValueError: its channels differ from the backbone's and cannot be converted.
         """
         card = self.card
         decoder = Decoder(card.backbone.in_chans, card.white)
@@ -139,7 +139,7 @@ def load_backbone(
         path: a run or checkpoint, a weights file of ours, the reference's, timm's or Hugging
             Face's, or a folder of theirs.
         network: which network of a run or full checkpoint to take.
-        num_heads: for files whose heads are not 64 channels wide and that do not tell.
+        num_heads: for files that do not store it and whose heads are not 64 channels wide.
 
     Returns:
         The module on the CPU, float32, in eval mode, without gradients; and a function from Pillow

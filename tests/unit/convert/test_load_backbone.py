@@ -12,7 +12,7 @@ from PIL import Image
 import dinoscale
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
 from dinoscale.data.augmentation.multi_crop import eval_transform
-from dinoscale.evaluate.features import normalize_images
+from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.models.zoo import build_backbone
 from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 
@@ -46,7 +46,7 @@ def test_features_agree_with_each_other_at_any_size(tmp_path: Path, name: str) -
     assert torch.equal(maps[0, 0, 1, 0], row[0, 0, 1 + registers + 7])
 
 
-def test_attention_maps_take_no_memory_of_all_pairs_of_tokens(tmp_path: Path) -> None:
+def test_attention_maps_do_not_hold_all_pairs_of_tokens(tmp_path: Path) -> None:
     model, _ = dinoscale.load_backbone(_weights(tmp_path))
     images = torch.zeros(1, 3, 256, 256)  # 1025 tokens, 3 heads: 12.6 MB of pairs
     _, forward = with_peak_bytes(lambda: model(images))
@@ -54,7 +54,7 @@ def test_attention_maps_take_no_memory_of_all_pairs_of_tokens(tmp_path: Path) ->
     assert peak < 1.5 * forward
 
 
-def test_images_that_are_no_whole_patches_are_refused(tmp_path: Path) -> None:
+def test_image_sizes_that_are_not_multiples_of_the_patch_are_refused(tmp_path: Path) -> None:
     model, _ = dinoscale.load_backbone(_weights(tmp_path))
     for shape in ((1, 3, 36, 32), (3, 32, 32)):
         for use in (model, model.forward_features, model.attention_maps):

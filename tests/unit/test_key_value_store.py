@@ -1,4 +1,4 @@
-"""How often a thousand ranks ask the store in which they met, counted on a stand-in for it."""
+"""Number of requests of a thousand ranks to the store where they met, counted on a fake store."""
 
 import json
 import threading
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dinoscale.runtime import watchdog as watchdog_module
-from dinoscale.runtime.distributed import Board
+from dinoscale.runtime.distributed import KeyValueStore
 from dinoscale.runtime.watchdog import Watchdog, explain_hang
 
 RANKS = 1000
@@ -16,7 +16,7 @@ HOSTS = [f"node{rank // 8}" for rank in range(RANKS)]
 
 
 class CountingStore:
-    """As a TCPStore: every call is a request, and asking for what is not there would block."""
+    """A TCPStore in which every call counts as a request; reading a missing key fails."""
 
     def __init__(self) -> None:
         self.texts: dict[str, bytes] = {}
@@ -49,47 +49,47 @@ class CountingStore:
         del self.texts[key]
 
 
-def _board(store: CountingStore) -> Board:
-    board = Board()
-    board._store = store
-    return board
+def _connected(store: CountingStore) -> KeyValueStore:
+    shared = KeyValueStore()
+    shared._store = store
+    return shared
 
 
 def test_texts_of_a_thousand_ranks_take_two_requests_and_missing_ones_a_few_more() -> None:
     store = CountingStore()
-    board, keys = _board(store), [f"alive/{rank}" for rank in range(RANKS)]
+    shared, keys = _connected(store), [f"alive/{rank}" for rank in range(RANKS)]
     for key in keys:
-        board.post(key, key)
+        shared.set(key, key)
     store.requests = 0
-    assert board.read_all(keys) == keys
+    assert shared.get_all(keys) == keys
     assert store.requests == 2
-    board.forget(keys[500:503])
+    shared.delete(keys[500:503])
     store.requests = 0
-    texts = board.read_all(keys)
+    texts = shared.get_all(keys)
     assert [key for key, text in zip(keys, texts, strict=True) if text is None] == keys[500:503]
     assert store.requests < 60
 
 
-def test_waiting_asks_less_and_less_often() -> None:
+def test_waiting_polls_with_growing_pauses() -> None:
     store = CountingStore()
-    board, begin = _board(store), time.monotonic()
-    threading.Timer(1.0, lambda: board.post("save/3", "")).start()
-    assert board.wait_for(["save/3"]) == [""]
+    shared, begin = _connected(store), time.monotonic()
+    threading.Timer(1.0, lambda: shared.set("save/3", "")).start()
+    assert shared.wait_for(["save/3"]) == [""]
     assert store.requests < 12  # 20 a second before
     assert time.monotonic() - begin < 60
 
 
 def _watchdog(store: CountingStore, rank: int) -> Any:
     watchdog: Any = Watchdog(timeout_s=60, hosts=HOSTS, launched=False, ask_to_stop=print)
-    watchdog._stop.set()  # what is counted is the verdict
-    watchdog._number, watchdog._rank, watchdog._board = 0, rank, _board(store)
+    watchdog._stop.set()  # only requests of the verdict are counted
+    watchdog._number, watchdog._rank, watchdog._store = 0, rank, _connected(store)
     return watchdog
 
 
-def test_one_rank_looks_at_all_and_the_others_repeat_its_verdict(
+def test_one_rank_reads_the_status_of_all_and_the_others_repeat_its_verdict(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(watchdog_module, "_LOOKS_APART_S", 0.0)
+    monkeypatch.setattr(watchdog_module, "_READS_APART_S", 0.0)
     store = CountingStore()
     for rank in range(RANKS):
         sign = [4 if rank == 77 else 5, f"in step {4 if rank == 77 else 5}", 9]

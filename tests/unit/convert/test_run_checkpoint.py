@@ -64,7 +64,7 @@ def test_either_network_is_merged_bit_for_bit(run: tuple[Path, dict[str, Tensor]
             weights = read_source(
                 path,
                 network=network,  # type: ignore[arg-type]  # both are
-                goes_on=lambda signs=signs: signs.append(None),  # type: ignore[misc]
+                heartbeat=lambda signs=signs: signs.append(None),  # type: ignore[misc]
             )
             assert len(signs) > RANKS + 2  # files are compared, and then read
             assert weights.kind == "run"
@@ -85,7 +85,7 @@ def test_a_run_is_loaded_like_any_weights(run: tuple[Path, dict[str, Tensor]]) -
         assert torch.equal(tensor, teacher[f"backbone.{name}"])
 
 
-def test_a_published_card_tells_the_recipe_and_no_place(
+def test_a_published_card_has_the_recipe_and_no_paths(
     run: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     folder, _ = run
