@@ -78,7 +78,7 @@ def open_files(spec: str, decoder: Decoder = RGB) -> Files:
         DataError: there is nothing, it cannot be read, or it holds no files of images.
     """
     path = os.path.expanduser(spec)
-    patiently(lambda: is_there(path), path)  # or the file system fails
+    with_retries(lambda: path_exists(path), path)  # or the file system fails
     if os.path.isfile(path):
         if not path.lower().endswith(_TARS):
             return _open_list(path, decoder)
@@ -135,7 +135,7 @@ def work_fingerprint(
         UnavailableError: the file system failed for about a minute.
     """
     return fingerprint(
-        input={"images": images_print(source, spec)}, command=command, code=code_print(module)
+        input={"images": images_print(source, spec)}, command=command, code=code_fingerprint(module)
     )
 
 
@@ -224,7 +224,7 @@ class TarOfTars:
         """
         offset, size, _ = self._places[index].tolist()
         try:
-            with ReopeningFile(self._path, self._patience) as file:
+            with ReopeningFile(self._path, self._retries) as file:
                 data = file.read_at(size, offset)
             if len(data) < size:
                 raise OSError("the tar has become shorter")

@@ -31,7 +31,7 @@ def write_whole(path: Path, data: bytes) -> None:
         DataError: it cannot be written.
         OutputError: something else is there.
     """
-    with _as_data_error(path), replacing(path) as beside:
+    with _as_data_error(path), atomic_write(path) as beside:
         beside.write_bytes(data)
 
 

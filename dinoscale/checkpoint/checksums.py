@@ -25,16 +25,16 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def flushed_sum(path: Path, goes_on: Callable[[], None] = lambda: None) -> str:
-    """Flush a file to disk and return its digest; `goes_on` is called regularly."""
+def flushed_sum(path: Path, heartbeat: Callable[[], None] = lambda: None) -> str:
+    """Flush a file to disk and return its digest; `heartbeat` is called regularly."""
     if path.stat().st_size > _FLUSHED_BYTES:
         _flush_in_pieces(path, heartbeat)
     flush(path)
     return sha256(path, heartbeat)
 
 
-def _flush_in_pieces(path: Path, goes_on: Callable[[], None]) -> None:
-    """Flush a file piece by piece; all at once could take long without a call of `goes_on`."""
+def _flush_in_pieces(path: Path, heartbeat: Callable[[], None]) -> None:
+    """Flush a file piece by piece; all at once could take long without a call of `heartbeat`."""
     with path.open("r+b") as file:
         try:
             whole = mmap.mmap(file.fileno(), 0)
@@ -102,7 +102,7 @@ def verify(
         folder: a step_* directory.
         share: which part of the files to read, so that ranks can divide the work.
         num_shares: number of parts.
-        goes_on: called regularly.
+        heartbeat: called regularly.
 
     Returns:
         Bytes of these files.
@@ -142,15 +142,15 @@ def first_difference(
         UnreadableError: a file cannot be read.
     """
     for name, expected in sorted(sums.items())[share::num_shares]:
-        if not matches(folder / name, expected, goes_on):
+        if not matches(folder / name, expected, heartbeat):
             drop_from_page_cache(folder / name)
-            if not matches(folder / name, expected, goes_on):
+            if not matches(folder / name, expected, heartbeat):
                 return name
     return None
 
 
-def matches(path: Path, expected: str, goes_on: Callable[[], None] = lambda: None) -> bool:
-    """Whether a file has this digest; `goes_on` is called regularly.
+def matches(path: Path, expected: str, heartbeat: Callable[[], None] = lambda: None) -> bool:
+    """Whether a file has this digest; `heartbeat` is called regularly.
 
     Raises:
         MissingFileError: it is missing.

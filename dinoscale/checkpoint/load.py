@@ -312,7 +312,7 @@ def newest_first(run_dir: Path) -> list[Path]:
 def open_verified(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a step_* directory after comparing its files with their checksums.
 
-    `goes_on` is called regularly.
+    `heartbeat` is called regularly.
 
     Raises:
         UnreadableError: it cannot be read, though it may be intact.
@@ -325,7 +325,7 @@ def open_verified(path: Path, heartbeat: Callable[[], None] = lambda: None) -> C
 def open_run(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory.
 
-    The newest is the one that holds the highest step, whatever its name. `goes_on` is called
+    The newest is the one that holds the highest step, whatever its name. `heartbeat` is called
     regularly while checksums are compared.
 
     Raises:
@@ -333,7 +333,7 @@ def open_run(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Checkp
         CheckpointError: there is none.
     """
     found = [path] if is_checkpoint(path) else newest_first(path)
-    checkpoint, errors = first_usable(found, lambda one: open_verified(one, goes_on))
+    checkpoint, errors = first_usable(found, lambda one: open_verified(one, heartbeat))
     for error in errors:
         log.warning("%s; using an older one", error)
     if checkpoint is None:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 _NO_FOLDER = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # errors of a path that is no folder
 
 
-def patiently(read: Callable[[], T], path: Path) -> T:
+def with_retries(read: Callable[[], T], path: Path) -> T:
     """The result of `read` on the file or folder `path`; file system errors are retried.
 
     Raises:

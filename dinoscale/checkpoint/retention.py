@@ -108,7 +108,7 @@ def prune(
     """Delete checkpoints that no rule keeps; one that cannot be deleted does not end the run.
 
     One that cannot be read now may be the best, so it stays. So does `written`, the one just saved,
-    even if others have later steps. `goes_on` is called after every file.
+    even if others have later steps. `heartbeat` is called after every file.
     """
     try:
         paths = checkpoints(run_dir)
@@ -124,10 +124,10 @@ def prune(
         except OSError as error:  # noqa: PERF203  # a few paths, once a save
             log.warning("cannot read %s (%s): it stays", path, error)
     unneeded = [s.path for s in superfluous(found, keep) if s.path != written]
-    return [path for path in unneeded if delete(path, goes_on)]
+    return [path for path in unneeded if delete(path, heartbeat)]
 
 
-def clear_leftovers(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -> None:
+def clear_leftovers(run_dir: Path, heartbeat: Callable[[], None] = lambda: None) -> None:
     """Delete what interrupted saves and deletions have left behind.
 
     `heartbeat` is called after every file.
@@ -142,7 +142,7 @@ def clear_leftovers(run_dir: Path, goes_on: Callable[[], None] = lambda: None) -
         shutil.rmtree(path, ignore_errors=True)
 
 
-def delete(path: Path, goes_on: Callable[[], None] = lambda: None) -> bool:
+def delete(path: Path, heartbeat: Callable[[], None] = lambda: None) -> bool:
     """Delete a checkpoint; it is renamed first, so that no partial one looks complete."""
     try:
         _remove(path.rename(removed_of(path)), heartbeat)
@@ -152,7 +152,7 @@ def delete(path: Path, goes_on: Callable[[], None] = lambda: None) -> bool:
     return True
 
 
-def _remove(folder: Path, goes_on: Callable[[], None]) -> None:
+def _remove(folder: Path, heartbeat: Callable[[], None]) -> None:
     """Delete a folder; with a file for each rank, this may take minutes."""
     for path in [] if folder.is_symlink() else folder.iterdir():
         if not path.is_dir():

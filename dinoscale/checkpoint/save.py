@@ -146,19 +146,19 @@ class Saver:
         works = (self._writing, self._adding_accuracy)
         return not all(work is None or work.done() for work in works)
 
-    def wait_for_own_files(self, goes_on: Callable[[], None]) -> None:
-        """Wait until this rank's files of the current save are written; `goes_on` as in `wait`."""
+    def wait_for_own_files(self, heartbeat: Callable[[], None]) -> None:
+        """Wait until this rank's files of the current save are written; `heartbeat` as in `wait`."""
         if self._own_files is not None:
             self._wait_for(self._own_files, heartbeat)
 
-    def wait(self, goes_on: Callable[[], None] = lambda: None) -> SaveResult | None:
+    def wait(self, heartbeat: Callable[[], None] = lambda: None) -> SaveResult | None:
         """Wait for the current save and return its result; None if there is none.
 
-        `goes_on` is called whenever this rank is seen to write, check or delete files, so not while
+        `heartbeat` is called whenever this rank is seen to write, check or delete files, so not while
         the storage hangs.
         """
         if self._adding_accuracy is not None:
-            self._wait_for(self._adding_accuracy, goes_on)
+            self._wait_for(self._adding_accuracy, heartbeat)
             self._adding_accuracy = None
         if self._writing is None:
             return None
@@ -166,12 +166,12 @@ class Saver:
         self._writing = None
         return result
 
-    def _wait_for(self, work: Future[T], goes_on: Callable[[], None]) -> T:
+    def _wait_for(self, work: Future[T], heartbeat: Callable[[], None]) -> T:
         activity = self._activity()
         while not wait([work], _POLL_S).done:
             before, activity = activity, self._activity()
             if activity != before:
-                goes_on()
+                heartbeat()
         return work.result()
 
     def _activity(self) -> tuple[int, int]:
@@ -229,7 +229,7 @@ class Saver:
                 self._store.set(key, self._complete(target, snapshot.number))
             [error] = self._store.wait_for([key])
             if self._rank == 0 and not error:
-                prune(self._run_dir, self._keep, written=target, goes_on=self._count_piece)
+                prune(self._run_dir, self._keep, written=target, heartbeat=self._count_piece)
         except LostPeerError as lost:
             error = str(lost)
         return SaveResult(
@@ -266,8 +266,8 @@ class Saver:
         """Rank 0: rename the directory once all ranks are done; return an error text, or ""."""
         part = part_of(target)
         keys = [f"{_key(number)}/{rank}" for rank in range(self._world_size)]
-        reports = [json.loads(text) for text in self._board.wait_for(keys)]
-        self._board.forget([*keys, _key(number - 1)])  # all ranks have read the last result
+        reports = [json.loads(text) for text in self._store.wait_for(keys)]
+        self._store.delete([*keys, _key(number - 1)])  # all ranks have read the last result
         error = next((report["error"] for report in reports if report["error"]), "")
         if not error:
             try:
@@ -285,7 +285,7 @@ class Saver:
             write_measured(target, knn_top1)
         except OSError as error:
             log.warning("cannot add k-NN %.1f %% to %s: %s", knn_top1, target, error)
-        prune(self._run_dir, self._keep, written=target, goes_on=self._count_piece)
+        prune(self._run_dir, self._keep, written=target, heartbeat=self._count_piece)
 
 
 def _key(number: int) -> str:

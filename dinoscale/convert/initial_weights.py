@@ -35,12 +35,12 @@ _FIRST_LAYERS = ("patch_embed.proj.weight", "conv1.weight")  # of a ViT and of a
 
 
 def read_initial_weights(
-    config: RunConfig, goes_on: Callable[[], None] = lambda: None
+    config: RunConfig, heartbeat: Callable[[], None] = lambda: None
 ) -> InitialWeights | None:
     """Read the weights of `train.init_from`; None where a run starts from random ones.
 
     Rank 0 reads them, once for the whole job; other ranks get None, and `build_pair` distributes
-    them. `goes_on` is called regularly while they are read.
+    them. `heartbeat` is called regularly while they are read.
 
     Raises:
         CheckpointError: they cannot be read, or do not match their own description.
@@ -131,7 +131,7 @@ def _fitted_head(
     return state
 
 
-def _warn_of_other_norms(source: nn.Module, target: nn.Module) -> None:
+def _warn_if_norm_eps_differs(source: nn.Module, target: nn.Module) -> None:
     """Warn if the epsilons of layer norms differ, as in files of transformers."""
     there, here = (
         {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
@@ -145,7 +145,7 @@ def _warn_of_other_norms(source: nn.Module, target: nn.Module) -> None:
         )
 
 
-def _warn_of_other_images(card: BackboneCard, config: RunConfig) -> None:
+def _warn_if_normalisation_differs(card: BackboneCard, config: RunConfig) -> None:
     """Warn if the run normalises pixels differently from the source."""
     if len(card.mean) == len(config.data.mean) and (card.mean, card.std) != (
         config.data.mean,

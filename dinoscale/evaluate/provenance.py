@@ -8,7 +8,12 @@ from pathlib import Path
 
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.data.sources.spec_files import files_of_spec
-from dinoscale.runtime.fingerprint import Fingerprint, code_print, files_print, fingerprint
+from dinoscale.runtime.fingerprint import (
+    Fingerprint,
+    code_fingerprint,
+    files_fingerprint,
+    fingerprint,
+)
 
 WEIGHTS = "weights"  # the option
 # Options of tasks that name what is read.
@@ -56,7 +61,7 @@ def _is_there(spec: str) -> bool:
 def _print_of(name: str, spec: str) -> object:
     if spec.startswith("synthetic:"):
         return spec
-    return files_print(*(_of_weights(spec) if name == WEIGHTS else files_of_spec(spec)))
+    return files_fingerprint(*(_of_weights(spec) if name == WEIGHTS else files_of_spec(spec)))
 
 
 def _of_weights(spec: str) -> tuple[str, Iterable[str]]:

@@ -192,7 +192,7 @@ class Run:
             batches = next(steps)
             waited = time.perf_counter() - begin
             watch.waited(waited, idle_s=pending[-1].result.idle_s() if pending else math.inf)
-            self.watchdog.moved(f"in step {step + 1}")
+            self.watchdog.progress(f"in step {step + 1}")
             for batch in batches:
                 self.pending_bad += batch.bad
                 self.left_out |= batch.left_out
@@ -483,11 +483,13 @@ class Run:
         """Wait until no rank writes or uses rank 0's board; return a failed save of any rank."""
         if self.saved_step is None:
             return None
-        step, goes_on = self.saved_step, self.watchdog.goes_on
-        self.watchdog.moved(f"writing the checkpoint of step {step}")
-        wait_for_others = partial(self.watchdog.moved, f"waiting for the checkpoint of step {step}")
-        by_all(self.saver.wait_for_own_files, goes_on, wait_for_others)
-        on_first = on_first_rank(self.saver.wait, goes_on)  # rank 0 completes the checkpoint
+        step, heartbeat = self.saved_step, self.watchdog.heartbeat
+        self.watchdog.progress(f"writing the checkpoint of step {step}")
+        wait_for_others = partial(
+            self.watchdog.progress, f"waiting for the checkpoint of step {step}"
+        )
+        on_all_ranks(self.saver.wait_for_own_files, heartbeat, wait_for_others)
+        on_first = on_first_rank(self.saver.wait, heartbeat)  # rank 0 completes the checkpoint
         self._report(on_first or self.saver.wait())
         results = distributed.gather_objects(self.saved)  # a single rank may have lost contact
         return next((result for result in results if result and result.error), None)

@@ -55,8 +55,8 @@ def find_checkpoint(
     All ranks share the work of the checksums; rank 0 opens the checkpoint and sends it to the
     others. Damaged checkpoints are set aside under another name; incomplete ones are deleted; one
     that merely cannot be read is left alone. One that holds another step than its name says gets
-    the right name, or is set aside if that name is taken. `goes_on` is called regularly, also while
-    other ranks read.
+    the right name, or is set aside if that name is taken. `heartbeat` is called regularly, also
+    while other ranks read.
 
     Raises:
         UnreadableError: on every rank, if the checkpoints cannot be listed, the newest or the state
@@ -65,7 +65,7 @@ def find_checkpoint(
     """
     is_first = distributed.rank() == 0
     found = _of_first(lambda: _rightly_named(run_dir))
-    checkpoint, errors = first_usable(found, lambda path: _open_together(path, goes_on))
+    checkpoint, errors = first_usable(found, lambda path: _open_together(path, heartbeat))
     if is_first:
         for path, error in zip(found, errors, strict=False):
             _set_aside(path, error)
@@ -91,7 +91,7 @@ def _rightly_named(run_dir: Path) -> list[Path]:
     return newest_first(run_dir)
 
 
-def _open_together(path: Path, goes_on: Callable[[], None]) -> Checkpoint:
+def _open_together(path: Path, heartbeat: Callable[[], None]) -> Checkpoint:
     """Verify and open a checkpoint; it counts as damaged only if all ranks see the same.
 
     Raises:
@@ -129,7 +129,7 @@ def _of_first(read: Callable[[], T]) -> T:
     return cast(T, distributed.broadcast_object(value))
 
 
-def _require_sums(path: Path, sums: dict[str, str], goes_on: Callable[[], None]) -> None:
+def _require_sums(path: Path, sums: dict[str, str], heartbeat: Callable[[], None]) -> None:
     """Compare all files with their checksums, each rank its share; rank 0 confirms a mismatch.
 
     Raises:
@@ -147,7 +147,7 @@ def _require_sums(path: Path, sums: dict[str, str], goes_on: Callable[[], None])
     if finder is None:
         return
     name = cast(str, found[finder])
-    intact = on_first_rank(lambda alive: matches(path / name, sums[name], alive), goes_on)
+    intact = on_first_rank(lambda alive: matches(path / name, sums[name], alive), heartbeat)
     if not distributed.broadcast_object(intact):
         raise difference(path, name)
     raise UnreadableError(

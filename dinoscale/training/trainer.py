@@ -159,16 +159,16 @@ def _build(
         log.warning("%s has logged steps but no checkpoint: starting from step 0", run_dir)
     init_from = None
     if checkpoint is None and config.train.init_from is not None:
-        init_from = on_first_rank(partial(read_initial_weights, config), watchdog.goes_on)
+        init_from = on_first_rank(partial(read_initial_weights, config), watchdog.heartbeat)
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)
     if config.engine.offload_optimizer and process.device.type == "cuda":
         # The host updates the weights; launchers limit it to one thread.
-        torch.set_num_threads(cores_of_rank(process.local_world_size))
-    watchdog.moved("building the networks")
+        torch.set_num_threads(cores_per_rank(process.local_world_size))
+    watchdog.progress("building the networks")
     distributed.together(stop.check)
-    student, teacher = _networks(config, plan, init_from, checkpoint, watchdog.goes_on)
+    student, teacher = _networks(config, plan, init_from, checkpoint, watchdog.heartbeat)
     del init_from  # 4 bytes per weight, on rank 0
     online_knn = _online_knn(config, hosts, stop, watchdog) if config.eval.train else None
     if is_first:
@@ -227,7 +227,9 @@ def _find_micro_batch(
     config: RunConfig, process: Process, stop: StopRequest, watchdog: Watchdog
 ) -> RunConfig:
     """The configuration with the largest micro-batch that fits, found by trials."""
-    found = find_micro_batch(config, process, moved=watchdog.moved, stop_asked=lambda: stop.asked)
+    found = find_micro_batch(
+        config, process, moved=watchdog.progress, stop_asked=lambda: stop.asked
+    )
     events = Events(Path(config.run_dir), active=process.rank == 0)
     events.write(0, "micro-batch found", **asdict(found))
     return with_micro_batch(config, found.size)
@@ -265,7 +267,7 @@ def _announce(
     )
     if config.data.channels != 3:
         log.info("%d channels are not RGB: saturation, hue and gray are off", config.data.channels)
-    cores = cores_at_hand()
+    cores = available_cores()
     workers = config.data.num_workers * process.local_world_size
     if workers > cores:
         log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)

@@ -13,7 +13,6 @@ from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.loader import train_batches
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError
-from dinoscale.evaluate.features import normalize_images
 from dinoscale.reports.crop_sheet import Row, _figure, _row, _visible, augmentations, show_crops
 from dinoscale.training.feed import finish_batch, multi_crop_of
 

@@ -18,7 +18,6 @@ from dinoscale.runtime.outputs import (
     atomic_write,
     is_ours,
     replace_text,
-    replacing,
     require_ours,
     staging_folder,
     swap,

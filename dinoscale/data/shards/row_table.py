@@ -224,7 +224,7 @@ def _remove(path: str, owner: int) -> None:
 
 def _reopened(path: str, header: bytes) -> RowTable:
     numbers = _HEADER.unpack(header)[1].rstrip(b"\0").decode()
-    index = patiently(lambda: RowTable(path, numbers), f"the index {path}")
+    index = with_retries(lambda: RowTable(path, numbers), f"the index {path}")
     if index._header != header:
         raise DataError(f"the index {path} has changed: another run rebuilt it. Start again.")
     return index

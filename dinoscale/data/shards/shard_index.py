@@ -149,7 +149,7 @@ def shards_named(paths: Sequence[str]) -> str:
 
 
 def _shard_state(path: str) -> Shard:
-    status = patiently(lambda: os.stat(path), f"the shard {path}")
+    status = with_retries(lambda: os.stat(path), f"the shard {path}")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
         raise DataError(f"cannot read the shard {path}: it is not a plain file.")
     return Shard(path, status.st_size, status.st_mtime_ns)

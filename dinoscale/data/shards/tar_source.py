@@ -59,7 +59,7 @@ class TarSource:
         self._index, self._shards = open_shard_index(paths, alive, num_processes=num_processes)
         self.left_out = _report(self._shards)
         self._ends = list(accumulate(shard.num_images for shard in self._shards))
-        self._patience = Patience()
+        self._retries = RetryBudget()
         self._files: OrderedDict[int, ReopeningFile] = OrderedDict()  # by shard, oldest use first
 
     def __len__(self) -> int:
@@ -147,7 +147,7 @@ class TarSource:
         if file is None:
             if len(self._files) >= _MAX_OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
-            file = ReopeningFile(self._shards[shard].path, self._patience)
+            file = ReopeningFile(self._shards[shard].path, self._retries)
         self._files[shard] = file  # last used
         data = file.read_at(size, offset)
         _check_unchanged(file.status(), self._shards[shard])  # after reading what it covers

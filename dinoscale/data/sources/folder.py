@@ -85,8 +85,8 @@ class FolderSource:
             DataError: the file system refuses, or fails for about a minute.
         """
         path = self.path(index)
-        # Not with the patience of the source, which threads would use up at once.
-        return max(0, patiently(partial(_size_of, path), f"the size of {path}"))
+        # Not with the retries of the source, which threads would use up at once.
+        return max(0, with_retries(partial(_size_of, path), f"the size of {path}"))
 
     def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the names, and of the sizes of some thousand files, which takes seconds.

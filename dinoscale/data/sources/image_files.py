@@ -13,8 +13,8 @@ from dinoscale.runtime.retry import RetryBudget
 MAX_IMAGE_BYTES = 2**31
 
 # For files that a process reads one by one: they fail together, and it must not wait for each.
-# Sources have a patience of their own.
-_PATIENCE = Patience()
+# Sources have a retries of their own.
+_RETRIES = RetryBudget()
 
 NAMES_PER_HEARTBEAT = 1000  # names listed between two calls of `alive`
 
@@ -46,15 +46,15 @@ def write_names(
         ) from error
 
 
-def read_image_file(path: str, patience: Patience = _PATIENCE) -> bytes:
-    """All bytes of a file; `patience` decides how long errors of the file system are retried.
+def read_image_file(path: str, retries: RetryBudget = _RETRIES) -> bytes:
+    """All bytes of a file; `retries` decides how long errors of the file system are retried.
 
     Raises:
         BadSampleError: it cannot be read after retries, is not a plain file, or is too large for
             a picture.
     """
     try:
-        with ReopeningFile(path, patience) as file:
+        with ReopeningFile(path, retries) as file:
             status = file.status()
             if not stat.S_ISREG(status.st_mode):
                 raise BadSampleError(path, "cannot be read: it is not a plain file")

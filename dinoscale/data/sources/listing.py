@@ -214,7 +214,7 @@ def _contains(root: str, link: str, prefixes: Sequence[str]) -> bool:
     return any(os.path.samestat(target, status) for status in above)
 
 
-def _patiently(read: Callable[[], T], path: str) -> T:
+def _with_retries(read: Callable[[], T], path: str) -> T:
     """Read with retries; raises DataError, also if a file system fails for about a minute."""
     try:
         return RetryBudget().read(read, path)

@@ -15,7 +15,7 @@ class ReopeningFile:
 
     Args:
         path: path of the file.
-        patience: shared by files that fail together; None: for this file alone.
+        retries: shared by files that fail together; None: for this file alone.
 
     Raises:
         OSError: from every method but `close`: it still fails after retries.

@@ -111,7 +111,7 @@ def open_source(
             "images or shards to a local or mounted disk, or use a command, pipe:COMMAND."
         )
     path = os.path.expanduser(spec)
-    patiently(lambda: is_there(path), path)  # or the file system fails
+    with_retries(lambda: path_exists(path), path)  # or the file system fails
     if os.path.isdir(path):
         return _open_folder(path, decoder, alive, num_processes)
     if path.lower().endswith(".txt") and os.path.isfile(path):

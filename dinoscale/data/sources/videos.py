@@ -175,7 +175,7 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
         UnavailableError: the file system failed for about a minute.
     """
     path = os.path.expanduser(spec)
-    patiently(lambda: is_there(path), path)  # or the file system fails
+    with_retries(lambda: path_exists(path), path)  # or the file system fails
     if os.path.isdir(os.path.join(path, "JPEGImages")):
         files = list(_davis_files(path))
         names = _davis_names(path) if names is None else names

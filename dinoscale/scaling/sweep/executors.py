@@ -71,7 +71,7 @@ class LocalExecutor:
         """
         self._processes, self._gpus, self._program = processes, gpus, program
         self._free_slots = list(range(parallel))
-        self._threads = max(1, cores_at_hand() // (parallel * processes))
+        self._threads = max(1, available_cores() // (parallel * processes))
         self._running: list[_Running] = []
 
     def start(self, run_dir: Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from dinoscale.data.sources.spec_files import files_of_spec
-from dinoscale.runtime.fingerprint import Fingerprint, differences, files_print, fingerprint
+from dinoscale.runtime.fingerprint import Fingerprint, differences, files_fingerprint, fingerprint
 from dinoscale.runtime.versions import versions
 
 _OUTPUT_OPTIONS = ("--log", "--out")
@@ -33,7 +33,7 @@ def _cached_fingerprint(line: str, options: tuple[str, ...]) -> Fingerprint:
     images = {}
     for name in filter(_is_input, _read(options)):
         folder, files = files_of_spec(name)
-        found = files_print(folder, files)
+        found = files_fingerprint(folder, files)
         if found["number"]:
             images[name] = found
     return fingerprint(input=images, command={"line": line}, code=versions())

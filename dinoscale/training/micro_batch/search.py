@@ -191,7 +191,7 @@ def _try(
     """Run one trial on all ranks; if it fails on one, the others are cut off."""
     port = distributed.broadcast_object(distributed.free_port())
     request = {"config": config.model_dump(mode="json"), "micro_batch_size": size}
-    board, key = distributed.Board(), f"the trial at port {port} failed"
+    store, key = distributed.KeyValueStore(), f"the trial at port {port} failed"
     with tempfile.TemporaryFile() as output:
         try:
             with _start(process, port, request, output) as child:

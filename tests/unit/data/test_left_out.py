@@ -96,7 +96,7 @@ def test_sets_of_the_online_knn_are_held_to_the_same_rule(tmp_path: Path) -> Non
     (tmp_path / "a" / "4.png").symlink_to("gone.png")
     with pytest.raises(DataError, match=r"1 of 5 pictures .* data\.max_bad_fraction=0\.01 "):
         OnlineKnn(config)
-    looked = look(config, ["here"], rank=0, patience_s=1.0)
+    looked = look(config, ["here"], rank=0, timeout_s=1.0)
     errors = {name: of_set.error or "" for name, of_set in looked.items()}
     assert not errors["data.train"]
     assert "1 of 5 pictures" in errors["eval.train"]
