@@ -2,17 +2,18 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from dinoscale.cluster.doctor.image_sets import Alive, Open, image_sets
 from dinoscale.cluster.doctor.report import Check, count_text, ok, problem, warning
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import require_groups_within_nodes, resolve, split_batch, without_auto
-from dinoscale.data.decoding.decode import BadSampleError, Decoder
+from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.shards.stream import StreamSource
-from dinoscale.data.sources.mixture import open_sources, require_few_left_out, source_sizes
-from dinoscale.data.sources.source import Source, open_source
+from dinoscale.data.sources.mixture import source_sizes
+from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DinoscaleError
 from dinoscale.evaluate.classification.labelled_sets import renumber_classes
 from dinoscale.runtime import distributed
@@ -71,37 +72,12 @@ def look(
     Raises:
         RunFailedError: one did not.
     """
-    parts = [part.source for part in config.data.sources]
-    decoder = Decoder(config.data.channels, config.data.white)
-    max_lost = config.data.max_bad_fraction
-
-    def open_training(alive: Callable[[], None]) -> Source:
-        return open_sources(
-            parts,
-            decoder,
-            manifest=config.data.manifest,
-            shuffle_buffer=1,
-            distinct_images=config.data.distinct_images,
-            max_lost=max_lost,
-            alive=alive,
-        )
-
-    def open_labelled(spec: str, alive: Callable[[], None]) -> Source:
-        source = open_source(spec, decoder, alive)
-        require_few_left_out(source, spec, max_lost=max_lost)
-        return source
-
-    sets: dict[str, tuple[str | None, Callable[[Callable[[], None]], Source]]] = {
-        "data.train": (" + ".join(parts) or None, open_training),
-        "eval.train": (config.eval.train, partial(open_labelled, config.eval.train or "")),
-        "eval.test": (config.eval.test, partial(open_labelled, config.eval.test or "")),
-    }
     found: dict[str, Looked] = {}
     sources: dict[str, Source] = {}
-    for key, (spec, opened) in sets.items():
+    for key, (spec, open_set) in image_sets(config).items():
         named = distributed.gather_objects((spec, config.data.manifest))
         alike = [f"{host} {names}" for host, names in zip(hosts, named, strict=True)]
-        tried = partial(_tried_to_open, opened, spec)
+        tried = partial(_tried_to_open, open_set, spec)
         source = open_once_a_node(tried, alike, patience_s=patience_s)
         if not isinstance(source, _Unopened):
             assert spec is not None
@@ -117,14 +93,12 @@ def look(
     return found
 
 
-def _tried_to_open(
-    opened: Callable[[Callable[[], None]], Source], spec: str | None, alive: Callable[[], None]
-) -> Source | _Unopened:
-    """An error is for the ranks of one node: others may see other files."""
+def _tried_to_open(open_set: Open, spec: str | None, alive: Alive) -> Source | _Unopened:
+    """Open a set; keep an error as a fact of this node, since others may see other files."""
     if spec is None:
         return _Unopened(None)
     try:
-        return opened(alive)
+        return open_set(alive)
     except (DinoscaleError, OSError) as error:
         return _Unopened(str(error))
 

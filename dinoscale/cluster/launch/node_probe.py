@@ -12,19 +12,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dinoscale.cluster.doctor.image_sets import image_sets
 from dinoscale.cluster.doctor.marker import Marker, look_for, remove_marker, write_marker
 from dinoscale.cluster.doctor.versions import installed
 from dinoscale.config import RunConfig, dump_config, load_config
-from dinoscale.data.decoding.decode import Decoder
-from dinoscale.data.sources.mixture import open_sources
-from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DinoscaleError
 from dinoscale.runtime.versions import commit, package_version
 
@@ -156,29 +153,13 @@ def _open(_probe: Probe, config: str, overrides: list[str], within_s: float) -> 
 
 
 def _open_all(config: RunConfig, found: dict[str, dict[str, Any]]) -> None:
-    data, decoder = config.data, Decoder(config.data.channels, config.data.white)
-    sets: dict[str, Callable[[], Sized]] = {}
-    if data.sources:
-        sets["data.train"] = partial(
-            open_sources,
-            [part.source for part in data.sources],
-            decoder,
-            manifest=data.manifest,
-            distinct_images=data.distinct_images,
-            max_lost=data.max_bad_fraction,
-        )
-    for key, spec in (("eval.train", config.eval.train), ("eval.test", config.eval.test)):
-        if spec is not None:
-            sets[key] = partial(open_source, spec, decoder)
-    for key, opened in sets.items():
-        _count(key, opened, found)
-
-
-def _count(key: str, opened: Callable[[], Sized], found: dict[str, dict[str, Any]]) -> None:
-    try:
-        found["images"][key] = len(opened())
-    except (DinoscaleError, OSError) as error:
-        found["errors"][key] = str(error)
+    for key, (spec, open_set) in image_sets(config).items():
+        if spec is None:
+            continue
+        try:
+            found["images"][key] = len(open_set(lambda: None))
+        except (DinoscaleError, OSError) as error:
+            found["errors"][key] = str(error)
 
 
 def _receive(probe: Probe, run_dir: str, port: int) -> dict[str, Any]:

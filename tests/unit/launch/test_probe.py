@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dinoscale.cluster.launch import node_probe
 from tests.ports import free_port
@@ -85,3 +86,19 @@ def test_configuration_that_cannot_be_read_is_reported() -> None:
     assert good["error"] is None
     assert good["digest"] != node_probe._read_config("vit_s16", [])["digest"]
     assert "unknown key" in str(node_probe._read_config("vit_s16", ["optim.lrr=0.5"])["error"])
+
+
+def test_a_set_of_the_online_knn_with_too_much_left_out_is_an_error(tmp_path: Path) -> None:
+    for number in range(4):
+        path = tmp_path / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(path)
+    overrides = [f"eval.train={tmp_path}", f"eval.test={tmp_path}"]
+    question = {"ask": "open", "config": "vit_s16", "overrides": overrides, "within_s": 60}
+    (whole,) = _ask(question)
+    assert whole == {"images": {"eval.train": 4, "eval.test": 4}, "errors": {}}
+    (tmp_path / "a" / "4.png").symlink_to("gone.png")
+    (lacking,) = _ask(question)
+    assert lacking["images"] == {}
+    assert "1 of 5 pictures" in lacking["errors"]["eval.train"]
+    assert "1 of 5 pictures" in lacking["errors"]["eval.test"]
