@@ -173,7 +173,7 @@ def main() -> None:
     say(f"{len(CASES)} cases, each in processes of its own; at most {LIMIT_S / 60:g} minutes")
     print(
         "| stage | ranks | type | images x passes | recomputed | network, crops"
-        " | predicted MB | measured MB | error | fullest moment |"
+        " | predicted MB | measured MB | error | moment of the peak |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for turn in in_turns(len(CASES), limit_s=LIMIT_S):

@@ -106,7 +106,7 @@ def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
     assert most_s == pytest.approx(found["interval_s"] + found["write_s"] + 60 + restart_s)
     cli.run(["plan", *many])
     said = capsys.readouterr().out
-    assert "failures a day expected" in said
+    assert "failures expected per day" in said
     assert "(--requeue)" in said
 
 
