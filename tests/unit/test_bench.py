@@ -12,7 +12,7 @@ from dinoscale import cli
 from dinoscale.config import load_config
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.planning.bench.busy import busy
-from dinoscale.planning.bench.data import Rates, bench_data, in_words, limit
+from dinoscale.planning.bench.data import Rates, as_text, bench_data, limit
 from dinoscale.runtime.cores import parse_quota
 
 _SET = "data.train=synthetic:shapes?images=40&size=32"
@@ -69,7 +69,7 @@ def _said(rates: Rates, *, num_workers: int) -> str:
         "gpu_images_per_s": 2000.0,
         "workers_for_one_gpu": 20,
     }
-    return in_words(rates, facts)
+    return as_text(rates, facts)
 
 
 def test_other_cores_are_busy_while_one_is_measured(tmp_path: Path) -> None:
