@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dinoscale.cluster.doctor import environment, machine, network, storage, versions
-from dinoscale.cluster.doctor.images import Looked, judge_images, judge_plan, sample_ids
+from dinoscale.cluster.doctor.images import SetFacts, judge_images, judge_plan, sample_ids
 from dinoscale.cluster.doctor.machine import Device, Machine
-from dinoscale.cluster.doctor.marker import Seen
+from dinoscale.cluster.doctor.marker import RunDirFacts
 from dinoscale.cluster.doctor.network import LARGE_BYTES, Network
 from dinoscale.cluster.doctor.report import Check, size_text
 from dinoscale.runtime.launcher_env import Process
@@ -292,12 +292,15 @@ def test_checkpoint_size_and_number() -> None:
 
 
 def test_ranks_that_cannot_use_run_dir_are_named() -> None:
-    good, blind = Seen("/runs", seen=True, error=None), Seen("/runs", seen=False, error=None)
+    good, blind = (
+        RunDirFacts("/runs", seen=True, error=None),
+        RunDirFacts("/runs", seen=False, error=None),
+    )
     assert storage.judge_shared([good, good], HOSTS).verdict == "ok"
     check = storage.judge_shared([good, blind], HOSTS)
     assert check.verdict == "problem"
     assert check.text.startswith("rank 1 (b) cannot see")
-    refused = Seen("/runs", seen=True, error="Permission denied")
+    refused = RunDirFacts("/runs", seen=True, error="Permission denied")
     check = storage.judge_shared([good, refused], HOSTS)
     assert check.verdict == "problem"
     assert "rank 1 (b) cannot write to /runs: Permission denied" in check.text
@@ -320,10 +323,10 @@ def test_samples_are_spread_over_the_set_and_over_ranks() -> None:
 
 
 def test_images() -> None:
-    good = Looked("/data", num_images=100, num_decoded=8, seconds=0.1)
+    good = SetFacts("/data", num_images=100, num_decoded=8, seconds=0.1)
     key = "data.train"
 
-    def judge(*found: Looked) -> Check:
+    def judge(*found: SetFacts) -> Check:
         return _one(judge_images([{key: one} for one in found], HOSTS))
 
     assert judge(good, good).verdict == "ok"
@@ -338,7 +341,7 @@ def test_images() -> None:
     assert "/data/x.jpg: truncated" in judge(good, some).text
     most = replace(good, num_decoded=1, bad=["x", "y"])
     assert judge(most).verdict == "problem"
-    assert "rank 1 (b): gone" in judge(good, Looked("/data", error="gone")).text
+    assert "rank 1 (b): gone" in judge(good, SetFacts("/data", error="gone")).text
     assert _one(judge_images([{}], HOSTS)).verdict == "problem"
 
 
