@@ -122,14 +122,14 @@ def _add_ways(launch: argparse.ArgumentParser) -> None:
 
 
 def _launch(options: argparse.Namespace) -> None:
-    from dinoscale.cluster.launch.start import Wishes, check, choose
+    from dinoscale.cluster.launch.start import LaunchRequest, check, choose
     from dinoscale.config import load_config
     from dinoscale.errors import ConfigError, LaunchError
 
     if not 0 < options.timeout <= 86400:
         raise ConfigError(f"--timeout: need more than 0 and at most a day, got {options.timeout}")
     run_dir = load_config(options.config, options.overrides).run_dir
-    wishes = Wishes(
+    request = LaunchRequest(
         config=options.config,
         overrides=options.overrides,
         hostfile=options.hostfile,
@@ -143,12 +143,12 @@ def _launch(options: argparse.Namespace) -> None:
         slurm=options.slurm,
         options=_words("--options", options.options),
     )
-    way = choose(wishes)
-    line = shlex.join(way.command)
+    method = choose(request)
+    line = shlex.join(method.command)
     if options.dry_run:
         print(line)
         return
-    found, report = check(way, wishes, run_dir=run_dir, timeout_s=options.timeout)
+    found, report = check(method, request, run_dir=run_dir, timeout_s=options.timeout)
     problems = [entry for entry in report.checks if entry.verdict == "problem"]
     if options.check:
         nodes = [asdict(node) for node in found]
@@ -160,7 +160,7 @@ def _launch(options: argparse.Namespace) -> None:
     print(line, file=sys.stderr, flush=True)
     # A Slurm job inherits PATH and finds its `python` there: make it this one, which was checked.
     paths = [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]
-    os.execvpe(way.command[0], way.command, {**os.environ, "PATH": os.pathsep.join(paths)})
+    os.execvpe(method.command[0], method.command, {**os.environ, "PATH": os.pathsep.join(paths)})
 
 
 def _words(flag: str, text: str) -> list[str]:

@@ -115,7 +115,7 @@ def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
     [
         (["vit_s16", "--gpus", "0"], "--gpus: need at least 1, got 0"),
         (["vit_s16", "--gpus", "8", "--gpu-memory", "80XB"], "--gpu-memory: need a size"),
-        (["vit_s16", "--gpus", "8", "--gpu", "voodoo"], "known are"),
+        (["vit_s16", "--gpus", "8", "--gpu", "voodoo"], "unknown name 'voodoo'; known: a10, a100"),
         (["vit_s16", "--gpus", "7"], "cannot be shared equally by 7 ranks"),
         (["vit_s16", "train.micro_batch_size=60", "--gpus", "8"], "does not divide"),
         (["vit_s16", "--gpus", "8", "--utilization", "40"], "--utilization"),

@@ -98,7 +98,7 @@ def test_rates_of_workers_are_those_of_busy_cores(
         )
         result = bench_data(config, gpu_images_per_s=1.0, seconds=0.3)
         rates.append(result["images_per_s"]["worker"])
-    assert "with all 16 cores at hand busy" in capsys.readouterr().err
+    assert "with all 16 available cores busy" in capsys.readouterr().err
     assert rates[1] < 0.8 * rates[0]
 
 
@@ -106,11 +106,11 @@ def test_words_name_the_remedy() -> None:
     text = _said(_rates(), num_workers=4)
     assert "raise data.num_workers" in text
     assert "67% of a worker's time is cutting crops" in text
-    assert "16 cores at hand can feed 1600 images/s, 0.8 such GPUs" in text
+    assert "16 available cores can feed 1600 images/s, 0.8 such GPUs" in text
     assert "transfer and device part take 240.0% of the time of such a GPU" in text
     assert "wait for the disk" not in text
     assert "wait for the disk" in _said(_rates(loader=200.0), num_workers=4)
-    assert "shards instead of loose files" in _said(_rates(crops=900.0), num_workers=4)
+    assert "shards instead of single files" in _said(_rates(crops=900.0), num_workers=4)
     assert "more data workers would not help" in _said(_rates(), num_workers=16)
 
 

@@ -110,7 +110,7 @@ def test_a_slow_machine_measures_fewer_images_and_no_reference() -> None:
     small, changed = fit_to_time(config, _budget(), world_size=2)
     assert small.train.batch_size == 2 * small.train.micro_batch_size == 2 * 4
     assert small.optim.min_lr == 0
-    assert "64 x 1 images a step and rank do not fit into 6 minutes" in changed
+    assert "64 x 1 images per step and rank do not fit into 6 minutes" in changed
     assert _budget().fits(4)
     assert not _budget().fits(8)
     assert _budget(with_reference=False).fits(8)

@@ -154,7 +154,9 @@ def test_a_rank_slower_than_most_is_named() -> None:
     slow = replace(GPU_NODE, host="b", product_s={"bf16": 0.2, "fp32": 0.02})
     check = _one(machine.judge_speed([GPU_NODE] * 15 + [slow]))
     assert check.verdict == "warning"
-    assert check.text.startswith("rank 15 (b): products in bf16 take up to 20.0 times as long as")
+    assert check.text.startswith(
+        "rank 15 (b): matrix products in bf16 take up to 20.0 times as long as"
+    )
     assert _verdicts(machine.judge_speed([GPU_NODE, slow])) == ["warning"]
     assert machine.judge_speed([GPU_NODE] * 16) == []
     busy = replace(CPU_NODE, product_s={"bf16": 0.02, "fp32": 0.02})
@@ -175,7 +177,9 @@ def test_open_files_are_counted_where_all_ranks_meet() -> None:
     assert machine.judge_open_files([*many]).verdict == "ok"
     check = machine.judge_open_files([*many, GPU_NODE])
     assert check.verdict == "problem"
-    assert check.text.startswith("1024 are allowed on a, where 257 ranks meet and open about 1027")
+    assert check.text.startswith(
+        "1024 are allowed on a, but 257 ranks that meet there need about 1027"
+    )
     assert machine.judge_open_files([CPU_NODE] * 256).verdict == "problem"  # gloo's besides
     assert machine.judge_open_files([replace(GPU_NODE, open_files=2**16)] * 4000).verdict == "ok"
 

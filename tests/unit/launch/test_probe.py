@@ -54,7 +54,7 @@ def test_port_in_use_and_directory_that_cannot_be_are_named(tmp_path: Path) -> N
 
 def test_call_says_why_nobody_answers() -> None:
     assert "Connection refused" in str(node_probe._call("127.0.0.1", free_port()))
-    assert "the name is not known there" in str(node_probe._call("no.such.host.invalid", 1))
+    assert "the name cannot be resolved there" in str(node_probe._call("no.such.host.invalid", 1))
 
 
 def test_call_recognises_another_program() -> None:
