@@ -111,7 +111,7 @@ def test_secrets_of_this_shell_are_not_handed_on_by_deepspeed(
         ([*HOSTS, "--master-addr=-x"], "--master-addr='-x' is neither a host name"),
         ([*HOSTS, "--timeout", "nan"], "--timeout: need more than 0"),
         (["--nodes", "2"], "--nodes: also needs --node-rank R and --master-addr HOST"),
-        (["--nodes", "2", "--node-rank", "2", "--master-addr", "a"], "is not in 0..1, the ranks of --nodes"),
+        (["--nodes", "2", "--node-rank", "2", "--master-addr", "a"], "0..1, the ranks of --nodes"),
         (["--nodes", "0"], "--nodes=0 is not in 1.."),
         (["--nodes", "2", "--ssh-options", "-4"], "--ssh-options: has no effect with --nodes"),
         (["--slurm", "--per-node", "0"], "--per-node=0 is not in 1..1024"),
