@@ -20,8 +20,8 @@ _DESCRIPTION = """Write weights in the format of another library, which then nee
 
 The library of the format then loads TARGET, and its features are compared with SOURCE's on fixed
 images of two sizes. If they differ, TARGET is removed and the exit code is 2. A card
-(dinoscale.json in a folder, TARGET.json beside a file) records the difference and what the weights
-are.
+(dinoscale.json in a folder, TARGET.json beside a file) records the difference, the architecture and
+the preprocessing of images.
 
 timm and transformers resize position embeddings by a rule that is not DINO's, so a folder is exact
 at one image size, which --size sets. Graphs and dino files are exact at every size."""

@@ -301,7 +301,7 @@ def _doctor(options: argparse.Namespace) -> None:
     try:
         from dinoscale.runtime import distributed
     except (ImportError, OSError) as error:
-        raise LaunchError(f"torch does not load: {error}; install it anew") from error
+        raise LaunchError(f"torch does not load: {error}; reinstall it") from error
     from dinoscale.cluster.doctor.examine import examine
 
     process = read_process(os.environ)

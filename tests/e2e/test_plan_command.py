@@ -36,7 +36,7 @@ def test_json_has_every_stage_and_level_and_a_choice(capsys: pytest.CaptureFixtu
     assert any("ImageNet" in sentence for sentence in plan["assumptions"])
 
 
-def test_text_ends_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_ends_with_the_recommendation(capsys: pytest.CaptureFixture[str]) -> None:
     cli.run(["plan", "vit_s16", "--gpus", "8", "--gpu", "a100"])
     out = capsys.readouterr().out
     assert "largest micro-batch that fits" in out
@@ -46,7 +46,7 @@ def test_text_ends_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train.micro_batch_size=128" in last
 
 
-def test_where_nothing_fits_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_says_if_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     cli.run(["plan", "vit_l16", "--gpus", "1", "--gpu-memory", "4GB"])
     assert "nothing fits: even stage" in capsys.readouterr().out
 
@@ -77,7 +77,7 @@ def test_images_are_counted_where_they_are(
     assert plan["steps_per_epoch"] == 20
 
 
-def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
+def test_on_several_nodes_the_plan_covers_links_failures_and_checkpoints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     many = (*_IN_GROUPS_OF_4, "--gpus", "16")

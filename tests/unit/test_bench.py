@@ -122,7 +122,7 @@ def test_numbers_out_of_range_are_refused(rate: float, seconds: float) -> None:
         bench_data(load_config("quickstart", [_SET]), gpu_images_per_s=rate, seconds=seconds)
 
 
-def test_unreadable_images_end_it(tmp_path: Path) -> None:
+def test_unreadable_images_end_the_measurement(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     config = load_config("quickstart", [f"data.train={tmp_path}"])
     with pytest.raises(DataError, match="can be read"):

@@ -147,7 +147,7 @@ def test_bad_input_is_refused() -> None:
         _bench(seconds=math.nan)
 
 
-def test_too_little_memory_is_a_sentence() -> None:
+def test_too_little_memory_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ConfigError, match="1 images do not fit into memory"):
         _bench("head.num_prototypes=10_000_000_000_000")
 

@@ -260,7 +260,9 @@ def test_free_disk_against_checkpoints(free_bytes: int, num_present: int, verdic
         ({"free_files": 20}, "ok", "fit"),
     ],
 )
-def test_quotas_and_inodes_count_as_room(limits: dict[str, Any], verdict: str, says: str) -> None:
+def test_quotas_and_inodes_limit_checkpoints(
+    limits: dict[str, Any], verdict: str, says: str
+) -> None:
     room = {"free_bytes": 1000, "checkpoint_bytes": 100, "checkpoint_files": 10}
     more = {"num_checkpoints": 2, "num_present": 0, "path": "/runs"}
     check = storage.judge_disk(**room, **more, **limits)

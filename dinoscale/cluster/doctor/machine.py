@@ -96,7 +96,7 @@ def look(process: Process) -> Machine:
 
 
 def _one_process(device: torch.device) -> bool:
-    """Whether a device refuses a second process, as far as nvidia-smi tells."""
+    """Whether a device refuses a second process, as far as nvidia-smi reports."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     ask = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=compute_mode", "--format=csv,noheader"]
     try:
@@ -127,7 +127,7 @@ def _why_no_device() -> str | None:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return (str(error).splitlines() or ["unknown reason"])[0][:200].rstrip(".")
-    return "torch does not say why"
+    return "torch gives no reason"
 
 
 def _should_have_device() -> bool:

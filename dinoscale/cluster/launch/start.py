@@ -26,7 +26,7 @@ from dinoscale.cluster.launch.judge_nodes import judge, table
 from dinoscale.errors import LaunchError
 
 _HOST = re.compile(r"\w[\w.:-]*", re.ASCII)
-_FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # by DeepSpeed; NCCL where there are GPUs
+_FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # by DeepSpeed; NCCL if there are GPUs
 _PROGRAMS = {"pdsh": ("ssh", "pdsh"), "openmpi": ("ssh", "mpirun")}
 
 

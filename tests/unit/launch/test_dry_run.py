@@ -86,7 +86,7 @@ def test_rank_0_is_on_a_host_that_takes_part(capsys: pytest.CaptureFixture[str])
     assert "--force_multi" in line  # one node is left, which is not this one
 
 
-def test_secrets_of_this_shell_are_not_handed_on_by_deepspeed(
+def test_deepspeed_does_not_pass_on_secrets_of_this_shell(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "0123abcd")
@@ -164,10 +164,10 @@ _WORDS = st.text(alphabet="a {}$`\\'\"*;%n#&|~!\n=é-", max_size=12)
 
 @settings(max_examples=10, deadline=None)
 @given(st.lists(_WORDS, min_size=10, max_size=30))
-def test_words_reach_the_node_as_they_are(words: list[str]) -> None:
+def test_arguments_reach_the_node_unchanged(words: list[str]) -> None:
     assert _as_on_a_node(*map(quote_for_pdsh, words)) == words
 
 
-def test_words_that_are_not_quoted_would_not() -> None:
+def test_unquoted_arguments_do_not_reach_the_node_unchanged() -> None:
     assert _as_on_a_node("x=50%n") == ["x=503"]
     assert _as_on_a_node("x=a $HOME b") != ["x=a $HOME b"]

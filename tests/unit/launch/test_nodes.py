@@ -194,7 +194,7 @@ def test_host_that_hangs_is_named_in_time(cluster: Cluster, question: str) -> No
     assert _problems(checks).keys() == {"b"}
 
 
-def test_other_versions_are_measured_by_what_most_have(cluster: Cluster) -> None:
+def test_versions_are_compared_with_those_of_most_nodes(cluster: Cluster) -> None:
     other = {"versions": LOOKED["versions"] | {"torch": "2.8.0", "deepspeed": None}}
     cluster.add("odd", looked=other)
     cluster.add("b")

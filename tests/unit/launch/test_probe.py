@@ -88,7 +88,7 @@ def test_configuration_that_cannot_be_read_is_reported() -> None:
     assert "unknown key" in str(node_probe._read_config("vit_s16", ["optim.lrr=0.5"])["error"])
 
 
-def test_a_set_of_the_online_knn_with_too_much_left_out_is_an_error(tmp_path: Path) -> None:
+def test_an_eval_set_with_too_much_left_out_is_an_error(tmp_path: Path) -> None:
     for number in range(4):
         path = tmp_path / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
