@@ -54,8 +54,9 @@ def add_checkpoints(commands: SubCommands) -> None:
     prune = tasks.add_parser(
         "prune",
         help="delete checkpoints, but never the newest undamaged one",
-        description="Delete every checkpoint that no option below keeps. Files are verified first;"
-        " damaged checkpoints are left alone and do not count as kept.",
+        description="Delete all checkpoints except those that the options keep: by default the"
+        " newest, and the best by k-NN accuracy. Files are verified first; damaged checkpoints are"
+        " left alone and do not count as kept.",
     )
     prune.add_argument("run_dir", metavar="RUN", help="run directory")
     prune.add_argument(

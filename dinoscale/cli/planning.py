@@ -47,7 +47,7 @@ def add_planning(commands: SubCommands) -> None:
         type=float,
         default=300.0,
         metavar="SECONDS",
-        help="how long to wait for a rank that does not answer (default 300); the last argument",
+        help="how long to wait for a rank that does not answer (default 300); give it last",
     )
     doctor.set_defaults(run=_doctor)
     _add_data_views(commands)
