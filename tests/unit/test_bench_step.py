@@ -189,7 +189,7 @@ def test_words_name_what_was_measured_and_what_was_not() -> None:
         "no_reference": "it is away",
     }
     text = as_text(result)
-    assert "no reference beside it: it is away" in text
+    assert "the reference was not measured: it is away" in text
     assert "25.0%" in text  # of communication
     assert "75.0% of the 4 that" in text
     assert "1024 MiB" in text
@@ -224,7 +224,7 @@ def test_micro_batches_are_made_when_the_step_asks_for_them_as_in_a_run() -> Non
     step: Any = OurStep.__new__(OurStep)  # without a student
     step._timeline, step._device, step.crops = Timeline(process.device), process.device, []
     step._feed = Feed(config, plan, process, open_images(config), depth=2)
-    made = step._made(next(step._feed.steps(0, offset=0)))
+    made = step._prepared(next(step._feed.steps(0, offset=0)))
     sent = []
     for micro_batch in made:
         assert micro_batch.global_crops.shape[1] == 2

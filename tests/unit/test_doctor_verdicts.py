@@ -282,9 +282,9 @@ def test_a_job_of_slurm_has_the_gpus_that_it_was_given(
 
 
 def test_space_is_reserved_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert storage._why_no_room(tmp_path, 10**6) is None
+    assert storage._why_no_space(tmp_path, 10**6) is None
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")  # the reason is compared
-    assert storage._why_no_room(tmp_path, 2**62) in (None, "No space left on device")
+    assert storage._why_no_space(tmp_path, 2**62) in (None, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 
