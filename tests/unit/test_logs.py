@@ -170,7 +170,7 @@ def test_result_that_is_nowhere_else_must_arrive(
     assert done.returncode == code
     if stderr == "err":
         said = (tmp_path / "err").read_text()
-        assert ("error: what was printed is incomplete: stdout: No space" in said) == bool(code)
+        assert ("error: the printed output is incomplete: stdout: No space" in said) == bool(code)
         assert "Traceback" not in said
 
 
