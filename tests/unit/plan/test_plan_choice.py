@@ -159,5 +159,5 @@ def test_invalid_memory_sizes_are_refused(text: str) -> None:
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
     assert find_gpu("H100") is GPUS["h100"]
-    with pytest.raises(ConfigError, match=r"'h1000' is not known; known are .*a100.*h200"):
+    with pytest.raises(ConfigError, match=r"unknown name 'h1000'; known: .*a100.*h200"):
         find_gpu("h1000")
