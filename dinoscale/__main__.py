@@ -17,48 +17,47 @@ from dinoscale.runtime.launcher_env import read_process
 
 log = logging.getLogger(__name__)
 
-_LEAVE_S = 5.0
+_EXIT_HANDLERS_S = 5.0
 
 
 def main() -> None:
     """Run the command line and exit.
 
     0: done; 1: the run failed; 2: bad input; 69: storage or network failed for minutes; 75: asked
-    to stop, saved, goes on with the same command; 130: interrupted by Ctrl-C. Whether a terminal
-    takes what is printed changes none of them, except that a result that is nowhere else and cannot
-    be written is a failure.
+    to stop and saved, and the same command continues; 130: interrupted by Ctrl-C. Output that
+    cannot be printed changes the code only if it is the only copy of the result: then it is 1.
     """
-    _look_here_last()
+    _search_working_directory_last()
     logs.shield_terminal()
     logs.to_terminal(_rank())
     try:
-        kept = cli.run(sys.argv[1:])
+        result_on_disk = cli.run(sys.argv[1:])
     except SystemExit as error:  # of argparse
         sys.stdout.flush()
         leave(error.code if isinstance(error.code, int) else int(error.code is not None))
     except PreemptedError as error:
-        _end(str(error), error.exit_code)
+        _exit_with(str(error), error.exit_code)
     except DinoscaleError as error:
-        _end(f"error: {error}", error.exit_code)
+        _exit_with(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
-        _end("interrupted; what was not saved until now is lost", 130)
+        _exit_with("interrupted; unsaved work is lost", 130)
     except Exception:
         _end(traceback.format_exc() + "error: dinoscale failed; this is a bug", 1)
     lost = logs.stdout_error()
     if lost is not None:
         why = getattr(lost, "strerror", None) or lost
-        text = f"what was printed is incomplete: stdout: {why}"
-        if not kept:
-            _end(f"error: {text}", 1)
+        text = f"the printed output is incomplete: stdout: {why}"
+        if not result_on_disk:
+            _exit_with(f"error: {text}", 1)
         log.warning("%s", text)
     leave(0)
 
 
-def _look_here_last() -> None:
-    """Import nothing from the working directory that is found elsewhere.
+def _search_working_directory_last() -> None:
+    """Move the working directory to the end of the import path.
 
-    `python -m` and DeepSpeed put it first, where a folder `data_tools`, `tests` or `wandb` of the
-    user would be taken for a package.
+    `python -m` and DeepSpeed put it first, where a folder of the user named `data_tools`, `tests`
+    or `wandb` would be taken for a package.
     """
     with suppress(FileNotFoundError):  # it has been deleted
         here = os.getcwd()
@@ -67,16 +66,17 @@ def _look_here_last() -> None:
 
 
 def _rank() -> int:
-    """Of this process; 0 if the launcher is unclear, which is for those to tell who meet others."""
+    """Rank of this process; 0 if unclear: commands that meet other ranks report that error."""
     try:
         return read_process(os.environ).rank
     except LaunchError:
         return 0
 
 
-def _end(text: str, code: int) -> NoReturn:
-    """Say why, without the passwords of URLs and commands that were typed, and leave."""
-    from dinoscale.config.secrets import hide_secrets  # brings libraries, see _look_here_last
+def _exit_with(text: str, code: int) -> NoReturn:
+    """Print the reason, with passwords in URLs and commands hidden, and exit."""
+    # Imports libraries, so only after _search_working_directory_last.
+    from dinoscale.config.secrets import hide_secrets
 
     logs.log_exit(str(hide_secrets(text)))
     sys.stdout.flush()
@@ -84,14 +84,14 @@ def _end(text: str, code: int) -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process: what was left for its exit is done, the interpreter is not taken apart.
+    """Run the exit handlers, then end this process without tearing down the interpreter.
 
-    Threads of the backends may abort a process that does the latter, after all is saved, or wait
-    for other ranks.
+    The teardown could make threads of the backends abort the process after everything is saved, or
+    wait for other ranks.
     """
-    last = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
-    last.start()
-    last.join(_LEAVE_S)
+    handlers = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
+    handlers.start()
+    handlers.join(_EXIT_HANDLERS_S)
     os._exit(code)
 
 

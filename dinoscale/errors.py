@@ -1,9 +1,10 @@
-"""What can end a run, and whose turn it is.
+"""The errors that end a command, and their exit codes.
 
-The user's (exit code 2), the run's (1), that of a storage or network (69), nobody's (75).
+2: bad input, which the user can correct. 1: the run failed. 69: a storage or network failed; the
+input may be fine. 75: the run was asked to stop and has saved.
 """
 
-_EX_UNAVAILABLE = 69  # of sysexits.h: nothing is wrong with what was asked for
+_EX_UNAVAILABLE = 69  # of sysexits.h: nothing is wrong with the input
 
 
 class DinoscaleError(Exception):
@@ -21,7 +22,7 @@ class DataError(DinoscaleError):
 
 
 class UnavailableError(DataError):
-    """Data cannot be read here and now, though nothing may be wrong with them: try again later."""
+    """Data cannot be read now, though they may be intact: try again later."""
 
     exit_code = _EX_UNAVAILABLE
 
@@ -35,17 +36,17 @@ class MissingFileError(CheckpointError):
 
 
 class UnreadableError(CheckpointError):
-    """A checkpoint cannot be read here and now, though it may be whole: nothing was changed."""
+    """A checkpoint cannot be read now, though it may be intact; nothing was changed."""
 
     exit_code = _EX_UNAVAILABLE
 
 
 class ConversionError(DinoscaleError):
-    """Weights have no exact form in a format, or what was written gives other features."""
+    """A format cannot hold the weights exactly, or the written weights give other features."""
 
 
 class OutputError(DinoscaleError):
-    """Something lies where a result is to be written, and it is not ours to replace."""
+    """A file or folder is in the place of a result, and dinoscale did not write it."""
 
 
 class LaunchError(DinoscaleError):
@@ -59,7 +60,7 @@ class RunFailedError(DinoscaleError):
 
 
 class NonFiniteError(RunFailedError):
-    """Too many steps in a row had a loss or a gradient that is not a finite number."""
+    """Too many steps in a row had a non-finite loss or gradient."""
 
 
 class LostPeerError(RunFailedError):
@@ -67,9 +68,9 @@ class LostPeerError(RunFailedError):
 
 
 class PreemptedError(DinoscaleError):
-    """Asked to stop, by a signal, Ctrl-C or as the launcher is gone; the same command goes on.
+    """A signal, Ctrl-C or the end of the launcher stopped the run; the same command continues it.
 
-    What was trained is saved; what was not yet begun, or only measured, is done again.
+    Training progress is saved; measurements, and work that had not begun, are repeated.
     """
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again

@@ -4,19 +4,19 @@
 #   launchers/deepspeed_hostfile.sh CONFIG [section.key=value ...]
 #
 # Call it on one node, in a directory that all nodes share, with the environment activated. Every
-# node is checked first (versions, clock, GPUs, run_dir, port); nothing is started if one is not fit.
+# node is checked first (versions, clock, GPUs, run_dir, port); if one has a problem, none starts.
 #
-# What to change, here or in the environment:
-#   HOSTFILE     the nodes, one a line: see hostfile.example
-#   LAUNCHER     what reaches them: pdsh (over ssh) or openmpi (mpirun)
-#   SSH_OPTIONS  for every ssh, as '-p 2222 -i KEY'; empty: as `ssh NODE` does it
-#   MASTER_ADDR  of the first node, where its name in the hostfile will not do for the others
-#   MASTER_PORT  a free port there
-#   NODE_RANK    set on every node, 0 on the first: each starts its own processes, and no ssh is
-#                needed; call the script on all nodes then
+# Settings, to change here or in the environment:
+#   HOSTFILE     file with the nodes, one per line: see hostfile.example
+#   LAUNCHER     program that reaches them: pdsh (over ssh) or openmpi (mpirun)
+#   SSH_OPTIONS  for every ssh, such as '-p 2222 -i KEY'; empty for the defaults of `ssh NODE`
+#   MASTER_ADDR  address of the first node, if the others cannot use its name in the hostfile
+#   MASTER_PORT  a free port on the first node
+#   NODE_RANK    number of this node, 0 for the first: call the script on every node with its own
+#                number; each starts its own processes, and needs no ssh
 #
-# pdsh hands on PYTHON*, and NCCL* where there are GPUs; all other variables for the nodes go into
-# a file .deepspeed_env in this directory: see deepspeed_env.example.
+# DeepSpeed passes on PYTHON*, and NCCL* if there are GPUs; all other variables for the nodes go
+# into a file .deepspeed_env in this directory: see deepspeed_env.example.
 set -euo pipefail
 
 HOSTFILE=${HOSTFILE:-hostfile}

@@ -3,7 +3,7 @@
 #
 #   launchers/quickstart.sh [OPTION ...]     options: see `dinoscale quickstart --help`
 #
-# VENV_DIR: as for setup.sh. The last line on stdout is the result as JSON; the rest is on stderr.
+# VENV_DIR: as in setup.sh. The last line on stdout is the result as JSON; the rest is on stderr.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)

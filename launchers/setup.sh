@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Make a virtual environment with dinoscale and its test tools, at the versions in constraints.txt.
+# Create a virtual environment with dinoscale and its test tools, versions as in constraints.txt.
 #
 #   launchers/setup.sh [VENV_DIR]
 #
-# VENV_DIR: argument, else the variable VENV_DIR, else .venv; relative to the checkout root.
-# PYTHON: the interpreter to make it with, 3.10 to 3.13; default python3.
-# Does nothing when all is installed. What is new is built beside, in VENV_DIR.setup-new, and takes
-# its place when it is complete: if that fails, without a network for instance, all is as it was.
+# VENV_DIR: the argument, else the variable VENV_DIR, else .venv; relative to the checkout root.
+# PYTHON: the interpreter to create it with, 3.10 to 3.13; default python3.
+# Does nothing if everything is installed. A new or upgraded environment is built in
+# VENV_DIR.setup-new and replaces the old one once complete: a failure, for instance without a
+# network, leaves the old one unchanged.
 set -euo pipefail
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -20,12 +21,12 @@ root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${1:-${VENV_DIR:-.venv}}
 [[ $venv == /* ]] || venv=$root/$venv
 venv=$(realpath -m -- "$venv")
-# One line, "ORIGIN STAMP VENV": ORIGIN is `created` (ours to replace) or `adopted` (was there
-# before, and is added to in place); STAMP is the hash of what was installed, or `unfinished`.
+# One line, "ORIGIN STAMP VENV": ORIGIN is `created` (by us, so we may replace it) or `adopted` (it
+# existed, so we install into it); STAMP is the hash of what was installed, or `unfinished`.
 state=$venv/.dinoscale-setup
 new=$venv.setup-new old=$venv.setup-old
 
-stamp() { # DIR: of what the install depends on; the editable install points at the checkout
+stamp() { # DIR: hash of what the install depends on; the editable install points at the checkout
   {
     cat -- "$root/pyproject.toml" "$root/launchers/constraints.txt"
     "$1/bin/python" -V
@@ -45,7 +46,7 @@ is_done() {
 
 say_done() { say "up to date: $venv"; }
 
-find_python() { # sets `python` to the interpreter itself: python3 may be one of a venv, even of this
+find_python() { # sets `python` to the base interpreter: python3 may be in a venv, even in this one
   local name=${PYTHON:-python3} version
   command -v -- "$name" >/dev/null || die "$name not found; install Python 3.10 to 3.13, or set PYTHON"
   version=$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
@@ -59,10 +60,10 @@ find_python() { # sets `python` to the interpreter itself: python3 may be one of
 
 has_pip() { "$1/bin/python" -c 'import pip' &>/dev/null; }
 
-build() { # in $new: a copy of what works, brought up to date, or a new environment
+build() { # in $new: an updated copy of a working environment, or a new one
   rm -rf -- "$new"
   if [[ $origin == created && $installed != unfinished && $where == "$venv" ]] && has_pip "$venv"; then
-    say "bringing a copy of $venv up to date"
+    say "updating a copy of $venv"
     cp -a -- "$venv" "$new" || die "$new cannot be written; see above"
   else
     find_python
@@ -76,14 +77,14 @@ install() { # into the environment DIR
   local quiet=(--quiet)
   [[ ! -t 1 ]] || quiet=()
   has_pip "$1" || "$1/bin/python" -m ensurepip >/dev/null ||
-    die "$1 has no pip and its Python cannot make one; install pip into it, or choose another VENV_DIR"
+    die "$1 has no pip and its Python cannot install it; install pip, or choose another VENV_DIR"
   say "installing dinoscale with its requirements; the first time takes minutes, torch is large"
   cd -- "$root"
   "$1/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check \
     --constraint launchers/constraints.txt --editable '.[test]' || die "pip failed; see above"
 }
 
-settle() { # scripts in $new name it where $venv will be
+settle() { # replaces $new by $venv in the scripts, which hold the path
   local script from to
   from=$(printf '%s' "$new" | sed 's/[][\.*^$|]/\\&/g')
   to=$(printf '%s' "$venv" | sed 's/[\&|]/\\&/g')
@@ -94,14 +95,14 @@ settle() { # scripts in $new name it where $venv will be
   done
 }
 
-mend_scripts() { # of DIR: pip names python in the first line; a space there breaks the line
+fix_shebangs() { # of DIR: pip writes python's path into the first line, where a space breaks it
   local script first
   [[ $venv == *[[:space:]]* ]] || return 0
   for script in "$1"/bin/*; do
     [[ -f $script ]] || continue
     IFS= read -r first <"$script" || continue
     [[ $first == "#!$venv/bin/python"* ]] || continue
-    { # the shell runs line 2; to Python, lines 2 and 3 are a string
+    { # the shell executes line 2; Python reads lines 2 and 3 as a string
       printf '%s\n' '#!/bin/sh' "'''exec' \"$venv/bin/python\" \"\$0\" \"\$@\"" "' '''"
       tail -n +2 -- "$script"
     } >"$1/.script"
@@ -110,7 +111,7 @@ mend_scripts() { # of DIR: pip names python in the first line; a space there bre
   done
 }
 
-# An earlier call was killed between the two moves at the end.
+# An earlier call may have been killed between the two moves at the end.
 [[ -e $venv || ! -e $old ]] || mv -T -- "$old" "$venv"
 if is_done; then
   say_done
@@ -136,20 +137,20 @@ if [[ $origin == adopted || (-z $origin && -e $venv/pyvenv.cfg) ]]; then
   [[ -n $origin ]] || say "using the virtual environment that is already at $venv"
   printf 'adopted unfinished %s\n' "$venv" >"$state"
   install "$venv"
-  mend_scripts "$venv"
+  fix_shebangs "$venv"
   printf 'adopted %s %s\n' "$(stamp "$venv")" "$venv" >"$state"
 else
   (build) || {
     rm -rf -- "$new"
-    die "nothing was installed; $venv is as it was"
+    die "nothing was installed; $venv is unchanged"
   }
   settle
-  mend_scripts "$new"
+  fix_shebangs "$new"
   printf 'created %s %s\n' "$(stamp "$new")" "$venv" >"$new/${state##*/}"
   rm -rf -- "$old"
   mv -T -- "$venv" "$old" || {
     rm -rf -- "$new"
-    die "$venv cannot be replaced, see above; as VENV_DIR choose a folder in it, if it is a mount"
+    die "$venv cannot be replaced, see above; if it is a mount, choose a folder in it as VENV_DIR"
   }
   mv -T -- "$new" "$venv"
   rm -rf -- "$old"

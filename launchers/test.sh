@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Check everything: install (setup.sh), format, lint, types, tests; stop at the first that fails.
+# Check everything: install (setup.sh), format, lint, types, tests; stop at the first failure.
 #
 #   launchers/test.sh [PYTEST_ARGUMENT ...]
-#   launchers/test.sh --quick    the unit tests, a golden trajectory, two kills: while you work
+#   launchers/test.sh --quick    while you work: unit tests, a golden trajectory, two kills of a run
 #
-# VENV_DIR: as for setup.sh. Without arguments, all tests run, in two workers; pytest's last line is
-# the last line.
+# VENV_DIR: as in setup.sh. Without arguments, all tests run, in two workers. The last line is
+# pytest's.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -30,8 +30,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start several processes on 
 stage 'ruff format' python -m ruff format --check .
 stage 'ruff check' python -m ruff check .
 stage mypy python -m mypy
-# One file of tests stays on one worker, with the runs that its tests share; in the order of
-# conftest.py.
+# A test file stays on one worker, because its tests share runs; the order is that of conftest.py.
 workers=(--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 if [[ ${1:-} == --quick ]]; then
   shift

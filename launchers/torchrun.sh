@@ -3,13 +3,13 @@
 #
 #   launchers/torchrun.sh CONFIG [section.key=value ...]
 #
-# What to change, here or in the environment, the same on all nodes but NODE_RANK:
-#   NODES        how many
-#   PER_NODE     processes of a node; gpu: one for each GPU
+# Settings, to change here or in the environment; all but NODE_RANK are the same on all nodes:
+#   NODES        number of nodes
+#   PER_NODE     processes per node; gpu for one per GPU
 #   MASTER_ADDR  name or address of the first node, as the others see it
 #   MASTER_PORT  a free port there, open to the others
-#   NODE_RANK    of this node: 0, 1, ... Empty: torchrun numbers the nodes as they come (c10d);
-#                then the name that each node has for itself must be known to the others
+#   NODE_RANK    number of this node: 0, 1, ... If empty, torchrun numbers the nodes as they arrive
+#                (c10d); the others must then be able to resolve the host name of each node
 #
 # Under Slurm, `srun --ntasks-per-node=1 launchers/torchrun.sh ...` needs none of them.
 set -euo pipefail
@@ -30,8 +30,8 @@ if [[ -n $NODE_RANK ]]; then
 else
   meeting=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id dinoscale)
 fi
-# All ranks connect to torchrun on the first node, and not once. Where raising the limit of open
-# files is refused, the doctor says what is missing.
+# Every rank opens several connections to torchrun on the first node. If the limit of open files
+# cannot be raised, the doctor reports the number needed.
 soft=$(ulimit -Sn) most=$(ulimit -Hn)
 [[ $most != unlimited ]] && ((most < 65536)) || most=65536
 [[ $soft == unlimited ]] || ((soft >= most)) || ulimit -Sn "$most" || true

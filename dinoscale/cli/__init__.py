@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dinoscale.cli.arguments import add_config
 from dinoscale.cli.checkpoints import add_checkpoints
@@ -17,13 +17,10 @@ from dinoscale.cli.convert import add_convert
 from dinoscale.cli.evaluate import add_evaluate
 from dinoscale.cli.launch import add_launch
 from dinoscale.cli.planning import add_planning
-from dinoscale.cli.ranks import prepared, require_one_process, tell_others
+from dinoscale.cli.ranks import load_and_import, require_one_process, tell_others
 from dinoscale.cli.sweep import add_sweep
 from dinoscale.errors import LaunchError
 from dinoscale.runtime.launcher_env import read_process
-
-if TYPE_CHECKING:
-    from dinoscale.config import RunConfig
 
 _EPILOG = """examples:
   dinoscale train vit_s16 data.train=/data/images run_dir=runs/first
@@ -41,21 +38,22 @@ _EPILOG = """examples:
   dinoscale report runs/first
   dinoscale evaluate compare a.safetensors b.safetensors --out comparison --task 'video DAVIS'
 
-exit codes: 0 done, 1 the run failed, 2 bad input (the message says what and how to mend it),
-69 storage or network failed for minutes, and nothing is wrong with the input,
-75 asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) and saved: the same command goes on."""
-_MAY_BE_EMPTY = ("--options", "--ssh-options")  # words for other programs, perhaps none
+exit codes: 0 done, 1 the run failed, 2 bad input (the message says what is wrong and the remedy),
+69 storage or network failed for minutes, the input may be fine: try again later,
+75 asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) and saved: the same command continues.
+`dinoscale COMMAND --help` explains a command."""
+_MAY_BE_EMPTY = ("--options", "--ssh-options")  # options for other programs, perhaps none
 _EMPTY_OPTION = re.compile(r"--[a-z-]+=")
 _OPTION_OF_HOME = re.compile(r"^(--[a-z-]+=)(~[^/]*)")  # a shell replaces ~ after a space only
-# Every process of a launcher would do all of it, and write the same files.
-_ALONE = ("checkpoint", "convert", "data", "export", "quickstart", "report")
-_SHARE_THEIR_WORK = ("train", "bench", "doctor", "evaluate")  # ranks of them meet
-_KEEP_THEIR_RESULTS = ("train", "launch", "sweep", "quickstart")
+# Under a launcher every process would do all the work and write the same files.
+_ONE_PROCESS = ("checkpoint", "convert", "data", "export", "quickstart", "report")
+_SEVERAL_RANKS = ("train", "bench", "doctor", "evaluate")  # their ranks meet
+_RESULT_ON_DISK = ("train", "launch", "sweep", "quickstart")
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    # Not above: only by now the working directory, which may hold such a name, is looked in last.
+    # Not at the top: the working directory, which may hold this name, is searched last only now.
     from data_tools.command import add_commands as add_data_commands
 
     top = argparse.ArgumentParser(
@@ -67,10 +65,11 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",
-        help="pre-train, or go on with a run; same line under python, deepspeed, torchrun, srun",
-        description="Pre-train. Everything is written to run_dir: config.yaml (training from it"
-        " repeats the run), metrics.jsonl, bad_samples.jsonl, logs/, checkpoints/. A run directory"
-        " with checkpoints is continued from the newest.",
+        help="pre-train, or continue a run; same line under python, deepspeed, torchrun, srun",
+        description="Pre-train a model. All files of the run go to run_dir: config.yaml (training"
+        " from it repeats the run), metrics.jsonl, bad_samples.jsonl, logs/, checkpoints/. If"
+        " run_dir already has checkpoints, training continues from the newest. `dinoscale config`"
+        " lists all settings.",
     )
     add_config(train)
     train.set_defaults(run=_train)
@@ -83,11 +82,16 @@ def parser() -> argparse.ArgumentParser:
     add_data_commands(commands)
     quickstart = commands.add_parser(
         "quickstart",
-        help="learn a drawn image set on two processes of this machine, in minutes",
+        help="pre-train on drawn images with two processes of this machine, in minutes",
         description="Draw labelled images, pre-train a small ViT on them without the labels, and"
-        " compare its k-NN accuracy with the untrained network's and with raw pixels.",
+        " compare its k-NN accuracy with the untrained network's and with raw pixels'.",
     )
-    quickstart.add_argument("--run-dir", default="runs/quickstart", metavar="DIR")
+    quickstart.add_argument(
+        "--run-dir",
+        default="runs/quickstart",
+        metavar="DIR",
+        help="where to write images, weights and results (default runs/quickstart)",
+    )
     quickstart.set_defaults(run=_quickstart)
     return top
 
@@ -96,10 +100,10 @@ def run(arguments: Sequence[str]) -> bool:
     """Parse and run one command.
 
     Returns:
-        Whether its result is on disk, so that what it prints only says so.
+        Whether its result is on disk, so that the printed one is a copy.
 
     Raises:
-        DinoscaleError: as the command does.
+        DinoscaleError: the command failed.
         SystemExit: with 2, the arguments are wrong; with 0, after --help.
     """
     # The deepspeed launcher inserts --local_rank=N; the environment says the same.
@@ -107,15 +111,15 @@ def run(arguments: Sequence[str]) -> bool:
     try:
         options = _parsed(own)
     except SystemExit as error:
-        if error.code and own[:1] and own[0] in _SHARE_THEIR_WORK:
+        if error.code and own[:1] and own[0] in _SEVERAL_RANKS:
             tell_others(LaunchError("its command line is wrong, as its output says"))
         raise
-    if options.command in _ALONE:
+    if options.command in _ONE_PROCESS:
         require_one_process(options.command)
     result = options.run(options)
     if result is not None:
         print(json.dumps(result), flush=True)
-    return options.command in _KEEP_THEIR_RESULTS
+    return options.command in _RESULT_ON_DISK
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -128,11 +132,11 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         name = argument.removesuffix("=") if argument else before
         if (not argument or _EMPTY_OPTION.fullmatch(argument)) and name not in _MAY_BE_EMPTY:
             commands.error(
-                f"{argument or 'an argument'} is empty, perhaps of a variable that is not set;"
+                f"{argument or 'an argument'} is empty, perhaps from a variable that is not set;"
                 " give it a value or leave it out"
             )
     options, rest = commands.parse_known_args(own)
-    for argument in rest:  # argparse gives up on settings that come after an option
+    for argument in rest:  # argparse does not recognize settings that come after an option
         if "=" not in argument or argument.startswith("-") or not hasattr(options, "overrides"):
             commands.error(f"unrecognized arguments: {argument}")
         options.overrides.append(argument)
@@ -140,28 +144,24 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _train(options: argparse.Namespace) -> dict[str, Any] | None:
-    # Else a lost rank is reported by screens of C++ frames, around the one line that says which.
+    # Else screens of C++ frames surround the one line that names a lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    config, train = prepared(lambda: _loaded(options))
+    config, train = load_and_import(options, _import_train)
     from dinoscale.runtime import distributed
     from dinoscale.runtime.watchdog import collectives_timeout_s
 
     process = read_process(os.environ)
-    # The watchdog first, which has more to say than a collective that gave up.
+    # The watchdog comes first: it reports more than a collective that timed out.
     distributed.start(process, timeout_s=collectives_timeout_s(config.train.hang_timeout_s))
     summary = train(config, process)
     distributed.stop()
     return summary if process.rank == 0 else None
 
 
-def _loaded(options: argparse.Namespace) -> tuple[RunConfig, Callable[..., dict[str, Any]]]:
-    """The configuration, first, and what trains: a library may be missing on one node alone."""
-    from dinoscale.config import load_config
-
-    config = load_config(options.config, options.overrides)
+def _import_train() -> Callable[..., dict[str, Any]]:
     from dinoscale.training.trainer import train
 
-    return config, train
+    return train
 
 
 def _quickstart(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What one does with the checkpoints of a run."""
+"""`dinoscale checkpoint`: list, verify, export, reshard and prune the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
 
 
 def add_checkpoints(commands: SubCommands) -> None:
-    """What one does with the checkpoints of a run."""
+    """Add `checkpoint`."""
     checkpoint = commands.add_parser(
         "checkpoint",
         help="list, verify, export, reshard or prune the checkpoints of a run",
-        description="Look at and tidy up RUN/checkpoints. A run goes on from its newest undamaged"
-        " checkpoint by itself, on any number of ranks and at any ZeRO stage.",
+        description="Inspect and tidy up RUN/checkpoints. None of this is needed to continue a run:"
+        " `dinoscale train` loads the newest undamaged checkpoint by itself, on any number of ranks"
+        " and at any ZeRO stage.",
     )
     tasks = checkpoint.add_subparsers(dest="task", required=True, metavar="TASK")
-    run_help = "run directory or one of its step_*"
+    run_help = "run directory, or one step_* folder in its checkpoints/"
 
-    of_run = tasks.add_parser("list", help="steps, sizes, ranks and k-NN accuracies")
-    of_run.add_argument("run_dir", metavar="RUN", help="run directory")
-    of_run.set_defaults(run=_checkpoint_list)
+    listing = tasks.add_parser("list", help="show steps, sizes, ranks and k-NN accuracies")
+    listing.add_argument("run_dir", metavar="RUN", help="run directory")
+    listing.set_defaults(run=_checkpoint_list)
 
     verify = tasks.add_parser(
         "verify", help="compare all files with their checksums; exit code 2 if one differs"
@@ -39,26 +40,37 @@ def add_checkpoints(commands: SubCommands) -> None:
 
     reshard = tasks.add_parser(
         "reshard",
-        help="write a checkpoint anew with another number of files",
-        description="Write a checkpoint into another run directory with N shard files. Not needed"
-        " to go on with another number of ranks: every checkpoint loads on any.",
+        help="rewrite a checkpoint with another number of shard files",
+        description="Copy a checkpoint into another run directory, as N shard files. Not needed to"
+        " continue on another number of ranks: every checkpoint loads on any number.",
     )
     reshard.add_argument("run_dir", metavar="RUN", help=run_help)
     reshard.add_argument("out", metavar="OUT_RUN", help="run directory to write")
-    reshard.add_argument("--shards", type=int, default=1, metavar="N", help="files (default 1)")
+    reshard.add_argument(
+        "--shards", type=int, default=1, metavar="N", help="number of files (default 1)"
+    )
     reshard.set_defaults(run=_checkpoint_reshard)
 
     prune = tasks.add_parser(
         "prune",
         help="delete checkpoints, but never the newest undamaged one",
-        description="Delete what no rule keeps. Files are verified first; damaged checkpoints"
-        " count for no rule and are left alone.",
+        description="Delete all checkpoints except those that the options keep: by default the"
+        " newest, and the best by k-NN accuracy. Files are verified first; damaged checkpoints are"
+        " left alone and do not count as kept.",
     )
     prune.add_argument("run_dir", metavar="RUN", help="run directory")
-    prune.add_argument("--keep-last", type=int, default=1, metavar="N", help="newest (default 1)")
-    prune.add_argument("--keep-every-steps", type=int, metavar="N", help="multiples of N steps")
-    prune.add_argument("--no-best", action="store_true", help="do not keep the best by k-NN")
-    prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    prune.add_argument(
+        "--keep-last", type=int, default=1, metavar="N", help="keep the N newest (default 1)"
+    )
+    prune.add_argument(
+        "--keep-every-steps", type=int, metavar="N", help="keep those at multiples of N steps"
+    )
+    prune.add_argument(
+        "--no-best", action="store_true", help="do not keep the one with the best k-NN accuracy"
+    )
+    prune.add_argument(
+        "--dry-run", action="store_true", help="print what would be deleted, and delete nothing"
+    )
     prune.set_defaults(run=_checkpoint_prune)
 
 

@@ -1,4 +1,4 @@
-"""`dinoscale convert` and its short form `export`."""
+"""`dinoscale convert`, and its short form `dinoscale export`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
 
 _FORMATS = ("dino", "timm", "hf", "torchscript", "onnx")  # keys of convert.conversion.TARGETS
-_DESCRIPTION = """Write weights so that other programs open them, with no dinoscale installed.
+_DESCRIPTION = """Write weights in the format of another library, which then needs no dinoscale.
 
 --to dino         safetensors, or the reference's own format if TARGET ends in .pth
 --to timm         a folder: timm.create_model("local-dir:TARGET", pretrained=True)
@@ -18,17 +18,18 @@ _DESCRIPTION = """Write weights so that other programs open them, with no dinosc
 --to torchscript  a file: torch.jit.load("TARGET"); images -> class token, patch tokens
 --to onnx         a file for onnxruntime; images -> cls, patches; batch, height and width are free
 
-What is written is opened again by its own library and compared with SOURCE on fixed images of two
-sizes. If its features differ, nothing is left and the exit code is 2. A card (dinoscale.json in a
-folder, TARGET.json beside a file) says how near they came, and what the weights are.
+The library of the format then loads TARGET, and its features are compared with SOURCE's on fixed
+images of two sizes. If they differ, TARGET is removed and the exit code is 2. A card
+(dinoscale.json in a folder, TARGET.json beside a file) records the difference, the architecture and
+the preprocessing of images.
 
 timm and transformers resize position embeddings by a rule that is not DINO's, so a folder is exact
-at one size of image. --size writes another; the graphs and dino files are exact at every size."""
+at one image size, which --size sets. Graphs and dino files are exact at every size."""
 _EXAMPLE = "example: dinoscale convert runs/first vit_s16_hf --to hf"
 
 
 def add_convert(commands: SubCommands) -> None:
-    """`convert` and `export`."""
+    """Add `convert` and `export`."""
     convert = commands.add_parser(
         "convert",
         help="write weights for timm, transformers, TorchScript, ONNX or the reference's scripts",
@@ -39,7 +40,8 @@ def add_convert(commands: SubCommands) -> None:
     convert.add_argument(
         "source",
         metavar="SOURCE",
-        help="run directory, one of its step_*, or a weights file or folder of any of the formats",
+        help="run directory, one step_* folder in its checkpoints/, or a weights file or folder in"
+        " any of the formats",
     )
     convert.add_argument("target", metavar="TARGET", help="file or folder to write")
     convert.add_argument("--to", choices=_FORMATS, required=True, help="format to write")
@@ -49,12 +51,14 @@ def add_convert(commands: SubCommands) -> None:
         default="teacher",
         help="network of a run or full checkpoint (default teacher)",
     )
-    convert.add_argument("--head", action="store_true", help="with the projection head (dino)")
+    convert.add_argument(
+        "--head", action="store_true", help="include the projection head (dino only)"
+    )
     convert.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the stored weights (dino, timm, hf; default float32)",
+        help="type of the stored weights (dino, timm, hf; default float32)",
     )
     convert.add_argument(
         "--size",
@@ -63,10 +67,13 @@ def add_convert(commands: SubCommands) -> None:
         help="store the position embedding for images of this side (default: as trained)",
     )
     convert.add_argument(
-        "--num-heads", type=int, metavar="N", help="attention heads, for files that do not tell"
+        "--num-heads",
+        type=int,
+        metavar="N",
+        help="attention heads, for files that do not record them",
     )
     convert.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier conversion wrote"
+        "--overwrite", action="store_true", help="replace the result of an earlier conversion"
     )
     convert.set_defaults(run=_convert)
     add_export(
@@ -75,14 +82,24 @@ def add_convert(commands: SubCommands) -> None:
 
 
 def add_export(command: argparse.ArgumentParser) -> None:
-    """Arguments of `export`."""
-    command.description = "Write the backbone under the reference's tensor names, from any ZeRO"
-    command.description += " stage and number of ranks, on one process without a GPU."
-    command.add_argument("checkpoint", metavar="RUN", help="run directory or one of its step_*")
-    command.add_argument("out", metavar="OUT.safetensors", help="file to write")
-    command.add_argument("--network", choices=("teacher", "student"), default="teacher")
+    """Add the arguments of `export`."""
+    command.description = "Write the backbone as safetensors, with the tensor names of the original"
+    command.description += " DINO. Reads checkpoints of any ZeRO stage and number of ranks, in one"
+    command.description += " process without a GPU."
     command.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier export wrote"
+        "checkpoint",
+        metavar="RUN",
+        help="run directory, or one step_* folder in its checkpoints/",
+    )
+    command.add_argument("out", metavar="OUT.safetensors", help="file to write")
+    command.add_argument(
+        "--network",
+        choices=("teacher", "student"),
+        default="teacher",
+        help="which network to write (default teacher)",
+    )
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the result of an earlier export"
     )
     command.set_defaults(run=_export)
 

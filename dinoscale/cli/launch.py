@@ -1,4 +1,4 @@
-"""`dinoscale launch`: look at every node, print the command line that starts the run, become it."""
+"""`dinoscale launch`: check every node, print the command line that starts the run, execute it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ _EPILOG = """examples:
 
 
 def add_launch(commands: SubCommands) -> None:
-    """Start a run on several nodes."""
+    """Add `launch`."""
     launch = commands.add_parser(
         "launch",
-        help="start a run on several nodes; checks each of them first",
-        description="Print the command line that starts `dinoscale train CONFIG ...` on several"
-        " nodes, check what can be checked beforehand, and run it; its exit code is passed on."
-        " With --hostfile alone every node is asked over ssh, all at once: versions, code, GPUs,"
-        " clock, the configuration, whether run_dir is shared and rank 0's port can be reached."
-        " A table and sentences go to stderr; with a problem nothing is started, exit code 2.",
+        help="check several nodes, then start a run on them",
+        description="Start `dinoscale train CONFIG ...` on several nodes: check the nodes, print"
+        " the command line,\nand execute it; its exit code is passed on. Choose one way:"
+        " --hostfile FILE (ssh or MPI),\n--nodes N (torchrun, called on every node), or --slurm."
+        "\n\nWith --hostfile every node is asked over ssh, all at the same time: versions, code,"
+        " GPUs, clock,\nconfiguration, images, whether run_dir is shared and whether rank 0's port"
+        " can be reached.\nThe other ways, and --node-rank, check this node alone; --slurm asks"
+        " sbatch.\nThe results go to stderr. If there is a problem, nothing is started and the exit"
+        " code is 2.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,7 +46,7 @@ def add_launch(commands: SubCommands) -> None:
         "--options",
         default="",
         metavar="TEXT",
-        help="more options of deepspeed, mpirun (with --launcher openmpi), torchrun or sbatch,"
+        help="more options for deepspeed, mpirun (with --launcher openmpi), torchrun or sbatch,"
         " quoted as one argument",
     )
     launch.add_argument(
@@ -55,65 +58,78 @@ def add_launch(commands: SubCommands) -> None:
     )
     only = launch.add_mutually_exclusive_group()
     only.add_argument(
-        "--dry-run", action="store_true", help="print the line on stdout; ask and start nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the command line on stdout; check and start nothing",
     )
     only.add_argument(
         "--check",
         action="store_true",
-        help="ask the nodes and start nothing; one JSON object on stdout",
+        help="check the nodes and start nothing; print one JSON object on stdout",
     )
     launch.set_defaults(run=_launch)
 
 
 def _add_ways(launch: argparse.ArgumentParser) -> None:
     launch.add_argument(
-        "--hostfile", metavar="FILE", help="DeepSpeed's launcher; a line `node1 slots=8` per node"
+        "--hostfile",
+        metavar="FILE",
+        help="use DeepSpeed's launcher on the nodes of FILE: a line `node1 slots=8` for each",
     )
     launch.add_argument(
         "--launcher",
         choices=["pdsh", "openmpi"],
         default="pdsh",
-        help="with --hostfile: what reaches the nodes (default pdsh, over ssh)",
+        help="with --hostfile: the program that reaches the nodes (default pdsh, over ssh)",
     )
     launch.add_argument(
         "--ssh-options",
         default="",
         metavar="TEXT",
-        help="with --hostfile: for every ssh, as '-p 2222 -i KEY' or '-F FILE'",
+        help="with --hostfile: options of every ssh, such as '-p 2222 -i KEY' or '-F FILE'",
     )
     launch.add_argument(
-        "--nodes", type=int, metavar="N", help="torchrun, on each of N nodes by its own line"
+        "--nodes",
+        type=int,
+        metavar="N",
+        help="use torchrun on N nodes: call this command on each, with its own --node-rank; with"
+        " --slurm: nodes of the job",
     )
     launch.add_argument(
         "--node-rank",
         type=int,
         metavar="R",
-        help="this node, from 0; with --hostfile: start its processes alone, without ssh",
+        help="number of this node, from 0; with --hostfile: start only its processes, without ssh",
     )
     launch.add_argument(
         "--per-node",
         type=int,
         metavar="N",
-        help="processes of a node (default: torchrun one per GPU, Slurm as the script says)",
+        help="processes per node (default: one per GPU with torchrun, as the script says with"
+        " --slurm)",
     )
     launch.add_argument(
-        "--master-addr", metavar="HOST", help="of rank 0 (default: first host of the hostfile)"
+        "--master-addr",
+        metavar="HOST",
+        help="name or address of rank 0's node (default: the first host of the hostfile)",
     )
-    launch.add_argument("--master-port", type=int, metavar="PORT", help="of rank 0 (default 29500)")
     launch.add_argument(
-        "--slurm", action="store_true", help="submit launchers/slurm.sbatch, on --nodes N if given"
+        "--master-port", type=int, metavar="PORT", help="port of rank 0 (default 29500)"
+    )
+    launch.add_argument(
+        "--slurm", action="store_true", help="submit launchers/slurm.sbatch as a job"
     )
 
 
 def _launch(options: argparse.Namespace) -> None:
-    from dinoscale.cluster.launch.start import Wishes, check, choose
+    from dinoscale.cluster.launch.start import LaunchRequest, check, choose
     from dinoscale.config import load_config
     from dinoscale.errors import ConfigError, LaunchError
 
     if not 0 < options.timeout <= 86400:
         raise ConfigError(f"--timeout: need more than 0 and at most a day, got {options.timeout}")
     run_dir = load_config(options.config, options.overrides).run_dir
-    wishes = Wishes(
+    request = LaunchRequest(
         config=options.config,
         overrides=options.overrides,
         hostfile=options.hostfile,
@@ -127,12 +143,12 @@ def _launch(options: argparse.Namespace) -> None:
         slurm=options.slurm,
         options=_words("--options", options.options),
     )
-    way = choose(wishes)
-    line = shlex.join(way.command)
+    method = choose(request)
+    line = shlex.join(method.command)
     if options.dry_run:
         print(line)
         return
-    found, report = check(way, wishes, run_dir=run_dir, timeout_s=options.timeout)
+    found, report = check(method, request, run_dir=run_dir, timeout_s=options.timeout)
     problems = [entry for entry in report.checks if entry.verdict == "problem"]
     if options.check:
         nodes = [asdict(node) for node in found]
@@ -142,9 +158,9 @@ def _launch(options: argparse.Namespace) -> None:
         more = f"; {len(problems) - 1} more above" if len(problems) > 1 else ""
         raise LaunchError(f"nothing was started. {problems[0].name}: {problems[0].text}{more}")
     print(line, file=sys.stderr, flush=True)
-    # A job of Slurm inherits PATH, and takes its `python` from there: this one, which was checked.
+    # A Slurm job inherits PATH and finds its `python` there: make it this one, which was checked.
     paths = [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]
-    os.execvpe(way.command[0], way.command, {**os.environ, "PATH": os.pathsep.join(paths)})
+    os.execvpe(method.command[0], method.command, {**os.environ, "PATH": os.pathsep.join(paths)})
 
 
 def _words(flag: str, text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What runs before a training: config, plan, doctor, bench, show, presets."""
+"""The commands for the time before a training: config, plan, doctor, bench, show, presets."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from dinoscale.runtime.launcher_env import read_process
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
-    from dinoscale.config import RunConfig
 
 
 def add_planning(commands: SubCommands) -> None:
-    """What runs before a training, without a GPU."""
+    """Add `config`, `plan`, `doctor`, `bench`, `show` and `presets`."""
     config = commands.add_parser(
         "config",
-        help="print the resolved configuration and plan; needs no GPU",
-        description="Print every setting in force and what it means in steps, absolute learning"
-        " rate, micro-batch and accumulation for a number of ranks.",
+        help="print every setting and the steps and rates that follow; needs no GPU",
+        description="Print the value of every setting. If data.train is set, also print what"
+        " follows for a number of ranks: steps, absolute learning rate, micro-batch and gradient"
+        " accumulation.",
     )
     add_config(config)
-    config.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default 1)")
+    config.add_argument(
+        "--world-size", type=int, default=1, metavar="N", help="number of ranks (default 1)"
+    )
     config.add_argument("--json", action="store_true", help="one JSON object instead of text")
     config.set_defaults(run=_config)
     _add_plan(commands)
     doctor = commands.add_parser(
         "doctor",
         help="check machine, network, data, disk and plan before a long run; trains nothing",
-        description="Pre-flight. Put `doctor` where `train` will stand, under the same launcher"
-        " and with the same settings: all ranks check versions, devices, CPU cores, bf16, shared"
-        " memory, the network between them, the images, run_dir and the room for checkpoints."
-        " Without CONFIG, the machine alone. Sentences go to stderr, one JSON object to stdout;"
-        " exit code 2 if there is a problem, 0 if there are warnings at most.",
+        description="Check the machine before a run. Call it with the launcher and settings of the"
+        " run, `doctor` in place of `train`: all ranks check versions, devices, CPU cores, bf16,"
+        " shared memory, the network between them, the images, run_dir and the disk space for"
+        " checkpoints. Without CONFIG only the machine is checked. Sentences go to stderr, one JSON"
+        " object to stdout. The exit code is 2 if there is a problem, else 0, also with warnings.",
     )
     add_config(doctor, required=False)
     doctor.add_argument(
@@ -49,55 +51,66 @@ def add_planning(commands: SubCommands) -> None:
     )
     doctor.set_defaults(run=_doctor)
     _add_data_views(commands)
-    presets = commands.add_parser("presets", help="list the presets, with what each is")
+    presets = commands.add_parser(
+        "presets",
+        help="list the presets and describe each",
+        description="List the presets: names that any CONFIG argument takes.",
+    )
     presets.set_defaults(run=_presets)
 
 
 def _add_plan(commands: SubCommands) -> None:
     plan = commands.add_parser(
         "plan",
-        help="memory, hours and communication on given GPUs, before they are there",
-        description="Work out, from sizes alone, what a run needs: FLOPs of an image; the largest"
-        " micro-batch at each ZeRO stage with nothing, the pointwise operations, all but attention"
-        " or whole blocks recomputed; where the memory of a GPU goes at the fullest moment of a"
-        " step; images/s and hours; what is sent between GPUs and what of it a step waits for."
-        " Ends with the cheapest way that fits. Predicted memory has been compared with steps on"
-        " CPUs, not with a GPU's allocator.",
+        help="predict memory, hours and communication on given GPUs; needs no GPU",
+        description="Predict what a run needs, from the sizes of its tensors: FLOPs per image; the"
+        " largest micro-batch at each ZeRO stage, with nothing, pointwise operations, all but"
+        " attention, or whole blocks recomputed; the peak memory of a GPU by kind; images/s and"
+        " hours; communication between GPUs, and how much of it a step waits for. Recommends the"
+        " cheapest settings that fit. Predicted memory has been compared with steps on CPUs, not"
+        " with a GPU's allocator.",
         epilog="example: dinoscale plan vit_l16 train.batch_size=2048 --gpus 16 --gpu h100"
         " --network 25",
     )
     add_config(plan)
-    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the run")
     plan.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="which (default h100; another lists them)"
+        "--gpus", type=int, required=True, metavar="N", help="number of GPUs, one rank on each"
     )
     plan.add_argument(
-        "--gpu-memory", metavar="SIZE", help="of one, as 80GB or 24GiB (default: what it has)"
+        "--gpu",
+        default="h100",
+        metavar="NAME",
+        help="kind of GPU (default h100; an unknown name lists the known ones)",
+    )
+    plan.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="memory of one GPU, such as 80GB or 24GiB (default: as published for --gpu)",
     )
     plan.add_argument(
         "--utilization",
         type=float,
         default=0.4,
         metavar="SHARE",
-        help="of the published FLOP/s that the model's own FLOPs get (default 0.4; `dinoscale bench"
-        " step` measures it)",
+        help="model FLOP/s utilization: share of the published FLOP/s that the model's own FLOPs"
+        " reach (default 0.4; `dinoscale bench step` measures it)",
     )
     plan.add_argument(
         "--network",
         type=float,
         metavar="GB/s",
-        help="what one GPU sends to other machines (default 50), or on one machine to the others"
-        " (default: its links)",
+        help="bandwidth of one GPU, one way: to other nodes (default 50), or if there is one node"
+        " to its other GPUs (default: as published for --gpu)",
     )
     plan.add_argument(
-        "--node-gpus", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)"
+        "--node-gpus", type=int, default=8, metavar="N", help="GPUs per node (default 8)"
     )
     plan.add_argument(
         "--storage",
         type=float,
         default=10.0,
         metavar="GB/s",
-        help="what all ranks together write to run_dir (default 10)",
+        help="speed at which all ranks together write to run_dir (default 10)",
     )
     _add_restart(plan)
     plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -105,27 +118,35 @@ def _add_plan(commands: SubCommands) -> None:
 
 
 def _add_restart(plan: argparse.ArgumentParser) -> None:
-    """What a failure costs on many machines."""
+    """Add the options for what a failure costs on several nodes."""
     for name, default, what in (
-        ("hang", None, "until a failure is noticed, at most (default: train.hang_timeout_s)"),
-        ("requeue", 300.0, "until the machines are there again (default 300)"),
-        ("start", 120.0, "until Python is loaded and the ranks have met (default 120)"),
-        ("index", 30.0, "until the images are listed or their index is read (default 30)"),
+        (
+            "hang",
+            None,
+            "after a failure: longest time until it is noticed (default: train.hang_timeout_s)",
+        ),
+        ("requeue", 300.0, "after a failure: until the nodes are available again (default 300)"),
+        ("start", 120.0, "at a start: until Python is loaded and the ranks met (default 120)"),
+        ("index", 30.0, "at a start: until the images are listed or indexed (default 30)"),
     ):
         plan.add_argument(f"--{name}", type=float, default=default, metavar="SECONDS", help=what)
 
 
 def _add_data_views(commands: SubCommands) -> None:
-    """What one wants to know about the images of a run before it."""
-    bench = commands.add_parser("bench", help="measure parts of a run")
+    """Add `bench` and `show`."""
+    bench = commands.add_parser(
+        "bench",
+        help="measure the speed of the input or of the training step",
+        description="Measure the speed of a part of a run on this machine.",
+    )
     tasks = bench.add_subparsers(dest="task", required=True, metavar="TASK")
     data = tasks.add_parser(
         "data",
         help="how many images per second this machine can feed, and what limits it",
-        description="Measure each part of the input with the images, sizes and micro-batch of a"
-        " run: reading and decoding and crops of one core, while all others do the same; transfer,"
-        " what the training device does; then the real loader. Sentences go to stderr, one JSON"
-        " object to stdout.",
+        description="Measure each part of a run's input, with its images, sizes and micro-batch:"
+        " reading and decoding, and cutting crops, on one core while the others do the same; the"
+        " transfer; the augmentation on the training device; then the real loader. Sentences go to"
+        " stderr, one JSON object to stdout.",
     )
     add_config(data)
     data.add_argument(
@@ -133,27 +154,44 @@ def _add_data_views(commands: SubCommands) -> None:
         type=float,
         default=2500.0,
         metavar="RATE",
-        help="what one GPU trains, to work out the workers it needs (default 2500)",
+        help="images/s that one GPU trains; says how many workers feed it (default 2500)",
     )
     data.add_argument(
-        "--seconds", type=float, default=5.0, metavar="S", help="for each part (default 5)"
+        "--seconds", type=float, default=5.0, metavar="S", help="seconds per part (default 5)"
     )
     data.set_defaults(run=_bench_data)
     _add_bench_step(tasks)
 
-    show = commands.add_parser("show", help="draw what a run would see")
+    show = commands.add_parser(
+        "show",
+        help="draw the crops that a run trains on",
+        description="Draw the input of a run.",
+    )
     tasks = show.add_subparsers(dest="task", required=True, metavar="TASK")
     crops = tasks.add_parser(
         "crops",
         help="images with the boxes of their crops, and every crop as the network sees it",
-        description="Draw a contact sheet: one row an image, its crops as in training.",
+        description="Draw a contact sheet with one row per image: the image with the boxes of its"
+        " crops, then the crops as in training.",
     )
     add_config(crops)
-    crops.add_argument("--images", type=int, default=6, metavar="N", help="rows (default 6)")
-    crops.add_argument("--out", default="crops.png", metavar="PNG", help="default crops.png")
-    crops.add_argument("--epoch", type=int, default=0, metavar="E", help="from 0 (default 0)")
     crops.add_argument(
-        "--plain", action="store_true", help="by the slow reference (data.colors=workers)"
+        "--images", type=int, default=6, metavar="N", help="number of rows (default 6)"
+    )
+    crops.add_argument(
+        "--out", default="crops.png", metavar="PNG", help="file to write (default crops.png)"
+    )
+    crops.add_argument(
+        "--epoch",
+        type=int,
+        default=0,
+        metavar="E",
+        help="epoch whose random crops to draw, from 0 (default 0)",
+    )
+    crops.add_argument(
+        "--plain",
+        action="store_true",
+        help="augment with the slow reference implementation (data.colors=workers)",
     )
     crops.set_defaults(run=_show_crops)
 
@@ -162,13 +200,13 @@ def _add_bench_step(tasks: SubCommands) -> None:
     step = tasks.add_parser(
         "step",
         help="images per second of a training step, where its time goes, and its peak memory",
-        description="Take real optimizer steps of a run, on random pictures or, with data.train,"
-        " on its own through its loader; same line under python, deepspeed, torchrun, srun. The"
-        " time is split into data, transfer, augmentation, teacher, student, loss, backward,"
-        " optimizer and average; FLOP/s are compared with what products of large matrices reach"
-        " here (operations by formula, nothing recomputed is counted). From a checkout, the"
-        " literal reference step takes turns with ours on the same crops: trust the ratios within"
-        " a turn. A table goes to stderr, one JSON object to stdout.",
+        description="Time real optimizer steps of a run, on its images through its loader if"
+        " data.train is set, else on random pictures; same line under python, deepspeed, torchrun,"
+        " srun. The time is split into data, transfer, augmentation, teacher, student, loss,"
+        " backward, optimizer and EMA. FLOP/s are by formula, without recomputation, and compared"
+        " with those of large matrix products on this device. In a checkout, ours and a literal"
+        " implementation of the reference step take turns on the same crops: trust the ratios"
+        " within a turn. A table goes to stderr, one JSON object to stdout.",
         epilog="example: dinoscale bench step vit_s16 train.batch_size=64 --turns 5",
     )
     add_config(step)
@@ -177,19 +215,22 @@ def _add_bench_step(tasks: SubCommands) -> None:
         type=float,
         default=10.0,
         metavar="S",
-        help="of steps for each side in each turn, at least one step (default 10)",
+        help="seconds of steps, for ours and the reference in each turn; at least one step"
+        " (default 10)",
     )
-    step.add_argument("--turns", type=int, default=3, metavar="N", help="default 3")
+    step.add_argument(
+        "--turns", type=int, default=3, metavar="N", help="number of turns (default 3)"
+    )
     step.add_argument(
         "--minutes",
         type=float,
         default=6.0,
         metavar="M",
-        help="for all turns (default 6): where this machine is too slow, images of a step, turns"
-        " and the reference are left out, and said",
+        help="limit for all turns (default 6): on a slow machine, steps get fewer images and turns"
+        " or the reference are omitted, with a message",
     )
     step.add_argument(
-        "--no-reference", action="store_true", help="measure our step alone, without ratios"
+        "--no-reference", action="store_true", help="measure only our step, without ratios"
     )
     step.add_argument(
         "--profile", metavar="DIR", help="also write chrome traces of some steps, rankN.json"
@@ -260,16 +301,16 @@ def _doctor(options: argparse.Namespace) -> None:
     try:
         from dinoscale.runtime import distributed
     except (ImportError, OSError) as error:
-        raise LaunchError(f"torch does not load: {error}; install it anew") from error
+        raise LaunchError(f"torch does not load: {error}; reinstall it") from error
     from dinoscale.cluster.doctor.examine import examine
 
     process = read_process(os.environ)
     report = examine(options.config, options.overrides, process, timeout_s=options.timeout)
     if process.rank == 0:
         print(json.dumps(report.as_json()), flush=True)
-    if report.lost:  # no leaving in good order
+    if report.lost:  # the ranks cannot end together
         raise LaunchError(report.lost)
-    distributed.stop()  # of all together: launchers end all as soon as one ends with a 2
+    distributed.stop()  # all together: launchers kill the others as soon as one exits with 2
     if report.count("problem"):
         raise SystemExit(2)
 
@@ -288,12 +329,12 @@ def _bench_data(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler tells of each start
-    from dinoscale.cli.ranks import joined, prepared
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler logs each of its starts
+    from dinoscale.cli.ranks import joined_ranks, load_and_import
 
-    config, bench_step = prepared(lambda: _step_to_measure(options))
+    config, bench_step = load_and_import(options, _import_bench_step)
     process = read_process(os.environ)
-    with joined(process):
+    with joined_ranks(process):
         result = bench_step(
             config,
             process,
@@ -306,16 +347,10 @@ def _bench_step(options: argparse.Namespace) -> dict[str, Any] | None:
     return result if process.rank == 0 else None
 
 
-def _step_to_measure(
-    options: argparse.Namespace,
-) -> tuple[RunConfig, Callable[..., dict[str, Any]]]:
-    """The configuration, and what measures: a library may be missing on one node alone."""
-    from dinoscale.config import load_config
-
-    config = load_config(options.config, options.overrides)
+def _import_bench_step() -> Callable[..., dict[str, Any]]:
     from dinoscale.planning.bench.step import bench_step
 
-    return config, bench_step
+    return bench_step
 
 
 def _show_crops(options: argparse.Namespace) -> dict[str, Any]:
@@ -336,6 +371,6 @@ def _show_crops(options: argparse.Namespace) -> dict[str, Any]:
 def _presets(_options: argparse.Namespace) -> None:
     from dinoscale.config import describe_presets
 
-    told = describe_presets()
-    width = max(map(len, told), default=0)
-    print("\n".join(f"{name:<{width}}  {what}" for name, what in told.items()))
+    presets = describe_presets()
+    width = max(map(len, presets), default=0)
+    print("\n".join(f"{name:<{width}}  {what}" for name, what in presets.items()))

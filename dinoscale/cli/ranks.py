@@ -1,37 +1,50 @@
-"""Commands that run alike on one process and on all ranks of a launcher."""
+"""Commands that run in one process or, under a launcher, on all its ranks."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import os
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dinoscale.errors import LaunchError
 from dinoscale.runtime.launcher_env import Process, read_process
 
+if TYPE_CHECKING:
+    from dinoscale.config import RunConfig
+
 T = TypeVar("T")
 
 
-def prepared(prepare: Callable[[], T]) -> T:
-    """What each rank makes for itself before it meets the others, as its configuration.
+def load_and_import(
+    options: argparse.Namespace, import_work: Callable[[], T]
+) -> tuple[RunConfig, T]:
+    """Load the configuration and import its work, before this rank meets the others.
+
+    Args:
+        options: their `config` and `overrides` name the configuration.
+        import_work: imports and returns the function that does the work.
 
     Raises:
-        Exception: it cannot; the others, which wait for this rank, end too, and say why.
+        Exception: one of them failed, perhaps on this node alone, where a library is missing. The
+            other ranks, which wait for this one, then end too and report the reason.
     """
     try:
-        return prepare()
+        from dinoscale.config import load_config
+
+        return load_config(options.config, options.overrides), import_work()
     except Exception as error:
         tell_others(error)
         raise
 
 
 def tell_others(error: Exception) -> None:
-    """Let the other ranks, if there are any, hear why this one ends before it has met them."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a rank 0 that never comes
-    with contextlib.suppress(Exception):  # what matters is the error at hand
+    """Tell the other ranks, if there are any, why this one ends before it has met them."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides frames if rank 0 never comes
+    with contextlib.suppress(Exception):  # the caller raises the error that matters
         process = read_process(os.environ)
         if process.world_size > 1:
             from dinoscale.runtime import distributed
@@ -40,15 +53,17 @@ def tell_others(error: Exception) -> None:
 
 
 def require_one_process(command: str, remedy: str = "") -> None:
-    """Refuse to do everything once a rank, before anything is read or written; rank 0 says so.
+    """Refuse several processes, each of which would do all the work; rank 0 reports it.
+
+    Call it before anything is read or written.
 
     Args:
         command: words after `dinoscale`.
         remedy: what to do instead; by default, to start it without a launcher.
 
     Raises:
-        LaunchError: a launcher has started several processes, of which this is the first.
-        SystemExit: with 2, it is another one.
+        LaunchError: a launcher has started several processes, and this is rank 0.
+        SystemExit: with 2, on the other ranks.
     """
     process = read_process(os.environ)
     if process.world_size == 1:
@@ -62,30 +77,30 @@ def require_one_process(command: str, remedy: str = "") -> None:
 
 
 def on_all_ranks(evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """Meet the other ranks, if there are any, and do what shares its work with them.
+    """Meet the other ranks, if there are any, and evaluate together with them.
 
     Args:
-        evaluate: the work; every rank calls it and gets the same report.
+        evaluate: every rank calls it and gets the same report.
 
     Returns:
-        The report on rank 0, None on the others: it is printed once.
+        The report on rank 0, None on the others, so that it is printed once.
 
     Raises:
         LaunchError: the ranks cannot meet.
     """
-    # Else a lost rank is reported by screens of C++ frames, around the one line that says which.
+    # Else screens of C++ frames surround the one line that names a lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     process = read_process(os.environ)
     if process.world_size == 1:
         return evaluate()
-    with joined(process):
+    with joined_ranks(process):
         report = evaluate()
     return report if process.rank == 0 else None
 
 
 @contextlib.contextmanager
-def joined(process: Process) -> Iterator[None]:
-    """Meet the other ranks and leave together; why one fails inside reaches all within seconds.
+def joined_ranks(process: Process) -> Iterator[None]:
+    """Meet the other ranks and end together; a failure of one reaches all within seconds.
 
     Raises:
         LaunchError: the ranks cannot meet.
@@ -97,7 +112,7 @@ def joined(process: Process) -> Iterator[None]:
     distributed.start(process)
     hosts = distributed.gather_objects(socket.gethostname())
     watchdog = Watchdog(
-        timeout_s=math.inf,  # only training says that it moves
+        timeout_s=math.inf,  # only training reports progress
         hosts=hosts,
         launched=False,
         ask_to_stop=lambda _: None,

@@ -1,1 +1,1 @@
-"""The machines of a run: are they fit, do they agree, how is a run started on them."""
+"""The machines of a run: check that they are fit and agree, and start a run on them."""

@@ -1,7 +1,7 @@
-"""The nodes of a job at its start: a line for each, and what must be the same on all.
+"""The nodes of a job at its start: log a line for each, and refuse nodes that differ.
 
 A different library or file on one node trains wrong numbers or hangs hours later; here it is
-refused in the first seconds, on every rank. The verdicts are the doctor's.
+refused in the first seconds, on every rank. The checks are the doctor's.
 """
 
 import hashlib
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Member:
-    """What a rank tells the others of itself.
+    """Facts of one rank, which all ranks compare.
 
     Attributes:
         host: name of its node.
-        node_rank: number of the node, None where no launcher tells.
+        node_rank: number of the node, None if the launcher does not set it.
         device: name of its accelerator, or "CPU".
-        versions: of what must be the same on all nodes.
+        versions: of the software that must be the same on all nodes.
         digest: of its configuration.
     """
 
@@ -51,10 +51,10 @@ class Member:
 
 
 def gather_members(config: RunConfig, process: Process) -> list[Member]:
-    """What every rank tells, in rank order; all ranks call it together.
+    """Facts of every rank, in rank order; all ranks call it together.
 
     Raises:
-        RunFailedError: on every rank; one cannot tell it.
+        RunFailedError: on every rank, if one cannot gather its facts.
     """
     return distributed.gather_objects(distributed.together(lambda: _member(config, process)))
 
@@ -62,7 +62,7 @@ def gather_members(config: RunConfig, process: Process) -> list[Member]:
 def _member(config: RunConfig, process: Process) -> Member:
     found = {name: package_version(name) for name in ("dinoscale", "torch", "deepspeed")}
     found["python"] = platform.python_version()
-    code = commit() if process.local_rank == 0 else None  # git takes a while: once a node
+    code = commit() if process.local_rank == 0 else None  # git is slow: once per node
     on_cpu = process.device.type == "cpu"
     return Member(
         host=socket.gethostname(),
@@ -74,7 +74,7 @@ def _member(config: RunConfig, process: Process) -> Member:
 
 
 def require_alike(config: RunConfig, process: Process, members: Sequence[Member]) -> None:
-    """Say which nodes there are, and refuse those with other versions or another configuration.
+    """Log the nodes, and refuse them if versions or configurations differ.
 
     Raises:
         LaunchError: on every rank; the text names the hosts.
@@ -93,7 +93,7 @@ def require_alike(config: RunConfig, process: Process, members: Sequence[Member]
 
 
 def node_lines(members: Sequence[Member], launcher: str | None) -> list[str]:
-    """A sentence for each node; versions where it is the first, or they are other than there."""
+    """A line for each node; versions only of the first, or where they differ from the first's."""
     of_node: dict[tuple[str, int | None], list[int]] = {}
     for rank, member in enumerate(members):
         of_node.setdefault((member.host, member.node_rank), []).append(rank)
@@ -110,7 +110,7 @@ def node_lines(members: Sequence[Member], launcher: str | None) -> list[str]:
 
 
 def require_shared(run_dir: Path, hosts: list[str]) -> None:
-    """Refuse a run directory that is not the same one on all nodes; all ranks call it together.
+    """Refuse a run directory that the nodes do not share; all ranks call it together.
 
     Raises:
         LaunchError: on every rank; the text names the hosts.
@@ -126,7 +126,7 @@ def _refuse(checks: Sequence[Check]) -> None:
 
 
 def keep_logs(run_dir: Path, process: Process, members: Sequence[Member]) -> None:
-    """Begin the log file of every rank; where that fails, rank 0 says so and the run goes on."""
+    """Open the log file of every rank; if that fails, rank 0 warns and the run continues."""
     own, hosts = members[process.rank], [member.host for member in members]
     versions = ", ".join(f"{name} {version}" for name, version in own.versions.items() if version)
     failures = distributed.gather_objects(
@@ -137,7 +137,7 @@ def keep_logs(run_dir: Path, process: Process, members: Sequence[Member]) -> Non
             f" {process.local_rank}, {own.device}, process {os.getpid()}; {versions}",
         )
     )
-    silent = [rank for rank, failure in enumerate(failures) if failure]
-    if silent and process.rank == 0:
-        where = f"{run_dir / 'logs'} ({failures[silent[0]]})"
-        log.warning("no log files of %s: cannot write to %s", ranks_text(silent, hosts), where)
+    without = [rank for rank, failure in enumerate(failures) if failure]
+    if without and process.rank == 0:
+        where = f"{run_dir / 'logs'} ({failures[without[0]]})"
+        log.warning("no log files of %s: cannot write to %s", ranks_text(without, hosts), where)

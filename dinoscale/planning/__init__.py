@@ -1,1 +1,1 @@
-"""Before a long run: what it will need, and what the machine at hand can do."""
+"""Before a long run: predict what it needs, and measure what the machine can do."""

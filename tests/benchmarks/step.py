@@ -68,7 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the faster")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="default 5")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, metavar="S", help="of each side in each turn"
+        "--seconds",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="of ours and the reference in each turn",
     )
     parser.add_argument(
         "--minutes", type=float, default=6.0, metavar="M", help="for all turns (default 6)"

@@ -147,7 +147,7 @@ def test_an_empty_argument_is_not_one_left_out(
     with pytest.raises(SystemExit) as ended:
         cli.run(line)
     assert ended.value.code == 2
-    assert "is empty, perhaps of a variable that is not set" in capsys.readouterr().err
+    assert "is empty, perhaps from a variable that is not set" in capsys.readouterr().err
     cli.run(["launch", "vit_s16", "--slurm", "--dry-run", "--options", ""])
 
 

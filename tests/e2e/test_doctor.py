@@ -116,7 +116,7 @@ def test_two_ranks_are_fit_and_nothing_is_left_behind(config_file: str) -> None:
     assert "all-reduce over 2 ranks" in texts["network"]
     assert "clocks" in texts
     assert "24 images" in texts["data.train"]
-    assert "4 steps an epoch" in texts["plan"]
+    assert "4 steps per epoch" in texts["plan"]
     assert "by 2 ranks" in texts["run_dir"]
     assert "NCCL_COMMENT" in texts["environment"]
     assert secret not in out + said + other_out + other_said
@@ -181,7 +181,7 @@ def test_rank_that_never_comes_is_waited_for_no_longer_than_asked(config_file: s
     found = _examine(config_file, "--timeout", "3", code=2, **variables)
     assert time.monotonic() - begin < 100  # 10 s on an idle machine; would be 300 by default
     assert _problems(found).keys() == {"meeting"}
-    assert "rank 0 alone" in _problems(found)["meeting"]
+    assert "rank 0 only" in _problems(found)["meeting"]
 
 
 @pytest.mark.distributed

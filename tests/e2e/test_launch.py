@@ -121,7 +121,7 @@ _WORDS = ["run_dir=it's/$HOME;`id` 50%n", "data.train=/x/{000..099}.tar", 'log.p
 
 
 @pytest.mark.slow
-def test_words_pass_through_deepspeed_and_pdsh(
+def test_arguments_pass_through_deepspeed_and_pdsh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if shutil.which("pdsh") is None:

@@ -36,7 +36,7 @@ def test_json_has_every_stage_and_level_and_a_choice(capsys: pytest.CaptureFixtu
     assert any("ImageNet" in sentence for sentence in plan["assumptions"])
 
 
-def test_text_ends_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_ends_with_the_recommendation(capsys: pytest.CaptureFixture[str]) -> None:
     cli.run(["plan", "vit_s16", "--gpus", "8", "--gpu", "a100"])
     out = capsys.readouterr().out
     assert "largest micro-batch that fits" in out
@@ -46,7 +46,7 @@ def test_text_ends_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train.micro_batch_size=128" in last
 
 
-def test_where_nothing_fits_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_says_if_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     cli.run(["plan", "vit_l16", "--gpus", "1", "--gpu-memory", "4GB"])
     assert "nothing fits: even stage" in capsys.readouterr().out
 
@@ -77,7 +77,7 @@ def test_images_are_counted_where_they_are(
     assert plan["steps_per_epoch"] == 20
 
 
-def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
+def test_on_several_nodes_the_plan_covers_links_failures_and_checkpoints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     many = (*_IN_GROUPS_OF_4, "--gpus", "16")
@@ -106,7 +106,7 @@ def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
     assert most_s == pytest.approx(found["interval_s"] + found["write_s"] + 60 + restart_s)
     cli.run(["plan", *many])
     said = capsys.readouterr().out
-    assert "failures a day expected" in said
+    assert "failures expected per day" in said
     assert "(--requeue)" in said
 
 
@@ -115,7 +115,7 @@ def test_on_many_nodes_it_tells_of_links_failures_and_checkpoints(
     [
         (["vit_s16", "--gpus", "0"], "--gpus: need at least 1, got 0"),
         (["vit_s16", "--gpus", "8", "--gpu-memory", "80XB"], "--gpu-memory: need a size"),
-        (["vit_s16", "--gpus", "8", "--gpu", "voodoo"], "known are"),
+        (["vit_s16", "--gpus", "8", "--gpu", "voodoo"], "unknown name 'voodoo'; known: a10, a100"),
         (["vit_s16", "--gpus", "7"], "cannot be shared equally by 7 ranks"),
         (["vit_s16", "train.micro_batch_size=60", "--gpus", "8"], "does not divide"),
         (["vit_s16", "--gpus", "8", "--utilization", "40"], "--utilization"),

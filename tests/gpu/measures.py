@@ -109,7 +109,7 @@ def input_waits() -> Shown:
 
 def on_ranks_prepare() -> int:
     """Prepare steps of a run; torch raises where the third waits. Returns their micro-batches."""
-    from dinoscale.planning.bench.our_step import Noise
+    from dinoscale.planning.bench.our_step import RandomPictures
     from dinoscale.runtime.launcher_env import read_process
     from dinoscale.training.feed import Feed
 
@@ -117,7 +117,7 @@ def on_ranks_prepare() -> int:
         model={"drop_path_rate": 0.1}, crops={"global_size": 96, "local_size": 48, "num_local": 4}
     )
     plan, process = tiny_plan(config), read_process(os.environ)
-    feed = Feed(config, plan, process, Noise(64, config.data.channels), depth=2)
+    feed = Feed(config, plan, process, RandomPictures(64, config.data.channels), depth=2)
     count = 0
     for step, batches in enumerate(feed.steps(0, offset=0)):
         if step == 2 and torch.cuda.is_available():

@@ -12,7 +12,7 @@ from dinoscale import cli
 from dinoscale.config import load_config
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.planning.bench.busy import busy
-from dinoscale.planning.bench.data import Rates, bench_data, in_words, limit
+from dinoscale.planning.bench.data import Rates, as_text, bench_data, limit
 from dinoscale.runtime.cores import parse_quota
 
 _SET = "data.train=synthetic:shapes?images=40&size=32"
@@ -69,7 +69,7 @@ def _said(rates: Rates, *, num_workers: int) -> str:
         "gpu_images_per_s": 2000.0,
         "workers_for_one_gpu": 20,
     }
-    return in_words(rates, facts)
+    return as_text(rates, facts)
 
 
 def test_other_cores_are_busy_while_one_is_measured(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_rates_of_workers_are_those_of_busy_cores(
         )
         result = bench_data(config, gpu_images_per_s=1.0, seconds=0.3)
         rates.append(result["images_per_s"]["worker"])
-    assert "with all 16 cores at hand busy" in capsys.readouterr().err
+    assert "with all 16 available cores busy" in capsys.readouterr().err
     assert rates[1] < 0.8 * rates[0]
 
 
@@ -106,11 +106,11 @@ def test_words_name_the_remedy() -> None:
     text = _said(_rates(), num_workers=4)
     assert "raise data.num_workers" in text
     assert "67% of a worker's time is cutting crops" in text
-    assert "16 cores at hand can feed 1600 images/s, 0.8 such GPUs" in text
+    assert "16 available cores can feed 1600 images/s, 0.8 such GPUs" in text
     assert "transfer and device part take 240.0% of the time of such a GPU" in text
     assert "wait for the disk" not in text
     assert "wait for the disk" in _said(_rates(loader=200.0), num_workers=4)
-    assert "shards instead of loose files" in _said(_rates(crops=900.0), num_workers=4)
+    assert "shards instead of single files" in _said(_rates(crops=900.0), num_workers=4)
     assert "more data workers would not help" in _said(_rates(), num_workers=16)
 
 
@@ -122,7 +122,7 @@ def test_numbers_out_of_range_are_refused(rate: float, seconds: float) -> None:
         bench_data(load_config("quickstart", [_SET]), gpu_images_per_s=rate, seconds=seconds)
 
 
-def test_unreadable_images_end_it(tmp_path: Path) -> None:
+def test_unreadable_images_end_the_measurement(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     config = load_config("quickstart", [f"data.train={tmp_path}"])
     with pytest.raises(DataError, match="can be read"):

@@ -12,11 +12,11 @@ from torch import nn
 
 from dinoscale.config import load_config, resolve
 from dinoscale.errors import ConfigError
-from dinoscale.planning.bench.budget import Budget, fitted, in_turns
+from dinoscale.planning.bench.budget import Budget, fit_to_time, in_turns
 from dinoscale.planning.bench.ceiling import matmul_rates
 from dinoscale.planning.bench.our_step import OurStep
 from dinoscale.planning.bench.step import CHECKOUT, bench_step, find_reference, too_slow
-from dinoscale.planning.bench.step_report import in_words
+from dinoscale.planning.bench.step_report import as_text
 from dinoscale.planning.bench.timeline import PARTS, Timeline, watch_pair
 from dinoscale.runtime.launcher_env import read_process
 from dinoscale.training.feed import Feed, open_images
@@ -105,25 +105,25 @@ def _budget(**changes: Any) -> Budget:
 def test_a_slow_machine_measures_fewer_images_and_no_reference() -> None:
     config = load_config("vit_s16", ["train.batch_size=128", "train.micro_batch_size=64"])
     fast = _budget(our_flops_per_s=1e14, their_flops_per_s=1e14)
-    assert fitted(config, fast, world_size=1) == (config, "")
+    assert fit_to_time(config, fast, world_size=1) == (config, "")
     assert fast.fits_once(128)
-    small, changed = fitted(config, _budget(), world_size=2)
+    small, changed = fit_to_time(config, _budget(), world_size=2)
     assert small.train.batch_size == 2 * small.train.micro_batch_size == 2 * 4
     assert small.optim.min_lr == 0
-    assert "64 x 1 images a step and rank do not fit into 6 minutes" in changed
+    assert "64 x 1 images per step and rank do not fit into 6 minutes" in changed
     assert _budget().fits(4)
     assert not _budget().fits(8)
     assert _budget(with_reference=False).fits(8)
     assert _budget().fits_once(4)
     assert not _budget(their_flops_per_s=1e9).fits_once(1)  # as bf16 without instructions for it
     for slow_reference in (_budget(their_flops_per_s=1e9), _budget(their_flops_per_s=1.0)):
-        ours_alone = fitted(config, _budget(with_reference=False), world_size=2)
-        assert fitted(config, slow_reference, world_size=2) == ours_alone
+        ours_alone = fit_to_time(config, _budget(with_reference=False), world_size=2)
+        assert fit_to_time(config, slow_reference, world_size=2) == ours_alone
         assert ours_alone[0].train.micro_batch_size == 8
         assert not slow_reference.fits_once(8)
     assert "engine.precision=fp32" in too_slow(config, 360)
     assert _budget().expected_s(4, theirs=True) < 360
-    slowest, _ = fitted(config, _budget(our_flops_per_s=1.0), world_size=1)
+    slowest, _ = fit_to_time(config, _budget(our_flops_per_s=1.0), world_size=1)
     assert slowest.train.batch_size == 1
 
 
@@ -139,7 +139,7 @@ def _bench(*overrides: str, seconds: float = 1.0, turns: int = 1) -> Any:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ConfigError, match="only ViTs'"):
+    with pytest.raises(ConfigError, match="measures ViTs only"):
         _bench("model.backbone=resnet50", "model.drop_path_rate=0")
     with pytest.raises(ConfigError, match="--turns"):
         _bench(turns=0)
@@ -147,7 +147,7 @@ def test_bad_input_is_refused() -> None:
         _bench(seconds=math.nan)
 
 
-def test_too_little_memory_is_a_sentence() -> None:
+def test_too_little_memory_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ConfigError, match="1 images do not fit into memory"):
         _bench("head.num_prototypes=10_000_000_000_000")
 
@@ -163,7 +163,7 @@ def test_the_reference_comes_with_a_checkout_and_does_not_accumulate(tmp_path: P
     assert "train.batch_size=64" in why_not
     found, why_not = find_reference(plan, tmp_path)
     assert found is None
-    assert "comes with a checkout" in why_not
+    assert "which only a checkout has" in why_not
 
 
 def test_words_name_what_was_measured_and_what_was_not() -> None:
@@ -188,14 +188,14 @@ def test_words_name_what_was_measured_and_what_was_not() -> None:
         "ratio": None,
         "no_reference": "it is away",
     }
-    text = in_words(result)
-    assert "no reference beside it: it is away" in text
+    text = as_text(result)
+    assert "the reference was not measured: it is away" in text
     assert "25.0%" in text  # of communication
     assert "75.0% of the 4 that" in text
     assert "1024 MiB" in text
     reference = {"seconds_per_step": spread, "peak_memory_bytes": 2**31}
     ratio = {"throughput": spread, "peak_memory": spread, "cpu_time": spread}
-    text = in_words(result | {"reference": reference, "ratio": ratio, "world_size": 1})
+    text = as_text(result | {"reference": reference, "ratio": ratio, "world_size": 1})
     assert "0.50 x as fast (0.40 to 0.60) in 0.50 x the memory" in text
     assert "communication" not in text
 
@@ -224,7 +224,7 @@ def test_micro_batches_are_made_when_the_step_asks_for_them_as_in_a_run() -> Non
     step: Any = OurStep.__new__(OurStep)  # without a student
     step._timeline, step._device, step.crops = Timeline(process.device), process.device, []
     step._feed = Feed(config, plan, process, open_images(config), depth=2)
-    made = step._made(next(step._feed.steps(0, offset=0)))
+    made = step._prepared(next(step._feed.steps(0, offset=0)))
     sent = []
     for micro_batch in made:
         assert micro_batch.global_crops.shape[1] == 2

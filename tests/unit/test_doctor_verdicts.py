@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dinoscale.cluster.doctor import environment, machine, network, storage, versions
-from dinoscale.cluster.doctor.images import Looked, judge_images, judge_plan, sample_ids
+from dinoscale.cluster.doctor.images import SetFacts, judge_images, judge_plan, sample_ids
 from dinoscale.cluster.doctor.machine import Device, Machine
-from dinoscale.cluster.doctor.marker import Seen
+from dinoscale.cluster.doctor.marker import RunDirFacts
 from dinoscale.cluster.doctor.network import LARGE_BYTES, Network
 from dinoscale.cluster.doctor.report import Check, size_text
 from dinoscale.runtime.launcher_env import Process
@@ -154,7 +154,9 @@ def test_a_rank_slower_than_most_is_named() -> None:
     slow = replace(GPU_NODE, host="b", product_s={"bf16": 0.2, "fp32": 0.02})
     check = _one(machine.judge_speed([GPU_NODE] * 15 + [slow]))
     assert check.verdict == "warning"
-    assert check.text.startswith("rank 15 (b): products in bf16 take up to 20.0 times as long as")
+    assert check.text.startswith(
+        "rank 15 (b): matrix products in bf16 take up to 20.0 times as long as"
+    )
     assert _verdicts(machine.judge_speed([GPU_NODE, slow])) == ["warning"]
     assert machine.judge_speed([GPU_NODE] * 16) == []
     busy = replace(CPU_NODE, product_s={"bf16": 0.02, "fp32": 0.02})
@@ -175,7 +177,9 @@ def test_open_files_are_counted_where_all_ranks_meet() -> None:
     assert machine.judge_open_files([*many]).verdict == "ok"
     check = machine.judge_open_files([*many, GPU_NODE])
     assert check.verdict == "problem"
-    assert check.text.startswith("1024 are allowed on a, where 257 ranks meet and open about 1027")
+    assert check.text.startswith(
+        "1024 are allowed on a, but 257 ranks that meet there need about 1027"
+    )
     assert machine.judge_open_files([CPU_NODE] * 256).verdict == "problem"  # gloo's besides
     assert machine.judge_open_files([replace(GPU_NODE, open_files=2**16)] * 4000).verdict == "ok"
 
@@ -201,7 +205,7 @@ def _judge(*of_ranks: Network) -> list[Check]:
 def test_network() -> None:
     fast = _network()
     assert _verdicts(_judge(fast, fast)) == ["ok", "ok"]
-    assert "about 0.1 s for the gradients" in _judge(fast, fast)[0].text
+    assert "the gradients of a step take about 0.1 s" in _judge(fast, fast)[0].text
     assert _judge(fast, _network(latency_s=0.02))[0].verdict == "warning"
     assert _judge(fast, _network(speed=1e7))[0].verdict == "warning"
     late = _judge(fast, _network(clock=-3.0))[1]
@@ -256,7 +260,9 @@ def test_free_disk_against_checkpoints(free_bytes: int, num_present: int, verdic
         ({"free_files": 20}, "ok", "fit"),
     ],
 )
-def test_quotas_and_inodes_count_as_room(limits: dict[str, Any], verdict: str, says: str) -> None:
+def test_quotas_and_inodes_limit_checkpoints(
+    limits: dict[str, Any], verdict: str, says: str
+) -> None:
     room = {"free_bytes": 1000, "checkpoint_bytes": 100, "checkpoint_files": 10}
     more = {"num_checkpoints": 2, "num_present": 0, "path": "/runs"}
     check = storage.judge_disk(**room, **more, **limits)
@@ -276,9 +282,9 @@ def test_a_job_of_slurm_has_the_gpus_that_it_was_given(
 
 
 def test_space_is_reserved_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert storage._why_no_room(tmp_path, 10**6) is None
+    assert storage._why_no_space(tmp_path, 10**6) is None
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")  # the reason is compared
-    assert storage._why_no_room(tmp_path, 2**62) in (None, "No space left on device")
+    assert storage._why_no_space(tmp_path, 2**62) in (None, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -292,12 +298,15 @@ def test_checkpoint_size_and_number() -> None:
 
 
 def test_ranks_that_cannot_use_run_dir_are_named() -> None:
-    good, blind = Seen("/runs", seen=True, error=None), Seen("/runs", seen=False, error=None)
+    good, blind = (
+        RunDirFacts("/runs", seen=True, error=None),
+        RunDirFacts("/runs", seen=False, error=None),
+    )
     assert storage.judge_shared([good, good], HOSTS).verdict == "ok"
     check = storage.judge_shared([good, blind], HOSTS)
     assert check.verdict == "problem"
     assert check.text.startswith("rank 1 (b) cannot see")
-    refused = Seen("/runs", seen=True, error="Permission denied")
+    refused = RunDirFacts("/runs", seen=True, error="Permission denied")
     check = storage.judge_shared([good, refused], HOSTS)
     assert check.verdict == "problem"
     assert "rank 1 (b) cannot write to /runs: Permission denied" in check.text
@@ -305,7 +314,7 @@ def test_ranks_that_cannot_use_run_dir_are_named() -> None:
 
 def test_run_that_may_not_be_resumed_is_a_problem(tmp_path: Path) -> None:
     config = tiny_config(run_dir=str(tmp_path))
-    assert "anew" in storage.check_resume(config).text
+    assert "starts from the beginning" in storage.check_resume(config).text
     (tmp_path / "checkpoints" / "step_00000012").mkdir(parents=True)
     assert "step_00000012" in storage.check_resume(config).text
     refused = config.model_copy(update={"resume": False})
@@ -320,16 +329,16 @@ def test_samples_are_spread_over_the_set_and_over_ranks() -> None:
 
 
 def test_images() -> None:
-    good = Looked("/data", num_images=100, num_decoded=8, seconds=0.1)
+    good = SetFacts("/data", num_images=100, num_decoded=8, seconds=0.1)
     key = "data.train"
 
-    def judge(*found: Looked) -> Check:
+    def judge(*found: SetFacts) -> Check:
         return _one(judge_images([{key: one} for one in found], HOSTS))
 
     assert judge(good, good).verdict == "ok"
     assert "80 images/s" in judge(good, good).text
     slow = replace(good, seconds=10.0)
-    assert judge(good, slow).text.startswith("rank 1 (b): 0.8 images/s are read")
+    assert judge(good, slow).text.startswith("rank 1 (b): reads and decodes 0.8 images/s")
     assert judge(good, slow).verdict == "warning"
     fewer = replace(good, num_images=99)
     assert "100 images on rank 0 but 99 on rank 1 (b)" in judge(good, fewer).text
@@ -338,14 +347,14 @@ def test_images() -> None:
     assert "/data/x.jpg: truncated" in judge(good, some).text
     most = replace(good, num_decoded=1, bad=["x", "y"])
     assert judge(most).verdict == "problem"
-    assert "rank 1 (b): gone" in judge(good, Looked("/data", error="gone")).text
+    assert "rank 1 (b): gone" in judge(good, SetFacts("/data", error="gone")).text
     assert _one(judge_images([{}], HOSTS)).verdict == "problem"
 
 
 def test_plan() -> None:
     config = tiny_config()
     assert (
-        "4 steps an epoch" in judge_plan(config, world_size=2, ranks_of_node=2, num_images=24).text
+        "4 steps per epoch" in judge_plan(config, world_size=2, ranks_of_node=2, num_images=24).text
     )
     assert judge_plan(config, world_size=4, ranks_of_node=4, num_images=24).verdict == "problem"
     assert judge_plan(config, world_size=4, ranks_of_node=4, num_images=None).verdict == "problem"
@@ -368,7 +377,7 @@ def test_variables_are_named_and_never_shown() -> None:
     assert environment.judge_variables([names, names], HOSTS).text == "set: NCCL_DEBUG"
     check = environment.judge_variables([names, []], HOSTS)
     assert check.verdict == "warning"
-    assert "NCCL_DEBUG is not set on rank 1 (b)" in check.text
+    assert "NCCL_DEBUG is set on other ranks but not on rank 1 (b)" in check.text
 
 
 def test_wandb_says_where_the_curves_go() -> None:

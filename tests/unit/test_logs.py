@@ -168,7 +168,7 @@ def test_result_on_stdout_must_arrive(tmp_path: Path, stdout: str, stderr: str, 
     assert done.returncode == code
     if stderr == "err":
         said = (tmp_path / "err").read_text()
-        assert ("error: what was printed is incomplete: stdout: No space" in said) == bool(code)
+        assert ("error: the printed output is incomplete: stdout: No space" in said) == bool(code)
         assert "Traceback" not in said
 
 

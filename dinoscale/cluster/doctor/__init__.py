@@ -1,5 +1,5 @@
-"""Pre-flight: is this machine, or this allocation, fit for the run? Nothing is trained.
+"""Check whether this machine, or this allocation, is fit for a run. Nothing is trained.
 
-Each module looks on every rank (plain facts, gathered once) and judges the facts of all ranks with
-pure functions, so that every rank comes to the same verdicts. `examine.py` holds the order.
+In each module every rank looks at its own facts, which are gathered once; pure functions judge the
+facts of all ranks, so that every rank reaches the same verdicts. `examine.py` holds the order.
 """

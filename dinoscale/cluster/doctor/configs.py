@@ -1,4 +1,4 @@
-"""One configuration on all ranks."""
+"""Check that all ranks have the same configuration."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from dinoscale.runtime.hosts import ranks_text
 
 
 def judge_configs(texts: Sequence[str], hosts: list[str]) -> Check:
-    """Name the ranks whose resolved configuration is not rank 0's, and the first line of it."""
+    """Name the ranks whose resolved configuration is not rank 0's, and the first differing line."""
     other = [rank for rank, text in enumerate(texts) if text != texts[0]]
     if not other:
         return ok("config", "the same on all ranks")
@@ -16,5 +16,5 @@ def judge_configs(texts: Sequence[str], hosts: list[str]) -> Check:
     return problem(
         "config",
         f"rank 0 ({hosts[0]}) has `{first.strip()}`, {ranks_text(other, hosts)}"
-        f" `{theirs.strip()}`; start all ranks with one line and one file",
+        f" `{theirs.strip()}`; start all ranks with the same command and file",
     )

@@ -1,4 +1,4 @@
-"""Variables that steer libraries: by name only, for a value may be a secret."""
+"""Environment variables that affect libraries, by name only, since a value may be secret."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,35 +16,35 @@ _WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun")
 
 
 def steering_names(environ: Mapping[str, str]) -> list[str]:
-    """Names of the variables in force that change how ranks compute, talk, load or read images."""
+    """Names of the set variables that affect compute, communication, loading or image reading."""
     return sorted(name for name in environ if name.startswith(_STEERING))
 
 
 def judge_variables(of_ranks: Sequence[list[str]], hosts: list[str]) -> Check:
-    """Variables that only some ranks have: a launcher that did not hand them on."""
+    """Find variables that only some ranks have, since the launcher did not pass them on."""
     names = sorted({name for found in of_ranks for name in found})
     for name in names:
         without = [rank for rank, found in enumerate(of_ranks) if name not in found]
         if without:
             return warning(
                 "environment",
-                f"{name} is not set on {ranks_text(without, hosts)} but on other ranks; hand it"
-                " on (deepspeed: .deepspeed_env, srun: --export=ALL)",
+                f"{name} is set on other ranks but not on {ranks_text(without, hosts)}; pass it on"
+                " (deepspeed: .deepspeed_env, srun: --export=ALL)",
             )
-    return ok("environment", f"set: {', '.join(names)}" if names else "nothing set on purpose")
+    return ok("environment", f"set: {', '.join(names)}" if names else "no special variables set")
 
 
 def judge_wandb(config: RunConfig, environ: Mapping[str, str]) -> Check:
-    """Where Weights & Biases keeps the curves."""
+    """Where Weights & Biases stores the curves."""
     if not config.log.wandb:
         return ok("wandb", "off")
     mode = environ.get("WANDB_MODE")
     if mode is not None and mode not in _WANDB_MODES:
         modes = ", ".join(_WANDB_MODES)
-        return warning("wandb", f"WANDB_MODE is none of {modes}; there will be no curves in wandb")
+        return warning("wandb", f"WANDB_MODE is none of {modes}; wandb will get no curves")
     if mode in (None, "offline", "dryrun"):
         where = f"logs stay offline in {config.run_dir}/wandb"
-        return ok("wandb", f"{where}; WANDB_MODE=online sends them" if mode is None else where)
+        return ok("wandb", f"{where}; WANDB_MODE=online uploads them" if mode is None else where)
     if mode == "online" and "WANDB_API_KEY" not in environ:
         return ok("wandb", "online, with the login of this machine (`wandb login`)")
     return ok("wandb", mode or "offline")

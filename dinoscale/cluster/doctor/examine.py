@@ -1,4 +1,4 @@
-"""All checks in order; every rank runs the same line, rank 0 says what was found."""
+"""All checks in order; every rank runs the same command, rank 0 prints the findings."""
 
 import os
 import time
@@ -17,27 +17,27 @@ from dinoscale.runtime.hosts import ranks_text
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.versions import commit
 
-_UTILIZATION = 0.5  # of the speed of large products, which a step reaches about
+_UTILIZATION = 0.5  # of the speed of large matrix products: about what a step reaches
 
 
 def examine(
     name: str | None, overrides: Sequence[str], process: Process, *, timeout_s: float
 ) -> Report:
-    """Check this machine or allocation, and whether the run `name` fits it.
+    """Check this machine or allocation, and whether it fits the run `name`.
 
-    All ranks call it instead of `distributed.start`, with the line they would train with.
+    All ranks call it instead of `distributed.start`, with the settings of the training.
 
     Args:
-        name: preset or YAML file, None for the machine alone.
-        overrides: `section.key=value` that win over it.
-        process: who this process is.
+        name: preset or YAML file, None to check the machine only.
+        overrides: `section.key=value` settings that override it.
+        process: rank and node of this process.
         timeout_s: how long to wait for a rank that does not answer, in seconds.
 
     Returns:
         The same checks on every rank; printed on rank 0.
 
     Raises:
-        LaunchError: on all ranks but 0, the ranks could not meet.
+        LaunchError: on all ranks but 0, if the ranks cannot meet.
     """
     report = Report(active=process.rank == 0)
     variables = environment.steering_names(os.environ)  # before we set any ourselves
@@ -57,15 +57,15 @@ def _meet(process: Process, timeout_s: float) -> Check:
     except LaunchError as error:
         if process.rank != 0:
             raise
-        return problem("meeting", f"{error}; what follows holds for rank 0 alone")
+        return problem("meeting", f"{error}; the following checks cover rank 0 only")
 
 
 def _start(process: Process, timeout_s: float) -> Check:
     address = network.require_address(process, os.environ)
-    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an error, not an abort, when late
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a timeout raises instead of aborting
     begin = time.monotonic()
     distributed.start(process, timeout_s=timeout_s)
-    ranks = gather_objects(process.rank)  # the first word: NCCL connects only now
+    ranks = gather_objects(process.rank)  # the first collective: NCCL connects only now
     took = f"{len(ranks)} met in {time.monotonic() - begin:.1f} s"
     return ok("meeting", f"{address}; {took}" if len(ranks) > 1 else address)
 
@@ -79,7 +79,7 @@ def _together(
     *,
     timeout_s: float,
 ) -> None:
-    """Everything after the meeting. Every rank takes the same way through it."""
+    """Everything after the meeting; all ranks take the same branches."""
     facts = gather_objects(machine.look(process))
     hosts = [of_rank.host for of_rank in facts]
     loads = _libraries(report, hosts)
@@ -117,7 +117,7 @@ def _together(
 
 
 def _libraries(report: Report, hosts: list[str]) -> bool:
-    """Versions and loading; whether everything loads on all ranks."""
+    """Check versions and imports; returns whether everything loads on all ranks."""
     found = versions.installed()
     failures = gather_objects(versions.load())
     loads = not any(failures)
@@ -134,7 +134,7 @@ def _libraries(report: Report, hosts: list[str]) -> bool:
 def _config(
     name: str | None, overrides: Sequence[str], hosts: list[str]
 ) -> tuple[RunConfig | None, list[Check]]:
-    """The configuration of this rank, None on all ranks if it is wrong on any."""
+    """The configuration of this rank; None on all ranks if it is invalid on any."""
     if name is None:
         return None, []
     config, error = None, None
@@ -155,8 +155,8 @@ def _config(
 def _run(
     report: Report, config: RunConfig, hosts: list[str], process: Process, timeout_s: float
 ) -> int | None:
-    """Data, plan and storage of a run; the number of its weights, None if it cannot be built."""
-    from dinoscale.cluster.doctor import images, storage  # here, for they load the libraries
+    """Check data, plan and storage; returns the number of weights, None if the model is invalid."""
+    from dinoscale.cluster.doctor import images, storage  # here, since they import the libraries
 
     looked = images.look(config, hosts, rank=process.rank, timeout_s=timeout_s)
     found = gather_objects(looked)
@@ -176,9 +176,9 @@ def _run(
     parameters, model = _model(config)
     shared = storage.check_shared(Path(config.run_dir), hosts)
     checks = [model, shared]
-    if shared.verdict == "ok":  # else another run_dir will be chosen
+    if shared.verdict == "ok":  # else the user will choose another run_dir
         checks.append(storage.check_resume(config))
-        if parameters is not None and process.rank == 0:  # which has cleaned up after that look
+        if parameters is not None and process.rank == 0:  # it has removed its marker by now
             checks.append(
                 storage.check_disk(config, parameters=parameters, world_size=process.world_size)
             )
@@ -201,18 +201,18 @@ def _model(config: RunConfig) -> tuple[int | None, Check]:
 def _gradient_bytes(
     config: RunConfig | None, parameters: int | None, *, world_size: int
 ) -> int | None:
-    """What a step sums over ranks: after every micro-batch at stages 2 and 3."""
+    """Bytes that a step reduces over ranks; stages 2 and 3 reduce after every micro-batch."""
     if config is None or parameters is None:
         return None
     passes = 1
     if config.engine.zero_stage >= 2 and config.train.micro_batch_size != "auto":
-        with suppress(ConfigError):  # of the plan, which says so
+        with suppress(ConfigError):  # the check of the plan reports it
             passes = split_batch(config.train, world_size=world_size).accumulation_steps
     return passes * parameters * {"fp32": 4, "bf16": 2}[config.engine.communication_dtype]
 
 
 def _compute_s(config: RunConfig | None, facts: Sequence[machine.Machine]) -> float | None:
-    """Seconds that a step computes, by the speed of products on the slowest rank."""
+    """Seconds of compute in a step, from the speed of matrix products on the slowest rank."""
     from dinoscale.engine.model_sizes import dims_of, flops_of
     from dinoscale.engine.precision import product_flops
 
@@ -220,7 +220,7 @@ def _compute_s(config: RunConfig | None, facts: Sequence[machine.Machine]) -> fl
         return None
     try:
         flops = flops_of(dims_of(config)).total * config.train.batch_size / len(facts)
-    except DinoscaleError:  # not a ViT, or one that cannot be built
+    except DinoscaleError:  # not a ViT, or an invalid one
         return None
     slowest_s = max(of_rank.product_s[config.engine.precision] for of_rank in facts)
     device = "cpu" if facts[0].device is None else "cuda"

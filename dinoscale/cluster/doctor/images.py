@@ -1,18 +1,19 @@
-"""Image sets: all nodes can open them, see the same number, and can decode some of each."""
+"""Check that all nodes can open the image sets, count the same images, and can decode some."""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from dinoscale.cluster.doctor.image_sets import Alive, Open, image_sets
 from dinoscale.cluster.doctor.report import Check, count_text, ok, problem, warning
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import require_groups_within_nodes, resolve, split_batch, without_auto
-from dinoscale.data.decoding.decode import BadSampleError, Decoder
+from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.shards.stream import StreamSource
-from dinoscale.data.sources.mixture import open_sources, require_few_left_out, source_sizes
-from dinoscale.data.sources.source import Source, open_source
+from dinoscale.data.sources.mixture import source_sizes
+from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DinoscaleError
 from dinoscale.evaluate.classification.labelled_sets import renumber_classes
 from dinoscale.runtime import distributed
@@ -20,22 +21,22 @@ from dinoscale.runtime.hosts import ranks_text
 from dinoscale.runtime.opening import open_once_per_node
 
 _SAMPLES = 8  # images that each rank decodes of each set
-_STRAGGLES = 5.0  # times slower than most; what lies in a cache already is a few times faster
-_SHORT_S = 0.5  # of decoding, in which a busy machine says little
-_DECODE_S = 20.0  # a slow disk may end it earlier
+_STRAGGLES = 5.0  # times slower than most; cached files alone make a few times' difference
+_SHORT_S = 0.5  # less decoding than this says little on a busy machine
+_DECODE_S = 20.0  # limit of decoding, for slow disks
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What one rank found of one set.
+class SetFacts:
+    """Facts of one image set on one rank.
 
     Attributes:
         spec: what the config names.
         error: why it cannot be opened, or None.
-        num_images: in it.
-        source_sizes: images of each source that it is taken from.
-        num_decoded: of the tried ones.
-        bad: what is wrong with each of the others.
+        num_images: number of images in the set.
+        source_sizes: number of images of each of its sources.
+        num_decoded: tried images that can be decoded.
+        bad: an error for each tried image that cannot.
         seconds: spent decoding.
     """
 
@@ -49,8 +50,8 @@ class Looked:
 
 
 @dataclass(frozen=True)
-class _Unopened:
-    """Why a set could not be opened; None: the configuration of this rank names none."""
+class _NotOpened:
+    """Why a set is not open; None if the configuration of this rank names none."""
 
     error: str | None
 
@@ -60,7 +61,7 @@ def look(
 ) -> dict[str, Looked]:
     """Open every set of the config and decode a few images of each, spread over the set.
 
-    All ranks call it together. Those of a host that name the same images open them once.
+    All ranks call it together. Ranks of one host that name the same images open them once.
 
     Args:
         config: of this rank.
@@ -69,36 +70,11 @@ def look(
         timeout_s: for a rank that does not answer.
 
     Raises:
-        RunFailedError: one did not.
+        RunFailedError: a rank did not answer.
     """
-    parts = [part.source for part in config.data.sources]
-    decoder = Decoder(config.data.channels, config.data.white)
-    max_lost = config.data.max_bad_fraction
-
-    def open_training(alive: Callable[[], None]) -> Source:
-        return open_sources(
-            parts,
-            decoder,
-            manifest=config.data.manifest,
-            shuffle_buffer=1,
-            distinct_images=config.data.distinct_images,
-            max_lost=max_lost,
-            alive=alive,
-        )
-
-    def open_labelled(spec: str, alive: Callable[[], None]) -> Source:
-        source = open_source(spec, decoder, alive)
-        require_few_left_out(source, spec, max_lost=max_lost)
-        return source
-
-    sets: dict[str, tuple[str | None, Callable[[Callable[[], None]], Source]]] = {
-        "data.train": (" + ".join(parts) or None, open_training),
-        "eval.train": (config.eval.train, partial(open_labelled, config.eval.train or "")),
-        "eval.test": (config.eval.test, partial(open_labelled, config.eval.test or "")),
-    }
-    found: dict[str, Looked] = {}
+    found: dict[str, SetFacts] = {}
     sources: dict[str, Source] = {}
-    for key, (spec, opened) in sets.items():
+    for key, (spec, open_set) in image_sets(config).items():
         named = distributed.gather_objects((spec, config.data.manifest))
         alike = [f"{host} {names}" for host, names in zip(hosts, named, strict=True)]
         tried = partial(_tried_to_open, opened, spec)
@@ -108,36 +84,34 @@ def look(
             sources[key] = source
             found[key] = _decode_some(source, spec, rank=rank, world_size=len(hosts))
         elif spec is not None:
-            found[key] = Looked(spec, error=source.error)
+            found[key] = SetFacts(spec, error=source.error)
     if "eval.train" in sources and "eval.test" in sources:
         try:
             renumber_classes(sources["eval.train"], sources["eval.test"])
         except DinoscaleError as error:
-            found["eval.test"] = Looked(found["eval.test"].spec, error=str(error))
+            found["eval.test"] = SetFacts(found["eval.test"].spec, error=str(error))
     return found
 
 
-def _tried_to_open(
-    opened: Callable[[Callable[[], None]], Source], spec: str | None, alive: Callable[[], None]
-) -> Source | _Unopened:
-    """An error is for the ranks of one node: others may see other files."""
+def _tried_to_open(open_set: Open, spec: str | None, alive: Alive) -> Source | _NotOpened:
+    """Open a set; keep an error as a fact of this node, since others may see other files."""
     if spec is None:
-        return _Unopened(None)
+        return _NotOpened(None)
     try:
-        return opened(alive)
+        return open_set(alive)
     except (DinoscaleError, OSError) as error:
-        return _Unopened(str(error))
+        return _NotOpened(str(error))
 
 
 def sample_ids(*, num_images: int, rank: int, world_size: int) -> list[int]:
-    """Numbers of the images that a rank decodes: spread over the set, others on other ranks."""
+    """Indices of the images that a rank decodes: spread over the set, different on each rank."""
     number = min(_SAMPLES, num_images)
     positions = [(i + rank / world_size) / number for i in range(number)]
     return [int(position * num_images) for position in positions]
 
 
 def _tried(source: Source, *, rank: int, world_size: int) -> list[int]:
-    """Numbers of the images to decode: of a stream the first ones of shards, which come at once."""
+    """Indices of the images to decode; of a stream the first ones of shards, which arrive first."""
     if isinstance(source, StreamSource):
         starts = source.blocks.starts[:-1]
         shards = sample_ids(num_images=len(starts), rank=rank, world_size=world_size)
@@ -145,7 +119,7 @@ def _tried(source: Source, *, rank: int, world_size: int) -> list[int]:
     return sample_ids(num_images=len(source), rank=rank, world_size=world_size)
 
 
-def _decode_some(source: Source, spec: str, *, rank: int, world_size: int) -> Looked:
+def _decode_some(source: Source, spec: str, *, rank: int, world_size: int) -> SetFacts:
     bad, decoded = [], 0
     begin = time.perf_counter()
     for index in _tried(source, rank=rank, world_size=world_size):
@@ -157,7 +131,7 @@ def _decode_some(source: Source, spec: str, *, rank: int, world_size: int) -> Lo
         if time.perf_counter() - begin > _DECODE_S:
             break
     seconds = time.perf_counter() - begin
-    return Looked(
+    return SetFacts(
         spec,
         num_images=len(source),
         source_sizes=source_sizes(source),
@@ -167,8 +141,8 @@ def _decode_some(source: Source, spec: str, *, rank: int, world_size: int) -> Lo
     )
 
 
-def judge_images(of_ranks: Sequence[Mapping[str, Looked]], hosts: list[str]) -> list[Check]:
-    """One check of each set, over all ranks."""
+def judge_images(of_ranks: Sequence[Mapping[str, SetFacts]], hosts: list[str]) -> list[Check]:
+    """One check for each set, over all ranks."""
     keys = dict.fromkeys(key for found in of_ranks for key in found)
     checks = [_judge_set(key, [found.get(key) for found in of_ranks], hosts) for key in keys]
     if "data.train" not in keys:
@@ -177,10 +151,11 @@ def judge_images(of_ranks: Sequence[Mapping[str, Looked]], hosts: list[str]) -> 
     return checks
 
 
-def _judge_set(key: str, of_ranks: Sequence[Looked | None], hosts: list[str]) -> Check:
+def _judge_set(key: str, of_ranks: Sequence[SetFacts | None], hosts: list[str]) -> Check:
     for rank, found in enumerate(of_ranks):
         if found is None:
-            return problem(key, f"not set on {ranks_text([rank], hosts)}; give all ranks one line")
+            where = ranks_text([rank], hosts)
+            return problem(key, f"not set on {where}; start all ranks with the same command")
         if found.error:
             where = f"{ranks_text([rank], hosts)}: " if len(of_ranks) > 1 else ""
             return problem(key, where + found.error)
@@ -200,7 +175,7 @@ def _judge_set(key: str, of_ranks: Sequence[Looked | None], hosts: list[str]) ->
         return verdict(
             key,
             f"{len(bad)} of {decoded + len(bad)} tried images of {known[0].spec} cannot be read,"
-            f" first {bad[0]}; mend or remove them, a run stops above data.max_bad_fraction",
+            f" first {bad[0]}; repair or remove them: a run stops above data.max_bad_fraction",
         )
     rates = [found.num_decoded / max(found.seconds, 1e-9) for found in known]
     slowest, usual = min(rates), statistics.median_high(rates)
@@ -212,13 +187,13 @@ def _judge_set(key: str, of_ranks: Sequence[Looked | None], hosts: list[str]) ->
     if slow:
         return warning(
             key,
-            f"{ranks_text(slow, hosts)}: {slowest:.3g} images/s are read and decoded, {usual:.3g}"
-            f" on most ranks, and all wait for the slowest; look at the disk of {known[0].spec} and"
+            f"{ranks_text(slow, hosts)}: reads and decodes {slowest:.3g} images/s, most ranks"
+            f" {usual:.3g}, and all wait for the slowest; check the disk of {known[0].spec} and"
             " other programs there",
         )
     return ok(
         key,
-        f"{images} images in {known[0].spec}; {decoded} tried can be read,"
+        f"{images} images in {known[0].spec}; all {decoded} tried can be read,"
         f" {slowest:.3g} images/s by one process",
     )
 
@@ -230,16 +205,16 @@ def judge_plan(
     ranks_of_node: int,
     num_images: int | Sequence[int] | None,
 ) -> Check:
-    """Whether the batch fits the ranks, and what it means in steps; `num_images` as `resolve`."""
+    """Whether the batch divides over the ranks, and the steps; `num_images` as for `resolve`."""
     decided = without_auto(config)
     try:
         require_groups_within_nodes(config, ranks_of_node=ranks_of_node)
         split = split_batch(decided.train, world_size=world_size)
         if num_images is None:
-            steps = "steps are not known without images"
+            steps = "the steps depend on the number of images"
         else:
             plan = resolve(decided, world_size=world_size, num_images=num_images)
-            steps = f"{plan.steps_per_epoch} steps an epoch, {plan.stop_step} in all"
+            steps = f"{plan.steps_per_epoch} steps per epoch, {plan.stop_step} in total"
     except ConfigError as error:
         return problem("plan", str(error))
     of_rank = f"{split.micro_batch_size} x {split.accumulation_steps} (micro-batches)"
@@ -247,6 +222,6 @@ def judge_plan(
         of_rank = f"{split.images_per_rank}, in micro-batches as large as fit (auto)"
     return ok(
         "plan",
-        f"{config.train.batch_size} images a step = {count_text(world_size, 'rank')} x"
+        f"{config.train.batch_size} images per step = {count_text(world_size, 'rank')} x"
         f" {of_rank}; {steps}",
     )

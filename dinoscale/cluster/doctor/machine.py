@@ -1,4 +1,4 @@
-"""One node: accelerators, CPU cores, threads, shared memory, speed of bf16."""
+"""Check each node: accelerators, CPU cores, threads, shared memory, speed of bf16."""
 
 import math
 import os
@@ -24,12 +24,12 @@ from dinoscale.runtime.launcher_env import Process
 SHARED_MEMORY = Path("/dev/shm")
 _SMALL_SHARED_BYTES = 512 * 2**20  # Docker gives 64 MiB unless told otherwise
 _FREE_FRACTION = 0.9  # of a device's memory; our own context takes about half a GB
-# Connections of a rank to the store in which all meet: torch's, ours, and one that NCCL may make.
+# Connections of a rank to the store where all meet: torch's, ours, and one that NCCL may open.
 _STORE_FILES = 3
-_GLOO_FILES = 2  # to every other rank, one for each group: all ranks, and DeepSpeed's copy of that
+_GLOO_FILES = 2  # per other rank, one for each group: all ranks, and DeepSpeed's copy of it
 _OWN_FILES = 256  # libraries, logs, shards, pipes of data workers
 _SLOWER = 1.2  # ratio of times beyond the noise of a short measurement
-_STRAGGLES = {"cuda": 1.3, "cpu": 3.0}  # times the median of all ranks; CPUs have other work too
+_STRAGGLES = {"cuda": 1.3, "cpu": 3.0}  # times the median of all ranks; CPUs also do other work
 _NVIDIA, _DISPLAY = "0x10de", "0x03"  # vendor and class of a device on the PCI bus
 _HIDDEN = "CUDA_VISIBLE_DEVICES hides all"
 
@@ -46,18 +46,18 @@ class Device:
 
 @dataclass(frozen=True)
 class Machine:
-    """What one rank sees of its node.
+    """Facts of one rank about its node.
 
     Attributes:
         host: name of the node.
         num_devices: accelerators that torch can use.
-        device: the one of this rank, None on a CPU.
-        why_no_device: what is odd about having none, or None.
+        device: the accelerator of this rank, None on a CPU.
+        why_no_device: why an accelerator that should be there is not, or None.
         cores: numbers of the CPU cores this process may use.
         quota: cores that the container allows, None without a limit.
         threads: of torch in this process.
-        shared_free_bytes: in /dev/shm, None where there is none.
-        open_files: that the process may have which holds the meeting place, if it is on this node.
+        shared_free_bytes: free bytes in /dev/shm, None if it does not exist.
+        open_files: limit of open files of the process that serves the store of the ranks.
         product_s: seconds of a matrix product by precision.
     """
 
@@ -74,7 +74,7 @@ class Machine:
 
 
 def look(process: Process) -> Machine:
-    """Look at this node; after `distributed.start`, which chooses device and threads."""
+    """Gather the facts of this node; after `distributed.start`, which sets device and threads."""
     available = torch.cuda.is_available()
     device = None
     if available:
@@ -96,7 +96,7 @@ def look(process: Process) -> Machine:
 
 
 def _one_process(device: torch.device) -> bool:
-    """Whether a device lets no second process in, as far as nvidia-smi tells."""
+    """Whether a device refuses a second process, as far as nvidia-smi reports."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     ask = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=compute_mode", "--format=csv,noheader"]
     try:
@@ -107,7 +107,7 @@ def _one_process(device: torch.device) -> bool:
 
 
 def _open_files() -> int:
-    """The limit of this process, which `start` has raised; under torchrun that of torchrun."""
+    """The limit of this process, which `start` has raised; under torchrun, the one of torchrun."""
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     with suppress(OSError):
         if served and hasattr(resource, "prlimit"):
@@ -116,7 +116,7 @@ def _open_files() -> int:
 
 
 def _why_no_device() -> str | None:
-    """Why torch sees none where there should be some; None where the CPU is all there is."""
+    """Why torch finds no accelerator where there should be one; None on a machine without any."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not _should_have_device():
         return None
     if torch.version.cuda is None and torch.version.hip is None:
@@ -127,11 +127,11 @@ def _why_no_device() -> str | None:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return (str(error).splitlines() or ["unknown reason"])[0][:200].rstrip(".")
-    return "torch does not say why"
+    return "torch gives no reason"
 
 
 def _should_have_device() -> bool:
-    """Whether a driver, the bus or Slurm knows of an accelerator; a dead driver shows no device."""
+    """Whether driver, PCI bus or Slurm report an accelerator; a failed driver shows no device."""
     if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists():
         return True
     if os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_GPUS_ON_NODE", "0") not in (
@@ -153,7 +153,7 @@ def _word(path: Path) -> str:
 
 
 def judge_devices(machines: Sequence[Machine]) -> list[Check]:
-    """Accelerators: seen, free, alike, and as many as ranks."""
+    """Judge the accelerators: available, free, of one kind, and one for each rank."""
     hosts = [machine.host for machine in machines]
     without = [rank for rank, machine in enumerate(machines) if machine.device is None]
     if without:
@@ -166,7 +166,7 @@ def judge_devices(machines: Sequence[Machine]) -> list[Check]:
                 warning(
                     "devices",
                     f"{ranks} of {there} accelerators of {host} are used;"
-                    " the launchers start one rank for each",
+                    " start one rank for each, as the launchers do",
                 )
             )
     devices = [machine.device for machine in machines if machine.device is not None]
@@ -177,13 +177,13 @@ def judge_devices(machines: Sequence[Machine]) -> list[Check]:
                     "devices",
                     f"{size_text(device.total_bytes - device.free_bytes)} of"
                     f" {size_text(device.total_bytes)} are in use on the accelerator of"
-                    f" {ranks_text([rank], hosts)}; end the other program, see nvidia-smi",
+                    f" {ranks_text([rank], hosts)}; end the other program (see nvidia-smi)",
                 )
             )
     kinds = list(dict.fromkeys(device.name for device in devices))
     if len(kinds) > 1:
         checks.append(
-            warning("devices", f"the slowest of {', '.join(kinds)} sets the pace; use one kind")
+            warning("devices", f"the slowest of {', '.join(kinds)} limits all; use one kind")
         )
     said = f"{len(devices)} x {kinds[0]} with {size_text(devices[0].total_bytes)}"
     return checks or [ok("devices", said)]
@@ -196,14 +196,14 @@ def _no_device(machines: Sequence[Machine], without: list[int], hosts: list[str]
         return problem(
             "devices",
             f"{ranks_text(without, hosts)} without an accelerator ({why}), others have one;"
-            " take that node out, or mend its driver",
+            " repair the driver of that node, or leave it out",
         )
     if odd:
         return (warning if why == _HIDDEN else problem)(
             "devices",
-            f"training would use the CPU, torch sees no accelerator on {hosts[odd[0]]}: {why};"
-            " check nvidia-smi and that torch is built for this driver, or say that the CPU is"
-            " meant by DS_ACCELERATOR=cpu",
+            f"training would use the CPU: torch finds no accelerator on {hosts[odd[0]]} ({why});"
+            " check nvidia-smi and that torch is built for this driver, or set DS_ACCELERATOR=cpu"
+            " to train on the CPU",
         )
     return ok("devices", f"no accelerator on {_names(hosts)}, training uses the CPU")
 
@@ -214,11 +214,11 @@ def _names(hosts: list[str]) -> str:
 
 
 def judge_cores(machines: Sequence[Machine], *, num_workers: int | None) -> list[Check]:
-    """CPU cores of each node against its data workers and threads.
+    """Judge the CPU cores of each node by its data workers and threads.
 
     Args:
         machines: of all ranks.
-        num_workers: loader processes per rank, None where no run is known.
+        num_workers: loader processes per rank; None without a configuration.
     """
     checks = []
     hosts = [machine.host for machine in machines]
@@ -260,7 +260,7 @@ def judge_cores(machines: Sequence[Machine], *, num_workers: int | None) -> list
 
 
 def judge_precision(machines: Sequence[Machine], *, precision: str | None) -> Check:
-    """Measured speed of bf16 against fp32, and what the run asks for."""
+    """Judge the precision of the run by the measured speed of bf16 and fp32."""
     ratios = [machine.product_s["bf16"] / machine.product_s["fp32"] for machine in machines]
     ratio = max(ratios)
     worst = machines[ratios.index(ratio)]
@@ -274,7 +274,7 @@ def judge_precision(machines: Sequence[Machine], *, precision: str | None) -> Ch
 
 
 def judge_speed(machines: Sequence[Machine]) -> list[Check]:
-    """Ranks whose device is slower than that of most: all others wait for it in every step."""
+    """Find ranks whose device is slower than most: all others wait for it in every step."""
     allowed = _STRAGGLES["cpu" if machines[0].device is None else "cuda"]
     for name in machines[0].product_s:
         times = [machine.product_s[name] for machine in machines]
@@ -282,32 +282,32 @@ def judge_speed(machines: Sequence[Machine]) -> list[Check]:
         slow = [rank for rank, time_s in enumerate(times) if time_s > allowed * usual]
         if slow:
             said = (
-                f"{ranks_text(slow, [machine.host for machine in machines])}: products in {name}"
-                f" take up to {max(times) / usual:.1f} times as long as on most ranks, and all wait"
-                " for the slowest; look at clocks, heat and other programs there (nvidia-smi -q -d"
-                " PERFORMANCE, top), or leave it out"
+                f"{ranks_text(slow, [machine.host for machine in machines])}: matrix products in"
+                f" {name} take up to {max(times) / usual:.1f} times as long as on most ranks, and"
+                " all wait for the slowest; check clocks, temperature and other programs there"
+                " (nvidia-smi -q -d PERFORMANCE, top), or leave the node out"
             )
             return [warning("speed", said)]
     return []
 
 
 def judge_open_files(machines: Sequence[Machine]) -> Check:
-    """The limit of open files on the node where all ranks meet."""
+    """Judge the limit of open files on the node where all ranks meet."""
     first = machines[0]
     a_rank = _STORE_FILES + (0 if first.device else _GLOO_FILES)
     need, limit = _OWN_FILES + len(machines) * a_rank, first.open_files
     if limit != resource.RLIM_INFINITY and limit < need:
         return problem(
             "open files",
-            f"{limit} are allowed on {first.host}, where {count_text(len(machines), 'rank')} meet"
-            f" and open about {need}; raise the limit there (ulimit -n, limits.conf, docker:"
+            f"{limit} are allowed on {first.host}, but {count_text(len(machines), 'rank')} that"
+            f" meet there need about {need}; raise the limit (ulimit -n, limits.conf, docker:"
             " --ulimit nofile)",
         )
     return ok("open files", f"enough on {first.host} for the {count_text(len(machines), 'rank')}")
 
 
 def judge_sharing(machines: Sequence[Machine], config: RunConfig | None) -> list[Check]:
-    """Accelerators that let no second process in, for a run that starts some."""
+    """Find accelerators that refuse a second process, if the run starts one on them."""
     alone = [
         r for r, machine in enumerate(machines) if machine.device and machine.device.one_process
     ]
@@ -324,26 +324,26 @@ def judge_sharing(machines: Sequence[Machine], config: RunConfig | None) -> list
 
 
 def judge_shared_memory(machines: Sequence[Machine], config: RunConfig | None) -> Check:
-    """Room in /dev/shm, through which data workers hand over their batches."""
-    rooms = [machine.shared_free_bytes for machine in machines]
-    known = [room for room in rooms if room is not None]
+    """Judge the space in /dev/shm, through which data workers pass their batches."""
+    free_bytes = [machine.shared_free_bytes for machine in machines]
+    known = [free for free in free_bytes if free is not None]
     if not known:
         return ok("shared memory", f"{SHARED_MEMORY} does not exist here")
-    room = min(known)
-    host = machines[rooms.index(room)].host
+    least = min(known)
+    host = machines[free_bytes.index(least)].host
     here = sum(machine.host == host for machine in machines)
     need = here * _worker_bytes(config, ranks=len(machines)) if config else _SMALL_SHARED_BYTES
-    if room < need:
+    if least < need:
         return warning(
             "shared memory",
-            f"{size_text(room)} free in {SHARED_MEMORY} of {host}, data workers may need"
-            f" {size_text(need)}; docker: --shm-size, or data.num_workers=0",
+            f"{size_text(least)} free in {SHARED_MEMORY} of {host}, data workers may need"
+            f" {size_text(need)}; raise it (docker: --shm-size), or set data.num_workers=0",
         )
-    return ok("shared memory", f"{size_text(room)} free in {SHARED_MEMORY}")
+    return ok("shared memory", f"{size_text(least)} free in {SHARED_MEMORY}")
 
 
 def _worker_bytes(config: RunConfig, *, ranks: int) -> int:
-    """Batches that the workers of one rank hold ready: two each and one on the way, uint8."""
+    """Bytes of the batches that one rank's workers hold: two ready and one in progress, uint8."""
     crops, train = config.crops, config.train
     if train.micro_batch_size == "auto":
         size = max(1, train.batch_size // ranks)  # at most

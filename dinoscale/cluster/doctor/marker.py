@@ -1,4 +1,4 @@
-"""A file that one process writes and others look for: do they share a directory?"""
+"""A marker file that one process writes and others look for, to test a shared directory."""
 
 import os
 import secrets
@@ -12,7 +12,7 @@ _SEEN_WITHIN_S = 10.0  # network file systems keep old listings for seconds
 
 @dataclass(frozen=True)
 class Marker:
-    """What was written: where, and what; or why it could not be."""
+    """The marker file: its folder, name and content, or the error of writing it."""
 
     run_dir: str
     name: str
@@ -21,13 +21,13 @@ class Marker:
 
 
 @dataclass(frozen=True)
-class Seen:
+class RunDirFacts:
     """What one process found in its run_dir.
 
     Attributes:
-        run_dir: absolute path there.
-        seen: the marker was there.
-        error: why a file of its own could not be written, or None.
+        run_dir: absolute path on its node.
+        seen: whether the marker was there.
+        error: why it could not write a file of its own, or None.
     """
 
     run_dir: str
@@ -36,7 +36,7 @@ class Seen:
 
 
 def write_marker(path: Path, made: list[Path]) -> Marker:
-    """Write a random file; directories that had to be made are added to `made`, deepest last."""
+    """Write a marker file; appends the directories that it creates to `made`, deepest last."""
     marker = Marker(str(path), f".doctor_{secrets.token_hex(8)}", secrets.token_hex(16), None)
     try:
         for folder in [*reversed(path.parents), path]:
@@ -49,8 +49,8 @@ def write_marker(path: Path, made: list[Path]) -> Marker:
     return marker
 
 
-def look_for(path: Path, marker: Marker, *, own: str) -> Seen:
-    """Wait some seconds for the marker, and write beside it; `own` tells the writers apart."""
+def look_for(path: Path, marker: Marker, *, own: str) -> RunDirFacts:
+    """Wait some seconds for the marker, and write a file beside it, named by `own`."""
     end = time.monotonic() + _SEEN_WITHIN_S
     while not (seen := _reads(path / marker.name, marker.token)) and time.monotonic() < end:
         with suppress(OSError):
@@ -64,7 +64,7 @@ def look_for(path: Path, marker: Marker, *, own: str) -> Seen:
             beside.unlink()
         except OSError as caught:
             error = caught.strerror or str(caught)
-    return Seen(str(path), seen, error)
+    return RunDirFacts(str(path), seen, error)
 
 
 def _reads(path: Path, token: str) -> bool:
@@ -75,11 +75,11 @@ def _reads(path: Path, token: str) -> bool:
 
 
 def remove_marker(path: Path, marker: Marker | None, made: list[Path]) -> None:
-    """Leave no trace, of the directories neither."""
+    """Remove the marker, and the directories that were made for it."""
     if marker is None:
         return
     with suppress(OSError):
         (path / marker.name).unlink()
     for folder in reversed(made):
-        with suppress(OSError):  # not empty: somebody else uses it now
+        with suppress(OSError):  # not empty: another process uses it now
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""How ranks meet, and how fast and how much in time they then talk."""
+"""How ranks meet, how fast they communicate, and whether their clocks agree."""
 
 import socket
 import statistics
@@ -14,23 +14,23 @@ from dinoscale.runtime import distributed
 from dinoscale.runtime.hosts import ranks_text
 from dinoscale.runtime.launcher_env import LOOPBACK, Process, rendezvous_address
 
-SMALL_BYTES, LARGE_BYTES = 1024, 8 * 10**6  # of one all-reduce: latency, bandwidth
+SMALL_BYTES, LARGE_BYTES = 1024, 8 * 10**6  # all-reduces that measure latency and bandwidth
 _SMALL_TIMES, _LARGE_TIMES = 20, 5
 _SLOW_LATENCY_S = 0.01  # Ethernet has 0.0001
 _SLOW_BYTES_PER_S = 1e8  # about one Gbit/s
-# Seconds that the sums of a step may take: half of what is computed in it, half a second where that
-# is not known, and nobody minds the first of these.
+# Longest reduction of a step's gradients without a warning: half of the step's compute, or half a
+# second if that is unknown; 0.05 s is always acceptable.
 _SHARE, _LONG_S, _SHORT_S = 0.5, 0.5, 0.05
 _CLOCK_TOLERANCE_S = 1.0  # beyond it, logs and file times of the nodes cannot be compared
 
 
 @dataclass(frozen=True)
 class Network:
-    """What one rank measured.
+    """Measurements of one rank.
 
     Attributes:
-        latency_s: median of all-reduces of SMALL_BYTES.
-        large_s: median of all-reduces of LARGE_BYTES.
+        latency_s: median seconds of an all-reduce of SMALL_BYTES.
+        large_s: median seconds of an all-reduce of LARGE_BYTES.
         clock_s: time.time() of this node right after a barrier, several times.
     """
 
@@ -40,13 +40,13 @@ class Network:
 
 
 def require_address(process: Process, environ: Mapping[str, str]) -> str:
-    """Check the meeting place before anyone waits for it.
+    """Check the address where the ranks meet, before any rank waits for it.
 
     Returns:
-        What was found, as a sentence.
+        The finding, as a sentence.
 
     Raises:
-        LaunchError: the address is unknown, the port is no port, or loopback does not work.
+        LaunchError: the address is unknown, the port is invalid, or loopback does not work.
     """
     if process.world_size == 1 and "MASTER_PORT" not in environ:
         return _require_loopback()
@@ -104,14 +104,14 @@ def judge_network(
     gradient_bytes: int | None,
     compute_s: float | None = None,
 ) -> list[Check]:
-    """Speed of all-reduce on the slowest rank, for what a step sums, and the clocks' difference.
+    """Judge the all-reduce of the slowest rank by the needs of a step, and the clocks.
 
     Args:
         of_ranks: measured together.
         hosts: of the ranks.
         world_size: ranks that should have met.
-        gradient_bytes: what a step sums over ranks, None where no run is known.
-        compute_s: seconds that a step computes, None where that is not known.
+        gradient_bytes: that a step reduces over ranks; None without a configuration.
+        compute_s: seconds of compute in a step, None if unknown.
     """
     if len(of_ranks) == 1:
         alone = world_size == 1
@@ -126,9 +126,9 @@ def judge_network(
     slow = latency_s > _SLOW_LATENCY_S or speed < _SLOW_BYTES_PER_S
     if gradient_bytes:
         waits_s = gradient_bytes / speed
-        said += f"; about {waits_s:.2g} s for the gradients of a step"
+        said += f"; the gradients of a step take about {waits_s:.2g} s"
         if compute_s is not None:
-            said += f", which computes for about {compute_s:.2g} s"
+            said += f", its compute about {compute_s:.2g} s"
         slow |= waits_s > max(_SHORT_S, _LONG_S if compute_s is None else _SHARE * compute_s)
     if slow:
         said += "; choose a faster interface with NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
@@ -138,13 +138,13 @@ def judge_network(
 
 
 def judge_clocks(clocks: Sequence[Sequence[float]], hosts: list[str]) -> Check:
-    """Name the ranks whose clock is not rank 0's.
+    """Name the ranks whose clock differs from rank 0's.
 
     Args:
-        clocks: time.time() of each rank when all had met, once or several times.
+        clocks: time.time() of each rank after one or several barriers.
         hosts: of the ranks.
     """
-    offsets = [  # from rank 0, at the barrier that came out closest
+    offsets = [  # from rank 0, at the barrier with the smallest difference
         min((own - first for own, first in zip(clock, clocks[0], strict=True)), key=abs)
         for clock in clocks
     ]
@@ -154,6 +154,6 @@ def judge_clocks(clocks: Sequence[Sequence[float]], hosts: list[str]) -> Check:
         return warning(
             "clocks",
             f"{ranks_text(apart, hosts)} up to {abs(worst):.1f} s"
-            f" {'ahead of' if worst > 0 else 'behind'} rank 0; start a time service such as chrony",
+            f" {'ahead of' if worst > 0 else 'behind'} rank 0; run a time service such as chrony",
         )
     return ok("clocks", f"within {abs(worst):.2g} s of rank 0's")

@@ -1,4 +1,4 @@
-"""Verdicts as sentences for people, printed as they come, and as one JSON object."""
+"""Verdicts as sentences, printed as they are reached, and as one JSON object."""
 
 import sys
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ Verdict = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at; the text of a warning or a problem ends with the remedy."""
+    """One finding; the text of a warning or a problem ends with the remedy."""
 
     name: str
     verdict: Verdict
@@ -18,17 +18,17 @@ class Check:
 
 
 def ok(name: str, text: str) -> Check:
-    """Nothing to do."""
+    """A finding that needs no action."""
     return Check(name, "ok", text)
 
 
 def warning(name: str, text: str) -> Check:
-    """The run can start; it may be slow or end early."""
+    """A finding with which the run can start, but may be slow or end early."""
     return Check(name, "warning", text)
 
 
 def problem(name: str, text: str) -> Check:
-    """The run would not start, or not finish."""
+    """A finding with which the run would not start, or not finish."""
     return Check(name, "problem", text)
 
 
@@ -38,8 +38,9 @@ class Report:
 
     Attributes:
         active: print each check on stderr; false on all ranks but 0.
-        checks: so far.
-        lost: how a rank stopped answering, so that no collective may follow; or None.
+        checks: made so far.
+        lost: the error of a rank that stopped answering, after which no collective may follow; or
+            None.
     """
 
     active: bool
@@ -54,11 +55,11 @@ class Report:
             self._say(f"  {check.verdict:8} {check.name}: {check.text}")
 
     def count(self, verdict: Verdict) -> int:
-        """Checks with this verdict."""
+        """Number of checks with this verdict."""
         return sum(check.verdict == verdict for check in self.checks)
 
     def close(self) -> None:
-        """Print the verdict over all."""
+        """Print the overall verdict."""
         problems, warnings = self.count("problem"), self.count("warning")
         found = f"{count_text(problems, 'problem')}, {count_text(warnings, 'warning')}"
         self._say(f"verdict: {'not fit to train' if problems else 'fit to train'} ({found})")

@@ -1,4 +1,4 @@
-"""run_dir: seen by all ranks, writable, and with room for the checkpoints."""
+"""Check that all ranks share run_dir and can write to it, and that its checkpoints fit."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinoscale.checkpoint.layout import checkpoints
-from dinoscale.cluster.doctor.marker import Seen, look_for, remove_marker, write_marker
+from dinoscale.cluster.doctor.marker import RunDirFacts, look_for, remove_marker, write_marker
 from dinoscale.cluster.doctor.report import Check, ok, problem, size_text, warning
 from dinoscale.config import RunConfig
 from dinoscale.engine.param_groups import MOMENTS
@@ -16,12 +16,12 @@ from dinoscale.errors import UnreadableError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.hosts import ranks_text
 
-_OTHER_FILES = 8  # of a checkpoint and a run, beside one for each rank
-_NO_ROOM = ("Disk quota exceeded", "No space left on device")
+_OTHER_FILES = 8  # of a checkpoint and a run, besides one for each rank
+_NO_SPACE = ("Disk quota exceeded", "No space left on device")
 
 
 def check_shared(run_dir: Path, hosts: list[str]) -> Check:
-    """Let every rank look for a file that rank 0 writes; all ranks call it, nothing stays."""
+    """Let every rank look for a file of rank 0, which is then removed; all ranks call it."""
     made: list[Path] = []
     path = run_dir.absolute()
     marker = write_marker(path, made) if distributed.rank() == 0 else None
@@ -41,7 +41,7 @@ def check_shared(run_dir: Path, hosts: list[str]) -> Check:
     return judge_shared(found, hosts)
 
 
-def judge_shared(found: Sequence[Seen], hosts: list[str]) -> Check:
+def judge_shared(found: Sequence[RunDirFacts], hosts: list[str]) -> Check:
     """Name the ranks that do not see rank 0's file, or cannot write beside it."""
     blind = [rank for rank, of_rank in enumerate(found) if not of_rank.seen]
     if blind:
@@ -58,18 +58,18 @@ def judge_shared(found: Sequence[Seen], hosts: list[str]) -> Check:
             f"{ranks_text(failed, hosts)} cannot write to {found[0].run_dir}:"
             f" {found[failed[0]].error}; give this user the right to write there",
         )
-    seers = "seen and writable" if len(found) == 1 else f"seen and writable by {len(found)} ranks"
-    return ok("run_dir", f"{found[0].run_dir} is {seers}")
+    by = "" if len(found) == 1 else f" by {len(found)} ranks"
+    return ok("run_dir", f"{found[0].run_dir} is seen and writable{by}")
 
 
 def check_disk(config: RunConfig, *, parameters: int, world_size: int) -> Check:
-    """Free space and files at run_dir against the checkpoints of this run; on rank 0."""
+    """Compare free space and inodes at run_dir with the checkpoints of this run; on rank 0."""
     run_dir = Path(config.run_dir).absolute()
     try:
         folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
         free_bytes, num_present = shutil.disk_usage(folder).free, len(checkpoints(run_dir))
         one = checkpoint_bytes(parameters, optimizer=config.optim.name)
-        refused = _why_no_room(folder, one) if free_bytes >= one else None
+        refused = _why_no_space(folder, one) if free_bytes >= one else None
     except (OSError, UnreadableError) as error:
         reason = getattr(error, "strerror", None) or error
         return problem("disk", f"{run_dir}: {reason}; choose another with run_dir=PATH")
@@ -86,15 +86,15 @@ def check_disk(config: RunConfig, *, parameters: int, world_size: int) -> Check:
 
 
 def _free_files(folder: Path) -> int | None:
-    """How many more files fit, None where the file system does not count them."""
+    """Number of free inodes, None if the file system does not count them."""
     found = os.statvfs(folder)
     return found.f_favail if found.f_files else None
 
 
-def _why_no_room(folder: Path, num_bytes: int) -> str | None:
-    """Why the space of a file is not given, as by a quota, which no free space shows; else None.
+def _why_no_space(folder: Path, num_bytes: int) -> str | None:
+    """Why the file system refuses the space of a file, as a quota does; None if it does not.
 
-    It is reserved, not written, and given back at once; nothing is said where that is not possible.
+    The space is reserved, not written, and freed at once; None also if reserving is unsupported.
     """
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor_") as file:
         command = ["env", "LC_ALL=C", "fallocate", "--length", str(num_bytes), file.name]
@@ -103,11 +103,11 @@ def _why_no_room(folder: Path, num_bytes: int) -> str | None:
         except (OSError, subprocess.SubprocessError):
             return None
     why = done.stderr.strip().rpartition(": ")[2]
-    return why if done.returncode and why in _NO_ROOM else None
+    return why if done.returncode and why in _NO_SPACE else None
 
 
 def check_resume(config: RunConfig) -> Check:
-    """Whether the run starts anew, goes on, or is refused; on rank 0."""
+    """Whether the run starts, continues, or is refused; on rank 0."""
     try:
         present = checkpoints(Path(config.run_dir))
     except UnreadableError as error:
@@ -119,21 +119,21 @@ def check_resume(config: RunConfig) -> Check:
             " or delete that one",
         )
     if present:
-        return ok("resume", f"goes on from {present[-1]}")
-    return ok("resume", "no checkpoint in run_dir, starts anew")
+        return ok("resume", f"continues from {present[-1]}")
+    return ok("resume", "no checkpoint in run_dir: starts from the beginning")
 
 
 def checkpoint_bytes(parameters: int, *, optimizer: str) -> int:
-    """Size of a checkpoint of all ranks: float32 master, EMA and moments of each weight."""
+    """Size of a checkpoint over all ranks: float32 master, EMA and moments of each weight."""
     return 4 * parameters * (2 + len(MOMENTS[optimizer]))
 
 
 def num_checkpoints(config: RunConfig) -> int:
-    """Most checkpoints that lie in run_dir at once, with the one being written."""
+    """Most checkpoints in run_dir at once, including the one being written."""
     rule = config.checkpoint
-    for_good = 0 if rule.keep_every is None else config.train.epochs // rule.keep_every
+    permanent = 0 if rule.keep_every is None else config.train.epochs // rule.keep_every
     measures = config.eval.train is not None
-    return rule.keep_last + for_good + (rule.keep_best and measures) + 1
+    return rule.keep_last + permanent + (rule.keep_best and measures) + 1
 
 
 def judge_disk(
@@ -147,17 +147,17 @@ def judge_disk(
     checkpoint_files: int = 1,
     refused: str | None = None,
 ) -> Check:
-    """A problem when not even one more checkpoint fits, a warning when not all do.
+    """A problem if not even one more checkpoint fits, a warning if not all do.
 
     Args:
         free_bytes: of the file system.
-        checkpoint_bytes: of one checkpoint.
-        num_checkpoints: most that lie there at once.
-        num_present: of them, those that lie there now.
+        checkpoint_bytes: size of one checkpoint.
+        num_checkpoints: most checkpoints in run_dir at once.
+        num_present: checkpoints in run_dir now.
         path: run_dir.
-        free_files: that the file system has room for (inodes); None where it does not count.
-        checkpoint_files: of one checkpoint.
-        refused: why the file system does not give the space of one, as by a quota; or None.
+        free_files: free inodes; None if the file system does not count them.
+        checkpoint_files: files of one checkpoint.
+        refused: why the file system refuses the space of a checkpoint, as a quota does; or None.
     """
     more = max(1, num_checkpoints - num_present)
     need, one = size_text(more * checkpoint_bytes), size_text(checkpoint_bytes)
@@ -169,8 +169,8 @@ def judge_disk(
     if refused:
         return problem(
             "disk",
-            f"{free}, but not for you: {one} for one checkpoint are refused ({refused}); have the"
-            " quota raised (see `quota -s`), or choose another run_dir",
+            f"{free}, but {one} for one checkpoint are refused ({refused}); have your quota raised"
+            " (see `quota -s`), or choose another run_dir",
         )
     if free_files is not None and free_files < more * checkpoint_files:
         verdict = problem if free_files < checkpoint_files else warning

@@ -1,4 +1,4 @@
-"""Libraries: are they there, do they load, are they known to work, and equal on all ranks?"""
+"""Check that libraries are installed, load, have tested versions, and are equal on all ranks."""
 
 import importlib
 import platform
@@ -12,7 +12,7 @@ from dinoscale.runtime.versions import package_version
 
 Versions = Mapping[str, str | None]  # package, "python" or "commit" -> version, None if absent
 
-# As in pyproject.toml, which a test compares: (first that works, first that was not tested).
+# As in pyproject.toml, which a test compares: (first version that works, first untested version).
 SUPPORTED = {
     "torch": ("2.6", "2.14"),
     "torchvision": ("0.21", "0.29"),
@@ -24,7 +24,7 @@ SUPPORTED = {
     "safetensors": ("0.4.3", None),
     "pydantic": ("2.7", None),
 }
-# What must load for a training to start, and our module that loads it.
+# What a training must import, and the module that imports it.
 _LOADED = {
     "torchvision": "torchvision",
     "timm": "timm",
@@ -42,7 +42,7 @@ def installed() -> dict[str, str | None]:
 
 
 def load() -> dict[str, str]:
-    """Import what a training imports; the reason, by name, where that fails."""
+    """Import what a training imports; returns the reasons of failures, by name."""
     failures = {name: _why_not(module) for name, module in _LOADED.items()}
     return {name: reason for name, reason in failures.items() if reason}
 
@@ -58,12 +58,12 @@ def _why_not(module: str) -> str | None:
 
 
 def torchvision_has_operators() -> bool:
-    """Whether its compiled operators fit this torch; only after `load` found nothing wrong."""
+    """Whether its compiled operators fit this torch; call it only if `load` found no failure."""
     return bool(importlib.import_module("torchvision.extension")._has_ops())
 
 
 def judge_versions(of_ranks: Sequence[Versions], hosts: list[str]) -> list[Check]:
-    """Known-bad versions on any rank, untested ones, and versions that differ between ranks."""
+    """Find versions that are known not to work, untested, or different between ranks."""
     checks = []
     for package in SUPPORTED:
         for rank, versions in enumerate(of_ranks):
@@ -78,7 +78,7 @@ def judge_versions(of_ranks: Sequence[Versions], hosts: list[str]) -> list[Check
 
 
 def judge_equal(of_ranks: Sequence[Versions], hosts: list[str]) -> list[Check]:
-    """Versions that a rank has and that are not rank 0's."""
+    """Find versions that differ from rank 0's."""
     checks = []
     for name, first in of_ranks[0].items():
         different = [r for r, found in enumerate(of_ranks) if found.get(name, first) != first]
@@ -103,24 +103,24 @@ def _judge_version(package: str, found: str | None) -> Check | None:
         text = f"{package} {found}, which is not known to work; pip install '{wanted}'"
         return problem("versions", text)
     if after is not None and _number(found) >= _number(after):
-        text = f"{package} {found}, newer than what the tests run with; pip install '{wanted}'"
+        text = f"{package} {found}, newer than the tested versions; pip install '{wanted}'"
         return warning("versions", text)
     return None
 
 
 def _number(text: str) -> tuple[int, ...]:
-    """Leading numbers of a version, three of them: `2.13.0+cpu` is (2, 13, 0)."""
+    """The first three numbers of a version: `2.13.0+cpu` is (2, 13, 0)."""
     match = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", text)
     return tuple(int(piece or 0) for piece in match.groups()) if match else (0, 0, 0)
 
 
 def judge_loading(of_ranks: Sequence[Mapping[str, str]], hosts: list[str]) -> list[Check]:
-    """Libraries that are installed and cannot be imported."""
+    """Find libraries that cannot be imported."""
     return [
         problem(
             "libraries",
             f"{name} does not load on {ranks_text([rank], hosts)}: {reason};"
-            " install it anew, see launchers/setup.sh",
+            " reinstall it, see launchers/setup.sh",
         )
         for rank, failures in enumerate(of_ranks)
         for name, reason in failures.items()
@@ -128,7 +128,7 @@ def judge_loading(of_ranks: Sequence[Mapping[str, str]], hosts: list[str]) -> li
 
 
 def judge_operators(of_ranks: Sequence[bool], hosts: list[str]) -> list[Check]:
-    """Report a torchvision of another torch build, which loads without its operators."""
+    """Find a torchvision built for another torch, which loads without its operators."""
     without = [rank for rank, has in enumerate(of_ranks) if not has]
     if not without:
         return [ok("libraries", "deepspeed, timm and torchvision load")]

@@ -1,5 +1,6 @@
-"""Start a run on several nodes: the exact command line, and a look at every node before it.
+"""Start a run on several nodes: check every node, then execute the exact command line.
 
-hostfile.py reads who takes part, commands.py writes the line, nodes.py asks each node over ssh,
-probe.py answers there, verdicts.py says what is wrong. The training itself is `dinoscale train`.
+hostfile.py reads the nodes, start.py chooses how to start, commands.py writes the command line,
+ask_nodes.py asks each node over ssh, node_probe.py answers there, judge_nodes.py reports faults.
+The training itself is `dinoscale train`.
 """

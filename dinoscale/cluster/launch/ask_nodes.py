@@ -1,4 +1,4 @@
-"""Ask every node at once, over ssh, what it is; nobody is waited for longer than a set time."""
+"""Ask all nodes at the same time, over ssh, for their facts; each answer has a time limit."""
 
 import asyncio
 import json
@@ -15,24 +15,24 @@ from typing import IO, Any
 from dinoscale.cluster.launch.hostfile import Host
 from dinoscale.cluster.launch.node_probe import MARK
 
-_CONNECT_S = 10  # of ssh; a host that is down does not answer at all
+_CONNECT_S = 10  # limit of ssh, since a host that is down does not answer at all
 _AT_ONCE = 128  # hosts asked at the same time; each needs three open files
-_AT_ITS_START = ("PYTHON", "LD_")  # variables without which an interpreter may not start
-_NO_DIRECTORY, _SSH_FAILED = 97, 255  # exit codes: ours, and that of ssh itself
+_NEEDED_TO_START = ("PYTHON", "LD_")  # variables without which an interpreter may not start
+_NO_DIRECTORY, _SSH_FAILED = 97, 255  # exit codes: our own, and the one of ssh
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every node.
+    """What to ask every node about.
 
     Attributes:
-        config: CONFIG and settings, as they will be trained with.
-        run_dir: of the run, as it says.
-        address: where the others will look for rank 0.
-        port: on which they meet.
+        config: CONFIG and settings of the training.
+        run_dir: of the run, as configured.
+        address: where the other ranks will look for rank 0.
+        port: where the ranks meet.
         variables: set for the run on every node.
-        ssh: `ssh` and its options; None: this machine is asked, without ssh.
-        meets: the first host is where rank 0 will run.
+        ssh: `ssh` and its options; None to ask this machine, without ssh.
+        meets: whether the first host is where rank 0 will run.
         timeout_s: for each answer of a host.
     """
 
@@ -47,16 +47,16 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a node answered; the rest is empty where `failure` says why it did not.
+class NodeAnswers:
+    """The answers of a node.
 
     Attributes:
         host: of the hostfile.
-        failure: why nothing more is known, or None.
-        clock_s: least and most that its clock can be ahead of this machine's.
-        looked: as `probe` answers to `look`.
-        opened: as it answers to `open`; None where it does not know the configuration.
-        met: as it answers to `receive` or `visit`; None if there was nothing to meet.
+        failure: why it did not answer, or None; the other attributes then keep their defaults.
+        clock_s: bounds of how far its clock is ahead of this machine's, in seconds.
+        looked: answer of `node_probe` to `look`.
+        opened: its answer to `open`; None if the configuration is invalid there.
+        met: its answer to `receive` or `visit`; None if it was not asked.
     """
 
     host: Host
@@ -67,16 +67,16 @@ class Found:
     met: dict[str, Any] | None = None
 
 
-def ask_all(hosts: Sequence[Host], question: Question) -> list[Found]:
-    """What all hosts answer, in order. The first waits until the others have called it."""
+def ask_all(hosts: Sequence[Host], question: Question) -> list[NodeAnswers]:
+    """The answers of all hosts, in order. The first host waits until the others have called it."""
     return asyncio.run(_ask_all(hosts, question))
 
 
-async def _ask_all(hosts: Sequence[Host], question: Question) -> list[Found]:
+async def _ask_all(hosts: Sequence[Host], question: Question) -> list[NodeAnswers]:
     receiver: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
     done, places = asyncio.Event(), asyncio.Semaphore(_AT_ONCE)
 
-    async def visit(host: Host) -> Found:
+    async def visit(host: Host) -> NodeAnswers:
         async with places:
             return await _ask(host, question, receiver, done, first=False)
 
@@ -93,8 +93,8 @@ async def _ask(
     done: asyncio.Event,
     *,
     first: bool,
-) -> Found:
-    """One host. `receiver` becomes the marker of the first, None if there is none."""
+) -> NodeAnswers:
+    """Ask one host. `receiver` becomes the marker of the first, None if it has none."""
     node = await _Node.start(host, question)
     where = {"run_dir": question.run_dir, "port": question.port}
     try:
@@ -113,9 +113,9 @@ async def _ask(
             marker = await receiver
             if marker:
                 met = await node.ask("visit", marker=marker, address=question.address, **where)
-        return Found(host, clock_s=clock_s, looked=looked, opened=opened, met=met)
+        return NodeAnswers(host, clock_s=clock_s, looked=looked, opened=opened, met=met)
     except _NoAnswerError as error:
-        return Found(host, failure=str(error))
+        return NodeAnswers(host, failure=str(error))
     finally:
         if first and not receiver.done():
             receiver.set_result(None)
@@ -123,7 +123,7 @@ async def _ask(
 
 
 class _NoAnswerError(Exception):
-    """A node did not answer; the text says how that showed, and what to do."""
+    """A node did not answer; the text gives the symptom and the remedy."""
 
 
 @dataclass
@@ -133,23 +133,23 @@ class _Node:
     host: Host
     timeout_s: float
     process: asyncio.subprocess.Process
-    complaints: IO[bytes]  # a file: nobody has to read it while the node talks
+    stderr: IO[bytes]  # a file, which need not be read while the node answers
 
     @classmethod
     async def start(cls, host: Host, question: Question) -> "_Node":
-        complaints = tempfile.TemporaryFile()  # noqa: SIM115  # `close` closes it
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115  # `close` closes it
         process = await asyncio.create_subprocess_exec(
             *_command(host, question),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=complaints,
-            start_new_session=True,  # ssh has no terminal to ask questions on
+            stderr=stderr,
+            start_new_session=True,  # so ssh has no terminal to prompt on
         )
-        return cls(host, question.timeout_s, process, complaints)
+        return cls(host, question.timeout_s, process, stderr)
 
     async def ask_clock(self) -> tuple[float, float]:
-        """How far the clock of the node is ahead, in seconds: at least, at most."""
-        await self.ask("clock")  # it has started now; the second answer comes at once
+        """Lower and upper bound of how far the clock of the node is ahead, in seconds."""
+        await self.ask("clock")  # waits for its start, so that the second answer is fast
         sent = time.time()
         there = (await self.ask("clock"))["time"]
         return there - time.time(), there - sent
@@ -161,11 +161,11 @@ class _Node:
             return await asyncio.wait_for(self._answer(), self.timeout_s)
         except asyncio.TimeoutError:
             raise _NoAnswerError(
-                f"did not answer within {self.timeout_s:g} s; look at its load and its file"
-                " systems, or allow more with --timeout"
+                f"did not answer within {self.timeout_s:g} s; check its load and its file systems,"
+                " or raise --timeout"
             ) from None
         except (OSError, ValueError) as error:
-            raise _NoAnswerError(f"answered what cannot be read ({error})") from None
+            raise _NoAnswerError(f"its answer cannot be read ({error})") from None
 
     async def _answer(self) -> dict[str, Any]:
         assert self.process.stdout
@@ -177,43 +177,43 @@ class _Node:
         raise _NoAnswerError(self._why_it_ended(await self.process.wait()))
 
     def _why_it_ended(self, code: int) -> str:
-        self.complaints.seek(0)
-        lines = self.complaints.read().decode(errors="replace").strip().splitlines()
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode(errors="replace").strip().splitlines()
         said = lines[-1].strip()[:300] if lines else "nothing"
         name = self.host.name
         if code == _SSH_FAILED:
             return (
-                f"cannot be reached by ssh: {said}; `ssh {name} true` must work without a question"
+                f"cannot be reached by ssh: {said}; `ssh {name} true` must work without a prompt"
                 " (key in authorized_keys, host key known, port: --ssh-options)"
             )
         if code == _NO_DIRECTORY:
             return f"has no directory {os.getcwd()}; start where all nodes have the same checkout"
         if code in (126, 127):
             return f"cannot run {sys.executable}; install the environment there at the same path"
-        return f"cannot look at itself (exit code {code}): {said}"
+        return f"the probe there failed (exit code {code}): {said}"
 
     async def close(self) -> None:
-        """End the conversation; the probe ends with its input, ssh at the latest when killed."""
+        """End the conversation: the probe ends with its input; if ssh does not, it is killed."""
         assert self.process.stdin
         self.process.stdin.close()
         try:
             await asyncio.wait_for(self.process.wait(), 2)
         except asyncio.TimeoutError:
-            with suppress(ProcessLookupError):  # it has just gone
+            with suppress(ProcessLookupError):  # it has just ended
                 self.process.kill()
             await self.process.wait()
-        self.complaints.close()
+        self.stderr.close()
 
 
 def _command(host: Host, question: Question) -> list[str]:
-    """The probe as the run will be: in this directory, with this interpreter and its variables.
+    """The probe, with the directory, interpreter and variables that the run will have.
 
-    Only those that the interpreter itself reads are on the line, which all users of a node see.
+    The command line holds only variables that the interpreter reads, since all users can see it.
     """
     path = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
     variables = {"PYTHONPATH": path, **question.variables}
-    on_line = [f"{name}={variables[name]}" for name in variables if name.startswith(_AT_ITS_START)]
-    probe = ["env", *on_line, sys.executable, "-m", "dinoscale.cluster.launch.node_probe"]
+    early = [f"{name}={variables[name]}" for name in variables if name.startswith(_NEEDED_TO_START)]
+    probe = ["env", *early, sys.executable, "-m", "dinoscale.cluster.launch.node_probe"]
     if question.ssh is None:
         return probe
     here = shlex.quote(os.getcwd())

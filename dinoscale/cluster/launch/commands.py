@@ -1,6 +1,6 @@
-"""The command line of each launcher, as words; `shlex.join` of them can be pasted into a shell.
+"""The command line of each launcher, as a list of arguments; `shlex.join` makes it a shell line.
 
-All end in the same words, `train CONFIG section.key=value ...`.
+All end in the same arguments, `train CONFIG section.key=value ...`.
 """
 
 import re
@@ -15,10 +15,10 @@ from dinoscale.errors import LaunchError
 PORT = 29500  # of DeepSpeed and torchrun
 _DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")  # `deepspeed` of this environment
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-# ssh would wait for hours for a node that lost power or its network, and the launcher with it.
-# Whatever --ssh-options says comes first, and the first value counts.
+# Without these, ssh waits for hours for a node that lost power or network, and so does the
+# launcher. They follow --ssh-options: ssh takes the first value of an option.
 _GIVE_UP = ("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3")
-_PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)  # words that no shell changes
+_PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)  # text that no shell changes
 
 
 def over_pdsh(
@@ -31,19 +31,19 @@ def over_pdsh(
     ssh_options: Sequence[str],
     options: Sequence[str],
 ) -> list[str]:
-    """DeepSpeed's own launcher: pdsh, and under it ssh, starts a program on each node.
+    """DeepSpeed's own launcher: pdsh starts a program on each node over ssh.
 
     Args:
         training: `train`, CONFIG and settings.
         hosts: of the hostfile.
         hostfile: path, as given.
-        address: name or address of the first host, for all of them.
-        port: where they meet there.
+        address: name or address of the first host, as seen by all hosts.
+        port: on the first host, where the ranks meet.
         ssh_options: for every ssh; pdsh splits them at spaces.
         options: more options of `deepspeed`.
 
     Raises:
-        LaunchError: something would not pass through the shells in between.
+        LaunchError: the shells on the way would change an argument.
     """
     for name, word in (("this directory", str(Path.cwd())), ("the interpreter", sys.executable)):
         if not _PLAIN.fullmatch(word):
@@ -54,15 +54,15 @@ def over_pdsh(
     spaced = [option for option in ssh_options if not option or re.search(r"\s", option)]
     if spaced:
         raise LaunchError(
-            f"--ssh-options: pdsh splits at spaces, {spaced[0]!r} cannot be one word; put it into"
-            " a file of its own for -F"
+            f"--ssh-options: pdsh splits at spaces, so {spaced[0]!r} cannot be one argument; write"
+            " it into an ssh configuration file, and give that with -F"
         )
     return [
         *("env", f"PDSH_SSH_ARGS_APPEND={' '.join([*ssh_options, *_GIVE_UP])}"),
         *_DEEPSPEED,
         *("--hostfile", hostfile),
-        *(["--force_multi"] if len(hosts) == 1 else []),  # else DeepSpeed trains here, not there
-        "--no_ssh_check",  # it knows no ssh options; every host is checked before
+        *(["--force_multi"] if len(hosts) == 1 else []),  # else DeepSpeed trains on this machine
+        "--no_ssh_check",  # it ignores --ssh-options; we have checked every host
         *("--master_addr", address, "--master_port", str(port)),
         *options,
         *("--module", "dinoscale", *map(quote_for_pdsh, training)),
@@ -70,11 +70,11 @@ def over_pdsh(
 
 
 def quote_for_pdsh(argument: str) -> str:
-    """Quote an argument so that it reaches the nodes as it is.
+    """Quote an argument so that it reaches the nodes unchanged.
 
-    DeepSpeed puts what has a space into double quotes, and nothing around anything else; pdsh
-    replaces %n, %h, %u and %%; the shell of the node reads the rest: without this, the
-    `{000..099}` of a tar pattern would become a hundred arguments.
+    DeepSpeed puts arguments with a space into double quotes, and does not quote others; pdsh
+    replaces %n, %h, %u and %%; the shell of the node expands the result. Unquoted, the `{000..099}`
+    of a tar pattern would become a hundred arguments.
     """
     in_double_quotes = re.sub(r"[\\$`]", r"\\\g<0>", argument)
     quoted = in_double_quotes if " " in argument else shlex.quote(argument)
@@ -91,16 +91,18 @@ def over_openmpi(
     ssh_options: Sequence[str],
     options: Sequence[str],
 ) -> list[str]:
-    """DeepSpeed's launcher with mpirun under it; arguments as for `over_pdsh`, options of mpirun.
+    """DeepSpeed's launcher over mpirun; arguments as for `over_pdsh`, but `options` are mpirun's.
 
-    mpirun numbers the processes; where they meet, it has to be told.
+    mpirun sets the ranks, but not the address and port where they meet.
 
     Raises:
-        LaunchError: a host names a user, for which mpirun's hostfile has no such form.
+        LaunchError: a host has the form user@host, which mpirun's hostfile does not allow.
     """
     users = [host.name for host in hosts if "@" in host.name]
     if users:
-        raise LaunchError(f"{hostfile}: mpirun takes no {users[0]!r}; -o User=... in --ssh-options")
+        raise LaunchError(
+            f"{hostfile}: mpirun does not take {users[0]!r}; give --ssh-options '-o User=NAME'"
+        )
     ssh = ["--mca", "plm_rsh_args", " ".join(ssh_options)] if ssh_options else []
     meeting = ["-x", f"MASTER_ADDR={address}", "-x", f"MASTER_PORT={port}"]
     return [
@@ -121,7 +123,7 @@ def without_ssh(
     port: int,
     options: Sequence[str],
 ) -> list[str]:
-    """DeepSpeed's launcher for the processes of this node alone; every node is given its line."""
+    """DeepSpeed's launcher for the processes of this node; call it on every node."""
     return [
         *_DEEPSPEED,
         *("--hostfile", hostfile, "--no_ssh", "--node_rank", str(node_rank)),
@@ -141,7 +143,7 @@ def by_torchrun(
     port: int,
     options: Sequence[str],
 ) -> list[str]:
-    """Torchrun for the processes of this node; `per_node` None: one for each GPU."""
+    """Torchrun for the processes of this node; `per_node=None` starts one for each GPU."""
     return [
         *_TORCHRUN,
         *("--nnodes", str(nodes), "--node-rank", str(node_rank)),
@@ -155,16 +157,16 @@ def by_torchrun(
 def by_slurm(
     arguments: Sequence[str], *, nodes: int | None, per_node: int | None, options: Sequence[str]
 ) -> list[str]:
-    """Submit launchers/slurm.sbatch; None: as many as its own `#SBATCH` lines say.
+    """Submit launchers/slurm.sbatch; its own `#SBATCH` lines hold for what is None.
 
     Args:
-        arguments: CONFIG and settings; the script says `train`.
-        nodes: of the job.
-        per_node: processes, and GPUs, of a node.
+        arguments: CONFIG and settings; the script adds `train`.
+        nodes: number of nodes.
+        per_node: processes, and GPUs, per node.
         options: more options of `sbatch`.
 
     Raises:
-        LaunchError: the script is not there.
+        LaunchError: the script is missing.
     """
     resources = [] if nodes is None else ["--nodes", str(nodes)]
     if per_node is not None:
@@ -177,4 +179,4 @@ def _script(name: str) -> Path:
     for folder in (package / "launchers", package.parent / "launchers"):  # installed, checkout
         if (folder / name).is_file():
             return folder / name
-    raise LaunchError(f"launchers/{name} is not beside the package; install dinoscale anew")
+    raise LaunchError(f"launchers/{name} is not beside the package; reinstall dinoscale")

@@ -1,7 +1,7 @@
-"""Who takes part: DeepSpeed's hostfile, and the variables that DeepSpeed hands to the nodes.
+"""DeepSpeed's hostfile, and the variables of `.deepspeed_env` that it passes to the nodes.
 
-DeepSpeed reads both files loosely: text after `slots=8` is ignored, an empty line in
-`.deepspeed_env` ends it with a stack. Here every line is checked, and refused by its number.
+DeepSpeed checks neither file: it ignores text after `slots=8`, and an empty line in
+`.deepspeed_env` ends it with a traceback. Here every line is checked, and errors name it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from dinoscale.config.secrets import hide_secrets, is_secret_name
 from dinoscale.errors import LaunchError
 
-_MAX_SLOTS = 1024  # no node has more; DeepSpeed makes a list of that length
+_MAX_SLOTS = 1024  # no node has more; DeepSpeed builds a list of that length
 _MAX_BYTES = 10**6
 _NAME = r"(?:\w[\w.-]*@)?\w[\w.-]*"  # no leading dash: ssh would take it for an option
 _LINE = re.compile(rf"(?P<name>{_NAME})\s+slots=(?P<slots>\d{{1,9}})\s*(?:#.*)?", re.ASCII)
@@ -22,17 +22,17 @@ _VARIABLE = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.ASCII)
 _PLAIN_VARIABLES = ("DINOSCALE_CACHE", "DINOSCALE_CACHE_GB", "DINOSCALE_ALLOW_PIPE")
 _SECRET_REMEDY = (
     "put the value into a file that only you can read (chmod 600) and all nodes have, and write"
-    ' {0}="$(cat FILE)"; with mpirun, export it here and say --options "-x {0}"'
+    ' {0}="$(cat FILE)"; with mpirun, export it here and give --options "-x {0}"'
 )
 
 
 @dataclass(frozen=True)
 class Host:
-    """A node: its name for ssh, perhaps `user@node`, and how many processes it runs.
+    """A node of the run.
 
     Attributes:
-        name: as given.
-        slots: processes, None: one for each GPU.
+        name: for ssh, as given; perhaps `user@node`.
+        slots: number of processes, None for one per GPU.
     """
 
     name: str
@@ -48,7 +48,7 @@ def read_hostfile(path: Path) -> list[Host]:
     """Read lines `node slots=8`; empty lines and `#` comments are skipped.
 
     Raises:
-        LaunchError: the file cannot be read, or a line of it is wrong.
+        LaunchError: the file cannot be read, or a line is invalid.
     """
     hosts: dict[str, tuple[int, Host]] = {}
     for number, line in enumerate(_lines(path), start=1):
@@ -64,52 +64,52 @@ def read_hostfile(path: Path) -> list[Host]:
         host = Host(match["name"], slots)
         if host.address in hosts:
             raise LaunchError(
-                f"{where}: {host.address} is there already in line {hosts[host.address][0]};"
+                f"{where}: {host.address} is already in line {hosts[host.address][0]};"
                 " name each node once, with all its slots"
             )
         hosts[host.address] = (number, host)
     if not hosts:
-        raise LaunchError(f"{path}: no host in it; write a line like 'node1 slots=8' for each node")
+        raise LaunchError(f"{path}: names no host; write a line like 'node1 slots=8' for each node")
     return [host for _, host in hosts.values()]
 
 
 def taking_part(hosts: list[Host], options: Sequence[str]) -> list[Host]:
-    """The hosts that are left by DeepSpeed's own options, in order, with the slots that are left.
+    """The hosts and slots that DeepSpeed's own options select, in order.
 
     Args:
         hosts: of the hostfile.
-        options: of `deepspeed`; --include, --exclude, --num_nodes and --num_gpus count here.
+        options: of `deepspeed`; only --include, --exclude, --num_nodes and --num_gpus matter here.
 
     Raises:
-        LaunchError: they name a host that is not in the hostfile, or leave none.
+        LaunchError: the options name a host that is not in the hostfile, or select none.
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("-i", "--include", default="")
     parser.add_argument("-e", "--exclude", default="")
     parser.add_argument("--num_nodes", type=int, default=-1)
     parser.add_argument("--num_gpus", "--num_accelerators", type=int, default=-1)
-    wish = parser.parse_known_args(list(options))[0]
+    given = parser.parse_known_args(list(options))[0]
     slots = {host.address: set(range(host.slots or 0)) for host in hosts}
-    if wish.include:
-        slots = {name: some or slots[name] for name, some in _named(wish.include, slots).items()}
-    for name, some in _named(wish.exclude, slots).items():
+    if given.include:
+        slots = {name: some or slots[name] for name, some in _named(given.include, slots).items()}
+    for name, some in _named(given.exclude, slots).items():
         slots[name] = slots[name] - some if some else set()
     left = [Host(host.name, len(slots[host.address])) for host in hosts if slots.get(host.address)]
-    left = left[: wish.num_nodes] if wish.num_nodes > 0 else left
+    left = left[: given.num_nodes] if given.num_nodes > 0 else left
     if not left:
         raise LaunchError(f"--options: {' '.join(options)!r} leaves no host of the hostfile")
-    most = wish.num_gpus if wish.num_gpus > 0 else _MAX_SLOTS
+    most = given.num_gpus if given.num_gpus > 0 else _MAX_SLOTS
     return [Host(host.name, min(host.slots or 0, most)) for host in left]
 
 
 def _named(text: str, slots: Mapping[str, set[int]]) -> dict[str, set[int]]:
-    """Of `node1@node2:0,2` the slots of each host, none for all of them."""
+    """The slots of each host in `node1@node2:0,2`; an empty set stands for all slots."""
     named: dict[str, set[int]] = {}
     for part in filter(None, text.split("@")):
         name, _, numbers = part.partition(":")
         if name not in slots or not re.fullmatch(r"[\d,]*", numbers):
             raise LaunchError(
-                f"--options: {part!r} is not HOST or HOST:0,1 of the hostfile, which has"
+                f"--options: {part!r} is not HOST or HOST:0,1 with a host of the hostfile:"
                 f" {', '.join(slots)}"
             )
         named[name] = {int(number) for number in numbers.split(",") if number}
@@ -117,14 +117,14 @@ def _named(text: str, slots: Mapping[str, set[int]]) -> dict[str, set[int]]:
 
 
 def read_deepspeed_env(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables that DeepSpeed sets on every node: `.deepspeed_env` at home, then here.
+    """Variables that DeepSpeed sets on every node: `.deepspeed_env` of home, then of this folder.
 
     Args:
         environ: its DS_ENV_FILE is another name for the file.
 
     Raises:
-        LaunchError: a line is not NAME=value, as DeepSpeed takes no comments and no empty lines, or
-            it holds a secret, which DeepSpeed would write on command lines and to its log.
+        LaunchError: a line is not NAME=value (DeepSpeed allows no comments or empty lines), or
+            holds a secret, which DeepSpeed would write on command lines and to its log.
     """
     name = environ.get("DS_ENV_FILE", ".deepspeed_env")
     found = {}
@@ -137,7 +137,7 @@ def read_deepspeed_env(environ: Mapping[str, str]) -> dict[str, str]:
             if not match:
                 raise LaunchError(
                     f"{path}, line {number}: {hide_secrets(line[:80])!r} is not NAME=value;"
-                    " DeepSpeed takes neither comments nor empty lines there"
+                    " DeepSpeed allows neither comments nor empty lines there"
                 )
             variable, value = match["name"], match["value"].strip()
             if holds_secret(variable, value):
@@ -153,7 +153,7 @@ def read_deepspeed_env(environ: Mapping[str, str]) -> dict[str, str]:
 def holds_secret(name: str, value: str) -> bool:
     """Whether a variable is a password, key or signature, by its name or by a URL in its value.
 
-    Not where a shell of the node puts it together, such as "$(cat FILE)".
+    False if the shell of the node produces the value, as for "$(cat FILE)".
     """
     if {"$", "`"} & set(value):
         return False
@@ -164,11 +164,11 @@ def holds_secret(name: str, value: str) -> bool:
 def _lines(path: Path) -> list[str]:
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise LaunchError(f"{path}: larger than {_MAX_BYTES} bytes, this is another file")
+            raise LaunchError(f"{path}: larger than {_MAX_BYTES} bytes, so not a file of this kind")
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise LaunchError(
             f"{path}: {error.strerror or error}; see launchers/hostfile.example"
         ) from None
     except UnicodeDecodeError:
-        raise LaunchError(f"{path}: is not text") from None
+        raise LaunchError(f"{path}: is not a text file") from None

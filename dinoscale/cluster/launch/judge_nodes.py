@@ -1,17 +1,17 @@
-"""What the answers of the nodes mean: a sentence for each fault, naming the node."""
+"""Judge the answers of the nodes: a sentence for each fault, naming the node."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dinoscale.cluster.doctor.report import Check, count_text, ok, problem, warning
-from dinoscale.cluster.launch.ask_nodes import Found, Question
+from dinoscale.cluster.launch.ask_nodes import NodeAnswers, Question
 
 _CLOCK_TOLERANCE_S = 1.0  # beyond it, logs and file times of the nodes cannot be compared
 
 
-def judge(found: Sequence[Found], question: Question) -> list[Check]:
-    """One check for each fault, named by its host; one that says so where there is none."""
+def judge(found: Sequence[NodeAnswers], question: Question) -> list[Check]:
+    """One check for each fault, named by its host; a single `ok` if there are no faults."""
     known = [node for node in found if node.looked]
     checks = [problem(node.host.name, f"{node.failure}") for node in found if node.failure]
     if known:
@@ -27,15 +27,15 @@ def judge(found: Sequence[Found], question: Question) -> list[Check]:
     return checks or [ok("nodes", fine)]
 
 
-def _slots(node: Found) -> int:
+def _slots(node: NodeAnswers) -> int:
     """Processes of a node; one for each GPU unless a number is given."""
     if node.host.slots is not None:
         return node.host.slots
     return int(node.looked["num_devices"]) if node.looked else 0
 
 
-def _usual(known: Sequence[Found]) -> dict[str, Any]:
-    """What most nodes have, of each thing that must be equal; the first node wins a draw."""
+def _usual(known: Sequence[NodeAnswers]) -> dict[str, Any]:
+    """What most nodes have of everything that must be equal; the first node decides a tie."""
     looked = [node.looked for node in known if node.looked]
     versions = {
         name: Counter(of["versions"].get(name) for of in looked).most_common(1)[0][0]
@@ -50,7 +50,12 @@ def _usual(known: Sequence[Found]) -> dict[str, Any]:
 
 
 def _judge_node(
-    node: Found, looked: dict[str, Any], usual: dict[str, Any], question: Question, *, alone: bool
+    node: NodeAnswers,
+    looked: dict[str, Any],
+    usual: dict[str, Any],
+    question: Question,
+    *,
+    alone: bool,
 ) -> Iterator[Check]:
     name = node.host.name
     for package, version in usual["versions"].items():
@@ -62,22 +67,22 @@ def _judge_node(
                 " environment and one checkout on all nodes",
             )
     if looked["why_no_torch"]:
-        yield problem(name, f"torch does not load: {looked['why_no_torch']}; install it anew")
+        yield problem(name, f"torch does not load: {looked['why_no_torch']}; reinstall it")
     if looked["config"]["error"]:
-        yield problem(name, f"CONFIG cannot be used there: {looked['config']['error']}")
+        yield problem(name, f"CONFIG is invalid there: {looked['config']['error']}")
     elif looked["config"]["digest"] != usual["digest"]:
-        yield problem(name, "CONFIG says something else there; give all nodes the same file")
+        yield problem(name, "CONFIG differs there; give all nodes the same file")
     least, most = node.clock_s
     if least > _CLOCK_TOLERANCE_S or most < -_CLOCK_TOLERANCE_S:
         apart = f"{least:.1f} s ahead of" if least > 0 else f"{-most:.1f} s behind"
         yield problem(
-            name, f"its clock is {apart} this machine's; start a time service such as chrony"
+            name, f"its clock is {apart} this machine's; run a time service such as chrony"
         )
     for interface in looked["missing_interfaces"]:
         yield problem(
             name,
-            f"has no network interface {interface!r}, which GLOO_SOCKET_IFNAME names; see"
-            " `ip address` there and mend .deepspeed_env or the environment",
+            f"has no network interface {interface!r}, which GLOO_SOCKET_IFNAME names; run"
+            " `ip address` there and correct .deepspeed_env or the environment",
         )
     own = looked["own_address"]
     reachable = own is not None and not own.startswith("127.") and own != "::1"
@@ -85,30 +90,33 @@ def _judge_node(
     if not (alone or reachable or steered or usual["devices"]):
         yield warning(
             name,
-            f"its own name means {own or 'nothing'} there, where no other node can reach it; on"
+            f"its own name resolves to {own or 'nothing'} there, which other nodes cannot reach; on"
             " CPUs, write GLOO_SOCKET_IFNAME=INTERFACE into .deepspeed_env",
         )
 
 
-def _judge_devices(node: Found, looked: dict[str, Any], have_devices: bool) -> Iterator[Check]:
-    """Slots against GPUs; where no node has any, the run is one of CPUs."""
+def _judge_devices(
+    node: NodeAnswers, looked: dict[str, Any], have_devices: bool
+) -> Iterator[Check]:
+    """Compare slots with GPUs; if no node has any, the run is on CPUs."""
     there, slots = looked["num_devices"], _slots(node)
     if slots == 0:
-        yield problem(node.host.name, "has no GPU; on CPUs say how many processes: --per-node N")
+        yield problem(node.host.name, "has no GPU; to train on CPUs, give --per-node N")
     if not have_devices or there == slots:
         return
     if there < slots:
         yield problem(
             node.host.name,
             f"has {count_text(there, 'GPU')} for {count_text(slots, 'slot')}; correct its slots,"
-            " or look at nvidia-smi there",
+            " or check nvidia-smi there",
         )
     else:
-        yield warning(node.host.name, f"{slots} of its {there} GPUs are used; slots={there} is all")
+        text = f"{slots} of its {there} GPUs are used; slots={there} uses all"
+        yield warning(node.host.name, text)
 
 
-def _judge_images(known: Sequence[Found]) -> Iterator[Check]:
-    """Sets that a node cannot open, or of which it has another number of images than most."""
+def _judge_images(known: Sequence[NodeAnswers]) -> Iterator[Check]:
+    """Find sets that a node cannot open, or that have another number of images on most nodes."""
     for key in ("data.train", "eval.train", "eval.test"):
         counts = Counter(of for node in known if (of := _images(node, "images").get(key)))
         usual = counts.most_common(1)[0][0] if counts else None
@@ -124,13 +132,13 @@ def _judge_images(known: Sequence[Found]) -> Iterator[Check]:
                 )
 
 
-def _images(node: Found, what: str) -> dict[str, Any]:
-    """Of each set, how many there are or why it cannot be opened; nothing of one not yet listed."""
+def _images(node: NodeAnswers, what: str) -> dict[str, Any]:
+    """The number of images, or the errors, by set; sets that are not yet open are missing."""
     return (node.opened or {}).get(what) or {}
 
 
-def _judge_meeting(known: Sequence[Found], question: Question) -> Iterator[Check]:
-    """The shared run directory, and the port of rank 0."""
+def _judge_meeting(known: Sequence[NodeAnswers], question: Question) -> Iterator[Check]:
+    """Judge the shared run directory, and the port of rank 0."""
     for node in known:
         met, name = node.met, node.host.name
         if met is None:
@@ -145,7 +153,7 @@ def _judge_meeting(known: Sequence[Found], question: Question) -> Iterator[Check
         if seen and not seen["seen"]:
             yield problem(
                 name,
-                f"run_dir {seen['run_dir']} is not shared: what the first node wrote is not seen"
+                f"run_dir {seen['run_dir']} is not shared: a file of the first node is missing"
                 " there; put run_dir on a file system that all nodes share",
             )
         elif seen and seen["error"]:
@@ -157,7 +165,7 @@ def _judge_meeting(known: Sequence[Found], question: Question) -> Iterator[Check
     yield from _judge_port(known, question)
 
 
-def _judge_port(known: Sequence[Found], question: Question) -> Iterator[Check]:
+def _judge_port(known: Sequence[NodeAnswers], question: Question) -> Iterator[Check]:
     where = f"{question.address}:{question.port}"
     for node in known:
         met = node.met or {}
@@ -170,16 +178,16 @@ def _judge_port(known: Sequence[Found], question: Question) -> Iterator[Check]:
                 f"port {question.port} cannot be used there: {error}; choose another with"
                 " --master-port",
             )
-            return  # so nobody can have reached it
+            return  # then no node can have reached it
         yield problem(
             node.host.name,
-            f"cannot reach rank 0 at {where} ({error}); name another address of the first node"
+            f"cannot reach rank 0 at {where} ({error}); give another address of the first node"
             " with --master-addr, or open that port between the nodes",
         )
 
 
-def table(found: Sequence[Found]) -> str:
-    """A line for each node; what is odd about it follows in the checks."""
+def table(found: Sequence[NodeAnswers]) -> str:
+    """A table with a line for each node; faults follow in the checks."""
     rows: list[tuple[str, ...]] = [
         ("node", "slots", "GPUs", "python", "torch", "deepspeed", "code", "clock")
     ]

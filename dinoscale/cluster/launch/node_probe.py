@@ -1,7 +1,7 @@
-"""The other end of nodes.py: runs on a node and answers questions about it, a line of JSON each.
+"""The other end of ask_nodes.py: runs on a node and answers questions about it in lines of JSON.
 
 `python -m dinoscale.cluster.launch.node_probe` reads `{"ask": NAME, ...}` from stdin until it is
-closed, and leaves nothing behind. It knows nothing of the other nodes.
+closed, and leaves no files behind. It knows nothing about the other nodes.
 """
 
 import hashlib
@@ -12,25 +12,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dinoscale.cluster.doctor.image_sets import image_sets
 from dinoscale.cluster.doctor.marker import Marker, look_for, remove_marker, write_marker
 from dinoscale.cluster.doctor.versions import installed
 from dinoscale.config import RunConfig, dump_config, load_config
-from dinoscale.data.decoding.decode import Decoder
-from dinoscale.data.sources.mixture import open_sources
-from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DinoscaleError
 from dinoscale.runtime.versions import commit, package_version
 
-MARK = "dinoscale-probe "  # before each answer: the shell of a node may print lines of its own
+MARK = "dinoscale-probe "  # starts each answer, since the shell of a node may print other lines
 _CONNECT_S = 5.0
-_GREETING = b"dinoscale"  # else any server on that port would do
+_GREETING = b"dinoscale"  # tells the probe from any other server on that port
 
 
 def main() -> None:
@@ -39,16 +36,16 @@ def main() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             if request["ask"] == "enter":
-                _start_again_with(request["variables"])
+                _restart_with(request["variables"])
             answer = _QUESTIONS[request.pop("ask")](probe, **request)
             print(MARK + json.dumps(answer), flush=True)
 
 
-def _start_again_with(variables: dict[str, str]) -> None:
-    """Answer, and be a process that has these variables from its start, as the run's will.
+def _restart_with(variables: dict[str, str]) -> None:
+    """Answer, then restart this process with the variables that the run will have.
 
-    They come over stdin: a command line is seen by every user. Nothing of it is read ahead, since
-    the next question waits for the answer.
+    They come over stdin, because every user can see a command line. No question is lost in a
+    buffer, since the next one waits for the answer.
     """
     values = {name: _of_shell(value) for name, value in variables.items()}
     print(MARK + json.dumps({}), flush=True)
@@ -57,7 +54,7 @@ def _start_again_with(variables: dict[str, str]) -> None:
 
 
 def _of_shell(value: str) -> str:
-    """What the shell of this node makes of a value, as it will for the run: "$(cat FILE)"."""
+    """A value as the shell of this node expands it for the run, such as "$(cat FILE)"."""
     if not {"$", "`"} & set(value):
         return value
     script = f'value="{value}"; printf %s "$value"'  # DeepSpeed puts it in these quotes
@@ -66,7 +63,7 @@ def _of_shell(value: str) -> str:
 
 
 class Probe:
-    """What must be undone at the end: a marker in run_dir, a port that is listened on."""
+    """State to clean up at the end: a marker in run_dir, a listening socket."""
 
     def __init__(self) -> None:
         self.server: socket.socket | None = None
@@ -91,7 +88,7 @@ def _clock(_probe: Probe) -> dict[str, float]:
 
 
 def _look(_probe: Probe, config: str, overrides: list[str]) -> dict[str, Any]:
-    """Versions, accelerators and what the configuration says here."""
+    """Versions, accelerators, configuration and network of this node."""
     num_devices, why_no_torch = _count_devices()
     return {
         "versions": {**installed(), "dinoscale": package_version("dinoscale"), "code": code()},
@@ -130,14 +127,14 @@ def _read_config(name: str, overrides: list[str]) -> dict[str, str | None]:
 
 
 def _missing_interfaces() -> list[str]:
-    """Of GLOO_SOCKET_IFNAME; gloo would say so after a minute, and without the name."""
+    """Interfaces in GLOO_SOCKET_IFNAME that do not exist; gloo fails late, and does not name it."""
     wanted = os.environ.get("GLOO_SOCKET_IFNAME", "")
     present = {name for _, name in socket.if_nameindex()}
     return [name for name in wanted.split(",") if name and name not in present]
 
 
 def _own_address() -> str | None:
-    """What the name of this node means here, None if nothing."""
+    """The address that the name of this node resolves to here, None if it does not."""
     try:
         return str(socket.getaddrinfo(socket.gethostname(), None)[0][4][0])
     except (OSError, UnicodeError):
@@ -145,7 +142,7 @@ def _own_address() -> str | None:
 
 
 def _open(_probe: Probe, config: str, overrides: list[str], within_s: float) -> dict[str, Any]:
-    """Open the images as the run will; how many there are, or why not, as far as time allows."""
+    """Open the images as the run will; returns counts and errors of the sets done in time."""
     found: dict[str, dict[str, Any]] = {"images": {}, "errors": {}}
     opening = threading.Thread(
         target=_open_all, args=(load_config(config, overrides), found), daemon=True
@@ -156,33 +153,17 @@ def _open(_probe: Probe, config: str, overrides: list[str], within_s: float) -> 
 
 
 def _open_all(config: RunConfig, found: dict[str, dict[str, Any]]) -> None:
-    data, decoder = config.data, Decoder(config.data.channels, config.data.white)
-    sets: dict[str, Callable[[], Sized]] = {}
-    if data.sources:
-        sets["data.train"] = partial(
-            open_sources,
-            [part.source for part in data.sources],
-            decoder,
-            manifest=data.manifest,
-            distinct_images=data.distinct_images,
-            max_lost=data.max_bad_fraction,
-        )
-    for key, spec in (("eval.train", config.eval.train), ("eval.test", config.eval.test)):
-        if spec is not None:
-            sets[key] = partial(open_source, spec, decoder)
-    for key, opened in sets.items():
-        _count(key, opened, found)
-
-
-def _count(key: str, opened: Callable[[], Sized], found: dict[str, dict[str, Any]]) -> None:
-    try:
-        found["images"][key] = len(opened())
-    except (DinoscaleError, OSError) as error:
-        found["errors"][key] = str(error)
+    for key, (spec, open_set) in image_sets(config).items():
+        if spec is None:
+            continue
+        try:
+            found["images"][key] = len(open_set(lambda: None))
+        except (DinoscaleError, OSError) as error:
+            found["errors"][key] = str(error)
 
 
 def _receive(probe: Probe, run_dir: str, port: int) -> dict[str, Any]:
-    """On the first node: write a marker into run_dir, and listen where rank 0 will."""
+    """On the first node: write a marker into run_dir, and listen on the port of rank 0."""
     probe.marker = write_marker(Path(run_dir).absolute(), probe.made)
     error = None
     try:
@@ -198,7 +179,7 @@ def _answer_calls(server: socket.socket) -> None:
         while True:
             try:
                 caller, _ = server.accept()
-            except OSError:  # closed: we are done
+            except OSError:  # the socket was closed at the end
                 return
             with closing(caller):
                 caller.sendall(_GREETING)
@@ -220,7 +201,7 @@ def _call(address: str, port: int) -> str | None:
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][4][0]
     except (OSError, UnicodeError) as error:
-        return f"the name is not known there ({error})"
+        return f"the name cannot be resolved there ({error})"
     try:
         with socket.create_connection((address, port), timeout=_CONNECT_S) as connection:
             said = connection.recv(len(_GREETING), socket.MSG_WAITALL)

@@ -1,4 +1,4 @@
-"""Which way a run is started, and the checks that this way allows before it."""
+"""Choose how to start a run, and make the checks that this method allows."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from typing import Any
 from dinoscale.cluster.doctor.environment import steering_names
 from dinoscale.cluster.doctor.report import Check, Report, ok, problem, warning
 from dinoscale.cluster.launch import commands
-from dinoscale.cluster.launch.ask_nodes import Found, Question, ask_all
+from dinoscale.cluster.launch.ask_nodes import NodeAnswers, Question, ask_all
 from dinoscale.cluster.launch.hostfile import (
     Host,
     holds_secret,
@@ -26,22 +26,22 @@ from dinoscale.cluster.launch.judge_nodes import judge, table
 from dinoscale.errors import LaunchError
 
 _HOST = re.compile(r"\w[\w.:-]*", re.ASCII)
-_FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # by DeepSpeed; NCCL where there are GPUs
+_FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # by DeepSpeed; NCCL if there are GPUs
 _PROGRAMS = {"pdsh": ("ssh", "pdsh"), "openmpi": ("ssh", "mpirun")}
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a run is started.
+class Method:
+    """How to start a run.
 
     Attributes:
-        command: the command line, as words.
-        hosts: nodes that can be asked beforehand.
-        address: of rank 0, as the others will look for it; empty if it is not known yet.
+        command: the command line, as arguments.
+        hosts: nodes that can be checked beforehand.
+        address: of rank 0, as the other ranks will look for it; empty if not known yet.
         port: of rank 0.
-        ssh: `ssh` and its options; None: only this machine is asked.
-        meets: the first of `hosts` is where rank 0 will run.
-        programs: needed here.
+        ssh: `ssh` and its options; None to ask only this machine.
+        meets: whether rank 0 will run on the first of `hosts`.
+        programs: needed on this machine.
         variables: that DeepSpeed sets on every node.
     """
 
@@ -56,8 +56,8 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What was asked for on the command line; see `dinoscale launch --help`."""
+class LaunchRequest:
+    """Options of the command line; see `dinoscale launch --help`."""
 
     config: str
     overrides: list[str]
@@ -74,108 +74,107 @@ class Wishes:
 
     @property
     def training(self) -> list[str]:
-        """What runs on each node, after `-m dinoscale`."""
+        """Arguments after `-m dinoscale` on each node."""
         return ["train", self.config, *self.overrides]
 
     @property
     def port(self) -> int:
-        """Where the ranks meet."""
+        """Port where the ranks meet."""
         return commands.PORT if self.master_port is None else self.master_port
 
 
-def choose(wishes: Wishes) -> Way:
-    """The way of starting that was asked for.
+def choose(request: LaunchRequest) -> Method:
+    """Choose the method that the options ask for.
 
     Raises:
-        LaunchError: wishes contradict each other or are impossible, or the hostfile is wrong.
+        LaunchError: the options contradict each other or are out of range, or the hostfile is
+            invalid.
     """
-    if wishes.hostfile is not None:
+    if request.hostfile is not None:
         name, used = "--hostfile", {"launcher", "ssh_options", "node_rank"}
         used |= {"master_addr", "master_port"}
-    elif wishes.slurm:
+    elif request.slurm:
         name, used = "--slurm", {"nodes", "per_node"}
-    elif wishes.nodes is not None:
+    elif request.nodes is not None:
         name, used = "--nodes", {"nodes", "node_rank", "per_node", "master_addr", "master_port"}
     else:
-        raise LaunchError("say how: --hostfile FILE, --nodes N, or --slurm; see launch --help")
-    _refuse_unused(wishes, name, used)
-    _require_ranges(wishes)
-    _refuse_secrets([*wishes.options, *wishes.ssh_options])
-    if wishes.slurm:
-        return _by_slurm(wishes)
-    return _by_hostfile(wishes, wishes.hostfile) if wishes.hostfile else _by_torchrun(wishes)
+        raise LaunchError("give --hostfile FILE, --nodes N, or --slurm; see launch --help")
+    _refuse_unused(request, name, used)
+    _require_ranges(request)
+    _refuse_secrets([*request.options, *request.ssh_options])
+    if request.slurm:
+        return _by_slurm(request)
+    return _by_hostfile(request, request.hostfile) if request.hostfile else _by_torchrun(request)
 
 
-def _refuse_unused(wishes: Wishes, way: str, used: set[str]) -> None:
-    """A wish that this way cannot fulfil would be forgotten without a word."""
-    given = asdict(wishes)
+def _refuse_unused(request: LaunchRequest, method: str, used: set[str]) -> None:
+    """Refuse options that this method would ignore."""
+    given = asdict(request)
     if given["launcher"] == "pdsh":
         given["launcher"] = None
     for name in given.keys() - used - {"config", "overrides", "options", "hostfile", "slurm"}:
         if given[name] not in (None, []):
-            raise LaunchError(
-                f"--{name.replace('_', '-')}: has no meaning with {way}; leave it out"
-            )
-    if way == "--hostfile" and wishes.slurm:
-        raise LaunchError("--slurm: has no meaning with --hostfile; leave one out")
+            raise LaunchError(f"--{name.replace('_', '-')}: has no effect with {method}; omit it")
+    if method == "--hostfile" and request.slurm:
+        raise LaunchError("--slurm: has no effect with --hostfile; omit one of them")
 
 
-def _require_ranges(wishes: Wishes) -> None:
+def _require_ranges(request: LaunchRequest) -> None:
     ranges = {"nodes": (1, 10**6), "per_node": (1, 1024), "master_port": (1, 65535)}
     for name, (low, high) in ranges.items():
-        value = getattr(wishes, name)
+        value = getattr(request, name)
         if value is not None and not low <= value <= high:
             raise LaunchError(f"--{name.replace('_', '-')}={value} is not in {low}..{high}")
-    address = wishes.master_addr
+    address = request.master_addr
     if address is not None and not _HOST.fullmatch(address):
-        raise LaunchError(f"--master-addr={address!r} is no host name and no address")
+        raise LaunchError(f"--master-addr={address!r} is neither a host name nor an address")
 
 
 def _refuse_secrets(words: Sequence[str]) -> None:
-    """The line that starts the nodes is printed, and every user of a node can read it there."""
+    """Refuse secrets: the command line is printed, and every user of a node can read it there."""
     for word in words:
-        for assignment in word.split(","):  # of --export=ALL,NAME=value two
+        for assignment in word.split(","):  # --export=ALL,NAME=value holds two
             *names, value = assignment.split("=")
             for name in names:
                 if holds_secret(name.strip("-"), value):
                     raise LaunchError(
-                        f"--options, --ssh-options: {name} holds a secret, which would be printed"
-                        " and stand on command lines that every user of a node can read; export it"
-                        " here, and name it without its value"
+                        f"--options, --ssh-options: {name} holds a secret, which would be printed,"
+                        " and every user of a node could read it on command lines; export it here,"
+                        " and give only its name"
                     )
 
 
-def _by_hostfile(wishes: Wishes, hostfile: str) -> Way:
+def _by_hostfile(request: LaunchRequest, hostfile: str) -> Method:
     hosts = read_hostfile(Path(hostfile))
-    if wishes.launcher == "pdsh":
-        hosts = taking_part(hosts, wishes.options)
-    address = wishes.master_addr or hosts[0].address
-    meeting: dict[str, Any] = {"address": address, "port": wishes.port, "options": wishes.options}
-    if wishes.node_rank is not None:
-        return _without_ssh(wishes, hostfile, hosts, meeting)
-    ssh = wishes.ssh_options
-    if wishes.launcher == "openmpi":
+    if request.launcher == "pdsh":
+        hosts = taking_part(hosts, request.options)
+    address = request.master_addr or hosts[0].address
+    meeting: dict[str, Any] = {"address": address, "port": request.port, "options": request.options}
+    if request.node_rank is not None:
+        return _without_ssh(request, hostfile, hosts, meeting)
+    ssh = request.ssh_options
+    if request.launcher == "openmpi":
         command = commands.over_openmpi(
-            wishes.training, hosts, hostfile=hostfile, ssh_options=ssh, **meeting
+            request.training, hosts, hostfile=hostfile, ssh_options=ssh, **meeting
         )
     else:
         command = commands.over_pdsh(
-            wishes.training, hosts, hostfile=hostfile, ssh_options=ssh, **meeting
+            request.training, hosts, hostfile=hostfile, ssh_options=ssh, **meeting
         )
-    return Way(
+    return Method(
         [*_without_secrets(os.environ), *command],
         hosts,
         address,
-        wishes.port,
+        request.port,
         ssh=["ssh", *ssh],
         meets=True,
-        programs=_PROGRAMS[wishes.launcher],
+        programs=_PROGRAMS[request.launcher],
         variables=read_deepspeed_env(os.environ),
     )
 
 
 def _without_secrets(environ: Mapping[str, str]) -> list[str]:
-    """What comes before a command: DeepSpeed would write their values on command lines."""
+    """A prefix that unsets secrets, whose values DeepSpeed would write on command lines."""
     names = [
         name
         for name, value in environ.items()
@@ -184,105 +183,108 @@ def _without_secrets(environ: Mapping[str, str]) -> list[str]:
     return ["env", *(f"--unset={name}" for name in sorted(names))] if names else []
 
 
-def _without_ssh(wishes: Wishes, hostfile: str, hosts: list[Host], meeting: dict[str, Any]) -> Way:
-    rank = wishes.node_rank
+def _without_ssh(
+    request: LaunchRequest, hostfile: str, hosts: list[Host], meeting: dict[str, Any]
+) -> Method:
+    rank = request.node_rank
     assert rank is not None
     if not 0 <= rank < len(hosts):
-        raise LaunchError(f"--node-rank={rank} is not in 0..{len(hosts) - 1}, as {hostfile} says")
-    if wishes.launcher != "pdsh" or wishes.ssh_options:
-        raise LaunchError("--launcher, --ssh-options: with --node-rank no other node is reached")
-    command = commands.without_ssh(wishes.training, hostfile=hostfile, node_rank=rank, **meeting)
-    return Way(command, [hosts[rank]], meeting["address"], wishes.port, meets=rank == 0)
+        last = len(hosts) - 1
+        raise LaunchError(f"--node-rank={rank} is not in 0..{last}, the hosts of {hostfile}")
+    if request.launcher != "pdsh" or request.ssh_options:
+        raise LaunchError("--launcher, --ssh-options: have no effect with --node-rank; omit them")
+    command = commands.without_ssh(request.training, hostfile=hostfile, node_rank=rank, **meeting)
+    return Method(command, [hosts[rank]], meeting["address"], request.port, meets=rank == 0)
 
 
-def _by_torchrun(wishes: Wishes) -> Way:
-    nodes, rank, address = wishes.nodes, wishes.node_rank, wishes.master_addr
+def _by_torchrun(request: LaunchRequest) -> Method:
+    nodes, rank, address = request.nodes, request.node_rank, request.master_addr
     if nodes is None or rank is None or address is None:
-        raise LaunchError("--nodes: needs --node-rank R and --master-addr HOST too, on each node")
+        raise LaunchError("--nodes: also needs --node-rank R and --master-addr HOST, on each node")
     if not 0 <= rank < nodes:
-        raise LaunchError(f"--node-rank={rank} is not in 0..{nodes - 1}, as --nodes says")
+        raise LaunchError(f"--node-rank={rank} is not in 0..{nodes - 1}, the ranks of --nodes")
     command = commands.by_torchrun(
-        wishes.training,
+        request.training,
         nodes=nodes,
         node_rank=rank,
-        per_node=wishes.per_node,
+        per_node=request.per_node,
         address=address,
-        port=wishes.port,
-        options=wishes.options,
+        port=request.port,
+        options=request.options,
     )
-    here = Host(socket.gethostname(), wishes.per_node)
-    return Way(command, [here], address, wishes.port, meets=rank == 0)
+    here = Host(socket.gethostname(), request.per_node)
+    return Method(command, [here], address, request.port, meets=rank == 0)
 
 
-def _by_slurm(wishes: Wishes) -> Way:
+def _by_slurm(request: LaunchRequest) -> Method:
     command = commands.by_slurm(
-        wishes.training[1:],
-        nodes=wishes.nodes,
-        per_node=wishes.per_node,
-        options=wishes.options,
+        request.training[1:],
+        nodes=request.nodes,
+        per_node=request.per_node,
+        options=request.options,
     )
-    return Way(command, [], programs=("sbatch",))
+    return Method(command, [], programs=("sbatch",))
 
 
 def check(
-    way: Way, wishes: Wishes, *, run_dir: str, timeout_s: float
-) -> tuple[list[Found], Report]:
-    """Ask the nodes, print what they are and what is wrong, and give it back.
+    method: Method, request: LaunchRequest, *, run_dir: str, timeout_s: float
+) -> tuple[list[NodeAnswers], Report]:
+    """Ask the nodes, and print a table of them and the faults.
 
     Args:
-        way: chosen.
-        wishes: it was chosen from.
+        method: of starting the run.
+        request: from which it was chosen.
         run_dir: of the run.
         timeout_s: for each answer of a node.
 
     Returns:
-        What the nodes answered, and the checks.
+        The answers of the nodes, and the checks.
 
     Raises:
-        LaunchError: a program is not installed here.
+        LaunchError: a program is not installed on this machine.
     """
     report = Report(active=True)
-    for program in way.programs:
+    for program in method.programs:
         if shutil.which(program) is None:
             raise LaunchError(f"{program} is not installed here; see launchers/README.md")
-    if not way.hosts:
-        report.section("slurm", _submittable(way.command))
+    if not method.hosts:
+        report.section("slurm", _submittable(method.command))
         report.close()
         return [], report
     question = Question(
-        config=(wishes.config, wishes.overrides),
+        config=(request.config, request.overrides),
         run_dir=run_dir,
-        address=way.address,
-        port=way.port,
-        variables=way.variables,
-        ssh=way.ssh,
-        meets=way.meets,
+        address=method.address,
+        port=method.port,
+        variables=method.variables,
+        ssh=method.ssh,
+        meets=method.meets,
         timeout_s=timeout_s,
     )
-    found = ask_all(way.hosts, question)
+    found = ask_all(method.hosts, question)
     print(table(found), file=sys.stderr, flush=True)
     report.section("nodes", judge(found, question))
-    if way.ssh is not None:
-        report.section("environment", _not_forwarded(way.variables))
+    if method.ssh is not None:
+        report.section("environment", _not_forwarded(method.variables))
     report.close()
     return found, report
 
 
 def _submittable(command: list[str]) -> list[Check]:
-    """Slurm's own opinion; its nodes are not known before it gives them."""
+    """The result of `sbatch --test-only`; the nodes are unknown until Slurm allocates them."""
     words = [command[0], "--test-only", *command[1:]]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
-        return [problem("sbatch", "does not answer within 60 s; ask `scontrol ping`")]
-    said = (done.stderr.strip().splitlines() or ["says nothing"])[-1]
+        return [problem("sbatch", "does not answer within 60 s; check `scontrol ping`")]
+    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if done.returncode:
         return [problem("sbatch", f"{said}; change the resources, see `sinfo`")]
     return [ok("sbatch", f"{said}; the nodes are not known yet, `doctor` under srun checks them")]
 
 
 def _not_forwarded(variables: dict[str, str]) -> list[Check]:
-    """Variables that steer libraries here, and on the nodes only where a profile sets them."""
+    """Find variables that affect libraries here, but that DeepSpeed does not set on the nodes."""
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     forwarded = _FORWARDED if has_gpu else _FORWARDED[:-1]
     names = [
@@ -295,7 +297,7 @@ def _not_forwarded(variables: dict[str, str]) -> list[Check]:
     return [
         warning(
             "variables",
-            f"{', '.join(names)}: set here, and DeepSpeed does not hand it to the nodes; write"
+            f"{', '.join(names)}: set here, but DeepSpeed does not pass it to the nodes; write"
             " NAME=value into .deepspeed_env, or a secret into a file there: see"
             " launchers/README.md",
         )

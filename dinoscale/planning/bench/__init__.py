@@ -1,1 +1,1 @@
-"""Measurements of parts of a run on the machine at hand."""
+"""Measure the speed of parts of a run on this machine."""

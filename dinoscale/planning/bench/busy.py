@@ -1,4 +1,4 @@
-"""Processes that do the same beside what is measured, as in a run, where no core is idle."""
+"""Processes that keep the other cores busy during a measurement, as the workers of a run do."""
 
 import contextlib
 import multiprocessing
@@ -14,16 +14,16 @@ _BEGIN_S = 60.0  # for the first item of a process
 
 @contextlib.contextmanager
 def busy(work: Callable[[int], Iterator[object]], *, others: int) -> Iterator[None]:
-    """Keep other cores busy while the caller measures one; all have begun when it gets its turn.
+    """Keep other cores busy while the body runs, once all of them have begun.
 
     Args:
-        work: makes what a process goes through without end, from a seed of its own.
-        others: processes, one for each core.
+        work: makes an endless iterator from a seed; each process consumes one of its own.
+        others: number of processes, one per core.
     """
     context = multiprocessing.get_context("fork")  # as the loader starts its workers
     begun = context.Semaphore(0)
     processes = [
-        context.Process(target=_go_through, args=(work, seed, begun), daemon=True)
+        context.Process(target=_consume, args=(work, seed, begun), daemon=True)
         for seed in range(1, others + 1)
     ]
     try:
@@ -38,7 +38,7 @@ def busy(work: Callable[[int], Iterator[object]], *, others: int) -> Iterator[No
             process.join()
 
 
-def _go_through(
+def _consume(
     work: Callable[[int], Iterator[object]], seed: int, begun: synchronize.Semaphore
 ) -> None:
     leave_signals_to_parent()

@@ -1,4 +1,4 @@
-"""What the device at hand can do at most: products of large matrices."""
+"""The highest FLOP/s that this device reaches: those of large matrix products."""
 
 import time
 from collections.abc import Iterable
@@ -6,23 +6,23 @@ from collections.abc import Iterable
 import torch
 
 _RUNS = 5
-_LONG_S = 0.5  # a product that takes longer is run once
+_LONG_S = 0.5  # a slower product runs only once
 _SQUARE = {"cpu": 1024, "cuda": 8192}  # rows of a product that fills the device
 
 
 def matmul_rates(
     device: torch.device, dtypes: Iterable[torch.dtype], *, tokens: int, embed_dim: int
 ) -> dict[torch.dtype, float]:
-    """FLOP/s of the fastest of a square product and the products of the MLP, best of some runs.
+    """FLOP/s by dtype of the fastest of a square product and the two products of the MLP.
 
-    The largest is the ceiling of a step: on a CPU without bfloat16 instructions products of float32
-    are faster, and `models.widened` takes them.
+    The best of some runs counts. The largest rate is the ceiling of a step: on a CPU without
+    bfloat16 instructions float32 products are faster, and `models.cpu_bf16` uses them.
 
     Args:
         device: to measure.
         dtypes: of the factors.
-        tokens: rows of the student's matrices, the tokens of a micro-batch; on a CPU no more than
-            fill it.
+        tokens: rows of the student's matrices, the tokens of a micro-batch; fewer are measured on a
+            CPU, which needs less to be busy.
         embed_dim: width of the backbone; the MLP is four times as wide.
     """
     side, wide = _SQUARE[device.type], 4 * embed_dim

@@ -1,8 +1,8 @@
-"""How fast this machine can feed a run, part by part, and what limits it.
+"""How fast this machine can feed a run, part by part, and which part limits it.
 
-The parts are the run's own: its images, sizes, micro-batch and loader. Rates are images per
-second; those of what data workers do are of one core while all others do the same, for cores share
-caches, memory and clocks, and two logical ones are often one.
+The parts are the run's own: its images, sizes, micro-batch and loader. Rates are images per second.
+The work of a data worker is measured on one core while all others do the same, because cores share
+caches, memory and clocks, and two logical cores are often one physical core.
 """
 
 import contextlib
@@ -29,25 +29,26 @@ from dinoscale.planning.bench.busy import busy
 from dinoscale.runtime.cores import available_cores
 from dinoscale.training.feed import finish_batch, multi_crop_of, open_images
 
-_MAX_STEPS = 2**31  # the loader ends when the time is over
-_AHEAD = 2  # batches that each worker has prepared before the clock starts
-_PARTS = 4  # that are measured beside the loader, five with a transfer
-_CPU_BATCH = 16  # images at most, where the CPU trains: rates are per image, and time is short
-_TRIES = 10  # images tried for each that is wanted
-_GOOD_SHARE = 0.7  # of what the cores should deliver together; below, something is in the way
+_MAX_STEPS = 2**31  # the time limit ends the loader first
+_PREFETCHED = 2  # batches that each worker has ready before the clock starts
+_PARTS = 4  # measured besides the loader; five with a transfer
+_CPU_BATCH = 16  # most images if the CPU trains: rates are per image, and time is short
+_TRIES = 10  # images tried for each one needed
+_GOOD_SHARE = 0.7  # of the cores' expected rate; below it, something slows the workers down
 _HALF = 0.5
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Images per second, of one core while all are busy; None where there is nothing to do.
+    """Images per second of each part.
 
     Attributes:
-        read_decode: one core reads files and decodes them in full.
-        crops: one core cuts and resizes the crops of decoded pictures.
-        worker: one core does both for the loader, which decodes large JPEG files smaller.
+        read_decode: one core, while all are busy, reads files and decodes them at full size.
+        crops: one core, while all are busy, cuts and resizes the crops of decoded pictures.
+        worker: one core, while all are busy, does both as in the loader, which decodes large JPEG
+            files at a smaller size.
         transfer: from page-locked memory to the accelerator; None on a CPU.
-        device: the training device changes colours and normalises.
+        device: color jitter and normalization on the training device.
         loader: the real loader and the device part together, end to end.
     """
 
@@ -64,15 +65,15 @@ def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) ->
 
     Args:
         config: of the run.
-        gpu_images_per_s: what one GPU trains, to work out its workers; images per second.
-        seconds: to spend on each part.
+        gpu_images_per_s: images per second that one GPU trains, to compute the workers it needs.
+        seconds: for each part.
 
     Returns:
-        JSON-able: the rates, the part that limits, the workers that such a GPU needs.
+        JSON-able: the rates, the slowest part, and the workers that such a GPU needs.
 
     Raises:
-        ConfigError: no images are named, or a number is out of range.
-        DataError: the images cannot be opened, or ten in a row cannot be read.
+        ConfigError: data.train is not set, or a number is out of range.
+        DataError: the images cannot be opened, or too few can be read.
     """
     if not (0 < gpu_images_per_s < math.inf and 0 < seconds <= 3600):
         raise ConfigError(
@@ -85,9 +86,9 @@ def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) ->
     if device.type == "cpu":  # which takes a batch one image after the other
         size = min(size, _CPU_BATCH)
     say(
-        f"measuring batches of {size} images: about {_PARTS * seconds:.0f} s for the parts, those"
-        f" of data workers with all {cores} cores at hand busy, and {seconds:g} s for the loader,"
-        f" once its {config.data.num_workers} workers have {_AHEAD} batches each"
+        f"measuring batches of {size} images: about {_PARTS * seconds:.0f} s for the parts, with"
+        f" all {cores} available cores busy for those of data workers, then {seconds:g} s for the"
+        f" loader, once its {config.data.num_workers} workers have {_PREFETCHED} batches each"
     )
     rates = _measure(config, source, device, size=size, seconds=seconds, cores=cores)
     can_feed = rates.worker * cores
@@ -102,7 +103,7 @@ def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) ->
         "gpu_images_per_s": gpu_images_per_s,
         "workers_for_one_gpu": math.ceil(gpu_images_per_s / rates.worker),
     }
-    say(in_words(rates, result))
+    say(as_text(rates, result))
     return result
 
 
@@ -151,7 +152,7 @@ def _measure(
 
 
 def _order(source: Source, *, seed: int) -> Iterator[int]:
-    """Numbers of images without end: at random, of a stream from its front."""
+    """Endless indices of images: random ones, or those of a stream in order."""
     rng = np.random.default_rng(seed)
     while True:
         if isinstance(source, StreamSource):
@@ -161,10 +162,10 @@ def _order(source: Source, *, seed: int) -> Iterator[int]:
 
 
 def _decoded(source: Source, order: Iterator[int], *, count: int) -> list[Picture]:
-    """The next pictures that can be read, with their pixels.
+    """The next readable pictures, decoded.
 
     Raises:
-        DataError: ten times as many cannot be read.
+        DataError: ten times `count` were tried, and too few can be read.
     """
     pictures: list[Picture] = []
     for _ in range(_TRIES * count):
@@ -227,7 +228,7 @@ def _finish(batch: Batch, config: RunConfig, device: torch.device) -> None:
 
 
 def _in_turn(parts: Mapping[str, Callable[[], object]], *, seconds: float) -> dict[str, float]:
-    """Median seconds of each part; they run in turn, so that other programs weigh on all alike."""
+    """Median seconds of each part; they take turns, so that other programs slow all alike."""
     for work in parts.values():
         work()  # buffers, lazy imports
     spent: dict[str, list[float]] = {name: [] for name in parts}
@@ -257,12 +258,12 @@ def _loader_rate(
     size: int,
     seconds: float,
 ) -> float:
-    """Images per second from the workers to the network, once what they had ready is used up."""
+    """Images per second from the workers to the network, after the prefetched batches."""
     workers = config.data.num_workers
     batches = _batches(
         config, source, multi_crop, size=size, num_workers=workers, pin=device.type == "cuda"
     )
-    for _ in range(_AHEAD * workers + 1):
+    for _ in range(_PREFETCHED * workers + 1):
         _finish(next(batches), config, device)
     begin, images = time.perf_counter(), 0
     while not images or time.perf_counter() - begin < seconds:
@@ -272,14 +273,14 @@ def _loader_rate(
 
 
 def limit(rates: Rates, *, num_workers: int, cores: int) -> str:
-    """The part that holds the others up: "workers", "transfer" or "device".
+    """The slowest part: "workers", "transfer" or "device".
 
-    Without workers everything happens in turn, and the slowest part is the limit all the same.
+    It is called the limit also without workers, when the parts run one after another.
 
     Args:
         rates: of the parts.
         num_workers: of one rank.
-        cores: at hand.
+        cores: available to it.
     """
     parts = {"workers": rates.worker * min(max(num_workers, 1), cores), "device": rates.device}
     if rates.transfer is not None:
@@ -287,14 +288,14 @@ def limit(rates: Rates, *, num_workers: int, cores: int) -> str:
     return min(parts, key=lambda part: parts[part])
 
 
-def in_words(rates: Rates, result: dict[str, Any]) -> str:
-    """The result of `bench_data` in plain words."""
+def as_text(rates: Rates, result: dict[str, Any]) -> str:
+    """The result of `bench_data` as a table and sentences."""
     cores, workers = result["cores"], result["num_workers"]
-    lines = [f"{'images/s':<44}{'of one core':>12}{f'of all {cores}':>12}"]
+    lines = [f"{'images/s':<44}{'one core':>12}{f'all {cores}':>12}"]
     for text, rate in (
-        ("reading and decoding in full", rates.read_decode),
+        ("reading and decoding at full size", rates.read_decode),
         ("cutting crops", rates.crops),
-        ("both as a data worker does it", rates.worker),
+        ("both, as a data worker does them", rates.worker),
     ):
         lines.append(f"  {text:<42}{rate:>12.4g}{rate * cores:>12.4g}")
     for text, whole in (
@@ -310,13 +311,13 @@ def in_words(rates: Rates, result: dict[str, Any]) -> str:
         share = rates.loader / (rates.worker * min(max(workers, 1), cores))
         if share < _GOOD_SHARE:
             lines.append(
-                f"the workers together deliver {share:.0%} of what they should: they wait for the"
-                " disk, or other programs use the cores"
+                f"the workers together reach {share:.0%} of the rate of their cores: they wait for"
+                " the disk, or other programs use the cores"
             )
     gpu, feed = result["gpu_images_per_s"], rates.worker * cores
     lines.append(
         f"a GPU that trains {gpu:.4g} images/s needs {result['workers_for_one_gpu']} data workers,"
-        f" each with a core; the {cores} cores at hand can feed {feed:.4g} images/s,"
+        f" one core each; the {cores} available cores can feed {feed:.4g} images/s,"
         f" {feed / gpu:.2g} such GPUs"
     )
     if rates.transfer is not None:
@@ -326,7 +327,7 @@ def in_words(rates: Rates, result: dict[str, Any]) -> str:
 
 
 _LIMITS = {
-    "workers": "the data workers; raise data.num_workers up to the cores at hand",
+    "workers": "the data workers; raise data.num_workers, up to one per core",
     "transfer": "the transfer to the device",
     "device": "the device part; more data workers would not help",
 }
@@ -335,8 +336,8 @@ _LIMITS = {
 def _within_worker(rates: Rates) -> str:
     share = (1 / rates.read_decode) / (1 / rates.read_decode + 1 / rates.crops)
     if share < _HALF:
-        return f"{1 - share:.0%} of a worker's time is cutting crops: fewer or smaller ones"
+        return f"{1 - share:.0%} of a worker's time is cutting crops: use fewer or smaller ones"
     return (
-        f"{share:.0%} of a worker's time is reading and decoding: shards instead of loose files,"
-        " and pictures whose shorter side is not much longer than the crops need, take less"
+        f"{share:.0%} of a worker's time is reading and decoding: use shards instead of single"
+        " files, and pictures whose shorter side is not much longer than the crops need"
     )

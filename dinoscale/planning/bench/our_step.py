@@ -1,4 +1,4 @@
-"""The real step of a run, from the loader to the teacher's average, with a timeline."""
+"""The real step of a run, from the loader to the EMA of the teacher, with a timeline."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -33,8 +33,8 @@ _NOISE_SIDE = 256  # pixels
 
 
 @dataclass(frozen=True)
-class Noise:
-    """Pictures of random pixels, for a run that names no images."""
+class RandomPictures:
+    """A source of random pixels, for a run without data.train."""
 
     count: int
     channels: int
@@ -45,11 +45,11 @@ class Noise:
         return self.count
 
     def path(self, index: int) -> str:
-        """A name for messages."""
+        """The name of a picture in messages."""
         return f"random picture {index}"
 
     def picture(self, index: int) -> Picture:
-        """Some pixels, (256, 256, C)."""
+        """Random pixels, (256, 256, C)."""
         shape = (_NOISE_SIDE, _NOISE_SIDE, self.channels)
         pixels = np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
         return Picture.of(pixels, self.path(index))
@@ -59,12 +59,12 @@ class OurStep:
     """Student, teacher and their input; every call takes one optimizer step.
 
     Attributes:
-        now: the scheduled numbers of every step.
-        crops: the last micro-batch of the last step, on the device, one tensor (B, C, H, W) a view.
+        now: the scheduled values, the same in every step.
+        crops: last micro-batch of the last step, on the device, a tensor (B, C, H, W) per view.
     """
 
     def __init__(self, config: RunConfig, plan: RunPlan, process: Process, source: Source) -> None:
-        """Build the pair as a run does; with `Noise`, one batch is cut now and used again."""
+        """Build the pair as a run does; `RandomPictures` are cut once and used in every step."""
         self._temp, self._device = config.dino.student_temp, process.device
         self.now = _typical_values(config, plan)
         self._timeline = Timeline(process.device)
@@ -74,11 +74,11 @@ class OurStep:
         backbone = student.network.backbone
         self._student, self._teacher = watch_pair(student, teacher, self._timeline)
         self._feed = Feed(config, plan, process, source, depth=backbone.depth)
-        self._batches = _without_end(self._feed, drawn_once=isinstance(source, Noise))
+        self._batches = _endless(self._feed, repeat_first=isinstance(source, RandomPictures))
         self.crops: list[Tensor] = []
 
     def __call__(self) -> dict[str, float]:
-        """Wait for images, move and finish them, train; seconds by part.
+        """Load images, move and augment them, train; returns seconds by part.
 
         Raises:
             RunFailedError: the loss is not finite.
@@ -86,17 +86,21 @@ class OurStep:
         self._timeline.mark(DATA)
         batches = next(self._batches)
         self._timeline.mark(OTHER)
-        self.crops = []  # which the first micro-batch needs the memory of
+        self.crops = []  # frees memory for the first micro-batch
         result = train_step(
-            self._made(batches), self._student, self._teacher, self.now, student_temp=self._temp
+            self._prepared(batches),
+            self._student,
+            self._teacher,
+            self.now,
+            student_temp=self._temp,
         )
-        self._teacher.wait()  # a profiler that begins or ends amid a collective crashes
+        self._teacher.wait()  # a profiler that starts or stops during a collective crashes
         if result.skipped is not None:
             raise RunFailedError(f"a step was not taken: {result.skipped}")
         return self._timeline.take()
 
-    def _made(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
-        """The micro-batches, each when the step asks for it, as in a run."""
+    def _prepared(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
+        """The micro-batches, each prepared when the step asks for it, as in a run."""
         micro_batches = self._feed.prepare(0, map(self._sent, batches))
         for _ in batches[:-1]:
             yield self._next(micro_batches)
@@ -105,13 +109,13 @@ class OurStep:
         yield last
 
     def _next(self, micro_batches: Iterator[MicroBatch]) -> MicroBatch:
-        """Make one; what it takes is marked as the input's."""
+        """Prepare a micro-batch; its time belongs to the input."""
         micro_batch = next(micro_batches)
         self._timeline.mark(OTHER)
         return micro_batch
 
     def close(self) -> None:
-        """Free the memory; the object is not to be used afterwards."""
+        """Free the memory; do not use the object afterwards."""
         self._student.close()
 
     def _sent(self, batch: Batch) -> Batch:
@@ -128,12 +132,12 @@ class OurStep:
 
 
 def _typical_values(config: RunConfig, plan: RunPlan) -> StepValues:
-    """The scheduled numbers in the middle of the run: every part of the step at work."""
+    """The scheduled values in the middle of the run, where every part of the step is active."""
     return schedules_of(config, plan).at(plan.total_steps // 2)
 
 
-def _without_end(feed: Feed, *, drawn_once: bool) -> Iterator[list[Batch]]:
-    if drawn_once:
+def _endless(feed: Feed, *, repeat_first: bool) -> Iterator[list[Batch]]:
+    if repeat_first:
         yield from itertools.repeat(next(feed.steps(0, offset=0)))
     while True:
         yield from feed.steps(0, offset=0)

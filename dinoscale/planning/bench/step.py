@@ -1,7 +1,7 @@
-"""How fast a run trains, where the time and the memory go, and the same of the literal reference.
+"""Time and memory of a run's training step, compared with a literal reference step.
 
-Ours and the reference take turns in one process on the same crops, so that what else the machine
-does weighs on both: trust the ratios within a turn, not the rates of different runs.
+Ours and the reference take turns in one process on the same crops, so that other programs slow both
+alike: trust the ratios within a turn, not the rates of different runs.
 """
 
 import gc
@@ -26,10 +26,10 @@ from dinoscale.data.sources.source import Source
 from dinoscale.engine.model_sizes import dims_of, flops_of
 from dinoscale.errors import ConfigError
 from dinoscale.models.cpu_bf16 import LACKS_BFLOAT16
-from dinoscale.planning.bench.budget import Budget, fitted, in_turns, say
+from dinoscale.planning.bench.budget import Budget, fit_to_time, in_turns, say
 from dinoscale.planning.bench.ceiling import matmul_rates
-from dinoscale.planning.bench.our_step import Noise, OurStep
-from dinoscale.planning.bench.step_report import in_words
+from dinoscale.planning.bench.our_step import OurStep, RandomPictures
+from dinoscale.planning.bench.step_report import as_text
 from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
 from dinoscale.planning.bench.timeline import INPUT, OTHER, PARTS, Timeline
 from dinoscale.runtime import distributed
@@ -39,24 +39,24 @@ from dinoscale.runtime.opening import open_once_per_node
 from dinoscale.runtime.outputs import atomic_write
 from dinoscale.training.feed import open_images
 
-_WARM_UP = {"cpu": 1, "cuda": 3}  # steps: optimizer state, kernels chosen and compiled
+_WARM_UP = {"cpu": 1, "cuda": 3}  # steps that allocate optimizer state and compile kernels
 _TRACED = 2  # steps in a trace
-LIMIT_S = 360.0  # of all turns, unless told otherwise
-_MANY = 10  # steps in an epoch of random pictures
+LIMIT_S = 360.0  # default limit for all turns
+_STEPS_PER_EPOCH = 10  # of random pictures
 
-CHECKOUT = Path(__file__).parents[3]  # where the package lies, unless it is installed
+CHECKOUT = Path(__file__).parents[3]  # root of the checkout, unless the package is installed
 
 Step = Callable[[], dict[str, float]]  # takes a step; seconds by part
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side did in one turn, on this rank.
+    """Measurements of ours or the reference in one turn, on this rank.
 
     Attributes:
-        parts: seconds of each part, one dict a step.
-        cpu_s: mean seconds of processor time of a step, all threads together.
-        peak_bytes: most bytes of tensors in a step, beyond those before it was built, over ranks.
+        parts: seconds of each part, one dict per step.
+        cpu_s: mean CPU seconds of a step, over all threads.
+        peak_bytes: peak bytes of tensors in a step, less those before the build; most of any rank.
     """
 
     parts: list[dict[str, float]]
@@ -70,7 +70,7 @@ class Turn:
 
     @property
     def trained_s(self) -> float:
-        """Mean seconds of a step from crops on the device to its end: without the input."""
+        """Mean seconds of a step without the input: from crops on the device to its end."""
         return self.step_s - sum(self.mean(part) for part in INPUT)
 
     def mean(self, part: str) -> float:
@@ -90,26 +90,27 @@ def bench_step(
 ) -> dict[str, Any]:
     """Measure the optimizer step of a run on its ranks; all call it after `distributed.start`.
 
-    What takes longer than `limit_s` on this machine is left out, and said: images of a step, so
-    that ours and the reference have half of the time each; the reference, where no turn of it ends
-    even so, and then ours has all of the time. No turn begins that would end later, but for the
-    first.
+    To keep within `limit_s`, a slow machine measures fewer images per step, so that ours and the
+    reference have half of the time each. If one turn of the reference is too long even then, it is
+    omitted and ours has all the time. A turn that would exceed the limit does not begin, except the
+    first. Messages report all of this.
 
     Args:
-        config: of the run; without data.train, pictures of random pixels are cut once.
+        config: of the run; without data.train, random pictures are cut once.
         process: this one.
-        seconds: of each side in each turn, at least one step.
+        seconds: of steps, for ours and the reference in each turn; at least one step.
         turns: in each, ours and then the reference are built, warmed up, measured and freed.
-        with_reference: measure the literal reference too, where a checkout has it.
-        trace_dir: to write a chrome trace of some of our steps into, one file a rank.
+        with_reference: measure the literal reference too, which only a checkout has.
+        trace_dir: folder for chrome traces of some of our steps, one file per rank.
         limit_s: seconds for all turns together.
 
     Returns:
         JSON-able; sentences and a table go to stderr.
 
     Raises:
-        ConfigError: a number is out of range, the backbone is no ViT, or memory does not suffice.
-        RunFailedError: a step was not taken.
+        ConfigError: a number is out of range, the backbone is not a ViT, or memory does not
+            suffice.
+        RunFailedError: a step was skipped.
     """
     if not (0 < seconds <= 3600 and 1 <= turns <= 1000 and 0 < limit_s <= 86400):
         raise ConfigError(
@@ -117,7 +118,7 @@ def bench_step(
             f" {seconds}, {turns} and {limit_s / 60:g}"
         )
     if config.model.backbone == RESNET50:
-        raise ConfigError(f"model.backbone: the step of {RESNET50} cannot be measured, only ViTs'")
+        raise ConfigError(f"model.backbone: bench step measures ViTs only, not {RESNET50}")
     rates = _rates(config, process)
     budget = Budget(
         limit_s=limit_s,
@@ -129,7 +130,7 @@ def bench_step(
         device=process.device.type,
         with_reference=with_reference,
     )
-    config, changed = fitted(config, budget, world_size=process.world_size)
+    config, changed = fit_to_time(config, budget, world_size=process.world_size)
     plan, source = _input_of(config, process)
     bench = _Bench(config, plan, process, source, seconds=seconds, ceiling=max(rates.values()))
     reference, why_not = (
@@ -140,9 +141,9 @@ def bench_step(
     if changed:
         say(changed)
     if why_not and with_reference:
-        say(f"no reference beside it: {why_not}")
+        say(f"the reference is not measured: {why_not}")
     expected_s = budget.expected_s(plan.images_per_rank, theirs=reference is not None)
-    limit = "at most" if expected_s <= limit_s else "one turn alone, beyond"
+    limit = "at most" if expected_s <= limit_s else "for one turn, which exceeds the limit of"
     say(f"this takes about {expected_s:.0f} s, {limit} {limit_s / 60:g} minutes")
     try:
         for turn in in_turns(turns, limit_s=limit_s):
@@ -160,7 +161,7 @@ def bench_step(
             " engine.zero_stage, or engine.checkpoint_every_k_blocks=1"
         ) from error
     if process.rank == 0:
-        print(in_words(result), file=sys.stderr, flush=True)
+        print(as_text(result), file=sys.stderr, flush=True)
     return result
 
 
@@ -169,7 +170,7 @@ def _dtype(config: RunConfig) -> torch.dtype:
 
 
 def _rates(config: RunConfig, process: Process) -> dict[torch.dtype, float]:
-    """FLOP/s of large products in the run's precision and in float32, of rank 0."""
+    """FLOP/s of large products in the run's precision and in float32, measured on rank 0."""
     dims = dims_of(config)
     size = split_batch(without_auto(config).train, world_size=process.world_size).micro_batch_size
     kinds = dict.fromkeys((_dtype(config), torch.float32))
@@ -179,13 +180,13 @@ def _rates(config: RunConfig, process: Process) -> dict[torch.dtype, float]:
 
 
 def too_slow(config: RunConfig, limit_s: float) -> str:
-    """Why the literal reference is not measured, and what to do about it."""
+    """Why the literal reference is not measured, and the remedy."""
     remedy = "fewer images (train.batch_size, train.micro_batch_size) or more --minutes"
     if config.engine.precision == "bf16":
         remedy = f"engine.precision=fp32, {remedy}"
     return (
-        f"it multiplies in {config.engine.precision}, and one turn of it would take longer than"
-        f" {limit_s / 60:g} minutes on this machine; give {remedy}"
+        f"one turn of it in {config.engine.precision} would take longer than"
+        f" {limit_s / 60:g} minutes on this machine; set {remedy}"
     )
 
 
@@ -196,25 +197,25 @@ def _input_of(config: RunConfig, process: Process) -> tuple[RunPlan, Source]:
         return resolve(config, world_size=process.world_size, num_images=sizes), source
     data = config.data
     wanted = max(data.distinct_images or 0, data.images_per_epoch or 0)
-    count = max(config.train.batch_size, wanted) * _MANY
-    noise = Noise(count, config.data.channels)
-    return resolve(config, world_size=process.world_size, num_images=count), noise
+    count = max(config.train.batch_size, wanted) * _STEPS_PER_EPOCH
+    pictures = RandomPictures(count, config.data.channels)
+    return resolve(config, world_size=process.world_size, num_images=count), pictures
 
 
 def find_reference(plan: RunPlan, checkout: Path) -> tuple[Any, str]:
-    """The class of the literal reference, or None and why; it comes with a checkout only."""
+    """The class of the literal reference, or None and the reason; only a checkout has it."""
     if not (checkout / "tests" / "reference.py").is_file():
-        return None, "tests/reference.py is not beside the package; it comes with a checkout"
+        return None, "it is tests/reference.py, which only a checkout has"
     if plan.accumulation_steps > 1:
         return None, (
-            f"it cannot accumulate {plan.accumulation_steps} micro-batches; give"
+            f"it cannot accumulate {plan.accumulation_steps} micro-batches; set"
             f" train.batch_size={plan.micro_batch_size * plan.world_size}"
         )
     return importlib.import_module("tests.reference").ReferenceStep, ""
 
 
 class _Bench:
-    """The turns so far."""
+    """Measures turns, and keeps their results."""
 
     def __init__(
         self,
@@ -234,15 +235,15 @@ class _Bench:
         self.communication: list[float] = []
 
     def last_turn(self) -> str:
-        """The turn that ended, in words."""
+        """The latest turn, in words."""
         ours = self.ours[-1]
         images = self.plan.batch_size
-        text = f"{ours.step_s:.3g} s a step, {images / ours.step_s:.3g} images/s"
+        text = f"{ours.step_s:.3g} s per step, {images / ours.step_s:.3g} images/s"
         if not self.theirs:
             return text
         theirs = self.theirs[-1]
         return (
-            f"{text}; reference {theirs.step_s:.3g} s a step; without the input ours is"
+            f"{text}; reference {theirs.step_s:.3g} s per step; without the input ours is"
             f" {theirs.trained_s / ours.trained_s:.2f} x as fast"
         )
 
@@ -258,11 +259,11 @@ class _Bench:
         del step
         if reference is not None:
             before = _held_bytes() - sum(crop.nbytes for crop in crops)
-            theirs = self._stepping(reference, crops, now)
+            theirs = self._reference_step(reference, crops, now)
             self.theirs.append(self._measured(theirs, before))
 
-    def _stepping(self, reference: Any, crops: Sequence[torch.Tensor], now: Any) -> Step:
-        """The reference as `OurStep` looks from outside."""
+    def _reference_step(self, reference: Any, crops: Sequence[torch.Tensor], now: Any) -> Step:
+        """A step of the reference, called like `OurStep`."""
         theirs, timeline = reference(self.config, self.device), Timeline(self.device)
 
         def step() -> dict[str, float]:
@@ -283,7 +284,7 @@ class _Bench:
         return Turn(parts, cpu_s, max(distributed.gather_objects(peak - held_before)))
 
     def trace(self, folder: Path) -> None:
-        """Write what the profiler sees of some steps.
+        """Write the profiler's trace of some steps.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -330,7 +331,7 @@ class _Bench:
 
 
 def _held_bytes() -> int:
-    """Bytes of all tensors now, once what nobody uses is freed."""
+    """Bytes of all tensors, after unused ones are freed."""
     gc.collect()
     if not torch.cuda.is_available():
         return live_bytes()
@@ -339,9 +340,9 @@ def _held_bytes() -> int:
 
 
 def _communication_s(step: Step) -> float:
-    """Seconds in which a step of this rank has a collective under way, by the profiler.
+    """Seconds of a step during which this rank runs a collective, by the profiler.
 
-    On a GPU the kernels of NCCL, else what gloo does; waiting for other ranks is in it.
+    These are NCCL's kernels on a GPU, else gloo's calls; waiting for other ranks is included.
     """
     with profile() as profiler:
         step()

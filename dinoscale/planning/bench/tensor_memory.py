@@ -1,7 +1,7 @@
-"""Memory of tensors at the peak of some work, by the allocator: on a GPU and on a CPU alike.
+"""Peak memory of tensors during some work, measured by the allocator on GPUs and CPUs.
 
-Resident memory of a process says little about tensors on a CPU: the C library keeps what it was
-given, and libraries and threads weigh in.
+On a CPU the resident memory of a process says little about tensors: the C library keeps freed
+memory, and libraries and threads take their share.
 """
 
 import gc
@@ -16,17 +16,17 @@ from torch.profiler import ProfilerActivity, profile
 
 Result = TypeVar("Result")
 
-_WITHOUT_STORAGE = (FakeTensor, FunctionalTensor)  # what the compiler keeps of its traces
+_WITHOUT_STORAGE = (FakeTensor, FunctionalTensor)  # left over from traces of the compiler
 
 
 def with_peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
-    """Do `work`, and say how many bytes all tensors of this process had at the peak.
+    """Do `work`, and measure the peak bytes of all tensors of this process.
 
-    On a CPU the profiler listens to the allocator, which costs time: do not time the work as well.
-    Tensors that were there before and that no Python object names are then not counted.
+    On a CPU the profiler records every allocation, which takes time: do not time the work as well.
+    Earlier tensors that no Python object refers to are then not counted.
 
     Returns:
-        What `work` returned, and the largest sum of bytes of the storages alive at one moment.
+        The result of `work`, and the largest sum of bytes of the storages alive at one moment.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -50,7 +50,7 @@ def with_peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
 def live_bytes() -> int:
     """Bytes of the storages of all CPU tensors that Python objects refer to."""
     gc.collect()
-    # By type: asking an instance would wake the lazy objects that modules keep.
+    # By type: isinstance would trigger the lazy objects that modules hold.
     tensors = (
         thing
         for thing in gc.get_objects()

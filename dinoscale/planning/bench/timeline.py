@@ -1,4 +1,4 @@
-"""Where the time of a step goes, seen from outside: the step itself knows nothing of it."""
+"""Time of each part of a training step, measured from outside: the step itself is unchanged."""
 
 import itertools
 import time
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# What a moment of a step can belong to, in the order of the step.
+# The parts of a step, in order.
 DATA, TO_DEVICE, AUGMENTATION = "data", "host_to_device", "augmentation"
 TEACHER, STUDENT, LOSS, BACKWARD = "teacher", "student_forward", "loss", "backward"
 OPTIMIZER, EMA, OTHER = "optimizer", "ema", "other"
@@ -17,11 +17,10 @@ PARTS = (*INPUT, TEACHER, STUDENT, LOSS, BACKWARD, OPTIMIZER, EMA, OTHER)
 
 
 class Timeline:
-    """Marks along a step; the time after a mark belongs to its part until the next mark.
+    """Marks along a step; the time from a mark to the next belongs to the mark's part.
 
-    So the parts add up to the step. On a GPU marks are events in the queue of kernels, which waits
-    for nothing: the times are those of the device, and host code that keeps it idle counts for the
-    part in which it does.
+    So the parts add up to the step. On a GPU marks are CUDA events, which do not synchronize: the
+    times are those of the device, and idle time counts for the part whose host code causes it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +28,7 @@ class Timeline:
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, part: str) -> None:
-        """From now on, time belongs to `part`."""
+        """Let the time from now on belong to `part`."""
         moment: Any
         if self._on_gpu:
             moment = torch.cuda.Event(enable_timing=True)
@@ -39,7 +38,7 @@ class Timeline:
         self._marks.append((part, moment))
 
     def take(self) -> dict[str, float]:
-        """Seconds of every part from the first mark until now; forgets the marks."""
+        """Seconds of every part from the first mark until now; clears the marks."""
         self.mark(OTHER)
         marks, self._marks = self._marks, []
         if self._on_gpu:
@@ -51,13 +50,13 @@ class Timeline:
         return seconds
 
 
-class Watched:
-    """Stands for an object in a step, and marks when the step calls it."""
+class TimedProxy:
+    """Wraps an object of a step, and marks the timeline when the step calls it."""
 
     def __init__(
         self, inner: Any, timeline: Timeline, methods: Mapping[str, str], *, called: str = OTHER
     ) -> None:
-        """`methods` are parts by method name; the time from a call of the object on is `called`."""
+        """`methods` maps method names to parts; `called` is the part of a call of the object."""
         self._inner, self._timeline = inner, timeline
         self._methods, self._called = methods, called
 
@@ -81,14 +80,14 @@ class Watched:
 
 
 def watch_pair(student: Any, teacher: Any, timeline: Timeline) -> tuple[Any, Any]:
-    """Student and teacher as `train_step` takes them, each of their parts on the timeline.
+    """Student and teacher for `train_step`, whose calls mark the timeline.
 
     teacher: `targets`, its forward over the global crops and the softmax of its logits.
     student_forward: the call of the student until its backbone is done.
-    loss: from there to the backward: head, prototypes and loss, which one call may do together.
-    backward: `backward`, with the reduction of gradients that DeepSpeed does in it.
+    loss: from there to the backward: head, prototypes and loss.
+    backward: `backward`, including DeepSpeed's reduction of gradients.
     optimizer: `step`: clipping, AdamW, weights in the compute type and their gather.
-    ema: `update`: the average, the weights of the teacher's forward and their gather, the center.
+    ema: `update`: EMA, weights of the teacher's forward and their gather, the center.
     """
 
     def end_of_backbone(_module: nn.Module, _args: Any, _output: Any) -> None:
@@ -97,6 +96,6 @@ def watch_pair(student: Any, teacher: Any, timeline: Timeline) -> tuple[Any, Any
     student.network.backbone.register_forward_hook(end_of_backbone)
     methods = {"backward": BACKWARD, "step": OPTIMIZER}
     return (
-        Watched(student, timeline, methods, called=STUDENT),
-        Watched(teacher, timeline, {"targets": TEACHER, "update": EMA}),
+        TimedProxy(student, timeline, methods, called=STUDENT),
+        TimedProxy(teacher, timeline, {"targets": TEACHER, "update": EMA}),
     )

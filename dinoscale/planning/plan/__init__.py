@@ -1,1 +1,1 @@
-"""What a run will need before it is queued: memory, time and communication, without a GPU."""
+"""Predict memory, time and communication of a run before it is queued, without a GPU."""

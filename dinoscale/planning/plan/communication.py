@@ -1,9 +1,9 @@
-"""Bytes that a rank sends in a step, collective by collective, and over which links.
+"""Bytes that a rank sends in a step, by collective, and the links they use.
 
-Letters: W ranks, P scalars of weights, s bytes of a weight in the forward, c bytes of a summed
-number. Ring algorithms: an all-gather or a reduce-scatter of n bytes sends (W - 1) / W n of each
-rank, an all-reduce twice that. A ring that visits node after node leaves a node once, and there are
-as many rings as a node has GPUs, so of what a rank sends one part in a node's GPUs leaves the node.
+Letters: W ranks, P weights, s bytes of a weight in the forward, c bytes of a reduced number. Ring
+algorithms: for an all-gather or a reduce-scatter of n bytes each rank sends (W - 1) / W n, for an
+all-reduce twice that. A ring that visits the nodes one by one leaves each node once, and a node
+with G GPUs has G rings, so 1 in G bytes that a rank sends leaves its node.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ class Transfer:
     """One kind of collective in a step.
 
     Attributes:
-        what: in words.
+        what: what is sent, in words.
         collective: "all-reduce", "all-gather" or "reduce-scatter".
-        group: ranks that take part; of one node where they are fewer than all.
+        group: number of participating ranks; if not all, they are on one node.
         times: how often everything is sent in a step.
-        sent_bytes: of one rank in a step.
-        beside_compute: whether the engine lets it run while it computes.
+        sent_bytes: bytes that one rank sends in a step.
+        beside_compute: whether the engine overlaps it with compute.
     """
 
     what: str
@@ -35,10 +35,10 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Links:
-    """What GPUs are connected by.
+    """The links between GPUs.
 
     Attributes:
-        node: GPUs of a node.
+        node: GPUs per node.
         within: bytes/s that one GPU sends to the others of its node.
         between: bytes/s that one GPU sends to other nodes.
     """
@@ -48,17 +48,17 @@ class Links:
     between: float
 
     def between_bytes(self, transfer: Transfer) -> float:
-        """Of what a rank sends, the part that leaves its node."""
+        """Bytes that leave the node of the rank that sends them."""
         return transfer.sent_bytes / self.node if transfer.group > self.node else 0.0
 
     def seconds(self, transfer: Transfer) -> float:
-        """Of the slower kind of link; both are busy at the same time."""
+        """Seconds of the transfer: both kinds of link work at once, the slower one counts."""
         leaving = self.between_bytes(transfer)
         return max((transfer.sent_bytes - leaving) / self.within, leaving / self.between)
 
 
 def transfers(dims: Dims, setup: Setup) -> list[Transfer]:
-    """All that is sent in a step, save some kilobytes; nothing on one rank."""
+    """All transfers of a step except some kilobytes; none on one rank."""
     ranks, passes = setup.world_size, setup.accumulation_steps
     if ranks == 1:
         return []
@@ -69,7 +69,7 @@ def transfers(dims: Dims, setup: Setup) -> list[Transfer]:
             "gradients", "reduce-scatter", ranks, passes, passes * part * c, beside_compute=False
         )
         return [*_gathers(dims, setup), sums]
-    # A bucket goes to all ranks at stages 1 and 2 too, where each keeps only its part.
+    # Stages 1 and 2 all-reduce a bucket too, though each rank keeps only its part.
     sums_of = passes if setup.zero_stage == 2 else 1
     sent = sums_of * 2 * part * c
     found = [Transfer("gradients", "all-reduce", ranks, sums_of, sent, beside_compute=False)]
@@ -78,11 +78,11 @@ def transfers(dims: Dims, setup: Setup) -> list[Transfer]:
 
 
 def _gathers(dims: Dims, setup: Setup) -> list[Transfer]:
-    """Stage 3: forward of the teacher, forward and backward of the student, in every pass."""
+    """Weights at stage 3: teacher forward, student forward and backward, in every pass."""
     ranks, of_node, gathers = setup.world_size, setup.hpz_ranks, 3 * setup.accumulation_steps
-    of_all = gathers if of_node == 1 else 2  # what the first forwards gather stays in the node
-    # A block is fetched while the one before it is used.
-    ahead = setup.live_elements >= 2 * dims.block
+    of_all = gathers if of_node == 1 else 2  # the node keeps what the first forwards gathered
+    # A block is prefetched while the one before it computes.
+    prefetches = setup.live_elements >= 2 * dims.block
     found = []
     for what, group, times in (
         ("weights", ranks, of_all),
@@ -90,18 +90,18 @@ def _gathers(dims: Dims, setup: Setup) -> list[Transfer]:
     ):
         sent = times * (group - 1) / group * dims.parameters * setup.weight_bytes
         if times:
-            found.append(Transfer(what, "all-gather", group, times, sent, ahead))
+            found.append(Transfer(what, "all-gather", group, times, sent, prefetches))
     return found
 
 
 def waited_s(found: list[Transfer], links: Links, *, compute_s: float) -> float:
-    """Seconds that a step waits for transfers: all but what runs beside compute and fits in it.
+    """Seconds that a step waits for transfers: those that compute does not hide.
 
     Args:
-        found: of a step.
-        links: they go over.
+        found: transfers of a step.
+        links: that they use.
         compute_s: seconds of compute in a step.
     """
-    beside = sum(links.seconds(t) for t in found if t.beside_compute)
-    alone = sum(links.seconds(t) for t in found if not t.beside_compute)
-    return alone + max(0.0, beside - compute_s)
+    overlapped = sum(links.seconds(t) for t in found if t.beside_compute)
+    exposed = sum(links.seconds(t) for t in found if not t.beside_compute)
+    return exposed + max(0.0, overlapped - compute_s)

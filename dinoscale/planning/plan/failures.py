@@ -1,4 +1,4 @@
-"""What a large cluster adds: starting, saving, failing, and what is lost by that."""
+"""The start, checkpoints and failures of a run on many GPUs, and the time they cost."""
 
 import math
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from dinoscale.planning.plan.partition import FP32, Setup
 FAILURES_PER_GPU_DAY = 419 / (54 * 16_384)
 DAY_S = 86_400
 # Measured for a ViT-L on one core of a server's CPU, random numbers included.
-BUILT_PER_S = 130e6  # weights
+WEIGHTS_DRAWN_PER_S = 130e6
 
 
 @dataclass(frozen=True)
 class Restart:
-    """What passes between a failure and the next step, in seconds; the defaults are judgement.
+    """Seconds of each stage between a failure and the next step; the defaults are estimates.
 
     Attributes:
-        hang_s: until a failure is noticed that breaks no connection.
-        requeue_s: until the machines, or others in their place, are there again.
+        hang_s: until a failure that breaks no connection is noticed.
+        requeue_s: until the nodes, or replacements, are available.
         start_s: until Python and its libraries are loaded and the ranks have met.
         index_s: until the images are listed, or their index is read.
     """
@@ -31,7 +31,7 @@ class Restart:
     index_s: float = 30.0
 
 
-USUAL = Restart()
+DEFAULT_RESTART = Restart()
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Durability:
     """Start, checkpoints and failures of a run.
 
     Attributes:
-        host_bytes: of host memory that each rank takes at the start for the tensor being drawn.
-        build_s: seconds for that.
-        checkpoint_bytes: of all ranks.
-        write_s: seconds to write or read one.
-        failures_per_day: that end the run, expected.
-        interval_s: between checkpoints.
-        restart_s: from a failure that is noticed at once to the next step.
-        lost_share: of the time, expected, where failures are noticed at once.
-        most_lost_share: the same where each happens just before a checkpoint is complete and is
-            noticed at the time-out; of so many failures no more can be lost.
+        host_bytes: host memory of each rank at the start, for the tensor being drawn.
+        build_s: seconds to draw all weights.
+        checkpoint_bytes: size of a checkpoint, over all ranks.
+        write_s: seconds to write or read a checkpoint.
+        failures_per_day: expected number of failures that end the run.
+        interval_s: seconds between checkpoints.
+        restart_s: seconds from a failure, noticed at once, to the next step.
+        lost_share: expected share of the time that is lost, if failures are noticed at once.
+        most_lost_share: the worst case for this number of failures: each happens just before a
+            checkpoint is complete, and is noticed only at the time-out.
     """
 
     host_bytes: float
@@ -62,25 +62,27 @@ class Durability:
     most_lost_share: float
 
 
-def durability(dims: Dims, setup: Setup, *, storage: float, restart: Restart = USUAL) -> Durability:
-    """Expect failures at the published rate and save as often as pays.
+def durability(
+    dims: Dims, setup: Setup, *, storage: float, restart: Restart = DEFAULT_RESTART
+) -> Durability:
+    """Choose the checkpoint interval for the published failure rate, and predict the lost time.
 
     The interval is that of Young and Daly, sqrt(2 C M), with M the mean time between failures and
-    C what a checkpoint costs (Young 1974, doi:10.1145/361147.361115; Daly 2006,
-    doi:10.1016/j.future.2004.11.016). C is taken as the whole time of writing, too much on purpose:
-    training stands still only while a rank copies its part to memory. A failure loses the steps
-    since the last complete checkpoint, which are half an interval and its writing, and the restart,
-    which reads one.
+    C the cost of a checkpoint (Young 1974, doi:10.1145/361147.361115; Daly 2006,
+    doi:10.1016/j.future.2004.11.016). C is the whole time of writing, which overestimates on
+    purpose: training pauses only while a rank copies its part to memory. A failure loses the steps
+    since the last complete checkpoint, on average half an interval and the time of writing, and
+    the time of the restart, which reads a checkpoint.
 
     Args:
         dims: of the network.
         setup: of the run.
         storage: bytes/s that all ranks together write or read.
-        restart: what else a failure costs.
+        restart: the other costs of a failure.
     """
-    saved = FP32 * (2 + setup.moments) * dims.parameters  # master, average and moments
+    saved = FP32 * (2 + setup.moments) * dims.parameters  # master weights, EMA and moments
     write_s = saved / storage
-    build_s = dims.parameters / BUILT_PER_S
+    build_s = dims.parameters / WEIGHTS_DRAWN_PER_S
     failures = FAILURES_PER_GPU_DAY * setup.world_size
     between_s = DAY_S / failures
     interval_s = math.sqrt(2 * write_s * between_s)

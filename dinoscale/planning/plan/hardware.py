@@ -1,4 +1,4 @@
-"""GPUs by name: what their makers publish, and how to read a size of memory.
+"""Published figures of GPUs by name, and the parser of memory sizes.
 
 Sources: datasheets of NVIDIA A10 (2021), A100 (2021, SXM), H100 (2023, SXM and PCIe), H200 (2024,
 SXM), L40S (2023), GeForce RTX 4090 (Ada architecture whitepaper, 2022, bf16 summed in float32), and
@@ -13,15 +13,15 @@ from dinoscale.errors import ConfigError
 
 @dataclass(frozen=True)
 class Gpu:
-    """What its maker says.
+    """Published figures of a GPU.
 
     Attributes:
-        bf16_flops: dense FLOP/s of bfloat16 products.
-        fp32_flops: FLOP/s of float32 products, without TF32.
-        memory_bytes: of its memory.
+        bf16_flops: dense FLOP/s of bfloat16 matrix products.
+        fp32_flops: FLOP/s of float32 matrix products, without TF32.
+        memory_bytes: size of its memory.
         memory_bandwidth: bytes/s to that memory.
-        link_bandwidth: bytes/s to the other GPUs of a machine, one way; PCIe where there is no
-            faster link.
+        link_bandwidth: bytes/s to the other GPUs of its node, one way; PCIe if there is no faster
+            link.
     """
 
     bf16_flops: float
@@ -53,12 +53,12 @@ def find_gpu(name: str) -> Gpu:
     """The GPU of this name.
 
     Raises:
-        ConfigError: it is not in the table.
+        ConfigError: the name is not in the table.
     """
     try:
         return GPUS[name.lower()]
     except KeyError:
-        raise ConfigError(f"--gpu: {name!r} is not known; known are {', '.join(GPUS)}") from None
+        raise ConfigError(f"--gpu: unknown name {name!r}; known: {', '.join(GPUS)}") from None
 
 
 def parse_bytes(text: str, *, option: str) -> float:
@@ -66,13 +66,13 @@ def parse_bytes(text: str, *, option: str) -> float:
 
     Args:
         text: number and unit.
-        option: to be named in the error.
+        option: named in the error.
 
     Returns:
         Bytes, above 0.
 
     Raises:
-        ConfigError: it is no such size.
+        ConfigError: the text is not a size above 0.
     """
     match = _SIZE.fullmatch(text)
     size = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0

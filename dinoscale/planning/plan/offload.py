@@ -1,22 +1,22 @@
-"""What a step waits for where the optimizer states lie in the memory of the machine.
+"""The time that a step waits if the optimizer is offloaded to host memory.
 
-Letters: n scalars of a rank's part, s bytes of a weight in the forward.
+Letters: n weights of a rank's partition, s bytes of a weight in the forward.
 """
 
 from dinoscale.engine.model_sizes import Dims
 from dinoscale.planning.plan.partition import FP32, Setup
 
-# Judgement, of one GPU while all of its machine do the same; neither has been measured with one.
+# Estimates for one GPU while all GPUs of its node do the same; not measured on a GPU.
 PCIE = 25e9  # bytes/s one way, of the 32 GB/s of 16 lanes of PCIe 4.0, from page-locked memory
-HOST_MEMORY = 20e9  # bytes/s that the update gets: an eighth of 40% of 410 GB/s, 16 x DDR4-3200
+HOST_MEMORY = 20e9  # bytes/s of the update: an eighth of 40% of 410 GB/s, 16 x DDR4-3200
 
 
 def offload_s(dims: Dims, setup: Setup) -> float:
-    """Seconds of a step in which the device waits for the machine's memory; 0 without offloading.
+    """Seconds of a step in which the device waits for the offloaded optimizer; 0 without it.
 
-    Gradients come over PCIe, after every micro-batch at stages 2 and 3, and the weights of student
-    and teacher go back. Between them the CPU reads and writes gradients, master weights, moments
-    and the teacher's average, and casts the weights. Nothing of it runs beside compute.
+    Gradients go to the host over PCIe, after every micro-batch at stages 2 and 3, and the weights
+    of student and teacher come back. In between the CPU reads and writes gradients, master weights,
+    moments and the teacher's EMA, and casts the weights. None of this overlaps with compute.
 
     Args:
         dims: of the network.

@@ -1,4 +1,4 @@
-"""How a run is spread over ranks and what it stores in which type."""
+"""How a run is partitioned over ranks, and the types it stores."""
 
 from dataclasses import dataclass
 
@@ -11,23 +11,23 @@ FP32 = 4  # bytes
 
 @dataclass(frozen=True)
 class Setup:
-    """What memory, time and communication depend on besides the sizes.
+    """The settings that memory, time and communication depend on, besides the sizes.
 
     Attributes:
         zero_stage: 0-3.
-        world_size: W.
+        world_size: W, the number of ranks.
         micro_batch_size: images of a rank in one pass.
-        accumulation_steps: passes of a step.
+        accumulation_steps: passes per step.
         bf16: weights and activations in bfloat16, else float32.
-        communication_bytes: c.
-        checkpoint_every: every k-th block is recomputed, 0 none.
-        recompute: what of such a block.
-        moments: tensors that the optimizer keeps for each weight.
-        offload_optimizer: whether master, moments and average are in the memory of the machine.
-        bucket_elements: of DeepSpeed's buffers for gradients.
-        live_elements: of the weights that stage 3 keeps gathered.
-        hpz_ranks: ranks of a node that share a second copy of the weights at stage 3, 1 for none.
-        on_gpu: whether collectives need no copies of their own.
+        communication_bytes: c, bytes of a number that is reduced over ranks.
+        checkpoint_every: every k-th block is recomputed; 0 for none.
+        recompute: the part of such a block that is recomputed.
+        moments: tensors per weight that the optimizer keeps.
+        offload_optimizer: whether master weights, moments and EMA are in host memory.
+        bucket_elements: size of DeepSpeed's gradient buckets.
+        live_elements: weights that stage 3 keeps gathered.
+        hpz_ranks: ranks of a node that share a second copy of the weights at stage 3; 1 for none.
+        on_gpu: on a GPU, where collectives need no copies of their own.
     """
 
     zero_stage: int
@@ -52,13 +52,13 @@ class Setup:
 
     @property
     def sums_in_fp32(self) -> bool:
-        """Whether a rank keeps its part of bf16 gradients in float32, see ds_config.py."""
+        """Whether a rank accumulates its bf16 gradients in float32, see ds_config.py."""
         summed = self.accumulation_steps > 1 or self.world_size > 1
         return self.bf16 and self.zero_stage >= 2 and summed
 
 
 def setup_of(config: RunConfig, run: RunPlan, *, on_gpu: bool) -> Setup:
-    """How a run is spread and stored."""
+    """The setup of a run."""
     engine = config.engine
     of_sums = engine.communication_dtype if run.world_size > 1 else engine.precision
     return Setup(

@@ -1,4 +1,4 @@
-"""The plan of a configuration on given GPUs: everything in numbers, ready for JSON."""
+"""The plan of a configuration on given GPUs, as JSON-able numbers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -18,7 +18,12 @@ from dinoscale.engine.model_sizes import Dims, dims_of, flops_of
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.planning.plan import strategies
 from dinoscale.planning.plan.communication import Links
-from dinoscale.planning.plan.failures import FAILURES_PER_GPU_DAY, USUAL, Restart, durability
+from dinoscale.planning.plan.failures import (
+    DEFAULT_RESTART,
+    FAILURES_PER_GPU_DAY,
+    Restart,
+    durability,
+)
 from dinoscale.planning.plan.hardware import NETWORK, find_gpu, parse_bytes
 from dinoscale.planning.plan.memory_model import PARTS
 from dinoscale.planning.plan.offload import HOST_MEMORY, PCIE
@@ -39,28 +44,28 @@ def make_plan(
     network: float | None,
     node_gpus: int,
     storage: float,
-    restart: Restart = USUAL,
+    restart: Restart = DEFAULT_RESTART,
 ) -> dict[str, Any]:
-    """Work out what a run would need; builds shapes only.
+    """Predict what a run needs; builds the network's shapes only.
 
     Args:
         config: of the run.
-        gpus: ranks.
+        gpus: number of ranks.
         gpu: name of the GPU.
-        gpu_memory: of one GPU, such as "80GB"; None for what the named one has.
-        utilization: share of a GPU's published FLOP/s that the model's own FLOPs get.
-        network: GB/s that one GPU sends to other nodes, or on one node to the others; None for
-            what is usual.
-        node_gpus: ranks of a node.
+        gpu_memory: memory of one GPU, such as "80GB"; None for the published size.
+        utilization: share of a GPU's published FLOP/s that the model's own FLOPs reach.
+        network: GB/s that one GPU sends to other nodes, or to the others of the only node; None
+            for the default.
+        node_gpus: ranks per node.
         storage: GB/s that all ranks together write to and read from run_dir.
-        restart: what a failure costs beside lost steps.
+        restart: costs of a failure besides the lost steps.
 
     Returns:
-        JSON-able: parameters, FLOPs, one entry for each stage and level, what is configured, what
-        is recommended, and in words what was assumed.
+        JSON-able: parameters, FLOPs, one entry for each stage and level, the configured and the
+        recommended setup, and the assumptions as sentences.
 
     Raises:
-        ConfigError: a number is out of range, the batch cannot be shared by the ranks, or the
+        ConfigError: a number is out of range, the batch does not divide over the ranks, or the
             backbone is not a ViT.
     """
     _check(
@@ -131,7 +136,7 @@ def _check(
 
 
 def _in_steps(config: RunConfig, *, gpus: int) -> tuple[RunPlan, list[str]]:
-    """The run in steps, and what had to be assumed for it."""
+    """The run in steps, and the assumptions this needed."""
     images, assumed = _num_images(config)
     return resolve(without_auto(config), world_size=gpus, num_images=images), assumed
 
@@ -152,20 +157,20 @@ def _num_images(config: RunConfig) -> tuple[int | Sequence[int], list[str]]:
 def _configured(
     config: RunConfig, dims: Dims, setup: Setup, machine: Machine, run: RunPlan
 ) -> dict[str, Any] | None:
-    """The configuration as it is; None where its micro-batch is found at the start (auto).
+    """The setup as configured; None if the run searches its micro-batch at the start (auto).
 
     Raises:
-        ConfigError: the micro-batch does not divide a rank's share.
+        ConfigError: the micro-batch does not divide a rank's images of a step.
     """
     if config.train.micro_batch_size == "auto":
         return None
     split = split_batch(config.train, world_size=setup.world_size)
-    as_it_is = replace(
+    configured = replace(
         setup,
         micro_batch_size=split.micro_batch_size,
         accumulation_steps=split.accumulation_steps,
     )
-    return _as_json(strategies.option_of(dims, as_it_is, machine), run, machine.links)
+    return _as_json(strategies.option_of(dims, configured, machine), run, machine.links)
 
 
 def _flops(dims: Dims) -> dict[str, int]:
@@ -203,39 +208,41 @@ def _as_json(option: Option, run: RunPlan, links: Links) -> dict[str, Any]:
 
 def _assumptions(config: RunConfig, machine: Machine, *, given: bool, within: bool) -> list[str]:
     sentences = [
-        f"{machine.utilization:.0%} of the published {machine.flops / 1e12:.4g} TFLOP/s of a GPU"
-        " go into the model's own products; the data keep up",
-        f"{strategies.CONTEXT_BYTES / 1e9:g} GB for CUDA and NCCL, and {strategies.FRAGMENTS:.0%}"
-        " more than the tensors for gaps between them: neither has been compared with a GPU's"
-        " allocator",
-        "blocks as they are; compiled ones (engine.compile) may keep less",
-        "the first steps, in which the prototypes are frozen, need less",
+        f"the model's own FLOPs reach {machine.utilization:.0%} of a GPU's published"
+        f" {machine.flops / 1e12:.4g} TFLOP/s; the input keeps up",
+        f"{strategies.CONTEXT_BYTES / 1e9:g} GB for CUDA and NCCL, and"
+        f" {strategies.FRAGMENTATION:.0%} of the tensors' size for fragmentation: neither has been"
+        " compared with a GPU's allocator",
+        "blocks are not compiled; compiled ones (engine.compile) may save fewer activations",
+        "the prototypes are trained; the first steps, which freeze them, need less",
     ]
     if config.model.drop_path_mode == "subset":
-        sentences.append("branches that stochastic depth drops count as computed and kept")
+        sentences.append("branches that stochastic depth drops count as computed and saved")
     if config.engine.offload_optimizer:
         sentences.append(
-            f"with the optimizer in the machine's memory, {PCIE / 1e9:g} GB/s of a GPU to it and"
-            f" {HOST_MEMORY / 1e9:g} GB/s of it for the update of each GPU, which waits: judgement"
+            f"with the optimizer offloaded, {PCIE / 1e9:g} GB/s between a GPU and host memory, and"
+            f" {HOST_MEMORY / 1e9:g} GB/s of host memory for the update, while the GPU waits:"
+            " estimates"
         )
     links = machine.links
     if not given:
-        speed, where = links.between, f"between machines of {links.node} GPUs"
+        speed, where = links.between, f"between nodes of {links.node} GPUs"
         if within:
-            speed, where = links.within, "within a machine"
-        sentences.append(f"a GPU sends {speed / 1e9:g} GB/s {where}; --network says otherwise")
+            speed, where = links.within, "within its node"
+        sentences.append(f"a GPU sends {speed / 1e9:g} GB/s {where} (--network)")
     return sentences
 
 
 def _assumptions_of_many_nodes(links: Links, storage: float, restart: Restart) -> list[str]:
     return [
-        f"collectives in rings: 1 of {links.node} bytes that a GPU sends leaves its machine, the"
-        f" others go at {links.within / 1e9:g} GB/s; each collective's delay, which grows with the"
-        " ranks, is not counted",
-        f"all ranks together write and read {storage:g} GB/s; --storage says otherwise",
-        f"{FAILURES_PER_GPU_DAY * 1e3:.2f} failures in 1,000 days of a GPU, as in Llama 3's"
-        " training (arXiv:2407.21783)",
-        f"after one, {restart.requeue_s:g} s until the machines are there again (--requeue),"
+        f"collectives use rings: 1 in {links.node} bytes that a GPU sends leaves its node, the"
+        f" others go at {links.within / 1e9:g} GB/s; the latency of collectives, which grows with"
+        " the number of ranks, is not counted",
+        f"all ranks together write and read {storage:g} GB/s (--storage)",
+        f"{FAILURES_PER_GPU_DAY * 1e3:.2f} failures per 1,000 GPU-days, as in Llama 3's training"
+        " (arXiv:2407.21783)",
+        f"a failure is noticed after at most {restart.hang_s:g} s (--hang); then"
+        f" {restart.requeue_s:g} s until the nodes are available again (--requeue),"
         f" {restart.start_s:g} s until the ranks have met (--start), {restart.index_s:g} s to list"
-        f" the images (--index); at most {restart.hang_s:g} s until it is noticed (--hang)",
+        " the images (--index)",
     ]

@@ -1,4 +1,4 @@
-"""Ways to run a configuration on given GPUs, and the one to take."""
+"""Memory-saving strategies for a configuration on given GPUs, and the recommended one."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,25 +11,25 @@ from dinoscale.planning.plan.memory_model import Peak, peak
 from dinoscale.planning.plan.offload import offload_s
 from dinoscale.planning.plan.partition import Setup
 
-# Not compared with a GPU's allocator: assumptions, both on the safe side.
+# Conservative assumptions, not compared with a GPU's allocator.
 CONTEXT_BYTES = 1.5e9  # CUDA, cuBLAS and NCCL of one process
-FRAGMENTS = 0.1  # of the tensors' bytes, lost between blocks of the allocator
-# Judgement: a pass of fewer tokens leaves a GPU waiting for launches.
+FRAGMENTATION = 0.1  # of the tensors' bytes, lost between blocks of the allocator
+# An estimate: with fewer tokens in a pass, a GPU waits for kernel launches.
 BUSY_TOKENS = 16384
 
 Level = Literal["none"] | Recompute
 LEVELS: tuple[Level, ...] = ("none", "pointwise", "all_but_attention", "block")
-STAGES = (2, 1, 0, 3)  # as preferred: 2 sums micro-batches in float32, 3 sends the most
+STAGES = (2, 1, 0, 3)  # by preference: 2 accumulates in float32, 3 sends the most
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to run on.
+    """The GPUs to run on.
 
     Attributes:
         flops: FLOP/s of one GPU at the run's precision, as published.
-        utilization: share of them that the model's own FLOPs get.
-        memory_bytes: of one GPU.
+        utilization: share of them that the model's own FLOPs reach.
+        memory_bytes: memory of one GPU.
         links: between the GPUs.
     """
 
@@ -41,19 +41,19 @@ class Machine:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run.
+    """One way to run: its memory, and its seconds per step.
 
     Attributes:
-        level: what is recomputed in the backward.
+        level: what the backward recomputes.
         setup: of the run.
-        peak: of a rank, tensors alone.
-        needed_bytes: of a GPU, with context and fragments.
-        fits: whether a GPU has as much.
+        peak: memory of a rank's tensors.
+        needed_bytes: memory of a GPU, with CUDA context and fragmentation.
+        fits: whether a GPU has that much.
         transfers: of a step.
-        compute_s: of a step.
-        transfer_s: of a step, all transfers.
-        waited_s: of these, what a step waits for.
-        offload_s: of a step, for optimizer states in the memory of the machine.
+        compute_s: seconds of compute.
+        transfer_s: seconds of all transfers.
+        waited_s: seconds that a step waits for transfers.
+        offload_s: seconds that a step waits for the offloaded optimizer.
     """
 
     level: Level
@@ -74,7 +74,7 @@ class Option:
 
     @property
     def images_per_s(self) -> float:
-        """Of all GPUs together."""
+        """Images per second of all GPUs together."""
         setup = self.setup
         images = setup.micro_batch_size * setup.accumulation_steps * setup.world_size
         return images / self.step_s
@@ -82,8 +82,8 @@ class Option:
 
 def option_of(dims: Dims, setup: Setup, machine: Machine) -> Option:
     """Memory and time of one setup."""
-    fullest = peak(dims, setup)
-    needed = fullest.total * (1 + FRAGMENTS) + CONTEXT_BYTES
+    at_peak = peak(dims, setup)
+    needed = at_peak.total * (1 + FRAGMENTATION) + CONTEXT_BYTES
     found = transfers(dims, setup)
     images = setup.micro_batch_size * setup.accumulation_steps
     flops = flops_of(dims)
@@ -92,7 +92,7 @@ def option_of(dims: Dims, setup: Setup, machine: Machine) -> Option:
     return Option(
         level=setup.recompute if setup.checkpoint_every else "none",
         setup=setup,
-        peak=fullest,
+        peak=at_peak,
         needed_bytes=needed,
         fits=needed <= machine.memory_bytes,
         transfers=found,
@@ -104,11 +104,11 @@ def option_of(dims: Dims, setup: Setup, machine: Machine) -> Option:
 
 
 def recomputed_flops(dims: Dims, setup: Setup, flops: StepFlops) -> float:
-    """FLOPs that recomputation adds for one image; products that are kept are not made again."""
+    """FLOPs per image that recomputation adds; saved products are not recomputed."""
     if not setup.checkpoint_every or setup.recompute == "pointwise":
         return 0
     linear = 2 * dims.tokens * dims.block_matrices * dims.depth
-    blocks = flops.student_global + flops.student_local  # and the patches, which weigh little
+    blocks = flops.student_global + flops.student_local  # patch embedding included, which is small
     share = -(-dims.depth // setup.checkpoint_every) / dims.depth
     return share * (linear if setup.recompute == "all_but_attention" else blocks)
 
@@ -118,14 +118,14 @@ def options(dims: Dims, setup: Setup, machine: Machine, sizes: list[int]) -> lis
 
     Args:
         dims: of the network.
-        setup: of the run; stage, recomputation and micro-batch are those to be varied.
+        setup: of the run; its stage, recomputation and micro-batch are varied.
         machine: to run on.
-        sizes: micro-batches that divide a rank's share, ascending.
+        sizes: micro-batches that divide a rank's images of a step, ascending.
     """
     found = []
     for stage in sorted(STAGES):
         if setup.offload_optimizer and stage == 0:
-            continue  # there is no shard to move
+            continue  # stage 0 has no shard to offload
         for level in LEVELS:
             tried = replace(
                 setup,
@@ -148,15 +148,15 @@ def largest(dims: Dims, setup: Setup, machine: Machine, sizes: list[int]) -> Opt
 
 
 def with_micro_batch(setup: Setup, size: int, *, share: int) -> Setup:
-    """The setup with this micro-batch; `share` is what a rank has of a step, in images."""
+    """The setup with this micro-batch; `share` counts the images of a rank in a step."""
     return replace(setup, micro_batch_size=size, accumulation_steps=share // size)
 
 
 def best(dims: Dims, found: list[Option], *, stage: int) -> Option | None:
-    """The cheapest that fits, or None.
+    """The cheapest option that fits, or None.
 
-    One that keeps a GPU busy rather than not, then with the least recomputation, then at a stage of
-    at most 2 (the configured one first), then with the largest micro-batch.
+    In order of priority: enough tokens to keep a GPU busy, the least recomputation, a stage of at
+    most 2 (the configured one first), the largest micro-batch.
     """
     stages = [stage, *STAGES] if stage < STAGES[-1] else list(STAGES)
     fitting = [option for option in found if option.fits]

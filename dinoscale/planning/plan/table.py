@@ -1,4 +1,4 @@
-"""The plan for people."""
+"""The plan as text."""
 
 from typing import Any
 
@@ -8,22 +8,22 @@ _WORDS = {
     "parameters": "weights of the student",
     "gradients": "gradients",
     "optimizer": "master weights and moments",
-    "teacher": "teacher: average and weights",
+    "teacher": "teacher: EMA and weights",
     "activations": "activations and crops",
     "loss": "targets, logits",
-    "buffers": "buffers of communication",
+    "buffers": "communication buffers",
 }
 
 
 def as_text(plan: dict[str, Any]) -> str:
-    """Lay out the result of `report.make_plan`; ends with a line break."""
+    """Format the result of `report.make_plan`; ends with a line break."""
     sections = [_head(plan), _options(plan["options"])]
     shown = plan["recommended"] or plan["configured"]
     if shown:
         sections += [_memory(shown), _communication(shown)]
         if plan["gpus"] > plan["node_gpus"]:
             sections.append(_durability(plan["durability"], shown))
-    sections += [["assumed:", *(f"  {text}" for text in plan["assumptions"])], _verdict(plan)]
+    sections += [["assumed:", *(f"  {text}" for text in plan["assumptions"])], _conclusion(plan)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
 
@@ -35,12 +35,12 @@ def _head(plan: dict[str, Any]) -> list[str]:
         f" each, {plan['precision']}",
         f"weights: {_million(counts['total'])} M = backbone {_million(counts['backbone'])} M"
         f" + head {_million(counts['head'])} M; the teacher has as many",
-        f"GFLOPs an image: {giga['total']} = teacher {giga['teacher_backbone']}"
+        f"GFLOPs per image: {giga['total']} = teacher {giga['teacher_backbone']}"
         f" + its head {giga['teacher_head']}; student forward {giga['student_global']} global crops"
         f" + {giga['student_local']} local crops + {giga['student_head']} head;"
         f" backward {giga['student_backward']}",
         f"steps: {plan['steps']:,} of {plan['images_per_step']:,} images,"
-        f" {plan['steps_per_epoch']:,} an epoch",
+        f" {plan['steps_per_epoch']:,} per epoch",
     ]
 
 
@@ -68,36 +68,32 @@ def _options(options: list[dict[str, Any]]) -> list[str]:
 def _memory(option: dict[str, Any]) -> list[str]:
     rest = option["needed_bytes"] - option["peak_bytes"]
     return [
-        f"a GPU at the fullest moment, {option['peak_moment']}, {_named(option)}:",
+        f"peak memory of a GPU, at '{option['peak_moment']}', {_named(option)}:",
         *(f"  {_WORDS[part]:<40}{_gb(option['bytes'][part]):>8} GB" for part in PARTS),
-        f"  {'CUDA, NCCL and gaps, assumed':<40}{_gb(rest):>8} GB",
+        f"  {'CUDA, NCCL and fragmentation, assumed':<40}{_gb(rest):>8} GB",
     ]
 
 
 def _communication(option: dict[str, Any]) -> list[str]:
     sent, offload_s = option["communication"], option["offload_s"]
-    offloaded = (
-        [f"a step waits {offload_s:.3f} s for the optimizer in the machine's memory"]
-        if offload_s
-        else []
-    )
+    offloaded = [f"a step waits {offload_s:.3f} s for the offloaded optimizer"] if offload_s else []
     if not sent["transfers"]:
-        return ["nothing is sent: there is one GPU", *offloaded]
-    lines = ["a GPU sends in a step:"]
+        return ["no communication: there is one GPU", *offloaded]
+    lines = ["communication of a GPU in a step:"]
     for transfer in sent["transfers"]:
-        how = "beside compute" if transfer["beside_compute"] else "waited for"
+        how = "overlaps compute" if transfer["beside_compute"] else "waited for"
         if transfer["between_bytes"]:
-            how += f", {transfer['between_bytes'] / 1e9:.2f} GB to other machines"
+            how += f", {transfer['between_bytes'] / 1e9:.2f} GB to other nodes"
         lines.append(
             f"  {transfer['what']:<20}{transfer['collective']:<16}{transfer['times']:>3} x"
-            f"{_gb(transfer['sent_bytes']):>8} GB in all, {how}"
+            f"{_gb(transfer['sent_bytes']):>8} GB in total, {how}"
         )
     busy = option["step_s"] - sent["waited_s"] - offload_s
     waits = sent["waited_s"] / option["step_s"]
     could = "could" if sent["seconds"] <= busy else "could not"
     lines.append(
-        f"  {sent['seconds']:.3f} s beside {busy:.3f} s of compute, which {could} hide it all;"
-        f" as the engine sends, a step waits {sent['waited_s']:.3f} s ({waits:.0%})"
+        f"  {sent['seconds']:.3f} s, which {busy:.3f} s of compute {could} hide; as the engine"
+        f" overlaps them, a step waits {sent['waited_s']:.3f} s ({waits:.0%})"
     )
     return lines + offloaded
 
@@ -106,17 +102,17 @@ def _durability(found: dict[str, Any], option: dict[str, Any]) -> list[str]:
     steps = max(1, round(found["interval_s"] / option["step_s"]))
     return [
         f"start: {found['build_s']:.0f} s to draw the weights, with {_gb(found['host_bytes'])} GB"
-        f" of host memory a rank; {found['write_s']:.0f} s to read a checkpoint",
+        f" of host memory per rank; {found['write_s']:.0f} s to read a checkpoint",
         f"checkpoints: {_gb(found['checkpoint_bytes'])} GB, {found['write_s']:.0f} s to write"
-        f" beside training; {found['failures_per_day']:.2f} failures a day expected",
+        f" during training; {found['failures_per_day']:.2f} failures expected per day",
         f"  save every {found['interval_s'] / 60:.0f} minutes, checkpoint.every_steps={steps}:"
-        f" {found['lost_share']:.1%} of the time goes into saving, failures and restarts of"
-        f" {found['restart_s'] / 60:.0f} minutes; with as many failures, at most"
-        f" {found['most_lost_share']:.1%}",
+        f" saving, failures and restarts of {found['restart_s'] / 60:.0f} minutes cost"
+        f" {found['lost_share']:.1%} of the time; at most {found['most_lost_share']:.1%} with this"
+        " number of failures",
     ]
 
 
-def _verdict(plan: dict[str, Any]) -> list[str]:
+def _conclusion(plan: dict[str, Any]) -> list[str]:
     lines, configured = [], plan["configured"]
     if configured:
         fits = "fits" if configured["fits"] else "does not fit"
@@ -130,7 +126,7 @@ def _verdict(plan: dict[str, Any]) -> list[str]:
 
 
 def sentence(plan: dict[str, Any]) -> str:
-    """What to do."""
+    """The recommendation, as a sentence."""
     best, memory = plan["recommended"], _gb(plan["gpu_memory_bytes"])
     if best is None:
         least = min(plan["options"], key=lambda option: option["needed_bytes"])
@@ -152,7 +148,7 @@ def sentence(plan: dict[str, Any]) -> str:
 
 
 def _named(option: dict[str, Any]) -> str:
-    """Stage, recomputation, micro-batch and accumulation in words."""
+    """Stage, recomputation, micro-batch and accumulation, in words."""
     every = option["checkpoint_every_k_blocks"]
     level = "nothing" if option["recompute"] == "none" else f"'{option['recompute']}'"
     if every > 1:

@@ -86,7 +86,7 @@ def test_rank_0_is_on_a_host_that_takes_part(capsys: pytest.CaptureFixture[str])
     assert "--force_multi" in line  # one node is left, which is not this one
 
 
-def test_secrets_of_this_shell_are_not_handed_on_by_deepspeed(
+def test_deepspeed_does_not_pass_on_secrets_of_this_shell(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "0123abcd")
@@ -96,26 +96,26 @@ def test_secrets_of_this_shell_are_not_handed_on_by_deepspeed(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "say how: --hostfile FILE, --nodes N, or --slurm"),
-        ([*HOSTS, "--nodes", "2"], "--nodes: has no meaning with --hostfile"),
-        ([*HOSTS, "--slurm"], "--slurm: has no meaning with --hostfile"),
-        ([*HOSTS, "--per-node", "8"], "--per-node: has no meaning with --hostfile"),
-        ([*HOSTS, "--node-rank", "2"], "--node-rank=2 is not in 0..1, as hosts says"),
-        ([*HOSTS, "--node-rank", "0", "--ssh-options=-4"], "no other node is reached"),
-        ([*HOSTS, "--launcher", "openmpi", "--node-rank", "0"], "no other node is reached"),
-        (["--hostfile", "hosts", "--launcher", "openmpi"], "mpirun takes no 'me@node2'"),
-        ([*HOSTS, "--ssh-options", "-i 'a b'"], "'a b' cannot be one word"),
+        ([], "give --hostfile FILE, --nodes N, or --slurm"),
+        ([*HOSTS, "--nodes", "2"], "--nodes: has no effect with --hostfile"),
+        ([*HOSTS, "--slurm"], "--slurm: has no effect with --hostfile"),
+        ([*HOSTS, "--per-node", "8"], "--per-node: has no effect with --hostfile"),
+        ([*HOSTS, "--node-rank", "2"], "--node-rank=2 is not in 0..1, the hosts of hosts"),
+        ([*HOSTS, "--node-rank", "0", "--ssh-options=-4"], "have no effect with --node-rank"),
+        ([*HOSTS, "--launcher", "openmpi", "--node-rank", "0"], "have no effect with --node-rank"),
+        (["--hostfile", "hosts", "--launcher", "openmpi"], "mpirun does not take 'me@node2'"),
+        ([*HOSTS, "--ssh-options", "-i 'a b'"], "'a b' cannot be one argument"),
         ([*HOSTS, "--ssh-options", "-i 'a"], "--ssh-options: .* cannot be split into words"),
         ([*HOSTS, "--master-port", "0"], "--master-port=0 is not in 1..65535"),
-        ([*HOSTS, "--master-addr", "a b"], "--master-addr='a b' is no host name"),
-        ([*HOSTS, "--master-addr=-x"], "--master-addr='-x' is no host name"),
+        ([*HOSTS, "--master-addr", "a b"], "--master-addr='a b' is neither a host name"),
+        ([*HOSTS, "--master-addr=-x"], "--master-addr='-x' is neither a host name"),
         ([*HOSTS, "--timeout", "nan"], "--timeout: need more than 0"),
-        (["--nodes", "2"], "--nodes: needs --node-rank R and --master-addr HOST"),
-        (["--nodes", "2", "--node-rank", "2", "--master-addr", "a"], "is not in 0..1, as --nodes"),
+        (["--nodes", "2"], "--nodes: also needs --node-rank R and --master-addr HOST"),
+        (["--nodes", "2", "--node-rank", "2", "--master-addr", "a"], "0..1, the ranks of --nodes"),
         (["--nodes", "0"], "--nodes=0 is not in 1.."),
-        (["--nodes", "2", "--ssh-options", "-4"], "--ssh-options: has no meaning with --nodes"),
+        (["--nodes", "2", "--ssh-options", "-4"], "--ssh-options: has no effect with --nodes"),
         (["--slurm", "--per-node", "0"], "--per-node=0 is not in 1..1024"),
-        (["--slurm", "--master-port", "1"], "--master-port: has no meaning with --slurm"),
+        (["--slurm", "--master-port", "1"], "--master-port: has no effect with --slurm"),
         (["--slurm", "--options=--export=ALL,HF_TOKEN=ab12"], "HF_TOKEN holds a secret"),
         ([*HOSTS, "--options=--export=API_KEY=ab12"], "API_KEY holds a secret"),
         ([*HOSTS, "--ssh-options=-o A=https://me:ab12@host"], "A holds a secret"),
@@ -164,10 +164,10 @@ _WORDS = st.text(alphabet="a {}$`\\'\"*;%n#&|~!\n=é-", max_size=12)
 
 @settings(max_examples=10, deadline=None)
 @given(st.lists(_WORDS, min_size=10, max_size=30))
-def test_words_reach_the_node_as_they_are(words: list[str]) -> None:
+def test_arguments_reach_the_node_unchanged(words: list[str]) -> None:
     assert _as_on_a_node(*map(quote_for_pdsh, words)) == words
 
 
-def test_words_that_are_not_quoted_would_not() -> None:
+def test_unquoted_arguments_do_not_reach_the_node_unchanged() -> None:
     assert _as_on_a_node("x=50%n") == ["x=503"]
     assert _as_on_a_node("x=a $HOME b") != ["x=a $HOME b"]

@@ -46,8 +46,8 @@ def test_hosts_come_in_order_without_comments(tmp_path: Path) -> None:
         ("ssh:a slots=8", "is not like"),
         ("node2 slots=0", "slots=0 is not in 1..1024"),
         ("node2 slots=99999999", "slots=99999999 is not in 1..1024"),
-        ("node1 slots=4", "node1 is there already in line 1; name each node once"),
-        ("me@node1 slots=4", "node1 is there already in line 1; name each node once"),
+        ("node1 slots=4", "node1 is already in line 1; name each node once"),
+        ("me@node1 slots=4", "node1 is already in line 1; name each node once"),
     ],
 )
 def test_bad_line_is_named_by_its_number(tmp_path: Path, line: str, said: str) -> None:
@@ -60,8 +60,8 @@ def test_bad_line_is_named_by_its_number(tmp_path: Path, line: str, said: str) -
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"# nothing\n", "no host in it"),
-        (b"\xff\xfe", "is not text"),
+        (b"# nothing\n", "names no host"),
+        (b"\xff\xfe", "is not a text file"),
         (b"#" * 10**6 + b"#", "larg"),
     ],
 )

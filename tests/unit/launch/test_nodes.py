@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dinoscale.cluster.doctor.report import Check
-from dinoscale.cluster.launch.ask_nodes import Found, Question, ask_all
+from dinoscale.cluster.launch.ask_nodes import NodeAnswers, Question, ask_all
 from dinoscale.cluster.launch.hostfile import Host
 from dinoscale.cluster.launch.judge_nodes import judge, table
 from tests.ports import free_port
@@ -84,7 +84,7 @@ class Cluster:
         (self.folder / f"{name}.json").write_text(json.dumps({"answers": answers, **does}))
         self.hosts.append(Host(name, slots))
 
-    def ask(self, timeout_s: float = 30.0) -> tuple[list[Found], list[Check]]:
+    def ask(self, timeout_s: float = 30.0) -> tuple[list[NodeAnswers], list[Check]]:
         question = Question(
             config=("c.yaml", ["a.b=1"]),
             run_dir="/shared/run",
@@ -194,7 +194,7 @@ def test_host_that_hangs_is_named_in_time(cluster: Cluster, question: str) -> No
     assert _problems(checks).keys() == {"b"}
 
 
-def test_other_versions_are_measured_by_what_most_have(cluster: Cluster) -> None:
+def test_versions_are_compared_with_those_of_most_nodes(cluster: Cluster) -> None:
     other = {"versions": LOOKED["versions"] | {"torch": "2.8.0", "deepspeed": None}}
     cluster.add("odd", looked=other)
     cluster.add("b")
@@ -222,8 +222,8 @@ def test_wrong_clock_is_measured(cluster: Cluster, ahead_s: float, said: str) ->
         ({"num_devices": 4}, "has 4 GPUs for 8 slots; correct its slots"),
         ({"num_devices": 0}, "has 0 GPUs for 8 slots"),
         ({"why_no_torch": "libcudart.so: cannot open"}, "torch does not load: libcudart.so"),
-        ({"config": {"error": "no such file", "digest": None}}, "CONFIG cannot be used there: no"),
-        ({"config": {"error": None, "digest": "d2"}}, "CONFIG says something else there"),
+        ({"config": {"error": "no such file", "digest": None}}, "CONFIG is invalid there: no"),
+        ({"config": {"error": None, "digest": "d2"}}, "CONFIG differs there"),
         ({"missing_interfaces": ["eth9"]}, "has no network interface 'eth9', which GLOO"),
     ],
 )
@@ -240,7 +240,10 @@ def test_unfit_node_is_named_with_the_remedy(
 @pytest.mark.parametrize(
     ("met", "said"),
     [
-        ({"seen": SEEN | {"seen": False}}, "run_dir /shared/run is not shared: what the first"),
+        (
+            {"seen": SEEN | {"seen": False}},
+            "run_dir /shared/run is not shared: a file of the first",
+        ),
         (
             {"seen": SEEN | {"error": "Read-only file system"}},
             "cannot write to run_dir /shared/run",
@@ -275,7 +278,7 @@ def test_first_node_is_blamed_for_its_own_faults_alone(cluster: Cluster) -> None
 def test_idle_gpus_and_loopback_names_are_warnings(cluster: Cluster) -> None:
     cluster.add("a", slots=2)
     _, checks = cluster.ask()
-    assert checks == [Check("a", "warning", "2 of its 8 GPUs are used; slots=8 is all")]
+    assert checks == [Check("a", "warning", "2 of its 8 GPUs are used; slots=8 uses all")]
     on_cpu = {"num_devices": 0, "own_address": "127.0.1.1"}
     pair = Cluster(cluster.folder)
     pair.add("a", looked=on_cpu)
@@ -283,7 +286,7 @@ def test_idle_gpus_and_loopback_names_are_warnings(cluster: Cluster) -> None:
     _, checks = pair.ask()
     (warned,) = checks
     assert (warned.name, warned.verdict) == ("a", "warning")
-    assert "its own name means 127.0.1.1 there" in warned.text
+    assert "its own name resolves to 127.0.1.1 there" in warned.text
     assert "GLOO_SOCKET_IFNAME=" in warned.text
 
 

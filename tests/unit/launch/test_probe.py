@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dinoscale.cluster.launch import node_probe
 from tests.ports import free_port
@@ -53,7 +54,7 @@ def test_port_in_use_and_directory_that_cannot_be_are_named(tmp_path: Path) -> N
 
 def test_call_says_why_nobody_answers() -> None:
     assert "Connection refused" in str(node_probe._call("127.0.0.1", free_port()))
-    assert "the name is not known there" in str(node_probe._call("no.such.host.invalid", 1))
+    assert "the name cannot be resolved there" in str(node_probe._call("no.such.host.invalid", 1))
 
 
 def test_call_recognises_another_program() -> None:
@@ -85,3 +86,19 @@ def test_configuration_that_cannot_be_read_is_reported() -> None:
     assert good["error"] is None
     assert good["digest"] != node_probe._read_config("vit_s16", [])["digest"]
     assert "unknown key" in str(node_probe._read_config("vit_s16", ["optim.lrr=0.5"])["error"])
+
+
+def test_an_eval_set_with_too_much_left_out_is_an_error(tmp_path: Path) -> None:
+    for number in range(4):
+        path = tmp_path / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(path)
+    overrides = [f"eval.train={tmp_path}", f"eval.test={tmp_path}"]
+    question = {"ask": "open", "config": "vit_s16", "overrides": overrides, "within_s": 60}
+    (whole,) = _ask(question)
+    assert whole == {"images": {"eval.train": 4, "eval.test": 4}, "errors": {}}
+    (tmp_path / "a" / "4.png").symlink_to("gone.png")
+    (lacking,) = _ask(question)
+    assert lacking["images"] == {}
+    assert "1 of 5 pictures" in lacking["errors"]["eval.train"]
+    assert "1 of 5 pictures" in lacking["errors"]["eval.test"]

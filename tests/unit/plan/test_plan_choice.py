@@ -54,7 +54,7 @@ def test_hpz_gathers_from_all_in_the_first_forwards_and_within_a_node_later() ->
     assert found[4].sent_bytes == 4 * 3 / 4 * 2 * WEIGHTS
 
 
-def test_one_part_in_a_nodes_gpus_leaves_the_node_and_the_slower_link_counts() -> None:
+def test_one_in_a_nodes_gpus_bytes_leaves_the_node_and_the_slower_link_counts() -> None:
     over_nodes = Transfer("weights", "all-gather", 16, 1, 80.0, False)
     inside = replace(over_nodes, group=8)
     slow_network = Links(node=8, within=10.0, between=1.0)
@@ -64,7 +64,7 @@ def test_one_part_in_a_nodes_gpus_leaves_the_node_and_the_slower_link_counts() -
     assert slow_network.seconds(inside) == 8
 
 
-def test_weights_are_gathered_ahead_if_two_blocks_may_be_there() -> None:
+def test_weights_are_prefetched_if_two_blocks_may_be_live() -> None:
     setup = replace(SETUP, zero_stage=3, live_elements=2 * DIMS.block)
     for live, ahead in ((2 * DIMS.block, True), (2 * DIMS.block - 1, False)):
         found = transfers(DIMS, replace(setup, live_elements=live))
@@ -102,7 +102,7 @@ def test_an_offloaded_optimizer_costs_copies_and_an_update_on_the_cpu(
     assert fast.offload_s == 0
 
 
-def test_recomputed_blocks_are_a_forward_more() -> None:
+def test_recomputed_blocks_cost_another_forward() -> None:
     flops = flops_of(DIMS)
     every = replace(SETUP, checkpoint_every=1)
     forward = flops.student_global + flops.student_local
@@ -113,7 +113,7 @@ def test_recomputed_blocks_are_a_forward_more() -> None:
     assert recomputed_flops(DIMS, replace(every, recompute="pointwise"), flops) == 0
 
 
-def test_with_room_the_choice_is_the_configured_stage_without_recomputation() -> None:
+def test_with_enough_memory_the_configured_stage_without_recomputation_is_chosen() -> None:
     found = options(DIMS, SETUP, MACHINE, [1, 2, 4, 8])
     assert len(found) == 16
     for configured, taken in ((0, 0), (1, 1), (2, 2), (3, 2)):
@@ -152,12 +152,12 @@ def test_sizes_of_memory(text: str, size: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["80XB", "", "GB", "-1GB", "0GB", "1e3GB", "nan"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_invalid_memory_sizes_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--gpu-memory: need a size such as 80GB"):
         parse_bytes(text, option="--gpu-memory")
 
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
     assert find_gpu("H100") is GPUS["h100"]
-    with pytest.raises(ConfigError, match=r"'h1000' is not known; known are .*a100.*h200"):
+    with pytest.raises(ConfigError, match=r"unknown name 'h1000'; known: .*a100.*h200"):
         find_gpu("h1000")

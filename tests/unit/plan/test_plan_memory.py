@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from dinoscale.config import count_parameters, parse_config
 from dinoscale.engine.model_sizes import dims_of
-from dinoscale.planning.plan.activations import kept_by_block
-from dinoscale.planning.plan.memory_model import held, peak
+from dinoscale.planning.plan.activations import saved_by_block
+from dinoscale.planning.plan.memory_model import peak, persistent
 from dinoscale.planning.plan.partition import Setup
 from tests.benchmarks import plan as benchmark
 from tests.unit.plan.tiny import DIMS, SETUP
@@ -47,8 +47,8 @@ def test_dims_count_what_the_configuration_counts() -> None:
     assert dims.mlp_kept == 2 * 4 * 384
 
 
-def test_what_is_held_at_stage_2_by_hand() -> None:
-    assert held(DIMS, SETUP) == {
+def test_persistent_memory_at_stage_2_by_hand() -> None:
+    assert persistent(DIMS, SETUP) == {
         "parameters": 2 * WEIGHTS,
         "gradients": 0,
         "optimizer": 12 * WEIGHTS / 4,
@@ -58,24 +58,24 @@ def test_what_is_held_at_stage_2_by_hand() -> None:
     }
 
 
-def test_what_is_held_at_stage_0_in_float32_by_hand() -> None:
-    terms = held(DIMS, replace(SETUP, zero_stage=0, bf16=False))
+def test_persistent_memory_at_stage_0_in_float32_by_hand() -> None:
+    terms = persistent(DIMS, replace(SETUP, zero_stage=0, bf16=False))
     assert terms["parameters"] == 4 * WEIGHTS
     assert terms["optimizer"] == 8 * WEIGHTS  # no second copy of the weights
 
 
-def test_what_is_held_at_stage_3_by_hand() -> None:
-    terms = held(DIMS, replace(SETUP, zero_stage=3))
+def test_persistent_memory_at_stage_3_by_hand() -> None:
+    terms = persistent(DIMS, replace(SETUP, zero_stage=3))
     assert terms["parameters"] == 2 * WEIGHTS / 4
     assert terms["gradients"] == 4 * WEIGHTS / 4
     assert terms["teacher"] == 6 * WEIGHTS / 4 + 16 * 100
     assert terms["buffers"] == 4 * 1000
 
 
-def test_second_copies_of_both_networks_are_there_at_every_late_moment() -> None:
+def test_hpz_copies_of_both_networks_count_from_the_first_forwards_to_the_step() -> None:
     one = replace(SETUP, zero_stage=3, world_size=8)
     two = replace(one, hpz_ranks=4)
-    assert held(DIMS, two) == held(DIMS, one)
+    assert persistent(DIMS, two) == persistent(DIMS, one)
     copies = 2 * 2 * WEIGHTS / 4
     assert peak(DIMS, two).terms["buffers"] == peak(DIMS, one).terms["buffers"] + copies
 
@@ -84,48 +84,48 @@ def test_second_copies_of_both_networks_are_there_at_every_late_moment() -> None
     ("level", "units", "statistics"),
     [(None, 17, 6 * 4), ("pointwise", 10, 2 * 4), ("all_but_attention", 2, 2 * 4), ("block", 1, 0)],
 )
-def test_what_a_block_keeps_in_units_of_its_width(
+def test_activations_that_a_block_saves_in_units_of_its_width(
     level: str | None, units: int, statistics: int
 ) -> None:
     setup = SETUP if level is None else replace(SETUP, checkpoint_every=1, recompute=level)
-    assert kept_by_block(DIMS, setup, index=1) == 2 * units * 8 + statistics
+    assert saved_by_block(DIMS, setup, index=1) == 2 * units * 8 + statistics
 
 
-def test_blocks_between_the_recomputed_ones_keep_all() -> None:
+def test_blocks_that_are_not_recomputed_save_all_activations() -> None:
     setup = replace(SETUP, checkpoint_every=2)
-    assert kept_by_block(DIMS, setup, index=0) < kept_by_block(DIMS, setup, index=1)
+    assert saved_by_block(DIMS, setup, index=0) < saved_by_block(DIMS, setup, index=1)
 
 
-def test_offloaded_states_take_nothing_on_the_device() -> None:
-    terms = held(DIMS, replace(SETUP, offload_optimizer=True))
+def test_an_offloaded_optimizer_takes_no_device_memory() -> None:
+    terms = persistent(DIMS, replace(SETUP, offload_optimizer=True))
     assert terms["optimizer"] == 0
     assert terms["teacher"] == 2 * WEIGHTS + 16 * 100
 
 
 @given(setup=SETUPS, more=st.integers(1, 64))
-def test_more_ranks_never_take_more_of_one_at_stage_3(setup: Setup, more: int) -> None:
+def test_more_ranks_never_need_more_memory_of_one_at_stage_3(setup: Setup, more: int) -> None:
     few = replace(setup, zero_stage=3, world_size=max(2, setup.world_size))  # one gathers nothing
     many = replace(few, world_size=few.world_size + more)
     assert peak(DIMS, many).total <= peak(DIMS, few).total
 
 
 @given(setup=SETUPS, more=st.integers(1, 64))
-def test_a_larger_micro_batch_takes_more(setup: Setup, more: int) -> None:
+def test_a_larger_micro_batch_needs_more_memory(setup: Setup, more: int) -> None:
     larger = replace(setup, micro_batch_size=setup.micro_batch_size + more)
     assert peak(DIMS, larger).total > peak(DIMS, setup).total
 
 
 @given(setup=SETUPS)
-def test_recomputation_never_takes_more_of_what_a_block_keeps(setup: Setup) -> None:
+def test_recomputation_never_saves_more_activations(setup: Setup) -> None:
     levels = ("block", "all_but_attention", "pointwise")
     every = [replace(setup, checkpoint_every=1, recompute=level) for level in levels]
-    kept = [kept_by_block(DIMS, s, index=0) for s in (*every, replace(setup, checkpoint_every=0))]
+    kept = [saved_by_block(DIMS, s, index=0) for s in (*every, replace(setup, checkpoint_every=0))]
     assert kept == sorted(kept)
 
 
 @given(setup=SETUPS)
-def test_the_peak_is_at_least_what_is_held(setup: Setup) -> None:
-    assert peak(DIMS, setup).total >= sum(held(DIMS, setup).values())
+def test_the_peak_is_at_least_the_persistent_memory(setup: Setup) -> None:
+    assert peak(DIMS, setup).total >= sum(persistent(DIMS, setup).values())
 
 
 def test_the_benchmark_says_which_cases_it_had_no_time_for(
