@@ -42,7 +42,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _exit_with("interrupted; unsaved work is lost", 130)
     except Exception:
-        _end(traceback.format_exc() + "error: dinoscale failed; this is a bug", 1)
+        _exit_with(traceback.format_exc() + "error: dinoscale failed; this is a bug", 1)
     lost = logs.stdout_error()
     if lost is not None:
         why = getattr(lost, "strerror", None) or lost

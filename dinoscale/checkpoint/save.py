@@ -154,8 +154,8 @@ class Saver:
     def wait(self, heartbeat: Callable[[], None] = lambda: None) -> SaveResult | None:
         """Wait for the current save and return its result; None if there is none.
 
-        `heartbeat` is called whenever this rank is seen to write, check or delete files, so not while
-        the storage hangs.
+        `heartbeat` is called whenever this rank is seen to write, check or delete files, so not
+        while the storage hangs.
         """
         if self._adding_accuracy is not None:
             self._wait_for(self._adding_accuracy, heartbeat)

@@ -58,7 +58,7 @@ class _NotOpened:
 
 def look(
     config: RunConfig, hosts: Sequence[str], *, rank: int, timeout_s: float
-) -> dict[str, Looked]:
+) -> dict[str, SetFacts]:
     """Open every set of the config and decode a few images of each, spread over the set.
 
     All ranks call it together. Ranks of one host that name the same images open them once.
@@ -77,9 +77,9 @@ def look(
     for key, (spec, open_set) in image_sets(config).items():
         named = distributed.gather_objects((spec, config.data.manifest))
         alike = [f"{host} {names}" for host, names in zip(hosts, named, strict=True)]
-        tried = partial(_tried_to_open, opened, spec)
+        tried = partial(_tried_to_open, open_set, spec)
         source = open_once_per_node(tried, alike, timeout_s=timeout_s)
-        if not isinstance(source, _Unopened):
+        if not isinstance(source, _NotOpened):
             assert spec is not None
             sources[key] = source
             found[key] = _decode_some(source, spec, rank=rank, world_size=len(hosts))
