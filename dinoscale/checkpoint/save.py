@@ -147,7 +147,7 @@ class Saver:
         return not all(work is None or work.done() for work in works)
 
     def wait_for_own_files(self, heartbeat: Callable[[], None]) -> None:
-        """Wait until this rank's files of the current save are written; `heartbeat` as in `wait`."""
+        """Wait until this rank's files of this save are written; `heartbeat` as in `wait`."""
         if self._own_files is not None:
             self._wait_for(self._own_files, heartbeat)
 
