@@ -321,7 +321,7 @@ def test_a_wrong_line_is_refused_before_anything_runs(tmp_path: Path, line: str,
 
 
 def test_weights_need_tasks_and_tasks_weights(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--task LINE says what to measure"):
+    with pytest.raises(ConfigError, match="compare: no --task LINE to measure"):
         _compare("w.pth", "--out", tmp_path)
     report = _save(tmp_path / "r.json", _report("w", 1.0))
     with pytest.raises(ConfigError, match="no WEIGHTS"):

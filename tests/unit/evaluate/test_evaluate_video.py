@@ -15,6 +15,7 @@ from dinoscale.data.decoding.decode import RGB
 from dinoscale.data.sources.videos import open_videos
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.dense.mask_scores import region_similarity
+from dinoscale.evaluate.frozen_backbone import LoadOptions
 from dinoscale.evaluate.video.davis import evaluate_video
 from dinoscale.evaluate.video.propagation import Settings
 from tests.unit.evaluate.tiny_files import as_json, save_weights
@@ -39,13 +40,11 @@ def _video(root: Path, name: str, *, frames: int = 5) -> Path:
 
 
 def _evaluate_video(weights: Path, data: Path, **more: Any) -> dict[str, Any]:
-    settings = Settings(size=64)
-    return as_json(
-        evaluate_video(weights, str(data), settings=settings, device="cpu", progress=False, **more)
-    )
+    settings, options = Settings(size=64), LoadOptions(device="cpu", progress=False)
+    return as_json(evaluate_video(weights, str(data), settings=settings, options=options, **more))
 
 
-def test_video_reports_scores_floor_and_writes_masks(weights: Path, tmp_path: Path) -> None:
+def test_video_reports_scores_and_baseline_and_writes_masks(weights: Path, tmp_path: Path) -> None:
     data, out = _video(tmp_path / "data", "a"), tmp_path / "out"
     report = _evaluate_video(weights, data, out=out, untrained=True)
     (sequence,) = report["sequences"]

@@ -20,10 +20,11 @@ from dinoscale.errors import (
     OutputError,
 )
 from dinoscale.evaluate.classification.finetune import Classifier, Recipe, evaluate_finetune
-from dinoscale.evaluate.classification.inputs import Reading
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from tests.unit.evaluate.conftest import Colors
 
 FAST = Recipe(epochs=4, batch_size=12, lr=0.1)
+OPTIONS = ExtractionOptions(num_workers=0, device="cpu", progress=False)
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +38,13 @@ def _one_thread() -> Iterator[None]:
 def _run(colors: Colors, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "recipe": FAST,
-        "device": "cpu",
-        "reading": Reading(num_workers=0, progress=False),
+        "options": OPTIONS,
     }
     sets = changes.pop("sets", (colors.train, colors.test))
     return evaluate_finetune(colors.weights, *sets, **{**settings, **changes})
 
 
-def test_the_loss_falls_and_separable_classes_are_told_apart(colors: Colors) -> None:
+def test_the_loss_falls_and_separable_classes_are_classified_perfectly(colors: Colors) -> None:
     report = _run(colors)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     losses = [evaluation["loss"] for evaluation in report["evaluations"]]
@@ -58,7 +58,7 @@ def test_the_loss_falls_and_separable_classes_are_told_apart(colors: Colors) -> 
 def test_workers_change_nothing_and_the_seed_does(colors: Colors) -> None:
     short = Recipe(epochs=1, batch_size=12, lr=0.1)
     losses = [
-        _run(colors, recipe=short, seed=seed, reading=Reading(num_workers=n, progress=False))[
+        _run(colors, recipe=short, seed=seed, options=replace(OPTIONS, num_workers=n))[
             "evaluations"
         ][0]["loss"]
         for seed, n in ((0, 0), (0, 2), (1, 0))

@@ -16,9 +16,9 @@ from sklearn.preprocessing import normalize
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError, DataError, OutputError
-from dinoscale.evaluate.classification.inputs import Reading
 from dinoscale.evaluate.classification.logistic import CS, evaluate_logistic, held_out, scores_of
 from dinoscale.evaluate.features import extract_features
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from tests.unit.evaluate.conftest import CARD, Colors
 
 SOME_CS = (1e-4, 1.0, 1e2)
@@ -27,8 +27,7 @@ SOME_CS = (1e-4, 1.0, 1e2)
 def _run(colors: Colors, train: str, test: str, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "cs": SOME_CS,
-        "device": "cpu",
-        "reading": Reading(num_workers=0, progress=False),
+        "options": ExtractionOptions(num_workers=0, device="cpu", progress=False),
     }
     return evaluate_logistic(colors.weights, train, test, **{**settings, **changes})
 

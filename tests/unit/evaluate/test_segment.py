@@ -1,4 +1,4 @@
-"""Jaccard of attention: objects out of masks, the index by hand, floors that are known."""
+"""Jaccard of attention: objects out of masks, the index by hand, baselines that are known."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_masks_that_do_not_tell_their_objects_are_refused(
     mask.paste((0, 0, 120), (0, 20, 40, 24))  # an object as dark as the background
     mask.convert(mode).save(masks / "a.tif")
     (masks / "a.png").unlink()
-    with pytest.raises(DataError, match=rf"a.jpg: a mask of the mode {mode} "):
+    with pytest.raises(DataError, match=rf"a.jpg: a mask of mode {mode} "):
         evaluate_segment(weights, str(images), masks=str(masks), size=16)
 
 
@@ -149,8 +149,8 @@ def test_a_mask_that_keeps_everything_scores_the_area_of_the_objects(
     a = (6 * 10) / (12 * 20 + 12 * 20 - 6 * 10)  # the box overlaps the corner with a quarter
     b = [0.0, (4 * 8) / (16 * 4 + (16 - 4) * 8 - 4 * 8)]  # 4 of the box's 16 rows are void
     c = (4 * 9) / (4 * 19)
-    floor = 100 * (a + sum(b) / 2 + c) / 3
-    assert report["floors"]["jaccard"] == pytest.approx(floor, abs=1e-4)  # type: ignore[index]
+    expected = 100 * (a + sum(b) / 2 + c) / 3
+    assert report["floors"]["jaccard"] == pytest.approx(expected, abs=1e-4)  # type: ignore[index]
 
 
 def test_shards_and_folders_give_the_same_report(
