@@ -45,7 +45,7 @@ from dinoscale.evaluate.classification.resumable_training import (
 from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, ExtractionOptions
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
-BATCH_SCALE = 512  # images of a batch that the rate is stated for, as in DeiT's code
+BATCH_SCALE = 512  # batch size for which the rate is stated, as in DeiT's code
 WARMUP = 5 / 300  # share of the steps: 5 of the published 300 epochs
 
 Precision = Literal["bf16", "fp32"]

@@ -77,7 +77,7 @@ def knn_accuracy(
     images. All ranks call it with the same tensors, and each classifies its share of the chunks.
 
     Args:
-        train_features: the bank, (N, D), any float dtype and length; cosines run in float32.
+        train_features: the bank, (N, D), any float dtype and norm; cosines run in float32.
         train_labels: (N,) int64, 0 or more.
         test_features: (M, D), on the same device.
         test_labels: (M,) int64; a class that the bank lacks is never right.

@@ -28,7 +28,7 @@ from dinoscale.evaluate.frozen_backbone import (
     LoadOptions,
     load_frozen,
 )
-from dinoscale.evaluate.video.propagation import Follower, Settings
+from dinoscale.evaluate.video.propagation import Settings, Tracker
 from dinoscale.runtime.outputs import replacing
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,7 +49,7 @@ def evaluate_video(
     untrained: bool = False,
     options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
-    """Follow the objects of the first frames through videos, and compare with the true masks.
+    """Track the objects of the first frames through videos, and compare with the true masks.
 
     As in the benchmark, the first and the last frame of a video are not scored, a score is the
     mean over its frames, and the means run over all objects of all videos.
@@ -147,7 +147,7 @@ def _measure(
     folder: Path | None,
     bar: tqdm[NoReturn],
 ) -> dict[str, Any]:
-    """Follow the objects of one video, score them, and write masks and animation."""
+    """Track the objects of one video, score them, and write masks and animation."""
     decoder = loaded.decoder
     pixels = video.pixels(0, decoder)
     size = (pixels.shape[0], pixels.shape[1])
@@ -158,13 +158,13 @@ def _measure(
     copied = np.where(first == VOID, 0, first).astype(np.uint8)
     start = np.searchsorted(numbers, copied).astype(np.uint8)  # consecutive numbers
     mean, std = _normalization(loaded.card)
-    follower = Follower(loaded.backbone, pixels, start, mean=mean, std=std, settings=settings)
+    tracker = Tracker(loaded.backbone, pixels, start, mean=mean, std=std, settings=settings)
     scored = _scored_frames(video)
     scores, baseline, drawn = [], [], []
     for i in range(len(video.frames)):
         if i:
             pixels = _same_size(video, i, decoder, size)
-        found = numbers[follower.follow(pixels)] if i else copied
+        found = numbers[tracker.track(pixels)] if i else copied
         truth = video.mask(i, size=size)
         if i in scored and truth is not None:
             scores.append(score_objects(found, truth, objects))

@@ -120,7 +120,7 @@ def test_two_numbers_for_one_cell_are_refused() -> None:
     same = [_outcome(_report("w", 50.0)), _outcome(_report("w", 50.0))]
     assert len(compare(same).rows) == 1
     with pytest.raises(
-        ConfigError, match=r"c\.json: another report has other numbers of knn for w"
+        ConfigError, match=r"c\.json: another report has different numbers of knn for w"
     ):
         compare([*same, _outcome(_report("w", 51.0), origin="c.json")])
 
@@ -129,10 +129,10 @@ def test_floors_are_rows_and_a_range_where_reports_disagree() -> None:
     beside = {"untrained": {"top1_k10": 30.0}, "floors": {"top1_k10": 50.0}}
     reports = [_report("a", 50.0, **beside), _report("b", 60.0, **beside)]
     table = compare([_outcome(report) for report in reports])
-    untrained, floor = table.rows[2:]
-    assert (untrained.label, floor.label) == ("untrained vit_tiny_patch16_224", "floor")
+    untrained, baseline = table.rows[2:]
+    assert (untrained.label, baseline.label) == ("untrained vit_tiny_patch16_224", "baseline")
     assert [row.cells[0].not_above_floor for row in table.rows[:2]] == [True, False]
-    assert floor.cells[0].headlines == [50.0]
+    assert baseline.cells[0].headlines == [50.0]
     reports[1]["floors"] = {"top1_k10": 40.0}
     assert compare([_outcome(r) for r in reports]).rows[3].cells[0].headlines == [50.0, 40.0]
 
@@ -275,7 +275,7 @@ def test_other_images_of_the_same_names_are_measured_again(
     first = json.loads(capsys.readouterr().out)
     with caplog.at_level("INFO"):
         _compare(*line)
-    assert "done before" in caplog.text
+    assert "already measured, see" in caplog.text
     assert json.loads(capsys.readouterr().out) == first
     for blue, red in zip(
         *(sorted((test / name).iterdir()) for name in ("blue", "red")), strict=True
@@ -284,7 +284,7 @@ def test_other_images_of_the_same_names_are_measured_again(
         blue.write_bytes(pixels[1])
         red.write_bytes(pixels[0])
     _compare(*line)
-    assert "changed since it was measured: input.test." in caplog.text
+    assert "measuring again, these changed: input.test." in caplog.text
     again = json.loads(capsys.readouterr().out)
     assert again["rows"][0]["cells"] != first["rows"][0]["cells"]
 

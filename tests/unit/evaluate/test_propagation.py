@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.video.propagation import (
-    Follower,
     Settings,
+    Tracker,
     label_image,
     propagate_labels,
     working_size,
@@ -145,12 +145,12 @@ def test_a_colored_square_is_followed_where_it_goes() -> None:
         return pixels
 
     mask = (frame(16)[..., 0] == 220).astype(np.uint8)
-    follower = Follower(
+    tracker = Tracker(
         _Colors(), frame(16), mask,
         mean=(0.5,) * 3, std=(0.5,) * 3, settings=Settings(size=64, context=2, radius=3),
     )  # fmt: skip
     for left in (24, 32, 40, 48):
-        found = follower.follow(frame(left))
+        found = tracker.track(frame(left))
         truth = frame(left)[..., 0] == 220
         overlap = (truth & (found == 1)).sum() / (truth | (found == 1)).sum()
         assert overlap > 0.7
