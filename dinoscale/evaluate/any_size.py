@@ -107,7 +107,7 @@ def find_patch_size(backbone: nn.Module) -> int:
     if not callable(getattr(backbone, "last_attention", None)):
         kind = type(backbone).__name__
         raise ConfigError(f"attention and patch features need a ViT, this is a {kind}")
-    return int(backbone.patch_size)  # type: ignore[arg-type]  # an int of all our ViTs
+    return int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT
 
 
 def image_mode(*, channels: int) -> str:

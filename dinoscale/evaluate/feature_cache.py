@@ -1,6 +1,6 @@
 """A cache of features on disk, under keys of all that the features depend on.
 
-A key holds the content of the weights, which output of the network is taken, the preparation of the
+A key holds the content of the weights, which output of the network they are, the preparation of the
 images, the files of the set (size and times of each file in order, not its path), the kind of
 device, our own code, and the libraries that decode, resize and multiply. The batch size is not part
 of it: it changes last bits only.
@@ -66,7 +66,7 @@ def features_key(
     files: InFiles,
     preparation: Preparation,
     *,
-    taken: str,
+    output_key: str,
     device: torch.device,
 ) -> str:
     """Describe all that the features of a set depend on.
@@ -75,7 +75,7 @@ def features_key(
         backbone: by its weights, not by their file.
         files: the set.
         preparation: of its images.
-        taken: all that the output depends on besides these.
+        output_key: all that the output depends on besides these, in words.
         device: of the backbone.
 
     Returns:
@@ -83,7 +83,7 @@ def features_key(
     """
     about = {
         "weights": weights_digest(backbone),
-        "taken": taken,
+        "taken": output_key,
         "preparation": asdict(preparation),
         "files": _files_digest(files),
         "device": device.type,

@@ -88,7 +88,7 @@ def extract_features(
     batch_size: int,
     device: torch.device | str,
     num_workers: int,
-    taken: str | None = None,
+    output_key: str | None = None,
     progress: bool = False,
     on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
@@ -107,9 +107,9 @@ def extract_features(
         batch_size: images in one forward.
         device: of the backbone and of the result.
         num_workers: processes that decode; 0 decodes in this one.
-        taken: all that the output depends on besides weights and images (architecture, layers,
-            decoder), in words: the features are read from the cache, or written there. None does
-            not cache; synthetic sets are never cached.
+        output_key: all that the output depends on besides weights and images (architecture,
+            layers, decoder), in words, as part of the key in the cache. None does not cache;
+            synthetic sets are never cached.
         progress: draw a bar on stderr, if that is a terminal.
         on_batch: called after each batch, to feed a watchdog.
 
@@ -133,10 +133,12 @@ def extract_features(
         on_batch=on_batch,
     )
     extract = partial(over_ranks, forward, num_images=len(source), batch_size=batch_size)
-    if taken is None or not isinstance(source, InFiles):
+    if output_key is None or not isinstance(source, InFiles):
         features, numbers = extract()
     else:
-        key = partial(features_key, backbone, source, preparation, taken=taken, device=device)
+        key = partial(
+            features_key, backbone, source, preparation, output_key=output_key, device=device
+        )
         features, numbers = through_cache(key, extract, num_images=len(source), device=device)
     return features, torch.from_numpy(labels)[numbers.cpu()].to(device)
 

@@ -133,7 +133,7 @@ class FeatureExtractor(LoadedBackbone):
         source: Source,
         network: nn.Module | None = None,
         *,
-        taken: str | None = OUTPUT,
+        output_key: str | None = OUTPUT,
         progress: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Features (N, D) and labels (N,) of the readable images; all ranks of a job call it.
@@ -141,7 +141,7 @@ class FeatureExtractor(LoadedBackbone):
         Args:
             source: labelled images, of `open`.
             network: the backbone, or a module around it; None takes the backbone.
-            taken: what the network computes, in words, for the cache; None does not cache.
+            output_key: what the network computes, in words, for the cache; None does not cache.
             progress: draw a bar, if the options do.
 
         Raises:
@@ -149,7 +149,7 @@ class FeatureExtractor(LoadedBackbone):
             NonFiniteError: a feature is not a finite number.
         """
         card, options = self.card, self.options
-        cached = taken is not None and options.cache
+        cached = output_key is not None and options.cache
         return extract_features(
             self.backbone if network is None else network,
             source,
@@ -160,7 +160,7 @@ class FeatureExtractor(LoadedBackbone):
             batch_size=options.batch_size,
             device=self.device,
             num_workers=options.num_workers,
-            taken=f"{taken} of {card.backbone}, white {card.white}" if cached else None,
+            output_key=f"{output_key} of {card.backbone}, white {card.white}" if cached else None,
             progress=options.progress and progress,
         )
 

@@ -140,7 +140,7 @@ def cached(folder: str) -> tuple[Tensor, int]:
         batch_size=1,
         device="cpu",
         num_workers=0,
-        taken="mean",
+        output_key="mean",
     )
     return features, backbone.calls
 

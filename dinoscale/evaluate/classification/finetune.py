@@ -263,7 +263,7 @@ class _FineTuning:
 
     def _keep(self, images: int) -> Tensor | None:
         """Multipliers of stochastic depth (depth, 2, N); None where there are no such blocks."""
-        depth = int(self._network.backbone.depth)  # type: ignore[arg-type]  # an int of all of ours
+        depth = int(self._network.backbone.depth)  # type: ignore[arg-type]  # an int
         rate = self._recipe.drop_path_rate
         if not depth or not rate:
             return None
@@ -273,7 +273,9 @@ class _FineTuning:
     def _test(self) -> dict[str, float]:
         inputs = self._inputs
         with _autocast(inputs.device, self._recipe):
-            logits, labels = features_of_test(self._network, inputs, taken=None, progress=False)
+            logits, labels = features_of_test(
+                self._network, inputs, output_key=None, progress=False
+            )
         top1, top5 = num_right(logits, labels)
         classes = inputs.num_classes
         return percent(int(top1), int(top5), images=len(labels), num_classes=classes)

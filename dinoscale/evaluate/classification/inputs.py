@@ -138,24 +138,24 @@ def open_inputs(
 
 
 def features_of_train(
-    network: nn.Module, inputs: ClassifierInputs, *, taken: str | None
+    network: nn.Module, inputs: ClassifierInputs, *, output_key: str | None
 ) -> tuple[Tensor, Tensor]:
     """Outputs of the network for the train set without augmentation; as `features_of_test`.
 
     Both record in `inputs.used` which images could be read.
     """
-    return _features(network, inputs, "train", taken=taken)
+    return _features(network, inputs, "train", output_key=output_key)
 
 
 def features_of_test(
-    network: nn.Module, inputs: ClassifierInputs, *, taken: str | None, progress: bool = True
+    network: nn.Module, inputs: ClassifierInputs, *, output_key: str | None, progress: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Outputs of the network for the test set.
 
     Args:
         network: the backbone, or a module around it.
         inputs: whose images these are.
-        taken: what the network computes from the backbone, in words, for the cache; None where
+        output_key: what the network computes from the backbone, in words, for the cache; None where
             its weights change, so that caching is useless.
         progress: draw a bar, if the options do.
 
@@ -166,7 +166,7 @@ def features_of_test(
         DataError: none of the images can be read.
         NonFiniteError: an output is not a finite number.
     """
-    outputs, labels = _features(network, inputs, "test", taken=taken, progress=progress)
+    outputs, labels = _features(network, inputs, "test", output_key=output_key, progress=progress)
     return outputs, inputs.renumber.to(labels.device)[labels]
 
 
@@ -175,11 +175,13 @@ def _features(
     inputs: ClassifierInputs,
     name: Literal["train", "test"],
     *,
-    taken: str | None,
+    output_key: str | None,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
     source = inputs.train if name == "train" else inputs.test
-    outputs, labels = inputs.extractor.features(source, network, taken=taken, progress=progress)
+    outputs, labels = inputs.extractor.features(
+        source, network, output_key=output_key, progress=progress
+    )
     if not len(outputs):
         spec = inputs.specs[name == "test"]
         raise DataError(f"{spec}: none of the images can be read")

@@ -236,7 +236,7 @@ def evaluate_knn(
     All ranks of a job call it; each does its share, and all get the report.
 
     Args:
-        weights_path: a weights file of ours, or a checkpoint of the reference.
+        weights_path: any weights file that `load_backbone` reads.
         train_spec: the bank, as `data.train` of a config: a folder with a subfolder a class, or
             shards with class numbers.
         test_spec: what to classify; its classes must be among those of the bank.

@@ -166,7 +166,9 @@ class _Probe:
             first, self._drawn = state["step"], DrawnImages.of(state["drawn"])
             for heads, of_heads in zip(self._heads, state["heads"], strict=True):
                 heads.load(of_heads)
-        tests, test_labels = features_of_test(self._tokens, self._inputs, taken=self._tokens.taken)
+        tests, test_labels = features_of_test(
+            self._tokens, self._inputs, output_key=self._tokens.output_key
+        )
         rates = torch.tensor(plan.rates, device=tests.device)
         shown = None if self._options.progress else True
         batches = self._batches(first)
@@ -205,7 +207,9 @@ class _Probe:
                     yield self._tokens([pixels]).float(), labels
             inputs.used["train"] = self._drawn.used(inputs.train)
             return
-        features, labels = features_of_train(self._tokens, inputs, taken=self._tokens.taken)
+        features, labels = features_of_train(
+            self._tokens, inputs, output_key=self._tokens.output_key
+        )
         sampler = stream_sampler(
             len(features), batch_size=plan.batch_size, steps=plan.steps, seed=self._seed
         )

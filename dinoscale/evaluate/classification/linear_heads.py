@@ -29,16 +29,16 @@ class TokenFeatures(nn.Module):
         blocks: n.
         embed_dim: width of a row, (n + 1) D, or D.
         token_dim: D.
-        taken: what a row holds, in words, for the cache.
+        output_key: what a row holds, in words, for the cache.
     """
 
     def __init__(self, backbone: nn.Module, *, blocks: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.blocks = blocks
-        self.token_dim = int(backbone.embed_dim)  # type: ignore[arg-type]  # an int of all of ours
+        self.token_dim = int(backbone.embed_dim)  # type: ignore[arg-type]  # an int
         self.embed_dim = self.token_dim * (blocks + 1 if is_vit(backbone) else 1)
-        self.taken = f"class tokens of the last {blocks} blocks, mean patch token of the last"
+        self.output_key = f"class tokens of the last {blocks} blocks, mean patch token of the last"
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         """Take one tensor of images (N, C, H, W) in a list; return (N, embed_dim)."""

@@ -109,7 +109,7 @@ def _measure(
     seed: int,
 ) -> dict[str, object]:
     """Score, chosen C, and the accuracy of each C on the held-out part."""
-    train, labels = _normalised(*features_of_train(backbone, inputs, taken=OUTPUT))
+    train, labels = _normalised(*features_of_train(backbone, inputs, output_key=OUTPUT))
     if len(np.unique(labels)) < 2:
         raise DataError(f"{inputs.specs[0]}: images of only one class can be read; need two")
     held = held_out(labels, seed=seed)
@@ -119,7 +119,7 @@ def _measure(
         tried.append({"c": c} | _accuracy(scores, labels[held], inputs))
         log({"held_out": tried[-1]})
     best = max(tried, key=lambda entry: entry["top1"])  # the strongest penalty of equals
-    test, test_labels = _normalised(*features_of_test(backbone, inputs, taken=OUTPUT))
+    test, test_labels = _normalised(*features_of_test(backbone, inputs, output_key=OUTPUT))
     scores, iterations = scores_of(train, labels, test, c=best["c"], max_iter=max_iter)
     score = _accuracy(scores, test_labels, inputs)
     log({"score": score})

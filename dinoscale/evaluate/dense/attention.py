@@ -86,7 +86,7 @@ def draw_attention(
     if the object is known, else of the mean.
 
     Args:
-        backbone: a ViT of ours; put into eval mode and back.
+        backbone: a `VisionTransformer`; put into eval mode and back.
         images: at least one, of any shapes; each is squeezed to size x size, as in the reference.
         path: of the PNG; folders above it are made.
         mean: of each channel, 3 or 1, in 0..1.
@@ -249,7 +249,7 @@ def evaluate_attention(
     """Draw the attention of a weights file on some images of a set; score it if there are masks.
 
     Args:
-        weights_path: a weights file of ours, or a checkpoint of the reference.
+        weights_path: any weights file that `load_backbone` reads.
         spec: the images, as `data.train` of a config; synthetic ones come with masks.
         path: of the PNG.
         size: side in pixels at which the backbone sees the images; None takes the crop of the

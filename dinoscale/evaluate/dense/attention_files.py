@@ -61,7 +61,7 @@ def write_attention(
     Patches are enlarged by nearest neighbour. A sheet shows the first images in one picture.
 
     Args:
-        weights_path: anything that `load_backbone` reads.
+        weights_path: any weights file that `load_backbone` reads.
         spec: an image file, or a set as `data.train` of a config.
         out: the folder; made if missing. Files of the same names that this program wrote are
             replaced.

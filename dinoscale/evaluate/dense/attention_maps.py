@@ -21,7 +21,7 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
     """Attention of the class token to the patches in the last block.
 
     Args:
-        backbone: a ViT of ours.
+        backbone: a `VisionTransformer`.
         images: (N, C, H, W), normalised, on the backbone's device; H, W multiples of p.
 
     Returns:
@@ -35,7 +35,7 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
     last_attention = getattr(backbone, "last_attention", None)
     if not callable(last_attention):
         raise ConfigError(f"attention maps need a ViT, this is a {type(backbone).__name__}")
-    patch = int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT of ours
+    patch = int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT
     rows, columns = images.shape[2] // patch, images.shape[3] // patch
     if rows * columns == 0:
         raise ConfigError(f"size: images must have at least one patch of {patch} pixels")

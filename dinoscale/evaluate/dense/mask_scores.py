@@ -35,11 +35,11 @@ def boundary_measure(found: Mask, truth: Mask, *, tolerance: float = TOLERANCE) 
         tolerance: as a fraction of the diagonal.
     """
     radius = math.ceil(tolerance * math.hypot(*found.shape))
-    ours, theirs = boundary(found), boundary(truth)
-    if not ours.any() or not theirs.any():
-        return float(ours.any() == theirs.any())
-    precision = np.mean(_distance(theirs)[ours] <= radius)
-    recall = np.mean(_distance(ours)[theirs] <= radius)
+    edges, true_edges = boundary(found), boundary(truth)
+    if not edges.any() or not true_edges.any():
+        return float(edges.any() == true_edges.any())
+    precision = np.mean(_distance(true_edges)[edges] <= radius)
+    recall = np.mean(_distance(edges)[true_edges] <= radius)
     both = precision + recall
     return float(2 * precision * recall / both) if both else 0.0
 

@@ -119,7 +119,7 @@ def evaluate_pca(
     images.
 
     Args:
-        weights_path: anything that `load_backbone` reads.
+        weights_path: any weights file that `load_backbone` reads.
         spec: an image file, or a set as `data.train` of a config. The patches of all images are in
             memory together: two megabytes an image for ViT-S/16.
         out: the folder; made if missing. Files of the same names are replaced.

@@ -87,10 +87,10 @@ def evaluate_segment(
     out: str | Path | None = None,
     options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
-    """Score the attention of a weights file against masks of objects, beside its baselines.
+    """Score the attention of a weights file against masks of objects, and that of baselines.
 
     Args:
-        weights_path: anything that `load_backbone` reads.
+        weights_path: any weights file that `load_backbone` reads.
         spec: images, as `data.train` of a config, or one file; shards hold masks as KEY.mask.png.
         masks: folder of masks with the names of the images, if the set holds none.
         indexed: gray masks hold object numbers, as those with a palette: 0 is background, 255 void.
@@ -237,7 +237,7 @@ def _scores(results: Sequence[_Result]) -> dict[str, object]:
 
 
 def _table(results: Sequence[_Result]) -> str:
-    """Percent of every head and of the best of each object, beside the baselines."""
+    """Percent of every head and of the best head of each object, with the baselines."""
     rows = {
         "these weights": [result.trained for result in results],
         "untrained": [result.untrained for result in results],

@@ -134,24 +134,26 @@ def evaluate_copies(
     if pairs is not None and prefix is not None:
         raise ConfigError("give --pairs or --prefix, not both")
     detection = _CopyDetection(weights_path, settings, options)
-    wanted, asked = (FolderSource(path, decoder=detection.decoder) for path in (originals, queries))
-    known, names = _relative(wanted, originals), _relative(asked, queries)
+    database, copies = (
+        FolderSource(path, decoder=detection.decoder) for path in (originals, queries)
+    )
+    known, names = _relative(database, originals), _relative(copies, queries)
     right, rule = _pairs(names, known, pairs=pairs, prefix=prefix)
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         members.setdefault(os.path.dirname(name) or "queries", []).append(i)
     blocks = [
-        _Block(name, detection.squares(asked, numbers), [right[i] for i in numbers])
+        _Block(name, detection.squares(copies, numbers), [right[i] for i in numbers])
         for name, numbers in sorted(members.items())
     ]
     others = None if distractors is None else detection.open(distractors)
-    sets = {"originals": wanted, "queries": asked, "distractors": others}
+    sets = {"originals": database, "queries": copies, "distractors": others}
     left_out = {
         name: None if source is None else left_out_counts(source) for name, source in sets.items()
     }
     specs = {"originals": originals, "queries": queries, "distractors": distractors}
     data: dict[str, object] = {**specs, "pairs": rule, "left_out": left_out}
-    return detection.report(wanted, others, blocks, data=data)
+    return detection.report(database, others, blocks, data=data)
 
 
 def _pairs(
@@ -283,7 +285,7 @@ class _CopyDetection:
     ) -> tuple[Scores, int]:
         """Percent of every block, and the number of images in the database."""
         network = CopyDescriptor(extractor.backbone)
-        extract = partial(extractor.features, network=network, taken=None)
+        extract = partial(extractor.features, network=network, output_key=None)
         described = [extract(self.squares(part.source, part.numbers)) for part in database]
         bank = torch.cat([descriptors for descriptors, _ in described])
         numbers = database[0].numbers
@@ -341,9 +343,9 @@ def _each_once(
     ]
     database = [_Part(originals, [i for i in range(len(originals)) if first.get(i, i) == i])]
     if distractors is not None:
-        asked = blocks[0].queries.source
+        copies = blocks[0].queries.source
         same = {*equal_pictures(originals, wanted, distractors)}
-        same |= {*equal_pictures(asked, range(len(asked)), distractors)}
+        same |= {*equal_pictures(copies, range(len(copies)), distractors)}
         others = [i for i in range(len(distractors)) if i not in same]
         database.append(_Part(distractors, others))
     return database, blocks

@@ -84,11 +84,11 @@ def evaluate_landmarks(
 
     def measure(loaded: LoadedBackbone) -> Scores:
         network = MultiScale(loaded.backbone) if multi_scale else loaded.backbone
-        bank, asked = (
+        bank, query_features = (
             describe_files(network, paths, card=loaded.card, size=size, progress=options.progress)
             for paths in (database, queries)
         )
-        return score_setups(_rankings(asked, bank), truth.truths)
+        return score_setups(_rankings(query_features, bank), truth.truths)
 
     score = measure(loaded)
     if not score:
@@ -181,9 +181,9 @@ def _thumbnail(pixels: NDArray[np.uint8], *, size: int) -> NDArray[np.uint8]:
     return to_pixels(image).copy()
 
 
-def _rankings(asked: Tensor, bank: Tensor) -> Iterator[NDArray[np.int64]]:
+def _rankings(queries: Tensor, bank: Tensor) -> Iterator[NDArray[np.int64]]:
     """Indices of all images of the bank (N,), the most similar first, for each query in turn."""
-    for chunk in asked.split(max(1, SIMILARITIES_PER_CHUNK // len(bank))):
+    for chunk in queries.split(max(1, SIMILARITIES_PER_CHUNK // len(bank))):
         order = (chunk @ bank.T).argsort(dim=1, descending=True, stable=True)
         yield from order.cpu().numpy()
 

@@ -100,7 +100,7 @@ def _features(
     crop = extractor.card.crop
     if crop < least_side(network):
         raise ConfigError(f"images of {crop} pixels have no patch left at every scale")
-    return extractor.features(source, network, taken=None)
+    return extractor.features(source, network, output_key=None)
 
 
 def _protocol(card: BackboneCard, *, multi_scale: bool) -> dict[str, object]:

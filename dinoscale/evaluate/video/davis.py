@@ -91,8 +91,8 @@ def evaluate_video(
             bar.set_description(video.name)
             scores = _measure(loaded, video, settings=settings, folder=folder, bar=bar)
             if fresh is not None:
-                beside = _measure(fresh, video, settings=settings, folder=None, bar=bar)
-                scores["untrained"] = beside["score"]
+                baseline = _measure(fresh, video, settings=settings, folder=None, bar=bar)
+                scores["untrained"] = baseline["score"]
             if folder is not None:
                 _save_scores(scores, folder)
             found.append(scores)

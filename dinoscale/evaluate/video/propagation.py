@@ -125,7 +125,7 @@ class Tracker:
         """Start from a first frame.
 
         Args:
-            backbone: a ViT of ours, in eval mode.
+            backbone: a `VisionTransformer`, in eval mode.
             pixels: of the first frame, (H, W, channels).
             mask: (H, W), consecutive numbers from 0, the background.
             mean: of each channel, in 0..1.
@@ -184,7 +184,7 @@ def working_size(height: int, width: int, *, size: int, patch: int) -> tuple[int
 
 
 def _patch(backbone: nn.Module) -> int:
-    return int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT of ours
+    return int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT
 
 
 def patch_features(
@@ -198,7 +198,7 @@ def patch_features(
     """Normalised patch tokens of the last block for a picture (H, W, C), each of norm 1.
 
     Args:
-        backbone: a ViT of ours, in eval mode.
+        backbone: a `VisionTransformer`, in eval mode.
         pixels: uint8.
         mean: of each channel, in 0..1.
         std: of each channel, in 0..1.

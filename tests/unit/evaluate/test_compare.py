@@ -125,13 +125,13 @@ def test_two_numbers_for_one_cell_are_refused() -> None:
         compare([*same, _outcome(_report("w", 51.0), origin="c.json")])
 
 
-def test_floors_are_rows_and_a_range_where_reports_disagree() -> None:
+def test_baselines_are_rows_and_a_range_where_reports_disagree() -> None:
     beside = {"untrained": {"top1_k10": 30.0}, "floors": {"top1_k10": 50.0}}
     reports = [_report("a", 50.0, **beside), _report("b", 60.0, **beside)]
     table = compare([_outcome(report) for report in reports])
     untrained, baseline = table.rows[2:]
     assert (untrained.label, baseline.label) == ("untrained vit_tiny_patch16_224", "baseline")
-    assert [row.cells[0].not_above_floor for row in table.rows[:2]] == [True, False]
+    assert [row.cells[0].not_above_baselines for row in table.rows[:2]] == [True, False]
     assert baseline.cells[0].headlines == [50.0]
     reports[1]["floors"] = {"top1_k10": 40.0}
     assert compare([_outcome(r) for r in reports]).rows[3].cells[0].headlines == [50.0, 40.0]
@@ -160,7 +160,7 @@ def test_untrained_networks_of_two_architectures_are_two_rows() -> None:
         (json.dumps({"task": "compare", "columns": []}), "`weights` is no text"),
     ],
 )
-def test_what_is_no_report_is_refused(tmp_path: Path, content: str, says: str) -> None:
+def test_files_that_are_no_report_are_refused(tmp_path: Path, content: str, says: str) -> None:
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(DataError, match=re.escape(says)):
         outcome_of_report(tmp_path / "r.json")
@@ -226,7 +226,7 @@ def _compare(*arguments: object) -> None:
     cli.run(["evaluate", "compare", *map(str, arguments)])
 
 
-def test_a_failed_task_is_a_sentence_and_only_it_runs_again(
+def test_a_failed_task_is_shown_as_an_error_and_only_it_runs_again(
     colors: Colors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.safetensors"

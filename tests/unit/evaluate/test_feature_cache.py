@@ -57,7 +57,7 @@ def _extract(
         "batch_size": 4,
         "device": "cpu",
         "num_workers": 0,
-        "taken": "mean",
+        "output_key": "mean",
     }
     source = FolderSource(str(images)) if isinstance(images, Path) else images
     return extract_features(backbone, source, **(settings | changed))  # type: ignore[arg-type]  # settings of several types
@@ -103,7 +103,13 @@ def test_an_image_changed_in_place_is_seen_even_with_its_old_size_and_time(image
 
 @pytest.mark.parametrize(
     "changed",
-    [{"crop": 6}, {"resize": 9}, {"mean": (0.0, 0.5, 0.5)}, {"std": (1.0,) * 3}, {"taken": "x"}],
+    [
+        {"crop": 6},
+        {"resize": 9},
+        {"mean": (0.0, 0.5, 0.5)},
+        {"std": (1.0,) * 3},
+        {"output_key": "x"},
+    ],
 )
 def test_another_preparation_or_output_is_extracted_anew(
     images: Path, changed: dict[str, object]
@@ -128,28 +134,28 @@ def test_other_weights_and_another_set_are_extracted_anew(images: Path) -> None:
 
 
 def test_without_a_name_nothing_is_kept(images: Path) -> None:
-    _extract(images, Counted(), taken=None)
+    _extract(images, Counted(), output_key=None)
     assert not _kept(images)
 
 
 def test_what_was_read_longest_ago_makes_room(
     images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def calls(taken: str) -> int:
+    def calls(output_key: str) -> int:
         backbone = Counted()
-        _extract(images, backbone, taken=taken)
+        _extract(images, backbone, output_key=output_key)
         for number, path in enumerate(sorted(_kept(images), key=lambda p: p.stat().st_mtime_ns)):
             os.utime(path, ns=(0, number))  # as if all this was long ago, in the same order
         return backbone.calls
 
     size = 4 * 3 * 4 + 4 * 8  # of features and numbers; a file has a header of less than 4000
     monkeypatch.setenv("DINOSCALE_CACHE_GB", str((2 * size + 1.5 * 4000) / 1e9))
-    assert [calls(taken) for taken in ("a", "b")] == [1, 1]
+    assert [calls(output_key) for output_key in ("a", "b")] == [1, 1]
     (images.parent / "cache" / "features-x.safetensors.y.partial").write_bytes(b"killed")
     os.utime(images.parent / "cache" / "features-x.safetensors.y.partial", (0, 0))
     large = max(path.stat().st_size for path in _kept(images) if path.suffix == ".safetensors")
     monkeypatch.setenv("DINOSCALE_CACHE_GB", str((large + size) / 1e9))
-    assert [calls(taken) for taken in ("a", "c", "a", "b")] == [0, 1, 0, 1]
+    assert [calls(output_key) for output_key in ("a", "c", "a", "b")] == [0, 1, 0, 1]
     assert len(_kept(images)) == 2
     monkeypatch.setenv("DINOSCALE_CACHE_GB", "1e-9")
     assert calls("d") == 1
@@ -231,7 +237,7 @@ def test_images_that_are_away_are_not_measured_around(images: Path) -> None:
 def test_features_that_are_too_large_to_be_kept_remove_no_others(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _extract(images, Counted(), taken="a")
+    _extract(images, Counted(), output_key="a")
     (kept,) = _kept(images)
     monkeypatch.setenv("DINOSCALE_CACHE_GB", str(kept.stat().st_size / 1e9))
     features = torch.zeros(kept.stat().st_size, 1)
