@@ -19,7 +19,7 @@ def test_each_of_several_classifiers_is_counted() -> None:
     assert top5.tolist() == [2, 2]
 
 
-def test_scores_that_are_no_finite_numbers_are_never_right() -> None:
+def test_non_finite_scores_are_never_right() -> None:
     nan, inf = float("nan"), float("inf")
     rows = [[nan] * 6, [nan, 1, 2, 3, 4, 5], [inf, 1, 2, 3, 4, 5], [-inf] * 3 + [1, 2, 3]]
     logits = torch.tensor(rows)
@@ -37,7 +37,7 @@ def test_the_five_best_of_five_classes_are_not_reported(num_classes: int, names:
     assert found.get("top5", 75) == 75
 
 
-def test_the_first_of_the_best_is_chosen_and_the_last_is_reported_beside_it() -> None:
+def test_the_first_of_the_best_is_chosen_and_the_last_is_reported_too() -> None:
     entries = [
         {"epoch": epoch, "top1": top1, "top5": top1 + 9}
         for epoch, top1 in enumerate((50.0, 70.0, 70.0, 60.0), start=1)

@@ -105,7 +105,7 @@ def _made_from(**files: int) -> dict[str, Any]:
         (None, [[0], [1]]),
     ],
 )
-def test_equal_paths_of_other_files_share_neither_row_nor_column(
+def test_equal_paths_with_different_files_share_neither_row_nor_column(
     other: dict[str, Any] | None, cells: list[list[int]]
 ) -> None:
     reports = [
@@ -181,7 +181,7 @@ class _Seen(HTMLParser):
         self.texts.append(data)
 
 
-def test_no_name_becomes_markup_and_the_page_fetches_nothing(tmp_path: Path) -> None:
+def test_names_never_become_markup_and_the_page_fetches_nothing(tmp_path: Path) -> None:
     evil = "_<script>alert('$x$')<\\script>\x01\udcff&amp;\u72ac.pth"
     Image.new("RGB", (3000, 20)).save(tmp_path / "sheet.png")
     report = _report(evil, 50.0, 60.0, picture=str(tmp_path / "sheet.png"))
@@ -320,7 +320,7 @@ def test_a_wrong_line_is_refused_before_anything_runs(tmp_path: Path, line: str,
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_need_tasks_and_tasks_weights(tmp_path: Path) -> None:
+def test_weights_need_tasks_and_tasks_need_weights(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="compare: no --task LINE to measure"):
         _compare("w.pth", "--out", tmp_path)
     report = _save(tmp_path / "r.json", _report("w", 1.0))

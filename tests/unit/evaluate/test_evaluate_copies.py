@@ -53,7 +53,7 @@ def test_whitening_equals_numpy_and_makes_second_moments_equal() -> None:
     np.testing.assert_allclose(uncentered @ uncentered.T / 500, np.eye(4), atol=1e-6)
 
 
-def test_directions_without_content_are_not_blown_up() -> None:
+def test_directions_without_variance_are_not_amplified() -> None:
     flat = torch.randn(50, 3, dtype=torch.float64) * torch.tensor([1.0, 1.0, 0.0])
     projection = learn_whitening(flat).projection
     largest = float(torch.linalg.eigvalsh(flat.T @ flat / 50).max())
@@ -137,7 +137,7 @@ def test_originals_among_the_distractors_are_left_out_and_logged(
     assert "9 pictures of the database are left out" in caplog.text
 
 
-def test_a_set_with_the_same_picture_twice_costs_made_copies_nothing(
+def test_duplicate_pictures_do_not_lower_the_score_of_made_copies(
     weights: Path, tmp_path: Path
 ) -> None:
     for i in range(6):
@@ -199,6 +199,6 @@ def test_made_copies_are_the_same_every_time_and_with_whitening(
         (["copies", "w", "--originals", "o", "--queries", "q", "--seed", "1"], "--seed has no"),
     ],
 )
-def test_options_of_different_ways_are_not_mixed(arguments: list[str], says: str) -> None:
+def test_options_of_different_modes_are_refused_together(arguments: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         run(["evaluate", *arguments])

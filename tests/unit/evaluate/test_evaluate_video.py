@@ -65,7 +65,9 @@ def test_video_reports_scores_and_baseline_and_writes_masks(weights: Path, tmp_p
         assert animation.n_frames == 5
 
 
-def test_finished_videos_stay_when_a_later_one_fails(weights: Path, tmp_path: Path) -> None:
+def test_files_of_finished_videos_stay_when_a_later_one_fails(
+    weights: Path, tmp_path: Path
+) -> None:
     data = _video(_video(tmp_path / "data", "a"), "b")
     Image.new("L", (7, 7)).save(data / "b" / "00003.mask.png")
     with pytest.raises(DataError, match=r"b/00003.mask.png: the mask has 7 x 7 pixels"):
@@ -86,7 +88,7 @@ def test_videos_with_first_masks_only_are_written_but_not_scored(
     assert (tmp_path / "out" / "a" / "00002.png").exists()
 
 
-def test_names_of_sequences_do_not_lead_out_of_the_folder(weights: Path, tmp_path: Path) -> None:
+def test_names_of_sequences_do_not_escape_the_folder(weights: Path, tmp_path: Path) -> None:
     import tarfile
 
     data = _video(tmp_path / "data", "a", frames=3)

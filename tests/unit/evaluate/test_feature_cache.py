@@ -67,7 +67,7 @@ def _kept(images: Path) -> list[Path]:
     return list((images.parent / "cache").glob("features-*"))
 
 
-def test_a_second_run_reads_what_the_first_has_kept_and_says_so(
+def test_a_second_run_reads_what_the_first_has_cached_and_logs_it(
     images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     features, labels = _extract(images, Counted())
@@ -89,7 +89,7 @@ def test_a_folder_that_was_moved_is_read_from_the_cache(images: Path) -> None:
     assert second.calls == 0
 
 
-def test_an_image_changed_in_place_is_seen_even_with_its_old_size_and_time(images: Path) -> None:
+def test_an_image_changed_in_place_is_noticed_even_with_its_old_size_and_time(images: Path) -> None:
     before, _ = _extract(images, Counted())
     path = images / "class1" / "3.bmp"
     old = path.stat()
@@ -111,7 +111,7 @@ def test_an_image_changed_in_place_is_seen_even_with_its_old_size_and_time(image
         {"output_key": "x"},
     ],
 )
-def test_another_preparation_or_output_is_extracted_anew(
+def test_another_preparation_or_output_is_extracted_again(
     images: Path, changed: dict[str, object]
 ) -> None:
     _extract(images, Counted())
@@ -120,7 +120,7 @@ def test_another_preparation_or_output_is_extracted_anew(
     assert second.calls == 1
 
 
-def test_other_weights_and_another_set_are_extracted_anew(images: Path) -> None:
+def test_other_weights_and_another_set_are_extracted_again(images: Path) -> None:
     _extract(images, Counted())
     trained = Counted()
     with torch.no_grad():
@@ -133,12 +133,12 @@ def test_other_weights_and_another_set_are_extracted_anew(images: Path) -> None:
     assert fewer.calls == 1
 
 
-def test_without_a_name_nothing_is_kept(images: Path) -> None:
+def test_without_an_output_key_nothing_is_cached(images: Path) -> None:
     _extract(images, Counted(), output_key=None)
     assert not _kept(images)
 
 
-def test_what_was_read_longest_ago_makes_room(
+def test_the_least_recently_used_features_are_deleted(
     images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def calls(output_key: str) -> int:
@@ -160,13 +160,13 @@ def test_what_was_read_longest_ago_makes_room(
     monkeypatch.setenv("DINOSCALE_CACHE_GB", "1e-9")
     assert calls("d") == 1
     assert not _kept(images)
-    assert "are not kept" in caplog.text
+    assert "are not cached" in caplog.text
     monkeypatch.setenv("DINOSCALE_CACHE_GB", "-1")
     with pytest.raises(ConfigError, match="DINOSCALE_CACHE_GB: need a number"):
         calls("d")
 
 
-def test_a_comment_in_the_code_costs_no_features(
+def test_a_comment_in_the_code_invalidates_no_features(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Path(dinoscale.__file__).parent
@@ -185,7 +185,7 @@ def test_a_comment_in_the_code_costs_no_features(
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
-def test_a_damaged_file_is_reported_and_made_anew(
+def test_a_damaged_file_is_reported_and_replaced(
     images: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     features, _ = _extract(images, Counted())
@@ -197,12 +197,12 @@ def test_a_damaged_file_is_reported_and_made_anew(
     second, third = Counted(), Counted()
     assert torch.equal(_extract(images, second)[0], features)
     assert second.calls == 1
-    assert "anew" in caplog.text
+    assert "extracting the features again" in caplog.text
     _extract(images, third)
     assert third.calls == 0
 
 
-def test_images_left_out_are_left_out_of_what_is_kept_and_said_again(
+def test_images_left_out_are_left_out_of_the_cache_and_logged_again(
     images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (images / "class0" / "2.bmp").write_bytes(b"BM no picture")
@@ -214,7 +214,7 @@ def test_images_left_out_are_left_out_of_what_is_kept_and_said_again(
     assert "1 of 4 images were left out" in caplog.text
 
 
-def test_images_that_are_away_are_not_measured_around(images: Path) -> None:
+def test_unavailable_images_end_the_measurement(images: Path) -> None:
     class Away(FolderSource):
         def picture(self, index: int) -> Picture:
             if index == 2:
@@ -234,7 +234,7 @@ def test_images_that_are_away_are_not_measured_around(images: Path) -> None:
         next(crops)
 
 
-def test_features_that_are_too_large_to_be_kept_remove_no_others(
+def test_features_too_large_for_the_cache_remove_no_others(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _extract(images, Counted(), output_key="a")
@@ -245,7 +245,7 @@ def test_features_that_are_too_large_to_be_kept_remove_no_others(
     assert _kept(images) == [kept]
 
 
-def test_a_full_disk_costs_the_cache_and_not_the_measurement(
+def test_a_full_disk_stops_the_cache_but_not_the_measurement(
     images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = FolderSource(str(images))
@@ -256,14 +256,14 @@ def test_a_full_disk_costs_the_cache_and_not_the_measurement(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(features) == 4
-    assert "cannot keep the features" in caplog.text
+    assert "cannot cache the features" in caplog.text
     assert not _kept(images)
 
 
-def test_a_cache_that_cannot_be_written_costs_the_cache_only(
+def test_a_cache_that_cannot_be_written_does_not_stop_the_measurement(
     images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (images.parent / "file").write_text("in the way")
     monkeypatch.setenv("DINOSCALE_CACHE", str(images.parent / "file"))
     assert len(_extract(images, Counted())[0]) == 4
-    assert "cannot keep the features" in caplog.text
+    assert "cannot cache the features" in caplog.text

@@ -79,7 +79,7 @@ def test_the_last_backbone_is_written_with_its_card(colors: Colors, tmp_path: Pa
 
 
 @pytest.mark.parametrize("times", [1, 3, 4, 6])
-def test_a_training_that_was_ended_goes_on_to_the_same_numbers(
+def test_an_interrupted_training_resumes_to_the_same_numbers(
     colors: Colors, tmp_path: Path, end_after: Callable[[int | None], None], times: int
 ) -> None:
     recipe, sets = Recipe(epochs=4, batch_size=12, lr=0.01), colors.hard
@@ -108,7 +108,7 @@ def test_the_best_backbone_is_that_of_the_best_epoch(colors: Colors, tmp_path: P
     assert (best == last) == (report["chosen"]["epoch"] == 4)
 
 
-def test_another_training_is_not_gone_on_with(
+def test_the_state_of_another_training_is_refused(
     colors: Colors, tmp_path: Path, end_after: Callable[[int | None], None]
 ) -> None:
     out = tmp_path / "tuned.safetensors"
@@ -180,7 +180,7 @@ def test_a_resnet_has_no_stochastic_depth() -> None:
     assert network([torch.ones(2, 3, 4, 4)]).shape == (2, 5)
 
 
-def test_a_diverged_training_says_so(colors: Colors) -> None:
+def test_a_diverged_training_is_reported(colors: Colors) -> None:
     with pytest.raises(NonFiniteError, match=r"not a finite number|not finite"):
         _run(colors, recipe=Recipe(epochs=1, batch_size=6, lr=1e38, drop_path_rate=0.0))
 

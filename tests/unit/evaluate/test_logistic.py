@@ -74,7 +74,7 @@ def test_scores_are_those_of_scikit_learn_by_class_number() -> None:
     assert iterations == model.n_iter_.max()
 
 
-def test_of_two_classes_each_has_a_score() -> None:
+def test_each_of_two_classes_has_a_score() -> None:
     features, labels = np.array([[-1.0], [1.0]]), np.array([0, 1])
     scores, _ = scores_of(features, labels, np.array([[-2.0], [3.0]]), c=10.0, max_iter=100)
     assert scores.argmax(axis=1).tolist() == [0, 1]
@@ -88,12 +88,14 @@ def test_a_tenth_of_each_class_is_held_out_and_each_keeps_one() -> None:
     np.testing.assert_array_equal(held, held_out(labels, seed=0))
 
 
-def test_single_images_leave_none_to_choose_on() -> None:
+def test_classes_of_single_images_leave_none_to_hold_out() -> None:
     with pytest.raises(DataError, match="single image"):
         held_out(np.arange(5), seed=0)
 
 
-def test_separable_classes_are_all_told_apart_and_logged(colors: Colors, tmp_path: Path) -> None:
+def test_separable_classes_are_classified_perfectly_and_logged(
+    colors: Colors, tmp_path: Path
+) -> None:
     log = tmp_path / "log.jsonl"
     report = _run(colors, colors.train, colors.test, log_path=log, untrained=True)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
@@ -107,10 +109,10 @@ def test_separable_classes_are_all_told_apart_and_logged(colors: Colors, tmp_pat
     assert len(set(settings[:8])) == len(set(settings[8:])) == 1 != len(set(settings))
 
 
-def test_results_are_appended_to_no_other_file(colors: Colors, tmp_path: Path) -> None:
+def test_results_are_not_appended_to_another_file(colors: Colors, tmp_path: Path) -> None:
     for name, text in (("thesis.txt", "It began"), ("run.jsonl", '{"step": 1}\n'), ("n", "1\n")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(OutputError, match=f"{name} exists, and is no log of results"):
+        with pytest.raises(OutputError, match=f"{name} exists and is no log of results"):
             _run(colors, colors.train, colors.test, log_path=tmp_path / name)
         assert (tmp_path / name).read_text() == text
 

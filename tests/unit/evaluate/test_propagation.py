@@ -85,7 +85,7 @@ def test_the_best_patches_are_chosen_over_all_frames_together() -> None:
     assert found.min() > 0
 
 
-def test_patches_as_similar_as_the_last_voter_vote_too() -> None:
+def test_patches_that_tie_with_the_last_voter_vote_too() -> None:
     target = _unit(0).view(1, 1, 2)
     context = _unit(0, 0, 0).view(3, 1, 1, 2)
     labels = torch.tensor([1.0, 1.0, 0.0]).view(3, 1, 1, 1)
@@ -119,7 +119,7 @@ def test_every_label_is_scaled_before_the_largest_wins() -> None:
     assert found.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
 
 
-def test_a_label_that_is_everywhere_the_same_never_wins() -> None:
+def test_a_constant_label_never_wins() -> None:
     labels = torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]]])
     assert label_image(labels, size=(1, 2), patch=1).tolist() == [[1, 2]]
 
@@ -138,7 +138,7 @@ class _Colors(nn.Module):
         return torch.cat((torch.zeros_like(patches[:, :1]), patches), dim=1)
 
 
-def test_a_colored_square_is_followed_where_it_goes() -> None:
+def test_a_moving_square_is_tracked() -> None:
     def frame(left: int) -> np.ndarray:
         pixels = np.full((64, 128, 3), (20, 200, 20), dtype=np.uint8)
         pixels[16:32, left : left + 16] = (220, 20, 20)
