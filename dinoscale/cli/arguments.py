@@ -37,7 +37,7 @@ def add_weights(command: argparse.ArgumentParser) -> None:
         default="teacher",
         help="of a run or a full checkpoint (default teacher)",
     )
-    add_number(command, "--num-heads", "of weights that do not state it, if not 64 wide")
+    add_number(command, "--num-heads", "of weights that do not state it, if heads are not 64 wide")
 
 
 def add_labelled_sets(task: argparse.ArgumentParser) -> None:

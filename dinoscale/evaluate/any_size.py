@@ -191,7 +191,7 @@ class FittedImages:
         self._number = min(len(source), limit or len(source))
 
     def __iter__(self) -> Iterator[FittedImage]:
-        """Raises DataError at the end, if there was none."""
+        """Yield the usable images; DataError at the end, if there is none."""
         bar = tqdm(range(self._number), unit="img", disable=None if self._progress else True)
         for index in bar:
             path = self._source.path(index)
@@ -233,7 +233,7 @@ def fitted_images(
         spec: as of `open_images`.
         size: as of `Fit`.
         square: as of `Fit`.
-        limit: the first images only; None takes all.
+        limit: number of images, the first ones; None takes all.
         progress: draw a bar on stderr, if that is a terminal.
 
     Raises:

@@ -13,10 +13,10 @@ from torch import Tensor
 TOP = 5  # classes that count for the top-5 accuracy
 
 
-def num_right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def num_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Count images whose class has the highest score, and one of the five highest.
 
-    A non-finite score never counts as right, nor does any score of an image with a NaN.
+    A non-finite score never counts as correct, nor does any score of an image with a NaN.
 
     Args:
         logits: scores of each class, (N, C), or (N, G, C) of G classifiers.

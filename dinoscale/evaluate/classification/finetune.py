@@ -26,7 +26,7 @@ from dinoscale.data.augmentation.labelled_crops import FLIP_PROB, SCALE
 from dinoscale.engine.param_groups import DECAY, build_optimizer
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, NonFiniteError
-from dinoscale.evaluate.classification.accuracy import choose_best, num_right, percent
+from dinoscale.evaluate.classification.accuracy import choose_best, num_correct, percent
 from dinoscale.evaluate.classification.inputs import (
     ClassifierInputs,
     DrawnImages,
@@ -276,7 +276,7 @@ class _FineTuning:
             logits, labels = features_of_test(
                 self._network, inputs, output_key=None, progress=False
             )
-        top1, top5 = num_right(logits, labels)
+        top1, top5 = num_correct(logits, labels)
         classes = inputs.num_classes
         return percent(int(top1), int(top5), images=len(labels), num_classes=classes)
 

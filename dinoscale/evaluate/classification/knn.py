@@ -73,14 +73,14 @@ def knn_accuracy(
     Of equally similar images the first in the bank counts as nearer. Classes with equal votes, or
     none, rank by their number. As in the published code, top-5 counts only k classes if k < 5.
 
-    Besides the features it holds `chunk_size` x `bank_chunk_size` cosines, whatever the number of
-    images. All ranks call it with the same tensors, and each classifies its share of the chunks.
+    At most `chunk_size` x `bank_chunk_size` cosines are in memory at a time. All ranks call it with
+    the same tensors, and each classifies its share of the chunks.
 
     Args:
         train_features: the bank, (N, D), any float dtype and norm; cosines run in float32.
         train_labels: (N,) int64, 0 or more.
         test_features: (M, D), on the same device.
-        test_labels: (M,) int64; a class that the bank lacks is never right.
+        test_labels: (M,) int64; a class that the bank lacks is never correct.
         ks: numbers of neighbours; a k above N uses all N, with a warning.
         temp: > 0, dimensionless; infinity makes all votes equal.
         chunk_size: test images at a time; does not change the result. None: 1024.
@@ -99,15 +99,14 @@ def knn_accuracy(
     _check_sets(train_features, train_labels, test_features, test_labels)
     _check_numbers(ks, temp, chunk_size, bank_chunk_size)
     num_train, num_test = len(train_features), len(test_features)
-    too_many = [k for k in ks if k > num_train]
-    if too_many:
+    if too_many := [k for k in ks if k > num_train]:
         log.warning("k = %s: the bank has only %d images, using all", too_many, num_train)
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     starts = range(0, num_test, chunk_size)
 
     def classified() -> Tensor:
         """Correct test images of this rank's chunks by top-1 and top-5, (number of ks, 2)."""
-        right = torch.zeros(len(ks), 2, dtype=torch.int64, device=test_labels.device)
+        correct = torch.zeros(len(ks), 2, dtype=torch.int64, device=test_labels.device)
         for start in starts[distributed.rank() :: distributed.world_size()]:
             features = test_features[start : start + chunk_size]
             similarity, nearest = nearest_neighbours(
@@ -119,12 +118,12 @@ def knn_accuracy(
                 votes = log_votes(
                     similarity[:, :k], classes[:, :k], temp=temp, num_classes=num_classes
                 )
-                right[i] += _right(votes, labels, k=k)
+                correct[i] += _num_correct(votes, labels, k=k)
             on_chunk()
-        return right
+        return correct
 
-    right = distributed.together(classified)
-    percent = (100 * distributed.all_reduce_sum(right).double() / num_test).tolist()
+    correct = distributed.together(classified)
+    percent = (100 * distributed.all_reduce_sum(correct).double() / num_test).tolist()
     return {k: KnnResult(k, min(k, num_train), *of_k) for k, of_k in zip(ks, percent, strict=True)}
 
 
@@ -213,7 +212,7 @@ def log_votes(similarity: Tensor, classes: Tensor, *, temp: float, num_classes: 
     return most / temp + cosines.new_zeros(shape).scatter_add_(1, classes, shares).log()
 
 
-def _right(votes: Tensor, labels: Tensor, *, k: int) -> Tensor:
+def _num_correct(votes: Tensor, labels: Tensor, *, k: int) -> Tensor:
     """Count images whose label has the most votes, and whose label is among the top five."""
     ranked = votes.sort(dim=1, descending=True, stable=True).indices
     hits = ranked == labels[:, None]

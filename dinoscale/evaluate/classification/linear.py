@@ -221,7 +221,7 @@ class _Probe:
         results = []
         classes = self._inputs.num_classes
         for kind, heads in zip(self._plan.kinds, self._heads, strict=True):
-            counts = heads.right(self._take(kind, tests), labels)
+            counts = heads.num_correct(self._take(kind, tests), labels)
             every = zip(self._plan.rates, counts, heads.finite(), strict=True)
             for rate, (top1, top5), finite in every:
                 score = percent(top1, top5, images=len(labels), num_classes=classes)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinoscale.evaluate.classification.accuracy import num_right
+from dinoscale.evaluate.classification.accuracy import num_correct
 
 INIT_STD = 0.01  # of a classifier's weights, normal with mean 0; biases start at 0
 MOMENTUM = 0.9  # of SGD; the published codes of both protocols, without weight decay
@@ -149,11 +149,11 @@ class LinearHeads:
         flat = torch.cat([self.weight.flatten(1), self.bias], dim=1)  # (G, C K + C)
         return flat.isfinite().all(dim=1).tolist()
 
-    def right(self, x: Tensor, labels: Tensor) -> list[tuple[int, int]]:
-        """For each classifier, how many rows (N, K) are right by top-1 and by top-5."""
+    def num_correct(self, x: Tensor, labels: Tensor) -> list[tuple[int, int]]:
+        """For each classifier, how many rows (N, K) are correct by top-1 and by top-5."""
         top1, top5 = torch.zeros(2, len(self.bias), dtype=torch.int64, device=x.device)
         rows = max(1, _LOGITS_AT_ONCE // self.bias.numel())
         for some, classes in zip(x.split(rows), labels.split(rows), strict=True):
-            more1, more5 = num_right(self.logits(some), classes)
+            more1, more5 = num_correct(self.logits(some), classes)
             top1, top5 = top1 + more1, top5 + more5
         return list(zip(top1.tolist(), top5.tolist(), strict=True))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.classification.accuracy import num_right, percent
+from dinoscale.evaluate.classification.accuracy import num_correct, percent
 from dinoscale.evaluate.classification.inputs import (
     ClassifierInputs,
     features_of_test,
@@ -190,6 +190,6 @@ def scores_of(
 
 
 def _accuracy(scores: Rows, labels: Numbers, inputs: ClassifierInputs) -> dict[str, float]:
-    top1, top5 = num_right(torch.from_numpy(scores), torch.from_numpy(labels))
+    top1, top5 = num_correct(torch.from_numpy(scores), torch.from_numpy(labels))
     classes = inputs.num_classes
     return percent(int(top1), int(top5), images=len(labels), num_classes=classes)

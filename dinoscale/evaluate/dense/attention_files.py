@@ -68,7 +68,7 @@ def write_attention(
         size: short side in pixels at which the backbone sees the images.
         square: squeeze the images to size x size, as in the reference's figures.
         mass: share of a map's attention that the mask keeps, 0 < mass <= 1.
-        limit: the first images only; None takes all.
+        limit: number of images, the first ones; None takes all.
         options: which network, and which device.
 
     Returns:

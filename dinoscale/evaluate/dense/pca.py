@@ -128,7 +128,7 @@ def evaluate_pca(
         foreground: split the patches by the first component, draw the background black, and fit
             the components to the foreground, as in the figures of DINOv2.
         smooth: enlarge the colors bilinearly, not by nearest neighbour.
-        limit: the first images only; None takes all.
+        limit: number of images, the first ones; None takes all.
         options: which network, and which device.
 
     Returns:

@@ -84,7 +84,7 @@ class _Block:
 
     name: str
     queries: Squares
-    right: Sequence[tuple[int, ...]]
+    positives: Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ def evaluate_copies(
         FolderSource(path, decoder=detection.decoder) for path in (originals, queries)
     )
     known, names = _relative(database, originals), _relative(copies, queries)
-    right, rule = _pairs(names, known, pairs=pairs, prefix=prefix)
+    positives, rule = _pairs(names, known, pairs=pairs, prefix=prefix)
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         members.setdefault(os.path.dirname(name) or "queries", []).append(i)
     blocks = [
-        _Block(name, detection.squares(copies, numbers), [right[i] for i in numbers])
+        _Block(name, detection.squares(copies, numbers), [positives[i] for i in numbers])
         for name, numbers in sorted(members.items())
     ]
     others = None if distractors is None else detection.open(distractors)
@@ -212,9 +212,9 @@ def evaluate_made_copies(
         raise ConfigError(f"copies are made of 1 or 3 channels, not {channels}")
     source = detection.open(spec)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:queries]).tolist()
-    right = [(number,) for number in chosen]
+    positives = [(number,) for number in chosen]
     blocks = [
-        _Block(edit, detection.squares(source, chosen, edit=edit, seed=seed), right)
+        _Block(edit, detection.squares(source, chosen, edit=edit, seed=seed), positives)
         for edit in EDITS
     ]
     data: dict[str, object] = {"spec": spec, "seed": seed, "pairs": "made here"}
@@ -296,8 +296,8 @@ class _CopyDetection:
         for block in blocks:
             descriptors, places = extract(block.queries)
             _check_readable(block, places, row_of, database[0].source)
-            right = [[row_of[number] for number in numbers] for numbers in block.right]
-            scores[block.name] = score_copies(unit(descriptors, whitening), bank, right)
+            positives = [[row_of[number] for number in numbers] for numbers in block.positives]
+            scores[block.name] = score_copies(unit(descriptors, whitening), bank, positives)
         return scores, len(bank)
 
     def _whitening(self, extract: Callable[[Squares], tuple[Tensor, Tensor]]) -> Whitening | None:
@@ -335,10 +335,12 @@ def _each_once(
 
     A duplicate of an original would be equally similar, and count as a mistake.
     """
-    wanted = sorted({i for block in blocks for numbers in block.right for i in numbers})
+    wanted = sorted({i for block in blocks for numbers in block.positives for i in numbers})
     first = {i: min(same) for i, same in equal_pictures(originals, wanted, originals).items()}
     blocks = [
-        replace(block, right=[tuple(sorted({first.get(i, i) for i in x})) for x in block.right])
+        replace(
+            block, positives=[tuple(sorted({first.get(i, i) for i in x})) for x in block.positives]
+        )
         for block in blocks
     ]
     database = [_Part(originals, [i for i in range(len(originals)) if first.get(i, i) == i])]
@@ -356,7 +358,7 @@ def _check_readable(
 ) -> None:
     """Refuse to measure if a query or the original of one is unreadable."""
     unread = sorted(set(range(len(block.queries))) - set(places.tolist()))
-    wanted = {number for numbers in block.right for number in numbers}
+    wanted = {number for numbers in block.positives for number in numbers}
     lost = sorted(wanted - row_of.keys())
     paths = [block.queries.path(i) for i in unread] + [originals.path(number) for number in lost]
     if paths:
@@ -366,7 +368,7 @@ def _check_readable(
         )
 
 
-def score_copies(queries: Tensor, bank: Tensor, right: Sequence[Sequence[int]]) -> float:
+def score_copies(queries: Tensor, bank: Tensor, positives: Sequence[Sequence[int]]) -> float:
     """Mean average precision (trapezoids) of the first 20 ranks, in percent.
 
     Of equally similar images the first in the bank counts as nearer. At most `TEST_CHUNK` x
@@ -375,13 +377,15 @@ def score_copies(queries: Tensor, bank: Tensor, right: Sequence[Sequence[int]]) 
     Args:
         queries: (Q, E), of norm 1.
         bank: (N, E), of norm 1.
-        right: numbers of images of the bank for each query, at least one each.
+        positives: numbers of images of the bank for each query, at least one each.
     """
     chunks = queries.split(TEST_CHUNK)
     k = min(DEPTH, len(bank))
     nearest = torch.cat([nearest_neighbours(bank, chunk, k=k)[1] for chunk in chunks]).cpu().numpy()
-    hits = np.stack([np.isin(ranks, wanted) for ranks, wanted in zip(nearest, right, strict=True)])
-    counts = torch.tensor([len(wanted) for wanted in right])
+    hits = np.stack(
+        [np.isin(ranks, wanted) for ranks, wanted in zip(nearest, positives, strict=True)]
+    )
+    counts = torch.tensor([len(wanted) for wanted in positives])
     return 100 * float(trapezoid_precision(torch.from_numpy(hits), counts).mean())
 
 
@@ -389,7 +393,7 @@ def _random(block: _Block, *, images: int) -> float:
     """Expected score of a random order, in percent."""
     found = [
         random_precision(images=images, positives=len(wanted), depth=DEPTH, trapezoids=True)
-        for wanted in block.right
+        for wanted in block.positives
     ]
     return 100 * float(np.mean(found))
 

@@ -200,8 +200,8 @@ def score_setups(rankings: Iterable[NDArray[np.int64]], truths: Sequence[Truth])
     """
     found: dict[str, list[list[float]]] = {setup: [] for setup in SETUPS}
     for ranking, truth in zip(rankings, truths, strict=True):
-        for setup, (right, left_out) in SETUPS.items():
-            positives = _numbers(truth, right)
+        for setup, (wanted, left_out) in SETUPS.items():
+            positives = _numbers(truth, wanted)
             if positives:
                 kept = ranking[~np.isin(ranking, _numbers(truth, left_out))]
                 found[setup].append(_query_scores(np.isin(kept, positives)))
@@ -229,12 +229,12 @@ def _query_scores(hits: NDArray[np.bool_]) -> list[float]:
 def _random(truth: GroundTruth) -> Scores:
     """Expected mean average precision of a random order in every setup, in percent."""
     scores = {}
-    for setup, (right, left_out) in SETUPS.items():
-        pairs = [(len(_numbers(x, right)), len(_numbers(x, left_out))) for x in truth.truths]
+    for setup, (wanted, left_out) in SETUPS.items():
+        pairs = [(len(_numbers(x, wanted)), len(_numbers(x, left_out))) for x in truth.truths]
         found = [
-            random_precision(images=len(truth.images) - junk, positives=wanted, trapezoids=True)
-            for wanted, junk in pairs
-            if wanted
+            random_precision(images=len(truth.images) - junk, positives=positives, trapezoids=True)
+            for positives, junk in pairs
+            if positives
         ]
         if found:
             scores[f"{setup} mAP"] = 100 * float(np.mean(found))

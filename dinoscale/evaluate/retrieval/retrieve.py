@@ -123,7 +123,7 @@ def _queries(labels: Tensor, *, count: int | None, spec: str) -> Tensor:
     sizes = labels.bincount()
     if int((sizes > 0).sum()) < 2:
         raise DataError(
-            f"{spec}: the readable images have fewer than two classes, so every ranking is right. "
+            f"{spec}: the readable images have fewer than two classes, so every order is perfect. "
             "Use images of several classes."
         )
     useful = (sizes[labels] > 1).nonzero().flatten()

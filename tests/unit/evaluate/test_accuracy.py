@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from dinoscale.evaluate.classification.accuracy import choose_best, num_right, percent
+from dinoscale.evaluate.classification.accuracy import choose_best, num_correct, percent
 
 
 def test_right_is_the_highest_score_or_one_of_the_five_highest() -> None:
     logits = torch.arange(7.0).repeat(7, 1)  # class 6 first, then 5, 4, 3, 2
-    top1, top5 = num_right(logits, torch.arange(7))
+    top1, top5 = num_correct(logits, torch.arange(7))
     assert (int(top1), int(top5)) == (1, 5)
 
 
 def test_each_of_several_classifiers_is_counted() -> None:
     logits = torch.tensor([[[2.0, 1.0], [1.0, 2.0]], [[0.0, 5.0], [1.0, 2.0]]])  # (N, G, C)
-    top1, top5 = num_right(logits, torch.tensor([0, 1]))
+    top1, top5 = num_correct(logits, torch.tensor([0, 1]))
     assert top1.tolist() == [2, 1]
     assert top5.tolist() == [2, 2]
 
@@ -24,7 +24,7 @@ def test_non_finite_scores_are_never_right() -> None:
     rows = [[nan] * 6, [nan, 1, 2, 3, 4, 5], [inf, 1, 2, 3, 4, 5], [-inf] * 3 + [1, 2, 3]]
     logits = torch.tensor(rows)
     for number in range(6):  # only of the last two rows some are
-        top1, top5 = num_right(logits, torch.full((4,), number))
+        top1, top5 = num_correct(logits, torch.full((4,), number))
         assert int(top1) == (number == 5)
         assert int(top5) == (number > 1) + (number > 2)
 

@@ -162,7 +162,7 @@ def test_without_augmentation_features_of_whole_images_are_trained_on(colors: Co
         for step in range(6):
             ids = torch.from_numpy(sampler.step(step).ids)
             heads.step(x[ids], labels[ids], torch.tensor(plan.rates) * plan.factor(step))
-        accuracies += [100 * top1 / 48 for top1, _ in heads.right(y, test_labels)]
+        accuracies += [100 * top1 / 48 for top1, _ in heads.num_correct(y, test_labels)]
     assert [entry["top1"] for entry in without["evaluations"][-1]["classifiers"]] == accuracies
     assert [entry["top1"] for entry in with_["evaluations"][-1]["classifiers"]] != accuracies
 
