@@ -1,4 +1,4 @@
-"""Arguments that several commands take, and what tasks of `evaluate` read from them."""
+"""Arguments that several commands share, and the evaluation options made of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABELLED_HELP = "labelled images: a folder of class folders, tar shards, or synt
 
 
 def add_config(command: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """CONFIG and settings that win over it."""
+    """Add CONFIG, and settings that override it."""
     command.add_argument(
         "config", nargs=None if required else "?", metavar="CONFIG", help=_CONFIG_HELP
     )
@@ -24,7 +24,7 @@ def add_config(command: argparse.ArgumentParser, *, required: bool = True) -> No
 
 
 def add_weights(command: argparse.ArgumentParser) -> None:
-    """WEIGHTS, and which network of them."""
+    """Add WEIGHTS, and which network of them."""
     command.add_argument(
         "weights",
         metavar="WEIGHTS",
@@ -41,13 +41,13 @@ def add_weights(command: argparse.ArgumentParser) -> None:
 
 
 def add_labelled_sets(task: argparse.ArgumentParser) -> None:
-    """--train and --test."""
+    """Add --train and --test."""
     for option in ("--train", "--test"):
         task.add_argument(option, required=True, metavar="DATA", help=LABELLED_HELP)
 
 
 def add_untrained(task: argparse.ArgumentParser) -> None:
-    """--untrained."""
+    """Add --untrained."""
     task.add_argument(
         "--untrained",
         action="store_true",
@@ -64,23 +64,23 @@ def add_number(
     kind: type[int | float] = int,
     metavar: str = "N",
 ) -> None:
-    """An option that takes a number; its help ends with the default, if there is one."""
+    """Add an option that takes a number; its help ends with the default, if there is one."""
     ending = "" if default is None else f", default {default:g}"
     task.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{says}{ending}")
 
 
 def add_batch_size(task: argparse.ArgumentParser, *, of: str = "") -> None:
-    """--batch-size of forwards without gradients; `of` precedes its help."""
+    """Add --batch-size of forwards without gradients; `of` precedes its help."""
     add_number(task, "--batch-size", f"{of}images in one forward", default=64)
 
 
 def add_num_workers(task: argparse.ArgumentParser, *, of: str = "", of_rank: str = "") -> None:
-    """--num-workers; `of` precedes its help, `of_rank` says that each rank has its own."""
+    """Add --num-workers; `of` precedes its help, `of_rank` says that each rank has its own."""
     add_number(task, "--num-workers", f"{of}processes{of_rank} that decode images", default=2)
 
 
 def add_no_cache(task: argparse.ArgumentParser) -> None:
-    """--no-cache."""
+    """Add --no-cache."""
     task.add_argument("--no-cache", action="store_true", help="neither read nor cache features")
 
 

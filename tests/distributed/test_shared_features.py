@@ -1,4 +1,4 @@
-"""Features and neighbours shared out over ranks are those of one process, to the last bit."""
+"""Features and neighbours computed on several ranks equal those of one process bit for bit."""
 
 from __future__ import annotations
 

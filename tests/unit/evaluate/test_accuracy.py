@@ -1,4 +1,4 @@
-"""Counting, and choosing, by hand."""
+"""Accuracy and the choice of the best classifier, by hand."""
 
 import pytest
 import torch

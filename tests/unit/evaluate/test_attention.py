@@ -1,4 +1,4 @@
-"""Attention: maps that are the backbone's own, masks by hand, a picture that shows something."""
+"""Attention: maps against the backbone, masks by hand, and the figure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def backbone() -> nn.Module:
 
 
 class Spotlight(nn.Module):
-    """Stands in for a ViT with patches of 4: head 0 sees bright patches, head 1 all alike."""
+    """Stands in for a ViT with patches of 4: head 0 attends to bright patches, head 1 to all alike."""
 
     def __init__(self) -> None:
         super().__init__()

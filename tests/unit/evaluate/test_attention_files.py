@@ -1,4 +1,4 @@
-"""Attention of images of any size as files: right patches, right pixels, nobody's image lost."""
+"""Attention of images of any size as files: correct patches and pixels, and no image lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison: what may share a column, what failed, and a page that no name can break."""
+"""The comparison: shared columns, failed tasks, and a page that no name can break."""
 
 from __future__ import annotations
 

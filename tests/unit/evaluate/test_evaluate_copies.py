@@ -1,4 +1,4 @@
-"""Copy detection: descriptors and whitening by hand, folders of copies, copies made here."""
+"""Copy detection: descriptors and whitening by hand, folders of copies, generated copies."""
 
 from __future__ import annotations
 

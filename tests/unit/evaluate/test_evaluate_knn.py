@@ -1,4 +1,4 @@
-"""The whole measurement: folders and a weights file in, a JSON report out."""
+"""k-NN end to end: folders and a weights file in, a JSON report out."""
 
 from __future__ import annotations
 

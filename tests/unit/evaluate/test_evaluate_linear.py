@@ -1,4 +1,4 @@
-"""The whole probe: folders and a weights file in, a JSON report out."""
+"""Linear probes end to end: folders and a weights file in, a JSON report out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Following objects as a whole measurement: videos in, a report and masks out."""
+"""Video object segmentation end to end: videos in, a report and masks out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache of features: read when nothing changed, not when something did, never in the way."""
+"""The feature cache: read if nothing changed, else not; its failures stop no measurement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features: pixels arrive as promised, rows keep their labels, bad input is named."""
+"""Features: preprocessing of pixels, labels of rows, and errors that name bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, it repeats itself, and it says what it did."""
+"""Fine-tuning: it learns, it is reproducible, and it reports its settings."""
 
 from __future__ import annotations
 

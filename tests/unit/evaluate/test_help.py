@@ -1,4 +1,4 @@
-"""`--help` of every task: it explains, gives an example that parses, and says defaults."""
+"""`--help` of every task: a description, an example that parses, and the defaults."""
 
 from __future__ import annotations
 

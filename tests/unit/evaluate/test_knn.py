@@ -1,4 +1,4 @@
-"""Nearest neighbours: hand-made cases, and what must not change the result."""
+"""Nearest neighbours: cases by hand, and settings that must not change the result."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Classifiers trained together against each alone, and which tokens they see."""
+"""Classifiers trained together against each alone, and the tokens that they take."""
 
 import pytest
 import torch

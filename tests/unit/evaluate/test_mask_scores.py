@@ -27,7 +27,7 @@ def _blob(seed: int) -> NDArray[np.bool_]:
 
 
 def _by_dilation(found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    """The benchmark's own words: boundaries dilated by a disk."""
+    """The benchmark's own definition: boundaries dilated by a disk."""
     radius = math.ceil(0.008 * math.hypot(*found.shape))
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     disk = x**2 + y**2 <= radius**2

@@ -1,4 +1,4 @@
-"""Labels carried by patch similarity: hand cases, and a loop over all pairs of patches."""
+"""Labels propagated by patch similarity: by hand, and by a loop over all pairs of patches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dinoscale.evaluate.video.propagation import (
 def _brute_force(
     target: Tensor, context: Tensor, labels: Tensor, *, radius: int, top: int, temp: float
 ) -> Tensor:
-    """As the protocol says, for one patch after another."""
+    """The protocol, one patch after another."""
     rows, columns = target.shape[:2]
     result = torch.zeros(rows, columns, labels.shape[-1], dtype=labels.dtype)
     for r in range(rows):
@@ -125,7 +125,7 @@ def test_a_constant_label_never_wins() -> None:
 
 
 class _Colors(nn.Module):
-    """Patch tokens are the mean colors of the patches: a network that sees colors."""
+    """Patch tokens are the mean colors of the patches."""
 
     patch_size = 4
 

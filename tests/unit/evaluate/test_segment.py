@@ -1,4 +1,4 @@
-"""Jaccard of attention: objects out of masks, the index by hand, baselines that are known."""
+"""Jaccard of attention: objects from masks, the index by hand, known baselines."""
 
 from __future__ import annotations
 
