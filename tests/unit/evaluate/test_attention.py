@@ -35,7 +35,7 @@ def backbone() -> nn.Module:
 
 
 class Spotlight(nn.Module):
-    """Stands in for a ViT with patches of 4: head 0 attends to bright patches, head 1 to all alike."""
+    """A fake ViT with patches of 4: head 0 attends to bright patches, head 1 to all alike."""
 
     def __init__(self) -> None:
         super().__init__()
