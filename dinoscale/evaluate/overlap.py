@@ -40,7 +40,7 @@ class Overlap:
     example: str
 
 
-def overlap_of(some: Source, whole: Source) -> Overlap:
+def find_overlap(some: Source, whole: Source) -> Overlap:
     """Find pictures of a labelled set in another one; a synthetic set overlaps only with itself."""
     if not (isinstance(some, Stored) and isinstance(whole, Stored)):
         labels = some.labels

@@ -30,7 +30,7 @@ from dinoscale.evaluate.classification.accuracy import choose_best, num_correct,
 from dinoscale.evaluate.classification.inputs import (
     ClassifierInputs,
     DrawnImages,
-    features_of_test,
+    extract_test_features,
     open_inputs,
     train_images,
 )
@@ -38,9 +38,9 @@ from dinoscale.evaluate.classification.linear_heads import INIT_STD
 from dinoscale.evaluate.classification.probe_report import preprocessing
 from dinoscale.evaluate.classification.resumable_training import (
     State,
-    report_of_training,
-    targets_of,
-    writable,
+    check_target,
+    train_and_report,
+    weights_files,
 )
 from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, ExtractionOptions
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
@@ -141,11 +141,11 @@ def evaluate_finetune(
     recipe.check()
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
-    target = writable(out, weights_path)
+    target = check_target(out, weights_path)
     inputs = open_inputs(weights_path, train_spec, test_spec, options)
     if recipe.precision is None:
         recipe = replace(recipe, precision="bf16" if inputs.device.type == "cuda" else "fp32")
-    return report_of_training(
+    return train_and_report(
         "finetune",
         inputs,
         lambda backbone: _FineTuning(backbone, inputs, recipe, seed),
@@ -205,7 +205,7 @@ class _FineTuning:
         card = self._inputs.card
         card = replace(card, source=f"{card.source}, fine-tuned")
         try:
-            for target in targets_of(out, [evaluation["top1"] for evaluation in evaluations]):
+            for target in weights_files(out, [evaluation["top1"] for evaluation in evaluations]):
                 save_backbone(target, self._network.backbone.state_dict(), card)
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"out: {out} cannot be written ({error})") from error
@@ -273,7 +273,7 @@ class _FineTuning:
     def _test(self) -> dict[str, float]:
         inputs = self._inputs
         with _autocast(inputs.device, self._recipe):
-            logits, labels = features_of_test(
+            logits, labels = extract_test_features(
                 self._network, inputs, output_key=None, progress=False
             )
         top1, top5 = num_correct(logits, labels)

@@ -137,17 +137,17 @@ def open_inputs(
     )
 
 
-def features_of_train(
+def extract_train_features(
     network: nn.Module, inputs: ClassifierInputs, *, output_key: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of the network for the train set without augmentation; as `features_of_test`.
+    """Outputs of the network for the train set without augmentation; as `extract_test_features`.
 
     Both record in `inputs.used` which images could be read.
     """
     return _features(network, inputs, "train", output_key=output_key)
 
 
-def features_of_test(
+def extract_test_features(
     network: nn.Module, inputs: ClassifierInputs, *, output_key: str | None, progress: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Outputs of the network for the test set.

@@ -20,7 +20,7 @@ from dinoscale.data.sources.mixture import left_out_counts
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import check_labels
-from dinoscale.evaluate.overlap import overlap_of
+from dinoscale.evaluate.overlap import find_overlap
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank, open_once_a_node
 
@@ -143,7 +143,7 @@ def renumber_classes(train: Source, test: Source) -> Tensor:
     same = same_classes(of_train, of_test)
     if len(same) < len(of_train.present):
         log.info("test has images of %d of the %d classes", len(same), len(of_train.present))
-    shared = overlap_of(test, train) if distributed.rank() == 0 else None
+    shared = find_overlap(test, train) if distributed.rank() == 0 else None
     if shared is not None and shared.found:
         log.warning(
             "%d of the %d pictures of test that were looked for are in train, byte for byte, as %s:"

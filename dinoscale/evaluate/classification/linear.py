@@ -25,8 +25,8 @@ from dinoscale.evaluate.classification.accuracy import choose_best, percent
 from dinoscale.evaluate.classification.inputs import (
     ClassifierInputs,
     DrawnImages,
-    features_of_test,
-    features_of_train,
+    extract_test_features,
+    extract_train_features,
     open_inputs,
     train_images,
 )
@@ -42,10 +42,10 @@ from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, Gri
 from dinoscale.evaluate.classification.probe_report import preprocessing
 from dinoscale.evaluate.classification.resumable_training import (
     State,
-    report_of_training,
+    check_target,
     save_tensors,
-    targets_of,
-    writable,
+    train_and_report,
+    weights_files,
 )
 from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, ExtractionOptions
 
@@ -94,11 +94,11 @@ def evaluate_linear(
     """
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
-    target = writable(out, weights_path)
+    target = check_target(out, weights_path)
     inputs = open_inputs(weights_path, train_spec, test_spec, options)
     plan = protocol.plan(inputs.backbone, images=len(inputs.train))
     settings = _protocol(protocol, plan, inputs, augment=augment, seed=seed)
-    return report_of_training(
+    return train_and_report(
         "linear",
         inputs,
         lambda backbone: _Probe(backbone, inputs, plan, augment=augment, seed=seed),
@@ -149,7 +149,7 @@ class _Probe:
         heads, at = self._heads[kind], self._plan.rates.index(last["lr"])
         tensors = {"weight": heads.weight[at], "bias": heads.bias[at]}
         about = {"classifier": json.dumps(last)}
-        for target in targets_of(out, top1):
+        for target in weights_files(out, top1):
             save_tensors(target, tensors, about)
 
     def chosen(self, evaluations: Sequence[Evaluation]) -> dict[str, object]:
@@ -166,7 +166,7 @@ class _Probe:
             first, self._drawn = state["step"], DrawnImages.of(state["drawn"])
             for heads, of_heads in zip(self._heads, state["heads"], strict=True):
                 heads.load(of_heads)
-        tests, test_labels = features_of_test(
+        tests, test_labels = extract_test_features(
             self._tokens, self._inputs, output_key=self._tokens.output_key
         )
         rates = torch.tensor(plan.rates, device=tests.device)
@@ -207,7 +207,7 @@ class _Probe:
                     yield self._tokens([pixels]).float(), labels
             inputs.used["train"] = self._drawn.used(inputs.train)
             return
-        features, labels = features_of_train(
+        features, labels = extract_train_features(
             self._tokens, inputs, output_key=self._tokens.output_key
         )
         sampler = stream_sampler(

@@ -24,11 +24,11 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.classification.accuracy import num_correct, percent
 from dinoscale.evaluate.classification.inputs import (
     ClassifierInputs,
-    features_of_test,
-    features_of_train,
+    extract_test_features,
+    extract_train_features,
     open_inputs,
 )
-from dinoscale.evaluate.classification.probe_report import Log, preprocessing, report_of
+from dinoscale.evaluate.classification.probe_report import Log, measure_and_report, preprocessing
 from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, OUTPUT, ExtractionOptions
 
 CS = tuple((10 ** np.linspace(-6, 5, 45)).tolist())  # inverse strength of the L2 penalty
@@ -79,7 +79,7 @@ def evaluate_logistic(
     if not cs or min(cs) <= 0 or max_iter < 1 or seed < 0:
         raise ConfigError(f"need C > 0, max_iter > 0, seed >= 0; got {[*cs]}, {max_iter}, {seed}")
     inputs = open_inputs(weights_path, train_spec, test_spec, options)
-    return report_of(
+    return measure_and_report(
         "logistic",
         inputs,
         partial(_measure, inputs, cs=cs, max_iter=max_iter, seed=seed),
@@ -109,18 +109,18 @@ def _measure(
     seed: int,
 ) -> dict[str, object]:
     """Score, chosen C, and the accuracy of each C on the held-out part."""
-    train, labels = _normalised(*features_of_train(backbone, inputs, output_key=OUTPUT))
+    train, labels = _normalised(*extract_train_features(backbone, inputs, output_key=OUTPUT))
     if len(np.unique(labels)) < 2:
         raise DataError(f"{inputs.specs[0]}: images of only one class can be read; need two")
     held = held_out(labels, seed=seed)
     tried = []
     for c in tqdm(cs, unit="C", disable=None if inputs.extractor.options.progress else True):
-        scores, _ = scores_of(train[~held], labels[~held], train[held], c=c, max_iter=max_iter)
+        scores, _ = fit_and_score(train[~held], labels[~held], train[held], c=c, max_iter=max_iter)
         tried.append({"c": c} | _accuracy(scores, labels[held], inputs))
         log({"held_out": tried[-1]})
     best = max(tried, key=lambda entry: entry["top1"])  # the strongest penalty of equals
-    test, test_labels = _normalised(*features_of_test(backbone, inputs, output_key=OUTPUT))
-    scores, iterations = scores_of(train, labels, test, c=best["c"], max_iter=max_iter)
+    test, test_labels = _normalised(*extract_test_features(backbone, inputs, output_key=OUTPUT))
+    scores, iterations = fit_and_score(train, labels, test, c=best["c"], max_iter=max_iter)
     score = _accuracy(scores, test_labels, inputs)
     log({"score": score})
     return {
@@ -158,7 +158,7 @@ def held_out(labels: Numbers, *, seed: int) -> NDArray[np.bool_]:
     return held
 
 
-def scores_of(
+def fit_and_score(
     features: Rows, labels: Numbers, tests: Rows, *, c: float, max_iter: int
 ) -> tuple[Rows, int]:
     """Fit scikit-learn's logistic regression and score other images.

@@ -19,7 +19,7 @@ Log = Callable[[Result], None]
 _LONGEST_LINE = 1 << 20  # bytes; the lines of results have some hundreds
 
 
-def report_of(
+def measure_and_report(
     task: str,
     inputs: ClassifierInputs,
     measure: Callable[[nn.Module, Log], dict[str, object]],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.evaluate.classification.inputs import ClassifierInputs
-from dinoscale.evaluate.classification.probe_report import Log, report_of
+from dinoscale.evaluate.classification.probe_report import Log, measure_and_report
 from dinoscale.evaluate.feature_cache import InFiles, weights_digest
 from dinoscale.runtime.fingerprint import (
     Fingerprint,
@@ -101,7 +101,7 @@ class Training(Protocol):
         ...
 
 
-def report_of_training(
+def train_and_report(
     task: str,
     inputs: ClassifierInputs,
     begin: Callable[[nn.Module], Training],
@@ -121,7 +121,7 @@ def report_of_training(
         out: file that the training writes; its state lies beside it until the training is
             reported. None writes nothing.
         untrained: also train on fresh weights.
-        log_path: as of `report_of`.
+        log_path: as of `measure_and_report`.
 
     Returns:
         The report, ready for JSON.
@@ -151,7 +151,7 @@ def report_of_training(
             return found
         return found | {"out": str(written), "best_out": str(best_beside(written))}
 
-    report = report_of(
+    report = measure_and_report(
         task, inputs, measure, protocol=protocol, untrained=untrained, log_path=log_path
     )
     for saved in states:
@@ -214,7 +214,7 @@ def _state_beside(
     return TrainingState(out.with_name(f"{out.name}.{kind}"), made_from)
 
 
-def targets_of(out: Path, top1: Sequence[float]) -> list[Path]:
+def weights_files(out: Path, top1: Sequence[float]) -> list[Path]:
     """Files for the weights measured last: the last ones, and the best if they are."""
     is_best = top1.index(max(top1)) == len(top1) - 1
     return [out, best_beside(out)] if is_best else [out]
@@ -225,7 +225,7 @@ def best_beside(out: Path) -> Path:
     return out.with_name(f"{out.stem}-best{out.suffix}")
 
 
-def writable(out: str | Path | None, weights: str | Path) -> Path | None:
+def check_target(out: str | Path | None, weights: str | Path) -> Path | None:
     """Check the file to write before hours of training; None for None.
 
     Raises:

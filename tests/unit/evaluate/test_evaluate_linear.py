@@ -19,8 +19,8 @@ from torch import Tensor
 from dinoscale.data.augmentation.labelled_crops import stream_sampler
 from dinoscale.errors import ConfigError, DataError, NonFiniteError
 from dinoscale.evaluate.classification.inputs import (
-    features_of_test,
-    features_of_train,
+    extract_test_features,
+    extract_train_features,
     open_inputs,
 )
 from dinoscale.evaluate.classification.linear import evaluate_linear
@@ -151,8 +151,8 @@ def test_without_augmentation_features_of_whole_images_are_trained_on(colors: Co
     )
     inputs = open_inputs(colors.weights, train, test, OPTIONS)
     tokens = TokenFeatures(inputs.backbone, blocks=2)
-    features, labels = features_of_train(tokens, inputs, output_key=None)
-    tests, test_labels = features_of_test(tokens, inputs, output_key=None)
+    features, labels = extract_train_features(tokens, inputs, output_key=None)
+    tests, test_labels = extract_test_features(tokens, inputs, output_key=None)
     plan = short.plan(inputs.backbone, images=48)
     sampler = stream_sampler(48, batch_size=8, steps=6, seed=5)
     accuracies = []
@@ -191,7 +191,7 @@ def test_wrong_labels_give_wrong_answers(colors: Colors, tmp_path: Path) -> None
 def test_labels_of_the_test_set_are_in_the_numbers_of_the_train_set(colors: Colors) -> None:
     inputs = open_inputs(colors.weights, colors.train, colors.test, OPTIONS)
     other = replace(inputs, renumber=torch.tensor([2, 0, 1]))
-    _, labels = features_of_test(inputs.backbone, other, output_key=None)
+    _, labels = extract_test_features(inputs.backbone, other, output_key=None)
     assert labels.tolist() == [2] * 4 + [0] * 4 + [1] * 4
 
 
@@ -207,7 +207,7 @@ def test_features_are_cached_by_what_the_network_computes(
         hook = inputs.backbone.patch_embed.register_forward_hook(lambda *_: calls.append(1))
         extractor = replace(inputs.extractor, options=replace(OPTIONS, cache=cache))
         own = replace(inputs, extractor=extractor)
-        rows, _ = features_of_test(tokens, own, output_key=tokens.output_key)
+        rows, _ = extract_test_features(tokens, own, output_key=tokens.output_key)
         hook.remove()
         return rows, len(calls)
 

@@ -16,7 +16,12 @@ from sklearn.preprocessing import normalize
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError, DataError, OutputError
-from dinoscale.evaluate.classification.logistic import CS, evaluate_logistic, held_out, scores_of
+from dinoscale.evaluate.classification.logistic import (
+    CS,
+    evaluate_logistic,
+    fit_and_score,
+    held_out,
+)
 from dinoscale.evaluate.features import extract_features
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from tests.unit.evaluate.conftest import CARD, Colors
@@ -67,7 +72,7 @@ def test_scores_are_those_of_scikit_learn_by_class_number() -> None:
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(60, 5)), np.repeat([1, 4, 6], 20)
     tests = rng.normal(size=(9, 5))
-    scores, iterations = scores_of(features, labels, tests, c=3.0, max_iter=500)
+    scores, iterations = fit_and_score(features, labels, tests, c=3.0, max_iter=500)
     model = LogisticRegression(C=3.0, max_iter=500).fit(features, labels)
     np.testing.assert_array_equal(scores[:, [1, 4, 6]], model.decision_function(tests))
     assert np.isneginf(scores[:, [0, 2, 3, 5]]).all()
@@ -76,7 +81,7 @@ def test_scores_are_those_of_scikit_learn_by_class_number() -> None:
 
 def test_each_of_two_classes_has_a_score() -> None:
     features, labels = np.array([[-1.0], [1.0]]), np.array([0, 1])
-    scores, _ = scores_of(features, labels, np.array([[-2.0], [3.0]]), c=10.0, max_iter=100)
+    scores, _ = fit_and_score(features, labels, np.array([[-2.0], [3.0]]), c=10.0, max_iter=100)
     assert scores.argmax(axis=1).tolist() == [0, 1]
 
 
