@@ -308,7 +308,7 @@ def test_pictures_of_each_weights_are_its_own(
     [
         ("knn --train x", "required: --test"),
         ("knn --train x --test y --kk 3", "unrecognized arguments: --kk 3"),
-        ("segment x --out y", "--out: every result"),
+        ("segment x --out y", "--out: compare chooses the folder"),
         ("compare x", "invalid choice: 'compare'"),
         ("pca 'x", "No closing quotation"),
     ],

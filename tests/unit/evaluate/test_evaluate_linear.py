@@ -220,7 +220,7 @@ def test_features_are_cached_by_what_the_network_computes(
 
 def test_one_class_is_refused(colors: Colors) -> None:
     only = colors.folder("one", {"red": 3})
-    with pytest.raises(DataError, match="of one class; there is nothing"):
+    with pytest.raises(DataError, match="of one class; need at least two"):
         _run(colors, train=only, test=only)
 
 

@@ -211,7 +211,7 @@ def test_images_left_out_are_left_out_of_the_cache_and_logged_again(
     again, labels_again = _extract(images, Counted())
     assert torch.equal(features, again)
     assert labels_again.tolist() == labels.tolist() == [0, 1, 1]
-    assert "1 of 4 images were left out" in caplog.text
+    assert "1 of 4 images were unreadable and left out" in caplog.text
 
 
 def test_unavailable_images_end_the_measurement(images: Path) -> None:

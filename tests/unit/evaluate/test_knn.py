@@ -152,7 +152,7 @@ def test_a_class_that_the_bank_lacks_is_never_right() -> None:
         ({"temp": 0.0}, "k, temp"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"bank_chunk_size": 0}, "chunk_size"),
-        ({"train_labels": torch.tensor([0, -1])}, "train: an image without label"),
+        ({"train_labels": torch.tensor([0, -1])}, "train: every image needs a label"),
         ({"test_labels": torch.tensor([0, 1])}, "test: need features"),
         ({"test_features": torch.ones(1, 3)}, "different widths"),
         ({"train_features": torch.ones(0, 2), "train_labels": torch.ones(0)}, "N > 0"),
