@@ -6,6 +6,7 @@ Shape letters: Q queries, N images, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,8 @@ def evaluate_retrieve(
     extractor = load_extractor(weights_path, options)
     source = extractor.open(spec)
     check_labels(source, name="retrieve")
-    features, labels = _features(extractor, source, multi_scale=multi_scale)
-    chosen = _queries(labels, count=queries, spec=spec)
-    progress = options.progress
-    score = score_labels(features, labels, chosen, progress=progress)
+    measure = partial(_measure, source=source, spec=spec, queries=queries, multi_scale=multi_scale)
+    score, labels, chosen = measure(extractor)
     data = {
         "spec": spec,
         "images": len(labels),
@@ -87,20 +86,27 @@ def evaluate_retrieve(
         floors=_random(labels, chosen),
     )
     if untrained:
-        fresh, _ = _features(extractor.untrained(), source, multi_scale=multi_scale)
-        report["untrained"] = score_labels(fresh, labels, chosen, progress=progress)
+        report["untrained"] = measure(extractor.untrained())[0]
     return report
 
 
-def _features(
-    extractor: FeatureExtractor, source: Source, *, multi_scale: bool
-) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and labels (N,) of the readable images."""
+def _measure(
+    extractor: FeatureExtractor,
+    source: Source,
+    *,
+    spec: str,
+    queries: int | None,
+    multi_scale: bool,
+) -> tuple[Scores, Tensor, Tensor]:
+    """Scores, labels (N,) of the readable images, and indices of the queries (Q,)."""
     network = MultiScale(extractor.backbone) if multi_scale else extractor.backbone
     crop = extractor.card.crop
     if crop < least_side(network):
         raise ConfigError(f"images of {crop} pixels have no patch left at every scale")
-    return extractor.features(source, network, output_key=None)
+    features, labels = extractor.features(source, network, output_key=None)
+    chosen = _queries(labels, count=queries, spec=spec)
+    progress = extractor.options.progress
+    return score_labels(features, labels, chosen, progress=progress), labels, chosen
 
 
 def _protocol(card: BackboneCard, *, multi_scale: bool) -> dict[str, object]:
