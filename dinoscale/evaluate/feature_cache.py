@@ -161,7 +161,7 @@ def _read(key: str, *, num_images: int) -> tuple[Tensor, Tensor] | None:
         with contextlib.suppress(OSError):  # the folder may be read-only
             os.utime(path)
     except (OSError, SafetensorError) as error:
-        log.warning("cannot read the features from the cache (%s): extracting them again", error)
+        log.warning("cannot read the cache (%s): extracting the features again", error)
         return None
     if about != _about(key, features, numbers):
         log.warning("%s is damaged: extracting the features again", path)
