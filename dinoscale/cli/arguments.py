@@ -1,23 +1,22 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands share, and the evaluation options made of them."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dinoscale.evaluate.frozen_backbone import ExtractionOptions, LoadOptions
+
     SubCommands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _CONFIG_HELP = "name of a preset (see `dinoscale presets`) or path of a YAML file"
-_OVERRIDE_HELP = "settings that override the file, for example optim.lr=1e-3"
-DATA_HELP = "labelled images: a folder of class folders, tar shards, or synthetic:..."
-UNTRAINED_HELP = "also measure the same architecture with random weights"
-BATCH_HELP = "images per forward pass (default 64)"
-WORKERS_HELP = "processes that decode images (default 2)"
+_OVERRIDE_HELP = "settings that win over the file, for example optim.lr=1e-3"
+LABELLED_HELP = "labelled images: a folder of class folders, tar shards, or synthetic:..."
 
 
 def add_config(command: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add CONFIG and the settings that override it."""
+    """Add CONFIG, and settings that override it."""
     command.add_argument(
         "config", nargs=None if required else "?", metavar="CONFIG", help=_CONFIG_HELP
     )
@@ -25,7 +24,7 @@ def add_config(command: argparse.ArgumentParser, *, required: bool = True) -> No
 
 
 def add_weights(command: argparse.ArgumentParser) -> None:
-    """Add WEIGHTS, and the options for what the file does not record."""
+    """Add WEIGHTS, and which network of them."""
     command.add_argument(
         "weights",
         metavar="WEIGHTS",
@@ -38,9 +37,67 @@ def add_weights(command: argparse.ArgumentParser) -> None:
         default="teacher",
         help="which network of a run or a full checkpoint (default teacher)",
     )
-    command.add_argument(
-        "--num-heads",
-        type=int,
-        metavar="N",
-        help="attention heads, for files that do not record them (default: heads of width 64)",
+    add_number(command, "--num-heads", "of weights that do not state it, if heads are not 64 wide")
+
+
+def add_labelled_sets(task: argparse.ArgumentParser) -> None:
+    """Add --train and --test."""
+    for option in ("--train", "--test"):
+        task.add_argument(option, required=True, metavar="DATA", help=LABELLED_HELP)
+
+
+def add_untrained(task: argparse.ArgumentParser) -> None:
+    """Add --untrained."""
+    task.add_argument(
+        "--untrained",
+        action="store_true",
+        help="also measure the same architecture with fresh weights",
+    )
+
+
+def add_number(
+    task: argparse.ArgumentParser,
+    option: str,
+    says: str,
+    *,
+    default: float | None = None,
+    kind: type[int | float] = int,
+    metavar: str = "N",
+) -> None:
+    """Add an option that takes a number; its help ends with the default, if there is one."""
+    ending = "" if default is None else f", default {default:g}"
+    task.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{says}{ending}")
+
+
+def add_batch_size(task: argparse.ArgumentParser, *, of: str = "") -> None:
+    """Add --batch-size of forwards without gradients; `of` precedes its help."""
+    add_number(task, "--batch-size", f"{of}images in one forward", default=64)
+
+
+def add_num_workers(task: argparse.ArgumentParser, *, of: str = "", of_rank: str = "") -> None:
+    """Add --num-workers; `of` precedes its help, `of_rank` says that each rank has its own."""
+    add_number(task, "--num-workers", f"{of}processes{of_rank} that decode images", default=2)
+
+
+def add_no_cache(task: argparse.ArgumentParser) -> None:
+    """Add --no-cache."""
+    task.add_argument("--no-cache", action="store_true", help="neither read nor cache features")
+
+
+def load_options(options: argparse.Namespace) -> LoadOptions:
+    """Which network to load, by the options of `add_weights`."""
+    from dinoscale.evaluate.frozen_backbone import LoadOptions
+
+    return LoadOptions(network=options.network, num_heads=options.num_heads)
+
+
+def extraction_options(options: argparse.Namespace, **more: Any) -> ExtractionOptions:
+    """Which network to load and how to extract features, by `add_weights`, `add_num_workers`."""
+    from dinoscale.evaluate.frozen_backbone import ExtractionOptions
+
+    return ExtractionOptions(
+        network=options.network,
+        num_heads=options.num_heads,
+        num_workers=options.num_workers,
+        **more,
     )

@@ -1,4 +1,4 @@
-"""`dinoscale evaluate compare`: task lines become measurements, and reports one page."""
+"""`dinoscale evaluate compare`: measure task lines, and lay out all reports on one page."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
     from dinoscale.reports.comparison.runs import Job
 
-_DRAWING = ("attention", "segment", "pca", "video")  # take --out DIR for their pictures
+_DRAWING = ("attention", "segment", "pca", "video")  # tasks with --out DIR for pictures
 
 
 def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) -> None:
-    """`evaluate compare`.
+    """Add `evaluate compare`.
 
     Args:
         tasks: where to add it.
@@ -31,13 +31,13 @@ def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) ->
         "compare",
         help="several weights and tasks in one table and page",
         description="One table over several weights: a row for each, a column for each task, with"
-        " floors, plots and pictures. Each --task is measured on every WEIGHTS, and what other"
-        " tasks have printed (`dinoscale evaluate knn ... > knn.json`) may be given as REPORT.json."
-        " Only equal protocols, data and code share a column. Every result is kept in DIR/results"
-        " as soon as it is there, and the same line started again measures only what is missing, or"
-        " whose weights, images or code have changed since. A task that fails is a sentence in the"
-        " table, the others go on, and the exit code is 2. Writes DIR/compare.html, one file that"
-        " needs no network, and DIR/compare.json.",
+        " baselines, plots and pictures. Each --task is measured on every WEIGHTS; reports that"
+        " tasks printed (`dinoscale evaluate knn ... > knn.json`) may be given as REPORT.json. Only"
+        " equal protocols, data and code share a column. Every result is saved in DIR/results at"
+        " once, and the same command run again measures only those that are missing or whose"
+        " weights, images or code have changed. If a task fails, the table shows its error, the"
+        " others go on, and the exit code is 2. Writes DIR/compare.html, one file that needs no"
+        " network, and DIR/compare.json.",
         epilog="example: dinoscale evaluate compare a.safetensors b.safetensors --out comparison/"
         " --task 'knn --train /data/train --test /data/val' --task 'video DAVIS'",
     )
@@ -45,7 +45,7 @@ def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) ->
         "sources",
         nargs="+",
         metavar="WEIGHTS|REPORT.json",
-        help="weights in any format that the tasks read, or what a task has printed",
+        help="weights in any format that the tasks read, or the report of a task",
     )
     compare.add_argument(
         "--task",
@@ -90,36 +90,36 @@ def _is_report(source: str) -> bool:
 def _jobs(
     options: argparse.Namespace, add_tasks: Callable[[SubCommands], None], folder: Path
 ) -> list[Job]:
-    """All lines for all weights, read before the first is measured.
+    """One job per task line and weights; all lines are parsed before the first is measured.
 
     Raises:
         ConfigError: a line is wrong, or there is nothing to measure.
     """
     weights = [source for source in options.sources if not _is_report(source)]
     if bool(weights) != bool(options.lines):
-        missing = "--task LINE says what to measure" if weights else "no WEIGHTS to measure"
+        missing = "no --task LINE to measure" if weights else "no WEIGHTS to measure"
         raise ConfigError(f"compare: {missing}; see `dinoscale evaluate compare --help`")
     parser = line_parser(add_tasks)
     return [_job(parser, path, line, folder) for path in weights for line in options.lines]
 
 
 def line_parser(add_tasks: Callable[[SubCommands], None]) -> argparse.ArgumentParser:
-    """Of `TASK WEIGHTS ...`; a mistake is a ValueError."""
+    """Parser of `TASK WEIGHTS ...`; it raises ValueError on a mistake."""
     parser: argparse.ArgumentParser = _LineParser(add_help=False)
     add_tasks(parser.add_subparsers(required=True, dest="task", metavar="TASK"))
     return parser
 
 
 def split_line(line: str) -> tuple[str, list[str]]:
-    """Task and options of a line; a ValueError where it also says where to write."""
+    """Task and options of a line; ValueError if it has --out."""
     task, *words = shlex.split(line) or [""]
     if any(word.split("=")[0] == "--out" for word in words):
-        raise ValueError("--out: every result is given a place of its own. Leave it out.")
+        raise ValueError("--out: compare chooses the folder of every result. Leave it out.")
     return task, words
 
 
 class _LineParser(argparse.ArgumentParser):
-    """Says what is wrong with a line, and leaves it to the caller to say with which."""
+    """Raises what is wrong with a line; the caller adds which line."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

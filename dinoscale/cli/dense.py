@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dinoscale.cli.arguments import add_weights
+from dinoscale.cli.arguments import add_number, add_weights, load_options
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
 
 _IMAGES_HELP = "an image, a folder, tar shards, or synthetic:..."
-_SIZE_HELP = "short side of the images the network sees"
-_MASS_HELP = "of a head's attention that its mask keeps, default 0.6"
+_SIZE_HELP = "short side of the images that the network sees"
 _LIMIT_HELP = "the first N images only, default all"
-_SQUARE_HELP = "squeeze images to squares, as the reference's figures; else they keep their shape"
+_SQUARE_HELP = "squeeze images to squares, as in the reference's figures; default: keep their shape"
 
 
 def add_dense(tasks: SubCommands) -> None:
-    """Tasks that look at patches."""
+    """Add the tasks on patch tokens and attention."""
     _add_attention(tasks)
     _add_segment(tasks)
     _add_pca(tasks)
@@ -28,11 +27,11 @@ def _add_attention(tasks: SubCommands) -> None:
     attention = tasks.add_parser(
         "attention",
         help="draw where the class token of a ViT looks, per head",
-        description="Where the class token looks in the last block, of every head and their mean."
-        " With --out: for every image a folder with overlays (attn-*.png the map in colors,"
-        " mass-*.png the patches that hold --mass of it) and attention.npz with the numbers, and"
-        " one sheet. With OUT.png: only a sheet of some images, squeezed to squares; for synthetic"
-        " sets, whose masks are known, also how well attention covers the objects.",
+        description="Attention of the class token in the last block, of every head and their mean."
+        " With --out: one sheet, and for every image a folder with overlays (attn-*.png: the map in"
+        " colors, mass-*.png: the patches that hold --mass of it) and the numbers (attention.npz)."
+        " With OUT.png: only a sheet of some images, squeezed to squares; for synthetic sets, whose"
+        " masks are known, also how well attention covers the objects.",
         epilog="example: dinoscale evaluate attention weights.safetensors photos/ --out attention/",
     )
     add_weights(attention)
@@ -41,8 +40,8 @@ def _add_attention(tasks: SubCommands) -> None:
     where.add_argument("sheet", nargs="?", metavar="OUT.png", help="write a sheet only")
     where.add_argument("--out", metavar="DIR", help="write files for every image")
     _add_size(attention, also="; with OUT.png WEIGHTS' crop")
-    attention.add_argument("--mass", type=float, default=0.6, metavar="SHARE", help=_MASS_HELP)
-    attention.add_argument("--limit", type=int, metavar="N", help=_LIMIT_HELP)
+    _add_mass(attention)
+    add_number(attention, "--limit", _LIMIT_HELP)
     attention.set_defaults(run=_evaluate_attention)
 
 
@@ -50,13 +49,13 @@ def _add_segment(tasks: SubCommands) -> None:
     segment = tasks.add_parser(
         "segment",
         help="how well attention covers objects: Jaccard index against masks",
-        description="The patches that hold --mass of a head's attention, against masks of objects:"
-        " intersection over union of each object with the head that covers it best, mean over the"
-        " objects of an image, then over images. Beside it the floors that trained weights must"
+        description="Compare the patches that hold --mass of a head's attention with masks of"
+        " objects: intersection over union of each object with the head that covers it best, mean"
+        " over the objects of an image, then over images. Baselines that trained weights should"
         " beat: the same architecture untrained, and a centered box. Masks are KEY.mask.png beside"
-        " KEY.jpg in shards, or a folder of --masks named as the images. A mask with a palette"
-        " (PASCAL VOC, DAVIS) or of 16 bits numbers its objects, 255 does not count; a gray one of"
-        " 8 bits is one object, brighter than 127. Masks in color are refused.",
+        " KEY.jpg in shards, or files of --masks named as the images. A mask with a palette (PASCAL"
+        " VOC, DAVIS) or of 16 bits holds object numbers, 255 is ignored; a gray one of 8 bits is"
+        " one object, brighter than 127. Masks in color are refused.",
         epilog="example: dinoscale evaluate segment weights.safetensors VOC2012/JPEGImages"
         " --masks VOC2012/SegmentationObject",
     )
@@ -66,10 +65,10 @@ def _add_segment(tasks: SubCommands) -> None:
         "--masks", metavar="DIR", help="masks named as the images; default: KEY.mask.png in DATA"
     )
     segment.add_argument(
-        "--indexed", action="store_true", help="gray masks of 8 bits number objects too"
+        "--indexed", action="store_true", help="gray masks of 8 bits hold object numbers too"
     )
     _add_size(segment)
-    segment.add_argument("--mass", type=float, default=0.6, metavar="SHARE", help=_MASS_HELP)
+    _add_mass(segment)
     segment.add_argument(
         "--out", metavar="DIR", help="write a sheet of the best, median and worst images there"
     )
@@ -81,7 +80,7 @@ def _add_pca(tasks: SubCommands) -> None:
         "pca",
         help="draw patch features as colors",
         description="The first three principal components of the last block's patch features, over"
-        " all images together, as red, green and blue: patches of a color have similar features."
+        " all images together, as red, green and blue: patches of one color have similar features."
         " Writes pca.png and pca.npz into a folder for every image, one sheet and the basis.",
         epilog="example: dinoscale evaluate pca weights.safetensors photos/ --out pca/",
     )
@@ -90,16 +89,23 @@ def _add_pca(tasks: SubCommands) -> None:
     pca.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
     _add_size(pca)
     pca.add_argument(
-        "--foreground", action="store_true", help="only patches in front, by the first component"
+        "--foreground",
+        action="store_true",
+        help="color only the foreground, found by the first component",
     )
     pca.add_argument("--smooth", action="store_true", help="enlarge patches bilinearly")
-    pca.add_argument("--limit", type=int, metavar="N", help=_LIMIT_HELP)
+    add_number(pca, "--limit", _LIMIT_HELP)
     pca.set_defaults(run=_evaluate_pca)
 
 
 def _add_size(task: argparse.ArgumentParser, *, also: str = "") -> None:
-    task.add_argument("--size", type=int, metavar="PIXELS", help=f"{_SIZE_HELP}, default 480{also}")
+    add_number(task, "--size", f"{_SIZE_HELP}, default 480{also}", metavar="PIXELS")
     task.add_argument("--square", action="store_true", help=_SQUARE_HELP)
+
+
+def _add_mass(task: argparse.ArgumentParser) -> None:
+    says = "share of a head's attention that its mask keeps"
+    add_number(task, "--mass", says, default=0.6, kind=float, metavar="SHARE")
 
 
 def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
@@ -111,8 +117,7 @@ def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
             options.images,
             options.sheet,
             size=options.size,
-            network=options.network,
-            num_heads=options.num_heads,
+            options=load_options(options),
         )
     from dinoscale.evaluate.dense.attention_files import write_attention
 
@@ -122,8 +127,7 @@ def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
         options.out,
         mass=options.mass,
         limit=options.limit,
-        network=options.network,
-        num_heads=options.num_heads,
+        options=load_options(options),
         **_size(options),
     )
 
@@ -138,8 +142,7 @@ def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
         indexed=options.indexed,
         mass=options.mass,
         out=options.out,
-        network=options.network,
-        num_heads=options.num_heads,
+        options=load_options(options),
         **_size(options),
     )
 
@@ -154,8 +157,7 @@ def _evaluate_pca(options: argparse.Namespace) -> dict[str, Any]:
         foreground=options.foreground,
         smooth=options.smooth,
         limit=options.limit,
-        network=options.network,
-        num_heads=options.num_heads,
+        options=load_options(options),
         **_size(options),
     )
 

@@ -8,11 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import (
-    BATCH_HELP,
-    DATA_HELP,
-    UNTRAINED_HELP,
-    WORKERS_HELP,
+    add_batch_size,
+    add_labelled_sets,
+    add_no_cache,
+    add_num_workers,
+    add_number,
+    add_untrained,
     add_weights,
+    extraction_options,
 )
 from dinoscale.cli.compare import add_compare, line_parser, split_line
 from dinoscale.cli.dense import add_dense
@@ -30,16 +33,16 @@ _SHARED = ("knn",)  # tasks whose work the ranks of a launcher share
 
 
 def add_evaluate(commands: SubCommands) -> None:
-    """`evaluate` and its tasks."""
+    """Add `evaluate` and its tasks."""
     evaluate = commands.add_parser(
         "evaluate",
         help="measure a backbone",
         description="Measure a backbone by the published protocols, whose numbers are the defaults."
         " The report is one JSON object on stdout: `score` (percent, the first number is the"
-        " headline), `protocol` (all that changes it), floors that it has to beat where the task"
-        " knows some, and `made_from` (digests of the files that were read, the options and the"
-        " code). Under a launcher the ranks of `knn` share the images; the other tasks run in one"
-        " process and refuse several.",
+        " headline), `protocol` (all settings that change it), `floors` and `untrained` (baselines"
+        " that it should beat, if the task has them), and `made_from` (digests of the files that"
+        " were read, of the options and of the code). Under a launcher the ranks of `knn` share the"
+        " images; the other tasks run in one process and refuse several.",
         epilog="example: dinoscale evaluate knn weights.safetensors --train /data/train"
         " --test /data/val > knn.json",
     )
@@ -49,10 +52,10 @@ def add_evaluate(commands: SubCommands) -> None:
 
 
 def evaluation_words(line: str, weights: str) -> list[str]:
-    """The command line that measures weights as `TASK ...`, a line without them, says.
+    """The command line that measures weights by `TASK OPTIONS`, a line without the weights.
 
     Raises:
-        ConfigError: the line is wrong, or needs a folder to write into.
+        ConfigError: the line is wrong, or lacks a folder to write into.
     """
     try:
         task, options = split_line(line)
@@ -74,7 +77,7 @@ def _add_measurements(tasks: SubCommands) -> None:
 
 
 def _report(measure: Measure, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Measure, on all ranks where they share the work and else in one process; on rank 0 report."""
+    """Measure, on all ranks if they share the work, else in one process; rank 0 reports."""
     if options.task in _SHARED:
         return on_all_ranks(lambda: _measured(measure, options))
     require_one_process(f"evaluate {options.task}")
@@ -82,11 +85,11 @@ def _report(measure: Measure, options: argparse.Namespace) -> dict[str, Any] | N
 
 
 def _measured(measure: Measure, options: argparse.Namespace) -> dict[str, Any]:
-    """The report of a task, with what it was made from."""
+    """The report of a task, with the fingerprint of its inputs."""
     from dinoscale.evaluate.provenance import made_from
     from dinoscale.runtime.opening import on_first_rank
 
-    # Many files take long: the others wait for that in no collective, which would time out.
+    # Many files take long: other ranks do not wait in a collective, which would time out.
     before = on_first_rank(lambda _: made_from(vars(options)))
     return {**measure(options), "made_from": before}
 
@@ -97,56 +100,35 @@ def _add_knn(tasks: SubCommands) -> None:
         help="weighted k-NN accuracy by the published protocol",
         description="Classify each test image by the votes of the most similar images of the train"
         " set, on the frozen features of WEIGHTS (Wu et al. 2018; T 0.07). Nothing is trained, so"
-        " it is the quickest number that tells what features are worth; the one for k 20 is usually"
-        " quoted. Under torchrun, deepspeed or srun the ranks share the images. Features are kept"
-        " in $DINOSCALE_CACHE, else ~/.cache/dinoscale, as features-*.safetensors, and read again"
-        " while weights and images are the same; the files may be deleted at any time.",
+        " this is the fastest measure of features; usually k 20 is quoted. Under torchrun,"
+        " deepspeed or srun the ranks share the images. Features are cached in $DINOSCALE_CACHE,"
+        " else ~/.cache/dinoscale, as features-*.safetensors, and reused while weights and images"
+        " are the same; the files may be deleted at any time.",
         epilog="example: dinoscale evaluate knn weights.safetensors --train /data/train"
         " --test /data/val --untrained --pixels",
     )
     add_weights(knn)
-    knn.add_argument("--train", required=True, metavar="DATA", help=DATA_HELP)
-    knn.add_argument("--test", required=True, metavar="DATA", help=DATA_HELP)
+    add_labelled_sets(knn)
     knn.add_argument(
         "--k", type=int, nargs="+", help="numbers of neighbours, default 10 20 100 200"
     )
-    knn.add_argument(
-        "--resize",
-        type=int,
-        metavar="PIXELS",
-        help="short side of an image before the crop, default WEIGHTS' own",
-    )
-    knn.add_argument(
-        "--crop",
-        type=int,
-        metavar="PIXELS",
-        help="side of the middle that the network sees, default WEIGHTS' own",
-    )
-    knn.add_argument("--batch-size", type=int, default=64, metavar="N", help=BATCH_HELP)
-    knn.add_argument(
-        "--num-workers", type=int, default=2, metavar="N", help=f"{WORKERS_HELP} a rank"
-    )
+    resize = "short side of an image before the crop, default WEIGHTS' own"
+    add_number(knn, "--resize", resize, metavar="PIXELS")
+    crop = "side of the center crop that the network sees, default WEIGHTS' own"
+    add_number(knn, "--crop", crop, metavar="PIXELS")
+    add_batch_size(knn)
+    add_num_workers(knn, of_rank=" of each rank")
     knn.add_argument(
         "--pixels", action="store_true", help="also measure 16 x 16 pixels as features"
     )
-    knn.add_argument("--untrained", action="store_true", help=UNTRAINED_HELP)
-    knn.add_argument("--no-cache", action="store_true", help="neither read nor keep features")
+    add_untrained(knn)
+    add_no_cache(knn)
     knn.set_defaults(run=_evaluate_knn)
 
 
 def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.evaluate.classification.knn import KS, evaluate_knn
-    from dinoscale.evaluate.frozen_backbone import Extraction
 
-    how = Extraction(
-        network=options.network,
-        num_heads=options.num_heads,
-        resize=options.resize,
-        crop=options.crop,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        cache=not options.no_cache,
-    )
     return evaluate_knn(
         options.weights,
         options.train,
@@ -154,5 +136,11 @@ def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
         ks=options.k or KS,
         pixels=options.pixels,
         untrained=options.untrained,
-        how=how,
+        options=extraction_options(
+            options,
+            resize=options.resize,
+            crop=options.crop,
+            batch_size=options.batch_size,
+            cache=not options.no_cache,
+        ),
     )

@@ -5,20 +5,28 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dinoscale.cli.arguments import DATA_HELP, UNTRAINED_HELP, WORKERS_HELP, add_weights
+from dinoscale.cli.arguments import (
+    add_labelled_sets,
+    add_no_cache,
+    add_num_workers,
+    add_number,
+    add_untrained,
+    add_weights,
+    extraction_options,
+)
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
 
-_KEPT = (
-    "(FILE-best.safetensors), after each measurement; if it is ended, the same command goes on from"
-    " FILE.safetensors.resume"
+_SAVED = (
+    "(FILE-best.safetensors), after each measurement; the same command resumes an interrupted"
+    " training from FILE.safetensors.resume"
 )
 _SETS = "--train /data/train --test /data/val"
 
 
 def add_probes(tasks: SubCommands) -> None:
-    """The tasks that train a classifier."""
+    """Add the tasks that train a classifier."""
     _add_linear(tasks)
     _add_logistic(tasks)
     _add_finetune(tasks)
@@ -38,27 +46,16 @@ def _add_linear(tasks: SubCommands) -> None:
     )
     _add_common(linear)
     linear.add_argument("--protocol", choices=("grid", "dino"), default="grid", help="default grid")
-    linear.add_argument(
-        "--batch-size",
-        type=int,
-        default=128,
-        metavar="N",
-        help="images of a step, default 128; learning rates are scaled by N / 256",
-    )
-    linear.add_argument(
-        "--iterations", type=int, metavar="N", help="of --protocol grid, default 12500"
-    )
-    linear.add_argument("--epochs", type=int, metavar="N", help="of --protocol dino, default 100")
-    linear.add_argument(
-        "--lr",
-        type=float,
-        metavar="RATE",
-        help="of --protocol dino for 256 images, default 0.001; worth a sweep",
-    )
+    says = "images of a step; learning rates are scaled by N / 256"
+    add_number(linear, "--batch-size", says, default=128)
+    add_number(linear, "--iterations", "of --protocol grid, default 12500")
+    add_number(linear, "--epochs", "of --protocol dino, default 100")
+    says = "of --protocol dino for 256 images, default 0.001; worth a sweep"
+    add_number(linear, "--lr", says, kind=float, metavar="RATE")
     linear.add_argument(
         "--out",
         metavar="FILE.safetensors",
-        help=f"also write the classifier that was last the best, and the best of all {_KEPT}",
+        help=f"also write the best classifier of the last measurement, and of all {_SAVED}",
     )
     linear.add_argument(
         "--no-augmentation",
@@ -74,8 +71,8 @@ def _add_logistic(tasks: SubCommands) -> None:
         "logistic",
         help="accuracy of a logistic regression on frozen features",
         description="Fit scikit-learn's logistic regression to L2-normalised frozen features"
-        " without augmentation. The penalty is chosen on a tenth of the train set, then all of it"
-        " is fitted and the test set looked at once.",
+        " without augmentation. A held-out tenth of the train set chooses the penalty; then the"
+        " model is refitted to all of it, and tested once.",
         epilog=f"example: dinoscale evaluate logistic weights.safetensors {_SETS}",
     )
     _add_common(logistic)
@@ -99,58 +96,39 @@ def _add_finetune(tasks: SubCommands) -> None:
         epilog=f"example: dinoscale evaluate finetune weights.safetensors {_SETS} --epochs 30",
     )
     _add_common(finetune)
-    finetune.add_argument(
-        "--epochs", type=int, default=30, metavar="N", help="passes over the train set, default 30"
-    )
-    finetune.add_argument(
-        "--batch-size", type=int, default=128, metavar="N", help="images of a step, default 128"
-    )
-    finetune.add_argument(
-        "--lr",
-        type=float,
-        default=5e-5,
-        metavar="RATE",
-        help="for 512 images, default 5e-5; scaled by N / 512",
-    )
-    finetune.add_argument(
-        "--weight-decay", type=float, default=0.05, metavar="X", help="default 0.05"
-    )
-    finetune.add_argument(
-        "--label-smoothing", type=float, default=0.1, metavar="SHARE", help="default 0.1"
-    )
-    finetune.add_argument(
-        "--drop-path-rate", type=float, default=0.1, metavar="SHARE", help="default 0.1"
-    )
+    add_number(finetune, "--epochs", "passes over the train set", default=30)
+    add_number(finetune, "--batch-size", "images of a step", default=128)
+    says = "for 512 images, scaled by N / 512"
+    add_number(finetune, "--lr", says, default=5e-5, kind=float, metavar="RATE")
+    add_number(finetune, "--weight-decay", "of AdamW", default=0.05, kind=float, metavar="X")
+    for option, default in (("--label-smoothing", 0.1), ("--drop-path-rate", 0.1)):
+        says = option.strip("-").replace("-", " ")
+        add_number(finetune, option, says, default=default, kind=float, metavar="SHARE")
     finetune.add_argument(
         "--precision", choices=("bf16", "fp32"), help="default bf16 on a GPU, fp32 on a CPU"
     )
     finetune.add_argument(
         "--out",
         metavar="FILE.safetensors",
-        help=f"also write the backbone of the last epoch, and of the best {_KEPT}",
+        help=f"also write the backbone of the last epoch, and of the best {_SAVED}",
     )
     finetune.set_defaults(run=_evaluate_finetune)
 
 
 def _add_common(task: argparse.ArgumentParser) -> None:
     add_weights(task)
-    task.add_argument("--train", required=True, metavar="DATA", help=DATA_HELP)
-    task.add_argument("--test", required=True, metavar="DATA", help=DATA_HELP)
-    task.add_argument("--untrained", action="store_true", help=UNTRAINED_HELP)
-    task.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of all random numbers, default 0"
-    )
+    add_labelled_sets(task)
+    add_untrained(task)
+    add_number(task, "--seed", "of all random numbers", default=0)
     task.add_argument(
         "--log", metavar="FILE.jsonl", help="append each intermediate result to this file at once"
     )
-    task.add_argument("--num-workers", type=int, default=2, metavar="N", help=WORKERS_HELP)
-    task.add_argument("--no-cache", action="store_true", help="neither read nor keep features")
+    add_num_workers(task)
+    add_no_cache(task)
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
-    """What all three functions take."""
-    from dinoscale.evaluate.classification.inputs import Reading
-
+    """The arguments that all three functions take."""
     return {
         "weights_path": options.weights,
         "train_spec": options.train,
@@ -158,9 +136,7 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "untrained": options.untrained,
         "log_path": options.log,
-        "reading": Reading(num_workers=options.num_workers, cache=not options.no_cache),
-        "network": options.network,
-        "num_heads": options.num_heads,
+        "options": extraction_options(options, cache=not options.no_cache),
     }
 
 
@@ -173,7 +149,7 @@ def _evaluate_linear(options: argparse.Namespace) -> dict[str, Any]:
     own = ("iterations",) if options.protocol == "grid" else ("epochs", "lr")
     given = {name: value for name, value in named.items() if value is not None}
     for name in given.keys() - set(own):
-        raise ConfigError(f"--{name}: --protocol {options.protocol} has no such number")
+        raise ConfigError(f"--{name}: --protocol {options.protocol} has no such option")
     protocol = GridProtocol if options.protocol == "grid" else DinoProtocol
     return evaluate_linear(
         protocol=protocol(batch_size=options.batch_size, **given),

@@ -1,1 +1,1 @@
-"""What the features are worth: nearest neighbours, and pictures of attention."""
+"""Evaluation of backbones: classification, dense tasks, retrieval, video."""

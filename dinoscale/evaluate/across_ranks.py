@@ -1,7 +1,7 @@
-"""Work on a set of images, shared out over the ranks of the job.
+"""Features of a set of images, extracted by all ranks of the job together.
 
-One process is one rank with all of it. A rank takes whole batches, those that one process would
-make: a row of a matrix product may depend in its last bit on how many rows are with it.
+Each rank takes whole batches, the same ones that a single process would form: the last bit of a row
+of a matrix product may depend on the number of rows.
 
 Shape letters: N images of the set that can be read.
 """
@@ -18,26 +18,26 @@ from torch import Tensor
 
 from dinoscale.runtime import distributed
 
-_LOOK_S = 1.0  # between two looks whether another rank has failed
+_CHECK_S = 1.0  # between two checks whether another rank has failed
 
 Extract = Callable[[NDArray[np.int64], Callable[[], None]], tuple[Tensor, Tensor]]
 
 
 def over_ranks(extract: Extract, *, num_images: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Let every rank extract its share of a set, and put the rows together; all ranks call it.
+    """Let every rank extract its share of a set, and gather the rows; all ranks call it.
 
     Args:
-        extract: takes the numbers of the images and a function that it calls after each batch;
-            gives a row for each image that can be read, and the numbers of these, (N,) int64. Its
-            batches are `batch_size` consecutive numbers each.
+        extract: takes the indices of images and a function to call after each batch; returns a row
+            for each readable image, and the indices of these, (N,) int64. Its batches are
+            `batch_size` consecutive indices each.
         num_images: of the set.
         batch_size: images of one batch.
 
     Returns:
-        Rows (N, ...) and numbers (N,) in the order of the set, on every rank.
+        Rows (N, ...) and indices (N,) in the order of the set, on every rank.
 
     Raises:
-        DinoscaleError: the first that a rank met, on all of them, within seconds.
+        DinoscaleError: the first error of any rank, on all ranks, within seconds.
     """
     rows, numbers = _share_of_rank(extract, num_images=num_images, batch_size=batch_size)
     if distributed.world_size() == 1:
@@ -48,7 +48,7 @@ def over_ranks(extract: Extract, *, num_images: int, batch_size: int) -> tuple[T
         order = numbers.argsort()
         return rows[order], numbers[order]
 
-    return distributed.together(in_order)  # takes the memory of all rows once more
+    return distributed.together(in_order)  # copies all rows, so it may run out of memory
 
 
 def _share_of_rank(extract: Extract, *, num_images: int, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def _share_of_rank(extract: Extract, *, num_images: int, batch_size: int) -> tup
         try:
             return extract(share, alarm.check)
         except _OtherRankFailed:
-            return None  # whose error `together` raises
+            return None  # `together` raises the error of that rank
         except BaseException:
             alarm.ring()
             raise
@@ -71,23 +71,23 @@ def _share_of_rank(extract: Extract, *, num_images: int, batch_size: int) -> tup
 
 
 class _OtherRankFailed(Exception):  # noqa: N818  # no error of this rank
-    """What this rank does is no longer of use."""
+    """Stops this rank, whose work is now useless."""
 
 
 class _Alarm:
-    """Tells the other ranks amid their work that one has failed."""
+    """Tells ranks at work that another rank has failed."""
 
     def __init__(self) -> None:
         self._store = distributed.KeyValueStore()
         self._key = f"failed {distributed.broadcast_object(uuid.uuid4().hex)}"
-        self._next_look = 0.0
+        self._next_check = 0.0
 
     def ring(self) -> None:
         self._store.set(self._key, str(distributed.rank()))
 
     def check(self) -> None:
-        """Raise if a rank has failed; costs nothing most of the time."""
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + _LOOK_S
-            if self._store.get(self._key) is not None:
+        """Raise if a rank has failed; most calls cost nothing."""
+        if time.monotonic() >= self._next_check:
+            self._next_check = time.monotonic() + _CHECK_S
+            if self._board.read(self._key) is not None:
                 raise _OtherRankFailed

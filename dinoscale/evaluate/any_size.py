@@ -1,4 +1,4 @@
-"""Whole images of any size and shape before a ViT: one by one, resized, in whole patches.
+"""Whole images of any size and shape as inputs of a ViT: resized, and cut to whole patches.
 
 Shape letters: C channels, H, W pixels, R, C rows and columns of patches, p patch size.
 """
@@ -30,14 +30,16 @@ from dinoscale.data.sources.image_files import write_names
 from dinoscale.data.sources.listing import COMPRESSED_TAR, Listing, OtherFiles
 from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.runtime.outputs import atomic_write
+from dinoscale.evaluate.features import normalize_images
+from dinoscale.evaluate.frozen_backbone import LoadedBackbone
+from dinoscale.runtime.outputs import replacing
 
 log = logging.getLogger(__name__)
 
-SIZE = 480  # pixels; the reference's attention figures
+SIZE = 480  # pixels, as the reference's attention figures
 MAX_PATCHES = 2**14  # of one image: 2048 x 2048 pixels in patches of 16
 
-_NAME_LENGTH = 80  # characters; some file systems allow few more
+_NAME_LENGTH = 80  # characters; some file systems allow little more
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,21 @@ class Fit:
             )
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Patches of an image of so many pixels: (R, C).
+        """Number of patches of an image: (R, C).
 
         Raises:
-            DataError: they are more than a network can look at in one piece.
+            DataError: they are too many for one forward.
         """
         columns, rows = (side // self.patch for side in self._resized(width, height))
         if rows * columns > MAX_PATCHES:
             raise DataError(
                 f"{width} x {height} pixels become {columns} x {rows} patches, more than "
-                f"{MAX_PATCHES}. Cut the image, take a smaller size, or squares."
+                f"{MAX_PATCHES}. Crop the image, or choose a smaller size, or squares."
             )
         return rows, columns
 
     def cut(self, image: Image.Image) -> Image.Image:
-        """Resize, then cut what fills no patch at the right and lower edge, as the reference."""
+        """Resize, then cut off partial patches at the right and lower edge, as the reference."""
         rows, columns = self.grid(*image.size)
         resized = image.resize(self._resized(*image.size), Image.Resampling.BICUBIC)
         return resized.crop((0, 0, columns * self.patch, rows * self.patch))
@@ -86,7 +88,7 @@ class Fit:
         return image.resize((columns * self.patch, rows * self.patch), Image.Resampling.BICUBIC)
 
     def protocol(self) -> dict[str, object]:
-        """What of it changes a number, ready for JSON."""
+        """All that changes a number, ready for JSON."""
         return {**asdict(self), "interpolation": "bicubic"}
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
@@ -101,27 +103,27 @@ def find_patch_size(backbone: nn.Module) -> int:
     """Return p of a ViT.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is no ViT.
     """
     if not callable(getattr(backbone, "last_attention", None)):
         kind = type(backbone).__name__
         raise ConfigError(f"attention and patch features need a ViT, this is a {kind}")
-    return int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT of ours
+    return int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT
 
 
 def image_mode(*, channels: int) -> str:
-    """Return Pillow's name of the images of a backbone.
+    """Return the Pillow mode of the images of a backbone.
 
     Raises:
-        ConfigError: Pillow has no pictures of so many channels.
+        ConfigError: Pillow has no mode for that number of channels.
     """
     if channels not in (1, 3):
-        raise ConfigError(f"pictures are drawn of images of 1 or 3 channels, not {channels}")
+        raise ConfigError(f"pictures can be drawn of images of 1 or 3 channels, not {channels}")
     return "RGB" if channels == 3 else "L"
 
 
 def open_images(spec: str, card: BackboneCard) -> Source:
-    """Open a set of images as a backbone wants them; one image file is a set too.
+    """Open a set of images with the channels of a backbone; one image file is a set too.
 
     Raises:
         ConfigError: the backbone's channels cannot be drawn.
@@ -146,12 +148,12 @@ def read_image(source: Source, index: int) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Seen:
+class FittedImage:
     """An image as a backbone sees it.
 
     Attributes:
         path: where it lies, for messages.
-        size: its own height and width in pixels.
+        size: its original height and width in pixels.
         image: resized and cut to whole patches.
     """
 
@@ -160,7 +162,7 @@ class Seen:
     image: Image.Image
 
     def save(self, file: Path, arrays: dict[str, NDArray[Any]], *, patch: int) -> None:
-        """Write raw arrays into an NPZ file, with what one has to know about them."""
+        """Write arrays into an NPZ file, with the name and the sizes of the image."""
         about = {
             "name": np.array(self.path.encode("utf-8", "replace").decode()),
             "patch": np.array(patch),
@@ -171,10 +173,12 @@ class Seen:
             np.savez(beside, allow_pickle=False, **arrays, **about)
 
 
-class SeenImages:
+class FittedImages:
     """The images of a set one by one; those that cannot be used are named and left out.
 
     Attributes:
+        fit: how they become whole patches.
+        used: number of images so far.
         left_out: `path: reason` of each so far.
     """
 
@@ -182,36 +186,74 @@ class SeenImages:
         """Take the first `limit` images, or all; `progress` draws a bar on a terminal."""
         if limit is not None and limit < 1:
             raise ConfigError(f"limit: need at least one image, got {limit}")
+        self.fit, self.used = fit, 0
         self.left_out: list[str] = []
-        self._source, self._fit, self._progress = source, fit, progress
+        self._source, self._progress = source, progress
         self._number = min(len(source), limit or len(source))
 
-    def __iter__(self) -> Iterator[Seen]:
-        """Raises DataError at the end, if there was none."""
+    def __iter__(self) -> Iterator[FittedImage]:
+        """Yield the usable images; DataError at the end, if there is none."""
         bar = tqdm(range(self._number), unit="img", disable=None if self._progress else True)
         for index in bar:
             path = self._source.path(index)
             try:
                 image = read_image(self._source, index)
-                seen = Seen(path, (image.height, image.width), self._fit.cut(image))
+                fitted = FittedImage(path, (image.height, image.width), self.fit.cut(image))
             except DataError as error:
                 self.left_out.append(str(error) if path in str(error) else f"{path}: {error}")
                 log.warning("left out %s", self.left_out[-1])
                 continue
-            yield seen
-        if len(self.left_out) == self._number:
+            self.used += 1
+            yield fitted
+        if not self.used:
             raise DataError(f"no image can be used; the first: {self.left_out[0]}")
+
+    def report(self, folder: Path, sheet: str) -> dict[str, object]:
+        """What was read, and where its pictures are, ready for JSON."""
+        return {
+            "images": self.used,
+            "left_out": self.left_out,
+            "folder": str(folder),
+            "picture": str(folder / sheet),
+        }
+
+
+def fitted_images(
+    loaded: LoadedBackbone,
+    spec: str,
+    *,
+    size: int,
+    square: bool,
+    limit: int | None,
+    progress: bool,
+) -> FittedImages:
+    """Open the images of a set for a ViT.
+
+    Args:
+        loaded: the ViT.
+        spec: as of `open_images`.
+        size: as of `Fit`.
+        square: as of `Fit`.
+        limit: number of images, the first ones; None takes all.
+        progress: draw a bar on stderr, if that is a terminal.
+
+    Raises:
+        ConfigError: a setting is out of range, or the backbone is no ViT.
+        DataError: nothing is there, or it holds no images.
+    """
+    fit = Fit(find_patch_size(loaded.backbone), size, square)
+    return FittedImages(open_images(spec, loaded.card), fit, limit=limit, progress=progress)
 
 
 class NamedFolders:
-    """A folder of its own for each image below `out`, named as the image."""
+    """Makes a folder below `out` for each image, named as the image."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
         self._taken: set[str] = set()
 
     def make(self, path: str) -> Path:
-        """Make the folder of an image, `path` as its source tells it; equal names get a number."""
+        """Make the folder of an image, `path` as its source gives it; equal names get a number."""
         base = path.rpartition("::")[2].rpartition("/")[2]  # of a member, or of a file
         stem = re.sub(r"[^\w.+-]+", "_", base.rpartition(".")[0] or base).strip(".")
         stem = stem[:_NAME_LENGTH] or "image"
@@ -226,10 +268,10 @@ class NamedFolders:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, in the format of the name's ending.
+    """Write a picture, in the format of the file extension.
 
     Raises:
-        OutputError: something lies there that is not ours.
+        OutputError: a file that this program did not write is there.
         OSError: it cannot be written.
     """
     with atomic_write(path) as beside:
@@ -241,7 +283,7 @@ def writing_to(out: Path) -> Iterator[None]:
     """Make a folder to write into.
 
     Raises:
-        DataError: it cannot be made, or something cannot be written within the block.
+        DataError: it cannot be made, or a write within the block fails.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

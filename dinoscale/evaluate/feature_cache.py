@@ -1,15 +1,15 @@
-"""Features of images, kept between runs under a name made of all that they depend on.
+"""A cache of features on disk, under keys of all that the features depend on.
 
-That is the content of the weights, what is taken from the network, the preparation of the images,
-the files of the set (not their paths: size and times of each file, in order), the kind of device,
-what our own code does and the libraries that decode, resize and multiply. The size of the batches
-is not part of it: it moves last bits only.
+A key holds the content of the weights, which output of the network they are, the preparation of the
+images, the files of the set (size and times of each file in order, not its path), the kind of
+device, our own code, and the libraries that decode, resize and multiply. The batch size is not part
+of it: it changes last bits only.
 
-A file system gives a file another change time (`ctime`) whenever it is written, replaced or
-renamed, and programs cannot set it. So a set that was copied is measured anew, one that was moved
-as a whole is not, and a picture that was changed is never missed.
+A file system changes the `ctime` of a file whenever it is written, replaced or renamed, and
+programs cannot set it. So the features of a copied set are extracted again, those of a set whose
+folder was moved are not, and a changed picture is never missed.
 
-All features together have a limit, `DINOSCALE_CACHE_GB`: those read longest ago go first.
+`DINOSCALE_CACHE_GB` limits the size of all features: the least recently used are deleted first.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from dinoscale.runtime.outputs import write_tensors
 
 log = logging.getLogger(__name__)
 
-MOST_GB = 32  # 10^9 bytes of all features that are kept; of ImageNet by a ViT-B they are 4
-# What makes features, and, by what these import, all that can change one.
+MOST_GB = 32  # 10^9 bytes of all cached features; those of ImageNet by a ViT-B take 4
+# The modules that compute features; with their imports, all code that can change one.
 _MODULES = ("features", "classification.linear_heads", "retrieval.multi_scale")
 
 
@@ -47,7 +47,7 @@ class InFiles(Protocol):
     """A source whose images lie in files."""
 
     def files(self) -> Iterator[str]:
-        """Paths of the files, in an order that tells the images'."""
+        """Paths of the files, in the order of the images."""
         ...
 
 
@@ -66,24 +66,24 @@ def features_key(
     files: InFiles,
     preparation: Preparation,
     *,
-    taken: str,
+    output_key: str,
     device: torch.device,
 ) -> str:
-    """Write down all that the features of a set depend on.
+    """Describe all that the features of a set depend on.
 
     Args:
-        backbone: whose weights count, not their file.
+        backbone: by its weights, not by their file.
         files: the set.
         preparation: of its images.
-        taken: what the output depends on besides these.
-        device: where the backbone is.
+        output_key: all that the output depends on besides these, in words.
+        device: of the backbone.
 
     Returns:
-        JSON; equal texts mean equal features.
+        JSON; equal keys mean equal features.
     """
     about = {
         "weights": weights_digest(backbone),
-        "taken": taken,
+        "taken": output_key,
         "preparation": asdict(preparation),
         "files": _files_digest(files),
         "device": device.type,
@@ -107,8 +107,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _files_digest(source: InFiles) -> dict[str, object]:
-    """Of a set, wherever it lies and whatever its files are called."""
-    found = files_fingerprint("", source.files())
+    """Digests of the files of a set, independent of their paths."""
+    found = files_print("", source.files())
     return {part: found[part] for part in ("number", "sizes", "times")}
 
 
@@ -119,38 +119,38 @@ def through_cache(
     num_images: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Read features where they are kept, else extract and keep them; all ranks call it.
+    """Read features from the cache, else extract and cache them; all ranks call it.
 
-    Rank 0 reads and writes; the others need not see its disk.
+    Only rank 0 reads and writes; the others need no access to its disk.
 
     Args:
-        key: makes a `features_key`.
-        extract: gives features (N, D) and the numbers of their images (N,), on every rank.
-        num_images: of the set, for the count of those that were left out.
-        device: where the result will be.
+        key: returns a `features_key`.
+        extract: returns features (N, D) and the indices of their images (N,), on every rank.
+        num_images: of the set, to count those that were left out.
+        device: of the result.
 
     Returns:
-        What `extract` gives, or gave when they were kept.
+        What `extract` returns, or returned when it was cached.
 
     Raises:
-        ConfigError: DINOSCALE_CACHE_GB is no size.
+        ConfigError: DINOSCALE_CACHE_GB is not a number of at least 0.
     """
     most_bytes = distributed.together(_most_bytes)
-    of_rank_0 = distributed.rank() == 0
-    name = distributed.together(key) if of_rank_0 else distributed.together(str)
-    kept = _read(name, num_images=num_images) if of_rank_0 else None
-    if distributed.broadcast_object(kept is None):
+    is_rank_0 = distributed.rank() == 0
+    name = distributed.together(key) if is_rank_0 else distributed.together(str)
+    cached = _read(name, num_images=num_images) if is_rank_0 else None
+    if distributed.broadcast_object(cached is None):
         features, numbers = extract()
-        if of_rank_0:
+        if is_rank_0:
             _write(name, features, numbers, most_bytes=most_bytes)
         return features, numbers
-    features, numbers = kept or (torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64))
+    features, numbers = cached or (torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64))
     gather = distributed.gather_rows
     return gather(features.to(device)), gather(numbers.to(device))
 
 
 def _read(key: str, *, num_images: int) -> tuple[Tensor, Tensor] | None:
-    """What is kept under a key, on the CPU; a damaged file is reported and counts as none."""
+    """The features under a key, on the CPU; None, with a warning, if their file is damaged."""
     try:
         path = _path_of(key)
         if not os.path.exists(path):
@@ -158,35 +158,35 @@ def _read(key: str, *, num_images: int) -> tuple[Tensor, Tensor] | None:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             features, numbers = file.get_tensor("features"), file.get_tensor("numbers")
-        with contextlib.suppress(OSError):  # the folder may be for reading only
+        with contextlib.suppress(OSError):  # the folder may be read-only
             os.utime(path)
     except (OSError, SafetensorError) as error:
-        log.warning("cannot use the features in the cache (%s): extracting them anew", error)
+        log.warning("cannot read the cache (%s): extracting the features again", error)
         return None
     if about != _about(key, features, numbers):
-        log.warning("%s is damaged: extracting the features anew", path)
+        log.warning("%s is damaged: extracting the features again", path)
         return None
     log.info("features read from cache: %s", path)
     if len(numbers) < num_images:
         left_out = num_images - len(numbers)
-        log.warning("%d of %d images were left out of them as unreadable", left_out, num_images)
+        log.warning("%d of %d images were unreadable and left out of them", left_out, num_images)
     return features, numbers
 
 
 def _most_bytes() -> float:
-    """The limit of all features that are kept."""
-    given = os.environ.get("DINOSCALE_CACHE_GB") or str(MOST_GB)
+    """The size limit of the cache."""
+    value = os.environ.get("DINOSCALE_CACHE_GB") or str(MOST_GB)
     try:
-        gigabytes = float(given)
+        gigabytes = float(value)
     except ValueError:
         gigabytes = math.nan
     if not gigabytes >= 0:
-        raise ConfigError(f"DINOSCALE_CACHE_GB: need a number of gigabytes, got {given!r}")
+        raise ConfigError(f"DINOSCALE_CACHE_GB: need a number of gigabytes, got {value!r}")
     return gigabytes * 1e9
 
 
 def _write(key: str, features: Tensor, numbers: Tensor, *, most_bytes: float) -> None:
-    """Keep features, whole or not at all; where that fails, say so and go on."""
+    """Write features into the cache, whole or not at all; a failure is only a warning."""
     beside = None
     try:
         path = _path_of(key)
@@ -194,15 +194,15 @@ def _write(key: str, features: Tensor, numbers: Tensor, *, most_bytes: float) ->
         fits = size <= most_bytes
         keep_recent(path, most_bytes=most_bytes - size * fits)
         if not fits:
-            log.warning("%.1f GB of features are not kept: DINOSCALE_CACHE_GB", size / 1e9)
+            log.warning("%.1f GB of features are not cached: above DINOSCALE_CACHE_GB", size / 1e9)
             return
         beside = f"{path}.{uuid.uuid4().hex}.partial"
         tensors = {"features": features.cpu().contiguous(), "numbers": numbers.cpu().contiguous()}
         write_tensors(tensors, beside, metadata=_about(key, **tensors))
         os.replace(beside, path)
-        log.info("features kept in %s", path)
+        log.info("features cached in %s", path)
     except (OSError, SafetensorError) as error:
-        log.warning("cannot keep the features for the next time (%s)", error)
+        log.warning("cannot cache the features (%s)", error)
     finally:
         if beside is not None and os.path.exists(beside):
             os.unlink(beside)

@@ -1,6 +1,6 @@
-"""Features of a labelled set of images: a frozen backbone's, and raw pixels as the floor.
+"""Features of a labelled set of images: those of a backbone, and raw pixels as a baseline.
 
-Shape letters: N images of the source that can be read, C channels, H, W pixels, D width.
+Shape letters: N readable images of the source, C channels, H, W pixels, D width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dinoscale.runtime.float32 import exact_float32
 
 log = logging.getLogger(__name__)
 
-PIXEL_SIDE = 16  # of the thumbnails whose pixels are the floor
+PIXEL_SIDE = 16  # of the thumbnails whose pixels are the baseline
 
 
 def check_labels(source: Source, *, name: str) -> NDArray[np.int64]:
@@ -43,7 +43,7 @@ def check_labels(source: Source, *, name: str) -> NDArray[np.int64]:
     labels = source.labels
     if labels is None:
         raise DataError(
-            f"{name}: the images have no labels; it takes one subfolder a class, or .cls members"
+            f"{name}: the images have no labels; use one subfolder per class, or .cls members"
         )
     unknown = np.flatnonzero(labels < 0)
     if len(unknown):
@@ -57,7 +57,7 @@ def check_labels(source: Source, *, name: str) -> NDArray[np.int64]:
 def find_device(name: str | None) -> torch.device:
     """Return the named device, or the accelerator if there is one, or the CPU.
 
-    Every measurement comes by here: from now on float32 products of this process are exact.
+    Every measurement calls this: from here on float32 products of this process are exact.
 
     Raises:
         ConfigError: there is no such device here.
@@ -83,30 +83,30 @@ def extract_features(
     batch_size: int,
     device: torch.device | str,
     num_workers: int,
-    taken: str | None = None,
+    output_key: str | None = None,
     progress: bool = False,
     on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Run a backbone over all undamaged images of a labelled source, without augmentation.
 
-    All ranks of a job call it, each runs its share, and all get the whole. The backbone is put into
-    eval mode and back. Its weights must be on `device`; images enter in their dtype.
+    All ranks of a job call it; each runs its share, and all get the features of the whole set. The
+    backbone is switched to eval mode and back. Images are cast to the dtype of its weights.
 
     Args:
         backbone: takes a list of images (N, C, H, W), returns (N, D).
-        source: labelled images; damaged ones are left out with a warning.
+        source: labelled images; damaged images are left out with a warning.
         resize: short side after the bicubic resize, in pixels.
         crop: side of the center crop, in pixels.
         mean: of each channel, in 0..1.
         std: of each channel, in 0..1.
         batch_size: images in one forward.
-        device: where the backbone is, and where the result will be.
+        device: of the backbone and of the result.
         num_workers: processes that decode; 0 decodes in this one.
-        taken: in words, all that the output depends on besides weights and images (architecture,
-            layers, decoder): the features are read from the cache, or kept there. None does
-            neither; drawn sets are never kept.
+        output_key: all that the output depends on besides weights and images (architecture,
+            layers, decoder), in words, as part of the key in the cache. None does not cache;
+            synthetic sets are never cached.
         progress: draw a bar on stderr, if that is a terminal.
-        on_batch: called after each batch; a watchdog wants to know that it goes on.
+        on_batch: called after each batch, to feed a watchdog.
 
     Returns:
         Features (N, D) float32, not normalised, and labels (N,) int64, both on `device`.
@@ -114,8 +114,8 @@ def extract_features(
     Raises:
         DataError: an image has no label.
         NonFiniteError: a feature is not a finite number.
-        RunFailedError: a batch needs more memory than there is.
-        UnavailableError: the file of an image cannot be read, whatever is in it.
+        RunFailedError: a batch needs more memory than available.
+        UnavailableError: the file of an image cannot be read at all.
     """
     labels = check_labels(source, name="evaluation")
     device = torch.device(device)
@@ -128,17 +128,19 @@ def extract_features(
         on_batch=on_batch,
     )
     extract = partial(over_ranks, forward, num_images=len(source), batch_size=batch_size)
-    if taken is None or not isinstance(source, InFiles):
+    if output_key is None or not isinstance(source, InFiles):
         features, numbers = extract()
     else:
-        key = partial(features_key, backbone, source, preparation, taken=taken, device=device)
+        key = partial(
+            features_key, backbone, source, preparation, output_key=output_key, device=device
+        )
         features, numbers = through_cache(key, extract, num_images=len(source), device=device)
     return features, torch.from_numpy(labels)[numbers.cpu()].to(device)
 
 
 @dataclass(frozen=True)
 class _Forward:
-    """Backbone and images, and how the ones go through the other."""
+    """The forward of the images of a source through a backbone."""
 
     backbone: nn.Module
     source: Source
@@ -150,39 +152,37 @@ class _Forward:
     on_batch: Callable[[], None]
 
     def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
-        """Features of the readable ones of these images, and their numbers, on the device."""
+        """Features of the readable images, and their indices, on the device."""
         try:
-            return self._extracted(ids, check)
+            return self._extract(ids, check)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise RunFailedError(
-                f"evaluating {self.batch_size} images at once needs more memory than there is"
+                f"evaluating {self.batch_size} images at once needs more memory than available"
                 f" ({str(error).split('. ')[0]}); lower the batch size (eval.batch_size of a run)"
             ) from error
 
-    def _extracted(
-        self, ids: NDArray[np.int64], check: Callable[[], None]
-    ) -> tuple[Tensor, Tensor]:
-        how = self.preparation
+    def _extract(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        preparation = self.preparation
         batches = eval_batches(
             self.source,
             ids=ids,
-            resize=how.resize,
-            crop=how.crop,
+            resize=preparation.resize,
+            crop=preparation.crop,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
         )
         weight = next(self.backbone.parameters(), None)
         dtype = torch.float32 if weight is None else weight.dtype
-        # A rank's share may be empty, or unreadable as a whole.
+        # A rank's share may be empty, or wholly unreadable.
         features = [torch.zeros(0, int(getattr(self.backbone, "embed_dim", 0)), device=self.device)]
         numbers = [torch.zeros(0, dtype=torch.int64)]
         bar = tqdm(total=len(ids), unit="img", disable=None if self.progress else True)
         with bar, eval_mode(self.backbone), torch.no_grad():
             for images, _, of_batch in batches:
                 moved = images.to(self.device, non_blocking=True)
-                pixels = normalize_images(moved, mean=how.mean, std=how.std).to(dtype)
-                features.append(self.backbone([pixels]).float())
+                pixels = normalize_images(moved, mean=preparation.mean, std=preparation.std)
+                features.append(self.backbone([pixels.to(dtype)]).float())
                 numbers.append(of_batch)
                 bar.update(len(of_batch))
                 self.on_batch()
@@ -192,10 +192,10 @@ class _Forward:
 
 
 def require_finite(features: Tensor) -> Tensor:
-    """Return what a backbone has made, if all of it are finite numbers.
+    """Return features, if all of them are finite.
 
     Raises:
-        NonFiniteError: they are not.
+        NonFiniteError: one is not.
     """
     if not torch.isfinite(features).all():
         raise NonFiniteError("the backbone's features are not finite; its weights have diverged")
@@ -204,7 +204,7 @@ def require_finite(features: Tensor) -> Tensor:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and back into the one it was in."""
+    """Put a module into eval mode, and restore its mode afterwards."""
     was_training = module.training
     module.eval()
     try:
@@ -218,12 +218,12 @@ def pixel_features(
 ) -> tuple[Tensor, Tensor]:
     """Shrink every whole image to 16 x 16 by area averaging (PIL's BOX), whatever its shape.
 
-    Their k-NN accuracy, less the mean image of the bank, is the floor that learned features must
-    clear: it measures how far color and layout alone tell the classes. Shared out over ranks.
+    The k-NN accuracy of these pixels, minus the mean image of the bank, is a baseline for learned
+    features: what color and layout alone tell about the classes. The ranks share the images.
 
     Args:
-        source: labelled images; damaged ones are left out with a warning.
-        batch_size: images that travel from a worker at a time.
+        source: labelled images; damaged images are left out with a warning.
+        batch_size: images that a worker sends at a time.
         num_workers: processes that decode; 0 decodes in this one.
 
     Returns:
@@ -231,7 +231,7 @@ def pixel_features(
 
     Raises:
         DataError: an image has no label, or none can be read.
-        UnavailableError: the file of an image cannot be read, whatever is in it.
+        UnavailableError: the file of an image cannot be read at all.
     """
     labels = check_labels(source, name="evaluation")
 
@@ -239,7 +239,7 @@ def pixel_features(
         batches = eval_batches(
             _Thumbnails(source),
             ids=ids,
-            resize=PIXEL_SIDE,  # the thumbnails' own size: nothing more happens to them
+            resize=PIXEL_SIDE,  # the size of the thumbnails: no further resize
             crop=PIXEL_SIDE,
             batch_size=batch_size,
             num_workers=num_workers,

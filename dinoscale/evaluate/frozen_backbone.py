@@ -1,4 +1,4 @@
-"""A backbone that is only looked through: opened once, with the way its images are prepared.
+"""A frozen backbone, loaded once for a measurement, and the features it extracts.
 
 Shape letters: N images of a set that can be read, D width.
 """
@@ -6,8 +6,9 @@ Shape letters: N images of a set that can be read, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,120 +25,186 @@ from dinoscale.runtime import distributed
 
 OUTPUT = "output"  # of a backbone, as it is
 
-
-def taken_of(card: BackboneCard, what: str) -> str:
-    """Say what features depend on besides weights, for the cache."""
-    return f"{what} of {card.backbone}, white {card.white}"
+AnyBackbone = TypeVar("AnyBackbone", bound="LoadedBackbone")
 
 
 @dataclass(frozen=True)
-class Extraction:
-    """How a backbone is opened and its features are taken.
+class LoadOptions:
+    """Which backbone of a weights file to load, and onto which device.
 
     Attributes:
-        network: which network of a file with both.
-        num_heads: for files without a card whose heads are not 64 channels wide.
-        resize: short side of the images in pixels; None takes the weights file's.
-        crop: side of the center crop in pixels; None takes the weights file's.
-        batch_size: images in one forward.
-        num_workers: processes of each rank that decode; 0 decodes in this one.
+        network: teacher or student, of a run or a full checkpoint.
+        num_heads: for weights that do not state it and whose heads are not 64 channels wide.
         device: a torch device; None takes the accelerator if there is one.
-        cache: read features that are kept from an earlier run, and keep those extracted.
-        progress: draw bars on stderr, if that is a terminal.
+        progress: draw progress bars on stderr, if that is a terminal.
     """
 
     network: Network = "teacher"
     num_heads: int | None = None
-    resize: int | None = None
-    crop: int | None = None
-    batch_size: int = 64
-    num_workers: int = 4
     device: str | None = None
-    cache: bool = True
     progress: bool = True
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """Backbone and preparation.
+class ExtractionOptions(LoadOptions):
+    """How features are extracted from images; only `resize` and `crop` change them.
 
     Attributes:
-        backbone: on `device`, in eval mode, without gradients.
-        card: of its file, with the sizes that were asked for.
-        device: where it computes.
-        how: its features are taken.
+        resize: short side of the images in pixels; None takes the weights file's.
+        crop: side of the center crop in pixels; None takes the weights file's.
+        batch_size: images of one forward without gradients.
+        num_workers: processes of each rank that decode; 0 decodes in the rank itself.
+        cache: read features cached by an earlier run, and cache those extracted.
     """
 
+    resize: int | None = None
+    crop: int | None = None
+    batch_size: int = 64
+    num_workers: int = 4
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if self.batch_size < 1 or self.num_workers < 0:
+            numbers = f"{self.batch_size} and {self.num_workers}"
+            raise ConfigError(f"need batch_size > 0 and num_workers >= 0, got {numbers}")
+
+
+DEFAULT_LOADING = LoadOptions()
+DEFAULT_EXTRACTION = ExtractionOptions()
+
+
+@dataclass(frozen=True)
+class LoadedBackbone:
+    """A frozen backbone on its device.
+
+    Attributes:
+        path: of its weights file.
+        backbone: in eval mode, without gradients.
+        card: what it is, and how its images are prepared.
+        device: where it computes.
+    """
+
+    path: str
     backbone: nn.Module
     card: BackboneCard
     device: torch.device
-    how: Extraction
 
     def open(self, spec: str, alive: Callable[[], None] = lambda: None) -> Source:
-        """Open images as this backbone takes them; `alive` as of `open_source`.
+        """Open images with the channels of this backbone; `alive` as of `open_source`.
 
         Raises:
             DataError: nothing is there, it cannot be read, or it holds no images.
         """
-        return open_source(spec, Decoder(self.card.backbone.in_chans, self.card.white), alive)
+        return open_source(spec, self.decoder, alive)
 
-    def features(self, source: Source) -> tuple[Tensor, Tensor]:
-        """Outputs (N, D) and labels (N,) of the readable images; all ranks of a job call it.
+    @property
+    def decoder(self) -> Decoder:
+        """Decodes images to the channels of this backbone."""
+        return Decoder(self.card.backbone.in_chans, self.card.white)
+
+    def untrained(self: AnyBackbone) -> AnyBackbone:
+        """The same architecture and preparation with fresh weights, the same at every call."""
+        return replace(self, backbone=untrained_backbone(self.card).to(self.device))
+
+    def report(self, task: str, **parts: object) -> dict[str, object]:
+        """The report of a task, ready for JSON: which weights it measured, then its own parts."""
+        return {
+            "task": task,
+            "weights": self.path,
+            "weights_source": self.card.source,
+            "backbone": asdict(self.card.backbone),
+            **parts,
+        }
+
+
+@dataclass(frozen=True)
+class FeatureExtractor(LoadedBackbone):
+    """A frozen backbone, and how it extracts the features of whole sets.
+
+    Attributes:
+        options: as given; `card` has the image sizes that they ask for.
+    """
+
+    options: ExtractionOptions
+
+    def features(
+        self,
+        source: Source,
+        network: nn.Module | None = None,
+        *,
+        output_key: str | None = OUTPUT,
+        progress: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Features (N, D) and labels (N,) of the readable images; all ranks of a job call it.
 
         Args:
             source: labelled images, of `open`.
+            network: the backbone, or a module around it; None takes the backbone.
+            output_key: what the network computes, in words, for the cache; None does not cache.
+            progress: draw a bar, if the options do.
 
         Raises:
             DataError: an image has no label.
             NonFiniteError: a feature is not a finite number.
         """
-        card = self.card
+        card, options = self.card, self.options
+        cached = output_key is not None and options.cache
         return extract_features(
-            self.backbone,
+            self.backbone if network is None else network,
             source,
             resize=card.resize,
             crop=card.crop,
             mean=card.mean,
             std=card.std,
-            batch_size=self.how.batch_size,
+            batch_size=options.batch_size,
             device=self.device,
-            num_workers=self.how.num_workers,
-            taken=taken_of(card, OUTPUT) if self.how.cache else None,
-            progress=self.how.progress,
+            num_workers=options.num_workers,
+            output_key=f"{output_key} of {card.backbone}, white {card.white}" if cached else None,
+            progress=options.progress and progress,
         )
 
-    def untrained(self) -> Frozen:
-        """The same architecture and preparation with fresh weights, the same at every call."""
-        return replace(self, backbone=untrained_backbone(self.card).to(self.device))
 
-
-def open_frozen(weights_path: str | Path, how: Extraction) -> Frozen:
-    """Open the backbone of a weights file; all ranks of a job call it, and fail together.
+def load_frozen(weights_path: str | Path, options: LoadOptions) -> LoadedBackbone:
+    """Load the backbone of a weights file onto a device, without gradients.
 
     Args:
         weights_path: as `load_backbone` takes it.
-        how: to open it, and to take its features.
+        options: which network, and which device.
 
     Raises:
         CheckpointError: the weights cannot be used.
-        ConfigError: there is no such device, the crop is larger than the image, or a number is out
-            of range.
+        ConfigError: there is no such device.
     """
-    if how.batch_size < 1 or how.num_workers < 0:
-        numbers = f"{how.batch_size}, {how.num_workers}"
-        raise ConfigError(f"need batch_size > 0, num_workers >= 0; got {numbers}")
+    device = find_device(options.device)
+    backbone, card = load_backbone(
+        weights_path, network=options.network, num_heads=options.num_heads
+    )
+    return LoadedBackbone(str(weights_path), backbone.to(device), card, device)
 
-    def opened() -> Frozen:
-        device = find_device(how.device)
-        backbone, card = load_backbone(weights_path, network=how.network, num_heads=how.num_heads)
-        card = _with_sizes(card, resize=how.resize, crop=how.crop)
-        return Frozen(backbone.to(device), card, device, how)
 
-    return distributed.together(opened)
+def load_extractor(weights_path: str | Path, options: ExtractionOptions) -> FeatureExtractor:
+    """Load a backbone to extract features; all ranks of a job call it, and fail together.
+
+    Args:
+        weights_path: as `load_backbone` takes it.
+        options: which network, which device, and how to extract.
+
+    Raises:
+        CheckpointError: the weights cannot be used.
+        ConfigError: there is no such device, or the crop is larger than the image.
+    """
+
+    def load() -> FeatureExtractor:
+        loaded = load_frozen(weights_path, options)
+        card = _with_sizes(loaded.card, resize=options.resize, crop=options.crop)
+        return FeatureExtractor(loaded.path, loaded.backbone, card, loaded.device, options)
+
+    return distributed.together(load)
 
 
 def _with_sizes(card: BackboneCard, *, resize: int | None, crop: int | None) -> BackboneCard:
-    """The card with the sizes that were asked for."""
+    """The card with the image sizes that the options ask for."""
     card = replace(
         card,
         resize=card.resize if resize is None else resize,

@@ -1,4 +1,4 @@
-"""Pictures that two sets have in common, byte for byte, whatever they are called."""
+"""Pictures that two sets share byte for byte, whatever their names."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from dinoscale.data.sources.folder import FolderSource, ListSource
 from dinoscale.data.sources.image_files import read_image_file
 from dinoscale.data.sources.source import Source
 
-# What a look at two large sets may cost, in seconds on a local disk; small sets are compared whole.
-LOOKED_FOR = 1000  # pictures at even distances: where 1 % is shared, some are among them
-SIZES_READ = 100_000  # files of a folder that are asked for their size, beside those of equal names
-NAMED = 10  # files for each name that is looked for: beyond, names are numbers within classes
-BYTES_READ = 2**28  # of pictures of the same size and another name
+# Limits that keep a comparison of large sets to seconds on a local disk; small ones are compared
+# whole.
+LOOKED_FOR = 1000  # evenly spaced pictures: enough to find some if 1 % are shared
+SIZES_READ = 100_000  # files of a folder whose size is read, besides those of equal names
+NAMED = 10  # files per name that is looked for; with more, names are mere numbers within classes
+BYTES_READ = 2**28  # of pictures with the same size and another name
 
 Stored = FolderSource | ListSource | TarSource
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What of a set is in another one.
+    """How many pictures of a set are in another one.
 
     Attributes:
-        found: pictures that are.
+        found: pictures that are in both.
         looked_for: pictures that were looked for.
-        example: path of one of them, empty if there is none.
+        example: path of one shared picture, empty if there is none.
     """
 
     found: int
@@ -39,8 +40,8 @@ class Overlap:
     example: str
 
 
-def overlap_of(some: Source, whole: Source) -> Overlap:
-    """Look whether pictures of a labelled set are in another one; drawn sets are in themselves."""
+def find_overlap(some: Source, whole: Source) -> Overlap:
+    """Find pictures of a labelled set in another one; a synthetic set overlaps only with itself."""
     if not (isinstance(some, Stored) and isinstance(whole, Stored)):
         labels = some.labels
         found = len(labels) if some == whole and labels is not None else 0
@@ -59,18 +60,18 @@ def equal_pictures(
     sizes_read: float = math.inf,
     bytes_read: float = math.inf,
 ) -> dict[int, list[int]]:
-    """Pictures of a set that have the bytes of some of another one.
+    """Find pictures of one set whose bytes equal those of pictures of another.
 
     Args:
-        some: a set.
-        numbers: of its pictures that are looked for.
-        whole: where they are looked for.
-        sizes_read: about so many of its files are asked for their size, at even distances.
-        bytes_read: about so much of what has the right size is read, at even distances, beside
-            files of equal names, where these are few.
+        some: the set whose pictures are looked for.
+        numbers: indices of these pictures.
+        whole: the set to search.
+        sizes_read: about how many of its files, evenly spaced, have their size read.
+        bytes_read: about how many bytes of candidates of the right size, evenly spaced, are read;
+            files of equal names, if these are few, are read in any case.
 
     Returns:
-        Number in `whole` -> the numbers in `some` of those with the same bytes; none of drawn sets.
+        Index in `whole` -> the indices in `some` with the same bytes; empty for synthetic sets.
     """
     if not (isinstance(some, Stored) and isinstance(whole, Stored)):
         return {}
@@ -78,7 +79,7 @@ def equal_pictures(
     for number in numbers:
         of_size[_size(some, number)].append(number)
     names = {_base(some.path(number)) for of_one in of_size.values() for number in of_one}
-    if _number_of(names, whole) > NAMED * len(names):  # 0001.jpg in every class tells nothing
+    if _number_of(names, whole) > NAMED * len(names):  # 0001.jpg in every class identifies nothing
         names = set()
     stride = max(1, math.ceil(len(whole) / sizes_read))
     candidates = [entry for entry in _sizes(whole, names, stride) if entry[1] in of_size]
@@ -97,7 +98,7 @@ def equal_pictures(
 
 
 def _by_digest(source: Stored, numbers: Sequence[int]) -> dict[bytes, list[int]]:
-    """Pictures that can be read, by what they hold."""
+    """Readable pictures by the digest of their bytes."""
     found: dict[bytes, list[int]] = defaultdict(list)
     for number in numbers:
         found[_digest(source, number)].append(number)
@@ -106,7 +107,7 @@ def _by_digest(source: Stored, numbers: Sequence[int]) -> dict[bytes, list[int]]
 
 
 def _digest(source: Stored, number: int) -> bytes:
-    """Of the file of a picture; empty where it cannot be read."""
+    """Digest of the file of a picture; empty if it cannot be read."""
     try:
         if isinstance(source, TarSource):
             data = source.data(number)
@@ -118,9 +119,9 @@ def _digest(source: Stored, number: int) -> bytes:
 
 
 def _sizes(source: Stored, names: set[str], stride: int) -> Iterator[tuple[int, int, bool]]:
-    """Number, size, and whether it has one of the names: of shards all, without looking at names.
+    """Index, size, and whether the file has one of the names.
 
-    Of files each so many-th and those of the names.
+    Of files, every `stride`-th and those with one of the names; of shards all, names ignored.
     """
     if isinstance(source, TarSource):
         yield from ((number, size, False) for number, size in enumerate(source.sizes()))
@@ -132,7 +133,7 @@ def _sizes(source: Stored, names: set[str], stride: int) -> Iterator[tuple[int, 
 
 
 def _number_of(names: set[str], source: Stored) -> int:
-    """Files with one of these names; 0 of shards, where names are not looked at."""
+    """Number of files with one of these names; 0 for shards, whose names are ignored."""
     if isinstance(source, TarSource):
         return 0
     return sum(_base(path) in names for path in source.files())
@@ -145,7 +146,7 @@ def _size(source: Stored, number: int) -> int:
 
 
 def _size_of_file(path: str) -> int:
-    """In bytes, -1 where it cannot be told."""
+    """Size in bytes, -1 if unknown."""
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What the report of a task was made from: the files it read, its options, the code that did it."""
+"""The fingerprint of a report: files that the task read, its options, and its code."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dinoscale.runtime.fingerprint import (
 )
 
 WEIGHTS = "weights"  # the option
-# Options of tasks that name what is read.
+# Options of tasks that name input files.
 _INPUTS = (
     *(WEIGHTS, "train", "test", "data", "images", "masks", "sequences", "ground_truth"),
     *("originals", "queries", "distractors", "pairs", "whitening"),
 )
-# Options that change no number: where is written, how is read, and what the parser adds.
+# Options that change no number: where to write, how to read, and what the parser adds.
 _WITHOUT_EFFECT = {"command", "log", "no_cache", "num_workers", "out", "run", "sheet"}
 _MODULES = {
     **{task: (f"classification.{task}",) for task in ("finetune", "knn", "linear", "logistic")},
@@ -34,7 +34,7 @@ _MODULES = {
 
 
 def made_from(options: Mapping[str, object]) -> Fingerprint | None:
-    """Fingerprint of the report of a task; None where something is not there, as the task will say.
+    """Fingerprint of the report of a task; None if an input is missing, which the task reports.
 
     Args:
         options: of the task by name, as a command line gives them; `task` among them.
@@ -65,7 +65,7 @@ def _print_of(name: str, spec: str) -> object:
 
 
 def _of_weights(spec: str) -> tuple[str, Iterable[str]]:
-    """Folder and files of weights: of a run its newest checkpoint; of a file its card, too."""
+    """Folder and files of weights: the newest checkpoint of a run; a file with its card."""
     path = os.path.realpath(os.path.expanduser(spec))
     if not os.path.isdir(path):
         card = f"{path}.json"

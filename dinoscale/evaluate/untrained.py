@@ -1,4 +1,4 @@
-"""The same architecture before any training: what a measurement gives for nothing."""
+"""The same architecture before training: a baseline of every measurement."""
 
 from __future__ import annotations
 

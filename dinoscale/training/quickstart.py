@@ -19,7 +19,7 @@ from dinoscale.engine.precision import fastest_precision
 from dinoscale.errors import RunFailedError
 from dinoscale.evaluate.classification.knn import evaluate_knn
 from dinoscale.evaluate.dense.attention import evaluate_attention
-from dinoscale.evaluate.frozen_backbone import Extraction
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.runtime.distributed import free_port
 from dinoscale.runtime.launcher_env import on_this_node
 from dinoscale.training.hooks.events import count_events
@@ -94,7 +94,7 @@ def _accuracies(config: RunConfig, weights: Path, untrained: Path) -> dict[str, 
             str(config.eval.test),
             ks=(k,),
             pixels=name == "untrained",
-            how=Extraction(num_workers=0, progress=False),
+            options=ExtractionOptions(num_workers=0, progress=False),
         )
         if "pixels" in report:
             found["knn_top1_pixels"] = round(report["pixels"]["knn"][str(k)]["top1"], 2)

@@ -1,4 +1,4 @@
-"""Features and neighbours divided among ranks equal those of one process, bit for bit."""
+"""Features and neighbours computed on several ranks equal those of one process bit for bit."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def cached(folder: str) -> tuple[Tensor, int]:
         batch_size=1,
         device="cpu",
         num_workers=0,
-        taken="mean",
+        output_key="mean",
     )
     return features, backbone.calls
 

@@ -1,1 +1,1 @@
-"""What a class token is worth: nearest neighbours, linear probes, fine-tuning."""
+"""Classification with class tokens: nearest neighbours, linear probes, fine-tuning."""

@@ -1,4 +1,4 @@
-"""How many images a classifier gets right.
+"""Accuracy of classifiers.
 
 Shape letters: N images, G classifiers, C classes.
 """
@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-TOP = 5  # classes that may be right for the top-5 accuracy
+TOP = 5  # classes that count for the top-5 accuracy
 
 
-def num_right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def num_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Count images whose class has the highest score, and one of the five highest.
 
-    A score that is not a finite number is never right, and no score beside NaN is.
+    A non-finite score never counts as correct, nor does any score of an image with a NaN.
 
     Args:
         logits: scores of each class, (N, C), or (N, G, C) of G classifiers.
@@ -26,13 +26,13 @@ def num_right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         Two int64 counts, each () or (G,).
     """
     scores, best = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
-    judged = scores.isfinite() & ~logits.isnan().any(dim=-1, keepdim=True)
-    hits = judged & (best == labels.view(-1, *[1] * (logits.ndim - 1)))
+    counted = scores.isfinite() & ~logits.isnan().any(dim=-1, keepdim=True)
+    hits = counted & (best == labels.view(-1, *[1] * (logits.ndim - 1)))
     return hits[..., 0].sum(dim=0), hits.any(dim=-1).sum(dim=0)
 
 
 def percent(top1: int, top5: int, *, images: int, num_classes: int) -> dict[str, float]:
-    """Accuracies in percent; the five best of five classes or fewer say nothing."""
+    """Accuracies in percent; no top-5 for five classes or fewer, where it says nothing."""
     score = {"top1": 100 * top1 / images}
     return score | ({"top5": 100 * top5 / images} if num_classes > TOP else {})
 
@@ -42,7 +42,7 @@ def choose_best(entries: Sequence[Mapping[str, Any]], *, with_last: bool) -> dic
 
     Args:
         entries: measurements with `top1` and maybe `top5`, in order.
-        with_last: the score also has the accuracies of the last entry, which nobody chose.
+        with_last: the score also has the accuracies of the last entry, which was not selected.
 
     Returns:
         `score`, and `chosen`: the entry, with the set that it was chosen on.

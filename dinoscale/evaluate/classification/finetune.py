@@ -21,34 +21,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.data.augmentation.labelled_crops import FLIP_PROB, SCALE
 from dinoscale.engine.param_groups import DECAY, build_optimizer
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, NonFiniteError
-from dinoscale.evaluate.classification.accuracy import choose_best, num_right, percent
+from dinoscale.evaluate.classification.accuracy import choose_best, num_correct, percent
 from dinoscale.evaluate.classification.inputs import (
-    READING,
-    Drawn,
-    Reading,
-    Subject,
-    open_subject,
-    outputs_of_test,
+    ClassifierInputs,
+    DrawnImages,
+    extract_test_features,
+    open_inputs,
     train_images,
 )
 from dinoscale.evaluate.classification.linear_heads import INIT_STD
 from dinoscale.evaluate.classification.probe_report import preprocessing
 from dinoscale.evaluate.classification.resumable_training import (
     State,
-    report_of_training,
-    targets_of,
-    writable,
+    check_target,
+    train_and_report,
+    weights_files,
 )
-from dinoscale.evaluate.frozen_backbone import Extraction
+from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, ExtractionOptions
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
-BATCH_SCALE = 512  # images of a batch that the rate is stated for, as in DeiT's code
+BATCH_SCALE = 512  # batch size for which the rate is stated, as in DeiT's code
 WARMUP = 5 / 300  # share of the steps: 5 of the published 300 epochs
 
 Precision = Literal["bf16", "fp32"]
@@ -56,14 +53,14 @@ Precision = Literal["bf16", "fp32"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune; the published numbers, but for the epochs.
+    """How to fine-tune; all defaults but the epochs are the published ones.
 
     Attributes:
         epochs: passes over the train set, each followed by a measurement; 300 in the paper.
         batch_size: images of a step; the rate is multiplied by batch_size / 512.
         lr: learning rate for 512 images.
         weight_decay: of AdamW; biases and norms have none.
-        label_smoothing: share of the target that all classes have in common.
+        label_smoothing: share of the target that is spread over all classes.
         drop_path_rate: of the last block; grows linearly from 0.
         precision: of matrix products; weights stay in float32. None is bf16 on a GPU, else fp32.
     """
@@ -113,12 +110,9 @@ def evaluate_finetune(
     untrained: bool = False,
     out: str | Path | None = None,
     log_path: str | Path | None = None,
-    reading: Reading = READING,
-    device: str | None = None,
-    network: Network = "teacher",
-    num_heads: int | None = None,
+    options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
-    """Train a backbone and a classifier on one labelled set, and measure them on another.
+    """Train a backbone and a classifier on one labelled set, and test them on another.
 
     Args:
         weights_path: any weights file that `load_backbone` reads.
@@ -127,68 +121,92 @@ def evaluate_finetune(
         recipe: how to train.
         seed: of the classifier, the order of images, their crops and stochastic depth, >= 0.
         untrained: also train the same architecture from fresh weights.
-        out: weights file for the backbone of the last epoch, beside it `NAME-best` for that of the
-            best, both written after each epoch, and the state of the training until it is reported:
-            the same call goes on with it, to the same numbers. None writes nothing.
+        out: weights file for the backbone of the last epoch; `NAME-best` beside it is for the best
+            epoch. Both are written after each epoch, with the state of the training, from which
+            the same call resumes to the same numbers. None writes nothing.
         log_path: JSON lines, one for each epoch as soon as it is done.
-        reading: batches of the test, workers and bars.
-        device: a torch device; None takes the accelerator if there is one.
-        network: which of the two of a run or a full checkpoint.
-        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
+        options: which network, which device, and how test images are read.
 
     Returns:
         The report, ready for JSON: `score` has the best epoch on the test set and the last one,
-        `chosen` says which that is, `evaluations` holds all epochs.
+        `chosen` names the best, `evaluations` holds all epochs.
 
     Raises:
-        CheckpointError: the weights file cannot be used, or what is kept of the training.
-        ConfigError: a setting is out of range, a file cannot be written, or another training is
-            kept beside `out`.
+        CheckpointError: the weights file or the saved state of the training cannot be used.
+        ConfigError: a setting is out of range, a file cannot be written, or the state beside `out`
+            belongs to another training.
         DataError: a set cannot be read or lacks labels, the classes differ, or there is only one.
         NonFiniteError: the training diverged.
     """
     recipe.check()
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
-    target = writable(out, weights_path)
-    how = Extraction(network=network, num_heads=num_heads, device=device)
-    subject = open_subject(weights_path, train_spec, test_spec, how)
+    target = check_target(out, weights_path)
+    inputs = open_inputs(weights_path, train_spec, test_spec, options)
     if recipe.precision is None:
-        recipe = replace(recipe, precision="bf16" if subject.device.type == "cuda" else "fp32")
-
-    return report_of_training(
+        recipe = replace(recipe, precision="bf16" if inputs.device.type == "cuda" else "fp32")
+    return train_and_report(
         "finetune",
-        subject,
-        lambda backbone: _FineTuning(backbone, subject, recipe, reading, seed),
-        protocol={"network": network} | _protocol(recipe, subject, seed=seed),
+        inputs,
+        lambda backbone: _FineTuning(backbone, inputs, recipe, seed),
+        protocol={"network": options.network} | _protocol(recipe, inputs, seed=seed),
         out=target,
         untrained=untrained,
         log_path=log_path,
     )
 
 
-@dataclass(frozen=True)
 class _FineTuning:
     """The training of one backbone, in place."""
 
-    backbone: nn.Module
-    subject: Subject
-    recipe: Recipe
-    reading: Reading
-    seed: int
+    def __init__(
+        self, backbone: nn.Module, inputs: ClassifierInputs, recipe: Recipe, seed: int
+    ) -> None:
+        backbone.requires_grad_(requires_grad=True)
+        network = Classifier(backbone, num_classes=inputs.num_classes, seed=seed)
+        self._network = network.to(inputs.device)
+        self._optimizer = build_optimizer("adamw", self._network)
+        self._inputs, self._recipe, self._seed = inputs, recipe, seed
+        self._depth_generator = torch.Generator().manual_seed(seed)  # of stochastic depth
+        self._drawn = DrawnImages(len(inputs.train))
+        self._steps_per_epoch = math.ceil(len(inputs.train) / recipe.batch_size)
+        self._total_steps = recipe.epochs * self._steps_per_epoch
 
     def measured(self, state: State | None) -> Iterator[tuple[dict[str, float], State]]:
-        """Train, and yield what `fine_tune` does."""
-        how = (self.recipe, self.reading)
-        return fine_tune(self.backbone, self.subject, *how, state, seed=self.seed)
+        """Train, and yield the results and the state after each epoch.
+
+        Args:
+            state: that was yielded after an epoch, to resume after it; None begins.
+
+        Yields:
+            `epoch` from 1, mean `loss` of its steps in nats, `top1` and, of more than five
+            classes, `top5` on the test set, in percent; and the state of the training, which
+            changes with it.
+
+        Raises:
+            NonFiniteError: the loss or an output is not a finite number.
+        """
+        first = 0 if state is None else self._load(state)
+        total = torch.zeros((), device=self._inputs.device)
+        self._network.train()
+        for step, (pixels, labels) in enumerate(self._batches(first), start=first):
+            total += self._step(step, pixels, labels)
+            epoch, left = divmod(step + 1, self._steps_per_epoch)
+            if not left:
+                mean = _finite(total.item() / self._steps_per_epoch)
+                total.zero_()
+                yield {"epoch": epoch, "loss": mean, **self._test()}, self._state(step + 1)
+        if first == self._total_steps:  # only the report is missing
+            self._test()
+        self._inputs.used["train"] = self._drawn.used(self._inputs.train)
 
     def save(self, evaluations: Sequence[Mapping[str, float]], out: Path) -> None:
-        """Write the backbone as the last one, and where it is as the best."""
-        card = self.subject.card
+        """Write the current backbone as the last, and as the best if it is."""
+        card = self._inputs.card
         card = replace(card, source=f"{card.source}, fine-tuned")
         try:
-            for target in targets_of(out, [evaluation["top1"] for evaluation in evaluations]):
-                save_backbone(target, self.backbone.state_dict(), card)
+            for target in weights_files(out, [evaluation["top1"] for evaluation in evaluations]):
+                save_backbone(target, self._network.backbone.state_dict(), card)
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"out: {out} cannot be written ({error})") from error
 
@@ -196,12 +214,78 @@ class _FineTuning:
         """The best epoch on the test set, and the last."""
         return choose_best(evaluations, with_last=True)
 
+    def _load(self, state: State) -> int:
+        """Restore the training; returns the first step that is left."""
+        self._network.load_state_dict(state["network"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._depth_generator.set_state(state["noise"].cpu())
+        self._drawn = DrawnImages.of(state["drawn"])
+        return int(state["step"])
+
+    def _state(self, done: int) -> State:
+        now: State = {
+            "network": self._network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        now |= {"noise": self._depth_generator.get_state(), "drawn": self._drawn.state()}
+        return now | {"step": done}
+
+    def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented images and labels of each step from the first on, with a progress bar."""
+        options = self._inputs.extractor.options
+        images = train_images(
+            self._inputs,
+            interpolation="bicubic",
+            batch_size=self._recipe.batch_size,
+            steps=self._total_steps,
+            first_step=first,
+            seed=self._seed,
+            num_workers=options.num_workers,
+            drawn=self._drawn,
+        )
+        shown = None if options.progress else True
+        yield from tqdm(images, initial=first, total=self._total_steps, unit="step", disable=shown)
+
+    def _step(self, step: int, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Take one optimizer step; returns its loss."""
+        recipe = self._recipe
+        keep = self._keep(len(labels))
+        with _autocast(self._inputs.device, recipe):
+            logits = self._network([pixels], None if keep is None else keep.to(pixels.device))
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        self._optimizer.zero_grad()
+        loss.backward()
+        for group in self._optimizer.param_groups:
+            group["lr"] = recipe.rate(step, total_steps=self._total_steps)
+            group["weight_decay"] = recipe.weight_decay if group["name"] == DECAY else 0.0
+        self._optimizer.step()
+        return loss.detach()
+
+    def _keep(self, images: int) -> Tensor | None:
+        """Multipliers of stochastic depth (depth, 2, N); None where there are no such blocks."""
+        depth = int(self._network.backbone.depth)  # type: ignore[arg-type]  # an int
+        rate = self._recipe.drop_path_rate
+        if not depth or not rate:
+            return None
+        uniform = torch.rand(depth, 2, images, generator=self._depth_generator)
+        return stochastic_depth_keep(uniform, rate)
+
+    def _test(self) -> dict[str, float]:
+        inputs = self._inputs
+        with _autocast(inputs.device, self._recipe):
+            logits, labels = extract_test_features(
+                self._network, inputs, output_key=None, progress=False
+            )
+        top1, top5 = num_correct(logits, labels)
+        classes = inputs.num_classes
+        return percent(int(top1), int(top5), images=len(labels), num_classes=classes)
+
 
 class Classifier(nn.Module):
     """A backbone and a linear layer on its output; takes crops as the backbone does.
 
     Attributes:
-        embed_dim: C, width of what comes out.
+        embed_dim: C, width of the output.
     """
 
     def __init__(self, backbone: nn.Module, *, num_classes: int, seed: int) -> None:
@@ -219,92 +303,6 @@ class Classifier(nn.Module):
         return logits
 
 
-def fine_tune(
-    backbone: nn.Module,
-    subject: Subject,
-    recipe: Recipe,
-    reading: Reading,
-    state: State | None = None,
-    *,
-    seed: int,
-) -> Iterator[tuple[dict[str, float], State]]:
-    """Train the backbone in place, and yield what is known after each epoch.
-
-    Args:
-        backbone: at its beginning.
-        subject: what it learns from.
-        recipe: how.
-        reading: how test images are read.
-        state: that was yielded after an epoch, to go on after it; None begins.
-        seed: of all random numbers.
-
-    Yields:
-        `epoch` from 1, mean `loss` of its steps in nats, `top1` and, of more than five classes,
-        `top5` on the test set, in percent; and the state of the training, which changes with it.
-
-    Raises:
-        NonFiniteError: the loss or an output is not a finite number.
-    """
-    backbone.requires_grad_(requires_grad=True)
-    network = Classifier(backbone, num_classes=subject.num_classes, seed=seed).to(subject.device)
-    optimizer = build_optimizer("adamw", network)
-    steps_per_epoch = math.ceil(len(subject.train) / recipe.batch_size)
-    total_steps = recipe.epochs * steps_per_epoch
-    noise = torch.Generator().manual_seed(seed)
-    drawn, first = Drawn(len(subject.train)), 0
-    if state is not None:
-        first = state["step"]
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        noise.set_state(state["noise"].cpu())
-        drawn = Drawn.of(state["drawn"])
-    images = train_images(
-        subject,
-        interpolation="bicubic",
-        batch_size=recipe.batch_size,
-        steps=total_steps,
-        first_step=first,
-        seed=seed,
-        num_workers=reading.num_workers,
-        drawn=drawn,
-    )
-    total = torch.zeros((), device=subject.device)
-    network.train()
-    shown = None if reading.progress else True
-    bar = tqdm(images, initial=first, total=total_steps, unit="step", disable=shown)
-    for step, (pixels, labels) in enumerate(bar, start=first):
-        keep = _keep(backbone, len(labels), recipe.drop_path_rate, noise)
-        with _autocast(subject.device, recipe):
-            logits = network([pixels], None if keep is None else keep.to(subject.device))
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step, total_steps=total_steps)
-            group["weight_decay"] = recipe.weight_decay if group["name"] == DECAY else 0.0
-        optimizer.step()
-        total += loss.detach()
-        epoch, left = divmod(step + 1, steps_per_epoch)
-        if not left:
-            mean = _finite(total.item() / steps_per_epoch)
-            total.zero_()
-            found = {"epoch": epoch, "loss": mean, **_test(network, subject, recipe, reading)}
-            now: State = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            now |= {"noise": noise.get_state(), "drawn": drawn.state(), "step": step + 1}
-            yield found, now
-    if first == total_steps:  # only the report is missing
-        _test(network, subject, recipe, reading)
-    subject.used["train"] = drawn.used(subject.train)
-
-
-def _keep(backbone: nn.Module, images: int, rate: float, noise: torch.Generator) -> Tensor | None:
-    """Multipliers of stochastic depth (depth, 2, N); None where there are no such blocks."""
-    depth = int(backbone.depth)  # type: ignore[arg-type]  # an int of all of ours
-    if not depth or not rate:
-        return None
-    return stochastic_depth_keep(torch.rand(depth, 2, images, generator=noise), rate)
-
-
 def _autocast(device: torch.device, recipe: Recipe) -> AbstractContextManager[None]:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
 
@@ -315,19 +313,7 @@ def _finite(loss: float) -> float:
     return loss
 
 
-def _test(
-    network: Classifier, subject: Subject, recipe: Recipe, reading: Reading
-) -> dict[str, float]:
-    with _autocast(subject.device, recipe):
-        logits, labels = outputs_of_test(
-            network, subject, replace(reading, progress=False), taken=None
-        )
-    top1, top5 = num_right(logits, labels)
-    classes = subject.num_classes
-    return percent(int(top1), int(top5), images=len(labels), num_classes=classes)
-
-
-def _protocol(recipe: Recipe, subject: Subject, *, seed: int) -> dict[str, object]:
+def _protocol(recipe: Recipe, inputs: ClassifierInputs, *, seed: int) -> dict[str, object]:
     crops = {"scale": list(SCALE), "flip_prob": FLIP_PROB, "interpolation": "bicubic"}
     return {
         "method": "fine-tuning of backbone and linear classifier",
@@ -339,6 +325,6 @@ def _protocol(recipe: Recipe, subject: Subject, *, seed: int) -> dict[str, objec
         "warmup_share": WARMUP,
         "seed": seed,
         "train_images": crops,
-        "test_images": preprocessing(subject.card),
+        "test_images": preprocessing(inputs.card),
         "chosen": "the best on the test set, of all epochs",
     }

@@ -1,4 +1,4 @@
-"""What all classifiers start from: a backbone and two labelled sets of the same classes.
+"""Inputs of every classifier: a backbone and two labelled sets of the same classes.
 
 Shape letters: N images, C classes (channels in images), H rows and columns of a crop.
 """
@@ -19,84 +19,69 @@ from dinoscale.data.augmentation.labelled_crops import labelled_crops
 from dinoscale.data.augmentation.multi_crop import Interpolation
 from dinoscale.data.sources.source import Source
 from dinoscale.data.transfer import to_device
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import DataError
 from dinoscale.evaluate.classification.labelled_sets import LabelledSets
-from dinoscale.evaluate.features import check_labels, extract_features
-from dinoscale.evaluate.frozen_backbone import Extraction, open_frozen, taken_of
+from dinoscale.evaluate.features import check_labels
+from dinoscale.evaluate.frozen_backbone import (
+    ExtractionOptions,
+    FeatureExtractor,
+    load_extractor,
+)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How images are read and forwarded; none of it changes a number.
+class ClassifierInputs:
+    """A backbone, and the labelled sets to train and to test a classifier on.
 
     Attributes:
-        batch_size: images of one forward without gradients.
-        num_workers: processes that decode images; 0 decodes in this one.
-        cache: read outputs that are kept from an earlier run, and keep those made.
-        progress: draw bars on stderr, if that is a terminal.
-    """
-
-    batch_size: int = 64
-    num_workers: int = 4
-    cache: bool = True
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise ConfigError(
-                "need batch_size > 0 and num_workers >= 0, got "
-                f"{self.batch_size} and {self.num_workers}"
-            )
-
-
-READING = Reading()
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A backbone on its device, and the sets to judge it by.
-
-    Attributes:
-        weights: path of its file.
-        backbone: in eval mode, without gradients.
-        card: how to prepare its images.
-        device: where it computes.
+        extractor: the backbone, and how test images are read.
         train: labelled images to learn from.
-        test: labelled images to judge by.
+        test: labelled images to test on.
         specs: what `train` and `test` were opened from.
         num_classes: C, of the train set.
         renumber: the train set's number of each class of the test set, (C',) int64.
         used: what was used of `train` and `test` so far, by these names.
     """
 
-    weights: str
-    backbone: nn.Module
-    card: BackboneCard
-    device: torch.device
+    extractor: FeatureExtractor
     train: Source
     test: Source
     specs: tuple[str, str]
     num_classes: int
     renumber: Tensor
-    used: dict[str, Used] = field(default_factory=dict)
+    used: dict[str, UsedImages] = field(default_factory=dict)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The backbone, on `device`, in eval mode, without gradients."""
+        return self.extractor.backbone
+
+    @property
+    def card(self) -> BackboneCard:
+        """How the images of the backbone are prepared."""
+        return self.extractor.card
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone computes."""
+        return self.extractor.device
 
 
 @dataclass(frozen=True)
-class Used:
-    """What of a set was used.
+class UsedImages:
+    """The images of a set that were used.
 
     Attributes:
-        labels: of the images that were, (N,) int64.
-        unreadable: how many could not be.
+        labels: of these images, (N,) int64.
+        unreadable: number of images that could not be read.
     """
 
     labels: Tensor
     unreadable: int
 
 
-class Drawn:
-    """Which images of a train set were drawn so far.
+class DrawnImages:
+    """The images of a train set that were drawn so far.
 
     Attributes:
         read: (N,) bool.
@@ -108,45 +93,42 @@ class Drawn:
         self.unreadable = torch.zeros(images, dtype=torch.bool)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> Drawn:
-        """What was drawn before, of `state`."""
+    def of(cls, state: Mapping[str, Tensor]) -> DrawnImages:
+        """Restore from what `state` returned."""
         drawn = cls(0)
         drawn.read, drawn.unreadable = state["read"].cpu(), state["unreadable"].cpu()
         return drawn
 
     def state(self) -> dict[str, Tensor]:
-        """What `of` takes."""
+        """The state to keep in a checkpoint, which `of` restores."""
         return {"read": self.read, "unreadable": self.unreadable}
 
-    def used(self, source: Source) -> Used:
-        """What of the train set this is."""
+    def used(self, source: Source) -> UsedImages:
+        """Labels and number of these images of the train set."""
         labels = torch.from_numpy(check_labels(source, name="train"))
-        return Used(labels[self.read], int(self.unreadable.sum()))
+        return UsedImages(labels[self.read], int(self.unreadable.sum()))
 
 
-def open_subject(
-    weights_path: str | Path, train_spec: str, test_spec: str, how: Extraction
-) -> Subject:
+def open_inputs(
+    weights_path: str | Path, train_spec: str, test_spec: str, options: ExtractionOptions
+) -> ClassifierInputs:
     """Load weights and open both sets.
 
     Args:
         weights_path: any weights that `load_backbone` reads.
         train_spec: as `data.train` of a config; a subfolder a class, or shards with class numbers.
         test_spec: likewise; its classes must be among those of the train set.
-        how: to open the weights: network, num_heads, device.
+        options: which network, which device, and how test images are read.
 
     Raises:
         CheckpointError: the weights file cannot be used.
         ConfigError: there is no such device.
         DataError: a set cannot be read or lacks labels, the classes differ, or there is only one.
     """
-    frozen = open_frozen(weights_path, how)
-    sets = LabelledSets.open(train_spec, test_spec, frozen.open)
-    return Subject(
-        weights=str(weights_path),
-        backbone=frozen.backbone,
-        card=frozen.card,
-        device=frozen.device,
+    extractor = load_extractor(weights_path, options)
+    sets = LabelledSets.open(train_spec, test_spec, extractor.open)
+    return ClassifierInputs(
+        extractor=extractor,
         train=sets.bank,
         test=sets.test,
         specs=(train_spec, test_spec),
@@ -155,27 +137,27 @@ def open_subject(
     )
 
 
-def outputs_of_train(
-    network: nn.Module, subject: Subject, reading: Reading, *, taken: str | None
+def extract_train_features(
+    network: nn.Module, inputs: ClassifierInputs, *, output_key: str | None
 ) -> tuple[Tensor, Tensor]:
-    """What the network makes of the train set without augmentation; as `outputs_of_test`.
+    """Outputs of the network for the train set without augmentation; as `extract_test_features`.
 
-    Both keep in `subject.used` what of the set could be read.
+    Both record in `inputs.used` which images could be read.
     """
-    return _outputs(network, subject, "train", reading, taken=taken)
+    return _features(network, inputs, "train", output_key=output_key)
 
 
-def outputs_of_test(
-    network: nn.Module, subject: Subject, reading: Reading, *, taken: str | None
+def extract_test_features(
+    network: nn.Module, inputs: ClassifierInputs, *, output_key: str | None, progress: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """What the network makes of the test set.
+    """Outputs of the network for the test set.
 
     Args:
-        network: the subject's backbone, or around it.
-        subject: whose images these are.
-        reading: how they are read.
-        taken: what the network makes of the backbone, in words, for the cache; None where its
-            weights change, so that nothing is worth keeping.
+        network: the backbone, or a module around it.
+        inputs: whose images these are.
+        output_key: what the network computes from the backbone, in words, for the cache; None where
+            its weights change, so that caching is useless.
+        progress: draw a bar, if the options do.
 
     Returns:
         Outputs (N, D) float32, and labels (N,) int64 in the train set's numbers, on the device.
@@ -184,41 +166,31 @@ def outputs_of_test(
         DataError: none of the images can be read.
         NonFiniteError: an output is not a finite number.
     """
-    outputs, labels = _outputs(network, subject, "test", reading, taken=taken)
-    return outputs, subject.renumber.to(labels.device)[labels]
+    outputs, labels = _features(network, inputs, "test", output_key=output_key, progress=progress)
+    return outputs, inputs.renumber.to(labels.device)[labels]
 
 
-def _outputs(
+def _features(
     network: nn.Module,
-    subject: Subject,
+    inputs: ClassifierInputs,
     name: Literal["train", "test"],
-    reading: Reading,
     *,
-    taken: str | None,
+    output_key: str | None,
+    progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    card, source = subject.card, getattr(subject, name)
-    outputs, labels = extract_features(
-        network,
-        source,
-        resize=card.resize,
-        crop=card.crop,
-        mean=card.mean,
-        std=card.std,
-        batch_size=reading.batch_size,
-        device=subject.device,
-        num_workers=reading.num_workers,
-        taken=taken_of(card, taken) if taken and reading.cache else None,
-        progress=reading.progress,
+    source = inputs.train if name == "train" else inputs.test
+    outputs, labels = inputs.extractor.features(
+        source, network, output_key=output_key, progress=progress
     )
     if not len(outputs):
-        spec = subject.specs[name == "test"]
+        spec = inputs.specs[name == "test"]
         raise DataError(f"{spec}: none of the images can be read")
-    subject.used[name] = Used(labels, len(source) - len(labels))
+    inputs.used[name] = UsedImages(labels, len(source) - len(labels))
     return outputs, labels
 
 
 def train_images(
-    subject: Subject,
+    inputs: ClassifierInputs,
     *,
     interpolation: Interpolation,
     batch_size: int,
@@ -226,27 +198,27 @@ def train_images(
     first_step: int,
     seed: int,
     num_workers: int,
-    drawn: Drawn,
+    drawn: DrawnImages,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield augmented batches of the train set; what they hold depends on seed and step alone.
+    """Yield augmented batches of the train set, which depend on seed and step alone.
 
     Args:
-        subject: whose images these are.
+        inputs: whose images these are.
         interpolation: of the crops.
         batch_size: images of a step.
         steps: number of batches, those before the first one included.
         first_step: begin with the batch of this step.
         seed: of order and crops.
-        num_workers: processes that decode.
-        drawn: is told what the batches hold.
+        num_workers: processes that decode images.
+        drawn: records the images of the batches.
 
     Returns:
         Images (N, C, H, H) float32, cropped at random, mirrored or not, normalised; labels (N,)
         int64; both on the device.
     """
-    card = subject.card
+    card = inputs.card
     batches = labelled_crops(
-        subject.train,
+        inputs.train,
         size=card.crop,
         interpolation=interpolation,
         batch_size=batch_size,
@@ -254,11 +226,11 @@ def train_images(
         first_step=first_step,
         seed=seed,
         num_workers=num_workers,
-        pin_memory=subject.device.type == "cuda",
+        pin_memory=inputs.device.type == "cuda",
     )
     for batch in batches:
         drawn.read[batch.ids] = True
         drawn.unreadable[batch.unreadable] = True
-        crops = to_device(batch.crops, subject.device)
+        crops = to_device(batch.crops, inputs.device)
         images = finish_crops(crops, batch.params, mean=card.mean, std=card.std, compiled=False)
-        yield images, to_device(batch.labels, subject.device)
+        yield images, to_device(batch.labels, inputs.device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,12 @@ from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.classification.labelled_sets import Features, LabelledSets, describe_set
 from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
-from dinoscale.evaluate.frozen_backbone import Extraction, Frozen, open_frozen
+from dinoscale.evaluate.frozen_backbone import (
+    DEFAULT_EXTRACTION,
+    ExtractionOptions,
+    FeatureExtractor,
+    load_extractor,
+)
 from dinoscale.runtime import distributed
 
 ByK = dict[str, dict[str, float]]  # k as text -> top1, top5, neighbours
@@ -33,9 +38,9 @@ ByK = dict[str, dict[str, float]]  # k as text -> top1, top5, neighbours
 log = logging.getLogger(__name__)
 
 KS = (10, 20, 100, 200)  # of the published protocol
-QUOTED_K = 20  # the one usually reported
+QUOTED_K = 20  # the one usually quoted
 TEMP = 0.07  # of the votes, dimensionless; Wu et al. 2018
-TOP = 5  # classes that may be right for the top-5 accuracy
+TOP = 5  # classes that count for the top-5 accuracy
 # Cosines held at a time: 256 MiB of float32.
 TEST_CHUNK, BANK_CHUNK = 2**10, 2**16
 
@@ -44,8 +49,8 @@ TEST_CHUNK, BANK_CHUNK = 2**10, 2**16
 class KnnResult:
     """Accuracy for one number of neighbours, in percent of the test images."""
 
-    k: int  # as asked for
-    neighbours: int  # that voted: k, or the whole bank where it is smaller
+    k: int  # as requested
+    neighbours: int  # that voted: k, or the whole bank if it is smaller
     top1: float
     top5: float
 
@@ -65,48 +70,43 @@ def knn_accuracy(
     """Classify every test image by the votes of its k most similar images of the bank.
 
     votes[c] = sum over the k neighbours of class c of exp(cosine / temp)
-    Of equally similar images the one that stands first in the bank is nearer. Classes with equal
-    votes, also those without any, rank by their number. As in the published code, k < 5 counts only
-    k classes for top-5.
+    Of equally similar images the first in the bank counts as nearer. Classes with equal votes, or
+    none, rank by their number. As in the published code, top-5 counts only k classes if k < 5.
 
-    Beside the features it needs the memory of `chunk_size` x `bank_chunk_size` cosines, however
-    many images there are. On several ranks all call it with the same tensors, and each classifies
-    its share of the chunks.
+    At most `chunk_size` x `bank_chunk_size` cosines are in memory at a time. All ranks call it with
+    the same tensors, and each classifies its share of the chunks.
 
     Args:
-        train_features: the bank, (N, D), any float dtype and length; cosines run in float32.
+        train_features: the bank, (N, D), any float dtype and norm; cosines run in float32.
         train_labels: (N,) int64, 0 or more.
         test_features: (M, D), on the same device.
-        test_labels: (M,) int64; a class that the bank lacks is never right.
-        ks: numbers of neighbours; one above N uses all N, with a warning.
+        test_labels: (M,) int64; a class that the bank lacks is never correct.
+        ks: numbers of neighbours; a k above N uses all N, with a warning.
         temp: > 0, dimensionless; infinity makes all votes equal.
-        chunk_size: test images at a time, any number gives the same result; None: 1024.
-        bank_chunk_size: images of the bank at a time, any number gives the same result.
-        on_chunk: called after each chunk; what it raises on one rank ends the work on all.
+        chunk_size: test images at a time; does not change the result. None: 1024.
+        bank_chunk_size: images of the bank at a time; does not change the result.
+        on_chunk: called after each chunk; an error that it raises on one rank ends all ranks.
 
     Returns:
         One result per k, on every rank.
 
     Raises:
-        DinoscaleError: on every rank; one was told to end, or has not the memory.
+        DinoscaleError: on every rank; `on_chunk` raised on one, or it is out of memory.
         ValueError: shapes disagree, a set is empty, labels are negative, or a k, temp or chunk
             size is not positive.
     """
-    _check(train_features, train_labels, test_features, test_labels)
     chunk_size = TEST_CHUNK if chunk_size is None else chunk_size
-    if not ks or min(ks) < 1 or not temp > 0 or min(chunk_size, bank_chunk_size) < 1:
-        chunks = f"{chunk_size}, {bank_chunk_size}"
-        raise ValueError(f"need k, temp, chunk_size > 0; got {[*ks]}, {temp}, {chunks}")
+    _check_sets(train_features, train_labels, test_features, test_labels)
+    _check_numbers(ks, temp, chunk_size, bank_chunk_size)
     num_train, num_test = len(train_features), len(test_features)
-    too_many = [k for k in ks if k > num_train]
-    if too_many:
+    if too_many := [k for k in ks if k > num_train]:
         log.warning("k = %s: the bank has only %d images, using all", too_many, num_train)
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     starts = range(0, num_test, chunk_size)
 
     def classified() -> Tensor:
-        """Right answers of this rank's share, (number of ks, 2)."""
-        right = torch.zeros(len(ks), 2, dtype=torch.int64, device=test_labels.device)
+        """Correct test images of this rank's chunks by top-1 and top-5, (number of ks, 2)."""
+        correct = torch.zeros(len(ks), 2, dtype=torch.int64, device=test_labels.device)
         for start in starts[distributed.rank() :: distributed.world_size()]:
             features = test_features[start : start + chunk_size]
             similarity, nearest = nearest_neighbours(
@@ -118,16 +118,16 @@ def knn_accuracy(
                 votes = log_votes(
                     similarity[:, :k], classes[:, :k], temp=temp, num_classes=num_classes
                 )
-                right[i] += _right(votes, labels, k=k)
+                correct[i] += _num_correct(votes, labels, k=k)
             on_chunk()
-        return right
+        return correct
 
-    right = distributed.together(classified)
-    percent = (100 * distributed.all_reduce_sum(right).double() / num_test).tolist()
+    correct = distributed.together(classified)
+    percent = (100 * distributed.all_reduce_sum(correct).double() / num_test).tolist()
     return {k: KnnResult(k, min(k, num_train), *of_k) for k, of_k in zip(ks, percent, strict=True)}
 
 
-def _check(
+def _check_sets(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
 ) -> None:
     sets = {"train": (train_features, train_labels), "test": (test_features, test_labels)}
@@ -136,20 +136,26 @@ def _check(
             shapes = f"{[*features.shape]}, {[*labels.shape]}"
             raise ValueError(f"{name}: need features (N, D) and labels (N,), N > 0; got {shapes}")
         if int(labels.min()) < 0:
-            raise ValueError(f"{name}: an image without label cannot vote nor be judged")
+            raise ValueError(f"{name}: every image needs a label to vote or to be scored")
     if train_features.shape[1] != test_features.shape[1]:
         widths = f"{train_features.shape[1]} and {test_features.shape[1]}"
         raise ValueError(f"features of train and test have different widths, {widths}")
 
 
+def _check_numbers(ks: Sequence[int], temp: float, chunk_size: int, bank_chunk_size: int) -> None:
+    if not ks or min(ks) < 1 or not temp > 0 or min(chunk_size, bank_chunk_size) < 1:
+        chunks = f"{chunk_size}, {bank_chunk_size}"
+        raise ValueError(f"need k, temp, chunk_size > 0; got {[*ks]}, {temp}, {chunks}")
+
+
 def nearest_neighbours(
     bank: Tensor, features: Tensor, *, k: int, bank_chunk_size: int = BANK_CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """Find the most similar images of a bank, which passes by in chunks.
+    """Find the most similar images of a bank, chunk by chunk.
 
     Args:
         bank: (N, D), any length.
-        features: (M, D); M x `bank_chunk_size` cosines are held at a time.
+        features: (M, D); M x `bank_chunk_size` cosines are in memory at a time.
         k: neighbours, at most N.
         bank_chunk_size: images of the bank at a time.
 
@@ -171,7 +177,7 @@ def nearest_neighbours(
 
 
 def _largest(similarity: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their columns; of equals the first, which topk leaves open."""
+    """The k largest of each row and their columns; of equals the first, unlike `topk`."""
     values, columns = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
     tied = (values[:, k - 1 : k] == values[:, k:]).any(1)  # the first left out is as large
     values, columns = values[:, :k], columns[:, :k]
@@ -206,8 +212,8 @@ def log_votes(similarity: Tensor, classes: Tensor, *, temp: float, num_classes: 
     return most / temp + cosines.new_zeros(shape).scatter_add_(1, classes, shares).log()
 
 
-def _right(votes: Tensor, labels: Tensor, *, k: int) -> Tensor:
-    """Count images whose label gets most votes, and whose label is among the five with most."""
+def _num_correct(votes: Tensor, labels: Tensor, *, k: int) -> Tensor:
+    """Count images whose label has the most votes, and whose label is among the top five."""
     ranked = votes.sort(dim=1, descending=True, stable=True).indices
     hits = ranked == labels[:, None]
     return torch.stack([hits[:, 0].sum(), hits[:, : min(TOP, k)].sum()])
@@ -222,22 +228,22 @@ def evaluate_knn(
     temp: float = TEMP,
     pixels: bool = False,
     untrained: bool = False,
-    how: Extraction = Extraction(),  # noqa: B008  # frozen
+    options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
-    """Measure a weights file by k-NN, and optionally the floors of the same two sets.
+    """Measure a weights file by k-NN, and optionally baselines on the same two sets.
 
     All ranks of a job call it; each does its share, and all get the report.
 
     Args:
-        weights_path: a weights file of ours, or a checkpoint of the reference.
+        weights_path: any weights file that `load_backbone` reads.
         train_spec: the bank, as `data.train` of a config: a folder with a subfolder a class, or
             shards with class numbers.
         test_spec: what to classify; its classes must be among those of the bank.
         ks: numbers of neighbours.
         temp: of the votes, dimensionless.
-        pixels: also measure 16 x 16 pixels, less the bank's mean image.
+        pixels: also measure 16 x 16 pixels, minus the bank's mean image.
         untrained: also measure the same architecture with fresh weights.
-        how: to open the backbone, and to take its features.
+        options: which network, which device, and how features are extracted.
 
     Returns:
         Numbers, texts, lists and dicts, ready for JSON: `knn` maps each k, as text, to `top1`,
@@ -250,26 +256,23 @@ def evaluate_knn(
         DataError: a set cannot be read, has no labels, or the test set has other classes.
     """
     _check_settings(ks=ks, temp=temp)
-    frozen = open_frozen(weights_path, how)
-    sets = LabelledSets.open(train_spec, test_spec, frozen.open)
-    classify = partial(_classify, ks=ks, temp=temp)
-    seen = sets.features(frozen.features)
-    by_k = classify(seen)
-    report: dict[str, object] = {
-        "task": "knn",
-        "weights": str(weights_path),
-        "weights_source": frozen.card.source,
-        "backbone": asdict(frozen.card.backbone),
-        "train": _describe(train_spec, sets.bank, seen.bank_labels),
-        "test": _describe(test_spec, sets.test, seen.test_labels),
-        "protocol": _protocol(frozen, ks=ks, temp=temp),
-        "score": _score(by_k),
-        "knn": by_k,
-    }
+    extractor = load_extractor(weights_path, options)
+    sets = LabelledSets.open(train_spec, test_spec, extractor.open)
+    features = sets.features(extractor.features)
+    by_k = _classify(features, ks=ks, temp=temp)
+    report = extractor.report(
+        "knn",
+        train=_describe(train_spec, sets.bank, features.bank_labels),
+        test=_describe(test_spec, sets.test, features.test_labels),
+        protocol=_protocol(extractor, ks=ks, temp=temp),
+        score=_score(by_k),
+        knn=by_k,
+    )
     if untrained:
-        report["untrained"] = _score(classify(sets.features(frozen.untrained().features)))
+        fresh = sets.features(extractor.untrained().features)
+        report["untrained"] = _score(_classify(fresh, ks=ks, temp=temp))
     if pixels:
-        report |= _pixel_floor(sets, ks=ks, temp=temp, num_workers=how.num_workers)
+        report |= _pixel_baseline(sets, ks=ks, temp=temp, num_workers=options.num_workers)
     return report
 
 
@@ -291,12 +294,12 @@ def _describe(spec: str, source: Source, labels: Tensor) -> dict[str, object]:
     return describe_set(spec, source, labels, unreadable=len(source) - len(labels))
 
 
-def _protocol(frozen: Frozen, *, ks: Sequence[int], temp: float) -> dict[str, object]:
-    card = frozen.card
+def _protocol(extractor: FeatureExtractor, *, ks: Sequence[int], temp: float) -> dict[str, object]:
+    card = extractor.card
     return {
         "method": "weighted k-NN, cosine similarity, votes exp(similarity / temp)",
         "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
-        "network": frozen.how.network,
+        "network": extractor.options.network,
         "ks": [*ks],
         "temp": temp,
         "resize": card.resize,
@@ -309,21 +312,21 @@ def _protocol(frozen: Frozen, *, ks: Sequence[int], temp: float) -> dict[str, ob
 
 
 def _score(by_k: ByK) -> dict[str, float]:
-    """Top-1 of each k, the one usually quoted first."""
+    """Top-1 of each k, the usually quoted k first."""
     ordered = sorted(by_k, key=lambda k: k != str(QUOTED_K))
     return {f"top1_k{k}": by_k[k]["top1"] for k in ordered}
 
 
-def _pixel_floor(
+def _pixel_baseline(
     sets: LabelledSets, *, ks: Sequence[int], temp: float, num_workers: int
 ) -> dict[str, object]:
-    """k-NN on pixels, with the protocol's votes and, the classical floor, with equal ones."""
-    seen = sets.features(partial(pixel_features, num_workers=num_workers))
-    mean = seen.bank.mean(dim=0)
-    seen = seen._replace(bank=seen.bank - mean, test=seen.test - mean)
-    by_k = _classify(seen, ks=ks, temp=temp)
+    """k-NN on pixels, with the protocol's votes, and with equal votes as in classical k-NN."""
+    features = sets.features(partial(pixel_features, num_workers=num_workers))
+    mean = features.bank.mean(dim=0)
+    features = features._replace(bank=features.bank - mean, test=features.test - mean)
+    by_k = _classify(features, ks=ks, temp=temp)
     about = f"{PIXEL_SIDE} x {PIXEL_SIDE} pixels by area averaging, less the bank's mean"
-    equal = _classify(seen, ks=ks, temp=math.inf)
+    equal = _classify(features, ks=ks, temp=math.inf)
     return {
         "floors": _score(by_k),
         "pixels": {"features": about, "knn": by_k, "knn_equal_votes": equal},

@@ -1,7 +1,6 @@
-"""Two labelled sets, one to learn from and one to judge by, and what a network sees in them.
+"""Two labelled sets, one to learn from and one to test on, and their features.
 
-Shape letters: N images of the bank, M of the test set, as far as they can be read; D width, C
-classes.
+Shape letters: N readable images of the bank, M of the test set; D width, C classes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dinoscale.data.sources.mixture import left_out_counts
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import check_labels
-from dinoscale.evaluate.overlap import overlap_of
+from dinoscale.evaluate.overlap import find_overlap
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank, open_once_per_node
 
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
-    """Of both sets, with labels in the numbers of the bank, on one device."""
+    """Features of both sets on one device; labels are in the numbers of the bank."""
 
     bank: Tensor  # (N, D)
     bank_labels: Tensor  # (N,) int64
@@ -39,12 +38,12 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledSets:
-    """The bank and what to classify, whose classes are among those of the bank.
+    """A bank and a test set, whose classes are among those of the bank.
 
     Attributes:
         bank: labelled images to learn from.
-        test: labelled images to judge by.
-        renumber: (C,) int64, the bank's number of each class of the test set, -1 of one without
+        test: labelled images to test on.
+        renumber: (C,) int64, the bank's number of each class of the test set, -1 for one without
             images.
     """
 
@@ -64,7 +63,7 @@ class LabelledSets:
         Args:
             train_spec: the bank, as `data.train` of a config.
             test_spec: what to classify.
-            open_images: makes a source of either; takes what it calls while it works.
+            open_images: opens one of them; takes a function to call while it works.
 
         Raises:
             DataError: as `open_images` and `renumber_classes`.
@@ -77,10 +76,10 @@ class LabelledSets:
         return cls(bank, test, renumber)
 
     def features(self, extract: Callable[[Source], tuple[Tensor, Tensor]]) -> Features:
-        """Take features and labels of both.
+        """Extract features and labels of both.
 
         Args:
-            extract: gives features (N, D) and labels (N,) of the readable images of a source.
+            extract: returns features (N, D) and labels (N,) of the readable images of a source.
 
         Raises:
             DataError: none of the images of a set can be read.
@@ -103,13 +102,13 @@ def _readable(features: Tensor, labels: Tensor, *, name: str) -> tuple[Tensor, T
 def describe_set(
     spec: str, source: Source, labels: Tensor, *, unreadable: int
 ) -> dict[str, object]:
-    """A set for a report, as far as it was used.
+    """Describe the used images of a set for a report.
 
     Args:
         spec: what it was opened from.
         source: the set.
         labels: of the images that were used, (N,).
-        unreadable: how many could not be.
+        unreadable: number of images that could not be read.
     """
     return {
         "spec": spec,
@@ -123,7 +122,7 @@ def describe_set(
 def renumber_classes(train: Source, test: Source) -> Tensor:
     """Find the number in the bank of every class of the test set: by name, else by number.
 
-    Classes that the test set lacks are no error. Says so, and how many pictures both sets share.
+    Classes that the test set lacks are no error. Logs them, and how many pictures both sets share.
 
     Args:
         train: the bank.
@@ -140,15 +139,15 @@ def renumber_classes(train: Source, test: Source) -> Tensor:
     labels = [check_labels(train, name="train"), check_labels(test, name="test")]
     of_train, of_test = classes_of(train, labels[0]), classes_of(test, labels[1])
     if len(of_train.present) == 1:
-        raise DataError("train: all images are of one class; there is nothing to tell apart")
+        raise DataError("train: all images are of one class; need at least two")
     same = same_classes(of_train, of_test)
     if len(same) < len(of_train.present):
         log.info("test has images of %d of the %d classes", len(same), len(of_train.present))
-    shared = overlap_of(test, train) if distributed.rank() == 0 else None
+    shared = find_overlap(test, train) if distributed.rank() == 0 else None
     if shared is not None and shared.found:
         log.warning(
             "%d of the %d pictures of test that were looked for are in train, byte for byte, as %s:"
-            " they are judged by themselves",
+            " the accuracy is too high",
             *(shared.found, shared.looked_for, shared.example),
         )
     renumber = np.full(max(same) + 1, -1, dtype=np.int64)

@@ -2,7 +2,7 @@
 
 `GridProtocol` trains classifiers of four inputs at thirteen learning rates each on one frozen
 forward; `DinoProtocol` trains one classifier. Both report the best accuracy on the test set, as
-published: the number was chosen on the images that it is measured on, and the report says so.
+published: it was chosen on the images that it is measured on, and the report says so.
 
 Shape letter: N images.
 """
@@ -19,18 +19,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dinoscale.convert.weights import Network
-from dinoscale.data.augmentation.labelled_crops import FLIP_PROB, SCALE, endless_sampler
+from dinoscale.data.augmentation.labelled_crops import FLIP_PROB, SCALE, stream_sampler
 from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.classification.accuracy import choose_best, percent
 from dinoscale.evaluate.classification.inputs import (
-    READING,
-    Drawn,
-    Reading,
-    Subject,
-    open_subject,
-    outputs_of_test,
-    outputs_of_train,
+    ClassifierInputs,
+    DrawnImages,
+    extract_test_features,
+    extract_train_features,
+    open_inputs,
     train_images,
 )
 from dinoscale.evaluate.classification.linear_heads import (
@@ -45,12 +42,12 @@ from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, Gri
 from dinoscale.evaluate.classification.probe_report import preprocessing
 from dinoscale.evaluate.classification.resumable_training import (
     State,
-    report_of_training,
+    check_target,
     save_tensors,
-    targets_of,
-    writable,
+    train_and_report,
+    weights_files,
 )
-from dinoscale.evaluate.frozen_backbone import Extraction
+from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, ExtractionOptions
 
 
 def evaluate_linear(
@@ -64,58 +61,48 @@ def evaluate_linear(
     untrained: bool = False,
     out: str | Path | None = None,
     log_path: str | Path | None = None,
-    reading: Reading = READING,
-    device: str | None = None,
-    network: Network = "teacher",
-    num_heads: int | None = None,
+    options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
-    """Train linear classifiers on frozen features of one set, and measure them on another.
+    """Train linear classifiers on frozen features of one set, and test them on another.
 
     Args:
         weights_path: any weights file that `load_backbone` reads.
         train_spec: labelled images, as `data.train` of a config.
         test_spec: labelled images of the same classes.
         protocol: what to train, with its published numbers as defaults.
-        augment: train on random crops, forwarded anew in each step; without, on features of the
-            whole images as tests see them, which are forwarded once: fast, and not as published.
+        augment: train on random crops, as published, with a forward in each step. Otherwise train
+            on features of whole images, prepared as test images and forwarded once: faster.
         seed: of the first weights, the order of images and their crops, >= 0.
         untrained: also measure the same architecture with fresh weights.
         out: safetensors file for the best classifier of the last measurement, `weight` (C, K) and
-            `bias` (C,), beside it `NAME-best` for that of all measurements, both written after
-            each, and the state of the training until it is reported: the same call goes on with it,
-            to the same numbers. None writes nothing.
-        log_path: JSON lines, one for each measurement as soon as it is known.
-        reading: batches, workers and bars.
-        device: a torch device; None takes the accelerator if there is one.
-        network: which of the two of a run or a full checkpoint.
-        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
+            `bias` (C,); `NAME-best` beside it is for the best of all measurements. Both are written
+            after each, with the state of the training, from which the same call resumes to the same
+            numbers. None writes nothing.
+        log_path: JSON lines, one for each measurement as soon as it is done.
+        options: which network, which device, and how images are read.
 
     Returns:
-        The report, ready for JSON: `score` is of the best classifier, `chosen` says which that is
-        and that it was chosen on the test set, `evaluations` holds all that was measured.
+        The report, ready for JSON: `score` is of the best classifier, `chosen` names it and says
+        that it was chosen on the test set, `evaluations` holds all measurements.
 
     Raises:
-        CheckpointError: the weights file cannot be used, or what is kept of the training.
-        ConfigError: a setting is out of range, a file cannot be written, or another training is
-            kept beside `out`.
+        CheckpointError: the weights file or the saved state of the training cannot be used.
+        ConfigError: a setting is out of range, a file cannot be written, or the state beside `out`
+            belongs to another training.
         DataError: a set cannot be read or lacks labels, the classes differ, or there is only one.
         NonFiniteError: a feature is not a finite number, or every classifier has diverged.
     """
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
-    target = writable(out, weights_path)
-    how = Extraction(network=network, num_heads=num_heads, device=device)
-    subject = open_subject(weights_path, train_spec, test_spec, how)
-    plan = protocol.plan(subject.backbone, images=len(subject.train))
-
-    of_training = _protocol(protocol, plan, subject, augment=augment, seed=seed)
-    settings: dict[str, object] = {"network": network, **of_training}
-
-    return report_of_training(
+    target = check_target(out, weights_path)
+    inputs = open_inputs(weights_path, train_spec, test_spec, options)
+    plan = protocol.plan(inputs.backbone, images=len(inputs.train))
+    settings = _protocol(protocol, plan, inputs, augment=augment, seed=seed)
+    return train_and_report(
         "linear",
-        subject,
-        lambda backbone: _Probe(backbone, subject, plan, reading, augment=augment, seed=seed),
-        protocol=settings,
+        inputs,
+        lambda backbone: _Probe(backbone, inputs, plan, augment=augment, seed=seed),
+        protocol={"network": options.network, **settings},
         out=target,
         untrained=untrained,
         log_path=log_path,
@@ -131,30 +118,29 @@ class _Probe:
     def __init__(
         self,
         backbone: nn.Module,
-        subject: Subject,
+        inputs: ClassifierInputs,
         plan: ProbePlan,
-        reading: Reading,
         *,
         augment: bool,
         seed: int,
     ) -> None:
-        self._subject, self._plan, self._reading = subject, plan, reading
+        self._inputs, self._plan, self._options = inputs, plan, inputs.extractor.options
         self._augment, self._seed = augment, seed
-        self._drawn = Drawn(len(subject.train))
+        self._drawn = DrawnImages(len(inputs.train))
         self._tokens = TokenFeatures(backbone, blocks=plan.blocks)
         self._heads = [
             LinearHeads(
                 num_heads=len(plan.rates),
-                num_classes=subject.num_classes,
+                num_classes=inputs.num_classes,
                 width=self._tokens.token_dim * (kind.blocks + kind.pooled),
                 seed=seed,
-                device=subject.device,
+                device=inputs.device,
             )
             for kind in plan.kinds
         ]
 
     def save(self, evaluations: Sequence[Evaluation], out: Path) -> None:
-        """Write the best classifier of now as the last one, and where it is as the best of all."""
+        """Write the current best classifier as the last, and as the best of all if it is."""
         bests = [_best([evaluation]) for evaluation in evaluations]
         last, top1 = bests[-1], [best["top1"] for best in bests]
         kind = [(kind.blocks, kind.pooled) for kind in self._plan.kinds].index(
@@ -163,28 +149,28 @@ class _Probe:
         heads, at = self._heads[kind], self._plan.rates.index(last["lr"])
         tensors = {"weight": heads.weight[at], "bias": heads.bias[at]}
         about = {"classifier": json.dumps(last)}
-        for target in targets_of(out, top1):
+        for target in weights_files(out, top1):
             save_tensors(target, tensors, about)
 
     def chosen(self, evaluations: Sequence[Evaluation]) -> dict[str, object]:
-        """The best classifier, looked for where the protocol does."""
+        """The best classifier of the measurements that the protocol considers."""
         last_only = self._plan.last_only
         return choose_best(
             _entries(evaluations[-1:] if last_only else evaluations), with_last=not last_only
         )
 
     def measured(self, state: State | None) -> Iterator[tuple[Evaluation, State]]:
-        """Train; yield what is measured on the way and at the end, after a state the rest."""
+        """Train, from a state if there is one; yield all measurements that are left."""
         plan, first = self._plan, 0
         if state is not None:
-            first, self._drawn = state["step"], Drawn.of(state["drawn"])
+            first, self._drawn = state["step"], DrawnImages.of(state["drawn"])
             for heads, of_heads in zip(self._heads, state["heads"], strict=True):
                 heads.load(of_heads)
-        tests, test_labels = outputs_of_test(
-            self._tokens, self._subject, self._reading, taken=self._tokens.taken
+        tests, test_labels = extract_test_features(
+            self._tokens, self._inputs, output_key=self._tokens.output_key
         )
         rates = torch.tensor(plan.rates, device=tests.device)
-        shown = None if self._reading.progress else True
+        shown = None if self._options.progress else True
         batches = self._batches(first)
         bar = tqdm(batches, initial=first, total=plan.steps, unit="step", disable=shown)
         for step, (features, labels) in enumerate(bar, start=first):
@@ -204,25 +190,25 @@ class _Probe:
 
     def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (N, ...) and labels (N,) of each step from the first on."""
-        plan, subject, reading = self._plan, self._subject, self._reading
+        plan, inputs = self._plan, self._inputs
         if self._augment:
             images = train_images(
-                subject,
+                inputs,
                 interpolation=plan.interpolation,
                 batch_size=plan.batch_size,
                 steps=plan.steps,
                 first_step=first,
                 seed=self._seed,
-                num_workers=reading.num_workers,
+                num_workers=self._options.num_workers,
                 drawn=self._drawn,
             )
             for pixels, labels in images:
                 with torch.no_grad():
                     yield self._tokens([pixels]).float(), labels
-            subject.used["train"] = self._drawn.used(subject.train)
+            inputs.used["train"] = self._drawn.used(inputs.train)
             return
-        features, labels = outputs_of_train(
-            self._tokens, subject, reading, taken=self._tokens.taken
+        features, labels = extract_train_features(
+            self._tokens, inputs, output_key=self._tokens.output_key
         )
         sampler = endless_sampler(
             len(features), batch_size=plan.batch_size, steps=plan.steps, seed=self._seed
@@ -233,9 +219,9 @@ class _Probe:
 
     def _measure(self, tests: Tensor, labels: Tensor, done: int) -> Evaluation:
         results = []
-        classes = self._subject.num_classes
+        classes = self._inputs.num_classes
         for kind, heads in zip(self._plan.kinds, self._heads, strict=True):
-            counts = heads.right(self._take(kind, tests), labels)
+            counts = heads.num_correct(self._take(kind, tests), labels)
             every = zip(self._plan.rates, counts, heads.finite(), strict=True)
             for rate, (top1, top5), finite in every:
                 score = percent(top1, top5, images=len(labels), num_classes=classes)
@@ -243,8 +229,7 @@ class _Probe:
                 results.append(found | ({} if finite else {"diverged": True}))
         if all("diverged" in result for result in results):
             raise NonFiniteError(
-                f"step {done}: the weights of all classifiers are no longer finite numbers; lower"
-                " the learning rate"
+                f"step {done}: all classifiers have non-finite weights; lower the learning rate"
             )
         epoch = {} if self._plan.last_only else {"epoch": done // self._plan.hold}
         return {"step": done, **epoch, "classifiers": results}
@@ -271,7 +256,7 @@ _CHOSEN_OF = {True: "all classifiers after the last step", False: "all epochs"}
 def _protocol(
     protocol: GridProtocol | DinoProtocol,
     plan: ProbePlan,
-    subject: Subject,
+    inputs: ClassifierInputs,
     *,
     augment: bool,
     seed: int,
@@ -282,7 +267,7 @@ def _protocol(
         **asdict(protocol),
         "features": "class tokens of the last blocks, and the mean patch token where pooled, all"
         " through the final norm"
-        if is_vit(subject.backbone)
+        if is_vit(inputs.backbone)
         else "pooled backbone output",
         "inputs": [asdict(kind) for kind in plan.kinds],
         "rates": list(plan.rates),
@@ -296,6 +281,6 @@ def _protocol(
         "train_images": crops
         if augment
         else "as test images, without augmentation; forwarded once",
-        "test_images": preprocessing(subject.card),
+        "test_images": preprocessing(inputs.card),
         "chosen": f"the best on the test set, of {_CHOSEN_OF[plan.last_only]}",
     }

@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen tokens: which tokens, and many classifiers trained at once.
+"""Linear classifiers on frozen tokens: the choice of tokens, and many classifiers at once.
 
 Shape letters: N images, n last blocks, P patches, D width of a token, K width of a classifier's
 input, G classifiers of one kind of input, C classes.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinoscale.evaluate.classification.accuracy import num_right
+from dinoscale.evaluate.classification.accuracy import num_correct
 
 INIT_STD = 0.01  # of a classifier's weights, normal with mean 0; biases start at 0
 MOMENTUM = 0.9  # of SGD; the published codes of both protocols, without weight decay
@@ -23,22 +23,22 @@ _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
 class TokenFeatures(nn.Module):
     """Class tokens of the last n blocks, oldest first, then the mean patch token of the last.
 
-    All go through the final norm. Of a ResNet there is the pooled output alone.
+    All go through the final norm. For a ResNet it is the pooled output alone.
 
     Attributes:
         blocks: n.
         embed_dim: width of a row, (n + 1) D, or D.
         token_dim: D.
-        taken: what a row holds, in words.
+        output_key: what a row holds, in words, for the cache.
     """
 
     def __init__(self, backbone: nn.Module, *, blocks: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.blocks = blocks
-        self.token_dim = int(backbone.embed_dim)  # type: ignore[arg-type]  # an int of all of ours
+        self.token_dim = int(backbone.embed_dim)  # type: ignore[arg-type]  # an int
         self.embed_dim = self.token_dim * (blocks + 1 if is_vit(backbone) else 1)
-        self.taken = f"class tokens of the last {blocks} blocks, mean patch token of the last"
+        self.output_key = f"class tokens of the last {blocks} blocks, mean patch token of the last"
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         """Take one tensor of images (N, C, H, W) in a list; return (N, embed_dim)."""
@@ -59,13 +59,13 @@ def is_vit(backbone: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class FeatureKind:
-    """Which of the tokens a classifier sees.
+    """Which tokens a classifier takes.
 
     Attributes:
-        blocks: class tokens of so many last blocks, joined.
+        blocks: number of last blocks whose class tokens are joined.
         pooled: also the mean patch token of the last block.
-        interleaved: channel by channel instead of one after the other, as in the published ViT-B
-            classifiers; matters only to whoever compares weights.
+        interleaved: channel by channel instead of token by token, as in the published ViT-B
+            classifiers; matters only for a comparison of weights.
     """
 
     blocks: int
@@ -73,7 +73,7 @@ class FeatureKind:
     interleaved: bool = False
 
     def take(self, features: Tensor, *, stored: int, token_dim: int) -> Tensor:
-        """Cut rows of `TokenFeatures` of `stored` blocks, (N, ...), to (N, K)."""
+        """Select the tokens from rows of `TokenFeatures` of `stored` blocks: (N, ...) to (N, K)."""
         tokens = torch.unflatten(features, 1, (-1, token_dim))
         tokens = tokens[:, stored - self.blocks : stored + (1 if self.pooled else 0)]
         if self.interleaved:
@@ -84,8 +84,8 @@ class FeatureKind:
 class LinearHeads:
     """G linear classifiers of one input, each with its own learning rate, as one matrix.
 
-    SGD with momentum 0.9 on the mean cross-entropy of each classifier, so that none knows of the
-    others: v <- 0.9 v + gradient; weight <- weight - rate v.
+    SGD with momentum 0.9 on the mean cross-entropy of each classifier, independent of the others:
+    v <- 0.9 v + gradient; weight <- weight - rate v.
 
     Attributes:
         weight: (G, C, K).
@@ -110,7 +110,7 @@ class LinearHeads:
         self._bias_velocity = torch.zeros_like(self.bias)
 
     def state(self) -> dict[str, Tensor]:
-        """All numbers of the classifiers and of their training, which goes on changing them."""
+        """Weights and momentum of the classifiers; further training changes these tensors."""
         return {
             "weight": self.weight,
             "bias": self.bias,
@@ -119,7 +119,7 @@ class LinearHeads:
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` has given."""
+        """Restore what `state` returned."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
 
@@ -129,7 +129,7 @@ class LinearHeads:
         return torch.unflatten(flat, 1, self.bias.shape)
 
     def step(self, x: Tensor, labels: Tensor, rates: Tensor) -> None:
-        """Move all classifiers once.
+        """Take one SGD step with all classifiers.
 
         Args:
             x: (N, K).
@@ -145,15 +145,15 @@ class LinearHeads:
         self.bias.sub_(rates[:, None] * self._bias_velocity)
 
     def finite(self) -> list[bool]:
-        """For each classifier, whether all its numbers are finite: it has not diverged."""
+        """For each classifier, whether all its weights are finite: it has not diverged."""
         flat = torch.cat([self.weight.flatten(1), self.bias], dim=1)  # (G, C K + C)
         return flat.isfinite().all(dim=1).tolist()
 
-    def right(self, x: Tensor, labels: Tensor) -> list[tuple[int, int]]:
-        """For each classifier, the rows (N, K) that are right by top-1 and by top-5."""
+    def num_correct(self, x: Tensor, labels: Tensor) -> list[tuple[int, int]]:
+        """For each classifier, how many rows (N, K) are correct by top-1 and by top-5."""
         top1, top5 = torch.zeros(2, len(self.bias), dtype=torch.int64, device=x.device)
         rows = max(1, _LOGITS_AT_ONCE // self.bias.numel())
         for some, classes in zip(x.split(rows), labels.split(rows), strict=True):
-            more1, more5 = num_right(self.logits(some), classes)
+            more1, more5 = num_correct(self.logits(some), classes)
             top1, top5 = top1 + more1, top5 + more5
         return list(zip(top1.tolist(), top5.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What the published linear probes train: DINOv2's grid of classifiers, and DINO v1's single one.
+"""The published linear probes: DINOv2's grid of classifiers, and DINO v1's single one.
 
 Sources: Oquab et al. 2023 (arXiv:2304.07193), appendix B.3, and Caron et al. 2021
 (arXiv:2104.14294), section 4.1, with the numbers of their published evaluation code.
@@ -16,9 +16,9 @@ from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.classification.linear_heads import FeatureKind, is_vit
 
-LAST_BLOCKS = 4  # class tokens that the wide inputs of both protocols join
+LAST_BLOCKS = 4  # whose class tokens the wide inputs of both protocols join
 POOLED_FROM = 768  # width of ViT-B, from which v1 takes one class token and the mean patch token
-BATCH_SCALE = 256  # images of a batch that the rates are stated for
+BATCH_SCALE = 256  # batch size for which the rates are stated
 GRID_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 
@@ -29,13 +29,13 @@ class ProbePlan:
     Attributes:
         kinds: inputs, each with a classifier for every rate.
         rates: learning rates, already scaled by the batch.
-        blocks: class tokens of so many last blocks are needed.
+        blocks: number of last blocks whose class tokens are needed.
         batch_size: images of a step.
         steps: in all.
-        hold: steps with one rate; the cosine falls after each `hold` of them.
-        eval_every: steps between two measurements; there is one after the last step, too.
+        hold: steps with the same rate; the cosine falls after each `hold` steps.
+        eval_every: steps between two measurements; the last step is followed by one, too.
         interpolation: of the training crops.
-        last_only: the best classifier is looked for after the last step; else after each epoch.
+        last_only: choose the best classifier after the last step; else after any epoch.
     """
 
     kinds: tuple[FeatureKind, ...]
@@ -49,7 +49,7 @@ class ProbePlan:
     last_only: bool
 
     def factor(self, step: int) -> float:
-        """Share of its rate that every classifier learns with: half a cosine from 1 towards 0."""
+        """Factor of all learning rates at a step: half a cosine from 1 towards 0."""
         periods = math.ceil(self.steps / self.hold)
         return cosine(step // self.hold, base=1.0, final=0.0, total_steps=periods)
 
@@ -69,7 +69,7 @@ class GridProtocol:
     eval_every: int = 1250
 
     def plan(self, backbone: nn.Module, *, images: int) -> ProbePlan:
-        """Lay it out for a backbone; a train set of any number of images is repeated."""
+        """Make the plan for a backbone; a train set of any size is repeated."""
         check_positive(iterations=self.iterations, batch_size=self.batch_size, images=images)
         check_positive(eval_every=self.eval_every)
         most = _most_blocks(backbone)
@@ -91,8 +91,8 @@ class GridProtocol:
 class DinoProtocol:
     """DINO v1's: four class tokens below width 768, else one and the mean patch; cosine by epoch.
 
-    Differs: an epoch is the least number of full batches that hold as many images as the set; the
-    reference ends each epoch with a smaller batch.
+    Differs: an epoch is the smallest number of full batches that hold as many images as the set;
+    the reference ends each epoch with a smaller batch.
 
     Attributes:
         epochs: passes over the train set, each followed by a measurement.
@@ -105,7 +105,7 @@ class DinoProtocol:
     lr: float = 0.001
 
     def plan(self, backbone: nn.Module, *, images: int) -> ProbePlan:
-        """Lay it out for a backbone and a train set."""
+        """Make the plan for a backbone and a train set."""
         check_positive(epochs=self.epochs, batch_size=self.batch_size, images=images)
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"lr: need a number above 0, got {self.lr}")
@@ -126,12 +126,12 @@ class DinoProtocol:
 
 
 def _most_blocks(backbone: nn.Module) -> int:
-    """Blocks whose class tokens can be joined: four, or as many as there are."""
+    """Number of blocks whose class tokens can be joined: four, or all if there are fewer."""
     return min(LAST_BLOCKS, int(backbone.depth)) if is_vit(backbone) else 1  # type: ignore[arg-type]  # an int
 
 
 def check_positive(**numbers: int) -> None:
-    """Refuse a number below 1 by its name."""
+    """Refuse numbers below 1, by name."""
     for name, number in numbers.items():
         if number < 1:
             raise ConfigError(f"{name}: need a whole number above 0, got {number}")

@@ -1,6 +1,6 @@
-"""Logistic regression on frozen features, its regularisation chosen on a part of the train set.
+"""Logistic regression on frozen features; a part of the train set chooses the regularisation.
 
-The test set is looked at once, after everything was chosen.
+The test set is used once, after C was chosen.
 Shape letters: N images, D width, C classes.
 Source: Caron et al. 2021 (arXiv:2104.14294), appendix on logistic regression; grid, held-out share
 and iterations are those of the published code of Oquab et al. 2023 (arXiv:2304.07193).
@@ -20,19 +20,16 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dinoscale.convert.weights import Network
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.classification.accuracy import num_right, percent
+from dinoscale.evaluate.classification.accuracy import num_correct, percent
 from dinoscale.evaluate.classification.inputs import (
-    READING,
-    Reading,
-    Subject,
-    open_subject,
-    outputs_of_test,
-    outputs_of_train,
+    ClassifierInputs,
+    extract_test_features,
+    extract_train_features,
+    open_inputs,
 )
-from dinoscale.evaluate.classification.probe_report import Log, preprocessing, report_of
-from dinoscale.evaluate.frozen_backbone import OUTPUT, Extraction
+from dinoscale.evaluate.classification.probe_report import Log, measure_and_report, preprocessing
+from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, OUTPUT, ExtractionOptions
 
 CS = tuple((10 ** np.linspace(-6, 5, 45)).tolist())  # inverse strength of the L2 penalty
 HELD_OUT = 0.1  # of the images of each class, at least one of a class of two or more
@@ -52,12 +49,9 @@ def evaluate_logistic(
     seed: int = 0,
     untrained: bool = False,
     log_path: str | Path | None = None,
-    reading: Reading = READING,
-    device: str | None = None,
-    network: Network = "teacher",
-    num_heads: int | None = None,
+    options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
-    """Fit a logistic regression to frozen features of one set, and measure it on another.
+    """Fit a logistic regression to frozen features of one set, and test it on another.
 
     Features are the backbone's output (of a ViT: the normalised class token), without
     augmentation, scaled to length 1.
@@ -70,11 +64,8 @@ def evaluate_logistic(
         max_iter: of L-BFGS.
         seed: of the held-out part, >= 0.
         untrained: also measure the same architecture with fresh weights.
-        log_path: JSON lines, one for each C as soon as it is known.
-        reading: batches, workers and bars.
-        device: a torch device; None takes the accelerator if there is one.
-        network: which of the two of a run or a full checkpoint.
-        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
+        log_path: JSON lines, one for each C as soon as it is measured.
+        options: which network, which device, and how images are read.
 
     Returns:
         The report, ready for JSON: `score`, `chosen` (the C and how), `held_out` (all of them).
@@ -87,14 +78,13 @@ def evaluate_logistic(
     """
     if not cs or min(cs) <= 0 or max_iter < 1 or seed < 0:
         raise ConfigError(f"need C > 0, max_iter > 0, seed >= 0; got {[*cs]}, {max_iter}, {seed}")
-    how = Extraction(network=network, num_heads=num_heads, device=device)
-    subject = open_subject(weights_path, train_spec, test_spec, how)
-    return report_of(
+    inputs = open_inputs(weights_path, train_spec, test_spec, options)
+    return measure_and_report(
         "logistic",
-        subject,
-        partial(_measure, subject, reading, cs=cs, max_iter=max_iter, seed=seed),
+        inputs,
+        partial(_measure, inputs, cs=cs, max_iter=max_iter, seed=seed),
         protocol={
-            "network": network,
+            "network": options.network,
             "method": "scikit-learn's LogisticRegression, L-BFGS, L2 penalty",
             "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
             "cs": list(cs),
@@ -102,7 +92,7 @@ def evaluate_logistic(
             "held_out": HELD_OUT,
             "seed": seed,
             "chosen": "C on a held-out part of the train set; refitted to all of it, tested once",
-            "images": preprocessing(subject.card),
+            "images": preprocessing(inputs.card),
         },
         untrained=untrained,
         log_path=log_path,
@@ -110,8 +100,7 @@ def evaluate_logistic(
 
 
 def _measure(
-    subject: Subject,
-    reading: Reading,
+    inputs: ClassifierInputs,
     backbone: nn.Module,
     log: Log,
     *,
@@ -119,20 +108,20 @@ def _measure(
     max_iter: int,
     seed: int,
 ) -> dict[str, object]:
-    """Score, chosen C and what the held-out part says of each C."""
-    train, labels = _normalised(*outputs_of_train(backbone, subject, reading, taken=OUTPUT))
+    """Score, chosen C, and the accuracy of each C on the held-out part."""
+    train, labels = _normalised(*extract_train_features(backbone, inputs, output_key=OUTPUT))
     if len(np.unique(labels)) < 2:
-        raise DataError(f"{subject.specs[0]}: images of only one class can be read; need two")
+        raise DataError(f"{inputs.specs[0]}: images of only one class can be read; need two")
     held = held_out(labels, seed=seed)
     tried = []
-    for c in tqdm(cs, unit="C", disable=None if reading.progress else True):
-        scores, _ = scores_of(train[~held], labels[~held], train[held], c=c, max_iter=max_iter)
-        tried.append({"c": c} | _accuracy(scores, labels[held], subject))
+    for c in tqdm(cs, unit="C", disable=None if inputs.extractor.options.progress else True):
+        scores, _ = fit_and_score(train[~held], labels[~held], train[held], c=c, max_iter=max_iter)
+        tried.append({"c": c} | _accuracy(scores, labels[held], inputs))
         log({"held_out": tried[-1]})
     best = max(tried, key=lambda entry: entry["top1"])  # the strongest penalty of equals
-    test, test_labels = _normalised(*outputs_of_test(backbone, subject, reading, taken=OUTPUT))
-    scores, iterations = scores_of(train, labels, test, c=best["c"], max_iter=max_iter)
-    score = _accuracy(scores, test_labels, subject)
+    test, test_labels = _normalised(*extract_test_features(backbone, inputs, output_key=OUTPUT))
+    scores, iterations = fit_and_score(train, labels, test, c=best["c"], max_iter=max_iter)
+    score = _accuracy(scores, test_labels, inputs)
     log({"score": score})
     return {
         "score": score,
@@ -169,7 +158,7 @@ def held_out(labels: Numbers, *, seed: int) -> NDArray[np.bool_]:
     return held
 
 
-def scores_of(
+def fit_and_score(
     features: Rows, labels: Numbers, tests: Rows, *, c: float, max_iter: int
 ) -> tuple[Rows, int]:
     """Fit scikit-learn's logistic regression and score other images.
@@ -183,7 +172,7 @@ def scores_of(
 
     Returns:
         Scores (M, C) for class numbers from 0 to the highest, minus infinity for those without an
-        image; iterations that it took.
+        image; the number of iterations.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -200,7 +189,7 @@ def scores_of(
     return scores, int(model.n_iter_.max())
 
 
-def _accuracy(scores: Rows, labels: Numbers, subject: Subject) -> dict[str, float]:
-    top1, top5 = num_right(torch.from_numpy(scores), torch.from_numpy(labels))
-    classes = subject.num_classes
+def _accuracy(scores: Rows, labels: Numbers, inputs: ClassifierInputs) -> dict[str, float]:
+    top1, top5 = num_correct(torch.from_numpy(scores), torch.from_numpy(labels))
+    classes = inputs.num_classes
     return percent(int(top1), int(top5), images=len(labels), num_classes=classes)

@@ -1,89 +1,84 @@
-"""The report of a task that trains a classifier, and its log of results as they come."""
+"""The report of a task that trains a classifier, and its log of intermediate results."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
 
 from dinoscale.convert.weights_file import BackboneCard
 from dinoscale.errors import ConfigError, OutputError
-from dinoscale.evaluate.classification.inputs import Subject
+from dinoscale.evaluate.classification.inputs import ClassifierInputs
 from dinoscale.evaluate.classification.labelled_sets import describe_set
-from dinoscale.evaluate.untrained import untrained_backbone
 from dinoscale.runtime.fingerprint import digest_of
 
 Result = Mapping[str, object]  # ready for JSON
 Log = Callable[[Result], None]
-_LONGEST_LINE = 1 << 20  # bytes; those of results have some hundreds
+_LONGEST_LINE = 1 << 20  # bytes; the lines of results have some hundreds
 
 
-def report_of(
+def measure_and_report(
     task: str,
-    subject: Subject,
+    inputs: ClassifierInputs,
     measure: Callable[[nn.Module, Log], dict[str, object]],
     *,
     protocol: Mapping[str, object],
     untrained: bool,
     log_path: str | Path | None,
 ) -> dict[str, object]:
-    """Measure the backbone and, if asked for, the same architecture with fresh weights.
+    """Measure the backbone and, if `untrained`, the same architecture with fresh weights.
 
     Args:
         task: its name.
-        subject: what is measured.
+        inputs: backbone and sets.
         measure: takes a backbone, and a function to call with each result as soon as it is known;
-            returns `score` and whatever else there is to report, and leaves in `subject.used` what
-            was used of both sets.
+            returns `score` and the other parts of the report, and records in `inputs.used` which
+            images it used.
         protocol: all that changes the numbers.
-        untrained: measure fresh weights, too.
-        log_path: JSON lines, one for each result, with a digest of what it was measured by; None
-            keeps none.
+        untrained: also measure fresh weights.
+        log_path: JSON lines, one for each result, with a digest of its settings; None keeps none.
 
     Returns:
         The report, ready for JSON.
 
     Raises:
         ConfigError: the log cannot be written.
-        OutputError: something else lies where it is to be.
+        OutputError: the log's path holds another file.
     """
     log = _ResultLog(log_path)
-    settings = digest_of([subject.specs, protocol])  # one file may hold lines of several
+    settings = digest_of([inputs.specs, protocol])  # one file may hold lines of several
 
-    def of(network: str, backbone: nn.Module) -> dict[str, object]:
-        head = {"task": task, "weights": subject.weights, "network": network, "settings": settings}
+    def measured(network: str, backbone: nn.Module) -> dict[str, object]:
+        head = {"task": task, "weights": weights, "network": network, "settings": settings}
         return measure(backbone, lambda result: log.add({**head, **result}))
 
-    found = of("trained", subject.backbone)
+    weights = inputs.extractor.path
+    found = measured("trained", inputs.backbone)
     names = ("train", "test")
-    sets = zip(names, subject.specs, (subject.train, subject.test), strict=True)
-    report: dict[str, object] = {
-        "task": task,
-        "weights": subject.weights,
-        "weights_source": subject.card.source,
-        "backbone": asdict(subject.card.backbone),
-        "classes": subject.num_classes,
+    sets = zip(names, inputs.specs, (inputs.train, inputs.test), strict=True)
+    report = inputs.extractor.report(
+        task,
+        classes=inputs.num_classes,
         **{
-            name: describe_set(spec, source, **vars(subject.used[name]))
+            name: describe_set(spec, source, **vars(inputs.used[name]))
             for name, spec, source in sets
         },
-        "protocol": dict(protocol),
+        protocol=dict(protocol),
         **found,
-    }
+    )
     if untrained:
-        fresh = untrained_backbone(subject.card).to(subject.device)
-        report["untrained"] = of("untrained", fresh)["score"]
+        fresh = inputs.extractor.untrained().backbone
+        report["untrained"] = measured("untrained", fresh)["score"]
     return report
 
 
 class _ResultLog:
-    """What is known so far, line by line: a task that is cut off has not measured in vain.
+    """Results so far, line by line: those of an interrupted task are not lost.
 
     Args:
-        path: of a JSON-lines file to append to; None keeps nothing.
+        path: of a JSON-lines file to append to; None logs nothing.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -94,7 +89,7 @@ class _ResultLog:
         self._path = None if path is None else Path(path)
         if self._path is not None and self._path.is_file() and not _is_log(self._path):
             raise OutputError(
-                f"log: {self._path} exists, and is no log of results: choose another name"
+                f"log: {self._path} exists and is no log of results: choose another name"
             )
         self._append("")
 

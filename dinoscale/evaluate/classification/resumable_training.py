@@ -1,4 +1,4 @@
-"""A training of a classifier that goes on where it was ended: its state beside what it writes."""
+"""Resumable training of a classifier: its state is saved beside the file that it writes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dinoscale.errors import CheckpointError, ConfigError
-from dinoscale.evaluate.classification.inputs import Subject
-from dinoscale.evaluate.classification.probe_report import Log, report_of
+from dinoscale.evaluate.classification.inputs import ClassifierInputs
+from dinoscale.evaluate.classification.probe_report import Log, measure_and_report
 from dinoscale.evaluate.feature_cache import InFiles, weights_digest
 from dinoscale.runtime.fingerprint import (
     Fingerprint,
@@ -27,26 +27,26 @@ from dinoscale.runtime.outputs import atomic_write, require_ours, write_tensors
 
 log = logging.getLogger(__name__)
 
-State = dict[str, Any]  # tensors, numbers, texts, lists and dicts of them
+State = dict[str, Any]  # tensors, numbers, strings, lists and dicts of them
 
 
-class KeptTraining:
+class TrainingState:
     """A file with the state of a training, replaced after every measurement.
 
     Args:
-        path: of the file; None keeps nothing.
-        made_from: all that decides how the training goes.
+        path: of the file; None saves nothing.
+        made_from: everything that determines the training.
     """
 
     def __init__(self, path: Path | None, made_from: Fingerprint) -> None:
         self._path, self._made_from = path, made_from
 
     def load(self, device: torch.device) -> State | None:
-        """The state of an earlier start, None without one.
+        """The state that an earlier start saved, or None.
 
         Raises:
             CheckpointError: it is damaged.
-            ConfigError: it is of another training, or cannot be read.
+            ConfigError: it belongs to another training, or cannot be read.
         """
         if self._path is None or not self._path.exists():
             return None
@@ -57,15 +57,15 @@ class KeptTraining:
             raise ConfigError(f"{self._path} cannot be read ({error.strerror})") from error
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{self._path} is damaged: remove it, and the training begins anew"
+                f"{self._path} is damaged: remove it to start the training over"
             ) from error
         changed = differences(made_from, self._made_from)
         if changed:
             raise ConfigError(
-                f"{self._path} is of another training ({', '.join(changed)} changed since): remove"
-                " it to begin anew, or name another --out"
+                f"{self._path} belongs to another training ({', '.join(changed)} changed since):"
+                " remove it to start over, or name another --out"
             )
-        log.info("%s: going on after step %d", self._path, state["step"])
+        log.info("%s: resuming after step %d", self._path, state["step"])
         return dict(state)
 
     def save(self, state: State) -> None:
@@ -80,30 +80,30 @@ class KeptTraining:
         _replace(self._path, lambda beside: torch.save(content, beside))
 
     def remove(self) -> None:
-        """The training is done and reported."""
+        """Delete the file: the training is done and reported."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
 
 class Training(Protocol):
-    """A training of a classifier on one backbone, which is measured on its way."""
+    """The training of a classifier on one backbone, measured several times."""
 
     def measured(self, state: State | None) -> Iterator[tuple[Any, State]]:
-        """Train; yield each measurement, ready for JSON, with the state to go on after it."""
+        """Train; yield each measurement, ready for JSON, with the state to resume after it."""
         ...
 
     def save(self, evaluations: Sequence[Any], out: Path) -> None:
-        """Write what is trained by now as the last one, and where it is as the best."""
+        """Write the current weights as the last, and as the best if they are."""
         ...
 
     def chosen(self, evaluations: Sequence[Any]) -> dict[str, object]:
-        """`score` of the report and how it was chosen."""
+        """`score` of the report, and how it was chosen."""
         ...
 
 
-def report_of_training(
+def train_and_report(
     task: str,
-    subject: Subject,
+    inputs: ClassifierInputs,
     begin: Callable[[nn.Module], Training],
     *,
     protocol: Mapping[str, object],
@@ -111,51 +111,51 @@ def report_of_training(
     untrained: bool,
     log_path: str | Path | None,
 ) -> dict[str, object]:
-    """Train and measure, from where an earlier start of the same training was ended.
+    """Train and measure, resuming an earlier start of the same training where there is one.
 
     Args:
         task: its name, and that of its module.
-        subject: what is measured.
-        begin: the training of a backbone.
+        inputs: backbone and sets.
+        begin: makes the training of a backbone.
         protocol: all that changes the numbers.
-        out: what the training writes, and beside it the state until it is reported; None keeps
-            nothing.
-        untrained: train on fresh weights, too.
-        log_path: as of `report_of`.
+        out: file that the training writes; its state lies beside it until the training is
+            reported. None writes nothing.
+        untrained: also train on fresh weights.
+        log_path: as of `measure_and_report`.
 
     Returns:
         The report, ready for JSON.
 
     Raises:
-        CheckpointError: what is kept of the training is damaged.
-        ConfigError: a file cannot be written, or another training is kept beside `out`.
+        CheckpointError: the saved state of the training is damaged.
+        ConfigError: a file cannot be written, or the saved state belongs to another training.
     """
-    trainings = []
+    states = []
 
     def measure(backbone: nn.Module, log: Log) -> dict[str, object]:
         module = f"dinoscale.evaluate.classification.{task}"
-        kept = _keep(out, subject, backbone, protocol=protocol, module=module)
-        trainings.append(kept)
-        state = kept.load(subject.device)
+        saved = _state_beside(out, inputs, backbone, protocol=protocol, module=module)
+        states.append(saved)
+        state = saved.load(inputs.device)
         evaluations = [] if state is None else state["evaluations"]
-        written = out if backbone is subject.backbone else None
+        written = out if backbone is inputs.backbone else None
         training = begin(backbone)
         for evaluation, now in training.measured(state):
             log(evaluation)
             evaluations.append(evaluation)
             if written is not None:
                 training.save(evaluations, written)
-            kept.save({**now, "evaluations": evaluations})
+            saved.save({**now, "evaluations": evaluations})
         found = training.chosen(evaluations) | {"evaluations": evaluations}
         if written is None:
             return found
         return found | {"out": str(written), "best_out": str(best_beside(written))}
 
-    report = report_of(
-        task, subject, measure, protocol=protocol, untrained=untrained, log_path=log_path
+    report = measure_and_report(
+        task, inputs, measure, protocol=protocol, untrained=untrained, log_path=log_path
     )
-    for kept in trainings:
-        kept.remove()
+    for saved in states:
+        saved.remove()
     return report
 
 
@@ -178,30 +178,30 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         raise ConfigError(f"out: {path} cannot be written ({reason})") from error
 
 
-def _keep(
+def _state_beside(
     out: Path | None,
-    subject: Subject,
+    inputs: ClassifierInputs,
     backbone: nn.Module,
     *,
     protocol: Mapping[str, object],
     module: str,
-) -> KeptTraining:
-    """Keep a training beside `out`, as `out.resume`, or `out.untrained.resume` of fresh weights.
+) -> TrainingState:
+    """The state beside `out`: `out.resume`, or `out.untrained.resume` of fresh weights.
 
     Args:
-        out: what the training writes; None keeps nothing.
-        subject: what it learns from.
-        backbone: as it is before.
+        out: file that the training writes; None saves nothing.
+        inputs: what it learns from.
+        backbone: before the training.
         protocol: all settings that change a number.
-        module: that trains.
+        module: the one that trains.
 
     Raises:
         UnavailableError: the file system of a set failed for a minute.
     """
     if out is None:
-        return KeptTraining(None, {})
-    kind = "resume" if backbone is subject.backbone else "untrained.resume"
-    sets = zip(("train", "test"), subject.specs, (subject.train, subject.test), strict=True)
+        return TrainingState(None, {})
+    kind = "resume" if backbone is inputs.backbone else "untrained.resume"
+    sets = zip(("train", "test"), inputs.specs, (inputs.train, inputs.test), strict=True)
     files = {
         name: files_fingerprint("", source.files()) if isinstance(source, InFiles) else spec
         for name, spec, source in sets
@@ -211,26 +211,26 @@ def _keep(
         command=protocol,
         code=code_fingerprint(module),
     )
-    return KeptTraining(out.with_name(f"{out.name}.{kind}"), made_from)
+    return TrainingState(out.with_name(f"{out.name}.{kind}"), made_from)
 
 
-def targets_of(out: Path, top1: Sequence[float]) -> list[Path]:
-    """Where what was measured last is written: as the last one, and as the best if it is."""
+def weights_files(out: Path, top1: Sequence[float]) -> list[Path]:
+    """Files for the weights measured last: the last ones, and the best if they are."""
     is_best = top1.index(max(top1)) == len(top1) - 1
     return [out, best_beside(out)] if is_best else [out]
 
 
 def best_beside(out: Path) -> Path:
-    """Where the best is written, `out` being the last: `name-best.safetensors`."""
+    """File of the best weights beside that of the last: `name-best.safetensors`."""
     return out.with_name(f"{out.stem}-best{out.suffix}")
 
 
-def writable(out: str | Path | None, weights: str | Path) -> Path | None:
-    """The file to write, before hours are spent on it; None for None.
+def check_target(out: str | Path | None, weights: str | Path) -> Path | None:
+    """Check the file to write before hours of training; None for None.
 
     Raises:
         ConfigError: it is a folder, or its folder cannot be made.
-        OutputError: it is the weights, or something lies there that is not ours.
+        OutputError: it is the weights, or a file that this program did not write.
     """
     if out is None:
         return None

@@ -1,1 +1,1 @@
-"""What patch tokens and attention show: maps, objects, colours."""
+"""Patch tokens and attention: maps, object masks, principal components."""

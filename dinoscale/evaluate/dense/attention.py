@@ -1,7 +1,7 @@
-"""Where the class token looks: attention of the last block, as a picture and against masks.
+"""Attention of the class token in the last block: drawn as a picture, and scored against masks.
 
-`draw_attention` and `score_attention` take a backbone and images, `evaluate_attention` is the whole
-measurement of a weights file on a set of images.
+`draw_attention` and `score_attention` take a backbone and images, `evaluate_attention` takes a
+weights file and a set of images.
 
 Shape letters: N images, A heads, H, W pixels, R, C rows and columns of patches.
 Source: Caron et al. 2021 (arXiv:2104.14294), figures 1 and 4 and appendix.
@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dinoscale.convert.weights import Network
-from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.augmentation.multi_crop import to_image
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.sources.source import Source
@@ -44,8 +42,8 @@ from dinoscale.evaluate.dense.attention_maps import (
     keep_mass,
 )
 from dinoscale.evaluate.dense.object_masks import split_objects
-from dinoscale.evaluate.features import eval_mode, find_device
-from dinoscale.evaluate.untrained import untrained_backbone
+from dinoscale.evaluate.features import eval_mode
+from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions, load_frozen
 from dinoscale.runtime.outputs import require_ours
 
 log = logging.getLogger(__name__)
@@ -60,12 +58,12 @@ ROWS_DRAWN = 8
 class AttentionScore:
     """How well attention covers the objects, in percent, means over the images.
 
-    The best head is chosen by the object itself, so more heads score more by chance alone: compare
-    with an untrained backbone of the same sizes too (`evaluate_attention` does).
+    The object itself chooses the best head, so more heads score higher by chance alone: also
+    compare with an untrained backbone of the same sizes, as `evaluate_attention` does.
     """
 
     jaccard: float  # intersection over union of the best head's mask with the object's
-    center_box: float  # the same of a centered box of half the width and height: the floor
+    center_box: float  # the same of a centered box of half the width and height: a baseline
     images: int
 
 
@@ -83,21 +81,21 @@ def draw_attention(
 ) -> AttentionScore | None:
     """Draw images with their attention into a PNG, and score all of them if masks are given.
 
-    A row holds the image, the object where known, the mean over heads, every head, and the image
+    A row holds the image, the object if known, the mean over heads, every head, and the image
     with only the patches that hold 60 % of the attention: of the head that covers the object best
-    where the object is known, else of the mean.
+    if the object is known, else of the mean.
 
     Args:
-        backbone: a ViT of ours; put into eval mode and back.
+        backbone: a `VisionTransformer`; put into eval mode and back.
         images: at least one, of any shapes; each is squeezed to size x size, as in the reference.
         path: of the PNG; folders above it are made.
         mean: of each channel, 3 or 1, in 0..1.
         std: of each channel, in 0..1.
         size: side in pixels at which the backbone sees them, cut to a multiple of its patch; the
             reference takes 480.
-        masks: of the object, one an image; several objects of a picture (`split_objects`) are one.
+        masks: of the object, one per image; several objects (`split_objects`) are merged.
         title: a line above the picture.
-        rows: number of images drawn, from the first on; the score is of all.
+        rows: number of images drawn, the first ones; the score is of all.
 
     Returns:
         The score, or None without masks.
@@ -107,7 +105,7 @@ def draw_attention(
             other than 1 or 3 channels.
         DataError: a mask is empty or has another size than its image, or the picture cannot be
             written.
-        ValueError: there are no images, or not one mask an image.
+        ValueError: there are no images, or not as many masks as images.
     """
     squares, maps, covers = _look(backbone, images, masks, mean=mean, std=std, size=size)
     score = None if covers is None else _score(covers)
@@ -129,7 +127,7 @@ def score_attention(
     std: Sequence[float],
     size: int,
 ) -> AttentionScore:
-    """Score the best head of every image, without a picture; arguments as in `draw_attention`."""
+    """Score the best head of every image without drawing; arguments as in `draw_attention`."""
     covers = _look(backbone, images, masks, mean=mean, std=std, size=size)[2]
     assert covers is not None
     return _score(covers)
@@ -153,7 +151,7 @@ def _look(
     std: Sequence[float],
     size: int,
 ) -> tuple[list[Image.Image], Tensor, list[_Cover] | None]:
-    """Squares that the backbone sees, their maps (N, A, R, C), and how those cover the objects."""
+    """Square inputs of the backbone, their maps (N, A, R, C), and how these cover the objects."""
     if not images or (masks is not None and len(masks) != len(images)):
         raise ValueError(f"got {len(images)} images and {masks and len(masks)} masks")
     fit = Fit(find_patch_size(backbone), size, square=True)
@@ -213,8 +211,8 @@ def _cover(maps: Tensor, objects: Tensor) -> list[_Cover]:
         inside = objects[i : i + 1]
         jaccard = head_jaccard(kept[i : i + 1], inside)[0]  # (A,)
         best = int(jaccard.argmax())
-        floor = float(head_jaccard(box, inside))
-        covers.append(_Cover(objects[i], best, kept[i, best], float(jaccard[best]), floor))
+        of_box = float(head_jaccard(box, inside))
+        covers.append(_Cover(objects[i], best, kept[i, best], float(jaccard[best]), of_box))
     return covers
 
 
@@ -246,28 +244,24 @@ def evaluate_attention(
     size: int | None = None,
     images: int = 100,
     rows: int = ROWS_DRAWN,
-    device: str | None = None,
-    network: Network = "teacher",
-    num_heads: int | None = None,
+    options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
-    """Draw the attention of a weights file on some images of a set, and score it where it can.
+    """Draw the attention of a weights file on some images of a set; score it if there are masks.
 
     Args:
-        weights_path: a weights file of ours, or a checkpoint of the reference.
+        weights_path: any weights file that `load_backbone` reads.
         spec: the images, as `data.train` of a config; synthetic ones come with masks.
         path: of the PNG.
         size: side in pixels at which the backbone sees the images; None takes the crop of the
             weights file, the reference takes 480.
-        images: how many to score, drawn at random and always the same; all if there are fewer.
-        rows: how many of those to draw.
-        device: a torch device; None takes the accelerator if there is one.
-        network: which of the two of a run or a full checkpoint.
-        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
+        images: how many to score, chosen at random with a fixed seed; all if there are fewer.
+        rows: how many of these to draw.
+        options: which network, and which device.
 
     Returns:
         What was measured and how, ready for JSON; `score` and `untrained_score`, of the same
         architecture with fresh weights, are null without masks. With masks, `floors` and
-        `untrained` say the same as the other tasks' do.
+        `untrained` hold the baselines, as in the reports of other tasks.
 
     Raises:
         CheckpointError: the weights file cannot be used.
@@ -276,13 +270,13 @@ def evaluate_attention(
     """
     if images < 1 or rows < 1:
         raise ConfigError(f"need images > 0 and rows > 0, got {images} and {rows}")
-    where = find_device(device)
     require_ours(Path(path))
-    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
-    fit = Fit(find_patch_size(backbone), card.crop if size is None else size, square=True)
+    loaded = load_frozen(weights_path, options)
+    card = loaded.card
+    fit = Fit(find_patch_size(loaded.backbone), card.crop if size is None else size, square=True)
     pictures, masks = _pick(open_images(spec, card), images=images)
     score = draw_attention(
-        backbone.to(where),
+        loaded.backbone,
         pictures,
         path,
         mean=card.mean,
@@ -294,39 +288,41 @@ def evaluate_attention(
     )
     untrained = None
     if masks is not None:
-        fresh = untrained_backbone(card).to(where)
+        fresh = loaded.untrained().backbone
         untrained = score_attention(
             fresh, pictures, masks, mean=card.mean, std=card.std, size=fit.size
         )
-    beside: dict[str, object] = {}
-    if score is not None and untrained is not None:
-        beside = {
-            "floors": {"jaccard": score.center_box},
-            "untrained": {"jaccard": untrained.jaccard},
-        }
+    return loaded.report(
+        "attention",
+        images=len(pictures),
+        spec=spec,
+        picture=str(path),
+        size=fit.size // fit.patch * fit.patch,
+        mass=MASS,
+        protocol=_protocol(fit, options),
+        **_scores(score, untrained),
+    )
+
+
+def _protocol(fit: Fit, options: LoadOptions) -> dict[str, object]:
+    edges = "images are resized to whole patches"
+    return {"network": options.network, **fit.protocol(), "edges": edges}
+
+
+def _scores(score: AttentionScore | None, untrained: AttentionScore | None) -> dict[str, object]:
+    """Scores for the report, and with masks the baselines under the names of the other tasks."""
+    if score is None or untrained is None:
+        return {"score": None, "untrained_score": None}
     return {
-        "task": "attention",
-        "weights": str(weights_path),
-        "weights_source": card.source,
-        "backbone": asdict(card.backbone),
-        "images": len(pictures),
-        "spec": spec,
-        "picture": str(path),
-        "size": fit.size // fit.patch * fit.patch,
-        "mass": MASS,
-        "protocol": {
-            "network": network,
-            **fit.protocol(),
-            "edges": "images are resized to whole patches",
-        },
-        "score": None if score is None else asdict(score),
-        "untrained_score": None if untrained is None else asdict(untrained),
-        **beside,
+        "score": asdict(score),
+        "untrained_score": asdict(untrained),
+        "floors": {"jaccard": score.center_box},
+        "untrained": {"jaccard": untrained.jaccard},
     }
 
 
 def _pick(source: Source, *, images: int) -> tuple[list[Image.Image], list[Image.Image] | None]:
-    """Some readable images in an order drawn once for all, and their masks if there are any."""
+    """Some readable images in a fixed random order, and their masks if there are any."""
     order = np.random.default_rng(0).permutation(len(source))  # sources may be sorted by class
     mask_of = getattr(source, "mask", None)
     pictures, masks = [], []

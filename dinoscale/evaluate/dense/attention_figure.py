@@ -1,4 +1,4 @@
-"""The picture of attention: one row an image, one column a view of it. No screen needed.
+"""The figure of attention: a row for each image, a column for each view. Needs no display.
 
 Shape letters: A heads, H, W pixels, R, C rows and columns of patches.
 """
@@ -26,18 +26,18 @@ DPI = 120
 COLORS = "inferno"
 OUTLINE = "#3df2ff"  # of the object; stands out from pictures and from the colors above
 DIMMED = 0.22  # brightness of patches outside the kept mass
-SMOOTH_BELOW = 100  # pixels; smaller pictures are enlarged smoothly, their pixels would distract
+SMOOTH_BELOW = 100  # pixels; smaller pictures are enlarged smoothly, to hide their pixels
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image and what is known about it."""
+    """One image with its attention, and its object if known."""
 
     picture: NDArray[np.uint8]  # (H, W, 3)
     heads: NDArray[np.float32]  # (A, R, C) attention to the patches
     kept: NDArray[np.bool_]  # (R, C) patches of the overlay
     mask: NDArray[np.bool_] | None = None  # (H, W), of the object
-    best_head: int | None = None  # whose patches the overlay shows; None: the mean's
+    best_head: int | None = None  # whose patches the overlay shows; None: those of the mean
     jaccard: float | None = None  # of that head, 0..1
     label: str = ""  # written into the picture
 
@@ -45,8 +45,8 @@ class Row:
 def draw_rows(rows: Sequence[Row], path: Path, *, title: str, note: str, mass: float) -> None:
     """Write a PNG with all rows.
 
-    Every map has its own color scale, from its least to its largest value, as in the reference; how
-    far it is from uniform is written into it: its peak as a multiple of its mean.
+    Every map has its own color scale, from its smallest to its largest value, as in the reference,
+    and is labelled with its peak as a multiple of its mean: how far it is from uniform.
 
     Args:
         rows: at least one; all with masks or all without, with equal numbers of heads.

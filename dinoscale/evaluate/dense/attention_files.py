@@ -6,7 +6,6 @@ Source: the visualisation code of Caron et al. 2021 (arXiv:2104.14294).
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +14,30 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dinoscale.convert.weights import Network
-from dinoscale.convert.weights_file import load_backbone
-from dinoscale.errors import ConfigError
+from dinoscale.convert.card import BackboneCard
 from dinoscale.evaluate.any_size import (
     SIZE,
     Fit,
+    FittedImage,
     NamedFolders,
-    Seen,
-    SeenImages,
-    find_patch_size,
-    open_images,
+    fitted_images,
     save_picture,
     to_input,
     writing_to,
 )
 from dinoscale.evaluate.dense.attention_figure import COLORS, DIMMED, Row, draw_rows
-from dinoscale.evaluate.dense.attention_maps import MASS, attention_maps, enlarge, keep_mass
-from dinoscale.evaluate.features import find_device
+from dinoscale.evaluate.dense.attention_maps import (
+    MASS,
+    attention_maps,
+    check_mass,
+    enlarge,
+    keep_mass,
+)
+from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions, load_frozen
 
 SHEET = "attention-sheet.png"
 ROWS_DRAWN = 8  # of the sheet
-HEAT = 0.65  # share of the colors in an overlay; the rest is the image in gray
+HEAT = 0.65  # opacity of the colors over the gray image
 
 
 def write_attention(
@@ -48,32 +49,27 @@ def write_attention(
     square: bool = False,
     mass: float = MASS,
     limit: int | None = None,
-    device: str | None = None,
-    network: Network = "teacher",
-    num_heads: int | None = None,
-    progress: bool = True,
+    options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
     """Write the attention of the class token over every image of a set into a folder.
 
-    Each image gets a folder with its name: `attn-head0.png`, ..., `attn-mean.png` lay the map in
-    colors (each from its least to its largest value) over the image, `mass-head0.png`, ...,
-    `mass-mean.png` leave only the patches bright that together hold `mass` of the map, and
-    `attention.npz` holds the numbers: `maps` (A, R, C), `kept` (A, R, C) by the mass, `name`,
-    `patch`, `size` of the image and `seen` by the backbone, both (height, width) in pixels.
+    Each image gets a folder with its name. `attn-head0.png`, ..., `attn-mean.png` show the map in
+    colors over the image, each from its smallest to its largest value. `mass-head0.png`, ...,
+    `mass-mean.png` darken the image outside the patches that together hold `mass` of the map.
+    `attention.npz` holds `maps` (A, R, C), the kept patches `kept` (A, R, C), `name`, `patch`, and
+    the (height, width) in pixels of the image, `size`, and of the backbone's input, `seen`.
     Patches are enlarged by nearest neighbour. A sheet shows the first images in one picture.
 
     Args:
-        weights_path: anything that `load_backbone` reads.
+        weights_path: any weights file that `load_backbone` reads.
         spec: an image file, or a set as `data.train` of a config.
-        out: the folder; made where it is not there. Files of ours of the same names are replaced.
+        out: the folder; made if missing. Files of the same names that this program wrote are
+            replaced.
         size: short side in pixels at which the backbone sees the images.
-        square: squeeze the images to size x size, as the reference's figures.
+        square: squeeze the images to size x size, as in the reference's figures.
         mass: share of a map's attention that the mask keeps, 0 < mass <= 1.
-        limit: only so many images, from the first on; None takes all.
-        device: a torch device; None takes the accelerator if there is one.
-        network: which of the two of a run or a full checkpoint.
-        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
-        progress: draw a bar on stderr, if that is a terminal.
+        limit: number of images, the first ones; None takes all.
+        options: which network, and which device.
 
     Returns:
         What was written and how, ready for JSON; `left_out` names the images that could not be
@@ -84,47 +80,43 @@ def write_attention(
         ConfigError: a setting is out of range, or the backbone has no attention.
         DataError: no image can be read, or the folder cannot be written.
     """
-    if not 0 < mass <= 1:
-        raise ConfigError(f"mass: need a share above 0 and at most 1, got {mass}")
-    where = find_device(device)
-    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
-    fit = Fit(find_patch_size(backbone), size, square)
-    backbone.to(where)
-    images = SeenImages(open_images(spec, card), fit, limit=limit, progress=progress)
-    folder, rows, written = Path(out), list[Row](), 0
+    check_mass(mass)
+    loaded = load_frozen(weights_path, options)
+    images = fitted_images(
+        loaded, spec, size=size, square=square, limit=limit, progress=options.progress
+    )
+    folder, rows = Path(out), list[Row]()
     with writing_to(folder):
         folders = NamedFolders(folder)
-        for seen in images:
-            pixels = to_input(seen.image, backbone, mean=card.mean, std=card.std)
-            maps = attention_maps(backbone, pixels)[0]
-            _write(seen, maps, folders.make(seen.path), patch=fit.patch, mass=mass)
-            written += 1
+        for fitted in images:
+            pixels = to_input(
+                fitted.image, loaded.backbone, mean=loaded.card.mean, std=loaded.card.std
+            )
+            maps = attention_maps(loaded.backbone, pixels)[0]
+            _write(fitted, maps, folders.make(fitted.path), patch=images.fit.patch, mass=mass)
             if len(rows) < ROWS_DRAWN:
                 kept = keep_mass(maps.mean(dim=0), mass=mass)
-                rows.append(Row(_rgb(seen.image), heads=maps.numpy(), kept=kept.numpy()))
+                rows.append(Row(_rgb(fitted.image), heads=maps.numpy(), kept=kept.numpy()))
         title = f"{Path(weights_path).name}: attention of the class token in the last block"
         draw_rows(rows, folder / SHEET, title=title, note="", mass=mass)
+    return loaded.report(
+        "attention",
+        spec=spec,
+        **images.report(folder, SHEET),
+        protocol={"network": options.network, **_protocol(images.fit, loaded.card, mass=mass)},
+        score=None,
+    )
+
+
+def _protocol(fit: Fit, card: BackboneCard, *, mass: float) -> dict[str, object]:
     return {
-        "task": "attention",
-        "weights": str(weights_path),
-        "weights_source": card.source,
-        "backbone": asdict(card.backbone),
-        "spec": spec,
-        "images": written,
-        "left_out": images.left_out,
-        "folder": str(folder),
-        "picture": str(folder / SHEET),
-        "protocol": {
-            "network": network,
-            "attention": "class token to patches, last block, softmax of q.k",
-            **fit.protocol(),
-            "edges": "cut at the right and below",
-            "mass": mass,
-            "enlarged_by": "nearest neighbour",
-            "mean": list(card.mean),
-            "std": list(card.std),
-        },
-        "score": None,
+        "attention": "class token to patches, last block, softmax of q.k",
+        **fit.protocol(),
+        "edges": "cut at the right and below",
+        "mass": mass,
+        "enlarged_by": "nearest neighbour",
+        "mean": list(card.mean),
+        "std": list(card.std),
     }
 
 
@@ -132,23 +124,23 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image.convert("RGB"))
 
 
-def _write(seen: Seen, maps: Tensor, folder: Path, *, patch: int, mass: float) -> None:
+def _write(fitted: FittedImage, maps: Tensor, folder: Path, *, patch: int, mass: float) -> None:
     """All files of one image."""
     names = [*(f"head{head}" for head in range(len(maps))), "mean"]
     shown = torch.cat((maps, maps.mean(dim=0, keepdim=True)))  # (A+1, R, C)
     kept = keep_mass(shown, mass=mass)
     for name, attention, patches in zip(names, shown, kept, strict=True):
         for kind, picture in (
-            ("attn", _heat_overlay(seen.image, attention)),
-            ("mass", _mass_overlay(seen.image, patches)),
+            ("attn", _heat_overlay(fitted.image, attention)),
+            ("mass", _mass_overlay(fitted.image, patches)),
         ):
             save_picture(picture, folder / f"{kind}-{name}.png")
     arrays = {"maps": maps.numpy(), "kept": kept[:-1].numpy()}
-    seen.save(folder / "attention.npz", arrays, patch=patch)
+    fitted.save(folder / "attention.npz", arrays, patch=patch)
 
 
 def _heat_overlay(image: Image.Image, attention: Tensor) -> Image.Image:
-    """The map in colors, from its least to its largest value, over the image in gray."""
+    """The map in colors, from its smallest to its largest value, over the image in gray."""
     import matplotlib
 
     large = enlarge(attention, height=image.height, width=image.width).numpy()

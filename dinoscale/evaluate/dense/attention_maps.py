@@ -14,14 +14,14 @@ from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import require_finite
 
 MASS = 0.6  # of a head's attention that its mask keeps; figure 4 of the paper
-TOKENS_AT_ONCE = 2**14  # of all images of a forward; a ViT-S needs some 200 MiB for them
+TOKENS_AT_ONCE = 2**14  # of all images of a forward; about 200 MiB for a ViT-S
 
 
 def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
     """Attention of the class token to the patches in the last block.
 
     Args:
-        backbone: a ViT of ours.
+        backbone: a `VisionTransformer`.
         images: (N, C, H, W), normalised, on the backbone's device; H, W multiples of p.
 
     Returns:
@@ -35,7 +35,7 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
     last_attention = getattr(backbone, "last_attention", None)
     if not callable(last_attention):
         raise ConfigError(f"attention maps need a ViT, this is a {type(backbone).__name__}")
-    patch = int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT of ours
+    patch = int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT
     rows, columns = images.shape[2] // patch, images.shape[3] // patch
     if rows * columns == 0:
         raise ConfigError(f"size: images must have at least one patch of {patch} pixels")
@@ -48,10 +48,20 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
     return require_finite(torch.cat(maps))
 
 
+def check_mass(mass: float) -> None:
+    """Refuse a share of the attention that is out of range.
+
+    Raises:
+        ConfigError: it is not in 0 < mass <= 1.
+    """
+    if not 0 < mass <= 1:
+        raise ConfigError(f"mass: need a share above 0 and at most 1, got {mass}")
+
+
 def keep_mass(maps: Tensor, *, mass: float = MASS) -> Tensor:
     """Keep the most attended patches that together hold a fraction of each map's attention.
 
-    Ascending, a patch stays where the cumulated share, itself included, exceeds 1 - mass.
+    In ascending order, a patch is kept if the cumulative share up to it exceeds 1 - mass.
 
     Args:
         maps: (..., R, C), not negative, each with a positive sum.
@@ -78,8 +88,8 @@ def head_jaccard(kept: Tensor, masks: Tensor, counted: Tensor | None = None) -> 
     Args:
         kept: (N, A, R, C) bool; enlarged to the masks by nearest neighbour.
         masks: (N, H, W) bool, none empty.
-        counted: (N, H, W) bool, False on pixels that count neither for nor against (void in VOC,
-            the unclear rim of objects); None counts all.
+        counted: (N, H, W) bool, False on pixels that are ignored (void in VOC, the ambiguous border
+            of objects); None counts all.
 
     Returns:
         (N, A) float32, 0..1.

@@ -1,4 +1,4 @@
-"""Masks as files: indexed PNG pictures, and an animation of found beside true objects."""
+"""Masks as files: indexed PNG pictures, and an animation of found and true objects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dinoscale.runtime.outputs import atomic_write
 PANEL = 400  # pixels, width of one of the two pictures side by side
 GAP = 4  # pixels between them
 FRAME_MS = 100
-COLORED = 0.55  # of the color of the object in a pixel of it; the rest is the picture
+COLORED = 0.55  # opacity of the color of an object over the picture
 OUTLINE = 255  # grey value of the line around an object
 
 Labels = NDArray[np.uint8]
@@ -23,7 +23,7 @@ Labels = NDArray[np.uint8]
 def palette() -> NDArray[np.uint8]:
     """Colors of 256 labels, (256, 3): black, then those of PASCAL VOC and DAVIS.
 
-    The bits of a number, three by three from the lowest, are the bits of its red, green and blue
+    The bits of a label, in groups of three from the lowest, are the bits of its red, green and blue
     from the highest.
     """
     numbers = np.arange(256)
@@ -44,7 +44,7 @@ def save_mask(mask: Labels, path: Path) -> None:
 
 
 def compare(pixels: NDArray[np.uint8], found: Labels, truth: Labels | None) -> Image.Image:
-    """Draw the found objects over a picture, and the true ones, where known, over it on the right.
+    """Draw the found objects over a picture, and to its right the true ones, if known.
 
     Args:
         pixels: (H, W, C) of 3 or 1 channels.
@@ -69,13 +69,13 @@ def _overlay(picture: NDArray[np.uint8], labels: Labels) -> Image.Image:
     mixed = (1 - COLORED) * picture + COLORED * color
     drawn = np.where((small > 0)[..., None], mixed, picture).astype(np.uint8)
     edge = (small != np.roll(small, 1, axis=0)) | (small != np.roll(small, 1, axis=1))
-    edge[0], edge[:, 0] = False, False  # what `roll` brought from the other side
+    edge[0], edge[:, 0] = False, False  # pixels that `roll` wrapped around
     drawn[edge] = OUTLINE
     return Image.fromarray(drawn)
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
-    """Write an endless GIF, ten frames a second; at least one frame."""
+    """Write a looping GIF of one or more frames, ten per second."""
     first, *rest = frames
     with atomic_write(path) as beside:
         first.save(beside, save_all=True, append_images=rest, duration=FRAME_MS, loop=0)

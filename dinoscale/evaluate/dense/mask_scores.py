@@ -1,4 +1,4 @@
-"""How well a mask fits: region similarity J and boundary measure F of the DAVIS benchmark.
+"""Scores of a mask: region similarity J and boundary measure F of the DAVIS benchmark.
 
 Source: Perazzi et al. 2016 (CVPR, DAVIS), section 5; tolerance, boundaries and empty masks as in
 the benchmark's published evaluation code of 2017.
@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-TOLERANCE = 0.008  # of the diagonal of the image: boundaries that far apart still match
+TOLERANCE = 0.008  # of the image diagonal: boundaries within this distance match
 
 Mask = NDArray[np.bool_]
 
@@ -27,7 +27,7 @@ def boundary_measure(found: Mask, truth: Mask, *, tolerance: float = TOLERANCE) 
 
     A boundary pixel is right if the other boundary has one within ceil(tolerance * diagonal)
     pixels, which is the benchmark's dilation by a disk of that radius. A mask without boundary has
-    full precision, and the other then no recall; two such masks agree.
+    full precision, and the other then zero recall; two such masks agree.
 
     Args:
         found: (H, W).
@@ -35,11 +35,11 @@ def boundary_measure(found: Mask, truth: Mask, *, tolerance: float = TOLERANCE) 
         tolerance: as a fraction of the diagonal.
     """
     radius = math.ceil(tolerance * math.hypot(*found.shape))
-    ours, theirs = boundary(found), boundary(truth)
-    if not ours.any() or not theirs.any():
-        return float(ours.any() == theirs.any())
-    precision = np.mean(_distance(theirs)[ours] <= radius)
-    recall = np.mean(_distance(ours)[theirs] <= radius)
+    edges, true_edges = boundary(found), boundary(truth)
+    if not edges.any() or not true_edges.any():
+        return float(edges.any() == true_edges.any())
+    precision = np.mean(_distance(true_edges)[edges] <= radius)
+    recall = np.mean(_distance(edges)[true_edges] <= radius)
     both = precision + recall
     return float(2 * precision * recall / both) if both else 0.0
 
@@ -47,7 +47,7 @@ def boundary_measure(found: Mask, truth: Mask, *, tolerance: float = TOLERANCE) 
 def boundary(mask: Mask) -> Mask:
     """Pixels that differ from their right, lower or lower right neighbour, (H, W).
 
-    One pixel wide, towards the upper left; the image's border is no boundary.
+    One pixel wide, towards the upper left; the image border is no boundary.
     """
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     right, lower, diagonal = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]

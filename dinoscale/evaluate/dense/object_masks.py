@@ -1,4 +1,4 @@
-"""Masks of the objects in images: found beside them, read, and taken apart into single objects.
+"""Masks of the objects in images: found, read, and split into single objects.
 
 Shape letters: M objects, H, W pixels.
 """
@@ -26,14 +26,14 @@ from dinoscale.evaluate.any_size import Fit
 log = logging.getLogger(__name__)
 
 MEMBER = "mask.png"  # beside KEY.jpg in a shard
-VOID = 255  # of indexed masks: the unclear rim of objects, neither object nor background
+VOID = 255  # of indexed masks: the ambiguous border of objects, ignored in scores
 
 _SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
 class Objects:
-    """What the mask of one image says.
+    """The objects of one image, from its mask.
 
     Attributes:
         masks: (M, H, W) bool, none empty.
@@ -44,22 +44,21 @@ class Objects:
     counted: Tensor
 
 
-MaskOf = Callable[
-    [int], Image.Image | None
-]  # of the image at an index, as stored; None: it has none
+# The mask of the image at an index, as stored; None if it has none.
+MaskOf = Callable[[int], Image.Image | None]
 
 
 def find_masks(source: Source, spec: str, folder: str | None) -> MaskOf:
-    """Say how to get at the masks of a set of images.
+    """Return a function that reads the mask of each image of a set.
 
     Args:
         source: the images.
         spec: what they were opened from.
         folder: of masks with the names of the images up to the extension, in the same subfolders;
-            None takes what the set itself holds: `KEY.mask.png` of shards, or what was drawn.
+            None takes the set's own: `KEY.mask.png` of shards, or those of synthetic sets.
 
     Raises:
-        DataError: the folder is not there, or the set holds no masks of its own.
+        DataError: the folder does not exist, or the set holds no masks.
     """
     if folder is not None:
         if not os.path.isdir(os.path.expanduser(folder)):
@@ -105,15 +104,15 @@ def _of_shards(source: TarSource) -> MaskOf:
 
 
 def split_objects(mask: Image.Image, *, indexed: bool) -> Objects:
-    """Take a mask apart.
+    """Split a mask into its objects.
 
-    A mask with a palette, as VOC's and DAVIS', or with more than 8 bits numbers its objects: 0 is
-    background, 255 void. A gray one of 8 bits, or of colors that are all gray, is one object: where
-    it is brighter than 127.
+    A mask with a palette, as in VOC and DAVIS, or with more than 8 bits holds object numbers: 0 is
+    background, 255 void. A gray one of 8 bits, or in RGB with gray colors only, is one object,
+    where it is brighter than 127.
 
     Args:
         mask: as stored.
-        indexed: gray masks of 8 bits hold numbers of objects too.
+        indexed: gray masks of 8 bits hold object numbers too.
 
     Raises:
         DataError: it has colors, a transparency, or fractions.
@@ -129,7 +128,7 @@ def split_objects(mask: Image.Image, *, indexed: bool) -> Objects:
 
 
 def _gray(mask: Image.Image) -> Image.Image:
-    """A mask without numbers, in 8 bits."""
+    """Convert a mask without object numbers to 8 bits."""
     if mask.mode == "RGB":
         red, green, blue = (channel.tobytes() for channel in mask.split())
         if red == green == blue:
@@ -137,14 +136,14 @@ def _gray(mask: Image.Image) -> Image.Image:
     elif mask.mode in ("1", "L"):
         return mask.convert("L")
     raise DataError(
-        f"a mask of the mode {mask.mode} does not tell its objects: colors may be as dark as the"
-        " background. Save it gray, with a palette, or with a number a pixel in 8 or 16 bits."
+        f"a mask of mode {mask.mode} does not tell objects from background. Save it gray, with a"
+        " palette, or with object numbers in 8 or 16 bits."
     )
 
 
 @dataclass
 class LeftOut:
-    """Images that do not count, by reason, as `path: reason` each."""
+    """Images that are not scored, by reason, as `path: reason` each."""
 
     unreadable: list[str] = field(default_factory=list)
     without_mask: list[str] = field(default_factory=list)
@@ -154,20 +153,20 @@ class LeftOut:
 def usable_images(
     source: Source, mask_of: MaskOf, fit: Fit, *, indexed: bool
 ) -> tuple[list[int], LeftOut]:
-    """Look at all masks before a network starts: which images count, and why others do not.
+    """Read all masks before a network starts, to find the images that can be scored.
 
     Args:
         source: the images.
         mask_of: their masks.
-        fit: what the network would see.
+        fit: how images become inputs of the network.
         indexed: as of `split_objects`.
 
     Returns:
-        Indices of the images that can be read and have an object, and what of the others.
+        Indices of the images that can be read and have an object; and the others, by reason.
 
     Raises:
-        DataError: a mask has another size than its image or does not tell its objects, or no image
-            counts.
+        DataError: a mask has another size than its image or no objects can be told from it, or no
+            image can be scored.
     """
     indices, left_out = [], LeftOut()
     for index in range(len(source)):
@@ -202,7 +201,7 @@ def usable_images(
 
 
 def _report(left_out: LeftOut, *, num_usable: int, num_images: int) -> None:
-    """Say once how many images do not count; stop if none does."""
+    """Log once how many images are not scored; raise if none is."""
     kinds = {
         "cannot be read": left_out.unreadable,
         "have no mask": left_out.without_mask,

@@ -1,8 +1,8 @@
 """How well the attention of the class token covers objects: the Jaccard index of Caron et al. 2021.
 
-For every object the head is taken whose thresholded map covers it best; the index is the mean over
-the objects of an image, then over images. No code was published for it; what the paper leaves open
-is said in `PROTOCOL`.
+For every object the head counts whose thresholded map covers it best; the index is the mean over
+the objects of an image, then over images. No code was published for it; `PROTOCOL` states what the
+paper leaves open.
 
 Shape letters: M objects of an image, A heads, H, W pixels, R, C rows and columns of patches.
 Source: Caron et al. 2021 (arXiv:2104.14294), figure 4 and appendix; there 45.9 for ViT-S/16 and
@@ -23,10 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinoscale.convert.card import BackboneCard
-from dinoscale.convert.weights import Network
-from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.sources.source import Source
-from dinoscale.errors import ConfigError
 from dinoscale.evaluate.any_size import (
     SIZE,
     Fit,
@@ -41,6 +38,7 @@ from dinoscale.evaluate.dense.attention_maps import (
     MASS,
     attention_maps,
     center_box,
+    check_mass,
     enlarge,
     head_jaccard,
     keep_mass,
@@ -52,8 +50,7 @@ from dinoscale.evaluate.dense.object_masks import (
     split_objects,
     usable_images,
 )
-from dinoscale.evaluate.features import find_device
-from dinoscale.evaluate.untrained import untrained_backbone
+from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions, load_frozen
 
 PROTOCOL = {
     "method": "best head of each object by IoU; mean over the objects of an image, then images",
@@ -88,81 +85,63 @@ def evaluate_segment(
     square: bool = False,
     mass: float = MASS,
     out: str | Path | None = None,
-    device: str | None = None,
-    network: Network = "teacher",
-    num_heads: int | None = None,
-    progress: bool = True,
+    options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
-    """Score the attention of a weights file against masks of objects, beside its floors.
+    """Score the attention of a weights file against masks of objects, and that of baselines.
 
     Args:
-        weights_path: anything that `load_backbone` reads.
+        weights_path: any weights file that `load_backbone` reads.
         spec: images, as `data.train` of a config, or one file; shards hold masks as KEY.mask.png.
-        masks: folder of masks with the names of the images, where the set holds none.
-        indexed: gray masks number their objects as those with a palette do: 0 is background, 255
-            void. Otherwise a gray mask is one object, where it is brighter than 127.
+        masks: folder of masks with the names of the images, if the set holds none.
+        indexed: gray masks hold object numbers, as those with a palette: 0 is background, 255 void.
+            Otherwise a gray mask is one object, where it is brighter than 127.
         size: short side in pixels at which the backbone sees the images.
         square: squeeze the images to size x size instead.
-        mass: share of a map's attention that its mask keeps, 0 < mass <= 1; the paper says 0.6 in
-            its figure and 0.8 in its appendix, for the same numbers.
+        mass: share of a map's attention that its mask keeps, 0 < mass <= 1; the paper states 0.6
+            in its figure and 0.8 in its appendix, for the same numbers.
         out: folder for a sheet of the best, median and worst images; None draws nothing.
-        device: a torch device; None takes the accelerator if there is one.
-        network: which of the two of a run or a full checkpoint.
-        num_heads: for reference checkpoints whose attention heads are not 64 channels wide.
-        progress: draw a bar on stderr, if that is a terminal.
+        options: which network, and which device.
 
     Returns:
         Ready for JSON, in percent: `score`, `untrained`, `floors` and `whole_image`, each with
-        `jaccard`; `heads`, where each head alone has to cover all objects; and how it was measured.
+        `jaccard`; `heads`, where each head alone covers all objects; and how it was measured.
 
     Raises:
         CheckpointError: the weights file cannot be used.
         ConfigError: a setting is out of range, or the backbone has no attention.
         DataError: no image with a mask can be read, or a mask has another size than its image.
     """
-    if not 0 < mass <= 1:
-        raise ConfigError(f"mass: need a share above 0 and at most 1, got {mass}")
-    where = find_device(device)
-    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
-    fit = Fit(find_patch_size(backbone), size, square)
-    source = open_images(spec, card)
+    check_mass(mass)
+    loaded = load_frozen(weights_path, options)
+    fit = Fit(find_patch_size(loaded.backbone), size, square)
+    source = open_images(spec, loaded.card)
     mask_of = find_masks(source, spec, masks)
     indices, left_out = usable_images(source, mask_of, fit, indexed=indexed)
-    look = _Look(source, mask_of, fit, card, indexed=indexed, mass=mass)
-    networks = (backbone.to(where), untrained_backbone(card).to(where))
-    bar = tqdm(indices, unit="img", disable=None if progress else True)
-    results = [look.score(index, *networks) for index in bar]
-    report: dict[str, object] = {
-        "task": "segment",
-        "weights": str(weights_path),
-        "weights_source": card.source,
-        "backbone": asdict(card.backbone),
-        "spec": spec,
-        "masks": masks,
-        "images": len(results),
-        "objects": sum(len(result.trained) for result in results),
-        "left_out": asdict(left_out),
-        "protocol": {
-            "network": network,
-            **PROTOCOL,
-            **fit.protocol(),
-            "mass": mass,
-            "indexed": indexed,
-            "mean": list(card.mean),
-            "std": list(card.std),
-        },
+    scorer = _Scorer(source, mask_of, fit, loaded.card, indexed=indexed, mass=mass)
+    networks = (loaded.backbone, loaded.untrained().backbone)
+    bar = tqdm(indices, unit="img", disable=None if options.progress else True)
+    results = [scorer.score(index, *networks) for index in bar]
+    report = loaded.report(
+        "segment",
+        spec=spec,
+        masks=masks,
+        images=len(results),
+        objects=sum(len(result.trained) for result in results),
+        left_out=asdict(left_out),
+        protocol={"network": options.network, **scorer.protocol()},
         **_scores(results),
-    }
+    )
     print(_table(results), file=sys.stderr)
     if out is not None:
         report["picture"] = str(Path(out) / SHEET)
         with writing_to(Path(out)):
-            _draw(look, backbone, results, Path(out) / SHEET, title=Path(weights_path).name)
+            title = f"{Path(weights_path).name}: attention against objects"
+            _draw(scorer, loaded.backbone, results, Path(out) / SHEET, title=title)
     return report
 
 
-class _Look:
-    """Images with their objects, and how backbones look at them."""
+class _Scorer:
+    """Scores the attention of backbones against the objects of images."""
 
     def __init__(
         self,
@@ -178,8 +157,19 @@ class _Look:
         self._source, self._mask_of, self._fit, self._card = source, mask_of, fit, card
         self._indexed = indexed
 
+    def protocol(self) -> dict[str, object]:
+        """All that changes a number but the weights, ready for JSON."""
+        return {
+            **PROTOCOL,
+            **self._fit.protocol(),
+            "mass": self.mass,
+            "indexed": self._indexed,
+            "mean": list(self._card.mean),
+            "std": list(self._card.std),
+        }
+
     def score(self, index: int, *networks: nn.Module) -> _Result:
-        """IoU of the objects of one image with the heads of both networks, and the floors."""
+        """IoU of the objects of one image with the heads of both networks and the baselines."""
         image, objects = self.image(index), self.objects(index)
         trained, untrained = (
             jaccard_of_objects(keep_mass(self.maps(network, image), mass=self.mass), objects)
@@ -200,7 +190,7 @@ class _Look:
     def objects(self, index: int) -> Objects:
         """The objects at the image's own size."""
         mask = self._mask_of(index)
-        assert mask is not None  # it was there a moment ago
+        assert mask is not None  # `usable_images` found it
         return split_objects(mask, indexed=self._indexed)
 
     def maps(self, network: nn.Module, image: Image.Image) -> Tensor:
@@ -247,7 +237,7 @@ def _scores(results: Sequence[_Result]) -> dict[str, object]:
 
 
 def _table(results: Sequence[_Result]) -> str:
-    """Percent of every head and of the best of each object, beside the floors."""
+    """Percent of every head and of the best head of each object, with the baselines."""
     rows = {
         "these weights": [result.trained for result in results],
         "untrained": [result.untrained for result in results],
@@ -265,9 +255,9 @@ def _table(results: Sequence[_Result]) -> str:
 
 
 def _draw(
-    look: _Look, backbone: nn.Module, results: Sequence[_Result], path: Path, *, title: str
+    scorer: _Scorer, backbone: nn.Module, results: Sequence[_Result], path: Path, *, title: str
 ) -> None:
-    """Best, median and worst images; of each the largest object, with the head that covers it."""
+    """Draw the best, median and worst images; of each the largest object with its best head."""
     ranked = sorted(results, key=lambda result: -mean_over_images([result.trained]))
     middle = max(0, (len(ranked) - ROWS_OF_A_KIND) // 2)
     kinds = {
@@ -278,26 +268,26 @@ def _draw(
     labels: dict[int, str] = {}
     for kind, chosen in kinds.items():
         for result in chosen:
-            labels.setdefault(result.index, kind)  # of few images one may be several
+            labels.setdefault(result.index, kind)  # one of few images may be several
     by_index = {result.index: result for result in results}
-    rows = [_row(look, backbone, by_index[index], label=kind) for index, kind in labels.items()]
+    rows = [_row(scorer, backbone, by_index[index], label=kind) for index, kind in labels.items()]
     note = (
         f"Jaccard {mean_over_images([r.trained for r in results]):.1f} %, untrained "
         f"{mean_over_images([r.untrained for r in results]):.1f} %, centered box "
         f"{mean_over_images([r.center_box for r in results]):.1f} % ({len(results)} images)"
     )
-    draw_rows(rows, path, title=f"{title}: attention against objects", note=note, mass=look.mass)
+    draw_rows(rows, path, title=title, note=note, mass=scorer.mass)
 
 
-def _row(look: _Look, backbone: nn.Module, result: _Result, *, label: str) -> Row:
-    image, objects = look.image(result.index), look.objects(result.index)
+def _row(scorer: _Scorer, backbone: nn.Module, result: _Result, *, label: str) -> Row:
+    image, objects = scorer.image(result.index), scorer.objects(result.index)
     largest = int(objects.masks.sum(dim=(1, 2)).argmax())
     head = int(result.trained[largest].argmax())
-    maps = look.maps(backbone, image)
+    maps = scorer.maps(backbone, image)
     return Row(
         picture=np.asarray(image.convert("RGB")),
         heads=maps.numpy(),
-        kept=keep_mass(maps[head], mass=look.mass).numpy(),
+        kept=keep_mass(maps[head], mass=scorer.mass).numpy(),
         mask=enlarge(objects.masks[largest], height=image.height, width=image.width).numpy(),
         best_head=head,
         jaccard=float(result.trained[largest, head]),

@@ -1,1 +1,1 @@
-"""Finding images by images: classes, landmarks, copies."""
+"""Image retrieval: by class, of landmarks, of copies."""

@@ -11,23 +11,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dinoscale.convert.weights import Network
-from dinoscale.convert.weights_file import load_backbone
-from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.mixture import left_out_counts
-from dinoscale.data.sources.source import Source, open_source
+from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.classification.knn import TEST_CHUNK, nearest_neighbours
-from dinoscale.evaluate.features import extract_features, find_device
+from dinoscale.evaluate.frozen_backbone import (
+    DEFAULT_EXTRACTION,
+    ExtractionOptions,
+    FeatureExtractor,
+    load_extractor,
+)
 from dinoscale.evaluate.overlap import equal_pictures
 from dinoscale.evaluate.retrieval.copy_descriptors import (
     GEM_POWER,
@@ -40,40 +43,48 @@ from dinoscale.evaluate.retrieval.copy_images import EDITS, Squares
 from dinoscale.evaluate.retrieval.copy_pairs import pairs_of_csv, pairs_of_names, pairs_of_prefix
 from dinoscale.evaluate.retrieval.multi_scale import least_side
 from dinoscale.evaluate.retrieval.ranking import random_precision, trapezoid_precision
-from dinoscale.evaluate.untrained import untrained_backbone
 
 log = logging.getLogger(__name__)
 
-SIZE = 320  # pixels, of the published numbers of patches of 8 (224 for ViT-B/16)
+SIZE = 320  # pixels, of the published numbers with patches of 8 (224 for ViT-B/16)
 DEPTH = 20  # ranks that count
 HEADLINE = "strong"  # the block that is reported
-MADE_QUERIES = 157  # as many as Copydays has originals
+MADE_QUERIES = 157  # number of originals in Copydays
 
 Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How descriptors are made."""
+    """What is measured, and by which descriptors; the defaults are the published ones.
 
-    size: int = SIZE  # side of the squares, pixels
-    whitening: str | None = None  # images that it is learned from; None does without
-    batch_size: int = 64  # images in one forward
-    num_workers: int = 2  # processes that decode
-    device: str | None = None  # of torch; None takes the accelerator if there is one
-    network: Network = "teacher"  # of a run or a full checkpoint
-    num_heads: int | None = None  # for weights that do not tell
-    untrained: bool = False  # also measure the same architecture with fresh weights
-    progress: bool = True  # draw bars on stderr, if that is a terminal
+    Attributes:
+        size: side of the squares, pixels.
+        whitening: images that a whitening is learned from; None does not whiten.
+        untrained: also measure the same architecture with fresh weights.
+    """
+
+    size: int = SIZE
+    whitening: str | None = None
+    untrained: bool = False
+
+    def check(self) -> None:
+        """Refuse numbers out of range.
+
+        Raises:
+            ConfigError: one is.
+        """
+        if self.size < 1:
+            raise ConfigError(f"size: need a number of pixels above 0, got {self.size}")
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries of one kind, and the numbers in the database that are right for each."""
+    """Queries of one kind, and the numbers of the originals of each."""
 
     name: str
     queries: Squares
-    right: Sequence[tuple[int, ...]]
+    positives: Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -96,59 +107,66 @@ def evaluate_copies(
     pairs: str | None = None,
     prefix: int | None = None,
     settings: Settings | None = None,
+    options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
-    """Find the originals of copies among them and other images, by the protocol of Copydays.
+    """Find the originals of copies among other images, by the protocol of Copydays.
 
     Args:
         weights_path: of a ViT.
         originals: folder of the originals.
         queries: folder of the copies; every folder below it that holds images is a block.
-        distractors: other images of the database, as `data.train` of a config; unreadable ones are
-            left out, and so are originals and queries among them.
-        pairs: CSV of which belongs to which; see `copy_pairs`.
-        prefix: so many first characters of the file names are equal (Copydays: 4).
-        settings: of the descriptors; None takes the published ones, without whitening.
+        distractors: other images of the database, as `data.train` of a config; unreadable images
+            are left out, and so are originals and queries among them.
+        pairs: CSV of queries and their originals; see `copy_pairs`.
+        prefix: number of first characters that the file names share (Copydays: 4).
+        settings: of the measurement; None takes the published ones, without whitening.
+        options: which network, which device, and how images are read; nothing is cached.
 
     Returns:
         What was measured and how, ready for JSON. `score` holds the mAP in percent of the block
-        `strong`, or else the mean over the blocks, and of every block.
+        `strong`, else the mean over the blocks, and then that of every block.
 
     Raises:
         CheckpointError: the weights file cannot be used.
         ConfigError: a setting is out of range, or the backbone has no patch tokens.
-        DataError: an original or a query cannot be read, or it is not known what belongs together.
+        DataError: an original or a query cannot be read, or a query has no known original.
     """
     if pairs is not None and prefix is not None:
         raise ConfigError("give --pairs or --prefix, not both")
-    run = _Run(weights_path, settings or Settings())
-    wanted, asked = (FolderSource(path, decoder=run.decoder) for path in (originals, queries))
-    known, names = _relative(wanted, originals), _relative(asked, queries)
-    if pairs is not None:
-        right, rule = pairs_of_csv(pairs, names, known), f"lines of {pairs}"
-    elif prefix is not None:
-        right, rule = pairs_of_prefix(prefix, names, known), f"equal first {prefix} characters"
-    else:
-        right, rule = pairs_of_names(names, known), "longest name before a separator in the query's"
+    detection = _CopyDetection(weights_path, settings, options)
+    database, copies = (
+        FolderSource(path, decoder=detection.decoder) for path in (originals, queries)
+    )
+    known, names = _relative(database, originals), _relative(copies, queries)
+    positives, rule = _pairs(names, known, pairs=pairs, prefix=prefix)
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         members.setdefault(os.path.dirname(name) or "queries", []).append(i)
     blocks = [
-        _Block(name, run.squares(asked, numbers), [right[i] for i in numbers])
+        _Block(name, detection.squares(copies, numbers), [positives[i] for i in numbers])
         for name, numbers in sorted(members.items())
     ]
-    others = None if distractors is None else open_source(distractors, run.decoder)
-    data: dict[str, object] = {
-        "originals": originals,
-        "queries": queries,
-        "distractors": distractors,
-        "pairs": rule,
-        "left_out": {
-            "originals": left_out_counts(wanted),
-            "queries": left_out_counts(asked),
-            "distractors": None if others is None else left_out_counts(others),
-        },
+    others = None if distractors is None else detection.open(distractors)
+    sets = {"originals": database, "queries": copies, "distractors": others}
+    left_out = {
+        name: None if source is None else left_out_counts(source) for name, source in sets.items()
     }
-    return run.report(wanted, others, blocks, data=data)
+    specs = {"originals": originals, "queries": queries, "distractors": distractors}
+    data: dict[str, object] = {**specs, "pairs": rule, "left_out": left_out}
+    return detection.report(database, others, blocks, data=data)
+
+
+def _pairs(
+    queries: Sequence[str], originals: Sequence[str], *, pairs: str | None, prefix: int | None
+) -> tuple[list[tuple[int, ...]], str]:
+    """Numbers of the originals of every query, and by which rule."""
+    if pairs is not None:
+        return pairs_of_csv(pairs, queries, originals), f"lines of {pairs}"
+    if prefix is not None:
+        rule = f"equal first {prefix} characters"
+        return pairs_of_prefix(prefix, queries, originals), rule
+    rule = "longest name before a separator in the query's"
+    return pairs_of_names(queries, originals), rule
 
 
 def _relative(source: FolderSource, folder: str) -> list[str]:
@@ -164,17 +182,19 @@ def evaluate_made_copies(
     queries: int = MADE_QUERIES,
     seed: int = 0,
     settings: Settings | None = None,
+    options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
-    """Make copies of some images of a set, and find the images again among all of the set.
+    """Make copies of some images of a set, and find their originals among all of its images.
 
-    Every query image gives one copy for each of the edits of `copy_images`, each a block.
+    Each edit of `copy_images` makes one copy of every query image, and is a block.
 
     Args:
         weights_path: of a ViT.
         spec: the images, as `data.train` of a config; labels are not needed.
-        queries: how many images are copied, drawn at random and always the same for a seed.
+        queries: how many images are copied, chosen at random by the seed.
         seed: of the choice and of the edits.
-        settings: of the descriptors; None takes the published ones, without whitening.
+        settings: of the measurement; None takes the published ones, without whitening.
+        options: which network, which device, and how images are read; nothing is cached.
 
     Returns:
         As `evaluate_copies`.
@@ -186,33 +206,37 @@ def evaluate_made_copies(
     """
     if queries < 1 or seed < 0:
         raise ConfigError(f"need queries > 0 and seed >= 0, got {queries} and {seed}")
-    run = _Run(weights_path, settings or Settings())
-    if run.card.backbone.in_chans not in (1, 3):
-        raise ConfigError(f"copies are made of 1 or 3 channels, not {run.card.backbone.in_chans}")
-    source = open_source(spec, run.decoder)
+    detection = _CopyDetection(weights_path, settings, options)
+    channels = detection.card.backbone.in_chans
+    if channels not in (1, 3):
+        raise ConfigError(f"copies are made of 1 or 3 channels, not {channels}")
+    source = detection.open(spec)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:queries]).tolist()
-    right = [(number,) for number in chosen]
+    positives = [(number,) for number in chosen]
     blocks = [
-        _Block(edit, run.squares(source, chosen, edit=edit, seed=seed), right) for edit in EDITS
+        _Block(edit, detection.squares(source, chosen, edit=edit, seed=seed), positives)
+        for edit in EDITS
     ]
     data: dict[str, object] = {"spec": spec, "seed": seed, "pairs": "made here"}
-    return run.report(source, None, blocks, data={**data, "left_out": left_out_counts(source)})
+    data["left_out"] = left_out_counts(source)
+    return detection.report(source, None, blocks, data=data)
 
 
-class _Run:
+class _CopyDetection:
     """A backbone and the settings of one measurement."""
 
-    def __init__(self, weights_path: str | Path, settings: Settings) -> None:
-        if min(settings.size, settings.batch_size) < 1 or settings.num_workers < 0:
-            raise ConfigError(f"need size, batch_size > 0 and num_workers >= 0; got {settings}")
-        self._settings, self._path = settings, str(weights_path)
-        self._device = find_device(settings.device)
-        self._backbone, self.card = load_backbone(
-            weights_path, network=settings.network, num_heads=settings.num_heads
-        )
-        if settings.size < least_side(self._backbone):
-            raise ConfigError(f"size: {settings.size} pixels are less than a patch")
-        self.decoder = Decoder(self.card.backbone.in_chans, self.card.white)
+    def __init__(
+        self, weights_path: str | Path, settings: Settings | None, options: ExtractionOptions
+    ) -> None:
+        self._settings = settings or Settings()
+        self._settings.check()
+        size = self._settings.size
+        sizes = replace(options, resize=size, crop=size)
+        self._extractor = load_extractor(weights_path, sizes)
+        if size < least_side(self._extractor.backbone):
+            raise ConfigError(f"size: {size} pixels are less than a patch")
+        self.card, self.decoder = self._extractor.card, self._extractor.decoder
+        self.open = self._extractor.open
 
     def squares(
         self, source: Source, numbers: Sequence[int], *, edit: str = "", seed: int = 0
@@ -228,90 +252,69 @@ class _Run:
         *,
         data: Mapping[str, object],
     ) -> dict[str, object]:
-        """Measure, and say what was measured and how."""
+        """Measure, and report what was measured and how."""
         database, blocks = _each_once(originals, distractors, blocks)
         left_out = sum(len(part.source) - len(part) for part in database)
         if left_out:
             log.warning(
-                "%d pictures of the database are left out: they are, byte for byte, an original"
-                " that is asked for or a query",
+                "%d pictures of the database are left out: they are, byte for byte, a query or the"
+                " original of one",
                 left_out,
             )
-        score, size = self._measure(self._backbone, database, blocks)
-        floors = {block.name: _random(block, images=size) for block in blocks}
-        report: dict[str, object] = {
-            "task": "copies",
-            "weights": self._path,
-            "weights_source": self.card.source,
-            "backbone": asdict(self.card.backbone),
-            "data": {
+        score, size = self._measure(self._extractor, database, blocks)
+        baseline = {block.name: _random(block, images=size) for block in blocks}
+        report = self._extractor.report(
+            "copies",
+            data={
                 **data,
                 "database": size,
                 "same_as_asked_for": left_out,
                 "queries": {block.name: len(block.queries) for block in blocks},
             },
-            "protocol": self._protocol(),
-            "score": _headline(score),
-            "floors": _headline(floors),
-        }
+            protocol=self._protocol(),
+            score=_headline(score),
+            floors=_headline(baseline),
+        )
         if self._settings.untrained:
-            fresh = untrained_backbone(self.card)
+            fresh = self._extractor.untrained()
             report["untrained"] = _headline(self._measure(fresh, database, blocks)[0])
         return report
 
     def _measure(
-        self, backbone: nn.Module, database: Sequence[_Part], blocks: Sequence[_Block]
+        self, extractor: FeatureExtractor, database: Sequence[_Part], blocks: Sequence[_Block]
     ) -> tuple[Scores, int]:
         """Percent of every block, and the number of images in the database."""
-        network = CopyDescriptor(backbone).to(self._device)
-        described = [self._describe(network, part) for part in database]
+        network = CopyDescriptor(extractor.backbone)
+        extract = partial(extractor.features, network=network, output_key=None)
+        described = [extract(self.squares(part.source, part.numbers)) for part in database]
         bank = torch.cat([descriptors for descriptors, _ in described])
         numbers = database[0].numbers
         row_of = {numbers[place]: row for row, place in enumerate(described[0][1].tolist())}
-        whitening = self._whitening(network)
+        whitening = self._whitening(extract)
         bank = unit(bank, whitening)
         scores = {}
         for block in blocks:
-            descriptors, places = self._extract(network, block.queries)
+            descriptors, places = extract(block.queries)
             _check_readable(block, places, row_of, database[0].source)
-            right = [[row_of[number] for number in numbers] for numbers in block.right]
-            scores[block.name] = score_copies(unit(descriptors, whitening), bank, right)
+            positives = [[row_of[number] for number in numbers] for numbers in block.positives]
+            scores[block.name] = score_copies(unit(descriptors, whitening), bank, positives)
         return scores, len(bank)
 
-    def _whitening(self, network: nn.Module) -> Whitening | None:
+    def _whitening(self, extract: Callable[[Squares], tuple[Tensor, Tensor]]) -> Whitening | None:
         spec = self._settings.whitening
         if spec is None:
             return None
-        source = open_source(spec, self.decoder)
-        descriptors, _ = self._describe(network, _Part(source, range(len(source))))
+        source = self.open(spec)
+        descriptors, _ = extract(self.squares(source, range(len(source))))
         if not len(descriptors):
             raise DataError(f"{spec}: none of the images can be read")
         return learn_whitening(descriptors)
-
-    def _describe(self, network: nn.Module, part: _Part) -> tuple[Tensor, Tensor]:
-        return self._extract(network, self.squares(part.source, part.numbers))
-
-    def _extract(self, network: nn.Module, squares: Squares) -> tuple[Tensor, Tensor]:
-        """Descriptors (N, E) of the readable squares, and their places (N,)."""
-        settings = self._settings
-        return extract_features(
-            network,
-            squares,
-            resize=settings.size,
-            crop=settings.size,
-            mean=self.card.mean,
-            std=self.card.std,
-            batch_size=settings.batch_size,
-            device=self._device,
-            num_workers=settings.num_workers,
-            progress=settings.progress,
-        )
 
     def _protocol(self) -> dict[str, object]:
         return {
             "method": "cosine similarity of whitened descriptors; only the first ranks count",
             "features": "normalised CLS token and generalised mean of the patch tokens",
-            "network": self._settings.network,
+            "network": self._extractor.options.network,
             "gem_power": GEM_POWER,
             "size": self._settings.size,
             "interpolation": "bicubic, to a square",
@@ -328,21 +331,23 @@ class _Run:
 def _each_once(
     originals: Source, distractors: Source | None, blocks: Sequence[_Block]
 ) -> tuple[list[_Part], list[_Block]]:
-    """The database with each original that is asked for once, and no query; what then is right.
+    """The database with each wanted original once and without queries; the blocks to match.
 
-    A second one of the same bytes would be as similar, and count as a mistake.
+    A duplicate of an original would be equally similar, and count as a mistake.
     """
-    wanted = sorted({i for block in blocks for numbers in block.right for i in numbers})
+    wanted = sorted({i for block in blocks for numbers in block.positives for i in numbers})
     first = {i: min(same) for i, same in equal_pictures(originals, wanted, originals).items()}
     blocks = [
-        replace(block, right=[tuple(sorted({first.get(i, i) for i in x})) for x in block.right])
+        replace(
+            block, positives=[tuple(sorted({first.get(i, i) for i in x})) for x in block.positives]
+        )
         for block in blocks
     ]
     database = [_Part(originals, [i for i in range(len(originals)) if first.get(i, i) == i])]
     if distractors is not None:
-        asked = blocks[0].queries.source
+        copies = blocks[0].queries.source
         same = {*equal_pictures(originals, wanted, distractors)}
-        same |= {*equal_pictures(asked, range(len(asked)), distractors)}
+        same |= {*equal_pictures(copies, range(len(copies)), distractors)}
         others = [i for i in range(len(distractors)) if i not in same]
         database.append(_Part(distractors, others))
     return database, blocks
@@ -351,47 +356,49 @@ def _each_once(
 def _check_readable(
     block: _Block, places: Tensor, row_of: Mapping[int, int], originals: Source
 ) -> None:
-    """Refuse to measure with other queries, or without the images that they ask for."""
+    """Refuse to measure if a query or the original of one is unreadable."""
     unread = sorted(set(range(len(block.queries))) - set(places.tolist()))
-    wanted = {number for numbers in block.right for number in numbers}
+    wanted = {number for numbers in block.positives for number in numbers}
     lost = sorted(wanted - row_of.keys())
     paths = [block.queries.path(i) for i in unread] + [originals.path(number) for number in lost]
     if paths:
         raise DataError(
             f"{len(paths)} originals or queries of the block {block.name} cannot be read, the "
-            f"first is {paths[0]}. Mend them or leave both out."
+            f"first is {paths[0]}. Repair them, or leave out both."
         )
 
 
-def score_copies(queries: Tensor, bank: Tensor, right: Sequence[Sequence[int]]) -> float:
+def score_copies(queries: Tensor, bank: Tensor, positives: Sequence[Sequence[int]]) -> float:
     """Mean average precision (trapezoids) of the first 20 ranks, in percent.
 
-    Of equally similar images the one that stands first in the bank is nearer. No more than
-    `TEST_CHUNK` x `BANK_CHUNK` cosines of `knn` are held at a time.
+    Of equally similar images the first in the bank counts as nearer. At most `TEST_CHUNK` x
+    `BANK_CHUNK` cosines of `knn` are in memory at a time.
 
     Args:
-        queries: (Q, E), of length 1.
-        bank: (N, E), of length 1.
-        right: numbers of images of the bank for each query, at least one each.
+        queries: (Q, E), of norm 1.
+        bank: (N, E), of norm 1.
+        positives: numbers of images of the bank for each query, at least one each.
     """
     chunks = queries.split(TEST_CHUNK)
     k = min(DEPTH, len(bank))
     nearest = torch.cat([nearest_neighbours(bank, chunk, k=k)[1] for chunk in chunks]).cpu().numpy()
-    hits = np.stack([np.isin(ranks, wanted) for ranks, wanted in zip(nearest, right, strict=True)])
-    counts = torch.tensor([len(wanted) for wanted in right])
+    hits = np.stack(
+        [np.isin(ranks, wanted) for ranks, wanted in zip(nearest, positives, strict=True)]
+    )
+    counts = torch.tensor([len(wanted) for wanted in positives])
     return 100 * float(trapezoid_precision(torch.from_numpy(hits), counts).mean())
 
 
 def _random(block: _Block, *, images: int) -> float:
-    """What a random order is expected to give, in percent."""
+    """Expected score of a random order, in percent."""
     found = [
         random_precision(images=images, positives=len(wanted), depth=DEPTH, trapezoids=True)
-        for wanted in block.right
+        for wanted in block.positives
     ]
     return 100 * float(np.mean(found))
 
 
 def _headline(blocks: Scores) -> Scores:
-    """The number to report before those of the blocks."""
+    """The headline, then the numbers of the blocks."""
     first = blocks.get(HEADLINE, float(np.mean(list(blocks.values()))))
     return {"mAP": first, **{f"mAP {name}": value for name, value in blocks.items()}}

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from dinoscale.errors import ConfigError
 
 GEM_POWER = 4.0
-GEM_LEAST = 1e-6  # smaller values of the patches are raised to it
-EIGENVALUE_LEAST = 1e-5  # of the largest; smaller ones are raised to it
+GEM_LEAST = 1e-6  # minimum of the patch values; smaller ones are clamped
+EIGENVALUE_LEAST = 1e-5  # of the largest; smaller ones are clamped
 
 
 class CopyDescriptor(nn.Module):
-    """A ViT that gives its class token beside the generalised mean of its patch tokens."""
+    """A ViT whose output is its class token and the generalised mean of its patch tokens."""
 
     def __init__(self, backbone: nn.Module) -> None:
         """Wrap a backbone.
@@ -70,8 +70,8 @@ class Whitening:
 def learn_whitening(descriptors: Tensor) -> Whitening:
     """Principal directions of descriptors (N, E), each scaled to the same second moment.
 
-    The mean is subtracted later, but the second moments are not centered, as in the published
-    code. All directions stay; eigenvalues below 1e-5 of the largest are raised to that.
+    `Whitening` subtracts the mean, but the second moments are not centered, as in the published
+    code. All directions are kept; eigenvalues below 1e-5 of the largest are clamped to that.
 
     Raises:
         ValueError: there are no descriptors.
@@ -86,5 +86,5 @@ def learn_whitening(descriptors: Tensor) -> Whitening:
 
 
 def unit(descriptors: Tensor, whitening: Whitening | None) -> Tensor:
-    """Whitened, where asked for, and then of length 1, (N, E)."""
+    """Whiten descriptors (N, E), if there is a whitening, and scale them to norm 1."""
     return F.normalize(descriptors if whitening is None else whitening(descriptors), dim=1)

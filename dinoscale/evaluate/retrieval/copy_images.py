@@ -1,7 +1,7 @@
 """Images of copy detection: squares of one size, and edited copies made from any set.
 
-The edits imitate Copydays (Douze et al. 2009): crops, JPEG compression, and strong ones that pile
-up several. All are drawn from (seed, edit, image), so that they are the same on every machine.
+The edits imitate Copydays (Douze et al. 2009): crops, JPEG compression, and strong ones that
+combine several. All are functions of (seed, edit, image), the same on every machine.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ ROTATION = (10.0, 45.0)  # degrees, to either side
 
 @dataclass(frozen=True)
 class Squares:
-    """Some images of a source, squeezed to squares; each has its place among them as its label."""
+    """Some images of a source, squeezed to squares; the label of each is its position."""
 
     source: Source
     side: int  # pixels
     numbers: Sequence[int]  # of the images in the source
-    edit: str = ""  # one of EDITS, done before; empty for none
+    edit: str = ""  # one of EDITS, applied first; empty for none
     seed: int = 0
 
     def __len__(self) -> int:
@@ -57,12 +57,12 @@ class Squares:
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """0 to N - 1: tells which images could be read."""
+        """0 to N - 1, to tell which images could be read."""
         return np.arange(len(self.numbers))
 
     @property
     def class_names(self) -> None:
-        """None: the labels are places."""
+        """None: the labels are positions."""
         return None
 
 
@@ -70,7 +70,7 @@ EDITS = ("strong", "crop", "jpeg", "blur", "color", "rotation")
 
 
 def edited(image: Image.Image, edit: str, *, rng: np.random.Generator) -> Image.Image:
-    """Copy of an RGB or grey picture by one of EDITS; `strong` does all others in turn."""
+    """Edit an RGB or gray picture by one of EDITS; `strong` applies all others in turn."""
     if edit == "strong":
         for each in ("crop", "rotation", "color", "blur", "jpeg"):
             image = edited(image, each, rng=rng)
@@ -91,7 +91,7 @@ def edited(image: Image.Image, edit: str, *, rng: np.random.Generator) -> Image.
 
 
 def _crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A part of the same shape."""
+    """A random part with the same aspect ratio."""
     share = math.sqrt(rng.uniform(*CROP_AREA))
     width, height = (max(1, round(share * side)) for side in image.size)
     left = int(rng.integers(image.width - width + 1))

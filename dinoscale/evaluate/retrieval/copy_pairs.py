@@ -1,10 +1,10 @@
-"""Which query of copy detection is a copy of which original.
+"""Pairs of copy detection: which query is a copy of which original.
 
-By a CSV file with the columns `query` and `original` (paths relative to their folders, several
-lines for several originals); by the first characters of the file names, which are the same (4 in
-Copydays: 200001.jpg is a copy of 200000.jpg); else by the names: a query belongs to the original
-whose name it has, or with the longest name that its own begins with before a separator, which is no
-letter and no digit (`sea_crop.png` is of `sea.jpg`, and `seal.png` is not).
+There are three rules. A CSV file has the columns `query` and `original` (paths relative to their
+folders, several lines for several originals). Or the file names share their first characters (4 in
+Copydays: 200001.jpg is a copy of 200000.jpg). Or the name of the query is that of the original, or
+begins with it before a separator, which is no letter and no digit (`sea_crop.png` is a copy of
+`sea.jpg`, `seal.png` is not); the longest such original counts.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def pairs_of_prefix(
 
 
 def pairs_of_names(queries: Sequence[str], originals: Sequence[str]) -> list[tuple[int, ...]]:
-    """Number of the original of every query, by the longest name before a separator in its own.
+    """Number of the original of every query, by the longest name before a separator in the query's.
 
     Raises:
         DataError: two originals have one name, or a query has no original.

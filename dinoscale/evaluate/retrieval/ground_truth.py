@@ -1,9 +1,9 @@
-"""What counts as right in the revisited Oxford and Paris benchmarks, from a JSON file.
+"""The ground truth of the revisited Oxford and Paris benchmarks, from a JSON file.
 
     {"imlist": ["all_souls_000000", ...],      names of the database, without .jpg
      "qimlist": ["all_souls_000013", ...],     names of the queries
-     "gnd": [{"easy": [12, ...], "hard": [...], "junk": [...]}, ...]}   one a query; numbers of
-                                               images in imlist, from 0
+     "gnd": [{"easy": [12, ...], "hard": [...], "junk": [...]}, ...]}   one per query; indices
+                                               into imlist, from 0
 
 Other keys, such as `bbx`, are not read: queries are whole images.
 Source: Radenovic et al. 2018 (arXiv:1803.11285).
@@ -27,14 +27,14 @@ _KINDS = ("easy", "hard", "junk")
 
 @dataclass(frozen=True)
 class Truth:
-    """Images of one query that are easy or hard to find, and those that do not count."""
+    """Positives of one query, easy or hard, and images that are ignored."""
 
     easy: tuple[int, ...]
     hard: tuple[int, ...]
     junk: tuple[int, ...]
 
 
-# What is right and what is left out of the ranking, by the difficulty that is measured.
+# Positives, and images that are left out of the ranking, of each setup.
 SETUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("junk", "easy")),
@@ -52,7 +52,7 @@ class GroundTruth:
 
 
 def read_ground_truth(path: str | Path) -> GroundTruth:
-    """Read a JSON file; the benchmark's own pickles are not opened, they could run code.
+    """Read a JSON file; the benchmark's own pickles are not opened, as they could run code.
 
     Raises:
         DataError: it cannot be read, or does not have the layout above.

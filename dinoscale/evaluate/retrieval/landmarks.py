@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +20,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinoscale.convert.card import BackboneCard
-from dinoscale.convert.weights import Network
-from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.augmentation.multi_crop import to_image, to_pixels
 from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.image_files import read_image_file
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.features import find_device, require_finite
+from dinoscale.evaluate.features import normalize_images, require_finite
+from dinoscale.evaluate.frozen_backbone import (
+    DEFAULT_LOADING,
+    LoadedBackbone,
+    LoadOptions,
+    load_frozen,
+)
 from dinoscale.evaluate.retrieval.ground_truth import SETUPS, GroundTruth, Truth, read_ground_truth
 from dinoscale.evaluate.retrieval.multi_scale import SCALES, MultiScale, least_side
 from dinoscale.evaluate.retrieval.ranking import random_precision, trapezoid_precision
 from dinoscale.evaluate.retrieval.retrieve import SIMILARITIES_PER_CHUNK
-from dinoscale.evaluate.untrained import untrained_backbone
 
-SIZE = 224  # pixels, longer side at most; the published numbers of Paris are of 512, three scales
-DEPTHS = (1, 5, 10)  # ranks of the precision
+SIZE = 224  # pixels, longer side at most; published numbers of Paris: 512, at three scales
+DEPTHS = (1, 5, 10)  # k of mP@k
 
 Scores = dict[str, float]
 
@@ -49,24 +51,18 @@ def evaluate_landmarks(
     size: int = SIZE,
     multi_scale: bool = False,
     untrained: bool = False,
-    device: str | None = None,
-    network: Network = "teacher",
-    num_heads: int | None = None,
-    progress: bool = True,
+    options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
     """Measure a weights file by the protocol of revisited Oxford and Paris.
 
     Args:
         weights_path: of a backbone.
-        images: folder of NAME.jpg, or of a folder `jpg` that holds them.
+        images: folder of NAME.jpg, or with a folder `jpg` that holds them.
         ground_truth: JSON, see `ground_truth`.
         size: longer side at most, pixels; smaller images keep their size.
         multi_scale: average the features of three scales.
         untrained: also measure the same architecture with fresh weights.
-        device: a torch device; None takes the accelerator if there is one.
-        network: which of the two of a run or a full checkpoint.
-        num_heads: for files that do not tell.
-        progress: draw bars on stderr, if that is a terminal.
+        options: which network, and which device.
 
     Returns:
         What was measured and how, ready for JSON. Scores in percent, of the medium, hard and easy
@@ -80,41 +76,35 @@ def evaluate_landmarks(
     """
     if size < 1:
         raise ConfigError(f"imsize: need a number of pixels above 0, got {size}")
-    where = find_device(device)
-    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
-    if card.backbone.in_chans not in (1, 3):
-        raise ConfigError(f"retrieve needs 1 or 3 channels, these have {card.backbone.in_chans}")
+    loaded = load_frozen(weights_path, options)
+    channels = loaded.card.backbone.in_chans
+    if channels not in (1, 3):
+        raise ConfigError(f"retrieve needs 1 or 3 channels, these have {channels}")
     truth = read_ground_truth(ground_truth)
     database, queries = (_paths(Path(images), names) for names in (truth.images, truth.queries))
 
-    def measure(network: nn.Module) -> Scores:
-        network = (MultiScale(network) if multi_scale else network).to(where)
-        bank, asked = (
-            describe_files(network, paths, card=card, size=size, progress=progress)
+    def measure(loaded: LoadedBackbone) -> Scores:
+        network = MultiScale(loaded.backbone) if multi_scale else loaded.backbone
+        bank, query_features = (
+            describe_files(network, paths, card=loaded.card, size=size, progress=options.progress)
             for paths in (database, queries)
         )
-        return score_setups(_rankings(asked, bank), truth.truths)
+        return score_setups(_rankings(query_features, bank), truth.truths)
 
-    score = measure(backbone)
+    score = measure(loaded)
     if not score:
         raise DataError(f"{ground_truth}: no query has an easy or hard image.")
-    report: dict[str, object] = {
-        "task": "retrieve",
-        "weights": str(weights_path),
-        "weights_source": card.source,
-        "backbone": asdict(card.backbone),
-        "data": {
-            "images": str(images),
-            "ground_truth": str(ground_truth),
-            "database": len(database),
-            "queries": len(queries),
-        },
-        "protocol": {"network": network} | _protocol(card, size=size, multi_scale=multi_scale),
-        "score": score,
-        "floors": _random(truth),
-    }
+    data = {"images": str(images), "ground_truth": str(ground_truth)}
+    protocol = _protocol(loaded.card, size=size, multi_scale=multi_scale)
+    report = loaded.report(
+        "retrieve",
+        data={**data, "database": len(database), "queries": len(queries)},
+        protocol={"network": options.network, **protocol},
+        score=score,
+        floors=_random(truth),
+    )
     if untrained:
-        report["untrained"] = measure(untrained_backbone(card))
+        report["untrained"] = measure(loaded.untrained())
     return report
 
 
@@ -133,7 +123,7 @@ def _protocol(card: BackboneCard, *, size: int, multi_scale: bool) -> dict[str, 
 
 
 def _paths(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Files of the names; all of them are there."""
+    """Files of the names; all of them must exist."""
     inner = folder / "jpg"
     place = inner if inner.is_dir() else folder
     files = [place / (name if os.path.splitext(name)[1] else f"{name}.jpg") for name in names]
@@ -141,7 +131,7 @@ def _paths(folder: Path, names: Sequence[str]) -> list[Path]:
     if missing:
         raise DataError(
             f"{len(missing)} of {len(files)} images of the ground truth are not in {place}, the "
-            f"first is {missing[0].name}. Bring them, or correct --images."
+            f"first is {missing[0].name}. Add them, or correct --images."
         )
     return files
 
@@ -154,7 +144,7 @@ def describe_files(
     size: int,
     progress: bool = False,
 ) -> Tensor:
-    """Features of images of any shape, one by one, (N, D) float32 of length 1.
+    """Features of images of any shape, one by one, (N, D) float32 of norm 1.
 
     Args:
         backbone: in eval mode.
@@ -177,7 +167,7 @@ def describe_files(
         if min(small.shape[:2]) < least:
             raise DataError(
                 f"{path}: is {small.shape[1]} x {small.shape[0]} pixels at an imsize of {size}, "
-                f"the network needs {least} along both sides. Take a larger --imsize."
+                f"the network needs {least} along both sides. Use a larger --imsize."
             )
         image = torch.from_numpy(small).permute(2, 0, 1)[None]
         normal = normalize_images(image.to(weight.device), mean=card.mean, std=card.std)
@@ -192,27 +182,27 @@ def _thumbnail(pixels: NDArray[np.uint8], *, size: int) -> NDArray[np.uint8]:
     return to_pixels(image).copy()
 
 
-def _rankings(asked: Tensor, bank: Tensor) -> Iterator[NDArray[np.int64]]:
-    """Numbers of all images of the bank (N,), the most similar first, of each query in turn."""
-    for chunk in asked.split(max(1, SIMILARITIES_PER_CHUNK // len(bank))):
+def _rankings(queries: Tensor, bank: Tensor) -> Iterator[NDArray[np.int64]]:
+    """Indices of all images of the bank (N,), the most similar first, for each query in turn."""
+    for chunk in queries.split(max(1, SIMILARITIES_PER_CHUNK // len(bank))):
         order = (chunk @ bank.T).argsort(dim=1, descending=True, stable=True)
         yield from order.cpu().numpy()
 
 
 def score_setups(rankings: Iterable[NDArray[np.int64]], truths: Sequence[Truth]) -> Scores:
-    """Mean average precision and precisions at ranks of every setup, in percent.
+    """Mean average precision and precisions at k of every setup, in percent.
 
-    Queries without positives in a setup are left out of its means; a setup in which no query has
-    any is left out altogether.
+    Queries without positives in a setup are left out of its means; a setup where no query has
+    positives is left out.
 
     Args:
-        rankings: numbers of images (N,), the most similar first, of each query.
-        truths: one a query.
+        rankings: indices of images (N,), the most similar first, for each query.
+        truths: one per query.
     """
     found: dict[str, list[list[float]]] = {setup: [] for setup in SETUPS}
     for ranking, truth in zip(rankings, truths, strict=True):
-        for setup, (right, left_out) in SETUPS.items():
-            positives = _numbers(truth, right)
+        for setup, (wanted, left_out) in SETUPS.items():
+            positives = _numbers(truth, wanted)
             if positives:
                 kept = ranking[~np.isin(ranking, _numbers(truth, left_out))]
                 found[setup].append(_query_scores(np.isin(kept, positives)))
@@ -230,7 +220,7 @@ def _numbers(truth: Truth, kinds: Sequence[str]) -> list[int]:
 
 
 def _query_scores(hits: NDArray[np.bool_]) -> list[float]:
-    """Average precision and precisions at ranks of one query."""
+    """Average precision and precisions at k of one query."""
     total, last = int(hits.sum()), int(hits.nonzero()[0].max()) + 1
     average = trapezoid_precision(torch.from_numpy(hits)[None], torch.tensor([total]))
     depths = [min(depth, last) for depth in DEPTHS]
@@ -238,14 +228,14 @@ def _query_scores(hits: NDArray[np.bool_]) -> list[float]:
 
 
 def _random(truth: GroundTruth) -> Scores:
-    """Mean average precision of a random order of every setup, in percent."""
+    """Expected mean average precision of a random order in every setup, in percent."""
     scores = {}
-    for setup, (right, left_out) in SETUPS.items():
-        pairs = [(len(_numbers(x, right)), len(_numbers(x, left_out))) for x in truth.truths]
+    for setup, (wanted, left_out) in SETUPS.items():
+        pairs = [(len(_numbers(x, wanted)), len(_numbers(x, left_out))) for x in truth.truths]
         found = [
-            random_precision(images=len(truth.images) - junk, positives=wanted, trapezoids=True)
-            for wanted, junk in pairs
-            if wanted
+            random_precision(images=len(truth.images) - junk, positives=positives, trapezoids=True)
+            for positives, junk in pairs
+            if positives
         ]
         if found:
             scores[f"{setup} mAP"] = 100 * float(np.mean(found))

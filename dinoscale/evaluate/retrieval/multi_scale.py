@@ -40,7 +40,7 @@ def _scaled(images: Tensor, scale: float) -> Tensor:
 
 
 def least_side(network: nn.Module) -> int:
-    """Pixels that an image needs along both sides, so that a patch is left at every scale."""
+    """Minimum height and width of an image in pixels, so that every scale holds a patch."""
     if isinstance(network, MultiScale):
         return math.ceil(least_side(network.backbone) / min(SCALES))
     return int(getattr(network, "patch_size", 1))

@@ -1,4 +1,4 @@
-"""Average precision of rankings, and what a random ranking gives.
+"""Average precision of rankings, and its expectation for random rankings.
 
 Shape letters: Q queries, N ranked images.
 Source: Philbin et al. 2007 (CVPR, Oxford buildings) for the trapezoids, as in the published
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def average_precision(hits: Tensor, positives: Tensor) -> Tensor:
-    """Mean over the positives of the precision at their ranks; a positive not ranked counts 0.
+    """Mean over the positives of the precision at their ranks; unranked positives count 0.
 
     This is the step rule of most libraries.
 
     Args:
         hits: (Q, N) bool, whether the image at each rank is a positive, best rank first.
-        positives: (Q,), how many there are, ranked or not, each > 0.
+        positives: (Q,), number of positives, ranked or not, each > 0.
 
     Returns:
         (Q,) float64, 0..1.
@@ -31,15 +31,15 @@ def average_precision(hits: Tensor, positives: Tensor) -> Tensor:
 def trapezoid_precision(hits: Tensor, positives: Tensor) -> Tensor:
     """Area under precision over recall by trapezoids, as the retrieval benchmarks measure it.
 
-    Like `average_precision`, but a positive counts the mean of the precision at its rank and of
-    that one rank before (1 before the first). Arguments and result as there.
+    Like `average_precision`, but a positive counts the mean of the precisions at its rank and at
+    the rank before (1 before the first). Arguments and result as there.
     """
     precision, before = _precisions(hits)
     return ((precision + before) / 2 * hits).sum(dim=1) / positives
 
 
 def _precisions(hits: Tensor) -> tuple[Tensor, Tensor]:
-    """Precision at each rank and one before, (Q, N) float64."""
+    """Precision at each rank, and at the rank before, (Q, N) float64."""
     ranks = torch.arange(1, hits.shape[1] + 1, dtype=torch.float64, device=hits.device)
     precision = hits.double().cumsum(dim=1) / ranks
     return precision, torch.cat((torch.ones_like(precision[:, :1]), precision[:, :-1]), dim=1)
@@ -48,16 +48,16 @@ def _precisions(hits: Tensor) -> tuple[Tensor, Tensor]:
 def random_precision(
     *, images: int, positives: int, depth: int | None = None, trapezoids: bool
 ) -> float:
-    """What a random order of the images is expected to give.
+    """Expected average precision of a random order of the images.
 
-    A rank holds a positive with probability P / N; then (P - 1) / (N - 1) of the ranks above hold
-    one too.
+    A rank holds a positive with probability P / N; then each rank above holds one with probability
+    (P - 1) / (N - 1).
 
     Args:
         images: N, ranked in random order.
         positives: P of them, 0 < P <= N.
         depth: ranks that count; None counts all.
-        trapezoids: whether of `trapezoid_precision`, else of `average_precision`.
+        trapezoids: by `trapezoid_precision`, else by `average_precision`.
 
     Returns:
         A fraction, 0..1.

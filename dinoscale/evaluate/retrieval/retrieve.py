@@ -1,4 +1,4 @@
-"""Image retrieval by frozen features: a labelled set, where images of one class find each other.
+"""Image retrieval by frozen features on a labelled set: images of a query's class are positives.
 
 Shape letters: Q queries, N images, D width.
 """
@@ -6,31 +6,32 @@ Shape letters: Q queries, N images, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dinoscale.convert.card import BackboneCard
-from dinoscale.convert.weights import Network
-from dinoscale.convert.weights_file import load_backbone
-from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.mixture import left_out_counts
-from dinoscale.data.sources.source import open_source
+from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.features import check_labels, extract_features, find_device
+from dinoscale.evaluate.features import check_labels
+from dinoscale.evaluate.frozen_backbone import (
+    DEFAULT_EXTRACTION,
+    ExtractionOptions,
+    FeatureExtractor,
+    load_extractor,
+)
 from dinoscale.evaluate.retrieval.multi_scale import SCALES, MultiScale, least_side
 from dinoscale.evaluate.retrieval.ranking import average_precision, random_precision
-from dinoscale.evaluate.untrained import untrained_backbone
 
 DEPTHS = (1, 5, 10)  # ranks of the precision
-SIMILARITIES_PER_CHUNK = 2**24  # sorted at a time, with indices some 400 MiB
-_SEED = 0  # of which images are queries
+SIMILARITIES_PER_CHUNK = 2**24  # sorted at a time; about 400 MiB with indices
+_SEED = 0  # of the choice of queries
 
 Scores = dict[str, float]
 
@@ -42,27 +43,17 @@ def evaluate_retrieve(
     queries: int | None = None,
     multi_scale: bool = False,
     untrained: bool = False,
-    batch_size: int = 64,
-    num_workers: int = 2,
-    device: str | None = None,
-    network: Network = "teacher",
-    num_heads: int | None = None,
-    progress: bool = True,
+    options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
-    """Rank all other images by their similarity to each query; those of its class are right.
+    """Rank all other images by similarity to each query; those of its class are positives.
 
     Args:
         weights_path: of a backbone.
         spec: labelled images, as `data.train` of a config.
-        queries: how many images are queries, drawn at random and always the same; None takes all.
+        queries: how many images are queries, chosen at random with a fixed seed; None takes all.
         multi_scale: average the features of three scales.
         untrained: also measure the same architecture with fresh weights.
-        batch_size: images in one forward.
-        num_workers: processes that decode images.
-        device: a torch device; None takes the accelerator if there is one.
-        network: which of the two of a run or a full checkpoint.
-        num_heads: for files that do not tell.
-        progress: draw bars on stderr, if that is a terminal.
+        options: which network, which device, and how features are extracted; nothing is cached.
 
     Returns:
         What was measured and how, ready for JSON. Scores in percent: mAP (step rule) and the
@@ -73,53 +64,49 @@ def evaluate_retrieve(
         ConfigError: a setting is out of range.
         DataError: the images cannot be read, have no labels, or only one class.
     """
-    if batch_size < 1 or num_workers < 0 or (queries is not None and queries < 1):
-        found = f"{batch_size}, {num_workers}, {queries}"
-        raise ConfigError(f"need batch_size > 0, num_workers >= 0, queries > 0; got {found}")
-    where = find_device(device)
-    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
-    source = open_source(spec, Decoder(card.backbone.in_chans, card.white))
+    if queries is not None and queries < 1:
+        raise ConfigError(f"queries: need at least one, got {queries}")
+    extractor = load_extractor(weights_path, options)
+    source = extractor.open(spec)
     check_labels(source, name="retrieve")
-    extract = partial(
-        extract_features,
-        source=source,
-        resize=card.resize,
-        crop=card.crop,
-        mean=card.mean,
-        std=card.std,
-        batch_size=batch_size,
-        device=where,
-        num_workers=num_workers,
-        progress=progress,
-    )
-
-    def measure(network: nn.Module) -> tuple[Scores, Tensor, Tensor]:
-        network = MultiScale(network) if multi_scale else network
-        if card.crop < least_side(network):
-            raise ConfigError(f"images of {card.crop} pixels have no patch left at every scale")
-        features, labels = extract(network.to(where))
-        chosen = _queries(labels, count=queries, spec=spec)
-        return score_labels(features, labels, chosen, progress=progress), labels, chosen
-
-    score, labels, chosen = measure(backbone)
-    report: dict[str, object] = {
-        "task": "retrieve",
-        "weights": str(weights_path),
-        "weights_source": card.source,
-        "backbone": asdict(card.backbone),
-        "data": {
-            "spec": spec,
-            "images": len(labels),
-            "left_out": left_out_counts(source),
-            "queries": len(chosen),
-        },
-        "protocol": {"network": network} | _protocol(card, multi_scale=multi_scale),
-        "score": score,
-        "floors": _random(labels, chosen),
+    measure = partial(_measure, source=source, spec=spec, queries=queries, multi_scale=multi_scale)
+    score, labels, chosen = measure(extractor)
+    data = {
+        "spec": spec,
+        "images": len(labels),
+        "left_out": left_out_counts(source),
+        "queries": len(chosen),
     }
+    protocol = _protocol(extractor.card, multi_scale=multi_scale)
+    report = extractor.report(
+        "retrieve",
+        data=data,
+        protocol={"network": options.network, **protocol},
+        score=score,
+        floors=_random(labels, chosen),
+    )
     if untrained:
-        report["untrained"] = measure(untrained_backbone(card))[0]
+        report["untrained"] = measure(extractor.untrained())[0]
     return report
+
+
+def _measure(
+    extractor: FeatureExtractor,
+    source: Source,
+    *,
+    spec: str,
+    queries: int | None,
+    multi_scale: bool,
+) -> tuple[Scores, Tensor, Tensor]:
+    """Scores, labels (N,) of the readable images, and indices of the queries (Q,)."""
+    network = MultiScale(extractor.backbone) if multi_scale else extractor.backbone
+    crop = extractor.card.crop
+    if crop < least_side(network):
+        raise ConfigError(f"images of {crop} pixels have no patch left at every scale")
+    features, labels = extractor.features(source, network, output_key=None)
+    chosen = _queries(labels, count=queries, spec=spec)
+    progress = extractor.options.progress
+    return score_labels(features, labels, chosen, progress=progress), labels, chosen
 
 
 def _protocol(card: BackboneCard, *, multi_scale: bool) -> dict[str, object]:
@@ -138,16 +125,16 @@ def _protocol(card: BackboneCard, *, multi_scale: bool) -> dict[str, object]:
 
 
 def _queries(labels: Tensor, *, count: int | None, spec: str) -> Tensor:
-    """Numbers of the queries: images whose class has another image."""
+    """Indices of the queries: images whose class has another image."""
     sizes = labels.bincount()
     if int((sizes > 0).sum()) < 2:
         raise DataError(
-            f"{spec}: the readable images have fewer than two classes, every order is right. Take "
-            "images of several classes."
+            f"{spec}: the readable images have fewer than two classes, so every order is perfect. "
+            "Use images of several classes."
         )
     useful = (sizes[labels] > 1).nonzero().flatten()
     if not len(useful):
-        raise DataError(f"{spec}: no class has two images, there is nothing to find.")
+        raise DataError(f"{spec}: no class has two images, so no query has a positive.")
     if count is None or count >= len(useful):
         return useful
     order = np.random.default_rng(_SEED).permutation(len(useful))[:count]
@@ -165,9 +152,9 @@ def score_labels(
     """Mean average precision and precisions at ranks, in percent.
 
     Args:
-        features: (N, D), of any length.
+        features: (N, D), of any norm.
         labels: (N,) int64; each query has another image of its class.
-        queries: (Q,) int64, numbers of images.
+        queries: (Q,) int64, indices of images.
         depths: ranks of the precisions.
         progress: draw a bar on stderr, if that is a terminal.
     """
@@ -176,9 +163,8 @@ def score_labels(
     found = []
     for chunk in tqdm(chunks, unit="chunk", disable=None if progress else True):
         similarity = (bank[chunk] @ bank.T).scatter(1, chunk[:, None], -torch.inf)
-        order = similarity.sort(dim=1, descending=True, stable=True).indices[
-            :, :-1
-        ]  # without itself
+        order = similarity.sort(dim=1, descending=True, stable=True).indices
+        order = order[:, :-1]  # without the query itself
         hits = labels[order] == labels[chunk, None]  # (chunk, N - 1)
         precisions = [average_precision(hits, hits.sum(dim=1))]
         precisions += [hits[:, :depth].double().mean(dim=1) for depth in depths]
@@ -189,7 +175,7 @@ def score_labels(
 
 
 def _random(labels: Tensor, queries: Tensor) -> Scores:
-    """What a random order is expected to give, in percent."""
+    """Expected scores of a random order, in percent."""
     others = len(labels) - 1
     sizes, counts = (labels.bincount()[labels[queries]] - 1).unique(return_counts=True)
     weights = (counts / counts.sum()).tolist()

@@ -1,1 +1,1 @@
-"""Objects followed through a video."""
+"""Video object segmentation."""

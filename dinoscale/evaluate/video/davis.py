@@ -1,4 +1,4 @@
-"""Video object segmentation without training: the masks of the first frames, carried through.
+"""Video object segmentation without training: masks of first frames propagated through videos.
 
 Source: Caron et al. 2021 (arXiv:2104.14294), section 4.2.2, on DAVIS 2017 (arXiv:1704.00675).
 """
@@ -9,30 +9,30 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 from tqdm import tqdm
 
 from dinoscale.convert.card import BackboneCard
-from dinoscale.convert.weights import Network
-from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.videos import VOID, Video, object_numbers, open_videos
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.dense.mask_pictures import compare, save_animation, save_mask
 from dinoscale.evaluate.dense.mask_scores import TOLERANCE, boundary_measure, region_similarity
-from dinoscale.evaluate.features import find_device
-from dinoscale.evaluate.untrained import untrained_backbone
-from dinoscale.evaluate.video.propagation import Follower, Settings
-from dinoscale.runtime.outputs import atomic_write
+from dinoscale.evaluate.frozen_backbone import (
+    DEFAULT_LOADING,
+    LoadedBackbone,
+    LoadOptions,
+    load_frozen,
+)
+from dinoscale.evaluate.video.propagation import Settings, Tracker
+from dinoscale.runtime.outputs import replacing
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# The published numbers were measured with 0.228, which stands so in the authors' code.
+# The published numbers were measured with 0.228, a value of the authors' code.
 _PUBLISHED_STD = (0.228, 0.224, 0.225)
 
 Labels = NDArray[np.uint8]
@@ -47,90 +47,83 @@ def evaluate_video(
     names: Sequence[str] | None = None,
     settings: Settings | None = None,
     untrained: bool = False,
-    device: str | None = None,
-    network: Network = "teacher",
-    num_heads: int | None = None,
-    progress: bool = True,
+    options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
-    """Follow the objects of the first frames through videos, and compare with the true masks.
+    """Track the objects of the first frames through videos, and compare with the true masks.
 
     As in the benchmark, the first and the last frame of a video are not scored, a score is the
     mean over its frames, and the means run over all objects of all videos.
 
     Args:
         weights_path: of a ViT.
-        spec: the videos; see `data.videos.open_videos`.
+        spec: the videos; see `data.sources.videos.open_videos`.
         out: folder for SEQUENCE/00000.png (indexed masks), SEQUENCE/scores.json and SEQUENCE.gif
-            (found left, true right); what is finished stays there if a later video fails.
+            (found left, true right); files of finished videos stay if a later one fails.
         names: of the sequences to take; None takes all, of DAVIS those of its validation set.
         settings: of the propagation; None takes the published ones.
         untrained: also measure the same architecture with fresh weights.
-        device: a torch device; None takes the accelerator if there is one.
-        network: which of the two of a run or a full checkpoint.
-        num_heads: for files that do not tell.
-        progress: draw a bar on stderr, if that is a terminal.
+        options: which network, and which device.
 
     Returns:
         What was measured and how, ready for JSON. Scores in percent: J (region similarity), F
-        (boundary measure) and their mean; `floors` are those of the first mask copied to every
-        frame.
+        (boundary measure) and their mean; `floors` are the scores of the first mask copied to
+        every frame.
 
     Raises:
         CheckpointError: the weights file cannot be used.
         ConfigError: a setting is out of range, or the backbone has no patch tokens.
-        DataError: a video cannot be read, or nothing would be measured or written.
+        DataError: a video cannot be read, or there is nothing to measure or to write.
     """
     settings = settings or Settings()
     settings.check()
-    where = find_device(device)
-    backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
-    if not hasattr(backbone, "features"):
-        raise ConfigError(f"video needs the patches of a ViT; {card.backbone.name} has none")
+    loaded = load_frozen(weights_path, options)
+    if not hasattr(loaded.backbone, "features"):
+        raise ConfigError(f"video needs the patches of a ViT; {loaded.card.backbone.name} has none")
     videos = open_videos(spec, names=names)
     if out is None and not any(map(_scored_frames, videos)):
         raise DataError(f"{spec}: only the first frames have masks. Give --out to write the others")
-    folders = None if out is None else _folders(Path(out), videos)
-    fresh = untrained_backbone(card).to(where) if untrained else None
-    measure = partial(_measure, card=card, settings=settings)
+    folders = [None] * len(videos) if out is None else _folders(Path(out), videos)
+    fresh = loaded.untrained() if untrained else None
     found: list[dict[str, Any]] = []
     total = sum(len(video.frames) for video in videos) * (2 if untrained else 1)
-    with tqdm(total=total, unit="frame", disable=None if progress else True) as bar:
-        for i, video in enumerate(videos):
+    with tqdm(total=total, unit="frame", disable=None if options.progress else True) as bar:
+        for video, folder in zip(videos, folders, strict=True):
             bar.set_description(video.name)
-            folder = None if folders is None else folders[i]
-            scores = measure(backbone.to(where), video, folder=folder, bar=bar)
+            scores = _measure(loaded, video, settings=settings, folder=folder, bar=bar)
             if fresh is not None:
-                scores["untrained"] = measure(fresh, video, folder=None, bar=bar)["score"]
+                baseline = _measure(fresh, video, settings=settings, folder=None, bar=bar)
+                scores["untrained"] = baseline["score"]
             if folder is not None:
-                with atomic_write(folder / "scores.json") as beside:
-                    beside.write_text(json.dumps(scores, indent=1) + "\n")
+                _save_scores(scores, folder)
             found.append(scores)
-    report: dict[str, object] = {
-        "task": "video",
-        "weights": str(weights_path),
-        "weights_source": card.source,
-        "backbone": asdict(card.backbone),
-        "spec": spec,
-        "protocol": {"network": network} | _protocol(card, settings),
-        "score": _mean(found, "score"),
-        "floors": _mean(found, "floors"),
-    }
+    report = loaded.report(
+        "video",
+        spec=spec,
+        protocol={"network": options.network, **_protocol(loaded.card, settings)},
+        score=_mean(found, "score"),
+        floors=_mean(found, "floors"),
+    )
     if untrained:
         report["untrained"] = _mean(found, "untrained")
     return {**report, "sequences": found, "out": None if out is None else str(out)}
 
 
+def _save_scores(scores: Mapping[str, Any], folder: Path) -> None:
+    with replacing(folder / "scores.json") as beside:
+        beside.write_text(json.dumps(scores, indent=1) + "\n")
+
+
 def _scored_frames(video: Video) -> list[int]:
-    """Frames that count: with a mask, without the first and the last, as in the benchmark."""
+    """Frames that are scored: those with a mask but the first and the last, as in the benchmark."""
     return [i for i in range(1, len(video.frames) - 1) if video.frames[i].mask is not None]
 
 
 def _folders(out: Path, videos: Sequence[Video]) -> list[Path]:
-    """Make a folder for each video; names come from tars and may hold anything."""
+    """Make a folder for each video; names come from tars and may hold any character."""
     names = [re.sub(r"[^\w-]+", "_", video.name) for video in videos]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise DataError(f"two sequences would be written to {out / twice}. Give them other names.")
+        raise DataError(f"two sequences would be written to {out / twice}. Rename one.")
     try:
         for name in names:
             (out / name).mkdir(parents=True, exist_ok=True)
@@ -140,23 +133,22 @@ def _folders(out: Path, videos: Sequence[Video]) -> list[Path]:
 
 
 def _normalization(card: BackboneCard) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the published code for those of ImageNet, else the card's own."""
+    """The published code's mean and std in place of those of ImageNet; else the card's own."""
     if (card.mean, card.std) == _IMAGENET:
         return card.mean, _PUBLISHED_STD
     return card.mean, card.std
 
 
 def _measure(
-    backbone: nn.Module,
+    loaded: LoadedBackbone,
     video: Video,
     *,
-    card: BackboneCard,
     settings: Settings,
     folder: Path | None,
     bar: tqdm[NoReturn],
 ) -> dict[str, Any]:
-    """Follow the objects of one video, score them, and write masks and animation."""
-    decoder = Decoder(card.backbone.in_chans, card.white)
+    """Track the objects of one video, score them, and write masks and animation."""
+    decoder = loaded.decoder
     pixels = video.pixels(0, decoder)
     size = (pixels.shape[0], pixels.shape[1])
     first = video.mask(0, size=size)
@@ -165,18 +157,18 @@ def _measure(
     numbers = np.array([0, *objects], dtype=np.uint8)
     copied = np.where(first == VOID, 0, first).astype(np.uint8)
     start = np.searchsorted(numbers, copied).astype(np.uint8)  # consecutive numbers
-    mean, std = _normalization(card)
-    follower = Follower(backbone, pixels, start, mean=mean, std=std, settings=settings)
+    mean, std = _normalization(loaded.card)
+    tracker = Tracker(loaded.backbone, pixels, start, mean=mean, std=std, settings=settings)
     scored = _scored_frames(video)
-    ours, floor, drawn = [], [], []
+    scores, baseline, drawn = [], [], []
     for i in range(len(video.frames)):
         if i:
             pixels = _same_size(video, i, decoder, size)
-        found = numbers[follower.follow(pixels)] if i else copied
+        found = numbers[tracker.track(pixels)] if i else copied
         truth = video.mask(i, size=size)
         if i in scored and truth is not None:
-            ours.append(score_objects(found, truth, objects))
-            floor.append(score_objects(copied, truth, objects))
+            scores.append(score_objects(found, truth, objects))
+            baseline.append(score_objects(copied, truth, objects))
         if folder is not None:
             save_mask(found, folder / f"{video.frames[i].number:05d}.png")
             drawn.append(compare(pixels, found, truth))
@@ -188,8 +180,8 @@ def _measure(
         "frames": len(video.frames),
         "scored_frames": len(scored),
         "objects": objects,
-        "score": _summary(ours),
-        "floors": _summary(floor),
+        "score": _summary(scores),
+        "floors": _summary(baseline),
     }
 
 
@@ -201,7 +193,7 @@ def _same_size(
     if pixels.shape[:2] != size:
         raise DataError(
             f"{video.frames[index].image}: has {pixels.shape[1]} x {pixels.shape[0]} pixels, the "
-            f"first frame {size[1]} x {size[0]}. Frames of a video need one size."
+            f"first frame {size[1]} x {size[0]}. All frames of a video need the same size."
         )
     return pixels
 
@@ -211,11 +203,11 @@ def score_objects(found: Labels, truth: Labels, objects: Sequence[int]) -> NDArr
 
     Args:
         found: object numbers, (H, W).
-        truth: the same; where it is VOID nothing is judged.
-        objects: the numbers that count.
+        truth: the same; pixels of VOID are ignored.
+        objects: the numbers to score.
     """
-    judged = truth != VOID
-    pairs = [((found == number) & judged, (truth == number) & judged) for number in objects]
+    counted = truth != VOID
+    pairs = [((found == number) & counted, (truth == number) & counted) for number in objects]
     return np.array([(region_similarity(*pair), boundary_measure(*pair)) for pair in pairs])
 
 

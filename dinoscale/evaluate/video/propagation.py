@@ -1,4 +1,4 @@
-"""Labels of a first frame carried through a video by the similarity of patch features.
+"""Labels of a first frame propagated through a video by the similarity of patch features.
 
 Shape letters: K context frames, R, C rows and columns of patches, D width, L labels (background
 first), T target patches of a tile, S context patches around it, H, W pixels.
@@ -24,25 +24,25 @@ from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import require_finite
 
-TILE = 8  # patches along the side of a tile; tiles bound the memory, not the result
+TILE = 8  # patches along the side of a tile; tiles limit the memory, and change no result
 LONG_SIDE_MULTIPLE = 64  # pixels, of the published code
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the propagation; the defaults are the published ones."""
+    """Settings of the propagation; the defaults are the published ones."""
 
     size: int = 480  # short side at which the network sees a frame, pixels
-    context: int = 7  # recent frames that are looked at beside the first one
+    context: int = 7  # recent frames that vote besides the first one
     radius: int = 12  # of the square neighbourhood, patches
-    top: int = 5  # context patches that vote, over all context frames together
+    top: int = 5  # context patches that vote, of all context frames together
     temp: float = 0.1  # of the votes, dimensionless
 
     def check(self) -> None:
-        """Refuse what cannot work.
+        """Refuse numbers out of range.
 
         Raises:
-            ConfigError: a number is out of range.
+            ConfigError: one is.
         """
         if min(self.size, self.radius, self.top) < 1 or self.context < 0 or not self.temp > 0:
             raise ConfigError(f"need size, radius, top, temp > 0 and context >= 0; got {self}")
@@ -57,16 +57,16 @@ def propagate_labels(
     top: int,
     temp: float,
 ) -> Tensor:
-    """Label every patch of a frame by the most similar patches near its place in other frames.
+    """Label every patch of a frame by the most similar patches near its position in other frames.
 
     weights = softmax(cosine / temp) over the `top` most similar patches of all context frames and
-    places together; patches as similar as the last of them vote too, as in the published code.
+    positions together; patches that tie with the last of them vote too, as in the published code.
 
     Args:
         target: (R, C, D), L2-normalised.
         context: (K, R, C, D), L2-normalised.
         labels: (K, R, C, L), of the context frames, soft.
-        radius: patches; rows and columns may differ by it. R and C or more: the whole frame.
+        radius: largest distance in rows and in columns, patches; max(R, C) allows the whole frame.
         top: >= 1.
         temp: > 0, dimensionless.
 
@@ -91,7 +91,7 @@ def propagate_labels(
 
 
 def _square(row: int, column: int, *, margin: int) -> tuple[slice, slice]:
-    """The tile that begins at a patch, with patches around it; a slice may end beyond the grid."""
+    """The tile that begins at a patch, with a margin; a slice may end beyond the grid."""
     starts = (row, column)
     first, second = (slice(max(0, at - margin), at + TILE + margin) for at in starts)
     return first, second
@@ -105,14 +105,13 @@ def _neighbours(
         (torch.arange(n)[a][:, None] - torch.arange(n)[b]).abs() <= radius
         for n, a, b in zip(grid, tile, window, strict=True)
     )
-    both = (
-        rows[:, None, :, None] & columns[None, :, None, :]
-    )  # tile row, column, window row, column
+    # Axes: tile row, tile column, window row, window column.
+    both = rows[:, None, :, None] & columns[None, :, None, :]
     return both.flatten(0, 1).flatten(1)
 
 
-class Follower:
-    """Follows the objects of a first frame through the later ones, frame by frame."""
+class Tracker:
+    """Tracks the objects of a first frame through the later ones, frame by frame."""
 
     def __init__(
         self,
@@ -127,7 +126,7 @@ class Follower:
         """Start from a first frame.
 
         Args:
-            backbone: a ViT of ours, in eval mode.
+            backbone: a `VisionTransformer`, in eval mode.
             pixels: of the first frame, (H, W, channels).
             mask: (H, W), consecutive numbers from 0, the background.
             mean: of each channel, in 0..1.
@@ -143,7 +142,7 @@ class Follower:
         self._first = features, _patch_labels(mask, features)
         self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.context)
 
-    def follow(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def track(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Find the objects in the next frame: a mask (H, W) with the numbers of the first."""
         features = self._features(pixels)
         context = [self._first, *self._recent]
@@ -180,13 +179,13 @@ def working_size(height: int, width: int, *, size: int, patch: int) -> tuple[int
     if min(short, long) < 1:
         raise ConfigError(
             f"size: frames of {width} x {height} pixels with a short side of {size} have no patch "
-            f"of {patch}, or no {multiple} pixels along the other side. Take a larger size."
+            f"of {patch}, or no {multiple} pixels along the other side. Use a larger size."
         )
     return (short, long) if height <= width else (long, short)
 
 
 def _patch(backbone: nn.Module) -> int:
-    return int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT of ours
+    return int(backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT
 
 
 def patch_features(
@@ -197,10 +196,10 @@ def patch_features(
     std: Sequence[float],
     size: int,
 ) -> Tensor:
-    """Normalised patch tokens of the last block for a picture (H, W, C), each of length 1.
+    """Normalised patch tokens of the last block for a picture (H, W, C), each of norm 1.
 
     Args:
-        backbone: a ViT of ours, in eval mode.
+        backbone: a `VisionTransformer`, in eval mode.
         pixels: uint8.
         mean: of each channel, in 0..1.
         std: of each channel, in 0..1.
@@ -218,7 +217,7 @@ def patch_features(
     height, width = working_size(*pixels.shape[:2], size=size, patch=patch)
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(weight.device).float()
     image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False)
-    image = normalize_images(image.round(), mean=mean, std=std)  # OpenCV resizes to whole numbers
+    image = normalize_images(image.round(), mean=mean, std=std)  # OpenCV resizes to integers
     rows, columns = height // patch, width // patch
     with torch.no_grad():
         tokens: Tensor = backbone.features(image.to(weight.dtype))  # type: ignore[operator]  # ViT
@@ -237,9 +236,9 @@ def _patch_labels(mask: NDArray[np.uint8], features: Tensor) -> Tensor:
 def label_image(labels: Tensor, *, size: tuple[int, int], patch: int) -> NDArray[np.uint8]:
     """Turn soft labels of patches (R, C, L) into a mask of (H, W) = size.
 
-    Bilinear to pixels, each label scaled from its least to its largest value, the largest wins,
-    nearest neighbour to the size of the frame. Differs: a label that is the same everywhere counts
-    as 0; the published code divides by zero there.
+    Labels are enlarged bilinearly to pixels and scaled to 0..1 each; the largest wins, and the mask
+    is resized to the frame by nearest neighbour. Differs: a constant label counts as 0; the
+    published code divides by zero there.
     """
     maps = F.interpolate(
         labels.permute(2, 0, 1)[None], scale_factor=patch, mode="bilinear", align_corners=False

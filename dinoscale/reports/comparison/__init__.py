@@ -1,1 +1,1 @@
-"""Several weights side by side."""
+"""Comparison of several weights."""

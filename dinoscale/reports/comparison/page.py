@@ -18,7 +18,7 @@ DIFFERENCES_SHOWN = 5
 
 
 def write_page(comparison: Comparison, folder: Path) -> None:
-    """Write the page and the table as JSON into a folder, which is made where it is not there.
+    """Write the page, and the table as JSON, into a folder; it is made if missing.
 
     Raises:
         ConfigError: they cannot be written.
@@ -41,14 +41,14 @@ def _body(comparison: Comparison) -> list[Element]:
 
 def _summary(comparison: Comparison) -> str:
     said = (
-        "Percent, more is better; the best of a column is bold. Only equal protocols and data share"
-        " a column, and what is written above a column is what sets it apart from others of its"
+        "Percent, higher is better; the best of a column is bold. Only equal protocols and data"
+        " share a column; the settings above it are those that differ from other columns of its"
         " task."
     )
     if any(column.task in NOT_RANKED for column in comparison.columns):
-        said += f" No column of {' or '.join(sorted(NOT_RANKED))} has a best."
+        said += f" Columns of {' and '.join(sorted(NOT_RANKED))} are not ranked."
     if comparison.failed:
-        said += f" {comparison.failed} failed: the table says why."
+        said += f" {comparison.failed} failed: the table shows the errors."
     return said
 
 
@@ -93,14 +93,14 @@ def _cell(row: Row, number: int, best: float | None) -> Element:
     low, high = (f"{end(cell.headlines):.1f}" for end in (min, max))
     text = low if low == high else f"{low} to {high}"
     notes = []
-    if row.kind == "weights" and cell.not_above_floor:
-        notes.append(element("small", "not above its floors", class_="warning"))
+    if row.kind == "weights" and cell.not_above_baselines:
+        notes.append(element("small", "not above its baselines", class_="warning"))
     is_best = row.kind == "weights" and best is not None and cell.headlines[0] == best
     return element("td", text, *notes, **({"class_": "best"} if is_best else {}))
 
 
 def _section(comparison: Comparison, number: int) -> Element:
-    """All that is known about a column."""
+    """Plots, numbers, settings and pictures of a column."""
     column = comparison.columns[number]
     cells = {row.label: row.cells[number] for row in comparison.rows if number in row.cells}
     same = [i for i, other in enumerate(comparison.columns) if other.task == column.task]
@@ -121,7 +121,7 @@ def _section(comparison: Comparison, number: int) -> Element:
 
 
 def _numbers(cells: Mapping[str, Cell]) -> Element:
-    """Every number of every score."""
+    """A table of every number of every score."""
     names = list(dict.fromkeys(n for cell in cells.values() for s in cell.scores for n in s))
     rows = [
         element(
@@ -137,7 +137,7 @@ def _numbers(cells: Mapping[str, Cell]) -> Element:
 
 
 def _pictures(report: Report, label: str) -> list[Element]:
-    """What the task has drawn: its sheet, or the middle frames of some videos."""
+    """Pictures of the task: its sheet, or the middle frames of some videos."""
     files = [report["picture"]] if isinstance(report.get("picture"), str) else []
     if report.get("task") == "video" and isinstance(report.get("out"), str):
         files = [str(path) for path in sorted(Path(report["out"]).glob("*.gif"))[:VIDEOS_SHOWN]]

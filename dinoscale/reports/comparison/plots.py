@@ -1,4 +1,4 @@
-"""Plots of a comparison as SVG: bars of the headline, k-NN over k, the parts of other scores."""
+"""Plots of a comparison as SVG: bars of the headline, k-NN over k, other numbers as dots."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dinoscale.reports.html import Plot, drawing, finish_plot, printable
 WIDTH = 6.4  # inches
 LINE = 0.3  # inches of height for a bar or a line of dots
 BORDER = 0.85  # inches above and below the bars
-FEW = 2  # numbers of a score that need no plot of their own; of videos only one needs none
+FEW = 2  # numbers of a score that need no separate plot; of videos only one
 _WEIGHTS = matplotlib.colormaps["tab10"]
 _COLORS = {"untrained": "#8c8c8c", "floor": "#b8b8b8"}
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A row of the table with its color."""
+    """A row of the table, with its color."""
 
     label: str
     kind: Kind
@@ -34,7 +34,7 @@ class _Line:
 
 
 def draw_column(comparison: Comparison, number: int) -> list[Plot]:
-    """Draw a column of the table; nothing where it has no numbers."""
+    """Draw a column of the table; no plots if it has no numbers."""
     column = comparison.columns[number]
     lines = [
         _line(row, number, place, task=column.task)
@@ -60,12 +60,12 @@ def _line(row: Row, number: int, place: int, *, task: str) -> _Line:
     parts: Mapping[str, float] = cell.scores[0]
     if task == "video":
         parts = _sequences(cell.report) if cell.report else {}
-    # Labels that begin with an underscore would be left out of legends.
+    # matplotlib leaves labels that begin with an underscore out of legends.
     return _Line(printable(f" {row.label}")[:60], row.kind, color, cell.headlines[0], parts)
 
 
 def _sequences(report: Mapping[str, Any]) -> dict[str, float]:
-    """J&F of every video that was scored."""
+    """J&F of every scored video."""
     found = [sequence for sequence in report.get("sequences", ()) if sequence.get("score")]
     return {
         printable(str(sequence["sequence"]))[:40]: sequence["score"]["J&F"] for sequence in found
@@ -113,7 +113,7 @@ def _over_k(lines: list[_Line]) -> Plot:
 
 
 def _dots(lines: list[_Line], parts: list[str], caption: str) -> Plot:
-    """A line for each part, a dot for each row: differences along the line."""
+    """A line for each number of the score, with a dot for each row."""
     figure, axes = _axes(len(parts))
     for line in lines:
         places = [place for place, part in enumerate(parts) if part in line.parts]

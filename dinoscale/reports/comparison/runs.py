@@ -1,4 +1,4 @@
-"""Measurements for a comparison, one after the other, each kept as soon as it is done."""
+"""Measurements for a comparison, one after the other; each is saved as soon as it is done."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Job:
         network: teacher or student.
         task: its name.
         line: the task and its options, as given.
-        result: file that keeps the report; see `result_path`.
-        made_from: tells what a report would be made from now; None where something is missing.
-        measure: gives the report.
+        result: file of the report; see `result_path`.
+        made_from: returns the fingerprint of a report made now; None if an input is missing.
+        measure: returns the report.
     """
 
     weights: str
@@ -42,10 +42,10 @@ class Job:
 
 
 def result_path(folder: Path, weights: str, words: Sequence[str]) -> Path:
-    """File of the result of a task, another one as soon as options or weights are others.
+    """File of the result of a task; its name depends on the options and the weights.
 
-    Weights are others when the size or time of one of their files has changed. What else a report
-    is made from is compared before it is used again.
+    Weights count as changed if the size or time of one of their files has changed. The rest of the
+    fingerprint is compared before a saved result is used again.
 
     Args:
         folder: of all results.
@@ -65,47 +65,47 @@ def result_path(folder: Path, weights: str, words: Sequence[str]) -> Path:
 
 
 def measure_all(jobs: Sequence[Job]) -> Iterator[Outcome]:
-    """Do what is not done; a task that fails leaves a sentence, and the others go on.
+    """Run the jobs that have no valid result; a task that fails leaves an error, others go on.
 
     Raises:
         ConfigError: a result cannot be written.
     """
     for number, job in enumerate(jobs):
         where = f"{number + 1} of {len(jobs)}: {job.line}, {job.weights}"
-        report, error = _kept(job, where), ""
+        report, error = _saved(job, where), ""
         if report is not None:
-            log.info("%s: done before, in %s", where, job.result)
+            log.info("%s: already measured, see %s", where, job.result)
         else:
             log.info("%s", where)
-            report, error = _measured(job)
+            report, error = _measure(job)
         yield Outcome(job.weights, job.network, job.task, job.line, report, error)
 
 
-def _kept(job: Job, where: str) -> dict[str, object] | None:
-    """The report of an earlier start, if it would be made from the same today."""
+def _saved(job: Job, where: str) -> dict[str, object] | None:
+    """The report of an earlier run, if its fingerprint is unchanged."""
     if not job.result.exists():
         return None
     try:
         report = read_report(job.result)
         now = job.made_from()
     except DataError as error:
-        log.warning("%s Measured again.", error)
+        log.warning("%s Measuring again.", error)
         return None
     changed = differences(report.get("made_from"), now or {})
     if changed:
-        log.warning("%s: changed since it was measured: %s", where, ", ".join(changed))
+        log.warning("%s: measuring again, these changed: %s", where, ", ".join(changed))
     return None if changed else report
 
 
-def _measured(job: Job) -> tuple[dict[str, object] | None, str]:
-    """The report, or why there is none."""
+def _measure(job: Job) -> tuple[dict[str, object] | None, str]:
+    """The report, or the error."""
     try:
         report = job.measure()
     except DinoscaleError as error:
         log.error("%s: %s", job.line, error)
         return None, str(error)
-    except Exception as error:  # a bug or a lack of memory must not cost the other tasks
-        log.exception("%s: failed; this is a bug, or a lack of memory", job.line)
+    except Exception as error:  # a bug or lack of memory must not stop the other tasks
+        log.exception("%s failed; this is a bug, or lack of memory", job.line)
         return None, f"{type(error).__name__}: {error}"
     assert report is not None  # one process
     write_file(job.result, f"{json.dumps(report)}\n".encode())

@@ -1,8 +1,7 @@
-"""Reports of several weights and tasks side by side: rows are weights, columns what was measured.
+"""A table of reports: a row for each file of weights, a column for each measurement.
 
-Only what was measured alike stands in one column: the same task, protocol, data and code. What
-belongs to the weights themselves (patch, mean and std of their pixels, which network) may differ
-within it.
+Reports share a column only if task, protocol, data and code are equal. Properties of the weights
+themselves (patch, mean and std of their pixels, which network) may differ within a column.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ Scores = Mapping[str, float]
 Kind = Literal["weights", "untrained", "floor"]
 
 DATA_KEYS = ("train", "test", "spec", "masks", "data", "images", "objects")  # of reports
-OF_THE_WEIGHTS = {"mean", "std", "white", "patch", "network"}  # last part of protocol keys
-NOT_RANKED = {"pca"}  # tasks whose number is neither good nor bad
+OF_THE_WEIGHTS = {"mean", "std", "white", "patch", "network"}  # last parts of protocol keys
+NOT_RANKED = {"pca"}  # tasks whose number does not measure quality
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one task on one file of weights."""
+    """The report of one task on one file of weights, or its error."""
 
     weights: str
     network: str  # teacher or student
     task: str
     origin: str  # the task's line, or the file of the report
     report: Report | None
-    error: str = ""  # the sentence, where there is no report
+    error: str = ""  # the message, if there is no report
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,10 @@ class Cell:
     """One row in one column.
 
     Attributes:
-        scores: of weights one; of floors as many as their reports disagree on; none if the task
-            failed, or draws without a score.
+        scores: of weights one; of a baseline all distinct ones of its reports; none if the task
+            failed, or has no score.
         report: of weights.
-        error: why there is none.
+        error: why there is no report.
     """
 
     scores: tuple[Scores, ...] = ()
@@ -61,35 +60,35 @@ class Cell:
         return [next(iter(score.values())) for score in self.scores]
 
     @property
-    def not_above_floor(self) -> bool:
-        """Whether something without training is as good, by the cell's own report."""
-        beside = [_scores(self.report, key) for key in ("untrained", "floors")]
+    def not_above_baselines(self) -> bool:
+        """Whether a baseline of the cell's own report is as good."""
+        baselines = [_scores(self.report, key) for key in ("untrained", "floors")]
         names = list(self.scores[0])[:1] if self.scores else []
         return any(
-            scores.get(n, -math.inf) >= self.scores[0][n] for scores in beside for n in names
+            scores.get(n, -math.inf) >= self.scores[0][n] for scores in baselines for n in names
         )
 
 
 @dataclass
 class Row:
-    """A file of weights, or a floor. Cells by number of the column."""
+    """A file of weights, or a baseline; its cells by number of the column."""
 
     label: str
     kind: Kind
-    about: str  # what it is, in full
+    about: str  # full description
     cells: dict[int, Cell] = field(default_factory=dict)
 
 
 @dataclass
 class Column:
-    """One task, measured in one way on one set of data.
+    """One task, measured by one protocol on one set of data.
 
     Attributes:
         task: its name.
-        headline: the number that the table shows; empty if there is none.
+        headline: name of the number that the table shows; empty if there is none.
         settings: protocol and data, flat: `train.images` -> 1000.
-        differs: those of them that differ from other columns of the task.
-        origins: task lines and files that led here.
+        differs: settings that differ from other columns of the task.
+        origins: task lines and files of its reports.
     """
 
     task: str
@@ -101,18 +100,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table; weights come first, then floors."""
+    """The table; weights come first, then baselines."""
 
     columns: list[Column]
     rows: list[Row]
 
     @property
     def failed(self) -> int:
-        """How many tasks have failed."""
+        """Number of failed tasks."""
         return sum(bool(cell.error) for row in self.rows for cell in row.cells.values())
 
     def best(self, column: int) -> float | None:
-        """The highest headline of a column; None where fewer than two weights can be ranked."""
+        """The highest headline of a column; None if fewer than two weights can be ranked."""
         if self.columns[column].task in NOT_RANKED:
             return None
         weights = [
@@ -122,7 +121,7 @@ class Comparison:
         return max(found) if len(found) > 1 else None
 
     def as_json(self) -> dict[str, object]:
-        """Ready for JSON; cells stand in the order of the columns."""
+        """Ready for JSON; cells are in the order of the columns."""
         columns = [
             {"task": c.task, "headline": c.headline or None, "differs": c.differs}
             | {"settings": c.settings}
@@ -144,10 +143,10 @@ def _cell_json(cell: Cell | None, kind: Kind) -> dict[str, object] | None:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read what a task has printed.
+    """Read the report of a task from a file.
 
     Raises:
-        DataError: the file cannot be read, or is something else.
+        DataError: the file cannot be read, or is no report.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -165,7 +164,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def _mistake(report: object) -> str:
-    """What a report lacks, or nothing."""
+    """The first mistake in a report; empty if there is none."""
     if not isinstance(report, dict):
         return "need an object"
     for key in ("task", "weights"):
@@ -186,7 +185,7 @@ def _mistake(report: object) -> str:
 
 
 def _is_origin(made_from: object) -> bool:
-    """Whether it is a fingerprint of `made_from`; reports of functions have none."""
+    """Whether it is a fingerprint by `provenance.made_from`, or missing, as in Python reports."""
     if made_from is None:
         return True
     inputs = made_from.get("input") if isinstance(made_from, dict) else None
@@ -209,7 +208,7 @@ def _is_sequence(entry: object) -> bool:
 
 
 def outcome_of_report(path: Path) -> Outcome:
-    """Take a report from a file.
+    """Make an outcome of the report in a file.
 
     Raises:
         DataError: as `read_report`.
@@ -220,10 +219,10 @@ def outcome_of_report(path: Path) -> Outcome:
 
 
 def compare(outcomes: Sequence[Outcome]) -> Comparison:
-    """Lay out the table.
+    """Make the table.
 
     Args:
-        outcomes: at least one; rows and columns come in their order.
+        outcomes: at least one; rows and columns are in their order.
 
     Raises:
         ConfigError: two reports give different numbers for the same weights, task and protocol.
@@ -238,13 +237,13 @@ def compare(outcomes: Sequence[Outcome]) -> Comparison:
         cell = Cell((score,) if score else (), outcome.report)
         if number in row.cells and row.cells[number].scores != cell.scores:
             raise ConfigError(
-                f"{outcome.origin}: another report has other numbers of {outcome.task} for"
+                f"{outcome.origin}: another report has different numbers of {outcome.task} for"
                 f" {outcome.weights}, measured alike. Leave one of them out."
             )
         row.cells[number] = cell
     _add_failures([outcome for outcome in outcomes if outcome.report is None], table.columns, rows)
     table.rows.extend(_labelled(_in_order(outcomes, rows)))
-    table.rows.extend(_floors(table.rows))
+    table.rows.extend(_baselines(table.rows))
     for column in table.columns:
         column.differs = _differences(column, table.columns)
     return table
@@ -255,7 +254,7 @@ def _scores(report: Report | None, key: str) -> Scores:
 
 
 def _column_of(outcome: Outcome, columns: list[Column]) -> int:
-    """Number of the column of a report; a new one if nothing was measured like this."""
+    """Number of the column of a report; a new column if none has the same settings."""
     report = outcome.report or {}
     data = {key: report[key] for key in DATA_KEYS if report.get(key) is not None}
     if "sequences" in report:  # of video
@@ -278,7 +277,7 @@ def _column_of(outcome: Outcome, columns: list[Column]) -> int:
 
 
 def _made_from(report: Report) -> dict[str, object]:
-    """What files, but the weights, and what code a report comes from: paths tell neither."""
+    """Digests of the code and of the input files except the weights, as settings."""
     made_from = report.get("made_from") or {}
     code = {"code": digest_of(made_from["code"])} if "code" in made_from else {}
     files = {f"files.{name}": of for name, of in _inputs(report).items() if name != WEIGHTS}
@@ -286,7 +285,7 @@ def _made_from(report: Report) -> dict[str, object]:
 
 
 def _inputs(report: Report) -> dict[str, str]:
-    """Number and digest of the files of each input, wherever they lie."""
+    """Number and digest of the files of each input, independent of their paths."""
     inputs = (report.get("made_from") or {}).get("input", {})
     return {
         name: f"{files['number']}, {digest_of({**files, 'root': None})}"
@@ -306,7 +305,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
 
 
 def _row_key(outcome: Outcome) -> tuple[str, ...]:
-    """Equal for results of the same network: files in different folders may have equal names."""
+    """Equal for results of the same network; the path alone does not identify it."""
     report = outcome.report or {}
     known = [report.get("weights_source"), report.get("backbone"), _inputs(report).get(WEIGHTS)]
     kind = json.dumps(known, sort_keys=True)
@@ -314,7 +313,7 @@ def _row_key(outcome: Outcome) -> tuple[str, ...]:
 
 
 def _row(outcome: Outcome) -> Row:
-    """A row whose label still lacks the name."""
+    """A row, whose label `_labelled` completes."""
     report = outcome.report or {}
     source = report.get("weights_source")
     said = [outcome.network, _architecture(report.get("backbone") or {})]
@@ -324,7 +323,7 @@ def _row(outcome: Outcome) -> Row:
 
 
 def _architecture(backbone: Mapping[str, object]) -> str:
-    """Sizes in words: one text for each architecture."""
+    """A description of the sizes, unique for each architecture."""
     sizes = [
         f"{key.replace('_', ' ')} {value}"
         for key, value in backbone.items()
@@ -336,7 +335,7 @@ def _architecture(backbone: Mapping[str, object]) -> str:
 def _add_failures(
     failures: Iterable[Outcome], columns: list[Column], rows: dict[tuple[str, ...], Row]
 ) -> None:
-    """Put each sentence where its number would stand."""
+    """Put each error into the cell where its number would be."""
     for failure in failures:
         known = [n for n, column in enumerate(columns) if failure.origin in column.origins]
         if not known:
@@ -351,7 +350,7 @@ def _add_failures(
 def _in_order(
     outcomes: Sequence[Outcome], rows: Mapping[tuple[str, ...], Row]
 ) -> dict[str, list[Row]]:
-    """Rows by their weights, in the order in which those were named."""
+    """Rows by their weights, in the order of the outcomes."""
     order = {outcome.weights: list[Row]() for outcome in outcomes}
     for key, row in rows.items():
         order[key[0]].append(row)
@@ -359,7 +358,7 @@ def _in_order(
 
 
 def _labelled(order: Mapping[str, list[Row]]) -> list[Row]:
-    """Name rows by the end of the path, as long as it must be to tell them apart."""
+    """Label rows by the shortest ends of their paths that tell them apart."""
     for name, rows in zip(_short(list(order)), order.values(), strict=True):
         seen = Counter[str]()
         for row in rows:
@@ -379,8 +378,8 @@ def _short(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def _floors(rows: Sequence[Row]) -> list[Row]:
-    """Rows of what the reports measured beside: untrained networks by architecture, and floors."""
+def _baselines(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the baselines in the reports: untrained networks by architecture, and others."""
     found: dict[str, Row] = {}
     reports = [(n, cell.report) for row in rows for n, cell in row.cells.items() if cell.report]
     shapes = {_architecture(report["backbone"]): report["backbone"] for _, report in reports}
@@ -389,17 +388,16 @@ def _floors(rows: Sequence[Row]) -> list[Row]:
         whole = _architecture(report["backbone"])
         name = str(report["backbone"].get("name"))
         label = f"untrained {name if names[name] == 1 else whole}"
-        _add_floor(
-            found, Row(label, "untrained", f"fresh weights: {whole}"), number, report, "untrained"
-        )
+        row = Row(label, "untrained", f"fresh weights: {whole}")
+        _add_baseline(found, row, number, report, "untrained")
     for number, report in reports:
-        about = "what the data give for nothing; see each task"
-        _add_floor(found, Row("floor", "floor", about), number, report, "floors")
+        about = "scores without a network; see each task"
+        _add_baseline(found, Row("baseline", "floor", about), number, report, "floors")
     return list(found.values())
 
 
-def _add_floor(found: dict[str, Row], new: Row, column: int, report: Report, key: str) -> None:
-    """Add a score to its row, unless it is there already, up to the digits that are shown."""
+def _add_baseline(found: dict[str, Row], new: Row, column: int, report: Report, key: str) -> None:
+    """Add a score to its row, unless the row has it already, to the digits that are shown."""
     score = _scores(report, key)
     if score:
         row = found.setdefault(new.label, new)
@@ -413,7 +411,7 @@ def _shown(score: Scores) -> dict[str, str]:
 
 
 def _differences(column: Column, columns: Sequence[Column]) -> dict[str, object]:
-    """Settings of a column that another one of the same task has not."""
+    """Settings of a column that another column of the same task does not share."""
     others = [other.settings for other in columns if other.task == column.task and other.settings]
     return {
         key: value

@@ -85,10 +85,13 @@ def _attention(record: Record, path: Path, *, wanted: bool) -> tuple[Element | N
     if spec is None:
         return None, "Not drawn: the run names no images."
     try:
-        from dinoscale.evaluate.dense.attention import evaluate_attention  # loads torch
+        # These load torch.
+        from dinoscale.evaluate.dense.attention import evaluate_attention
+        from dinoscale.evaluate.frozen_backbone import LoadOptions
 
+        count, options = IMAGES_SHOWN, LoadOptions(device="cpu")
         found = evaluate_attention(
-            record.run_dir, spec, path, images=IMAGES_SHOWN, rows=IMAGES_SHOWN, device="cpu"
+            record.run_dir, spec, path, images=count, rows=count, options=options
         )
     except DinoscaleError as error:
         return None, f"Not drawn: {error}"

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
-from dinoscale.evaluate.classification.resumable_training import KeptTraining, State
+from dinoscale.evaluate.classification.resumable_training import State, TrainingState
 from dinoscale.models.zoo import build_backbone
 
 SHAPE = BackboneShape(
@@ -48,19 +48,19 @@ class Colors:
 
 @pytest.fixture
 def end_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Let trainings end, as by Ctrl-C, once they have kept their state so many times."""
-    save = KeptTraining.save
+    """Interrupt trainings, as by Ctrl-C, after a number of saved states."""
+    save = TrainingState.save
 
     def end(times: int | None) -> None:
         saves = []
 
-        def save_and_end(kept: KeptTraining, state: State) -> None:
-            save(kept, state)
+        def save_and_end(saved: TrainingState, state: State) -> None:
+            save(saved, state)
             saves.append(state)
             if len(saves) == times:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(KeptTraining, "save", save_and_end)
+        monkeypatch.setattr(TrainingState, "save", save_and_end)
 
     return end
 

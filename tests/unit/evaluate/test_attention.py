@@ -1,4 +1,4 @@
-"""Attention: maps that are the backbone's own, masks by hand, a picture that shows something."""
+"""Attention: maps against the backbone, masks by hand, and the figure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def backbone() -> nn.Module:
 
 
 class Spotlight(nn.Module):
-    """Stands in for a ViT with patches of 4: head 0 sees bright patches, head 1 all alike."""
+    """A fake ViT with patches of 4: head 0 attends to bright patches, head 1 to all alike."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,12 +69,12 @@ def test_maps_are_the_class_tokens_row_without_the_class_token(backbone: nn.Modu
     torch.testing.assert_close(maps.sum((2, 3)) + full[:, :, 0, 0], torch.ones(3, 3))
 
 
-def test_maps_that_are_no_numbers_are_refused(backbone: nn.Module) -> None:
+def test_non_finite_maps_are_refused(backbone: nn.Module) -> None:
     with pytest.raises(NonFiniteError, match="have diverged"):
         attention_maps(backbone, torch.full((1, 3, 16, 16), torch.nan))
 
 
-def test_registers_are_no_patches() -> None:
+def test_registers_are_not_patches() -> None:
     image, _ = _bright_square()
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     maps = attention_maps(Spotlight(), pixels)
@@ -82,7 +82,7 @@ def test_registers_are_no_patches() -> None:
     assert maps[0, 0].flatten().topk(2).indices.sort().values.tolist() == [7, 11]
 
 
-def test_many_images_are_taken_in_parts_without_a_difference(
+def test_splitting_many_images_into_batches_changes_nothing(
     backbone: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = torch.rand(5, 3, 32, 32)
@@ -91,7 +91,7 @@ def test_many_images_are_taken_in_parts_without_a_difference(
     torch.testing.assert_close(attention_maps(backbone, images), whole)
 
 
-def test_objects_of_numbered_masks_are_no_brightness(backbone: nn.Module) -> None:
+def test_labels_of_numbered_masks_are_not_brightness(backbone: nn.Module) -> None:
     picture, mask = _bright_square()
     dark = Image.fromarray(np.array(mask) // 255)
     dark.putpalette([0] * 768)
@@ -127,7 +127,7 @@ def test_the_center_box_has_half_the_height_and_width() -> None:
     assert box[0, 2:6, 4:12].all()
 
 
-def test_the_best_head_scores_and_the_box_is_the_floor(tmp_path: Path) -> None:
+def test_the_best_head_is_scored_and_the_center_box_is_the_baseline(tmp_path: Path) -> None:
     backbone = Spotlight().train()
     image, mask = _bright_square()
     score = draw_attention(
@@ -209,7 +209,7 @@ def test_bad_masks_and_sizes_are_named(tmp_path: Path, backbone: nn.Module) -> N
         draw()
 
 
-def test_a_weights_file_is_scored_beside_an_untrained_one(
+def test_a_weights_file_is_scored_with_an_untrained_baseline(
     tmp_path: Path, backbone: nn.Module
 ) -> None:
     shape = BackboneShape("vit_tiny_patch16_224", img_size=32, **SIZES)
@@ -243,7 +243,7 @@ def test_attention_is_drawn_over_gray_pictures_and_refused_over_others(tmp_path:
         )
 
 
-def test_a_title_with_dollars_is_no_formula(backbone: nn.Module, tmp_path: Path) -> None:
+def test_a_title_with_dollars_is_not_a_formula(backbone: nn.Module, tmp_path: Path) -> None:
     image = np.zeros((32, 32, 3), np.uint8)
     path = tmp_path / "out.png"
     draw_attention(backbone, [image], path, mean=MEAN, std=STD, size=32, title="a$b_{$")

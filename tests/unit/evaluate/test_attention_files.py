@@ -1,4 +1,4 @@
-"""Attention of images of any size as files: right patches, right pixels, nobody's image lost."""
+"""Attention of images of any size as files: correct patches and pixels, and no image lost."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_registers_are_left_out(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(maps).flatten(1), row[:, 5:])
 
 
-def test_overlays_show_patches_where_they_are(tmp_path: Path, weights: Path) -> None:
+def test_overlays_show_patches_in_their_positions(tmp_path: Path, weights: Path) -> None:
     draw(tmp_path / "in" / "a.png", width=64, height=32)
     write_attention(weights, str(tmp_path / "in"), tmp_path / "out", size=32, mass=0.5)
     folder = tmp_path / "out" / "a"
@@ -158,7 +158,7 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path, wei
         write_attention(weights, image, image, size=16)
 
 
-def test_enlarging_takes_the_patch_below_the_pixels_center() -> None:
+def test_enlarging_takes_the_patch_under_the_center_of_a_pixel() -> None:
     maps = torch.tensor([[1, 2, 3]])
     assert enlarge(maps, height=2, width=6).tolist() == [[1, 1, 2, 2, 3, 3]] * 2
     assert enlarge(maps, height=1, width=5).tolist() == [[1, 1, 2, 3, 3]]

@@ -1,4 +1,4 @@
-"""The comparison: what may share a column, what failed, and a page that no name can break."""
+"""The comparison: shared columns, failed tasks, and a page that no name can break."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _made_from(**files: int) -> dict[str, Any]:
         (None, [[0], [1]]),
     ],
 )
-def test_equal_paths_of_other_files_share_neither_row_nor_column(
+def test_equal_paths_with_different_files_share_neither_row_nor_column(
     other: dict[str, Any] | None, cells: list[list[int]]
 ) -> None:
     reports = [
@@ -120,19 +120,19 @@ def test_two_numbers_for_one_cell_are_refused() -> None:
     same = [_outcome(_report("w", 50.0)), _outcome(_report("w", 50.0))]
     assert len(compare(same).rows) == 1
     with pytest.raises(
-        ConfigError, match=r"c\.json: another report has other numbers of knn for w"
+        ConfigError, match=r"c\.json: another report has different numbers of knn for w"
     ):
         compare([*same, _outcome(_report("w", 51.0), origin="c.json")])
 
 
-def test_floors_are_rows_and_a_range_where_reports_disagree() -> None:
+def test_baselines_are_rows_and_a_range_where_reports_disagree() -> None:
     beside = {"untrained": {"top1_k10": 30.0}, "floors": {"top1_k10": 50.0}}
     reports = [_report("a", 50.0, **beside), _report("b", 60.0, **beside)]
     table = compare([_outcome(report) for report in reports])
-    untrained, floor = table.rows[2:]
-    assert (untrained.label, floor.label) == ("untrained vit_tiny_patch16_224", "floor")
-    assert [row.cells[0].not_above_floor for row in table.rows[:2]] == [True, False]
-    assert floor.cells[0].headlines == [50.0]
+    untrained, baseline = table.rows[2:]
+    assert (untrained.label, baseline.label) == ("untrained vit_tiny_patch16_224", "baseline")
+    assert [row.cells[0].not_above_baselines for row in table.rows[:2]] == [True, False]
+    assert baseline.cells[0].headlines == [50.0]
     reports[1]["floors"] = {"top1_k10": 40.0}
     assert compare([_outcome(r) for r in reports]).rows[3].cells[0].headlines == [50.0, 40.0]
 
@@ -160,7 +160,7 @@ def test_untrained_networks_of_two_architectures_are_two_rows() -> None:
         (json.dumps({"task": "compare", "columns": []}), "`weights` is no text"),
     ],
 )
-def test_what_is_no_report_is_refused(tmp_path: Path, content: str, says: str) -> None:
+def test_files_that_are_no_report_are_refused(tmp_path: Path, content: str, says: str) -> None:
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(DataError, match=re.escape(says)):
         outcome_of_report(tmp_path / "r.json")
@@ -181,7 +181,7 @@ class _Seen(HTMLParser):
         self.texts.append(data)
 
 
-def test_no_name_becomes_markup_and_the_page_fetches_nothing(tmp_path: Path) -> None:
+def test_names_never_become_markup_and_the_page_fetches_nothing(tmp_path: Path) -> None:
     evil = "_<script>alert('$x$')<\\script>\x01\udcff&amp;\u72ac.pth"
     Image.new("RGB", (3000, 20)).save(tmp_path / "sheet.png")
     report = _report(evil, 50.0, 60.0, picture=str(tmp_path / "sheet.png"))
@@ -226,7 +226,7 @@ def _compare(*arguments: object) -> None:
     cli.run(["evaluate", "compare", *map(str, arguments)])
 
 
-def test_a_failed_task_is_a_sentence_and_only_it_runs_again(
+def test_a_failed_task_is_shown_as_an_error_and_only_it_runs_again(
     colors: Colors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.safetensors"
@@ -275,7 +275,7 @@ def test_other_images_of_the_same_names_are_measured_again(
     first = json.loads(capsys.readouterr().out)
     with caplog.at_level("INFO"):
         _compare(*line)
-    assert "done before" in caplog.text
+    assert "already measured, see" in caplog.text
     assert json.loads(capsys.readouterr().out) == first
     for blue, red in zip(
         *(sorted((test / name).iterdir()) for name in ("blue", "red")), strict=True
@@ -284,7 +284,7 @@ def test_other_images_of_the_same_names_are_measured_again(
         blue.write_bytes(pixels[1])
         red.write_bytes(pixels[0])
     _compare(*line)
-    assert "changed since it was measured: input.test." in caplog.text
+    assert "measuring again, these changed: input.test." in caplog.text
     again = json.loads(capsys.readouterr().out)
     assert again["rows"][0]["cells"] != first["rows"][0]["cells"]
 
@@ -308,7 +308,7 @@ def test_pictures_of_each_weights_are_its_own(
     [
         ("knn --train x", "required: --test"),
         ("knn --train x --test y --kk 3", "unrecognized arguments: --kk 3"),
-        ("segment x --out y", "--out: every result"),
+        ("segment x --out y", "--out: compare chooses the folder"),
         ("compare x", "invalid choice: 'compare'"),
         ("pca 'x", "No closing quotation"),
     ],
@@ -320,8 +320,8 @@ def test_a_wrong_line_is_refused_before_anything_runs(tmp_path: Path, line: str,
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_need_tasks_and_tasks_weights(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--task LINE says what to measure"):
+def test_weights_need_tasks_and_tasks_need_weights(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compare: no --task LINE to measure"):
         _compare("w.pth", "--out", tmp_path)
     report = _save(tmp_path / "r.json", _report("w", 1.0))
     with pytest.raises(ConfigError, match="no WEIGHTS"):

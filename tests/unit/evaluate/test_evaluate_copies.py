@@ -1,9 +1,10 @@
-"""Copy detection: descriptors and whitening by hand, folders of copies, copies made here."""
+"""Copy detection: descriptors and whitening by hand, folders of copies, generated copies."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from dinoscale.cli import run
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.evaluate.retrieval.copies import Settings as CopySettings
 from dinoscale.evaluate.retrieval.copies import evaluate_copies, evaluate_made_copies, score_copies
 from dinoscale.evaluate.retrieval.copy_descriptors import (
@@ -29,7 +31,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors")
 
 
-QUICK = CopySettings(size=32, num_workers=0, device="cpu", progress=False)
+OPTIONS = ExtractionOptions(num_workers=0, device="cpu", progress=False)
+QUICK: dict[str, Any] = {"settings": CopySettings(size=32), "options": OPTIONS}
 
 
 def test_generalized_mean_by_hand() -> None:
@@ -50,7 +53,7 @@ def test_whitening_equals_numpy_and_makes_second_moments_equal() -> None:
     np.testing.assert_allclose(uncentered @ uncentered.T / 500, np.eye(4), atol=1e-6)
 
 
-def test_directions_without_content_are_not_blown_up() -> None:
+def test_directions_without_variance_are_not_amplified() -> None:
     flat = torch.randn(50, 3, dtype=torch.float64) * torch.tensor([1.0, 1.0, 0.0])
     projection = learn_whitening(flat).projection
     largest = float(torch.linalg.eigvalsh(flat.T @ flat / 50).max())
@@ -91,7 +94,7 @@ def test_copies_of_a_folder_are_found_block_by_block(weights: Path, tmp_path: Pa
     (tmp_path / "query" / "more.tar").write_bytes(b"")
     places = (str(tmp_path / "original"), str(tmp_path / "query"))
     other = str(tmp_path / "other")
-    report = as_json(evaluate_copies(weights, *places, distractors=other, settings=QUICK))
+    report = as_json(evaluate_copies(weights, *places, distractors=other, **QUICK))
     assert report["score"]["mAP"] == report["score"]["mAP strong"] > 80
     assert report["score"]["mAP jpegqual/3"] < 40
     assert report["data"]["database"] == 12
@@ -103,14 +106,14 @@ def test_copies_of_a_folder_are_found_block_by_block(weights: Path, tmp_path: Pa
         + "".join(f"jpegqual/3/p{i}.jpg,p{5 - i}.png\n" for i in range(6))
         + "".join(f"strong/p{i}_cut.jpg,p{i}.png\n" for i in range(6))
     )
-    paired = evaluate_copies(weights, *places, pairs=str(tmp_path / "pairs.csv"), settings=QUICK)
+    paired = evaluate_copies(weights, *places, pairs=str(tmp_path / "pairs.csv"), **QUICK)
     assert as_json(paired)["score"]["mAP jpegqual/3"] > 80
     (tmp_path / "original" / "p3.png").write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"p3.png"):
-        evaluate_copies(weights, *places, settings=QUICK)
+        evaluate_copies(weights, *places, **QUICK)
 
 
-def test_originals_among_the_distractors_are_left_out_and_told(
+def test_originals_among_the_distractors_are_left_out_and_logged(
     weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for i in range(4):
@@ -121,27 +124,27 @@ def test_originals_among_the_distractors_are_left_out_and_told(
     (tmp_path / "original" / "p3.png").write_bytes((tmp_path / "original" / "p2.png").read_bytes())
     places = (str(tmp_path / "original"), str(tmp_path / "query"))
     distractors = str(tmp_path / "other")
-    before = as_json(evaluate_copies(weights, *places, distractors=distractors, settings=QUICK))
+    before = as_json(evaluate_copies(weights, *places, distractors=distractors, **QUICK))
     assert before["data"]["same_as_asked_for"] == 1  # p3, which is p2
     for i in range(4):
         for folder, name in (("original", f"p{i}.png"), ("query", f"p{i}.jpg")):
             twin = tmp_path / "other" / "more" / f"{folder}-{i}.png"
             twin.parent.mkdir(exist_ok=True)
             twin.write_bytes((tmp_path / folder / name).read_bytes())
-    after = as_json(evaluate_copies(weights, *places, distractors=distractors, settings=QUICK))
+    after = as_json(evaluate_copies(weights, *places, distractors=distractors, **QUICK))
     assert after["score"] == before["score"]
     assert after["data"]["database"] == before["data"]["database"] == 9
     assert "9 pictures of the database are left out" in caplog.text
 
 
-def test_a_set_with_the_same_picture_twice_costs_made_copies_nothing(
+def test_duplicate_pictures_do_not_lower_the_score_of_made_copies(
     weights: Path, tmp_path: Path
 ) -> None:
     for i in range(6):
         for folder in ("a", "b"):
             save_picture(tmp_path / folder / f"{i}.png", seed=i)
     made = [
-        as_json(evaluate_made_copies(weights, str(folder), queries=6, settings=QUICK))
+        as_json(evaluate_made_copies(weights, str(folder), queries=6, **QUICK))
         for folder in (tmp_path, tmp_path / "a")
     ]
     assert [report["data"]["database"] for report in made] == [
@@ -171,16 +174,17 @@ def test_made_copies_are_the_same_every_time_and_with_whitening(
 ) -> None:
     for i in range(20):
         save_picture(tmp_path / f"{i}.png", seed=i)
-    whitened = CopySettings(**{**asdict(QUICK), "whitening": str(tmp_path), "untrained": True})
+    settings = CopySettings(size=32, whitening=str(tmp_path), untrained=True)
+    whitened: dict[str, Any] = {"settings": settings, "options": OPTIONS}
     first, second = (
-        as_json(evaluate_made_copies(weights, str(tmp_path), queries=8, settings=whitened))
+        as_json(evaluate_made_copies(weights, str(tmp_path), queries=8, **whitened))
         for _ in range(2)
     )
     assert first == second
     assert first["data"]["queries"]["strong"] == 8
     assert first["score"]["mAP jpeg"] > first["floors"]["mAP jpeg"]
     assert list(first["untrained"]) == list(first["score"])
-    other = evaluate_made_copies(weights, str(tmp_path), queries=8, seed=1, settings=whitened)
+    other = evaluate_made_copies(weights, str(tmp_path), queries=8, seed=1, **whitened)
     assert other["score"] != first["score"]
 
 
@@ -195,6 +199,6 @@ def test_made_copies_are_the_same_every_time_and_with_whitening(
         (["copies", "w", "--originals", "o", "--queries", "q", "--seed", "1"], "--seed has no"),
     ],
 )
-def test_options_of_different_ways_are_not_mixed(arguments: list[str], says: str) -> None:
+def test_options_of_different_modes_are_refused_together(arguments: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         run(["evaluate", *arguments])

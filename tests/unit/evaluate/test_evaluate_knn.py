@@ -1,4 +1,4 @@
-"""The whole measurement: folders and a weights file in, a JSON report out."""
+"""k-NN end to end: folders and a weights file in, a JSON report out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_bac
 from dinoscale.errors import CheckpointError, ConfigError, DataError
 from dinoscale.evaluate.classification.knn import evaluate_knn
 from dinoscale.evaluate.classification.labelled_sets import renumber_classes
-from dinoscale.evaluate.frozen_backbone import Extraction, open_frozen
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions, load_extractor
 from dinoscale.models.zoo import build_backbone
 
 SHAPE = BackboneShape(
@@ -54,14 +54,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-_HOW = {field.name for field in fields(Extraction)}
+_OPTIONS = {field.name for field in fields(ExtractionOptions)}
 
 
 def _run(place: Path, test: str = "test", **changes: object) -> dict[str, object]:
-    how: dict[str, object] = {"num_workers": 0, "progress": False, "device": "cpu"}
-    own = {name: changes.pop(name) for name in list(changes) if name not in _HOW}
+    options: dict[str, object] = {"num_workers": 0, "progress": False, "device": "cpu"}
+    own = {name: changes.pop(name) for name in list(changes) if name not in _OPTIONS}
     specs = (place / "weights.safetensors", str(place / "train"), str(place / test))
-    settings = {"ks": (1, 5), **own, "how": Extraction(**(how | changes))}  # type: ignore[arg-type]  # several types
+    settings = {"ks": (1, 5), **own, "options": ExtractionOptions(**(options | changes))}  # type: ignore[arg-type]  # several types
     return evaluate_knn(*specs, **settings)  # type: ignore[arg-type]  # several types
 
 
@@ -95,7 +95,7 @@ def test_wrong_labels_give_wrong_answers(place: Path) -> None:
     assert report["pixels"]["knn"]["1"]["top1"] == pytest.approx(100 / 3)  # type: ignore[index]  # nested report
 
 
-def test_unreadable_images_are_counted_and_a_class_without_others_is_told(
+def test_unreadable_images_are_counted_and_a_class_without_others_is_logged(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(place / "train", tmp_path / "test")
@@ -108,7 +108,9 @@ def test_unreadable_images_are_counted_and_a_class_without_others_is_told(
     assert "left out 1 links that lead nowhere" in caplog.text
     assert "no image can be read" not in caplog.text
     weights, bank = place / "weights.safetensors", str(tmp_path / "test")
-    evaluate_knn(weights, bank, str(place / "test"), ks=(1,), how=Extraction(num_workers=0))
+    evaluate_knn(
+        weights, bank, str(place / "test"), ks=(1,), options=ExtractionOptions(num_workers=0)
+    )
     assert "train: no image can be read of 1 classes that test has" in caplog.text
 
 
@@ -146,7 +148,7 @@ def test_numbers_that_the_bank_lacks_are_named() -> None:
         renumber_classes(bank, test)  # type: ignore[arg-type]  # a part of a source
 
 
-def test_the_floors_and_the_score_name_the_same_numbers_the_quoted_one_first(place: Path) -> None:
+def test_baselines_and_score_have_the_same_keys_the_quoted_one_first(place: Path) -> None:
     report = _run(place, ks=(1, 20, 5), pixels=True, untrained=True)
     names = ["top1_k20", "top1_k1", "top1_k5"]
     assert [list(report[part]) for part in ("score", "floors", "untrained")] == 3 * [names]  # type: ignore[call-overload]  # nested report
@@ -157,16 +159,16 @@ def test_the_floors_and_the_score_name_the_same_numbers_the_quoted_one_first(pla
 def test_untrained_is_the_same_fresh_network_whatever_the_weights_and_the_generator(
     place: Path,
 ) -> None:
-    how = Extraction(num_workers=0, device="cpu", progress=False)
-    frozen = open_frozen(place / "weights.safetensors", how)
+    options = ExtractionOptions(num_workers=0, device="cpu", progress=False)
+    extractor = load_extractor(place / "weights.safetensors", options)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first = frozen.untrained().backbone.state_dict()
+    first = extractor.untrained().backbone.state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(4)
-    second = frozen.untrained().untrained().backbone.state_dict()
+    second = extractor.untrained().untrained().backbone.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    own = frozen.backbone.state_dict()
+    own = extractor.backbone.state_dict()
     assert any(not torch.equal(first[name], own[name]) for name in first)
 
 
@@ -177,7 +179,7 @@ def test_a_set_without_classes_is_refused(place: Path, tmp_path: Path) -> None:
             place / "weights.safetensors",
             str(place / "train"),
             str(tmp_path),
-            how=Extraction(num_workers=0),
+            options=ExtractionOptions(num_workers=0),
         )
 
 

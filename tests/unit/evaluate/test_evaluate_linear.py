@@ -1,4 +1,4 @@
-"""The whole probe: folders and a weights file in, a JSON report out."""
+"""Linear probes end to end: folders and a weights file in, a JSON report out."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from torch import Tensor
 from dinoscale.data.augmentation.labelled_crops import endless_sampler
 from dinoscale.errors import ConfigError, DataError, NonFiniteError
 from dinoscale.evaluate.classification.inputs import (
-    Reading,
-    open_subject,
-    outputs_of_test,
-    outputs_of_train,
+    extract_test_features,
+    extract_train_features,
+    open_inputs,
 )
 from dinoscale.evaluate.classification.linear import evaluate_linear
 from dinoscale.evaluate.classification.linear_heads import LinearHeads, TokenFeatures
 from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, GridProtocol
-from dinoscale.evaluate.frozen_backbone import Extraction
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from tests.unit.evaluate.conftest import Colors
 
 GRID = GridProtocol(iterations=20, batch_size=16, eval_every=15)
 DINO = DinoProtocol(epochs=3, batch_size=24, lr=1.0)
+OPTIONS = ExtractionOptions(num_workers=0, device="cpu", progress=False)
 
 
 def _run(
@@ -39,8 +39,7 @@ def _run(
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "protocol": GRID,
-        "device": "cpu",
-        "reading": Reading(num_workers=0, progress=False),
+        "options": OPTIONS,
     }
     sets = (train or colors.train, test or colors.test)
     return evaluate_linear(colors.weights, *sets, **{**settings, **changes})
@@ -48,7 +47,7 @@ def _run(
 
 @pytest.mark.parametrize("augment", [True, False])
 @pytest.mark.parametrize("protocol", [GRID, DINO])
-def test_separable_classes_are_all_told_apart(
+def test_separable_classes_are_classified_perfectly(
     colors: Colors, protocol: GridProtocol | DinoProtocol, augment: bool
 ) -> None:
     report = _run(colors, protocol=protocol, augment=augment)
@@ -74,7 +73,7 @@ def test_grid_reports_every_classifier_and_chooses_after_the_last_step(colors: C
 @pytest.mark.parametrize(
     ("protocol", "augment"), [(DINO, True), (replace(GRID, eval_every=5), False)]
 )
-def test_a_training_that_was_ended_goes_on_to_the_same_numbers(
+def test_an_interrupted_training_resumes_to_the_same_numbers(
     colors: Colors,
     tmp_path: Path,
     end_after: Callable[[int | None], None],
@@ -99,7 +98,7 @@ def test_a_training_that_was_ended_goes_on_to_the_same_numbers(
     assert tensors["weight"].shape[0] == len(tensors["bias"]) == 3
 
 
-def test_diverged_classifiers_are_told_and_never_chosen(
+def test_diverged_classifiers_are_reported_and_never_chosen(
     colors: Colors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -134,7 +133,7 @@ def test_workers_change_nothing_and_the_seed_does(colors: Colors, augment: bool)
             protocol=short,
             augment=augment,
             seed=seed,
-            reading=Reading(num_workers=workers, progress=False),
+            options=replace(OPTIONS, num_workers=workers),
         )
         for seed, workers in ((0, 0), (0, 2), (1, 0))
     ]
@@ -150,13 +149,12 @@ def test_without_augmentation_features_of_whole_images_are_trained_on(colors: Co
         _run(colors, train=train, test=test, protocol=short, augment=augment, seed=5)
         for augment in (False, True)
     )
-    reading = Reading(num_workers=0, progress=False)
-    subject = open_subject(colors.weights, train, test, Extraction(device="cpu"))
-    tokens = TokenFeatures(subject.backbone, blocks=2)
-    features, labels = outputs_of_train(tokens, subject, reading, taken=None)
-    tests, test_labels = outputs_of_test(tokens, subject, reading, taken=None)
-    plan = short.plan(subject.backbone, images=48)
-    sampler = endless_sampler(48, batch_size=8, steps=6, seed=5)
+    inputs = open_inputs(colors.weights, train, test, OPTIONS)
+    tokens = TokenFeatures(inputs.backbone, blocks=2)
+    features, labels = extract_train_features(tokens, inputs, output_key=None)
+    tests, test_labels = extract_test_features(tokens, inputs, output_key=None)
+    plan = short.plan(inputs.backbone, images=48)
+    sampler = stream_sampler(48, batch_size=8, steps=6, seed=5)
     accuracies = []
     for kind in plan.kinds:
         x, y = (kind.take(rows, stored=2, token_dim=32) for rows in (features, tests))
@@ -164,12 +162,12 @@ def test_without_augmentation_features_of_whole_images_are_trained_on(colors: Co
         for step in range(6):
             ids = torch.from_numpy(sampler.step(step).ids)
             heads.step(x[ids], labels[ids], torch.tensor(plan.rates) * plan.factor(step))
-        accuracies += [100 * top1 / 48 for top1, _ in heads.right(y, test_labels)]
+        accuracies += [100 * top1 / 48 for top1, _ in heads.num_correct(y, test_labels)]
     assert [entry["top1"] for entry in without["evaluations"][-1]["classifiers"]] == accuracies
     assert [entry["top1"] for entry in with_["evaluations"][-1]["classifiers"]] != accuracies
 
 
-def test_results_are_logged_as_they_come_and_the_floor_follows(
+def test_results_are_logged_as_they_come_and_the_baseline_follows(
     colors: Colors, tmp_path: Path
 ) -> None:
     path = tmp_path / "made" / "log.jsonl"
@@ -191,25 +189,25 @@ def test_wrong_labels_give_wrong_answers(colors: Colors, tmp_path: Path) -> None
 
 
 def test_labels_of_the_test_set_are_in_the_numbers_of_the_train_set(colors: Colors) -> None:
-    subject = open_subject(colors.weights, colors.train, colors.test, Extraction(device="cpu"))
-    other = replace(subject, renumber=torch.tensor([2, 0, 1]))
-    reading = Reading(num_workers=0, progress=False)
-    _, labels = outputs_of_test(subject.backbone, other, reading, taken=None)
+    inputs = open_inputs(colors.weights, colors.train, colors.test, OPTIONS)
+    other = replace(inputs, renumber=torch.tensor([2, 0, 1]))
+    _, labels = extract_test_features(inputs.backbone, other, output_key=None)
     assert labels.tolist() == [2] * 4 + [0] * 4 + [1] * 4
 
 
-def test_features_are_kept_under_what_is_taken_of_the_network(
+def test_features_are_cached_by_what_the_network_computes(
     colors: Colors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DINOSCALE_CACHE", str(tmp_path))
-    subject = open_subject(colors.weights, colors.train, colors.test, Extraction(device="cpu"))
-    one, two = (TokenFeatures(subject.backbone, blocks=n) for n in (1, 2))
+    inputs = open_inputs(colors.weights, colors.train, colors.test, OPTIONS)
+    one, two = (TokenFeatures(inputs.backbone, blocks=n) for n in (1, 2))
 
     def forwards(tokens: TokenFeatures, *, cache: bool = True) -> tuple[Tensor, int]:
         calls = []
-        hook = subject.backbone.patch_embed.register_forward_hook(lambda *_: calls.append(1))
-        reading = Reading(num_workers=0, cache=cache, progress=False)
-        rows, _ = outputs_of_test(tokens, subject, reading, taken=tokens.taken)
+        hook = inputs.backbone.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+        extractor = replace(inputs.extractor, options=replace(OPTIONS, cache=cache))
+        own = replace(inputs, extractor=extractor)
+        rows, _ = extract_test_features(tokens, own, output_key=tokens.output_key)
         hook.remove()
         return rows, len(calls)
 
@@ -222,7 +220,7 @@ def test_features_are_kept_under_what_is_taken_of_the_network(
 
 def test_one_class_is_refused(colors: Colors) -> None:
     only = colors.folder("one", {"red": 3})
-    with pytest.raises(DataError, match="of one class; there is nothing"):
+    with pytest.raises(DataError, match="of one class; need at least two"):
         _run(colors, train=only, test=only)
 
 
@@ -270,6 +268,6 @@ def test_bad_settings_are_refused(colors: Colors, changes: dict[str, Any], messa
         _run(colors, **changes)
 
 
-def test_readings_out_of_range_are_refused() -> None:
+def test_extraction_options_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_workers"):
-        Reading(num_workers=-1)
+        ExtractionOptions(num_workers=-1)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 
 from dinoscale.errors import DataError
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions, LoadOptions
 from dinoscale.evaluate.retrieval.ground_truth import Truth, read_ground_truth
 from dinoscale.evaluate.retrieval.landmarks import evaluate_landmarks, score_setups
 from dinoscale.evaluate.retrieval.multi_scale import MultiScale
@@ -44,12 +45,12 @@ def test_label_scores_equal_scikit_learn() -> None:
 def test_retrieve_reports_what_a_random_order_gives(weights: Path, tmp_path: Path) -> None:
     for i in range(12):
         save_picture(tmp_path / "ab"[i % 2] / f"{i}.png", seed=i)
-    settings: dict[str, Any] = {"num_workers": 0, "device": "cpu", "progress": False}
-    report = as_json(evaluate_retrieve(weights, str(tmp_path), untrained=True, **settings))
+    options = ExtractionOptions(num_workers=0, device="cpu", progress=False)
+    report = as_json(evaluate_retrieve(weights, str(tmp_path), untrained=True, options=options))
     assert list(report["score"]) == list(report["floors"]) == list(report["untrained"])
     assert report["floors"]["P@5"] == pytest.approx(100 * 5 / 11)
     assert report["data"]["queries"] == 12
-    few = evaluate_retrieve(weights, str(tmp_path), queries=3, multi_scale=True, **settings)
+    few = evaluate_retrieve(weights, str(tmp_path), queries=3, multi_scale=True, options=options)
     assert few["data"] == {"spec": str(tmp_path), "images": 12, "left_out": {}, "queries": 3}
 
 
@@ -57,7 +58,7 @@ def test_one_class_only_is_refused(weights: Path, tmp_path: Path) -> None:
     for i in range(3):
         save_picture(tmp_path / "a" / f"{i}.png", seed=i)
     with pytest.raises(DataError, match="fewer than two classes"):
-        evaluate_retrieve(weights, str(tmp_path), num_workers=0, progress=False)
+        evaluate_retrieve(weights, str(tmp_path), options=ExtractionOptions(num_workers=0))
 
 
 def test_setups_of_landmarks_by_hand() -> None:
@@ -91,7 +92,8 @@ def _landmarks(root: Path) -> tuple[Path, Path]:
 
 def test_landmarks_are_measured_in_every_setup(weights: Path, tmp_path: Path) -> None:
     images, truth = _landmarks(tmp_path)
-    settings: dict[str, Any] = {"size": 64, "device": "cpu", "progress": False}
+    options = LoadOptions(device="cpu", progress=False)
+    settings: dict[str, Any] = {"size": 64, "options": options}
     for multi_scale in (False, True):
         report = as_json(
             evaluate_landmarks(weights, images, truth, multi_scale=multi_scale, **settings)
@@ -99,7 +101,7 @@ def test_landmarks_are_measured_in_every_setup(weights: Path, tmp_path: Path) ->
         assert list(report["score"])[:2] == ["medium mAP", "medium mP@1"]
         assert report["score"]["medium mAP"] > report["floors"]["medium mAP"]
     with pytest.raises(DataError, match=r"is 12 x 10 pixels .* needs 16 along both sides"):
-        evaluate_landmarks(weights, images, truth, multi_scale=True, size=12, progress=False)
+        evaluate_landmarks(weights, images, truth, multi_scale=True, size=12, options=options)
     (images / "jpg" / "image3.jpg").unlink()
     with pytest.raises(DataError, match=r"1 of 5 images .* the first is image3.jpg"):
         evaluate_landmarks(weights, images, truth, **settings)

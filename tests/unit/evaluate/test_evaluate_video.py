@@ -1,4 +1,4 @@
-"""Following objects as a whole measurement: videos in, a report and masks out."""
+"""Video object segmentation end to end: videos in, a report and masks out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dinoscale.data.decoding.decode import RGB
 from dinoscale.data.sources.videos import open_videos
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.dense.mask_scores import region_similarity
+from dinoscale.evaluate.frozen_backbone import LoadOptions
 from dinoscale.evaluate.video.davis import evaluate_video
 from dinoscale.evaluate.video.propagation import Settings
 from tests.unit.evaluate.tiny_files import as_json, save_weights
@@ -39,13 +40,11 @@ def _video(root: Path, name: str, *, frames: int = 5) -> Path:
 
 
 def _evaluate_video(weights: Path, data: Path, **more: Any) -> dict[str, Any]:
-    settings = Settings(size=64)
-    return as_json(
-        evaluate_video(weights, str(data), settings=settings, device="cpu", progress=False, **more)
-    )
+    settings, options = Settings(size=64), LoadOptions(device="cpu", progress=False)
+    return as_json(evaluate_video(weights, str(data), settings=settings, options=options, **more))
 
 
-def test_video_reports_scores_floor_and_writes_masks(weights: Path, tmp_path: Path) -> None:
+def test_video_reports_scores_and_baseline_and_writes_masks(weights: Path, tmp_path: Path) -> None:
     data, out = _video(tmp_path / "data", "a"), tmp_path / "out"
     report = _evaluate_video(weights, data, out=out, untrained=True)
     (sequence,) = report["sequences"]
@@ -66,7 +65,9 @@ def test_video_reports_scores_floor_and_writes_masks(weights: Path, tmp_path: Pa
         assert animation.n_frames == 5
 
 
-def test_finished_videos_stay_when_a_later_one_fails(weights: Path, tmp_path: Path) -> None:
+def test_files_of_finished_videos_stay_when_a_later_one_fails(
+    weights: Path, tmp_path: Path
+) -> None:
     data = _video(_video(tmp_path / "data", "a"), "b")
     Image.new("L", (7, 7)).save(data / "b" / "00003.mask.png")
     with pytest.raises(DataError, match=r"b/00003.mask.png: the mask has 7 x 7 pixels"):
@@ -87,7 +88,7 @@ def test_videos_with_first_masks_only_are_written_but_not_scored(
     assert (tmp_path / "out" / "a" / "00002.png").exists()
 
 
-def test_names_of_sequences_do_not_lead_out_of_the_folder(weights: Path, tmp_path: Path) -> None:
+def test_names_of_sequences_do_not_escape_the_folder(weights: Path, tmp_path: Path) -> None:
     import tarfile
 
     data = _video(tmp_path / "data", "a", frames=3)

@@ -1,4 +1,4 @@
-"""The cache of features: read when nothing changed, not when something did, never in the way."""
+"""The feature cache: read if nothing changed, else not; its failures stop no measurement."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _extract(
         "batch_size": 4,
         "device": "cpu",
         "num_workers": 0,
-        "taken": "mean",
+        "output_key": "mean",
     }
     source = FolderSource(str(images)) if isinstance(images, Path) else images
     return extract_features(backbone, source, **(settings | changed))  # type: ignore[arg-type]  # settings of several types
@@ -67,7 +67,7 @@ def _kept(images: Path) -> list[Path]:
     return list((images.parent / "cache").glob("features-*"))
 
 
-def test_a_second_run_reads_what_the_first_has_kept_and_says_so(
+def test_a_second_run_reads_what_the_first_has_cached_and_logs_it(
     images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     features, labels = _extract(images, Counted())
@@ -89,7 +89,7 @@ def test_a_folder_that_was_moved_is_read_from_the_cache(images: Path) -> None:
     assert second.calls == 0
 
 
-def test_an_image_changed_in_place_is_seen_even_with_its_old_size_and_time(images: Path) -> None:
+def test_an_image_changed_in_place_is_noticed_even_with_its_old_size_and_time(images: Path) -> None:
     before, _ = _extract(images, Counted())
     path = images / "class1" / "3.bmp"
     old = path.stat()
@@ -103,9 +103,15 @@ def test_an_image_changed_in_place_is_seen_even_with_its_old_size_and_time(image
 
 @pytest.mark.parametrize(
     "changed",
-    [{"crop": 6}, {"resize": 9}, {"mean": (0.0, 0.5, 0.5)}, {"std": (1.0,) * 3}, {"taken": "x"}],
+    [
+        {"crop": 6},
+        {"resize": 9},
+        {"mean": (0.0, 0.5, 0.5)},
+        {"std": (1.0,) * 3},
+        {"output_key": "x"},
+    ],
 )
-def test_another_preparation_or_output_is_extracted_anew(
+def test_another_preparation_or_output_is_extracted_again(
     images: Path, changed: dict[str, object]
 ) -> None:
     _extract(images, Counted())
@@ -114,7 +120,7 @@ def test_another_preparation_or_output_is_extracted_anew(
     assert second.calls == 1
 
 
-def test_other_weights_and_another_set_are_extracted_anew(images: Path) -> None:
+def test_other_weights_and_another_set_are_extracted_again(images: Path) -> None:
     _extract(images, Counted())
     trained = Counted()
     with torch.no_grad():
@@ -127,40 +133,40 @@ def test_other_weights_and_another_set_are_extracted_anew(images: Path) -> None:
     assert fewer.calls == 1
 
 
-def test_without_a_name_nothing_is_kept(images: Path) -> None:
-    _extract(images, Counted(), taken=None)
+def test_without_an_output_key_nothing_is_cached(images: Path) -> None:
+    _extract(images, Counted(), output_key=None)
     assert not _kept(images)
 
 
-def test_what_was_read_longest_ago_makes_room(
+def test_the_least_recently_used_features_are_deleted(
     images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def calls(taken: str) -> int:
+    def calls(output_key: str) -> int:
         backbone = Counted()
-        _extract(images, backbone, taken=taken)
+        _extract(images, backbone, output_key=output_key)
         for number, path in enumerate(sorted(_kept(images), key=lambda p: p.stat().st_mtime_ns)):
             os.utime(path, ns=(0, number))  # as if all this was long ago, in the same order
         return backbone.calls
 
     size = 4 * 3 * 4 + 4 * 8  # of features and numbers; a file has a header of less than 4000
     monkeypatch.setenv("DINOSCALE_CACHE_GB", str((2 * size + 1.5 * 4000) / 1e9))
-    assert [calls(taken) for taken in ("a", "b")] == [1, 1]
+    assert [calls(output_key) for output_key in ("a", "b")] == [1, 1]
     (images.parent / "cache" / "features-x.safetensors.y.partial").write_bytes(b"killed")
     os.utime(images.parent / "cache" / "features-x.safetensors.y.partial", (0, 0))
     large = max(path.stat().st_size for path in _kept(images) if path.suffix == ".safetensors")
     monkeypatch.setenv("DINOSCALE_CACHE_GB", str((large + size) / 1e9))
-    assert [calls(taken) for taken in ("a", "c", "a", "b")] == [0, 1, 0, 1]
+    assert [calls(output_key) for output_key in ("a", "c", "a", "b")] == [0, 1, 0, 1]
     assert len(_kept(images)) == 2
     monkeypatch.setenv("DINOSCALE_CACHE_GB", "1e-9")
     assert calls("d") == 1
     assert not _kept(images)
-    assert "are not kept" in caplog.text
+    assert "are not cached" in caplog.text
     monkeypatch.setenv("DINOSCALE_CACHE_GB", "-1")
     with pytest.raises(ConfigError, match="DINOSCALE_CACHE_GB: need a number"):
         calls("d")
 
 
-def test_a_comment_in_the_code_costs_no_features(
+def test_a_comment_in_the_code_invalidates_no_features(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Path(dinoscale.__file__).parent
@@ -179,7 +185,7 @@ def test_a_comment_in_the_code_costs_no_features(
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
-def test_a_damaged_file_is_reported_and_made_anew(
+def test_a_damaged_file_is_reported_and_replaced(
     images: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     features, _ = _extract(images, Counted())
@@ -191,12 +197,12 @@ def test_a_damaged_file_is_reported_and_made_anew(
     second, third = Counted(), Counted()
     assert torch.equal(_extract(images, second)[0], features)
     assert second.calls == 1
-    assert "anew" in caplog.text
+    assert "extracting the features again" in caplog.text
     _extract(images, third)
     assert third.calls == 0
 
 
-def test_images_left_out_are_left_out_of_what_is_kept_and_said_again(
+def test_images_left_out_are_left_out_of_the_cache_and_logged_again(
     images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (images / "class0" / "2.bmp").write_bytes(b"BM no picture")
@@ -205,10 +211,10 @@ def test_images_left_out_are_left_out_of_what_is_kept_and_said_again(
     again, labels_again = _extract(images, Counted())
     assert torch.equal(features, again)
     assert labels_again.tolist() == labels.tolist() == [0, 1, 1]
-    assert "1 of 4 images were left out" in caplog.text
+    assert "1 of 4 images were unreadable and left out" in caplog.text
 
 
-def test_images_that_are_away_are_not_measured_around(images: Path) -> None:
+def test_unavailable_images_end_the_measurement(images: Path) -> None:
     class Away(FolderSource):
         def picture(self, index: int) -> Picture:
             if index == 2:
@@ -228,10 +234,10 @@ def test_images_that_are_away_are_not_measured_around(images: Path) -> None:
         next(crops)
 
 
-def test_features_that_are_too_large_to_be_kept_remove_no_others(
+def test_features_too_large_for_the_cache_remove_no_others(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _extract(images, Counted(), taken="a")
+    _extract(images, Counted(), output_key="a")
     (kept,) = _kept(images)
     monkeypatch.setenv("DINOSCALE_CACHE_GB", str(kept.stat().st_size / 1e9))
     features = torch.zeros(kept.stat().st_size, 1)
@@ -239,7 +245,7 @@ def test_features_that_are_too_large_to_be_kept_remove_no_others(
     assert _kept(images) == [kept]
 
 
-def test_a_full_disk_costs_the_cache_and_not_the_measurement(
+def test_a_full_disk_stops_the_cache_but_not_the_measurement(
     images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = FolderSource(str(images))
@@ -250,14 +256,14 @@ def test_a_full_disk_costs_the_cache_and_not_the_measurement(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(features) == 4
-    assert "cannot keep the features" in caplog.text
+    assert "cannot cache the features" in caplog.text
     assert not _kept(images)
 
 
-def test_a_cache_that_cannot_be_written_costs_the_cache_only(
+def test_a_cache_that_cannot_be_written_does_not_stop_the_measurement(
     images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (images.parent / "file").write_text("in the way")
     monkeypatch.setenv("DINOSCALE_CACHE", str(images.parent / "file"))
     assert len(_extract(images, Counted())[0]) == 4
-    assert "cannot keep the features" in caplog.text
+    assert "cannot cache the features" in caplog.text

@@ -1,4 +1,4 @@
-"""Features: pixels arrive as promised, rows keep their labels, bad input is named."""
+"""Features: preprocessing of pixels, labels of rows, and errors that name bad input."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_images_without_label_are_refused_by_name() -> None:
         _extract(MeanColor(), unlabelled)
 
 
-def test_features_that_are_not_finite_stop_the_measurement() -> None:
+def test_non_finite_features_stop_the_measurement() -> None:
     with pytest.raises(NonFiniteError, match="not finite"):
         _extract(MeanColor(scale=float("inf")), Colors(3))
 
@@ -151,7 +151,7 @@ def test_pixel_features_average_areas_of_the_whole_image() -> None:
     torch.testing.assert_close(rows[1, 0, 5], torch.tensor([50.0] + 7 * [0.0] + 8 * [200.0]))
 
 
-def test_pixel_features_of_nothing_readable_are_refused() -> None:
+def test_pixel_features_without_a_readable_image_are_refused() -> None:
     with pytest.raises(DataError, match="none of the 2 images"):
         pixel_features(Colors(2, broken=(0, 1)))
 
@@ -161,7 +161,7 @@ class _Greedy(nn.Module):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB. And so on")
 
 
-def test_want_of_memory_is_a_sentence_with_the_setting() -> None:
+def test_out_of_memory_names_the_setting() -> None:
     settings = {"resize": 8, "crop": 8, "batch_size": 64, "num_workers": 0, "device": "cpu"}
     with pytest.raises(RunFailedError, match=r"64 images at once .* memory\); .*eval\.batch_size"):
         extract_features(_Greedy(), Colors(2), mean=MEAN, std=STD, **settings)  # type: ignore[arg-type]  # a mixture of types

@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, it repeats itself, and it says what it did."""
+"""Fine-tuning: it learns, it is reproducible, and it reports its settings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from dinoscale.errors import (
     OutputError,
 )
 from dinoscale.evaluate.classification.finetune import Classifier, Recipe, evaluate_finetune
-from dinoscale.evaluate.classification.inputs import Reading
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from tests.unit.evaluate.conftest import Colors
 
 FAST = Recipe(epochs=4, batch_size=12, lr=0.1)
+OPTIONS = ExtractionOptions(num_workers=0, device="cpu", progress=False)
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +38,13 @@ def _one_thread() -> Iterator[None]:
 def _run(colors: Colors, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "recipe": FAST,
-        "device": "cpu",
-        "reading": Reading(num_workers=0, progress=False),
+        "options": OPTIONS,
     }
     sets = changes.pop("sets", (colors.train, colors.test))
     return evaluate_finetune(colors.weights, *sets, **{**settings, **changes})
 
 
-def test_the_loss_falls_and_separable_classes_are_told_apart(colors: Colors) -> None:
+def test_the_loss_falls_and_separable_classes_are_classified_perfectly(colors: Colors) -> None:
     report = _run(colors)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     losses = [evaluation["loss"] for evaluation in report["evaluations"]]
@@ -58,7 +58,7 @@ def test_the_loss_falls_and_separable_classes_are_told_apart(colors: Colors) -> 
 def test_workers_change_nothing_and_the_seed_does(colors: Colors) -> None:
     short = Recipe(epochs=1, batch_size=12, lr=0.1)
     losses = [
-        _run(colors, recipe=short, seed=seed, reading=Reading(num_workers=n, progress=False))[
+        _run(colors, recipe=short, seed=seed, options=replace(OPTIONS, num_workers=n))[
             "evaluations"
         ][0]["loss"]
         for seed, n in ((0, 0), (0, 2), (1, 0))
@@ -79,7 +79,7 @@ def test_the_last_backbone_is_written_with_its_card(colors: Colors, tmp_path: Pa
 
 
 @pytest.mark.parametrize("times", [1, 3, 4, 6])
-def test_a_training_that_was_ended_goes_on_to_the_same_numbers(
+def test_an_interrupted_training_resumes_to_the_same_numbers(
     colors: Colors, tmp_path: Path, end_after: Callable[[int | None], None], times: int
 ) -> None:
     recipe, sets = Recipe(epochs=4, batch_size=12, lr=0.01), colors.hard
@@ -108,7 +108,7 @@ def test_the_best_backbone_is_that_of_the_best_epoch(colors: Colors, tmp_path: P
     assert (best == last) == (report["chosen"]["epoch"] == 4)
 
 
-def test_another_training_is_not_gone_on_with(
+def test_the_state_of_another_training_is_refused(
     colors: Colors, tmp_path: Path, end_after: Callable[[int | None], None]
 ) -> None:
     out = tmp_path / "tuned.safetensors"
@@ -180,7 +180,7 @@ def test_a_resnet_has_no_stochastic_depth() -> None:
     assert network([torch.ones(2, 3, 4, 4)]).shape == (2, 5)
 
 
-def test_a_diverged_training_says_so(colors: Colors) -> None:
+def test_a_diverged_training_is_reported(colors: Colors) -> None:
     with pytest.raises(NonFiniteError, match=r"not a finite number|not finite"):
         _run(colors, recipe=Recipe(epochs=1, batch_size=6, lr=1e38, drop_path_rate=0.0))
 

@@ -1,4 +1,4 @@
-"""`--help` of every task: it explains, gives an example that parses, and says defaults."""
+"""`--help` of every task: a description, an example that parses, and the defaults."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_help_explains_and_its_example_parses(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_option_says_what_it_is_and_its_default(task: str) -> None:
+def test_every_option_has_help_with_its_default(task: str) -> None:
     for action in TASKS[task]._actions:
         assert action.help, (task, action.dest)
         if action.default not in (None, False, argparse.SUPPRESS, []):

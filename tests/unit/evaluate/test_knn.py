@@ -1,4 +1,4 @@
-"""Nearest neighbours: hand-made cases, and what must not change the result."""
+"""Nearest neighbours: cases by hand, and settings that must not change the result."""
 
 import logging
 import math
@@ -44,7 +44,7 @@ def test_no_temperature_is_too_small(temp: float) -> None:
     assert found.top5 == pytest.approx(400 / 6)
 
 
-def test_each_chunk_is_a_sign_of_life() -> None:
+def test_on_chunk_is_called_after_each_chunk() -> None:
     bank, labels, chunks = _unit(0, 40, 90), torch.tensor([0, 1, 2]), list[int]()
     test, of_test = _unit(*range(7)), torch.zeros(7, dtype=torch.int64)
     alive = partial(chunks.append, 1)
@@ -52,7 +52,7 @@ def test_each_chunk_is_a_sign_of_life() -> None:
     assert len(chunks) == 4
 
 
-def test_the_length_of_a_feature_does_not_matter() -> None:
+def test_the_norm_of_a_feature_does_not_matter() -> None:
     bank, labels = _unit(0, 30), torch.tensor([0, 1])
     long = bank * torch.tensor([[1.0], [1000.0]])
     assert knn_accuracy(long, labels, _unit(10), torch.tensor([0]), ks=(1,))[1].top1 == 100
@@ -127,7 +127,9 @@ def test_one_call_for_many_k_equals_one_call_each() -> None:
         assert knn_accuracy(*sets, ks=(k,))[k] == together[k]
 
 
-def test_more_neighbours_than_images_uses_all_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_more_neighbours_than_images_uses_all_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     sets = _random_sets(num_test=20)
     with caplog.at_level(logging.WARNING):
         found = knn_accuracy(*sets, ks=(20, 1000))
@@ -150,7 +152,7 @@ def test_a_class_that_the_bank_lacks_is_never_right() -> None:
         ({"temp": 0.0}, "k, temp"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"bank_chunk_size": 0}, "chunk_size"),
-        ({"train_labels": torch.tensor([0, -1])}, "train: an image without label"),
+        ({"train_labels": torch.tensor([0, -1])}, "train: every image needs a label"),
         ({"test_labels": torch.tensor([0, 1])}, "test: need features"),
         ({"test_features": torch.ones(1, 3)}, "different widths"),
         ({"train_features": torch.ones(0, 2), "train_labels": torch.ones(0)}, "N > 0"),

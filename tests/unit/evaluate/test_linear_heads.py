@@ -1,4 +1,4 @@
-"""Classifiers trained together against each alone, and which tokens they see."""
+"""Classifiers trained together against each alone, and the tokens that they take."""
 
 import pytest
 import torch
@@ -90,4 +90,4 @@ def test_every_classifier_counts_its_own_right_answers() -> None:
     heads.weight[1] = torch.eye(7).roll(1, dims=0)  # says the next one
     rows = torch.eye(7) + 0.01 * torch.arange(7)
     # The second ranks class i + 1 first and then 0, 6, 5, 4, 3, 2, 1: rows 1 and 2 miss the top 5.
-    assert heads.right(rows, torch.arange(7)) == [(7, 7), (0, 5)]
+    assert heads.num_correct(rows, torch.arange(7)) == [(7, 7), (0, 5)]

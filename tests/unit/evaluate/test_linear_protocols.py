@@ -47,7 +47,7 @@ def test_dino_takes_four_class_tokens_of_vit_s_and_pools_vit_b() -> None:
 
 
 @pytest.mark.parametrize("protocol", [GridProtocol(), DinoProtocol()])
-def test_a_resnet_gives_its_output(protocol: GridProtocol | DinoProtocol) -> None:
+def test_a_resnet_is_probed_on_its_pooled_output(protocol: GridProtocol | DinoProtocol) -> None:
     plan = protocol.plan(_vit("resnet50"), images=10)
     assert plan.kinds == (FeatureKind(1, pooled=False),)
 

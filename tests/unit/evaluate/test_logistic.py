@@ -16,9 +16,14 @@ from sklearn.preprocessing import normalize
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError, DataError, OutputError
-from dinoscale.evaluate.classification.inputs import Reading
-from dinoscale.evaluate.classification.logistic import CS, evaluate_logistic, held_out, scores_of
+from dinoscale.evaluate.classification.logistic import (
+    CS,
+    evaluate_logistic,
+    fit_and_score,
+    held_out,
+)
 from dinoscale.evaluate.features import extract_features
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from tests.unit.evaluate.conftest import CARD, Colors
 
 SOME_CS = (1e-4, 1.0, 1e2)
@@ -27,8 +32,7 @@ SOME_CS = (1e-4, 1.0, 1e2)
 def _run(colors: Colors, train: str, test: str, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "cs": SOME_CS,
-        "device": "cpu",
-        "reading": Reading(num_workers=0, progress=False),
+        "options": ExtractionOptions(num_workers=0, device="cpu", progress=False),
     }
     return evaluate_logistic(colors.weights, train, test, **{**settings, **changes})
 
@@ -68,16 +72,16 @@ def test_scores_are_those_of_scikit_learn_by_class_number() -> None:
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(60, 5)), np.repeat([1, 4, 6], 20)
     tests = rng.normal(size=(9, 5))
-    scores, iterations = scores_of(features, labels, tests, c=3.0, max_iter=500)
+    scores, iterations = fit_and_score(features, labels, tests, c=3.0, max_iter=500)
     model = LogisticRegression(C=3.0, max_iter=500).fit(features, labels)
     np.testing.assert_array_equal(scores[:, [1, 4, 6]], model.decision_function(tests))
     assert np.isneginf(scores[:, [0, 2, 3, 5]]).all()
     assert iterations == model.n_iter_.max()
 
 
-def test_of_two_classes_each_has_a_score() -> None:
+def test_each_of_two_classes_has_a_score() -> None:
     features, labels = np.array([[-1.0], [1.0]]), np.array([0, 1])
-    scores, _ = scores_of(features, labels, np.array([[-2.0], [3.0]]), c=10.0, max_iter=100)
+    scores, _ = fit_and_score(features, labels, np.array([[-2.0], [3.0]]), c=10.0, max_iter=100)
     assert scores.argmax(axis=1).tolist() == [0, 1]
 
 
@@ -89,12 +93,14 @@ def test_a_tenth_of_each_class_is_held_out_and_each_keeps_one() -> None:
     np.testing.assert_array_equal(held, held_out(labels, seed=0))
 
 
-def test_single_images_leave_none_to_choose_on() -> None:
+def test_classes_of_single_images_leave_none_to_hold_out() -> None:
     with pytest.raises(DataError, match="single image"):
         held_out(np.arange(5), seed=0)
 
 
-def test_separable_classes_are_all_told_apart_and_logged(colors: Colors, tmp_path: Path) -> None:
+def test_separable_classes_are_classified_perfectly_and_logged(
+    colors: Colors, tmp_path: Path
+) -> None:
     log = tmp_path / "log.jsonl"
     report = _run(colors, colors.train, colors.test, log_path=log, untrained=True)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
@@ -108,10 +114,10 @@ def test_separable_classes_are_all_told_apart_and_logged(colors: Colors, tmp_pat
     assert len(set(settings[:8])) == len(set(settings[8:])) == 1 != len(set(settings))
 
 
-def test_results_are_appended_to_no_other_file(colors: Colors, tmp_path: Path) -> None:
+def test_results_are_not_appended_to_another_file(colors: Colors, tmp_path: Path) -> None:
     for name, text in (("thesis.txt", "It began"), ("run.jsonl", '{"step": 1}\n'), ("n", "1\n")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(OutputError, match=f"{name} exists, and is no log of results"):
+        with pytest.raises(OutputError, match=f"{name} exists and is no log of results"):
             _run(colors, colors.train, colors.test, log_path=tmp_path / name)
         assert (tmp_path / name).read_text() == text
 

@@ -27,7 +27,7 @@ def _blob(seed: int) -> NDArray[np.bool_]:
 
 
 def _by_dilation(found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    """The benchmark's own words: boundaries dilated by a disk."""
+    """The benchmark's own definition: boundaries dilated by a disk."""
     radius = math.ceil(0.008 * math.hypot(*found.shape))
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     disk = x**2 + y**2 <= radius**2
@@ -76,7 +76,7 @@ def test_equal_masks_score_one_and_empty_ones_agree() -> None:
         assert score(_square(), empty) == score(empty, _square()) == 0
 
 
-def test_a_shift_within_the_tolerance_costs_nothing() -> None:
+def test_a_shift_within_the_tolerance_does_not_lower_the_score() -> None:
     """The diagonal is 150 pixels, the tolerance ceil(1.2) = 2."""
     assert boundary_measure(_square(left=22), _square()) == 1
     assert region_similarity(_square(left=22), _square()) == pytest.approx(28 / 32)
@@ -85,7 +85,7 @@ def test_a_shift_within_the_tolerance_costs_nothing() -> None:
     assert 0.5 < boundary_measure(_square(left=23), _square()) < 0.75
 
 
-def test_every_object_is_scored_and_void_is_not_judged() -> None:
+def test_every_object_is_scored_and_void_is_ignored() -> None:
     truth = np.zeros((40, 40), dtype=np.uint8)
     truth[5:15, 5:15], truth[20:30, 20:30] = 3, 7
     found = truth.copy()

@@ -127,7 +127,7 @@ def test_colors_rise_with_the_components_and_fill_patches(
             != colors).any()  # fmt: skip
 
 
-def test_the_side_rarer_at_the_border_is_in_front() -> None:
+def test_the_side_rarer_at_the_border_is_foreground() -> None:
     component = np.full((5, 6), -1.0, np.float32)
     component[1:4, 2:4] = 3.0
     front = component > 0
@@ -136,7 +136,7 @@ def test_the_side_rarer_at_the_border_is_in_front() -> None:
         assert np.array_equal(found, front)
 
 
-def test_patches_behind_are_black_and_do_not_shape_the_basis(
+def test_background_patches_are_black_and_do_not_change_the_basis(
     tmp_path: Path, weights: Path, images: Path
 ) -> None:
     out = tmp_path / "out"
@@ -165,7 +165,7 @@ def test_bad_input_is_named(
     assert "broken.jpg" in broken
     with pytest.raises(ConfigError, match="one patch"):
         evaluate_pca(weights, str(images), tmp_path / "out", size=4)
-    with pytest.raises(DataError, match="Take more or larger images"):
+    with pytest.raises(DataError, match="Use more or larger images"):
         evaluate_pca(weights, str(images), tmp_path / "out", size=8, square=True)
     with pytest.raises(DataError, match="cannot write to"):
         evaluate_pca(weights, str(images), images / "a.png", size=32)

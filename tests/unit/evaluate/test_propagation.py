@@ -1,4 +1,4 @@
-"""Labels carried by patch similarity: hand cases, and a loop over all pairs of patches."""
+"""Labels propagated by patch similarity: by hand, and by a loop over all pairs of patches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.video.propagation import (
-    Follower,
     Settings,
+    Tracker,
     label_image,
     propagate_labels,
     working_size,
@@ -23,7 +23,7 @@ from dinoscale.evaluate.video.propagation import (
 def _brute_force(
     target: Tensor, context: Tensor, labels: Tensor, *, radius: int, top: int, temp: float
 ) -> Tensor:
-    """As the protocol says, for one patch after another."""
+    """The protocol, one patch after another."""
     rows, columns = target.shape[:2]
     result = torch.zeros(rows, columns, labels.shape[-1], dtype=labels.dtype)
     for r in range(rows):
@@ -85,7 +85,7 @@ def test_the_best_patches_are_chosen_over_all_frames_together() -> None:
     assert found.min() > 0
 
 
-def test_patches_as_similar_as_the_last_voter_vote_too() -> None:
+def test_patches_that_tie_with_the_last_voter_vote_too() -> None:
     target = _unit(0).view(1, 1, 2)
     context = _unit(0, 0, 0).view(3, 1, 1, 2)
     labels = torch.tensor([1.0, 1.0, 0.0]).view(3, 1, 1, 1)
@@ -119,13 +119,13 @@ def test_every_label_is_scaled_before_the_largest_wins() -> None:
     assert found.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
 
 
-def test_a_label_that_is_everywhere_the_same_never_wins() -> None:
+def test_a_constant_label_never_wins() -> None:
     labels = torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]]])
     assert label_image(labels, size=(1, 2), patch=1).tolist() == [[1, 2]]
 
 
 class _Colors(nn.Module):
-    """Patch tokens are the mean colors of the patches: a network that sees colors."""
+    """Patch tokens are the mean colors of the patches."""
 
     patch_size = 4
 
@@ -138,19 +138,19 @@ class _Colors(nn.Module):
         return torch.cat((torch.zeros_like(patches[:, :1]), patches), dim=1)
 
 
-def test_a_colored_square_is_followed_where_it_goes() -> None:
+def test_a_moving_square_is_tracked() -> None:
     def frame(left: int) -> np.ndarray:
         pixels = np.full((64, 128, 3), (20, 200, 20), dtype=np.uint8)
         pixels[16:32, left : left + 16] = (220, 20, 20)
         return pixels
 
     mask = (frame(16)[..., 0] == 220).astype(np.uint8)
-    follower = Follower(
+    tracker = Tracker(
         _Colors(), frame(16), mask,
         mean=(0.5,) * 3, std=(0.5,) * 3, settings=Settings(size=64, context=2, radius=3),
     )  # fmt: skip
     for left in (24, 32, 40, 48):
-        found = follower.follow(frame(left))
+        found = tracker.track(frame(left))
         truth = frame(left)[..., 0] == 220
         overlap = (truth & (found == 1)).sum() / (truth | (found == 1)).sum()
         assert overlap > 0.7

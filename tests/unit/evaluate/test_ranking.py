@@ -36,14 +36,14 @@ def test_a_first_hit_at_rank_two_counts_a_quarter_by_trapezoids() -> None:
     assert float(trapezoid_precision(hits, torch.tensor([1]))) == pytest.approx((0 + 1 / 2) / 2)
 
 
-def test_positives_that_are_not_ranked_count_nothing() -> None:
+def test_unranked_positives_count_zero() -> None:
     hits = torch.tensor([[True, False]])
     for rule in (average_precision, trapezoid_precision):
         assert float(rule(hits, torch.tensor([4]))) == pytest.approx(1 / 4)
 
 
 @pytest.mark.parametrize(("positives", "depth"), [(1, None), (4, None), (3, 5), (9, 20)])
-def test_a_random_order_gives_its_expectation(positives: int, depth: int | None) -> None:
+def test_random_precision_is_the_mean_over_random_orders(positives: int, depth: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(40_000, 12, generator=generator).argsort(dim=1)
     hits = (order < positives)[:, :depth]

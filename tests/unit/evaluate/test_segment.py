@@ -1,4 +1,4 @@
-"""Jaccard of attention: objects out of masks, the index by hand, floors that are known."""
+"""Jaccard of attention: objects from masks, the index by hand, known baselines."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_best_head_of_each_object_then_objects_then_images() -> None:
     assert mean_over_images([two_objects, one_object]) == pytest.approx(77.5)
 
 
-def test_palette_masks_number_objects_and_gray_ones_are_one_object() -> None:
+def test_palette_masks_hold_object_numbers_and_gray_ones_are_one_object() -> None:
     numbers = [[0, 3, 3], [255, 9, 0]]
     objects = split_objects(_numbered(numbers), indexed=False)
     assert objects.masks.int().tolist() == [[[0, 1, 1], [0, 0, 0]], [[0, 0, 0], [0, 1, 0]]]
@@ -112,7 +112,7 @@ def test_palette_masks_number_objects_and_gray_ones_are_one_object() -> None:
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32])
-def test_masks_of_more_bits_number_objects(kind: type, tmp_path: Path) -> None:
+def test_masks_of_16_bits_hold_object_numbers(kind: type, tmp_path: Path) -> None:
     numbers = np.array([[0, 3, 3], [255, 900, 0]], kind)
     Image.fromarray(numbers).save(tmp_path / "m.tif")
     mask = read_as_stored((tmp_path / "m.tif").read_bytes(), "m.tif")
@@ -123,7 +123,7 @@ def test_masks_of_more_bits_number_objects(kind: type, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
-def test_masks_that_do_not_tell_their_objects_are_refused(
+def test_masks_without_recognisable_objects_are_refused(
     folders: tuple[Path, Path], weights: Path, mode: str
 ) -> None:
     images, masks = folders
@@ -131,7 +131,7 @@ def test_masks_that_do_not_tell_their_objects_are_refused(
     mask.paste((0, 0, 120), (0, 20, 40, 24))  # an object as dark as the background
     mask.convert(mode).save(masks / "a.tif")
     (masks / "a.png").unlink()
-    with pytest.raises(DataError, match=rf"a.jpg: a mask of the mode {mode} "):
+    with pytest.raises(DataError, match=rf"a.jpg: a mask of mode {mode} "):
         evaluate_segment(weights, str(images), masks=str(masks), size=16)
 
 
@@ -149,8 +149,8 @@ def test_a_mask_that_keeps_everything_scores_the_area_of_the_objects(
     a = (6 * 10) / (12 * 20 + 12 * 20 - 6 * 10)  # the box overlaps the corner with a quarter
     b = [0.0, (4 * 8) / (16 * 4 + (16 - 4) * 8 - 4 * 8)]  # 4 of the box's 16 rows are void
     c = (4 * 9) / (4 * 19)
-    floor = 100 * (a + sum(b) / 2 + c) / 3
-    assert report["floors"]["jaccard"] == pytest.approx(floor, abs=1e-4)  # type: ignore[index]
+    expected = 100 * (a + sum(b) / 2 + c) / 3
+    assert report["floors"]["jaccard"] == pytest.approx(expected, abs=1e-4)  # type: ignore[index]
 
 
 def test_shards_and_folders_give_the_same_report(
@@ -199,7 +199,7 @@ def test_masks_of_another_size_or_without_any_are_refused(
         evaluate_segment(weights, str(images), masks=str(masks), size=16)
 
 
-def test_images_that_do_not_count_are_counted(
+def test_images_that_are_not_scored_are_counted(
     folders: tuple[Path, Path], weights: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     images, masks = folders
@@ -231,13 +231,13 @@ def test_sets_without_masks_and_bad_settings_are_refused(
         evaluate_segment(weights, images, masks=masks, size=7)
 
 
-def test_drawn_sets_have_masks(weights: Path) -> None:
+def test_synthetic_sets_have_masks(weights: Path) -> None:
     report = evaluate_segment(weights, "synthetic:shapes?images=4&size=32", size=32)
     assert (report["images"], report["objects"]) == (4, 4)
 
 
 @pytest.mark.skipif("DINOSCALE_TEST_DATA" not in os.environ, reason="needs the real images")
-def test_floors_on_ecssd_are_those_of_its_readme() -> None:
+def test_baselines_on_ecssd_are_those_of_its_readme() -> None:
     source = open_source(str(Path(os.environ["DINOSCALE_TEST_DATA"]) / "ecssd-masks"))
     mask_of = find_masks(source, "", None)
     boxes, whole = [], []

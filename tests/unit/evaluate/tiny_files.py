@@ -1,4 +1,4 @@
-"""What the tests of whole measurements share: a tiny weights file, and pictures."""
+"""A tiny weights file and pictures, shared by the end-to-end tests."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def save_picture(path: Path, *, seed: int, size: tuple[int, int] = (40, 48)) -> 
 
 
 def as_json(report: dict[str, object]) -> dict[str, Any]:
-    """A report as a reader of its JSON sees it."""
+    """A report after a round trip through JSON."""
     loaded = json.loads(json.dumps(report, allow_nan=False))
     assert loaded == report
     return dict(loaded)
