@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     SubCommands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _CONFIG_HELP = "name of a preset (see `dinoscale presets`) or path of a YAML file"
-_OVERRIDE_HELP = "settings that win over the file, for example optim.lr=1e-3"
+_OVERRIDE_HELP = "settings that override the file, for example optim.lr=1e-3"
 LABELLED_HELP = "labelled images: a folder of class folders, tar shards, or synthetic:..."
 
 

@@ -30,7 +30,7 @@ class Features(NamedTuple):
     Attributes:
         cls: (N, D), the class token.
         patches: (N, P, D), row by row.
-        registers: (N, number of registers, D), often zero of them.
+        registers: (N, number of registers, D); most networks have none.
     """
 
     cls: Tensor
@@ -81,9 +81,9 @@ class Backbone(nn.Module):
         return Features(tokens[:, 0], tokens[:, first:], tokens[:, 1:first])
 
     def attention_maps(self, images: Tensor) -> Tensor:
-        """Return the attention of the class token to patches in the last block: (N, heads, R, S).
+        """Return the class token's attention to the patches in the last block: (N, heads, R, S).
 
-        A map sums to less than 1: the rest goes to the class token itself and to registers.
+        A map sums to 1 less the attention to the class token and registers.
 
         Raises:
             ValueError: as `forward_features`.
@@ -116,7 +116,7 @@ class Transform:
         """Turn a Pillow picture of any mode into an input (C, crop, crop), float32.
 
         Raises:
-            ValueError: it cannot be converted to the channels of the backbone.
+            ValueError: its channels differ from the backbone's and cannot be converted.
         """
         card = self.card
         decoder = Decoder(card.backbone.in_chans, card.white)
@@ -128,7 +128,7 @@ class Transform:
 def load_backbone(
     path: str | Path, *, network: Network = "teacher", num_heads: int | None = None
 ) -> tuple[Backbone, Transform]:
-    """Load a backbone and its preprocessing from weights of any supported format.
+    """Load a backbone and its preprocessing from any source of weights.
 
     ```
     model, transform = dinoscale.load_backbone("weights.safetensors")
@@ -136,10 +136,10 @@ def load_backbone(
     ```
 
     Args:
-        path: a run or checkpoint; a weights file of dinoscale, of the reference, of timm or of
-            Hugging Face; or a folder of the latter two.
+        path: a run or checkpoint, a weights file of ours, the reference's, timm's or Hugging
+            Face's, or a folder of theirs.
         network: which network of a run or full checkpoint to take.
-        num_heads: for weights that do not state it and whose heads are not 64 channels wide.
+        num_heads: for files that do not store it and whose heads are not 64 channels wide.
 
     Returns:
         The module on the CPU, float32, in eval mode, without gradients; and a function from Pillow

@@ -89,5 +89,5 @@ class _Alarm:
         """Raise if a rank has failed; most calls cost nothing."""
         if time.monotonic() >= self._next_check:
             self._next_check = time.monotonic() + _CHECK_S
-            if self._board.read(self._key) is not None:
+            if self._store.get(self._key) is not None:
                 raise _OtherRankFailed

@@ -30,9 +30,8 @@ from dinoscale.data.sources.image_files import write_names
 from dinoscale.data.sources.listing import COMPRESSED_TAR, Listing, OtherFiles
 from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.features import normalize_images
 from dinoscale.evaluate.frozen_backbone import LoadedBackbone
-from dinoscale.runtime.outputs import replacing
+from dinoscale.runtime.outputs import atomic_write
 
 log = logging.getLogger(__name__)
 

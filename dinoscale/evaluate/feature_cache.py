@@ -108,7 +108,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _files_digest(source: InFiles) -> dict[str, object]:
     """Digests of the files of a set, independent of their paths."""
-    found = files_print("", source.files())
+    found = files_fingerprint("", source.files())
     return {part: found[part] for part in ("number", "sizes", "times")}
 
 

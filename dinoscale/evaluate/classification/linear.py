@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dinoscale.data.augmentation.labelled_crops import FLIP_PROB, SCALE, stream_sampler
+from dinoscale.data.augmentation.labelled_crops import FLIP_PROB, SCALE, endless_sampler
 from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.classification.accuracy import choose_best, percent
 from dinoscale.evaluate.classification.inputs import (

@@ -37,7 +37,7 @@ from dinoscale.evaluate.frozen_backbone import (
     LoadOptions,
     load_frozen,
 )
-from dinoscale.runtime.outputs import replacing
+from dinoscale.runtime.outputs import atomic_write
 
 COMPONENTS = 3  # red, green, blue
 SHEET = "pca-sheet.png"
@@ -154,7 +154,7 @@ def evaluate_pca(
     folder = Path(out)
     with writing_to(folder):
         pairs = _write_images(fitted, components, foregrounds, folder, fit.patch, smooth=smooth)
-        with replacing(folder / BASIS) as beside:
+        with atomic_write(folder / BASIS) as beside:
             np.savez(beside, **asdict(basis))
         save_picture(draw_pairs(pairs[:PAIRS_DRAWN]), folder / SHEET)
     protocol = _protocol(fit, loaded.card, foreground=foreground)

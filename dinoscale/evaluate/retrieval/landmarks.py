@@ -25,7 +25,7 @@ from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.image_files import read_image_file
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.features import normalize_images, require_finite
+from dinoscale.evaluate.features import require_finite
 from dinoscale.evaluate.frozen_backbone import (
     DEFAULT_LOADING,
     LoadedBackbone,

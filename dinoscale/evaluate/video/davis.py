@@ -29,7 +29,7 @@ from dinoscale.evaluate.frozen_backbone import (
     load_frozen,
 )
 from dinoscale.evaluate.video.propagation import Settings, Tracker
-from dinoscale.runtime.outputs import replacing
+from dinoscale.runtime.outputs import atomic_write
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published numbers were measured with 0.228, a value of the authors' code.
@@ -109,7 +109,7 @@ def evaluate_video(
 
 
 def _save_scores(scores: Mapping[str, Any], folder: Path) -> None:
-    with replacing(folder / "scores.json") as beside:
+    with atomic_write(folder / "scores.json") as beside:
         beside.write_text(json.dumps(scores, indent=1) + "\n")
 
 

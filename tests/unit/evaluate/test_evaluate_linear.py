@@ -154,7 +154,7 @@ def test_without_augmentation_features_of_whole_images_are_trained_on(colors: Co
     features, labels = extract_train_features(tokens, inputs, output_key=None)
     tests, test_labels = extract_test_features(tokens, inputs, output_key=None)
     plan = short.plan(inputs.backbone, images=48)
-    sampler = stream_sampler(48, batch_size=8, steps=6, seed=5)
+    sampler = endless_sampler(48, batch_size=8, steps=6, seed=5)
     accuracies = []
     for kind in plan.kinds:
         x, y = (kind.take(rows, stored=2, token_dim=32) for rows in (features, tests))
