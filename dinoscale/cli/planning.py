@@ -153,7 +153,7 @@ def _add_data_views(commands: SubCommands) -> None:
     crops.add_argument("--out", default="crops.png", metavar="PNG", help="default crops.png")
     crops.add_argument("--epoch", type=int, default=0, metavar="E", help="from 0 (default 0)")
     crops.add_argument(
-        "--plain", action="store_true", help="by the slow reference (data.colors=workers)"
+        "--plain", action="store_true", help="by the slow reference (data.color_ops_on=workers)"
     )
     crops.set_defaults(run=_show_crops)
 
@@ -209,9 +209,9 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
 
         source = open_sources(
             [part.source for part in config.data.sources],
-            Decoder(config.data.channels, config.data.white),
+            Decoder(config.data.channels, config.data.max_pixel_value),
             manifest=config.data.manifest,
-            distinct_images=config.data.distinct_images,
+            subset_size=config.data.subset_size,
             max_lost=config.data.max_bad_fraction,
         )
         sizes = source_sizes(source)
@@ -321,7 +321,7 @@ def _step_to_measure(
 def _show_crops(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.config import load_config
 
-    plain = ["data.colors=workers"] if options.plain else []
+    plain = ["data.color_ops_on=workers"] if options.plain else []
     config = load_config(options.config, [*options.overrides, *plain])
     from dinoscale.reports.crop_sheet import show_crops
 

@@ -14,12 +14,11 @@ from dinoscale.config.fields import Count, CountOrZero, Section
 _REFUSED = {
     "overlap_comm": "not offered: DeepSpeed then sums gradients on a second stream, and results"
     " have been compared on CPUs only, which have none",
-    "mics_shard_size": "DeepSpeed has removed MiCS; engine.hpz_ranks keeps the gathers of the"
-    " backward within a node",
+    "mics_shard_size": "DeepSpeed has removed MiCS; engine.zero_hpz_partition_size keeps the"
+    " gathers of the backward within a node",
     "zero_quantized_weights": "not offered: weights rounded to 8 bit give other numbers",
     "zero_quantized_gradients": "not offered: gradients rounded to 4 bit give other numbers;"
     " engine.communication_dtype=bf16 halves their bytes",
-    "zero_hpz_partition_size": "is called engine.hpz_ranks here",
 }
 
 
@@ -55,17 +54,17 @@ class EngineConfig(Section):
         description="Type in which gradients are summed over ranks. bf16 halves what is sent and"
         " rounds every sum to 8 bits: for networks that are the limit.",
     )
-    bucket_elements: Count = Field(
+    reduce_bucket_size: Count = Field(
         default=2**24,
         description="Gradients that are summed over ranks at once. More for many ranks or a slow"
         " network, where each sum costs a delay; each takes about 8 bytes.",
     )
-    live_elements: Count = Field(
+    stage3_max_live_parameters: Count = Field(
         default=50_000_000,
         description="Stage 3: weights that are gathered at a time, at most half of them ahead."
         " Two blocks of the backbone at least, else compute waits for every block.",
     )
-    hpz_ranks: Count = Field(
+    zero_hpz_partition_size: Count = Field(
         default=1,
         description="Stage 3 on several nodes: ranks of a node that share a second copy of the"
         " weights, so that only the first gather of a step leaves it (hpZ of ZeRO++,"
@@ -96,9 +95,9 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _second_copy_needs_stage_3(self) -> "EngineConfig":
-        if self.hpz_ranks > 1 and self.zero_stage != 3:
+        if self.zero_hpz_partition_size > 1 and self.zero_stage != 3:
             raise ValueError(
-                f"hpz_ranks: needs engine.zero_stage 3, got {self.zero_stage}; at lower stages"
-                " every rank has all weights"
+                f"zero_hpz_partition_size: needs engine.zero_stage 3, got {self.zero_stage}; at"
+                " lower stages every rank has all weights"
             )
         return self

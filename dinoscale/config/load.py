@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from dinoscale.config.layers import Layers
 from dinoscale.config.mistakes import kinds, sections, sentences, show
+from dinoscale.config.renamed import with_new_names
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.secrets import hide_secrets
 from dinoscale.config.yaml_io import read_yaml, write_yaml
@@ -26,6 +27,7 @@ from dinoscale.errors import ConfigError
 _COMMAND_LINE = "command line"
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _MORE_THAN_A_LIST = re.compile(r"\s*\[[^\[\]{}'\"]*\]\s*[^\s#]")  # a path such as [a]/x
+_MARKS = ("versions.json", "job.json")  # in every run directory, and in that of a sweep's run
 _MAX_FILES = 100  # in a row, each the default of the one before
 
 
@@ -53,7 +55,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(values: Mapping[str, object], *, origin: str = "") -> RunConfig:
     """Check a mapping that was read elsewhere, such as from a checkpoint.
 
-    Passwords and signatures in it are hidden: an older version may have written them.
+    An older version may have written it: settings that were renamed are taken under their new
+    names, and passwords and signatures are hidden.
 
     Args:
         values: sections by key, as `dump_config` writes them.
@@ -66,7 +69,8 @@ def parse_config(values: Mapping[str, object], *, origin: str = "") -> RunConfig
         ConfigError: as `load_config`.
     """
     merged = Layers()
-    merged.put({key: hide_secrets(value) for key, value in values.items()}, origin=origin)
+    settings = with_new_names({key: hide_secrets(value) for key, value in values.items()})
+    merged.put(settings, origin=origin)
     return _checked(merged)
 
 
@@ -134,11 +138,18 @@ def _put_file(path: Path, merged: Layers, *, chain: tuple[Path, ...]) -> None:
         got = show(parents) if parents else "nothing"
         raise ConfigError(f"{path}: defaults: needs a list of file paths, got {got}")
     files = [_find_default(parent, path) for parent in parents]
+    if _is_of_a_run(path):
+        values = with_new_names(values)
     for file in files:
         _put_file(file, merged, chain=(*chain, real))
     _require_order(files, merged, wanted_by=path)
     merged.put(values, origin=str(path))
     merged.files[real] = len(merged.files)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a file lies in a run directory, where a version of before may have written it."""
+    return any((path.parent / name).exists() for name in _MARKS)
 
 
 def _find_default(name: str, wanted_by: Path) -> Path:

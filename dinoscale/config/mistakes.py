@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from dinoscale.config import renamed
 from dinoscale.config.fields import AUTO, LADDER, LIST, NAMED, NUMBER, SIZE
 from dinoscale.config.mixture import MIXTURE, ONE_SOURCE, WeightedSource
 from dinoscale.config.schema import RunConfig
@@ -188,6 +189,9 @@ def unknown_key(names: Sequence[str], root: type[BaseModel] = RunConfig) -> str:
     Returns:
         "unknown key, did you mean 'num_local'?" or alike.
     """
+    dotted = ".".join(names)
+    if root is RunConfig and dotted in renamed.SETTINGS:
+        return f"renamed, write {renamed.SETTINGS[dotted]}"
     parts, parents = sections(root), [root]
     for name in names[:-1]:
         places = [parent.model_fields.get(name) for parent in parents]

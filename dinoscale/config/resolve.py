@@ -110,13 +110,14 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
 
     Raises:
         ConfigError: the batch cannot be split over the ranks, there is less than one batch or less
-            than `data.distinct_images`, a source of a mixture is drawn less than once an epoch, or
-            the ranks are not whole groups of `engine.hpz_ranks`.
+            than `data.subset_size`, a source of a mixture is drawn less than once an epoch, or
+            the ranks are not whole groups of `engine.zero_hpz_partition_size`.
     """
-    if world_size % config.engine.hpz_ranks:
+    group = config.engine.zero_hpz_partition_size
+    if world_size % group:
         raise ConfigError(
-            f"engine.hpz_ranks: {world_size} ranks are not whole groups of"
-            f" {config.engine.hpz_ranks}; it is the number of ranks of a node, 1 without groups"
+            f"engine.zero_hpz_partition_size: {world_size} ranks are not whole groups of {group};"
+            " it is the number of ranks of a node, 1 without groups"
         )
     split = split_batch(config.train, world_size=world_size)
     sizes = (num_images,) if isinstance(num_images, int) else tuple(num_images)
@@ -146,26 +147,27 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
 
 
 def require_groups_within_nodes(config: RunConfig, *, ranks_of_node: int) -> None:
-    """Refuse groups of `engine.hpz_ranks` consecutive ranks that lie on two nodes.
+    """Refuse groups of `engine.zero_hpz_partition_size` consecutive ranks that lie on two nodes.
 
     Raises:
         ConfigError: some do.
     """
-    if ranks_of_node % config.engine.hpz_ranks:
+    group = config.engine.zero_hpz_partition_size
+    if ranks_of_node % group:
         raise ConfigError(
-            f"engine.hpz_ranks: {config.engine.hpz_ranks} does not divide the {ranks_of_node} ranks"
-            " of a node, so some groups would lie on two nodes"
+            f"engine.zero_hpz_partition_size: {group} does not divide the {ranks_of_node} ranks of"
+            " a node, so some groups would lie on two nodes"
         )
 
 
 def _chosen(config: RunConfig, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Of the images of each source, those that are trained on."""
-    wanted = config.data.distinct_images
+    wanted = config.data.subset_size
     if wanted is None:
         return sizes
     if wanted > sum(sizes):
         raise ConfigError(
-            f"data.distinct_images: {wanted} images are more than the {sum(sizes)} in data.train"
+            f"data.subset_size: {wanted} images are more than the {sum(sizes)} in data.train"
         )
     return (wanted,)
 
@@ -178,7 +180,7 @@ def _quotas(config: RunConfig, sizes: tuple[int, ...], *, world_size: int) -> tu
             raise ConfigError(f"data.train: {source.source} has no images")
     wanted = data.images_per_epoch
     images = (sum(sizes) if wanted is None else wanted) // batch_size * batch_size
-    for key in ("images_per_epoch", "distinct_images"):
+    for key in ("images_per_epoch", "subset_size"):
         given = getattr(data, key)
         if images == 0 and given is not None:
             raise ConfigError(

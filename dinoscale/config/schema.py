@@ -261,7 +261,7 @@ class DataConfig(Section):
         description="Images drawn in an epoch, rounded down to whole steps; null: as many as there "
         "are. All images of a source are drawn equally often, whatever the number. [D].",
     )
-    distinct_images: Count | None = Field(
+    subset_size: Count | None = Field(
         default=None,
         description="Train on only so many of the images, null: on all. Which ones is fixed, "
         "whatever the seed, and a smaller number takes some of those of a larger one. [D].",
@@ -271,7 +271,7 @@ class DataConfig(Section):
         description="Where the images in each streamed shard are counted, a path or URL; null: in "
         "manifest.json beside the shards.",
     )
-    lanes: Count = Field(
+    stream_readers: Count = Field(
         default=8,
         description="Streamed shards: places read at the same time, for each micro-batch of a step "
         "over all ranks. A multiple of num_workers keeps all workers busy. [D].",
@@ -279,13 +279,13 @@ class DataConfig(Section):
     shuffle_buffer: Count = Field(
         default=512,
         description="Streamed shards: most neighbouring images held to permute them, as files, for "
-        "each of lanes x micro-batches of a step. [D].",
+        "each of stream_readers x micro-batches of a step. [D].",
     )
     num_workers: CountOrZero = Field(
         default=8,
         description="Loader processes per rank, 0 to load in the training process. Source: [D].",
     )
-    colors: Literal["device", "workers"] = Field(
+    color_ops_on: Literal["device", "workers"] = Field(
         default="device",
         description="Where colours change, blur and solarize: in batches on the training device, "
         "or crop by crop in the loader processes, the slow reference. [D].",
@@ -300,7 +300,7 @@ class DataConfig(Section):
         description="Channels of an image: 3 RGB, 1 gray, else exactly as in the files. All are "
         "handed on in 8 bit; without RGB, saturation, hue and gray are off. [D].",
     )
-    white: Positive | None = Field(
+    max_pixel_value: Positive | None = Field(
         default=None,
         description="Pixel value that means 1.0 in files of more than 8 bit, for all images; null "
         "guesses it for each, as the largest of the smallest usual depth that holds its pixels. "
@@ -323,9 +323,9 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _chosen_from_one_source(self) -> "DataConfig":
-        if self.distinct_images is not None and len(self.sources) > 1:
+        if self.subset_size is not None and len(self.sources) > 1:
             raise ValueError(
-                f"distinct_images: {self.distinct_images} images cannot be chosen from a mixture "
+                f"subset_size: {self.subset_size} images cannot be chosen from a mixture "
                 f"of {len(self.sources)} sources (data.train); name one source, or null for all"
             )
         return self
@@ -356,10 +356,10 @@ class DataConfig(Section):
                     f"(data.channels), got {len(numbers)}; `dinoscale data dataset-stats` "
                     "measures them"
                 )
-        if self.colors == "workers" and self.channels not in (1, 3):
+        if self.color_ops_on == "workers" and self.channels not in (1, 3):
             raise ValueError(
-                "colors: 'workers' needs data.channels 1 or 3, "
-                f"got {self.channels}; set data.colors=device"
+                "color_ops_on: 'workers' needs data.channels 1 or 3, "
+                f"got {self.channels}; set data.color_ops_on=device"
             )
         return self
 

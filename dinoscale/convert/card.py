@@ -7,13 +7,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from dinoscale.config.renamed import CARD, with_new_keys
 from dinoscale.errors import CheckpointError
 from dinoscale.runtime.outputs import METADATA_KEY
 
 __all__ = ["METADATA_KEY", "BackboneCard", "BackboneShape", "Preprocessing", "parse_card"]
 
-FORMAT = 3  # of the card; a file with a higher one was written by a newer dinoscale
-_WITHOUT_NORM_EPS = 2  # the format before, still read
+FORMAT = 4  # of the card; a file with a higher one was written by a newer dinoscale
+_WITH_WHITE = 3  # the formats before, still read: max_pixel_value was called white
+_WITHOUT_NORM_EPS = 2  # so too, and the shape had no norm_eps
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class BackboneCard:
     resize: int  # short side, pixels
     crop: int  # pixels
     source: str  # where the weights come from, for people
-    white: float | None = None  # pixel value that means 1 in files of more than 8 bit; None guesses
+    max_pixel_value: float | None = None  # means 1.0 in files of more than 8 bit; None guesses
 
     def to_json(self) -> str:
         """Write the card; equal cards give equal text."""
@@ -71,6 +73,7 @@ def card_text_of(said: Mapping[str, object]) -> str | None:
     """Text for `parse_card` of what `dinoscale convert` says beside weights; None without any."""
     if "backbone" not in said:
         return None
+    said = with_new_keys(said, CARD)
     known = {key: said[key] for key in BackboneCard.__dataclass_fields__ if key in said}
     return json.dumps({"format": FORMAT, **known})
 
@@ -85,14 +88,16 @@ def parse_card(text: str) -> BackboneCard:
         card = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its card is not JSON ({error})") from error
-    if not isinstance(card, dict) or card.get("format") not in (_WITHOUT_NORM_EPS, FORMAT):
-        found = card.get("format") if isinstance(card, dict) else card
+    found = card.get("format") if isinstance(card, dict) else card
+    if not isinstance(card, dict) or found not in (_WITHOUT_NORM_EPS, _WITH_WHITE, FORMAT):
         raise CheckpointError(f"its card has format {found!r}, this dinoscale reads {FORMAT}")
+    if found != FORMAT:
+        card = with_new_keys(card, CARD)
     _check_keys(card, {"format", *BackboneCard.__dataclass_fields__}, "card")
     shape = card["backbone"]
     if not isinstance(shape, dict):
         raise CheckpointError(f"its card's backbone is {shape!r}, not a mapping")
-    if card["format"] == _WITHOUT_NORM_EPS:
+    if found == _WITHOUT_NORM_EPS:
         shape = {"norm_eps": None, **shape}
     _check_keys(shape, set(BackboneShape.__dataclass_fields__), "card's backbone")
     in_chans = _size(shape, "in_chans")
@@ -112,7 +117,7 @@ def parse_card(text: str) -> BackboneCard:
         resize=_size(card, "resize"),
         crop=_size(card, "crop"),
         source=_text(card, "source"),
-        white=_optional_positive(card, "white"),
+        max_pixel_value=_optional_positive(card, "max_pixel_value"),
     )
 
 

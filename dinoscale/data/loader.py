@@ -86,7 +86,7 @@ def train_batches(
     stop_step: int,
     num_workers: int,
     quotas: Sequence[int] | None = None,
-    lanes: int = 8,
+    stream_readers: int = 8,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Yield the micro-batches of one rank from `start_step` up to but without `stop_step`.
@@ -109,7 +109,7 @@ def train_batches(
         stop_step: end of the run, exclusive.
         num_workers: worker processes; 0 decodes in this process.
         quotas: draws from each source of a mixture in an epoch; None draws every image once.
-        lanes: of a stream, for each micro-batch of a step; see `LaneSampler`.
+        stream_readers: of a stream, for each micro-batch of a step; see `LaneSampler`.
         pin_memory: hand out page-locked memory.
 
     Raises:
@@ -125,8 +125,10 @@ def train_batches(
     }
     quotas = quotas or drawn_sizes(source)
     if isinstance(source, StreamSource):
-        sampler: StepSampler = LaneSampler(source.blocks, quota=quotas[0], lanes=lanes, **sizes)
-        of_rank = lanes * sampler.accumulation_steps
+        sampler: StepSampler = LaneSampler(
+            source.blocks, quota=quotas[0], lanes=stream_readers, **sizes
+        )
+        of_rank = stream_readers * sampler.accumulation_steps
         num_workers = _sharing(of_rank, num_workers)
         source = source.serving(lanes=of_rank // max(num_workers, 1))
     else:
@@ -142,8 +144,8 @@ def _sharing(lanes: int, num_workers: int) -> int:
     workers = next((count for count in range(most, 0, -1) if lanes % count == 0), 0)
     if workers < num_workers:
         log.warning(
-            "%d lanes of a rank (data.lanes x micro-batches) cannot be shared by %d workers; %d "
-            "are used. Set data.lanes to a multiple of data.num_workers",
+            "%d stream readers of a rank (data.stream_readers x micro-batches) cannot be shared by"
+            " %d workers; %d are used. Set data.stream_readers to a multiple of data.num_workers",
             *(lanes, num_workers, workers),
         )
     return workers

@@ -27,7 +27,8 @@ OUTPUT = "output"  # of a backbone, as it is
 
 def taken_of(card: BackboneCard, what: str) -> str:
     """Say what features depend on besides weights, for the cache."""
-    return f"{what} of {card.backbone}, white {card.white}"
+    # "white": as earlier versions said it, whose caches stay good.
+    return f"{what} of {card.backbone}, white {card.max_pixel_value}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class Frozen:
         Raises:
             DataError: nothing is there, it cannot be read, or it holds no images.
         """
-        return open_source(spec, Decoder(self.card.backbone.in_chans, self.card.white), alive)
+        return open_source(
+            spec, Decoder(self.card.backbone.in_chans, self.card.max_pixel_value), alive
+        )
 
     def features(self, source: Source) -> tuple[Tensor, Tensor]:
         """Outputs (N, D) and labels (N,) of the readable images; all ranks of a job call it.

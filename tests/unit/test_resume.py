@@ -70,11 +70,9 @@ def test_another_mixture_is_refused(
         (50, 50, 101, "images of each source"),  # as many, but others of them
     ],
 )
-def test_other_distinct_images_are_refused(
-    then: int, now: int | None, size_now: int, says: str
-) -> None:
-    first = _config({"train": "/a", "distinct_images": then, "images_per_epoch": 40})
-    other = _config({"train": "/a", "distinct_images": now, "images_per_epoch": 40})
+def test_another_subset_is_refused(then: int, now: int | None, size_now: int, says: str) -> None:
+    first = _config({"train": "/a", "subset_size": then, "images_per_epoch": 40})
+    other = _config({"train": "/a", "subset_size": now, "images_per_epoch": 40})
     _go_on(first, first, sizes=[100], sizes_now=[100])
     with pytest.raises(ConfigError, match=says):
         _go_on(first, other, sizes=[100], sizes_now=[size_now])
@@ -83,7 +81,7 @@ def test_other_distinct_images_are_refused(
 @pytest.mark.parametrize(
     ("data", "train", "says"),
     [
-        ({"lanes": 4}, {}, "data.lanes was 8 .* is 4 now"),
+        ({"stream_readers": 4}, {}, "data.stream_readers was 8 .* is 4 now"),
         ({"shuffle_buffer": 64}, {}, "data.shuffle_buffer was 512"),
         ({}, {"micro_batch_size": 4}, "the size of a micro-batch was 8"),
         ({"train": "/copied"}, {}, "the size of a micro-batch was 8 .* is None now"),

@@ -72,7 +72,7 @@ def look(
         RunFailedError: one did not.
     """
     parts = [part.source for part in config.data.sources]
-    decoder = Decoder(config.data.channels, config.data.white)
+    decoder = Decoder(config.data.channels, config.data.max_pixel_value)
     max_lost = config.data.max_bad_fraction
 
     def open_training(alive: Callable[[], None]) -> Source:
@@ -81,7 +81,7 @@ def look(
             decoder,
             manifest=config.data.manifest,
             shuffle_buffer=1,
-            distinct_images=config.data.distinct_images,
+            subset_size=config.data.subset_size,
             max_lost=max_lost,
             alive=alive,
         )

@@ -156,7 +156,7 @@ def _open(_probe: Probe, config: str, overrides: list[str], within_s: float) -> 
 
 
 def _open_all(config: RunConfig, found: dict[str, dict[str, Any]]) -> None:
-    data, decoder = config.data, Decoder(config.data.channels, config.data.white)
+    data, decoder = config.data, Decoder(config.data.channels, config.data.max_pixel_value)
     sets: dict[str, Callable[[], Sized]] = {}
     if data.sources:
         sets["data.train"] = partial(
@@ -164,7 +164,7 @@ def _open_all(config: RunConfig, found: dict[str, dict[str, Any]]) -> None:
             [part.source for part in data.sources],
             decoder,
             manifest=data.manifest,
-            distinct_images=data.distinct_images,
+            subset_size=data.subset_size,
             max_lost=data.max_bad_fraction,
         )
     for key, spec in (("eval.train", config.eval.train), ("eval.test", config.eval.test)):

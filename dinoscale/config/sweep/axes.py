@@ -90,7 +90,7 @@ KEYS_OF_AXES = {
     "model": ("model.embed_dim", "model.depth", "model.num_heads"),
     "flops": ("data.images_per_epoch", "train.stop_after_steps"),
     "images": ("data.images_per_epoch", "train.stop_after_steps"),
-    "distinct_images": ("data.distinct_images",),
+    "subset_size": ("data.subset_size",),
     "batch_size": ("train.batch_size",),
     "lr": ("optim.lr",),
     "lr_factor": (),  # changes what others give
@@ -136,12 +136,12 @@ class AxesConfig(Section):
         strict=False,
         description="Images seen in a training, repetitions counted.",
     )
-    distinct_images: (
-        tuple[Annotated[int | float, BeforeValidator(_number_or_share)], ...] | None
-    ) = Field(
-        default=None,
-        strict=False,
-        description="Different images: a number, or a fraction of the set (1.0: all).",
+    subset_size: tuple[Annotated[int | float, BeforeValidator(_number_or_share)], ...] | None = (
+        Field(
+            default=None,
+            strict=False,
+            description="Different images: a number, or a fraction of the set (1.0: all).",
+        )
     )
     batch_size: tuple[Count, ...] | None = Field(
         default=None, strict=False, description="Images of a step over all ranks."

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from dinoscale.config import renamed
 from dinoscale.config.fields import PathText, Positive, Section
 from dinoscale.config.load import read_mapping
 from dinoscale.config.mistakes import nearest, sections, sentences, unknown_key
@@ -208,6 +209,8 @@ def _wrong_key(where: str, key: str) -> Iterator[str]:
         yield f"{where}: is a section; name one of its settings, as head.num_prototypes"
     elif len(names) == 1 and key not in RunConfig.model_fields and where.startswith("settings"):
         yield f"{where}: {unknown_key(names)}"
+    elif len(names) == 1 and key in renamed.AXES:
+        yield f"{where}: renamed, write {renamed.AXES[key]}"
     elif len(names) == 1 and key != "seed":
         yield (
             f"{where}: unknown axis{nearest(key, KEYS_OF_AXES)}; known are "

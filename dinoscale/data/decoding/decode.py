@@ -145,11 +145,11 @@ class Decoder:
 
     Attributes:
         channels: C.
-        white: what means 1.0 in files of more than 8 bit; None guesses for each file.
+        max_pixel_value: what means 1.0 in files of more than 8 bit; None guesses for each file.
     """
 
     channels: int = 3
-    white: float | None = None
+    max_pixel_value: float | None = None
 
     def open(self, data: bytes, path: str) -> Picture:
         """Read the header of a JPEG file, or decode any other.
@@ -165,7 +165,7 @@ class Decoder:
         if data.startswith(NPY_START):
             with _reasons(data, path):
                 array = read_npy(data, channels=self.channels)
-                return Picture.of(to_8bit(array, white=self.white), path)
+                return Picture.of(to_8bit(array, white=self.max_pixel_value), path)
         if self.channels not in _MODES:
             with _reasons(data, path):
                 return Picture.of(self._own_channels(data), path)
@@ -197,7 +197,7 @@ class Decoder:
         """Pixels of a file that has exactly the channels wanted."""
         if data[:4] in TIFF_STARTS and not self._suits_pillow(data):
             array = np.ascontiguousarray(read_tiff(data, channels=self.channels))
-            return to_8bit(array, white=self.white)
+            return to_8bit(array, white=self.max_pixel_value)
         with _opened(data) as opened:
             return self.upright_pixels(opened)
 
@@ -213,10 +213,10 @@ class Decoder:
 
     def upright_pixels(self, opened: Image.Image) -> NDArray[np.uint8]:
         """Load, convert and rotate Pillow's picture: uint8 (H, W, C); raises whatever it raises."""
-        if self.white is not None and _cut_to_8bit(opened):
+        if self.max_pixel_value is not None and _cut_to_8bit(opened):
             raise ValueError(
-                "Pillow keeps 8 of the 16 bit of colour pictures, which data.white cannot scale; "
-                "store it as NPY, or set data.white=null"
+                "Pillow keeps 8 of the 16 bit of colour pictures, which data.max_pixel_value "
+                "cannot scale; store it as NPY, or set data.max_pixel_value=null"
             )
         opened.load()
         if min(opened.size) < 1:
@@ -240,7 +240,9 @@ class Decoder:
         if image.mode == mode:
             return image
         if image.mode == "F" or image.mode.startswith("I"):
-            white = _PGM_WHITE if (image.format, image.mode) == ("PPM", "I") else self.white
+            white = (
+                _PGM_WHITE if (image.format, image.mode) == ("PPM", "I") else self.max_pixel_value
+            )
             image = Image.fromarray(to_8bit(np.asarray(image), white=white))
         elif image.mode in ("La", "RGBa"):
             image = image.convert(image.mode.upper())

@@ -5,7 +5,7 @@ sequence is a function of (seed, step), so that a resumed run goes on with the i
 one, skipping whole shards by their counts; ranks and workers change nothing. What is not: the
 shuffle is local. Shards come in random order, the images of a micro-batch from one block of
 neighbours, so the shards themselves should have been filled in random order. And micro_batch_size,
-`data.lanes` and `data.shuffle_buffer` are part of the order: changing one gives another.
+`data.stream_readers` and `data.shuffle_buffer` are part of the order: changing one gives another.
 """
 
 import copy

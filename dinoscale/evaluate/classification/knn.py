@@ -304,7 +304,7 @@ def _protocol(frozen: Frozen, *, ks: Sequence[int], temp: float) -> dict[str, ob
         "interpolation": "bicubic",
         "mean": list(card.mean),
         "std": list(card.std),
-        "white": card.white,
+        "max_pixel_value": card.max_pixel_value,
     }
 
 

@@ -212,7 +212,7 @@ class _Run:
         )
         if settings.size < least_side(self._backbone):
             raise ConfigError(f"size: {settings.size} pixels are less than a patch")
-        self.decoder = Decoder(self.card.backbone.in_chans, self.card.white)
+        self.decoder = Decoder(self.card.backbone.in_chans, self.card.max_pixel_value)
 
     def squares(
         self, source: Source, numbers: Sequence[int], *, edit: str = "", seed: int = 0

@@ -78,7 +78,7 @@ def evaluate_retrieve(
         raise ConfigError(f"need batch_size > 0, num_workers >= 0, queries > 0; got {found}")
     where = find_device(device)
     backbone, card = load_backbone(weights_path, network=network, num_heads=num_heads)
-    source = open_source(spec, Decoder(card.backbone.in_chans, card.white))
+    source = open_source(spec, Decoder(card.backbone.in_chans, card.max_pixel_value))
     check_labels(source, name="retrieve")
     extract = partial(
         extract_features,

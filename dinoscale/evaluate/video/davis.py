@@ -156,7 +156,7 @@ def _measure(
     bar: tqdm[NoReturn],
 ) -> dict[str, Any]:
     """Follow the objects of one video, score them, and write masks and animation."""
-    decoder = Decoder(card.backbone.in_chans, card.white)
+    decoder = Decoder(card.backbone.in_chans, card.max_pixel_value)
     pixels = video.pixels(0, decoder)
     size = (pixels.shape[0], pixels.shape[1])
     first = video.mask(0, size=size)

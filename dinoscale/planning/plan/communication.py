@@ -79,10 +79,14 @@ def transfers(dims: Dims, setup: Setup) -> list[Transfer]:
 
 def _gathers(dims: Dims, setup: Setup) -> list[Transfer]:
     """Stage 3: forward of the teacher, forward and backward of the student, in every pass."""
-    ranks, of_node, gathers = setup.world_size, setup.hpz_ranks, 3 * setup.accumulation_steps
+    ranks, of_node, gathers = (
+        setup.world_size,
+        setup.zero_hpz_partition_size,
+        3 * setup.accumulation_steps,
+    )
     of_all = gathers if of_node == 1 else 2  # what the first forwards gather stays in the node
     # A block is fetched while the one before it is used.
-    ahead = setup.live_elements >= 2 * dims.block
+    ahead = setup.stage3_max_live_parameters >= 2 * dims.block
     found = []
     for what, group, times in (
         ("weights", ranks, of_all),

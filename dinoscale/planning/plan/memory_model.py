@@ -65,7 +65,7 @@ def held(dims: Dims, setup: Setup) -> Terms:
         "optimizer": states,
         "teacher": average + forward + 4 * FP32 * dims.prototypes,  # center, sums, mean target
         "activations": FP32 * setup.micro_batch_size * dims.pixels,  # crops of one, in float32
-        "buffers": setup.communication_bytes * setup.bucket_elements if stage == 3 else 0,
+        "buffers": setup.communication_bytes * setup.reduce_bucket_size if stage == 3 else 0,
     }
 
 
@@ -109,7 +109,7 @@ def _carried(dims: Dims, setup: Setup) -> Terms:
         gradients = _own_gradients(dims, setup)
     return {
         "gradients": gradients,
-        "buffers": s * setup.bucket_elements if stage == 1 else 0,  # released at the step only
+        "buffers": s * setup.reduce_bucket_size if stage == 1 else 0,  # released at the step only
     }
 
 
@@ -129,7 +129,7 @@ def _gathered(
     """Weights of other ranks at stage 3: those in use, those ahead, those that autograd keeps."""
     if setup.zero_stage < 3 or setup.world_size == 1:
         return 0
-    weights, most = dims.parameters, setup.live_elements
+    weights, most = dims.parameters, setup.stage3_max_live_parameters
     copies = 0 if during == "teacher" else _second_copies(dims, setup)
     live = min(weights, most)  # stage3_max_live_parameters
     if during != "teacher":
@@ -143,9 +143,9 @@ def _gathered(
 
 def _second_copies(dims: Dims, setup: Setup) -> float:
     """The student's and the teacher's in a node, from their first forward to the optimizer step."""
-    if setup.zero_stage < 3 or setup.hpz_ranks == 1:
+    if setup.zero_stage < 3 or setup.zero_hpz_partition_size == 1:
         return 0
-    return 2 * setup.weight_bytes * dims.parameters / setup.hpz_ranks
+    return 2 * setup.weight_bytes * dims.parameters / setup.zero_hpz_partition_size
 
 
 def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
@@ -194,7 +194,7 @@ def _backward_begins(dims: Dims, setup: Setup) -> Terms:
 def _bucket(setup: Setup) -> float:
     """Stages 1 and 2 make it at the first gradient of a micro-batch, in full."""
     fresh = setup.zero_stage == 2 or (setup.zero_stage == 1 and setup.accumulation_steps == 1)
-    return setup.weight_bytes * setup.bucket_elements if fresh else 0
+    return setup.weight_bytes * setup.reduce_bucket_size if fresh else 0
 
 
 def _backward_of_block(dims: Dims, setup: Setup) -> Terms:
@@ -214,9 +214,9 @@ def _backward_of_block(dims: Dims, setup: Setup) -> Terms:
 
 def _first_reduction(dims: Dims, setup: Setup) -> Terms:
     """Stages 2 and 3 sum a full bucket over ranks in the middle of the backward."""
-    if setup.zero_stage < 2 or dims.parameters <= setup.bucket_elements:
+    if setup.zero_stage < 2 or dims.parameters <= setup.reduce_bucket_size:
         return {}
-    done = max(0, setup.bucket_elements - dims.head) / dims.block  # blocks, when it is full
+    done = max(0, setup.reduce_bucket_size - dims.head) / dims.block  # blocks, when it is full
     index = max(0, dims.depth - 1 - int(done))
     working: float = 0  # at stage 2 a block is on its way; stage 3 waits for its end
     if setup.zero_stage == 2:
@@ -237,7 +237,7 @@ def _first_reduction(dims: Dims, setup: Setup) -> Terms:
 def _reduction(dims: Dims, setup: Setup) -> float:
     """Copies of a bucket while it is summed over ranks."""
     s, c, ranks = setup.weight_bytes, setup.communication_bytes, setup.world_size
-    fill = min(dims.parameters, setup.bucket_elements)
+    fill = min(dims.parameters, setup.reduce_bucket_size)
     if setup.zero_stage == 3:  # reordered by rank; gloo makes another copy of it
         return c * fill * (1 if setup.on_gpu else 2)
     # Laid end to end again where the parts of several ranks, or of several tensors, are in it.
@@ -248,7 +248,7 @@ def _reduction(dims: Dims, setup: Setup) -> float:
 def _last_reduction(dims: Dims, setup: Setup) -> Terms:
     """Stage 0 lays all gradients end to end, stage 1 begins with its buckets, 2 and 3 end."""
     s, c, weights = setup.weight_bytes, setup.communication_bytes, dims.parameters
-    stage, fill = setup.zero_stage, min(dims.parameters, setup.bucket_elements)
+    stage, fill = setup.zero_stage, min(dims.parameters, setup.reduce_bucket_size)
     gradients: float
     if stage == 0:
         gradients, buffers = s * weights, weights * (s + (c if c != s else 0.0))
@@ -256,7 +256,7 @@ def _last_reduction(dims: Dims, setup: Setup) -> Terms:
         gradients = s * max(weights - fill, 0)
         if weights > fill:
             gradients = max(gradients, _own_gradients(dims, setup))
-        buffers = s * setup.bucket_elements + _reduction(dims, setup)
+        buffers = s * setup.reduce_bucket_size + _reduction(dims, setup)
     else:
         gradients = _own_gradients(dims, setup) if stage == 2 else 0
         buffers = _bucket(setup) + _reduction(dims, setup) + _second_copies(dims, setup)

@@ -24,9 +24,10 @@ class Setup:
         recompute: what of such a block.
         moments: tensors that the optimizer keeps for each weight.
         offload_optimizer: whether master, moments and average are in the memory of the machine.
-        bucket_elements: of DeepSpeed's buffers for gradients.
-        live_elements: of the weights that stage 3 keeps gathered.
-        hpz_ranks: ranks of a node that share a second copy of the weights at stage 3, 1 for none.
+        reduce_bucket_size: of DeepSpeed's buffers for gradients.
+        stage3_max_live_parameters: of the weights that stage 3 keeps gathered.
+        zero_hpz_partition_size: ranks of a node that share a second copy of the weights at stage 3;
+            1 for none.
         on_gpu: whether collectives need no copies of their own.
     """
 
@@ -40,9 +41,9 @@ class Setup:
     recompute: Recompute
     moments: int
     offload_optimizer: bool
-    bucket_elements: int
-    live_elements: int
-    hpz_ranks: int
+    reduce_bucket_size: int
+    stage3_max_live_parameters: int
+    zero_hpz_partition_size: int
     on_gpu: bool
 
     @property
@@ -72,8 +73,8 @@ def setup_of(config: RunConfig, run: RunPlan, *, on_gpu: bool) -> Setup:
         recompute=engine.recompute,
         moments=len(MOMENTS[config.optim.name]),
         offload_optimizer=engine.offload_optimizer,
-        bucket_elements=engine.bucket_elements,
-        live_elements=engine.live_elements,
-        hpz_ranks=engine.hpz_ranks,
+        reduce_bucket_size=engine.reduce_bucket_size,
+        stage3_max_live_parameters=engine.stage3_max_live_parameters,
+        zero_hpz_partition_size=engine.zero_hpz_partition_size,
         on_gpu=on_gpu,
     )

@@ -79,14 +79,14 @@ def _wanted(record: Record) -> list[_Wanted]:
         _Wanted(*entropy, noisy=True, limits=bounds, from_zero=True),
         _Wanted("kl", "KL divergence of student from teacher, nats", noisy=True),
         _Wanted(
-            "target_information",
+            "target_mutual_information",
             "what a target says of its image, nats",
             noisy=True,
             limits=((0.0, "0: equal targets"),),
             from_zero=True,
         ),
         _Wanted(
-            "target_share",
+            "max_prototype_prob",
             "targets of the strongest prototype, %",
             scale=100,
             noisy=True,

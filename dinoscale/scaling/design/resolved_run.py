@@ -143,7 +143,7 @@ class Planner:
                 "how many images there are is not known, as data.train cannot be opened here; "
                 "add the axis images, or set data.images_per_epoch in settings"
             )
-        distinct = config.data.distinct_images
+        distinct = config.data.subset_size
         num_images = sizes or (max(of_epoch, distinct or 0),)
         plan = resolve(without_auto(config), world_size=self._world_size, num_images=num_images)
         images, key = plan.stop_step * plan.batch_size, key_of(config)
@@ -168,8 +168,8 @@ class Planner:
             if isinstance(value, VitSize):
                 sizes = (value.embed_dim, value.depth, value.num_heads)
                 settings |= dict(zip(KEYS_OF_AXES["model"], sizes, strict=True))
-            elif name == "distinct_images":
-                settings["data.distinct_images"] = self._distinct(value, point)
+            elif name == "subset_size":
+                settings["data.subset_size"] = self._distinct(value, point)
             elif name not in ("images", "flops", "lr_factor"):
                 (key,) = KEYS_OF_AXES.get(name, (name,))
                 settings[key] = value
@@ -184,7 +184,7 @@ class Planner:
         sizes = self._set_sizes(config)
         if sizes is None:
             raise ConfigError(
-                f"distinct_images: {value:g} of how many is not known, as data.train cannot be "
+                f"subset_size: {value:g} of how many is not known, as data.train cannot be "
                 "opened here; write a number of images"
             )
         return max(1, round(value * sum(sizes)))
@@ -210,8 +210,8 @@ class Planner:
         sizes, data = self._set_sizes(config), config.data
         if data.images_per_epoch is not None:
             return data.images_per_epoch
-        if data.distinct_images is not None or sizes is None:
-            return data.distinct_images
+        if data.subset_size is not None or sizes is None:
+            return data.subset_size
         return sum(sizes)
 
     def _set_sizes(self, config: RunConfig) -> tuple[int, ...] | None:
@@ -227,7 +227,7 @@ class Planner:
                 self._sets[name] = None
                 self.notes.append(
                     f"data.train cannot be opened here ({error}); as many different images as a "
-                    "run sees, unless data.distinct_images says less"
+                    "run sees, unless data.subset_size says less"
                 )
         return self._sets[name]
 

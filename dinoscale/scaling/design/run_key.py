@@ -4,8 +4,9 @@ Runs of one key are one run, in any sweep and at any time, and are not run twice
 setting but those of `NO_PART`: they say where and how often something is written or watched, how
 fast the images come, or how the work is cut for memory, which changes sums by rounding alone. So a
 run that lacked memory is mended without training the others again. Settings that have their default
-are left out, so that a later version with more settings gives the same keys; `belonging.py` finds
-what an earlier version, whose keys covered more, has called the same run.
+are left out, so that a later version with more settings gives the same keys, and those that were
+renamed enter under their first names; `reuse.py` finds what an earlier version, whose keys covered
+more, has called the same run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 from typing import Any
 
 from dinoscale.config import RunConfig
+from dinoscale.config.renamed import with_first_names
 from dinoscale.data.shards.remote import is_remote
 
 NO_PART = (
@@ -32,9 +34,9 @@ NO_PART = (
     "engine.recompute",
     "engine.compile",
     "engine.offload_optimizer",
-    "engine.bucket_elements",
-    "engine.live_elements",
-    "engine.hpz_ranks",
+    "engine.reduce_bucket_size",
+    "engine.stage3_max_live_parameters",
+    "engine.zero_hpz_partition_size",
 )
 _CUTS = "train.micro_batch_size"  # see `_depends_on_micro_batch`
 
@@ -50,6 +52,7 @@ def key_of(config: RunConfig) -> str:
         else:
             values.pop(section, None)
     given = {section: value for section, value in values.items() if value != {}}
+    given = with_first_names(given)
     text = json.dumps(given, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

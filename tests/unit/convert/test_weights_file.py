@@ -283,7 +283,9 @@ def test_a_truncated_file_is_refused(
 def test_a_card_is_read_strictly() -> None:
     good = json.loads(CARD.to_json())
     assert parse_card(json.dumps(good)) == CARD
-    gray = replace(CARD, backbone=replace(SHAPE, in_chans=1), mean=(0.5,), std=(0.2,), white=4095.0)
+    gray = replace(
+        CARD, backbone=replace(SHAPE, in_chans=1), mean=(0.5,), std=(0.2,), max_pixel_value=4095.0
+    )
     assert parse_card(gray.to_json()) == gray
     bad_cards = [
         {**good, "format": 1},
@@ -291,8 +293,8 @@ def test_a_card_is_read_strictly() -> None:
         {key: value for key, value in good.items() if key != "mean"},
         {**good, "mean": [0.5]},
         {**good, "std": ["0.5"] * 3},
-        {**good, "white": 0},
-        {**good, "white": float("inf")},
+        {**good, "max_pixel_value": 0},
+        {**good, "max_pixel_value": float("inf")},
         {**good, "backbone": {**good["backbone"], "in_chans": 4}},
         {**good, "crop": 0},
         {**good, "resize": "256"},

@@ -30,9 +30,9 @@ SETUPS = st.builds(
     recompute=st.sampled_from(["pointwise", "all_but_attention", "block"]),
     moments=st.just(2),
     offload_optimizer=st.just(False),
-    bucket_elements=st.integers(500, 5000),
-    live_elements=st.just(50_000_000),
-    hpz_ranks=st.just(1),
+    reduce_bucket_size=st.integers(500, 5000),
+    stage3_max_live_parameters=st.just(50_000_000),
+    zero_hpz_partition_size=st.just(1),
     on_gpu=st.booleans(),
 )
 
@@ -74,7 +74,7 @@ def test_what_is_held_at_stage_3_by_hand() -> None:
 
 def test_second_copies_of_both_networks_are_there_at_every_late_moment() -> None:
     one = replace(SETUP, zero_stage=3, world_size=8)
-    two = replace(one, hpz_ranks=4)
+    two = replace(one, zero_hpz_partition_size=4)
     assert held(DIMS, two) == held(DIMS, one)
     copies = 2 * 2 * WEIGHTS / 4
     assert peak(DIMS, two).terms["buffers"] == peak(DIMS, one).terms["buffers"] + copies
