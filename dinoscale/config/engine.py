@@ -39,12 +39,13 @@ class EngineConfig(Section):
     )
     recompute: Literal["pointwise", "all_but_attention", "block"] = Field(
         default="block",
-        description="What of such a block is recomputed; pointwise: norms, activations and sums.",
+        description="What such a block recomputes; pointwise: norms, activations and residual "
+        "sums.",
     )
     compile: Literal["auto", True, False] = Field(
         default="auto",
-        description="Compile the transformer blocks, which takes a minute, and on a GPU the changes"
-        " of colour; auto: on a GPU only.",
+        description="torch.compile the transformer blocks, which takes a minute, and on a GPU the"
+        " color augmentation; auto: on a GPU only.",
     )
     offload_optimizer: bool = Field(
         default=False, description="Keep the optimizer state in CPU memory."
@@ -52,23 +53,23 @@ class EngineConfig(Section):
     communication_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="Type in which gradients are summed over ranks. bf16 halves what is sent and"
-        " rounds every sum to 8 bits: for networks that are the limit.",
+        " rounds every sum to 8 bits: for slow networks.",
     )
     reduce_bucket_size: Count = Field(
         default=2**24,
-        description="Gradients that are summed over ranks at once. More for many ranks or a slow"
-        " network, where each sum costs a delay; each takes about 8 bytes.",
+        description="Gradient elements that are summed over ranks at once, about 8 bytes each. More"
+        " for many ranks or a slow network, where each sum costs a delay.",
     )
     stage3_max_live_parameters: Count = Field(
         default=50_000_000,
-        description="Stage 3: weights that are gathered at a time, at most half of them ahead."
-        " Two blocks of the backbone at least, else compute waits for every block.",
+        description="Stage 3: most weights that are gathered at a time; at most half of them are"
+        " prefetched. At least two blocks of the backbone, else compute waits for every block.",
     )
     zero_hpz_partition_size: Count = Field(
         default=1,
         description="Stage 3 on several nodes: ranks of a node that share a second copy of the"
-        " weights, so that only the first gather of a step leaves it (hpZ of ZeRO++,"
-        " arXiv:2306.10209); 1 none. For networks that are the limit; it takes memory.",
+        " weights, so that only the first gather of a step leaves the node (hpZ of ZeRO++,"
+        " arXiv:2306.10209); 1: no copy. For slow networks; it takes memory.",
     )
 
     @model_validator(mode="before")

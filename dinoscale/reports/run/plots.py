@@ -80,7 +80,7 @@ def _wanted(record: Record) -> list[_Wanted]:
         _Wanted("kl", "KL divergence of student from teacher, nats", noisy=True),
         _Wanted(
             "target_mutual_information",
-            "what a target says of its image, nats",
+            "mutual information of targets and images, nats",
             noisy=True,
             limits=((0.0, "0: equal targets"),),
             from_zero=True,
