@@ -1,4 +1,4 @@
-"""Settings of the engine.
+"""Settings of the engine: how DeepSpeed shards, computes and communicates.
 
 [D] ours, with the reason.
 """
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from dinoscale.config.fields import Count, CountOrZero, Section
 
-# What DeepSpeed has a name for and a run must not use, with the reason.
+# Settings of DeepSpeed that a run must not use, with the reason.
 _REFUSED = {
     "overlap_comm": "not offered: DeepSpeed then sums gradients on a second stream, and results"
     " have been compared on CPUs only, which have none",

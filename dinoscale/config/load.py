@@ -28,7 +28,7 @@ _COMMAND_LINE = "command line"
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _MORE_THAN_A_LIST = re.compile(r"\s*\[[^\[\]{}'\"]*\]\s*[^\s#]")  # a path such as [a]/x
 _MARKS = ("versions.json", "job.json")  # in every run directory, and in that of a sweep's run
-_MAX_FILES = 100  # in a row, each the default of the one before
+_MAX_FILES = 100  # in a chain, each in the defaults of the one before
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -36,8 +36,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         name_or_path: a preset's name such as `vit_s16`, or the path of a YAML file.
-        overrides: `section.key=value`; a later one wins. The value is a YAML scalar or list; of a
-            text, such as a path, it is the text as typed, unless that is in quotes.
+        overrides: `section.key=value`; a later one wins. The value is a YAML scalar or list; where
+            a setting is a text, such as a path, the value is the text as typed, unless quoted.
 
     Returns:
         The checked configuration.
@@ -85,7 +85,7 @@ def list_presets() -> list[str]:
 
 
 def describe_presets() -> dict[str, str]:
-    """What each preset is, by name: the first paragraph of its file, a comment."""
+    """What each preset is, by name: the comment at the start of its file."""
     return {name: _first_paragraph(path) for name, path in sorted(_presets().items())}
 
 
@@ -123,7 +123,7 @@ def _find(name_or_path: str) -> Path:
 
 
 def _put_file(path: Path, merged: Layers, *, chain: tuple[Path, ...]) -> None:
-    """Merge the defaults of a file, then the file; what is merged already stays where it is."""
+    """Merge the defaults of a file, then the file; a file merged before is skipped."""
     if len(chain) == _MAX_FILES:
         raise ConfigError(f"{path}: more than {_MAX_FILES} files, each in the defaults of the next")
     values = read_mapping(path, wanted_by=chain[-1] if chain else None)
@@ -166,7 +166,7 @@ def _find_default(name: str, wanted_by: Path) -> Path:
 
 
 def _require_order(files: Sequence[Path], merged: Layers, *, wanted_by: Path) -> None:
-    """Refuse a file after another that builds on it: it is merged before that, and would not win.
+    """Refuse a file named after one that builds on it: it was merged earlier and would not win.
 
     Raises:
         ConfigError: there is one.
@@ -246,8 +246,8 @@ def text_override(key: str, text: str) -> str:
 def _is_typed(names: Sequence[str], text: str) -> bool:
     """Whether a value is a text as typed, whatever it looks like: 2026, 1e5, true, a #1.
 
-    Not in quotes, nor a list of sources, nor null where the field may be without a text. Nothing is
-    such a text where it could be taken for null: a variable of the shell may not be set.
+    A text in quotes is not, nor a list of sources, nor null where the field may be null. There, an
+    empty value is a text: it may come from an unset variable of the shell and must not mean null.
     """
     section: type[BaseModel] | None = RunConfig
     for name in names[:-1]:

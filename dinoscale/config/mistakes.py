@@ -42,7 +42,7 @@ _CHOICES = (
     SIZE,
     LADDER,
     LIST,
-)  # no keys: kinds of a value
+)  # tags of alternatives, which are no keys
 _MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
@@ -223,6 +223,6 @@ def _sections_in(annotation: object) -> list[type[BaseModel]]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Ask for the known name that looks most like one: ", did you mean 'x'", or nothing."""
+    """The known name most like this one, as ", did you mean 'x'"; empty if none is."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {near[0]!r}" if near else ""

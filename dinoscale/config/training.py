@@ -9,7 +9,7 @@ from dinoscale.config.fields import Count, CountOrAuto, CountOrZero, PathText, P
 
 
 class TrainConfig(Section):
-    """Where the weights come from, length of the run and size of a step."""
+    """Initial weights, length of the run, batch size, and what ends the run."""
 
     init_from: PathText | None = Field(
         default=None,
