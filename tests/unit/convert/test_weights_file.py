@@ -252,10 +252,13 @@ def test_the_epsilon_of_the_norms_is_built(tmp_path: Path, state: dict[str, Tens
 
 def test_cards_of_the_format_before_are_still_read() -> None:
     card = json.loads(CARD.to_json())
+    card["white"] = card.pop("max_pixel_value")
+    assert parse_card(json.dumps({**card, "format": 3})) == CARD
     del card["backbone"]["norm_eps"]
     assert parse_card(json.dumps({**card, "format": 2})) == CARD
-    with pytest.raises(CheckpointError, match="norm_eps"):
-        parse_card(json.dumps(card))
+    for number, unknown in ((3, "norm_eps"), (4, "white")):
+        with pytest.raises(CheckpointError, match=unknown):
+            parse_card(json.dumps({**card, "format": number}))
 
 
 def test_giants_are_told_by_their_width() -> None:
