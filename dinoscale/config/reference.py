@@ -24,7 +24,7 @@ Unknown keys, wrong types and values out of range are refused, each with one sen
 
 **Presets.** A preset is a file in `pretrain/`, and its name stands for its path:
 `dinoscale train vit_s16`. `base/` and `model/` hold the parts that presets share, `sweep/` holds
-sweeps.
+[sweeps](sweep/README.md).
 
 **Layers.** A file inherits from the files under `defaults`, given by a path relative to the file or
 by the name of a preset:
