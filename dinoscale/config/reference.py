@@ -19,8 +19,12 @@ _HEAD = """\
 <!-- Written by `python -m dinoscale.config.reference > configs/README.md`; do not edit. -->
 
 One YAML file describes a run. What it leaves out has the default below, so a file states only what
-differs. `dinoscale config vit_s16` prints all settings of a run, with the defaults filled in.
-Unknown keys, wrong types and values out of range are refused, each with one sentence.
+differs. Unknown keys, wrong types and values out of range are refused, each with one sentence.
+
+```bash
+dinoscale presets                                             # every preset, in a line
+dinoscale config vit_b16 train.batch_size=512 --world-size 8  # all settings; no GPU needed
+```
 
 **Presets.** A preset is a file in `pretrain/`, and its name stands for its path:
 `dinoscale train vit_s16`. `base/` and `model/` hold the parts that presets share, `sweep/` holds
