@@ -34,21 +34,23 @@ def with_first_names(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def _renamed(settings: Mapping[str, object], names: Mapping[str, str]) -> dict[str, object]:
-    def in_section(section: str, values: object) -> object:
-        if not isinstance(values, Mapping):
-            return values
-        new = {key: names.get(f"{section}.{key}", key).rpartition(".")[2] for key in values}
-        return {new[key]: value for key, value in values.items() if _counts(key, new[key], values)}
-
-    return {section: in_section(section, values) for section, values in settings.items()}
+    pairs = [(old.split("."), new.split(".")) for old, new in names.items()]
+    inner = {
+        section: {old[1]: new[1] for old, new in pairs if old[0] == section} for section in settings
+    }
+    return {
+        section: with_new_keys(values, inner[section]) if isinstance(values, Mapping) else values
+        for section, values in settings.items()
+    }
 
 
 def with_new_keys(values: Mapping[str, object], names: Mapping[str, str]) -> dict[str, object]:
-    """A flat mapping, such as a line of metrics.jsonl, under the new names of a table above."""
-    new = {key: names.get(key, key) for key in values}
-    return {new[key]: value for key, value in values.items() if _counts(key, new[key], values)}
+    """A flat mapping, such as a line of metrics.jsonl, under the new names of a table above.
 
-
-def _counts(key: str, new: str, values: Mapping[str, object]) -> bool:
-    """Whether a value is used: one under an old name only where the new one is not given too."""
-    return new == key or new not in values
+    Where both names are given, the value under the new one counts.
+    """
+    return {
+        names.get(key, key): value
+        for key, value in values.items()
+        if key not in names or names[key] not in values
+    }

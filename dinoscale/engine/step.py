@@ -127,7 +127,7 @@ class StepMetrics:
 
     @property
     def max_prototype_prob(self) -> float:
-        """Part of these targets that the strongest prototype gets, 0 to 1."""
+        """Largest entry of that mean target, 0 to 1: the share of the strongest prototype."""
         return self._numbers[7]
 
     @property
