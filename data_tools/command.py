@@ -98,16 +98,18 @@ def _add_channels(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--white", type=float, metavar="X", help="as data.white: the value of 1.0 in deep pixels"
     )
+    command.add_argument("--white", help=argparse.SUPPRESS)
 
 
 def _decoder(options: argparse.Namespace) -> Decoder:
     from dinoscale.data.decoding.decode import Decoder
 
-    if options.channels < 1 or (options.white is not None and not options.white > 0):
-        raise DataError(
-            f"need --channels >= 1 and --white > 0: {options.channels}, {options.white}"
-        )
-    return Decoder(options.channels, options.white)
+    if options.white is not None:
+        raise DataError("--white: renamed, write --max-pixel-value")
+    channels, largest = options.channels, options.max_pixel_value
+    if channels < 1 or (largest is not None and not largest > 0):
+        raise DataError(f"need --channels >= 1 and --max-pixel-value > 0: {channels}, {largest}")
+    return Decoder(channels, largest)
 
 
 def _add_build(tools: SubCommands) -> None:

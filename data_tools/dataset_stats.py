@@ -86,7 +86,11 @@ def dataset_stats(
         "std": std,
         "overrides": [
             *([] if decoder.channels == 3 else [f"data.channels={decoder.channels}"]),
-            *([] if decoder.white is None else [f"data.white={decoder.white:g}"]),
+            *(
+                []
+                if decoder.max_pixel_value is None
+                else [f"data.max_pixel_value={decoder.max_pixel_value:g}"]
+            ),
             f"data.mean={_rounded(mean)}",
             f"data.std={_rounded(std)}",
         ],

@@ -30,6 +30,7 @@ from dinoscale.checkpoint.layout import (
 from dinoscale.checkpoint.progress import Progress, read_measured
 from dinoscale.checkpoint.read_errors import with_retries
 from dinoscale.checkpoint.shard_files import ShardFiles
+from dinoscale.config.renamed import with_new_names
 from dinoscale.errors import CheckpointError, UnreadableError
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Checkpoint:
 
     Attributes:
         path: the step_* directory.
-        state: contents of state.json.
+        state: contents of state.json; settings that were renamed have their new names.
         shared: center and buffers by name, on the CPU.
         measured: k-NN accuracy added after the save, in percent; None if none was added.
     """
@@ -76,6 +77,7 @@ class Checkpoint:
                     " resume with the version that wrote it, or choose another run_dir"
                 )
             _check_state(self.state)
+            self.state["config"] = with_new_names(self.state["config"])
             self.shared = safetensors.torch.load(self._read(SHARED_FILE))
             self._index = self._open_index(names)
         except _DAMAGES as error:

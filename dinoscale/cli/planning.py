@@ -250,9 +250,9 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
 
         source = open_sources(
             [part.source for part in config.data.sources],
-            Decoder(config.data.channels, config.data.white),
+            Decoder(config.data.channels, config.data.max_pixel_value),
             manifest=config.data.manifest,
-            distinct_images=config.data.distinct_images,
+            subset_size=config.data.subset_size,
             max_lost=config.data.max_bad_fraction,
         )
         sizes = source_sizes(source)
@@ -356,7 +356,7 @@ def _import_bench_step() -> Callable[..., dict[str, Any]]:
 def _show_crops(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.config import load_config
 
-    plain = ["data.colors=workers"] if options.plain else []
+    plain = ["data.color_ops_on=workers"] if options.plain else []
     config = load_config(options.config, [*options.overrides, *plain])
     from dinoscale.reports.crop_sheet import show_crops
 

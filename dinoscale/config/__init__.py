@@ -1,4 +1,4 @@
-"""Configuration of a run: what it may say, how it is read, and what it means for N ranks."""
+"""The configuration of a run: its schema, how it is loaded, and its plan for a number of ranks."""
 
 from dinoscale.config.engine import EngineConfig
 from dinoscale.config.load import (

@@ -1,4 +1,4 @@
-"""Settings of the engine.
+"""Settings of the engine: how DeepSpeed shards, computes and communicates.
 
 [D] ours, with the reason.
 """
@@ -10,16 +10,15 @@ from pydantic import Field, model_validator
 
 from dinoscale.config.fields import Count, CountOrZero, Section
 
-# What DeepSpeed has a name for and a run must not use, with the reason.
+# Settings of DeepSpeed that a run must not use, with the reason.
 _REFUSED = {
     "overlap_comm": "not offered: DeepSpeed then sums gradients on a second stream, and results"
     " have been compared on CPUs only, which have none",
-    "mics_shard_size": "DeepSpeed has removed MiCS; engine.hpz_ranks keeps the gathers of the"
-    " backward within a node",
+    "mics_shard_size": "DeepSpeed has removed MiCS; engine.zero_hpz_partition_size keeps the"
+    " gathers of the backward within a node",
     "zero_quantized_weights": "not offered: weights rounded to 8 bit give other numbers",
     "zero_quantized_gradients": "not offered: gradients rounded to 4 bit give other numbers;"
     " engine.communication_dtype=bf16 halves their bytes",
-    "zero_hpz_partition_size": "is called engine.hpz_ranks here",
 }
 
 
@@ -40,12 +39,13 @@ class EngineConfig(Section):
     )
     recompute: Literal["pointwise", "all_but_attention", "block"] = Field(
         default="block",
-        description="What of such a block is recomputed; pointwise: norms, activations and sums.",
+        description="What such a block recomputes; pointwise: norms, activations and residual "
+        "sums.",
     )
     compile: Literal["auto", True, False] = Field(
         default="auto",
-        description="Compile the transformer blocks, which takes a minute, and on a GPU the changes"
-        " of colour; auto: on a GPU only.",
+        description="torch.compile the transformer blocks, which takes a minute, and on a GPU the"
+        " color augmentation; auto: on a GPU only.",
     )
     offload_optimizer: bool = Field(
         default=False, description="Keep the optimizer state in CPU memory."
@@ -53,23 +53,23 @@ class EngineConfig(Section):
     communication_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="Type in which gradients are summed over ranks. bf16 halves what is sent and"
-        " rounds every sum to 8 bits: for networks that are the limit.",
+        " rounds every sum to 8 bits: for slow networks.",
     )
-    bucket_elements: Count = Field(
+    reduce_bucket_size: Count = Field(
         default=2**24,
-        description="Gradients that are summed over ranks at once. More for many ranks or a slow"
-        " network, where each sum costs a delay; each takes about 8 bytes.",
+        description="Gradient elements that are summed over ranks at once, about 8 bytes each. More"
+        " for many ranks or a slow network, where each sum costs a delay.",
     )
-    live_elements: Count = Field(
+    stage3_max_live_parameters: Count = Field(
         default=50_000_000,
-        description="Stage 3: weights that are gathered at a time, at most half of them ahead."
-        " Two blocks of the backbone at least, else compute waits for every block.",
+        description="Stage 3: most weights that are gathered at a time; at most half of them are"
+        " prefetched. At least two blocks of the backbone, else compute waits for every block.",
     )
-    hpz_ranks: Count = Field(
+    zero_hpz_partition_size: Count = Field(
         default=1,
         description="Stage 3 on several nodes: ranks of a node that share a second copy of the"
-        " weights, so that only the first gather of a step leaves it (hpZ of ZeRO++,"
-        " arXiv:2306.10209); 1 none. For networks that are the limit; it takes memory.",
+        " weights, so that only the first gather of a step leaves the node (hpZ of ZeRO++,"
+        " arXiv:2306.10209); 1: no copy. For slow networks; it takes memory.",
     )
 
     @model_validator(mode="before")
@@ -96,9 +96,9 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _second_copy_needs_stage_3(self) -> "EngineConfig":
-        if self.hpz_ranks > 1 and self.zero_stage != 3:
+        if self.zero_hpz_partition_size > 1 and self.zero_stage != 3:
             raise ValueError(
-                f"hpz_ranks: needs engine.zero_stage 3, got {self.zero_stage}; at lower stages"
-                " every rank has all weights"
+                f"zero_hpz_partition_size: needs engine.zero_stage 3, got {self.zero_stage}; at"
+                " lower stages every rank has all weights"
             )
         return self

@@ -1,4 +1,4 @@
-"""What the sections of a configuration are made of: kinds of numbers, and strictness."""
+"""Parts of configuration sections: types of numbers, and the strict base class."""
 
 import os
 from typing import Annotated, Literal, TypeVar
@@ -19,7 +19,7 @@ _Value = TypeVar("_Value")
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-NUMBER, AUTO = "<number>", "<auto>"  # in pydantic's errors: which of the two was read
+NUMBER, AUTO = "<number>", "<auto>"  # tags in pydantic's errors: which of the two was read
 NAMED, SIZE = "<named size>", "<size>"  # the same of a model in a sweep
 LADDER, LIST = "<ladder>", "<list>"  # and of a list of them
 CountOrAuto = Annotated[
@@ -40,7 +40,7 @@ Positives = Annotated[tuple[Positive, ...], Field(strict=False)]
 
 
 class Section(BaseModel):
-    """What all sections share: no editing, unknown keys, '2' for 2, infinity or passwords."""
+    """Base of all sections: frozen; refuses unknown keys, '2' for 2, infinity and passwords."""
 
     model_config = ConfigDict(
         frozen=True,

@@ -1,4 +1,4 @@
-"""Settings in layers, files and command line: the later wins, and who said what is known."""
+"""Merges layers of settings, files and command line: the later wins, and origins are kept."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,17 +7,17 @@ from pathlib import Path
 from dinoscale.config.backbones import RESNET50
 from dinoscale.config.schema import ModelConfig
 
-_OF_NAME = ("embed_dim", "depth", "num_heads")  # sizes that the name of a backbone stands for
+_SIZES_OF_NAME = ("embed_dim", "depth", "num_heads")  # sizes that the name of a backbone stands for
 
 
 @dataclass
 class Layers:
-    """What is merged so far.
+    """The layers merged so far.
 
     Attributes:
         values: sections by key.
         origins: which layer each dotted key came from.
-        files: that were merged, in their order.
+        files: that were merged, with their place in the order.
     """
 
     values: dict[str, object] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class Layers:
     files: dict[Path, int] = field(default_factory=dict)
 
     def put(self, *parts: Mapping[str, object], origin: str) -> None:
-        """Merge a layer, of whose parts the later win, over those before."""
+        """Merge a layer over those before; of its parts, the later win."""
         layer: dict[str, object] = {}
         for part in parts:
             self._merge(layer, part, origin=origin, prefix="")
@@ -51,19 +51,19 @@ class Layers:
 
 
 def sizes_of_another(before: Mapping[str, object], given: Mapping[str, object]) -> set[str]:
-    """Sizes of a backbone that do not hold for another, which else would be that in name only.
+    """Sizes of a backbone to drop when another is named, which would else keep the old sizes.
 
-    The size of a patch stays, since the sizes of the crops go with it; resnet50 has none.
+    The patch size stays, since the crop sizes are multiples of it; resnet50 has none.
 
     Args:
         before: settings of the model by key.
         given: settings that win over them.
 
     Returns:
-        Keys of `before` that are to be forgotten: none if `given` names no other backbone.
+        Keys of `before` to drop; none if `given` names no other backbone.
     """
     old = before.get("backbone", ModelConfig.model_fields["backbone"].default)
     new = given.get("backbone", old)
     if new == old:
         return set()
-    return {*_OF_NAME, *(["patch_size"] if new == RESNET50 else [])} - given.keys()
+    return {*_SIZES_OF_NAME, *(["patch_size"] if new == RESNET50 else [])} - given.keys()

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from dinoscale.config.layers import Layers
 from dinoscale.config.mistakes import kinds, sections, sentences, show
+from dinoscale.config.renamed import with_new_names
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.secrets import hide_secrets
 from dinoscale.config.yaml_io import read_yaml, write_yaml
@@ -26,7 +27,8 @@ from dinoscale.errors import ConfigError
 _COMMAND_LINE = "command line"
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _MORE_THAN_A_LIST = re.compile(r"\s*\[[^\[\]{}'\"]*\]\s*[^\s#]")  # a path such as [a]/x
-_MAX_FILES = 100  # in a row, each the default of the one before
+_MARKS = ("versions.json", "job.json")  # in every run directory, and in that of a sweep's run
+_MAX_FILES = 100  # in a chain, each in the defaults of the one before
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -34,8 +36,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         name_or_path: a preset's name such as `vit_s16`, or the path of a YAML file.
-        overrides: `section.key=value`; a later one wins. The value is a YAML scalar or list; of a
-            text, such as a path, it is the text as typed, unless that is in quotes.
+        overrides: `section.key=value`; a later one wins. The value is a YAML scalar or list; where
+            a setting is a text, such as a path, the value is the text as typed, unless quoted.
 
     Returns:
         The checked configuration.
@@ -53,7 +55,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(values: Mapping[str, object], *, origin: str = "") -> RunConfig:
     """Check a mapping that was read elsewhere, such as from a checkpoint.
 
-    Passwords and signatures in it are hidden: an older version may have written them.
+    An older version may have written it: settings that were renamed are taken under their new
+    names, and passwords and signatures are hidden.
 
     Args:
         values: sections by key, as `dump_config` writes them.
@@ -66,7 +69,8 @@ def parse_config(values: Mapping[str, object], *, origin: str = "") -> RunConfig
         ConfigError: as `load_config`.
     """
     merged = Layers()
-    merged.put({key: hide_secrets(value) for key, value in values.items()}, origin=origin)
+    settings = with_new_names({key: hide_secrets(value) for key, value in values.items()})
+    merged.put(settings, origin=origin)
     return _checked(merged)
 
 
@@ -81,7 +85,7 @@ def list_presets() -> list[str]:
 
 
 def describe_presets() -> dict[str, str]:
-    """What each preset is, by name: the first paragraph of its file, a comment."""
+    """What each preset is, by name: the comment at the start of its file."""
     return {name: _first_paragraph(path) for name, path in sorted(_presets().items())}
 
 
@@ -119,7 +123,7 @@ def _find(name_or_path: str) -> Path:
 
 
 def _put_file(path: Path, merged: Layers, *, chain: tuple[Path, ...]) -> None:
-    """Merge the defaults of a file, then the file; what is merged already stays where it is."""
+    """Merge the defaults of a file, then the file; a file merged before is skipped."""
     if len(chain) == _MAX_FILES:
         raise ConfigError(f"{path}: more than {_MAX_FILES} files, each in the defaults of the next")
     values = read_mapping(path, wanted_by=chain[-1] if chain else None)
@@ -134,11 +138,18 @@ def _put_file(path: Path, merged: Layers, *, chain: tuple[Path, ...]) -> None:
         got = show(parents) if parents else "nothing"
         raise ConfigError(f"{path}: defaults: needs a list of file paths, got {got}")
     files = [_find_default(parent, path) for parent in parents]
+    if _is_of_a_run(path):
+        values = with_new_names(values)
     for file in files:
         _put_file(file, merged, chain=(*chain, real))
     _require_order(files, merged, wanted_by=path)
     merged.put(values, origin=str(path))
     merged.files[real] = len(merged.files)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a file lies in a run directory, where a version of before may have written it."""
+    return any((path.parent / name).exists() for name in _MARKS)
 
 
 def _find_default(name: str, wanted_by: Path) -> Path:
@@ -155,7 +166,7 @@ def _find_default(name: str, wanted_by: Path) -> Path:
 
 
 def _require_order(files: Sequence[Path], merged: Layers, *, wanted_by: Path) -> None:
-    """Refuse a file after another that builds on it: it is merged before that, and would not win.
+    """Refuse a file named after one that builds on it: it was merged earlier and would not win.
 
     Raises:
         ConfigError: there is one.
@@ -235,8 +246,8 @@ def text_override(key: str, text: str) -> str:
 def _is_typed(names: Sequence[str], text: str) -> bool:
     """Whether a value is a text as typed, whatever it looks like: 2026, 1e5, true, a #1.
 
-    Not in quotes, nor a list of sources, nor null where the field may be without a text. Nothing is
-    such a text where it could be taken for null: a variable of the shell may not be set.
+    A text in quotes is not, nor a list of sources, nor null where the field may be null. There, an
+    empty value is a text: it may come from an unset variable of the shell and must not mean null.
     """
     section: type[BaseModel] | None = RunConfig
     for name in names[:-1]:

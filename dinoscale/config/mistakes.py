@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from dinoscale.config import renamed
 from dinoscale.config.fields import AUTO, LADDER, LIST, NAMED, NUMBER, SIZE
 from dinoscale.config.mixture import MIXTURE, ONE_SOURCE, WeightedSource
 from dinoscale.config.schema import RunConfig
@@ -41,7 +42,7 @@ _CHOICES = (
     SIZE,
     LADDER,
     LIST,
-)  # no keys: kinds of a value
+)  # tags of alternatives, which are no keys
 _MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
@@ -188,6 +189,9 @@ def unknown_key(names: Sequence[str], root: type[BaseModel] = RunConfig) -> str:
     Returns:
         "unknown key, did you mean 'num_local'?" or alike.
     """
+    dotted = ".".join(names)
+    if root is RunConfig and dotted in renamed.SETTINGS:
+        return f"renamed, write {renamed.SETTINGS[dotted]}"
     parts, parents = sections(root), [root]
     for name in names[:-1]:
         places = [parent.model_fields.get(name) for parent in parents]
@@ -219,6 +223,6 @@ def _sections_in(annotation: object) -> list[type[BaseModel]]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Ask for the known name that looks most like one: ", did you mean 'x'", or nothing."""
+    """The known name most like this one, as ", did you mean 'x'"; empty if none is."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {near[0]!r}" if near else ""

@@ -1,4 +1,4 @@
-"""Settings of what watches a run and keeps it: evaluation, log, checkpoints."""
+"""Settings of evaluation, log and checkpoints."""
 
 from pydantic import Field, model_validator
 
@@ -36,7 +36,7 @@ class EvalConfig(Section):
 
 
 class LogConfig(Section):
-    """Where the numbers go. Source: [D]."""
+    """Metrics during the run. Source: [D]."""
 
     every_steps: Count = Field(default=10, description="Optimizer steps between two log lines.")
     wandb: bool = Field(
@@ -47,16 +47,16 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and which stay. Source: [D]."""
+    """When checkpoints are written, and which are kept. Source: [D]."""
 
     every_epochs: Count = Field(default=1, description="Epochs between two checkpoints.")
     every_steps: Count | None = Field(
-        default=None, description="Also save after every so many optimizer steps; null does not."
+        default=None, description="Optimizer steps between additional checkpoints; null: none."
     )
-    keep_last: Count = Field(default=2, description="Newest checkpoints that stay.")
+    keep_last: Count = Field(default=2, description="Newest checkpoints to keep.")
     keep_every: Count | None = Field(
-        default=None, description="Those at multiples of this many epochs stay too; null: none."
+        default=None, description="Also keep those at multiples of this many epochs; null: none."
     )
     keep_best: bool = Field(
-        default=True, description="The one with the highest online k-NN accuracy stays too."
+        default=True, description="Also keep the one with the highest online k-NN accuracy."
     )

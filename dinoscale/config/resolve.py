@@ -1,9 +1,8 @@
-"""What a configuration means for a number of ranks and images: batch split, steps, learning rate.
+"""The plan of a run for a number of ranks and images: batch split, steps, learning rate.
 
 An epoch drops the images that do not fill a last batch, as in Caron et al. 2021
 (arXiv:2104.14294). Of a mixture it draws each source's share, by largest remainders. Recipes count
-epochs, the trainer counts optimizer steps; the change from one to the other happens here and
-nowhere else.
+epochs, the trainer counts optimizer steps; only this module converts one to the other.
 """
 
 import math
@@ -110,18 +109,19 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
 
     Raises:
         ConfigError: the batch cannot be split over the ranks, there is less than one batch or less
-            than `data.distinct_images`, a source of a mixture is drawn less than once an epoch, or
-            the ranks are not whole groups of `engine.hpz_ranks`.
+            than `data.subset_size`, a source of a mixture is drawn less than once an epoch, or
+            the ranks are not whole groups of `engine.zero_hpz_partition_size`.
     """
-    if world_size % config.engine.hpz_ranks:
+    group = config.engine.zero_hpz_partition_size
+    if world_size % group:
         raise ConfigError(
-            f"engine.hpz_ranks: {world_size} ranks are not whole groups of"
-            f" {config.engine.hpz_ranks}; it is the number of ranks of a node, 1 without groups"
+            f"engine.zero_hpz_partition_size: {world_size} ranks are not whole groups of {group};"
+            " it is the number of ranks of a node, 1 without groups"
         )
     split = split_batch(config.train, world_size=world_size)
     sizes = (num_images,) if isinstance(num_images, int) else tuple(num_images)
-    chosen = _chosen(config, sizes)
-    quotas = _quotas(config, chosen, world_size=world_size)
+    used = _images_used(config, sizes)
+    quotas = _quotas(config, used, world_size=world_size)
     batch_size = config.train.batch_size
     steps_per_epoch = sum(quotas) // batch_size
     total_steps = config.train.epochs * steps_per_epoch
@@ -132,7 +132,7 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
         images_per_rank=split.images_per_rank,
         micro_batch_size=split.micro_batch_size,
         accumulation_steps=split.accumulation_steps,
-        num_images=sum(chosen),
+        num_images=sum(used),
         source_sizes=sizes,
         quotas=quotas,
         steps_per_epoch=steps_per_epoch,
@@ -146,26 +146,27 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
 
 
 def require_groups_within_nodes(config: RunConfig, *, ranks_of_node: int) -> None:
-    """Refuse groups of `engine.hpz_ranks` consecutive ranks that lie on two nodes.
+    """Refuse groups of `engine.zero_hpz_partition_size` consecutive ranks that lie on two nodes.
 
     Raises:
         ConfigError: some do.
     """
-    if ranks_of_node % config.engine.hpz_ranks:
+    group = config.engine.zero_hpz_partition_size
+    if ranks_of_node % group:
         raise ConfigError(
-            f"engine.hpz_ranks: {config.engine.hpz_ranks} does not divide the {ranks_of_node} ranks"
-            " of a node, so some groups would lie on two nodes"
+            f"engine.zero_hpz_partition_size: {group} does not divide the {ranks_of_node} ranks of"
+            " a node, so some groups would lie on two nodes"
         )
 
 
-def _chosen(config: RunConfig, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the images of each source, those that are trained on."""
-    wanted = config.data.distinct_images
+def _images_used(config: RunConfig, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Images of each source that are trained on."""
+    wanted = config.data.subset_size
     if wanted is None:
         return sizes
     if wanted > sum(sizes):
         raise ConfigError(
-            f"data.distinct_images: {wanted} images are more than the {sum(sizes)} in data.train"
+            f"data.subset_size: {wanted} images are more than the {sum(sizes)} in data.train"
         )
     return (wanted,)
 
@@ -178,7 +179,7 @@ def _quotas(config: RunConfig, sizes: tuple[int, ...], *, world_size: int) -> tu
             raise ConfigError(f"data.train: {source.source} has no images")
     wanted = data.images_per_epoch
     images = (sum(sizes) if wanted is None else wanted) // batch_size * batch_size
-    for key in ("images_per_epoch", "distinct_images"):
+    for key in ("images_per_epoch", "subset_size"):
         given = getattr(data, key)
         if images == 0 and given is not None:
             raise ConfigError(
@@ -200,7 +201,7 @@ def _quotas(config: RunConfig, sizes: tuple[int, ...], *, world_size: int) -> tu
 
 
 def _shares(images: int, weights: Sequence[Fraction]) -> tuple[int, ...]:
-    """Split a number by weights: rounded down, the rest to the largest remainders."""
+    """Split a number by weights, by largest remainders."""
     exact = [images * weight / sum(weights) for weight in weights]
     shares = [math.floor(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
@@ -231,14 +232,14 @@ def split_batch(train: TrainConfig, *, world_size: int) -> BatchSplit:
         The split, with the micro-batch no larger than the rank's share.
 
     Raises:
-        ConfigError: one of the two divisions leaves a rest, and the message names the nearest
+        ConfigError: one of the two divisions leaves a remainder, and the message names the nearest
             sizes that leave none; or the micro-batch is `auto`.
         ValueError: world_size is not positive.
     """
     share = _share(train, world_size)
     if train.micro_batch_size == "auto":
         raise ConfigError(
-            "train.micro_batch_size: auto is decided when the training starts; give a number here, "
+            "train.micro_batch_size: auto is decided when training starts; give a number here, "
             f"at most {share}"
         )
     micro = min(train.micro_batch_size, share)
@@ -267,7 +268,7 @@ def with_micro_batch(config: RunConfig, size: int) -> RunConfig:
 
 
 def without_auto(config: RunConfig) -> RunConfig:
-    """For all that does not depend on the micro-batch: `auto` replaced by the smallest."""
+    """The same run with a micro-batch of 1 for `auto`, where the micro-batch does not matter."""
     return with_micro_batch(config, 1) if config.train.micro_batch_size == "auto" else config
 
 
@@ -380,7 +381,7 @@ def describe_text(config: RunConfig, plan: RunPlan | None) -> str:
 
 
 def _values(config: RunConfig, plan: RunPlan) -> dict[str, object]:
-    """Of the plan by name; `auto` for what is found when the training starts."""
+    """Values of the plan by name; `auto` for what is found when training starts."""
     values = asdict(plan)
     if config.train.micro_batch_size == "auto":
         values |= {"micro_batch_size": "auto", "accumulation_steps": "auto"}

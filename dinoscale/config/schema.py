@@ -53,8 +53,9 @@ class ModelConfig(Section):
     )
     drop_path_mode: Literal["per_image", "subset"] = Field(
         default="per_image",
-        description="per_image: each image drops by itself. Source: [C]. subset: as many of each "
-        "micro-batch, and what they drop is not computed. Source: DINOv2 (arXiv:2304.07193).",
+        description="per_image: each image drops by itself. Source: [C]. subset: a fixed share of "
+        "each micro-batch skips a block, which saves its compute. Source: DINOv2 "
+        "(arXiv:2304.07193).",
     )
 
     @model_validator(mode="before")
@@ -155,19 +156,22 @@ class CropsConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What is done to a crop. Source of every value: [C], after BYOL ([P] section 3.2)."""
+    """Augmentation of a crop. Source of every value: [C], after BYOL ([P] section 3.2)."""
 
     flip_prob: Fraction = Field(default=0.5, description="Chance of a horizontal flip.")
     jitter_prob: Fraction = Field(
-        default=0.8, description="Chance of the four colour changes below."
+        default=0.8, description="Chance of color jitter, the four changes below."
     )
-    brightness: PositiveOrZero = Field(default=0.4, description="Factor within 1 -+ this.")
-    contrast: PositiveOrZero = Field(default=0.4, description="Factor within 1 -+ this.")
-    saturation: PositiveOrZero = Field(default=0.2, description="Factor within 1 -+ this.")
+    brightness: PositiveOrZero = Field(default=0.4, description="Factor drawn from 1 +- this.")
+    contrast: PositiveOrZero = Field(default=0.4, description="Factor drawn from 1 +- this.")
+    saturation: PositiveOrZero = Field(default=0.2, description="Factor drawn from 1 +- this.")
     hue: float = Field(
-        default=0.1, ge=0, le=0.5, description="Shift within -+ this, in full turns."
+        default=0.1,
+        ge=0,
+        le=0.5,
+        description="Shift drawn from +- this, in turns of the color wheel.",
     )
-    gray_prob: Fraction = Field(default=0.2, description="Chance of dropping the colour.")
+    gray_prob: Fraction = Field(default=0.2, description="Chance of conversion to grayscale.")
     blur_probs: ThreeFractions = Field(
         default=(1.0, 0.1, 0.5), description="Chance of a Gaussian blur: global 1, global 2, local."
     )
@@ -209,7 +213,8 @@ class DinoConfig(Section):
     )
     momentum: Momentum = Field(
         default=0.996,
-        description="Share of the old teacher kept per step, at the start. Source: [C].",
+        description="Momentum of the teacher's EMA at the start: the share of the old weights that "
+        "a step keeps. Source: [C].",
     )
     momentum_end: Momentum = Field(default=1.0, description="The same at the end. Source: [C].")
     freeze_last_layer_epochs: CountOrZero = Field(
@@ -239,7 +244,8 @@ class OptimConfig(Section):
         default=0.4, description="Decay at the end. Source: [C]."
     )
     clip_grad: PositiveOrZero = Field(
-        default=3.0, description="Largest L2 norm of a gradient; 0 clips nothing. Source: [C]."
+        default=3.0,
+        description="Gradients are clipped to this L2 norm; 0: not at all. Source: [C].",
     )
     clip_mode: Literal["per_tensor", "global"] = Field(
         default="per_tensor",
@@ -254,57 +260,57 @@ class DataConfig(Section):
     train: TrainingImages | None = Field(
         default=None,
         description="Images to train on: a folder, shards, 'synthetic:...', or a mixture of them, "
-        "[{source: ..., weight: ...}, ...]; or shards to stream, https:, s3:, gs:, hdfs:, pipe:.",
+        "[{source: ..., weight: ...}, ...]; or shards to stream (https:, s3:, gs:, hdfs:, pipe:).",
     )
     images_per_epoch: Count | None = Field(
         default=None,
         description="Images drawn in an epoch, rounded down to whole steps; null: as many as there "
-        "are. All images of a source are drawn equally often, whatever the number. [D].",
+        "are. All images of a source are drawn equally often in any case. [D].",
     )
-    distinct_images: Count | None = Field(
+    subset_size: Count | None = Field(
         default=None,
-        description="Train on only so many of the images, null: on all. Which ones is fixed, "
-        "whatever the seed, and a smaller number takes some of those of a larger one. [D].",
+        description="Train on a subset of this many images; null: on all. The subset does not "
+        "depend on the seed, and a smaller one is part of a larger one. [D].",
     )
     manifest: PathText | None = Field(
         default=None,
-        description="Where the images in each streamed shard are counted, a path or URL; null: in "
+        description="File with the number of images in each streamed shard, a path or URL; null: "
         "manifest.json beside the shards.",
     )
-    lanes: Count = Field(
+    stream_readers: Count = Field(
         default=8,
-        description="Streamed shards: places read at the same time, for each micro-batch of a step "
-        "over all ranks. A multiple of num_workers keeps all workers busy. [D].",
+        description="Streamed shards: places in the stream that are read at the same time, for "
+        "each micro-batch of a step over all ranks. A multiple of num_workers keeps all workers "
+        "busy. [D].",
     )
     shuffle_buffer: Count = Field(
         default=512,
-        description="Streamed shards: most neighbouring images held to permute them, as files, for "
-        "each of lanes x micro-batches of a step. [D].",
+        description="Streamed shards: most neighbouring images that are held, as files, to be "
+        "shuffled, for each of stream_readers x micro-batches of a step. [D].",
     )
     num_workers: CountOrZero = Field(
         default=8,
-        description="Loader processes per rank, 0 to load in the training process. Source: [D].",
+        description="Loader processes per rank; 0: the training process loads. Source: [D].",
     )
-    colors: Literal["device", "workers"] = Field(
+    color_ops_on: Literal["device", "workers"] = Field(
         default="device",
-        description="Where colours change, blur and solarize: in batches on the training device, "
-        "or crop by crop in the loader processes, the slow reference. [D].",
+        description="Where color jitter, blur and solarization run. device: in batches on the "
+        "training device; workers: crop by crop in the loader processes, the slow reference. [D].",
     )
     max_bad_fraction: Fraction = Field(
         default=0.01,
-        description="Images that cannot be read, or are left out for their names, as a fraction, "
-        "above which the run stops. [D].",
+        description="The run stops when a larger fraction of the images cannot be read, or is left "
+        "out because of their names. [D].",
     )
     channels: Count = Field(
         default=3,
-        description="Channels of an image: 3 RGB, 1 gray, else exactly as in the files. All are "
-        "handed on in 8 bit; without RGB, saturation, hue and gray are off. [D].",
+        description="Channels of an image: 3 RGB, 1 gray, else exactly as in the files. Images are "
+        "converted to 8 bit; without RGB, saturation, hue and gray are off. [D].",
     )
-    white: Positive | None = Field(
+    max_pixel_value: Positive | None = Field(
         default=None,
-        description="Pixel value that means 1.0 in files of more than 8 bit, for all images; null "
-        "guesses it for each, as the largest of the smallest usual depth that holds its pixels. "
-        "[D].",
+        description="Pixel value that means 1.0 in files of more than 8 bit; null: guessed for "
+        "each image, as the largest value of the smallest usual depth that holds its pixels. [D].",
     )
     mean: Fractions = Field(
         default=(0.485, 0.456, 0.406),
@@ -323,16 +329,16 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _chosen_from_one_source(self) -> "DataConfig":
-        if self.distinct_images is not None and len(self.sources) > 1:
+        if self.subset_size is not None and len(self.sources) > 1:
             raise ValueError(
-                f"distinct_images: {self.distinct_images} images cannot be chosen from a mixture "
+                f"subset_size: {self.subset_size} images cannot be chosen from a mixture "
                 f"of {len(self.sources)} sources (data.train); name one source, or null for all"
             )
         return self
 
     @property
     def sources(self) -> tuple[WeightedSource, ...]:
-        """What `train` names, as a mixture of one where it is plain text; empty where it is null.
+        """The sources in `train`: a plain text is a mixture of one, null of none.
 
         Sources of a mixture keep their order: the numbers of the images depend on it.
         """
@@ -356,16 +362,16 @@ class DataConfig(Section):
                     f"(data.channels), got {len(numbers)}; `dinoscale data dataset-stats` "
                     "measures them"
                 )
-        if self.colors == "workers" and self.channels not in (1, 3):
+        if self.color_ops_on == "workers" and self.channels not in (1, 3):
             raise ValueError(
-                "colors: 'workers' needs data.channels 1 or 3, "
-                f"got {self.channels}; set data.colors=device"
+                "color_ops_on: 'workers' needs data.channels 1 or 3, "
+                f"got {self.channels}; set data.color_ops_on=device"
             )
         return self
 
 
 class RunConfig(Section):
-    """A whole run; `load_config` makes one from YAML."""
+    """A whole run, as `load_config` reads it from YAML."""
 
     seed: int = Field(
         default=0,
@@ -375,7 +381,7 @@ class RunConfig(Section):
     )
     run_dir: PathText = Field(default="runs/dino", description="Folder of everything written.")
     resume: bool = Field(
-        default=True, description="Go on from the newest checkpoint in run_dir, if there is one."
+        default=True, description="Resume from the newest checkpoint in run_dir, if there is one."
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
     head: HeadConfig = Field(default_factory=HeadConfig)

@@ -9,19 +9,19 @@ from dinoscale.config.fields import Count, CountOrAuto, CountOrZero, PathText, P
 
 
 class TrainConfig(Section):
-    """Where the weights come from, length of the run and size of a step."""
+    """Initial weights, length of the run, batch size, and what ends the run."""
 
     init_from: PathText | None = Field(
         default=None,
-        description="Weights that student and teacher start from: a run, a weights file or folder, "
-        "of dinoscale, the reference, timm or Hugging Face; of two networks in it the teacher. "
+        description="Initial weights of student and teacher: a run, or a weights file or folder of "
+        "dinoscale, the reference, timm or Hugging Face; the teacher's if it holds two networks. "
         "Position embeddings are resized to crops.global_size, the first layer is adapted to "
-        "data.channels. A run that goes on does not read it. null: random. [D].",
+        "data.channels. Not read when a run resumes. null: random. [D].",
     )
     init_head: bool = Field(
         default=False,
-        description="Take the projection head of init_from too, which then has to be of the sizes "
-        "in head.*; else it starts random. [D].",
+        description="Also take the projection head of init_from, whose sizes must be those of "
+        "head.*; else the head starts random. [D].",
     )
     epochs: Count = Field(default=100, description="Passes over the images. Source: [C].")
     batch_size: Count = Field(
@@ -30,7 +30,7 @@ class TrainConfig(Section):
     micro_batch_size: CountOrAuto = Field(
         default=64,
         description="Most images of one rank in one forward pass; auto: as many as fit in memory, "
-        "found by trial when the training starts. Source: [C].",
+        "found by trial when training starts. Source: [C].",
     )
     stop_after_steps: Count | None = Field(
         default=None,
@@ -38,20 +38,21 @@ class TrainConfig(Section):
     )
     max_bad_steps: Count = Field(
         default=3,
-        description="Steps in a row without a finite loss and gradient that end the run. [D].",
+        description="The run ends after this many steps in a row whose loss or gradient is not "
+        "finite. [D].",
     )
     max_rollbacks: CountOrZero = Field(
         default=0,
-        description="How often, instead, it returns to its last checkpoint and skips the images "
-        "from there to the bad steps. [D].",
+        description="How often the run, instead of ending, returns to its last checkpoint and "
+        "skips the images from there to the bad steps. [D].",
     )
     hang_timeout_s: Positive = Field(
         default=1800.0,
-        description="Seconds without progress of a rank after which the job ends. [D].",
+        description="The job ends when a rank makes no progress for this many seconds. [D].",
     )
     stop_on_collapse: bool = Field(
         default=False,
-        description="End the run when its targets have collapsed, instead of warning. [D].",
+        description="End the run, instead of warning, when the targets have collapsed. [D].",
     )
 
     @model_validator(mode="after")

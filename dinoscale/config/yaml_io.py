@@ -2,8 +2,8 @@
 
 Stock PyYAML follows YAML 1.1, which reads `2e-4` as text, `on` as true and `1:30` as 90, and keeps
 the last of two equal keys. Here plain scalars follow the core schema of YAML 1.2.2, section
-10.3.2 (https://yaml.org/spec/1.2.2), plus `_` between digits; save that a key without a value has
-empty text, for what is left empty by mistake must not mean null.
+10.3.2 (https://yaml.org/spec/1.2.2), plus `_` between digits; a key without a value has empty text,
+since a value left out by mistake must not mean null.
 """
 
 import re
@@ -28,9 +28,9 @@ _PLAIN_SCALARS = (
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with the table above and no key twice, and none of what a hostile file needs.
+    """SafeLoader with the table above that refuses duplicate keys and what a hostile file needs.
 
-    No tags, which name constructors; no aliases, which can be circular or multiply without end.
+    That is: tags, which name constructors, and aliases, which can be circular or grow without end.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from dinoscale.config.renamed import CARD, with_new_keys
 from dinoscale.errors import CheckpointError
 from dinoscale.runtime.outputs import METADATA_KEY
 
@@ -85,14 +86,16 @@ def parse_card(text: str) -> BackboneCard:
         card = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its card is not JSON ({error})") from error
-    if not isinstance(card, dict) or card.get("format") not in (_WITHOUT_NORM_EPS, FORMAT):
-        found = card.get("format") if isinstance(card, dict) else card
+    found = card.get("format") if isinstance(card, dict) else card
+    if not isinstance(card, dict) or found not in (_WITHOUT_NORM_EPS, _WITH_WHITE, FORMAT):
         raise CheckpointError(f"its card has format {found!r}, this dinoscale reads {FORMAT}")
+    if found != FORMAT:
+        card = with_new_keys(card, CARD)
     _check_keys(card, {"format", *BackboneCard.__dataclass_fields__}, "card")
     shape = card["backbone"]
     if not isinstance(shape, dict):
         raise CheckpointError(f"its card's backbone is {shape!r}, not a mapping")
-    if card["format"] == _WITHOUT_NORM_EPS:
+    if found == _WITHOUT_NORM_EPS:
         shape = {"norm_eps": None, **shape}
     _check_keys(shape, set(BackboneShape.__dataclass_fields__), "card's backbone")
     in_chans = _size(shape, "in_chans")
@@ -112,7 +115,7 @@ def parse_card(text: str) -> BackboneCard:
         resize=_size(card, "resize"),
         crop=_size(card, "crop"),
         source=_text(card, "source"),
-        white=_optional_positive(card, "white"),
+        max_pixel_value=_optional_positive(card, "max_pixel_value"),
     )
 
 

@@ -63,7 +63,7 @@ RECIPE: dict[str, tuple[str, ...] | None] = {  # None: all of the section
     "augment": None,
     "dino": None,
     "optim": None,
-    "data": ("images_per_epoch", "distinct_images", "channels", "white", "mean", "std"),
+    "data": ("images_per_epoch", "subset_size", "channels", "max_pixel_value", "mean", "std"),
     "train": ("epochs", "batch_size", "micro_batch_size"),
     "engine": ("precision",),
 }

@@ -119,7 +119,7 @@ class Transform:
             ValueError: its channels differ from the backbone's and cannot be converted.
         """
         card = self.card
-        decoder = Decoder(card.backbone.in_chans, card.white)
+        decoder = Decoder(card.backbone.in_chans, card.max_pixel_value)
         pixels = decoder.upright_pixels(image)
         middle = torch.from_numpy(eval_transform(pixels, resize=card.resize, crop=card.crop).copy())
         return normalize_images(middle[None], mean=card.mean, std=card.std)[0]

@@ -77,5 +77,5 @@ def card_of(config: RunConfig, *, source: str) -> BackboneCard:
         resize=config.eval.resize,
         crop=config.eval.crop,
         source=source,
-        white=config.data.white,
+        max_pixel_value=config.data.max_pixel_value,
     )

@@ -86,7 +86,7 @@ def train_batches(
     stop_step: int,
     num_workers: int,
     quotas: Sequence[int] | None = None,
-    lanes: int = 8,
+    stream_readers: int = 8,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Yield the micro-batches of one rank from step `start_step` to `stop_step`, exclusive.
@@ -142,8 +142,8 @@ def _num_sharing_workers(lanes: int, num_workers: int) -> int:
     workers = next((count for count in range(most, 0, -1) if lanes % count == 0), 0)
     if workers < num_workers:
         log.warning(
-            "%d lanes of a rank (data.lanes x micro-batches) cannot be shared by %d workers; %d "
-            "are used. Set data.lanes to a multiple of data.num_workers",
+            "%d stream readers of a rank (data.stream_readers x micro-batches) cannot be shared by"
+            " %d workers; %d are used. Set data.stream_readers to a multiple of data.num_workers",
             *(lanes, num_workers, workers),
         )
     return workers

@@ -129,7 +129,7 @@ def open_images(spec: str, card: BackboneCard) -> Source:
         DataError: nothing is there, or it holds no images.
     """
     image_mode(channels=card.backbone.in_chans)
-    decoder = Decoder(card.backbone.in_chans, card.white)
+    decoder = Decoder(card.backbone.in_chans, card.max_pixel_value)
     path = os.path.expanduser(spec)
     if os.path.isfile(path) and not path.lower().endswith((".txt", ".tar", *COMPRESSED_TAR)):
         folder, name = os.path.split(os.path.abspath(path))

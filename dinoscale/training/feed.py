@@ -35,10 +35,10 @@ def open_images(config: RunConfig, alive: Callable[[], None] = lambda: None) -> 
         raise ConfigError("data.train: give the images, for example data.train=/path/to/folder")
     return open_sources(
         [part.source for part in config.data.sources],
-        Decoder(config.data.channels, config.data.white),
+        Decoder(config.data.channels, config.data.max_pixel_value),
         manifest=config.data.manifest,
         shuffle_buffer=config.data.shuffle_buffer,
-        distinct_images=config.data.distinct_images,
+        subset_size=config.data.subset_size,
         max_lost=config.data.max_bad_fraction,
         alive=alive,
     )
@@ -50,7 +50,7 @@ def multi_crop_of(config: RunConfig) -> MultiCrop:
         **config.crops.model_dump(),
         **config.augment.model_dump(),
         channels=config.data.channels,
-        plain=config.data.colors == "workers",
+        plain=config.data.color_ops_on == "workers",
     )
 
 
@@ -79,7 +79,7 @@ def _finished(
 ) -> Tensor:
     """uint8 (V, B, H, H, C) -> float32 (V, B, C, H, H)."""
     moved = to_device(crops, device)
-    if data.colors == "workers":
+    if data.color_ops_on == "workers":
         return normalize_images(moved.movedim(-1, 2), mean=data.mean, std=data.std)
     finished: Tensor = finish_crops(
         moved.flatten(0, 1),
@@ -121,7 +121,7 @@ class Feed:
             stop_step=plan.stop_step + offset,
             num_workers=config.data.num_workers,
             quotas=plan.quotas,
-            lanes=config.data.lanes,
+            stream_readers=config.data.stream_readers,
             pin_memory=self._process.device.type == "cuda",
         )
         for _ in range(first, plan.stop_step):

@@ -327,7 +327,7 @@ class Run:
             loss=result.loss,
             teacher_entropy=result.teacher_entropy,
             mean_target_entropy=result.mean_target_entropy,
-            share=result.target_share,
+            share=result.max_prototype_prob,
             teacher_temp=now.teacher_temp,
         )
 
@@ -359,8 +359,8 @@ class Run:
             "loss": result.loss,
             "teacher_entropy": result.teacher_entropy,
             "kl": result.kl,
-            "target_information": reading.information,
-            "target_share": reading.share,
+            "target_mutual_information": reading.information,
+            "max_prototype_prob": reading.share,
             "lr": now.lr,
             "weight_decay": now.weight_decay,
             "momentum": now.momentum,

@@ -301,7 +301,7 @@ def _order_of_stream(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, 
         return {}
     return {
         "the size of a micro-batch": plan["micro_batch_size"],
-        "data.lanes": config["data"].get("lanes"),
+        "data.stream_readers": config["data"].get("stream_readers"),
         "data.shuffle_buffer": config["data"].get("shuffle_buffer"),
     }
 

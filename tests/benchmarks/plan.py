@@ -48,7 +48,7 @@ class Case(NamedTuple):
     num_local: int = 0
     num_prototypes: int = 8192
     unit_prototypes: bool = True
-    bucket_elements: int = 6_000_000
+    reduce_bucket_size: int = 6_000_000
 
     def config(self) -> RunConfig:
         """The configuration of the run."""
@@ -81,15 +81,15 @@ class Case(NamedTuple):
                 "precision": self.precision,
                 "checkpoint_every_k_blocks": 0 if self.recompute == "none" else self.every,
                 "recompute": "block" if self.recompute == "none" else self.recompute,
-                "bucket_elements": self.bucket_elements,
-                "live_elements": self.bucket_elements,
+                "reduce_bucket_size": self.reduce_bucket_size,
+                "stage3_max_live_parameters": self.reduce_bucket_size,
             },
             eval={"crop": 32, "resize": 32},
         )
 
 
-WIDE = {"embed_dim": 384, "depth": 6, "num_prototypes": 4096, "bucket_elements": 2_000_000}
-NARROW = {"num_prototypes": 1024, "bucket_elements": 600_000}
+WIDE = {"embed_dim": 384, "depth": 6, "num_prototypes": 4096, "reduce_bucket_size": 2_000_000}
+NARROW = {"num_prototypes": 1024, "reduce_bucket_size": 600_000}
 QUICK = [  # what the tests run
     Case(0),
     Case(1, ranks=2, accumulation=2),
@@ -104,7 +104,7 @@ CASES = [
     Case(0, precision="bf16"),
     Case(0, precision="bf16", ranks=2),
     Case(3, ranks=2, precision="bf16", micro_batch=4, recompute="block", **WIDE),
-    Case(1, precision="bf16", micro_batch=8, num_prototypes=65536, bucket_elements=20_000_000),
+    Case(1, precision="bf16", micro_batch=8, num_prototypes=65536, reduce_bucket_size=20_000_000),
     Case(2, micro_batch=16, depth=12, num_local=8, unit_prototypes=False),
     Case(2, micro_batch=4, global_size=224, num_local=8, recompute="pointwise"),
     Case(2, micro_batch=8, global_size=224, recompute="all_but_attention"),

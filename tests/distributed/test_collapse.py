@@ -115,8 +115,8 @@ def test_mean_target_is_that_of_all_rows_of_the_step(root: Path) -> None:
 def test_log_of_the_quickstart_has_information_and_share(root: Path) -> None:
     lines = _steps(root / "quickstart")
     assert len(lines) == 60
-    assert min(line["target_information"] for line in lines) > 0.2
-    assert max(line["target_share"] for line in lines) < 0.25
+    assert min(line["target_mutual_information"] for line in lines) > 0.2
+    assert max(line["max_prototype_prob"] for line in lines) < 0.25
 
 
 def test_teacher_too_warm_is_named_uniform_and_only_that(root: Path) -> None:
@@ -124,9 +124,9 @@ def test_teacher_too_warm_is_named_uniform_and_only_that(root: Path) -> None:
     assert (event["event"], event["kind"]) == ("collapse", "uniform")
     assert "dino.teacher_temp (now 0.3" in event["text"]
     lines = _steps(root / "too_warm")
-    there = next(line["step"] for line in lines if line["target_information"] < 0.05)
+    there = next(line["step"] for line in lines if line["target_mutual_information"] < 0.05)
     assert event["step"] <= there + 50
-    assert lines[-1]["target_information"] < 0.02
+    assert lines[-1]["target_mutual_information"] < 0.02
     assert _ends(root, "too_warm") == ["70", "70"]
 
 
@@ -135,7 +135,7 @@ def test_centering_off_is_named_one_hot_and_ends_the_run_on_every_rank(root: Pat
     assert (event["event"], event["kind"]) == ("collapse", "one_hot")
     assert "dino.center_momentum (now 1;" in event["text"]
     lines = _steps(root / "no_center")
-    there = next(line["step"] for line in lines if line["target_share"] > 0.5)
+    there = next(line["step"] for line in lines if line["max_prototype_prob"] > 0.5)
     assert event["step"] <= there + 50
     assert lines[-1]["step"] == event["step"]
     for end in _ends(root, "no_center"):

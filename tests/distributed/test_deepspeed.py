@@ -132,7 +132,9 @@ def _gathered() -> list[str]:
     from dinoscale.engine.build import build_networks, schedules_of
     from dinoscale.engine.student import Student, gather_whole_blocks
 
-    config = _two_passes(3, engine={"checkpoint_every_k_blocks": 1, "live_elements": 1})
+    config = _two_passes(
+        3, engine={"checkpoint_every_k_blocks": 1, "stage3_max_live_parameters": 1}
+    )
     plan = tiny_plan(config)
     network, _ = build_networks(config)
     network.backbone.blocks[1].get_submodule("mlp").requires_grad_(False)

@@ -27,7 +27,7 @@ def _config(stage: int, checkpointed: int) -> RunConfig:
             "zero_stage": stage,
             "precision": "bf16",
             "checkpoint_every_k_blocks": checkpointed,
-            "live_elements": 1,  # keep nothing gathered, fetch nothing ahead
+            "stage3_max_live_parameters": 1,  # keep nothing gathered, fetch nothing ahead
         },
     )
 

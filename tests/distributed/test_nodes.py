@@ -297,7 +297,7 @@ def _open_for_measurements(folder: str) -> dict[str, list[int]]:
         listed.clear()
 
     sets = {"train": folder, "test": folder}
-    config = tiny_config(data={"train": folder, "distinct_images": None}, eval=sets)
+    config = tiny_config(data={"train": folder, "subset_size": None}, eval=sets)
     with patch.object(source, "list_folder", listing):
         both = LabelledSets.open(folder, folder, lambda *at: source.open_source(at[0], alive=at[1]))
         count("evaluate", [len(both.bank), len(both.test), *both.renumber.tolist()])

@@ -35,8 +35,8 @@ def build_and_measure(rank: int, stage: int) -> None:
             "zero_stage": stage,
             "precision": "bf16",
             "compile": False,
-            "bucket_elements": 1000,  # DeepSpeed's buffers are no weights
-            "live_elements": 1000,
+            "reduce_bucket_size": 1000,  # DeepSpeed's buffers are no weights
+            "stage3_max_live_parameters": 1000,
         },
     )
     before = live_bytes()

@@ -19,11 +19,15 @@ from tests.harness import run_distributed
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
 
 STEPS, SAVED, PASSES = 3, 1, 2
-LAYERS = {"zero_stage": 3, "live_elements": 1, "bucket_elements": 4000}  # gathered and let go
-HPZ = {**LAYERS, "hpz_ranks": 2}
+LAYERS = {
+    "zero_stage": 3,
+    "stage3_max_live_parameters": 1,
+    "reduce_bucket_size": 4000,
+}  # gathered and let go
+HPZ = {**LAYERS, "zero_hpz_partition_size": 2}
 TOPOLOGIES: dict[str, dict[str, Any]] = {  # hpZ last: DeepSpeed keeps its groups for good
     "2": {"zero_stage": 2},
-    "2 small buckets": {"zero_stage": 2, "bucket_elements": 700},
+    "2 small buckets": {"zero_stage": 2, "reduce_bucket_size": 700},
     "2 sums in bf16": {"zero_stage": 2, "communication_dtype": "bf16"},
     "3": LAYERS,
     "3 sums in bf16": {**LAYERS, "communication_dtype": "bf16"},

@@ -54,6 +54,7 @@ def _refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
         (["vit_s16", "crops.local_size=95"], "not a multiple of the patch size 16"),
         (["vit_s16", "train.epochs=5"], "optim.warmup_epochs"),
         (["vit_s16", "optim.lr=fast"], "optim.lr"),
+        (["vit_s16", "data.lanes=4"], "data.lanes: renamed, write data.stream_readers"),
         (["no_such_file.yaml"], "no_such_file.yaml"),
     ],
 )

@@ -93,6 +93,8 @@ def test_damage_ends_with_1_and_mistakes_with_2(tmp_path: Path) -> None:
     done = _data("inspect-shards", tmp_path / "nowhere", code=2)
     assert "error: " in done.stderr
     assert done.stdout == ""
+    done = _data("verify-shards", shards, "--white", "255", code=2)
+    assert done.stderr == "error: --white: renamed, write --max-pixel-value\n"
 
 
 def _heed_interrupts() -> None:

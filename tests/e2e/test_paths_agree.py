@@ -18,7 +18,7 @@ SOURCE = f"synthetic:shapes?images={IMAGES}&size=32"
 def _losses(run_dir: Path, *, colors: str) -> np.ndarray:
     run = settings(
         data__train=SOURCE,
-        data__colors=colors,
+        data__color_ops_on=colors,
         run_dir=run_dir,
         train__batch_size=BATCH,
         train__micro_batch_size=BATCH,

@@ -12,7 +12,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.planning.plan.report import IMAGENET
 from tests.forked import run_module
 
-_IN_GROUPS_OF_4 = ("vit_s16", "engine.zero_stage=3", "engine.hpz_ranks=4")
+_IN_GROUPS_OF_4 = ("vit_s16", "engine.zero_stage=3", "engine.zero_hpz_partition_size=4")
 
 
 def _plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -64,13 +64,11 @@ def test_images_are_counted_where_they_are(
     plan = _plan(capsys, "vit_s16", "data.train=synthetic:shapes?images=80&size=32", *small)
     assert plan["steps_per_epoch"] == 10
     chosen = ("vit_s16", "data.train=synthetic:shapes?images=80&size=32", *small)
-    assert _plan(capsys, *chosen, "data.distinct_images=40")["steps_per_epoch"] == 5
+    assert _plan(capsys, *chosen, "data.subset_size=40")["steps_per_epoch"] == 5
     with pytest.raises(ConfigError, match="81 images are more than the 80 in synthetic"):
-        cli.run(["plan", *chosen, "data.distinct_images=81"])
+        cli.run(["plan", *chosen, "data.subset_size=81"])
     nowhere = f"data.train={tmp_path}/none"
-    assert (
-        _plan(capsys, "vit_s16", nowhere, "data.distinct_images=40", *small)["steps_per_epoch"] == 5
-    )
+    assert _plan(capsys, "vit_s16", nowhere, "data.subset_size=40", *small)["steps_per_epoch"] == 5
     plan = _plan(
         capsys, "vit_s16", f"data.train={tmp_path}/none", "data.images_per_epoch=160", *small
     )

@@ -40,7 +40,7 @@ def test_views_are_what_the_network_gets_in_training() -> None:
 def test_a_sheet_is_written_and_plain_is_nearly_the_same(tmp_path: Path) -> None:
     sheets = []
     for colors in ("device", "workers"):
-        config = load_config("quickstart", [f"data.train={_SET}", f"data.colors={colors}"])
+        config = load_config("quickstart", [f"data.train={_SET}", f"data.color_ops_on={colors}"])
         out = tmp_path / "new" / f"{colors}.png"
         told = show_crops(config, num_images=2, epoch=0, out=out)
         assert told["images"] == [

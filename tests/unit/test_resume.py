@@ -83,7 +83,7 @@ def test_other_distinct_images_are_refused(
 @pytest.mark.parametrize(
     ("data", "train", "says"),
     [
-        ({"lanes": 4}, {}, "data.lanes was 8 .* is 4 now"),
+        ({"stream_readers": 4}, {}, "data.stream_readers was 8 .* is 4 now"),
         ({"shuffle_buffer": 64}, {}, "data.shuffle_buffer was 512"),
         ({}, {"micro_batch_size": 4}, "the size of a micro-batch was 8"),
         ({"train": "/copied"}, {}, "the size of a micro-batch was 8 .* is None now"),

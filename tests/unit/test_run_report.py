@@ -47,7 +47,7 @@ def log_line(step: int, **changed: Any) -> dict[str, Any]:
         "step": step,
         "epoch": (step - 1) // PER_EPOCH,
         "loss": 5 - step / STEPS,
-        "target_information": 1.0,
+        "target_mutual_information": 1.0,
         "momentum": momentum,
         "images_per_s": 64.0,
         "data_wait": 0.02,

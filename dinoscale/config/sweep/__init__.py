@@ -1,1 +1,1 @@
-"""The file of a sweep: what it may say."""
+"""The schema of a sweep's file."""

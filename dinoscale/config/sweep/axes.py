@@ -1,4 +1,4 @@
-"""What a sweep varies: its axes, each a list of values that differ."""
+"""The axes of a sweep: what it varies, each with a list of distinct values."""
 
 import json
 import math
@@ -18,9 +18,9 @@ MAX_WIDTH, MAX_DEPTH = 2**14, 1000
 
 
 class ModelSize(Section):
-    """A ViT of our own size; its attention heads are all `head_dim` wide."""
+    """A ViT of custom size, with attention heads of width `head_dim`."""
 
-    embed_dim: Count = Field(le=MAX_WIDTH, description="Width of a token, whole heads.")
+    embed_dim: Count = Field(le=MAX_WIDTH, description="Width of a token, a multiple of head_dim.")
     depth: Count = Field(le=MAX_DEPTH, description="Number of transformer blocks.")
     head_dim: Count = Field(
         default=64,
@@ -53,20 +53,22 @@ _Size = Annotated[
 
 
 class _Ladder(Section):
-    """Sizes between two, in equal factors of parameters; both grow, the width of a head stays."""
+    """Sizes between two, by equal factors of parameters; width and depth grow, head_dim stays."""
 
     first: _Size = Field(alias="from", description="The smallest.")
     last: _Size = Field(alias="to", description="The largest.")
-    steps: Annotated[int, Field(ge=2, le=MAX_STEPS)] = Field(description="Sizes, both ends too.")
+    steps: Annotated[int, Field(ge=2, le=MAX_STEPS)] = Field(
+        description="Number of sizes, both ends included."
+    )
     head_dim: Count = Field(
-        default=64, description="Width of an attention head; every width is whole heads."
+        default=64, description="Width of an attention head; it divides every width."
     )
 
 
 class LadderConfig(Section):
-    """An axis of models that is worked out."""
+    """An axis of models between two sizes."""
 
-    ladder: _Ladder = Field(description="Between which sizes.")
+    ladder: _Ladder = Field(description="The sizes at its ends, and how many.")
 
 
 def _whole(value: object) -> object:
@@ -90,7 +92,7 @@ KEYS_OF_AXES = {
     "model": ("model.embed_dim", "model.depth", "model.num_heads"),
     "flops": ("data.images_per_epoch", "train.stop_after_steps"),
     "images": ("data.images_per_epoch", "train.stop_after_steps"),
-    "distinct_images": ("data.distinct_images",),
+    "subset_size": ("data.subset_size",),
     "batch_size": ("train.batch_size",),
     "lr": ("optim.lr",),
     "lr_factor": (),  # changes what others give
@@ -122,7 +124,7 @@ class AxesConfig(Section):
     flops: tuple[Annotated[float, Field(gt=0, le=MOST_FLOPS)], ...] | None = Field(
         default=None,
         strict=False,
-        description="Of a training; the images seen follow. Hoffmann et al. 2022 "
+        description="FLOPs of a training, which give the images seen. Hoffmann et al. 2022 "
         "(arXiv:2203.15556), approach 2.",
     )
     images: (
@@ -136,12 +138,12 @@ class AxesConfig(Section):
         strict=False,
         description="Images seen in a training, repetitions counted.",
     )
-    distinct_images: (
-        tuple[Annotated[int | float, BeforeValidator(_number_or_share)], ...] | None
-    ) = Field(
-        default=None,
-        strict=False,
-        description="Different images: a number, or a fraction of the set (1.0: all).",
+    subset_size: tuple[Annotated[int | float, BeforeValidator(_number_or_share)], ...] | None = (
+        Field(
+            default=None,
+            strict=False,
+            description="data.subset_size: a number, or a fraction of the set (1.0: all).",
+        )
     )
     batch_size: tuple[Count, ...] | None = Field(
         default=None, strict=False, description="Images of a step over all ranks."

@@ -1,4 +1,4 @@
-"""Settings of what runs the runs of a sweep. Source of every default: [D] ours."""
+"""Settings of how the runs of a sweep are executed. Source of every default: [D] ours."""
 
 from typing import Literal
 
@@ -8,22 +8,25 @@ from dinoscale.config.fields import Count, CountOrZero, Positive, Section
 
 
 class SlurmConfig(Section):
-    """What each run asks of Slurm; what is null is left to the cluster."""
+    """What each run requests from Slurm; null leaves it to the cluster."""
 
-    partition: str | None = Field(default=None, min_length=1, description="Where jobs go.")
-    account: str | None = Field(default=None, min_length=1, description="Who pays.")
-    hours: Positive = Field(default=24.0, description="Longest time of a run in one go, in hours.")
+    partition: str | None = Field(default=None, min_length=1, description="Partition of the jobs.")
+    account: str | None = Field(default=None, min_length=1, description="Account that is charged.")
+    hours: Positive = Field(default=24.0, description="Time limit of a job, in hours.")
     cpus_per_process: Count = Field(default=9, description="Cores of a rank: its loader and one.")
     setup: tuple[str, ...] = Field(
-        default=(), strict=False, description="Lines of shell before a run, as 'module load cuda'."
+        default=(),
+        strict=False,
+        description="Shell lines before a run, such as 'module load cuda'.",
     )
     options: dict[str, str | int] = Field(
-        default_factory=dict, description="More options of sbatch by name, as constraint: h100."
+        default_factory=dict,
+        description="More options of sbatch by name, such as constraint: h100.",
     )
 
 
 class ExecutorConfig(Section):
-    """Where the runs of a sweep happen, and how many at a time."""
+    """Where the runs of a sweep are executed, and how many at a time."""
 
     kind: Literal["local", "slurm", "submitit_local"] = Field(
         default="local",
@@ -36,6 +39,6 @@ class ExecutorConfig(Section):
         default=1, description="Ranks of a run on each node, usually its GPUs."
     )
     retries: CountOrZero = Field(
-        default=1, description="How often a run that failed is started again, from its checkpoint."
+        default=1, description="How often a failed run is started again, from its checkpoint."
     )
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from dinoscale.config import renamed
 from dinoscale.config.fields import PathText, Positive, Section
 from dinoscale.config.load import read_mapping
 from dinoscale.config.mistakes import nearest, sections, sentences, unknown_key
@@ -23,7 +24,7 @@ _SET_BY_THE_SWEEP = ("run_dir", "resume")
 
 
 class IsoFlopConfig(Section):
-    """Which models are left out of a budget. Source of the defaults: [D] ours."""
+    """Which models are left out at a FLOP budget. Source of the defaults: [D] ours."""
 
     min_images: Positive = Field(
         default=1.0, description="A model that would see fewer is left out."
@@ -42,7 +43,7 @@ class IsoFlopConfig(Section):
 
 
 class CostConfig(Section):
-    """What hours and memory are worked out for. Source of the default: [D], as `dinoscale plan`."""
+    """The device of the estimates. Source of the default: [D], as `dinoscale plan`."""
 
     gpu: str | None = Field(
         default=None, min_length=1, description="One of `dinoscale plan`, such as h100."
@@ -95,7 +96,7 @@ class SweepConfig(Section):
     @field_validator("runs", mode="before")
     @classmethod
     def _axes_of_one_value(cls, runs: object) -> object:
-        """A run is a point: axes of one value each."""
+        """A run is one point: each axis has one value."""
         if not isinstance(runs, list):
             return runs
         return [
@@ -117,7 +118,7 @@ class SweepConfig(Section):
 
     @property
     def all_axes(self) -> list[tuple[str, AxesConfig]]:
-        """What is multiplied out, each with its place in the file."""
+        """The axes that are multiplied out, each with its place in the file."""
         if self.design != "list":
             return [("axes", self.axes)]
         return [(f"runs, item {number}", run) for number, run in enumerate(self.runs, start=1)]
@@ -208,6 +209,8 @@ def _wrong_key(where: str, key: str) -> Iterator[str]:
         yield f"{where}: is a section; name one of its settings, as head.num_prototypes"
     elif len(names) == 1 and key not in RunConfig.model_fields and where.startswith("settings"):
         yield f"{where}: {unknown_key(names)}"
+    elif len(names) == 1 and key in renamed.AXES:
+        yield f"{where}: renamed, write {renamed.AXES[key]}"
     elif len(names) == 1 and key != "seed":
         yield (
             f"{where}: unknown axis{nearest(key, KEYS_OF_AXES)}; known are "

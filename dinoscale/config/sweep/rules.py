@@ -1,4 +1,4 @@
-"""What scales with what in a sweep: powers of a quantity relative to the base configuration.
+"""Scaling rules of a sweep: powers of a quantity relative to the base configuration.
 
 With a quantity q of a run and q0 of the base, an exponent e multiplies by (q / q0)^e.
 """
@@ -14,13 +14,13 @@ Exponent = Annotated[float, Field(ge=-4, le=4)]  # a larger one is a slip
 
 
 class Powers(Section):
-    """Exponents by quantity; 0: does not depend on it."""
+    """Exponents by quantity; 0: no dependence on it."""
 
-    batch_size: Exponent = Field(default=0.0, description="Of images of a step.")
-    width: Exponent = Field(default=0.0, description="Of the width of a token.")
-    depth: Exponent = Field(default=0.0, description="Of the number of blocks.")
-    images: Exponent = Field(default=0.0, description="Of images seen in the training.")
-    parameters: Exponent = Field(default=0.0, description="Of scalars of the backbone.")
+    batch_size: Exponent = Field(default=0.0, description="Exponent of the batch size.")
+    width: Exponent = Field(default=0.0, description="Exponent of the width of a token.")
+    depth: Exponent = Field(default=0.0, description="Exponent of the number of blocks.")
+    images: Exponent = Field(default=0.0, description="Exponent of the images seen in training.")
+    parameters: Exponent = Field(default=0.0, description="Exponent of the backbone's parameters.")
 
 
 class LrRule(Powers):
@@ -31,9 +31,9 @@ class LrRule(Powers):
 
     batch_size: Exponent = Field(
         default=1.0,
-        description="1, also where it is left out: linear (Goyal et al. 2017, arXiv:1706.02677), "
-        "as the recipes have it. 0.5: with the root, for Adam (Malladi et al. 2022, "
-        "arXiv:2205.10287). 0: the same for every batch.",
+        description="1, also where a rule leaves it out: linear (Goyal et al. 2017, "
+        "arXiv:1706.02677), as in the recipes. 0.5: with the square root, for Adam (Malladi et al. "
+        "2022, arXiv:2205.10287). 0: the same for every batch.",
     )
 
 
@@ -51,9 +51,9 @@ class WarmupRule(Section):
     """Length of the warm-up, rounded to whole epochs; without a rule optim.warmup_epochs."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="Of the run."
+        default=None, description="Fraction of the run."
     )
-    images: Count | None = Field(default=None, description="Images seen in it.")
+    images: Count | None = Field(default=None, description="Images seen during the warm-up.")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "WarmupRule":
@@ -72,7 +72,7 @@ KEYS_OF_RULES = {
 
 
 class RulesConfig(Section):
-    """Rules by what they give; what has none stays as in the base."""
+    """Rules by what they set; a setting without a rule stays as in the base."""
 
     lr: LrRule = Field(default_factory=LrRule)
     momentum: MomentumRule = Field(default_factory=MomentumRule)
@@ -81,12 +81,12 @@ class RulesConfig(Section):
 
     @property
     def given(self) -> set[str]:
-        """Names of those that the file states."""
+        """Names of the rules that the file states."""
         return self.model_fields_set
 
 
 def rules_of(values: Mapping[str, object]) -> RulesConfig | None:
-    """Rules as a table keeps them; None for those of another version."""
+    """Rules as a table stores them; None for those of another version."""
     try:
         return RulesConfig.model_validate(values)
     except ValidationError:

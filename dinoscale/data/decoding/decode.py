@@ -154,7 +154,7 @@ class Decoder:
     """
 
     channels: int = 3
-    white: float | None = None
+    max_pixel_value: float | None = None
 
     def open(self, data: bytes, path: str) -> Picture:
         """Read the header of a JPEG file, or decode any other.
@@ -170,7 +170,7 @@ class Decoder:
         if data.startswith(NPY_START):
             with _reasons(data, path):
                 array = read_npy(data, channels=self.channels)
-                return Picture.of(to_8bit(array, white=self.white), path)
+                return Picture.of(to_8bit(array, white=self.max_pixel_value), path)
         if self.channels not in _MODES:
             with _reasons(data, path):
                 return Picture.of(self._channels_as_stored(data), path)
@@ -202,7 +202,7 @@ class Decoder:
         """Pixels of a file that has exactly the requested channels."""
         if data[:4] in TIFF_STARTS and not self._is_for_pillow(data):
             array = np.ascontiguousarray(read_tiff(data, channels=self.channels))
-            return to_8bit(array, white=self.white)
+            return to_8bit(array, white=self.max_pixel_value)
         with _opened(data) as opened:
             return self.upright_pixels(opened)
 
@@ -218,10 +218,10 @@ class Decoder:
 
     def upright_pixels(self, opened: Image.Image) -> NDArray[np.uint8]:
         """Load, convert and rotate Pillow's picture: uint8 (H, W, C); raises whatever it raises."""
-        if self.white is not None and _cut_to_8bit(opened):
+        if self.max_pixel_value is not None and _cut_to_8bit(opened):
             raise ValueError(
-                "Pillow keeps 8 of the 16 bit of colour pictures, which data.white cannot scale; "
-                "store it as NPY, or set data.white=null"
+                "Pillow keeps 8 of the 16 bit of colour pictures, which data.max_pixel_value "
+                "cannot scale; store it as NPY, or set data.max_pixel_value=null"
             )
         opened.load()
         if min(opened.size) < 1:
@@ -245,7 +245,9 @@ class Decoder:
         if image.mode == mode:
             return image
         if image.mode == "F" or image.mode.startswith("I"):
-            white = _PGM_WHITE if (image.format, image.mode) == ("PPM", "I") else self.white
+            white = (
+                _PGM_WHITE if (image.format, image.mode) == ("PPM", "I") else self.max_pixel_value
+            )
             image = Image.fromarray(to_8bit(np.asarray(image), white=white))
         elif image.mode in ("La", "RGBa"):
             image = image.convert(image.mode.upper())

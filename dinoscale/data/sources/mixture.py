@@ -75,7 +75,7 @@ def open_sources(
     *,
     manifest: str | None = None,
     shuffle_buffer: int = 512,
-    distinct_images: int | None = None,
+    subset_size: int | None = None,
     max_lost: float = 1.0,
     alive: Callable[[], None] = lambda: None,
 ) -> StoredSource:
@@ -97,9 +97,9 @@ def open_sources(
         ConfigError: there are fewer images than `distinct_images`, or they are streamed.
     """
     for spec in specs:
-        if is_remote(spec) and distinct_images is not None:
+        if is_remote(spec) and subset_size is not None:
             raise ConfigError(
-                f"data.distinct_images: {distinct_images} images cannot be chosen from shards that "
+                f"data.subset_size: {subset_size} images cannot be chosen from shards that "
                 f"are streamed, {shown(spec)}; name fewer of them, or copy them to a local or "
                 "mounted disk"
             )
@@ -116,14 +116,14 @@ def open_sources(
     for spec, part in zip(specs, parts, strict=True):
         require_few_left_out(part, spec, max_lost=max_lost)
     whole: StoredSource = parts[0] if len(parts) == 1 else MixedSource(parts)
-    if distinct_images is None or distinct_images == len(whole):
+    if subset_size is None or subset_size == len(whole):
         return whole  # all of them, in the order of the set itself
-    if distinct_images > len(whole):
+    if subset_size > len(whole):
         raise ConfigError(
-            f"data.distinct_images: {distinct_images} images are more than the {len(whole)} in "
+            f"data.subset_size: {subset_size} images are more than the {len(whole)} in "
             f"{' + '.join(map(shown, specs))}"
         )
-    return SubsetSource(whole, images=distinct_images)
+    return SubsetSource(whole, images=subset_size)
 
 
 def left_out_of(source: Source) -> LeftOut:

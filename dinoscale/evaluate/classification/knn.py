@@ -307,7 +307,7 @@ def _protocol(extractor: FeatureExtractor, *, ks: Sequence[int], temp: float) ->
         "interpolation": "bicubic",
         "mean": list(card.mean),
         "std": list(card.std),
-        "white": card.white,
+        "max_pixel_value": card.max_pixel_value,
     }
 
 

@@ -157,7 +157,7 @@ def describe_files(
         DataError: an image cannot be read, or is smaller than a patch.
         NonFiniteError: a feature is not a finite number.
     """
-    decoder = Decoder(card.backbone.in_chans, card.white)
+    decoder = Decoder(card.backbone.in_chans, card.max_pixel_value)
     weight = next(backbone.parameters())
     least = least_side(backbone)
     features = []

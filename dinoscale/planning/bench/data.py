@@ -204,7 +204,7 @@ def _batches(
         start_step=0,
         stop_step=_MAX_STEPS,
         num_workers=num_workers,
-        lanes=config.data.lanes,
+        stream_readers=config.data.stream_readers,
         pin_memory=pin,
     )
 

@@ -134,7 +134,7 @@ def _gathered(
     """Weights gathered at stage 3: in use, prefetched, and saved by autograd."""
     if setup.zero_stage < 3 or setup.world_size == 1:
         return 0
-    weights, most = dims.parameters, setup.live_elements
+    weights, most = dims.parameters, setup.stage3_max_live_parameters
     copies = 0 if during == "teacher" else _second_copies(dims, setup)
     live = min(weights, most)  # stage3_max_live_parameters
     if during != "teacher":
@@ -150,7 +150,7 @@ def _second_copies(dims: Dims, setup: Setup) -> float:
     """HpZ copies of student and teacher in a node, from the first forward to the optimizer step."""
     if setup.zero_stage < 3 or setup.hpz_ranks == 1:
         return 0
-    return 2 * setup.weight_bytes * dims.parameters / setup.hpz_ranks
+    return 2 * setup.weight_bytes * dims.parameters / setup.zero_hpz_partition_size
 
 
 def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
@@ -219,7 +219,7 @@ def _first_reduction(dims: Dims, setup: Setup) -> Terms:
     """Stages 2 and 3 reduce a full bucket over ranks during the backward."""
     if setup.zero_stage < 2 or dims.parameters <= setup.bucket_elements:
         return {}
-    done = max(0, setup.bucket_elements - dims.head) / dims.block  # blocks, when it is full
+    done = max(0, setup.reduce_bucket_size - dims.head) / dims.block  # blocks, when it is full
     index = max(0, dims.depth - 1 - int(done))
     working: float = 0  # stage 2 reduces within the backward of a block, stage 3 after it
     if setup.zero_stage == 2:
@@ -240,7 +240,7 @@ def _first_reduction(dims: Dims, setup: Setup) -> Terms:
 def _reduction(dims: Dims, setup: Setup) -> float:
     """Copies of a bucket while it is reduced over ranks."""
     s, c, ranks = setup.weight_bytes, setup.communication_bytes, setup.world_size
-    fill = min(dims.parameters, setup.bucket_elements)
+    fill = min(dims.parameters, setup.reduce_bucket_size)
     if setup.zero_stage == 3:  # reordered by rank; gloo makes another copy of it
         return c * fill * (1 if setup.on_gpu else 2)
     # Flattened again if it holds partitions of several ranks, or several tensors.
@@ -251,7 +251,7 @@ def _reduction(dims: Dims, setup: Setup) -> float:
 def _last_reduction(dims: Dims, setup: Setup) -> Terms:
     """Stage 0 flattens all gradients, 1 reduces its first bucket, 2 and 3 their last."""
     s, c, weights = setup.weight_bytes, setup.communication_bytes, dims.parameters
-    stage, fill = setup.zero_stage, min(dims.parameters, setup.bucket_elements)
+    stage, fill = setup.zero_stage, min(dims.parameters, setup.reduce_bucket_size)
     gradients: float
     if stage == 0:
         gradients, buffers = s * weights, weights * (s + (c if c != s else 0.0))
@@ -259,7 +259,7 @@ def _last_reduction(dims: Dims, setup: Setup) -> Terms:
         gradients = s * max(weights - fill, 0)
         if weights > fill:
             gradients = max(gradients, _own_gradients(dims, setup))
-        buffers = s * setup.bucket_elements + _reduction(dims, setup)
+        buffers = s * setup.reduce_bucket_size + _reduction(dims, setup)
     else:
         gradients = _own_gradients(dims, setup) if stage == 2 else 0
         buffers = _bucket(setup) + _reduction(dims, setup) + _second_copies(dims, setup)

@@ -40,9 +40,9 @@ class Setup:
     recompute: Recompute
     moments: int
     offload_optimizer: bool
-    bucket_elements: int
-    live_elements: int
-    hpz_ranks: int
+    reduce_bucket_size: int
+    stage3_max_live_parameters: int
+    zero_hpz_partition_size: int
     on_gpu: bool
 
     @property
@@ -72,8 +72,8 @@ def setup_of(config: RunConfig, run: RunPlan, *, on_gpu: bool) -> Setup:
         recompute=engine.recompute,
         moments=len(MOMENTS[config.optim.name]),
         offload_optimizer=engine.offload_optimizer,
-        bucket_elements=engine.bucket_elements,
-        live_elements=engine.live_elements,
-        hpz_ranks=engine.hpz_ranks,
+        reduce_bucket_size=engine.reduce_bucket_size,
+        stage3_max_live_parameters=engine.stage3_max_live_parameters,
+        zero_hpz_partition_size=engine.zero_hpz_partition_size,
         on_gpu=on_gpu,
     )

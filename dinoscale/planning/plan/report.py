@@ -148,7 +148,7 @@ def _num_images(config: RunConfig) -> tuple[int | Sequence[int], list[str]]:
             return source_sizes(open_images(config)), []
         except DataError as error:
             why = f"data.train cannot be opened here ({error})"
-    wanted = config.data.distinct_images or config.data.images_per_epoch
+    wanted = config.data.subset_size or config.data.images_per_epoch
     if wanted:
         return wanted, []
     return IMAGENET, [f"{IMAGENET:,} images, as in ImageNet-1k: {why}"]

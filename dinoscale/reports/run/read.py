@@ -19,6 +19,8 @@ from typing import Any
 from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
 from dinoscale.checkpoint.retention import Summary, summary
 from dinoscale.config import RunConfig, parse_config
+from dinoscale.config.renamed import METRICS as RENAMED
+from dinoscale.config.renamed import with_new_keys
 from dinoscale.config.secrets import hide_secrets
 from dinoscale.config.yaml_io import read_yaml
 from dinoscale.errors import ConfigError, DataError, UnreadableError
@@ -30,8 +32,8 @@ NUMBERS = (
     "loss",
     "teacher_entropy",
     "kl",
-    "target_information",
-    "target_share",
+    "target_mutual_information",
+    "max_prototype_prob",
     "lr",
     "weight_decay",
     "momentum",

@@ -17,7 +17,7 @@ _SHORT = {
     "model": "",
     "flops": "c",
     "images": "img",
-    "distinct_images": "distinct",
+    "subset_size": "distinct",
     "batch_size": "bs",
     "lr": "lr",
     "lr_factor": "lrx",

@@ -144,7 +144,7 @@ class Planner:
                 "the number of images is unknown, as data.train cannot be opened here; add the "
                 "axis images, or set data.images_per_epoch in settings"
             )
-        distinct = config.data.distinct_images
+        distinct = config.data.subset_size
         num_images = sizes or (max(of_epoch, distinct or 0),)
         plan = resolve(without_auto(config), world_size=self._world_size, num_images=num_images)
         images, key = plan.stop_step * plan.batch_size, key_of(config)
@@ -169,8 +169,8 @@ class Planner:
             if isinstance(value, VitSize):
                 sizes = (value.embed_dim, value.depth, value.num_heads)
                 settings |= dict(zip(KEYS_OF_AXES["model"], sizes, strict=True))
-            elif name == "distinct_images":
-                settings["data.distinct_images"] = self._distinct(value, point)
+            elif name == "subset_size":
+                settings["data.subset_size"] = self._distinct(value, point)
             elif name not in ("images", "flops", "lr_factor"):
                 (key,) = KEYS_OF_AXES.get(name, (name,))
                 settings[key] = value
@@ -211,8 +211,8 @@ class Planner:
         sizes, data = self._set_sizes(config), config.data
         if data.images_per_epoch is not None:
             return data.images_per_epoch
-        if data.distinct_images is not None or sizes is None:
-            return data.distinct_images
+        if data.subset_size is not None or sizes is None:
+            return data.subset_size
         return sum(sizes)
 
     def _set_sizes(self, config: RunConfig) -> tuple[int, ...] | None:

@@ -15,6 +15,7 @@ import json
 from typing import Any
 
 from dinoscale.config import RunConfig
+from dinoscale.config.renamed import with_first_names
 from dinoscale.data.shards.remote import is_remote
 
 NOT_IN_KEY = (
@@ -32,9 +33,9 @@ NOT_IN_KEY = (
     "engine.recompute",
     "engine.compile",
     "engine.offload_optimizer",
-    "engine.bucket_elements",
-    "engine.live_elements",
-    "engine.hpz_ranks",
+    "engine.reduce_bucket_size",
+    "engine.stage3_max_live_parameters",
+    "engine.zero_hpz_partition_size",
 )
 _MICRO_BATCH = "train.micro_batch_size"  # see `_depends_on_micro_batch`
 
@@ -50,6 +51,7 @@ def key_of(config: RunConfig) -> str:
         else:
             values.pop(section, None)
     given = {section: value for section, value in values.items() if value != {}}
+    given = with_first_names(given)
     text = json.dumps(given, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from dinoscale.config.renamed import AXES, with_new_keys, with_new_names
 from dinoscale.errors import DataError
 from dinoscale.runtime.outputs import replace_text
 
@@ -179,6 +180,8 @@ def _row(columns: Sequence[str], cells: Sequence[str], *, where: str) -> Row:
     values = {name: _value(name, text, where) for name, text in zip(columns, cells, strict=True)}
     metrics = values["metrics"].items()
     values["metrics"] = {name: _finite(value, where) for name, value in metrics}
+    values["axes"] = with_new_keys(values["axes"], AXES)
+    values["config"] = with_new_names(values["config"])
     return Row(**values)
 
 

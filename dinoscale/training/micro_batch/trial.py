@@ -134,7 +134,7 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
 def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) -> RunConfig:
     """The run with `passes` micro-batches per step and one step per epoch."""
     train = {"batch_size": size * world_size * passes, "micro_batch_size": size}
-    data = {"train": None, "images_per_epoch": None, "distinct_images": None}
+    data = {"train": None, "images_per_epoch": None, "subset_size": None}
     return config.model_copy(
         update={
             "train": config.train.model_copy(update=train),

@@ -350,7 +350,7 @@ def test_bad_override_is_explained(empty: str, override: str, message: str) -> N
             "train.stop_after_steps=",
             "train.stop_after_steps: needs a whole number, or null, got ''",
         ),
-        ("data.white=", "data.white: needs a number, or null, got ''"),
+        ("data.max_pixel_value=", "data.max_pixel_value: needs a number, or null, got ''"),
         ("optim.lr='2'", "optim.lr: needs a number, got '2' (text)"),
         ("optim.lr=true", "optim.lr: needs a number, got true"),
         ("optim.lr=.nan", "optim.lr: needs a finite number, got nan"),

@@ -241,13 +241,15 @@ def test_text_without_a_plan_says_so() -> None:
 def test_hpz_groups_are_whole_and_within_nodes() -> None:
     config = parse_config(
         {
-            "engine": {"zero_stage": 3, "hpz_ranks": 4},
+            "engine": {"zero_stage": 3, "zero_hpz_partition_size": 4},
             "train": {"batch_size": 48},
             "optim": {"min_lr": 0},
         }
     )
     assert resolve(config, world_size=8, num_images=100).world_size == 8
-    with pytest.raises(ConfigError, match=r"hpz_ranks: 6 ranks are not whole groups of 4"):
+    with pytest.raises(
+        ConfigError, match=r"zero_hpz_partition_size: 6 ranks are not whole groups of 4"
+    ):
         resolve(config, world_size=6, num_images=100)
     require_groups_within_nodes(config, ranks_of_node=8)
     with pytest.raises(ConfigError, match=r"4 does not divide the 6 ranks of a node"):

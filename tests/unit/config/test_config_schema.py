@@ -82,9 +82,9 @@ def _bound(key: str, needs: str, *wrong: float) -> list[tuple[str, float, str]]:
         *_bound("data.max_bad_fraction", "of at most 1", 1.1),
         *_bound("engine.zero_stage", "of at most 3", 4),
         *_bound("engine.checkpoint_every_k_blocks", "of at least 0", -1),
-        *_bound("engine.bucket_elements", "of at least 1", 0),
-        *_bound("engine.live_elements", "of at least 1", 0),
-        *_bound("engine.hpz_ranks", "of at least 1", 0),
+        *_bound("engine.reduce_bucket_size", "of at least 1", 0),
+        *_bound("engine.stage3_max_live_parameters", "of at least 1", 0),
+        *_bound("engine.zero_hpz_partition_size", "of at least 1", 0),
         *_bound("eval.every_epochs", "of at least 1", 0),
         *_bound("eval.k", "of at least 1", 0),
         *_bound("eval.batch_size", "of at least 1", 0),
@@ -131,16 +131,19 @@ def test_mean_and_std_have_one_number_a_channel() -> None:
         "data.mean: item 5 of the list needs a value of at most 1, got 2"
     ]
     assert _config(data__channels=1, data__mean=[0.5], data__std=[0.2]).data.mean == (0.5,)
-    assert _messages(data__white=0) == ["data.white: needs a value above 0, got 0"]
+    assert _messages(data__max_pixel_value=0) == [
+        "data.max_pixel_value: needs a value above 0, got 0"
+    ]
 
 
 def test_colours_change_in_the_workers_for_one_or_three_channels_only() -> None:
     four = {"data__channels": 4, "data__mean": [0.5] * 4, "data__std": [0.5] * 4}
-    assert _messages(data__colors="workers", **four) == [
-        "data.colors: 'workers' needs data.channels 1 or 3, got 4; set data.colors=device"
+    assert _messages(data__color_ops_on="workers", **four) == [
+        "data.color_ops_on: 'workers' needs data.channels 1 or 3, got 4; "
+        "set data.color_ops_on=device"
     ]
     gray = {"data__channels": 1, "data__mean": [0.5], "data__std": [0.5]}
-    assert _config(data__colors="workers", **gray).data.channels == 1
+    assert _config(data__color_ops_on="workers", **gray).data.channels == 1
 
 
 def test_crops_must_be_whole_patches() -> None:
@@ -282,10 +285,9 @@ def test_every_field_is_described() -> None:
     ("key", "reason"),
     [
         ("overlap_comm", "results have been compared on CPUs only"),
-        ("mics_shard_size", "DeepSpeed has removed MiCS; engine.hpz_ranks keeps"),
+        ("mics_shard_size", "DeepSpeed has removed MiCS; engine.zero_hpz_partition_size keeps"),
         ("zero_quantized_weights", "weights rounded to 8 bit give other numbers"),
         ("zero_quantized_gradients", "gradients rounded to 4 bit give other numbers"),
-        ("zero_hpz_partition_size", "is called engine.hpz_ranks here"),
     ],
 )
 def test_what_deepspeed_offers_and_a_run_must_not_use_is_refused_with_the_reason(
@@ -297,8 +299,13 @@ def test_what_deepspeed_offers_and_a_run_must_not_use_is_refused_with_the_reason
 
 
 def test_hpz_is_of_stage_3() -> None:
-    assert _messages(engine__hpz_ranks=8) == [
-        "engine.hpz_ranks: needs engine.zero_stage 3, got 2; at lower stages every rank has all"
-        " weights"
+    assert _messages(engine__zero_hpz_partition_size=8) == [
+        "engine.zero_hpz_partition_size: needs engine.zero_stage 3, got 2; at lower stages every"
+        " rank has all weights"
     ]
-    assert _config(engine__hpz_ranks=8, engine__zero_stage=3).engine.hpz_ranks == 8
+    assert (
+        _config(
+            engine__zero_hpz_partition_size=8, engine__zero_stage=3
+        ).engine.zero_hpz_partition_size
+        == 8
+    )

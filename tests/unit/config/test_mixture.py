@@ -69,8 +69,8 @@ def test_mistakes_in_a_mixture_are_one_sentence(empty: str, written: str, messag
 
 
 def test_images_are_not_chosen_from_a_mixture() -> None:
-    with pytest.raises(ConfigError, match=r"data\.distinct_images: 9 images cannot be chosen from"):
-        _mixture(1.0, 1.0, distinct_images=9)
+    with pytest.raises(ConfigError, match=r"data\.subset_size: 9 images cannot be chosen from"):
+        _mixture(1.0, 1.0, subset_size=9)
 
 
 def test_an_epoch_of_one_source_is_all_of_it_unless_a_number_is_given() -> None:
@@ -86,7 +86,7 @@ def test_an_epoch_of_one_source_is_all_of_it_unless_a_number_is_given() -> None:
 
 def test_an_epoch_of_chosen_images_is_all_of_them_unless_a_number_is_given() -> None:
     for wanted, steps in ((None, 4), (100, 10)):
-        config = _mixture(3.0, images_per_epoch=wanted, distinct_images=40)
+        config = _mixture(3.0, images_per_epoch=wanted, subset_size=40)
         plan = resolve(config, world_size=1, num_images=[105])
         assert (plan.quotas, plan.steps_per_epoch) == ((steps * 10,), steps)
         assert (plan.num_images, plan.source_sizes) == (40, (105,))
@@ -117,8 +117,8 @@ def test_quotas_are_whole_steps_within_one_of_the_exact_share(
         (_mixture(1.0, 1e-6), (50, 50), r"of 100 images an epoch, none would come from /s1"),
         (_mixture(1.0, 1.0), (50, 0), r"data\.train: /s1 has no images"),
         (_mixture(1.0, images_per_epoch=9), (50,), r"data\.images_per_epoch: 9 images do not fill"),
-        (_mixture(1.0, distinct_images=9), (50,), r"data\.distinct_images: 9 images do not fill"),
-        (_mixture(1.0, distinct_images=51), (50,), r"images: 51 images are more than the 50 in"),
+        (_mixture(1.0, subset_size=9), (50,), r"data\.subset_size: 9 images do not fill"),
+        (_mixture(1.0, subset_size=51), (50,), r"subset_size: 51 images are more than the 50 in"),
         (_mixture(1.0, 1.0), (4, 5), r"data\.train: 9 images do not fill one batch of 10"),
     ],
 )

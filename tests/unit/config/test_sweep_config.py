@@ -26,13 +26,13 @@ def _lines(folder: Path, text: str) -> list[str]:
 
 def test_values_are_read_as_written(tmp_path: Path) -> None:
     axes = "model: [tiny, {embed_dim: 48, depth: 2, head_dim: 16}]\n  images: [1e5, 200_000]\n"
-    axes += "  distinct_images: [0.5, 1000, 1.0]\n  seed: [0, 1]\n  head.num_prototypes: [64, 128]"
+    axes += "  subset_size: [0.5, 1000, 1.0]\n  seed: [0, 1]\n  head.num_prototypes: [64, 128]"
     sweep = _load(tmp_path, f"{HEAD}axes:\n  {axes}\n")
     assert sweep.design == "grid"
     assert sweep.axes.by_name() == {
         "model": ("tiny", ModelSize(embed_dim=48, depth=2, head_dim=16)),
         "images": (100_000, 200_000),
-        "distinct_images": (0.5, 1000, 1.0),
+        "subset_size": (0.5, 1000, 1.0),
         "seed": (0, 1),
         "head.num_prototypes": (64, 128),
     }
@@ -91,9 +91,9 @@ LIST = HEAD + "design: list\nruns: [%s]\n"
         ),
         (GRID % "lr: [-1]", [": axes.lr: item 1 of the list needs a value above 0, got -1"]),
         (
-            GRID % "distinct_images: [0.5, 1]",
+            GRID % "subset_size: [0.5, 1]",
             [
-                ": axes.distinct_images: item 2 of the list: needs a whole number of at least 2, or"
+                ": axes.subset_size: item 2 of the list: needs a whole number of at least 2, or"
                 " a fraction of the set above 0 and at most 1.0, got 1"
             ],
         ),
@@ -130,7 +130,7 @@ LIST = HEAD + "design: list\nruns: [%s]\n"
             GRID % "batchsize: [1]",
             [
                 ": axes.batchsize: unknown axis, did you mean 'batch_size'; known are model, flops,"
-                " images, distinct_images, batch_size, lr, lr_factor, seed, and settings such as"
+                " images, subset_size, batch_size, lr, lr_factor, seed, and settings such as"
                 " head.num_prototypes"
             ],
         ),
@@ -256,7 +256,7 @@ LIST = HEAD + "design: list\nruns: [%s]\n"
             [
                 ": runs, item 2: is empty; name at least one axis",
                 ": runs, item 3: sed: unknown axis, did you mean 'seed'; known are model, flops,"
-                " images, distinct_images, batch_size, lr, lr_factor, seed, and settings such as"
+                " images, subset_size, batch_size, lr, lr_factor, seed, and settings such as"
                 " head.num_prototypes",
             ],
         ),

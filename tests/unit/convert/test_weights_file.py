@@ -252,10 +252,13 @@ def test_the_epsilon_of_the_norms_is_built(tmp_path: Path, state: dict[str, Tens
 
 def test_cards_of_the_previous_format_are_still_read() -> None:
     card = json.loads(CARD.to_json())
+    card["white"] = card.pop("max_pixel_value")
+    assert parse_card(json.dumps({**card, "format": 3})) == CARD
     del card["backbone"]["norm_eps"]
     assert parse_card(json.dumps({**card, "format": 2})) == CARD
-    with pytest.raises(CheckpointError, match="norm_eps"):
-        parse_card(json.dumps(card))
+    for number, unknown in ((3, "norm_eps"), (4, "white")):
+        with pytest.raises(CheckpointError, match=unknown):
+            parse_card(json.dumps({**card, "format": number}))
 
 
 def test_giants_are_recognised_by_their_width() -> None:
@@ -283,7 +286,9 @@ def test_a_truncated_file_is_refused(
 def test_a_card_is_read_strictly() -> None:
     good = json.loads(CARD.to_json())
     assert parse_card(json.dumps(good)) == CARD
-    gray = replace(CARD, backbone=replace(SHAPE, in_chans=1), mean=(0.5,), std=(0.2,), white=4095.0)
+    gray = replace(
+        CARD, backbone=replace(SHAPE, in_chans=1), mean=(0.5,), std=(0.2,), max_pixel_value=4095.0
+    )
     assert parse_card(gray.to_json()) == gray
     bad_cards = [
         {**good, "format": 1},
@@ -291,8 +296,8 @@ def test_a_card_is_read_strictly() -> None:
         {key: value for key, value in good.items() if key != "mean"},
         {**good, "mean": [0.5]},
         {**good, "std": ["0.5"] * 3},
-        {**good, "white": 0},
-        {**good, "white": float("inf")},
+        {**good, "max_pixel_value": 0},
+        {**good, "max_pixel_value": float("inf")},
         {**good, "backbone": {**good["backbone"], "in_chans": 4}},
         {**good, "crop": 0},
         {**good, "resize": "256"},
@@ -550,6 +555,6 @@ def test_the_card_is_where_other_programs_look_for_it(
     save_backbone(tmp_path / "w", state, CARD)
     with safe_open(tmp_path / "w", framework="pt") as file:
         card = json.loads(file.metadata()["dinoscale"])
-    assert card["format"] == 3
+    assert card["format"] == 4
     assert card["backbone"] == asdict(SHAPE)
     assert (card["mean"], card["crop"]) == ([0.1, 0.2, 0.3], 32)

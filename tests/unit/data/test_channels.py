@@ -137,7 +137,7 @@ def test_deep_colour_png_files_keep_their_upper_bits_and_refuse_another_white() 
     array = pixels(0, channels=4, dtype="uint16")
     np.testing.assert_array_equal(_decoded(deep_png(array), 4), array >> 8)
     for channels in (1, 3, 4):
-        assert "data.white" in _reason(deep_png(array), channels, 4095)
+        assert "data.max_pixel_value" in _reason(deep_png(array), channels, 4095)
 
 
 def test_deep_rgba_tiff_files_keep_all_bits() -> None:

@@ -91,7 +91,7 @@ def test_synthetic_images_are_told_by_what_draws_them() -> None:
         f"synthetic:shapes?images=24&size={size}&seed={seed}" for size in (8, 16) for seed in (0, 1)
     ]
     assert len(set(map(_identity, drawn))) == 4
-    assert open_sources(drawn[:1], distinct_images=5).identity() != _identity(drawn[0])
+    assert open_sources(drawn[:1], subset_size=5).identity() != _identity(drawn[0])
 
 
 def test_a_size_that_cannot_be_read_is_no_other_size(
@@ -111,6 +111,6 @@ def test_a_size_that_cannot_be_read_is_no_other_size(
 @pytest.mark.parametrize("make", [_folder, _list, _tar])
 def test_computing_the_identity_calls_alive(tmp_path: Path, make: Callable[[Path], str]) -> None:
     signs: list[bool] = []
-    source = open_sources([make(tmp_path)], distinct_images=2)  # through those around it
+    source = open_sources([make(tmp_path)], subset_size=2)  # through those around it
     source.identity(lambda: signs.append(True))
     assert signs

@@ -82,7 +82,7 @@ def test_too_much_left_out_is_refused_with_what_and_why(
     message = r"1 of 4 pictures .* data\.max_bad_fraction=0\.2 .*1\.right\.jpg.*a key of its own"
     for images in (None, 2):
         with pytest.raises(DataError, match=message):
-            open_sources([tar], max_lost=0.2, distinct_images=images)
+            open_sources([tar], max_lost=0.2, subset_size=images)
 
 
 def test_sets_of_the_online_knn_are_held_to_the_same_rule(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_batches_of_a_stream_tell_once_what_is_left_out_of_each_shard(
     crops = MultiCrop(global_size=16, local_size=8, num_local=1)
     batches = train_batches(
         source, crops, batch_size=4, micro_batch_size=4, seed=0, rank=0, world_size=1,
-        start_step=0, stop_step=4, num_workers=workers, lanes=2,
+        start_step=0, stop_step=4, num_workers=workers, stream_readers=2,
     )  # fmt: skip  # two epochs
     found = [batch.left_out for batch in batches]
     assert left_out_counts(source, found) == {"same_key": 2}

@@ -161,7 +161,7 @@ def _ids_and_crops(
                 start_step=steps[0],
                 stop_step=steps[1],
                 num_workers=workers,
-                lanes=2,
+                stream_readers=2,
             )
         )
         for rank in range(world)
@@ -214,7 +214,7 @@ def test_unreadable_image_is_replaced_from_its_block(server: Server) -> None:
     for workers in (0, 2):
         batches = train_batches(
             source, CROPS, batch_size=4, micro_batch_size=2, seed=0, rank=0, world_size=1,
-            start_step=0, stop_step=16, num_workers=workers, lanes=2,
+            start_step=0, stop_step=16, num_workers=workers, stream_readers=2,
         )  # fmt: skip
         found.append([bad for batch in batches for bad in batch.bad])
     assert found[0] == found[1]

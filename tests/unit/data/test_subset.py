@@ -24,7 +24,7 @@ SPEC = "synthetic:shapes?images=40&size=8&seed=3"
 CONFIG = parse_config(
     {
         "crops": {"global_size": 16, "local_size": 16, "num_local": 1},
-        "data": {"train": SPEC, "distinct_images": 10},
+        "data": {"train": SPEC, "subset_size": 10},
         "train": {"batch_size": 4, "micro_batch_size": 2},
     }
 )
@@ -82,7 +82,7 @@ def test_a_billion_images_take_no_memory() -> None:
 
 
 def test_an_image_and_its_path_are_those_of_the_set() -> None:
-    whole, subset = open_sources([SPEC]), open_sources([SPEC], distinct_images=10)
+    whole, subset = open_sources([SPEC]), open_sources([SPEC], subset_size=10)
     numbers = {whole.path(i): i for i in range(40)}
     for index in range(10):
         number = numbers[subset.path(index)]
@@ -95,7 +95,7 @@ def test_an_image_and_its_path_are_those_of_the_set() -> None:
 
 
 def test_all_images_are_the_set_itself() -> None:
-    assert isinstance(open_sources([SPEC], distinct_images=40), ShapesSource)
+    assert isinstance(open_sources([SPEC], subset_size=40), ShapesSource)
 
 
 def test_the_set_is_counted_whole_and_in_part() -> None:
@@ -104,13 +104,13 @@ def test_the_set_is_counted_whole_and_in_part() -> None:
 
 
 def test_more_images_than_there_are_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ConfigError, match=r"data.distinct_images: 41 images are more than the 40"):
-        open_sources([SPEC], distinct_images=41)
+    with pytest.raises(ConfigError, match=r"data.subset_size: 41 images are more than the 40"):
+        open_sources([SPEC], subset_size=41)
 
 
 def test_a_stream_cannot_be_taken_in_part() -> None:
     with pytest.raises(ConfigError, match="5 images cannot be chosen from shards that are strea"):
-        open_sources(["https://x.invalid/{0..9}.tar"], distinct_images=5)
+        open_sources(["https://x.invalid/{0..9}.tar"], subset_size=5)
 
 
 def _epochs(source: Source, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> list[Batch]:
@@ -150,7 +150,7 @@ def test_ranks_and_workers_change_nothing() -> None:
 def test_an_unreadable_image_is_named_by_its_own_file(tmp_path: Path) -> None:
     for number in range(12):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
-    subset = open_sources([str(tmp_path)], distinct_images=10)
+    subset = open_sources([str(tmp_path)], subset_size=10)
     broken = subset.path(2)
     Path(broken).write_bytes(b"no image")
     bad = [sample for batch in _epochs(subset) for sample in batch.bad]

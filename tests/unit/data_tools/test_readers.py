@@ -272,7 +272,7 @@ def test_arrays_of_seven_channels_are_packed_measured_and_verified(tmp_path: Pat
         workers=1,
     )
     assert (built["samples"], built["left_out"]) == (5, 0)
-    decoder = Decoder(7, white=1000.0)
+    decoder = Decoder(7, max_pixel_value=1000.0)
     spec = str(tmp_path / "out")
     assert verify_shards(spec, decoder, out=None, workers=1)["bad"] == 0
     assert verify_shards(spec, out=None, workers=1)["bad"] == 5  # three channels are wanted
@@ -280,7 +280,7 @@ def test_arrays_of_seven_channels_are_packed_measured_and_verified(tmp_path: Pat
     pixels = np.stack(arrays).reshape(-1, 7) / 1000
     np.testing.assert_allclose(stats["mean"], pixels.mean(0), atol=0.002)
     np.testing.assert_allclose(stats["std"], pixels.std(0), atol=0.002)
-    assert stats["overrides"][:2] == ["data.channels=7", "data.white=1000"]
+    assert stats["overrides"][:2] == ["data.channels=7", "data.max_pixel_value=1000"]
 
 
 def test_index_is_made_before_a_training_and_kept(

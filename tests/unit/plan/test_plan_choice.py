@@ -47,7 +47,9 @@ def test_one_rank_sends_nothing() -> None:
 
 
 def test_hpz_gathers_from_all_in_the_first_forwards_and_within_a_node_later() -> None:
-    setup = replace(SETUP, zero_stage=3, world_size=8, accumulation_steps=2, hpz_ranks=4)
+    setup = replace(
+        SETUP, zero_stage=3, world_size=8, accumulation_steps=2, zero_hpz_partition_size=4
+    )
     found = {t.group: t for t in transfers(DIMS, setup) if t.collective == "all-gather"}
     assert {group: t.times for group, t in found.items()} == {8: 2, 4: 4}
     assert found[8].sent_bytes == 2 * 7 / 8 * 2 * WEIGHTS
@@ -67,13 +69,13 @@ def test_one_in_a_nodes_gpus_bytes_leaves_the_node_and_the_slower_link_counts() 
 def test_weights_are_prefetched_if_two_blocks_may_be_live() -> None:
     setup = replace(SETUP, zero_stage=3, live_elements=2 * DIMS.block)
     for live, ahead in ((2 * DIMS.block, True), (2 * DIMS.block - 1, False)):
-        found = transfers(DIMS, replace(setup, live_elements=live))
+        found = transfers(DIMS, replace(setup, stage3_max_live_parameters=live))
         beside = {t.collective: t.beside_compute for t in found}
         assert beside == {"all-gather": ahead, "reduce-scatter": False}
 
 
 def test_a_step_waits_for_what_compute_cannot_hide() -> None:
-    setup = replace(SETUP, zero_stage=3, live_elements=10_000)
+    setup = replace(SETUP, zero_stage=3, stage3_max_live_parameters=10_000)
     found = transfers(DIMS, setup)  # weights 6 PART beside, gradients 4 PART alone
     links = replace(LINKS, within=PART)
     slow = waited_s(found, links, compute_s=1.0)

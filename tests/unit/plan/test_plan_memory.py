@@ -30,9 +30,9 @@ SETUPS = st.builds(
     recompute=st.sampled_from(["pointwise", "all_but_attention", "block"]),
     moments=st.just(2),
     offload_optimizer=st.just(False),
-    bucket_elements=st.integers(500, 5000),
-    live_elements=st.just(50_000_000),
-    hpz_ranks=st.just(1),
+    reduce_bucket_size=st.integers(500, 5000),
+    stage3_max_live_parameters=st.just(50_000_000),
+    zero_hpz_partition_size=st.just(1),
     on_gpu=st.booleans(),
 )
 

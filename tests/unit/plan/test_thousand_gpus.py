@@ -20,12 +20,17 @@ STAGES = {
     "1": ["engine.zero_stage=1"],
     "2": ["engine.zero_stage=2"],
     "3": ["engine.zero_stage=3"],
-    "3, hpZ": ["engine.zero_stage=3", "engine.hpz_ranks=8"],
+    "3, hpZ": ["engine.zero_stage=3", "engine.zero_hpz_partition_size=8"],
 }
 
 
 def _plan(size: str, stage: str) -> dict[str, Any]:
-    overrides = [*COMMON, *SIZES[size], f"engine.live_elements={LIVE[size]}", *STAGES[stage]]
+    overrides = [
+        *COMMON,
+        *SIZES[size],
+        f"engine.stage3_max_live_parameters={LIVE[size]}",
+        *STAGES[stage],
+    ]
     return make_plan(
         load_config("vit_l16", overrides),
         gpus=1000,
@@ -74,4 +79,4 @@ def test_commands_for_a_thousand_gpus_are_those_of_the_tables() -> None:
     text = README.read_text()
     for overrides in (COMMON, *SIZES.values(), *STAGES.values()):
         assert all(override in text for override in overrides), overrides
-    assert all(f"engine.live_elements={live}" in text for live in LIVE.values())
+    assert all(f"engine.stage3_max_live_parameters={live}" in text for live in LIVE.values())

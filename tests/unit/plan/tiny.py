@@ -40,8 +40,8 @@ SETUP = Setup(
     recompute="block",
     moments=2,
     offload_optimizer=False,
-    bucket_elements=1000,
-    live_elements=1000,
-    hpz_ranks=1,
+    reduce_bucket_size=1000,
+    stage3_max_live_parameters=1000,
+    zero_hpz_partition_size=1,
     on_gpu=True,
 )

@@ -79,12 +79,12 @@ def test_a_list_has_its_runs_and_no_others(tmp_path: Path) -> None:
 
 
 def test_every_axis_reaches_the_configuration(tmp_path: Path) -> None:
-    axes = "model: [tiny], distinct_images: [0.5], batch_size: [32], lr: [0.001], seed: [7]"
+    axes = "model: [tiny], subset_size: [0.5], batch_size: [32], lr: [0.001], seed: [7]"
     (run,) = _runs(tmp_path, f"axes: {{{axes}}}")
     config = run.config
     model = config.model
     assert (model.embed_dim, model.depth, model.num_heads, model.patch_size) == (192, 12, 3, 4)
-    assert (config.data.distinct_images, run.distinct_images) == (800, 800)
+    assert (config.data.subset_size, run.distinct_images) == (800, 800)
     assert (config.train.batch_size, config.optim.lr, config.seed) == (32, 0.001, 7)
     assert run.images == 25 * 800
 
@@ -163,7 +163,7 @@ def test_models_beyond_the_limits_are_left_out_by_name(tmp_path: Path) -> None:
         {"checkpoint__keep_last": 9},
         {"eval__every_epochs": 1},
         {"eval__batch_size": 3},
-        {"engine__bucket_elements": 2**20},
+        {"engine__reduce_bucket_size": 2**20},
         {"engine__zero_stage": 3},
         {"engine__checkpoint_every_k_blocks": 1},
         {"head__batch_norm": False, "train__micro_batch_size": 16},
@@ -179,7 +179,7 @@ def test_a_key_does_not_depend_on_what_cannot_change_a_result(same: dict[str, ob
     [
         {"seed": 1},
         {"data__images_per_epoch": 64},
-        {"data__distinct_images": 64},
+        {"data__subset_size": 64},
         {"engine__precision": "fp32"},
         {"train__stop_after_steps": 3},
         {"train__micro_batch_size": 16},
@@ -250,14 +250,14 @@ def test_a_set_that_is_not_here_is_noted(tmp_path: Path) -> None:
             ],
         ),
         (
-            "axes: {distinct_images: [2000]}",
+            "axes: {subset_size: [2000]}",
             [
-                "run distinct2000: data.distinct_images: 2000 images are more than the 1600 in"
+                "run distinct2000: data.subset_size: 2000 images are more than the 1600 in"
                 " data.train"
             ],
         ),
         (
-            NO_SUCH_SET + "axes: {distinct_images: [0.5]}",
+            NO_SUCH_SET + "axes: {subset_size: [0.5]}",
             [
                 "run distinct0.5: distinct_images: a fraction, 0.5, needs the size of data.train,"
                 " which cannot be opened here; give a number of images"

@@ -42,10 +42,10 @@ def test_runs_begin_in_their_order_as_soon_as_there_is_room() -> None:
 
 
 def test_fewer_images_may_be_seen_than_there_are_different_ones(tmp_path: Path) -> None:
-    (run,) = _plan(tmp_path, "axes: {distinct_images: [1.0], images: [1600]}")["runs"]
+    (run,) = _plan(tmp_path, "axes: {subset_size: [1.0], images: [1600]}")["runs"]
     assert (run["images"], run["distinct_images"]) == (1600, 1600)
     (run,) = _plan(
-        tmp_path, "settings: {train.epochs: 5}\naxes: {distinct_images: [1600], images: [640]}"
+        tmp_path, "settings: {train.epochs: 5}\naxes: {subset_size: [1600], images: [640]}"
     )["runs"]
     assert (run["images"], run["distinct_images"]) == (640, 640)
 

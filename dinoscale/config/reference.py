@@ -1,0 +1,133 @@
+"""The reference of all settings, in Markdown, from the schema.
+
+`python -m dinoscale.config.reference > configs/README.md` rewrites the file in the repository.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from dinoscale.config.load import describe_presets
+from dinoscale.config.mistakes import sections
+from dinoscale.config.schema import RunConfig
+
+_HEAD = """\
+# Settings
+
+<!-- Written by `python -m dinoscale.config.reference > configs/README.md`; do not edit. -->
+
+One YAML file describes a run. What it leaves out has the default below, so a file states only what
+differs. Unknown keys, wrong types and values out of range are refused, each with one sentence.
+
+```bash
+dinoscale presets                                             # every preset, in a line
+dinoscale config vit_b16 train.batch_size=512 --world-size 8  # all settings; no GPU needed
+```
+
+**Presets.** A preset is a file in `pretrain/`, and its name stands for its path:
+`dinoscale train vit_s16`. `base/` and `model/` hold the parts that presets share, `sweep/` holds
+[sweeps](sweep/README.md).
+
+**Layers.** A file inherits from the files under `defaults`, given by a path relative to the file or
+by the name of a preset:
+
+```yaml
+defaults: [vit_s16]  # of several, a later one wins over an earlier one
+train:
+  epochs: 300        # the file itself wins over its defaults
+data:
+  train: /data/images
+```
+
+`section.key=value` on the command line wins over all files: `optim.lr=1e-3`,
+`crops.global_scale=[0.3,1.0]`, `eval.train=null`. Mappings merge; lists and scalars replace.
+Another `model.backbone` drops the sizes given for the one before.
+
+**Renamed settings.** An old name is refused with the new one; run directories, checkpoints and
+tables of sweeps that hold old names are read.
+
+Sources: [C] the code of Caron et al. 2021 (arXiv:2104.14294), [P] the paper, [D] this project.
+
+## Presets
+
+| preset | what it is |
+| --- | --- |
+"""
+_TABLE = "| setting | value | default | meaning |\n| --- | --- | --- | --- |\n"
+_KINDS = {
+    "integer": "integer",
+    "number": "number",
+    "string": "text",
+    "boolean": "`true`, `false`",
+    "null": "`null`",
+}
+
+
+def reference() -> str:
+    """The whole page: presets, then a table of settings for each section."""
+    presets = (f"| `{name}` | {_cell(text)} |\n" for name, text in describe_presets().items())
+    parts = sections()
+    tables = [_section("Top level", "", RunConfig)]
+    tables += [_section(f"`{key}`", f"{key}.", part) for key, part in parts.items()]
+    return _HEAD + "".join(presets) + "".join(tables)
+
+
+def _section(title: str, prefix: str, part: type[BaseModel]) -> str:
+    schema, inner = part.model_json_schema(), sections(part)
+    rows = "".join(
+        f"| `{prefix}{key}` | {_cell(_kind(field, schema))} | `{_plain(field['default'])}` |"
+        f" {_cell(field['description'])} |\n"
+        for key, field in schema["properties"].items()
+        if key not in inner
+    )
+    return f"\n## {title}\n\n{schema['description']}\n\n{_TABLE}{rows}"
+
+
+def _kind(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    """Type and allowed values, in words."""
+    if "enum" in field:
+        return ", ".join(f"`{_plain(value)}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{_plain(field['const'])}`"
+    for union in ("anyOf", "oneOf"):
+        if union in field:
+            return " or ".join(_kind(choice, schema) for choice in field[union])
+    if field["type"] == "array":
+        items = field.get("prefixItems") or [field["items"]]
+        count = f"{len(items)} " if "prefixItems" in field else ""
+        return f"list of {count}{_items(items[0], schema)}"
+    return f"{_KINDS[field['type']]} {_range(field)}".rstrip()
+
+
+def _items(item: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    if "$ref" in item:
+        name = item["$ref"].rpartition("/")[2]
+        return f"mappings of {' and '.join(schema['$defs'][name]['properties'])}"
+    return f"{_KINDS[item['type']]}s {_range(item)}".rstrip()
+
+
+def _range(field: Mapping[str, Any]) -> str:
+    """Bounds, such as `>= 1` or `in [0, 1)`."""
+    low = field.get("minimum", field.get("exclusiveMinimum"))
+    high = field.get("maximum", field.get("exclusiveMaximum"))
+    if low is None:
+        return ""
+    if high is None:
+        return f"{'>=' if 'minimum' in field else '>'} {low}"
+    left, right = "[" if "minimum" in field else "(", "]" if "maximum" in field else ")"
+    return f"in {left}{low}, {high}{right}"
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _cell(text: str) -> str:
+    """One line, with nothing that ends a cell."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,53 @@
+"""configs/README.md: every setting, as the schema has it today."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from dinoscale.config import load_config
+from dinoscale.config.mistakes import sections
+from dinoscale.config.reference import reference
+from dinoscale.config.schema import RunConfig
+
+README = Path(__file__).resolve().parents[3] / "configs" / "README.md"
+COMMAND = "python -m dinoscale.config.reference > configs/README.md"
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_reference_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("dinoscale.config.reference", run_name="__main__")
+    written = README.read_text(encoding="utf-8")
+    assert capsys.readouterr().out == written, f"run: {COMMAND}"
+    assert COMMAND in written
+
+
+def test_every_setting_has_a_row() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \|.*\| .+ \|$", reference(), re.MULTILINE)
+    parts = sections()
+    leaves = [f"{name}.{key}" for name, part in parts.items() for key in part.model_fields]
+    assert set(rows) >= {*leaves, *(RunConfig.model_fields.keys() - parts.keys())}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| `crops.local_scale` | list of 2 numbers | `[0.05, 0.4]` | Area of a local crop.",
+        "| `model.drop_path_rate` | number in [0, 1) | `0.1` |",
+        "| `dino.momentum` | number in (0, 1] | `0.996` |",
+        "| `data.std` | list of numbers > 0 | `[0.229, 0.224, 0.225]` |",
+        "| `data.train` | text or list of mappings of source and weight or `null` | `null` |",
+        "| `engine.compile` | `auto`, `true`, `false` | `auto` |",
+        "| `train.micro_batch_size` | integer >= 1 or `auto` | `64` |",
+    ],
+)
+def test_values_are_told_in_words(row: str) -> None:
+    assert f"\n{row}" in reference()
+
+
+def test_the_file_in_the_head_is_one(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", reference(), re.DOTALL)
+    (tmp_path / "run.yaml").write_text(example)
+    config = load_config(str(tmp_path / "run.yaml"), ["optim.lr=1e-3", "eval.train=null"])
+    assert (config.train.epochs, config.data.train) == (300, "/data/images")
