@@ -96,7 +96,10 @@ def _add_channels(command: argparse.ArgumentParser) -> None:
         "--channels", type=int, default=3, metavar="C", help="as data.channels (default 3)"
     )
     command.add_argument(
-        "--white", type=float, metavar="X", help="as data.white: the value of 1.0 in deep pixels"
+        "--white",
+        type=float,
+        metavar="X",
+        help="as data.max_pixel_value: the value of 1.0 in deep pixels",
     )
     command.add_argument("--white", help=argparse.SUPPRESS)
 

@@ -191,7 +191,7 @@ def _add_data_views(commands: SubCommands) -> None:
     crops.add_argument(
         "--plain",
         action="store_true",
-        help="augment with the slow reference implementation (data.colors=workers)",
+        help="augment with the slow reference implementation (data.color_ops_on=workers)",
     )
     crops.set_defaults(run=_show_crops)
 

@@ -13,8 +13,9 @@ from dinoscale.runtime.outputs import METADATA_KEY
 
 __all__ = ["METADATA_KEY", "BackboneCard", "BackboneShape", "Preprocessing", "parse_card"]
 
-FORMAT = 3  # of the card; a higher one was written by a newer dinoscale
-_WITHOUT_NORM_EPS = 2  # the previous format, still read
+FORMAT = 4  # of the card; a file with a higher one was written by a newer dinoscale
+_WITH_WHITE = 3  # the formats before, still read: max_pixel_value was called white
+_WITHOUT_NORM_EPS = 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class BackboneCard:
     resize: int  # short side, pixels
     crop: int  # pixels
     source: str  # where the weights come from, for readers
-    white: float | None = None  # pixel value that means 1 in files of more than 8 bit; None guesses
+    max_pixel_value: float | None = None  # means 1 in files of more than 8 bit; None guesses
 
     def to_json(self) -> str:
         """Write the card; equal cards give equal text."""

@@ -109,7 +109,7 @@ def train_batches(
         stop_step: end of the run, exclusive.
         num_workers: worker processes; 0 decodes in this process.
         quotas: draws from each source of a mixture in an epoch; None draws every image once.
-        lanes: for a stream: lanes for each micro-batch of a step; see `StreamSampler`.
+        stream_readers: for a stream: lanes for each micro-batch of a step; see `StreamSampler`.
         pin_memory: hand out page-locked memory.
 
     Raises:
@@ -125,8 +125,10 @@ def train_batches(
     }
     quotas = quotas or drawn_sizes(source)
     if isinstance(source, StreamSource):
-        sampler: StepSampler = StreamSampler(source.blocks, quota=quotas[0], lanes=lanes, **sizes)
-        of_rank = lanes * sampler.accumulation_steps
+        sampler: StepSampler = StreamSampler(
+            source.blocks, quota=quotas[0], lanes=stream_readers, **sizes
+        )
+        of_rank = stream_readers * sampler.accumulation_steps
         num_workers = _num_sharing_workers(of_rank, num_workers)
         source = source.serving(lanes=of_rank // max(num_workers, 1))
     else:

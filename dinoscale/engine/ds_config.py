@@ -105,9 +105,9 @@ def _shared(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
             # 0: a gathered copy that outlives the step would hide updates written to the shards.
             "stage3_param_persistence_threshold": 0,
             "stage3_model_persistence_threshold": 0,
-            "stage3_max_live_parameters": engine.live_elements,
-            "stage3_max_reuse_distance": engine.live_elements,
-            "stage3_prefetch_bucket_size": engine.live_elements // 2,
+            "stage3_max_live_parameters": engine.stage3_max_live_parameters,
+            "stage3_max_reuse_distance": engine.stage3_max_live_parameters,
+            "stage3_prefetch_bucket_size": engine.stage3_max_live_parameters // 2,
             "stage3_module_granularity_threshold": 0,  # student.py chooses the leaf modules
             "stage3_use_all_reduce_for_fetch_params": False,
             "stage3_allgather_sequential": False,

@@ -126,7 +126,7 @@ class StepMetrics:
         return self._numbers[6]
 
     @property
-    def target_share(self) -> float:
+    def max_prototype_prob(self) -> float:
         """Share of the strongest prototype in these targets, 0 to 1."""
         return self._numbers[7]
 

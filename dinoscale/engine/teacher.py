@@ -8,7 +8,8 @@ that overlaps with the preparation of the next batch;
 stage 3 keeps it partitioned as the student is and gathers layer by layer. Bytes per rank, with P
 parameters of s bytes in the compute dtype on W ranks: 4 P / W + s P at stages 0-2,
 (4 + s) P / W plus the layers in flight at stage 3 (each parameter or group padded to W parts), and
-s P / hpz_ranks from the first forward of a step to its end, where hpZ keeps a second copy per node.
+s P / zero_hpz_partition_size from the first forward of a step to its end, where hpZ keeps a second
+copy per node.
 
 An EMA in bf16 would not move: (1 - m)(s - t) is below half a bf16 ulp of t for m near 1.
 """

@@ -101,7 +101,7 @@ class LoadedBackbone:
     @property
     def decoder(self) -> Decoder:
         """Decodes images to the channels of this backbone."""
-        return Decoder(self.card.backbone.in_chans, self.card.white)
+        return Decoder(self.card.backbone.in_chans, self.card.max_pixel_value)
 
     def untrained(self: AnyBackbone) -> AnyBackbone:
         """The same architecture and preparation with fresh weights, the same at every call."""
@@ -160,7 +160,9 @@ class FeatureExtractor(LoadedBackbone):
             batch_size=options.batch_size,
             device=self.device,
             num_workers=options.num_workers,
-            output_key=f"{output_key} of {card.backbone}, white {card.white}" if cached else None,
+            output_key=f"{output_key} of {card.backbone}, white {card.max_pixel_value}"
+            if cached
+            else None,
             progress=options.progress and progress,
         )
 

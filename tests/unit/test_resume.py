@@ -73,8 +73,8 @@ def test_another_mixture_is_refused(
 def test_other_distinct_images_are_refused(
     then: int, now: int | None, size_now: int, says: str
 ) -> None:
-    first = _config({"train": "/a", "distinct_images": then, "images_per_epoch": 40})
-    other = _config({"train": "/a", "distinct_images": now, "images_per_epoch": 40})
+    first = _config({"train": "/a", "subset_size": then, "images_per_epoch": 40})
+    other = _config({"train": "/a", "subset_size": now, "images_per_epoch": 40})
     _resume(first, first, sizes=[100], sizes_now=[100])
     with pytest.raises(ConfigError, match=says):
         _resume(first, other, sizes=[100], sizes_now=[size_now])

@@ -19,7 +19,7 @@ def image_sets(config: RunConfig) -> dict[str, tuple[str | None, Open]]:
     `data.max_bad_fraction` of it is left out.
     """
     parts = [part.source for part in config.data.sources]
-    decoder = Decoder(config.data.channels, config.data.white)
+    decoder = Decoder(config.data.channels, config.data.max_pixel_value)
     max_lost = config.data.max_bad_fraction
 
     def open_training(alive: Alive) -> Source:
@@ -28,7 +28,7 @@ def image_sets(config: RunConfig) -> dict[str, tuple[str | None, Open]]:
             decoder,
             manifest=config.data.manifest,
             shuffle_buffer=1,  # one image after another is enough for a look
-            distinct_images=config.data.distinct_images,
+            subset_size=config.data.subset_size,
             max_lost=max_lost,
             alive=alive,
         )

@@ -112,7 +112,7 @@ def read_huggingface(
     card = reference_card(replace(shape, norm_eps=eps), source=content.name)
     card = parse_card(_with_preprocessing(card, content.preprocessing or {}).to_json())
     if content.card is not None:  # the one entry that the library's files cannot store
-        card = replace(card, white=parse_card(content.card).white)
+        card = replace(card, max_pixel_value=parse_card(content.card).max_pixel_value)
     return Weights(backbone, None, card, "hf", left_out)
 
 

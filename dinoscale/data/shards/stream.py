@@ -5,7 +5,7 @@ sequence is a function of (seed, step), whatever the number of ranks and workers
 continues with the next image, skipping whole shards by their counts. What is not: the shuffle is
 local. Shards come in random order, but the images of a micro-batch come from one block of
 neighbours, so the shards themselves should be filled in random order. The order also depends on
-micro_batch_size, `data.lanes` and `data.shuffle_buffer`.
+micro_batch_size, `data.stream_readers` and `data.shuffle_buffer`.
 """
 
 import copy

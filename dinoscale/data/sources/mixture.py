@@ -86,7 +86,7 @@ def open_sources(
         decoder: decodes their files.
         manifest: where the counts of streamed shards are, if not beside them.
         shuffle_buffer: most images of a streamed shard held in memory, to permute them.
-        distinct_images: take only so many of the images; None takes all.
+        subset_size: take only so many of the images; None takes all.
         max_lost: fraction of the pictures of a source that may be left out, as `LeftOut` counts
             them.
         alive: as in `open_source`.
@@ -94,7 +94,7 @@ def open_sources(
     Raises:
         DataError: one of them cannot be opened, too much of it is left out, or a stream is mixed
             with others.
-        ConfigError: there are fewer images than `distinct_images`, or they are streamed.
+        ConfigError: there are fewer images than `subset_size`, or they are streamed.
     """
     for spec in specs:
         if is_remote(spec) and subset_size is not None:

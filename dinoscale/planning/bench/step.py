@@ -196,7 +196,7 @@ def _input_of(config: RunConfig, process: Process) -> tuple[RunPlan, Source]:
         sizes = source_sizes(source)
         return resolve(config, world_size=process.world_size, num_images=sizes), source
     data = config.data
-    wanted = max(data.distinct_images or 0, data.images_per_epoch or 0)
+    wanted = max(data.subset_size or 0, data.images_per_epoch or 0)
     count = max(config.train.batch_size, wanted) * _STEPS_PER_EPOCH
     pictures = RandomPictures(count, config.data.channels)
     return resolve(config, world_size=process.world_size, num_images=count), pictures

@@ -79,10 +79,14 @@ def transfers(dims: Dims, setup: Setup) -> list[Transfer]:
 
 def _gathers(dims: Dims, setup: Setup) -> list[Transfer]:
     """Weights at stage 3: teacher forward, student forward and backward, in every pass."""
-    ranks, of_node, gathers = setup.world_size, setup.hpz_ranks, 3 * setup.accumulation_steps
+    ranks, of_node, gathers = (
+        setup.world_size,
+        setup.zero_hpz_partition_size,
+        3 * setup.accumulation_steps,
+    )
     of_all = gathers if of_node == 1 else 2  # the node keeps what the first forwards gathered
     # A block is prefetched while the one before it computes.
-    prefetches = setup.live_elements >= 2 * dims.block
+    prefetches = setup.stage3_max_live_parameters >= 2 * dims.block
     found = []
     for what, group, times in (
         ("weights", ranks, of_all),

@@ -70,7 +70,7 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
         "optimizer": states,
         "teacher": average + forward + 4 * FP32 * dims.prototypes,  # center, sums, mean target
         "activations": FP32 * setup.micro_batch_size * dims.pixels,  # crops, in float32
-        "buffers": setup.communication_bytes * setup.bucket_elements if stage == 3 else 0,
+        "buffers": setup.communication_bytes * setup.reduce_bucket_size if stage == 3 else 0,
     }
 
 
@@ -114,7 +114,7 @@ def _accumulated(dims: Dims, setup: Setup) -> Terms:
         gradients = _own_gradients(dims, setup)
     return {
         "gradients": gradients,
-        "buffers": s * setup.bucket_elements if stage == 1 else 0,  # freed at the optimizer step
+        "buffers": s * setup.reduce_bucket_size if stage == 1 else 0,  # freed at the optimizer step
     }
 
 
@@ -148,7 +148,7 @@ def _gathered(
 
 def _second_copies(dims: Dims, setup: Setup) -> float:
     """HpZ copies of student and teacher in a node, from the first forward to the optimizer step."""
-    if setup.zero_stage < 3 or setup.hpz_ranks == 1:
+    if setup.zero_stage < 3 or setup.zero_hpz_partition_size == 1:
         return 0
     return 2 * setup.weight_bytes * dims.parameters / setup.zero_hpz_partition_size
 
@@ -197,7 +197,7 @@ def _start_of_backward(dims: Dims, setup: Setup) -> Terms:
 def _bucket(setup: Setup) -> float:
     """Stages 1 and 2 allocate a whole bucket at the first gradient of a micro-batch."""
     is_new = setup.zero_stage == 2 or (setup.zero_stage == 1 and setup.accumulation_steps == 1)
-    return setup.weight_bytes * setup.bucket_elements if is_new else 0
+    return setup.weight_bytes * setup.reduce_bucket_size if is_new else 0
 
 
 def _backward_of_block(dims: Dims, setup: Setup) -> Terms:
@@ -217,7 +217,7 @@ def _backward_of_block(dims: Dims, setup: Setup) -> Terms:
 
 def _first_reduction(dims: Dims, setup: Setup) -> Terms:
     """Stages 2 and 3 reduce a full bucket over ranks during the backward."""
-    if setup.zero_stage < 2 or dims.parameters <= setup.bucket_elements:
+    if setup.zero_stage < 2 or dims.parameters <= setup.reduce_bucket_size:
         return {}
     done = max(0, setup.reduce_bucket_size - dims.head) / dims.block  # blocks, when it is full
     index = max(0, dims.depth - 1 - int(done))

@@ -24,9 +24,10 @@ class Setup:
         recompute: the part of such a block that is recomputed.
         moments: tensors per weight that the optimizer keeps.
         offload_optimizer: whether master weights, moments and EMA are in host memory.
-        bucket_elements: size of DeepSpeed's gradient buckets.
-        live_elements: weights that stage 3 keeps gathered.
-        hpz_ranks: ranks of a node that share a second copy of the weights at stage 3; 1 for none.
+        reduce_bucket_size: size of DeepSpeed's gradient buckets.
+        stage3_max_live_parameters: weights that stage 3 keeps gathered.
+        zero_hpz_partition_size: ranks of a node that share a second copy of the weights at stage 3;
+            1 for none.
         on_gpu: on a GPU, where collectives need no copies of their own.
     """
 

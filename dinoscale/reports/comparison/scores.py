@@ -23,7 +23,14 @@ Scores = Mapping[str, float]
 Kind = Literal["weights", "untrained", "floor"]
 
 DATA_KEYS = ("train", "test", "spec", "masks", "data", "images", "objects")  # of reports
-OF_THE_WEIGHTS = {"mean", "std", "white", "patch", "network"}  # last parts of protocol keys
+OF_THE_WEIGHTS = {
+    "mean",
+    "std",
+    "white",
+    "max_pixel_value",
+    "patch",
+    "network",
+}  # last parts of protocol keys
 NOT_RANKED = {"pca"}  # tasks whose number does not measure quality
 
 

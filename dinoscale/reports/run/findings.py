@@ -54,7 +54,7 @@ def _ending(state: State) -> Check:
 def _collapse(record: Record) -> Check:
     name, count = "collapse", record.events.counts["collapse"]
     if not count:
-        watched = record.series["target_information"].count > 0
+        watched = record.series["target_mutual_information"].count > 0
         return ok(
             name, "none detected" if watched else "none detected, but the log has no monitors"
         )

@@ -79,14 +79,14 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
         _PlotSpec(*entropy, noisy=True, limits=bounds, from_zero=True),
         _PlotSpec("kl", "KL(teacher || student), nats", noisy=True),
         _PlotSpec(
-            "target_information",
+            "target_mutual_information",
             "mutual information of targets and images, nats",
             noisy=True,
             limits=((0.0, "0: all targets equal"),),
             from_zero=True,
         ),
         _PlotSpec(
-            "target_share",
+            "max_prototype_prob",
             "targets assigned to the top prototype, %",
             scale=100,
             noisy=True,

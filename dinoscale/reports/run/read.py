@@ -19,8 +19,6 @@ from typing import Any
 from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
 from dinoscale.checkpoint.retention import Summary, summary
 from dinoscale.config import RunConfig, parse_config
-from dinoscale.config.renamed import METRICS as RENAMED
-from dinoscale.config.renamed import with_new_keys
 from dinoscale.config.secrets import hide_secrets
 from dinoscale.config.yaml_io import read_yaml
 from dinoscale.errors import ConfigError, DataError, UnreadableError

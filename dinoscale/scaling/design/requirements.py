@@ -51,7 +51,7 @@ def require_known_gpu(cost: CostConfig) -> None:
 def requirements_of(run: PlannedRun, cost: CostConfig, executor: ExecutorConfig) -> Requirements:
     """The requirements of one run; `cost` has passed `require_known_gpu`."""
     config, ranks = run.config, executor.nodes * executor.processes
-    num_images = max(run.images, config.data.distinct_images or 0)  # any sufficient number
+    num_images = max(run.images, config.data.subset_size or 0)  # any sufficient number
     steps = resolve(without_auto(config), world_size=ranks, num_images=num_images)
     setup = setup_of(config, steps, on_gpu=cost.gpu is not None)
     if cost.gpu is not None:

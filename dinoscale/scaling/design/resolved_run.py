@@ -228,7 +228,7 @@ class Planner:
                 self._sets[name] = None
                 self.notes.append(
                     f"data.train cannot be opened here ({error}); assumed: a run sees no image "
-                    "twice, unless data.distinct_images sets fewer"
+                    "twice, unless data.subset_size sets fewer"
                 )
         return self._sets[name]
 

@@ -40,7 +40,7 @@ class OnlineKnn:
         assert config.eval.train is not None
         assert config.eval.test is not None
         self._config = config
-        decoder = Decoder(config.data.channels, config.data.white)
+        decoder = Decoder(config.data.channels, config.data.max_pixel_value)
         train = open_set(config.eval.train, decoder)
         test = open_set(config.eval.test, decoder)
         for spec, source in ((config.eval.train, train), (config.eval.test, test)):

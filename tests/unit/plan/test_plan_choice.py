@@ -67,7 +67,7 @@ def test_one_in_a_nodes_gpus_bytes_leaves_the_node_and_the_slower_link_counts() 
 
 
 def test_weights_are_prefetched_if_two_blocks_may_be_live() -> None:
-    setup = replace(SETUP, zero_stage=3, live_elements=2 * DIMS.block)
+    setup = replace(SETUP, zero_stage=3, stage3_max_live_parameters=2 * DIMS.block)
     for live, ahead in ((2 * DIMS.block, True), (2 * DIMS.block - 1, False)):
         found = transfers(DIMS, replace(setup, stage3_max_live_parameters=live))
         beside = {t.collective: t.beside_compute for t in found}

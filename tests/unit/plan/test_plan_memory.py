@@ -74,7 +74,7 @@ def test_persistent_memory_at_stage_3_by_hand() -> None:
 
 def test_hpz_copies_of_both_networks_count_from_the_first_forwards_to_the_step() -> None:
     one = replace(SETUP, zero_stage=3, world_size=8)
-    two = replace(one, hpz_ranks=4)
+    two = replace(one, zero_hpz_partition_size=4)
     assert persistent(DIMS, two) == persistent(DIMS, one)
     copies = 2 * 2 * WEIGHTS / 4
     assert peak(DIMS, two).terms["buffers"] == peak(DIMS, one).terms["buffers"] + copies
