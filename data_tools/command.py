@@ -96,7 +96,7 @@ def _add_channels(command: argparse.ArgumentParser) -> None:
         "--channels", type=int, default=3, metavar="C", help="as data.channels (default 3)"
     )
     command.add_argument(
-        "--white",
+        "--max-pixel-value",
         type=float,
         metavar="X",
         help="as data.max_pixel_value: the value of 1.0 in deep pixels",

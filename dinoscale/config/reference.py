@@ -48,6 +48,40 @@ Another `model.backbone` drops the sizes given for the one before.
 **Renamed settings.** An old name is refused with the new one; run directories, checkpoints and
 tables of sweeps that hold old names are read.
 
+```bash
+dinoscale presets
+dinoscale config vit_b16 train.batch_size=512 --world-size 8   # every value in force; no GPU needed
+```
+
+## Micro-batches
+
+`train.batch_size` counts the images of a step over all ranks. `train.micro_batch_size=auto`
+tries, in processes of their own before the training, which share of it each rank can take at once
+without running out of memory, and accumulates gradients over the rest. What it finds is written
+to the run's `config.yaml`; a resumed run keeps it as long as it divides the images of a rank.
+
+## Which ZeRO stage
+
+P parameters of s bytes (2 in bf16), W ranks. The teacher costs 4P/W + sP bytes per rank at stages
+0 to 2 and (4 + s)P/W at stage 3, plus padding. Stage 2 is the default and right for ViT-S to
+ViT-L. Stage 3 is for models or GPUs where the weights themselves do not fit, together with
+`engine.checkpoint_every_k_blocks=1`. A CPU without bf16 instructions multiplies in float32 and
+rounds to bf16: there both types are about as fast, and bf16 keeps half the activations.
+
+## Time and memory of the blocks
+
+- `engine.compile` (`auto`: on a GPU only) compiles one block for all, at every ZeRO stage. The
+  first step then takes a minute longer. Where the compiler fails, one warning says why and
+  training goes on uncompiled. Evaluation is never compiled.
+- `engine.checkpoint_every_k_blocks=1` (or 2, 3, ...) recomputes every k-th block in the backward
+  pass. `engine.recompute` says what of it: `pointwise` keeps the outputs of products and
+  attention and recomputes norms, activations and sums; `all_but_attention` keeps the attention's
+  output only; `block` keeps nothing. Without `engine.compile` no bit of the result changes. What
+  each costs and saves is in [tests](../tests/README.md#activation-checkpointing).
+- `model.drop_path_mode=subset` does not compute dropped branches. Of each micro-batch a fixed
+  number of images drops a branch, so results depend on how a batch is split. The reference's
+  rule, each image by itself, is the default.
+
 Sources: [C] the code of Caron et al. 2021 (arXiv:2104.14294), [P] the paper, [D] this project.
 
 ## Presets

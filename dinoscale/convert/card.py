@@ -73,7 +73,8 @@ def card_text_of(conversion: Mapping[str, object]) -> str | None:
     """Text for `parse_card` out of the card of `dinoscale convert`; None if it has no backbone."""
     if "backbone" not in conversion:
         return None
-    known = {key: conversion[key] for key in BackboneCard.__dataclass_fields__ if key in conversion}
+    said = with_new_keys(conversion, CARD)
+    known = {key: said[key] for key in BackboneCard.__dataclass_fields__ if key in said}
     return json.dumps({"format": FORMAT, **known})
 
 

@@ -160,6 +160,7 @@ class FeatureExtractor(LoadedBackbone):
             batch_size=options.batch_size,
             device=self.device,
             num_workers=options.num_workers,
+            # "white": as earlier versions wrote it, whose caches stay valid.
             output_key=f"{output_key} of {card.backbone}, white {card.max_pixel_value}"
             if cached
             else None,

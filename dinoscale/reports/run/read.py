@@ -19,6 +19,8 @@ from typing import Any
 from dinoscale.checkpoint.layout import STATE_FILE, checkpoints
 from dinoscale.checkpoint.retention import Summary, summary
 from dinoscale.config import RunConfig, parse_config
+from dinoscale.config.renamed import METRICS as RENAMED
+from dinoscale.config.renamed import with_new_keys
 from dinoscale.config.secrets import hide_secrets
 from dinoscale.config.yaml_io import read_yaml
 from dinoscale.errors import ConfigError, DataError, UnreadableError
@@ -217,7 +219,8 @@ def _read_config(record: Record) -> None:
 def _read_metrics(record: Record) -> None:
     batch_size = record.config.train.batch_size if record.config else None
     before = 0  # step of the previous log line
-    for line in _objects(record, METRICS):
+    for stored in _objects(record, METRICS):
+        line = with_new_keys(stored, RENAMED)
         step = _step(line)
         if step is None:
             record.damaged[METRICS] += 1
