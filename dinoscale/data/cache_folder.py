@@ -42,7 +42,7 @@ def cached_file(kind: str, keys: Iterable[str]) -> str:
 
 
 @contextmanager
-def locked(path: str, alive: Callable[[], None] = lambda: None) -> Iterator[None]:
+def locked(path: str, heartbeat: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold the lock of a file: one process works on it, the others wait.
 
     On a file system without locks nobody waits, and the file may be made twice, which is harmless
@@ -50,12 +50,12 @@ def locked(path: str, alive: Callable[[], None] = lambda: None) -> Iterator[None
 
     Args:
         path: the file.
-        alive: called repeatedly while this process waits.
+        heartbeat: called repeatedly while this process waits.
     """
     descriptor = -1
     try:
         descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        _lock(descriptor, path, alive)
+        _lock(descriptor, path, heartbeat)
     except OSError as error:
         log.debug("no lock on %s: %s", path, error)
     try:
@@ -105,12 +105,12 @@ def keep_recent(path: str, *, most_bytes: float) -> None:
                 os.unlink(file)
 
 
-def _lock(descriptor: int, path: str, alive: Callable[[], None]) -> None:
+def _lock(descriptor: int, path: str, heartbeat: Callable[[], None]) -> None:
     if _is_locked_now(descriptor):
         return
     log.info("another process is making %s: waiting for it", path)
     while not _is_locked_now(descriptor):
-        alive()
+        heartbeat()
         time.sleep(_POLL_S)
 
 

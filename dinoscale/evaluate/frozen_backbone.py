@@ -90,13 +90,13 @@ class LoadedBackbone:
     card: BackboneCard
     device: torch.device
 
-    def open(self, spec: str, alive: Callable[[], None] = lambda: None) -> Source:
-        """Open images with the channels of this backbone; `alive` as of `open_source`.
+    def open(self, spec: str, heartbeat: Callable[[], None] = lambda: None) -> Source:
+        """Open images with the channels of this backbone; `heartbeat` as of `open_source`.
 
         Raises:
             DataError: nothing is there, it cannot be read, or it holds no images.
         """
-        return open_source(spec, self.decoder, alive)
+        return open_source(spec, self.decoder, heartbeat)
 
     @property
     def decoder(self) -> Decoder:

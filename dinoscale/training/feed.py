@@ -24,8 +24,8 @@ from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.runtime.launcher_env import Process
 
 
-def open_images(config: RunConfig, alive: Callable[[], None] = lambda: None) -> StoredSource:
-    """Open the images of data.train; `alive` is called regularly meanwhile.
+def open_images(config: RunConfig, heartbeat: Callable[[], None] = lambda: None) -> StoredSource:
+    """Open the images of data.train; `heartbeat` is called regularly meanwhile.
 
     Raises:
         ConfigError: data.train is not set.
@@ -40,7 +40,7 @@ def open_images(config: RunConfig, alive: Callable[[], None] = lambda: None) -> 
         shuffle_buffer=config.data.shuffle_buffer,
         subset_size=config.data.subset_size,
         max_lost=config.data.max_bad_fraction,
-        alive=alive,
+        heartbeat=heartbeat,
     )
 
 

@@ -69,7 +69,7 @@ def find_checkpoint(
     if is_first:
         for path, error in zip(found, errors, strict=False):
             _set_aside(path, error)
-    on_first_rank(lambda alive: clear_leftovers(run_dir, alive), heartbeat)
+    on_first_rank(lambda heartbeat: clear_leftovers(run_dir, heartbeat), heartbeat)
     return checkpoint
 
 
@@ -147,7 +147,7 @@ def _require_sums(path: Path, sums: dict[str, str], heartbeat: Callable[[], None
     if finder is None:
         return
     name = cast(str, found[finder])
-    intact = on_first_rank(lambda alive: matches(path / name, sums[name], alive), heartbeat)
+    intact = on_first_rank(lambda heartbeat: matches(path / name, sums[name], heartbeat), heartbeat)
     if not distributed.broadcast_object(intact):
         raise difference(path, name)
     raise UnreadableError(

@@ -100,12 +100,12 @@ def _unless_asked(
     Only the rank that opens it checks; a waiting rank that stopped would leave that one alone.
     """
 
-    def opened(alive: Callable[[], None]) -> S:
-        def heartbeat() -> None:
-            alive()
+    def opened(heartbeat: Callable[[], None]) -> S:
+        def heartbeat_unless_asked() -> None:
+            heartbeat()
             stop.check()
 
-        return open_set(heartbeat)
+        return open_set(heartbeat_unless_asked)
 
     return opened
 

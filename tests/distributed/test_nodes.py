@@ -179,14 +179,14 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
         keys.add(key)
         set_text(store, key, text)
 
-    def opening(alive: Callable[[], None], slow: int = 2, failing: int = -1) -> Source:
+    def opening(heartbeat: Callable[[], None], slow: int = 2, failing: int = -1) -> Source:
         opened.append(True)
         for _ in range(5 if rank == slow else 0):
             time.sleep(0.3)
-            alive()
+            heartbeat()
         if rank == failing:
             raise DataError("no disk")
-        return open_source(folder, alive=alive)
+        return open_source(folder, heartbeat=heartbeat)
 
     def counts() -> list[int]:
         found = [len(opened), len(signs), len(posts)]
@@ -223,18 +223,18 @@ def _open_by_nodes(folder: str) -> dict[str, object]:
             found |= {"alone": counts(), "images": len(again), "left": len([*own.glob("*.source")])}
     of_first: list[float] = []
 
-    def slowly(alive: Callable[[], None]) -> str:
+    def slowly(heartbeat: Callable[[], None]) -> str:
         for _ in range(5):
             time.sleep(0.3)
-            alive()
+            heartbeat()
         return "made"
 
     made = on_first_rank(slowly, lambda: of_first.append(time.monotonic()))
     of_all: list[float] = []
     done: list[int] = []
 
-    def own(alive: Callable[[], None]) -> str:
-        return slowly(alive) if rank == 2 else "at once"
+    def own(heartbeat: Callable[[], None]) -> str:
+        return slowly(heartbeat) if rank == 2 else "at once"
 
     found["by all"] = on_all_ranks(
         own, lambda: of_all.append(time.monotonic()), lambda: done.append(len(of_all))
@@ -270,10 +270,10 @@ def test_one_rank_of_a_node_lists_and_the_others_take_what_it_found(tmp_path: Pa
     assert [rank["before done"] for rank in ranks] == [[0], [0], [5]]
 
 
-def _opened(spec: str, alive: Callable[[], None]) -> Any:
+def _opened(spec: str, heartbeat: Callable[[], None]) -> Any:
     from dinoscale.data.sources.source import open_source
 
-    return open_source(spec, alive=alive)
+    return open_source(spec, heartbeat=heartbeat)
 
 
 def _open_for_measurements(folder: str) -> dict[str, list[int]]:
@@ -288,9 +288,9 @@ def _open_for_measurements(folder: str) -> dict[str, list[int]]:
     rank, listed, found = distributed.rank(), list[str](), dict[str, list[int]]()
     list_folder = source.list_folder
 
-    def listing(root: str, alive: Callable[[], None]) -> Any:
+    def listing(root: str, heartbeat: Callable[[], None]) -> Any:
         listed.append(root)
-        return list_folder(root, alive)
+        return list_folder(root, heartbeat)
 
     def count(name: str, images: list[int]) -> None:
         found[name] = [len(listed), *images]
@@ -299,7 +299,9 @@ def _open_for_measurements(folder: str) -> dict[str, list[int]]:
     sets = {"train": folder, "test": folder}
     config = tiny_config(data={"train": folder, "subset_size": None}, eval=sets)
     with patch.object(source, "list_folder", listing):
-        both = LabelledSets.open(folder, folder, lambda *at: source.open_source(at[0], alive=at[1]))
+        both = LabelledSets.open(
+            folder, folder, lambda *at: source.open_source(at[0], heartbeat=at[1])
+        )
         count("evaluate", [len(both.bank), len(both.test), *both.renumber.tolist()])
         _, source = _input_of(config, read_process(os.environ))
         count("bench", [len(source)])

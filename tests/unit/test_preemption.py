@@ -89,7 +89,7 @@ def test_request_to_stop_is_noticed_while_images_are_listed(tmp_path: Path) -> N
         signs.append(1)
         stop.ask("SIGTERM")
 
-    opens = _unless_asked(lambda alive: open_source(str(tmp_path), alive=alive), stop)
+    opens = _unless_asked(lambda heartbeat: open_source(str(tmp_path), heartbeat=heartbeat), stop)
     with pytest.raises(PreemptedError, match=r"asked to stop \(SIGTERM\)"):
         open_once_per_node(opens, ["a"], sign)
     assert len(signs) == 1

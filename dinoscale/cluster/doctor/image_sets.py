@@ -22,7 +22,7 @@ def image_sets(config: RunConfig) -> dict[str, tuple[str | None, Open]]:
     decoder = Decoder(config.data.channels, config.data.max_pixel_value)
     max_lost = config.data.max_bad_fraction
 
-    def open_training(alive: Alive) -> Source:
+    def open_training(heartbeat: Alive) -> Source:
         return open_sources(
             parts,
             decoder,
@@ -30,11 +30,11 @@ def image_sets(config: RunConfig) -> dict[str, tuple[str | None, Open]]:
             shuffle_buffer=1,  # one image after another is enough for a look
             subset_size=config.data.subset_size,
             max_lost=max_lost,
-            alive=alive,
+            heartbeat=heartbeat,
         )
 
-    def open_labelled(spec: str, alive: Alive) -> Source:
-        source = open_source(spec, decoder, alive)
+    def open_labelled(spec: str, heartbeat: Alive) -> Source:
+        source = open_source(spec, decoder, heartbeat)
         require_few_left_out(source, spec, max_lost=max_lost)
         return source
 

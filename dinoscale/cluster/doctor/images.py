@@ -93,12 +93,12 @@ def look(
     return found
 
 
-def _tried_to_open(open_set: Open, spec: str | None, alive: Alive) -> Source | _NotOpened:
+def _tried_to_open(open_set: Open, spec: str | None, heartbeat: Alive) -> Source | _NotOpened:
     """Open a set; keep an error as a fact of this node, since others may see other files."""
     if spec is None:
         return _NotOpened(None)
     try:
-        return open_set(alive)
+        return open_set(heartbeat)
     except (DinoscaleError, OSError) as error:
         return _NotOpened(str(error))
 

@@ -112,10 +112,12 @@ class RowTable:
             packed = self._read(size, _HEADER.size + begin * self._row.size)
             yield from self._named([*map(self._unpacked, _split(packed, self._row.size))])
 
-    def digest(self, *, number: int | None = None, alive: Callable[[], None] = lambda: None) -> str:
+    def digest(
+        self, *, number: int | None = None, heartbeat: Callable[[], None] = lambda: None
+    ) -> str:
         """SHA-256 of all names in order and, with `number`, of that number of each row.
 
-        `alive` is called repeatedly.
+        `heartbeat` is called repeatedly.
 
         Raises:
             DataError: the file was damaged since it was opened.
@@ -135,11 +137,11 @@ class RowTable:
             parts[0].update(table["begin"].tobytes())
             if number is not None:
                 parts[1].update(table[f"{number}"].tobytes())
-            alive()
+            heartbeat()
         for begin in range(0, self._names_bytes, _CHUNK_BYTES):
             count = min(_CHUNK_BYTES, self._names_bytes - begin)
             parts[2].update(self._read(count, self._names_at + begin))
-            alive()
+            heartbeat()
         return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
 
     def _named(self, rows: list[tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -101,7 +101,7 @@ _Scanned = tuple[Shard, list[_Row]]
 
 def open_shard_index(
     paths: Sequence[str],
-    alive: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
     *,
     num_processes: int | None = None,
 ) -> tuple[RowTable, list[Shard]]:
@@ -114,7 +114,7 @@ def open_shard_index(
 
     Args:
         paths: absolute paths, in the order of the images.
-        alive: called when a shard is finished, and while another process makes the index.
+        heartbeat: called when a shard is finished, and while another process makes the index.
         num_processes: processes that read many shards; None: one per core.
 
     Raises:
@@ -125,9 +125,9 @@ def open_shard_index(
         shards = []
         for shard in pool.map(_shard_state, paths):
             shards.append(shard)
-            alive()
+            heartbeat()
         try:
-            return _cached_index(shards, pool, alive, num_processes or available_cores())
+            return _cached_index(shards, pool, heartbeat, num_processes or available_cores())
         except OSError as error:
             log.warning(
                 "cannot keep the index of %s (%s): it is made at every start, by every process. "
@@ -135,7 +135,7 @@ def open_shard_index(
                 shards_named(paths), str(error),
             )  # fmt: skip
         try:
-            return _build(shards, pool, alive)
+            return _build(shards, pool, heartbeat)
         except OSError as error:
             raise DataError(
                 f"cannot write the index of {shards_named(paths)}: {error}. Set DINOSCALE_CACHE or "
@@ -156,7 +156,7 @@ def _shard_state(path: str) -> Shard:
 
 
 def _cached_index(
-    shards: list[Shard], pool: ThreadPoolExecutor, alive: Callable[[], None], num_processes: int
+    shards: list[Shard], pool: ThreadPoolExecutor, heartbeat: Callable[[], None], num_processes: int
 ) -> tuple[RowTable, list[Shard]]:
     path = cached_file("shards", (shard.path for shard in shards)) + ".index"
     before = _identity(path)
@@ -164,12 +164,12 @@ def _cached_index(
     if not _is_current(known, shards):
         remove_abandoned(path)
         parts = parts_of(path, shards, known)
-        make_parts(parts, path, alive, num_processes=num_processes, before=before)
-        with locked(path, alive):
+        make_parts(parts, path, heartbeat, num_processes=num_processes, before=before)
+        with locked(path, heartbeat):
             index, known = _load(path)  # another process may have made it by now
             if not _is_current(known, shards):
                 previous = [(index, known), *(_load(part.path) for part in parts)]
-                index, known = _build(shards, pool, alive, path=path, previous=previous)
+                index, known = _build(shards, pool, heartbeat, path=path, previous=previous)
             remove_parts(path)  # also those that this process made too late
     assert index is not None
     return index, known
@@ -204,7 +204,7 @@ def _is_current(known: list[Shard], shards: list[Shard]) -> bool:
 def _build(
     shards: list[Shard],
     pool: ThreadPoolExecutor,
-    alive: Callable[[], None],
+    heartbeat: Callable[[], None],
     *,
     path: str = "",
     previous: Sequence[tuple[RowTable | None, list[Shard]]] = (),
@@ -235,7 +235,7 @@ def _build(
     with RowTableWriter(NUMBERS, path) as writer:
         for shard, rows in bar:
             done.append(shard)
-            alive()
+            heartbeat()
             for row in rows:
                 writer.add(*row)
         return writer.finish({"rules": _RULES, "shards": [asdict(shard) for shard in done]}), done
@@ -270,7 +270,7 @@ def parts_of(path: str, shards: Sequence[Shard], known: Sequence[Shard]) -> list
 def make_parts(
     parts: Sequence[Part],
     path: str,
-    alive: Callable[[], None],
+    heartbeat: Callable[[], None],
     *,
     num_processes: int,
     before: tuple[int, int] | None,
@@ -280,7 +280,7 @@ def make_parts(
     Args:
         parts: parts of the index.
         path: path of the index.
-        alive: called repeatedly while shards are read, also by another process.
+        heartbeat: called repeatedly while shards are read, also by another process.
         num_processes: processes that read shards.
         before: `_identity` of the index that lacks these parts; a newer index has them.
 
@@ -319,7 +319,7 @@ def make_parts(
                     done, pending = wait(pending, _POLL_S, FIRST_COMPLETED)
                     more = sum(num_read[:]) - num_reported
                     if done or more:  # not while the storage hangs
-                        alive()
+                        heartbeat()
                     bar.update(more)
                     num_reported += more
                 missing = [part for future, part in running.items() if not future.result()]

@@ -39,7 +39,7 @@ class TarSource:
     Args:
         shards: paths of the tar files.
         decoder: decodes the files.
-        alive: called repeatedly while shards are indexed.
+        heartbeat: called repeatedly while shards are indexed.
         num_processes: processes that index many shards; None: one per core.
 
     Raises:
@@ -50,13 +50,13 @@ class TarSource:
         self,
         shards: Sequence[str],
         decoder: Decoder = RGB,
-        alive: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[], None] = lambda: None,
         *,
         num_processes: int | None = None,
     ):
         self._decoder = decoder
         paths = [os.path.abspath(path) for path in shards]
-        self._index, self._shards = open_shard_index(paths, alive, num_processes=num_processes)
+        self._index, self._shards = open_shard_index(paths, heartbeat, num_processes=num_processes)
         self.left_out = _report(self._shards)
         self._ends = list(accumulate(shard.num_images for shard in self._shards))
         self._retries = RetryBudget()
@@ -90,9 +90,9 @@ class TarSource:
         """Bytes of the files of all images."""
         return (size for _, (_, size, _) in self._index.rows(0, len(self)))
 
-    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
+    def identity(self, heartbeat: Callable[[], None] = lambda: None, /) -> str:
         """Digest of names and sizes within the shards, wherever the shards lie."""
-        return self._index.digest(number=1, alive=alive)
+        return self._index.digest(number=1, heartbeat=heartbeat)
 
     def data(self, index: int) -> bytes:
         """The file of an image as it is.

@@ -88,13 +88,13 @@ class FolderSource:
         # Not with the retries of the source, which threads would use up at once.
         return max(0, with_retries(partial(_size_of, path), f"the size of {path}"))
 
-    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
+    def identity(self, heartbeat: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the names, and of the sizes of some thousand files, which takes seconds.
 
         Raises:
             DataError: a size cannot be read.
         """
-        return _identity(self._names.digest(alive=alive), self, alive)
+        return _identity(self._names.digest(heartbeat=heartbeat), self, heartbeat)
 
     def data(self, index: int) -> bytes:
         """The file of an image as it is.
@@ -186,17 +186,19 @@ class ListSource:
     Args:
         path: path of the list.
         decoder: decodes the files.
-        alive: called repeatedly while the list is read.
+        heartbeat: called repeatedly while the list is read.
 
     Raises:
         DataError: it cannot be read, names nothing, or none of its first entries exists.
     """
 
-    def __init__(self, path: str, decoder: Decoder = RGB, alive: Callable[[], None] = lambda: None):
+    def __init__(
+        self, path: str, decoder: Decoder = RGB, heartbeat: Callable[[], None] = lambda: None
+    ):
         self._folder = os.path.dirname(os.path.abspath(path))
         self._retries = RetryBudget()
         self._decoder = decoder
-        self._names = write_names(_entries(path), of=path, alive=alive)
+        self._names = write_names(_entries(path), of=path, heartbeat=heartbeat)
         if not len(self._names):
             raise DataError(f"the list {path} is empty. Write one path of an image per line.")
         first = range(min(_FIRST_CHECKED, len(self)))
@@ -218,7 +220,7 @@ class ListSource:
         """Absolute paths of all files in the order of the images."""
         return (os.path.join(self._folder, name) for name, _ in self._names.rows(0, len(self)))
 
-    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
+    def identity(self, heartbeat: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the last two parts of all paths, and of the sizes of some thousand files.
 
         Raises:
@@ -228,8 +230,8 @@ class ListSource:
         for number, (name, _) in enumerate(self._names.rows(0, len(self))):
             names.update(os.fsencode("/".join(name.split("/")[-2:])) + b"\0")
             if number % NAMES_PER_HEARTBEAT == 0:
-                alive()
-        return _identity(names.hexdigest(), self, alive)
+                heartbeat()
+        return _identity(names.hexdigest(), self, heartbeat)
 
     def picture(self, index: int) -> Picture:
         """Read an image.
@@ -251,13 +253,13 @@ class ListSource:
         return None
 
 
-def _identity(names: str, source: FolderSource | ListSource, alive: Callable[[], None]) -> str:
+def _identity(names: str, source: FolderSource | ListSource, heartbeat: Callable[[], None]) -> str:
     """Digest of the digest of the names and of the sizes of files at even distances."""
     sizes = []
     for index in range(0, len(source), -(-len(source) // _SIZES)):
         path = source.path(index)
         sizes.append(with_retries(partial(_size_of, path), f"the size of {path}"))
-        alive()
+        heartbeat()
     return hashlib.sha256(f"{names} {sizes}".encode()).hexdigest()
 
 

@@ -16,18 +16,18 @@ MAX_IMAGE_BYTES = 2**31
 # Sources have a retries of their own.
 _RETRIES = RetryBudget()
 
-NAMES_PER_HEARTBEAT = 1000  # names listed between two calls of `alive`
+NAMES_PER_HEARTBEAT = 1000  # names listed between two calls of `heartbeat`
 
 
 def write_names(
-    names: Iterable[str], *, of: str, alive: Callable[[], None] = lambda: None
+    names: Iterable[str], *, of: str, heartbeat: Callable[[], None] = lambda: None
 ) -> RowTable:
     """Write names to a temporary table on disk.
 
     Args:
         names: in the order of the images.
         of: what they were read from, for messages.
-        alive: called repeatedly meanwhile.
+        heartbeat: called repeatedly meanwhile.
 
     Raises:
         DataError: the file cannot be written.
@@ -36,7 +36,7 @@ def write_names(
         with RowTableWriter("") as writer:
             for number, name in enumerate(names):
                 if number % NAMES_PER_HEARTBEAT == 0:
-                    alive()
+                    heartbeat()
                 writer.add(name)
             return writer.finish({})
     except OSError as error:

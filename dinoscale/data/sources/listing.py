@@ -70,43 +70,46 @@ class _Kind(IntEnum):
 _Entry = tuple[bytes, _Kind]  # its name, with a `/` behind it for a folder
 
 
-def list_folder(root: str, alive: Callable[[], None] = lambda: None) -> Listing:
+def list_folder(root: str, heartbeat: Callable[[], None] = lambda: None) -> Listing:
     """List all files below `root`, following links to files and folders.
 
     The order is the same on every machine. Memory is bounded by the largest single folders.
 
     Args:
         root: the folder.
-        alive: called repeatedly meanwhile.
+        heartbeat: called repeatedly meanwhile.
 
     Raises:
         DataError: a folder cannot be read, or the names cannot be kept in a temporary file.
         UnavailableError: the file system failed for about a minute.
     """
     log.info("listing the files in %s", root)
-    listing = _listed(root, _may_be_image, alive)
+    listing = _listed(root, _may_be_image, heartbeat)
     other_files = listing.other_files
     alone = not (len(listing.images) or other_files.shards or other_files.compressed)
     if (
         alone and other_files.by_extension[ARRAY]
     ):  # beside pictures, arrays are features or labels of them
-        return _listed(root, _is_array, alive)
+        return _listed(root, _is_array, heartbeat)
     return listing
 
 
-def _listed(root: str, is_image: Callable[[str], bool], alive: Callable[[], None]) -> Listing:
+def _listed(root: str, is_image: Callable[[str], bool], heartbeat: Callable[[], None]) -> Listing:
     other_files = OtherFiles()
-    images = _images(root, other_files, is_image, alive)
+    images = _images(root, other_files, is_image, heartbeat)
     return Listing(write_names(images, of=root), other_files)
 
 
 def _images(
-    root: str, other_files: OtherFiles, is_image: Callable[[str], bool], alive: Callable[[], None]
+    root: str,
+    other_files: OtherFiles,
+    is_image: Callable[[str], bool],
+    heartbeat: Callable[[], None],
 ) -> Iterator[str]:
     """Images in the order of their paths; counts everything else."""
     for number, (name, kind) in enumerate(_walk(root)):
         if number % NAMES_PER_HEARTBEAT == 0:
-            alive()
+            heartbeat()
         if kind is _Kind.FOLDER:
             other_files.num_folders += 1
         elif kind is _Kind.LINKED_FOLDER:

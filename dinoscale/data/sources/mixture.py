@@ -43,9 +43,9 @@ class MixedSource:
         part, within = self._find(index)
         return part.path(within)
 
-    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
+    def identity(self, heartbeat: Callable[[], None] = lambda: None, /) -> str:
         """The identities of the parts."""
-        return " ".join(part.identity(alive) for part in self.parts)
+        return " ".join(part.identity(heartbeat) for part in self.parts)
 
     def picture(self, index: int) -> Picture:
         """The picture; BadSampleError as its own source raises it."""
@@ -77,7 +77,7 @@ def open_sources(
     shuffle_buffer: int = 512,
     subset_size: int | None = None,
     max_lost: float = 1.0,
-    alive: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> StoredSource:
     """Open the sources of a training set as one.
 
@@ -89,7 +89,7 @@ def open_sources(
         subset_size: take only so many of the images; None takes all.
         max_lost: fraction of the pictures of a source that may be left out, as `LeftOut` counts
             them.
-        alive: as in `open_source`.
+        heartbeat: as in `open_source`.
 
     Raises:
         DataError: one of them cannot be opened, too much of it is left out, or a stream is mixed
@@ -112,7 +112,7 @@ def open_sources(
                 f"{shown(spec)}: shards that are streamed cannot be mixed with other sources. Name "
                 "them alone, or copy them to a local or mounted disk."
             )
-    parts = [open_source(spec, decoder, alive) for spec in specs]
+    parts = [open_source(spec, decoder, heartbeat) for spec in specs]
     for spec, part in zip(specs, parts, strict=True):
         require_few_left_out(part, spec, max_lost=max_lost)
     whole: StoredSource = parts[0] if len(parts) == 1 else MixedSource(parts)

@@ -56,10 +56,10 @@ class Source(Protocol):
 class StoredSource(Source, Protocol):
     """A source that can tell whether another start of a run has the same images."""
 
-    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
+    def identity(self, heartbeat: Callable[[], None] = lambda: None, /) -> str:
         """Digest of the names and sizes of the images in their order, wherever the set lies.
 
-        `alive` is called repeatedly if that takes long.
+        `heartbeat` is called repeatedly if that takes long.
 
         Raises:
             DataError: they cannot be read.
@@ -70,7 +70,7 @@ class StoredSource(Source, Protocol):
 def open_source(
     spec: str,
     decoder: Decoder = RGB,
-    alive: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
     *,
     num_processes: int | None = None,
 ) -> StoredSource:
@@ -85,7 +85,7 @@ def open_source(
             list of images (one path per line, relative to its folder), or `synthetic:...`. `~` at
             the start is the home folder; a comma has no special meaning.
         decoder: decodes its files.
-        alive: called repeatedly while files are listed and shards indexed, which may take hours.
+        heartbeat: called repeatedly while files are listed and shards indexed, perhaps for hours.
         num_processes: processes that index many shards; None: one per core.
 
     Raises:
@@ -113,25 +113,25 @@ def open_source(
     path = os.path.expanduser(spec)
     with_retries(lambda: path_exists(path), path)  # or the file system fails
     if os.path.isdir(path):
-        return _open_folder(path, decoder, alive, num_processes)
+        return _open_folder(path, decoder, heartbeat, num_processes)
     if path.lower().endswith(".txt") and os.path.isfile(path):
-        return ListSource(path, decoder, alive)
+        return ListSource(path, decoder, heartbeat)
     paths = [path] if os.path.exists(path) else expand_pattern(path)
     _require_shards(spec, paths)
-    return TarSource(paths, decoder, alive, num_processes=num_processes)
+    return TarSource(paths, decoder, heartbeat, num_processes=num_processes)
 
 
 def _open_folder(
-    path: str, decoder: Decoder, alive: Callable[[], None], num_processes: int | None
+    path: str, decoder: Decoder, heartbeat: Callable[[], None], num_processes: int | None
 ) -> StoredSource:
     """A folder of shards holds .tar files and no file that may be an image."""
-    listing = list_folder(path, alive)
+    listing = list_folder(path, heartbeat)
     shards, compressed = listing.other_files.shards, listing.other_files.compressed
     if len(listing.images) or not (shards or compressed):
         return FolderSource(path, listing, decoder)  # an empty one says what it holds instead
     log.info("%s holds no images but %d .tar shards: reading those", path, len(shards))
     paths = [os.path.join(path, name) for name in shards or compressed]
-    source = TarSource(paths, decoder, alive, num_processes=num_processes)
+    source = TarSource(paths, decoder, heartbeat, num_processes=num_processes)
     if shards and compressed:
         unread = LeftOut()
         unread.add(COMPRESSED, compressed[0], len(compressed) * -(-len(source) // len(shards)))

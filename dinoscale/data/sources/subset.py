@@ -46,9 +46,9 @@ class SubsetSource:
         """Where the image is, for messages."""
         return self.whole.path(self._find(index))
 
-    def identity(self, alive: Callable[[], None] = lambda: None, /) -> str:
+    def identity(self, heartbeat: Callable[[], None] = lambda: None, /) -> str:
         """The identity of the source, and the number of images taken."""
-        return f"{self.whole.identity(alive)} {self._images}"
+        return f"{self.whole.identity(heartbeat)} {self._images}"
 
     def picture(self, index: int) -> Picture:
         """The picture; BadSampleError as its own source raises it."""

@@ -237,12 +237,12 @@ def test_waiting_for_a_lock_calls_alive(tmp_path: Path) -> None:
     with open(f"{path}.lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
 
-        def alive() -> None:
+        def heartbeat() -> None:
             signs.append(1)
             if len(signs) == 2:
                 fcntl.flock(other, fcntl.LOCK_UN)
 
-        with locked(path, alive):
+        with locked(path, heartbeat):
             assert len(signs) == 2
 
 
