@@ -72,7 +72,7 @@ def test_the_input_is_not_overwritten_under_any_name(tmp_path: Path) -> None:
     _write(tmp_path / "keep.txt", "a.jpg\n")
     (tmp_path / "other.txt").symlink_to("keep.txt")
     for name in ("keep.txt", "other.txt"):
-        with pytest.raises(OutputError, match="is what is read"):
+        with pytest.raises(OutputError, match="is the input"):
             require_writable(tmp_path / name, str(tmp_path / "keep.txt"))
     require_ours(tmp_path / "keep.txt", source="https://host/keep.txt")
 

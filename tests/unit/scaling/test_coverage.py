@@ -9,7 +9,7 @@ import pytest
 from dinoscale.scaling.laws.isoflop import fit_isoflops, fit_line, isoflop_optimum
 from dinoscale.scaling.laws.laws import Interval
 from dinoscale.scaling.laws.parametric_law import fit_cost, fit_joint, joint_optimum
-from dinoscale.scaling.laws.selection import settings
+from dinoscale.scaling.laws.selection import group_by_setting
 from dinoscale.scaling.sweep.table import Row
 from tests.unit.scaling.synthetic import Truth, draw, grid, isoflop
 
@@ -20,7 +20,7 @@ AS_ASKED = {"confidence": 0.9, "samples": 200}
 
 def _intervals(rows: list[Row], *, flops: float) -> Iterator[tuple[str, Interval, float]]:
     """Name, interval and truth of all that a sweep is for."""
-    points = settings(rows, "knn")
+    points = group_by_setting(rows, "knn")
     best = TRUTH.best_parameters(flops)
     cost = fit_cost(points)
     to = {"flops": flops, "largest": flops / 2, "confidence": 0.9}
