@@ -1,6 +1,6 @@
 """From configuration and plan to student, teacher and schedules."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +108,7 @@ def build_pair(
     init_from: InitialWeights | None = None,
     *,
     values: bool = True,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:
     """The sharded student and its teacher with equal weights, from `init_from` or random.
 
@@ -120,6 +121,7 @@ def build_pair(
         plan: of the run.
         init_from: on rank 0; ignored on other ranks.
         values: whether the values matter; if not, all weights are zero.
+        heartbeat: called after each of the parts, and with each tensor that is handed out.
     """
     student_network, writes = build_on_meta(lambda: _build_network(config))
     with torch.device("meta"):
@@ -128,9 +130,20 @@ def build_pair(
     _compile_blocks(student_network, teacher_network, config, plan)
     if config.engine.zero_stage == 3:
         gather_whole_blocks(student_network, teacher_network)
+    heartbeat()
     initial = initial_values(config, writes, init_from) if values else _zeros(writes)
-    student = Student(student_network, config, plan, initial)
+    student = Student(student_network, config, plan, _beating(initial, heartbeat))
+    heartbeat()
     return student, Teacher(teacher_network, student, config, plan)
+
+
+def _beating(
+    initial: Iterable[tuple[str, Tensor]], heartbeat: Callable[[], None]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, value in initial:
+        heartbeat()
+        yield name, value
+        del value  # before the next is there
 
 
 def initial_values(

@@ -199,7 +199,8 @@ def _networks(
     heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:
     """Student and teacher, with initial weights or those of the checkpoint."""
-    student, teacher = build_pair(config, plan, init_from, values=checkpoint is None)
+    begins = checkpoint is None
+    student, teacher = build_pair(config, plan, init_from, values=begins, heartbeat=heartbeat)
     if checkpoint is not None:
         restore(checkpoint, student, teacher, heartbeat)
     return student, teacher
