@@ -1,4 +1,4 @@
-"""Parts of configuration sections: types of numbers, and the strict base class."""
+"""Parts of configuration sections: types of values, and the strict base class."""
 
 import os
 from typing import Annotated, Literal, TypeVar
@@ -22,6 +22,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 NUMBER, AUTO = "<number>", "<auto>"  # tags in pydantic's errors: which of the two was read
 NAMED, SIZE = "<named size>", "<size>"  # the same of a model in a sweep
 LADDER, LIST = "<ladder>", "<list>"  # and of a list of them
+ONE_SOURCE, MIXTURE = "<one source>", "<mixture>"  # and of the training images
 CountOrAuto = Annotated[
     Annotated[Count, Tag(NUMBER)] | Annotated[Literal["auto"], Tag(AUTO)],
     Discriminator(lambda value: AUTO if value == "auto" else NUMBER),
@@ -56,3 +57,19 @@ class Section(BaseModel):
     def _no_secrets(cls, value: _Value) -> _Value:
         require_no_secrets(value)
         return value
+
+
+class WeightedSource(Section):
+    """One source of a mixture."""
+
+    source: PathText = Field(description="A folder, shards, or 'synthetic:...'.")
+    weight: Positive = Field(
+        default=1.0, description="Its share of the images drawn, relative to the other sources."
+    )
+
+
+TrainingImages = Annotated[
+    Annotated[PathText, Tag(ONE_SOURCE)]
+    | Annotated[tuple[WeightedSource, ...], Field(strict=False), Tag(MIXTURE)],
+    Discriminator(lambda value: MIXTURE if isinstance(value, (list, tuple)) else ONE_SOURCE),
+]

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from dinoscale.config import renamed
-from dinoscale.config.fields import AUTO, LADDER, LIST, NAMED, NUMBER, SIZE
-from dinoscale.config.mixture import MIXTURE, ONE_SOURCE, WeightedSource
+from dinoscale.config.fields import (
+    AUTO,
+    LADDER,
+    LIST,
+    MIXTURE,
+    NAMED,
+    NUMBER,
+    ONE_SOURCE,
+    SIZE,
+    WeightedSource,
+)
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.secrets import hide_secrets
 

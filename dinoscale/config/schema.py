@@ -26,8 +26,9 @@ from dinoscale.config.fields import (
     Positives,
     Section,
     ThreeFractions,
+    TrainingImages,
+    WeightedSource,
 )
-from dinoscale.config.mixture import TrainingImages, WeightedSource
 from dinoscale.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.training import TrainConfig
 
