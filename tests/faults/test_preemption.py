@@ -112,7 +112,7 @@ def test_signal_amid_knn_is_heard_after_the_save_and_failing_knn_costs_its_numbe
     assert run.wait_until(lambda: steps_logged(run.run_dir) > EPOCH + 1)
     shutil.rmtree(tmp_path / "labelled")
     assert run.end() == [0] * RANKS, run.said()
-    assert "cannot be read: No such file or directory. The image may be whole" in run.said()
+    assert "cannot be read: No such file or directory. The image may be intact" in run.said()
     measured = [directory(run.run_dir, step) for step in (EPOCH, 2 * EPOCH)]
     assert [summary(path).knn_top1 for path in measured] == [50.0, None]  # two classes, all black
 
