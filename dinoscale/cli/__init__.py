@@ -28,7 +28,7 @@ _EPILOG = """examples:
   torchrun --nproc-per-node 8 -m dinoscale train my_run.yaml engine.zero_stage=3
   dinoscale launch my_run.yaml --hostfile hostfile
   deepspeed --module dinoscale doctor vit_s16 data.train=/data/images run_dir=runs/first
-  dinoscale config vit_b16 train.batch_size=512 --world-size 8
+  dinoscale config vit_b16 data.train=/data/images --world-size 8
   dinoscale plan vit_l16 --gpus 8 --gpu h100 --gpu-memory 80GB
   dinoscale export runs/first weights.safetensors
   dinoscale convert runs/first vit_s16_hf --to hf

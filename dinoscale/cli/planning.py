@@ -172,7 +172,9 @@ def _add_data_views(commands: SubCommands) -> None:
         "crops",
         help="images with the boxes of their crops, and every crop as the network sees it",
         description="Draw a contact sheet with one row per image: the image with the boxes of its"
-        " crops, then the crops as in training.",
+        " crops, then the crops as in training. Under each crop: its share of the image, and"
+        " what was done to it; the letters after `jitter` are the order of (B)rightness,"
+        " (C)ontrast, (S)aturation and (H)ue, the number after `blur` is a radius in pixels.",
     )
     add_config(crops)
     crops.add_argument(

@@ -22,8 +22,8 @@ One YAML file describes a run. What it leaves out has the default below, so a fi
 differs. Unknown keys, wrong types and values out of range are refused, each with one sentence.
 
 ```bash
-dinoscale presets                                             # every preset, in a line
-dinoscale config vit_b16 train.batch_size=512 --world-size 8  # all settings; no GPU needed
+dinoscale presets                                                # every preset, in a line
+dinoscale config vit_b16 data.train=/data/images --world-size 8  # settings, steps, rates on 8 GPUs
 ```
 
 **Presets.** A preset is a file in `pretrain/`, and its name stands for its path:
@@ -47,11 +47,6 @@ Another `model.backbone` drops the sizes given for the one before.
 
 **Renamed settings.** An old name is refused with the new one; run directories, checkpoints and
 tables of sweeps that hold old names are read.
-
-```bash
-dinoscale presets
-dinoscale config vit_b16 train.batch_size=512 --world-size 8   # every value in force; no GPU needed
-```
 
 ## Micro-batches
 

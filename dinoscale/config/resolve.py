@@ -24,7 +24,7 @@ from dinoscale.config.schema import ModelConfig, RunConfig
 from dinoscale.config.training import TrainConfig
 from dinoscale.errors import ConfigError
 
-_NO_PLAN = "none: the number of images or ranks is not known"
+_NO_PLAN = "none: data.train is not set, and the number of steps follows from its images"
 
 
 @dataclass(frozen=True)

@@ -117,12 +117,12 @@ Classifying the pattern on new drawings by {config.eval.k} nearest neighbours is
 
   weights         {result["weights"]}   (plain PyTorch, no DeepSpeed needed)
   where it looks  {result["attention_image"]}
-  curves          {result["run_dir"]}/metrics.jsonl
+  curves          dinoscale report {result["run_dir"]}
   next            dinoscale train vit_s16 data.train=/your/images run_dir=runs/first
 """
 
 
 def _verdict(gain: float) -> str:
     if gain < 0:
-        return f"so it has learned nothing: it is {-gain:.1f} points below the better baseline."
-    return f"so it has learned {gain:.1f} points more than both."
+        return f"It has learned nothing: it is {-gain:.1f} points below the better baseline."
+    return f"It has learned: it is {gain:.1f} points above the better baseline."

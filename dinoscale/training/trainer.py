@@ -15,6 +15,7 @@ import torch
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.cluster.agreement import gather_members, keep_logs, require_alike, require_shared
+from dinoscale.cluster.doctor.report import count_text
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import (
     RunPlan,
@@ -248,13 +249,13 @@ def _announce(
     """Log the run's size, model, cautions and start in a few lines."""
     parameters = sum(math.prod(shape) for shape in student.shapes.values())
     log.info(
-        "%s: %d images, %d epochs of %d steps; step = %d images = %d ranks x %d x %d micro-batches",
+        "%s: %d images, %s of %d steps; step = %d images = %s x %d x %d (micro-batches)",
         config.data.sources_text,
         plan.num_images,
-        config.train.epochs,
+        count_text(config.train.epochs, "epoch"),
         plan.steps_per_epoch,
         plan.batch_size,
-        plan.world_size,
+        count_text(plan.world_size, "rank"),
         plan.micro_batch_size,
         plan.accumulation_steps,
     )

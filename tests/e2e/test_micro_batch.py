@@ -180,12 +180,12 @@ def test_two_ranks_agree_and_a_resumed_run_does_not_search_again(
     ).end()
     assert codes == [0, 0], said
     assert f"taking {FITS} after 2 trials" in said
-    assert f"2 ranks x {FITS} x 2 micro-batches" in said
+    assert f"2 ranks x {FITS} x 2 (micro-batches)" in said
 
     codes, said = Ranks(tmp_path, *settings, world_size=1).end()
     assert codes == [0], said
     assert "trying" not in said
-    assert f"1 ranks x {FITS} x 4 micro-batches" in said
+    assert f"1 rank x {FITS} x 4 (micro-batches)" in said
 
 
 def test_where_not_one_image_fits_the_remedies_are_named(

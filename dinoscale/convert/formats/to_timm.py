@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -110,6 +111,8 @@ def reopen_timm(folder: Path, *, own_resize: bool = False) -> Reopened:
     ensure_torchvision()
     import timm
 
+    # What timm says of a load names the temporary folder that is being compared.
+    logging.getLogger("timm.models").setLevel(logging.WARNING)
     dynamic = {"dynamic_img_size": True} if own_resize else {}
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, **dynamic).eval()
     state = load_file(folder / WEIGHTS_FILE)

@@ -107,7 +107,7 @@ def _assumptions(sweep: SweepConfig, hours: Sequence[float]) -> list[str]:
     if cost.gpu is None:
         sentences.append("GB count the tensors of a rank, without the process itself")
     if hours:
-        sentences.append("hours count training steps only, not startup, evaluation or queueing")
+        sentences.append("times count training steps only, not startup, evaluation or queueing")
     limit = sweep.executor.slurm.hours
     longer = sum(each > limit for each in hours)
     if sweep.executor.kind != "local" and longer:

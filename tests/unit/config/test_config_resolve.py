@@ -234,7 +234,7 @@ def test_a_micro_batch_is_a_number_or_auto(value: str) -> None:
 def test_text_without_a_plan_says_so() -> None:
     other = parse_config({"model": {"backbone": "vit_small_patch16_dinov3"}})
     text = describe_text(other, None)
-    assert "# plan: none: the number of images or ranks is not known\n" in text
+    assert "# plan: none: data.train is not set, and the number of steps" in text
     assert "# parameters.backbone: not known before the model is built\n" in text
 
 
