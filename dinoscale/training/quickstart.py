@@ -2,10 +2,13 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from dinoscale.convert.run_checkpoint import card_of
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.engine.build import build_networks
 from dinoscale.engine.precision import fastest_precision
-from dinoscale.errors import RunFailedError
+from dinoscale.errors import PreemptedError, RunFailedError
 from dinoscale.evaluate.classification.knn import evaluate_knn
 from dinoscale.evaluate.dense.attention import evaluate_attention
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
@@ -27,6 +30,7 @@ from dinoscale.training.hooks.events import count_events
 log = logging.getLogger(__name__)
 
 PRESET = "quickstart"
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def quickstart(run_dir: Path) -> dict[str, Any]:
@@ -40,6 +44,7 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
         (a collapse, a skipped step).
 
     Raises:
+        PreemptedError: it was asked to stop, and has saved or is about to.
         RunFailedError: the training ended with an error.
     """
     precision = fastest_precision()
@@ -78,9 +83,29 @@ def _pretrain(overrides: list[str]) -> None:
     training = ["train", PRESET, *overrides]
     command = on_this_node(training, processes=processes, port=free_port(), environ=environment)
     log.info("pre-training on %d processes: %s", processes, " ".join(command[2:]))
-    done = subprocess.run(command, env=environment, stdout=sys.stderr)
-    if done.returncode:
-        raise RunFailedError(f"the training ended with exit code {done.returncode}; see above")
+    code, asked = _end_of(command, environment)
+    if asked or code == PreemptedError.exit_code:
+        raise PreemptedError("the training was asked to stop, and saves; the same command goes on")
+    if code:
+        raise RunFailedError(f"the training ended with exit code {code}; see above")
+
+
+def _end_of(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, bool]:
+    """Exit code of a launcher, and whether this process was asked to stop, as it then is too."""
+    asked = False
+    with subprocess.Popen(command, env=environment, stdout=sys.stderr) as launcher:
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            nonlocal asked
+            asked = True
+            launcher.terminate()
+
+        before = {number: signal.signal(number, stop) for number in _STOPPING}
+        try:
+            return launcher.wait(), asked
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _accuracies(config: RunConfig, weights: Path, untrained: Path) -> dict[str, float]:

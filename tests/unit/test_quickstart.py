@@ -1,0 +1,34 @@
+"""What the quickstart says of the end of its training."""
+
+import os
+import signal
+import sys
+import threading
+
+import pytest
+
+from dinoscale.errors import DinoscaleError, PreemptedError, RunFailedError
+from dinoscale.training import quickstart
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(75, PreemptedError), (1, RunFailedError), (2, RunFailedError)]
+)
+def test_exit_code_of_the_training_is_understood(
+    monkeypatch: pytest.MonkeyPatch, code: int, error: type[DinoscaleError]
+) -> None:
+    command = [sys.executable, "-c", f"raise SystemExit({code})"]
+    monkeypatch.setattr(quickstart, "on_this_node", lambda *_, **__: command)
+    with pytest.raises(error):
+        quickstart._pretrain([])
+
+
+def test_signal_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(quickstart, "on_this_node", lambda *_, **__: command)
+    before = signal.getsignal(signal.SIGTERM)
+    ready = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    ready.start()
+    with pytest.raises(PreemptedError, match="the same command goes on"):
+        quickstart._pretrain([])
+    assert signal.getsignal(signal.SIGTERM) is before
