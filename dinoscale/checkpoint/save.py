@@ -1,6 +1,6 @@
 """Write a checkpoint in the background: copy to memory, write, add checksums, rename.
 
-Training pauses for the copy only. Threads then write, and synchronize over the board, never by a
+Training pauses for the copy only. Threads then write, and synchronize over the store, never by a
 collective, which would interleave with those of training. A directory gets its name once the files
 of all ranks and their checksums are on disk, so a directory named step_* is complete.
 """
@@ -289,7 +289,7 @@ class Saver:
 
 
 def _key(number: int) -> str:
-    """Board key of a save's result; KEY/RANK holds the report of each rank."""
+    """Store key of a save's result; KEY/RANK holds the report of each rank."""
     return f"save/{number}"
 
 

@@ -160,8 +160,7 @@ class FeatureExtractor(LoadedBackbone):
             batch_size=options.batch_size,
             device=self.device,
             num_workers=options.num_workers,
-            # "white": as earlier versions wrote it, whose caches stay valid.
-            output_key=f"{output_key} of {card.backbone}, white {card.max_pixel_value}"
+            output_key=f"{output_key} of {card.backbone}, max_pixel_value {card.max_pixel_value}"
             if cached
             else None,
             progress=options.progress and progress,

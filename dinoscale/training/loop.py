@@ -480,7 +480,7 @@ class Run:
             )
 
     def _wait_for_save(self) -> SaveResult | None:
-        """Wait until no rank writes or uses rank 0's board; return a failed save of any rank."""
+        """Wait until no rank writes or uses rank 0's store; return a failed save of any rank."""
         if self.saved_step is None:
             return None
         step, heartbeat = self.saved_step, self.watchdog.heartbeat
