@@ -46,7 +46,7 @@ def add_convert(commands: SubCommands) -> None:
     convert.add_argument("target", metavar="TARGET", help="file or folder to write")
     convert.add_argument("--to", choices=_FORMATS, required=True, help="format to write")
     convert.add_argument(
-        "--weights",
+        *("--network", "--weights"),  # as evaluate calls it, and as this once did
         choices=("teacher", "student"),
         default="teacher",
         help="network of a run or full checkpoint (default teacher)",
@@ -111,7 +111,7 @@ def _convert(options: argparse.Namespace) -> dict[str, Any]:
         Path(options.source),
         Path(options.target),
         to=options.to,
-        network=options.weights,
+        network=options.network,
         head=options.head,
         dtype=options.dtype,
         size=options.size,
