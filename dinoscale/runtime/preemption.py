@@ -15,6 +15,12 @@ _AGAIN_S = 3.0  # launchers repeat a Ctrl-C for ranks that have had it; a later 
 _HEARD = b"\nstopping after this step, which is saved; Ctrl-C again ends at once, unsaved\n"
 
 
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask this process to stop, those of its terminal unless it ignores them."""
+    ignored = signal.SIG_IGN  # as by nohup, and in the background
+    return [*SIGNALS, *(n for n in _OF_TERMINALS if signal.getsignal(n) is not ignored)]
+
+
 class StopRequest:
     """Records a request to stop; the run checks it in each step."""
 
@@ -27,11 +33,8 @@ class StopRequest:
         self.reason: str | None = None
         self._answer = answer
         self._by_hand_at: float | None = None  # of the first Ctrl-C
-        for number in SIGNALS:
+        for number in stop_signals():
             signal.signal(number, self._remember)
-        for number in _OF_TERMINALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup, and in the background
-                signal.signal(number, self._remember)
 
     @property
     def asked(self) -> bool:

@@ -25,12 +25,12 @@ from dinoscale.evaluate.dense.attention import evaluate_attention
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.runtime.distributed import free_port
 from dinoscale.runtime.launcher_env import on_this_node
+from dinoscale.runtime.preemption import stop_signals
 from dinoscale.training.hooks.events import count_events
 
 log = logging.getLogger(__name__)
 
 PRESET = "quickstart"
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def quickstart(run_dir: Path) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _end_of(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int
             asked = True
             launcher.terminate()
 
-        before = {number: signal.signal(number, stop) for number in _STOPPING}
+        before = {number: signal.signal(number, stop) for number in stop_signals()}
         try:
             return launcher.wait(), asked
         finally:

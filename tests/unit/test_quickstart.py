@@ -23,6 +23,16 @@ def test_exit_code_of_the_training_is_understood(
         quickstart._pretrain([])
 
 
+def test_signal_that_is_ignored_as_by_nohup_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"]
+    monkeypatch.setattr(quickstart, "on_this_node", lambda *_, **__: command)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        quickstart._pretrain([])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_signal_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(quickstart, "on_this_node", lambda *_, **__: command)
