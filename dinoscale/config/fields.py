@@ -35,6 +35,8 @@ Momentum = Annotated[float, Field(gt=0, le=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 # strict=False lets a YAML list become a tuple; its items stay strict.
 Pair = Annotated[tuple[float, float], Field(strict=False)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+BetaPair = Annotated[tuple[_Beta, _Beta], Field(strict=False)]
 ThreeFractions = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
 Fractions = Annotated[tuple[Fraction, ...], Field(strict=False)]
 Positives = Annotated[tuple[Positive, ...], Field(strict=False)]

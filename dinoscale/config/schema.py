@@ -6,6 +6,7 @@ is checked in that section, a rule joining two in `RunConfig`, a rule that needs
 ranks or images in `resolve`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from dinoscale.config.backbones import RESNET50, named_patch_size, named_vit_size
 from dinoscale.config.engine import EngineConfig
 from dinoscale.config.fields import (
+    BetaPair,
     Count,
     CountOrZero,
     Fraction,
@@ -30,6 +32,7 @@ from dinoscale.config.fields import (
     WeightedSource,
 )
 from dinoscale.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
+from dinoscale.config.objectives import IbotConfig, KoleoConfig
 from dinoscale.config.training import TrainConfig
 
 
@@ -45,12 +48,37 @@ class ModelConfig(Section):
     embed_dim: Count | None = Field(default=None, description="Width of a token.")
     depth: Count | None = Field(default=None, description="Number of transformer blocks.")
     num_heads: Count | None = Field(default=None, description="Attention heads per block.")
+    layer_scale: Positive | None = Field(
+        default=None,
+        description="Initial factor of each residual branch, one trained number per channel; null: "
+        "the named model's own, none in most. 1e-5 in DINOv2.",
+    )
+    ffn: Literal["mlp", "swiglu"] | None = Field(
+        default=None,
+        description="Feed-forward layer: mlp (GELU, four times the width) or swiglu (two thirds of "
+        "that, a multiple of 8, as in DINOv2's largest models); null: the named model's own.",
+    )
+    registers: CountOrZero | None = Field(
+        default=None,
+        description="Register tokens (arXiv:2309.16588), without positions; null: the named "
+        "model's own, none in most.",
+    )
+    position_resize: Literal["by_factor", "by_size"] | None = Field(
+        default=None,
+        description="How position embeddings are resized to other grids. by_factor: bicubic with "
+        "scale factor (n + 0.1) / stored. Source: [C]. by_size: bicubic to the size, antialiased, "
+        "as DINOv2 with registers; null: by_size with registers, by_factor without.",
+    )
     drop_path_rate: float = Field(
         default=0.1,
         ge=0,
         lt=1,
         description="Stochastic depth of the student: fraction dropped in the last block, rising "
         "linearly from 0 in the first. 0.0 for resnet50, which has none. Source: [C].",
+    )
+    drop_path_uniform: bool = Field(
+        default=False,
+        description="Drop the same fraction in all blocks, as DINOv2 does.",
     )
     drop_path_mode: Literal["per_image", "subset"] = Field(
         default="per_image",
@@ -86,7 +114,8 @@ class ModelConfig(Section):
         return self
 
     def _refuse_vit_sizes(self) -> None:
-        keys = ("patch_size", "embed_dim", "depth", "num_heads")
+        sizes = ("patch_size", "embed_dim", "depth", "num_heads")
+        keys = (*sizes, "layer_scale", "ffn", "registers", "position_resize")
         given = [key for key in keys if getattr(self, key) is not None]
         if given:
             raise ValueError(f"{given[0]}: {RESNET50} has none, leave it out")
@@ -197,8 +226,21 @@ class AugmentConfig(Section):
 
 
 class DinoConfig(Section):
-    """The objective and the teacher: temperatures dimensionless, warm-ups in epochs."""
+    """The class tokens' objective, the targets and the teacher.
 
+    Temperatures are dimensionless, warm-ups in epochs.
+    """
+
+    loss_weight: PositiveOrZero = Field(
+        default=1.0, description="Weight of the class tokens' loss. Source: [C]."
+    )
+    targets: Literal["centering", "sinkhorn_knopp"] = Field(
+        default="centering",
+        description="How the teacher's outputs become targets, those of patches too. centering: "
+        "softmax after subtracting a moving average. Source: [C]. sinkhorn_knopp: prototypes are "
+        "used equally within each step, in 3 iterations over all ranks and micro-batches, as in "
+        "DINOv2's larger models.",
+    )
     student_temp: Positive = Field(default=0.1, description="Softmax temperature. Source: [C].")
     center_momentum: Fraction = Field(
         default=0.9, description="Share of the old center kept per step. Source: [C]."
@@ -212,6 +254,11 @@ class DinoConfig(Section):
     warmup_teacher_temp_epochs: CountOrZero = Field(
         default=0, description="Epochs from the first temperature to the second. Source: [C]."
     )
+    teacher_temp_changes: Literal["per_epoch", "per_step"] = Field(
+        default="per_epoch",
+        description="Whether the warm-up of the temperature moves once an epoch ([C]) or with "
+        "every step (DINOv2).",
+    )
     momentum: Momentum = Field(
         default=0.996,
         description="Momentum of the teacher's EMA at the start: the share of the old weights that "
@@ -221,16 +268,42 @@ class DinoConfig(Section):
     freeze_last_layer_epochs: CountOrZero = Field(
         default=1, description="Epochs in which the prototypes do not move. Source: [C]."
     )
+    freeze_last_layer_by: Literal["skipping", "zero_rate"] = Field(
+        default="skipping",
+        description="What a frozen prototype is spared. skipping: the whole update, so that its "
+        "moments start afterwards. Source: [C]. zero_rate: its rate is 0 and the moments move, as "
+        "in DINOv2.",
+    )
 
 
 class OptimConfig(Section):
     """The optimizer and its schedules."""
 
     name: Literal["adamw", "sgd"] = Field(
-        default="adamw", description="adamw: betas 0.9, 0.999; sgd: momentum 0.9. Source: [C]."
+        default="adamw", description="adamw; sgd: momentum 0.9. Source: [C]."
+    )
+    betas: BetaPair = Field(
+        default=(0.9, 0.999), description="Averages of AdamW's two moments. Source: [C]."
     )
     lr: Positive = Field(
-        default=5e-4, description="Peak learning rate per 256 images of a step. Source: [C]."
+        default=5e-4,
+        description="Peak learning rate of a step of 256 images, or of 1024 with lr_scaling sqrt. "
+        "Source: [C].",
+    )
+    lr_scaling: Literal["linear", "sqrt"] = Field(
+        default="linear",
+        description="How the peak rate grows with the images of a step. linear: lr x batch / 256. "
+        "Source: [C]. sqrt: lr x sqrt(batch / 1024), as DINOv2 does.",
+    )
+    layer_decay: Fraction = Field(
+        default=1.0,
+        gt=0,
+        description="Factor of the learning rate from each block to the one before; the embeddings "
+        "come first, heads and final norm have the full rate. Source: DINOv2.",
+    )
+    patch_embed_lr: Positive = Field(
+        default=1.0,
+        description="Further factor of the learning rate of the patch projection. 0.2 in DINOv2.",
     )
     min_lr: PositiveOrZero = Field(
         default=1e-6, description="Final learning rate, not scaled with the batch. Source: [C]."
@@ -248,10 +321,10 @@ class OptimConfig(Section):
         default=3.0,
         description="Gradients are clipped to this L2 norm; 0: not at all. Source: [C].",
     )
-    clip_mode: Literal["per_tensor", "global"] = Field(
+    clip_mode: Literal["per_tensor", "per_network", "global"] = Field(
         default="per_tensor",
-        description="Whether clip_grad bounds each weight tensor's gradient, as [C] does, or the "
-        "norm over all of them.",
+        description="Whether clip_grad bounds each weight tensor's gradient, as [C] does, the norm "
+        "over the backbone and over each head (DINOv2), or the norm over all of them.",
     )
 
 
@@ -386,9 +459,15 @@ class RunConfig(Section):
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
     head: HeadConfig = Field(default_factory=HeadConfig)
+    patch_head: HeadConfig | None = Field(
+        default=None,
+        description="Head of the patch tokens; null: they share the class tokens' head.",
+    )
     crops: CropsConfig = Field(default_factory=CropsConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     dino: DinoConfig = Field(default_factory=DinoConfig)
+    ibot: IbotConfig = Field(default_factory=IbotConfig)
+    koleo: KoleoConfig = Field(default_factory=KoleoConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -399,16 +478,22 @@ class RunConfig(Section):
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate at the end of the warm-up: linear in the batch size ([P] section 3.2)."""
+        """Learning rate at the end of the warm-up, scaled with the batch ([P] section 3.2)."""
+        if self.optim.lr_scaling == "sqrt":
+            return self.optim.lr * math.sqrt(self.train.batch_size / 1024)
         return self.optim.lr * self.train.batch_size / 256
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
-        mistakes = [*self._size_mistakes(), *self._length_mistakes()]
+        mistakes = [
+            *self._size_mistakes(),
+            *self._length_mistakes(),
+            *self._objective_mistakes(),
+        ]
         if self.optim.min_lr > self.peak_lr * (1 + 1e-9):  # 1e-9: equal up to rounding is equal
             mistakes.append(
                 f"optim.min_lr: {self.optim.min_lr} is above the peak learning rate "
-                f"{self.peak_lr:.4g} (optim.lr x train.batch_size / 256)"
+                f"{self.peak_lr:.4g} ({_SCALED_LR[self.optim.lr_scaling]})"
             )
         if self.model.backbone == RESNET50 and self.engine.checkpoint_every_k_blocks:
             mistakes.append(
@@ -434,6 +519,21 @@ class RunConfig(Section):
             if size % patch
         ]
 
+    def _objective_mistakes(self) -> list[str]:
+        """Terms of the loss that the network or the crops cannot serve."""
+        mistakes = []
+        if self.model.backbone == RESNET50:
+            return [
+                f"{key}.loss_weight: {RESNET50} has no tokens, need 0.0"
+                for key in ("ibot", "koleo")
+                if getattr(self, key).loss_weight
+            ]
+        if not (self.dino.loss_weight or self.ibot.loss_weight):
+            mistakes.append("dino.loss_weight: nothing to learn, ibot.loss_weight is 0, too")
+        if self.patch_head is not None and not self.ibot.loss_weight:
+            mistakes.append("patch_head: is not trained while ibot.loss_weight is 0; leave it out")
+        return mistakes
+
     def _length_mistakes(self) -> list[str]:
         """Phases that last longer than the run."""
         phases = {
@@ -446,6 +546,12 @@ class RunConfig(Section):
             for key, epochs in phases.items()
             if epochs > self.train.epochs
         ]
+
+
+_SCALED_LR = {
+    "linear": "optim.lr x train.batch_size / 256",
+    "sqrt": "optim.lr x sqrt(train.batch_size / 1024)",
+}
 
 
 def _nearest_multiples(value: int, unit: int) -> str:

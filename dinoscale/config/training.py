@@ -24,6 +24,11 @@ class TrainConfig(Section):
         "head.*; else the head starts random. [D].",
     )
     epochs: Count = Field(default=100, description="Passes over the images. Source: [C].")
+    steps_per_epoch: Count | None = Field(
+        default=None,
+        description="Optimizer steps that count as an epoch, whatever the number of images, in all "
+        "lengths of the recipe; null: a pass over the images. 1250 in DINOv2.",
+    )
     batch_size: Count = Field(
         default=512, description="Images per optimizer step over all ranks. Source: [C], on 8 GPUs."
     )
