@@ -294,8 +294,8 @@ def _key(number: int) -> str:
 
 
 def shared_tensors(student: Student, teacher: Teacher) -> dict[str, Tensor]:
-    """Tensors that are equal on all ranks and saved by one, by name: center and buffers."""
-    tensors = {"center": teacher.center}
+    """Tensors that are equal on all ranks and saved by one, by name: centers and buffers."""
+    tensors = teacher.centers()
     for owner, buffers in (("student", student.buffers()), ("teacher", teacher.buffers())):
         tensors |= {f"{owner}/{name}": value for name, value in buffers.items()}
     return tensors

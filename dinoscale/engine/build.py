@@ -9,6 +9,7 @@ from torch import Tensor
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.engine.initialization import Write, build_on_meta
+from dinoscale.engine.micro_batch import LossWeights
 from dinoscale.engine.schedules import Schedules
 from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
@@ -80,7 +81,10 @@ def _local_network(config: RunConfig) -> DinoNetwork:
         in_chans=config.data.channels,
     )
     head = DinoHead(backbone.embed_dim, **config.head.model_dump())
-    return DinoNetwork(backbone, head)
+    patch_head = None
+    if config.patch_head is not None:
+        patch_head = DinoHead(backbone.embed_dim, **config.patch_head.model_dump())
+    return DinoNetwork(backbone, head, patch_head)
 
 
 def shapes_only(config: RunConfig) -> DinoNetwork:
@@ -194,6 +198,16 @@ def _compile_blocks(
     for network, sizes in ((student, student_sizes), (teacher, teacher_sizes)):
         if isinstance(network.backbone, VisionTransformer):
             network.backbone.compiled_for = frozenset({network.backbone.layout_of(sizes)})
+
+
+def loss_weights_of(config: RunConfig) -> LossWeights:
+    """The weights of a run's objectives."""
+    return LossWeights(
+        student_temp=config.dino.student_temp,
+        dino=config.dino.loss_weight,
+        ibot=config.ibot.loss_weight,
+        koleo=config.koleo.loss_weight,
+    )
 
 
 def schedules_of(config: RunConfig, plan: RunPlan) -> Schedules:

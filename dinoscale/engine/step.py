@@ -4,34 +4,18 @@ Shape letters: B images per micro-batch, n local crops, S = 2 + n student crops,
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dinoscale.engine.micro_batch import LossWeights, MicroBatch, MicroBatchLoss
 from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.losses.centering import entropy
-from dinoscale.losses.dino import dino_loss_of_prototypes
 from dinoscale.runtime import distributed
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The crops of one forward and backward pass on one rank.
-
-    Attributes:
-        global_crops: normalised images (2, B, C, H, W) float32.
-        local_crops: normalised images (n, B, C, h, w) float32; n may be 0.
-        keep: stochastic depth multipliers (depth, 2, S * B) float32, crop-major, or None.
-    """
-
-    global_crops: Tensor
-    local_crops: Tensor
-    keep: Tensor | None
 
 
 class StepMetrics:
@@ -41,17 +25,21 @@ class StepMetrics:
     so for the end of the step; until then the next step can be launched.
     """
 
-    def __init__(self, sums: Tensor, outcome: Tensor, parts: Tensor) -> None:
+    def __init__(self, sums: Tensor, outcome: Tensor, parts: Tensor, names: Sequence[str]) -> None:
         """Start the copy.
 
         Args:
-            sums: over micro-batches and ranks: loss, teacher entropy; then those of `_rank_status`.
-            outcome: (3,) whether the step was skipped, entropy and maximum of the mean target.
-            parts: loss and teacher entropy of this rank's micro-batches, (M, 2).
+            sums: of the columns of `parts` over micro-batches and ranks, then of `_rank_status`.
+            outcome: whether the step was skipped; entropy and maximum of the mean target, of class
+                tokens and, if there are any, of patches; (3,) or (5,).
+            parts: numbers of this rank's micro-batches, (M, 2 + T): loss, teacher entropy, terms.
+            names: of the T terms.
         """
         self._ranks = distributed.world_size()
         self._count = len(parts) * self._ranks
-        results = torch.cat((sums[:5], outcome, sums[5:], parts.flatten()))
+        self._names = tuple(names)
+        self._width, self._outcomes = parts.shape[1], len(outcome)
+        results = torch.cat((sums, outcome, parts.flatten()))
         self._copied: torch.cuda.Event | None = None
         if results.is_cuda:
             self._on_host = torch.empty_like(results, device="cpu", pin_memory=True)
@@ -82,64 +70,92 @@ class StepMetrics:
         numbers: list[float] = self._on_host.tolist()
         return numbers
 
+    def _means(self) -> list[float]:
+        return [number / self._count for number in self._numbers[: self._width]]
+
+    @property
+    def _status(self) -> list[float]:
+        """Sums of `_rank_status`."""
+        return self._numbers[self._width : self._width + 3 + self._ranks]
+
+    @property
+    def _outcome(self) -> list[float]:
+        first = self._width + 3 + self._ranks
+        return self._numbers[first : first + self._outcomes]
+
     @property
     def loss(self) -> float:
-        """Mean cross-entropy."""
-        return self._numbers[0] / self._count
+        """Mean loss; with DINO alone, the mean cross-entropy."""
+        return self._means()[0]
 
     @property
     def teacher_entropy(self) -> float:
-        """Mean entropy of the targets."""
-        return self._numbers[1] / self._count
+        """Mean entropy of the class targets."""
+        return self._means()[1]
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Means of the terms by name, see `MicroBatchLoss.terms`; empty with DINO alone."""
+        return dict(zip(self._names, self._means()[2:], strict=True))
 
     @property
     def kl(self) -> float:
-        """KL(teacher || student), mean over pairs: the cross-entropy less the teacher's entropy."""
-        return self.loss - self.teacher_entropy
+        """KL(teacher || student) of class tokens, mean over pairs: cross-entropy less entropy."""
+        return self.terms.get("dino_loss", self.loss) - self.teacher_entropy
 
     @property
     def stop(self) -> bool:
         """Whether any rank was asked to stop."""
-        return self._numbers[2] > 0
+        return self._status[0] > 0
 
     @property
     def bad_images(self) -> int:
         """Unreadable images on all ranks since the ranks last exchanged them."""
-        return round(self._numbers[3])
+        return round(self._status[1])
 
     @property
     def saving(self) -> bool:
         """Whether any rank was writing or deleting a checkpoint when it began the step."""
-        return self._numbers[4] > 0
-
-    @property
-    def skipped(self) -> str | None:
-        """Why the step was skipped; None if it was applied."""
-        if not self._numbers[5]:
-            return None
-        finite = math.isfinite(self.loss + self.teacher_entropy)
-        return "a gradient is not finite" if finite else "the loss is not finite"
-
-    @property
-    def mean_target_entropy(self) -> float:
-        """Entropy of the mean target of the last step that was applied."""
-        return self._numbers[6]
-
-    @property
-    def max_prototype_prob(self) -> float:
-        """Share of the strongest prototype in these targets, 0 to 1."""
-        return self._numbers[7]
+        return self._status[2] > 0
 
     @property
     def waited_s(self) -> float:
         """The longest time that any rank waited for its images, in seconds."""
-        return max(self._numbers[8 : 8 + self._ranks])
+        return max(self._status[3:])
+
+    @property
+    def skipped(self) -> str | None:
+        """Why the step was skipped; None if it was applied."""
+        if not self._outcome[0]:
+            return None
+        finite = math.isfinite(sum(self._means()))
+        return "a gradient is not finite" if finite else "the loss is not finite"
+
+    @property
+    def mean_target_entropy(self) -> float:
+        """Entropy of the mean class target of the last step that was applied."""
+        return self._outcome[1]
+
+    @property
+    def max_prototype_prob(self) -> float:
+        """Share of the strongest prototype in these targets, 0 to 1."""
+        return self._outcome[2]
+
+    @property
+    def mean_patch_target_entropy(self) -> float:
+        """Entropy of the mean patch target of the last step that was applied."""
+        return self._outcome[3]
+
+    @property
+    def max_patch_prototype_prob(self) -> float:
+        """Share of the strongest prototype in the patch targets, 0 to 1."""
+        return self._outcome[4]
 
     @property
     def parts(self) -> list[tuple[float, float]]:
         """Loss and teacher entropy of each of this rank's micro-batches."""
-        flat = self._numbers[8 + self._ranks :]
-        return list(zip(flat[::2], flat[1::2], strict=True))
+        flat = self._numbers[self._width + 3 + self._ranks + self._outcomes :]
+        return list(zip(flat[:: self._width], flat[1 :: self._width], strict=True))
 
 
 def train_step(
@@ -148,7 +164,7 @@ def train_step(
     teacher: Teacher,
     now: StepValues,
     *,
-    student_temp: float,
+    loss_weights: LossWeights,
     stop_asked: bool = False,
     bad_images: int = 0,
     saving: bool = False,
@@ -166,39 +182,43 @@ def train_step(
     prepared while the device works, and once the current one is released: memory holds one.
 
     Args:
-        micro_batches: of this step and rank; made one by one when this function asks for them.
+        micro_batches: of this step and rank; made one by one when this function asks for them,
+            twice with Sinkhorn-Knopp.
         student: updated by the optimizer.
         teacher: gives the targets, then averages the student.
         now: scheduled values of the step.
-        student_temp: temperature of the student, > 0, dimensionless.
+        loss_weights: of the objectives.
         stop_asked: whether this rank was asked to stop.
         bad_images: unreadable images on this rank since the ranks last exchanged them.
         saving: whether this rank is writing or deleting a checkpoint.
         waited_s: seconds that this rank has waited for images since the last log line.
     """
     student.set_hyperparameters(now)
+    teacher.begin(micro_batches, temp=now.teacher_temp)
     losses = []
     remaining = iter(micro_batches)
     batch = next(remaining, None)
     while batch is not None:
-        loss, teacher_entropy = _forward(batch, student, teacher, now, student_temp=student_temp)
+        loss, numbers = _forward(batch, student, teacher, now, loss_weights)
         del batch
         batch = next(remaining, None)
         student.backward(loss)
-        losses.append(torch.stack((loss.detach(), teacher_entropy)))
+        losses.append(numbers)
         if batch is not None:
             student.accumulate()
-    parts = torch.stack(losses)  # (M, 2)
+    parts = torch.stack(losses)  # (M, 2 + T)
     status = _rank_status(
         parts, stop_asked=stop_asked, bad_images=bad_images, saving=saving, waited_s=waited_s
     )
     sums = torch.cat((parts.sum(0), status))
-    distributed.all_reduce_sum(sums)  # (5 + ranks,)
+    distributed.all_reduce_sum(sums)  # (5 + T + ranks,)
     skipped = student.step(non_finite=~sums.isfinite().all())  # the weights move here
     teacher.update(student, momentum=now.momentum, skipped=skipped)  # averages the new weights
-    mean_target = teacher.mean_target
-    outcome = torch.stack((skipped.float(), entropy(mean_target), mean_target.max()))
-    return StepMetrics(sums, outcome, parts)
+    outcome = [skipped.float()]
+    for mean_target in (teacher.mean_target, teacher.mean_patch_target):
+        if mean_target is not None:
+            outcome += [entropy(mean_target), mean_target.max()]
+    return StepMetrics(sums, torch.stack(outcome), parts, loss_weights.terms)
 
 
 def _rank_status(
@@ -214,13 +234,18 @@ def _rank_status(
 
 
 def _forward(
-    batch: MicroBatch, student: Student, teacher: Teacher, now: StepValues, *, student_temp: float
+    batch: MicroBatch, student: Student, teacher: Teacher, now: StepValues, weights: LossWeights
 ) -> tuple[Tensor, Tensor]:
-    """Loss of a micro-batch and entropy of its targets, scalars float32."""
-    targets = teacher.targets(batch.global_crops, temp=now.teacher_temp)  # (2, B, K)
+    """Loss of a micro-batch, and its numbers: loss, entropy of the class targets, terms (2 + T,)."""
+    targets = teacher.targets(batch, temp=now.teacher_temp)
+    masks = batch.masks
+    objective = MicroBatchLoss(
+        targets, weights, patch_weights=None if masks is None else masks.weights
+    )
     crops = [batch.global_crops.flatten(0, 1)]
     if batch.local_crops.shape[0]:
         crops.append(batch.local_crops.flatten(0, 1))
-    objective = partial(dino_loss_of_prototypes, teacher_probs=targets, student_temp=student_temp)
-    loss = student(crops, batch.keep, objective)  # all crops in one engine call
-    return loss, entropy(targets)
+    loss = student(crops, batch.keep, objective, masks)  # all crops in one engine call
+    teacher.count_patch_targets(objective.patch_target_sum)
+    terms = [objective.terms[name] for name in weights.terms]
+    return loss, torch.stack((loss.detach(), entropy(targets.class_probs), *terms))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
+from dinoscale.data.augmentation.masks import Masks
 from dinoscale.engine import shards
 from dinoscale.engine.ds_config import student_config
 from dinoscale.engine.gradients import GradientRule, compute_device
@@ -21,7 +22,7 @@ from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
 from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.shards import Fragment
 from dinoscale.models.block import Block
-from dinoscale.models.heads import Objective
+from dinoscale.models.network import Objective
 from dinoscale.runtime import distributed
 from dinoscale.runtime.float32 import tensor_cores
 
@@ -187,18 +188,26 @@ class Student:
         return self._engine.module
 
     def __call__(
-        self, crops: Sequence[Tensor], keep: Tensor | None, objective: Objective
+        self,
+        crops: Sequence[Tensor],
+        keep: Tensor | None,
+        objective: Objective,
+        masks: Masks | None = None,
     ) -> Tensor:
         """Compute the objective of all crops in one engine forward, scalar float32.
 
         Args:
             crops: normalised images, (N_i, C, H_i, W_i), one tensor per resolution.
             keep: stochastic depth multipliers (depth, 2, sum of N_i) float32, or None.
-            objective: maps unit vectors (sum of N_i, D) and the prototypes to the scalar.
+            objective: maps what the network computes to the scalar.
+            masks: patches of the first resolution's images that the network does not see.
         """
-        inputs = [crop.to(self.compute_dtype) for crop in crops]
+        pixels = [crop.to(self.compute_dtype) for crop in crops]
+        hidden = (None, None) if masks is None else (masks.masks, masks.rows)
         with tensor_cores(self.compute_dtype, crops[0].device):
-            loss: Tensor = distributed.guarded(lambda: self._engine(inputs, keep, objective))
+            loss: Tensor = distributed.guarded(
+                lambda: self._engine(pixels, keep, objective, *hidden)
+            )
         return loss
 
     def set_hyperparameters(self, now: StepValues) -> None:

@@ -15,8 +15,10 @@ An EMA in bf16 would not move: (1 - m)(s - t) is below half a bf16 ulp of t for 
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,23 +28,89 @@ from dinoscale.config.schema import RunConfig
 from dinoscale.data.transfer import StagingBuffers
 from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.gradients import compute_device
+from dinoscale.engine.micro_batch import MicroBatch, Targets
 from dinoscale.engine.shards import Layout, empty_shards
 from dinoscale.engine.student import Student, import_deepspeed, materialize
 from dinoscale.losses.centering import ROWS, teacher_probs, updated_center
-from dinoscale.models.network import DinoNetwork
+from dinoscale.losses.ibot import PatchTargets
+from dinoscale.losses.sinkhorn import sinkhorn_center
+from dinoscale.models.heads import prototype_logits
+from dinoscale.models.network import DinoNetwork, Objective
 from dinoscale.models.sync_bn import cast_weights
 from dinoscale.runtime import distributed
 from dinoscale.runtime.float32 import tensor_cores
 
 
+class _Projected(NamedTuple):
+    """Unit vectors and the prototypes that they meet; targets are a softmax of their products."""
+
+    units: Tensor  # (N, D)
+    weight_v: Tensor  # (K, D)
+    weight_g: Tensor | None  # (K, 1)
+
+
+class _Seen:
+    """What the teacher's network computes of a micro-batch, see `models.network.Objective`."""
+
+    classes: _Projected
+    patches: _Projected | None = None
+
+    def __init__(self, *, copies: bool) -> None:
+        """`copies`: the prototypes are there during the forward only."""
+        self._copies = copies
+
+    def of_class_tokens(self, tokens: Tensor) -> None:
+        """Nothing: the targets are those of the heads."""
+
+    def of_prototypes(
+        self,
+        classes: Tensor | None,
+        patches: Tensor | None,
+        weight_v: Tensor,
+        weight_g: Tensor | None,
+    ) -> Tensor:
+        """Keep them; the result is not used."""
+        if self._copies:
+            weight_v, weight_g = weight_v.clone(), None if weight_g is None else weight_g.clone()
+        if classes is not None:
+            self.classes = _Projected(classes, weight_v, weight_g)
+        if patches is not None:
+            self.patches = _Projected(patches, weight_v, weight_g)
+        return weight_v.new_zeros(())
+
+
+@dataclass
+class _Sums:
+    """Over the targets of this rank's micro-batches of a step, for one kind of token.
+
+    Attributes:
+        logits: (K,), for the center.
+        targets: (K,), for the collapse monitor.
+        rows: how many there were.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    rows: int = field(default=0)
+
+    @classmethod
+    def like(cls, center: Tensor) -> "_Sums":
+        return cls(torch.zeros_like(center), torch.zeros_like(center))
+
+
 class Teacher:
-    """The EMA network, its center, and the targets it gives.
+    """The EMA network, its centers, and the targets it gives.
+
+    Both target rules are p = softmax((z - c) / temp). With centering, c is a moving average of the
+    outputs of earlier steps; with Sinkhorn-Knopp it follows from the outputs of this step.
 
     Attributes:
         ema: float32 views of the average, one (numel,) view per fragment of `student.layout`.
         deepspeed_config: DeepSpeed's configuration at stage 3; None at stages 0-2, which use none.
-        center: (K,) float32, equal on all ranks.
-        mean_target: (K,) float32, mean of all targets of the last step, equal on all ranks.
+        center: c of the class tokens, (K,) float32, equal on all ranks.
+        patch_center: c of the masked patches, likewise; None without a patch loss.
+        mean_target: (K,) float32, mean of all class targets of the last step, equal on all ranks.
+        mean_patch_target: the same of the patch targets; None without a patch loss.
     """
 
     def __init__(
@@ -65,11 +133,16 @@ class Teacher:
         self._averages = self._shards if student.flats else self.ema
         torch._foreach_copy_(self.ema, student.master)
         self._center_momentum = config.dino.center_momentum
+        self._sinkhorn = config.dino.targets == "sinkhorn_knopp"
         self.center = torch.zeros(config.head.num_prototypes, device=compute_device())
         self.mean_target = torch.zeros_like(self.center)  # until the first update
-        self._logit_sum = torch.zeros_like(self.center)
-        self._target_sum = torch.zeros_like(self.center)
-        self._logit_rows = 0
+        self.patch_center = self.mean_patch_target = None
+        if config.ibot.loss_weight:
+            head = config.patch_head or config.head
+            self.patch_center = torch.zeros(head.num_prototypes, device=compute_device())
+            self.mean_patch_target = torch.zeros_like(self.patch_center)
+        self._seen: deque[_Seen] = deque()
+        self._reset_sums()
         network.requires_grad_(False)
         self.deepspeed_config: dict[str, Any] | None = None
         self._weights: _Partitioned | _Replicated
@@ -86,32 +159,70 @@ class Teacher:
         self._weights.publish(self._shards)
 
     @torch.no_grad()
-    def targets(self, global_crops: Tensor, *, temp: float) -> Tensor:
-        """Centered and sharpened prototype probabilities, (2, B, K) float32.
+    def begin(self, micro_batches: Iterable[MicroBatch], *, temp: float) -> None:
+        """Begin a step; Sinkhorn-Knopp sees all its global crops first, on all ranks.
 
         Args:
-            global_crops: normalised images (2, B, C, H, W), both global views.
+            micro_batches: of this rank; read with Sinkhorn-Knopp only, one by one.
             temp: the teacher's temperature.
         """
-        if not self._logit_rows:
-            self._buffers_before = [value.clone() for value in self.buffers().values()]
-        views, batch = global_crops.shape[:2]
-        images = global_crops.flatten(0, 1).to(self._compute_dtype)
-        with tensor_cores(self._compute_dtype, images.device):
-            probs = self._weights.forward([images])  # (2B, K): logits, overwritten below
+        self._buffers_before = [value.clone() for value in self.buffers().values()]
+        self._seen.clear()
+        if not self._sinkhorn:
+            return
+        self._seen += (self._look(batch) for batch in micro_batches)
+        self.center = _sinkhorn_center([seen.classes for seen in self._seen], temp)
+        if self.patch_center is not None:
+            patches = [seen.patches for seen in self._seen if seen.patches is not None]
+            self.patch_center = _sinkhorn_center(patches, temp)
+
+    @torch.no_grad()
+    def targets(self, batch: MicroBatch, *, temp: float) -> Targets:
+        """Targets of the next micro-batch of a step, in order.
+
+        Args:
+            batch: the micro-batch.
+            temp: the teacher's temperature.
+        """
+        seen = self._seen.popleft() if self._sinkhorn else self._look(batch)
+        views, images = batch.global_crops.shape[:2]
+        with tensor_cores(self._compute_dtype, batch.global_crops.device):
+            probs = prototype_logits(*seen.classes)  # (2B, K): logits, overwritten below
         for rows in probs.split(ROWS):
-            self._logit_sum += rows.sum(0)
+            self._class_sums.logits += rows.sum(0)
             rows.copy_(teacher_probs(rows, self.center, temp=temp))
-            self._target_sum += rows.sum(0)
-        self._logit_rows += views * batch
-        return probs.view(views, batch, -1)
+            self._class_sums.targets += rows.sum(0)
+        self._class_sums.rows += views * images
+        patches = None
+        if seen.patches is not None:
+            assert self.patch_center is not None
+            self._patch_sums.logits += prototype_logits(
+                seen.patches.units.sum(0, keepdim=True), *seen.patches[1:]
+            )[0]
+            self._patch_sums.rows += len(seen.patches.units)
+            patches = PatchTargets(*seen.patches, center=self.patch_center, temp=temp)
+        return Targets(probs.view(views, images, -1), patches)
+
+    def count_patch_targets(self, target_sum: Tensor | None) -> None:
+        """Add the sum (K,) of a micro-batch's patch targets, which only the loss computes."""
+        if target_sum is not None:
+            self._patch_sums.targets += target_sum
+
+    def _look(self, batch: MicroBatch) -> _Seen:
+        images = batch.global_crops.flatten(0, 1).to(self._compute_dtype)
+        seen = _Seen(copies=isinstance(self._weights, _Partitioned))
+        rows = None if batch.masks is None else batch.masks.rows
+        with tensor_cores(self._compute_dtype, images.device):
+            self._weights.forward([images], seen, rows)
+        return seen
 
     @torch.no_grad()
     def update(self, student: Student, *, momentum: float, skipped: Tensor) -> None:
-        """Average the student, move the center, refresh the weights of the forward.
+        """Average the student, move the centers, refresh the weights of the forward.
 
         Once per optimizer step, after the student's. The center averages the logits of all
-        micro-batches and ranks of the step, so it takes effect from the next step on.
+        micro-batches and ranks of the step, so it takes effect from the next step on; that of the
+        patches averages the means of the ranks, as the authors' code does.
 
         Args:
             student: after its step.
@@ -124,21 +235,55 @@ class Teacher:
         if masters:
             weights = [weight.to(masters[0].device)] * len(masters)
             torch._foreach_lerp_(self._averages, masters, weights)
-        rows = self._logit_rows * distributed.world_size()  # equal micro-batches on all ranks
-        sums = torch.stack((self._logit_sum, self._target_sum))  # (2, K), one collective for both
-        mean_logit, mean_target = (distributed.all_reduce_sum(sums) / rows).unbind()
-        center = updated_center(self.center, mean_logit, momentum=self._center_momentum)
-        self.center = torch.where(skipped, self.center, center)
-        self.mean_target = torch.where(skipped, self.mean_target, mean_target)
+        self._move_centers(skipped)
         self._reset_sums()
         for value, before in zip(self.buffers().values(), self._buffers_before, strict=True):
             value.copy_(torch.where(skipped, before, value))
         self._weights.publish(self._shards)  # last: no other collective queues behind it
 
+    def _move_centers(self, skipped: Tensor) -> None:
+        """Centers and mean targets of the step, with one collective."""
+        classes, patches = self._class_sums, self._patch_sums
+        sums = [classes.logits, classes.targets]
+        if self.patch_center is not None:
+            any_rows = float(patches.rows > 0)
+            sums += [
+                patches.logits / max(patches.rows, 1),  # the mean over this rank
+                patches.targets,
+                torch.full_like(patches.logits[:1], any_rows),
+                torch.full_like(patches.logits[:1], float(patches.rows)),
+            ]
+        total = distributed.all_reduce_sum(torch.cat(sums)).split([len(part) for part in sums])
+        rows = classes.rows * distributed.world_size()  # equal micro-batches on all ranks
+        mean_target = total[1] / rows
+        self.mean_target = torch.where(skipped, self.mean_target, mean_target)
+        if not self._sinkhorn:
+            self.center = self._moved(self.center, total[0] / rows, skipped)
+        if self.patch_center is None or self.mean_patch_target is None:
+            return
+        mean, target_sum, ranks, patch_rows = total[2:]
+        self.mean_patch_target = torch.where(
+            skipped, self.mean_patch_target, target_sum / patch_rows.clamp(min=1)
+        )
+        if not self._sinkhorn:
+            unmoved = skipped | (ranks[0] == 0)
+            self.patch_center = self._moved(self.patch_center, mean / ranks.clamp(min=1), unmoved)
+
+    def _moved(self, center: Tensor, mean_logit: Tensor, unmoved: Tensor) -> Tensor:
+        moved = updated_center(center, mean_logit, momentum=self._center_momentum)
+        return torch.where(unmoved, center, moved)
+
     def _reset_sums(self) -> None:
-        self._logit_sum = torch.zeros_like(self.center)
-        self._target_sum = torch.zeros_like(self.center)
-        self._logit_rows = 0
+        self._class_sums = _Sums.like(self.center)
+        patch_center = self.center[:0] if self.patch_center is None else self.patch_center
+        self._patch_sums = _Sums.like(patch_center)
+
+    def centers(self) -> dict[str, Tensor]:
+        """What centering averages over steps, by its name in a checkpoint; equal on all ranks."""
+        if self._sinkhorn:
+            return {}
+        named = {"center": self.center, "patch_center": self.patch_center}
+        return {name: center for name, center in named.items() if center is not None}
 
     def restore(self, read: Callable[[str, int, int], Tensor]) -> None:
         """Set the average from full tensors; the caller sets center and buffers.
@@ -176,6 +321,18 @@ class Teacher:
         return sum(4 * size for size in self.layout.shard_sizes) + self._weights.num_bytes()
 
 
+def _sinkhorn_center(seen: Iterable[_Projected], temp: float) -> Tensor:
+    """c of all micro-batches and ranks, (K,) float32."""
+    projected = list(seen)
+    return sinkhorn_center(
+        [some.units for some in projected],
+        *projected[0][1:],
+        temp=temp,
+        sum_over_ranks=distributed.all_reduce_sum,
+        max_over_ranks=distributed.all_reduce_max,
+    )
+
+
 class _Replicated:
     """Stages 0-2: every rank holds all weights, views into one flat tensor per group."""
 
@@ -201,10 +358,11 @@ class _Replicated:
         network.load_state_dict(views, assign=True)
         self.buffers = dict(network.named_buffers())
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, crops: Sequence[Tensor], objective: Objective, patch_rows: Tensor | None
+    ) -> None:
         self.wait()
-        logits: Tensor = self.network(crops, None)
-        return logits
+        self.network(crops, None, objective, None, patch_rows)
 
     def publish(self, average: Sequence[Tensor]) -> None:
         """Start to refresh the weights from the shards; other work overlaps until their use."""
@@ -255,9 +413,10 @@ class _Partitioned:
             own = self._parameters[fragment.name].ds_tensor.numel()
             assert own >= fragment.numel, f"{fragment.name}: not partitioned like the student's"
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        logits: Tensor = distributed.guarded(lambda: self._engine(crops, None))
-        return logits
+    def forward(
+        self, crops: Sequence[Tensor], objective: Objective, patch_rows: Tensor | None
+    ) -> None:
+        distributed.guarded(lambda: self._engine(crops, None, objective, None, patch_rows))
 
     def publish(self, average: Sequence[Tensor]) -> None:
         """Write the shards into the partitions."""

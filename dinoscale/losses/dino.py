@@ -52,7 +52,7 @@ def dino_loss_of_prototypes(
     *,
     teacher_probs: Tensor,
     student_temp: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """`dino_loss` of the logits z = x W^T, W_k = g_k v_k / ||v_k||, without storing them.
 
     Products and sums run in float32 (float64 if an argument is), whatever the weights' dtype.
@@ -65,7 +65,8 @@ def dino_loss_of_prototypes(
         student_temp: tau > 0, dimensionless.
 
     Returns:
-        Scalar in nats: float32 or float64. Differentiable once, in x, v and g.
+        The loss, and without gradient its part of pairs of two teacher crops; scalars in nats,
+        float32 or float64. Differentiable once, in x, v and g.
 
     Raises:
         ValueError: the shapes disagree, or there is no pair of distinct views.
@@ -75,8 +76,10 @@ def dino_loss_of_prototypes(
         raise ValueError(f"need whole crops of {num_images} images, got {len(x)} rows")
     _require_pairs((len(x) // num_images, num_images, len(weight_v)), teacher_probs.shape)
     with torch.autocast(x.device.type, enabled=False):
-        loss: Tensor = _LossOfPrototypes.apply(x, weight_v, weight_g, teacher_probs, student_temp)  # type: ignore[no-untyped-call]
-    return loss
+        losses: tuple[Tensor, Tensor] = _LossOfPrototypes.apply(  # type: ignore[no-untyped-call]
+            x, weight_v, weight_g, teacher_probs, student_temp
+        )
+    return losses
 
 
 def _require_pairs(z_shape: tuple[int, ...], p_shape: tuple[int, ...]) -> None:
@@ -114,26 +117,29 @@ def _loss_of_logits(
         log_q = torch.log_softmax(logits[:, images].to(dtype) / temp, dim=-1)
         targets = probs[:, images].to(dtype)
         out = None if gradient is None else gradient[:, images]
-        loss += _loss_and_gradient(
+        of_images, _ = _loss_and_gradient(
             log_q, targets, mass=targets.sum(-1), out=out, divisor=num_pairs * temp
         )
+        loss += of_images
     return loss / num_pairs
 
 
 class _LossOfPrototypes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         # Not save_for_backward, which would keep prototypes that ZeRO-3 has gathered.
         ctx.inputs = inputs
-        loss, ctx.gradients = _loss_of_prototypes(*inputs, needed=any(ctx.needs_input_grad))
-        return loss
+        needed = any(ctx.needs_input_grad)
+        loss, of_global, ctx.gradients = _loss_of_prototypes(*inputs, needed=needed)
+        ctx.mark_non_differentiable(of_global)
+        return loss, of_global
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # K x D: handed over, not kept
         if gradients is None:  # a second backward
-            _, gradients = _loss_of_prototypes(*ctx.inputs, needed=True)
+            *_, gradients = _loss_of_prototypes(*ctx.inputs, needed=True)
         return (*(None if d is None else d.mul_(upstream) for d in gradients), None, None)
 
 
@@ -145,9 +151,10 @@ def _loss_of_prototypes(
     temp: float,
     *,
     needed: bool,
-) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    """The loss, and if needed its gradients in x, v and g, a few prototypes at a time.
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...] | None]:
+    """The loss, its part of two teacher crops, and if needed its gradients in x, v and g.
 
+    A few prototypes at a time.
     The logits of each part are computed twice, for the softmax normalizer and for loss and
     gradients. That costs a fourth matrix product, but each product covers all rows, and tensors as
     large as the prototypes are written directly in their own dtype.
@@ -162,6 +169,7 @@ def _loss_of_prototypes(
     peak, log_sum = _normalizer(rows, (prototypes(part).w for part in parts))
 
     loss = torch.zeros((), dtype=dtype, device=x.device)
+    of_global = torch.zeros_like(loss)
     d_rows, d_v = torch.zeros_like(rows), torch.empty_like(weight_v)
     d_g = None if weight_g is None else torch.empty_like(weight_g)
     for part in parts:
@@ -169,14 +177,16 @@ def _loss_of_prototypes(
         z = (rows @ chunk.w.T).sub_(peak).sub_(log_sum)
         log_q = z.unflatten(0, (num_crops, num_images))
         out, targets = log_q if needed else None, probs[..., part].to(dtype)
-        loss += _loss_and_gradient(log_q, targets, mass=mass, out=out, divisor=num_pairs)
+        parts_of_loss = _loss_and_gradient(log_q, targets, mass=mass, out=out, divisor=num_pairs)
+        loss += parts_of_loss[0]
+        of_global += parts_of_loss[1]
         if needed:  # z now holds its gradient
             d_rows.addmm_(z, chunk.w)
             d_v[part], d_g_part = _weight_norm_backward(z.T @ rows, chunk)
             if d_g is not None:
                 d_g[part] = d_g_part
     gradients = (d_rows.div_(temp).to(x.dtype), d_v, d_g) if needed else None
-    return loss / num_pairs, gradients
+    return loss / num_pairs, of_global / num_pairs, gradients
 
 
 def _normalizer(rows: Tensor, weights: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -225,7 +235,7 @@ def _weight_norm_backward(d_w: Tensor, chunk: _Prototypes) -> tuple[Tensor, Tens
 
 def _loss_and_gradient(
     log_q: Tensor, probs: Tensor, *, mass: Tensor, out: Tensor | None, divisor: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The loss of some images and prototypes summed over pairs, and its gradient in the logits z.
 
     Args:
@@ -236,19 +246,20 @@ def _loss_and_gradient(
         divisor: of the gradient.
 
     Returns:
-        Scalar.
+        The sum over all pairs, and over those of two teacher crops; scalars.
     """
     num_teachers = len(probs)
     target_sum = probs.sum(0)  # (R, k)
     same_view = (probs * log_q[:num_teachers]).sum()  # no pairs: taken out again
     loss = same_view - torch.dot(target_sum.view(-1), log_q.sum(0).view(-1))
+    among = torch.dot(target_sum.view(-1), log_q[:num_teachers].sum(0).view(-1))
     if out is not None:
         pair_mass = mass.sum(0).repeat(len(log_q), 1)  # (S, R): |P|
         pair_mass[:num_teachers] -= mass
         q = log_q.exp_()
         torch.addcmul(target_sum / -divisor, q, (pair_mass / divisor)[..., None], out=out)
         out[:num_teachers].add_(probs, alpha=1 / divisor)
-    return loss
+    return loss, same_view - among
 
 
 def _chunks(length: int, *, each: int, at_most: int | None = None) -> list[slice]:

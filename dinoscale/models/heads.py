@@ -14,14 +14,34 @@ from torch import Tensor, nn
 from dinoscale.models.cpu_bf16 import Linear
 
 # (unit vectors (N, D), v (K, D), g (K, 1) or None) -> scalar, without the (N, K) logits.
-Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+OfPrototypes = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-class PrototypeLayer(nn.Module):
-    """Linear layer without bias whose rows have norm g: logit_k = <x, g_k v_k / ||v_k||>.
+def prototype_logits(x: Tensor, weight_v: Tensor, weight_g: Tensor | None) -> Tensor:
+    """Logits of unit vectors: logit_k = <x, g_k v_k / ||v_k||>.
 
     Normalisation and product run in float32 (float64 for float64 weights), also under autocast:
     logits are divided by a temperature near 0.04, for which bfloat16's 8 bits are too few.
+
+    Args:
+        x: (N, D), any float dtype.
+        weight_v: v, (K, D).
+        weight_g: g, (K, 1), or None for ones.
+
+    Returns:
+        (N, K) float32 or float64.
+    """
+    dtype = torch.promote_types(weight_v.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        weight = F.normalize(weight_v.to(dtype), dim=-1)
+        if weight_g is not None:
+            weight = weight * weight_g.to(dtype)
+        return F.linear(x.to(dtype), weight)
+
+
+class PrototypeLayer(nn.Module):
+    """Linear layer without bias whose rows have norm g, see `prototype_logits`.
+
     A plain tensor instead of `torch.nn.utils.weight_norm`, which ZeRO-3 cannot shard; the rows
     keep the default Linear initialisation, uniform in +-1/sqrt(in_dim), as in the authors' code.
     """
@@ -35,16 +55,13 @@ class PrototypeLayer(nn.Module):
         linear = nn.Linear(in_dim, num_prototypes, bias=False)
         self.weight_v = nn.Parameter(linear.weight.detach())
 
-    def forward(self, x: Tensor, objective: Objective | None = None) -> Tensor:
-        """Map unit vectors (N, in_dim) to logits (N, K), float32 or float64, or to a scalar."""
-        if objective is not None:
-            return objective(x, self.weight_v, self.weight_g)
-        dtype = torch.promote_types(self.weight_v.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            weight = F.normalize(self.weight_v.to(dtype), dim=-1)
-            if self.weight_g is not None:
-                weight = weight * self.weight_g.to(dtype)
-            return F.linear(x.to(dtype), weight)
+    def forward(self, x: Tensor, objective: OfPrototypes = prototype_logits) -> Tensor:
+        """Map unit vectors (N, in_dim) to logits (N, K), float32 or float64, or to a scalar.
+
+        An objective is computed here, where ZeRO-3 has gathered the prototypes once, so that the
+        logits are never stored all at once.
+        """
+        return objective(x, self.weight_v, self.weight_g)
 
 
 class DinoHead(nn.Module):
@@ -101,14 +118,13 @@ class DinoHead(nn.Module):
             bottleneck_dim, num_prototypes, trainable_norm=not norm_last_layer
         )
 
-    def forward(self, x: Tensor, objective: Objective | None = None) -> Tensor:
-        """Map features (N, D) to logits (N, K), float32, or float64 for float64 weights.
-
-        With an objective, return its scalar: it is computed inside the prototype layer, so that
-        ZeRO-3 gathers the prototypes once and the logits are never stored all at once.
-        """
+    def unit_vectors(self, x: Tensor) -> Tensor:
+        """Map features (N, D) to what meets the prototypes: (N, bottleneck), float32 or float64."""
         x = self.mlp(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        unit = F.normalize(x.to(dtype), dim=-1, eps=1e-12)
-        result: Tensor = self.last_layer(unit, objective)
-        return result
+        return F.normalize(x.to(dtype), dim=-1, eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features (N, D) to logits (N, K), float32, or float64 for float64 weights."""
+        logits: Tensor = self.last_layer(self.unit_vectors(x))
+        return logits

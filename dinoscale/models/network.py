@@ -1,40 +1,122 @@
-"""Backbone and head as one module, which the engine trains and the teacher averages."""
+"""Backbone and heads as one module, which the engine trains and the teacher averages.
+
+Shape letters: N images of all crops, M masked patches, D width of the backbone, K prototypes.
+"""
 
 from collections.abc import Sequence
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
-from dinoscale.models.heads import DinoHead, Objective
+from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 
 
+class Objective(Protocol):
+    """What is computed inside the network's forward, where ZeRO has gathered its weights.
+
+    The parts are scalars, and their sum is the network's result.
+    """
+
+    def of_class_tokens(self, tokens: Tensor) -> Tensor | None:
+        """The part of class tokens (N, D) after the final norm, before the head; None for none."""
+        ...
+
+    def of_prototypes(
+        self,
+        classes: Tensor | None,
+        patches: Tensor | None,
+        weight_v: Tensor,
+        weight_g: Tensor | None,
+    ) -> Tensor:
+        """The part of the tokens that meet these prototypes.
+
+        Args:
+            classes: unit vectors of the class tokens (N, bottleneck); None where they have another
+                head.
+            patches: those of the masked patches (M, bottleneck); None likewise, or without masks.
+            weight_v: v, (K, bottleneck).
+            weight_g: g, (K, 1), or None for ones.
+        """
+        ...
+
+
 class DinoNetwork(nn.Module):
-    """Crops to prototype logits; parameters are named backbone.* and head.*."""
+    """Crops to prototype logits; parameters are named backbone.*, head.* and patch_head.*."""
 
     backbone: VisionTransformer | ResNet50
     head: DinoHead
+    patch_head: DinoHead | None
 
-    def __init__(self, backbone: VisionTransformer | ResNet50, head: DinoHead) -> None:
+    def __init__(
+        self,
+        backbone: VisionTransformer | ResNet50,
+        head: DinoHead,
+        patch_head: DinoHead | None = None,
+    ) -> None:
+        """Join them; without `patch_head`, patch tokens share `head`."""
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.patch_head = patch_head
 
     def forward(
         self,
         crops: Sequence[Tensor],
         keep: Tensor | None = None,
         objective: Objective | None = None,
+        masks: Tensor | None = None,
+        patch_rows: Tensor | None = None,
     ) -> Tensor:
         """Return the logits of all crops, or the objective's scalar.
 
         Args:
-            crops: tensors (N_i, C, H_i, W_i), normalised pixels.
+            crops: tensors (N_i, C, H_i, W_i), normalised pixels, global crops first.
             keep: stochastic depth multipliers (depth, 2, sum N_i), or None.
-            objective: maps unit vectors (sum N_i, D) and the prototypes to a scalar.
+            objective: maps what the network computes to a scalar.
+            masks: bool (N_0, P), patches of the first crops that are hidden from the network.
+            patch_rows: int64 (M,), patches among the N_0 * P whose tokens the objective wants.
 
         Returns:
             (sum N_i, K), rows in the order of `crops`; with an objective, its scalar.
         """
-        result: Tensor = self.head(self.backbone(crops, keep), objective)
-        return result
+        if objective is None:
+            logits: Tensor = self.head(self.backbone(crops, keep))
+            return logits
+        if patch_rows is None:
+            tokens, patches = self.backbone(crops, keep), None
+        else:
+            tokens, patches = self.backbone(crops, keep, masks=masks, patch_rows=patch_rows)
+        total, *parts = self._of_heads(tokens, patches, objective)
+        of_tokens = objective.of_class_tokens(tokens)
+        for part in parts if of_tokens is None else (*parts, of_tokens):
+            total = total + part
+        return total
+
+    def _of_heads(
+        self, tokens: Tensor, patches: Tensor | None, objective: Objective
+    ) -> list[Tensor]:
+        """The objective's part of each head."""
+        if self.patch_head is not None and patches is not None:
+            return [
+                self.head.last_layer(
+                    self.head.unit_vectors(tokens),
+                    lambda x, v, g: objective.of_prototypes(x, None, v, g),
+                ),
+                self.patch_head.last_layer(
+                    self.patch_head.unit_vectors(patches),
+                    lambda y, v, g: objective.of_prototypes(None, y, v, g),
+                ),
+            ]
+        n = len(tokens)
+
+        def of_both(x: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
+            # Split here and not before: ZeRO-3 follows the backward pass through the layer's input.
+            if patches is None:
+                return objective.of_prototypes(x, None, v, g)
+            return objective.of_prototypes(x[:n], x[n:], v, g)
+
+        rows = tokens if patches is None else torch.cat((tokens, patches))
+        return [self.head.last_layer(self.head.unit_vectors(rows), of_both)]

@@ -336,6 +336,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Replace `tensor`, on any device, by its largest values over ranks and return it."""
+    if world_size() > 1:
+        there = tensor.to(_backend_device(tensor))
+        guarded(lambda: dist.all_reduce(there, op=dist.ReduceOp.MAX))
+        _copy_back(there, tensor)
+    return tensor
+
+
 def broadcast(tensor: Tensor) -> None:
     """Give every rank's `tensor`, on any device, the values of rank 0's, in place."""
     if world_size() > 1:

@@ -24,7 +24,7 @@ from dinoscale.data.sources.bad_samples import BadSampleLog
 from dinoscale.data.sources.left_out import LeftOut
 from dinoscale.data.sources.mixture import left_out_counts
 from dinoscale.data.sources.source import Source
-from dinoscale.engine.build import schedules_of
+from dinoscale.engine.build import loss_weights_of, schedules_of
 from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.step import StepMetrics, train_step
 from dinoscale.engine.student import Student
@@ -202,7 +202,7 @@ class Run:
                 self.student,
                 self.teacher,
                 now,
-                student_temp=self.config.dino.student_temp,
+                loss_weights=loss_weights_of(self.config),
                 stop_asked=self.stop.asked,
                 bad_images=len(self.pending_bad),
                 saving=self.saver.busy(),

@@ -66,7 +66,9 @@ def measure(
     targets = torch.randn(NUM_TEACHERS, batch, prototypes, device=device).softmax(-1)
     compare = partial(_compare, turns=turns, low=low)
     with_layer = compare(
-        lambda x, v: dino_loss_of_prototypes(x, v, None, teacher_probs=targets, student_temp=TEMP),
+        lambda x, v: dino_loss_of_prototypes(x, v, None, teacher_probs=targets, student_temp=TEMP)[
+            0
+        ],
         lambda x, v: pair_by_pair(F.linear(x, F.normalize(v, dim=-1)), targets),
         (x, v),
     )

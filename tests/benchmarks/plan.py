@@ -119,7 +119,7 @@ def measure(cases: list[Any]) -> list[float]:
 
 
 def _peak(case: Case) -> float:
-    from dinoscale.engine.build import build_pair, schedules_of
+    from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
     from dinoscale.engine.step import MicroBatch, train_step
     from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
 
@@ -131,11 +131,11 @@ def _peak(case: Case) -> float:
     for step in range(STEPS):
         take_step(student, teacher, config, plan, step)
     gc.collect()
-    now, temp = schedules_of(config, plan).at(STEPS), config.dino.student_temp
+    now, weights = schedules_of(config, plan).at(STEPS), loss_weights_of(config)
 
     def step() -> None:
         batches = (MicroBatch(b.global_crops.clone(), b.local_crops.clone(), None) for b in drawn)
-        train_step(batches, student, teacher, now, student_temp=temp)
+        train_step(batches, student, teacher, now, loss_weights=weights)
         teacher.wait()  # a profiler that ends amid a collective crashes
 
     teacher.wait()

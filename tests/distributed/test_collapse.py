@@ -69,7 +69,9 @@ def _mean_targets() -> list[tuple[list[float], list[float]]]:
     pairs = []
     for step in range(2):
         batches = micro_batches(config, plan, step)
-        rows = [teacher.targets(batch.global_crops, temp=0.04).flatten(0, 1) for batch in batches]
+        teacher.begin(batches, temp=0.04)
+        targets = [teacher.targets(batch, temp=0.04).class_probs for batch in batches]
+        rows = [probs.flatten(0, 1) for probs in targets]
         teacher.update(student, momentum=0.9, skipped=torch.tensor(False))
         of_ranks = torch.cat(distributed.gather_objects(torch.cat(rows)))
         assert of_ranks.shape == (2 * 8, config.head.num_prototypes)

@@ -25,8 +25,11 @@ class _Twice(DinoNetwork):
     """Applies its head to the first and the second half of the features by two calls."""
 
     def forward(self, crops: Any, keep: Any = None, objective: Any = None) -> Tensor:
-        halves = self.backbone(crops, keep).chunk(2)
-        loss: Tensor = self.head(halves[0], objective) + 2 * self.head(halves[1], objective)
+        first, second = (
+            self.head.last_layer(self.head.unit_vectors(half), objective)
+            for half in self.backbone(crops, keep).chunk(2)
+        )
+        loss: Tensor = first + 2 * second
         return loss
 
 

@@ -87,11 +87,12 @@ def _targets_error(teacher: Any, ema: dict[str, Tensor], config: Any, plan: Any)
     network = build_networks(config)[1]
     network.load_state_dict(ema)
     network.to(dtype)
-    crops = micro_batches(config, plan, 0)[0].global_crops
+    batch = micro_batches(config, plan, 0)[0]
+    crops = batch.global_crops
     with torch.no_grad():
         logits = network([crops.flatten(0, 1).to(dtype)], None).unflatten(0, crops.shape[:2])
     expected = teacher_probs(logits, teacher.center, temp=0.1)
-    return float((teacher.targets(crops, temp=0.1) - expected).abs().max())
+    return float((teacher.targets(batch, temp=0.1).class_probs - expected).abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,9 @@ def _watch_update(stage: int, precision: str) -> dict[str, Any]:
         storage.nbytes() for address, storage in _live_storages().items() if address not in before
     )
     take_step(student, teacher, config, plan, 0)
-    teacher.targets(micro_batches(config, plan, 1)[0].global_crops, temp=0.1)
+    batches = micro_batches(config, plan, 1)
+    teacher.begin(batches, temp=0.1)
+    teacher.targets(batches[0], temp=0.1)
     with Recorder() as recorder:
         teacher.update(student, momentum=0.9, skipped=torch.tensor(False))
     return {

@@ -44,7 +44,7 @@ def poison_all(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _poison(
     stage: int, precision: str, accumulation: int, batch_norm: bool = False
 ) -> dict[str, Any]:
-    from dinoscale.engine.build import build_pair, schedules_of
+    from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
     from dinoscale.engine.step import train_step
     from dinoscale.runtime import distributed
 
@@ -68,8 +68,8 @@ def _poison(
             value = torch.nan if precision == "fp32" else torch.inf
             batches[0].local_crops[1, 0, 2, 3, 3] = value
         if distributed.rank() == 1 and poison == "gradient":
-            hook = student.network.head.register_forward_hook(_poison_gradient)
-        result = train_step(batches, student, teacher, now, student_temp=0.1)
+            hook = student.network.head.last_layer.register_forward_hook(_poison_gradient)
+        result = train_step(batches, student, teacher, now, loss_weights=loss_weights_of(config))
         if hook is not None:
             hook.remove()
         moved = _different(before, _state(student, teacher))

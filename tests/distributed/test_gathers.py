@@ -34,7 +34,7 @@ def _config(stage: int, checkpointed: int) -> RunConfig:
 
 def watch_step(stage: int, checkpointed: int) -> dict[str, Any]:
     """On every rank: the collectives of a step whose weights are released as early as possible."""
-    from dinoscale.engine.build import build_pair, schedules_of
+    from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
     from dinoscale.engine.step import train_step
 
     config = _config(stage, checkpointed)
@@ -44,7 +44,13 @@ def watch_step(stage: int, checkpointed: int) -> dict[str, Any]:
     now = schedules_of(config, plan).at(0)
     for step in range(2):  # the first learns the order of the layers
         with Recorder() as recorder:
-            train_step(micro_batches(config, plan, step), student, teacher, now, student_temp=0.1)
+            train_step(
+                micro_batches(config, plan, step),
+                student,
+                teacher,
+                now,
+                loss_weights=loss_weights_of(config),
+            )
     return {
         "calls": recorder.calls,
         "parameters": sum(torch.Size(shape).numel() for shape in student.shapes.values()),

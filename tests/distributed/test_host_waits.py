@@ -71,7 +71,7 @@ def _watch_step(
     batch_norm: bool = False,
     accumulation: int = 1,
 ) -> list[str]:
-    from dinoscale.engine.build import build_pair, schedules_of
+    from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
     from dinoscale.engine.gradients import compute_device
     from dinoscale.engine.step import MicroBatch, train_step
 
@@ -92,10 +92,10 @@ def _watch_step(
         ]
 
     for step in range(2):
-        train_step(batches(step), student, teacher, now, student_temp=0.1)
+        train_step(batches(step), student, teacher, now, loss_weights=loss_weights_of(config))
     third = batches(2)
     with _Reads() as reads, _refusing_to_wait(stage):
-        result = train_step(third, student, teacher, now, student_temp=0.1)
+        result = train_step(third, student, teacher, now, loss_weights=loss_weights_of(config))
     assert result.skipped is None
     if stage == 3:
         assert student._zero._global_grad_norm == 1  # it is our constant that DeepSpeed looked at

@@ -21,7 +21,7 @@ def both_losses() -> list[list[tuple[float, float]]]:
 
 
 def _losses_of(frozen_epochs: int, norm_last_layer: bool) -> list[tuple[float, float]]:
-    from dinoscale.engine.build import build_pair, schedules_of
+    from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
     from dinoscale.engine.step import train_step
     from dinoscale.runtime import distributed
     from tests.reference import ReferenceStep
@@ -39,7 +39,7 @@ def _losses_of(frozen_epochs: int, norm_last_layer: bool) -> list[tuple[float, f
             student,
             teacher,
             now,
-            student_temp=config.dino.student_temp,
+            loss_weights=loss_weights_of(config),
             stop_asked=step == 1 and distributed.rank() == 0,
             bad_images=distributed.rank() + 1,
             saving=step == 2 and distributed.rank() == 1,

@@ -78,13 +78,13 @@ def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
 
 def take_step(student: Any, teacher: Any, config: RunConfig, plan: RunPlan, step: int) -> float:
     """One `train_step` on `micro_batches`; its loss."""
-    from dinoscale.engine.build import schedules_of
+    from dinoscale.engine.build import loss_weights_of, schedules_of
     from dinoscale.engine.step import train_step
 
     now = schedules_of(config, plan).at(step)
     batches = micro_batches(config, plan, step)
-    temp = config.dino.student_temp
-    return train_step(batches, student, teacher, now, student_temp=temp).loss
+    weights = loss_weights_of(config)
+    return train_step(batches, student, teacher, now, loss_weights=weights).loss
 
 
 class Gathering:

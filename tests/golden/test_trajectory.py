@@ -134,7 +134,7 @@ class _Follower:
         self.initial = load_file(folder / "trajectory_initial.safetensors")
 
     def follow(self) -> dict[str, Any]:
-        from dinoscale.engine.build import build_pair, schedules_of
+        from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
         from dinoscale.engine.step import train_step
         from dinoscale.models.weight_names import from_reference
 
@@ -157,7 +157,7 @@ class _Follower:
                 student,
                 teacher,
                 schedules.at(step),
-                student_temp=self.config.dino.student_temp,
+                loss_weights=loss_weights_of(self.config),
             )
             record["loss"].append(result.loss)
             record["grad_norms"].append(student.grad_norms())

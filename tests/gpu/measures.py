@@ -74,7 +74,7 @@ def on_ranks_average(*, late: bool) -> str:
 
 def _take(student: Any, teacher: Any, config: Any, plan: Any, step: int) -> None:
     """`take_step` with its batch on the device."""
-    from dinoscale.engine.build import schedules_of
+    from dinoscale.engine.build import loss_weights_of, schedules_of
     from dinoscale.engine.gradients import compute_device
     from dinoscale.engine.step import MicroBatch, train_step
     from tests.distributed.tiny_run import micro_batches
@@ -85,7 +85,7 @@ def _take(student: Any, teacher: Any, config: Any, plan: Any, step: int) -> None
         for batch in micro_batches(config, plan, step)
     )
     now = schedules_of(config, plan).at(step)
-    train_step(batches, student, teacher, now, student_temp=config.dino.student_temp)
+    train_step(batches, student, teacher, now, loss_weights=loss_weights_of(config))
 
 
 def host_waits() -> Shown:

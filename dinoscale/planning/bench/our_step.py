@@ -13,7 +13,7 @@ from dinoscale.config.resolve import RunPlan
 from dinoscale.data.decoding.decode import Picture
 from dinoscale.data.loader import Batch
 from dinoscale.data.sources.source import Source
-from dinoscale.engine.build import build_pair, schedules_of
+from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
 from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.step import MicroBatch, train_step
 from dinoscale.errors import RunFailedError
@@ -65,7 +65,7 @@ class OurStep:
 
     def __init__(self, config: RunConfig, plan: RunPlan, process: Process, source: Source) -> None:
         """Build the pair as a run does; `RandomPictures` are cut once and used in every step."""
-        self._temp, self._device = config.dino.student_temp, process.device
+        self._weights, self._device = loss_weights_of(config), process.device
         self.now = _typical_values(config, plan)
         self._timeline = Timeline(process.device)
         if config.engine.offload_optimizer and process.device.type == "cuda":
@@ -92,7 +92,7 @@ class OurStep:
             self._student,
             self._teacher,
             self.now,
-            student_temp=self._temp,
+            loss_weights=self._weights,
         )
         self._teacher.wait()  # a profiler that starts or stops during a collective crashes
         if result.skipped is not None:

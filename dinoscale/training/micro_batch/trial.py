@@ -21,7 +21,7 @@ import torch
 from dinoscale.config import RunConfig, parse_config, resolve, split_batch, with_micro_batch
 from dinoscale.data.augmentation.crop_params import draw_params
 from dinoscale.data.loader import Batch
-from dinoscale.engine.build import build_pair, schedules_of
+from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
 from dinoscale.engine.step import MicroBatch, train_step
 from dinoscale.errors import DinoscaleError
 from dinoscale.runtime import distributed
@@ -128,7 +128,7 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
             _prepared(batch, short, process.device, depth=depth)
             for _ in range(plan.accumulation_steps)
         )
-        train_step(prepared, student, teacher, now, student_temp=short.dino.student_temp)
+        train_step(prepared, student, teacher, now, loss_weights=loss_weights_of(short))
 
 
 def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) -> RunConfig:

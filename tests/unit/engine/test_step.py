@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoscale.engine.step import MicroBatch, train_step
+from dinoscale.engine.micro_batch import LossWeights, MicroBatch, Targets
+from dinoscale.engine.step import train_step
 
 
 class _Both:
@@ -15,14 +16,20 @@ class _Both:
 
     def __init__(self) -> None:
         self.done: list[str] = []
-        self.mean_target = torch.full((4,), 0.25)
+        self.mean_target, self.mean_patch_target = torch.full((4,), 0.25), None
 
     def set_hyperparameters(self, _now: Any) -> None:
         pass
 
-    def targets(self, crops: Tensor, *, temp: float) -> Tensor:
+    def begin(self, _batches: Any, *, temp: float) -> None:
         assert temp == 0.04
-        return torch.full((2, crops.shape[1], 4), 0.25)
+
+    def targets(self, batch: MicroBatch, *, temp: float) -> Targets:
+        assert temp == 0.04
+        return Targets(torch.full((2, batch.global_crops.shape[1], 4), 0.25))
+
+    def count_patch_targets(self, target_sum: Tensor | None) -> None:
+        assert target_sum is None
 
     def __call__(self, *_: Any) -> Tensor:
         self.done.append("forward")
@@ -59,6 +66,6 @@ def test_next_micro_batch_is_made_amid_the_step_and_one_is_held() -> None:
             del batch
 
     fakes: Any = (both, both, _Now())
-    train_step(micro_batches(), *fakes, student_temp=0.1)
+    train_step(micro_batches(), *fakes, loss_weights=LossWeights(0.1))
     a_micro_batch = ["made", "backward", "accumulate", "forward"]
     assert both.done == ["made", "forward", *a_micro_batch * 2, "backward", "step"]

@@ -1,0 +1,148 @@
+"""A micro-batch: its crops, its targets, and its loss, a weighted sum of leaves of `losses/`.
+
+    L = w_dino DINO + w_ibot iBOT + w_koleo sum over both views of KoLeo
+
+It is computed inside the student's forward, where ZeRO has gathered the prototypes, so all terms
+come out of one engine forward. Shape letters as in `engine/step.py`; M masked patches.
+Source: Caron et al. 2021 (arXiv:2104.14294); Oquab et al. 2023 (arXiv:2304.07193).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dinoscale.data.augmentation.masks import Masks
+from dinoscale.losses.dino import dino_loss_of_prototypes
+from dinoscale.losses.ibot import PatchTargets, patch_loss_of_prototypes
+from dinoscale.losses.koleo import koleo_loss
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The crops of one forward and backward pass on one rank.
+
+    Attributes:
+        global_crops: normalised images (2, B, C, H, W) float32.
+        local_crops: normalised images (n, B, C, h, w) float32; n may be 0.
+        keep: stochastic depth multipliers (depth, 2, S * B) float32, crop-major, or None.
+        masks: patches of the global crops that the student does not see, or None.
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor
+    keep: Tensor | None
+    masks: Masks | None = None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher gives the student of one micro-batch.
+
+    Attributes:
+        class_probs: of the global crops' class tokens (2, B, K) float32.
+        patches: from which those of the masked patches are computed; None without masks.
+    """
+
+    class_probs: Tensor
+    patches: PatchTargets | None = None
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The temperature of the student, and the weight of each term, 0 for none."""
+
+    student_temp: float
+    dino: float = 1.0
+    ibot: float = 0.0
+    koleo: float = 0.0
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of what `MicroBatchLoss.terms` holds beside the sum, in order."""
+        names = []
+        if self.ibot or self.koleo:
+            names += ["dino_loss", "dino_global_loss"]
+        if self.ibot:
+            names += ["ibot_loss", "patch_entropy"]
+        if self.koleo:
+            names += ["koleo_loss", "koleo_distance"]
+        return tuple(names)
+
+
+class MicroBatchLoss:
+    """The objective that the student's network computes, see `models.network.Objective`.
+
+    Attributes:
+        terms: after the forward, scalars without gradient by name: each term before its weight;
+            `dino_global_loss`, the part of `dino_loss` between two global crops, so that the rest
+            is that of local crops; `patch_entropy`, the mean of the patch targets' entropies in
+            nats; `koleo_distance`, the mean distance to the nearest class token.
+        patch_target_sum: after the forward, sum of the patch targets (K,); None without masks.
+    """
+
+    def __init__(
+        self, targets: Targets, weights: LossWeights, *, patch_weights: Tensor | None = None
+    ) -> None:
+        """Take the targets of a micro-batch.
+
+        Args:
+            targets: of the micro-batch.
+            weights: of the terms.
+            patch_weights: of each masked patch (M,): 1 / masked patches of its crop.
+        """
+        self._targets, self._weights, self._patch_weights = targets, weights, patch_weights
+        self.terms: dict[str, Tensor] = {}
+        self.patch_target_sum: Tensor | None = None
+
+    def of_prototypes(
+        self,
+        classes: Tensor | None,
+        patches: Tensor | None,
+        weight_v: Tensor,
+        weight_g: Tensor | None,
+    ) -> Tensor:
+        """DINO of class tokens (S * B, D), iBOT of masked patches (M, D), or both; weighted."""
+        parts = []
+        if classes is not None:
+            parts.append(self._weights.dino * self._dino(classes, weight_v, weight_g))
+        if patches is not None:
+            parts.append(self._weights.ibot * self._ibot(patches, weight_v, weight_g))
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+    def of_class_tokens(self, tokens: Tensor) -> Tensor | None:
+        """KoLeo of the global crops among the class tokens (S * B, D), weighted."""
+        if not self._weights.koleo:
+            return None
+        views, images = self._targets.class_probs.shape[:2]
+        of_views = tokens[: views * images].unflatten(0, (views, images))
+        loss, distance = koleo_loss(of_views)
+        self.terms |= {"koleo_loss": loss.detach(), "koleo_distance": distance}
+        return self._weights.koleo * loss
+
+    def _dino(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None) -> Tensor:
+        loss, of_global = dino_loss_of_prototypes(
+            x,
+            weight_v,
+            weight_g,
+            teacher_probs=self._targets.class_probs,
+            student_temp=self._weights.student_temp,
+        )
+        self.terms |= {"dino_loss": loss.detach(), "dino_global_loss": of_global}
+        return loss
+
+    def _ibot(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None) -> Tensor:
+        assert self._targets.patches is not None and self._patch_weights is not None
+        loss, entropy, target_sum = patch_loss_of_prototypes(
+            x,
+            weight_v,
+            weight_g,
+            targets=self._targets.patches,
+            weights=self._patch_weights,
+            student_temp=self._weights.student_temp,
+        )
+        views, images = self._targets.class_probs.shape[:2]
+        loss = loss / (views * images)  # a mean over all global crops, masked or not
+        self.terms |= {"ibot_loss": loss.detach(), "patch_entropy": entropy / max(len(x), 1)}
+        self.patch_target_sum = target_sum
+        return loss
