@@ -79,6 +79,7 @@ def _local_network(config: RunConfig) -> DinoNetwork:
         depth=model.depth,
         num_heads=model.num_heads,
         in_chans=config.data.channels,
+        mask_token=config.ibot.loss_weight > 0,
     )
     head = DinoHead(backbone.embed_dim, **config.head.model_dump())
     patch_head = None

@@ -5,8 +5,9 @@ Each layer runs once per forward, on all tokens of all crops: linear layers and 
 Sub-modules and parameter names are those of the authors' code and of timm (`blocks.0.attn.qkv`).
 
 Shape letters: N images, C channels, H, W pixels, p patch size, P patches and L tokens per image,
-R registers, T tokens of all images together, D width.
-Source: Dosovitskiy et al. 2021 (arXiv:2010.11929); Caron et al. 2021 (arXiv:2104.14294).
+R registers, T tokens of all images together, M chosen patches, D width.
+Source: Dosovitskiy et al. 2021 (arXiv:2010.11929); Caron et al. 2021 (arXiv:2104.14294); Oquab et
+al. 2023 (arXiv:2304.07193) and Zhou et al. 2021 (arXiv:2111.07832) for masked patches.
 """
 
 import math
@@ -126,8 +127,13 @@ class VisionTransformer(nn.Module):
             evaluation at many sizes compiles nothing.
     """
 
-    def __init__(self, source: Any) -> None:
-        """Adopt the layers of `source`, a timm ViT accepted by `zoo.adopt`."""
+    def __init__(self, source: Any, *, mask_token: bool = False) -> None:
+        """Adopt the layers of `source`, a timm ViT accepted by `zoo.adopt`.
+
+        Args:
+            source: do not use it afterwards.
+            mask_token: add a trained embedding for masked patches, which starts at zero.
+        """
         super().__init__()
         self.embed_dim: int = source.embed_dim
         self.depth = len(source.blocks)
@@ -139,6 +145,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = source.cls_token
         self.reg_token = source.reg_token
         self.pos_embed = source.pos_embed
+        self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim)) if mask_token else None
         self.patch_embed = PatchEmbed(source.patch_embed.proj)
         self.norm_pre = source.norm_pre
         self.blocks = nn.ModuleList(Block(block) for block in source.blocks)
@@ -148,26 +155,49 @@ class VisionTransformer(nn.Module):
         self._num_prefix = 1 + (0 if self.reg_token is None else self.reg_token.shape[1])
         self._prefix_slots = 0 if source.no_embed_class else self._num_prefix
 
-    def forward(self, crops: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
-        """Return the normalised class token of every image.
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        keep: Tensor | None = None,
+        *,
+        masks: Tensor | None = None,
+        patch_rows: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the normalised class token of every image, and patch tokens if rows are chosen.
 
         Args:
             crops: tensors (N_i, C, H_i, W_i), normalised pixels.
             keep: stochastic depth multipliers (depth, 2, sum N_i) from `stochastic_depth_keep`,
                 images in the order of `crops`; with a `subset_rate`, the uniform numbers from which
                 these are computed; None for no stochastic depth.
+            masks: bool (N, P) over the images of the first resolution: the embeddings of these
+                patches become the mask token, before positions are added; None masks nothing, and
+                then the mask token has no gradient.
+            patch_rows: int64 (M,), indices into the N*P patches of the first resolution.
 
         Returns:
-            (sum N_i, D), rows in the order of `crops`.
+            Class tokens (sum N_i, D), rows in the order of `crops`; with `patch_rows`, these and
+            the chosen patch tokens (M, D).
 
         Raises:
-            ValueError: there are no crops, or `keep` has another shape.
+            ValueError: there are no crops, `keep` or `masks` has another shape, or there are masks
+                and no mask token.
         """
-        tokens, layout = self._embed(crops)
+        tokens, layout = self._embed(crops, masks)
         tokens = self._run(tokens, layout, keep, range(self.depth))
         groups = torch.split(tokens, [n * length for n, length in layout])
         rows = [torch.unflatten(x, 0, at)[:, 0] for x, at in zip(groups, layout, strict=True)]
-        return self.norm(torch.cat(rows))  # type: ignore[no-any-return]  # nn.Module is untyped
+        if patch_rows is None:
+            return self.norm(torch.cat(rows))  # type: ignore[no-any-return]  # nn.Module is untyped
+        images = sum(n for n, _ in layout)
+        patches = groups[0].index_select(0, self._tokens_of_patches(patch_rows, layout))
+        normalised: Tensor = self.norm(torch.cat((*rows, patches)))
+        return normalised[:images], normalised[images:]
+
+    def _tokens_of_patches(self, patch_rows: Tensor, layout: Layout) -> Tensor:
+        """Rows among the packed tokens of patches of the first resolution."""
+        num_patches = layout[0][1] - self._num_prefix
+        return patch_rows + self._num_prefix * (patch_rows // num_patches + 1)
 
     def features(self, images: Tensor) -> Tensor:
         """Return all normalised tokens of images (N, C, H, W): (N, 1+R+P, D), class token first."""
@@ -225,7 +255,7 @@ class VisionTransformer(nn.Module):
             for images in group_by_resolution(meta)
         )
 
-    def _embed(self, crops: Sequence[Tensor]) -> tuple[Tensor, Layout]:
+    def _embed(self, crops: Sequence[Tensor], masks: Tensor | None = None) -> tuple[Tensor, Layout]:
         """Packed tokens (T, D) of all crops with positions, and their layout."""
         groups = group_by_resolution(crops)
         patches = [patchify(images, patch_size=self.patch_size) for images in groups]
@@ -234,17 +264,31 @@ class VisionTransformer(nn.Module):
         if self.reg_token is not None:
             prefix = torch.cat((prefix, self.reg_token), dim=1)  # (1, 1+R, D)
         slots = self._prefix_slots
-        tokens, layout = [], []
+        tokens, layout = [], list[tuple[int, int]]()
         for images, x in zip(groups, projected, strict=True):
             n = len(images)
             height, width = images.shape[2:]
             positions = self.positions(height=height, width=width)
             special = prefix + positions[:, :slots] if slots else prefix
-            x = torch.unflatten(x, 0, (n, -1)) + positions[:, slots:]  # (N, P, D)
+            x = torch.unflatten(x, 0, (n, -1))  # (N, P, D)
+            if masks is not None and not layout:
+                x = self._masked(x, masks)
+            x = x + positions[:, slots:]
             x = torch.cat((special.expand(n, -1, -1), x), dim=1)  # (N, L, D)
             layout.append((n, x.shape[1]))
             tokens.append(x.flatten(0, 1))
         return self.norm_pre(torch.cat(tokens)), tuple(layout)
+
+    def _masked(self, patches: Tensor, masks: Tensor) -> Tensor:
+        """Patch embeddings (N, P, D) with the mask token at the masked patches."""
+        if self.mask_token is None:
+            raise ValueError("masks: the model was built without a mask token")
+        if masks.shape != patches.shape[:2]:
+            raise ValueError(
+                f"masks: need shape {[*patches.shape[:2]]} (images and patches of the first "
+                f"resolution), got {[*masks.shape]}"
+            )
+        return torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
 
     def _run(self, tokens: Tensor, layout: Layout, keep: Tensor | None, which: range) -> Tensor:
         """Packed tokens (T, D) after the blocks of `which`."""

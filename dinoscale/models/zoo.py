@@ -29,6 +29,7 @@ def build_backbone(
     num_heads: int | None = None,
     in_chans: int = 3,
     norm_eps: float | None = None,
+    mask_token: bool = False,
 ) -> VisionTransformer | ResNet50:
     """Build a backbone with fresh weights.
 
@@ -44,6 +45,7 @@ def build_backbone(
         num_heads: attention heads; None for the model's own.
         in_chans: channels of an image.
         norm_eps: epsilon of the layer norms; None for the model's own, 1e-6 in most.
+        mask_token: whether patches can be masked; only ViTs have one.
 
     Raises:
         ConfigError: the name is unknown, our forward cannot reproduce the model, or the sizes do
@@ -62,7 +64,7 @@ def build_backbone(
             raise ConfigError(f"model.{next(iter(changed))}: resnet50 has no such size")
         return ResNet50(torchvision_resnet50(in_chans=in_chans))
     source = timm_vit(name, img_size=img_size, in_chans=in_chans, norm_eps=norm_eps, **changed)
-    model = VisionTransformer(source)
+    model = VisionTransformer(source, mask_token=mask_token)
     init_weights(model)
     return model
 

@@ -19,7 +19,7 @@ from dinoscale.models.zoo import build_backbone
 DEPTH = 3
 
 
-def _vit(name: str = "vit_tiny_patch16_224", **changes: int) -> VisionTransformer:
+def _vit(name: str = "vit_tiny_patch16_224", **changes: Any) -> VisionTransformer:
     """A small model with large random weights, so that every layer matters; in float64."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": DEPTH, "num_heads": 3}
     model = build_backbone(name, **(sizes | changes))
@@ -290,3 +290,63 @@ def test_a_block_compiles_to_one_graph() -> None:
         torch.randn(17, 24), ((1, 17),), torch.ones(2, 17, 1)
     )
     assert explained.graph_break_count == 0
+
+
+def _masks(images: int, patches: int) -> Tensor:
+    return torch.rand(images, patches, generator=torch.Generator().manual_seed(3)) < 0.4
+
+
+def test_masked_patches_do_not_reach_the_output_and_the_others_do() -> None:
+    model, crops, masks = _vit(mask_token=True), _crops(*MIXED), _masks(3, 16)
+    other = [group.clone() for group in crops]
+    pixels = masks.view(3, 4, 4).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    for group, which in zip(other[:2], pixels.split([2, 1]), strict=True):
+        group[which[:, None].expand_as(group)] = 7.0
+    output = model(crops, masks=masks)
+    assert torch.equal(model(other, masks=masks), output)
+    assert not torch.allclose(model(other), model(crops))
+    assert not torch.allclose(model(crops), output)
+
+
+def test_the_mask_token_stands_in_for_the_embedding_before_the_position() -> None:
+    model, masks = _vit(mask_token=True, depth=1), _masks(2, 16)
+    (images,) = _crops((2, 32, 32))
+    tokens, layout = model._embed([images], masks)
+    plain, _ = model._embed([images])
+    tokens, plain = (x.unflatten(0, layout[0])[:, 1:] for x in (tokens, plain))
+    assert torch.equal(tokens[~masks], plain[~masks])
+    assert model.mask_token is not None
+    expected = (model.mask_token + model.pos_embed[0, 1:]).expand(2, -1, -1)
+    torch.testing.assert_close(tokens[masks], expected[masks])
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_chosen_patches_are_those_of_features_and_class_tokens_stay(registers: int) -> None:
+    name = "vit_small_patch14_reg4_dinov2" if registers else "vit_tiny_patch16_224"
+    model, crops = _vit(name, mask_token=True), _crops(*MIXED)
+    rows = torch.tensor([0, 47, 16, 15, 15, 31])
+    tokens, patches = model(crops, patch_rows=rows)
+    torch.testing.assert_close(tokens, model(crops))
+    features = torch.cat([model.features(group) for group in crops[:2]])
+    torch.testing.assert_close(patches, features[:, 1 + registers :].flatten(0, 1)[rows])
+    tokens, patches = model(crops, patch_rows=rows[:0])
+    torch.testing.assert_close(tokens, model(crops))
+    assert patches.shape == (0, 24)
+
+
+def test_a_mask_token_without_a_masked_patch_has_a_gradient_of_zero() -> None:
+    model, crops = _vit(mask_token=True), _crops(*MIXED)
+    empty = torch.zeros(3, 16, dtype=torch.bool)
+    output = model(crops, masks=empty)
+    assert torch.equal(output, model(crops))
+    gradient = _gradients(model, output)["mask_token"]
+    assert torch.equal(gradient, torch.zeros(1, 24).double())
+    assert _gradients(model, model(crops, masks=~empty))["mask_token"].abs().min() > 0
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    crops, masks = _crops(*MIXED), _masks(3, 16)
+    with pytest.raises(ValueError, match="masks: the model was built without a mask token"):
+        _vit()(crops, masks=masks)
+    with pytest.raises(ValueError, match=r"masks: need shape \[3, 16\] .* got \[2, 16\]"):
+        _vit(mask_token=True)(crops, masks=masks[:2])
