@@ -14,6 +14,7 @@ class Stream(IntEnum):
     MIXTURE = 4
     LANES = 5
     SUBSET = 6
+    MASKS = 7
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
