@@ -84,23 +84,60 @@ def draw_masks(
     groups = range(first_image // group, (first_image + images) // group)
     generators = [generator(seed, Stream.MASKS, step, number) for number in groups]
     masked = int(NUM_GLOBAL * group * prob)
-    low, high = _bins(masked, grid, ratio)
-    targets = np.tile(high, (len(groups), 1))
-    if rule == "dinov2":
-        shares = _uniforms(generators, masked)
-        targets = low + (high - low) * shares
-    counts = targets.astype(np.int64).flatten()
-    blocks = _blocks(counts, grid, generators)
+    counts = _counts(generators, masked, grid, ratio, rule)
+    rectangles = _rectangles(generators, counts, grid).reshape(*counts.shape, math.prod(grid))
     if rule == "dinov3":
-        _complete(blocks, counts, generators)
-    crops = np.zeros((len(groups), NUM_GLOBAL * group, math.prod(grid)), dtype=bool)
-    crops[:, :masked] = blocks.reshape(len(groups), masked, -1)
-    shuffled = [rng.permutation(crops_of) for rng, crops_of in zip(generators, crops, strict=True)]
-    by_view = np.stack(shuffled).reshape(len(groups), NUM_GLOBAL, group, -1).swapaxes(0, 1)
-    return _of_rows(torch.from_numpy(by_view.reshape(NUM_GLOBAL * images, -1)))
+        _complete(generators, counts, rectangles)
+    crops = np.zeros((len(groups), NUM_GLOBAL * group, rectangles.shape[-1]), dtype=bool)
+    crops[:, :masked] = rectangles
+    shuffled = [rng.permutation(of_group) for rng, of_group in zip(generators, crops, strict=True)]
+    views = np.stack(shuffled).reshape(len(groups), NUM_GLOBAL, group, -1).swapaxes(0, 1)
+    return _as_tensors(views.reshape(NUM_GLOBAL * images, -1))
 
 
-def _shapes_and_places(
+def _counts(
+    generators: Sequence[np.random.Generator],
+    masked: int,
+    grid: tuple[int, int],
+    ratio: tuple[float, float],
+    rule: Rule,
+) -> NDArray[np.int64]:
+    """Patches to mask in each masked crop of each group, (G, n)."""
+    ends = (math.prod(grid) * torch.linspace(*ratio, masked + 1)).numpy()  # float32, as the source
+    low, high = ends[:-1], ends[1:]
+    if rule == "dinov3":
+        return np.tile(high, (len(generators), 1)).astype(np.int64)
+    shares = np.stack([rng.random(masked) for rng in generators])
+    return (low + (high - low) * shares).astype(np.int64)
+
+
+def _rectangles(
+    generators: Sequence[np.random.Generator], counts: NDArray[np.int64], grid: tuple[int, int]
+) -> NDArray[np.bool_]:
+    """Cover `counts` patches of each crop with rectangles, or a few less, (G, n, rows, columns).
+
+    One rectangle at a time is laid over every crop that needs one. It adds at least one patch, at
+    most as many as are missing, and at most about half of the crop.
+    """
+    rows, columns = grid
+    largest = rows // 2 * columns
+    masks = np.zeros((*counts.shape, rows, columns), dtype=bool)
+    missing = counts.copy()
+    wanting = missing > 0  # (G, n)
+    while wanting.any():
+        of_groups = np.flatnonzero(wanting.any(axis=1))  # other groups' generators must not move
+        size = (wanting.shape[1], _TRIES, 4)
+        uniforms = np.stack([generators[number].random(size) for number in of_groups])
+        room = np.minimum(missing[wanting], largest)  # (C,)
+        tries = _draw_rectangles(uniforms[wanting[of_groups]], room, grid)
+        added, covered = _first_that_fits(tries, masks[wanting], room)
+        masks[wanting] |= covered
+        missing[wanting] -= added
+        wanting[wanting] = (added > 0) & (missing[wanting] > 0)
+    return masks
+
+
+def _draw_rectangles(
     uniforms: NDArray[np.float64], room: NDArray[np.int64], grid: tuple[int, int]
 ) -> NDArray[np.int64]:
     """Rectangles of 4 to `room` patches before rounding: top, left, bottom, right, (C, T, 4)."""
@@ -120,8 +157,8 @@ def _first_that_fits(
         How many it adds (C,), 0 where none fits, and what it covers (C, rows, columns).
     """
     rows, columns = masks.shape[1:]
-    before = np.zeros((len(masks), rows + 1, columns + 1), dtype=np.int64)
-    before[:, 1:, 1:] = masks.cumsum(axis=1).cumsum(axis=2)  # masked above and left of a corner
+    before = np.zeros((len(masks), rows + 1, columns + 1), dtype=np.int32)
+    before[:, 1:, 1:] = masks.cumsum(1, np.int32).cumsum(2)  # masked above and left of a corner
     height, width = tries[..., 2] - tries[..., 0], tries[..., 3] - tries[..., 1]
     smaller = (height < rows) & (width < columns)
     top, left, bottom, right = np.moveaxis(tries * smaller[..., None], -1, 0)
