@@ -18,7 +18,7 @@ from dinoscale.data.sources.mixture import open_sources
 from dinoscale.data.sources.source import Source, StoredSource
 from dinoscale.data.transfer import to_device
 from dinoscale.engine.drop_path import drop_path_uniforms
-from dinoscale.engine.step import MicroBatch
+from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.errors import ConfigError
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.runtime.launcher_env import Process

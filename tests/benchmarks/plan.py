@@ -120,7 +120,8 @@ def measure(cases: list[Any]) -> list[float]:
 
 def _peak(case: Case) -> float:
     from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
-    from dinoscale.engine.step import MicroBatch, train_step
+    from dinoscale.engine.micro_batch import MicroBatch
+    from dinoscale.engine.step import train_step
     from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
 
     config = case.config()

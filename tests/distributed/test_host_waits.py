@@ -73,7 +73,8 @@ def _watch_step(
 ) -> list[str]:
     from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
     from dinoscale.engine.gradients import compute_device
-    from dinoscale.engine.step import MicroBatch, train_step
+    from dinoscale.engine.micro_batch import MicroBatch
+    from dinoscale.engine.step import train_step
 
     config = tiny_config(
         head={"batch_norm": batch_norm},

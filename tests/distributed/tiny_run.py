@@ -54,7 +54,7 @@ def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
 
     Without stochastic depth, unless as subsets.
     """
-    from dinoscale.engine.step import MicroBatch
+    from dinoscale.engine.micro_batch import MicroBatch
     from dinoscale.runtime import distributed
 
     crops, size = config.crops, plan.micro_batch_size

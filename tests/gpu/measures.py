@@ -76,7 +76,8 @@ def _take(student: Any, teacher: Any, config: Any, plan: Any, step: int) -> None
     """`take_step` with its batch on the device."""
     from dinoscale.engine.build import loss_weights_of, schedules_of
     from dinoscale.engine.gradients import compute_device
-    from dinoscale.engine.step import MicroBatch, train_step
+    from dinoscale.engine.micro_batch import MicroBatch
+    from dinoscale.engine.step import train_step
     from tests.distributed.tiny_run import micro_batches
 
     device = compute_device()

@@ -22,7 +22,8 @@ from dinoscale.config import RunConfig, parse_config, resolve, split_batch, with
 from dinoscale.data.augmentation.crop_params import draw_params
 from dinoscale.data.loader import Batch
 from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
-from dinoscale.engine.step import MicroBatch, train_step
+from dinoscale.engine.micro_batch import MicroBatch
+from dinoscale.engine.step import train_step
 from dinoscale.errors import DinoscaleError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import Process, read_process
