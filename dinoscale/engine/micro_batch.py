@@ -132,7 +132,8 @@ class MicroBatchLoss:
         return loss
 
     def _ibot(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None) -> Tensor:
-        assert self._targets.patches is not None and self._patch_weights is not None
+        assert self._targets.patches is not None
+        assert self._patch_weights is not None
         loss, entropy, target_sum = patch_loss_of_prototypes(
             x,
             weight_v,

@@ -236,7 +236,7 @@ def _rank_status(
 def _forward(
     batch: MicroBatch, student: Student, teacher: Teacher, now: StepValues, weights: LossWeights
 ) -> tuple[Tensor, Tensor]:
-    """Loss of a micro-batch, and its numbers: loss, entropy of the class targets, terms (2 + T,)."""
+    """Loss of a micro-batch; and (2 + T,): loss, entropy of the class targets, terms."""
     targets = teacher.targets(batch, temp=now.teacher_temp)
     masks = batch.masks
     objective = MicroBatchLoss(

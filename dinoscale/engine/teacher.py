@@ -322,7 +322,7 @@ class Teacher:
 
 
 def _sinkhorn_center(seen: Iterable[_Projected], temp: float) -> Tensor:
-    """c of all micro-batches and ranks, (K,) float32."""
+    """C of all micro-batches and ranks, (K,) float32."""
     projected = list(seen)
     return sinkhorn_center(
         [some.units for some in projected],

@@ -190,7 +190,7 @@ class _Follower:
         distributed.gather_objects(None)
 
     def _micro_batches(self, index: int) -> list[Any]:
-        from dinoscale.engine.step import MicroBatch
+        from dinoscale.engine.micro_batch import MicroBatch
 
         whole, size = self.batches, self.plan.micro_batch_size
         batches = []

@@ -14,8 +14,8 @@ from dinoscale.data.decoding.decode import Picture
 from dinoscale.data.loader import Batch
 from dinoscale.data.sources.source import Source
 from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
-from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.micro_batch import MicroBatch
+from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.step import train_step
 from dinoscale.errors import RunFailedError
 from dinoscale.planning.bench.timeline import (
