@@ -45,7 +45,7 @@ from dinoscale.runtime.versions import versions
 from dinoscale.runtime.watchdog import Watchdog
 from dinoscale.training.feed import Feed
 from dinoscale.training.hooks.bad_steps import dump_bad_step
-from dinoscale.training.hooks.collapse import OBSERVE_EVERY, CollapseMonitor, Reading
+from dinoscale.training.hooks.collapse import OBSERVE_EVERY, Alarm, CollapseMonitor, Reading
 from dinoscale.training.hooks.data_wait import DataWait
 from dinoscale.training.hooks.events import Events
 from dinoscale.training.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
@@ -109,13 +109,7 @@ class Run:
         self.schedules = schedules_of(config, plan)
         self.events = Events(self.run_dir, active=is_first)
         self.metrics = distributed.together(lambda: self._open_metrics(active=is_first))
-        self.collapse = CollapseMonitor(
-            num_prototypes=config.head.num_prototypes,
-            student_temp=config.dino.student_temp,
-            center_momentum=config.dino.center_momentum,
-            warmup_steps=plan.warmup_steps,
-            freeze_steps=plan.freeze_last_layer_steps,
-        )
+        self.collapse = _collapse_monitors(config, plan)
         self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl", writes=is_first)
         self.pending_bad: list[Any] = []
         self.left_out: dict[int, LeftOut] = {}  # of shards of a stream that this rank has read
@@ -293,10 +287,11 @@ class Run:
         done = self.progress.step
         due = self._due(done)
         if due.log or done % OBSERVE_EVERY == 0:
-            reading = self._read(now, result)
+            readings = self._read(now, result)
             if due.log:
-                self._record(done, now, result, reading, watch)
-            self._watch_for_collapse(done, reading)
+                self._record(done, now, result, readings, watch)
+            for kind, reading in readings.items():
+                self._watch_for_collapse(done, self.collapse[kind].observe(done, reading))
         self.metrics.advance(f"loss {result.loss:.3f}{self.bar_suffix}")
         self._report(self.saver.finished())
         if due.save:
@@ -322,22 +317,34 @@ class Run:
             " the same command goes on from there"
         )
 
-    def _read(self, now: StepValues, result: StepMetrics) -> Reading:
-        return Reading(
-            loss=result.loss,
-            teacher_entropy=result.teacher_entropy,
-            mean_target_entropy=result.mean_target_entropy,
-            share=result.max_prototype_prob,
-            teacher_temp=now.teacher_temp,
-        )
+    def _read(self, now: StepValues, result: StepMetrics) -> dict[str, Reading]:
+        """The targets of each kind of token."""
+        readings = {
+            "class": Reading(
+                loss=result.teacher_entropy + result.kl,
+                teacher_entropy=result.teacher_entropy,
+                mean_target_entropy=result.mean_target_entropy,
+                share=result.max_prototype_prob,
+                teacher_temp=now.teacher_temp,
+            )
+        }
+        if "patch" in self.collapse:
+            readings["patch"] = Reading(
+                # The loss is a mean over all global crops, of which this share is masked.
+                loss=result.terms["ibot_loss"] / self.config.ibot.mask_prob,
+                teacher_entropy=result.terms["patch_entropy"],
+                mean_target_entropy=result.mean_patch_target_entropy,
+                share=result.max_patch_prototype_prob,
+                teacher_temp=now.teacher_temp,
+            )
+        return readings
 
-    def _watch_for_collapse(self, done: int, reading: Reading) -> None:
+    def _watch_for_collapse(self, done: int, alarm: Alarm | None) -> None:
         """Warn of a collapse, or end the run; all ranks see the same values.
 
         Raises:
             RunFailedError: on every rank, at a collapse with train.stop_on_collapse.
         """
-        alarm = self.collapse.observe(done, reading)
         if alarm is None:
             return
         self.events.write(done, "collapse", kind=alarm.kind, text=alarm.text)
@@ -347,7 +354,12 @@ class Run:
             log.warning("step %d: %s", done, alarm.text)
 
     def _record(
-        self, done: int, now: StepValues, result: StepMetrics, reading: Reading, watch: Stopwatch
+        self,
+        done: int,
+        now: StepValues,
+        result: StepMetrics,
+        readings: dict[str, Reading],
+        watch: Stopwatch,
     ) -> None:
         """Write a log line, from values that need no further collective."""
         bad = self._count_bad(result.bad_images)
@@ -359,8 +371,9 @@ class Run:
             "loss": result.loss,
             "teacher_entropy": result.teacher_entropy,
             "kl": result.kl,
-            "target_mutual_information": reading.information,
-            "max_prototype_prob": reading.share,
+            "target_mutual_information": readings["class"].information,
+            "max_prototype_prob": readings["class"].share,
+            **result.terms,
             "lr": now.lr,
             "weight_decay": now.weight_decay,
             "momentum": now.momentum,
@@ -373,6 +386,9 @@ class Run:
             "peak_memory_bytes": peak_memory_bytes(),
             "teacher_bytes": self.teacher.num_bytes(),
         }
+        if "patch" in readings:
+            values["patch_mutual_information"] = readings["patch"].information
+            values["max_patch_prototype_prob"] = readings["patch"].share
         self.metrics.write(done, values)
 
     def _rates(self, done: int, rates: dict[str, float]) -> dict[str, float]:
@@ -519,3 +535,21 @@ def _keep(config: RunConfig, plan: RunPlan) -> Keep:
     rule = config.checkpoint
     every = None if rule.keep_every is None else rule.keep_every * plan.steps_per_epoch
     return Keep(last=rule.keep_last, every_steps=every, best=rule.keep_best)
+
+
+def _collapse_monitors(config: RunConfig, plan: RunPlan) -> dict[str, CollapseMonitor]:
+    """A monitor for each kind of token that has targets, by its name in `Run._read`."""
+    heads = {"class": config.head}
+    if config.ibot.loss_weight:
+        heads["patch"] = config.patch_head or config.head
+    return {
+        kind: CollapseMonitor(
+            num_prototypes=head.num_prototypes,
+            student_temp=config.dino.student_temp,
+            center_momentum=config.dino.center_momentum,
+            warmup_steps=plan.warmup_steps,
+            freeze_steps=plan.freeze_last_layer_steps,
+            tokens=f"{kind} tokens" if len(heads) > 1 else "",
+        )
+        for kind, head in heads.items()
+    }

@@ -93,6 +93,20 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
             limits=((100.0, "100: collapse to one"),),
             from_zero=True,
         ),
+        _PlotSpec("dino_loss", "loss of class tokens, nats", noisy=True),
+        _PlotSpec("ibot_loss", "loss of masked patches, mean over all global crops", noisy=True),
+        _PlotSpec("koleo_loss", "KoLeo loss, sum of both views", noisy=True),
+        _PlotSpec("koleo_distance", "distance to the nearest class token", noisy=True),
+        _PlotSpec(
+            "patch_entropy", "entropy of the patch targets, nats", noisy=True, from_zero=True
+        ),
+        _PlotSpec(
+            "patch_mutual_information",
+            "mutual information of targets and patches, nats",
+            noisy=True,
+            limits=((0.0, "0: all targets equal"),),
+            from_zero=True,
+        ),
         _PlotSpec("lr", "learning rate"),
         _PlotSpec("weight_decay", "weight decay"),
         _PlotSpec("momentum", "teacher momentum"),

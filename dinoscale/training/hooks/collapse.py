@@ -14,6 +14,8 @@ than the center, so that h can be anything; it may turn into one of the other tw
 I = 0 for every N and K, and few rows do not increase it, so the limits below need not scale with
 the batch or with K; I is at most ln(min(N, K)).
 
+Targets of masked patches are watched apart, with the same signs, N being their number.
+
 Measured with K = 128, N = 128 on the quickstart and variants of it (nats):
     run                                     signs                                         alarm
     unchanged, 625 steps                    I >= 0.19 (step 133), share <= 0.22           none
@@ -100,6 +102,7 @@ class CollapseMonitor:
         center_momentum: float,
         warmup_steps: int,
         freeze_steps: int,
+        tokens: str = "",
     ) -> None:
         """Watch a run.
 
@@ -109,7 +112,9 @@ class CollapseMonitor:
             center_momentum: of the center; for the text.
             warmup_steps: steps of learning-rate warm-up.
             freeze_steps: steps with frozen prototypes.
+            tokens: whose targets these are, where there are several kinds; for the text.
         """
+        self._tokens = f"{tokens}: " if tokens else ""
         self._max_entropy, self._student_temp = math.log(num_prototypes), student_temp
         self._center_momentum = center_momentum
         self._settled_step = max(warmup_steps, freeze_steps) + _SETTLING
@@ -183,7 +188,7 @@ class CollapseMonitor:
             f" strongest prototype has a share of {100 * reading.share:.1f} %"
         )
         again = "Then restart from a checkpoint before this step, or from scratch"
-        return Alarm(kind, f"{meaning} ({seen}). {remedy}. {again}")
+        return Alarm(kind, f"{self._tokens}{meaning} ({seen}). {remedy}. {again}")
 
     def _center_remedy(self) -> str:
         return (
