@@ -89,7 +89,7 @@ class ParameterCounts:
 
     Attributes:
         backbone: without a classifier.
-        head: with the prototypes and their lengths.
+        head: of all heads, with the prototypes and their lengths.
     """
 
     backbone: int | None
@@ -308,19 +308,22 @@ def count_parameters(config: RunConfig) -> ParameterCounts:
     Returns:
         The counts of backbone and head; the teacher has as many.
     """
-    head, model = config.head, config.model
-    embed_dim = _embed_dim(model)
+    embed_dim = _embed_dim(config.model)
     if embed_dim is None:
         return ParameterCounts(None, None)
     return ParameterCounts(
         backbone=_num_backbone_parameters(config),
-        head=num_head_parameters(
-            in_dim=embed_dim,
-            num_prototypes=head.num_prototypes,
-            hidden_dim=head.hidden_dim,
-            bottleneck_dim=head.bottleneck_dim,
-            num_layers=head.num_layers,
-            batch_norm=head.batch_norm,
+        head=sum(
+            num_head_parameters(
+                in_dim=embed_dim,
+                num_prototypes=head.num_prototypes,
+                hidden_dim=head.hidden_dim,
+                bottleneck_dim=head.bottleneck_dim,
+                num_layers=head.num_layers,
+                batch_norm=head.batch_norm,
+            )
+            for head in (config.head, config.patch_head)
+            if head is not None
         ),
     )
 
