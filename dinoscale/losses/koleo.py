@@ -1,0 +1,51 @@
+"""KoLeo: spreads the class tokens of a batch over the sphere.
+
+Shape letters: V views, B images, D width.
+Source: Sablayrolles et al. 2019 (arXiv:1806.03198), eq. 2; Oquab et al. 2023 (arXiv:2304.07193),
+section 4, per view and rank as in the authors' code.
+
+    L = sum over views of  -mean_b log d_b,   d_b = distance of token b to its nearest neighbour
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-8  # least length, in each difference, and in the logarithm, as in the authors' code
+
+
+def koleo_loss(class_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Minus the logarithm of the distance to the nearest neighbour within a view, on unit vectors.
+
+    Computed in float32, or float64 for float64 tokens, also under autocast. Both members of a pair
+    of neighbours have a gradient.
+
+    Args:
+        class_tokens: of the backbone, before the head (V, B, D), any float dtype, B >= 2.
+
+    Returns:
+        The loss, mean over images and sum over views, a scalar; and the mean distance to the
+        nearest neighbour over images and views, without gradient, for monitoring.
+
+    Raises:
+        ValueError: a view has a single image, which has no neighbour.
+    """
+    num_images = class_tokens.shape[1]
+    if num_images < 2:
+        raise ValueError(f"need at least 2 images in a view for a neighbour, got {num_images}")
+    dtype = torch.promote_types(class_tokens.dtype, torch.float32)
+    with torch.autocast(class_tokens.device.type, enabled=False):
+        x = F.normalize(class_tokens.to(dtype), dim=-1, eps=EPS)
+        neighbours = x.gather(1, _nearest(x)[..., None].expand_as(x))
+        distances = torch.linalg.vector_norm(x - neighbours + EPS, dim=-1)  # (V, B)
+        loss = -(distances + EPS).log().mean(1).sum()
+    return loss, distances.detach().mean()
+
+
+@torch.no_grad()
+def _nearest(x: Tensor) -> Tensor:
+    """Index of each unit vector's nearest neighbour in its view, (V, B)."""
+    cosines = x @ x.mT
+    # Differs: the authors' code writes -1, which the cosine of two opposite images may equal.
+    cosines.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    return cosines.argmax(-1)
