@@ -15,15 +15,21 @@ a scalar, so the backward pass only scales the gradients that the forward has co
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinoscale.losses.prototypes import (
+    PROTOTYPES,
+    at_least_float32,
+    prototypes,
+    slices,
+    weight_norm_backward,
+)
+
 CHUNK = 2**22  # logits at a time: 16 MB
-PROTOTYPES = 4096  # at most at a time: with few images their float32 copies would be larger
-EPS = 1e-12  # least norm of a prototype, as in torch.nn.functional.normalize
 
 
 def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: float) -> Tensor:
@@ -109,11 +115,11 @@ class _LossOfLogits(torch.autograd.Function):
 def _loss_of_logits(
     logits: Tensor, probs: Tensor, temp: float, *, gradient: Tensor | None
 ) -> Tensor:
-    dtype = _at_least_float32(logits, probs)
+    dtype = at_least_float32(logits, probs)
     num_crops, num_images, num_prototypes = logits.shape
     num_pairs = _num_pairs(num_crops, probs)
     loss = torch.zeros((), dtype=dtype, device=logits.device)
-    for images in _chunks(num_images, each=num_crops * num_prototypes):
+    for images in slices(num_images, size=CHUNK // (num_crops * num_prototypes)):
         log_q = torch.log_softmax(logits[:, images].to(dtype) / temp, dim=-1)
         targets = probs[:, images].to(dtype)
         out = None if gradient is None else gradient[:, images]
@@ -159,21 +165,21 @@ def _loss_of_prototypes(
     gradients. That costs a fourth matrix product, but each product covers all rows, and tensors as
     large as the prototypes are written directly in their own dtype.
     """
-    dtype = _at_least_float32(x, weight_v, probs)
+    dtype = at_least_float32(x, weight_v, probs)
     num_images, num_prototypes = probs.shape[1:]
     rows = x.to(dtype) / temp  # (S*B, D)
     num_crops = len(rows) // num_images
     num_pairs, mass = _num_pairs(num_crops, probs), probs.sum(-1, dtype=dtype)  # (T, B)
-    parts = _chunks(num_prototypes, each=len(rows), at_most=PROTOTYPES)
-    prototypes = partial(_prototypes, weight_v, weight_g, dtype=dtype)
-    peak, log_sum = _normalizer(rows, (prototypes(part).w for part in parts))
+    parts = slices(num_prototypes, size=min(CHUNK // len(rows), PROTOTYPES))
+    some = partial(prototypes, weight_v, weight_g, dtype=dtype)
+    peak, log_sum = _normalizer(rows, (some(part).w for part in parts))
 
     loss = torch.zeros((), dtype=dtype, device=x.device)
     of_global = torch.zeros_like(loss)
     d_rows, d_v = torch.zeros_like(rows), torch.empty_like(weight_v)
     d_g = None if weight_g is None else torch.empty_like(weight_g)
     for part in parts:
-        chunk = prototypes(part)
+        chunk = some(part)
         z = (rows @ chunk.w.T).sub_(peak).sub_(log_sum)
         log_q = z.unflatten(0, (num_crops, num_images))
         out, targets = log_q if needed else None, probs[..., part].to(dtype)
@@ -182,7 +188,7 @@ def _loss_of_prototypes(
         of_global += parts_of_loss[1]
         if needed:  # z now holds its gradient
             d_rows.addmm_(z, chunk.w)
-            d_v[part], d_g_part = _weight_norm_backward(z.T @ rows, chunk)
+            d_v[part], d_g_part = weight_norm_backward(z.T @ rows, chunk)
             if d_g is not None:
                 d_g[part] = d_g_part
     gradients = (d_rows.div_(temp).to(x.dtype), d_v, d_g) if needed else None
@@ -203,34 +209,6 @@ def _normalizer(rows: Tensor, weights: Iterable[Tensor]) -> tuple[Tensor, Tensor
     peak = part_peaks.amax(-1, keepdim=True)
     total = ((part_peaks - peak).exp_() * torch.cat(sums, dim=1)).sum(-1, keepdim=True)
     return peak, total.log_()
-
-
-class _Prototypes(NamedTuple):
-    """Some prototypes: w = scale * v, scale = g / length, length = ||v||."""
-
-    v: Tensor  # (k, D)
-    length: Tensor  # (k, 1)
-    scale: Tensor  # (k, 1)
-    w: Tensor  # (k, D)
-
-
-def _prototypes(
-    weight_v: Tensor, weight_g: Tensor | None, part: slice, *, dtype: torch.dtype
-) -> _Prototypes:
-    v = weight_v[part].to(dtype)
-    length = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min_(EPS)
-    scale = 1 / length if weight_g is None else weight_g[part].to(dtype) / length
-    return _Prototypes(v, length, scale, scale * v)
-
-
-def _weight_norm_backward(d_w: Tensor, chunk: _Prototypes) -> tuple[Tensor, Tensor]:
-    """Gradients in v and g from the gradient in w, which is overwritten.
-
-    With u = v / ||v||: d_v = g / ||v|| (d_w - <d_w, u> u) and d_g = <d_w, u>, row by row
-    (Salimans and Kingma, eq. 3).
-    """
-    d_g = (d_w * chunk.v).sum(1, keepdim=True).div_(chunk.length)
-    return d_w.addcmul_(chunk.v, d_g / chunk.length, value=-1).mul_(chunk.scale), d_g
 
 
 def _loss_and_gradient(
@@ -262,21 +240,6 @@ def _loss_and_gradient(
     return loss, same_view - among
 
 
-def _chunks(length: int, *, each: int, at_most: int | None = None) -> list[slice]:
-    """Slices of a dimension with `each` elements per position, `CHUNK` elements a slice."""
-    size = max(1, CHUNK // each)
-    if at_most is not None:
-        size = min(size, at_most)
-    return [slice(start, start + size) for start in range(0, length, size)]
-
-
 def _num_pairs(num_crops: int, probs: Tensor) -> int:
     """Pairs of distinct views over all images."""
     return len(probs) * (num_crops - 1) * probs.shape[1]
-
-
-def _at_least_float32(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype

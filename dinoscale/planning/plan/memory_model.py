@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dinoscale.engine.model_sizes import Dims
-from dinoscale.losses.dino import CHUNK, PROTOTYPES
+from dinoscale.losses.dino import CHUNK
+from dinoscale.losses.prototypes import PROTOTYPES
 from dinoscale.planning.plan.activations import (
     activations,
     added_by_backward,
