@@ -11,6 +11,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from dinoscale.data.augmentation.masks import Masks
 from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
@@ -27,11 +28,13 @@ class MicroBatch:
         global_crops: normalised images (2, B, C, H, W) float32.
         local_crops: normalised images (n, B, C, h, w) float32; n may be 0.
         keep: stochastic depth multipliers (depth, 2, S * B) float32, crop-major, or None.
+        masks: patches of the global crops that the student does not see, or None.
     """
 
     global_crops: Tensor
     local_crops: Tensor
     keep: Tensor | None
+    masks: Masks | None = None
 
 
 class StepMetrics:
