@@ -1,7 +1,7 @@
 """A rank's micro-batches of each step: crops from the loader, on the device, normalised."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from dinoscale.config import DataConfig, ModelConfig, RunConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.data.augmentation.color_jitter import finish_crops
 from dinoscale.data.augmentation.crop_params import Params
+from dinoscale.data.augmentation.masks import Masks, draw_masks
 from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
 from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
@@ -127,33 +128,98 @@ class Feed:
         for _ in range(first, plan.stop_step):
             yield list(itertools.islice(batches, plan.accumulation_steps))
 
-    def prepare(self, step: int, batches: Iterable[Batch]) -> Iterator[MicroBatch]:
-        """Move a step's micro-batches to the device, finish them, and draw their stochastic depth.
+    def prepare(self, step: int, batches: Sequence[Batch]) -> "MicroBatches":
+        """A step's micro-batches, each finished on the device when asked for."""
+        return MicroBatches(len(batches), lambda index: self.finish(step, index, batches[index]))
 
-        One at a time, and without a reference to the one before: all of them together would take
-        the memory that accumulation saves.
+    def finish(self, step: int, index: int, batch: Batch) -> MicroBatch:
+        """Move micro-batch `index` of a step to the device and finish it.
+
+        Its stochastic depth and masks are drawn here: a function of its place in the step, so that
+        it can be made again.
         """
-        data, device = self._config.data, self._process.device
-        compiled = self._config.engine.compile is not False
-        for index, batch in enumerate(batches):
-            yield MicroBatch(
-                *finish_batch(batch, data, device, compiled=compiled), self._keep(step, index)
-            )
+        config, plan, device = self._config, self._plan, self._process.device
+        first_image = (index * plan.world_size + self._process.rank) * plan.micro_batch_size
+        compiled = config.engine.compile is not False
+        crops = finish_batch(batch, config.data, device, compiled=compiled)
+        keep = self._keep(step, first_image)
+        masks = masks_of(config, step=step, first_image=first_image, images=plan.micro_batch_size)
+        if masks is not None:
+            masks = Masks(*(to_device(tensor, device) for tensor in masks))
+        return MicroBatch(*crops, keep, masks)
 
-    def _keep(self, step: int, micro_batch: int) -> Tensor | None:
-        model, plan = self._config.model, self._plan
+    def _keep(self, step: int, first_image: int) -> Tensor | None:
+        model = self._config.model
         if not model.drop_path_rate:
             return None
-        slot = micro_batch * plan.world_size + self._process.rank
         uniforms = drop_path_uniforms(
             seed=self._config.seed,
             step=step,
-            first_image=slot * plan.micro_batch_size,
-            images=plan.micro_batch_size,
-            crops=2 + self._config.crops.num_local,
+            first_image=first_image,
+            images=self._plan.micro_batch_size,
+            crops=NUM_GLOBAL + self._config.crops.num_local,
             depth=self._depth,
         )
         return to_device(keep_of(uniforms, model), self._process.device)
+
+
+class MicroBatches:
+    """The micro-batches of a step, each made when asked for, as often as it is asked for.
+
+    All of them together would take the memory that accumulation saves. So only the last one made is
+    kept: until another one is asked for, or the end of an iteration.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], MicroBatch]) -> None:
+        """Make none yet; `make` gives the micro-batch of an index, the same whenever called."""
+        self._count, self._make = count, make
+        self._kept: tuple[int, MicroBatch] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        if not 0 <= index < self._count:
+            raise IndexError(f"need 0 <= index < {self._count}, got {index}")
+        if self._kept is None or self._kept[0] != index:
+            self.release()  # frees its memory for the next
+            self._kept = index, self._make(index)
+        return self._kept[1]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for index in range(self._count):
+            yield self[index]
+        self.release()
+
+    def release(self) -> None:
+        """Forget the last one made."""
+        self._kept = None
+
+
+def masks_of(config: RunConfig, *, step: int, first_image: int, images: int) -> Masks | None:
+    """The masks of some images of a step, on the CPU; None if the run masks nothing.
+
+    Args:
+        config: of the run.
+        step: zero-based optimizer step.
+        first_image: position of the first image in the step's global batch.
+        images: number of consecutive images, a multiple of `ibot.mask_group`.
+    """
+    ibot, patch_size = config.ibot, config.model.effective_patch_size
+    if not ibot.loss_weight or patch_size is None:
+        return None
+    side = config.crops.global_size // patch_size
+    return draw_masks(
+        seed=config.seed,
+        step=step,
+        first_image=first_image,
+        images=images,
+        grid=(side, side),
+        prob=ibot.mask_prob,
+        ratio=ibot.mask_ratio,
+        rule=ibot.mask_rule,
+        group=ibot.mask_group,
+    )
 
 
 def keep_of(uniforms: Tensor, model: ModelConfig) -> Tensor:

@@ -19,7 +19,7 @@ from dinoscale.planning.bench.step import CHECKOUT, bench_step, find_reference, 
 from dinoscale.planning.bench.step_report import as_text
 from dinoscale.planning.bench.timeline import PARTS, Timeline, watch_pair
 from dinoscale.runtime.launcher_env import read_process
-from dinoscale.training.feed import Feed, open_images
+from dinoscale.training.feed import Feed, MicroBatches, open_images
 from tests.distributed.tiny_run import tiny_config
 
 PAUSE_S = 0.25  # of a pretended clock; sums of quarters are exact
@@ -224,10 +224,10 @@ def test_micro_batches_are_made_when_the_step_asks_for_them_as_in_a_run() -> Non
     step: Any = OurStep.__new__(OurStep)  # without a student
     step._timeline, step._device, step.crops = Timeline(process.device), process.device, []
     step._feed = Feed(config, plan, process, open_images(config), depth=2)
-    made = step._prepared(next(step._feed.steps(0, offset=0)))
+    batches = next(step._feed.steps(0, offset=0))
     sent = []
-    for micro_batch in made:
+    for micro_batch in MicroBatches(3, lambda index: step._made(index, batches[index])):
         assert micro_batch.global_crops.shape[1] == 2
+        torch.testing.assert_close(step.crops[0], micro_batch.global_crops[0], rtol=0, atol=0)
         sent.append([part for part, _ in step._timeline._marks].count("host_to_device"))
-        assert bool(step.crops) == (sent == [1, 2, 3])
-    assert len(sent) == 3
+    assert sent == [1, 2, 3]

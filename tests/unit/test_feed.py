@@ -1,15 +1,17 @@
-"""What reaches the colours from the settings of a run."""
+"""What a step's micro-batches are made of, and when they are made."""
 
 import weakref
 from typing import Literal
 
 import pytest
+import torch
 from torch import Tensor
 
 from dinoscale.config import resolve
 from dinoscale.data.augmentation import color_jitter
+from dinoscale.engine.step import MicroBatch
 from dinoscale.runtime.launcher_env import read_process
-from dinoscale.training.feed import Feed, open_images
+from dinoscale.training.feed import Feed, MicroBatches, masks_of, open_images
 from tests.distributed.tiny_run import BATCH, tiny_config
 
 
@@ -39,9 +41,70 @@ def test_engine_compile_reaches_the_colours_and_micro_batches_are_made_when_aske
     prepared = feed.prepare(0, next(feed.steps(0, offset=0)))
     assert asked == []
     sizes = []
-    while micro_batch := next(prepared, None):
+    for micro_batch in prepared:
         held += map(weakref.ref, (micro_batch.global_crops, micro_batch.local_crops))
         sizes.append(micro_batch.global_crops.shape[1])
         assert bool(asked) == (setting == "auto")
         del micro_batch
     assert sizes == [2, 2, 2]
+    assert [crops() for crops in held if crops() is not None] == []  # nor the last at the end
+
+
+def test_a_micro_batch_is_kept_until_another_is_asked_for() -> None:
+    made = []
+
+    def make(index: int) -> MicroBatch:
+        made.append(index)
+        return MicroBatch(torch.full((2, 1, 3, 4, 4), float(index)), torch.zeros(0), None)
+
+    batches = MicroBatches(2, make)
+    assert len(batches) == 2
+    assert batches[0] is batches[0]
+    kept = weakref.ref(batches[0].global_crops)
+    assert batches[1].global_crops.mean() == 1
+    assert kept() is None
+    assert batches[0].global_crops.mean() == 0
+    assert made == [0, 1, 0]
+    batches.release()
+    assert len(list(batches)) == 2
+    assert made == [0, 1, 0, 0, 1]
+    with pytest.raises(IndexError):
+        batches[2]
+
+
+def test_a_micro_batch_is_the_same_whenever_it_is_made() -> None:
+    config = tiny_config(
+        model={"drop_path_rate": 0.5},
+        crops={"global_size": 32},
+        data={"train": "synthetic:shapes?images=8&size=32", "num_workers": 0},
+        train={"epochs": 10, "batch_size": 8, "micro_batch_size": 4},
+        ibot={"loss_weight": 1.0, "mask_group": 2},
+    )
+    plan = resolve(config, world_size=1, num_images=8)
+    feed = Feed(config, plan, read_process({}), open_images(config), depth=2)
+    prepared = feed.prepare(7, next(feed.steps(0, offset=0)))
+    first, second, again = prepared[0], prepared[1], prepared[0]
+    assert again is not first
+    assert first.keep is not None
+    assert again.keep is not None
+    assert first.masks is not None
+    assert again.masks is not None
+    for one, other in (
+        (first.global_crops, again.global_crops),
+        (first.local_crops, again.local_crops),
+        (first.keep, again.keep),
+        *zip(first.masks, again.masks, strict=True),
+    ):
+        assert torch.equal(one, other)
+    whole = masks_of(config, step=7, first_image=0, images=8)
+    assert whole is not None
+    assert second.masks is not None
+    assert whole.masks.shape == (16, 16)
+    for part, images in ((first.masks, slice(0, 4)), (second.masks, slice(4, 8))):
+        assert torch.equal(
+            part.masks.unflatten(0, (2, 4)), whole.masks.unflatten(0, (2, 8))[:, images]
+        )
+
+
+def test_nothing_is_masked_without_a_patch_loss() -> None:
+    assert masks_of(tiny_config(), step=0, first_image=0, images=8) is None

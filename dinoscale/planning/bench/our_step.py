@@ -1,7 +1,7 @@
 """The real step of a run, from the loader to the EMA of the teacher, with a timeline."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ from dinoscale.planning.bench.timeline import (
 )
 from dinoscale.runtime.cores import cores_per_rank
 from dinoscale.runtime.launcher_env import Process
-from dinoscale.training.feed import Feed
+from dinoscale.training.feed import Feed, MicroBatches
 
 _NOISE_SIDE = 256  # pixels
 
@@ -61,7 +61,7 @@ class OurStep:
 
     Attributes:
         now: the scheduled values, the same in every step.
-        crops: last micro-batch of the last step, on the device, a tensor (B, C, H, W) per view.
+        crops: the last micro-batch that was made, on the device, a tensor (B, C, H, W) per view.
     """
 
     def __init__(self, config: RunConfig, plan: RunPlan, process: Process, source: Source) -> None:
@@ -87,9 +87,8 @@ class OurStep:
         self._timeline.mark(DATA)
         batches = next(self._batches)
         self._timeline.mark(OTHER)
-        self.crops = []  # frees memory for the first micro-batch
         result = train_step(
-            self._prepared(batches),
+            MicroBatches(len(batches), lambda index: self._made(index, batches[index])),
             self._student,
             self._teacher,
             self.now,
@@ -100,18 +99,11 @@ class OurStep:
             raise RunFailedError(f"a step was not taken: {result.skipped}")
         return self._timeline.take()
 
-    def _prepared(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
-        """The micro-batches, each prepared when the step asks for it, as in a run."""
-        micro_batches = self._feed.prepare(0, map(self._sent, batches))
-        for _ in batches[:-1]:
-            yield self._next(micro_batches)
-        last = self._next(micro_batches)
-        self.crops = _views(last)
-        yield last
-
-    def _next(self, micro_batches: Iterator[MicroBatch]) -> MicroBatch:
-        """Prepare a micro-batch; its time belongs to the input."""
-        micro_batch = next(micro_batches)
+    def _made(self, index: int, batch: Batch) -> MicroBatch:
+        """A micro-batch, made when the step asks for it, as in a run; its time is the input's."""
+        self.crops = []  # frees memory for this one
+        micro_batch = self._feed.finish(0, index, self._sent(batch))
+        self.crops = _views(micro_batch)
         self._timeline.mark(OTHER)
         return micro_batch
 

@@ -20,6 +20,7 @@ import torch
 
 from dinoscale.config import RunConfig, parse_config, resolve, split_batch, with_micro_batch
 from dinoscale.data.augmentation.crop_params import draw_params
+from dinoscale.data.augmentation.masks import Masks
 from dinoscale.data.loader import Batch
 from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
 from dinoscale.engine.micro_batch import MicroBatch
@@ -29,7 +30,13 @@ from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import Process, read_process
 from dinoscale.runtime.memory import available_memory
 from dinoscale.runtime.watchdog import collectives_timeout_s
-from dinoscale.training.feed import finish_batch, keep_of, multi_crop_of
+from dinoscale.training.feed import (
+    MicroBatches,
+    finish_batch,
+    keep_of,
+    masks_of,
+    multi_crop_of,
+)
 from dinoscale.training.hooks.metrics import peak_memory_bytes
 
 # Fraction of the free memory. The rest is for needs that a few steps do not show: an allocator's
@@ -125,9 +132,9 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
     batch = _batch(short, size)
     depth = student.network.backbone.depth
     for _ in range(_STEPS):
-        prepared = (  # one at a time, as in the run
-            _prepared(batch, short, process.device, depth=depth)
-            for _ in range(plan.accumulation_steps)
+        prepared = MicroBatches(
+            plan.accumulation_steps,
+            lambda _: _prepared(batch, short, process.device, depth=depth),
         )
         train_step(prepared, student, teacher, now, loss_weights=loss_weights_of(short))
 
@@ -168,7 +175,16 @@ def _prepared(batch: Batch, config: RunConfig, device: torch.device, *, depth: i
     if config.model.drop_path_rate:
         keep = keep_of(torch.rand(depth, 2, batch.params.size), config.model).to(device)
     compiled = config.engine.compile is not False
-    return MicroBatch(*finish_batch(batch, config.data, device, compiled=compiled), keep)
+    crops = finish_batch(batch, config.data, device, compiled=compiled)
+    return MicroBatch(*crops, keep, _masks(config, len(batch.sample_ids), device))
+
+
+def _masks(config: RunConfig, size: int, device: torch.device) -> Masks | None:
+    """As many masked patches as the run has at most: `dinov2` draws up to those of `dinov3`."""
+    ibot = config.ibot.model_copy(update={"mask_rule": "dinov3"})
+    most = config.model_copy(update={"ibot": ibot})
+    masks = masks_of(most, step=0, first_image=0, images=size)
+    return None if masks is None else Masks(*(tensor.to(device) for tensor in masks))
 
 
 if __name__ == "__main__":
