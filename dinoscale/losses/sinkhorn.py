@@ -76,7 +76,7 @@ def sinkhorn_center(
 
 
 def _logits(rows: list[Tensor], w: Tensor, offset: Tensor) -> Iterator[Tensor]:
-    """rows W^T + offset, a few rows at a time: `CHUNK` elements."""
+    """Rows W^T + offset, a few rows at a time: `CHUNK` elements."""
     for some in rows:
         for part in slices(len(some), size=CHUNK // len(w)):
             yield torch.addmm(offset, some[part], w.T)

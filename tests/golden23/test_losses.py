@@ -48,8 +48,7 @@ def _sinkhorn_probs(logits: list[Tensor], *, temp: float, iterations: int) -> li
 
     centers = on_ranks(center, x.split([len(rows) for rows in logits]))
     return [
-        teacher_probs(rows, center, temp=temp)
-        for rows, center in zip(logits, centers, strict=True)
+        teacher_probs(rows, center, temp=temp) for rows, center in zip(logits, centers, strict=True)
     ]
 
 

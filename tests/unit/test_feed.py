@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dinoscale.config import resolve
 from dinoscale.data.augmentation import color_jitter
-from dinoscale.engine.step import MicroBatch
+from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.runtime.launcher_env import read_process
 from dinoscale.training.feed import Feed, MicroBatches, masks_of, open_images
 from tests.distributed.tiny_run import BATCH, tiny_config
