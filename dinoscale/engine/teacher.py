@@ -163,14 +163,17 @@ class Teacher:
         """Begin a step; Sinkhorn-Knopp sees all its global crops first, on all ranks.
 
         Args:
-            micro_batches: of this rank; read with Sinkhorn-Knopp only, one by one.
+            micro_batches: of this rank; with Sinkhorn-Knopp a sequence, read one by one.
             temp: the teacher's temperature.
         """
         self._buffers_before = [value.clone() for value in self.buffers().values()]
         self._seen.clear()
         if not self._sinkhorn:
             return
-        self._seen += (self._look(batch) for batch in micro_batches)
+        # By index: iterating over them would free the last one, which is the first one again if
+        # there is no other.
+        assert isinstance(micro_batches, Sequence)
+        self._seen += (self._look(micro_batches[i]) for i in range(len(micro_batches)))
         self.center = _sinkhorn_center([seen.classes for seen in self._seen], temp)
         if self.patch_center is not None:
             patches = [seen.patches for seen in self._seen if seen.patches is not None]

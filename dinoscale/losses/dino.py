@@ -145,7 +145,7 @@ class _LossOfPrototypes(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # K x D: handed over, not kept
         if gradients is None:  # a second backward
-            *_, gradients = _loss_of_prototypes(*ctx.inputs, needed=True)
+            _, _, gradients = _loss_of_prototypes(*ctx.inputs, needed=True)
         return (*(None if d is None else d.mul_(upstream) for d in gradients), None, None)
 
 

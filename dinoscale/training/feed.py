@@ -163,7 +163,7 @@ class Feed:
         return to_device(keep_of(uniforms, model), self._process.device)
 
 
-class MicroBatches:
+class MicroBatches(Sequence[MicroBatch]):
     """The micro-batches of a step, each made when asked for, as often as it is asked for.
 
     All of them together would take the memory that accumulation saves. So only the last one made is
@@ -178,7 +178,7 @@ class MicroBatches:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> MicroBatch:
+    def __getitem__(self, index: int) -> MicroBatch:  # type: ignore[override]  # no slices
         if not 0 <= index < self._count:
             raise IndexError(f"need 0 <= index < {self._count}, got {index}")
         if self._kept is None or self._kept[0] != index:
