@@ -178,6 +178,10 @@ def _quotas(config: RunConfig, sizes: tuple[int, ...], *, world_size: int) -> tu
         if size == 0:
             raise ConfigError(f"data.train: {source.source} has no images")
     wanted = data.images_per_epoch
+    if config.train.steps_per_epoch is not None:
+        if sum(sizes) < batch_size:
+            raise ConfigError(_too_few_images(sum(sizes), batch_size, world_size))
+        wanted = config.train.steps_per_epoch * batch_size
     images = (sum(sizes) if wanted is None else wanted) // batch_size * batch_size
     for key in ("images_per_epoch", "subset_size"):
         given = getattr(data, key)

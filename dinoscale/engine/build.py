@@ -227,5 +227,6 @@ def schedules_of(config: RunConfig, plan: RunPlan) -> Schedules:
         warmup_teacher_temp=dino.warmup_teacher_temp,
         teacher_temp=dino.teacher_temp,
         warmup_teacher_temp_epochs=dino.warmup_teacher_temp_epochs,
+        teacher_temp_per_step=dino.teacher_temp_changes == "per_step",
         freeze_last_layer_epochs=dino.freeze_last_layer_epochs,
     )

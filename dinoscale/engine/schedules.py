@@ -49,25 +49,25 @@ def cosine(
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
 
 
-def teacher_temp(epoch: int, *, warmup_temp: float, temp: float, warmup_epochs: int) -> float:
-    """Teacher temperature, constant within an epoch, linear over the first `warmup_epochs`.
+def teacher_temp(time: int, *, warmup_temp: float, temp: float, warmup: int) -> float:
+    """Teacher temperature, linear over the first `warmup` epochs (DINO) or steps (DINOv2).
 
-    Both ends are included: epoch 0 has `warmup_temp`, epoch `warmup_epochs - 1` already has `temp`.
+    Both ends are included: time 0 has `warmup_temp`, time `warmup - 1` already has `temp`.
 
     Args:
-        epoch: zero-based epoch.
-        warmup_temp: temperature of epoch 0 if there is a warm-up, dimensionless.
+        time: zero-based epoch or step.
+        warmup_temp: temperature at time 0 if there is a warm-up, dimensionless.
         temp: temperature after the warm-up.
-        warmup_epochs: epochs of warm-up, 0 for none.
+        warmup: length of the warm-up in the unit of `time`, 0 for none.
 
     Raises:
-        ValueError: epoch or warmup_epochs is negative.
+        ValueError: time or warmup is negative.
     """
-    if epoch < 0 or warmup_epochs < 0:
-        raise ValueError(f"need epoch, warmup_epochs >= 0, got {epoch}, {warmup_epochs}")
-    if epoch >= warmup_epochs:
+    if time < 0 or warmup < 0:
+        raise ValueError(f"need time, warmup >= 0, got {time}, {warmup}")
+    if time >= warmup:
         return temp
-    return warmup_temp + epoch * (temp - warmup_temp) / max(warmup_epochs - 1, 1)
+    return warmup_temp + time * (temp - warmup_temp) / max(warmup - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class Schedules:
     """All schedules of a run; `at(step)` reads them.
 
     `peak_lr` is the rate at the end of the warm-up (already scaled by the batch), `min_lr` the one
-    that the cosine tends to (never scaled); the others are those of the paper.
+    that the cosine tends to (never scaled); `teacher_temp_per_step` moves the temperature with
+    every step instead of once an epoch; the others are those of the paper.
     """
 
     steps_per_epoch: int
@@ -103,6 +104,7 @@ class Schedules:
     warmup_teacher_temp: float
     teacher_temp: float
     warmup_teacher_temp_epochs: int
+    teacher_temp_per_step: bool
     freeze_last_layer_epochs: int
 
     def at(self, step: int) -> StepValues:
@@ -113,6 +115,10 @@ class Schedules:
         """
         epoch = step // self.steps_per_epoch
         n = self.total_steps
+        warmup = self.warmup_teacher_temp_epochs
+        time = epoch
+        if self.teacher_temp_per_step:
+            warmup, time = warmup * self.steps_per_epoch, step
         return StepValues(
             step=step,
             epoch=epoch,
@@ -128,10 +134,10 @@ class Schedules:
             ),
             momentum=cosine(step, base=self.momentum, final=self.momentum_end, total_steps=n),
             teacher_temp=teacher_temp(
-                epoch,
+                time,
                 warmup_temp=self.warmup_teacher_temp,
                 temp=self.teacher_temp,
-                warmup_epochs=self.warmup_teacher_temp_epochs,
+                warmup=warmup,
             ),
             prototypes_frozen=epoch < self.freeze_last_layer_epochs,
         )

@@ -44,7 +44,7 @@ def test_every_teacher_temp_case_matches(golden_json: Json, golden_tensors: Tens
                 epoch,
                 warmup_temp=case["warmup_teacher_temp"],
                 temp=case["teacher_temp"],
-                warmup_epochs=case["warmup_epochs"],
+                warmup=case["warmup_epochs"],
             )
             for epoch in range(case["epochs"])
         ]
@@ -68,6 +68,7 @@ def test_schedules_of_the_recorded_run_match(golden_json: Json) -> None:
         warmup_teacher_temp=c["warmup_teacher_temp"],
         teacher_temp=c["teacher_temp"],
         warmup_teacher_temp_epochs=c["warmup_teacher_temp_epochs"],
+        teacher_temp_per_step=False,
         freeze_last_layer_epochs=c["freeze_last_layer_epochs"],
     )
     ours = [schedules.at(step["step"]) for step in steps]

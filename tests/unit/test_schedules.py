@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ def _imagenet() -> Schedules:
         warmup_teacher_temp=0.04,
         teacher_temp=0.07,
         warmup_teacher_temp_epochs=30,
+        teacher_temp_per_step=False,
         freeze_last_layer_epochs=1,
     )
 
@@ -65,8 +67,16 @@ def test_temperature_and_freeze_are_constant_within_an_epoch() -> None:
     assert not first.prototypes_frozen
 
 
+def test_temperature_per_step_is_linear_over_the_warmup_and_includes_both_ends() -> None:
+    schedules = replace(_imagenet(), teacher_temp_per_step=True)
+    temps = [schedules.at(step).teacher_temp for step in (0, 1, 2, 75058, 75059, 75060, 250199)]
+    rise = 0.03 / 75059  # over 30 x 2502 steps
+    expected = [0.04, 0.04 + rise, 0.04 + 2 * rise, 0.07 - rise, 0.07, 0.07, 0.07]
+    assert temps == pytest.approx(expected, rel=1e-14)
+
+
 def test_teacher_temp_reaches_its_end_on_the_last_warmup_epoch() -> None:
-    temps = [teacher_temp(e, warmup_temp=0.04, temp=0.07, warmup_epochs=30) for e in range(31)]
+    temps = [teacher_temp(e, warmup_temp=0.04, temp=0.07, warmup=30) for e in range(31)]
     assert temps[0] == 0.04
     assert temps[28] < 0.07
     assert temps[29] == pytest.approx(0.07, rel=1e-15)
@@ -76,7 +86,7 @@ def test_teacher_temp_reaches_its_end_on_the_last_warmup_epoch() -> None:
 def test_warmup_of_one_step_is_its_start() -> None:
     values = [cosine(i, base=1, final=0, total_steps=3, warmup_steps=1) for i in range(3)]
     assert values == [0.0, 1.0, 0.5]
-    assert teacher_temp(0, warmup_temp=0.04, temp=0.07, warmup_epochs=1) == 0.04
+    assert teacher_temp(0, warmup_temp=0.04, temp=0.07, warmup=1) == 0.04
 
 
 def test_warmup_may_be_the_whole_run() -> None:
