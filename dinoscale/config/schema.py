@@ -327,6 +327,17 @@ class OptimConfig(Section):
         "over the backbone and over each head (DINOv2), or the norm over all of them.",
     )
 
+    @model_validator(mode="after")
+    def _sgd_has_one_rate(self) -> "OptimConfig":
+        if self.name == "sgd":
+            for key in ("betas", "layer_decay", "patch_embed_lr"):
+                value, default = getattr(self, key), type(self).model_fields[key].default
+                if value != default:
+                    raise ValueError(
+                        f"{key}: is of adamw, need {default} with optim.name=sgd, got {value}"
+                    )
+        return self
+
 
 class DataConfig(Section):
     """The training images."""
@@ -500,6 +511,19 @@ class RunConfig(Section):
                 f"engine.checkpoint_every_k_blocks: {RESNET50} has no transformer blocks, "
                 f"need 0, got {self.engine.checkpoint_every_k_blocks}"
             )
+        if self.train.steps_per_epoch is not None and self.data.images_per_epoch is not None:
+            mistakes.append(
+                f"data.images_per_epoch: {self.data.images_per_epoch} images and "
+                f"{self.train.steps_per_epoch} steps (train.steps_per_epoch) both say how long an "
+                "epoch is; set one of them to null"
+            )
+        if self.model.backbone == RESNET50:
+            mistakes += [
+                f"optim.{key}: {RESNET50} has no transformer blocks, need 1.0, "
+                f"got {getattr(self.optim, key)}"
+                for key in ("layer_decay", "patch_embed_lr")
+                if getattr(self.optim, key) != 1
+            ]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self

@@ -6,7 +6,7 @@ moments and step counts unchanged if it is 1.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,28 +15,33 @@ from dinoscale.runtime import distributed
 
 EPS = 1e-6  # added to the norm, as in the reference
 
+ClipMode = Literal["per_tensor", "per_network", "global"]
+
 
 class GradientRule:
-    """Clip gradients, per tensor or globally; skip frozen groups and steps that are not finite.
+    """Clip gradients, skip frozen groups and steps that are not finite.
 
     `measure` sees all gradients of a step before DeepSpeed hands the first group to the optimizer
     (at stages 1-3 one group after the other); hooks around the optimizer's `step` apply the rule.
 
-    With n = ||g||_2 of a tensor or of all tensors: g <- g * min(1, clip / (n + 1e-6)), as in the
-    authors' code. Norms are summed over shards with one small all-reduce per step.
+    With n = ||g||_2 of a tensor, of a network (backbone, head, patch_head) or of all tensors:
+    g <- g * min(1, clip / (n + 1e-6)), as in the authors' codes. Norms are summed over shards with
+    one small all-reduce per step.
 
     Attributes:
         names: of all parameters that any rank's shards hold, in the same order on all ranks.
+        networks: first parts of these names, once armed.
         squared_norms: of their gradients in the last step before clipping, (len(names),) float32.
         skipped: whether the last step was skipped, () bool; equal on all ranks.
     """
 
-    def __init__(self, *, clip: float, per_tensor: bool, sharded: bool) -> None:
+    def __init__(self, *, clip: float, mode: ClipMode, sharded: bool) -> None:
         """`clip` 0 clips nothing; `sharded` is true at ZeRO stages 1-3."""
         self.clip = clip
-        self.per_tensor = per_tensor
+        self.mode = mode
         self.sharded = sharded
         self.names: list[str] = []
+        self.networks: list[str] = []
         self.squared_norms = torch.tensor(torch.nan)  # until the first step
         self._armed = False
         self._device = compute_device()
@@ -66,6 +71,12 @@ class GradientRule:
         """Let steps take effect: all tensors are watched, and DeepSpeed's empty step is over."""
         slots = [slot for pieces in self._pieces.values() for slot, *_ in pieces]
         self._slots = torch.tensor(slots, dtype=torch.int64, device=self._device)
+        networks = [name.partition(".")[0] for name in self.names]
+        self.networks = list(dict.fromkeys(networks))
+        rows = [self.networks.index(network) for network in networks]
+        self._network_of = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        numbers = torch.arange(len(self.networks), device=self._device)
+        self._of_others = numbers[:, None] != self._network_of  # (len(networks), len(names))
         self._armed = True
 
     @torch.no_grad()
@@ -86,8 +97,19 @@ class GradientRule:
         total = squared.sum()
         self.squared_norms = squared
         self.skipped = non_finite | ~total.isfinite()
-        norm = squared.sqrt() if self.per_tensor else total.sqrt()  # (len(names),) or ()
+        if self.mode == "per_tensor":
+            norm = squared.sqrt()  # (len(names),)
+        elif self.mode == "per_network":
+            norm = self.network_norms()[self._network_of]  # (len(names),)
+        else:
+            norm = total.sqrt()  # ()
         self._factor = (self.clip / (norm + EPS)).clamp(max=1.0)
+
+    def network_norms(self) -> Tensor:
+        """Gradient norm of each of `networks` in the last step before clipping, float32."""
+        squared = self.squared_norms.expand_as(self._of_others)
+        # Not index_add: its order varies on a GPU, and all ranks need the same factors.
+        return squared.masked_fill(self._of_others, 0.0).sum(1).sqrt()
 
     def global_norm(self) -> Tensor:
         """Global gradient norm of the last step before clipping, scalar float32."""
@@ -125,7 +147,7 @@ class GradientRule:
     def _scale(self, tensors: list[Tensor]) -> None:
         gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
         factor = self._factor.to(gradients[0].device)
-        if not self.per_tensor:
+        if self.mode == "global":
             torch._foreach_mul_(gradients, factor)
             return
         views, factors, factor_of_slot = [], [], factor.unbind()

@@ -18,7 +18,14 @@ from dinoscale.data.augmentation.masks import Masks
 from dinoscale.engine import shards
 from dinoscale.engine.ds_config import student_config
 from dinoscale.engine.gradients import GradientRule, compute_device
-from dinoscale.engine.param_groups import MOMENTS, NO_DECAY, build_optimizer
+from dinoscale.engine.param_groups import (
+    MOMENTS,
+    NO_DECAY,
+    PROTOTYPES,
+    LayerwiseAdamW,
+    build_optimizer,
+    rate_factors,
+)
 from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.shards import Fragment
 from dinoscale.models.block import Block
@@ -156,13 +163,21 @@ class Student:
         materialize(network, self.compute_dtype, zero3_config=zero3_config)
         self._moments = MOMENTS[config.optim.name]
         self._offloaded = config.engine.offload_optimizer
+        self._frozen_by_rate = config.dino.freeze_last_layer_by == "zero_rate"
         self._rule = GradientRule(
             clip=config.optim.clip_grad,
-            per_tensor=config.optim.clip_mode == "per_tensor",
+            mode=config.optim.clip_mode,
             sharded=self._stage > 0,
         )
         names = shards.parameter_names(network)
-        self._torch_optimizer = build_optimizer(config.optim.name, network)
+        optim = config.optim
+        self._rate_factors = rate_factors(
+            names.values(), layer_decay=optim.layer_decay, patch_embed_lr=optim.patch_embed_lr
+        )
+        layerwise = any(factor != 1 for factor in self._rate_factors.values())
+        self._torch_optimizer = build_optimizer(
+            optim.name, network, betas=optim.betas, layerwise=layerwise
+        )
         self._rule.attach(self._torch_optimizer)
         self._group_of = {
             names[id(parameter)]: group["name"]
@@ -216,7 +231,10 @@ class Student:
         for group in self._torch_optimizer.param_groups:
             group["lr"] = now.lr
             group["weight_decay"] = 0.0 if group["name"] == NO_DECAY else now.weight_decay
-            group["frozen"] = group["name"] == "prototypes" and now.prototypes_frozen
+            frozen = group["name"] == PROTOTYPES and now.prototypes_frozen
+            group["frozen"] = frozen and not self._frozen_by_rate
+            if frozen and self._frozen_by_rate:
+                group["lr"] = 0.0  # moments and step counts move, as in DINOv2
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro-batch's mean loss; the step averages them."""
@@ -255,6 +273,11 @@ class Student:
         """Norm of each tensor's gradient of the last step, before clipping."""
         norms = self._rule.squared_norms.sqrt().tolist()
         return dict(zip(self._rule.names, norms, strict=True))
+
+    def network_grad_norms(self) -> dict[str, float]:
+        """Gradient norms of backbone and heads in the last step, before clipping, by name."""
+        norms = self._rule.network_norms().tolist()
+        return dict(zip(self._rule.networks, norms, strict=True))
 
     @torch.no_grad()
     def _load_initial(self, initial: Iterable[tuple[str, Tensor]]) -> None:
@@ -401,7 +424,7 @@ class Student:
             parameters = dict(self.network.named_parameters())
             self._parameters = [parameters[held.name] for held in self._held]
             for name, tensor in self._tensors.items():
-                self._rule.watch(tensor, [name], [(name, 0, tensor.numel())])
+                self._watch(tensor, [name], [(name, 0, tensor.numel())])
         else:
             if self._stage == 3:
                 self.flats = self._zero.fp32_partitioned_groups_flat
@@ -414,12 +437,22 @@ class Student:
             for index, flat in enumerate(self.flats):
                 here = [f for f in self.layout.fragments if f.group == index]
                 pieces = [(f.name, f.offset, f.numel) for f in here]
-                self._rule.watch(flat, [names[id(p)] for p in members[index]], pieces)
+                self._watch(flat, [names[id(p)] for p in members[index]], pieces)
             self._held = list(self.layout.fragments)
         self.master = []
         for fragment in self.layout.fragments:
             tensor, start = self._optimizer_tensor(fragment)
             self.master.append(tensor.detach().view(-1).narrow(0, start, fragment.numel))
+
+    def _watch(
+        self, tensor: Tensor, names: Sequence[str], pieces: Sequence[tuple[str, int, int]]
+    ) -> None:
+        """Register a tensor of the optimizer and its pieces, as `GradientRule.watch` takes them."""
+        self._rule.watch(tensor, names, pieces)
+        if isinstance(self._torch_optimizer, LayerwiseAdamW):
+            factors = self._rate_factors
+            parts = [(factors[name], start, numel) for name, start, numel in pieces]
+            self._torch_optimizer.set_factors(tensor, parts)
 
     def _unsharded_groups(
         self, names: dict[int, str]

@@ -19,7 +19,9 @@ class _Trained:
         self.optimizer = build_optimizer(name, self.network)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.1
-        self.rule = GradientRule(clip=0.5, per_tensor=per_tensor, sharded=False)
+        self.rule = GradientRule(
+            clip=0.5, mode="per_tensor" if per_tensor else "global", sharded=False
+        )
         self.rule.attach(self.optimizer)
         for label, weight in self.network.named_parameters():
             self.rule.watch(weight, [label], [(label, 0, weight.numel())])
