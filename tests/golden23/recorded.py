@@ -6,10 +6,8 @@ another folder of the same format, with other sizes, seeds and settings.
 
 import functools
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,25 +18,12 @@ from torch import Tensor
 
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.engine.schedules import StepValues
+from tests.golden23.compare import Record
 
 DATA = Path(os.environ.get("DINOSCALE_GOLDEN23", Path(__file__).parent / "data"))
+CENTERS = ("dino", "ibot")  # of class tokens and of patches
 CASES = ("A", "B")
 RANKS = (1, 2)
-
-_OUR_NAMES = {  # of parts of the reference's
-    "dino_head.": "head.",
-    "ibot_head.": "patch_head.",
-    "register_tokens": "reg_token",
-    ".mlp.w12.": ".mlp.fc1.",
-    ".mlp.w3.": ".mlp.fc2.",
-}
-
-
-def our_name(name: str) -> str:
-    """The name of one of the reference's tensors in our networks."""
-    for theirs, ours in _OUR_NAMES.items():
-        name = name.replace(theirs, ours)
-    return name
 
 
 class RecordedRun:
@@ -93,15 +78,23 @@ class RecordedRun:
         """Masked patches of the whole batch, (2, B, P) bool."""
         return self._masks[f"step{step}.masks"]
 
-    def last_state(self) -> dict[str, dict[str, Tensor]]:
-        """After the last step: "student" and "teacher" by the reference's names, "centers"."""
-        prefix = f"step{len(self.steps) - 1}."
-        state = _below(prefix, _tensors(f"{self.name}_states"))
-        return {
-            "student": _below("student.", state),
-            "teacher": _below("teacher.", state),
-            "centers": {kind: state[f"{kind}_center"] for kind in ("dino", "ibot")},
+    def record(self) -> Record:
+        """What was recorded, with the reference's names."""
+        steps = range(len(self.steps))
+        record: Record = {
+            kind: [
+                {name: norms[step] for name, norms in self.trace[kind].items()} for step in steps
+            ]
+            for kind in ("grad", "student", "teacher")
         }
+        kinds = () if self.facts["config"]["train"]["centering"] == "sinkhorn_knopp" else CENTERS
+        record["losses"] = [step["losses"] for step in self.steps]
+        record["parts"] = [step["grad_norms"] for step in self.steps]
+        record["centers"] = [{k: step[f"{k}_center_norm"] for k in kinds} for step in self.steps]
+        state = _below(f"step{steps[-1]}.", _tensors(f"{self.name}_states"))
+        record["last"] = {which: _below(f"{which}.", state) for which in ("student", "teacher")}
+        record["last"]["centers"] = {kind: state[f"{kind}_center"] for kind in kinds}
+        return record
 
     def values(self, step: int) -> StepValues:
         """The scheduled numbers that were in force."""
@@ -215,99 +208,6 @@ def _head(section: dict[str, Any]) -> dict[str, Any]:
         "num_layers": section["head_nlayers"],
         "norm_last_layer": False,
     }
-
-
-Record = dict[str, Any]
-"""What a run that follows a recorded one returns.
-
-losses: per step, by the reference's names, means over ranks.
-grad, student, teacher: per step, norm of every tensor; grad is before clipping.
-centers: per step, norms after it, "dino" and "ibot"; empty with Sinkhorn-Knopp.
-last: after the last step, "student", "teacher", "centers" -> name -> tensor.
-"""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Largest relative errors of a loss, of a norm, and norm-wise of a final tensor."""
-
-    losses: float
-    norms: float
-    tensors: float
-
-
-def require(
-    run: RecordedRun, record: Record, bounds: Bounds, name_of: Callable[[str], str]
-) -> None:
-    """Fail with the first step and number that differ.
-
-    Args:
-        run: what is expected.
-        record: what was found.
-        bounds: of the errors.
-        name_of: the reference's name of a tensor -> that in `record`.
-    """
-    for step in range(len(run.steps)):
-        for what, found, expected, bound in _numbers(run, record, step, bounds, name_of):
-            if not abs(found - expected) <= bound * abs(expected):
-                raise AssertionError(
-                    f"{run.name}, step {step}, {what}: {found!r}, recorded {expected!r}, "
-                    f"off by {found / expected - 1:.1e}"
-                )
-    for which, expected in run.last_state().items():
-        if which == "centers" and not record["centers"][-1]:
-            continue
-        wanted = {name_of(name): value for name, value in expected.items()}
-        errors = distances(record["last"][which], wanted)
-        worst = max(errors, key=lambda name: errors[name])
-        assert errors[worst] <= bounds.tensors, (run.name, which, worst, errors[worst])
-
-
-def _numbers(
-    run: RecordedRun, record: Record, step: int, bounds: Bounds, name_of: Callable[[str], str]
-) -> Iterator[tuple[str, float, float, float]]:
-    """What it is, found, expected, bound: in the order in which a step computes them."""
-    recorded, norms = run.steps[step], bounds.norms
-    assert record["losses"][step].keys() == recorded["losses"].keys()
-    for name, value in recorded["losses"].items():
-        yield name, record["losses"][step][name], value, bounds.losses
-    for part, value in recorded["grad_norms"].items():
-        found = _norm_of_part(name_of(f"{part}."), record["grad"][step])
-        yield f"gradient of {part}", found, value, norms
-    for which in ("grad", "student", "teacher"):
-        trace = {name_of(name): of_steps[step] for name, of_steps in run.trace[which].items()}
-        found_norms = record[which][step]
-        assert found_norms.keys() == trace.keys(), found_norms.keys() ^ trace.keys()
-        for name, value in trace.items():
-            if which == "grad" or not is_qkv_bias(name):
-                yield f"{which} {name}", found_norms[name], value, norms
-    for kind, found in record["centers"][step].items():
-        yield f"center of {kind}", found, recorded[f"{kind}_center_norm"], norms
-
-
-def _norm_of_part(prefix: str, norms: dict[str, float]) -> float:
-    return math.hypot(*(norm for name, norm in norms.items() if name.startswith(prefix)))
-
-
-def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Of every tensor, norm of the difference over norm.
-
-    Of qkv.bias without the key's third: its gradient is zero but for rounding, along which AdamW
-    steps.
-    """
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    errors = {}
-    for name, wanted in expected.items():
-        pair = found[name].double().flatten(), wanted.double().flatten()
-        if is_qkv_bias(name):
-            pair = tuple(torch.cat((x.chunk(3)[0], x.chunk(3)[2])) for x in pair)
-        errors[name] = float((pair[0] - pair[1]).norm() / pair[1].norm().clamp_min(1e-12))
-    return errors
-
-
-def is_qkv_bias(name: str) -> bool:
-    """Whether a third of the tensor is the keys' bias."""
-    return name.endswith("attn.qkv.bias")
 
 
 @functools.cache

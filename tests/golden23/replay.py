@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.golden23.recorded import Record, RecordedRun
+from tests.golden23.compare import PER_STEP, Record, parts_of
+from tests.golden23.recorded import RecordedRun
 from tests.reference_dinov2 import ReferenceStep, Share
 
 
@@ -29,11 +30,11 @@ def replay(
     config = run.config(changes=changes)
     weights = {name: value.to(dtype) for name, value in run.initial.items()}
     step = ReferenceStep(config, torch.device("cpu"), weights)
-    keys = ("losses", "grad", "student", "teacher", "centers")
-    record: Record = {key: [] for key in keys}
+    record: Record = {key: [] for key in PER_STEP}
     for number in range(len(run.steps)):
         record["losses"].append(step(shares_of(run, number, ranks, dtype), run.values(number)))
         record["grad"].append(dict(step.grad_norms))
+        record["parts"].append(parts_of(step.grad_norms))
         record["student"].append(_norms(step.student))
         record["teacher"].append(_norms(step.teacher))
         centers = {} if config.dino.targets == "sinkhorn_knopp" else step.centers
@@ -41,7 +42,7 @@ def replay(
     record["last"] = {
         "student": step.student.state_dict(),
         "teacher": step.teacher.state_dict(),
-        "centers": {kind: center.flatten() for kind, center in step.centers.items()},
+        "centers": {kind: center.flatten() for kind, center in centers.items()},
     }
     return record
 

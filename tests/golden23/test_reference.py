@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.golden23.recorded import CASES, RANKS, Bounds, recorded_run, require
+from tests.golden23.compare import Bounds, require
+from tests.golden23.recorded import CASES, RANKS, recorded_run
 from tests.golden23.replay import replay
 from tests.reference_dinov2 import ReferenceNetwork, parameter_groups
 
@@ -17,7 +18,7 @@ EXACT = Bounds(losses=1e-9, norms=1e-8, tensors=EPS)
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_repeats_the_recorded_run(case: str, ranks: int) -> None:
     run = recorded_run(case, ranks)
-    require(run, replay(run), EXACT, name_of=str)
+    require(replay(run), run.record(), EXACT, label=run.name)
 
 
 @pytest.mark.parametrize("case", CASES)
