@@ -1,0 +1,236 @@
+"""A recorded run of DINOv2's own training class: its settings as ours, its input, its numbers.
+
+README.md describes the files. Every number comes from them, so that DINOSCALE_GOLDEN23 may point at
+another folder of the same format, with other sizes, seeds and settings.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dinoscale.config import RunConfig, parse_config
+from dinoscale.engine.schedules import StepValues
+from tests.golden23.compare import Record
+
+DATA = Path(os.environ.get("DINOSCALE_GOLDEN23", Path(__file__).parent / "data"))
+CENTERS = ("dino", "ibot")  # of class tokens and of patches
+CASES = ("A", "B")
+RANKS = (1, 2)
+
+
+class RecordedRun:
+    """One of the runs.
+
+    Attributes:
+        facts: NAME.json.
+        steps: its steps.
+        trace: trace_NAME.json, norms of tensors: "grad", "student", "teacher" -> name -> per step.
+        initial: weights of student and teacher at the start, names and float32 of the reference.
+    """
+
+    def __init__(self, case: str, ranks: int) -> None:
+        name = f"dinov2_{case}_ranks{ranks}"
+        self.name, self.ranks = name, ranks
+        self.facts: dict[str, Any] = _json(name)
+        self.trace: dict[str, Any] = _json(f"trace_{name}")
+        self.steps: list[dict[str, Any]] = self.facts["steps"]
+        self.initial = _below("student.", _tensors(f"dinov2_{case}_initial"))
+        self._masks = _tensors(f"{name}_masks")
+        assert self.facts["ranks"] == ranks
+
+    def config(
+        self,
+        *,
+        stage: int = 0,
+        world_size: int | None = None,
+        accumulation: int = 1,
+        changes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> RunConfig:
+        """The run as a configuration of ours, on some ranks and with changed settings."""
+        parts = (world_size or self.ranks) * accumulation
+        sections = our_sections(self.facts, parts=parts)
+        sections["engine"]["zero_stage"] = stage
+        for section, fields in (changes or {}).items():
+            sections[section] |= fields
+        return parse_config(sections)
+
+    def crops(self, step: int) -> tuple[Tensor, Tensor]:
+        """Global and local crops of the whole batch, (2, B, 3, S, S) and (n, B, 3, s, s)."""
+        crops = self.facts["config"]["crops"]
+        sizes = {"global": crops["global_crops_size"], "local": crops["local_crops_size"]}
+        return cast(
+            tuple[Tensor, Tensor],
+            tuple(
+                _pictures(f"batch{self.steps[step]['batch']}.{kind}", size)
+                for kind, size in sizes.items()
+            ),
+        )
+
+    def masks(self, step: int) -> Tensor:
+        """Masked patches of the whole batch, (2, B, P) bool."""
+        return self._masks[f"step{step}.masks"]
+
+    def record(self) -> Record:
+        """What was recorded, with the reference's names."""
+        steps = range(len(self.steps))
+        record: Record = {
+            kind: [
+                {name: norms[step] for name, norms in self.trace[kind].items()} for step in steps
+            ]
+            for kind in ("grad", "student", "teacher")
+        }
+        kinds = () if self.facts["config"]["train"]["centering"] == "sinkhorn_knopp" else CENTERS
+        record["losses"] = [step["losses"] for step in self.steps]
+        record["parts"] = [step["grad_norms"] for step in self.steps]
+        record["centers"] = [{k: step[f"{k}_center_norm"] for k in kinds} for step in self.steps]
+        state = _below(f"step{steps[-1]}.", _tensors(f"{self.name}_states"))
+        record["last"] = {which: _below(f"{which}.", state) for which in ("student", "teacher")}
+        record["last"]["centers"] = {kind: state[f"{kind}_center"] for kind in kinds}
+        return record
+
+    def values(self, step: int) -> StepValues:
+        """The scheduled numbers that were in force."""
+        recorded, per_epoch = self.steps[step], self.facts["config"]["train"]
+        return StepValues(
+            step=step,
+            epoch=step // per_epoch["OFFICIAL_EPOCH_LENGTH"],
+            lr=recorded["lr"],
+            weight_decay=recorded["weight_decay"],
+            momentum=recorded["teacher_momentum"],
+            teacher_temp=recorded["teacher_temp"],
+            prototypes_frozen=recorded["last_layer_lr"] != recorded["lr"],
+        )
+
+
+@functools.cache
+def recorded_run(case: str, ranks: int) -> RecordedRun:
+    """The run, read once."""
+    return RecordedRun(case, ranks)
+
+
+def our_sections(facts: dict[str, Any], *, parts: int) -> dict[str, Any]:
+    """The settings of NAME.json as the sections of our configuration.
+
+    Args:
+        facts: the file.
+        parts: micro-batches of a step, over all ranks.
+    """
+    config = facts["config"]
+    student, optim, teacher = config["student"], config["optim"], config["teacher"]
+    crops, dino, ibot = config["crops"], config["dino"], config["ibot"]
+    assert not student["block_chunks"]
+    assert student["qkv_bias"]
+    assert student["proj_bias"]
+    assert student["ffn_bias"]
+    side = crops["global_crops_size"]
+    return {
+        "model": {
+            "backbone": "vit_tiny_patch16_224",
+            "patch_size": student["patch_size"],
+            "embed_dim": facts["embed_dim"],
+            "depth": facts["depth"],
+            "num_heads": facts["num_heads"],
+            "layer_scale": student["layerscale"],
+            "ffn": {"mlp": "mlp", "swiglufused": "swiglu"}[student["ffn_layer"]],
+            "registers": student["num_register_tokens"],
+            "position_resize": {(False, 0.1): "by_factor", (True, 0.0): "by_size"}[
+                student["interpolate_antialias"], student["interpolate_offset"]
+            ],
+            "drop_path_rate": student["drop_path_rate"],
+            "drop_path_uniform": student["drop_path_uniform"],
+        },
+        "head": _head(dino),
+        "patch_head": _head(ibot) if ibot["separate_head"] else None,
+        "crops": {
+            "global_size": side,
+            "global_scale": crops["global_crops_scale"],
+            "local_size": crops["local_crops_size"],
+            "local_scale": crops["local_crops_scale"],
+            "num_local": crops["local_crops_number"],
+        },
+        "dino": {
+            "loss_weight": dino["loss_weight"],
+            "targets": config["train"]["centering"],
+            "warmup_teacher_temp": teacher["warmup_teacher_temp"],
+            "teacher_temp": teacher["teacher_temp"],
+            "warmup_teacher_temp_epochs": teacher["warmup_teacher_temp_epochs"],
+            "teacher_temp_changes": "per_step",
+            "momentum": teacher["momentum_teacher"],
+            "momentum_end": teacher["final_momentum_teacher"],
+            "freeze_last_layer_epochs": optim["freeze_last_layer_epochs"],
+            "freeze_last_layer_by": "zero_rate",
+        },
+        "ibot": {
+            "loss_weight": ibot["loss_weight"],
+            "mask_prob": ibot["mask_sample_probability"],
+            "mask_ratio": ibot["mask_ratio_min_max"],
+            "mask_rule": "dinov2",
+            "mask_group": 1,  # masks are recorded, not drawn
+        },
+        "koleo": {"loss_weight": dino["koleo_loss_weight"]},
+        "optim": {
+            "betas": [optim["adamw_beta1"], optim["adamw_beta2"]],
+            "lr": optim["base_lr"],
+            "lr_scaling": {"sqrt_wrt_1024": "sqrt"}[optim["scaling_rule"]],
+            "layer_decay": optim["layerwise_decay"],
+            "patch_embed_lr": optim["patch_embed_lr_mult"],
+            "min_lr": optim["min_lr"],
+            "warmup_epochs": optim["warmup_epochs"],
+            "weight_decay": optim["weight_decay"],
+            "weight_decay_end": optim["weight_decay_end"],
+            "clip_grad": optim["clip_grad"],
+            "clip_mode": "per_network",
+        },
+        "train": {
+            "epochs": optim["epochs"],
+            "steps_per_epoch": config["train"]["OFFICIAL_EPOCH_LENGTH"],
+            "batch_size": facts["batch_size"],
+            "micro_batch_size": facts["batch_size"] // parts,
+        },
+        "eval": {"crop": side, "resize": side},
+        "engine": {"precision": "fp32"},
+    }
+
+
+def _head(section: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_prototypes": section["head_n_prototypes"],
+        "hidden_dim": section["head_hidden_dim"],
+        "bottleneck_dim": section["head_bottleneck_dim"],
+        "num_layers": section["head_nlayers"],
+        "norm_last_layer": False,
+    }
+
+
+@functools.cache
+def _pictures(name: str, size: int) -> Tensor:
+    """Latents (views, B, 3, 6, 6) to pictures (views, B, 3, size, size), float32."""
+    latents = _tensors("dinov2_latents")[name]
+    return torch.stack(
+        [
+            F.interpolate(view, size=(size, size), mode="bicubic", align_corners=False)
+            for view in latents
+        ]
+    )
+
+
+@functools.cache
+def _tensors(stem: str) -> dict[str, Tensor]:
+    return load_file(DATA / f"{stem}.safetensors")
+
+
+@functools.cache
+def _json(stem: str) -> Any:
+    return json.loads((DATA / f"{stem}.json").read_text())
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,35 @@
+"""The literal reference against recorded runs of DINOv2, in float64."""
+
+import pytest
+import torch
+
+from tests.golden23.compare import Bounds, require
+from tests.golden23.recorded import CASES, RANKS, recorded_run
+from tests.golden23.replay import replay
+from tests.reference_dinov2 import ReferenceNetwork, parameter_groups
+
+EPS = torch.finfo(torch.float32).eps
+
+# Recorded as text with all digits, as text with nine, and as float32.
+EXACT = Bounds(losses=1e-9, norms=1e-8, tensors=EPS)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_repeats_the_recorded_run(case: str, ranks: int) -> None:
+    run = recorded_run(case, ranks)
+    require(replay(run), run.record(), EXACT, label=run.name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_multipliers_of_rate_and_decay_are_those_recorded(case: str) -> None:
+    run = recorded_run(case, 1)
+    student = ReferenceNetwork(run.config(), drop_path_rate=0.0)
+    groups = {group["name"]: group for group in parameter_groups(student, run.config())}
+    recorded = run.facts["param_multipliers"]
+    assert groups.keys() == recorded.keys()
+    for name, expected in recorded.items():
+        group = groups[name]
+        assert group["lr_multiplier"] == pytest.approx(expected["lr_multiplier"], rel=1e-12)
+        assert group["wd_multiplier"] == expected["wd_multiplier"]
+        assert group["last_layer"] == expected["is_last_layer"]
