@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600
 
 STAGES = (0, 1, 2, 3)
 MOMENTUM = 0.9999
-STEPS = {"bf16": 200, "fp32": 20}
+STEPS = {"bf16": 100, "fp32": 20}
 # A step rounds each weight of the average by half an ulp at most, so they end this far from the
 # float64 one, relative to their norm, if every rounding went the same way. An average kept in bf16
 # misses 96 % of the way (bf16) and 108 % (fp32, fewer steps).

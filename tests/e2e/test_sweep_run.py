@@ -62,7 +62,7 @@ def _steps(out: Path, number: int) -> int:
 
 def test_killed_sweep_goes_on_and_leaves_nothing_running(tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    sweep = _sweep(out, "local", "3", "1", "1", "2")
+    sweep = _sweep(out, "local", "0,1,2", "1", "1", "2")
     _wait(lambda: sweep.poll() is not None or _steps(out, 1) > 3)
     assert sweep.poll() is None, _said(out)
     assert len(_processes_of(out)) >= 3
@@ -71,7 +71,7 @@ def test_killed_sweep_goes_on_and_leaves_nothing_running(tmp_path: Path) -> None
     _wait(lambda: not _processes_of(out), timeout_s=200)
     log = out / "runs" / planned(1).name / "job.log"
     assert "the same command goes on from there" in log.read_text()
-    again = _sweep(out, "local", "3", "1", "1", "2")
+    again = _sweep(out, "local", "0,1,2", "1", "1", "2")
     assert again.wait(timeout=400) == 0, _said(out)
     rows = _rows(out)
     assert [(row.status, row.attempts, row.error) for row in rows] == [("done", 1, "")] * 3
@@ -88,7 +88,7 @@ def test_stand_in_for_slurm_trains_on_two_processes_and_its_jobs_outlive_the_swe
     out = tmp_path / "sweep"
     train, test = planned(0).config.eval.train, planned(0).config.eval.test
     line = f"knn --train '{train}' --test '{test}' --k 5 --num-workers 0"
-    words = ("submitit_local", "1", "1", "2", "1", line)
+    words = ("submitit_local", "0", "1", "2", "1", line)
     sweep = _sweep(out, *words)
     folder = out / "runs" / planned(0).name
 

@@ -1,6 +1,7 @@
 """Kill a run repeatedly at random moments; its result must be that of an undisturbed run."""
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -82,40 +83,62 @@ def moments(kills: int, seed: int) -> list[Moment]:
     return found
 
 
+@dataclass(frozen=True)
+class _Left:
+    """What a start left on disk: its logged numbers, and a copy of the newest checkpoint."""
+
+    losses: dict[int, tuple[float, float, float]]
+    step: int
+    checkpoint: Path
+
+    @classmethod
+    def copied(cls, run_dir: Path, to: Path) -> "_Left":
+        """Copy it, since the next start goes on in `run_dir`."""
+        step = newest_step(run_dir)
+        copy = directory(to, step)
+        if step:
+            shutil.copytree(directory(run_dir, step), copy)
+        return cls(losses(run_dir), step, copy)
+
+    def same_as(self, whole_dir: Path) -> bool:
+        """Whether an undisturbed run that saved each step has it too, bit for bit."""
+        expected = losses(whole_dir)
+        return all(values == expected[at] for at, values in self.losses.items()) and (
+            self.step == 0 or same_checkpoint(self.checkpoint, directory(whole_dir, self.step))
+        )
+
+
 def run_kills(folder: Path, *, kills: int, stage: int, seed: int) -> Tally:
-    """Train once undisturbed and once with `kills` interruptions, and compare after each.
+    """Train once with `kills` interruptions and once undisturbed, and compare.
 
     What each kill leaves is compared with the undisturbed run: the newest checkpoint bit for bit,
-    and every loss that was logged. The last start must reach the undisturbed result, too.
+    and every loss that was logged. So is what the last start leaves, which nobody disturbs; the
+    undisturbed run goes as far as that.
 
     Raises:
         AssertionError: a process outlived its run, or a run ended by itself with an error.
     """
     epochs = 2 + 3 * kills * _STEPS_PER_START * BATCH // (2 * IMAGES)  # kills come late
-    all_steps = {"every_steps": 1, "keep_last": 9999}  # an orphan saves at any step
-    whole = write_config(folder / "whole", stage=stage, epochs=epochs, checkpoint=all_steps)
     broken = write_config(folder / "broken", stage=stage, epochs=epochs)
-    assert RunProcesses(whole).end() == [0] * RANKS
-    tally, run_dir, whole_dir = Tally(), broken.parent / "run", whole.parent / "run"
+    tally, run_dir, left = Tally(), broken.parent / "run", list[_Left]()
     for moment in moments(kills, seed):
         _run_until(broken, moment)
+        left.append(_Left.copied(run_dir, folder / f"left_{tally.kills}"))
         tally.kills += 1
         tally.in_save += bool(leftovers(run_dir))
-        tally.lost_steps += max(steps_logged(run_dir) - newest_step(run_dir), 0)
-        tally.resumed += newest_step(run_dir) > 0  # by the start after this kill
-        tally.bit_identical += _as_undisturbed(run_dir, whole_dir)
-    assert RunProcesses(broken).end() == [0] * RANKS
-    if newest_step(run_dir) != newest_step(whole_dir) or not _as_undisturbed(run_dir, whole_dir):
+        tally.lost_steps += max(steps_logged(run_dir) - left[-1].step, 0)
+        tally.resumed += left[-1].step > 0  # by the start after this kill
+    last = min(newest_step(run_dir) + _STEPS_PER_START, epochs * IMAGES // BATCH)
+    assert RunProcesses(broken, f"train.stop_after_steps={last}").end() == [0] * RANKS
+    result = _Left.copied(run_dir, folder / "left_at_the_end")
+    furthest = max(step for each in [*left, result] for step in [each.step, *each.losses])
+    all_steps = {"every_steps": 1, "keep_last": 9999}  # an orphan saves at any step
+    whole = write_config(folder / "whole", stage=stage, epochs=epochs, checkpoint=all_steps)
+    assert RunProcesses(whole, f"train.stop_after_steps={furthest}").end() == [0] * RANKS
+    tally.bit_identical = sum(each.same_as(whole.parent / "run") for each in left)
+    if result.step != last or not result.same_as(whole.parent / "run"):
         tally.bit_identical = 0  # whatever held in between, the result is another
     return tally
-
-
-def _as_undisturbed(run_dir: Path, whole_dir: Path) -> bool:
-    step, expected = newest_step(run_dir), losses(whole_dir)
-    same_losses = all(values == expected[at] for at, values in losses(run_dir).items())
-    return same_losses and (
-        step == 0 or same_checkpoint(directory(run_dir, step), directory(whole_dir, step))
-    )
 
 
 def _run_until(config: Path, moment: Moment) -> None:

@@ -25,10 +25,10 @@ STEPS = 16
 OFTEN = {"every_steps": 1, "keep_last": 100}
 RARELY = {"every_steps": 100}  # the result of a step is then read after the next one is launched
 RUNS: dict[str, dict[str, Any]] = {
-    "healthy": {"bad": []},
-    "one": {"bad": [5]},
-    "first": {"bad": [1]},
-    "twice_two": {"bad": [5, 6, 9, 10]},
+    "healthy": {"bad": [], "checkpoint": RARELY, "train": {"stop_after_steps": 5}},
+    "one": {"bad": [5], "checkpoint": {"every_steps": 4}},
+    "first": {"bad": [1], "checkpoint": RARELY, "train": {"stop_after_steps": 3}},
+    "twice_two": {"bad": [5, 6, 9, 10], "train": {"stop_after_steps": 12}},
     "three": {"bad": [9, 10, 11], "checkpoint": {"every_steps": 4}},
     "rolled_back": {
         "bad": [9, 10, 11],

@@ -76,7 +76,7 @@ def test_dead_rank_is_named_with_what_it_did(tmp_path: Path) -> None:
 
 def test_long_evaluation_is_no_hang(tmp_path: Path) -> None:
     labelled = "synthetic:shapes?images={}&size=16"
-    sets = {"train": labelled.format(240), "test": labelled.format(20)}
+    sets = {"train": labelled.format(180), "test": labelled.format(20)}
     config = write_config(
         tmp_path,
         stage=2,
@@ -86,14 +86,14 @@ def test_long_evaluation_is_no_hang(tmp_path: Path) -> None:
     )
     run = RunProcesses(
         config, "train.stop_after_steps=1", slow_images_s=0.1
-    )  # 12 s for the first set
+    )  # 9 s for the first set
     assert run.end() == [0, 0], run.said()
 
 
 def _grows(path: Path) -> None:
-    """A file that a slow storage takes 14 s for."""
+    """A file that a slow storage takes 10 s for."""
     with path.open("wb") as file:
-        for _ in range(14):
+        for _ in range(10):
             time.sleep(1)
             file.write(b"piece")
             file.flush()

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 
@@ -34,11 +35,16 @@ def test_signal_that_is_ignored_as_by_nohup_ends_nothing(monkeypatch: pytest.Mon
 
 
 def test_signal_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    command = [sys.executable, "-c", "import time; time.sleep(100)"]
     monkeypatch.setattr(quickstart, "on_this_node", lambda *_, **__: command)
     before = signal.getsignal(signal.SIGTERM)
-    ready = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    ready.start()
+
+    def signal_once_it_is_heard() -> None:  # before that, it would end this process
+        while signal.getsignal(signal.SIGTERM) is before:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=signal_once_it_is_heard, daemon=True).start()
     with pytest.raises(PreemptedError, match="the same command goes on"):
         quickstart._pretrain([])
     assert signal.getsignal(signal.SIGTERM) is before

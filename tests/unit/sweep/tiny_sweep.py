@@ -19,7 +19,8 @@ from dinoscale.scaling.sweep.run_files import (
 METRICS = {"knn": ONLINE, "loss": ONLINE}
 SCRIPT = "script.json"  # beside the table: what the job of each run does, one start after another
 
-# A program that really trains runs: OUT KIND RUNS NODES PROCESSES PARALLEL [LINE to measure].
+# A program that really trains runs: OUT KIND SEEDS NODES PROCESSES PARALLEL [LINE to measure].
+# SEEDS are separated by commas; the run of seed 1 is the long one.
 REAL_SWEEP = """
 import sys
 from pathlib import Path
@@ -28,9 +29,12 @@ from dinoscale.cli.evaluate import evaluation_words
 from dinoscale.config.sweep.executor import ExecutorConfig, SlurmConfig
 from dinoscale.scaling.sweep.run import run_sweep
 from tests.unit.sweep.tiny_sweep import METRICS, planned
-out, kind, number, nodes, processes, parallel, *line = sys.argv[1:]
+out, kind, seeds, nodes, processes, parallel, *line = sys.argv[1:]
 cli.run = lambda _: run_sweep(
-    [planned(each, *("train.epochs=%d" % (4 + 20 * (each == 1)),)) for each in range(int(number))],
+    [
+        planned(seed, "train.epochs=%d" % (24 if seed == 1 else 4))
+        for seed in map(int, seeds.split(","))
+    ],
     out=Path(out),
     metrics={**METRICS, **{"measured": each for each in line}},
     executor=ExecutorConfig(kind=kind, nodes=int(nodes), processes=int(processes),
