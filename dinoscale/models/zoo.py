@@ -73,16 +73,29 @@ def build_backbone(
         "depth": depth,
         "num_heads": num_heads,
     }
-    layers = {"layer_scale": layer_scale, "ffn": ffn, "registers": registers}
     ensure_torchvision()
     if name == "resnet50":
-        only_vits = {**sizes, **layers, "position_resize": position_resize}
-        for key, value in {**only_vits, "mask_token": mask_token or None}.items():
-            if value is not None:
-                raise ConfigError(f"model.{key}: resnet50 has none")
+        only_vits: dict[str, object] = {
+            **sizes,
+            "layer_scale": layer_scale,
+            "ffn": ffn,
+            "registers": registers,
+            "position_resize": position_resize,
+            "mask_token": mask_token or None,
+        }
+        given = [key for key, value in only_vits.items() if value is not None]
+        if given:
+            raise ConfigError(f"model.{given[0]}: resnet50 has none")
         return ResNet50(torchvision_resnet50(in_chans=in_chans))
     source = timm_vit(
-        name, img_size=img_size, in_chans=in_chans, norm_eps=norm_eps, **sizes, **layers
+        name,
+        img_size=img_size,
+        in_chans=in_chans,
+        norm_eps=norm_eps,
+        layer_scale=layer_scale,
+        ffn=ffn,
+        registers=registers,
+        **sizes,
     )
     model = VisionTransformer(source, mask_token=mask_token, position_resize=position_resize)
     init_weights(model)

@@ -197,8 +197,9 @@ def test_a_model_with_layer_scale_starts_as_dinov2s() -> None:
     assert not model.mask_token.any()
     for name in ("attn.qkv", "mlp.fc1", "mlp.fc2"):
         layer = model.blocks[0].get_submodule(name)
-        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)  # type: ignore[operator]
-        assert not layer.bias.any()  # type: ignore[operator]
+        assert isinstance(layer, nn.Linear)
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert not layer.bias.any()
 
 
 @pytest.mark.parametrize(
