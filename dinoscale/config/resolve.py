@@ -1,8 +1,9 @@
 """The plan of a run for a number of ranks and images: batch split, steps, learning rate.
 
 An epoch drops the images that do not fill a last batch, as in Caron et al. 2021
-(arXiv:2104.14294). Of a mixture it draws each source's share, by largest remainders. Recipes count
-epochs, the trainer counts optimizer steps; only this module converts one to the other.
+(arXiv:2104.14294), unless train.steps_per_epoch says how long it is. Of a mixture it draws each
+source's share, by largest remainders. Recipes count epochs, the trainer counts optimizer steps;
+only this module converts one to the other.
 """
 
 import math
@@ -177,11 +178,7 @@ def _quotas(config: RunConfig, sizes: tuple[int, ...], *, world_size: int) -> tu
     for source, size in zip(data.sources, sizes, strict=False):
         if size == 0:
             raise ConfigError(f"data.train: {source.source} has no images")
-    wanted = data.images_per_epoch
-    if config.train.steps_per_epoch is not None:
-        if sum(sizes) < batch_size:
-            raise ConfigError(_too_few_images(sum(sizes), batch_size, world_size))
-        wanted = config.train.steps_per_epoch * batch_size
+    wanted, steps = data.images_per_epoch, config.train.steps_per_epoch
     images = (sum(sizes) if wanted is None else wanted) // batch_size * batch_size
     for key in ("images_per_epoch", "subset_size"):
         given = getattr(data, key)
@@ -192,6 +189,8 @@ def _quotas(config: RunConfig, sizes: tuple[int, ...], *, world_size: int) -> tu
             )
     if images == 0:
         raise ConfigError(_too_few_images(sum(sizes), batch_size, world_size))
+    if steps is not None:
+        wanted = images = steps * batch_size
     if len(sizes) == 1:
         return sizes if wanted is None else (images,)
     quotas = _shares(images, [Fraction(part.weight) for part in data.sources])
@@ -199,7 +198,8 @@ def _quotas(config: RunConfig, sizes: tuple[int, ...], *, world_size: int) -> tu
         if quota == 0:
             raise ConfigError(
                 f"data.train: of {images} images an epoch, none would come from {part.source} "
-                f"(weight {part.weight:g}); raise its weight or data.images_per_epoch"
+                f"(weight {part.weight:g}); raise its weight or "
+                f"{'data.images_per_epoch' if steps is None else 'train.steps_per_epoch'}"
             )
     return quotas
 

@@ -23,11 +23,14 @@ class TrainConfig(Section):
         description="Also take the projection head of init_from, whose sizes must be those of "
         "head.*; else the head starts random. [D].",
     )
-    epochs: Count = Field(default=100, description="Passes over the images. Source: [C].")
+    epochs: Count = Field(
+        default=100,
+        description="Passes over the images, or stretches of steps_per_epoch steps. Source: [C].",
+    )
     steps_per_epoch: Count | None = Field(
         default=None,
-        description="Optimizer steps that count as an epoch, whatever the number of images, in all "
-        "lengths of the recipe; null: a pass over the images. 1250 in DINOv2.",
+        description="Optimizer steps that count as an epoch, whatever the number of images, "
+        "wherever epochs are counted; null: a pass over the images. 1250 in DINOv2.",
     )
     batch_size: Count = Field(
         default=512, description="Images per optimizer step over all ranks. Source: [C], on 8 GPUs."

@@ -178,13 +178,17 @@ def take_plain_steps(
     teacher.load_state_dict(student.state_dict())
     pairs = [(whole, deepcopy(whole).to(rounding.network)) for whole in (student, teacher)]
     begin = _copy(student)
-    optimizer = _optimizer(config.optim.name, student)
+    optimizer = _optimizer(config, student)
     center = torch.zeros(config.head.num_prototypes, dtype=rounding.master)
     losses, norms, states = [], [], {}
+    by_rate = config.dino.freeze_last_layer_by == "zero_rate"
     for step in range(steps):
         now = schedules_of(config, plan).at(step)
         for group in optimizer.param_groups:
-            group["lr"], group["weight_decay"] = now.lr, now.weight_decay * group["decays"]
+            group["lr"] = now.lr * group["factor"]
+            group["weight_decay"] = now.weight_decay * group["decays"]
+            if by_rate and now.prototypes_frozen and "last_layer" in group["name"]:
+                group["lr"] = 0.0
         for whole, low in pairs:
             low.load_state_dict(whole.state_dict())
         crops = [views.to(rounding.network) for views in crops_of(step)]
@@ -196,7 +200,7 @@ def take_plain_steps(
         temp = config.dino.student_temp
         losses.append(_backward(*pairs[0], crops, targets, temp=temp, rounding=rounding))
         norms.append(float(_clip(student, config)))
-        if now.prototypes_frozen:
+        if now.prototypes_frozen and not by_rate:
             student.head.last_layer.weight_v.grad = None
         optimizer.step()
         with torch.no_grad():
@@ -248,14 +252,26 @@ def _copy(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in network.named_parameters()}
 
 
-def _optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(config: RunConfig, network: nn.Module) -> torch.optim.Optimizer:
     groups = [
-        {"params": [p for p in network.parameters() if (p.ndim > 1) == decays], "decays": decays}
-        for decays in (True, False)
+        {"name": name, "params": [p], "decays": p.ndim > 1, "factor": _rate_factor(name, config)}
+        for name, p in network.named_parameters()
     ]
-    if name == "sgd":
+    if config.optim.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.optim.betas)
+
+
+def _rate_factor(name: str, config: RunConfig) -> float:
+    depth = config.model.depth or 0
+    if name.startswith("backbone.blocks."):
+        below = depth - int(name.split(".")[2])
+    elif name.startswith(("backbone.norm.", "head.")):
+        below = 0
+    else:  # embeddings
+        below = depth + 1
+    factor = config.optim.layer_decay**below
+    return factor * (config.optim.patch_embed_lr if "patch_embed" in name else 1.0)
 
 
 def _clip(network: nn.Module, config: RunConfig) -> Tensor:
@@ -264,6 +280,9 @@ def _clip(network: nn.Module, config: RunConfig) -> Tensor:
     norm = nn.utils.clip_grad_norm_(parameters, float("inf"))
     if config.optim.clip_grad and config.optim.clip_mode == "global":
         nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad)
+    elif config.optim.clip_grad and config.optim.clip_mode == "per_network":
+        for part in network.children():
+            nn.utils.clip_grad_norm_(part.parameters(), config.optim.clip_grad)
     elif config.optim.clip_grad:
         for parameter in parameters:
             nn.utils.clip_grad_norm_(parameter, config.optim.clip_grad)

@@ -19,8 +19,12 @@ DEPTH, MICRO_BATCHES = 3, 2
 NUM_LAYERS = DEPTH + 7  # tokens and positions, patches, blocks, norm, 3 of the head, prototypes
 
 
-def _config(stage: int, checkpointed: int) -> RunConfig:
+DINOV2 = {"layer_decay": 0.8, "patch_embed_lr": 0.2, "clip_mode": "per_network"}
+
+
+def _config(stage: int, checkpointed: int, optim: dict[str, Any]) -> RunConfig:
     return tiny_config(
+        optim={"lr": 0.1, "warmup_epochs": 0, **optim},
         model={"depth": DEPTH},
         train={"batch_size": 4 * MICRO_BATCHES, "micro_batch_size": 2},
         engine={
@@ -32,12 +36,14 @@ def _config(stage: int, checkpointed: int) -> RunConfig:
     )
 
 
-def watch_step(stage: int, checkpointed: int) -> dict[str, Any]:
+def watch_step(
+    stage: int, checkpointed: int, optim: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """On every rank: the collectives of a step whose weights are released as early as possible."""
     from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
     from dinoscale.engine.step import train_step
 
-    config = _config(stage, checkpointed)
+    config = _config(stage, checkpointed, optim or {})
     plan = tiny_plan(config)
     assert plan.accumulation_steps == MICRO_BATCHES
     student, teacher = build_pair(config, plan)
@@ -79,6 +85,19 @@ def test_layers_are_gathered_once_forward_once_backward_and_once_for_the_teacher
         assert sorted([*gathers[2 * NUM_LAYERS : size], prototypes]) == sorted(layers)
 
 
+def watch_recipes(stage: int) -> list[dict[str, Any]]:
+    """On every rank: the collectives of a step of DINO, and of one of DINOv2."""
+    return [watch_step(stage, 0, optim) for optim in ({}, DINOV2)]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_rates_by_layer_and_clipping_by_network_send_nothing_more(stage: int) -> None:
+    for dino, dinov2 in run_distributed(
+        "tests.distributed.test_gathers:watch_recipes", world_size=2, timeout_s=580, stage=stage
+    ):
+        assert dinov2["calls"] == dino["calls"] != []
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_plan_predicts_what_is_sent(stage: int) -> None:
     of_rank, _ = run_distributed(
@@ -88,7 +107,7 @@ def test_plan_predicts_what_is_sent(stage: int) -> None:
         stage=stage,
         checkpointed=0,
     )
-    config = _config(stage, 0)
+    config = _config(stage, 0, {})
     run = resolve(config, world_size=2, num_images=4 * MICRO_BATCHES)
     setup = setup_of(config, run, on_gpu=False)
     planned = {"all-reduce": 0.0, "all-gather": 0.0}

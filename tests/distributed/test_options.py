@@ -12,7 +12,13 @@ import torch
 
 from dinoscale.config import RunConfig
 from tests.distributed.plain_run import Plain, error, train_plainly
-from tests.distributed.tiny_run import Gathering, take_step, tiny_config, tiny_plan
+from tests.distributed.tiny_run import (
+    Gathering,
+    micro_batches,
+    take_step,
+    tiny_config,
+    tiny_plan,
+)
 from tests.harness import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -20,12 +26,20 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600
 STEPS = 3
 CLIP = 0.5  # below the norm of nearly every tensor's gradient, so both ways of clipping act
 STAGES = (0, 1, 2, 3)
+DINOV2 = "dinov2"  # its runs meet bad images before steps 0 and 2, which leave no trace
 RECIPES = {
     "adamw_global": {"name": "adamw", "clip_mode": "global", "clip_grad": CLIP},
     "adamw_per_tensor": {"name": "adamw", "clip_mode": "per_tensor", "clip_grad": CLIP},
     "adamw_unclipped": {"name": "adamw", "clip_mode": "per_tensor", "clip_grad": 0.0},
     "sgd_per_tensor": {"name": "sgd", "clip_mode": "per_tensor", "clip_grad": CLIP},
     "sgd_global": {"name": "sgd", "clip_mode": "global", "clip_grad": CLIP},
+    DINOV2: {
+        "clip_mode": "per_network",
+        "clip_grad": CLIP,
+        "betas": (0.8, 0.95),
+        "layer_decay": 0.8,
+        "patch_embed_lr": 0.2,
+    },
 }
 # (stage, recipe, precision, checkpoint_every_k_blocks, offload_optimizer)
 Job = tuple[int, str, str, int, bool]
@@ -34,6 +48,7 @@ JOBS: list[Job] = [
     *((stage, "adamw_global", "fp32", every, False) for every in (1, 2) for stage in STAGES),
     *((3, "adamw_global", "bf16", every, False) for every in (0, 1)),
     *((stage, "adamw_per_tensor", "fp32", 0, True) for stage in (1, 2, 3)),
+    *((stage, DINOV2, "fp32", 0, True) for stage in (1, 2, 3)),
 ]
 
 
@@ -41,7 +56,11 @@ def _config(job: Job) -> RunConfig:
     stage, recipe, precision, every, offload = job
     return tiny_config(
         model={"depth": 3},
-        dino={"momentum": 0.9, "freeze_last_layer_epochs": 1},
+        dino={
+            "momentum": 0.9,
+            "freeze_last_layer_epochs": 1,
+            "freeze_last_layer_by": "zero_rate" if recipe == DINOV2 else "skipping",
+        },
         optim={**RECIPES[recipe], "lr": 0.05, "warmup_epochs": 0, "weight_decay": 0.1},
         engine={
             "zero_stage": stage,
@@ -65,6 +84,8 @@ def _train_job(job: Job) -> dict[str, Any]:
     student, teacher = build_pair(config, plan)
     losses, norms = [], []
     for step in range(STEPS):
+        if job[1] == DINOV2 and step in (0, 2):
+            _take_bad_step(student, teacher, config, plan, step)
         losses.append(take_step(student, teacher, config, plan, step))
         norms.append(float(student.grad_norm()))
     gather = Gathering(student)
@@ -73,7 +94,21 @@ def _train_job(job: Job) -> dict[str, Any]:
         "norms": norms,
         "student": gather(student.master),
         "teacher": gather(teacher.ema),
+        "steps": student.optimizer_steps(),
     }
+
+
+def _take_bad_step(student: Any, teacher: Any, config: RunConfig, plan: Any, step: int) -> None:
+    from dinoscale.engine.build import schedules_of
+    from dinoscale.engine.step import train_step
+    from dinoscale.runtime import distributed
+
+    batches = micro_batches(config, plan, 99)
+    if distributed.rank() == 0:
+        batches[0].global_crops[0, 0, 0, 0, 0] = torch.nan
+    now = schedules_of(config, plan).at(step)
+    result = train_step(batches, student, teacher, now, student_temp=config.dino.student_temp)
+    assert result.skipped
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +165,23 @@ def test_activation_checkpointing_changes_no_bit_in_bf16(
     _require_equal(run, trained[3, "adamw_global", "bf16", 0, False])
 
 
+@pytest.mark.parametrize("recipe", ["adamw_per_tensor", DINOV2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloaded_optimizer_gives_the_same_numbers(
+    trained: dict[Job, dict[str, Any]], stage: int, recipe: str
+) -> None:
+    run = trained[stage, recipe, "fp32", 0, True]
+    _require_equal(run, trained[stage, recipe, "fp32", 0, False])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_prototypes_at_a_rate_of_zero_count_steps_and_skipped_ones_do_not(
     trained: dict[Job, dict[str, Any]], stage: int
 ) -> None:
-    run = trained[stage, "adamw_per_tensor", "fp32", 0, True]
-    _require_equal(run, trained[stage, "adamw_per_tensor", "fp32", 0, False])
+    for recipe, of_prototypes in (("adamw_global", STEPS - 2), (DINOV2, STEPS)):
+        steps = trained[stage, recipe, "fp32", 0, False]["steps"]
+        assert steps["decay"] == STEPS
+        assert steps.get("prototypes", of_prototypes) == of_prototypes  # on ranks that hold some
 
 
 def _require_equal(run: dict[str, Any], other: dict[str, Any]) -> None:

@@ -87,11 +87,12 @@ def _number_or_share(value: object) -> object:
     return value
 
 
+_LENGTH = ("data.images_per_epoch", "train.steps_per_epoch", "train.stop_after_steps")
 # What an axis is called in the file -> settings of a run that follow from it alone.
 KEYS_OF_AXES = {
     "model": ("model.embed_dim", "model.depth", "model.num_heads"),
-    "flops": ("data.images_per_epoch", "train.stop_after_steps"),
-    "images": ("data.images_per_epoch", "train.stop_after_steps"),
+    "flops": _LENGTH,
+    "images": _LENGTH,
     "subset_size": ("data.subset_size",),
     "batch_size": ("train.batch_size",),
     "lr": ("optim.lr",),

@@ -24,16 +24,16 @@ class Powers(Section):
 
 
 class LrRule(Powers):
-    """Exponents of the peak learning rate, which is optim.lr x batch_size / 256 without a rule.
+    """Exponents of the peak learning rate, which follows optim.lr_scaling without a rule.
 
     optim.min_lr, the learning rate at the end, stays as it is.
     """
 
     batch_size: Exponent = Field(
         default=1.0,
-        description="1, also where a rule leaves it out: linear (Goyal et al. 2017, "
-        "arXiv:1706.02677), as in the recipes. 0.5: with the square root, for Adam (Malladi et al. "
-        "2022, arXiv:2205.10287). 0: the same for every batch.",
+        description="1: linear (Goyal et al. 2017, arXiv:1706.02677), as in DINO. 0.5: with the "
+        "square root, for Adam (Malladi et al. 2022, arXiv:2205.10287), as in DINOv2. 0: the same "
+        "for every batch. Left out: as optim.lr_scaling of the base says.",
     )
 
 

@@ -59,6 +59,8 @@ def _steps_per_epoch(record: Record) -> int | None:
     config = record.config
     if config is None:
         return None
+    if config.train.steps_per_epoch is not None:
+        return config.train.steps_per_epoch
     if config.data.images_per_epoch is not None:
         return config.data.images_per_epoch // config.train.batch_size or None
     return _from_momentum(record)

@@ -44,9 +44,11 @@ def apply_rules(
         ConfigError: a warm-up rounds to zero epochs, or a rule needs an unknown number.
     """
     settings: dict[str, object] = {}
-    # optim.lr is per 256 images, so the peak already grows linearly with the batch size.
-    beyond_linear = rules.lr.model_copy(update={"batch_size": rules.lr.batch_size - 1})
-    factor = _power(beyond_linear, sizes, base, rule="lr") * lr_factor
+    # The peak already grows with the batch size, as optim.lr_scaling says.
+    grows = 0.5 if run.optim.lr_scaling == "sqrt" else 1.0
+    wanted = rules.lr.batch_size if "batch_size" in rules.lr.model_fields_set else grows
+    beyond = rules.lr.model_copy(update={"batch_size": wanted - grows})
+    factor = _power(beyond, sizes, base, rule="lr") * lr_factor
     if factor != 1:
         settings["optim.lr"] = run.optim.lr * factor
     exponent = (sizes.batch_size / base.batch_size) ** rules.momentum.batch_size

@@ -121,6 +121,7 @@ class Planner:
         unruled = draft.config
         if draft.budget_images is not None:
             settings["data.images_per_epoch"] = _images_per_epoch(unruled, draft.budget_images)
+            settings["train.steps_per_epoch"] = None
             unruled = self._with_base({**settings, "optim.min_lr": 0.0})
         factor = draft.point.get("lr_factor", 1.0)
         assert isinstance(factor, float)
@@ -209,6 +210,8 @@ class Planner:
     def _epoch(self, config: RunConfig) -> int | None:
         """Images per epoch before rounding to whole steps; None where unknown."""
         sizes, data = self._set_sizes(config), config.data
+        if config.train.steps_per_epoch is not None:
+            return config.train.steps_per_epoch * config.train.batch_size
         if data.images_per_epoch is not None:
             return data.images_per_epoch
         if data.subset_size is not None or sizes is None:

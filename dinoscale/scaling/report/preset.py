@@ -248,8 +248,8 @@ def _settings(
             "num_heads": size.num_heads,
         },
         "data": {"images_per_epoch": batches * batch},
-        "train": {"stop_after_steps": None},  # else it could stop before D
-        "optim": {} if lr is None else {"lr": lr * 256 / batch},  # as `RunConfig.peak_lr`
+        "train": {"steps_per_epoch": None, "stop_after_steps": None},  # else it could end before D
+        "optim": {} if lr is None else {"lr": lr / (config.peak_lr / config.optim.lr)},
     }
     if is_larger(size, row) and not config.head.batch_norm:
         new["train"]["micro_batch_size"] = "auto"

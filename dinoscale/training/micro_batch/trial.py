@@ -141,7 +141,11 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
 
 def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) -> RunConfig:
     """The run with `passes` micro-batches per step and one step per epoch."""
-    train = {"batch_size": size * world_size * passes, "micro_batch_size": size}
+    train = {
+        "batch_size": size * world_size * passes,
+        "micro_batch_size": size,
+        "steps_per_epoch": None,
+    }
     data = {"train": None, "images_per_epoch": None, "subset_size": None}
     return config.model_copy(
         update={

@@ -246,6 +246,42 @@ def test_min_lr_is_not_above_the_peak() -> None:
     assert _config(optim__lr=1e-3, optim__min_lr=2e-3, train__batch_size=512).peak_lr == 2e-3
 
 
+def test_peak_lr_may_grow_with_the_square_root_of_the_batch() -> None:
+    config = _config(optim__lr=1e-3, optim__lr_scaling="sqrt", train__batch_size=4096)
+    assert config.peak_lr == 2e-3
+    assert _messages(
+        optim__lr=1e-3, optim__min_lr=1e-2, optim__lr_scaling="sqrt", train__batch_size=4096
+    ) == [
+        "optim.min_lr: 0.01 is above the peak learning rate 0.002 "
+        "(optim.lr x sqrt(train.batch_size / 1024))"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "default"),
+    [("betas", (0.9, 0.95), (0.9, 0.999)), ("layer_decay", 0.9, 1.0), ("patch_embed_lr", 0.2, 1.0)],
+)
+def test_sgd_has_neither_betas_nor_rates_by_layer(key: str, value: object, default: object) -> None:
+    changes = {f"optim__{key}": value}
+    assert _messages(optim__name="sgd", **changes) == [
+        f"optim.{key}: is of adamw, need {default} with optim.name=sgd, got {value}"
+    ]
+    assert getattr(_config(**changes).optim, key) == value
+
+
+@pytest.mark.parametrize("key", ["layer_decay", "patch_embed_lr"])
+def test_resnet_has_no_rates_by_layer(key: str) -> None:
+    messages = _messages(model__backbone="resnet50", **{f"optim__{key}": 0.5})
+    assert messages == [f"optim.{key}: resnet50 has no transformer blocks, need 1.0, got 0.5"]
+
+
+def test_an_epoch_has_one_length() -> None:
+    assert _messages(train__steps_per_epoch=7, data__images_per_epoch=900) == [
+        "data.images_per_epoch: 900 images and 7 steps (train.steps_per_epoch) both say how long "
+        "an epoch is; set one of them to null"
+    ]
+
+
 @pytest.mark.parametrize(("given", "other"), [("train", "test"), ("test", "train")])
 def test_knn_needs_both_sets(given: str, other: str) -> None:
     assert _messages(**{f"eval__{given}": "images"}) == [

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoscale.config import RunConfig, dump_config, load_config, parse_config, resolve
+from dinoscale.data.order.sampler import StepSampler
 from dinoscale.errors import ConfigError
 
 
@@ -90,6 +92,40 @@ def test_an_epoch_of_chosen_images_is_all_of_them_unless_a_number_is_given() -> 
         plan = resolve(config, world_size=1, num_images=[105])
         assert (plan.quotas, plan.steps_per_epoch) == ((steps * 10,), steps)
         assert (plan.num_images, plan.source_sizes) == (40, (105,))
+
+
+@pytest.mark.parametrize("images", [10, 25, 1000])
+def test_an_epoch_of_a_number_of_steps_passes_over_few_images_often(images: int) -> None:
+    train = {"batch_size": 10, "steps_per_epoch": 7, "epochs": 20}
+    config = parse_config({"data": {"train": "/a"}, "train": train})
+    plan = resolve(config, world_size=1, num_images=images)
+    assert (plan.quotas, plan.num_images) == ((70,), images)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (7, 140, 70)
+    assert plan.freeze_last_layer_steps == 7
+    sampler = StepSampler(
+        sizes=plan.source_sizes,
+        quotas=plan.quotas,
+        batch_size=10,
+        micro_batch_size=10,
+        world_size=1,
+        seed=0,
+    )
+    drawn = [sampler.step(step).ids.tolist() for step in range(100)]
+    if images == 10:
+        assert all(sorted(ids) == [*range(10)] for ids in drawn)
+    counts = np.bincount(np.concatenate(drawn), minlength=images)
+    assert counts.max() - counts.min() <= 1  # no image is left out at the end of an epoch
+    with pytest.raises(ConfigError, match="9 images do not fill one batch of 10"):
+        resolve(config, world_size=1, num_images=9)
+
+
+def test_a_mixture_shares_out_the_steps_of_an_epoch() -> None:
+    train = {"batch_size": 10, "steps_per_epoch": 6}
+    config = _mixture(2.0, 1.0)
+    config = config.model_copy(update={"train": parse_config({"train": train}).train})
+    assert _quotas(config, 500, 109) == (40, 20)
+    with pytest.raises(ConfigError, match=r"raise its weight or train\.steps_per_epoch$"):
+        _quotas(config.model_copy(update={"data": _mixture(1.0, 1e-6).data}), 500, 109)
 
 
 def test_an_epoch_of_a_mixture_is_split_by_weight_not_by_size() -> None:

@@ -165,7 +165,11 @@ LIST = HEAD + "design: list\nruns: [%s]\n"
             GRID % "images: [5], flops: [3]",
             [
                 f": axes.images: decides {key}, and so does axes.flops; leave out one"
-                for key in ("data.images_per_epoch", "train.stop_after_steps")
+                for key in (
+                    "data.images_per_epoch",
+                    "train.steps_per_epoch",
+                    "train.stop_after_steps",
+                )
             ],
         ),
         (

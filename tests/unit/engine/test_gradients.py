@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinoscale.engine.gradients import GradientRule
+from dinoscale.engine.gradients import ClipMode, GradientRule
 from dinoscale.engine.param_groups import build_optimizer
 
 NAN = torch.nan
@@ -13,15 +13,13 @@ NAN = torch.nan
 class _Trained:
     """Two parameter groups under the rule; the second may be frozen."""
 
-    def __init__(self, name: str, *, per_tensor: bool = False) -> None:
+    def __init__(self, name: str, *, mode: ClipMode = "global") -> None:
         torch.manual_seed(0)
         self.network = nn.ModuleDict({"mlp": nn.Linear(3, 5), "last_layer": nn.Linear(5, 4)})
         self.optimizer = build_optimizer(name, self.network)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.1
-        self.rule = GradientRule(
-            clip=0.5, mode="per_tensor" if per_tensor else "global", sharded=False
-        )
+        self.rule = GradientRule(clip=0.5, mode=mode, sharded=False)
         self.rule.attach(self.optimizer)
         for label, weight in self.network.named_parameters():
             self.rule.watch(weight, [label], [(label, 0, weight.numel())])
@@ -69,17 +67,24 @@ def test_skipped_step_leaves_no_trace(
     assert _equal(spared.moments(), skipping.moments())
 
 
-@pytest.mark.parametrize("per_tensor", [True, False])
-def test_clipped_gradients_have_the_configured_norm(per_tensor: bool) -> None:
-    trained = _Trained("sgd", per_tensor=per_tensor)
+@pytest.mark.parametrize("mode", ["per_tensor", "per_network", "global"])
+def test_clipped_gradients_have_the_configured_norm(mode: ClipMode) -> None:
+    trained = _Trained("sgd", mode=mode)
     before = trained.weights()
     trained.step(0)
     moved = [(old - new) / 0.1 for old, new in zip(before, trained.weights(), strict=True)]
     norms = torch.stack([move.norm() for move in moved])
-    expected = 0.5 * torch.ones(4) if per_tensor else torch.tensor(0.5)
-    torch.testing.assert_close(norms if per_tensor else norms.norm(), expected)
+    of_clipped = {
+        "per_tensor": norms,
+        "per_network": norms.view(2, 2).norm(dim=1),  # weight and bias of each layer
+        "global": norms.norm(),
+    }[mode]
+    torch.testing.assert_close(of_clipped, torch.full_like(of_clipped, 0.5))
     measured = trained.rule.squared_norms
     torch.testing.assert_close(trained.rule.global_norm(), measured.sum().sqrt())
+    assert trained.rule.networks == ["mlp", "last_layer"]
+    by_network = measured.view(2, 2).sum(1).sqrt()
+    torch.testing.assert_close(trained.rule.network_norms(), by_network)
     assert measured.min() > 0.5**2
 
 

@@ -46,6 +46,22 @@ def test_exponents_are_of_the_peak_learning_rate(rule: dict[str, float], factor:
     assert _peak({"lr": rule}) == pytest.approx(BASE_PEAK * factor, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("rule", "factor"), [({}, 2), ({"batch_size": 1}, 4), ({"batch_size": 0.5}, 2)]
+)
+def test_exponents_are_of_the_peak_of_a_base_that_grows_with_the_square_root(
+    rule: dict[str, float], factor: float
+) -> None:
+    optim = CONFIG.optim.model_copy(update={"lr_scaling": "sqrt"})
+    run = CONFIG.model_copy(update={"optim": optim})
+    rules = RulesConfig.model_validate({"lr": rule})
+    found = apply_rules(rules, run, sizes=RUN, base=BASE, lr_factor=1.0)
+    lr = found.get("optim.lr", optim.lr)
+    assert isinstance(lr, float)
+    growth = (RUN.batch_size / BASE.batch_size) ** 0.5  # by the configuration itself
+    assert lr / optim.lr * growth == pytest.approx(factor, rel=1e-12)
+
+
 def test_no_rule_leaves_the_recipe_alone() -> None:
     assert _settings({}) == {}
     assert _settings({"lr": {"width": -1}, "momentum": {"batch_size": 1}}, run=BASE) == {}

@@ -1,0 +1,97 @@
+"""AdamW with several learning rates in one flat tensor, against torch's with a group for each."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dinoscale.engine.param_groups import LayerwiseAdamW, build_optimizer, rate_factors
+
+PARTS = [(0.2, 0, 5), (0.5, 5, 12), (0.5, 17, 7), (1.0, 27, 3), (0.2, 30, 2)]  # 24-26 are padding
+SETTINGS: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-8}
+
+
+class _FusedCalls(TorchDispatchMode):
+    """Counts calls of the fused kernel."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name == "aten::_fused_adamw_"
+        return func(*args, **(kwargs or {}))
+
+
+def _gradient(step: int) -> Tensor:
+    return torch.randn(32, generator=torch.Generator().manual_seed(step))
+
+
+def test_every_part_moves_as_in_a_group_of_its_own() -> None:
+    start = _gradient(99)
+    flat = nn.Parameter(start.clone())
+    ours = LayerwiseAdamW([{"params": [flat], "weight_decay": 0.3}], **SETTINGS)
+    ours.set_factors(flat, PARTS)
+    pieces = [nn.Parameter(start[first : first + numel].clone()) for _, first, numel in PARTS]
+    groups = [
+        {"params": [piece], "lr": 0.1 * factor, "weight_decay": 0.3}
+        for piece, (factor, *_) in zip(pieces, PARTS, strict=True)
+    ]
+    plain = torch.optim.AdamW(groups, **SETTINGS, fused=True)
+    for step, skipped in enumerate([0.0, 1.0, 0.0, 0.0]):
+        flat.grad = _gradient(step)
+        for piece, (_, first, numel) in zip(pieces, PARTS, strict=True):
+            piece.grad = flat.grad[first : first + numel].clone()
+        ours.found_inf = plain.found_inf = torch.tensor(skipped)  # type: ignore[attr-defined]
+        with _FusedCalls() as calls:
+            ours.step()
+        assert calls.count == 3  # one for each rate
+        plain.step()
+    assert ours.state[flat]["step"] == 3
+    for piece, (_, first, numel) in zip(pieces, PARTS, strict=True):
+        part = slice(first, first + numel)
+        torch.testing.assert_close(flat[part], piece, rtol=1e-6, atol=1e-7)
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected = plain.state[piece][name]
+            torch.testing.assert_close(ours.state[flat][name][part], expected, rtol=1e-6, atol=0)
+    assert torch.equal(flat[24:27], start[24:27])
+    theirs = plain.state_dict()["state"][0]
+    assert ours.state_dict()["state"][0].keys() == theirs.keys()
+
+
+def test_tensors_without_gradient_rest() -> None:
+    network = nn.ModuleDict({"mlp": nn.Linear(3, 5), "last_layer": nn.Linear(5, 4)})
+    optimizer = build_optimizer("adamw", network, layerwise=True)
+    assert isinstance(optimizer, LayerwiseAdamW)
+    for weight in network.parameters():
+        optimizer.set_factors(weight, [(0.5, 0, weight.numel())])
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    before = [weight.detach().clone() for weight in network.parameters()]
+    network["mlp"].weight.grad = torch.ones(5, 3)
+    optimizer.step()
+    moved = [
+        not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True)
+    ]
+    assert moved == [True, False, False, False]
+    assert [*optimizer.state] == [network["mlp"].weight]
+
+
+def test_one_rate_is_torch_adamw_itself() -> None:
+    network = nn.Linear(3, 5)
+    assert type(build_optimizer("adamw", network)) is torch.optim.AdamW
+    groups = build_optimizer("adamw", network, betas=(0.8, 0.95)).param_groups
+    assert {group["betas"] for group in groups} == {(0.8, 0.95)}
+
+
+def test_rates_fall_from_the_last_block_to_the_embeddings() -> None:
+    blocks = [f"backbone.blocks.{i}.norm1.bias" for i in range(11)]
+    tokens = [f"backbone.{kind}" for kind in ("cls_token", "pos_embed", "reg_token", "mask_token")]
+    last = ["backbone.norm.weight", "head.mlp.0.weight", "patch_head.last_layer.weight_v"]
+    patches = ["backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"]
+    names = [*last, *blocks, *tokens, *patches]
+    factors = rate_factors(names, layer_decay=0.5, patch_embed_lr=0.2)
+    assert [factors[name] for name in last] == [1.0, 1.0, 1.0]
+    assert [factors[name] for name in blocks] == [0.5 ** (11 - i) for i in range(11)]
+    assert [factors[name] for name in tokens] == [0.5**12] * 4
+    assert [factors[name] for name in patches] == [0.5**12 * 0.2] * 2
+    assert {*rate_factors(names, layer_decay=1.0, patch_embed_lr=1.0).values()} == {1.0}
