@@ -151,7 +151,6 @@ class _Follower:
     def __init__(
         self, *, case: str, ranks: int, stage: int, accumulation: int, changes: dict[str, Any]
     ) -> None:
-        from dinoscale.engine.micro_batch import LossWeights
 
         from dinoscale.engine.build import build_pair, schedules_of
         from dinoscale.runtime import distributed
@@ -166,12 +165,6 @@ class _Follower:
         self.plan = plan_of(self.run, self.config, distributed.world_size())
         self.schedules = schedules_of(self.config, self.plan)
         self.student, self.teacher = build_pair(self.config, self.plan)
-        self.weights = LossWeights(
-            student_temp=self.config.dino.student_temp,
-            dino=self.config.dino.loss_weight,
-            ibot=self.config.ibot.loss_weight,
-            koleo=self.config.koleo.loss_weight,
-        )
         initial = renamed_tensors(self.run.initial)
 
         def read(name: str, start: int, count: int) -> Tensor:
@@ -181,6 +174,7 @@ class _Follower:
         self.teacher.restore(read)  # centers start at zero
 
     def follow(self) -> dict[str, Any]:
+        from dinoscale.engine.build import loss_weights_of
         from dinoscale.engine.step import train_step
 
         record: dict[str, Any] = {
@@ -192,7 +186,7 @@ class _Follower:
                 self.student,
                 self.teacher,
                 self.schedules.at(step),
-                loss_weights=self.weights,
+                loss_weights=loss_weights_of(self.config),
             )
             record["losses"].append(self._as_logged(result.terms))
             record["grad"].append(self.student.grad_norms())
