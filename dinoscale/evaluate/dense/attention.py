@@ -52,6 +52,7 @@ Picture = Image.Image | NDArray[np.uint8] | Tensor  # arrays (H, W, C), tensors 
 Mask = Image.Image | NDArray[np.uint8] | NDArray[np.bool_]  # (H, W); object is True or above 127
 
 ROWS_DRAWN = 8
+FINE = 24  # patches on a side; maps of the 6 x 6 of the quickstart's crops show no shapes
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def evaluate_attention(
         spec: the images, as `data.train` of a config; synthetic ones come with masks.
         path: of the PNG.
         size: side in pixels at which the backbone sees the images; None takes the crop of the
-            weights file, the reference takes 480.
+            weights file, or more pixels for 24 x 24 patches; the reference takes 480.
         images: how many to score, chosen at random with a fixed seed; all if there are fewer.
         rows: how many of these to draw.
         options: which network, and which device.
@@ -273,7 +274,8 @@ def evaluate_attention(
     require_ours(Path(path))
     loaded = load_frozen(weights_path, options)
     card = loaded.card
-    fit = Fit(find_patch_size(loaded.backbone), card.crop if size is None else size, square=True)
+    patch = find_patch_size(loaded.backbone)
+    fit = Fit(patch, max(card.crop, FINE * patch) if size is None else size, square=True)
     pictures, masks = _pick(open_images(spec, card), images=images)
     score = draw_attention(
         loaded.backbone,
