@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -142,9 +143,17 @@ Classifying the pattern on new drawings by {config.eval.k} nearest neighbours is
 
   weights         {result["weights"]}   (plain PyTorch, no DeepSpeed needed)
   where it looks  {result["attention_image"]}
-  curves          dinoscale report {result["run_dir"]}
+  curves          {_activated()}dinoscale report {result["run_dir"]}
   next            dinoscale train vit_s16 data.train=/your/images run_dir=runs/first
 """
+
+
+def _activated() -> str:
+    """What a shell has to say before `dinoscale`, after `quickstart.sh` has made an environment."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    if "VIRTUAL_ENV" in os.environ or not script.is_file():
+        return ""
+    return f". {shlex.quote(os.path.relpath(script))} && "
 
 
 def _verdict(gain: float) -> str:

@@ -4,6 +4,7 @@ Commands follow each other as in their README; what several show, the first one 
 launcher a line names, one process runs it: `test_launchers.py` is about launchers.
 """
 
+import importlib
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dinoscale.config.sweep.file import load_sweep
@@ -33,17 +35,17 @@ pytestmark = pytest.mark.slow
 # Starts of lines that no test here runs, and why.
 NOT_RUN = {
     "./launchers/quickstart.sh": "installs, then trains for minutes",
-    "./launchers/setup.sh": "installs; unit/launch/test_files.py runs it with a stand-in for pip",
+    "./launchers/setup.sh": "installs; unit/launch/test_files.py runs it with a stand-in for Python",
     "./launchers/test.sh": "runs these tests",
     "python -m pytest": "runs these tests",
     "tests/matrix.sh": "repeats the golden tests for minutes",
-    "tests/gpu/check.sh": "needs a GPU; e2e/test_gpu_check.py runs it on stand-ins",
+    "tests/gpu/check.sh": "needs a GPU; e2e/test_gpu_check.py runs it without one",
     "python -m tests.faults": "`launchers/test.sh --quick` runs it with fewer kills",
     "python -m tests.benchmarks": "measures for minutes",
     "torchrun --nproc-per-node 8 -m tests.benchmarks": "measures for minutes",
     "sbatch launchers/slurm.sbatch": "needs Slurm; multinode/test_slurm_job.py submits it",
 }
-_FIRST = "train vit_s16 data.train=/data/images run_dir=runs/first"
+_FIRST = "train vit_s16 data.train=data/images run_dir=runs/first"
 # What makes a command small; the last of equal options and settings counts.
 _SMALL = settings()
 _FEW = "--num-workers 0"
@@ -75,9 +77,15 @@ MORE: dict[str, list[str]] = {
 }
 
 
+def _on_stand_ins(name: str) -> dict[str, None]:
+    """The commands of a README in their order, on the stand-ins; equal ones once."""
+    own = (command.replace("/data/", "data/") for command in commands_of(name))
+    return dict.fromkeys(command.replace("runs/quickstart", "runs/first") for command in own)
+
+
 def _words(command: str) -> list[str]:
-    """The words of a command on the stand-ins, small."""
-    words = shlex.split(command.replace("/data/", "data/"))
+    """The words of a command, with what makes it small."""
+    words = shlex.split(command)
     more = MORE.get(words[0], MORE.get(" ".join(words[:2]), []))
     return [*words, *more]
 
@@ -97,7 +105,6 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "configs").symlink_to(ROOT / "configs")
     shutil.copy(ROOT / "launchers" / "hostfile.example", place / "hostfile")
     _run(_FIRST, place)
-    (place / "runs" / "quickstart").symlink_to("first")
     _run("export runs/first weights.safetensors", place)
     shutil.copy(place / "weights.safetensors", place / "a.safetensors")
     _add_sweep(place)
@@ -178,11 +185,11 @@ def place(stand_ins: Path, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if commands_of(name)])
 def test_commands_of_a_readme_run_one_after_another(name: str, place: Path) -> None:
-    before = {command for other in NAMES[: NAMES.index(name)] for command in commands_of(other)}
-    for number, command in enumerate(dict.fromkeys(commands_of(name))):
+    before = {command for other in NAMES[: NAMES.index(name)] for command in _on_stand_ins(other)}
+    for number, command in enumerate(_on_stand_ins(name)):
         if command not in before:
-            others = command.startswith("train") and "run_dir=" not in command
-            _run(f"{command} run_dir=runs/{number}" if others else command, place)
+            unnamed = command.startswith("train") and "run_dir=" not in command
+            _run(f"{command} run_dir=runs/{number}" if unnamed else command, place)
     for block in blocks_of(name, "python"):
         _execute_apart(block, place)
 
@@ -195,14 +202,10 @@ def _execute_apart(code: str, place: Path) -> None:
 
 def _execute(code: str) -> None:
     """Run a snippet with what it does not say itself: the libraries, and pictures."""
-    import onnxruntime
-    import timm
-    import torch
-    import transformers
-
-    images = torch.zeros(1, 3, 16, 16)
-    names: dict[str, Any] = {"images": images, "array": images.numpy(), "torch": torch}
-    exec(code, names | {"timm": timm, "transformers": transformers, "onnxruntime": onnxruntime})
+    libraries = [n for n in ("onnxruntime", "timm", "torch", "transformers") if f"{n}." in code]
+    names: dict[str, Any] = {name: importlib.import_module(name) for name in libraries}
+    array = np.zeros((1, 3, 16, 16), dtype=np.float32)
+    exec(code, {**names, "array": array, "images": torch.from_numpy(array)})
 
 
 def test_every_line_is_run_or_named_here_with_the_reason() -> None:
