@@ -100,7 +100,7 @@ def _say_score(report: dict[str, Any]) -> None:
         others = "".join(f"; {what} {number:.1f} %" for what, number in baselines.items())
         log.info("%s %.1f %%%s", name, value, others)
         if any(value <= number for number in baselines.values()):
-            log.warning("a baseline is as good: on these images the weights are of no use")
+            log.warning("a baseline is as good: by this measure the weights have learned nothing")
 
 
 def _measured(measure: Measure, options: argparse.Namespace) -> dict[str, Any]:
