@@ -123,6 +123,9 @@ def _kind(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     for union in ("anyOf", "oneOf"):
         if union in field:
             return " or ".join(_kind(choice, schema) for choice in field[union])
+    if "$ref" in field:  # a section that may be missing
+        (name,) = (key for key, part in sections().items() if field["$ref"].endswith(part.__name__))
+        return f"settings as in `{name}`"
     if field["type"] == "array":
         items = field.get("prefixItems") or [field["items"]]
         count = f"{len(items)} " if "prefixItems" in field else ""
