@@ -4,11 +4,14 @@ Source: code of Oquab et al. 2023 (arXiv:2304.07193); Zhou et al. 2021 (arXiv:21
 patches, Sablayrolles et al. 2018 (arXiv:1806.03198) for KoLeo; [D] ours.
 """
 
+import math
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dinoscale.config.fields import Count, Fraction, Pair, PositiveOrZero, Section
+
+_LEAST_SIDE = 4  # patches; a mask is made of rectangles of 4 or more, smaller than the crop
 
 
 class IbotConfig(Section):
@@ -41,6 +44,47 @@ class IbotConfig(Section):
         if not 0 <= low < high <= 1:
             raise ValueError(f"need 0 <= low < high <= 1, got {low}, {high}")
         return ratio
+
+    @model_validator(mode="after")
+    def _masks_a_crop(self) -> "IbotConfig":
+        if not self.masked_crops:
+            crops = 2 * self.mask_group
+            raise ValueError(
+                f"mask_prob: {self.mask_prob} of the {crops} global crops of {self.mask_group} "
+                f"images (ibot.mask_group) is not one crop; need at least {_up(1 / crops)}"
+            )
+        return self
+
+    @property
+    def masked_crops(self) -> int:
+        """Masked global crops of a group of images, of which there are two per image."""
+        return int(2 * self.mask_group * self.mask_prob)
+
+    def mistakes(self, *, size: int, patch_size: int) -> list[str]:
+        """Masks that global crops of this size in pixels cannot have."""
+        side = size // patch_size
+        if side < _LEAST_SIDE:
+            return [
+                f"crops.global_size: {size} px are {side} x {side} patches of {patch_size} px, "
+                f"which are too few to mask; need at least {_LEAST_SIDE * patch_size} px, or "
+                "ibot.loss_weight=0.0"
+            ]
+        low, high = self.mask_ratio
+        share, crop, end = low + (high - low) / self.masked_crops, "least", "lower"
+        if self.mask_rule == "dinov2":  # some crops may have no masked patch, but not all of them
+            share, crop, end = high, "most", "upper"
+        if int(side**2 * share):
+            return []
+        return [
+            f"ibot.mask_ratio: {share:.3g} of {side**2} patches, in the {crop} masked global crop, "
+            f"is not one patch; raise the {end} end to at least {_up(1 / side**2)}"
+        ]
+
+
+def _up(fraction: float) -> float:
+    """Rounded up to three digits after the first ones that are 0."""
+    digits = 2 - math.floor(math.log10(fraction))
+    return math.ceil(fraction * 10**digits) / 10**digits
 
 
 class KoleoConfig(Section):

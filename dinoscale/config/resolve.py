@@ -22,7 +22,6 @@ from dinoscale.config.backbones import (
 )
 from dinoscale.config.load import dump_config
 from dinoscale.config.schema import ModelConfig, RunConfig
-from dinoscale.config.training import TrainConfig
 from dinoscale.errors import ConfigError, DinoscaleError
 
 _NO_IMAGES = "data.train is not set, and the number of steps follows from its images"
@@ -119,7 +118,7 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
             f"engine.zero_hpz_partition_size: {world_size} ranks are not whole groups of {group};"
             " it is the number of ranks of a node, 1 without groups"
         )
-    split = split_batch(config.train, world_size=world_size)
+    split = split_batch(config, world_size=world_size)
     sizes = (num_images,) if isinstance(num_images, int) else tuple(num_images)
     used = _images_used(config, sizes)
     quotas = _quotas(config, used, world_size=world_size)
@@ -225,44 +224,52 @@ def _too_few_images(num_images: int, batch_size: int, world_size: int) -> str:
     )
 
 
-def split_batch(train: TrainConfig, *, world_size: int) -> BatchSplit:
+def split_batch(config: RunConfig, *, world_size: int) -> BatchSplit:
     """Split the batch of a step over the ranks, and a rank's share into equal passes.
 
     Args:
-        train: batch_size and micro_batch_size.
+        config: its batch, micro-batch and groups of masks.
         world_size: number of ranks, at least 1.
 
     Returns:
         The split, with the micro-batch no larger than the rank's share.
 
     Raises:
-        ConfigError: one of the two divisions leaves a remainder, and the message names the nearest
-            sizes that leave none; or the micro-batch is `auto`.
+        ConfigError: one of the two divisions leaves a remainder, or a micro-batch is not whole
+            groups of masks, and the message names the nearest sizes that fit; or the micro-batch is
+            `auto`.
         ValueError: world_size is not positive.
     """
-    share = _share(train, world_size)
+    train, share = config.train, _share(config, world_size)
     if train.micro_batch_size == "auto":
         raise ConfigError(
             "train.micro_batch_size: auto is decided when training starts; give a number here, "
             f"at most {share}"
         )
     micro = min(train.micro_batch_size, share)
+    nearest = _either(_nearest(micro_batch_sizes(config, world_size=world_size), micro))
     if share % micro:
         raise ConfigError(
             f"train.micro_batch_size: {micro} does not divide the {share} images per rank "
-            f"({train.batch_size} images / {world_size} ranks); "
-            f"nearest that do: {_either(_nearest_divisors(share, micro))}"
+            f"({train.batch_size} images / {world_size} ranks); nearest that do: {nearest}"
+        )
+    if micro % config.mask_group:
+        raise ConfigError(
+            f"train.micro_batch_size: {micro} images are not whole groups of {config.mask_group} "
+            f"(ibot.mask_group); nearest that are: {nearest}, or set "
+            f"ibot.mask_group={math.gcd(micro, config.mask_group)}"
         )
     return BatchSplit(share, micro, share // micro)
 
 
-def micro_batch_sizes(train: TrainConfig, *, world_size: int) -> list[int]:
+def micro_batch_sizes(config: RunConfig, *, world_size: int) -> list[int]:
     """The micro-batches into which a rank's share of a step can be split equally, ascending.
 
     Raises:
-        ConfigError: the batch cannot be shared equally by the ranks.
+        ConfigError: the batch cannot be shared equally by the ranks, in whole groups of masks.
     """
-    return _divisors(_share(train, world_size))
+    group = config.mask_group
+    return [group * size for size in _divisors(_share(config, world_size) // group)]
 
 
 def with_micro_batch(config: RunConfig, size: int) -> RunConfig:
@@ -272,20 +279,29 @@ def with_micro_batch(config: RunConfig, size: int) -> RunConfig:
 
 
 def without_auto(config: RunConfig) -> RunConfig:
-    """The same run with a micro-batch of 1 for `auto`, where the micro-batch does not matter."""
-    return with_micro_batch(config, 1) if config.train.micro_batch_size == "auto" else config
+    """The same run with the least micro-batch for `auto`, where the micro-batch does not matter."""
+    if config.train.micro_batch_size != "auto":
+        return config
+    return with_micro_batch(config, config.mask_group)
 
 
-def _share(train: TrainConfig, world_size: int) -> int:
+def _share(config: RunConfig, world_size: int) -> int:
     """Images of one rank in a step."""
     if world_size < 1:
         raise ValueError(f"need world_size >= 1, got {world_size}")
-    share, rest = divmod(train.batch_size, world_size)
+    batch_size, group = config.train.batch_size, config.mask_group
+    share, rest = divmod(batch_size, world_size)
+    nearest = _either(_nearest_multiples(batch_size, world_size * group))
     if rest:
-        nearest = [share * world_size, (share + 1) * world_size]
         raise ConfigError(
-            f"train.batch_size: {train.batch_size} images cannot be shared equally by "
-            f"{world_size} ranks; nearest that can: {_either(nearest)}"
+            f"train.batch_size: {batch_size} images cannot be shared equally by "
+            f"{world_size} ranks; nearest that can: {nearest}"
+        )
+    if share % group:
+        raise ConfigError(
+            f"train.batch_size: the {share} images per rank ({batch_size} images / {world_size} "
+            f"ranks) are not whole groups of {group} (ibot.mask_group); nearest that are: "
+            f"{nearest}, or set ibot.mask_group={math.gcd(share, group)}"
         )
     return share
 
@@ -294,9 +310,15 @@ def _divisors(value: int) -> list[int]:
     return [size for size in range(1, value + 1) if value % size == 0]
 
 
-def _nearest_divisors(value: int, near: int) -> list[int]:
-    divisors = _divisors(value)
-    return [max(d for d in divisors if d < near), min(d for d in divisors if d > near)]
+def _nearest_multiples(value: int, unit: int) -> list[int]:
+    below = value // unit * unit
+    return [below, below + unit]
+
+
+def _nearest(sizes: Sequence[int], near: int) -> list[int]:
+    """The size below and the size above; 0 where there is none."""
+    below = max((size for size in sizes if size < near), default=0)
+    return [below, min((size for size in sizes if size > near), default=0)]
 
 
 def _either(sizes: list[int]) -> str:

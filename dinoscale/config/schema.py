@@ -494,6 +494,11 @@ class RunConfig(Section):
             return self.optim.lr * math.sqrt(self.train.batch_size / 1024)
         return self.optim.lr * self.train.batch_size / 256
 
+    @property
+    def mask_group(self) -> int:
+        """Images whose masks are drawn together; a micro-batch is a multiple. 1 without masks."""
+        return self.ibot.mask_group if self.ibot.loss_weight else 1
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
         mistakes = [
@@ -556,6 +561,9 @@ class RunConfig(Section):
             mistakes.append("dino.loss_weight: nothing to learn, ibot.loss_weight is 0, too")
         if self.patch_head is not None and not self.ibot.loss_weight:
             mistakes.append("patch_head: is not trained while ibot.loss_weight is 0; leave it out")
+        patch_size = self.model.effective_patch_size
+        if self.ibot.loss_weight and patch_size is not None:
+            mistakes += self.ibot.mistakes(size=self.crops.global_size, patch_size=patch_size)
         return mistakes
 
     def _length_mistakes(self) -> list[str]:

@@ -187,7 +187,7 @@ def keep_micro_batch(checkpoint: Checkpoint, config: RunConfig, *, world_size: i
         return config
     plan = checkpoint.state["plan"]
     saved, path = plan["micro_batch_size"], checkpoint.path
-    if saved in micro_batch_sizes(config.train, world_size=world_size):
+    if saved in micro_batch_sizes(config, world_size=world_size):
         return with_micro_batch(config, saved)
     share = config.train.batch_size // world_size
     if _order_of_stream(checkpoint.state["config"], plan):

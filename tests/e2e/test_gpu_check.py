@@ -58,7 +58,7 @@ def test_the_checks_fit_into_their_time_and_name_what_exists() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_size_after_the_one_auto_takes_is_tried_as_a_trial_does(world_size: int) -> None:
     config = load_config("vit_s16", ["train.micro_batch_size=auto"])
-    size = micro_batch_sizes(config.train, world_size=world_size)[0]
+    size = micro_batch_sizes(config, world_size=world_size)[0]
     _, plan = trial_run(config, size, world_size=world_size)
     assert (plan.world_size, plan.micro_batch_size) == (world_size, size)
     assert (plan.accumulation_steps, plan.total_steps > 0) == (2, True)

@@ -213,7 +213,7 @@ def on_ranks_auto() -> dict[str, Any]:
     batch = ["train.batch_size=16384", "train.micro_batch_size=auto", "optim.warmup_epochs=0"]
     config, process = _vit_s16(*batch), read_process(os.environ)
     found = find_micro_batch(config, process, moved=lambda _: None, stop_asked=lambda: False)
-    sizes = micro_batch_sizes(config.train, world_size=process.world_size)
+    sizes = micro_batch_sizes(config, world_size=process.world_size)
     told = {"size": found.size, "peak_bytes": found.peak_bytes, "trials": found.trials}
     if found.size == sizes[-1]:
         return told | {"next": None}
@@ -237,8 +237,8 @@ def trial_run(config: Any, size: int, *, world_size: int) -> tuple[Any, Any]:
     from dinoscale.config import resolve, split_batch, with_micro_batch
     from dinoscale.training.micro_batch.trial import _PASSES, _shortened
 
-    train = with_micro_batch(config, size).train
-    passes = min(_PASSES, split_batch(train, world_size=world_size).accumulation_steps)
+    split = split_batch(with_micro_batch(config, size), world_size=world_size)
+    passes = min(_PASSES, split.accumulation_steps)
     run = _shortened(config, size, world_size=world_size, passes=passes)
     return run, resolve(run, world_size=world_size, num_images=run.train.batch_size)
 

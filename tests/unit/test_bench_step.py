@@ -127,6 +127,19 @@ def test_a_slow_machine_measures_fewer_images_and_no_reference() -> None:
     assert slowest.train.batch_size == 1
 
 
+def test_a_slow_machine_measures_whole_groups_of_masks() -> None:
+    sizes = ["train.batch_size=144", "train.micro_batch_size=72", "ibot.mask_group=12"]
+    config = load_config("vit_s16", [*sizes, "ibot.loss_weight=1"])
+    measured = set()
+    for rate in (1e10, 5e11, 1e12, 1e15):
+        slow = _budget(with_reference=False, our_flops_per_s=rate)
+        small, _ = fit_to_time(config, slow, world_size=1)
+        size = small.train.micro_batch_size
+        assert size == next((size for size in (72, 36) if slow.fits(size)), 12)
+        measured.add(size)
+    assert measured == {12, 36, 72}
+
+
 def _bench(*overrides: str, seconds: float = 1.0, turns: int = 1) -> Any:
     return bench_step(
         load_config("vit_s16", ["train.batch_size=64", *overrides]),

@@ -27,7 +27,7 @@ def _search(candidates: list[int], limit: int) -> tuple[int | None, int]:
 @pytest.mark.parametrize("images_per_rank", [1, 2, 7, 48, 1024, 5040, 720720])
 def test_every_planted_limit_is_found_in_less_than_ten_trials(images_per_rank: int) -> None:
     config = parse_config({"train": {"batch_size": 2 * images_per_rank}})
-    sizes = micro_batch_sizes(config.train, world_size=2)
+    sizes = micro_batch_sizes(config, world_size=2)
     assert (sizes[0], sizes[-1]) == (1, images_per_rank)
     assert all(images_per_rank % size == 0 for size in sizes)
     for limit in {0, *sizes, *(size - 1 for size in sizes), *(size + 1 for size in sizes)}:

@@ -207,7 +207,7 @@ def _gradient_bytes(
     passes = 1
     if config.engine.zero_stage >= 2 and config.train.micro_batch_size != "auto":
         with suppress(ConfigError):  # the check of the plan reports it
-            passes = split_batch(config.train, world_size=world_size).accumulation_steps
+            passes = split_batch(config, world_size=world_size).accumulation_steps
     return passes * parameters * {"fp32": 4, "bf16": 2}[config.engine.communication_dtype]
 
 

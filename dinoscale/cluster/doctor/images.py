@@ -209,7 +209,7 @@ def judge_plan(
     decided = without_auto(config)
     try:
         require_groups_within_nodes(config, ranks_of_node=ranks_of_node)
-        split = split_batch(decided.train, world_size=world_size)
+        split = split_batch(decided, world_size=world_size)
         if num_images is None:
             steps = "the steps depend on the number of images"
         else:

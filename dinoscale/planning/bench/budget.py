@@ -62,19 +62,21 @@ class Budget:
 def fit_to_time(config: RunConfig, budget: Budget, *, world_size: int) -> tuple[RunConfig, str]:
     """Reduce the images of a step until the measurement fits the budget.
 
-    Gradient accumulation goes first, then the micro-batch is halved until it fits. If one turn of
+    Gradient accumulation goes first, then the micro-batch is halved until it fits, to whole groups
+    of masks. If one turn of
     the reference takes too long even then, ours gets all the time. `optim.min_lr` becomes 0, since
     fewer images lower the peak learning rate.
 
     Returns:
         The configuration, and what was changed, in words; as given and empty if it fits.
     """
-    split = split_batch(config.train, world_size=world_size)
+    split = split_batch(config, world_size=world_size)
     size, passes = split.micro_batch_size, split.accumulation_steps
     if budget.fits(size * passes):
         return config, ""
-    while size > 1 and not budget.fits(size):
-        size //= 2
+    group = config.mask_group
+    while size > group and not budget.fits(size):
+        size = max(size // 2 // group, 1) * group
     if budget.with_reference and not budget.fits_once(size):
         return fit_to_time(config, replace(budget, with_reference=False), world_size=world_size)
     values = config.model_dump(mode="json")

@@ -81,7 +81,7 @@ def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) ->
             f" {gpu_images_per_s} and {seconds}"
         )
     source = open_images(config)
-    size = min(split_batch(config.train, world_size=1).micro_batch_size, len(source))
+    size = min(split_batch(config, world_size=1).micro_batch_size, len(source))
     device, cores = find_device(None), available_cores()
     if device.type == "cpu":  # which takes a batch one image after the other
         size = min(size, _CPU_BATCH)

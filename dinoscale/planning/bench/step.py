@@ -172,7 +172,7 @@ def _dtype(config: RunConfig) -> torch.dtype:
 def _rates(config: RunConfig, process: Process) -> dict[torch.dtype, float]:
     """FLOP/s of large products in the run's precision and in float32, measured on rank 0."""
     dims = dims_of(config)
-    size = split_batch(without_auto(config).train, world_size=process.world_size).micro_batch_size
+    size = split_batch(without_auto(config), world_size=process.world_size).micro_batch_size
     kinds = dict.fromkeys((_dtype(config), torch.float32))
     return distributed.broadcast_object(
         matmul_rates(process.device, kinds, tokens=size * dims.tokens, embed_dim=dims.embed_dim)

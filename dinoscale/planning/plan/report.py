@@ -84,7 +84,7 @@ def make_plan(
         between=network * 1e9 if network else NETWORK,
     )
     dims = dims_of(config)
-    sizes = micro_batch_sizes(config.train, world_size=gpus)
+    sizes = micro_batch_sizes(config, world_size=gpus)
     run, assumed = _in_steps(config, gpus=gpus)
     setup = setup_of(config, run, on_gpu=True)
     machine = Machine(
@@ -164,7 +164,7 @@ def _configured(
     """
     if config.train.micro_batch_size == "auto":
         return None
-    split = split_batch(config.train, world_size=setup.world_size)
+    split = split_batch(config, world_size=setup.world_size)
     configured = replace(
         setup,
         micro_batch_size=split.micro_batch_size,

@@ -81,12 +81,12 @@ def _machine(gpu: Gpu, setup: Setup, cost: CostConfig, *, node_gpus: int) -> Mac
 
 def _on_gpu(run: PlannedRun, setup: Setup, machine: Machine, *, name: str) -> Requirements:
     """With the configured micro-batch size, or with the largest that fits if it is auto."""
-    dims, train = dims_of_run(run.config), run.config.train
-    sizes = micro_batch_sizes(train, world_size=setup.world_size)
-    if train.micro_batch_size == "auto":
+    dims, config = dims_of_run(run.config), run.config
+    sizes = micro_batch_sizes(config, world_size=setup.world_size)
+    if config.train.micro_batch_size == "auto":
         option = strategies.largest(dims, setup, machine, sizes)
     else:
-        split = split_batch(train, world_size=setup.world_size)
+        split = split_batch(config, world_size=setup.world_size)
         option = strategies.option_of(
             dims,
             strategies.with_micro_batch(setup, split.micro_batch_size, share=sizes[-1]),

@@ -115,7 +115,7 @@ def find_micro_batch(
     """
     begin = time.monotonic()
     tried: dict[int, list[Outcome]] = {}
-    sizes = micro_batch_sizes(config.train, world_size=process.world_size)
+    sizes = micro_batch_sizes(config, world_size=process.world_size)
     last = ""  # the last trial, in words
 
     def fits(size: int) -> bool:

@@ -123,7 +123,7 @@ def _data_bytes() -> int:
 def _take_steps(config: RunConfig, size: int, process: Process) -> None:
     """Take steps like the run's, with just enough micro-batches to reach its peak memory."""
     passes = split_batch(
-        with_micro_batch(config, size).train, world_size=process.world_size
+        with_micro_batch(config, size), world_size=process.world_size
     ).accumulation_steps
     short = _shortened(config, size, world_size=process.world_size, passes=min(passes, _PASSES))
     plan = resolve(short, world_size=process.world_size, num_images=short.train.batch_size)

@@ -16,6 +16,7 @@ from dinoscale.config import (
     describe,
     describe_text,
     load_config,
+    micro_batch_sizes,
     parse_config,
     require_groups_within_nodes,
     resolve,
@@ -27,8 +28,9 @@ from dinoscale.errors import ConfigError
 IMAGENET = 1_281_167  # training images of ILSVRC 2012
 
 
-def _train(batch_size: int, micro_batch_size: int) -> TrainConfig:
-    return TrainConfig(batch_size=batch_size, micro_batch_size=micro_batch_size)
+def _run(batch_size: int, micro_batch_size: int) -> RunConfig:
+    train = TrainConfig(batch_size=batch_size, micro_batch_size=micro_batch_size)
+    return RunConfig(train=train)
 
 
 def test_plan_of_the_vanilla_recipe_on_eight_ranks() -> None:
@@ -63,7 +65,7 @@ def test_stopping_early_leaves_the_schedules_alone() -> None:
 
 
 def test_micro_batch_is_at_most_the_share_of_a_rank() -> None:
-    split = split_batch(_train(48, 64), world_size=4)
+    split = split_batch(_run(48, 64), world_size=4)
     assert (split.micro_batch_size, split.accumulation_steps) == (12, 1)
 
 
@@ -74,7 +76,7 @@ def test_batch_that_ranks_cannot_share_names_the_nearest(
     batch_size: int, world_size: int, nearest: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        split_batch(_train(batch_size, 1), world_size=world_size)
+        split_batch(_run(batch_size, 1), world_size=world_size)
     assert str(caught.value) == (
         f"train.batch_size: {batch_size} images cannot be shared equally by {world_size} ranks; "
         f"nearest that can: {nearest}"
@@ -83,11 +85,55 @@ def test_batch_that_ranks_cannot_share_names_the_nearest(
 
 def test_micro_batch_that_leaves_a_rest_names_the_nearest_divisors() -> None:
     with pytest.raises(ConfigError) as caught:
-        split_batch(_train(512, 48), world_size=8)
+        split_batch(_run(512, 48), world_size=8)
     assert str(caught.value) == (
         "train.micro_batch_size: 48 does not divide the 64 images per rank "
         "(512 images / 8 ranks); nearest that do: 32 or 64"
     )
+
+
+def _masked_run(batch_size: int, micro_batch_size: int | str, mask_group: int = 8) -> RunConfig:
+    train = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    return parse_config(
+        {"train": train, "ibot": {"loss_weight": 1.0, "mask_group": mask_group}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch_size", "message"),
+    [
+        (192, 12, "train.micro_batch_size: 12 images are not whole groups of 8 (ibot.mask_group); "
+                  "nearest that are: 8 or 16, or set ibot.mask_group=4"),
+        (192, 60, "train.micro_batch_size: 60 does not divide the 96 images per rank "
+                  "(192 images / 2 ranks); nearest that do: 48 or 96"),
+        (200, "auto", "train.batch_size: the 100 images per rank (200 images / 2 ranks) are not "
+                      "whole groups of 8 (ibot.mask_group); nearest that are: 192 or 208, or set "
+                      "ibot.mask_group=4"),
+        (97, 8, "train.batch_size: 97 images cannot be shared equally by 2 ranks; "
+                "nearest that can: 96 or 112"),
+    ],
+)  # fmt: skip
+def test_micro_batch_that_is_not_whole_groups_of_masks_names_the_nearest(
+    batch_size: int, micro_batch_size: int | str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        split_batch(without_auto(_masked_run(batch_size, micro_batch_size)), world_size=2)
+    assert str(caught.value) == message
+    assert caught.value.exit_code == 2
+    with pytest.raises(ConfigError):
+        resolve(
+            without_auto(_masked_run(batch_size, micro_batch_size)), world_size=2, num_images=1000
+        )
+
+
+def test_auto_takes_whole_groups_of_masks() -> None:
+    config = _masked_run(192, "auto")
+    assert micro_batch_sizes(config, world_size=2) == [8, 16, 24, 32, 48, 96]
+    assert resolve(without_auto(config), world_size=2, num_images=1000).images_per_rank == 96
+    for size in micro_batch_sizes(config, world_size=2):
+        assert split_batch(_masked_run(192, size), world_size=2).micro_batch_size == size
+    unmasked = parse_config({"train": {"batch_size": 20, "micro_batch_size": "auto"}})
+    assert micro_batch_sizes(unmasked, world_size=2) == [1, 2, 5, 10]
 
 
 @settings(deadline=None)
@@ -100,13 +146,13 @@ def test_every_image_of_the_batch_is_in_exactly_one_pass(
     batch_size: int, micro_batch_size: int, world_size: int
 ) -> None:
     try:
-        split = split_batch(_train(batch_size, micro_batch_size), world_size=world_size)
+        split = split_batch(_run(batch_size, micro_batch_size), world_size=world_size)
     except ConfigError as error:
         suggested = [int(word) for word in str(error).split("nearest")[1].split() if word.isdigit()]
         assert suggested
         for size in suggested:  # what the message suggests does work
             fixed = (size, 1) if "batch_size: " in str(error)[:18] else (batch_size, size)
-            split_batch(_train(*fixed), world_size=world_size)
+            split_batch(_run(*fixed), world_size=world_size)
         return
     assert split.micro_batch_size <= micro_batch_size
     assert split.images_per_rank == split.micro_batch_size * split.accumulation_steps
@@ -140,7 +186,7 @@ def test_too_few_images_say_what_to_do(num_images: int, world_size: int, remedy:
 
 def test_world_without_ranks_is_a_bad_call() -> None:
     with pytest.raises(ValueError, match="need world_size >= 1, got 0"):
-        split_batch(_train(8, 8), world_size=0)
+        split_batch(_run(8, 8), world_size=0)
 
 
 @pytest.mark.parametrize(

@@ -345,3 +345,56 @@ def test_hpz_is_of_stage_3() -> None:
         ).engine.zero_hpz_partition_size
         == 8
     )
+
+
+@pytest.mark.parametrize(
+    ("ibot", "message"),
+    [
+        (
+            {"mask_prob": 0.06},
+            "ibot.mask_prob: 0.06 of the 16 global crops of 8 images (ibot.mask_group) is not one "
+            "crop; need at least 0.0625",
+        ),
+        (
+            {"mask_prob": 0.1, "mask_group": 3},
+            "ibot.mask_prob: 0.1 of the 6 global crops of 3 images (ibot.mask_group) is not one "
+            "crop; need at least 0.167",
+        ),
+        (
+            {"mask_ratio": (0.0, 0.03)},
+            "ibot.mask_ratio: 0.00375 of 196 patches, in the least masked global crop, is not one "
+            "patch; raise the lower end to at least 0.00511",
+        ),
+        (
+            {"mask_ratio": (0.0, 0.005), "mask_rule": "dinov2"},
+            "ibot.mask_ratio: 0.005 of 196 patches, in the most masked global crop, is not one "
+            "patch; raise the upper end to at least 0.00511",
+        ),
+        ({"mask_ratio": (0.5, 0.5)}, "ibot.mask_ratio: need 0 <= low < high <= 1, got 0.5, 0.5"),
+    ],
+)
+def test_masks_that_mask_nothing_are_refused(ibot: dict[str, object], message: str) -> None:
+    assert _messages(ibot={"loss_weight": 1.0, **ibot}) == [message]
+
+
+@pytest.mark.parametrize(
+    "ibot",
+    [
+        {"mask_prob": 0.0625},
+        {"mask_prob": 0.167, "mask_group": 3},
+        {"mask_ratio": (0.00511, 0.03)},
+        {"mask_ratio": (0.0, 0.00511), "mask_rule": "dinov2"},
+    ],
+)
+def test_masks_that_the_messages_suggest_are_accepted(ibot: dict[str, object]) -> None:
+    assert _config(ibot={"loss_weight": 1.0, **ibot}).ibot.masked_crops >= 1
+
+
+def test_crops_too_small_to_mask_are_refused() -> None:
+    sizes: dict[str, object] = {"crops__global_size": 48, "crops__local_size": 32}
+    assert _messages(ibot__loss_weight=1.0, **sizes) == [
+        "crops.global_size: 48 px are 3 x 3 patches of 16 px, which are too few to mask; "
+        "need at least 64 px, or ibot.loss_weight=0.0"
+    ]
+    assert _config(**sizes).mask_group == 1
+    assert _config(ibot__loss_weight=1.0, **sizes | {"crops__global_size": 64}).mask_group == 8
