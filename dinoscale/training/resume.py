@@ -233,9 +233,12 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
             )
     if distributed.rank() != 0:
         return
+    defaults = RunConfig().model_dump(mode="json")  # of settings newer than the checkpoint
     changes = [
         f"{key} {hide_secrets(then)} -> {now}"
-        for key, (then, now) in _differences(saved_config, config.model_dump(mode="json")).items()
+        for key, (then, now) in _differences(
+            saved_config, config.model_dump(mode="json"), defaults
+        ).items()
         if key == _PRECISION or not key.startswith(_FREE)
     ]
     of_libraries = _differences(checkpoint.state.get("versions", {}), versions())
@@ -279,7 +282,9 @@ def batch_norm_caution(
     Returns:
         A sentence; None without batch norm or if nothing changes.
     """
-    if not config.head.batch_norm and config.model.backbone != RESNET50:
+    heads = (config.head, config.patch_head)
+    batch_norm = any(head is not None and head.batch_norm for head in heads)
+    if not batch_norm and config.model.backbone != RESNET50:
         return None
     images = plan.micro_batch_size * plan.world_size
     before = then["micro_batch_size"] * then["world_size"] if then else plan.batch_size
@@ -306,9 +311,11 @@ def _order_of_stream(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, 
     }
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old, new) value, where they differ."""
-    old, new = dict(_flat(then)), dict(_flat(now))
+def _differences(
+    then: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) value, where they differ; `defaults` are of keys missing in old."""
+    old, new = dict(_flat(defaults or {})) | dict(_flat(then)), dict(_flat(now))
     return {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
 
 

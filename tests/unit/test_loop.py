@@ -54,8 +54,9 @@ def _logging_run(folder: Path) -> Any:
 
 def _record(run: Any, *, bad_images: int) -> dict[str, float]:
     result = SimpleNamespace(loss=3.0, teacher_entropy=2.0, kl=1.0, bad_images=bad_images)
-    result.waited_s = 1e9
-    run._record(7, MagicMock(), result, MagicMock(), Stopwatch())
+    result.waited_s, result.terms = 1e9, {}
+    readings = {"class": MagicMock()}
+    run._record(7, MagicMock(), result, readings, Stopwatch())
     return dict(run.metrics.write.call_args[0][1])
 
 

@@ -59,9 +59,11 @@ def key_of(config: RunConfig) -> str:
 def _depends_on_micro_batch(config: RunConfig) -> bool:
     """Whether the micro-batch size changes the result by more than rounding.
 
-    Batch norm averages over a micro-batch, the subset mode of drop path drops a fraction of one,
-    and the order of streamed images depends on their number per step.
+    Batch norm averages over a micro-batch, KoLeo looks for neighbours in one, the subset mode of
+    drop path drops a fraction of one, and the order of streamed images depends on their number per
+    step.
     """
     subset = config.model.drop_path_mode == "subset" and config.model.drop_path_rate > 0
     streamed = any(is_remote(source.source) for source in config.data.sources)
-    return config.head.batch_norm or subset or streamed
+    batch_norm = any(head.batch_norm for head in (config.head, config.patch_head) if head)
+    return batch_norm or subset or streamed or config.koleo.loss_weight > 0

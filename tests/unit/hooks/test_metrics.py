@@ -54,7 +54,7 @@ class _Event:
 
 
 def test_device_that_computes_a_step_is_not_idle() -> None:
-    result = StepMetrics(torch.zeros(3), torch.zeros(3), torch.zeros(1, 2))
+    result = StepMetrics(torch.zeros(6), torch.zeros(3), torch.zeros(1, 2), ())
     assert result.idle_s() == math.inf  # a CPU computes what it asks for
     result._copied = _Event(done=False)  # type: ignore[assignment]  # there is no GPU here
     assert result.idle_s() == 0
