@@ -175,7 +175,8 @@ def _add_data_views(commands: SubCommands) -> None:
         description="Draw a contact sheet with one row per image: the image with the boxes of its"
         " crops, then the crops as in training. Under each crop: its share of the image, and"
         " what was done to it; the letters after `jitter` are the order of (B)rightness,"
-        " (C)ontrast, (S)aturation and (H)ue, the number after `blur` is a radius in pixels.",
+        " (C)ontrast, (S)aturation and (H)ue, the number after `blur` is a radius in pixels."
+        " Patches that are masked for the student (ibot.loss_weight) are dark.",
     )
     add_config(crops)
     crops.add_argument(

@@ -82,9 +82,9 @@ class IbotConfig(Section):
 
 
 def _up(fraction: float) -> float:
-    """Rounded up to three digits after the first ones that are 0."""
-    digits = 2 - math.floor(math.log10(fraction))
-    return math.ceil(fraction * 10**digits) / 10**digits
+    """Rounded up to three significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(fraction)) - 2)
+    return round(math.ceil(fraction / unit) * unit, 12)
 
 
 class KoleoConfig(Section):

@@ -1,12 +1,14 @@
 """A contact sheet of crops: images with their crop boxes, and each crop as the network sees it.
 
-Every crop is produced by the same calls as in training, then denormalized. Shape letters:
-V = 2 + n crops of an image, C channels, H, W pixels.
+Every crop is produced by the same calls as in training, then denormalized. Patches that the student
+does not see are darkened. Shape letters: V = 2 + n crops of an image, C channels, H, W pixels, P
+patches of a global crop.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from dinoscale.data.shards.stream import StreamSource
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.runtime.outputs import atomic_write, require_ours
-from dinoscale.training.feed import finish_batch, multi_crop_of, open_images
+from dinoscale.training.feed import finish_batch, masks_of, multi_crop_of, open_images
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +59,14 @@ class Row:
         picture: the image, uint8 (H, W) or (H, W, 3).
         views: each crop as the network sees it, in the same form.
         params: augmentation parameters of each crop, records of PARAMS, (V,).
+        masks: masked patches of the global crops, (2, P); None if nothing is masked.
     """
 
     name: str
     picture: NDArray[np.uint8]
     views: list[NDArray[np.uint8]]
     params: Params
+    masks: NDArray[np.bool_] | None = None
 
 
 def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> dict[str, Any]:
@@ -71,7 +75,8 @@ def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> 
     Args:
         config: configuration of the run; its seed determines the crops.
         num_images: number of rows; fewer if the set is smaller.
-        epoch: epoch of the crops, from 0.
+        epoch: epoch of the crops, from 0; masks are those of the step of this number, since an
+            image's own depend on its place in a batch.
         out: path of the PNG; missing folders are created.
 
     Returns:
@@ -100,12 +105,26 @@ def _rows(config: RunConfig, source: Source, *, num_images: int, epoch: int) -> 
     multi_crop = multi_crop_of(config)
     # A stream is read from its start: a later image would cost reading all before it.
     stride = 1 if isinstance(source, StreamSource) else len(source) / num_images
+    masks = _masks(config, num_images=num_images, step=epoch)
     for place in range(num_images):
         sample = int(place * stride)
         try:
-            yield _row(config, source, multi_crop, sample=sample, epoch=epoch)
+            row = _row(config, source, multi_crop, sample=sample, epoch=epoch)
         except BadSampleError as error:
             log.warning("skipped an unreadable image: %s", error)
+        else:
+            yield row if masks is None else replace(row, masks=masks[:, place])
+
+
+def _masks(config: RunConfig, *, num_images: int, step: int) -> NDArray[np.bool_] | None:
+    """Masks of a step's first images, (2, at least num_images, P); None if nothing is masked."""
+    group = config.mask_group
+    images = -(-num_images // group) * group
+    masks = masks_of(config, step=step, first_image=0, images=images)
+    if masks is None:
+        return None
+    views: NDArray[np.bool_] = masks.masks.reshape(NUM_GLOBAL, images, -1).numpy()
+    return views
 
 
 def _row(
@@ -202,10 +221,25 @@ def _draw_picture(panel: Axes, row: Row) -> None:
 
 def _draw_view(panel: Axes, row: Row, view: int) -> None:
     height, width = row.picture.shape[:2]
-    _draw(panel, row.views[view], augmentations(row.params[view], picture_size=(width, height)))
+    pixels = row.views[view]
+    text = augmentations(row.params[view], picture_size=(width, height))
+    if row.masks is not None and view < NUM_GLOBAL and row.masks[view].any():
+        pixels = darkened(pixels, row.masks[view])
+        text += f", {row.masks[view].mean():.0%} masked"
+    _draw(panel, pixels, text)
     panel.set(xticks=[], yticks=[])
     for side in panel.spines.values():
         side.set(color=_color(view), linewidth=1.5)
+
+
+def darkened(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """A square crop with a quarter of the brightness where its patches (P,) are masked."""
+    side = math.isqrt(len(mask))
+    patch = np.ones((len(pixels) // side,) * 2, dtype=bool)
+    masked = np.kron(mask.reshape(side, side), patch)
+    dark = pixels.copy()
+    dark[masked] //= 4
+    return dark
 
 
 def _draw(panel: Axes, pixels: NDArray[np.uint8], text: str) -> None:

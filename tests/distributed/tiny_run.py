@@ -56,6 +56,7 @@ def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
     """
     from dinoscale.engine.micro_batch import MicroBatch
     from dinoscale.runtime import distributed
+    from dinoscale.training.feed import masks_of
 
     crops, size = config.crops, plan.micro_batch_size
     generator = torch.Generator().manual_seed(step)
@@ -72,7 +73,9 @@ def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
             keep = torch.rand(
                 config.model.depth or 0, 2, (2 + crops.num_local) * size, generator=generator
             )
-        batches.append(MicroBatch(*(whole[:, first : first + size] for whole in wholes), keep))
+        crops_of_rank = (whole[:, first : first + size] for whole in wholes)
+        masks = masks_of(config, step=step, first_image=first, images=size)
+        batches.append(MicroBatch(*crops_of_rank, keep, masks))
     return batches
 
 

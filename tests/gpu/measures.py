@@ -104,7 +104,7 @@ def host_waits() -> Shown:
 
 
 def input_waits() -> Shown:
-    """Whether moving, colouring and stochastic depth of a step wait for the device."""
+    """Whether moving, colouring, masks and stochastic depth of a step wait for the device."""
     return {"prepared": _on_ranks("on_ranks_prepare")}, True
 
 
@@ -115,7 +115,9 @@ def on_ranks_prepare() -> int:
     from dinoscale.training.feed import Feed
 
     config = tiny_config(
-        model={"drop_path_rate": 0.1}, crops={"global_size": 96, "local_size": 48, "num_local": 4}
+        model={"drop_path_rate": 0.1},
+        crops={"global_size": 96, "local_size": 48, "num_local": 4},
+        ibot={"loss_weight": 1.0, "mask_group": 1},
     )
     plan, process = tiny_plan(config), read_process(os.environ)
     feed = Feed(config, plan, process, RandomPictures(64, config.data.channels), depth=2)

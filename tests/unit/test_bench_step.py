@@ -168,13 +168,18 @@ def test_too_little_memory_is_an_error_with_a_remedy() -> None:
 def test_the_reference_comes_with_a_checkout_and_does_not_accumulate(tmp_path: Path) -> None:
     config = load_config("vit_s16", ["train.batch_size=64"])
     plan = resolve(config, world_size=1, num_images=640)
-    found, why_not = find_reference(plan, CHECKOUT)
+    found, why_not = find_reference(config, plan, CHECKOUT)
     assert found.__module__ == "tests.reference"
     assert not why_not
-    found, why_not = find_reference(replace(plan, accumulation_steps=2), CHECKOUT)
+    found, why_not = find_reference(config, replace(plan, accumulation_steps=2), CHECKOUT)
     assert found is None
     assert "train.batch_size=64" in why_not
-    found, why_not = find_reference(plan, tmp_path)
+    for other in ("ibot.loss_weight=1", "koleo.loss_weight=0.1", "dino.targets=sinkhorn_knopp"):
+        with_more = load_config("vit_s16", ["train.batch_size=64", other])
+        found, why_not = find_reference(with_more, plan, CHECKOUT)
+        assert found is None
+        assert "the step of DINO v1" in why_not
+    found, why_not = find_reference(config, plan, tmp_path)
     assert found is None
     assert "which only a checkout has" in why_not
 

@@ -13,8 +13,17 @@ from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.loader import train_batches
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError
-from dinoscale.reports.crop_sheet import Row, _figure, _row, _visible, augmentations, show_crops
-from dinoscale.training.feed import finish_batch, multi_crop_of
+from dinoscale.reports.crop_sheet import (
+    Row,
+    _figure,
+    _row,
+    _rows,
+    _visible,
+    augmentations,
+    darkened,
+    show_crops,
+)
+from dinoscale.training.feed import finish_batch, masks_of, multi_crop_of
 
 _SET = "synthetic:shapes?images=8&size=40"
 
@@ -71,6 +80,29 @@ def test_other_channels_than_three_are_drawn(channels: int, shape: tuple[int, ..
     assert pixels.shape == shape
     params = np.zeros(2, dtype=PARAMS)
     _figure([Row("one", pixels, [pixels, pixels], params)]).canvas.draw()
+
+
+def test_masked_patches_are_darkened_and_counted() -> None:
+    ibot = ["ibot.loss_weight=1", "ibot.mask_prob=1", "ibot.mask_group=2"]
+    config = load_config("quickstart", [f"data.train={_SET}", *ibot])
+    rows = list(_rows(config, open_source(_SET), num_images=3, epoch=4))
+    drawn = masks_of(config, step=4, first_image=0, images=4)
+    assert drawn is not None
+    masks = drawn.masks.reshape(2, 4, -1).numpy()
+    texts = [text.get_text() for axes in _figure(rows).axes for text in axes.texts]
+    for place, row in enumerate(rows):
+        assert row.masks is not None
+        assert np.array_equal(row.masks, masks[:, place])
+        for mask in row.masks:
+            assert any(f"{mask.mean():.0%} masked" in text for text in texts)
+    view = np.full((8, 8, 3), 200, dtype=np.uint8)
+    mask = np.zeros(16, dtype=bool)
+    mask[6] = True  # second row, third column of 2 x 2 pixels
+    dark = darkened(view, mask)
+    assert (dark[2:4, 4:6] == 50).all()
+    assert dark.sum() == view.sum() - 4 * 3 * 150
+    unmasked = load_config("quickstart", [f"data.train={_SET}"])
+    assert next(iter(_rows(unmasked, open_source(_SET), num_images=1, epoch=0))).masks is None
 
 
 @pytest.mark.parametrize(("num_images", "epoch"), [(0, 0), (1, -1), (1, 2**32)])

@@ -104,11 +104,11 @@ def _counts(
 ) -> NDArray[np.int64]:
     """Patches to mask in each masked crop of each group, (G, n)."""
     ends = (math.prod(grid) * torch.linspace(*ratio, masked + 1)).numpy()  # float32, as the source
-    low, high = ends[:-1], ends[1:]
-    if rule == "dinov3":
-        return np.tile(high, (len(generators), 1)).astype(np.int64)
-    shares = np.stack([rng.random(masked) for rng in generators])
-    return (low + (high - low) * shares).astype(np.int64)
+    below = np.zeros((len(generators), masked))  # the upper end of the bin, as a share of the bin
+    if rule == "dinov2":
+        below = np.stack([rng.random(masked) for rng in generators])
+    counts: NDArray[np.int64] = (ends[1:] - np.diff(ends) * below).astype(np.int64)
+    return counts
 
 
 def _rectangles(
@@ -127,7 +127,7 @@ def _rectangles(
     while wanting.any():
         of_groups = np.flatnonzero(wanting.any(axis=1))  # other groups' generators must not move
         size = (wanting.shape[1], _TRIES, 4)
-        uniforms = np.stack([generators[number].random(size) for number in of_groups])
+        uniforms = np.stack([generators[number].random(size) for number in of_groups.tolist()])
         room = np.minimum(missing[wanting], largest)  # (C,)
         tries = _draw_rectangles(uniforms[wanting[of_groups]], room, grid)
         added, covered = _first_that_fits(tries, masks[wanting], room)
@@ -187,7 +187,7 @@ def _complete(
 ) -> None:
     """Mask single patches, drawn at random, where fewer than `counts` are masked; (G, n, P)."""
     missing = counts - masks.sum(axis=-1)
-    for group, crop in np.argwhere(missing):
+    for group, crop in np.argwhere(missing).tolist():
         free = np.flatnonzero(~masks[group, crop])
         drawn = generators[group].choice(free, missing[group, crop], replace=False)
         masks[group, crop, drawn] = True

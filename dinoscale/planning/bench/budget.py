@@ -63,9 +63,8 @@ def fit_to_time(config: RunConfig, budget: Budget, *, world_size: int) -> tuple[
     """Reduce the images of a step until the measurement fits the budget.
 
     Gradient accumulation goes first, then the micro-batch is halved until it fits, to whole groups
-    of masks. If one turn of
-    the reference takes too long even then, ours gets all the time. `optim.min_lr` becomes 0, since
-    fewer images lower the peak learning rate.
+    of masks. If one turn of the reference takes too long even then, ours gets all the time.
+    `optim.min_lr` becomes 0, since fewer images lower the peak learning rate.
 
     Returns:
         The configuration, and what was changed, in words; as given and empty if it fits.

@@ -134,7 +134,7 @@ def bench_step(
     plan, source = _input_of(config, process)
     bench = _Bench(config, plan, process, source, seconds=seconds, ceiling=max(rates.values()))
     reference, why_not = (
-        find_reference(plan, CHECKOUT) if with_reference else (None, "not asked for")
+        find_reference(config, plan, CHECKOUT) if with_reference else (None, "not asked for")
     )
     if reference is not None and not budget.fits_once(plan.images_per_rank):
         reference, why_not = None, too_slow(config, limit_s)
@@ -202,10 +202,15 @@ def _input_of(config: RunConfig, process: Process) -> tuple[RunPlan, Source]:
     return resolve(config, world_size=process.world_size, num_images=count), pictures
 
 
-def find_reference(plan: RunPlan, checkout: Path) -> tuple[Any, str]:
+def find_reference(config: RunConfig, plan: RunPlan, checkout: Path) -> tuple[Any, str]:
     """The class of the literal reference, or None and the reason; only a checkout has it."""
     if not (checkout / "tests" / "reference.py").is_file():
         return None, "it is tests/reference.py, which only a checkout has"
+    if config.ibot.loss_weight or config.koleo.loss_weight or config.dino.targets != "centering":
+        return None, (
+            "it is the step of DINO v1; set ibot.loss_weight=0, koleo.loss_weight=0 and"
+            " dino.targets=centering"
+        )
     if plan.accumulation_steps > 1:
         return None, (
             f"it cannot accumulate {plan.accumulation_steps} micro-batches; set"

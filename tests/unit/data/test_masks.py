@@ -3,10 +3,13 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from dinoscale.data.augmentation.masks import Masks, Rule, draw_masks
+from dinoscale.data.seeding import Stream, generator
 
 GRID = (7, 9)
 PATCHES = math.prod(GRID)
@@ -59,6 +62,56 @@ def test_a_group_shares_out_the_ratios_among_a_share_of_its_crops(rule: Rule) ->
             assert not counts[:-masked].any()
             assert (counts[-masked:] <= (PATCHES * ends[1:]).long()).all()
             assert (counts[-masked:] >= (PATCHES * ends[:-1]).long() - 3).all()  # 3 may be missing
+
+
+def _literally(rule: Rule, number: int) -> NDArray[np.bool_]:
+    """Masks of group `number` of `STEP`, (crops, P): one rectangle after the other."""
+    rng = generator(STEP["seed"], Stream.MASKS, STEP["step"], number)
+    crops = np.zeros((8, *GRID), dtype=bool)
+    ends = (PATCHES * torch.linspace(0.1, 0.5, 5)).tolist()
+    below = rng.random(4) if rule == "dinov2" else np.zeros(4)
+    counts = [int(ends[i + 1] - (ends[i + 1] - ends[i]) * below[i]) for i in range(4)]
+    wanting = set(range(4))
+    while wanting:
+        uniforms = rng.random((4, 10, 4))
+        for crop in sorted(wanting):
+            room = min(counts[crop] - int(crops[crop].sum()), GRID[0] // 2 * GRID[1])
+            covers = [_literal_rectangle(*u, room=room) for u in uniforms[crop]]
+            added = [int((crops[crop] | cover).sum() - crops[crop].sum()) for cover in covers]
+            fitting = [
+                cover for cover, more in zip(covers, added, strict=True) if 1 <= more <= room
+            ]
+            crops[crop] |= fitting[0] if fitting else False
+            if not fitting or crops[crop].sum() == counts[crop]:
+                wanting.remove(crop)
+    for crop in range(4 if rule == "dinov3" else 0):
+        missing = counts[crop] - crops[crop].sum()
+        if missing:
+            free = np.flatnonzero(~crops[crop])
+            crops[crop].flat[rng.choice(free, missing, replace=False)] = True
+    masks: NDArray[np.bool_] = rng.permutation(crops.reshape(8, PATCHES))
+    return masks
+
+
+def _literal_rectangle(
+    area: float, aspect: float, top: float, left: float, *, room: int
+) -> NDArray[np.bool_]:
+    """A rectangle from four uniforms; nothing if it is as high or as wide as the crop."""
+    cover = np.zeros(GRID, dtype=bool)
+    patches = 4 + (room - 4) * area
+    ratio = math.exp(math.log(0.3) + aspect * 2 * math.log(1 / 0.3))
+    height, width = round(math.sqrt(patches * ratio)), round(math.sqrt(patches / ratio))
+    if height < GRID[0] and width < GRID[1]:
+        row, column = int(top * (GRID[0] - height + 1)), int(left * (GRID[1] - width + 1))
+        cover[row : row + height, column : column + width] = True
+    return cover
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_masks_are_those_of_plain_loops(rule: Rule) -> None:
+    views = _by_view(draw_masks(**STEP, rule=rule)).unflatten(1, (3, 4))
+    for number in range(3):
+        assert np.array_equal(views[:, number].flatten(0, 1).numpy(), _literally(rule, number))
 
 
 def test_dinov3_masks_the_same_number_in_every_micro_batch() -> None:
