@@ -389,6 +389,9 @@ class Run:
         if "patch" in readings:
             values["patch_mutual_information"] = readings["patch"].information
             values["max_patch_prototype_prob"] = readings["patch"].share
+        if self.config.optim.clip_mode == "per_network":
+            norms = self.student.network_grad_norms()
+            values |= {f"grad_norm_{network}": norm for network, norm in norms.items()}
         self.metrics.write(done, values)
 
     def _rates(self, done: int, rates: dict[str, float]) -> dict[str, float]:

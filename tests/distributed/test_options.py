@@ -19,6 +19,7 @@ from tests.distributed.tiny_run import (
     tiny_config,
     tiny_plan,
 )
+from tests.golden23.compare import parts_of
 from tests.harness import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -88,6 +89,8 @@ def _train_job(job: Job) -> dict[str, Any]:
             _take_bad_step(student, teacher, config, plan, step)
         losses.append(take_step(student, teacher, config, plan, step))
         norms.append(float(student.grad_norm()))
+        of_networks = parts_of(student.grad_norms())
+        assert student.network_grad_norms() == pytest.approx(of_networks, rel=1e-5)
     gather = Gathering(student)
     return {
         "losses": losses,
