@@ -151,9 +151,8 @@ class _Follower:
     def __init__(
         self, *, case: str, ranks: int, stage: int, accumulation: int, changes: dict[str, Any]
     ) -> None:
-        from dinoscale.engine.micro_batch import LossWeights
-
         from dinoscale.engine.build import build_pair, schedules_of
+        from dinoscale.engine.micro_batch import LossWeights
         from dinoscale.runtime import distributed
 
         self.run, self.rank = recorded_run(case, ranks), distributed.rank()
