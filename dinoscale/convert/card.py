@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from dinoscale.config.renamed import CARD, with_new_keys
 from dinoscale.errors import CheckpointError
@@ -33,9 +34,9 @@ class BackboneShape:
     in_chans: int = 3  # channels of an image
     norm_eps: float | None = None  # of a ViT's layer norms, if not the default of its name
     layer_scale: float | None = None  # initial factor of a branch; None as the name has it
-    ffn: str | None = None  # mlp or swiglu
+    ffn: Literal["mlp", "swiglu"] | None = None
     registers: int | None = None  # register tokens, added to the name's model
-    position_resize: str | None = None  # by_factor or by_size
+    position_resize: Literal["by_factor", "by_size"] | None = None
     mask_token: bool = False  # whether there is an embedding for masked patches
 
 
@@ -177,11 +178,11 @@ def _optional_count(card: Mapping[str, object], key: str) -> int | None:
     return value
 
 
-def _optional_choice(card: Mapping[str, object], key: str, choices: tuple[str, ...]) -> str | None:
+def _optional_choice(card: Mapping[str, object], key: str, choices: tuple[str, ...]) -> Any:
     value = card[key]
     if value is not None and value not in choices:
         raise CheckpointError(f"its card's {key} is {value!r}, not one of {', '.join(choices)}")
-    return None if value is None else str(value)
+    return value
 
 
 def _truth(card: Mapping[str, object], key: str) -> bool:

@@ -249,7 +249,7 @@ def _require(target: Target, to: str, *, head: bool, dtype: str) -> None:
 
 def _stored_as(weights: Weights, dtype: torch.dtype) -> Weights:
     """Weights in another dtype, refused if they overflow it; integer counters stay integers."""
-    parts = {
+    parts: dict[str, Any] = {
         part: {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
         for part, state in weights.parts().items()
     }
@@ -258,7 +258,9 @@ def _stored_as(weights: Weights, dtype: torch.dtype) -> Weights:
         if not torch.isfinite(tensor).all():
             kind = str(dtype).removeprefix("torch.")
             raise ConversionError(f"{name} has numbers too large for {kind}: use --dtype float32")
-    heads = {part: our_head(state) for part, state in parts.items() if part != "backbone"}
+    heads: dict[str, Any] = {
+        part: our_head(state) for part, state in parts.items() if part != "backbone"
+    }
     return replace(rounded, **heads)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dinoscale.convert.card import parse_card
 from dinoscale.convert.formats.huggingface import is_huggingface, read_huggingface
@@ -67,7 +68,7 @@ def _weights_of(content: Content, *, network: Network, num_heads: int | None) ->
     if is_huggingface(state, settings):
         return read_huggingface(state, content, num_heads=num_heads)
     parts = split(state)
-    heads = {"head": parts.head, "patch_head": parts.patch_head}
+    heads: dict[str, Any] = {"head": parts.head, "patch_head": parts.patch_head}
     if content.card is not None:
         if parts.left_out:
             raise CheckpointError(f"unexpected: {', '.join(parts.left_out)}")
