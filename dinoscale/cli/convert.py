@@ -24,7 +24,8 @@ images of two sizes. If they differ, TARGET is removed and the exit code is 2. A
 the preprocessing of images.
 
 timm and transformers resize position embeddings by a rule that is not DINO's, so a folder is exact
-at one image size, which --size sets. Graphs and dino files are exact at every size."""
+at one image size, which --size sets; of networks with registers at every size, as graphs and dino
+files are. timm and the graphs leave out DINOv2's mask token, which only training uses."""
 _EXAMPLE = "example: dinoscale convert runs/first vit_s16_hf --to hf"
 
 
@@ -52,7 +53,7 @@ def add_convert(commands: SubCommands) -> None:
         help="network of a run or full checkpoint (default teacher)",
     )
     convert.add_argument(
-        "--head", action="store_true", help="include the projection head (dino only)"
+        "--head", action="store_true", help="include the projection heads (dino only)"
     )
     convert.add_argument(
         "--dtype",

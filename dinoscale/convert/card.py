@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from dinoscale.config.renamed import CARD, with_new_keys
 from dinoscale.errors import CheckpointError
@@ -13,9 +14,11 @@ from dinoscale.runtime.outputs import METADATA_KEY
 
 __all__ = ["METADATA_KEY", "BackboneCard", "BackboneShape", "Preprocessing", "parse_card"]
 
-FORMAT = 4  # of the card; a file with a higher one was written by a newer dinoscale
-_WITH_WHITE = 3  # the formats before, still read: max_pixel_value was called white
+FORMAT = 5  # of the card; a file with a higher one was written by a newer dinoscale
+_WITHOUT_DINOV2 = 4  # the formats before, still read: a backbone had no layers of DINOv2
+_WITH_WHITE = 3  # max_pixel_value was called white
 _WITHOUT_NORM_EPS = 2
+_READ = (_WITHOUT_NORM_EPS, _WITH_WHITE, _WITHOUT_DINOV2, FORMAT)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,18 @@ class BackboneShape:
     num_heads: int | None = None
     in_chans: int = 3  # channels of an image
     norm_eps: float | None = None  # of a ViT's layer norms, if not the default of its name
+    layer_scale: float | None = None  # initial factor of a branch; None as the name has it
+    ffn: Literal["mlp", "swiglu"] | None = None
+    registers: int | None = None  # register tokens, added to the name's model
+    position_resize: Literal["by_factor", "by_size"] | None = None
+    mask_token: bool = False  # whether there is an embedding for masked patches
+
+
+# Entries of a backbone that older cards lack.
+_DINOV2_LAYERS: dict[str, object] = {
+    key: getattr(BackboneShape, key)
+    for key in ("layer_scale", "ffn", "registers", "position_resize", "mask_token")
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,8 @@ def card_text_of(conversion: Mapping[str, object]) -> str | None:
         return None
     said = with_new_keys(conversion, CARD)
     known = {key: said[key] for key in BackboneCard.__dataclass_fields__ if key in said}
+    if isinstance(known["backbone"], dict):  # of an earlier version
+        known["backbone"] = {**_DINOV2_LAYERS, **known["backbone"]}
     return json.dumps({"format": FORMAT, **known})
 
 
@@ -89,9 +106,9 @@ def parse_card(text: str) -> BackboneCard:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its card is not JSON ({error})") from error
     found = card.get("format") if isinstance(card, dict) else card
-    if not isinstance(card, dict) or found not in (_WITHOUT_NORM_EPS, _WITH_WHITE, FORMAT):
+    if not isinstance(card, dict) or found not in _READ:
         raise CheckpointError(f"its card has format {found!r}, this dinoscale reads {FORMAT}")
-    if found != FORMAT:
+    if found <= _WITH_WHITE:
         card = with_new_keys(card, CARD)
     _check_keys(card, {"format", *BackboneCard.__dataclass_fields__}, "card")
     shape = card["backbone"]
@@ -99,6 +116,8 @@ def parse_card(text: str) -> BackboneCard:
         raise CheckpointError(f"its card's backbone is {shape!r}, not a mapping")
     if found == _WITHOUT_NORM_EPS:
         shape = {"norm_eps": None, **shape}
+    if found < FORMAT:
+        shape = {**_DINOV2_LAYERS, **shape}
     _check_keys(shape, set(BackboneShape.__dataclass_fields__), "card's backbone")
     in_chans = _size(shape, "in_chans")
     return BackboneCard(
@@ -111,6 +130,11 @@ def parse_card(text: str) -> BackboneCard:
             num_heads=_optional_size(shape, "num_heads"),
             in_chans=in_chans,
             norm_eps=_optional_positive(shape, "norm_eps"),
+            layer_scale=_optional_positive(shape, "layer_scale"),
+            ffn=_optional_choice(shape, "ffn", ("mlp", "swiglu")),
+            registers=_optional_count(shape, "registers"),
+            position_resize=_optional_choice(shape, "position_resize", ("by_factor", "by_size")),
+            mask_token=_truth(shape, "mask_token"),
         ),
         mean=_numbers(card, "mean", count=in_chans),
         std=_numbers(card, "std", count=in_chans),
@@ -143,6 +167,29 @@ def _size(card: Mapping[str, object], key: str) -> int:
 
 def _optional_size(card: Mapping[str, object], key: str) -> int | None:
     return None if card[key] is None else _size(card, key)
+
+
+def _optional_count(card: Mapping[str, object], key: str) -> int | None:
+    value = card[key]
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise CheckpointError(f"its card's {key} is {value!r}, not a whole number")
+    return value
+
+
+def _optional_choice(card: Mapping[str, object], key: str, choices: tuple[str, ...]) -> Any:
+    value = card[key]
+    if value is not None and value not in choices:
+        raise CheckpointError(f"its card's {key} is {value!r}, not one of {', '.join(choices)}")
+    return value
+
+
+def _truth(card: Mapping[str, object], key: str) -> bool:
+    value = card[key]
+    if not isinstance(value, bool):
+        raise CheckpointError(f"its card's {key} is {value!r}, not true or false")
+    return value
 
 
 def _numbers(card: Mapping[str, object], key: str, *, count: int) -> tuple[float, ...]:

@@ -20,7 +20,12 @@ from safetensors import SafetensorError
 from dinoscale.convert.atomic_write import checksums, put_in_place, refuse_existing
 from dinoscale.convert.coverage import Coverage
 from dinoscale.convert.formats.reference import our_head
-from dinoscale.convert.formats.to_dino import reopen_dino, write_dino
+from dinoscale.convert.formats.special_tokens import (
+    as_in_timm,
+    with_class_slot,
+    without_mask_token,
+)
+from dinoscale.convert.formats.to_dino import dino_form, reopen_dino, write_dino
 from dinoscale.convert.formats.to_graphs import (
     reopen_onnx,
     reopen_torchscript,
@@ -37,17 +42,18 @@ from dinoscale.convert.parity import (
     Forward,
     Reopened,
     compare,
-    our_forward,
+    forward_of,
     require_any_device,
     require_complete,
     require_same,
     second_size,
+    under_our_names,
 )
 from dinoscale.convert.resize import at_size, patch_size_of
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Network, Weights
-from dinoscale.convert.weights_file import build, build_head
 from dinoscale.errors import CheckpointError, ConversionError
+from dinoscale.models.vit import position_rule
 from dinoscale.runtime.outputs import staging_folder
 from dinoscale.runtime.versions import package_version
 
@@ -59,14 +65,23 @@ FORMAT = 1  # of the card beside a target
 RECIPE: dict[str, tuple[str, ...] | None] = {  # None: all of the section
     "model": None,
     "head": None,
+    "patch_head": None,
     "crops": None,
     "augment": None,
     "dino": None,
+    "ibot": None,
+    "koleo": None,
     "optim": None,
     "data": ("images_per_epoch", "subset_size", "channels", "max_pixel_value", "mean", "std"),
     "train": ("epochs", "batch_size", "micro_batch_size"),
     "engine": ("precision",),
 }
+_WITHOUT_MASK_TOKEN = ("timm", "torchscript", "onnx")
+_RULES = {
+    "by_factor": "bicubic by the scale factor (patches + 0.1) / stored",
+    "by_size": "bicubic to the size, with antialiasing",
+}
+NO_HEADS: dict[str, Any] = {"head": None, "patch_head": None}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,6 +91,7 @@ class Target:
 
     Attributes:
         write: writes weights to a path.
+        form: the weights as the format keeps them at that path, see `formats.special_tokens`.
         reopen: opens that path with its library, given nothing but which network it is.
         resizing: like `reopen`, for images of any size by the library's own rule for position
             embeddings; None where the target contains our rule.
@@ -87,6 +103,7 @@ class Target:
     """
 
     write: Callable[[Path, Weights], None]
+    form: Callable[[Path, Weights], Weights]
     reopen: Callable[[Path, Network], Reopened]
     resizing: Callable[[Path], Reopened] | None = None
     is_folder: bool = False
@@ -97,15 +114,17 @@ class Target:
 
 
 TARGETS = {
-    "dino": Target(write_dino, reopen_dino),
+    "dino": Target(write_dino, dino_form, reopen_dino),
     "timm": Target(
         write_timm,
+        lambda _, weights: as_in_timm(weights),
         lambda path, _: reopen_timm(path),
         lambda path: reopen_timm(path, own_resize=True),
         is_folder=True,
     ),
     "hf": Target(
         write_hf,
+        lambda _, weights: with_class_slot(weights),
         lambda path, _: reopen_hf(path),
         lambda path: reopen_hf(path, own_resize=True),
         is_folder=True,
@@ -115,10 +134,14 @@ TARGETS = {
         " pixels modulo 4 are cut off, its crop is one pixel further up or left",
     ),
     "torchscript": Target(
-        write_torchscript, lambda path, _: reopen_torchscript(path), any_dtype=False
+        write_torchscript,
+        lambda _, weights: without_mask_token(weights),
+        lambda path, _: reopen_torchscript(path),
+        any_dtype=False,
     ),
     "onnx": Target(
         write_onnx,
+        lambda _, weights: without_mask_token(weights),
         lambda path, _: reopen_onnx(path),
         any_dtype=False,
         needs=("onnx", "onnxscript", "onnxruntime"),
@@ -167,20 +190,25 @@ def convert(
     weights = read_source(source, network=network, num_heads=num_heads)
     if head and weights.head is None:
         raise CheckpointError(f"{source} holds no projection head: leave --head out")
-    weights = replace(weights, network=network, head=weights.head if head else None)
+    heads = {"head": weights.head, "patch_head": weights.patch_head} if head else NO_HEADS
+    weights = replace(weights, network=network, **heads)
     try:
-        full = _forward(weights)
+        full = forward_of(weights)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     if size is not None or target.resizing is not None:
         stored = weights.card.backbone.img_size
         weights = at_size(weights, img_size=stored if size is None else size)
-    weights = _stored_as(weights, DTYPES[dtype])
+    left_out = _left_out(weights, to)
     try:
+        weights = _stored_as(target.form(path, weights), DTYPES[dtype])
         with staging_folder(path) as folder:
             written = folder / path.name
-            proof = _write_and_prove(target, written, weights, full=full)
+            proof = _write_and_prove(
+                target, written, weights, full=full, rounded=DTYPES[dtype] != torch.float32
+            )
             card = _card(weights, proof, to=to, dtype=dtype, files=checksums(written))
+            card |= {"left_out": left_out} if left_out else {}
             put_in_place(written, path, json.dumps(card, indent=2) + "\n")
     except ConversionError as error:
         raise ConversionError(f"{source} to {to}: {error}") from error
@@ -188,6 +216,18 @@ def convert(
         raise ConversionError(f"{path} cannot be written: {error}") from error
     log.info("%s: %s, equal to the source", path, card["coverage"]["text"])
     return {"target": str(path), **card}
+
+
+def _left_out(weights: Weights, to: str) -> dict[str, str]:
+    """Tensors of the source that a target does not get, and why."""
+    left_out = dict.fromkeys(
+        weights.left_out, "is neither of the backbone nor of a projection head"
+    )
+    if "mask_token" in weights.backbone and to in _WITHOUT_MASK_TOKEN:
+        left_out["mask_token"] = f"{to} has no place for it; it replaces masked patches in training"
+    if left_out:
+        log.warning("left out: %s", "; ".join(f"{name} ({why})" for name, why in left_out.items()))
+    return left_out
 
 
 def _require(target: Target, to: str, *, head: bool, dtype: str) -> None:
@@ -209,32 +249,30 @@ def _require(target: Target, to: str, *, head: bool, dtype: str) -> None:
 
 def _stored_as(weights: Weights, dtype: torch.dtype) -> Weights:
     """Weights in another dtype, refused if they overflow it; integer counters stay integers."""
-    backbone, head = (
-        {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
-        for state in (weights.backbone, weights.head or {})
-    )
-    for name, tensor in {**backbone, **head}.items():
+    parts: dict[str, Any] = {
+        part: {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
+        for part, state in weights.parts().items()
+    }
+    rounded = replace(weights, **parts)
+    for name, tensor in under_our_names(rounded).items():
         if not torch.isfinite(tensor).all():
             kind = str(dtype).removeprefix("torch.")
             raise ConversionError(f"{name} has numbers too large for {kind}: use --dtype float32")
-    return replace(weights, backbone=backbone, head=our_head(head) or None)
-
-
-def _forward(weights: Weights) -> Forward:
-    """The forward of weights, with their head if they have one."""
-    backbone, _ = build(weights)
-    return our_forward(backbone, None if weights.head is None else build_head(weights.head))
+    heads: dict[str, Any] = {
+        part: our_head(state) for part, state in parts.items() if part != "backbone"
+    }
+    return replace(rounded, **heads)
 
 
 def _write_and_prove(
-    target: Target, written: Path, weights: Weights, *, full: Forward
+    target: Target, written: Path, weights: Weights, *, full: Forward, rounded: bool
 ) -> dict[str, Any]:
     """Write a target, open it again and compare it; return the entries of the card.
 
     Raises:
         ConversionError: it lacks a tensor, or its features differ.
     """
-    ours = _forward(weights)  # of the rounded weights, so that rounding hides no other mistake
+    ours = forward_of(weights)  # of the rounded weights, so that rounding hides no other mistake
     reopened, coverage = _write(target, written, weights)
     shape = weights.card.backbone
     sizes = shape.img_size, second_size(shape.img_size, patch_size=max(8, patch_size_of(weights)))
@@ -255,6 +293,11 @@ def _write_and_prove(
     require_same(reopened, weights)
     require_any_device(reopened, in_chans=shape.in_chans, size=sizes[0])
     rounding = compared(full, ours, sizes[0])
+    if not rounded and not rounding.equal:
+        raise ConversionError(
+            f"in the form of the library, features differ by {rounding.max_difference:.2g} of the"
+            f" largest (at most {MAX_DIFFERENCE:.0e}); nothing was written"
+        )
     if not rounding.cosine >= MIN_COSINE_ROUNDED:
         raise ConversionError(
             f"rounding the weights changes the features too much: cosine {rounding.cosine:.4f} with"
@@ -267,7 +310,7 @@ def _write_and_prove(
             "proofs": [asdict(proof) for proof in proofs],
             "rounding": asdict(rounding),
         },
-        "position_embedding": _rule(shape.img_size, own_rule),
+        "position_embedding": _rule(weights, own_rule),
     }
 
 
@@ -290,12 +333,14 @@ def _require_equal(proofs: list[Agreement]) -> None:
             )
 
 
-def _rule(img_size: int, own_rule: Agreement | None) -> dict[str, Any]:
+def _rule(weights: Weights, own_rule: Agreement | None) -> dict[str, Any]:
     """Image sizes at which the target gives our features, and what happens at others."""
-    if own_rule is None:
-        return {"sizes": "any", "rule": "bicubic by the scale factor (patches + 0.1) / stored"}
+    shape = weights.card.backbone
+    if own_rule is None or own_rule.equal:
+        rule = position_rule(shape.position_resize, registers="reg_token" in weights.backbone)
+        return {"sizes": "any", "rule": _RULES[rule]}
     return {
-        "sizes": [img_size],
+        "sizes": [shape.img_size],
         "rule": "the library resizes by another rule; write another size with --size",
         "own_rule": asdict(own_rule),
     }
@@ -308,7 +353,8 @@ def recipe_of(config: object) -> dict[str, Any] | None:
     recipe = {}
     for section, keys in RECIPE.items():
         values = config.get(section, {})
-        recipe[section] = {key: values[key] for key in keys or values if key in values}
+        if values is not None:  # such as the patch tokens' own head, if they have none
+            recipe[section] = {key: values[key] for key in keys or values if key in values}
     return {"seed": config.get("seed"), **recipe}
 
 
@@ -317,7 +363,7 @@ def _card(
 ) -> dict[str, Any]:
     """The card beside a target file, or in a target folder."""
     run = dict(weights.run or {})
-    state = {**weights.backbone, **(weights.head or {})}
+    state = under_our_names(weights)
     return {
         "format": FORMAT,
         "dinoscale": package_version("dinoscale"),

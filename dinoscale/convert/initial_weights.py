@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dinoscale.config import RunConfig
 from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.coverage import coverage_of
+from dinoscale.convert.formats.special_tokens import slot_added, slot_removed
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import build
 from dinoscale.engine.build import InitialWeights, shapes_only
@@ -56,15 +57,22 @@ def read_initial_weights(
         raise CheckpointError(f"{path}: {error}") from error
     network = shapes_only(config)
     state = _fitted_backbone(source, network.backbone, config)
-    head = None
+    heads = {}
     if config.train.init_head:
-        head = _fitted_head(weights.head, network.head, config)
-    elif weights.head:
+        heads["head"] = _fitted_head(weights.head, network.head, config, section="head")
+        if network.patch_head is not None:
+            heads["patch_head"] = _fitted_head(
+                weights.patch_head, network.patch_head, config, section="patch_head"
+            )
+        elif weights.patch_head:
+            log.info("the patch tokens' own head of %s is left out: this run has none", path)
+    elif weights.head or weights.patch_head:
         log.info("the projection head of %s is left out; train.init_head=true takes it", path)
     _warn_if_norm_eps_differs(source, network.backbone)
+    _warn_if_position_rules_differ(source, network.backbone)
     _warn_if_normalisation_differs(weights.card, config)
     log.info("starting from %s: %s of its backbone", path, coverage)
-    return InitialWeights(state, head)
+    return InitialWeights(state, **heads)
 
 
 def _fitted_backbone(
@@ -77,6 +85,7 @@ def _fitted_backbone(
         side = config.crops.global_size
         if there == here:
             state["pos_embed"] = source.positions(height=side, width=side)
+            state = _with_special_tokens_of(wanted, state)
     for name in state.keys() & set(_FIRST_LAYERS):
         state[name] = adapted_channels(state[name], config.data.channels)
     coverage = coverage_of(state, wanted)
@@ -86,6 +95,23 @@ def _fitted_backbone(
             f"{config.model.backbone!r} is a {here} ({coverage}); change model.*, or the file"
         )
     return state
+
+
+def _with_special_tokens_of(
+    wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors of a ViT with the mask token and the slots for positions that another one has."""
+    state = dict(state)
+    if "mask_token" in state and "mask_token" not in wanted:
+        del state["mask_token"]
+        log.info("the mask token of train.init_from is left out: this run masks no patches")
+    if "mask_token" in wanted and "mask_token" not in state:
+        state["mask_token"] = torch.zeros(wanted["mask_token"].shape)
+        log.info("train.init_from has no mask token: it starts at zero, as in a new network")
+    more = state["pos_embed"].shape[1] - wanted["pos_embed"].shape[1]
+    if more == 1:
+        return slot_removed(state)
+    return slot_added(state) if more == -1 else state
 
 
 def adapted_channels(weight: Tensor, channels: int) -> Tensor:
@@ -109,24 +135,26 @@ def _sizes(backbone: VisionTransformer | ResNet50) -> str:
 
 
 def _fitted_head(
-    head: Mapping[str, Tensor] | None, target: DinoHead, config: RunConfig
+    head: Mapping[str, Tensor] | None, target: DinoHead, config: RunConfig, *, section: str
 ) -> dict[str, Tensor]:
-    """Every tensor of the run's projection head."""
+    """Every tensor of one of the run's projection heads, whose settings are in `section`."""
     path, wanted = config.train.init_from, target.state_dict()
+    what = "projection head" if section == "head" else "own head of patch tokens"
     if head is None:
         raise ConfigError(
-            f"train.init_head: {path} has no projection head; set train.init_head=false to start "
-            "with a random one"
+            f"train.init_head: {path} has no {what}; set train.init_head=false to start with a "
+            "random one"
         )
-    state = from_reference(head, norm_last_layer=config.head.norm_last_layer)
+    frozen_norm = "last_layer.weight_g" not in wanted
+    state = from_reference(head, norm_last_layer=frozen_norm)
     norms = "last_layer.weight_g"
     if norms in wanted and norms not in state and "last_layer.weight_v" in state:
         state[norms] = torch.ones(len(state["last_layer.weight_v"]), 1)
     coverage = coverage_of(state, wanted)
     if not coverage.complete:
         raise ConfigError(
-            f"train.init_head: the projection head of {path} is not that of head.* ({coverage}); "
-            "change head.*, or set train.init_head=false to start with a random one"
+            f"train.init_head: the {what} of {path} is not that of {section}.* ({coverage}); "
+            f"change {section}.*, or set train.init_head=false to start with a random one"
         )
     return state
 
@@ -142,6 +170,17 @@ def _warn_if_norm_eps_differs(source: nn.Module, target: nn.Module) -> None:
             "the layer norms of train.init_from have epsilon %s, those of this run %s: features "
             "are almost the same",
             *(", ".join(f"{eps:g}" for eps in sorted(found)) for found in (there, here)),
+        )
+
+
+def _warn_if_position_rules_differ(source: nn.Module, target: nn.Module) -> None:
+    """Warn if other sizes of images get other positions than in the source."""
+    there, here = (getattr(network, "position_resize", None) for network in (source, target))
+    if there != here:
+        log.warning(
+            "train.init_from resizes positions %s, and this run %s: features of local crops differ"
+            " by some percent; set model.position_resize=%s to keep them",
+            *(there, here, there),
         )
 
 

@@ -74,11 +74,24 @@ class Backbone(nn.Module):
         Raises:
             ValueError: as `forward`, or the network has no tokens.
         """
+        return self.intermediate(images, 1)[0]
+
+    def intermediate(self, images: Tensor, n: int) -> list[Features]:
+        """Return all tokens of images (N, C, H, W) after each of the last n blocks.
+
+        All pass the final norm, as DINOv2's `get_intermediate_layers` has it; the last block comes
+        last.
+
+        Raises:
+            ValueError: as `forward_features`, or there are no n blocks.
+        """
         self._require_whole_patches(images)
         network = self._vit()
-        tokens = network.features(images)  # (N, 1 + registers + P, D)
         first = 1 + (0 if network.reg_token is None else network.reg_token.shape[1])
-        return Features(tokens[:, 0], tokens[:, first:], tokens[:, 1:first])
+        return [
+            Features(tokens[:, 0], tokens[:, first:], tokens[:, 1:first])
+            for tokens in network.intermediate(images, n)  # each (N, 1 + registers + P, D)
+        ]
 
     def attention_maps(self, images: Tensor) -> Tensor:
         """Return the class token's attention to the patches in the last block: (N, heads, R, S).

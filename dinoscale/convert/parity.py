@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dinoscale.convert.card import BackboneCard, Preprocessing
 from dinoscale.convert.coverage import Coverage, coverage_of, listed
 from dinoscale.convert.weights import Weights
+from dinoscale.convert.weights_file import build, build_head
 from dinoscale.errors import ConversionError
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
@@ -30,7 +31,8 @@ LOCAL_CROP = 96 / 224  # ratio of the second size to the first: that of local to
 _SEED = 0
 _ONLY_IN_TRAINING = "num_batches_tracked"  # of a batch norm; graphs for inference lack it
 
-# "cls" (N, D); of a ViT "patches" (N, P, D); with a projection head "logits" (N, K)
+# "cls" (N, D); of a ViT "patches" (N, P, D); with a projection head "logits" (N, K), and with one
+# of the patch tokens "patch_logits" (N P, K)
 Outputs = Mapping[str, Tensor]
 Forward = Callable[[Tensor], Outputs]
 
@@ -41,7 +43,8 @@ class Reopened:
 
     Attributes:
         forward: images (N, C, H, W) to outputs, float32.
-        state: tensors under our names, those of a head after `head.`, and no others.
+        state: tensors under our names, those of heads after `head.` and `patch_head.`, and no
+            others.
         descriptions: what each program that reads it learns about it: our card, or the part of it
             that another library can store.
         coverage: of the library's model by the files; None if `state` is all of it.
@@ -77,20 +80,41 @@ class Agreement:
         return self.max_difference <= MAX_DIFFERENCE and self.cosine >= MIN_COSINE
 
 
-def our_forward(backbone: VisionTransformer | ResNet50, head: DinoHead | None = None) -> Forward:
-    """The forward of one of our backbones, with its projection head if there is one."""
+def our_forward(
+    backbone: VisionTransformer | ResNet50,
+    head: DinoHead | None = None,
+    patch_head: DinoHead | None = None,
+) -> Forward:
+    """The forward of one of our backbones, with its projection heads if there are any."""
 
     def forward(images: Tensor) -> Outputs:
         if isinstance(backbone, ResNet50):
-            outputs = {"cls": backbone([images])}
+            outputs: dict[str, Tensor] = {"cls": backbone([images])}
         else:
             tokens = backbone.features(images)
             p = backbone.patch_size
             num_patches = (images.shape[2] // p) * (images.shape[3] // p)
             outputs = {"cls": tokens[:, 0], "patches": tokens[:, -num_patches:]}
-        return outputs if head is None else {**outputs, "logits": head(outputs["cls"])}
+        if head is not None:
+            outputs["logits"] = head(outputs["cls"])
+        if patch_head is not None:
+            outputs["patch_logits"] = patch_head(outputs["patches"].flatten(0, 1))
+        return outputs
 
     return forward
+
+
+def forward_of(weights: Weights) -> Forward:
+    """The forward of weights, with their projection heads if they have any.
+
+    Raises:
+        CheckpointError: they do not fit their architecture.
+    """
+    backbone, _ = build(weights)
+    heads = (
+        None if state is None else build_head(state) for state in (weights.head, weights.patch_head)
+    )
+    return our_forward(backbone, *heads)
 
 
 def to_meta(module: nn.Module, forward: Forward) -> Callable[[], Forward]:
@@ -173,12 +197,18 @@ def require_same(reopened: Reopened, weights: Weights) -> None:
 
 def _expected(reopened: Reopened, weights: Weights) -> dict[str, Tensor]:
     """Tensors that a target must hold, under the names of `Reopened.state`."""
-    head = {f"head.{name}": tensor for name, tensor in (weights.head or {}).items()}
     return {
         name: tensor
-        for name, tensor in {**weights.backbone, **head}.items()
+        for name, tensor in under_our_names(weights).items()
         if name in reopened.state or not name.endswith(_ONLY_IN_TRAINING)
     }
+
+
+def under_our_names(weights: Weights) -> dict[str, Tensor]:
+    """All tensors as in `Reopened.state`: those of a head after its name."""
+    parts = weights.parts()
+    backbone = parts.pop("backbone")
+    return backbone | {f"{p}.{name}": x for p, state in parts.items() for name, x in state.items()}
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -46,6 +46,6 @@ def at_size(weights: Weights, *, img_size: int) -> Weights:
         image_size=(img_size, img_size),
         patch_size=patch_size,
         num_prefix=positions.shape[1] - (shape.img_size // patch_size) ** 2,
-        rule=position_rule(None, registers="reg_token" in weights.backbone),
+        rule=position_rule(shape.position_resize, registers="reg_token" in weights.backbone),
     )
     return replace(weights, card=card, backbone={**weights.backbone, "pos_embed": resized})

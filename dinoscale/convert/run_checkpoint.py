@@ -45,7 +45,7 @@ def read_run(
             for name, tensor in tensors.items()
             if name.startswith(part)
         }
-        for part in ("backbone.", "head.")
+        for part in ("backbone.", "head.", "patch_head.")
     }
     # A card is published: no folders above the run.
     name = "/".join(checkpoint.path.resolve().parts[-3:])
@@ -56,7 +56,14 @@ def read_run(
         "knn_top1": checkpoint.knn_top1,
         "config": checkpoint.state["config"],
     }
-    return Weights(parts["backbone."], parts["head."], card, "run", run=origin)
+    return Weights(
+        parts["backbone."],
+        parts["head."],
+        card,
+        "run",
+        run=origin,
+        patch_head=parts["patch_head."] or None,
+    )
 
 
 def card_of(config: RunConfig, *, source: str) -> BackboneCard:
@@ -71,6 +78,11 @@ def card_of(config: RunConfig, *, source: str) -> BackboneCard:
             depth=model.depth,
             num_heads=model.num_heads,
             in_chans=config.data.channels,
+            layer_scale=model.layer_scale,
+            ffn=model.ffn,
+            registers=model.registers,
+            position_resize=model.position_resize,
+            mask_token=config.ibot.loss_weight > 0,
         ),
         mean=config.data.mean,
         std=config.data.std,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dinoscale.convert.card import parse_card
 from dinoscale.convert.formats.huggingface import is_huggingface, read_huggingface
@@ -67,16 +68,17 @@ def _weights_of(content: Content, *, network: Network, num_heads: int | None) ->
     if is_huggingface(state, settings):
         return read_huggingface(state, content, num_heads=num_heads)
     parts = split(state)
-    head = parts.head or None
+    heads: dict[str, Any] = {"head": parts.head, "patch_head": parts.patch_head}
     if content.card is not None:
         if parts.left_out:
             raise CheckpointError(f"unexpected: {', '.join(parts.left_out)}")
-        return Weights(parts.backbone, head, parse_card(content.card), "dinoscale")
+        card = parse_card(content.card)
+        return Weights(parts.backbone, card=card, kind="dinoscale", **heads)
     if is_timm(parts.backbone, settings):
         card = timm_card(parts.backbone, content, num_heads=num_heads)
-        return Weights(parts.backbone, head, card, "timm", parts.left_out)
+        return Weights(parts.backbone, card=card, kind="timm", left_out=parts.left_out, **heads)
     full = content.checkpoint
     args = full.get("args") if isinstance(full, Mapping) else None
     shape = guess_shape(parts.backbone, args=args, num_heads=num_heads)
     card = reference_card(shape, source=content.name)
-    return Weights(parts.backbone, head, card, "reference", parts.left_out)
+    return Weights(parts.backbone, card=card, kind="reference", left_out=parts.left_out, **heads)

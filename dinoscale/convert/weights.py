@@ -28,13 +28,15 @@ class Weights:
     Attributes:
         backbone: all its tensors in the file under the reference's names, as in `models.vit`,
             whether or not they fit the card's architecture (`weights_file.build` checks).
-        head: tensors of the projection head under the names of `models.heads.DinoHead`, without
-            `last_layer.weight_g` where all prototype norms are 1; None where there is no head.
+        head: tensors of the projection head of the class token under the names of
+            `models.heads.DinoHead`, without `last_layer.weight_g` where all prototype norms are 1;
+            None where there is no head.
         card: its architecture and preprocessing.
         kind: format of the source.
         left_out: names in the file that belong to neither, such as those of a classifier.
         network: which of the two it is; the default where the source holds only one.
         run: of a run, its checkpoint's name, step, k-NN accuracy in percent and configuration.
+        patch_head: tensors of the patch tokens' own head, as `head`; None where they have none.
     """
 
     backbone: dict[str, Tensor]
@@ -44,3 +46,9 @@ class Weights:
     left_out: tuple[str, ...] = ()
     network: Network = "teacher"
     run: Mapping[str, object] | None = None
+    patch_head: dict[str, Tensor] | None = None
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of each network that is there, by its name in `models.network`."""
+        parts = {"backbone": self.backbone, "head": self.head, "patch_head": self.patch_head}
+        return {name: state for name, state in parts.items() if state is not None}

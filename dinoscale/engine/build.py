@@ -28,15 +28,17 @@ class InitialWeights:
     Attributes:
         backbone: every tensor of the backbone, on the CPU.
         head: every tensor of the projection head; None leaves it random.
+        patch_head: every tensor of the patch tokens' own head; None leaves it random.
     """
 
     backbone: Mapping[str, Tensor]
     head: Mapping[str, Tensor] | None = None
+    patch_head: Mapping[str, Tensor] | None = None
 
     def by_name(self) -> dict[str, Tensor]:
         """All tensors by their names in the network."""
-        parts = {"backbone": self.backbone, "head": self.head or {}}
-        return {f"{part}.{k}": v for part, state in parts.items() for k, v in state.items()}
+        parts = {"backbone": self.backbone, "head": self.head, "patch_head": self.patch_head}
+        return {f"{part}.{k}": v for part, state in parts.items() for k, v in (state or {}).items()}
 
 
 def build_networks(

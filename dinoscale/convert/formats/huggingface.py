@@ -2,9 +2,11 @@
 
 Source: github.com/huggingface/transformers, `models/vit`, `models/dinov2`,
 `models/dinov2_with_registers`: tensor names of saved files, and of modules since version 5.
-Queries, keys and values are three layers there and one here.
+Queries, keys and values are three layers there and one here; so are, in modules, the gate and the
+values of SwiGLU MLPs.
 Differs: at image sizes other than the position embedding's, transformers interpolates it to the
-target size (`interpolate_pos_encoding=True`), and our forward by the reference's scale factor.
+target size (`interpolate_pos_encoding=True`), and our forward by the reference's scale factor; with
+registers both do the same.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from torch import Tensor
 
 from dinoscale.convert.card import BackboneCard, parse_card
 from dinoscale.convert.formats.reference import (
-    NO_BACKBONE,
     guess_shape,
+    has_gated_mlp,
+    is_outside,
     reference_card,
-    registers_apart,
 )
 from dinoscale.convert.read_files import Content
 from dinoscale.convert.weights import Weights
@@ -40,7 +42,8 @@ _PREFIX = re.compile(r"(vit|dinov2|dinov2_with_registers)\.")  # of a backbone i
 _OUTER = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
-    "embeddings.register_tokens": "register_tokens",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.register_tokens": "reg_token",
     "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
     "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
     "layernorm.weight": "norm.weight",
@@ -63,6 +66,15 @@ _IN_BLOCK = {
     "attention.o_proj": "attn.proj",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
+    "mlp.weights_in": "mlp.fc1",
+    "mlp.weights_out": "mlp.fc2",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.fc2",
+}
+_JOINED = {  # layers of one of ours, rows in this order
+    "attn.qkv": ("attn.q", "attn.k", "attn.v"),
+    "mlp.fc1": ("mlp.gate", "mlp.up"),
 }
 _BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d{1,9})\.(.+)\.(weight|bias|lambda1)")
 _SCALES = {"layer_scale1": "ls1.gamma", "layer_scale2": "ls2.gamma"}
@@ -96,7 +108,7 @@ def read_huggingface(
     if kind not in kinds:
         need = " or ".join(map(repr, kinds))
         raise CheckpointError(f"has a config.json with model_type {kind!r}, need {need}")
-    for key, only in (("hidden_act", "gelu"), ("use_swiglu_ffn", False)):
+    for key, only in (("hidden_act", "gelu"), ("use_swiglu_ffn", has_gated_mlp(backbone))):
         if settings.get(key, only) != only:
             raise CheckpointError(f"has a config.json with {key} {settings[key]!r}, need {only!r}")
     eps, heads = settings.get("layer_norm_eps", _NORM_EPS[kind]), None
@@ -125,7 +137,8 @@ def from_huggingface(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tu
     left_out = []
     for full_name, tensor in state.items():
         name = _PREFIX.sub("", full_name, count=1)
-        if name.startswith(NO_BACKBONE):
+        outer = _OUTER.get(name, full_name)
+        if is_outside(name, tensor) or is_outside(outer, tensor):
             left_out.append(full_name)
             continue
         match = _BLOCK.fullmatch(name)
@@ -134,28 +147,32 @@ def from_huggingface(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tu
         elif match and match[2] in _IN_BLOCK:
             ours = f"blocks.{match[1]}.{_IN_BLOCK[match[2]]}.{match[3]}"
         else:
-            ours = _OUTER.get(name, full_name)
+            ours = outer
         if ours in renamed:
             raise CheckpointError(f"holds {full_name!r} under two names")
         renamed[ours] = tensor
-    tokens = renamed.get("register_tokens")
+    tokens = renamed.get("reg_token")
     if tokens is not None and not tokens.numel():
-        del renamed["register_tokens"]
-    return registers_apart(_joined(renamed)), tuple(left_out)
+        del renamed["reg_token"]
+    return _joined(renamed), tuple(left_out)
 
 
 def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join attn.q, attn.k, attn.v of each block to attn.qkv, rows in this order."""
+    """Join the layers of each block that are one of ours."""
     joined = dict(state)
-    for name in state:
-        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if ".attn.q." not in name or not all(part in state for part in parts):
-            continue
-        try:
-            whole = torch.cat([joined.pop(part) for part in parts])
-        except RuntimeError as error:
-            raise CheckpointError(f"holds q, k and v of different widths at {name}") from error
-        joined[name.replace(".attn.q.", ".attn.qkv.")] = whole
+    for whole, layers in _JOINED.items():
+        first = f".{layers[0]}."
+        for name in state:
+            parts = [name.replace(first, f".{layer}.") for layer in layers]
+            if first not in name or not all(part in state for part in parts):
+                continue
+            try:
+                rows = torch.cat([joined.pop(part) for part in parts])
+            except RuntimeError as error:
+                *others, last = (layer.split(".")[1] for layer in layers)
+                what = f"{', '.join(others)} and {last}"
+                raise CheckpointError(f"holds {what} of different widths at {name}") from error
+            joined[name.replace(first, f".{whole}.")] = rows
     return joined
 
 

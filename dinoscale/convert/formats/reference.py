@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,14 +40,12 @@ _MAX_CHANNELS = 4096  # of an image: hyperspectral cameras have hundreds
 _WRAPPED = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-_HEAD = re.compile(r"head\.(mlp|last_layer)\.")  # names of the projection head
-# Not part of a backbone: classifiers, the heads of DINOv2, and the mask token, which replaces
-# masked patches in training only.
-NO_BACKBONE = (
-    *("head.", "head_dist.", "fc.", "classifier.", "pooler."),
-    *("dino_head.", "ibot_head."),
-    *("mask_token", "masked_embed", "embeddings.mask_token"),
-)
+# Names of projection heads: DINO's, DINOv2's of class and patch tokens, and ours of the latter.
+_HEAD = re.compile(r"(head|dino_head|ibot_head|patch_head)\.((?:mlp|last_layer)\..+)")
+_OF_PATCHES = ("ibot_head", "patch_head")
+# Not part of a backbone: classifiers, and the mask token of iBOT, which replaces masked patches in
+# training only.
+NO_BACKBONE = ("head.", "head_dist.", "fc.", "classifier.", "pooler.", "masked_embed")
 _RAW = ("state_dict", "model")  # keys of training scripts for their weights
 # And for the moving average of these over the steps, as in timm, DeiT and MAE.
 _AVERAGED = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
@@ -56,6 +55,7 @@ _OTHER_KINDS = {
     "blocks_token_only.": "is a CaiT, whose class token enters in its last blocks only",
     "cls_attn_blocks.": "is an XCiT, whose attention is over channels",
     "rope_embed.": "has rotary position embeddings, as DINOv3's ViTs",
+    "embeddings.patch_embeddings.weight": "has rotary position embeddings, as DINOv3's ViTs",
     "norm_pre.": "has a norm before its blocks, as CLIP's ViTs",
     "blocks.0.attn.q_bias": "is a BEiT or EVA, whose queries have a bias of their own",
     "blocks.0.attn.relative_position_bias_table": "has relative positions, as BEiT",
@@ -68,10 +68,11 @@ _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The tensors of one network: backbone and projection head; and the names of all others."""
+    """The tensors of one network: backbone and projection heads; and the names of all others."""
 
     backbone: dict[str, Tensor]
-    head: dict[str, Tensor]
+    head: dict[str, Tensor] | None
+    patch_head: dict[str, Tensor] | None
     left_out: tuple[str, ...]
 
 
@@ -140,8 +141,13 @@ def _place_of(network: Network, checkpoint: Mapping[str, object]) -> str | None:
     return raw
 
 
+def is_dinov2(state: Mapping[str, Tensor]) -> bool:
+    """Whether a backbone, under our names, has layers that only DINOv2's networks have."""
+    return "mask_token" in state or "reg_token" in state or "blocks.0.ls1.gamma" in state
+
+
 def split(state: Mapping[str, Tensor]) -> Parts:
-    """Separate backbone and projection head by their names, and remove their prefixes.
+    """Separate backbone and projection heads by their names, and remove their prefixes.
 
     Layers of DINOv2 get their names in timm, which are ours.
 
@@ -150,17 +156,25 @@ def split(state: Mapping[str, Tensor]) -> Parts:
     """
     backbone: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
+    patch_head: dict[str, Tensor] = {}
     left_out = []
     for key, tensor in state.items():
         name = _as_in_timm(key.removeprefix("backbone."))
-        part, inner = (head, name.removeprefix("head.")) if _HEAD.match(name) else (backbone, name)
+        part, inner = backbone, name
+        if match := _HEAD.fullmatch(name):
+            part, inner = patch_head if match[1] in _OF_PATCHES else head, match[2]
         if inner in part:
             raise CheckpointError(f"holds {name!r} twice")
-        if part is backbone and name.startswith(NO_BACKBONE):
+        if part is backbone and is_outside(name, tensor):
             left_out.append(name)
         else:
             part[inner] = tensor
-    return Parts(registers_apart(backbone), our_head(head), tuple(left_out))
+    return Parts(
+        backbone,
+        our_head(head) or None,
+        our_head(patch_head) or None,
+        tuple(left_out),
+    )
 
 
 def _as_in_timm(name: str) -> str:
@@ -169,21 +183,36 @@ def _as_in_timm(name: str) -> str:
     Source: `timm.models.vision_transformer._convert_dinov2`.
     """
     name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)
+    name = "reg_token" if name == "register_tokens" else name
     return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
 
 
-def registers_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A ViT of DINOv2 with registers in timm's form: the class token includes its position."""
-    positions, token = state.get("pos_embed"), state.get("cls_token")
-    if "register_tokens" not in state or positions is None or token is None or positions.ndim != 3:
-        return state
-    state = {name: tensor for name, tensor in state.items() if name != "register_tokens"} | {
-        "reg_token": state["register_tokens"],
-        "pos_embed": positions[:, 1:],
-    }
-    if token.shape[-1] == positions.shape[-1]:  # else reported as a tensor of another shape
-        state["cls_token"] = token + positions[:, :1]
-    return state
+def is_outside(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is no part of a backbone, such as the mask tokens of other methods."""
+    return name.startswith(NO_BACKBONE) or (name == "mask_token" and tensor.ndim != 2)
+
+
+def as_in_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone of ours, whose positions have the class token's slot, under DINOv2's names."""
+    gated = has_gated_mlp(state)
+    renamed = {}
+    for name, tensor in state.items():
+        name = "register_tokens" if name == "reg_token" else name
+        if gated:
+            name = name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
+        renamed[name] = tensor
+    return renamed
+
+
+def has_gated_mlp(state: Mapping[str, Tensor]) -> bool:
+    """Whether the MLPs of a backbone of ours are SwiGLU: the first layer is twice as wide."""
+    first, second = (state.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
+    return (
+        first is not None
+        and second is not None
+        and (first.ndim, second.ndim) == (2, 2)
+        and first.shape[0] == 2 * second.shape[1]
+    )
 
 
 def our_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -256,15 +285,11 @@ def _guess_vit(
     embed_dim, patch_size = patches.shape[0], patches.shape[-1]
     depth, stored = max(blocks) + 1, getattr(args, "num_heads", None)
     heads = stored if isinstance(stored, int) and stored > 0 else num_heads
+    num_prefix, layers = _dinov2_layers(state, embed_dim=embed_dim, depth=depth)
     family = VIT_NAMES.get(embed_dim, "vit_small")  # the sizes below override the name's
-    name = f"{family}_patch{8 if patch_size == 8 else 16}_224"
-    num_prefix = 1
-    if f"blocks.{depth - 1}.ls2.gamma" in state:  # layer scale, which only DINOv2's models have
-        family = "vit_giant" if embed_dim == _GIANT_DIM else family
-        name = f"{family}_patch14{'_reg4' if 'reg_token' in state else ''}_dinov2"
-        num_prefix = 0 if "reg_token" in state else 1  # timm adds the class position to the token
+    plain = f"{family}_patch{8 if patch_size == 8 else 16}_224"
     return BackboneShape(
-        name=name,
+        **{"name": plain, **layers},
         img_size=_grid(positions.shape[1] - num_prefix) * patch_size,
         patch_size=patch_size,
         embed_dim=embed_dim,
@@ -272,6 +297,31 @@ def _guess_vit(
         num_heads=heads or _guess_heads(embed_dim, known_sizes=args is not None),
         in_chans=_channels(state, "patch_embed.proj.weight"),
     )
+
+
+def _dinov2_layers(
+    state: Mapping[str, Tensor], *, embed_dim: int, depth: int
+) -> tuple[int, dict[str, Any]]:
+    """Slots of pos_embed before the patches, and what DINOv2's layers add to a BackboneShape.
+
+    With registers, timm has no slot for the class token, whose position is added to the token.
+    """
+    tokens, gated = state.get("reg_token"), has_gated_mlp(state)
+    num_registers = tokens.shape[1] if tokens is not None and tokens.ndim == 3 else 0
+    in_timm = num_registers > 0 and math.isqrt(state["pos_embed"].shape[1]) ** 2 == len(
+        state["pos_embed"][0]
+    )
+    layers: dict[str, Any] = {"mask_token": "mask_token" in state}
+    if num_registers and not in_timm:
+        layers["registers"] = num_registers
+    if f"blocks.{depth - 1}.ls2.gamma" in state:  # layer scale, which the named models have
+        giant = embed_dim == _GIANT_DIM and gated
+        family = "vit_giant" if giant else VIT_NAMES.get(embed_dim, "vit_small")
+        layers["name"] = f"{family}_patch14{'_reg4' if in_timm else ''}_dinov2"
+        gated = gated and not giant
+    if gated:
+        layers["ffn"] = "swiglu"
+    return (0 if in_timm else 1), layers
 
 
 def _grid(num_patches: int) -> int:

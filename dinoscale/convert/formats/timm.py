@@ -23,11 +23,11 @@ from dinoscale.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-_ONLY_TIMMS = ("reg_token", "blocks.0.ls1.gamma")  # of DINOv2's layers, under timm's names
 _CROP_PCT = 0.875  # timm's default
 _KNOWN_ARGS = {  # model_args that the shapes of the tensors show, or that change no feature
     *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads"),
     *("num_classes", "global_pool", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"),
+    *("init_values", "mlp_ratio"),  # of layer scale, and of an MLP
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
     *("drop_path_rate", "weight_init"),
 }
@@ -35,7 +35,9 @@ _KNOWN_ARGS = {  # model_args that the shapes of the tensors show, or that chang
 
 def is_timm(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
     """Whether a backbone state is timm's and not the reference's."""
-    return "architecture" in settings or any(name in state for name in _ONLY_TIMMS)
+    if "architecture" in settings:
+        return True
+    return "mask_token" not in state and ("reg_token" in state or "blocks.0.ls1.gamma" in state)
 
 
 def timm_card(
@@ -66,6 +68,9 @@ def timm_card(
         guess_shape(state, num_heads=num_heads or 1),
         name=settings["architecture"],
         num_heads=args.get("num_heads") or num_heads,
+        layer_scale=args.get("init_values"),
+        ffn=None,
+        registers=None,
     )
     crop = _image_side(config, default=shape.img_size)
     share = config.get("crop_pct") or _CROP_PCT

@@ -1,9 +1,9 @@
 """Target `hf`: a folder that `transformers.AutoModel.from_pretrained` opens.
 
-A plain ViT becomes a ViTModel, one with registers or layer scale a Dinov2WithRegistersModel; a
-network that neither computes exactly is refused. Every version of the library reads these tensor
-names. The class token is `last_hidden_state[:, 0]` and also `pooler_output`: ViTModel initialises a
-random pooler if a file has none, so ours is the identity.
+A plain ViT becomes a ViTModel, one with a mask token, layer scale or SwiGLU a Dinov2Model, one with
+registers a Dinov2WithRegistersModel; a network that none computes exactly is refused. Every version
+of the library reads these tensor names. The class token is `last_hidden_state[:, 0]` and also
+`pooler_output`: ViTModel initialises a random pooler if a file has none, so ours is the identity.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _TOP = {
     "cls_token": "embeddings.cls_token",
     "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
     "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "mask_token": "embeddings.mask_token",
     "reg_token": "embeddings.register_tokens",
     "norm.weight": "layernorm.weight",
     "norm.bias": "layernorm.bias",
@@ -53,6 +54,8 @@ _DINOV2_LAYERS = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
+_SWIGLU_LAYERS = {**_DINOV2_LAYERS, "mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
+_MLP_RATIO = 4  # hidden width of an MLP over that of a token
 
 
 def write_hf(folder: Path, weights: Weights) -> None:
@@ -62,7 +65,7 @@ def write_hf(folder: Path, weights: Weights) -> None:
         ConversionError: no model of the library computes the same outputs.
     """
     model = _architecture(weights)
-    tensors = dict(_renamed(weights.backbone, model))
+    tensors = dict(_renamed(weights, model))
     whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     write_tensors(whole, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     dtype = str(weights.backbone["cls_token"].dtype).removeprefix("torch.")
@@ -87,7 +90,7 @@ def _architecture(weights: Weights) -> PlainViT:
 
 
 def _mismatch(model: nn.Module) -> str | None:
-    """First reason why neither ViTModel nor Dinov2WithRegistersModel is equivalent, or None."""
+    """First reason why no model of the library is equivalent, or None."""
     if not isinstance(model, PlainViT):
         return "it is no ViT"
     if model.prefix_slots > 1:
@@ -100,8 +103,12 @@ def _mismatch(model: nn.Module) -> str | None:
         norms = (block.norm1, block.norm2, model.norm)
         checks = (
             (any(not isinstance(each, nn.Identity | None) for each in extra), "it has more norms"),
-            (type(mlp).__name__ != "Mlp", f"its MLP is a {type(mlp).__name__}"),
-            (not isinstance(getattr(mlp, "act", None), nn.GELU), "its activation is not GELU"),
+            (type(mlp).__name__ not in ("Mlp", "GluMlp"), f"its MLP is a {type(mlp).__name__}"),
+            (not _has_known_activation(mlp), "its activation is neither GELU nor SwiGLU"),
+            (
+                _is_gated(model) and _swiglu_width(mlp.fc2.out_features) != mlp.fc2.in_features,
+                f"its SwiGLU is {mlp.fc2.in_features} wide",
+            ),
             (any(not isinstance(norm, nn.LayerNorm) for norm in norms), "it has no layer norms"),
             (len({getattr(norm, "eps", None) for norm in norms}) > 1, "its norms differ"),
             (attn.proj.bias is None, "its attention has no output bias"),
@@ -112,12 +119,29 @@ def _mismatch(model: nn.Module) -> str | None:
     return None
 
 
+def _has_known_activation(mlp: Any) -> bool:
+    """Whether an MLP has GELU, or the SiLU of its first half as a gate."""
+    if type(mlp).__name__ == "GluMlp":
+        return isinstance(mlp.act, nn.SiLU) and not mlp.gate_last
+    return isinstance(getattr(mlp, "act", None), nn.GELU)
+
+
+def _swiglu_width(width: int) -> int:
+    """Hidden width of the library's SwiGLU: two thirds of an MLP's, a multiple of 8."""
+    return (int(_MLP_RATIO * width * 2 / 3) + 7) // 8 * 8
+
+
+def _is_gated(model: PlainViT) -> bool:
+    return type(model.blocks[0].mlp).__name__ == "GluMlp"
+
+
 def _has_layer_scale(model: PlainViT) -> bool:
     return not isinstance(model.blocks[0].ls1, nn.Identity)
 
 
-def _is_dinov2(model: PlainViT) -> bool:
-    return model.reg_token is not None or _has_layer_scale(model)
+def _is_dinov2(model: PlainViT, card: BackboneCard) -> bool:
+    special = model.reg_token is not None or card.backbone.mask_token
+    return special or _has_layer_scale(model) or _is_gated(model)
 
 
 def _config(model: PlainViT, card: BackboneCard) -> dict[str, Any]:
@@ -137,7 +161,7 @@ def _config(model: PlainViT, card: BackboneCard) -> dict[str, Any]:
         "num_channels": projection.in_channels,
         "qkv_bias": block.attn.qkv.bias is not None,
     }
-    if not _is_dinov2(model):
+    if not _is_dinov2(model, card):
         return {
             "architectures": ["ViTModel"],
             "model_type": "vit",
@@ -146,14 +170,22 @@ def _config(model: PlainViT, card: BackboneCard) -> dict[str, Any]:
             "pooler_output_size": width,
             **common,
         }
+    ratio = hidden // width if hidden % width == 0 else hidden / width
+    dinov2 = {
+        "architectures": ["Dinov2Model"],
+        "model_type": "dinov2",
+        "mlp_ratio": _MLP_RATIO if _is_gated(model) else ratio,
+        "drop_path_rate": 0.0,
+        "use_swiglu_ffn": _is_gated(model),
+        **common,
+    }
+    if model.reg_token is None:
+        return dinov2
     return {
+        **dinov2,
         "architectures": ["Dinov2WithRegistersModel"],
         "model_type": "dinov2_with_registers",
-        "mlp_ratio": hidden // width if hidden % width == 0 else hidden / width,
         "num_register_tokens": model.num_prefix - 1,
-        "drop_path_rate": 0.0,
-        "use_swiglu_ffn": False,
-        **common,
     }
 
 
@@ -175,10 +207,12 @@ def _preprocessor(card: BackboneCard) -> dict[str, Any]:
     }
 
 
-def _renamed(state: dict[str, Tensor], model: PlainViT) -> Iterator[tuple[str, Tensor]]:
+def _renamed(weights: Weights, model: PlainViT) -> Iterator[tuple[str, Tensor]]:
     """Our tensors under the library's names, and neutral values for those that only it has."""
-    dinov2 = _is_dinov2(model)
-    layers = _DINOV2_LAYERS if dinov2 else _VIT_LAYERS
+    state, dinov2 = weights.backbone, _is_dinov2(model, weights.card)
+    layers = _VIT_LAYERS
+    if dinov2:
+        layers = _SWIGLU_LAYERS if _is_gated(model) else _DINOV2_LAYERS
     width = model.patch_embed.proj.out_channels
     like = state["cls_token"]
     for name, tensor in state.items():
@@ -191,9 +225,8 @@ def _renamed(state: dict[str, Tensor], model: PlainViT) -> Iterator[tuple[str, T
         else:
             yield from _renamed_in_layer(name, tensor, layers)
     if dinov2:
-        yield "embeddings.mask_token", like.new_zeros(1, width)  # required, and unused
-        if model.reg_token is None:
-            yield "embeddings.register_tokens", like.new_zeros(1, 0, width)
+        if "mask_token" not in state:
+            yield "embeddings.mask_token", like.new_zeros(1, width)  # required, and unused
         if not _has_layer_scale(model):
             for index in range(len(model.blocks)):
                 for scale in ("layer_scale1", "layer_scale2"):
@@ -242,7 +275,7 @@ def reopen_hf(folder: Path, *, own_resize: bool = False) -> Reopened:
         reshaped=tuple(str(each) for each in found["mismatched_keys"]),
     )
     num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
-    # Dinov2WithRegistersModel always interpolates and has no switch.
+    # The Dinov2 models always interpolate and have no switch.
     has_switch = model.config.model_type == "vit"
     switch = {"interpolate_pos_encoding": True} if own_resize and has_switch else {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape, Preprocessing
 from dinoscale.convert.coverage import coverage_of
+from dinoscale.convert.formats.reference import has_gated_mlp
 from dinoscale.convert.parity import Outputs, Reopened, to_meta
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Weights
@@ -66,11 +68,14 @@ def timm_config(weights: Weights) -> dict[str, Any]:
     }
     changed = {key: value for key, value in sizes.items() if value is not None}
     is_vit = shape.name != "resnet50"
-    architecture, changed = timm_arguments(shape.name, **changed)
-    if is_vit:
-        changed["img_size"] = shape.img_size
-    first = "patch_embed.proj" if is_vit else "conv1"
     pool = "token" if is_vit else "avg"
+    architecture, changed = timm_arguments(shape.name, **changed)
+    model_args: dict[str, Any] = {**changed, "in_chans": shape.in_chans, "global_pool": pool}
+    if is_vit:
+        model_args["img_size"] = shape.img_size
+    if has_gated_mlp(weights.backbone):
+        model_args["mlp_ratio"] = _mlp_ratio(weights.backbone)
+    first = "patch_embed.proj" if is_vit else "conv1"
     return {
         "architecture": architecture,
         "num_classes": 0,
@@ -78,7 +83,7 @@ def timm_config(weights: Weights) -> dict[str, Any]:
             "norm.weight" if is_vit else "layer4.2.bn3.weight"
         ].numel(),
         "global_pool": pool,
-        "model_args": {**changed, "in_chans": shape.in_chans, "global_pool": pool},
+        "model_args": model_args,
         "pretrained_cfg": {
             "input_size": [shape.in_chans, card.crop, card.crop],
             "fixed_input_size": is_vit,
@@ -93,6 +98,13 @@ def timm_config(weights: Weights) -> dict[str, Any]:
             "classifier": "head" if is_vit else "fc",
         },
     }
+
+
+def _mlp_ratio(state: Mapping[str, Tensor]) -> float:
+    """Ratio of a SwiGLU's joint width to that of a token; timm takes floor(token x ratio)."""
+    joint, width = state["blocks.0.mlp.fc1.weight"].shape
+    ratio = joint / width
+    return ratio if int(width * ratio) == joint else math.nextafter(ratio, math.inf)
 
 
 def _crop_pct(card: BackboneCard) -> float:

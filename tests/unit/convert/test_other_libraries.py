@@ -126,12 +126,16 @@ def test_published_dinov2_backbones_are_read(tmp_path: Path, name: str) -> None:
     chunked = {re.sub(r"^(blocks)\.", r"\1.0.", key): value for key, value in state.items()}
     training = {f"backbone.{key}": value for key, value in chunked.items()}
     training["dino_head.mlp.0.weight"] = torch.zeros(2, 2)
+    training["fc.weight"] = torch.zeros(2, 2)
     torch.save(state, tmp_path / "published.pth")
     torch.save({"teacher": training}, tmp_path / "training.pth")
     for file in ("published.pth", "training.pth"):
         weights = read_source(tmp_path / file, num_heads=3)
-        assert weights.left_out[0] == "mask_token"
-        assert weights.card.backbone.name == name
+        assert weights.left_out == (("fc.weight",) if file == "training.pth" else ())
+        assert (weights.head is not None) == (file == "training.pth")
+        assert weights.card.backbone.name == "vit_small_patch14_dinov2"
+        assert weights.card.backbone.registers == (4 if "reg4" in name else None)
+        assert weights.card.backbone.mask_token
         found = build(weights)[0].double().features(IMAGES)
         # Its class token was moved to and fro in float32.
         torch.testing.assert_close(found.float(), _timm_tokens(model).float())
@@ -281,7 +285,8 @@ def test_dinov2_folders_of_transformers_give_their_features(
     if not told:  # by the names of the tensors, then
         (tmp_path / "config.json").unlink()
     weights = read_source(tmp_path, num_heads=None if told else 3)
-    assert (weights.kind, weights.left_out) == ("hf", ("embeddings.mask_token",))
+    assert (weights.kind, weights.left_out) == ("hf", ())
+    assert "mask_token" in weights.backbone
     assert weights.card.backbone.norm_eps == 1e-6
     ours = build(weights)[0].double().features(IMAGES)
     torch.testing.assert_close(ours, _their_tokens(model))

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from dinoscale.checkpoint.checksums import sha256, write_sums
 from dinoscale.checkpoint.load import open_run
+from dinoscale.config import RunConfig
 from dinoscale.convert.conversion import convert
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.engine.build import build_networks
+from dinoscale.errors import ConversionError
 from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 from tests.distributed.tiny_run import tiny_config
 
@@ -26,10 +28,14 @@ PROTOTYPES = 40_009  # odd, so that fragments end inside rows
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """A run whose checkpoint lies in the files of four ranks, and its teacher's weights."""
     head = {"num_prototypes": PROTOTYPES, "hidden_dim": 22, "bottleneck_dim": 15}
-    config = tiny_config(head=head)
+    folder = tmp_path_factory.mktemp("run")
+    return folder, _write_run(folder, tiny_config(head=head))
+
+
+def _write_run(folder: Path, config: RunConfig) -> dict[str, Tensor]:
+    """Write a checkpoint of four ranks; returns the teacher's weights."""
     teacher = dict(build_networks(config)[1].state_dict())
     kinds = {"ema": 0.0, "master": 1.0, "exp_avg": 2.0, "exp_avg_sq": 3.0}
-    folder = tmp_path_factory.mktemp("run")
     step = folder / "checkpoints" / "step_00000007"
     step.mkdir(parents=True)
     for rank in range(RANKS):
@@ -53,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tenso
     state["config"]["data"]["train"] = "http://bob:PASSW0RD@host/a.tar"  # as once was allowed
     (step / "state.json").write_text(json.dumps(state))
     write_sums(step, {file.name: sha256(file) for file in sorted(step.iterdir())})
-    return folder, teacher
+    return teacher
 
 
 def test_either_network_is_merged_bit_for_bit(run: tuple[Path, dict[str, Tensor]]) -> None:
@@ -85,6 +91,43 @@ def test_a_run_is_loaded_like_any_weights(run: tuple[Path, dict[str, Tensor]]) -
         assert torch.equal(tensor, teacher[f"backbone.{name}"])
 
 
+def test_a_run_of_dinov2_is_written_as_its_authors_write_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    head = {"num_prototypes": 33, "hidden_dim": 22, "bottleneck_dim": 15}
+    model = {**tiny_config().model.model_dump(), "layer_scale": 1e-5, "registers": 2}
+    config = tiny_config(
+        model={**model, "ffn": "swiglu"},
+        head={**head, "norm_last_layer": False},
+        patch_head={**head, "num_prototypes": 35, "norm_last_layer": False},
+        ibot={"loss_weight": 1.0},
+        koleo={"loss_weight": 0.1},
+    )
+    teacher = _write_run(tmp_path / "run", config)
+    card = convert(tmp_path / "run", tmp_path / "w.pth", to="dino", head=True)
+    assert card["recipe"]["patch_head"]["num_prototypes"] == 35
+    assert card["recipe"]["koleo"]["loss_weight"] == 0.1
+    found = torch.load(tmp_path / "w.pth", weights_only=True)["teacher"]
+    renames = {
+        "patch_head.": "ibot_head.",
+        "reg_token": "register_tokens",
+        ".mlp.fc1.": ".mlp.w12.",
+        ".mlp.fc2.": ".mlp.w3.",
+    }
+    expected = {}
+    for name, tensor in teacher.items():
+        theirs = "dino_" + name if name.startswith("head.") else name
+        for ours, other in renames.items():
+            theirs = theirs.replace(ours, other)
+        expected[theirs] = tensor
+    assert {"backbone.mask_token", "backbone.blocks.1.ls2.gamma"} < expected.keys()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    back = read_source(tmp_path / "w.pth")
+    assert back.card == read_source(tmp_path / "run").card
+    with pytest.raises(ConversionError, match=r"4 registers or none, .* 2 regist"):
+        convert(tmp_path / "run", tmp_path / "timm", to="timm")
+
+
 def test_a_published_card_has_the_recipe_and_no_paths(
     run: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
@@ -92,8 +135,8 @@ def test_a_published_card_has_the_recipe_and_no_paths(
     convert(folder, tmp_path / "w.safetensors", to="dino")
     text = (tmp_path / "w.safetensors.json").read_text()
     recipe = json.loads(text)["recipe"]
-    sections = {"seed", "model", "head", "crops", "augment", "dino", "optim"}
-    assert recipe.keys() == sections | {"data", "train", "engine"}
+    sections = {"seed", "model", "head", "crops", "augment", "dino", "ibot", "koleo", "optim"}
+    assert recipe.keys() == sections | {"data", "train", "engine"}  # it has no patch_head
     assert recipe["train"].keys() == {"epochs", "batch_size", "micro_batch_size"}
     assert recipe["optim"] == tiny_config().optim.model_dump(mode="json")
     assert b"PASSW0RD" not in (tmp_path / "w.safetensors").read_bytes() + text.encode()

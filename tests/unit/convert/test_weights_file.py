@@ -252,11 +252,14 @@ def test_the_epsilon_of_the_norms_is_built(tmp_path: Path, state: dict[str, Tens
 
 def test_cards_of_the_previous_format_are_still_read() -> None:
     card = json.loads(CARD.to_json())
+    for key in ("layer_scale", "ffn", "registers", "position_resize", "mask_token"):
+        del card["backbone"][key]
+    assert parse_card(json.dumps({**card, "format": 4})) == CARD
     card["white"] = card.pop("max_pixel_value")
     assert parse_card(json.dumps({**card, "format": 3})) == CARD
     del card["backbone"]["norm_eps"]
     assert parse_card(json.dumps({**card, "format": 2})) == CARD
-    for number, unknown in ((3, "norm_eps"), (4, "white")):
+    for number, unknown in ((3, "norm_eps"), (4, "white"), (5, "white")):
         with pytest.raises(CheckpointError, match=unknown):
             parse_card(json.dumps({**card, "format": number}))
 
@@ -267,6 +270,8 @@ def test_giants_are_recognised_by_their_width() -> None:
         "pos_embed": torch.zeros(1, 1 + 4, width),
         "patch_embed.proj.weight": torch.zeros(width, 3, 14, 14),
         "blocks.0.ls2.gamma": torch.zeros(width),
+        "blocks.0.mlp.fc1.weight": torch.zeros(()).expand(8192, width),
+        "blocks.0.mlp.fc2.weight": torch.zeros(()).expand(width, 4096),
     }
     assert guess_shape(state) == BackboneShape("vit_giant_patch14_dinov2", 28, 14, width, 1, 24)
 
@@ -555,6 +560,6 @@ def test_the_card_is_where_other_programs_look_for_it(
     save_backbone(tmp_path / "w", state, CARD)
     with safe_open(tmp_path / "w", framework="pt") as file:
         card = json.loads(file.metadata()["dinoscale"])
-    assert card["format"] == 4
+    assert card["format"] == 5
     assert card["backbone"] == asdict(SHAPE)
     assert (card["mean"], card["crop"]) == ([0.1, 0.2, 0.3], 32)
