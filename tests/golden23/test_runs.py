@@ -46,6 +46,7 @@ def test_schedules_are_the_recorded_ones(case: str, ranks: int) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("case", CASES)
@@ -56,6 +57,7 @@ def test_every_stage_follows_the_recorded_run(case: str, ranks: int, stage: int)
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("world_size", RANKS)
 @pytest.mark.parametrize("case", CASES)
@@ -105,7 +107,7 @@ def followed(world_size: int) -> dict[str, Record]:
         for accumulation in (1, 2)
     ]
     per_rank = run_distributed(
-        "tests.golden23.test_runs:follow_all", world_size=world_size, timeout_s=280, keys=keys
+        "tests.golden23.test_runs:follow_all", world_size=world_size, timeout_s=580, keys=keys
     )
     return {
         key: _joined([rank[index] for rank in per_rank], json.loads(key))
@@ -166,6 +168,7 @@ class _Follower:
         self.schedules = schedules_of(self.config, self.plan)
         self.student, self.teacher = build_pair(self.config, self.plan)
         initial = renamed_tensors(self.run.initial)
+        assert initial.keys() == self.student.shapes.keys()
 
         def read(name: str, start: int, count: int) -> Tensor:
             return initial[name].flatten()[start : start + count]
