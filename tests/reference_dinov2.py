@@ -23,12 +23,34 @@ from dinoscale.config import RunConfig
 from dinoscale.config.backbones import named_vit_size
 from dinoscale.config.schema import HeadConfig
 from dinoscale.engine.schedules import StepValues
+from dinoscale.errors import ConfigError
 from tests.reference import Attention, Mlp, PatchEmbed
 
 _EPS = 1e-6  # of layer norms, and beside the norms that clip
 _KOLEO_EPS = 1e-8
 _SINKHORN_ITERATIONS = 3
 _NUM_GLOBAL = 2
+
+
+_NAMES = (  # in our networks, in the reference's
+    ("patch_head.", "ibot_head."),
+    ("head.", "dino_head."),
+    ("backbone.reg_token", "backbone.register_tokens"),
+)
+
+
+def weights_of(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """The state dict of one of our networks with the reference's names."""
+    renamed = {}
+    for name, value in state.items():
+        for ours, theirs in _NAMES:
+            if name.startswith(ours):
+                name = theirs + name.removeprefix(ours)
+                break
+        if config.model.ffn == "swiglu":
+            name = name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
+        renamed[name] = value
+    return renamed
 
 
 class Share(NamedTuple):
@@ -104,7 +126,7 @@ class ReferenceViT(nn.Module):
         super().__init__()
         model = config.model
         named = named_vit_size(model.backbone)
-        assert named is not None
+        assert named is not None  # see _require_known
         dim = model.embed_dim or named.embed_dim
         heads, depth = model.num_heads or named.num_heads, model.depth or named.depth
         self.patch_size = model.effective_patch_size or 0
@@ -218,8 +240,13 @@ class ReferenceStep:
     def __init__(
         self, config: RunConfig, device: torch.device, weights: Mapping[str, Tensor]
     ) -> None:
-        """Start student and teacher from `weights`, named and typed as the reference's."""
+        """Start student and teacher from `weights`, named and typed as the reference's.
+
+        Raises:
+            ConfigError: the reference has nothing of the kind.
+        """
         self.config, self._device = config, device
+        _require_known(config)
         self._bf16 = config.engine.precision == "bf16"
         dtype = next(iter(weights.values())).dtype
         rate = config.model.drop_path_rate
@@ -256,7 +283,7 @@ class ReferenceStep:
         for share, target in zip(shares, targets, strict=True):
             with self._autocast():
                 losses = self._losses(share, *target)
-            self._backward(losses, ranks=len(shares))
+            (self._total(losses) / len(shares)).backward()
             for name, loss in losses.items():
                 logged[name] = logged.get(name, 0.0) + loss.item() / len(shares)
         if not math.isfinite(sum(logged.values())):
@@ -324,15 +351,15 @@ class ReferenceStep:
             "ibot_loss": ibot_loss(patch_logits, patch_targets, masks, temp) / _NUM_GLOBAL,
         }
 
-    def _backward(self, losses: dict[str, Tensor], *, ranks: int) -> None:
+    def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """What is minimized, from the losses as logged."""
         config = self.config
         of_class = losses["dino_local_crops_loss"] + losses["dino_global_crops_loss"]
-        total = (
+        return (
             config.dino.loss_weight * of_class
             + _NUM_GLOBAL * losses["koleo_loss"]
             + config.ibot.loss_weight * _NUM_GLOBAL * losses["ibot_loss"]
         )
-        (total / ranks).backward()
 
     def _clip_gradients(self) -> None:
         """To a norm over the backbone, and over each head."""
@@ -349,6 +376,28 @@ class ReferenceStep:
             if clip and factor < 1:
                 for gradient in gradients.values():
                     gradient.mul_(factor)
+
+
+def _require_known(config: RunConfig) -> None:
+    """Refuse what the authors' code, or this writing of it, does not do."""
+    model, optim = config.model, config.optim
+    heads = [config.head, *([] if config.patch_head is None else [config.patch_head])]
+    for differs, setting in (
+        (named_vit_size(model.backbone) is None, f"model.backbone={model.backbone}"),
+        (any(head.batch_norm for head in heads), "head.batch_norm=true"),
+        (any(head.norm_last_layer for head in heads), "head.norm_last_layer=true"),
+        (
+            model.drop_path_rate and model.drop_path_mode != "subset",
+            f"model.drop_path_mode={model.drop_path_mode}",
+        ),
+        (not config.crops.num_local, "crops.num_local=0"),
+        (not config.ibot.loss_weight, "ibot.loss_weight=0"),
+        (config.dino.freeze_last_layer_by != "zero_rate", "dino.freeze_last_layer_by=skipping"),
+        (optim.name != "adamw", f"optim.name={optim.name}"),
+        (optim.clip_mode != "per_network", f"optim.clip_mode={optim.clip_mode}"),
+    ):
+        if differs:
+            raise ConfigError(f"{setting}: the literal reference has no such thing")
 
 
 def parameter_groups(student: ReferenceNetwork, config: RunConfig) -> list[dict[str, Any]]:

@@ -1,0 +1,268 @@
+"""`python -m tests.benchmarks.step_dinov2`: a step of DINOv2, ours and the literal reference's.
+
+ViT-S/16 with 2 x 224 + 8 x 96 crops, half of the global crops masked by 0.1 to 0.5, and a head of
+its own for patches; without stochastic depth, so that both sides have the same losses, which is
+checked. Ours and the reference take turns in one process, on the same crops and masks, first in
+fp32, then in bf16. Memory is that of tensors at the peak of a step, above what stays between steps
+without gradients: weights, their averages and the optimizer's states. JSON last.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoscale.config import RunConfig, load_config
+from dinoscale.config.resolve import RunPlan, resolve
+from dinoscale.data.augmentation.masks import Masks, draw_masks
+from dinoscale.engine.build import build_networks, build_pair, loss_weights_of, schedules_of
+from dinoscale.engine.micro_batch import MicroBatch
+from dinoscale.engine.schedules import StepValues
+from dinoscale.engine.step import train_step
+from dinoscale.errors import ConfigError, DinoscaleError
+from dinoscale.planning.bench.budget import in_turns, say
+from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
+from dinoscale.runtime import distributed
+from dinoscale.runtime.launcher_env import read_process
+from tests.reference_dinov2 import ReferenceStep, Share, weights_of
+
+STEPS_PER_EPOCH = 10
+CLOSE = {"fp32": 1e-3, "bf16": 3e-2}  # losses of the first step, relative
+
+# Takes a step; its loss without KoLeo, which in an untrained network is the logarithm of rounding.
+Step = Callable[[], float]
+
+
+def config_of(options: argparse.Namespace, precision: str) -> RunConfig:
+    """The run that both sides take a step of."""
+    return load_config(
+        options.preset,
+        [
+            f"train.batch_size={options.batch}",
+            f"train.micro_batch_size={options.batch}",
+            f"crops.num_local={options.local_crops}",
+            f"head.num_prototypes={options.prototypes}",
+            f"patch_head.num_prototypes={options.prototypes}",
+            "patch_head.norm_last_layer=false",
+            "model.drop_path_rate=0",
+            f"engine.precision={precision}",
+            "optim.min_lr=0",  # else a small batch peaks below it
+            *options.overrides,
+        ],
+    )
+
+
+def measure(config: RunConfig, *, turns: int, seconds: float, limit_s: float) -> dict[str, Any]:
+    """Seconds, bytes and ratios of both sides.
+
+    Args:
+        config: of the run.
+        turns: measurements of each side, in turn.
+        seconds: of steps in a turn, one at least.
+        limit_s: seconds for all turns.
+
+    Returns:
+        JSON-able; `throughput` is the reference's seconds over ours, `memory` our bytes over its.
+
+    Raises:
+        ConfigError: the two sides differ in the first loss.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = config.train.batch_size * STEPS_PER_EPOCH
+    plan = resolve(config, world_size=1, num_images=images)
+    now = schedules_of(config, plan).at(plan.total_steps // 2)
+    batch = _batch(config, device)
+    results: dict[str, list[dict[str, float]]] = {"ours": [], "reference": []}
+    for _ in in_turns(turns, limit_s=limit_s):
+        for name, side in (("ours", _Ours), ("reference", _Reference)):
+            step = side(config, plan, now, batch, device)
+            results[name].append(_measured(step, device, seconds))
+            step.close()
+            del step
+        last = {name: of_side[-1] for name, of_side in results.items()}
+        say(
+            f"{config.engine.precision}: "
+            + ", ".join(
+                f"{name} {of_side['seconds']:.3g} s and {of_side['bytes_above'] / 1e6:.4g} MB"
+                for name, of_side in last.items()
+            )
+        )
+        _require_equal(last, config.engine.precision)
+    pairs = list(zip(results["ours"], results["reference"], strict=True))
+    return {
+        "precision": config.engine.precision,
+        **{
+            name: {
+                "seconds": _spread([turn["seconds"] for turn in of_side]),
+                "bytes_above": max(turn["bytes_above"] for turn in of_side),
+                "bytes_between_steps": max(turn["bytes_between"] for turn in of_side),
+            }
+            for name, of_side in results.items()
+        },
+        "throughput": _spread([theirs["seconds"] / ours["seconds"] for ours, theirs in pairs]),
+        "memory": _spread([ours["bytes_above"] / theirs["bytes_above"] for ours, theirs in pairs]),
+    }
+
+
+def _batch(config: RunConfig, device: torch.device) -> MicroBatch:
+    crops, images = config.crops, config.train.batch_size
+    generator = torch.Generator().manual_seed(0)
+
+    def pictures(views: int, side: int) -> Tensor:
+        shape = (views, images, config.data.channels, side, side)
+        return torch.randn(shape, generator=generator).to(device)
+
+    side = crops.global_size // (config.model.effective_patch_size or 1)
+    masks = draw_masks(
+        seed=config.seed,
+        step=0,
+        first_image=0,
+        images=images,
+        grid=(side, side),
+        prob=config.ibot.mask_prob,
+        ratio=config.ibot.mask_ratio,
+        rule=config.ibot.mask_rule,
+        group=config.ibot.mask_group,
+    )
+    return MicroBatch(
+        pictures(2, crops.global_size),
+        pictures(crops.num_local, crops.local_size),
+        None,
+        Masks(*(part.to(device) for part in masks)),
+    )
+
+
+class _Ours:
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: RunPlan,
+        now: StepValues,
+        batch: MicroBatch,
+        _device: torch.device,
+    ) -> None:
+        self._student, self._teacher = build_pair(config, plan)
+        self._batch, self._now, self._weights = batch, now, loss_weights_of(config)
+
+    def __call__(self) -> float:
+        pair = self._student, self._teacher
+        result = train_step([self._batch], *pair, self._now, loss_weights=self._weights)
+        self._teacher.wait()
+        return result.terms["dino_loss"] + result.terms["ibot_loss"]
+
+    def close(self) -> None:
+        self._student.close()
+
+
+class _Reference:
+    def __init__(
+        self,
+        config: RunConfig,
+        _plan: RunPlan,
+        now: StepValues,
+        batch: MicroBatch,
+        device: torch.device,
+    ) -> None:
+        weights = weights_of(build_networks(config)[0].state_dict(), config)
+        self._step, self._config = ReferenceStep(config, device, weights), config
+        assert batch.masks is not None
+        masks = batch.masks.masks.unflatten(0, batch.global_crops.shape[:2])
+        self._share, self._now = Share(batch.global_crops, batch.local_crops, masks), now
+
+    def __call__(self) -> float:
+        losses = self._step([self._share], self._now)
+        of_class = losses["dino_local_crops_loss"] + losses["dino_global_crops_loss"]
+        return of_class + 2 * losses["ibot_loss"]
+
+    def close(self) -> None:
+        """Nothing holds it."""
+
+
+def _measured(step: Step, device: torch.device, seconds: float) -> dict[str, float]:
+    """First loss, mean seconds of a step, bytes between steps and those that a step adds."""
+    loss = step()  # also allocates what the optimizer keeps
+    begin, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - begin < seconds:
+        step()
+        count += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    took = (time.perf_counter() - begin) / count
+    between = live_bytes() - _gradient_bytes() if device.type == "cpu" else _held_on_gpu()
+    peak = with_peak_bytes(step)[1]
+    return {
+        "loss": loss,
+        "seconds": took,
+        "bytes_between": between,
+        "bytes_above": peak - between,
+    }
+
+
+def _gradient_bytes() -> int:
+    """Bytes of the gradients that a side keeps until its next step."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    gradients = [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    storages = (gradient.untyped_storage() for gradient in gradients)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _held_on_gpu() -> int:
+    gc.collect()
+    return torch.cuda.memory_allocated() - _gradient_bytes()
+
+
+def _require_equal(last: dict[str, dict[str, float]], precision: str) -> None:
+    ours, theirs = last["ours"]["loss"], last["reference"]["loss"]
+    if not abs(ours - theirs) <= CLOSE[precision] * abs(theirs):
+        raise ConfigError(f"the losses differ, {ours:.6g} and {theirs:.6g}: nothing to compare")
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.step_dinov2", description=__doc__
+    )
+    parser.add_argument("--preset", default="dinov2_vits16", help="default dinov2_vits16")
+    parser.add_argument("--batch", type=int, default=8, metavar="B", help="images (default 8)")
+    parser.add_argument("--local-crops", type=int, default=8, metavar="n", help="default 8")
+    parser.add_argument("--prototypes", type=int, default=65536, metavar="K", help="default 65536")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: both")
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="default 3")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, metavar="S", help="of each side in each turn"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=6.0, metavar="M", help="for all turns (default 6)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over all")
+    options = parser.parse_args(arguments)
+    kinds = ("fp32", "bf16") if options.precision is None else (options.precision,)
+    distributed.start(read_process(os.environ))
+    try:
+        results = [
+            measure(
+                config_of(options, precision),
+                turns=options.turns,
+                seconds=options.seconds,
+                limit_s=60 * options.minutes / len(kinds),
+            )
+            for precision in kinds
+        ]
+    except DinoscaleError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
+    distributed.stop()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

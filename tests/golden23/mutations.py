@@ -1,0 +1,187 @@
+"""`python -m tests.golden23.mutations`: the recorded runs of DINOv2 notice single mistakes.
+
+Each mistake replaces some words of a function while the ranks follow a run. One line each: what the
+comparison says first. Exit code 1 if a mistake goes unnoticed, or the unchanged step differs.
+"""
+
+import contextlib
+import importlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from tests.golden23.compare import renamed, require
+from tests.golden23.follow import Follower, Way, joined
+from tests.golden23.recorded import RANKS, recorded_run
+from tests.golden23.test_runs import FLOAT32
+from tests.harness import run_distributed
+
+STAGE = 2
+
+
+class Mistake(NamedTuple):
+    """What goes wrong, where (module, function), the words before and after, in which run."""
+
+    name: str
+    function: tuple[str, str]
+    words: tuple[tuple[str, str], ...]
+    case: str
+    ranks: int
+
+
+_TEACHER = "dinoscale.engine.teacher"
+MISTAKES = (
+    Mistake("none", (_TEACHER, "Teacher.begin"), (), "A", 1),
+    Mistake("none", (_TEACHER, "Teacher.begin"), (), "B", 2),
+    Mistake(
+        "Sinkhorn-Knopp: a sample's sum over the ranks",
+        ("dinoscale.losses.sinkhorn", "sinkhorn_center"),
+        (
+            (
+                "total += z.softmax(-1).sum(0)",
+                "sums = zeros.new_zeros(4096); sums[: len(z)] = z.exp().sum(-1); "
+                "total += (z.exp() / sum_over_ranks(sums)[: len(z), None]).sum(0)",
+            ),
+        ),
+        "B",
+        2,
+    ),
+    Mistake(
+        "Sinkhorn-Knopp: a prototype's sum over one rank",
+        (_TEACHER, "_sinkhorn_center"),
+        (("sum_over_ranks=distributed.all_reduce_sum", "sum_over_ranks=lambda sums: sums"),),
+        "B",
+        2,
+    ),
+    Mistake(
+        "center of the masked patches of all ranks together",
+        (_TEACHER, "Teacher._move_centers"),
+        (
+            ("patches.logits / max(patches.rows, 1)", "patches.logits"),
+            ("mean / ranks.clamp(min=1)", "mean / patch_rows.clamp(min=1)"),
+        ),
+        "A",
+        2,
+    ),
+    Mistake(
+        "patch loss: a mean over the masked crops only",
+        ("dinoscale.engine.micro_batch", "MicroBatchLoss._ibot"),
+        (("loss / (views * images)", "loss / self._patch_weights.sum()"),),
+        "A",
+        1,
+    ),
+    Mistake(
+        "KoLeo after the head",
+        ("dinoscale.models.network", "DinoNetwork.forward"),
+        (
+            (
+                "objective.of_class_tokens(tokens)",
+                "objective.of_class_tokens(self.head.unit_vectors(tokens))",
+            ),
+        ),
+        "B",
+        1,
+    ),
+    Mistake(
+        "mask token after the positions",
+        ("dinoscale.models.vit", "VisionTransformer._embed"),
+        (
+            ("x = self._masked(x, masks)", "x = self._masked(x + positions[:, slots:], masks)"),
+            (
+                "x = x + positions[:, slots:]",
+                "x = x if masks is not None and not layout else x + positions[:, slots:]",
+            ),
+        ),
+        "A",
+        1,
+    ),
+    Mistake(
+        "decay on LayerScale",
+        ("dinoscale.engine.param_groups", "param_groups"),
+        (("len(_shape(parameter)) == 1", '"norm" in name'),),
+        "B",
+        1,
+    ),
+    Mistake(
+        "clipping of all sub-networks together",
+        ("dinoscale.engine.gradients", "GradientRule.measure"),
+        (("self.network_norms()[self._network_of]", "total.sqrt().expand(len(self.names))"),),
+        "B",
+        1,
+    ),
+    Mistake(
+        "frozen prototypes without moments",
+        ("dinoscale.engine.student", "Student.set_hyperparameters"),
+        (("frozen and not self._frozen_by_rate", "frozen"),),
+        "A",
+        1,
+    ),
+)
+
+
+def follow_mistakes(numbers: list[int]) -> list[dict[str, Any]]:
+    """On every rank: follow a run with each of the mistakes."""
+    found = []
+    for mistake in (MISTAKES[number] for number in numbers):
+        with _made(mistake):
+            found.append(Follower(_way(mistake)).follow())
+    return found
+
+
+def _way(mistake: Mistake) -> Way:
+    return Way(mistake.case, mistake.ranks, STAGE)
+
+
+@contextlib.contextmanager
+def _made(mistake: Mistake) -> Iterator[None]:
+    """Exchange the function's code."""
+    module, path = mistake.function
+    owner: Any = importlib.import_module(module)
+    for name in path.split("."):
+        owner = getattr(owner, name)
+    function = inspect.unwrap(owner)
+    source = textwrap.dedent(inspect.getsource(function))
+    for before, after in mistake.words:
+        assert source.count(before) == 1, (mistake.name, before)
+        source = source.replace(before, after)
+    names: dict[str, Any] = {}
+    exec(compile(source, mistake.name, "exec"), function.__globals__, names)
+    correct = function.__code__
+    function.__code__ = inspect.unwrap(names[function.__name__]).__code__
+    yield
+    function.__code__ = correct
+
+
+def _first_difference(mistake: Mistake, of_ranks: list[dict[str, Any]]) -> str:
+    """What the comparison says; empty if it finds nothing."""
+    run = recorded_run(mistake.case, mistake.ranks)
+    record = joined(of_ranks, _way(mistake))
+    try:
+        require(record, renamed(run.record()), FLOAT32, label=run.name)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def main() -> int:
+    """Make all mistakes; the exit code."""
+    wrong = False
+    for ranks in RANKS:
+        numbers = [i for i, mistake in enumerate(MISTAKES) if mistake.ranks == ranks]
+        per_rank = run_distributed(
+            "tests.golden23.mutations:follow_mistakes",
+            world_size=ranks,
+            timeout_s=1800,
+            numbers=numbers,
+        )
+        for index, mistake in enumerate(MISTAKES[number] for number in numbers):
+            said = _first_difference(mistake, [rank[index] for rank in per_rank])
+            wrong |= bool(said) == (not mistake.words)
+            print(f"{mistake.name}: {said or 'no difference'}", flush=True)
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
