@@ -259,6 +259,8 @@ def split_batch(config: RunConfig, *, world_size: int) -> BatchSplit:
             f"(ibot.mask_group); nearest that are: {nearest}, or set "
             f"ibot.mask_group={math.gcd(micro, config.mask_group)}"
         )
+    if micro < _least_micro_batch(config):
+        raise ConfigError(_LONELY.format(share="train.micro_batch_size: 1 image"))
     return BatchSplit(share, micro, share // micro)
 
 
@@ -266,10 +268,26 @@ def micro_batch_sizes(config: RunConfig, *, world_size: int) -> list[int]:
     """The micro-batches into which a rank's share of a step can be split equally, ascending.
 
     Raises:
-        ConfigError: the batch cannot be shared equally by the ranks, in whole groups of masks.
+        ConfigError: the batch cannot be shared equally by the ranks, in whole groups of masks, or
+            a rank has one image and KoLeo wants neighbours.
     """
-    group = config.mask_group
-    return [group * size for size in _divisors(_share(config, world_size) // group)]
+    group, least = config.mask_group, _least_micro_batch(config)
+    share = _share(config, world_size)
+    if share < least:
+        raise ConfigError(
+            _LONELY.format(share=f"train.batch_size: 1 image of each of {world_size} ranks")
+        )
+    return [group * size for size in _divisors(share // group) if group * size >= least]
+
+
+_LONELY = (
+    "{share} in a pass has no neighbour, which KoLeo looks for; need at least 2, or "
+    "koleo.loss_weight=0"
+)
+
+
+def _least_micro_batch(config: RunConfig) -> int:
+    return 2 if config.koleo.loss_weight else 1
 
 
 def with_micro_batch(config: RunConfig, size: int) -> RunConfig:
@@ -279,10 +297,13 @@ def with_micro_batch(config: RunConfig, size: int) -> RunConfig:
 
 
 def without_auto(config: RunConfig) -> RunConfig:
-    """The same run with the least micro-batch for `auto`, where the micro-batch does not matter."""
+    """The same run with some micro-batch for `auto`, where the micro-batch does not matter."""
     if config.train.micro_batch_size != "auto":
         return config
-    return with_micro_batch(config, config.mask_group)
+    # KoLeo needs two images; a whole step stands for the share of a rank.
+    return with_micro_batch(
+        config, config.train.batch_size if config.koleo.loss_weight else config.mask_group
+    )
 
 
 def _share(config: RunConfig, world_size: int) -> int:

@@ -152,10 +152,12 @@ class StepMetrics:
         return self._outcome[4]
 
     @property
-    def parts(self) -> list[tuple[float, float]]:
-        """Loss and teacher entropy of each of this rank's micro-batches."""
+    def parts(self) -> list[dict[str, float]]:
+        """Of each of this rank's micro-batches: loss, teacher entropy and terms, by name."""
         flat = self._numbers[self._width + 3 + self._ranks + self._outcomes :]
-        return list(zip(flat[:: self._width], flat[1 :: self._width], strict=True))
+        rows = (flat[i : i + self._width] for i in range(0, len(flat), self._width))
+        names = ("loss", "teacher_entropy", *self._names)
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def train_step(

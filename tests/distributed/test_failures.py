@@ -73,7 +73,8 @@ def _poison(
         if hook is not None:
             hook.remove()
         moved = _different(before, _state(student, teacher))
-        parts = bool(torch.tensor(result.parts).isfinite().all())
+        numbers = [value for part in result.parts for value in part.values()]
+        parts = bool(torch.tensor(numbers).isfinite().all())
         results[poison] = {"skipped": result.skipped, "moved": moved, "finite": parts}
     take_step(student, teacher, config, plan, 3)
     results["different_later"] = _different(_state(*spared), _state(student, teacher))

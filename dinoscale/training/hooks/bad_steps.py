@@ -18,21 +18,19 @@ def dump_bad_step(
 ) -> Path:
     """Write `run_dir`/bad_steps/step_XXXXXXXX.json; collective.
 
-    Per rank and micro-batch: sample ids, their paths, loss and teacher entropy in nats, as text
-    where they are not finite ("nan", "inf"), which JSON cannot represent.
+    Per rank and micro-batch: sample ids, their paths, and the numbers of `StepMetrics.parts`, as
+    text where they are not finite ("nan", "inf"), which JSON cannot represent.
 
     Returns:
         The file. It is missing if rank 0 could not write it, which does not end the run.
     """
     own = [
         {
-            "loss": _number(loss),
-            "teacher_entropy": _number(teacher_entropy),
-            "kl": _number(loss - teacher_entropy),
+            **{name: _number(value) for name, value in numbers.items()},
             "sample_ids": batch.sample_ids.tolist(),
             "paths": [source.path(int(sample)) for sample in batch.sample_ids],
         }
-        for (loss, teacher_entropy), batch in zip(result.parts, batches, strict=True)
+        for numbers, batch in zip(result.parts, batches, strict=True)
     ]
     of_ranks = distributed.gather_objects(own)
     path = run_dir / "bad_steps" / f"step_{step:08d}.json"

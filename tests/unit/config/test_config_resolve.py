@@ -353,3 +353,19 @@ def test_hpz_groups_are_whole_and_within_nodes() -> None:
     require_groups_within_nodes(config, ranks_of_node=8)
     with pytest.raises(ConfigError, match=r"4 does not divide the 6 ranks of a node"):
         require_groups_within_nodes(config, ranks_of_node=6)
+
+
+def test_koleo_needs_neighbours_in_every_pass() -> None:
+    def run(batch_size: int, micro_batch_size: int | str) -> RunConfig:
+        train = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+        return parse_config({"train": train, "koleo": {"loss_weight": 0.1}})
+
+    for config, text in (
+        (run(8, 1), "train.micro_batch_size: 1 image in a pass has no neighbour"),
+        (run(2, 4), "train.batch_size: 1 image of each of 2 ranks in a pass has no neighbour"),
+    ):
+        with pytest.raises(ConfigError, match=text) as caught:
+            split_batch(config, world_size=2)
+        assert caught.value.exit_code == 2
+    assert micro_batch_sizes(run(12, "auto"), world_size=2) == [2, 3, 6]
+    assert split_batch(without_auto(run(6, "auto")), world_size=2).micro_batch_size == 3
