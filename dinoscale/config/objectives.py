@@ -93,3 +93,8 @@ class KoleoConfig(Section):
     loss_weight: PositiveOrZero = Field(
         default=0.0, description="Weight of the sum over both global views; 0.1 in DINOv2."
     )
+    scope: Literal["rank", "all"] = Field(
+        default="rank",
+        description="Whose images of a pass are neighbours: of the same rank, as in DINOv2's code, "
+        "so that results depend on the ranks, or of all ranks.",
+    )

@@ -215,6 +215,7 @@ def loss_weights_of(config: RunConfig) -> LossWeights:
         dino=config.dino.loss_weight,
         ibot=config.ibot.loss_weight,
         koleo=config.koleo.loss_weight,
+        koleo_over_ranks=config.koleo.scope == "all",
     )
 
 

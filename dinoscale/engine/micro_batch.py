@@ -16,6 +16,7 @@ from dinoscale.data.augmentation.masks import Masks
 from dinoscale.losses.dino import dino_loss_of_prototypes
 from dinoscale.losses.ibot import PatchTargets, patch_loss_of_prototypes
 from dinoscale.losses.koleo import koleo_loss
+from dinoscale.runtime import distributed
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class LossWeights:
     dino: float = 1.0
     ibot: float = 0.0
     koleo: float = 0.0
+    koleo_over_ranks: bool = False  # look for neighbours among the images of all ranks
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -116,7 +118,11 @@ class MicroBatchLoss:
             return None
         views, images = self._targets.class_probs.shape[:2]
         of_views = tokens[: views * images].unflatten(0, (views, images))
-        loss, distance = koleo_loss(of_views)
+        if self._weights.koleo_over_ranks:
+            first = distributed.rank() * images
+            loss, distance = koleo_loss(of_views, gather=_over_ranks, first=first)
+        else:
+            loss, distance = koleo_loss(of_views)
         self.terms |= {"koleo_loss": loss.detach(), "koleo_distance": distance}
         return self._weights.koleo * loss
 
@@ -147,3 +153,8 @@ class MicroBatchLoss:
         self.terms |= {"ibot_loss": loss.detach(), "patch_entropy": entropy / max(len(x), 1)}
         self.patch_target_sum = target_sum
         return loss
+
+
+def _over_ranks(of_views: Tensor) -> Tensor:
+    """Class tokens (V, B, D) of this rank -> (V, W * B, D) of all."""
+    return distributed.gather_with_gradient(of_views.transpose(0, 1)).transpose(0, 1)

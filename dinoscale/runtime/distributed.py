@@ -454,6 +454,30 @@ class _Sum(torch.autograd.Function):
         return all_reduce_sum(gradient.clone())
 
 
+def gather_with_gradient(part: Tensor) -> Tensor:
+    """Every rank's part (n, ...), one after the other, (W * n, ...), for autograd.
+
+    dL/dpart is the sum over ranks of their gradients, as the sum of all ranks' losses has it.
+    """
+    if world_size() == 1:
+        return part
+    whole: Tensor = _Gather.apply(part)  # type: ignore[no-untyped-call]  # torch has no types here
+    return whole
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(_context: Any, part: Tensor) -> Tensor:
+        whole = part.new_empty(world_size() * len(part), *part.shape[1:])
+        all_gather_flat(whole.view(-1), part.contiguous().view(-1))
+        return whole
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        summed = all_reduce_sum(gradient.clone())
+        return summed.chunk(world_size())[rank()]
+
+
 def together(check: Callable[[], T]) -> T:
     """Run `check` on every rank; if it fails on any, every rank raises, so that none waits.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinoscale.losses.centering import teacher_probs, updated_center
@@ -196,6 +197,37 @@ def test_koleo(golden23_tensors: Tensors) -> None:
         (gradient,) = torch.autograd.grad(loss, rows)
         assert_close(loss.detach(), tensors[f"{case}.loss"][0])
         assert_close(gradient, tensors[f"{case}.grad"])
+
+
+def test_koleo_looks_for_neighbours_on_all_ranks(
+    golden23_tensors: Tensors, golden23_json: Numbers
+) -> None:
+    tensors, found = golden23_tensors("koleo_ranks"), 0
+    for number, case in enumerate(golden23_json("koleo_ranks")["cases"]):
+        if case["topk"] > 1 or case["loss_group_size"]:
+            continue  # options of DINOv3
+        found += 1
+        ranks = range(case["ranks"])
+        rows = [tensors[f"koleo{number}.x.rank{rank}"].requires_grad_() for rank in ranks]
+        losses = [
+            koleo_loss(
+                rows[rank][None],
+                gather=partial(_with_others, rows=rows, rank=rank),
+                first=rank * case["rows"],
+            )[0]
+            for rank in ranks
+        ]
+        torch.stack(losses).sum().backward()
+        for rank in ranks:
+            assert_close(losses[rank].detach(), tensors[f"koleo{number}.loss.rank{rank}"].squeeze())
+            assert_close(rows[rank].grad, tensors[f"koleo{number}.grad.rank{rank}"])
+    assert found
+
+
+def _with_others(own: Tensor, *, rows: list[Tensor], rank: int) -> Tensor:
+    """Unit vectors of all ranks, this one's as they are, (1, N, D)."""
+    units = [F.normalize(x, dim=-1, eps=1e-8)[None] for x in rows]
+    return torch.cat([*units[:rank], own, *units[rank + 1 :]], dim=1)
 
 
 def test_koleo_is_summed_over_views(golden23_tensors: Tensors) -> None:
