@@ -40,7 +40,9 @@ def test_ranks_together_are_one_process() -> None:
     loss, _ = koleo_loss(whole)
     loss.backward()  # type: ignore[no-untyped-call]
     losses, gradients = zip(
-        *run_distributed("tests.distributed.test_koleo:loss_of_share", world_size=RANKS),
+        *run_distributed(
+            "tests.distributed.test_koleo:loss_of_share", world_size=RANKS, timeout_s=90
+        ),
         strict=True,
     )
     assert sum(losses) / RANKS == pytest.approx(loss.item(), rel=1e-12)
