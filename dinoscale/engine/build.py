@@ -61,6 +61,7 @@ def _configure_student(student: DinoNetwork, config: RunConfig) -> None:
     student.backbone.recompute = config.engine.recompute
     if config.model.drop_path_mode == "subset":
         student.backbone.subset_rate = config.model.drop_path_rate
+        student.backbone.subset_uniform = config.model.drop_path_uniform
 
 
 def _build_network(config: RunConfig) -> DinoNetwork:

@@ -13,7 +13,9 @@ from torch import Tensor
 from dinoscale.models.block import Layout, Subset
 
 
-def stochastic_depth_keep(uniforms: Tensor, drop_path_rate: float) -> Tensor:
+def stochastic_depth_keep(
+    uniforms: Tensor, drop_path_rate: float, *, uniform: bool = False
+) -> Tensor:
     """Turn uniform numbers into multipliers of stochastic depth, per block, branch and image.
 
     Block i of `depth` drops a branch with probability r_i = rate * i / (depth - 1) and multiplies
@@ -22,6 +24,7 @@ def stochastic_depth_keep(uniforms: Tensor, drop_path_rate: float) -> Tensor:
     Args:
         uniforms: (depth, 2, N), float32 in [0, 1); branch 0 is attention, 1 the MLP.
         drop_path_rate: rate of the last block, 0 <= rate < 1; the first block never drops.
+        uniform: r_i is the rate in all blocks, as in DINOv2.
 
     Returns:
         (depth, 2, N), dtype of `uniforms`: 0 or 1 / (1 - r_i).
@@ -32,7 +35,11 @@ def stochastic_depth_keep(uniforms: Tensor, drop_path_rate: float) -> Tensor:
     if not 0 <= drop_path_rate < 1:
         raise ValueError(f"need 0 <= drop_path_rate < 1, got {drop_path_rate}")
     rates = torch.linspace(
-        0, drop_path_rate, uniforms.shape[0], dtype=uniforms.dtype, device=uniforms.device
+        drop_path_rate if uniform else 0,
+        drop_path_rate,
+        uniforms.shape[0],
+        dtype=uniforms.dtype,
+        device=uniforms.device,
     )[:, None, None]
     return (uniforms >= rates).to(uniforms.dtype) / (1 - rates)
 
@@ -48,7 +55,7 @@ def per_token(keep: Tensor, layout: Layout) -> Tensor:
 
 
 def kept_subsets(
-    uniforms: Tensor, layout: Layout, *, drop_path_rate: float
+    uniforms: Tensor, layout: Layout, *, drop_path_rate: float, uniform: bool = False
 ) -> list[tuple[Subset, Subset] | None]:
     """Choose the images for which each branch is computed, from the same uniform numbers.
 
@@ -56,12 +63,14 @@ def kept_subsets(
     resolution, those with the largest numbers, and multiplies them by N over their count. Differs:
     the number of dropped images is fixed, and which are dropped depends on the other images of the
     micro-batch, so results change with its size and the number of ranks; the mean is as above.
-    Source: code of Oquab et al. 2023 (arXiv:2304.07193), whose rate is the same in all blocks.
+    Source: code of Oquab et al. 2023 (arXiv:2304.07193), whose rate is the same in all blocks and
+    which keeps max(1, floor(N (1 - r))), one fewer where N r is no whole number.
 
     Args:
         uniforms: (depth, 2, N of all resolutions), in [0, 1), images in the order of `layout`.
         layout: of the packed tokens.
         drop_path_rate: rate of the last block, 0 <= rate < 1.
+        uniform: keep as DINOv2 does, at the same rate in all blocks.
 
     Returns:
         For each block the subsets of attention and MLP; None where nothing is dropped.
@@ -75,8 +84,11 @@ def kept_subsets(
         first += n * length
     subsets: list[tuple[Subset, Subset] | None] = []
     for block in range(len(uniforms)):
-        rate = drop_path_rate * block / max(len(uniforms) - 1, 1)
-        counts = [max(1, n - math.floor(n * rate)) for n, _ in layout]
+        if uniform:
+            counts = [max(1, math.floor(n * (1 - drop_path_rate))) for n, _ in layout]
+        else:
+            rate = drop_path_rate * block / max(len(uniforms) - 1, 1)
+            counts = [max(1, n - math.floor(n * rate)) for n, _ in layout]
         kept = tuple((count, length) for count, (_, length) in zip(counts, layout, strict=True))
         if kept == layout:
             subsets.append(None)

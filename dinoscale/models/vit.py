@@ -123,6 +123,7 @@ class VisionTransformer(nn.Module):
         recompute: which activations of such a block are recomputed.
         subset_rate: rate of stochastic depth at which dropped branches are not computed; 0 computes
             all branches and multiplies them by `keep`.
+        subset_uniform: whether it is the rate of all blocks, or rises linearly to the last.
         compiled_for: layouts whose forward runs compiled blocks; others run eagerly, so that
             evaluation at many sizes compiles nothing.
     """
@@ -141,6 +142,7 @@ class VisionTransformer(nn.Module):
         self.checkpoint_every = 0
         self.recompute: Recompute = "block"
         self.subset_rate = 0.0
+        self.subset_uniform = False
         self.compiled_for: frozenset[Layout] = frozenset()
         self.cls_token = source.cls_token
         self.reg_token = source.reg_token
@@ -312,7 +314,9 @@ class VisionTransformer(nn.Module):
         if keep.shape != wanted:
             raise ValueError(f"keep: need shape {[*wanted]}, got {[*keep.shape]}")
         if self.subset_rate:
-            return kept_subsets(keep, layout, drop_path_rate=self.subset_rate)
+            return kept_subsets(
+                keep, layout, drop_path_rate=self.subset_rate, uniform=self.subset_uniform
+            )
         return per_token(keep, layout).unbind()
 
     def _checkpoints(self, index: int) -> bool:

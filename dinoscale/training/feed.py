@@ -231,4 +231,6 @@ def keep_of(uniforms: Tensor, model: ModelConfig) -> Tensor:
     """
     if model.drop_path_mode == "subset":
         return uniforms
-    return stochastic_depth_keep(uniforms, drop_path_rate=model.drop_path_rate)
+    return stochastic_depth_keep(
+        uniforms, drop_path_rate=model.drop_path_rate, uniform=model.drop_path_uniform
+    )

@@ -61,6 +61,28 @@ def test_kept_images_have_the_count_of_the_rule_and_the_largest_numbers() -> Non
                 assert (subset.weights[of_group] == n / count).all()
 
 
+def _weights(counts: tuple[int, int]) -> set[float]:
+    return {float(torch.tensor(n / count)) for (n, _), count in zip(LAYOUT, counts, strict=True)}
+
+
+@pytest.mark.parametrize(("rate", "counts"), [(0.3, (4, 5)), (0.5, (3, 4)), (0.99, (1, 1))])
+def test_a_uniform_rate_keeps_as_many_images_in_all_blocks(
+    rate: float, counts: tuple[int, int]
+) -> None:
+    uniforms = _uniforms()
+    for subsets in kept_subsets(uniforms, LAYOUT, drop_path_rate=rate, uniform=True):
+        assert subsets is not None
+        for subset in subsets:
+            assert subset.layout == ((counts[0], 5), (counts[1], 2))
+            assert set(subset.weights.flatten().tolist()) == _weights(counts)
+    model, seen = _vit(), list[int]()
+    model.subset_rate, model.subset_uniform = rate, True
+    for block in model.blocks:
+        block.get_submodule("mlp").register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    model(_crops(), uniforms)
+    assert seen == [17 * counts[0] + 5 * counts[1]] * DEPTH
+
+
 def test_one_image_is_always_kept() -> None:
     (_, *blocks) = kept_subsets(_uniforms(images=2), ((1, 3), (1, 2)), drop_path_rate=0.99)
     assert blocks == [None] * (DEPTH - 1)
