@@ -352,6 +352,11 @@ def _num_backbone_parameters(config: RunConfig) -> int | None:
         embed_dim=model.embed_dim or named.embed_dim,
         depth=model.depth or named.depth,
         in_chans=config.data.channels,
+        layer_scale=named.layer_scale or model.layer_scale is not None,
+        ffn=model.ffn or named.ffn,
+        registers=named.registers if model.registers is None else model.registers,
+        class_position=not named.registers or model.registers is not None,
+        mask_token=config.ibot.loss_weight > 0,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dinoscale.convert.weights import Weights
 from dinoscale.errors import ConversionError
-from dinoscale.models.vit import resize_pos_embed
+from dinoscale.models.vit import position_rule, resize_pos_embed
 
 
 def patch_size_of(weights: Weights) -> int:
@@ -46,5 +46,6 @@ def at_size(weights: Weights, *, img_size: int) -> Weights:
         image_size=(img_size, img_size),
         patch_size=patch_size,
         num_prefix=positions.shape[1] - (shape.img_size // patch_size) ** 2,
+        rule=position_rule(None, registers="reg_token" in weights.backbone),
     )
     return replace(weights, card=card, backbone={**weights.backbone, "pos_embed": resized})

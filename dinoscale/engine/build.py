@@ -80,6 +80,10 @@ def _local_network(config: RunConfig) -> DinoNetwork:
         depth=model.depth,
         num_heads=model.num_heads,
         in_chans=config.data.channels,
+        layer_scale=model.layer_scale,
+        ffn=model.ffn,
+        registers=model.registers,
+        position_resize=model.position_resize,
         mask_token=config.ibot.loss_weight > 0,
     )
     head = DinoHead(backbone.embed_dim, **config.head.model_dump())

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinoscale.models.zoo import timm_vit, torchvision_resnet50
+from dinoscale.models.vit import PositionResize, position_rule
+from dinoscale.models.zoo import FeedForward, timm_vit, torchvision_resnet50
 
 
 def build_plain(
@@ -23,6 +24,11 @@ def build_plain(
     img_size: int,
     in_chans: int = 3,
     norm_eps: float | None = None,
+    layer_scale: float | None = None,
+    ffn: FeedForward | None = None,
+    registers: int | None = None,
+    position_resize: PositionResize | None = None,
+    mask_token: bool = False,
     **sizes: int | None,
 ) -> nn.Module:
     """Build a backbone that maps images (N, C, H, W) to cls (N, D) and patches (N, P, D).
@@ -32,6 +38,11 @@ def build_plain(
         img_size: side in pixels of the images the position embedding is made for.
         in_chans: C.
         norm_eps: epsilon of the layer norms; None for the model's own.
+        layer_scale: initial factor of each residual branch.
+        ffn: kind of MLP.
+        registers: register tokens.
+        position_resize: rule of `vit.resize_pos_embed`.
+        mask_token: hold the mask token, which the forward does not use.
         **sizes: patch_size, embed_dim, depth, num_heads; None for the model's own.
 
     Raises:
@@ -39,9 +50,17 @@ def build_plain(
     """
     if name == "resnet50":
         return PlainResNet50(torchvision_resnet50(in_chans=in_chans))
-    changed = {key: value for key, value in sizes.items() if value is not None}
-    source = timm_vit(name, img_size=img_size, in_chans=in_chans, norm_eps=norm_eps, **changed)
-    return PlainViT(source)
+    source = timm_vit(
+        name,
+        img_size=img_size,
+        in_chans=in_chans,
+        norm_eps=norm_eps,
+        layer_scale=layer_scale,
+        ffn=ffn,
+        registers=registers,
+        **sizes,
+    )
+    return PlainViT(source, mask_token=mask_token, position_resize=position_resize)
 
 
 class PatchEmbed(nn.Module):
@@ -60,18 +79,27 @@ class PatchEmbed(nn.Module):
 class PlainViT(nn.Module):
     """A ViT that resizes its position embedding as `vit.resize_pos_embed` does."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(
+        self,
+        source: Any,
+        *,
+        mask_token: bool = False,
+        position_resize: PositionResize | None = None,
+    ) -> None:
         """Adopt the layers of `source`, a timm ViT accepted by `zoo.timm_vit`."""
         super().__init__()
         self.cls_token = source.cls_token
         self.reg_token = source.reg_token
         self.pos_embed = source.pos_embed
+        self.mask_token = nn.Parameter(torch.zeros(1, source.embed_dim)) if mask_token else None
         self.patch_embed = PatchEmbed(source.patch_embed.proj)
         self.norm_pre = source.norm_pre
         self.blocks = source.blocks
         self.norm = source.norm
         self.num_prefix: int = 1 + (0 if self.reg_token is None else self.reg_token.shape[1])
-        self.prefix_slots: int = 0 if source.no_embed_class else self.num_prefix
+        self.prefix_slots: int = self.pos_embed.shape[1] - source.patch_embed.num_patches
+        rule = position_rule(position_resize, registers=self.num_prefix > 1)
+        self.by_size: bool = rule == "by_size"
         self.side: int = math.isqrt(self.pos_embed.shape[1] - self.prefix_slots)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,9 +107,11 @@ class PlainViT(nn.Module):
         projected = self.patch_embed(images)  # (N, D, rows, columns)
         x = projected.flatten(2).transpose(1, 2) + self.positions(projected, images)
         prefix = self.cls_token
+        if self.prefix_slots == 1:
+            prefix = prefix + self.pos_embed[:, :1]
         if self.reg_token is not None:
             prefix = torch.cat((prefix, self.reg_token), dim=1)  # (1, 1+R, D)
-        if self.prefix_slots > 0:
+        if self.prefix_slots > 1:
             prefix = prefix + self.pos_embed[:, : self.prefix_slots]
         x = self.norm_pre(torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1))
         for block in self.blocks:
@@ -93,14 +123,18 @@ class PlainViT(nn.Module):
         """Position embedding (1, P, D) of the patches of images."""
         grid = self.pos_embed[:, self.prefix_slots :].unflatten(1, (self.side, self.side))
         rows, columns = projected.shape[2], projected.shape[3]
-        # Tensors, not numbers: an exported graph then decides again for every image size.
-        device = self.pos_embed.device
-        height = torch.full((), images.shape[2], device=device)
-        width = torch.full((), images.shape[3], device=device)
-        resized = (height != width) | (torch.full((), rows, device=device) != self.side)
-        excess = 0.1 * resized.to(grid.dtype)  # 0 at the stored size: both matrices are identities
-        down = cubic_matrix(rows, self.side, excess)
-        along = cubic_matrix(columns, self.side, excess)
+        if self.by_size:
+            down = antialiased_matrix(rows, self.side, grid)
+            along = antialiased_matrix(columns, self.side, grid)
+        else:
+            # Tensors, not numbers: an exported graph then decides again for every image size.
+            device = self.pos_embed.device
+            height = torch.full((), images.shape[2], device=device)
+            width = torch.full((), images.shape[3], device=device)
+            resized = (height != width) | (torch.full((), rows, device=device) != self.side)
+            excess = 0.1 * resized.to(grid.dtype)  # 0 at the stored size: both are identities
+            down = cubic_matrix(rows, self.side, excess)
+            along = cubic_matrix(columns, self.side, excess)
         return torch.einsum("rs,nstd,ct->nrcd", down, grid, along).flatten(1, 2)
 
 
@@ -129,6 +163,29 @@ def cubic_matrix(count: int, side: int, excess: Tensor) -> Tensor:
         point = torch.clamp(first + tap, 0, side - 1)
         matrix = matrix + weights[:, None] * (point[:, None] == points).to(excess.dtype)
     return matrix
+
+
+def antialiased_matrix(count: int, side: int, like: Tensor) -> Tensor:
+    """Antialiased bicubic resize of G points to `count`: the identity for as many.
+
+    Args:
+        count: points of the result.
+        side: G.
+        like: tensor of the dtype and device of the result.
+
+    Returns:
+        (count, G); rows sum to 1. Beyond the ends there are no points.
+    """
+    a = -0.5  # the coefficient of torch's antialiased bicubic resize
+    steps = torch.arange(count, dtype=like.dtype, device=like.device)
+    points = torch.arange(side, dtype=like.dtype, device=like.device)
+    scale = side / (count + torch.zeros((), dtype=like.dtype, device=like.device))
+    at = (steps + 0.5) * scale - 0.5  # positions of the results among the G
+    d = torch.abs(points - at[:, None]) / torch.clamp(scale, min=1)  # wider to shrink
+    near = ((a + 2) * d - (a + 3)) * d * d + 1  # d <= 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a  # 1 < d <= 2
+    weights = torch.where(d <= 1, near, torch.where(d <= 2, far, torch.zeros_like(d)))
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 class PlainResNet50(nn.Module):

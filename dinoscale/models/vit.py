@@ -12,7 +12,7 @@ al. 2023 (arXiv:2304.07193) and Zhou et al. 2021 (arXiv:2111.07832) for masked p
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from dinoscale.models.activation_checkpointing import Recompute
 from dinoscale.models.block import Block, Keep, Layout
 from dinoscale.models.cpu_bf16 import linear, upcast_linear
 from dinoscale.models.stochastic_depth import kept_subsets, per_token
+
+PositionResize = Literal["by_factor", "by_size"]  # see `resize_pos_embed`
 
 
 class PatchProjection(nn.Conv2d):
@@ -68,21 +70,33 @@ def patchify(images: Tensor, *, patch_size: int) -> Tensor:
     return rearrange(whole, pattern, p=patch_size, q=patch_size)
 
 
+def position_rule(chosen: PositionResize | None, *, registers: bool) -> PositionResize:
+    """The rule of `resize_pos_embed` by which the authors train a model, unless one is chosen."""
+    return chosen or ("by_size" if registers else "by_factor")
+
+
 def resize_pos_embed(
-    pos_embed: Tensor, *, image_size: tuple[int, int], patch_size: int, num_prefix: int = 1
+    pos_embed: Tensor,
+    *,
+    image_size: tuple[int, int],
+    patch_size: int,
+    num_prefix: int = 1,
+    rule: PositionResize = "by_factor",
 ) -> Tensor:
     """Bicubic resize of a square grid of position embeddings to the grid of an image.
 
-    Sampling positions follow the scale factor ((rows + 0.1) / side, (columns + 0.1) / side), not
-    the output size: published weights were trained with the 0.1 (the authors' guard against
-    rounding), and another rule moves features by some percent. No antialiasing. Unchanged for a
-    square image with as many patches as are stored.
+    by_factor: sampling positions follow the scale factor ((rows + 0.1) / side, (columns + 0.1) /
+    side), not the output size: published weights were trained with the 0.1 (the authors' guard
+    against rounding), and another rule moves features by some percent. No antialiasing. by_size:
+    to the output size, antialiased, as DINOv2's models with registers and timm. Both leave a
+    square image with as many patches as are stored unchanged.
 
     Args:
         pos_embed: (1, num_prefix + side**2, D); computed in float32, or float64 if it is.
         image_size: (H, W) in pixels.
         patch_size: p in pixels.
         num_prefix: leading slots that belong to the class token and registers; not resized.
+        rule: by_factor or by_size.
 
     Returns:
         (1, num_prefix + rows*columns, D), dtype of `pos_embed`, differentiable.
@@ -99,12 +113,14 @@ def resize_pos_embed(
     if side**2 != num_stored or rows * columns == 0:
         raise ValueError(f"cannot resize {num_stored} positions to {rows} x {columns}")
     maps = pos_embed[:, num_prefix:].transpose(1, 2).reshape(1, -1, side, side)
-    resized = F.interpolate(
-        maps.to(torch.promote_types(maps.dtype, torch.float32)),
-        scale_factor=((rows + 0.1) / side, (columns + 0.1) / side),
-        mode="bicubic",
-        align_corners=False,
-    )
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    if rule == "by_size":
+        resized = F.interpolate(
+            maps, size=(rows, columns), mode="bicubic", align_corners=False, antialias=True
+        )
+    else:
+        factors = (rows + 0.1) / side, (columns + 0.1) / side
+        resized = F.interpolate(maps, scale_factor=factors, mode="bicubic", align_corners=False)
     if resized.shape[2:] != (rows, columns):
         raise ValueError(f"resize gave {[*resized.shape[2:]]} instead of {rows} x {columns}")
     patches = resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # (1, P, D)
@@ -121,6 +137,7 @@ class VisionTransformer(nn.Module):
         checkpoint_every: recompute every k-th block in the backward pass instead of storing its
             activations; 0 stores all.
         recompute: which activations of such a block are recomputed.
+        position_resize: rule of `resize_pos_embed`.
         subset_rate: rate of stochastic depth at which dropped branches are not computed; 0 computes
             all branches and multiplies them by `keep`.
         subset_uniform: whether it is the rate of all blocks, or rises linearly to the last.
@@ -128,12 +145,20 @@ class VisionTransformer(nn.Module):
             evaluation at many sizes compiles nothing.
     """
 
-    def __init__(self, source: Any, *, mask_token: bool = False) -> None:
+    def __init__(
+        self,
+        source: Any,
+        *,
+        mask_token: bool = False,
+        position_resize: PositionResize | None = None,
+    ) -> None:
         """Adopt the layers of `source`, a timm ViT accepted by `zoo.adopt`.
 
         Args:
-            source: do not use it afterwards.
+            source: do not use it afterwards. Its `pos_embed` may have slots for all special tokens,
+                for the class token alone or for none.
             mask_token: add a trained embedding for masked patches, which starts at zero.
+            position_resize: rule of `resize_pos_embed`; None for `position_rule`'s.
         """
         super().__init__()
         self.embed_dim: int = source.embed_dim
@@ -153,9 +178,12 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(block) for block in source.blocks)
         self.norm = source.norm
         upcast_linear(self.blocks)
-        # Slots of pos_embed before the patches: all special tokens, or none (DINOv2 registers).
-        self._num_prefix = 1 + (0 if self.reg_token is None else self.reg_token.shape[1])
-        self._prefix_slots = 0 if source.no_embed_class else self._num_prefix
+        num_registers = 0 if self.reg_token is None else self.reg_token.shape[1]
+        self.position_resize = position_rule(position_resize, registers=num_registers > 0)
+        self._num_prefix = 1 + num_registers
+        # Slots of pos_embed before the patches: of all special tokens, of the class token alone
+        # (DINOv2's registers have none), or of none (in timm, where the token includes it).
+        self._prefix_slots: int = self.pos_embed.shape[1] - source.patch_embed.num_patches
 
     def forward(
         self,
@@ -247,6 +275,7 @@ class VisionTransformer(nn.Module):
             image_size=(height, width),
             patch_size=self.patch_size,
             num_prefix=self._prefix_slots,
+            rule=self.position_resize,
         )
 
     def layout_of(self, crops: Sequence[tuple[int, int]]) -> Layout:
@@ -262,16 +291,13 @@ class VisionTransformer(nn.Module):
         groups = group_by_resolution(crops)
         patches = [patchify(images, patch_size=self.patch_size) for images in groups]
         projected = self.patch_embed(torch.cat(patches)).split([len(x) for x in patches])
-        prefix = self.cls_token
-        if self.reg_token is not None:
-            prefix = torch.cat((prefix, self.reg_token), dim=1)  # (1, 1+R, D)
         slots = self._prefix_slots
         tokens, layout = [], list[tuple[int, int]]()
         for images, x in zip(groups, projected, strict=True):
             n = len(images)
             height, width = images.shape[2:]
             positions = self.positions(height=height, width=width)
-            special = prefix + positions[:, :slots] if slots else prefix
+            special = self._special_tokens(positions[:, :slots])
             x = torch.unflatten(x, 0, (n, -1))  # (N, P, D)
             if masks is not None and not layout:
                 x = self._masked(x, masks)
@@ -280,6 +306,15 @@ class VisionTransformer(nn.Module):
             layout.append((n, x.shape[1]))
             tokens.append(x.flatten(0, 1))
         return self.norm_pre(torch.cat(tokens)), tuple(layout)
+
+    def _special_tokens(self, positions: Tensor) -> Tensor:
+        """Class token and registers (1, 1+R, D), with the positions (1, slots, D) they have."""
+        tokens = self.cls_token
+        if self._prefix_slots == 1:
+            tokens = tokens + positions
+        if self.reg_token is not None:
+            tokens = torch.cat((tokens, self.reg_token), dim=1)
+        return tokens + positions if self._prefix_slots > 1 else tokens  # type: ignore[no-any-return]  # of timm, untyped
 
     def _masked(self, patches: Tensor, masks: Tensor) -> Tensor:
         """Patch embeddings (N, P, D) with the mask token at the masked patches."""

@@ -5,16 +5,20 @@ The only module that imports timm, and only when a backbone is built.
 
 import difflib
 import re
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from dinoscale.errors import ConfigError
 from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.resnet import ResNet50
-from dinoscale.models.vit import VisionTransformer
+from dinoscale.models.vit import PositionResize, VisionTransformer
+
+FeedForward = Literal["mlp", "swiglu"]
 
 _FAMILIES = ("vision_transformer", "deit")  # timm modules that define plain ViTs
+_SWIGLU = re.compile(r"vit_giant_patch14_(?:reg4_)?dinov2(?:\..*)?")
 # Sizes of the paper that timm has only with patches of 16 pixels.
 _OTHER_PATCH_SIZE = re.compile(r"(vit_(?:tiny|small|base|large))_patch(\d+)_224")
 
@@ -29,12 +33,15 @@ def build_backbone(
     num_heads: int | None = None,
     in_chans: int = 3,
     norm_eps: float | None = None,
+    layer_scale: float | None = None,
+    ffn: FeedForward | None = None,
+    registers: int | None = None,
+    position_resize: PositionResize | None = None,
     mask_token: bool = False,
 ) -> VisionTransformer | ResNet50:
     """Build a backbone with fresh weights.
 
-    ViT weights start as in the authors' code: position embedding, class token, registers and
-    linear layers normal with std 0.02, biases 0, patch projection as `nn.Conv2d`.
+    ViT weights start as in the authors' code: `init_weights`.
 
     Args:
         name: a timm ViT, `vit_{tiny,small,base,large}_patch{8,16}_224`, or `resnet50`.
@@ -45,7 +52,16 @@ def build_backbone(
         num_heads: attention heads; None for the model's own.
         in_chans: channels of an image.
         norm_eps: epsilon of the layer norms; None for the model's own, 1e-6 in most.
-        mask_token: whether patches can be masked; only ViTs have one.
+        layer_scale: initial factor of each residual branch; None for the model's own, which in
+            most has no such factors.
+        ffn: MLP of four times the width, or SwiGLU of `swiglu_width`; None for the model's own.
+        registers: R register tokens without positions; the class token has one, as in the authors'
+            code. None for the model's own: those of timm's `reg4` models include the class token's
+            position in the token, so `cls_token` there is our `cls_token + pos_embed[:, :1]`, and
+            `pos_embed` our `pos_embed[:, 1:]`.
+        position_resize: rule of `vit.resize_pos_embed`; None for by_size with registers and
+            by_factor without.
+        mask_token: whether patches can be masked.
 
     Raises:
         ConfigError: the name is unknown, our forward cannot reproduce the model, or the sizes do
@@ -57,22 +73,50 @@ def build_backbone(
         "depth": depth,
         "num_heads": num_heads,
     }
-    changed = {key: value for key, value in sizes.items() if value is not None}
     ensure_torchvision()
     if name == "resnet50":
-        if changed:
-            raise ConfigError(f"model.{next(iter(changed))}: resnet50 has no such size")
+        only_vits: dict[str, object] = {
+            **sizes,
+            "layer_scale": layer_scale,
+            "ffn": ffn,
+            "registers": registers,
+            "position_resize": position_resize,
+            "mask_token": mask_token or None,
+        }
+        given = [key for key, value in only_vits.items() if value is not None]
+        if given:
+            raise ConfigError(f"model.{given[0]}: resnet50 has none")
         return ResNet50(torchvision_resnet50(in_chans=in_chans))
-    source = timm_vit(name, img_size=img_size, in_chans=in_chans, norm_eps=norm_eps, **changed)
-    model = VisionTransformer(source, mask_token=mask_token)
+    source = timm_vit(
+        name,
+        img_size=img_size,
+        in_chans=in_chans,
+        norm_eps=norm_eps,
+        layer_scale=layer_scale,
+        ffn=ffn,
+        registers=registers,
+        **sizes,
+    )
+    model = VisionTransformer(source, mask_token=mask_token, position_resize=position_resize)
     init_weights(model)
     return model
 
 
 def timm_vit(
-    name: str, *, img_size: int, in_chans: int, norm_eps: float | None = None, **changed: int
+    name: str,
+    *,
+    img_size: int,
+    in_chans: int,
+    norm_eps: float | None = None,
+    layer_scale: float | None = None,
+    ffn: FeedForward | None = None,
+    registers: int | None = None,
+    **sizes: int | None,
 ) -> Any:
     """Build timm's own model for a name that `build_backbone` takes; arguments as there.
+
+    With `registers`, its position embedding has a slot for the class token, which timm's forward
+    does not expect.
 
     Raises:
         ConfigError: the name is unknown, our forward cannot reproduce the model, or the sizes do
@@ -81,6 +125,7 @@ def timm_vit(
     ensure_torchvision()
     import timm
 
+    changed = {key: value for key, value in sizes.items() if value is not None}
     timm_name, changed = timm_arguments(name, **changed)
     family = timm.model_entrypoint(timm_name.split(".")[0]).__module__.split(".")[-1]
     if family not in _FAMILIES:
@@ -88,6 +133,8 @@ def timm_vit(
             f"model.backbone: cannot train {name!r}: it is of timm's family {family!r}, "
             f"not a plain ViT ({', '.join(_FAMILIES)})"
         )
+    if ffn is None and _SWIGLU.fullmatch(timm_name):
+        ffn = "swiglu"  # of the right width for any embed_dim
     try:
         source = timm.create_model(
             timm_name,
@@ -98,6 +145,7 @@ def timm_vit(
             in_chans=in_chans,
             weight_init="skip",  # init_weights follows
             **changed,
+            **_layer_arguments(layer_scale=layer_scale, ffn=ffn, registers=registers),
         )
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -110,11 +158,54 @@ def timm_vit(
         raise ConfigError(
             f"crops.global_size: {img_size} is not a multiple of the patch size {patch_size}"
         )
+    if registers:
+        _give_class_position(source)
     if norm_eps is not None:
         for module in source.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = norm_eps
     return source
+
+
+def _layer_arguments(
+    *, layer_scale: float | None, ffn: FeedForward | None, registers: int | None
+) -> dict[str, Any]:
+    """Arguments of timm for DINOv2's layers; none for what is the named model's own."""
+    from timm.layers import Mlp
+
+    arguments: dict[str, Any] = {}
+    if layer_scale is not None:
+        arguments["init_values"] = layer_scale
+    if ffn == "mlp":
+        arguments |= {"mlp_layer": Mlp, "act_layer": nn.GELU, "mlp_ratio": 4.0}
+    if ffn == "swiglu":
+        arguments["mlp_layer"] = _swiglu
+    if registers is not None:
+        arguments |= {"reg_tokens": registers, "no_embed_class": registers > 0}
+    return arguments
+
+
+def _swiglu(in_features: int, **options: Any) -> Any:
+    """A SwiGLU of DINOv2's width, whatever hidden width and activation a block asks for."""
+    from timm.layers import SwiGLUPacked
+
+    width = 2 * swiglu_width(in_features)  # of both factors together
+    return SwiGLUPacked(in_features, **{**options, "hidden_features": width, "act_layer": nn.SiLU})
+
+
+def swiglu_width(embed_dim: int) -> int:
+    """Hidden width of a SwiGLU: two thirds of an MLP's 4 D, rounded up to a multiple of 8.
+
+    Its three matrices then have about as many weights as the MLP's two. Source: code of Oquab et
+    al. 2023 (arXiv:2304.07193).
+    """
+    return (int(4 * embed_dim * 2 / 3) + 7) // 8 * 8
+
+
+def _give_class_position(source: Any) -> None:
+    """Add a slot for the class token to a position embedding of patches alone."""
+    _, num_patches, width = source.pos_embed.shape
+    source.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, width))  # init_weights follows
 
 
 def timm_arguments(name: str, **changed: int) -> tuple[str, dict[str, int]]:
@@ -203,13 +294,17 @@ def _why_not(source: Any) -> str | None:
 def init_weights(model: VisionTransformer) -> None:
     """Draw initial weights as the authors' code does; layer norms and scales keep their own.
 
-    Linear layers, tokens and positions are normal with std 0.02 and biases zero; timm would start
-    the class token at std 1e-6. The authors truncate at -2 and 2, a hundred standard deviations
-    away. The patch projection has the default of `nn.Conv2d`.
+    Linear layers, tokens and positions are normal with std 0.02 and biases zero. The authors
+    truncate at -2 and 2, a hundred standard deviations away. The patch projection has the default
+    of `nn.Conv2d`. A model with layer scale starts as DINOv2's: class token and registers with std
+    1e-6.
     """
-    for token in (model.pos_embed, model.cls_token, model.reg_token):
+    has_layer_scale = not isinstance(model.blocks[0].get_submodule("ls1"), nn.Identity)
+    std_of_tokens = 1e-6 if has_layer_scale else 0.02
+    nn.init.normal_(model.pos_embed, std=0.02)
+    for token in (model.cls_token, model.reg_token):
         if token is not None:
-            nn.init.normal_(token, std=0.02)
+            nn.init.normal_(token, std=std_of_tokens)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)

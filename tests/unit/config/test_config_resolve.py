@@ -191,6 +191,42 @@ def test_parameters_are_those_of_the_network_for_any_channels(backbone: str, cha
     assert count_parameters(config).backbone == built
 
 
+@pytest.mark.parametrize("patch_loss", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"layer_scale": 1e-5},
+        {"ffn": "swiglu", "embed_dim": 64, "num_heads": 4},
+        {"registers": 3, "layer_scale": 1e-5, "ffn": "swiglu"},
+        {"backbone": "vit_base_patch14_dinov2"},
+        {"backbone": "vit_small_patch14_reg4_dinov2"},
+        {"backbone": "vit_small_patch14_reg4_dinov2.lvd142m", "registers": 0, "ffn": "swiglu"},
+        {"backbone": "vit_small_patch14_reg4_dinov2", "registers": 4},
+        {"backbone": "vit_giant_patch14_dinov2"},
+        {"backbone": "vit_giant_patch14_reg4_dinov2", "ffn": "mlp", "depth": 2},
+    ],
+)
+def test_parameters_of_dinov2s_layers_are_those_of_the_network(
+    model: dict[str, object], patch_loss: float
+) -> None:
+    from dinoscale.engine.build import shapes_only
+
+    config = parse_config(
+        {
+            "model": {"backbone": "vit_tiny_patch14_224", **model},
+            "ibot": {"loss_weight": patch_loss},
+            "crops": {"local_size": 98},
+        }
+    )
+    built = sum(parameter.numel() for parameter in shapes_only(config).backbone.parameters())
+    assert count_parameters(config).backbone == built
+
+
+def test_patches_of_14_pixels_do_not_fit_into_crops_of_96() -> None:
+    with pytest.raises(ConfigError, match=r"^crops.local_size: 96 px .* 14 px; nearest: 84 or 98"):
+        parse_config({"model": {"backbone": "vit_small_patch14_dinov2"}})
+
+
 def test_description_is_json_and_complete() -> None:
     config = load_config("vit_s16")
     plan = resolve(config, world_size=16, num_images=IMAGENET)

@@ -131,6 +131,27 @@ def test_pos_embed_resize_differs_from_a_resize_by_size() -> None:
     assert (ours - by_size).norm() > 0.1 * by_size.norm()
 
 
+def test_positions_follow_the_rule_of_the_model() -> None:
+    plain, registers = _vit(), _vit(registers=2)
+    chosen = _vit(position_resize="by_size"), _vit(registers=2, position_resize="by_factor")
+    for model, by_size in zip((plain, registers, *chosen), (False, True, True, False), strict=True):
+        maps = model.pos_embed[:, 1:].transpose(1, 2).reshape(1, 24, 4, 4)
+        expected = F.interpolate(maps, size=(2, 3), mode="bicubic", antialias=True)
+        ours = model.positions(height=16, width=24)
+        assert torch.equal(ours[:, :1], model.pos_embed[:, :1])
+        same = torch.allclose(ours[:, 1:], expected.flatten(2).transpose(1, 2))
+        assert same == by_size
+        assert torch.equal(model.positions(height=32, width=32), model.pos_embed)
+
+
+def test_registers_have_no_positions() -> None:
+    model, (images,) = _vit(registers=2), _crops((2, 16, 24))
+    tokens, layout = model._embed([images])
+    special = tokens.unflatten(0, layout[0])[:, :3]
+    expected = torch.cat((model.cls_token + model.pos_embed[:, :1], model.reg_token), dim=1)
+    assert torch.equal(special, expected.expand(2, -1, -1))
+
+
 def test_pos_embed_stays_only_for_a_square_of_as_many_patches() -> None:
     pos_embed = _grid(4)
     assert resize_pos_embed(pos_embed, image_size=(32, 32), patch_size=8) is pos_embed
@@ -187,6 +208,8 @@ def test_keep_statistics_follow_the_linear_rule() -> None:
             assert branch.max().item() == pytest.approx(1 / (1 - rate))
             assert branch.mean().item() == pytest.approx(1, abs=0.02)
     assert torch.equal(stochastic_depth_keep(uniforms, drop_path_rate=0.0), torch.ones(4, 2, 20000))
+    uniform = stochastic_depth_keep(uniforms, drop_path_rate=0.3, uniform=True)
+    assert torch.equal(uniform, (uniforms >= 0.3) / (1 - torch.tensor(0.3)))
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
@@ -322,8 +345,7 @@ def test_the_mask_token_stands_in_for_the_embedding_before_the_position() -> Non
 
 @pytest.mark.parametrize("registers", [0, 4])
 def test_chosen_patches_are_those_of_features_and_class_tokens_stay(registers: int) -> None:
-    name = "vit_small_patch14_reg4_dinov2" if registers else "vit_tiny_patch16_224"
-    model, crops = _vit(name, mask_token=True), _crops(*MIXED)
+    model, crops = _vit(registers=registers, mask_token=True), _crops(*MIXED)
     rows = torch.tensor([0, 47, 16, 15, 15, 31])
     tokens, patches = model(crops, patch_rows=rows)
     torch.testing.assert_close(tokens, model(crops))

@@ -9,10 +9,10 @@ from torch import nn
 from dinoscale.errors import ConfigError
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
-from dinoscale.models.zoo import adopt, build_backbone
+from dinoscale.models.zoo import adopt, build_backbone, swiglu_width
 
 
-def _build(name: str, **sizes: int) -> VisionTransformer:
+def _build(name: str, **sizes: Any) -> VisionTransformer:
     model = build_backbone(name, **({"img_size": 224} | sizes))
     assert isinstance(model, VisionTransformer)
     return model
@@ -116,6 +116,92 @@ def test_features_equal_those_of_timm(name: str, options: dict[str, Any]) -> Non
     torch.testing.assert_close(rows, torch.ones_like(rows))
 
 
+def test_layers_asked_for_have_timms_names() -> None:
+    layers = {"layer_scale": 1e-3, "ffn": "swiglu", "registers": 2, "mask_token": True}
+    model = _build("vit_tiny_patch16_224", **SMALL, **layers)
+    plain = _build("vit_tiny_patch16_224", **SMALL).state_dict()
+    state = model.state_dict()
+    scales = {f"blocks.{i}.ls{branch}.gamma" for i in range(2) for branch in (1, 2)}
+    assert state.keys() - plain.keys() == {"reg_token", "mask_token", *scales}
+    assert plain.keys() <= state.keys()
+    assert all(state[name].eq(1e-3).all() for name in scales)
+    assert state["blocks.0.mlp.fc1.weight"].shape == (256, 48)
+    assert state["blocks.0.mlp.fc2.weight"].shape == (48, 128)
+    assert (state["reg_token"].shape, state["mask_token"].shape) == ((1, 2, 48), (1, 48))
+    assert state["pos_embed"].shape == plain["pos_embed"].shape == (1, 5, 48)
+
+
+def test_a_named_models_layers_can_be_changed() -> None:
+    layers = {"layer_scale": 0.5, "ffn": "mlp", "registers": 0}
+    model = _build("vit_giant_patch14_reg4_dinov2", **SMALL, **layers)
+    state = model.state_dict()
+    assert model.reg_token is None
+    assert state["pos_embed"].shape == (1, 5, 48)
+    assert state["blocks.0.ls1.gamma"].eq(0.5).all()
+    assert state["blocks.0.mlp.fc1.weight"].shape == (192, 48)
+    assert isinstance(model.blocks[0].get_submodule("mlp.act"), nn.GELU)
+
+
+@pytest.mark.parametrize(
+    ("embed_dim", "hidden"), [(64, 176), (384, 1024), (768, 2048), (1024, 2736), (1536, 4096)]
+)
+def test_swiglu_is_as_wide_as_the_references(embed_dim: int, hidden: int) -> None:
+    assert swiglu_width(embed_dim) == hidden
+    sizes = {**SMALL, "embed_dim": embed_dim, "depth": 1, "num_heads": 4}
+    with torch.device("meta"):
+        model = _build("vit_giant_patch14_dinov2", **sizes)
+    assert model.blocks[0].get_submodule("mlp.fc2").in_features == hidden
+
+
+def test_registers_of_timm_differ_by_the_position_in_the_class_token() -> None:
+    import timm
+
+    ours = _build("vit_small_patch14_dinov2", **SMALL, registers=4).double()
+    for parameter in ours.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    theirs = timm.create_model(
+        "vit_small_patch14_reg4_dinov2", num_classes=0, global_pool="token", **SMALL
+    ).double()
+    state = ours.state_dict()
+    position, patches = state["pos_embed"].split([1, 4], dim=1)
+    state |= {"cls_token": state["cls_token"] + position, "pos_embed": patches}
+    theirs.load_state_dict(state)
+    images = torch.randn(2, 3, 28, 28, dtype=torch.float64)
+    torch.testing.assert_close(ours.features(images), theirs.forward_features(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "special"),
+    [
+        ("vit_small_patch14_dinov2", 1),
+        ("vit_base_patch14_reg4_dinov2", 5),
+        ("vit_large_patch14_dinov2.lvd142m", 1),
+        ("vit_giant_patch14_dinov2", 1),
+    ],
+)
+def test_dinov2s_models_take_crops_of_224_and_98_pixels(name: str, special: int) -> None:
+    sizes = {"embed_dim": 48, "depth": 1, "num_heads": 3}
+    model = _build(name, **sizes)
+    crops = [torch.randn(2, 3, 224, 224), torch.randn(1, 3, 98, 98)]
+    assert model([*crops]).shape == (3, 48)
+    assert model.layout_of([(2, 224), (1, 98)]) == ((2, special + 256), (1, special + 49))
+
+
+def test_a_model_with_layer_scale_starts_as_dinov2s() -> None:
+    torch.manual_seed(0)
+    model = _build("vit_small_patch16_224", depth=1, layer_scale=1e-5, registers=4, mask_token=True)
+    assert model.cls_token.std().item() == pytest.approx(1e-6, rel=0.1)
+    assert model.reg_token.std().item() == pytest.approx(1e-6, rel=0.1)
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.mask_token is not None
+    assert not model.mask_token.any()
+    for name in ("attn.qkv", "mlp.fc1", "mlp.fc2"):
+        layer = model.blocks[0].get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert not layer.bias.any()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -200,8 +286,10 @@ def test_resnet50_pools_each_resolution_by_itself() -> None:
 
 
 def test_resnet50_refuses_what_it_does_not_have() -> None:
-    with pytest.raises(ConfigError, match=r"model\.depth: resnet50 has no such size"):
-        build_backbone("resnet50", img_size=224, depth=3)
+    for key, value in {"depth": 3, "registers": 0, "mask_token": True}.items():
+        options: dict[str, Any] = {key: value}
+        with pytest.raises(ConfigError, match=rf"^model\.{key}: resnet50 has none"):
+            build_backbone("resnet50", img_size=224, **options)
     with torch.device("meta"):
         model = build_backbone("resnet50", img_size=224)
     with pytest.raises(ValueError, match="keep must be None"):
