@@ -5,7 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dinoscale.config.load import parse_config
+from dinoscale.engine.build import build_networks
 from dinoscale.engine.flops import StepFlops, step_flops, vit_backward_flops, vit_forward_flops
+from dinoscale.engine.model_sizes import dims_of, flops_of
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.zoo import build_backbone
@@ -57,6 +60,29 @@ def test_registers_are_tokens_too() -> None:
     flops = _computed(num_local=2, num_special=5)
     counted = _counted(_network("vit_small_patch14_reg4_dinov2"), 2)
     assert (flops.teacher, flops.student_forward, flops.student_backward) == counted
+
+
+def test_dinov2s_layers_are_counted_as_torch_counts_them() -> None:
+    config = parse_config(
+        {
+            "model": {
+                **VIT,
+                "num_heads": 2,
+                "layer_scale": 1e-5,
+                "ffn": "swiglu",
+                "registers": 3,
+            },
+            "head": HEAD,
+            "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+            "eval": {"crop": 32, "resize": 32},
+        }
+    )
+    dims = dims_of(config)
+    flops, (network, _) = flops_of(dims), build_networks(config)
+    counted = _counted(network, 2)
+    assert (flops.teacher, flops.student_forward, flops.student_backward) == counted
+    assert (dims.layer_scale, dims.num_special, dims.mlp_hidden) == (True, 4, 64)
+    assert dims.mlp_kept == 4 * 64  # the two factors of the product, the gate's input, the product
 
 
 def test_vit_s16_at_224_pixels_takes_the_published_number_of_products() -> None:

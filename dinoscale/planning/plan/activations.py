@@ -51,8 +51,9 @@ def activations(dims: Dims, setup: Setup, *, blocks: int) -> float:
 def added_by_backward(dims: Dims, setup: Setup, *, index: int) -> float:
     """Bytes that the backward of block `index` adds: gradients of activations, recomputed ones."""
     s, width, tokens = setup.weight_bytes, dims.embed_dim, setup.micro_batch_size * dims.tokens
-    # Gradients of the block's output, of a branch, and of the hidden layer of the MLP.
-    gradients = s * tokens * (2 * width + dims.mlp_hidden)
+    # Gradients of the block's output and of a branch, and in the MLP of half as many elements as it
+    # keeps: there are more, but what it kept for them is free by then.
+    gradients = s * tokens * (2 * width + dims.mlp_kept // 2)
     if not is_recomputed(setup, index=index):
         return gradients
     recomputed = s * _saved_elements(dims) - saved_by_block(dims, setup, index=index)
