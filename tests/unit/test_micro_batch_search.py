@@ -3,10 +3,13 @@
 import io
 
 import pytest
+import torch
 
 from dinoscale.config import micro_batch_sizes, parse_config
 from dinoscale.errors import ConfigError, UnavailableError
+from dinoscale.training.feed import masks_of
 from dinoscale.training.micro_batch.search import Outcome, _judge, _outcome, largest_that_fits
+from dinoscale.training.micro_batch.trial import _masks
 
 MOST_TRIALS = 9
 
@@ -52,3 +55,14 @@ def test_trial_whose_images_were_out_of_reach_ends_the_run_as_that() -> None:
     outcome = _outcome(None, UnavailableError.exit_code, io.BytesIO(b"cannot read /shared/a.tar"))
     with pytest.raises(UnavailableError, match=r"cannot read /shared/a\.tar"):
         _judge([outcome], 64)
+
+
+def test_a_trial_masks_as_many_patches_as_the_run_at_most() -> None:
+    config = parse_config({"ibot": {"loss_weight": 1.0, "mask_rule": "dinov2"}})
+    tried = _masks(config, 16, torch.device("cpu"))
+    drawn = [masks_of(config, step=step, first_image=0, images=16) for step in range(50)]
+    assert tried is not None
+    counts = [len(masks.rows) for masks in drawn if masks is not None]
+    assert len(counts) == 50
+    assert 0.85 * len(tried.rows) < max(counts) <= len(tried.rows)
+    assert _masks(parse_config({}), 16, torch.device("cpu")) is None
