@@ -102,7 +102,7 @@ def _train_job(job: Job) -> dict[str, Any]:
 
 
 def _take_bad_step(student: Any, teacher: Any, config: RunConfig, plan: Any, step: int) -> None:
-    from dinoscale.engine.build import schedules_of
+    from dinoscale.engine.build import loss_weights_of, schedules_of
     from dinoscale.engine.step import train_step
     from dinoscale.runtime import distributed
 
@@ -110,7 +110,8 @@ def _take_bad_step(student: Any, teacher: Any, config: RunConfig, plan: Any, ste
     if distributed.rank() == 0:
         batches[0].global_crops[0, 0, 0, 0, 0] = torch.nan
     now = schedules_of(config, plan).at(step)
-    result = train_step(batches, student, teacher, now, student_temp=config.dino.student_temp)
+    weights = loss_weights_of(config)
+    result = train_step(batches, student, teacher, now, loss_weights=weights)
     assert result.skipped
 
 
