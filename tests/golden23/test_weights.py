@@ -26,6 +26,7 @@ from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import build_head, expected_tensors
 from dinoscale.engine.build import build_networks
 from dinoscale.errors import CheckpointError, ConversionError
+from dinoscale.models._torchvision import ensure_torchvision
 from tests.distributed.tiny_run import tiny_config
 from tests.golden23.compare import our_name
 from tests.golden23.recorded import recorded_run
@@ -170,6 +171,27 @@ def test_transformers_files_are_those_of_save_pretrained_and_come_back(
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert _same(back, _part(golden, case, "state"))
     assert "left_out" not in card
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_of_transformers_modules_are_read_too(
+    tmp_path: Path, golden: dict[str, Tensor], golden23_json: Jsons, case: str
+) -> None:
+    ensure_torchvision()
+    import transformers
+
+    told = next(x for x in golden23_json("transformers_tiny")["cases"] if x["case"] == case)
+    name = told["transformers_class"]
+    config = getattr(transformers, name.replace("Model", "Config"))(**told["transformers_config"])
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval()
+    torch.save(model.state_dict(), tmp_path / "w.bin")
+    assert any("q_proj" in key for key in model.state_dict())
+    backbone, _ = load_backbone(tmp_path / "w.bin", num_heads=HEADS)
+    images = golden[f"{case}.32x32.input"]
+    with torch.inference_mode():
+        expected = model(images).last_hidden_state
+    _assert_equal(_tokens(backbone, images), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
