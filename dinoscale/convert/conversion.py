@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from dinoscale.convert.atomic_write import checksums, put_in_place, refuse_existing
-from dinoscale.convert.coverage import Coverage
+from dinoscale.convert.coverage import Coverage, listed
 from dinoscale.convert.formats.reference import our_head
 from dinoscale.convert.formats.special_tokens import (
     as_in_timm,
@@ -91,8 +91,8 @@ class Target:
 
     Attributes:
         write: writes weights to a path.
-        form: the weights as the format keeps them at that path, see `formats.special_tokens`.
         reopen: opens that path with its library, given nothing but which network it is.
+        form: the weights as the format keeps them at a path, see `formats.special_tokens`.
         resizing: like `reopen`, for images of any size by the library's own rule for position
             embeddings; None where the target contains our rule.
         is_folder: whether the path is a folder.
@@ -103,8 +103,8 @@ class Target:
     """
 
     write: Callable[[Path, Weights], None]
-    form: Callable[[Path, Weights], Weights]
     reopen: Callable[[Path, Network], Reopened]
+    form: Callable[[Path, Weights], Weights] = lambda _, weights: weights
     resizing: Callable[[Path], Reopened] | None = None
     is_folder: bool = False
     any_dtype: bool = True
@@ -114,19 +114,19 @@ class Target:
 
 
 TARGETS = {
-    "dino": Target(write_dino, dino_form, reopen_dino),
+    "dino": Target(write_dino, reopen_dino, form=dino_form),
     "timm": Target(
         write_timm,
-        lambda _, weights: as_in_timm(weights),
         lambda path, _: reopen_timm(path),
-        lambda path: reopen_timm(path, own_resize=True),
+        form=lambda _, weights: as_in_timm(weights),
+        resizing=lambda path: reopen_timm(path, own_resize=True),
         is_folder=True,
     ),
     "hf": Target(
         write_hf,
-        lambda _, weights: with_class_slot(weights),
         lambda path, _: reopen_hf(path),
-        lambda path: reopen_hf(path, own_resize=True),
+        form=lambda _, weights: with_class_slot(weights),
+        resizing=lambda path: reopen_hf(path, own_resize=True),
         is_folder=True,
         needs=("transformers",),
         extra="hf",
@@ -135,14 +135,14 @@ TARGETS = {
     ),
     "torchscript": Target(
         write_torchscript,
-        lambda _, weights: without_mask_token(weights),
         lambda path, _: reopen_torchscript(path),
+        form=lambda _, weights: without_mask_token(weights),
         any_dtype=False,
     ),
     "onnx": Target(
         write_onnx,
-        lambda _, weights: without_mask_token(weights),
         lambda path, _: reopen_onnx(path),
+        form=lambda _, weights: without_mask_token(weights),
         any_dtype=False,
         needs=("onnx", "onnxscript", "onnxruntime"),
         extra="onnx",
@@ -220,13 +220,12 @@ def convert(
 
 def _left_out(weights: Weights, to: str) -> dict[str, str]:
     """Tensors of the source that a target does not get, and why."""
-    left_out = dict.fromkeys(
-        weights.left_out, "is neither of the backbone nor of a projection head"
-    )
+    left_out = dict.fromkeys(weights.left_out, "neither of the backbone nor of a projection head")
     if "mask_token" in weights.backbone and to in _WITHOUT_MASK_TOKEN:
         left_out["mask_token"] = f"{to} has no place for it; it replaces masked patches in training"
-    if left_out:
-        log.warning("left out: %s", "; ".join(f"{name} ({why})" for name, why in left_out.items()))
+    for reason in dict.fromkeys(left_out.values()):
+        names = [name for name, why in left_out.items() if why == reason]
+        log.warning("left out: %s (%s)", listed(names), reason)
     return left_out
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,17 @@ from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import build_head, expected_tensors
 from dinoscale.engine.build import build_networks
 from dinoscale.errors import CheckpointError, ConversionError
+from dinoscale.models._torchvision import ensure_torchvision
+from dinoscale.models.vit import VisionTransformer
 from tests.distributed.tiny_run import tiny_config
 from tests.golden23.compare import our_name
-from tests.golden23.recorded import recorded_run
+from tests.golden23.recorded import RecordedRun, recorded_run
 
 Tensors = Callable[[str], dict[str, Tensor]]
 Jsons = Callable[[str], dict[str, Any]]
 
 CASES = ("v2_mlp", "v2_swiglu", "v2_registers", "v2_registers_swiglu")
-CASES_OF_RUNS = ("A", "B")
-HEADS = 2  # of attention in them, which a file does not tell
+RUNS = ("A", "B")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -63,14 +65,14 @@ def _files(listed: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_every_dinov2_file_is_read_whole(tmp_path: Path, golden23_json: Jsons) -> None:
-    read = 0
+    read = []
     for name, content in _files(golden23_json("checkpoint_keys")):
         if "dinov2" not in name:
             continue
         torch.save(content, tmp_path / "w")
         state = content.get("teacher", content)
         width = next(x.shape[-1] for key, x in state.items() if key.endswith("cls_token"))
-        told = None if width % 64 == 0 else HEADS
+        told = None if width % 64 == 0 else 1
         weights = read_source(tmp_path / "w", num_heads=told)
         coverage = coverage_of(weights.backbone, expected_tensors(weights))
         assert coverage.complete, f"{name}: {coverage}"
@@ -83,8 +85,8 @@ def test_every_dinov2_file_is_read_whole(tmp_path: Path, golden23_json: Jsons) -
             assert (head is None) == (part not in str([*state])), f"{name}: {part}"
             if head is not None:
                 build_head(head)
-        read += 1
-    assert read == 12
+        read.append(name)
+    assert read
 
 
 def test_dinov3_files_are_refused_by_name(tmp_path: Path, golden23_json: Jsons) -> None:
@@ -92,25 +94,63 @@ def test_dinov3_files_are_refused_by_name(tmp_path: Path, golden23_json: Jsons) 
         if "dinov3" in name:
             torch.save(content, tmp_path / "w")
             with pytest.raises(CheckpointError, match="rotary position embeddings, as DINOv3"):
-                read_source(tmp_path / "w", num_heads=HEADS)
+                read_source(tmp_path / "w", num_heads=1)
 
 
 # Small networks
 
 
-@pytest.fixture(scope="module")
-def golden(golden23_tensors: Tensors) -> dict[str, Tensor]:
-    return golden23_tensors("transformers_tiny")
+@dataclass(frozen=True)
+class Case:
+    """A small network in all layouts.
+
+    Attributes:
+        name: of the case.
+        told: its entry in transformers_tiny.json.
+        tensors: its tensors, without the name.
+        sizes: of the images, as the names of tensors have them.
+    """
+
+    name: str
+    told: dict[str, Any]
+    tensors: dict[str, Tensor]
+    sizes: list[str]
+
+    @property
+    def num_heads(self) -> int:
+        """Of attention, which no file tells."""
+        return int(self.told["reference"]["num_heads"])
+
+    @property
+    def native(self) -> str:
+        """The size of image that positions are stored for."""
+        side = self.told["reference"]["img_size"]
+        return f"{side}x{side}"
+
+    @property
+    def has_registers(self) -> bool:
+        return bool(self.told["reference"]["num_register_tokens"])
+
+    def part(self, part: str) -> dict[str, Tensor]:
+        """The weights: `state` as the reference names them, `file` as transformers writes them."""
+        return _below(f"{part}.", self.tensors)
+
+    def saved(self, folder: Path) -> Path:
+        """A file of the reference."""
+        torch.save(self.part("state"), folder / "reference.pth")
+        return folder / "reference.pth"
 
 
-def _part(golden: Mapping[str, Tensor], case: str, part: str) -> dict[str, Tensor]:
-    start = f"{case}.{part}."
-    return {name.removeprefix(start): x for name, x in golden.items() if name.startswith(start)}
+def _below(start: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
 
 
-def _saved(path: Path, golden: Mapping[str, Tensor], case: str) -> Path:
-    torch.save(_part(golden, case, "state"), path)
-    return path
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, golden23_tensors: Tensors, golden23_json: Jsons) -> Case:
+    facts = golden23_json("transformers_tiny")
+    told = next(each for each in facts["cases"] if each["case"] == request.param)
+    tensors = _below(f"{request.param}.", golden23_tensors("transformers_tiny"))
+    return Case(request.param, told, tensors, [f"{h}x{w}" for h, w in facts["sizes"]])
 
 
 def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
@@ -129,152 +169,155 @@ def _tokens(backbone: Backbone, images: Tensor) -> Tensor:
     return torch.cat((found.cls[:, None], found.registers, found.patches), dim=1)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_files_of_the_reference_give_its_features(
-    tmp_path: Path, golden: dict[str, Tensor], golden23_json: Jsons, case: str
-) -> None:
-    backbone, _ = load_backbone(_saved(tmp_path / "w.pth", golden, case), num_heads=HEADS)
-    for height, width in golden23_json("transformers_tiny")["sizes"]:
-        at = f"{case}.{height}x{width}"
-        images = golden[f"{at}.input"]
-        _assert_equal(_tokens(backbone, images), golden[f"{at}.reference"])
-        _assert_equal(backbone(images), golden[f"{at}.reference"][:, 0])
+def _assert_features(backbone: Backbone, case: Case, sizes: list[str]) -> None:
+    for size in sizes:
+        images, expected = case.tensors[f"{size}.input"], case.tensors[f"{size}.reference"]
+        _assert_equal(_tokens(backbone, images), expected)
+
+
+def test_files_of_the_reference_give_its_features(tmp_path: Path, case: Case) -> None:
+    backbone, _ = load_backbone(case.saved(tmp_path), num_heads=case.num_heads)
+    _assert_features(backbone, case, case.sizes)
+    for size in case.sizes:
+        images, expected = case.tensors[f"{size}.input"], case.tensors[f"{size}.reference"]
+        _assert_equal(backbone(images), expected[:, 0])
         before, last = backbone.intermediate(images, 2)
-        _assert_equal(last.patches, golden[f"{at}.reference"][:, -last.patches.shape[1] :])
+        _assert_equal(last.patches, expected[:, -last.patches.shape[1] :])
         assert before.patches.shape == last.patches.shape
         assert not torch.allclose(before.cls, last.cls)
 
 
-@pytest.mark.parametrize("case", CASES)
 def test_transformers_files_are_those_of_save_pretrained_and_come_back(
-    tmp_path: Path, golden: dict[str, Tensor], golden23_json: Jsons, case: str
+    tmp_path: Path, case: Case
 ) -> None:
-    source = _saved(tmp_path / "w.pth", golden, case)
-    card = convert(source, tmp_path / "hf", to="hf", num_heads=HEADS)
-    assert _same(load_file(tmp_path / "hf" / "model.safetensors"), _part(golden, case, "file"))
-    told = next(x for x in golden23_json("transformers_tiny")["cases"] if x["case"] == case)
+    card = convert(case.saved(tmp_path), tmp_path / "hf", to="hf", num_heads=case.num_heads)
+    assert _same(load_file(tmp_path / "hf" / "model.safetensors"), case.part("file"))
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["architectures"] == [told["transformers_class"]]
-    assert {key: config[key] for key in told["transformers_config"]} == told["transformers_config"]
+    assert config["architectures"] == [case.told["transformers_class"]]
+    wanted = case.told["transformers_config"]
+    assert {key: config[key] for key in wanted} == wanted
     # Without registers, transformers resizes positions by another rule than the reference.
-    assert card["position_embedding"]["sizes"] == ("any" if "registers" in case else [32])
+    exact = "any" if case.has_registers else [case.told["reference"]["img_size"]]
+    assert card["position_embedding"]["sizes"] == exact
     theirs = reopen_hf(tmp_path / "hf")
-    for size in ("32x32", "48x40"):
+    for size in case.sizes:
         with torch.inference_mode():
-            found = theirs.forward(golden[f"{case}.{size}.input"])
-        expected = golden[f"{case}.{size}.transformers"]
-        _assert_equal(found["cls"], golden[f"{case}.{size}.transformers_pooler"])
+            found = theirs.forward(case.tensors[f"{size}.input"])
+        expected = case.tensors[f"{size}.transformers"]
+        _assert_equal(found["cls"], case.tensors[f"{size}.transformers_pooler"])
         _assert_equal(found["patches"], expected[:, -found["patches"].shape[1] :])
 
     convert(tmp_path / "hf", tmp_path / "back.pth", to="dino")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
-    assert _same(back, _part(golden, case, "state"))
+    assert _same(back, case.part("state"))
     assert "left_out" not in card
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_files_of_the_reference_come_back_bit_by_bit(
-    tmp_path: Path, golden: dict[str, Tensor], case: str
-) -> None:
-    source = _saved(tmp_path / "w.pth", golden, case)
-    convert(source, tmp_path / "ours.safetensors", to="dino", num_heads=HEADS)
-    convert(tmp_path / "ours.safetensors", tmp_path / "back.pth", to="dino")
+def test_names_of_transformers_modules_are_read_too(tmp_path: Path, case: Case) -> None:
+    ensure_torchvision()
+    import transformers
+
+    name = case.told["transformers_class"]
+    config = getattr(transformers, name.replace("Model", "Config"))
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config(**case.told["transformers_config"])).eval()
+    torch.save(model.state_dict(), tmp_path / "w.bin")
+    assert any("q_proj" in key for key in model.state_dict())
+    backbone, _ = load_backbone(tmp_path / "w.bin", num_heads=case.num_heads)
+    images = case.tensors[f"{case.native}.input"]
+    with torch.inference_mode():
+        expected = model(images).last_hidden_state
+    _assert_equal(_tokens(backbone, images), expected)
+
+
+def test_files_of_the_reference_come_back_bit_by_bit(tmp_path: Path, case: Case) -> None:
+    ours = tmp_path / "ours.safetensors"
+    convert(case.saved(tmp_path), ours, to="dino", num_heads=case.num_heads)
+    convert(ours, tmp_path / "back.pth", to="dino")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
-    assert _same(back, _part(golden, case, "state"))
+    assert _same(back, case.part("state"))
     # What is needed to build it lies in the file.
-    assert (
-        read_source(tmp_path / "back.pth").card == read_source(tmp_path / "ours.safetensors").card
-    )
+    assert read_source(tmp_path / "back.pth").card == read_source(ours).card
 
 
-@pytest.mark.parametrize("case", CASES)
 def test_timm_gives_the_features_and_has_no_mask_token(
-    tmp_path: Path, golden: dict[str, Tensor], case: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, case: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = _saved(tmp_path / "w.pth", golden, case)
     with caplog.at_level(logging.WARNING):
-        card = convert(source, tmp_path / "timm", to="timm", num_heads=HEADS)
+        card = convert(case.saved(tmp_path), tmp_path / "timm", to="timm", num_heads=case.num_heads)
     assert "timm has no place for it" in card["left_out"]["mask_token"]
     assert "left out: mask_token (timm has no place for it" in caplog.text
-    assert card["position_embedding"]["sizes"] == ("any" if "registers" in case else [32])
-    model, _ = load_backbone(tmp_path / "timm")
-    at = f"{case}.32x32"
-    _assert_equal(_tokens(model, golden[f"{at}.input"]), golden[f"{at}.reference"])
-    # As timm's users have it: without our card, and as names alone.
-    state = load_file(tmp_path / "timm" / "model.safetensors")
-    torch.save(state, tmp_path / "bare.pth")
-    bare, _ = load_backbone(tmp_path / "bare.pth", num_heads=HEADS)
-    at = f"{case}.48x40"
-    _assert_equal(_tokens(bare, golden[f"{at}.input"]), golden[f"{at}.reference"])
+    exact = "any" if case.has_registers else [case.told["reference"]["img_size"]]
+    assert card["position_embedding"]["sizes"] == exact
+    backbone, _ = load_backbone(tmp_path / "timm")
+    _assert_features(backbone, case, case.sizes)
+    # Without our card, by the names of the tensors alone.
+    torch.save(load_file(tmp_path / "timm" / "model.safetensors"), tmp_path / "bare.pth")
+    bare, _ = load_backbone(tmp_path / "bare.pth", num_heads=case.num_heads)
+    _assert_features(bare, case, case.sizes)
 
     convert(tmp_path / "timm", tmp_path / "back.pth", to="dino")
-    expected = _part(golden, case, "state")
+    expected = case.part("state")
     del expected["mask_token"]
-    back = torch.load(tmp_path / "back.pth", weights_only=True)
-    if "registers" in case:  # the class token includes its position
-        expected["cls_token"] = expected["cls_token"] + expected["pos_embed"][:, :1]
+    if case.has_registers:  # the class token includes its position
         positions = expected["pos_embed"]
-        expected["pos_embed"] = torch.cat((torch.zeros(1, 1, 32), positions[:, 1:]), dim=1)
-    assert _same(back, expected)
+        expected["cls_token"] = expected["cls_token"] + positions[:, :1]
+        zero = torch.zeros_like(positions[:, :1])
+        expected["pos_embed"] = torch.cat((zero, positions[:, 1:]), dim=1)
+    assert _same(torch.load(tmp_path / "back.pth", weights_only=True), expected)
 
 
-def test_graphs_give_the_features_at_any_size(tmp_path: Path, golden: dict[str, Tensor]) -> None:
-    source = _saved(tmp_path / "w.pth", golden, "v2_registers_swiglu")
-    card = convert(source, tmp_path / "w.pt", to="torchscript", num_heads=HEADS)
+@pytest.mark.parametrize("case", ["v2_mlp", "v2_registers_swiglu"], indirect=True)
+def test_graphs_give_the_features_at_any_size(tmp_path: Path, case: Case) -> None:
+    source, path = case.saved(tmp_path), tmp_path / "w.pt"
+    card = convert(source, path, to="torchscript", num_heads=case.num_heads)
     assert [*card["left_out"]] == ["mask_token"]
-    graph = torch.jit.load(tmp_path / "w.pt")
-    for size in ("32x32", "48x40"):
-        at = f"v2_registers_swiglu.{size}"
+    graph = torch.jit.load(path)
+    for size in case.sizes:
         with torch.inference_mode():
-            cls, patches = graph(golden[f"{at}.input"])
-        _assert_equal(cls, golden[f"{at}.reference"][:, 0])
-        _assert_equal(patches, golden[f"{at}.reference"][:, 5:])
+            cls, patches = graph(case.tensors[f"{size}.input"])
+        expected = case.tensors[f"{size}.reference"]
+        _assert_equal(cls, expected[:, 0])
+        _assert_equal(patches, expected[:, -patches.shape[1] :])
 
 
-# Heads
+# Heads, and what a run starts from
 
 
-@pytest.mark.parametrize("run", ["dinov2_A", "dinov2_B"])
-def test_teacher_checkpoints_come_back_with_their_heads(
-    tmp_path: Path, golden23_tensors: Tensors, golden23_json: Jsons, run: str
-) -> None:
-    state = golden23_tensors(f"{run}_ranks1_states")
-    start = "step7.teacher."
-    teacher = {key.removeprefix(start): x for key, x in state.items() if key.startswith(start)}
-    torch.save({"teacher": teacher}, tmp_path / "teacher_checkpoint.pth")
-    num_heads = golden23_json(f"{run}_ranks1")["num_heads"]
-    options: dict[str, Any] = {"to": "dino", "head": True}
-    for name in ("ours.safetensors", "back.pth"):
-        source = tmp_path / ("ours.safetensors" if name == "back.pth" else "teacher_checkpoint.pth")
-        told = None if name == "back.pth" else num_heads
-        convert(source, tmp_path / name, **options, num_heads=told)
-    back = torch.load(tmp_path / "back.pth", weights_only=True)["teacher"]
-    assert _same(back, teacher)
-    ours = read_source(tmp_path / "ours.safetensors")
-    assert (ours.patch_head is None) == (run == "dinov2_A")  # which shares one head
+def _teacher(folder: Path, run: RecordedRun) -> Path:
+    """A `teacher_checkpoint.pth` with the weights that a recorded run starts from."""
+    torch.save({"teacher": run.initial}, folder / "teacher_checkpoint.pth")
+    return folder / "teacher_checkpoint.pth"
+
+
+@pytest.mark.parametrize("letter", RUNS)
+def test_teacher_checkpoints_come_back_with_their_heads(tmp_path: Path, letter: str) -> None:
+    run = recorded_run(letter, 1)
+    ours, heads = tmp_path / "ours.safetensors", run.facts["num_heads"]
+    convert(_teacher(tmp_path, run), ours, to="dino", head=True, num_heads=heads)
+    convert(ours, tmp_path / "back.pth", to="dino", head=True)
+    assert _same(torch.load(tmp_path / "back.pth", weights_only=True)["teacher"], run.initial)
+    separate = any(name.startswith("ibot_head.") for name in run.initial)
+    assert (read_source(ours).patch_head is not None) == separate
     with pytest.raises(ConversionError, match="no place for a projection head"):
-        convert(tmp_path / "back.pth", tmp_path / "hf", to="hf", head=True)
+        convert(ours, tmp_path / "hf", to="hf", head=True)
 
 
-def test_a_head_that_lacks_a_tensor_is_refused_by_name(
-    tmp_path: Path, golden23_tensors: Tensors
-) -> None:
-    state = golden23_tensors("dinov2_B_ranks1_states")
-    start = "step7.teacher."
-    teacher = {key.removeprefix(start): x for key, x in state.items() if key.startswith(start)}
+def test_a_head_that_lacks_a_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    run = recorded_run("B", 1)
+    teacher = dict(run.initial)
     del teacher["ibot_head.mlp.2.bias"]
     torch.save({"teacher": teacher}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"projection head has .*missing: mlp\.2\.bias"):
-        convert(tmp_path / "w.pth", tmp_path / "out.pth", to="dino", head=True, num_heads=HEADS)
-
-
-@pytest.mark.parametrize("case", CASES_OF_RUNS)
-def test_a_run_starts_from_a_teacher_with_both_heads(tmp_path: Path, case: str) -> None:
-    run = recorded_run(case, 1)
-    torch.save({"teacher": run.initial}, tmp_path / "teacher_checkpoint.pth")
-    source = tmp_path / "ours.safetensors"
     heads = run.facts["num_heads"]
-    convert(tmp_path / "teacher_checkpoint.pth", source, to="dino", head=True, num_heads=heads)
+    with pytest.raises(CheckpointError, match=r"projection head has .*missing: mlp\.2\.bias"):
+        convert(tmp_path / "w.pth", tmp_path / "out.pth", to="dino", head=True, num_heads=heads)
+
+
+@pytest.mark.parametrize("letter", RUNS)
+def test_a_run_starts_from_a_teacher_with_its_heads(tmp_path: Path, letter: str) -> None:
+    run = recorded_run(letter, 1)
+    source, heads = tmp_path / "ours.safetensors", run.facts["num_heads"]
+    convert(_teacher(tmp_path, run), source, to="dino", head=True, num_heads=heads)
     start = read_initial_weights(
         run.config(changes={"train": {"init_from": str(source), "init_head": True}})
     )
@@ -282,24 +325,25 @@ def test_a_run_starts_from_a_teacher_with_both_heads(tmp_path: Path, case: str) 
     assert _same(start.by_name(), {our_name(name): x for name, x in run.initial.items()})
 
 
+@pytest.mark.parametrize("case", ["v2_registers"], indirect=True)
 def test_a_run_with_other_tokens_gets_the_same_features(
-    tmp_path: Path, golden: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, case: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    case = "v2_registers"
-    source = _saved(tmp_path / "w.pth", golden, case)
-    convert(source, tmp_path / "timm", to="timm", num_heads=HEADS)  # has no mask token
-    convert(source, tmp_path / "ours.safetensors", to="dino", num_heads=HEADS)
-    images = golden[f"{case}.32x32.input"]
-    model = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": HEADS}
-    for name, registers in (
-        ("vit_small_patch14_dinov2", 4),
-        ("vit_small_patch14_reg4_dinov2", None),
-    ):
+    source, reference = case.saved(tmp_path), case.told["reference"]
+    convert(source, tmp_path / "timm", to="timm", num_heads=case.num_heads)  # has no mask token
+    convert(source, tmp_path / "ours.safetensors", to="dino", num_heads=case.num_heads)
+    sizes = {key: reference[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")}
+    side = reference["img_size"]
+    slots = {
+        "vit_small_patch14_dinov2": reference["num_register_tokens"],
+        "vit_small_patch14_reg4_dinov2": None,
+    }
+    for name, registers in slots.items():  # with a position of the class token, and without
         for file, masks in (("timm", 0.0), ("timm", 1.0), ("ours.safetensors", 0.0)):
             config = tiny_config(
-                model={**model, "backbone": name, "registers": registers},
-                crops={"global_size": 32, "local_size": 16, "num_local": 2},
+                model={**sizes, "backbone": name, "registers": registers},
+                crops={"global_size": side, "local_size": side, "num_local": 2},
                 ibot={"loss_weight": masks},
                 train={"init_from": str(tmp_path / file)},
             )
@@ -307,6 +351,8 @@ def test_a_run_with_other_tokens_gets_the_same_features(
             assert start is not None
             assert ("mask_token" in start.backbone) == (masks > 0)
             backbone = build_networks(config, start)[0].backbone
-            _assert_equal(backbone.features(images), golden[f"{case}.32x32.reference"])
+            assert isinstance(backbone, VisionTransformer)
+            images = case.tensors[f"{case.native}.input"]
+            _assert_equal(backbone.features(images), case.tensors[f"{case.native}.reference"])
     assert "the mask token of train.init_from is left out" in caplog.text
     assert "train.init_from has no mask token: it starts at zero" in caplog.text

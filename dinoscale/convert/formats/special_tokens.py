@@ -9,7 +9,6 @@ Shape letters: P patches, R registers, D width.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -19,23 +18,25 @@ from torch import Tensor
 
 from dinoscale.convert.card import BackboneShape
 from dinoscale.convert.formats.reference import VIT_NAMES, has_gated_mlp, is_dinov2
+from dinoscale.convert.resize import patch_size_of
 from dinoscale.convert.weights import Weights
 from dinoscale.errors import ConversionError
 from dinoscale.models.zoo import build_backbone
 
-_TIMMS = re.compile(r"_reg(\d+)_dinov2")  # in a name: registers, and no slot for the class token
 _TIMMS_REGISTERS = 4
 
 
 def with_class_slot(weights: Weights) -> Weights:
-    """A ViT of DINOv2 with registers in the reference's form; others as they are."""
-    shape = weights.card.backbone
-    if not _TIMMS.search(shape.name) or shape.registers is not None:
+    """A ViT with registers in the reference's form; others as they are."""
+    state, shape = weights.backbone, weights.card.backbone
+    if "reg_token" not in state or shape.registers is not None:
         return weights
-    registers = weights.backbone["reg_token"].shape[1]
-    shape = replace(shape, name=_TIMMS.sub("_dinov2", shape.name), registers=registers)
+    num_patches = (shape.img_size // patch_size_of(weights)) ** 2
+    if state["pos_embed"].shape[1] != num_patches:
+        return weights
+    shape = replace(shape, registers=state["reg_token"].shape[1])
     card = replace(weights.card, backbone=shape)
-    return replace(weights, backbone=slot_added(weights.backbone), card=card)
+    return replace(weights, backbone=slot_added(state), card=card)
 
 
 def as_in_timm(weights: Weights) -> Weights:

@@ -25,6 +25,7 @@ from dinoscale.convert.weights import Weights
 from dinoscale.errors import ConversionError
 from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.export import PlainViT, build_plain
+from dinoscale.models.zoo import swiglu_width
 from dinoscale.runtime.outputs import write_tensors
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -55,7 +56,7 @@ _DINOV2_LAYERS = {
     "mlp.fc2": "mlp.fc2",
 }
 _SWIGLU_LAYERS = {**_DINOV2_LAYERS, "mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
-_MLP_RATIO = 4  # hidden width of an MLP over that of a token
+_MLP_RATIO = 4  # from which the library computes the width of a SwiGLU as `swiglu_width` does
 
 
 def write_hf(folder: Path, weights: Weights) -> None:
@@ -106,7 +107,7 @@ def _mismatch(model: nn.Module) -> str | None:
             (type(mlp).__name__ not in ("Mlp", "GluMlp"), f"its MLP is a {type(mlp).__name__}"),
             (not _has_known_activation(mlp), "its activation is neither GELU nor SwiGLU"),
             (
-                _is_gated(model) and _swiglu_width(mlp.fc2.out_features) != mlp.fc2.in_features,
+                _is_gated(model) and swiglu_width(mlp.fc2.out_features) != mlp.fc2.in_features,
                 f"its SwiGLU is {mlp.fc2.in_features} wide",
             ),
             (any(not isinstance(norm, nn.LayerNorm) for norm in norms), "it has no layer norms"),
@@ -124,11 +125,6 @@ def _has_known_activation(mlp: Any) -> bool:
     if type(mlp).__name__ == "GluMlp":
         return isinstance(mlp.act, nn.SiLU) and not mlp.gate_last
     return isinstance(getattr(mlp, "act", None), nn.GELU)
-
-
-def _swiglu_width(width: int) -> int:
-    """Hidden width of the library's SwiGLU: two thirds of an MLP's, a multiple of 8."""
-    return (int(_MLP_RATIO * width * 2 / 3) + 7) // 8 * 8
 
 
 def _is_gated(model: PlainViT) -> bool:

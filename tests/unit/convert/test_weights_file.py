@@ -308,7 +308,10 @@ def test_a_card_is_read_strictly() -> None:
         {**good, "resize": "256"},
         {**good, "backbone": "vit_small_patch16_224"},
         {**good, "backbone": {**good["backbone"], "depth": 1.5}},
-        {**good, "backbone": {**good["backbone"], "registers": 4}},
+        {**good, "backbone": {**good["backbone"], "classes": 4}},
+        {**good, "backbone": {**good["backbone"], "registers": -1}},
+        {**good, "backbone": {**good["backbone"], "ffn": "glu"}},
+        {**good, "backbone": {**good["backbone"], "mask_token": 1}},
     ]
     for bad in [json.dumps(card) for card in bad_cards] + ["[]", "{"]:
         with pytest.raises(CheckpointError, match="card"):
