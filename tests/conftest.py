@@ -21,6 +21,7 @@ BUDGET_MIN = {
     "distributed": 8.0,
     "e2e": 7.5,
     "golden": 1.5,
+    "golden23": 1.5,
     "gpu": 0.5,
     "unit": 6.0,
 }
