@@ -24,7 +24,7 @@ _ALIGNED = {"num_prototypes": 32, "hidden_dim": 24, "bottleneck_dim": 16}
 class _Twice(DinoNetwork):
     """Applies its head to the first and the second half of the features by two calls."""
 
-    def forward(self, crops: Any, keep: Any = None, objective: Any = None) -> Tensor:
+    def forward(self, crops: Any, keep: Any = None, objective: Any = None, *_: Any) -> Tensor:
         first, second = (
             self.head.last_layer(self.head.unit_vectors(half), objective)
             for half in self.backbone(crops, keep).chunk(2)
@@ -33,12 +33,22 @@ class _Twice(DinoNetwork):
         return loss
 
 
-def _loss(unit: Tensor, weight_v: Tensor, _: None) -> Tensor:
-    return (unit.float() @ weight_v.float().T).pow(3).mean()
+class _Cubes:
+    """An objective of one head, see `models.network.Objective`; also as a function of units."""
 
+    def __init__(self, *, exact: bool = False) -> None:
+        self._dtype = torch.float64 if exact else torch.float32
 
-def _exact_loss(unit: Tensor, weight_v: Tensor, _: None) -> Tensor:
-    return (unit @ weight_v.T).pow(3).mean()
+    def __call__(self, unit: Tensor, weight_v: Tensor, _: Tensor | None) -> Tensor:
+        return (unit.to(self._dtype) @ weight_v.to(self._dtype).T).pow(3).mean()
+
+    def of_class_tokens(self, _tokens: Tensor) -> None:
+        pass
+
+    def of_prototypes(
+        self, classes: Tensor, _patches: None, weight_v: Tensor, weight_g: Tensor | None
+    ) -> Tensor:
+        return self(classes, weight_v, weight_g)
 
 
 def watch() -> dict[str, Any]:
@@ -77,7 +87,7 @@ def _gradients(stage: int) -> list[Gradients]:
         for batch in micro_batches(config, plan, 0)
     ]
     for index, crops in enumerate(batches):
-        student.backward(student(crops, None, _loss))
+        student.backward(student(crops, None, _Cubes()))
         if index == 0:
             student.accumulate()
     pieces = [
@@ -107,7 +117,7 @@ def _alone(config: RunConfig, of_ranks: list[Any], dtype: torch.dtype) -> Gradie
     network.to(dtype)
     everywhere = [crops for batches in of_ranks for crops in batches]
     for crops in everywhere:
-        objective = _exact_loss if dtype == torch.float64 else _loss
+        objective = _Cubes(exact=dtype == torch.float64)
         (network([crop.to(dtype) for crop in crops], None, objective) / len(everywhere)).backward()
     return {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
 
@@ -145,7 +155,7 @@ def _gathered() -> list[str]:
     student = Student(network, config, plan)
     student.set_hyperparameters(schedules_of(config, plan).at(0))
     batch = micro_batches(config, plan, 0)[0]
-    student.backward(student([batch.global_crops.flatten(0, 1)], None, _loss))
+    student.backward(student([batch.global_crops.flatten(0, 1)], None, _Cubes()))
     return [
         name
         for name, parameter in student.network.named_parameters()
