@@ -99,6 +99,7 @@ def test_a_run_of_dinov2_is_written_as_its_authors_write_it(tmp_path: Path) -> N
         model={**model, "ffn": "swiglu"},
         head={**head, "norm_last_layer": False},
         patch_head={**head, "num_prototypes": 35, "norm_last_layer": False},
+        crops={"global_size": 32, "local_size": 16, "num_local": 2},
         ibot={"loss_weight": 1.0},
         koleo={"loss_weight": 0.1},
     )
