@@ -118,27 +118,40 @@ def _loss_of_patches(
     rows, teacher_rows = x.to(dtype) / temp, targets.features.to(dtype) / targets.temp
     w = all_prototypes(weight_v, weight_g, dtype=dtype)
     teacher_w = all_prototypes(targets.weight_v, targets.weight_g, dtype=dtype)
-    offset, a = targets.center.to(dtype) / -targets.temp, weights.to(dtype)[:, None]
+    offset, a = targets.center.to(dtype) / -targets.temp, weights.to(dtype)
 
     loss = torch.zeros((), dtype=dtype, device=x.device)
-    entropy = torch.zeros_like(loss)
-    target_sum = torch.zeros_like(offset)
+    entropy, target_sum = torch.zeros_like(loss), torch.zeros_like(offset)
     d_rows, d_w = (torch.zeros_like(like) if needed else None for like in (rows, w))
     for part in slices(len(rows), size=CHUNK // len(w)):
         log_p = torch.addmm(offset, teacher_rows[part], teacher_w.T).log_softmax(-1)
-        log_q = (rows[part] @ w.T).log_softmax(-1)
-        p = log_p.exp()
-        target_sum += p.sum(0)
-        entropy -= log_p.mul_(p).sum()
-        loss -= torch.mul(p, log_q, out=log_p).sum(-1) @ a[part, 0]
+        sums, d_z = _loss_and_gradient(log_p, (rows[part] @ w.T).log_softmax(-1), a[part])
+        for total, more in zip((loss, entropy, target_sum), sums, strict=True):
+            total += more
         if d_rows is not None and d_w is not None:
-            d_z = log_q.exp_().sub_(p).mul_(a[part])
             torch.mm(d_z, w, out=d_rows[part])
             d_w.addmm_(d_z.T, rows[part])
+        del log_p, d_z  # before the next ones
     if d_rows is None or d_w is None:
         return (loss, entropy, target_sum), None
     d_x = d_rows.div_(temp).to(x.dtype)
     return (loss, entropy, target_sum), (d_x, *_through_weight_norm(d_w, weight_v, weight_g))
+
+
+def _loss_and_gradient(
+    log_p: Tensor, log_q: Tensor, a: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Loss, entropy and sum of the targets of some patches; gradient in z / tau, in place of log_q.
+
+    Args:
+        log_p: of the targets (m, K), overwritten.
+        log_q: of the student (m, K), overwritten.
+        a: weights (m,).
+    """
+    p = log_p.exp()
+    entropy = -log_p.mul_(p).sum()
+    loss = -(torch.mul(p, log_q, out=log_p).sum(-1) @ a)
+    return (loss, entropy, p.sum(0)), log_q.exp_().sub_(p).mul_(a[:, None])
 
 
 def _through_weight_norm(

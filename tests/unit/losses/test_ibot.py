@@ -1,5 +1,6 @@
 """The patch loss that stores no logits equals cross-entropy by plain torch, gradients included."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dinoscale.losses import ibot
 from dinoscale.losses.ibot import PatchTargets, patch_loss_of_prototypes
+from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 
 M, K, D, T = 13, 17, 6, 5  # patches, prototypes, widths of student and teacher
 TAU = 0.1
@@ -164,3 +166,30 @@ def test_a_temperature_of_zero_is_refused() -> None:
     targets, weights = _teacher(temp=0.0)
     with pytest.raises(ValueError, match="need temperatures > 0"):
         _fused(*_student(), targets=targets, weights=weights)
+
+
+def _peak(form: Callable[..., Tensor], num_patches: int) -> int:
+    """Bytes of a loss with its gradients beyond its inputs, 8192 prototypes."""
+    torch.manual_seed(0)
+    x, features = F.normalize(torch.randn(2, num_patches, 8), dim=-1)
+    v, teacher_v = torch.randn(2, 8192, 8)
+    leaves = [leaf.requires_grad_() for leaf in (x, v)]
+    targets = PatchTargets(features, teacher_v, None, center=torch.zeros(8192), temp=0.05)
+    inputs = sum(4 * tensor.numel() for tensor in (x, features, v, teacher_v))
+
+    def work() -> None:
+        torch.autograd.backward(form(*leaves, targets=targets, weights=torch.ones(num_patches)))
+
+    return with_peak_bytes(work)[1] - inputs
+
+
+def test_memory_does_not_grow_with_the_patches() -> None:
+    logits_of_512_more = 4 * 512 * 8192
+    assert _peak(_fused, 1024) - _peak(_fused, 512) < 0.1 * logits_of_512_more
+
+
+def test_memory_is_at_most_an_eighth_of_plain_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ibot, "CHUNK", 64 * 8192)  # an eighth of the 512 patches at a time
+    assert _peak(_fused, 512) <= _peak(_by_logits, 512) / 8
