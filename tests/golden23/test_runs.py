@@ -20,6 +20,23 @@ FLOAT32 = Bounds(losses=1e-5, norms=1e-4, tensors=1e-4)
 FLOAT64 = Bounds(losses=1e-9, norms=1e-9, tensors=1e-9)
 
 
+Followed = tuple[int, dict[Way, Record]]
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def followed(request: pytest.FixtureRequest) -> Followed:
+    """A number of ranks, and all that they follow after one start."""
+    ranks: int = request.param
+    ways = [Way(case, ranks, stage) for case in CASES for stage in STAGES]
+    ways += [
+        _without_koleo(case, passes)
+        for case in CASES
+        for passes in PASSES
+        if _divides(ranks, passes)
+    ]
+    return ranks, follow(ways, world_size=ranks)
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("case", CASES)
 def test_schedules_are_the_recorded_ones(case: str, ranks: int) -> None:
@@ -45,10 +62,10 @@ def test_schedules_are_the_recorded_ones(case: str, ranks: int) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("ranks", RANKS)
-def test_every_stage_follows_the_recorded_run(case: str, ranks: int, stage: int) -> None:
+def test_every_stage_follows_the_recorded_run(followed: Followed, case: str, stage: int) -> None:
+    ranks, records = followed
     run = recorded_run(case, ranks)
-    found = followed(ranks)[Way(case, ranks, stage)]
+    found = records[Way(case, ranks, stage)]
     require(found, renamed(run.record()), FLOAT32, label=f"{run.name} at stage {stage}")
 
 
@@ -57,11 +74,13 @@ def test_every_stage_follows_the_recorded_run(case: str, ranks: int, stage: int)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("ranks", RANKS)
-def test_micro_batches_change_nothing_without_koleo(case: str, ranks: int, passes: int) -> None:
+def test_micro_batches_change_nothing_without_koleo(
+    followed: Followed, case: str, passes: int
+) -> None:
+    ranks, records = followed
     if not _divides(ranks, passes):
         pytest.skip("the recorded batch does not divide")
-    found = followed(ranks)[_without_koleo(case, passes)]
+    found = records[_without_koleo(case, passes)]
     label = f"{case} without KoLeo, {ranks} ranks x {passes} micro-batches"
     require(found, renamed(replay_without_koleo(case, ranks)), FLOAT32, label=label)
 
@@ -88,19 +107,6 @@ def test_without_koleo_ranks_change_only_the_center_of_patches() -> None:
 def replay_without_koleo(case: str, ranks: int) -> Record:
     """The run that was recorded on one rank, on so many and without KoLeo, in float64."""
     return replay(recorded_run(case, 1), ranks=ranks, changes=WITHOUT_KOLEO)
-
-
-@functools.cache
-def followed(ranks: int) -> dict[Way, Record]:
-    """All that is followed on so many ranks."""
-    ways = [Way(case, ranks, stage) for case in CASES for stage in STAGES]
-    ways += [
-        _without_koleo(case, passes)
-        for case in CASES
-        for passes in PASSES
-        if _divides(ranks, passes)
-    ]
-    return follow(ways, world_size=ranks)
 
 
 def _without_koleo(case: str, passes: int) -> Way:
