@@ -19,7 +19,7 @@ BUDGET_MIN = {
     "multinode": 8.0,
     "faults": 9.5,
     "distributed": 8.0,
-    "e2e": 6.5,
+    "e2e": 7.5,
     "golden": 1.5,
     "gpu": 0.5,
     "unit": 6.0,

@@ -19,7 +19,7 @@ def main(run: Path) -> None:
     """Draw the step, and shrink what the quickstart and `dinoscale report` drew of the run."""
     FOLDER.mkdir(exist_ok=True)
     _step().savefig(FOLDER / "step.png", dpi=110)
-    _shrink(run / "attention.png", FOLDER / "attention.png", shown=0.525)  # four images of eight
+    _shrink(run / "attention.png", FOLDER / "attention.png", shown=0.517)  # four images of eight
     _shrink(run / "report" / "plots" / "knn_top1.png", FOLDER / "knn.png")
 
 

@@ -39,7 +39,7 @@ def _add_attention(tasks: SubCommands) -> None:
     where = attention.add_mutually_exclusive_group(required=True)
     where.add_argument("sheet", nargs="?", metavar="OUT.png", help="write a sheet only")
     where.add_argument("--out", metavar="DIR", help="write files for every image")
-    _add_size(attention, also="; with OUT.png WEIGHTS' crop")
+    _add_size(attention, also="; with OUT.png WEIGHTS' crop, at least 24 patches")
     _add_mass(attention)
     add_number(attention, "--limit", _LIMIT_HELP)
     attention.set_defaults(run=_evaluate_attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,12 @@ from dinoscale.errors import ConfigError
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
 
+log = logging.getLogger(__name__)
+
 Measure = Callable[[argparse.Namespace], dict[str, Any]]
 
 _SHARED = ("knn",)  # tasks whose work the ranks of a launcher share
+_BASELINES = {"untrained": "the same network untrained", "floors": "without a network"}
 
 
 def add_evaluate(commands: SubCommands) -> None:
@@ -79,9 +83,24 @@ def _add_measurements(tasks: SubCommands) -> None:
 def _report(measure: Measure, options: argparse.Namespace) -> dict[str, Any] | None:
     """Measure, on all ranks if they share the work, else in one process; rank 0 reports."""
     if options.task in _SHARED:
-        return on_all_ranks(lambda: _measured(measure, options))
-    require_one_process(f"evaluate {options.task}")
-    return _measured(measure, options)
+        report = on_all_ranks(lambda: _measured(measure, options))
+    else:
+        require_one_process(f"evaluate {options.task}")
+        report = _measured(measure, options)
+    if report is not None:
+        _say_score(report)
+    return report
+
+
+def _say_score(report: dict[str, Any]) -> None:
+    """The headline in words, as the JSON is long, and whether a baseline is as good."""
+    for name, value in list((report.get("score") or {}).items())[:1]:
+        found = {what: (report.get(key) or {}).get(name) for key, what in _BASELINES.items()}
+        baselines = {what: number for what, number in found.items() if number is not None}
+        others = "".join(f"; {what} {number:.1f} %" for what, number in baselines.items())
+        log.info("%s %.1f %%%s", name, value, others)
+        if any(value <= number for number in baselines.values()):
+            log.warning("a baseline is as good: by this measure the weights have learned nothing")
 
 
 def _measured(measure: Measure, options: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dinoscale.runtime.launcher_env import read_process
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
+    from dinoscale.config import RunConfig, RunPlan
 
 
 def add_planning(commands: SubCommands) -> None:
@@ -240,29 +241,39 @@ def _add_bench_step(tasks: SubCommands) -> None:
     step.set_defaults(run=_bench_step)
 
 
-def _config(options: argparse.Namespace) -> dict[str, Any] | None:
+def _config(options: argparse.Namespace) -> None:
     from dinoscale.config import load_config
-    from dinoscale.config.resolve import describe, describe_text, resolve, without_auto
+    from dinoscale.config.resolve import describe, describe_text
+    from dinoscale.errors import DinoscaleError
 
     config = load_config(options.config, options.overrides)
-    plan = None
-    if config.data.sources:
-        from dinoscale.data.decoding.decode import Decoder
-        from dinoscale.data.sources.mixture import open_sources, source_sizes
-
-        source = open_sources(
-            [part.source for part in config.data.sources],
-            Decoder(config.data.channels, config.data.max_pixel_value),
-            manifest=config.data.manifest,
-            subset_size=config.data.subset_size,
-            max_lost=config.data.max_bad_fraction,
-        )
-        sizes = source_sizes(source)
-        plan = resolve(without_auto(config), world_size=options.world_size, num_images=sizes)
+    plan, error = None, None
+    try:
+        plan = _plan_of(config, world_size=options.world_size) if config.data.sources else None
+    except DinoscaleError as found:
+        error = found  # the settings are shown nevertheless
     if options.json:
-        return describe(config, plan)
-    print(describe_text(config, plan), end="")
-    return None
+        print(json.dumps(describe(config, plan)))
+    else:
+        print(describe_text(config, plan, error), end="")
+    if error is not None:
+        raise error
+
+
+def _plan_of(config: RunConfig, *, world_size: int) -> RunPlan:
+    """The plan for the images of a run, which are counted."""
+    from dinoscale.config.resolve import resolve, without_auto
+    from dinoscale.data.decoding.decode import Decoder
+    from dinoscale.data.sources.mixture import open_sources, source_sizes
+
+    source = open_sources(
+        [part.source for part in config.data.sources],
+        Decoder(config.data.channels, config.data.max_pixel_value),
+        manifest=config.data.manifest,
+        subset_size=config.data.subset_size,
+        max_lost=config.data.max_bad_fraction,
+    )
+    return resolve(without_auto(config), world_size=world_size, num_images=source_sizes(source))
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -22,9 +22,9 @@ from dinoscale.config.backbones import (
 from dinoscale.config.load import dump_config
 from dinoscale.config.schema import ModelConfig, RunConfig
 from dinoscale.config.training import TrainConfig
-from dinoscale.errors import ConfigError
+from dinoscale.errors import ConfigError, DinoscaleError
 
-_NO_PLAN = "none: data.train is not set, and the number of steps follows from its images"
+_NO_IMAGES = "data.train is not set, and the number of steps follows from its images"
 
 
 @dataclass(frozen=True)
@@ -366,15 +366,18 @@ def describe(config: RunConfig, plan: RunPlan | None) -> dict[str, object]:
     }
 
 
-def describe_text(config: RunConfig, plan: RunPlan | None) -> str:
+def describe_text(
+    config: RunConfig, plan: RunPlan | None, error: DinoscaleError | None = None
+) -> str:
     """Return the same for people: the configuration as YAML, the rest as comments under it.
 
-    The text is itself a configuration that `load_config` reads.
+    The text is itself a configuration that `load_config` reads. `error` says why there is no plan.
     """
     counts = count_parameters(config)
     lines = [f"# parameters.{name}: {_or_unknown(count)}" for name, count in asdict(counts).items()]
     if plan is None:
-        lines.append(f"# plan: {_NO_PLAN}")
+        why = " ".join(str(error or _NO_IMAGES).split())  # in one line, as a comment is
+        lines.append(f"# plan: none: {why}")
     else:
         lines += [f"# plan.{name}: {value}" for name, value in _values(config, plan).items()]
     return dump_config(config) + "\n".join(lines) + "\n"

@@ -31,6 +31,7 @@ from dinoscale.data.sources.listing import COMPRESSED_TAR, Listing, OtherFiles
 from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.frozen_backbone import LoadedBackbone
+from dinoscale.evaluate.progress import bar_options
 from dinoscale.runtime.outputs import atomic_write
 
 log = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ class FittedImages:
     """
 
     def __init__(self, source: Source, fit: Fit, *, limit: int | None, progress: bool) -> None:
-        """Take the first `limit` images, or all; `progress` draws a bar on a terminal."""
+        """Take the first `limit` images, or all; `progress` draws a bar (`bar_options`)."""
         if limit is not None and limit < 1:
             raise ConfigError(f"limit: need at least one image, got {limit}")
         self.fit, self.used = fit, 0
@@ -192,7 +193,7 @@ class FittedImages:
 
     def __iter__(self) -> Iterator[FittedImage]:
         """Yield the usable images; DataError at the end, if there is none."""
-        bar = tqdm(range(self._number), unit="img", disable=None if self._progress else True)
+        bar = tqdm(range(self._number), unit="img", **bar_options(shown=self._progress))
         for index in bar:
             path = self._source.path(index)
             try:
@@ -234,7 +235,7 @@ def fitted_images(
         size: as of `Fit`.
         square: as of `Fit`.
         limit: number of images, the first ones; None takes all.
-        progress: draw a bar on stderr, if that is a terminal.
+        progress: draw a bar (`bar_options`).
 
     Raises:
         ConfigError: a setting is out of range, or the backbone is no ViT.

@@ -26,6 +26,7 @@ from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError, NonFiniteError, RunFailedError
 from dinoscale.evaluate.across_ranks import over_ranks
 from dinoscale.evaluate.feature_cache import InFiles, Preparation, features_key, through_cache
+from dinoscale.evaluate.progress import bar_options
 from dinoscale.runtime import distributed
 from dinoscale.runtime.float32 import exact_float32
 
@@ -105,7 +106,7 @@ def extract_features(
         output_key: all that the output depends on besides weights and images (architecture,
             layers, decoder), in words, as part of the key in the cache. None does not cache;
             synthetic sets are never cached.
-        progress: draw a bar on stderr, if that is a terminal.
+        progress: draw a bar (`bar_options`).
         on_batch: called after each batch, to feed a watchdog.
 
     Returns:
@@ -177,7 +178,7 @@ class _Forward:
         # A rank's share may be empty, or wholly unreadable.
         features = [torch.zeros(0, int(getattr(self.backbone, "embed_dim", 0)), device=self.device)]
         numbers = [torch.zeros(0, dtype=torch.int64)]
-        bar = tqdm(total=len(ids), unit="img", disable=None if self.progress else True)
+        bar = tqdm(total=len(ids), unit="img", **bar_options(shown=self.progress))
         with bar, eval_mode(self.backbone), torch.no_grad():
             for images, _, of_batch in batches:
                 moved = images.to(self.device, non_blocking=True)

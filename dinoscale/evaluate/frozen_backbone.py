@@ -36,7 +36,7 @@ class LoadOptions:
         network: teacher or student, of a run or a full checkpoint.
         num_heads: for weights that do not state it and whose heads are not 64 channels wide.
         device: a torch device; None takes the accelerator if there is one.
-        progress: draw progress bars on stderr, if that is a terminal.
+        progress: draw progress bars (`bar_options`).
     """
 
     network: Network = "teacher"

@@ -1,4 +1,4 @@
-"""Numbers for people: 40 k, 1.2 M, 0.31."""
+"""Numbers for people: 40 k, 1.2 M, 0.31, 8e+32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")  # prefix i stands for 
 
 
 def number(value: float | None, *, digits: int = 3, zeros: bool = False) -> str:
-    """A number as short text, with an SI prefix from a thousand on.
+    """A number as short text, with an SI prefix from a thousand on, as far as there are any.
 
     Args:
         value: the number; None and non-finite values give "-".
@@ -20,7 +20,9 @@ def number(value: float | None, *, digits: int = 3, zeros: bool = False) -> str:
         return "-"
     rounded = float(f"{value:.{digits}g}")
     size = math.floor(math.log10(abs(rounded)) + 1e-9) if rounded else 0
-    thousands = min(max(size // 3, 0), len(_PREFIXES) - 1)
+    thousands = max(size // 3, 0)
+    if thousands >= len(_PREFIXES):
+        return f"{rounded:.{digits}g}"
     shown = (
         f"{rounded / 1000**thousands:{'#' if zeros else ''}.{max(digits, 3 if size > 1 else 1)}g}"
     )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,7 +60,8 @@ def quickstart(run_dir: Path) -> dict[str, Any]:
     backbone = build_networks(config)[0].backbone  # the initial weights of the run
     save_backbone(untrained, backbone.state_dict(), card_of(config, source="untrained"))
     picture = run_dir / "attention.png"
-    evaluate_attention(weights, str(config.eval.test), picture)
+    # Not scored: the objects fill most of an image, and uniform attention would cover them best.
+    evaluate_attention(weights, str(config.eval.test), picture, scored=False)
     result = {
         **_accuracies(config, weights, untrained),
         "precision": precision,
@@ -142,9 +144,17 @@ Classifying the pattern on new drawings by {config.eval.k} nearest neighbours is
 
   weights         {result["weights"]}   (plain PyTorch, no DeepSpeed needed)
   where it looks  {result["attention_image"]}
-  curves          dinoscale report {result["run_dir"]}
+  curves          {_activated()}dinoscale report {result["run_dir"]}
   next            dinoscale train vit_s16 data.train=/your/images run_dir=runs/first
 """
+
+
+def _activated() -> str:
+    """What a shell has to say before `dinoscale`, after `quickstart.sh` has made an environment."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    if "VIRTUAL_ENV" in os.environ or not script.is_file():
+        return ""
+    return f". {shlex.quote(os.path.relpath(script))} && "
 
 
 def _verdict(gain: float) -> str:

@@ -41,7 +41,7 @@ from dinoscale.runtime.watchdog import Watchdog
 from dinoscale.training import run_directory as directory
 from dinoscale.training.feed import open_images
 from dinoscale.training.hooks.events import Events
-from dinoscale.training.hooks.online_knn import OnlineKnn
+from dinoscale.training.hooks.online_knn import OnlineKnn, drawn_images_caution
 from dinoscale.training.loop import Run
 from dinoscale.training.micro_batch.search import find_micro_batch
 from dinoscale.training.resume import (
@@ -274,8 +274,9 @@ def _announce(
     if workers > cores:
         log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)
     then = None if resumed_from is None else resumed_from.state["plan"]
-    if caution := batch_norm_caution(config, plan, then):
-        log.warning("%s", caution)
+    for caution in (batch_norm_caution(config, plan, then), drawn_images_caution(config)):
+        if caution is not None:
+            log.warning("%s", caution)
     if resumed_from is not None:
         left = plan.stop_step - resumed_from.step
         log.info("resuming from %s, %d steps left", resumed_from.path, max(left, 0))

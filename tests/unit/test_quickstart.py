@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,16 @@ def test_signal_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PreemptedError, match="the same command goes on"):
         quickstart._pretrain([])
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_its_words_say_how_to_find_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    assert quickstart._activated() == ". .venv/bin/activate && "
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv"))
+    assert quickstart._activated() == ""

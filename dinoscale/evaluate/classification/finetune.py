@@ -43,6 +43,7 @@ from dinoscale.evaluate.classification.resumable_training import (
     weights_files,
 )
 from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, ExtractionOptions
+from dinoscale.evaluate.progress import bar_options
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 BATCH_SCALE = 512  # batch size for which the rate is stated, as in DeiT's code
@@ -243,8 +244,8 @@ class _FineTuning:
             num_workers=options.num_workers,
             drawn=self._drawn,
         )
-        shown = None if options.progress else True
-        yield from tqdm(images, initial=first, total=self._total_steps, unit="step", disable=shown)
+        shown = bar_options(shown=options.progress)
+        yield from tqdm(images, initial=first, total=self._total_steps, unit="step", **shown)
 
     def _step(self, step: int, pixels: Tensor, labels: Tensor) -> Tensor:
         """Take one optimizer step; returns its loss."""

@@ -48,6 +48,7 @@ from dinoscale.evaluate.classification.resumable_training import (
     weights_files,
 )
 from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, ExtractionOptions
+from dinoscale.evaluate.progress import bar_options
 
 
 def evaluate_linear(
@@ -170,9 +171,14 @@ class _Probe:
             self._tokens, self._inputs, output_key=self._tokens.output_key
         )
         rates = torch.tensor(plan.rates, device=tests.device)
-        shown = None if self._options.progress else True
         batches = self._batches(first)
-        bar = tqdm(batches, initial=first, total=plan.steps, unit="step", disable=shown)
+        bar = tqdm(
+            batches,
+            initial=first,
+            total=plan.steps,
+            unit="step",
+            **bar_options(shown=self._options.progress),
+        )
         for step, (features, labels) in enumerate(bar, start=first):
             now = rates * plan.factor(step)
             for kind, heads in zip(plan.kinds, self._heads, strict=True):

@@ -30,6 +30,7 @@ from dinoscale.evaluate.classification.inputs import (
 )
 from dinoscale.evaluate.classification.probe_report import Log, measure_and_report, preprocessing
 from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, OUTPUT, ExtractionOptions
+from dinoscale.evaluate.progress import bar_options
 
 CS = tuple((10 ** np.linspace(-6, 5, 45)).tolist())  # inverse strength of the L2 penalty
 HELD_OUT = 0.1  # of the images of each class, at least one of a class of two or more
@@ -114,7 +115,7 @@ def _measure(
         raise DataError(f"{inputs.specs[0]}: images of only one class can be read; need two")
     held = held_out(labels, seed=seed)
     tried = []
-    for c in tqdm(cs, unit="C", disable=None if inputs.extractor.options.progress else True):
+    for c in tqdm(cs, unit="C", **bar_options(shown=inputs.extractor.options.progress)):
         scores, _ = fit_and_score(train[~held], labels[~held], train[held], c=c, max_iter=max_iter)
         tried.append({"c": c} | _accuracy(scores, labels[held], inputs))
         log({"held_out": tried[-1]})

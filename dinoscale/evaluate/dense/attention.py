@@ -52,6 +52,7 @@ Picture = Image.Image | NDArray[np.uint8] | Tensor  # arrays (H, W, C), tensors 
 Mask = Image.Image | NDArray[np.uint8] | NDArray[np.bool_]  # (H, W); object is True or above 127
 
 ROWS_DRAWN = 8
+FINE = 24  # patches on a side; maps of the 6 x 6 of the quickstart's crops show no shapes
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def draw_attention(
     masks: Sequence[Mask] | None = None,
     title: str = "",
     rows: int = ROWS_DRAWN,
+    untrained: AttentionScore | None = None,
 ) -> AttentionScore | None:
     """Draw images with their attention into a PNG, and score all of them if masks are given.
 
@@ -96,6 +98,7 @@ def draw_attention(
         masks: of the object, one per image; several objects (`split_objects`) are merged.
         title: a line above the picture.
         rows: number of images drawn, the first ones; the score is of all.
+        untrained: score of a backbone with fresh weights, written beside that of this one.
 
     Returns:
         The score, or None without masks.
@@ -114,7 +117,7 @@ def draw_attention(
         for i in range(min(rows, len(maps)))
     ]
     with writing_to(Path(path).parent):
-        draw_rows(drawn, Path(path), title=title, note=_note(score), mass=MASS)
+        draw_rows(drawn, Path(path), title=title, note=_note(score, untrained), mass=MASS)
     return score
 
 
@@ -133,11 +136,12 @@ def score_attention(
     return _score(covers)
 
 
-def _note(score: AttentionScore | None) -> str:
+def _note(score: AttentionScore | None, untrained: AttentionScore | None) -> str:
     if score is None:
         return ""
+    fresh = f"untrained {untrained.jaccard:.1f} %, " if untrained else ""
     return (
-        f"Jaccard of the best head {score.jaccard:.1f} %, of a centered box "
+        f"Jaccard of the best head {score.jaccard:.1f} %, {fresh}of a centered box "
         f"{score.center_box:.1f} % ({score.images} images)"
     )
 
@@ -244,6 +248,7 @@ def evaluate_attention(
     size: int | None = None,
     images: int = 100,
     rows: int = ROWS_DRAWN,
+    scored: bool = True,
     options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
     """Draw the attention of a weights file on some images of a set; score it if there are masks.
@@ -253,9 +258,10 @@ def evaluate_attention(
         spec: the images, as `data.train` of a config; synthetic ones come with masks.
         path: of the PNG.
         size: side in pixels at which the backbone sees the images; None takes the crop of the
-            weights file, the reference takes 480.
+            weights file, or more pixels for 24 x 24 patches; the reference takes 480.
         images: how many to score, chosen at random with a fixed seed; all if there are fewer.
         rows: how many of these to draw.
+        scored: use the masks, if there are any; else the sheet shows attention alone.
         options: which network, and which device.
 
     Returns:
@@ -273,8 +279,15 @@ def evaluate_attention(
     require_ours(Path(path))
     loaded = load_frozen(weights_path, options)
     card = loaded.card
-    fit = Fit(find_patch_size(loaded.backbone), card.crop if size is None else size, square=True)
-    pictures, masks = _pick(open_images(spec, card), images=images)
+    patch = find_patch_size(loaded.backbone)
+    fit = Fit(patch, max(card.crop, FINE * patch) if size is None else size, square=True)
+    pictures, masks = _pick(open_images(spec, card), images=images, with_masks=scored)
+    untrained = None
+    if masks is not None:
+        fresh = loaded.untrained().backbone
+        untrained = score_attention(
+            fresh, pictures, masks, mean=card.mean, std=card.std, size=fit.size
+        )
     score = draw_attention(
         loaded.backbone,
         pictures,
@@ -285,13 +298,8 @@ def evaluate_attention(
         masks=masks,
         title=f"{Path(weights_path).name}: attention of the class token in the last block",
         rows=rows,
+        untrained=untrained,
     )
-    untrained = None
-    if masks is not None:
-        fresh = loaded.untrained().backbone
-        untrained = score_attention(
-            fresh, pictures, masks, mean=card.mean, std=card.std, size=fit.size
-        )
     return loaded.report(
         "attention",
         images=len(pictures),
@@ -321,10 +329,12 @@ def _scores(score: AttentionScore | None, untrained: AttentionScore | None) -> d
     }
 
 
-def _pick(source: Source, *, images: int) -> tuple[list[Image.Image], list[Image.Image] | None]:
+def _pick(
+    source: Source, *, images: int, with_masks: bool
+) -> tuple[list[Image.Image], list[Image.Image] | None]:
     """Some readable images in a fixed random order, and their masks if there are any."""
     order = np.random.default_rng(0).permutation(len(source))  # sources may be sorted by class
-    mask_of = getattr(source, "mask", None)
+    mask_of = getattr(source, "mask", None) if with_masks else None
     pictures, masks = [], []
     for index in order[:images].tolist():
         try:

@@ -51,6 +51,7 @@ from dinoscale.evaluate.dense.object_masks import (
     usable_images,
 )
 from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions, load_frozen
+from dinoscale.evaluate.progress import bar_options
 
 PROTOCOL = {
     "method": "best head of each object by IoU; mean over the objects of an image, then images",
@@ -119,7 +120,7 @@ def evaluate_segment(
     indices, left_out = usable_images(source, mask_of, fit, indexed=indexed)
     scorer = _Scorer(source, mask_of, fit, loaded.card, indexed=indexed, mass=mass)
     networks = (loaded.backbone, loaded.untrained().backbone)
-    bar = tqdm(indices, unit="img", disable=None if options.progress else True)
+    bar = tqdm(indices, unit="img", **bar_options(shown=options.progress))
     results = [scorer.score(index, *networks) for index in bar]
     report = loaded.report(
         "segment",

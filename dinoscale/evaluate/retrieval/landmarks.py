@@ -32,6 +32,7 @@ from dinoscale.evaluate.frozen_backbone import (
     LoadOptions,
     load_frozen,
 )
+from dinoscale.evaluate.progress import bar_options
 from dinoscale.evaluate.retrieval.ground_truth import SETUPS, GroundTruth, Truth, read_ground_truth
 from dinoscale.evaluate.retrieval.multi_scale import SCALES, MultiScale, least_side
 from dinoscale.evaluate.retrieval.ranking import random_precision, trapezoid_precision
@@ -151,7 +152,7 @@ def describe_files(
         paths: of the files.
         card: channels, mean and std of the images.
         size: longer side at most, pixels.
-        progress: draw a bar on stderr, if that is a terminal.
+        progress: draw a bar (`bar_options`).
 
     Raises:
         DataError: an image cannot be read, or is smaller than a patch.
@@ -161,7 +162,7 @@ def describe_files(
     weight = next(backbone.parameters())
     least = least_side(backbone)
     features = []
-    for path in tqdm(paths, unit="img", disable=None if progress else True):
+    for path in tqdm(paths, unit="img", **bar_options(shown=progress)):
         pixels = decoder.open(read_image_file(str(path)), str(path)).pixels()
         small = _thumbnail(pixels, size=size)
         if min(small.shape[:2]) < least:

@@ -26,6 +26,7 @@ from dinoscale.evaluate.frozen_backbone import (
     FeatureExtractor,
     load_extractor,
 )
+from dinoscale.evaluate.progress import bar_options
 from dinoscale.evaluate.retrieval.multi_scale import SCALES, MultiScale, least_side
 from dinoscale.evaluate.retrieval.ranking import average_precision, random_precision
 
@@ -156,12 +157,12 @@ def score_labels(
         labels: (N,) int64; each query has another image of its class.
         queries: (Q,) int64, indices of images.
         depths: ranks of the precisions.
-        progress: draw a bar on stderr, if that is a terminal.
+        progress: draw a bar (`bar_options`).
     """
     bank = F.normalize(features.float(), dim=1)
     chunks = queries.split(max(1, SIMILARITIES_PER_CHUNK // len(bank)))
     found = []
-    for chunk in tqdm(chunks, unit="chunk", disable=None if progress else True):
+    for chunk in tqdm(chunks, unit="chunk", **bar_options(shown=progress)):
         similarity = (bank[chunk] @ bank.T).scatter(1, chunk[:, None], -torch.inf)
         order = similarity.sort(dim=1, descending=True, stable=True).indices
         order = order[:, :-1]  # without the query itself

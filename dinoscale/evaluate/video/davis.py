@@ -28,6 +28,7 @@ from dinoscale.evaluate.frozen_backbone import (
     LoadOptions,
     load_frozen,
 )
+from dinoscale.evaluate.progress import bar_options
 from dinoscale.evaluate.video.propagation import Settings, Tracker
 from dinoscale.runtime.outputs import atomic_write
 
@@ -86,7 +87,7 @@ def evaluate_video(
     fresh = loaded.untrained() if untrained else None
     found: list[dict[str, Any]] = []
     total = sum(len(video.frames) for video in videos) * (2 if untrained else 1)
-    with tqdm(total=total, unit="frame", disable=None if options.progress else True) as bar:
+    with tqdm(total=total, unit="frame", **bar_options(shown=options.progress)) as bar:
         for video, folder in zip(videos, folders, strict=True):
             bar.set_description(video.name)
             scores = _measure(loaded, video, settings=settings, folder=folder, bar=bar)

@@ -91,7 +91,7 @@ def _attention(record: Record, path: Path, *, wanted: bool) -> tuple[Element | N
 
         count, options = IMAGES_SHOWN, LoadOptions(device="cpu")
         found = evaluate_attention(
-            record.run_dir, spec, path, images=count, rows=count, options=options
+            record.run_dir, spec, path, images=count, rows=count, scored=False, options=options
         )
     except DinoscaleError as error:
         return None, f"Not drawn: {error}"

@@ -185,7 +185,10 @@ class Sweep:
             PreemptedError: asked to stop.
         """
         self.executor = executor
-        bar = tqdm(total=len(self.runs), initial=len(self.runs) - len(self.pending), unit="run")
+        ended, total = len(self.runs) - len(self.pending), len(self.runs)
+        bar = tqdm(
+            total=total, initial=ended, unit="run", disable=None
+        )  # elsewhere, lines are enough
         with logging_redirect_tqdm(), bar as self.bar, _stop_signals() as stop:
             try:
                 for run in self.pending:
@@ -206,7 +209,8 @@ class Sweep:
                 raise PreemptedError(self._stop_message(stop[0]))
 
     def _stop_message(self, reason: str) -> str:
-        text = f"asked to stop ({reason}): {self.bar.n} of {len(self.runs)} runs have ended"
+        ended = len(self.runs) - len(self.waiting) - len(self.running)
+        text = f"asked to stop ({reason}): {ended} of {len(self.runs)} runs have ended"
         if self.running:
             text += f", jobs that continue by themselves: {len(self.running)}"
         return f"{text}; the same command resumes from there"

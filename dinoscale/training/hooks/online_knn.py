@@ -10,10 +10,27 @@ from dinoscale.config.schema import RunConfig
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.mixture import require_few_left_out
 from dinoscale.data.sources.source import Source, open_source
+from dinoscale.data.sources.synthetic import PREFIX
 from dinoscale.errors import DataError
 from dinoscale.evaluate.classification.knn import knn_accuracy
 from dinoscale.evaluate.classification.labelled_sets import renumber_classes
 from dinoscale.evaluate.features import extract_features
+
+
+def drawn_images_caution(config: RunConfig) -> str | None:
+    """A warning if drawn images are classified by a network that trains on others.
+
+    So it is where a run inherits from the quickstart and changes data.train alone.
+    """
+    specs = [part.source for part in config.data.sources]
+    drawn = str(config.eval.train).startswith(PREFIX)
+    if not drawn or any(spec.startswith(PREFIX) for spec in specs):
+        return None
+    return (
+        "k-NN is measured on drawn images, not on yours: eval.train is"
+        f" {config.eval.train}. Set eval.train and eval.test to labelled images of your own, or"
+        " both to null"
+    )
 
 
 class OnlineKnn:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dinoscale import cli
 from dinoscale.config import (
     RunConfig,
     TrainConfig,
@@ -236,6 +237,22 @@ def test_text_without_a_plan_says_so() -> None:
     text = describe_text(other, None)
     assert "# plan: none: data.train is not set, and the number of steps" in text
     assert "# parameters.backbone: not known before the model is built\n" in text
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_settings_are_shown_although_the_batch_is_too_large(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    few = ["config", "vit_s16", "data.train=synthetic:shapes?images=9"]
+    with pytest.raises(ConfigError, match="9 images do not fill one batch of 1024"):
+        cli.run([*few, "--json"] if form == "json" else few)
+    shown = capsys.readouterr().out
+    if form == "json":
+        assert json.loads(shown)["plan"] is None
+        return
+    assert "\n# plan: none: data.train: 9 images do not fill one batch of 1024" in shown
+    (tmp_path / "run.yaml").write_text(shown)
+    assert load_config(str(tmp_path / "run.yaml")) == load_config("vit_s16", few[2:])
 
 
 def test_hpz_groups_are_whole_and_within_nodes() -> None:

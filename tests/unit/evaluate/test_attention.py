@@ -225,6 +225,8 @@ def test_a_weights_file_is_scored_with_an_untrained_baseline(
     assert score["jaccard"] != untrained["jaccard"]  # type: ignore[index]  # nested report
     assert path.stat().st_size > 2000
     assert report == evaluate_attention(tmp_path / "w.safetensors", spec, path, images=20, rows=1)
+    alone = evaluate_attention(tmp_path / "w.safetensors", spec, path, images=2, scored=False)
+    assert (alone["score"], alone["untrained_score"], alone["size"]) == (None, None, 24 * 8)
     with pytest.raises(ConfigError, match="images > 0"):
         evaluate_attention(tmp_path / "w.safetensors", spec, path, images=0)
 

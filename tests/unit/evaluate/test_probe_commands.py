@@ -52,6 +52,20 @@ def test_logistic_and_finetune_print_their_reports(
     assert tuned["protocol"]["precision"] == "fp32"  # type: ignore[index]  # nested report
 
 
+def test_score_and_baselines_are_said_in_words(
+    colors: Colors, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        _run("knn", colors, capsys, "--pixels", "--k", "3")  # pixels tell colors apart too
+        *_, score, caution = [record.getMessage() for record in caplog.records]
+        assert score == "top1_k3 100.0 %; without a network 100.0 %"
+        assert caution.startswith("a baseline is as good")
+        caplog.clear()
+        cli.run(["evaluate", "retrieve", str(colors.weights), "--data", colors.test])
+    assert "mAP 100.0 %; without a network" in caplog.text
+    assert "a baseline is as good" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "line",
     [
