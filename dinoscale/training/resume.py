@@ -34,7 +34,8 @@ T = TypeVar("T")
 
 _DAMAGED, _MISNAMED = "damaged_", "misnamed_"  # name prefixes of checkpoints set aside
 # Settings that may change between two starts without a warning: none changes a number beyond
-# rounding, except micro-batches with batch norm, of which `batch_norm_caution` warns.
+# rounding, except micro-batches with batch norm or KoLeo, of which `batch_norm_caution` and
+# `koleo_caution` warn.
 _PRECISION = "engine.precision"
 _FREE: tuple[str, ...] = ("run_dir", "resume", "engine.", "eval.", "log.", "checkpoint.")
 _FREE += (
@@ -295,6 +296,38 @@ def batch_norm_caution(
         f"batch norm takes its statistics over the {images} images of a micro-batch on all ranks,"
         f" not over the {before} {others}: losses depend on train.micro_batch_size x ranks"
         f" ({plan.micro_batch_size} x {plan.world_size})"
+    )
+
+
+def koleo_caution(config: RunConfig, plan: RunPlan, then: Mapping[str, Any] | None) -> str | None:
+    """A warning if KoLeo looks for neighbours among another number of images than before.
+
+    With more images, the nearest one is nearer: the loss is another.
+
+    Args:
+        config: of the run.
+        plan: of this start.
+        then: plan of the checkpoint that the run resumes from, as saved; None for a new run.
+
+    Returns:
+        A sentence; None without KoLeo or if nothing changes.
+    """
+    if then is None or not config.koleo.loss_weight:
+        return None
+    of_all = config.koleo.scope == "all"
+    images, before = (
+        size * (ranks if of_all else 1)
+        for size, ranks in (
+            (plan.micro_batch_size, plan.world_size),
+            (then["micro_batch_size"], then["world_size"]),
+        )
+    )
+    if images == before:
+        return None
+    setting = "train.micro_batch_size x ranks" if of_all else "train.micro_batch_size"
+    return (
+        f"KoLeo looks for neighbours among the {images} images of a micro-batch, not {before} as"
+        f" before this start: its loss depends on {setting}"
     )
 
 

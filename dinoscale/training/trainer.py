@@ -48,6 +48,7 @@ from dinoscale.training.resume import (
     batch_norm_caution,
     find_checkpoint,
     keep_micro_batch,
+    koleo_caution,
     require_same_run,
     require_same_set,
     restore,
@@ -274,7 +275,11 @@ def _announce(
     if workers > cores:
         log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)
     then = None if resumed_from is None else resumed_from.state["plan"]
-    for caution in (batch_norm_caution(config, plan, then), drawn_images_caution(config)):
+    for caution in (
+        batch_norm_caution(config, plan, then),
+        koleo_caution(config, plan, then),
+        drawn_images_caution(config),
+    ):
         if caution is not None:
             log.warning("%s", caution)
     if resumed_from is not None:

@@ -16,7 +16,14 @@ from dinoscale.checkpoint.save import SaveResult
 from dinoscale.config import dump_config
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.watchdog import Watchdog
-from tests.distributed.tiny_run import BATCH, micro_batches, take_step, tiny_config, tiny_plan
+from tests.distributed.tiny_run import (
+    BATCH,
+    dinov2,
+    micro_batches,
+    take_step,
+    tiny_config,
+    tiny_plan,
+)
 from tests.forked import Forked, start_module
 from tests.harness import RankFailedError, environment_of, run_distributed
 from tests.ports import free_port
@@ -33,7 +40,16 @@ RUNS.append({"stage": 2, "precision": "bf16", "accumulation": 3})
 RUNS += [
     {"stage": stage, "precision": "fp32", "accumulation": 1, "batch_norm": True} for stage in (0, 3)
 ]
-POISONS = {"gradient": "a gradient is not finite", "pixel": "the loss is not finite"}
+RUNS += [  # DINOv2's objective
+    {"stage": 3, "precision": "fp32", "accumulation": 2, "targets": "sinkhorn_knopp"},
+    {"stage": 2, "precision": "bf16", "accumulation": 1, "targets": "centering"},
+    {"stage": 0, "precision": "fp32", "accumulation": 1, "targets": "sinkhorn_knopp"},
+]
+POISONS = {
+    "gradient": "a gradient is not finite",
+    "pixel": "the loss is not finite",
+    "global pixel": "the loss is not finite",  # which the teacher sees, too
+}
 
 
 def poison_all(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -42,16 +58,27 @@ def poison_all(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _poison(
-    stage: int, precision: str, accumulation: int, batch_norm: bool = False
+    stage: int,
+    precision: str,
+    accumulation: int,
+    batch_norm: bool = False,
+    targets: str | None = None,
 ) -> dict[str, Any]:
     from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
     from dinoscale.engine.step import train_step
     from dinoscale.runtime import distributed
 
+    objective = dinov2(targets, patch_head=stage > 0) if targets else {}
+    batch = 2 * BATCH if targets else BATCH  # KoLeo needs two images in a micro-batch
     config = tiny_config(
+        **objective,
         head={"batch_norm": batch_norm},
         engine={"zero_stage": stage, "precision": precision},
-        train={"epochs": 5, "micro_batch_size": BATCH // 2 // accumulation},
+        train={
+            "epochs": 5,
+            "batch_size": batch,
+            "micro_batch_size": batch // 2 // accumulation,
+        },
     )
     plan = tiny_plan(config)
     spared = build_pair(config, plan)
@@ -64,11 +91,13 @@ def _poison(
     results: dict[str, Any] = {"num_tensors": len(before)}
     for poison in POISONS:
         batches, hook = micro_batches(config, plan, 2), None
-        if distributed.rank() == 1 and poison == "pixel":
+        if distributed.rank() == 1 and poison != "gradient":
             value = torch.nan if precision == "fp32" else torch.inf
-            batches[0].local_crops[1, 0, 2, 3, 3] = value
+            crops = batches[0].local_crops if poison == "pixel" else batches[0].global_crops
+            crops[1, 0, 2, 3, 3] = value
         if distributed.rank() == 1 and poison == "gradient":
-            hook = student.network.head.last_layer.register_forward_hook(_poison_gradient)
+            head = student.network.patch_head or student.network.head
+            hook = head.last_layer.register_forward_hook(_poison_gradient)
         result = train_step(batches, student, teacher, now, loss_weights=loss_weights_of(config))
         if hook is not None:
             hook.remove()
@@ -100,7 +129,10 @@ def _state(student: Any, teacher: Any) -> dict[str, Tensor]:
         for fragment, view in zip(student.layout.fragments, views, strict=True)
         if view is not None
     }
-    state["center"] = teacher.center.clone()
+    state |= {name: center.clone() for name, center in teacher.centers().items()}
+    for name in ("mean_target", "mean_patch_target"):
+        if getattr(teacher, name) is not None:
+            state[name] = getattr(teacher, name).clone()
     for name, parameter in teacher.plain_network().named_parameters():
         state[f"teacher {name}"] = parameter.detach().clone()
     held = {fragment.name: fragment.numel for fragment in student.layout.fragments}

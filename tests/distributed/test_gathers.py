@@ -1,5 +1,6 @@
 """Communication of a step: at stage 3 each layer thrice per micro-batch, else as planned."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from dinoscale.engine.model_sizes import dims_of
 from dinoscale.planning.plan.communication import transfers
 from dinoscale.planning.plan.partition import setup_of
 from tests.distributed.test_ema import Recorder
-from tests.distributed.tiny_run import micro_batches, tiny_config, tiny_plan
+from tests.distributed.tiny_run import dinov2, micro_batches, tiny_config, tiny_plan
 from tests.harness import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -19,11 +20,17 @@ DEPTH, MICRO_BATCHES = 3, 2
 NUM_LAYERS = DEPTH + 7  # tokens and positions, patches, blocks, norm, 3 of the head, prototypes
 
 
-DINOV2 = {"layer_decay": 0.8, "patch_embed_lr": 0.2, "clip_mode": "per_network"}
+RECIPE = {"layer_decay": 0.8, "patch_embed_lr": 0.2, "clip_mode": "per_network"}
 
 
-def _config(stage: int, checkpointed: int, optim: dict[str, Any]) -> RunConfig:
+def _config(
+    stage: int,
+    checkpointed: int,
+    optim: dict[str, Any],
+    objective: dict[str, dict[str, Any]] | None = None,
+) -> RunConfig:
     return tiny_config(
+        **(objective or {}),
         optim={"lr": 0.1, "warmup_epochs": 0, **optim},
         model={"depth": DEPTH},
         train={"batch_size": 4 * MICRO_BATCHES, "micro_batch_size": 2},
@@ -37,13 +44,16 @@ def _config(stage: int, checkpointed: int, optim: dict[str, Any]) -> RunConfig:
 
 
 def watch_step(
-    stage: int, checkpointed: int, optim: dict[str, Any] | None = None
+    stage: int,
+    checkpointed: int,
+    optim: dict[str, Any] | None = None,
+    objective: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """On every rank: the collectives of a step whose weights are released as early as possible."""
     from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
     from dinoscale.engine.step import train_step
 
-    config = _config(stage, checkpointed, optim or {})
+    config = _config(stage, checkpointed, optim or {}, objective)
     plan = tiny_plan(config)
     assert plan.accumulation_steps == MICRO_BATCHES
     student, teacher = build_pair(config, plan)
@@ -87,15 +97,22 @@ def test_layers_are_gathered_once_forward_once_backward_and_once_for_the_teacher
 
 def watch_recipes(stage: int) -> list[dict[str, Any]]:
     """On every rank: the collectives of a step of DINO, and of one of DINOv2."""
-    return [watch_step(stage, 0, optim) for optim in ({}, DINOV2)]
+    return [watch_step(stage, 0, optim) for optim in ({}, RECIPE)]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_rates_by_layer_and_clipping_by_network_send_nothing_more(stage: int) -> None:
-    for dino, dinov2 in run_distributed(
+    for dino, recipe in run_distributed(
         "tests.distributed.test_gathers:watch_recipes", world_size=2, timeout_s=580, stage=stage
     ):
-        assert dinov2["calls"] == dino["calls"] != []
+        assert recipe["calls"] == dino["calls"] != []
+
+
+def watch_objectives(
+    stage: int, objectives: list[dict[str, dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """On every rank: the collectives of a step with each of them."""
+    return [watch_step(stage, 0, objective=objective) for objective in objectives]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -120,3 +137,36 @@ def test_plan_predicts_what_is_sent(stage: int) -> None:
         name = collective.replace("-", "")
         sent = sum(elements for call, elements in of_rank["calls"] if name in call)
         assert sent == pytest.approx(elements, rel=0.02), collective  # norms, losses, center
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_objective_of_dinov2_adds_the_sums_of_sinkhorn_knopp_and_the_weights_of_its_head(
+    stage: int,
+) -> None:
+    objectives = [
+        {},
+        dinov2("centering", patch_head=False),
+        dinov2("sinkhorn_knopp", patch_head=False),
+        dinov2("sinkhorn_knopp", patch_head=True),
+    ]
+    of_rank, _ = run_distributed(
+        "tests.distributed.test_gathers:watch_objectives",
+        world_size=2,
+        timeout_s=580,
+        stage=stage,
+        objectives=objectives,
+    )
+    dino, centering, sinkhorn, patch_head = (Counter(_names(run)) for run in of_rank)
+    assert centering == dino  # which has neither masks nor a patch head
+    assert sinkhorn - centering == Counter({"c10d::allreduce_": 8})
+    for run, patch_prototypes in ((of_rank[2], 33), (of_rank[3], 29)):
+        # A maximum and three sums of class tokens, and of masked patches, before all others.
+        sizes = [elements for name, elements in run["calls"] if name == "c10d::allreduce_"]
+        assert sizes[:8] == [33] * 4 + [patch_prototypes] * 4
+    # Of the patch head at stage 3 its four layers, thrice per micro-batch like the others.
+    gathers = {"c10d::_allgather_base_": MICRO_BATCHES * 3 * 4} if stage == 3 else {}
+    assert patch_head - sinkhorn == Counter(gathers)
+
+
+def _names(run: dict[str, Any]) -> list[str]:
+    return [name for name, _ in run["calls"]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed.tiny_run import micro_batches, tiny_config, tiny_plan
+from tests.distributed.tiny_run import dinov2, micro_batches, on_device, tiny_config, tiny_plan
 from tests.harness import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -34,6 +34,10 @@ RUNS: list[dict[str, Any]] = [
 ]
 RUNS.append(RUNS[0] | {"name": "sgd"})
 RUNS.append(RUNS[0] | {"batch_norm": True, "accumulation": 3})
+RUNS += [  # DINOv2's objective; its KoLeo needs two images in a micro-batch
+    {"stage": 2, "precision": "bf16", "clip_mode": "per_network", "targets": "centering"},
+    {"stage": 3, "precision": "bf16", "clip_mode": "per_network", "targets": "sinkhorn_knopp"},
+]
 # DeepSpeed asks whether the norm that stage 3 computed is sound; ours is a constant of the host.
 CONSTANT = {0: [], 1: [], 2: [], 3: ["is_invalid_grad_norm"]}
 
@@ -70,13 +74,15 @@ def _watch_step(
     name: str = "adamw",
     batch_norm: bool = False,
     accumulation: int = 1,
+    targets: str | None = None,
 ) -> list[str]:
     from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
     from dinoscale.engine.gradients import compute_device
-    from dinoscale.engine.micro_batch import MicroBatch
     from dinoscale.engine.step import train_step
 
+    objective = dinov2(targets, patch_head=targets == "sinkhorn_knopp") if targets else {}
     config = tiny_config(
+        **objective,
         head={"batch_norm": batch_norm},
         optim={"name": name, "clip_mode": clip_mode, "clip_grad": 0.5},
         train={"micro_batch_size": 6 // torch.distributed.get_world_size() // accumulation},
@@ -86,11 +92,8 @@ def _watch_step(
     student, teacher = build_pair(config, plan)
     now, device = schedules_of(config, plan).at(0), compute_device()
 
-    def batches(step: int) -> list[MicroBatch]:
-        found = micro_batches(config, plan, step)
-        return [
-            MicroBatch(b.global_crops.to(device), b.local_crops.to(device), None) for b in found
-        ]
+    def batches(step: int) -> list[Any]:
+        return [on_device(batch, device) for batch in micro_batches(config, plan, step)]
 
     for step in range(2):
         train_step(batches(step), student, teacher, now, loss_weights=loss_weights_of(config))

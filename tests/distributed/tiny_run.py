@@ -41,6 +41,28 @@ def tiny_config(run_dir: str = "unused", **changes: dict[str, Any]) -> RunConfig
     return parse_config({"run_dir": run_dir, **sections})
 
 
+def dinov2(
+    targets: str, *, patch_head: bool, **changes: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Changes for `tiny_config`: DINOv2's objective with all its terms, and further changes.
+
+    Args:
+        targets: `centering` or `sinkhorn_knopp`.
+        patch_head: whether masked patches have a head of their own.
+        changes: of sections.
+    """
+    sections: dict[str, dict[str, Any]] = {
+        "crops": {"global_size": 32, "local_size": 16},  # masks need 4 x 4 patches
+        "dino": {"targets": targets},
+        "ibot": {"loss_weight": 1.0, "mask_rule": "dinov2", "mask_group": 1},
+        "koleo": {"loss_weight": 0.1},
+    }
+    if patch_head:
+        sections["patch_head"] = {"num_prototypes": 29, "hidden_dim": 18, "bottleneck_dim": 13}
+    names = sections.keys() | changes
+    return {name: sections.get(name, {}) | changes.get(name, {}) for name in names}
+
+
 def tiny_plan(config: RunConfig) -> RunPlan:
     """The plan for the ranks at hand, with `STEPS_PER_EPOCH` steps an epoch."""
     from dinoscale.runtime import distributed
@@ -50,9 +72,9 @@ def tiny_plan(config: RunConfig) -> RunPlan:
 
 
 def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
-    """This rank's share of a random global batch that depends on the step only.
+    """This rank's share of a random global batch that depends on the step only, on the CPU.
 
-    Without stochastic depth, unless as subsets.
+    Without stochastic depth, unless as subsets; with the masks of a run.
     """
     from dinoscale.engine.micro_batch import MicroBatch
     from dinoscale.runtime import distributed
@@ -77,6 +99,15 @@ def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
         masks = masks_of(config, step=step, first_image=first, images=size)
         batches.append(MicroBatch(*crops_of_rank, keep, masks))
     return batches
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """A micro-batch without stochastic depth, moved."""
+    from dinoscale.data.augmentation.masks import Masks
+    from dinoscale.engine.micro_batch import MicroBatch
+
+    masks = None if batch.masks is None else Masks(*(part.to(device) for part in batch.masks))
+    return MicroBatch(batch.global_crops.to(device), batch.local_crops.to(device), None, masks)
 
 
 def take_step(student: Any, teacher: Any, config: RunConfig, plan: RunPlan, step: int) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.faults.kills import run_kills
+from tests.faults.kills import OBJECTIVES, run_kills
 
 
 def main() -> None:
@@ -25,12 +25,21 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=20, metavar="N")
     parser.add_argument("--stage", type=int, default=2, choices=range(4), help="ZeRO stage")
+    parser.add_argument(
+        "--objective", default="dino", choices=OBJECTIVES, help="DINO, or DINOv2 by its targets"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="R", help="of the moments")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed prints a warning among the result
     with tempfile.TemporaryDirectory() as folder:
-        tally = run_kills(Path(folder), kills=options.kills, stage=options.stage, seed=options.seed)
+        tally = run_kills(
+            Path(folder),
+            kills=options.kills,
+            stage=options.stage,
+            seed=options.seed,
+            objective=options.objective,
+        )
     found = asdict(tally)
     print(json.dumps({k: found[k] for k in ("kills", "resumed", "bit_identical", "lost_steps")}))
     if tally.bit_identical < tally.kills:

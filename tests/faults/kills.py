@@ -4,13 +4,15 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from dinoscale.checkpoint.layout import directory, leftovers
+from tests.distributed.tiny_run import dinov2
 from tests.faults.run_processes import (
     BATCH,
     IMAGES,
@@ -35,6 +37,13 @@ LAUNCHERS = {
         *("deepspeed", "--num_accelerators", str(RANKS), "--master_port", "PORT"),
         "--module",
     ],
+}
+OBJECTIVES: dict[str, Mapping[str, dict[str, Any]]] = {  # changes of the configuration
+    "dino": {},
+    "sinkhorn_knopp": dinov2(
+        "sinkhorn_knopp", patch_head=True, train={"micro_batch_size": BATCH // RANKS // 2}
+    ),
+    "centering": dinov2("centering", patch_head=False),
 }
 
 
@@ -87,7 +96,7 @@ def moments(kills: int, seed: int) -> list[Moment]:
 class _Left:
     """What a start left on disk: its logged numbers, and a copy of the newest checkpoint."""
 
-    losses: dict[int, tuple[float, float, float]]
+    losses: dict[int, tuple[float, ...]]
     step: int
     checkpoint: Path
 
@@ -108,7 +117,7 @@ class _Left:
         )
 
 
-def run_kills(folder: Path, *, kills: int, stage: int, seed: int) -> Tally:
+def run_kills(folder: Path, *, kills: int, stage: int, seed: int, objective: str = "dino") -> Tally:
     """Train once with `kills` interruptions and once undisturbed, and compare.
 
     What each kill leaves is compared with the undisturbed run: the newest checkpoint bit for bit,
@@ -119,7 +128,8 @@ def run_kills(folder: Path, *, kills: int, stage: int, seed: int) -> Tally:
         AssertionError: a process outlived its run, or a run ended by itself with an error.
     """
     epochs = 2 + 3 * kills * _STEPS_PER_START * BATCH // (2 * IMAGES)  # kills come late
-    broken = write_config(folder / "broken", stage=stage, epochs=epochs)
+    sections = OBJECTIVES[objective]
+    broken = write_config(folder / "broken", stage=stage, epochs=epochs, **sections)
     tally, run_dir, left = Tally(), broken.parent / "run", list[_Left]()
     for moment in moments(kills, seed):
         _run_until(broken, moment)
@@ -133,7 +143,8 @@ def run_kills(folder: Path, *, kills: int, stage: int, seed: int) -> Tally:
     result = _Left.copied(run_dir, folder / "left_at_the_end")
     furthest = max(step for each in [*left, result] for step in [each.step, *each.losses])
     all_steps = {"every_steps": 1, "keep_last": 9999}  # an orphan saves at any step
-    whole = write_config(folder / "whole", stage=stage, epochs=epochs, checkpoint=all_steps)
+    sections = {**sections, "checkpoint": all_steps}
+    whole = write_config(folder / "whole", stage=stage, epochs=epochs, **sections)
     assert RunProcesses(whole, f"train.stop_after_steps={furthest}").end() == [0] * RANKS
     tally.bit_identical = sum(each.same_as(whole.parent / "run") for each in left)
     if result.step != last or not result.same_as(whole.parent / "run"):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dinoscale.checkpoint.layout import directory
+from tests.distributed.tiny_run import dinov2
 from tests.faults.run_processes import (
     BATCH,
     IMAGES,
@@ -47,6 +48,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "checkpoint": {"every_steps": 4, "keep_last": 100},
         "train": {"max_rollbacks": 1},
     },
+    "dinov2": {
+        "bad": [5],
+        "train": {"stop_after_steps": 6},
+        "objective": dinov2("sinkhorn_knopp", patch_head=True),
+    },
 }
 
 
@@ -77,22 +83,22 @@ def _train(config_file: str, bad: list[int]) -> str:
             assert batches[0].sample_ids.tolist() == draws.ids.tolist()
             yield batches
 
-    def prepare(self: feed.Feed, step: int, batches: Any) -> Any:
+    def finish(self: feed.Feed, step: int, index: int, batch: Any) -> Any:
         known.append(len(list(Path(config.run_dir).glob("bad_steps/*"))))
-        for number, prepared in enumerate(make(self, step, batches)):
-            if self.poisoned and number == 0:
-                prepared.local_crops[0, 0, 0, 0, 0] = torch.nan
-            yield prepared
+        prepared = make(self, step, index, batch)
+        if self.poisoned:
+            prepared.local_crops[0, 0, 0, 0, 0] = torch.nan
+        return prepared
 
     known: list[int] = []  # of bad steps, before each step
-    make = feed.Feed.prepare
-    feed.Feed.steps, feed.Feed.prepare = poison, prepare
+    make = feed.Feed.finish
+    feed.Feed.steps, feed.Feed.finish = poison, finish
     try:
         train(config, Process(distributed.rank(), 2, distributed.rank(), 2))
     except NonFiniteError as error:
         return str(error)
     finally:
-        feed.Feed.steps, feed.Feed.prepare = read, make
+        feed.Feed.steps, feed.Feed.finish = read, make
         if distributed.rank() == 0:
             (Path(config.run_dir) / "known.json").write_text(json.dumps(known))
     return "done"
@@ -106,6 +112,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, run in RUNS.items():
         checkpoint, train = run.get("checkpoint", OFTEN), run.get("train", {})
         sections = {"checkpoint": checkpoint, "train": train, "head": {"batch_norm": False}}
+        sections |= run.get("objective", {})
         sections["log"] = run.get("log", {})
         path = write_config(root / name, stage=2, epochs=1, **sections)
         configs[name], bad[name] = str(path), run["bad"]
@@ -136,15 +143,17 @@ def test_run_without_bad_numbers_has_no_events(root: Path) -> None:
     assert _events(root, "healthy") == []
 
 
-@pytest.mark.parametrize("step", [5, 6, 9, 10])
-def test_bad_step_changes_nothing(root: Path, step: int) -> None:
-    run_dir = root / "twice_two" / "run"
+@pytest.mark.parametrize(
+    ("name", "step"), [*(("twice_two", step) for step in (5, 6, 9, 10)), ("dinov2", 5)]
+)
+def test_bad_step_changes_nothing(root: Path, name: str, step: int) -> None:
+    run_dir = root / name / "run"
     before, after = _weights(run_dir, step - 1), _weights(run_dir, step)
     assert before.keys() == after.keys()
-    for name in before:
-        assert torch.equal(before[name], after[name]), name
-    moved, healthy = _weights(run_dir, 8), _weights(run_dir, 7)
-    assert any(not torch.equal(moved[name], healthy[name]) for name in moved)
+    for tensor in before:
+        assert torch.equal(before[tensor], after[tensor]), tensor
+    moved, healthy = (_weights(run_dir, {"dinov2": 6, "twice_two": 8}[name] - i) for i in (0, 1))
+    assert any(not torch.equal(moved[tensor], healthy[tensor]) for tensor in moved)
 
 
 def test_steps_before_are_those_of_the_healthy_run_and_training_goes_on(root: Path) -> None:
@@ -176,6 +185,16 @@ def test_dump_names_images_and_the_loss_of_each_rank(root: Path) -> None:
     ids = rank_0["sample_ids"] + rank_1["sample_ids"]
     assert len(set(ids)) == BATCH
     assert len(rank_1["paths"]) == len(rank_1["sample_ids"]) == BATCH // 2
+
+
+def test_dump_tells_which_term_of_the_loss_is_bad(root: Path) -> None:
+    (event,) = _events(root, "dinov2")
+    assert event["reason"] == "the loss is not finite"
+    (rank_0,), (rank_1,) = json.loads(Path(event["dump"]).read_text())["ranks"]
+    assert (rank_1["loss"], rank_1["dino_loss"]) == ("nan", "nan")
+    for part in (rank_0, rank_1):  # a local crop was bad
+        assert isinstance(part["ibot_loss"], float)
+        assert isinstance(part["koleo_loss"], float)
 
 
 def test_three_in_a_row_end_the_run_and_name_the_checkpoint(root: Path) -> None:

@@ -147,7 +147,7 @@ class _Follower:
         student.restore_master(read)
         teacher.restore(read)  # the center starts at zero
         if self.run_dir is not None:
-            self._resume(student, teacher)
+            resume(self.run_dir, student, teacher, step=self.first)
         schedules = schedules_of(self.config, self.plan)
         record: dict[str, Any] = {"loss": [], "grad_norms": [], "center_norm": [], "states": {}}
         per_epoch = self.plan.steps_per_epoch
@@ -165,29 +165,9 @@ class _Follower:
             if step + 1 in (per_epoch, self.plan.total_steps):
                 record["states"][str(step // per_epoch)] = self._state(student, teacher)
         if self.run_dir is not None:
-            self._save(student, teacher)
+            save(self.run_dir, student, teacher, step=self.last)
         record["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         return record
-
-    def _resume(self, student: Any, teacher: Any) -> None:
-        from dinoscale.training.resume import find_checkpoint, restore
-
-        checkpoint = find_checkpoint(Path(str(self.run_dir)))
-        assert (0 if checkpoint is None else checkpoint.step) == self.first
-        if checkpoint is not None:
-            restore(checkpoint, student, teacher)
-
-    def _save(self, student: Any, teacher: Any) -> None:
-        from dinoscale.checkpoint.retention import Keep
-        from dinoscale.checkpoint.save import Saver
-        from dinoscale.runtime import distributed
-
-        saver = Saver(Path(str(self.run_dir)), Keep(last=1))
-        saver.begin(self.last, student, teacher, {"config": {}, "plan": {}, "progress": {}})
-        result = saver.wait()
-        assert result is not None
-        assert result.error is None
-        distributed.gather_objects(None)
 
     def _micro_batches(self, index: int) -> list[Any]:
         from dinoscale.engine.micro_batch import MicroBatch
@@ -223,6 +203,30 @@ class _Follower:
                 )
             ],
         }
+
+
+def resume(run_dir: str, student: Any, teacher: Any, *, step: int) -> None:
+    """Go on from the checkpoint of `step`; from step 0, of none."""
+    from dinoscale.training.resume import find_checkpoint, restore
+
+    checkpoint = find_checkpoint(Path(run_dir))
+    assert (0 if checkpoint is None else checkpoint.step) == step
+    if checkpoint is not None:
+        restore(checkpoint, student, teacher)
+
+
+def save(run_dir: str, student: Any, teacher: Any, *, step: int) -> None:
+    """Save a checkpoint, and wait until all ranks have."""
+    from dinoscale.checkpoint.retention import Keep
+    from dinoscale.checkpoint.save import Saver
+    from dinoscale.runtime import distributed
+
+    saver = Saver(Path(run_dir), Keep(last=1))
+    saver.begin(step, student, teacher, {"config": {}, "plan": {}, "progress": {}})
+    result = saver.wait()
+    assert result is not None
+    assert result.error is None
+    distributed.gather_objects(None)
 
 
 def assemble(states: list[dict[str, Any]], which: str, shapes: dict[str, Any]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve
+from tests.golden.test_trajectory import resume, save
 from tests.golden23.compare import Record, our_name, parts_of
 from tests.golden23.recorded import CENTERS, RecordedRun, recorded_run
 from tests.harness import run_distributed
@@ -26,6 +27,8 @@ class Way:
         stage: of ZeRO.
         accumulation: micro-batches of a step and rank.
         koleo: false leaves its loss out.
+        steps: the first one, and the one after the last; None for all.
+        run_dir: the checkpoint from which `steps` go on, and where one is saved after them.
     """
 
     case: str
@@ -33,6 +36,8 @@ class Way:
     stage: int
     accumulation: int = 1
     koleo: bool = True
+    steps: tuple[int, int] | None = None
+    run_dir: str | None = None
 
     @property
     def changes(self) -> Mapping[str, Mapping[str, Any]]:
@@ -88,16 +93,19 @@ class Follower:
 
         self._student.restore_master(read)
         self._teacher.restore(read)  # centers start at zero
+        self._steps, self._run_dir = range(*(way.steps or (0, len(self._run.steps)))), way.run_dir
+        if way.run_dir is not None:
+            resume(way.run_dir, self._student, self._teacher, step=self._steps.start)
 
     def follow(self) -> dict[str, Any]:
-        """Take all steps."""
+        """Take the steps."""
         from dinoscale.engine.build import loss_weights_of
         from dinoscale.engine.step import train_step
 
         student, teacher = self._student, self._teacher
         kinds = ("losses", "grad", "student", "teacher", "centers")
         found: dict[str, Any] = {kind: [] for kind in kinds}
-        for step in range(len(self._run.steps)):
+        for step in self._steps:
             result = train_step(
                 self._micro_batches(step),
                 student,
@@ -116,6 +124,8 @@ class Follower:
             {"name": f.name, "start": f.start, "student": mine.clone(), "teacher": average.clone()}
             for f, mine, average in fragments
         ]
+        if self._run_dir is not None:
+            save(self._run_dir, student, teacher, step=self._steps.stop)
         teacher.wait()
         student.close()
         return found

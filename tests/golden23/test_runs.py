@@ -6,10 +6,11 @@ by more than 6e-4. `python -m tests.golden23.mutations` makes such mistakes.
 """
 
 import functools
+from pathlib import Path
 
 import pytest
 
-from tests.golden23.compare import Bounds, Record, renamed, require
+from tests.golden23.compare import PER_STEP, Bounds, Record, renamed, require
 from tests.golden23.follow import WITHOUT_KOLEO, Way, follow, plan_of
 from tests.golden23.recorded import CASES, RANKS, recorded_run
 from tests.golden23.replay import replay
@@ -17,6 +18,13 @@ from tests.golden23.replay import replay
 STAGES = (0, 1, 2, 3)
 PASSES = (1, 2)  # micro-batches of a step and rank
 FLOAT32 = Bounds(losses=1e-5, norms=1e-4, tensors=1e-4)
+# Ranks, which share the batch in two micro-batches; case -> stage, and which part of the steps. The
+# center of the patches of A depends on the ranks, so their number stays.
+MOVES: list[tuple[int, dict[str, tuple[int, float, float]]]] = [
+    (2, {"A": (3, 0, 1 / 2), "B": (2, 0, 1 / 3)}),
+    (1, {"B": (3, 1 / 3, 2 / 3)}),
+    (2, {"A": (0, 1 / 2, 1), "B": (0, 2 / 3, 1)}),
+]
 FLOAT64 = Bounds(losses=1e-9, norms=1e-9, tensors=1e-9)
 
 
@@ -83,6 +91,26 @@ def test_micro_batches_change_nothing_without_koleo(
     found = records[_without_koleo(case, passes)]
     label = f"{case} without KoLeo, {ranks} ranks x {passes} micro-batches"
     require(found, renamed(replay_without_koleo(case, ranks)), FLOAT32, label=label)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_runs_that_change_ranks_and_stages_midway_follow_the_recorded_ones(tmp_path: Path) -> None:
+    parts: dict[str, list[Record]] = {case: [] for case in CASES}
+    for ranks, cases in MOVES:
+        ways = {}
+        for case, (stage, begin, end) in cases.items():
+            count, run_dir = len(recorded_run(case, 2).steps), str(tmp_path / case)
+            steps = round(begin * count), round(end * count)
+            ways[case] = Way(case, 2, stage, 2 // ranks, steps=steps, run_dir=run_dir)
+        found = follow(list(ways.values()), world_size=ranks)
+        for case, way in ways.items():
+            parts[case].append(found[way])
+    for case, of_case in parts.items():
+        whole: Record = {kind: [x for part in of_case for x in part[kind]] for kind in PER_STEP}
+        run, whole["last"] = recorded_run(case, 2), of_case[-1]["last"]
+        require(whole, renamed(run.record()), FLOAT32, label=f"{run.name} in {len(of_case)} parts")
 
 
 def test_ranks_change_nothing_with_sinkhorn_knopp_and_without_koleo() -> None:

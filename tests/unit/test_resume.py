@@ -13,6 +13,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.training.resume import (
     batch_norm_caution,
     keep_micro_batch,
+    koleo_caution,
     require_same_run,
     require_same_set,
 )
@@ -172,3 +173,34 @@ def test_batch_norm_over_other_images_is_said(
     assert says is None or re.search(says, said or "")
     plain = parse_config({"data": {"train": "/a"}, **sizes})
     assert batch_norm_caution(plain, plan, plan_then) is None
+
+
+@pytest.mark.parametrize(
+    ("scope", "micro_batch", "then", "says"),
+    [
+        ("rank", 2, None, None),
+        ("rank", 4, (4, 2), None),
+        (
+            "rank",
+            4,
+            (2, 2),
+            r"among the 4 images of a micro-batch, not 2 .*train.micro_batch_size$",
+        ),
+        ("all", 4, (2, 2), None),
+        ("all", 4, (4, 2), r"among the 4 images of a micro-batch, not 8 .* x ranks$"),
+    ],
+)
+def test_a_resume_warns_where_koleo_has_other_images(
+    scope: str, micro_batch: int, then: tuple[int, int] | None, says: str | None
+) -> None:
+    plan_then = then and {"micro_batch_size": then[0], "world_size": then[1]}
+    sections = {
+        "data": {"train": "/a"},
+        "train": {"batch_size": 8, "micro_batch_size": micro_batch},
+    }
+    config = parse_config({**sections, "koleo": {"loss_weight": 0.1, "scope": scope}})
+    plan = resolve(config, world_size=1, num_images=100)
+    said = koleo_caution(config, plan, plan_then)
+    assert (said is None) == (says is None)
+    assert says is None or re.search(says, said or "")
+    assert koleo_caution(parse_config(sections), plan, plan_then) is None
