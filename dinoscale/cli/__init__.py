@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from dinoscale.cli.arguments import add_config
@@ -87,10 +86,17 @@ def parser() -> argparse.ArgumentParser:
         " compare its k-NN accuracy with the untrained network's and with raw pixels'.",
     )
     quickstart.add_argument(
+        "--recipe",
+        choices=("dino", "dinov2"),
+        default="dino",
+        help="dinov2: with masked patches, KoLeo and Sinkhorn-Knopp, and a picture of patch"
+        " features (default dino)",
+    )
+    quickstart.add_argument(
         "--run-dir",
-        default="runs/quickstart",
         metavar="DIR",
-        help="where to write images, weights and results (default runs/quickstart)",
+        help="where to write images, weights and results (default runs/quickstart, or"
+        " runs/quickstart_dinov2)",
     )
     quickstart.set_defaults(run=_quickstart)
     return top
@@ -167,4 +173,4 @@ def _import_train() -> Callable[..., dict[str, Any]]:
 def _quickstart(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.training.quickstart import quickstart
 
-    return quickstart(Path(options.run_dir))
+    return quickstart(options.recipe, options.run_dir)

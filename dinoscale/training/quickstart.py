@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from dinoscale.config import RunConfig, load_config, text_override
 from dinoscale.convert.conversion import convert
@@ -23,66 +24,84 @@ from dinoscale.engine.precision import fastest_precision
 from dinoscale.errors import PreemptedError, RunFailedError
 from dinoscale.evaluate.classification.knn import evaluate_knn
 from dinoscale.evaluate.dense.attention import evaluate_attention
-from dinoscale.evaluate.frozen_backbone import ExtractionOptions
+from dinoscale.evaluate.dense.pca import SHEET, evaluate_pca
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions, LoadOptions
 from dinoscale.runtime.distributed import free_port
 from dinoscale.runtime.launcher_env import on_this_node
+from dinoscale.runtime.outputs import atomic_write
 from dinoscale.runtime.preemption import stop_signals
 from dinoscale.training.hooks.events import count_events
 
 log = logging.getLogger(__name__)
 
-PRESET = "quickstart"
+# Of each recipe: its preset here, and the one to train next on images of one's own.
+PRESETS = {"dino": ("quickstart", "vit_s16"), "dinov2": ("quickstart_dinov2", "dinov2_vits16")}
+
+# Pixels at which patches are drawn: 24 x 24 of 4, as many as of attention, four times as fine as
+# in training. At 24 pixels, where 6 x 6 patches are as large as the objects' stripes, no shape is
+# seen.
+_PATCHES_AT = 96
+_PATCHES_OF = 6  # images, one of each of the first classes; two lines of a sheet
+_CAPTION = 34  # pixels above a sheet
 
 
-def quickstart(run_dir: Path) -> dict[str, Any]:
+def quickstart(recipe: str, run_dir: str | None = None) -> dict[str, Any]:
     """Draw images, pre-train on them, compare k-NN with the untrained network and with pixels.
 
     Args:
-        run_dir: folder for all results; a finished run in it is shown again, not repeated.
+        recipe: a key of `PRESETS`.
+        run_dir: folder for all results; a finished run in it is shown again, not repeated. None
+            takes the preset's.
 
     Returns:
         JSON-able: accuracies in percent, paths of the results, seconds, and the count of each event
-        (a collapse, a skipped step).
+        (a collapse, a skipped step); a picture of patch features where patches have a loss.
 
     Raises:
         PreemptedError: it was asked to stop, and has saved or is about to.
         RunFailedError: the training ended with an error.
     """
     precision = fastest_precision()
-    overrides = [text_override("run_dir", str(run_dir)), f"engine.precision={precision}"]
-    config = load_config(PRESET, overrides)
-    run_dir = Path(config.run_dir)  # with ~ expanded
+    preset, following = PRESETS[recipe]
+    overrides = [f"engine.precision={precision}"]
+    if run_dir is not None:
+        overrides.append(text_override("run_dir", run_dir))
+    config = load_config(preset, overrides)
+    folder = Path(config.run_dir)  # with ~ expanded
     begin = time.monotonic()
-    _pretrain(overrides)
+    _pretrain(preset, overrides)
     trained_s = time.monotonic() - begin
-    weights, untrained = run_dir / "teacher.safetensors", run_dir / "untrained.safetensors"
-    convert(run_dir, weights, to="dino", overwrite=True)
+    weights, untrained = folder / "teacher.safetensors", folder / "untrained.safetensors"
+    convert(folder, weights, to="dino", overwrite=True)
     backbone = build_networks(config)[0].backbone  # the initial weights of the run
     save_backbone(untrained, backbone.state_dict(), card_of(config, source="untrained"))
-    picture = run_dir / "attention.png"
+    picture = folder / "attention.png"
     # Not scored: the objects fill most of an image, and uniform attention would cover them best.
     evaluate_attention(weights, str(config.eval.test), picture, scored=False)
+    pictures = {"attention_image": str(picture)}
+    if config.ibot.loss_weight:
+        pictures["patches_image"] = str(_draw_patches(config, weights, untrained))
     result = {
         **_accuracies(config, weights, untrained),
         "precision": precision,
-        "events": count_events(run_dir),
+        "events": count_events(folder),
         "training_s": round(trained_s, 1),
         "total_s": round(time.monotonic() - begin, 1),
-        "run_dir": str(run_dir),
+        "run_dir": str(folder),
         "weights": str(weights),
-        "attention_image": str(picture),
+        **pictures,
     }
-    print(_in_words(config, result))
+    print(_in_words(config, result, following=following))
     return result
 
 
-def _pretrain(overrides: list[str]) -> None:
+def _pretrain(preset: str, overrides: list[str]) -> None:
     """Run `dinoscale train` on two processes through the deepspeed launcher; output to stderr."""
     processes = min(2, torch.cuda.device_count()) or 2
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    training = ["train", PRESET, *overrides]
+    training = ["train", preset, *overrides]
     command = on_this_node(training, processes=processes, port=free_port(), environ=environment)
     log.info("pre-training on %d processes: %s", processes, " ".join(command[2:]))
     code, asked = _end_of(command, environment)
@@ -110,6 +129,39 @@ def _end_of(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int
                 signal.signal(number, handler)
 
 
+def _draw_patches(config: RunConfig, weights: Path, untrained: Path) -> Path:
+    """Patch features as colors, of the untrained network above and of the trained one below."""
+    sheets = {}
+    for name, file in (("untrained", untrained), ("trained", weights)):
+        folder = file.parent / "patches" / name
+        evaluate_pca(
+            file,
+            str(config.eval.test),
+            folder,
+            size=_PATCHES_AT,
+            limit=_PATCHES_OF,
+            options=LoadOptions(progress=False),
+        )
+        with Image.open(folder / SHEET) as sheet:
+            sheets[f"{name}: patch features as colors, the first three components"] = sheet.copy()
+    path = weights.parent / "patches.png"
+    with atomic_write(path) as beside:
+        _with_captions(sheets).save(beside, format="png")
+    return path
+
+
+def _with_captions(sheets: Mapping[str, Image.Image]) -> Image.Image:
+    """Sheets one below the other, each under its name."""
+    width = max(sheet.width for sheet in sheets.values())
+    whole = Image.new("RGB", (width, sum(_CAPTION + x.height for x in sheets.values())), "white")
+    draw, font, top = ImageDraw.Draw(whole), ImageFont.load_default(size=0.6 * _CAPTION), 0
+    for name, sheet in sheets.items():
+        draw.text((4, top + _CAPTION / 2), name, fill="black", font=font, anchor="lm")
+        whole.paste(sheet, (0, top + _CAPTION))
+        top += _CAPTION + sheet.height
+    return whole
+
+
 def _accuracies(config: RunConfig, weights: Path, untrained: Path) -> dict[str, float]:
     """Top-1 of k-NN in percent: 16 x 16 pixels, the untrained and the trained network."""
     k = config.eval.k
@@ -129,9 +181,11 @@ def _accuracies(config: RunConfig, weights: Path, untrained: Path) -> dict[str, 
     return found
 
 
-def _in_words(config: RunConfig, result: dict[str, Any]) -> str:
+def _in_words(config: RunConfig, result: dict[str, Any], *, following: str) -> str:
     baseline = max(result["knn_top1_pixels"], result["knn_top1_untrained"])
     gain = result["knn_top1_trained"] - baseline
+    patches = result.get("patches_image")
+    drawn = f"  patch features  {patches}\n" if patches else ""
     return f"""
 A small ViT was trained on drawn objects for {config.train.epochs} epochs, without labels.
 Classifying the pattern on new drawings by {config.eval.k} nearest neighbours is right for
@@ -144,8 +198,8 @@ Classifying the pattern on new drawings by {config.eval.k} nearest neighbours is
 
   weights         {result["weights"]}   (plain PyTorch, no DeepSpeed needed)
   where it looks  {result["attention_image"]}
-  curves          {_activated()}dinoscale report {result["run_dir"]}
-  next            dinoscale train vit_s16 data.train=/your/images run_dir=runs/first
+{drawn}  curves          {_activated()}dinoscale report {result["run_dir"]}
+  next            dinoscale train {following} data.train=/your/images run_dir=runs/first
 """
 
 

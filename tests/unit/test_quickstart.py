@@ -7,8 +7,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from dinoscale import cli
+from dinoscale.config import load_config
+from dinoscale.convert.run_checkpoint import card_of
+from dinoscale.convert.weights_file import save_backbone
+from dinoscale.engine.build import build_networks
 from dinoscale.errors import DinoscaleError, PreemptedError, RunFailedError
 from dinoscale.training import quickstart
 
@@ -22,7 +29,7 @@ def test_exit_code_of_the_training_is_understood(
     command = [sys.executable, "-c", f"raise SystemExit({code})"]
     monkeypatch.setattr(quickstart, "on_this_node", lambda *_, **__: command)
     with pytest.raises(error):
-        quickstart._pretrain([])
+        quickstart._pretrain("quickstart", [])
 
 
 def test_signal_that_is_ignored_as_by_nohup_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +37,7 @@ def test_signal_that_is_ignored_as_by_nohup_ends_nothing(monkeypatch: pytest.Mon
     monkeypatch.setattr(quickstart, "on_this_node", lambda *_, **__: command)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        quickstart._pretrain([])
+        quickstart._pretrain("quickstart", [])
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -47,7 +54,7 @@ def test_signal_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
     threading.Thread(target=signal_once_it_is_heard, daemon=True).start()
     with pytest.raises(PreemptedError, match="the same command goes on"):
-        quickstart._pretrain([])
+        quickstart._pretrain("quickstart", [])
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -62,3 +69,55 @@ def test_its_words_say_how_to_find_the_command(
     assert quickstart._activated() == ". .venv/bin/activate && "
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv"))
     assert quickstart._activated() == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ([], ("dino", None)),
+        (["--recipe", "dinov2"], ("dinov2", None)),
+        (["--recipe=dinov2", "--run-dir", "a"], ("dinov2", "a")),
+    ],
+)
+def test_recipe_and_folder_reach_the_quickstart(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], asked: tuple[str, str | None]
+) -> None:
+    seen = []
+    monkeypatch.setattr(quickstart, "quickstart", lambda *given: seen.append(given))
+    cli.run(["quickstart", *words])
+    assert seen == [asked]
+
+
+def test_recipes_differ_in_the_objective_alone() -> None:
+    first, second = (load_config(preset) for preset, _ in quickstart.PRESETS.values())
+    changed = {name for name, value in first if value != getattr(second, name)}
+    assert changed == {"run_dir", "patch_head", "dino", "ibot", "koleo", "optim"}
+    # One clipping over a network is part of the recipe; rates and lengths are not.
+    assert second.optim.model_copy(update={"clip_mode": first.optim.clip_mode}) == first.optim
+    assert second.dino.model_copy(update={"targets": "centering"}) == first.dino
+
+
+def test_patches_of_both_networks_are_drawn(tmp_path: Path) -> None:
+    files = []
+    for seed in range(2):
+        config = load_config("quickstart_dinov2", [f"seed={seed}", "eval.batch_size=8"])
+        files.append(tmp_path / f"{seed}.safetensors")
+        state = build_networks(config)[0].backbone.state_dict()
+        save_backbone(files[-1], state, card_of(config, source="untrained"))
+    path = quickstart._draw_patches(config, files[1], files[0])
+    drawn = np.asarray(Image.open(path))
+    above, below = np.split(drawn, 2)
+    assert (below[-100:, :200] == above[-100:, :200]).all()  # the same image, and beside it
+    assert (below[-100:, 200:400] != above[-100:, 200:400]).any()  # other features
+    assert not np.array_equal(above[:34], below[:34])  # under other words
+
+
+def test_its_words_name_a_picture_that_was_drawn() -> None:
+    config = load_config("quickstart_dinov2")
+    result = {f"knn_top1_{name}": 1.0 for name in ("trained", "untrained", "pixels")}
+    result |= dict.fromkeys(("training_s", "weights", "attention_image", "run_dir"), 0)
+    said = quickstart._in_words(config, result, following="dinov2_vits16")
+    assert "patch features" not in said
+    assert "train dinov2_vits16 data.train" in said
+    result["patches_image"] = "p.png"
+    assert "patch features  p.png\n  curves" in quickstart._in_words(config, result, following="")
