@@ -70,7 +70,8 @@ def sinkhorn_center(
             total = zeros.clone()
             for z in _logits(rows, w, log_u.to(dtype)):
                 total += z.softmax(-1).sum(0)
-            # Every prototype has had a sum of 1, and no sample more than K: at least 1 / K.
+            # Prototypes summed to 1 before each sample was divided by its own sum, at most K:
+            # these sums are at least 1 / K, which needs no logarithms at any temperature.
             log_u -= _log(sum_over_ranks(total))
     return log_u.mul_(-temp).to(dtype)
 

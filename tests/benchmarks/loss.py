@@ -10,9 +10,6 @@ peak, inputs included.
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoscale.losses.dino import dino_loss, dino_loss_of_prototypes
-from dinoscale.planning.bench.budget import in_turns, say
-from dinoscale.planning.bench.tensor_memory import with_peak_bytes
+from tests.benchmarks.forms import compare_forms
 
 NUM_TEACHERS, TEMP = 2, 0.1
 LIMIT_S = 150.0  # of all turns of one comparison, of two
@@ -64,19 +60,23 @@ def measure(
     x = F.normalize(torch.randn(crops * batch, width, device=device), dim=-1)
     v = torch.randn(prototypes, width, device=device).to(low)
     targets = torch.randn(NUM_TEACHERS, batch, prototypes, device=device).softmax(-1)
-    compare = partial(_compare, turns=turns, low=low)
+    compare = partial(compare_forms, turns=turns, low=low, limit_s=LIMIT_S)
     with_layer = compare(
-        lambda x, v: dino_loss_of_prototypes(x, v, None, teacher_probs=targets, student_temp=TEMP)[
-            0
-        ],
-        lambda x, v: pair_by_pair(F.linear(x, F.normalize(v, dim=-1)), targets),
+        {
+            "ours": lambda x, v: dino_loss_of_prototypes(
+                x, v, None, teacher_probs=targets, student_temp=TEMP
+            )[0],
+            "pair by pair": lambda x, v: pair_by_pair(F.linear(x, F.normalize(v, dim=-1)), targets),
+        },
         (x, v),
     )
     logits = F.linear(x.to(low), F.normalize(v, dim=-1))
     del x, v
     alone = compare(
-        lambda z: dino_loss(z.unflatten(0, (crops, batch)), targets, student_temp=TEMP),
-        lambda z: pair_by_pair(z, targets),
+        {
+            "ours": lambda z: dino_loss(z.unflatten(0, (crops, batch)), targets, student_temp=TEMP),
+            "pair by pair": lambda z: pair_by_pair(z, targets),
+        },
         (logits,),
     )
     return {
@@ -89,50 +89,6 @@ def measure(
         "loss_alone": alone,
         "prototypes_and_loss": with_layer,
     }
-
-
-Form = Callable[..., Tensor]
-
-
-def _compare(
-    ours: Form, pairs: Form, inputs: tuple[Tensor, ...], *, turns: int, low: torch.dtype
-) -> dict[str, Any]:
-    def as_theirs(*leaves: Tensor) -> Tensor:
-        with torch.autocast(leaves[0].device.type, low, enabled=low is torch.bfloat16):
-            return pairs(*leaves)
-
-    forms = {"ours": ours, "pair by pair": as_theirs}
-    tolerance = 0.1 if low is torch.bfloat16 else 1e-3
-    for mine, theirs in zip(*(_run(form, inputs) for form in forms.values()), strict=True):
-        error = torch.linalg.vector_norm(mine.float() - theirs.float())
-        assert error <= tolerance * torch.linalg.vector_norm(theirs.float()), float(error)
-    del mine, theirs
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in in_turns(turns, limit_s=LIMIT_S):
-        for name, form in forms.items():
-            begin = time.perf_counter()
-            _run(form, inputs)[0].item()  # waits for the device
-            seconds[name].append(time.perf_counter() - begin)
-        say(", ".join(f"{name} {times[-1]:.3g} s" for name, times in seconds.items()))
-    peaks = {name: with_peak_bytes(partial(_run, form, inputs))[1] for name, form in forms.items()}
-    faster = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    return {
-        "seconds": {name: _spread(times) for name, times in seconds.items()},
-        "peak_bytes": peaks,
-        "faster": _spread(faster),
-        "memory": peaks["ours"] / peaks["pair by pair"],
-    }
-
-
-def _run(form: Form, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Loss and gradients of fresh leaves with the values of `inputs`."""
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    loss = form(*leaves)
-    return loss.detach(), *torch.autograd.grad(loss, leaves)
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def main() -> None:
