@@ -75,7 +75,7 @@ def _patch_projection_flops(num_patches: int, patch_size: int, embed_dim: int, c
 def head_forward_flops(
     *, in_dim: int, hidden_dim: int, bottleneck_dim: int, num_layers: int, num_prototypes: int
 ) -> int:
-    """Forward of the DINO head over the class token of one crop; its backward takes twice as many.
+    """Forward of a DINO head over one token; its backward takes twice as many.
 
     Args:
         in_dim: D.
@@ -94,11 +94,11 @@ class StepFlops:
 
     Attributes:
         teacher_backbone: forward of the backbone over the global crops.
-        teacher_head: forward of the head over the global crops.
+        teacher_head: forward of the heads over the global crops and the masked patches.
         student_global: forward of the backbone over the global crops.
         student_local: forward of the backbone over the local crops.
-        student_head: forward of the head over all crops.
-        student_backward: backward of backbone and head over all crops.
+        student_head: forward of the heads over all crops and the masked patches.
+        student_backward: backward of backbone and heads over all crops.
     """
 
     teacher_backbone: int
@@ -139,6 +139,7 @@ def step_flops(
     in_chans: int = 3,
     num_special: int = 1,
     block_weights: int | None = None,
+    patch_head: int = 0,
 ) -> StepFlops:
     """FLOPs of a step of DINO per image: the teacher sees two crops, the student 2 + num_local.
 
@@ -156,6 +157,7 @@ def step_flops(
         in_chans: C.
         num_special: class token and registers.
         block_weights: scalars in the matrices of a block, None for a plain one.
+        patch_head: forward of the head of the patch tokens over the masked patches of an image.
     """
     head = head_forward_flops(
         in_dim=embed_dim,
@@ -180,10 +182,10 @@ def step_flops(
         )
         for of_crop in (vit_forward_flops, vit_backward_flops)
     )
-    student_head = (NUM_GLOBAL + num_local) * head
+    student_head = (NUM_GLOBAL + num_local) * head + patch_head
     return StepFlops(
         teacher_backbone=forward[0],
-        teacher_head=NUM_GLOBAL * head,
+        teacher_head=NUM_GLOBAL * head + patch_head,
         student_global=forward[0],
         student_local=forward[1],
         student_head=student_head,

@@ -6,7 +6,7 @@ from torch import nn
 
 from dinoscale.config import RunConfig
 from dinoscale.engine.build import shapes_only
-from dinoscale.engine.flops import NUM_GLOBAL, StepFlops, step_flops
+from dinoscale.engine.flops import NUM_GLOBAL, StepFlops, head_forward_flops, step_flops
 from dinoscale.engine.param_groups import param_groups
 from dinoscale.errors import ConfigError
 from dinoscale.models.block import Block
@@ -20,7 +20,7 @@ class Dims:
     Attributes:
         groups: scalars and tensors of each optimizer group.
         backbone: scalars of the backbone.
-        head: scalars of the head, prototypes included.
+        head: scalars of the heads, prototypes included.
         largest: scalars of the largest tensor.
         block: scalars of one transformer block.
         block_matrices: scalars of the block's matrices.
@@ -40,6 +40,8 @@ class Dims:
         local_size: side of a local crop in pixels.
         num_local: local crops of an image.
         num_special: class token and registers.
+        patch_head_flops: of a forward of the patch tokens' head over the masked patches of an
+            image, on average.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -64,6 +66,7 @@ class Dims:
     local_size: int
     num_local: int
     num_special: int
+    patch_head_flops: int = 0
 
     @property
     def parameters(self) -> int:
@@ -128,7 +131,7 @@ def dims_of(config: RunConfig) -> Dims:
             for group in param_groups(network)
         ),
         backbone=_scalars(backbone),
-        head=_scalars(network.head),
+        head=_scalars(network) - _scalars(backbone),
         largest=max(parameter.numel() for parameter in network.parameters()),
         block=_scalars(block),
         block_matrices=_scalars(block, matrices_only=True),
@@ -148,7 +151,25 @@ def dims_of(config: RunConfig) -> Dims:
         local_size=crops.local_size,
         num_local=crops.num_local,
         num_special=num_special,
+        patch_head_flops=_patch_head_flops(
+            config, num_patches=global_tokens - num_special, embed_dim=backbone.embed_dim
+        ),
     )
+
+
+def _patch_head_flops(config: RunConfig, *, num_patches: int, embed_dim: int) -> int:
+    ibot, head = config.ibot, config.patch_head or config.head
+    if not ibot.loss_weight:
+        return 0
+    masked = NUM_GLOBAL * ibot.mask_prob * num_patches * sum(ibot.mask_ratio) / 2  # of an image
+    flops = head_forward_flops(
+        in_dim=embed_dim,
+        hidden_dim=head.hidden_dim,
+        bottleneck_dim=head.bottleneck_dim,
+        num_layers=head.num_layers,
+        num_prototypes=head.num_prototypes,
+    )
+    return round(masked * flops)
 
 
 def _scalars(module: nn.Module, *, matrices_only: bool = False) -> int:
@@ -171,4 +192,5 @@ def flops_of(dims: Dims) -> StepFlops:
         in_chans=dims.channels,
         num_special=dims.num_special,
         block_weights=dims.block_matrices,
+        patch_head=dims.patch_head_flops,
     )

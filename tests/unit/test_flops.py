@@ -85,6 +85,36 @@ def test_dinov2s_layers_are_counted_as_torch_counts_them() -> None:
     assert dims.mlp_kept == 4 * 64  # the two factors of the product, the gate's input, the product
 
 
+@pytest.mark.parametrize("own_head", [False, True])
+def test_the_masked_patches_go_through_a_head_once_in_each_network(own_head: bool) -> None:
+    sizes = {"global_size": 32, "local_size": 16, "num_local": 2}
+    values = {
+        "model": {**VIT, "num_heads": 2},
+        "head": HEAD,
+        "crops": sizes,
+        "eval": {"crop": 32, "resize": 32},
+        "ibot": {"loss_weight": 1.0, "mask_rule": "dinov2"},
+    }
+    of_patches = {**HEAD, "num_prototypes": 30} if own_head else HEAD
+    if own_head:
+        values["patch_head"] = of_patches
+    config = parse_config(values)
+    network, plain = build_networks(config)[0], _computed(num_local=2)
+    head = network.patch_head or network.head
+    assert (network.patch_head is not None) == own_head
+    rows = 1000
+    with FlopCounterMode(display=False) as counter:
+        head(torch.randn(rows, 24))
+    masked = 0.5 * 2 * 16 * (0.1 + 0.5) / 2  # an image's two crops of 16 patches, half masked
+    added = round(masked * counter.get_total_flops() / rows)
+    dims = dims_of(config)
+    flops = flops_of(dims)
+    assert flops.teacher == plain.teacher + added
+    assert flops.student_forward == plain.student_forward + added
+    assert flops.student_backward == plain.student_backward + 2 * added
+    assert dims.parameters == sum(parameter.numel() for parameter in network.parameters())
+
+
 def test_vit_s16_at_224_pixels_takes_the_published_number_of_products() -> None:
     """Touvron et al. 2021 give 4.6 G multiply-adds for DeiT-S; two FLOPs each."""
     small = {"num_patches": 196, "patch_size": 16, "embed_dim": 384, "depth": 12}
