@@ -49,6 +49,7 @@ class Case(NamedTuple):
     num_prototypes: int = 8192
     unit_prototypes: bool = True
     reduce_bucket_size: int = 6_000_000
+    dinov2: bool = False  # blocks with layer scale and SwiGLU, and registers
 
     def config(self) -> RunConfig:
         """The configuration of the run."""
@@ -59,6 +60,7 @@ class Case(NamedTuple):
                 "depth": self.depth,
                 "num_heads": self.embed_dim // 64,
                 "drop_path_rate": 0.0,
+                **(DINOV2 if self.dinov2 else {}),
             },
             head={
                 "num_prototypes": self.num_prototypes,
@@ -88,6 +90,7 @@ class Case(NamedTuple):
         )
 
 
+DINOV2 = {"layer_scale": 1e-5, "ffn": "swiglu", "registers": 4}
 WIDE = {"embed_dim": 384, "depth": 6, "num_prototypes": 4096, "reduce_bucket_size": 2_000_000}
 NARROW = {"num_prototypes": 1024, "reduce_bucket_size": 600_000}
 QUICK = [  # what the tests run
@@ -109,6 +112,8 @@ CASES = [
     Case(2, micro_batch=4, global_size=224, num_local=8, recompute="pointwise"),
     Case(2, micro_batch=8, global_size=224, recompute="all_but_attention"),
     Case(2, micro_batch=8, global_size=224, depth=8, recompute="block", every=2),
+    Case(2, micro_batch=4, global_size=224, dinov2=True),
+    Case(2, micro_batch=8, global_size=224, dinov2=True, recompute="pointwise"),
     Case(3),
 ]
 
@@ -188,7 +193,8 @@ def main() -> None:
         print(
             f"| {case.stage} | {case.ranks} | {case.precision}"
             f" | {case.micro_batch} x {case.accumulation} | {level}"
-            f" | {case.depth} x {case.embed_dim}, K {case.num_prototypes},"
+            f" | {case.depth} x {case.embed_dim}{' of DINOv2' if case.dinov2 else ''},"
+            f" K {case.num_prototypes},"
             f" 2 x {case.global_size} + {case.num_local} x {LOCAL_SIZE}"
             f" | {predicted.total / 1e6:.0f} | {found / 1e6:.0f}"
             f" | {error:+.1%} | {predicted.moment} |",
