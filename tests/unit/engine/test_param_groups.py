@@ -15,7 +15,9 @@ SETTINGS: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-8}
 class _FusedCalls(TorchDispatchMode):
     """Counts calls of the fused kernel."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func._schema.name == "aten::_fused_adamw_"
