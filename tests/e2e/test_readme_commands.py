@@ -42,12 +42,13 @@ NOT_RUN = {
     "tests/gpu/check.sh": "needs a GPU; e2e/test_gpu_check.py runs it without one",
     "python -m tests.faults": "`launchers/test.sh --quick` runs it with fewer kills",
     "python -m tests.benchmarks": "measures for minutes",
+    "python -m tests.golden23.mutations": "breaks the step in many ways, for minutes",
     "torchrun --nproc-per-node 8 -m tests.benchmarks": "measures for minutes",
     "sbatch launchers/slurm.sbatch": "needs Slurm; multinode/test_slurm_job.py submits it",
 }
 _FIRST = "train vit_s16 data.train=data/images run_dir=runs/first"
 # What makes a command small; the last of equal options and settings counts.
-_SMALL = settings()
+_SMALL = settings(**{"model.depth": 4})  # blocks, of which a snippet reads all
 _FEW = "--num-workers 0"
 MORE: dict[str, list[str]] = {
     "train": _SMALL,

@@ -27,7 +27,7 @@ def test_loss_gradient_and_center_match_on_every_call(
         teacher = torch.unflatten(tensors[f"step{e}.teacher_logits"], 0, (2, -1))  # (2, B, K)
         student = tensors[f"step{e}.student_logits"].view(-1, *teacher.shape[1:])
         student.requires_grad_()
-        temp = teacher_temp(e, warmup_temp=0.04, temp=0.07, warmup_epochs=3)
+        temp = teacher_temp(e, warmup_temp=0.04, temp=0.07, warmup=3)
         loss = dino_loss(student, teacher_probs(teacher, center, temp=temp), student_temp=0.1)
         (gradient,) = torch.autograd.grad(loss, student)
         center = updated_center(center, teacher.mean((0, 1))[None], momentum=0.9)
