@@ -14,6 +14,27 @@ from dinoscale.models.vit import VisionTransformer
 
 
 @dataclass(frozen=True)
+class PatchDims:
+    """Shapes of the patch loss.
+
+    Attributes:
+        masked: masked patches of an image, on average.
+        own_head: whether patch tokens have a head of their own.
+        hidden: width of their head's hidden layers.
+        layers: linear layers of its MLP.
+        bottleneck: width before its prototypes.
+        prototypes: their number.
+    """
+
+    masked: float
+    own_head: bool
+    hidden: int
+    layers: int
+    bottleneck: int
+    prototypes: int
+
+
+@dataclass(frozen=True)
 class Dims:
     """Counts; nothing here depends on ranks or batch.
 
@@ -40,8 +61,7 @@ class Dims:
         local_size: side of a local crop in pixels.
         num_local: local crops of an image.
         num_special: class token and registers.
-        patch_head_flops: of a forward of the patch tokens' head over the masked patches of an
-            image, on average.
+        patches: the patch loss; None without one.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -66,7 +86,7 @@ class Dims:
     local_size: int
     num_local: int
     num_special: int
-    patch_head_flops: int = 0
+    patches: PatchDims | None = None
 
     @property
     def parameters(self) -> int:
@@ -151,25 +171,26 @@ def dims_of(config: RunConfig) -> Dims:
         local_size=crops.local_size,
         num_local=crops.num_local,
         num_special=num_special,
-        patch_head_flops=_patch_head_flops(
-            config, num_patches=global_tokens - num_special, embed_dim=backbone.embed_dim
-        ),
+        patches=_patch_dims(config, num_patches=global_tokens - num_special),
     )
 
 
-def _patch_head_flops(config: RunConfig, *, num_patches: int, embed_dim: int) -> int:
+def _patch_dims(config: RunConfig, *, num_patches: int) -> PatchDims | None:
     ibot, head = config.ibot, config.patch_head or config.head
     if not ibot.loss_weight:
-        return 0
-    masked = NUM_GLOBAL * ibot.mask_prob * num_patches * sum(ibot.mask_ratio) / 2  # of an image
-    flops = head_forward_flops(
-        in_dim=embed_dim,
-        hidden_dim=head.hidden_dim,
-        bottleneck_dim=head.bottleneck_dim,
-        num_layers=head.num_layers,
-        num_prototypes=head.num_prototypes,
+        return None
+    low, high = ibot.mask_ratio
+    share = (low + high) / 2
+    if ibot.mask_rule == "dinov3":  # the upper end of each crop's bin
+        share += (high - low) / (2 * ibot.masked_crops)
+    return PatchDims(
+        masked=NUM_GLOBAL * ibot.mask_prob * num_patches * share,
+        own_head=config.patch_head is not None,
+        hidden=head.hidden_dim,
+        layers=head.num_layers,
+        bottleneck=head.bottleneck_dim,
+        prototypes=head.num_prototypes,
     )
-    return round(masked * flops)
 
 
 def _scalars(module: nn.Module, *, matrices_only: bool = False) -> int:
@@ -178,6 +199,15 @@ def _scalars(module: nn.Module, *, matrices_only: bool = False) -> int:
 
 def flops_of(dims: Dims) -> StepFlops:
     """FLOPs of a training step per image."""
+    of_patches = 0.0
+    if dims.patches is not None:
+        of_patches = dims.patches.masked * head_forward_flops(
+            in_dim=dims.embed_dim,
+            hidden_dim=dims.patches.hidden,
+            bottleneck_dim=dims.patches.bottleneck,
+            num_layers=dims.patches.layers,
+            num_prototypes=dims.patches.prototypes,
+        )
     return step_flops(
         global_size=dims.global_size,
         local_size=dims.local_size,
@@ -192,5 +222,5 @@ def flops_of(dims: Dims) -> StepFlops:
         in_chans=dims.channels,
         num_special=dims.num_special,
         block_weights=dims.block_matrices,
-        patch_head=dims.patch_head_flops,
+        patch_head=round(of_patches),
     )

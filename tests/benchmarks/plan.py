@@ -49,7 +49,7 @@ class Case(NamedTuple):
     num_prototypes: int = 8192
     unit_prototypes: bool = True
     reduce_bucket_size: int = 6_000_000
-    dinov2: bool = False  # blocks with layer scale and SwiGLU, and registers
+    dinov2: bool = False  # layer scale, SwiGLU, registers; patch loss with its own head, KoLeo
 
     def config(self) -> RunConfig:
         """The configuration of the run."""
@@ -62,6 +62,7 @@ class Case(NamedTuple):
                 "drop_path_rate": 0.0,
                 **(DINOV2 if self.dinov2 else {}),
             },
+            **(PATCHES if self.dinov2 else {}),
             head={
                 "num_prototypes": self.num_prototypes,
                 "hidden_dim": 512,
@@ -90,6 +91,11 @@ class Case(NamedTuple):
         )
 
 
+PATCHES: dict[str, dict[str, Any]] = {
+    "ibot": {"loss_weight": 1.0, "mask_group": 2},
+    "koleo": {"loss_weight": 0.1},
+    "patch_head": {"num_prototypes": 4096, "hidden_dim": 512, "bottleneck_dim": 128},
+}
 DINOV2 = {"layer_scale": 1e-5, "ffn": "swiglu", "registers": 4}
 WIDE = {"embed_dim": 384, "depth": 6, "num_prototypes": 4096, "reduce_bucket_size": 2_000_000}
 NARROW = {"num_prototypes": 1024, "reduce_bucket_size": 600_000}
@@ -140,7 +146,9 @@ def _peak(case: Case) -> float:
     now, weights = schedules_of(config, plan).at(STEPS), loss_weights_of(config)
 
     def step() -> None:
-        batches = (MicroBatch(b.global_crops.clone(), b.local_crops.clone(), None) for b in drawn)
+        batches = (
+            MicroBatch(b.global_crops.clone(), b.local_crops.clone(), None, b.masks) for b in drawn
+        )
         train_step(batches, student, teacher, now, loss_weights=weights)
         teacher.wait()  # a profiler that ends amid a collective crashes
 

@@ -42,10 +42,21 @@ def activations(dims: Dims, setup: Setup, *, blocks: int) -> float:
     saved = tokens * sum(saved_by_block(dims, setup, index=index) for index in range(blocks))
     saved += s * images * dims.pixels  # patches
     if blocks == dims.depth:
-        hidden = 2 * dims.head_hidden * (dims.head_layers - 1)
-        saved += s * crops * (2 * dims.embed_dim + hidden) + 3 * FP32 * crops * dims.bottleneck
+        saved += crops * _saved_by_head(
+            dims, setup, dims.head_hidden, dims.head_layers, dims.bottleneck
+        )
+        if dims.patches is not None:
+            saved += (images * dims.patches.masked) * _saved_by_head(
+                dims, setup, dims.patches.hidden, dims.patches.layers, dims.patches.bottleneck
+            )
         saved += s * tokens * dims.embed_dim  # output of the last block
     return saved
+
+
+def _saved_by_head(dims: Dims, setup: Setup, hidden: int, layers: int, bottleneck: int) -> float:
+    """Bytes per row that the final norm and a head save."""
+    elements = 2 * dims.embed_dim + 2 * hidden * (layers - 1)
+    return setup.weight_bytes * elements + 3 * FP32 * bottleneck
 
 
 def added_by_backward(dims: Dims, setup: Setup, *, index: int) -> float:

@@ -69,7 +69,8 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
         # Stage 3 keeps the buffers that accumulate gradients; the others allocate them each step.
         "gradients": summed * weights / ranks if stage == 3 else 0,
         "optimizer": states,
-        "teacher": average + forward + 4 * FP32 * dims.prototypes,  # center, sums, mean target
+        # center, sums, mean target
+        "teacher": average + forward + 4 * FP32 * (dims.prototypes + _patch_prototypes(dims)),
         "activations": FP32 * setup.micro_batch_size * dims.pixels,  # crops, in float32
         "buffers": setup.communication_bytes * setup.reduce_bucket_size if stage == 3 else 0,
     }
@@ -81,6 +82,9 @@ def _moments(dims: Dims, setup: Setup) -> dict[str, Terms]:
     return {
         "teacher forward": _sum(accumulated, _teacher_forward(dims, setup)),
         "loss": _sum(accumulated, _loss(dims, setup)),
+        **(
+            {"loss of patches": _sum(accumulated, _patch_loss(dims, setup))} if dims.patches else {}
+        ),
         "start of backward": _sum(accumulated, _start_of_backward(dims, setup)),
         "backward of a block": _sum(accumulated, _backward_of_block(dims, setup)),
         "first reduction of gradients": _first_reduction(dims, setup),
@@ -96,6 +100,14 @@ def _sum(*summands: Terms) -> Terms:
 
 def _prototype_scalars(dims: Dims) -> int:
     return dims.prototypes * dims.bottleneck
+
+
+def _patch_prototypes(dims: Dims) -> int:
+    return 0 if dims.patches is None else dims.patches.prototypes
+
+
+def _patch_prototype_scalars(dims: Dims) -> int:
+    return 0 if dims.patches is None else dims.patches.prototypes * dims.patches.bottleneck
 
 
 def _targets(dims: Dims, setup: Setup) -> float:
@@ -185,11 +197,33 @@ def _loss(dims: Dims, setup: Setup) -> Terms:
     }
 
 
+def _patch_loss(dims: Dims, setup: Setup) -> Terms:
+    """After the loss of class tokens: prototypes in float32, their gradient, a chunk of logits."""
+    scalars, s = _patch_prototype_scalars(dims), setup.weight_bytes
+    prototypes = 3 * FP32 * scalars  # of student and teacher, normalized, and the gradient
+    if setup.bf16:
+        prototypes += s * scalars  # the gradient in bfloat16
+    rows = min(
+        CHUNK,
+        setup.micro_batch_size
+        * (dims.patches.masked if dims.patches else 0)
+        * (_patch_prototypes(dims)),
+    )
+    copied = s * scalars if setup.zero_stage == 3 else 0  # the teacher's, kept for the step
+    return {
+        "activations": activations(dims, setup, blocks=dims.depth),
+        "gradients": s * _prototype_scalars(dims),
+        "loss": _targets(dims, setup) + prototypes + 3 * FP32 * rows,
+        "buffers": copied + _gathered(dims, setup, during="forward"),
+    }
+
+
 def _start_of_backward(dims: Dims, setup: Setup) -> Terms:
     """The gradient of the prototypes is copied into a new bucket."""
     return {
         "activations": activations(dims, setup, blocks=dims.depth),
-        "gradients": setup.weight_bytes * _prototype_scalars(dims),
+        "gradients": setup.weight_bytes
+        * (_prototype_scalars(dims) + _patch_prototype_scalars(dims)),
         "loss": _targets(dims, setup),
         "buffers": _bucket(setup) + _gathered(dims, setup, during="backward"),
     }
