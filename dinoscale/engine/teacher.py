@@ -55,9 +55,15 @@ class _Seen:
     classes: _Projected
     patches: _Projected | None = None
 
-    def __init__(self, *, copies: bool) -> None:
-        """`copies`: the prototypes are there during the forward only."""
-        self._copies = copies
+    def __init__(self, *, copies: bool, earlier: "_Seen | None" = None) -> None:
+        """Take what the forward hands over.
+
+        Args:
+            copies: the prototypes are there during the forward only.
+            earlier: what was seen of another micro-batch with the same weights, whose copies serve
+                this one, too: memory does not grow with the micro-batches.
+        """
+        self._copies, self._earlier = copies, earlier
 
     def of_class_tokens(self, tokens: Tensor) -> None:
         """Nothing: the targets are those of the heads."""
@@ -71,12 +77,21 @@ class _Seen:
     ) -> Tensor:
         """Keep them; the result is not used."""
         if self._copies:
-            weight_v, weight_g = weight_v.clone(), None if weight_g is None else weight_g.clone()
+            weight_v, weight_g = self._copied(weight_v, weight_g, of_patches=classes is None)
         if classes is not None:
             self.classes = _Projected(classes, weight_v, weight_g)
         if patches is not None:
             self.patches = _Projected(patches, weight_v, weight_g)
         return weight_v.new_zeros(())
+
+    def _copied(
+        self, weight_v: Tensor, weight_g: Tensor | None, *, of_patches: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._earlier is not None:
+            held = self._earlier.patches if of_patches else self._earlier.classes
+            assert held is not None
+            return held.weight_v, held.weight_g
+        return weight_v.clone(), None if weight_g is None else weight_g.clone()
 
 
 @dataclass
@@ -173,7 +188,9 @@ class Teacher:
         # By index: iterating over them would free the last one, which is the first one again if
         # there is no other.
         assert isinstance(micro_batches, Sequence)
-        self._seen += (self._look(micro_batches[i]) for i in range(len(micro_batches)))
+        for index in range(len(micro_batches)):
+            earlier = self._seen[0] if self._seen else None
+            self._seen.append(self._look(micro_batches[index], earlier))
         self.center = _sinkhorn_center([seen.classes for seen in self._seen], temp)
         if self.patch_center is not None:
             patches = [seen.patches for seen in self._seen if seen.patches is not None]
@@ -211,9 +228,9 @@ class Teacher:
         if target_sum is not None:
             self._patch_sums.targets += target_sum
 
-    def _look(self, batch: MicroBatch) -> _Seen:
+    def _look(self, batch: MicroBatch, earlier: _Seen | None = None) -> _Seen:
         images = batch.global_crops.flatten(0, 1).to(self._compute_dtype)
-        seen = _Seen(copies=isinstance(self._weights, _Partitioned))
+        seen = _Seen(copies=isinstance(self._weights, _Partitioned), earlier=earlier)
         rows = None if batch.masks is None else batch.masks.rows
         with tensor_cores(self._compute_dtype, images.device):
             self._weights.forward([images], seen, rows)
