@@ -60,6 +60,11 @@ class IbotConfig(Section):
         """Masked global crops of a group of images, of which there are two per image."""
         return int(2 * self.mask_group * self.mask_prob)
 
+    @property
+    def masked_share(self) -> float:
+        """Share of the global crops that are masked: `mask_prob` in whole crops of a group."""
+        return self.masked_crops / (2 * self.mask_group)
+
     def mistakes(self, *, size: int, patch_size: int) -> list[str]:
         """Masks that global crops of this size in pixels cannot have."""
         side = size // patch_size

@@ -63,7 +63,7 @@ class LossWeights:
     def terms(self) -> tuple[str, ...]:
         """Names of what `MicroBatchLoss.terms` holds beside the sum, in order."""
         names = []
-        if self.ibot or self.koleo:
+        if self.ibot or self.koleo or self.dino != 1:
             names += ["dino_loss", "dino_global_loss"]
         if self.ibot:
             names += ["ibot_loss", "patch_entropy"]

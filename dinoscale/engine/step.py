@@ -85,7 +85,7 @@ class StepMetrics:
 
     @property
     def loss(self) -> float:
-        """Mean loss; with DINO alone, the mean cross-entropy."""
+        """Mean loss; with DINO alone and a weight of 1, the mean cross-entropy."""
         return self._means()[0]
 
     @property

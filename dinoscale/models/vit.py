@@ -200,9 +200,9 @@ class VisionTransformer(nn.Module):
             keep: stochastic depth multipliers (depth, 2, sum N_i) from `stochastic_depth_keep`,
                 images in the order of `crops`; with a `subset_rate`, the uniform numbers from which
                 these are computed; None for no stochastic depth.
-            masks: bool (N, P) over the images of the first resolution: the embeddings of these
-                patches become the mask token, before positions are added; None masks nothing, and
-                then the mask token has no gradient.
+            masks: bool (N, P) over the images of the first tensor, or of all of the first
+                resolution: the embeddings of these patches become the mask token, before positions
+                are added; None masks nothing, and then the mask token has no gradient.
             patch_rows: int64 (M,), indices into the N*P patches of the first resolution.
 
         Returns:
@@ -300,7 +300,7 @@ class VisionTransformer(nn.Module):
             special = self._special_tokens(positions[:, :slots])
             x = torch.unflatten(x, 0, (n, -1))  # (N, P, D)
             if masks is not None and not layout:
-                x = self._masked(x, masks)
+                x = self._masked(x, masks, num_first=len(crops[0]))
             x = x + positions[:, slots:]
             x = torch.cat((special.expand(n, -1, -1), x), dim=1)  # (N, L, D)
             layout.append((n, x.shape[1]))
@@ -316,10 +316,16 @@ class VisionTransformer(nn.Module):
             tokens = torch.cat((tokens, self.reg_token), dim=1)
         return tokens + positions if self._prefix_slots > 1 else tokens  # type: ignore[no-any-return]  # of timm, untyped
 
-    def _masked(self, patches: Tensor, masks: Tensor) -> Tensor:
-        """Patch embeddings (N, P, D) with the mask token at the masked patches."""
+    def _masked(self, patches: Tensor, masks: Tensor, *, num_first: int) -> Tensor:
+        """Patch embeddings (N, P, D) with the mask token at the masked patches.
+
+        The first tensor of crops has `num_first` of the N images; others may be as large as these.
+        """
         if self.mask_token is None:
             raise ValueError("masks: the model was built without a mask token")
+        if len(masks) == num_first < len(patches):
+            unmasked = masks.new_zeros(len(patches) - num_first, *masks.shape[1:])
+            masks = torch.cat((masks, unmasked))
         if masks.shape != patches.shape[:2]:
             raise ValueError(
                 f"masks: need shape {[*patches.shape[:2]]} (images and patches of the first "

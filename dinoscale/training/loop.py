@@ -331,7 +331,7 @@ class Run:
         if "patch" in self.collapse:
             readings["patch"] = Reading(
                 # The loss is a mean over all global crops, of which this share is masked.
-                loss=result.terms["ibot_loss"] / self.config.ibot.mask_prob,
+                loss=result.terms["ibot_loss"] / self.config.ibot.masked_share,
                 teacher_entropy=result.terms["patch_entropy"],
                 mean_target_entropy=result.mean_patch_target_entropy,
                 share=result.max_patch_prototype_prob,

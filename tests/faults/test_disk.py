@@ -189,7 +189,7 @@ def test_weights_of_another_run_are_refused_at_the_first_loss(tmp_path: Path) ->
         ("seed=5", "seed was 0"),
         ("data.train=synthetic:shapes?images=102&size=16", "the number of images"),
         ("data.images_per_epoch=60", "the number drawn from each source an epoch"),
-        ("train.batch_size=12", "train.batch_size was 6"),
+        ("train.batch_size=16", "train.batch_size was 8"),
         ("resume=false", "already holds a run and resume is false"),
     ],
 )

@@ -390,6 +390,12 @@ def test_masks_that_the_messages_suggest_are_accepted(ibot: dict[str, object]) -
     assert _config(ibot={"loss_weight": 1.0, **ibot}).ibot.masked_crops >= 1
 
 
+def test_share_of_masked_crops_is_that_of_whole_crops() -> None:
+    ibot = _config(ibot={"loss_weight": 1.0, "mask_prob": 0.3, "mask_group": 4}).ibot
+    assert ibot.masked_crops == 2
+    assert ibot.masked_share == 0.25
+
+
 def test_crops_too_small_to_mask_are_refused() -> None:
     sizes: dict[str, object] = {"crops__global_size": 48, "crops__local_size": 32}
     assert _messages(ibot__loss_weight=1.0, **sizes) == [

@@ -1,9 +1,11 @@
 """The order of a step's work, with small fakes for student and teacher."""
 
+import math
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -31,8 +33,10 @@ class _Both:
     def count_patch_targets(self, target_sum: Tensor | None) -> None:
         assert target_sum is None
 
-    def __call__(self, *_: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Tensor:
         self.done.append("forward")
+        objective = args[2]
+        objective.terms |= dict.fromkeys(("dino_loss", "dino_global_loss"), torch.tensor(2.0))
         return torch.ones(())
 
     def backward(self, _loss: Tensor) -> None:
@@ -69,3 +73,12 @@ def test_next_micro_batch_is_made_amid_the_step_and_one_is_held() -> None:
     train_step(micro_batches(), *fakes, loss_weights=LossWeights(0.1))
     a_micro_batch = ["made", "backward", "accumulate", "forward"]
     assert both.done == ["made", "forward", *a_micro_batch * 2, "backward", "step"]
+
+
+def test_kl_is_that_of_the_cross_entropy_whatever_its_weight() -> None:
+    both = _Both()
+    batch = MicroBatch(torch.zeros(2, 1, 3, 4, 4), torch.zeros(0, 1, 3, 2, 2), None)
+    fakes: Any = (both, both, _Now())
+    result = train_step([batch], *fakes, loss_weights=LossWeights(0.1, dino=0.5))
+    assert result.loss == 1
+    assert result.kl == pytest.approx(2 - math.log(4))

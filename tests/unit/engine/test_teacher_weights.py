@@ -3,7 +3,7 @@
 import torch
 
 from dinoscale.engine.shards import end_to_end
-from dinoscale.engine.teacher import _Replicated
+from dinoscale.engine.teacher import _Replicated, _Seen
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.zoo import build_backbone
@@ -28,3 +28,20 @@ def test_weights_are_bf16_and_statistics_of_batch_norm_float32() -> None:
     statistics = {name: value for name, value in teacher.buffers.items() if "running" in name}
     assert statistics
     assert {value.dtype for value in statistics.values()} == {torch.float32}
+
+
+def test_micro_batches_share_one_copy_of_gathered_prototypes() -> None:
+    units, seen = torch.ones(2, 3), list[_Seen]()
+    for _ in range(3):
+        of_classes, of_patches = torch.ones(4, 3), torch.full((5, 3), 2.0)
+        seen.append(_Seen(copies=True, earlier=seen[0] if seen else None))
+        seen[-1].of_prototypes(units, None, of_classes, torch.ones(4, 1))
+        seen[-1].of_prototypes(None, units, of_patches, None)
+        of_classes.zero_()  # ZeRO releases them after the forward
+        of_patches.zero_()
+    patches = [some.patches for some in seen]
+    assert len({some.classes.weight_v.data_ptr() for some in seen}) == 1
+    assert len({some.weight_v.data_ptr() for some in patches if some is not None}) == 1
+    assert torch.equal(seen[2].classes.weight_v, torch.ones(4, 3))
+    assert patches[2] is not None
+    assert torch.equal(patches[2].weight_v, torch.full((5, 3), 2.0))

@@ -356,6 +356,15 @@ def test_chosen_patches_are_those_of_features_and_class_tokens_stay(registers: i
     assert patches.shape == (0, 24)
 
 
+def test_unmasked_crops_may_be_as_large_as_masked_ones() -> None:
+    model, masks, rows = _vit(mask_token=True), _masks(2, 16), torch.tensor([3, 31])
+    masked, others = _crops((2, 32, 32), (3, 32, 32))
+    tokens, patches = model([masked, others], masks=masks, patch_rows=rows)
+    alone = model([masked], masks=masks, patch_rows=rows)
+    torch.testing.assert_close(tokens, torch.cat((alone[0], model([others]))))
+    torch.testing.assert_close(patches, alone[1])
+
+
 def test_a_mask_token_without_a_masked_patch_has_a_gradient_of_zero() -> None:
     model, crops = _vit(mask_token=True), _crops(*MIXED)
     empty = torch.zeros(3, 16, dtype=torch.bool)
@@ -370,5 +379,5 @@ def test_masks_that_do_not_fit_are_refused() -> None:
     crops, masks = _crops(*MIXED), _masks(3, 16)
     with pytest.raises(ValueError, match="masks: the model was built without a mask token"):
         _vit()(crops, masks=masks)
-    with pytest.raises(ValueError, match=r"masks: need shape \[3, 16\] .* got \[2, 16\]"):
-        _vit(mask_token=True)(crops, masks=masks[:2])
+    with pytest.raises(ValueError, match=r"masks: need shape \[3, 16\] .* got \[1, 16\]"):
+        _vit(mask_token=True)(crops, masks=masks[:1])
