@@ -76,14 +76,12 @@ def _take(student: Any, teacher: Any, config: Any, plan: Any, step: int) -> None
     """`take_step` with its batch on the device."""
     from dinoscale.engine.build import loss_weights_of, schedules_of
     from dinoscale.engine.gradients import compute_device
-    from dinoscale.engine.micro_batch import MicroBatch
     from dinoscale.engine.step import train_step
-    from tests.distributed.tiny_run import micro_batches
+    from tests.distributed.tiny_run import micro_batches, on_device
 
     device = compute_device()
     batches = (  # each when it is asked for, as in a run
-        MicroBatch(batch.global_crops.to(device), batch.local_crops.to(device), None)
-        for batch in micro_batches(config, plan, step)
+        on_device(batch, device) for batch in micro_batches(config, plan, step)
     )
     now = schedules_of(config, plan).at(step)
     train_step(batches, student, teacher, now, loss_weights=loss_weights_of(config))
