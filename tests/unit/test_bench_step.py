@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinoscale.config import load_config, resolve
+from dinoscale.config import load_config, resolve, split_batch
 from dinoscale.errors import ConfigError
 from dinoscale.planning.bench.budget import Budget, fit_to_time, in_turns
 from dinoscale.planning.bench.ceiling import matmul_rates
@@ -57,6 +57,13 @@ class _Student(nn.Module):
 
 
 class _Teacher:
+    def begin(self, timeline: Timeline) -> None:
+        _sleep(7)
+        with timeline.interrupted():
+            timeline.mark("augmentation")
+            _sleep(8)
+        _sleep(9)
+
     def targets(self) -> str:
         _sleep(5)
         return "targets"
@@ -73,6 +80,7 @@ def test_time_goes_to_the_part_that_took_it(monkeypatch: pytest.MonkeyPatch) -> 
     timeline.mark("data")
     begin = time.perf_counter()
     _sleep(1)
+    teacher.begin(timeline)
     assert teacher.targets() == "targets"
     student(torch.ones(1))
     student.backward()
@@ -82,7 +90,7 @@ def test_time_goes_to_the_part_that_took_it(monkeypatch: pytest.MonkeyPatch) -> 
     whole = time.perf_counter() - begin
     assert tuple(parts) == PARTS
     expected = {"data": 1, "student_forward": 1, "loss": 2, "backward": 3, "optimizer": 4}
-    expected |= {"teacher": 5, "ema": 6}
+    expected |= {"teacher": 7 + 9 + 5, "augmentation": 8, "ema": 6}
     for part, seconds in parts.items():
         assert seconds == expected.get(part, 0) * PAUSE_S, part
     assert sum(parts.values()) == whole
@@ -138,6 +146,14 @@ def test_a_slow_machine_measures_whole_groups_of_masks() -> None:
         assert size == next((size for size in (72, 36) if slow.fits(size)), 12)
         measured.add(size)
     assert measured == {12, 36, 72}
+
+
+def test_a_slow_machine_leaves_koleo_a_neighbour() -> None:
+    sizes = ["train.batch_size=64", "train.micro_batch_size=64"]
+    config = load_config("vit_s16", [*sizes, "koleo.loss_weight=0.1"])
+    slowest, _ = fit_to_time(config, _budget(our_flops_per_s=1.0), world_size=1)
+    assert slowest.train.micro_batch_size == 2
+    assert split_batch(slowest, world_size=1).micro_batch_size == 2
 
 
 def _bench(*overrides: str, seconds: float = 1.0, turns: int = 1) -> Any:

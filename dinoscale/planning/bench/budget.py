@@ -74,8 +74,9 @@ def fit_to_time(config: RunConfig, budget: Budget, *, world_size: int) -> tuple[
     if budget.fits(size * passes):
         return config, ""
     group = config.mask_group
-    while size > group and not budget.fits(size):
-        size = max(size // 2 // group, 1) * group
+    least = max(group, 2 if config.koleo.loss_weight else 1)  # KoLeo needs a neighbour
+    while size > least and not budget.fits(size):
+        size = max(size // 2 // group * group, least)
     if budget.with_reference and not budget.fits_once(size):
         return fit_to_time(config, replace(budget, with_reference=False), world_size=world_size)
     values = config.model_dump(mode="json")

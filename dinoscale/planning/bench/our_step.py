@@ -101,10 +101,10 @@ class OurStep:
 
     def _made(self, index: int, batch: Batch) -> MicroBatch:
         """A micro-batch, made when the step asks for it, as in a run; its time is the input's."""
-        self.crops = []  # frees memory for this one
-        micro_batch = self._feed.finish(0, index, self._sent(batch))
-        self.crops = _views(micro_batch)
-        self._timeline.mark(OTHER)
+        with self._timeline.interrupted():  # by Sinkhorn-Knopp amid the teacher's part
+            self.crops = []  # frees memory for this one
+            micro_batch = self._feed.finish(0, index, self._sent(batch))
+            self.crops = _views(micro_batch)
         return micro_batch
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ class Timeline:
         else:
             moment = time.perf_counter()
         self._marks.append((part, moment))
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Return to the part of the last mark at the end, whatever is marked meanwhile."""
+        part = self._marks[-1][0] if self._marks else OTHER
+        yield
+        self.mark(part)
 
     def take(self) -> dict[str, float]:
         """Seconds of every part from the first mark until now; clears the marks."""
@@ -82,7 +90,8 @@ class TimedProxy:
 def watch_pair(student: Any, teacher: Any, timeline: Timeline) -> tuple[Any, Any]:
     """Student and teacher for `train_step`, whose calls mark the timeline.
 
-    teacher: `targets`, its forward over the global crops and the softmax of its logits.
+    teacher: `begin` and `targets`, its forward over the global crops, Sinkhorn-Knopp, and the
+        softmax of its logits.
     student_forward: the call of the student until its backbone is done.
     loss: from there to the backward: head, prototypes and loss.
     backward: `backward`, including DeepSpeed's reduction of gradients.
@@ -97,5 +106,5 @@ def watch_pair(student: Any, teacher: Any, timeline: Timeline) -> tuple[Any, Any
     methods = {"backward": BACKWARD, "step": OPTIMIZER}
     return (
         TimedProxy(student, timeline, methods, called=STUDENT),
-        TimedProxy(teacher, timeline, {"targets": TEACHER, "update": EMA}),
+        TimedProxy(teacher, timeline, {"begin": TEACHER, "targets": TEACHER, "update": EMA}),
     )
