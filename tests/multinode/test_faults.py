@@ -74,7 +74,7 @@ def test_host_whose_processes_die_is_named_and_one_host_goes_on_from_the_checkpo
     assert [log.read_text().count(f"on node{r}") for r, log in enumerate(logs, 1)] == [1, 1]
     saved = newest_step(run_dir)
     words = ["python", "-m", "dinoscale", "train", str(config)]
-    alone = [f"train.stop_after_steps={saved + 6}", "train.micro_batch_size=6"]
+    alone = [f"train.stop_after_steps={saved + 6}", "train.micro_batch_size=8"]
     again = cluster.hosts[0].run([*words, *alone], timeout_s=START_S)
     assert again.code == 0, again.said[-4000:]
     assert "resuming from" in again.said
