@@ -259,7 +259,7 @@ def split_batch(config: RunConfig, *, world_size: int) -> BatchSplit:
             f"(ibot.mask_group); nearest that are: {nearest}, or set "
             f"ibot.mask_group={math.gcd(micro, config.mask_group)}"
         )
-    if micro < _least_micro_batch(config):
+    if micro < _least_micro_batch(config, world_size):
         raise ConfigError(_LONELY.format(share="train.micro_batch_size: 1 image"))
     return BatchSplit(share, micro, share // micro)
 
@@ -271,7 +271,7 @@ def micro_batch_sizes(config: RunConfig, *, world_size: int) -> list[int]:
         ConfigError: the batch cannot be shared equally by the ranks, in whole groups of masks, or
             a rank has one image and KoLeo wants neighbours.
     """
-    group, least = config.mask_group, _least_micro_batch(config)
+    group, least = config.mask_group, _least_micro_batch(config, world_size)
     share = _share(config, world_size)
     if share < least:
         raise ConfigError(
@@ -286,8 +286,9 @@ _LONELY = (
 )
 
 
-def _least_micro_batch(config: RunConfig) -> int:
-    return 2 if config.koleo.loss_weight else 1
+def _least_micro_batch(config: RunConfig, world_size: int) -> int:
+    lonely = config.koleo.scope == "rank" or world_size == 1
+    return 2 if config.koleo.loss_weight and lonely else 1
 
 
 def with_micro_batch(config: RunConfig, size: int) -> RunConfig:

@@ -203,16 +203,18 @@ class Teacher:
         with tensor_cores(self._compute_dtype, batch.global_crops.device):
             probs = prototype_logits(*seen.classes)  # (2B, K): logits, overwritten below
         for rows in probs.split(ROWS):
-            self._class_sums.logits += rows.sum(0)
+            if not self._sinkhorn:
+                self._class_sums.logits += rows.sum(0)
             rows.copy_(teacher_probs(rows, self.center, temp=temp))
             self._class_sums.targets += rows.sum(0)
         self._class_sums.rows += views * images
         patches = None
         if seen.patches is not None:
             assert self.patch_center is not None
-            self._patch_sums.logits += prototype_logits(
-                seen.patches.units.sum(0, keepdim=True), *seen.patches[1:]
-            )[0]
+            if not self._sinkhorn:
+                self._patch_sums.logits += prototype_logits(
+                    seen.patches.units.sum(0, keepdim=True), *seen.patches[1:]
+                )[0]
             self._patch_sums.rows += len(seen.patches.units)
             patches = PatchTargets(*seen.patches, center=self.patch_center, temp=temp)
         return Targets(probs.view(views, images, -1), patches)

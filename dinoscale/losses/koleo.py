@@ -26,7 +26,7 @@ def koleo_loss(
     of neighbours have a gradient.
 
     Args:
-        class_tokens: of the backbone, before the head (V, B, D), any float dtype, B >= 2.
+        class_tokens: of the backbone, before the head (V, B, D), any float dtype.
         gather: (V, B, D) of this rank -> (V, N, D) of all ranks, among which neighbours are looked
             for, differentiable; None for this rank's alone.
         first: position of this rank's first image among the N.
@@ -36,15 +36,14 @@ def koleo_loss(
         nearest neighbour over images and views, without gradient, for monitoring.
 
     Raises:
-        ValueError: a view has a single image, which has no neighbour.
+        ValueError: a view has a single image in all, which has no neighbour.
     """
-    num_images = class_tokens.shape[1]
-    if num_images < 2:
-        raise ValueError(f"need at least 2 images in a view for a neighbour, got {num_images}")
     dtype = torch.promote_types(class_tokens.dtype, torch.float32)
     with torch.autocast(class_tokens.device.type, enabled=False):
         x = F.normalize(class_tokens.to(dtype), dim=-1, eps=EPS)
         everyone = x if gather is None else gather(x)
+        if (num_images := everyone.shape[1]) < 2:
+            raise ValueError(f"need at least 2 images in a view for a neighbour, got {num_images}")
         nearest = _nearest(x.detach(), everyone.detach(), first)
         neighbours = everyone.gather(1, nearest[..., None].expand_as(x))
         distances = torch.linalg.vector_norm(x - neighbours + EPS, dim=-1)  # (V, B)

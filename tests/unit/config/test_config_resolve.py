@@ -23,6 +23,7 @@ from dinoscale.config import (
     split_batch,
     without_auto,
 )
+from dinoscale.config.objectives import KoleoConfig
 from dinoscale.errors import ConfigError
 
 IMAGENET = 1_281_167  # training images of ILSVRC 2012
@@ -368,4 +369,8 @@ def test_koleo_needs_neighbours_in_every_pass() -> None:
             split_batch(config, world_size=2)
         assert caught.value.exit_code == 2
     assert micro_batch_sizes(run(12, "auto"), world_size=2) == [2, 3, 6]
+    over_ranks = run(2, 1).model_copy(update={"koleo": KoleoConfig(loss_weight=0.1, scope="all")})
+    assert split_batch(over_ranks, world_size=2).micro_batch_size == 1
+    with pytest.raises(ConfigError, match="has no neighbour"):
+        split_batch(over_ranks, world_size=1)
     assert split_batch(without_auto(run(6, "auto")), world_size=2).micro_batch_size == 3
