@@ -24,6 +24,10 @@ from dinoscale.config.load import dump_config
 from dinoscale.config.schema import ModelConfig, RunConfig
 from dinoscale.errors import ConfigError, DinoscaleError
 
+_LONELY = (
+    "{share} in a pass has no neighbour, which KoLeo looks for; need at least 2, or "
+    "koleo.loss_weight=0"
+)
 _NO_IMAGES = "data.train is not set, and the number of steps follows from its images"
 
 
@@ -259,7 +263,7 @@ def split_batch(config: RunConfig, *, world_size: int) -> BatchSplit:
             f"(ibot.mask_group); nearest that are: {nearest}, or set "
             f"ibot.mask_group={math.gcd(micro, config.mask_group)}"
         )
-    if micro < _least_micro_batch(config, world_size):
+    if micro < least_micro_batch(config, world_size=world_size):
         raise ConfigError(_LONELY.format(share="train.micro_batch_size: 1 image"))
     return BatchSplit(share, micro, share // micro)
 
@@ -271,7 +275,7 @@ def micro_batch_sizes(config: RunConfig, *, world_size: int) -> list[int]:
         ConfigError: the batch cannot be shared equally by the ranks, in whole groups of masks, or
             a rank has one image and KoLeo wants neighbours.
     """
-    group, least = config.mask_group, _least_micro_batch(config, world_size)
+    group, least = config.mask_group, least_micro_batch(config, world_size=world_size)
     share = _share(config, world_size)
     if share < least:
         raise ConfigError(
@@ -280,15 +284,10 @@ def micro_batch_sizes(config: RunConfig, *, world_size: int) -> list[int]:
     return [group * size for size in _divisors(share // group) if group * size >= least]
 
 
-_LONELY = (
-    "{share} in a pass has no neighbour, which KoLeo looks for; need at least 2, or "
-    "koleo.loss_weight=0"
-)
-
-
-def _least_micro_batch(config: RunConfig, world_size: int) -> int:
+def least_micro_batch(config: RunConfig, *, world_size: int) -> int:
+    """A group of masks, and two images where KoLeo would look in vain for a neighbour of one."""
     lonely = config.koleo.scope == "rank" or world_size == 1
-    return 2 if config.koleo.loss_weight and lonely else 1
+    return max(config.mask_group, 2 if config.koleo.loss_weight and lonely else 1)
 
 
 def with_micro_batch(config: RunConfig, size: int) -> RunConfig:

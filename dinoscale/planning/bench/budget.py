@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dinoscale.config import RunConfig, parse_config, split_batch
+from dinoscale.config import RunConfig, least_micro_batch, parse_config, split_batch
 from dinoscale.runtime import distributed
 
 # Least share of the rate of large matrix products that a step reaches; half is usual.
@@ -74,7 +74,7 @@ def fit_to_time(config: RunConfig, budget: Budget, *, world_size: int) -> tuple[
     if budget.fits(size * passes):
         return config, ""
     group = config.mask_group
-    least = max(group, 2 if config.koleo.loss_weight else 1)  # KoLeo needs a neighbour
+    least = least_micro_batch(config, world_size=world_size)
     while size > least and not budget.fits(size):
         size = max(size // 2 // group * group, least)
     if budget.with_reference and not budget.fits_once(size):
