@@ -15,23 +15,21 @@ from dinoscale.models.vit import VisionTransformer
 
 @dataclass(frozen=True)
 class PatchDims:
-    """Shapes of the patch loss.
+    """Shapes of the patch loss; all 0 without one.
 
     Attributes:
         masked: masked patches of an image, on average.
-        own_head: whether patch tokens have a head of their own.
         hidden: width of their head's hidden layers.
         layers: linear layers of its MLP.
         bottleneck: width before its prototypes.
         prototypes: their number.
     """
 
-    masked: float
-    own_head: bool
-    hidden: int
-    layers: int
-    bottleneck: int
-    prototypes: int
+    masked: float = 0.0
+    hidden: int = 0
+    layers: int = 0
+    bottleneck: int = 0
+    prototypes: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Dims:
         local_size: side of a local crop in pixels.
         num_local: local crops of an image.
         num_special: class token and registers.
-        patches: the patch loss; None without one.
+        patches: the patch loss.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -86,7 +84,7 @@ class Dims:
     local_size: int
     num_local: int
     num_special: int
-    patches: PatchDims | None = None
+    patches: PatchDims = PatchDims()
 
     @property
     def parameters(self) -> int:
@@ -175,17 +173,16 @@ def dims_of(config: RunConfig) -> Dims:
     )
 
 
-def _patch_dims(config: RunConfig, *, num_patches: int) -> PatchDims | None:
+def _patch_dims(config: RunConfig, *, num_patches: int) -> PatchDims:
     ibot, head = config.ibot, config.patch_head or config.head
     if not ibot.loss_weight:
-        return None
+        return PatchDims()
     low, high = ibot.mask_ratio
     share = (low + high) / 2
     if ibot.mask_rule == "dinov3":  # the upper end of each crop's bin
         share += (high - low) / (2 * ibot.masked_crops)
     return PatchDims(
         masked=NUM_GLOBAL * ibot.mask_prob * num_patches * share,
-        own_head=config.patch_head is not None,
         hidden=head.hidden_dim,
         layers=head.num_layers,
         bottleneck=head.bottleneck_dim,
@@ -199,15 +196,13 @@ def _scalars(module: nn.Module, *, matrices_only: bool = False) -> int:
 
 def flops_of(dims: Dims) -> StepFlops:
     """FLOPs of a training step per image."""
-    of_patches = 0.0
-    if dims.patches is not None:
-        of_patches = dims.patches.masked * head_forward_flops(
-            in_dim=dims.embed_dim,
-            hidden_dim=dims.patches.hidden,
-            bottleneck_dim=dims.patches.bottleneck,
-            num_layers=dims.patches.layers,
-            num_prototypes=dims.patches.prototypes,
-        )
+    of_patch = head_forward_flops(
+        in_dim=dims.embed_dim,
+        hidden_dim=dims.patches.hidden,
+        bottleneck_dim=dims.patches.bottleneck,
+        num_layers=dims.patches.layers,
+        num_prototypes=dims.patches.prototypes,
+    )
     return step_flops(
         global_size=dims.global_size,
         local_size=dims.local_size,
@@ -222,5 +217,5 @@ def flops_of(dims: Dims) -> StepFlops:
         in_chans=dims.channels,
         num_special=dims.num_special,
         block_weights=dims.block_matrices,
-        patch_head=round(of_patches),
+        patch_head=round(dims.patches.masked * of_patch),
     )

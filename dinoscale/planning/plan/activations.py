@@ -45,10 +45,9 @@ def activations(dims: Dims, setup: Setup, *, blocks: int) -> float:
         saved += crops * _saved_by_head(
             dims, setup, dims.head_hidden, dims.head_layers, dims.bottleneck
         )
-        if dims.patches is not None:
-            saved += (images * dims.patches.masked) * _saved_by_head(
-                dims, setup, dims.patches.hidden, dims.patches.layers, dims.patches.bottleneck
-            )
+        saved += (images * dims.patches.masked) * _saved_by_head(
+            dims, setup, dims.patches.hidden, dims.patches.layers, dims.patches.bottleneck
+        )
         saved += s * tokens * dims.embed_dim  # output of the last block
     return saved
 

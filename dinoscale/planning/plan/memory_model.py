@@ -70,7 +70,7 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
         "gradients": summed * weights / ranks if stage == 3 else 0,
         "optimizer": states,
         # center, sums, mean target
-        "teacher": average + forward + 4 * FP32 * (dims.prototypes + _patch_prototypes(dims)),
+        "teacher": average + forward + 4 * FP32 * (dims.prototypes + dims.patches.prototypes),
         "activations": FP32 * setup.micro_batch_size * dims.pixels,  # crops, in float32
         "buffers": setup.communication_bytes * setup.reduce_bucket_size if stage == 3 else 0,
     }
@@ -82,9 +82,7 @@ def _moments(dims: Dims, setup: Setup) -> dict[str, Terms]:
     return {
         "teacher forward": _sum(accumulated, _teacher_forward(dims, setup)),
         "loss": _sum(accumulated, _loss(dims, setup)),
-        **(
-            {"loss of patches": _sum(accumulated, _patch_loss(dims, setup))} if dims.patches else {}
-        ),
+        "loss of patches": _sum(accumulated, _patch_loss(dims, setup)),
         "start of backward": _sum(accumulated, _start_of_backward(dims, setup)),
         "backward of a block": _sum(accumulated, _backward_of_block(dims, setup)),
         "first reduction of gradients": _first_reduction(dims, setup),
@@ -102,12 +100,8 @@ def _prototype_scalars(dims: Dims) -> int:
     return dims.prototypes * dims.bottleneck
 
 
-def _patch_prototypes(dims: Dims) -> int:
-    return 0 if dims.patches is None else dims.patches.prototypes
-
-
 def _patch_prototype_scalars(dims: Dims) -> int:
-    return 0 if dims.patches is None else dims.patches.prototypes * dims.patches.bottleneck
+    return dims.patches.prototypes * dims.patches.bottleneck
 
 
 def _targets(dims: Dims, setup: Setup) -> float:
@@ -203,17 +197,12 @@ def _patch_loss(dims: Dims, setup: Setup) -> Terms:
     prototypes = 3 * FP32 * scalars  # of student and teacher, normalized, and the gradient
     if setup.bf16:
         prototypes += s * scalars  # the gradient in bfloat16
-    rows = min(
-        CHUNK,
-        setup.micro_batch_size
-        * (dims.patches.masked if dims.patches else 0)
-        * (_patch_prototypes(dims)),
-    )
+    logits = setup.micro_batch_size * dims.patches.masked * dims.patches.prototypes
     copied = s * scalars if setup.zero_stage == 3 else 0  # the teacher's, kept for the step
     return {
         "activations": activations(dims, setup, blocks=dims.depth),
         "gradients": s * _prototype_scalars(dims),
-        "loss": _targets(dims, setup) + prototypes + 3 * FP32 * rows,
+        "loss": _targets(dims, setup) + prototypes + 3 * FP32 * min(CHUNK, logits),
         "buffers": copied + _gathered(dims, setup, during="forward"),
     }
 
