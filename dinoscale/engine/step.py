@@ -35,10 +35,10 @@ class StepMetrics:
             parts: numbers of this rank's micro-batches, (M, 2 + T): loss, teacher entropy, terms.
             names: of the T terms.
         """
-        self._ranks = distributed.world_size()
-        self._count = len(parts) * self._ranks
+        self._count = len(parts) * distributed.world_size()
         self._names = tuple(names)
-        self._width, self._outcomes = parts.shape[1], len(outcome)
+        self._width = parts.shape[1]
+        self._sizes = (self._width, len(sums) - self._width, len(outcome), parts.numel())
         results = torch.cat((sums, outcome, parts.flatten()))
         self._copied: torch.cuda.Event | None = None
         if results.is_cuda:
@@ -64,24 +64,23 @@ class StepMetrics:
         return float(self._copied.elapsed_time(now)) / 1000
 
     @cached_property
-    def _numbers(self) -> list[float]:
+    def _numbers(self) -> tuple[list[float], ...]:
+        """Sums of the columns, of the status, the outcome, and the parts."""
         if self._copied is not None:
             self._copied.synchronize()
-        numbers: list[float] = self._on_host.tolist()
-        return numbers
+        return tuple(section.tolist() for section in self._on_host.split(self._sizes))
 
     def _means(self) -> list[float]:
-        return [number / self._count for number in self._numbers[: self._width]]
+        return [number / self._count for number in self._numbers[0]]
 
     @property
     def _status(self) -> list[float]:
         """Sums of `_rank_status`."""
-        return self._numbers[self._width : self._width + 3 + self._ranks]
+        return self._numbers[1]
 
     @property
     def _outcome(self) -> list[float]:
-        first = self._width + 3 + self._ranks
-        return self._numbers[first : first + self._outcomes]
+        return self._numbers[2]
 
     @property
     def loss(self) -> float:
@@ -154,7 +153,7 @@ class StepMetrics:
     @property
     def parts(self) -> list[dict[str, float]]:
         """Of each of this rank's micro-batches: loss, teacher entropy and terms, by name."""
-        flat = self._numbers[self._width + 3 + self._ranks + self._outcomes :]
+        flat = self._numbers[3]
         rows = (flat[i : i + self._width] for i in range(0, len(flat), self._width))
         names = ("loss", "teacher_entropy", *self._names)
         return [dict(zip(names, row, strict=True)) for row in rows]

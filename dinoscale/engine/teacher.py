@@ -17,7 +17,7 @@ An EMA in bf16 would not move: (1 - m)(s - t) is below half a bf16 ulp of t for 
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ class _Sums:
 
     logits: Tensor
     targets: Tensor
-    rows: int = field(default=0)
+    rows: int = 0
 
     @classmethod
     def like(cls, center: Tensor) -> "_Sums":

@@ -160,10 +160,9 @@ def _loss_of_prototypes(
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...] | None]:
     """The loss, its part of two teacher crops, and if needed its gradients in x, v and g.
 
-    A few prototypes at a time.
-    The logits of each part are computed twice, for the softmax normalizer and for loss and
-    gradients. That costs a fourth matrix product, but each product covers all rows, and tensors as
-    large as the prototypes are written directly in their own dtype.
+    A few prototypes at a time. Their logits are computed twice, for the softmax normalizer and for
+    loss and gradients. That costs a fourth matrix product, but each product covers all rows, and
+    tensors as large as the prototypes are written directly in their own dtype.
     """
     dtype = at_least_float32(x, weight_v, probs)
     num_images, num_prototypes = probs.shape[1:]
@@ -183,9 +182,9 @@ def _loss_of_prototypes(
         z = (rows @ chunk.w.T).sub_(peak).sub_(log_sum)
         log_q = z.unflatten(0, (num_crops, num_images))
         out, targets = log_q if needed else None, probs[..., part].to(dtype)
-        parts_of_loss = _loss_and_gradient(log_q, targets, mass=mass, out=out, divisor=num_pairs)
-        loss += parts_of_loss[0]
-        of_global += parts_of_loss[1]
+        sums = _loss_and_gradient(log_q, targets, mass=mass, out=out, divisor=num_pairs)
+        loss += sums[0]
+        of_global += sums[1]
         if needed:  # z now holds its gradient
             d_rows.addmm_(z, chunk.w)
             d_v[part], d_g_part = weight_norm_backward(z.T @ rows, chunk)

@@ -106,7 +106,7 @@ class Run:
         self.saved_step = self.resumed_at  # of the last save begun
         is_first = process.rank == 0
         self.versions = versions() if is_first else {}
-        self.schedules = schedules_of(config, plan)
+        self.schedules, self.loss_weights = schedules_of(config, plan), loss_weights_of(config)
         self.events = Events(self.run_dir, active=is_first)
         self.metrics = distributed.together(lambda: self._open_metrics(active=is_first))
         self.collapse = _collapse_monitors(config, plan)
@@ -196,7 +196,7 @@ class Run:
                 self.student,
                 self.teacher,
                 now,
-                loss_weights=loss_weights_of(self.config),
+                loss_weights=self.loss_weights,
                 stop_asked=self.stop.asked,
                 bad_images=len(self.pending_bad),
                 saving=self.saver.busy(),
