@@ -30,6 +30,7 @@ LOCAL_SIZE = 48  # pixels
 
 LIMIT_S = 330.0  # of all cases
 STEPS = 2  # before the one that is measured: moments exist, stage 3 knows the order of its layers
+TURNS = 6  # of the step that is measured, with several ranks
 
 
 class Case(NamedTuple):
@@ -153,8 +154,10 @@ def _peak(case: Case) -> float:
         teacher.wait()  # a profiler that ends amid a collective crashes
 
     teacher.wait()
-    peaks = [with_peak_bytes(step)[1] for _ in range(case.ranks)]
-    # The less of two: threads that gloo sends with let go of their copies when they get to it.
+    turns = TURNS if case.ranks > 1 else 1
+    peaks = [with_peak_bytes(step)[1] for _ in range(turns)]
+    # The least: threads that gloo sends with let go of their copies when they get to it, which on
+    # a busy machine is late in one turn of seven.
     return min(peaks) - before
 
 
