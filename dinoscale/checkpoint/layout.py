@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dinoscale.checkpoint.read_errors import names_in
+from dinoscale.runtime.outputs import PHASES
 
 FORMAT = 2
 MASTER, EMA = "master", "ema"
@@ -40,6 +41,28 @@ def checkpoints(run_dir: Path) -> list[Path]:
     folder = run_dir / "checkpoints"
     found = (folder / name for name in names_in(folder) if name.startswith("step_"))
     return sorted((path for path in found if named_step(path) is not None), key=_order)
+
+
+def run_with_checkpoints(run_dir: Path) -> Path:
+    """The directory itself; of a run of several phases, that of its last one with a checkpoint.
+
+    Raises:
+        UnreadableError: a folder cannot be listed.
+    """
+    for phase in reversed(phase_directories(run_dir)):
+        if checkpoints(phase):
+            return phase
+    return run_dir
+
+
+def phase_directories(run_dir: Path) -> list[Path]:
+    """Directories of the phases of a run that have begun, in order; none for a run of one part.
+
+    Raises:
+        UnreadableError: their folder cannot be listed.
+    """
+    folder = run_dir / PHASES
+    return [folder / name for name in sorted(names_in(folder)) if (folder / name).is_dir()]
 
 
 def named_step(path: Path) -> int | None:

@@ -26,6 +26,7 @@ from dinoscale.checkpoint.layout import (
     checkpoints,
     is_checkpoint,
     named_step,
+    run_with_checkpoints,
 )
 from dinoscale.checkpoint.progress import Progress, read_measured
 from dinoscale.checkpoint.read_errors import with_retries
@@ -327,14 +328,15 @@ def open_verified(path: Path, heartbeat: Callable[[], None] = lambda: None) -> C
 def open_run(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory.
 
-    The newest is the one that holds the highest step, whatever its name. `heartbeat` is called
-    regularly while checksums are compared.
+    The newest is the one that holds the highest step, whatever its name; of a run of several
+    phases, the newest of the last one. `heartbeat` is called regularly while checksums are
+    compared.
 
     Raises:
         UnreadableError: the newest cannot be read or determined.
         CheckpointError: there is none.
     """
-    found = [path] if is_checkpoint(path) else newest_first(path)
+    found = [path] if is_checkpoint(path) else newest_first(run_with_checkpoints(path))
     checkpoint, errors = first_usable(found, lambda one: open_verified(one, heartbeat))
     for error in errors:
         log.warning("%s; using an older one", error)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dinoscale.checkpoint.layout import checkpoints, is_checkpoint
+from dinoscale.checkpoint.layout import checkpoints, is_checkpoint, run_with_checkpoints
 from dinoscale.checkpoint.retention import Keep, Summary, best_of, delete, summary, superfluous
 from dinoscale.errors import CheckpointError, UnreadableError
 
@@ -72,7 +72,7 @@ def prune_checkpoints(run_dir: Path, keep: Keep, *, dry_run: bool) -> dict[str, 
 
 
 def _found(run_dir: Path) -> list[Path]:
-    found = checkpoints(run_dir)
+    found = checkpoints(run_with_checkpoints(run_dir))
     if not found:
         raise CheckpointError(f"no checkpoint in {run_dir}: give a run directory")
     return found

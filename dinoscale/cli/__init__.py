@@ -152,15 +152,20 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 def _train(options: argparse.Namespace) -> dict[str, Any] | None:
     # Else screens of C++ frames surround the one line that names a lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    environ = dict(os.environ)  # before the libraries add to it
     config, train = load_and_import(options, _import_train)
     from dinoscale.runtime import distributed
+    from dinoscale.runtime.restart import restart
     from dinoscale.runtime.watchdog import collectives_timeout_s
 
     process = read_process(os.environ)
     # The watchdog comes first: it reports more than a collective that timed out.
     distributed.start(process, timeout_s=collectives_timeout_s(config.train.hang_timeout_s))
     summary = train(config, process)
+    meeting = distributed.next_meeting() if "next_phase" in summary else None
     distributed.stop()
+    if meeting is not None:
+        restart({**environ, **meeting})
     return summary if process.rank == 0 else None
 
 

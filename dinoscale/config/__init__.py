@@ -10,6 +10,7 @@ from dinoscale.config.load import (
     text_override,
 )
 from dinoscale.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
+from dinoscale.config.phases import phases_of
 from dinoscale.config.resolve import (
     BatchSplit,
     ParameterCounts,
@@ -64,6 +65,7 @@ __all__ = [
     "load_config",
     "micro_batch_sizes",
     "parse_config",
+    "phases_of",
     "require_groups_within_nodes",
     "resolve",
     "split_batch",

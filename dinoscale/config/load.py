@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from dinoscale.config.layers import Layers
 from dinoscale.config.mistakes import kinds, sections, sentences, show
+from dinoscale.config.phases import phase_named, phases_of
 from dinoscale.config.renamed import with_new_names
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.secrets import hide_secrets
@@ -25,6 +26,7 @@ from dinoscale.config.yaml_io import read_yaml, write_yaml
 from dinoscale.errors import ConfigError
 
 _COMMAND_LINE = "command line"
+_OF_A_PHASE = "phases."
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _MORE_THAN_A_LIST = re.compile(r"\s*\[[^\[\]{}'\"]*\]\s*[^\s#]")  # a path such as [a]/x
 _MARKS = ("versions.json", "job.json")  # in every run directory, and in that of a sweep's run
@@ -38,9 +40,10 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
         name_or_path: a preset's name such as `vit_s16`, or the path of a YAML file.
         overrides: `section.key=value`; a later one wins. The value is a YAML scalar or list; where
             a setting is a text, such as a path, the value is the text as typed, unless quoted.
+            `phases.NAME.section.key=value` is of one phase, `phase=NAME` chooses it.
 
     Returns:
-        The checked configuration.
+        The checked configuration; with `phase=NAME` that of the phase.
 
     Raises:
         ConfigError: something is missing, unknown, of the wrong type or out of range; the message
@@ -48,8 +51,13 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     merged = Layers()
     _put_file(_find(name_or_path), merged, chain=())
-    merged.put(*map(_parse_override, overrides), origin=_COMMAND_LINE)
-    return _checked(merged)
+    of_phases = [override for override in overrides if override.startswith(_OF_A_PHASE)]
+    others = [override for override in overrides if not override.startswith(_OF_A_PHASE)]
+    merged.put(*map(_parse_override, others), origin=_COMMAND_LINE)
+    for override in of_phases:
+        _change_phase(merged.values.get("phases"), override)
+    config = _checked(merged)
+    return config if config.phase is None else phase_named(config, config.phase)
 
 
 def parse_config(values: Mapping[str, object], *, origin: str = "") -> RunConfig:
@@ -237,6 +245,24 @@ def _parse_override(override: str) -> dict[str, object]:
     return value
 
 
+def _change_phase(phases: object, override: str) -> None:
+    """Give one of the phases read from a file the value of `phases.NAME.section.key=value`."""
+    name, _, setting = override.removeprefix(_OF_A_PHASE).partition(".")
+    found = [
+        phase
+        for phase in (phases if isinstance(phases, list) else [])
+        if isinstance(phase, dict) and phase.get("name") == name
+    ]
+    if not found or not setting:
+        raise ConfigError(
+            f"override {hide_secrets(override)!r}: needs phases.NAME.section.key=value with the "
+            "name of one of the phases"
+        )
+    changed = Layers(found[0].get("change") or {})
+    changed.put(_parse_override(setting), origin=_COMMAND_LINE)
+    found[0]["change"] = changed.values
+
+
 def text_override(key: str, text: str) -> str:
     """The override that gives a setting this text, whatever it looks like: 2026, a #1, null."""
     quoted = text.replace("'", "''")
@@ -266,10 +292,12 @@ def _is_typed(names: Sequence[str], text: str) -> bool:
 
 def _checked(merged: Layers) -> RunConfig:
     try:
-        return RunConfig.model_validate(merged.values)
+        config = RunConfig.model_validate(merged.values)
+        phases_of(config)  # a mistake in the last phase must not wait for it
     except ValidationError as error:
         lines = []
         for key, sentence in sentences(error.errors()):
             origin = merged.origins.get(key, "")
             lines.append(f"{sentence} ({origin})" if origin else sentence)
         raise ConfigError("\n".join(lines)) from None
+    return config

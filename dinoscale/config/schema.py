@@ -8,7 +8,7 @@ ranks or images in `resolve`.
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,7 +33,7 @@ from dinoscale.config.fields import (
 )
 from dinoscale.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.objectives import IbotConfig, KoleoConfig
-from dinoscale.config.training import TrainConfig
+from dinoscale.config.training import PhaseConfig, TrainConfig
 
 
 class ModelConfig(Section):
@@ -486,6 +486,27 @@ class RunConfig(Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    phases: Annotated[tuple[PhaseConfig, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Parts of the run, trained one after the other, each in a folder of its own; "
+        "empty: the run has one part.",
+    )
+    phase: str | None = Field(
+        default=None,
+        description="Name of the only phase that a command is about; null: `train` trains all of "
+        "them, other commands read the settings outside of `phases`.",
+    )
+
+    @field_validator("phases")
+    @classmethod
+    def _phases_have_names_of_their_own(
+        cls, phases: tuple[PhaseConfig, ...]
+    ) -> tuple[PhaseConfig, ...]:
+        names = [phase.name for phase in phases]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{names.count(name)} phases are named {name!r}")
+        return phases
 
     @property
     def peak_lr(self) -> float:

@@ -3,6 +3,8 @@
 Sources: [C] code of Caron et al. 2021 (arXiv:2104.14294), its command-line defaults; [D] ours.
 """
 
+from typing import Annotated, Any, Literal
+
 from pydantic import Field, model_validator
 
 from dinoscale.config.fields import Count, CountOrAuto, CountOrZero, PathText, Positive, Section
@@ -22,6 +24,13 @@ class TrainConfig(Section):
         default=False,
         description="Also take the projection head of init_from, whose sizes must be those of "
         "head.*; else the head starts random. [D].",
+    )
+    continue_from: PathText | None = Field(
+        default=None,
+        description="Begin where another run stands, a run directory or one of its checkpoints: "
+        "weights of student and teacher, moments of the optimizer and centers, at any number of "
+        "ranks and ZeRO stage. Schedules and the order of the images begin anew; position "
+        "embeddings are resized to crops.global_size. Not read when a run resumes. [D].",
     )
     epochs: Count = Field(
         default=100,
@@ -68,3 +77,30 @@ class TrainConfig(Section):
         if self.init_head and self.init_from is None:
             raise ValueError("init_head: takes the head of train.init_from, which is null")
         return self
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "TrainConfig":
+        if self.continue_from is not None and self.init_from is not None:
+            raise ValueError(
+                "continue_from: a run begins with the whole state of another or with the weights "
+                "of train.init_from, not with both; set one of them to null"
+            )
+        return self
+
+
+class PhaseConfig(Section):
+    """A part of a run with settings of its own, which begins where the phase before ended."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = Field(
+        description="Lower-case letters, digits and _; names its folder."
+    )
+    start: Literal["everything", "teacher"] = Field(
+        default="everything",
+        description="What the phase takes from the one before. everything: as "
+        "train.continue_from; teacher: the teacher's weights for both networks, and a new "
+        "optimizer, as DINOv3's high-resolution phase.",
+    )
+    change: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings that differ from those of the file, in the same sections.",
+    )

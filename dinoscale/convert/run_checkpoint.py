@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from dinoscale.checkpoint.layout import checkpoints, is_checkpoint
+from dinoscale.checkpoint.layout import checkpoints, is_checkpoint, run_with_checkpoints
 from dinoscale.checkpoint.load import EMA, MASTER, open_run
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.convert.card import BackboneCard, BackboneShape
@@ -18,7 +18,7 @@ def is_run(path: Path) -> bool:
     Raises:
         UnreadableError: it cannot be listed.
     """
-    return path.is_dir() and (is_checkpoint(path) or bool(checkpoints(path)))
+    return path.is_dir() and (is_checkpoint(path) or bool(checkpoints(run_with_checkpoints(path))))
 
 
 def read_run(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.checkpoint.layout import checkpoints, run_with_checkpoints
 from dinoscale.data.sources.spec_files import files_of_spec
 from dinoscale.runtime.fingerprint import (
     Fingerprint,
@@ -70,5 +70,5 @@ def _of_weights(spec: str) -> tuple[str, Iterable[str]]:
     if not os.path.isdir(path):
         card = f"{path}.json"
         return os.path.dirname(path), [path, *([card] if os.path.isfile(card) else [])]
-    newest = [str(checkpoint) for checkpoint in checkpoints(Path(path))][-1:]
+    newest = [str(checkpoint) for checkpoint in checkpoints(run_with_checkpoints(Path(path)))][-1:]
     return files_of_spec(newest[0] if newest else path)

@@ -268,10 +268,13 @@ class VisionTransformer(nn.Module):
         last: Any = self.blocks[-1]
         return last.attn.weights(last.norm1(tokens), layout, queries=queries)  # type: ignore[no-any-return]
 
-    def positions(self, *, height: int, width: int) -> Tensor:
-        """The position embedding for images of this size in pixels, from `resize_pos_embed`."""
+    def positions(self, *, height: int, width: int, of: Tensor | None = None) -> Tensor:
+        """The position embedding for images of this size in pixels, from `resize_pos_embed`.
+
+        `of` is another one to be resized, with the same slots of special tokens.
+        """
         return resize_pos_embed(
-            self.pos_embed,
+            self.pos_embed if of is None else of,
             image_size=(height, width),
             patch_size=self.patch_size,
             num_prefix=self._prefix_slots,

@@ -317,6 +317,22 @@ def stop() -> None:
     _client = None
 
 
+def next_meeting() -> dict[str, str]:
+    """Variables by which the ranks of this job meet again after a restart; collective.
+
+    On another port: where they met this time, rank 0 may still listen when the others come.
+    """
+    if world_size() == 1:
+        return {}
+    port = broadcast_object(free_port() if rank() == 0 else None)
+    address = os.environ["MASTER_ADDR"]  # as `start` exported it
+    return {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }
+
+
 def world_size() -> int:
     """Number of processes of the job; 1 before `start`."""
     return dist.get_world_size() if dist.is_initialized() else 1

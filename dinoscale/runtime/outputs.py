@@ -25,6 +25,7 @@ from dinoscale.errors import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+PHASES = "phases"  # folder in a run_dir of the run directories of its phases
 LIST_FILE = ".dinoscale-files.txt"  # what we wrote in a folder; sources of images skip it
 MARK = "# Recommended by `dinoscale sweep`."  # the first line of each of our presets
 CARD_FILE = "dinoscale.json"  # in a folder; beside a file, ".json" is added to the file's name

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,14 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from dinoscale.checkpoint.checksums import difference, first_difference, matches, read_sums
-from dinoscale.checkpoint.layout import EMA, MASTER, checkpoints, directory
+from dinoscale.checkpoint.layout import (
+    EMA,
+    MASTER,
+    checkpoints,
+    directory,
+    is_checkpoint,
+    run_with_checkpoints,
+)
 from dinoscale.checkpoint.load import Checkpoint, first_usable, held_step, newest_first
 from dinoscale.checkpoint.retention import clear_leftovers
 from dinoscale.checkpoint.save import shared_tensors
@@ -22,9 +30,11 @@ from dinoscale.config.backbones import RESNET50
 from dinoscale.config.resolve import RunPlan, micro_batch_sizes, with_micro_batch
 from dinoscale.config.secrets import hide_secrets
 from dinoscale.data.shards.remote import is_remote
+from dinoscale.engine.build import shapes_only
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import CheckpointError, ConfigError, MissingFileError, UnreadableError
+from dinoscale.models.vit import VisionTransformer
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_all_ranks, on_first_rank
 from dinoscale.runtime.versions import versions
@@ -32,6 +42,7 @@ from dinoscale.runtime.versions import versions
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_POSITIONS = "backbone.pos_embed"  # of another grid where another run's crops had another size
 _DAMAGED, _MISNAMED = "damaged_", "misnamed_"  # name prefixes of checkpoints set aside
 # Settings that may change between two starts without a warning: none changes a number beyond
 # rounding, except micro-batches with batch norm or KoLeo, of which `batch_norm_caution` and
@@ -41,7 +52,8 @@ _FREE: tuple[str, ...] = ("run_dir", "resume", "engine.", "eval.", "log.", "chec
 _FREE += (
     "data.num_workers",
     "train.micro_batch_size",
-    "train.init_",  # read at step 0 only
+    "train.init_",  # read at step 0 only, as is
+    "train.continue_from",
     "train.stop_after_steps",
     "train.max_",
     "train.hang_timeout_s",
@@ -71,6 +83,53 @@ def find_checkpoint(
         for path, error in zip(found, errors, strict=False):
             _set_aside(path, error)
     on_first_rank(lambda heartbeat: clear_leftovers(run_dir, heartbeat), heartbeat)
+    return checkpoint
+
+
+def open_other_run(config: RunConfig, heartbeat: Callable[[], None] = lambda: None) -> Checkpoint:
+    """The checkpoint that `train.continue_from` names, whose files are not changed; collective.
+
+    Of a run it is the newest one, and no older one takes its place if it is damaged.
+
+    Raises:
+        UnreadableError: it cannot be read.
+        CheckpointError: it is damaged.
+        ConfigError: there is none, or it is of another network or optimizer.
+    """
+    path = Path(cast(str, config.train.continue_from))
+
+    def newest() -> Path | None:
+        if is_checkpoint(path):
+            return path
+        return next(iter(newest_first(run_with_checkpoints(path))), None)
+
+    found = _of_first(newest)
+    if found is None:
+        raise ConfigError(
+            f"train.continue_from: no checkpoint in {path}; give the directory of a run or one of "
+            "its step_*, or null to begin anew"
+        )
+    checkpoint = _open_together(found, heartbeat)
+    other = checkpoint.state["config"]["optim"]["name"]
+    if other != config.optim.name:
+        raise ConfigError(
+            f"train.continue_from: {found} has the state of {other}, and optim.name is "
+            f"{config.optim.name}; set optim.name={other}, or take the weights alone with "
+            "train.init_from"
+        )
+    here = {name: tuple(value.shape) for name, value in shapes_only(config).named_parameters()}
+    differing = [
+        f"{name} is {checkpoint.shapes.get(name, 'absent')} there and {here.get(name, 'absent')} "
+        "here"
+        for name in sorted(checkpoint.shapes.keys() | here.keys())
+        if name != _POSITIONS and checkpoint.shapes.get(name) != here.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"train.continue_from: {found} is of another network ({len(differing)} tensors "
+            f"differ): {'; '.join(differing[:3])}; change model.* and head.*, or take what fits "
+            "with train.init_from"
+        )
     return checkpoint
 
 
@@ -365,20 +424,37 @@ def restore(
     student: Student,
     teacher: Teacher,
     heartbeat: Callable[[], None] = lambda: None,
+    *,
+    image_size: int | None = None,
 ) -> None:
     """Restore student, optimizer, teacher and center, at any world size and stage.
 
-    `heartbeat` is called after each tensor of this rank.
+    Args:
+        checkpoint: of this run, or of another one with the same network.
+        student: is changed.
+        teacher: is changed.
+        heartbeat: called after each tensor of this rank.
+        image_size: side of the global crops in pixels, for which position embeddings of another
+            grid, and their moments, are resized as the forward does it; None: refuse them.
 
     Raises:
         CheckpointError: on every rank, if it is of another model or parts are missing.
     """
     live = shared_tensors(student, teacher)
     shapes = {name: tuple(value.shape) for name, value in live.items()}
-    distributed.together(lambda: checkpoint.require(student.shapes, shapes))
+    wanted, backbone = student.shapes, student.network.backbone
+    other_grid = wanted.get(_POSITIONS) != checkpoint.shapes.get(_POSITIONS)
+    if image_size is not None and other_grid:
+        wanted = wanted | {_POSITIONS: checkpoint.shapes[_POSITIONS]}
+    distributed.together(lambda: checkpoint.require(wanted, shapes))
 
     def read(kind: str, name: str, start: int, numel: int) -> Tensor:
-        values = checkpoint.read(kind, name, start, numel)
+        if image_size is not None and other_grid and name == _POSITIONS:
+            assert isinstance(backbone, VisionTransformer)
+            whole = _resized(checkpoint, kind, backbone, side=image_size)
+            values = whole[start : start + numel]
+        else:
+            values = checkpoint.read(kind, name, start, numel)
         heartbeat()
         return values
 
@@ -388,3 +464,14 @@ def restore(
     teacher.restore(partial(read, EMA))
     for name, value in live.items():
         value.copy_(checkpoint.shared[name])
+
+
+def _resized(
+    checkpoint: Checkpoint, kind: str, backbone: VisionTransformer, *, side: int
+) -> Tensor:
+    """Position embeddings of a kind for images of `side` pixels, flattened, float32."""
+    shape = checkpoint.shapes[_POSITIONS]
+    stored = checkpoint.read(kind, _POSITIONS, 0, math.prod(shape)).view(shape)
+    resized = backbone.positions(height=side, width=side, of=stored)
+    # Bicubic weights are partly negative, and a mean of squares is not.
+    return (resized.clamp(min=0) if kind == "exp_avg_sq" else resized).flatten()

@@ -43,12 +43,13 @@ def lock(run_dir: Path) -> IO[str]:
     return file
 
 
-def prepare(config: RunConfig, deepspeed: Mapping[str, Any]) -> Path:
+def prepare(config: RunConfig, deepspeed: Mapping[str, Any] | None = None) -> Path:
     """Write config.yaml, deepspeed.json and versions.json into the run directory.
 
     Args:
         config: of the run.
-        deepspeed: "student" and "teacher" -> DeepSpeed's configuration; null if none is used.
+        deepspeed: "student" and "teacher" -> DeepSpeed's configuration; null if none is used. None
+            for a run of several phases, each of which has its own.
 
     Raises:
         DinoscaleError: the directory cannot be written.
@@ -57,11 +58,13 @@ def prepare(config: RunConfig, deepspeed: Mapping[str, Any]) -> Path:
     run_dir = Path(config.run_dir)
     _refuse_others(run_dir)
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         replace_text(
             run_dir / VERSIONS, json.dumps(versions(), indent=1) + "\n"
         )  # marks it as ours
         replace_text(run_dir / "config.yaml", dump_config(config))
-        replace_text(run_dir / "deepspeed.json", json.dumps(deepspeed, indent=1) + "\n")
+        if deepspeed is not None:
+            replace_text(run_dir / "deepspeed.json", json.dumps(deepspeed, indent=1) + "\n")
     except OSError as error:
         raise _cannot_write(run_dir, error) from error
     return run_dir

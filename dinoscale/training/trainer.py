@@ -14,9 +14,16 @@ import torch
 
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
-from dinoscale.cluster.agreement import gather_members, keep_logs, require_alike, require_shared
+from dinoscale.cluster.agreement import (
+    Member,
+    gather_members,
+    keep_logs,
+    require_alike,
+    require_shared,
+)
 from dinoscale.cluster.doctor.report import count_text
 from dinoscale.config import RunConfig
+from dinoscale.config.phases import phases_of
 from dinoscale.config.resolve import (
     RunPlan,
     require_groups_within_nodes,
@@ -44,11 +51,13 @@ from dinoscale.training.hooks.events import Events
 from dinoscale.training.hooks.online_knn import OnlineKnn, drawn_images_caution
 from dinoscale.training.loop import Run
 from dinoscale.training.micro_batch.search import find_micro_batch
+from dinoscale.training.phases import next_phase
 from dinoscale.training.resume import (
     batch_norm_caution,
     find_checkpoint,
     keep_micro_batch,
     koleo_caution,
+    open_other_run,
     require_same_run,
     require_same_set,
     restore,
@@ -64,8 +73,11 @@ _NAMES_COMPARED = 100  # of images, between ranks
 def train(config: RunConfig, process: Process) -> dict[str, Any]:
     """Pre-train as `config` says; all ranks call it after `distributed.start`.
 
+    Of a run of several phases, only the first that is not finished is trained.
+
     Returns:
-        JSON-able summary: run_dir, steps, last loss and k-NN, images left out.
+        JSON-able summary: run_dir, steps, last loss and k-NN, images left out; `next_phase`, its
+        name, if one follows: new processes have to train it.
 
     Raises:
         DinoscaleError: on every rank.
@@ -79,19 +91,43 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         launched=process.launcher in _ENDING_LAUNCHERS,
         ask_to_stop=stop.ask,
     )
-    is_first = process.rank == 0
-    run_dir = Path(config.run_dir)
     with watchdog.sharing_failure():
         require_alike(config, process, members)
-        opens = _unless_asked(partial(open_images, config), stop)
-        source = open_once_per_node(opens, hosts, watchdog.heartbeat)
-        distributed.together(stop.check)
-        require_same_images(source)
-        _plan(without_auto(config), process, source)  # fail before the run_dir is created
-        with distributed.together(lambda: directory.lock(run_dir) if is_first else nullcontext()):
-            require_shared(run_dir, hosts)
-            keep_logs(run_dir, process, members)
-            return _build(config, process, hosts, source, stop, watchdog).train()
+        if not config.phases:
+            return _train(config, process, members, stop, watchdog)
+        runs = phases_of(config)
+        index = next_phase(runs)
+        is_first = process.rank == 0
+        if is_first:
+            log.info("phase %d of %d: %s", index + 1, len(runs), config.phases[index].name)
+        distributed.together(lambda: directory.prepare(config) if is_first else None)
+        summary = _train(runs[index], process, members, stop, watchdog)
+        summary |= {"run_dir": config.run_dir, "phase": config.phases[index].name}
+        if index + 1 < len(runs):
+            distributed.together(stop.check)
+            summary["next_phase"] = config.phases[index + 1].name
+        return summary
+
+
+def _train(
+    config: RunConfig,
+    process: Process,
+    members: Sequence[Member],
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> dict[str, Any]:
+    """Train a run of one part."""
+    is_first, run_dir = process.rank == 0, Path(config.run_dir)
+    hosts = [member.host for member in members]
+    opens = _unless_asked(partial(open_images, config), stop)
+    source = open_once_per_node(opens, hosts, watchdog.heartbeat)
+    distributed.together(stop.check)
+    require_same_images(source)
+    _plan(without_auto(config), process, source)  # fail before the run_dir is created
+    with distributed.together(lambda: directory.lock(run_dir) if is_first else nullcontext()):
+        require_shared(run_dir, hosts)
+        keep_logs(run_dir, process, members)
+        return _build(config, process, hosts, source, stop, watchdog).train()
 
 
 def _unless_asked(
@@ -162,6 +198,12 @@ def _build(
     init_from = None
     if checkpoint is None and config.train.init_from is not None:
         init_from = on_first_rank(partial(read_initial_weights, config), watchdog.heartbeat)
+    other = None
+    if checkpoint is None and config.train.continue_from is not None:
+        watchdog.progress("opening the checkpoint to continue from")
+        other = open_other_run(config, watchdog.heartbeat)
+        if is_first:
+            log.info("continuing from %s", other.path)
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)
@@ -170,7 +212,8 @@ def _build(
         torch.set_num_threads(cores_per_rank(process.local_world_size))
     watchdog.progress("building the networks")
     distributed.together(stop.check)
-    student, teacher = _networks(config, plan, init_from, checkpoint, watchdog.heartbeat)
+    held = other if checkpoint is None else checkpoint
+    student, teacher = _networks(config, plan, init_from, held, watchdog.heartbeat)
     del init_from  # 4 bytes per weight, on rank 0
     online_knn = _online_knn(config, hosts, stop, watchdog) if config.eval.train else None
     if is_first:
@@ -200,11 +243,12 @@ def _networks(
     checkpoint: Checkpoint | None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:
-    """Student and teacher, with initial weights or those of the checkpoint."""
+    """Student and teacher, with initial weights or those of a checkpoint, perhaps another run's."""
     begins = checkpoint is None
     student, teacher = build_pair(config, plan, init_from, values=begins, heartbeat=heartbeat)
     if checkpoint is not None:
-        restore(checkpoint, student, teacher, heartbeat)
+        size = config.crops.global_size
+        restore(checkpoint, student, teacher, heartbeat, image_size=size)
     return student, teacher
 
 
