@@ -243,22 +243,31 @@ def _add_bench_step(tasks: SubCommands) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    from dinoscale.config import load_config
-    from dinoscale.config.resolve import describe, describe_text
+    from dinoscale.config import dump_config, load_config, phases_of
+    from dinoscale.config.resolve import RunPlan, comments_on, describe
     from dinoscale.errors import DinoscaleError
 
     config = load_config(options.config, options.overrides)
-    plan, error = None, None
-    try:
-        plan = _plan_of(config, world_size=options.world_size) if config.data.sources else None
-    except DinoscaleError as found:
-        error = found  # the settings are shown nevertheless
+    names = [phase.name for phase in config.phases]
+    runs = dict(zip(names, phases_of(config), strict=True)) if names else {"": config}
+    plans, errors = dict[str, RunPlan | None](), dict[str, DinoscaleError]()
+    for name, run in runs.items():
+        plans[name] = None
+        try:
+            if run.data.sources:
+                plans[name] = _plan_of(run, world_size=options.world_size)
+        except DinoscaleError as error:
+            errors[name] = error  # the settings are shown nevertheless
     if options.json:
-        print(json.dumps(describe(config, plan)))
+        of_runs = {name: describe(run, plans[name]) for name, run in runs.items()}
+        print(json.dumps({**describe(config, None), "phases": of_runs} if names else of_runs[""]))
     else:
-        print(describe_text(config, plan, error), end="")
-    if error is not None:
-        raise error
+        text = dump_config(config)
+        for name, run in runs.items():
+            text += comments_on(run, plans[name], errors.get(name), of=f"{name}." if name else "")
+        print(text, end="")
+    for first in errors.values():
+        raise first
 
 
 def _plan_of(config: RunConfig, *, world_size: int) -> RunPlan:
@@ -278,14 +287,31 @@ def _plan_of(config: RunConfig, *, world_size: int) -> RunPlan:
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
-    from dinoscale.config import load_config
+    from dinoscale.config import load_config, phases_of
 
     config = load_config(options.config, options.overrides)
+    from dinoscale.planning.plan.report import plan_of_phases
+    from dinoscale.planning.plan.table import as_text, text_of_phases
+
+    if config.phases:
+        phases = {
+            phase.name: _plan_of_run(run, options)
+            for phase, run in zip(config.phases, phases_of(config), strict=True)
+        }
+        found, text = plan_of_phases(phases), text_of_phases
+    else:
+        found, text = _plan_of_run(config, options), as_text
+    if options.json:
+        return found
+    print(text(found), end="")
+    return None
+
+
+def _plan_of_run(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.planning.plan.failures import Restart
     from dinoscale.planning.plan.report import make_plan
-    from dinoscale.planning.plan.table import as_text
 
-    plan = make_plan(
+    return make_plan(
         config,
         gpus=options.gpus,
         gpu=options.gpu,
@@ -301,10 +327,6 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
             index_s=options.index,
         ),
     )
-    if options.json:
-        return plan
-    print(as_text(plan), end="")
-    return None
 
 
 def _doctor(options: argparse.Namespace) -> None:

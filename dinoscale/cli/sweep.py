@@ -237,8 +237,8 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_report(options: argparse.Namespace) -> dict[str, Any]:
-    from dinoscale.reports.run.write import write_run_report
+    from dinoscale.reports.run.phases import write_report
 
     run_dir = Path(options.run_dir)
     out = Path(options.out) if options.out else run_dir / "report"
-    return write_run_report(run_dir, out, attention=not options.no_attention)
+    return write_report(run_dir, out, attention=not options.no_attention)

@@ -48,6 +48,36 @@ Another `model.backbone` drops the sizes given for the one before.
 **Renamed settings.** An old name is refused with the new one; run directories, checkpoints and
 tables of sweeps that hold old names are read.
 
+## Phases
+
+A run may have parts with settings of their own, such as a last one at a higher resolution:
+
+```yaml
+defaults: [dinov2_vitl16]
+data: {train: /data/images}
+run_dir: runs/first
+phases:
+- name: pretrain
+- name: high_resolution
+  change:              # settings that differ from the file's
+    crops: {global_size: 416}
+    dino: {warmup_teacher_temp_epochs: 2}
+    optim: {lr: 1e-3, warmup_epochs: 0}
+    train: {epochs: 8}
+```
+
+`dinoscale train` with this file trains one after the other, each in a folder of its own below
+`runs/first/phases`, and goes on exactly wherever it was interrupted. A phase begins with the whole
+state of the one before (`start: everything`): weights, moments and centers, with position
+embeddings resized to its crops; its schedules run from their start to their end. It has the next
+seed, so that it sees the images in another order. With `start: teacher` both networks begin as
+the teacher of the phase before, with a new optimizer. A phase's checkpoints and curves are those
+of any run, and commands that take a run take the last phase that has a checkpoint. On the command
+line, `phases.high_resolution.train.epochs=4` changes one of them, and `phase=high_resolution` chooses it
+for a command: `dinoscale bench step my.yaml phase=high_resolution`.
+
+`train.continue_from=runs/other` does the same with any run of the same network.
+
 ## Micro-batches
 
 `train.batch_size` counts the images of a step over all ranks. `train.micro_batch_size=auto`

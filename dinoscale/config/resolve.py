@@ -20,7 +20,6 @@ from dinoscale.config.backbones import (
     num_head_parameters,
     num_vit_parameters,
 )
-from dinoscale.config.load import dump_config
 from dinoscale.config.schema import ModelConfig, RunConfig
 from dinoscale.errors import ConfigError, DinoscaleError
 
@@ -421,21 +420,21 @@ def describe(config: RunConfig, plan: RunPlan | None) -> dict[str, object]:
     }
 
 
-def describe_text(
-    config: RunConfig, plan: RunPlan | None, error: DinoscaleError | None = None
+def comments_on(
+    config: RunConfig, plan: RunPlan | None, error: DinoscaleError | None = None, *, of: str = ""
 ) -> str:
-    """Return the same for people: the configuration as YAML, the rest as comments under it.
+    """Return what follows from a configuration for people, as comments under its YAML.
 
-    The text is itself a configuration that `load_config` reads. `error` says why there is no plan.
+    `error` says why there is no plan. `of` precedes the names: of a phase, its name and a dot.
     """
-    counts = count_parameters(config)
-    lines = [f"# parameters.{name}: {_or_unknown(count)}" for name, count in asdict(counts).items()]
+    counts = asdict(count_parameters(config))
+    lines = [f"# {of}parameters.{name}: {_or_unknown(count)}" for name, count in counts.items()]
     if plan is None:
         why = " ".join(str(error or _NO_IMAGES).split())  # in one line, as a comment is
-        lines.append(f"# plan: none: {why}")
+        lines.append(f"# {of}plan: none: {why}")
     else:
-        lines += [f"# plan.{name}: {value}" for name, value in _values(config, plan).items()]
-    return dump_config(config) + "\n".join(lines) + "\n"
+        lines += [f"# {of}plan.{name}: {value}" for name, value in _values(config, plan).items()]
+    return "\n".join(lines) + "\n"
 
 
 def _values(config: RunConfig, plan: RunPlan) -> dict[str, object]:

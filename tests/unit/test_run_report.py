@@ -14,11 +14,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dinoscale.config import RunConfig, dump_config, parse_config
+from dinoscale.config import HeadConfig, RunConfig, dump_config, parse_config
+from dinoscale.config.objectives import IbotConfig
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.reports.run.findings import check_run
 from dinoscale.reports.run.page import changed_settings
+from dinoscale.reports.run.phases import write_report
 from dinoscale.reports.run.read import EVENTS_KEPT, NUMBERS, Record, read_record
 from dinoscale.reports.run.series import Point, Series
 from dinoscale.reports.run.state import State, describe_run, duration_text, find_state
@@ -83,7 +85,7 @@ def make_run(
     age_s: float = 0.0,
     **changed: dict[str, Any],
 ) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config(**changed)))
     (folder / "deepspeed.json").write_text(
         json.dumps(
@@ -465,6 +467,20 @@ def test_a_run_before_its_first_step_has_a_report(tmp_path: Path) -> None:
     assert sorted(run_dir.rglob("*")) == before
 
 
+def test_a_run_of_phases_has_a_page_that_leads_to_the_report_of_each(tmp_path: Path) -> None:
+    lines = log_lines()
+    make_run(tmp_path / "run" / "phases" / "01_first", lines)
+    make_run(tmp_path / "run" / "phases" / "02_second", lines[: len(lines) // 2])
+    result = write_report(tmp_path / "run", tmp_path / "out", attention=False)
+    page = Elements(Path(result["report"]).read_text())
+    links = [found["href"] or "" for tag, found in page.tags if tag == "a"]
+    assert links == [f"phases/{name}/report.html" for name in ("01_first", "02_second")]
+    assert all("Finished" in (tmp_path / "out" / link).read_text() for link in links[:1])
+    assert f"{STEPS} of {STEPS}" in page.text
+    assert f"{STEPS // 2} of {STEPS}" in page.text
+    assert result["phases"]["02_second"]["state"]["step"] == STEPS // 2
+
+
 def test_a_report_without_a_configuration_has_no_epochs(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -486,3 +502,5 @@ def test_settings_at_their_default_are_not_shown() -> None:
     found = changed_settings(config())
     assert found["train.epochs"] == (EPOCHS, RunConfig().train.epochs)
     assert "head.num_prototypes" not in found
+    found = changed_settings(RunConfig(ibot=IbotConfig(loss_weight=1.0), patch_head=HeadConfig()))
+    assert found["patch_head.num_prototypes"] == (HeadConfig().num_prototypes, None)

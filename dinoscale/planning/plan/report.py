@@ -1,6 +1,6 @@
 """The plan of a configuration on given GPUs, as JSON-able numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -122,6 +122,16 @@ def make_plan(
     }
 
 
+def plan_of_phases(plans: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The plans of a run's phases by name, and their hours together, as JSON-able numbers.
+
+    The hours are those of the recommended setups; None if nothing fits one of the phases.
+    """
+    best = [plan["recommended"] for plan in plans.values()]
+    hours = None if None in best else round(sum(option["hours"] for option in best), 2)
+    return {"phases": dict(plans), "hours": hours}
+
+
 def _check(
     *, gpus: int, utilization: float, network: float | None, node_gpus: int, storage: float
 ) -> None:
@@ -193,14 +203,14 @@ def _as_json(option: Option, run: RunPlan, links: Links) -> dict[str, Any]:
         "peak_moment": option.peak.moment,
         "bytes": {part: round(option.peak.terms[part]) for part in PARTS},
         "images_per_s": round(option.images_per_s, 1),
-        "step_s": round(option.step_s, 4),
-        "offload_s": round(option.offload_s, 4),
+        "step_s": round(option.step_s, 6),
+        "offload_s": round(option.offload_s, 6),
         "hours": round(run.stop_step * option.step_s / 3600, 2),
         "communication": {
             "sent_bytes": round(sum(t.sent_bytes for t in option.transfers)),
             "between_bytes": round(sum(transfer["between_bytes"] for transfer in found)),
-            "seconds": round(option.transfer_s, 4),
-            "waited_s": round(option.waited_s, 4),
+            "seconds": round(option.transfer_s, 6),
+            "waited_s": round(option.waited_s, 6),
             "transfers": found,
         },
     }

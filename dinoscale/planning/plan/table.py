@@ -27,6 +27,14 @@ def as_text(plan: dict[str, Any]) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
 
+def text_of_phases(plan: dict[str, Any]) -> str:
+    """Format the result of `report.plan_of_phases`; ends with a line break."""
+    texts = [f"phase {name}\n\n{as_text(of_phase)}" for name, of_phase in plan["phases"].items()]
+    hours = plan["hours"]
+    together = "not known, as nothing fits one of them" if hours is None else f"{hours:,.0f} h"
+    return "\n".join([*texts, f"all phases, as recommended: {together}\n"])
+
+
 def _head(plan: dict[str, Any]) -> list[str]:
     counts, flops = plan["parameters"], plan["flops_per_image"]
     giga = {name: f"{value / 1e9:.1f}" for name, value in flops.items()}

@@ -134,10 +134,14 @@ def _settings(record: Record) -> Iterator[Element]:
 
 
 def changed_settings(config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (value, default) of every setting that is not at its default."""
+    """Dotted name -> (value, default) of every setting that is not at its default.
+
+    Settings of a section that is null by default, such as `patch_head`, have the default null.
+    """
     default = dict(_flat(RunConfig().model_dump(mode="json")))
     found = _flat(config.model_dump(mode="json"))
-    return {name: (value, default[name]) for name, value in found if value != default[name]}
+    pairs = {name: (value, default.get(name)) for name, value in found}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,9 +12,10 @@ from dinoscale import cli
 from dinoscale.config import (
     RunConfig,
     TrainConfig,
+    comments_on,
     count_parameters,
     describe,
-    describe_text,
+    dump_config,
     load_config,
     micro_batch_sizes,
     parse_config,
@@ -288,7 +289,7 @@ def test_description_is_json_and_complete() -> None:
 def test_text_is_a_configuration_followed_by_the_plan(tmp_path: Path) -> None:
     config = load_config("vit_s16")
     plan = resolve(config, world_size=16, num_images=IMAGENET)
-    text = describe_text(config, plan)
+    text = dump_config(config) + comments_on(config, plan)
     assert "# parameters.backbone: 21,665,664\n" in text
     assert "# plan.total_steps: 1000800\n" in text
     path = tmp_path / "run.yaml"
@@ -301,7 +302,7 @@ def test_auto_is_shown_as_what_training_finds_and_is_no_number_before(tmp_path: 
     with pytest.raises(ConfigError, match=r"auto is decided when .* number here, at most 64"):
         resolve(config, world_size=16, num_images=IMAGENET)
     plan = resolve(without_auto(config), world_size=16, num_images=IMAGENET)
-    text = describe_text(config, plan)
+    text = dump_config(config) + comments_on(config, plan)
     assert "# plan.images_per_rank: 64\n# plan.micro_batch_size: auto\n" in text
     assert "# plan.accumulation_steps: auto\n" in text
     path = tmp_path / "run.yaml"
@@ -317,7 +318,7 @@ def test_a_micro_batch_is_a_number_or_auto(value: str) -> None:
 
 def test_text_without_a_plan_says_so() -> None:
     other = parse_config({"model": {"backbone": "vit_small_patch16_dinov3"}})
-    text = describe_text(other, None)
+    text = comments_on(other, None)
     assert "# plan: none: data.train is not set, and the number of steps" in text
     assert "# parameters.backbone: not known before the model is built\n" in text
 

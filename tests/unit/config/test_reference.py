@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoscale.config import load_config
+from dinoscale.config import load_config, phases_of
 from dinoscale.config.mistakes import sections
 from dinoscale.config.reference import reference
 from dinoscale.config.schema import RunConfig
@@ -46,8 +46,12 @@ def test_values_are_told_in_words(row: str) -> None:
     assert f"\n{row}" in reference()
 
 
-def test_the_file_in_the_head_is_one(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", reference(), re.DOTALL)
-    (tmp_path / "run.yaml").write_text(example)
-    config = load_config(str(tmp_path / "run.yaml"), ["optim.lr=1e-3", "eval.train=null"])
+def test_the_files_in_the_head_are_some(tmp_path: Path) -> None:
+    inherited, phases = re.findall(r"```yaml\n(.*?)```", reference(), re.DOTALL)
+    path = tmp_path / "run.yaml"
+    path.write_text(inherited)
+    config = load_config(str(path), ["optim.lr=1e-3", "eval.train=null"])
     assert (config.train.epochs, config.data.train) == (300, "/data/images")
+    path.write_text(phases)
+    config = load_config(str(path), ["phases.high_resolution.train.epochs=4"])
+    assert [run.crops.global_size for run in phases_of(config)] == [224, 416]
