@@ -73,8 +73,8 @@ embeddings resized to its crops; its schedules run from their start to their end
 seed, so that it sees the images in another order. With `start: teacher` both networks begin as
 the teacher of the phase before, with a new optimizer. A phase's checkpoints and curves are those
 of any run, and commands that take a run take the last phase that has a checkpoint. On the command
-line, `phases.high_resolution.train.epochs=4` changes one of them, and `phase=high_resolution` chooses it
-for a command: `dinoscale bench step my.yaml phase=high_resolution`.
+line, `phases.high_resolution.train.epochs=4` changes one of them, and `phase=high_resolution`
+chooses it for a command: `dinoscale bench step my.yaml phase=high_resolution`.
 
 `train.continue_from=runs/other` does the same with any run of the same network.
 
