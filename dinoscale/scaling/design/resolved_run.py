@@ -92,8 +92,14 @@ class Planner:
         settings = dict(sweep.settings)
         if "warmup" in sweep.rules.given:
             settings["optim.warmup_epochs"] = 0  # set by the rule; the base's may be too long
-        base = load_config(sweep.base).model_dump()
-        self._base = parse_config(_with(base, settings), origin="settings of the sweep")
+        base = load_config(sweep.base)
+        if base.phases:
+            raise ConfigError(
+                f"base: {sweep.base} has phases, and the runs of a sweep have one part; name a file"
+                " without phases"
+            )
+        values = _with(base.model_dump(), settings)
+        self._base = parse_config(values, origin="settings of the sweep")
         self._base_sizes = self._sizes(self._base, dims_of_run(self._base))
 
     def draft(self, point: Point) -> DraftRun:

@@ -306,6 +306,13 @@ def test_an_unknown_base_is_refused_with_the_nearest(tmp_path: Path) -> None:
     assert line.startswith("quikstart: unknown preset, did you mean 'quickstart'?")
 
 
+def test_a_base_with_phases_is_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("defaults: [quickstart]\nphases: [{name: first}, {name: second}]\n")
+    (line,) = _lines(tmp_path, "axes: {seed: [1]}", head=HEAD.replace("quickstart", str(base)))
+    assert line.startswith(f"base: {base} has phases")
+
+
 @pytest.mark.parametrize(
     "text",
     [
