@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dinoscale.checkpoint.layout import checkpoints, phase_directories
+from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import load_config, phases_of
 from tests.faults.kills import OBJECTIVES
 from tests.faults.run_processes import (
@@ -60,6 +61,8 @@ def test_killed_phases_end_as_the_undisturbed_ones(tmp_path: Path) -> None:
         assert newest_step(here) == newest_step(there) == last
         assert losses(here) == losses(there)
         assert same_checkpoint(checkpoints(here)[-1], checkpoints(there)[-1])
+    counts = Checkpoint(checkpoints(large)[-1]).state["optimizer_steps"]
+    assert max(counts.values()) == sum(STEPS), "the second phase has an optimizer of its own"
 
 
 def _kill_after(config: Path, run_dir: Path, *, steps: int) -> None:
