@@ -4,11 +4,13 @@
 state, so a resumed run gets the values of the uninterrupted one.
 
 Source: Caron et al. 2021 (arXiv:2104.14294), section 3.2 and appendix; off-by-one details (both
-ends of a warm-up included, the final value never reached) are those of the authors' code.
+ends of a warm-up included, the final value never reached) are those of the authors' code. `Curve`
+is the form of Simeoni et al. 2025 (arXiv:2508.10104), with the off-by-one details of their code.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 def cosine(
@@ -19,6 +21,7 @@ def cosine(
     total_steps: int,
     warmup_steps: int = 0,
     start: float = 0.0,
+    extra: float = 0.0,
 ) -> float:
     """Linear warm-up from `start` to `base`, then half a cosine from `base` towards `final`.
 
@@ -28,6 +31,12 @@ def cosine(
     `base` is reached on the last warm-up step and again on the next one; `final` would be reached
     on step n, one after the last. A warm-up of a single step is `start`.
 
+    With `extra` the cosine is that of a longer run, cut at step n and stretched so that its last
+    step has `final` (schedule_trunc_extra in the code of DINOv2 and DINOv3): with m = n - w steps,
+    l = floor((1 + extra) m) and c(j) = (1 + cos(pi j / (l - 1))) / 2,
+
+    f(w + j) = final + (base - final) (c(j) - c(m - 1)) / (1 - c(m - 1))
+
     Args:
         step: i, 0 <= i < total_steps.
         base: value at the end of the warm-up, in the unit of the result.
@@ -35,6 +44,7 @@ def cosine(
         total_steps: n, steps of the whole run, warm-up included.
         warmup_steps: w, 0 <= w <= n.
         start: value on step 0 if there is a warm-up.
+        extra: fraction by which the cosine is longer than what the run has of it, >= 0.
 
     Raises:
         ValueError: the step lies outside the run, or the warm-up is longer than it.
@@ -45,8 +55,20 @@ def cosine(
         raise ValueError(f"need 0 <= warmup_steps <= {total_steps}, got {warmup_steps}")
     if step < warmup_steps:
         return start + step * (base - start) / max(warmup_steps - 1, 1)
+    if extra:
+        shape = _truncated(step - warmup_steps, steps=total_steps - warmup_steps, extra=extra)
+        return final + (base - final) * shape
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+
+def _truncated(step: int, *, steps: int, extra: float) -> float:
+    """From 1 to 0: the first `steps` of half a cosine longer by `extra`, stretched."""
+    if steps == 1:
+        return 0.0
+    whole = int((1 + extra) * steps) - 1
+    value, last = (0.5 * (1 + math.cos(math.pi * i / whole)) for i in (step, steps - 1))
+    return (value - last) / (1 - last)
 
 
 def teacher_temp(time: int, *, warmup_temp: float, temp: float, warmup: int) -> float:
@@ -70,9 +92,43 @@ def teacher_temp(time: int, *, warmup_temp: float, temp: float, warmup: int) -> 
     return warmup_temp + time * (temp - warmup_temp) / max(warmup - 1, 1)
 
 
+class Curve(NamedTuple):
+    """Linear warm-up from `start` to `peak`, half a cosine to `end`, then constant.
+
+    With w = warmup_steps and c = cosine_steps:
+
+    f(i) = start + i (peak - start) / w                             for i < w
+    f(w + j) = end + (peak - end) (1 + cos(pi j / (c - 1))) / 2     for j < c
+    f(i) = end                                                      for i >= w + c
+
+    So the warm-up ends one step before `peak`, and the cosine includes both ends; a cosine of a
+    single step is `peak`.
+    """
+
+    start: float
+    peak: float
+    end: float
+    warmup_steps: int = 0
+    cosine_steps: int = 0
+
+    def at(self, step: int) -> float:
+        """Return the value of `step`, which is at least 0."""
+        if step < self.warmup_steps:
+            return self.start + step * (self.peak - self.start) / self.warmup_steps
+        step -= self.warmup_steps
+        if step >= self.cosine_steps:
+            return self.end
+        progress = step / max(self.cosine_steps - 1, 1)
+        return self.end + 0.5 * (self.peak - self.end) * (1 + math.cos(math.pi * progress))
+
+
 @dataclass(frozen=True)
 class StepValues:
-    """The scheduled numbers of one optimizer step."""
+    """The scheduled numbers of one optimizer step.
+
+    `local_weight` multiplies the class tokens' loss between local and global crops, `gram_weight`
+    the Gram loss.
+    """
 
     step: int
     epoch: int
@@ -81,11 +137,16 @@ class StepValues:
     momentum: float
     teacher_temp: float
     prototypes_frozen: bool
+    local_weight: float = 1.0
+    gram_weight: float = 0.0
 
 
 @dataclass(frozen=True)
 class Schedules:
     """All schedules of a run; `at(step)` reads them.
+
+    A curve replaces the formula of DINO and DINOv2, whose numbers are then not read; the weights
+    have no other, and are 1 and 0 without. `cosine_extra` is the `extra` of the formulas' cosines.
 
     `peak_lr` is the rate at the end of the warm-up (already scaled by the batch), `min_lr` the one
     that the cosine tends to (never scaled); `teacher_temp_per_step` moves the temperature with
@@ -106,6 +167,13 @@ class Schedules:
     warmup_teacher_temp_epochs: int
     teacher_temp_per_step: bool
     freeze_last_layer_epochs: int
+    cosine_extra: float = 0.0
+    lr_curve: Curve | None = None
+    weight_decay_curve: Curve | None = None
+    momentum_curve: Curve | None = None
+    teacher_temp_curve: Curve | None = None
+    local_weight: Curve | None = None
+    gram_weight: Curve | None = None
 
     def at(self, step: int) -> StepValues:
         """Return the values of `step`.
@@ -113,31 +181,48 @@ class Schedules:
         Raises:
             ValueError: the step lies outside the run.
         """
+        if not 0 <= step < self.total_steps:
+            raise ValueError(f"need 0 <= step < total_steps, got {step}, {self.total_steps}")
         epoch = step // self.steps_per_epoch
-        n = self.total_steps
-        warmup = self.warmup_teacher_temp_epochs
-        time = epoch
-        if self.teacher_temp_per_step:
-            warmup, time = warmup * self.steps_per_epoch, step
         return StepValues(
             step=step,
             epoch=epoch,
-            lr=cosine(
-                step,
-                base=self.peak_lr,
-                final=self.min_lr,
-                total_steps=n,
-                warmup_steps=self.warmup_steps,
+            lr=self._lr(step),
+            weight_decay=self._cosine(
+                step, self.weight_decay_curve, self.weight_decay, self.weight_decay_end
             ),
-            weight_decay=cosine(
-                step, base=self.weight_decay, final=self.weight_decay_end, total_steps=n
-            ),
-            momentum=cosine(step, base=self.momentum, final=self.momentum_end, total_steps=n),
-            teacher_temp=teacher_temp(
-                time,
-                warmup_temp=self.warmup_teacher_temp,
-                temp=self.teacher_temp,
-                warmup=warmup,
-            ),
+            momentum=self._cosine(step, self.momentum_curve, self.momentum, self.momentum_end),
+            teacher_temp=self._teacher_temp(step, epoch),
             prototypes_frozen=epoch < self.freeze_last_layer_epochs,
+            local_weight=1.0 if self.local_weight is None else self.local_weight.at(step),
+            gram_weight=0.0 if self.gram_weight is None else self.gram_weight.at(step),
+        )
+
+    def _lr(self, step: int) -> float:
+        if self.lr_curve is not None:
+            return self.lr_curve.at(step)
+        return cosine(
+            step,
+            base=self.peak_lr,
+            final=self.min_lr,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            extra=self.cosine_extra,
+        )
+
+    def _cosine(self, step: int, curve: Curve | None, base: float, final: float) -> float:
+        """The curve, or without one a cosine over the whole run."""
+        if curve is not None:
+            return curve.at(step)
+        n, extra = self.total_steps, self.cosine_extra
+        return cosine(step, base=base, final=final, total_steps=n, extra=extra)
+
+    def _teacher_temp(self, step: int, epoch: int) -> float:
+        if self.teacher_temp_curve is not None:
+            return self.teacher_temp_curve.at(step)
+        time, warmup = epoch, self.warmup_teacher_temp_epochs
+        if self.teacher_temp_per_step:
+            time, warmup = step, warmup * self.steps_per_epoch
+        return teacher_temp(
+            time, warmup_temp=self.warmup_teacher_temp, temp=self.teacher_temp, warmup=warmup
         )
