@@ -20,6 +20,7 @@ from dinoscale.config.resolve import (
     describe,
     least_micro_batch,
     micro_batch_sizes,
+    micro_batch_unit,
     require_groups_within_nodes,
     resolve,
     split_batch,
@@ -33,10 +34,9 @@ from dinoscale.config.schema import (
     DinoConfig,
     HeadConfig,
     ModelConfig,
-    OptimConfig,
     RunConfig,
 )
-from dinoscale.config.training import TrainConfig
+from dinoscale.config.training import OptimConfig, TrainConfig
 
 __all__ = [
     "AugmentConfig",
@@ -64,6 +64,7 @@ __all__ = [
     "list_presets",
     "load_config",
     "micro_batch_sizes",
+    "micro_batch_unit",
     "parse_config",
     "phases_of",
     "require_groups_within_nodes",

@@ -98,8 +98,31 @@ class KoleoConfig(Section):
     loss_weight: PositiveOrZero = Field(
         default=0.0, description="Weight of the sum over both global views; 0.1 in DINOv2."
     )
-    scope: Literal["rank", "all"] = Field(
+    scope: Literal["rank", "all", "group"] = Field(
         default="rank",
         description="Whose images of a pass are neighbours: of the same rank, as in DINOv2's code, "
-        "so that results depend on the ranks, or of all ranks.",
+        "so that results depend on the ranks; of all ranks; or of the same group of group_size "
+        "images on neighbouring ranks, as in DINOv3's high-resolution phase.",
     )
+    group_size: Count | None = Field(
+        default=None, description="Images of a group, with scope group. 16 in DINOv3."
+    )
+    num_neighbours: Count = Field(
+        default=1, description="Nearest neighbours whose distances count, equally."
+    )
+
+    @model_validator(mode="after")
+    def _groups_have_a_size(self) -> "KoleoConfig":
+        if self.scope != "group":
+            if self.group_size is not None:
+                raise ValueError(
+                    f"group_size: {self.group_size} is of koleo.scope=group, got {self.scope!r}"
+                )
+        elif self.group_size is None:
+            raise ValueError("group_size: is missing, with koleo.scope=group; 16 in DINOv3")
+        elif self.group_size <= self.num_neighbours:
+            raise ValueError(
+                f"group_size: {self.group_size} images have too few neighbours, need at least "
+                f"{self.num_neighbours + 1} for koleo.num_neighbours={self.num_neighbours}"
+            )
+        return self

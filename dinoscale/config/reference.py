@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from dinoscale.config.load import describe_presets
 from dinoscale.config.mistakes import sections
 from dinoscale.config.schema import RunConfig
+from dinoscale.config.training import CurveConfig
 
 _HEAD = """\
 # Settings
@@ -114,6 +115,7 @@ Sources: [C] the code of Caron et al. 2021 (arXiv:2104.14294), [P] the paper, [D
 | preset | what it is |
 | --- | --- |
 """
+_CURVE = "schedules.lr"  # stands for all curves
 _TABLE = "| setting | value | default | meaning |\n| --- | --- | --- | --- |\n"
 _KINDS = {
     "integer": "integer",
@@ -130,18 +132,24 @@ def reference() -> str:
     parts = sections()
     tables = [_section("Top level", "", RunConfig)]
     tables += [_section(f"`{key}`", f"{key}.", part) for key, part in parts.items()]
+    curve = _section(f"`{_CURVE}` and every other curve", f"{_CURVE}.", CurveConfig)
+    tables.insert(2 + list(parts).index("schedules"), curve)
     return _HEAD + "".join(presets) + "".join(tables)
 
 
 def _section(title: str, prefix: str, part: type[BaseModel]) -> str:
     schema, inner = part.model_json_schema(), sections(part)
     rows = "".join(
-        f"| `{prefix}{key}` | {_cell(_kind(field, schema))} | `{_plain(field['default'])}` |"
+        f"| `{prefix}{key}` | {_cell(_kind(field, schema))} | {_default(field)} |"
         f" {_cell(field['description'])} |\n"
         for key, field in schema["properties"].items()
         if key not in inner
     )
     return f"\n## {title}\n\n{schema['description']}\n\n{_TABLE}{rows}"
+
+
+def _default(field: Mapping[str, Any]) -> str:
+    return f"`{_plain(field['default'])}`" if "default" in field else "none"
 
 
 def _kind(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
@@ -154,8 +162,9 @@ def _kind(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
         if union in field:
             return " or ".join(_kind(choice, schema) for choice in field[union])
     if "$ref" in field:  # a section that may be missing
-        (name,) = (key for key, part in sections().items() if field["$ref"].endswith(part.__name__))
-        return f"settings as in `{name}`"
+        name = field["$ref"].rpartition("/")[2]
+        like = [key for key, part in sections().items() if part.__name__ == name]
+        return f"settings as in `{like[0]}`" if like else "a curve, as below"
     if field["type"] == "array":
         items = field.get("prefixItems") or [field["items"]]
         count = f"{len(items)} " if "prefixItems" in field else ""

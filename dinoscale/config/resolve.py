@@ -23,10 +23,6 @@ from dinoscale.config.backbones import (
 from dinoscale.config.schema import ModelConfig, RunConfig
 from dinoscale.errors import ConfigError, DinoscaleError
 
-_LONELY = (
-    "{share} in a pass has no neighbour, which KoLeo looks for; need at least 2, or "
-    "koleo.loss_weight=0"
-)
 _NO_IMAGES = "data.train is not set, and the number of steps follows from its images"
 
 
@@ -65,8 +61,8 @@ class RunPlan:
         stop_step: optimizer steps after which the run ends, at most total_steps.
         warmup_steps: optimizer steps of learning-rate warm-up.
         freeze_last_layer_steps: optimizer steps in which the prototypes do not move.
-        peak_lr: learning rate after the warm-up, scaled with the batch.
-        min_lr: learning rate at the end, not scaled.
+        peak_lr: highest learning rate, scaled with the batch.
+        min_lr: learning rate at the end; not scaled, unless schedules.lr gives it.
     """
 
     world_size: int
@@ -141,10 +137,10 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         stop_step=total_steps if stop_after is None else min(stop_after, total_steps),
-        warmup_steps=config.optim.warmup_epochs * steps_per_epoch,
+        warmup_steps=config.warmup_epochs * steps_per_epoch,
         freeze_last_layer_steps=config.dino.freeze_last_layer_epochs * steps_per_epoch,
         peak_lr=config.peak_lr,
-        min_lr=config.optim.min_lr,
+        min_lr=config.final_lr,
     )
 
 
@@ -262,8 +258,14 @@ def split_batch(config: RunConfig, *, world_size: int) -> BatchSplit:
             f"(ibot.mask_group); nearest that are: {nearest}, or set "
             f"ibot.mask_group={math.gcd(micro, config.mask_group)}"
         )
-    if micro < least_micro_batch(config, world_size=world_size):
-        raise ConfigError(_LONELY.format(share="train.micro_batch_size: 1 image"))
+    unit = micro_batch_unit(config, world_size=world_size)
+    if micro % unit:
+        raise ConfigError(
+            f"train.micro_batch_size: {micro} images of each of {world_size} ranks are not whole "
+            f"groups of {config.koleo.group_size} (koleo.group_size); nearest that are: {nearest}"
+        )
+    if micro < (least := least_micro_batch(config, world_size=world_size)):
+        raise ConfigError(f"train.micro_batch_size: {_lonely(micro, least=least)}")
     return BatchSplit(share, micro, share // micro)
 
 
@@ -271,22 +273,43 @@ def micro_batch_sizes(config: RunConfig, *, world_size: int) -> list[int]:
     """The micro-batches into which a rank's share of a step can be split equally, ascending.
 
     Raises:
-        ConfigError: the batch cannot be shared equally by the ranks, in whole groups of masks, or
-            a rank has one image and KoLeo wants neighbours.
+        ConfigError: the batch cannot be shared equally by the ranks, in whole groups of masks and
+            of KoLeo, or a rank has too few images for KoLeo's neighbours.
     """
-    group, least = config.mask_group, least_micro_batch(config, world_size=world_size)
-    share = _share(config, world_size)
+    unit = micro_batch_unit(config, world_size=world_size)
+    share, least = _share(config, world_size), least_micro_batch(config, world_size=world_size)
     if share < least:
-        raise ConfigError(
-            _LONELY.format(share=f"train.batch_size: 1 image of each of {world_size} ranks")
-        )
-    return [group * size for size in _divisors(share // group) if group * size >= least]
+        of_each = f" of each of {world_size} ranks"
+        raise ConfigError(f"train.batch_size: {_lonely(share, of_each, least=least)}")
+    return [unit * size for size in _divisors(share // unit) if unit * size >= least]
+
+
+def micro_batch_unit(config: RunConfig, *, world_size: int) -> int:
+    """Images of which a micro-batch is a multiple.
+
+    They are whole groups of masks, and with those of all other ranks whole groups of KoLeo.
+    """
+    group = config.koleo_group
+    return math.lcm(config.mask_group, group // math.gcd(group, world_size))
 
 
 def least_micro_batch(config: RunConfig, *, world_size: int) -> int:
-    """A group of masks, and two images where KoLeo would look in vain for a neighbour of one."""
-    lonely = config.koleo.scope == "rank" or world_size == 1
-    return max(config.mask_group, 2 if config.koleo.loss_weight and lonely else 1)
+    """A unit, and as many images as KoLeo needs where it looks for neighbours among them alone."""
+    least, koleo = micro_batch_unit(config, world_size=world_size), config.koleo
+    if not koleo.loss_weight or koleo.scope == "group":
+        return least
+    ranks = world_size if koleo.scope == "all" else 1
+    return max(least, math.ceil((koleo.num_neighbours + 1) / ranks))
+
+
+def _lonely(images: int, of_each: str = "", *, least: int) -> str:
+    few = "1 image{} in a pass has no neighbour"
+    if images > 1:
+        few = f"{images} images{{}} in a pass have too few neighbours"
+    return (
+        f"{few.format(of_each)}, which KoLeo looks for; need at least {least}, or "
+        "koleo.loss_weight=0"
+    )
 
 
 def with_micro_batch(config: RunConfig, size: int) -> RunConfig:
@@ -299,7 +322,7 @@ def without_auto(config: RunConfig) -> RunConfig:
     """The same run with some micro-batch for `auto`, where the micro-batch does not matter."""
     if config.train.micro_batch_size != "auto":
         return config
-    # KoLeo needs two images; a whole step stands for the share of a rank.
+    # KoLeo needs several images; a whole step stands for the share of a rank.
     return with_micro_batch(
         config, config.train.batch_size if config.koleo.loss_weight else config.mask_group
     )
@@ -322,6 +345,13 @@ def _share(config: RunConfig, world_size: int) -> int:
             f"train.batch_size: the {share} images per rank ({batch_size} images / {world_size} "
             f"ranks) are not whole groups of {group} (ibot.mask_group); nearest that are: "
             f"{nearest}, or set ibot.mask_group={math.gcd(share, group)}"
+        )
+    unit = micro_batch_unit(config, world_size=world_size)
+    if share % unit:
+        nearest = _either(_nearest_multiples(batch_size, world_size * unit))
+        raise ConfigError(
+            f"train.batch_size: {batch_size} images of {world_size} ranks are not whole groups of "
+            f"{config.koleo_group} (koleo.group_size); nearest that are: {nearest}"
         )
     return share
 

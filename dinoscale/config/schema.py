@@ -15,7 +15,6 @@ from pydantic import Field, field_validator, model_validator
 from dinoscale.config.backbones import RESNET50, named_patch_size, named_vit_size
 from dinoscale.config.engine import EngineConfig
 from dinoscale.config.fields import (
-    BetaPair,
     Count,
     CountOrZero,
     Fraction,
@@ -33,7 +32,13 @@ from dinoscale.config.fields import (
 )
 from dinoscale.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.objectives import IbotConfig, KoleoConfig
-from dinoscale.config.training import PhaseConfig, TrainConfig
+from dinoscale.config.training import (
+    REPLACED,
+    OptimConfig,
+    PhaseConfig,
+    SchedulesConfig,
+    TrainConfig,
+)
 
 
 class ModelConfig(Section):
@@ -241,6 +246,12 @@ class DinoConfig(Section):
         "used equally within each step, in 3 iterations over all ranks and micro-batches, as in "
         "DINOv2's larger models.",
     )
+    same_view_pairs: bool = Field(
+        default=False,
+        description="Also compare a global crop with itself, seen by student and teacher "
+        "(global_ignore_diagonal: false in DINOv3's code); the loss is a mean over pairs in any "
+        "case.",
+    )
     student_temp: Positive = Field(default=0.1, description="Softmax temperature. Source: [C].")
     center_momentum: Fraction = Field(
         default=0.9, description="Share of the old center kept per step. Source: [C]."
@@ -274,69 +285,6 @@ class DinoConfig(Section):
         "moments start afterwards. Source: [C]. zero_rate: its rate is 0 and the moments move, as "
         "in DINOv2.",
     )
-
-
-class OptimConfig(Section):
-    """The optimizer and its schedules."""
-
-    name: Literal["adamw", "sgd"] = Field(
-        default="adamw", description="adamw; sgd: momentum 0.9. Source: [C]."
-    )
-    betas: BetaPair = Field(
-        default=(0.9, 0.999), description="Averages of AdamW's two moments. Source: [C]."
-    )
-    lr: Positive = Field(
-        default=5e-4,
-        description="Peak learning rate of a step of 256 images, or of 1024 with lr_scaling sqrt. "
-        "Source: [C].",
-    )
-    lr_scaling: Literal["linear", "sqrt"] = Field(
-        default="linear",
-        description="How the peak rate grows with the images of a step. linear: lr x batch / 256. "
-        "Source: [C]. sqrt: lr x sqrt(batch / 1024), as DINOv2 does.",
-    )
-    layer_decay: Fraction = Field(
-        default=1.0,
-        gt=0,
-        description="Factor of the learning rate from each block to the one before; the embeddings "
-        "come first, heads and final norm have the full rate. Source: DINOv2.",
-    )
-    patch_embed_lr: Positive = Field(
-        default=1.0,
-        description="Further factor of the learning rate of the patch projection. 0.2 in DINOv2.",
-    )
-    min_lr: PositiveOrZero = Field(
-        default=1e-6, description="Final learning rate, not scaled with the batch. Source: [C]."
-    )
-    warmup_epochs: CountOrZero = Field(
-        default=10, description="Epochs of linear warm-up from 0. Source: [C]."
-    )
-    weight_decay: PositiveOrZero = Field(
-        default=0.04, description="Decay at the start. Source: [C]."
-    )
-    weight_decay_end: PositiveOrZero = Field(
-        default=0.4, description="Decay at the end. Source: [C]."
-    )
-    clip_grad: PositiveOrZero = Field(
-        default=3.0,
-        description="Gradients are clipped to this L2 norm; 0: not at all. Source: [C].",
-    )
-    clip_mode: Literal["per_tensor", "per_network", "global"] = Field(
-        default="per_tensor",
-        description="Whether clip_grad bounds each weight tensor's gradient, as [C] does, the norm "
-        "over the backbone and over each head (DINOv2), or the norm over all of them.",
-    )
-
-    @model_validator(mode="after")
-    def _sgd_has_one_rate(self) -> "OptimConfig":
-        if self.name == "sgd":
-            for key in ("betas", "layer_decay", "patch_embed_lr"):
-                value, default = getattr(self, key), type(self).model_fields[key].default
-                if value != default:
-                    raise ValueError(
-                        f"{key}: is of adamw, need {default} with optim.name=sgd, got {value}"
-                    )
-        return self
 
 
 class DataConfig(Section):
@@ -480,6 +428,7 @@ class RunConfig(Section):
     ibot: IbotConfig = Field(default_factory=IbotConfig)
     koleo: KoleoConfig = Field(default_factory=KoleoConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
+    schedules: SchedulesConfig = Field(default_factory=SchedulesConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -508,17 +457,54 @@ class RunConfig(Section):
                 raise ValueError(f"{names.count(name)} phases are named {name!r}")
         return phases
 
+    def scaled_lr(self, lr: float) -> float:
+        """A learning rate, scaled with the batch ([P] section 3.2) by `optim.lr_scaling`."""
+        batch_size = self.train.batch_size
+        if self.optim.lr_scaling == "linear":
+            return lr * batch_size / 256
+        return lr * math.sqrt(batch_size / {"sqrt": 1024, "sqrt_64": 64}[self.optim.lr_scaling])
+
     @property
     def peak_lr(self) -> float:
-        """Learning rate at the end of the warm-up, scaled with the batch ([P] section 3.2)."""
-        if self.optim.lr_scaling == "sqrt":
-            return self.optim.lr * math.sqrt(self.train.batch_size / 1024)
-        return self.optim.lr * self.train.batch_size / 256
+        """Highest learning rate, scaled with the batch."""
+        curve = self.schedules.lr
+        return self.scaled_lr(self.optim.lr if curve is None else max(curve.reached))
+
+    @property
+    def final_lr(self) -> float:
+        """Learning rate at the end of the run; `optim.min_lr` is not scaled, a curve is."""
+        curve = self.schedules.lr
+        return self.optim.min_lr if curve is None else self.scaled_lr(curve.end)
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs of linear warm-up of the learning rate."""
+        curve = self.schedules.lr
+        return self.optim.warmup_epochs if curve is None else curve.warmup_epochs
+
+    @property
+    def weight_decay_ends(self) -> tuple[float, float]:
+        """Weight decay of the first step and at the end."""
+        curve = self.schedules.weight_decay
+        if curve is None:
+            return self.optim.weight_decay, self.optim.weight_decay_end
+        return curve.reached[0], curve.end
+
+    @property
+    def initial_momentum(self) -> float:
+        """Momentum of the teacher in the first step."""
+        curve = self.schedules.momentum
+        return self.dino.momentum if curve is None else curve.reached[0]
 
     @property
     def mask_group(self) -> int:
         """Images whose masks are drawn together; a micro-batch is a multiple. 1 without masks."""
         return self.ibot.mask_group if self.ibot.loss_weight else 1
+
+    @property
+    def koleo_group(self) -> int:
+        """Images of a pass over all ranks are a multiple of it; 1 without groups in KoLeo."""
+        return (self.koleo.group_size or 1) if self.koleo.loss_weight else 1
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
@@ -526,8 +512,10 @@ class RunConfig(Section):
             *self._size_mistakes(),
             *self._length_mistakes(),
             *self._objective_mistakes(),
+            *self._replaced_settings(),
         ]
-        if self.optim.min_lr > self.peak_lr * (1 + 1e-9):  # 1e-9: equal up to rounding is equal
+        # 1e-9: equal up to rounding is equal
+        if self.schedules.lr is None and self.optim.min_lr > self.peak_lr * (1 + 1e-9):
             mistakes.append(
                 f"optim.min_lr: {self.optim.min_lr} is above the peak learning rate "
                 f"{self.peak_lr:.4g} ({_SCALED_LR[self.optim.lr_scaling]})"
@@ -589,21 +577,38 @@ class RunConfig(Section):
 
     def _length_mistakes(self) -> list[str]:
         """Phases that last longer than the run."""
-        phases = {
-            "optim.warmup_epochs": self.optim.warmup_epochs,
-            "dino.warmup_teacher_temp_epochs": self.dino.warmup_teacher_temp_epochs,
-            "dino.freeze_last_layer_epochs": self.dino.freeze_last_layer_epochs,
-        }
+        phases = {"dino.freeze_last_layer_epochs": self.dino.freeze_last_layer_epochs}
+        if self.schedules.lr is None:
+            phases["optim.warmup_epochs"] = self.optim.warmup_epochs
+        if self.schedules.teacher_temp is None:
+            phases["dino.warmup_teacher_temp_epochs"] = self.dino.warmup_teacher_temp_epochs
+        phases |= {f"schedules.{key}": c.least_epochs for key, c in self.schedules.curves.items()}
         return [
             f"{key}: {epochs} epochs do not fit in a run of {self.train.epochs} (train.epochs)"
             for key, epochs in phases.items()
             if epochs > self.train.epochs
         ]
 
+    def _replaced_settings(self) -> list[str]:
+        """Settings in whose place a curve stands, and that say something else all the same."""
+        mistakes = []
+        for name in self.schedules.curves.keys() & REPLACED.keys():
+            for dotted in REPLACED[name]:
+                section, _, key = dotted.partition(".")
+                part = getattr(self, section)
+                value, default = getattr(part, key), type(part).model_fields[key].default
+                if value != default:
+                    mistakes.append(
+                        f"{dotted}: {value} is not read with schedules.{name}; leave it out or at "
+                        f"its default {default}, or set schedules.{name} to null"
+                    )
+        return sorted(mistakes)
+
 
 _SCALED_LR = {
     "linear": "optim.lr x train.batch_size / 256",
     "sqrt": "optim.lr x sqrt(train.batch_size / 1024)",
+    "sqrt_64": "optim.lr x sqrt(train.batch_size / 64)",
 }
 
 

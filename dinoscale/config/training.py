@@ -1,13 +1,200 @@
-"""Settings of the training itself.
+"""Settings of the training itself: optimizer, schedules, length.
 
-Sources: [C] code of Caron et al. 2021 (arXiv:2104.14294), its command-line defaults; [D] ours.
+Sources: [C] code of Caron et al. 2021 (arXiv:2104.14294), its command-line defaults; Simeoni et al.
+2025 (arXiv:2508.10104) and its code for curves; [D] ours.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dinoscale.config.fields import Count, CountOrAuto, CountOrZero, PathText, Positive, Section
+from dinoscale.config.fields import (
+    BetaPair,
+    Count,
+    CountOrAuto,
+    CountOrZero,
+    Fraction,
+    PathText,
+    Positive,
+    PositiveOrZero,
+    Section,
+)
+
+
+class OptimConfig(Section):
+    """The optimizer and its schedules, unless `schedules` has curves for them."""
+
+    name: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="adamw; sgd: momentum 0.9. Source: [C]."
+    )
+    betas: BetaPair = Field(
+        default=(0.9, 0.999), description="Averages of AdamW's two moments. Source: [C]."
+    )
+    lr: Positive = Field(
+        default=5e-4,
+        description="Peak learning rate of a step of 256 images, of 1024 with lr_scaling sqrt, of "
+        "64 with sqrt_64. Source: [C].",
+    )
+    lr_scaling: Literal["linear", "sqrt", "sqrt_64"] = Field(
+        default="linear",
+        description="How the peak rate, or all of schedules.lr, grows with the images of a step. "
+        "linear: lr x batch / 256. Source: [C]. sqrt: lr x sqrt(batch / 1024), as DINOv2 does. "
+        "sqrt_64: lr x sqrt(batch / 64), which is DINOv3's lr x 4 sqrt(batch / 1024).",
+    )
+    layer_decay: Fraction = Field(
+        default=1.0,
+        gt=0,
+        description="Factor of the learning rate from each block to the one before; the embeddings "
+        "come first, heads and final norm have the full rate. Source: DINOv2.",
+    )
+    patch_embed_lr: Positive = Field(
+        default=1.0,
+        description="Further factor of the learning rate of the patch projection. 0.2 in DINOv2.",
+    )
+    min_lr: PositiveOrZero = Field(
+        default=1e-6, description="Final learning rate, not scaled with the batch. Source: [C]."
+    )
+    warmup_epochs: CountOrZero = Field(
+        default=10, description="Epochs of linear warm-up from 0. Source: [C]."
+    )
+    weight_decay: PositiveOrZero = Field(
+        default=0.04, description="Decay at the start. Source: [C]."
+    )
+    weight_decay_end: PositiveOrZero = Field(
+        default=0.4, description="Decay at the end. Source: [C]."
+    )
+    clip_grad: PositiveOrZero = Field(
+        default=3.0,
+        description="Gradients are clipped to this L2 norm; 0: not at all. Source: [C].",
+    )
+    clip_mode: Literal["per_tensor", "per_network", "global"] = Field(
+        default="per_tensor",
+        description="Whether clip_grad bounds each weight tensor's gradient, as [C] does, the norm "
+        "over the backbone and over each head (DINOv2), or the norm over all of them.",
+    )
+
+    @model_validator(mode="after")
+    def _sgd_has_one_rate(self) -> "OptimConfig":
+        if self.name == "sgd":
+            for key in ("betas", "layer_decay", "patch_embed_lr"):
+                value, default = getattr(self, key), type(self).model_fields[key].default
+                if value != default:
+                    raise ValueError(
+                        f"{key}: is of adamw, need {default} with optim.name=sgd, got {value}"
+                    )
+        return self
+
+
+class CurveConfig(Section):
+    """A curve: linear from start to peak, half a cosine from peak to end, then constant."""
+
+    start: PositiveOrZero = Field(description="Value of the first step of the warm-up.")
+    peak: PositiveOrZero = Field(
+        description="Value of the first step after the warm-up, where the cosine begins."
+    )
+    end: PositiveOrZero = Field(
+        description="Value of the last step of the cosine, and of all steps after it."
+    )
+    warmup_epochs: CountOrZero = Field(default=0, description="Length of the warm-up.")
+    cosine_epochs: CountOrZero | None = Field(
+        default=None, description="Length of the cosine; null: the rest of the run."
+    )
+
+    @property
+    def values(self) -> tuple[float, float, float]:
+        """Start, peak and end."""
+        return self.start, self.peak, self.end
+
+    @property
+    def reached(self) -> tuple[float, ...]:
+        """Those of start, peak and end that the curve has or tends to."""
+        start = (self.start,) if self.warmup_epochs else ()
+        peak = (self.peak,) if self.warmup_epochs or self.cosine_epochs != 0 else ()
+        return (*start, *peak, self.end)
+
+    @property
+    def least_epochs(self) -> int:
+        """Epochs that the curve needs."""
+        return self.warmup_epochs + (self.cosine_epochs or 0)
+
+
+class SchedulesConfig(Section):
+    """Curves in place of formulas of `optim` and `dino`, as in DINOv3; null: the formula.
+
+    A setting that a curve replaces is not read and has to stay at its default.
+    """
+
+    lr: CurveConfig | None = Field(
+        default=None,
+        description="Learning rate before optim.lr_scaling; replaces optim.lr, min_lr and "
+        "warmup_epochs.",
+    )
+    weight_decay: CurveConfig | None = Field(
+        default=None,
+        description="Replaces optim.weight_decay and weight_decay_end.",
+    )
+    momentum: CurveConfig | None = Field(
+        default=None, description="Of the teacher; replaces dino.momentum and momentum_end."
+    )
+    teacher_temp: CurveConfig | None = Field(
+        default=None,
+        description="Replaces dino.warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs "
+        "and teacher_temp_changes.",
+    )
+    local_weight: CurveConfig | None = Field(
+        default=None,
+        description="Factor of the class tokens' loss between local and global crops, beside "
+        "dino.loss_weight, which multiplies that between global crops too; null: 1.",
+    )
+    cosine_extra: PositiveOrZero = Field(
+        default=0.0,
+        description="The cosines of optim and dino are those of a longer run, by this fraction "
+        "after the warm-up, cut at the end of this one and stretched to end at the final value "
+        "(schedule_trunc_extra in the code of DINOv2 and DINOv3).",
+    )
+
+    @property
+    def curves(self) -> dict[str, CurveConfig]:
+        """Those that are given, by name."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in values.items() if isinstance(value, CurveConfig)}
+
+    @model_validator(mode="after")
+    def _values_make_sense(self) -> "SchedulesConfig":
+        if self.lr is not None and not any(self.lr.reached):
+            raise ValueError("lr: is 0 in all steps, so nothing would be learned")
+        for name in ("momentum", "teacher_temp"):
+            curve = getattr(self, name)
+            if curve is not None and not min(curve.values) > 0:
+                raise ValueError(f"{name}: needs start, peak and end above 0, got {_three(curve)}")
+        if self.momentum is not None and max(self.momentum.values) > 1:
+            raise ValueError(
+                f"momentum: needs start, peak and end of at most 1, got {_three(self.momentum)}"
+            )
+        if self.cosine_extra and {"lr", "weight_decay", "momentum"} <= self.curves.keys():
+            raise ValueError(
+                f"cosine_extra: {self.cosine_extra} has no cosine to act on, as rate, decay and "
+                "momentum have curves; leave it out"
+            )
+        return self
+
+
+def _three(curve: CurveConfig) -> str:
+    return ", ".join(str(value) for value in curve.values)
+
+
+# Curves, and the settings that are not read with them.
+REPLACED = {
+    "lr": ("optim.lr", "optim.min_lr", "optim.warmup_epochs"),
+    "weight_decay": ("optim.weight_decay", "optim.weight_decay_end"),
+    "momentum": ("dino.momentum", "dino.momentum_end"),
+    "teacher_temp": (
+        "dino.warmup_teacher_temp",
+        "dino.teacher_temp",
+        "dino.warmup_teacher_temp_epochs",
+        "dino.teacher_temp_changes",
+    ),
+}
 
 
 class TrainConfig(Section):

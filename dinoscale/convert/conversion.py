@@ -72,6 +72,7 @@ RECIPE: dict[str, tuple[str, ...] | None] = {  # None: all of the section
     "ibot": None,
     "koleo": None,
     "optim": None,
+    "schedules": None,
     "data": ("images_per_epoch", "subset_size", "channels", "max_pixel_value", "mean", "std"),
     "train": ("epochs", "batch_size", "micro_batch_size"),
     "engine": ("precision",),

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
+from dinoscale.config.training import CurveConfig
 from dinoscale.engine.initialization import Write, build_on_meta
 from dinoscale.engine.micro_batch import LossWeights
-from dinoscale.engine.schedules import Schedules
+from dinoscale.engine.schedules import Curve, Schedules
 from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
 from dinoscale.models.heads import DinoHead
@@ -215,19 +216,27 @@ def loss_weights_of(config: RunConfig) -> LossWeights:
         dino=config.dino.loss_weight,
         ibot=config.ibot.loss_weight,
         koleo=config.koleo.loss_weight,
-        koleo_over_ranks=config.koleo.scope == "all",
+        local_is_scheduled=config.schedules.local_weight is not None,
+        same_view_pairs=config.dino.same_view_pairs,
+        koleo_over_ranks=config.koleo.scope != "rank",
+        koleo_group=config.koleo.group_size,
+        koleo_neighbours=config.koleo.num_neighbours,
     )
 
 
 def schedules_of(config: RunConfig, plan: RunPlan) -> Schedules:
     """The schedules of a run, from the recipe and the plan."""
-    dino, optim = config.dino, config.optim
+    dino, optim, given = config.dino, config.optim, config.schedules
+    curves = {
+        name: _curve(curve, plan, scale=config.scaled_lr if name == "lr" else float)
+        for name, curve in given.curves.items()
+    }
     return Schedules(
         steps_per_epoch=plan.steps_per_epoch,
         total_steps=plan.total_steps,
         warmup_steps=plan.warmup_steps,
         peak_lr=plan.peak_lr,
-        min_lr=optim.min_lr,
+        min_lr=plan.min_lr,
         weight_decay=optim.weight_decay,
         weight_decay_end=optim.weight_decay_end,
         momentum=dino.momentum,
@@ -237,4 +246,25 @@ def schedules_of(config: RunConfig, plan: RunPlan) -> Schedules:
         warmup_teacher_temp_epochs=dino.warmup_teacher_temp_epochs,
         teacher_temp_per_step=dino.teacher_temp_changes == "per_step",
         freeze_last_layer_epochs=dino.freeze_last_layer_epochs,
+        cosine_extra=given.cosine_extra,
+        lr_curve=curves.get("lr"),
+        weight_decay_curve=curves.get("weight_decay"),
+        momentum_curve=curves.get("momentum"),
+        teacher_temp_curve=curves.get("teacher_temp"),
+        local_weight=curves.get("local_weight"),
+        gram_weight=curves.get("gram_weight"),
+    )
+
+
+def _curve(config: CurveConfig, plan: RunPlan, *, scale: Callable[[float], float]) -> Curve:
+    """The curve in steps, its values scaled."""
+    warmup = config.warmup_epochs * plan.steps_per_epoch
+    rest = plan.total_steps - warmup
+    epochs = config.cosine_epochs
+    return Curve(
+        start=scale(config.start),
+        peak=scale(config.peak),
+        end=scale(config.end),
+        warmup_steps=warmup,
+        cosine_steps=rest if epochs is None else epochs * plan.steps_per_epoch,
     )

@@ -2,9 +2,12 @@
 
     L = w_dino DINO + w_ibot iBOT + w_koleo sum over both views of KoLeo
 
+DINO's terms of local crops have a scheduled weight besides.
+
 It is computed inside the student's forward, where ZeRO has gathered the prototypes, so all terms
 come out of one engine forward. Shape letters as in `engine/step.py`; M masked patches.
-Source: Caron et al. 2021 (arXiv:2104.14294); Oquab et al. 2023 (arXiv:2304.07193).
+Source: Caron et al. 2021 (arXiv:2104.14294); Oquab et al. 2023 (arXiv:2304.07193); Simeoni et al.
+2025 (arXiv:2508.10104).
 """
 
 from dataclasses import dataclass
@@ -51,19 +54,31 @@ class Targets:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The temperature of the student, and the weight of each term, 0 for none."""
+    """The temperature of the student, and the weight of each term, 0 for none.
+
+    Attributes:
+        local_is_scheduled: whether the step's `local_weight` may differ from 1.
+        same_view_pairs: whether DINO compares a global crop with itself, too.
+        koleo_over_ranks: look for neighbours among the images of all ranks.
+        koleo_group: of these, only among so many in a row; None for all.
+        koleo_neighbours: how many of them count.
+    """
 
     student_temp: float
     dino: float = 1.0
     ibot: float = 0.0
     koleo: float = 0.0
-    koleo_over_ranks: bool = False  # look for neighbours among the images of all ranks
+    local_is_scheduled: bool = False
+    same_view_pairs: bool = False
+    koleo_over_ranks: bool = False
+    koleo_group: int | None = None
+    koleo_neighbours: int = 1
 
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of what `MicroBatchLoss.terms` holds beside the sum, in order."""
         names = []
-        if self.ibot or self.koleo or self.dino != 1:
+        if self.ibot or self.koleo or self.dino != 1 or self.local_is_scheduled:
             names += ["dino_loss", "dino_global_loss"]
         if self.ibot:
             names += ["ibot_loss", "patch_entropy"]
@@ -78,13 +93,19 @@ class MicroBatchLoss:
     Attributes:
         terms: after the forward, scalars without gradient by name: each term before its weight;
             `dino_global_loss`, the part of `dino_loss` between two global crops, so that the rest
-            is that of local crops; `patch_entropy`, the mean of the patch targets' entropies in
-            nats; `koleo_distance`, the mean distance to the nearest class token.
+            is that of local crops, before its weight, too; `patch_entropy`, the mean of the patch
+            targets' entropies in nats; `koleo_distance`, the mean distance to the nearest class
+            tokens.
         patch_target_sum: after the forward, sum of the patch targets (K,); None without masks.
     """
 
     def __init__(
-        self, targets: Targets, weights: LossWeights, *, patch_weights: Tensor | None = None
+        self,
+        targets: Targets,
+        weights: LossWeights,
+        *,
+        patch_weights: Tensor | None = None,
+        local_weight: float = 1.0,
     ) -> None:
         """Take the targets of a micro-batch.
 
@@ -92,8 +113,10 @@ class MicroBatchLoss:
             targets: of the micro-batch.
             weights: of the terms.
             patch_weights: of each masked patch (M,): 1 / masked patches of its crop.
+            local_weight: of DINO's terms of local crops, within DINO's own weight.
         """
         self._targets, self._weights, self._patch_weights = targets, weights, patch_weights
+        self._local_weight = local_weight
         self.terms: dict[str, Tensor] = {}
         self.patch_target_sum: Tensor | None = None
 
@@ -118,23 +141,31 @@ class MicroBatchLoss:
             return None
         views, images = self._targets.class_probs.shape[:2]
         of_views = tokens[: views * images].unflatten(0, (views, images))
-        if self._weights.koleo_over_ranks:
-            first = distributed.rank() * images
-            loss, distance = koleo_loss(of_views, gather=_over_ranks, first=first)
-        else:
-            loss, distance = koleo_loss(of_views)
+        weights = self._weights
+        # Groups that are whole on every rank need nobody else's images.
+        alone = weights.koleo_group is not None and images % weights.koleo_group == 0
+        over_ranks = weights.koleo_over_ranks and not alone
+        loss, distance = koleo_loss(
+            of_views,
+            gather=_over_ranks if over_ranks else None,
+            first=distributed.rank() * images if over_ranks else 0,
+            group_size=weights.koleo_group,
+            num_neighbours=weights.koleo_neighbours,
+        )
         self.terms |= {"koleo_loss": loss.detach(), "koleo_distance": distance}
-        return self._weights.koleo * loss
+        return weights.koleo * loss
 
     def _dino(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None) -> Tensor:
-        loss, of_global = dino_loss_of_prototypes(
+        loss, unweighted, of_global = dino_loss_of_prototypes(
             x,
             weight_v,
             weight_g,
             teacher_probs=self._targets.class_probs,
             student_temp=self._weights.student_temp,
+            local_weight=self._local_weight,
+            same_view=self._weights.same_view_pairs,
         )
-        self.terms |= {"dino_loss": loss.detach(), "dino_global_loss": of_global}
+        self.terms |= {"dino_loss": unweighted, "dino_global_loss": of_global}
         return loss
 
     def _ibot(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None) -> Tensor:

@@ -84,7 +84,7 @@ class StepMetrics:
 
     @property
     def loss(self) -> float:
-        """Mean loss; with DINO alone and a weight of 1, the mean cross-entropy."""
+        """Mean loss; with DINO alone and weights of 1, the mean cross-entropy."""
         return self._means()[0]
 
     @property
@@ -241,7 +241,10 @@ def _forward(
     targets = teacher.targets(batch, temp=now.teacher_temp)
     masks = batch.masks
     objective = MicroBatchLoss(
-        targets, weights, patch_weights=None if masks is None else masks.weights
+        targets,
+        weights,
+        patch_weights=None if masks is None else masks.weights,
+        local_weight=now.local_weight,
     )
     crops = [batch.global_crops.flatten(0, 1)]
     if batch.local_crops.shape[0]:

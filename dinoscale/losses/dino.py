@@ -11,11 +11,14 @@ With P[s,b] the sum of p[t,b] over t != s and |P| its sum over k, one crop of on
 and gradients thus need no loop over pairs, and are computed for a few images or prototypes at a
 time: memory holds the targets and a few times `CHUNK` elements, however many crops there are. L is
 a scalar, so the backward pass only scales the gradients that the forward has computed.
+
+Options of DINOv3 (arXiv:2508.10104): terms of local crops s >= T have a weight, and pairs s = t may
+count too, so that there are T S B pairs.
 """
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,13 +35,43 @@ from dinoscale.losses.prototypes import (
 CHUNK = 2**22  # logits at a time: 16 MB
 
 
-def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: float) -> Tensor:
+class _Pairs(NamedTuple):
+    """Which pairs of views there are, and what those with local crops weigh."""
+
+    local_weight: float
+    same_view: bool
+
+    def num_pairs(self, num_crops: int, probs: Tensor) -> int:
+        """Pairs over all images."""
+        return len(probs) * (num_crops - (not self.same_view)) * probs.shape[1]
+
+    def weights(self, num_teachers: int) -> list[tuple[slice, float]]:
+        """The student crops, and the weight of their terms."""
+        if self.local_weight == 1:
+            return [(slice(None), 1.0)]
+        return [(slice(num_teachers), 1.0), (slice(num_teachers, None), self.local_weight)]
+
+    def weighted(self, loss: Tensor, of_global: Tensor) -> Tensor:
+        """The loss with weights, from the one without and its part of two teacher crops."""
+        return torch.lerp(of_global, loss, self.local_weight)  # with a weight of 1 the same bits
+
+
+def dino_loss(
+    student_logits: Tensor,
+    teacher_probs: Tensor,
+    *,
+    student_temp: float,
+    local_weight: float = 1.0,
+    same_view: bool = False,
+) -> Tensor:
     """Cross-entropy of each teacher view against every student crop of another view.
 
     Args:
         student_logits: z, (S, B, K), any float dtype; student crop t is teacher crop t.
         teacher_probs: p, (T, B, K) float32 or float64, 2 <= T <= S, no gradient.
         student_temp: tau > 0, dimensionless.
+        local_weight: factor of the terms of local crops, student crops from T on.
+        same_view: also the pairs of student crop t and teacher crop t.
 
     Returns:
         Scalar in nats: float32, or float64 if an argument is. Differentiable once, in the logits.
@@ -47,7 +80,9 @@ def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: fl
         ValueError: the shapes disagree, or there is no pair of distinct views.
     """
     _require_pairs(student_logits.shape, teacher_probs.shape)
-    loss: Tensor = _LossOfLogits.apply(student_logits, teacher_probs, student_temp)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LossOfLogits.apply(  # type: ignore[no-untyped-call]
+        student_logits, teacher_probs, student_temp, _Pairs(local_weight, same_view)
+    )
     return loss
 
 
@@ -58,7 +93,9 @@ def dino_loss_of_prototypes(
     *,
     teacher_probs: Tensor,
     student_temp: float,
-) -> tuple[Tensor, Tensor]:
+    local_weight: float = 1.0,
+    same_view: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`dino_loss` of the logits z = x W^T, W_k = g_k v_k / ||v_k||, without storing them.
 
     Products and sums run in float32 (float64 if an argument is), whatever the weights' dtype.
@@ -69,10 +106,12 @@ def dino_loss_of_prototypes(
         weight_g: g, (K, 1), or None for ones.
         teacher_probs: p, (T, B, K) float32 or float64, 2 <= T <= S, no gradient.
         student_temp: tau > 0, dimensionless.
+        local_weight: factor of the terms of local crops, student crops from T on.
+        same_view: also the pairs of student crop t and teacher crop t.
 
     Returns:
-        The loss, and without gradient its part of pairs of two teacher crops; scalars in nats,
-        float32 or float64. Differentiable once, in x, v and g.
+        The loss; and without gradient what it is with a weight of 1, and the part of this of pairs
+        of two teacher crops; scalars in nats, float32 or float64. Differentiable once, in x, v, g.
 
     Raises:
         ValueError: the shapes disagree, or there is no pair of distinct views.
@@ -82,8 +121,8 @@ def dino_loss_of_prototypes(
         raise ValueError(f"need whole crops of {num_images} images, got {len(x)} rows")
     _require_pairs((len(x) // num_images, num_images, len(weight_v)), teacher_probs.shape)
     with torch.autocast(x.device.type, enabled=False):
-        losses: tuple[Tensor, Tensor] = _LossOfPrototypes.apply(  # type: ignore[no-untyped-call]
-            x, weight_v, weight_g, teacher_probs, student_temp
+        losses: tuple[Tensor, Tensor, Tensor] = _LossOfPrototypes.apply(  # type: ignore[no-untyped-call]
+            x, weight_v, weight_g, teacher_probs, student_temp, _Pairs(local_weight, same_view)
         )
     return losses
 
@@ -95,58 +134,58 @@ def _require_pairs(z_shape: tuple[int, ...], p_shape: tuple[int, ...]) -> None:
 
 class _LossOfLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, probs: Tensor, temp: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, probs: Tensor, temp: float, pairs: _Pairs) -> Tensor:
         ctx.save_for_backward(logits, probs)
-        ctx.temp = temp
+        ctx.temp, ctx.pairs = temp, pairs
         ctx.gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        return _loss_of_logits(logits, probs, temp, gradient=ctx.gradient)
+        return _loss_of_logits(logits, probs, temp, pairs, gradient=ctx.gradient)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None  # as large as the logits: handed over, not kept
         if gradient is None:  # a second backward
             logits, probs = ctx.saved_tensors
             gradient = torch.empty_like(logits)
-            _loss_of_logits(logits, probs, ctx.temp, gradient=gradient)
-        return gradient.mul_(upstream), None, None
+            _loss_of_logits(logits, probs, ctx.temp, ctx.pairs, gradient=gradient)
+        return gradient.mul_(upstream), None, None, None
 
 
 def _loss_of_logits(
-    logits: Tensor, probs: Tensor, temp: float, *, gradient: Tensor | None
+    logits: Tensor, probs: Tensor, temp: float, pairs: _Pairs, *, gradient: Tensor | None
 ) -> Tensor:
     dtype = at_least_float32(logits, probs)
     num_crops, num_images, num_prototypes = logits.shape
-    num_pairs = _num_pairs(num_crops, probs)
+    num_pairs = pairs.num_pairs(num_crops, probs)
     loss = torch.zeros((), dtype=dtype, device=logits.device)
     for images in slices(num_images, size=CHUNK // (num_crops * num_prototypes)):
         log_q = torch.log_softmax(logits[:, images].to(dtype) / temp, dim=-1)
         targets = probs[:, images].to(dtype)
         out = None if gradient is None else gradient[:, images]
-        of_images, _ = _loss_and_gradient(
-            log_q, targets, mass=targets.sum(-1), out=out, divisor=num_pairs * temp
+        of_images, of_global = _loss_and_gradient(
+            log_q, targets, pairs, mass=targets.sum(-1), out=out, divisor=num_pairs * temp
         )
-        loss += of_images
+        loss += pairs.weighted(of_images, of_global)
     return loss / num_pairs
 
 
 class _LossOfPrototypes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         # Not save_for_backward, which would keep prototypes that ZeRO-3 has gathered.
         ctx.inputs = inputs
         needed = any(ctx.needs_input_grad)
         loss, of_global, ctx.gradients = _loss_of_prototypes(*inputs, needed=needed)
-        ctx.mark_non_differentiable(of_global)
-        return loss, of_global
+        ctx.mark_non_differentiable(loss, of_global)
+        return inputs[-1].weighted(loss, of_global), loss, of_global
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # K x D: handed over, not kept
         if gradients is None:  # a second backward
             _, _, gradients = _loss_of_prototypes(*ctx.inputs, needed=True)
-        return (*(None if d is None else d.mul_(upstream) for d in gradients), None, None)
+        return (*(None if d is None else d.mul_(upstream) for d in gradients), None, None, None)
 
 
 def _loss_of_prototypes(
@@ -155,10 +194,11 @@ def _loss_of_prototypes(
     weight_g: Tensor | None,
     probs: Tensor,
     temp: float,
+    pairs: _Pairs,
     *,
     needed: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...] | None]:
-    """The loss, its part of two teacher crops, and if needed its gradients in x, v and g.
+    """The loss without weight, its part of two teacher crops, if needed gradients in x, v and g.
 
     A few prototypes at a time. Their logits are computed twice, for the softmax normalizer and for
     loss and gradients. That costs a fourth matrix product, but each product covers all rows, and
@@ -168,7 +208,7 @@ def _loss_of_prototypes(
     num_images, num_prototypes = probs.shape[1:]
     rows = x.to(dtype) / temp  # (S*B, D)
     num_crops = len(rows) // num_images
-    num_pairs, mass = _num_pairs(num_crops, probs), probs.sum(-1, dtype=dtype)  # (T, B)
+    num_pairs, mass = pairs.num_pairs(num_crops, probs), probs.sum(-1, dtype=dtype)  # (T, B)
     parts = slices(num_prototypes, size=min(CHUNK // len(rows), PROTOTYPES))
     some = partial(prototypes, weight_v, weight_g, dtype=dtype)
     peak, log_sum = _normalizer(rows, (some(part).w for part in parts))
@@ -182,7 +222,7 @@ def _loss_of_prototypes(
         z = (rows @ chunk.w.T).sub_(peak).sub_(log_sum)
         log_q = z.unflatten(0, (num_crops, num_images))
         out, targets = log_q if needed else None, probs[..., part].to(dtype)
-        sums = _loss_and_gradient(log_q, targets, mass=mass, out=out, divisor=num_pairs)
+        sums = _loss_and_gradient(log_q, targets, pairs, mass=mass, out=out, divisor=num_pairs)
         loss += sums[0]
         of_global += sums[1]
         if needed:  # z now holds its gradient
@@ -211,13 +251,20 @@ def _normalizer(rows: Tensor, weights: Iterable[Tensor]) -> tuple[Tensor, Tensor
 
 
 def _loss_and_gradient(
-    log_q: Tensor, probs: Tensor, *, mass: Tensor, out: Tensor | None, divisor: float
+    log_q: Tensor,
+    probs: Tensor,
+    pairs: _Pairs,
+    *,
+    mass: Tensor,
+    out: Tensor | None,
+    divisor: float,
 ) -> tuple[Tensor, Tensor]:
     """The loss of some images and prototypes summed over pairs, and its gradient in the logits z.
 
     Args:
         log_q: log-probabilities (S, R, k), overwritten; fastest if they fit into a CPU's cache.
         probs: targets of the same R images and k prototypes (T, R, k).
+        pairs: which there are; the sums are without weight, the gradient is with it.
         mass: sums (T, R) of the targets over all prototypes.
         out: where to write the gradient in z / tau (S, R, k), may be `log_q`; None for no gradient.
         divisor: of the gradient.
@@ -227,18 +274,20 @@ def _loss_and_gradient(
     """
     num_teachers = len(probs)
     target_sum = probs.sum(0)  # (R, k)
-    same_view = (probs * log_q[:num_teachers]).sum()  # no pairs: taken out again
-    loss = same_view - torch.dot(target_sum.view(-1), log_q.sum(0).view(-1))
-    among = torch.dot(target_sum.view(-1), log_q[:num_teachers].sum(0).view(-1))
-    if out is not None:
-        pair_mass = mass.sum(0).repeat(len(log_q), 1)  # (S, R): |P|
+    loss = -torch.dot(target_sum.view(-1), log_q.sum(0).view(-1))
+    of_global = -torch.dot(target_sum.view(-1), log_q[:num_teachers].sum(0).view(-1))
+    if not pairs.same_view:  # no pairs: taken out again
+        same_view = (probs * log_q[:num_teachers]).sum()
+        loss, of_global = loss + same_view, of_global + same_view
+    if out is None:
+        return loss, of_global
+    pair_mass = mass.sum(0).repeat(len(log_q), 1)  # (S, R): |P|
+    if not pairs.same_view:
         pair_mass[:num_teachers] -= mass
-        q = log_q.exp_()
-        torch.addcmul(target_sum / -divisor, q, (pair_mass / divisor)[..., None], out=out)
+    q = log_q.exp_()
+    for crops, weight in pairs.weights(num_teachers):
+        some_mass = (weight * pair_mass[crops] / divisor)[..., None]
+        torch.addcmul(weight * target_sum / -divisor, q[crops], some_mass, out=out[crops])
+    if not pairs.same_view:
         out[:num_teachers].add_(probs, alpha=1 / divisor)
-    return loss, same_view - among
-
-
-def _num_pairs(num_crops: int, probs: Tensor) -> int:
-    """Pairs of distinct views over all images."""
-    return len(probs) * (num_crops - 1) * probs.shape[1]
+    return loss, of_global

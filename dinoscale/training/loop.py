@@ -378,6 +378,7 @@ class Run:
             "weight_decay": now.weight_decay,
             "momentum": now.momentum,
             "teacher_temp": now.teacher_temp,
+            **({"local_weight": now.local_weight} if self.loss_weights.local_is_scheduled else {}),
             "grad_norm": float(self.student.grad_norm()),
             "center_norm": float(self.teacher.center.norm()),
             **rates,

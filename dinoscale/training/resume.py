@@ -371,8 +371,8 @@ def koleo_caution(config: RunConfig, plan: RunPlan, then: Mapping[str, Any] | No
     Returns:
         A sentence; None without KoLeo or if nothing changes.
     """
-    if then is None or not config.koleo.loss_weight:
-        return None
+    if then is None or not config.koleo.loss_weight or config.koleo.scope == "group":
+        return None  # a group has as many images as before
     of_all = config.koleo.scope == "all"
     images, before = (
         size * (ranks if of_all else 1)

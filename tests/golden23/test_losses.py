@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoscale.losses.centering import teacher_probs, updated_center
-from dinoscale.losses.dino import dino_loss
+from dinoscale.losses.dino import dino_loss, dino_loss_of_prototypes
 from dinoscale.losses.ibot import PatchTargets, patch_loss_of_prototypes
 from dinoscale.losses.koleo import koleo_loss
 from dinoscale.losses.sinkhorn import Reduction, sinkhorn_center
@@ -173,7 +173,7 @@ def test_class_losses(golden23_tensors: Tensors, golden23_json: Numbers) -> None
     assert_close(total, of_locals + of_globals * global_pairs)
     assert_close(d_globals, tensors["v2.global.grad"] * global_pairs)
     assert_close(d_locals, tensors["v2.local.grad"])
-    # DINOv3: means over pairs. A crop against itself, its third form, is no pair of ours.
+    # DINOv3: means over pairs.
     of_globals = tensors["v3.global_without_diagonal.loss"][0]
     assert_close(total, tensors["v3.local.loss"][0] * local_pairs + of_globals * global_pairs)
     assert_close(d_globals, tensors["v3.global_without_diagonal.grad"] * global_pairs)
@@ -186,27 +186,58 @@ def test_class_losses(golden23_tensors: Tensors, golden23_json: Numbers) -> None
     assert_close(gradient, tensors["v3.global_without_diagonal.grad"])
 
 
+@pytest.mark.parametrize("local_weight", [1.0, 0.5])
+@pytest.mark.parametrize("diagonal", ["without", "with"])
+def test_class_losses_weighted_as_in_dinov3(
+    golden23_tensors: Tensors, golden23_json: Numbers, diagonal: str, local_weight: float
+) -> None:
+    """Both means over pairs, each scaled by its share of the pairs, the local one weighted."""
+    tensors, numbers = golden23_tensors("cls_loss"), golden23_json("cls_loss")
+    crops = [tensors["student_global_logits"], tensors["student_local_logits"]]
+    probs, tau = tensors["teacher_probs"], numbers["student_temp"]
+    views, local = len(crops[0]), len(crops[1])
+    global_pairs = views * (views if diagonal == "with" else views - 1)
+    shares = [pairs / (global_pairs + views * local) for pairs in (global_pairs, views * local)]
+    scales = shares[0], shares[1] * local_weight
+    names = f"v3.global_{diagonal}_diagonal", "v3.local"
+    losses = [tensors[f"{name}.loss"][0] * share for name, share in zip(names, shares, strict=True)]
+    options: dict[str, Any] = {"local_weight": local_weight, "same_view": diagonal == "with"}
+    options["student_temp"] = tau
+
+    logits = torch.cat(crops).requires_grad_()
+    loss = dino_loss(logits, probs, **options)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert_close(loss.detach(), losses[0] + local_weight * losses[1])
+    for part, name, scale in zip(gradient.split([views, local]), names, scales, strict=True):
+        assert_close(part, scale * tensors[f"{name}.grad"])
+
+    x, v, g = (leaf.requires_grad_() for leaf in _head(logits.detach().flatten(0, 1)))
+    weighted, whole, of_global = dino_loss_of_prototypes(x, v, g, teacher_probs=probs, **options)
+    d_v, d_g = torch.autograd.grad(weighted, (v, g))
+    assert_close(weighted.detach(), loss.detach())
+    assert_close(whole, losses[0] + losses[1])
+    assert_close(of_global, losses[0])
+    assert_close((d_v + d_g * v / g).detach().T, gradient.flatten(0, 1))
+
+
 def test_koleo(golden23_tensors: Tensors) -> None:
     tensors = golden23_tensors("koleo")
-    # The distributed form with one neighbour is the same on one rank.
-    cases = [name[:-2] for name in tensors if name.endswith(".x") and not name.startswith("topk3")]
+    cases = [name[:-2] for name in tensors if name.endswith(".x")]
     assert len(cases) > 2
     for case in cases:
+        count = int(case.removeprefix("topk")) if case.startswith("topk") else 1
         rows = tensors[f"{case}.x"].requires_grad_()
-        loss, _ = koleo_loss(rows[None])
+        loss, _ = koleo_loss(rows[None], num_neighbours=count)
         (gradient,) = torch.autograd.grad(loss, rows)
         assert_close(loss.detach(), tensors[f"{case}.loss"][0])
         assert_close(gradient, tensors[f"{case}.grad"])
 
 
-def test_koleo_looks_for_neighbours_on_all_ranks(
-    golden23_tensors: Tensors, golden23_json: Numbers
-) -> None:
-    tensors, found = golden23_tensors("koleo_ranks"), 0
-    for number, case in enumerate(golden23_json("koleo_ranks")["cases"]):
-        if case["topk"] > 1 or case["loss_group_size"]:
-            continue  # options of DINOv3
-        found += 1
+def test_koleo_of_ranks(golden23_tensors: Tensors, golden23_json: Numbers) -> None:
+    """Neighbours on all ranks, or in groups of images of neighbouring ranks."""
+    tensors, cases = golden23_tensors("koleo_ranks"), golden23_json("koleo_ranks")["cases"]
+    assert {case["loss_group_size"] is None for case in cases} == {True, False}
+    for number, case in enumerate(cases):
         ranks = range(case["ranks"])
         rows = [tensors[f"koleo{number}.x.rank{rank}"].requires_grad_() for rank in ranks]
         losses = [
@@ -214,6 +245,8 @@ def test_koleo_looks_for_neighbours_on_all_ranks(
                 rows[rank][None],
                 gather=partial(_with_others, rows=rows, rank=rank),
                 first=rank * case["rows"],
+                group_size=case["loss_group_size"],
+                num_neighbours=case["topk"],
             )[0]
             for rank in ranks
         ]
@@ -221,7 +254,6 @@ def test_koleo_looks_for_neighbours_on_all_ranks(
         for rank in ranks:
             assert_close(losses[rank].detach(), tensors[f"koleo{number}.loss.rank{rank}"].squeeze())
             assert_close(rows[rank].grad, tensors[f"koleo{number}.grad.rank{rank}"])
-    assert found
 
 
 def _with_others(own: Tensor, *, rows: list[Tensor], rank: int) -> Tensor:

@@ -5,7 +5,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dinoscale.config import RunConfig, least_micro_batch, parse_config, split_batch
+from dinoscale.config import (
+    RunConfig,
+    least_micro_batch,
+    micro_batch_unit,
+    parse_config,
+    split_batch,
+)
 from dinoscale.runtime import distributed
 
 # Least share of the rate of large matrix products that a step reaches; half is usual.
@@ -63,8 +69,8 @@ def fit_to_time(config: RunConfig, budget: Budget, *, world_size: int) -> tuple[
     """Reduce the images of a step until the measurement fits the budget.
 
     Gradient accumulation goes first, then the micro-batch is halved until it fits, to whole groups
-    of masks. If one turn of the reference takes too long even then, ours gets all the time.
-    `optim.min_lr` becomes 0, since fewer images lower the peak learning rate.
+    of masks and of KoLeo. If one turn of the reference takes too long even then, ours gets all the
+    time. `optim.min_lr` becomes 0, since fewer images lower the peak learning rate.
 
     Returns:
         The configuration, and what was changed, in words; as given and empty if it fits.
@@ -73,15 +79,16 @@ def fit_to_time(config: RunConfig, budget: Budget, *, world_size: int) -> tuple[
     size, passes = split.micro_batch_size, split.accumulation_steps
     if budget.fits(size * passes):
         return config, ""
-    group = config.mask_group
+    unit = micro_batch_unit(config, world_size=world_size)
     least = least_micro_batch(config, world_size=world_size)
     while size > least and not budget.fits(size):
-        size = max(size // 2 // group * group, least)
+        size = max(size // 2 // unit * unit, least)
     if budget.with_reference and not budget.fits_once(size):
         return fit_to_time(config, replace(budget, with_reference=False), world_size=world_size)
     values = config.model_dump(mode="json")
     values["train"] |= {"batch_size": size * world_size, "micro_batch_size": size}
-    values["optim"]["min_lr"] = 0.0
+    if config.schedules.lr is None:
+        values["optim"]["min_lr"] = 0.0
     return parse_config(values), (
         f"{split.micro_batch_size} x {passes} images per step and rank do not fit into"
         f" {budget.limit_s / 60:g} minutes on this machine: measuring steps of {size}"

@@ -111,6 +111,7 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
         _PlotSpec("weight_decay", "weight decay"),
         _PlotSpec("momentum", "teacher momentum"),
         _PlotSpec("teacher_temp", "teacher temperature"),
+        _PlotSpec("local_weight", "weight of the local crops' loss"),
         _PlotSpec("grad_norm", "gradient norm", noisy=True),
         _PlotSpec("center_norm", "center norm"),
         _PlotSpec("images_per_s", "throughput, images/s", noisy=True, from_zero=True),

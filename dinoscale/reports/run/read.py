@@ -44,6 +44,7 @@ NUMBERS = (
     "weight_decay",
     "momentum",
     "teacher_temp",
+    "local_weight",
     "grad_norm",
     "center_norm",
     "images_per_s",

@@ -71,6 +71,8 @@ def _from_momentum(record: Record) -> int | None:
     config, last = record.config, record.series["momentum"].last
     if config is None or last is None or config.dino.momentum == config.dino.momentum_end:
         return None
+    if config.schedules.momentum is not None or config.schedules.cosine_extra:
+        return None
     step = last.step - 1  # counted from 0
     start, end = config.dino.momentum, config.dino.momentum_end
     cosine = 2 * (last.value - end) / (start - end) - 1

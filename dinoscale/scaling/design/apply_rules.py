@@ -45,7 +45,7 @@ def apply_rules(
     """
     settings: dict[str, object] = {}
     # The peak already grows with the batch size, as optim.lr_scaling says.
-    grows = 0.5 if run.optim.lr_scaling == "sqrt" else 1.0
+    grows = 1.0 if run.optim.lr_scaling == "linear" else 0.5
     wanted = rules.lr.batch_size if "batch_size" in rules.lr.model_fields_set else grows
     beyond = rules.lr.model_copy(update={"batch_size": wanted - grows})
     factor = _power(beyond, sizes, base, rule="lr") * lr_factor

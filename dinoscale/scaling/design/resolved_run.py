@@ -108,7 +108,7 @@ class Planner:
         Raises:
             ConfigError: a value is invalid.
         """
-        config = self._with_base({**self._direct(point), "optim.min_lr": 0.0})
+        config = self._with_base(self._below_any_peak(self._direct(point)))
         dims = dims_of_run(config)
         images = point.get("images")
         budget = point.get("flops")
@@ -128,7 +128,7 @@ class Planner:
         if draft.budget_images is not None:
             settings["data.images_per_epoch"] = _images_per_epoch(unruled, draft.budget_images)
             settings["train.steps_per_epoch"] = None
-            unruled = self._with_base({**settings, "optim.min_lr": 0.0})
+            unruled = self._with_base(self._below_any_peak(settings))
         factor = draft.point.get("lr_factor", 1.0)
         assert isinstance(factor, float)
         settings |= apply_rules(
@@ -196,6 +196,12 @@ class Planner:
                 "cannot be opened here; give a number of images"
             )
         return max(1, round(value * sum(sizes)))
+
+    def _below_any_peak(self, settings: Mapping[str, object]) -> dict[str, object]:
+        """The settings with a final learning rate that no batch size makes too large."""
+        if self._base.schedules.lr is not None:
+            return dict(settings)
+        return {**settings, "optim.min_lr": 0.0}
 
     def _with_base(self, settings: Mapping[str, object]) -> RunConfig:
         return parse_config(_with(self._base.model_dump(), settings))

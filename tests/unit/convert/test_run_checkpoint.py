@@ -137,7 +137,12 @@ def test_a_published_card_has_the_recipe_and_no_paths(
     text = (tmp_path / "w.safetensors.json").read_text()
     recipe = json.loads(text)["recipe"]
     sections = {"seed", "model", "head", "crops", "augment", "dino", "ibot", "koleo", "optim"}
-    assert recipe.keys() == sections | {"data", "train", "engine"}  # it has no patch_head
+    assert recipe.keys() == sections | {
+        "schedules",
+        "data",
+        "train",
+        "engine",
+    }  # it has no patch_head
     assert recipe["train"].keys() == {"epochs", "batch_size", "micro_batch_size"}
     assert recipe["optim"] == tiny_config().optim.model_dump(mode="json")
     assert b"PASSW0RD" not in (tmp_path / "w.safetensors").read_bytes() + text.encode()
