@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinoscale.engine.schedules import Schedules, cosine, teacher_temp
+from dinoscale.engine.schedules import Curve, Schedules, cosine, teacher_temp
 
 
 def _imagenet() -> Schedules:
@@ -123,3 +123,47 @@ def test_cosine_stays_between_its_ends_and_takes_small_steps(
     if step + 1 < total and step + 1 != warmup == 1:
         slope = abs(base - start) / max(warmup - 1, 1) + 2 * abs(base - final) / (total - warmup)
         assert abs(at(step + 1) - at(step)) <= slope + 1e-12
+
+
+def test_a_curve_in_place_of_a_formula_changes_nothing_else() -> None:
+    plain, step = _imagenet(), 123
+    curve = Curve(start=0.5, peak=0.7, end=0.9, warmup_steps=100, cosine_steps=50)
+    before = plain.at(step)
+    assert (before.local_weight, before.gram_weight) == (1.0, 0.0)
+    for field, changed in {
+        "lr_curve": "lr",
+        "weight_decay_curve": "weight_decay",
+        "momentum_curve": "momentum",
+        "teacher_temp_curve": "teacher_temp",
+        "local_weight": "local_weight",
+        "gram_weight": "gram_weight",
+    }.items():
+        now = replace(plain, **{field: curve}).at(step)
+        assert now == replace(before, **{changed: curve.at(step)})
+        assert now != before
+
+
+@given(
+    st.integers(0, 20), st.integers(0, 20), *[st.floats(0, 1, allow_subnormal=False) for _ in "abc"]
+)
+def test_a_curve_stays_between_its_three_values_and_ends(
+    warmup: int, length: int, start: float, peak: float, end: float
+) -> None:
+    curve = Curve(start=start, peak=peak, end=end, warmup_steps=warmup, cosine_steps=length)
+    values = [curve.at(step) for step in range(warmup + length + 2)]
+    low, high = min(start, peak, end), max(start, peak, end)
+    assert all(low - 1e-12 <= value <= high + 1e-12 for value in values)
+    assert values[-2:] == [end, end]
+    if warmup:
+        assert values[0] == start
+    if length:
+        assert values[warmup] == pytest.approx(peak, abs=1e-12)  # not on the step before
+    if length > 1:
+        assert values[warmup + length - 1] == pytest.approx(end, abs=1e-12)
+
+
+def test_a_cosine_cut_from_a_longer_run_ends_at_the_final_value() -> None:
+    values = [cosine(i, base=2.0, final=1.0, total_steps=9, extra=0.5) for i in range(9)]
+    assert (values[0], values[-1]) == (2.0, 1.0)
+    assert values == sorted(values, reverse=True)
+    assert cosine(0, base=2.0, final=1.0, total_steps=1, extra=0.5) == 1.0

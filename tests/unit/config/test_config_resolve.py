@@ -357,6 +357,41 @@ def test_hpz_groups_are_whole_and_within_nodes() -> None:
         require_groups_within_nodes(config, ranks_of_node=6)
 
 
+def test_a_pass_is_whole_groups_of_koleo() -> None:
+    def run(batch_size: int, micro_batch_size: int, **koleo: object) -> RunConfig:
+        train = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+        return parse_config({"train": train, "koleo": {"loss_weight": 0.1, **koleo}})
+
+    groups = {"scope": "group", "group_size": 12}
+    # 3 ranks have 4 images of a group each; 8 ranks 3 images each of two groups.
+    for world_size, batch_size, sizes in (
+        (3, 48, [4, 8, 16]),
+        (8, 96, [3, 6, 12]),
+        (1, 24, [12, 24]),
+    ):
+        config = run(batch_size, sizes[1], **groups)
+        assert micro_batch_sizes(config, world_size=world_size) == sizes
+        assert split_batch(config, world_size=world_size).micro_batch_size == sizes[1]
+    with pytest.raises(
+        ConfigError,
+        match=r"2 images of each of 3 ranks are not whole groups of 12 "
+        r"\(koleo.group_size\); nearest that are: 4",
+    ):
+        split_batch(run(48, 2, **groups), world_size=3)
+    with pytest.raises(
+        ConfigError,
+        match=r"train.batch_size: 42 images of 3 ranks are not whole "
+        r"groups of 12 \(koleo.group_size\); nearest that are: 36 or 48",
+    ):
+        split_batch(run(42, 14, **groups), world_size=3)
+    with pytest.raises(ConfigError, match=r"2 images in a pass have too few .* need at least 4"):
+        split_batch(run(8, 2, num_neighbours=3), world_size=2)
+    over_ranks = run(8, 2, num_neighbours=3, scope="all")
+    assert split_batch(over_ranks, world_size=2).micro_batch_size == 2
+    unweighted = parse_config({"train": {"batch_size": 6}, "koleo": groups})
+    assert split_batch(unweighted, world_size=3).micro_batch_size == 2
+
+
 def test_koleo_needs_neighbours_in_every_pass() -> None:
     def run(batch_size: int, micro_batch_size: int | str) -> RunConfig:
         train = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}

@@ -255,6 +255,8 @@ def test_peak_lr_may_grow_with_the_square_root_of_the_batch() -> None:
         "optim.min_lr: 0.01 is above the peak learning rate 0.002 "
         "(optim.lr x sqrt(train.batch_size / 1024))"
     ]
+    of_dinov3 = _config(optim__lr=1e-3, optim__lr_scaling="sqrt_64", train__batch_size=4096)
+    assert of_dinov3.peak_lr == 8e-3
 
 
 @pytest.mark.parametrize(
@@ -404,3 +406,76 @@ def test_crops_too_small_to_mask_are_refused() -> None:
     ]
     assert _config(**sizes).mask_group == 1
     assert _config(ibot__loss_weight=1.0, **sizes | {"crops__global_size": 64}).mask_group == 8
+
+
+CURVE = {"start": 0.0, "peak": 0.1, "end": 0.2, "warmup_epochs": 2}
+
+
+def test_a_curve_and_what_it_replaces_are_not_both_given() -> None:
+    config = _config(schedules__lr=CURVE, optim__lr_scaling="sqrt_64", train__batch_size=256)
+    assert (config.peak_lr, config.final_lr, config.warmup_epochs) == (0.4, 0.4, 2)
+    for key, value, name, default in (
+        ("optim__lr", 1e-3, "lr", 0.0005),
+        ("optim__min_lr", 0.0, "lr", 1e-06),
+        ("optim__warmup_epochs", 1, "lr", 10),
+        ("optim__weight_decay", 0.1, "weight_decay", 0.04),
+        ("optim__weight_decay_end", 0.1, "weight_decay", 0.4),
+    ):
+        assert _messages(**{key: value, f"schedules__{name}": CURVE}) == [
+            f"{key.replace('__', '.')}: {value} is not read with schedules.{name}; leave it out or "
+            f"at its default {default}, or set schedules.{name} to null"
+        ]
+    above_0 = {**CURVE, "start": 0.04}
+    for key, other in (("momentum", 0.9), ("teacher_temp", 0.07), ("teacher_temp_changes", None)):
+        name = "momentum" if key == "momentum" else "teacher_temp"
+        (message,) = _messages(
+            **{f"dino__{key}": other or "per_step", f"schedules__{name}": above_0}
+        )
+        assert message.startswith(f"dino.{key}: {other or 'per_step'} is not read with schedules.")
+
+
+def test_the_length_of_what_a_curve_replaces_does_not_matter() -> None:
+    assert _config(schedules__lr=CURVE, train__epochs=2).warmup_epochs == 2  # the default is 10
+    assert _messages(schedules__lr=CURVE | {"cosine_epochs": 7}, train__epochs=8) == [
+        "schedules.lr: 9 epochs do not fit in a run of 8 (train.epochs)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": {**CURVE, "peak": -1.0}}, "lr.peak: needs a value of at least 0, got -1.0"),
+        ({"lr": {"start": 0.0, "end": 0.0}}, "lr.peak: is missing"),
+        ({"lr": {**CURVE, "top": 1.0}}, "lr.top: unknown key"),
+        ({"lr": {**CURVE, "peak": 0.0, "end": 0.0}}, "lr: is 0 in all steps, so nothing would"),
+        (
+            {"momentum": {**CURVE, "start": 0.9, "end": 1.5}},
+            "momentum: needs start, peak and end of at most 1, got 0.9, 0.1, 1.5",
+        ),
+        ({"teacher_temp": CURVE}, "teacher_temp: needs start, peak and end above 0, got 0.0, 0.1,"),
+        (
+            {
+                **dict.fromkeys(("lr", "weight_decay"), CURVE),
+                "momentum": {**CURVE, "start": 0.9},
+                "cosine_extra": 0.25,
+            },
+            "cosine_extra: 0.25 has no cosine to act on",
+        ),
+    ],
+)
+def test_curves_without_sense_are_refused(values: dict[str, object], message: str) -> None:
+    (said,) = _messages(schedules=values)
+    assert said.startswith(f"schedules.{message}")
+
+
+def test_koleo_has_a_group_size_with_groups_only() -> None:
+    assert _messages(koleo__group_size=16) == [
+        "koleo.group_size: 16 is of koleo.scope=group, got 'rank'"
+    ]
+    assert _messages(koleo__scope="group") == [
+        "koleo.group_size: is missing, with koleo.scope=group; 16 in DINOv3"
+    ]
+    assert _messages(koleo__scope="group", koleo__group_size=2, koleo__num_neighbours=2) == [
+        "koleo.group_size: 2 images have too few neighbours, need at least 3 for "
+        "koleo.num_neighbours=2"
+    ]
