@@ -45,6 +45,7 @@ def loss_of_share(images: int, group: int | None, count: int) -> tuple[float, Te
         (6, None, 1),
         (2, None, 1),  # a rank has one, whose neighbour is elsewhere
         (18, 6, 2),  # the second of three groups lies on both ranks
+        (12, 3, 1),  # every group lies on one rank
     ],
 )
 def test_ranks_together_are_one_process(images: int, group: int | None, count: int) -> None:

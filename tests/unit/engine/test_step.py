@@ -35,7 +35,7 @@ class _Both:
 
     def __call__(self, *args: Any) -> Tensor:
         self.done.append("forward")
-        objective = args[2]
+        self.objective = objective = args[2]
         objective.terms |= dict.fromkeys(("dino_loss", "dino_global_loss"), torch.tensor(2.0))
         return torch.ones(())
 
@@ -82,3 +82,20 @@ def test_kl_is_that_of_the_cross_entropy_whatever_its_weight() -> None:
     result = train_step([batch], *fakes, loss_weights=LossWeights(0.1, dino=0.5))
     assert result.loss == 1
     assert result.kl == pytest.approx(2 - math.log(4))
+
+
+def test_local_crops_have_the_weight_of_the_step() -> None:
+    both, now = _Both(), _Now()
+    now.local_weight = 0.5
+    batch = MicroBatch(torch.zeros(2, 1, 3, 4, 4), torch.zeros(3, 1, 3, 2, 2), None)
+    weights = LossWeights(0.1, local_is_scheduled=True)
+    fakes: Any = (both, both, now)
+    result = train_step([batch], *fakes, loss_weights=weights)
+    assert result.kl == pytest.approx(2 - math.log(4))  # of the term without weights
+    generator = torch.Generator().manual_seed(0)
+    rows, v = (torch.randn(n, 3, generator=generator) for n in (5, 4))
+    loss = both.objective.of_prototypes(rows, None, v, None)
+    terms = both.objective.terms
+    of_local = terms["dino_loss"] - terms["dino_global_loss"]
+    torch.testing.assert_close(loss, terms["dino_global_loss"] + 0.5 * of_local)
+    assert of_local > 0.1
