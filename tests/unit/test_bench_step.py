@@ -190,8 +190,15 @@ def test_the_reference_comes_with_a_checkout_and_does_not_accumulate(tmp_path: P
     found, why_not = find_reference(config, replace(plan, accumulation_steps=2), CHECKOUT)
     assert found is None
     assert "train.batch_size=64" in why_not
-    for other in ("ibot.loss_weight=1", "koleo.loss_weight=0.1", "dino.targets=sinkhorn_knopp"):
-        with_more = load_config("vit_s16", ["train.batch_size=64", other])
+    half = [f"schedules.local_weight.{key}=0.5" for key in ("start", "peak", "end")]
+    for others in (
+        ["ibot.loss_weight=1"],
+        ["koleo.loss_weight=0.1"],
+        ["dino.targets=sinkhorn_knopp"],
+        ["dino.same_view_pairs=true"],
+        half,
+    ):
+        with_more = load_config("vit_s16", ["train.batch_size=64", *others])
         found, why_not = find_reference(with_more, plan, CHECKOUT)
         assert found is None
         assert "the step of DINO v1" in why_not

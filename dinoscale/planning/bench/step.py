@@ -206,10 +206,11 @@ def find_reference(config: RunConfig, plan: RunPlan, checkout: Path) -> tuple[An
     """The class of the literal reference, or None and the reason; only a checkout has it."""
     if not (checkout / "tests" / "reference.py").is_file():
         return None, "it is tests/reference.py, which only a checkout has"
-    if config.ibot.loss_weight or config.koleo.loss_weight or config.dino.targets != "centering":
+    others = (config.ibot.loss_weight, config.koleo.loss_weight, config.dino.same_view_pairs)
+    if any(others) or config.dino.targets != "centering" or config.schedules.curves:
         return None, (
-            "it is the step of DINO v1; set ibot.loss_weight=0, koleo.loss_weight=0 and"
-            " dino.targets=centering"
+            "it is the step of DINO v1; set ibot.loss_weight=0, koleo.loss_weight=0,"
+            " dino.targets=centering and dino.same_view_pairs=false, without curves in schedules"
         )
     if plan.accumulation_steps > 1:
         return None, (
