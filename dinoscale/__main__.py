@@ -1,10 +1,8 @@
 """`dinoscale ...` and `python -m dinoscale ...`: errors become sentences and exit codes."""
 
-import atexit
 import logging
 import os
 import sys
-import threading
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -14,10 +12,9 @@ from dinoscale import cli
 from dinoscale.errors import DinoscaleError, LaunchError, PreemptedError
 from dinoscale.runtime import logs
 from dinoscale.runtime.launcher_env import read_process
+from dinoscale.runtime.restart import run_exit_handlers
 
 log = logging.getLogger(__name__)
-
-_EXIT_HANDLERS_S = 5.0
 
 
 def main() -> None:
@@ -89,9 +86,7 @@ def leave(code: int) -> NoReturn:
     The teardown could make threads of the backends abort the process after everything is saved, or
     wait for other ranks.
     """
-    handlers = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
-    handlers.start()
-    handlers.join(_EXIT_HANDLERS_S)
+    run_exit_handlers()
     os._exit(code)
 
 

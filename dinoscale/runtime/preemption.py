@@ -12,6 +12,7 @@ from dinoscale.errors import PreemptedError
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
 _AGAIN_S = 3.0  # launchers repeat a Ctrl-C for ranks that have had it; a later one is a second
+_HANDED_ON = "DINOSCALE_STOP_REASON"  # variable of a process that has been started anew
 _HEARD = b"\nstopping after this step, which is saved; Ctrl-C again ends at once, unsaved\n"
 
 
@@ -21,8 +22,20 @@ def stop_signals() -> list[signal.Signals]:
     return [*SIGNALS, *(n for n in _OF_TERMINALS if signal.getsignal(n) is not ignored)]
 
 
+def handed_on() -> dict[str, str]:
+    """Variables with a request to stop that this process has had, for the one in its place."""
+    return {_HANDED_ON: StopRequest.latest} if StopRequest.latest else {}
+
+
 class StopRequest:
-    """Records a request to stop; the run checks it in each step."""
+    """Records a request to stop; the run checks it in each step.
+
+    Attributes:
+        latest: reason of the last request to this process; None while there is none.
+        reason: of the first request to this object.
+    """
+
+    latest: str | None = None
 
     def __init__(self, *, answer: bool) -> None:
         """Install the signal handlers; only the main thread may.
@@ -30,11 +43,12 @@ class StopRequest:
         Args:
             answer: acknowledge a Ctrl-C on stderr.
         """
-        self.reason: str | None = None
+        self.reason: str | None = os.environ.pop(_HANDED_ON, None)
         self._answer = answer
         self._by_hand_at: float | None = None  # of the first Ctrl-C
         for number in stop_signals():
             signal.signal(number, self._remember)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `restart` held them back
 
     @property
     def asked(self) -> bool:
@@ -44,6 +58,7 @@ class StopRequest:
     def ask(self, reason: str) -> None:
         """Ask for the run to end; the first reason counts."""
         self.reason = self.reason or reason
+        StopRequest.latest = self.reason
 
     def check(self) -> None:
         """End long work if this rank was asked to stop.

@@ -2,24 +2,50 @@
 
 import atexit
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any, NoReturn
+
+from dinoscale.runtime.preemption import SIGNALS, handed_on
+
+_EXIT_HANDLERS_S = 5.0
 
 
 def restart(environ: Mapping[str, str]) -> NoReturn:
     """Replace this process by the command it runs; its launcher sees no difference.
 
-    All memory is free then, also that of libraries which keep theirs until the end of a process.
+    All memory is free then, also that of libraries which keep theirs until the end of a process. A
+    request to stop that comes meanwhile reaches the new `StopRequest`.
 
     Args:
         environ: variables of the new interpreter.
     """
-    internal: Any = atexit
-    internal._run_exitfuncs()  # as an end of the process would: data workers, logs, wandb
+    run_exit_handlers()
     sys.stdout.flush()
     sys.stderr.flush()
+    # Else the signals of schedulers would end a process without handlers; now they wait for them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    os.execve(sys.executable, _command(), {**environ, **handed_on()})
+
+
+def run_exit_handlers() -> None:
+    """Run what an end of the process would run: data workers, logs, wandb; for some seconds.
+
+    One that waits for other ranks or for a network is left behind.
+    """
+    handlers = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
+    handlers.start()
+    handlers.join(_EXIT_HANDLERS_S)
+
+
+def _command() -> list[str]:
+    """The command line as it was typed: `-m` would search the working directory for dinoscale."""
+    given, typed = sys.argv[1:], sys.orig_argv
+    if typed[len(typed) - len(given) :] == given:
+        return [sys.executable, *typed[1:]]
     python: Any = subprocess
     flags = python._args_from_interpreter_flags()  # such as -X dev
-    os.execve(sys.executable, [sys.executable, *flags, "-m", "dinoscale", *sys.argv[1:]], environ)
+    return [sys.executable, *flags, "-m", "dinoscale", *given]
