@@ -10,6 +10,7 @@ from xml.etree.ElementTree import Element
 from dinoscale.checkpoint.layout import phase_directories
 from dinoscale.reports import html
 from dinoscale.reports.html import element
+from dinoscale.reports.run.read import CONFIG, METRICS
 from dinoscale.reports.run.write import PAGE, write_run_report
 from dinoscale.runtime.outputs import PHASES
 
@@ -25,7 +26,11 @@ def write_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, Any]
         JSON-able: as `write_run_report`; of a run of phases `report`, the page, and `phases`, the
         same of each by the name of its folder.
     """
-    phases = phase_directories(run_dir)
+    phases = [
+        phase
+        for phase in phase_directories(run_dir)
+        if (phase / CONFIG).exists() or (phase / METRICS).exists()  # else it still opens images
+    ]
     if not phases:
         return write_run_report(run_dir, out, attention=attention)
     reports = {
