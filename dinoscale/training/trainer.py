@@ -51,7 +51,7 @@ from dinoscale.training.hooks.events import Events
 from dinoscale.training.hooks.online_knn import OnlineKnn, drawn_images_caution
 from dinoscale.training.loop import Run
 from dinoscale.training.micro_batch.search import find_micro_batch
-from dinoscale.training.phases import next_phase
+from dinoscale.training.phases import next_phase, require_own_directory
 from dinoscale.training.resume import (
     batch_norm_caution,
     find_checkpoint,
@@ -93,19 +93,20 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     )
     with watchdog.sharing_failure():
         require_alike(config, process, members)
+        runs, is_first = phases_of(config), process.rank == 0
+        distributed.together(lambda: require_own_directory(config, runs) if is_first else None)
         if not config.phases:
             return _train(config, process, members, stop, watchdog)
-        runs = phases_of(config)
-        index = next_phase(runs)
-        is_first = process.rank == 0
+        index = next_phase(config, runs)
         if is_first:
             log.info("phase %d of %d: %s", index + 1, len(runs), config.phases[index].name)
         distributed.together(lambda: directory.prepare(config) if is_first else None)
         summary = _train(runs[index], process, members, stop, watchdog)
         summary |= {"run_dir": config.run_dir, "phase": config.phases[index].name}
-        if index + 1 < len(runs):
+        following = next_phase(config, runs)  # this one, if it was stopped before its end
+        if following > index:
             distributed.together(stop.check)
-            summary["next_phase"] = config.phases[index + 1].name
+            summary["next_phase"] = config.phases[following].name
         return summary
 
 
@@ -204,6 +205,9 @@ def _build(
         other = open_other_run(config, watchdog.heartbeat)
         if is_first:
             log.info("continuing from %s", other.path)
+            end = other.state["plan"].get("stop_step", 0)
+            if other.step < end:
+                log.warning("that run has not ended: step %d of %d", other.step, end)
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)
@@ -212,8 +216,7 @@ def _build(
         torch.set_num_threads(cores_per_rank(process.local_world_size))
     watchdog.progress("building the networks")
     distributed.together(stop.check)
-    held = other if checkpoint is None else checkpoint
-    student, teacher = _networks(config, plan, init_from, held, watchdog.heartbeat)
+    student, teacher = _networks(config, plan, init_from, checkpoint, other, watchdog.heartbeat)
     del init_from  # 4 bytes per weight, on rank 0
     online_knn = _online_knn(config, hosts, stop, watchdog) if config.eval.train else None
     if is_first:
@@ -241,14 +244,16 @@ def _networks(
     plan: RunPlan,
     init_from: InitialWeights | None,
     checkpoint: Checkpoint | None,
+    other: Checkpoint | None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:
-    """Student and teacher, with initial weights or those of a checkpoint, perhaps another run's."""
-    begins = checkpoint is None
+    """Student and teacher: initial weights, or from a checkpoint of this run or of another one."""
+    begins = checkpoint is None and other is None
     student, teacher = build_pair(config, plan, init_from, values=begins, heartbeat=heartbeat)
     if checkpoint is not None:
-        size = config.crops.global_size
-        restore(checkpoint, student, teacher, heartbeat, image_size=size)
+        restore(checkpoint, student, teacher, heartbeat)
+    elif other is not None:
+        restore(other, student, teacher, heartbeat, image_size=config.crops.global_size)
     return student, teacher
 
 
