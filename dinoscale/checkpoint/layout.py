@@ -1,11 +1,13 @@
 """Names of a checkpoint's files and tensors, and the list of a run's checkpoints."""
 
+import re
 from pathlib import Path
 
 from dinoscale.checkpoint.read_errors import names_in
 from dinoscale.runtime.outputs import PHASES
 
 FORMAT = 2
+_PHASE = re.compile(r"[0-9]+_[a-z0-9_]+")  # names of folders, as `config.phases` gives them
 MASTER, EMA = "master", "ema"
 STATE_FILE, SHARED_FILE, SUMS_FILE = "state.json", "shared.safetensors", "SHA256SUMS"
 MEASURED_FILE = "measured.json"
@@ -62,7 +64,12 @@ def phase_directories(run_dir: Path) -> list[Path]:
         UnreadableError: their folder cannot be listed.
     """
     folder = run_dir / PHASES
-    return [folder / name for name in sorted(names_in(folder)) if (folder / name).is_dir()]
+    found = (folder / name for name in names_in(folder) if _PHASE.fullmatch(name))
+    return sorted((path for path in found if path.is_dir()), key=_number_of_phase)
+
+
+def _number_of_phase(path: Path) -> int:
+    return int(path.name.partition("_")[0])
 
 
 def named_step(path: Path) -> int | None:

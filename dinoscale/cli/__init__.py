@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from dinoscale.cli.arguments import add_config
@@ -157,6 +158,7 @@ def _train(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale.runtime import distributed
     from dinoscale.runtime.restart import restart
     from dinoscale.runtime.watchdog import collectives_timeout_s
+    from dinoscale.training import run_directory as directory
 
     process = read_process(os.environ)
     # The watchdog comes first: it reports more than a collective that timed out.
@@ -165,7 +167,9 @@ def _train(options: argparse.Namespace) -> dict[str, Any] | None:
     meeting = distributed.next_meeting() if "next_phase" in summary else None
     distributed.stop()
     if meeting is not None:
-        restart({**environ, **meeting})
+        # As written at the start: the file on the command line may be another run's by now.
+        written = Path(config.run_dir) / directory.CONFIG
+        restart(["train", str(written), "resume=true"], {**environ, **meeting})
     return summary if process.rank == 0 else None
 
 

@@ -40,7 +40,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
         name_or_path: a preset's name such as `vit_s16`, or the path of a YAML file.
         overrides: `section.key=value`; a later one wins. The value is a YAML scalar or list; where
             a setting is a text, such as a path, the value is the text as typed, unless quoted.
-            `phases.NAME.section.key=value` is of one phase, `phase=NAME` chooses it.
+            `phases.NAME.section.key=value` is of one phase, `phase=NAME` chooses it; a setting
+            that a phase changes wins over one that is not of the phase.
 
     Returns:
         The checked configuration; with `phase=NAME` that of the phase.
@@ -258,7 +259,10 @@ def _change_phase(phases: object, override: str) -> None:
             f"override {hide_secrets(override)!r}: needs phases.NAME.section.key=value with the "
             "name of one of the phases"
         )
-    changed = Layers(found[0].get("change") or {})
+    change = found[0].get("change") or {}
+    if not isinstance(change, dict):
+        raise ConfigError(f"phases.{name}.change: needs a mapping of sections, got {show(change)}")
+    changed = Layers(change)
     changed.put(_parse_override(setting), origin=_COMMAND_LINE)
     found[0]["change"] = changed.values
 

@@ -128,5 +128,6 @@ def _tensors(config: RunConfig) -> dict[str, Any]:
             for key, value in values.model_dump().items()
             if key not in _MAY_CHANGE
         }
+    found["optim.name"] = config.optim.name  # whose moments go on
     found["ibot.loss_weight"] = "a patch loss" if config.ibot.loss_weight else "none"
     return found

@@ -77,7 +77,10 @@ of any run, and commands that take a run take the last phase that has a checkpoi
 line, `phases.high_resolution.train.epochs=4` changes one of them, and `phase=high_resolution`
 chooses it for a command: `dinoscale bench step my.yaml phase=high_resolution`.
 
-`train.continue_from=runs/other` does the same with any run of the same network.
+What a phase changes wins over a setting on the command line that does not name the phase.
+
+`train.continue_from=runs/other` begins with the whole state of any other run of the same network;
+give it another `seed`, or it sees the images in the order in which that run began.
 
 ## Micro-batches
 

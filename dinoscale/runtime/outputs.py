@@ -34,6 +34,13 @@ _BLOCK_BYTES = 1 << 20
 _MAX_CARD_BYTES = 16 * 2**20  # real ones have some kilobytes
 
 
+def run_name(run_dir: Path) -> str:
+    """What people call a run: the name of its directory; of a phase, that of the run before it."""
+    path = run_dir.resolve()
+    run = path.parent.parent.name
+    return f"{run}/{path.name}" if path.parent.name == PHASES else path.name
+
+
 def require_ours(path: Path, *, source: object = None) -> None:
     """Refuse to overwrite a file that is not as we wrote it, or that is the input.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -40,14 +41,32 @@ def require_own_directory(config: RunConfig, runs: Sequence[RunConfig]) -> None:
             f"run_dir: {run_dir}/checkpoints is of a run without phases, and this one has some; "
             f"{remedy}; train.continue_from goes on where another run stands"
         )
+    if config.phases and not config.resume and any(checkpoints(Path(run.run_dir)) for run in runs):
+        raise ConfigError(
+            f"run_dir: {run_dir} already holds a run and resume is false; choose another run_dir,"
+            " or delete that one"
+        )
     own = {Path(run.run_dir).name for run in runs} if config.phases else set()
     for folder in phase_directories(run_dir):
         if folder.name not in own and checkpoints(folder):
             raise ConfigError(f"run_dir: {folder} is of a phase that this run has not; {remedy}")
 
 
-def next_phase(config: RunConfig, runs: Sequence[RunConfig]) -> int:
-    """Index of the first phase that is not finished, of the last if all are; collective.
+@dataclass(frozen=True)
+class NextPhase:
+    """The first phase that is not finished, the last if all are.
+
+    Attributes:
+        index: of the phase.
+        begins: whether it has no checkpoint.
+    """
+
+    index: int
+    begins: bool
+
+
+def next_phase(config: RunConfig, runs: Sequence[RunConfig]) -> NextPhase:
+    """The phase to be trained next; collective.
 
     A phase before one that has a checkpoint is finished, whatever has been changed in it since. One
     that ended by the `train.stop_after_steps` of the whole run, not by its own, is not finished.
@@ -60,22 +79,24 @@ def next_phase(config: RunConfig, runs: Sequence[RunConfig]) -> int:
         UnreadableError: on every rank, if checkpoints cannot be listed or read.
     """
     found = distributed.together(lambda: _next(config, runs) if distributed.rank() == 0 else None)
-    return cast(int, distributed.broadcast_object(found))
+    return cast(NextPhase, distributed.broadcast_object(found))
 
 
-def _next(config: RunConfig, runs: Sequence[RunConfig]) -> int:
-    last = len(runs) - 1
-    for index in range(last, -1, -1):
-        if checkpoints(Path(runs[index].run_dir)):
-            for phase, run in zip(config.phases[:index], runs, strict=False):
-                if checkpoints(Path(run.run_dir)) and not _finished(phase, run):
-                    log.warning(
-                        "phase %s has not reached its end, but a later one has begun where it"
-                        " stood: it is not taken up again",
-                        phase.name,
-                    )
-            return min(index + 1, last) if _finished(config.phases[index], runs[index]) else index
-    return 0
+def _next(config: RunConfig, runs: Sequence[RunConfig]) -> NextPhase:
+    begun = [index for index, run in enumerate(runs) if checkpoints(Path(run.run_dir))]
+    if not begun:
+        return NextPhase(0, begins=True)
+    *earlier, index = begun
+    for other in earlier:
+        if not _finished(config.phases[other], runs[other]):
+            log.warning(
+                "phase %s has not reached its end, but a later one has begun where it stood: it is"
+                " not taken up again",
+                config.phases[other].name,
+            )
+    if index + 1 < len(runs) and _finished(config.phases[index], runs[index]):
+        return NextPhase(index + 1, begins=True)
+    return NextPhase(index, begins=False)
 
 
 def _finished(phase: PhaseConfig, run: RunConfig) -> bool:

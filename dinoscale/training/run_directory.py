@@ -15,6 +15,7 @@ from dinoscale.runtime.versions import versions
 
 log = logging.getLogger(__name__)
 
+CONFIG = "config.yaml"  # training from it repeats the run
 VERSIONS = "versions.json"  # marks a run directory: each has one
 _LOCK_WAIT_S = 60.0  # processes of a killed run need some seconds to end
 
@@ -62,7 +63,7 @@ def prepare(config: RunConfig, deepspeed: Mapping[str, Any] | None = None) -> Pa
         replace_text(
             run_dir / VERSIONS, json.dumps(versions(), indent=1) + "\n"
         )  # marks it as ours
-        replace_text(run_dir / "config.yaml", dump_config(config))
+        replace_text(run_dir / CONFIG, dump_config(config))
         if deepspeed is not None:
             replace_text(run_dir / "deepspeed.json", json.dumps(deepspeed, indent=1) + "\n")
     except OSError as error:
@@ -72,7 +73,7 @@ def prepare(config: RunConfig, deepspeed: Mapping[str, Any] | None = None) -> Pa
 
 def _refuse_others(run_dir: Path) -> None:
     """Refuse a folder with a config.yaml of something else, which would be overwritten."""
-    theirs = run_dir / "config.yaml"
+    theirs = run_dir / CONFIG
     if theirs.exists() and not (run_dir / VERSIONS).exists():
         raise OutputError(
             f"run_dir: {theirs} belongs to no run and would be overwritten; choose another"

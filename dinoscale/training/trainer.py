@@ -28,6 +28,7 @@ from dinoscale.config.resolve import (
     RunPlan,
     require_groups_within_nodes,
     resolve,
+    split_batch,
     with_micro_batch,
     without_auto,
 )
@@ -97,17 +98,34 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         distributed.together(lambda: require_own_directory(config, runs) if is_first else None)
         if not config.phases:
             return _train(config, process, members, stop, watchdog)
-        index = next_phase(config, runs)
-        if is_first:
-            log.info("phase %d of %d: %s", index + 1, len(runs), config.phases[index].name)
-        distributed.together(lambda: directory.prepare(config) if is_first else None)
-        summary = _train(runs[index], process, members, stop, watchdog)
-        summary |= {"run_dir": config.run_dir, "phase": config.phases[index].name}
-        following = next_phase(config, runs)  # this one, if it was stopped before its end
-        if following > index:
-            distributed.together(stop.check)
-            summary["next_phase"] = config.phases[following].name
-        return summary
+        for run in runs:  # a mistake in the last phase must not wait for it
+            require_groups_within_nodes(run, ranks_of_node=process.local_world_size)
+            split_batch(without_auto(run), world_size=process.world_size)
+        run_dir = Path(config.run_dir)
+        with distributed.together(lambda: directory.lock(run_dir) if is_first else nullcontext()):
+            distributed.together(lambda: directory.prepare(config) if is_first else None)
+            index = _choose_phase(config, runs, watchdog)
+            name = config.phases[index].name
+            if is_first:
+                log.info("phase %d of %d: %s", index + 1, len(runs), name)
+            summary = _train(runs[index], process, members, stop, watchdog)
+            summary |= {"run_dir": config.run_dir, "phase": name}
+            following = next_phase(config, runs)  # this one, if it was stopped before its end
+            if following.index > index:
+                distributed.together(stop.check)
+                summary["next_phase"] = config.phases[following.index].name
+            return summary
+
+
+def _choose_phase(config: RunConfig, runs: Sequence[RunConfig], watchdog: Watchdog) -> int:
+    """Index of the phase to train; one begins only if the last checkpoint before it is intact."""
+    phase = next_phase(config, runs)
+    if phase.begins and phase.index:
+        watchdog.progress("opening the last checkpoint of the phase before")
+        # Sets it aside if it is damaged; the phase before then goes on from an older one.
+        find_checkpoint(Path(runs[phase.index - 1].run_dir), watchdog.heartbeat)
+        phase = next_phase(config, runs)
+    return phase.index
 
 
 def _train(

@@ -27,11 +27,12 @@ phases:
 - name: large
   change:
     crops: {global_size: 48}
+    dino: {freeze_last_layer_epochs: 0}
     optim: {lr: 0.01, warmup_epochs: 0}
-    train: {stop_after_steps: 11}
+    train: {epochs: 1}
     checkpoint: {every_steps: 8}
 """
-STEPS = (7, 11)
+STEPS = (7, 16)
 
 
 def _phases(folder: Path) -> Path:
@@ -42,7 +43,9 @@ def _phases(folder: Path) -> Path:
 
 def test_killed_phases_end_as_the_undisturbed_ones(tmp_path: Path) -> None:
     whole, broken = _phases(tmp_path / "whole"), _phases(tmp_path / "broken")
-    undisturbed = RunProcesses(whole)
+    undisturbed = RunProcesses(whole, "data.num_workers=1")
+    assert undisturbed.wait_until(lambda: bool(phase_directories(whole.parent / "run")))
+    whole.write_text("seed: 77\n")  # the next run of somebody
     assert undisturbed.end(timeout_s=200) == [0] * RANKS, undisturbed.said()
     assert "phase 2 of 2: large" in undisturbed.said()
     assert '"phase": "large"' in undisturbed.said()
@@ -52,7 +55,9 @@ def test_killed_phases_end_as_the_undisturbed_ones(tmp_path: Path) -> None:
     _kill_after(broken, large, steps=1)
     assert not checkpoints(large), "a kill between the checkpoint before and the first of the phase"
     _kill_after(broken, large, steps=9)
-    assert newest_step(large) > 0
+    trial = RunProcesses(broken, "train.stop_after_steps=10")
+    assert trial.end() == [0] * RANKS, trial.said()
+    assert newest_step(large) == 10
     assert RunProcesses(broken).end() == [0] * RANKS
 
     expected = phase_directories(whole.parent / "run")

@@ -9,7 +9,7 @@ from pathlib import Path
 from dinoscale.cluster.doctor import environment, machine, network, versions
 from dinoscale.cluster.doctor.configs import judge_configs
 from dinoscale.cluster.doctor.report import Check, Report, ok, problem
-from dinoscale.config import RunConfig, dump_config, load_config, split_batch
+from dinoscale.config import RunConfig, dump_config, load_config, phases_of, split_batch
 from dinoscale.errors import ConfigError, DinoscaleError, LaunchError, RunFailedError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.distributed import gather_objects
@@ -165,11 +165,14 @@ def _run(
         "data",
         [
             *images.judge_images(found, hosts),
-            images.judge_plan(
-                config,
-                world_size=process.world_size,
-                ranks_of_node=process.local_world_size,
-                num_images=train.source_sizes if train and not train.error else None,
+            *(
+                images.judge_plan(
+                    run,
+                    world_size=process.world_size,
+                    ranks_of_node=process.local_world_size,
+                    num_images=train.source_sizes if train and not train.error else None,
+                )
+                for run in phases_of(config)
             ),
         ],
     )

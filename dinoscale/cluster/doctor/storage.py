@@ -10,7 +10,7 @@ from pathlib import Path
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.cluster.doctor.marker import RunDirFacts, look_for, remove_marker, write_marker
 from dinoscale.cluster.doctor.report import Check, ok, problem, size_text, warning
-from dinoscale.config import RunConfig
+from dinoscale.config import RunConfig, phases_of
 from dinoscale.engine.param_groups import MOMENTS
 from dinoscale.errors import UnreadableError
 from dinoscale.runtime import distributed
@@ -67,7 +67,8 @@ def check_disk(config: RunConfig, *, parameters: int, world_size: int) -> Check:
     run_dir = Path(config.run_dir).absolute()
     try:
         folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
-        free_bytes, num_present = shutil.disk_usage(folder).free, len(checkpoints(run_dir))
+        free_bytes = shutil.disk_usage(folder).free
+        num_present = sum(len(checkpoints(Path(run.run_dir))) for run in phases_of(config))
         one = checkpoint_bytes(parameters, optimizer=config.optim.name)
         refused = _why_no_space(folder, one) if free_bytes >= one else None
     except (OSError, UnreadableError) as error:
@@ -76,7 +77,7 @@ def check_disk(config: RunConfig, *, parameters: int, world_size: int) -> Check:
     return judge_disk(
         free_bytes=free_bytes,
         checkpoint_bytes=one,
-        num_checkpoints=num_checkpoints(config),
+        num_checkpoints=sum(map(num_checkpoints, phases_of(config))),
         num_present=num_present,
         path=str(run_dir),
         free_files=_free_files(folder),
@@ -109,7 +110,7 @@ def _why_no_space(folder: Path, num_bytes: int) -> str | None:
 def check_resume(config: RunConfig) -> Check:
     """Whether the run starts, continues, or is refused; on rank 0."""
     try:
-        present = checkpoints(Path(config.run_dir))
+        present = [path for run in phases_of(config) for path in checkpoints(Path(run.run_dir))]
     except UnreadableError as error:
         return problem("resume", str(error))
     if present and not config.resume:

@@ -13,6 +13,7 @@ from dinoscale.config import RunConfig
 from dinoscale.reports import html
 from dinoscale.reports.html import Plot, element
 from dinoscale.reports.run.read import Event, Record
+from dinoscale.runtime.outputs import run_name
 
 EVENTS_SHOWN = 100
 _MAX_TEXT = 500  # characters of a cell
@@ -36,7 +37,7 @@ def build_body(
         attention: attention maps of the teacher, or why there are none.
     """
     return [
-        element("h1", f"Run {record.run_dir.resolve().name}"),
+        element("h1", f"Run {run_name(record.run_dir)}"),
         *(element("p", sentence) for sentence in sentences),
         element("ul", *map(_finding, checks), class_="checks"),
         element("h2", "Curves"),

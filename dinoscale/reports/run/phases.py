@@ -12,7 +12,7 @@ from dinoscale.reports import html
 from dinoscale.reports.html import element
 from dinoscale.reports.run.read import CONFIG, METRICS
 from dinoscale.reports.run.write import PAGE, write_run_report
-from dinoscale.runtime.outputs import PHASES
+from dinoscale.runtime.outputs import PHASES, run_name
 
 _SHOWN = ("loss", "knn_top1")  # last values, where they were measured
 
@@ -37,7 +37,7 @@ def write_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, Any]
         phase.name: write_run_report(phase, out / PHASES / phase.name, attention=attention)
         for phase in phases
     }
-    name = run_dir.resolve().name
+    name = run_name(run_dir)
     heads = [element("th", head, scope="col") for head in ("phase", "", "steps", *_SHOWN, "checks")]
     body = [
         element("h1", f"Run {name}"),

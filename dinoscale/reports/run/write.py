@@ -20,6 +20,7 @@ from dinoscale.reports.run.page import build_body
 from dinoscale.reports.run.plots import draw_run
 from dinoscale.reports.run.read import CONFIG, Record, read_record
 from dinoscale.reports.run.state import State, describe_run, find_state
+from dinoscale.runtime.outputs import run_name
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def write_run_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, 
         plots=[plot for _, plot in plots],
         attention=element("p", why_not) if picture is None else picture,
     )
-    html.write_page(f"dinoscale: {run_dir.resolve().name}", body, out / PAGE)
+    html.write_page(f"dinoscale: {run_name(run_dir)}", body, out / PAGE)
     html.write_file(out / DATA, f"{json.dumps(numbers, indent=1)}\n".encode())
     return {
         "report": str(out / PAGE),

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from dinoscale.errors import DinoscaleError
+from dinoscale.runtime.outputs import run_name
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
 
         return wandb.init(
             project=project,
-            name=run_dir.name,
+            name=run_name(run_dir),
             dir=str(run_dir),
             config=config,
             resume="allow",
