@@ -234,7 +234,9 @@ def _build(
         torch.set_num_threads(cores_per_rank(process.local_world_size))
     watchdog.progress("building the networks")
     distributed.together(stop.check)
-    student, teacher = _networks(config, plan, init_from, checkpoint, other, watchdog.heartbeat)
+    student, teacher = _networks(
+        config, plan, init_from, checkpoint, other, heartbeat=watchdog.heartbeat
+    )
     del init_from  # 4 bytes per weight, on rank 0
     online_knn = _online_knn(config, hosts, stop, watchdog) if config.eval.train else None
     if is_first:
@@ -262,7 +264,8 @@ def _networks(
     plan: RunPlan,
     init_from: InitialWeights | None,
     checkpoint: Checkpoint | None,
-    other: Checkpoint | None,
+    other: Checkpoint | None = None,
+    *,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:
     """Student and teacher: initial weights, or from a checkpoint of this run or of another one."""
