@@ -31,12 +31,15 @@ class MicroBatch:
         local_crops: normalised images (n, B, C, h, w) float32; n may be 0.
         keep: stochastic depth multipliers (depth, 2, S * B) float32, crop-major, or None.
         masks: patches of the global crops that the student does not see, or None.
+        coordinates: changes of the student's rotary coordinates (2, depth, 5), of global and of
+            local crops, or None.
     """
 
     global_crops: Tensor
     local_crops: Tensor
     keep: Tensor | None
     masks: Masks | None = None
+    coordinates: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,14 @@ class MicroBatchLoss:
         patches: Tensor | None,
         weight_v: Tensor,
         weight_g: Tensor | None,
+        plain: bool = False,
     ) -> Tensor:
         """DINO of class tokens (S * B, D), iBOT of masked patches (M, D), or both; weighted."""
         parts = []
         if classes is not None:
-            parts.append(self._weights.dino * self._dino(classes, weight_v, weight_g))
+            parts.append(self._weights.dino * self._dino(classes, weight_v, weight_g, plain))
         if patches is not None:
-            parts.append(self._weights.ibot * self._ibot(patches, weight_v, weight_g))
+            parts.append(self._weights.ibot * self._ibot(patches, weight_v, weight_g, plain))
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
     def of_class_tokens(self, tokens: Tensor) -> Tensor | None:
@@ -155,11 +159,12 @@ class MicroBatchLoss:
         self.terms |= {"koleo_loss": loss.detach(), "koleo_distance": distance}
         return weights.koleo * loss
 
-    def _dino(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None) -> Tensor:
+    def _dino(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None, plain: bool) -> Tensor:
         loss, unweighted, of_global = dino_loss_of_prototypes(
             x,
             weight_v,
             weight_g,
+            plain,
             teacher_probs=self._targets.class_probs,
             student_temp=self._weights.student_temp,
             local_weight=self._local_weight,
@@ -168,13 +173,14 @@ class MicroBatchLoss:
         self.terms |= {"dino_loss": unweighted, "dino_global_loss": of_global}
         return loss
 
-    def _ibot(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None) -> Tensor:
+    def _ibot(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None, plain: bool) -> Tensor:
         assert self._targets.patches is not None
         assert self._patch_weights is not None
         loss, entropy, target_sum = patch_loss_of_prototypes(
             x,
             weight_v,
             weight_g,
+            plain,
             targets=self._targets.patches,
             weights=self._patch_weights,
             student_temp=self._weights.student_temp,

@@ -249,7 +249,8 @@ def _forward(
     crops = [batch.global_crops.flatten(0, 1)]
     if batch.local_crops.shape[0]:
         crops.append(batch.local_crops.flatten(0, 1))
-    loss = student(crops, batch.keep, objective, masks)  # all crops in one engine call
+    # all crops in one engine call
+    loss = student(crops, batch.keep, objective, masks, batch.coordinates)
     teacher.count_patch_targets(objective.patch_target_sum)
     terms = [objective.terms[name] for name in weights.terms]
     return loss, torch.stack((loss.detach(), entropy(targets.class_probs), *terms))

@@ -208,6 +208,7 @@ class Student:
         keep: Tensor | None,
         objective: Objective,
         masks: Masks | None = None,
+        coordinates: Tensor | None = None,
     ) -> Tensor:
         """Compute the objective of all crops in one engine forward, scalar float32.
 
@@ -216,12 +217,13 @@ class Student:
             keep: stochastic depth multipliers (depth, 2, sum of N_i) float32, or None.
             objective: maps what the network computes to the scalar.
             masks: patches of the first resolution's images that the network does not see.
+            coordinates: changes of rotary coordinates (resolutions, depth, 5), or None.
         """
         pixels = [crop.to(self.compute_dtype) for crop in crops]
         hidden = (None, None) if masks is None else (masks.masks, masks.rows)
         with tensor_cores(self.compute_dtype, crops[0].device):
             loss: Tensor = distributed.guarded(
-                lambda: self._engine(pixels, keep, objective, *hidden)
+                lambda: self._engine(pixels, keep, objective, *hidden, coordinates)
             )
         return loss
 

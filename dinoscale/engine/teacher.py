@@ -47,6 +47,7 @@ class _Projected(NamedTuple):
     units: Tensor  # (N, D)
     weight_v: Tensor  # (K, D)
     weight_g: Tensor | None  # (K, 1)
+    plain: bool
 
 
 class _Seen:
@@ -73,18 +74,19 @@ class _Seen:
         patches: Tensor | None,
         weight_v: Tensor,
         weight_g: Tensor | None,
+        plain: bool = False,
     ) -> Tensor:
         """Keep them; the result is not used."""
         if self._earlier is not None:
             same = self._earlier.patches if classes is None else self._earlier.classes
             assert same is not None
-            _, weight_v, weight_g = same
+            _, weight_v, weight_g, _ = same
         elif self._copies:
             weight_v, weight_g = weight_v.clone(), None if weight_g is None else weight_g.clone()
         if classes is not None:
-            self.classes = _Projected(classes, weight_v, weight_g)
+            self.classes = _Projected(classes, weight_v, weight_g, plain)
         if patches is not None:
-            self.patches = _Projected(patches, weight_v, weight_g)
+            self.patches = _Projected(patches, weight_v, weight_g, plain)
         return weight_v.new_zeros(())
 
 
@@ -212,11 +214,11 @@ class Teacher:
         if seen.patches is not None:
             assert self.patch_center is not None
             if not self._sinkhorn:
-                self._patch_sums.logits += prototype_logits(
-                    seen.patches.units.sum(0, keepdim=True), *seen.patches[1:]
-                )[0]
+                total = seen.patches.units.sum(0, keepdim=True)
+                self._patch_sums.logits += prototype_logits(total, *seen.patches[1:])[0]
             self._patch_sums.rows += len(seen.patches.units)
-            patches = PatchTargets(*seen.patches, center=self.patch_center, temp=temp)
+            *weights, plain = seen.patches
+            patches = PatchTargets(*weights, center=self.patch_center, temp=temp, plain=plain)
         return Targets(probs.view(views, images, -1), patches)
 
     def count_patch_targets(self, target_sum: Tensor | None) -> None:

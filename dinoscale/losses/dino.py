@@ -90,6 +90,7 @@ def dino_loss_of_prototypes(
     x: Tensor,
     weight_v: Tensor,
     weight_g: Tensor | None,
+    plain: bool = False,
     *,
     teacher_probs: Tensor,
     student_temp: float,
@@ -104,6 +105,7 @@ def dino_loss_of_prototypes(
         x: (S*B, D) unit vectors, crop-major.
         weight_v: v, (K, D).
         weight_g: g, (K, 1), or None for ones.
+        plain: the prototypes are W = v.
         teacher_probs: p, (T, B, K) float32 or float64, 2 <= T <= S, no gradient.
         student_temp: tau > 0, dimensionless.
         local_weight: factor of the terms of local crops, student crops from T on.
@@ -121,8 +123,9 @@ def dino_loss_of_prototypes(
         raise ValueError(f"need whole crops of {num_images} images, got {len(x)} rows")
     _require_pairs((len(x) // num_images, num_images, len(weight_v)), teacher_probs.shape)
     with torch.autocast(x.device.type, enabled=False):
+        pairs = _Pairs(local_weight, same_view)
         losses: tuple[Tensor, Tensor, Tensor] = _LossOfPrototypes.apply(  # type: ignore[no-untyped-call]
-            x, weight_v, weight_g, teacher_probs, student_temp, _Pairs(local_weight, same_view)
+            x, weight_v, weight_g, plain, teacher_probs, student_temp, pairs
         )
     return losses
 
@@ -185,13 +188,14 @@ class _LossOfPrototypes(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # K x D: handed over, not kept
         if gradients is None:  # a second backward
             _, _, gradients = _loss_of_prototypes(*ctx.inputs, needed=True)
-        return (*(None if d is None else d.mul_(upstream) for d in gradients), None, None, None)
+        return (*(None if d is None else d.mul_(upstream) for d in gradients), *[None] * 4)
 
 
 def _loss_of_prototypes(
     x: Tensor,
     weight_v: Tensor,
     weight_g: Tensor | None,
+    plain: bool,
     probs: Tensor,
     temp: float,
     pairs: _Pairs,
@@ -210,7 +214,7 @@ def _loss_of_prototypes(
     num_crops = len(rows) // num_images
     num_pairs, mass = pairs.num_pairs(num_crops, probs), probs.sum(-1, dtype=dtype)  # (T, B)
     parts = slices(num_prototypes, size=min(CHUNK // len(rows), PROTOTYPES))
-    some = partial(prototypes, weight_v, weight_g, dtype=dtype)
+    some = partial(prototypes, weight_v, weight_g, plain, dtype=dtype)
     peak, log_sum = _normalizer(rows, (some(part).w for part in parts))
 
     loss = torch.zeros((), dtype=dtype, device=x.device)
@@ -228,7 +232,7 @@ def _loss_of_prototypes(
         if needed:  # z now holds its gradient
             d_rows.addmm_(z, chunk.w)
             d_v[part], d_g_part = weight_norm_backward(z.T @ rows, chunk)
-            if d_g is not None:
+            if d_g is not None and d_g_part is not None:
                 d_g[part] = d_g_part
     gradients = (d_rows.div_(temp).to(x.dtype), d_v, d_g) if needed else None
     return loss / num_pairs, of_global / num_pairs, gradients

@@ -32,7 +32,7 @@ CHUNK = 2**22  # logits at a time: 16 MB
 class PatchTargets(NamedTuple):
     """What the targets p = softmax((z - c) / temp) are computed from; no gradient.
 
-    z = features W^T with W_k = g_k v_k / ||v_k||, products in float32, or float64 if an argument
+    z = features W^T with W_k = g_k v_k / ||v_k|| or v_k, products in float32, or float64 if an argument
     of the loss is.
     """
 
@@ -41,12 +41,14 @@ class PatchTargets(NamedTuple):
     weight_g: Tensor | None  # g, (K, 1), or None for ones
     center: Tensor  # c, (K,): moving average, or of Sinkhorn-Knopp
     temp: float  # of the teacher, > 0
+    plain: bool = False  # the prototypes are W = v
 
 
 def patch_loss_of_prototypes(
     x: Tensor,
     weight_v: Tensor,
     weight_g: Tensor | None,
+    plain: bool = False,
     *,
     targets: PatchTargets,
     weights: Tensor,
@@ -60,6 +62,7 @@ def patch_loss_of_prototypes(
         x: unit vectors of the student (M, D); M may be 0.
         weight_v: v of the student, (K, D).
         weight_g: g of the student, (K, 1), or None for ones.
+        plain: its prototypes are W = v.
         targets: of the same patches and as many prototypes.
         weights: a, (M,), 1 / (masked patches of the same crop).
         student_temp: tau > 0, dimensionless.
@@ -80,7 +83,7 @@ def patch_loss_of_prototypes(
         raise ValueError(f"need equal numbers of patches {patches} and of prototypes {sizes}")
     with torch.autocast(x.device.type, enabled=False):
         results: tuple[Tensor, Tensor, Tensor] = _LossOfPatches.apply(  # type: ignore[no-untyped-call]
-            x, weight_v, weight_g, targets, weights, student_temp
+            x, weight_v, weight_g, plain, targets, weights, student_temp
         )
     return results
 
@@ -100,13 +103,14 @@ class _LossOfPatches(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # K x D: handed over, not kept
         if gradients is None:  # a second backward
             _, gradients = _loss_of_patches(*ctx.inputs, needed=True)
-        return (*(None if d is None else d.mul_(upstream) for d in gradients), None, None, None)
+        return (*(None if d is None else d.mul_(upstream) for d in gradients), *[None] * 4)
 
 
 def _loss_of_patches(
     x: Tensor,
     weight_v: Tensor,
     weight_g: Tensor | None,
+    plain: bool,
     targets: PatchTargets,
     weights: Tensor,
     temp: float,
@@ -116,8 +120,8 @@ def _loss_of_patches(
     """Loss, entropy and sum of the targets, and if needed the gradients in x, v and g."""
     dtype = at_least_float32(x, weight_v, targets.features, targets.weight_v)
     rows, teacher_rows = x.to(dtype) / temp, targets.features.to(dtype) / targets.temp
-    w = all_prototypes(weight_v, weight_g, dtype=dtype)
-    teacher_w = all_prototypes(targets.weight_v, targets.weight_g, dtype=dtype)
+    w = all_prototypes(weight_v, weight_g, plain, dtype=dtype)
+    teacher_w = all_prototypes(targets.weight_v, targets.weight_g, targets.plain, dtype=dtype)
     offset, a = targets.center.to(dtype) / -targets.temp, weights.to(dtype)
 
     loss = torch.zeros((), dtype=dtype, device=x.device)
@@ -135,7 +139,7 @@ def _loss_of_patches(
     if d_rows is None or d_w is None:
         return (loss, entropy, target_sum), None
     d_x = d_rows.div_(temp).to(x.dtype)
-    return (loss, entropy, target_sum), (d_x, *_through_weight_norm(d_w, weight_v, weight_g))
+    return (loss, entropy, target_sum), (d_x, *_through_weight_norm(d_w, weight_v, weight_g, plain))
 
 
 def _loss_and_gradient(
@@ -155,14 +159,16 @@ def _loss_and_gradient(
 
 
 def _through_weight_norm(
-    d_w: Tensor, weight_v: Tensor, weight_g: Tensor | None
+    d_w: Tensor, weight_v: Tensor, weight_g: Tensor | None, plain: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients in v and g, in their dtypes, from the gradient in W, which is overwritten."""
+    if plain:
+        return d_w.to(weight_v.dtype), None
     d_v = d_w if weight_v.dtype == d_w.dtype else torch.empty_like(weight_v)
     d_g = None if weight_g is None else torch.empty_like(weight_g)
     for part in slices(len(d_w), size=PROTOTYPES):
-        chunk = prototypes(weight_v, weight_g, part, dtype=d_w.dtype)
+        chunk = prototypes(weight_v, weight_g, plain, part, dtype=d_w.dtype)
         d_v[part], d_g_part = weight_norm_backward(d_w[part], chunk)
-        if d_g is not None:
+        if d_g is not None and d_g_part is not None:
             d_g[part] = d_g_part
     return d_v, d_g

@@ -30,6 +30,7 @@ def sinkhorn_center(
     features: Iterable[Tensor],
     weight_v: Tensor,
     weight_g: Tensor | None,
+    plain: bool = False,
     *,
     temp: float,
     iterations: int = 3,
@@ -45,6 +46,7 @@ def sinkhorn_center(
         features: x, unit vectors (M_i, D) of each micro-batch of this rank; there may be none.
         weight_v: v, (K, D).
         weight_g: g, (K, 1), or None for ones.
+        plain: the prototypes are W = v.
         temp: tau > 0, dimensionless, the teacher's.
         iterations: >= 1.
         sum_over_ranks: (K,) float64 of this rank -> elementwise sum over ranks.
@@ -61,7 +63,7 @@ def sinkhorn_center(
     x = list(features)
     dtype = at_least_float32(*x, weight_v)
     with torch.autocast(weight_v.device.type, enabled=False):
-        w = all_prototypes(weight_v, weight_g, dtype=dtype)
+        w = all_prototypes(weight_v, weight_g, plain, dtype=dtype)
         rows = [some.to(dtype) / temp for some in x]
         zeros = torch.zeros(len(w), dtype=torch.float64, device=w.device)
         peak, total = _sums_of_exp(_logits(rows, w, zeros.to(dtype)), zeros)

@@ -3,7 +3,7 @@
 Shape letters: N images, L tokens per image, T tokens of all images together, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dinoscale.models.activation_checkpointing import Recompute, checkpointed
 from dinoscale.models.compiling import Compiled
-from dinoscale.models.cpu_bf16 import attention
+from dinoscale.models.cpu_bf16 import Linear, attention, linear
+from dinoscale.models.rope import Rotation, rotate
 
 Layout = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution, in order
 
@@ -31,6 +32,23 @@ class Subset(NamedTuple):
 
 
 Keep = Tensor | tuple[Subset, Subset] | None  # of the branches of a block, see `Block.forward`
+Rotations = Sequence[Rotation] | None  # of each resolution; None where positions do not rotate
+
+
+class KeylessBias(Linear):
+    """Queries, keys and values of one matrix, without the keys' bias: its third does not act."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., 3 D)."""
+        of_queries, of_keys, of_values = self.bias.chunk(3)
+        bias = torch.cat((of_queries, torch.zeros_like(of_keys), of_values))
+        return linear(x, self.weight, bias)
+
+
+def mask_key_bias(blocks: Iterable[nn.Module]) -> None:
+    """Switch off the bias of the keys in every block; parameters keep their names."""
+    for block in blocks:
+        block.get_submodule("attn.qkv").__class__ = KeylessBias
 
 
 class Attention(nn.Module):
@@ -46,18 +64,27 @@ class Attention(nn.Module):
         self.norm = getattr(source, "norm", nn.Identity())  # older timm has none
         self.proj = source.proj
 
-    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+    def forward(self, tokens: Tensor, layout: Layout, rotations: Rotations = None) -> Tensor:
         """Map tokens (T, D) to (T, D)."""
         sizes = [n * length for n, length in layout]
         groups = zip(*(torch.split(x, sizes) for x in self._heads(tokens)), strict=True)
         mixed = []
-        for qkv, (n, length) in zip(groups, layout, strict=True):
+        for i, (qkv, (n, length)) in enumerate(zip(groups, layout, strict=True)):
             q, k, v = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in qkv)
+            if rotations is not None:
+                q, k = rotate(q, rotations[i]), rotate(k, rotations[i])
             out = attention(q, k, v)  # (N, heads, L, head_dim)
             mixed.append(out.transpose(1, 2).reshape(n * length, -1))
         return self.proj(self.norm(torch.cat(mixed)))  # type: ignore[no-any-return]  # untyped
 
-    def weights(self, tokens: Tensor, layout: Layout, *, queries: int | None = None) -> Tensor:
+    def weights(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        rotations: Rotations = None,
+        *,
+        queries: int | None = None,
+    ) -> Tensor:
         """Attention of tokens (N*L, D) of one resolution: (N, heads, L, L), rows sum to 1.
 
         With `queries`, only the rows of the first `queries` tokens: (N, heads, queries, L).
@@ -65,6 +92,8 @@ class Attention(nn.Module):
         ((n, length),) = layout
         heads = self._heads(tokens)
         q, k, _ = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in heads)
+        if rotations is not None:
+            q, k = rotate(q, rotations[0]), rotate(k, rotations[0])
         dtype = torch.promote_types(q.dtype, torch.float32)
         scores = q[:, :, :queries].to(dtype) @ k.to(dtype).transpose(-2, -1)  # (N, heads, L, L)
         return torch.softmax(scores * self.head_dim**-0.5, dim=-1)
@@ -97,6 +126,7 @@ class Block(nn.Module):
         tokens: Tensor,
         layout: Layout,
         keep: Keep = None,
+        rotations: Rotations = None,
         *,
         recompute: Recompute | None = None,
         compiled: bool = False,
@@ -108,19 +138,25 @@ class Block(nn.Module):
             layout: how the T tokens split into resolutions and images.
             keep: (2, T, 1) multipliers of the two branches, float32; or the subset of images for
                 which each branch is computed; None for ones.
+            rotations: of queries and keys, one for each resolution of `layout`; None for none.
             recompute: which activations the backward pass recomputes; None for none.
             compiled: run a compiled graph that all blocks share; eager where compiling fails.
         """
         run = _run
         if compiled:
             run = _compiled_subsets if isinstance(keep, tuple) else _compiled
-        return run(self, tokens, layout, keep, recompute)
+        return run(self, tokens, layout, keep, rotations, recompute)
 
-    def add_branches(self, tokens: Tensor, layout: Layout, keep: Keep) -> Tensor:
+    def add_branches(
+        self, tokens: Tensor, layout: Layout, keep: Keep, rotations: Rotations
+    ) -> Tensor:
         """Do what `forward` does, without compiling or checkpointing."""
         keep_attention, keep_mlp = (None, None) if keep is None else (keep[0], keep[1])
         tokens = _add(
-            tokens, layout, keep_attention, lambda x, at: self.ls1(self.attn(self.norm1(x), at))
+            tokens,
+            layout,
+            keep_attention,
+            lambda x, at: self.ls1(self.attn(self.norm1(x), at, rotations)),
         )
         return _add(tokens, layout, keep_mlp, lambda x, _: self.ls2(self.mlp(self.norm2(x))))
 
@@ -145,18 +181,28 @@ def _add(
 
 
 def _run(
-    block: Block, tokens: Tensor, layout: Layout, keep: Keep, recompute: Recompute | None
+    block: Block,
+    tokens: Tensor,
+    layout: Layout,
+    keep: Keep,
+    rotations: Rotations,
+    recompute: Recompute | None,
 ) -> Tensor:
     if recompute is None or not torch.is_grad_enabled():
-        return block.add_branches(tokens, layout, keep)
+        return block.add_branches(tokens, layout, keep, rotations)
     # Inside the block, not around it: stage 3 then gathers its weights once for the backward.
-    return checkpointed(recompute, block.add_branches, tokens, layout, keep)
+    return checkpointed(recompute, block.add_branches, tokens, layout, keep, rotations)
 
 
 def _run_subsets(
-    block: Block, tokens: Tensor, layout: Layout, keep: Keep, recompute: Recompute | None
+    block: Block,
+    tokens: Tensor,
+    layout: Layout,
+    keep: Keep,
+    rotations: Rotations,
+    recompute: Recompute | None,
 ) -> Tensor:
-    return _run(block, tokens, layout, keep, recompute)
+    return _run(block, tokens, layout, keep, rotations, recompute)
 
 
 _compiled = Compiled(_run, name="transformer blocks", dynamic=False)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinoscale.errors import ConfigError
+from dinoscale.models.block import mask_key_bias
 from dinoscale.models.vit import PositionResize, position_rule
-from dinoscale.models.zoo import FeedForward, timm_vit, torchvision_resnet50
+from dinoscale.models.zoo import Layers, own_layers, timm_vit, torchvision_resnet50
 
 
 def build_plain(
@@ -23,13 +25,14 @@ def build_plain(
     *,
     img_size: int,
     in_chans: int = 3,
-    norm_eps: float | None = None,
-    layer_scale: float | None = None,
-    ffn: FeedForward | None = None,
-    registers: int | None = None,
+    patch_size: int | None = None,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
     position_resize: PositionResize | None = None,
     mask_token: bool = False,
-    **sizes: int | None,
+    local_norm: bool = False,
+    **layers: Any,
 ) -> nn.Module:
     """Build a backbone that maps images (N, C, H, W) to cls (N, D) and patches (N, P, D).
 
@@ -37,30 +40,42 @@ def build_plain(
         name: as `zoo.build_backbone` takes it, like the other arguments.
         img_size: side in pixels of the images the position embedding is made for.
         in_chans: C.
-        norm_eps: epsilon of the layer norms; None for the model's own.
-        layer_scale: initial factor of each residual branch.
-        ffn: kind of MLP.
-        registers: register tokens.
+        patch_size: in pixels; None for the model's own, like the next three.
+        embed_dim: D.
+        depth: number of blocks.
+        num_heads: attention heads.
         position_resize: rule of `vit.resize_pos_embed`.
         mask_token: hold the mask token, which the forward does not use.
-        **sizes: patch_size, embed_dim, depth, num_heads; None for the model's own.
+        local_norm: hold the norm of local crops, which the forward does not use.
+        **layers: attributes of `zoo.Layers`.
 
     Raises:
-        ConfigError: as `zoo.build_backbone` does.
+        ConfigError: as `zoo.build_backbone` does; or the model has rotary positions.
     """
     if name == "resnet50":
         return PlainResNet50(torchvision_resnet50(in_chans=in_chans))
+    chosen = Layers(**layers).over(own_layers(name))
+    if chosen.rope is not None:
+        raise ConfigError(
+            f"model.rope: {name!r} has rotary positions, which exported graphs and the library "
+            "transformers do not get from us; use the formats safetensors or reference"
+        )
     source = timm_vit(
         name,
         img_size=img_size,
         in_chans=in_chans,
-        norm_eps=norm_eps,
-        layer_scale=layer_scale,
-        ffn=ffn,
-        registers=registers,
-        **sizes,
+        layers=chosen,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
     )
-    return PlainViT(source, mask_token=mask_token, position_resize=position_resize)
+    if chosen.mask_key_bias:
+        mask_key_bias(source.blocks)
+    plain = PlainViT(source, mask_token=mask_token, position_resize=position_resize)
+    if local_norm:
+        plain.local_norm = type(source.norm)(source.embed_dim, eps=source.norm.eps)
+    return plain
 
 
 class PatchEmbed(nn.Module):

@@ -30,6 +30,7 @@ class Objective(Protocol):
         patches: Tensor | None,
         weight_v: Tensor,
         weight_g: Tensor | None,
+        plain: bool = False,
     ) -> Tensor:
         """The part of the tokens that meet these prototypes.
 
@@ -39,6 +40,7 @@ class Objective(Protocol):
             patches: those of the masked patches (M, bottleneck); None likewise, or without masks.
             weight_v: v, (K, bottleneck).
             weight_g: g, (K, 1), or None for ones.
+            plain: the prototypes are v; else g_k v_k / ||v_k||.
         """
         ...
 
@@ -69,6 +71,7 @@ class DinoNetwork(nn.Module):
         objective: Objective | None = None,
         masks: Tensor | None = None,
         patch_rows: Tensor | None = None,
+        coordinates: Tensor | None = None,
     ) -> Tensor:
         """Return the logits of all crops, or the objective's scalar.
 
@@ -78,6 +81,7 @@ class DinoNetwork(nn.Module):
             objective: maps what the network computes to a scalar.
             masks: bool (N_0, P), patches of the first crops that are hidden from the network.
             patch_rows: int64 (M,), patches among the N_0 * P whose tokens the objective wants.
+            coordinates: changes of rotary coordinates (resolutions, depth, 5), or None.
 
         Returns:
             (sum N_i, K), rows in the order of `crops`; with an objective, its scalar.
@@ -85,10 +89,13 @@ class DinoNetwork(nn.Module):
         if objective is None:
             logits: Tensor = self.head(self.backbone(crops, keep))
             return logits
+        options = {} if coordinates is None else {"coordinates": coordinates}
         if patch_rows is None:
-            tokens, patches = self.backbone(crops, keep), None
+            tokens, patches = self.backbone(crops, keep, **options), None
         else:
-            tokens, patches = self.backbone(crops, keep, masks=masks, patch_rows=patch_rows)
+            tokens, patches = self.backbone(
+                crops, keep, masks=masks, patch_rows=patch_rows, **options
+            )
         total, *parts = self._of_heads(tokens, patches, objective)
         of_tokens = objective.of_class_tokens(tokens)
         for part in parts if of_tokens is None else (*parts, of_tokens):
@@ -103,20 +110,20 @@ class DinoNetwork(nn.Module):
             return [
                 self.head.last_layer(
                     self.head.unit_vectors(tokens),
-                    lambda x, v, g: objective.of_prototypes(x, None, v, g),
+                    lambda x, *weights: objective.of_prototypes(x, None, *weights),
                 ),
                 self.patch_head.last_layer(
                     self.patch_head.unit_vectors(patches),
-                    lambda y, v, g: objective.of_prototypes(None, y, v, g),
+                    lambda y, *weights: objective.of_prototypes(None, y, *weights),
                 ),
             ]
         n = len(tokens)
 
-        def of_both(x: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
+        def of_both(x: Tensor, v: Tensor, g: Tensor | None, plain: bool) -> Tensor:
             # Split here and not before: ZeRO-3 follows the backward pass through the layer's input.
             if patches is None:
-                return objective.of_prototypes(x, None, v, g)
-            return objective.of_prototypes(x[:n], x[n:], v, g)
+                return objective.of_prototypes(x, None, v, g, plain)
+            return objective.of_prototypes(x[:n], x[n:], v, g, plain)
 
         rows = tokens if patches is None else torch.cat((tokens, patches))
         return [self.head.last_layer(self.head.unit_vectors(rows), of_both)]

@@ -20,8 +20,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dinoscale.models.activation_checkpointing import Recompute
-from dinoscale.models.block import Block, Keep, Layout
+from dinoscale.models.block import Block, Keep, Layout, Rotations, mask_key_bias
 from dinoscale.models.cpu_bf16 import linear, upcast_linear
+from dinoscale.models.rope import Rope, Rotation, rotation
 from dinoscale.models.stochastic_depth import kept_subsets, per_token
 
 PositionResize = Literal["by_factor", "by_size"]  # see `resize_pos_embed`
@@ -138,6 +139,7 @@ class VisionTransformer(nn.Module):
             activations; 0 stores all.
         recompute: which activations of such a block are recomputed.
         position_resize: rule of `resize_pos_embed`.
+        rope: how queries and keys rotate, in place of a position embedding; None for none.
         subset_rate: rate of stochastic depth at which dropped branches are not computed; 0 computes
             all branches and multiplies them by `keep`.
         subset_uniform: whether it is the rate of all blocks, or rises linearly to the last.
@@ -151,14 +153,20 @@ class VisionTransformer(nn.Module):
         *,
         mask_token: bool = False,
         position_resize: PositionResize | None = None,
+        rope: Rope | None = None,
+        key_bias_masked: bool = False,
+        local_norm: bool = False,
     ) -> None:
         """Adopt the layers of `source`, a timm ViT accepted by `zoo.adopt`.
 
         Args:
             source: do not use it afterwards. Its `pos_embed` may have slots for all special tokens,
-                for the class token alone or for none.
+                for the class token alone or for none; it is None with `rope`.
             mask_token: add a trained embedding for masked patches, which starts at zero.
             position_resize: rule of `resize_pos_embed`; None for `position_rule`'s.
+            rope: rotate queries and keys of patches.
+            key_bias_masked: the keys' third of `attn.qkv.bias` does not act.
+            local_norm: add a final norm for the class tokens of local crops, see `forward`.
         """
         super().__init__()
         self.embed_dim: int = source.embed_dim
@@ -177,13 +185,21 @@ class VisionTransformer(nn.Module):
         self.norm_pre = source.norm_pre
         self.blocks = nn.ModuleList(Block(block) for block in source.blocks)
         self.norm = source.norm
+        self.local_norm = (
+            type(source.norm)(self.embed_dim, eps=source.norm.eps) if local_norm else None
+        )
         upcast_linear(self.blocks)
+        if key_bias_masked:
+            mask_key_bias(self.blocks)
+        self.rope = rope
         num_registers = 0 if self.reg_token is None else self.reg_token.shape[1]
         self.position_resize = position_rule(position_resize, registers=num_registers > 0)
         self._num_prefix = 1 + num_registers
         # Slots of pos_embed before the patches: of all special tokens, of the class token alone
         # (DINOv2's registers have none), or of none (in timm, where the token includes it).
-        self._prefix_slots: int = self.pos_embed.shape[1] - source.patch_embed.num_patches
+        self._prefix_slots: int = 0
+        if self.pos_embed is not None:
+            self._prefix_slots = self.pos_embed.shape[1] - source.patch_embed.num_patches
 
     def forward(
         self,
@@ -192,8 +208,12 @@ class VisionTransformer(nn.Module):
         *,
         masks: Tensor | None = None,
         patch_rows: Tensor | None = None,
+        coordinates: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the normalised class token of every image, and patch tokens if rows are chosen.
+
+        The first tensor holds the global crops, others local ones, whose class tokens have a final
+        norm of their own in a model with `local_norm`.
 
         Args:
             crops: tensors (N_i, C, H_i, W_i), normalised pixels.
@@ -204,6 +224,8 @@ class VisionTransformer(nn.Module):
                 resolution: the embeddings of these patches become the mask token, before positions
                 are added; None masks nothing, and then the mask token has no gradient.
             patch_rows: int64 (M,), indices into the N*P patches of the first resolution.
+            coordinates: changes of the coordinates of `rope` (resolutions, depth, 5), see
+                `rope.coordinate_changes`; there may be more resolutions. None for none.
 
         Returns:
             Class tokens (sum N_i, D), rows in the order of `crops`; with `patch_rows`, these and
@@ -213,16 +235,26 @@ class VisionTransformer(nn.Module):
             ValueError: there are no crops, `keep` or `masks` has another shape, or there are masks
                 and no mask token.
         """
-        tokens, layout = self._embed(crops, masks)
-        tokens = self._run(tokens, layout, keep, range(self.depth))
+        tokens, layout, grids = self._embed(crops, masks)
+        rotations = self._rotations(grids, tokens, coordinates)
+        tokens = self._run(tokens, layout, keep, rotations, range(self.depth))
         groups = torch.split(tokens, [n * length for n, length in layout])
         rows = [torch.unflatten(x, 0, at)[:, 0] for x, at in zip(groups, layout, strict=True)]
-        if patch_rows is None:
-            return self.norm(torch.cat(rows))  # type: ignore[no-any-return]  # nn.Module is untyped
-        images = sum(n for n, _ in layout)
-        patches = groups[0].index_select(0, self._tokens_of_patches(patch_rows, layout))
-        normalised: Tensor = self.norm(torch.cat((*rows, patches)))
-        return normalised[:images], normalised[images:]
+        local = None
+        if self.local_norm is not None and len(crops) > 1:
+            images = torch.cat(rows)
+            local = self.local_norm(images[len(crops[0]) :])
+            rows = [images[: len(crops[0])]]
+        patches = None
+        if patch_rows is not None:
+            patches = groups[0].index_select(0, self._tokens_of_patches(patch_rows, layout))
+            rows.append(patches)
+        normalised: Tensor = self.norm(torch.cat(rows))
+        if patches is not None:
+            normalised, patches = normalised.split([len(normalised) - len(patches), len(patches)])
+        if local is not None:
+            normalised = torch.cat((normalised, local))
+        return normalised if patches is None else (normalised, patches)
 
     def _tokens_of_patches(self, patch_rows: Tensor, layout: Layout) -> Tensor:
         """Rows among the packed tokens of patches of the first resolution."""
@@ -248,10 +280,11 @@ class VisionTransformer(nn.Module):
         """
         if not 1 <= n <= self.depth:
             raise ValueError(f"need 1 <= n <= {self.depth}, got {n}")
-        tokens, layout = self._embed([images])
+        tokens, layout, grids = self._embed([images])
+        rotations = self._rotations(grids, tokens)
         outputs = []
         for index in range(self.depth):
-            tokens = self._run(tokens, layout, None, range(index, index + 1))
+            tokens = self._run(tokens, layout, None, rotations, range(index, index + 1))
             if index >= self.depth - n:
                 outputs.append(torch.unflatten(self.norm(tokens), 0, layout[0]))
         return outputs
@@ -263,16 +296,22 @@ class VisionTransformer(nn.Module):
         `queries`, only the rows of the first `queries` tokens, (N, heads, queries, L): for the
         class token alone, memory does not grow with L squared.
         """
-        tokens, layout = self._embed([images])
-        tokens = self._run(tokens, layout, None, range(self.depth - 1))
+        tokens, layout, grids = self._embed([images])
+        rotations = self._rotations(grids, tokens)
+        tokens = self._run(tokens, layout, None, rotations, range(self.depth - 1))
         last: Any = self.blocks[-1]
-        return last.attn.weights(last.norm1(tokens), layout, queries=queries)  # type: ignore[no-any-return]
+        return last.attn.weights(last.norm1(tokens), layout, rotations[-1], queries=queries)  # type: ignore[no-any-return]
 
     def positions(self, *, height: int, width: int, of: Tensor | None = None) -> Tensor:
         """The position embedding for images of this size in pixels, from `resize_pos_embed`.
 
         `of` is another one to be resized, with the same slots of special tokens.
+
+        Raises:
+            ValueError: the model has none.
         """
+        if self.pos_embed is None:
+            raise ValueError("a model with rotary positions has no position embedding")
         return resize_pos_embed(
             self.pos_embed if of is None else of,
             image_size=(height, width),
@@ -289,26 +328,34 @@ class VisionTransformer(nn.Module):
             for images in group_by_resolution(meta)
         )
 
-    def _embed(self, crops: Sequence[Tensor], masks: Tensor | None = None) -> tuple[Tensor, Layout]:
-        """Packed tokens (T, D) of all crops with positions, and their layout."""
+    def _embed(
+        self, crops: Sequence[Tensor], masks: Tensor | None = None
+    ) -> tuple[Tensor, Layout, list[tuple[int, int]]]:
+        """Packed tokens (T, D) of all crops with positions, their layout, and grids of patches."""
         groups = group_by_resolution(crops)
         patches = [patchify(images, patch_size=self.patch_size) for images in groups]
         projected = self.patch_embed(torch.cat(patches)).split([len(x) for x in patches])
-        slots = self._prefix_slots
-        tokens, layout = [], list[tuple[int, int]]()
+        tokens, layout, grids = [], list[tuple[int, int]](), list[tuple[int, int]]()
         for images, x in zip(groups, projected, strict=True):
             n = len(images)
             height, width = images.shape[2:]
-            positions = self.positions(height=height, width=width)
-            special = self._special_tokens(positions[:, :slots])
             x = torch.unflatten(x, 0, (n, -1))  # (N, P, D)
             if masks is not None and not layout:
                 x = self._masked(x, masks, num_first=len(crops[0]))
-            x = x + positions[:, slots:]
+            special, x = self._with_positions(x, height=height, width=width)
             x = torch.cat((special.expand(n, -1, -1), x), dim=1)  # (N, L, D)
             layout.append((n, x.shape[1]))
+            grids.append((height // self.patch_size, width // self.patch_size))
             tokens.append(x.flatten(0, 1))
-        return self.norm_pre(torch.cat(tokens)), tuple(layout)
+        return self.norm_pre(torch.cat(tokens)), tuple(layout), grids
+
+    def _with_positions(self, patches: Tensor, *, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Special tokens (1, 1+R, D) and patch embeddings (N, P, D) with learned positions."""
+        slots = self._prefix_slots
+        if self.pos_embed is None:
+            return self._special_tokens(self.cls_token[:, :0]), patches
+        positions = self.positions(height=height, width=width)
+        return self._special_tokens(positions[:, :slots]), patches + positions[:, slots:]
 
     def _special_tokens(self, positions: Tensor) -> Tensor:
         """Class token and registers (1, 1+R, D), with the positions (1, slots, D) they have."""
@@ -336,7 +383,42 @@ class VisionTransformer(nn.Module):
             )
         return torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
 
-    def _run(self, tokens: Tensor, layout: Layout, keep: Tensor | None, which: range) -> Tensor:
+    def _rotations(
+        self,
+        grids: Sequence[tuple[int, int]],
+        like: Tensor,
+        coordinates: Tensor | None = None,
+    ) -> list[Rotations]:
+        """The rotations of each block, for each of the resolutions with these grids of patches."""
+        if self.rope is None:
+            return [None] * self.depth
+        attention: Any = self.blocks[0].attn
+        tables = []
+        for index, grid in enumerate(grids):
+            of_blocks = rotation(
+                self.rope,
+                grid,
+                num_special=self._num_prefix,
+                head_dim=attention.head_dim,
+                changes=None if coordinates is None else coordinates[index],
+                dtype=torch.promote_types(like.dtype, torch.float32),
+                device=like.device,
+            )
+            shape = (self.depth, *of_blocks.cos.shape[-2:])
+            tables.append(Rotation(*(table.expand(shape) for table in of_blocks)))
+        return [
+            tuple(Rotation(table.cos[block], table.sin[block]) for table in tables)
+            for block in range(self.depth)
+        ]
+
+    def _run(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        keep: Tensor | None,
+        rotations: Sequence[Rotations],
+        which: range,
+    ) -> Tensor:
         """Packed tokens (T, D) after the blocks of `which`."""
         keeps = self._keep_per_block(keep, layout)
         compiled = layout in self.compiled_for
@@ -345,6 +427,7 @@ class VisionTransformer(nn.Module):
                 tokens,
                 layout,
                 keeps[index],
+                rotations[index],
                 recompute=self.recompute if self._checkpoints(index) else None,
                 compiled=compiled,
             )

@@ -4,7 +4,9 @@ The only module that imports timm, and only when a backbone is built.
 """
 
 import difflib
+import functools
 import re
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from dinoscale.errors import ConfigError
 from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.resnet import ResNet50
+from dinoscale.models.rope import Rope
 from dinoscale.models.vit import PositionResize, VisionTransformer
 
 FeedForward = Literal["mlp", "swiglu"]
@@ -21,6 +24,73 @@ _FAMILIES = ("vision_transformer", "deit")  # timm modules that define plain ViT
 _SWIGLU = re.compile(r"vit_giant_patch14_(?:reg4_)?dinov2(?:\..*)?")
 # Sizes of the paper that timm has only with patches of 16 pixels.
 _OTHER_PATCH_SIZE = re.compile(r"(vit_(?:tiny|small|base|large))_patch(\d+)_224")
+# timm has DINOv3's models in a family of its own (Eva), with other names of the same layers.
+_DINOV3 = re.compile(
+    r"vit_(small|small_plus|base|large|huge_plus|7b)_patch16_dinov3(_qkvb)?(?:\..*)?"
+)
+_DINOV3_SIZES: dict[str, dict[str, int]] = {
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "small_plus": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge_plus": {"embed_dim": 1280, "depth": 32, "num_heads": 20},
+    "7b": {"embed_dim": 4096, "depth": 40, "num_heads": 32},
+}
+_MLP_RATIO, _SWIGLU_MULTIPLE = 4.0, 8  # of all models of which nothing else is known
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a ViT beside its sizes; None for the named model's own.
+
+    Attributes:
+        norm_eps: epsilon of the layer norms; 1e-6 in most.
+        layer_scale: initial factor of each residual branch; most have no such factors.
+        ffn: plain MLP or SwiGLU.
+        ffn_ratio: width of an MLP over that of a token, from which a SwiGLU's follows
+            (`swiglu_width`).
+        ffn_multiple: the width of a SwiGLU is rounded up to a multiple of it.
+        registers: R register tokens without positions; the class token has one, as in the authors'
+            code. Those of timm's `reg4` models include the class token's position in the token, so
+            `cls_token` there is our `cls_token + pos_embed[:, :1]`, and `pos_embed` our
+            `pos_embed[:, 1:]`.
+        rope: rotary positions in place of learned ones; None also for learned ones.
+        qkv_bias: whether queries, keys and values have a bias.
+        mask_key_bias: whether the keys' part of it does not act.
+    """
+
+    norm_eps: float | None = None
+    layer_scale: float | None = None
+    ffn: FeedForward | None = None
+    ffn_ratio: float | None = None
+    ffn_multiple: int | None = None
+    registers: int | None = None
+    rope: Rope | None = None
+    qkv_bias: bool | None = None
+    mask_key_bias: bool | None = None
+
+    def over(self, own: "Layers") -> "Layers":
+        """These, and those of `own` where there are none."""
+        chosen = {key: value for key, value in vars(self).items() if value is not None}
+        return Layers(**{**vars(own), **chosen})
+
+
+def own_layers(name: str) -> Layers:
+    """What the layers of a named model are where timm's plain ViT of its size has others."""
+    if match := _DINOV3.fullmatch(name):
+        size, biased = match[1], match[2] is not None
+        return Layers(
+            norm_eps=1e-5,
+            layer_scale=1e-5,
+            ffn="swiglu" if size in ("small_plus", "huge_plus", "7b") else "mlp",
+            ffn_ratio={"small_plus": 6.0, "huge_plus": 6.0, "7b": 3.0}.get(size),
+            ffn_multiple=64 if size == "7b" else None,
+            registers=4,
+            rope=Rope(),
+            qkv_bias=biased,
+            mask_key_bias=biased,
+        )
+    return Layers(ffn="swiglu" if _SWIGLU.fullmatch(name) else None)
 
 
 def build_backbone(
@@ -32,36 +102,29 @@ def build_backbone(
     depth: int | None = None,
     num_heads: int | None = None,
     in_chans: int = 3,
-    norm_eps: float | None = None,
-    layer_scale: float | None = None,
-    ffn: FeedForward | None = None,
-    registers: int | None = None,
     position_resize: PositionResize | None = None,
     mask_token: bool = False,
+    local_norm: bool = False,
+    **layers: Any,
 ) -> VisionTransformer | ResNet50:
     """Build a backbone with fresh weights.
 
     ViT weights start as in the authors' code: `init_weights`.
 
     Args:
-        name: a timm ViT, `vit_{tiny,small,base,large}_patch{8,16}_224`, or `resnet50`.
+        name: a timm ViT, `vit_{tiny,small,base,large}_patch{8,16}_224`, `vit_*_patch16_dinov3` or
+            `resnet50`.
         img_size: side in pixels of the images the position embedding is made for.
         patch_size: patch side in pixels; None for the model's own.
         embed_dim: width; None for the model's own.
         depth: number of blocks; None for the model's own.
         num_heads: attention heads; None for the model's own.
         in_chans: channels of an image.
-        norm_eps: epsilon of the layer norms; None for the model's own, 1e-6 in most.
-        layer_scale: initial factor of each residual branch; None for the model's own, which in
-            most has no such factors.
-        ffn: MLP of four times the width, or SwiGLU of `swiglu_width`; None for the model's own.
-        registers: R register tokens without positions; the class token has one, as in the authors'
-            code. None for the model's own: those of timm's `reg4` models include the class token's
-            position in the token, so `cls_token` there is our `cls_token + pos_embed[:, :1]`, and
-            `pos_embed` our `pos_embed[:, 1:]`.
         position_resize: rule of `vit.resize_pos_embed`; None for by_size with registers and
             by_factor without.
         mask_token: whether patches can be masked.
+        local_norm: whether class tokens of local crops have a final norm of their own.
+        **layers: attributes of `Layers`.
 
     Raises:
         ConfigError: the name is unknown, our forward cannot reproduce the model, or the sizes do
@@ -77,27 +140,25 @@ def build_backbone(
     if name == "resnet50":
         only_vits: dict[str, object] = {
             **sizes,
-            "layer_scale": layer_scale,
-            "ffn": ffn,
-            "registers": registers,
+            **vars(Layers(**{**layers, "norm_eps": None})),
             "position_resize": position_resize,
             "mask_token": mask_token or None,
+            "local_norm": local_norm or None,
         }
         given = [key for key, value in only_vits.items() if value is not None]
         if given:
             raise ConfigError(f"model.{given[0]}: resnet50 has none")
         return ResNet50(torchvision_resnet50(in_chans=in_chans))
-    source = timm_vit(
-        name,
-        img_size=img_size,
-        in_chans=in_chans,
-        norm_eps=norm_eps,
-        layer_scale=layer_scale,
-        ffn=ffn,
-        registers=registers,
-        **sizes,
+    chosen = Layers(**layers).over(own_layers(name))
+    source = timm_vit(name, img_size=img_size, in_chans=in_chans, layers=chosen, **sizes)
+    model = VisionTransformer(
+        source,
+        mask_token=mask_token,
+        position_resize=position_resize,
+        rope=chosen.rope,
+        key_bias_masked=bool(chosen.mask_key_bias),
+        local_norm=local_norm,
     )
-    model = VisionTransformer(source, mask_token=mask_token, position_resize=position_resize)
     init_weights(model)
     return model
 
@@ -107,16 +168,20 @@ def timm_vit(
     *,
     img_size: int,
     in_chans: int,
-    norm_eps: float | None = None,
-    layer_scale: float | None = None,
-    ffn: FeedForward | None = None,
-    registers: int | None = None,
+    layers: Layers,
     **sizes: int | None,
 ) -> Any:
     """Build timm's own model for a name that `build_backbone` takes; arguments as there.
 
     With `registers`, its position embedding has a slot for the class token, which timm's forward
-    does not expect.
+    does not expect. With `rope` it has none, and timm's forward has no positions.
+
+    Args:
+        name: as there.
+        img_size: as there.
+        in_chans: as there.
+        layers: the model's own ones among them.
+        **sizes: as there.
 
     Raises:
         ConfigError: the name is unknown, our forward cannot reproduce the model, or the sizes do
@@ -133,8 +198,6 @@ def timm_vit(
             f"model.backbone: cannot train {name!r}: it is of timm's family {family!r}, "
             f"not a plain ViT ({', '.join(_FAMILIES)})"
         )
-    if ffn is None and _SWIGLU.fullmatch(timm_name):
-        ffn = "swiglu"  # of the right width for any embed_dim
     try:
         source = timm.create_model(
             timm_name,
@@ -145,61 +208,79 @@ def timm_vit(
             in_chans=in_chans,
             weight_init="skip",  # init_weights follows
             **changed,
-            **_layer_arguments(layer_scale=layer_scale, ffn=ffn, registers=registers),
+            **_layer_arguments(layers),
         )
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"model.backbone: timm cannot build {name!r} as a ViT with a class token: {reason}"
         ) from error
-    _require_ours(source, name=name)
+    _require_ours(source, name=name, rope=layers.rope)
     patch_size = source.patch_embed.proj.kernel_size[0]
     if img_size % patch_size:
         raise ConfigError(
             f"crops.global_size: {img_size} is not a multiple of the patch size {patch_size}"
         )
-    if registers:
+    if layers.registers and source.pos_embed is not None:
         _give_class_position(source)
-    if norm_eps is not None:
+    if layers.norm_eps is not None:
         for module in source.modules():
             if isinstance(module, nn.LayerNorm):
-                module.eps = norm_eps
+                module.eps = layers.norm_eps
+    if layers.rope is not None and source.blocks[0].attn.head_dim % 4:
+        raise ConfigError(
+            f"model.rope: needs heads of a multiple of 4 channels, and {name!r} has "
+            f"{source.blocks[0].attn.head_dim} (model.embed_dim / model.num_heads)"
+        )
     return source
 
 
-def _layer_arguments(
-    *, layer_scale: float | None, ffn: FeedForward | None, registers: int | None
-) -> dict[str, Any]:
-    """Arguments of timm for DINOv2's layers; none for what is the named model's own."""
+def _layer_arguments(layers: Layers) -> dict[str, Any]:
+    """Arguments of timm for these layers; none for what is the named model's own."""
     from timm.layers import Mlp
 
     arguments: dict[str, Any] = {}
-    if layer_scale is not None:
-        arguments["init_values"] = layer_scale
-    if ffn == "mlp":
-        arguments |= {"mlp_layer": Mlp, "act_layer": nn.GELU, "mlp_ratio": 4.0}
-    if ffn == "swiglu":
-        arguments["mlp_layer"] = _swiglu
-    if registers is not None:
-        arguments |= {"reg_tokens": registers, "no_embed_class": registers > 0}
+    ratio = _MLP_RATIO if layers.ffn_ratio is None else layers.ffn_ratio
+    if layers.layer_scale is not None:
+        arguments["init_values"] = layers.layer_scale
+    if layers.ffn == "swiglu":
+        multiple = layers.ffn_multiple or _SWIGLU_MULTIPLE
+        arguments["mlp_layer"] = functools.partial(_swiglu, ratio=ratio, multiple=multiple)
+    elif layers.ffn == "mlp":
+        arguments |= {"mlp_layer": Mlp, "act_layer": nn.GELU, "mlp_ratio": ratio}
+    elif layers.ffn_ratio is not None:
+        arguments["mlp_ratio"] = ratio
+    if layers.registers is not None:
+        arguments |= {"reg_tokens": layers.registers, "no_embed_class": layers.registers > 0}
+    if layers.rope is not None:
+        arguments["pos_embed"] = "none"
+    if layers.qkv_bias is not None:
+        arguments["qkv_bias"] = layers.qkv_bias
     return arguments
 
 
-def _swiglu(in_features: int, **options: Any) -> Any:
-    """A SwiGLU of DINOv2's width, whatever hidden width and activation a block asks for."""
+def _swiglu(in_features: int, *, ratio: float, multiple: int, **options: Any) -> Any:
+    """A SwiGLU of `swiglu_width`, whatever hidden width and activation a block asks for."""
     from timm.layers import SwiGLUPacked
 
-    width = 2 * swiglu_width(in_features)  # of both factors together
+    width = 2 * swiglu_width(in_features, ratio=ratio, multiple=multiple)  # of both factors
     return SwiGLUPacked(in_features, **{**options, "hidden_features": width, "act_layer": nn.SiLU})
 
 
-def swiglu_width(embed_dim: int) -> int:
-    """Hidden width of a SwiGLU: two thirds of an MLP's 4 D, rounded up to a multiple of 8.
+def swiglu_width(
+    embed_dim: int, *, ratio: float = _MLP_RATIO, multiple: int = _SWIGLU_MULTIPLE
+) -> int:
+    """Hidden width of a SwiGLU: two thirds of an MLP's, rounded up to a multiple.
 
     Its three matrices then have about as many weights as the MLP's two. Source: code of Oquab et
-    al. 2023 (arXiv:2304.07193).
+    al. 2023 (arXiv:2304.07193), with 8, and of Simeoni et al. 2025 (arXiv:2508.10104), with 64.
+
+    Args:
+        embed_dim: D.
+        ratio: width of the MLP over D.
+        multiple: the width is divisible by it.
     """
-    return (int(4 * embed_dim * 2 / 3) + 7) // 8 * 8
+    return -(-int(int(ratio * embed_dim) * 2 / 3) // multiple) * multiple
 
 
 def _give_class_position(source: Any) -> None:
@@ -216,6 +297,8 @@ def timm_arguments(name: str, **changed: int) -> tuple[str, dict[str, int]]:
     """
     import timm
 
+    if match := _DINOV3.fullmatch(name):
+        return "vit_small_patch16_224", {**_DINOV3_SIZES[match[1]], **changed}
     if timm.is_model(name):
         return name, changed
     match = _OTHER_PATCH_SIZE.fullmatch(name)
@@ -244,9 +327,11 @@ def adopt(source: Any, *, name: str) -> VisionTransformer:
     return VisionTransformer(source)
 
 
-def _require_ours(source: Any, *, name: str) -> None:
-    """Raise ConfigError if our forward would differ from that of a timm model."""
+def _require_ours(source: Any, *, name: str, rope: Rope | None = None) -> None:
+    """Raise ConfigError if our forward would differ from that of a timm model but for `rope`."""
     reason = _why_not(source)
+    if rope is None and source.pos_embed is None:
+        reason = "it has no learned position embedding"
     if reason:
         raise ConfigError(f"model.backbone: cannot train {name!r}: {reason}")
 
@@ -262,7 +347,6 @@ def _why_not(source: Any) -> str | None:
     patch = tuple(getattr(embed.proj, "kernel_size", ()))
     checks = (
         (source.cls_token is None, "it has no class token"),
-        (source.pos_embed is None, "it has no learned position embedding"),
         (not isinstance(embed, PatchEmbed), f"its patch embedding is a {type(embed).__name__}"),
         (not isinstance(embed.proj, nn.Conv2d), "its patch projection is not a convolution"),
         (not isinstance(embed.norm, nn.Identity), "it normalises patch embeddings"),
@@ -296,12 +380,13 @@ def init_weights(model: VisionTransformer) -> None:
 
     Linear layers, tokens and positions are normal with std 0.02 and biases zero. The authors
     truncate at -2 and 2, a hundred standard deviations away. The patch projection has the default
-    of `nn.Conv2d`. A model with layer scale starts as DINOv2's: class token and registers with std
-    1e-6.
+    of `nn.Conv2d`. A model with learned positions and layer scale starts as DINOv2's: class token
+    and registers with std 1e-6.
     """
     has_layer_scale = not isinstance(model.blocks[0].get_submodule("ls1"), nn.Identity)
-    std_of_tokens = 1e-6 if has_layer_scale else 0.02
-    nn.init.normal_(model.pos_embed, std=0.02)
+    std_of_tokens = 1e-6 if has_layer_scale and model.rope is None else 0.02
+    if model.pos_embed is not None:
+        nn.init.normal_(model.pos_embed, std=0.02)
     for token in (model.cls_token, model.reg_token):
         if token is not None:
             nn.init.normal_(token, std=std_of_tokens)

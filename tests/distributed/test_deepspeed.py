@@ -39,16 +39,14 @@ class _Cubes:
     def __init__(self, *, exact: bool = False) -> None:
         self._dtype = torch.float64 if exact else torch.float32
 
-    def __call__(self, unit: Tensor, weight_v: Tensor, _: Tensor | None) -> Tensor:
+    def __call__(self, unit: Tensor, weight_v: Tensor, *_: object) -> Tensor:
         return (unit.to(self._dtype) @ weight_v.to(self._dtype).T).pow(3).mean()
 
     def of_class_tokens(self, _tokens: Tensor) -> None:
         pass
 
-    def of_prototypes(
-        self, classes: Tensor, _patches: None, weight_v: Tensor, weight_g: Tensor | None
-    ) -> Tensor:
-        return self(classes, weight_v, weight_g)
+    def of_prototypes(self, classes: Tensor, _patches: None, *weights: Tensor) -> Tensor:
+        return self(classes, *weights)
 
 
 def watch() -> dict[str, Any]:

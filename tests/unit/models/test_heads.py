@@ -54,6 +54,12 @@ def test_head_is_an_mlp_onto_the_sphere_and_cosines() -> None:
     torch.testing.assert_close(head(x), cosines, rtol=1e-10, atol=1e-12)
 
 
+def test_plain_prototypes_start_small_and_have_one_name() -> None:
+    head = _head(weight_norm=False, num_prototypes=4096)
+    assert [n for n, _ in head.named_parameters()][-1] == "last_layer.weight"
+    assert head.last_layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+
+
 def test_parameter_names_are_the_references() -> None:
     linear = ["mlp.0", "mlp.2", "mlp.4"]
     expected = [f"{name}.{kind}" for name in linear for kind in ("weight", "bias")]

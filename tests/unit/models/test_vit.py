@@ -146,7 +146,7 @@ def test_positions_follow_the_rule_of_the_model() -> None:
 
 def test_registers_have_no_positions() -> None:
     model, (images,) = _vit(registers=2), _crops((2, 16, 24))
-    tokens, layout = model._embed([images])
+    tokens, layout, _ = model._embed([images])
     special = tokens.unflatten(0, layout[0])[:, :3]
     expected = torch.cat((model.cls_token + model.pos_embed[:, :1], model.reg_token), dim=1)
     assert torch.equal(special, expected.expand(2, -1, -1))
@@ -334,8 +334,8 @@ def test_masked_patches_do_not_reach_the_output_and_the_others_do() -> None:
 def test_the_mask_token_stands_in_for_the_embedding_before_the_position() -> None:
     model, masks = _vit(mask_token=True, depth=1), _masks(2, 16)
     (images,) = _crops((2, 32, 32))
-    tokens, layout = model._embed([images], masks)
-    plain, _ = model._embed([images])
+    tokens, layout, _ = model._embed([images], masks)
+    plain, _, _ = model._embed([images])
     tokens, plain = (x.unflatten(0, layout[0])[:, 1:] for x in (tokens, plain))
     assert torch.equal(tokens[~masks], plain[~masks])
     assert model.mask_token is not None
