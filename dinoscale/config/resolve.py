@@ -397,6 +397,7 @@ def count_parameters(config: RunConfig) -> ParameterCounts:
                 bottleneck_dim=head.bottleneck_dim,
                 num_layers=head.num_layers,
                 batch_norm=head.batch_norm,
+                weight_norm=head.weight_norm,
             )
             for head in (config.head, config.patch_head)
             if head is not None
@@ -416,17 +417,23 @@ def _num_backbone_parameters(config: RunConfig) -> int | None:
     if model.backbone == RESNET50:
         return RESNET50_PARAMETERS + (config.data.channels - 3) * RESNET50_PER_CHANNEL
     named, patch_size = named_vit_size(model.backbone), model.effective_patch_size
-    if named is None or patch_size is None:
+    layers = model.layers
+    if named is None or layers is None or patch_size is None:
         return None
     return num_vit_parameters(
         img_size=config.crops.global_size,
         patch_size=patch_size,
-        embed_dim=model.embed_dim or named.embed_dim,
-        depth=model.depth or named.depth,
+        embed_dim=layers.embed_dim,
+        depth=layers.depth,
         in_chans=config.data.channels,
-        layer_scale=named.layer_scale or model.layer_scale is not None,
-        ffn=model.ffn or named.ffn,
-        registers=named.registers if model.registers is None else model.registers,
+        layer_scale=layers.layer_scale,
+        ffn=layers.ffn,
+        ffn_ratio=layers.ffn_ratio,
+        ffn_multiple=layers.ffn_multiple,
+        registers=layers.registers,
+        rope=layers.rope,
+        qkv_bias=layers.qkv_bias,
+        local_norm=model.local_norm,
         class_position=not named.registers or model.registers is not None,
         mask_token=config.ibot.loss_weight > 0,
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dinoscale.config.backbones import RESNET50, named_patch_size, named_vit_size
+from dinoscale.config.backbones import RESNET50, ModelConfig
 from dinoscale.config.engine import EngineConfig
 from dinoscale.config.fields import (
     Count,
@@ -41,105 +41,8 @@ from dinoscale.config.training import (
 )
 
 
-class ModelConfig(Section):
-    """The backbone; a size left at null is the named model's own."""
-
-    backbone: str = Field(
-        default="vit_small_patch16_224",
-        min_length=1,
-        description="A timm ViT name, or 'resnet50'. Source: [C] vit_small, patch 16.",
-    )
-    patch_size: Count | None = Field(default=None, description="Side of a patch in pixels.")
-    embed_dim: Count | None = Field(default=None, description="Width of a token.")
-    depth: Count | None = Field(default=None, description="Number of transformer blocks.")
-    num_heads: Count | None = Field(default=None, description="Attention heads per block.")
-    layer_scale: Positive | None = Field(
-        default=None,
-        description="Initial factor of each residual branch, one trained number per channel; null: "
-        "the named model's own, none in most. 1e-5 in DINOv2.",
-    )
-    ffn: Literal["mlp", "swiglu"] | None = Field(
-        default=None,
-        description="Feed-forward layer: mlp (GELU, four times the width) or swiglu (two thirds of "
-        "that, a multiple of 8, as in DINOv2's largest models); null: the named model's own.",
-    )
-    registers: CountOrZero | None = Field(
-        default=None,
-        description="Register tokens (arXiv:2309.16588), without positions; null: the named "
-        "model's own, none in most.",
-    )
-    position_resize: Literal["by_factor", "by_size"] | None = Field(
-        default=None,
-        description="How position embeddings are resized to other grids. by_factor: bicubic with "
-        "scale factor (n + 0.1) / stored. Source: [C]. by_size: bicubic to the size, antialiased, "
-        "as DINOv2 with registers; null: by_size with registers, by_factor without.",
-    )
-    drop_path_rate: float = Field(
-        default=0.1,
-        ge=0,
-        lt=1,
-        description="Stochastic depth of the student: fraction dropped in the last block, rising "
-        "linearly from 0 in the first. 0.0 for resnet50, which has none. Source: [C].",
-    )
-    drop_path_uniform: bool = Field(
-        default=False,
-        description="Drop the same fraction in all blocks, as DINOv2 does.",
-    )
-    drop_path_mode: Literal["per_image", "subset"] = Field(
-        default="per_image",
-        description="per_image: each image drops by itself. Source: [C]. subset: a fixed share of "
-        "each micro-batch skips a block, which saves its compute. Source: DINOv2 "
-        "(arXiv:2304.07193).",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_drop_path_in_resnet(cls, values: object) -> object:
-        if not isinstance(values, Mapping) or values.get("backbone") != RESNET50:
-            return values
-        return {"drop_path_rate": 0.0, **values}
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> "ModelConfig":
-        if self.backbone == RESNET50:
-            self._refuse_vit_sizes()
-            return self
-        if self.effective_patch_size is None:
-            raise ValueError(
-                f"backbone: no patch size in {self.backbone!r}; name a timm ViT such as "
-                f"'vit_small_patch16_224', or '{RESNET50}', or set model.patch_size"
-            )
-        named = named_vit_size(self.backbone)
-        dim = self.embed_dim or (named.embed_dim if named else None)
-        heads = self.num_heads or (named.num_heads if named else None)
-        if dim and heads and dim % heads:
-            raise ValueError(
-                f"embed_dim: {dim} cannot be divided by {heads} attention heads (model.num_heads)"
-            )
-        return self
-
-    def _refuse_vit_sizes(self) -> None:
-        sizes = ("patch_size", "embed_dim", "depth", "num_heads")
-        keys = (*sizes, "layer_scale", "ffn", "registers", "position_resize")
-        given = [key for key in keys if getattr(self, key) is not None]
-        if given:
-            raise ValueError(f"{given[0]}: {RESNET50} has none, leave it out")
-        if self.drop_path_rate:
-            raise ValueError(
-                f"drop_path_rate: {RESNET50} has no stochastic depth, "
-                f"need 0.0, got {self.drop_path_rate}"
-            )
-
-    @property
-    def effective_patch_size(self) -> int | None:
-        """Patch side in pixels, from `patch_size` or the name; None for resnet50."""
-        if self.backbone == RESNET50:
-            return None
-        return self.patch_size or named_patch_size(self.backbone)
-
-
 class HeadConfig(Section):
-    """The projection head: an MLP, an L2 norm and weight-normalised prototypes."""
+    """The projection head: an MLP, an L2 norm and prototypes."""
 
     num_prototypes: Count = Field(default=65536, description="K, outputs of the head. Source: [C].")
     hidden_dim: Count = Field(default=2048, description="Width of the hidden layers. Source: [C].")
@@ -151,10 +54,31 @@ class HeadConfig(Section):
         default=True,
         description="Keep the length of each prototype at 1 (logits in [-1, 1]). Source: [C].",
     )
+    weight_norm: bool = Field(
+        default=True,
+        description="Weight-normalised prototypes. Source: [C]. false: a plain linear layer, as in "
+        "DINOv3, which starts with std 0.02 and has no norm_last_layer.",
+    )
     batch_norm: bool = Field(
         default=False,
         description="Batch norm after each hidden layer, over a micro-batch of all ranks. [C].",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_norm_without_weight_norm(cls, values: object) -> object:
+        if not isinstance(values, Mapping) or values.get("weight_norm") is not False:
+            return values
+        return {"norm_last_layer": False, **values}
+
+    @model_validator(mode="after")
+    def _length_is_of_weight_norm(self) -> "HeadConfig":
+        if self.norm_last_layer and not self.weight_norm:
+            raise ValueError(
+                "norm_last_layer: plain prototypes (weight_norm=false) have no length of their "
+                "own, need false, got true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_norm_has_a_layer(self) -> "HeadConfig":
@@ -560,6 +484,10 @@ class RunConfig(Section):
     def _objective_mistakes(self) -> list[str]:
         """Terms of the loss that the network or the crops cannot serve."""
         mistakes = []
+        if self.model.local_norm and not self.crops.num_local:
+            mistakes.append(
+                "model.local_norm: there are no local crops (crops.num_local=0), need false"
+            )
         if self.model.backbone == RESNET50:
             return [
                 f"{key}.loss_weight: {RESNET50} has no tokens, need 0.0"

@@ -10,15 +10,17 @@ from typing import Any, Literal
 
 from dinoscale.config.renamed import CARD, with_new_keys
 from dinoscale.errors import CheckpointError
+from dinoscale.models.rope import Rope
 from dinoscale.runtime.outputs import METADATA_KEY
 
 __all__ = ["METADATA_KEY", "BackboneCard", "BackboneShape", "Preprocessing", "parse_card"]
 
-FORMAT = 5  # of the card; a file with a higher one was written by a newer dinoscale
-_WITHOUT_DINOV2 = 4  # the formats before, still read: a backbone had no layers of DINOv2
+FORMAT = 6  # of the card; a file with a higher one was written by a newer dinoscale
+_WITHOUT_DINOV3 = 5  # the formats before, still read: a backbone had no layers of DINOv3
+_WITHOUT_DINOV2 = 4  # nor of DINOv2
 _WITH_WHITE = 3  # max_pixel_value was called white
 _WITHOUT_NORM_EPS = 2
-_READ = (_WITHOUT_NORM_EPS, _WITH_WHITE, _WITHOUT_DINOV2, FORMAT)
+_READ = (_WITHOUT_NORM_EPS, _WITH_WHITE, _WITHOUT_DINOV2, _WITHOUT_DINOV3, FORMAT)
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,23 @@ class BackboneShape:
     registers: int | None = None  # register tokens, added to the name's model
     position_resize: Literal["by_factor", "by_size"] | None = None
     mask_token: bool = False  # whether there is an embedding for masked patches
+    ffn_ratio: float | None = None  # width of an MLP over that of a token
+    ffn_multiple: int | None = None  # of which the width of a SwiGLU is one
+    rope: Rope | None = None  # rotary positions in place of learned ones
+    qkv_bias: bool | None = None
+    mask_key_bias: bool | None = None
+    local_norm: bool = False  # whether there is a norm of local crops, for training only
 
 
 # Entries of a backbone that older cards lack.
+_DINOV3_LAYERS: dict[str, object] = {
+    key: getattr(BackboneShape, key)
+    for key in (*("ffn_ratio", "ffn_multiple", "rope", "qkv_bias", "mask_key_bias", "local_norm"),)
+}
 _DINOV2_LAYERS: dict[str, object] = {
     key: getattr(BackboneShape, key)
     for key in ("layer_scale", "ffn", "registers", "position_resize", "mask_token")
-}
+} | _DINOV3_LAYERS
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,8 @@ def parse_card(text: str) -> BackboneCard:
     if found == _WITHOUT_NORM_EPS:
         shape = {"norm_eps": None, **shape}
     if found < FORMAT:
-        shape = {**_DINOV2_LAYERS, **shape}
+        lacking = _DINOV3_LAYERS if found == _WITHOUT_DINOV3 else _DINOV2_LAYERS
+        shape = {**lacking, **shape}
     _check_keys(shape, set(BackboneShape.__dataclass_fields__), "card's backbone")
     in_chans = _size(shape, "in_chans")
     return BackboneCard(
@@ -135,6 +148,12 @@ def parse_card(text: str) -> BackboneCard:
             registers=_optional_count(shape, "registers"),
             position_resize=_optional_choice(shape, "position_resize", ("by_factor", "by_size")),
             mask_token=_truth(shape, "mask_token"),
+            ffn_ratio=_optional_positive(shape, "ffn_ratio"),
+            ffn_multiple=_optional_size(shape, "ffn_multiple"),
+            rope=_rope(shape["rope"]),
+            qkv_bias=_optional_truth(shape, "qkv_bias"),
+            mask_key_bias=_optional_truth(shape, "mask_key_bias"),
+            local_norm=_truth(shape, "local_norm"),
         ),
         mean=_numbers(card, "mean", count=in_chans),
         std=_numbers(card, "std", count=in_chans),
@@ -142,6 +161,20 @@ def parse_card(text: str) -> BackboneCard:
         crop=_size(card, "crop"),
         source=_text(card, "source"),
         max_pixel_value=_optional_positive(card, "max_pixel_value"),
+    )
+
+
+def _rope(found: object) -> Rope | None:
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"its card's rope is {found!r}, not a mapping")
+    _check_keys(found, set(Rope.__dataclass_fields__), "card's rope")
+    return Rope(
+        base=_optional_positive(found, "base"),
+        min_period=_optional_positive(found, "min_period"),
+        max_period=_optional_positive(found, "max_period"),
+        coordinates=_optional_choice(found, "coordinates", ("separate", "min", "max")),
     )
 
 
@@ -190,6 +223,10 @@ def _truth(card: Mapping[str, object], key: str) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"its card's {key} is {value!r}, not true or false")
     return value
+
+
+def _optional_truth(card: Mapping[str, object], key: str) -> bool | None:
+    return None if card[key] is None else _truth(card, key)
 
 
 def _numbers(card: Mapping[str, object], key: str, *, count: int) -> tuple[float, ...]:

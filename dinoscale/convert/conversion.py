@@ -336,6 +336,8 @@ def _require_equal(proofs: list[Agreement]) -> None:
 def _rule(weights: Weights, own_rule: Agreement | None) -> dict[str, Any]:
     """Image sizes at which the target gives our features, and what happens at others."""
     shape = weights.card.backbone
+    if "pos_embed" not in weights.backbone:
+        return {"sizes": "any", "rule": "positions are computed for each size"}
     if own_rule is None or own_rule.equal:
         rule = position_rule(shape.position_resize, registers="reg_token" in weights.backbone)
         return {"sizes": "any", "rule": _RULES[rule]}

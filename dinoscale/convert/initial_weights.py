@@ -84,7 +84,8 @@ def _fitted_backbone(
     if isinstance(source, VisionTransformer):
         side = config.crops.global_size
         if there == here:
-            state["pos_embed"] = source.positions(height=side, width=side)
+            if "pos_embed" in wanted:
+                state["pos_embed"] = source.positions(height=side, width=side)
             state = _with_special_tokens_of(wanted, state)
     for name in state.keys() & set(_FIRST_LAYERS):
         state[name] = adapted_channels(state[name], config.data.channels)
@@ -108,6 +109,14 @@ def _with_special_tokens_of(
     if "mask_token" in wanted and "mask_token" not in state:
         state["mask_token"] = torch.zeros(wanted["mask_token"].shape)
         log.info("train.init_from has no mask token: it starts at zero, as in a new network")
+    of_local = {name for name in wanted if name.startswith("local_norm.")}
+    if of_local - state.keys():
+        state |= {name: state[name.removeprefix("local_")] for name in of_local}
+        log.info("train.init_from has no norm of local crops: it starts as that of global ones")
+    for name in [name for name in state if name.startswith("local_norm.") and name not in wanted]:
+        del state[name]
+    if "pos_embed" not in wanted:
+        return state
     more = state["pos_embed"].shape[1] - wanted["pos_embed"].shape[1]
     if more == 1:
         return slot_removed(state)
@@ -130,7 +139,8 @@ def _sizes(backbone: VisionTransformer | ResNet50) -> str:
     registers = 0 if backbone.reg_token is None else backbone.reg_token.shape[1]
     return (
         f"ViT (embed_dim {backbone.embed_dim}, depth {backbone.depth}, num_heads "
-        f"{attention.num_heads}, patch_size {backbone.patch_size}, registers {registers})"
+        f"{attention.num_heads}, patch_size {backbone.patch_size}, registers {registers}, "
+        f"{'learned' if backbone.rope is None else 'rotary'} positions)"
     )
 
 
@@ -175,8 +185,17 @@ def _warn_if_norm_eps_differs(source: nn.Module, target: nn.Module) -> None:
 
 def _warn_if_position_rules_differ(source: nn.Module, target: nn.Module) -> None:
     """Warn if other sizes of images get other positions than in the source."""
-    there, here = (getattr(network, "position_resize", None) for network in (source, target))
-    if there != here:
+    if not isinstance(target, VisionTransformer) or not isinstance(source, VisionTransformer):
+        return
+    if source.rope != target.rope:
+        log.warning(
+            "the weights of train.init_from have rotary positions of %s, and this run of %s: "
+            "features differ",
+            source.rope,
+            target.rope,
+        )
+    there, here = source.position_resize, target.position_resize
+    if there != here and target.rope is None:
         log.warning(
             "train.init_from resizes positions %s, and this run %s: features of local crops differ"
             " by some percent; set model.position_resize=%s to keep them",

@@ -38,7 +38,8 @@ def at_size(weights: Weights, *, img_size: int) -> Weights:
     patch_size = patch_size_of(weights)
     if img_size < 1 or img_size % patch_size:
         raise ConversionError(f"--size {img_size} is not a multiple of the patch size {patch_size}")
-    if patch_size == 1 or img_size == shape.img_size:
+    # A ResNet and rotary positions take any size.
+    if "pos_embed" not in weights.backbone or img_size == shape.img_size:
         return replace(weights, card=card)
     positions = weights.backbone["pos_embed"]
     resized = resize_pos_embed(

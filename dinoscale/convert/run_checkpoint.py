@@ -8,6 +8,7 @@ from dinoscale.checkpoint.load import EMA, MASTER, open_run
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.convert.card import BackboneCard, BackboneShape
 from dinoscale.convert.weights import Network, Weights
+from dinoscale.engine.build import layers_of
 
 _KINDS = {"teacher": EMA, "student": MASTER}
 
@@ -78,11 +79,10 @@ def card_of(config: RunConfig, *, source: str) -> BackboneCard:
             depth=model.depth,
             num_heads=model.num_heads,
             in_chans=config.data.channels,
-            layer_scale=model.layer_scale,
-            ffn=model.ffn,
-            registers=model.registers,
             position_resize=model.position_resize,
             mask_token=config.ibot.loss_weight > 0,
+            local_norm=model.local_norm,
+            **layers_of(model),
         ),
         mean=config.data.mean,
         std=config.data.std,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -105,7 +104,7 @@ def build(weights: Weights) -> tuple[VisionTransformer | ResNet50, Coverage]:
     if not coverage.complete:
         raise CheckpointError(str(coverage))
     with torch.device("meta"):  # skips the random initialisation
-        backbone = build_backbone(**asdict(weights.card.backbone))
+        backbone = build_backbone(**vars(weights.card.backbone))
     tensors = {
         name: weights.backbone[name].to(value.dtype).contiguous()
         for name, value in backbone.state_dict().items()
@@ -124,7 +123,8 @@ def build_head(state: Mapping[str, Tensor]) -> DinoHead:
         CheckpointError: they are not the tensors of a head; all by name.
     """
     linear = [x for name, x in state.items() if name.startswith("mlp.") and x.ndim == 2]
-    prototypes = state.get("last_layer.weight_v")
+    plain = state.get("last_layer.weight")
+    prototypes = state.get("last_layer.weight_v") if plain is None else plain
     if not linear or prototypes is None:
         raise CheckpointError(f"has no DINO projection head, only {listed([*state])}")
     with torch.device("meta"):
@@ -134,7 +134,8 @@ def build_head(state: Mapping[str, Tensor]) -> DinoHead:
             hidden_dim=len(linear[0]),
             bottleneck_dim=len(linear[-1]),
             num_layers=len(linear),
-            norm_last_layer="last_layer.weight_g" not in state,
+            norm_last_layer=plain is None and "last_layer.weight_g" not in state,
+            weight_norm=plain is None,
             batch_norm=any(name.endswith(".running_mean") for name in state),
         )
     coverage = coverage_of(state, head.state_dict())
@@ -156,6 +157,6 @@ def expected_tensors(weights: Weights) -> dict[str, Tensor]:
         raise CheckpointError(f"{len(weights.backbone)} tensors cannot be {blocks} blocks of a ViT")
     try:
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-            return build_backbone(**asdict(shape)).state_dict()
+            return build_backbone(**vars(shape)).state_dict()
     except (ConfigError, ValueError) as error:
         raise CheckpointError(f"its backbone cannot be built: {error}") from error

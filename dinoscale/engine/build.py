@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dinoscale.config import ModelConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.training import CurveConfig
@@ -16,6 +18,7 @@ from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
+from dinoscale.models.rope import Rope
 from dinoscale.models.sync_bn import convert_sync_batch_norm
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
@@ -83,17 +86,27 @@ def _local_network(config: RunConfig) -> DinoNetwork:
         depth=model.depth,
         num_heads=model.num_heads,
         in_chans=config.data.channels,
-        layer_scale=model.layer_scale,
-        ffn=model.ffn,
-        registers=model.registers,
         position_resize=model.position_resize,
         mask_token=config.ibot.loss_weight > 0,
+        local_norm=model.local_norm,
+        **layers_of(model),
     )
     head = DinoHead(backbone.embed_dim, **config.head.model_dump())
     patch_head = None
     if config.patch_head is not None:
         patch_head = DinoHead(backbone.embed_dim, **config.patch_head.model_dump())
     return DinoNetwork(backbone, head, patch_head)
+
+
+def layers_of(model: ModelConfig) -> dict[str, Any]:
+    """The chosen layers, as arguments of `build_backbone`; None for the named model's own."""
+    keys = ("norm_eps", "layer_scale", "ffn", "ffn_ratio", "ffn_multiple", "registers")
+    layers = {key: getattr(model, key) for key in (*keys, "qkv_bias", "mask_key_bias")}
+    chosen, rope = model.rope, None
+    if chosen is not None:
+        ends = chosen.min_period, chosen.max_period
+        rope = Rope(chosen.base, *ends, coordinates=chosen.coordinates)
+    return {**layers, "rope": rope}
 
 
 def shapes_only(config: RunConfig) -> DinoNetwork:

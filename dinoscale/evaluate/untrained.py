@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 from torch import nn
 
@@ -17,5 +15,5 @@ def untrained_backbone(card: BackboneCard) -> nn.Module:
     """Build the backbone of a card with fresh weights of seed 0, on the CPU, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        backbone = build_backbone(**asdict(card.backbone))
+        backbone = build_backbone(**vars(card.backbone))
     return backbone.eval().requires_grad_(False)

@@ -32,8 +32,8 @@ CHUNK = 2**22  # logits at a time: 16 MB
 class PatchTargets(NamedTuple):
     """What the targets p = softmax((z - c) / temp) are computed from; no gradient.
 
-    z = features W^T with W_k = g_k v_k / ||v_k|| or v_k, products in float32, or float64 if an argument
-    of the loss is.
+    z = features W^T with W_k = g_k v_k / ||v_k|| or v_k, products in float32, or float64 if an
+    argument of the loss is.
     """
 
     features: Tensor  # unit vectors of the teacher (M, T)

@@ -58,7 +58,7 @@ def build_plain(
     if chosen.rope is not None:
         raise ConfigError(
             f"model.rope: {name!r} has rotary positions, which exported graphs and the library "
-            "transformers do not get from us; use the formats safetensors or reference"
+            "transformers do not get from us; use --to dino, or load_backbone"
         )
     source = timm_vit(
         name,

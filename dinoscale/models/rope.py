@@ -123,10 +123,16 @@ def rotation(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Rotation:
-    """The rotation of an image's tokens; arguments as of `sine_and_cosine`.
+    """The rotation of an image's tokens, of which the first `num_special` stay as they are.
 
     Args:
-        num_special: S, tokens before the patches, which stay as they are.
+        rope: as in `sine_and_cosine`, like the others.
+        grid: rows and columns of patches.
+        num_special: S, tokens before the patches.
+        head_dim: d.
+        changes: of the coordinates, or None.
+        dtype: of the tables.
+        device: of the tables.
     """
     sin, cos = sine_and_cosine(
         rope, grid, head_dim=head_dim, changes=changes, dtype=dtype, device=device

@@ -18,9 +18,10 @@ from dinoscale.data.loader import Batch, train_batches
 from dinoscale.data.sources.mixture import open_sources
 from dinoscale.data.sources.source import Source, StoredSource
 from dinoscale.data.transfer import to_device
-from dinoscale.engine.drop_path import drop_path_uniforms
+from dinoscale.engine.draws import drop_path_uniforms, rope_uniforms
 from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.errors import ConfigError
+from dinoscale.models.rope import coordinate_changes
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.runtime.launcher_env import Process
 
@@ -135,8 +136,8 @@ class Feed:
     def finish(self, step: int, index: int, batch: Batch) -> MicroBatch:
         """Move micro-batch `index` of a step to the device and finish it.
 
-        Its stochastic depth and masks are drawn here: a function of its place in the step, so that
-        it can be made again.
+        Its stochastic depth, masks and coordinates are drawn here: a function of its place in the
+        step, so that it can be made again.
         """
         config, plan, device = self._config, self._plan, self._process.device
         first_image = (index * plan.world_size + self._process.rank) * plan.micro_batch_size
@@ -146,7 +147,10 @@ class Feed:
         masks = masks_of(config, step=step, first_image=first_image, images=plan.micro_batch_size)
         if masks is not None:
             masks = Masks(*(to_device(tensor, device) for tensor in masks))
-        return MicroBatch(*crops, keep, masks)
+        coordinates = coordinates_of(config, step=step, depth=self._depth)
+        if coordinates is not None:
+            coordinates = to_device(coordinates, device)
+        return MicroBatch(*crops, keep, masks, coordinates)
 
     def _keep(self, step: int, first_image: int) -> Tensor | None:
         model = self._config.model
@@ -220,6 +224,27 @@ def masks_of(config: RunConfig, *, step: int, first_image: int, images: int) -> 
         rule=ibot.mask_rule,
         group=ibot.mask_group,
     )
+
+
+def coordinates_of(config: RunConfig, *, step: int, depth: int) -> Tensor | None:
+    """Changes of rotary coordinates in a step, on the CPU; None if the run makes none.
+
+    Args:
+        config: of the run.
+        step: zero-based optimizer step.
+        depth: blocks of the student.
+
+    Returns:
+        (2, depth, 5) float32, of global and of local crops, see `rope.coordinate_changes`.
+    """
+    rope = config.model.rope
+    if rope is None or not rope.changes:
+        return None
+    uniforms = rope_uniforms(seed=config.seed, step=step, depth=depth)
+    changes = coordinate_changes(
+        uniforms, shift=rope.shift, jitter=rope.jitter, rescale=rope.rescale
+    )
+    return changes.float()
 
 
 def keep_of(uniforms: Tensor, model: ModelConfig) -> Tensor:

@@ -1,4 +1,4 @@
-"""ViTs of DINOv2 and DINOv3 against the reference with its own weights, at every recorded image size."""
+"""ViTs of DINOv2 and DINOv3 against the reference with its weights, at every recorded size."""
 
 from collections.abc import Callable
 from functools import partial

@@ -10,7 +10,7 @@ Shape letters: P patches, R registers, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def _named_as_in_timm(
             f" {registers} registers: use --to hf"
         )
     with torch.device("meta"):
-        network: Any = build_backbone(**asdict(shape))
+        network: Any = build_backbone(**vars(shape))
     family = "vit_giant" if has_gated_mlp(state) else VIT_NAMES.get(network.embed_dim, "vit_small")
     return replace(
         shape,

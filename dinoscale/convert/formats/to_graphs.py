@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def reopen_onnx(path: Path) -> Reopened:
 
 
 def _plain(weights: Weights) -> nn.Module:
-    model = build_plain(**asdict(weights.card.backbone))
+    model = build_plain(**vars(weights.card.backbone))
     model.load_state_dict(weights.backbone)
     return model.eval().requires_grad_(False)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def write_hf(folder: Path, weights: Weights) -> None:
 def _architecture(weights: Weights) -> PlainViT:
     """The architecture without its weights, if transformers has the same."""
     with torch.device("meta"):
-        model = build_plain(**asdict(weights.card.backbone))
+        model = build_plain(**vars(weights.card.backbone))
     reason = _mismatch(model)
     if reason:
         raise ConversionError(

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ def write_timm(folder: Path, weights: Weights) -> None:
     """Write weights and config; the tensors have timm's names already.
 
     Raises:
-        ConversionError: the layer norms have an epsilon that timm's config cannot store.
+        ConversionError: the layer norms have an epsilon that timm's config cannot store, or
+            positions are rotary.
     """
+    _require_learned_positions(weights)
     _require_own_norms(weights.card.backbone)
     metadata = {METADATA_KEY: weights.card.to_json(), "format": "pt"}
     tensors = {name: tensor.clone().contiguous() for name, tensor in weights.backbone.items()}
@@ -43,12 +45,19 @@ def write_timm(folder: Path, weights: Weights) -> None:
     (folder / CONFIG_FILE).write_text(text + "\n")
 
 
+def _require_learned_positions(weights: Weights) -> None:
+    if weights.card.backbone.name != "resnet50" and "pos_embed" not in weights.backbone:
+        raise ConversionError(
+            "its positions are rotary (model.rope), and timm's plain ViT has none: use --to dino"
+        )
+
+
 def _require_own_norms(shape: BackboneShape) -> None:
     """Refuse an epsilon other than the architecture's; the proof shows if a small one matters."""
     if shape.norm_eps is None:
         return
     with torch.device("meta"):
-        network: Any = build_backbone(**asdict(replace(shape, norm_eps=None)))
+        network: Any = build_backbone(**vars(replace(shape, norm_eps=None)))
     own = network.norm.eps
     if abs(shape.norm_eps - own) > _SMALL_EPS:
         raise ConversionError(

@@ -32,6 +32,7 @@ from dinoscale.runtime.memory import available_memory
 from dinoscale.runtime.watchdog import collectives_timeout_s
 from dinoscale.training.feed import (
     MicroBatches,
+    coordinates_of,
     finish_batch,
     keep_of,
     masks_of,
@@ -180,7 +181,10 @@ def _prepared(batch: Batch, config: RunConfig, device: torch.device, *, depth: i
         keep = keep_of(torch.rand(depth, 2, batch.params.size), config.model).to(device)
     compiled = config.engine.compile is not False
     crops = finish_batch(batch, config.data, device, compiled=compiled)
-    return MicroBatch(*crops, keep, _masks(config, len(batch.sample_ids), device))
+    coordinates = coordinates_of(config, step=0, depth=depth)
+    if coordinates is not None:
+        coordinates = coordinates.to(device)
+    return MicroBatch(*crops, keep, _masks(config, len(batch.sample_ids), device), coordinates)
 
 
 def _masks(config: RunConfig, size: int, device: torch.device) -> Masks | None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinoscale.engine.drop_path import drop_path_uniforms
+from dinoscale.engine.draws import drop_path_uniforms
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 SIZES = {"crops": 5, "depth": 3}

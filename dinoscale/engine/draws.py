@@ -1,10 +1,15 @@
-"""Random numbers of drop path (stochastic depth) as a function of (seed, step, image)."""
+"""Random numbers that a step of the student needs, as functions of (seed, step).
+
+Of drop path (stochastic depth) for each image, of rotary positions for each block.
+"""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_TAG = 0xD20  # keeps this stream apart from other uses of the run's seed
+# Keep these streams apart from other uses of the run's seed.
+_DROP_PATH, _ROPE = 0xD20, 0x20F
+ROPE_GROUPS, ROPE_NUMBERS = 2, 5  # global and local crops; see `rope.coordinate_changes`
 
 
 def drop_path_uniforms(
@@ -28,10 +33,29 @@ def drop_path_uniforms(
     """
     per_image = crops * depth * 2
     blocks = -(-per_image // 4)  # Philox yields four 64-bit words per counter
-    key = np.random.SeedSequence([seed, _TAG, step]).generate_state(2, np.uint64)
+    key = np.random.SeedSequence([seed, _DROP_PATH, step]).generate_state(2, np.uint64)
     generator = np.random.Philox(key=key)
     generator.advance(first_image * blocks)
     uniforms = np.random.Generator(generator).random(images * blocks * 4)
     uniforms = uniforms.reshape(images, blocks * 4)[:, :per_image]
     uniforms = uniforms.reshape(images, crops, depth, 2).transpose(2, 3, 1, 0)
     return torch.from_numpy(np.ascontiguousarray(uniforms, dtype=np.float32)).flatten(2)
+
+
+def rope_uniforms(*, seed: int, step: int, depth: int) -> Tensor:
+    """Uniforms in [0, 1) for the coordinates of rotary positions, the same for all images.
+
+    Those of a block depend neither on how many there are, nor on ranks and micro-batches.
+
+    Args:
+        seed: of the run.
+        step: zero-based optimizer step.
+        depth: number of blocks.
+
+    Returns:
+        (2, depth, 5) float64, of global and of local crops.
+    """
+    key = np.random.SeedSequence([seed, _ROPE, step]).generate_state(2, np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key))
+    uniforms = torch.from_numpy(generator.random((depth, ROPE_GROUPS, ROPE_NUMBERS)))
+    return uniforms.transpose(0, 1).contiguous()
