@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dinoscale.config.load import describe_presets
-from dinoscale.config.mistakes import sections
+from dinoscale.config.mistakes import kinds, sections
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.training import CurveConfig
 
@@ -132,12 +132,25 @@ _KINDS = {
 def reference() -> str:
     """The whole page: presets, then a table of settings for each section."""
     presets = (f"| `{name}` | {_cell(text)} |\n" for name, text in describe_presets().items())
-    parts = sections()
     tables = [_section("Top level", "", RunConfig)]
+    parts = _parts()
     tables += [_section(f"`{key}`", f"{key}.", part) for key, part in parts.items()]
     curve = _section(f"`{_CURVE}` and every other curve", f"{_CURVE}.", CurveConfig)
     tables.insert(2 + list(parts).index("schedules"), curve)
     return _HEAD + "".join(presets) + "".join(tables)
+
+
+def _parts() -> dict[str, type[BaseModel]]:
+    """Every section by its key, and after it those that may be missing inside it."""
+    found: dict[str, type[BaseModel]] = {}
+    for key, part in sections().items():
+        found[key] = part
+        for name, field in part.model_fields.items():
+            for kind in kinds(field.annotation):
+                part_of_it = isinstance(kind, type) and issubclass(kind, BaseModel)
+                if part_of_it and kind is not CurveConfig:
+                    found[f"{key}.{name}"] = kind
+    return found
 
 
 def _section(title: str, prefix: str, part: type[BaseModel]) -> str:
@@ -166,7 +179,7 @@ def _kind(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
             return " or ".join(_kind(choice, schema) for choice in field[union])
     if "$ref" in field:  # a section that may be missing
         name = field["$ref"].rpartition("/")[2]
-        like = [key for key, part in sections().items() if part.__name__ == name]
+        like = [key for key, part in _parts().items() if part.__name__ == name]
         return f"settings as in `{like[0]}`" if like else "a curve, as below"
     if field["type"] == "array":
         items = field.get("prefixItems") or [field["items"]]

@@ -60,6 +60,7 @@ class Dims:
         num_local: local crops of an image.
         num_special: class token and registers.
         patches: the patch loss.
+        rope_tables: scalars in the sines and cosines of rotary positions; 0 with learned ones.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -85,6 +86,7 @@ class Dims:
     num_local: int
     num_special: int
     patches: PatchDims = PatchDims()
+    rope_tables: int = 0
 
     @property
     def parameters(self) -> int:
@@ -170,7 +172,21 @@ def dims_of(config: RunConfig) -> Dims:
         num_local=crops.num_local,
         num_special=num_special,
         patches=_patch_dims(config, num_patches=global_tokens - num_special),
+        rope_tables=_rope_tables(config, backbone),
     )
+
+
+def _rope_tables(config: RunConfig, backbone: VisionTransformer) -> int:
+    if backbone.rope is None:
+        return 0
+    crops = config.crops
+    sizes = {crops.global_size, *([crops.local_size] if crops.num_local else [])}
+    tokens = sum(length for _, length in backbone.layout_of([(1, size) for size in sizes]))
+    rope = config.model.rope
+    tables = backbone.depth if rope is not None and rope.changes else 1
+    block = backbone.blocks[0]
+    assert isinstance(block, Block)
+    return 2 * tables * tokens * block.attn.head_dim
 
 
 def _patch_dims(config: RunConfig, *, num_patches: int) -> PatchDims:

@@ -50,6 +50,7 @@ class Case(NamedTuple):
     num_prototypes: int = 8192
     unit_prototypes: bool = True
     reduce_bucket_size: int = 6_000_000
+    rope: bool = False  # rotary positions, others in each block
     dinov2: bool = False  # layer scale, SwiGLU, registers; patch loss with its own head, KoLeo
 
     def config(self) -> RunConfig:
@@ -61,6 +62,7 @@ class Case(NamedTuple):
                 "depth": self.depth,
                 "num_heads": self.embed_dim // 64,
                 "drop_path_rate": 0.0,
+                **({"rope": {"rescale": 2.0}} if self.rope else {}),
                 **(DINOV2 if self.dinov2 else {}),
             },
             **(PATCHES if self.dinov2 else {}),
@@ -103,7 +105,7 @@ NARROW = {"num_prototypes": 1024, "reduce_bucket_size": 600_000}
 QUICK = [  # what the tests run
     Case(0),
     Case(1, ranks=2, accumulation=2),
-    Case(2, micro_batch=4, global_size=224),
+    Case(2, micro_batch=4, global_size=224, rope=True),
     Case(2, micro_batch=8, num_local=8, recompute="pointwise", **NARROW),
     Case(2, ranks=2, precision="bf16", accumulation=2, num_local=8, **WIDE),
     Case(2, ranks=2, micro_batch=1, accumulation=2),
@@ -148,7 +150,8 @@ def _peak(case: Case) -> float:
 
     def step() -> None:
         batches = (
-            MicroBatch(b.global_crops.clone(), b.local_crops.clone(), None, b.masks) for b in drawn
+            MicroBatch(b.global_crops.clone(), b.local_crops.clone(), None, b.masks, b.coordinates)
+            for b in drawn
         )
         train_step(batches, student, teacher, now, loss_weights=weights)
         teacher.wait()  # a profiler that ends amid a collective crashes

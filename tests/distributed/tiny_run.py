@@ -74,11 +74,11 @@ def tiny_plan(config: RunConfig) -> RunPlan:
 def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
     """This rank's share of a random global batch that depends on the step only, on the CPU.
 
-    Without stochastic depth, unless as subsets; with the masks of a run.
+    Without stochastic depth, unless as subsets; with the masks and rotary coordinates of a run.
     """
     from dinoscale.engine.micro_batch import MicroBatch
     from dinoscale.runtime import distributed
-    from dinoscale.training.feed import masks_of
+    from dinoscale.training.feed import coordinates_of, masks_of
 
     crops, size = config.crops, plan.micro_batch_size
     generator = torch.Generator().manual_seed(step)
@@ -97,7 +97,8 @@ def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
             )
         crops_of_rank = (whole[:, first : first + size] for whole in wholes)
         masks = masks_of(config, step=step, first_image=first, images=size)
-        batches.append(MicroBatch(*crops_of_rank, keep, masks))
+        coordinates = coordinates_of(config, step=step, depth=config.model.depth or 0)
+        batches.append(MicroBatch(*crops_of_rank, keep, masks, coordinates))
     return batches
 
 

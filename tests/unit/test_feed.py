@@ -11,7 +11,7 @@ from dinoscale.config import resolve
 from dinoscale.data.augmentation import color_jitter
 from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.runtime.launcher_env import read_process
-from dinoscale.training.feed import Feed, MicroBatches, masks_of, open_images
+from dinoscale.training.feed import Feed, MicroBatches, coordinates_of, masks_of, open_images
 from tests.distributed.tiny_run import BATCH, tiny_config
 
 
@@ -74,7 +74,7 @@ def test_a_micro_batch_is_kept_until_another_is_asked_for() -> None:
 
 def test_a_micro_batch_is_the_same_whenever_it_is_made() -> None:
     config = tiny_config(
-        model={"drop_path_rate": 0.5},
+        model={"drop_path_rate": 0.5, "num_heads": 1, "rope": {"shift": 0.1, "rescale": 2.0}},
         crops={"global_size": 32},
         data={"train": "synthetic:shapes?images=8&size=32", "num_workers": 0},
         train={"epochs": 10, "batch_size": 8, "micro_batch_size": 4},
@@ -96,6 +96,12 @@ def test_a_micro_batch_is_the_same_whenever_it_is_made() -> None:
         *zip(first.masks, again.masks, strict=True),
     ):
         assert torch.equal(one, other)
+    for batch in (second, again):  # the same changes for all images of a step
+        assert batch.coordinates is not None
+        assert torch.equal(batch.coordinates, coordinates_of(config, step=7, depth=2))
+    assert batch.coordinates.shape == (2, 2, 5)
+    assert batch.coordinates[..., 2:4].eq(1).all()  # no jitter
+    assert batch.coordinates[..., 4].unique().numel() == 4
     whole = masks_of(config, step=7, first_image=0, images=8)
     assert whole is not None
     assert second.masks is not None
@@ -103,6 +109,14 @@ def test_a_micro_batch_is_the_same_whenever_it_is_made() -> None:
     for part, images in ((first.masks, slice(0, 4)), (second.masks, slice(4, 8))):
         assert torch.equal(
             part.masks.unflatten(0, (2, 4)), whole.masks.unflatten(0, (2, 8))[:, images]
+        )
+
+
+def test_coordinates_change_only_where_they_are_asked_to() -> None:
+    for rope in (None, {}, {"base": 10.0}):
+        assert (
+            coordinates_of(tiny_config(model={"num_heads": 1, "rope": rope}), step=0, depth=2)
+            is None
         )
 
 

@@ -31,6 +31,8 @@ def _saved_elements(dims: Dims) -> int:
     width = dims.embed_dim
     residuals = 2 * width  # its input, and the sum after attention
     attention = 6 * width  # norm, qkv (3), attention by resolution, and packed
+    if dims.rope_tables:
+        attention += 2 * width  # rotated queries and keys; the others stay with the values
     scales = 2 * width if dims.layer_scale else 0  # inputs of the two layer scales
     return residuals + attention + scales + width + dims.mlp_kept  # norm; MLP
 
@@ -41,6 +43,7 @@ def activations(dims: Dims, setup: Setup, *, blocks: int) -> float:
     tokens, crops = images * dims.tokens, images * dims.num_crops
     saved = tokens * sum(saved_by_block(dims, setup, index=index) for index in range(blocks))
     saved += s * images * dims.pixels  # patches
+    saved += FP32 * dims.rope_tables
     if blocks == dims.depth:
         saved += crops * _saved_by_head(
             dims, setup, dims.head_hidden, dims.head_layers, dims.bottleneck

@@ -218,10 +218,11 @@ def test_parameter_counts_of_small_heads() -> None:
     assert count(num_layers=1) == 6 * 4 + 4 + prototypes
     assert count(num_layers=2) == 6 * 8 + 8 + 8 * 4 + 4 + prototypes
     assert count(num_layers=2, batch_norm=True) == 6 * 8 + 8 + 8 * 4 + 4 + prototypes + 16
+    assert count(num_layers=1, weight_norm=False) == 6 * 4 + 4 + prototypes - 10
 
 
 def test_parameters_of_other_models_are_not_guessed() -> None:
-    counts = count_parameters(parse_config({"model": {"backbone": "vit_small_patch16_dinov3"}}))
+    counts = count_parameters(parse_config({"model": {"backbone": "vit_base_patch16_clip_224"}}))
     assert (counts.backbone, counts.head) == (None, None)
     resnet = count_parameters(parse_config({"model": {"backbone": "resnet50"}}))
     assert resnet.backbone == 23_508_032
@@ -249,6 +250,11 @@ def test_parameters_are_those_of_the_network_for_any_channels(backbone: str, cha
         {"registers": 3, "layer_scale": 1e-5, "ffn": "swiglu"},
         {"backbone": "vit_base_patch14_dinov2"},
         {"backbone": "vit_small_patch14_reg4_dinov2"},
+        {"backbone": "vit_small_patch16_dinov3", "patch_size": 14, "local_norm": True},
+        {"backbone": "vit_huge_plus_patch16_dinov3_qkvb", "patch_size": 14},
+        {"backbone": "vit_7b_patch16_dinov3", "patch_size": 14, "depth": 2},
+        {"rope": {}, "registers": 2, "ffn": "swiglu", "ffn_ratio": 3.0, "ffn_multiple": 64},
+        {"qkv_bias": False, "ffn_ratio": 2.5, "norm_eps": 1e-5},
         {"backbone": "vit_small_patch14_reg4_dinov2.lvd142m", "registers": 0, "ffn": "swiglu"},
         {"backbone": "vit_small_patch14_reg4_dinov2", "registers": 4},
         {"backbone": "vit_giant_patch14_dinov2"},
@@ -317,7 +323,7 @@ def test_a_micro_batch_is_a_number_or_auto(value: str) -> None:
 
 
 def test_text_without_a_plan_says_so() -> None:
-    other = parse_config({"model": {"backbone": "vit_small_patch16_dinov3"}})
+    other = parse_config({"model": {"backbone": "vit_base_patch16_clip_224"}})
     text = comments_on(other, None)
     assert "# plan: none: data.train is not set, and the number of steps" in text
     assert "# parameters.backbone: not known before the model is built\n" in text

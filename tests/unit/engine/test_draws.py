@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinoscale.engine.draws import drop_path_uniforms
+from dinoscale.engine.draws import drop_path_uniforms, rope_uniforms
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 
 SIZES = {"crops": 5, "depth": 3}
@@ -61,3 +61,14 @@ def test_dropped_share_is_the_configured_rate() -> None:
     dropped = (keep == 0).float().mean(dim=(1, 2))  # (depth,) of 20 000 draws each
     assert dropped.tolist() == pytest.approx([0.0, 0.15, 0.3], abs=0.016)  # 5 standard errors
     assert keep.mean(dim=(1, 2)).tolist() == pytest.approx([1, 1, 1], abs=0.024)
+
+
+def test_rotary_coordinates_of_a_block_depend_on_seed_step_and_block_only() -> None:
+    few, many = (rope_uniforms(seed=7, step=4, depth=depth) for depth in (3, 40))
+    assert many.shape == (2, 40, 5)
+    assert torch.equal(many[:, :3], few)
+    assert len(many.unique()) == many.numel()
+    assert not torch.isclose(few, rope_uniforms(seed=7, step=5, depth=3)).any()
+    assert not torch.isclose(few, rope_uniforms(seed=8, step=4, depth=3)).any()
+    whole = torch.stack([rope_uniforms(seed=0, step=step, depth=40) for step in range(50)])
+    assert (whole.mean() - 0.5).abs() < 5 * 12**-0.5 / whole.numel() ** 0.5  # 5 standard errors
