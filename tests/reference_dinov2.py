@@ -235,7 +235,11 @@ class ReferenceStep:
         teacher: its average.
         centers: of class and patch logits, `dino` and `ibot`, (1, K); zeros with Sinkhorn-Knopp.
         grad_norms: of each tensor in the last step, before clipping.
+        local_weight: of the class tokens' loss on local crops, in DINOv3.
     """
+
+    network: type[nn.Module] = ReferenceNetwork
+    local_weight = 1.0
 
     def __init__(
         self, config: RunConfig, device: torch.device, weights: Mapping[str, Tensor]
@@ -250,8 +254,8 @@ class ReferenceStep:
         self._bf16 = config.engine.precision == "bf16"
         dtype = next(iter(weights.values())).dtype
         rate = config.model.drop_path_rate
-        self.student = ReferenceNetwork(config, drop_path_rate=rate).to(device, dtype)
-        self.teacher = ReferenceNetwork(config, drop_path_rate=0.0).to(device, dtype).eval()
+        self.student: Any = self.network(config, drop_path_rate=rate).to(device, dtype)
+        self.teacher: Any = self.network(config, drop_path_rate=0.0).to(device, dtype).eval()
         for network in (self.student, self.teacher):
             network.load_state_dict(weights)
         self.teacher.requires_grad_(False)
@@ -279,13 +283,7 @@ class ReferenceStep:
         with torch.no_grad(), self._autocast():
             targets = self._targets(shares, now.teacher_temp)
         self._optimizer.zero_grad()
-        logged: dict[str, float] = {}
-        for share, target in zip(shares, targets, strict=True):
-            with self._autocast():
-                losses = self._losses(share, *target)
-            (self._total(losses) / len(shares)).backward()
-            for name, loss in losses.items():
-                logged[name] = logged.get(name, 0.0) + loss.item() / len(shares)
+        logged = self.backward(shares, targets)
         if not math.isfinite(sum(logged.values())):
             raise FloatingPointError(f"losses are {logged}")
         self._clip_gradients()
@@ -294,6 +292,19 @@ class ReferenceStep:
             pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
             for of_student, of_teacher in pairs:
                 of_teacher.data.mul_(now.momentum).add_((1 - now.momentum) * of_student.data)
+        return logged
+
+    def backward(
+        self, shares: Sequence[Share], targets: Sequence[tuple[Tensor, Tensor]]
+    ) -> dict[str, float]:
+        """Gradients of the mean over ranks; the losses as logged."""
+        logged: dict[str, float] = {}
+        for share, target in zip(shares, targets, strict=True):
+            with self._autocast():
+                losses = self._losses(share, *target)
+            (self._total(losses) / len(shares)).backward()
+            for name, loss in losses.items():
+                logged[name] = logged.get(name, 0.0) + loss.item() / len(shares)
         return logged
 
     def _autocast(self) -> torch.autocast:

@@ -122,7 +122,8 @@ def open_other_run(config: RunConfig, heartbeat: Callable[[], None] = lambda: No
         f"{name} is {checkpoint.shapes.get(name, 'absent')} there and {here.get(name, 'absent')} "
         "here"
         for name in sorted(checkpoint.shapes.keys() | here.keys())
-        if name != _POSITIONS and checkpoint.shapes.get(name) != here.get(name)
+        if checkpoint.shapes.get(name) != here.get(name)
+        and not (name == _POSITIONS and name in checkpoint.shapes and name in here)  # are resized
     ]
     if differing:
         raise ConfigError(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.golden23.reference_names import in_our_names, our_tensors
+
 Record = dict[str, Any]
 """The numbers of a run.
 
@@ -44,13 +46,12 @@ def parts_of(norms: Mapping[str, float]) -> dict[str, float]:
 def renamed(record: Record) -> Record:
     """The record of a reference's run with our names of tensors and sub-networks."""
     per_step = {
-        kind: [{our_name(name): norm for name, norm in norms.items()} for norms in record[kind]]
+        kind: [in_our_names(norms, math.hypot) for norms in record[kind]]
         for kind in ("parts", "grad", "student", "teacher")
     }
     last = record["last"]
     networks = {
-        which: {our_name(name): value for name, value in last[which].items()}
-        for which in ("student", "teacher")
+        which: our_tensors(last[which]) for which in ("student", "teacher") if which in last
     }
     return record | per_step | {"last": last | networks}
 
@@ -98,19 +99,3 @@ def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
 def is_qkv_bias(name: str) -> bool:
     """Whether a third of the tensor is the keys' bias."""
     return name.endswith("attn.qkv.bias")
-
-
-_OUR_NAMES = {  # of parts of the reference's
-    "dino_head": "head",
-    "ibot_head": "patch_head",
-    "register_tokens": "reg_token",
-    ".mlp.w12.": ".mlp.fc1.",
-    ".mlp.w3.": ".mlp.fc2.",
-}
-
-
-def our_name(name: str) -> str:
-    """The name of one of the reference's tensors in our networks."""
-    for theirs, ours in _OUR_NAMES.items():
-        name = name.replace(theirs, ours)
-    return name

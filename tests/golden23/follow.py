@@ -1,4 +1,4 @@
-"""A recorded run of DINOv2 followed by the step of this package, on ranks under DeepSpeed."""
+"""A recorded run followed by the step of this package, on ranks under DeepSpeed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,8 @@ from torch import Tensor
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve
 from tests.golden.test_trajectory import resume, save
-from tests.golden23.compare import Record, our_name, parts_of
+from tests.golden23.compare import Record, parts_of
+from tests.golden23.reference_names import our_tensors
 from tests.golden23.recorded import CENTERS, RecordedRun, recorded_run
 from tests.harness import run_distributed
 
@@ -28,6 +29,7 @@ class Way:
         accumulation: micro-batches of a step and rank.
         koleo: false leaves its loss out.
         steps: the first one, and the one after the last; None for all.
+        generation: of the recorded run.
         run_dir: the checkpoint from which `steps` go on, and where one is saved after them.
     """
 
@@ -38,6 +40,12 @@ class Way:
     koleo: bool = True
     steps: tuple[int, int] | None = None
     run_dir: str | None = None
+    generation: str = "dinov2"
+
+    @property
+    def run(self) -> RecordedRun:
+        """The recorded run."""
+        return recorded_run(self.case, self.recorded_ranks, self.generation)
 
     @property
     def changes(self) -> Mapping[str, Mapping[str, Any]]:
@@ -75,7 +83,7 @@ class Follower:
         from dinoscale.runtime import distributed
 
         world_size, self._rank = distributed.world_size(), distributed.rank()
-        self._run = recorded_run(way.case, way.recorded_ranks)
+        self._run = way.run
         self._config = self._run.config(
             stage=way.stage,
             world_size=world_size,
@@ -110,7 +118,7 @@ class Follower:
                 self._micro_batches(step),
                 student,
                 teacher,
-                self._schedules.at(step),
+                self._values(step),
                 loss_weights=loss_weights_of(self._config),
             )
             found["losses"].append(self._as_logged(result.terms))
@@ -130,6 +138,11 @@ class Follower:
         student.close()
         return found
 
+    def _values(self, step: int) -> Any:
+        return (
+            self._run.values(step) if self._run.generation == "dinov3" else self._schedules.at(step)
+        )
+
     def _micro_batches(self, step: int) -> list[Any]:
         """This rank's images, in order; a rank has neighbours, as in the recording."""
         from dinoscale.engine.micro_batch import MicroBatch
@@ -145,7 +158,20 @@ class Follower:
         return batches
 
     def _as_logged(self, terms: dict[str, float]) -> dict[str, float]:
-        """Our means as the reference logs them: KoLeo weighted, and halves of the last two."""
+        """Our means as the reference logs them.
+
+        DINOv2: KoLeo weighted, and halves of the last two. DINOv3: means over pairs and views.
+        """
+        if self._run.generation == "dinov3":
+            crops = self._config.crops.num_local
+            pairs = 2 + 2 * crops
+            local = terms["dino_loss"] - terms["dino_global_loss"]
+            return {
+                "dino_local_crops_loss": local * pairs / (2 * crops),
+                "dino_global_crops_loss": terms["dino_global_loss"] * pairs / 2,
+                "koleo_loss": terms["koleo_loss"] / 2,
+                "ibot_loss": terms["ibot_loss"],
+            }
         koleo = self._config.koleo.loss_weight * terms.get("koleo_loss", 0.0)
         return {
             "dino_local_crops_loss": terms["dino_loss"] - terms["dino_global_loss"],
@@ -180,8 +206,7 @@ def _masks(masks: Tensor) -> Any:
 
 
 def _initial(way: Way) -> dict[str, Tensor]:
-    initial = recorded_run(way.case, way.recorded_ranks).initial
-    return {our_name(name): value for name, value in initial.items()}
+    return our_tensors(way.run.initial)
 
 
 def joined(of_ranks: list[dict[str, Any]], way: Way) -> Record:

@@ -1,4 +1,4 @@
-"""A recorded run of DINOv2's own training class: its settings as ours, its input, its numbers.
+"""A recorded run of the reference's training class: its settings as ours, input and numbers.
 
 README.md describes the files. Every number comes from them, so that DINOSCALE_GOLDEN23 may point at
 another folder of the same format, with other sizes, seeds and settings.
@@ -19,6 +19,7 @@ from torch import Tensor
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.engine.schedules import StepValues
 from tests.golden23.compare import Record
+from tests.golden23.reference_names import FIXED
 
 DATA = Path(os.environ.get("DINOSCALE_GOLDEN23", Path(__file__).parent / "data"))
 CENTERS = ("dino", "ibot")  # of class tokens and of patches
@@ -36,13 +37,14 @@ class RecordedRun:
         initial: weights of student and teacher at the start, names and float32 of the reference.
     """
 
-    def __init__(self, case: str, ranks: int) -> None:
-        name = f"dinov2_{case}_ranks{ranks}"
+    def __init__(self, case: str, ranks: int, generation: str = "dinov2") -> None:
+        name = f"{generation}_{case}_ranks{ranks}"
+        self.generation = generation
         self.name, self.ranks = name, ranks
         self.facts: dict[str, Any] = _json(name)
         self.trace: dict[str, Any] = _json(f"trace_{name}")
         self.steps: list[dict[str, Any]] = self.facts["steps"]
-        self.initial = _below("student.", _tensors(f"dinov2_{case}_initial"))
+        self.initial = _trained(_below("student.", _tensors(f"{generation}_{case}_initial")))
         self._masks = _tensors(f"{name}_masks")
         assert self.facts["ranks"] == ranks
 
@@ -56,7 +58,8 @@ class RecordedRun:
     ) -> RunConfig:
         """The run as a configuration of ours, on some ranks and with changed settings."""
         parts = (world_size or self.ranks) * accumulation
-        sections = our_sections(self.facts, parts=parts)
+        of_generation = {"dinov2": our_sections, "dinov3": our_sections_of_dinov3}
+        sections = of_generation[self.generation](self.facts, parts=parts)
         sections["engine"]["zero_stage"] = stage
         for section, fields in (changes or {}).items():
             sections[section] |= fields
@@ -69,7 +72,7 @@ class RecordedRun:
         return cast(
             tuple[Tensor, Tensor],
             tuple(
-                _pictures(f"batch{self.steps[step]['batch']}.{kind}", size)
+                _pictures(self.generation, f"batch{self.steps[step]['batch']}.{kind}", size)
                 for kind, size in sizes.items()
             ),
         )
@@ -88,13 +91,25 @@ class RecordedRun:
             for kind in ("grad", "student", "teacher")
         }
         kinds = () if self.facts["config"]["train"]["centering"] == "sinkhorn_knopp" else CENTERS
-        record["losses"] = [step["losses"] for step in self.steps]
+        not_losses = ("dino_local_loss_weight", "total_loss")
+        record["losses"] = [
+            {name: loss for name, loss in step["losses"].items() if name not in not_losses}
+            for step in self.steps
+        ]
         record["parts"] = [step["grad_norms"] for step in self.steps]
         record["centers"] = [{k: step[f"{k}_center_norm"] for k in kinds} for step in self.steps]
-        state = _below(f"step{steps[-1]}.", _tensors(f"{self.name}_states"))
-        record["last"] = {which: _below(f"{which}.", state) for which in ("student", "teacher")}
-        record["last"]["centers"] = {kind: state[f"{kind}_center"] for kind in kinds}
+        record["last"] = {}
+        if (DATA / f"{self.name}_states.safetensors").exists():  # they are large
+            state = _below(f"step{steps[-1]}.", _tensors(f"{self.name}_states"))
+            for which in ("student", "teacher"):
+                record["last"][which] = _trained(_below(f"{which}.", state))
+            record["last"]["centers"] = {kind: state[f"{kind}_center"] for kind in kinds}
         return record
+
+    def local_weight(self, step: int) -> float:
+        """Weight of the class tokens' loss on local crops."""
+        weight: float = self.steps[step]["losses"].get("dino_local_loss_weight", 1.0)
+        return weight
 
     def values(self, step: int) -> StepValues:
         """The scheduled numbers that were in force."""
@@ -111,9 +126,9 @@ class RecordedRun:
 
 
 @functools.cache
-def recorded_run(case: str, ranks: int) -> RecordedRun:
+def recorded_run(case: str, ranks: int, generation: str = "dinov2") -> RecordedRun:
     """The run, read once."""
-    return RecordedRun(case, ranks)
+    return RecordedRun(case, ranks, generation)
 
 
 def our_sections(facts: dict[str, Any], *, parts: int) -> dict[str, Any]:
@@ -200,6 +215,52 @@ def our_sections(facts: dict[str, Any], *, parts: int) -> dict[str, Any]:
     }
 
 
+def our_sections_of_dinov3(facts: dict[str, Any], *, parts: int) -> dict[str, Any]:
+    """The same of a run of DINOv3."""
+    config = facts["config"]
+    student, optim, dino = config["student"], config["optim"], config["dino"]
+    as_dinov2 = {
+        **config,
+        "student": student
+        | {
+            "ffn_layer": {"mlp": "mlp", "swiglu64": "swiglufused"}[student["ffn_layer"]],
+            "block_chunks": 0,
+            "num_register_tokens": student["n_storage_tokens"],
+            "interpolate_antialias": False,
+            "interpolate_offset": 0.1,
+            "drop_path_uniform": True,
+        },
+        "optim": optim | {"base_lr": 4 * optim["lr"]},
+    }
+    sections = our_sections(facts | {"config": as_dinov2}, parts=parts)
+    del sections["model"]["position_resize"]
+    assert not student["untie_cls_and_patch_norms"]
+    assert student["pos_embed_type"] == "rope"
+    rope = {
+        key: student[f"pos_embed_rope_{theirs}"]
+        for key, theirs in (
+            *((key, key) for key in ("base", "min_period", "max_period")),
+            ("coordinates", "normalize_coords"),
+            *((key, f"{key}_coords") for key in ("shift", "jitter", "rescale")),
+        )
+    }
+    neutral = {"shift": 0.0, "jitter": 1.0, "rescale": 1.0}
+    sections["model"] |= {
+        "rope": {k: neutral[k] if v is None and k in neutral else v for k, v in rope.items()},
+        "norm_eps": {"layernorm": 1e-6, "layernormbf16": 1e-5}[student["norm_layer"]],
+        "local_norm": student["untie_global_and_local_cls_norm"],
+        "mask_key_bias": student["mask_k_bias"],
+        "ffn_ratio": student["ffn_ratio"],
+    }
+    if student["ffn_layer"] == "swiglu64":
+        sections["model"]["ffn_multiple"] = 64
+    for head in ("head", "patch_head"):
+        sections[head] |= {"weight_norm": False, "norm_last_layer": False}
+    sections["ibot"]["mask_rule"] = "dinov3"
+    sections["koleo"]["scope"] = "all" if dino["koleo_loss_distributed"] else "rank"
+    return sections
+
+
 def _head(section: dict[str, Any]) -> dict[str, Any]:
     return {
         "num_prototypes": section["head_n_prototypes"],
@@ -211,9 +272,9 @@ def _head(section: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def _pictures(name: str, size: int) -> Tensor:
+def _pictures(generation: str, name: str, size: int) -> Tensor:
     """Latents (views, B, 3, 6, 6) to pictures (views, B, 3, size, size), float32."""
-    latents = _tensors("dinov2_latents")[name]
+    latents = _tensors(f"{generation}_latents")[name]
     return torch.stack(
         [
             F.interpolate(view, size=(size, size), mode="bicubic", align_corners=False)
@@ -230,6 +291,11 @@ def _tensors(stem: str) -> dict[str, Tensor]:
 @functools.cache
 def _json(stem: str) -> Any:
     return json.loads((DATA / f"{stem}.json").read_text())
+
+
+def _trained(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without buffers."""
+    return {name: value for name, value in state.items() if not name.endswith(FIXED)}
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,40 +1,53 @@
-"""Tensors of one of the reference's backbones with the names and layout of ours."""
+"""Tensors of the reference's networks with the names and layout of ours."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+_Value = TypeVar("_Value")
+
 _NAMES = {  # of parts of the reference's
+    "dino_head": "head",
+    "ibot_head": "patch_head",
     "register_tokens": "reg_token",
     "storage_tokens": "reg_token",
     "local_cls_norm": "local_norm",
     ".mlp.w12.": ".mlp.fc1.",
     ".mlp.w3.": ".mlp.fc2.",
 }
-_FIXED = ("rope_embed.periods", ".qkv.bias_mask")  # buffers, which follow from the settings
+_FIRST, _SECOND = ".mlp.w1.", ".mlp.w2."  # matrices of a SwiGLU, one in ours
+FIXED = ("rope_embed.periods", ".qkv.bias_mask")  # buffers, which follow from the settings
 
 
-def our_backbone_name(name: str) -> str:
-    """The name of one of its tensors in ours; `w1` and `w2` keep theirs."""
+def our_name(name: str) -> str:
+    """The name of one of the reference's tensors in our networks."""
     for theirs, ours in _NAMES.items():
         name = name.replace(theirs, ours)
-    return name
+    return name.replace(_FIRST, ".mlp.fc1.")
 
 
-def our_backbone(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors below a prefix; both factors of a SwiGLU become one matrix, buffers are dropped.
-
-    Also right for gradients, which have the layout of their weights.
-    """
+def in_our_names(
+    named: Mapping[str, _Value], join: Callable[[_Value, _Value], _Value]
+) -> dict[str, _Value]:
+    """Values by our names, those of both factors of a SwiGLU joined, without buffers."""
     ours = {}
-    for full_name, value in state.items():
-        if not full_name.startswith(prefix) or full_name.endswith(_FIXED):
+    for name, value in named.items():
+        if name.endswith(FIXED) or _SECOND in name:
             continue
-        name = our_backbone_name(full_name.removeprefix(prefix))
-        if ".mlp.w1." in name:
-            gate = state[full_name.replace(".mlp.w1.", ".mlp.w2.")]
-            name, value = name.replace(".mlp.w1.", ".mlp.fc1."), torch.cat((value, gate))
-        if ".mlp.w2." not in name:
-            ours[name] = value
+        if _FIRST in name:
+            value = join(value, named[name.replace(_FIRST, _SECOND)])
+        ours[our_name(name)] = value
     return ours
+
+
+def joined_rows(first: Tensor, second: Tensor) -> Tensor:
+    """Two matrices, or biases, as one."""
+    return torch.cat((first, second))
+
+
+def our_tensors(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors below a prefix, or gradients, which have the layout of their weights."""
+    below = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return in_our_names(below, joined_rows)

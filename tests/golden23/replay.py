@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests.golden23.compare import PER_STEP, Record, parts_of
 from tests.golden23.recorded import RecordedRun
 from tests.reference_dinov2 import ReferenceStep, Share
+from tests.reference_dinov3 import ReferenceStep3
 
 
 def replay(
@@ -29,9 +30,11 @@ def replay(
     ranks = ranks or run.ranks
     config = run.config(changes=changes)
     weights = {name: value.to(dtype) for name, value in run.initial.items()}
-    step = ReferenceStep(config, torch.device("cpu"), weights)
+    literal = {"dinov2": ReferenceStep, "dinov3": ReferenceStep3}[run.generation]
+    step = literal(config, torch.device("cpu"), weights)
     record: Record = {key: [] for key in PER_STEP}
     for number in range(len(run.steps)):
+        step.local_weight = run.local_weight(number)
         record["losses"].append(step(shares_of(run, number, ranks, dtype), run.values(number)))
         record["grad"].append(dict(step.grad_norms))
         record["parts"].append(parts_of(step.grad_norms))

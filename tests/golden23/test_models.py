@@ -14,7 +14,7 @@ from dinoscale.models.rope import Rope
 from dinoscale.models.stochastic_depth import kept_subsets
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
-from tests.golden23.reference_names import our_backbone
+from tests.golden23.reference_names import our_tensors
 
 Tensors = Callable[[str], dict[str, Tensor]]
 Numbers = Callable[[str], dict[str, Any]]
@@ -53,7 +53,7 @@ def recorded(
     assert isinstance(model, VisionTransformer)
     if "rope_base" not in geometry:
         assert model.position_resize == ("by_size" if _by_size(geometry) else "by_factor")
-    model.double().load_state_dict(our_backbone(tensors, "state."))
+    model.double().load_state_dict(our_tensors(tensors, "state."))
     sizes = [f"{height}x{width}" for height, width in geometry["sizes"]]
     return Recorded(model, tensors, sizes)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dinoscale.models.rope import Rope, coordinate_changes, rotate, rotation, sine_and_cosine
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
-from tests.golden23.reference_names import our_backbone
+from tests.golden23.reference_names import our_tensors
 
 Tensors = Callable[[str], dict[str, Tensor]]
 Numbers = Callable[[str], dict[str, Any]]
@@ -120,7 +120,7 @@ def trained(golden23_json: Numbers, golden23_tensors: Tensors) -> VisionTransfor
         mask_token=True,
     )
     assert isinstance(model, VisionTransformer)
-    state = our_backbone(golden23_tensors("rope_training"), "state.")
+    state = our_tensors(golden23_tensors("rope_training"), "state.")
     model.double().load_state_dict({name: value.double() for name, value in state.items()})
     return model
 
@@ -150,7 +150,7 @@ def test_training_matches_with_changed_coordinates(
     exact(loss[None], tensors["loss"])
     trained.zero_grad()
     loss.backward()
-    expected = our_backbone(tensors, "grad.")
+    expected = our_tensors(tensors, "grad.")
     found = {name: weight.grad for name, weight in trained.named_parameters()}
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
