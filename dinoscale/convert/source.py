@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoscale.convert.card import parse_card
+from dinoscale.convert.formats.dinov3 import dinov3_card, dinov3_shape, from_dinov3, is_dinov3
 from dinoscale.convert.formats.huggingface import is_huggingface, read_huggingface
 from dinoscale.convert.formats.reference import guess_shape, network_state, reference_card, split
 from dinoscale.convert.formats.timm import is_timm, timm_card
@@ -67,13 +68,17 @@ def _weights_of(content: Content, *, network: Network, num_heads: int | None) ->
     settings = content.settings or {}
     if is_huggingface(state, settings):
         return read_huggingface(state, content, num_heads=num_heads)
-    parts = split(state)
+    of_dinov3 = dinov3_shape(state) if is_dinov3(state) else None
+    parts = split(state if of_dinov3 is None else from_dinov3(state))
     heads: dict[str, Any] = {"head": parts.head, "patch_head": parts.patch_head}
     if content.card is not None:
         if parts.left_out:
             raise CheckpointError(f"unexpected: {', '.join(parts.left_out)}")
         card = parse_card(content.card)
         return Weights(parts.backbone, card=card, kind="dinoscale", **heads)
+    if of_dinov3 is not None:
+        card = dinov3_card(of_dinov3, source=content.name)
+        return Weights(parts.backbone, card=card, kind="reference", **heads)
     if is_timm(parts.backbone, settings):
         card = timm_card(parts.backbone, content, num_heads=num_heads)
         return Weights(parts.backbone, card=card, kind="timm", left_out=parts.left_out, **heads)

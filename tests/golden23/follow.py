@@ -11,8 +11,8 @@ from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve
 from tests.golden.test_trajectory import resume, save
 from tests.golden23.compare import Record, parts_of
-from tests.golden23.reference_names import our_tensors
 from tests.golden23.recorded import CENTERS, RecordedRun, recorded_run
+from tests.golden23.reference_names import our_tensors
 from tests.harness import run_distributed
 
 WITHOUT_KOLEO = {"koleo": {"loss_weight": 0.0}}

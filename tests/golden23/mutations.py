@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tests.golden23.compare import renamed, require
 from tests.golden23.follow import Follower, Way, joined
 from tests.golden23.recorded import RANKS, recorded_run
+from tests.golden23.replay import expected_of
 from tests.golden23.test_runs import FLOAT32
 from tests.harness import run_distributed
 
@@ -159,7 +160,7 @@ def _first_difference(mistake: Mistake, of_ranks: list[dict[str, Any]]) -> str:
     run = recorded_run(mistake.case, mistake.ranks)
     record = joined(of_ranks, _way(mistake))
     try:
-        require(record, renamed(run.record()), FLOAT32, label=run.name)
+        require(record, renamed(expected_of(run)), FLOAT32, label=run.name)
     except AssertionError as error:
         return str(error)
     return ""

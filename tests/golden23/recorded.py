@@ -23,6 +23,7 @@ from tests.golden23.reference_names import FIXED
 
 DATA = Path(os.environ.get("DINOSCALE_GOLDEN23", Path(__file__).parent / "data"))
 CENTERS = ("dino", "ibot")  # of class tokens and of patches
+GENERATIONS = ("dinov2", "dinov3")
 CASES = ("A", "B")
 RANKS = (1, 2)
 
@@ -101,8 +102,8 @@ class RecordedRun:
         record["last"] = {}
         if (DATA / f"{self.name}_states.safetensors").exists():  # they are large
             state = _below(f"step{steps[-1]}.", _tensors(f"{self.name}_states"))
-            for which in ("student", "teacher"):
-                record["last"][which] = _trained(_below(f"{which}.", state))
+            networks = {k: _trained(_below(f"{k}.", state)) for k in ("student", "teacher")}
+            record["last"] = {which: tensors for which, tensors in networks.items() if tensors}
             record["last"]["centers"] = {kind: state[f"{kind}_center"] for kind in kinds}
         return record
 

@@ -1,12 +1,12 @@
-"""The literal reference against recorded runs of DINOv2, in float64."""
+"""The literal references against recorded runs, in float64."""
 
 import pytest
 import torch
 
 from tests.golden23.compare import Bounds, require
-from tests.golden23.recorded import CASES, RANKS, recorded_run
-from tests.golden23.replay import replay
-from tests.reference_dinov2 import ReferenceNetwork, parameter_groups
+from tests.golden23.recorded import CASES, GENERATIONS, RANKS, recorded_run
+from tests.golden23.replay import LITERAL, replay
+from tests.reference_dinov2 import parameter_groups
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -16,15 +16,17 @@ EXACT = Bounds(losses=1e-9, norms=1e-8, tensors=EPS)
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("case", CASES)
-def test_the_reference_repeats_the_recorded_run(case: str, ranks: int) -> None:
-    run = recorded_run(case, ranks)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_reference_repeats_the_recorded_run(generation: str, case: str, ranks: int) -> None:
+    run = recorded_run(case, ranks, generation)
     require(replay(run), run.record(), EXACT, label=run.name)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_multipliers_of_rate_and_decay_are_those_recorded(case: str) -> None:
-    run = recorded_run(case, 1)
-    student = ReferenceNetwork(run.config(), drop_path_rate=0.0)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_multipliers_of_rate_and_decay_are_those_recorded(generation: str, case: str) -> None:
+    run = recorded_run(case, 1, generation)
+    student = LITERAL[generation].network(run.config(), drop_path_rate=0.0)
     groups = {group["name"]: group for group in parameter_groups(student, run.config())}
     recorded = run.facts["param_multipliers"]
     assert groups.keys() == recorded.keys()

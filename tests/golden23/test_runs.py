@@ -1,8 +1,9 @@
-"""Recorded runs of DINOv2 followed by the step of this package, at every ZeRO stage, in float32.
+"""Recorded runs followed by the step of this package, at every ZeRO stage, in float32.
 
-The bounds are those of the recording's notes: the reference's own float32 is within 2e-6 of the
-losses and 1.1e-5 of the final tensors, and a single mistake, such as decay on biases, moves tensors
-by more than 6e-4. `python -m tests.golden23.mutations` makes such mistakes.
+The bounds are those of the recording's notes. DINOv2: the reference's own float32 is within 2e-6 of
+the losses and 1.1e-5 of the final tensors, and a single mistake, such as decay on biases, moves
+tensors by more than 6e-4. DINOv3: within 2.3e-7 of the tensors, and mistakes move them by more than
+3e-5. `python -m tests.golden23.mutations` makes such mistakes.
 """
 
 import functools
@@ -12,12 +13,13 @@ import pytest
 
 from tests.golden23.compare import PER_STEP, Bounds, Record, renamed, require
 from tests.golden23.follow import WITHOUT_KOLEO, Way, follow, plan_of
-from tests.golden23.recorded import CASES, RANKS, recorded_run
-from tests.golden23.replay import replay
+from tests.golden23.recorded import CASES, GENERATIONS, RANKS, recorded_run
+from tests.golden23.replay import expected_of, replay
 
 STAGES = (0, 1, 2, 3)
 PASSES = (1, 2)  # micro-batches of a step and rank
 FLOAT32 = Bounds(losses=1e-5, norms=1e-4, tensors=1e-4)
+BOUNDS = {"dinov2": FLOAT32, "dinov3": Bounds(losses=1e-5, norms=1e-5, tensors=1e-5)}
 # Ranks, which share the batch in two micro-batches; case -> stage, and which part of the steps. The
 # center of the patches of A depends on the ranks, so their number stays.
 MOVES: list[tuple[int, dict[str, tuple[int, float, float]]]] = [
@@ -35,7 +37,12 @@ Followed = tuple[int, dict[Way, Record]]
 def followed(request: pytest.FixtureRequest) -> Followed:
     """A number of ranks, and all that they follow after one start."""
     ranks: int = request.param
-    ways = [Way(case, ranks, stage) for case in CASES for stage in STAGES]
+    ways = [
+        Way(case, ranks, stage, generation=generation)
+        for generation in GENERATIONS
+        for case in CASES
+        for stage in STAGES
+    ]
     ways += [
         _without_koleo(case, passes)
         for case in CASES
@@ -70,11 +77,14 @@ def test_schedules_are_the_recorded_ones(case: str, ranks: int) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("case", CASES)
-def test_every_stage_follows_the_recorded_run(followed: Followed, case: str, stage: int) -> None:
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_stage_follows_the_recorded_run(
+    followed: Followed, generation: str, case: str, stage: int
+) -> None:
     ranks, records = followed
-    run = recorded_run(case, ranks)
-    found = records[Way(case, ranks, stage)]
-    require(found, renamed(run.record()), FLOAT32, label=f"{run.name} at stage {stage}")
+    way = Way(case, ranks, stage, generation=generation)
+    expected, label = renamed(expected_of(way.run)), f"{way.run.name} at stage {stage}"
+    require(records[way], expected, BOUNDS[generation], label=label)
 
 
 @pytest.mark.distributed
@@ -110,7 +120,9 @@ def test_runs_that_change_ranks_and_stages_midway_follow_the_recorded_ones(tmp_p
     for case, of_case in parts.items():
         whole: Record = {kind: [x for part in of_case for x in part[kind]] for kind in PER_STEP}
         run, whole["last"] = recorded_run(case, 2), of_case[-1]["last"]
-        require(whole, renamed(run.record()), FLOAT32, label=f"{run.name} in {len(of_case)} parts")
+        require(
+            whole, renamed(expected_of(run)), FLOAT32, label=f"{run.name} in {len(of_case)} parts"
+        )
 
 
 def test_ranks_change_nothing_with_sinkhorn_knopp_and_without_koleo() -> None:

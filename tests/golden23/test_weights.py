@@ -30,8 +30,8 @@ from dinoscale.errors import CheckpointError, ConversionError
 from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.vit import VisionTransformer
 from tests.distributed.tiny_run import tiny_config
-from tests.golden23.reference_names import our_name
 from tests.golden23.recorded import RecordedRun, recorded_run
+from tests.golden23.reference_names import our_name
 
 Tensors = Callable[[str], dict[str, Tensor]]
 Jsons = Callable[[str], dict[str, Any]]

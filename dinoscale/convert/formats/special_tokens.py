@@ -29,7 +29,7 @@ _TIMMS_REGISTERS = 4
 def with_class_slot(weights: Weights) -> Weights:
     """A ViT with registers in the reference's form; others as they are."""
     state, shape = weights.backbone, weights.card.backbone
-    if "reg_token" not in state or shape.registers is not None:
+    if "reg_token" not in state or "pos_embed" not in state or shape.registers is not None:
         return weights
     num_patches = (shape.img_size // patch_size_of(weights)) ** 2
     if state["pos_embed"].shape[1] != num_patches:
@@ -47,6 +47,14 @@ def as_in_timm(weights: Weights) -> Weights:
     """
     weights = without_mask_token(weights)
     state, shape = weights.backbone, weights.card.backbone
+    rotary = shape.name != "resnet50" and "pos_embed" not in state
+    layers = ("qkv_bias", "mask_key_bias", "ffn_ratio", "ffn_multiple")
+    others = [key for key in layers if getattr(shape, key) is not None]
+    if rotary or others:
+        raise ConversionError(
+            f"timm's plain ViTs have no model.{'rope' if rotary else others[0]} as this one has: "
+            "use --to dino"
+        )
     registers = shape.registers or 0
     if shape.registers is None and not (shape.ffn or shape.layer_scale):
         return weights
@@ -96,10 +104,11 @@ def slot_removed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_mask_token(weights: Weights) -> Weights:
-    """Weights for libraries that have none."""
-    shape = replace(weights.card.backbone, mask_token=False)
+    """Weights for libraries that have none, nor a norm of local crops."""
+    shape = replace(weights.card.backbone, mask_token=False, local_norm=False)
+    training = ("mask_token", "local_norm.weight", "local_norm.bias")
     return replace(
         weights,
-        backbone={name: x for name, x in weights.backbone.items() if name != "mask_token"},
+        backbone={name: x for name, x in weights.backbone.items() if name not in training},
         card=replace(weights.card, backbone=shape),
     )

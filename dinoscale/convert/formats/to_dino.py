@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinoscale.convert.card import METADATA_KEY
+from dinoscale.convert.formats.dinov3 import as_in_dinov3
 from dinoscale.convert.formats.reference import as_in_dinov2, is_dinov2
 from dinoscale.convert.formats.special_tokens import with_class_slot
 from dinoscale.convert.parity import Reopened, forward_of, under_our_names
 from dinoscale.convert.read_files import METADATA
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Network, Weights
+from dinoscale.models.block import KeylessBias
 from dinoscale.models.weight_names import to_reference
+from dinoscale.models.zoo import build_backbone
 from dinoscale.runtime.outputs import write_tensors
 
 _DINOV2_PARTS = {"backbone": "backbone", "head": "dino_head", "patch_head": "ibot_head"}
@@ -58,7 +62,10 @@ def write_dino(path: Path, weights: Weights) -> None:
 def _named(weights: Weights, *, for_reference: bool) -> dict[str, Tensor]:
     """Tensors under the names of the file, none sharing memory."""
     parts = weights.parts()
-    if for_reference and is_dinov2(weights.backbone):
+    if for_reference and "pos_embed" not in weights.backbone and not _is_resnet(weights):
+        parts["backbone"] = _as_in_dinov3(weights)
+        parts = {_DINOV2_PARTS[part]: state for part, state in parts.items()}
+    elif for_reference and is_dinov2(weights.backbone):
         parts["backbone"] = as_in_dinov2(weights.backbone)
         parts = {_DINOV2_PARTS[part]: state for part, state in parts.items()}
     backbone = parts.pop("backbone")
@@ -66,6 +73,22 @@ def _named(weights: Weights, *, for_reference: bool) -> dict[str, Tensor]:
     for part, state in parts.items():
         named = named | to_reference(_prefixed(part, state))
     return {name: tensor.clone().contiguous() for name, tensor in named.items()}
+
+
+def _is_resnet(weights: Weights) -> bool:
+    return weights.card.backbone.name == "resnet50"
+
+
+def _as_in_dinov3(weights: Weights) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        network: Any = build_backbone(**vars(weights.card.backbone))
+    attention = network.blocks[0].attn
+    return as_in_dinov3(
+        weights.backbone,
+        rope=network.rope,
+        num_heads=attention.num_heads,
+        key_bias_masked=isinstance(attention.qkv, KeylessBias),
+    )
 
 
 def _prefixed(part: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,23 +33,14 @@ def write_timm(folder: Path, weights: Weights) -> None:
     """Write weights and config; the tensors have timm's names already.
 
     Raises:
-        ConversionError: the layer norms have an epsilon that timm's config cannot store, or
-            positions are rotary.
+        ConversionError: the layer norms have an epsilon that timm's config cannot store.
     """
-    _require_learned_positions(weights)
     _require_own_norms(weights.card.backbone)
     metadata = {METADATA_KEY: weights.card.to_json(), "format": "pt"}
     tensors = {name: tensor.clone().contiguous() for name, tensor in weights.backbone.items()}
     write_tensors(tensors, folder / WEIGHTS_FILE, metadata=metadata)
     text = json.dumps(timm_config(weights), indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n")
-
-
-def _require_learned_positions(weights: Weights) -> None:
-    if weights.card.backbone.name != "resnet50" and "pos_embed" not in weights.backbone:
-        raise ConversionError(
-            "its positions are rotary (model.rope), and timm's plain ViT has none: use --to dino"
-        )
 
 
 def _require_own_norms(shape: BackboneShape) -> None:

@@ -14,9 +14,10 @@ from dinoscale.checkpoint.load import open_run
 from dinoscale.config import RunConfig
 from dinoscale.convert.conversion import convert
 from dinoscale.convert.source import read_source
-from dinoscale.convert.weights_file import load_backbone
+from dinoscale.convert.weights_file import build_head, load_backbone
 from dinoscale.engine.build import build_networks
 from dinoscale.errors import ConversionError
+from dinoscale.models.rope import Rope
 from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 from tests.distributed.tiny_run import tiny_config
 
@@ -127,6 +128,42 @@ def test_a_run_of_dinov2_is_written_as_its_authors_write_it(tmp_path: Path) -> N
     assert back.card == read_source(tmp_path / "run").card
     with pytest.raises(ConversionError, match=r"4 registers or none, .* 2 regist"):
         convert(tmp_path / "run", tmp_path / "timm", to="timm")
+
+
+def test_a_run_of_dinov3_is_written_as_its_authors_write_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    head = {"num_prototypes": 33, "hidden_dim": 22, "bottleneck_dim": 15, "weight_norm": False}
+    layers = {"layer_scale": 1e-5, "registers": 2, "num_heads": 1, "rope": {"base": 50.0}}
+    layers |= {"ffn": "swiglu", "ffn_ratio": 3.0, "ffn_multiple": 4, "norm_eps": 1e-5}
+    layers |= {"mask_key_bias": True, "local_norm": True}
+    config = tiny_config(
+        model={**tiny_config().model.model_dump(), **layers},
+        head=head,
+        patch_head={**head, "num_prototypes": 35},
+        crops={"global_size": 32, "local_size": 16, "num_local": 2},
+        ibot={"loss_weight": 1.0},
+    )
+    teacher = _write_run(tmp_path / "run", config)
+    backbone, card = load_backbone(tmp_path / "run")
+    shape = card.backbone
+    assert (shape.rope, shape.ffn_multiple, shape.norm_eps) == (Rope(50.0), 4, 1e-5)
+    images = torch.rand(2, 3, 24, 40)
+    convert(tmp_path / "run", tmp_path / "w.pth", to="dino", head=True)
+    found = torch.load(tmp_path / "w.pth", weights_only=True)["teacher"]
+    names = {name.removeprefix("backbone.") for name in found}
+    assert {"rope_embed.periods", "blocks.0.attn.qkv.bias_mask", "local_cls_norm.bias"} < names
+    assert {"blocks.1.mlp.w2.weight", "storage_tokens", "dino_head.last_layer.weight"} < names
+    weight = teacher["patch_head.last_layer.weight"]
+    assert torch.equal(found["ibot_head.last_layer.weight"], weight)
+    convert(tmp_path / "run", tmp_path / "w.safetensors", to="dino", head=True)
+    for file in ("w.pth", "w.safetensors"):
+        back = read_source(tmp_path / file)
+        assert back.card == read_source(tmp_path / "run").card
+        again, _ = load_backbone(tmp_path / file)
+        assert torch.equal(again([images]), backbone([images]))
+        assert back.patch_head is not None
+        assert torch.equal(back.patch_head["last_layer.weight"], weight)
+        build_head(back.patch_head)
 
 
 def test_a_published_card_has_the_recipe_and_no_paths(
