@@ -57,8 +57,8 @@ def build_plain(
     chosen = Layers(**layers).over(own_layers(name))
     if chosen.rope is not None:
         raise ConfigError(
-            f"model.rope: {name!r} has rotary positions, which the formats hf, torchscript and onnx "
-            "do not get from us; use --to dino"
+            f"model.rope: {name!r} has rotary positions, which the formats hf, torchscript and "
+            "onnx do not get from us; use --to dino"
         )
     source = timm_vit(
         name,
