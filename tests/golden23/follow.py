@@ -118,7 +118,7 @@ class Follower:
                 self._micro_batches(step),
                 student,
                 teacher,
-                self._values(step),
+                self._schedules.at(step),
                 loss_weights=loss_weights_of(self._config),
             )
             found["losses"].append(self._as_logged(result.terms))
@@ -137,11 +137,6 @@ class Follower:
         teacher.wait()
         student.close()
         return found
-
-    def _values(self, step: int) -> Any:
-        return (
-            self._run.values(step) if self._run.generation == "dinov3" else self._schedules.at(step)
-        )
 
     def _micro_batches(self, step: int) -> list[Any]:
         """This rank's images, in order; a rank has neighbours, as in the recording."""

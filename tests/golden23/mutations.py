@@ -1,7 +1,8 @@
-"""`python -m tests.golden23.mutations`: the recorded runs of DINOv2 notice single mistakes.
+"""`python -m tests.golden23.mutations`: the recorded runs notice single mistakes.
 
 Each mistake replaces some words of a function while the ranks follow a run. One line each: what the
-comparison says first. Exit code 1 if a mistake goes unnoticed, or the unchanged step differs.
+comparison says first. Exit code 1 if a mistake goes unnoticed, or the unchanged step differs. With
+words as arguments, only the mistakes whose names contain one of them.
 """
 
 import contextlib
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 
 from tests.golden23.compare import renamed, require
 from tests.golden23.follow import Follower, Way, joined
-from tests.golden23.recorded import RANKS, recorded_run
+from tests.golden23.recorded import RANKS
 from tests.golden23.replay import expected_of
-from tests.golden23.test_runs import FLOAT32
+from tests.golden23.test_runs import BOUNDS
 from tests.harness import run_distributed
 
 STAGE = 2
@@ -30,6 +31,7 @@ class Mistake(NamedTuple):
     words: tuple[tuple[str, str], ...]
     case: str
     ranks: int
+    generation: str = "dinov2"
 
 
 _TEACHER = "dinoscale.engine.teacher"
@@ -89,10 +91,11 @@ MISTAKES = (
         "mask token after the positions",
         ("dinoscale.models.vit", "VisionTransformer._embed"),
         (
-            ("x = self._masked(x, masks)", "x = self._masked(x + positions[:, slots:], masks)"),
+            ("x = self._masked(x, masks, num_first=len(crops[0]))", "pass"),
             (
-                "x = x + positions[:, slots:]",
-                "x = x if masks is not None and not layout else x + positions[:, slots:]",
+                "special, x = self._with_positions(x, height=height, width=width)",
+                "special, x = self._with_positions(x, height=height, width=width); x = x if masks "
+                "is None or layout else self._masked(x, masks, num_first=len(crops[0]))",
             ),
         ),
         "A",
@@ -119,6 +122,57 @@ MISTAKES = (
         "A",
         1,
     ),
+    Mistake("none of DINOv3", (_TEACHER, "Teacher.begin"), (), "B", 1, "dinov3"),
+    Mistake(
+        "class token and registers rotate",
+        ("dinoscale.models.rope", "rotation"),
+        (
+            ("before = (0, 0, num_special, 0)", "n, before = num_special, (0, 0, 0, 0)"),
+            ("sin, cos = ", "cut = lambda x: torch.cat((x[..., :n, :], x), dim=-2); sin, cos = "),
+            ("torch.cat((cos, cos), dim=-1)", "cut(torch.cat((cos, cos), dim=-1))"),
+            ("torch.cat((-sin, sin), dim=-1)", "cut(torch.cat((-sin, sin), dim=-1))"),
+        ),
+        "B",
+        1,
+        "dinov3",
+    ),
+    Mistake(
+        "rotation by tables in bfloat16",
+        ("dinoscale.models.rope", "sine_and_cosine"),
+        (
+            (
+                "return angles.sin(), angles.cos()",
+                "return angles.sin().bfloat16().to(dtype), angles.cos().bfloat16().to(dtype)",
+            ),
+        ),
+        "B",
+        1,
+        "dinov3",
+    ),
+    Mistake(
+        "the norm of local crops on global ones",
+        ("dinoscale.models.vit", "VisionTransformer.forward"),
+        (("self.norm(torch.cat(rows))", "self.local_norm(torch.cat(rows))"),),
+        "B",
+        1,
+        "dinov3",
+    ),
+    Mistake(
+        "the keys' bias acts",
+        ("dinoscale.models.block", "KeylessBias.forward"),
+        (("torch.zeros_like(of_keys)", "of_keys"),),
+        "B",
+        1,
+        "dinov3",
+    ),
+    Mistake(
+        "plain prototypes of unit length",
+        ("dinoscale.losses.prototypes", "prototypes"),
+        (("if plain:", "if False:"),),
+        "A",
+        1,
+        "dinov3",
+    ),
 )
 
 
@@ -132,7 +186,7 @@ def follow_mistakes(numbers: list[int]) -> list[dict[str, Any]]:
 
 
 def _way(mistake: Mistake) -> Way:
-    return Way(mistake.case, mistake.ranks, STAGE)
+    return Way(mistake.case, mistake.ranks, STAGE, generation=mistake.generation)
 
 
 @contextlib.contextmanager
@@ -157,20 +211,23 @@ def _made(mistake: Mistake) -> Iterator[None]:
 
 def _first_difference(mistake: Mistake, of_ranks: list[dict[str, Any]]) -> str:
     """What the comparison says; empty if it finds nothing."""
-    run = recorded_run(mistake.case, mistake.ranks)
-    record = joined(of_ranks, _way(mistake))
+    way = _way(mistake)
+    record, bounds = joined(of_ranks, way), BOUNDS[way.generation]
     try:
-        require(record, renamed(expected_of(run)), FLOAT32, label=run.name)
+        require(record, renamed(expected_of(way.run)), bounds, label=way.run.name)
     except AssertionError as error:
         return str(error)
     return ""
 
 
-def main() -> int:
-    """Make all mistakes; the exit code."""
+def main(words: list[str]) -> int:
+    """Make all mistakes, or those with some words; the exit code."""
     wrong = False
     for ranks in RANKS:
         numbers = [i for i, mistake in enumerate(MISTAKES) if mistake.ranks == ranks]
+        numbers = [i for i in numbers if not words or any(w in MISTAKES[i].name for w in words)]
+        if not numbers:
+            continue
         per_rank = run_distributed(
             "tests.golden23.mutations:follow_mistakes",
             world_size=ranks,
@@ -185,4 +242,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -107,11 +107,6 @@ class RecordedRun:
             record["last"]["centers"] = {kind: state[f"{kind}_center"] for kind in kinds}
         return record
 
-    def local_weight(self, step: int) -> float:
-        """Weight of the class tokens' loss on local crops."""
-        weight: float = self.steps[step]["losses"].get("dino_local_loss_weight", 1.0)
-        return weight
-
     def values(self, step: int) -> StepValues:
         """The scheduled numbers that were in force."""
         recorded, per_epoch = self.steps[step], self.facts["config"]["train"]
@@ -123,6 +118,7 @@ class RecordedRun:
             momentum=recorded["teacher_momentum"],
             teacher_temp=recorded["teacher_temp"],
             prototypes_frozen=recorded["last_layer_lr"] != recorded["lr"],
+            local_weight=recorded["losses"].get("dino_local_loss_weight", 1.0),
         )
 
 
@@ -231,7 +227,8 @@ def our_sections_of_dinov3(facts: dict[str, Any], *, parts: int) -> dict[str, An
             "interpolate_offset": 0.1,
             "drop_path_uniform": True,
         },
-        "optim": optim | {"base_lr": 4 * optim["lr"]},
+        # After scaling with 4 sqrt(batch / 1024); with curves, before it and not read.
+        "optim": optim | {"base_lr": optim["lr"] / (facts["batch_size"] / 64) ** 0.5},
     }
     sections = our_sections(facts | {"config": as_dinov2}, parts=parts)
     del sections["model"]["position_resize"]
@@ -259,7 +256,28 @@ def our_sections_of_dinov3(facts: dict[str, Any], *, parts: int) -> dict[str, An
         sections[head] |= {"weight_norm": False, "norm_last_layer": False}
     sections["ibot"]["mask_rule"] = "dinov3"
     sections["koleo"]["scope"] = "all" if dino["koleo_loss_distributed"] else "rank"
+    sections["optim"]["lr_scaling"] = {"sqrt_wrt_1024": "sqrt_64"}[optim["scaling_rule"]]
+    curves = {key: dict(curve) for key, curve in config.get("schedules", {}).items()}
+    if dino["reweight_dino_local_loss"]:
+        curves["local_weight"] = dict(dino["local_loss_weight_schedule"])
+    if "lr" in curves:
+        sections["dino"]["freeze_last_layer_epochs"] = curves["lr"].pop("freeze_last_layer_epochs")
+    for curve in curves:
+        for section, key in _REPLACED.get(curve, ()):
+            del sections[section][key]
+    sections["schedules"] = curves
     return sections
+
+
+_REPLACED = {  # by a curve: settings that it leaves at their defaults
+    "lr": (("optim", "lr"), ("optim", "min_lr"), ("optim", "warmup_epochs")),
+    "weight_decay": (("optim", "weight_decay"), ("optim", "weight_decay_end")),
+    "momentum": (("dino", "momentum"), ("dino", "momentum_end")),
+    "teacher_temp": (
+        *(("dino", key) for key in ("warmup_teacher_temp", "teacher_temp")),
+        *(("dino", key) for key in ("warmup_teacher_temp_epochs", "teacher_temp_changes")),
+    ),
+}
 
 
 def _head(section: dict[str, Any]) -> dict[str, Any]:

@@ -36,8 +36,9 @@ def replay(
     step = LITERAL[run.generation](config, torch.device("cpu"), weights)
     record: Record = {key: [] for key in PER_STEP}
     for number in range(len(run.steps)):
-        step.local_weight = run.local_weight(number)
-        record["losses"].append(step(shares_of(run, number, ranks, dtype), run.values(number)))
+        now = run.values(number)
+        step.local_weight = now.local_weight
+        record["losses"].append(step(shares_of(run, number, ranks, dtype), now))
         record["grad"].append(dict(step.grad_norms))
         record["parts"].append(parts_of(step.grad_norms))
         record["student"].append(_norms(step.student))

@@ -54,10 +54,11 @@ def followed(request: pytest.FixtureRequest) -> Followed:
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("case", CASES)
-def test_schedules_are_the_recorded_ones(case: str, ranks: int) -> None:
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_schedules_are_the_recorded_ones(generation: str, case: str, ranks: int) -> None:
     from dinoscale.engine.build import schedules_of
 
-    run = recorded_run(case, ranks)
+    run = recorded_run(case, ranks, generation)
     config = run.config()
     schedules = schedules_of(config, plan_of(run, config, ranks))
     for step, recorded in enumerate(run.steps):
@@ -70,6 +71,7 @@ def test_schedules_are_the_recorded_ones(case: str, ranks: int) -> None:
             "teacher_temp": now.teacher_temp,
         }
         assert found == pytest.approx({key: recorded[key] for key in found}, rel=1e-12)
+        assert now.local_weight == pytest.approx(run.values(step).local_weight, rel=1e-12)
 
 
 @pytest.mark.distributed
