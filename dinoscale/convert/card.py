@@ -170,12 +170,15 @@ def _rope(found: object) -> Rope | None:
     if not isinstance(found, dict):
         raise CheckpointError(f"its card's rope is {found!r}, not a mapping")
     _check_keys(found, set(Rope.__dataclass_fields__), "card's rope")
-    return Rope(
-        base=_optional_positive(found, "base"),
-        min_period=_optional_positive(found, "min_period"),
-        max_period=_optional_positive(found, "max_period"),
+    ends = (_optional_positive(found, key) for key in ("min_period", "max_period"))
+    rope = Rope(
+        _optional_positive(found, "base"),
+        *ends,
         coordinates=_optional_choice(found, "coordinates", ("separate", "min", "max")),
     )
+    if rope.base is None and None in (rope.min_period, rope.max_period):
+        raise CheckpointError("its card's rope has neither a base nor both periods")
+    return rope
 
 
 def _check_keys(found: Mapping[str, object], expected: set[str], what: str) -> None:

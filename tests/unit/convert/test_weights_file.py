@@ -26,6 +26,7 @@ from dinoscale.convert.weights_file import (
     save_backbone,
 )
 from dinoscale.errors import CheckpointError
+from dinoscale.models.rope import Rope
 from dinoscale.models.zoo import build_backbone
 
 SHAPE = BackboneShape(
@@ -252,6 +253,11 @@ def test_the_epsilon_of_the_norms_is_built(tmp_path: Path, state: dict[str, Tens
 
 def test_cards_of_the_previous_format_are_still_read() -> None:
     card = json.loads(CARD.to_json())
+    for key in ("ffn_ratio", "ffn_multiple", "rope", "qkv_bias", "mask_key_bias", "local_norm"):
+        del card["backbone"][key]
+    assert parse_card(json.dumps({**card, "format": 5})) == CARD
+    with pytest.raises(CheckpointError, match="rope"):
+        parse_card(json.dumps({**card, "format": 6}))
     for key in ("layer_scale", "ffn", "registers", "position_resize", "mask_token"):
         del card["backbone"][key]
     assert parse_card(json.dumps({**card, "format": 4})) == CARD
@@ -295,6 +301,10 @@ def test_a_card_is_read_strictly() -> None:
         CARD, backbone=replace(SHAPE, in_chans=1), mean=(0.5,), std=(0.2,), max_pixel_value=4095.0
     )
     assert parse_card(gray.to_json()) == gray
+    rope = Rope(base=None, min_period=0.5, max_period=90.0, coordinates="max")
+    rotary = replace(CARD, backbone=replace(SHAPE, rope=rope, qkv_bias=False, local_norm=True))
+    assert parse_card(rotary.to_json()) == rotary
+    turned = json.loads(rotary.to_json())["backbone"]
     bad_cards = [
         {**good, "format": 1},
         {**good, "extra": 1},
@@ -312,6 +322,12 @@ def test_a_card_is_read_strictly() -> None:
         {**good, "backbone": {**good["backbone"], "registers": -1}},
         {**good, "backbone": {**good["backbone"], "ffn": "glu"}},
         {**good, "backbone": {**good["backbone"], "mask_token": 1}},
+        {**good, "backbone": {**good["backbone"], "qkv_bias": 1}},
+        {**good, "backbone": {**good["backbone"], "rope": 100.0}},
+        *(
+            {**good, "backbone": {**turned, "rope": {**turned["rope"], **wrong}}}
+            for wrong in ({"min_period": None}, {"coordinates": "both"}, {"base": -1}, {"x": 1})
+        ),
     ]
     for bad in [json.dumps(card) for card in bad_cards] + ["[]", "{"]:
         with pytest.raises(CheckpointError, match="card"):
@@ -563,6 +579,6 @@ def test_the_card_is_where_other_programs_look_for_it(
     save_backbone(tmp_path / "w", state, CARD)
     with safe_open(tmp_path / "w", framework="pt") as file:
         card = json.loads(file.metadata()["dinoscale"])
-    assert card["format"] == 5
+    assert card["format"] == 6
     assert card["backbone"] == asdict(SHAPE)
     assert (card["mean"], card["crop"]) == ([0.1, 0.2, 0.3], 32)
