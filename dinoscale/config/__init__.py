@@ -1,5 +1,6 @@
 """The configuration of a run: its schema, how it is loaded, and its plan for a number of ranks."""
 
+from dinoscale.config.backbones import ModelConfig
 from dinoscale.config.engine import EngineConfig
 from dinoscale.config.load import (
     describe_presets,
@@ -33,7 +34,6 @@ from dinoscale.config.schema import (
     DataConfig,
     DinoConfig,
     HeadConfig,
-    ModelConfig,
     RunConfig,
 )
 from dinoscale.config.training import OptimConfig, TrainConfig

@@ -97,15 +97,17 @@ def named_vit_size(name: str) -> VitSize | None:
 
 
 def _dinov3_size(size: str, *, biased: bool) -> VitSize:
-    with_mlp = (VIT_SIZES.get(size, ()), 4.0, 8)
-    numbers, ratio, multiple = _DINOV3_SIZES.get(size, with_mlp)
+    gated = _DINOV3_SIZES.get(size)
+    embed_dim, depth, num_heads = VIT_SIZES[size] if gated is None else gated[0]
     return VitSize(
-        *numbers,
+        embed_dim,
+        depth,
+        num_heads,
         layer_scale=True,
-        ffn="swiglu" if size in _DINOV3_SIZES else "mlp",
+        ffn="mlp" if gated is None else "swiglu",
         registers=4,
-        ffn_ratio=ratio,
-        ffn_multiple=multiple,
+        ffn_ratio=4.0 if gated is None else gated[1],
+        ffn_multiple=8 if gated is None else gated[2],
         rope=True,
         qkv_bias=biased,
         mask_key_bias=biased,

@@ -146,9 +146,8 @@ def _parts() -> dict[str, type[BaseModel]]:
     for key, part in sections().items():
         found[key] = part
         for name, field in part.model_fields.items():
-            for kind in kinds(field.annotation):
-                part_of_it = isinstance(kind, type) and issubclass(kind, BaseModel)
-                if part_of_it and kind is not CurveConfig:
+            for kind in kinds(field.annotation) - {CurveConfig}:
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
                     found[f"{key}.{name}"] = kind
     return found
 

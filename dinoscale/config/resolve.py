@@ -16,11 +16,12 @@ from dinoscale.config.backbones import (
     RESNET50_EMBED_DIM,
     RESNET50_PARAMETERS,
     RESNET50_PER_CHANNEL,
+    ModelConfig,
     named_vit_size,
     num_head_parameters,
     num_vit_parameters,
 )
-from dinoscale.config.schema import ModelConfig, RunConfig
+from dinoscale.config.schema import RunConfig
 from dinoscale.errors import ConfigError, DinoscaleError
 
 _NO_IMAGES = "data.train is not set, and the number of steps follows from its images"

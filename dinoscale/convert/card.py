@@ -170,10 +170,10 @@ def _rope(found: object) -> Rope | None:
     if not isinstance(found, dict):
         raise CheckpointError(f"its card's rope is {found!r}, not a mapping")
     _check_keys(found, set(Rope.__dataclass_fields__), "card's rope")
-    ends = (_optional_positive(found, key) for key in ("min_period", "max_period"))
     rope = Rope(
-        _optional_positive(found, "base"),
-        *ends,
+        base=_optional_positive(found, "base"),
+        min_period=_optional_positive(found, "min_period"),
+        max_period=_optional_positive(found, "max_period"),
         coordinates=_optional_choice(found, "coordinates", ("separate", "min", "max")),
     )
     if rope.base is None and None in (rope.min_period, rope.max_period):

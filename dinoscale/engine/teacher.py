@@ -217,8 +217,10 @@ class Teacher:
                 total = seen.patches.units.sum(0, keepdim=True)
                 self._patch_sums.logits += prototype_logits(total, *seen.patches[1:])[0]
             self._patch_sums.rows += len(seen.patches.units)
-            *weights, plain = seen.patches
-            patches = PatchTargets(*weights, center=self.patch_center, temp=temp, plain=plain)
+            units, weight_v, weight_g, plain = seen.patches
+            patches = PatchTargets(
+                units, weight_v, weight_g, center=self.patch_center, temp=temp, plain=plain
+            )
         return Targets(probs.view(views, images, -1), patches)
 
     def count_patch_targets(self, target_sum: Tensor | None) -> None:
