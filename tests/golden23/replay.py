@@ -54,6 +54,11 @@ def replay(
 
 
 @functools.cache
+def replayed(run: RecordedRun) -> Record:
+    """All steps as recorded, in float64."""
+    return replay(run)
+
+
 def expected_of(run: RecordedRun) -> Record:
     """The record; final tensors that are not stored are those of a replay.
 
@@ -63,7 +68,7 @@ def expected_of(run: RecordedRun) -> Record:
     record = run.record()
     if record["last"].keys() >= {"student", "teacher"}:
         return record
-    return record | {"last": replay(run)["last"] | record["last"]}
+    return record | {"last": replayed(run)["last"] | record["last"]}
 
 
 def shares_of(run: RecordedRun, number: int, ranks: int, dtype: torch.dtype) -> list[Share]:

@@ -5,7 +5,7 @@ import torch
 
 from tests.golden23.compare import Bounds, require
 from tests.golden23.recorded import CASES, GENERATIONS, RANKS, recorded_run
-from tests.golden23.replay import LITERAL, replay
+from tests.golden23.replay import LITERAL, replayed
 from tests.reference_dinov2 import parameter_groups
 
 EPS = torch.finfo(torch.float32).eps
@@ -19,7 +19,7 @@ EXACT = Bounds(losses=1e-9, norms=1e-8, tensors=EPS)
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_reference_repeats_the_recorded_run(generation: str, case: str, ranks: int) -> None:
     run = recorded_run(case, ranks, generation)
-    require(replay(run), run.record(), EXACT, label=run.name)
+    require(replayed(run), run.record(), EXACT, label=run.name)
 
 
 @pytest.mark.parametrize("case", CASES)
