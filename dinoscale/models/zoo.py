@@ -6,6 +6,7 @@ The only module that imports timm, and only when a backbone is built.
 import difflib
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,16 +139,8 @@ def build_backbone(
     }
     ensure_torchvision()
     if name == "resnet50":
-        only_vits: dict[str, object] = {
-            **sizes,
-            **vars(Layers(**{**layers, "norm_eps": None})),
-            "position_resize": position_resize,
-            "mask_token": mask_token or None,
-            "local_norm": local_norm or None,
-        }
-        given = [key for key, value in only_vits.items() if value is not None]
-        if given:
-            raise ConfigError(f"model.{given[0]}: resnet50 has none")
+        of_vits = {"position_resize": position_resize, "mask_token": mask_token or None}
+        _require_none({**sizes, **layers, "norm_eps": None, **of_vits, "local_norm": local_norm})
         return ResNet50(torchvision_resnet50(in_chans=in_chans))
     chosen = Layers(**layers).over(own_layers(name))
     source = timm_vit(name, img_size=img_size, in_chans=in_chans, layers=chosen, **sizes)
@@ -161,6 +154,13 @@ def build_backbone(
     )
     init_weights(model)
     return model
+
+
+def _require_none(only_vits: Mapping[str, object]) -> None:
+    """Refuse the arguments of a ViT that a ResNet is given."""
+    given = [key for key, value in only_vits.items() if value is not None and value is not False]
+    if given:
+        raise ConfigError(f"model.{given[0]}: resnet50 has none")
 
 
 def timm_vit(
@@ -216,6 +216,12 @@ def timm_vit(
             f"model.backbone: timm cannot build {name!r} as a ViT with a class token: {reason}"
         ) from error
     _require_ours(source, name=name, rope=layers.rope)
+    _adapt(source, layers, name=name, img_size=img_size)
+    return source
+
+
+def _adapt(source: Any, layers: Layers, *, name: str, img_size: int) -> None:
+    """Give timm's model what its arguments cannot; refuse sizes that do not fit together."""
     patch_size = source.patch_embed.proj.kernel_size[0]
     if img_size % patch_size:
         raise ConfigError(
@@ -232,7 +238,6 @@ def timm_vit(
             f"model.rope: needs heads of a multiple of 4 channels, and {name!r} has "
             f"{source.blocks[0].attn.head_dim} (model.embed_dim / model.num_heads)"
         )
-    return source
 
 
 def _layer_arguments(layers: Layers) -> dict[str, Any]:
