@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinoscale.losses.centering import teacher_probs, updated_center
 from dinoscale.losses.dino import dino_loss, dino_loss_of_prototypes
+from dinoscale.losses.gram import Negatives, gram_difference, gram_loss, resized
 from dinoscale.losses.ibot import PatchTargets, patch_loss_of_prototypes
 from dinoscale.losses.koleo import koleo_loss
 from dinoscale.losses.sinkhorn import Reduction, sinkhorn_center
@@ -270,6 +271,51 @@ def test_koleo_is_summed_over_views(golden23_tensors: Tensors) -> None:
     (gradient,) = torch.autograd.grad(loss, views)
     assert_close(loss.detach(), 2 * tensors["case0.loss"][0])
     assert_close(gradient[0], tensors["case0.grad"])
+
+
+def _negatives(case: dict[str, Any]) -> Negatives:
+    if case["remove_neg"]:
+        return "removed"
+    return "removed_from_target" if case["remove_only_teacher_neg"] else "kept"
+
+
+def test_gram_loss(golden23_tensors: Tensors, golden23_json: Numbers) -> None:
+    tensors, cases = golden23_tensors("gram_loss"), golden23_json("gram_loss")["cases"]
+    for number, case in enumerate(cases):
+        of = gram_loss if case["apply_norm"] else gram_difference
+        student = tensors[f"case{number}.student"].requires_grad_()
+        loss = of(
+            student,
+            tensors[f"case{number}.teacher"],
+            per_crop=case["img_level"],
+            negatives=_negatives(case),
+        )
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert_close(loss.detach(), tensors[f"case{number}.loss"][0])
+        assert_close(gradient, tensors[f"case{number}.student_grad"])
+
+
+def test_gram_loss_of_resized_targets(golden23_tensors: Tensors, golden23_json: Numbers) -> None:
+    tensors, cases = golden23_tensors("gram_loss_resized"), golden23_json("gram_loss_resized")
+    for number, case in enumerate(cases["cases"]):
+        if case["antialias"]:
+            continue  # an option that no released recipe takes
+        student = tensors[f"case{number}.student"].requires_grad_()
+        target, masks = (tensors[f"case{number}.{name}"] for name in ("teacher", "masks"))
+        chosen = {"all": None, "masked": masks, "unmasked": ~masks}[case["tokens_used"]]
+        loss = gram_loss(
+            student,
+            target,
+            per_crop=case["img_level"],
+            negatives=_negatives(case),
+            chosen=chosen,
+        )
+        (gradient,) = torch.autograd.grad(loss, student)
+        used = resized(target, num_patches=student.shape[1])
+        used = used if chosen is None else used[chosen]
+        assert_close(used, tensors[f"case{number}.teacher_used"])
+        assert_close(loss.detach(), tensors[f"case{number}.loss"][0])
+        assert_close(gradient, tensors[f"case{number}.student_grad"])
 
 
 def test_centers_of_ranks(golden23_tensors: Tensors, golden23_json: Numbers) -> None:
