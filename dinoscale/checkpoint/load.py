@@ -17,6 +17,7 @@ from dinoscale.checkpoint.index import ShardIndex, index_from_bytes, index_of_he
 from dinoscale.checkpoint.layout import (
     EMA,
     FORMAT,
+    GRAM,
     INDEX_FILE,
     MASTER,
     MEASURED_FILE,
@@ -218,9 +219,19 @@ class Checkpoint:
 
         self._require_elements()
 
+    @property
+    def gram_refreshes(self) -> int | None:
+        """Refreshes of the Gram network so far; None if it has no weights here."""
+        refreshes: int | None = self.state.get("gram_refreshes")  # older versions saved none
+        return refreshes
+
     def _require_elements(self) -> None:
-        for kind in (MASTER, EMA):
-            for name, shape in self.shapes.items():
+        of_backbone = {n: s for n, s in self.shapes.items() if n.startswith("backbone.")}
+        kinds = {MASTER: self.shapes, EMA: self.shapes}
+        if self.gram_refreshes is not None:
+            kinds[GRAM] = of_backbone
+        for kind, shapes in kinds.items():
+            for name, shape in shapes.items():
                 found = self._index.numel(f"{kind}/{name}")
                 self._require_all(kind, name, found, torch.Size(shape).numel())
 
@@ -240,6 +251,8 @@ def _check_state(state: dict[str, Any]) -> None:
         raise ValueError(f"{STATE_FILE} needs an integer step and mappings for config etc.")
     if state["progress"].get("step", state["step"]) != state["step"]:
         raise ValueError(f"{STATE_FILE} names two different steps")
+    if type(state.get("gram_refreshes", 0)) not in (int, type(None)):
+        raise ValueError(f"{STATE_FILE} needs a whole number of refreshes of the Gram network")
     if not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"{STATE_FILE} holds an invalid shape")
 

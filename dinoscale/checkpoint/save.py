@@ -23,6 +23,7 @@ from dinoscale.checkpoint.checksums import flushed_sum, seal
 from dinoscale.checkpoint.layout import (
     EMA,
     FORMAT,
+    GRAM,
     MASTER,
     SHARED_FILE,
     STATE_FILE,
@@ -106,7 +107,7 @@ class Saver:
         Args:
             step: optimizer steps done.
             student: weights and moments.
-            teacher: average and center.
+            teacher: average, center and Gram network.
             about: JSON-able facts to store: config, plan, versions, progress.
             since: `time.perf_counter()` when training paused for it; None for now.
 
@@ -195,11 +196,14 @@ class Saver:
             EMA: list(teacher.ema),
             **student.optimizer_state(),
         }
+        gram = teacher.gram
+        if gram is not None and gram.refreshes is not None:
+            kinds[GRAM] = gram.own
         for kind, views in kinds.items():
             for fragment, view in zip(student.layout.fragments, views, strict=True):
                 starts[fragment.name] = fragment.start
                 if view is not None:
-                    tensors[f"{kind}/{fragment.name}"] = _copied(view)
+                    tensors[f"{kind}/{fragment.name}"] = _copied(view).float()
         files, texts = {shard_file(self._rank): tensors}, {}
         if self._rank == 0:
             state = {
@@ -208,6 +212,7 @@ class Saver:
                 "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "shapes": student.shapes,
                 "optimizer_steps": student.optimizer_steps(),
+                "gram_refreshes": None if gram is None else gram.refreshes,
                 **about,
             }
             live = shared_tensors(student, teacher)

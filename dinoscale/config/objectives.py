@@ -1,7 +1,8 @@
 """Settings of the objectives beside the class tokens' own.
 
 Source: code of Oquab et al. 2023 (arXiv:2304.07193); Zhou et al. 2021 (arXiv:2111.07832) for masked
-patches, Sablayrolles et al. 2018 (arXiv:1806.03198) for KoLeo; [D] ours.
+patches, Sablayrolles et al. 2018 (arXiv:1806.03198) for KoLeo; code of Simeoni et al. 2025
+(arXiv:2508.10104) for Gram; [D] ours.
 """
 
 import math
@@ -9,7 +10,15 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dinoscale.config.fields import Count, Fraction, Pair, PositiveOrZero, Section
+from dinoscale.config.fields import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Pair,
+    PathText,
+    PositiveOrZero,
+    Section,
+)
 
 _LEAST_SIDE = 4  # patches; a mask is made of rectangles of 4 or more, smaller than the crop
 
@@ -126,3 +135,105 @@ class KoleoConfig(Section):
                 f"{self.num_neighbours + 1} for koleo.num_neighbours={self.num_neighbours}"
             )
         return self
+
+
+class GramConfig(Section):
+    """Gram anchoring: similarities of the student's patches follow those of an earlier teacher.
+
+    That one, the Gram network, is a frozen backbone. Steps count from the start of the run.
+    """
+
+    loss_weight: PositiveOrZero = Field(
+        default=0.0,
+        description="Weight of the Gram loss in steps that have a Gram network; 0: no such loss, "
+        "and no network. 1 or 2 in DINOv3.",
+    )
+    teacher: PathText | None = Field(
+        default=None,
+        description="Weights of the Gram network, of the kinds that train.init_from reads; null: "
+        "the Gram network of train.continue_from, else the EMA teacher at the first refresh, and "
+        "no loss before. Read once; then they are in the checkpoints.",
+    )
+    refresh_every_steps: Count | None = Field(
+        default=None,
+        description="The EMA teacher overwrites the Gram network after every so many steps; null: "
+        "never. 10000 in DINOv3.",
+    )
+    first_refresh_step: CountOrZero = Field(
+        default=0, description="Not before so many steps are done."
+    )
+    max_refreshes: Count | None = Field(
+        default=None, description="At most so often; null: to the end. 3 in DINOv3."
+    )
+    crop_size: Count | None = Field(
+        default=None,
+        description="Side in pixels of what the Gram network sees of each global crop, of the same "
+        "box and flip; its features are resized to the student's. null: as large. Twice as large "
+        "in DINOv3.",
+    )
+    crop_colors: bool = Field(
+        default=False,
+        description="Whether these crops have the colors, blur and solarization of the global "
+        "crop; not so in DINOv3's recipes.",
+    )
+    tokens: Literal["all", "masked", "unmasked"] = Field(
+        default="all", description="Which patches are compared: all as in DINOv3's recipes."
+    )
+    compare: Literal["within_crops", "across_crops"] = Field(
+        default="within_crops",
+        description="Whether patches are compared with those of their own crop, as in DINOv3's "
+        "recipes, or with those of all global crops of a micro-batch.",
+    )
+    negatives: Literal["kept", "removed", "removed_from_target"] = Field(
+        default="kept",
+        description="Whether negative similarities count as 0, those of the Gram network alone or "
+        "both. Kept in DINOv3's recipes.",
+    )
+
+    @property
+    def steps_without(self) -> int | None:
+        """Steps before there is a Gram network; None if there never is one."""
+        if self.teacher is not None:
+            return 0
+        every = self.refresh_every_steps
+        return None if every is None else max(-(-self.first_refresh_step // every), 1) * every
+
+    def mistakes(self, *, patch_size: int, masks: bool, continues: bool) -> list[str]:
+        """What does not go together.
+
+        Args:
+            patch_size: in pixels.
+            masks: whether patches are masked.
+            continues: whether the state of another run, perhaps a Gram network in it, is given.
+        """
+        mistakes = []
+        if self.steps_without is None and not continues:
+            mistakes.append(
+                "gram.teacher: there is nothing to compare with; give weights, or let the EMA "
+                "teacher be taken over with gram.refresh_every_steps"
+            )
+        if self.refresh_every_steps is None:
+            mistakes += [
+                f"gram.{key}: {getattr(self, key)} without gram.refresh_every_steps; set that, or "
+                f"leave {key} out"
+                for key in ("first_refresh_step", "max_refreshes")
+                if getattr(self, key)
+            ]
+        if self.crop_size is not None and self.crop_size % patch_size:
+            below = self.crop_size // patch_size * patch_size
+            nearest = " or ".join(str(size) for size in (below, below + patch_size) if size)
+            mistakes.append(
+                f"gram.crop_size: {self.crop_size} px is not a multiple of the patch size "
+                f"{patch_size} px; nearest: {nearest}"
+            )
+        if self.tokens != "all" and not masks:
+            mistakes.append(
+                f"gram.tokens: '{self.tokens}' needs masks, and ibot.loss_weight is 0; set it to "
+                "'all'"
+            )
+        if self.tokens != "all" and self.compare == "within_crops":
+            mistakes.append(
+                f"gram.tokens: '{self.tokens}' patches are compared across crops only, as some "
+                "crops have none; set gram.compare=across_crops, or gram.tokens=all"
+            )
+        return mistakes

@@ -109,8 +109,9 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
 
     Raises:
         ConfigError: the batch cannot be split over the ranks, there is less than one batch or less
-            than `data.subset_size`, a source of a mixture is drawn less than once an epoch, or
-            the ranks are not whole groups of `engine.zero_hpz_partition_size`.
+            than `data.subset_size`, a source of a mixture is drawn less than once an epoch, the
+            ranks are not whole groups of `engine.zero_hpz_partition_size`, or the run ends before
+            there is a Gram network.
     """
     group = config.engine.zero_hpz_partition_size
     if world_size % group:
@@ -125,6 +126,7 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
     batch_size = config.train.batch_size
     steps_per_epoch = sum(quotas) // batch_size
     total_steps = config.train.epochs * steps_per_epoch
+    _require_gram_network(config, steps_per_epoch)
     stop_after = config.train.stop_after_steps
     return RunPlan(
         world_size=world_size,
@@ -143,6 +145,32 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
         peak_lr=config.peak_lr,
         min_lr=config.final_lr,
     )
+
+
+def _require_gram_network(config: RunConfig, steps_per_epoch: int) -> None:
+    """Refuse a Gram loss in a run that ends before it has a Gram network, or a curve that asks so.
+
+    Without a curve the loss just begins with the network.
+    """
+    without, curve = config.gram.steps_without, config.schedules.gram_weight
+    # Another run's state may hold a Gram network.
+    if not config.gram.loss_weight or config.train.continue_from is not None or without is None:
+        return
+    remedy = (
+        f"and there is no Gram network before {without} steps are done (gram.first_refresh_step, "
+        "gram.refresh_every_steps); refresh earlier, or give gram.teacher"
+    )
+    total_steps = config.train.epochs * steps_per_epoch
+    if without >= total_steps:
+        raise ConfigError(f"gram.loss_weight: the run ends after {total_steps} steps, {remedy}")
+    if curve is None:
+        return
+    warmup = curve.warmup_epochs * steps_per_epoch
+    asked = warmup + (curve.peak == 0 and curve.cosine_epochs != 0)
+    if warmup and (curve.start or curve.peak):
+        asked = 0 if curve.start else 1
+    if asked < without:
+        raise ConfigError(f"schedules.gram_weight: is above 0 after {asked} steps, {remedy}")
 
 
 def require_groups_within_nodes(config: RunConfig, *, ranks_of_node: int) -> None:

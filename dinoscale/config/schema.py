@@ -31,7 +31,7 @@ from dinoscale.config.fields import (
     WeightedSource,
 )
 from dinoscale.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
-from dinoscale.config.objectives import IbotConfig, KoleoConfig
+from dinoscale.config.objectives import GramConfig, IbotConfig, KoleoConfig
 from dinoscale.config.training import (
     REPLACED,
     OptimConfig,
@@ -351,6 +351,7 @@ class RunConfig(Section):
     dino: DinoConfig = Field(default_factory=DinoConfig)
     ibot: IbotConfig = Field(default_factory=IbotConfig)
     koleo: KoleoConfig = Field(default_factory=KoleoConfig)
+    gram: GramConfig = Field(default_factory=GramConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedules: SchedulesConfig = Field(default_factory=SchedulesConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -491,7 +492,7 @@ class RunConfig(Section):
         if self.model.backbone == RESNET50:
             return [
                 f"{key}.loss_weight: {RESNET50} has no tokens, need 0.0"
-                for key in ("ibot", "koleo")
+                for key in ("ibot", "koleo", "gram")
                 if getattr(self, key).loss_weight
             ]
         if not (self.dino.loss_weight or self.ibot.loss_weight):
@@ -501,6 +502,12 @@ class RunConfig(Section):
         patch_size = self.model.effective_patch_size
         if self.ibot.loss_weight and patch_size is not None:
             mistakes += self.ibot.mistakes(size=self.crops.global_size, patch_size=patch_size)
+        if self.gram.loss_weight and patch_size is not None:
+            mistakes += self.gram.mistakes(
+                patch_size=patch_size,
+                masks=self.ibot.loss_weight > 0,
+                continues=self.train.continue_from is not None,
+            )
         return mistakes
 
     def _length_mistakes(self) -> list[str]:

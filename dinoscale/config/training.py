@@ -146,6 +146,9 @@ class SchedulesConfig(Section):
         description="Factor of the class tokens' loss between local and global crops, beside "
         "dino.loss_weight, which multiplies that between global crops too; null: 1.",
     )
+    gram_weight: CurveConfig | None = Field(
+        default=None, description="Factor of gram.loss_weight; null: 1."
+    )
     cosine_extra: PositiveOrZero = Field(
         default=0.0,
         description="The cosines of optim and dino are those of a longer run, by this fraction "

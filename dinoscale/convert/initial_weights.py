@@ -1,4 +1,4 @@
-"""`train.init_from`: weights of any source, adapted to a run's networks before its first step.
+"""`train.init_from`, `gram.teacher`: weights of any source, adapted to a run before its first step.
 
 Position embeddings are resized as the forward resizes them, bicubic and by the reference's rule, so
 that features at the new size are those of the source's backbone at that size. If the number of
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from dinoscale.config import RunConfig
 from dinoscale.convert.card import BackboneCard
-from dinoscale.convert.coverage import coverage_of
+from dinoscale.convert.coverage import Coverage, coverage_of
 from dinoscale.convert.formats.special_tokens import slot_added, slot_removed
 from dinoscale.convert.source import read_source
+from dinoscale.convert.weights import Weights
 from dinoscale.convert.weights_file import build
 from dinoscale.engine.build import InitialWeights, shapes_only
 from dinoscale.errors import CheckpointError, ConfigError
@@ -50,13 +51,10 @@ def read_initial_weights(
     path = config.train.init_from
     if path is None or distributed.rank() != 0:
         return None
-    weights = read_source(path, heartbeat=heartbeat)
-    try:
-        source, coverage = build(weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     network = shapes_only(config)
-    state = _fitted_backbone(source, network.backbone, config)
+    weights, state, coverage = _read_backbone(
+        path, network.backbone, config, heartbeat, key="train.init_from"
+    )
     heads = {}
     if config.train.init_head:
         heads["head"] = _fitted_head(weights.head, network.head, config, section="head")
@@ -68,51 +66,98 @@ def read_initial_weights(
             log.info("the patch tokens' own head of %s is left out: this run has none", path)
     elif weights.head or weights.patch_head:
         log.info("the projection head of %s is left out; train.init_head=true takes it", path)
-    _warn_if_norm_eps_differs(source, network.backbone)
-    _warn_if_position_rules_differ(source, network.backbone)
-    _warn_if_normalisation_differs(weights.card, config)
     log.info("starting from %s: %s of its backbone", path, coverage)
     return InitialWeights(state, **heads)
 
 
+def read_gram_weights(
+    config: RunConfig, heartbeat: Callable[[], None] = lambda: None
+) -> dict[str, Tensor] | None:
+    """Every tensor of the backbone of `gram.teacher`; None where it is null, or on other ranks.
+
+    Arguments and errors as of `read_initial_weights`.
+    """
+    path = config.gram.teacher
+    if path is None or distributed.rank() != 0:
+        return None
+    target = shapes_only(config).backbone
+    _, state, coverage = _read_backbone(path, target, config, heartbeat, key="gram.teacher")
+    log.info("the Gram network is that of %s: %s of its backbone", path, coverage)
+    return state
+
+
+def _read_backbone(
+    path: str,
+    target: VisionTransformer | ResNet50,
+    config: RunConfig,
+    heartbeat: Callable[[], None],
+    *,
+    key: str,
+) -> tuple[Weights, dict[str, Tensor], Coverage]:
+    """The weights at `path`, those that fit `target`, and how many these are.
+
+    Args:
+        path: any source.
+        target: the run's backbone, on the meta device.
+        config: of the run.
+        heartbeat: called regularly.
+        key: the setting that names the path.
+    """
+    weights = read_source(path, heartbeat=heartbeat)
+    try:
+        source, coverage = build(weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    state = _fitted_backbone(source, target, config, path=path, key=key)
+    _warn_if_norm_eps_differs(source, target, key)
+    _warn_if_position_rules_differ(source, target, key)
+    _warn_if_normalisation_differs(weights.card, config, key)
+    return weights, state, coverage
+
+
 def _fitted_backbone(
-    source: VisionTransformer | ResNet50, target: VisionTransformer | ResNet50, config: RunConfig
+    source: VisionTransformer | ResNet50,
+    target: VisionTransformer | ResNet50,
+    config: RunConfig,
+    *,
+    path: str,
+    key: str,
 ) -> dict[str, Tensor]:
     """Every tensor of `target`, which is on the meta device, taken from `source`."""
-    path, there, here = config.train.init_from, _sizes(source), _sizes(target)
+    there, here = _sizes(source), _sizes(target)
     state, wanted = source.state_dict(), target.state_dict()
     if isinstance(source, VisionTransformer):
         side = config.crops.global_size
         if there == here:
             if "pos_embed" in wanted:
                 state["pos_embed"] = source.positions(height=side, width=side)
-            state = _with_special_tokens_of(wanted, state)
+            state = _with_special_tokens_of(wanted, state, key)
     for name in state.keys() & set(_FIRST_LAYERS):
         state[name] = adapted_channels(state[name], config.data.channels)
     coverage = coverage_of(state, wanted)
     if there != here or not coverage.complete:
         raise ConfigError(
-            f"train.init_from: {path} holds a {there}, and the run's model.backbone "
+            f"{key}: {path} holds a {there}, and the run's model.backbone "
             f"{config.model.backbone!r} is a {here} ({coverage}); change model.*, or the file"
         )
     return state
 
 
 def _with_special_tokens_of(
-    wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], key: str
 ) -> dict[str, Tensor]:
     """Tensors of a ViT with the mask token and the slots for positions that another one has."""
     state = dict(state)
     if "mask_token" in state and "mask_token" not in wanted:
         del state["mask_token"]
-        log.info("the mask token of train.init_from is left out: this run masks no patches")
+        log.info("the mask token of %s is left out: this run masks no patches", key)
     if "mask_token" in wanted and "mask_token" not in state:
         state["mask_token"] = torch.zeros(wanted["mask_token"].shape)
-        log.info("train.init_from has no mask token: it starts at zero, as in a new network")
+        log.info("%s has no mask token: it starts at zero, as in a new network", key)
     of_local = {name for name in wanted if name.startswith("local_norm.")}
     if of_local - state.keys():
         state |= {name: state[name.removeprefix("local_")] for name in of_local}
-        log.info("train.init_from has no norm of local crops: it starts as that of global ones")
+        log.info("%s has no norm of local crops: it starts as that of global ones", key)
     for name in [name for name in state if name.startswith("local_norm.") and name not in wanted]:
         del state[name]
     if "pos_embed" not in wanted:
@@ -169,7 +214,7 @@ def _fitted_head(
     return state
 
 
-def _warn_if_norm_eps_differs(source: nn.Module, target: nn.Module) -> None:
+def _warn_if_norm_eps_differs(source: nn.Module, target: nn.Module, key: str) -> None:
     """Warn if the epsilons of layer norms differ, as in files of transformers."""
     there, here = (
         {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
@@ -177,13 +222,14 @@ def _warn_if_norm_eps_differs(source: nn.Module, target: nn.Module) -> None:
     )
     if there != here:
         log.warning(
-            "the layer norms of train.init_from have epsilon %s, those of this run %s: features "
+            "the layer norms of %s have epsilon %s, those of this run %s: features "
             "are almost the same",
+            key,
             *(", ".join(f"{eps:g}" for eps in sorted(found)) for found in (there, here)),
         )
 
 
-def _warn_if_position_rules_differ(source: nn.Module, target: nn.Module) -> None:
+def _warn_if_position_rules_differ(source: nn.Module, target: nn.Module, key: str) -> None:
     """Warn if other sizes of images get other positions than in the source."""
     if not isinstance(target, VisionTransformer) or not isinstance(source, VisionTransformer):
         return
@@ -197,20 +243,21 @@ def _warn_if_position_rules_differ(source: nn.Module, target: nn.Module) -> None
     there, here = source.position_resize, target.position_resize
     if there != here and target.rope is None:
         log.warning(
-            "train.init_from resizes positions %s, and this run %s: features of local crops differ"
+            "%s resizes positions %s, and this run %s: features of local crops differ"
             " by some percent; set model.position_resize=%s to keep them",
-            *(there, here, there),
+            *(key, there, here, there),
         )
 
 
-def _warn_if_normalisation_differs(card: BackboneCard, config: RunConfig) -> None:
+def _warn_if_normalisation_differs(card: BackboneCard, config: RunConfig, key: str) -> None:
     """Warn if the run normalises pixels differently from the source."""
     if len(card.mean) == len(config.data.mean) and (card.mean, card.std) != (
         config.data.mean,
         config.data.std,
     ):
         log.warning(
-            "the weights of train.init_from expect pixels of mean %s and std %s, and this run has "
+            "the weights of %s expect pixels of mean %s and std %s, and this run has "
             "data.mean %s and data.std %s",
+            key,
             *(list(x) for x in (card.mean, card.std, config.data.mean, config.data.std)),
         )

@@ -48,7 +48,9 @@ class Batch:
     Attributes:
         global_crops: uint8 (2, B, H, H, C).
         local_crops: uint8 (n, B, h, h, C).
-        params: what was drawn for each crop, records of `crop_params.PARAMS` (2 + n, B).
+        gram_crops: of the boxes of the global crops, uint8 (2, B, G, G, C), or none, (0, ...).
+        params: what was drawn for each global and local crop, records of `crop_params.PARAMS`
+            (2 + n, B).
         sample_ids: int64 (B,), the images as ordered by the sampler.
         bad: unreadable images, each replaced by another one.
         left_out: for a stream: shard -> what was left out, for the shards read to their end.
@@ -56,6 +58,7 @@ class Batch:
 
     global_crops: Tensor
     local_crops: Tensor
+    gram_crops: Tensor
     params: Params
     sample_ids: Tensor
     bad: list[BadSample]
@@ -66,6 +69,7 @@ class Batch:
         return Batch(
             self.global_crops.pin_memory(),
             self.local_crops.pin_memory(),
+            self.gram_crops.pin_memory(),
             self.params,
             self.sample_ids.pin_memory(),
             self.bad,
@@ -198,6 +202,7 @@ class _TrainCrops(Dataset[Batch | Failure]):
         return Batch(
             torch.from_numpy(crops.global_crops),
             torch.from_numpy(crops.local_crops),
+            torch.from_numpy(crops.gram_crops),
             crops.params,
             torch.from_numpy(draws.ids),
             bad,

@@ -11,13 +11,14 @@ from dinoscale.config import ModelConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.training import CurveConfig
+from dinoscale.engine.frozen.gram import GramNetwork, crop_size_of
 from dinoscale.engine.initialization import Write, build_on_meta
 from dinoscale.engine.micro_batch import LossWeights
 from dinoscale.engine.schedules import Curve, Schedules
 from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
 from dinoscale.models.heads import DinoHead
-from dinoscale.models.network import DinoNetwork
+from dinoscale.models.network import DinoNetwork, PatchNetwork
 from dinoscale.models.rope import Rope
 from dinoscale.models.sync_bn import convert_sync_batch_norm
 from dinoscale.models.vit import VisionTransformer
@@ -151,16 +152,27 @@ def build_pair(
     """
     student_network, writes = build_on_meta(lambda: _build_network(config))
     with torch.device("meta"):
-        teacher_network = _build_network(config)
+        teacher_network, gram_network = _build_network(config), _gram_network(config)
     _configure_student(student_network, config)
-    _compile_blocks(student_network, teacher_network, config, plan)
+    networks = [student_network, teacher_network, *([gram_network] if gram_network else ())]
+    _compile_blocks(networks, config, plan)
     if config.engine.zero_stage == 3:
-        gather_whole_blocks(student_network, teacher_network)
+        gather_whole_blocks(*networks)
     heartbeat()
     initial = initial_values(config, writes, init_from) if values else _zeros(writes)
     student = Student(student_network, config, plan, _beating(initial, heartbeat))
     heartbeat()
-    return student, Teacher(teacher_network, student, config, plan)
+    gram = None if gram_network is None else GramNetwork(gram_network, student, config, plan)
+    return student, Teacher(teacher_network, student, config, plan, gram)
+
+
+def _gram_network(config: RunConfig) -> PatchNetwork | None:
+    """A backbone of the run's architecture, if its loss has a Gram term."""
+    if not config.gram.loss_weight:
+        return None
+    backbone = _local_network(config).backbone
+    assert isinstance(backbone, VisionTransformer)  # others have no patches, and are refused
+    return PatchNetwork(backbone)
 
 
 def _beating(
@@ -207,9 +219,15 @@ def _zeros(writes: Sequence[Write]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _compile_blocks(
-    student: DinoNetwork, teacher: DinoNetwork, config: RunConfig, plan: RunPlan
+    networks: Sequence[DinoNetwork | PatchNetwork], config: RunConfig, plan: RunPlan
 ) -> None:
-    """Compile the blocks for the crops of a micro-batch; `auto` compiles on a GPU only."""
+    """Compile the blocks for the crops of a micro-batch; `auto` compiles on a GPU only.
+
+    Args:
+        networks: student, teacher and, if there is one, the Gram network.
+        config: of the run.
+        plan: of the run.
+    """
     wanted, crops, images = config.engine.compile, config.crops, plan.micro_batch_size
     if wanted is False or (wanted == "auto" and not torch.cuda.is_available()):
         return
@@ -217,7 +235,8 @@ def _compile_blocks(
     student_sizes = list(teacher_sizes)
     if crops.num_local:
         student_sizes.append((crops.num_local * images, crops.local_size))
-    for network, sizes in ((student, student_sizes), (teacher, teacher_sizes)):
+    gram_sizes = [(2 * images, crop_size_of(config))]
+    for network, sizes in zip(networks, (student_sizes, teacher_sizes, gram_sizes), strict=False):
         if isinstance(network.backbone, VisionTransformer):
             network.backbone.compiled_for = frozenset({network.backbone.layout_of(sizes)})
 
@@ -234,6 +253,10 @@ def loss_weights_of(config: RunConfig) -> LossWeights:
         koleo_over_ranks=config.koleo.scope != "rank",
         koleo_group=config.koleo.group_size,
         koleo_neighbours=config.koleo.num_neighbours,
+        gram=config.gram.loss_weight,
+        gram_per_crop=config.gram.compare == "within_crops",
+        gram_negatives=config.gram.negatives,
+        gram_tokens=config.gram.tokens,
     )
 
 

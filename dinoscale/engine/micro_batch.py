@@ -1,6 +1,6 @@
 """A micro-batch: its crops, its targets, and its loss, a weighted sum of leaves of `losses/`.
 
-    L = w_dino DINO + w_ibot iBOT + w_koleo sum over both views of KoLeo
+    L = w_dino DINO + w_ibot iBOT + w_koleo sum over both views of KoLeo + w_gram Gram
 
 DINO's terms of local crops have a scheduled weight besides.
 
@@ -11,12 +11,14 @@ Source: Caron et al. 2021 (arXiv:2104.14294); Oquab et al. 2023 (arXiv:2304.0719
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dinoscale.data.augmentation.masks import Masks
 from dinoscale.losses.dino import dino_loss_of_prototypes
+from dinoscale.losses.gram import Negatives, gram_loss
 from dinoscale.losses.ibot import PatchTargets, patch_loss_of_prototypes
 from dinoscale.losses.koleo import koleo_loss
 from dinoscale.runtime import distributed
@@ -33,6 +35,8 @@ class MicroBatch:
         masks: patches of the global crops that the student does not see, or None.
         coordinates: changes of the student's rotary coordinates (2, depth, 5), of global and of
             local crops, or None.
+        gram_crops: what the Gram network sees in place of the global crops, float32
+            (2, B, C, G, G), or None.
     """
 
     global_crops: Tensor
@@ -40,6 +44,7 @@ class MicroBatch:
     keep: Tensor | None
     masks: Masks | None = None
     coordinates: Tensor | None = None
+    gram_crops: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,13 @@ class Targets:
     Attributes:
         class_probs: of the global crops' class tokens (2, B, K) float32.
         patches: from which those of the masked patches are computed; None without masks.
+        gram: patch features of the Gram network on the student's grid (2 * B, P, D); None without
+            one.
     """
 
     class_probs: Tensor
     patches: PatchTargets | None = None
+    gram: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,10 @@ class LossWeights:
         koleo_over_ranks: look for neighbours among the images of all ranks.
         koleo_group: of these, only among so many in a row; None for all.
         koleo_neighbours: how many of them count.
+        gram: of the steps that have a Gram network.
+        gram_per_crop: whether patches are compared within crops, else across those of a pass.
+        gram_negatives: as in `gram_loss`.
+        gram_tokens: which patches are compared.
     """
 
     student_temp: float
@@ -76,17 +88,23 @@ class LossWeights:
     koleo_over_ranks: bool = False
     koleo_group: int | None = None
     koleo_neighbours: int = 1
+    gram: float = 0.0
+    gram_per_crop: bool = True
+    gram_negatives: Negatives = "kept"
+    gram_tokens: Literal["all", "masked", "unmasked"] = "all"
 
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of what `MicroBatchLoss.terms` holds beside the sum, in order."""
         names = []
-        if self.ibot or self.koleo or self.dino != 1 or self.local_is_scheduled:
+        if self.ibot or self.koleo or self.gram or self.dino != 1 or self.local_is_scheduled:
             names += ["dino_loss", "dino_global_loss"]
         if self.ibot:
             names += ["ibot_loss", "patch_entropy"]
         if self.koleo:
             names += ["koleo_loss", "koleo_distance"]
+        if self.gram:
+            names += ["gram_loss"]
         return tuple(names)
 
 
@@ -98,7 +116,7 @@ class MicroBatchLoss:
             `dino_global_loss`, the part of `dino_loss` between two global crops, so that the rest
             is that of local crops, before its weight, too; `patch_entropy`, the mean of the patch
             targets' entropies in nats; `koleo_distance`, the mean distance to the nearest class
-            tokens.
+            tokens; `gram_loss`, 0 until there is a Gram network.
         patch_target_sum: after the forward, sum of the patch targets (K,); None without masks.
     """
 
@@ -107,20 +125,25 @@ class MicroBatchLoss:
         targets: Targets,
         weights: LossWeights,
         *,
-        patch_weights: Tensor | None = None,
+        masks: Masks | None = None,
         local_weight: float = 1.0,
+        gram_weight: float = 1.0,
     ) -> None:
         """Take the targets of a micro-batch.
 
         Args:
             targets: of the micro-batch.
             weights: of the terms.
-            patch_weights: of each masked patch (M,): 1 / masked patches of its crop.
+            masks: of the micro-batch.
             local_weight: of DINO's terms of local crops, within DINO's own weight.
+            gram_weight: of Gram, within its own weight.
         """
-        self._targets, self._weights, self._patch_weights = targets, weights, patch_weights
-        self._local_weight = local_weight
+        self._targets, self._weights, self._masks = targets, weights, masks
+        self._local_weight, self._gram_weight = local_weight, gram_weight
+        self.wants_patches = targets.gram is not None
         self.terms: dict[str, Tensor] = {}
+        if weights.gram:
+            self.terms["gram_loss"] = targets.class_probs.new_zeros(())
         self.patch_target_sum: Tensor | None = None
 
     def of_prototypes(
@@ -159,6 +182,27 @@ class MicroBatchLoss:
         self.terms |= {"koleo_loss": loss.detach(), "koleo_distance": distance}
         return weights.koleo * loss
 
+    def of_patches(self, tokens: Tensor) -> Tensor:
+        """Gram of the global crops' patch tokens (2 * B, P, D), masked ones included, weighted."""
+        assert self._targets.gram is not None
+        loss = gram_loss(
+            tokens,
+            self._targets.gram,
+            per_crop=self._weights.gram_per_crop,
+            negatives=self._weights.gram_negatives,
+            chosen=self._gram_patches(),
+        )
+        self.terms["gram_loss"] = loss.detach()
+        return self._gram_weight * self._weights.gram * loss
+
+    def _gram_patches(self) -> Tensor | None:
+        """Which patches count, bool (2 * B, P); None for all."""
+        if self._weights.gram_tokens == "all":
+            return None
+        assert self._masks is not None
+        masked = self._masks.masks
+        return masked if self._weights.gram_tokens == "masked" else ~masked
+
     def _dino(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None, plain: bool) -> Tensor:
         loss, unweighted, of_global = dino_loss_of_prototypes(
             x,
@@ -175,14 +219,14 @@ class MicroBatchLoss:
 
     def _ibot(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None, plain: bool) -> Tensor:
         assert self._targets.patches is not None
-        assert self._patch_weights is not None
+        assert self._masks is not None
         loss, entropy, target_sum = patch_loss_of_prototypes(
             x,
             weight_v,
             weight_g,
             plain,
             targets=self._targets.patches,
-            weights=self._patch_weights,
+            weights=self._masks.weights,
             student_temp=self._weights.student_temp,
         )
         views, images = self._targets.class_probs.shape[:2]

@@ -127,7 +127,7 @@ class StepValues:
     """The scheduled numbers of one optimizer step.
 
     `local_weight` multiplies the class tokens' loss between local and global crops, `gram_weight`
-    the Gram loss.
+    the Gram loss, each beside its constant weight.
     """
 
     step: int
@@ -138,7 +138,7 @@ class StepValues:
     teacher_temp: float
     prototypes_frozen: bool
     local_weight: float = 1.0
-    gram_weight: float = 0.0
+    gram_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Schedules:
     """All schedules of a run; `at(step)` reads them.
 
     A curve replaces the formula of DINO and DINOv2, whose numbers are then not read; the weights
-    have no other, and are 1 and 0 without. `cosine_extra` is the `extra` of the formulas' cosines.
+    have no other, and are 1 without. `cosine_extra` is the `extra` of the formulas' cosines.
 
     `peak_lr` is the rate at the end of the warm-up (already scaled by the batch), `min_lr` the one
     that the cosine tends to (never scaled); `teacher_temp_per_step` moves the temperature with
@@ -195,7 +195,7 @@ class Schedules:
             teacher_temp=self._teacher_temp(step, epoch),
             prototypes_frozen=epoch < self.freeze_last_layer_epochs,
             local_weight=1.0 if self.local_weight is None else self.local_weight.at(step),
-            gram_weight=0.0 if self.gram_weight is None else self.gram_weight.at(step),
+            gram_weight=1.0 if self.gram_weight is None else self.gram_weight.at(step),
         )
 
     def _lr(self, step: int) -> float:

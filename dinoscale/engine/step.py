@@ -214,7 +214,8 @@ def train_step(
     sums = torch.cat((parts.sum(0), status))
     distributed.all_reduce_sum(sums)  # (5 + T + ranks,)
     skipped = student.step(non_finite=~sums.isfinite().all())  # the weights move here
-    teacher.update(student, momentum=now.momentum, skipped=skipped)  # averages the new weights
+    # averages the new weights
+    teacher.update(student, step=now.step, momentum=now.momentum, skipped=skipped)
     outcome = [skipped.float()]
     for mean_target in (teacher.mean_target, teacher.mean_patch_target):
         if mean_target is not None:
@@ -239,18 +240,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Loss of a micro-batch; and (2 + T,): loss, entropy of the class targets, terms."""
     targets = teacher.targets(batch, temp=now.teacher_temp)
-    masks = batch.masks
     objective = MicroBatchLoss(
         targets,
         weights,
-        patch_weights=None if masks is None else masks.weights,
+        masks=batch.masks,
         local_weight=now.local_weight,
+        gram_weight=now.gram_weight,
     )
     crops = [batch.global_crops.flatten(0, 1)]
     if batch.local_crops.shape[0]:
         crops.append(batch.local_crops.flatten(0, 1))
     # all crops in one engine call
-    loss = student(crops, batch.keep, objective, masks, batch.coordinates)
+    loss = student(crops, batch.keep, objective, batch.masks, batch.coordinates)
     teacher.count_patch_targets(objective.patch_target_sum)
     terms = [objective.terms[name] for name in weights.terms]
     return loss, torch.stack((loss.detach(), entropy(targets.class_probs), *terms))

@@ -2,19 +2,15 @@
 
     theta_T <- m theta_T + (1 - m) theta_S          (Caron et al. 2021, algorithm 1)
 
-Each rank averages its own shard, without communication. What the forward needs is derived:
-stages 0-2 keep a copy of all weights in the compute dtype, refreshed by one all-gather per group
-that overlaps with the preparation of the next batch;
-stage 3 keeps it partitioned as the student is and gathers layer by layer. Bytes per rank, with P
-parameters of s bytes in the compute dtype on W ranks: 4 P / W + s P at stages 0-2,
-(4 + s) P / W plus the layers in flight at stage 3 (each parameter or group padded to W parts), and
-s P / zero_hpz_partition_size from the first forward of a step to its end, where hpZ keeps a second
-copy per node.
+Each rank averages its own shard, without communication. What the forward needs is derived, see
+`frozen/weights.py`. Bytes per rank, with P parameters of s bytes in the compute dtype on W ranks:
+4 P / W + s P at stages 0-2, (4 + s) P / W plus the layers in flight at stage 3 (each parameter or
+group padded to W parts), and s P / zero_hpz_partition_size from the first forward of a step to its
+end, where hpZ keeps a second copy per node.
 
 An EMA in bf16 would not move: (1 - m)(s - t) is below half a bf16 ulp of t for m near 1.
 """
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,18 +21,18 @@ from torch import Tensor
 
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
-from dinoscale.data.transfer import StagingBuffers
 from dinoscale.engine.ds_config import teacher_config
+from dinoscale.engine.frozen.gram import GramNetwork
+from dinoscale.engine.frozen.weights import Partitioned, Replicated
 from dinoscale.engine.gradients import compute_device
 from dinoscale.engine.micro_batch import MicroBatch, Targets
-from dinoscale.engine.shards import Layout, empty_shards
-from dinoscale.engine.student import Student, import_deepspeed, materialize
+from dinoscale.engine.shards import empty_shards
+from dinoscale.engine.student import Student
 from dinoscale.losses.centering import ROWS, teacher_probs, updated_center
 from dinoscale.losses.ibot import PatchTargets
 from dinoscale.losses.sinkhorn import sinkhorn_center
 from dinoscale.models.heads import prototype_logits
-from dinoscale.models.network import DinoNetwork, Objective
-from dinoscale.models.sync_bn import cast_weights
+from dinoscale.models.network import DinoNetwork
 from dinoscale.runtime import distributed
 from dinoscale.runtime.float32 import tensor_cores
 
@@ -53,6 +49,7 @@ class _Projected(NamedTuple):
 class _Seen:
     """What the teacher's network computes of a micro-batch, see `models.network.Objective`."""
 
+    wants_patches = False
     classes: _Projected
     patches: _Projected | None = None
 
@@ -67,6 +64,10 @@ class _Seen:
 
     def of_class_tokens(self, tokens: Tensor) -> None:
         """Nothing: the targets are those of the heads."""
+
+    def of_patches(self, tokens: Tensor) -> Tensor:
+        """Nothing: not wanted."""
+        raise NotImplementedError
 
     def of_prototypes(
         self,
@@ -120,12 +121,18 @@ class Teacher:
         deepspeed_config: DeepSpeed's configuration at stage 3; None at stages 0-2, which use none.
         center: c of the class tokens, (K,) float32, equal on all ranks.
         patch_center: c of the masked patches, likewise; None without a patch loss.
+        gram: the network whose patches anchor the student's; None without a Gram loss.
         mean_target: (K,) float32, mean of all class targets of the last step, equal on all ranks.
         mean_patch_target: the same of the patch targets; None without a patch loss.
     """
 
     def __init__(
-        self, network: DinoNetwork, student: Student, config: RunConfig, plan: RunPlan
+        self,
+        network: DinoNetwork,
+        student: Student,
+        config: RunConfig,
+        plan: RunPlan,
+        gram: GramNetwork | None = None,
     ) -> None:
         """Start as a copy of the student.
 
@@ -134,7 +141,9 @@ class Teacher:
             student: gives the layout and the initial weights.
             config: of the run.
             plan: of the run.
+            gram: an earlier teacher, which the average refreshes.
         """
+        self.gram = gram
         # A rank without a fragment has shards all the same, on the student's device.
         students = (*student.flats, *student.master)
         device = students[0].device if students else compute_device()
@@ -156,14 +165,14 @@ class Teacher:
         self._reset_sums()
         network.requires_grad_(False)
         self.deepspeed_config: dict[str, Any] | None = None
-        self._weights: _Partitioned | _Replicated
+        self._weights: Partitioned[DinoNetwork] | Replicated[DinoNetwork]
         if config.engine.zero_stage == 3:
             self.deepspeed_config = teacher_config(config, plan)
-            self._weights = _Partitioned(
+            self._weights = Partitioned(
                 network, self.layout, student.compute_dtype, self.deepspeed_config
             )
         else:
-            self._weights = _Replicated(network, self.layout, student.compute_dtype)
+            self._weights = Replicated(network, self.layout, student.compute_dtype)
         self._compute_dtype = student.compute_dtype
         for name, buffer in self.buffers().items():
             buffer.copy_(student.buffers()[name])
@@ -221,7 +230,8 @@ class Teacher:
             patches = PatchTargets(
                 units, weight_v, weight_g, center=self.patch_center, temp=temp, plain=plain
             )
-        return Targets(probs.view(views, images, -1), patches)
+        gram = None if self.gram is None else self.gram.features(batch)
+        return Targets(probs.view(views, images, -1), patches, gram)
 
     def count_patch_targets(self, target_sum: Tensor | None) -> None:
         """Add the sum (K,) of a micro-batch's patch targets, which only the loss computes."""
@@ -230,14 +240,14 @@ class Teacher:
 
     def _look(self, batch: MicroBatch, earlier: _Seen | None = None) -> _Seen:
         images = batch.global_crops.flatten(0, 1).to(self._compute_dtype)
-        seen = _Seen(copies=isinstance(self._weights, _Partitioned), earlier=earlier)
+        seen = _Seen(copies=isinstance(self._weights, Partitioned), earlier=earlier)
         rows = None if batch.masks is None else batch.masks.rows
         with tensor_cores(self._compute_dtype, images.device):
-            self._weights.forward([images], seen, rows)
+            self._weights.forward([images], None, seen, None, rows)
         return seen
 
     @torch.no_grad()
-    def update(self, student: Student, *, momentum: float, skipped: Tensor) -> None:
+    def update(self, student: Student, *, step: int, momentum: float, skipped: Tensor) -> None:
         """Average the student, move the centers, refresh the weights of the forward.
 
         Once per optimizer step, after the student's. The center averages the logits of all
@@ -246,6 +256,7 @@ class Teacher:
 
         Args:
             student: after its step.
+            step: zero-based optimizer step.
             momentum: weight of the old average, 0 to 1.
             skipped: whether the step was skipped, () bool. The teacher then stays as it was before
                 the step's targets; the device decides, and the host launches the same work.
@@ -259,6 +270,8 @@ class Teacher:
         self._reset_sums()
         for value, before in zip(self.buffers().values(), self._buffers_before, strict=True):
             value.copy_(torch.where(skipped, before, value))
+        if self.gram is not None:
+            self.gram.update(step, self.ema, skipped)
         self._weights.publish(self._shards)  # last: no other collective queues behind it
 
     def _move_centers(self, skipped: Tensor) -> None:
@@ -337,8 +350,10 @@ class Teacher:
         self._weights.wait()
 
     def num_bytes(self) -> int:
-        """Bytes this rank holds for the teacher: float32 shard and weights for the forward."""
-        return sum(4 * size for size in self.layout.shard_sizes) + self._weights.num_bytes()
+        """Bytes this rank holds: float32 shard, weights for the forward, and the Gram network."""
+        gram = 0 if self.gram is None else self.gram.num_bytes()
+        shards = sum(4 * size for size in self.layout.shard_sizes)
+        return shards + self._weights.num_bytes() + gram
 
 
 def _sinkhorn_center(seen: Iterable[_Projected], temp: float) -> Tensor:
@@ -351,127 +366,3 @@ def _sinkhorn_center(seen: Iterable[_Projected], temp: float) -> Tensor:
         sum_over_ranks=distributed.all_reduce_sum,
         max_over_ranks=distributed.all_reduce_max,
     )
-
-
-class _Replicated:
-    """Stages 0-2: every rank holds all weights, views into one flat tensor per group."""
-
-    def __init__(self, network: DinoNetwork, layout: Layout, dtype: torch.dtype) -> None:
-        self.network, self._layout = network, layout
-        world_size, device = distributed.world_size(), compute_device()
-        self._flats = [
-            torch.zeros(size * world_size, dtype=dtype, device=device)
-            for size in layout.shard_sizes
-        ]
-        self._pending: list[Callable[[], None]] = []
-        self._staged = StagingBuffers()
-        views = {
-            place.name: self._flats[place.group]
-            .narrow(0, place.offset, place.numel)
-            .view(place.shape)
-            for place in layout.placements
-        }
-        views |= {
-            name: torch.empty_like(buffer, device=device)
-            for name, buffer in network.named_buffers()
-        }
-        network.load_state_dict(views, assign=True)
-        self.buffers = dict(network.named_buffers())
-
-    def forward(
-        self, crops: Sequence[Tensor], objective: Objective, patch_rows: Tensor | None
-    ) -> None:
-        self.wait()
-        self.network(crops, None, objective, None, patch_rows)
-
-    def publish(self, average: Sequence[Tensor]) -> None:
-        """Start to refresh the weights from the shards; other work overlaps until their use."""
-        self.wait()
-        rank = distributed.rank()
-        own = [
-            flat.narrow(0, rank * size, size)
-            for flat, size in zip(self._flats, self._layout.shard_sizes, strict=True)
-        ]
-        self._staged.copy(own, average)
-        gathers = zip(self._flats, own, strict=True)
-        self._pending = [distributed.begin_all_gather_flat(*gather) for gather in gathers]
-
-    def wait(self) -> None:
-        for finish in self._pending:
-            finish()
-        self._pending = []
-
-    def plain_network(self) -> DinoNetwork:
-        self.wait()
-        return self.network
-
-    def num_bytes(self) -> int:
-        return sum(flat.numel() * flat.element_size() for flat in self._flats)
-
-
-class _Partitioned:
-    """Stage 3: an engine without optimizer whose partitions are the student's, slice by slice."""
-
-    def __init__(
-        self,
-        network: DinoNetwork,
-        layout: Layout,
-        dtype: torch.dtype,
-        deepspeed_config: dict[str, Any],
-    ) -> None:
-        self._skeleton = copy.deepcopy(network).to("meta")
-        cast_weights(self._skeleton, dtype)
-        materialize(network, dtype, zero3_config=deepspeed_config)
-        self._engine, *_ = import_deepspeed().initialize(
-            model=network, config=deepspeed_config, dist_init_required=False
-        )
-        self.network: DinoNetwork = self._engine.module
-        self._layout, self._staged = layout, StagingBuffers()
-        self.buffers = dict(self.network.named_buffers())
-        self._parameters: dict[str, Any] = dict(self.network.named_parameters())
-        for fragment in layout.fragments:
-            own = self._parameters[fragment.name].ds_tensor.numel()
-            assert own >= fragment.numel, f"{fragment.name}: not partitioned like the student's"
-
-    def forward(
-        self, crops: Sequence[Tensor], objective: Objective, patch_rows: Tensor | None
-    ) -> None:
-        distributed.guarded(lambda: self._engine(crops, None, objective, None, patch_rows))
-
-    def publish(self, average: Sequence[Tensor]) -> None:
-        """Write the shards into the partitions."""
-        fragments = self._layout.fragments
-        partitions = [
-            self._parameters[fragment.name].ds_tensor.data.narrow(0, 0, fragment.numel)
-            for fragment in fragments
-        ]
-        if partitions:
-            here = average
-            if average[0].device != partitions[0].device:  # offloaded: copy this rank's shards over
-                here = [
-                    torch.empty_like(a, device=compute_device(), dtype=partitions[0].dtype)
-                    for a in average
-                ]
-                self._staged.copy(here, average)
-            torch._foreach_copy_(partitions, [fragment.of(here) for fragment in fragments])
-        # With hpZ a node has a second copy, which DeepSpeed drops in the student's step only.
-        for parameter in self._parameters.values():
-            parameter.ds_secondary_tensor = None
-
-    def plain_network(self) -> DinoNetwork:
-        """A copy of all weights on every rank, freed when the caller drops it."""
-        plain = copy.deepcopy(self._skeleton).to_empty(device=compute_device())
-        zero = import_deepspeed().zero
-        for name, buffer in plain.named_buffers():
-            buffer.copy_(self.buffers[name])
-        for name, parameter in plain.named_parameters():
-            with zero.GatheredParameters([self._parameters[name]]):
-                parameter.data.copy_(self._parameters[name].data)
-        return plain
-
-    def wait(self) -> None:
-        pass  # weights are gathered only when a layer runs
-
-    def num_bytes(self) -> int:
-        parts = [parameter.ds_tensor for parameter in self._parameters.values()]
-        return sum(part.numel() * part.element_size() for part in parts)

@@ -1,6 +1,6 @@
 """Gram anchoring: patches of a crop stay as similar to each other as an earlier network found them.
 
-Shape letters: N crops, P patches of each, Q patches of the target's crops, D width.
+Shape letters: N crops, P patches of each, D width.
 Source: Simeoni et al. 2025 (arXiv:2508.10104), section 4; divided by the number of entries as in
 the authors' code, so that the value does not depend on the number of patches.
 
@@ -40,9 +40,8 @@ def gram_loss(
     Computed in float32, or float64 if an argument is, also under autocast.
 
     Args:
-        student: patch features after the final norm (N, P, D), any float dtype; P is a square.
-        target: features of the same crops (N, Q, D), without gradient; Q is a square. If it is not
-            P, they are resized bicubically to the student's grid before they are normalised.
+        student: patch features after the final norm (N, P, D), any float dtype.
+        target: features of the same patches (N, P, D), likewise, without gradient; see `resized`.
         per_crop: compare patches of one crop; otherwise those of all crops with each other.
         negatives: whether similarities below 0 count as 0, on both sides or in the target alone.
         chosen: bool (N, P), patches that count, across crops only; None for all.
@@ -55,30 +54,13 @@ def gram_loss(
     """
     dtype = at_least_float32(student, target)
     with torch.autocast(student.device.type, enabled=False):
-        y = resized(target.to(dtype), num_patches=student.shape[1])
         return gram_difference(
             F.normalize(student.to(dtype), dim=-1),
-            F.normalize(y, dim=-1),
+            F.normalize(target.to(dtype), dim=-1),
             per_crop=per_crop,
             negatives=negatives,
             chosen=chosen,
         )
-
-
-def resized(features: Tensor, *, num_patches: int) -> Tensor:
-    """Features (N, Q, D) of square grids, resized bicubically to (N, num_patches, D).
-
-    Raises:
-        ValueError: a number of patches is not a square.
-    """
-    found, wanted = (math.isqrt(count) for count in (features.shape[1], num_patches))
-    if (found**2, wanted**2) != (features.shape[1], num_patches):
-        raise ValueError(f"need square grids, got {features.shape[1]} and {num_patches} patches")
-    if found == wanted:
-        return features
-    maps = features.mT.unflatten(2, (found, found))
-    maps = F.interpolate(maps, size=(wanted, wanted), mode="bicubic", align_corners=False)
-    return maps.flatten(2).mT
 
 
 def gram_difference(
@@ -104,6 +86,31 @@ def gram_difference(
     return loss / entries
 
 
+def resized(features: Tensor, *, num_patches: int) -> Tensor:
+    """Features of a square grid of patches, resized bicubically to another one, without antialias.
+
+    The authors resize the target's features before they are normalised.
+
+    Args:
+        features: (N, Q, D), any float dtype.
+        num_patches: P.
+
+    Returns:
+        (N, P, D) in at least float32; `features` if Q is P.
+
+    Raises:
+        ValueError: Q or P is not a square.
+    """
+    found, wanted = (math.isqrt(count) for count in (features.shape[1], num_patches))
+    if (found**2, wanted**2) != (features.shape[1], num_patches):
+        raise ValueError(f"need square grids, got {features.shape[1]} and {num_patches} patches")
+    if found == wanted:
+        return features
+    maps = features.to(at_least_float32(features)).mT.unflatten(2, (found, found))
+    maps = F.interpolate(maps, size=(wanted, wanted), mode="bicubic", align_corners=False)
+    return maps.flatten(2).mT
+
+
 class _SquaredDifferences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, negatives: Negatives) -> Tensor:
@@ -117,7 +124,8 @@ class _SquaredDifferences(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         gradient, ctx.gradient = ctx.gradient, None  # as large as the features: handed over
         if gradient is None:  # a second backward
-            _, gradient = _squared_differences(*ctx.saved_tensors, ctx.negatives, needed=True)
+            x, y = ctx.saved_tensors
+            _, gradient = _squared_differences(x, y, ctx.negatives, needed=True)
         return gradient.mul_(upstream), None, None
 
 

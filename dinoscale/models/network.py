@@ -18,10 +18,19 @@ class Objective(Protocol):
     """What is computed inside the network's forward, where ZeRO has gathered its weights.
 
     The parts are scalars, and their sum is the network's result.
+
+    Attributes:
+        wants_patches: whether `of_patches` is called.
     """
+
+    wants_patches: bool
 
     def of_class_tokens(self, tokens: Tensor) -> Tensor | None:
         """The part of class tokens (N, D) after the final norm, before the head; None for none."""
+        ...
+
+    def of_patches(self, tokens: Tensor) -> Tensor:
+        """The part of all patch tokens of the first crops (N_0, P, D) after the final norm."""
         ...
 
     def of_prototypes(
@@ -90,16 +99,21 @@ class DinoNetwork(nn.Module):
             logits: Tensor = self.head(self.backbone(crops, keep))
             return logits
         options = {} if coordinates is None else {"coordinates": coordinates}
-        if patch_rows is None:
-            tokens, patches = self.backbone(crops, keep, **options), None
+        patches = of_patches = None
+        if objective.wants_patches:
+            tokens, every = self.backbone(crops, keep, masks=masks, all_patches=True, **options)
+            of_patches = objective.of_patches(every)
+            if patch_rows is not None:
+                patches = every.flatten(0, 1).index_select(0, patch_rows)
+        elif patch_rows is None:
+            tokens = self.backbone(crops, keep, **options)
         else:
             tokens, patches = self.backbone(
                 crops, keep, masks=masks, patch_rows=patch_rows, **options
             )
         total, *parts = self._of_heads(tokens, patches, objective)
-        of_tokens = objective.of_class_tokens(tokens)
-        for part in parts if of_tokens is None else (*parts, of_tokens):
-            total = total + part
+        for part in (*parts, objective.of_class_tokens(tokens), of_patches):
+            total = total if part is None else total + part
         return total
 
     def _of_heads(
@@ -127,3 +141,19 @@ class DinoNetwork(nn.Module):
 
         rows = tokens if patches is None else torch.cat((tokens, patches))
         return [self.head.last_layer(self.head.unit_vectors(rows), of_both)]
+
+
+class PatchNetwork(nn.Module):
+    """A backbone alone, for its patch tokens; parameters are named backbone.*, as in a run."""
+
+    backbone: VisionTransformer
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        """Take the backbone."""
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Patch tokens (N, P, D) of images (N, C, H, W), through the final norm."""
+        _, patches = self.backbone([images], all_patches=True)
+        return patches  # type: ignore[no-any-return]  # nn.Module is untyped

@@ -209,8 +209,9 @@ class VisionTransformer(nn.Module):
         masks: Tensor | None = None,
         patch_rows: Tensor | None = None,
         coordinates: Tensor | None = None,
+        all_patches: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the normalised class token of every image, and patch tokens if rows are chosen.
+        """Return the normalised class token of every image, and patch tokens if they are wanted.
 
         The first tensor holds the global crops, others local ones, whose class tokens have a final
         norm of their own in a model with `local_norm`.
@@ -226,10 +227,11 @@ class VisionTransformer(nn.Module):
             patch_rows: int64 (M,), indices into the N*P patches of the first resolution.
             coordinates: changes of the coordinates of `rope` (resolutions, depth, 5), see
                 `rope.coordinate_changes`; there may be more resolutions. None for none.
+            all_patches: return those of all images of the first tensor, whatever `patch_rows` is.
 
         Returns:
             Class tokens (sum N_i, D), rows in the order of `crops`; with `patch_rows`, these and
-            the chosen patch tokens (M, D).
+            the chosen patch tokens (M, D), with `all_patches` (N_0, P, D).
 
         Raises:
             ValueError: there are no crops, `keep` or `masks` has another shape, or there are masks
@@ -246,15 +248,19 @@ class VisionTransformer(nn.Module):
             local = self.local_norm(images[len(crops[0]) :])
             rows = [images[: len(crops[0])]]
         patches = None
-        if patch_rows is not None:
+        if all_patches:
+            patches = torch.unflatten(groups[0], 0, layout[0])[: len(crops[0]), self._num_prefix :]
+        elif patch_rows is not None:
             patches = groups[0].index_select(0, self._tokens_of_patches(patch_rows, layout))
-            rows.append(patches)
+        if patches is not None:
+            rows.append(patches.reshape(-1, self.embed_dim))
         normalised: Tensor = self.norm(torch.cat(rows))
         if patches is not None:
-            normalised, patches = normalised.split([len(normalised) - len(patches), len(patches)])
+            of_patches = normalised[len(normalised) - len(rows[-1]) :].view(patches.shape)
+            normalised = normalised[: len(normalised) - len(rows[-1])]
         if local is not None:
             normalised = torch.cat((normalised, local))
-        return normalised if patches is None else (normalised, patches)
+        return normalised if patches is None else (normalised, of_patches)
 
     def _tokens_of_patches(self, patch_rows: Tensor, layout: Layout) -> Tensor:
         """Rows among the packed tokens of patches of the first resolution."""

@@ -136,6 +136,7 @@ def _row(
     batch = Batch(
         torch.from_numpy(crops.global_crops),
         torch.from_numpy(crops.local_crops),
+        torch.from_numpy(crops.gram_crops),
         crops.params,
         torch.tensor([sample]),
         [],

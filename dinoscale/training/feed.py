@@ -9,7 +9,7 @@ from torch import Tensor
 from dinoscale.config import DataConfig, ModelConfig, RunConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.data.augmentation.color_jitter import finish_crops
-from dinoscale.data.augmentation.crop_params import Params
+from dinoscale.data.augmentation.crop_params import Params, gram_params
 from dinoscale.data.augmentation.masks import Masks, draw_masks
 from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
 from dinoscale.data.augmentation.normalize import normalize_images
@@ -19,6 +19,7 @@ from dinoscale.data.sources.mixture import open_sources
 from dinoscale.data.sources.source import Source, StoredSource
 from dinoscale.data.transfer import to_device
 from dinoscale.engine.draws import drop_path_uniforms, rope_uniforms
+from dinoscale.engine.frozen.gram import crop_size_of
 from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.errors import ConfigError
 from dinoscale.models.rope import coordinate_changes
@@ -51,6 +52,8 @@ def multi_crop_of(config: RunConfig) -> MultiCrop:
     return MultiCrop(
         **config.crops.model_dump(),
         **config.augment.model_dump(),
+        gram_size=crop_size_of(config) if config.gram.loss_weight else None,
+        gram_colors=config.gram.crop_colors,
         channels=config.data.channels,
         plain=config.data.color_ops_on == "workers",
     )
@@ -74,6 +77,23 @@ def finish_batch(
         _finished(batch.global_crops, batch.params[:NUM_GLOBAL], data, device, compiled=compiled),
         _finished(batch.local_crops, batch.params[NUM_GLOBAL:], data, device, compiled=compiled),
     )
+
+
+def finish_gram_crops(
+    batch: Batch, config: RunConfig, device: torch.device, *, compiled: bool = True
+) -> Tensor | None:
+    """The same of the Gram crops, float32 (2, B, C, G, G), whose colours change only if wanted.
+
+    None if there are none.
+    """
+    if not len(batch.gram_crops):
+        return None
+    params = gram_params(
+        batch.params[:NUM_GLOBAL],
+        magnified=crop_size_of(config) / config.crops.global_size,
+        colors=config.gram.crop_colors,
+    )
+    return _finished(batch.gram_crops, params, config.data, device, compiled=compiled)
 
 
 def _finished(
@@ -150,7 +170,8 @@ class Feed:
         coordinates = coordinates_of(config, step=step, depth=self._depth)
         if coordinates is not None:
             coordinates = to_device(coordinates, device)
-        return MicroBatch(*crops, keep, masks, coordinates)
+        gram_crops = finish_gram_crops(batch, config, device, compiled=compiled)
+        return MicroBatch(*crops, keep, masks, coordinates, gram_crops)
 
     def _keep(self, step: int, first_image: int) -> Tensor | None:
         model = self._config.model

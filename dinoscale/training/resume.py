@@ -16,6 +16,7 @@ from torch import Tensor
 from dinoscale.checkpoint.checksums import difference, first_difference, matches, read_sums
 from dinoscale.checkpoint.layout import (
     EMA,
+    GRAM,
     MASTER,
     checkpoints,
     directory,
@@ -428,7 +429,7 @@ def restore(
     *,
     image_size: int | None = None,
 ) -> None:
-    """Restore student, optimizer, teacher and center, at any world size and stage.
+    """Restore student, optimizer, teacher, Gram network and center, at any world size and stage.
 
     Args:
         checkpoint: of this run, or of another one with the same network.
@@ -463,6 +464,8 @@ def restore(
     steps = checkpoint.state["optimizer_steps"]
     distributed.together(lambda: student.restore_optimizer(read, steps))
     teacher.restore(partial(read, EMA))
+    if teacher.gram is not None:
+        teacher.gram.restore(partial(read, GRAM), checkpoint.gram_refreshes)
     for name, value in live.items():
         value.copy_(checkpoint.shared[name])
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
@@ -32,11 +33,12 @@ from dinoscale.config.resolve import (
     with_micro_batch,
     without_auto,
 )
-from dinoscale.convert.initial_weights import read_initial_weights
+from dinoscale.convert.initial_weights import read_gram_weights, read_initial_weights
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.mixture import source_sizes
 from dinoscale.data.sources.source import Source, StoredSource, open_source
 from dinoscale.engine.build import InitialWeights, build_pair
+from dinoscale.engine.frozen.gram import GramNetwork
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError, DataError
@@ -226,6 +228,9 @@ def _build(
             end = other.state["plan"].get("stop_step", 0)
             if other.step < end:
                 log.warning("that run has not ended: step %d of %d", other.step, end)
+    gram_from, begins_gram = None, checkpoint is None or checkpoint.gram_refreshes is None
+    if config.gram.loss_weight and begins_gram:
+        gram_from = on_first_rank(partial(read_gram_weights, config), watchdog.heartbeat)
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)
@@ -237,7 +242,9 @@ def _build(
     student, teacher = _networks(
         config, plan, init_from, checkpoint, other, heartbeat=watchdog.heartbeat
     )
-    del init_from  # 4 bytes per weight, on rank 0
+    if teacher.gram is not None and begins_gram:
+        _begin_gram(teacher.gram, config, gram_from)
+    del init_from, gram_from  # 4 bytes per weight, on rank 0
     online_knn = _online_knn(config, hosts, stop, watchdog) if config.eval.train else None
     if is_first:
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
@@ -276,6 +283,25 @@ def _networks(
     elif other is not None:
         restore(other, student, teacher, heartbeat, image_size=config.crops.global_size)
     return student, teacher
+
+
+def _begin_gram(gram: GramNetwork, config: RunConfig, weights: Mapping[str, Tensor] | None) -> None:
+    """Give the Gram network the weights of gram.teacher, else keep those of another run, if any.
+
+    `weights` are on rank 0. Collective.
+
+    Raises:
+        ConfigError: on every rank, if there are none, and no refresh will bring some.
+    """
+    if config.gram.teacher is not None:
+        gram.load(weights)
+    elif gram.refreshes is not None:
+        gram.refreshes = 0  # those of the other run do not count
+    elif config.gram.refresh_every_steps is None:
+        raise ConfigError(
+            f"gram.teacher: {config.train.continue_from} has no Gram network to go on with; give "
+            "weights, or let the EMA teacher be taken over with gram.refresh_every_steps"
+        )
 
 
 def _require_new(run_dir: Path) -> None:

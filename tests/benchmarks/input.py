@@ -198,7 +198,12 @@ def measure_gpu(source: InMemory) -> dict[str, Any]:
     crops = MultiCrop(num_local=_GPU_LOCAL)
     (batch,) = _batches(InMemory(files), crops, size=_GPU_BATCH, epoch=0)
     on_gpu = Batch(
-        batch.global_crops.cuda(), batch.local_crops.cuda(), batch.params, batch.sample_ids, []
+        batch.global_crops.cuda(),
+        batch.local_crops.cuda(),
+        batch.gram_crops,
+        batch.params,
+        batch.sample_ids,
+        [],
     )
     _finish(on_gpu)
     milliseconds = []

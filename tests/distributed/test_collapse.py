@@ -72,7 +72,7 @@ def _mean_targets() -> list[tuple[list[float], list[float]]]:
         teacher.begin(batches, temp=0.04)
         targets = [teacher.targets(batch, temp=0.04).class_probs for batch in batches]
         rows = [probs.flatten(0, 1) for probs in targets]
-        teacher.update(student, momentum=0.9, skipped=torch.tensor(False))
+        teacher.update(student, step=0, momentum=0.9, skipped=torch.tensor(False))
         of_ranks = torch.cat(distributed.gather_objects(torch.cat(rows)))
         assert of_ranks.shape == (2 * 8, config.head.num_prototypes)
         pairs.append((teacher.mean_target.tolist(), of_ranks.mean(0).tolist()))

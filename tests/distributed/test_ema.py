@@ -188,7 +188,7 @@ def _watch_update(stage: int, precision: str) -> dict[str, Any]:
     teacher.begin(batches, temp=0.1)
     teacher.targets(batches[0], temp=0.1)
     with Recorder() as recorder:
-        teacher.update(student, momentum=0.9, skipped=torch.tensor(False))
+        teacher.update(student, step=0, momentum=0.9, skipped=torch.tensor(False))
     return {
         "calls": recorder.calls,
         "shard": sum(len(part) for part in teacher.ema),

@@ -76,6 +76,7 @@ def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
 
     Without stochastic depth, unless as subsets; with the masks and rotary coordinates of a run.
     """
+    from dinoscale.engine.frozen.gram import crop_size_of
     from dinoscale.engine.micro_batch import MicroBatch
     from dinoscale.runtime import distributed
     from dinoscale.training.feed import coordinates_of, masks_of
@@ -87,6 +88,7 @@ def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
         return torch.randn(views, plan.batch_size, 3, side, side, generator=generator)
 
     wholes = images(2, crops.global_size), images(crops.num_local, crops.local_size)
+    gram_whole = images(2, crop_size_of(config)) if config.gram.loss_weight else None
     batches = []
     for micro in range(plan.accumulation_steps):
         first = (micro * plan.world_size + distributed.rank()) * size
@@ -98,7 +100,8 @@ def micro_batches(config: RunConfig, plan: RunPlan, step: int) -> list[Any]:
         crops_of_rank = (whole[:, first : first + size] for whole in wholes)
         masks = masks_of(config, step=step, first_image=first, images=size)
         coordinates = coordinates_of(config, step=step, depth=config.model.depth or 0)
-        batches.append(MicroBatch(*crops_of_rank, keep, masks, coordinates))
+        gram = None if gram_whole is None else gram_whole[:, first : first + size]
+        batches.append(MicroBatch(*crops_of_rank, keep, masks, coordinates, gram))
     return batches
 
 

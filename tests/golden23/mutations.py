@@ -71,7 +71,7 @@ MISTAKES = (
     Mistake(
         "patch loss: a mean over the masked crops only",
         ("dinoscale.engine.micro_batch", "MicroBatchLoss._ibot"),
-        (("loss / (views * images)", "loss / self._patch_weights.sum()"),),
+        (("loss / (views * images)", "loss / self._masks.weights.sum()"),),
         "A",
         1,
     ),

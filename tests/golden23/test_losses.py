@@ -303,15 +303,15 @@ def test_gram_loss_of_resized_targets(golden23_tensors: Tensors, golden23_json: 
         student = tensors[f"case{number}.student"].requires_grad_()
         target, masks = (tensors[f"case{number}.{name}"] for name in ("teacher", "masks"))
         chosen = {"all": None, "masked": masks, "unmasked": ~masks}[case["tokens_used"]]
+        used = resized(target, num_patches=student.shape[1])
         loss = gram_loss(
             student,
-            target,
+            used,
             per_crop=case["img_level"],
             negatives=_negatives(case),
             chosen=chosen,
         )
         (gradient,) = torch.autograd.grad(loss, student)
-        used = resized(target, num_patches=student.shape[1])
         used = used if chosen is None else used[chosen]
         assert_close(used, tensors[f"case{number}.teacher_used"])
         assert_close(loss.detach(), tensors[f"case{number}.loss"][0])

@@ -120,5 +120,37 @@ def test_coordinates_change_only_where_they_are_asked_to() -> None:
         )
 
 
+@pytest.mark.parametrize("colors", [False, True])
+def test_gram_crops_are_flipped_and_their_colours_change_only_if_wanted(*, colors: bool) -> None:
+    config = tiny_config(
+        data={"train": "synthetic:shapes?images=8&size=32", "num_workers": 0},
+        train={"epochs": 10, "batch_size": 8, "micro_batch_size": 8},
+        augment={"jitter_prob": 1.0, "solarize_probs": [1, 1, 0]},
+        gram={"loss_weight": 1.0, "refresh_every_steps": 1, "crop_colors": colors},
+    )
+    feed = Feed(
+        config,
+        resolve(config, world_size=1, num_images=8),
+        read_process({}),
+        open_images(config),
+        depth=2,
+    )
+    batches = next(feed.steps(0, offset=0))
+    (made,), (batch,) = list(feed.prepare(0, batches)), batches
+    assert made.gram_crops is not None
+    assert torch.equal(made.gram_crops, made.global_crops) == colors
+    if colors:
+        return
+    flips = torch.from_numpy(batch.params["flip"][:2])[..., None, None, None]
+    assert flips.any()
+    assert not flips.all()
+    images = batch.global_crops.movedim(-1, 2) / 255  # of the same size: cut alike
+    images = torch.where(flips, images.flip(-1), images)
+    mean, std = (
+        torch.tensor(numbers)[:, None, None] for numbers in (config.data.mean, config.data.std)
+    )
+    torch.testing.assert_close(made.gram_crops, (images - mean) / std, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_is_masked_without_a_patch_loss() -> None:
     assert masks_of(tiny_config(), step=0, first_image=0, images=8) is None

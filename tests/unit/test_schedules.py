@@ -129,7 +129,7 @@ def test_a_curve_in_place_of_a_formula_changes_nothing_else() -> None:
     plain, step = _imagenet(), 123
     curve = Curve(start=0.5, peak=0.7, end=0.9, warmup_steps=100, cosine_steps=50)
     before = plain.at(step)
-    assert (before.local_weight, before.gram_weight) == (1.0, 0.0)
+    assert (before.local_weight, before.gram_weight) == (1.0, 1.0)
     for field, changed in {
         "lr_curve": "lr",
         "weight_decay_curve": "weight_decay",

@@ -142,6 +142,23 @@ def draw_params(
     return params
 
 
+def gram_params(params: Params, *, magnified: float, colors: bool) -> Params:
+    """The parameters of Gram crops: the boxes and flips of their global crops.
+
+    Args:
+        params: of the global crops, records of PARAMS, any shape.
+        magnified: side of a Gram crop over that of a global crop.
+        colors: keep the changes of the colours, with a blur as wide for the picture; else none.
+    """
+    own = params.copy()
+    if colors:
+        own["blur_radius"] *= magnified
+        return own
+    own["order"], own["factors"], own["gray"] = NOTHING, (1, 1, 1, 0), False
+    own["blur_radius"], own["solarize_from"] = 0, NOT_SOLARIZED
+    return own
+
+
 def draw_boxes(
     u: NDArray[np.float64], *, width: int, height: int, scale: NDArray[np.float64]
 ) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ A picture is decoded once, and each crop is cut and resized. The changes of its 
 here and applied in batches on the training device (`color_jitter`), or here with Pillow
 (`reference_crops`).
 Shape letters: B pictures, V = 2 + n crops of each, C channels, H rows and columns of the global
-crops, h of the local ones.
+crops, h of the local ones, G of the Gram network's.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from dinoscale.data.augmentation.crop_params import PARAMS, ColorSpec, CropSpec, Params, draw_params
+from dinoscale.data.augmentation.crop_params import (
+    PARAMS,
+    ColorSpec,
+    CropSpec,
+    Params,
+    draw_params,
+    gram_params,
+)
 from dinoscale.data.augmentation.reference_crops import reference_crop
 from dinoscale.data.decoding.decode import Picture
 from dinoscale.data.seeding import Stream, generator
@@ -38,11 +45,15 @@ class CropArrays(NamedTuple):
     Attributes:
         global_crops: uint8 (2, B, H, H, C).
         local_crops: uint8 (n, B, h, h, C).
-        params: what was drawn for each of them, records of `crop_params.PARAMS` (2 + n, B).
+        gram_crops: of the boxes of the global crops, uint8 (2, B, G, G, C); (0, B, 0, 0, C) if
+            there are none.
+        params: what was drawn for each global and local crop, records of `crop_params.PARAMS`
+            (2 + n, B).
     """
 
     global_crops: NDArray[np.uint8]
     local_crops: NDArray[np.uint8]
+    gram_crops: NDArray[np.uint8]
     params: Params
 
 
@@ -51,9 +62,10 @@ class MultiCrop:
 
     The arguments are those of the config sections crops and augment; see `CropSpec` and
     `ColorSpec`. `blur_probs` and `solarize_probs` are for global crop 1, global crop 2 and the
-    local crops. Only pictures of 3 channels have colours: for others the jitter changes brightness
-    and contrast alone. With `plain` the colours change here, crop by crop, for 1 or 3 channels,
-    instead of later on the device.
+    local crops. With a `gram_size` there are two crops more, of the boxes and flips of the global
+    ones, whose colours change with `gram_colors` only. Only pictures of 3 channels have colours:
+    for others the jitter changes brightness and contrast alone. With `plain` the colours change
+    here, crop by crop, for 1 or 3 channels, instead of later on the device.
 
     Raises:
         ValueError: a number lies outside its range.
@@ -67,6 +79,8 @@ class MultiCrop:
         local_size: int = 96,
         local_scale: tuple[float, float] = (0.05, 0.4),
         num_local: int = 8,
+        gram_size: int | None = None,
+        gram_colors: bool = False,
         flip_prob: float = 0.5,
         jitter_prob: float = 0.8,
         brightness: float = 0.4,
@@ -92,7 +106,8 @@ class MultiCrop:
         )
         local = CropSpec(local_size, local_scale, blur_probs[2], solarize_probs[2])
         self.specs = (global_1, global_2, *[local] * num_local)
-        self.local_size = local_size
+        self.local_size, self.gram_size = local_size, gram_size or 0
+        self._gram_colors = gram_colors
         self.color = ColorSpec(
             flip_prob=flip_prob,
             jitter_prob=jitter_prob,
@@ -130,29 +145,36 @@ class MultiCrop:
             color=self.color,
             colored=self.colored,
         )
-        sizes = [spec.size for spec in self.specs]
+        sizes, of_crops = [spec.size for spec in self.specs], params
+        if self.gram_size:
+            sizes += [self.gram_size] * NUM_GLOBAL
+            of_gram = gram_params(
+                params[:NUM_GLOBAL],
+                magnified=self.gram_size / self.specs[0].size,
+                colors=self._gram_colors,
+            )
+            of_crops = np.concatenate((params, of_gram))
         if self.plain:
             image = to_image(picture.pixels())
             crops = [
                 to_pixels(reference_crop(image, row, size=size))
-                for row, size in zip(params, sizes, strict=True)
+                for row, size in zip(of_crops, sizes, strict=True)
             ]
         else:
-            crops = cut_crops(picture, params["box"], sizes)
+            crops = cut_crops(picture, of_crops["box"], sizes)
         into.params[:, place] = params
-        for view, crop in enumerate(crops):
-            if view < NUM_GLOBAL:
-                into.global_crops[view, place] = crop
-            else:
-                into.local_crops[view - NUM_GLOBAL, place] = crop
+        views = [*into.global_crops, *into.local_crops, *into.gram_crops]
+        for view, crop in zip(views, crops, strict=True):
+            view[place] = crop
 
     def arrays(self, *, count: int) -> CropArrays:
         """Uninitialized arrays for the crops of `count` pictures."""
-        large, small = self.specs[0].size, self.local_size
-        num_local = len(self.specs) - NUM_GLOBAL
+        large, small, gram = self.specs[0].size, self.local_size, self.gram_size
+        num_local, num_gram = len(self.specs) - NUM_GLOBAL, NUM_GLOBAL if gram else 0
         return CropArrays(
             np.empty((NUM_GLOBAL, count, large, large, self.channels), dtype=np.uint8),
             np.empty((num_local, count, small, small, self.channels), dtype=np.uint8),
+            np.empty((num_gram, count, gram, gram, self.channels), dtype=np.uint8),
             np.empty((len(self.specs), count), dtype=PARAMS),
         )
 

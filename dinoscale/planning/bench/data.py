@@ -27,7 +27,7 @@ from dinoscale.evaluate.features import find_device
 from dinoscale.planning.bench.budget import say
 from dinoscale.planning.bench.busy import busy
 from dinoscale.runtime.cores import available_cores
-from dinoscale.training.feed import finish_batch, multi_crop_of, open_images
+from dinoscale.training.feed import finish_batch, finish_gram_crops, multi_crop_of, open_images
 
 _MAX_STEPS = 2**31  # the time limit ends the loader first
 _PREFETCHED = 2  # batches that each worker has ready before the clock starts
@@ -213,6 +213,7 @@ def _sent(batch: Batch, device: torch.device) -> Batch:
     sent = Batch(
         batch.global_crops.to(device, non_blocking=True),
         batch.local_crops.to(device, non_blocking=True),
+        batch.gram_crops.to(device, non_blocking=True),
         batch.params,
         batch.sample_ids,
         batch.bad,
@@ -222,7 +223,9 @@ def _sent(batch: Batch, device: torch.device) -> Batch:
 
 
 def _finish(batch: Batch, config: RunConfig, device: torch.device) -> None:
-    finish_batch(batch, config.data, device, compiled=config.engine.compile is not False)
+    compiled = config.engine.compile is not False
+    finish_batch(batch, config.data, device, compiled=compiled)
+    finish_gram_crops(batch, config, device, compiled=compiled)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

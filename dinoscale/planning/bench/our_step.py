@@ -72,6 +72,8 @@ class OurStep:
         if config.engine.offload_optimizer and process.device.type == "cuda":
             torch.set_num_threads(cores_per_rank(process.local_world_size))  # as in a run
         student, teacher = build_pair(config, plan)
+        if teacher.gram is not None:
+            teacher.gram.refresh(teacher.ema)  # as late in the run
         backbone = student.network.backbone
         self._student, self._teacher = watch_pair(student, teacher, self._timeline)
         self._feed = Feed(config, plan, process, source, depth=backbone.depth)
@@ -116,6 +118,7 @@ class OurStep:
         sent = Batch(
             batch.global_crops.to(self._device, non_blocking=True),
             batch.local_crops.to(self._device, non_blocking=True),
+            batch.gram_crops.to(self._device, non_blocking=True),
             batch.params,
             batch.sample_ids,
             batch.bad,

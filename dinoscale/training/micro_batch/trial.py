@@ -34,6 +34,7 @@ from dinoscale.training.feed import (
     MicroBatches,
     coordinates_of,
     finish_batch,
+    finish_gram_crops,
     keep_of,
     masks_of,
     multi_crop_of,
@@ -129,6 +130,8 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
     short = _shortened(config, size, world_size=process.world_size, passes=min(passes, _PASSES))
     plan = resolve(short, world_size=process.world_size, num_images=short.train.batch_size)
     student, teacher = build_pair(short, plan, values=False)
+    if teacher.gram is not None:
+        teacher.gram.refresh(teacher.ema)  # as late in the run
     now = schedules_of(short, plan).at(plan.total_steps - 1)
     batch = _batch(short, size)
     depth = student.network.backbone.depth
@@ -148,10 +151,12 @@ def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) ->
         "steps_per_epoch": None,
     }
     data = {"train": None, "images_per_epoch": None, "subset_size": None}
+    gram = {"first_refresh_step": 0, "refresh_every_steps": config.gram.refresh_every_steps and 1}
     return config.model_copy(
         update={
             "train": config.train.model_copy(update=train),
             "data": config.data.model_copy(update=data),
+            "gram": config.gram.model_copy(update=gram),
         }
     )
 
@@ -168,11 +173,12 @@ def _batch(config: RunConfig, size: int) -> Batch:
         color=multi_crop.color,
         colored=multi_crop.colored,
     )[:, None]
-    global_crops, local_crops = (
+    global_crops, local_crops, gram_crops = (
         torch.from_numpy(rng.integers(0, 256, views.shape, dtype=np.uint8))
-        for views in (crops.global_crops, crops.local_crops)
+        for views in (crops.global_crops, crops.local_crops, crops.gram_crops)
     )
-    return Batch(global_crops, local_crops, crops.params, torch.arange(size), [])
+    ids = torch.arange(size)
+    return Batch(global_crops, local_crops, gram_crops, crops.params, ids, [])
 
 
 def _prepared(batch: Batch, config: RunConfig, device: torch.device, *, depth: int) -> MicroBatch:
@@ -184,7 +190,9 @@ def _prepared(batch: Batch, config: RunConfig, device: torch.device, *, depth: i
     coordinates = coordinates_of(config, step=0, depth=depth)
     if coordinates is not None:
         coordinates = coordinates.to(device)
-    return MicroBatch(*crops, keep, _masks(config, len(batch.sample_ids), device), coordinates)
+    gram_crops = finish_gram_crops(batch, config, device, compiled=compiled)
+    masks = _masks(config, len(batch.sample_ids), device)
+    return MicroBatch(*crops, keep, masks, coordinates, gram_crops)
 
 
 def _masks(config: RunConfig, size: int, device: torch.device) -> Masks | None:

@@ -416,3 +416,50 @@ def test_koleo_needs_neighbours_in_every_pass() -> None:
     with pytest.raises(ConfigError, match="has no neighbour"):
         split_batch(over_ranks, world_size=1)
     assert split_batch(without_auto(run(6, "auto")), world_size=2).micro_batch_size == 3
+
+
+_NO_GRAM = (
+    "and there is no Gram network before {} steps are done (gram.first_refresh_step, "
+    "gram.refresh_every_steps); refresh earlier, or give gram.teacher"
+)
+
+
+def _gram_run(first: int, **schedules: object) -> RunConfig:
+    gram = {"loss_weight": 1.0, "refresh_every_steps": 5, "first_refresh_step": first}
+    train = {"epochs": 10, "batch_size": 8, "micro_batch_size": 8}
+    return parse_config({"train": train, "gram": gram, "schedules": schedules})
+
+
+def test_a_run_that_ends_before_there_is_a_gram_network_is_refused() -> None:
+    resolve(_gram_run(11), world_size=1, num_images=16)  # after 15 of 20 steps
+    with pytest.raises(ConfigError) as caught:
+        resolve(_gram_run(16), world_size=1, num_images=16)
+    assert str(caught.value) == (
+        f"gram.loss_weight: the run ends after 20 steps, {_NO_GRAM.format(20)}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("curve", "asked"),  # epochs of 2 steps, and a network once 10 are done
+    [
+        ({"start": 0.0, "peak": 0.0, "end": 2.0, "warmup_epochs": 5}, None),
+        ({"start": 0.0, "peak": 0.0, "end": 2.0, "warmup_epochs": 4}, 9),
+        ({"start": 0.0, "peak": 0.0, "end": 2.0, "warmup_epochs": 5, "cosine_epochs": 0}, None),
+        ({"start": 0.0, "peak": 0.0, "end": 2.0, "warmup_epochs": 4, "cosine_epochs": 0}, 8),
+        ({"start": 0.0, "peak": 1.0, "end": 2.0, "warmup_epochs": 5}, 1),
+        ({"start": 0.5, "peak": 1.0, "end": 2.0, "warmup_epochs": 5}, 0),
+        ({"start": 0.5, "peak": 1.0, "end": 2.0}, 0),
+    ],
+)
+def test_a_curve_that_asks_for_the_gram_loss_too_early_is_refused(
+    curve: dict[str, object], asked: int | None
+) -> None:
+    config = _gram_run(6, gram_weight=curve)
+    if asked is None:
+        resolve(config, world_size=1, num_images=16)
+        return
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, world_size=1, num_images=16)
+    assert str(caught.value) == (
+        f"schedules.gram_weight: is above 0 after {asked} steps, {_NO_GRAM.format(10)}"
+    )

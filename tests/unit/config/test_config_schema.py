@@ -479,3 +479,59 @@ def test_koleo_has_a_group_size_with_groups_only() -> None:
         "koleo.group_size: 2 images have too few neighbours, need at least 3 for "
         "koleo.num_neighbours=2"
     ]
+
+
+@pytest.mark.parametrize(
+    ("gram", "message"),
+    [
+        (
+            {},
+            "gram.teacher: there is nothing to compare with; give weights, or let the EMA teacher "
+            "be taken over with gram.refresh_every_steps",
+        ),
+        (
+            {"teacher": "w.pth", "first_refresh_step": 9},
+            "gram.first_refresh_step: 9 without gram.refresh_every_steps; set that, or leave "
+            "first_refresh_step out",
+        ),
+        (
+            {"teacher": "w.pth", "max_refreshes": 3},
+            "gram.max_refreshes: 3 without gram.refresh_every_steps; set that, or leave "
+            "max_refreshes out",
+        ),
+        (
+            {"teacher": "w.pth", "crop_size": 450},
+            "gram.crop_size: 450 px is not a multiple of the patch size 16 px; nearest: 448 or 464",
+        ),
+        (
+            {"teacher": "w.pth", "tokens": "masked", "compare": "across_crops"},
+            "gram.tokens: 'masked' needs masks, and ibot.loss_weight is 0; set it to 'all'",
+        ),
+    ],
+)
+def test_gram_settings_that_do_not_fit_are_refused(gram: dict[str, object], message: str) -> None:
+    assert _messages(gram={"loss_weight": 1.0, **gram}) == [message]
+    assert _config(gram={"loss_weight": 0.0, **gram}).gram.loss_weight == 0  # nothing is built
+
+
+def test_chosen_patches_are_not_compared_within_crops() -> None:
+    settings = {"loss_weight": 1.0, "teacher": "w.pth", "tokens": "unmasked"}
+    assert _messages(ibot__loss_weight=1.0, gram=settings) == [
+        "gram.tokens: 'unmasked' patches are compared across crops only, as some crops have none; "
+        "set gram.compare=across_crops, or gram.tokens=all"
+    ]
+    _config(ibot__loss_weight=1.0, gram=settings | {"compare": "across_crops"})
+
+
+def test_resnet50_has_no_patches_to_compare() -> None:
+    gram = {"loss_weight": 1.0, "teacher": "w.pth"}
+    assert "gram.loss_weight: resnet50 has no tokens, need 0.0" in _messages(
+        model={"backbone": "resnet50"}, gram=gram
+    )
+
+
+def test_there_is_a_gram_network_from_the_first_refresh_on() -> None:
+    for first, without in ((0, 4), (4, 4), (5, 8), (8, 8)):
+        settings = {"refresh_every_steps": 4, "first_refresh_step": first}
+        assert _config(gram=settings).gram.steps_without == without
+    assert _config(gram={"teacher": "w.pth", "refresh_every_steps": 4}).gram.steps_without == 0

@@ -6,7 +6,15 @@ import torch
 from PIL import Image
 
 from dinoscale.data.augmentation.color_jitter import finish_crops
-from dinoscale.data.augmentation.multi_crop import CropArrays, MultiCrop, cut_crops, eval_transform
+from dinoscale.data.augmentation.crop_params import gram_params
+from dinoscale.data.augmentation.multi_crop import (
+    CropArrays,
+    MultiCrop,
+    cut_crops,
+    eval_transform,
+    to_image,
+)
+from dinoscale.data.augmentation.reference_crops import resized_crop
 from dinoscale.data.decoding.decode import RGB, Picture
 from dinoscale.models._torchvision import ensure_torchvision
 from tests.unit.data.conftest import picture
@@ -67,6 +75,38 @@ def test_number_of_local_crops_does_not_change_the_others() -> None:
     few, many = (_cut(_small(num_local=count), _picture(0)) for count in (1, 3))
     np.testing.assert_array_equal(few.global_crops, many.global_crops)
     np.testing.assert_array_equal(few.local_crops[0], many.local_crops[0])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_gram_crops_have_the_boxes_and_flips_of_the_global_crops_and_no_colours(
+    *, plain: bool
+) -> None:
+    flips = set()
+    for sample in range(8):
+        of = _picture(sample, width=60, height=50)
+        alone = _cut(_small(plain=plain), of, sample=sample)
+        with_gram = _cut(_small(plain=plain, gram_size=24), of, sample=sample)
+        assert with_gram.gram_crops.shape == (2, 24, 24, 3)
+        assert not alone.gram_crops.size
+        for name in ("global_crops", "local_crops", "params"):  # nothing else is drawn
+            np.testing.assert_array_equal(getattr(alone, name), getattr(with_gram, name))
+        image = to_image(of.pixels())
+        for crop, row in zip(with_gram.gram_crops, with_gram.params[:2], strict=True):
+            flips.add(bool(row["flip"]))
+            expected = np.asarray(resized_crop(image, box=row["box"], size=24))
+            if plain and row["flip"]:  # the other path flips on the device
+                expected = expected[:, ::-1]
+            assert abs(crop.astype(int) - expected).max() <= 1  # torch's kernel rounds otherwise
+    assert flips == {False, True}
+
+
+def test_gram_crops_may_have_the_colours_of_the_global_crops() -> None:
+    crops = _cut(_small(plain=True, gram_size=16, gram_colors=True), _picture(0))
+    np.testing.assert_array_equal(crops.gram_crops, crops.global_crops)
+    row = crops.params[:2].copy()
+    row["blur_radius"] = 1.5
+    wide = gram_params(row, magnified=2.0, colors=True)
+    np.testing.assert_array_equal(wide["blur_radius"], [3, 3])  # the same blur of the picture
 
 
 def test_both_paths_draw_the_same_parameters() -> None:

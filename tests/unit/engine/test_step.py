@@ -54,7 +54,7 @@ class _Both:
 
 
 class _Now:
-    teacher_temp, momentum, local_weight = 0.04, 0.996, 1.0
+    step, teacher_temp, momentum, local_weight, gram_weight = 0, 0.04, 0.996, 1.0, 1.0
 
 
 def test_next_micro_batch_is_made_amid_the_step_and_one_is_held() -> None:

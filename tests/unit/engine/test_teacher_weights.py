@@ -2,8 +2,9 @@
 
 import torch
 
+from dinoscale.engine.frozen.weights import Replicated
 from dinoscale.engine.shards import end_to_end
-from dinoscale.engine.teacher import _Replicated, _Seen
+from dinoscale.engine.teacher import _Seen
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.zoo import build_backbone
@@ -22,7 +23,7 @@ def test_weights_are_bf16_and_statistics_of_batch_norm_float32() -> None:
     )
     network = DinoNetwork(backbone, head).requires_grad_(False)
     layout = end_to_end([list(network.named_parameters())], 1)
-    teacher = _Replicated(network, layout, torch.bfloat16)
+    teacher = Replicated(network, layout, torch.bfloat16)
     plain = teacher.plain_network()
     assert {value.dtype for value in plain.parameters()} == {torch.bfloat16}
     statistics = {name: value for name, value in teacher.buffers.items() if "running" in name}

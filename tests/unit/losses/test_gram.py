@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoscale.losses import gram
-from dinoscale.losses.gram import Negatives, gram_loss
+from dinoscale.losses.gram import Negatives, gram_loss, resized
 from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
 
 NEGATIVES: list[Negatives] = ["kept", "removed", "removed_from_target"]
@@ -32,8 +32,7 @@ def _by_definition(
 
 def test_recorded_example() -> None:
     student, target = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 1.0], [1.0, -1.0]]
-    # Three patches are no square grid: one crop each, compared across crops.
-    loss = gram_loss(*(torch.tensor(x)[:, None] for x in (student, target)), per_crop=False)
+    loss = gram_loss(torch.tensor([student]), torch.tensor([target]))
     assert loss.item() == pytest.approx(0.4444444, abs=1e-7)
 
 
@@ -68,13 +67,16 @@ def test_patches_that_are_not_chosen_have_no_part() -> None:
     assert gram_loss(student, target, per_crop=False, chosen=torch.zeros_like(chosen)) == 0
 
 
-def test_target_is_resized_before_it_is_normalised() -> None:
-    student, target = _features(2, 4, 5), _features(2, 16, 5, seed=1)
-    target *= torch.logspace(-1, 1, 16, dtype=torch.float64)[:, None]  # lengths matter
-    maps = target.mT.reshape(2, 5, 4, 4)
+def test_grids_are_resized_bicubically() -> None:
+    features = _features(2, 16, 5)
+    maps = features.mT.reshape(2, 5, 4, 4)
     small = F.interpolate(maps, size=(2, 2), mode="bicubic", align_corners=False)
-    expected = _by_definition(student, small.flatten(2).mT, per_crop=True, negatives="kept")
-    torch.testing.assert_close(gram_loss(student, target), expected)
+    assert torch.equal(resized(features, num_patches=4), small.flatten(2).mT)
+    assert resized(features, num_patches=16) is features
+    assert resized(features.bfloat16(), num_patches=4).dtype == torch.float32
+    for numbers in ((16, 5), (12, 4)):
+        with pytest.raises(ValueError, match="need square grids"):
+            resized(features[:, : numbers[0]], num_patches=numbers[1])
 
 
 def test_low_precision_is_computed_in_float32() -> None:
@@ -99,7 +101,6 @@ def test_memory_is_that_of_the_features_and_a_chunk(*, per_crop: bool) -> None:
 @pytest.mark.parametrize(
     ("shapes", "named"),
     [
-        (((2, 5, 3), (2, 5, 3)), {}),
         (((2, 4, 3), (2, 5, 3)), {}),
         (((2, 4, 3), (2, 4, 6)), {}),
         (((2, 4, 3), (2, 4, 3)), {"chosen": torch.ones(2, 4, dtype=torch.bool)}),

@@ -356,6 +356,21 @@ def test_chosen_patches_are_those_of_features_and_class_tokens_stay(registers: i
     assert patches.shape == (0, 24)
 
 
+@pytest.mark.parametrize("registers", [0, 4])
+def test_all_patches_are_those_of_features_masked_ones_included(registers: int) -> None:
+    model, crops = _vit(registers=registers, mask_token=True), _crops((2, 32, 32), *MIXED[2:])
+    tokens, patches = model(crops, all_patches=True)
+    torch.testing.assert_close(tokens, model(crops))
+    torch.testing.assert_close(patches, model.features(crops[0])[:, 1 + registers :])
+    masks, rows = _masks(2, 16), torch.tensor([3, 31, 7])
+    tokens, patches = model([*crops, crops[0]], masks=masks, patch_rows=rows, all_patches=True)
+    chosen = model([*crops, crops[0]], masks=masks, patch_rows=rows)
+    assert patches.shape == (2, 16, 24)  # not those of a later tensor of the same size
+    torch.testing.assert_close(patches.flatten(0, 1)[rows], chosen[1])
+    torch.testing.assert_close(tokens, chosen[0])
+    assert not torch.equal(patches, model(crops, all_patches=True)[1])
+
+
 def test_unmasked_crops_may_be_as_large_as_masked_ones() -> None:
     model, masks, rows = _vit(mask_token=True), _masks(2, 16), torch.tensor([3, 31])
     masked, others = _crops((2, 32, 32), (3, 32, 32))

@@ -1,0 +1,1 @@
+"""Networks without a gradient: the weights of a teacher's forward, the Gram network."""

@@ -1,0 +1,159 @@
+"""The weights of a network without a gradient, derived from shards in the student's layout.
+
+Stages 0-2 keep a copy of all weights in the compute dtype, refreshed by one all-gather per group
+that overlaps with the preparation of the next batch; stage 3 keeps them partitioned as the student
+is and gathers layer by layer.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dinoscale.data.transfer import StagingBuffers
+from dinoscale.engine.gradients import compute_device
+from dinoscale.engine.shards import Fragment, Layout
+from dinoscale.engine.student import import_deepspeed, materialize
+from dinoscale.models.sync_bn import cast_weights
+from dinoscale.runtime import distributed
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Replicated(Generic[Network]):
+    """Stages 0-2: every rank holds all weights, views into one flat tensor per group."""
+
+    def __init__(self, network: Network, layout: Layout, dtype: torch.dtype) -> None:
+        """Allocate the weights of `network`, on any device, in `dtype`; its values are not used."""
+        self.network, self._layout = network, layout
+        world_size, device = distributed.world_size(), compute_device()
+        self._flats = [
+            torch.zeros(size * world_size, dtype=dtype, device=device)
+            for size in layout.shard_sizes
+        ]
+        self._pending: list[Callable[[], None]] = []
+        self._staged = StagingBuffers()
+        views = {
+            place.name: self._flats[place.group]
+            .narrow(0, place.offset, place.numel)
+            .view(place.shape)
+            for place in layout.placements
+        }
+        views |= {
+            name: torch.empty_like(buffer, device=device)
+            for name, buffer in network.named_buffers()
+        }
+        network.load_state_dict(views, assign=True)
+        self.buffers = dict(network.named_buffers())
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """The network's result."""
+        self.wait()
+        return self.network(*inputs)  # type: ignore[no-any-return]  # nn.Module is untyped
+
+    def publish(self, average: Sequence[Tensor]) -> None:
+        """Start to refresh the weights from the shards; other work overlaps until their use."""
+        self.wait()
+        rank = distributed.rank()
+        own = [
+            flat.narrow(0, rank * size, size)
+            for flat, size in zip(self._flats, self._layout.shard_sizes, strict=True)
+        ]
+        self._staged.copy(own, average)
+        gathers = zip(self._flats, own, strict=True)
+        self._pending = [distributed.begin_all_gather_flat(*gather) for gather in gathers]
+
+    def wait(self) -> None:
+        """Wait for the all-gather that `publish` began."""
+        for finish in self._pending:
+            finish()
+        self._pending = []
+
+    def plain_network(self) -> Network:
+        """The network itself."""
+        self.wait()
+        return self.network
+
+    def num_bytes(self) -> int:
+        """Bytes of this rank's weights."""
+        return sum(flat.numel() * flat.element_size() for flat in self._flats)
+
+
+class Partitioned(Generic[Network]):
+    """Stage 3: an engine without optimizer whose partitions are the student's, slice by slice."""
+
+    def __init__(
+        self,
+        network: Network,
+        layout: Layout,
+        dtype: torch.dtype,
+        deepspeed_config: dict[str, Any],
+    ) -> None:
+        """The same; the partitions are at least as large as the fragments of `layout`."""
+        self._skeleton = copy.deepcopy(network).to("meta")
+        cast_weights(self._skeleton, dtype)
+        materialize(network, dtype, zero3_config=deepspeed_config)
+        self._engine, *_ = import_deepspeed().initialize(
+            model=network, config=deepspeed_config, dist_init_required=False
+        )
+        self.network: Network = self._engine.module
+        self._layout, self._staged = layout, StagingBuffers()
+        self.buffers = dict(self.network.named_buffers())
+        self._parameters: dict[str, Any] = dict(self.network.named_parameters())
+        for fragment in layout.fragments:
+            own = self._parameters[fragment.name].ds_tensor.numel()
+            assert own >= fragment.numel, f"{fragment.name}: not partitioned like the student's"
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """The network's result."""
+        result: Tensor = distributed.guarded(lambda: self._engine(*inputs))
+        return result
+
+    def publish(self, average: Sequence[Tensor]) -> None:
+        """Write the shards into the partitions."""
+        fragments = self._layout.fragments
+        partitions = [self.partition(fragment) for fragment in fragments]
+        if partitions:
+            here = average
+            if average[0].device != partitions[0].device:  # offloaded: copy this rank's shards over
+                here = [
+                    torch.empty_like(a, device=compute_device(), dtype=partitions[0].dtype)
+                    for a in average
+                ]
+                self._staged.copy(here, average)
+            torch._foreach_copy_(partitions, [fragment.of(here) for fragment in fragments])
+        self.forget_copies()
+
+    def partition(self, fragment: Fragment) -> Tensor:
+        """A fragment's elements in this rank's partition of its parameter, as a view (numel,)."""
+        whole: Tensor = self._parameters[fragment.name].ds_tensor.data
+        return whole.narrow(0, 0, fragment.numel)
+
+    def forget_copies(self) -> None:
+        """Forget the second copy that a node has with hpZ; call it once the weights have changed.
+
+        DeepSpeed drops it in the student's step only.
+        """
+        for parameter in self._parameters.values():
+            parameter.ds_secondary_tensor = None
+
+    def plain_network(self) -> Network:
+        """A copy of all weights on every rank, freed when the caller drops it."""
+        plain = copy.deepcopy(self._skeleton).to_empty(device=compute_device())
+        zero = import_deepspeed().zero
+        for name, buffer in plain.named_buffers():
+            buffer.copy_(self.buffers[name])
+        for name, parameter in plain.named_parameters():
+            with zero.GatheredParameters([self._parameters[name]]):
+                parameter.data.copy_(self._parameters[name].data)
+        return plain
+
+    def wait(self) -> None:
+        """Nothing: weights are gathered only when a layer runs."""
+
+    def num_bytes(self) -> int:
+        """Bytes of this rank's partitions."""
+        parts = [parameter.ds_tensor for parameter in self._parameters.values()]
+        return sum(part.numel() * part.element_size() for part in parts)
