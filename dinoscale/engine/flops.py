@@ -99,6 +99,7 @@ class StepFlops:
         student_local: forward of the backbone over the local crops.
         student_head: forward of the heads over all crops and the masked patches.
         student_backward: backward of backbone and heads over all crops.
+        gram: forward of the Gram network; products of similarities are left out, 1 % of it or less.
     """
 
     teacher_backbone: int
@@ -107,6 +108,7 @@ class StepFlops:
     student_local: int
     student_head: int
     student_backward: int
+    gram: int = 0
 
     @property
     def teacher(self) -> int:
@@ -121,7 +123,7 @@ class StepFlops:
     @property
     def total(self) -> int:
         """The whole step."""
-        return self.teacher + self.student_forward + self.student_backward
+        return self.teacher + self.gram + self.student_forward + self.student_backward
 
 
 def step_flops(
@@ -140,6 +142,7 @@ def step_flops(
     num_special: int = 1,
     block_weights: int | None = None,
     patch_head: int = 0,
+    gram_size: int = 0,
 ) -> StepFlops:
     """FLOPs of a step of DINO per image: the teacher sees two crops, the student 2 + num_local.
 
@@ -158,6 +161,7 @@ def step_flops(
         num_special: class token and registers.
         block_weights: scalars in the matrices of a block, None for a plain one.
         patch_head: forward of the head of the patch tokens over the masked patches of an image.
+        gram_size: side of the Gram network's two crops in pixels; 0 without one.
     """
     head = head_forward_flops(
         in_dim=embed_dim,
@@ -166,6 +170,8 @@ def step_flops(
         num_layers=num_layers,
         num_prototypes=num_prototypes,
     )
+    crops = ((NUM_GLOBAL, global_size), (num_local, local_size))
+    seen_by_gram = (NUM_GLOBAL if gram_size else 0, gram_size)
     forward, backward = (
         tuple(
             count
@@ -178,9 +184,12 @@ def step_flops(
                 num_special=num_special,
                 block_weights=block_weights,
             )
-            for count, size in ((NUM_GLOBAL, global_size), (num_local, local_size))
+            for count, size in sizes
         )
-        for of_crop in (vit_forward_flops, vit_backward_flops)
+        for of_crop, sizes in (
+            (vit_forward_flops, (*crops, seen_by_gram)),
+            (vit_backward_flops, crops),
+        )
     )
     student_head = (NUM_GLOBAL + num_local) * head + patch_head
     return StepFlops(
@@ -190,4 +199,5 @@ def step_flops(
         student_local=forward[1],
         student_head=student_head,
         student_backward=sum(backward) + 2 * student_head,
+        gram=forward[2],
     )

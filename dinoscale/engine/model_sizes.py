@@ -7,6 +7,7 @@ from torch import nn
 from dinoscale.config import RunConfig
 from dinoscale.engine.build import shapes_only
 from dinoscale.engine.flops import NUM_GLOBAL, StepFlops, head_forward_flops, step_flops
+from dinoscale.engine.frozen.gram import crop_size_of
 from dinoscale.engine.param_groups import param_groups
 from dinoscale.errors import ConfigError
 from dinoscale.models.block import Block
@@ -61,6 +62,7 @@ class Dims:
         num_special: class token and registers.
         patches: the patch loss.
         rope_tables: scalars in the sines and cosines of rotary positions; 0 with learned ones.
+        gram_size: side of the Gram network's crops in pixels; 0 without one.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -87,6 +89,7 @@ class Dims:
     num_special: int
     patches: PatchDims = PatchDims()
     rope_tables: int = 0
+    gram_size: int = 0
 
     @property
     def parameters(self) -> int:
@@ -113,6 +116,23 @@ class Dims:
     def global_pixels(self) -> int:
         """Values in the global crops of an image, channels included."""
         return NUM_GLOBAL * self.channels * self.global_size**2
+
+    @property
+    def global_patches(self) -> int:
+        """Patches of the global crops of an image."""
+        return NUM_GLOBAL * (self.global_size // self.patch_size) ** 2
+
+    @property
+    def gram_tokens(self) -> int:
+        """Tokens of an image that the Gram network sees."""
+        if not self.gram_size:
+            return 0
+        return NUM_GLOBAL * (self.num_special + (self.gram_size // self.patch_size) ** 2)
+
+    @property
+    def gram_pixels(self) -> int:
+        """Values in the Gram network's crops of an image, channels included."""
+        return NUM_GLOBAL * self.channels * self.gram_size**2
 
     @property
     def pixels(self) -> int:
@@ -173,6 +193,7 @@ def dims_of(config: RunConfig) -> Dims:
         num_special=num_special,
         patches=_patch_dims(config, num_patches=global_tokens - num_special),
         rope_tables=_rope_tables(config, backbone),
+        gram_size=crop_size_of(config) if config.gram.loss_weight else 0,
     )
 
 
@@ -234,4 +255,5 @@ def flops_of(dims: Dims) -> StepFlops:
         num_special=dims.num_special,
         block_weights=dims.block_matrices,
         patch_head=round(dims.patches.masked * of_patch),
+        gram_size=dims.gram_size,
     )

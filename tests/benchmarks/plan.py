@@ -52,6 +52,7 @@ class Case(NamedTuple):
     reduce_bucket_size: int = 6_000_000
     rope: bool = False  # rotary positions, others in each block
     dinov2: bool = False  # layer scale, SwiGLU, registers; patch loss with its own head, KoLeo
+    gram_size: int = 0  # of the crops of a Gram network
 
     def config(self) -> RunConfig:
         """The configuration of the run."""
@@ -66,6 +67,11 @@ class Case(NamedTuple):
                 **(DINOV2 if self.dinov2 else {}),
             },
             **(PATCHES if self.dinov2 else {}),
+            gram={
+                "loss_weight": float(self.gram_size > 0),
+                "refresh_every_steps": 1 if self.gram_size else None,
+                "crop_size": self.gram_size or None,
+            },
             head={
                 "num_prototypes": self.num_prototypes,
                 "hidden_dim": 512,
@@ -110,6 +116,7 @@ QUICK = [  # what the tests run
     Case(2, ranks=2, precision="bf16", accumulation=2, num_local=8, **WIDE),
     Case(2, ranks=2, micro_batch=1, accumulation=2),
     Case(3, ranks=2, **WIDE),
+    Case(2, micro_batch=4, global_size=224, gram_size=224, **NARROW),
 ]
 CASES = [
     *QUICK,
@@ -124,6 +131,8 @@ CASES = [
     Case(2, micro_batch=4, global_size=224, dinov2=True),
     Case(2, micro_batch=8, global_size=224, dinov2=True, recompute="pointwise"),
     Case(3),
+    Case(2, micro_batch=4, global_size=224, gram_size=448, dinov2=True),
+    Case(3, ranks=2, micro_batch=8, gram_size=192, precision="bf16", **WIDE),
 ]
 
 
@@ -150,7 +159,14 @@ def _peak(case: Case) -> float:
 
     def step() -> None:
         batches = (
-            MicroBatch(b.global_crops.clone(), b.local_crops.clone(), None, b.masks, b.coordinates)
+            MicroBatch(
+                b.global_crops.clone(),
+                b.local_crops.clone(),
+                None,
+                b.masks,
+                b.coordinates,
+                None if b.gram_crops is None else b.gram_crops.clone(),
+            )
             for b in drawn
         )
         train_step(batches, student, teacher, now, loss_weights=weights)

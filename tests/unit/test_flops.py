@@ -115,6 +115,26 @@ def test_the_masked_patches_go_through_a_head_once_in_each_network(own_head: boo
     assert dims.parameters == sum(parameter.numel() for parameter in network.parameters())
 
 
+def test_the_gram_network_is_a_forward_more() -> None:
+    values = {
+        "model": {**VIT, "num_heads": 2},
+        "head": HEAD,
+        "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+        "eval": {"crop": 32, "resize": 32},
+        "gram": {"loss_weight": 1.0, "teacher": "w.pth", "crop_size": 64},
+    }
+    config = parse_config(values)
+    backbone, flops = build_networks(config)[0].backbone, flops_of(dims_of(config))
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+        FlopCounterMode(display=False) as counter,
+    ):
+        backbone([torch.randn(2, 3, 64, 64)], all_patches=True)
+    assert flops.gram == counter.get_total_flops()
+    assert flops.total == _computed(num_local=2).total + flops.gram
+
+
 def test_vit_s16_at_224_pixels_takes_the_published_number_of_products() -> None:
     """Touvron et al. 2021 give 4.6 G multiply-adds for DeiT-S; two FLOPs each."""
     small = {"num_patches": 196, "patch_size": 16, "embed_dim": 384, "depth": 12}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dinoscale.engine.model_sizes import Dims
+from dinoscale.losses import gram
 from dinoscale.losses.dino import CHUNK
 from dinoscale.losses.prototypes import PROTOTYPES
 from dinoscale.planning.plan.activations import (
@@ -61,7 +62,9 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
     master = 0 if stage == 0 and not setup.bf16 else FP32
     states = (master + FP32 * setup.moments) * weights / (ranks if stage else 1)
     summed = 2 if setup.bf16 and not setup.sums_in_fp32 else FP32
-    average, forward = FP32 * weights / ranks, s * weights / (ranks if stage == 3 else 1)
+    parts = ranks if stage == 3 else 1
+    average, forward = FP32 * weights / ranks, s * weights / parts
+    anchor = s * dims.backbone / parts if dims.gram_size else 0  # the Gram network
     if setup.offload_optimizer:
         states = average = 0
     return {
@@ -70,8 +73,12 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
         "gradients": summed * weights / ranks if stage == 3 else 0,
         "optimizer": states,
         # center, sums, mean target
-        "teacher": average + forward + 4 * FP32 * (dims.prototypes + dims.patches.prototypes),
-        "activations": FP32 * setup.micro_batch_size * dims.pixels,  # crops, in float32
+        "teacher": average
+        + forward
+        + anchor
+        + 4 * FP32 * (dims.prototypes + dims.patches.prototypes),
+        # crops, in float32
+        "activations": FP32 * setup.micro_batch_size * (dims.pixels + dims.gram_pixels),
         "buffers": setup.communication_bytes * setup.reduce_bucket_size if stage == 3 else 0,
     }
 
@@ -81,6 +88,8 @@ def _moments(dims: Dims, setup: Setup) -> dict[str, Terms]:
     accumulated = _accumulated(dims, setup)
     return {
         "teacher forward": _sum(accumulated, _teacher_forward(dims, setup)),
+        "Gram forward": _sum(accumulated, _gram_forward(dims, setup)),
+        "Gram loss": _sum(accumulated, _gram_loss(dims, setup)),
         "loss": _sum(accumulated, _loss(dims, setup)),
         "loss of patches": _sum(accumulated, _patch_loss(dims, setup)),
         "start of backward": _sum(accumulated, _start_of_backward(dims, setup)),
@@ -163,15 +172,67 @@ def _second_copies(dims: Dims, setup: Setup) -> float:
 def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
     """The teacher's widest layer, or its prototypes while they are normalized."""
     s, images = setup.weight_bytes, setup.micro_batch_size
-    tokens = images * dims.global_tokens
-    # In a block: the residual, the norm, input and output of the activation.
-    block = s * tokens * (2 * dims.embed_dim + dims.mlp_kept)
+    block = _widest(dims, setup, tokens=dims.global_tokens)
     prototypes = (2 if setup.bf16 else 1) * FP32 * _prototype_scalars(dims)
     pixels = s * images * dims.global_pixels if setup.bf16 else 0
     return {
         "activations": pixels + max(block, prototypes),
         "loss": _targets(dims, setup),
         "buffers": _gathered(dims, setup, during="teacher"),
+    }
+
+
+def _widest(dims: Dims, setup: Setup, *, tokens: int) -> float:
+    """A block over so many tokens an image: residual, norm, input and output of the activation."""
+    of_token = setup.weight_bytes * (2 * dims.embed_dim + dims.mlp_kept)
+    return setup.micro_batch_size * tokens * of_token
+
+
+def _gram_forward(dims: Dims, setup: Setup) -> Terms:
+    """The Gram network's widest layer, once the targets are there."""
+    if not dims.gram_size:
+        return {}
+    pixels = setup.weight_bytes * setup.micro_batch_size * dims.gram_pixels if setup.bf16 else 0
+    return {
+        "activations": pixels + _widest(dims, setup, tokens=dims.gram_tokens),
+        "loss": _targets(dims, setup),
+        "buffers": _gathered(dims, setup, during="teacher"),
+    }
+
+
+def _gram_kept(dims: Dims, setup: Setup) -> float:
+    """What the Gram loss keeps for the backward: unit vectors of both sides, and the gradient.
+
+    Beside it the student's patches before and after the norm, the latter in float32 too.
+    """
+    if not dims.gram_size:
+        return 0
+    scalars = setup.micro_batch_size * dims.global_patches * dims.embed_dim
+    own = 2 * setup.weight_bytes + (FP32 if setup.bf16 else 0)
+    return scalars * (3 * FP32 + own)
+
+
+def _gram_features(dims: Dims, setup: Setup) -> float:
+    """Those of the Gram network, on the student's grid, until the student's forward has ended."""
+    if not dims.gram_size:
+        return 0
+    as_computed = dims.gram_size == dims.global_size  # else resized, in float32
+    size = setup.weight_bytes if as_computed else FP32
+    return size * setup.micro_batch_size * dims.global_patches * dims.embed_dim
+
+
+def _gram_loss(dims: Dims, setup: Setup) -> Terms:
+    """All activations but the head's, and two chunks of similarities."""
+    if not dims.gram_size:
+        return {}
+    similarities = setup.micro_batch_size * dims.global_patches**2
+    return {
+        "activations": activations(dims, setup, blocks=dims.depth),
+        "loss": _targets(dims, setup)
+        + _gram_features(dims, setup)
+        + _gram_kept(dims, setup)
+        + 2 * FP32 * min(gram.CHUNK, similarities),
+        "buffers": _gathered(dims, setup, during="forward"),
     }
 
 
@@ -186,7 +247,10 @@ def _loss(dims: Dims, setup: Setup) -> Terms:
     return {
         "activations": activations(dims, setup, blocks=dims.depth) + cast,
         "gradients": setup.weight_bytes * _prototype_scalars(dims),
-        "loss": _targets(dims, setup) + chunk,
+        "loss": _targets(dims, setup)
+        + chunk
+        + _gram_features(dims, setup)
+        + _gram_kept(dims, setup),
         "buffers": _gathered(dims, setup, during="forward"),
     }
 
@@ -202,7 +266,11 @@ def _patch_loss(dims: Dims, setup: Setup) -> Terms:
     return {
         "activations": activations(dims, setup, blocks=dims.depth),
         "gradients": s * _prototype_scalars(dims),
-        "loss": _targets(dims, setup) + prototypes + 3 * FP32 * min(CHUNK, logits),
+        "loss": _targets(dims, setup)
+        + prototypes
+        + 3 * FP32 * min(CHUNK, logits)
+        + _gram_features(dims, setup)
+        + _gram_kept(dims, setup),
         "buffers": copied + _gathered(dims, setup, during="forward"),
     }
 
@@ -213,7 +281,7 @@ def _start_of_backward(dims: Dims, setup: Setup) -> Terms:
         "activations": activations(dims, setup, blocks=dims.depth),
         "gradients": setup.weight_bytes
         * (_prototype_scalars(dims) + _patch_prototype_scalars(dims)),
-        "loss": _targets(dims, setup),
+        "loss": _targets(dims, setup) + _gram_kept(dims, setup),
         "buffers": _bucket(setup) + _gathered(dims, setup, during="backward"),
     }
 
