@@ -41,7 +41,10 @@ LAUNCHERS = {
 OBJECTIVES: dict[str, Mapping[str, dict[str, Any]]] = {  # changes of the configuration
     "dino": {},
     "sinkhorn_knopp": dinov2(
-        "sinkhorn_knopp", patch_head=True, train={"micro_batch_size": BATCH // RANKS // 2}
+        "sinkhorn_knopp",
+        patch_head=True,
+        train={"micro_batch_size": BATCH // RANKS // 2},
+        gram={"loss_weight": 1.0, "refresh_every_steps": 4, "first_refresh_step": 5},
     ),
     "centering": dinov2("centering", patch_head=False),
 }

@@ -51,7 +51,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "dinov2": {
         "bad": [5],
         "train": {"stop_after_steps": 6},
-        "objective": dinov2("sinkhorn_knopp", patch_head=True),
+        # The bad step is one after which the Gram network would be refreshed.
+        "objective": dinov2(
+            "sinkhorn_knopp",
+            patch_head=True,
+            gram={"loss_weight": 1.0, "refresh_every_steps": 5, "crop_size": 48},
+        ),
     },
 }
 

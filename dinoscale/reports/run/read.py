@@ -40,6 +40,7 @@ NUMBERS = (
     "patch_mutual_information",
     "koleo_loss",
     "koleo_distance",
+    "gram_loss",
     "lr",
     "weight_decay",
     "momentum",
