@@ -502,6 +502,11 @@ class RunConfig(Section):
         patch_size = self.model.effective_patch_size
         if self.ibot.loss_weight and patch_size is not None:
             mistakes += self.ibot.mistakes(size=self.crops.global_size, patch_size=patch_size)
+        if self.schedules.gram_weight is not None and not self.gram.loss_weight:
+            mistakes.append(
+                "schedules.gram_weight: multiplies gram.loss_weight, which is 0; set that too, or "
+                "leave the curve out"
+            )
         if self.gram.loss_weight and patch_size is not None:
             mistakes += self.gram.mistakes(
                 patch_size=patch_size,

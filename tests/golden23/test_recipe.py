@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -266,23 +265,15 @@ def test_released_recipes_with_curves(
         if case[f"{kind}_loss_weight_schedule"]
     }
     curves = {key: _floats(curve) for key, curve in given.items()}
-    if "local" in weights:
-        curves["local_weight"] = _floats(weights["local"])
+    curves |= {f"{kind}_weight": _floats(curve) for kind, curve in weights.items()}
     sections = {
         "optim": {"lr_scaling": "sqrt_64"},
         "dino": {"freeze_last_layer_epochs": freeze},
         "schedules": curves,
+        "gram": {"loss_weight": float("gram" in weights), "teacher": "weights.pth"},
     }
     config, plan = _planned(case, sections)
     schedules = schedules_of(config, plan)
-    if "gram" in weights:
-        gram = weights["gram"]
-        curve = Curve(
-            *(float(gram[key]) for key in ("start", "peak", "end")),
-            warmup_steps=gram["warmup_epochs"] * plan.steps_per_epoch,
-            cosine_steps=gram["cosine_epochs"] * plan.steps_per_epoch,
-        )
-        schedules = replace(schedules, gram_weight=curve)
     ours = [schedules.at(step) for step in tensors[f"{name}.iterations"].tolist()]
     _require(ours, case, tensors, list(weights))
     assert max(now.lr for now in ours) == pytest.approx(plan.peak_lr, rel=1e-14)

@@ -523,6 +523,19 @@ def test_chosen_patches_are_not_compared_within_crops() -> None:
     _config(ibot__loss_weight=1.0, gram=settings | {"compare": "across_crops"})
 
 
+def test_a_curve_of_a_gram_loss_without_weight_is_refused() -> None:
+    curve = {"start": 0.0, "peak": 0.0, "end": 2.0}
+    assert _messages(schedules__gram_weight=curve) == [
+        "schedules.gram_weight: multiplies gram.loss_weight, which is 0; set that too, or leave "
+        "the curve out"
+    ]
+
+
+def test_the_state_of_another_run_may_hold_the_gram_network() -> None:
+    gram = {"loss_weight": 1.0}
+    assert _config(gram=gram, train__continue_from="runs/first").gram.steps_without is None
+
+
 def test_resnet50_has_no_patches_to_compare() -> None:
     gram = {"loss_weight": 1.0, "teacher": "w.pth"}
     assert "gram.loss_weight: resnet50 has no tokens, need 0.0" in _messages(
