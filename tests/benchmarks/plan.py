@@ -116,7 +116,7 @@ QUICK = [  # what the tests run
     Case(2, ranks=2, precision="bf16", accumulation=2, num_local=8, **WIDE),
     Case(2, ranks=2, micro_batch=1, accumulation=2),
     Case(3, ranks=2, **WIDE),
-    Case(2, micro_batch=4, global_size=224, gram_size=224, **NARROW),
+    Case(2, gram_size=448, **NARROW),
 ]
 CASES = [
     *QUICK,
@@ -131,6 +131,8 @@ CASES = [
     Case(2, micro_batch=4, global_size=224, dinov2=True),
     Case(2, micro_batch=8, global_size=224, dinov2=True, recompute="pointwise"),
     Case(3),
+    Case(2, micro_batch=4, global_size=224, gram_size=224, **NARROW),
+    Case(2, global_size=448, gram_size=448, **NARROW),
     Case(2, micro_batch=4, global_size=224, gram_size=448, dinov2=True),
     Case(3, ranks=2, micro_batch=8, gram_size=192, precision="bf16", **WIDE),
 ]

@@ -1,7 +1,6 @@
 """A phase begins where the one before ended: weights, average, moments, centers, positions."""
 
 import math
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ SIDE = 48  # pixels of this phase's global crops; 32 before
 
 def _config(stage: int, **changes: dict[str, Any]) -> RunConfig:
     engine = {"zero_stage": stage, "precision": "fp32"}
-    return tiny_config(**dinov2("centering", patch_head=True, engine=engine, **changes))
+    gram = {"loss_weight": 1.0, "refresh_every_steps": 1}
+    return tiny_config(**dinov2("centering", patch_head=True, engine=engine, gram=gram, **changes))
 
 
 def begin_phases(folder: str) -> list[bool]:
@@ -84,9 +84,10 @@ def test_phase_begins_with_the_whole_state_of_the_one_before(
 ) -> None:
     root = begun / f"{stages[0]}_{stages[1]}"
     before, after = (Checkpoint(directory(root / name, 1)) for name in ("before", "after"))
-    kinds = {kind for kind, names in before.kinds().items() if POSITIONS in names}
-    assert kinds == {"master", "ema", "exp_avg", "exp_avg_sq"}
-    for kind, name in product(kinds, before.shapes):
+    kinds = {kind: names for kind, names in before.kinds().items() if POSITIONS in names}
+    assert kinds.keys() == {"master", "ema", "exp_avg", "exp_avg_sq", "gram"}
+    assert after.gram_refreshes == before.gram_refreshes == 2
+    for kind, name in ((kind, name) for kind, names in kinds.items() for name in names):
         then, now = (
             checkpoint.read(kind, name, 0, math.prod(checkpoint.shapes[name])).view(
                 checkpoint.shapes[name]

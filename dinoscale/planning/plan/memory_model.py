@@ -192,9 +192,11 @@ def _gram_forward(dims: Dims, setup: Setup) -> Terms:
     """The Gram network's widest layer, once the targets are there."""
     if not dims.gram_size:
         return {}
-    pixels = setup.weight_bytes * setup.micro_batch_size * dims.gram_pixels if setup.bf16 else 0
+    s, images = setup.weight_bytes, setup.micro_batch_size
+    pixels = s * images * dims.gram_pixels if setup.bf16 else 0
+    inputs = 2 * s * images * dims.gram_tokens * dims.embed_dim  # of the block and of its MLP
     return {
-        "activations": pixels + _widest(dims, setup, tokens=dims.gram_tokens),
+        "activations": pixels + inputs + _widest(dims, setup, tokens=dims.gram_tokens),
         "loss": _targets(dims, setup),
         "buffers": _gathered(dims, setup, during="teacher"),
     }
