@@ -17,6 +17,7 @@ from dinoscale.training.resume import (
     require_same_run,
     require_same_set,
 )
+from dinoscale.training.trainer import _begin_gram
 
 A, B = {"source": "/a"}, {"source": "/b"}
 URL = "https://host/{0..9}.tar"
@@ -204,3 +205,29 @@ def test_a_resume_warns_where_koleo_has_other_images(
     assert (said is None) == (says is None)
     assert says is None or re.search(says, said or "")
     assert koleo_caution(parse_config(sections), plan, plan_then) is None
+
+
+class _Gram:
+    """A Gram network without weights, or with those of another run."""
+
+    def __init__(self, refreshes: int | None) -> None:
+        self.refreshes, self.loaded = refreshes, list[Any]()
+
+    def load(self, weights: Any) -> None:
+        self.loaded.append(weights)
+
+
+def test_a_gram_network_begins_as_given_else_as_that_of_another_run_else_with_a_refresh() -> None:
+    weights: Any = {"cls_token": None}
+    for refreshes in (None, 3):
+        gram: Any = _Gram(refreshes)
+        _begin_gram(gram, parse_config({"gram": {"teacher": "w.pth"}}), weights)
+        assert gram.loaded == [weights]
+    of_another: Any = _Gram(3)
+    _begin_gram(of_another, parse_config({}), None)
+    assert (of_another.refreshes, of_another.loaded) == (0, [])  # its refreshes do not count here
+    none: Any = _Gram(None)
+    _begin_gram(none, parse_config({"gram": {"refresh_every_steps": 5}}), None)
+    assert (none.refreshes, none.loaded) == (None, [])
+    with pytest.raises(ConfigError, match=r"^gram.teacher: runs/first has no Gram network to go"):
+        _begin_gram(none, parse_config({"train": {"continue_from": "runs/first"}}), None)

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from dinoscale.config import RunConfig, parse_config
-from dinoscale.convert.initial_weights import adapted_channels, read_initial_weights
+from dinoscale.convert.initial_weights import (
+    adapted_channels,
+    read_gram_weights,
+    read_initial_weights,
+)
 from dinoscale.convert.source import read_source
 from dinoscale.engine.build import InitialWeights, build_networks
 from dinoscale.errors import CheckpointError, ConfigError
@@ -201,3 +205,18 @@ def test_init_head_needs_init_from() -> None:
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere\.pth: cannot be read"):
         read_initial_weights(_config(tmp_path / "nowhere.pth"))
+
+
+def test_weights_of_the_gram_network_are_fitted_alike_and_refused_by_name(tmp_path: Path) -> None:
+    path, teacher = _reference(tmp_path)
+    gram = {"loss_weight": 1.0, "teacher": str(path)}
+    state = read_gram_weights(tiny_config(gram=gram))
+    assert _equal(state, teacher.backbone.state_dict())
+    masked = tiny_config(gram=gram, crops={"global_size": 32}, ibot={"loss_weight": 1.0})
+    state = read_gram_weights(masked)
+    assert state is not None
+    assert not state["mask_token"].any()
+    assert state["pos_embed"].shape == (1, 17, 20)
+    assert read_gram_weights(tiny_config()) is None
+    with pytest.raises(ConfigError, match=f"^gram.teacher: {path} holds a ViT .*depth 2"):
+        read_gram_weights(tiny_config(gram=gram, model={"depth": 3}))
