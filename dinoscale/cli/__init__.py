@@ -14,6 +14,7 @@ from typing import Any
 from dinoscale.cli.arguments import add_config
 from dinoscale.cli.checkpoints import add_checkpoints
 from dinoscale.cli.convert import add_convert
+from dinoscale.cli.embed import add_embed
 from dinoscale.cli.evaluate import add_evaluate
 from dinoscale.cli.launch import add_launch
 from dinoscale.cli.planning import add_planning
@@ -33,6 +34,7 @@ _EPILOG = """examples:
   dinoscale export runs/first weights.safetensors
   dinoscale convert runs/first vit_s16_hf --to hf
   dinoscale data build-shards /data/images shards/
+  dinoscale embed weights.safetensors /data/images features/
   dinoscale evaluate knn weights.safetensors --train /data/train --test /data/val
   dinoscale sweep configs/sweep/laptop.yaml run
   dinoscale report runs/first
@@ -47,8 +49,8 @@ _EMPTY_OPTION = re.compile(r"--[a-z-]+=")
 _OPTION_OF_HOME = re.compile(r"^(--[a-z-]+=)(~[^/]*)")  # a shell replaces ~ after a space only
 # Under a launcher every process would do all the work and write the same files.
 _ONE_PROCESS = ("checkpoint", "convert", "data", "export", "quickstart", "report")
-_SEVERAL_RANKS = ("train", "bench", "doctor", "evaluate")  # their ranks meet
-_RESULT_ON_DISK = ("train", "launch", "sweep", "quickstart")
+_SEVERAL_RANKS = ("train", "bench", "doctor", "embed", "evaluate")  # their ranks meet
+_RESULT_ON_DISK = ("embed", "train", "launch", "sweep", "quickstart")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add_planning(commands)
     add_checkpoints(commands)
     add_convert(commands)
+    add_embed(commands)
     add_evaluate(commands)
     add_sweep(commands)
     add_data_commands(commands)

@@ -11,12 +11,16 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dinoscale.runtime import distributed
+
+T = TypeVar("T")
 
 _CHECK_S = 1.0  # between two checks whether another rank has failed
 
@@ -54,20 +58,33 @@ def over_ranks(extract: Extract, *, num_images: int, batch_size: int) -> tuple[T
 def _share_of_rank(extract: Extract, *, num_images: int, batch_size: int) -> tuple[Tensor, Tensor]:
     ids = np.arange(num_images, dtype=np.int64)
     share = ids[ids // batch_size % distributed.world_size() == distributed.rank()]
+    done = distributed.together(until_a_rank_fails(partial(extract, share)))
+    assert done is not None
+    return done
+
+
+def until_a_rank_fails(work: Callable[[Callable[[], None]], T]) -> Callable[[], T | None]:
+    """Make work of all ranks that ends within seconds once it has failed on one; all call this.
+
+    Args:
+        work: takes a function to call again and again while it works.
+
+    Returns:
+        The work, for a function that raises the error of one rank on all (`distributed.together`).
+        Its result is None where another rank failed.
+    """
     alarm = _Alarm()
 
-    def work() -> tuple[Tensor, Tensor] | None:
+    def watched() -> T | None:
         try:
-            return extract(share, alarm.check)
+            return work(alarm.check)
         except _OtherRankFailed:
-            return None  # `together` raises the error of that rank
+            return None  # the caller raises the error of that rank
         except BaseException:
             alarm.ring()
             raise
 
-    done = distributed.together(work)
-    assert done is not None
-    return done
+    return watched
 
 
 class _OtherRankFailed(Exception):  # noqa: N818  # no error of this rank

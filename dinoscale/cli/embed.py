@@ -1,0 +1,113 @@
+"""`dinoscale embed WEIGHTS DATA OUT`: parse, call one function."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from dinoscale.cli.arguments import add_batch_size, add_num_workers, add_number, add_weights
+from dinoscale.cli.ranks import on_all_ranks
+
+if TYPE_CHECKING:
+    from dinoscale.cli.arguments import SubCommands
+
+_DESCRIPTION = """Write the features of every image of a set into the folder OUT:
+NumPy arrays of some thousand rows each (cls-00000.npy, ...) and manifest.json, which says for
+every array the name, size and, if known, class of the image of each row, and the SHA-256; and for
+all of them the preprocessing, the checksum of the weights and the images that could not be read.
+No row is written for these. Reading it takes numpy alone:
+
+  import json, numpy
+  manifest = json.load(open("OUT/manifest.json"))
+  for shard in manifest["shards"]:
+      features = numpy.load("OUT/" + shard["arrays"]["cls"]["file"])  # a row for each
+      names = shard["images"]                                         # of these
+
+Under torchrun, deepspeed or srun the ranks share the images, and write the same bytes. OUT must
+then lie where all ranks see it. After an interruption the same command goes on: finished arrays
+stay, and the result is the same. manifest.json is written last: without it OUT is not finished.
+A folder with the features of other weights, images or settings is refused."""
+_EPILOG = """examples:
+  dinoscale embed weights.safetensors /data/images features/
+  dinoscale embed weights.safetensors '/data/{000..099}.tar' patches/ --features patches
+  dinoscale embed runs/first /data/images large/ --resize 448 --crop 448 --precision bf16
+  torchrun --nproc-per-node 8 -m dinoscale embed weights.safetensors /data/images features/"""
+
+
+def add_embed(commands: SubCommands) -> None:
+    """Add `embed`."""
+    embed = commands.add_parser(
+        "embed",
+        help="write the features of any set of images, as NumPy arrays",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_weights(embed)
+    embed.add_argument(
+        "data",
+        metavar="DATA",
+        help="images, with or without classes: a folder, tar shards, a list of files,"
+        " shards over https, s3, gs, hdfs or pipe:COMMAND, or synthetic:...",
+    )
+    embed.add_argument("out", metavar="OUT", help="folder to write to")
+    embed.add_argument(
+        "--features",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="cls (class token), mean_patch (mean of the patch tokens), patches (all patch tokens,"
+        " row by row), all after the last norm; of a ResNet-50 pooled. Default: cls mean_patch",
+    )
+    resize = "short side of an image before the crop, default WEIGHTS' own"
+    add_number(embed, "--resize", resize, metavar="PIXELS")
+    crop = "side of the center crop, a multiple of the patch size, default WEIGHTS' own"
+    add_number(embed, "--crop", crop, metavar="PIXELS")
+    embed.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the network (default fp32)",
+    )
+    embed.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the arrays (default float32)",
+    )
+    add_batch_size(embed)
+    add_number(embed, "--shard-size", "images in one array", default=4096)
+    add_num_workers(embed, of_rank=" of each rank (1 for streamed shards)")
+    embed.add_argument(
+        "--manifest",
+        metavar="PATH_OR_URL",
+        help="where the counts of streamed shards are, if not in manifest.json beside them",
+    )
+    embed.set_defaults(run=_embed)
+
+
+def _embed(options: argparse.Namespace) -> dict[str, Any] | None:
+    return on_all_ranks(lambda: _written(options))
+
+
+def _written(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.evaluate.embedding.embed import EmbedOptions, embed
+
+    return embed(
+        options.weights,
+        options.data,
+        options.out,
+        EmbedOptions(
+            network=options.network,
+            num_heads=options.num_heads,
+            resize=options.resize,
+            crop=options.crop,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            features=tuple(options.features),
+            precision=options.precision,
+            dtype=options.dtype,
+            shard_size=options.shard_size,
+            manifest=options.manifest,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Features of whole sets of images, written to files that need none of our code."""
