@@ -22,6 +22,7 @@ from dinoscale.cli.compare import add_compare, line_parser, split_line
 from dinoscale.cli.dense import add_dense
 from dinoscale.cli.probes import add_probes
 from dinoscale.cli.propagate import add_copies, add_retrieve, add_video
+from dinoscale.cli.rank import add_rank
 from dinoscale.cli.ranks import on_all_ranks, require_one_process
 from dinoscale.errors import ConfigError
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 Measure = Callable[[argparse.Namespace], dict[str, Any]]
 
-_SHARED = ("knn",)  # tasks whose work the ranks of a launcher share
+_SHARED = ("knn", "rank")  # tasks whose work the ranks of a launcher share
 _BASELINES = {"untrained": "the same network untrained", "floors": "without a network"}
 
 
@@ -42,11 +43,12 @@ def add_evaluate(commands: SubCommands) -> None:
         "evaluate",
         help="measure a backbone",
         description="Measure a backbone by the published protocols, whose numbers are the defaults."
-        " The report is one JSON object on stdout: `score` (percent, the first number is the"
-        " headline), `protocol` (all settings that change it), `floors` and `untrained` (baselines"
-        " that it should beat, if the task has them), and `made_from` (digests of the files that"
-        " were read, of the options and of the code). Under a launcher the ranks of `knn` share the"
-        " images; the other tasks run in one process and refuse several.",
+        " The report is one JSON object on stdout: `score` (in percent, `rank` in directions; the"
+        " first number is the headline), `protocol` (all settings that change it), `floors` and"
+        " `untrained` (baselines that it should beat, if the task has them), and `made_from`"
+        " (digests of the files that were read, of the options and of the code). Under a launcher"
+        " the ranks of `knn` and `rank` share the images; the other tasks run in one process and"
+        " refuse several.",
         epilog="example: dinoscale evaluate knn weights.safetensors --train /data/train"
         " --test /data/val > knn.json",
     )
@@ -76,6 +78,7 @@ def _add_measurements(tasks: SubCommands) -> None:
     add_video(tasks)
     add_retrieve(tasks)
     add_copies(tasks)
+    add_rank(tasks)
     for task in tasks.choices.values():
         task.set_defaults(run=partial(_report, task.get_default("run")))
 
@@ -97,8 +100,9 @@ def _say_score(report: dict[str, Any]) -> None:
     for name, value in list((report.get("score") or {}).items())[:1]:
         found = {what: (report.get(key) or {}).get(name) for key, what in _BASELINES.items()}
         baselines = {what: number for what, number in found.items() if number is not None}
-        others = "".join(f"; {what} {number:.1f} %" for what, number in baselines.items())
-        log.info("%s %.1f %%%s", name, value, others)
+        unit = report.get("unit", "%")
+        others = "".join(f"; {what} {number:.1f} {unit}" for what, number in baselines.items())
+        log.info("%s %.1f %s%s", name, value, unit, others)
         if any(value <= number for number in baselines.values()):
             log.warning("a baseline is as good: by this measure the weights have learned nothing")
 

@@ -1,4 +1,4 @@
-"""Features of a labelled set of images: those of a backbone, and raw pixels as a baseline.
+"""Features of a set of images: those of a backbone, and raw pixels as a baseline.
 
 Shape letters: N readable images of the source, C channels, H, W pixels, D width.
 """
@@ -119,6 +119,47 @@ def extract_features(
         UnavailableError: the file of an image cannot be read at all.
     """
     labels = check_labels(source, name="evaluation")
+    features, numbers = extract_unlabelled(
+        backbone,
+        source,
+        resize=resize,
+        crop=crop,
+        mean=mean,
+        std=std,
+        batch_size=batch_size,
+        device=device,
+        num_workers=num_workers,
+        output_key=output_key,
+        progress=progress,
+        on_batch=on_batch,
+    )
+    return features, torch.from_numpy(labels)[numbers.cpu()].to(features.device)
+
+
+def extract_unlabelled(
+    backbone: nn.Module,
+    source: Source,
+    *,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    device: torch.device | str,
+    num_workers: int,
+    output_key: str | None = None,
+    progress: bool = False,
+    on_batch: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """Run a backbone over all undamaged images of a source, as `extract_features` does.
+
+    Returns:
+        Features (N, D) float32, not normalised, and the numbers of their images in the source,
+        (N,) int64, both on `device`.
+
+    Raises:
+        NonFiniteError, RunFailedError, UnavailableError: as `extract_features`.
+    """
     device = torch.device(device)
     preparation = Preparation(resize, crop, tuple(mean), tuple(std))
     forward = _Forward(
@@ -130,13 +171,9 @@ def extract_features(
     )
     extract = partial(over_ranks, forward, num_images=len(source), batch_size=batch_size)
     if output_key is None or not isinstance(source, InFiles):
-        features, numbers = extract()
-    else:
-        key = partial(
-            features_key, backbone, source, preparation, output_key=output_key, device=device
-        )
-        features, numbers = through_cache(key, extract, num_images=len(source), device=device)
-    return features, torch.from_numpy(labels)[numbers.cpu()].to(device)
+        return extract()
+    key = partial(features_key, backbone, source, preparation, output_key=output_key, device=device)
+    return through_cache(key, extract, num_images=len(source), device=device)
 
 
 @dataclass(frozen=True)

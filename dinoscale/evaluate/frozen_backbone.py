@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import ConfigError
-from dinoscale.evaluate.features import extract_features, find_device
+from dinoscale.evaluate.features import extract_features, extract_unlabelled, find_device
 from dinoscale.evaluate.untrained import untrained_backbone
 from dinoscale.runtime import distributed
 
@@ -148,23 +148,38 @@ class FeatureExtractor(LoadedBackbone):
             DataError: an image has no label.
             NonFiniteError: a feature is not a finite number.
         """
+        arguments = self._arguments(output_key=output_key, progress=progress)
+        return extract_features(self.backbone if network is None else network, source, **arguments)
+
+    def unlabelled(self, source: Source) -> tuple[Tensor, Tensor]:
+        """The backbone's output (N, D) for the readable images, and their numbers (N,).
+
+        Args:
+            source: images of `open`; all ranks of a job call this.
+
+        Raises:
+            NonFiniteError: a feature is not a finite number.
+        """
+        arguments = self._arguments(output_key=OUTPUT, progress=True)
+        return extract_unlabelled(self.backbone, source, **arguments)
+
+    def _arguments(self, *, output_key: str | None, progress: bool) -> dict[str, Any]:
+        """How to extract."""
         card, options = self.card, self.options
         cached = output_key is not None and options.cache
-        return extract_features(
-            self.backbone if network is None else network,
-            source,
-            resize=card.resize,
-            crop=card.crop,
-            mean=card.mean,
-            std=card.std,
-            batch_size=options.batch_size,
-            device=self.device,
-            num_workers=options.num_workers,
-            output_key=f"{output_key} of {card.backbone}, max_pixel_value {card.max_pixel_value}"
+        return {
+            "resize": card.resize,
+            "crop": card.crop,
+            "mean": card.mean,
+            "std": card.std,
+            "batch_size": options.batch_size,
+            "device": self.device,
+            "num_workers": options.num_workers,
+            "output_key": f"{output_key} of {card.backbone}, max_pixel_value {card.max_pixel_value}"
             if cached
             else None,
-            progress=options.progress and progress,
-        )
+            "progress": options.progress and progress,
+        }
 
 
 def load_frozen(weights_path: str | Path, options: LoadOptions) -> LoadedBackbone:

@@ -28,6 +28,7 @@ _MODULES = {
     "attention": ("dense.attention", "dense.attention_files"),
     **{task: (f"dense.{task}",) for task in ("pca", "segment")},
     "copies": ("retrieval.copies",),
+    "rank": ("label_free.rank",),
     "retrieve": ("retrieval.landmarks", "retrieval.retrieve"),
     "video": ("video.davis",),
 }

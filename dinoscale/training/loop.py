@@ -431,7 +431,7 @@ class Run:
             self.online_knn.measure, backbone, self.process.device, self._on_knn_batch
         )
         try:
-            top1 = distributed.together(measure)
+            top1, rankme = distributed.together(measure)
         except LostPeerError:
             raise
         except Exception as error:  # raised on all ranks: its own error, or that of another rank
@@ -446,7 +446,8 @@ class Run:
             self.saver.measured(done, top1)
         self.last["knn_top1"] = top1
         self.last["best_knn_top1"] = self.progress.best_knn_top1 or top1
-        self.metrics.write(done, {"images": done * self.plan.batch_size, "knn_top1": top1})
+        images = done * self.plan.batch_size
+        self.metrics.write(done, {"images": images, "knn_top1": top1, "rankme": rankme})
         self.metrics.say(f"step {done}: k-NN top-1 of the teacher {top1:.1f} %")
 
     def _on_knn_batch(self) -> None:

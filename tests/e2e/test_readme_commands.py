@@ -68,6 +68,8 @@ MORE: dict[str, list[str]] = {
     "evaluate pca": ["--size", "32"],
     "evaluate video": ["--size", "64"],
     "evaluate retrieve": ["--imsize", "64"],
+    "evaluate rank": shlex.split(f"{_FEW} --views 2"),
+    "embed": shlex.split(f"{_FEW} --resize 32 --crop 32"),
     "evaluate copies": ["--size", "32", *shlex.split(_FEW)],
     "data build-shards": ["--workers", "1"],
     "data verify-shards": ["--workers", "1"],

@@ -60,11 +60,11 @@ def log_line(step: int, **changed: Any) -> dict[str, Any]:
 
 def log_lines(end: int = STEPS, **changed: Any) -> list[dict[str, Any]]:
     """A log to `end`, every five steps, with k-NN and saves at the ends of epochs."""
-    lines: list[dict[str, Any]] = [{"step": 0, "knn_top1": 10.0}]
+    lines: list[dict[str, Any]] = [{"step": 0, "knn_top1": 10.0, "rankme": 3.0}]
     for step in range(5, end + 1, 5):
         lines.append(log_line(step, **changed))
         if step % PER_EPOCH == 0:
-            lines.append({"step": step, "knn_top1": 10 + step / 10})
+            lines.append({"step": step, "knn_top1": 10 + step / 10, "rankme": 3 + step / 50})
             lines.append({"step": step, "saved_step": step, "save_stall_s": 0.5})
     return lines
 
@@ -443,7 +443,7 @@ def test_the_page_shows_what_happened(report: tuple[Path, Path, dict[str, Any]])
 
 def test_plots_are_drawn_of_what_has_data(report: tuple[Path, Path, dict[str, Any]]) -> None:
     names = {path.name for path in (report[1] / "plots").glob("*.png")}
-    assert names == {"loss.png", "knn_top1.png", "momentum.png", "grad_norm.png"}
+    assert names == {"loss.png", "knn_top1.png", "rankme.png", "momentum.png", "grad_norm.png"}
     assert {Path(path).name for path in report[2]["plots"]} == names
 
 

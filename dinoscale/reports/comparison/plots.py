@@ -17,6 +17,7 @@ from dinoscale.reports.html import Plot, drawing, finish_plot, printable
 WIDTH = 6.4  # inches
 LINE = 0.3  # inches of height for a bar or a line of dots
 BORDER = 0.85  # inches above and below the bars
+_UNITS = {"rank": "directions"}  # of a score, where it is not percent
 FEW = 2  # numbers of a score that need no separate plot; of videos only one
 _WEIGHTS = matplotlib.colormaps["tab10"]
 _COLORS = {"untrained": "#8c8c8c", "floor": "#b8b8b8"}
@@ -30,7 +31,7 @@ class _Line:
     kind: Kind
     color: Any
     headline: float
-    parts: Mapping[str, float]  # of the score: names -> percent
+    parts: Mapping[str, float]  # of the score: names -> values
 
 
 def draw_column(comparison: Comparison, number: int) -> list[Plot]:
@@ -43,14 +44,15 @@ def draw_column(comparison: Comparison, number: int) -> list[Plot]:
     ]
     if not lines:
         return []
+    unit = _UNITS.get(column.task, "%")
     with drawing():
-        plots = [_bars(lines, f"{column.task}: {column.headline}, %")]
+        plots = [_bars(lines, f"{column.task}: {column.headline}, {unit}")]
         parts = {part: None for line in lines for part in line.parts}
         if column.task == "knn":
             plots.append(_over_k(lines))
         elif len(parts) > (1 if column.task == "video" else FEW):
             what = "by sequence, J&F" if column.task == "video" else "all numbers"
-            plots.append(_dots(lines, list(parts), f"{column.task}: {what}, %"))
+            plots.append(_dots(lines, list(parts), f"{column.task}: {what}, {unit}"))
     return plots
 
 

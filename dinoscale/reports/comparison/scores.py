@@ -31,7 +31,7 @@ OF_THE_WEIGHTS = {
     "patch",
     "network",
 }  # last parts of protocol keys
-NOT_RANKED = {"pca"}  # tasks whose number does not measure quality
+NOT_RANKED = {"pca", "rank"}  # tasks whose number does not measure quality
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
     return [
         _PlotSpec("loss", "loss, nats", noisy=True),
         _PlotSpec("knn_top1", "k-NN top-1 of the teacher, %", dots=True),
+        _PlotSpec("rankme", "RankMe of the teacher's features, directions", dots=True),
         _PlotSpec(*entropy, noisy=True, limits=bounds, from_zero=True),
         _PlotSpec("kl", "KL(teacher || student), nats", noisy=True),
         _PlotSpec(

@@ -54,6 +54,7 @@ NUMBERS = (
     "skipped_steps",
     "peak_memory_bytes",
     "knn_top1",
+    "rankme",
     "save_stall_s",
     "save_write_s",
     "saved_step",

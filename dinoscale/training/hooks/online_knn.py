@@ -1,7 +1,9 @@
 """Online k-NN of the teacher on a labelled set, with feature extraction divided among ranks."""
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from dinoscale.errors import DataError
 from dinoscale.evaluate.classification.knn import knn_accuracy
 from dinoscale.evaluate.classification.labelled_sets import renumber_classes
 from dinoscale.evaluate.features import extract_features
+from dinoscale.evaluate.label_free.spectrum import RANKME_IMAGES, rankme
 
 
 def drawn_images_caution(config: RunConfig) -> str | None:
@@ -31,6 +34,18 @@ def drawn_images_caution(config: RunConfig) -> str | None:
         f" {config.eval.train}. Set eval.train and eval.test to labelled images of your own, or"
         " both to null"
     )
+
+
+class Measured(NamedTuple):
+    """What the features of one network say.
+
+    Attributes:
+        top1: k-NN accuracy in percent of the test images.
+        rankme: effective rank of the features of the train images, of 25,000 of them at most.
+    """
+
+    top1: float
+    rankme: float
 
 
 class OnlineKnn:
@@ -67,8 +82,8 @@ class OnlineKnn:
 
     def measure(
         self, backbone: nn.Module, device: torch.device, on_batch: Callable[[], None]
-    ) -> float:
-        """Top-1 accuracy in percent, on every rank; all ranks call it.
+    ) -> Measured:
+        """Top-1 accuracy, and RankMe of the same features, on every rank; all ranks call it.
 
         Args:
             backbone: ordinary weights, whole on every rank.
@@ -99,4 +114,6 @@ class OnlineKnn:
                 raise DataError(f"eval.{name}: none of the {len(source)} images can be read")
         k, labels = config.eval.k, self._renumber.to(device)[test_labels]
         accuracy = knn_accuracy(train, train_labels, test, labels, ks=(k,), on_chunk=on_batch)
-        return accuracy[k].top1
+        on_batch()
+        some = train[:: math.ceil(len(train) / RANKME_IMAGES)]
+        return Measured(accuracy[k].top1, rankme(some))

@@ -30,7 +30,7 @@ TASKS = _tasks()
 def test_every_task_is_there() -> None:
     assert list(TASKS) == [
         *("knn", "linear", "logistic", "finetune", "attention", "segment", "pca"),
-        *("video", "retrieve", "copies", "compare"),
+        *("video", "retrieve", "copies", "rank", "compare"),
     ]
 
 

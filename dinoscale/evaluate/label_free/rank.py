@@ -1,0 +1,272 @@
+"""`dinoscale evaluate rank`: RankMe, alpha-ReQ and LiDAR of a backbone on unlabelled images.
+
+Shape letters: N readable images, n of them with q views each, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from dinoscale.data.augmentation.color_jitter import finish_crops
+from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
+from dinoscale.data.sources.mixture import left_out_counts
+from dinoscale.data.sources.source import StoredSource, open_source
+from dinoscale.data.sources.subset import SubsetSource
+from dinoscale.errors import ConfigError, DataError, RunFailedError
+from dinoscale.evaluate.across_ranks import over_ranks
+from dinoscale.evaluate.features import eval_mode, require_finite
+from dinoscale.evaluate.frozen_backbone import (
+    DEFAULT_EXTRACTION,
+    ExtractionOptions,
+    FeatureExtractor,
+    load_extractor,
+)
+from dinoscale.evaluate.label_free.spectrum import (
+    ALPHA_FIRST,
+    ALPHA_LAST,
+    LIDAR_DELTA,
+    RANKME_IMAGES,
+    alpha_req,
+    lidar,
+    rankme,
+)
+from dinoscale.evaluate.label_free.views import SEED, augmented_views
+from dinoscale.evaluate.progress import bar_options
+from dinoscale.runtime import distributed
+from dinoscale.runtime.opening import open_once_per_node
+
+log = logging.getLogger(__name__)
+
+LIDAR_IMAGES, LIDAR_VIEWS = 1000, 50  # Thilak et al. 2024, section 4
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How many images are measured; a set with fewer is taken whole.
+
+    Attributes:
+        images: N, of RankMe and alpha-ReQ.
+        lidar_images: n.
+        views: q; 0 leaves LiDAR out.
+    """
+
+    images: int = RANKME_IMAGES
+    lidar_images: int = LIDAR_IMAGES
+    views: int = LIDAR_VIEWS
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if self.images < 1:
+            raise ConfigError(f"images: need at least one, got {self.images}")
+        if self.views < 0 or self.views == 1 or self.lidar_images < 2:
+            raise ConfigError(
+                "LiDAR compares views within and between images: need views >= 2 (or 0 to leave it"
+                f" out) and lidar_images >= 2, got {self.views} and {self.lidar_images}"
+            )
+
+
+def evaluate_rank(
+    weights_path: str | Path,
+    spec: str,
+    *,
+    samples: Samples,
+    untrained: bool = False,
+    options: ExtractionOptions = DEFAULT_EXTRACTION,
+) -> dict[str, object]:
+    """Measure how many directions the features of a backbone use; labels are not read.
+
+    All ranks of a job call it; each does its share, and all get the report.
+
+    Args:
+        weights_path: any weights file that `load_backbone` reads.
+        spec: the images, as `data.train` of a config names one source on a disk.
+        samples: how many of them.
+        untrained: also measure the same architecture with fresh weights.
+        options: which network, which device, and how features are extracted.
+
+    Returns:
+        Numbers, texts and dicts, ready for JSON: `score` has `rankme` and `lidar`, in directions;
+        `alpha_req` is the decay of the spectrum, None if the rank is too low.
+
+    Raises:
+        CheckpointError: the weights file cannot be used.
+        ConfigError: a setting is out of range.
+        DataError: the set cannot be read, or too few of its images.
+    """
+    extractor = load_extractor(weights_path, options)
+    decoder = extractor.decoder
+    source = open_once_per_node(lambda heartbeat: open_source(spec, decoder, heartbeat))
+    score, alpha, counts = _measure(extractor, source, samples)
+    _warn(counts, width=_width(extractor))
+    report = extractor.report(
+        "rank",
+        data={"spec": spec, "images": len(source), "left_out": left_out_counts(source)},
+        protocol=_protocol(extractor, samples),
+        score=score,
+        unit="directions",
+        alpha_req=alpha,
+        measured=counts,
+    )
+    if untrained:
+        fresh, fresh_alpha, _ = _measure(extractor.untrained(), source, samples)
+        report["untrained"] = fresh
+        report["untrained_alpha_req"] = fresh_alpha
+    return report
+
+
+def _width(extractor: FeatureExtractor) -> int:
+    width = extractor.backbone.embed_dim
+    assert isinstance(width, int)
+    return width
+
+
+def _measure(
+    extractor: FeatureExtractor, source: StoredSource, samples: Samples
+) -> tuple[dict[str, float], float | None, dict[str, int]]:
+    """The scores, alpha, and how many images were read for each."""
+    features, _ = extractor.unlabelled(_some(source, samples.images))
+    if not len(features):
+        raise DataError(f"none of the {min(samples.images, len(source))} images can be read")
+    counts = {"images": len(features)}
+    score = {"rankme": distributed.together(partial(rankme, features))}
+    alpha = distributed.together(partial(alpha_req, features))
+    if samples.views:
+        views = _view_features(extractor, _some(source, samples.lidar_images), samples.views)
+        if len(views) < 2:
+            raise DataError(
+                f"LiDAR compares images, and {len(views)} of the {len(source)} can be read; leave"
+                " it out with --views 0"
+            )
+        counts["lidar_images"] = len(views)
+        score["lidar"] = distributed.together(partial(lidar, views))
+    return score, alpha, counts
+
+
+def _some(source: StoredSource, images: int) -> StoredSource:
+    """A fixed random choice of images; all, in their order, if there are no more."""
+    return source if len(source) <= images else SubsetSource(source, images=images)
+
+
+def _view_features(extractor: FeatureExtractor, source: StoredSource, num_views: int) -> Tensor:
+    """Features of views of every readable image, (n, q, D)."""
+    at_once = max(1, extractor.options.batch_size // num_views)  # images
+    forward = _ViewForward(extractor, source, num_views, at_once)
+    features, _ = over_ranks(forward, num_images=len(source), batch_size=at_once)
+    return features
+
+
+@dataclass(frozen=True)
+class _ViewForward:
+    """The forward of the views of images through a backbone."""
+
+    extractor: FeatureExtractor
+    source: StoredSource
+    num_views: int
+    images_at_once: int
+
+    def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """Features (n, q, D) of the readable images, and their numbers (n,)."""
+        extractor, options = self.extractor, self.extractor.options
+        batches = augmented_views(
+            self.source,
+            _crops(extractor),
+            ids,
+            num_views=self.num_views,
+            batch_size=self.images_at_once,
+            num_workers=options.num_workers,
+            pin_memory=extractor.device.type == "cuda",
+        )
+        shown = options.progress and distributed.rank() == 0
+        bar = tqdm(total=len(ids) * self.num_views, unit="view", **bar_options(shown=shown))
+        rows = [torch.zeros(0, self.num_views, _width(extractor), device=extractor.device)]
+        numbers = [torch.zeros(0, dtype=torch.int64)]
+        try:
+            with bar, eval_mode(extractor.backbone), torch.no_grad():
+                for batch in batches:
+                    if len(batch.ids):
+                        found = self._features(batch.crops, batch.params)
+                        rows.append(found.unflatten(0, (len(batch.ids), self.num_views)))
+                        numbers.append(batch.ids)
+                    bar.update(self.num_views * (len(batch.ids) + len(batch.bad)))
+                    check()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise RunFailedError(
+                f"{options.batch_size} views at once need more memory than available; lower"
+                " --batch-size"
+            ) from error
+        return require_finite(torch.cat(rows)), torch.cat(numbers).to(extractor.device)
+
+    def _features(self, crops: Tensor, params: NDArray[np.void]) -> Tensor:
+        """Features (M, D) of crops (M, H, H, C), at most a batch at a time."""
+        extractor, size = self.extractor, self.extractor.options.batch_size
+        parts = []
+        for first in range(0, len(crops), size):
+            finished = finish_crops(
+                crops[first : first + size].to(extractor.device, non_blocking=True),
+                params[first : first + size],
+                mean=extractor.card.mean,
+                std=extractor.card.std,
+                compiled=False,
+            )
+            parts.append(extractor.backbone([finished]).float())
+        return torch.cat(parts)
+
+
+def _crops(extractor: FeatureExtractor) -> MultiCrop:
+    """The global crops of pre-training, of the size that the weights are evaluated at."""
+    card = extractor.card
+    return MultiCrop(global_size=card.crop, num_local=0, channels=card.backbone.in_chans)
+
+
+def _protocol(extractor: FeatureExtractor, samples: Samples) -> dict[str, object]:
+    card = extractor.card
+    about: dict[str, object] = {
+        "features": "backbone output (of a ViT: normalised CLS token), before any head",
+        "network": extractor.options.network,
+        "images": samples.images,
+        "alpha_range": [ALPHA_FIRST, ALPHA_LAST],
+        "resize": card.resize,
+        "crop": card.crop,
+        "interpolation": "bicubic",
+        "mean": list(card.mean),
+        "std": list(card.std),
+        "max_pixel_value": card.max_pixel_value,
+    }
+    if samples.views:
+        crops = _crops(extractor)
+        about["lidar"] = {
+            "images": samples.lidar_images,
+            "views": samples.views,
+            "delta": LIDAR_DELTA,
+            "seed": SEED,
+            "scale": list(crops.specs[0].scale),
+            "blur_probs": [spec.blur_prob for spec in crops.specs[:NUM_GLOBAL]],
+            "solarize_probs": [spec.solarize_prob for spec in crops.specs[:NUM_GLOBAL]],
+            "jitter_prob": crops.color.jitter_prob,
+            "gray_prob": crops.color.gray_prob,
+            "flip_prob": crops.color.flip_prob,
+        }
+    return about
+
+
+def _warn(counts: dict[str, int], *, width: int) -> None:
+    """Say where the number of images, not the features, limits a rank."""
+    if counts["images"] <= width:
+        log.warning(
+            "RankMe of %d images is at most %d, though features have %d dimensions: measure more"
+            " images",
+            *(counts["images"], counts["images"], width),
+        )
+    if counts.get("lidar_images", width + 2) <= width:
+        most = counts["lidar_images"] - 1
+        log.warning("LiDAR of %d images is at most %d", counts["lidar_images"], most)
