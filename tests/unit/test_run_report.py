@@ -409,7 +409,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[s
     """A run with hostile names, its report, and what `write_run_report` returned."""
     run_dir = tmp_path_factory.mktemp("runs") / _EVIL.replace("/", "")
     events = [event(step, _EVIL, reason=_EVIL) for step in range(150)]
-    kept = ("step", "epoch", "loss", "momentum", "knn_top1")
+    kept = ("step", "epoch", "loss", "momentum", "knn_top1", "rankme")
     lines = [{key: line[key] for key in kept if key in line} for line in log_lines()]
     make_run(run_dir, [*lines, {"step": STEPS, "grad_norm": 1e-90}], events=[*events, _COLLAPSE])
     (run_dir / "versions.json").write_text(json.dumps({_EVIL: _EVIL}))
@@ -424,7 +424,7 @@ def test_the_page_needs_no_network_and_runs_nothing(
     page = Elements((report[1] / "report.html").read_text())
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed"}
     sources = [found["src"] or "" for _, found in page.tags if "src" in found]
-    assert len(sources) == 4
+    assert len(sources) == 5
     assert all(source.startswith("data:image/") for source in sources)
     assert not any(name.startswith("on") for _, found in page.tags for name in found)
     assert _EVIL in page.text

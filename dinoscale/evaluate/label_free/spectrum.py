@@ -113,14 +113,16 @@ def _centered(features: Tensor) -> Tensor:
 
 def _rounding(features: Tensor) -> Tensor:
     """Singular values of the centered features that may come from rounding."""
-    return max(features.shape) * torch.finfo(torch.float64).eps * features.norm()
+    norm: Tensor = features.norm()
+    return norm * torch.finfo(torch.float64).eps * max(features.shape)
 
 
 def _singular_values(matrix: Tensor) -> Tensor:
     """Singular values of (N, D), the largest first: those of R = Q^T matrix, where N > D."""
     if matrix.shape[0] > matrix.shape[1]:
         matrix = torch.linalg.qr(matrix, mode="r").R
-    return torch.linalg.svdvals(matrix)
+    values: Tensor = torch.linalg.svdvals(matrix)
+    return values
 
 
 def _effective_rank(weights: Tensor) -> float:
