@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dinoscale.errors import DinoscaleError
+from dinoscale.errors import DataError
 from dinoscale.evaluate.embedding.embed import EmbedOptions, embed
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.evaluate.label_free.rank import Samples, evaluate_rank
@@ -18,56 +22,83 @@ from tests.unit.evaluate.tiny_files import save_picture, save_weights
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 
-def write(weights: str, images: str, out: str) -> list[object]:
-    """Images and new shards by the summary of this rank, and effective ranks; or its error."""
-    torch.set_num_threads(1)
+def _write(weights: str, images: str, out: str, manifest: str | None = None) -> dict[str, object]:
     options = EmbedOptions(
-        batch_size=2, num_workers=0, shard_size=3, features=("cls", "patches"), progress=False
+        batch_size=2,
+        num_workers=0,
+        shard_size=3,
+        features=("cls", "patches"),
+        progress=False,
+        manifest=manifest,
     )
-    try:
-        summary = embed(weights, images, out, options)
-    except DinoscaleError as error:
-        return [str(error)]
+    return embed(weights, images, out, options)
+
+
+def measure(weights: str, images: str, out: str) -> list[object]:
+    """Images and new shards by the summary of this rank, and its effective ranks."""
+    torch.set_num_threads(1)
+    summary = _write(weights, images, out)
     extraction = ExtractionOptions(batch_size=8, num_workers=0, cache=False, progress=False)
     samples = Samples(lidar_images=7, views=3)
     report: dict[str, Any] = evaluate_rank(weights, images, samples=samples, options=extraction)
     return [summary["images"], summary["new_shards"], *report["score"].values()]
 
 
+def measure_and_fail(short: str, out: str, **files: str) -> tuple[list[object], str]:
+    """The same, then the error of a stream whose last shard is too short."""
+    os.environ["DINOSCALE_ALLOW_PIPE"] = "1"
+    measured = measure(**files, out=out)
+    try:
+        _write(files["weights"], f"pipe:cat {short}", f"{out}-short", f"{short}.json")
+    except DataError as error:
+        return measured, str(error)
+    return measured, ""
+
+
+def _short_shard(path: Path, picture: bytes) -> Path:
+    """A shard of five pictures, and a manifest that says eight."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(5):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(picture)
+            tar.addfile(member, io.BytesIO(picture))
+    shards = [{"name": path.name, "samples": 8}]
+    path.with_name(f"{path.name}.json").write_text(json.dumps({"format": 1, "shards": shards}))
+    return path
+
+
 def _bytes(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
-def test_two_and_three_ranks_write_what_one_writes(tmp_path: Path) -> None:
+def test_two_and_three_ranks_find_what_one_finds(tmp_path: Path) -> None:
     weights, images = save_weights(tmp_path / "weights.safetensors"), tmp_path / "images"
     for i in range(13):  # five shards, for three ranks
         save_picture(images / f"{i:02d}.png", seed=i)
     (images / "07.png").write_bytes(b"not a picture")
+    short = _short_shard(tmp_path / "short.tar", (images / "00.png").read_bytes())
     files = {"weights": str(weights), "images": str(images)}
     threads = torch.get_num_threads()
-    expected = write(**files, out=str(tmp_path / "1"))
-    assert expected[:2] == [12, 5]
+    expected = measure(**files, out=str(tmp_path / "1"))
     torch.set_num_threads(threads)
-    alone = _bytes(tmp_path / "1")
-    for world_size in (2, 3):
-        out = tmp_path / str(world_size)
-        found = run_distributed(
-            "tests.distributed.test_whole_sets:write",
-            **files,
-            out=str(out),
-            world_size=world_size,
-            timeout_s=120,
-        )
-        assert found == [expected] * world_size
-        assert _bytes(out) == alone
-    (images / "07.png").unlink()
-    first, second = run_distributed(
-        "tests.distributed.test_whole_sets:write",
+    assert expected[:2] == [12, 5]
+    module = "tests.distributed.test_whole_sets"
+    three = run_distributed(
+        f"{module}:measure", **files, out=str(tmp_path / "3"), world_size=3, timeout_s=120
+    )
+    assert three == [expected] * 3
+    two = run_distributed(
+        f"{module}:measure_and_fail",
         **files,
-        out=str(tmp_path / "3"),
+        out=str(tmp_path / "2"),
+        short=str(short),
         world_size=2,
         timeout_s=120,
     )
-    assert "data.images is 13 there and 12 now" in first[0]
-    assert "data.images is 13 there and 12 now" in second[0]
-    assert _bytes(tmp_path / "3") == alone
+    assert [measured for measured, _ in two] == [expected] * 2
+    for name in "23":
+        assert _bytes(tmp_path / name) == _bytes(tmp_path / "1")
+    says = "holds only 5 pictures, but its manifest says 8"  # which rank 1 alone reads
+    assert all(says in error for _, error in two), two
+    assert not (tmp_path / "2-short" / "manifest.json").exists()
+    assert (tmp_path / "2-short" / "unfinished.json").exists()

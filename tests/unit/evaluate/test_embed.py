@@ -228,6 +228,8 @@ def test_float16_and_bf16_and_another_size(weights: Path, images: Path, tmp_path
     np.testing.assert_array_equal(halves, full.astype(np.float16))
     rough = _read(tmp_path / "bf16", "patches").astype(np.float32)
     assert 0 < abs(rough - full).max() < 0.05 * abs(full).max()  # bfloat16 has 8 bits
+    large = torch.from_numpy(rough[abs(rough) > 1e-3])  # float16 keeps these as they are
+    assert torch.equal(large.bfloat16().float(), large)
     larger = replace(SMALL, resize=64, crop=48, features=())
     summary = embed(weights, str(images), tmp_path / "larger", larger)
     assert [*summary["features"]] == ["cls", "mean_patch"]  # type: ignore[call-overload]  # a dict
@@ -246,10 +248,11 @@ def test_streamed_shards_have_the_features_of_their_folder(
         counts.append({"name": f"set-{number}.tar", "samples": len(some)})
     manifest = tmp_path / "manifest.json"
     manifest.write_text(json.dumps({"format": 1, "shards": counts}))
-    spec = f"pipe:cat {tmp_path}/set-{{0,1}}.tar"
+    spec = f"pipe:echo >> {tmp_path}/opened; cat {tmp_path}/set-{{0,1}}.tar"
     options = replace(SMALL, features=("cls",), num_workers=2, manifest=str(manifest))
     embed(weights, spec, tmp_path / "out", options)
     np.testing.assert_allclose(
         _read(tmp_path / "out", "cls"), _read(written, "cls"), rtol=1e-4, atol=1e-6
     )
     assert _all(tmp_path / "out", "images")[0].endswith("set-0.tar::0 (x00.png)")
+    assert (tmp_path / "opened").read_text() == "\n" * 2  # each shard once, whatever the workers
