@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -23,6 +23,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -100,6 +101,7 @@ class _Job:
     source: StoredSource
     folder: FeatureFolder
     row_shapes: dict[str, tuple[int, ...]]  # by feature
+    labels: NDArray[np.int64] | None  # of all images, -1 where unknown
 
     def images_of(self, shard: int) -> range:
         """The numbers of the images of a shard."""
@@ -136,7 +138,7 @@ def embed(
     shapes = distributed.together(partial(_row_shapes, extractor, options.features))
     source = open_once_per_node(partial(_open, extractor, spec, options.manifest))
     folder = FeatureFolder(Path(out), num_shards=-(-len(source) // options.shard_size))
-    job = _Job(extractor, options, source, folder, shapes)
+    job = _Job(extractor, options, source, folder, shapes, source.labels)
     try:
         missing = distributed.broadcast_object(on_first_rank(partial(_begin, job)))
         assert missing is not None
@@ -183,11 +185,23 @@ def _open(
 
 def _begin(job: _Job, heartbeat: Callable[[], None]) -> list[int]:
     """Take the folder, and return the shards that it lacks."""
+    settings = _settings(job, heartbeat)
+    with _writing_to(job.folder.path):
+        return job.folder.begin(settings)
+
+
+@contextmanager
+def _writing_to(path: Path) -> Iterator[None]:
+    """Turn errors of the file system into a sentence.
+
+    Raises:
+        OutputError: a write within the block fails.
+    """
     try:
-        return job.folder.begin(_settings(job, heartbeat))
+        yield
     except OSError as error:
         reason = error.strerror or error
-        raise OutputError(f"cannot write to {job.folder.path}: {reason}") from error
+        raise OutputError(f"cannot write to {error.filename or path}: {reason}") from error
 
 
 def _settings(job: _Job, heartbeat: Callable[[], None]) -> dict[str, Any]:
@@ -227,28 +241,25 @@ def _write_share(job: _Job, missing: list[int], check: Callable[[], None]) -> No
         return
     job.extractor.backbone.to(_NETWORK[job.options.precision])
     try:
-        with eval_mode(job.extractor.backbone), torch.no_grad():
+        with _writing_to(job.folder.path), eval_mode(job.extractor.backbone), torch.no_grad():
             _write_shards(job, shards, check)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunFailedError(
             f"features of {job.options.batch_size} images at once need more memory than available"
             f" ({str(error).split('. ')[0]}); lower --batch-size"
         ) from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"cannot write to {job.folder.path}: {reason}") from error
 
 
 def _write_shards(job: _Job, shards: list[int], check: Callable[[], None]) -> None:
     extractor, options = job.extractor, job.options
-    # A worker would read a stream alone, from its front to each of its own batches.
-    num_workers = min(options.num_workers, 1 if _is_stream(job) else options.num_workers)
+    # Each worker would read a stream from its front to its own batches.
+    most = 1 if isinstance(job.source, StreamSource) else options.num_workers
     batches = pictures(
         job.source,
         (batch for _, batch in _batches(job, shards)),
         resize=extractor.card.resize,
         crop=extractor.card.crop,
-        num_workers=num_workers,
+        num_workers=min(options.num_workers, most),
         pin_memory=extractor.device.type == "cuda",
     )
     shown_here = options.progress and distributed.rank() == 0
@@ -271,10 +282,6 @@ def _batches(job: _Job, shards: list[int]) -> Iterator[tuple[int, range]]:
         images = job.images_of(shard)
         for first in range(0, len(images), size):
             yield shard, images[first : first + size]
-
-
-def _is_stream(job: _Job) -> bool:
-    return isinstance(job.source, StreamSource)
 
 
 def _shard_of(pair: tuple[tuple[int, range], Pictures]) -> int:
@@ -303,7 +310,7 @@ def _write_shard(job: _Job, shard: int, batches: Iterable[Pictures]) -> None:
             for name, shape in job.row_shapes.items()
         }
         for batch in batches:
-            _note(record, batch, job.source)
+            _note(record, batch, job)
             if batch.numbers:
                 for name, rows in _features(job, batch.images).items():
                     files[name].append(rows.numpy())
@@ -329,25 +336,25 @@ def _features(job: _Job, images: Tensor) -> dict[str, Tensor]:
 
 def _new_record(job: _Job, shard: int) -> Record:
     images = job.images_of(shard)
-    labels = job.source.labels
     return {
         "first": images.start,
         "stop": images.stop,
         "images": [],
         "sizes": [],
-        **({} if labels is None else {"labels": []}),
+        **({} if job.labels is None else {"labels": []}),
         "unreadable": [],
     }
 
 
-def _note(record: Record, batch: Pictures, source: StoredSource) -> None:
+def _note(record: Record, batch: Pictures, job: _Job) -> None:
     """Add what a batch holds to the record of its shard."""
     # Paths below the folder of a set, so that they hold wherever it lies.
+    source = job.source
     above = os.path.join(source.root, "") if isinstance(source, FolderSource) else ""
     record["images"] += [name.removeprefix(above) for name in batch.names]
     record["sizes"] += batch.sizes
-    if "labels" in record and source.labels is not None:
-        record["labels"] += source.labels[batch.numbers].tolist()
+    if job.labels is not None:
+        record["labels"] += job.labels[batch.numbers].tolist()
     for lost in batch.unreadable:
         log.warning("left out an unreadable image: %s: %s", lost.name, lost.reason)
         name = lost.name.removeprefix(above)
@@ -359,7 +366,8 @@ def _finish(job: _Job, spec: str) -> dict[str, object]:
     about = job.folder.manifest()
     if about is None:
         about = _about(job, spec)
-        job.folder.finish(about)
+        with _writing_to(job.folder.path):
+            job.folder.finish(about)
     return {
         "out": str(job.folder.path),
         "manifest": str(job.folder.path / MANIFEST),
