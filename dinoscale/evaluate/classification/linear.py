@@ -196,26 +196,35 @@ class _Probe:
 
     def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (N, ...) and labels (N,) of each step from the first on."""
-        plan, inputs = self._plan, self._inputs
         if self._augment:
-            images = train_images(
-                inputs,
-                interpolation=plan.interpolation,
-                batch_size=plan.batch_size,
-                steps=plan.steps,
-                first_step=first,
-                seed=self._seed,
-                num_workers=self._options.num_workers,
-                drawn=self._drawn,
-            )
-            for pixels, labels in images:
-                with torch.no_grad():
-                    yield self._tokens([pixels]).float(), labels
-            inputs.used["train"] = self._drawn.used(inputs.train)
-            return
+            return self._of_crops(first)
+        # Before the first step is asked for, whose bar would count this as its time.
         features, labels = extract_train_features(
-            self._tokens, inputs, output_key=self._tokens.output_key
+            self._tokens, self._inputs, output_key=self._tokens.output_key
         )
+        return self._of_whole_images(features, labels, first)
+
+    def _of_crops(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        plan, inputs = self._plan, self._inputs
+        images = train_images(
+            inputs,
+            interpolation=plan.interpolation,
+            batch_size=plan.batch_size,
+            steps=plan.steps,
+            first_step=first,
+            seed=self._seed,
+            num_workers=self._options.num_workers,
+            drawn=self._drawn,
+        )
+        for pixels, labels in images:
+            with torch.no_grad():
+                yield self._tokens([pixels]).float(), labels
+        inputs.used["train"] = self._drawn.used(inputs.train)
+
+    def _of_whole_images(
+        self, features: Tensor, labels: Tensor, first: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        plan = self._plan
         sampler = endless_sampler(
             len(features), batch_size=plan.batch_size, steps=plan.steps, seed=self._seed
         )

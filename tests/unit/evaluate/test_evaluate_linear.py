@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dinoscale.data.augmentation.labelled_crops import endless_sampler
 from dinoscale.errors import ConfigError, DataError, NonFiniteError
+from dinoscale.evaluate import progress
 from dinoscale.evaluate.classification.inputs import (
     extract_test_features,
     extract_train_features,
@@ -96,6 +98,20 @@ def test_an_interrupted_training_resumes_to_the_same_numbers(
     assert len([*runs[1].parent.glob("classifier*")]) == 2
     tensors = load_file(report["out"])
     assert tensors["weight"].shape[0] == len(tensors["bias"]) == 3
+
+
+def test_the_time_of_the_features_is_not_that_of_the_first_step(
+    colors: Colors, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
+    with caplog.at_level(logging.INFO):
+        _run(colors, augment=False, options=replace(OPTIONS, progress=True, cache=False))
+    said = [record.getMessage() for record in caplog.records]
+    counts = [line.split(" [")[0].split()[-1] for line in said if "% " in line]
+    images = [at for at, count in enumerate(counts) if not count.endswith("/20")]
+    assert counts[-1] == "20/20"
+    assert images[-1] < counts.index("0/20"), "a bar of images within that of the steps"
+    assert "\x1b" not in "".join(said)
 
 
 def test_diverged_classifiers_are_reported_and_never_chosen(
