@@ -30,6 +30,7 @@ _OF_A_PHASE = "phases."
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _MORE_THAN_A_LIST = re.compile(r"\s*\[[^\[\]{}'\"]*\]\s*[^\s#]")  # a path such as [a]/x
 _MARKS = ("versions.json", "job.json")  # in every run directory, and in that of a sweep's run
+_IMAGES = ("data.train", "eval.train", "eval.test")
 _MAX_FILES = 100  # in a chain, each in the defaults of the one before
 
 
@@ -50,6 +51,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: something is missing, unknown, of the wrong type or out of range; the message
             has one line per mistake.
     """
+    _require_whole_patterns(overrides)
     merged = Layers()
     _put_file(_find(name_or_path), merged, chain=())
     of_phases = [override for override in overrides if override.startswith(_OF_A_PHASE)]
@@ -216,6 +218,19 @@ def read_mapping(path: Path, *, wanted_by: Path | None = None) -> dict[str, obje
         found = "text" if isinstance(values, str) else show(values)  # maybe a file of passwords
         raise ConfigError(f"{path}: needs a mapping of keys to values, got {found}")
     return values
+
+
+def _require_whole_patterns(overrides: Sequence[str]) -> None:
+    """Refuse an x-{0..7}.tar that the shell took apart: of its shards only the last would count."""
+    for before, after in pairwise(overrides):
+        key, _, text = after.partition("=")
+        of_one_folder = before.rpartition("/")[0] == after.rpartition("/")[0] != ""
+        if key in _IMAGES and of_one_folder and before != after:
+            raise ConfigError(
+                f"{key}: given as {hide_secrets(before.partition('=')[2])} and as"
+                f" {hide_secrets(text)}; give it once, and a pattern of shards in quotes, which"
+                f" keep the shell from taking it apart: '{key}=train-{{000..099}}.tar'"
+            )
 
 
 def _parse_override(override: str) -> dict[str, object]:

@@ -307,6 +307,13 @@ def test_an_override_made_of_a_source_is_that_source(text: str) -> None:
     assert load_config("quickstart", [text_override("data.train", text)]).data.train == text
 
 
+def test_a_pattern_of_shards_that_the_shell_took_apart_is_refused(empty: str) -> None:
+    apart = [f"data.train=/data/train-{number:03}.tar" for number in range(3)]
+    with pytest.raises(ConfigError, match=r"^data\.train: .*train-000\.tar and .*in quotes"):
+        load_config(empty, ["seed=1", *apart])
+    assert load_config(empty, [apart[0], "seed=1", apart[1]]).data.train == "/data/train-001.tar"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
