@@ -148,9 +148,15 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     options, rest = commands.parse_known_args(own)
     for argument in rest:  # argparse does not recognize settings that come after an option
         if "=" not in argument or argument.startswith("-") or not hasattr(options, "overrides"):
-            commands.error(f"unrecognized arguments: {argument}")
+            commands.error(f"unrecognized arguments: {argument}{_unquoted(argument)}")
         options.overrides.append(argument)
     return options
+
+
+def _unquoted(argument: str) -> str:
+    """What to say of a file too many: the shell has made it of a pattern."""
+    is_file = not argument.startswith("-") and os.path.exists(argument)
+    return "; put a pattern of files in quotes, else the shell lists them" if is_file else ""
 
 
 def _train(options: argparse.Namespace) -> dict[str, Any] | None:

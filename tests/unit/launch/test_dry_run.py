@@ -145,7 +145,19 @@ def test_settings_may_follow_options_of_any_command(capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit) as ended:
             cli.run(["config", "vit_s16", "--json", wrong])
         assert ended.value.code == 2
-        assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
+        assert f"unrecognized arguments: {wrong}\n" in capsys.readouterr().err
+
+
+def test_shards_of_a_pattern_without_quotes_are_told_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apart = [str(tmp_path / name) for name in ("train-0.tar", "train-1.tar")]
+    for path in apart:
+        Path(path).touch()
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["evaluate", "knn", "weights", "--train", *apart, "--test", str(tmp_path)])
+    assert ended.value.code == 2
+    assert f"{apart[1]}; put a pattern of files in quotes" in capsys.readouterr().err
 
 
 def _as_on_a_node(*arguments: str) -> list[str]:
