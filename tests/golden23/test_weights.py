@@ -28,6 +28,7 @@ from dinoscale.convert.weights_file import build_head, expected_tensors
 from dinoscale.engine.build import build_networks
 from dinoscale.errors import CheckpointError, ConversionError
 from dinoscale.models._torchvision import ensure_torchvision
+from dinoscale.models.rope import Rope
 from dinoscale.models.vit import VisionTransformer
 from tests.distributed.tiny_run import tiny_config
 from tests.golden23.recorded import RecordedRun, recorded_run
@@ -89,12 +90,32 @@ def test_every_dinov2_file_is_read_whole(tmp_path: Path, golden23_json: Jsons) -
     assert read
 
 
-def test_dinov3_files_are_refused_by_name(tmp_path: Path, golden23_json: Jsons) -> None:
+def test_dinov3_files_are_read_whole_or_refused_by_name(
+    tmp_path: Path, golden23_json: Jsons
+) -> None:
+    read = []
     for name, content in _files(golden23_json("checkpoint_keys")):
-        if "dinov3" in name:
-            torch.save(content, tmp_path / "w")
+        if "dinov3" not in name:
+            continue
+        state = content.get("teacher", content)
+        for key, value in state.items():
+            if key.endswith("bias_mask"):
+                of_queries, of_keys, of_values = torch.ones(value.shape).chunk(3)
+                state[key] = torch.cat((of_queries, 0 * of_keys, of_values))
+            if key.endswith("rope_embed.periods"):
+                dtype, head_dim = torch.float32, 4 * len(value)
+                state[key] = Rope(100.0).periods(head_dim, dtype=dtype, device=value.device)
+        torch.save(content, tmp_path / "w")
+        if not any(key.endswith("rope_embed.periods") for key in state):
             with pytest.raises(CheckpointError, match="rotary position embeddings, as DINOv3"):
                 read_source(tmp_path / "w", num_heads=1)
+            continue
+        weights = read_source(tmp_path / "w")
+        coverage = coverage_of(weights.backbone, expected_tensors(weights))
+        assert coverage.complete, f"{name}: {coverage}"
+        assert weights.left_out == ()
+        read.append(name)
+    assert len(read) == 7
 
 
 # Small networks
