@@ -1,14 +1,20 @@
-"""Activation checkpointing of a block: keep some activations for the backward, recompute the rest.
+"""What a block keeps for its backward: some activations; the others are made again.
 
-In units of tokens x width, a block with an MLP of ratio 4 keeps about 17 without recomputation.
-Non-reentrant checkpoints only: the other kind fails under ZeRO-2 and 3 when a block runs twice.
+In units of tokens x width, autograd keeps about 17 of a block with an MLP of ratio 4. Three of
+them are a norm away from another one, or its copy, and never kept. Activation checkpointing keeps
+still fewer of the other 14. Non-reentrant checkpoints only: the other kind fails under ZeRO-2 and
+3 when a block runs twice.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -28,6 +34,71 @@ _ATTENTION = {
     "attention",  # the operator of cpu_bf16.py, like "linear" below
 }
 _PRODUCTS = {"mm", "addmm", "linear"}
+
+
+class _Saved:
+    """A tensor that autograd saved, or how to make it again."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor: Tensor | None = tensor
+        self._make: Callable[[], Tensor] | None = None
+
+    def value(self) -> Tensor:
+        if self._make is None:
+            assert self._tensor is not None
+            return self._tensor
+        with torch.no_grad():
+            return self._make()
+
+    def forget(self, whole: Tensor, make: Callable[[], Tensor]) -> None:
+        """Keep only how to make `whole`, which it is a view of."""
+        assert self._tensor is not None
+        size, stride = self._tensor.shape, self._tensor.stride()
+        offset = self._tensor.storage_offset() - whole.storage_offset()
+
+        def made() -> Tensor:
+            again = make()
+            return again.as_strided(size, stride, again.storage_offset() + offset)
+
+        self._tensor, self._make = None, made
+
+
+_saved: ContextVar[dict[int, list[_Saved]] | None] = ContextVar("_saved", default=None)
+
+
+@contextmanager
+def saving_little() -> Iterator[None]:
+    """What autograd saves in this context can be given to `remake`; not within `checkpointed`."""
+    by_address: dict[int, list[_Saved]] = {}
+
+    def save(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        by_address.setdefault(tensor.untyped_storage().data_ptr(), []).append(saved)
+        return saved
+
+    before = _saved.set(by_address)
+    try:
+        with saved_tensors_hooks(save, _Saved.value):
+            yield
+    finally:
+        _saved.reset(before)
+
+
+def remake(tensor: Tensor, make: Callable[[], Tensor]) -> None:
+    """Keep neither a tensor nor views of it for the backward, which makes it again.
+
+    Without effect outside `saving_little`.
+
+    Args:
+        tensor: alive since it was saved.
+        make: returns the same values with the same strides, without a gradient.
+    """
+    if torch.compiler.is_compiling():
+        return  # the compiler chooses what it keeps
+    by_address = _saved.get()
+    if by_address and tensor.numel():
+        for saved in by_address.pop(tensor.untyped_storage().data_ptr(), ()):
+            saved.forget(tensor, make)
 
 
 def checkpointed(what: Recompute, function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinoscale.models.activation_checkpointing import Recompute, checkpointed
+from dinoscale.models.activation_checkpointing import (
+    Recompute,
+    checkpointed,
+    remake,
+    saving_little,
+)
 from dinoscale.models.compiling import Compiled
 from dinoscale.models.cpu_bf16 import Linear, attention, linear
 from dinoscale.models.rope import Rotation, rotate
@@ -68,14 +73,16 @@ class Attention(nn.Module):
         """Map tokens (T, D) to (T, D)."""
         sizes = [n * length for n, length in layout]
         groups = zip(*(torch.split(x, sizes) for x in self._heads(tokens)), strict=True)
-        mixed = []
+        outputs = []
         for i, (qkv, (n, length)) in enumerate(zip(groups, layout, strict=True)):
             q, k, v = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in qkv)
             if rotations is not None:
                 q, k = rotate(q, rotations[i]), rotate(k, rotations[i])
-            out = attention(q, k, v)  # (N, heads, L, head_dim)
-            mixed.append(out.transpose(1, 2).reshape(n * length, -1))
-        return self.proj(self.norm(torch.cat(mixed)))  # type: ignore[no-any-return]  # untyped
+            outputs.append(attention(q, k, v).transpose(1, 2))  # (N, L, heads, head_dim)
+        packed = torch.cat([out.flatten(0, 1) for out in outputs])  # (T, heads, head_dim)
+        for out, copy in zip(outputs, packed.detach().split(sizes), strict=True):
+            _keep_copy(out, copy.view_as(out))
+        return self.proj(self.norm(packed.flatten(1)))  # type: ignore[no-any-return]  # untyped
 
     def weights(
         self,
@@ -105,6 +112,39 @@ class Attention(nn.Module):
         return self.q_norm(q), self.k_norm(k), v
 
 
+def _keep_copy(tensor: Tensor, copy: Tensor) -> None:
+    """For the backward, if its strides are those of the tensor, which depends on the device."""
+    if copy.stride() == tensor.stride():
+        remake(tensor, lambda: copy)
+
+
+class ScaledLinear(Linear):
+    """A linear layer and the layer scale after it, gamma (x W^T + b), as one product.
+
+    Scales the weights instead of the outputs. So these need not be kept for the gradient of gamma,
+    which follows from that of the scaled weights.
+    """
+
+    _scale: tuple[Any]  # in a tuple: the scale is not a submodule of this layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        weight = self._scaled_weight()
+        result = linear(x, weight, None if self.bias is None else self._scale[0].gamma * self.bias)
+        remake(weight, self._scaled_weight)
+        return result
+
+    def _scaled_weight(self) -> Tensor:
+        return self._scale[0].gamma[:, None] * self.weight  # type: ignore[no-any-return]  # of timm
+
+    @classmethod
+    def adopt(cls, layer: nn.Linear, scale: nn.Module) -> None:
+        """Have a layer scale its weights, unless `scale` is the identity."""
+        if not isinstance(scale, nn.Identity):
+            layer.__class__ = cls
+            layer._scale = (scale,)  # type: ignore[assignment]  # an attribute of the new class
+
+
 class Block(nn.Module):
     """Pre-norm transformer block on packed tokens; adopts the layers of a timm block.
 
@@ -120,6 +160,8 @@ class Block(nn.Module):
         self.norm2 = source.norm2
         self.mlp = source.mlp
         self.ls2 = source.ls2
+        ScaledLinear.adopt(self.attn.proj, self.ls1)
+        ScaledLinear.adopt(self.mlp.fc2, self.ls2)
 
     def forward(
         self,
@@ -152,13 +194,24 @@ class Block(nn.Module):
     ) -> Tensor:
         """Do what `forward` does, without compiling or checkpointing."""
         keep_attention, keep_mlp = (None, None) if keep is None else (keep[0], keep[1])
-        tokens = _add(
-            tokens,
-            layout,
-            keep_attention,
-            lambda x, at: self.ls1(self.attn(self.norm1(x), at, rotations)),
-        )
-        return _add(tokens, layout, keep_mlp, lambda x, _: self.ls2(self.mlp(self.norm2(x))))
+
+        def attend(x: Tensor, at: Layout) -> Tensor:
+            return _of_norm(self.norm1, x, lambda normalised: self.attn(normalised, at, rotations))
+
+        def widen(x: Tensor, _: Layout) -> Tensor:
+            return _of_norm(self.norm2, x, self.mlp)
+
+        tokens = _add(tokens, layout, keep_attention, attend)
+        return _add(tokens, layout, keep_mlp, widen)
+
+
+def _of_norm(norm: nn.Module, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    """The branch of the normalised tokens, which are made again from the tokens x (T, D)."""
+    normalised = norm(x)
+    result = branch(normalised)
+    kept = x.detach()
+    remake(normalised, lambda: norm.forward(kept))  # not a call, which would run ZeRO's hooks
+    return result
 
 
 def _add(
@@ -188,8 +241,15 @@ def _run(
     rotations: Rotations,
     recompute: Recompute | None,
 ) -> Tensor:
-    if recompute is None or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or (recompute is None and torch.compiler.is_compiling()):
         return block.add_branches(tokens, layout, keep, rotations)
+    if recompute is None:
+        with saving_little():
+            tokens = block.add_branches(tokens, layout, keep, rotations)
+            for parameter in block.parameters():
+                # What stage 3 gathers for the forward is freed after it, and gathered again.
+                remake(parameter, lambda gathered=parameter: gathered)
+        return tokens
     # Inside the block, not around it: stage 3 then gathers its weights once for the backward.
     return checkpointed(recompute, block.add_branches, tokens, layout, keep, rotations)
 
