@@ -50,17 +50,20 @@ class _Saved:
         with torch.no_grad():
             return self._make()
 
-    def forget(self, whole: Tensor, make: Callable[[], Tensor]) -> None:
-        """Keep only how to make `whole`, which it is a view of."""
+    def forget(self, whole: Tensor, make: Callable[[], Tensor]) -> bool:
+        """Keep only how to make `whole`, of the same storage, if it is a view of that."""
         assert self._tensor is not None
         size, stride = self._tensor.shape, self._tensor.stride()
         offset = self._tensor.storage_offset() - whole.storage_offset()
+        if not 0 <= offset < whole.numel():  # another part of the storage
+            return False
 
         def made() -> Tensor:
             again = make()
             return again.as_strided(size, stride, again.storage_offset() + offset)
 
         self._tensor, self._make = None, made
+        return True
 
 
 _saved: ContextVar[dict[int, list[_Saved]] | None] = ContextVar("_saved", default=None)
@@ -91,14 +94,15 @@ def remake(tensor: Tensor, make: Callable[[], Tensor]) -> None:
 
     Args:
         tensor: alive since it was saved.
-        make: returns the same values with the same strides, without a gradient.
+        make: returns the same values with the same strides; called without gradients.
     """
     if torch.compiler.is_compiling():
         return  # the compiler chooses what it keeps
     by_address = _saved.get()
-    if by_address and tensor.numel():
-        for saved in by_address.pop(tensor.untyped_storage().data_ptr(), ()):
-            saved.forget(tensor, make)
+    if by_address:
+        address = tensor.untyped_storage().data_ptr()
+        kept = by_address.pop(address, [])
+        by_address[address] = [saved for saved in kept if not saved.forget(tensor, make)]
 
 
 def checkpointed(what: Recompute, function: Callable[..., Tensor], *args: Any) -> Tensor:

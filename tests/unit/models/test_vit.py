@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.profiler import ProfilerActivity, profile
 
 from dinoscale.models.block import Block, Subset, _add
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
@@ -299,6 +301,46 @@ def test_other_precisions_give_the_same_features(dtype: torch.dtype) -> None:
     roundings = 5 * 2 * model.depth
     error = (output.double() - exact).norm() / exact.norm()
     assert error < roundings**0.5 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_scale": 0.1, "ffn": "swiglu"}], ids=str)
+def test_what_a_block_makes_again_has_the_same_gradients(options: dict[str, Any]) -> None:
+    block, layout = _vit(**options).blocks[0], ((2, 17), (3, 5))
+    assert isinstance(block, Block)
+    flat = parameters_to_vector(block.parameters())
+    vector_to_parameters(flat.detach(), block.parameters())  # as in ZeRO: views of one tensor
+    tokens = torch.linspace(-1, 2, 49 * 24, dtype=torch.float64).view(49, 24).requires_grad_()
+    everything_kept = block.add_branches(tokens, layout, None)
+    expected = _gradients(block, everything_kept)
+    output = block(tokens, layout)
+    assert torch.equal(output, everything_kept)
+    gradients = _gradients(block, output)
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+def test_a_block_keeps_14_tensors_of_its_width() -> None:
+    block = _vit(embed_dim=64, num_heads=1, layer_scale=0.1).float().blocks[0]
+    tokens, layout = torch.randn(512, 64, requires_grad=True), ((2, 200), (7, 16))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        output = block(tokens, layout)
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    kept = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    # The output is new, the input is not; and the statistics of two norms and of the attention.
+    assert 14 <= kept / output.nbytes < 14.2
+
+
+def test_layer_scale_of_the_weights_is_that_of_the_outputs() -> None:
+    block = _vit(layer_scale=0.1).blocks[0].eval()
+    layer, gamma = block.get_submodule("attn.proj"), block.get_parameter("ls1.gamma")
+    assert isinstance(layer, nn.Linear)
+    inputs = torch.linspace(-1, 2, 5 * 24, dtype=torch.float64).view(5, 24).requires_grad_()
+    leaves = inputs, layer.weight, layer.bias, gamma
+    weights = torch.linspace(1, 2, 5 * 24, dtype=torch.float64).view(5, 24)
+    results = layer(inputs), gamma * F.linear(inputs, layer.weight, layer.bias)
+    torch.testing.assert_close(*results)
+    gradients = [torch.autograd.grad((result * weights).sum(), leaves) for result in results]
+    torch.testing.assert_close(*gradients)
 
 
 def test_autocast_runs_forward_and_backward() -> None:
