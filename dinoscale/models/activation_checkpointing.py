@@ -51,18 +51,12 @@ class _Saved:
             return self._make()
 
     def forget(self, whole: Tensor, make: Callable[[], Tensor]) -> bool:
-        """Keep only how to make `whole`, of the same storage, if it is a view of that."""
+        """Keep only how to make `whole`, of the same storage, if it is that or its transpose."""
         assert self._tensor is not None
+        if self._tensor.storage_offset() != whole.storage_offset():
+            return False  # ZeRO keeps many weights in one storage
         size, stride = self._tensor.shape, self._tensor.stride()
-        offset = self._tensor.storage_offset() - whole.storage_offset()
-        if not 0 <= offset < whole.numel():  # another part of the storage
-            return False
-
-        def made() -> Tensor:
-            again = make()
-            return again.as_strided(size, stride, again.storage_offset() + offset)
-
-        self._tensor, self._make = None, made
+        self._tensor, self._make = None, lambda: make().as_strided(size, stride)
         return True
 
 
@@ -88,7 +82,7 @@ def saving_little() -> Iterator[None]:
 
 
 def remake(tensor: Tensor, make: Callable[[], Tensor]) -> None:
-    """Keep neither a tensor nor views of it for the backward, which makes it again.
+    """Keep neither a tensor nor its transpose for the backward, which makes it again.
 
     Without effect outside `saving_little`.
 
