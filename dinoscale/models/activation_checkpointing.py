@@ -79,6 +79,7 @@ def saving_little() -> Iterator[None]:
             yield
     finally:
         _saved.reset(before)
+        by_address.clear()  # autograd keeps `save`, and would keep all until it needs none
 
 
 def remake(tensor: Tensor, make: Callable[[], Tensor]) -> None:

@@ -248,7 +248,7 @@ def _run(
             tokens = block.add_branches(tokens, layout, keep, rotations)
             for parameter in block.parameters():
                 # What stage 3 gathers for the forward is freed after it, and gathered again.
-                remake(parameter, lambda gathered=parameter: gathered)
+                remake(parameter, parameter.detach)
         return tokens
     # Inside the block, not around it: stage 3 then gathers its weights once for the backward.
     return checkpointed(recompute, block.add_branches, tokens, layout, keep, rotations)

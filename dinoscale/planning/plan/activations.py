@@ -12,7 +12,9 @@ def saved_by_block(dims: Dims, setup: Setup, *, index: int) -> float:
     s, width = setup.weight_bytes, dims.embed_dim
     statistics = FP32 * dims.num_heads  # logsumexp of attention
     if not is_recomputed(setup, index=index):
-        return s * _saved_elements(dims) + statistics + 4 * FP32  # mean, 1/std of two norms
+        # Its input, qkv, attention, and the sum after attention: 14 D in a plain block.
+        elements = 6 * width + _rotated(dims) + dims.mlp_kept
+        return s * elements + statistics + 4 * FP32  # mean, 1/std of two norms
     if setup.recompute == "block":
         return s * width  # its input
     if setup.recompute == "all_but_attention":
@@ -21,38 +23,32 @@ def saved_by_block(dims: Dims, setup: Setup, *, index: int) -> float:
     return s * (2 * width + products) + statistics
 
 
+def _rotated(dims: Dims) -> int:
+    """Elements per token of queries and keys that are rotated; the others stay with the values."""
+    return 2 * dims.embed_dim if dims.rope_tables else 0
+
+
 def is_recomputed(setup: Setup, *, index: int) -> bool:
     """Whether the backward recomputes block `index`."""
     return setup.checkpoint_every > 0 and index % setup.checkpoint_every == 0
 
 
-def _saved_elements(dims: Dims) -> int:
-    """Elements per token that a block saves if nothing is recomputed: 17 D for a plain block."""
-    width = dims.embed_dim
-    residuals = 2 * width  # its input, and the sum after attention
-    attention = 6 * width  # norm, qkv (3), attention by resolution, and packed
-    if dims.rope_tables:
-        attention += 2 * width  # rotated queries and keys; the others stay with the values
-    scales = 2 * width if dims.layer_scale else 0  # inputs of the two layer scales
-    return residuals + attention + scales + width + dims.mlp_kept  # norm; MLP
-
-
-def activations(dims: Dims, setup: Setup, *, blocks: int) -> float:
-    """Bytes saved by the embedding, the first blocks and, if these are all blocks, the head."""
+def saved_by_blocks(dims: Dims, setup: Setup, *, blocks: int) -> float:
+    """Bytes saved by the embedding and the first blocks."""
     images, s = setup.micro_batch_size, setup.weight_bytes
-    tokens, crops = images * dims.tokens, images * dims.num_crops
-    saved = tokens * sum(saved_by_block(dims, setup, index=index) for index in range(blocks))
-    saved += s * images * dims.pixels  # patches
-    saved += FP32 * dims.rope_tables
-    if blocks == dims.depth:
-        saved += crops * _saved_by_head(
-            dims, setup, dims.head_hidden, dims.head_layers, dims.bottleneck
-        )
-        saved += (images * dims.patches.masked) * _saved_by_head(
-            dims, setup, dims.patches.hidden, dims.patches.layers, dims.patches.bottleneck
-        )
-        saved += s * tokens * dims.embed_dim  # output of the last block
-    return saved
+    of_blocks = sum(saved_by_block(dims, setup, index=index) for index in range(blocks))
+    of_patches = s * dims.pixels
+    return images * (of_patches + dims.tokens * of_blocks) + FP32 * dims.rope_tables
+
+
+def activations(dims: Dims, setup: Setup) -> float:
+    """Bytes saved by a whole forward."""
+    of_classes = _saved_by_head(dims, setup, dims.head_hidden, dims.head_layers, dims.bottleneck)
+    of_patches = _saved_by_head(
+        dims, setup, dims.patches.hidden, dims.patches.layers, dims.patches.bottleneck
+    )
+    of_heads = dims.num_crops * of_classes + dims.patches.masked * of_patches
+    return saved_by_blocks(dims, setup, blocks=dims.depth) + setup.micro_batch_size * of_heads
 
 
 def _saved_by_head(dims: Dims, setup: Setup, hidden: int, layers: int, bottleneck: int) -> float:
@@ -64,10 +60,12 @@ def _saved_by_head(dims: Dims, setup: Setup, hidden: int, layers: int, bottlenec
 def added_by_backward(dims: Dims, setup: Setup, *, index: int) -> float:
     """Bytes that the backward of block `index` adds: gradients of activations, recomputed ones."""
     s, width, tokens = setup.weight_bytes, dims.embed_dim, setup.micro_batch_size * dims.tokens
-    # Gradients of the block's output and of a branch, and in the MLP of half as many elements as it
-    # keeps: there are more, but what it kept for them is free by then.
-    gradients = s * tokens * (2 * width + dims.mlp_kept // 2)
+    # Gradients of the block's output, and in the MLP of half as many elements as it keeps: there
+    # are more, but what it kept for them is free by then.
+    gradients = s * tokens * (width + dims.mlp_kept // 2)
     if not is_recomputed(setup, index=index):
         return gradients
-    recomputed = s * _saved_elements(dims) - saved_by_block(dims, setup, index=index)
+    # Autograd keeps the two norms too, and attention both by resolution and packed.
+    everything = s * (9 * width + _rotated(dims) + dims.mlp_kept)
+    recomputed = everything - saved_by_block(dims, setup, index=index)
     return gradients + tokens * recomputed

@@ -18,8 +18,8 @@ from dinoscale.losses.prototypes import PROTOTYPES
 from dinoscale.planning.plan.activations import (
     activations,
     added_by_backward,
-    is_recomputed,
     saved_by_block,
+    saved_by_blocks,
 )
 from dinoscale.planning.plan.partition import FP32, Setup
 
@@ -55,7 +55,7 @@ def peak(dims: Dims, setup: Setup) -> Peak:
 
 
 def persistent(dims: Dims, setup: Setup) -> Terms:
-    """Memory of a rank between steps, including the crops of the next step."""
+    """Memory of a rank between steps; on a GPU, which lags behind, with the next step's crops."""
     weights, ranks, s = dims.parameters, setup.world_size, setup.weight_bytes
     stage = setup.zero_stage
     # At stage 0 in float32 the weights are the master weights; otherwise those are a copy.
@@ -77,24 +77,26 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
         + forward
         + anchor
         + 4 * FP32 * (dims.prototypes + dims.patches.prototypes),
-        # crops, in float32
-        "activations": FP32 * setup.micro_batch_size * (dims.pixels + dims.gram_pixels),
+        "activations": _crops(dims, setup) if setup.on_gpu else 0,
         "buffers": setup.communication_bytes * setup.reduce_bucket_size if stage == 3 else 0,
     }
 
 
 def _moments(dims: Dims, setup: Setup) -> dict[str, Terms]:
     """Additional memory at each moment that can be the peak."""
-    accumulated = _accumulated(dims, setup)
+    accumulated, crops = _accumulated(dims, setup), _crops(dims, setup)
+    in_forward = {"activations": 0 if setup.on_gpu else crops}
+    # The next micro-batch of the step, which is made after the forward.
+    in_backward = in_forward if setup.accumulation_steps > 1 else {}
     return {
-        "teacher forward": _sum(accumulated, _teacher_forward(dims, setup)),
-        "Gram forward": _sum(accumulated, _gram_forward(dims, setup)),
-        "Gram loss": _sum(accumulated, _gram_loss(dims, setup)),
-        "loss": _sum(accumulated, _loss(dims, setup)),
-        "loss of patches": _sum(accumulated, _patch_loss(dims, setup)),
-        "start of backward": _sum(accumulated, _start_of_backward(dims, setup)),
-        "backward of a block": _sum(accumulated, _backward_of_block(dims, setup)),
-        "first reduction of gradients": _first_reduction(dims, setup),
+        "teacher forward": _sum(accumulated, in_forward, _teacher_forward(dims, setup)),
+        "Gram forward": _sum(accumulated, in_forward, _gram_forward(dims, setup)),
+        "Gram loss": _sum(accumulated, in_forward, _gram_loss(dims, setup)),
+        "loss": _sum(accumulated, in_forward, _loss(dims, setup)),
+        "loss of patches": _sum(accumulated, in_forward, _patch_loss(dims, setup)),
+        "start of backward": _sum(accumulated, in_backward, _start_of_backward(dims, setup)),
+        "backward of a block": _sum(accumulated, in_backward, _backward_of_block(dims, setup)),
+        "first reduction of gradients": _sum(in_backward, _first_reduction(dims, setup)),
         "last reduction of gradients": _last_reduction(dims, setup),
         "optimizer step": _optimizer_step(dims, setup),
     }
@@ -103,6 +105,11 @@ def _moments(dims: Dims, setup: Setup) -> dict[str, Terms]:
 def _sum(*summands: Terms) -> Terms:
     parts = {part for terms in summands for part in terms}
     return {part: sum(terms.get(part, 0) for terms in summands) for part in parts}
+
+
+def _crops(dims: Dims, setup: Setup) -> float:
+    """The crops of a micro-batch, in float32; those of the Gram network, too."""
+    return FP32 * setup.micro_batch_size * (dims.pixels + dims.gram_pixels)
 
 
 def _prototype_scalars(dims: Dims) -> int:
@@ -153,11 +160,6 @@ def _gathered(
     weights, most = dims.parameters, setup.stage3_max_live_parameters
     copies = 0 if during == "teacher" else _second_copies(dims, setup)
     live = min(weights, most)  # stage3_max_live_parameters
-    if during != "teacher":
-        plain = sum(not is_recomputed(setup, index=index) for index in range(dims.depth))
-        pinned = plain * dims.block  # memory_efficient_linear is off
-        regathered = during == "backward" and weights > live  # although autograd has them
-        live = live + pinned if regathered else max(live, pinned)
     prefetched = min(weights, most // 2)  # stage3_prefetch_bucket_size
     return setup.weight_bytes * (live + prefetched) + copies
 
@@ -229,7 +231,7 @@ def _gram_loss(dims: Dims, setup: Setup) -> Terms:
         return {}
     similarities = setup.micro_batch_size * dims.global_patches**2
     return {
-        "activations": activations(dims, setup, blocks=dims.depth),
+        "activations": saved_by_blocks(dims, setup, blocks=dims.depth),
         "loss": _targets(dims, setup)
         + _gram_features(dims, setup)
         + _gram_kept(dims, setup)
@@ -247,7 +249,7 @@ def _loss(dims: Dims, setup: Setup) -> Terms:
     chunk = FP32 * at_once * (2 * rows + copies * dims.bottleneck)
     cast = 2 * setup.micro_batch_size * dims.pixels if setup.bf16 else 0  # crops in bfloat16
     return {
-        "activations": activations(dims, setup, blocks=dims.depth) + cast,
+        "activations": activations(dims, setup) + cast,
         "gradients": setup.weight_bytes * _prototype_scalars(dims),
         "loss": _targets(dims, setup)
         + chunk
@@ -266,7 +268,7 @@ def _patch_loss(dims: Dims, setup: Setup) -> Terms:
     logits = setup.micro_batch_size * dims.patches.masked * dims.patches.prototypes
     copied = s * scalars if setup.zero_stage == 3 else 0  # the teacher's, kept for the step
     return {
-        "activations": activations(dims, setup, blocks=dims.depth),
+        "activations": activations(dims, setup),
         "gradients": s * _prototype_scalars(dims),
         "loss": _targets(dims, setup)
         + prototypes
@@ -280,7 +282,7 @@ def _patch_loss(dims: Dims, setup: Setup) -> Terms:
 def _start_of_backward(dims: Dims, setup: Setup) -> Terms:
     """The gradient of the prototypes is copied into a new bucket."""
     return {
-        "activations": activations(dims, setup, blocks=dims.depth),
+        "activations": activations(dims, setup),
         "gradients": setup.weight_bytes
         * (_prototype_scalars(dims) + _patch_prototype_scalars(dims)),
         "loss": _targets(dims, setup) + _gram_kept(dims, setup),
@@ -300,7 +302,8 @@ def _backward_of_block(dims: Dims, setup: Setup) -> Terms:
     head = s * dims.head if setup.zero_stage < 2 and setup.accumulation_steps == 1 else 0
     return {
         "activations": max(
-            activations(dims, setup, blocks=index + 1) + added_by_backward(dims, setup, index=index)
+            saved_by_blocks(dims, setup, blocks=index + 1)
+            + added_by_backward(dims, setup, index=index)
             for index in range(dims.depth)
         ),
         "gradients": head + s * width * dims.mlp_hidden,
@@ -322,7 +325,7 @@ def _first_reduction(dims: Dims, setup: Setup) -> Terms:
         working = added_by_backward(dims, setup, index=index)
         working += left * tokens * saved_by_block(dims, setup, index=index)
     return {
-        "activations": activations(dims, setup, blocks=index) + working,
+        "activations": saved_by_blocks(dims, setup, blocks=index) + working,
         "gradients": _own_gradients(dims, setup) if setup.zero_stage == 2 else 0,
         "loss": _targets(dims, setup),
         "buffers": _bucket(setup)
@@ -358,7 +361,7 @@ def _last_reduction(dims: Dims, setup: Setup) -> Terms:
         gradients = _own_gradients(dims, setup) if stage == 2 else 0
         buffers = _bucket(setup) + _reduction(dims, setup) + _second_copies(dims, setup)
     return {
-        "activations": activations(dims, setup, blocks=0),
+        "activations": saved_by_blocks(dims, setup, blocks=0),
         "gradients": gradients,
         "loss": _targets(dims, setup),
         "buffers": buffers,

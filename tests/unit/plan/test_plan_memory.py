@@ -82,7 +82,7 @@ def test_hpz_copies_of_both_networks_count_from_the_first_forwards_to_the_step()
 
 @pytest.mark.parametrize(
     ("level", "units", "statistics"),
-    [(None, 17, 6 * 4), ("pointwise", 10, 2 * 4), ("all_but_attention", 2, 2 * 4), ("block", 1, 0)],
+    [(None, 14, 6 * 4), ("pointwise", 10, 2 * 4), ("all_but_attention", 2, 2 * 4), ("block", 1, 0)],
 )
 def test_activations_that_a_block_saves_in_units_of_its_width(
     level: str | None, units: int, statistics: int
