@@ -4,7 +4,8 @@ ViT-S/16 with 2 x 224 + 8 x 96 crops, half of the global crops masked by 0.1 to 
 its own for patches; without stochastic depth, so that both sides have the same losses, which is
 checked. Ours and the reference take turns in one process, on the same crops and masks, first in
 fp32, then in bf16. Memory is that of tensors at the peak of a step, above what stays between steps
-without gradients: weights, their averages and the optimizer's states. JSON last.
+without gradients: weights, their averages and the optimizer's states. Utilisation is the share of
+the machine's limit, its large matrix products, that the model's own FLOPs reach. JSON last.
 """
 
 import argparse
@@ -24,10 +25,12 @@ from dinoscale.config.resolve import RunPlan, resolve
 from dinoscale.data.augmentation.masks import Masks, draw_masks
 from dinoscale.engine.build import build_networks, build_pair, loss_weights_of, schedules_of
 from dinoscale.engine.micro_batch import MicroBatch
+from dinoscale.engine.model_sizes import dims_of, flops_of
 from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.step import train_step
 from dinoscale.errors import ConfigError, DinoscaleError
 from dinoscale.planning.bench.budget import in_turns, say
+from dinoscale.planning.bench.ceiling import matmul_rates
 from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
 from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import read_process
@@ -69,7 +72,8 @@ def measure(config: RunConfig, *, turns: int, seconds: float, limit_s: float) ->
         limit_s: seconds for all turns.
 
     Returns:
-        JSON-able; `throughput` is the reference's seconds over ours, `memory` our bytes over its.
+        JSON-able; `throughput` is the reference's seconds over ours, `memory` our bytes over its,
+        `utilisation` our FLOP/s over those of large matrix products, measured in each turn.
 
     Raises:
         ConfigError: the two sides differ in the first loss.
@@ -80,19 +84,24 @@ def measure(config: RunConfig, *, turns: int, seconds: float, limit_s: float) ->
     now = schedules_of(config, plan).at(plan.total_steps // 2)
     batch = _batch(config, device)
     results: dict[str, list[dict[str, float]]] = {"ours": [], "reference": []}
+    flops, utilisation = flops_of(dims_of(config)).total * config.train.batch_size, []
     for _ in in_turns(turns, limit_s=limit_s):
+        ceiling = _ceiling(config, device)
         for name, side in (("ours", _Ours), ("reference", _Reference)):
             step = side(config, plan, now, batch, device)
             results[name].append(_measured(step, device, seconds))
             step.close()
             del step
         last = {name: of_side[-1] for name, of_side in results.items()}
+        utilisation.append(flops / last["ours"]["seconds"] / ceiling)
         say(
             f"{config.engine.precision}: "
             + ", ".join(
                 f"{name} {of_side['seconds']:.3g} s and {of_side['bytes_above'] / 1e6:.4g} MB"
                 for name, of_side in last.items()
             )
+            + f"; ours at {utilisation[-1]:.0%} of the {ceiling / 1e12:.3g} TFLOP/s that large"
+            " matrix products reach"
         )
         _require_equal(last, config.engine.precision)
     pairs = list(zip(results["ours"], results["reference"], strict=True))
@@ -108,7 +117,18 @@ def measure(config: RunConfig, *, turns: int, seconds: float, limit_s: float) ->
         },
         "throughput": _spread([theirs["seconds"] / ours["seconds"] for ours, theirs in pairs]),
         "memory": _spread([ours["bytes_above"] / theirs["bytes_above"] for ours, theirs in pairs]),
+        "utilisation": _spread(utilisation),
     }
+
+
+def _ceiling(config: RunConfig, device: torch.device) -> float:
+    """FLOP/s of the machine's large products, in the run's precision or float32."""
+    dims = dims_of(config)
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    tokens = config.train.batch_size * dims.tokens
+    kinds = (dtype, torch.float32)
+    rates = matmul_rates(device, kinds, tokens=tokens, embed_dim=dims.embed_dim)
+    return max(rates.values())
 
 
 def _batch(config: RunConfig, device: torch.device) -> MicroBatch:
