@@ -99,8 +99,7 @@ def _shared(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
             "offload_optimizer": None,
             "zenflow": None,
             # True replaces F.linear in the whole process by a version that rounds twice in bf16.
-            # False keeps gathered weights in memory until the backward unless every block is
-            # checkpointed.
+            # False has autograd keep what is gathered; blocks do not (models/block.py).
             "memory_efficient_linear": False,
             # 0: a gathered copy that outlives the step would hide updates written to the shards.
             "stage3_param_persistence_threshold": 0,
