@@ -310,7 +310,7 @@ def test_what_a_block_makes_again_has_the_same_gradients(options: dict[str, Any]
     flat = parameters_to_vector(block.parameters())
     vector_to_parameters(flat.detach(), block.parameters())  # as in ZeRO: views of one tensor
     tokens = torch.linspace(-1, 2, 49 * 24, dtype=torch.float64).view(49, 24).requires_grad_()
-    everything_kept = block.add_branches(tokens, layout, None)
+    everything_kept = block.add_branches(tokens, layout, None, None)
     expected = _gradients(block, everything_kept)
     output = block(tokens, layout)
     assert torch.equal(output, everything_kept)
