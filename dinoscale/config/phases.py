@@ -14,7 +14,10 @@ from dinoscale.runtime.outputs import PHASES
 
 _CARRIED = ("model", "head", "patch_head")  # sections that say which tensors there are
 # Of these sections, but no tensor depends on them.
-_MAY_CHANGE = ("drop_path_rate", "drop_path_uniform", "drop_path_mode", "position_resize")
+_MAY_CHANGE = (
+    *("drop_path_rate", "drop_path_uniform", "drop_path_mode"),
+    *("position_resize", "rope", "norm_eps"),
+)
 
 
 def phases_of(config: RunConfig) -> tuple[RunConfig, ...]:
@@ -129,5 +132,6 @@ def _tensors(config: RunConfig) -> dict[str, Any]:
             if key not in _MAY_CHANGE
         }
     found["optim.name"] = config.optim.name  # whose moments go on
+    found["model.rope"] = "rotary positions" if config.model.rope else "learned positions"
     found["ibot.loss_weight"] = "a patch loss" if config.ibot.loss_weight else "none"
     return found

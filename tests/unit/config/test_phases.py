@@ -78,6 +78,11 @@ def test_the_command_line_changes_and_chooses_phases(chain: str, tmp_path: Path)
         ("phases.large.head.num_prototypes=9", "phases.large.head.num_prototypes: 9 here and 128"),
         ("phases.last.model.depth=2", "phases.last.model.depth: 2 here and 3 in the phase before"),
         ("phases.large.ibot.loss_weight=1", "phases.large.ibot.loss_weight: a patch loss here and"),
+        (
+            "phases.last.model.rope.base=10.0",
+            "phases.last.model.rope: rotary positions here and learned",
+        ),
+        ("phases.last.optim.name=sgd", "phases.last.optim.name: sgd here and adamw in the phase"),
         ("phases.large.run_dir=x", "phases.large.run_dir: a phase has its own; leave it out"),
         ("phases.large.train.init_from=x", "phases.large.train.init_from: a phase begins where"),
         ("train.continue_from=x", "train.continue_from: a run begins with the whole state of anot"),
