@@ -7,6 +7,7 @@ import pytest
 
 from dinoscale import cli
 from dinoscale.config import RunConfig, list_presets, load_config, resolve
+from dinoscale.config.backbones import RopeConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 LARGE, SMALL = ((0.25, 1.0), (0.05, 0.25)), ((0.4, 1.0), (0.05, 0.4))
@@ -121,6 +122,20 @@ def test_derived_presets_change_what_they_say() -> None:
         ],
     )
     assert load_config("vit_l16") == large
+
+
+def test_the_imagenet_recipe_of_dinov3_changes_what_it_says() -> None:
+    config = load_config("dinov3_vitl16_in1k")
+    values, changed = load_config("dinov2_vitl16").model_dump(), config.model_dump()
+    values["run_dir"] = "runs/dinov3_vitl16_in1k"
+    values["model"]["rope"] = RopeConfig(base=100.0).model_dump()
+    values["head"] |= {"weight_norm": False, "norm_last_layer": False}
+    values["patch_head"] = values["head"]  # of the same sizes
+    values["dino"]["targets"] = "sinkhorn_knopp"
+    values["ibot"]["mask_rule"] = "dinov3"
+    assert changed == values
+    plan = resolve(config, world_size=32, num_images=1_281_167)
+    assert (plan.total_steps, plan.peak_lr) == (125_000, pytest.approx(1e-3 * 4 * 2**0.5))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
