@@ -101,6 +101,9 @@ class Follower:
 
         self._student.restore_master(read)
         self._teacher.restore(read)  # centers start at zero
+        if way.run.gram:
+            assert self._teacher.gram is not None
+            self._teacher.gram.load(our_tensors(way.run.gram, "backbone."))
         self._steps, self._run_dir = range(*(way.steps or (0, len(self._run.steps)))), way.run_dir
         if way.run_dir is not None:
             resume(way.run_dir, self._student, self._teacher, step=self._steps.start)
@@ -143,13 +146,15 @@ class Follower:
         from dinoscale.engine.micro_batch import MicroBatch
 
         crops, masks = self._run.crops(step), self._run.masks(step)
+        gram_crops = self._run.gram_crops(step)
         size, batches = self._plan.micro_batch_size, []
         for micro in range(self._plan.accumulation_steps):
             first = self._rank * self._plan.images_per_rank + micro * size
             part = slice(first, first + size)
-            batches.append(
-                MicroBatch(*(views[:, part] for views in crops), None, _masks(masks[:, part]))
-            )
+            batch = MicroBatch(*(views[:, part] for views in crops), None, _masks(masks[:, part]))
+            if gram_crops is not None:
+                batch = dataclasses.replace(batch, gram_crops=gram_crops[:, part])
+            batches.append(batch)
         return batches
 
     def _as_logged(self, terms: dict[str, float]) -> dict[str, float]:
@@ -166,6 +171,7 @@ class Follower:
                 "dino_global_crops_loss": terms["dino_global_loss"] * pairs / 2,
                 "koleo_loss": terms["koleo_loss"] / 2,
                 "ibot_loss": terms["ibot_loss"],
+                **({"gram_loss": terms["gram_loss"]} if self._run.gram else {}),
             }
         koleo = self._config.koleo.loss_weight * terms.get("koleo_loss", 0.0)
         return {

@@ -36,6 +36,7 @@ class RecordedRun:
         steps: its steps.
         trace: trace_NAME.json, norms of tensors: "grad", "student", "teacher" -> name -> per step.
         initial: weights of student and teacher at the start, names and float32 of the reference.
+        gram: those of the Gram network; empty without one.
     """
 
     def __init__(self, case: str, ranks: int, generation: str = "dinov2") -> None:
@@ -45,7 +46,11 @@ class RecordedRun:
         self.facts: dict[str, Any] = _json(name)
         self.trace: dict[str, Any] = _json(f"trace_{name}")
         self.steps: list[dict[str, Any]] = self.facts["steps"]
-        self.initial = _trained(_below("student.", _tensors(f"{generation}_{case}_initial")))
+        initial = _tensors(f"{generation}_{case}_initial")
+        self.gram = _trained(_below("gram_teacher.", initial))
+        if not _below("student.", initial):  # C begins as B, with a Gram network
+            initial = _tensors(f"{generation}_B_initial")
+        self.initial = _trained(_below("student.", initial))
         self._masks = _tensors(f"{name}_masks")
         assert self.facts["ranks"] == ranks
 
@@ -78,6 +83,13 @@ class RecordedRun:
             ),
         )
 
+    def gram_crops(self, step: int) -> Tensor | None:
+        """What the Gram network sees of the whole batch, (2, B, 3, G, G); None without one."""
+        if not self.gram:
+            return None
+        size = self.facts["config"]["crops"]["gram_teacher_crops_size"]
+        return _pictures(self.generation, f"batch{self.steps[step]['batch']}.global", size)
+
     def masks(self, step: int) -> Tensor:
         """Masked patches of the whole batch, (2, B, P) bool."""
         return self._masks[f"step{step}.masks"]
@@ -92,7 +104,7 @@ class RecordedRun:
             for kind in ("grad", "student", "teacher")
         }
         kinds = () if self.facts["config"]["train"]["centering"] == "sinkhorn_knopp" else CENTERS
-        not_losses = ("dino_local_loss_weight", "total_loss")
+        not_losses = ("dino_local_loss_weight", "gram_loss_weight", "total_loss")
         record["losses"] = [
             {name: loss for name, loss in step["losses"].items() if name not in not_losses}
             for step in self.steps
@@ -119,6 +131,7 @@ class RecordedRun:
             teacher_temp=recorded["teacher_temp"],
             prototypes_frozen=recorded["last_layer_lr"] != recorded["lr"],
             local_weight=recorded["losses"].get("dino_local_loss_weight", 1.0),
+            gram_weight=recorded["losses"].get("gram_loss_weight", 1.0),
         )
 
 
@@ -260,6 +273,11 @@ def our_sections_of_dinov3(facts: dict[str, Any], *, parts: int) -> dict[str, An
     curves = {key: dict(curve) for key, curve in config.get("schedules", {}).items()}
     if dino["reweight_dino_local_loss"]:
         curves["local_weight"] = dict(dino["local_loss_weight_schedule"])
+    if config["gram"]["use_loss"]:
+        sections["gram"] = _gram(
+            config["gram"], crop_size=config["crops"]["gram_teacher_crops_size"]
+        )
+        curves["gram_weight"] = dict(config["gram"]["loss_weight_schedule"])
     if "lr" in curves:
         sections["dino"]["freeze_last_layer_epochs"] = curves["lr"].pop("freeze_last_layer_epochs")
     for curve in curves:
@@ -267,6 +285,23 @@ def our_sections_of_dinov3(facts: dict[str, Any], *, parts: int) -> dict[str, An
             del sections[section][key]
     sections["schedules"] = curves
     return sections
+
+
+def _gram(gram: dict[str, Any], *, crop_size: int) -> dict[str, Any]:
+    assert gram["normalized"]
+    assert not gram["global_teacher_resize_antialias"]
+    negatives = {(False, False): "kept", (True, False): "removed"}
+    return {
+        "loss_weight": gram["loss_weight"],
+        "teacher": gram["ckpt"],
+        "refresh_every_steps": gram["update_frequency"] if gram["rep_update"] else None,
+        "first_refresh_step": gram["it_first_update"],
+        "max_refreshes": gram["max_updates"],
+        "crop_size": crop_size,
+        "tokens": gram["tokens_used"],
+        "compare": "within_crops" if gram["img_level"] else "across_crops",
+        "negatives": negatives[gram["remove_neg"], gram["remove_only_teacher_neg"]],
+    }
 
 
 _REPLACED = {  # by a curve: settings that it leaves at their defaults

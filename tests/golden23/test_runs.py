@@ -17,6 +17,7 @@ from tests.golden23.recorded import CASES, GENERATIONS, RANKS, recorded_run
 from tests.golden23.replay import expected_of, replay
 
 STAGES = (0, 1, 2, 3)
+WITH_GRAM = "C"  # of DINOv3: B, with a Gram network on crops twice as large, refreshed twice
 PASSES = (1, 2)  # micro-batches of a step and rank
 FLOAT32 = Bounds(losses=1e-5, norms=1e-4, tensors=1e-4)
 BOUNDS = {"dinov2": FLOAT32, "dinov3": Bounds(losses=1e-5, norms=1e-5, tensors=1e-5)}
@@ -43,6 +44,8 @@ def followed(request: pytest.FixtureRequest) -> Followed:
         for case in CASES
         for stage in STAGES
     ]
+    if ranks == 1:  # as it was recorded
+        ways += [Way(WITH_GRAM, ranks, stage, generation="dinov3") for stage in STAGES]
     ways += [
         _without_koleo(case, passes)
         for case in CASES
@@ -87,6 +90,21 @@ def test_every_stage_follows_the_recorded_run(
     way = Way(case, ranks, stage, generation=generation)
     expected, label = renamed(expected_of(way.run)), f"{way.run.name} at stage {stage}"
     require(records[way], expected, BOUNDS[generation], label=label)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_follows_the_recorded_run_with_a_gram_network(
+    followed: Followed, stage: int
+) -> None:
+    ranks, records = followed
+    if ranks != 1:
+        pytest.skip("recorded on one rank")
+    way = Way(WITH_GRAM, ranks, stage, generation="dinov3")
+    expected, label = renamed(way.run.record()), f"{way.run.name} at stage {stage}"
+    require(records[way], expected, BOUNDS["dinov3"], label=label)
 
 
 @pytest.mark.distributed
