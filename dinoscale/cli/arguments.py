@@ -69,6 +69,14 @@ def add_number(
     task.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{says}{ending}")
 
 
+def add_sizes(task: argparse.ArgumentParser, *, crop: str) -> None:
+    """Add --resize and --crop; `crop` says what is special about the crop."""
+    own = "default WEIGHTS' own"
+    resize = f"short side of an image before the crop, {own}"
+    add_number(task, "--resize", resize, metavar="PIXELS")
+    add_number(task, "--crop", f"side of the center crop{crop}, {own}", metavar="PIXELS")
+
+
 def add_batch_size(task: argparse.ArgumentParser, *, of: str = "") -> None:
     """Add --batch-size of forwards without gradients; `of` precedes its help."""
     add_number(task, "--batch-size", f"{of}images in one forward", default=64)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dinoscale.cli.arguments import add_batch_size, add_num_workers, add_number, add_weights
+from dinoscale.cli.arguments import (
+    add_batch_size,
+    add_num_workers,
+    add_number,
+    add_sizes,
+    add_weights,
+)
 from dinoscale.cli.ranks import on_all_ranks
 
 if TYPE_CHECKING:
@@ -59,10 +65,7 @@ def add_embed(commands: SubCommands) -> None:
         help="cls (class token), mean_patch (mean of the patch tokens), patches (all patch tokens,"
         " row by row), all after the last norm; of a ResNet-50 pooled. Default: cls mean_patch",
     )
-    resize = "short side of an image before the crop, default WEIGHTS' own"
-    add_number(embed, "--resize", resize, metavar="PIXELS")
-    crop = "side of the center crop, a multiple of the patch size, default WEIGHTS' own"
-    add_number(embed, "--crop", crop, metavar="PIXELS")
+    add_sizes(embed, crop=", a multiple of the patch size")
     embed.add_argument(
         "--precision",
         choices=("fp32", "bf16"),

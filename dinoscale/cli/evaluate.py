@@ -13,7 +13,7 @@ from dinoscale.cli.arguments import (
     add_labelled_sets,
     add_no_cache,
     add_num_workers,
-    add_number,
+    add_sizes,
     add_untrained,
     add_weights,
     extraction_options,
@@ -135,10 +135,7 @@ def _add_knn(tasks: SubCommands) -> None:
     knn.add_argument(
         "--k", type=int, nargs="+", help="numbers of neighbours, default 10 20 100 200"
     )
-    resize = "short side of an image before the crop, default WEIGHTS' own"
-    add_number(knn, "--resize", resize, metavar="PIXELS")
-    crop = "side of the center crop that the network sees, default WEIGHTS' own"
-    add_number(knn, "--crop", crop, metavar="PIXELS")
+    add_sizes(knn, crop=" that the network sees")
     add_batch_size(knn)
     add_num_workers(knn, of_rank=" of each rank")
     knn.add_argument(

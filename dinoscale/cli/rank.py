@@ -10,6 +10,7 @@ from dinoscale.cli.arguments import (
     add_no_cache,
     add_num_workers,
     add_number,
+    add_sizes,
     add_untrained,
     add_weights,
     extraction_options,
@@ -47,10 +48,7 @@ def add_rank(tasks: SubCommands) -> None:
     add_number(rank, "--images", says, default=25000)
     add_number(rank, "--lidar-images", "images of LiDAR", default=1000)
     add_number(rank, "--views", "views of each image of LiDAR; 0 leaves it out", default=50)
-    resize = "short side of an image before the crop, default WEIGHTS' own"
-    add_number(rank, "--resize", resize, metavar="PIXELS")
-    crop = "side of the center crop, and of a view, default WEIGHTS' own"
-    add_number(rank, "--crop", crop, metavar="PIXELS")
+    add_sizes(rank, crop=", and of a view")
     add_batch_size(rank)
     add_num_workers(rank, of_rank=" of each rank")
     add_untrained(rank)
