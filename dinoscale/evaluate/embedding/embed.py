@@ -212,6 +212,8 @@ def _settings(job: _Job, heartbeat: Callable[[], None]) -> dict[str, Any]:
             "network": options.network,
             "tensors_sha256": weights_digest(job.extractor.backbone),
         },
+        # Heads, epsilons and rotary positions are in no tensor.
+        "backbone": asdict(card.backbone),
         "data": {"identity": job.source.identity(heartbeat), "images": len(job.source)},
         "preprocessing": {
             "resize": card.resize,

@@ -174,6 +174,14 @@ def test_a_folder_of_other_features_is_refused(
     save_backbone(tmp_path / "other.safetensors", other, CARD)
     with pytest.raises(OutputError, match=r"weights\.tensors_sha256 is .* there and"):
         embed(tmp_path / "other.safetensors", str(images), written, SMALL)
+    same = load_file(weights)
+    shape = replace(CARD.backbone, norm_eps=0.01)
+    save_backbone(tmp_path / "eps.safetensors", same, replace(CARD, backbone=shape))
+    with pytest.raises(OutputError, match=r"backbone\.norm_eps is null there and 0\.01 now"):
+        embed(tmp_path / "eps.safetensors", str(images), written, SMALL)
+    torch.save(same, tmp_path / "without_heads.pth")
+    with pytest.raises(OutputError, match=r"backbone\.num_heads is 2 there and 1 now"):
+        embed(tmp_path / "without_heads.pth", str(images), written, SMALL)
     assert _bytes(written) == before
 
 
