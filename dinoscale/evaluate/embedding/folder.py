@@ -69,7 +69,8 @@ class FeatureFolder:
         self._lock = try_lock(self.path / LOCK)
         if self._lock is None:
             raise OutputError(f"{self.path}: another process is writing features there")
-        if (self.path / MANIFEST).exists():
+        if (manifest := self.manifest()) is not None:
+            self._require_arrays(manifest["shards"])
             self._clean()  # it may have ended before
             return []
         _write(self.path / UNFINISHED, [json.dumps(settings)])
@@ -140,13 +141,26 @@ class FeatureFolder:
     def _is_whole(self, shard: int) -> bool:
         """Whether a shard has a record, and the arrays of it."""
         try:
-            record = json.loads(self._record(shard).read_bytes())
-            return all(
-                (self.path / array["file"]).stat().st_size == array["bytes"]
-                for array in record["arrays"].values()
-            )
+            return self._changed_array(json.loads(self._record(shard).read_bytes())) is None
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return False
+
+    def _require_arrays(self, records: Iterable[Record]) -> None:
+        """Refuse a finished folder that has lost an array."""
+        for record in records:
+            if (name := self._changed_array(record)) is not None:
+                raise OutputError(
+                    f"{self.path / name} is missing or has another size than {MANIFEST} says:"
+                    " remove this folder, or choose another one"
+                )
+
+    def _changed_array(self, record: Record) -> str | None:
+        """The file of an array that is not there as it was written; None if all are."""
+        for array in record["arrays"].values():
+            path = self.path / array["file"]
+            if not path.exists() or path.stat().st_size != array["bytes"]:
+                return str(array["file"])
+        return None
 
     def _record(self, shard: int) -> Path:
         return self.path / f"shard-{shard:05d}.json"

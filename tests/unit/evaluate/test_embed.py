@@ -154,6 +154,9 @@ def test_a_killed_call_goes_on_and_ends_as_the_whole_one(weights: Path, tmp_path
     assert times == {path: path.stat().st_mtime_ns for path in times}
     assert _bytes(out) == _bytes(tmp_path / "whole")
     assert embed(weights, spec, out, many)["new_shards"] == 0
+    (out / "cls-00002.npy").unlink()
+    with pytest.raises(OutputError, match=r"cls-00002\.npy is missing or has another size"):
+        embed(weights, spec, out, many)
 
 
 def test_a_folder_of_other_features_is_refused(
