@@ -5,11 +5,11 @@ import io
 import pytest
 import torch
 
-from dinoscale.config import micro_batch_sizes, parse_config
+from dinoscale.config import micro_batch_sizes, parse_config, resolve
 from dinoscale.errors import ConfigError, UnavailableError
 from dinoscale.training.feed import masks_of
 from dinoscale.training.micro_batch.search import Outcome, _judge, _outcome, largest_that_fits
-from dinoscale.training.micro_batch.trial import _masks
+from dinoscale.training.micro_batch.trial import _masks, _shortened
 
 MOST_TRIALS = 9
 
@@ -66,3 +66,11 @@ def test_a_trial_masks_as_many_patches_as_the_run_at_most() -> None:
     assert len(counts) == 50
     assert 0.85 * len(tried.rows) < max(counts) <= len(tried.rows)
     assert _masks(parse_config({}), 16, torch.device("cpu")) is None
+
+
+def test_a_trial_of_a_run_of_one_epoch_has_a_gram_network() -> None:
+    train = {"epochs": 1, "steps_per_epoch": 9, "micro_batch_size": "auto"}
+    gram = {"loss_weight": 1.0, "refresh_every_steps": 3}
+    config = parse_config({"train": train, "optim": {"warmup_epochs": 0}, "gram": gram})
+    tried = _shortened(config, 4, world_size=1, passes=2)
+    assert resolve(tried, world_size=1, num_images=8).total_steps == 2

@@ -149,6 +149,7 @@ def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) ->
         "batch_size": size * world_size * passes,
         "micro_batch_size": size,
         "steps_per_epoch": None,
+        "epochs": max(config.train.epochs, 2),  # a Gram network is there after the first step
     }
     data = {"train": None, "images_per_epoch": None, "subset_size": None}
     gram = {"first_refresh_step": 0, "refresh_every_steps": config.gram.refresh_every_steps and 1}
