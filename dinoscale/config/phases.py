@@ -77,6 +77,7 @@ def _run_of(
         raise ConfigError("\n".join(lines)) from None
     if before is not None:
         _require_same_network(phase.name, before, run)
+        _require_gram_network(phase, before, run)
     return run
 
 
@@ -116,6 +117,17 @@ def _require_same_network(name: str, before: RunConfig, run: RunConfig) -> None:
                 f"phases.{name}.{key}: {now.get(key)} here and {then.get(key)} in the phase "
                 "before, whose weights this one takes; give both the same"
             )
+
+
+def _require_gram_network(phase: PhaseConfig, before: RunConfig, run: RunConfig) -> None:
+    """Refuse a Gram loss that would take over the Gram network of a phase that has none."""
+    if not run.gram.loss_weight or run.gram.steps_without is not None or before.gram.loss_weight:
+        return
+    raise ConfigError(
+        f"phases.{phase.name}.gram.teacher: the phase before has no Gram network to go on with "
+        "(gram.loss_weight=0); give weights, or let the EMA teacher be taken over with "
+        "gram.refresh_every_steps"
+    )
 
 
 def _tensors(config: RunConfig) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
     batch_size = config.train.batch_size
     steps_per_epoch = sum(quotas) // batch_size
     total_steps = config.train.epochs * steps_per_epoch
-    _require_gram_network(config, steps_per_epoch)
+    if config.train.continue_from is None:  # else that run's state may hold a Gram network
+        require_gram_network(config, steps_per_epoch)
     stop_after = config.train.stop_after_steps
     return RunPlan(
         world_size=world_size,
@@ -147,14 +148,16 @@ def resolve(config: RunConfig, *, world_size: int, num_images: int | Sequence[in
     )
 
 
-def _require_gram_network(config: RunConfig, steps_per_epoch: int) -> None:
+def require_gram_network(config: RunConfig, steps_per_epoch: int) -> None:
     """Refuse a Gram loss in a run that ends before it has a Gram network, or a curve that asks so.
 
     Without a curve the loss just begins with the network.
+
+    Raises:
+        ConfigError: that is so of a run that begins without a Gram network.
     """
     without, curve = config.gram.steps_without, config.schedules.gram_weight
-    # Another run's state may hold a Gram network.
-    if not config.gram.loss_weight or config.train.continue_from is not None or without is None:
+    if not config.gram.loss_weight or without is None:
         return
     remedy = (
         f"and there is no Gram network before {without} steps are done (gram.first_refresh_step, "

@@ -27,6 +27,7 @@ from dinoscale.config import RunConfig
 from dinoscale.config.phases import phases_of
 from dinoscale.config.resolve import (
     RunPlan,
+    require_gram_network,
     require_groups_within_nodes,
     resolve,
     split_batch,
@@ -243,7 +244,7 @@ def _build(
         config, plan, init_from, checkpoint, other, heartbeat=watchdog.heartbeat
     )
     if teacher.gram is not None and begins_gram:
-        _begin_gram(teacher.gram, config, gram_from)
+        _begin_gram(teacher.gram, config, plan, gram_from)
     del init_from, gram_from  # 4 bytes per weight, on rank 0
     online_knn = _online_knn(config, hosts, stop, watchdog) if config.eval.train else None
     if is_first:
@@ -285,13 +286,15 @@ def _networks(
     return student, teacher
 
 
-def _begin_gram(gram: GramNetwork, config: RunConfig, weights: Mapping[str, Tensor] | None) -> None:
+def _begin_gram(
+    gram: GramNetwork, config: RunConfig, plan: RunPlan, weights: Mapping[str, Tensor] | None
+) -> None:
     """Give the Gram network the weights of gram.teacher, else keep those of another run, if any.
 
     `weights` are on rank 0. Collective.
 
     Raises:
-        ConfigError: on every rank, if there are none, and no refresh will bring some.
+        ConfigError: on every rank, if there are none, and no refresh will bring some, or too late.
     """
     if config.gram.teacher is not None:
         gram.load(weights)
@@ -302,6 +305,8 @@ def _begin_gram(gram: GramNetwork, config: RunConfig, weights: Mapping[str, Tens
             f"gram.teacher: {config.train.continue_from} has no Gram network to go on with; give "
             "weights, or let the EMA teacher be taken over with gram.refresh_every_steps"
         )
+    else:
+        require_gram_network(config, plan.steps_per_epoch)
 
 
 def _require_new(run_dir: Path) -> None:

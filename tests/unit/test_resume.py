@@ -219,15 +219,26 @@ class _Gram:
 
 def test_a_gram_network_begins_as_given_else_as_that_of_another_run_else_with_a_refresh() -> None:
     weights: Any = {"cls_token": None}
+    plan: Any = SimpleNamespace(steps_per_epoch=1)
     for refreshes in (None, 3):
         gram: Any = _Gram(refreshes)
-        _begin_gram(gram, parse_config({"gram": {"teacher": "w.pth"}}), weights)
+        _begin_gram(gram, parse_config({"gram": {"teacher": "w.pth"}}), plan, weights)
         assert gram.loaded == [weights]
     of_another: Any = _Gram(3)
-    _begin_gram(of_another, parse_config({}), None)
+    _begin_gram(of_another, parse_config({}), plan, None)
     assert (of_another.refreshes, of_another.loaded) == (0, [])  # its refreshes do not count here
     none: Any = _Gram(None)
-    _begin_gram(none, parse_config({"gram": {"refresh_every_steps": 5}}), None)
+    refreshed = {"loss_weight": 1.0, "refresh_every_steps": 5}
+    _begin_gram(none, parse_config({"gram": refreshed}), plan, None)
     assert (none.refreshes, none.loaded) == (None, [])
     with pytest.raises(ConfigError, match=r"^gram.teacher: runs/first has no Gram network to go"):
-        _begin_gram(none, parse_config({"train": {"continue_from": "runs/first"}}), None)
+        _begin_gram(none, parse_config({"train": {"continue_from": "runs/first"}}), plan, None)
+    late = parse_config(
+        {
+            "train": {"continue_from": "runs/first"},
+            "gram": {"loss_weight": 1.0, "refresh_every_steps": 100},
+        }
+    )
+    with pytest.raises(ConfigError, match=r"^gram.loss_weight: the run ends after 100 steps"):
+        _begin_gram(none, late, plan, None)
+    _begin_gram(of_another, late, plan, None)

@@ -83,6 +83,7 @@ def test_the_command_line_changes_and_chooses_phases(chain: str, tmp_path: Path)
             "phases.last.model.rope: rotary positions here and learned",
         ),
         ("phases.last.optim.name=sgd", "phases.last.optim.name: sgd here and adamw in the phase"),
+        ("phases.large.gram.loss_weight=1", "phases.large.gram.teacher: the phase before has no"),
         ("phases.large.run_dir=x", "phases.large.run_dir: a phase has its own; leave it out"),
         ("phases.large.train.init_from=x", "phases.large.train.init_from: a phase begins where"),
         ("train.continue_from=x", "train.continue_from: a run begins with the whole state of anot"),
