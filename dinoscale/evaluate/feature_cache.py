@@ -21,7 +21,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Protocol, runtime_checkable
 
@@ -94,8 +94,13 @@ def features_key(
 
 def weights_digest(backbone: nn.Module) -> str:
     """Digest of names, types, shapes and values of all tensors of a backbone."""
+    return tensors_digest(backbone.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The same of tensors by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
         digest.update(_bytes_of(tensor))
     return digest.hexdigest()

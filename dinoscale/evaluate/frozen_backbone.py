@@ -18,12 +18,14 @@ from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.source import Source, open_source
-from dinoscale.errors import ConfigError
+from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.evaluate.feature_cache import tensors_digest
 from dinoscale.evaluate.features import extract_features, extract_unlabelled, find_device
 from dinoscale.evaluate.untrained import untrained_backbone
 from dinoscale.runtime import distributed
 
 OUTPUT = "output"  # of a backbone, as it is
+_SMALL = 2**16  # elements of the tensors that ranks compare: biases and norms, read in no time
 
 AnyBackbone = TypeVar("AnyBackbone", bound="LoadedBackbone")
 
@@ -208,7 +210,8 @@ def load_extractor(weights_path: str | Path, options: ExtractionOptions) -> Feat
         options: which network, which device, and how to extract.
 
     Raises:
-        CheckpointError: the weights cannot be used.
+        CheckpointError: the weights cannot be used, or ranks loaded different ones, as of a run
+            that saved meanwhile.
         ConfigError: there is no such device, or the crop is larger than the image.
     """
 
@@ -217,7 +220,24 @@ def load_extractor(weights_path: str | Path, options: ExtractionOptions) -> Feat
         card = _with_sizes(loaded.card, resize=options.resize, crop=options.crop)
         return FeatureExtractor(loaded.path, loaded.backbone, card, loaded.device, options)
 
-    return distributed.together(load)
+    extractor = distributed.together(load)
+    _require_same_weights(extractor)
+    return extractor
+
+
+def _require_same_weights(extractor: FeatureExtractor) -> None:
+    """Refuse ranks with different weights; a step of the training changes every tensor."""
+    if distributed.world_size() == 1:
+        return
+    state = extractor.backbone.state_dict()
+    digest = tensors_digest({k: v for k, v in state.items() if v.numel() <= _SMALL})
+    first, *others = distributed.gather_objects(digest)
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise CheckpointError(
+                f"{extractor.path}: rank {rank} read other weights than rank 0. Name a file that"
+                " all ranks see, or one checkpoint of a run that is still trained"
+            )
 
 
 def _with_sizes(card: BackboneCard, *, resize: int | None, crop: int | None) -> BackboneCard:

@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from dinoscale.errors import DataError
+from dinoscale.convert.weights_file import save_backbone
+from dinoscale.errors import CheckpointError, DataError
 from dinoscale.evaluate.embedding.embed import EmbedOptions, embed
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.evaluate.label_free.rank import Samples, evaluate_rank
+from dinoscale.runtime import distributed
 from tests.harness import run_distributed
-from tests.unit.evaluate.tiny_files import save_picture, save_weights
+from tests.unit.evaluate.tiny_files import CARD, save_picture, save_weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -53,6 +56,15 @@ def measure_and_fail(short: str, out: str, **files: str) -> tuple[list[object], 
     except DataError as error:
         return measured, str(error)
     return measured, ""
+
+
+def embed_of_ranks(weights: list[str], images: str, out: str) -> str:
+    """The error where every rank reads a file of its own."""
+    try:
+        _write(weights[distributed.rank()], images, out)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def _short_shard(path: Path, picture: bytes) -> Path:
@@ -102,3 +114,21 @@ def test_two_and_three_ranks_find_what_one_finds(tmp_path: Path) -> None:
     assert all(says in error for _, error in two), two
     assert not (tmp_path / "2-short" / "manifest.json").exists()
     assert (tmp_path / "2-short" / "unfinished.json").exists()
+
+
+def test_ranks_with_other_weights_write_nothing(tmp_path: Path) -> None:
+    weights = save_weights(tmp_path / "weights.safetensors")
+    state = load_file(weights)
+    state["norm.bias"] += 1
+    save_backbone(tmp_path / "later.safetensors", state, CARD)
+    save_picture(tmp_path / "images" / "0.png", seed=0)
+    errors = run_distributed(
+        "tests.distributed.test_whole_sets:embed_of_ranks",
+        weights=[str(weights), str(tmp_path / "later.safetensors")],
+        images=str(tmp_path / "images"),
+        out=str(tmp_path / "out"),
+        world_size=2,
+        timeout_s=120,
+    )
+    assert all("rank 1 read other weights than rank 0" in error for error in errors), errors
+    assert not (tmp_path / "out").exists()
