@@ -235,8 +235,8 @@ def _warn_if_position_rules_differ(source: nn.Module, target: nn.Module, key: st
         return
     if source.rope != target.rope:
         log.warning(
-            "the weights of train.init_from have rotary positions of %s, and this run of %s: "
-            "features differ",
+            "the weights of %s have rotary positions of %s, and this run of %s: features differ",
+            key,
             source.rope,
             target.rope,
         )
