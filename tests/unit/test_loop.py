@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dinoscale.config.resolve import resolve
 from dinoscale.data.sources.bad_samples import BadSample, BadSampleLog
+from dinoscale.engine.build import loss_weights_of
 from dinoscale.errors import DataError, LostPeerError
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.training.hooks.data_wait import DataWait
@@ -42,6 +43,7 @@ def silent() -> Iterator[None]:
 def _logging_run(folder: Path) -> Any:
     run: Any = Run.__new__(Run)
     run.config = tiny_config()
+    run.loss_weights = loss_weights_of(run.config)
     run.plan = resolve(run.config, world_size=2, num_images=1200)
     run.process, run.steps_taken, run.pending_bad, run.last = Process(0, 2, 0, 2), 7, [], {}
     run.bad = BadSampleLog(folder / "bad_samples.jsonl", writes=False)
