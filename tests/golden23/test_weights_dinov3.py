@@ -1,6 +1,7 @@
 """Files in the layout of DINOv3's authors: read to the recorded features, and written again."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,31 @@ def test_damaged_files_are_refused(published: Path) -> None:
         torch.save({k: v for k, v in damaged.items() if v is not None}, published)
         with pytest.raises(CheckpointError, match=message):
             read_source(published)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rope",
+    [Rope(), Rope(10_000.0), Rope(50.5), Rope(None, 1.0, 100.0), Rope(None, 0.5, 20.0)],
+    ids=str,
+)
+def test_the_rule_found_gives_the_periods_of_the_file(
+    published: Path, rope: Rope, dtype: torch.dtype
+) -> None:
+    state = torch.load(published, weights_only=True)
+    head_dim, cpu = 4 * len(state["rope_embed.periods"]), torch.device("cpu")
+    periods = rope.periods(head_dim, dtype=torch.float32, device=cpu)
+    found = dinov3_shape({**state, "rope_embed.periods": periods.to(dtype)}).rope
+    assert found is not None
+    again = found.periods(head_dim, dtype=torch.float32, device=cpu)
+    rtol = 1e-5 if dtype is torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(again, periods, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("damage", [(1, 2.0), (-1, math.nan), (-1, -9.0), (-1, math.inf)])
+def test_periods_of_no_rule_are_refused(published: Path, damage: tuple[int, float]) -> None:
+    state = torch.load(published, weights_only=True)
+    position, value = damage
+    state["rope_embed.periods"][position] = value
+    with pytest.raises(CheckpointError, match="neither a base nor two ends"):
+        dinov3_shape(state)

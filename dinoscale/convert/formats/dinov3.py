@@ -79,7 +79,8 @@ def dinov3_shape(state: Mapping[str, Tensor]) -> BackboneShape:
         state: as in the file.
 
     Raises:
-        CheckpointError: the tensors are not those of a ViT of DINOv3.
+        CheckpointError: the tensors are not those of a ViT of DINOv3, or no rule of ours gives
+            the periods.
     """
     found = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
     try:
@@ -129,13 +130,25 @@ def _ratio(width: int, embed_dim: int) -> float:
 
 
 def _rope_of(periods: Tensor) -> Rope:
-    """The rule that gives these periods, which may be rounded to bfloat16."""
+    """The simplest rule that gives these periods, which may be rounded to bfloat16.
+
+    Raises:
+        CheckpointError: none does.
+    """
     first, last, count = float(periods[0]), float(periods[-1]), len(periods)
-    if first == 1 and count > 1:
+    exact = periods.double()
+    rounded = torch.equal(periods.bfloat16().double(), exact)
+    once, twice = (2**-8, 2**-6) if rounded else (1e-5, 1e-5)  # twice: its exponents, too
+    rules = [(Rope(base=None, min_period=first, max_period=last), twice)]
+    if first == 1 and count > 1 and 0 < last < math.inf:
         base = last ** (count / (count - 1))
-        rounded = round(base)  # published bases are whole numbers
-        return Rope(base=rounded if abs(base / rounded - 1) < 0.02 else base)
-    return Rope(base=None, min_period=first, max_period=last)
+        round_ones = float(f"{base:.2g}"), float(round(base))  # as those published
+        rules = [*((Rope(base=one), once) for one in round_ones), (Rope(base=base), twice), *rules]
+    for rule, tolerance in rules:
+        found = rule.periods(4 * count, dtype=torch.float64, device=periods.device)
+        if torch.allclose(found, exact, rtol=tolerance, atol=0):
+            return rule
+    raise CheckpointError("holds rope_embed.periods that follow neither a base nor two ends")
 
 
 def as_in_dinov3(
