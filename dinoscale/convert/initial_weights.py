@@ -25,6 +25,7 @@ from dinoscale.convert.weights import Weights
 from dinoscale.convert.weights_file import build
 from dinoscale.engine.build import InitialWeights, shapes_only
 from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.models.block import KeylessBias
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
@@ -111,6 +112,7 @@ def _read_backbone(
     state = _fitted_backbone(source, target, config, path=path, key=key)
     _warn_if_norm_eps_differs(source, target, key)
     _warn_if_position_rules_differ(source, target, key)
+    _warn_if_key_biases_differ(source, target, key)
     _warn_if_normalisation_differs(weights.card, config, key)
     return weights, state, coverage
 
@@ -246,6 +248,27 @@ def _warn_if_position_rules_differ(source: nn.Module, target: nn.Module, key: st
             "%s resizes positions %s, and this run %s: features of local crops differ"
             " by some percent; set model.position_resize=%s to keep them",
             *(key, there, here, there),
+        )
+
+
+def _warn_if_key_biases_differ(source: nn.Module, target: nn.Module, key: str) -> None:
+    """Warn if the keys' bias acts in one network alone; names and shapes do not show it.
+
+    With learned positions no softmax sees it.
+    """
+    if getattr(target, "rope", None) is None:
+        return
+    there, here = (
+        any(isinstance(module, KeylessBias) for module in network.modules())
+        for network in (source, target)
+    )
+    if there != here:
+        log.warning(
+            "the keys' bias of %s %s, and that of this run %s: features differ unless it is zero; "
+            "set model.mask_key_bias=%s to keep them",
+            key,
+            *("is masked" if masked else "acts" for masked in (there, here)),
+            str(there).lower(),
         )
 
 
