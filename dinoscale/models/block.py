@@ -129,6 +129,8 @@ class ScaledLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
+        if torch.compiler.is_compiling():  # its graph would keep the scaled weights
+            return self._scale[0].gamma * linear(x, self.weight, self.bias)  # type: ignore[no-any-return]  # of timm
         weight = self._scaled_weight()
         result = linear(x, weight, None if self.bias is None else self._scale[0].gamma * self.bias)
         remake(weight, self._scaled_weight)

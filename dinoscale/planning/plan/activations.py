@@ -14,6 +14,8 @@ def saved_by_block(dims: Dims, setup: Setup, *, index: int) -> float:
     if not is_recomputed(setup, index=index):
         # Its input, qkv, attention, and the sum after attention: 14 D in a plain block.
         elements = 6 * width + _rotated(dims) + dims.mlp_kept
+        if setup.compiled:
+            elements = _everything(dims, setup)
         return s * elements + statistics + 4 * FP32  # mean, 1/std of two norms
     if setup.recompute == "block":
         return s * width  # its input
@@ -26,6 +28,16 @@ def saved_by_block(dims: Dims, setup: Setup, *, index: int) -> float:
 def _rotated(dims: Dims) -> int:
     """Elements per token of queries and keys that are rotated; the others stay with the values."""
     return 2 * dims.embed_dim if dims.rope_tables else 0
+
+
+def _everything(dims: Dims, setup: Setup) -> int:
+    """Elements per token that autograd keeps of a block: 17 D of a plain one.
+
+    Beside the others the two norms, attention both by resolution and packed, and in a compiled
+    block what layer scale multiplies; else it multiplies the weights.
+    """
+    scaled = 2 * dims.embed_dim if setup.compiled and dims.layer_scale else 0
+    return 9 * dims.embed_dim + scaled + _rotated(dims) + dims.mlp_kept
 
 
 def is_recomputed(setup: Setup, *, index: int) -> bool:
@@ -65,7 +77,5 @@ def added_by_backward(dims: Dims, setup: Setup, *, index: int) -> float:
     gradients = s * tokens * (width + dims.mlp_kept // 2)
     if not is_recomputed(setup, index=index):
         return gradients
-    # Autograd keeps the two norms too, and attention both by resolution and packed.
-    everything = s * (9 * width + _rotated(dims) + dims.mlp_kept)
-    recomputed = everything - saved_by_block(dims, setup, index=index)
+    recomputed = s * _everything(dims, setup) - saved_by_block(dims, setup, index=index)
     return gradients + tokens * recomputed

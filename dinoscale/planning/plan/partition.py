@@ -29,6 +29,7 @@ class Setup:
         zero_hpz_partition_size: ranks of a node that share a second copy of the weights at stage 3;
             1 for none.
         on_gpu: on a GPU, where collectives need no copies of their own.
+        compiled: whether blocks are compiled; they keep what autograd keeps.
     """
 
     zero_stage: int
@@ -45,6 +46,7 @@ class Setup:
     stage3_max_live_parameters: int
     zero_hpz_partition_size: int
     on_gpu: bool
+    compiled: bool
 
     @property
     def weight_bytes(self) -> int:
@@ -77,4 +79,5 @@ def setup_of(config: RunConfig, run: RunPlan, *, on_gpu: bool) -> Setup:
         stage3_max_live_parameters=engine.stage3_max_live_parameters,
         zero_hpz_partition_size=engine.zero_hpz_partition_size,
         on_gpu=on_gpu,
+        compiled=engine.compile is True or (engine.compile == "auto" and on_gpu),
     )

@@ -223,7 +223,9 @@ def _assumptions(config: RunConfig, machine: Machine, *, given: bool, within: bo
         f"{strategies.CONTEXT_BYTES / 1e9:g} GB for CUDA and NCCL, and"
         f" {strategies.FRAGMENTATION:.0%} of the tensors' size for fragmentation: neither has been"
         " compared with a GPU's allocator",
-        "blocks are not compiled; compiled ones (engine.compile) may save a fifth more activations",
+        "blocks are compiled (engine.compile) and save all activations that autograd keeps"
+        if config.engine.compile is not False
+        else "blocks are not compiled (engine.compile), and make some activations again",
         "the prototypes are trained; the first steps, which freeze them, need less",
     ]
     if config.model.drop_path_mode == "subset":

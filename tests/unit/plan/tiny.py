@@ -43,5 +43,6 @@ SETUP = Setup(
     reduce_bucket_size=1000,
     stage3_max_live_parameters=1000,
     zero_hpz_partition_size=1,
+    compiled=False,
     on_gpu=True,
 )
