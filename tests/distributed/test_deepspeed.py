@@ -36,6 +36,8 @@ class _Twice(DinoNetwork):
 class _Cubes:
     """An objective of one head, see `models.network.Objective`; also as a function of units."""
 
+    wants_patches = False
+
     def __init__(self, *, exact: bool = False) -> None:
         self._dtype = torch.float64 if exact else torch.float32
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from dinoscale.models.activation_checkpointing import Recompute
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
@@ -15,7 +15,7 @@ DEPTH = 6
 
 
 def _backward(every: int) -> tuple[int, list[Tensor]]:
-    """Bytes kept for the backward of a packed forward (weights apart), and the gradients."""
+    """Bytes that a packed forward leaves allocated for its backward, and the gradients."""
     torch.manual_seed(0)
     model = build_backbone(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=DEPTH, num_heads=2
@@ -24,18 +24,12 @@ def _backward(every: int) -> tuple[int, list[Tensor]]:
     model.checkpoint_every = every
     crops = [torch.randn(8, 3, 32, 32), torch.randn(16, 3, 16, 16)]
     keep = stochastic_depth_keep(torch.rand(DEPTH, 2, 24), drop_path_rate=0.5)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         output = model(crops, keep)
-    kept = sum(saved.values())  # before the backward: what it recomputes is gone again by its end
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    # Allocated and not freed by the end of the forward: the output, and what the backward needs.
+    kept = sum(event.nbytes() for event in events if event.name() == "[memory]")
     output.square().sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert all(gradient is not None for gradient in gradients)
@@ -80,10 +74,11 @@ def test_each_kind_of_recomputation_takes_less_memory_and_changes_no_bit(
     dtype: torch.dtype,
 ) -> None:
     most, expected = _peak(None, dtype)
+    # They keep 10, 2 and 1 of 14 activations; gradients and the block at hand come on top.
     kinds: list[tuple[Recompute, float]] = [
-        ("pointwise", 0.8),
-        ("all_but_attention", 0.45),
-        ("block", 0.45),
+        ("pointwise", 0.9),
+        ("all_but_attention", 0.5),
+        ("block", 0.5),
     ]
     peaks = []
     for kind, share in kinds:

@@ -89,8 +89,8 @@ def test_an_automatic_micro_batch_is_the_largest_that_fits(tmp_path: Path) -> No
     ("text", "message"),
     [
         (
-            "cost: {gpu: h100, gpu_memory: 1550MB}",
-            r"^run 32x2-img3200-\w+: needs 1.551 GB with a micro-batch of 32, but a h100 has 1.55"
+            "cost: {gpu: h100, gpu_memory: 1545MB}",
+            r"^run 32x2-img3200-\w+: needs 1.55 GB with a micro-batch of 32, but a h100 has 1.545"
             " GB; set train.micro_batch_size: ",
         ),
         ("cost: {gpu: h100, gpu_memory: 1GB}", "nothing fits: choose a larger GPU"),
