@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from dinoscale import cli
+from dinoscale.cli.restart import run_exit_handlers
 from dinoscale.errors import DinoscaleError, LaunchError, PreemptedError
 from dinoscale.runtime import logs
 from dinoscale.runtime.launcher_env import read_process
-from dinoscale.runtime.restart import run_exit_handlers
 
 log = logging.getLogger(__name__)
 

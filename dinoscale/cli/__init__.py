@@ -164,8 +164,8 @@ def _train(options: argparse.Namespace) -> dict[str, Any] | None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     environ = dict(os.environ)  # before the libraries add to it
     config, train = load_and_import(options, _import_train)
+    from dinoscale.cli.restart import restart
     from dinoscale.runtime import distributed
-    from dinoscale.runtime.restart import restart
     from dinoscale.runtime.watchdog import collectives_timeout_s
     from dinoscale.training import run_directory as directory
 

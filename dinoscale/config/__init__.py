@@ -8,10 +8,10 @@ from dinoscale.config.load import (
     list_presets,
     load_config,
     parse_config,
+    phases_of,
     text_override,
 )
 from dinoscale.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
-from dinoscale.config.phases import phases_of
 from dinoscale.config.resolve import (
     BatchSplit,
     ParameterCounts,

@@ -24,7 +24,7 @@ from dinoscale.cluster.agreement import (
 )
 from dinoscale.cluster.doctor.report import count_text
 from dinoscale.config import RunConfig
-from dinoscale.config.phases import phases_of
+from dinoscale.config.load import phases_of
 from dinoscale.config.resolve import (
     RunPlan,
     require_gram_network,

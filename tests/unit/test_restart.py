@@ -11,7 +11,7 @@ from tests.forked import ROOT
 _PROGRAM = """
 import json, os, signal, sys
 from dinoscale.runtime.preemption import StopRequest
-from dinoscale.runtime.restart import restart
+from dinoscale.cli.restart import restart
 
 stop = StopRequest(answer=False)
 if "again" not in sys.argv:
