@@ -1,7 +1,5 @@
 """The configuration of a run: its schema, how it is loaded, and its plan for a number of ranks."""
 
-from dinoscale.config.backbones import ModelConfig
-from dinoscale.config.engine import EngineConfig
 from dinoscale.config.load import (
     describe_presets,
     dump_config,
@@ -11,7 +9,6 @@ from dinoscale.config.load import (
     phases_of,
     text_override,
 )
-from dinoscale.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.resolve import (
     BatchSplit,
     ParameterCounts,
@@ -36,7 +33,10 @@ from dinoscale.config.schema import (
     HeadConfig,
     RunConfig,
 )
-from dinoscale.config.training import OptimConfig, TrainConfig
+from dinoscale.config.sections.backbones import ModelConfig
+from dinoscale.config.sections.engine import EngineConfig
+from dinoscale.config.sections.monitoring import CheckpointConfig, EvalConfig, LogConfig
+from dinoscale.config.sections.training import OptimConfig, TrainConfig
 
 __all__ = [
     "AugmentConfig",

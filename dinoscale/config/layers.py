@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dinoscale.config.backbones import RESNET50, ModelConfig
+from dinoscale.config.sections.backbones import RESNET50, ModelConfig
 
 _SIZES_OF_NAME = ("embed_dim", "depth", "num_heads")  # sizes that the name of a backbone stands for
 

@@ -22,7 +22,7 @@ from dinoscale.config.mistakes import kinds, sections, sentences, show
 from dinoscale.config.renamed import with_new_names
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.secrets import hide_secrets
-from dinoscale.config.training import PhaseConfig
+from dinoscale.config.sections.training import PhaseConfig
 from dinoscale.config.yaml_io import read_yaml, write_yaml
 from dinoscale.errors import ConfigError
 from dinoscale.runtime.outputs import PHASES

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from dinoscale.config import renamed
-from dinoscale.config.fields import (
+from dinoscale.config.schema import RunConfig
+from dinoscale.config.secrets import hide_secrets
+from dinoscale.config.sections.fields import (
     AUTO,
     LADDER,
     LIST,
@@ -19,8 +21,6 @@ from dinoscale.config.fields import (
     SIZE,
     WeightedSource,
 )
-from dinoscale.config.schema import RunConfig
-from dinoscale.config.secrets import hide_secrets
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

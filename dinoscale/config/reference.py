@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from dinoscale.config.load import describe_presets
 from dinoscale.config.mistakes import kinds, sections
 from dinoscale.config.schema import RunConfig
-from dinoscale.config.training import CurveConfig
+from dinoscale.config.sections.training import CurveConfig
 
 _HEAD = """\
 # Settings

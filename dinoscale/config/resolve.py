@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
-from dinoscale.config.backbones import (
+from dinoscale.config.schema import RunConfig
+from dinoscale.config.sections.backbones import (
     RESNET50,
     RESNET50_EMBED_DIM,
     RESNET50_PARAMETERS,
@@ -21,7 +22,6 @@ from dinoscale.config.backbones import (
     num_head_parameters,
     num_vit_parameters,
 )
-from dinoscale.config.schema import RunConfig
 from dinoscale.errors import ConfigError, DinoscaleError
 
 _NO_IMAGES = "data.train is not set, and the number of steps follows from its images"

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dinoscale.config.backbones import RESNET50, ModelConfig
-from dinoscale.config.engine import EngineConfig
-from dinoscale.config.fields import (
+from dinoscale.config.sections.backbones import RESNET50, ModelConfig
+from dinoscale.config.sections.engine import EngineConfig
+from dinoscale.config.sections.fields import (
     Count,
     CountOrZero,
     Fraction,
@@ -30,9 +30,9 @@ from dinoscale.config.fields import (
     TrainingImages,
     WeightedSource,
 )
-from dinoscale.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
-from dinoscale.config.objectives import GramConfig, IbotConfig, KoleoConfig
-from dinoscale.config.training import (
+from dinoscale.config.sections.monitoring import CheckpointConfig, EvalConfig, LogConfig
+from dinoscale.config.sections.objectives import GramConfig, IbotConfig, KoleoConfig
+from dinoscale.config.sections.training import (
     REPLACED,
     OptimConfig,
     PhaseConfig,

@@ -10,7 +10,7 @@ from torch import Tensor
 from dinoscale.config import ModelConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
-from dinoscale.config.training import CurveConfig
+from dinoscale.config.sections.training import CurveConfig
 from dinoscale.engine.frozen.gram import GramNetwork, crop_size_of
 from dinoscale.engine.initialization import Write, build_on_meta
 from dinoscale.engine.micro_batch import LossWeights

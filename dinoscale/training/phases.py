@@ -16,7 +16,7 @@ from typing import cast
 from dinoscale.checkpoint.layout import checkpoints, phase_directories
 from dinoscale.checkpoint.load import Checkpoint, newest_first
 from dinoscale.config import RunConfig
-from dinoscale.config.training import PhaseConfig
+from dinoscale.config.sections.training import PhaseConfig
 from dinoscale.errors import CheckpointError, ConfigError, UnreadableError
 from dinoscale.runtime import distributed
 

@@ -27,9 +27,9 @@ from dinoscale.checkpoint.load import Checkpoint, first_usable, held_step, newes
 from dinoscale.checkpoint.retention import clear_leftovers
 from dinoscale.checkpoint.save import shared_tensors
 from dinoscale.config import RunConfig
-from dinoscale.config.backbones import RESNET50
 from dinoscale.config.resolve import RunPlan, micro_batch_sizes, with_micro_batch
 from dinoscale.config.secrets import hide_secrets
+from dinoscale.config.sections.backbones import RESNET50
 from dinoscale.data.shards.remote import is_remote
 from dinoscale.engine.build import shapes_only
 from dinoscale.engine.student import Student

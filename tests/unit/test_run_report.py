@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dinoscale.config import HeadConfig, RunConfig, dump_config, parse_config
-from dinoscale.config.objectives import IbotConfig
+from dinoscale.config.sections.objectives import IbotConfig
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.reports.run.findings import check_run

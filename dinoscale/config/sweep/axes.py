@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from dinoscale.config.fields import LADDER, LIST, NAMED, SIZE, Count, Section
+from dinoscale.config.sections.fields import LADDER, LIST, NAMED, SIZE, Count, Section
 
 # Far above all that was ever trained, to catch slips.
 MOST_IMAGES = 10**15  # seen in a run

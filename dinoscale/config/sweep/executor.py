@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dinoscale.config.fields import Count, CountOrZero, Positive, Section
+from dinoscale.config.sections.fields import Count, CountOrZero, Positive, Section
 
 
 class SlurmConfig(Section):

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dinoscale.config import renamed
-from dinoscale.config.fields import PathText, Positive, Section
 from dinoscale.config.load import read_mapping
 from dinoscale.config.mistakes import nearest, sections, sentences, unknown_key
 from dinoscale.config.schema import RunConfig
+from dinoscale.config.sections.fields import PathText, Positive, Section
 from dinoscale.config.sweep.axes import KEYS_OF_AXES, AxesConfig
 from dinoscale.config.sweep.executor import ExecutorConfig
 from dinoscale.config.sweep.rules import KEYS_OF_RULES, RulesConfig

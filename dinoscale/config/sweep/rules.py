@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError, model_validator
 
-from dinoscale.config.fields import Count, Section
+from dinoscale.config.sections.fields import Count, Section
 
 Exponent = Annotated[float, Field(ge=-4, le=4)]  # a larger one is a slip
 

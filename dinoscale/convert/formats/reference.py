@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoscale.config.backbones import VIT_SIZES
+from dinoscale.config.sections.backbones import VIT_SIZES
 from dinoscale.convert.card import BackboneCard, BackboneShape
 from dinoscale.convert.weights import Network
 from dinoscale.errors import CheckpointError

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dinoscale.config.objectives import GramConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
+from dinoscale.config.sections.objectives import GramConfig
 from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.frozen.weights import Partitioned
 from dinoscale.engine.micro_batch import MicroBatch

@@ -19,8 +19,8 @@ import torch
 from torch.profiler import profile
 
 from dinoscale.config import RunConfig, split_batch, without_auto
-from dinoscale.config.backbones import RESNET50
 from dinoscale.config.resolve import RunPlan, resolve
+from dinoscale.config.sections.backbones import RESNET50
 from dinoscale.data.sources.mixture import source_sizes
 from dinoscale.data.sources.source import Source
 from dinoscale.engine.model_sizes import dims_of, flops_of

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from dinoscale.config.backbones import VitSize
+from dinoscale.config.sections.backbones import VitSize
 from dinoscale.config.sweep.axes import AxesConfig, LadderConfig
 from dinoscale.config.sweep.file import SweepConfig
 from dinoscale.scaling.design.model_sizes import sizes_of

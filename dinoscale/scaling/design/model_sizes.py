@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from dinoscale.config.backbones import VIT_SIZES, VitSize
+from dinoscale.config.sections.backbones import VIT_SIZES, VitSize
 from dinoscale.config.sweep.axes import LadderConfig, ModelSize
 from dinoscale.errors import ConfigError
 

@@ -21,8 +21,8 @@ from dinoscale.config import (
     resolve,
     without_auto,
 )
-from dinoscale.config.backbones import VitSize
 from dinoscale.config.layers import sizes_of_another
+from dinoscale.config.sections.backbones import VitSize
 from dinoscale.config.sweep.axes import KEYS_OF_AXES
 from dinoscale.config.sweep.file import ONLINE, SweepConfig
 from dinoscale.data.sources.mixture import source_sizes

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.interpolate import make_interp_spline
 
 from dinoscale.config import RunConfig, dump_config, load_config, parse_config
-from dinoscale.config.backbones import named_vit_size, num_vit_parameters
+from dinoscale.config.sections.backbones import named_vit_size, num_vit_parameters
 from dinoscale.errors import ConfigError
 from dinoscale.reports.html import printable
 from dinoscale.runtime.outputs import MARK

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-from dinoscale.config.backbones import named_vit_size
+from dinoscale.config.sections.backbones import named_vit_size
 from dinoscale.scaling.design.planned_run import PlannedRun
 from dinoscale.scaling.sweep.run_files import Job, Result
 from dinoscale.scaling.sweep.table import Row

@@ -7,7 +7,7 @@ import pytest
 
 from dinoscale import cli
 from dinoscale.config import RunConfig, list_presets, load_config, resolve
-from dinoscale.config.backbones import RopeConfig
+from dinoscale.config.sections.backbones import RopeConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 LARGE, SMALL = ((0.25, 1.0), (0.05, 0.25)), ((0.4, 1.0), (0.05, 0.4))

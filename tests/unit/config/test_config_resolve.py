@@ -24,7 +24,7 @@ from dinoscale.config import (
     split_batch,
     without_auto,
 )
-from dinoscale.config.objectives import KoleoConfig
+from dinoscale.config.sections.objectives import KoleoConfig
 from dinoscale.errors import ConfigError
 
 IMAGENET = 1_281_167  # training images of ILSVRC 2012

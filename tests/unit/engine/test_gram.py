@@ -1,6 +1,6 @@
 """When the Gram network is refreshed."""
 
-from dinoscale.config.objectives import GramConfig
+from dinoscale.config.sections.objectives import GramConfig
 from dinoscale.engine.frozen.gram import refreshes_after
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dinoscale.config import parse_config
-from dinoscale.config.backbones import num_vit_parameters
+from dinoscale.config.sections.backbones import num_vit_parameters
 from dinoscale.scaling.laws.laws import (
     Band,
     BestRate,

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from dinoscale.config.backbones import VIT_SIZES, VitSize
+from dinoscale.config.sections.backbones import VIT_SIZES, VitSize
 from dinoscale.config.sweep.axes import AxesConfig
 from dinoscale.errors import ConfigError
 from dinoscale.scaling.design.model_sizes import sizes_of

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dinoscale.config.fields import (
+from dinoscale.config.sections.fields import (
     BetaPair,
     Count,
     CountOrAuto,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dinoscale.config.fields import Count, CountOrZero, Section
+from dinoscale.config.sections.fields import Count, CountOrZero, Section
 
 # Settings of DeepSpeed that a run must not use, with the reason.
 _REFUSED = {

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dinoscale.config.fields import Count, CountOrZero, Positive, PositiveOrZero, Section
+from dinoscale.config.sections.fields import Count, CountOrZero, Positive, PositiveOrZero, Section
 
 RESNET50 = "resnet50"
 RESNET50_EMBED_DIM = 2048  # channels of the last stage, averaged over the image

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from dinoscale.config.fields import Count, PathText, Section
+from dinoscale.config.sections.fields import Count, PathText, Section
 
 
 class EvalConfig(Section):

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dinoscale.config.fields import (
+from dinoscale.config.sections.fields import (
     Count,
     CountOrZero,
     Fraction,
