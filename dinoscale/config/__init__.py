@@ -25,15 +25,10 @@ from dinoscale.config.resolve import (
     with_micro_batch,
     without_auto,
 )
-from dinoscale.config.schema import (
-    AugmentConfig,
-    CropsConfig,
-    DataConfig,
-    DinoConfig,
-    HeadConfig,
-    RunConfig,
-)
+from dinoscale.config.schema import DinoConfig, HeadConfig, RunConfig
 from dinoscale.config.sections.backbones import ModelConfig
+from dinoscale.config.sections.crops import AugmentConfig, CropsConfig
+from dinoscale.config.sections.data import DataConfig
 from dinoscale.config.sections.engine import EngineConfig
 from dinoscale.config.sections.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.sections.training import OptimConfig, TrainConfig

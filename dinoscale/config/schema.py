@@ -13,22 +13,18 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dinoscale.config.sections.backbones import RESNET50, ModelConfig
+from dinoscale.config.sections.crops import AugmentConfig, CropsConfig
+from dinoscale.config.sections.data import DataConfig
 from dinoscale.config.sections.engine import EngineConfig
 from dinoscale.config.sections.fields import (
     Count,
     CountOrZero,
     Fraction,
-    Fractions,
     Momentum,
-    Pair,
     PathText,
     Positive,
     PositiveOrZero,
-    Positives,
     Section,
-    ThreeFractions,
-    TrainingImages,
-    WeightedSource,
 )
 from dinoscale.config.sections.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.sections.objectives import GramConfig, IbotConfig, KoleoConfig
@@ -87,73 +83,6 @@ class HeadConfig(Section):
         return self
 
 
-class CropsConfig(Section):
-    """Multi-crop geometry: sizes in pixels, scales as a fraction of the image area.
-
-    There are always two global crops.
-    """
-
-    global_size: Count = Field(
-        default=224, description="Side of a global crop in pixels. Source: [C]."
-    )
-    global_scale: Pair = Field(
-        default=(0.4, 1.0), description="Area of a global crop. Source: [C]."
-    )
-    local_size: Count = Field(
-        default=96, description="Side of a local crop in pixels. Source: [C]."
-    )
-    local_scale: Pair = Field(default=(0.05, 0.4), description="Area of a local crop. Source: [C].")
-    num_local: CountOrZero = Field(default=8, description="Local crops per image. Source: [C].")
-
-    @field_validator("global_scale", "local_scale")
-    @classmethod
-    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        low, high = scale
-        if not 0 < low < high <= 1:
-            raise ValueError(f"need 0 < low < high <= 1, got {low}, {high}")
-        return scale
-
-
-class AugmentConfig(Section):
-    """Augmentation of a crop. Source of every value: [C], after BYOL ([P] section 3.2)."""
-
-    flip_prob: Fraction = Field(default=0.5, description="Chance of a horizontal flip.")
-    jitter_prob: Fraction = Field(
-        default=0.8, description="Chance of color jitter, the four changes below."
-    )
-    brightness: PositiveOrZero = Field(default=0.4, description="Factor drawn from 1 +- this.")
-    contrast: PositiveOrZero = Field(default=0.4, description="Factor drawn from 1 +- this.")
-    saturation: PositiveOrZero = Field(default=0.2, description="Factor drawn from 1 +- this.")
-    hue: float = Field(
-        default=0.1,
-        ge=0,
-        le=0.5,
-        description="Shift drawn from +- this, in turns of the color wheel.",
-    )
-    gray_prob: Fraction = Field(default=0.2, description="Chance of conversion to grayscale.")
-    blur_probs: ThreeFractions = Field(
-        default=(1.0, 0.1, 0.5), description="Chance of a Gaussian blur: global 1, global 2, local."
-    )
-    blur_radius: Pair = Field(
-        default=(0.1, 2.0),
-        description="Standard deviation of the blur in pixels, lowest and highest.",
-    )
-    solarize_probs: ThreeFractions = Field(
-        default=(0.0, 0.2, 0.0), description="Chance of solarizing: global 1, global 2, local."
-    )
-    solarize_threshold: int = Field(
-        default=128, ge=0, le=256, description="8-bit values from here up are inverted."
-    )
-
-    @field_validator("blur_radius")
-    @classmethod
-    def _radius_ordered(cls, radius: tuple[float, float]) -> tuple[float, float]:
-        low, high = radius
-        if not 0 <= low <= high:
-            raise ValueError(f"need 0 <= low <= high, got {low}, {high}")
-        return radius
-
-
 class DinoConfig(Section):
     """The class tokens' objective, the targets and the teacher.
 
@@ -209,122 +138,6 @@ class DinoConfig(Section):
         "moments start afterwards. Source: [C]. zero_rate: its rate is 0 and the moments move, as "
         "in DINOv2.",
     )
-
-
-class DataConfig(Section):
-    """The training images."""
-
-    train: TrainingImages | None = Field(
-        default=None,
-        description="Images to train on: a folder, shards, 'synthetic:...', or a mixture of them, "
-        "[{source: ..., weight: ...}, ...]; or shards to stream (https:, s3:, gs:, hdfs:, pipe:).",
-    )
-    images_per_epoch: Count | None = Field(
-        default=None,
-        description="Images drawn in an epoch, rounded down to whole steps; null: as many as there "
-        "are. All images of a source are drawn equally often in any case. [D].",
-    )
-    subset_size: Count | None = Field(
-        default=None,
-        description="Train on a subset of this many images; null: on all. The subset does not "
-        "depend on the seed, and a smaller one is part of a larger one. [D].",
-    )
-    manifest: PathText | None = Field(
-        default=None,
-        description="File with the number of images in each streamed shard, a path or URL; null: "
-        "manifest.json beside the shards.",
-    )
-    stream_readers: Count = Field(
-        default=8,
-        description="Streamed shards: places in the stream that are read at the same time, for "
-        "each micro-batch of a step over all ranks. A multiple of num_workers keeps all workers "
-        "busy. [D].",
-    )
-    shuffle_buffer: Count = Field(
-        default=512,
-        description="Streamed shards: most neighbouring images that are held, as files, to be "
-        "shuffled, for each of stream_readers x micro-batches of a step. [D].",
-    )
-    num_workers: CountOrZero = Field(
-        default=8,
-        description="Loader processes per rank; 0: the training process loads. Source: [D].",
-    )
-    color_ops_on: Literal["device", "workers"] = Field(
-        default="device",
-        description="Where color jitter, blur and solarization run. device: in batches on the "
-        "training device; workers: crop by crop in the loader processes, the slow reference. [D].",
-    )
-    max_bad_fraction: Fraction = Field(
-        default=0.01,
-        description="The run stops when a larger fraction of the images cannot be read, or is left "
-        "out because of their names. [D].",
-    )
-    channels: Count = Field(
-        default=3,
-        description="Channels of an image: 3 RGB, 1 gray, else exactly as in the files. Images are "
-        "converted to 8 bit; without RGB, saturation, hue and gray are off. [D].",
-    )
-    max_pixel_value: Positive | None = Field(
-        default=None,
-        description="Pixel value that means 1.0 in files of more than 8 bit; null: guessed for "
-        "each image, as the largest value of the smallest usual depth that holds its pixels. [D].",
-    )
-    mean: Fractions = Field(
-        default=(0.485, 0.456, 0.406),
-        description="Mean of each channel in [0, 1], here R, G, B over ImageNet. Source: [C].",
-    )
-    std: Positives = Field(
-        default=(0.229, 0.224, 0.225), description="Their standard deviation. Source: [C]."
-    )
-
-    @field_validator("train")
-    @classmethod
-    def _mixture_of_something(cls, train: TrainingImages | None) -> TrainingImages | None:
-        if train == ():
-            raise ValueError("a mixture of nothing; name a source, or null for none")
-        return train
-
-    @model_validator(mode="after")
-    def _chosen_from_one_source(self) -> "DataConfig":
-        if self.subset_size is not None and len(self.sources) > 1:
-            raise ValueError(
-                f"subset_size: {self.subset_size} images cannot be chosen from a mixture "
-                f"of {len(self.sources)} sources (data.train); name one source, or null for all"
-            )
-        return self
-
-    @property
-    def sources(self) -> tuple[WeightedSource, ...]:
-        """The sources in `train`: a plain text is a mixture of one, null of none.
-
-        Sources of a mixture keep their order: the numbers of the images depend on it.
-        """
-        if self.train is None:
-            return ()
-        return (WeightedSource(source=self.train),) if isinstance(self.train, str) else self.train
-
-    @property
-    def sources_text(self) -> str:
-        """The same in words."""
-        if len(self.sources) == 1:
-            return self.sources[0].source
-        return " + ".join(f"{part.weight:g} x {part.source}" for part in self.sources)
-
-    @model_validator(mode="after")
-    def _channels_agree(self) -> "DataConfig":
-        for key, numbers in (("mean", self.mean), ("std", self.std)):
-            if len(numbers) != self.channels:
-                raise ValueError(
-                    f"{key}: needs one number for each of {self.channels} channels "
-                    f"(data.channels), got {len(numbers)}; `dinoscale data dataset-stats` "
-                    "measures them"
-                )
-        if self.color_ops_on == "workers" and self.channels not in (1, 3):
-            raise ValueError(
-                "color_ops_on: 'workers' needs data.channels 1 or 3, "
-                f"got {self.channels}; set data.color_ops_on=device"
-            )
-        return self
 
 
 class RunConfig(Section):
