@@ -47,18 +47,19 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def rate_factors(
-    names: Iterable[str], *, layer_decay: float, patch_embed_lr: float
+    names: Iterable[str], *, layer_decay: float, patch_embed_lr: float, backbone_lr: float = 1.0
 ) -> dict[str, float]:
     """Factor of each tensor's learning rate: layer_decay ** (L + 1 - layer), as in DINOv2.
 
     Layer 0 is the embeddings: patches, positions and all tokens; block i is layer i + 1; the final
-    norm and the heads, layer L + 1, have the full rate. The patch projection's is multiplied by
-    `patch_embed_lr` as well.
+    norm and the heads, layer L + 1, have the full rate. That of the patch projection is multiplied
+    by `patch_embed_lr` as well, that of the rest of the backbone by `backbone_lr`.
 
     Args:
-        names: of all parameters of a ViT with heads (`backbone.blocks.0.norm1.weight`).
+        names: of all parameters of a backbone with heads (`backbone.blocks.0.norm1.weight`).
         layer_decay: factor from each layer to the one before, in (0, 1].
-        patch_embed_lr: further factor of `backbone.patch_embed.*`, > 0.
+        patch_embed_lr: further factor of `backbone.patch_embed.*`, >= 0.
+        backbone_lr: further factor of all other `backbone.*`, >= 0.
     """
     layers = {name: _layer(name) for name in names}
     last = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
@@ -67,6 +68,8 @@ def rate_factors(
         factors[name] = 1.0 if layer is None else layer_decay ** (last - layer)
         if name.startswith("backbone.patch_embed."):
             factors[name] *= patch_embed_lr
+        elif name.startswith("backbone."):
+            factors[name] *= backbone_lr
     return factors
 
 

@@ -172,7 +172,10 @@ class Student:
         names = shards.parameter_names(network)
         optim = config.optim
         self._rate_factors = rate_factors(
-            names.values(), layer_decay=optim.layer_decay, patch_embed_lr=optim.patch_embed_lr
+            names.values(),
+            layer_decay=optim.layer_decay,
+            patch_embed_lr=optim.patch_embed_lr,
+            backbone_lr=optim.backbone_lr,
         )
         layerwise = any(factor != 1 for factor in self._rate_factors.values())
         self._torch_optimizer = build_optimizer(

@@ -271,7 +271,9 @@ def _rate_factor(name: str, config: RunConfig) -> float:
     else:  # embeddings
         below = depth + 1
     factor = config.optim.layer_decay**below
-    return factor * (config.optim.patch_embed_lr if "patch_embed" in name else 1.0)
+    if name.startswith("backbone.patch_embed."):
+        return factor * config.optim.patch_embed_lr
+    return factor * (config.optim.backbone_lr if name.startswith("backbone.") else 1.0)
 
 
 def _clip(network: nn.Module, config: RunConfig) -> Tensor:

@@ -40,6 +40,7 @@ RECIPES = {
         "betas": (0.8, 0.95),
         "layer_decay": 0.8,
         "patch_embed_lr": 0.2,
+        "backbone_lr": 0.5,
     },
 }
 # (stage, recipe, precision, checkpoint_every_k_blocks, offload_optimizer)

@@ -47,9 +47,14 @@ class OptimConfig(Section):
         description="Factor of the learning rate from each block to the one before; the embeddings "
         "come first, heads and final norm have the full rate. Source: DINOv2.",
     )
-    patch_embed_lr: Positive = Field(
+    patch_embed_lr: PositiveOrZero = Field(
         default=1.0,
         description="Further factor of the learning rate of the patch projection. 0.2 in DINOv2.",
+    )
+    backbone_lr: PositiveOrZero = Field(
+        default=1.0,
+        description="Further factor of the learning rate of all other weights of the backbone. 0: "
+        "they rest, decay included, while new heads learn; AdamW's moments follow the gradients.",
     )
     min_lr: PositiveOrZero = Field(
         default=1e-6, description="Final learning rate, not scaled with the batch. Source: [C]."
@@ -76,7 +81,7 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _sgd_has_one_rate(self) -> "OptimConfig":
         if self.name == "sgd":
-            for key in ("betas", "layer_decay", "patch_embed_lr"):
+            for key in ("betas", "layer_decay", "patch_embed_lr", "backbone_lr"):
                 value, default = getattr(self, key), type(self).model_fields[key].default
                 if value != default:
                     raise ValueError(

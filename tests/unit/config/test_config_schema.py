@@ -261,7 +261,12 @@ def test_peak_lr_may_grow_with_the_square_root_of_the_batch() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "default"),
-    [("betas", (0.9, 0.95), (0.9, 0.999)), ("layer_decay", 0.9, 1.0), ("patch_embed_lr", 0.2, 1.0)],
+    [
+        ("betas", (0.9, 0.95), (0.9, 0.999)),
+        ("layer_decay", 0.9, 1.0),
+        ("patch_embed_lr", 0.2, 1.0),
+        ("backbone_lr", 0.0, 1.0),
+    ],
 )
 def test_sgd_has_neither_betas_nor_rates_by_layer(key: str, value: object, default: object) -> None:
     changes = {f"optim__{key}": value}

@@ -97,3 +97,24 @@ def test_rates_fall_from_the_last_block_to_the_embeddings() -> None:
     assert [factors[name] for name in tokens] == [0.5**12] * 4
     assert [factors[name] for name in patches] == [0.5**12 * 0.2] * 2
     assert {*rate_factors(names, layer_decay=1.0, patch_embed_lr=1.0).values()} == {1.0}
+    resting = rate_factors(names, layer_decay=0.5, patch_embed_lr=0.2, backbone_lr=0.0)
+    assert {name for name, factor in resting.items() if factor} == {*last[1:], *patches}
+    assert all(resting[name] == factors[name] for name in (*last[1:], *patches))
+
+
+def test_a_resting_backbone_keeps_its_weights_to_the_bit_and_moves_its_moments() -> None:
+    network = nn.ModuleDict({"backbone": nn.Linear(3, 5), "head": nn.Linear(5, 4)})
+    optimizer = build_optimizer("adamw", network, layerwise=True)
+    assert isinstance(optimizer, LayerwiseAdamW)
+    names = [name for name, _ in network.named_parameters()]
+    factors = rate_factors(names, layer_decay=1.0, patch_embed_lr=1.0, backbone_lr=0.0)
+    for name, weight in network.named_parameters():
+        optimizer.set_factors(weight, [(factors[name], 0, weight.numel())])
+        weight.grad = torch.ones_like(weight)
+    for group in optimizer.param_groups:
+        group.update(lr=0.1, weight_decay=0.4)
+    before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    optimizer.step()
+    moved = {n for n, weight in network.named_parameters() if not torch.equal(before[n], weight)}
+    assert moved == {"head.weight", "head.bias"}
+    assert all(optimizer.state[weight]["exp_avg"].all() for weight in network.parameters())
