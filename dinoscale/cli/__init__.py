@@ -48,7 +48,7 @@ _MAY_BE_EMPTY = ("--options", "--ssh-options")  # options for other programs, pe
 _EMPTY_OPTION = re.compile(r"--[a-z-]+=")
 _OPTION_OF_HOME = re.compile(r"^(--[a-z-]+=)(~[^/]*)")  # a shell replaces ~ after a space only
 # Under a launcher every process would do all the work and write the same files.
-_ONE_PROCESS = ("checkpoint", "convert", "data", "export", "quickstart", "report")
+_ONE_PROCESS = ("checkpoint", "convert", "data", "export", "quickstart", "recipe", "report")
 _SEVERAL_RANKS = ("train", "bench", "doctor", "embed", "evaluate")  # their ranks meet
 _RESULT_ON_DISK = ("embed", "train", "launch", "sweep", "quickstart")
 

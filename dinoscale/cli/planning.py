@@ -1,4 +1,4 @@
-"""The commands for the time before a training: config, plan, doctor, bench, show, presets."""
+"""The commands before a training: recipe, config, plan, doctor, bench, show, presets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinoscale.cli.arguments import add_config
+from dinoscale.cli.arguments import add_config, add_num_workers, add_number
 from dinoscale.runtime.launcher_env import read_process
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def add_planning(commands: SubCommands) -> None:
-    """Add `config`, `plan`, `doctor`, `bench`, `show` and `presets`."""
+    """Add `recipe`, `config`, `plan`, `doctor`, `bench`, `show` and `presets`."""
+    _add_recipe(commands)
     config = commands.add_parser(
         "config",
         help="print every setting and the steps and rates that follow; needs no GPU",
@@ -58,6 +59,59 @@ def add_planning(commands: SubCommands) -> None:
         description="List the presets: names that any CONFIG argument takes.",
     )
     presets.set_defaults(run=_presets)
+
+
+def _add_recipe(commands: SubCommands) -> None:
+    recipe = commands.add_parser(
+        "recipe",
+        help="look at a set of images and write a preset that suits it, with reasons",
+        description="Look at a sample of the images (number, sizes, channels, copies) and write a"
+        " commented preset: prototypes, images of a step, epochs, momentum, crops and patches, each"
+        " with its reason and its source. Then print the line that trains with it. Nothing is"
+        " chosen elsewhere: edit the file.",
+        epilog="examples:\n  dinoscale recipe /data/images --gpus 8\n"
+        "  dinoscale recipe '/data/train-{000..099}.tar' --from dinov2_vitb14_pretrain.pth",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    recipe.add_argument(
+        "data", metavar="DATA", help="the images: one source of data.train, on a disk"
+    )
+    recipe.add_argument(
+        "--model",
+        choices=("s", "b", "l"),
+        help="ViT-S, B or L/16 (default: s up to the size of ImageNet-1k, b beyond)",
+    )
+    add_number(recipe, "--gpus", "GPUs of the run", default=1)
+    recipe.add_argument(
+        "--from",
+        dest="weights",
+        metavar="WEIGHTS",
+        help="go on from these weights of a ViT, instead of from scratch",
+    )
+    recipe.add_argument(
+        "--out",
+        type=Path,
+        default=Path("recipe.yaml"),
+        metavar="FILE",
+        help="file to write; must not exist (default recipe.yaml)",
+    )
+    add_number(recipe, "--images", "images to look at, the same every time", default=1000)
+    add_num_workers(recipe)
+    recipe.set_defaults(run=_recipe)
+
+
+def _recipe(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.recipe.write import write_recipe
+
+    return write_recipe(
+        options.data,
+        options.out,
+        model=options.model,
+        gpus=options.gpus,
+        weights=options.weights,
+        images=options.images,
+        workers=options.num_workers,
+    )
 
 
 def _add_plan(commands: SubCommands) -> None:

@@ -59,6 +59,7 @@ MORE: dict[str, list[str]] = {
     "show crops": ["--images", "2"],
     "bench data": [*_SMALL, "--seconds", "0.05"],
     "bench step": [*_SMALL, "--seconds", "0.05", "--turns", "1", "--no-reference"],
+    "recipe": shlex.split(_FEW.replace("0", "1")),
     "evaluate knn": shlex.split(_FEW),
     "evaluate linear": shlex.split(f"{_FEW} --no-augmentation --iterations 2"),
     "evaluate logistic": shlex.split(f"{_FEW} --c 1"),
@@ -191,7 +192,8 @@ def test_commands_of_a_readme_run_one_after_another(name: str, place: Path) -> N
     before = {command for other in NAMES[: NAMES.index(name)] for command in _on_stand_ins(other)}
     for number, command in enumerate(_on_stand_ins(name)):
         if command not in before:
-            unnamed = command.startswith("train") and "run_dir=" not in command
+            named = "run_dir=" in command or command == "train mine.yaml"  # by `recipe`
+            unnamed = command.startswith("train") and not named
             _run(f"{command} run_dir=runs/{number}" if unnamed else command, place)
     for block in blocks_of(name, "python"):
         _execute_apart(block, place)

@@ -28,7 +28,7 @@ LEVELS: list[set[str]] = [
     {"training"},
     {"planning"},
     {"data_tools", "reports"},
-    {"scaling"},
+    {"scaling", "recipe"},
     {"cli"},
     {"__main__"},
 ]

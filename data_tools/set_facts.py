@@ -1,0 +1,207 @@
+"""What a recipe depends on: how many images a set has, their sizes and channels, and their copies.
+
+Shape letters: n images of the sample, C channels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_tools.files import Files, open_pictures
+from data_tools.headers import Header, read_header
+from data_tools.journal import Json
+from data_tools.near_duplicates import (
+    THUMBNAIL,
+    Groups,
+    close_pairs,
+    look_alike,
+    perceptual_hash,
+    thumbnail,
+)
+from data_tools.parallel import ordered_map
+from data_tools.survey import sample_ids
+from dinoscale.data.decoding.arrays import NPY_START, TIFF_STARTS, array_header, read_npy, read_tiff
+from dinoscale.data.decoding.decode import BadSampleError, Decoder
+from dinoscale.data.sources.source import Source
+from dinoscale.data.sources.synthetic import PREFIX
+from dinoscale.errors import DataError
+
+SAMPLE = 1000  # images, read and decoded
+_RADIUS = 6  # bits in which the hashes of copies differ at most; the default of `deduplicate`
+_BLOCK = 32  # images that a process decodes at once
+_COLORLESS = 2  # levels of 255 by which the channels of a gray picture differ, after JPEG
+_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # 8, 10, 12, 14, 16 bit
+_GRAY_MODES = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_ROW = np.dtype([("hash", "<u8"), ("hashed", "?"), ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL, 3))])
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """An image set, as a sample of it looks.
+
+    Attributes:
+        spec: as given.
+        images: in the whole set.
+        sample: images that were read.
+        unreadable: of them.
+        short_side: 5th percentile and median, in pixels.
+        channels: of most files.
+        other_channels: files of the sample that have another number.
+        colorless: share of the readable ones that hold three equal channels, or one.
+        max_pixel_value: white of files of more than 8 bits, a guess; None where all have 8.
+        copies: images of the sample that look like an earlier one of it.
+        mean: of each channel in 0..1, each picture counting the same.
+        std: likewise.
+        classes: number of class folders or labels; 0 for none.
+    """
+
+    spec: str
+    images: int
+    sample: int
+    unreadable: int
+    short_side: tuple[int, int]
+    channels: int
+    other_channels: int
+    colorless: float
+    max_pixel_value: float | None
+    copies: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: int
+
+
+def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
+    """Read and decode a sample of a set, the same every time.
+
+    Args:
+        spec: one source of data.train, on a disk.
+        images: how many to read.
+        workers: number of processes; does not change the result.
+
+    Raises:
+        DataError: nothing is there, or none of the sample can be read.
+        RunFailedError: a worker was killed.
+    """
+    source = open_pictures(spec, Decoder())
+    ids = sample_ids(len(source), wanted=images)
+    stored = [_stored(source, int(index)) for index in ids[:: max(1, len(ids) // 200)]]
+    kinds = Counter(kind.channels for kind in stored if kind is not None)
+    if not kinds:
+        raise DataError(f"{spec}: none of the {len(ids)} images looked at can be read")
+    channels = kinds.most_common(1)[0][0]
+    highest = max(kind.highest for kind in stored if kind is not None)
+    white = None if highest <= _WHITES[0] else min(w for w in _WHITES if w >= highest)
+    if (channels, white) != (3, None):
+        source = open_pictures(spec, Decoder(channels, white))
+    blocks = [ids[first : first + _BLOCK] for first in range(0, len(ids), _BLOCK)]
+    found = list(ordered_map(_examine, source, blocks, workers=workers))
+    sides = [side for block in found for side in block["sides"]]
+    if not sides:
+        raise DataError(f"{spec}: none of the {len(ids)} images looked at can be read")
+    moments = np.array([moment for block in found for moment in block["moments"]])  # (n, 2, C)
+    mean, square = moments.mean(axis=0)
+    labels = source.labels
+    return SetFacts(
+        spec=spec,
+        images=len(source),
+        sample=len(ids),
+        unreadable=sum(block["bad"] for block in found),
+        short_side=(int(np.percentile(sides, 5)), int(np.median(sides))),
+        channels=channels,
+        other_channels=kinds.total() - kinds[channels],
+        colorless=sum(block["colorless"] for block in found) / len(sides),
+        max_pixel_value=white,
+        copies=_copies([row for block in found for row in block["rows"]]),
+        mean=tuple(round(float(value), 4) for value in mean),
+        std=tuple(round(float(value), 4) for value in np.sqrt(np.maximum(square - mean**2, 0))),
+        classes=0 if labels is None else len(np.unique(labels[labels >= 0])),
+    )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How a file holds its picture: channels, and the highest number if it has more than 8 bits."""
+
+    channels: int
+    highest: float
+
+
+def _stored(source: Source | Files, index: int) -> _Stored | None:
+    """None for a file that cannot be read."""
+    if source.path(index).startswith(PREFIX):
+        return _Stored(3, 0.0)
+    try:
+        data = source.data(index)  # type: ignore[union-attr]  # all but drawn sets have files
+        header = read_header(data, source.path(index))
+        return _array(data) if _is_array(header, data) else _picture(header, data)
+    except Exception:  # decoders raise anything; the image counts as unreadable below
+        return None
+
+
+def _is_array(header: Header, data: bytes) -> bool:
+    """Whether Pillow did not open it."""
+    return data.startswith((NPY_START, *TIFF_STARTS)) and header.mode.islower()
+
+
+def _array(data: bytes) -> _Stored:
+    shape, dtype = array_header(data)
+    channels = min(shape[0], shape[-1]) if len(shape) == 3 else 1
+    if dtype != "uint16":
+        return _Stored(channels, 0.0)
+    read = read_npy if data.startswith(NPY_START) else read_tiff
+    return _Stored(channels, float(read(data, channels=channels).max()))
+
+
+def _picture(header: Header, data: bytes) -> _Stored:
+    channels = 1 if header.mode in _GRAY_MODES else 3
+    if not header.mode.startswith("I"):
+        return _Stored(channels, 0.0)
+    with Image.open(io.BytesIO(data)) as opened:
+        return _Stored(channels, float(np.asarray(opened).max()))
+
+
+def _examine(source: Source, ids: NDArray[np.int64]) -> Json:
+    """Short sides, moments and looks of a block of images."""
+    found: dict[str, Any] = {"bad": 0, "colorless": 0, "sides": [], "moments": [], "rows": []}
+    for index in ids.tolist():
+        try:
+            pixels = source.picture(index).pixels()  # (H, W, C)
+        except BadSampleError:
+            found["bad"] += 1
+            continue
+        found["sides"].append(min(pixels.shape[:2]))
+        scaled = pixels.reshape(-1, pixels.shape[-1]) / 255.0
+        found["moments"].append([scaled.mean(axis=0), (scaled**2).mean(axis=0)])
+        if pixels.shape[-1] in (1, 3):
+            spread = pixels.max(axis=-1).astype(int) - pixels.min(axis=-1)
+            found["colorless"] += bool(np.percentile(spread, 99) <= _COLORLESS)
+            found["rows"].append(_row(np.broadcast_to(pixels, (*pixels.shape[:2], 3))))
+    return found
+
+
+def _row(pixels: NDArray[np.uint8]) -> NDArray[np.void]:
+    row = np.zeros((), dtype=_ROW)
+    signature = perceptual_hash(np.ascontiguousarray(pixels))
+    row["hash"], row["hashed"] = signature or 0, signature is not None
+    row["thumbnail"] = thumbnail(np.ascontiguousarray(pixels))
+    return row
+
+
+def _copies(listed: list[NDArray[np.void]]) -> int:
+    """How many look like an earlier one."""
+    if not listed:
+        return 0
+    rows = np.array(listed, dtype=_ROW)
+    ids, groups = np.flatnonzero(rows["hashed"]), Groups(len(rows))
+    for places in close_pairs(rows["hash"][ids], radius=_RADIUS):
+        for one, other in ids[places].tolist():
+            if look_alike(rows, one, np.array([other]), radius=_RADIUS).all():
+                groups.join(one, other)
+    return sum(len(group) - 1 for group in groups.of_several())

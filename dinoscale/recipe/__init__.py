@@ -1,0 +1,1 @@
+"""A preset that suits a set of images, with the reason of each value."""

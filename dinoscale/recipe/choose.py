@@ -1,0 +1,260 @@
+"""A preset for an image set: each value with its reason and where it comes from.
+
+Sources in the reasons: [C] code of DINO (arXiv:2104.14294) and its published runs, [D] ours.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import asdict, dataclass
+
+from data_tools.set_facts import SetFacts
+from dinoscale.config import ModelConfig
+from dinoscale.convert.card import BackboneCard, BackboneShape
+from dinoscale.errors import ConfigError
+
+MODELS = ("s", "b", "l")
+_PUBLISHED_IMAGES = 1_281_167  # of ImageNet-1k, for which the presets were made
+_PUBLISHED_SIDE = 224
+_STEPS = 50_000  # 40 epochs of ImageNet-1k with 1024 images a step
+_EPOCHS = (100, 800)  # shortest and longest published run on ImageNet-1k
+_FEW = 20_000  # images, below which released weights are the better start
+_COPIES = 0.01  # share of copies from which they are worth a warning
+_BAD = 0.001  # default of data.max_bad_fraction
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value of the preset."""
+
+    key: str  # section.key
+    value: object
+    why: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset: what it inherits from, what it changes, and what to look at first."""
+
+    base: str
+    settings: tuple[Setting, ...]
+    cautions: tuple[str, ...]
+
+
+def choose(
+    facts: SetFacts,
+    *,
+    model: str | None = None,
+    gpus: int = 1,
+    weights: str | None = None,
+    card: BackboneCard | None = None,
+) -> Recipe:
+    """Choose settings for a set.
+
+    Args:
+        facts: of the set.
+        model: one of MODELS; None chooses by the number of images, or takes that of the weights.
+        gpus: of the run; the images of a step are a multiple of it.
+        weights: to go on from; None trains from scratch.
+        card: of the weights.
+
+    Raises:
+        ConfigError: the weights are of a ResNet, a model is given beside weights, there are no
+            GPUs, or a channel count does not fit.
+    """
+    if gpus < 1:
+        raise ConfigError(f"--gpus {gpus}: need at least 1")
+    if card is None:
+        base, settings = _from_scratch(facts, model=model, gpus=gpus)
+    else:
+        assert weights is not None
+        if model is not None:
+            raise ConfigError(f"--model {model}: --from {weights} says which model it is")
+        base, settings = _going_on(facts, weights, card, gpus=gpus)
+    return Recipe(base, tuple(settings), tuple(_cautions(facts, from_scratch=card is None)))
+
+
+def _from_scratch(facts: SetFacts, *, model: str | None, gpus: int) -> tuple[str, list[Setting]]:
+    if model is None:
+        model = "s" if facts.images <= _PUBLISHED_IMAGES else "b"
+    batch = _batch(facts.images, gpus)
+    steps = max(1, facts.images // batch)
+    epochs = min(max(math.ceil(_STEPS / steps), _EPOCHS[0]), _EPOCHS[1])
+    settings = [
+        Setting(
+            "head.num_prototypes",
+            prototypes(facts.images),
+            "a twelfth of the images, as a power of two from 1024 to 65536: between 4096 for the"
+            " 50,000 of CIFAR-10 [D] and 65536 for the 1.28 M of ImageNet [C]",
+        ),
+        *_crops(facts.short_side[1]),
+        Setting(
+            "train.batch_size",
+            batch,
+            "a hundredth of the images [D], as a power of two from 64 to 1024, which is ImageNet's"
+            " [C], and a multiple of the GPUs",
+        ),
+        Setting(
+            "train.epochs",
+            epochs,
+            f"{epochs * steps:,} steps: as many epochs as {_STEPS:,} steps need [D], from"
+            f" {_EPOCHS[0]} to {_EPOCHS[1]}, the shortest and the longest published run; longer is"
+            " better",
+        ),
+        Setting(
+            "train.micro_batch_size", "auto", "the largest that fits, found before the training"
+        ),
+        *_momentum(batch, epochs * steps),
+        *_pixels(facts, channels=1 if facts.colorless == 1 else facts.channels),
+    ]
+    return f"vit_{model}16", settings
+
+
+def prototypes(images: int) -> int:
+    """Prototypes for so many images."""
+    power: int = min(max(round(math.log2(images / 12)), 10), 16)
+    return 1 << power
+
+
+def _batch(images: int, gpus: int) -> int:
+    """Images of a step: as the reason of train.batch_size says, but no more than there are."""
+    hundredth = int(math.log2(max(images / 100, 1)))
+    power = 1 << min(max(hundredth, 6), 10, int(math.log2(images)))
+    rounded = -(-power // gpus) * gpus
+    return rounded if rounded <= images else max(power // gpus, 1) * gpus
+
+
+def _momentum(batch: int, steps: int) -> list[Setting]:
+    if steps < _STEPS:
+        why = "a teacher that follows within 100 steps, for a run of few steps [D]"
+        return [Setting("dino.momentum", 0.99, why)]
+    if batch <= 256:
+        why = "the authors' advice for 256 images a step and fewer [C]"
+        return [Setting("dino.momentum", 0.9995, why)]
+    return []  # 0.996, the preset's
+
+
+def _crops(side: int) -> list[Setting]:
+    """Crops and patches for images of such a short side, in pixels."""
+    if side * 4 >= _PUBLISHED_SIDE * 3:
+        return []
+    patch = 8 if side >= 96 else 4
+    size = max(side // patch, 8) * patch
+    local = max(round(size * 96 / _PUBLISHED_SIDE / patch), 3) * patch
+    what = f"the images have {side} px, in the median"
+    return [
+        Setting(
+            "model.patch_size", patch, f"{(size // patch) ** 2} patches of a global crop; {what}"
+        ),
+        Setting("crops.global_size", size, f"larger ones would only be blurred; {what}"),
+        Setting("crops.local_size", local, "96 of 224 px, as published [C], in whole patches"),
+        Setting(
+            "crops.global_scale", [0.4, 1.0], "of small images little is left of smaller parts [D]"
+        ),
+        Setting("crops.local_scale", [0.1, 0.4], "likewise [D]"),
+        Setting("augment.blur_probs", [0.5, 0.1, 0.0], "a blur leaves nothing of a small crop [D]"),
+        Setting("augment.blur_radius", [0.1, 1.0], "likewise [D]"),
+        Setting("eval.resize", size, "as the global crops"),
+        Setting("eval.crop", size, "as the global crops"),
+    ]
+
+
+def _going_on(
+    facts: SetFacts, weights: str, card: BackboneCard, *, gpus: int
+) -> tuple[str, list[Setting]]:
+    shape = card.backbone
+    if shape.patch_size is None:
+        raise ConfigError(
+            f"--from {weights}: a {shape.name} has no patches, which the recipe for going on masks;"
+            " choose weights of a ViT"
+        )
+    base = "adapt_dinov3_vits16" if shape.rope else "adapt_dinov2_vits14"
+    batch = -(-min(768, _batch(facts.images, gpus)) // gpus) * gpus
+    settings = [
+        Setting("train.init_from", weights, "the weights to go on from"),
+        Setting("model.backbone", shape.name, "what they are"),
+        *(Setting(f"model.{key}", value, "theirs") for key, value in _layers(shape).items()),
+        Setting(
+            "crops.global_size", 16 * shape.patch_size, "16 x 16 patches, as DINOv2 and DINOv3"
+        ),
+        Setting("crops.local_size", 7 * shape.patch_size, "7 x 7 patches, as DINOv2 and DINOv3"),
+        *(
+            Setting(
+                f"{head}.num_prototypes", prototypes(facts.images), "by the images, 1024 to 65536"
+            )
+            for head in ("head", "patch_head")
+        ),
+        Setting("train.batch_size", batch, "768 as published for 8 GPUs, or fewer by the images"),
+        Setting("train.micro_batch_size", "auto", "the largest that fits"),
+        Setting("data.channels", shape.in_chans, "theirs"),
+        Setting("data.mean", list(card.mean), "theirs: their first layer has learned with it"),
+        Setting("data.std", list(card.std), "theirs"),
+        Setting("eval.resize", card.resize, "theirs"),
+        Setting("eval.crop", card.crop, "theirs"),
+    ]
+    if facts.max_pixel_value is not None:
+        settings.append(_white(facts.max_pixel_value))
+    return base, settings
+
+
+def _layers(shape: BackboneShape) -> dict[str, object]:
+    """What `model` says of a backbone beside its name, where it is not the name's own."""
+    values = {key: value for key, value in asdict(shape).items() if value is not None}
+    return {key: values[key] for key in ModelConfig.model_fields if key in values}
+
+
+def _pixels(facts: SetFacts, *, channels: int) -> list[Setting]:
+    mean, std = list(facts.mean), list(facts.std)
+    if channels == 1:
+        mean, std = mean[:1], std[:1]
+    found = [
+        Setting("data.channels", channels, _why_channels(facts, channels)),
+        Setting("data.mean", mean, f"of {facts.sample - facts.unreadable} of the images"),
+        Setting("data.std", std, "likewise"),
+    ]
+    if channels not in (1, 3):
+        found.append(
+            Setting("data.color_ops_on", "device", "colors of other channels change there only")
+        )
+    return found if facts.max_pixel_value is None else [*found, _white(facts.max_pixel_value)]
+
+
+def _why_channels(facts: SetFacts, channels: int) -> str:
+    if channels == 1 and facts.channels == 3:
+        return "all images of the sample are gray, though stored with three channels"
+    return "as stored in most files"
+
+
+def _white(value: float) -> Setting:
+    return Setting("data.max_pixel_value", value, "white, by the highest pixel: check it")
+
+
+def _cautions(facts: SetFacts, *, from_scratch: bool) -> list[str]:
+    found = []
+    if from_scratch and facts.images < _FEW:
+        found.append(
+            f"{facts.images:,} images are few to learn from scratch: released weights are the"
+            " better start where they fit the images (--from WEIGHTS)."
+        )
+    if facts.copies > _COPIES * facts.sample:
+        found.append(
+            f"{facts.copies} of {facts.sample} images look like another one of them, and there are"
+            f" more in the whole set: see `dinoscale data deduplicate {shlex.quote(facts.spec)}`."
+        )
+    if facts.unreadable > _BAD * facts.sample:
+        found.append(
+            f"{facts.unreadable} of {facts.sample} images cannot be read: see `dinoscale data"
+            f" inspect-shards {shlex.quote(facts.spec)}`, remove them, or raise"
+            " data.max_bad_fraction, above which a run ends."
+        )
+    if facts.other_channels and facts.channels not in (1, 3):
+        found.append(
+            f"some files have other channels than {facts.channels} and cannot be read with them."
+        )
+    if facts.classes > 1:
+        found.append(
+            f"there are {facts.classes} classes: set eval.train and eval.test to labelled images"
+            " that are kept apart from these, and the run measures k-NN."
+        )
+    return found

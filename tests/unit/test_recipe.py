@@ -1,0 +1,153 @@
+"""Recipes: what is seen of a set, what is chosen for it, and the file that is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.set_facts import SetFacts, look_at
+from dinoscale.cli import run
+from dinoscale.config import load_config
+from dinoscale.convert.card import BackboneCard, BackboneShape
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.models.rope import Rope
+from dinoscale.recipe.choose import choose, prototypes
+from tests.unit.data.many_channels import npy, pixels, png, tiff
+
+IMAGENET = SetFacts(
+    spec="/data/images",
+    images=1_281_167,
+    sample=1000,
+    unreadable=0,
+    short_side=(333, 375),
+    channels=3,
+    other_channels=0,
+    colorless=0.01,
+    max_pixel_value=None,
+    copies=0,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    classes=0,
+)
+CIFAR = replace(IMAGENET, images=50_000, short_side=(32, 32), classes=10)
+
+
+def _chosen(facts: SetFacts, **options: object) -> dict[str, object]:
+    recipe = choose(facts, **options)  # type: ignore[arg-type]
+    return {setting.key: setting.value for setting in recipe.settings}
+
+
+def _noise(folder: Path, *, images: int, side: int = 40) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for index in range(images):
+        coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((side + 10, side), Image.Resampling.BICUBIC).save(
+            folder / f"{index:03}.png"
+        )
+
+
+def test_imagenet_gets_the_published_recipe_and_cifar_that_of_the_sweep() -> None:
+    chosen = _chosen(IMAGENET)
+    assert choose(IMAGENET).base == "vit_s16"
+    assert (chosen["head.num_prototypes"], chosen["train.batch_size"]) == (65536, 1024)
+    assert not {"model.patch_size", "crops.global_size", "dino.momentum"} & chosen.keys()
+    assert choose(replace(IMAGENET, images=2_000_000)).base == "vit_b16"
+    cifar, small = _chosen(CIFAR), load_config("vit_s16", ["crops.num_local=6"])
+    assert small.head.num_prototypes == 65536  # so the values below are the recipe's own
+    assert (cifar["head.num_prototypes"], cifar["train.batch_size"]) == (4096, 256)
+    assert (cifar["model.patch_size"], cifar["crops.global_size"]) == (4, 32)
+    assert cifar["dino.momentum"] == 0.9995
+
+
+@pytest.mark.parametrize(("images", "number"), [(1, 1024), (50_000, 4096), (10**9, 65536)])
+def test_prototypes_are_a_power_of_two_in_a_range(images: int, number: int) -> None:
+    assert prototypes(images) == number
+
+
+def test_a_step_divides_over_the_gpus() -> None:
+    for gpus in (1, 3, 8, 48, 1000):
+        assert _chosen(CIFAR, gpus=gpus)["train.batch_size"] % gpus == 0  # type: ignore[operator]
+    with pytest.raises(ConfigError, match="--gpus 0: need at least 1"):
+        choose(CIFAR, gpus=0)
+
+
+def test_a_set_is_warned_about() -> None:
+    facts = replace(CIFAR, images=900, copies=40, unreadable=30, channels=4, other_channels=2)
+    cautions = "\n".join(choose(facts).cautions)
+    for part in ("900 images are few", "40 of 1000", "30 of 1000", "other channels", "10 classes"):
+        assert part in cautions
+    assert not choose(IMAGENET).cautions
+
+
+def test_going_on_keeps_what_the_weights_have() -> None:
+    shape = BackboneShape("vit_tiny_patch16_224", 32, patch_size=4, depth=2, rope=Rope())
+    card = BackboneCard(shape, (0.1,) * 3, (0.2,) * 3, 40, 32, "a run")
+    recipe = choose(CIFAR, weights="w", card=card)
+    chosen = {setting.key: setting.value for setting in recipe.settings}
+    assert recipe.base == "adapt_dinov3_vits16"
+    assert (chosen["model.patch_size"], chosen["model.depth"]) == (4, 2)
+    assert (chosen["crops.global_size"], chosen["crops.local_size"]) == (64, 28)
+    assert chosen["data.mean"] == [0.1] * 3
+    with pytest.raises(ConfigError, match="--model s: --from w says which model it is"):
+        choose(CIFAR, weights="w", card=card, model="s")
+    with pytest.raises(ConfigError, match="a resnet50 has no patches"):
+        choose(CIFAR, weights="w", card=replace(card, backbone=BackboneShape("resnet50", 224)))
+
+
+def test_copies_gray_and_damaged_images_are_seen(tmp_path: Path) -> None:
+    _noise(tmp_path / "a", images=12)
+    for copy, original in (("x", 3), ("y", 5), ("z", 3)):
+        with Image.open(tmp_path / "a" / f"{original:03}.png") as image:
+            image.convert("RGB").save(tmp_path / "a" / f"{copy}.jpg", quality=80)
+    (tmp_path / "a" / "w.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    facts = look_at(str(tmp_path), workers=1)
+    assert (facts.images, facts.unreadable, facts.copies) == (16, 1, 3)
+    assert (facts.channels, facts.short_side, facts.colorless) == (3, (40, 40), 0.0)
+    assert look_at(str(tmp_path), workers=2) == facts
+    gray = tmp_path / "gray"
+    gray.mkdir()
+    for index in range(4):
+        png_bytes = png(pixels(index, channels=1))
+        (gray / f"{index}.png").write_bytes(png_bytes)
+    facts = look_at(str(gray), workers=1)
+    assert (facts.channels, facts.colorless) == (1, 1.0)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "w.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(DataError, match="none of the 1 images looked at can be read"):
+        look_at(str(tmp_path / "b"), workers=1)
+
+
+def test_deep_images_of_many_channels_get_their_channels_and_white(tmp_path: Path) -> None:
+    for index in range(3):
+        data = pixels(index, channels=7, dtype="uint16") // 16  # 12 bits
+        (tmp_path / f"{index}.npy").write_bytes(npy(data))
+        (tmp_path / f"{index}.tif").write_bytes(tiff(data))
+    facts = look_at(str(tmp_path), workers=1)
+    assert (facts.channels, facts.max_pixel_value, len(facts.mean)) == (7, 4095.0, 7)
+    chosen = _chosen(facts)
+    assert (chosen["data.channels"], chosen["data.color_ops_on"]) == (7, "device")
+
+
+def test_the_file_loads_and_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _noise(tmp_path / "images", images=8)
+    out = tmp_path / "mine.yaml"
+    assert not run(["recipe", str(tmp_path / "images"), "--gpus", "4", "--out", str(out)])
+    report = json.loads(capsys.readouterr().out)
+    assert report["command"] == f"torchrun --nproc-per-node 4 -m dinoscale train {out}"
+    config = load_config(str(out))
+    assert config.data.train == str(tmp_path / "images")
+    assert config.head.num_prototypes == report["settings"]["head.num_prototypes"] == 1024
+    assert config.data.mean == tuple(report["settings"]["data.mean"])
+    before = out.read_text()
+    assert all(len(line) <= 100 for line in before.splitlines() if "#" in line)
+    with pytest.raises(ConfigError, match="exists; give another name, or delete it"):
+        run(["recipe", str(tmp_path / "images"), "--out", str(out)])
+    assert out.read_text() == before
