@@ -7,6 +7,8 @@ from pathlib import Path
 from dinoscale.config.sections.backbones import RESNET50, ModelConfig
 
 _SIZES_OF_NAME = ("embed_dim", "depth", "num_heads")  # sizes that the name of a backbone stands for
+# What a mixture of sizes replaces.
+_ONE_SIZE = {"crops": ("global_size", "local_size"), "gram": ("crop_size",)}
 
 
 @dataclass
@@ -32,6 +34,13 @@ class Layers:
         if isinstance(model, dict) and isinstance(given, Mapping):
             for key in sizes_of_another(model, given):
                 model.pop(key, None)
+        crops = layer.get("crops")
+        if isinstance(crops, Mapping) and crops.get("mixture"):
+            for section, keys in _ONE_SIZE.items():
+                before = self.values.get(section)
+                if isinstance(before, dict):
+                    for key in keys:
+                        before.pop(key, None)
         self._merge(self.values, layer, origin=origin, prefix="")
 
     def _merge(

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dinoscale.config.sections.backbones import RESNET50, ModelConfig
-from dinoscale.config.sections.crops import AugmentConfig, CropsConfig
+from dinoscale.config.sections.crops import AugmentConfig, CropsConfig, CropSizes
 from dinoscale.config.sections.data import DataConfig
 from dinoscale.config.sections.engine import EngineConfig
 from dinoscale.config.sections.fields import (
@@ -235,6 +235,50 @@ class RunConfig(Section):
         return self.dino.momentum if curve is None else curve.reached[0]
 
     @property
+    def of_sizes(self) -> tuple["RunConfig", ...]:
+        """The run with each of the sizes of `crops.mixture` alone; itself if there is one size."""
+        return tuple(self._with_sizes(sizes) for sizes in self.crops.mixture) or (self,)
+
+    @property
+    def size_weights(self) -> tuple[float, ...]:
+        """The share of the steps that each of `of_sizes` has."""
+        return tuple(sizes.weight for sizes in self.crops.mixture) or (1.0,)
+
+    @property
+    def of_largest_size(self) -> "RunConfig":
+        """That of `of_sizes` with the most pixels, which needs the most memory."""
+        return max(self.of_sizes, key=lambda run: run.pixels_per_image)
+
+    @property
+    def pixels_per_image(self) -> int:
+        """Pixels of all crops of an image, those of the Gram network too, for one size."""
+        crops, gram = self.crops, self.gram
+        pixels = 2 * crops.global_size**2 + crops.num_local * crops.local_size**2
+        if gram.loss_weight:
+            pixels += 2 * (gram.crop_size or crops.global_size) ** 2
+        return pixels
+
+    @property
+    def sizes_text(self) -> str:
+        """Sides of the crops of a run of one size, in words: global 512, local 112, Gram 768 px."""
+        sides = [f"global {self.crops.global_size}"]
+        if self.crops.num_local:
+            sides.append(f"local {self.crops.local_size}")
+        if self.gram.loss_weight:
+            sides.append(f"Gram {self.gram.crop_size or self.crops.global_size}")
+        return f"{', '.join(sides)} px"
+
+    def _with_sizes(self, sizes: CropSizes) -> "RunConfig":
+        crops = {"global_size": sizes.global_size, "local_size": sizes.local_size, "mixture": ()}
+        gram = {"crop_size": sizes.gram_crop_size}
+        return self.model_copy(
+            update={
+                "crops": self.crops.model_copy(update=crops),
+                "gram": self.gram.model_copy(update=gram),
+            }
+        )
+
+    @property
     def mask_group(self) -> int:
         """Images whose masks are drawn together; a micro-batch is a multiple. 1 without masks."""
         return self.ibot.mask_group if self.ibot.loss_weight else 1
@@ -281,19 +325,47 @@ class RunConfig(Section):
         return self
 
     def _size_mistakes(self) -> list[str]:
-        """Sizes in pixels that are not whole patches."""
+        """Sizes in pixels that are not whole patches, or too small, of each of a mixture."""
         patch = self.model.effective_patch_size
         if patch is None:
-            return []
-        sizes = {"crops.global_size": self.crops.global_size, "eval.crop": self.eval.crop}
-        if self.crops.num_local:
-            sizes["crops.local_size"] = self.crops.local_size
-        return [
-            f"{key}: {size} px is not a multiple of the patch size {patch} px; "
-            f"nearest: {_nearest_multiples(size, patch)}"
-            for key, size in sizes.items()
-            if size % patch
-        ]
+            return self._mixture_mistakes()
+        mistakes = _not_whole({"eval.crop": self.eval.crop}, patch)
+        if not self.crops.mixture:
+            return self._crop_mistakes(patch) + mistakes
+        for number, run in enumerate(self.of_sizes, 1):
+            for text in run._crop_mistakes(patch):
+                key = text.replace("gram.crop_size", "gram_crop_size").removeprefix("crops.")
+                mistakes.append(f"crops.mixture: item {number} of the list: {key}")
+        return self._mixture_mistakes() + mistakes
+
+    def _crop_mistakes(self, patch: int) -> list[str]:
+        """The same of a run of one size."""
+        crops = self.crops
+        sizes = {"crops.global_size": crops.global_size}
+        if crops.num_local:
+            sizes["crops.local_size"] = crops.local_size
+        if self.gram.loss_weight and self.gram.crop_size is not None:
+            sizes["gram.crop_size"] = self.gram.crop_size
+        mistakes = _not_whole(sizes, patch)
+        if self.ibot.loss_weight:
+            mistakes += self.ibot.mistakes(size=crops.global_size, patch_size=patch)
+        return mistakes
+
+    def _mixture_mistakes(self) -> list[str]:
+        """Sizes of Gram crops that contradict the loss, or each other."""
+        given = [sizes.gram_crop_size for sizes in self.crops.mixture if sizes.gram_crop_size]
+        if not self.gram.loss_weight:
+            return [
+                f"crops.mixture: a gram_crop_size of {size} px is of a Gram loss, and "
+                "gram.loss_weight is 0; leave it out"
+                for size in given[:1]
+            ]
+        if self.crops.mixture and self.gram.crop_size is not None:
+            return [
+                f"gram.crop_size: {self.gram.crop_size} px is not read with crops.mixture, whose "
+                "sizes have a gram_crop_size each; leave crop_size out"
+            ]
+        return []
 
     def _objective_mistakes(self) -> list[str]:
         """Terms of the loss that the network or the crops cannot serve."""
@@ -312,17 +384,13 @@ class RunConfig(Section):
             mistakes.append("dino.loss_weight: nothing to learn, ibot.loss_weight is 0, too")
         if self.patch_head is not None and not self.ibot.loss_weight:
             mistakes.append("patch_head: is not trained while ibot.loss_weight is 0; leave it out")
-        patch_size = self.model.effective_patch_size
-        if self.ibot.loss_weight and patch_size is not None:
-            mistakes += self.ibot.mistakes(size=self.crops.global_size, patch_size=patch_size)
         if self.schedules.gram_weight is not None and not self.gram.loss_weight:
             mistakes.append(
                 "schedules.gram_weight: multiplies gram.loss_weight, which is 0; set that too, or "
                 "leave the curve out"
             )
-        if self.gram.loss_weight and patch_size is not None:
+        if self.gram.loss_weight:
             mistakes += self.gram.mistakes(
-                patch_size=patch_size,
                 masks=self.ibot.loss_weight > 0,
                 continues=self.train.continue_from is not None,
             )
@@ -363,6 +431,16 @@ _SCALED_LR = {
     "sqrt": "optim.lr x sqrt(train.batch_size / 1024)",
     "sqrt_64": "optim.lr x sqrt(train.batch_size / 64)",
 }
+
+
+def _not_whole(sizes: Mapping[str, int], patch: int) -> list[str]:
+    """Sizes by key that are not multiples of the patch size."""
+    return [
+        f"{key}: {size} px is not a multiple of the patch size {patch} px; "
+        f"nearest: {_nearest_multiples(size, patch)}"
+        for key, size in sizes.items()
+        if size % patch
+    ]
 
 
 def _nearest_multiples(value: int, unit: int) -> str:

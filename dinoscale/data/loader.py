@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinoscale.data.augmentation.crop_params import Params
+from dinoscale.data.augmentation.mixed_sizes import MixedSizes
 from dinoscale.data.augmentation.multi_crop import CropArrays, MultiCrop, eval_transform
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.order.sampler import Draws, StepSampler
@@ -79,7 +80,7 @@ class Batch:
 
 def train_batches(
     source: Source,
-    multi_crop: MultiCrop,
+    multi_crop: MultiCrop | MixedSizes,
     *,
     batch_size: int,
     micro_batch_size: int,
@@ -103,7 +104,7 @@ def train_batches(
 
     Args:
         source: the images.
-        multi_crop: the augmentation.
+        multi_crop: the augmentation, or one for each of several sizes, drawn for each step.
         batch_size: images of one optimizer step over all ranks.
         micro_batch_size: B, images of this rank in one forward.
         seed: seeds order and augmentation, >= 0.
@@ -137,6 +138,8 @@ def train_batches(
         source = source.serving(lanes=of_rank // max(num_workers, 1))
     else:
         sampler = StepSampler(sizes=drawn_sizes(source), quotas=quotas, **sizes)
+    if isinstance(multi_crop, MultiCrop):
+        multi_crop = MixedSizes([multi_crop], [1.0])
     crops = _TrainCrops(source, multi_crop, seed=seed)
     requests = _Requests(sampler, rank=rank, start_step=start_step, stop_step=stop_step)
     return map_in_workers(crops, requests, num_workers=num_workers, pin_memory=pin_memory)
@@ -163,8 +166,15 @@ class Failure:
     kind: type[DataError] = DataError
 
 
+class _Request(NamedTuple):
+    """The images of a micro-batch, and the step that it belongs to."""
+
+    step: int
+    draws: Draws
+
+
 class _Requests:
-    """The draws of one rank's micro-batches, in order."""
+    """One rank's micro-batches, in order."""
 
     def __init__(self, sampler: StepSampler, *, rank: int, start_step: int, stop_step: int):
         if not 0 <= start_step <= stop_step:
@@ -173,32 +183,35 @@ class _Requests:
         self._rank = rank
         self._steps = range(start_step, stop_step)
 
-    def __iter__(self) -> Iterator[Draws]:
+    def __iter__(self) -> Iterator[_Request]:
+        sampler = self._sampler
         for step in self._steps:
-            for micro_batch in range(self._sampler.accumulation_steps):
-                yield self._sampler.micro_batch(step, micro_batch=micro_batch, rank=self._rank)
+            for micro_batch in range(sampler.accumulation_steps):
+                draws = sampler.micro_batch(step, micro_batch=micro_batch, rank=self._rank)
+                yield _Request(step, draws)
 
 
 class _TrainCrops(Dataset[Batch | Failure]):
-    """Draws -> Batch; runs in the workers."""
+    """_Request -> Batch; runs in the workers."""
 
-    def __init__(self, source: Source, multi_crop: MultiCrop, *, seed: int):
+    def __init__(self, source: Source, sizes: MixedSizes, *, seed: int):
         self._source = source
-        self._multi_crop = multi_crop
+        self._sizes = sizes
         self._seed = seed
 
-    def __getitem__(self, draws: Draws) -> Batch | Failure:
+    def __getitem__(self, request: _Request) -> Batch | Failure:
         try:
-            return self._batch(draws)
+            return self._batch(request.step, request.draws)
         except Exception as error:
             return failure(error)
 
-    def _batch(self, draws: Draws) -> Batch:
-        crops = self._multi_crop.arrays(count=len(draws.ids))
+    def _batch(self, step: int, draws: Draws) -> Batch:
+        multi_crop = self._sizes.of_step(step, seed=self._seed)
+        crops = multi_crop.arrays(count=len(draws.ids))
         bad: list[BadSample] = []
         pairs = zip(draws.ids.tolist(), draws.repeats.tolist(), strict=True)
         for place, (sample, repeat) in enumerate(pairs):
-            bad += self._crop_image(crops, place, sample=sample, repeat=repeat)
+            bad += self._crop_image(multi_crop, crops, place, sample=sample, repeat=repeat)
         return Batch(
             torch.from_numpy(crops.global_crops),
             torch.from_numpy(crops.local_crops),
@@ -210,7 +223,7 @@ class _TrainCrops(Dataset[Batch | Failure]):
         )
 
     def _crop_image(
-        self, into: CropArrays, place: int, *, sample: int, repeat: int
+        self, multi_crop: MultiCrop, into: CropArrays, place: int, *, sample: int, repeat: int
     ) -> list[BadSample]:
         """Crop an image or its first readable replacement; return the unreadable ones."""
         failed: list[tuple[int, BadSampleError]] = []
@@ -222,7 +235,7 @@ class _TrainCrops(Dataset[Batch | Failure]):
                 candidate = int(rng.integers(others.start, others.stop))
             try:
                 picture = self._source.picture(candidate)
-                self._multi_crop(picture, into, place, seed=self._seed, epoch=repeat, sample=sample)
+                multi_crop(picture, into, place, seed=self._seed, epoch=repeat, sample=sample)
             except BadSampleError as error:
                 failed.append((candidate, error))
             else:

@@ -15,6 +15,7 @@ class Stream(IntEnum):
     LANES = 5
     SUBSET = 6
     MASKS = 7
+    SIZES = 8
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

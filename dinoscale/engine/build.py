@@ -221,24 +221,31 @@ def _zeros(writes: Sequence[Write]) -> Iterator[tuple[str, Tensor]]:
 def _compile_blocks(
     networks: Sequence[DinoNetwork | PatchNetwork], config: RunConfig, plan: RunPlan
 ) -> None:
-    """Compile the blocks for the crops of a micro-batch; `auto` compiles on a GPU only.
+    """Compile the blocks for a micro-batch's crops of each size; `auto` does so on a GPU only.
 
     Args:
         networks: student, teacher and, if there is one, the Gram network.
         config: of the run.
         plan: of the run.
     """
-    wanted, crops, images = config.engine.compile, config.crops, plan.micro_batch_size
+    wanted = config.engine.compile
     if wanted is False or (wanted == "auto" and not torch.cuda.is_available()):
         return
-    teacher_sizes = [(2 * images, crops.global_size)]
-    student_sizes = list(teacher_sizes)
+    of_sizes = [_forwards(run, images=plan.micro_batch_size) for run in config.of_sizes]
+    for network, forwards in zip(networks, zip(*of_sizes, strict=True), strict=False):
+        backbone = network.backbone
+        if isinstance(backbone, VisionTransformer):
+            backbone.compiled_for = frozenset(backbone.layout_of(crops) for crops in forwards)
+
+
+def _forwards(config: RunConfig, *, images: int) -> tuple[list[tuple[int, int]], ...]:
+    """Crops of a micro-batch that student, teacher and Gram network see, as (number, side)."""
+    crops = config.crops
+    of_teacher = [(2 * images, crops.global_size)]
+    of_student = list(of_teacher)
     if crops.num_local:
-        student_sizes.append((crops.num_local * images, crops.local_size))
-    gram_sizes = [(2 * images, crop_size_of(config))]
-    for network, sizes in zip(networks, (student_sizes, teacher_sizes, gram_sizes), strict=False):
-        if isinstance(network.backbone, VisionTransformer):
-            network.backbone.compiled_for = frozenset({network.backbone.layout_of(sizes)})
+        of_student.append((crops.num_local * images, crops.local_size))
+    return of_student, of_teacher, [(2 * images, crop_size_of(config))]
 
 
 def loss_weights_of(config: RunConfig) -> LossWeights:

@@ -11,6 +11,7 @@ from dinoscale.config.resolve import RunPlan
 from dinoscale.data.augmentation.color_jitter import finish_crops
 from dinoscale.data.augmentation.crop_params import Params, gram_params
 from dinoscale.data.augmentation.masks import Masks, draw_masks
+from dinoscale.data.augmentation.mixed_sizes import MixedSizes, drawn_size
 from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
 from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
@@ -47,10 +48,23 @@ def open_images(config: RunConfig, heartbeat: Callable[[], None] = lambda: None)
     )
 
 
+def run_of_step(config: RunConfig, step: int) -> RunConfig:
+    """The run with the sizes of a step's crops, of those that it mixes; `step` as in `Feed.steps`.
+
+    Skipped images take their sizes with them: step s of a run has those of s + offset.
+    """
+    return config.of_sizes[drawn_size(config.size_weights, seed=config.seed, step=step)]
+
+
+def mixed_sizes_of(config: RunConfig) -> MixedSizes:
+    """The multi-crop augmentation that a run's data workers apply in each of its sizes."""
+    return MixedSizes([multi_crop_of(run) for run in config.of_sizes], config.size_weights)
+
+
 def multi_crop_of(config: RunConfig) -> MultiCrop:
-    """The multi-crop augmentation that a run's data workers apply."""
+    """The multi-crop augmentation of a run of one size, such as one of `RunConfig.of_sizes`."""
     return MultiCrop(
-        **config.crops.model_dump(),
+        **config.crops.model_dump(exclude={"mixture"}),
         **config.augment.model_dump(),
         gram_size=crop_size_of(config) if config.gram.loss_weight else None,
         gram_colors=config.gram.crop_colors,
@@ -90,7 +104,7 @@ def finish_gram_crops(
         return None
     params = gram_params(
         batch.params[:NUM_GLOBAL],
-        magnified=crop_size_of(config) / config.crops.global_size,
+        magnified=batch.gram_crops.shape[2] / batch.global_crops.shape[2],
         colors=config.gram.crop_colors,
     )
     return _finished(batch.gram_crops, params, config.data, device, compiled=compiled)
@@ -133,7 +147,7 @@ class Feed:
         config, plan = self._config, self._plan
         batches = train_batches(
             self._source,
-            multi_crop_of(config),
+            mixed_sizes_of(config),
             batch_size=plan.batch_size,
             micro_batch_size=plan.micro_batch_size,
             seed=config.seed,
@@ -164,7 +178,13 @@ class Feed:
         compiled = config.engine.compile is not False
         crops = finish_batch(batch, config.data, device, compiled=compiled)
         keep = self._keep(step, first_image)
-        masks = masks_of(config, step=step, first_image=first_image, images=plan.micro_batch_size)
+        masks = masks_of(
+            config,
+            step=step,
+            first_image=first_image,
+            images=plan.micro_batch_size,
+            size=batch.global_crops.shape[2],
+        )
         if masks is not None:
             masks = Masks(*(to_device(tensor, device) for tensor in masks))
         coordinates = coordinates_of(config, step=step, depth=self._depth)
@@ -221,7 +241,9 @@ class MicroBatches(Sequence[MicroBatch]):
         self._kept = None
 
 
-def masks_of(config: RunConfig, *, step: int, first_image: int, images: int) -> Masks | None:
+def masks_of(
+    config: RunConfig, *, step: int, first_image: int, images: int, size: int | None = None
+) -> Masks | None:
     """The masks of some images of a step, on the CPU; None if the run masks nothing.
 
     Args:
@@ -229,11 +251,12 @@ def masks_of(config: RunConfig, *, step: int, first_image: int, images: int) -> 
         step: zero-based optimizer step.
         first_image: position of the first image in the step's global batch.
         images: number of consecutive images, a multiple of `ibot.mask_group`.
+        size: side of the global crops of the step in pixels; None for `crops.global_size`.
     """
     ibot, patch_size = config.ibot, config.model.effective_patch_size
     if not ibot.loss_weight or patch_size is None:
         return None
-    side = config.crops.global_size // patch_size
+    side = (size or config.crops.global_size) // patch_size
     return draw_masks(
         seed=config.seed,
         step=step,

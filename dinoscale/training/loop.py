@@ -43,7 +43,7 @@ from dinoscale.runtime.opening import on_all_ranks, on_first_rank
 from dinoscale.runtime.preemption import StopRequest
 from dinoscale.runtime.versions import versions
 from dinoscale.runtime.watchdog import Watchdog
-from dinoscale.training.feed import Feed
+from dinoscale.training.feed import Feed, run_of_step
 from dinoscale.training.hooks.bad_steps import dump_bad_step
 from dinoscale.training.hooks.collapse import OBSERVE_EVERY, Alarm, CollapseMonitor, Reading
 from dinoscale.training.hooks.data_wait import DataWait
@@ -390,6 +390,9 @@ class Run:
         if "patch" in readings:
             values["patch_mutual_information"] = readings["patch"].information
             values["max_patch_prototype_prob"] = readings["patch"].share
+        if self.config.crops.mixture:
+            crops = run_of_step(self.config, done - 1 + self.progress.data_offset).crops
+            values |= {"global_size": crops.global_size, "local_size": crops.local_size}
         if self.config.optim.clip_mode == "per_network":
             norms = self.student.network_grad_norms()
             values |= {f"grad_norm_{network}": norm for network, norm in norms.items()}

@@ -271,11 +271,16 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
     """Refuse changes that would shift the position in data and schedules; log other changes.
 
     Raises:
-        ConfigError: the seed, the images per step or the number of images drawn differ.
+        ConfigError: the seed, the mixture of sizes, the images per step or the number of images
+            drawn differ.
     """
     saved_config, saved_plan = checkpoint.state["config"], checkpoint.state["plan"]
     pairs = {
         "seed": (saved_config.get("seed"), config.seed),
+        "crops.mixture": (
+            saved_config.get("crops", {}).get("mixture", []),
+            config.model_dump(mode="json")["crops"]["mixture"],
+        ),
         "train.batch_size": (saved_plan.get("batch_size"), plan.batch_size),
         "the number of images trained on": (saved_plan.get("num_images"), plan.num_images),
         "the number of images of each source": (saved_plan.get("source_sizes"), plan.source_sizes),
@@ -289,8 +294,8 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
         now = list(now) if isinstance(now, tuple) else now  # as JSON has it
         if then != now:
             raise ConfigError(
-                f"{name} was {then} when {checkpoint.path} was saved and is {now} now; the order of"
-                " the images and the schedules depend on it, so this run cannot resume with it."
+                f"{name} was {then} when {checkpoint.path} was saved and is {now} now; images,"
+                " crops or schedules of the steps depend on it, so this run cannot resume with it."
                 " Restore the old value, or start a new run with another run_dir"
             )
     if distributed.rank() != 0:

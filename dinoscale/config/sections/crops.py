@@ -1,19 +1,36 @@
 """Settings of the crops and of their augmentation.
 
-Sources: [C] code of Caron et al. 2021 (arXiv:2104.14294), its command-line defaults; [P] the paper.
+Sources: [C] code of Caron et al. 2021 (arXiv:2104.14294), its command-line defaults; [P] the paper;
+Simeoni et al. 2025 (arXiv:2508.10104) for mixtures of sizes.
 """
 
-from pydantic import Field, field_validator
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
 
 from dinoscale.config.sections.fields import (
     Count,
     CountOrZero,
     Fraction,
     Pair,
+    Positive,
     PositiveOrZero,
     Section,
     ThreeFractions,
 )
+
+_ROUNDING = 1e-6  # of the sum of weights, which are written with few digits
+_LARGEST = ("global_size", "local_size")  # settings that a mixture gives: its largest ones
+
+
+class CropSizes(Section):
+    """Sizes of the crops of a step, in pixels, and the share of the steps that have them."""
+
+    weight: Positive = Field(description="Share of the steps.")
+    global_size: Count = Field(description="As crops.global_size.")
+    local_size: Count = Field(description="As crops.local_size.")
+    gram_crop_size: Count | None = Field(default=None, description="As gram.crop_size.")
 
 
 class CropsConfig(Section):
@@ -23,16 +40,57 @@ class CropsConfig(Section):
     """
 
     global_size: Count = Field(
-        default=224, description="Side of a global crop in pixels. Source: [C]."
+        default=224,
+        description="Side of a global crop in pixels; with a mixture its largest one, for which "
+        "learned positions are stored. Source: [C].",
     )
     global_scale: Pair = Field(
         default=(0.4, 1.0), description="Area of a global crop. Source: [C]."
     )
     local_size: Count = Field(
-        default=96, description="Side of a local crop in pixels. Source: [C]."
+        default=96,
+        description="Side of a local crop in pixels; with a mixture its largest one. Source: [C].",
     )
     local_scale: Pair = Field(default=(0.05, 0.4), description="Area of a local crop. Source: [C].")
     num_local: CountOrZero = Field(default=8, description="Local crops per image. Source: [C].")
+    mixture: Annotated[tuple[CropSizes, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Sizes of which each step draws one, the same on all ranks and in all "
+        "micro-batches, as in DINOv3's high-resolution phase: [{weight: 0.3, global_size: 512, "
+        "local_size: 112, gram_crop_size: 768}, ...]. Weights are shares of the steps and sum to "
+        "1; gram_crop_size is that of gram.crop_size, for runs with a Gram loss. Empty: all steps "
+        "have the sizes above.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _largest_of_mixture(cls, values: object) -> object:
+        given = values.get("mixture") if isinstance(values, Mapping) else None
+        if not isinstance(values, Mapping) or not isinstance(given, list | tuple):
+            return values
+        largest = {}
+        for key in _LARGEST:
+            sizes = [entry.get(key) for entry in given if isinstance(entry, Mapping)]
+            whole = [size for size in sizes if type(size) is int]  # others are refused below
+            if whole:
+                largest[key] = max(whole)
+        return {**largest, **values}
+
+    @model_validator(mode="after")
+    def _mixture_is_one(self) -> "CropsConfig":
+        if not self.mixture:
+            return self
+        total = sum(sizes.weight for sizes in self.mixture)
+        if abs(total - 1) > _ROUNDING:
+            raise ValueError(f"mixture: the weights sum to {total:.9g}, need 1")
+        for key in _LARGEST:
+            value, largest = getattr(self, key), max(getattr(s, key) for s in self.mixture)
+            if value != largest:
+                raise ValueError(
+                    f"{key}: {value} px is not the largest of crops.mixture, {largest} px; leave "
+                    "it out, or set crops.mixture=[] for one size"
+                )
+        return self
 
     @field_validator("global_scale", "local_scale")
     @classmethod

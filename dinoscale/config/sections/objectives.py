@@ -198,11 +198,10 @@ class GramConfig(Section):
         every = self.refresh_every_steps
         return None if every is None else max(-(-self.first_refresh_step // every), 1) * every
 
-    def mistakes(self, *, patch_size: int, masks: bool, continues: bool) -> list[str]:
+    def mistakes(self, *, masks: bool, continues: bool) -> list[str]:
         """What does not go together.
 
         Args:
-            patch_size: in pixels.
             masks: whether patches are masked.
             continues: whether the state of another run, perhaps a Gram network in it, is given.
         """
@@ -219,13 +218,6 @@ class GramConfig(Section):
                 for key in ("first_refresh_step", "max_refreshes")
                 if getattr(self, key)
             ]
-        if self.crop_size is not None and self.crop_size % patch_size:
-            below = self.crop_size // patch_size * patch_size
-            nearest = " or ".join(str(size) for size in (below, below + patch_size) if size)
-            mistakes.append(
-                f"gram.crop_size: {self.crop_size} px is not a multiple of the patch size "
-                f"{patch_size} px; nearest: {nearest}"
-            )
         if self.tokens != "all" and not masks:
             mistakes.append(
                 f"gram.tokens: '{self.tokens}' needs masks, and ibot.loss_weight is 0; set it to "
