@@ -1,6 +1,6 @@
 """Sizes of a run's network and crops, from which memory, time and communication follow."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from dinoscale.engine.frozen.gram import crop_size_of
 from dinoscale.engine.param_groups import param_groups
 from dinoscale.errors import ConfigError
 from dinoscale.models.block import Block
+from dinoscale.models.network import DinoNetwork
 from dinoscale.models.vit import VisionTransformer
 
 
@@ -63,6 +64,8 @@ class Dims:
         patches: the patch loss.
         rope_tables: scalars in the sines and cosines of rotary positions; 0 with learned ones.
         gram_size: side of the Gram network's crops in pixels; 0 without one.
+        mixture: with sizes that differ from step to step, of which these are the largest: the
+            share of the steps and the counts of each; empty with one size.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -90,6 +93,17 @@ class Dims:
     patches: PatchDims = PatchDims()
     rope_tables: int = 0
     gram_size: int = 0
+    mixture: tuple[tuple[float, "Dims"], ...] = ()
+
+    @property
+    def of_sizes(self) -> tuple[tuple[float, "Dims"], ...]:
+        """The share of the steps and the counts of each size of the crops, at least one."""
+        return self.mixture or ((1.0, self),)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of all crops of an image, on average over the steps."""
+        return sum(share * dims.tokens for share, dims in self.of_sizes)
 
     @property
     def parameters(self) -> int:
@@ -151,12 +165,20 @@ class Dims:
 
 
 def dims_of(config: RunConfig) -> Dims:
-    """Measure the shapes of a run's network.
+    """Measure the shapes of a run's network; of a mixture of sizes those of the largest.
 
     Raises:
         ConfigError: the backbone is unknown or not a ViT.
     """
     network = shapes_only(config)
+    largest = _dims_of_size(config.of_largest_size, network)
+    if not config.crops.mixture:
+        return largest
+    found = [_dims_of_size(run, network) for run in config.of_sizes]
+    return replace(largest, mixture=tuple(zip(config.size_weights, found, strict=True)))
+
+
+def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
     backbone, head, crops = network.backbone, config.head, config.crops
     if not isinstance(backbone, VisionTransformer):
         raise ConfigError(f"model.backbone: plan supports only ViTs, not {config.model.backbone!r}")
@@ -232,7 +254,19 @@ def _scalars(module: nn.Module, *, matrices_only: bool = False) -> int:
 
 
 def flops_of(dims: Dims) -> StepFlops:
-    """FLOPs of a training step per image."""
+    """FLOPs of a training step per image, of a mixture of sizes on average over the steps."""
+    found = [(share, _flops_of_size(of_size)) for share, of_size in dims.of_sizes]
+    if len(found) == 1:
+        return found[0][1]
+    return StepFlops(
+        **{
+            field.name: round(sum(share * getattr(flops, field.name) for share, flops in found))
+            for field in fields(StepFlops)
+        }
+    )
+
+
+def _flops_of_size(dims: Dims) -> StepFlops:
     of_patch = head_forward_flops(
         in_dim=dims.embed_dim,
         hidden_dim=dims.patches.hidden,

@@ -1,6 +1,7 @@
 """Compile a function; where the compiler fails, warn once and run it eagerly."""
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -16,6 +17,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _BACKWARD_AT_ONCE = "force_non_lazy_backward_lowering"  # of newer versions of torch
+# For the networks of a run, in all sizes of its crops. Torch's own limit is 8, and what is beyond
+# it runs eagerly.
+_MOST_GRAPHS = 64
 
 
 class Compiled(Generic[P, R]):
@@ -48,7 +52,10 @@ class Compiled(Generic[P, R]):
 
     @functools.cached_property
     def _compiled(self) -> Callable[P, R]:
-        return torch.compile(self._function, dynamic=self._dynamic, backend=_compile)
+        options: dict[str, Any] = {}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # of newer versions
+            options["recompile_limit"] = _MOST_GRAPHS
+        return torch.compile(self._function, dynamic=self._dynamic, backend=_compile, **options)
 
 
 def _compile(graph: fx.GraphModule, inputs: list[Any]) -> Any:

@@ -38,7 +38,7 @@ from dinoscale.data.shards.stream import StreamSource
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.runtime.outputs import atomic_write, require_ours
-from dinoscale.training.feed import finish_batch, masks_of, multi_crop_of, open_images
+from dinoscale.training.feed import finish_batch, masks_of, multi_crop_of, open_images, run_of_step
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> 
     Args:
         config: configuration of the run; its seed determines the crops.
         num_images: number of rows; fewer if the set is smaller.
-        epoch: epoch of the crops, from 0; masks are those of the step of this number, since an
-            image's own depend on its place in a batch.
+        epoch: epoch of the crops, from 0; masks, and the sizes drawn from a mixture, are those of
+            the step of this number, since an image's own depend on its place in a run.
         out: path of the PNG; missing folders are created.
 
     Returns:
@@ -90,6 +90,7 @@ def show_crops(config: RunConfig, *, num_images: int, epoch: int, out: Path) -> 
         raise ConfigError(f"need --images >= 1 and --epoch >= 0, got {num_images} and {epoch}")
     require_ours(out)
     source = open_images(config)
+    config = run_of_step(config, epoch)
     rows = list(_rows(config, source, num_images=min(num_images, len(source)), epoch=epoch))
     if not rows:
         raise DataError(f"data.train: none of {num_images} chosen images can be read")

@@ -344,11 +344,10 @@ def judge_shared_memory(machines: Sequence[Machine], config: RunConfig | None) -
 
 def _worker_bytes(config: RunConfig, *, ranks: int) -> int:
     """Bytes of the batches that one rank's workers hold: two ready and one in progress, uint8."""
-    crops, train = config.crops, config.train
+    train, largest = config.train, config.of_largest_size
     if train.micro_batch_size == "auto":
         size = max(1, train.batch_size // ranks)  # at most
     else:
         size = train.micro_batch_size
-    pixels = 2 * crops.global_size**2 + crops.num_local * crops.local_size**2
-    batch = min(size, train.batch_size) * pixels * config.data.channels
+    batch = min(size, train.batch_size) * largest.pixels_per_image * config.data.channels
     return 3 * config.data.num_workers * batch

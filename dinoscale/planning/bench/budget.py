@@ -65,6 +65,15 @@ class Budget:
         return min(self.turns * turn_s, max(self.limit_s, turn_s))
 
 
+def largest_size(config: RunConfig) -> RunConfig:
+    """The run with the largest of its sizes alone, which is what is measured of a mixture."""
+    if not config.crops.mixture:
+        return config
+    largest = config.of_largest_size
+    say(f"measuring the largest sizes of crops.mixture alone: {largest.sizes_text}")
+    return largest
+
+
 def fit_to_time(config: RunConfig, budget: Budget, *, world_size: int) -> tuple[RunConfig, str]:
     """Reduce the images of a step until the measurement fits the budget.
 

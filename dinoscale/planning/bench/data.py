@@ -24,7 +24,7 @@ from dinoscale.data.shards.stream import StreamSource
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import find_device
-from dinoscale.planning.bench.budget import say
+from dinoscale.planning.bench.budget import largest_size, say
 from dinoscale.planning.bench.busy import busy
 from dinoscale.runtime.cores import available_cores
 from dinoscale.training.feed import finish_batch, finish_gram_crops, multi_crop_of, open_images
@@ -80,6 +80,7 @@ def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) ->
             "need --gpu-images-per-s > 0 and --seconds > 0, at most 3600; got"
             f" {gpu_images_per_s} and {seconds}"
         )
+    config = largest_size(config)
     source = open_images(config)
     size = min(split_batch(config, world_size=1).micro_batch_size, len(source))
     device, cores = find_device(None), available_cores()
@@ -96,6 +97,7 @@ def bench_data(config: RunConfig, *, gpu_images_per_s: float, seconds: float) ->
         "device": str(device),
         "cores": cores,
         "num_workers": config.data.num_workers,
+        "sizes": config.sizes_text,
         "micro_batch_size": size,
         "images_per_s": {name: _rounded(rate) for name, rate in asdict(rates).items()},
         "limit": limit(rates, num_workers=config.data.num_workers, cores=cores),

@@ -26,7 +26,7 @@ from dinoscale.data.sources.source import Source
 from dinoscale.engine.model_sizes import dims_of, flops_of
 from dinoscale.errors import ConfigError
 from dinoscale.models.cpu_bf16 import LACKS_BFLOAT16
-from dinoscale.planning.bench.budget import Budget, fit_to_time, in_turns, say
+from dinoscale.planning.bench.budget import Budget, fit_to_time, in_turns, largest_size, say
 from dinoscale.planning.bench.ceiling import matmul_rates
 from dinoscale.planning.bench.our_step import OurStep, RandomPictures
 from dinoscale.planning.bench.step_report import as_text
@@ -119,6 +119,7 @@ def bench_step(
         )
     if config.model.backbone == RESNET50:
         raise ConfigError(f"model.backbone: bench step measures ViTs only, not {RESNET50}")
+    config = largest_size(config)
     rates = _rates(config, process)
     budget = Budget(
         limit_s=limit_s,
@@ -318,6 +319,7 @@ class _Bench:
         return {
             "device": _name_of(self.device),
             "backbone": config.model.backbone,
+            "sizes": config.sizes_text,
             "precision": config.engine.precision,
             "zero_stage": config.engine.zero_stage,
             "world_size": plan.world_size,

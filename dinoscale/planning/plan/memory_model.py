@@ -47,7 +47,11 @@ class Peak:
 
 
 def peak(dims: Dims, setup: Setup) -> Peak:
-    """The peak of any step but the first."""
+    """The peak of any step but the first; of a mixture of sizes that of the step with most."""
+    return max((_peak_of_size(part, setup) for _, part in dims.of_sizes), key=lambda p: p.total)
+
+
+def _peak_of_size(dims: Dims, setup: Setup) -> Peak:
     always = persistent(dims, setup)
     found = {moment: _sum(always, terms) for moment, terms in _moments(dims, setup).items()}
     moment = max(found, key=lambda name: sum(found[name].values()))

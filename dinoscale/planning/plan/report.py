@@ -109,6 +109,7 @@ def make_plan(
         "steps_per_epoch": run.steps_per_epoch,
         "steps": run.stop_step,
         "parameters": {"backbone": dims.backbone, "head": dims.head, "total": dims.parameters},
+        "sizes": _sizes(config, dims),
         "flops_per_image": _flops(dims),
         "options": [_as_json(option, run, links) for option in options],
         "configured": _configured(config, dims, setup, machine, run),
@@ -181,6 +182,19 @@ def _configured(
         accumulation_steps=split.accumulation_steps,
     )
     return _as_json(strategies.option_of(dims, configured, machine), run, machine.links)
+
+
+def _sizes(config: RunConfig, dims: Dims) -> list[dict[str, Any]]:
+    """Share of the steps, sides of the crops in words and FLOPs per image of each size."""
+    return [
+        {
+            "weight": share,
+            "sizes": run.sizes_text,
+            "flops_per_image": flops_of(part).total,
+            "largest": part == replace(dims, mixture=()),
+        }
+        for run, (share, part) in zip(config.of_sizes, dims.of_sizes, strict=True)
+    ]
 
 
 def _flops(dims: Dims) -> dict[str, int]:

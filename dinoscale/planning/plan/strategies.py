@@ -50,7 +50,7 @@ class Option:
         needed_bytes: memory of a GPU, with CUDA context and fragmentation.
         fits: whether a GPU has that much.
         transfers: of a step.
-        compute_s: seconds of compute.
+        compute_s: seconds of compute, on average over the sizes of a mixture.
         transfer_s: seconds of all transfers.
         waited_s: seconds that a step waits for transfers.
         offload_s: seconds that a step waits for the offloaded optimizer.
@@ -86,9 +86,13 @@ def option_of(dims: Dims, setup: Setup, machine: Machine) -> Option:
     needed = at_peak.total * (1 + FRAGMENTATION) + CONTEXT_BYTES
     found = transfers(dims, setup)
     images = setup.micro_batch_size * setup.accumulation_steps
-    flops = flops_of(dims)
-    work = images * (flops.total + recomputed_flops(dims, setup, flops))
-    compute_s = work / (machine.flops * machine.utilization)
+    compute_s = waits_s = 0.0
+    for share, part in dims.of_sizes:
+        flops = flops_of(part)
+        work = images * (flops.total + recomputed_flops(part, setup, flops))
+        part_s = work / (machine.flops * machine.utilization)
+        compute_s += share * part_s
+        waits_s += share * waited_s(found, machine.links, compute_s=part_s)
     return Option(
         level=setup.recompute if setup.checkpoint_every else "none",
         setup=setup,
@@ -98,7 +102,7 @@ def option_of(dims: Dims, setup: Setup, machine: Machine) -> Option:
         transfers=found,
         compute_s=compute_s,
         transfer_s=sum(machine.links.seconds(t) for t in found),
-        waited_s=waited_s(found, machine.links, compute_s=compute_s),
+        waited_s=waits_s,
         offload_s=offload_s(dims, setup),
     )
 
@@ -160,11 +164,12 @@ def best(dims: Dims, found: list[Option], *, stage: int) -> Option | None:
     """
     stages = [stage, *STAGES] if stage < STAGES[-1] else list(STAGES)
     fitting = [option for option in found if option.fits]
-    most = max((dims.tokens * o.setup.micro_batch_size for o in fitting), default=0)
+    tokens = dims.mean_tokens
+    most = max((tokens * o.setup.micro_batch_size for o in fitting), default=0)
     return min(
         fitting,
         key=lambda option: (
-            dims.tokens * option.setup.micro_batch_size < min(BUSY_TOKENS, most),
+            tokens * option.setup.micro_batch_size < min(BUSY_TOKENS, most),
             LEVELS.index(option.level),
             stages.index(option.setup.zero_stage),
             -option.setup.micro_batch_size,

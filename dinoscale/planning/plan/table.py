@@ -49,8 +49,24 @@ def _head(plan: dict[str, Any]) -> list[str]:
         f" student forward {giga['student_global']} global crops"
         f" + {giga['student_local']} local crops + {giga['student_head']} head;"
         f" backward {giga['student_backward']}",
+        *_sizes(plan["sizes"]),
         f"steps: {plan['steps']:,} of {plan['images_per_step']:,} images,"
         f" {plan['steps_per_epoch']:,} per epoch",
+    ]
+
+
+def _sizes(sizes: list[dict[str, Any]]) -> list[str]:
+    """The mixture of sizes, if there is one."""
+    if len(sizes) == 1:
+        return []
+    return [
+        "sizes of the crops, drawn for each step: memory is that of the steps with most, FLOPs and"
+        " times are means over the steps",
+        *(
+            f"  {of['weight']:.4g} of the steps: {of['sizes']}, {of['flops_per_image'] / 1e9:.1f}"
+            f" GFLOPs per image{', the largest' if of['largest'] else ''}"
+            for of in sizes
+        ),
     ]
 
 

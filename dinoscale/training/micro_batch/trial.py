@@ -18,13 +18,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dinoscale.config import RunConfig, parse_config, resolve, split_batch, with_micro_batch
+from dinoscale.config import (
+    RunConfig,
+    RunPlan,
+    parse_config,
+    resolve,
+    split_batch,
+    with_micro_batch,
+)
 from dinoscale.data.augmentation.crop_params import draw_params
 from dinoscale.data.augmentation.masks import Masks
 from dinoscale.data.loader import Batch
 from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
 from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.engine.step import train_step
+from dinoscale.engine.student import Student
+from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import DinoscaleError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import Process, read_process
@@ -132,15 +141,20 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
     student, teacher = build_pair(short, plan, values=False)
     if teacher.gram is not None:
         teacher.gram.refresh(teacher.ema)  # as late in the run
-    now = schedules_of(short, plan).at(plan.total_steps - 1)
-    batch = _batch(short, size)
-    depth = student.network.backbone.depth
+    for run in short.of_sizes:  # of several sizes of crops, any may need the most
+        _take_steps_of_size(run, plan, student, teacher, process.device)
+
+
+def _take_steps_of_size(
+    config: RunConfig, plan: RunPlan, student: Student, teacher: Teacher, device: torch.device
+) -> None:
+    now = schedules_of(config, plan).at(plan.total_steps - 1)
+    batch, depth = _batch(config, plan.micro_batch_size), student.network.backbone.depth
     for _ in range(_STEPS):
         prepared = MicroBatches(
-            plan.accumulation_steps,
-            lambda _: _prepared(batch, short, process.device, depth=depth),
+            plan.accumulation_steps, lambda _: _prepared(batch, config, device, depth=depth)
         )
-        train_step(prepared, student, teacher, now, loss_weights=loss_weights_of(short))
+        train_step(prepared, student, teacher, now, loss_weights=loss_weights_of(config))
 
 
 def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) -> RunConfig:
