@@ -30,7 +30,6 @@ from dinoscale.engine.step import StepMetrics, train_step
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import (
-    DinoscaleError,
     LostPeerError,
     NonFiniteError,
     PreemptedError,
@@ -45,9 +44,11 @@ from dinoscale.runtime.versions import versions
 from dinoscale.runtime.watchdog import Watchdog
 from dinoscale.training.feed import Feed, run_of_step
 from dinoscale.training.hooks.bad_steps import dump_bad_step
-from dinoscale.training.hooks.collapse import OBSERVE_EVERY, Alarm, CollapseMonitor, Reading
+from dinoscale.training.hooks.collapse import OBSERVE_EVERY, Reading
+from dinoscale.training.hooks.collapse_watch import CollapseWatch
 from dinoscale.training.hooks.data_wait import DataWait
 from dinoscale.training.hooks.events import Events
+from dinoscale.training.hooks.measuring import Measuring
 from dinoscale.training.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.training.hooks.online_knn import OnlineKnn
 from dinoscale.training.resume import find_checkpoint, restore
@@ -109,7 +110,8 @@ class Run:
         self.schedules, self.loss_weights = schedules_of(config, plan), loss_weights_of(config)
         self.events = Events(self.run_dir, active=is_first)
         self.metrics = distributed.together(lambda: self._open_metrics(active=is_first))
-        self.collapse = _collapse_monitors(config, plan)
+        self.collapse = CollapseWatch(config, plan, self.events, warns=is_first)
+        self.measuring = Measuring(process, watchdog, stop, self.events)
         self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl", writes=is_first)
         self.pending_bad: list[Any] = []
         self.left_out: dict[int, LeftOut] = {}  # of shards of a stream that this rank has read
@@ -287,11 +289,10 @@ class Run:
         done = self.progress.step
         due = self._due(done)
         if due.log or done % OBSERVE_EVERY == 0:
-            readings = self._read(now, result)
+            readings = self.collapse.read(now, result)
             if due.log:
                 self._record(done, now, result, readings, watch)
-            for kind, reading in readings.items():
-                self._watch_for_collapse(done, self.collapse[kind].observe(done, reading))
+            self.collapse.observe(done, readings)
         self.metrics.advance(f"loss {result.loss:.3f}{self.bar_suffix}")
         self._report(self.saver.finished())
         if due.save:
@@ -316,42 +317,6 @@ class Run:
             f"asked to stop ({reason}): step {done} is saved in {self.run_dir};"
             " the same command goes on from there"
         )
-
-    def _read(self, now: StepValues, result: StepMetrics) -> dict[str, Reading]:
-        """The targets of each kind of token."""
-        readings = {
-            "class": Reading(
-                loss=result.teacher_entropy + result.kl,
-                teacher_entropy=result.teacher_entropy,
-                mean_target_entropy=result.mean_target_entropy,
-                share=result.max_prototype_prob,
-                teacher_temp=now.teacher_temp,
-            )
-        }
-        if "patch" in self.collapse:
-            readings["patch"] = Reading(
-                # The loss is a mean over all global crops, of which this share is masked.
-                loss=result.terms["ibot_loss"] / self.config.ibot.masked_share,
-                teacher_entropy=result.terms["patch_entropy"],
-                mean_target_entropy=result.mean_patch_target_entropy,
-                share=result.max_patch_prototype_prob,
-                teacher_temp=now.teacher_temp,
-            )
-        return readings
-
-    def _watch_for_collapse(self, done: int, alarm: Alarm | None) -> None:
-        """Warn of a collapse, or end the run; all ranks see the same values.
-
-        Raises:
-            RunFailedError: on every rank, at a collapse with train.stop_on_collapse.
-        """
-        if alarm is None:
-            return
-        self.events.write(done, "collapse", kind=alarm.kind, text=alarm.text)
-        if self.config.train.stop_on_collapse:
-            raise RunFailedError(f"step {done}: {alarm.text} (train.stop_on_collapse)")
-        if self.process.rank == 0:
-            log.warning("step %d: %s", done, alarm.text)
 
     def _record(
         self,
@@ -428,39 +393,19 @@ class Run:
         if self.online_knn is None:
             return
         done = self.progress.step
-        self.watchdog.progress(f"measuring k-NN after step {done}")
-        backbone = self.teacher.plain_network().backbone
-        measure = partial(
-            self.online_knn.measure, backbone, self.process.device, self._on_knn_batch
-        )
-        try:
-            top1, rankme = distributed.together(measure)
-        except LostPeerError:
-            raise
-        except Exception as error:  # raised on all ranks: its own error, or that of another rank
-            self.stopping |= any(distributed.gather_objects(self.stop.asked))
-            self.events.write(done, "no k-NN", reason=str(error))
-            foreign = None if isinstance(error, DinoscaleError) else error
-            if self.process.rank == 0 or foreign:
-                log.warning("no k-NN after step %d: %s", done, error, exc_info=foreign)
+        found = self.measuring.attempt("k-NN", self.online_knn.measure, self.teacher, done)
+        self.stopping |= self.measuring.asked_to_stop
+        if found is None:
             return
+        top1 = found.top1
         self.progress.measured(top1)
         if self.saved_step == done:
             self.saver.measured(done, top1)
         self.last["knn_top1"] = top1
         self.last["best_knn_top1"] = self.progress.best_knn_top1 or top1
         images = done * self.plan.batch_size
-        self.metrics.write(done, {"images": images, "knn_top1": top1, "rankme": rankme})
+        self.metrics.write(done, {"images": images, "knn_top1": top1, "rankme": found.rankme})
         self.metrics.say(f"step {done}: k-NN top-1 of the teacher {top1:.1f} %")
-
-    def _on_knn_batch(self) -> None:
-        """Called between two batches of the k-NN; a request to stop ends it on all ranks.
-
-        Raises:
-            PreemptedError: this rank was asked to stop.
-        """
-        self.watchdog.heartbeat()
-        self.stop.check()
 
     def _save(self, *, save_in_progress: bool = False) -> None:
         """Begin to save this step, unless its save has begun already.
@@ -543,21 +488,3 @@ def _keep(config: RunConfig, plan: RunPlan) -> Keep:
     rule = config.checkpoint
     every = None if rule.keep_every is None else rule.keep_every * plan.steps_per_epoch
     return Keep(last=rule.keep_last, every_steps=every, best=rule.keep_best)
-
-
-def _collapse_monitors(config: RunConfig, plan: RunPlan) -> dict[str, CollapseMonitor]:
-    """A monitor for each kind of token that has targets, by its name in `Run._read`."""
-    heads = {"class": config.head}
-    if config.ibot.loss_weight:
-        heads["patch"] = config.patch_head or config.head
-    return {
-        kind: CollapseMonitor(
-            num_prototypes=head.num_prototypes,
-            student_temp=config.dino.student_temp,
-            center_momentum=config.dino.center_momentum,
-            warmup_steps=plan.warmup_steps,
-            freeze_steps=plan.freeze_last_layer_steps,
-            tokens=f"{kind} tokens" if len(heads) > 1 else "",
-        )
-        for kind, head in heads.items()
-    }

@@ -280,19 +280,17 @@ def knn_that_fails(failing: int) -> tuple[bool, int]:
     """On every rank: one runs out of memory in k-NN, one was asked to stop; whether all stop."""
     from dinoscale.errors import PreemptedError
     from dinoscale.runtime import distributed
-    from dinoscale.training.loop import Run
+    from dinoscale.training.hooks.measuring import Measuring
 
     amiss = distributed.rank() == failing
 
     def measure(*_: Any) -> float:
         raise torch.OutOfMemoryError("no room") if amiss else PreemptedError("asked to stop")
 
-    run: Any = Run.__new__(Run)
-    run.progress, run.process, run.stopping = Progress(step=7), Process(1, 2, 1, 2), False
-    run.watchdog, run.teacher, run.events = MagicMock(), MagicMock(), MagicMock()
-    run.online_knn, run.stop = MagicMock(measure=measure), MagicMock(asked=not amiss)
-    run._measure_knn()
-    return run.stopping, run.events.write.call_count
+    events, stop = MagicMock(), MagicMock(asked=not amiss)
+    measuring = Measuring(Process(1, 2, 1, 2), MagicMock(), stop, events)
+    assert measuring.attempt("k-NN", measure, MagicMock(), 7) is None
+    return measuring.asked_to_stop, events.write.call_count
 
 
 def fail_in_all_ways(failing: int) -> dict[str, Any]:
