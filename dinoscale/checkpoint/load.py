@@ -29,7 +29,7 @@ from dinoscale.checkpoint.layout import (
     named_step,
     run_with_checkpoints,
 )
-from dinoscale.checkpoint.progress import Progress, read_measured
+from dinoscale.checkpoint.progress import Progress, read_guarded, read_measured
 from dinoscale.checkpoint.read_errors import with_retries
 from dinoscale.checkpoint.shard_files import ShardFiles
 from dinoscale.config.renamed import with_new_names
@@ -59,6 +59,7 @@ class Checkpoint:
         state: contents of state.json; settings that were renamed have their new names.
         shared: center and buffers by name, on the CPU.
         measured: k-NN accuracy added after the save, in percent; None if none was added.
+        guarded: what the guard measured after the save; None if nothing was added.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,6 +87,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
         self._files = ShardFiles(path)
         self.measured = with_retries(lambda: read_measured(path), path / MEASURED_FILE)
+        self.guarded = with_retries(lambda: read_guarded(path), path / MEASURED_FILE)
 
     def _read(self, name: str) -> bytes:
         return with_retries((self.path / name).read_bytes, self.path / name)
@@ -121,6 +123,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / STATE_FILE}: progress: {error}") from error
         if self.measured is not None:
             progress.measured(self.measured)
+        progress.guarded = self.guarded or progress.guarded
         return progress
 
     @property

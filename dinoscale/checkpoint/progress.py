@@ -4,9 +4,10 @@ import json
 import math
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from dinoscale.checkpoint.layout import MEASURED_FILE
 from dinoscale.checkpoint.read_errors import is_missing
@@ -16,15 +17,65 @@ _WINDOW = 32  # losses remembered
 _ENOUGH = 8  # losses from which a prediction is made
 
 
-def write_measured(folder: Path, knn_top1: float) -> None:
-    """Add a k-NN accuracy, in percent, to a checkpoint that was saved before.
+@dataclass(frozen=True)
+class Guarded:
+    """What the guard has measured so far, as plain data.
+
+    Values are by name: `rankme` and `knn_top1` (higher is better), `alpha_req`, `agreement`.
+
+    Attributes:
+        images: which ones were measured; numbers of others do not compare.
+        measure: name of the value that decides which teacher is the best.
+        step: of the last measurement.
+        values: of the last measurement.
+        start_step: of the first measurement.
+        start: its values.
+        best_step: of the measurement with the highest `measure` among those that were no fall.
+        best: its values.
+        fall: what is wrong with the last measurement, in words; empty if nothing is.
+    """
+
+    images: str
+    measure: str
+    step: int
+    values: dict[str, float]
+    start_step: int
+    start: dict[str, float]
+    best_step: int
+    best: dict[str, float]
+    fall: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what is not plain data of these types.
+
+        Raises:
+            TypeError: a field has another type.
+        """
+        texts = (self.images, self.measure, self.fall)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("guarded: images, measure and fall are texts")
+        if not all(type(step) is int for step in (self.step, self.start_step, self.best_step)):
+            raise TypeError("guarded: steps are whole numbers")
+        for values in (self.values, self.start, self.best):
+            if not all(type(value) in (int, float) for value in values.values()):
+                raise TypeError("guarded: values are numbers")
+
+    def score_at(self, step: int, measure: str) -> float | None:
+        """Value of a measure if it was measured at `step` and was no fall."""
+        return self.values.get(measure) if self.step == step and not self.fall else None
+
+
+def write_measured(folder: Path, knn_top1: float | None, guarded: Guarded | None = None) -> None:
+    """Add a k-NN accuracy, in percent, and the guard's to a checkpoint that was saved before.
 
     Raises:
         OSError: it cannot be written; the checkpoint is unchanged.
     """
+    found: dict[str, Any] = {} if knn_top1 is None else {"knn_top1": knn_top1}
+    found |= {} if guarded is None else {"guarded": asdict(guarded)}
     part = folder / f".{MEASURED_FILE}.part"
     with part.open("w") as file:
-        file.write(json.dumps({"knn_top1": knn_top1}) + "\n")
+        file.write(json.dumps(found) + "\n")
         file.flush()
         os.fsync(file.fileno())  # else the name may reach the disk before the contents
     part.replace(folder / MEASURED_FILE)
@@ -36,19 +87,46 @@ def read_measured(folder: Path) -> float | None:
     Raises:
         OSError: there may be one, but it cannot be read now.
     """
+    number = _measured(folder).get("knn_top1")
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return None
+    try:
+        value = float(number)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def read_guarded(folder: Path) -> Guarded | None:
+    """What `write_measured` added of the guard; None if there is nothing.
+
+    Raises:
+        OSError: there may be something, but it cannot be read now.
+    """
+    try:
+        return Guarded(**_measured(folder)["guarded"])
+    except (LookupError, TypeError, AttributeError):
+        return None
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """Contents of a checkpoint's file of later measurements; empty without one.
+
+    Raises:
+        OSError: there may be one, but it cannot be read now.
+    """
     path = folder / MEASURED_FILE
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            return None
-        found = json.loads(path.read_text())["knn_top1"]
-        number = float(found) if type(found) in (int, float) else math.nan
+            return {}
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         if is_missing(path):
-            return None
+            return {}
         raise
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-        return None
-    return number if math.isfinite(number) else None
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @dataclass
@@ -64,6 +142,7 @@ class Progress:
         knn_top1: k-NN accuracy measured at this step, in percent.
         best_knn_top1: the highest so far.
         losses: of the last applied steps, oldest first.
+        guarded: what the guard has measured; None without a guard.
     """
 
     step: int = 0
@@ -74,6 +153,16 @@ class Progress:
     knn_top1: float | None = None
     best_knn_top1: float | None = None
     losses: list[float] = field(default_factory=list)
+    guarded: Guarded | None = None
+
+    def __post_init__(self) -> None:
+        """Take plain data, as a checkpoint holds it.
+
+        Raises:
+            TypeError: it is of another version.
+        """
+        if isinstance(self.guarded, dict):
+            self.guarded = Guarded(**self.guarded)
 
     def applied(self, loss: float) -> None:
         """Count an applied step."""

@@ -1,4 +1,4 @@
-"""Which checkpoints to keep: the newest, one every N steps, the best by k-NN."""
+"""Which checkpoints to keep: the newest, one every N steps, the best by k-NN or the guard."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from dinoscale.checkpoint.layout import (
     named_step,
     removed_of,
 )
-from dinoscale.checkpoint.progress import read_measured
+from dinoscale.checkpoint.progress import Guarded, read_guarded, read_measured
 from dinoscale.errors import UnreadableError
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Keep:
     Attributes:
         last: number of the newest to keep, at least 1.
         every_steps: keep those at multiples of this many steps; None for no such rule.
-        best: whether to keep the one with the highest k-NN accuracy.
+        best: whether to keep the one that `best_of` names.
     """
 
     last: int
@@ -47,6 +47,7 @@ class Summary:
     knn_top1: float | None
     world_size: int | None
     zero_stage: int | None
+    guarded: Guarded | None = None
 
 
 def summary(path: Path) -> Summary:
@@ -62,6 +63,9 @@ def _read(path: Path) -> Summary:
     try:
         state = json.loads((path / STATE_FILE).read_text())
         top1 = read_measured(path)
+        guarded = read_guarded(path)
+        if guarded is None and state["progress"].get("guarded") is not None:
+            guarded = Guarded(**state["progress"]["guarded"])
         num_bytes = sum(file.stat().st_size for file in path.iterdir())
         return Summary(
             path,
@@ -71,6 +75,7 @@ def _read(path: Path) -> Summary:
             state["progress"]["knn_top1"] if top1 is None else top1,
             state["plan"]["world_size"],
             state["config"]["engine"]["zero_stage"],
+            guarded,
         )
     except (FileNotFoundError, NotADirectoryError):
         return _unknown(path)
@@ -83,9 +88,24 @@ def _unknown(path: Path) -> Summary:
 
 
 def best_of(found: Sequence[Summary]) -> Summary | None:
-    """The one with the highest k-NN accuracy, the newest of ties; None if none was measured."""
-    measured = [s for s in found if s.knn_top1 is not None]
-    return max(measured, key=lambda s: (s.knn_top1, s.step), default=None)
+    """The best one, the newest of ties; None if none was measured.
+
+    By the measure of the guard, falls left out, where the newest checkpoint that knows of a guard
+    names one; else by k-NN accuracy.
+    """
+    newest = max((s for s in found if s.guarded), key=lambda s: s.step, default=None)
+    scores = {s.step: _score(s, newest.guarded if newest else None) for s in found}
+    measured = [s for s in found if scores[s.step] is not None]
+    return max(measured, key=lambda s: (scores[s.step], s.step), default=None)
+
+
+def _score(one: Summary, newest: Guarded | None) -> float | None:
+    if newest is None:
+        return one.knn_top1
+    guarded = one.guarded
+    if guarded is None or guarded.images != newest.images:
+        return None
+    return guarded.score_at(one.step, newest.measure)
 
 
 def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:

@@ -31,7 +31,7 @@ from dinoscale.checkpoint.layout import (
     part_of,
     shard_file,
 )
-from dinoscale.checkpoint.progress import write_measured
+from dinoscale.checkpoint.progress import Guarded, write_measured
 from dinoscale.checkpoint.retention import Keep, prune
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
@@ -122,16 +122,19 @@ class Saver:
         self._writing = self._thread.submit(self._write, snapshot, stall_s)
         return before
 
-    def measured(self, step: int, knn_top1: float) -> None:
-        """Add an accuracy to the checkpoint of `step`, whose save has begun, once it is on disk.
+    def measured(self, step: int, knn_top1: float | None, guarded: Guarded | None = None) -> None:
+        """Add measurements to the checkpoint of `step`, whose save has begun, once it is on disk.
 
         Args:
             step: optimizer steps that it holds.
-            knn_top1: of its teacher, in percent; decides which checkpoint is the best.
+            knn_top1: of its teacher, in percent.
+            guarded: what the guard has measured; one of both decides which checkpoint is the best.
         """
         if self._rank == 0:  # queued behind the current write
             target = directory(self._run_dir, step)
-            self._adding_accuracy = self._thread.submit(self._add_accuracy, target, knn_top1)
+            self._adding_accuracy = self._thread.submit(
+                self._add_measured, target, knn_top1, guarded
+            )
 
     def finished(self) -> SaveResult | None:
         """Result of the current save, once; None while anything is written or if there is none.
@@ -283,13 +286,13 @@ class Saver:
             shutil.rmtree(part, ignore_errors=True)  # a full disk needs the space
         return error
 
-    def _add_accuracy(self, target: Path, knn_top1: float) -> None:
+    def _add_measured(self, target: Path, knn_top1: float | None, guarded: Guarded | None) -> None:
         if not target.is_dir():
             return  # its save failed, which was reported
         try:
-            write_measured(target, knn_top1)
+            write_measured(target, knn_top1, guarded)
         except OSError as error:
-            log.warning("cannot add k-NN %.1f %% to %s: %s", knn_top1, target, error)
+            log.warning("cannot add what was measured to %s: %s", target, error)
         prune(self._run_dir, self._keep, written=target, heartbeat=self._count_piece)
 
 

@@ -26,6 +26,7 @@ from dinoscale.config.sections.fields import (
     PositiveOrZero,
     Section,
 )
+from dinoscale.config.sections.guard import GuardConfig
 from dinoscale.config.sections.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.sections.objectives import GramConfig, IbotConfig, KoleoConfig
 from dinoscale.config.sections.training import (
@@ -171,6 +172,7 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     phases: Annotated[tuple[PhaseConfig, ...], Field(strict=False)] = Field(
@@ -295,6 +297,7 @@ class RunConfig(Section):
             *self._length_mistakes(),
             *self._objective_mistakes(),
             *self._replaced_settings(),
+            *self._guard_mistakes(),
         ]
         # 1e-9: equal up to rounding is equal
         if self.schedules.lr is None and self.optim.min_lr > self.peak_lr * (1 + 1e-9):
@@ -409,6 +412,28 @@ class RunConfig(Section):
             for key, epochs in phases.items()
             if epochs > self.train.epochs
         ]
+
+    def _guard_mistakes(self) -> list[str]:
+        """What the guard lacks."""
+        guard, mistakes = self.guard, []
+        if guard.every_steps is None:
+            return []
+        if guard.images is None and self.eval.train is None:
+            mistakes.append(
+                "guard.images: there is nothing to measure; name held-out images (or set eval.train"
+                " and eval.test), or set guard.every_steps to null"
+            )
+        if guard.measure == "knn_top1" and self.eval.train is None:
+            mistakes.append(
+                "guard.measure: 'knn_top1' needs labelled images in eval.train and eval.test; "
+                "'rankme' needs no labels"
+            )
+        if not self.checkpoint.keep_best:
+            mistakes.append(
+                "checkpoint.keep_best: the guard exports the best checkpoint and returns to it, "
+                "need true (or guard.every_steps null)"
+            )
+        return mistakes
 
     def _replaced_settings(self) -> list[str]:
         """Settings in whose place a curve stands, and that say something else all the same."""

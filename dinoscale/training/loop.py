@@ -42,12 +42,16 @@ from dinoscale.runtime.opening import on_all_ranks, on_first_rank
 from dinoscale.runtime.preemption import StopRequest
 from dinoscale.runtime.versions import versions
 from dinoscale.runtime.watchdog import Watchdog
+from dinoscale.training.best import end_at_fall, export_best
+from dinoscale.training.due import Due, due_after
 from dinoscale.training.feed import Feed, run_of_step
 from dinoscale.training.hooks.bad_steps import dump_bad_step
 from dinoscale.training.hooks.collapse import OBSERVE_EVERY, Reading
 from dinoscale.training.hooks.collapse_watch import CollapseWatch
 from dinoscale.training.hooks.data_wait import DataWait
 from dinoscale.training.hooks.events import Events
+from dinoscale.training.hooks.held_out import HeldOut
+from dinoscale.training.hooks.measurements import Measurements
 from dinoscale.training.hooks.measuring import Measuring
 from dinoscale.training.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.training.hooks.online_knn import OnlineKnn
@@ -62,14 +66,6 @@ class _LaunchedStep(NamedTuple):
     now: StepValues
     result: StepMetrics
     batches: Sequence[Batch]
-
-
-class _Due(NamedTuple):
-    """What is due after a step; each item needs the step's result and weights."""
-
-    log: bool
-    knn: bool
-    save: bool
 
 
 class Run:
@@ -89,6 +85,7 @@ class Run:
         student: Student,
         teacher: Teacher,
         online_knn: OnlineKnn | None,
+        held_out: HeldOut | None,
         stop: StopRequest,
         watchdog: Watchdog,
         checkpoint: Checkpoint | None,
@@ -96,7 +93,7 @@ class Run:
         self.config, self.plan, self.process, self.source = config, plan, process, source
         self.images = images  # identity of the image set, on rank 0
         self.feed = Feed(config, plan, process, source, depth=student.network.backbone.depth)
-        self.student, self.teacher, self.online_knn = student, teacher, online_knn
+        self.student, self.teacher = student, teacher
         self.stop, self.watchdog = stop, watchdog
         self.run_dir = Path(config.run_dir)
         self.progress = _progress_of(checkpoint)
@@ -111,7 +108,11 @@ class Run:
         self.events = Events(self.run_dir, active=is_first)
         self.metrics = distributed.together(lambda: self._open_metrics(active=is_first))
         self.collapse = CollapseWatch(config, plan, self.events, warns=is_first)
-        self.measuring = Measuring(process, watchdog, stop, self.events)
+        self.measurements = Measurements(
+            *(config, Measuring(process, watchdog, stop, self.events), online_knn, held_out),
+            *(self.events, self.metrics),
+            warns=is_first,
+        )
         self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl", writes=is_first)
         self.pending_bad: list[Any] = []
         self.left_out: dict[int, LeftOut] = {}  # of shards of a stream that this rank has read
@@ -146,19 +147,34 @@ class Run:
         # Log lines appear above the progress bar; other ranks have no bar and log only warnings.
         bar = logging_redirect_tqdm() if self.process.rank == 0 else nullcontext()
         with bar, self._finishing_saves():
-            if self.resumed_at is None:
-                self._measure_knn()
-            else:
-                self.events.write(self.progress.step, "resumed", ranks=self.plan.world_size)
-                if self._due(self.progress.step).knn and self.progress.knn_top1 is None:
-                    self._measure_knn()  # the previous start ended before it
+            self._begin()
             while self.progress.step < self.plan.stop_step:
                 self._take_steps()  # to the end, or to a rollback
             self._save_and_wait()
+            if self.config.guard.every_steps is not None:
+                on_first_rank(lambda _: export_best(self.run_dir), self.watchdog.heartbeat)
         self.metrics.close()
         left_out = left_out_counts(self.source, distributed.gather_objects(self.left_out))
         done = {"run_dir": str(self.run_dir), "steps": self.plan.stop_step}
-        return {**done, **self.last, "left_out": left_out}
+        return {**done, **self.last, **self.measurements.last, "left_out": left_out}
+
+    def _begin(self) -> None:
+        """Measure what is due before the next step, which may have ended a start before this one.
+
+        Raises:
+            PreemptedError: on every rank, if one was asked to stop meanwhile.
+            RunFailedError: the teacher has fallen, and the guard ends the run.
+        """
+        progress, due = self.progress, self._due(self.progress.step)
+        if self.resumed_at is None:
+            if due.guard:
+                self._save()
+            self._measure(due._replace(knn=True))
+        else:
+            self.events.write(progress.step, "resumed", ranks=self.plan.world_size)
+            self._measure(self.measurements.missing(progress, due))
+        if self.stopping:
+            self._preempt()
 
     @contextmanager
     def _finishing_saves(self) -> Iterator[None]:
@@ -269,20 +285,8 @@ class Run:
             log.warning("rolling back to %s and skipping the images since", checkpoint.path)
         return False
 
-    def _due(self, done: int) -> _Due:
-        """What is due after `done` steps, skipped ones included."""
-        config = self.config
-        is_last = done == self.plan.stop_step
-        epoch, remainder = divmod(done, self.plan.steps_per_epoch)
-        ends_epoch = remainder == 0
-        every = config.checkpoint.every_steps
-        return _Due(
-            log=is_last or done % config.log.every_steps == 0,
-            knn=is_last or (ends_epoch and epoch % config.eval.every_epochs == 0),
-            save=is_last
-            or (ends_epoch and epoch % config.checkpoint.every_epochs == 0)
-            or (every is not None and done % every == 0),
-        )
+    def _due(self, done: int) -> Due:
+        return due_after(done, self.config, self.plan)
 
     def _after_step(self, now: StepValues, result: StepMetrics, watch: Stopwatch) -> None:
         """Log, watch for a collapse, save and measure k-NN as due; note a request to stop."""
@@ -298,8 +302,7 @@ class Run:
         if due.save:
             # Before k-NN, which takes minutes, during which a job may end.
             self._save(save_in_progress=result.saving)
-        if due.knn:
-            self._measure_knn()
+        self._measure(due)
         self.stopping |= result.stop
 
     def _preempt(self) -> None:
@@ -388,24 +391,24 @@ class Run:
         )
         return self.bad.num_occurrences
 
-    def _measure_knn(self) -> None:
-        """Measure k-NN; an error on any rank costs the measurement, not the run."""
-        if self.online_knn is None:
-            return
-        done = self.progress.step
-        found = self.measuring.attempt("k-NN", self.online_knn.measure, self.teacher, done)
-        self.stopping |= self.measuring.asked_to_stop
-        if found is None:
-            return
-        top1 = found.top1
-        self.progress.measured(top1)
-        if self.saved_step == done:
-            self.saver.measured(done, top1)
-        self.last["knn_top1"] = top1
-        self.last["best_knn_top1"] = self.progress.best_knn_top1 or top1
-        images = done * self.plan.batch_size
-        self.metrics.write(done, {"images": images, "knn_top1": top1, "rankme": found.rankme})
-        self.metrics.say(f"step {done}: k-NN top-1 of the teacher {top1:.1f} %")
+    def _measure(self, due: Due) -> None:
+        """Measure the teacher as due; the numbers reach the checkpoint of this step.
+
+        Raises:
+            RunFailedError: on every rank, if the teacher has fallen and the guard ends the run.
+        """
+        done, progress = self.progress.step, self.progress
+        found = self.measurements.take(progress, self.teacher, due)
+        self.stopping |= self.measurements.asked_to_stop
+        if found and self.saved_step == done:
+            self.saver.measured(done, progress.knn_top1, progress.guarded)
+        known = progress.guarded
+        if known is not None and known.fall and known.step == done:
+            if self.config.guard.on_fall == "warn":
+                return
+            self._wait_for_save()
+            self.metrics.close()
+            end_at_fall(known, self.config, self.events, self.watchdog.heartbeat)
 
     def _save(self, *, save_in_progress: bool = False) -> None:
         """Begin to save this step, unless its save has begun already.

@@ -49,7 +49,7 @@ _DAMAGED, _MISNAMED = "damaged_", "misnamed_"  # name prefixes of checkpoints se
 # rounding, except micro-batches with batch norm or KoLeo, of which `batch_norm_caution` and
 # `koleo_caution` warn.
 _PRECISION = "engine.precision"
-_FREE: tuple[str, ...] = ("run_dir", "resume", "engine.", "eval.", "log.", "checkpoint.")
+_FREE: tuple[str, ...] = ("run_dir", "resume", "engine.", "eval.", "guard.", "log.", "checkpoint.")
 _FREE += (
     "data.num_workers",
     "train.micro_batch_size",

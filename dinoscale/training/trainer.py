@@ -52,6 +52,7 @@ from dinoscale.runtime.watchdog import Watchdog
 from dinoscale.training import run_directory as directory
 from dinoscale.training.feed import open_images
 from dinoscale.training.hooks.events import Events
+from dinoscale.training.hooks.held_out import HeldOut
 from dinoscale.training.hooks.online_knn import OnlineKnn, drawn_images_caution
 from dinoscale.training.loop import Run
 from dinoscale.training.micro_batch.search import find_micro_batch
@@ -246,7 +247,7 @@ def _build(
     if teacher.gram is not None and begins_gram:
         _begin_gram(teacher.gram, config, plan, gram_from)
     del init_from, gram_from  # 4 bytes per weight, on rank 0
-    online_knn = _online_knn(config, hosts, stop, watchdog) if config.eval.train else None
+    online_knn, held_out = _measured_sets(config, hosts, stop, watchdog)
     if is_first:
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
     deepspeed = {"student": student.deepspeed_config, "teacher": teacher.deepspeed_config}
@@ -261,6 +262,7 @@ def _build(
         student,
         teacher,
         online_knn,
+        held_out,
         stop,
         watchdog,
         checkpoint,
@@ -317,14 +319,18 @@ def _require_new(run_dir: Path) -> None:
         )
 
 
-def _online_knn(
+def _measured_sets(
     config: RunConfig, hosts: Sequence[str], stop: StopRequest, watchdog: Watchdog
-) -> OnlineKnn:
-    def open_set(spec: str, decoder: Decoder) -> Source:
+) -> tuple[OnlineKnn | None, HeldOut | None]:
+    """The sets that the teacher is measured on, as far as the configuration names them."""
+
+    def open_set(spec: str, decoder: Decoder) -> StoredSource:
         opens = _unless_asked(partial(open_source, spec, decoder), stop)
         return open_once_per_node(opens, hosts, watchdog.heartbeat)
 
-    return distributed.together(lambda: OnlineKnn(config, open_set))
+    knn = distributed.together(lambda: OnlineKnn(config, open_set)) if config.eval.train else None
+    guarded = config.guard.every_steps is not None
+    return knn, distributed.together(lambda: HeldOut(config, open_set)) if guarded else None
 
 
 def _find_micro_batch(

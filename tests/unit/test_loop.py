@@ -83,8 +83,11 @@ def test_every_rank_counts_the_bad_images_and_stops_alike(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("error", "waits"), [(DataError("x"), 1), (LostPeerError("x"), 0)])
 def test_an_error_waits_for_the_checkpoint_being_written(error: Exception, waits: int) -> None:
     run: Any = Run.__new__(Run)
-    run.config, run.online_knn, run.resumed_at, run.process = tiny_config(), None, None, MagicMock()
-    run.progress, run.plan, run.watchdog = MagicMock(step=0), MagicMock(stop_step=1), MagicMock()
+    run.config, run.resumed_at, run.process = tiny_config(), None, MagicMock()
+    run.stopping, run.saved_step = False, None
+    run.measurements, run.teacher = MagicMock(asked_to_stop=False), MagicMock()
+    run.progress, run.watchdog = MagicMock(step=0, guarded=None), MagicMock()
+    run.plan = MagicMock(stop_step=1, steps_per_epoch=1)
     run.saver = MagicMock()
     run.saver.wait.return_value = None
     run.data_wait = MagicMock()

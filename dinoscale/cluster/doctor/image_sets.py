@@ -33,13 +33,15 @@ def image_sets(config: RunConfig) -> dict[str, tuple[str | None, Open]]:
             heartbeat=heartbeat,
         )
 
-    def open_labelled(spec: str, heartbeat: Alive) -> Source:
+    def open_stored(spec: str, heartbeat: Alive) -> Source:
         source = open_source(spec, decoder, heartbeat)
         require_few_left_out(source, spec, max_lost=max_lost)
         return source
 
+    held_out = None if config.guard.every_steps is None else config.guard.images
     return {
         "data.train": (" + ".join(parts) or None, open_training),
-        "eval.train": (config.eval.train, partial(open_labelled, config.eval.train or "")),
-        "eval.test": (config.eval.test, partial(open_labelled, config.eval.test or "")),
+        "eval.train": (config.eval.train, partial(open_stored, config.eval.train or "")),
+        "eval.test": (config.eval.test, partial(open_stored, config.eval.test or "")),
+        "guard.images": (held_out, partial(open_stored, held_out or "")),
     }

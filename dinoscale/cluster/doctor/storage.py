@@ -133,7 +133,7 @@ def num_checkpoints(config: RunConfig) -> int:
     """Most checkpoints in run_dir at once, including the one being written."""
     rule = config.checkpoint
     permanent = 0 if rule.keep_every is None else config.train.epochs // rule.keep_every
-    measures = config.eval.train is not None
+    measures = config.eval.train is not None or config.guard.every_steps is not None
     return rule.keep_last + permanent + (rule.keep_best and measures) + 1
 
 

@@ -58,5 +58,7 @@ class CheckpointConfig(Section):
         default=None, description="Also keep those at multiples of this many epochs; null: none."
     )
     keep_best: bool = Field(
-        default=True, description="Also keep the one with the highest online k-NN accuracy."
+        default=True,
+        description="Also keep the one with the highest online k-NN accuracy, or with a guard the "
+        "highest guard.measure.",
     )

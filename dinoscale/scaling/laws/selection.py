@@ -23,6 +23,7 @@ _NO_DIFFERENCE = {"seed", "run_dir"}  # keys that do not distinguish settings
 _DISQUALIFYING = (
     "collapse",
     "rolled back",
+    "fall",
 )  # events that make a run unrepresentative of its settings
 _RATE_KEYS = {"lr", "min_lr"}  # in optim
 

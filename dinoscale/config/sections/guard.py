@@ -1,0 +1,50 @@
+"""Settings of the guard, which compares the teacher with its start and its best."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dinoscale.config.sections.fields import Count, Fraction, PathText, Section
+
+
+class GuardConfig(Section):
+    """The teacher against its start and its best so far, on held-out images.
+
+    Each measurement has a checkpoint; the best one is kept, and its teacher is written to
+    `best.safetensors` in the run directory when the run ends. Off while `every_steps` is null.
+    """
+
+    every_steps: Count | None = Field(
+        default=None,
+        description="Optimizer steps between two measurements, the first before step 1; null: no "
+        "guard. [D].",
+    )
+    images: PathText | None = Field(
+        default=None,
+        description="Held-out images, whose labels are not read; null: those of eval.train.",
+    )
+    num_images: int = Field(
+        default=2048,
+        ge=2,
+        le=25_000,
+        description="How many of them are measured, a fixed choice. RankMe is at most this. [D].",
+    )
+    measure: Literal["rankme", "knn_top1"] = Field(
+        default="rankme",
+        description="What decides which teacher is the best: the effective rank of its features, "
+        "or its k-NN accuracy on eval.test. [D].",
+    )
+    max_fall: Fraction = Field(
+        default=0.1,
+        description="Fall of the measure from its best that counts, as a fraction of that. [D].",
+    )
+    min_agreement: Fraction = Field(
+        default=0.0,
+        description="Least fraction of an image's 10 nearest neighbours that are those of the "
+        "start; below it the teacher counts as fallen, whatever the measure says. [D].",
+    )
+    on_fall: Literal["warn", "stop", "roll_back"] = Field(
+        default="warn",
+        description="warn: an event and a warning. stop: end the run there. roll_back: end it, and "
+        "set the later checkpoints aside, so that it resumes from the best one.",
+    )

@@ -1,0 +1,124 @@
+"""The best checkpoint of a run: its teacher as weights, and the way back to it after a fall."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.checkpoint.load import held_step
+from dinoscale.checkpoint.progress import Guarded
+from dinoscale.checkpoint.retention import Summary, best_of, summary
+from dinoscale.config import RunConfig
+from dinoscale.convert.conversion import convert
+from dinoscale.errors import DinoscaleError, RunFailedError
+from dinoscale.runtime import distributed
+from dinoscale.runtime.opening import on_first_rank
+from dinoscale.training.hooks.events import Events
+from dinoscale.training.hooks.guard import end_text, fall_text
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "best.safetensors"  # in the run directory
+_FALLEN = "fallen_"  # name prefix of checkpoints set aside
+
+
+def best_checkpoint(run_dir: Path) -> Summary | None:
+    """The best checkpoint on disk by `best_of`; None if none was measured.
+
+    Raises:
+        UnreadableError: the checkpoints cannot be listed.
+    """
+    return best_of([summary(path) for path in checkpoints(run_dir)])
+
+
+def export_best(run_dir: Path) -> Path | None:
+    """Write the teacher of the best checkpoint to `WEIGHTS`, in place of an earlier best.
+
+    Returns:
+        The file; None with a warning if there is no best checkpoint, or it cannot be exported.
+    """
+    target = run_dir / WEIGHTS
+    try:
+        best = best_checkpoint(run_dir)
+        if best is None:
+            log.warning("no checkpoint was measured by the guard: there are no best weights")
+            return None
+        convert(best.path, target, to="dino", overwrite=True)
+    except DinoscaleError as error:
+        log.warning("the best weights are not exported: %s", error)
+        return None
+    log.info("the best weights are those of step %d: %s", best.step, target)
+    return target
+
+
+def set_back(run_dir: Path, *, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, so that a resume begins there; those renamed before go.
+
+    Returns:
+        Their new paths.
+
+    Raises:
+        UnreadableError: they cannot be listed, or the state of one cannot be read.
+        OSError: one cannot be renamed.
+    """
+    moved = []
+    # The newest first: an interruption then leaves no gap.
+    for path in sorted(checkpoints(run_dir), key=held_step, reverse=True):
+        if held_step(path) > step:
+            aside = path.with_name(_FALLEN + path.name)
+            if aside.exists():
+                shutil.rmtree(aside)
+            moved.append(path.rename(aside))
+    return moved
+
+
+def end_at_fall(
+    fall: Guarded, config: RunConfig, events: Events, heartbeat: Callable[[], None]
+) -> NoReturn:
+    """End a run whose teacher has fallen, as `guard.on_fall` says; all ranks call it.
+
+    The best teacher is exported. Its checkpoint becomes the newest one if the run is to roll back.
+
+    Args:
+        fall: the verdict.
+        config: of the run.
+        events: get how it ended.
+        heartbeat: called while rank 0 works.
+
+    Raises:
+        RunFailedError: always, on every rank.
+    """
+    run_dir, roll_back = Path(config.run_dir), config.guard.on_fall == "roll_back"
+    step = on_first_rank(lambda _: _export_and_set_back(run_dir, roll_back=roll_back), heartbeat)
+    step = distributed.broadcast_object(step)
+    if roll_back and step is not None:
+        events.write(fall.step, "rolled back", to_step=step)
+    else:
+        events.write(fall.step, "stopped", reason=fall.fall)
+    raise RunFailedError(
+        f"{fall_text(fall, config)}. {end_text(fall, config.guard, best_step=step)}"
+    )
+
+
+def _export_and_set_back(run_dir: Path, *, roll_back: bool) -> int | None:
+    """Do what is to be done on the disk; return the step of the best checkpoint, if any.
+
+    Raises:
+        UnreadableError: the checkpoints cannot be listed, or the state of one cannot be read.
+        RunFailedError: one cannot be renamed.
+    """
+    best = best_checkpoint(run_dir)
+    if best is None:
+        return None
+    export_best(run_dir)
+    try:
+        if roll_back:
+            set_back(run_dir, step=best.step)
+    except OSError as error:
+        raise RunFailedError(
+            f"cannot go back to the best checkpoint, {best.path}: {error}; rename the later ones by"
+            " hand"
+        ) from error
+    return best.step

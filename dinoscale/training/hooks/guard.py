@@ -1,0 +1,109 @@
+"""The guard's verdict: whether the teacher has fallen, and what to turn; no files, no ranks.
+
+The first measurement is the start. A later one is a fall if `measure` is more than the fraction
+`max_fall` below its best so far, the start included; if less than `min_agreement` of the
+neighbours are those of the start; or if the features are all zero or not finite. A fall never
+becomes the best. A measure that could not be taken is not judged.
+"""
+
+from dinoscale.checkpoint.progress import Guarded
+from dinoscale.config import RunConfig
+from dinoscale.config.sections.guard import GuardConfig
+
+_WORDS = {"rankme": "RankMe", "knn_top1": "k-NN top-1"}
+_UNUSABLE = "its features are all zero or not finite"
+
+
+def judge(
+    before: Guarded | None,
+    rule: GuardConfig,
+    *,
+    step: int,
+    values: dict[str, float],
+    images: str,
+) -> Guarded:
+    """What is known after a measurement; its `fall` says what is wrong, if anything.
+
+    Args:
+        before: what was known; None, or of other images: this measurement is the start.
+        rule: margins and measure.
+        step: after which it was measured.
+        values: numbers by name.
+        images: which ones were measured.
+    """
+    if starts(before, images):
+        fall = "" if values["rankme"] else _UNUSABLE
+        return Guarded(images, rule.measure, step, values, step, values, step, values, fall)
+    assert before is not None
+    fall = _fall(before, rule, values)
+    best_step, best = before.best_step, before.best
+    value = values.get(rule.measure)
+    if value is not None and not fall and value >= best.get(rule.measure, value):
+        best_step, best = step, values
+    return Guarded(
+        images,
+        rule.measure,
+        step,
+        values,
+        before.start_step,
+        before.start,
+        best_step,
+        best,
+        fall,
+    )
+
+
+def starts(before: Guarded | None, images: str) -> bool:
+    """Whether the next measurement is the start."""
+    return before is None or before.images != images
+
+
+def _fall(before: Guarded, rule: GuardConfig, values: dict[str, float]) -> str:
+    if not values["rankme"]:
+        return _UNUSABLE
+    value, best = values.get(rule.measure), before.best.get(rule.measure)
+    if value is not None and best is not None and value < (1 - rule.max_fall) * best:
+        return (
+            f"its {_WORDS[rule.measure]} is {value:.4g}, {1 - value / best:.0%} below the best so"
+            f" far, {best:.4g} at step {before.best_step} (guard.max_fall {rule.max_fall:g})"
+        )
+    shared = values.get("agreement")
+    if shared is not None and shared < rule.min_agreement:
+        return (
+            f"it shares {shared:.0%} of the nearest neighbours with the start, step"
+            f" {before.start_step} (guard.min_agreement {rule.min_agreement:g})"
+        )
+    return ""
+
+
+def fall_text(guarded: Guarded, config: RunConfig) -> str:
+    """A fall in words, with the settings to change."""
+    return (
+        f"step {guarded.step}: the teacher has fallen: {guarded.fall}. Lower optim.lr (now"
+        f" {config.optim.lr:g}), of the backbone alone optim.backbone_lr or optim.layer_decay (now"
+        f" {config.optim.layer_decay:g}), raise dino.momentum (now {config.dino.momentum:g}) or"
+        f" optim.warmup_epochs, or make the run shorter (train.epochs {config.train.epochs})"
+    )
+
+
+def end_text(guarded: Guarded, rule: GuardConfig, *, best_step: int | None) -> str:
+    """What to do after a fall that ends the run.
+
+    Args:
+        guarded: the fall.
+        rule: says how it ends.
+        best_step: of the best checkpoint; None if there is none.
+    """
+    if best_step is None:
+        return f"No checkpoint is better; set guard.on_fall=warn to go on from step {guarded.step}"
+    if rule.on_fall == "stop":
+        return (
+            f"Nothing is undone (guard.on_fall=stop): the same command stops here again."
+            f" guard.on_fall=roll_back returns to the best checkpoint, step {best_step};"
+            f" guard.on_fall=warn goes on from step {guarded.step}"
+        )
+    return (
+        f"Checkpoints after the best, step {best_step}, are set aside as fallen_step_*"
+        " (guard.on_fall=roll_back): the same command goes on from there, and falls again unless a"
+        " setting is changed"
+    )

@@ -1,0 +1,146 @@
+"""Label-free numbers of the teacher on held-out images, and its agreement with the start."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dinoscale.config import RunConfig
+from dinoscale.data.decoding.decode import Decoder
+from dinoscale.data.sources.mixture import require_few_left_out
+from dinoscale.data.sources.source import StoredSource
+from dinoscale.data.sources.subset import SubsetSource
+from dinoscale.errors import DataError, NonFiniteError
+from dinoscale.evaluate.features import extract_unlabelled
+from dinoscale.evaluate.label_free.agreement import agreement, nearest
+from dinoscale.evaluate.label_free.spectrum import alpha_req, rankme
+from dinoscale.runtime import distributed
+from dinoscale.runtime.outputs import write_tensors
+
+log = logging.getLogger(__name__)
+
+START_FILE = "guard_start.safetensors"  # neighbours of the start, in the run directory
+_NEIGHBOURS = "neighbours"
+
+
+class HeldOut:
+    """Measures a backbone on the images of the guard.
+
+    Attributes:
+        images: which ones, in words; numbers of others do not compare.
+    """
+
+    def __init__(self, config: RunConfig, open_set: Callable[[str, Decoder], StoredSource]) -> None:
+        """Open `guard.images`, or else `eval.train`.
+
+        Args:
+            config: of the run.
+            open_set: opens a source from its specification.
+
+        Raises:
+            DataError: it cannot be opened, or more than `data.max_bad_fraction` is left out.
+        """
+        spec = config.guard.images or config.eval.train
+        assert spec is not None
+        source = open_set(spec, Decoder(config.data.channels, config.data.max_pixel_value))
+        require_few_left_out(source, spec, max_lost=config.data.max_bad_fraction)
+        count = config.guard.num_images
+        whole = len(source) <= count
+        self._source = source if whole else SubsetSource(source, images=count)
+        self._config, self._path = config, Path(config.run_dir) / START_FILE
+        self._start: Tensor | None = None
+        self.images = f"{len(self._source)} of {len(source)} images of {spec}"
+
+    def measure(
+        self,
+        backbone: nn.Module,
+        device: torch.device,
+        on_batch: Callable[[], None],
+        *,
+        starts: bool,
+    ) -> dict[str, float]:
+        """Numbers by name, the same on every rank; all ranks call it.
+
+        RankMe and agreement of features that are not finite are 0.
+
+        Args:
+            backbone: ordinary weights, whole on every rank.
+            device: of the backbone.
+            on_batch: called after each batch; an exception on one rank ends it on all.
+            starts: whether this is the start that later measurements are compared with.
+
+        Returns:
+            `rankme` in directions; `agreement`, 0 to 1, unless the start is not known; `alpha_req`,
+            unless the rank is too low.
+
+        Raises:
+            DinoscaleError: on every rank.
+        """
+        config = self._config
+        try:
+            features, numbers = extract_unlabelled(
+                backbone,
+                self._source,
+                resize=config.eval.resize,
+                crop=config.eval.crop,
+                mean=config.data.mean,
+                std=config.data.std,
+                batch_size=config.eval.batch_size,
+                device=device,
+                num_workers=config.data.num_workers,
+                on_batch=on_batch,
+            )
+        except NonFiniteError:  # on every rank
+            return {"rankme": 0.0, "agreement": 0.0}
+
+        def values() -> dict[str, float] | None:
+            # On one rank: others of another make may differ in the last bit, and decide otherwise.
+            if distributed.rank() != 0:
+                return None
+            return self._values(features, numbers, starts=starts)
+
+        found = distributed.broadcast_object(distributed.together(values))
+        return cast(dict[str, float], found)
+
+    def _values(self, features: Tensor, numbers: Tensor, *, starts: bool) -> dict[str, float]:
+        if len(features) < 2:
+            raise DataError(f"the guard compares images, and {len(features)} can be read")
+        found = {"rankme": rankme(features)}
+        alpha = alpha_req(features)
+        found |= {} if alpha is None else {"alpha_req": alpha}
+        neighbours = nearest(features, numbers, num_images=len(self._source)).cpu()
+        if starts:
+            self._start = neighbours
+            self._write(neighbours)
+        elif self._start is None:
+            self._start = self._read()
+        if self._start is not None:
+            found["agreement"] = agreement(self._start, neighbours)
+        return found
+
+    def _write(self, neighbours: Tensor) -> None:
+        """Keep the start for later starts of the run; a full disk costs the agreement of those."""
+        part = self._path.with_name(f".{self._path.name}.part")
+        try:
+            write_tensors({_NEIGHBOURS: neighbours}, part, metadata={"images": self.images})
+            part.replace(self._path)
+        except (OSError, SafetensorError) as error:
+            log.warning("cannot write %s: %s", self._path, error)
+
+    def _read(self) -> Tensor | None:
+        """Neighbours of the start, None with a warning if they are lost."""
+        try:
+            found = load_file(self._path)[_NEIGHBOURS]
+        except (OSError, SafetensorError, KeyError) as error:
+            log.warning("no agreement with the start: %s cannot be read: %s", self._path, error)
+            return None
+        whole = found.ndim == 2 and found.shape[1] > 0 and len(found) == len(self._source)
+        if not whole or found.dtype != torch.int64:
+            log.warning("no agreement with the start: %s is of another set", self._path)
+            return None
+        return found

@@ -1,0 +1,103 @@
+"""What is measured of the teacher during a run: k-NN, and the guard's held-out images."""
+
+import logging
+from functools import partial
+
+from dinoscale.checkpoint.progress import Progress
+from dinoscale.config import RunConfig
+from dinoscale.engine.teacher import Teacher
+from dinoscale.training.due import Due
+from dinoscale.training.hooks.events import Events
+from dinoscale.training.hooks.guard import fall_text, judge, starts
+from dinoscale.training.hooks.held_out import HeldOut
+from dinoscale.training.hooks.measuring import Measuring
+from dinoscale.training.hooks.metrics import Metrics
+from dinoscale.training.hooks.online_knn import OnlineKnn
+
+log = logging.getLogger(__name__)
+
+
+class Measurements:
+    """Takes the measurements that are due, and writes them down; all ranks call it together.
+
+    Attributes:
+        last: the last k-NN accuracy and the best, for the summary of a run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        measuring: Measuring,
+        online_knn: OnlineKnn | None,
+        held_out: HeldOut | None,
+        events: Events,
+        metrics: Metrics,
+        *,
+        warns: bool,
+    ) -> None:
+        """Args: parts of the run; `warns` on the rank that logs warnings."""
+        self._config, self._measuring, self._warns = config, measuring, warns
+        self._online_knn, self._held_out = online_knn, held_out
+        self._events, self._metrics = events, metrics
+        self.last: dict[str, float] = {}
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a rank was asked to stop during a measurement."""
+        return self._measuring.asked_to_stop
+
+    def missing(self, progress: Progress, due: Due) -> Due:
+        """What a start that ended at this step has left to do; a guard that is new begins."""
+        known, held_out = progress.guarded, self._held_out
+        if held_out is None:
+            guard = False
+        elif known is None or starts(known, held_out.images):
+            guard = True
+        else:
+            guard = due.guard and known.step < progress.step
+        return due._replace(knn=due.knn and progress.knn_top1 is None, guard=guard)
+
+    def take(self, progress: Progress, teacher: Teacher, due: Due) -> bool:
+        """Measure what is due; `progress` gets what is found. Return whether anything was."""
+        found = False
+        if due.knn and self._online_knn is not None:
+            found = self._measure_knn(self._online_knn, progress, teacher)
+        if due.guard and self._held_out is not None:  # after k-NN, which the guard may judge
+            found |= self._measure_held_out(self._held_out, progress, teacher)
+        return found
+
+    def _images(self, progress: Progress) -> dict[str, float]:
+        return {"images": progress.step * self._config.train.batch_size}
+
+    def _measure_knn(self, online_knn: OnlineKnn, progress: Progress, teacher: Teacher) -> bool:
+        done = progress.step
+        found = self._measuring.attempt("k-NN", online_knn.measure, teacher, done)
+        if found is None:
+            return False
+        top1 = found.top1
+        progress.measured(top1)
+        self.last = {"knn_top1": top1, "best_knn_top1": progress.best_knn_top1 or top1}
+        values = {"knn_top1": top1, "rankme": found.rankme}
+        self._metrics.write(done, {**self._images(progress), **values})
+        self._metrics.say(f"step {done}: k-NN top-1 of the teacher {top1:.1f} %")
+        return True
+
+    def _measure_held_out(self, held_out: HeldOut, progress: Progress, teacher: Teacher) -> bool:
+        """Measure the images of the guard, and judge; a fall is an event once until it ends."""
+        done, before, images = progress.step, progress.guarded, held_out.images
+        measure = partial(held_out.measure, starts=starts(before, images))
+        values = self._measuring.attempt("held-out measurement", measure, teacher, done)
+        if values is None:
+            return False
+        own = {f"guard_{name}": value for name, value in values.items()}
+        self._metrics.write(done, {**self._images(progress), **own})
+        if progress.knn_top1 is not None:
+            values["knn_top1"] = progress.knn_top1
+        after = judge(before, self._config.guard, step=done, values=values, images=images)
+        progress.guarded = after
+        if after.fall and not (before and before.fall):
+            text = fall_text(after, self._config)
+            self._events.write(done, "fall", text=text)
+            if self._warns:
+                log.warning("%s", text)
+        return True
