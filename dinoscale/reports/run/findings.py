@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dinoscale.cluster.doctor.report import Check, Verdict, count_text, ok, problem, warning
+from dinoscale.reports.run.guard import check_guard
 from dinoscale.reports.run.read import BAD_IMAGES, Record
 from dinoscale.reports.run.state import State, median
 from dinoscale.training.hooks.data_wait import ALLOWED
@@ -22,6 +23,7 @@ def check_run(record: Record, state: State) -> list[Check]:
         _collapse(record),
         _finite_loss(record),
         *_knn(record),
+        *check_guard(record),
         *_interruptions(record),
         _saves(record),
         _bad_images(record),

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from dinoscale.reports.html import Plot, drawing, finish_plot, printable
+from dinoscale.reports.run.guard import margin
 from dinoscale.reports.run.read import Record
 from dinoscale.reports.run.series import Point, Series, smooth
 from dinoscale.reports.run.state import State
@@ -75,8 +76,26 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
         bounds = ((0.0, "0: one-hot"), (math.log(prototypes), f"ln {prototypes}: uniform"))
     return [
         _PlotSpec("loss", "loss, nats", noisy=True),
-        _PlotSpec("knn_top1", "k-NN top-1 of the teacher, %", dots=True),
+        _PlotSpec(
+            "knn_top1",
+            "k-NN top-1 of the teacher, %",
+            dots=True,
+            limits=margin(record, "knn_top1"),
+        ),
         _PlotSpec("rankme", "RankMe of the teacher's features, directions", dots=True),
+        _PlotSpec(
+            "guard_rankme",
+            "RankMe of held-out images, directions",
+            dots=True,
+            limits=margin(record, "guard_rankme"),
+        ),
+        _PlotSpec(
+            "guard_agreement",
+            "share of nearest neighbours that are those of the start",
+            dots=True,
+            limits=margin(record, "guard_agreement"),
+        ),
+        _PlotSpec("guard_alpha_req", "alpha-ReQ of held-out images", dots=True),
         _PlotSpec(*entropy, noisy=True, limits=bounds, from_zero=True),
         _PlotSpec("kl", "KL(teacher || student), nats", noisy=True),
         _PlotSpec(

@@ -143,7 +143,7 @@ LIST = HEAD + "design: list\nruns: [%s]\n"
             [
                 ": axes.hed.num_prototypes: unknown section 'hed', did you mean 'head'; known are"
                 " model, head, crops, augment, dino, ibot, koleo, gram, optim,"
-                " schedules, train, data, engine, eval, log,"
+                " schedules, train, data, engine, eval, guard, log,"
                 " checkpoint",
                 ": axes.head: is a section; name one of its settings, as head.num_prototypes",
             ],

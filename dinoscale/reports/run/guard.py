@@ -1,0 +1,83 @@
+"""What the guard of a run found: the teacher before training, at its best and last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from xml.etree.ElementTree import Element
+
+from dinoscale.checkpoint.progress import Guarded
+from dinoscale.cluster.doctor.report import Check, ok, problem, warning
+from dinoscale.reports import html
+from dinoscale.reports.html import element
+from dinoscale.reports.run.read import Record
+
+_WORDS = {
+    "knn_top1": "k-NN top-1, %",
+    "rankme": "RankMe, directions",
+    "alpha_req": "alpha-ReQ",
+    "agreement": "nearest neighbours shared with the start",
+}
+
+
+def known_of(record: Record) -> Guarded | None:
+    """What the newest checkpoint knows of the guard; None without one."""
+    found = [one for one in record.checkpoints if one.guarded is not None]
+    return max(found, key=lambda one: one.step).guarded if found else None
+
+
+def margin(record: Record, series: str) -> tuple[tuple[float, str], ...]:
+    """The line in the plot of a series below which the teacher has fallen, with its label."""
+    known, config = known_of(record), record.config
+    if known is None or config is None or config.guard.every_steps is None:
+        return ()
+    rule = config.guard
+    if series == "guard_agreement":
+        least = rule.min_agreement
+        return ((least, f"{least:g}: guard.min_agreement"),) if least else ()
+    best = known.best.get(known.measure)
+    if best is None or series != {"rankme": "guard_rankme"}.get(known.measure, known.measure):
+        return ()
+    return (((1 - rule.max_fall) * best, f"best - {rule.max_fall:.0%}"),)
+
+
+def check_guard(record: Record) -> Iterator[Check]:
+    """Whether the teacher has fallen; nothing without a guard."""
+    name, known, count = "guard", known_of(record), record.events.counts["fall"]
+    if count:
+        last = record.events.last["fall"]
+        ended = known is not None and not known.fall and known.step > last.step
+        verdict, more = (warning, ", which has ended") if ended else (problem, "")
+        yield verdict(name, f"{last.detail('text')}{more}")
+    elif known is not None:
+        yield ok(
+            name,
+            f"no fall; best at step {known.best_step:,}, by {_WORDS.get(known.measure, 'k-NN')}",
+        )
+
+
+def before_and_after(record: Record) -> list[Element]:
+    """A table of every measure at the start, the best and the last measurement."""
+    known = known_of(record)
+    if known is None:
+        return []
+    columns = (
+        (f"start (step {known.start_step:,})", known.start),
+        (f"best (step {known.best_step:,})", known.best),
+        (f"last (step {known.step:,})", known.values),
+    )
+    rows = [
+        element(
+            "tr",
+            element("th", words, scope="row"),
+            *(element("td", _number(values.get(name))) for _, values in columns),
+        )
+        for name, words in _WORDS.items()
+        if any(name in values for _, values in columns)
+    ]
+    heads = [element("th", head, scope="col") for head in ("teacher", *(c for c, _ in columns))]
+    images = element("p", f"Measured on {known.images}; the best by {_WORDS.get(known.measure)}.")
+    return [element("h2", "Before and after"), images, html.table(heads, rows)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,177 @@
+"""The guard's verdicts: what is a fall, what becomes the best, and what the text says."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dinoscale.checkpoint.progress import Guarded, Progress, read_guarded, write_measured
+from dinoscale.checkpoint.retention import Summary, best_of
+from dinoscale.config.sections.guard import GuardConfig
+from dinoscale.data.sources.source import open_source
+from dinoscale.training.hooks.guard import end_text, fall_text, judge
+from dinoscale.training.hooks.held_out import START_FILE, HeldOut
+from tests.distributed.tiny_run import tiny_config
+
+RULE = GuardConfig(every_steps=10, max_fall=0.1, min_agreement=0.3)
+
+
+def _judged(*found: dict[str, float], rule: GuardConfig = RULE) -> Guarded:
+    """After measurements at steps 0, 10, ..."""
+    known = None
+    for number, values in enumerate(found):
+        known = judge(known, rule, step=10 * number, values=values, images="a")
+    assert known is not None
+    return known
+
+
+def _rank(rank: float, agreement: float = 1.0) -> dict[str, float]:
+    return {"rankme": rank, "agreement": agreement}
+
+
+def test_the_first_measurement_is_start_and_best() -> None:
+    found = _judged(_rank(8.0))
+    assert (found.start, found.best, found.fall) == (_rank(8.0), _rank(8.0), "")
+
+
+def test_only_more_than_the_margin_below_the_best_is_a_fall() -> None:
+    assert _judged(_rank(5.0), _rank(10.0), _rank(9.0)).fall == ""
+    fall = _judged(_rank(5.0), _rank(10.0), _rank(8.9))
+    assert fall.fall == (
+        "its RankMe is 8.9, 11% below the best so far, 10 at step 10 (guard.max_fall 0.1)"
+    )
+    assert (fall.best_step, fall.start_step, fall.start) == (10, 0, _rank(5.0))
+
+
+def test_a_fall_ends_when_the_measure_is_back_and_of_ties_the_newest_is_best() -> None:
+    back = _judged(_rank(10.0), _rank(2.0), _rank(10.0))
+    assert (back.fall, back.best_step) == ("", 20)
+
+
+def test_too_little_agreement_is_a_fall_that_is_never_the_best() -> None:
+    fall = _judged(_rank(10.0), _rank(20.0, agreement=0.29))
+    assert fall.fall.startswith("it shares 29% of the nearest neighbours with the start, step 0")
+    assert fall.best_step == 0
+    assert _judged(_rank(10.0), {"rankme": 9.5}).fall == ""  # the start is not known
+
+
+def test_features_without_a_direction_are_a_fall_whatever_the_measure() -> None:
+    by_knn = GuardConfig(every_steps=10, measure="knn_top1")
+    start = {**_rank(5.0), "knn_top1": 50.0}
+    assert "not finite" in _judged(start, _rank(0.0, 0.0), rule=by_knn).fall
+    assert "not finite" in _judged(_rank(0.0, 0.0), rule=by_knn).fall
+
+
+def test_a_measure_that_could_not_be_taken_is_not_judged() -> None:
+    by_knn = GuardConfig(every_steps=10, measure="knn_top1")
+    start = {**_rank(5.0), "knn_top1": 50.0}
+    without = _judged(start, _rank(1.0), rule=by_knn)
+    assert (without.fall, without.best_step) == ("", 0)
+    low = {**_rank(5.0), "knn_top1": 44.0}
+    assert "k-NN top-1 is 44, 12% below" in _judged(start, _rank(1.0), low, rule=by_knn).fall
+
+
+def test_other_images_begin_anew() -> None:
+    known = judge(_judged(_rank(10.0)), RULE, step=10, values=_rank(1.0), images="b")
+    assert (known.fall, known.start_step, known.best_step) == ("", 10, 10)
+
+
+def test_the_texts_name_the_settings() -> None:
+    config = tiny_config(optim={"lr": 0.3, "layer_decay": 0.9}, guard={"on_fall": "roll_back"})
+    fall = _judged(_rank(10.0), _rank(1.0))
+    text = fall_text(fall, config)
+    for name in ("optim.lr (now 0.3)", "optim.backbone_lr", "optim.layer_decay (now 0.9)"):
+        assert name in text
+    for name in ("dino.momentum (now 0.9)", "train.epochs 10", "90% below"):
+        assert name in text
+    assert "guard.on_fall=roll_back" in end_text(fall, config.guard, best_step=0)
+    stop = end_text(fall, GuardConfig(on_fall="stop"), best_step=0)
+    assert "guard.on_fall=warn goes on from step 10" in stop
+
+
+def test_what_is_known_survives_as_plain_data(tmp_path: Path) -> None:
+    known = _judged(_rank(10.0), _rank(1.0))
+    progress = Progress(step=10, guarded=known)
+    assert Progress(**json.loads(json.dumps(asdict(progress)))) == progress
+    write_measured(tmp_path, None, known)
+    assert read_guarded(tmp_path) == known
+    assert Progress(step=10).guarded is None  # as of an older version
+
+
+@pytest.mark.parametrize("change", [{"step": "1"}, {"best": [1]}, {"values": {"rankme": "x"}}])
+def test_damaged_plain_data_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    plain = asdict(_judged(_rank(10.0))) | change
+    with pytest.raises((TypeError, AttributeError)):
+        Guarded(**plain)
+    (tmp_path / "measured.json").write_text(json.dumps({"guarded": plain}))
+    assert read_guarded(tmp_path) is None
+
+
+def _summary(step: int, knn: float | None, guarded: Guarded | None) -> Summary:
+    return Summary(Path(f"step_{step:08d}"), step, 1, "now", knn, 2, 2, guarded)
+
+
+def test_the_best_checkpoint_is_the_guards_and_no_fall() -> None:
+    one, two = _judged(_rank(9.0)), _judged(_rank(9.0), _rank(12.0))
+    three = _judged(_rank(9.0), _rank(12.0), _rank(30.0, agreement=0.1))
+    found = [_summary(0, 80.0, one), _summary(10, 60.0, two), _summary(20, 90.0, three)]
+    best = best_of(found)
+    assert best is not None
+    assert best.step == 10
+    later = _summary(25, 95.0, three)  # was not measured by the guard
+    assert best_of([*found, later]) == best
+    assert best_of([_summary(0, 80.0, None), _summary(5, 70.0, None)]) == _summary(0, 80.0, None)
+
+
+class _Features(nn.Module):
+    """Features that are a linear function of the pixels."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Linear(3 * 16 * 16, 6)
+
+    def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+        features: torch.Tensor = self.layer(images[0].flatten(1))
+        return features
+
+
+def _held_out(folder: Path, spec: str = "synthetic:shapes?images=40&size=16") -> HeldOut:
+    config = tiny_config(str(folder), guard={"every_steps": 5, "images": spec, "num_images": 30})
+    return HeldOut(config, lambda name, decoder: open_source(name, decoder))
+
+
+def _values(held_out: HeldOut, seed: int, *, starts: bool = False) -> dict[str, float]:
+    cpu = torch.device("cpu")
+    return held_out.measure(_Features(seed), cpu, lambda: None, starts=starts)
+
+
+def test_agreement_with_the_start_survives_a_new_start(tmp_path: Path) -> None:
+    first = _held_out(tmp_path)
+    assert first.images == "30 of 40 images of synthetic:shapes?images=40&size=16"
+    assert _values(first, 0, starts=True)["agreement"] == 1
+    later = _values(first, 1)
+    assert 0 < later["agreement"] < 1
+    assert _values(_held_out(tmp_path), 1) == later
+    assert _values(_held_out(tmp_path), 0)["agreement"] == 1
+
+
+@pytest.mark.parametrize("damage", [b"", None])
+def test_a_lost_start_costs_the_agreement_alone(tmp_path: Path, damage: bytes | None) -> None:
+    _values(_held_out(tmp_path), 0, starts=True)
+    if damage is None:
+        (tmp_path / START_FILE).unlink()
+    else:
+        (tmp_path / START_FILE).write_bytes(damage)
+    assert [*_values(_held_out(tmp_path), 1)] == ["rankme"]
+
+
+def test_features_that_are_not_finite_have_no_rank(tmp_path: Path) -> None:
+    held_out, broken = _held_out(tmp_path), _Features(0)
+    nn.init.constant_(broken.layer.weight, torch.nan)
+    found = held_out.measure(broken, torch.device("cpu"), lambda: None, starts=False)
+    assert found == {"rankme": 0.0, "agreement": 0.0}
