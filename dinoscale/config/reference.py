@@ -104,9 +104,10 @@ rounds to bf16: there both types are about as fast, and bf16 keeps half the acti
   training goes on uncompiled. Evaluation is never compiled.
 - `engine.checkpoint_every_k_blocks=1` (or 2, 3, ...) recomputes every k-th block in the backward
   pass. `engine.recompute` says what of it: `pointwise` keeps the outputs of products and
-  attention and recomputes norms, activations and sums; `all_but_attention` keeps the attention's
-  output only; `block` keeps nothing. Without `engine.compile` no bit of the result changes. What
-  each costs and saves is in [tests](../tests/README.md#activation-checkpointing).
+  attention and recomputes norms and activations, which saves memory in compiled blocks only: the
+  others always do so; `all_but_attention` keeps the attention's output only; `block` keeps
+  nothing. Without `engine.compile` no bit of the result changes. What each costs and saves is in
+  [tests](../tests/README.md#activation-checkpointing).
 - `model.drop_path_mode=subset` does not compute dropped branches. Of each micro-batch a fixed
   number of images drops a branch, so results depend on how a batch is split. The reference's
   rule, each image by itself, is the default.

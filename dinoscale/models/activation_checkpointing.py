@@ -1,9 +1,9 @@
 """What a block keeps for its backward: some activations; the others are made again.
 
-In units of tokens x width, autograd keeps about 17 of a block with an MLP of ratio 4. Three of
-them are a norm away from another one, or its copy, and never kept. Activation checkpointing keeps
-still fewer of the other 14. Non-reentrant checkpoints only: the other kind fails under ZeRO-2 and
-3 when a block runs twice.
+In units of tokens x width, autograd keeps about 17 of a block with an MLP of ratio 4. Seven of
+them are a norm or an activation away from another one, or its copy, and a block that is not
+compiled never keeps those. Activation checkpointing keeps still fewer of the other 10.
+Non-reentrant checkpoints only: the other kind fails under ZeRO-2 and 3 when a block runs twice.
 """
 
 import functools
@@ -21,7 +21,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-# pointwise: keep the outputs of the matrix products and of the attention (10 units).
+# pointwise: keep the outputs of the matrix products and of the attention (10 units); in a block
+#     that is not compiled, which keeps no more anyway, nothing else than without checkpointing.
 # all_but_attention: keep the input of the block and the output of its attention (2 units).
 # block: keep the input only (1 unit).
 Recompute = Literal["pointwise", "all_but_attention", "block"]

@@ -183,7 +183,8 @@ class Block(nn.Module):
             keep: (2, T, 1) multipliers of the two branches, float32; or the subset of images for
                 which each branch is computed; None for ones.
             rotations: of queries and keys, one for each resolution of `layout`; None for none.
-            recompute: which activations the backward pass recomputes; None for none.
+            recompute: which activations the backward pass recomputes; None for those that eager
+                blocks always do.
             compiled: run a compiled graph that all blocks share; eager where compiling fails.
         """
         run = _run
@@ -201,7 +202,7 @@ class Block(nn.Module):
             return _of_norm(self.norm1, x, lambda normalised: self.attn(normalised, at, rotations))
 
         def widen(x: Tensor, _: Layout) -> Tensor:
-            return _of_norm(self.norm2, x, self.mlp)
+            return _of_norm(self.norm2, x, lambda normalised: _feed_forward(self.mlp, normalised))
 
         tokens = _add(tokens, layout, keep_attention, attend)
         return _add(tokens, layout, keep_mlp, widen)
@@ -214,6 +215,36 @@ def _of_norm(norm: nn.Module, x: Tensor, branch: Callable[[Tensor], Tensor]) -> 
     kept = x.detach()
     remake(normalised, lambda: norm.forward(kept))  # not a call, which would run ZeRO's hooks
     return result
+
+
+def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
+    """An MLP or SwiGLU of timm, of tokens (T, D).
+
+    Only what its first layer returns is kept for the backward. The activation, and the product of a
+    SwiGLU, are made again from that.
+    """
+    if not torch.is_grad_enabled():
+        return mlp(x)  # type: ignore[no-any-return]  # of timm; frees its tensors as early as it can
+    gate, *factors = _first_layer(mlp, x)
+    activated = mlp.act(gate)
+    hidden = activated * factors[0] if factors else activated
+    result: Tensor = mlp.fc2(mlp.norm(hidden))
+    kept, *others = (first.detach() for first in (gate, *factors))
+    remake(activated, lambda: mlp.act.forward(kept))
+    if others:
+        remake(hidden, lambda: mlp.act.forward(kept) * others[0])
+    return result
+
+
+def _first_layer(mlp: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Input of the activation, and of a SwiGLU its factor, each (T, H)."""
+    if hasattr(mlp, "fc1_g"):  # a layer for each
+        return mlp.fc1_g(x), mlp.fc1_x(x)
+    first: Tensor = mlp.fc1(x)
+    if not hasattr(mlp, "gate_last"):
+        return (first,)
+    halves = first.chunk(2, dim=-1)
+    return halves[::-1] if mlp.gate_last else halves
 
 
 def _add(
@@ -243,9 +274,10 @@ def _run(
     rotations: Rotations,
     recompute: Recompute | None,
 ) -> Tensor:
-    if not torch.is_grad_enabled() or (recompute is None and torch.compiler.is_compiling()):
+    compiling = torch.compiler.is_compiling()
+    if not torch.is_grad_enabled() or (recompute is None and compiling):
         return block.add_branches(tokens, layout, keep, rotations)
-    if recompute is None:
+    if recompute is None or (recompute == "pointwise" and not compiling):
         with saving_little():
             tokens = block.add_branches(tokens, layout, keep, rotations)
             for parameter in block.parameters():

@@ -24,15 +24,15 @@ class Job(NamedTuple):
     subset: bool = False  # drop branches without computing them
 
 
-KINDS = ("pointwise", "all_but_attention", "block")
+ATTENDED = "all_but_attention"
 JOBS = [
     *(Job(stage) for stage in (0, 2, 3)),
-    *(Job(stage, every=2, recompute=kind) for stage, kind in zip((0, 2, 3), KINDS, strict=True)),
-    *(Job(3, every=2, recompute=kind) for kind in KINDS[:2]),
+    *(Job(stage, every=2) for stage in (0, 3)),
+    *(Job(stage, every=2, recompute=ATTENDED) for stage in (2, 3)),
     *(Job(3, precision="bf16", every=every) for every in (0, 1)),
-    *(Job(3, precision="bf16", every=1, recompute=kind) for kind in KINDS[:2]),
+    Job(3, precision="bf16", every=1, recompute=ATTENDED),
     *(Job(stage, subset=True) for stage in (0, 3)),
-    Job(3, every=1, recompute="pointwise", subset=True),
+    Job(3, every=1, recompute=ATTENDED, subset=True),
     Job(0, compiled=True),
     *(Job(stage, compiled=True, every=2, recompute="pointwise") for stage in (2, 3)),
     Job(3, compiled=True, every=1),

@@ -39,8 +39,8 @@ class EngineConfig(Section):
     )
     recompute: Literal["pointwise", "all_but_attention", "block"] = Field(
         default="block",
-        description="What such a block recomputes; pointwise: norms, activations and residual "
-        "sums.",
+        description="What such a block recomputes; pointwise: norms and activations, as blocks that"
+        " are not compiled always do.",
     )
     compile: Literal["auto", True, False] = Field(
         default="auto",
