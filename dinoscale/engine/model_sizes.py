@@ -155,13 +155,13 @@ class Dims:
 
     @property
     def mlp_kept(self) -> int:
-        """Elements per token that an MLP keeps for the backward: each result between its matrices.
+        """Elements per token that an MLP keeps for the backward: what its first layer returns.
 
-        A plain MLP keeps the input and output of its activation; a gated one, with a third matrix,
-        keeps both inputs of the product, the activation and the product.
+        A plain MLP keeps the input of its activation; a gated one, with a third matrix, the other
+        factor too. Between its matrices are as many more: the activation, the product.
         """
         gated = self.mlp_matrices > 2 * self.embed_dim * self.mlp_hidden
-        return (4 if gated else 2) * self.mlp_hidden
+        return (2 if gated else 1) * self.mlp_hidden
 
 
 def dims_of(config: RunConfig) -> Dims:

@@ -82,7 +82,7 @@ def test_dinov2s_layers_are_counted_as_torch_counts_them() -> None:
     counted = _counted(network, 2)
     assert (flops.teacher, flops.student_forward, flops.student_backward) == counted
     assert (dims.layer_scale, dims.num_special, dims.mlp_hidden) == (True, 4, 64)
-    assert dims.mlp_kept == 4 * 64  # the two factors of the product, the gate's input, the product
+    assert dims.mlp_kept == 2 * 64  # the gate's input and the other factor
 
 
 @pytest.mark.parametrize("own_head", [False, True])

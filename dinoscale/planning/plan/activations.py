@@ -12,7 +12,7 @@ def saved_by_block(dims: Dims, setup: Setup, *, index: int) -> float:
     s, width = setup.weight_bytes, dims.embed_dim
     statistics = FP32 * dims.num_heads  # logsumexp of attention
     if not is_recomputed(setup, index=index):
-        # Its input, qkv, attention, and the sum after attention: 14 D in a plain block.
+        # Its input, qkv, attention, and the sum after attention: 10 D in a plain block.
         elements = 6 * width + _rotated(dims) + dims.mlp_kept
         if setup.compiled:
             elements = _everything(dims, setup)
@@ -21,7 +21,7 @@ def saved_by_block(dims: Dims, setup: Setup, *, index: int) -> float:
         return s * width  # its input
     if setup.recompute == "all_but_attention":
         return s * 2 * width + statistics  # its input, and the output of attention
-    products = 4 * width + dims.mlp_kept // 2  # qkv, projection, first layer of the MLP
+    products = 4 * width + dims.mlp_kept  # qkv, projection, first layer of the MLP
     return s * (2 * width + products) + statistics
 
 
@@ -33,15 +33,18 @@ def _rotated(dims: Dims) -> int:
 def _everything(dims: Dims, setup: Setup) -> int:
     """Elements per token that autograd keeps of a block: 17 D of a plain one.
 
-    Beside the others the two norms, attention both by resolution and packed, and in a compiled
-    block what layer scale multiplies; else it multiplies the weights.
+    Beside the others the two norms, attention both by resolution and packed, what lies between the
+    MLP's matrices, and in a compiled block what layer scale multiplies; else it multiplies the
+    weights.
     """
     scaled = 2 * dims.embed_dim if setup.compiled and dims.layer_scale else 0
-    return 9 * dims.embed_dim + scaled + _rotated(dims) + dims.mlp_kept
+    return 9 * dims.embed_dim + scaled + _rotated(dims) + 2 * dims.mlp_kept
 
 
 def is_recomputed(setup: Setup, *, index: int) -> bool:
-    """Whether the backward recomputes block `index`."""
+    """Whether the backward recomputes more of block `index` than of any."""
+    if setup.recompute == "pointwise" and not setup.compiled:
+        return False  # what an eager block makes again anyway
     return setup.checkpoint_every > 0 and index % setup.checkpoint_every == 0
 
 
@@ -72,10 +75,12 @@ def _saved_by_head(dims: Dims, setup: Setup, hidden: int, layers: int, bottlenec
 def added_by_backward(dims: Dims, setup: Setup, *, index: int) -> float:
     """Bytes that the backward of block `index` adds: gradients of activations, recomputed ones."""
     s, width, tokens = setup.weight_bytes, dims.embed_dim, setup.micro_batch_size * dims.tokens
-    # Gradients of the block's output, and in the MLP of half as many elements as it keeps: there
-    # are more, but what it kept for them is free by then.
-    gradients = s * tokens * (width + dims.mlp_kept // 2)
-    if not is_recomputed(setup, index=index):
-        return gradients
-    recomputed = s * _everything(dims, setup) - saved_by_block(dims, setup, index=index)
-    return gradients + tokens * recomputed
+    # Gradients of the block's output, and in the MLP of as many elements as its first layer
+    # returns: there are more, but what was kept or made again for them is free by then.
+    gradients = s * (width + dims.mlp_kept)
+    made_again = 0.0
+    if is_recomputed(setup, index=index):
+        made_again = s * _everything(dims, setup) - saved_by_block(dims, setup, index=index)
+    elif not setup.compiled:
+        made_again = s * dims.mlp_kept  # the norms, before and after the MLP, are smaller
+    return tokens * (gradients + made_again)

@@ -190,7 +190,7 @@ def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
 
 def _widest(dims: Dims, setup: Setup, *, tokens: int) -> float:
     """A block over so many tokens an image: residual, norm, input and output of the activation."""
-    of_token = setup.weight_bytes * (2 * dims.embed_dim + dims.mlp_kept)
+    of_token = setup.weight_bytes * (2 * dims.embed_dim + 2 * dims.mlp_kept)
     return setup.micro_batch_size * tokens * of_token
 
 

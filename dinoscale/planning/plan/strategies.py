@@ -131,6 +131,8 @@ def options(dims: Dims, setup: Setup, machine: Machine, sizes: list[int]) -> lis
         if setup.offload_optimizer and stage == 0:
             continue  # stage 0 has no shard to offload
         for level in LEVELS:
+            if level == "pointwise" and not setup.compiled:
+                continue  # eager blocks do that anyway
             tried = replace(
                 setup,
                 zero_stage=stage,

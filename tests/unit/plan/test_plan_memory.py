@@ -44,7 +44,7 @@ def test_dims_count_what_the_configuration_counts() -> None:
     assert sum(scalars for scalars, _ in dims.groups) == dims.parameters
     assert (dims.block, dims.block_matrices) == (12 * 384**2 + 13 * 384, 12 * 384**2)
     assert dims.tokens == 2 * 197 + 8 * 37
-    assert dims.mlp_kept == 2 * 4 * 384
+    assert dims.mlp_kept == 4 * 384
 
 
 def test_persistent_memory_at_stage_2_by_hand() -> None:
@@ -81,13 +81,22 @@ def test_hpz_copies_of_both_networks_count_from_the_first_forwards_to_the_step()
 
 
 @pytest.mark.parametrize(
-    ("level", "units", "statistics"),
-    [(None, 14, 6 * 4), ("pointwise", 10, 2 * 4), ("all_but_attention", 2, 2 * 4), ("block", 1, 0)],
+    ("compiled", "level", "units", "statistics"),
+    [
+        (False, None, 10, 6 * 4),
+        (False, "pointwise", 10, 6 * 4),
+        (True, None, 17, 6 * 4),
+        (True, "pointwise", 10, 2 * 4),
+        (False, "all_but_attention", 2, 2 * 4),
+        (False, "block", 1, 0),
+    ],
 )
 def test_activations_that_a_block_saves_in_units_of_its_width(
-    level: str | None, units: int, statistics: int
+    compiled: bool, level: str | None, units: int, statistics: int
 ) -> None:
-    setup = SETUP if level is None else replace(SETUP, checkpoint_every=1, recompute=level)
+    setup = replace(SETUP, compiled=compiled)
+    if level is not None:
+        setup = replace(setup, checkpoint_every=1, recompute=level)
     assert saved_by_block(DIMS, setup, index=1) == 2 * units * 8 + statistics
 
 
