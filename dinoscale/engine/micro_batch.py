@@ -55,7 +55,7 @@ class Targets:
         class_probs: of the global crops' class tokens (2, B, K) float32.
         patches: from which those of the masked patches are computed; None without masks.
         gram: patch features of the Gram network on the student's grid (2 * B, P, D); None without
-            one.
+            one, and in steps whose Gram weight is 0.
     """
 
     class_probs: Tensor
@@ -116,7 +116,7 @@ class MicroBatchLoss:
             `dino_global_loss`, the part of `dino_loss` between two global crops, so that the rest
             is that of local crops, before its weight, too; `patch_entropy`, the mean of the patch
             targets' entropies in nats; `koleo_distance`, the mean distance to the nearest class
-            tokens; `gram_loss`, 0 until there is a Gram network.
+            tokens; `gram_loss`, 0 until there is a Gram network and while its weight is 0.
         patch_target_sum: after the forward, sum of the patch targets (K,); None without masks.
     """
 

@@ -9,7 +9,7 @@ is the form of Simeoni et al. 2025 (arXiv:2508.10104), with the off-by-one detai
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -139,6 +139,10 @@ class StepValues:
     prototypes_frozen: bool
     local_weight: float = 1.0
     gram_weight: float = 1.0
+
+    def with_gram(self) -> "StepValues":
+        """The same in a step in which a Gram loss has a weight: without one its network rests."""
+        return replace(self, gram_weight=self.gram_weight or 1.0)
 
 
 @dataclass(frozen=True)

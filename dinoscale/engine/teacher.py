@@ -202,12 +202,13 @@ class Teacher:
             self.patch_center = _sinkhorn_center(patches, temp)
 
     @torch.no_grad()
-    def targets(self, batch: MicroBatch, *, temp: float) -> Targets:
+    def targets(self, batch: MicroBatch, *, temp: float, gram_counts: bool) -> Targets:
         """Targets of the next micro-batch of a step, in order.
 
         Args:
             batch: the micro-batch.
             temp: the teacher's temperature.
+            gram_counts: run the Gram network, too; the same on all ranks.
         """
         seen = self._seen.popleft() if self._sinkhorn else self._look(batch)
         views, images = batch.global_crops.shape[:2]
@@ -230,7 +231,7 @@ class Teacher:
             patches = PatchTargets(
                 units, weight_v, weight_g, center=self.patch_center, temp=temp, plain=plain
             )
-        gram = None if self.gram is None else self.gram.features(batch)
+        gram = self.gram.features(batch) if self.gram is not None and gram_counts else None
         return Targets(probs.view(views, images, -1), patches, gram)
 
     def count_patch_targets(self, target_sum: Tensor | None) -> None:
@@ -271,7 +272,7 @@ class Teacher:
         for value, before in zip(self.buffers().values(), self._buffers_before, strict=True):
             value.copy_(torch.where(skipped, before, value))
         if self.gram is not None:
-            self.gram.update(step, self.ema, skipped)
+            self.gram.update(step, self.ema)
         self._weights.publish(self._shards)  # last: no other collective queues behind it
 
     def _move_centers(self, skipped: Tensor) -> None:

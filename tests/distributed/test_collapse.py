@@ -70,7 +70,9 @@ def _mean_targets() -> list[tuple[list[float], list[float]]]:
     for step in range(2):
         batches = micro_batches(config, plan, step)
         teacher.begin(batches, temp=0.04)
-        targets = [teacher.targets(batch, temp=0.04).class_probs for batch in batches]
+        targets = [
+            teacher.targets(batch, temp=0.04, gram_counts=True).class_probs for batch in batches
+        ]
         rows = [probs.flatten(0, 1) for probs in targets]
         teacher.update(student, step=0, momentum=0.9, skipped=torch.tensor(False))
         of_ranks = torch.cat(distributed.gather_objects(torch.cat(rows)))

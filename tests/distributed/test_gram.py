@@ -5,6 +5,7 @@ rounding does to the numbers.
 """
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600
 RANKS, STEPS = 2, 8
 FIRST, SAVED, LAST = 2, 5, 8  # steps done at the checkpoints: before any refresh, amid, after them
 REFRESHES = [None, None, None, 1, 1, 2, 2, 2]  # after each step
-BAD = 5  # zero-based, with a refresh due: its images are bad at first, and then it is taken again
+REFRESHED = (4, 6)  # steps done
+BAD = 5  # zero-based, with a refresh due: its images are bad, so that it is skipped
+OFF = 6  # zero-based, amid others: the loss has no weight
 WEIGHT = 2.0
 JOBS = ["0_fp32", "1_fp32", "2_fp32", "3_fp32", "3_bf16"]  # stage and precision
 ELASTIC = {"2_fp32": "3_fp32", "3_fp32": "0_fp32"}  # to one rank
@@ -76,9 +79,9 @@ class LiteralGram(ReferenceStep):
         self.crops: list[Tensor] = []  # of each rank, for the next step
 
     def __call__(self, shares: Sequence[Share], now: StepValues) -> dict[str, float]:
-        logged = super().__call__(shares, now)
-        done = now.step + 1
-        if done in (4, 6):
+        self._gram_weight = WEIGHT * now.gram_weight
+        logged = {} if now.step == BAD else super().__call__(shares, now)
+        if now.step + 1 in REFRESHED:
             self.gram = copy.deepcopy(self.teacher.backbone)
         return logged
 
@@ -86,7 +89,7 @@ class LiteralGram(ReferenceStep):
         losses = super()._losses(share, *targets)
         images, crops = share.global_crops.flatten(0, 1), self.crops.pop(0).flatten(0, 1)
         losses["gram_loss"] = losses["ibot_loss"].new_zeros(())
-        if self.gram is not None:
+        if self.gram is not None and self._gram_weight:
             _, patches = self.student.backbone(images, share.masks.flatten(0, 1))
             with torch.no_grad():
                 _, targets_ = self.gram(crops)
@@ -100,14 +103,19 @@ class LiteralGram(ReferenceStep):
         return losses
 
     def _total(self, losses: Any) -> Tensor:
-        return super()._total(losses) + WEIGHT * losses["gram_loss"]
+        return super()._total(losses) + self._gram_weight * losses["gram_loss"]
+
+
+def _values(config: RunConfig, plan: Any, step: int) -> StepValues:
+    from dinoscale.engine.build import schedules_of
+
+    now = schedules_of(config, plan).at(step)
+    return dataclasses.replace(now, gram_weight=0.0) if step == OFF else now
 
 
 @functools.cache
 def literally(dtype: torch.dtype) -> dict[str, list[float]]:
-    """Losses, Gram losses and norms of the backbone's gradient of each step."""
-    from dinoscale.engine.build import schedules_of
-
+    """Losses, Gram losses and norms of the backbone's gradient of each step but the bad one."""
     config = _config("0_fp32")
     train = config.train.model_copy(update={"micro_batch_size": config.train.batch_size})
     whole = config.model_copy(update={"train": train})
@@ -122,7 +130,9 @@ def literally(dtype: torch.dtype) -> dict[str, list[float]]:
             [x.chunk(RANKS, dim=1)[rank] for x in (*views[:2], masks)] for rank in range(RANKS)
         ]
         step.crops = list(views[2].chunk(RANKS, dim=1))
-        logged = step([Share(*parts) for parts in of_ranks], schedules_of(whole, plan).at(number))
+        logged = step([Share(*parts) for parts in of_ranks], _values(whole, plan, number))
+        if number == BAD:
+            continue
         total = step._total({name: torch.tensor(x) for name, x in logged.items()})
         found["loss"].append(float(total))
         found["gram_loss"].append(logged["gram_loss"])
@@ -173,25 +183,26 @@ def _follow(job: str, run_dir: Path) -> dict[str, Any]:
 def _steps(
     pair: Any, config: RunConfig, plan: Any, gather: Gathering, steps: range, run_dir: Path | None
 ) -> dict[str, Any]:
-    from dinoscale.engine.build import loss_weights_of, schedules_of
+    from dinoscale.engine.build import loss_weights_of
     from dinoscale.engine.step import train_step
     from tests.golden.test_trajectory import save
 
-    keys = ("loss", "gram_loss", "norm", "refreshes", "ema", "gram")
+    keys = ("loss", "gram_loss", "norm", "refreshes", "ran", "ema", "gram")
     found: dict[str, list[Any]] = {key: [] for key in keys}
-    weights = loss_weights_of(config)
+    weights, ran = loss_weights_of(config), []
+    pair[1].gram._network.register_forward_hook(lambda *_: ran.append(step))
     for step in steps:
-        now, batches = schedules_of(config, plan).at(step), micro_batches(config, plan, step)
-        if step == BAD and run_dir is not None:
-            bad = copy.deepcopy(batches)
-            bad[0].global_crops[0, 0, 0, 0, 0] = torch.nan
-            assert train_step(bad, *pair, now, loss_weights=weights).skipped
-            assert pair[1].gram.refreshes == REFRESHES[BAD - 1]
+        now, batches = _values(config, plan, step), micro_batches(config, plan, step)
+        if step == BAD:
+            batches[0].global_crops[0, 0, 0, 0, 0] = torch.nan
         result = train_step(batches, *pair, now, loss_weights=weights)
-        found["loss"].append(result.loss)
-        found["gram_loss"].append(result.terms["gram_loss"])
-        found["norm"].append(pair[0].network_grad_norms()["backbone"])
+        assert bool(result.skipped) == (step == BAD)
+        if step != BAD:
+            found["loss"].append(result.loss)
+            found["gram_loss"].append(result.terms["gram_loss"])
+            found["norm"].append(pair[0].network_grad_norms()["backbone"])
         found["refreshes"].append(pair[1].gram.refreshes)
+        found["ran"].append(ran.count(step))
         found["ema"].append(gather(pair[1].ema))
         found["gram"].append(_weights(gather, pair))
         if run_dir is not None and step + 1 in (FIRST, SAVED, LAST):
@@ -248,14 +259,22 @@ def test_every_stage_computes_the_literal_loss_and_its_gradient(
 ) -> None:
     exact, rounded = (literally(dtype) for dtype in (torch.float64, torch.float32))
     found = followed[f"{stage}_fp32"]
-    assert found["gram_loss"][:4] == exact["gram_loss"][:4] == [0, 0, 0, 0]
-    assert min(exact["gram_loss"][4:]) > 0
+    without = [False, False, False, False, True, False, True]  # no network, a loss, its weight 0
+    assert [loss > 0 for loss in exact["gram_loss"]] == without
+    assert [loss > 0 for loss in found["gram_loss"]] == without
     for name in ("loss", "gram_loss", "norm"):
         here, wanted, off = (
-            x[name][4:] if "gram" in name else x[name] for x in (found, exact, rounded)
+            [x for x in of[name] if x or name != "gram_loss"] for of in (found, exact, rounded)
         )
         bound = NUMBERS * (largest_relative(off, wanted) + EPS)
         assert here == pytest.approx(wanted, rel=bound), name
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_network_runs_in_steps_only_in_which_its_loss_has_a_weight(
+    followed: dict[str, dict[str, Any]], job: str
+) -> None:
+    assert followed[job]["ran"] == [0, 0, 0, 0, 1, 1, 0, 1]
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -266,7 +285,7 @@ def test_the_average_is_taken_over_when_due_and_only_then(
     assert found["refreshes"] == REFRESHES
     taken: dict[str, Tensor] = {}
     for step in range(STEPS):
-        if step + 1 in (4, 6):
+        if step + 1 in REFRESHED:
             ema = found["ema"][step]
             taken = {name: value for name, value in ema.items() if name.startswith(BACKBONE)}
             if job.endswith("bf16"):
@@ -280,8 +299,9 @@ def test_a_resume_across_a_refresh_changes_no_bit(
     followed: dict[str, dict[str, Any]], job: str
 ) -> None:
     found = followed[job]
-    for name in ("loss", "gram_loss", "norm", "refreshes"):
-        assert found["resumed"][name] == found[name][SAVED:], name
+    for name in ("loss", "gram_loss", "norm", "refreshes", "ran"):
+        resumed = found["resumed"][name]
+        assert resumed == found[name][-len(resumed) :], name
     for mine, whole in zip(found["resumed"]["gram"], found["gram"][SAVED:], strict=True):
         _require_equal(mine, whole)
 

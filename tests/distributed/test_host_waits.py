@@ -38,6 +38,7 @@ RUNS += [  # DINOv2's objective; its KoLeo needs two images in a micro-batch
     {"stage": 2, "precision": "bf16", "clip_mode": "per_network", "targets": "centering"},
     {"stage": 3, "precision": "bf16", "clip_mode": "per_network", "targets": "sinkhorn_knopp"},
 ]
+RUNS += [run | {"gram": True} for run in RUNS[-2:]]  # with a refresh in every step
 # DeepSpeed asks whether the norm that stage 3 computed is sound; ours is a constant of the host.
 CONSTANT = {0: [], 1: [], 2: [], 3: ["is_invalid_grad_norm"]}
 
@@ -63,7 +64,7 @@ class _Reads(TorchDispatchMode):
 
 
 def watch_steps(runs: list[dict[str, Any]]) -> list[list[str]]:
-    """On every rank: who read from the device in the third step of each run."""
+    """On every rank: who read from the device in the last step of each run."""
     return [_watch_step(**run) for run in runs]
 
 
@@ -75,12 +76,15 @@ def _watch_step(
     batch_norm: bool = False,
     accumulation: int = 1,
     targets: str | None = None,
+    gram: bool = False,
 ) -> list[str]:
     from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
     from dinoscale.engine.gradients import compute_device
     from dinoscale.engine.step import train_step
 
     objective = dinov2(targets, patch_head=targets == "sinkhorn_knopp") if targets else {}
+    if gram:
+        objective["gram"] = {"loss_weight": 1.0, "refresh_every_steps": 1}
     config = tiny_config(
         **objective,
         head={"batch_norm": batch_norm},
@@ -95,12 +99,14 @@ def _watch_step(
     def batches(step: int) -> list[Any]:
         return [on_device(batch, device) for batch in micro_batches(config, plan, step)]
 
-    for step in range(2):
+    first = 3 if gram else 2  # whose networks have run twice: DeepSpeed then knows their order
+    for step in range(first):
         train_step(batches(step), student, teacher, now, loss_weights=loss_weights_of(config))
-    third = batches(2)
+    last = batches(first)
     with _Reads() as reads, _refusing_to_wait(stage):
-        result = train_step(third, student, teacher, now, loss_weights=loss_weights_of(config))
+        result = train_step(last, student, teacher, now, loss_weights=loss_weights_of(config))
     assert result.skipped is None
+    assert not gram or teacher.gram.refreshes == first + 1
     if stage == 3:
         assert student._zero._global_grad_norm == 1  # it is our constant that DeepSpeed looked at
     return reads.callers

@@ -111,7 +111,9 @@ def on_device(batch: Any, device: torch.device) -> Any:
     from dinoscale.engine.micro_batch import MicroBatch
 
     masks = None if batch.masks is None else Masks(*(part.to(device) for part in batch.masks))
-    return MicroBatch(batch.global_crops.to(device), batch.local_crops.to(device), None, masks)
+    gram = None if batch.gram_crops is None else batch.gram_crops.to(device)
+    crops = batch.global_crops.to(device), batch.local_crops.to(device)
+    return MicroBatch(*crops, None, masks, gram_crops=gram)
 
 
 def take_step(student: Any, teacher: Any, config: RunConfig, plan: RunPlan, step: int) -> float:

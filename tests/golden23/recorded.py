@@ -109,6 +109,9 @@ class RecordedRun:
             {name: loss for name, loss in step["losses"].items() if name not in not_losses}
             for step in self.steps
         ]
+        for step, losses in zip(self.steps, record["losses"], strict=True):
+            if step["losses"].get("gram_loss_weight") == 0:
+                losses["gram_loss"] = 0.0  # the authors compute it; we do not, it moves nothing
         record["parts"] = [step["grad_norms"] for step in self.steps]
         record["centers"] = [{k: step[f"{k}_center_norm"] for k in kinds} for step in self.steps]
         record["last"] = {}

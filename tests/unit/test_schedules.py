@@ -167,3 +167,10 @@ def test_a_cosine_cut_from_a_longer_run_ends_at_the_final_value() -> None:
     assert (values[0], values[-1]) == (2.0, 1.0)
     assert values == sorted(values, reverse=True)
     assert cosine(0, base=2.0, final=1.0, total_steps=1, extra=0.5) == 1.0
+
+
+def test_a_step_with_gram_has_its_weight_or_one_where_that_is_zero() -> None:
+    run = replace(_imagenet(), gram_weight=Curve(0.0, 2.0, 2.0, warmup_steps=10))
+    assert [run.at(step).gram_weight for step in (0, 5)] == [0, 1]
+    assert [run.at(step).with_gram().gram_weight for step in (0, 10)] == [1, 2]
+    assert run.at(0).with_gram() == replace(run.at(0), gram_weight=1.0)

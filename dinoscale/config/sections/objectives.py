@@ -156,8 +156,8 @@ class GramConfig(Section):
     )
     refresh_every_steps: Count | None = Field(
         default=None,
-        description="The EMA teacher overwrites the Gram network after every so many steps; null: "
-        "never. 10000 in DINOv3.",
+        description="The EMA teacher overwrites the Gram network after every so many steps, "
+        "skipped ones included; null: never. 10000 in DINOv3.",
     )
     first_refresh_step: CountOrZero = Field(
         default=0, description="Not before so many steps are done."

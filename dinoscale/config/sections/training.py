@@ -152,7 +152,9 @@ class SchedulesConfig(Section):
         "dino.loss_weight, which multiplies that between global crops too; null: 1.",
     )
     gram_weight: CurveConfig | None = Field(
-        default=None, description="Factor of gram.loss_weight; null: 1."
+        default=None,
+        description="Factor of gram.loss_weight; null: 1. Where it is 0, the Gram network does not "
+        "run.",
     )
     cosine_extra: PositiveOrZero = Field(
         default=0.0,

@@ -109,16 +109,17 @@ class GramNetwork:
         side = batch.global_crops.shape[-1] // self._network.backbone.patch_size
         return resized(features, num_patches=side**2)
 
-    def update(self, step: int, ema: Sequence[Tensor], skipped: Tensor) -> None:
-        """Refresh the weights if that is due; the host then waits for the end of the step.
+    def update(self, step: int, ema: Sequence[Tensor]) -> None:
+        """Refresh the weights if that is due.
+
+        Also after a step that was skipped, whose average is that of the step before: the authors'
+        code counts steps, and whether one was skipped is known on the device only.
 
         Args:
             step: zero-based optimizer step that was just taken.
             ema: float32 views of the average, as in `Teacher`.
-            skipped: whether the step was skipped, () bool; the weights then stay until the next
-                time.
         """
-        if refreshes_after(step, self._rule, done=self.refreshes or 0) and not bool(skipped):
+        if refreshes_after(step, self._rule, done=self.refreshes or 0):
             self.refresh(ema)
 
     @torch.no_grad()

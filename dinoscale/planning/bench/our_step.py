@@ -129,7 +129,7 @@ class OurStep:
 
 def _typical_values(config: RunConfig, plan: RunPlan) -> StepValues:
     """The scheduled values in the middle of the run, where every part of the step is active."""
-    return schedules_of(config, plan).at(plan.total_steps // 2)
+    return schedules_of(config, plan).at(plan.total_steps // 2).with_gram()
 
 
 def _endless(feed: Feed, *, repeat_first: bool) -> Iterator[list[Batch]]:

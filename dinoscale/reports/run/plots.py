@@ -117,7 +117,7 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
         _PlotSpec("ibot_loss", "loss of masked patches, mean over all global crops", noisy=True),
         _PlotSpec("koleo_loss", "KoLeo loss, sum of both views", noisy=True),
         _PlotSpec("koleo_distance", "distance to the nearest class token", noisy=True),
-        _PlotSpec("gram_loss", "Gram loss, 0 until there is a Gram network", noisy=True),
+        _PlotSpec("gram_loss", "Gram loss, 0 while it does not count", noisy=True),
         _PlotSpec(
             "patch_entropy", "entropy of the patch targets, nats", noisy=True, from_zero=True
         ),

@@ -148,7 +148,7 @@ def _take_steps(config: RunConfig, size: int, process: Process) -> None:
 def _take_steps_of_size(
     config: RunConfig, plan: RunPlan, student: Student, teacher: Teacher, device: torch.device
 ) -> None:
-    now = schedules_of(config, plan).at(plan.total_steps - 1)
+    now = schedules_of(config, plan).at(plan.total_steps - 1).with_gram()
     batch, depth = _batch(config, plan.micro_batch_size), student.network.backbone.depth
     for _ in range(_STEPS):
         prepared = MicroBatches(

@@ -26,8 +26,9 @@ class _Both:
     def begin(self, _batches: Any, *, temp: float) -> None:
         assert temp == 0.04
 
-    def targets(self, batch: MicroBatch, *, temp: float) -> Targets:
+    def targets(self, batch: MicroBatch, *, temp: float, gram_counts: bool) -> Targets:
         assert temp == 0.04
+        assert gram_counts
         return Targets(torch.full((2, batch.global_crops.shape[1], 4), 0.25))
 
     def count_patch_targets(self, target_sum: Tensor | None) -> None:
