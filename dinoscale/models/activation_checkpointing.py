@@ -83,6 +83,11 @@ def saving_little() -> Iterator[None]:
         by_address.clear()  # autograd keeps `save`, and would keep all until it needs none
 
 
+def is_saving_little() -> bool:
+    """Whether this is within `saving_little`."""
+    return _saved.get() is not None
+
+
 def remake(tensor: Tensor, make: Callable[[], Tensor]) -> None:
     """Keep neither a tensor nor its transpose for the backward, which makes it again.
 

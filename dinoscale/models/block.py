@@ -3,21 +3,24 @@
 Shape letters: N images, L tokens per image, T tokens of all images together, D width.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dinoscale.models.activation_checkpointing import (
     Recompute,
     checkpointed,
+    is_saving_little,
     remake,
     saving_little,
 )
 from dinoscale.models.compiling import Compiled
 from dinoscale.models.cpu_bf16 import Linear, attention, linear
-from dinoscale.models.rope import Rotation, rotate
+from dinoscale.models.rope import Rotation, rotate, turn
 
 Layout = tuple[tuple[int, int], ...]  # (images, tokens per image) of each resolution, in order
 
@@ -71,15 +74,11 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout, rotations: Rotations = None) -> Tensor:
         """Map tokens (T, D) to (T, D)."""
-        sizes = [n * length for n, length in layout]
-        groups = zip(*(torch.split(x, sizes) for x in self._heads(tokens)), strict=True)
-        outputs = []
-        for i, (qkv, (n, length)) in enumerate(zip(groups, layout, strict=True)):
-            q, k, v = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in qkv)
-            if rotations is not None:
-                q, k = rotate(q, rotations[i]), rotate(k, rotations[i])
-            outputs.append(attention(q, k, v).transpose(1, 2))  # (N, L, heads, head_dim)
+        groups = self._heads(tokens, layout, rotations)
+        # Each (N, L, heads, head_dim).
+        outputs = [attention(q, k, v).transpose(1, 2) for q, k, v in groups]
         packed = torch.cat([out.flatten(0, 1) for out in outputs])  # (T, heads, head_dim)
+        sizes = [n * length for n, length in layout]
         for out, copy in zip(outputs, packed.detach().split(sizes), strict=True):
             _keep_copy(out, copy.view_as(out))
         return self.proj(self.norm(packed.flatten(1)))  # type: ignore[no-any-return]  # untyped
@@ -96,20 +95,77 @@ class Attention(nn.Module):
 
         With `queries`, only the rows of the first `queries` tokens: (N, heads, queries, L).
         """
-        ((n, length),) = layout
-        heads = self._heads(tokens)
-        q, k, _ = (torch.unflatten(x, 0, (n, length)).transpose(1, 2) for x in heads)
-        if rotations is not None:
-            q, k = rotate(q, rotations[0]), rotate(k, rotations[0])
+        ((q, k, _),) = self._heads(tokens, layout, rotations)
         dtype = torch.promote_types(q.dtype, torch.float32)
         scores = q[:, :, :queries].to(dtype) @ k.to(dtype).transpose(-2, -1)  # (N, heads, L, L)
         return torch.softmax(scores * self.head_dim**-0.5, dim=-1)
 
-    def _heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values, each (T, heads, head_dim)."""
+    def _heads(
+        self, tokens: Tensor, layout: Layout, rotations: Rotations
+    ) -> list[tuple[Tensor, ...]]:
+        """Queries, keys and values of each resolution, each (N, heads, L, head_dim)."""
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.unbind(1)
-        return self.q_norm(q), self.k_norm(k), v
+        if not isinstance(self.q_norm, nn.Identity) or not isinstance(self.k_norm, nn.Identity):
+            q, k, v = qkv.unbind(1)
+            qkv = torch.stack((self.q_norm(q), self.k_norm(k), v), dim=1)
+        if torch.compiler.is_compiling():
+            groups = _unpacked(qkv, layout)
+            if rotations is None:
+                return groups
+            turned = zip(groups, rotations, strict=True)
+            return [(rotate(q, by), rotate(k, by), v) for (q, k, v), by in turned]
+        # Selective checkpointing may keep the product's result as it was.
+        overwrite = not torch.is_grad_enabled() or is_saving_little()
+        heads = _Unpacked.apply(qkv, layout, rotations, overwrite)  # type: ignore[no-untyped-call]
+        return [heads[i : i + 3] for i in range(0, len(heads), 3)]
+
+
+def _unpacked(qkv: Tensor, layout: Layout) -> list[tuple[Tensor, ...]]:
+    """Views of queries, keys and values (T, 3, heads, head_dim): (N, heads, L, head_dim) each."""
+    parts = qkv.split([n * length for n, length in layout])
+    return [
+        part.unflatten(0, at).transpose(1, 3).unbind(2)
+        for part, at in zip(parts, layout, strict=True)
+    ]
+
+
+class _Unpacked(torch.autograd.Function):
+    """`_unpacked`, then queries and keys turn.
+
+    It overwrites them where nothing else needs them, so that attention keeps no second copy. The
+    backward writes the gradients of all three, turned back, once into one tensor, where autograd
+    would copy them for each resolution and again for all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, layout: Layout, rotations: Rotations, overwrite: bool
+    ) -> tuple[Tensor, ...]:
+        ctx.layout, ctx.rotations, ctx.shape = layout, rotations, qkv.shape
+        groups = _unpacked(qkv, layout)
+        if rotations is None:
+            return tuple(itertools.chain(*groups))
+        turned = qkv if overwrite else torch.empty_like(qkv[:, :2])
+        sizes = [n * length for n, length in layout]
+        for part, into, at, by in zip(
+            qkv[:, :2].split(sizes), turned[:, :2].split(sizes), layout, rotations, strict=True
+        ):
+            turn(part.unflatten(0, at), by, into=into.unflatten(0, at))
+        pairs = zip(_unpacked(turned, layout), groups, strict=True)
+        return tuple(itertools.chain(*((q, k, v) for (q, k, *_), (*_, v) in pairs)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        whole = gradients[0].new_empty(ctx.shape)
+        targets = itertools.chain(*_unpacked(whole, ctx.layout))
+        for index, (gradient, target) in enumerate(zip(gradients, targets, strict=True)):
+            if ctx.rotations is None or index % 3 == 2:
+                target.copy_(gradient)
+                continue
+            by = ctx.rotations[index // 3]
+            turn(gradient.transpose(1, 2), by, into=target.transpose(1, 2), back=True)
+        return whole, None, None, None
 
 
 def _keep_copy(tensor: Tensor, copy: Tensor) -> None:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 Coordinates = Literal["separate", "min", "max"]
 
+CHUNK = 2**17  # elements at a time on a CPU, whose cache holds them through all passes
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -151,6 +153,24 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * by.cos, swapped, by.sin).to(x.dtype)
+
+
+def turn(x: Tensor, by: Rotation, *, into: Tensor, back: bool = False) -> None:
+    """Write x (N, L, ..., d), turned as by `rotate` or back, to `into`, which may be x itself.
+
+    Without gradient. Turned back is what the backward of a rotation does to gradients.
+    """
+    between = [1] * (x.ndim - 3)
+    cos, sin = (table.view(len(table), *between, -1) for table in by)
+    images = CHUNK // x.shape[1:].numel() if x.device.type == "cpu" else len(x)
+    for part, target in zip(x.split(max(images, 1)), into.split(max(images, 1)), strict=True):
+        wide = part.to(cos.dtype)
+        swapped = wide.roll(x.shape[-1] // 2, dims=-1)
+        same = wide is part
+        turned = torch.mul(wide, cos, out=target) if same else wide * cos
+        turned.addcmul_(swapped, sin, value=-1 if back else 1)
+        if not same:
+            target.copy_(turned)
 
 
 def coordinate_changes(uniforms: Tensor, *, shift: float, jitter: float, rescale: float) -> Tensor:

@@ -13,7 +13,7 @@ def saved_by_block(dims: Dims, setup: Setup, *, index: int) -> float:
     statistics = FP32 * dims.num_heads  # logsumexp of attention
     if not is_recomputed(setup, index=index):
         # Its input, qkv, attention, and the sum after attention: 10 D in a plain block.
-        elements = 6 * width + _rotated(dims) + dims.mlp_kept
+        elements = 6 * width + dims.mlp_kept
         if setup.compiled:
             elements = _everything(dims, setup)
         return s * elements + statistics + 4 * FP32  # mean, 1/std of two norms
@@ -26,7 +26,10 @@ def saved_by_block(dims: Dims, setup: Setup, *, index: int) -> float:
 
 
 def _rotated(dims: Dims) -> int:
-    """Elements per token of queries and keys that are rotated; the others stay with the values."""
+    """Elements per token of queries and keys that are rotated beside those that are not.
+
+    Not where nothing is compiled or recomputed: there they take the others' place.
+    """
     return 2 * dims.embed_dim if dims.rope_tables else 0
 
 

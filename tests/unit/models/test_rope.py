@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from dinoscale.models import block, compiling
+from dinoscale.models import block, compiling, rope
 from dinoscale.models.activation_checkpointing import Recompute
 from dinoscale.models.block import KeylessBias
 from dinoscale.models.compiling import Compiled
-from dinoscale.models.rope import Rope, coordinate_changes
+from dinoscale.models.rope import Rope, coordinate_changes, rotate, turn
 from dinoscale.models.stochastic_depth import kept_subsets
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
@@ -97,6 +98,41 @@ def test_low_precision_rotates_by_tables_in_float32() -> None:
         (rotations,) = model._rotations([(4, 4)], images.to(dtype))[0]
         assert rotations.cos.dtype is rotations.sin.dtype is expected
     assert model.bfloat16()([images.bfloat16()]).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("chunk", [1, 2**17])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_turning_in_place_is_rotating_and_back_undoes_it(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
+) -> None:
+    monkeypatch.setattr(rope, "CHUNK", chunk)
+    images = torch.zeros(1, dtype=dtype)
+    (by,) = _vit()._rotations([(4, 4)], images)[0]
+    x = torch.randn(3, 19, 2, 2, 12, generator=torch.Generator().manual_seed(3)).to(dtype)
+    expected = rotate(x.movedim(1, 3), by).movedim(3, 1)
+    turned = x.clone()
+    turn(turned, by, into=turned)
+    assert torch.equal(turned, expected)
+    assert not torch.equal(turned, x)
+    turn(turned, by, into=turned, back=True)
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(turned, x, rtol=0, atol=4 * ulp * float(x.abs().max()))
+
+
+def _kept(rotates: bool) -> int:
+    """Bytes that the forward of a block leaves allocated."""
+    model, tokens = _vit(embed_dim=64).float(), torch.randn(531, 64, requires_grad=True)
+    rotations = model._rotations([(14, 14), (4, 4)], tokens)[0] if rotates else None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        output = model.blocks[0](tokens, ((2, 199), (7, 19)), None, rotations)
+    assert output.requires_grad
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def test_rotated_queries_and_keys_take_the_place_of_the_others() -> None:
+    assert _kept(rotates=True) == _kept(rotates=False)
 
 
 @pytest.mark.parametrize("recompute", ["all_but_attention", "block"])
