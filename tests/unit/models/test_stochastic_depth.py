@@ -78,7 +78,8 @@ def test_a_uniform_rate_keeps_as_many_images_in_all_blocks(
     model, seen = _vit(), list[int]()
     model.subset_rate, model.subset_uniform = rate, True
     for block in model.blocks:
-        block.get_submodule("mlp").register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+        first = block.get_submodule("mlp.fc1")
+        first.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
     model(_crops(), uniforms)
     assert seen == [17 * counts[0] + 5 * counts[1]] * DEPTH
 
@@ -117,7 +118,8 @@ def test_dropped_branches_equal_branches_multiplied_by_zero(every: int) -> None:
 def test_work_is_done_for_kept_images_only() -> None:
     model, seen = _vit(), []
     for block in model.blocks:
-        block.get_submodule("mlp").register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+        first = block.get_submodule("mlp.fc1")
+        first.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
     model.subset_rate = RATE
     model(_crops(), _uniforms())
     tokens = ((6, 17), (8, 5))
