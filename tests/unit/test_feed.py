@@ -9,9 +9,17 @@ from torch import Tensor
 
 from dinoscale.config import resolve
 from dinoscale.data.augmentation import color_jitter
+from dinoscale.engine.frozen.gram import crop_size_of
 from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.runtime.launcher_env import read_process
-from dinoscale.training.feed import Feed, MicroBatches, coordinates_of, masks_of, open_images
+from dinoscale.training.feed import (
+    Feed,
+    MicroBatches,
+    coordinates_of,
+    masks_of,
+    open_images,
+    run_of_step,
+)
 from tests.distributed.tiny_run import BATCH, tiny_config
 
 
@@ -150,6 +158,41 @@ def test_gram_crops_are_flipped_and_their_colours_change_only_if_wanted(*, color
         torch.tensor(numbers)[:, None, None] for numbers in (config.data.mean, config.data.std)
     )
     torch.testing.assert_close(made.gram_crops, (images - mean) / std, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_and_gram_crops_of_a_step_have_its_sizes() -> None:
+    mixture = [
+        {"weight": 0.5, "global_size": 32, "local_size": 8, "gram_crop_size": 64},
+        {"weight": 0.5, "global_size": 48, "local_size": 16},
+    ]
+    config = tiny_config(
+        crops={"global_size": 48, "local_size": 16, "mixture": mixture},
+        data={"train": "synthetic:shapes?images=8&size=32", "num_workers": 0},
+        train={"epochs": 10, "batch_size": 8, "micro_batch_size": 4},
+        ibot={"loss_weight": 1.0, "mask_group": 2, "mask_rule": "dinov3"},
+        augment={"jitter_prob": 0.0, "solarize_probs": [0, 0, 0], "blur_probs": [1, 1, 1]},
+        gram={"loss_weight": 1.0, "refresh_every_steps": 1, "crop_colors": True},
+    )
+    plan = resolve(config, world_size=1, num_images=8)
+    feed = Feed(config, plan, read_process({}), open_images(config), depth=2)
+    masked: dict[int, set[int]] = {32: set(), 48: set()}
+    for step, batches in zip(range(8), feed.steps(0, offset=0), strict=False):
+        run = run_of_step(config, step)
+        for number, batch in enumerate(feed.prepare(step, batches)):
+            size = run.crops.global_size
+            assert batch.global_crops.shape[-1] == size
+            assert batch.local_crops.shape[-1] == run.crops.local_size
+            assert batch.gram_crops is not None
+            assert batch.gram_crops.shape[-1] == crop_size_of(run)
+            images = {"first_image": 4 * number, "images": 4}
+            wanted = masks_of(run, step=step, **images)
+            assert wanted is not None
+            assert batch.masks is not None
+            assert torch.equal(batch.masks.masks, wanted.masks)
+            masked[size].add(len(batch.masks.rows))
+            if crop_size_of(run) == size:  # blurred as wide as the global crops
+                assert torch.equal(batch.gram_crops, batch.global_crops)
+    assert [len(counts) for counts in masked.values()] == [1, 1]  # static shapes of each size
 
 
 def test_nothing_is_masked_without_a_patch_loss() -> None:

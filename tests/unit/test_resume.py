@@ -64,6 +64,18 @@ def test_another_mixture_is_refused(
         _resume(_config(then), _config(now), sizes=[40, 60], sizes_now=sizes_now)
 
 
+def test_another_mixture_of_sizes_is_refused() -> None:
+    def config(*weights: float) -> RunConfig:
+        sizes = [{"weight": w, "global_size": 224, "local_size": 96} for w in weights]
+        train = {"train": {"batch_size": 8}, "data": {"train": "/a"}}
+        return parse_config({**train, "crops": {"mixture": sizes}})
+
+    _resume(config(0.5, 0.5), config(0.5, 0.5), sizes=[40], sizes_now=[40])
+    for then, now in (([0.5, 0.5], [0.4, 0.6]), ([], [1.0]), ([1.0], [])):
+        with pytest.raises(ConfigError, match=r"crops\.mixture was"):
+            _resume(config(*then), config(*now), sizes=[40], sizes_now=[40])
+
+
 @pytest.mark.parametrize(
     ("then", "now", "size_now", "says"),
     [

@@ -149,8 +149,8 @@ def test_colours_change_in_the_workers_for_one_or_three_channels_only() -> None:
 def test_crops_must_be_whole_patches() -> None:
     assert _messages(crops__global_size=220, crops__local_size=90, eval__crop=8) == [
         "crops.global_size: 220 px is not a multiple of the patch size 16 px; nearest: 208 or 224",
-        "eval.crop: 8 px is not a multiple of the patch size 16 px; nearest: 16",
         "crops.local_size: 90 px is not a multiple of the patch size 16 px; nearest: 80 or 96",
+        "eval.crop: 8 px is not a multiple of the patch size 16 px; nearest: 16",
     ]
 
 

@@ -93,6 +93,18 @@ def test_all_blocks_share_one_graph_and_evaluation_compiles_none() -> None:
 
 
 @pytest.mark.usefixtures("_traced")
+def test_every_size_of_a_mixture_has_its_graph() -> None:
+    model = _vit()
+    sizes = [[(2, side), (3, 16)] for side in range(24, 24 + 8 * 9, 8)]  # more than torch's limit
+    model.compiled_for = frozenset(model.layout_of(of_size) for of_size in sizes)
+    model.blocks = model.blocks[:1]
+    model.depth = 1
+    for of_size in sizes:
+        model(_crops(of_size))
+    assert _graphs() == len(sizes)
+
+
+@pytest.mark.usefixtures("_traced")
 def test_subsets_of_all_sizes_share_a_few_graphs() -> None:
     model = _vit()
     model.subset_rate = 0.5

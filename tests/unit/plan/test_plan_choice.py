@@ -89,6 +89,18 @@ def test_seconds_of_a_step_follow_from_its_flops() -> None:
     assert option.images_per_s == pytest.approx(0.5e12 / flops_of(DIMS).total)
 
 
+def test_a_mixture_takes_the_memory_of_its_largest_and_the_mean_time() -> None:
+    large = replace(DIMS, global_size=32, gram_size=64)
+    mixed = replace(large, mixture=((0.25, DIMS), (0.75, large)))
+    found = [option_of(dims, SETUP, MACHINE) for dims in (DIMS, large, mixed)]
+    assert found[0].peak.total < found[1].peak.total == found[2].peak.total
+    for name in ("compute_s", "waited_s", "step_s"):
+        small, most, both = (getattr(option, name) for option in found)
+        assert both == pytest.approx(0.25 * small + 0.75 * most)
+    small, most, both = (flops_of(dims).total for dims in (DIMS, large, mixed))
+    assert both == pytest.approx(0.25 * small + 0.75 * most, abs=8)  # eight rounded terms
+
+
 @pytest.mark.parametrize(("stage", "passes", "gradient"), [(1, 2, 2), (2, 2, 2 * 4), (3, 1, 4)])
 def test_an_offloaded_optimizer_costs_copies_and_an_update_on_the_cpu(
     stage: int, passes: int, gradient: int
