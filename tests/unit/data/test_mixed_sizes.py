@@ -28,7 +28,7 @@ def _batches(
         MixedSizes(CROPS, (0.25, 0.5, 0.25)),
         batch_size=4,
         micro_batch_size=micro,
-        seed=3,
+        seed=7,
         rank=rank,
         world_size=world,
         start_step=first,
@@ -62,7 +62,7 @@ def test_each_size_is_drawn_as_often_as_its_weight_says() -> None:
 def test_sizes_follow_the_step_whatever_the_workers_ranks_and_first_step() -> None:
     whole = list(_batches())
     weights = (0.25, 0.5, 0.25)
-    wanted = [(8, 12, 16)[drawn_size(weights, seed=3, step=step)] for step in range(STEPS)]
+    wanted = [(8, 12, 16)[drawn_size(weights, seed=7, step=step)] for step in range(STEPS)]
     assert [_side(batch) for batch in whole] == wanted
     assert len(set(wanted)) == 3
     for parts in (_batches(workers=2), itertools.chain(whole[:5], _batches(first=5, workers=1))):
@@ -84,7 +84,7 @@ def test_boxes_and_colours_are_those_of_one_size() -> None:
         CROPS[1],
         batch_size=4,
         micro_batch_size=4,
-        seed=3,
+        seed=7,
         rank=0,
         world_size=1,
         start_step=0,
