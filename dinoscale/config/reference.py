@@ -82,6 +82,24 @@ What a phase changes wins over a setting on the command line that does not name 
 `train.continue_from=runs/other` begins with the whole state of any other run of the same network;
 give it another `seed`, or it sees the images in the order in which that run began.
 
+## Mixed sizes of crops
+
+```yaml
+defaults: [dinov2_vitl16]
+gram: {loss_weight: 1.0, teacher: weights.pth}
+crops:
+  mixture:  # each step draws one of these
+  - {weight: 0.3, global_size: 512, local_size: 112, gram_crop_size: 768}
+  - {weight: 0.7, global_size: 768, local_size: 224, gram_crop_size: 1152}
+```
+
+Which one is a function of (seed, step): all ranks and micro-batches of a step have the same, and
+so has a resumed run. `crops.global_size` and `crops.local_size` are then the largest ones and may
+be left out; those that a file inherits, or that a phase changes, give way to the mixture, and so
+does `gram.crop_size`. A run cannot resume with another mixture. `plan` gives the memory of the
+largest sizes and the mean time, `bench step` and `bench data` measure the largest alone, and log
+lines hold the sizes of their step.
+
 ## Micro-batches
 
 `train.batch_size` counts the images of a step over all ranks. `train.micro_batch_size=auto`

@@ -47,7 +47,7 @@ def test_values_are_told_in_words(row: str) -> None:
 
 
 def test_the_files_in_the_head_are_some(tmp_path: Path) -> None:
-    inherited, phases = re.findall(r"```yaml\n(.*?)```", reference(), re.DOTALL)
+    inherited, phases, mixed = re.findall(r"```yaml\n(.*?)```", reference(), re.DOTALL)
     path = tmp_path / "run.yaml"
     path.write_text(inherited)
     config = load_config(str(path), ["optim.lr=1e-3", "eval.train=null"])
@@ -55,3 +55,9 @@ def test_the_files_in_the_head_are_some(tmp_path: Path) -> None:
     path.write_text(phases)
     config = load_config(str(path), ["phases.high_resolution.train.epochs=4"])
     assert [run.crops.global_size for run in phases_of(config)] == [224, 416]
+    path.write_text(mixed)
+    runs = load_config(str(path)).of_sizes
+    assert [(run.crops.global_size, run.gram.crop_size) for run in runs] == [
+        (512, 768),
+        (768, 1152),
+    ]
