@@ -1,0 +1,95 @@
+"""The report of a guarded run: before and after, the margin, and falls."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinoscale.checkpoint.progress import Guarded, write_measured
+from dinoscale.config import dump_config
+from dinoscale.reports.run.guard import check_guard, margin
+from dinoscale.reports.run.read import Record, read_record
+from dinoscale.reports.run.write import write_run_report
+from tests.distributed.tiny_run import tiny_config
+
+START, BEST, LAST = (
+    {"rankme": r, "agreement": a} for r, a in ((8.0, 1.0), (10.0, 0.9), (7.0, 0.4))
+)
+FALL = {"time": "then", "step": 20, "event": "fall", "text": "step 20: the teacher has fallen"}
+
+
+def _run(folder: Path, *, fall: str, events: list[dict[str, Any]]) -> Path:
+    config = tiny_config(guard={"every_steps": 10, "images": "held_out", "min_agreement": 0.3})
+    checkpoint = folder / "checkpoints" / "step_00000020"
+    checkpoint.mkdir(parents=True)
+    known = Guarded("9 of 9 images of held_out", "rankme", 20, LAST, 0, START, 10, BEST, fall)
+    state = {
+        **{"step": 20, "saved_at": "then", "plan": {"world_size": 1}},
+        **{
+            "progress": {"knn_top1": None, "guarded": None},
+            "config": {"engine": {"zero_stage": 0}},
+        },
+    }
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    write_measured(checkpoint, None, known)
+    lines = [
+        {"step": step, "guard_rankme": values["rankme"], "guard_agreement": values["agreement"]}
+        for step, values in ((0, START), (10, BEST), (20, LAST))
+    ]
+    for name, found in (("metrics", lines), ("events", events)):
+        text = "".join(json.dumps(line) + "\n" for line in found)
+        (folder / f"{name}.jsonl").write_text(text)
+    (folder / "config.yaml").write_text(dump_config(config))
+    return folder
+
+
+def _verdicts(record: Record) -> list[tuple[str, str]]:
+    return [(check.verdict, check.text) for check in check_guard(record)]
+
+
+def test_the_page_shows_the_teacher_before_and_after(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", fall="it fell", events=[FALL])
+    told = write_run_report(run, tmp_path / "out", attention=False)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "start (step 0)" in page
+    assert "best (step 10)" in page
+    assert "last (step 20)" in page
+    assert "9 of 9 images of held_out" in page
+    names = {Path(path).name for path in told["plots"]}
+    assert names == {"guard_rankme.png", "guard_agreement.png"}
+    assert told["problems"] == ["step 20: the teacher has fallen"]
+
+
+def test_the_margin_is_below_the_best(tmp_path: Path) -> None:
+    record = read_record(_run(tmp_path, fall="", events=[]))
+    assert margin(record, "guard_rankme") == ((pytest.approx(9.0), "best - 10%"),)
+    assert margin(record, "guard_agreement") == ((0.3, "0.3: guard.min_agreement"),)
+    assert margin(record, "knn_top1") == ()
+    assert _verdicts(record) == [("ok", "no fall; best at step 10, by RankMe, directions")]
+
+
+def test_a_fall_that_has_ended_is_a_warning(tmp_path: Path) -> None:
+    record = read_record(_run(tmp_path, fall="", events=[{**FALL, "step": 10}]))
+    assert _verdicts(record)[0][0] == "warning"
+
+
+def test_a_run_without_a_guard_says_nothing_of_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(tiny_config()))
+    record = read_record(tmp_path)
+    assert _verdicts(record) == []
+    assert margin(record, "guard_rankme") == ()
+
+
+@pytest.mark.parametrize(
+    "guarded", [{"step": 1}, [], asdict(Guarded("", "x", 1, {}, 1, {}, 1, {}))]
+)
+def test_a_checkpoint_of_anyones_making_harms_no_report(tmp_path: Path, guarded: object) -> None:
+    run = _run(tmp_path / "run", fall="", events=[])
+    (run / "checkpoints" / "step_00000020" / "measured.json").write_text(
+        json.dumps({"guarded": guarded})
+    )
+    write_run_report(run, tmp_path / "out", attention=False)
