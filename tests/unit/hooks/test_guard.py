@@ -13,6 +13,7 @@ from dinoscale.checkpoint.progress import Guarded, Progress, read_guarded, write
 from dinoscale.checkpoint.retention import Summary, best_of
 from dinoscale.config.sections.guard import GuardConfig
 from dinoscale.data.sources.source import open_source
+from dinoscale.errors import ConfigError
 from dinoscale.training.hooks.guard import end_text, fall_text, judge
 from dinoscale.training.hooks.held_out import START_FILE, HeldOut
 from tests.distributed.tiny_run import tiny_config
@@ -175,3 +176,22 @@ def test_features_that_are_not_finite_have_no_rank(tmp_path: Path) -> None:
     nn.init.constant_(broken.layer.weight, torch.nan)
     found = held_out.measure(broken, torch.device("cpu"), lambda: None, starts=False)
     assert found == {"rankme": 0.0, "agreement": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"guard": {"every_steps": 5}}, "guard.images: there is nothing to measure"),
+        (
+            {"guard": {"every_steps": 5, "images": "a", "measure": "knn_top1"}},
+            "guard.measure: 'knn",
+        ),
+        (
+            {"guard": {"every_steps": 5, "images": "a"}, "checkpoint": {"keep_best": False}},
+            "checkpoint.keep_best: the guard",
+        ),
+    ],
+)
+def test_what_a_guard_lacks_is_named(sections: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        tiny_config(**sections)
