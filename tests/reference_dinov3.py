@@ -5,7 +5,7 @@ definition, one forward per resolution, all ranks in one process. Source: Simeon
 (arXiv:2508.10104) and what the authors' code does; parameters have its names.
 `tests/golden23/test_reference.py` compares it with recorded runs of that code.
 Differs: rotations in the type of the network, where the authors' training has bfloat16; no Gram
-anchoring.
+anchoring. Under autocast to bfloat16 both have that.
 """
 
 import math
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoscale.config import RunConfig
+from dinoscale.config.backbones import named_vit_size
 from dinoscale.config.schema import HeadConfig
 from tests.reference import PatchEmbed
 from tests.reference_dinov2 import (
@@ -27,15 +28,53 @@ from tests.reference_dinov2 import (
     koleo_loss,
 )
 
+_NAMES = (  # in our networks, in the reference's
+    ("patch_head.", "ibot_head."),
+    ("head.", "dino_head."),
+    ("backbone.reg_token", "backbone.storage_tokens"),
+    ("backbone.local_norm.", "backbone.local_cls_norm."),
+)
+
+
+def weights_of(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """The state dict of one of our networks with the reference's names."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        for ours, theirs in _NAMES:
+            if name.startswith(ours):
+                name = theirs + name.removeprefix(ours)
+                break
+        if config.model.ffn == "swiglu" and ".mlp.fc1." in name:
+            both = value.chunk(2)
+            renamed |= {name.replace("fc1", f"w{i}"): half for i, half in enumerate(both, start=1)}
+            continue
+        if config.model.ffn == "swiglu":
+            name = name.replace(".mlp.fc2.", ".mlp.w3.")
+        renamed[name] = value
+    return renamed
+
+
+def _sizes(config: RunConfig) -> tuple[int, int, int]:
+    """Width, depth and heads."""
+    model = config.model
+    named = named_vit_size(model.backbone)
+    assert named is not None  # else `ReferenceStep` refuses it
+    return (
+        model.embed_dim or named.embed_dim,
+        model.depth or named.depth,
+        model.num_heads or named.num_heads,
+    )
+
 
 def rotated(x: Tensor, grid: tuple[int, int], *, base: float) -> Tensor:
     """Queries or keys (N, heads, L, d), whose last tokens are the patches of a grid, turned."""
     rows, columns = grid
     quarter = x.shape[-1] // 4
-    periods = base ** (torch.arange(quarter, dtype=x.dtype) / (2 * quarter) * 2)
+    like = {"dtype": x.dtype, "device": x.device}
+    periods = base ** (torch.arange(quarter, **like) / (2 * quarter) * 2)
     i, j = torch.meshgrid(
-        (torch.arange(rows, dtype=x.dtype) + 0.5) / rows * 2 - 1,
-        (torch.arange(columns, dtype=x.dtype) + 0.5) / columns * 2 - 1,
+        (torch.arange(rows, **like) + 0.5) / rows * 2 - 1,
+        (torch.arange(columns, **like) + 0.5) / columns * 2 - 1,
         indexing="ij",
     )
     places = torch.stack((i, j), dim=-1).flatten(0, 1)  # (P, 2)
@@ -55,8 +94,8 @@ class Attention(nn.Module):
         model = config.model
         assert model.rope is not None
         assert model.rope.base is not None
-        assert model.num_heads is not None
-        self.num_heads, self.base = model.num_heads, model.rope.base
+        _, _, self.num_heads = _sizes(config)
+        self.base = model.rope.base
         self.masked = bool(model.mask_key_bias)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -65,7 +104,8 @@ class Attention(nn.Module):
         n, length, dim = x.shape
         bias = self.qkv.bias
         if self.masked:
-            bias = bias * torch.ones_like(bias).index_fill(0, torch.arange(dim, 2 * dim), 0)
+            keys = torch.arange(dim, 2 * dim, device=x.device)
+            bias = bias * torch.ones_like(bias).index_fill(0, keys, 0)
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.reshape(n, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = rotated(q, grid, base=self.base), rotated(k, grid, base=self.base)
@@ -128,9 +168,7 @@ class ReferenceViT3(nn.Module):
         super().__init__()
         assert drop_path_rate == 0
         model = config.model
-        assert model.embed_dim is not None
-        assert model.depth is not None
-        dim, eps = model.embed_dim, model.norm_eps or 1e-6
+        (dim, depth, _), eps = _sizes(config), model.norm_eps or 1e-6
         self.patch_size = model.effective_patch_size or 0
         self.patch_embed = PatchEmbed(config.data.channels, dim, self.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -138,7 +176,7 @@ class ReferenceViT3(nn.Module):
             nn.Parameter(torch.zeros(1, model.registers, dim)) if model.registers else None
         )
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
-        self.blocks = nn.ModuleList(Block(dim, config) for _ in range(model.depth))
+        self.blocks = nn.ModuleList(Block(dim, config) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.local_cls_norm = nn.LayerNorm(dim, eps=eps) if model.local_norm else None
 
@@ -202,16 +240,17 @@ class ReferenceStep3(ReferenceStep):
         self, shares: Sequence[Share], targets: Sequence[tuple[Tensor, Tensor]]
     ) -> dict[str, float]:
         """Gradients of the mean over ranks; the losses as logged."""
-        tokens = [self._tokens(share) for share in shares]
-        views = [torch.stack(of_global.chunk(2)) for of_global, _, _ in tokens]  # (2, B, D)
         logged: dict[str, float] = {}
-        total = torch.zeros((), dtype=torch.float64)
-        for rank, share in enumerate(shares):
-            losses = self._terms(share, tokens[rank], targets[rank])
-            losses["koleo_loss"] = self._koleo(views, rank)
-            total = total + self._weighted(losses) / len(shares)
-            for name, loss in losses.items():
-                logged[name] = logged.get(name, 0.0) + loss.item() / len(shares)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        with self._autocast():
+            tokens = [self._tokens(share) for share in shares]
+            views = [torch.stack(of_global.chunk(2)) for of_global, _, _ in tokens]  # (2, B, D)
+            for rank, share in enumerate(shares):
+                losses = self._terms(share, tokens[rank], targets[rank])
+                losses["koleo_loss"] = self._koleo(views, rank)
+                total = total + self._weighted(losses) / len(shares)
+                for name, loss in losses.items():
+                    logged[name] = logged.get(name, 0.0) + loss.item() / len(shares)
         total.backward()
         return logged
 

@@ -1,5 +1,7 @@
 """FLOPs by formula are those that torch counts in a real network."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -62,7 +64,8 @@ def test_registers_are_tokens_too() -> None:
     assert (flops.teacher, flops.student_forward, flops.student_backward) == counted
 
 
-def test_dinov2s_layers_are_counted_as_torch_counts_them() -> None:
+@pytest.mark.parametrize("others", [{}, {"rope": {}, "mask_key_bias": True, "local_norm": True}])
+def test_layers_of_dinov2_and_3_are_counted_as_torch_counts_them(others: dict[str, Any]) -> None:
     config = parse_config(
         {
             "model": {
@@ -71,6 +74,7 @@ def test_dinov2s_layers_are_counted_as_torch_counts_them() -> None:
                 "layer_scale": 1e-5,
                 "ffn": "swiglu",
                 "registers": 3,
+                **others,  # a rotation multiplies no matrices
             },
             "head": HEAD,
             "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
