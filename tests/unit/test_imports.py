@@ -1,6 +1,7 @@
 """Imports point one way, heavy libraries stay where they belong, and every setting is read."""
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -55,8 +56,15 @@ def _files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@functools.cache
+def _nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Of a file's syntax tree that tell what it imports and reads; parsed once for all tests."""
+    kinds = (ast.Import, ast.ImportFrom, ast.Attribute, ast.arg)
+    return tuple(n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, kinds))
+
+
 def _imports(path: Path) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _nodes(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -145,7 +153,7 @@ def test_every_setting_is_read_outside_the_config() -> None:
         relative = path.relative_to(PACKAGE)
         if relative.parts[0] == "config" and relative.name != "resolve.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in _nodes(path):
             if isinstance(node, ast.Attribute):
                 read.add(node.attr)
             elif isinstance(node, ast.arg):
