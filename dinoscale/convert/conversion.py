@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 
 from dinoscale.convert.atomic_write import checksums, put_in_place, refuse_existing
 from dinoscale.convert.coverage import Coverage, listed
+from dinoscale.convert.formats.dinov3 import without_masked_bias
 from dinoscale.convert.formats.reference import our_head
 from dinoscale.convert.formats.special_tokens import (
+    as_in_hf,
     as_in_timm,
-    with_class_slot,
     without_mask_token,
 )
 from dinoscale.convert.formats.to_dino import dino_form, reopen_dino, write_dino
@@ -82,6 +83,7 @@ RECIPE: dict[str, tuple[str, ...] | None] = {  # None: all of the section
     "engine": ("precision",),
 }
 _WITHOUT_MASK_TOKEN = ("timm", "torchscript", "onnx")
+_WITHOUT_KEY_BIAS = ("timm", "hf")  # that does not act
 _RULES = {
     "by_factor": "bicubic by the scale factor (patches + 0.1) / stored",
     "by_size": "bicubic to the size, with antialiasing",
@@ -130,7 +132,7 @@ TARGETS = {
     "hf": Target(
         write_hf,
         lambda path, _: reopen_hf(path),
-        form=lambda _, weights: with_class_slot(weights),
+        form=lambda _, weights: as_in_hf(weights),
         resizing=lambda path: reopen_hf(path, own_resize=True),
         is_folder=True,
         needs=("transformers",),
@@ -201,7 +203,7 @@ def convert(
         full = forward_of(weights)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    if size is not None or target.resizing is not None:
+    if size is not None or (target.resizing is not None and not weights.is_rotary):
         stored = weights.card.backbone.img_size
         weights = at_size(weights, img_size=stored if size is None else size)
     left_out = _left_out(weights, to)
@@ -226,8 +228,16 @@ def convert(
 def _left_out(weights: Weights, to: str) -> dict[str, str]:
     """Tensors of the source that a target does not get, and why."""
     left_out = dict.fromkeys(weights.left_out, "neither of the backbone nor of a projection head")
-    if "mask_token" in weights.backbone and to in _WITHOUT_MASK_TOKEN:
-        left_out["mask_token"] = f"{to} has no place for it; it replaces masked patches in training"
+    state, no_place = weights.backbone, f"{to} has no place for it"
+    if "mask_token" in state and to in _WITHOUT_MASK_TOKEN:
+        left_out["mask_token"] = f"{no_place}; it replaces masked patches in training"
+    if to != "dino":
+        of_local = [name for name in state if name.startswith("local_norm.")]
+        left_out |= dict.fromkeys(of_local, f"{no_place}; it normalises local crops in training")
+    if weights.is_rotary and to in _WITHOUT_KEY_BIAS:
+        zeroed = without_masked_bias(weights).backbone
+        biases = [name for name in state if not torch.equal(zeroed[name], state[name])]
+        left_out |= dict.fromkeys(biases, f"{no_place}: the part of the keys, which does not act")
     for reason in dict.fromkeys(left_out.values()):
         names = [name for name, why in left_out.items() if why == reason]
         log.warning("left out: %s (%s)", listed(names), reason)
@@ -281,12 +291,19 @@ def _write_and_prove(
     shape = weights.card.backbone
     sizes = shape.img_size, second_size(shape.img_size, patch_size=max(8, patch_size_of(weights)))
 
-    def compared(one: Forward, other: Forward, size: int, **images: int) -> Agreement:
+    def compared(
+        one: Forward, other: Forward, size: int | tuple[int, int], **images: int
+    ) -> Agreement:
         return compare(one, other, in_chans=shape.in_chans, size=size, **images)
 
     proofs = [compared(ours, reopened.forward, sizes[0])]
     own_rule = None
-    if target.resizing is None or patch_size_of(weights) == 1:
+    if weights.is_rotary:
+        oblong = (sizes[0], sizes[1])
+        proofs += [
+            compared(ours, reopened.forward, size, num_images=3) for size in (sizes[1], oblong)
+        ]
+    elif target.resizing is None or patch_size_of(weights) == 1:
         proofs.append(compared(ours, reopened.forward, sizes[1], num_images=3))
     else:
         moved = written.with_name("second size")

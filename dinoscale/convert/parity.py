@@ -134,25 +134,38 @@ def second_size(img_size: int, *, patch_size: int) -> int:
 
 
 def compare(
-    ours: Forward, theirs: Forward, *, in_chans: int, size: int, num_images: int = 2
+    ours: Forward,
+    theirs: Forward,
+    *,
+    in_chans: int,
+    size: int | tuple[int, int],
+    num_images: int = 2,
 ) -> Agreement:
-    """Run both on the same seeded images, square with a side of `size` pixels.
+    """Run both on the same seeded images.
 
     An output that `theirs` lacks, or gives in another shape, differs by infinity.
+
+    Args:
+        ours: a forward.
+        theirs: another one.
+        in_chans: channels of the images.
+        size: height and width in pixels, or the side of a square.
+        num_images: N.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    images = torch.randn(num_images, in_chans, size, size, generator=generator)
+    height, width = size if isinstance(size, tuple) else (size, size)
+    images = torch.randn(num_images, in_chans, height, width, generator=generator)
     with torch.inference_mode():
         expected, found = ours(images), theirs(images)
     differences, cosines = [], []
     for name, ours_ in expected.items():
         theirs_ = found.get(name)
         if theirs_ is None or ours_.shape != theirs_.shape:
-            return Agreement((size, size), float("inf"), float("nan"))
+            return Agreement((height, width), float("inf"), float("nan"))
         differences.append(float((ours_ - theirs_).abs().max() / ours_.abs().max()))
         cosines.append(float(F.cosine_similarity(ours_, theirs_, dim=-1).min()))
     worst = torch.tensor([differences, cosines])  # max and min of tensors keep a NaN
-    return Agreement((size, size), float(worst[0].max()), float(worst[1].min()))
+    return Agreement((height, width), float(worst[0].max()), float(worst[1].min()))
 
 
 def require_complete(reopened: Reopened, weights: Weights) -> Coverage:

@@ -14,9 +14,11 @@ from typing import Any
 
 from dinoscale.convert.card import parse_card
 from dinoscale.convert.formats.dinov3 import dinov3_card, dinov3_shape, from_dinov3, is_dinov3
+from dinoscale.convert.formats.hf_dinov3 import is_hf_dinov3, read_hf_dinov3
 from dinoscale.convert.formats.huggingface import is_huggingface, read_huggingface
 from dinoscale.convert.formats.reference import guess_shape, network_state, reference_card, split
 from dinoscale.convert.formats.timm import is_timm, timm_card
+from dinoscale.convert.formats.timm_dinov3 import from_timm_dinov3, is_timm_dinov3
 from dinoscale.convert.read_files import Content, read_content
 from dinoscale.convert.run_checkpoint import is_run, read_run
 from dinoscale.convert.weights import Network, Weights
@@ -66,24 +68,31 @@ def read_source(
 def _weights_of(content: Content, *, network: Network, num_heads: int | None) -> Weights:
     state = network_state(content.checkpoint, network=network)
     settings = content.settings or {}
+    if is_hf_dinov3(state, settings):
+        return read_hf_dinov3(state, content, num_heads=num_heads)
     if is_huggingface(state, settings):
         return read_huggingface(state, content, num_heads=num_heads)
-    of_dinov3 = dinov3_shape(state) if is_dinov3(state) else None
-    parts = split(state if of_dinov3 is None else from_dinov3(state))
+    as_authors = is_dinov3(state)
+    as_timm = is_timm_dinov3(state, settings, ours=content.card is not None)
+    if as_authors or as_timm:
+        parts = split(from_dinov3(state) if as_authors else from_timm_dinov3(state))
+    else:
+        parts = split(state)
     heads: dict[str, Any] = {"head": parts.head, "patch_head": parts.patch_head}
     if content.card is not None:
         if parts.left_out:
             raise CheckpointError(f"unexpected: {', '.join(parts.left_out)}")
         card = parse_card(content.card)
         return Weights(parts.backbone, card=card, kind="dinoscale", **heads)
-    if of_dinov3 is not None:
-        card = dinov3_card(of_dinov3, source=content.name)
-        return Weights(parts.backbone, card=card, kind="reference", **heads)
-    if is_timm(parts.backbone, settings):
-        card = timm_card(parts.backbone, content, num_heads=num_heads)
-        return Weights(parts.backbone, card=card, kind="timm", left_out=parts.left_out, **heads)
+    rest: dict[str, Any] = {**heads, "left_out": parts.left_out}
+    if as_authors:
+        card = dinov3_card(dinov3_shape(state, parts.backbone), source=content.name)
+        return Weights(parts.backbone, card=card, kind="reference", **rest)
+    if as_timm or is_timm(parts.backbone, settings):
+        card = timm_card(parts.backbone, content, num_heads=num_heads, of_dinov3=as_timm)
+        return Weights(parts.backbone, card=card, kind="timm", **rest)
     full = content.checkpoint
     args = full.get("args") if isinstance(full, Mapping) else None
     shape = guess_shape(parts.backbone, args=args, num_heads=num_heads)
     card = reference_card(shape, source=content.name)
-    return Weights(parts.backbone, card=card, kind="reference", left_out=parts.left_out, **heads)
+    return Weights(parts.backbone, card=card, kind="reference", **rest)

@@ -48,6 +48,11 @@ class Weights:
     run: Mapping[str, object] | None = None
     patch_head: dict[str, Tensor] | None = None
 
+    @property
+    def is_rotary(self) -> bool:
+        """Whether it is a ViT with rotary positions, which are no tensors."""
+        return "pos_embed" not in self.backbone and "cls_token" in self.backbone
+
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of each network that is there, by its name in `models.network`."""
         parts = {"backbone": self.backbone, "head": self.head, "patch_head": self.patch_head}

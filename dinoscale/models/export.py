@@ -1,21 +1,22 @@
 """Backbones for export: one batch of images in, class token and patch tokens out.
 
-The forward of `vit.VisionTransformer`, position embedding resize included, in tensor operations
-that TorchScript and ONNX can export with dynamic batch, height and width. Parameters have the same
-names and shapes.
+The forward of `vit.VisionTransformer`, with positions resized or computed for the size of image, in
+tensor operations that TorchScript and ONNX can export with dynamic batch, height and width.
+Parameters have the same names and shapes.
 
-Shape letters: N images, C channels, H, W pixels, P patches, R registers, D width, G side of the
-stored grid of positions.
+Shape letters: N images, C channels, H, W pixels, P patches, R registers, L tokens of an image, D
+width, d channels of a head, G side of the stored grid of positions.
 """
 
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoscale.errors import ConfigError
 from dinoscale.models.block import mask_key_bias
+from dinoscale.models.rope import Rope
 from dinoscale.models.vit import PositionResize, position_rule
 from dinoscale.models.zoo import Layers, own_layers, timm_vit, torchvision_resnet50
 
@@ -50,16 +51,11 @@ def build_plain(
         **layers: attributes of `zoo.Layers`.
 
     Raises:
-        ConfigError: as `zoo.build_backbone` does; or the model has rotary positions.
+        ConfigError: as `zoo.build_backbone` does.
     """
     if name == "resnet50":
         return PlainResNet50(torchvision_resnet50(in_chans=in_chans))
     chosen = Layers(**layers).over(own_layers(name))
-    if chosen.rope is not None:
-        raise ConfigError(
-            f"model.rope: {name!r} has rotary positions, which the formats hf, torchscript and "
-            "onnx do not get from us; use --to dino"
-        )
     source = timm_vit(
         name,
         img_size=img_size,
@@ -70,9 +66,14 @@ def build_plain(
         depth=depth,
         num_heads=num_heads,
     )
-    if chosen.mask_key_bias:
-        mask_key_bias(source.blocks)
-    plain = PlainViT(source, mask_token=mask_token, position_resize=position_resize)
+    plain: PlainViT | RotaryViT
+    if chosen.rope is not None:
+        masked = bool(chosen.mask_key_bias)
+        plain = RotaryViT(source, chosen.rope, mask_token=mask_token, key_bias_masked=masked)
+    else:
+        if chosen.mask_key_bias:
+            mask_key_bias(source.blocks)
+        plain = PlainViT(source, mask_token=mask_token, position_resize=position_resize)
     if local_norm:
         plain.local_norm = type(source.norm)(source.embed_dim, eps=source.norm.eps)
     return plain
@@ -201,6 +202,141 @@ def antialiased_matrix(count: int, side: int, like: Tensor) -> Tensor:
     far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a  # 1 < d <= 2
     weights = torch.where(d <= 1, near, torch.where(d <= 2, far, torch.zeros_like(d)))
     return weights / weights.sum(dim=1, keepdim=True)
+
+
+class RotaryViT(nn.Module):
+    """A ViT whose queries and keys turn with the positions of patches, as `rope.rotation` has it.
+
+    Attributes:
+        embed_dim: D.
+        rope: by which rule.
+        num_prefix: class token and registers, which do not turn.
+        periods: (d/4,), of float32 precision.
+    """
+
+    periods: list[float]
+
+    def __init__(
+        self,
+        source: Any,
+        rope: Rope,
+        *,
+        mask_token: bool = False,
+        key_bias_masked: bool = False,
+    ) -> None:
+        """Adopt the layers of `source`, a timm ViT without positions from `zoo.timm_vit`."""
+        super().__init__()
+        self.embed_dim: int = source.embed_dim
+        self.cls_token = source.cls_token
+        self.reg_token = source.reg_token
+        self.mask_token = nn.Parameter(torch.zeros(1, source.embed_dim)) if mask_token else None
+        self.patch_embed = PatchEmbed(source.patch_embed.proj)
+        self.norm_pre = source.norm_pre
+        self.blocks = nn.ModuleList(
+            RotaryBlock(block, key_bias_masked=key_bias_masked) for block in source.blocks
+        )
+        self.norm = source.norm
+        self.num_prefix: int = 1 + (0 if self.reg_token is None else self.reg_token.shape[1])
+        self.rope = rope
+        self.coordinates: str = rope.coordinates
+        head_dim, cpu = source.blocks[0].attn.head_dim, torch.device("cpu")
+        # Numbers, not a buffer, which would be one of the model's tensors.
+        self.periods = rope.periods(head_dim, dtype=torch.float32, device=cpu).tolist()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images (N, C, H, W) to the normalised cls (N, D) and patches (N, P, D)."""
+        projected = self.patch_embed(images)  # (N, D, rows, columns)
+        prefix = self.cls_token
+        if self.reg_token is not None:
+            prefix = torch.cat((prefix, self.reg_token), dim=1)  # (1, 1+R, D)
+        x = projected.flatten(2).transpose(1, 2)
+        x = self.norm_pre(torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1))
+        cos, sin = self.tables(projected)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        x = self.norm(x)
+        return x[:, 0], x[:, self.num_prefix :]
+
+    def tables(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (L, d) of a grid of patches, those of a pair's first half negative."""
+        rows, columns = projected.shape[2], projected.shape[3]
+        # Tensors, not numbers: an exported graph then compares them again for every image size.
+        height = torch.full((), rows, dtype=projected.dtype, device=projected.device)
+        width = torch.full((), columns, dtype=projected.dtype, device=projected.device)
+        if self.coordinates == "max":
+            height = width = torch.maximum(height, width)
+        elif self.coordinates == "min":
+            height = width = torch.minimum(height, width)
+        down = self.angles(rows, height)[:, None].expand(-1, columns, -1)
+        along = self.angles(columns, width)[None].expand(rows, -1, -1)
+        angles = torch.cat((down, along), dim=2).flatten(0, 1)  # (P, d/2)
+        sin, cos = angles.sin(), angles.cos()
+        before = (0, 0, self.num_prefix, 0)
+        cosines = F.pad(torch.cat((cos, cos), dim=1), before, value=1.0)
+        return cosines, F.pad(torch.cat((-sin, sin), dim=1), before)
+
+    def angles(self, count: int, span: Tensor) -> Tensor:
+        """Angles (count, d/4) of the patches along an axis, whose centres run to 1 over `span`."""
+        steps = torch.arange(count, dtype=span.dtype, device=span.device)
+        centres = 2 * (steps + 0.5) / span - 1
+        periods = torch.tensor(self.periods, dtype=span.dtype, device=span.device)
+        return 2 * math.pi * centres[:, None] / periods
+
+
+class RotaryBlock(nn.Module):
+    """Pre-norm transformer block with rotary positions; adopts the layers of a timm block."""
+
+    def __init__(self, source: Any, *, key_bias_masked: bool) -> None:
+        super().__init__()
+        self.norm1 = source.norm1
+        self.attn = RotaryAttention(source.attn, key_bias_masked=key_bias_masked)
+        self.ls1 = source.ls1
+        self.norm2 = source.norm2
+        self.mlp = source.mlp
+        self.ls2 = source.ls2
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Map tokens (N, L, D) to tokens, with tables (L, d)."""
+        x = x + self.ls1(self.attn(self.norm1(x), cos, sin))
+        x = x + self.ls2(self.mlp(self.norm2(x)))
+        return x
+
+
+class RotaryAttention(nn.Module):
+    """Multi-head self-attention whose queries and keys turn."""
+
+    def __init__(self, source: Any, *, key_bias_masked: bool) -> None:
+        super().__init__()
+        self.num_heads: int = source.num_heads
+        self.head_dim: int = source.head_dim
+        self.key_bias_masked = key_bias_masked
+        self.qkv = source.qkv
+        self.q_norm = source.q_norm
+        self.k_norm = source.k_norm
+        self.norm = getattr(source, "norm", nn.Identity())  # older timm has none
+        self.proj = source.proj
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Map tokens (N, L, D) to (N, L, D), with tables (L, d)."""
+        qkv = F.linear(x, self.qkv.weight, self.bias())
+        heads = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.unbind(0)
+        q, k = self.turned(self.q_norm(q), cos, sin), self.turned(self.k_norm(k), cos, sin)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended: Tensor = self.proj(self.norm(x))
+        return attended
+
+    def bias(self) -> Tensor | None:
+        """That of queries, keys and values (3 D,), zero where it does not act."""
+        bias: Tensor | None = self.qkv.bias
+        if bias is not None and self.key_bias_masked:
+            of_queries, of_keys, of_values = bias.chunk(3)
+            bias = torch.cat((of_queries, torch.zeros_like(of_keys), of_values))
+        return bias
+
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn queries or keys (N, heads, L, d)."""
+        return x * cos + x.roll((self.head_dim // 2,), (-1,)) * sin
 
 
 class PlainResNet50(nn.Module):

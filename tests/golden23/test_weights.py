@@ -1,4 +1,4 @@
-"""DINOv2 in the layouts of its authors, timm and transformers, as those libraries have it.
+"""DINOv2 and DINOv3 in the layouts of their authors, timm and transformers, as these have it.
 
 `checkpoint_keys.json` lists names and shapes of real files; `transformers_tiny` has small networks
 with the outputs of the reference and of transformers.
@@ -20,6 +20,7 @@ from torch import Tensor
 from dinoscale.convert.conversion import convert
 from dinoscale.convert.coverage import coverage_of
 from dinoscale.convert.formats.to_hf import reopen_hf
+from dinoscale.convert.formats.to_timm import reopen_timm
 from dinoscale.convert.initial_weights import read_initial_weights
 from dinoscale.convert.load_backbone import Backbone, load_backbone
 from dinoscale.convert.parity import MAX_DIFFERENCE
@@ -38,6 +39,7 @@ Tensors = Callable[[str], dict[str, Tensor]]
 Jsons = Callable[[str], dict[str, Any]]
 
 CASES = ("v2_mlp", "v2_swiglu", "v2_registers", "v2_registers_swiglu")
+DINOV3 = ("v3_mlp", "v3_swiglu")
 RUNS = ("A", "B")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -90,9 +92,7 @@ def test_every_dinov2_file_is_read_whole(tmp_path: Path, golden23_json: Jsons) -
     assert read
 
 
-def test_dinov3_files_are_read_whole_or_refused_by_name(
-    tmp_path: Path, golden23_json: Jsons
-) -> None:
+def test_every_dinov3_file_is_read_whole(tmp_path: Path, golden23_json: Jsons) -> None:
     read = []
     for name, content in _files(golden23_json("checkpoint_keys")):
         if "dinov3" not in name:
@@ -106,16 +106,13 @@ def test_dinov3_files_are_read_whole_or_refused_by_name(
                 dtype, head_dim = torch.float32, 4 * len(value)
                 state[key] = Rope(100.0).periods(head_dim, dtype=dtype, device=value.device)
         torch.save(content, tmp_path / "w")
-        if not any(key.endswith("rope_embed.periods") for key in state):
-            with pytest.raises(CheckpointError, match="rotary position embeddings, as DINOv3"):
-                read_source(tmp_path / "w", num_heads=1)
-            continue
         weights = read_source(tmp_path / "w")
         coverage = coverage_of(weights.backbone, expected_tensors(weights))
         assert coverage.complete, f"{name}: {coverage}"
         assert weights.left_out == ()
+        assert weights.card.backbone.mask_token
         read.append(name)
-    assert len(read) == 7
+    assert len(read) == 11
 
 
 # Small networks
@@ -196,6 +193,7 @@ def _assert_features(backbone: Backbone, case: Case, sizes: list[str]) -> None:
         _assert_equal(_tokens(backbone, images), expected)
 
 
+@pytest.mark.parametrize("case", CASES + DINOV3, indirect=True)
 def test_files_of_the_reference_give_its_features(tmp_path: Path, case: Case) -> None:
     backbone, _ = load_backbone(case.saved(tmp_path), num_heads=case.num_heads)
     _assert_features(backbone, case, case.sizes)
@@ -234,6 +232,53 @@ def test_transformers_files_are_those_of_save_pretrained_and_come_back(
     assert "left_out" not in card
 
 
+@pytest.mark.parametrize("case", DINOV3, indirect=True)
+def test_dinov3_in_transformers_and_timm_comes_back_without_the_masked_bias(
+    tmp_path: Path, case: Case
+) -> None:
+    source = case.saved(tmp_path)
+    cards = {to: convert(source, tmp_path / to, to=to) for to in ("hf", "timm")}
+    assert _same(load_file(tmp_path / "hf" / "model.safetensors"), case.part("file"))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    wanted = {**case.told["transformers_config"], "image_size": 256}  # which no file tells
+    assert {key: config[key] for key in wanted} == wanted
+    theirs = {"hf": reopen_hf(tmp_path / "hf"), "timm": reopen_timm(tmp_path / "timm")}
+    for to, card in cards.items():
+        assert card["position_embedding"]["sizes"] == "any"
+        assert len({tuple(proof["size"]) for proof in card["parity"]["proofs"]}) == 3
+        for size in case.sizes:
+            with torch.inference_mode():
+                found = theirs[to].forward(case.tensors[f"{size}.input"])
+            for kind in ("reference", "transformers"):
+                expected = case.tensors[f"{size}.{kind}"]
+                _assert_equal(found["cls"], expected[:, 0])
+                _assert_equal(found["patches"], expected[:, -found["patches"].shape[1] :])
+        _assert_features(load_backbone(tmp_path / to)[0], case, case.sizes)
+
+        convert(tmp_path / to, tmp_path / "back.pth", to="dino", overwrite=True)
+        back, expected = torch.load(tmp_path / "back.pth", weights_only=True), case.part("state")
+        biases = [name for name in expected if name.endswith("qkv.bias")]
+        for name in biases:
+            expected[name] = expected[name] * expected[f"{name}_mask"]
+        in_training = ["mask_token"] if to == "timm" else []
+        for name in in_training:
+            del expected[name]
+        assert _same(back, expected)
+        assert [*card["left_out"]] == [*in_training, *biases]
+
+
+@pytest.mark.parametrize("case", DINOV3, indirect=True)
+def test_bare_tensors_of_dinov3_in_timm_are_recognised(tmp_path: Path, case: Case) -> None:
+    convert(case.saved(tmp_path), tmp_path / "timm", to="timm")
+    state = load_file(tmp_path / "timm" / "model.safetensors")
+    torch.save({**state, "head.weight": torch.zeros(2, 2)}, tmp_path / "bare.pth")
+    weights = read_source(tmp_path / "bare.pth", num_heads=case.num_heads)
+    assert (weights.kind, weights.left_out) == ("timm", ("head.weight",))
+    backbone, _ = load_backbone(tmp_path / "bare.pth", num_heads=case.num_heads)
+    _assert_features(backbone, case, case.sizes)
+
+
+@pytest.mark.parametrize("case", CASES + DINOV3, indirect=True)
 def test_names_of_transformers_modules_are_read_too(tmp_path: Path, case: Case) -> None:
     ensure_torchvision()
     import transformers
@@ -288,7 +333,7 @@ def test_timm_gives_the_features_and_has_no_mask_token(
     assert _same(torch.load(tmp_path / "back.pth", weights_only=True), expected)
 
 
-@pytest.mark.parametrize("case", ["v2_mlp", "v2_registers_swiglu"], indirect=True)
+@pytest.mark.parametrize("case", ["v2_mlp", "v2_registers_swiglu", "v3_swiglu"], indirect=True)
 def test_graphs_give_the_features_at_any_size(tmp_path: Path, case: Case) -> None:
     source, path = case.saved(tmp_path), tmp_path / "w.pt"
     card = convert(source, path, to="torchscript", num_heads=case.num_heads)

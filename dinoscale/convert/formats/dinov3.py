@@ -17,21 +17,27 @@ import torch
 from torch import Tensor
 
 from dinoscale.convert.card import BackboneCard, BackboneShape
-from dinoscale.convert.formats.reference import has_gated_mlp, reference_card
+from dinoscale.convert.formats.reference import HEAD_DIM, has_gated_mlp, reference_card
+from dinoscale.convert.weights import Weights
 from dinoscale.errors import CheckpointError
 from dinoscale.models.rope import Rope
+from dinoscale.models.zoo import own_layers
 
 _PERIODS = "rope_embed.periods"
 _MASK = ".attn.qkv.bias_mask"
 _FIRST, _SECOND = ".mlp.w1.", ".mlp.w2."
 _RENAMED = (("storage_tokens", "reg_token"), ("local_cls_norm.", "local_norm."))
-_NAMES = {  # by embed_dim; the sizes in a shape override the name's
-    384: "vit_small_patch16_dinov3",
-    768: "vit_base_patch16_dinov3",
-    1024: "vit_large_patch16_dinov3",
+_SIZES = {  # names by embed_dim and whether the MLP is a SwiGLU; sizes in a shape override them
+    (384, False): "small",
+    (384, True): "small_plus",
+    (768, False): "base",
+    (1024, False): "large",
+    (1280, True): "huge_plus",
+    (4096, True): "7b",
 }
+_HEAD_DIMS = {4096: 128}  # by embed_dim, where they differ from the reference's
 _SIDE = 256  # pixels of a global crop in the published training
-_BLOCK = re.compile(r"blocks\.(?:\d{1,9}\.)?(\d{1,9})\.")
+_BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 
 
 def is_dinov3(state: Mapping[str, Tensor]) -> bool:
@@ -72,49 +78,82 @@ def _require_mask_of_keys(name: str, mask: Tensor) -> None:
         raise CheckpointError(f"holds {name}, which masks another part than the bias of the keys")
 
 
-def dinov3_shape(state: Mapping[str, Tensor]) -> BackboneShape:
-    """The architecture, from the names and shapes of the tensors and from the periods.
+def dinov3_shape(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> BackboneShape:
+    """The architecture, from the periods and the tensors.
 
     Args:
         state: as in the file.
+        ours: its backbone under our names.
 
     Raises:
         CheckpointError: the tensors are not those of a ViT of DINOv3, or no rule of ours gives
             the periods.
     """
-    found = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+    periods = next(x for name, x in state.items() if name.removeprefix("backbone.") == _PERIODS)
+    if periods.ndim != 1 or not len(periods):
+        raise CheckpointError(f"has {_PERIODS} of shape {[*periods.shape]}, which is no list")
+    return rotary_shape(
+        ours,
+        rope=_rope_of(periods),
+        head_dim=4 * len(periods),
+        mask_key_bias=any(name.endswith(_MASK) for name in state),
+    )
+
+
+def rotary_shape(
+    state: Mapping[str, Tensor],
+    *,
+    rope: Rope,
+    mask_key_bias: bool,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+) -> BackboneShape:
+    """The architecture of a ViT of DINOv3, from the names and shapes of its tensors.
+
+    Args:
+        state: a backbone under our names.
+        rope: its rotary positions.
+        mask_key_bias: whether the keys' part of the bias does not act.
+        num_heads: attention heads; None for those of `head_dim` channels.
+        head_dim: channels of a head; None for those of the released model of this width, else 64.
+
+    Raises:
+        CheckpointError: the tensors are not those of a ViT of DINOv3.
+    """
     try:
-        periods, patches = found[_PERIODS], found["patch_embed.proj.weight"]
-        blocks = [int(match[1]) for name in found if (match := _BLOCK.match(name))]
-        gated = any(name.endswith(".mlp.w1.weight") for name in found)
-        hidden = next(
-            len(tensor)
-            for name, tensor in found.items()
-            if name.endswith((".mlp.w1.weight", ".mlp.fc1.weight"))
-        )
-        embed_dim, channels, _, patch_size = patches.shape
-        registers = found["storage_tokens"].shape[1] if "storage_tokens" in found else 0
-        heads = embed_dim // (4 * len(periods))
-    except (KeyError, StopIteration, ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError("has rope_embed.periods, but is no ViT of DINOv3") from error
+        embed_dim, channels, _, patch_size = state["patch_embed.proj.weight"].shape
+        hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
+        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+        if not 1 <= patch_size <= _SIDE or not channels or not embed_dim:
+            raise ValueError("no patches")
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError("has rotary positions, but is no ViT of DINOv3") from error
+    gated = has_gated_mlp(state)
+    blocks = [int(match[1]) for name in state if (match := _BLOCK.match(name))]
     return BackboneShape(
-        name=_NAMES.get(embed_dim, "vit_small_patch16_dinov3"),
+        name=model_name(embed_dim, gated=gated),
         img_size=_SIDE // patch_size * patch_size,
         patch_size=patch_size,
         embed_dim=embed_dim,
         depth=max(blocks) + 1,
-        num_heads=heads,
+        num_heads=num_heads or embed_dim // (head_dim or _HEAD_DIMS.get(embed_dim, HEAD_DIM)) or 1,
         in_chans=channels,
         ffn="swiglu" if gated else "mlp",
-        ffn_ratio=_ratio(math.ceil(1.5 * hidden) if gated else hidden, embed_dim),
+        ffn_ratio=ratio_of(math.ceil(1.5 * hidden) if gated else hidden, embed_dim),
         ffn_multiple=1 if gated else None,
         registers=registers,
-        mask_token="mask_token" in found,
-        rope=_rope_of(periods),
-        qkv_bias=any(name.endswith(".attn.qkv.bias") for name in found),
-        mask_key_bias=any(name.endswith(_MASK) for name in found),
-        local_norm="local_cls_norm.weight" in found,
+        mask_token="mask_token" in state,
+        rope=rope,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        mask_key_bias=mask_key_bias,
+        local_norm="local_norm.weight" in state,
     )
+
+
+def model_name(embed_dim: int, *, gated: bool) -> str:
+    """The released model of this width and kind of MLP, else the smallest of the kind."""
+    size = _SIZES.get((embed_dim, gated), "small_plus" if gated else "small")
+    return f"vit_{size}_patch16_dinov3"
 
 
 def dinov3_card(shape: BackboneShape, *, source: str) -> BackboneCard:
@@ -123,7 +162,7 @@ def dinov3_card(shape: BackboneShape, *, source: str) -> BackboneCard:
     return replace(card, resize=shape.img_size)
 
 
-def _ratio(width: int, embed_dim: int) -> float:
+def ratio_of(width: int, embed_dim: int) -> float:
     """Of an MLP of this width: `int(ratio * embed_dim)` is the width."""
     ratio = width / embed_dim
     return ratio if int(ratio * embed_dim) == width else (width + 0.5) / embed_dim
@@ -149,6 +188,49 @@ def _rope_of(periods: Tensor) -> Rope:
         if torch.allclose(found, exact, rtol=tolerance, atol=0):
             return rule
     raise CheckpointError("holds rope_embed.periods that follow neither a base nor two ends")
+
+
+def rope_of(shape: BackboneShape) -> Rope:
+    """The rotary positions of a network that has them, which may be its name's own."""
+    return shape.rope or own_layers(shape.name).rope or Rope()
+
+
+def unlike_libraries(rope: Rope) -> str | None:
+    """Why timm and transformers have no such positions, or None."""
+    if rope.base is None:
+        return f"its periods run from {rope.min_period:g} to {rope.max_period:g}, not by a base"
+    if rope.coordinates != "separate":
+        return f"its coordinates are normalised by {rope.coordinates!r}, not 'separate'"
+    return None
+
+
+def key_bias_is_masked(shape: BackboneShape) -> bool:
+    """Whether the keys' part of the bias does not act, which may be the name's own."""
+    masked = shape.mask_key_bias
+    return bool(own_layers(shape.name).mask_key_bias if masked is None else masked)
+
+
+def key_bias_acts(weights: Weights) -> bool:
+    """Whether queries are compared with keys that have a bias other than zero."""
+    if key_bias_is_masked(weights.card.backbone):
+        return False
+    return any(bool(x.chunk(3)[1].any()) for _, x in _biases(weights))
+
+
+def without_masked_bias(weights: Weights) -> Weights:
+    """Weights whose keys' part of the bias is zero if it does not act."""
+    if not key_bias_is_masked(weights.card.backbone):
+        return weights
+    zeroed = dict(weights.backbone)
+    for name, bias in _biases(weights):
+        of_queries, of_keys, of_values = bias.chunk(3)
+        zeroed[name] = torch.cat((of_queries, torch.zeros_like(of_keys), of_values))
+    return replace(weights, backbone=zeroed)
+
+
+def _biases(weights: Weights) -> list[tuple[str, Tensor]]:
+    ends = ".attn.qkv.bias"
+    return [(name, x) for name, x in weights.backbone.items() if name.endswith(ends)]
 
 
 def as_in_dinov3(

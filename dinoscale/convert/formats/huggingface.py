@@ -122,10 +122,20 @@ def read_huggingface(
         heads = settings.get("num_attention_heads", _NUM_HEADS)
     shape = guess_shape(backbone, num_heads=heads or num_heads)
     card = reference_card(replace(shape, norm_eps=eps), source=content.name)
+    return Weights(backbone, None, completed(card, content), "hf", left_out)
+
+
+def completed(card: BackboneCard, content: Content) -> BackboneCard:
+    """A card with what the files beside the weights say.
+
+    Raises:
+        CheckpointError: entries of other types than theirs.
+    """
     card = parse_card(_with_preprocessing(card, content.preprocessing or {}).to_json())
-    if content.card is not None:  # the one entry that the library's files cannot store
-        card = replace(card, max_pixel_value=parse_card(content.card).max_pixel_value)
-    return Weights(backbone, None, card, "hf", left_out)
+    if content.card is None:
+        return card
+    # The one entry that the library's files cannot store.
+    return replace(card, max_pixel_value=parse_card(content.card).max_pixel_value)
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -54,8 +54,6 @@ _OTHER_KINDS = {
     "dist_token": "is a distilled DeiT, which has a second class token",
     "blocks_token_only.": "is a CaiT, whose class token enters in its last blocks only",
     "cls_attn_blocks.": "is an XCiT, whose attention is over channels",
-    "rope_embed.": "has rotary position embeddings, as DINOv3's ViTs",
-    "embeddings.patch_embeddings.weight": "has rotary position embeddings, as DINOv3's ViTs",
     "norm_pre.": "has a norm before its blocks, as CLIP's ViTs",
     "blocks.0.attn.q_bias": "is a BEiT or EVA, whose queries have a bias of their own",
     "blocks.0.attn.relative_position_bias_table": "has relative positions, as BEiT",

@@ -1,4 +1,4 @@
-"""The forms in which libraries keep a ViT of DINOv2: its class, register and mask tokens.
+"""The forms in which libraries keep a ViT of DINOv2 or DINOv3: class, register and mask tokens.
 
 The reference and transformers store a position for the class token, and none for registers. timm's
 models with registers store positions of patches only: that of the class token is added to it. timm
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from dinoscale.convert.card import BackboneShape
+from dinoscale.convert.formats.dinov3 import without_masked_bias
 from dinoscale.convert.formats.reference import VIT_NAMES, has_gated_mlp, is_dinov2
+from dinoscale.convert.formats.timm_dinov3 import as_timm_dinov3
 from dinoscale.convert.resize import patch_size_of
 from dinoscale.convert.weights import Weights
 from dinoscale.errors import ConversionError
@@ -40,20 +42,20 @@ def with_class_slot(weights: Weights) -> Weights:
 
 
 def as_in_timm(weights: Weights) -> Weights:
-    """A ViT of DINOv2 as a model of timm, without its mask token; others as they are.
+    """A ViT of DINOv2 or DINOv3 as a model of timm, without its mask token; others as they are.
 
     Raises:
         ConversionError: timm has no such model.
     """
     weights = without_mask_token(weights)
     state, shape = weights.backbone, weights.card.backbone
-    rotary = shape.name != "resnet50" and "pos_embed" not in state
+    if weights.is_rotary:
+        return as_timm_dinov3(weights)
     layers = ("qkv_bias", "mask_key_bias", "ffn_ratio", "ffn_multiple")
     others = [key for key in layers if getattr(shape, key) is not None]
-    if rotary or others:
+    if others:
         raise ConversionError(
-            f"timm's plain ViTs have no model.{'rope' if rotary else others[0]} as this one has: "
-            "use --to dino"
+            f"timm's plain ViTs have no model.{others[0]} as this one has: use --to dino"
         )
     registers = shape.registers or 0
     if shape.registers is None and not (shape.ffn or shape.layer_scale):
@@ -105,10 +107,20 @@ def slot_removed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def without_mask_token(weights: Weights) -> Weights:
     """Weights for libraries that have none, nor a norm of local crops."""
-    shape = replace(weights.card.backbone, mask_token=False, local_norm=False)
-    training = ("mask_token", "local_norm.weight", "local_norm.bias")
-    return replace(
-        weights,
-        backbone={name: x for name, x in weights.backbone.items() if name not in training},
-        card=replace(weights.card, backbone=shape),
-    )
+    shape = replace(weights.card.backbone, mask_token=False)
+    state = {name: x for name, x in weights.backbone.items() if name != "mask_token"}
+    card = replace(weights.card, backbone=shape)
+    return without_local_norm(replace(weights, backbone=state, card=card))
+
+
+def without_local_norm(weights: Weights) -> Weights:
+    """Weights without a norm of local crops, which serves in training only."""
+    shape = replace(weights.card.backbone, local_norm=False)
+    state = {name: x for name, x in weights.backbone.items() if not name.startswith("local_norm.")}
+    return replace(weights, backbone=state, card=replace(weights.card, backbone=shape))
+
+
+def as_in_hf(weights: Weights) -> Weights:
+    """A ViT as transformers has it: class token with a position, no bias that does not act."""
+    weights = without_local_norm(weights)
+    return without_masked_bias(weights) if weights.is_rotary else with_class_slot(weights)

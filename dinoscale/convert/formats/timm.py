@@ -17,7 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from dinoscale.convert.card import BackboneCard, parse_card
+from dinoscale.convert.formats.dinov3 import dinov3_card
 from dinoscale.convert.formats.reference import guess_shape, reference_card
+from dinoscale.convert.formats.timm_dinov3 import KNOWN_ARGS, timm_dinov3_shape
 from dinoscale.convert.read_files import Content
 from dinoscale.errors import CheckpointError
 
@@ -41,37 +43,48 @@ def is_timm(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
 
 
 def timm_card(
-    state: Mapping[str, Tensor], content: Content, *, num_heads: int | None
+    state: Mapping[str, Tensor],
+    content: Content,
+    *,
+    num_heads: int | None,
+    of_dinov3: bool = False,
 ) -> BackboneCard:
     """Card of a timm checkpoint: sizes from its tensors, the rest from config.json if it has one.
 
     Args:
-        state: the backbone's tensors.
+        state: the backbone's tensors, under our names.
         content: with the settings.
         num_heads: used where config.json has none; None takes the architecture's default.
+        of_dinov3: whether it is a network of DINOv3, see `timm_dinov3`.
 
     Raises:
         CheckpointError: config.json has entries of wrong types, or options that we do not build.
     """
     settings = content.settings or {}
+    if "architecture" not in settings and of_dinov3:
+        shape = timm_dinov3_shape(state, settings, num_heads=num_heads)
+        return dinov3_card(shape, source=content.name)
     if "architecture" not in settings:
         return reference_card(guess_shape(state, num_heads=num_heads), source=content.name)
     args, config = settings.get("model_args") or {}, settings.get("pretrained_cfg", settings)
     if not isinstance(args, dict) or not isinstance(config, dict):
         raise CheckpointError("has a config.json whose model_args, pretrained_cfg are no mappings")
-    unknown = sorted(args.keys() - _KNOWN_ARGS)
+    unknown = sorted(args.keys() - (_KNOWN_ARGS | KNOWN_ARGS if of_dinov3 else _KNOWN_ARGS))
     if unknown:
         raise CheckpointError(f"has a config.json with model_args {unknown}, which we do not build")
-    # The number of heads in the guess is replaced by that of config.json or the architecture.
-    # The tensors show the other sizes.
-    shape = replace(
-        guess_shape(state, num_heads=num_heads or 1),
-        name=settings["architecture"],
-        num_heads=args.get("num_heads") or num_heads,
-        layer_scale=args.get("init_values"),
-        ffn=None,
-        registers=None,
-    )
+    if of_dinov3:
+        shape = timm_dinov3_shape(state, settings, num_heads=num_heads)
+    else:
+        # The number of heads in the guess is replaced by that of config.json or the architecture.
+        # The tensors show the other sizes.
+        shape = replace(
+            guess_shape(state, num_heads=num_heads or 1),
+            name=settings["architecture"],
+            num_heads=args.get("num_heads") or num_heads,
+            layer_scale=args.get("init_values"),
+            ffn=None,
+            registers=None,
+        )
     crop = _image_side(config, default=shape.img_size)
     share = config.get("crop_pct") or _CROP_PCT
     if not isinstance(share, int | float) or not 0 < share <= 1:
@@ -85,6 +98,9 @@ def timm_card(
                 config[key],
                 only,
             )
+    if of_dinov3:  # of any size
+        patch_size = shape.patch_size or 1
+        shape = replace(shape, img_size=max(1, crop // patch_size) * patch_size)
     card = replace(
         reference_card(shape, source=content.name), crop=crop, resize=math.floor(crop / share)
     )

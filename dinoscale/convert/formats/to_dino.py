@@ -62,7 +62,7 @@ def write_dino(path: Path, weights: Weights) -> None:
 def _named(weights: Weights, *, for_reference: bool) -> dict[str, Tensor]:
     """Tensors under the names of the file, none sharing memory."""
     parts = weights.parts()
-    if for_reference and "pos_embed" not in weights.backbone and not _is_resnet(weights):
+    if for_reference and weights.is_rotary:
         parts["backbone"] = _as_in_dinov3(weights)
         parts = {_DINOV2_PARTS[part]: state for part, state in parts.items()}
     elif for_reference and is_dinov2(weights.backbone):
@@ -73,10 +73,6 @@ def _named(weights: Weights, *, for_reference: bool) -> dict[str, Tensor]:
     for part, state in parts.items():
         named = named | to_reference(_prefixed(part, state))
     return {name: tensor.clone().contiguous() for name, tensor in named.items()}
-
-
-def _is_resnet(weights: Weights) -> bool:
-    return weights.card.backbone.name == "resnet50"
 
 
 def _as_in_dinov3(weights: Weights) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Target `hf`: a folder that `transformers.AutoModel.from_pretrained` opens.
 
 A plain ViT becomes a ViTModel, one with a mask token, layer scale or SwiGLU a Dinov2Model, one with
-registers a Dinov2WithRegistersModel; a network that none computes exactly is refused. Every version
-of the library reads these tensor names. The class token is `last_hidden_state[:, 0]` and also
-`pooler_output`: ViTModel initialises a random pooler if a file has none, so ours is the identity.
+registers a Dinov2WithRegistersModel, one with rotary positions a DINOv3ViTModel; a network that
+none computes exactly is refused. Every version of the library reads these tensor names. The class
+token is `last_hidden_state[:, 0]` and also `pooler_output`: ViTModel initialises a random pooler if
+a file has none, so ours is the identity.
 """
 
 from __future__ import annotations
@@ -11,19 +12,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dinoscale.convert.card import BackboneCard, Preprocessing
 from dinoscale.convert.coverage import Coverage
+from dinoscale.convert.formats.hf_dinov3 import (
+    hf_dinov3_config,
+    hf_dinov3_tensors,
+    unlike_hf_dinov3,
+)
 from dinoscale.convert.parity import Outputs, Reopened, to_meta
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Weights
 from dinoscale.errors import ConversionError
 from dinoscale.models._torchvision import ensure_torchvision
-from dinoscale.models.export import PlainViT, build_plain
+from dinoscale.models.export import PlainViT, RotaryViT, build_plain
 from dinoscale.models.zoo import swiglu_width
 from dinoscale.runtime.outputs import write_tensors
 
@@ -65,17 +71,22 @@ def write_hf(folder: Path, weights: Weights) -> None:
         ConversionError: no model of the library computes the same outputs.
     """
     model = _architecture(weights)
-    tensors = dict(_renamed(weights, model))
+    if isinstance(model, RotaryViT):
+        tensors = dict(hf_dinov3_tensors(weights, model))
+        config = hf_dinov3_config(model, weights.card)
+    else:
+        tensors = dict(_renamed(weights, model))
+        config = _config(model, weights.card)
     whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     write_tensors(whole, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     dtype = str(weights.backbone["cls_token"].dtype).removeprefix("torch.")
-    config = {**_config(model, weights.card), "dtype": dtype, "torch_dtype": dtype}
+    config |= {"dtype": dtype, "torch_dtype": dtype}
     settings = {CONFIG_FILE: config, PREPROCESSOR_FILE: _preprocessor(weights.card)}
     for name, content in settings.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _architecture(weights: Weights) -> PlainViT:
+def _architecture(weights: Weights) -> PlainViT | RotaryViT:
     """The architecture without its weights, if transformers has the same."""
     with torch.device("meta"):
         model = build_plain(**vars(weights.card.backbone))
@@ -85,19 +96,22 @@ def _architecture(weights: Weights) -> PlainViT:
             f"{weights.card.backbone.name} has no exact form in transformers: {reason}."
             " Use --to timm, torchscript or onnx"
         )
-    assert isinstance(model, PlainViT)
+    assert isinstance(model, PlainViT | RotaryViT)
     return model
 
 
 def _mismatch(model: nn.Module) -> str | None:
     """First reason why no model of the library is equivalent, or None."""
-    if not isinstance(model, PlainViT):
+    if not isinstance(model, PlainViT | RotaryViT):
         return "it is no ViT"
-    if model.prefix_slots > 1:
+    if isinstance(model, RotaryViT) and (reason := unlike_hf_dinov3(model)):
+        return reason
+    if isinstance(model, PlainViT) and model.prefix_slots > 1:
         return "its registers have positions"
     if not isinstance(model.norm_pre, nn.Identity):
         return "it normalises before the first block"
-    for block in model.blocks:
+    any_width = isinstance(model, RotaryViT)
+    for block in cast(Any, model.blocks):
         attn, mlp = block.attn, block.mlp
         extra = (attn.q_norm, attn.k_norm, getattr(attn, "norm", None), getattr(mlp, "norm", None))
         norms = (block.norm1, block.norm2, model.norm)
@@ -106,7 +120,9 @@ def _mismatch(model: nn.Module) -> str | None:
             (type(mlp).__name__ not in ("Mlp", "GluMlp"), f"its MLP is a {type(mlp).__name__}"),
             (not _has_known_activation(mlp), "its activation is neither GELU nor SwiGLU"),
             (
-                _is_gated(model) and swiglu_width(mlp.fc2.out_features) != mlp.fc2.in_features,
+                not any_width
+                and _is_gated(model)
+                and swiglu_width(mlp.fc2.out_features) != mlp.fc2.in_features,
                 f"its SwiGLU is {mlp.fc2.in_features} wide",
             ),
             (any(not isinstance(norm, nn.LayerNorm) for norm in norms), "it has no layer norms"),
@@ -126,8 +142,8 @@ def _has_known_activation(mlp: Any) -> bool:
     return isinstance(getattr(mlp, "act", None), nn.GELU)
 
 
-def _is_gated(model: PlainViT) -> bool:
-    return type(model.blocks[0].mlp).__name__ == "GluMlp"
+def _is_gated(model: PlainViT | RotaryViT) -> bool:
+    return type(model.blocks[0].get_submodule("mlp")).__name__ == "GluMlp"
 
 
 def _has_layer_scale(model: PlainViT) -> bool:

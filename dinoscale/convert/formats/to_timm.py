@@ -14,14 +14,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dinoscale.convert.card import METADATA_KEY, BackboneCard, BackboneShape, Preprocessing
+from dinoscale.convert.card import METADATA_KEY, BackboneCard, Preprocessing
 from dinoscale.convert.coverage import coverage_of
 from dinoscale.convert.formats.reference import has_gated_mlp
+from dinoscale.convert.formats.timm_dinov3 import (
+    NORM_EPS,
+    timm_dinov3_arguments,
+    timm_dinov3_tensors,
+)
 from dinoscale.convert.parity import Outputs, Reopened, to_meta
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Weights
 from dinoscale.errors import ConversionError
 from dinoscale.models._torchvision import ensure_torchvision
+from dinoscale.models.export import RotaryViT, build_plain
 from dinoscale.models.zoo import build_backbone, timm_arguments
 from dinoscale.runtime.outputs import write_tensors
 
@@ -30,51 +36,46 @@ _SMALL_EPS = 1e-5  # a difference of the variance in a layer norm that may be ig
 
 
 def write_timm(folder: Path, weights: Weights) -> None:
-    """Write weights and config; the tensors have timm's names already.
+    """Write weights and config.
 
     Raises:
         ConversionError: the layer norms have an epsilon that timm's config cannot store.
     """
-    _require_own_norms(weights.card.backbone)
+    _require_own_norms(weights)
     metadata = {METADATA_KEY: weights.card.to_json(), "format": "pt"}
-    tensors = {name: tensor.clone().contiguous() for name, tensor in weights.backbone.items()}
+    state = weights.backbone
+    named = timm_dinov3_tensors(state) if weights.is_rotary else state  # else as it names them
+    tensors = {name: tensor.clone().contiguous() for name, tensor in named.items()}
     write_tensors(tensors, folder / WEIGHTS_FILE, metadata=metadata)
     text = json.dumps(timm_config(weights), indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n")
 
 
-def _require_own_norms(shape: BackboneShape) -> None:
+def _require_own_norms(weights: Weights) -> None:
     """Refuse an epsilon other than the architecture's; the proof shows if a small one matters."""
-    if shape.norm_eps is None:
+    shape = weights.card.backbone
+    if shape.name == "resnet50":
         return
     with torch.device("meta"):
-        network: Any = build_backbone(**vars(replace(shape, norm_eps=None)))
-    own = network.norm.eps
-    if abs(shape.norm_eps - own) > _SMALL_EPS:
+        network: Any = build_backbone(**vars(shape))
+        plain: Any = build_backbone(**vars(replace(shape, norm_eps=None)))
+    own = NORM_EPS if weights.is_rotary else plain.norm.eps
+    if abs(network.norm.eps - own) > _SMALL_EPS:
         raise ConversionError(
-            f"its layer norms have epsilon {shape.norm_eps:g}, and timm's config.json has no place"
-            f" for another than the {own:g} of {shape.name}: use --to hf, torchscript or onnx"
+            f"its layer norms have epsilon {network.norm.eps:g}, and timm's config.json has no"
+            f" place for another than the {own:g} of {shape.name}: use --to hf, torchscript or onnx"
         )
 
 
 def timm_config(weights: Weights) -> dict[str, Any]:
     """The config.json of timm's hub format: architecture, its sizes, and preprocessing."""
     card, shape = weights.card, weights.card.backbone
-    sizes = {
-        "patch_size": shape.patch_size,
-        "embed_dim": shape.embed_dim,
-        "depth": shape.depth,
-        "num_heads": shape.num_heads,
-    }
-    changed = {key: value for key, value in sizes.items() if value is not None}
     is_vit = shape.name != "resnet50"
     pool = "token" if is_vit else "avg"
-    architecture, changed = timm_arguments(shape.name, **changed)
+    architecture, changed = _architecture(weights)
     model_args: dict[str, Any] = {**changed, "in_chans": shape.in_chans, "global_pool": pool}
     if is_vit:
         model_args["img_size"] = shape.img_size
-    if has_gated_mlp(weights.backbone):
-        model_args["mlp_ratio"] = _mlp_ratio(weights.backbone)
     first = "patch_embed.proj" if is_vit else "conv1"
     return {
         "architecture": architecture,
@@ -98,6 +99,27 @@ def timm_config(weights: Weights) -> dict[str, Any]:
             "classifier": "head" if is_vit else "fc",
         },
     }
+
+
+def _architecture(weights: Weights) -> tuple[str, dict[str, Any]]:
+    """The model of timm that weights are for, and the sizes to give it."""
+    shape = weights.card.backbone
+    if weights.is_rotary:
+        with torch.device("meta"):
+            network = build_plain(**vars(shape))
+        assert isinstance(network, RotaryViT)
+        return timm_dinov3_arguments(weights, network)
+    sizes = {
+        "patch_size": shape.patch_size,
+        "embed_dim": shape.embed_dim,
+        "depth": shape.depth,
+        "num_heads": shape.num_heads,
+    }
+    given = {key: value for key, value in sizes.items() if value is not None}
+    architecture, changed = timm_arguments(shape.name, **given)
+    if has_gated_mlp(weights.backbone):
+        return architecture, {**changed, "mlp_ratio": _mlp_ratio(weights.backbone)}
+    return architecture, {**changed}
 
 
 def _mlp_ratio(state: Mapping[str, Tensor]) -> float:
@@ -129,6 +151,7 @@ def reopen_timm(folder: Path, *, own_resize: bool = False) -> Reopened:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, **dynamic).eval()
     state = load_file(folder / WEIGHTS_FILE)
     coverage = coverage_of(state, model.state_dict())
+    found = read_source(folder)
     num_prefix = getattr(model, "num_prefix_tokens", None)
 
     def forward(images: Tensor) -> Outputs:
@@ -140,8 +163,8 @@ def reopen_timm(folder: Path, *, own_resize: bool = False) -> Reopened:
             else {"cls": cls, "patches": features[:, num_prefix:]}
         )
 
-    descriptions = (_preprocessing_of(model), read_source(folder).card)
-    return Reopened(forward, state, descriptions, coverage, to_meta(model, forward))
+    descriptions = (_preprocessing_of(model), found.card)
+    return Reopened(forward, found.backbone, descriptions, coverage, to_meta(model, forward))
 
 
 def _preprocessing_of(model: Any) -> Preprocessing:
