@@ -376,7 +376,7 @@ def _run_of(
     for values in (
         config.model_dump(exclude={"phases", "phase"}),
         of_place,
-        phase.change,
+        _with_run_dir(phase.change, config.run_dir),
         _beginning(phase, before),
     ):
         merged.put(values, origin="")
@@ -403,6 +403,15 @@ def _refuse_beginnings(phase: PhaseConfig, *, later: bool) -> None:
         if key in given:
             remedy = "begins where the one before ended" if "train." in key else "has its own"
             raise ConfigError(f"phases.{phase.name}.{key}: a phase {remedy}; leave it out")
+
+
+def _with_run_dir(change: dict[str, Any], run_dir: str) -> dict[str, Any]:
+    """The changes of a phase, `{run_dir}` in gram.teacher replaced by the folder of all phases."""
+    gram = change.get("gram")
+    teacher = gram.get("teacher") if isinstance(gram, dict) else None
+    if not isinstance(teacher, str):
+        return change
+    return change | {"gram": gram | {"teacher": teacher.replace("{run_dir}", run_dir)}}
 
 
 def _beginning(phase: PhaseConfig, before: RunConfig | None) -> dict[str, dict[str, object]]:

@@ -105,6 +105,16 @@ def test_names_of_phases_are_different_and_name_folders(chain: str) -> None:
         load_config(chain)
 
 
+def test_the_gram_network_may_be_a_teacher_of_the_run_itself(chain: str) -> None:
+    last = "phases.last.gram"
+    teacher = "{run_dir}/phases/01_small/checkpoints/step_00000200"
+    config = load_config(chain, [f"{last}.loss_weight=1.0", f"{last}.teacher={teacher}"])
+    for run_dir in ("runs/chain", "elsewhere"):
+        run = phases_of(config.model_copy(update={"run_dir": run_dir}))[-1]
+        assert run.gram.teacher == f"{run_dir}/phases/01_small/checkpoints/step_00000200"
+        assert run.train.init_from == f"{run_dir}/phases/02_large"
+
+
 def test_a_run_without_phases_has_none_to_choose() -> None:
     with pytest.raises(ConfigError, match="phase: 'large' is not one; the run has no phases"):
         load_config("quickstart", ["phase=large"])
