@@ -14,8 +14,9 @@ from dinoscale.planning.plan.partition import Setup
 # Conservative assumptions, not compared with a GPU's allocator.
 CONTEXT_BYTES = 1.5e9  # CUDA, cuBLAS and NCCL of one process
 FRAGMENTATION = 0.1  # of the tensors' bytes, lost between blocks of the allocator
-# An estimate: with fewer tokens in a pass, a GPU waits for kernel launches.
-BUSY_TOKENS = 16384
+# An estimate, tokens times width of a pass, 16384 tokens of a ViT-L: with fewer, a GPU waits for
+# kernel launches.
+BUSY_SCALARS = 16384 * 1024
 
 Level = Literal["none"] | Recompute
 LEVELS: tuple[Level, ...] = ("none", "pointwise", "all_but_attention", "block")
@@ -161,17 +162,17 @@ def with_micro_batch(setup: Setup, size: int, *, share: int) -> Setup:
 def best(dims: Dims, found: list[Option], *, stage: int) -> Option | None:
     """The cheapest option that fits, or None.
 
-    In order of priority: enough tokens to keep a GPU busy, the least recomputation, a stage of at
-    most 2 (the configured one first), the largest micro-batch.
+    In order of priority: enough numbers in a layer to keep a GPU busy, the least recomputation, a
+    stage of at most 2 (the configured one first), the largest micro-batch.
     """
     stages = [stage, *STAGES] if stage < STAGES[-1] else list(STAGES)
     fitting = [option for option in found if option.fits]
-    tokens = dims.mean_tokens
-    most = max((tokens * o.setup.micro_batch_size for o in fitting), default=0)
+    of_image = dims.mean_tokens * dims.embed_dim
+    most = max((of_image * option.setup.micro_batch_size for option in fitting), default=0)
     return min(
         fitting,
         key=lambda option: (
-            tokens * option.setup.micro_batch_size < min(BUSY_TOKENS, most),
+            of_image * option.setup.micro_batch_size < min(BUSY_SCALARS, most),
             LEVELS.index(option.level),
             stages.index(option.setup.zero_stage),
             -option.setup.micro_batch_size,

@@ -153,6 +153,17 @@ def test_a_tight_gpu_recomputes_only_as_much_as_it_must() -> None:
     assert (chosen.level, chosen.setup.micro_batch_size) == ("pointwise", 8)
 
 
+@pytest.mark.parametrize(("width", "chosen"), [(8, "block"), (400_000, "none")])
+def test_a_wide_network_keeps_a_gpu_busy_with_few_images(width: int, chosen: str) -> None:
+    dims = replace(DIMS, embed_dim=width)  # 44 tokens an image
+    few = replace(SETUP, world_size=1, micro_batch_size=1, accumulation_steps=64)
+    many = replace(few, micro_batch_size=64, accumulation_steps=1, checkpoint_every=1)
+    machine = replace(MACHINE, memory_bytes=1e18)
+    found = best(dims, [option_of(dims, setup, machine) for setup in (few, many)], stage=2)
+    assert found is not None
+    assert found.level == chosen
+
+
 def _at_stage_2(dims: Dims, setup: Setup, memory_bytes: float) -> list[Option]:
     found = options(dims, setup, replace(MACHINE, memory_bytes=memory_bytes), [8])
     return [option for option in found if option.setup.zero_stage == 2]
