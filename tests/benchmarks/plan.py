@@ -53,6 +53,7 @@ class Case(NamedTuple):
     rope: bool = False  # rotary positions, others in each block
     dinov2: bool = False  # layer scale, SwiGLU, registers; patch loss with its own head, KoLeo
     gram_size: int = 0  # of the crops of a Gram network
+    dinov3: bool = False  # a norm for local crops, prototypes without lengths
 
     def config(self) -> RunConfig:
         """The configuration of the run."""
@@ -65,6 +66,7 @@ class Case(NamedTuple):
                 "drop_path_rate": 0.0,
                 **({"rope": {"rescale": 2.0}} if self.rope else {}),
                 **(DINOV2 if self.dinov2 else {}),
+                "local_norm": self.dinov3,
             },
             **(PATCHES if self.dinov2 else {}),
             gram={
@@ -77,6 +79,7 @@ class Case(NamedTuple):
                 "hidden_dim": 512,
                 "bottleneck_dim": 256,
                 "norm_last_layer": self.unit_prototypes,
+                "weight_norm": not self.dinov3,
             },
             crops={
                 "global_size": self.global_size,
