@@ -334,21 +334,31 @@ def phases_of(config: RunConfig) -> tuple[RunConfig, ...]:
     """The runs that a configuration stands for, in the order in which they are trained.
 
     A phase has the settings of the file with its own changes, its own folder in run_dir, and
-    another seed, so that it sees the images in another order.
+    another seed than the one at whose end it begins, so that it sees the images in another order.
 
     Returns:
         One configuration for each phase, without phases; of a run without phases, itself.
 
     Raises:
-        ConfigError: a phase has settings that a run cannot have, or a network that is not that of
-            the phase before.
+        ConfigError: a phase has settings that a run cannot have, a network that is not that of the
+            phase at whose end it begins, or no such phase.
     """
     if not config.phases:
         return (config,)
-    found: list[RunConfig] = []
+    found: dict[str, RunConfig] = {}
     for number, phase in enumerate(config.phases):
-        found.append(_run_of(config, number, phase, before=found[-1] if found else None))
-    return tuple(found)
+        found[phase.name] = _run_of(config, number, phase, before=_before(phase, found))
+    return tuple(found.values())
+
+
+def _before(phase: PhaseConfig, earlier: Mapping[str, RunConfig]) -> RunConfig | None:
+    """The run at whose end a phase begins."""
+    if phase.after is None:
+        return [*earlier.values()][-1] if earlier else None
+    if phase.after not in earlier:
+        known = f"earlier ones are {', '.join(earlier)}" if earlier else "it is the first phase"
+        raise ConfigError(f"phases.{phase.name}.after: no earlier phase {phase.after!r}; {known}")
+    return earlier[phase.after]
 
 
 def phase_named(config: RunConfig, name: str) -> RunConfig:
@@ -370,7 +380,7 @@ def _run_of(
     _refuse_beginnings(phase, later=before is not None)
     of_place: dict[str, object] = {
         "run_dir": str(Path(config.run_dir) / PHASES / f"{number + 1:02d}_{phase.name}"),
-        "seed": (config.seed + number) % 2**32,
+        "seed": config.seed if before is None else (before.seed + 1) % 2**32,
     }
     merged = Layers()
     for values in (

@@ -286,14 +286,19 @@ class TrainConfig(Section):
 
 
 class PhaseConfig(Section):
-    """A part of a run with settings of its own, which begins where the phase before ended."""
+    """A part of a run with settings of its own, which begins where an earlier one ended."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = Field(
         description="Lower-case letters, digits and _; names its folder."
     )
+    after: str | None = Field(
+        default=None,
+        description="Name of the earlier phase at whose end it begins; null: the one before. Two "
+        "phases after the same one see the same images in the same order.",
+    )
     start: Literal["everything", "teacher"] = Field(
         default="everything",
-        description="What the phase takes from the one before. everything: as "
+        description="What the phase takes from that one. everything: as "
         "train.continue_from; teacher: the teacher's weights for both networks, and a new "
         "optimizer, as DINOv3's high-resolution phase.",
     )

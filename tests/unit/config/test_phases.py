@@ -95,6 +95,19 @@ def test_mistakes_are_told_before_the_first_phase(chain: str, override: str, sen
     assert sentence in str(refused.value)
 
 
+def test_two_phases_may_begin_at_the_end_of_the_same_one(chain: str) -> None:
+    path = Path(chain)
+    path.write_text(_CHAIN.replace("start: teacher", "after: small"))
+    small, large, last = phases_of(load_config(chain))
+    assert large.train.continue_from == last.train.continue_from == small.run_dir
+    assert large.seed == last.seed == 0  # the same images
+    for name in ("last", "none"):  # neither itself nor an unknown one
+        path.write_text(_CHAIN.replace("start: teacher", f"after: {name}"))
+        known = f"phases.last.after: no earlier phase '{name}'; earlier ones are small, large"
+        with pytest.raises(ConfigError, match=known):
+            load_config(chain)
+
+
 def test_names_of_phases_are_different_and_name_folders(chain: str) -> None:
     path = Path(chain)
     path.write_text(_CHAIN.replace("name: large", "name: small"))
