@@ -77,7 +77,7 @@ class Measurements:
         top1 = found.top1
         progress.measured(top1)
         self.last = {"knn_top1": top1, "best_knn_top1": progress.best_knn_top1 or top1}
-        values = {"knn_top1": top1, "rankme": found.rankme}
+        values = found.metrics()
         self._metrics.write(done, {**self._images(progress), **values})
         self._metrics.say(f"step {done}: k-NN top-1 of the teacher {top1:.1f} %")
         return True
