@@ -14,10 +14,18 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dinoscale.config import HeadConfig, RunConfig, dump_config, parse_config
+from dinoscale.config import (
+    HeadConfig,
+    RunConfig,
+    dump_config,
+    load_config,
+    parse_config,
+    phases_of,
+)
 from dinoscale.config.sections.objectives import IbotConfig
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.reports.run.chain import beginnings, draw_chain
 from dinoscale.reports.run.findings import check_run
 from dinoscale.reports.run.page import changed_settings
 from dinoscale.reports.run.phases import write_report
@@ -479,6 +487,24 @@ def test_a_run_of_phases_has_a_page_that_leads_to_the_report_of_each(tmp_path: P
     assert f"{STEPS} of {STEPS}" in page.text
     assert f"{STEPS // 2} of {STEPS}" in page.text
     assert result["phases"]["02_second"]["state"]["step"] == STEPS // 2
+    assert [tag for tag, _ in page.tags].count("img") == 1  # k-NN, and no patches
+
+
+def test_phases_that_began_at_the_same_place_lie_side_by_side(tmp_path: Path) -> None:
+    config = load_config("quickstart_dinov3", [f"run_dir={tmp_path}"])
+    for number, run in enumerate(phases_of(config)):
+        lines = [{"step": step, "loss": 1.0, "patch_knn_top1": 50.0 + number} for step in (0, 9)]
+        make_run(Path(run.run_dir), lines[: 1 + (number < 2)])
+        (Path(run.run_dir) / "config.yaml").write_text(dump_config(run))
+    result = write_report(tmp_path, tmp_path / "out", attention=False)
+    page = Elements(Path(result["report"]).read_text())
+    assert page.text.count("01_pretrain") == 3  # its own row, and before the other two
+    assert "patch_knn_top1" in page.text
+    records = {path.name: read_record(path) for path in sorted((tmp_path / "phases").iterdir())}
+    begun = beginnings(records)
+    assert [found.steps for found in begun.values()] == [0, 9, 9]
+    (plot,) = draw_chain(records, begun)
+    assert plot.caption == "k-NN top-1 of the teacher's patches, %"
 
 
 def test_a_report_without_a_configuration_has_no_epochs(tmp_path: Path) -> None:

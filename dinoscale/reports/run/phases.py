@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -10,11 +10,12 @@ from xml.etree.ElementTree import Element
 from dinoscale.checkpoint.layout import phase_directories
 from dinoscale.reports import html
 from dinoscale.reports.html import element
-from dinoscale.reports.run.read import CONFIG, METRICS
-from dinoscale.reports.run.write import PAGE, write_run_report
+from dinoscale.reports.run.chain import beginnings, draw_chain
+from dinoscale.reports.run.read import CONFIG, METRICS, read_record
+from dinoscale.reports.run.write import PAGE, report_of, write_run_report
 from dinoscale.runtime.outputs import PHASES, run_name
 
-_SHOWN = ("loss", "knn_top1")  # last values, where they were measured
+_SHOWN = ("loss", "knn_top1", "patch_knn_top1")  # last values, where they were measured
 
 
 def write_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, Any]:
@@ -33,30 +34,38 @@ def write_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, Any]
     ]
     if not phases:
         return write_run_report(run_dir, out, attention=attention)
+    records = {phase.name: read_record(phase) for phase in phases}
     reports = {
-        phase.name: write_run_report(phase, out / PHASES / phase.name, attention=attention)
-        for phase in phases
+        phase: report_of(record, out / PHASES / phase, attention=attention)
+        for phase, record in records.items()
     }
-    name = run_name(run_dir)
-    heads = [element("th", head, scope="col") for head in ("phase", "", "steps", *_SHOWN, "checks")]
+    name, begun = run_name(run_dir), beginnings(records)
+    shown = [value for value in _SHOWN if any(value in found["last"] for found in reports.values())]
+    columns = ("phase", "", "after", "steps", *shown, "checks")
+    rows = [
+        _row(phase, report, after=begun[phase].after, shown=shown)
+        for phase, report in reports.items()
+    ]
     body = [
         element("h1", f"Run {name}"),
-        element("p", "Each phase began where the one before ended; its name leads to its report."),
-        html.table(heads, [_row(phase, report) for phase, report in reports.items()]),
+        element("p", "Each phase began where an earlier one ended; its name leads to its report."),
+        html.table([element("th", head, scope="col") for head in columns], rows),
+        *(html.plot_figure(plot) for plot in draw_chain(records, begun)),
     ]
     html.write_page(f"dinoscale: {name}", body, out / PAGE)
     return {"report": str(out / PAGE), "phases": reports}
 
 
-def _row(phase: str, report: Mapping[str, Any]) -> Element:
+def _row(phase: str, report: Mapping[str, Any], *, after: str, shown: Sequence[str]) -> Element:
     state, last = report["state"], report["last"]
-    values = [last.get(name) for name in _SHOWN]
+    values = [last.get(name) for name in shown]
     checks = [*report["problems"], *report["warnings"]]
     link = element("a", phase, href=f"{PHASES}/{phase}/{PAGE}")
     return element(
         "tr",
         element("th", link, scope="row"),
         element("td", state["how"], class_="text"),
+        element("td", after, class_="text"),
         element("td", f"{state['step']:,} of {state['stop_step'] or '?'}"),
         *(element("td", "" if value is None else f"{value['value']:.4g}") for value in values),
         element("td", "; ".join(checks) or "no warnings", class_="text"),

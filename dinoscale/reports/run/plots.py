@@ -20,6 +20,7 @@ from dinoscale.reports.run.series import Point, Series, smooth
 from dinoscale.reports.run.state import State
 from dinoscale.training.hooks.data_wait import ALLOWED
 
+KNN, PATCH_KNN = "k-NN top-1 of the teacher, %", "k-NN top-1 of the teacher's patches, %"
 WIDTH, HEIGHT = 5.2, 2.8  # inches; two side by side on a page
 _WINDOW = 20  # points of the moving average; at most a twentieth of all
 _RANGE = 50.0  # highest over lowest value above which the axis is logarithmic
@@ -78,10 +79,11 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
         _PlotSpec("loss", "loss, nats", noisy=True),
         _PlotSpec(
             "knn_top1",
-            "k-NN top-1 of the teacher, %",
+            KNN,
             dots=True,
             limits=margin(record, "knn_top1"),
         ),
+        _PlotSpec("patch_knn_top1", PATCH_KNN, dots=True),
         _PlotSpec("rankme", "RankMe of the teacher's features, directions", dots=True),
         _PlotSpec(
             "guard_rankme",

@@ -54,6 +54,7 @@ NUMBERS = (
     "skipped_steps",
     "peak_memory_bytes",
     "knn_top1",
+    "patch_knn_top1",
     "rankme",
     "guard_rankme",
     "guard_alpha_req",

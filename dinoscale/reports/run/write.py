@@ -43,7 +43,11 @@ def write_run_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, 
         DataError: the directory is not that of a run.
         ConfigError: the report cannot be written.
     """
-    record = read_record(run_dir)
+    return report_of(read_record(run_dir), out, attention=attention)
+
+
+def report_of(record: Record, out: Path, *, attention: bool) -> dict[str, Any]:
+    """The same of a record that has been read."""
     state = find_state(record, now=time.time())
     sentences, checks = describe_run(record, state), check_run(record, state)
     plots = draw_run(record, state)
@@ -59,7 +63,7 @@ def write_run_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, 
         plots=[plot for _, plot in plots],
         attention=element("p", why_not) if picture is None else picture,
     )
-    html.write_page(f"dinoscale: {run_name(run_dir)}", body, out / PAGE)
+    html.write_page(f"dinoscale: {run_name(record.run_dir)}", body, out / PAGE)
     html.write_file(out / DATA, f"{json.dumps(numbers, indent=1)}\n".encode())
     return {
         "report": str(out / PAGE),
